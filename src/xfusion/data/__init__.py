@@ -1,0 +1,1 @@
+"""Samples, sources and packing: what a model reads."""

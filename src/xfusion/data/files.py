@@ -1,0 +1,260 @@
+"""Reads a user's pictures and captions: a folder, or one JSON object a line. Names all that is wrong, skips nothing.
+
+Three forms:
+
+- a folder of pictures with a ``.txt`` of the same name each, one wording a line, the first being the name;
+- a folder with ``metadata.jsonl`` (``file_name`` and ``text``, ``caption``, ``captions``), Hugging Face's imagefolder;
+- a ``.jsonl`` with ``image`` and captions, or with LLaVA's ``conversations``, of which the first answer is the caption.
+
+Paths in a file are relative to that file. They may be absolute, but must not climb out of the folder by ``..``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import unicodedata
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from xfusion.data import pictures
+from xfusion.data.report import Problem
+from xfusion.data.sequence import XFusionError
+
+MAX_CAPTION = 4000
+"""Characters of the longest legal caption."""
+CAPTION_FIELDS = ("caption", "captions", "text")
+"""Where a JSON line may hold its wordings; all that are there count, in this order."""
+METADATA = "metadata.jsonl"
+_NO_CAPTIONS = frozenset({"readme", "license", "licence", "notice", "copying", "classes", "requirements"})
+
+
+@dataclass
+class Record:
+    """One example as it stands in the user's files, before the picture is opened."""
+
+    id: str
+    origin: str
+    path: Path | None
+    captions: list[str] = field(default_factory=list)
+    group: str | None = None
+    problems: list[Problem] = field(default_factory=list)
+
+    def complain(self, kind: str, what: str, where: str | None = None) -> None:
+        """Note a problem, at the record's own place unless another is given."""
+        self.problems.append(Problem(kind=kind, where=where or self.origin, what=what))
+
+
+def read(path: Path, special_tokens: tuple[str, ...] = ()) -> tuple[list[Record], list[str]]:
+    """Records in the order of the files, and notes on what was set aside.
+
+    Raises:
+        XFusionError: there is nothing of the kind at ``path``.
+    """
+    if path.is_dir():
+        records, notes = _read_folder(path)
+    elif path.is_file() and path.suffix.lower() in (".jsonl", ".ndjson"):
+        notes: list[str] = []
+        records = list(_read_lines(path, notes))
+    else:
+        raise XFusionError(_no_source(path))
+    if not records:
+        raise XFusionError(
+            f"{path}: no examples found; a folder needs pictures ({pictures.READABLE}) with a .txt of the same name "
+            f"each, or a {METADATA}; a .jsonl needs a line for each picture"
+        )
+    _find_duplicates(records)
+    for record in records:
+        _check_captions(record, special_tokens)
+    return records, notes
+
+
+def _no_source(path: Path) -> str:
+    if not path.exists():
+        return f"{path}: no such folder or file; data is 'emoji', 'emoji:128', a folder of pictures or a .jsonl file"
+    if path.suffix.lower() == ".json":
+        return f"{path}: is not read; write one object a line: jq -c '.[]' {path.name} > {path.stem}.jsonl"
+    if path.suffix.lower() in pictures.SUFFIXES:
+        return f"{path}: is one picture; put it into a folder, with its caption in {path.stem}.txt, and name the folder"
+    return f"{path}: is neither a folder nor a .jsonl file"
+
+
+def _read_folder(folder: Path) -> tuple[list[Record], list[str]]:
+    files = sorted(path for path in folder.rglob("[!.]*") if not path.is_dir() and not _is_hidden(path, folder))
+    notes: list[str] = []
+    records: list[Record] = []
+    for path in files:
+        if path.name == METADATA:
+            found = list(_read_lines(path, notes))
+            for record in found:
+                record.id = (path.parent.relative_to(folder) / record.id).as_posix()
+            records += found
+    listed = {os.path.normpath(record.path) for record in records if record.path is not None}
+    images = [path for path in files if path.suffix.lower() in pictures.SUFFIXES]
+    by_stem: dict[Path, list[str]] = {}
+    for path in images:
+        by_stem.setdefault(path.with_suffix(""), []).append(path.name)
+    for path in images:
+        if os.path.normpath(path) not in listed:
+            records.append(_with_sidecar(path, folder, by_stem[path.with_suffix("")], has_metadata=bool(listed)))
+    ignored = []
+    for path in files:
+        if path.suffix.lower() == ".txt":
+            if path.with_suffix("") not in by_stem and path.stem.lower() not in _NO_CAPTIONS:
+                orphan = Record(id=path.relative_to(folder).as_posix(), origin=str(path), path=None)
+                orphan.complain("missing picture", f"captions without a picture: no file {path.stem}.png, .jpg, ...")
+                records.append(orphan)
+        elif path.name != METADATA and path not in images:
+            ignored.append(path.relative_to(folder).as_posix())
+    if ignored:
+        more = ", ..." if len(ignored) > 3 else ""
+        notes.append(f"{len(ignored)} files are no pictures and were not read: {', '.join(ignored[:3])}{more}")
+    return records, notes
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _with_sidecar(path: Path, folder: Path, same_stem: list[str], *, has_metadata: bool) -> Record:
+    """A picture with the ``.txt`` beside it."""
+    record = Record(id=path.relative_to(folder).as_posix(), origin=str(path), path=path)
+    sidecar = path.with_suffix(".txt")
+    if len(same_stem) > 1:
+        record.complain("duplicated name", f"{sidecar.name} would caption {' and '.join(same_stem)}: rename one")
+    elif not sidecar.is_file():
+        instead = f"{METADATA} does not list it and " if has_metadata else ""
+        record.complain("missing caption", f"no caption: {instead}there is no {sidecar.name}")
+    elif sidecar.stat().st_size > 1_000_000:
+        record.complain("long caption", "is longer than a million bytes: no caption", str(sidecar))
+    else:
+        for number, line in enumerate(sidecar.read_bytes().split(b"\n"), start=1):
+            text = _utf8(line, record, f"{sidecar}:{number}", first=number == 1)
+            if text:
+                record.captions.append(text)
+        if not record.captions and not record.problems:
+            record.complain("empty caption", "no caption: the file is empty", f"{sidecar}:1")
+    return record
+
+
+def _read_lines(path: Path, notes: list[str]) -> Iterator[Record]:
+    """One record for each line that is not blank."""
+    num_longer = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            record = Record(id=f"line {number}", origin=f"{path}:{number}", path=None)
+            text = _utf8(line, record, first=number == 1)
+            if text:
+                num_longer += _fill(record, text, path.parent)
+            if text or record.problems:
+                yield record
+    if num_longer:
+        notes.append(f"{path}: {num_longer} conversations have more than one answer; the first is the caption")
+
+
+def _utf8(line: bytes, record: Record, where: str | None = None, *, first: bool = False) -> str:
+    """The line without blanks around it; empty, with a problem noted, where it is no UTF-8."""
+    try:
+        return line.decode("utf-8-sig" if first else "utf-8").strip()
+    except UnicodeDecodeError as error:
+        what = f"not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}; save the file as UTF-8"
+        record.complain("invalid UTF-8", what, where)
+        return ""
+
+
+def _fill(record: Record, text: str, root: Path) -> bool:
+    """Take path, captions and group from a JSON line. Returns whether a conversation held further answers."""
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        record.complain("invalid JSON", f"not JSON: {error}")
+        return False
+    if not isinstance(row, dict):
+        record.complain("invalid JSON", f"expected an object in braces, found a {type(row).__name__}")
+        return False
+    record.path = _picture_path(row, record, root)
+    if isinstance(group := row.get("group"), str) and group:
+        record.group = group
+    fields = [name for name in CAPTION_FIELDS if name in row]
+    if not fields and "conversations" in row:
+        return _conversation(row["conversations"], record)
+    if not fields:
+        record.complain("missing caption", f"no caption: expected {', '.join(CAPTION_FIELDS)} or conversations")
+    for name in fields:
+        wordings = row[name] if isinstance(row[name], list) else [row[name]]
+        if all(isinstance(wording, str) for wording in wordings):
+            record.captions += [wording.strip() for wording in wordings]
+        else:
+            record.complain("invalid caption", f"{name} must be text or a list of texts, found {str(row[name])[:60]!r}")
+    if fields and not record.captions and not record.problems:
+        record.complain("empty caption", "empty caption")
+    return False
+
+
+def _picture_path(row: dict[str, Any], record: Record, root: Path) -> Path | None:
+    name = row.get("file_name", row.get("image"))
+    if name is None:
+        record.complain("missing picture", "no picture: expected image or file_name")
+    elif not isinstance(name, str) or not name.isprintable() or not name:
+        record.complain("missing picture", f"the picture must be a path, found {str(name)[:60]!r}")
+    elif name.startswith(("http://", "https://", "data:")):
+        record.complain("missing picture", f"{name[:60]} is a web address: only files are read, fetch it first")
+    elif not os.path.isabs(name) and os.path.normpath(name).split(os.sep)[0] == "..":
+        record.complain("path outside", f"{name} leaves the folder of the file: write an absolute path to mean it")
+    else:
+        record.id = name if os.path.isabs(name) else os.path.normpath(name)
+        return root / name
+    return None
+
+
+def _conversation(turns: Any, record: Record) -> bool:
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        record.complain("invalid caption", "conversations must be a list of {from, value}")
+        return False
+    answers = [turn.get("value") for turn in turns if turn.get("from") in ("gpt", "assistant")]
+    if not answers or not isinstance(answers[0], str):
+        record.complain("missing caption", "no caption: the conversation has no answer from gpt")
+        return False
+    record.captions.append(answers[0].strip())
+    return len(answers) > 1
+
+
+def _find_duplicates(records: Iterable[Record]) -> None:
+    """One picture may have several lines; the same picture with the same captions is a mistake. Makes ids unique."""
+    seen: dict[str, list[Record]] = {}
+    for record in records:
+        before = seen.setdefault(record.id, [])
+        if before and record.path is not None:
+            same = [other for other in before if other.captions == record.captions]
+            if same and not record.problems:
+                record.complain(
+                    "duplicated name", f"{record.id} with these captions stands already at {same[0].origin}"
+                )
+        before.append(record)
+    for identity, several in seen.items():
+        for record in several[1:]:
+            record.id = f"{identity}#{record.origin.rpartition(':')[2]}"
+
+
+def _check_captions(record: Record, special_tokens: tuple[str, ...]) -> None:
+    for caption in record.captions:
+        if not caption:
+            record.complain("empty caption", "empty caption")
+        elif len(caption) > MAX_CAPTION:
+            record.complain(
+                "long caption", f"caption of {len(caption):,} characters, at most {MAX_CAPTION:,} are legal"
+            )
+        for token in special_tokens:
+            if token and token in caption:
+                what = f"caption contains {token!r}, a special token of the model's tokenizer: reword it"
+                record.complain("special token", what)
+        if character := _control_character(caption):
+            record.complain("control character", f"caption contains the character U+{ord(character):04X}: remove it")
+    record.captions = list(dict.fromkeys(record.captions))
+
+
+def _control_character(text: str) -> str | None:
+    """The first control character other than tab and newline, or half surrogate: no tokenizer takes them well."""
+    return next((c for c in text if c not in "\t\n\r" and unicodedata.category(c) in ("Cc", "Cs")), None)

@@ -1,0 +1,147 @@
+"""Which examples make up step k: a pure function of seed and step, so that a resumed run goes on with the next batch."""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from xfusion.data.pack import balance, pack, text_length
+from xfusion.data.sequence import Batch, Sequence, XFusionError
+from xfusion.data.sources import Source
+from xfusion.data.templates import Encode, Templates, captioning, drawing
+from xfusion.modalities.image import ImageModality
+
+TOKENS_KEPT = 512 * 1024 * 1024
+"""Bytes of picture tokens that are kept in memory; the oldest go first."""
+LOOKED_AT = 40
+"""Steps whose lengths are looked at before the first one, to fix the shapes of a run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureConfig:
+    """What one optimiser step reads."""
+
+    draw: int = 64
+    """Drawing samples per step."""
+    caption: int = 32
+    """Captioning samples per step (the paper's ratio is 2 : 1)."""
+    pack: int = 4
+    """Captioning sequences packed into one row."""
+    templates: Templates = Templates()
+    """How examples are worded."""
+
+
+class Mixture:
+    """Drawing and captioning batches of one source.
+
+    Args:
+        source: pictures with captions.
+        image: turns pictures into tokens.
+        size: side in pixels.
+        encode: the base's tokenizer.
+        end: the base's end token.
+        config: samples per step.
+        seed: of order and wordings.
+
+    Raises:
+        XFusionError: the source is empty, or the captioning batch does not fill rows.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        image: ImageModality,
+        size: int,
+        encode: Encode,
+        end: int,
+        config: MixtureConfig,
+        seed: int,
+    ):
+        if not len(source.examples):
+            raise XFusionError(f"{source.spec}: no pictures to train on")
+        if config.caption % config.pack:
+            raise XFusionError(f"caption {config.caption} is not a multiple of pack {config.pack}: choose one that is")
+        if config.draw + config.caption == 0:
+            raise XFusionError("draw and caption are both 0: there is nothing to learn")
+        self.source, self.image, self.size, self.config, self.seed = source, image, size, config, seed
+        self.encode, self.end = encode, end
+        rows, columns = image.grid(size)
+        self.grid = (rows, columns)
+        self._tokens: OrderedDict[int, Tensor] = OrderedDict()
+        self._kept = max(1, TOKENS_KEPT // (rows * columns * image.token_width * 4))
+        self._ids: dict[str, tuple[int, ...]] = {}
+
+    def tokens(self, index: int) -> Tensor:
+        """Tokens ``[M, P]`` of a picture, encoded once."""
+        if index not in self._tokens:
+            picture = self.source.picture(index, self.size)
+            self._tokens[index] = self.image.encode([picture], self.size)[0]
+            if len(self._tokens) > self._kept:
+                self._tokens.popitem(last=False)
+        return self._tokens[index]
+
+    def ids(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text, looked up once."""
+        if text not in self._ids:
+            self._ids[text] = self.encode(text)
+        return self._ids[text]
+
+    def order(self, task: str, start: int, count: int) -> Iterator[int]:
+        """Examples ``start`` to ``start + count`` of a task's endless order: one permutation per epoch."""
+        size = len(self.source.examples)
+        epoch, permutation = -1, torch.empty(0)
+        for position in range(start, start + count):
+            if position // size != epoch:
+                epoch = position // size
+                # A string seeds Python's generator the same way on every run and platform.
+                seed = random.Random(f"{self.seed}/{task}/{epoch}").getrandbits(62)
+                permutation = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+            yield int(permutation[position % size])
+
+    def drawings(self, step: int) -> list[Sequence]:
+        """The drawing sequences of a step."""
+        rng, count = random.Random(f"{self.seed}/draw/words/{step}"), self.config.draw
+        words = self.config.templates.drawing_words
+        return [
+            drawing(self.ids, words(self.source.examples[i], rng), self.tokens(i), self.grid)
+            for i in self.order("draw", step * count, count)
+        ]
+
+    def captionings(self, step: int) -> list[Sequence]:
+        """The captioning sequences of a step."""
+        rng, count, examples = random.Random(f"{self.seed}/caption/words/{step}"), self.config.caption, self.source.examples
+        question = self.config.templates.question
+        return [
+            captioning(self.ids, self.end, self.tokens(i), self.grid, examples[i].captions[0], question(rng))
+            for i in self.order("caption", step * count, count)
+        ]
+
+    @cached_property
+    def widths(self) -> tuple[int, int]:
+        """Text positions of a drawing and of a packed captioning row that nearly all steps fit: shapes stay fixed."""
+        steps = range(LOOKED_AT)
+        draw = [text_length(s) for step in steps for s in self.drawings(step)]
+        packed = [row for step in steps for row in balance(self.captionings(step), self.config.pack)]
+        return _up(max(draw, default=0), 8), _up(max((sum(map(text_length, row)) for row in packed), default=0), 4)
+
+    def batches(self, step: int) -> list[Batch]:
+        """The batches of a step, a pure function of the step."""
+        out = []
+        if self.config.draw:
+            sequences = self.drawings(step)
+            out.append(pack([[s] for s in sequences], text_width=max(self.widths[0], _up(max(map(text_length, sequences)), 8))))
+        if self.config.caption:
+            rows = balance(self.captionings(step), self.config.pack)
+            longest = max(sum(map(text_length, row)) for row in rows)
+            out.append(pack(rows, text_width=max(self.widths[1], _up(longest, 8))))
+        return out
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

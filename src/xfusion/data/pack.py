@@ -1,0 +1,170 @@
+"""Sequences -> `Batch`: boundary rows, position tables, labels, and packing under two budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import torch
+
+from xfusion.data.sequence import END_OF_MEDIA, IGNORE, Batch, Media, MediaRows, Rows, Sequence, Text, XFusionError
+
+
+class _Table:
+    """Grows the position table of one owner in one row."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, int, int, int, bool, bool]] = []
+
+    def add(self, order: int, sample: int, position: int, segment: int, both_ways: bool, later: bool) -> None:
+        self.rows.append((order, sample, position, segment, both_ways, later))
+
+
+def text_length(sequence: Sequence) -> int:
+    """Text positions of a sequence, [EOI] included, the last token of an answer (only ever a label) not."""
+    total = 0
+    for i, segment in enumerate(sequence.segments):
+        if isinstance(segment, Text):
+            total += len(segment.ids)
+        elif i + 1 < len(sequence.segments):
+            total += 1
+    last = sequence.segments[-1]
+    return total - (1 if isinstance(last, Text) and last.has_loss and last.ids else 0)
+
+
+def balance(sequences: Seq[Sequence], per_row: int) -> list[list[Sequence]]:
+    """Put ``per_row`` sequences in each row so that text lengths come out even: the longest with the shortest.
+
+    Every row then holds the same number of media items and nearly the same number of text positions, which keeps
+    tensor shapes fixed and padding small.
+    """
+    if len(sequences) % per_row:
+        raise XFusionError(f"{len(sequences)} sequences do not fill rows of {per_row}: choose a multiple")
+    ordered = sorted(sequences, key=text_length, reverse=True)
+    rows: list[list[Sequence]] = [[] for _ in range(len(sequences) // per_row)]
+    for start in range(0, len(ordered), len(rows)):
+        chunk = ordered[start : start + len(rows)]
+        for row, sequence in zip(sorted(rows, key=lambda r: sum(map(text_length, r))), chunk, strict=True):
+            row.append(sequence)
+    return rows
+
+
+def pack(rows: Seq[Seq[Sequence]], *, text_width: int | None = None) -> Batch:
+    """Lay out sequences as a `Batch`, several to a row if asked.
+
+    [BOI] is put before each media item, in the item's own tower; [EOI] behind it, in the text tower, if anything
+    follows. The token that a text position predicts is the next text token of its sequence where that token
+    ``has_loss``; the first word after a picture is read from [EOI].
+
+    Args:
+        rows: per batch row, the sequences packed into it; they do not see each other.
+        text_width: pad text positions to this width (None: the longest row).
+
+    Raises:
+        XFusionError: a row's text is longer than ``text_width``, or grids and tokens disagree.
+    """
+    text_tables: list[_Table] = []
+    ids: list[list[int]] = []
+    labels: list[list[int]] = []
+    names = list(dict.fromkeys(s.modality for row in rows for q in row for s in q.segments if isinstance(s, Media)))
+    media_tables = {name: [_Table() for _ in rows] for name in names}
+    items: dict[str, list[Media]] = {name: [] for name in names}
+    extra: dict[str, list[list[tuple[int, bool, int, int]]]] = {name: [[] for _ in rows] for name in names}
+    reads_media = reads_text = False
+
+    for r, row in enumerate(rows):
+        table, row_ids, row_labels = _Table(), [], []
+        order = segment_number = 0
+        for s, sequence in enumerate(row):
+            position, seen_media, seen_text, after_text = 0, False, False, False
+            last = len(sequence.segments) - 1
+            for i, segment in enumerate(sequence.segments):
+                if isinstance(segment, Text):
+                    for j, token in enumerate(segment.ids):
+                        if segment.has_loss and after_text:
+                            row_labels[-1] = token
+                        if i == last and segment.has_loss and j == len(segment.ids) - 1:
+                            break  # the last token of an answer is only ever a label
+                        table.add(order, s, position, segment_number, False, True)
+                        row_ids.append(token)
+                        row_labels.append(IGNORE)
+                        after_text = True
+                        order, position = order + 1, position + 1
+                    reads_media |= seen_media
+                    seen_text |= bool(segment.ids)
+                else:
+                    if segment.tokens.shape[0] != segment.grid[0] * segment.grid[1]:
+                        raise XFusionError(
+                            f"a media item has {segment.tokens.shape[0]} tokens but its grid is {segment.grid}"
+                        )
+                    own, facts = media_tables[segment.modality][r], extra[segment.modality][r]
+                    own.add(order, s, position, segment_number, False, segment.visible_to_later)
+                    facts.append((-1, True, 0, 0))
+                    order, position = order + 1, position + 1
+                    number = len(items[segment.modality])
+                    items[segment.modality].append(segment)
+                    for m in range(segment.tokens.shape[0]):
+                        own.add(order, s, position, segment_number, True, segment.visible_to_later)
+                        facts.append((number, False, m // segment.grid[1], m % segment.grid[1]))
+                        order, position = order + 1, position + 1
+                    after_text, seen_media, reads_text = False, True, reads_text or seen_text
+                    if i < last:
+                        table.add(order, s, position, segment_number + 1, False, True)
+                        row_ids.append(END_OF_MEDIA - names.index(segment.modality))
+                        row_labels.append(IGNORE)
+                        after_text, seen_text, reads_media = True, True, True
+                        order, position, segment_number = order + 1, position + 1, segment_number + 1
+                segment_number += 1
+        text_tables.append(table)
+        ids.append(row_ids)
+        labels.append(row_labels)
+
+    longest = max(map(len, ids), default=0)
+    width = longest if text_width is None else text_width
+    if longest > width:
+        raise XFusionError(f"a row holds {longest} text tokens but the budget is {width}: raise it or shorten the text")
+    batch = Batch(
+        text=_tables(text_tables, width),
+        text_ids=torch.tensor([row + [0] * (width - len(row)) for row in ids], dtype=torch.int64).reshape(len(rows), width),
+        labels=torch.tensor([row + [IGNORE] * (width - len(row)) for row in labels]).reshape(len(rows), width).long(),
+        text_reads_media=reads_media,
+        media_reads_text=reads_text,
+        num_sequences=sum(map(len, rows)),
+    )
+    for name in names:
+        batch.media[name] = _media_rows(media_tables[name], extra[name], items[name])
+    return batch
+
+
+def _tables(tables: Seq[_Table], width: int) -> Rows:
+    filled = [t.rows + [(-1, -1, 0, -1, False, False)] * (width - len(t.rows)) for t in tables]
+    columns = torch.tensor(filled, dtype=torch.int64).reshape(len(tables), width, 6).unbind(-1)
+    order, sample, position, segment, both_ways, later = (c.contiguous() for c in columns)
+    return Rows(
+        order=order,
+        sample=sample,
+        position=position,
+        segment=segment,
+        bidirectional=both_ways.bool(),
+        visible_to_later=later.bool(),
+    )
+
+
+def _media_rows(tables: Seq[_Table], extra: Seq[list[tuple[int, bool, int, int]]], items: Seq[Media]) -> MediaRows:
+    width = max(len(t.rows) for t in tables)
+    filled = [row + [(-1, False, 0, 0)] * (width - len(row)) for row in extra]
+    item, boundary, grid_row, grid_column = torch.tensor(filled, dtype=torch.int64).unbind(-1)
+    token_width = items[0].tokens.shape[1]
+    tokens = torch.zeros(len(tables), width, token_width)
+    where = item >= 0
+    tokens[where] = torch.cat([m.tokens for m in items]).float()
+    return MediaRows(
+        rows=_tables(tables, width),
+        tokens=tokens,
+        item=item.contiguous(),
+        boundary=boundary.bool(),
+        grid_row=grid_row.contiguous(),
+        grid_column=grid_column.contiguous(),
+        time=torch.zeros(len(items)),
+        noised=torch.tensor([m.state == "noised" for m in items]),
+        has_loss=torch.tensor([m.has_loss for m in items]),
+    )

@@ -1,0 +1,163 @@
+"""What a check of a data source found, for people, for programs and as a contact sheet."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xfusion.data.sequence import Example, XFusionError
+
+if TYPE_CHECKING:
+    from PIL.ImageFont import FreeTypeFont, ImageFont
+
+    from xfusion.data.sources import Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One thing wrong with one example."""
+
+    kind: str
+    """Short and countable: ``"missing picture"``, ``"empty caption"``, ..."""
+    where: str
+    """``file:line``, or the file where it has no lines."""
+    what: str
+    """The rest of the sentence."""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}".replace("\n", "\\n")  # a file name may hold anything
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionStats:
+    """Lengths of captions, in characters."""
+
+    num_captions: int
+    """Wordings of all examples together."""
+    shortest: int
+    """Characters of the shortest."""
+    median: float
+    """Characters of the median."""
+    longest: int
+    """Characters of the longest."""
+
+    @staticmethod
+    def of(examples: Iterable[Example]) -> CaptionStats:
+        """Over every wording of the examples; all zero where there is none."""
+        lengths = [len(caption) for example in examples for caption in example.captions] or [0]
+        count = len(lengths) if any(lengths) else 0
+        return CaptionStats(
+            num_captions=count, shortest=min(lengths), median=statistics.median(lengths), longest=max(lengths)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What is in a data source and what is wrong with it."""
+
+    spec: str
+    """As the user wrote it."""
+    licence: str
+    """Licence of the pictures."""
+    num_examples: int
+    """Examples found, good and bad."""
+    num_bad: int
+    """Examples with at least one problem: they are left out where the user allows their share."""
+    num_groups: int
+    """Groups of pictures that count as the same, among the good ones."""
+    problems: tuple[str, ...]
+    """Every problem as ``file:line: what``."""
+    counts: Mapping[str, int]
+    """Number of problems of each kind."""
+    notes: tuple[str, ...]
+    """What was set aside without being an error, such as files that are no pictures."""
+    captions: CaptionStats
+    """Over the good examples."""
+    source: Source | None = field(default=None, repr=False, compare=False)
+    """The good examples, for the contact sheet; None where there are none."""
+
+    @property
+    def share_bad(self) -> float:
+        """Bad examples among all."""
+        return self.num_bad / max(1, self.num_examples)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the pictures, as what `json.dumps` takes."""
+        shown = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("source", "captions")}
+        shown |= {"problems": list(self.problems), "notes": list(self.notes), "counts": dict(self.counts)}
+        return shown | {"share_bad": self.share_bad, "captions": asdict(self.captions)}
+
+    def sheet(self, path: str | Path, *, size: int = 32, num_pictures: int = 25) -> Path:
+        """Draw pictures as a model of ``size`` pixels sees them, captions underneath, into a PNG.
+
+        The pictures are spread over the whole source. Returns the path; the file appears only when it is complete.
+        """
+        if self.source is None:
+            raise XFusionError(f"{self.spec}: no good example to draw; see the problems first")
+        path = Path(path)
+        image = _draw_sheet(self.source, _spread(len(self.source.examples), num_pictures), size)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            image.save(temporary, format="PNG")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return path
+
+
+def _spread(total: int, wanted: int) -> list[int]:
+    """At most ``wanted`` indices, evenly over ``range(total)``."""
+    wanted = min(total, wanted)
+    return [index * total // wanted for index in range(wanted)]
+
+
+def _draw_sheet(source: Source, indices: Sequence[int], size: int, tile: int = 128, margin: int = 12):
+    from PIL import Image, ImageDraw
+
+    font = _font()
+    columns = min(5, len(indices))
+    rows = -(-len(indices) // columns)
+    step_x, step_y = tile + margin, tile + margin + 3 * 14
+    sheet = Image.new("RGB", (columns * step_x + margin, rows * step_y + margin), "#e8e8e8")
+    pen = ImageDraw.Draw(sheet)
+    for place, index in enumerate(indices):
+        x, y = margin + place % columns * step_x, margin + place // columns * step_y
+        # Nearest neighbour: the sheet shows the model's pixels, not a smoothed picture that no model sees.
+        sheet.paste(source.picture(index, size).resize((tile, tile), Image.Resampling.NEAREST), (x, y))
+        for line, text in enumerate(_wrap(source.examples[index].captions[0], font, tile)):
+            pen.text((x, y + tile + 3 + 14 * line), text, fill="black", font=font)
+    return sheet
+
+
+def _font() -> FreeTypeFont | ImageFont:
+    from PIL import ImageFont
+
+    try:
+        return ImageFont.truetype("DejaVuSans.ttf", 10)  # where the system has it: most alphabets
+    except OSError:
+        return ImageFont.load_default(size=11)  # Latin letters only; others are drawn as boxes
+
+
+def _wrap(text: str, font: FreeTypeFont | ImageFont, width: int, num_lines: int = 3) -> list[str]:
+    """Break a caption into lines that fit, the last one with dots where there is more."""
+    lines = [""]
+    text = " ".join(text.split())[:200]
+    for word in text.split():
+        while font.getlength(word) > width:  # one long word, or a script without blanks
+            word = word[:-2] + "…"
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    if len(lines) > num_lines:
+        lines = lines[:num_lines]
+        while lines[-1] and font.getlength(lines[-1] + "…") > width:
+            lines[-1] = lines[-1][:-1]
+        lines[-1] += "…"
+    return lines

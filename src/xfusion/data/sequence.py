@@ -1,0 +1,220 @@
+"""The sample (an ordered list of segments), its batch of position tables, and who may see whom.
+
+Shape legend: ``B`` batch row (one row may hold several packed sequences), ``n`` positions of one kind in a row,
+``M`` tokens of one media item, ``P`` width of a media token, ``N`` media items in the batch.
+
+A batch keeps its positions sorted by the tower that owns them: all text positions of a row, then all positions of each
+modality. The sequence order lives in a table (`Rows.order`), not in memory layout, so a tower's positions are one slice
+and no code ever searches for a placeholder id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+END_OF_MEDIA = -1
+"""Entry of `Batch.text_ids` that stands for [EOI]: a text position whose embedding is a trainable row of the media port."""
+IGNORE = -100
+"""Label of a text position without a loss."""
+
+
+class XFusionError(ValueError):
+    """Bad input, said in one line: the thing, the values that disagree, and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One picture of a data source, without its pixels."""
+
+    id: str
+    """Unique within the source."""
+    captions: tuple[str, ...]
+    """``captions[0]`` is the name (the answer when captioning); the others are wordings that mean the same picture."""
+    group: str
+    """Near-identical pictures share a group: a split never divides one, a hit on any member counts."""
+    origin: str
+    """Where it stands, for messages: ``file.jsonl:12`` or ``folder/a.png``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Image:
+    """A picture to draw, in a list given to ``generate``: the place and the output size in pixels."""
+
+    size: int | None = None
+    """Side in pixels; None takes the size that the model was trained at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audio:
+    """A sound to make, in a list given to ``generate``: the place and the length."""
+
+    seconds: float | None = None
+    """Length in seconds; None takes the length that the model was trained at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """A run of token ids."""
+
+    ids: tuple[int, ...]
+    """Ids of the base's own tokenizer."""
+    has_loss: bool = False
+    """Whether the model is trained to say these tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Media:
+    """One media item: its tokens, and what is done with them."""
+
+    tokens: Tensor
+    """Linear patches of the clean item, float ``[M, P]``."""
+    grid: tuple[int, int]
+    """Rows and columns of tokens; their product is ``M``."""
+    modality: str = "image"
+    """Name of the modality that made the tokens."""
+    state: Literal["clean", "noised"] = "clean"
+    """Clean items are context; noised ones are corrupted by the media objective."""
+    has_loss: bool = False
+    """Whether the model is trained to produce this item."""
+    visible_to_later: bool = True
+    """Whether positions after the item may see it (a noised copy beside a clean one is not)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequence:
+    """An ordered list of segments: one training sample or one prompt."""
+
+    segments: tuple[Text | Media, ...]
+    """In reading order. [BOI] and [EOI] are added around media by `xfusion.data.pack.pack`."""
+
+
+@dataclass(kw_only=True)
+class Rows:
+    """Position tables ``[B, n]`` of the positions that one tower owns."""
+
+    order: Tensor
+    """Index of the position in its row's reading order, int64; -1 marks padding."""
+    sample: Tensor
+    """Which packed sequence of the row the position belongs to, int64."""
+    position: Tensor
+    """Position id given to the rotary (or learned) position code, int64."""
+    segment: Tensor
+    """Number of the segment within the row, int64."""
+    bidirectional: Tensor
+    """True where the positions of one segment see each other both ways, bool."""
+    visible_to_later: Tensor
+    """False where only the position's own segment may see it, bool."""
+
+    @property
+    def count(self) -> int:
+        return self.order.shape[1]
+
+    @classmethod
+    def empty(cls, batch: int, device: torch.device | str = "cpu") -> Rows:
+        """Tables without positions for ``batch`` rows."""
+        whole = torch.empty(batch, 0, dtype=torch.int64, device=device)
+        flag = torch.empty(batch, 0, dtype=torch.bool, device=device)
+        return cls(order=whole, sample=whole, position=whole, segment=whole, bidirectional=flag, visible_to_later=flag)
+
+    @classmethod
+    def cat(cls, tables: Seq[Rows]) -> Rows:
+        """The tables side by side, ``[B, sum n]``."""
+        return cls(**{f.name: torch.cat([getattr(t, f.name) for t in tables], dim=1) for f in fields(cls)})
+
+    def index(self, rows: Tensor) -> Rows:
+        """The batch rows ``rows`` (int64 ``[k]``), e.g. to repeat a batch for guidance."""
+        return Rows(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+
+def visible(query: Rows, key: Rows, window: int | None = None) -> Tensor:
+    """Which keys each query may attend to: causal over a sequence, both ways inside a media item.
+
+    Args:
+        query: tables ``[B, q]``.
+        key: tables ``[B, k]``.
+        window: a sliding window: keys ``order_q - window < order_k``; a media item stays whole.
+
+    Returns:
+        bool ``[B, q, k]``. A padded query sees only position 0 of the keys, so that no row of a softmax is empty.
+    """
+    q_order, k_order = query.order[:, :, None], key.order[:, None, :]
+    same_sample = query.sample[:, :, None] == key.sample[:, None, :]
+    same_segment = query.segment[:, :, None] == key.segment[:, None, :]
+    both_ways = same_segment & query.bidirectional[:, :, None] & key.bidirectional[:, None, :]
+    causal = (k_order <= q_order) & (key.visible_to_later[:, None, :] | same_segment)
+    if window is not None:
+        causal = causal & (k_order > q_order - window)
+    seen = (causal | both_ways) & same_sample & (k_order >= 0) & (q_order >= 0)
+    nobody = ~seen.any(dim=-1, keepdim=True)
+    first = torch.zeros_like(seen)
+    first[..., 0] = True
+    return torch.where(nobody, first, seen)
+
+
+@dataclass(kw_only=True)
+class MediaRows:
+    """The positions of one modality: [BOI] rows and item tokens."""
+
+    rows: Rows
+    tokens: Tensor
+    """Float ``[B, n, P]``; zeros at [BOI] and padding. An objective replaces them by a corrupted copy."""
+    item: Tensor
+    """Index of the media item in the batch, int64 ``[B, n]``; -1 at [BOI] and padding."""
+    boundary: Tensor
+    """True at [BOI], bool ``[B, n]``."""
+    grid_row: Tensor
+    """Row of the token in its item's grid, int64 ``[B, n]``."""
+    grid_column: Tensor
+    """Column of the token in its item's grid, int64 ``[B, n]``."""
+    time: Tensor
+    """Noise level of each item, float ``[N]``: 0 is clean, 1 is noise."""
+    noised: Tensor
+    """Which items an objective may corrupt, bool ``[N]``."""
+    has_loss: Tensor
+    """Which items are targets, bool ``[N]``."""
+    clean: Tensor | None = None
+    """The clean tokens ``[B, n, P]`` once an objective has corrupted `tokens`."""
+
+    def at(self, per_item: Tensor, fill: float = 0.0) -> Tensor:
+        """Spread a per-item value ``[N]`` over its positions ``[B, n]``; ``fill`` elsewhere."""
+        if not len(per_item):
+            return torch.full(self.item.shape, fill, device=self.item.device)
+        spread = per_item[self.item.clamp(min=0)]
+        return torch.where(self.item >= 0, spread, torch.full_like(spread, fill))
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """Packed sequences as tables, sorted by owner."""
+
+    text: Rows
+    text_ids: Tensor
+    """int64 ``[B, n]``; `END_OF_MEDIA` at [EOI], 0 at padding."""
+    labels: Tensor
+    """The token that each text position must predict, int64 ``[B, n]``; `IGNORE` where there is no loss."""
+    media: dict[str, MediaRows] = field(default_factory=dict)
+    text_reads_media: bool = True
+    """Whether any text position comes after a media item. Where False, the text states do not depend on the media."""
+    media_reads_text: bool = True
+    """Whether any media position comes after text. Where False, the media states do not depend on the text."""
+    num_sequences: int = 0
+
+    def with_media(self, modality: str, **changes) -> Batch:
+        """A derived batch in which some fields of one modality's rows are replaced."""
+        return replace(self, media={**self.media, modality: replace(self.media[modality], **changes)})
+
+
+def fingerprint(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in order of name; 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

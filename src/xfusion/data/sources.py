@@ -1,0 +1,237 @@
+"""Where examples come from: the built-in emoji, a folder of pictures, a file of JSON lines.
+
+A *spec* names a source: ``emoji``, ``emoji:128``, a folder, a ``.jsonl`` file. A folder that is called ``emoji`` is
+``./emoji``, or a `pathlib.Path`.
+
+User data all trains unless the spec ends in a share, ``photos:held=0.1``: then groups are held out by the hash of their
+name, so that adding pictures later moves none across. A group is what the file's field ``group`` says, else all copies
+of the same picture file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from xfusion.data import files, pictures
+from xfusion.data.emoji import Emoji
+from xfusion.data.report import CaptionStats, Problem, Report
+from xfusion.data.sequence import Example, XFusionError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+T = TypeVar("T")
+SPLITS = ("train", "held", "all")
+logger = logging.getLogger(__name__)
+
+
+class Source(Protocol):
+    """Pictures with captions."""
+
+    spec: str
+    """As the user wrote it."""
+    licence: str
+    """Licence of the pictures."""
+    examples: Sequence[Example]
+    """What there is, without pixels."""
+
+    def __len__(self) -> int: ...
+
+    def picture(self, index: int, size: int) -> Image:
+        """Example ``index`` as RGB, exactly ``size`` x ``size``, upright, on white, cropped to its middle square."""
+        ...
+
+
+class Files:
+    """A user's folder or JSON lines as a `Source`; every picture was decoded once when it was opened."""
+
+    licence = "as the owner of the files says"
+
+    def __init__(
+        self, spec: str, examples: Sequence[Example], paths: Sequence[Path], report: Report | None = None
+    ) -> None:
+        self.spec = spec
+        self.examples: Sequence[Example] = tuple(examples)
+        self.paths = tuple(paths)
+        self.report = report
+        """What the check at opening found; its problems are the examples that were left out."""
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def picture(self, index: int, size: int) -> Image:
+        """As `Source.picture`. Raises `XFusionError` where the file has changed or gone since it was opened."""
+        return pictures.square(pictures.read(self.paths[index], self.examples[index].origin), size)
+
+
+def open_source(
+    spec: str | os.PathLike[str],
+    *,
+    split: str = "train",
+    allow_bad: float = 0.0,
+    special_tokens: tuple[str, ...] = (),
+    decode: bool = True,
+) -> Source:
+    """Open a data source, having looked at every example.
+
+    Args:
+        spec: see the top of this file.
+        split: ``"train"``, ``"held"`` or ``"all"``.
+        allow_bad: share of bad examples, from 0 to below 1, that may be left out. More is an error.
+        special_tokens: texts that must not stand in a caption, since the tokenizer would read them as commands.
+        decode: decode every picture in full. Off, only headers are read, and damage is found when a picture is used.
+
+    Raises:
+        XFusionError: an unknown spec or split, too many bad examples, an empty split.
+    """
+    if split not in SPLITS:
+        raise XFusionError(f"unknown split {split!r}: use {', '.join(map(repr, SPLITS))}")
+    if not 0 <= allow_bad < 1:
+        raise XFusionError(f"allow_bad is {allow_bad}: it is a share from 0 to below 1, such as 0.05")
+    if (emoji := _emoji(spec, split) if isinstance(spec, str) else None) is not None:
+        return emoji
+    spec = os.fspath(spec)
+    path, held_share = _held_share(spec)
+    report = _inspect(spec, path, special_tokens, decode)
+    if report.num_bad and (report.share_bad > allow_bad or report.num_bad == report.num_examples):
+        raise XFusionError(_too_many(report, allow_bad))
+    if report.num_bad:
+        logger.warning("%s: left out %d of %d examples: %s", spec, report.num_bad, report.num_examples, _first(report))
+    assert isinstance(report.source, Files)
+    kept = [
+        index
+        for index, example in enumerate(report.source.examples)
+        if split == "all" or _split_of(example.group, held_share) == split
+    ]
+    if not kept:
+        raise XFusionError(_empty_split(spec, split, held_share, report.num_groups))
+    return Files(spec, [report.source.examples[i] for i in kept], [report.source.paths[i] for i in kept], report)
+
+
+def check(spec: str | os.PathLike[str], *, special_tokens: tuple[str, ...] = ()) -> Report:
+    """Look at every example of a source, of all its splits, and report instead of raising.
+
+    Raises:
+        XFusionError: there is no such source, or nothing in it.
+    """
+    emoji = _emoji(spec, "all" if spec == "emoji" else "train") if isinstance(spec, str) else None
+    if emoji is None:
+        spec = os.fspath(spec)
+        return _inspect(spec, _held_share(spec)[0], special_tokens, decode=True)
+    problems: list[Problem] = []
+    for index, example in enumerate(emoji.examples):
+        try:
+            emoji.picture(index, 32)
+        except ValueError as error:
+            problems.append(Problem(kind="broken picture", where=example.origin, what=str(error)))
+    return _report(emoji, len(emoji.examples), len(problems), problems, [])
+
+
+def _emoji(spec: str, split: str) -> Emoji | None:
+    """The built-in set where the spec names it."""
+    name, colon, number = spec.partition(":")
+    if name != "emoji":
+        return None
+    if colon and not re.fullmatch(r"[0-9]{1,6}", number):
+        raise XFusionError(f"{spec}: expected a number of concepts, such as emoji:128; a folder would be ./{spec}")
+    return Emoji(split=split, num_concepts=int(number) if colon else None)
+
+
+def _held_share(spec: str) -> tuple[Path, float]:
+    """Path and share of ``photos:held=0.1``."""
+    match = re.fullmatch(r"(.+):held=(.*)", spec)
+    if match is None or Path(spec).exists():
+        return Path(spec), 0.0
+    if not re.fullmatch(r"0?\.[0-9]+", match[2]) or not 0 < float(match[2]) < 1:
+        raise XFusionError(f"{spec}: the held-out share is {match[2]!r}: write one between 0 and 1, such as held=0.1")
+    return Path(match[1]), float(match[2])
+
+
+def _split_of(group: str, held_share: float) -> str:
+    digest = hashlib.sha256(f"xfusion split: {group}".encode()).digest()
+    return "held" if int.from_bytes(digest[:8], "big") < held_share * 2**64 else "train"
+
+
+def _inspect(spec: str, path: Path, special_tokens: tuple[str, ...], decode: bool) -> Report:
+    """Read all records and open every picture once."""
+    records, notes = files.read(path, special_tokens)
+    paths = list(dict.fromkeys(record.path for record in records if record.path is not None))
+    problems_of = dict(zip(paths, map(pictures.header_problem, paths), strict=True))
+    sound = [path for path in paths if problems_of[path] is None]
+    if decode:
+        problems_of.update(_in_threads(pictures.decode_problem, sound))
+    contents = dict(_in_threads(_content_hash, [path for path in sound if problems_of[path] is None]))
+    examples, kept = [], []
+    for record in records:
+        if record.path is not None and (what := problems_of[record.path]) is not None:
+            kind = "missing picture" if what.startswith("no such") else "broken picture"
+            record.complain(kind, what if record.origin == str(record.path) else f"{record.path.name[:100]} {what}")
+        if record.path is not None and not record.problems:
+            group = record.group or contents[record.path]
+            captions = tuple(record.captions)
+            examples.append(Example(id=record.id, captions=captions, group=group, origin=record.origin))
+            kept.append(record.path)
+    problems = [problem for record in records for problem in record.problems]
+    num_bad = sum(bool(record.problems) for record in records)
+    return _report(Files(spec, examples, kept), len(records), num_bad, problems, notes)
+
+
+def _report(
+    source: Files | Emoji, number: int, num_bad: int, problems: Sequence[Problem], notes: Sequence[str]
+) -> Report:
+    return Report(
+        spec=source.spec,
+        licence=source.licence,
+        num_examples=number,
+        num_bad=num_bad,
+        num_groups=len({example.group for example in source.examples}),
+        problems=tuple(map(str, problems)),
+        counts=dict(Counter(problem.kind for problem in problems).most_common()),
+        notes=tuple(notes),
+        captions=CaptionStats.of(source.examples),
+        source=source if source.examples else None,
+    )
+
+
+def _in_threads(function: Callable[[Path], T], paths: Iterable[Path]) -> list[tuple[Path, T]]:
+    """Results in order. Pillow decodes outside Python's lock; few threads, since each may hold a whole picture."""
+    paths = list(paths)
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        return list(zip(paths, pool.map(function, paths), strict=True))
+
+
+def _content_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _too_many(report: Report, allow_bad: float) -> str:
+    allowed = f" (allowed: {allow_bad:.1%})" if allow_bad else ""
+    text = f"{report.spec}: {report.num_bad} of {report.num_examples} examples are bad{allowed}: {_first(report)}; "
+    if report.num_bad == report.num_examples:
+        return text + f"none is left, see all: xfusion data check {report.spec}"
+    share = -(-report.num_bad * 100 // report.num_examples) / 100
+    return (
+        f"{text}see all: xfusion data check {report.spec}; to leave them out, allow a share of {min(share, 0.99):.2f}"
+    )
+
+
+def _first(report: Report, number: int = 3) -> str:
+    more = len(report.problems) - number
+    return "; ".join(report.problems[:number]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _empty_split(spec: str, split: str, held_share: float, num_groups: int) -> str:
+    if not held_share:
+        return f"{spec}: all of it trains, nothing is held out; to hold a tenth out write {spec}:held=0.1"
+    return (
+        f"{spec}: none of {num_groups} pictures falls into the split {split!r}: choose a share other than {held_share}"
+    )

@@ -1,0 +1,75 @@
+"""Examples -> sequences: how a picture and its words become a drawing sample, a captioning sample or a prompt."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence as Seq
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from xfusion.data.sequence import Example, Media, Sequence, Text
+
+QUESTIONS = ("What is this?", "What is in the picture?", "Name this picture.")
+"""Questions that a part of the captioning samples asks; the others ask nothing."""
+
+
+def with_article(words: str) -> str:
+    """``red apple`` -> ``a red apple``."""
+    return f"{'an' if words[:1].lower() in 'aeiou' else 'a'} {words}"
+
+
+def question_text(question: str) -> str:
+    """What stands between a picture and its answer."""
+    return f"{question.strip()}\n" if question.strip() else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Templates:
+    """How examples are worded in training."""
+
+    caption_dropout: float = 0.1
+    """Share of drawing samples without words, for classifier-free guidance."""
+    article_share: float = 0.25
+    """Share of drawing samples that say ``a red apple`` instead of ``red apple``."""
+    other_wordings: float = 0.25
+    """Share of drawing samples that use another wording than the first, where there is one."""
+    question_share: float = 0.1
+    """Share of captioning samples that ask a question between the picture and the answer."""
+
+    def drawing_words(self, example: Example, rng: random.Random) -> str:
+        """The prompt of a drawing sample; empty where it is dropped."""
+        if rng.random() < self.caption_dropout:
+            return ""
+        words = example.captions[0]
+        if len(example.captions) > 1 and rng.random() < self.other_wordings:
+            words = rng.choice(example.captions[1:])
+        return with_article(words) if rng.random() < self.article_share else words
+
+    def question(self, rng: random.Random) -> str:
+        """The question of a captioning sample; mostly empty."""
+        return rng.choice(QUESTIONS) if rng.random() < self.question_share else ""
+
+
+Encode = Callable[[str], tuple[int, ...]]
+"""Text -> token ids, by the base's tokenizer."""
+
+
+def drawing(encode: Encode, words: str, tokens: Tensor, grid: tuple[int, int]) -> Sequence:
+    """Words, then the picture to learn."""
+    picture = Media(tokens=tokens, grid=grid, state="noised", has_loss=True)
+    ids = encode(words)
+    return Sequence(segments=(Text(ids=ids), picture) if ids else (picture,))
+
+
+def captioning(
+    encode: Encode, end: int, tokens: Tensor, grid: tuple[int, int], answer: str, question: str = ""
+) -> Sequence:
+    """A clean picture, perhaps a question, and the answer to learn, closed by the base's own end token."""
+    asked = encode(question_text(question))
+    segments: Seq[Media | Text] = (
+        Media(tokens=tokens, grid=grid),
+        *((Text(ids=asked),) if asked else ()),
+        Text(ids=(*encode(answer), end), has_loss=True),
+    )
+    return Sequence(segments=tuple(segments))

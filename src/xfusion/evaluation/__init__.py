@@ -1,0 +1,1 @@
+"""Scores a model: `run.evaluate` finds a suite by name, `suites` holds them, `metrics` computes."""

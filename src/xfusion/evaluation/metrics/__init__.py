@@ -1,0 +1,1 @@
+"""One file per metric: tensors or strings in, numbers out, no model."""

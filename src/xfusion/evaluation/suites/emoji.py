@@ -1,0 +1,245 @@
+"""Drawing and captioning on a set of named pictures: what was remembered (``fit_``), what is understood (``held_``).
+
+It works on any `Source`; the built-in emoji are the default. ``fit_`` scores are on trained pictures and measure memory
+only. ``held_`` scores are on pictures of groups that no training has seen. Beside a score stand ``chance_`` (a random
+answer), ``ceiling_`` (the real picture through codec and resizing) or ``_blind`` (pictures permuted among the items).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from xfusion.data.sequence import Example, XFusionError
+from xfusion.data.sources import Source, open_source
+from xfusion.evaluation.metrics import captions, naming, retrieval
+from xfusion.evaluation.metrics.blind import blind
+from xfusion.evaluation.metrics.psnr import not_white, psnr
+from xfusion.modalities.encoders.efficientnet_lite import EfficientNetLite
+
+LOSSLESS_DB = 100.0
+"""What the PSNR metrics say where nothing is lost (the ratio is infinite, which JSON cannot write)."""
+
+
+def run(
+    model: Any,
+    *,
+    progress: Callable[[str, int, int], None],
+    source: Source | str = "emoji",
+    held: Source | str | None = None,
+    size: int | None = None,
+    gallery_size: int | None = None,
+    seed: int = 0,
+    steps: int = 25,
+    guidance: float = 3.0,
+    max_drawn: int | None = None,
+    max_captioned: int | None = None,
+    max_held: int | None = 100,
+    candidates: Literal["held", "all"] = "held",
+    features: bool = True,
+    encoder: Any = None,
+    batch_size: int = 32,
+) -> dict[str, Any]:
+    """Scores of one model.
+
+    Args:
+        model: draws, captions or both; what it cannot do is left out of the result.
+        progress: see `evaluate`.
+        source: the trained pictures, a `Source` or a spec such as "emoji:128".
+        held: the held-out pictures, likewise; None takes the held-out split of the same spec, where it has one.
+        size: side in pixels of what the model draws and reads; None takes the first that it was trained at.
+        gallery_size: side at which drawn and real pictures are compared; None takes `size`.
+        seed: picture number i of the source is drawn with the seed ``seed + i``.
+        steps: Euler steps.
+        guidance: strength of classifier-free guidance.
+        max_drawn: draw only so many of the concepts (always the same ones); the gallery stays whole.
+        max_captioned: caption only so many of the trained pictures (always the same ones).
+        max_held: name only so many of the held-out pictures (always the same ones); their names are the candidates.
+        candidates: "held", or "all" for the names of the trained pictures besides.
+        features: False where the encoder took part in training or ranking: it may not score what it taught.
+        encoder: pictures to features; None takes EfficientNet-Lite0.
+        batch_size: pictures per call of the model.
+
+    Raises:
+        XFusionError: the model neither draws nor captions, an empty source, an encoder that is not installed.
+    """
+    abilities = {"draw", "caption"} & set(model.capabilities)
+    if not abilities:
+        able = ", ".join(sorted(model.capabilities))
+        raise XFusionError(f"this suite scores drawing and captioning, but the model can only do: {able}")
+    if candidates not in ("held", "all"):
+        raise XFusionError(f"candidates is {candidates!r}: use 'held' or 'all'")
+    source = open_source(source, split="train") if isinstance(source, str) else source
+    if not len(source.examples):
+        raise XFusionError(f"{source.spec}: there are no trained pictures to score")
+    subject = Subject(model=model, size=size or model.image.sizes[0], batch_size=batch_size, progress=progress)
+    settings: dict[str, Any] = {"data": source.spec, "size": subject.size}
+    metrics: dict[str, Any] = {"num_concepts": len(source.examples)}
+
+    if "draw" in abilities:
+        if features and encoder is None:
+            encoder = EfficientNetLite()
+        drawn = chosen(source.examples, max_drawn)
+        pictures = subject.draw(source, drawn, seed=seed, steps=steps, guidance=guidance)
+        side = gallery_size or subject.size
+        metrics |= _drawing(subject, source, drawn, pictures, side, encoder if features else None)
+        settings |= {"gallery_size": side, "seed": seed, "steps": steps, "guidance": guidance, "num_drawn": len(drawn)}
+        settings["encoder"] = getattr(encoder, "fingerprint", type(encoder).__name__) if features else None
+
+    if "caption" in abilities:
+        scored = chosen(source.examples, max_captioned)
+        answers = subject.caption(source, scored, "caption")
+        wordings = captions.accepted([source.examples[i] for i in scored], source.examples)
+        metrics |= _answers("fit_caption", answers, wordings)
+        settings["num_captioned"] = len(scored)
+        held = _held_split(source) if held is None else held
+        held = open_source(held, split="held") if isinstance(held, str) else held
+        scored = chosen(held.examples, max_held) if held else []
+        if held and scored:
+            metrics |= _held_captions(subject, held, scored, source.examples if candidates == "all" else ())
+        settings |= {"held": held.spec if held else None, "num_held": len(scored), "candidates": candidates}
+    return {**metrics, "settings": settings}
+
+
+def chosen(examples: Sequence[Example], limit: int | None = None) -> list[int]:
+    """Indices, in order, of the `limit` examples whose ids hash lowest: always the same, of no kind in particular."""
+    by_hash = sorted(range(len(examples)), key=lambda i: hashlib.sha256(examples[i].id.encode()).digest())
+    return sorted(by_hash[:limit])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """The model under test, asked in batches."""
+
+    model: Any
+    size: int
+    """Side in pixels of what it draws and reads."""
+    batch_size: int
+    """Pictures per call."""
+    progress: Callable[[str, int, int], None]
+    """Told after every batch."""
+
+    def draw(self, source: Source, indices: Sequence[int], **settings: Any) -> list[Image.Image]:
+        """One picture per index, from its name; the seed is the index plus ``settings["seed"]``."""
+        pictures, first = [], settings.pop("seed")
+        for part in self.parts(indices, "draw"):
+            prompts, seeds = [source.examples[i].captions[0] for i in part], [first + i for i in part]
+            pictures += self.model.draw(prompts, size=self.size, seeds=seeds, **settings)
+        return pictures
+
+    def caption(self, source: Source, indices: Sequence[int], title: str) -> list[str]:
+        """The greedy answer to each picture."""
+        answers = []
+        for part in self.parts(indices, title):
+            answers += self.model.caption([source.picture(i, self.size) for i in part])
+        return answers
+
+    def score_names(self, source: Source, indices: Sequence[int], names: list[str]) -> Tensor:
+        """Pointwise scores [pictures, names]."""
+        alone = self.model.score_names(None, names).float().cpu()
+        # Every picture meets every name, so that few pictures make a large batch.
+        parts = self.parts(indices, "score names", max(self.batch_size // 8, 1))
+        given = [self.model.score_names([source.picture(i, self.size) for i in part], names).cpu() for part in parts]
+        return naming.pointwise(torch.cat(given).float(), alone)
+
+    def features(self, encoder: Any, images: Tensor, title: str) -> Tensor:
+        """Features [N, D] of images [N, 3, H, W]."""
+        parts = self.parts(range(len(images)), title, 32)
+        return torch.cat([encoder.features(images[part[0] : part[-1] + 1]).cpu() for part in parts])
+
+    def parts(self, items: Sequence[int], title: str, length: int | None = None) -> Iterator[Sequence[int]]:
+        """Batches of `items`; progress is told before the first and after each."""
+        length = length or self.batch_size
+        self.progress(title, 0, len(items))
+        for start in range(0, len(items), length):
+            yield items[start : start + length]
+            self.progress(title, min(start + length, len(items)), len(items))
+
+
+def _drawing(
+    subject: Subject,
+    source: Source,
+    drawn: Sequence[int],
+    pictures: Sequence[Image.Image],
+    side: int,
+    encoder: Any,
+) -> dict[str, float]:
+    """Retrieval of the drawn pictures among all trained ones, its chance and ceiling, and what the codec loses."""
+    image, everything = subject.model.image, range(len(source.examples))
+    real = image.from_pil([source.picture(i, subject.size) for i in everything], subject.size)
+    shown = torch.cat([_through_codec(image, part, subject.size) for part in real.split(64)])
+    gallery = image.from_pil([source.picture(i, side) for i in everything], side)
+    # As a user gets them: rounded to 256 levels, then resized.
+    best = image.from_pil(image.to_pil(shown), side)
+    views = {"pixel": (image.from_pil(pictures, side), best, gallery)}
+    if encoder is not None:
+        drawn_seen, gallery_seen = (
+            subject.features(encoder, images, f"features of {what} pictures")
+            for images, what in ((views["pixel"][0], "drawn"), (gallery, "real"))
+        )
+        # A codec that loses nothing need not be looked at twice.
+        same = torch.equal(best, gallery)
+        best_seen = gallery_seen if same else subject.features(encoder, best, "features of the ceiling")
+        views["feature"] = (drawn_seen, best_seen, gallery_seen)
+
+    metrics = {}
+    groups, target = [example.group for example in source.examples], torch.tensor(drawn)
+    floor = retrieval.chance(target, groups)
+    for kind, (own, top, real_seen) in views.items():
+        distance = "euclidean" if kind == "pixel" else "cosine"
+        score = retrieval.retrieval(own, real_seen, target, groups, distance=distance)
+        ceiling = retrieval.retrieval(top[target], real_seen, target, groups, distance=distance)
+        for key in score:
+            name = f"fit_retrieval_{kind}_{key}"
+            metrics |= {name: score[key], f"chance_{name}": floor[key], f"ceiling_{name}": ceiling[key]}
+    lost, lost_content = psnr(shown, real), psnr(shown, real, not_white(real))
+    metrics["codec_psnr_db"] = lost.clamp(max=LOSSLESS_DB).mean().item()
+    metrics["codec_psnr_not_white_db"] = lost_content.nan_to_num(LOSSLESS_DB).clamp(max=LOSSLESS_DB).mean().item()
+    return metrics
+
+
+def _through_codec(image: Any, images: Tensor, size: int) -> Tensor:
+    return image.decode(image.encode(images.to(image.device), size), size).float().cpu()
+
+
+def _held_split(source: Source) -> Source | None:
+    """The held-out split of the same spec; None where all of it trains."""
+    try:
+        return open_source(source.spec, split="held")
+    except XFusionError:
+        return None
+
+
+def _held_captions(
+    subject: Subject, held: Source, scored: Sequence[int], others: Sequence[Example]
+) -> dict[str, float]:
+    """Rank of the true name, and exact match and token F1 of the greedy answer, each beside its blind base rate."""
+    examples = [held.examples[i] for i in scored]
+    names = list(dict.fromkeys(example.captions[0] for example in [*examples, *others]))
+    hit = naming.hits(examples, names, held.examples)
+    scores = subject.score_names(held, scored, names)
+    real, base, floor = naming.naming(scores, hit), naming.blind(scores, hit), naming.chance(hit)
+    metrics = {}
+    for key in real:
+        name = f"held_caption_{key}"
+        metrics |= {name: real[key], f"{name}_blind": base[key], f"chance_{name}": floor[key]}
+    answers = subject.caption(held, scored, "caption held-out pictures")
+    return metrics | _answers("held_caption", answers, captions.accepted(examples, held.examples))
+
+
+def _answers(name: str, answers: Sequence[str], wordings: Sequence[Sequence[str]]) -> dict[str, float]:
+    metrics = {}
+    for kind, score in {"exact": captions.exact_match, "f1": captions.token_f1}.items():
+
+        def permuted(order: Tensor, score: Callable[..., float] = score) -> float:
+            return score([answers[i] for i in order.tolist()], wordings)
+
+        metrics[f"{name}_{kind}"] = score(answers, wordings)
+        metrics[f"{name}_{kind}_blind"] = blind(permuted, len(answers))
+    return metrics

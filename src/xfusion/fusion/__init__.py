@@ -1,0 +1,1 @@
+"""One file per way of fusing a modality with a frozen decoder."""

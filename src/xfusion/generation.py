@@ -1,0 +1,498 @@
+"""Sampling: lists of segments in, generated segments out; drawing, captioning, scoring.
+
+Text before a picture is computed once per prompt and kept as keys and values; a denoising step then runs the media
+tower's rows of the picture alone. Every item has a generator of its own, so a batch gives the pictures of its singles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence as Seq
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from PIL import Image as PILImage
+from torch import Tensor
+
+from xfusion.backbone import Cache
+from xfusion.data.pack import pack
+from xfusion.data.sequence import Audio, Batch, Image, Media, MediaRows, Rows, Sequence, Text, XFusionError
+from xfusion.data.templates import question_text
+from xfusion.model import Model
+
+Progress = Callable[[int, int, Tensor | None], None]
+"""Called with steps done, steps in all, and the current clean estimate ``[N, M, P]`` while drawing."""
+
+MAX_PROMPT_TOKENS = 2048
+BATCH = 64
+"""Items per forward pass when many are asked for."""
+
+Segment = str | PILImage.Image | Image | Audio
+
+
+def _columns(rows: Rows, columns: slice) -> Rows:
+    return Rows(**{name: getattr(rows, name)[:, columns] for name in rows.__dataclass_fields__})
+
+
+def _encode_prompt(model: Model, text: str) -> tuple[int, ...]:
+    ids = model.backbone.encode(text)
+    limit = min(MAX_PROMPT_TOKENS, getattr(model.backbone.config, "max_position_embeddings", MAX_PROMPT_TOKENS))
+    if len(ids) > limit:
+        raise XFusionError(f"the prompt has {len(ids)} tokens, more than the {limit} that are allowed: shorten it")
+    return ids
+
+
+def draw_size(model: Model, size: int | None) -> tuple[int, int]:
+    """The size that a picture is drawn at and the size that it is returned at.
+
+    A picture is drawn at the nearest size that the model was made for and resized; beyond 4 times that is refused.
+    """
+    sizes = model.image.sizes
+    if size is None:
+        return sizes[0], sizes[0]
+    if size < 1:
+        raise XFusionError(f"picture size {size} must be at least 1 pixel")
+    native = min(sizes, key=lambda s: (abs(s - size), s))
+    if not native / 4 <= size <= 4 * native:
+        legal = ", ".join(f"{-(-s // 4)} to {4 * s}" for s in sizes)
+        raise XFusionError(f"picture size {size} is out of reach of the trained sizes {sizes}: choose {legal} pixels")
+    return native, size
+
+
+@torch.no_grad()
+def draw_tokens(
+    model: Model,
+    contexts: Seq[tuple[Text | Media, ...]],
+    size: int,
+    *,
+    seeds: Seq[int],
+    steps: int,
+    guidance: float,
+    known: Tensor | None = None,
+    keep: Tensor | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Draw one picture behind each context.
+
+    Args:
+        model: a model that can draw.
+        contexts: what stands before each picture.
+        size: side in pixels, one that the model was made for.
+        seeds: one per picture; the noise of a picture depends on nothing else.
+        steps: Euler steps.
+        guidance: classifier-free guidance; 1 is off. The picture without its context is the other end.
+        known: clean tokens ``[N, M, P]`` of which some are kept.
+        keep: which tokens are kept, bool ``[N, M]``.
+        progress: told after every step.
+
+    Returns:
+        tokens ``[N, M, P]``.
+    """
+    grid = model.image.grid(size)
+    count, width = grid[0] * grid[1], model.image.token_width
+    noise = torch.stack([torch.randn(count, width, generator=torch.Generator().manual_seed(s)) for s in seeds])
+    blank = Media(tokens=torch.zeros(count, width), grid=(grid[0], grid[1]), state="noised")
+    guided = guidance != 1
+    prompts = [(*context, blank) for context in contexts]
+    if guided:
+        prompts += [(blank,) for _ in contexts]
+    batch = pack([[Sequence(segments=segments)] for segments in prompts])
+    media = batch.media["image"]
+    cache = model.backbone.new_cache(model.fusion.num_towers, len(prompts))
+
+    # The target's tokens are the last of each row; what lies before them (context pictures, [BOI]) goes in first.
+    is_target = media.item == media.item.amax(dim=1, keepdim=True)
+    columns = is_target.int().argsort(dim=1, stable=True)
+    before, columns = _pick(media, columns[:, :-count]), columns[:, -count:]
+    model.run_pass(replace(batch, media={"image": before}), cache=cache, update=True)
+
+    target = _pick(media, columns)
+    target = replace(target, item=torch.arange(len(prompts))[:, None].expand(-1, count).contiguous())
+
+    def predict(x: Tensor, time: float) -> Tensor:
+        tokens = torch.cat([x, x]) if guided else x
+        view = replace(target, tokens=tokens, time=torch.full((len(prompts),), time))
+        step = replace(batch, text=_columns(batch.text, slice(0, 0)), text_ids=batch.text_ids[:, :0])
+        _, run = model.run_pass(replace(step, media={"image": view}), cache=cache)
+        prediction = model.port.readout(run.states["image"]).float()
+        if not guided:
+            return prediction
+        with_words, without = prediction.chunk(2)
+        return without + guidance * (with_words - without)
+
+    x = noise
+    walk = model.media_objective.sample(predict, noise, steps=steps, known=known, keep=keep)
+    for done, (x, estimate) in enumerate(walk, start=1):
+        if progress:
+            progress(done, steps, estimate)
+    return x
+
+
+def _pick(media: MediaRows, columns: Tensor) -> MediaRows:
+    """Chosen columns ``[B, k]`` of each row."""
+
+    def take(t: Tensor) -> Tensor:
+        return t.gather(1, columns) if t.ndim == 2 else t.gather(1, columns[..., None].expand(-1, -1, t.shape[2]))
+
+    rows = Rows(**{name: take(getattr(media.rows, name)) for name in media.rows.__dataclass_fields__})
+    names = ("tokens", "item", "boundary", "grid_row", "grid_column")
+    return replace(media, rows=rows, **{name: take(getattr(media, name)) for name in names})
+
+
+def draw(
+    model: Model,
+    prompts: Seq[str],
+    *,
+    size: int | None = None,
+    seed: int = 0,
+    seeds: Seq[int] | None = None,
+    steps: int = 25,
+    guidance: float = 3.0,
+    progress: Progress | None = None,
+) -> list[PILImage.Image]:
+    """Draw a picture for each prompt.
+
+    Args:
+        model: a model that can draw.
+        prompts: words; an empty prompt draws without guidance.
+        size: output side in pixels (None: the trained size).
+        seed: picture i has the seed ``seed + i``.
+        seeds: one seed per picture instead.
+        steps: Euler steps.
+        guidance: classifier-free guidance scale.
+        progress: told after every step of every batch.
+    """
+    chosen = list(seeds) if seeds is not None else [seed + i for i in range(len(prompts))]
+    if len(chosen) != len(prompts):
+        raise XFusionError(f"{len(chosen)} seeds for {len(prompts)} prompts: give one each")
+    native, wanted = draw_size(model, size)
+    contexts = [_text_segment(model, prompt) for prompt in prompts]
+    out: list[PILImage.Image] = []
+    for start in range(0, len(prompts), BATCH):
+        part = slice(start, start + BATCH)
+        tokens = draw_tokens(
+            model, contexts[part], native, seeds=chosen[part], steps=steps, guidance=guidance, progress=progress
+        )
+        out += _pictures(model, tokens, native, wanted)
+    return out
+
+
+def _text_segment(model: Model, text: str) -> tuple[Text, ...]:
+    ids = _encode_prompt(model, text)
+    return (Text(ids=ids),) if ids else ()
+
+
+def _pictures(model: Model, tokens: Tensor, native: int, wanted: int) -> list[PILImage.Image]:
+    pictures = model.image.to_pil(model.image.decode(tokens, native))
+    if wanted == native:
+        return pictures
+    return [p.resize((wanted, wanted), PILImage.Resampling.BICUBIC) for p in pictures]
+
+
+def _media_segment(model: Model, pictures: Seq[PILImage.Image], size: int | None = None) -> list[Media]:
+    side = size or model.image.sizes[0]
+    grid = model.image.grid(side)
+    tokens = model.image.encode(list(pictures), side)
+    return [Media(tokens=t, grid=(grid[0], grid[1])) for t in tokens]
+
+
+# -------------------------------------------------------------------------------------------------------------- text
+
+
+@torch.no_grad()
+def answer_tokens(
+    model: Model,
+    contexts: Seq[tuple[Text | Media, ...]],
+    *,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    seeds: Seq[int],
+) -> list[list[int]]:
+    """Continue contexts that hold media with text, with keys and values kept per tower."""
+    # An empty text behind the media makes [EOI] appear: the first word is read from it.
+    prompts = [c if isinstance(c[-1], Text) else (*c, Text(ids=())) for c in contexts]
+    batch = pack([[Sequence(segments=segments)] for segments in prompts])
+    cache = model.backbone.new_cache(model.fusion.num_towers, len(prompts))
+    hidden, run = model.run_pass(batch, cache=cache, update=True)
+    rows = torch.arange(len(prompts))
+    tail = batch.text.order.argmax(dim=1)
+    logits = model.engine.backbone.logits(hidden[:, run.slices["text"]][rows, tail][:, None])[:, 0]
+    order = cache.rows.order.amax(dim=1)
+    position = cache.rows.position.amax(dim=1)
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
+    ends = set(model.backbone.end_ids)
+    answers: list[list[int]] = [[] for _ in prompts]
+    open_rows = set(range(len(prompts)))
+    for done in range(max_tokens):
+        token = model.text_objective.choose(logits, temperature, top_p, generators)
+        for i in sorted(open_rows):
+            if int(token[i]) in ends:
+                open_rows.discard(i)
+            else:
+                answers[i].append(int(token[i]))
+        if not open_rows or done == max_tokens - 1:
+            break
+        order, position = order + 1, position + 1
+        flag = torch.zeros(len(prompts), 1, dtype=torch.bool)
+        table = Rows(
+            order=order[:, None],
+            sample=torch.zeros_like(order)[:, None],
+            position=position[:, None],
+            segment=torch.full_like(order, 1 << 20)[:, None],
+            bidirectional=flag,
+            visible_to_later=~flag,
+        )
+        following = Batch(text=table, text_ids=token[:, None], labels=token[:, None])
+        hidden, _ = model.run_pass(following, cache=cache, update=True)
+        logits = model.engine.backbone.logits(hidden)[:, 0]
+    return answers
+
+
+def caption(
+    model: Model,
+    pictures: Seq[PILImage.Image],
+    *,
+    question: str = "",
+    max_tokens: int = 32,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> list[str]:
+    """Say what pictures show.
+
+    Args:
+        model: a model that can caption.
+        pictures: any size; cut to the middle square and resized as in training.
+        question: what to ask, or nothing.
+        max_tokens: longest answer.
+        temperature: 0 is greedy.
+        top_p: nucleus sampling.
+        seed: answer i has the seed ``seed + i``.
+    """
+    asked = model.backbone.encode(question_text(question))
+    tail: tuple[Text, ...] = (Text(ids=asked),) if asked else ()
+    out: list[str] = []
+    for start in range(0, len(pictures), BATCH):
+        contexts = [(media, *tail) for media in _media_segment(model, pictures[start : start + BATCH])]
+        seeds = [seed + start + i for i in range(len(contexts))]
+        ids = answer_tokens(
+            model, contexts, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seeds=seeds
+        )
+        out += [model.backbone.decode(i).strip() for i in ids]
+    return out
+
+
+@torch.no_grad()
+def score_names(
+    model: Model, pictures: Seq[PILImage.Image] | None, names: Seq[str], *, progress: Callable[[int, int], None] | None = None
+) -> Tensor:
+    """Mean log-likelihood per token (end token included) of each name after each picture.
+
+    Args:
+        model: a model that can caption.
+        pictures: None scores the names behind an empty picture slot: [EOI] alone.
+        names: candidate answers.
+        progress: told pictures done and in all.
+
+    Returns:
+        float32 ``[pictures, names]``, one row without pictures.
+    """
+    end = model.backbone.end_ids[0]
+    answers = [(*model.backbone.encode(name), end) for name in names]
+    longest = max(map(len, answers))
+    ids = torch.tensor([[*a[:-1], *[0] * (longest - len(a))] for a in answers])
+    labels = torch.tensor([[*a, *[-1] * (longest - len(a))] for a in answers])
+    media = _media_segment(model, pictures) if pictures is not None else [None]
+    out = []
+    for done, item in enumerate(media, start=1):
+        out.append(_score_one(model, item, ids, labels))
+        if progress:
+            progress(done, len(media))
+    return torch.stack(out)
+
+
+def _score_one(model: Model, item: Media | None, ids: Tensor, labels: Tensor) -> Tensor:
+    count, length = labels.shape
+    blank = Media(tokens=torch.zeros(1, model.image.token_width), grid=(1, 1))
+    batch = pack([[Sequence(segments=(item or blank, Text(ids=())))]])
+    if item is None:  # the end-of-media row alone, as if the picture were not there
+        batch = replace(batch, media={}, text=replace(batch.text, order=batch.text.order * 0, position=batch.text.position * 0))
+    cache = model.backbone.new_cache(model.fusion.num_towers, 1)
+    hidden, run = model.run_pass(batch, cache=cache, update=True)
+    first = model.engine.backbone.logits(hidden[:, run.slices["text"]][:, -1:]).float().log_softmax(dim=-1)[0, 0]
+    total = first[labels[:, 0]]
+    if length > 1:
+        offset = torch.arange(1, length)
+        valid = labels[:, 1:] >= 0
+        order = torch.where(valid, cache.rows.order.max() + offset, -1)
+        flag = torch.zeros_like(valid)
+        table = Rows(
+            order=order,
+            sample=torch.where(valid, 0, -1),
+            position=(cache.rows.position.max() + offset).expand(count, -1),
+            segment=torch.full_like(order, 1 << 20),
+            bidirectional=flag,
+            visible_to_later=~flag,
+        )
+        following = Batch(text=table, text_ids=ids, labels=ids)
+        wide = cache.index(torch.zeros(count, dtype=torch.int64))
+        hidden, _ = model.run_pass(following, cache=wide)
+        chosen = model.engine.backbone.logits(hidden[valid][None])[0].float()
+        found = chosen.log_softmax(dim=-1).gather(1, labels[:, 1:][valid][:, None])[:, 0]
+        total = total.index_add(0, valid.nonzero()[:, 0], found)
+    return total / (labels >= 0).sum(dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------- segments
+
+
+def generate(
+    model: Model,
+    items: Seq[Segment] | Seq[Seq[Segment]],
+    *,
+    seed: int = 0,
+    steps: int = 25,
+    guidance: float = 3.0,
+    max_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    progress: Progress | None = None,
+) -> list[Any]:
+    """Continue a list of segments, or a batch of such lists.
+
+    Each `Image` is a picture to draw where it stands; a list that ends in text or a picture is answered in words.
+    Text-only lists are continued by the base model's own ``generate``.
+
+    Args:
+        model: a model.
+        items: ``[str | PIL.Image | Image, ...]`` or a list of such lists.
+        seed: list i uses ``seed + i``.
+        steps: Euler steps per picture.
+        guidance: classifier-free guidance scale.
+        max_tokens: longest answer in tokens.
+        temperature: 0 is greedy.
+        top_p: nucleus sampling.
+        progress: told while drawing.
+
+    Returns:
+        the generated segments (``str`` or ``PIL.Image``) of the list, or a list of such lists for a batch.
+    """
+    if isinstance(items, str) or not isinstance(items, (list, tuple)) or not items:
+        raise XFusionError("generate takes a list of segments such as ['a red apple', xfusion.Image()], or a list of lists")
+    if not isinstance(items[0], (list, tuple)):
+        return _generate_batch(
+            model, [cast("Seq[Segment]", items)], [seed], steps, guidance, max_tokens, temperature, top_p, progress
+        )[0]
+    lists = [cast("Seq[Segment]", item) for item in items]
+    kinds: dict[tuple[Any, ...], list[int]] = {}
+    for i, item in enumerate(lists):
+        kinds.setdefault(tuple(_kind(model, s) for s in item), []).append(i)
+    out: list[Any] = [None] * len(lists)
+    for members in kinds.values():  # lists of the same kinds of segments go through together
+        for start in range(0, len(members), BATCH):
+            part = members[start : start + BATCH]
+            answers = _generate_batch(
+                model,
+                [lists[i] for i in part],
+                [seed + i for i in part],
+                steps,
+                guidance,
+                max_tokens,
+                temperature,
+                top_p,
+                progress,
+            )
+            for i, answer in zip(part, answers, strict=True):
+                out[i] = answer
+    return out
+
+
+def _kind(model: Model, segment: Segment) -> Any:
+    if isinstance(segment, str):
+        return "text"
+    if isinstance(segment, PILImage.Image):
+        return "picture"
+    if isinstance(segment, Image):
+        return ("draw", *draw_size(model, segment.size))
+    if isinstance(segment, Audio):
+        raise XFusionError("this model makes no sound: it can " + ", ".join(sorted(model.capabilities)))
+    raise XFusionError(f"a {type(segment).__name__} is not a segment: give str, PIL.Image.Image or xfusion.Image")
+
+
+def _generate_batch(
+    model: Model,
+    lists: Seq[Seq[Segment]],
+    seeds: Seq[int],
+    steps: int,
+    guidance: float,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    progress: Progress | None,
+) -> list[list[Any]]:
+    contexts: list[tuple[Text | Media, ...]] = [() for _ in lists]
+    out: list[list[Any]] = [[] for _ in lists]
+    kinds = [_kind(model, s) for s in lists[0]]
+    for place, kind in enumerate(kinds):
+        if kind == "text":
+            new = [_text_segment(model, cast(str, item[place])) for item in lists]
+            contexts = [(*context, *segment) for context, segment in zip(contexts, new, strict=True)]
+        elif kind == "picture":
+            pictures = _media_segment(model, [cast("PILImage.Image", item[place]) for item in lists])
+            contexts = [(*context, media) for context, media in zip(contexts, pictures, strict=True)]
+        else:
+            _, native, wanted = kind
+            tokens = draw_tokens(
+                model, contexts, native, seeds=seeds, steps=steps, guidance=guidance, progress=progress
+            )
+            for answer, picture in zip(out, _pictures(model, tokens, native, wanted), strict=True):
+                answer.append(picture)
+            grid = model.image.grid(native)
+            # The finished picture stands clean before anything later.
+            contexts = [
+                (*context, Media(tokens=t, grid=(grid[0], grid[1])))
+                for context, t in zip(contexts, tokens, strict=True)
+            ]
+    if isinstance(kinds[-1], tuple):
+        return out
+    if any(isinstance(segment, Media) for segment in contexts[0]):
+        if kinds[-1] == "text":  # a question behind a picture ends as it did in training
+            newline = Text(ids=model.backbone.encode("\n"))
+            contexts = [(*context, newline) for context in contexts]
+        ids = answer_tokens(
+            model, contexts, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seeds=seeds
+        )
+    else:
+        ids = [
+            _base_generate(model, context, max_tokens, temperature, top_p, s)
+            for context, s in zip(contexts, seeds, strict=True)
+        ]
+    for answer, tokens in zip(out, ids, strict=True):
+        answer.append(model.backbone.decode(tokens))
+    return out
+
+
+def _base_generate(
+    model: Model, context: tuple[Text | Media, ...], max_tokens: int, temperature: float, top_p: float, seed: int
+) -> list[int]:
+    ids = [i for segment in context if isinstance(segment, Text) for i in segment.ids]
+    if not ids:
+        raise XFusionError("there is nothing to continue: the prompt is empty")
+    prompt = torch.tensor([ids], device=model.backbone.device)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        whole = model.backbone.model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=max_tokens,
+            pad_token_id=model.backbone.end_ids[0],
+            **sampling,
+        )
+    return whole[0, len(ids) :].tolist()
+
+
+__all__ = ["Cache", "caption", "draw", "generate", "score_names"]

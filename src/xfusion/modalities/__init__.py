@@ -1,0 +1,6 @@
+"""Raw media <-> latents <-> tokens: one file per modality, codecs beside it. Nothing here knows a language model."""
+
+from xfusion.modalities.base import Codec, Modality
+from xfusion.modalities.image import ImageModality, square_picture
+
+__all__ = ["Codec", "ImageModality", "Modality", "square_picture"]

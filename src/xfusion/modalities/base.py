@@ -1,0 +1,139 @@
+"""What every modality and every codec is: raw <-> latents <-> tokens, and nothing that knows a language model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xfusion.data.sequence import XFusionError
+
+# Pictures per call of an autoencoder: bounds memory when a whole data set is encoded at once.
+_CHUNK = 64
+# Resampling and reduced precision overshoot by less than this; more than this is a picture in another range.
+_RANGE_TOLERANCE = 1e-3
+
+
+class Codec(nn.Module, ABC):
+    """A frozen map between images and latents.
+
+    Images are [N, 3, H, W] floats in [-1, 1]; latents are [N, channels, H / factor, W / factor] in float32 with about
+    unit variance, because the codec owns scale and shift. Weights never train: `requires_grad` is False, the module
+    stays in eval mode, and neither direction records gradients.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Names one codec; `build()` makes it."""
+
+        def build(self) -> Codec:
+            """The codec that this config names, loaded, frozen and in eval mode."""
+            raise NotImplementedError(f"{type(self).__qualname__} must define build()")
+
+    channels: int
+    """Channels of a latent."""
+    factor: int
+    """Pixels per latent cell, in each direction."""
+    licence: str = "unknown"
+    """Licence of the weights."""
+    psnr: dict[str, float] | None = None
+    """Measured peak signal-to-noise ratios in dB, by name of what was measured; None where nobody measured."""
+
+    def freeze(self) -> Codec:
+        """Turns gradients off and eval mode on; a codec calls it at the end of its constructor."""
+        self.requires_grad_(False)
+        return self.eval()
+
+    def train(self, mode: bool = True) -> Codec:
+        """Stays in eval mode, also when a model that holds the codec is set to train."""
+        del mode
+        return super().train(False)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(channels, rows, columns) of the latent of one height x width image; XFusionError when it does not divide."""
+        if height < self.factor or width < self.factor or height % self.factor or width % self.factor:
+            raise XFusionError(
+                f"an image of {height}x{width} pixels does not fit a codec of factor {self.factor}: "
+                f"both sides must be multiples of {self.factor}"
+            )
+        return self.channels, height // self.factor, width // self.factor
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [N, 3, H, W] in [-1, 1] -> latents [N, channels, H / factor, W / factor], float32, deterministic."""
+        _check_floats("images", images)
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise XFusionError(f"images must have the shape [N, 3, H, W], but this is {list(images.shape)}")
+        shape = self.latent_shape(images.shape[2], images.shape[3])
+        if not len(images):  # attention in an autoencoder cannot run on an empty batch
+            return images.new_empty(0, *shape, dtype=torch.float32)
+        low, high = (bound.item() for bound in images.aminmax())
+        if not (low >= -1 - _RANGE_TOLERANCE and high <= 1 + _RANGE_TOLERANCE):
+            raise XFusionError(f"images must lie in [-1, 1], but these lie in [{low:.3g}, {high:.3g}]; rescale them")
+        return torch.cat([self._encode(part) for part in images.float().split(_CHUNK)])
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [N, channels, h, w] -> images [N, 3, h * factor, w * factor], float32, clipped to [-1, 1]."""
+        _check_floats("latents", latents)
+        if latents.ndim != 4 or latents.shape[1] != self.channels:
+            raise XFusionError(
+                f"latents must have the shape [N, {self.channels}, h, w], but this is {list(latents.shape)}"
+            )
+        if not len(latents):
+            height, width = (side * self.factor for side in latents.shape[2:])
+            return latents.new_empty(0, 3, height, width, dtype=torch.float32)
+        return torch.cat([self._decode(part) for part in latents.float().split(_CHUNK)]).clamp(-1, 1)
+
+    @abstractmethod
+    def _encode(self, images: Tensor) -> Tensor:
+        """`encode` after the checks, on a bounded number of images."""
+
+    @abstractmethod
+    def _decode(self, latents: Tensor) -> Tensor:
+        """`decode` before the clip, on a bounded number of latents."""
+
+
+class Modality(ABC):
+    """Raw media <-> latents <-> tokens. A modality never knows the language model's width."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Names one modality; `build()` makes it."""
+
+        def build(self) -> Modality:
+            """The modality that this config names."""
+            raise NotImplementedError(f"{type(self).__qualname__} must define build()")
+
+    name: str
+    """The name by which segments of a sequence refer to the modality."""
+    token_width: int
+    """Numbers per token."""
+
+    @abstractmethod
+    def grid(self, size: int) -> tuple[int, ...]:
+        """Tokens along each axis for media of this size; XFusionError for an illegal size."""
+
+    @abstractmethod
+    def encode(self, media: Any, size: int) -> Tensor:
+        """Raw media -> tokens [N, M, token_width]."""
+
+    @abstractmethod
+    def decode(self, tokens: Tensor, size: int) -> Tensor:
+        """Tokens [N, M, token_width] -> raw media as a tensor."""
+
+
+def _check_floats(what: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise XFusionError(
+            f"{what} must be a tensor, but this is a {type(tensor).__name__}; "
+            "ImageModality.from_pil turns PIL pictures into one"
+        )
+    if not tensor.is_floating_point():
+        raise XFusionError(
+            f"{what} must be floats, but these are {str(tensor.dtype).removeprefix('torch.')}; "
+            "for images of 0..255 pass images.float() / 127.5 - 1"
+        )

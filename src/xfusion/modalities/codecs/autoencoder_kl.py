@@ -1,0 +1,90 @@
+"""Diffusers' AutoencoderKL as a codec: Stable Diffusion's VAEs, the shipped `emoji-kl`, or any folder of that class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xfusion.data.sequence import XFusionError
+from xfusion.modalities.base import Codec
+from xfusion.modalities.codecs import files
+
+_CLASS = "AutoencoderKL"
+
+
+class AutoencoderKL(Codec):
+    """A KL autoencoder (Rombach et al., arXiv 2112.10752) with deterministic latents: the mode of the posterior.
+
+    The model itself applies neither scale nor shift; here a latent is (z - shift) * scale, with both from the model's
+    config (`scaling_factor`, `shift_factor`, and per channel `latents_mean`, `latents_std` where it has them).
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Codec.Config):
+        """A KL autoencoder of diffusers."""
+
+        source: str
+        """A folder, a shipped codec's name, or a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5."""
+        subfolder: str = ""
+        """Folder inside the source, for example vae."""
+        revision: str | None = None
+        """Commit or tag of a hub id; None takes the newest."""
+        licence: str | None = None
+        """Licence of the weights; None reads the folder's card."""
+
+        def build(self) -> AutoencoderKL:
+            folder = files.locate(self.source, class_name=_CLASS, subfolder=self.subfolder, revision=self.revision)
+            card = files.card(folder)
+            return AutoencoderKL(_load(folder), licence=self.licence or card.get("license"), psnr=card.get("psnr"))
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, model: Any, *, licence: str | None = None, psnr: dict[str, float] | None = None):
+        """`model` is a diffusers AutoencoderKL; it is frozen, and held in float32."""
+        super().__init__()
+        config = model.config
+        if config.in_channels != 3 or config.out_channels != 3:
+            raise XFusionError(
+                f"the autoencoder maps {config.in_channels} to {config.out_channels} channels; images need 3 to 3"
+            )
+        self.model = model.float()
+        self.channels = config.latent_channels
+        self.factor = 2 ** (len(config.block_out_channels) - 1)
+        self.licence = licence or "unknown"
+        self.psnr = psnr
+        # The reading of diffusers' own pipelines: statistics per channel, where there are any, come before the scalars.
+        per_channel = config.get("latents_mean") is not None and config.get("latents_std") is not None
+        shift = config.latents_mean if per_channel else config.get("shift_factor") or 0.0
+        spread = config.latents_std if per_channel else 1.0
+        self.register_buffer("shift", torch.tensor(shift).reshape(-1, 1, 1))
+        self.register_buffer("scale", config.scaling_factor / torch.tensor(spread).reshape(-1, 1, 1))
+        self.freeze()
+
+    def _encode(self, images: Tensor) -> Tensor:
+        return (self.model.encode(images).latent_dist.mode() - self.shift) * self.scale
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return self.model.decode(latents / self.scale + self.shift).sample
+
+
+def _load(folder: Path) -> Any:
+    """diffusers' loader (it also reads old attention keys), strict: no key may be missing, left over or misshapen."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as Model
+
+    load: Any = Model.from_pretrained
+    try:
+        model, report = load(str(folder), use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise XFusionError(f"{folder} cannot be loaded as {_CLASS}: {' '.join(str(error).split())[:300]}") from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := sorted(map(str, report[problem])):
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise XFusionError(
+                f"{folder} is not a plain {_CLASS}: {problem.replace('_', ' ')} {', '.join(keys[:3])}{more}"
+            )
+    return model

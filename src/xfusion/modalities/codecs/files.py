@@ -1,0 +1,75 @@
+"""Where a codec's weights are: a local folder, a codec shipped with the package, or a hub id. Safetensors only."""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from xfusion.data.sequence import XFusionError
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def locate(source: str, *, class_name: str, subfolder: str = "", revision: str | None = None) -> Path:
+    """The folder that `source` means: itself, a codec shipped with the package, or the cached copy of a hub id.
+
+    The folder is checked: a config.json of diffusers' `class_name`, and weights as safetensors.
+    """
+    shipped = Path(str(files("xfusion"))) / "packs"
+    if Path(source).expanduser().is_dir():
+        folder = Path(source).expanduser() / subfolder
+    elif re.fullmatch(r"[\w-]+", source) and (shipped / source).is_dir():
+        folder = shipped / source
+    elif _HUB_ID.fullmatch(source) and not source.startswith("."):
+        folder = _download(source, subfolder, revision)
+    else:
+        names = ", ".join(sorted(path.parent.name for path in shipped.glob(f"*/{WEIGHTS}"))) or "none"
+        raise XFusionError(f"codec {source!r} is no folder, no shipped codec ({names}) and no hub id (owner/name)")
+    found = read_json(folder / "config.json").get("_class_name")
+    if found != class_name:
+        raise XFusionError(f"{folder / 'config.json'} is of class {found}, but this codec loads {class_name}")
+    if not (folder / WEIGHTS).is_file():
+        others = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+        hint = f" (only {others[0]}, which is not loaded: save it again as safetensors)" if others else ""
+        raise XFusionError(f"{folder} holds no {WEIGHTS}{hint}")
+    return folder
+
+
+def _download(source: str, subfolder: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    prefix = f"{subfolder}/" if subfolder else ""
+    names = ["config.json", WEIGHTS, "latent_stats.json", "README.md"]
+    try:
+        folder = snapshot_download(source, revision=revision, allow_patterns=[prefix + name for name in names])
+    except Exception as error:  # the hub's client raises many kinds; all of them mean that the codec is not here
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise XFusionError(
+            f"codec {source!r} is no folder here and the hub did not give it ({reason}); a local folder works offline"
+        ) from error
+    return Path(folder) / subfolder
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, with one-line errors."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise XFusionError(f"{path} does not exist; a codec's folder holds config.json and {WEIGHTS}") from None
+    except (OSError, ValueError) as error:
+        raise XFusionError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise XFusionError(f"{path} must hold a JSON object, but it holds a {type(content).__name__}")
+    return content
+
+
+def card(folder: Path) -> dict[str, Any]:
+    """The metadata block of the folder's README.md; empty when there is none."""
+    from huggingface_hub import metadata_load
+
+    path = folder / "README.md"
+    return (metadata_load(path) or {}) if path.is_file() else {}

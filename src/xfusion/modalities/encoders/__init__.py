@@ -1,0 +1,1 @@
+"""Frozen encoders: pictures -> features. One file per encoder."""

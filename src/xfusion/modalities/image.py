@@ -1,0 +1,146 @@
+"""The image modality: pictures <-> latents (through a codec) <-> tokens (square patches of latents)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from xfusion.data.sequence import XFusionError
+from xfusion.modalities.base import Codec, Modality
+from xfusion.modalities.codecs.pixels import Pixels
+
+
+class ImageModality(Modality):
+    """Square pictures as tokens. C = codec channels, f = codec factor, p = patch:
+
+    picture of size x size -> latents [C, size / f, size / f] -> (size / (f p))^2 tokens of C * p * p numbers.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Modality.Config):
+        """Images."""
+
+        codec: Codec.Config = field(default_factory=Pixels.Config)
+        """What turns pixels into latents and back."""
+        patch: int = 8
+        """Latent cells per token, in each direction."""
+        sizes: tuple[int, ...] = (32,)
+        """Sides in pixels of the pictures that the model is made for; the first is the default."""
+
+        def build(self) -> ImageModality:
+            return ImageModality(self)
+
+    name = "image"
+
+    def __init__(self, config: ImageModality.Config):
+        if config.patch < 1:
+            raise XFusionError(f"patch must be at least 1, but it is {config.patch}")
+        if not config.sizes:
+            raise XFusionError("sizes is empty; give at least one side in pixels, for example 32")
+        self.config = config
+        self.patch = config.patch
+        self.sizes = tuple(config.sizes)
+        self.codec = config.codec.build()
+        self.step = self.codec.factor * self.patch  # pixels per token, in each direction
+        self.token_width = self.codec.channels * self.patch**2
+        for size in self.sizes:
+            self.grid(size)
+
+    def to(self, device: torch.device | str) -> ImageModality:
+        """Moves the codec; `encode` and `decode` then expect their tensors there, and PIL pictures are moved."""
+        self.codec.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the codec's weights are; None for a codec without weights, which works anywhere."""
+        weight = next(self.codec.parameters(), None)
+        return None if weight is None else weight.device
+
+    def grid(self, size: int) -> tuple[int, int]:
+        """(rows, columns) of tokens of a size x size picture; XFusionError naming legal sizes for any other."""
+        if size < self.step or size % self.step:
+            below = max(size // self.step, 1) * self.step
+            raise XFusionError(
+                f"image size {size} is not legal: it must be a multiple of {self.step} (codec factor "
+                f"{self.codec.factor} x patch {self.patch}), for example {below} or {below + self.step}"
+            )
+        return size // self.step, size // self.step
+
+    def encode(self, media: Sequence[Image.Image] | Tensor, size: int) -> Tensor:
+        """PIL pictures, or images [N, 3, size, size] in [-1, 1] -> tokens [N, rows * columns, token_width], float32."""
+        self.grid(size)
+        if not isinstance(media, Tensor):
+            media = self.from_pil(media, size).to(self.device)
+        elif tuple(media.shape[-2:]) != (size, size):
+            raise XFusionError(f"images of shape {list(media.shape)} are not {size}x{size} pixels; resize them first")
+        return self.tokens(self.codec.encode(media))
+
+    def decode(self, tokens: Tensor, size: int) -> Tensor:
+        """Tokens [N, rows * columns, token_width] -> images [N, 3, size, size], clipped to [-1, 1]."""
+        return self.codec.decode(self.latents(tokens, size))
+
+    def tokens(self, latents: Tensor) -> Tensor:
+        """Patchify: latents [N, C, h, w] -> tokens [N, (h/p) * (w/p), C * p * p], in reading order."""
+        patch = self.patch
+        count, channels, height, width = latents.shape
+        if channels != self.codec.channels or height % patch or width % patch:
+            raise XFusionError(
+                f"latents of shape {list(latents.shape)} do not divide into patches: they must have "
+                f"{self.codec.channels} channels and sides that are multiples of {patch}"
+            )
+        latents = latents.reshape(count, channels, height // patch, patch, width // patch, patch)
+        return latents.permute(0, 2, 4, 1, 3, 5).reshape(count, (height // patch) * (width // patch), self.token_width)
+
+    def latents(self, tokens: Tensor, size: int) -> Tensor:
+        """The exact inverse of `tokens`: tokens [N, rows * columns, C * p * p] -> latents [N, C, size/f, size/f]."""
+        rows, columns = self.grid(size)
+        if tokens.shape[1:] != (rows * columns, self.token_width):
+            raise XFusionError(
+                f"tokens of shape {list(tokens.shape)} are not {size}x{size} pictures: "
+                f"these have [N, {rows * columns}, {self.token_width}]"
+            )
+        patch, channels = self.patch, self.codec.channels
+        tokens = tokens.reshape(len(tokens), rows, columns, channels, patch, patch)
+        return tokens.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), channels, rows * patch, columns * patch)
+
+    @staticmethod
+    def from_pil(pictures: Sequence[Image.Image], size: int) -> Tensor:
+        """PIL pictures of any size and mode -> [N, 3, size, size] in [-1, 1], float32 (see `square_picture`)."""
+        if isinstance(pictures, Image.Image):
+            raise XFusionError("one picture was given where a list of pictures is expected; write [picture]")
+        if not pictures:
+            return torch.empty(0, 3, size, size)
+        arrays = numpy.stack([numpy.asarray(square_picture(picture, size)) for picture in pictures])
+        return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    @staticmethod
+    def to_pil(images: Tensor) -> list[Image.Image]:
+        """Images [N, 3, H, W] in [-1, 1] -> PIL pictures in RGB; values outside are clipped."""
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise XFusionError(f"images must have the shape [N, 3, H, W], but this is {list(images.shape)}")
+        # Scaling in float32 and rounding makes from_pil and to_pil exact inverses for all 256 values.
+        levels = ((images.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return [Image.fromarray(array) for array in levels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def square_picture(picture: Image.Image, size: int) -> Image.Image:
+    """`picture` as a model sees it: upright by its EXIF tag, on white, cropped to its central square, size x size, RGB."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I;16"):  # Pillow clips 16-bit grey at 255 instead of scaling it
+        picture = Image.fromarray((numpy.asarray(picture) >> 8).astype(numpy.uint8))
+    if picture.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+        picture = Image.alpha_composite(white, picture)
+    picture = picture.convert("RGB")
+    side = min(picture.size)
+    if picture.size != (side, side):
+        left, top = (picture.width - side) // 2, (picture.height - side) // 2
+        picture = picture.crop((left, top, left + side, top + side))
+    return picture if side == size else picture.resize((size, size), Image.Resampling.LANCZOS)

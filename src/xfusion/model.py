@@ -1,0 +1,457 @@
+"""The model: a frozen backbone, a media port, a fusion and objectives; one forward pass over a batch is a page.
+
+Shape legend: ``B`` batch row, ``n`` positions of one owner, ``S`` all positions of a pass, ``D`` model width,
+``P`` width of a media token, ``V`` vocabulary, ``N`` media items.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xfusion.backbone import EMBEDDED, Backbone, Cache
+from xfusion.data.sequence import END_OF_MEDIA, Batch, MediaRows, Rows, fingerprint
+from xfusion.fusion.base import Fusion, Pass
+from xfusion.fusion.dual_tower import DualTower
+from xfusion.modalities.image import ImageModality
+from xfusion.objectives.base import Objective, Output
+from xfusion.objectives.flow_matching import FlowMatching
+from xfusion.objectives.next_token import NextToken
+
+TIME_FREQUENCIES = 128
+"""Sine and cosine pairs that a noise level is expanded to."""
+TEXT_STATES_KEPT = 20_000
+"""Captions whose frozen states are kept; the oldest goes first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """Which frozen LLM."""
+
+    source: str = EMBEDDED
+    """Hub id, folder, .gguf file, or wheel:DISTRIBUTION/FILE.gguf for a GGUF file inside an installed wheel."""
+    revision: str | None = None
+    """Hub revision (a commit for exact reproduction)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PortConfig:
+    """How media tokens enter and leave the model; the same for every fusion that is compared."""
+
+    largest_grid: int = 64
+    """Rows and columns of tokens for which there are position embeddings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Everything that makes a model; saved with its weights."""
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    """The frozen LLM."""
+    image: ImageModality.Config = field(default_factory=ImageModality.Config)
+    """The image modality: codec, patch, sizes."""
+    port: PortConfig = field(default_factory=PortConfig)
+    """The media port."""
+    fusion: Fusion.Config = field(default_factory=DualTower.Config)
+    """The mechanism that fuses media and text."""
+    text: NextToken.Config = field(default_factory=NextToken.Config)
+    """The text objective."""
+    media: FlowMatching.Config = field(default_factory=FlowMatching.Config)
+    """The media objective."""
+    init_seed: int = 0
+    """Seed of all new weights that are not copies."""
+
+
+class MediaPort(nn.Module):
+    """Linear patches in, noise level, positions, boundary rows, head out (spec 1.1 and 1.5).
+
+    The noise level is added to item tokens as MLP(sinusoid(t)), with t = 0 for clean items; [BOI] has none, so that its
+    keys and values stay the same while an item is denoised. Rotary positions are the running index; row and column
+    embeddings are added.
+    """
+
+    def __init__(self, config: PortConfig, width: int, token_width: int, scale: float):
+        super().__init__()
+        self.project = nn.Linear(token_width, width)
+        self.time = nn.Sequential(nn.Linear(2 * TIME_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.row = nn.Embedding(config.largest_grid, width)
+        self.column = nn.Embedding(config.largest_grid, width)
+        self.begin = nn.Parameter(torch.empty(width))
+        self.end = nn.Parameter(torch.empty(width))
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.head = nn.Linear(width, token_width)
+        # New rows start as large as the frozen embedding's, so that the copied blocks meet what they know.
+        nn.init.normal_(self.project.weight, std=scale / math.sqrt(token_width))
+        nn.init.zeros_(self.project.bias)
+        for table in (self.row.weight, self.column.weight, self.begin, self.end):
+            nn.init.normal_(table, std=scale)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def embed_time(self, time: Tensor) -> Tensor:
+        """Noise levels ``[N]`` in [0, 1] -> ``[N, D]``."""
+        frequency = torch.exp(-math.log(10_000) * torch.arange(TIME_FREQUENCIES, device=time.device) / TIME_FREQUENCIES)
+        angle = 1000 * time[:, None] * frequency
+        return self.time(torch.cat([angle.sin(), angle.cos()], dim=-1))
+
+    def forward(self, media: MediaRows) -> Tensor:
+        """Media rows -> input states ``[B, n, D]``."""
+        x = self.project(media.tokens) + self.row(media.grid_row) + self.column(media.grid_column)
+        x = x + self.embed_time(media.time)[media.item.clamp(min=0)].to(x.dtype)
+        return torch.where(media.boundary[..., None], self.begin.to(x.dtype), x)
+
+    def readout(self, hidden: Tensor) -> Tensor:
+        """States of media rows ``[B, n, D]`` -> what the media objective predicts ``[B, n, P]``."""
+        return self.head(self.norm(hidden))
+
+
+@dataclass(kw_only=True)
+class Engine:
+    """How a model computes: which copy of the frozen weights, in which precision, by which attention."""
+
+    backbone: Backbone
+    autocast: torch.dtype | None
+    """Compute type of the new modules, or None for their own (float32)."""
+    reason: str
+    """Why this precision was chosen, for the log."""
+    reference: bool = False
+    """Whether layers take the reference path."""
+    decoder: Any = None
+    text_states: OrderedDict[tuple[int, ...], Tensor] = field(default_factory=OrderedDict)
+    """Frozen states of texts, by their tokens."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.autocast or self.backbone.dtype
+
+
+def choose_compute_dtype(device: torch.device) -> tuple[torch.dtype, str]:
+    """The training precision of a device, with the reason."""
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported():
+            return torch.bfloat16, "bfloat16: the GPU multiplies it natively"
+        return torch.float32, "float32: the GPU has no bfloat16"
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+        from torch import cpu
+
+        if cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported():
+            return torch.bfloat16, "bfloat16: the processor multiplies it natively"
+    return torch.float32, f"float32: no native bfloat16 on this {device.type}"
+
+
+class Model(nn.Module):
+    """A frozen decoder LLM with a new modality.
+
+    The backbone is not a submodule: `parameters()` and `state_dict()` hold learned weights only.
+    """
+
+    def __init__(self, config: ModelConfig, backbone: Backbone | None = None):
+        super().__init__()
+        self.config = config
+        self.__dict__["backbone"] = backbone or Backbone.load(config.backbone.source, revision=config.backbone.revision)
+        self.image = config.image.build()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.init_seed)
+            scale = float(self.backbone.model.get_input_embeddings().weight.float().std())
+            self.port = MediaPort(config.port, self.backbone.hidden_size, self.image.token_width, scale)
+            self.fusion = config.fusion.build()
+            self.fusion.install(self.backbone)
+        self.text_objective = config.text.build()
+        self.media_objective = config.media.build()
+        self._pass: Pass | None = None
+        self._engine: Engine
+        self.use(Engine(backbone=self.backbone, autocast=None, reason="the base's own precision"))
+
+    backbone: Backbone
+
+    # -- facts
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        return (self.text_objective, self.media_objective)
+
+    @property
+    def capabilities(self) -> set[str]:
+        """What this model can do, of {"text", "caption", "draw", "embed", "match"}."""
+        return {"text", "caption", "draw"}
+
+    def new_parameters(self) -> Iterator[nn.Parameter]:
+        """What training may change: the port's and the fusion's weights."""
+        yield from self.port.parameters()
+        yield from self.fusion.new_parameters()
+
+    @property
+    def num_new_parameters(self) -> int:
+        return sum(p.numel() for p in self.new_parameters())
+
+    def learned_state(self) -> dict[str, Tensor]:
+        """The learned weights by name: what a pack holds."""
+        state = {f"port.{k}": v for k, v in self.port.state_dict().items()}
+        return state | {f"fusion.{k}": v for k, v in self.fusion.state_dict().items()}
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the learned weights."""
+        return fingerprint(self.learned_state())
+
+    # -- how it computes
+
+    @property
+    def engine(self) -> Engine:
+        return self._engine
+
+    def use(self, engine: Engine) -> None:
+        """Compute with another copy of the frozen weights, precision or path from now on."""
+        if engine.decoder is None:
+            engine.decoder = engine.backbone.shadow_decoder(self._layer)
+        self.__dict__["_engine"] = engine
+        self.fusion.set_attention(engine.backbone.attention)
+
+    @contextmanager
+    def using(self, engine: Engine) -> Iterator[None]:
+        """Compute with another engine inside a block."""
+        before = self._engine
+        self.use(engine)
+        try:
+            yield
+        finally:
+            self.use(before)
+
+    def reference_engine(self) -> Engine:
+        """Whole layers, as the papers write them."""
+        return Engine(backbone=self.backbone, autocast=None, reason="reference path", reference=True)
+
+    def training_engine(self, dtype: torch.dtype, reason: str, attention: str) -> Engine:
+        """The frozen weights cast once to the compute type."""
+        autocast = None if dtype == torch.float32 else dtype
+        return Engine(backbone=self.backbone.working_copy(dtype, attention), autocast=autocast, reason=reason)
+
+    def _layer(self, index: int, frozen: nn.Module, x: Tensor, call: dict[str, Any]) -> Tensor:
+        run = self._pass
+        if run is None:
+            raise RuntimeError("a shadow layer was called outside a pass")
+        compute = self.fusion.reference_layer if self._engine.reference else self.fusion.layer
+        run.states = compute(index, frozen, call, run)
+        # The states travel in the pass; the decoder gets them back behind the last layer, for its final norm.
+        return torch.cat(list(run.states.values()), dim=1) if index == self.backbone.num_layers - 1 else x
+
+    # -- one pass
+
+    def run_pass(
+        self,
+        batch: Batch,
+        *,
+        cache: Cache | None = None,
+        update: bool = False,
+        given: dict[int, Tensor] | None = None,
+    ) -> tuple[Tensor, Pass]:
+        """The layers over the positions of a batch.
+
+        Args:
+            batch: text and media rows; with a cache, the positions after the cached ones.
+            cache: keys and values of earlier positions.
+            update: append this pass's keys and values to the cache.
+            given: text states by layer, where they are known (`text_states`).
+
+        Returns:
+            final states ``[B, S, D]`` after the decoder's last norm, sorted by owner, and the pass.
+        """
+        engine, rows, states = self._engine, {}, {}
+        if batch.text.count:
+            rows["text"] = batch.text
+            if given is not None:
+                states["text"] = next(iter(given.values()))
+            else:
+                embedded = engine.backbone.embed(batch.text_ids.clamp(min=0))
+                is_end = (batch.text_ids <= END_OF_MEDIA)[..., None]
+                states["text"] = torch.where(is_end, self.port.end.to(embedded.dtype), embedded).to(engine.dtype)
+        for name, media in batch.media.items():
+            rows[name] = media.rows
+            states[name] = self.port(media).to(engine.dtype)
+        run = Pass(
+            rows=rows,
+            states=states,
+            attention=engine.backbone.attention,
+            dtype=engine.dtype,
+            cache=cache,
+            update=update,
+            given=given,
+            text_reads_media=batch.text_reads_media,
+            media_reads_text=batch.media_reads_text,
+        )
+        position = torch.cat([table.position for table in rows.values()], dim=1)
+        self._pass = run
+        try:
+            hidden = engine.backbone.drive(engine.decoder, torch.cat(list(states.values()), dim=1), position)
+        finally:
+            self._pass = None
+        if cache is not None and update:
+            cache.rows = Rows.cat([cache.rows, *rows.values()])
+        return hidden, run
+
+    def forward(self, batch: Batch) -> Output:
+        """One training pass: text states of prompts that come before all media are looked up, not computed."""
+        given = None
+        if self.fusion.prefix_is_constant and not self._engine.reference and batch.text.count:
+            given = None if batch.text_reads_media else self.given_states(batch)
+        hidden, run = self.run_pass(batch, given=given)
+        text = run.slices.get("text", slice(0, 0))
+
+        def logits(chosen: Tensor) -> Tensor:
+            return self._engine.backbone.logits(hidden[:, text][chosen][None])[0]
+
+        media = {name: self.port.readout(run.states[name]) for name in batch.media}
+        return Output(logits=logits, media=media)
+
+    def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, tuple[Tensor, Tensor]]:
+        """Corrupt a batch and take all losses: name -> (sum, count). One view of the batch is run once."""
+        outputs: dict[int, Output] = {}
+
+        def run(view: Batch) -> Output:
+            if id(view) not in outputs:
+                outputs[id(view)] = self(view)
+            return outputs[id(view)]
+
+        view = batch
+        for objective in self.objectives:
+            view = objective.corrupt(view, generator)
+        out: dict[str, tuple[Tensor, Tensor]] = {}
+        for objective in self.objectives:
+            out |= objective.loss(run, view)
+        return out
+
+    # -- frozen text states
+
+    @torch.no_grad()
+    def text_states(self, ids: tuple[int, ...]) -> Tensor:
+        """Input states ``[layers, n, D]`` of a text at the layers that the fusion reads, by the frozen tower alone.
+
+        Always computed alone, in the shape of the text itself, so that an entry's bits never depend on the batch that
+        asked and a resumed run rebuilds the same ones.
+        """
+        known = self._engine.text_states
+        states = known.get(ids)
+        if states is None:
+            wanted, kept = set(self.fusion.state_layers), []
+
+            def act(index: int, frozen: nn.Module, x: Tensor, call: dict[str, Any]) -> Tensor:
+                if index in wanted:
+                    kept.append(x[0])
+                return frozen(x, **call) if index < max(wanted) else x
+
+            decoder = self._engine.backbone.shadow_decoder(act)
+            decoder(input_ids=torch.tensor([ids], device=self.backbone.device), use_cache=False)
+            states = torch.stack(kept)
+            known[ids] = states
+            if len(known) > TEXT_STATES_KEPT:
+                known.popitem(last=False)
+        return states
+
+    def given_states(self, batch: Batch) -> dict[int, Tensor]:
+        """Text states by layer ``[B, n, D]`` for a batch whose text comes before all media; zeros at padding."""
+        layers = self.fusion.state_layers
+        shape = (batch.text.order.shape[0], len(layers), batch.text.count, self.backbone.hidden_size)
+        out = torch.zeros(shape, dtype=self._engine.dtype, device=self.backbone.device)
+        samples, ids = batch.text.sample.tolist(), batch.text_ids.tolist()
+        for row, (owners, tokens) in enumerate(zip(samples, ids, strict=True)):
+            start = 0
+            while start < len(owners) and owners[start] >= 0:
+                stop = start
+                while stop < len(owners) and owners[stop] == owners[start]:
+                    stop += 1
+                out[row, :, start:stop] = self.text_states(tuple(tokens[start:stop]))
+                start = stop
+        return dict(zip(layers, out.unbind(1), strict=True))
+
+    # -- text
+
+    @torch.no_grad()
+    def text_logits(self, ids: Tensor, stack: str = "base", attention_mask: Tensor | None = None) -> Tensor:
+        """Logits of text-only input: by the base's own forward, or by the same forward over the fused layers.
+
+        Args:
+            ids: int64 ``[B, n]``.
+            stack: "base" or "fused" (each frozen block called whole, the media tower still making keys and values).
+            attention_mask: as the base takes it, or None.
+
+        Returns:
+            ``[B, n, V]``; bit-equal for the two stacks where the fusion declares ``preserves_text``.
+        """
+        if stack == "base":
+            return self.backbone.model(ids, attention_mask=attention_mask).logits
+        if stack != "fused":
+            raise ValueError(f"stack {stack!r} is neither 'base' nor 'fused'")
+        return self.fused_text_model()(ids, attention_mask=attention_mask).logits
+
+    def fused_text_model(self) -> Any:
+        """The base's own whole model over fused layers, for text-only input; it can ``generate``."""
+        return self.backbone.shadow_model(self.fusion.text_layer)
+
+    def text_only(self) -> Any:
+        """The base model as transformers made it."""
+        return self.backbone.model
+
+    # -- verbs that live above the model (see docs/design.md, "Public methods that look upwards")
+
+    def generate(self, items: Any, **settings: Any) -> Any:
+        """Continue lists of segments; see `xfusion.generation.generate`."""
+        from xfusion.generation import generate
+
+        return generate(self, items, **settings)
+
+    def draw(self, prompts: list[str], **settings: Any) -> Any:
+        """Pictures of prompts; see `xfusion.generation.draw`."""
+        from xfusion.generation import draw
+
+        return draw(self, prompts, **settings)
+
+    def caption(self, pictures: list[Any], **settings: Any) -> list[str]:
+        """Names of pictures; see `xfusion.generation.caption`."""
+        from xfusion.generation import caption
+
+        return caption(self, pictures, **settings)
+
+    def score(self, picture: Any, texts: list[str]) -> list[float]:
+        """Mean log-likelihood per token of each text after a picture; see `xfusion.generation.score_names`."""
+        from xfusion.generation import score_names
+
+        return score_names(self, None if picture is None else [picture], texts)[0].tolist()
+
+    def score_names(self, pictures: list[Any] | None, names: list[str], **settings: Any) -> Tensor:
+        """The same for many pictures, ``[pictures, names]``; see `xfusion.generation.score_names`."""
+        from xfusion.generation import score_names
+
+        return score_names(self, pictures, names, **settings)
+
+    def save_pretrained(self, folder: Any, **facts: Any) -> None:
+        """Write a modality pack; see `xfusion.checkpoint.save`."""
+        from xfusion.checkpoint import save
+
+        save(self, folder, **facts)
+
+
+def build(config: ModelConfig, backbone: Backbone | None = None) -> Model:
+    """A model with fresh weights.
+
+    Args:
+        config: what to build; a recipe's ``.model``.
+        backbone: share an already loaded base.
+    """
+    return Model(config, backbone)
+
+
+def compile_fusion(model: Model, enable: bool = True) -> Callable[[], int]:
+    """Compile the per-layer work of training; returns a function that counts graphs compiled so far."""
+    from torch._dynamo.utils import counters
+
+    compile_method = getattr(model.fusion, "compile_layers", None)
+    if enable and compile_method is not None:
+        compile_method()
+    return lambda: int(counters["stats"].get("unique_graphs", 0))

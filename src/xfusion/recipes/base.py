@@ -1,0 +1,71 @@
+"""A recipe: a model, its data and its stages; a function in a file of this folder returns one."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from xfusion.data.sequence import XFusionError
+from xfusion.model import ModelConfig
+from xfusion.training.stages import Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One way to give a frozen LLM a modality: everything that `xfusion.train` needs."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """What is built."""
+    data: str = "emoji"
+    """Pictures with captions: emoji, emoji:128, a folder, or a .jsonl file."""
+    stages: tuple[Stage, ...] = (Stage(),)
+    """What is trained, in order."""
+    seed: int = 0
+    """Seed of order, wordings and noise."""
+
+
+def names() -> list[str]:
+    """Names of the recipes of this folder."""
+    folder = Path(__file__).parent
+    return sorted(m.name for m in pkgutil.iter_modules([str(folder)]) if m.name != "base")
+
+
+def find(name: str) -> Callable[..., Recipe]:
+    """The function that a recipe's name stands for.
+
+    Args:
+        name: a name of `names`, ``file.py:function`` or ``package.module:function``.
+
+    Raises:
+        XFusionError: there is none.
+    """
+    where, _, function = name.partition(":")
+    if where.endswith(".py"):
+        path = Path(where)
+        if not path.is_file():
+            raise XFusionError(f"recipe {name!r}: there is no file {where}")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        if spec is None or spec.loader is None:
+            raise XFusionError(f"recipe {name!r}: {where} is not a Python file")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    elif function:
+        try:
+            module = importlib.import_module(where)
+        except ImportError as error:
+            raise XFusionError(f"recipe {name!r}: {error}") from error
+    else:
+        if name not in names():
+            near = difflib.get_close_matches(name, names(), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise XFusionError(f"recipe {name!r} is not one of {', '.join(names())}{hint}")
+        module, function = importlib.import_module(f"xfusion.recipes.{name}"), name
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise XFusionError(f"recipe {name!r}: {where} has no function {function!r}")
+    return found

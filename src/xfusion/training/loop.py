@@ -1,0 +1,406 @@
+"""The only training loop: stages, budgets, previews, checkpoints that a crash cannot break."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image as PILImage
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from xfusion import checkpoint
+from xfusion.backbone import Backbone
+from xfusion.data.mixture import Mixture
+from xfusion.data.sequence import Batch, XFusionError
+from xfusion.data.sources import Source, open_source
+from xfusion.model import Model, build, choose_compute_dtype, compile_fusion
+from xfusion.training.optimizer import Optimizer
+from xfusion.training.stages import Stage
+from xfusion.training.track import Listener, Track
+
+WARM_STEPS = 10
+"""Steps that a wall-clock budget does not measure: compiling and first encodings happen there."""
+MEASURED_STEPS = 20
+"""Steps from which a wall-clock budget derives the number of steps."""
+LARGEST_STEPS = 10_000_000
+STATE, PLAN = "state.safetensors", "state.json"
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was stopped by Ctrl-C, after its checkpoint was written."""
+
+
+def train(
+    recipe: Any,
+    *,
+    out: str | os.PathLike[str],
+    data: str | None = None,
+    source: Source | None = None,
+    allow_bad: float = 0.0,
+    steps: int | None = None,
+    minutes: float | None = None,
+    resume: bool = False,
+    from_pack: str | None = None,
+    backbone: Backbone | None = None,
+    compile: bool = True,
+    dtype: torch.dtype | None = None,
+    preview_prompts: tuple[str, ...] | None = None,
+    preview_every: float = 60.0,
+    checkpoint_every: float = 300.0,
+    console: Console | None = None,
+    listener: Listener | None = None,
+) -> Model:
+    """Train a recipe; the result is a pack in ``out/pack``.
+
+    Args:
+        recipe: a `Recipe`, or a name that `recipes.base.find` knows.
+        out: the run's folder: ``log.jsonl``, ``tensorboard/``, ``previews/``, ``state/``, ``pack/``.
+        data: overrides the recipe's data.
+        source: an opened source instead of ``data``.
+        allow_bad: share of unreadable pictures that is left out instead of stopping.
+        steps: overrides the number of steps of the last stage.
+        minutes: wall-clock budget, compiling included: after some measured steps it fixes the number of steps, writes it
+            down, and everything after is by step. Takes one stage.
+        resume: go on where the run of this folder stopped, with the next batch.
+        from_pack: start from this pack's weights.
+        backbone: an already loaded base.
+        compile: compile the per-layer work.
+        dtype: compute type; None chooses by device and says why.
+        preview_prompts: what previews draw (None: the first captions of the data).
+        preview_every: seconds between previews; 0 makes none.
+        checkpoint_every: seconds between checkpoints.
+        console: where progress is shown; None is silent.
+        listener: called with every event.
+
+    Raises:
+        XFusionError: bad data, a loss that is not finite, a resumed run of another recipe.
+        Interrupted: Ctrl-C; state and pack were written.
+    """
+    from xfusion.recipes.base import Recipe, find  # the recipe names its stages, so it lies above this file
+
+    recipe = find(recipe)() if isinstance(recipe, str) else recipe
+    assert isinstance(recipe, Recipe)
+    if data is not None:
+        recipe = _replace(recipe, data=data)
+    if steps is not None:
+        recipe = _replace(recipe, stages=(*recipe.stages[:-1], _replace(recipe.stages[-1], steps=steps)))
+    if minutes is not None and len(recipe.stages) != 1:
+        raise XFusionError(f"--minutes takes a recipe of one stage, this one has {len(recipe.stages)}: give steps instead")
+    run = _Run(recipe, Path(out), minutes, compile, preview_prompts, preview_every, checkpoint_every)
+    run.prepare(source, allow_bad, resume, from_pack, backbone, dtype, console, listener)
+    try:
+        return run.go()
+    finally:
+        run.track.close()
+
+
+def _replace(config: Any, **changes: Any) -> Any:
+    import dataclasses
+
+    return dataclasses.replace(config, **changes)
+
+
+class _Run:
+    """One training run: what `train` prepares and walks through."""
+
+    def __init__(
+        self,
+        recipe: Any,
+        out: Path,
+        minutes: float | None,
+        compile: bool,
+        preview_prompts: tuple[str, ...] | None,
+        preview_every: float,
+        checkpoint_every: float,
+    ):
+        self.started = time.perf_counter()
+        self.recipe, self.out, self.minutes, self.compile = recipe, out, minutes, compile
+        self.preview_prompts, self.preview_every, self.checkpoint_every = preview_prompts, preview_every, checkpoint_every
+        self.step = 0
+        self.samples = 0
+        self.seconds_before = 0.0
+        self.totals = [stage.steps for stage in recipe.stages]
+        self.planned = minutes is None
+
+    # -- before the first step
+
+    def prepare(
+        self,
+        source: Source | None,
+        allow_bad: float,
+        resume: bool,
+        from_pack: str | None,
+        backbone: Backbone | None,
+        dtype: torch.dtype | None,
+        console: Console | None,
+        listener: Listener | None,
+    ) -> None:
+        state = self.out / "state"
+        if resume and not (state / PLAN).is_file():
+            raise XFusionError(f"{self.out} holds no run to resume (no state/{PLAN}); leave --resume out to start one")
+        if not resume and (state / PLAN).is_file():
+            raise XFusionError(f"{self.out} already holds a run: pass --resume to go on, or name another folder")
+        self.model = model = self._model(from_pack, backbone)
+        self.source = source or open_source(
+            self.recipe.data, allow_bad=allow_bad, special_tokens=model.backbone.special_tokens
+        )
+        self.size = model.image.sizes[0]
+        names = {f"{prefix}.{n}": p for prefix in ("port", "fusion") for n, p in getattr(model, prefix).named_parameters()}
+        self.optimizer = Optimizer(names, self.recipe.stages[0].weight_decay)
+        if resume:
+            self._load(state)
+        self.track = Track(self.out, console, listener, self.step)
+        chosen, reason = (dtype, "as asked") if dtype else choose_compute_dtype(model.backbone.device)
+        # Plain products and softmax: the fused kernel's backward is slow on short sequences on a CPU.
+        attention = "eager" if model.backbone.device.type == "cpu" else "sdpa"
+        self.engine = model.training_engine(chosen, reason, attention)
+        self.graphs = compile_fusion(model, self.compile)
+        self.mixtures = [
+            Mixture(
+                self.source,
+                model.image,
+                self.size,
+                model.backbone.encode,
+                model.backbone.end_ids[0],
+                stage.mixture,
+                self.recipe.seed,
+            )
+            for stage in self.recipe.stages
+        ]
+        self._announce(reason, chosen)
+
+    def _model(self, from_pack: str | None, backbone: Backbone | None) -> Model:
+        if from_pack is None:
+            return build(self.recipe.model, backbone)
+        model = checkpoint.load(from_pack, backbone=backbone)
+        if model.config != self.recipe.model:
+            raise XFusionError(
+                f"the pack {from_pack} was built otherwise than this recipe: {_difference(model.config, self.recipe.model)};"
+                " give the same settings to adapt it"
+            )
+        return model
+
+    def _announce(self, reason: str, dtype: torch.dtype) -> None:
+        model, stage, say = self.model, self.recipe.stages[0], self.track.say
+        frozen = sum(p.numel() for p in model.backbone.model.parameters())
+        say(f"base      {model.backbone.source}, {frozen / 1e6:.1f} M weights, frozen, {model.backbone.fingerprint[:16]}")
+        say(f"new       {model.num_new_parameters / 1e6:.1f} M weights ({100 * model.num_new_parameters / frozen:.1f} %)")
+        tokens = model.image.grid(self.size)
+        say(f"data      {self.source.spec}: {len(self.source.examples)} pictures, {self.size} px, {tokens[0] * tokens[1]} tokens")
+        say(f"step      {stage.mixture.draw} to draw, {stage.mixture.caption} to caption, times {stage.accumulate}")
+        say(f"compute   {reason}, {torch.get_num_threads()} threads")
+        self.track.event(
+            event="start",
+            step=self.step,
+            new_parameters=model.num_new_parameters,
+            pictures=len(self.source.examples),
+            dtype=str(dtype).removeprefix("torch."),
+            threads=torch.get_num_threads(),
+            resumed=self.step > 0,
+        )
+
+    # -- the walk
+
+    def go(self) -> Model:
+        self.track.start_bar(sum(self.totals) if self.planned else 0, self.step)
+        last_checkpoint = last_preview = time.perf_counter()
+        measured_from, interrupted = None, False
+        try:
+            while not self.planned or self.step < sum(self.totals):
+                self._one_step()
+                now = time.perf_counter()
+                if not self.planned:
+                    if self.step == WARM_STEPS:
+                        measured_from = now
+                    elif measured_from and self.step >= WARM_STEPS + MEASURED_STEPS:
+                        self._plan((now - measured_from) / MEASURED_STEPS, now)
+                if self.preview_every and now - last_preview >= self.preview_every:
+                    self.preview()
+                    last_preview = time.perf_counter()
+                if now - last_checkpoint >= self.checkpoint_every:
+                    self.save()
+                    last_checkpoint = time.perf_counter()
+        except KeyboardInterrupt:
+            interrupted = True
+        self.save()
+        self._pack()
+        if interrupted:
+            self.track.say(f"stopped at step {self.step}; go on with --resume")
+            raise Interrupted(f"training stopped at step {self.step}; go on with --resume")
+        if self.preview_every:
+            self.preview()
+        seconds = self.seconds_before + time.perf_counter() - self.started
+        self.track.event(event="end", step=self.step, samples=self.samples, seconds=seconds, graphs=self.graphs())
+        return self.model
+
+    def _stage(self, step: int) -> tuple[int, int, int]:
+        """Stage of a step, the step within it, and the stage's steps."""
+        for number, total in enumerate(self.totals):
+            if step < total:
+                return number, step, total
+            step -= total
+        return len(self.totals) - 1, step, self.totals[-1]
+
+    def _one_step(self) -> None:
+        begun = time.perf_counter()
+        number, inside, total = self._stage(self.step)
+        stage: Stage = self.recipe.stages[number]
+        batches: list[Batch] = []
+        for k in range(stage.accumulate):
+            batches += self.mixtures[number].batches(inside * stage.accumulate + k)
+        counts: dict[str, int] = {}
+        for batch in batches:
+            for objective in self.model.objectives:
+                for name, count in objective.count(batch).items():
+                    counts[name] = counts.get(name, 0) + count
+        weights = {o.name: o.weight for o in self.model.objectives}
+        digest = hashlib.sha256(f"{self.recipe.seed}/noise/{self.step}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        losses = dict.fromkeys(counts, 0.0)
+        with self.model.using(self.engine):
+            for batch in batches:
+                with torch.autocast(self.model.backbone.device.type, self.engine.dtype, enabled=bool(self.engine.autocast)):
+                    found = self.model.losses(batch, generator)
+                objective_sum = sum(weights[name] * value / counts[name] for name, (value, _) in found.items())
+                if isinstance(objective_sum, torch.Tensor):
+                    objective_sum.backward()
+                for name, (value, _) in found.items():
+                    losses[name] += float(value.detach()) / counts[name]
+        bad = [name for name, value in losses.items() if not value < float("inf")]
+        if bad:
+            raise XFusionError(
+                f"the loss {bad[0]} is {losses[bad[0]]} at step {self.step}: training stopped; the last checkpoint in"
+                f" {self.out / 'state'} is intact, try a lower --stages.{number}.rate than {stage.rate}"
+            )
+        # A run whose length is not planned yet is still warming up.
+        steps = total if self.planned else LARGEST_STEPS
+        rate = stage.rate_at(inside, steps)
+        norm = self.optimizer.step(rate, stage.clip, stage.ema_at(inside))
+        samples = sum(batch.num_sequences for batch in batches)
+        self.samples += samples
+        self.track.event(
+            event="step",
+            step=self.step,
+            seconds=round(self.seconds_before + time.perf_counter() - self.started, 3),
+            losses=losses,
+            rate=rate,
+            gradient_norm=norm,
+            samples=samples,
+            samples_per_second=samples / (time.perf_counter() - begun),
+        )
+        self.step += 1
+
+    def _plan(self, seconds_per_step: float, now: float) -> None:
+        assert self.minutes is not None
+        left = self.minutes * 60 - (now - self.started) - self.seconds_before
+        previews = left / self.preview_every * self._preview_seconds if self.preview_every else 0.0
+        total = self.step + max(1, int((left - previews) / seconds_per_step))
+        self.totals, self.planned = [total], True
+        self.track.set_total(total)
+        self.track.event(event="plan", step=self.step, steps=total, seconds_per_step=seconds_per_step)
+        self.track.say(f"plan      {total} steps in {self.minutes:g} minutes at {seconds_per_step:.3f} s per step")
+
+    _preview_seconds = 3.0
+
+    # -- what is written
+
+    def preview(self) -> None:
+        """Draw some prompts with the averaged weights by the very same `generate` that users call."""
+        begun = time.perf_counter()
+        prompts = self.preview_prompts or tuple(e.captions[0] for e in self.source.examples[:8])
+        with self.optimizer.averaged():
+            pictures = self.model.draw(list(prompts), seed=0)
+        sheet = PILImage.new("RGB", (self.size * len(pictures), self.size), "white")
+        for i, picture in enumerate(pictures):
+            sheet.paste(picture, (i * self.size, 0))
+        folder = self.out / "previews"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"step_{self.step:06d}.png"
+        sheet.save(path)
+        self.track.image(sheet, self.step)
+        self.track.event(event="preview", step=self.step, path=str(path), prompts=list(prompts))
+        self._preview_seconds = time.perf_counter() - begun
+
+    def save(self) -> None:
+        """The state that `resume` needs; it appears whole or not at all, and the old one stays until then."""
+        plan = {
+            "recipe": checkpoint.to_json(self.recipe),
+            "base_fingerprint": self.model.backbone.fingerprint,
+            "step": self.step,
+            "samples": self.samples,
+            "totals": self.totals,
+            "planned": self.planned,
+            "seconds": self.seconds_before + time.perf_counter() - self.started,
+            "threads": torch.get_num_threads(),
+        }
+        temporary = Path(tempfile.mkdtemp(dir=self.out, prefix=".state-"))
+        try:
+            save_file({k: v.contiguous() for k, v in self.optimizer.state().items()}, str(temporary / STATE))
+            (temporary / PLAN).write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+            old = self.out / ".state-old"
+            shutil.rmtree(old, ignore_errors=True)
+            if (self.out / "state").exists():
+                (self.out / "state").rename(old)
+            temporary.rename(self.out / "state")
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _load(self, folder: Path) -> None:
+        plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        if plan["base_fingerprint"] != self.model.backbone.fingerprint:
+            raise XFusionError(
+                f"{self.out} was trained on the base {plan['base_fingerprint'][:16]}, this one is"
+                f" {self.model.backbone.fingerprint[:16]}: resume with the same base"
+            )
+        saved = checkpoint.from_json(plan["recipe"], trust=True, where=str(folder / PLAN))
+        if saved != self.recipe:
+            raise XFusionError(
+                f"{self.out} was started otherwise: {_difference(saved, self.recipe)}; give the same settings to resume"
+            )
+        self.step, self.samples, self.totals = plan["step"], plan["samples"], plan["totals"]
+        self.planned, self.seconds_before = plan["planned"], plan["seconds"]
+        self.optimizer.load(load_file(str(folder / STATE)))
+
+    def _pack(self) -> None:
+        stage = self.recipe.stages[-1]
+        facts = {
+            "recipe": checkpoint.to_json(self.recipe),
+            "training": {
+                "steps": self.step,
+                "samples": self.samples,
+                "seconds": round(self.seconds_before + time.perf_counter() - self.started, 1),
+                "data": self.source.spec,
+                "data_licence": self.source.licence,
+                "pictures": len(self.source.examples),
+                "averaged": stage.ema > 0,
+            },
+        }
+        if stage.ema > 0:
+            with torch.no_grad():  # the model that is returned and saved holds the averaged weights
+                torch._foreach_copy_(list(self.optimizer.list), self.optimizer.average)
+        checkpoint.save(self.model, self.out / "pack", **facts)
+
+
+def _difference(one: Any, other: Any, path: str = "") -> str:
+    """The first field in which two configurations differ, with both values."""
+    import dataclasses
+
+    if type(one) is type(other) and dataclasses.is_dataclass(one):
+        for f in dataclasses.fields(one):
+            a, b = getattr(one, f.name), getattr(other, f.name)
+            if a != b:
+                return _difference(a, b, f"{path}.{f.name}" if path else f.name)
+    if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            if a != b:
+                return _difference(a, b, f"{path}.{i}")
+    return f"{path} was {one!r} and is now {other!r}"

@@ -1,0 +1,48 @@
+"""A stage is data: what one stretch of training reads, at which rate, for how long."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from xfusion.data.mixture import MixtureConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stretch of training."""
+
+    steps: int = 2000
+    """Optimiser steps; a wall-clock budget (--minutes) replaces it."""
+    rate: float = 2e-3
+    """Largest learning rate."""
+    warmup: int = 50
+    """Steps over which the rate rises from 0."""
+    schedule: Literal["cosine", "linear", "constant"] = "linear"
+    """How the rate falls to 0 behind the warm-up."""
+    mixture: MixtureConfig = MixtureConfig()
+    """Samples per step and task."""
+    accumulate: int = 1
+    """Times the mixture is read per optimiser step."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled decay."""
+    ema: float = 0.999
+    """Decay of the averaged weights that are saved, warmed up as (1 + step) / (10 + step); 0 saves the raw ones."""
+
+    def rate_at(self, step: int, steps: int) -> float:
+        """Learning rate of a step (from 0) of ``steps``."""
+        if step < self.warmup:
+            return self.rate * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, steps - self.warmup)
+        if self.schedule == "cosine":
+            return self.rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        if self.schedule == "linear":
+            return self.rate * max(0.0, 1 - done)
+        return self.rate
+
+    def ema_at(self, step: int) -> float:
+        """EMA decay of a step."""
+        return min(self.ema, (1 + step) / (10 + step)) if self.ema else 0.0

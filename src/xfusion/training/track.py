@@ -1,0 +1,104 @@
+"""What a run tells: one JSON line per step, TensorBoard where it is installed, a live bar, and whoever listens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+Event = dict[str, Any]
+"""``{"event": "start" | "plan" | "step" | "preview" | "end", ...}``."""
+Listener = Callable[[Event], None]
+
+
+class Track:
+    """Writes events of one run into its folder.
+
+    Args:
+        folder: the run's folder.
+        console: where people read; None is silent.
+        listener: called with every event.
+        resume_at: steps of the log that stay; later lines belong to a run that was cut off.
+    """
+
+    def __init__(self, folder: Path, console: Console | None, listener: Listener | None, resume_at: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path, self.console, self.listener = folder / "log.jsonl", console, listener
+        kept: list[str] = []
+        if resume_at and self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if line.endswith("}") and json.loads(line).get("step", 0) < resume_at]
+        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self.file = self.path.open("a", encoding="utf-8", buffering=1)
+        self.board: Any = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_at or None)
+        except ImportError:
+            self.say("TensorBoard is not installed: curves go to log.jsonl only (pip install 'xfusion[train]')")
+        self.bar: Progress | None = None
+        self.task: Any = None
+
+    def say(self, line: str) -> None:
+        """A line for people."""
+        if self.console:
+            self.console.print(line, highlight=False, markup=False)
+
+    def event(self, **event: Any) -> None:
+        """Write an event down and pass it on."""
+        if event["event"] != "preview":
+            self.file.write(json.dumps(event) + "\n")
+        if event["event"] == "step":
+            self._step(event)
+        if self.listener:
+            self.listener(event)
+
+    def start_bar(self, total: int, done: int) -> None:
+        """Show the live bar."""
+        if self.console:
+            columns = (
+                TextColumn("training"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(),
+            )
+            self.bar = Progress(*columns, console=self.console, refresh_per_second=2)
+            self.task = self.bar.add_task("training", total=total, completed=done, text="compiling ...")
+            self.bar.start()
+
+    def set_total(self, total: int) -> None:
+        """Tell the bar how many steps there are."""
+        if self.bar:
+            self.bar.update(self.task, total=total)
+
+    def _step(self, event: Event) -> None:
+        losses = event["losses"]
+        if self.bar:
+            text = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+            self.bar.update(self.task, completed=event["step"] + 1, text=f"{text} | {event['samples_per_second']:.0f} samples/s")
+        if self.board and event["step"] % 10 == 0:
+            for name, value in losses.items():
+                self.board.add_scalar(f"loss/{name}", value, event["step"])
+            self.board.add_scalar("rate", event["rate"], event["step"])
+            self.board.add_scalar("samples_per_second", event["samples_per_second"], event["step"])
+
+    def image(self, picture: Any, step: int) -> None:
+        """A preview, for TensorBoard."""
+        if self.board:
+            import numpy
+
+            self.board.add_image("preview", numpy.asarray(picture), step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Leave no bar and no open file."""
+        if self.bar:
+            self.bar.stop()
+        if self.board:
+            self.board.close()
+        self.file.close()

@@ -1,0 +1,29 @@
+"""What every test shares: repeatable examples, a fixed number of threads, and where the real test assets are."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("ci", deadline=None, derandomize=True, database=None, print_blob=True)
+settings.register_profile("local", deadline=None)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(2)  # the order of a sum depends on it: the same on two cores and on sixty
+
+
+def pytest_report_header() -> str:
+    return f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """Folder of real test assets: ``$XFUSION_TEST_ASSETS``, else ``shared/assets`` beside the checkout."""
+    named = os.environ.get("XFUSION_TEST_ASSETS")
+    folder = Path(named) if named else Path(__file__).parents[2] / "shared" / "assets"
+    if not folder.is_dir():
+        pytest.skip("real test assets not found: set XFUSION_TEST_ASSETS")
+    return folder

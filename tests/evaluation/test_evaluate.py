@@ -1,0 +1,219 @@
+"""The emoji suite on a model whose answers are known."""
+
+import json
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+from xfusion.data.sequence import Example, XFusionError
+from xfusion.evaluation.run import evaluate, suite_names, write_json
+from xfusion.modalities.codecs.pixels import Pixels
+from xfusion.modalities.image import ImageModality
+
+COUNT, SIZE = 12, 8
+ISSUE = [
+    "num_concepts",
+    "fit_retrieval_pixel_at_1",
+    "fit_retrieval_pixel_at_10",
+    "fit_retrieval_feature_at_1",
+    "fit_retrieval_feature_at_10",
+    "fit_caption_exact",
+    "held_caption_mrr",
+    "held_caption_mrr_blind",
+    "codec_psnr_db",
+]
+
+
+class Squares:
+    """Twelve pictures of random pixels; the last two of the trained ones are one group."""
+
+    licence = "none needed"
+
+    def __init__(self, spec, first):
+        self.spec = spec
+        self.numbers = range(first, first + COUNT)
+        groups = {first + COUNT - 1: f"group {first + COUNT - 2}"}
+        self.examples = [
+            Example(id=str(i), captions=(f"name {i}", f"other {i}"), group=groups.get(i, f"group {i}"), origin="test")
+            for i in self.numbers
+        ]
+
+    def picture(self, index, size):
+        pixels = torch.randint(0, 256, (SIZE, SIZE, 3), generator=torch.Generator().manual_seed(self.numbers[index]))
+        return Image.fromarray(pixels.to(torch.uint8).numpy()).resize((size, size), Image.Resampling.NEAREST)
+
+
+TRAIN, HELD = Squares("train", 0), Squares("held", 100)
+
+
+class Knower:
+    """Draws and names every picture as it is."""
+
+    capabilities = frozenset({"text", "draw", "caption"})
+    num_new_parameters = 0
+    image = ImageModality.Config(codec=Pixels.Config(), patch=8, sizes=(SIZE,)).build()
+
+    def __init__(self):
+        self.calls = []
+        self.names = {s.picture(i, SIZE).tobytes(): e.captions for s in (TRAIN, HELD) for i, e in enumerate(s.examples)}
+
+    def draw(self, prompts, *, size, seeds, steps, guidance):
+        self.calls.append((prompts, seeds, steps, guidance))
+        return [TRAIN.picture(int(prompt.split()[1]), size) for prompt in prompts]
+
+    def caption(self, pictures):
+        return [f" {self.names[picture.tobytes()][1].upper()}\n" for picture in pictures]
+
+    def score_names(self, pictures, names):
+        common = -torch.arange(len(names)).float()[None]
+        if pictures is None:
+            return common
+        return common + torch.tensor([[float(self.names[p.tobytes()][0] == name) for name in names] for p in pictures])
+
+
+class Ignorer(Knower):
+    """Draws one picture, says one name, has one opinion, whatever it is asked."""
+
+    def draw(self, prompts, **settings):
+        return [TRAIN.picture(3, SIZE) for _ in prompts]
+
+    def caption(self, pictures):
+        return ["name 3" for _ in pictures]
+
+    def score_names(self, pictures, names):
+        return -torch.arange(len(names)).float().expand(1 if pictures is None else len(pictures), -1)
+
+
+class Averages:
+    """Pixels of a coarse grid as features."""
+
+    fingerprint = "averages"
+    seen = 0
+
+    def features(self, images):
+        self.seen += len(images)
+        return torch.nn.functional.adaptive_avg_pool2d(images, 4).flatten(1)
+
+
+def score(model, **settings):
+    return evaluate(model, "emoji", source=TRAIN, held=HELD, **{"encoder": Averages(), **settings})
+
+
+def test_a_model_that_knows_all_scores_all():
+    encoder = Averages()
+    result = score(Knower(), encoder=encoder)
+    assert set(ISSUE) <= result.keys()
+    ones = [name for name in ISSUE if name.startswith(("fit_", "held_")) and not name.endswith("_blind")]
+    assert {name: result[name] for name in ones} == dict.fromkeys(ones, 1.0)
+    assert result["num_concepts"] == COUNT
+    assert result["codec_psnr_db"] == 100
+    assert encoder.seen == 2 * COUNT, "a codec without loss is looked at once"
+    for name in ones[:4]:
+        assert result[f"ceiling_{name}"] == 1
+        assert 0 < result[f"chance_{name}"] < 1
+    assert result["chance_fit_retrieval_pixel_at_1"] == pytest.approx((10 * 1 + 2 * 2) / 12 / 12)
+    assert result["held_caption_mrr_blind"] < 0.5
+    assert result["held_caption_exact"] == result["held_caption_f1"] == 1 > result["held_caption_exact_blind"]
+
+
+def test_a_model_that_knows_nothing_scores_nothing():
+    result = score(Ignorer())
+    assert result["fit_retrieval_pixel_at_1"] == result["fit_retrieval_feature_at_1"] == 1 / COUNT
+    assert result["fit_caption_exact"] == result["fit_caption_exact_blind"] == pytest.approx(1 / COUNT)
+    # All names are tied once their own likelihood is taken off. Ten names alone, two that share a group of two hits.
+    expected = (10 / 6.5 + 2 / (13 / 3)) / COUNT
+    assert result["held_caption_mrr"] == pytest.approx(expected)
+    assert result["held_caption_mrr_blind"] == pytest.approx(expected)
+
+
+def test_the_settings_say_how_to_get_the_same_numbers(tmp_path):
+    model, events, out = Knower(), [], tmp_path / "new" / "metrics.json"
+    limits = {"max_drawn": 5, "max_captioned": 4, "max_held": 3, "batch_size": 2}
+    result = score(
+        model, seed=7, steps=2, guidance=1.5, out=out, progress=lambda *event: events.append(event), **limits
+    )
+    settings = result["settings"]
+    assert json.loads(out.read_text()) == result
+    assert [path.name for path in out.parent.iterdir()] == ["metrics.json"]
+    assert settings["suite"] == "emoji" and settings["data"] == "train" and settings["held"] == "held"
+    assert (settings["num_drawn"], settings["num_captioned"], settings["num_held"]) == (5, 4, 3)
+    assert (settings["seed"], settings["steps"], settings["guidance"]) == (7, 2, 1.5)
+    assert settings["encoder"] == "averages" and settings["versions"]["torch"] == torch.__version__
+    prompts = [prompt for call in model.calls for prompt in call[0]]
+    seeds = [seed for call in model.calls for seed in call[1]]
+    assert len(prompts) == 5 and seeds == [7 + int(prompt.split()[1]) for prompt in prompts]
+    assert {call[2:] for call in model.calls} == {(2, 1.5)}
+    assert [event for event in events if event[0] == "draw"] == [("draw", n, 5) for n in (0, 2, 4, 5)]
+    assert score(Knower(), max_drawn=5)["settings"]["num_drawn"] == 5
+
+
+def test_a_model_is_asked_only_for_what_it_can_do():
+    class Painter(Knower):
+        capabilities = frozenset({"draw"})
+
+    class Reader(Knower):
+        capabilities = frozenset({"caption", "embed"})
+
+    class Writer(Knower):
+        capabilities = frozenset({"text"})
+
+    assert not [name for name in score(Painter()) if "caption" in name]
+    assert not [name for name in score(Reader()) if "retrieval" in name or "codec" in name]
+    with pytest.raises(XFusionError, match="only do: text"):
+        score(Writer())
+
+
+def test_an_encoder_that_taught_does_not_score():
+    result = score(Knower(), features=False)
+    assert not [name for name in result if "feature" in name]
+    assert result["fit_retrieval_pixel_at_1"] == 1 and result["settings"]["encoder"] is None
+
+
+def test_all_names_are_candidates_when_asked():
+    narrow, wide = score(Knower(), max_held=4), score(Knower(), max_held=4, candidates="all")
+    assert wide["chance_held_caption_mrr"] < narrow["chance_held_caption_mrr"]
+    with pytest.raises(XFusionError, match="'held' or 'all'"):
+        score(Knower(), candidates="some")
+
+
+def test_a_larger_gallery_has_a_ceiling_of_its_own():
+    result = score(Knower(), gallery_size=2 * SIZE)
+    assert result["settings"]["gallery_size"] == 16 and result["ceiling_fit_retrieval_pixel_at_1"] == 1
+
+
+def test_a_codec_that_loses_everything_has_no_ceiling():
+    class Grey(Pixels):
+        def _decode(self, latents):
+            return torch.zeros_like(latents)
+
+    model = Knower()
+    model.image = ImageModality.Config(codec=Pixels.Config(), patch=8, sizes=(SIZE,)).build()
+    model.image.codec = Grey()
+    result = score(model)
+    assert result["ceiling_fit_retrieval_pixel_at_1"] < 1 == result["fit_retrieval_pixel_at_1"]
+    assert 0 < result["codec_psnr_db"] < 15
+
+
+def test_without_held_out_pictures_the_rest_is_scored():
+    assert not [name for name in score(Knower(), max_held=0) if name.startswith("held_")]
+    result = evaluate(Knower(), "emoji", source=TRAIN, features=False)  # "train" is no spec: nothing is held out
+    assert result["settings"]["held"] is None and result["fit_caption_exact"] == 1
+
+
+def test_wrong_names_are_answered_with_the_nearest():
+    assert "emoji" in suite_names()
+    with pytest.raises(XFusionError, match="did you mean 'emoji'"):
+        evaluate(Knower(), "emojis")
+    with pytest.raises(XFusionError, match="did you mean 'guidance'"):
+        evaluate(Knower(), "emoji", guidence=2)
+
+
+def test_a_result_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "metrics.json"
+    write_json(path, {"score": 1})
+    with pytest.raises(ValueError):
+        write_json(path, {"score": math.nan})
+    assert json.loads(path.read_text()) == {"score": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.json"]
