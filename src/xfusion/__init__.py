@@ -12,8 +12,7 @@ if TYPE_CHECKING:
     from xfusion.evaluation.run import evaluate
     from xfusion.generation import generate
     from xfusion.model import Model, ModelConfig, build
-    from xfusion.recipes.base import Recipe
-    from xfusion.training.loop import train
+    from xfusion.recipes.base import Recipe, train
 
 __version__ = "0.1.0"
 
@@ -45,7 +44,7 @@ _HOMES = {
     "evaluate": "xfusion.evaluation.run",
     "generate": "xfusion.generation",
     "load": "xfusion.checkpoint",
-    "train": "xfusion.training.loop",
+    "train": "xfusion.recipes.base",
 }
 
 

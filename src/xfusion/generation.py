@@ -6,7 +6,8 @@ tower's rows of the picture alone. Every item has a generator of its own, so a b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import Any, cast
 
@@ -122,7 +123,8 @@ def draw_tokens(
 
     x = noise
     walk = model.media_objective.sample(predict, noise, steps=steps, known=known, keep=keep)
-    for done, (x, estimate) in enumerate(walk, start=1):
+    for done, (current, estimate) in enumerate(walk, start=1):
+        x = current
         if progress:
             progress(done, steps, estimate)
     return x
@@ -276,16 +278,18 @@ def caption(
     for start in range(0, len(pictures), BATCH):
         contexts = [(media, *tail) for media in _media_segment(model, pictures[start : start + BATCH])]
         seeds = [seed + start + i for i in range(len(contexts))]
-        ids = answer_tokens(
-            model, contexts, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seeds=seeds
-        )
+        ids = answer_tokens(model, contexts, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seeds=seeds)
         out += [model.backbone.decode(i).strip() for i in ids]
     return out
 
 
 @torch.no_grad()
 def score_names(
-    model: Model, pictures: Seq[PILImage.Image] | None, names: Seq[str], *, progress: Callable[[int, int], None] | None = None
+    model: Model,
+    pictures: Seq[PILImage.Image] | None,
+    names: Seq[str],
+    *,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Mean log-likelihood per token (end token included) of each name after each picture.
 
@@ -317,7 +321,9 @@ def _score_one(model: Model, item: Media | None, ids: Tensor, labels: Tensor) ->
     blank = Media(tokens=torch.zeros(1, model.image.token_width), grid=(1, 1))
     batch = pack([[Sequence(segments=(item or blank, Text(ids=())))]])
     if item is None:  # the end-of-media row alone, as if the picture were not there
-        batch = replace(batch, media={}, text=replace(batch.text, order=batch.text.order * 0, position=batch.text.position * 0))
+        batch = replace(
+            batch, media={}, text=replace(batch.text, order=batch.text.order * 0, position=batch.text.position * 0)
+        )
     cache = model.backbone.new_cache(model.fusion.num_towers, 1)
     hidden, run = model.run_pass(batch, cache=cache, update=True)
     first = model.engine.backbone.logits(hidden[:, run.slices["text"]][:, -1:]).float().log_softmax(dim=-1)[0, 0]
@@ -379,7 +385,9 @@ def generate(
         the generated segments (``str`` or ``PIL.Image``) of the list, or a list of such lists for a batch.
     """
     if isinstance(items, str) or not isinstance(items, (list, tuple)) or not items:
-        raise XFusionError("generate takes a list of segments such as ['a red apple', xfusion.Image()], or a list of lists")
+        raise XFusionError(
+            "generate takes a list of segments such as ['a red apple', xfusion.Image()], or a list of lists"
+        )
     if not isinstance(items[0], (list, tuple)):
         return _generate_batch(
             model, [cast("Seq[Segment]", items)], [seed], steps, guidance, max_tokens, temperature, top_p, progress
@@ -460,9 +468,7 @@ def _generate_batch(
         if kinds[-1] == "text":  # a question behind a picture ends as it did in training
             newline = Text(ids=model.backbone.encode("\n"))
             contexts = [(*context, newline) for context in contexts]
-        ids = answer_tokens(
-            model, contexts, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seeds=seeds
-        )
+        ids = answer_tokens(model, contexts, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seeds=seeds)
     else:
         ids = [
             _base_generate(model, context, max_tokens, temperature, top_p, s)

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from xfusion.backbone import EMBEDDED, Backbone, Cache
-from xfusion.data.sequence import END_OF_MEDIA, Batch, MediaRows, Rows, fingerprint
+from xfusion.data.sequence import END_OF_MEDIA, IGNORE, Batch, MediaRows, Rows, fingerprint
 from xfusion.fusion.base import Fusion, Pass
 from xfusion.fusion.dual_tower import DualTower
 from xfusion.modalities.image import ImageModality
@@ -109,7 +109,7 @@ class MediaPort(nn.Module):
 
     def readout(self, hidden: Tensor) -> Tensor:
         """States of media rows ``[B, n, D]`` -> what the media objective predicts ``[B, n, P]``."""
-        return self.head(self.norm(hidden))
+        return self.head(self.norm(hidden.to(self.norm.weight.dtype)))
 
 
 @dataclass(kw_only=True)
@@ -123,6 +123,8 @@ class Engine:
     """Why this precision was chosen, for the log."""
     reference: bool = False
     """Whether layers take the reference path."""
+    compiled: bool = False
+    """Whether the per-layer work is compiled."""
     decoder: Any = None
     text_states: OrderedDict[tuple[int, ...], Tensor] = field(default_factory=OrderedDict)
     """Frozen states of texts, by their tokens."""
@@ -167,7 +169,7 @@ class Model(nn.Module):
         self.media_objective = config.media.build()
         self._pass: Pass | None = None
         self._engine: Engine
-        self.use(Engine(backbone=self.backbone, autocast=None, reason="the base's own precision"))
+        self.use(self.plain_engine())
 
     backbone: Backbone
 
@@ -224,14 +226,21 @@ class Model(nn.Module):
         finally:
             self.use(before)
 
+    def plain_engine(self) -> Engine:
+        """The base as it is; new modules compute in its type, where that is half as wide as their own."""
+        half = self.backbone.dtype in (torch.bfloat16, torch.float16)
+        autocast = self.backbone.dtype if half else None
+        return Engine(backbone=self.backbone, autocast=autocast, reason="the base's own precision")
+
     def reference_engine(self) -> Engine:
         """Whole layers, as the papers write them."""
-        return Engine(backbone=self.backbone, autocast=None, reason="reference path", reference=True)
+        return replace(self.plain_engine(), reason="reference path", reference=True)
 
-    def training_engine(self, dtype: torch.dtype, reason: str, attention: str) -> Engine:
+    def training_engine(self, dtype: torch.dtype, reason: str, attention: str, compiled: bool) -> Engine:
         """The frozen weights cast once to the compute type."""
         autocast = None if dtype == torch.float32 else dtype
-        return Engine(backbone=self.backbone.working_copy(dtype, attention), autocast=autocast, reason=reason)
+        frozen = self.backbone.working_copy(dtype, attention)
+        return Engine(backbone=frozen, autocast=autocast, reason=reason, compiled=compiled)
 
     def _layer(self, index: int, frozen: nn.Module, x: Tensor, call: dict[str, Any]) -> Tensor:
         run = self._pass
@@ -285,11 +294,13 @@ class Model(nn.Module):
             given=given,
             text_reads_media=batch.text_reads_media,
             media_reads_text=batch.media_reads_text,
+            compiled=engine.compiled,
         )
         position = torch.cat([table.position for table in rows.values()], dim=1)
         self._pass = run
         try:
-            hidden = engine.backbone.drive(engine.decoder, torch.cat(list(states.values()), dim=1), position)
+            with torch.autocast(self.backbone.device.type, engine.autocast, enabled=engine.autocast is not None):
+                hidden = engine.backbone.drive(engine.decoder, torch.cat(list(states.values()), dim=1), position)
         finally:
             self._pass = None
         if cache is not None and update:
@@ -300,7 +311,9 @@ class Model(nn.Module):
         """One training pass: text states of prompts that come before all media are looked up, not computed."""
         given = None
         if self.fusion.prefix_is_constant and not self._engine.reference and batch.text.count:
-            given = None if batch.text_reads_media else self.given_states(batch)
+            # Looked-up states skip the text tower, so nothing may be read from it: no word after media, no label.
+            unread = not batch.text_reads_media and not bool((batch.labels != IGNORE).any())
+            given = self.given_states(batch) if unread else None
         hidden, run = self.run_pass(batch, given=given)
         text = run.slices.get("text", slice(0, 0))
 
@@ -447,11 +460,8 @@ def build(config: ModelConfig, backbone: Backbone | None = None) -> Model:
     return Model(config, backbone)
 
 
-def compile_fusion(model: Model, enable: bool = True) -> Callable[[], int]:
-    """Compile the per-layer work of training; returns a function that counts graphs compiled so far."""
+def compiled_graphs() -> int:
+    """Graphs that were compiled in this process so far; a run that keeps its shapes stops making new ones."""
     from torch._dynamo.utils import counters
 
-    compile_method = getattr(model.fusion, "compile_layers", None)
-    if enable and compile_method is not None:
-        compile_method()
-    return lambda: int(counters["stats"].get("unique_graphs", 0))
+    return int(counters["stats"].get("unique_graphs", 0))

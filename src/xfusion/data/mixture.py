@@ -115,7 +115,11 @@ class Mixture:
 
     def captionings(self, step: int) -> list[Sequence]:
         """The captioning sequences of a step."""
-        rng, count, examples = random.Random(f"{self.seed}/caption/words/{step}"), self.config.caption, self.source.examples
+        rng, count, examples = (
+            random.Random(f"{self.seed}/caption/words/{step}"),
+            self.config.caption,
+            self.source.examples,
+        )
         question = self.config.templates.question
         return [
             captioning(self.ids, self.end, self.tokens(i), self.grid, examples[i].captions[0], question(rng))
@@ -135,11 +139,13 @@ class Mixture:
         out = []
         if self.config.draw:
             sequences = self.drawings(step)
-            out.append(pack([[s] for s in sequences], text_width=max(self.widths[0], _up(max(map(text_length, sequences)), 8))))
+            out.append(
+                pack([[s] for s in sequences], text_width=max(self.widths[0], _up(max(map(text_length, sequences)), 8)))
+            )
         if self.config.caption:
             rows = balance(self.captionings(step), self.config.pack)
-            longest = max(sum(map(text_length, row)) for row in rows)
-            out.append(pack(rows, text_width=max(self.widths[1], _up(longest, 8))))
+            longest, width = max(sum(map(text_length, row)) for row in rows), self.widths[1]
+            out.append(pack(rows, text_width=width if longest <= width else _up(longest, 8)))
         return out
 
 

@@ -41,7 +41,7 @@ def balance(sequences: Seq[Sequence], per_row: int) -> list[list[Sequence]]:
         raise XFusionError(f"{len(sequences)} sequences do not fill rows of {per_row}: choose a multiple")
     ordered = sorted(sequences, key=text_length, reverse=True)
     rows: list[list[Sequence]] = [[] for _ in range(len(sequences) // per_row)]
-    for start in range(0, len(ordered), len(rows)):
+    for start in range(0, len(ordered), len(rows) or 1):
         chunk = ordered[start : start + len(rows)]
         for row, sequence in zip(sorted(rows, key=lambda r: sum(map(text_length, r))), chunk, strict=True):
             row.append(sequence)
@@ -124,7 +124,9 @@ def pack(rows: Seq[Seq[Sequence]], *, text_width: int | None = None) -> Batch:
         raise XFusionError(f"a row holds {longest} text tokens but the budget is {width}: raise it or shorten the text")
     batch = Batch(
         text=_tables(text_tables, width),
-        text_ids=torch.tensor([row + [0] * (width - len(row)) for row in ids], dtype=torch.int64).reshape(len(rows), width),
+        text_ids=torch.tensor([row + [0] * (width - len(row)) for row in ids], dtype=torch.int64).reshape(
+            len(rows), width
+        ),
         labels=torch.tensor([row + [IGNORE] * (width - len(row)) for row in labels]).reshape(len(rows), width).long(),
         text_reads_media=reads_media,
         media_reads_text=reads_text,

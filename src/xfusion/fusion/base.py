@@ -41,6 +41,8 @@ class Pass:
     """Whether any text position of this pass comes after a media item."""
     media_reads_text: bool = True
     """Whether any media position of this pass comes after text."""
+    compiled: bool = False
+    """Whether the per-layer work runs compiled (training does; sampling, whose shapes change, does not)."""
     _masks: dict[tuple[str, bool, int | None], Tensor] = field(default_factory=dict)
     _calls: dict[int, tuple[Any, dict[str, dict[str, Any]]]] = field(default_factory=dict)
 

@@ -14,7 +14,9 @@ Shape legend: ``B`` batch row, ``n`` rows of one owner, ``S`` all rows of a pass
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -52,6 +54,12 @@ def tower_rows(
     return h, kv, made
 
 
+@cache
+def _compiled_tower_rows() -> Callable[..., tuple[Tensor, KeysValues, KeysValues | None]]:
+    """The work of one tower at one layer, compiled; all layers of a tower share the graphs."""
+    return torch.compile(tower_rows, fullgraph=True, dynamic=False)
+
+
 class DualTower(Fusion):
     """Frozen text tower, trainable media tower; text is bit-identical whatever the media tower holds."""
 
@@ -78,7 +86,6 @@ class DualTower(Fusion):
         super().__init__()
         self.config = config
         self.blocks = nn.ModuleDict()
-        self.tower_rows = tower_rows
 
     def install(self, backbone: Backbone) -> None:
         """Copy the frozen blocks at the tower's layers (spec: copy initialisation)."""
@@ -103,10 +110,6 @@ class DualTower(Fusion):
         if self.tower_config._attn_implementation != implementation:
             self.tower_config._attn_implementation = implementation
 
-    def compile_layers(self) -> None:
-        """Compile the work of one tower at one layer; all layers of a tower share the graphs."""
-        self.tower_rows = torch.compile(tower_rows, fullgraph=True, dynamic=False)
-
     @property
     def state_layers(self) -> tuple[int, ...]:
         """The layers with a media block: only there are text states read by the media tower."""
@@ -114,25 +117,26 @@ class DualTower(Fusion):
 
     def block(self, index: int) -> nn.Module | None:
         """The media tower's block at a layer, or None where media states pass unchanged."""
-        return self.blocks[str(index)] if str(index) in self.blocks else None
+        return self.blocks[str(index)] if str(index) in self.blocks else None  # noqa: SIM401 (a ModuleDict has no get)
 
     def layer(self, index: int, frozen: nn.Module, call: dict[str, Any], run: Pass) -> dict[str, Tensor]:
         """Fast path: kept outputs only, each tower's keys and values for all rows (spec 1.2)."""
-        window, cache, calls, name = self.windows[index], run.cache, run.calls(call), run.media
+        window, held, calls, name = self.windows[index], run.cache, run.calls(call), run.media
         text, media = run.states.get("text"), run.states[name] if name else None
         text_call, media_call = calls.get("text", {}), calls[name] if name else {}
-        keep = cache is not None and run.update
+        keep = held is not None and run.update
+        rows = _compiled_tower_rows() if run.compiled else tower_rows
         new = dict(run.states)
 
         if text is not None and run.given is None:
             read = media if run.text_reads_media or keep else None
-            past = cache.past(0, index) if cache else []
+            past = held.past(0, index) if held else []
             mask = run.mask("text", window, others=read is not None)
-            new["text"], kv, made = self.tower_rows(frozen, text, text_call, read, media_call, past, mask, True)
-            if cache and keep:
-                cache.append(0, index, [kv, *([made] if made else [])])
-        elif cache and keep and media is not None:
-            cache.append(0, index, [keys_values(frozen, media, media_call)])
+            new["text"], kv, made = rows(frozen, text, text_call, read, media_call, past, mask, True)
+            if held and keep:
+                held.append(0, index, [kv, *([made] if made else [])])
+        elif held and keep and media is not None:
+            held.append(0, index, [keys_values(frozen, media, media_call)])
 
         block = self.block(index)
         if block is None:
@@ -140,14 +144,14 @@ class DualTower(Fusion):
         if run.given is not None:
             text = run.given[index]
         if media is not None and name:
-            past = cache.past(1, index) if cache else []
+            past = held.past(1, index) if held else []
             read = text if run.media_reads_text or keep else None
             mask = run.mask(name, window, others=read is not None)
-            new[name], kv, made = self.tower_rows(block, media, media_call, read, text_call, past, mask, False)
-            if cache and keep:
-                cache.append(1, index, [*([made] if made else []), kv])
-        elif text is not None and cache and keep:
-            cache.append(1, index, [keys_values(block, text, text_call)])
+            new[name], kv, made = rows(block, media, media_call, read, text_call, past, mask, False)
+            if held and keep:
+                held.append(1, index, [*([made] if made else []), kv])
+        elif text is not None and held and keep:
+            held.append(1, index, [keys_values(block, text, text_call)])
         return new
 
     def reference_layer(self, index: int, frozen: nn.Module, call: dict[str, Any], run: Pass) -> dict[str, Tensor]:
@@ -157,13 +161,12 @@ class DualTower(Fusion):
         text_out, _ = run_rows(frozen, x, whole, mask, [], [])
         block = self.block(index)
         media_out = x if block is None else run_rows(block, x, whole, mask, [], [])[0]
-        return {
-            owner: (text_out if owner == "text" else media_out)[:, rows] for owner, rows in run.slices.items()
-        }
+        return {owner: (text_out if owner == "text" else media_out)[:, rows] for owner, rows in run.slices.items()}
 
     def text_layer(self, index: int, frozen: nn.Module, x: Tensor, call: dict[str, Any]) -> Tensor:
         """A text-only layer: the frozen block called whole, the media tower still making its keys and values."""
         block = self.block(index)
         if block is not None:
-            keys_values(block, x, slice_call(call, slice(None)))
+            own = x.to(next(block.parameters()).dtype)
+            keys_values(block, own, slice_call(call, slice(None)))
         return frozen(x, **call)

@@ -1,4 +1,4 @@
-"""A recipe: a model, its data and its stages; a function in a file of this folder returns one."""
+"""Recipes by name: a function in a file of this folder (or of anybody's) returns one."""
 
 from __future__ import annotations
 
@@ -7,26 +7,13 @@ import importlib
 import importlib.util
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from xfusion.data.sequence import XFusionError
-from xfusion.model import ModelConfig
-from xfusion.training.stages import Stage
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """One way to give a frozen LLM a modality: everything that `xfusion.train` needs."""
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    """What is built."""
-    data: str = "emoji"
-    """Pictures with captions: emoji, emoji:128, a folder, or a .jsonl file."""
-    stages: tuple[Stage, ...] = (Stage(),)
-    """What is trained, in order."""
-    seed: int = 0
-    """Seed of order, wordings and noise."""
+from xfusion.model import Model
+from xfusion.training import loop
+from xfusion.training.stages import Recipe
 
 
 def names() -> list[str]:
@@ -66,6 +53,11 @@ def find(name: str) -> Callable[..., Recipe]:
             raise XFusionError(f"recipe {name!r} is not one of {', '.join(names())}{hint}")
         module, function = importlib.import_module(f"xfusion.recipes.{name}"), name
     found = getattr(module, function, None)
-    if not callable(found):
+    if found is None or not callable(found):
         raise XFusionError(f"recipe {name!r}: {where} has no function {function!r}")
     return found
+
+
+def train(recipe: Recipe | str, **settings: Any) -> Model:
+    """Train a recipe, given as an object or by name; settings as `xfusion.training.loop.train` takes them."""
+    return loop.train(find(recipe)() if isinstance(recipe, str) else recipe, **settings)

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 from xfusion.fusion.dual_tower import DualTower
 from xfusion.model import ModelConfig
-from xfusion.recipes.base import Recipe
-from xfusion.training.stages import Stage
+from xfusion.training.stages import Recipe, Stage
 
 KIND = "dual tower"
 PAPER = "arXiv 2504.20996"

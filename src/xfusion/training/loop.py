@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,9 @@ from xfusion.backbone import Backbone
 from xfusion.data.mixture import Mixture
 from xfusion.data.sequence import Batch, XFusionError
 from xfusion.data.sources import Source, open_source
-from xfusion.model import Model, build, choose_compute_dtype, compile_fusion
+from xfusion.model import Model, build, choose_compute_dtype, compiled_graphs
 from xfusion.training.optimizer import Optimizer
-from xfusion.training.stages import Stage
+from xfusion.training.stages import Recipe, Stage
 from xfusion.training.track import Listener, Track
 
 WARM_STEPS = 10
@@ -32,6 +34,8 @@ MEASURED_STEPS = 20
 """Steps from which a wall-clock budget derives the number of steps."""
 LARGEST_STEPS = 10_000_000
 STATE, PLAN = "state.safetensors", "state.json"
+STATE_BEFORE = ".state-old"
+"""Name of the old state for the moment in which the new one takes its place."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -39,7 +43,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def train(
-    recipe: Any,
+    recipe: Recipe,
     *,
     out: str | os.PathLike[str],
     data: str | None = None,
@@ -61,7 +65,7 @@ def train(
     """Train a recipe; the result is a pack in ``out/pack``.
 
     Args:
-        recipe: a `Recipe`, or a name that `recipes.base.find` knows.
+        recipe: what to build and how to train it.
         out: the run's folder: ``log.jsonl``, ``tensorboard/``, ``previews/``, ``state/``, ``pack/``.
         data: overrides the recipe's data.
         source: an opened source instead of ``data``.
@@ -84,16 +88,14 @@ def train(
         XFusionError: bad data, a loss that is not finite, a resumed run of another recipe.
         Interrupted: Ctrl-C; state and pack were written.
     """
-    from xfusion.recipes.base import Recipe, find  # the recipe names its stages, so it lies above this file
-
-    recipe = find(recipe)() if isinstance(recipe, str) else recipe
-    assert isinstance(recipe, Recipe)
     if data is not None:
-        recipe = _replace(recipe, data=data)
+        recipe = replace(recipe, data=data)
     if steps is not None:
-        recipe = _replace(recipe, stages=(*recipe.stages[:-1], _replace(recipe.stages[-1], steps=steps)))
+        recipe = replace(recipe, stages=(*recipe.stages[:-1], replace(recipe.stages[-1], steps=steps)))
     if minutes is not None and len(recipe.stages) != 1:
-        raise XFusionError(f"--minutes takes a recipe of one stage, this one has {len(recipe.stages)}: give steps instead")
+        raise XFusionError(
+            f"--minutes takes a recipe of one stage, this one has {len(recipe.stages)}: give steps instead"
+        )
     run = _Run(recipe, Path(out), minutes, compile, preview_prompts, preview_every, checkpoint_every)
     run.prepare(source, allow_bad, resume, from_pack, backbone, dtype, console, listener)
     try:
@@ -102,18 +104,12 @@ def train(
         run.track.close()
 
 
-def _replace(config: Any, **changes: Any) -> Any:
-    import dataclasses
-
-    return dataclasses.replace(config, **changes)
-
-
 class _Run:
     """One training run: what `train` prepares and walks through."""
 
     def __init__(
         self,
-        recipe: Any,
+        recipe: Recipe,
         out: Path,
         minutes: float | None,
         compile: bool,
@@ -123,7 +119,11 @@ class _Run:
     ):
         self.started = time.perf_counter()
         self.recipe, self.out, self.minutes, self.compile = recipe, out, minutes, compile
-        self.preview_prompts, self.preview_every, self.checkpoint_every = preview_prompts, preview_every, checkpoint_every
+        self.preview_prompts, self.preview_every, self.checkpoint_every = (
+            preview_prompts,
+            preview_every,
+            checkpoint_every,
+        )
         self.step = 0
         self.samples = 0
         self.seconds_before = 0.0
@@ -144,16 +144,20 @@ class _Run:
         listener: Listener | None,
     ) -> None:
         state = self.out / "state"
+        if not state.exists() and (self.out / STATE_BEFORE).exists():  # a run died while it replaced its state
+            (self.out / STATE_BEFORE).rename(state)
         if resume and not (state / PLAN).is_file():
             raise XFusionError(f"{self.out} holds no run to resume (no state/{PLAN}); leave --resume out to start one")
         if not resume and (state / PLAN).is_file():
             raise XFusionError(f"{self.out} already holds a run: pass --resume to go on, or name another folder")
         self.model = model = self._model(from_pack, backbone)
-        self.source = source or open_source(
-            self.recipe.data, allow_bad=allow_bad, special_tokens=model.backbone.special_tokens
-        )
+        if source is None:
+            source = open_source(self.recipe.data, allow_bad=allow_bad, special_tokens=model.backbone.special_tokens)
+        self.source = source
         self.size = model.image.sizes[0]
-        names = {f"{prefix}.{n}": p for prefix in ("port", "fusion") for n, p in getattr(model, prefix).named_parameters()}
+        names = {
+            f"{prefix}.{n}": p for prefix in ("port", "fusion") for n, p in getattr(model, prefix).named_parameters()
+        }
         self.optimizer = Optimizer(names, self.recipe.stages[0].weight_decay)
         if resume:
             self._load(state)
@@ -161,8 +165,7 @@ class _Run:
         chosen, reason = (dtype, "as asked") if dtype else choose_compute_dtype(model.backbone.device)
         # Plain products and softmax: the fused kernel's backward is slow on short sequences on a CPU.
         attention = "eager" if model.backbone.device.type == "cpu" else "sdpa"
-        self.engine = model.training_engine(chosen, reason, attention)
-        self.graphs = compile_fusion(model, self.compile)
+        self.engine = model.training_engine(chosen, reason, attention, self.compile)
         self.mixtures = [
             Mixture(
                 self.source,
@@ -191,10 +194,16 @@ class _Run:
     def _announce(self, reason: str, dtype: torch.dtype) -> None:
         model, stage, say = self.model, self.recipe.stages[0], self.track.say
         frozen = sum(p.numel() for p in model.backbone.model.parameters())
-        say(f"base      {model.backbone.source}, {frozen / 1e6:.1f} M weights, frozen, {model.backbone.fingerprint[:16]}")
-        say(f"new       {model.num_new_parameters / 1e6:.1f} M weights ({100 * model.num_new_parameters / frozen:.1f} %)")
+        say(
+            f"base      {model.backbone.source}, {frozen / 1e6:.1f} M weights, frozen, {model.backbone.fingerprint[:16]}"
+        )
+        say(
+            f"new       {model.num_new_parameters / 1e6:.1f} M weights ({100 * model.num_new_parameters / frozen:.1f} %)"
+        )
         tokens = model.image.grid(self.size)
-        say(f"data      {self.source.spec}: {len(self.source.examples)} pictures, {self.size} px, {tokens[0] * tokens[1]} tokens")
+        say(
+            f"data      {self.source.spec}: {len(self.source.examples)} pictures, {self.size} px, {tokens[0] * tokens[1]} tokens"
+        )
         say(f"step      {stage.mixture.draw} to draw, {stage.mixture.caption} to caption, times {stage.accumulate}")
         say(f"compute   {reason}, {torch.get_num_threads()} threads")
         self.track.event(
@@ -212,15 +221,15 @@ class _Run:
     def go(self) -> Model:
         self.track.start_bar(sum(self.totals) if self.planned else 0, self.step)
         last_checkpoint = last_preview = time.perf_counter()
-        measured_from, interrupted = None, False
+        measured_from, interrupted, first = None, False, self.step
         try:
             while not self.planned or self.step < sum(self.totals):
                 self._one_step()
                 now = time.perf_counter()
                 if not self.planned:
-                    if self.step == WARM_STEPS:
+                    if self.step == first + WARM_STEPS:
                         measured_from = now
-                    elif measured_from and self.step >= WARM_STEPS + MEASURED_STEPS:
+                    elif measured_from is not None and self.step >= first + WARM_STEPS + MEASURED_STEPS:
                         self._plan((now - measured_from) / MEASURED_STEPS, now)
                 if self.preview_every and now - last_preview >= self.preview_every:
                     self.preview()
@@ -238,7 +247,7 @@ class _Run:
         if self.preview_every:
             self.preview()
         seconds = self.seconds_before + time.perf_counter() - self.started
-        self.track.event(event="end", step=self.step, samples=self.samples, seconds=seconds, graphs=self.graphs())
+        self.track.event(event="end", step=self.step, samples=self.samples, seconds=seconds, graphs=compiled_graphs())
         return self.model
 
     def _stage(self, step: int) -> tuple[int, int, int]:
@@ -267,7 +276,9 @@ class _Run:
         losses = dict.fromkeys(counts, 0.0)
         with self.model.using(self.engine):
             for batch in batches:
-                with torch.autocast(self.model.backbone.device.type, self.engine.dtype, enabled=bool(self.engine.autocast)):
+                with torch.autocast(
+                    self.model.backbone.device.type, self.engine.dtype, enabled=bool(self.engine.autocast)
+                ):
                     found = self.model.losses(batch, generator)
                 objective_sum = sum(weights[name] * value / counts[name] for name, (value, _) in found.items())
                 if isinstance(objective_sum, torch.Tensor):
@@ -284,11 +295,17 @@ class _Run:
         steps = total if self.planned else LARGEST_STEPS
         rate = stage.rate_at(inside, steps)
         norm = self.optimizer.step(rate, stage.clip, stage.ema_at(inside))
+        if not norm < float("inf"):
+            raise XFusionError(
+                f"the gradient's norm is {norm} at step {self.step}, although the loss is finite: training stopped; the"
+                f" last checkpoint in {self.out / 'state'} is intact, try a lower --stages.{number}.rate than {stage.rate}"
+            )
         samples = sum(batch.num_sequences for batch in batches)
         self.samples += samples
+        self.step += 1  # counted before anybody is told: whoever listens may end the run here
         self.track.event(
             event="step",
-            step=self.step,
+            step=self.step - 1,
             seconds=round(self.seconds_before + time.perf_counter() - self.started, 3),
             losses=losses,
             rate=rate,
@@ -296,7 +313,6 @@ class _Run:
             samples=samples,
             samples_per_second=samples / (time.perf_counter() - begun),
         )
-        self.step += 1
 
     def _plan(self, seconds_per_step: float, now: float) -> None:
         assert self.minutes is not None
@@ -338,6 +354,7 @@ class _Run:
             "samples": self.samples,
             "totals": self.totals,
             "planned": self.planned,
+            "minutes": self.minutes,
             "seconds": self.seconds_before + time.perf_counter() - self.started,
             "threads": torch.get_num_threads(),
         }
@@ -345,7 +362,7 @@ class _Run:
         try:
             save_file({k: v.contiguous() for k, v in self.optimizer.state().items()}, str(temporary / STATE))
             (temporary / PLAN).write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
-            old = self.out / ".state-old"
+            old = self.out / STATE_BEFORE
             shutil.rmtree(old, ignore_errors=True)
             if (self.out / "state").exists():
                 (self.out / "state").rename(old)
@@ -368,6 +385,7 @@ class _Run:
             )
         self.step, self.samples, self.totals = plan["step"], plan["samples"], plan["totals"]
         self.planned, self.seconds_before = plan["planned"], plan["seconds"]
+        self.minutes = plan["minutes"] if self.minutes is None else self.minutes
         self.optimizer.load(load_file(str(folder / STATE)))
 
     def _pack(self) -> None:
@@ -385,15 +403,12 @@ class _Run:
             },
         }
         if stage.ema > 0:
-            with torch.no_grad():  # the model that is returned and saved holds the averaged weights
-                torch._foreach_copy_(list(self.optimizer.list), self.optimizer.average)
+            self.optimizer.use_average()  # the model that is returned and saved holds the averaged weights
         checkpoint.save(self.model, self.out / "pack", **facts)
 
 
 def _difference(one: Any, other: Any, path: str = "") -> str:
     """The first field in which two configurations differ, with both values."""
-    import dataclasses
-
     if type(one) is type(other) and dataclasses.is_dataclass(one):
         for f in dataclasses.fields(one):
             a, b = getattr(one, f.name), getattr(other, f.name)

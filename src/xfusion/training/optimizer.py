@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -18,31 +18,42 @@ class Optimizer:
 
     def __init__(self, parameters: dict[str, nn.Parameter], weight_decay: float):
         self.parameters = parameters
-        self.list: Sequence[nn.Parameter] = list(parameters.values())
+        self.list: list[nn.Parameter] = list(parameters.values())
         self.adamw = torch.optim.AdamW(self.list, lr=0.0, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
         self.average = [p.detach().clone() for p in self.list]
 
     def step(self, rate: float, clip: float, ema: float) -> float:
-        """One step; returns the norm of the gradient before clipping."""
+        """One step; returns the norm of the gradient before clipping. Without a finite norm nothing is changed."""
         norm = torch.nn.utils.clip_grad_norm_(self.list, clip)
+        if not bool(norm.isfinite()):
+            return float(norm)
         for group in self.adamw.param_groups:
             group["lr"] = rate
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.list], 1 - ema)
+        with torch.no_grad():
+            for average, parameter in zip(self.average, self.list, strict=True):
+                average.lerp_(parameter, 1 - ema)
         return float(norm)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Inside the block the parameters hold their moving average."""
         kept = [p.detach().clone() for p in self.list]
-        with torch.no_grad():
-            torch._foreach_copy_(self.list, self.average)
+        self.use_average()
         try:
             yield
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(self.list, kept)
+            self._put(kept)
+
+    def use_average(self) -> None:
+        """Put the moving average in the parameters' place for good."""
+        self._put(self.average)
+
+    @torch.no_grad()
+    def _put(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self.list, values, strict=True):
+            parameter.copy_(value)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, as flat tensors."""
@@ -59,6 +70,8 @@ class Optimizer:
             for (name, parameter), average in zip(self.parameters.items(), self.average, strict=True):
                 parameter.copy_(state[f"weight.{name}"])
                 average.copy_(state[f"average.{name}"])
-                kept = {key: state[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in state}
+                kept = {
+                    key: state[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in state
+                }
                 if kept:
                     self.adamw.state[parameter] = dict(kept)

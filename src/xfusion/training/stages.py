@@ -1,12 +1,13 @@
-"""A stage is data: what one stretch of training reads, at which rate, for how long."""
+"""A run is data: what is built, what it reads, and its stages, each with what it trains at which rate for how long."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from xfusion.data.mixture import MixtureConfig
+from xfusion.model import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,3 +47,17 @@ class Stage:
     def ema_at(self, step: int) -> float:
         """EMA decay of a step."""
         return min(self.ema, (1 + step) / (10 + step)) if self.ema else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One way to give a frozen LLM a modality: everything that `xfusion.train` needs."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """What is built."""
+    data: str = "emoji"
+    """Pictures with captions: emoji, emoji:128, a folder, or a .jsonl file."""
+    stages: tuple[Stage, ...] = (Stage(),)
+    """What is trained, in order."""
+    seed: int = 0
+    """Seed of order, wordings and noise."""

@@ -81,7 +81,9 @@ class Track:
         losses = event["losses"]
         if self.bar:
             text = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
-            self.bar.update(self.task, completed=event["step"] + 1, text=f"{text} | {event['samples_per_second']:.0f} samples/s")
+            self.bar.update(
+                self.task, completed=event["step"] + 1, text=f"{text} | {event['samples_per_second']:.0f} samples/s"
+            )
         if self.board and event["step"] % 10 == 0:
             for name, value in losses.items():
                 self.board.add_scalar(f"loss/{name}", value, event["step"])

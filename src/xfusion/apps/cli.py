@@ -1,0 +1,213 @@
+"""The command line: finds the verb, lets tyro read its options, prints its answer, turns errors into one line.
+
+Exit status: 0 done, 1 the answer is no (a failed proof, bad data), 2 bad arguments or input, 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import json
+import os
+import re
+import shlex
+import sys
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+from xfusion.apps.commands.base import Answer, UsageError, Verb
+from xfusion.apps.commands.data import DataCheck
+from xfusion.apps.commands.demo import Demo
+from xfusion.apps.commands.doctor import Doctor
+from xfusion.apps.commands.pictures import Caption, Generate
+from xfusion.apps.commands.proof import Evaluate, Verify
+from xfusion.apps.commands.show import List, Show
+from xfusion.apps.commands.training import Train
+
+VERBS: dict[str, type[Verb]] = {
+    "demo": Demo,
+    "train": Train,
+    "generate": Generate,
+    "caption": Caption,
+    "verify": Verify,
+    "show": Show,
+    "list": List,
+    "evaluate": Evaluate,
+    "data check": DataCheck,
+    "doctor": Doctor,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line; returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(argv)
+    except KeyboardInterrupt as stop:
+        return _stopped(stop, argv)
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (UsageError, OSError, ValueError) as error:
+        if not _is_expected(error):
+            raise
+        print(f"xfusion: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    if argv[0] == "--version":
+        from xfusion import __version__
+
+        print(f"xfusion {__version__}")
+        return 0
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # norms under autocast
+    verb = read(argv)
+    if verb is None:
+        return 0
+    people = Console(stderr=True, highlight=False)
+    return _print(verb.run(people), verb.json)
+
+
+def _print(answer: Answer, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps(answer.data, ensure_ascii=False, allow_nan=False))
+    print(answer.text, file=sys.stderr if as_json else sys.stdout, flush=True)
+    return answer.code
+
+
+def _is_expected(error: Exception) -> bool:
+    """Whether an error is the user's to mend: ours, or the file system's."""
+    if isinstance(error, (UsageError, OSError)):
+        return True
+    sequence = sys.modules.get("xfusion.data.sequence")  # where it is not imported, nothing raised its error
+    return sequence is not None and isinstance(error, sequence.XFusionError)
+
+
+def _stopped(stop: KeyboardInterrupt, argv: list[str]) -> int:
+    if str(stop):  # training wrote its checkpoint
+        again = argv if "--resume" in argv else [*argv, "--resume"]
+        print(f"xfusion: {str(stop).split(';')[0]}; go on with: xfusion {shlex.join(again)}", file=sys.stderr)
+    else:
+        print("xfusion: stopped", file=sys.stderr)
+    return 130
+
+
+# ----------------------------------------------------------------------------------------------------------- reading
+
+
+def overview() -> str:
+    """What ``xfusion --help`` says."""
+    rows = [(name, (kind.__doc__ or "").split("\n")[0]) for name, kind in VERBS.items()]
+    width = max(len(name) for name, _ in rows)
+    lines = [
+        "usage: xfusion VERB ... [--json] [-o OUT]",
+        "",
+        "Give a frozen language model a new sense, and prove that it lost none of its words.",
+        "",
+        *(f"  {name:<{width}}  {text}" for name, text in rows),
+        "",
+        "`xfusion VERB --help` explains a verb; `xfusion list` names recipes and packs. Start with `xfusion demo`.",
+    ]
+    return "\n".join(lines)
+
+
+def read(argv: list[str]) -> Verb | None:
+    """The verb with its options; None where help was asked for and printed."""
+    name, rest = _verb(argv)
+    if any(token in ("-h", "--help") for token in rest) and name != "train":
+        return parse(VERBS[name], ["--help"], name)
+    if name != "train" or not rest or rest[0] in ("-h", "--help"):
+        return parse(VERBS[name], rest, name)
+    if rest[0].startswith("-"):
+        raise UsageError(f"train: name the recipe before {rest[0]}, for example: xfusion train xfusion --minutes 5")
+    from xfusion.apps.commands.recipe import parse_train
+
+    def parse_one(kind: Any, args: list[str], **options: Any) -> Any:
+        found = parse(kind, args, f"train {rest[0]}", **options)
+        if found is None:
+            raise _HelpShown
+        return found
+
+    try:
+        return parse_train(parse_one, rest[0], rest[1:])
+    except _HelpShown:
+        return None
+
+
+class _HelpShown(Exception):
+    """Help was printed; there is nothing to run."""
+
+
+def _verb(argv: list[str]) -> tuple[str, list[str]]:
+    for words in (2, 1):
+        if " ".join(argv[:words]) in VERBS:
+            return " ".join(argv[:words]), argv[words:]
+    group = [name for name in VERBS if name.startswith(f"{argv[0]} ")]
+    if group:  # "data" alone, or with another second word
+        raise UsageError(f"{' '.join(argv[:2])!r} is not a verb; did you mean {group[0]!r}?")
+    near = nearest(argv[0], list(VERBS))
+    raise UsageError(f"unknown verb {argv[0]!r}{near or '; there are ' + ', '.join(VERBS)}")
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """``; did you mean ...?``, or nothing."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def parse(kind: Any, args: list[str], name: str, **options: Any) -> Any:
+    """tyro's reading of a dataclass, with its errors in one line; None where help was printed."""
+    settings: dict[str, Any] = {"prog": f"xfusion {name}", "config": (tyro.conf.FlagCreatePairsOff,), **options}
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return tyro.cli(kind, args=args, **settings)
+    except SystemExit as leave:
+        if not leave.code:
+            return None
+    raise UsageError(_complaint(said.getvalue(), kind, name, settings))
+
+
+def _complaint(box: str, kind: Any, name: str, settings: dict[str, Any]) -> str:
+    """One line from the box that tyro draws around an error."""
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│╭╮╰╯ \n").rstrip() for line in box.splitlines()]
+    title = lines[0].strip("─ ") if lines else "bad arguments"
+    rule = next((i for i, line in enumerate(lines) if i and line and not line.strip("─")), len(lines))
+    text = " ".join(line for line in lines[1:rule] if line)
+    if title.startswith("Unrecognized"):
+        tokens = text.partition(":")[2].replace(",", " ").split()
+        unknown = next((t.split("=")[0] for t in tokens if t.startswith("-")), None)
+        if unknown is None:
+            return f"{name}: unexpected argument {tokens[0]!r}; see xfusion {name} --help"
+        near = nearest(unknown, _options(kind, settings))
+        return f"{name}: unknown option {unknown}{near or f'; see xfusion {name} --help'}"
+    if title.startswith("Required"):
+        missing = re.findall(r"(?<= )(-[-\w.]+ )?([A-Z][A-Z.|/]+)(?= |$)", text.partition(":")[2])
+        names = ", ".join("".join(m) for m in missing) or text
+        return f"{name}: {names} is missing; see xfusion {name} --help"
+    text = text.removeprefix("Error parsing ").replace("could not convert string to float", "not a number")
+    text = re.sub(r"invalid literal for int\(\) with base 10", "not a whole number", text)
+    return f"{name}: {text or title}"
+
+
+def _options(kind: Any, settings: dict[str, Any]) -> list[str]:
+    """All options of a dataclass, as its help names them."""
+    said = io.StringIO()
+    try:
+        with redirect_stdout(said):
+            tyro.cli(kind, args=["--help"], **settings)
+    except SystemExit:
+        pass
+    return sorted(set(re.findall(r"(?<![\w-])--?[a-z][\w.-]*", said.getvalue())))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""What all verbs share: their answer, their progress, how they find a model, a device and an output file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from xfusion.model import Model
+
+
+class UsageError(Exception):
+    """Bad arguments, said in one line. The library's own errors are `XFusionError`, which needs torch to be imported."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a verb found."""
+
+    data: dict[str, Any]
+    """For programs: what ``--json`` prints."""
+    text: str
+    """For people."""
+    code: int = 0
+    """Exit status: 1 where the answer is no (a failed proof, bad data)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verb:
+    """A command of the command line; a subclass's docstring and field docstrings are its help."""
+
+    json: bool = False
+    """Print one JSON object on stdout; text for people goes to stderr."""
+
+    def run(self, people: Console) -> Answer:
+        """Do it.
+
+        Args:
+            people: where progress is told (stderr).
+        """
+        raise NotImplementedError(type(self).__name__)
+
+
+@contextmanager
+def progress(people: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on a terminal, nothing elsewhere; told the name of a part, items done and items in all."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=people, transient=True, disable=not people.is_terminal) as bar:
+        task = bar.add_task("loading", total=None)
+        yield lambda part, done, total: bar.update(task, description=part, completed=done, total=total)
+
+
+def load_model(name: str, *, device: str = "auto", trust: bool = False) -> Model:
+    """A pack on its base; the folder of a training run stands for the pack in it."""
+    from xfusion import checkpoint
+
+    check_device(device)
+    return checkpoint.load(pack_folder(name), trust=trust)
+
+
+def pack_folder(name: str) -> str:
+    """The name of a pack, where the folder of a training run stands for the pack in it."""
+    inside = Path(name).expanduser() / "pack"
+    if not (inside.parent / "config.json").is_file() and (inside / "config.json").is_file():
+        return str(inside)
+    return name
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that this machine lacks or that this version does not compute on."""
+    if name in ("auto", "cpu"):
+        return
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device {name!r} is not one of auto, cpu, cuda, cuda:1, mps") from None
+    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device.type)
+    if there is None or not there():
+        raise UsageError(
+            f"device {name!r}: torch {torch.__version__} finds none on this machine; leave --device out to use the CPU"
+        )
+    raise UsageError(f"device {name!r}: this version of xfusion computes on the CPU only; leave --device out")
+
+
+def written(path: Path, write: Callable[[Path], None]) -> Path:
+    """Let ``write`` fill a temporary file beside ``path``, then give it its name: no reader ever sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def table(rows: list[tuple[str, str]], indent: str = "") -> str:
+    """Two aligned columns."""
+    width = max((len(left) for left, _ in rows), default=0)
+    return "\n".join(f"{indent}{left:<{width}}  {right}".rstrip() for left, right in rows)
+
+
+def size_text(count: float) -> str:
+    """Bytes for people: ``12.3 MB``."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            break
+        count /= 1000
+    else:
+        unit = "TB"
+    return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"

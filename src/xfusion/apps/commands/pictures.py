@@ -1,0 +1,212 @@
+"""`generate` and `caption`: words to pictures, pictures to words."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from xfusion.apps.commands.base import Answer, UsageError, Verb, check_device, load_model, progress, written
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+"""What pictures are written as; only PNG carries the prompt and the settings."""
+LARGEST_NUMBER = 4096
+"""Pictures of one call."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(Verb):
+    """Draw pictures of a prompt.
+
+    -o x.png writes one picture, or one grid of several; -o folder/ writes one file per picture. A PNG remembers prompt,
+    seed, steps, guidance and the pack's fingerprint.
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """A folder, a shipped pack's name, or a hub id."""
+    prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
+    """What to draw; an empty prompt draws anything."""
+    num: Annotated[int, tyro.conf.arg(name="num", aliases=["-n"])] = 1
+    """Number of pictures; picture i has the seed SEED + i."""
+    steps: int = 25
+    """Euler steps from noise to picture."""
+    guidance: float = 3.0
+    """How strongly the words are followed (classifier-free guidance); 1 is off."""
+    seed: int = 0
+    """Seed of the first picture."""
+    size: int | None = None
+    """Side in pixels; None takes the size that the pack was trained at. Others are drawn at the nearest and resized."""
+    out: Annotated[str | None, tyro.conf.arg(aliases=["-o"], metavar="FILE|FOLDER/")] = None
+    """Where to; None makes a file in this folder that is named after the prompt."""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
+    trust: bool = False
+    """Import packages outside xfusion that the pack names."""
+
+    def run(self, people: Console) -> Answer:
+        from xfusion.generation import draw_size
+
+        self._check()
+        target = _Target.of(self.out, self.prompt)
+        model = load_model(self.model, device=self.device, trust=self.trust)
+        native, wanted = draw_size(model, self.size)
+        begun = time.perf_counter()
+        with progress(people) as tell:
+            pictures = model.draw(
+                [self.prompt] * self.num,
+                size=self.size,
+                seeds=self._seeds(),
+                steps=self.steps,
+                guidance=self.guidance,
+                progress=lambda done, total, _: tell("drawing", done, total),
+            )
+        seconds = time.perf_counter() - begun
+        facts = {"prompt": self.prompt, "steps": self.steps, "guidance": self.guidance}
+        facts |= {"pack_fingerprint": model.fingerprint, "base_fingerprint": model.backbone.fingerprint}
+        files = target.write(pictures, self._seeds(), facts)
+        notes = self._notes(native, wanted)
+        data = {"files": [str(f) for f in files], **facts, "seeds": self._seeds(), "size": wanted, "drawn_at": native}
+        text = "\n".join([f"{file}" for file in files] + notes)
+        return Answer(data=data | {"notes": notes, "seconds": round(seconds, 3)}, text=text)
+
+    def _seeds(self) -> list[int]:
+        return [self.seed + i for i in range(self.num)]
+
+    def _check(self) -> None:
+        if not 1 <= self.num <= LARGEST_NUMBER:
+            raise UsageError(f"-n {self.num}: draw 1 to {LARGEST_NUMBER} pictures at once")
+        if not 0 <= self.seed < 2**63 - LARGEST_NUMBER:
+            raise UsageError(f"--seed {self.seed}: choose a whole number from 0 to 2^63 - {LARGEST_NUMBER + 1}")
+        if self.steps < 1:
+            raise UsageError(f"--steps {self.steps}: at least 1")
+        if not math.isfinite(self.guidance):
+            raise UsageError(f"--guidance {self.guidance}: give a number, such as 3; 1 is off")
+        check_device(self.device)
+
+    def _notes(self, native: int, wanted: int) -> list[str]:
+        notes = []
+        if native != wanted:
+            notes.append(f"drawn at {native} px, the nearest size that the pack was trained at, and resized to {wanted} px")
+        if not self.prompt.strip():
+            notes.append("the prompt is empty: drawn without words")
+        return notes
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Where pictures go: one file, or a folder with a file per picture."""
+
+    path: Path
+    is_folder: bool
+    name: str
+
+    @classmethod
+    def of(cls, out: str | None, prompt: str) -> _Target:
+        """Read ``-o``, and refuse before anything is computed what cannot be written after it."""
+        name = file_name(prompt)
+        if out is None:
+            return cls(_unused(Path(f"{name}.png")), False, name)
+        path = Path(out).expanduser()
+        is_folder = path.is_dir() or out.endswith("/") or not path.suffix
+        if not is_folder and path.suffix.lower() not in FORMATS:
+            raise UsageError(f"-o {out}: cannot write {path.suffix} files, only {', '.join(FORMATS)}; a folder ends in /")
+        for above in (path, *path.parents) if is_folder else path.parents:
+            if above.exists() and not above.is_dir():
+                raise UsageError(f"-o {out}: {above} is a file, not a folder")
+        return cls(path, is_folder, name)
+
+    def write(self, pictures: list[Image], seeds: list[int], facts: dict[str, Any]) -> list[Path]:
+        """The files, in the order of the pictures."""
+        if not self.is_folder:
+            facts = facts | {"seed": " ".join(map(str, seeds))}
+            return [save(pictures[0] if len(pictures) == 1 else grid(pictures), self.path, facts)]
+        return [
+            save(picture, self.path / f"{self.name}-seed{seed}.png", facts | {"seed": seed})
+            for picture, seed in zip(pictures, seeds, strict=True)
+        ]
+
+
+def file_name(prompt: str) -> str:
+    """A prompt as a file's name: letters and digits of any script, at most 40 of them."""
+    return re.sub(r"[\W_]+", "-", prompt.lower())[:40].strip("-") or "picture"
+
+
+def _unused(path: Path) -> Path:
+    """The path itself, or with a number, so that a default name never overwrites anything."""
+    number, free = 2, path
+    while free.exists():
+        free, number = path.with_name(f"{path.stem}-{number}{path.suffix}"), number + 1
+    return free
+
+
+def grid(pictures: list[Image]) -> Image:
+    """Pictures of one size side by side, nearly as many columns as rows, with a gap."""
+    from PIL import Image as PILImage
+
+    width, height = pictures[0].size
+    columns = math.ceil(math.sqrt(len(pictures)))
+    rows, gap = math.ceil(len(pictures) / columns), max(1, width // 16)
+    sheet = PILImage.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % columns * (width + gap), i // columns * (height + gap)))
+    return sheet
+
+
+def save(picture: Image, path: Path, facts: dict[str, Any]) -> Path:
+    """Write a picture in the format of its name; a PNG gets the facts as text."""
+    from PIL.PngImagePlugin import PngInfo
+
+    kind = FORMATS[path.suffix.lower()]
+    options: dict[str, Any] = {"quality": 95} if kind in ("JPEG", "WEBP") else {}
+    if kind == "PNG":
+        options["pnginfo"] = info = PngInfo()
+        for key, value in facts.items():
+            info.add_text(key, str(value).replace("\0", ""))
+    return written(path, lambda temporary: picture.save(temporary, format=kind, **options))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caption(Verb):
+    """Say what pictures show."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """A folder, a shipped pack's name, or a hub id."""
+    images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
+    """Picture files; what is not square is cut to its middle."""
+    question: str = ""
+    """What to ask about each picture; nothing asks for its name."""
+    max_tokens: int = 32
+    """Longest answer in tokens."""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
+    trust: bool = False
+    """Import packages outside xfusion that the pack names."""
+
+    def run(self, people: Console) -> Answer:
+        from xfusion.data import pictures
+
+        if not self.images:
+            raise UsageError("name at least one picture file to caption")
+        if self.max_tokens < 1:
+            raise UsageError(f"--max-tokens {self.max_tokens}: at least 1")
+        check_device(self.device)
+        opened = [pictures.read(Path(image)) for image in self.images]
+        model = load_model(self.model, device=self.device, trust=self.trust)
+        begun, answers = time.perf_counter(), []
+        with progress(people) as tell:
+            for start in range(0, len(opened), 16):
+                tell("reading", start, len(opened))
+                answers += model.caption(opened[start : start + 16], question=self.question, max_tokens=self.max_tokens)
+        found = [{"image": i, "caption": a} for i, a in zip(self.images, answers, strict=True)]
+        data = {"captions": found, "question": self.question, "pack_fingerprint": model.fingerprint}
+        text = "\n".join(f"{item['image']}: {item['caption']}" for item in found)
+        return Answer(data=data | {"seconds": round(time.perf_counter() - begun, 3)}, text=text)

@@ -1,0 +1,96 @@
+"""`verify` and `evaluate`: is the text unchanged, and how good is the rest."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from xfusion.apps.commands.base import Answer, UsageError, Verb, check_device, load_model, progress, table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify(Verb):
+    """Prove that a model's text is its base's, bit for bit.
+
+    The base is loaded afresh by transformers alone and compared with the model's text path and with its fused stack,
+    before and after all new weights are replaced by noise. Exits with 1 where anything differs.
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """A folder, a shipped pack's name, or a hub id."""
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
+    """Write the result to this JSON file, too."""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
+    trust: bool = False
+    """Import packages outside xfusion that the pack names."""
+
+    def run(self, people: Console) -> Answer:
+        from xfusion.evaluation.run import write_json
+        from xfusion.evaluation.verify import verify
+
+        check_device(self.device)
+        model = load_model(self.model, device=self.device, trust=self.trust)
+        with progress(people) as tell:
+            result = {"model": self.model} | verify(model, tell)
+        if self.out:
+            write_json(self.out, result)
+        rows = [("ok" if c["passed"] else "FAILED", f"{c['name']}: {c['detail']}") for c in result["checks"]]
+        return Answer(data=result, text=f"{table(rows)}\n{verdict(result)}", code=0 if result["passed"] else 1)
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """The last line of a proof."""
+    settings = result["settings"]
+    how = f"{settings['dtype']} on {settings['device']}, {settings['threads']} threads, {settings['seconds']:.0f} s"
+    if result["passed"]:
+        return f"The text is the base's, bit for bit ({how})."
+    if result["text_identical"]:
+        return f"The text is the base's, but text before a picture is not within tolerance ({how})."
+    return f"The text is NOT the base's ({how})."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Verb):
+    """Score a model with a suite, and say with which settings, seeds and versions."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """A folder, a shipped pack's name, or a hub id."""
+    suite: str = "emoji"
+    """Name of the suite."""
+    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE...")] = ()
+    """Settings of the suite, such as source=emoji:128 max_drawn=64 features=false."""
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
+    """Write the result to this JSON file, too."""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
+    trust: bool = False
+    """Import packages outside xfusion that the pack names."""
+
+    def run(self, people: Console) -> Answer:
+        from xfusion.evaluation.run import evaluate, suite_names
+
+        settings = dict(_setting(text) for text in self.set)
+        check_device(self.device)
+        if self.suite not in suite_names():
+            evaluate(None, self.suite)  # says so, before a model is loaded
+        model = load_model(self.model, device=self.device, trust=self.trust)
+        with progress(people) as tell:
+            result = evaluate(model, self.suite, out=self.out, progress=tell, **settings)
+        scores = [(k, f"{v:.4g}" if isinstance(v, float) else str(v)) for k, v in result.items() if k != "settings"]
+        return Answer(data=result, text=table(scores))
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise UsageError(f"--set {text}: write NAME=VALUE, such as max_drawn=64")
+    try:
+        return name.replace("-", "_"), json.loads(value)
+    except ValueError:
+        return name.replace("-", "_"), value

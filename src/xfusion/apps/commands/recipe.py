@@ -1,0 +1,151 @@
+"""The settings of a recipe as options of `train`. Needs torch, so it is imported once the recipe is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from xfusion import checkpoint
+from xfusion.apps.commands.base import Answer, pack_folder
+from xfusion.apps.commands.training import Train
+from xfusion.data.sequence import XFusionError
+from xfusion.modalities.base import Codec
+from xfusion.recipes.base import find
+from xfusion.training.loop import PLAN
+from xfusion.training.stages import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRecipe(Train):
+    """Train a recipe; the result is a pack.
+
+    Stop with Ctrl-C and go on with --resume.
+    """
+
+    recipe: tyro.conf.SuppressFixed[tyro.conf.Fixed[str]]
+    """A name of `xfusion list`, file.py:function or package.module:function."""
+    settings: Annotated[Recipe, tyro.conf.arg(name="")]
+    """What the recipe sets."""
+
+    def run(self, people: Console) -> Answer:
+        return self.start(self.settings, people)
+
+
+def parse_train(parse: Callable[..., Any], name: str, args: list[str]) -> TrainRecipe:
+    """The options behind ``xfusion train NAME``.
+
+    A resumed run takes the settings that are written in its folder, and an adapted pack those of its model; what the
+    command line says wins over both.
+
+    Args:
+        parse: as `xfusion.apps.cli.parse`.
+        name: the recipe.
+        args: what stands behind it.
+    """
+    settings = _recipe(name)
+    first: TrainRecipe = parse(TrainRecipe, args, default=TrainRecipe(recipe=name, settings=settings), registry=registry())
+    if first.resume:
+        settings = _saved(first, settings)
+    elif first.from_pack:
+        folder = checkpoint.find(pack_folder(first.from_pack))
+        model = checkpoint.from_json(checkpoint.read_config(folder)["model"], where=str(folder))
+        settings = dataclasses.replace(settings, model=model)
+    else:
+        return first
+    again = TrainRecipe(recipe=name, settings=settings)
+    found: TrainRecipe = parse(TrainRecipe, args, default=again, registry=registry())
+    return dataclasses.replace(found, from_pack=pack_folder(found.from_pack)) if found.from_pack else found
+
+
+def _recipe(name: str) -> Recipe:
+    function = find(name)
+    try:
+        recipe = function()
+    except TypeError as error:
+        raise XFusionError(f"recipe {name!r} cannot be called without arguments: {error}") from error
+    if not isinstance(recipe, Recipe):
+        raise XFusionError(f"recipe {name!r} returns a {type(recipe).__name__}, not a Recipe")
+    return recipe
+
+
+def _saved(train: Train, recipe: Recipe) -> Recipe:
+    path = train.folder() / "state" / PLAN
+    if not path.is_file():
+        raise XFusionError(f"{train.folder()} holds no run to resume (no state/{PLAN}); leave --resume out to start one")
+    try:
+        saved = checkpoint.from_json(json.loads(path.read_text(encoding="utf-8"))["recipe"], trust=True, where=str(path))
+    except (ValueError, KeyError, TypeError) as error:
+        raise XFusionError(f"{path} cannot be read: {error}") from error
+    kinds = [type(r.model.fusion).__qualname__ for r in (saved, recipe)]
+    if kinds[0] != kinds[1]:
+        raise XFusionError(f"{train.folder()} was trained with {kinds[0]}, the recipe {train.recipe} has {kinds[1]}")
+    return saved
+
+
+# -------------------------------------------------------------------------------------------- codecs as one option
+
+
+def registry() -> ConstructorRegistry:
+    """Lets an option name a codec: ``pixels``, ``autoencoder_kl:emoji-kl``, ``autoencoder_kl:org/name:vae``."""
+    out = ConstructorRegistry()
+
+    @out.primitive_rule
+    def codec(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        if not (isinstance(info.type, type) and issubclass(info.type, Codec.Config)):
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="NAME[:SOURCE[:SUBFOLDER]]",
+            instance_from_str=lambda args: read_codec(args[0]),
+            is_instance=lambda value: isinstance(value, Codec.Config),
+            str_from_instance=lambda config: [codec_text(config)],
+        )
+
+    return out
+
+
+def codec_names() -> list[str]:
+    """The files of the folder ``modalities/codecs`` that hold a codec."""
+    import pkgutil
+
+    from xfusion.modalities import codecs
+
+    names = sorted(m.name for m in pkgutil.iter_modules(codecs.__path__))
+    return [name for name in names if _codec_class(name) is not None]
+
+
+def _codec_class(name: str) -> type[Codec] | None:
+    module = importlib.import_module(f"xfusion.modalities.codecs.{name}")
+    own = (v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__)
+    return next((kind for kind in own if issubclass(kind, Codec)), None)
+
+
+def read_codec(text: str) -> Codec.Config:
+    """``NAME[:FIELD...]``, the fields in the order of the codec's configuration."""
+    name, *values = text.split(":")
+    if name not in codec_names():
+        raise ValueError(f"codec {name!r} is not one of {', '.join(codec_names())}")
+    kind: Any = _codec_class(name)
+    fields = [f.name for f in dataclasses.fields(kind.Config)]
+    if len(values) > len(fields):
+        raise ValueError(f"codec {name} takes at most {':'.join([name, *fields])}")
+    try:
+        return kind.Config(**dict(zip(fields, values, strict=False)))
+    except TypeError as error:
+        raise ValueError(f"codec {name} needs more: {':'.join([name, *fields])}") from error
+
+
+def codec_text(config: Codec.Config) -> str:
+    """The inverse of `read_codec`."""
+    values = [getattr(config, f.name) for f in dataclasses.fields(config)]
+    while values and (values[-1] is None or values[-1] == ""):
+        values.pop()
+    return ":".join([type(config).__module__.rpartition(".")[2], *("" if v is None else str(v) for v in values)])

@@ -1,0 +1,222 @@
+"""`show` and `list`: what there is, what is frozen, what is new, what it needs, under which licences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from xfusion.apps.commands.base import Answer, UsageError, Verb, load_model, pack_folder, size_text, table
+
+if TYPE_CHECKING:
+    from xfusion.model import Model
+    from xfusion.training.stages import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Show(Verb):
+    """Show a recipe or a pack: what is frozen and what is new, shapes, memory, licences."""
+
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE_OR_MODEL")]
+    """A recipe of `xfusion list`, file.py:function, a folder, a shipped pack's name, or a hub id."""
+    trust: bool = False
+    """Import packages outside xfusion that a pack names."""
+
+    def run(self, people: Console) -> Answer:
+        del people
+        from xfusion import checkpoint
+        from xfusion.model import build
+        from xfusion.recipes.base import find, names
+
+        folder = pack_folder(self.name)
+        known = names()
+        if self.name in known or ":" in self.name:
+            recipe = find(self.name)()
+            data = {"name": self.name, "kind": "recipe"} | describe(build(recipe.model))
+            data["licences"]["data"] = data_licence(recipe.data)
+            data["training"] = {"data": recipe.data, "steps": [stage.steps for stage in recipe.stages]}
+        elif Path(folder).expanduser().is_dir() or folder in checkpoint.shipped() or folder.count("/") == 1:
+            config = checkpoint.read_config(checkpoint.find(folder))
+            data = {"name": self.name, "kind": "pack"} | describe(load_model(folder, trust=self.trust))
+            training = config.get("training") or {}
+            data["licences"]["data"] = training.get("data_licence", "not recorded")
+            data["training"] = training
+        else:
+            from xfusion.apps.cli import nearest
+
+            near = nearest(self.name, [*known, *checkpoint.shipped()])
+            raise UsageError(f"{self.name!r} is neither a recipe ({', '.join(known)}) nor a pack{near}")
+        return Answer(data=data, text=_text(data))
+
+
+def describe(model: Model) -> dict[str, Any]:
+    """What a model is made of, as JSON values."""
+    backbone, image = model.backbone, model.image
+    frozen = sum(p.numel() for p in backbone.model.parameters())
+    size = image.sizes[0]
+    rows, columns = image.grid(size)
+    return {
+        "base": {
+            "source": backbone.source,
+            "revision": backbone.revision,
+            "fingerprint": backbone.fingerprint,
+            "architecture": type(backbone.model).__name__,
+            "layers": backbone.num_layers,
+            "width": backbone.hidden_size,
+            "parameters": frozen,
+            "dtype": str(backbone.dtype).removeprefix("torch."),
+        },
+        "frozen_parameters": frozen,
+        "new_parameters": model.num_new_parameters,
+        "new_parts": _parts(model),
+        "fusion": {
+            "kind": type(model.fusion).__name__,
+            "layers_with_blocks": list(model.fusion.state_layers),
+            "preserves_text": model.fusion.preserves_text,
+        },
+        "image": {
+            "codec": type(image.codec).__name__,
+            "sizes": list(image.sizes),
+            "patch": image.patch,
+            "grid": [rows, columns],
+            "tokens_per_picture": rows * columns,
+            "token_width": image.token_width,
+        },
+        "capabilities": sorted(model.capabilities),
+        "fingerprint": model.fingerprint,
+        "memory": training_memory(model),
+        "licences": {"base": base_licence(backbone.source), "codec": image.codec.licence},
+    }
+
+
+def _parts(model: Model) -> dict[str, int]:
+    """New weights by part: the children of the port, the blocks of the fusion."""
+    counts: dict[str, int] = {}
+    for name, value in model.learned_state().items():
+        part = ".".join(name.split(".")[:2])
+        counts[part] = counts.get(part, 0) + value.numel()
+    return counts
+
+
+def training_memory(model: Model) -> dict[str, int | str]:
+    """Bytes of weights and optimiser in training; activations come on top and grow with the samples per step."""
+    from xfusion.model import choose_compute_dtype
+
+    base = model.backbone.model
+    dtype, reason = choose_compute_dtype(model.backbone.device)
+    frozen = sum(p.numel() * p.element_size() for p in base.parameters())
+    # On a CPU training computes attention by plain products, on a copy of the base with that setting.
+    copied = model.backbone.device.type == "cpu" or dtype != model.backbone.dtype
+    copy = sum(p.numel() for p in base.parameters()) * dtype.itemsize if copied else 0
+    new = model.num_new_parameters * 4
+    return {
+        "base": frozen,
+        "base_copy_for_training": copy,
+        "new_weights": new,
+        "gradients": new,
+        "optimizer": 2 * new,
+        "average": new,
+        "total": frozen + copy + 5 * new,
+        "precision": reason,
+    }
+
+
+def base_licence(source: str) -> str:
+    """What a base's own card says; its files are not ours."""
+    from xfusion.backbone import EMBEDDED
+
+    if source == EMBEDDED:
+        return "Apache-2.0"
+    card = Path(source) / "README.md"
+    if card.is_file():
+        from huggingface_hub import metadata_load
+
+        stated = (metadata_load(card) or {}).get("license")
+        if stated:
+            return str(stated)
+    return "not recorded: see the base's own card"
+
+
+def data_licence(spec: str) -> str:
+    """The licence of a data source, without opening it."""
+    from xfusion.data.emoji import Emoji
+    from xfusion.data.sources import Files
+
+    return Emoji.licence if spec.partition(":")[0] == "emoji" else Files.licence
+
+
+def _text(data: dict[str, Any]) -> str:
+    base, image, fusion, memory = data["base"], data["image"], data["fusion"], data["memory"]
+    share = 100 * data["new_parameters"] / data["frozen_parameters"]
+    rows = [
+        (data["kind"], data["name"]),
+        ("frozen", f"{base['source']}: {base['architecture']}, {base['layers']} layers of width {base['width']},"),
+        ("", f"{data['frozen_parameters']:,} weights in {base['dtype']}, fingerprint {base['fingerprint'][:16]}"),
+        ("new", f"{data['new_parameters']:,} weights ({share:.1f} % of the base)"),
+        *(("", f"{count:>12,}  {part}") for part, count in data["new_parts"].items()),
+        ("fusion", f"{fusion['kind']}, blocks at layers {', '.join(map(str, fusion['layers_with_blocks'])) or 'none'}"),
+        ("", f"text {'stays bit-identical' if fusion['preserves_text'] else 'may change'}"),
+        ("pictures", f"{', '.join(map(str, image['sizes']))} px by {image['codec']}, patch {image['patch']}:"),
+        (
+            "",
+            f"{image['grid'][0]} x {image['grid'][1]} = {image['tokens_per_picture']} tokens of {image['token_width']} numbers",
+        ),
+        ("can", ", ".join(data["capabilities"])),
+        ("training", f"{size_text(memory['total'])} and activations: {size_text(memory['base'])} base,"),
+        (
+            "",
+            f"{size_text(memory['base_copy_for_training'])} copy of it, {size_text(5 * memory['new_weights'])} new weights,"
+            " gradients, optimiser and average",
+        ),
+        ("", f"compute {memory['precision']}"),
+        ("licences", "; ".join(f"{part}: {licence}" for part, licence in data["licences"].items())),
+    ]
+    return table(rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class List(Verb):
+    """List recipes and shipped packs."""
+
+    def run(self, people: Console) -> Answer:
+        del people
+        from xfusion.checkpoint import shipped
+        from xfusion.recipes.base import names
+
+        recipes, packs = [_recipe(name) for name in names()], [_pack(name) for name in shipped()]
+        rows = [(r["name"], f"{r['status']:<10}  {r['kind']:<16}  {r['paper']:<18}  {r['summary']}") for r in recipes]
+        lines = ["recipes (xfusion train NAME):", table(rows, "  "), "packs (xfusion generate NAME PROMPT):"]
+        found = [(p["name"], f"{size_text(p['bytes'])}, can {', '.join(p['capabilities'])}, on {p['base']}") for p in packs]
+        lines.append(table(found, "  ") if packs else "  none in this installation")
+        return Answer(data={"recipes": recipes, "packs": packs}, text="\n".join(lines))
+
+
+def _recipe(name: str) -> dict[str, Any]:
+    from importlib import import_module
+
+    module = import_module(f"xfusion.recipes.{name}")
+    return {
+        "name": name,
+        "kind": getattr(module, "KIND", "unknown"),
+        "paper": getattr(module, "PAPER", "none"),
+        "status": getattr(module, "STATUS", "sketch"),
+        "summary": (module.__doc__ or "").strip().split("\n")[0],
+    }
+
+
+def _pack(name: str) -> dict[str, Any]:
+    from xfusion import checkpoint
+
+    folder = checkpoint.find(name)
+    config = checkpoint.read_config(folder)
+    return {
+        "name": name,
+        "base": config["base"]["source"],
+        "capabilities": config.get("capabilities", []),
+        "num_new_parameters": config.get("num_new_parameters"),
+        "bytes": (folder / checkpoint.WEIGHTS).stat().st_size,
+        "training": config.get("training"),
+    }

@@ -1,0 +1,117 @@
+"""`train`: any recipe, with all of its settings on the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from xfusion.apps.commands.base import Answer, UsageError, Verb, check_device, size_text, table
+
+if TYPE_CHECKING:
+    from xfusion.training.stages import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Verb):
+    """Train a recipe; the result is a pack.
+
+    Stop with Ctrl-C and go on with --resume. `xfusion train RECIPE --help` also shows the settings of that recipe, such
+    as --data, --model.fusion.stride and --stages.0.rate.
+    """
+
+    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
+    """A name of `xfusion list`, file.py:function or package.module:function."""
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")] = None
+    """Folder of the run: log, previews, state, and the pack in FOLDER/pack; None takes runs/RECIPE."""
+    minutes: float | None = None
+    """Wall-clock budget; the number of steps follows from the measured speed."""
+    steps: int | None = None
+    """Optimiser steps of the last stage, instead of a budget in minutes."""
+    resume: bool = False
+    """Go on where the run in the folder stopped, with its settings and its next batch."""
+    from_pack: Annotated[str | None, tyro.conf.arg(name="from", metavar="PACK")] = None
+    """Adapt this pack: start from its weights, with its model's settings."""
+    allow_bad: float = 0.0
+    """Share of bad examples that is left out instead of stopping, such as 0.05."""
+    preview: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PROMPT...")] = ()
+    """What previews draw; nothing takes the first captions of the data."""
+    preview_every: float = 60.0
+    """Seconds between previews; 0 makes none."""
+    compile: bool = True
+    """Compile the per-layer work: a minute at the start, two to three times the speed behind it."""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
+
+    def start(self, recipe: Recipe, people: Console) -> Answer:
+        """Train a recipe with all settings resolved."""
+        from xfusion.recipes.base import train
+
+        self._check()
+        out, ends = self.folder(), _Ends()
+        model = train(
+            recipe,
+            out=out,
+            minutes=self.minutes,
+            steps=self.steps,
+            resume=self.resume,
+            from_pack=self.from_pack,
+            allow_bad=self.allow_bad,
+            preview_prompts=self.preview or None,
+            preview_every=self.preview_every,
+            compile=self.compile,
+            console=people,
+            listener=ends,
+        )
+        pack = out / "pack"
+        data = {"out": str(out), "pack": str(pack), "fingerprint": model.fingerprint, **ends.facts()}
+        rows = [
+            ("pack", f"{pack} ({size_text((pack / 'model.safetensors').stat().st_size)})"),
+            ("steps", f"{data['steps']} with {data['samples']} samples in {data['seconds'] / 60:.1f} minutes"),
+            ("losses", ", ".join(f"{k} {v:.4f}" for k, v in data["losses"].items())),
+            ("try", f'xfusion generate {pack} "..."'),
+        ]
+        return Answer(data=data, text=table(rows))
+
+    def folder(self) -> Path:
+        """Where the run is."""
+        return self.out or Path("runs") / self.recipe.rpartition(":")[2]
+
+    def _check(self) -> None:
+        check_device(self.device)
+        if self.minutes is not None and self.steps is not None:
+            raise UsageError("give --minutes or --steps, not both")
+        if self.minutes is not None and not 0 < self.minutes < float("inf"):
+            raise UsageError(f"--minutes {self.minutes:g}: more than 0")
+        if self.steps is not None and self.steps < 1:
+            raise UsageError(f"--steps {self.steps}: at least 1")
+
+
+class _Ends:
+    """Listens for what the answer says about a run."""
+
+    def __init__(self) -> None:
+        self.step: dict[str, Any] = {}
+        self.end: dict[str, Any] = {}
+        self.rates: list[float] = []
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        if event["event"] == "step":
+            self.step = event
+            self.rates.append(event["samples_per_second"])
+        elif event["event"] == "end":
+            self.end = event
+
+    def facts(self) -> dict[str, Any]:
+        """Steps, samples, seconds, the last losses, and the median rate of this call."""
+        rates = sorted(self.rates)
+        return {
+            "steps": self.end["step"],
+            "samples": self.end["samples"],
+            "seconds": round(self.end["seconds"], 2),
+            "losses": self.step.get("losses", {}),
+            "samples_per_second": round(rates[len(rates) // 2], 2) if rates else None,
+        }

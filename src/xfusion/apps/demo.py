@@ -1,0 +1,655 @@
+"""`demo`: minutes from nothing to a model that draws and names emoji, with a proof and a page to look at.
+
+Everything goes through the same doors that users have: `train`, `draw`, `caption`, `evaluate`, `verify`. The pictures
+and answers on the page are the very ones that were scored.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image as PILImage
+from rich.console import Console
+from rich.text import Text
+from torch import Tensor
+
+import xfusion
+from xfusion import checkpoint
+from xfusion.apps import report
+from xfusion.apps.commands.base import progress
+from xfusion.backbone import Backbone
+from xfusion.data.sequence import Example, XFusionError
+from xfusion.data.sources import Source, open_source
+from xfusion.evaluation.metrics import captions, naming, retrieval
+from xfusion.evaluation.run import evaluate, write_json
+from xfusion.evaluation.suites.emoji import chosen
+from xfusion.evaluation.verify import PROMPTS, bit_equal, verify
+from xfusion.model import Model
+from xfusion.modalities.encoders.efficientnet_lite import EfficientNetLite
+from xfusion.recipes.base import find, train
+from xfusion.training.loop import Interrupted
+from xfusion.training.speed import drawing_speed, samples_per_second
+from xfusion.training.stages import Recipe
+from xfusion.training.track import Event
+
+RECIPE = "xfusion"
+"""The recipe of the fresh tower, as `xfusion train` takes it."""
+DATA = "emoji:128"
+"""What the fresh tower learns."""
+SHIPPED = "emoji"
+"""The pack that is asked beside it."""
+FIRST = "red apple"
+"""What is drawn first, where there is a shipped pack."""
+PREVIEWS = ("red apple", "pizza", "cat face", "penguin", "rainbow", "rocket", "house", "red heart")
+"""What is drawn again and again while the tower learns."""
+NUM_SHOWN = 16
+"""Concepts that stand in full on the page: chosen by the hash of their ids, not by eye."""
+MAX_HELD = 50
+"""Held-out pictures of the fresh tower's score, and their names the candidates; `xfusion evaluate` takes 100."""
+SHIPPED_DRAWN, SHIPPED_CAPTIONED = 64, 128
+"""Size of the shipped pack's spot check; its full scores take many minutes and are committed with it."""
+SCORES = (
+    "num_concepts",
+    "fit_retrieval_pixel_at_1",
+    "fit_retrieval_pixel_at_10",
+    "fit_retrieval_feature_at_1",
+    "fit_retrieval_feature_at_10",
+    "fit_caption_exact",
+    "held_caption_mrr",
+    "held_caption_mrr_blind",
+)
+"""What `metrics.json` has for a pack, in any case; chance and ceiling come beside."""
+
+
+def run(
+    out: Path = Path("runs/demo"),
+    minutes: float = 5.0,
+    console: Console | None = None,
+    seed: int = 0,
+    *,
+    recipe: Recipe | None = None,
+    encoder: Any = None,
+) -> dict[str, Any]:
+    """Train a fresh tower, look at it and at the shipped pack, prove the text unchanged, write the page.
+
+    Args:
+        out: folder of ``report.html``, ``metrics.json`` and of the run, ``fresh/``.
+        minutes: training time, compiling included.
+        console: where progress is shown; None is silent.
+        seed: of the new weights, the order of the data and the noise.
+        recipe: what to train instead of the demo's own.
+        encoder: what the feature metrics look through; None takes EfficientNet-Lite0.
+
+    Returns:
+        what is in ``metrics.json``.
+
+    Raises:
+        XFusionError: a package of the extra ``demo`` or the embedded base is missing, or training failed.
+        Interrupted: Ctrl-C while training; the run's state and pack are in ``out/fresh``.
+    """
+    started = time.perf_counter()
+    told = _Told(console or Console(quiet=True))
+    recipe = recipe or replace(find(RECIPE)(), data=DATA)
+    recipe = replace(recipe, seed=seed, model=replace(recipe.model, init_seed=seed))
+    told.say(_plan(out, minutes, recipe))
+
+    # What could fail for want of a package fails now, not behind the training.
+    with told.part("loading the base, the pictures and the encoder"):
+        backbone = Backbone.load(recipe.model.backbone.source, revision=recipe.model.backbone.revision)
+        source = open_source(recipe.data, special_tokens=backbone.special_tokens)
+        encoder = encoder or EfficientNetLite()
+        shipped = _shipped(backbone)
+    _first_picture(told, shipped)
+
+    out.mkdir(parents=True, exist_ok=True)
+    folder = out / "fresh"
+    _make_room(folder, told)
+    watcher = _Watcher(told)
+    prompts = _preview_prompts(source)
+    try:
+        fresh = train(
+            recipe,
+            out=folder,
+            source=source,
+            backbone=backbone,
+            minutes=minutes,
+            preview_prompts=prompts,
+            preview_every=max(10.0, 60 * minutes / 5),
+            console=console,
+            listener=watcher,
+        ).eval()
+    except Interrupted:
+        told.say(
+            f"\nWhat was learned so far is kept: {folder / 'pack'} can draw, and the training goes on with\n"
+            f"  xfusion train {RECIPE} --data {recipe.data} --resume -o {folder}"
+        )
+        raise
+
+    told.say("\nThe tower has learned. Now it is looked at.")
+    asked = Asked(fresh)
+    with told.part("scoring the fresh tower") as tell:
+        scores = evaluate(
+            asked, "emoji", source=source, max_held=MAX_HELD, encoder=encoder, seed=seed, progress=tell
+        )
+    with told.part("proving the fresh tower's text unchanged") as tell:
+        proof = {"fresh": verify(fresh, progress=tell)}
+    asked_shipped, spot_check = None, None
+    if shipped is not None:
+        asked_shipped = Asked(shipped)
+        with told.part("asking the shipped pack the same, and a sample of its own") as tell:
+            spot_check = _spot_check(asked_shipped, seed, tell)
+            _ask_the_same(asked_shipped, source, seed)
+            proof["shipped"] = quick_proof(shipped)
+    with told.part("measuring the speed of drawing alone"):
+        speed = drawing_speed(recipe, source=source, backbone=backbone)
+
+    metrics = {
+        "text_identical": all(each["text_identical"] for each in proof.values()),
+        "minutes_training": round(watcher.seconds / 60, 3),
+        "drawing_samples_per_second": _rounded(speed["samples_per_second"], 1),
+        "joint_samples_per_second": _rounded(samples_per_second(watcher.steps), 1),
+        "tokens_per_image": fresh.image.grid(fresh.image.sizes[0])[0] * fresh.image.grid(fresh.image.sizes[0])[1],
+        "codec_psnr_db": scores.get("codec_psnr_db"),
+        "fresh": _scores(scores, "measured now, whole"),
+        "shipped": _shipped_scores(spot_check),
+        "shipped_spot_check": spot_check and _scores(spot_check, "measured now, a sample fixed by hash"),
+        "proof": proof,
+        "training": watcher.facts(),
+        "settings": _settings(recipe, minutes, fresh, speed, scores),
+        "seed": seed,
+        "base": {"source": backbone.source, "revision": backbone.revision, "fingerprint": backbone.fingerprint},
+        "num_new_parameters": fresh.num_new_parameters,
+        "num_frozen_parameters": sum(p.numel() for p in backbone.model.parameters()),
+        "machine": machine(),
+        "commit": commit(),
+        "minutes_after_training": round((time.perf_counter() - watcher.ended) / 60, 3),
+        "minutes_total": round((time.perf_counter() - started) / 60, 3),
+    }
+    story = report.Story(
+        metrics=metrics,
+        curve=watcher.curve(),
+        frames=watcher.frames(),
+        frame_names=prompts,
+        frame_real=_real(source, prompts, fresh.image.sizes[0]),
+        concepts=_concepts(asked, asked_shipped, source, fresh.image.sizes[0], seed),
+        num_shown=NUM_SHOWN,
+        held=_held(asked, asked_shipped, source, fresh.image.sizes[0]),
+        commands=_commands(folder, shipped is not None, minutes, out),
+    )
+    write_json(out / "metrics.json", metrics)
+    report.write(out / "report.html", story)
+    told.say(_summary(metrics, out))
+    return metrics
+
+
+# ------------------------------------------------------------------------------------------------------- what is told
+
+
+class _Told:
+    """What people read on the way."""
+
+    def __init__(self, console: Console):
+        self.console = console
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def part(self, title: str) -> Iterator[Any]:
+        """A part with a bar where there is a terminal, and a line with its time behind it."""
+        begun = time.perf_counter()
+        with progress(self.console) as tell:
+            yield tell
+        self.say(f"{title}: {time.perf_counter() - begun:.0f} s")
+
+    def show(self, pictures: Sequence[PILImage.Image], side: int = 16) -> None:
+        """Pictures side by side in coloured half blocks, where the terminal has colours and room."""
+        room = max(1, (self.console.width - 2) // (side + 2))
+        if self.console.is_terminal and self.console.color_system:
+            self.console.print(half_blocks(pictures[:room], side), soft_wrap=True)
+
+
+def half_blocks(pictures: Sequence[PILImage.Image], side: int) -> Text:
+    """Pictures as text, two pixels to a character."""
+    small = [p.convert("RGB").resize((side, side), PILImage.Resampling.BOX) for p in pictures]
+    text = Text()
+    for y in range(0, side - side % 2, 2):
+        for picture in small:
+            text.append("  ")
+            for x in range(side):
+                above, below = (_hexadecimal(picture.getpixel((x, row))) for row in (y, y + 1))
+                text.append("▀", style=f"{above} on {below}")
+        text.append("\n")
+    return text
+
+
+def _hexadecimal(pixel: Any) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*pixel)
+
+
+def _plan(out: Path, minutes: float, recipe: Recipe) -> str:
+    return f"""
+A language model that has never seen a picture learns to draw and to name {recipe.data}.
+
+  1  load the base; nothing in it will ever change
+  2  train new weights beside it for {minutes:g} {"minute" if minutes == 1 else "minutes"}, with pictures on the way
+  3  score what they draw and say; ask the pack that ships with xfusion the same
+  4  prove that the model's text is the base's, bit for bit
+  5  write {out / "report.html"} and {out / "metrics.json"}
+
+Steps 3 to 5 take about two and a half minutes on two cores. Ctrl-C while it trains keeps what was learned.
+"""
+
+
+def _summary(metrics: dict[str, Any], out: Path) -> str:
+    fresh, same = metrics["fresh"], metrics["text_identical"]
+    lines = [
+        "",
+        f"text      {'bit-identical to the base' if same else 'NOT identical to the base: see the report'}",
+        f"drawing   {report.percent(fresh['fit_retrieval_pixel_at_1'])} of {fresh['num_concepts']} drawings are nearest to"
+        " the picture they should be (memory)",
+        f"naming    {report.percent(fresh['fit_caption_exact'])} of the trained pictures are named right (memory)",
+        f"unseen    mean reciprocal rank {report.number(fresh['held_caption_mrr'])} on pictures never trained on, blind"
+        f" {report.number(fresh['held_caption_mrr_blind'])}",
+        f"time      {metrics['minutes_training']:.1f} minutes of training, {metrics['minutes_total']:.1f} in all",
+        f"page      {out / 'report.html'}",
+    ]
+    return "\n".join(lines)
+
+
+def _commands(folder: Path, shipped: bool, minutes: float, out: Path) -> list[tuple[str, str]]:
+    pack = folder / "pack"
+    rows = [
+        (f'xfusion generate {pack} "a red apple" -n 4 -o apples.png', "draw with the tower of this page"),
+        (f"xfusion caption {pack} apples.png", "ask it what a picture shows"),
+        (f"xfusion verify {pack}", "the proof again"),
+        (f"xfusion evaluate {pack} --suite emoji", "all scores"),
+        ("xfusion train xfusion --data your_folder --minutes 15 -o runs/mine", "your own pictures with captions"),
+        (f"xfusion demo --minutes {minutes:g} -o {out}", "this page again"),
+    ]
+    if shipped:
+        rows.insert(0, (f'xfusion generate {SHIPPED} "a red heart" -o heart.png', "draw with the shipped pack"))
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------ what is asked
+
+
+class Asked:
+    """A model that remembers what it was asked and what it answered, so that nothing is drawn or said twice.
+
+    Everything else is the model's own.
+    """
+
+    def __init__(self, model: Model):
+        self.model = model
+        self.drawn: dict[tuple[str, int], PILImage.Image] = {}
+        self.said: dict[bytes, str] = {}
+        self.given: dict[bytes, Tensor] = {}
+        self.alone: Tensor | None = None
+        self.names: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def draw(self, prompts: list[str], *, seeds: Sequence[int], **settings: Any) -> list[PILImage.Image]:
+        """As the model draws."""
+        pictures = self.model.draw(prompts, seeds=seeds, **settings)
+        self.drawn.update(zip(zip(prompts, seeds, strict=True), pictures, strict=True))
+        return pictures
+
+    def caption(self, pictures: list[PILImage.Image], **settings: Any) -> list[str]:
+        """As the model answers."""
+        answers = self.model.caption(pictures, **settings)
+        self.said.update(zip([p.tobytes() for p in pictures], answers, strict=True))
+        return answers
+
+    def score_names(self, pictures: list[PILImage.Image] | None, names: list[str], **settings: Any) -> Tensor:
+        """As the model scores."""
+        scores = self.model.score_names(pictures, names, **settings)
+        self.names = list(names)
+        if pictures is None:
+            self.alone = scores
+        else:
+            self.given.update(zip([p.tobytes() for p in pictures], scores, strict=True))
+        return scores
+
+
+def _shipped(backbone: Backbone) -> Model | None:
+    """The shipped pack on the base of the demo, where there is one and it belongs to this base."""
+    if SHIPPED not in checkpoint.shipped():
+        return None
+    belongs = checkpoint.read_config(checkpoint.find(SHIPPED))["base"]["fingerprint"]
+    return checkpoint.load(SHIPPED, backbone=backbone) if belongs == backbone.fingerprint else None
+
+
+def _first_picture(told: _Told, shipped: Model | None) -> None:
+    if shipped is None:
+        told.say(f"There is no shipped pack {SHIPPED!r} for this base: the page will show the fresh tower alone.\n")
+        return
+    begun = time.perf_counter()
+    picture = shipped.draw([FIRST], seed=0)[0]
+    told.say(f"The shipped pack draws {FIRST!r} in {time.perf_counter() - begun:.1f} s.")
+    told.show([picture], side=32)
+
+
+def _preview_prompts(source: Source) -> tuple[str, ...]:
+    known = {example.captions[0] for example in source.examples}
+    return tuple(p for p in PREVIEWS if p in known) or tuple(e.captions[0] for e in source.examples[: len(PREVIEWS)])
+
+
+def _make_room(folder: Path, told: _Told) -> None:
+    """A run of before moves aside; the one before that goes."""
+    import shutil
+
+    if folder.exists():
+        old = folder.with_name(f"{folder.name}.before")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        told.say(f"The run of last time is now in {old}.")
+
+
+def _spot_check(asked: Asked, seed: int, tell: Any) -> dict[str, Any]:
+    """A sample of the shipped pack's own concepts, small enough to be drawn while somebody waits."""
+    return evaluate(
+        asked,
+        "emoji",
+        source=_trained_on(asked.model),
+        max_drawn=SHIPPED_DRAWN,
+        max_captioned=SHIPPED_CAPTIONED,
+        max_held=0,
+        features=False,  # features of the whole gallery alone take minutes
+        seed=seed,
+        progress=tell,
+    )
+
+
+def _trained_on(model: Model) -> str:
+    del model
+    facts = checkpoint.read_config(checkpoint.find(SHIPPED)).get("training", {})
+    return str(facts.get("data", "emoji"))
+
+
+def _ask_the_same(asked: Asked, source: Source, seed: int) -> None:
+    """The shipped pack draws and names what the page shows of the fresh one."""
+    shown = chosen(source.examples, NUM_SHOWN)
+    size = asked.model.image.sizes[0]
+    asked.draw([source.examples[i].captions[0] for i in shown], seeds=[seed + i for i in shown])
+    asked.caption([source.picture(i, size) for i in shown])
+    held = _held_source(source)
+    if held is not None:
+        asked.caption([held.picture(i, size) for i in chosen(held.examples, MAX_HELD)[:NUM_SHOWN]])
+
+
+def _held_source(source: Source) -> Source | None:
+    try:
+        return open_source(source.spec, split="held")
+    except XFusionError:
+        return None
+
+
+@torch.no_grad()
+def quick_proof(model: Model) -> dict[str, Any]:
+    """The bit-exact heart of `verify`, without the base loaded anew, greedy tokens and noise: seconds.
+
+    Returns:
+        ``text_identical`` and ``checks``, as `verify` gives them.
+    """
+    backbone, unequal, positions = model.backbone, [], 0
+    for name, text in PROMPTS:
+        ids = torch.tensor([backbone.encode(text)], device=backbone.device)
+        positions += ids.numel()
+        if not bit_equal(model.text_logits(ids, stack="base"), model.text_logits(ids, stack="fused")):
+            unequal.append(name)
+    now = backbone.compute_fingerprint()
+    same = f"bit-equal at {positions} positions of {len(PROMPTS)} prompts"
+    checks = [
+        {
+            "name": "base weights",
+            "passed": now == backbone.fingerprint,
+            "detail": f"fingerprint {now[:16]}, recorded {backbone.fingerprint[:16]}",
+        },
+        {
+            "name": "fused stack: logits",
+            "passed": not unequal,
+            "detail": f"differ for {', '.join(unequal)}" if unequal else same,
+        },
+    ]
+    return {"text_identical": all(check["passed"] for check in checks), "checks": checks, "quick": True}
+
+
+# --------------------------------------------------------------------------------------------------- what is written
+
+
+@dataclass
+class _Watcher:
+    """Listens to the training."""
+
+    told: _Told
+    steps: list[Event] = field(default_factory=list)
+    plan: Event = field(default_factory=dict)
+    start: Event = field(default_factory=dict)
+    shots: list[tuple[float, int, str]] = field(default_factory=list)
+    seconds: float = 0.0
+    ended: float = 0.0
+
+    def __call__(self, event: Event) -> None:
+        kind = event["event"]
+        if kind == "step":
+            self.steps.append(event)
+        elif kind == "start":
+            self.start = event
+        elif kind == "plan":
+            self.plan = event
+        elif kind == "preview":
+            self.shots.append((self.steps[-1]["seconds"] if self.steps else 0.0, event["step"], event["path"]))
+            pictures = cut(PILImage.open(event["path"]))
+            self.told.show(pictures)
+            self.told.say(f"pictures at step {event['step']}: {event['path']}")
+        elif kind == "end":
+            self.seconds, self.ended = event["seconds"], time.perf_counter()
+
+    def curve(self) -> list[tuple[float, dict[str, float]]]:
+        """Seconds and losses."""
+        return [(event["seconds"], event["losses"]) for event in self.steps]
+
+    def frames(self) -> list[report.Frame]:
+        """The previews; of two at one step the first."""
+        seen: dict[int, report.Frame] = {}
+        for seconds, step, path in self.shots:
+            frame = report.Frame(seconds=seconds, step=step, pictures=cut(PILImage.open(path)))
+            seen.setdefault(step, frame)
+        return list(seen.values())
+
+    def facts(self) -> dict[str, Any]:
+        """What became of the budget."""
+        last = self.steps[-1] if self.steps else {}
+        return {
+            "steps": len(self.steps),
+            "samples": sum(event["samples"] for event in self.steps),
+            "seconds": round(self.seconds, 1),
+            "planned_at_step": self.plan.get("step"),
+            "dtype": self.start.get("dtype"),
+            "threads": self.start.get("threads"),
+            "pictures": self.start.get("pictures"),
+            "last_losses": last.get("losses"),
+        }
+
+
+def cut(sheet: PILImage.Image) -> list[PILImage.Image]:
+    """The square pictures of a sheet of one row."""
+    side = sheet.height
+    return [sheet.convert("RGB").crop((x, 0, x + side, side)) for x in range(0, sheet.width - side + 1, side)]
+
+
+def _scores(result: dict[str, Any], how: str) -> dict[str, Any]:
+    numbers = {k: v for k, v in result.items() if k != "settings"}
+    return {name: result.get(name) for name in SCORES} | numbers | {"how": how, "settings": result["settings"]}
+
+
+def _shipped_scores(spot_check: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The scores committed with the shipped pack; the spot check where there are none."""
+    if spot_check is None:
+        return None
+    committed = checkpoint.read_config(checkpoint.find(SHIPPED)).get("scores")
+    if not isinstance(committed, dict):
+        return _scores(spot_check, "measured now, a sample fixed by hash: the pack has no committed scores")
+    return _scores({"settings": None, **committed}, "committed with the pack, whole")
+
+
+def _settings(
+    recipe: Recipe, minutes: float, model: Model, speed: dict[str, Any], scores: dict[str, Any]
+) -> dict[str, Any]:
+    stage = recipe.stages[-1]
+    mixture = stage.mixture
+    return {
+        "minutes": minutes,
+        "data": recipe.data,
+        "draw_per_step": mixture.draw * stage.accumulate,
+        "caption_per_step": mixture.caption * stage.accumulate,
+        "ratio_draw_to_caption": round(mixture.draw / mixture.caption, 4) if mixture.caption else None,
+        "picture_size": model.image.sizes[0],
+        "speed_of_drawing": {"batch": speed["batch"], "steps": speed["steps"]},
+        "sampling_steps": scores["settings"].get("steps"),
+        "guidance": scores["settings"].get("guidance"),
+        "recipe": checkpoint.to_json(recipe),
+    }
+
+
+def _real(source: Source, names: Sequence[str], size: int) -> list[PILImage.Image]:
+    places = {example.captions[0]: i for i, example in reversed(list(enumerate(source.examples)))}
+    return [source.picture(places[name], size) for name in names]
+
+
+def _concepts(asked: Asked, shipped: Asked | None, source: Source, size: int, seed: int) -> list[report.Concept]:
+    """Every trained picture with what was drawn and said; the ones that stand in full first."""
+    examples = source.examples
+    everything = range(len(examples))
+    names = [example.captions[0] for example in examples]
+    real = [source.picture(i, size) for i in everything]
+    drawn = [asked.drawn[names[i], seed + i] for i in everything]
+    gallery, seen = (asked.image.from_pil(pictures, size) for pictures in (real, drawn))
+    ranks = retrieval.first_hit(seen, gallery, torch.tensor(everything), [e.group for e in examples]).tolist()
+    mine = captions.accepted(examples)
+    theirs = captions.accepted(examples, _all_of(shipped))
+    out = []
+    for i in everything:
+        key, other = real[i].tobytes(), (names[i], seed + i)
+        concept = report.Concept(
+            name=names[i], real=real[i], drawn=drawn[i], rank=int(ranks[i]), answer=_answer(asked.said[key], mine[i])
+        )
+        if shipped is not None and other in shipped.drawn:
+            said = shipped.said[_shipped_view(shipped, source, i).tobytes()]
+            concept = replace(concept, shipped=shipped.drawn[other], shipped_answer=_answer(said, theirs[i]))
+        out.append(concept)
+    first = chosen(examples, NUM_SHOWN)
+    return [out[i] for i in first] + [out[i] for i in everything if i not in first]
+
+
+def _all_of(shipped: Asked | None) -> Sequence[Example]:
+    return open_source(_trained_on(shipped.model)).examples if shipped is not None else ()
+
+
+def _shipped_view(shipped: Asked, source: Source, index: int) -> PILImage.Image:
+    return source.picture(index, shipped.model.image.sizes[0])
+
+
+def _answer(said: str, accepted: Sequence[str]) -> report.Answer:
+    return report.Answer(said=said, right=captions.exact_match([said], [accepted]) == 1)
+
+
+def _held(asked: Asked, shipped: Asked | None, source: Source, size: int) -> list[report.HeldOut]:
+    """The scored held-out pictures with what was said and the rank of the true name."""
+    held = _held_source(source)
+    if held is None or asked.alone is None:
+        return []
+    scored = chosen(held.examples, MAX_HELD)
+    examples, pictures = [held.examples[i] for i in scored], [held.picture(i, size) for i in scored]
+    given = torch.stack([asked.given[p.tobytes()] for p in pictures]).float().cpu()
+    hits = naming.hits(examples, asked.names, held.examples)
+    ranks = naming.ranks(naming.pointwise(given, asked.alone.float().cpu()), hits).tolist()
+    accepted = captions.accepted(examples, held.examples)
+    out = []
+    for place, (i, example, picture) in enumerate(zip(scored, examples, pictures, strict=True)):
+        item = report.HeldOut(
+            name=example.captions[0],
+            picture=picture,
+            answer=_answer(asked.said[picture.tobytes()], accepted[place]),
+            rank=ranks[place],
+        )
+        view = _shipped_view(shipped, held, i).tobytes() if shipped is not None else b""
+        if shipped is not None and view in shipped.said:
+            item = replace(item, shipped_answer=_answer(shipped.said[view], accepted[place]))
+        out.append(item)
+    return out
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
+
+
+# ------------------------------------------------------------------------------------------------------------- facts
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return {
+        "processor": _processor(),
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gb": _memory_gb(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("torch", "transformers")},
+            "xfusion": xfusion.__version__,
+        },
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _memory_gb() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def commit() -> dict[str, Any] | None:
+    """The commit of the checkout that runs, and whether files differ from it; None outside of one."""
+    root = Path(xfusion.__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=20, check=True)
+        return done.stdout.strip()
+
+    try:
+        return {"id": git("rev-parse", "HEAD"), "changed_files": len(git("status", "--porcelain").splitlines())}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+__all__ = ["Asked", "commit", "machine", "quick_proof", "run"]

@@ -1,0 +1,145 @@
+"""Whether a base keeps the contracts: a small dual tower is put on it and tried, as `doctor` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xfusion.backbone import Backbone
+from xfusion.data.pack import pack
+from xfusion.data.sequence import Batch, Media, Sequence, Text, XFusionError
+from xfusion.evaluation.verify import Progress, bit_equal, randomised
+from xfusion.fusion.dual_tower import DualTower
+from xfusion.generation import draw_tokens
+from xfusion.modalities.image import ImageModality
+from xfusion.model import BackboneConfig, Model, ModelConfig
+
+TOLERANCE = 1e-4
+"""Largest difference of two paths, as a share of the largest value, in float32."""
+WORDS = ("a red apple", "The quick brown fox jumps over the lazy dog.", "Зимой и летом одним цветом")
+SIDE, PATCH, STEPS = 16, 4, 3
+
+
+@torch.no_grad()
+def check_base(backbone: Backbone, progress: Progress) -> dict[str, Any]:
+    """Try the contracts on a base.
+
+    Args:
+        backbone: the base; it is not changed.
+        progress: told which check runs.
+
+    Returns:
+        ``passed`` and ``checks``, each with ``name``, ``passed``, ``detail``. What raises counts as failed, with the
+        reason.
+    """
+    found: list[dict[str, Any]] = []
+    models: list[Model] = []
+    checks: list[tuple[str, Callable[[], tuple[bool, str]]]] = [
+        ("a small dual tower can be built", lambda: _build(backbone, models)),
+        ("text through the fused stack is bit-equal", lambda: _text(models[0])),
+        ("the fast path is the reference path", lambda: _paths(_in_float32(models[0]))),
+        ("drawing with a cache is drawing without", lambda: _cached(_in_float32(models[0]))),
+    ]
+    for done, (name, check) in enumerate(checks):
+        progress(name, done, len(checks))
+        passed, detail = _tried(check)
+        found.append({"name": name, "passed": passed, "detail": detail})
+        if not models:
+            break
+    progress("done", len(checks), len(checks))
+    return {"passed": all(check["passed"] for check in found), "checks": found}
+
+
+def _tried(check: Callable[[], tuple[bool, str]]) -> tuple[bool, str]:
+    try:
+        return check()
+    except XFusionError as error:
+        return False, str(error)
+    except Exception as error:  # a family that nobody has tried may fail anywhere; the report names where
+        return False, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+def _build(backbone: Backbone, models: list[Model]) -> tuple[bool, str]:
+    stride = max(1, backbone.num_layers // 2)
+    config = ModelConfig(
+        backbone=BackboneConfig(source=backbone.source, revision=backbone.revision),
+        image=ImageModality.Config(patch=PATCH, sizes=(SIDE,)),
+        fusion=DualTower.Config(stride=stride),
+    )
+    model = Model(config, backbone).eval()
+    models.append(model)
+    return True, f"blocks at layers {', '.join(map(str, model.fusion.state_layers))}, {model.num_new_parameters:,} weights"
+
+
+def _text(model: Model) -> tuple[bool, str]:
+    with randomised(model):
+        for words in WORDS:
+            ids = torch.tensor([model.backbone.encode(words)], device=model.backbone.device)
+            if not bit_equal(model.text_logits(ids), model.text_logits(ids, stack="fused")):
+                return False, f"logits differ for {words!r}"
+    return True, f"{len(WORDS)} texts, new weights randomised"
+
+
+def _in_float32(model: Model) -> Model:
+    """The same model over float32 weights, where rounding does not hide what differs."""
+    base = model.backbone
+    if base.dtype == torch.float32:
+        return model
+    return Model(model.config, base.working_copy(torch.float32, base.attention)).eval()
+
+
+def _sequences(model: Model) -> list[Sequence]:
+    words = [Text(ids=model.backbone.encode(text)) for text in WORDS]
+    return [Sequence(segments=(words[0], _picture(model), words[1])), Sequence(segments=(_picture(model), words[2]))]
+
+
+def _picture(model: Model, *, noised: bool = False) -> Media:
+    rows, columns = model.image.grid(SIDE)
+    tokens = torch.randn(rows * columns, model.image.token_width, generator=torch.Generator().manual_seed(1))
+    return Media(tokens=tokens, grid=(rows, columns), state="noised" if noised else "clean")
+
+
+def _paths(model: Model) -> tuple[bool, str]:
+    batch = pack([[sequence] for sequence in _sequences(model)])
+    with randomised(model):
+        fast = _valid(batch, model.run_pass(batch)[1].states)
+        with model.using(model.reference_engine()):
+            slow = _valid(batch, model.run_pass(batch)[1].states)
+    return _within(fast, slow)
+
+
+def _valid(batch: Batch, states: dict[str, Tensor]) -> Tensor:
+    """States of all rows that are no padding, in one row of numbers."""
+    tables = {"text": batch.text} | {name: media.rows for name, media in batch.media.items()}
+    return torch.cat([state[tables[owner].order >= 0].flatten() for owner, state in states.items()])
+
+
+def _cached(model: Model) -> tuple[bool, str]:
+    words, size = Text(ids=model.backbone.encode(WORDS[0])), SIDE
+    blank = replace(_picture(model, noised=True), tokens=torch.zeros_like(_picture(model).tokens))
+    batch = pack([[Sequence(segments=(words, blank))]])
+    media = batch.media["image"]
+    inside = media.item[0] >= 0
+    noise = torch.randn(1, int(inside.sum()), model.image.token_width, generator=torch.Generator().manual_seed(0))
+
+    def predict(x: Tensor, time: float) -> Tensor:
+        tokens = media.tokens.clone()
+        tokens[:, inside] = x
+        _, run = model.run_pass(batch.with_media("image", tokens=tokens, time=torch.full((1,), time)))
+        return model.port.readout(run.states["image"])[:, inside].float()
+
+    with randomised(model):
+        cached = draw_tokens(model, [(words,)], size, seeds=[0], steps=STEPS, guidance=1.0)
+        *_, (whole, _) = model.media_objective.sample(predict, noise, steps=STEPS)
+    return _within(cached, whole)
+
+
+def _within(one: Tensor, other: Tensor) -> tuple[bool, str]:
+    if not (one.isfinite().all() and other.isfinite().all()):
+        return False, "not all values are finite"
+    share = float((one - other).abs().max() / other.abs().max())
+    return share <= TOLERANCE, f"largest difference {share:.2g} of the largest value, {TOLERANCE:g} allowed"

@@ -1,0 +1,341 @@
+"""`verify`: the proof that a model's text is its base's, bit for bit.
+
+Four ways to read the same text are compared: the base loaded afresh by transformers alone, the model's text path, and
+the fused stack forced on, before and after every new weight is replaced by noise. Logits and greedy tokens must be
+bit-equal. Text before a picture goes through other tensor shapes, where low bits move: it is held to a tolerance.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xfusion.data.pack import pack
+from xfusion.data.sequence import Media, Sequence, Text
+from xfusion.model import Model
+
+Progress = Callable[[str, int, int], None]
+"""Called with the name of a part, how many items of it are done, and how many there are."""
+
+NEW_TOKENS = 16
+"""Greedy tokens behind each prompt."""
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest difference of a logit before a picture, as a share of the largest logit, by precision of the base."""
+NOISE = 0.1
+"""Standard deviation of the noise that takes the place of every new weight."""
+
+STORY = (
+    "Long before the sun came over the hill, the keeper of the lighthouse had swept the stairs, oiled the great lamp and"
+    " written the first line of the day in a heavy book. The wind had turned in the night, she wrote, and two boats that"
+    " were out for herring had come home early with torn sails. Nobody was hurt. At seven the baker's boy rowed across"
+    " with bread, a bag of apples and a letter from her sister, who lived in the city and could not understand how anyone"
+    " could be content with so much water and so little company. She read the letter twice, laughed at the end of it, and"
+    " put it under the clock. In the afternoon the fog came in, slowly at first and then all at once, so that the rocks"
+    " below the tower were gone before the gulls had stopped complaining about it. She lit the lamp, counted to nine"
+    " between each turn of the light, as her father had taught her, and listened. Somewhere in the white a bell answered:"
+    " three strokes, a pause, and three again. That was the mail ship, and she was far too close. The keeper took the"
+    " horn from its hook, went out on the gallery and blew until her ears rang. After a while the bell grew fainter,"
+    " turned, and went slowly round the point towards the open sea. Then she went inside, made tea, and wrote the second"
+    " line of the day: fog from four o'clock, one ship, all well."
+)
+"""Written for this check and free for any use; the long prompt, and the text of which the perplexity is taken."""
+
+PROMPTS = (
+    ("one token", "The"),
+    ("English", "The capital of France is"),
+    ("German", "Der schnelle braune Fuchs springt über den faulen Hund, und am Abend schläft er unter der Brücke."),
+    ("Russian", "Однажды в студёную зимнюю пору я из лесу вышел; был сильный мороз."),
+    ("Chinese", "床前明月光，疑是地上霜。举头望明月，低头思故乡。"),
+    ("Arabic", "العلم نور والجهل ظلام، ومن جد وجد ومن زرع حصد."),
+    ("code", "def fibonacci(n: int) -> int:\n    if n < 2:\n        return n\n    return"),
+    ("numbers and signs", "3.14159 * 2 = 6.28318; x² + y² = z² \U0001f600 → \t\"quoted\" <tag/> {'key': [1, 2]}"),
+    ("long", STORY),
+)
+"""What is read: several languages and lengths. A chat turn and a left-padded batch are made from them."""
+QUESTION = "Name three things that one can see in the sky."
+"""The chat turn, in the tokenizer's own template."""
+PADDED = ("English", "Russian", "code")
+"""The prompts that are also read together, padded on the left."""
+BEFORE_A_PICTURE = ("English", "Russian", "code")
+"""The prompts that are also read in front of a picture."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids ``[B, n]`` and, for a padded batch, their mask."""
+
+    name: str
+    ids: Tensor
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one stack says about a prompt."""
+
+    logits: Tensor
+    tokens: Tensor
+
+
+@torch.no_grad()
+def verify(model: Model, progress: Progress | None = None) -> dict[str, Any]:
+    """Prove, or disprove, that the text of a model is its base's.
+
+    Args:
+        model: any model; its weights are as before when this returns.
+        progress: told how far each part is.
+
+    Returns:
+        JSON values: ``text_identical`` (every bit-exact check), ``passed`` (the tolerance too), ``checks`` (each with
+        ``name``, ``passed``, ``detail``), ``perplexity`` of base and fused stack, and under ``settings`` all that the
+        equality depends on.
+
+    Raises:
+        XFusionError: the base's source is gone.
+    """
+    started, backbone = time.perf_counter(), model.backbone
+    prompts, tell = _prompts(model), progress or _silent
+    tell("loading the base afresh", 0, 1)
+    fresh = backbone.fresh()
+    tell("loading the base afresh", 1, 1)
+    exact = [_base_weights(model, fresh)]
+    expected = _read("base alone", model, fresh, prompts, tell)
+    perplexity = {"base": _perplexity(model, fresh)}
+    del fresh
+    found = _read("text path", model, model.text_only(), prompts, tell, "base")
+    exact += _compare("text path", prompts, expected, found)
+    found = _read("fused stack", model, model.fused_text_model(), prompts, tell, "fused")
+    exact += _compare("fused stack", prompts, expected, found)
+    perplexity["fused"] = _perplexity(model, model.fused_text_model())
+    near = [_before_a_picture("text before a picture", model, prompts, expected)]
+    fingerprint = model.fingerprint
+    with randomised(model):
+        name = "fused stack, new weights randomised"
+        found = _read(name, model, model.fused_text_model(), prompts, tell, "fused")
+        exact += _compare(name, prompts, expected, found)
+        near.append(
+            _before_a_picture("text before a picture, new weights randomised", model, prompts, expected)
+        )
+    exact.append(_check("new weights restored", model.fingerprint == fingerprint, f"fingerprint {fingerprint[:16]}"))
+    same = "{base:.6f} (base), {fused:.6f} (fused), over {n} tokens".format(**perplexity, n=_long(prompts).shape[1])
+    exact.append(_check("perplexity", perplexity["base"] == perplexity["fused"], same))
+    identical = all(check["passed"] for check in exact)
+    return {
+        "text_identical": identical,
+        "passed": identical and all(check["passed"] for check in near),
+        "preserves_text": model.fusion.preserves_text,
+        "checks": exact + near,
+        "perplexity": perplexity,
+        "settings": _settings(model, prompts) | {"seconds": round(time.perf_counter() - started, 2)},
+    }
+
+
+@contextmanager
+def randomised(model: Model, seed: int = 0) -> Iterator[None]:
+    """Every learned weight is noise inside the block and what it was, to the bit, behind it."""
+    state = {name: value for name, value in model.learned_state().items() if value.is_floating_point()}
+    kept = {name: value.detach().clone() for name, value in state.items()}
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        with torch.no_grad():
+            for value in state.values():
+                value.copy_(NOISE * torch.randn(value.shape, generator=generator))
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in state.items():
+                value.copy_(kept[name])
+
+
+# ------------------------------------------------------------------------------------------------------------ prompts
+
+
+def _prompts(model: Model) -> list[Prompt]:
+    """The bundled prompts as this base's tokens; what its tokenizer has no tokens for is left out."""
+    backbone, device = model.backbone, model.backbone.device
+    longest = getattr(backbone.config, "max_position_embeddings", None) or 1 << 20
+    ids = {name: backbone.encode(text)[: longest - NEW_TOKENS] for name, text in PROMPTS}
+    ids["one token"] = ids["one token"][:1]
+    ids["chat"] = backbone.chat(QUESTION)[: longest - NEW_TOKENS]
+    out = [Prompt(name, torch.tensor([tokens], device=device)) for name, tokens in ids.items() if tokens]
+    together = [ids[name] for name in PADDED if ids[name]]
+    width = max(map(len, together), default=0)
+    if len({len(tokens) for tokens in together}) > 1:
+        padding = _padding(model)
+        rows = [[padding] * (width - len(tokens)) + list(tokens) for tokens in together]
+        mask = [[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in together]
+        out.append(
+            Prompt("left-padded batch", torch.tensor(rows, device=device), torch.tensor(mask, device=device))
+        )
+    return out
+
+
+def _padding(model: Model) -> int:
+    own = model.backbone.tokenizer.pad_token_id
+    return own if own is not None else next(iter(model.backbone.end_ids), 0)
+
+
+def _long(prompts: list[Prompt]) -> Tensor:
+    return max((p.ids for p in prompts), key=lambda ids: ids.shape[1])
+
+
+# ----------------------------------------------------------------------------------------------------------- readings
+
+
+def _read(
+    part: str, model: Model, stack: Any, prompts: list[Prompt], tell: Progress, path: str | None = None
+) -> list[Reading]:
+    """Logits and greedy tokens of all prompts.
+
+    Args:
+        part: for the progress.
+        model: whose prompts they are.
+        stack: what generates.
+        prompts: what is read.
+        tell: the progress.
+        path: which stack of ``model.text_logits`` makes the logits; None: ``stack`` itself.
+    """
+    out = []
+    for done, prompt in enumerate(prompts):
+        tell(part, done, len(prompts))
+        if path is None:
+            logits = stack(prompt.ids, attention_mask=prompt.mask).logits
+        else:
+            logits = model.text_logits(prompt.ids, stack=path, attention_mask=prompt.mask)
+        tokens = stack.generate(
+            prompt.ids,
+            attention_mask=torch.ones_like(prompt.ids) if prompt.mask is None else prompt.mask,
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=_padding(model),
+        )
+        out.append(Reading(logits, tokens[:, prompt.ids.shape[1] :]))
+    tell(part, len(prompts), len(prompts))
+    return out
+
+
+def _perplexity(model: Model, stack: Any) -> float:
+    """Perplexity of the story, per token, in float32 from the stack's logits."""
+    ids = torch.tensor([model.backbone.encode(STORY)], device=model.backbone.device)
+    ids = ids[:, : getattr(model.backbone.config, "max_position_embeddings", None) or 1 << 20]
+    logits = stack(ids).logits.float()[0, :-1]
+    return math.exp(torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item())
+
+
+def bit_equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same shape, type and bits; unlike `torch.equal`, NaN equals itself and -0 is not 0."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(*(t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (one, other)))
+
+
+# ------------------------------------------------------------------------------------------------------------- checks
+
+
+def _check(name: str, passed: bool, detail: str) -> dict[str, Any]:
+    return {"name": name, "passed": bool(passed), "detail": detail}
+
+
+def _base_weights(model: Model, fresh: Any) -> dict[str, Any]:
+    """The weights in memory now, those recorded when the model was built, and those that transformers loads."""
+    recorded, now = model.backbone.fingerprint, model.backbone.compute_fingerprint()
+    theirs = dict(fresh.named_parameters())
+    changed = [n for n, p in model.backbone.model.named_parameters() if n not in theirs or not bit_equal(p, theirs[n])]
+    if changed:
+        return _check("base weights", False, f"{len(changed)} of {len(theirs)} differ from the source, first {changed[0]}")
+    if now != recorded:
+        return _check("base weights", False, f"fingerprint {now[:16]}, recorded {recorded[:16]}")
+    return _check("base weights", True, f"{len(theirs)} tensors as in the source; fingerprint {now[:16]} as recorded")
+
+
+def _compare(part: str, prompts: list[Prompt], expected: list[Reading], found: list[Reading]) -> list[dict[str, Any]]:
+    logits, tokens = [], []
+    for prompt, one, other in zip(prompts, expected, found, strict=True):
+        if not bit_equal(one.logits, other.logits):
+            logits.append(f"{prompt.name} by {_largest(one.logits, other.logits):.3g}")
+        if not bit_equal(one.tokens, other.tokens):
+            tokens.append(prompt.name)
+    positions, made = sum(p.ids.numel() for p in prompts), sum(r.tokens.numel() for r in expected)
+    return [
+        _check(
+            f"{part}: logits",
+            not logits,
+            f"differ for {', '.join(logits)}" if logits else f"bit-equal at {positions} positions of {len(prompts)} prompts",
+        ),
+        _check(
+            f"{part}: greedy tokens",
+            not tokens,
+            f"differ for {', '.join(tokens)}" if tokens else f"all {made} equal behind {len(prompts)} prompts",
+        ),
+    ]
+
+
+def _largest(one: Tensor, other: Tensor) -> float:
+    return float((one.double() - other.double()).abs().max()) if one.shape == other.shape else math.inf
+
+
+def _before_a_picture(name: str, model: Model, prompts: list[Prompt], expected: list[Reading]) -> dict[str, Any]:
+    """Logits of words in front of a picture and more words, against the base's for these words alone."""
+    tolerance = TOLERANCE[model.backbone.dtype]
+    grid = model.image.grid(model.image.sizes[0])
+    tokens = torch.randn(grid[0] * grid[1], model.image.token_width, generator=torch.Generator().manual_seed(0))
+    picture = Media(tokens=tokens.clamp(-1, 1), grid=(grid[0], grid[1]))
+    behind = Text(ids=model.backbone.encode("What is this?\n"))
+    dtype = model.port.project.weight.dtype
+    worst, other_word = 0.0, []
+    with model.using(model.plain_engine()):
+        for prompt, base in zip(prompts, expected, strict=True):
+            if prompt.name not in BEFORE_A_PICTURE:
+                continue
+            words = tuple(prompt.ids[0].tolist())
+            batch = pack([[Sequence(segments=(Text(ids=words), picture, behind))]])
+            media = batch.media["image"]
+            batch = batch.with_media("image", tokens=media.tokens.to(dtype), time=media.time.to(dtype))
+            hidden, run = model.run_pass(batch)
+            found = model.backbone.logits(hidden[:, run.slices["text"]][:, : len(words)]).double()
+            wanted = base.logits.double()
+            size = float(wanted.abs().max())
+            worst = max(worst, float((found - wanted).abs().max()) / size)
+            top = wanted.topk(2, dim=-1).values
+            clear = top[..., 0] - top[..., 1] > 2 * tolerance * size  # nearer ones may swap by rounding alone
+            if not torch.equal(found.argmax(-1)[clear], wanted.argmax(-1)[clear]):
+                other_word.append(prompt.name)
+    detail = f"largest difference {worst:.2g} of the largest logit, {tolerance:g} allowed"
+    if other_word:
+        detail += f"; another likeliest token for {', '.join(other_word)}"
+    return _check(name, worst <= tolerance and not other_word, detail)
+
+
+def _settings(model: Model, prompts: list[Prompt]) -> dict[str, Any]:
+    backbone = model.backbone
+    return {
+        "base": {"source": backbone.source, "revision": backbone.revision, "fingerprint": backbone.fingerprint},
+        "pack_fingerprint": model.fingerprint,
+        "fusion": type(model.fusion).__name__,
+        "num_new_parameters": model.num_new_parameters,
+        "dtype": str(backbone.dtype).removeprefix("torch."),
+        "device": str(backbone.device),
+        "attention": backbone.attention,
+        "threads": torch.get_num_threads(),
+        "new_tokens": NEW_TOKENS,
+        "prompts": [{"name": p.name, "shape": list(p.ids.shape)} for p in prompts],
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": metadata.version("transformers"),
+        },
+    }
+
+
+def _silent(part: str, done: int, total: int) -> None:
+    del part, done, total

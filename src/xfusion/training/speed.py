@@ -1,0 +1,66 @@
+"""How fast drawing alone trains: a short run of the one training loop, thrown away afterwards."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from xfusion.backbone import Backbone
+from xfusion.data.sequence import XFusionError
+from xfusion.data.sources import Source
+from xfusion.training.loop import WARM_STEPS, train
+from xfusion.training.stages import Recipe
+from xfusion.training.track import Event
+
+
+def samples_per_second(steps: Iterable[Event], *, warm: int = WARM_STEPS) -> float | None:
+    """Samples trained per second of the steps themselves: compiling, previews and checkpoints do not count.
+
+    Args:
+        steps: "step" events of one run.
+        warm: steps at the beginning that do not count.
+
+    Returns:
+        None where there are no more steps than that.
+    """
+    counted = list(steps)[warm:]
+    seconds = sum(event["samples"] / event["samples_per_second"] for event in counted)
+    return sum(event["samples"] for event in counted) / seconds if counted else None
+
+
+def drawing_speed(
+    recipe: Recipe, *, source: Source | None = None, backbone: Backbone | None = None, steps: int = 20
+) -> dict[str, Any]:
+    """Train only drawing for a few steps, by the same loop, batch, precision and compiled blocks as a real run.
+
+    Args:
+        recipe: its last stage is run without captioning samples.
+        source: an opened source instead of the recipe's data.
+        backbone: an already loaded base.
+        steps: measured steps, after ten of warm-up.
+
+    Returns:
+        ``samples_per_second``, ``batch`` (drawings per optimiser step) and ``steps``.
+
+    Raises:
+        XFusionError: the recipe does not draw.
+    """
+    stage = recipe.stages[-1]
+    if not stage.mixture.draw:
+        raise XFusionError("the recipe's mixture has draw 0: there is no drawing to measure")
+    only = replace(stage, steps=WARM_STEPS + steps, mixture=replace(stage.mixture, caption=0))
+    events: list[Event] = []
+    with tempfile.TemporaryDirectory(prefix="xfusion-speed-") as folder:
+        train(
+            replace(recipe, stages=(only,)),
+            out=folder,
+            source=source,
+            backbone=backbone,
+            preview_every=0,
+            checkpoint_every=float("inf"),
+            listener=events.append,
+        )
+    rate = samples_per_second([event for event in events if event["event"] == "step"])
+    return {"samples_per_second": rate, "batch": stage.mixture.draw * stage.accumulate, "steps": steps}

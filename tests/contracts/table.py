@@ -1,0 +1,297 @@
+"""The rows of the contract table: tiny random bases of three families, and the fusions that must hold on each.
+
+The bases are saved by transformers and loaded through `Backbone.load`, as a user's are. All their weights are perturbed,
+so that no norm is 1 and no attention is flat. `exact` makes norms compute in float64 where a family falls to float32.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image as PILImage
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+from xfusion.backbone import Backbone
+from xfusion.data.pack import pack
+from xfusion.data.sequence import Batch, Example, Media, Sequence, Text
+from xfusion.fusion.base import Fusion
+from xfusion.fusion.dual_tower import DualTower
+from xfusion.modalities.image import ImageModality
+from xfusion.model import BackboneConfig, Model, ModelConfig, PortConfig
+from xfusion.objectives.flow_matching import FlowMatching
+
+VOCABULARY, WIDTH, LAYERS, WINDOW = 320, 64, 4, 6
+PATCH, SIDE = 4, 16
+TOKEN_WIDTH = 3 * PATCH * PATCH
+
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.12,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+FAMILIES: dict[str, Callable[[], torch.nn.Module]] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**_COMMON)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_COMMON, head_dim=24)),  # queries wider than the model
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            **_COMMON,
+            head_dim=16,
+            query_pre_attn_scalar=16,
+            sliding_window=WINDOW,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"],
+        )
+    ),
+}
+FUSIONS: dict[str, Fusion.Config] = {
+    "dual tower": DualTower.Config(),
+    "dual tower, strided": DualTower.Config(stride=2, offset=0, mlp=40),
+}
+ROWS = [pytest.param(f, b, id=f"{f}-{b}".replace(", ", "_").replace(" ", "_")) for f in FUSIONS for b in FAMILIES]
+WORDS = (
+    "a red apple on a table, the green tree, two blue birds, what is this? name this picture. one small house and a cat"
+)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE, so that every Unicode text has ids."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    special = ["<|begin|>", "<|end|>", "<|pad|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    raw.train_from_iterator([WORDS] * 4, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=special[0], eos_token=special[1], pad_token=special[2])
+
+
+def make_base(family: str, folder: Path, seed: int = 0) -> Path:
+    """Save a tiny random base of a family, all weights perturbed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = FAMILIES[family]()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.08 * torch.randn(parameter.shape))
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Backbone]]:
+    """One base of each family, shared by all tests: nothing may change them, and that is checked at the end."""
+    made = {name: Backbone.load(str(make_base(name, tmp_path_factory.mktemp(name)))) for name in FAMILIES}
+    before = {name: base.compute_fingerprint() for name, base in made.items()}
+    yield made
+    assert {name: base.compute_fingerprint() for name, base in made.items()} == before
+
+
+def model_config(base: Backbone, fusion: str = "dual tower", **media: object) -> ModelConfig:
+    """A model of 16 px pictures in 16 tokens."""
+    return ModelConfig(
+        backbone=BackboneConfig(source=base.source),
+        image=ImageModality.Config(patch=PATCH, sizes=(SIDE,)),
+        port=PortConfig(largest_grid=6),
+        fusion=FUSIONS[fusion],
+        media=FlowMatching.Config(**media),  # type: ignore[arg-type]
+    )
+
+
+def make_model(base: Backbone, fusion: str = "dual tower", *, randomised: bool = True, **media: object) -> Model:
+    """A model on a base; by default with all new weights moved away from their copies and zeros."""
+    model = Model(model_config(base, fusion, **media), base)
+    if randomised:
+        randomise(model)
+    return model.eval()
+
+
+def randomise(model: Model, seed: int = 0, by: float = 0.1) -> None:
+    """Move every new weight."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.new_parameters():
+            parameter.add_(by * torch.randn(parameter.shape, generator=generator))
+
+
+# ------------------------------------------------------------------------------------------------------- sequences
+
+
+def words(count: int, seed: int, *, loss: bool = False) -> Text:
+    """Random ordinary tokens."""
+    rng = random.Random(seed)
+    return Text(ids=tuple(rng.randrange(3, VOCABULARY) for _ in range(count)), has_loss=loss)
+
+
+def picture(grid: tuple[int, int], seed: int, *, noised: bool = False, loss: bool = False, later: bool = True) -> Media:
+    """Random tokens of a picture."""
+    tokens = torch.rand(grid[0] * grid[1], TOKEN_WIDTH, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return Media(
+        tokens=tokens, grid=grid, state="noised" if noised else "clean", has_loss=loss, visible_to_later=later
+    )
+
+
+def mixed_sequences() -> dict[str, Sequence]:
+    """Every way in which words and pictures may stand together."""
+    kinds = {
+        "picture behind words": (words(5, 1), picture((4, 4), 1, noised=True, loss=True)),
+        "words behind picture": (picture((4, 4), 2), words(7, 2, loss=True)),
+        "words around picture": (words(3, 3), picture((2, 3), 3), words(2, 4), words(6, 5, loss=True)),
+        "pictures between words": (
+            words(2, 6),
+            picture((3, 3), 6),
+            words(4, 7),
+            picture((2, 2), 7),
+            words(1, 8),
+            words(5, 9, loss=True),
+        ),
+        "picture beside picture": (picture((2, 3), 10), picture((3, 3), 11), words(4, 10, loss=True)),
+        "picture alone": (picture((4, 4), 12, noised=True, loss=True),),
+        "noised copy beside clean one": (
+            words(3, 13),
+            picture((2, 3), 13, noised=True, loss=True, later=False),
+            picture((2, 3), 13),
+            words(4, 14, loss=True),
+        ),
+        "words alone": (words(4, 15), words(8, 16, loss=True)),
+    }
+    return {name: Sequence(segments=segments) for name, segments in kinds.items()}
+
+
+def corrupted(batch: Batch) -> Batch:
+    """Noise that is a function of the picture alone, so that it does not depend on where in a batch the picture lies."""
+    for modality, media in batch.media.items():
+        inside, count = media.item >= 0, len(media.noised)
+        total = torch.zeros(count).index_add(0, media.item[inside], media.tokens[inside].sum(-1))
+        time = torch.where(media.noised, 0.2 + 0.7 * torch.sigmoid(total), 0.0)
+        noise, level = torch.cos(37 * media.tokens), media.at(time)[:, :, None]
+        tokens = (1 - level) * media.tokens + level * noise
+        batch = batch.with_media(modality, tokens=tokens, time=time, clean=media.tokens)
+    return batch
+
+
+def in_float64(batch: Batch) -> Batch:
+    """A batch for a model in float64."""
+    for modality, media in batch.media.items():
+        batch = batch.with_media(modality, tokens=media.tokens.double(), time=media.time.double())
+    return batch
+
+
+def view(rows: list[list[Sequence]], model: Model) -> Batch:
+    """Packed rows, corrupted, in the model's precision."""
+    batch = corrupted(pack(rows))
+    return in_float64(batch) if model.backbone.dtype == torch.float64 else batch
+
+
+Found = list[tuple[Tensor, Tensor]]
+"""Per sequence: logits of its text positions and predictions of its media rows, in reading order."""
+
+
+def look(model: Model, batch: Batch) -> Found:
+    """What a full pass says about every sequence of a batch."""
+    hidden, run = model.run_pass(batch)
+    none, nothing = hidden.new_empty(0, VOCABULARY), hidden.new_empty(0, TOKEN_WIDTH)
+    logits = model.engine.backbone.logits(hidden[:, run.slices["text"]]) if "text" in run.slices else none
+    media = model.port.readout(run.states["image"]) if run.media else nothing
+    found: Found = []
+    for row in range(batch.text.order.shape[0]):
+        tables = [(batch.text, logits), *((m.rows, media) for m in batch.media.values())]
+        for sample in range(1 + max(int(t.sample[row].max()) for t, _ in tables if t.count)):
+            parts = []
+            for table, values in tables:
+                mine = (table.sample[row] == sample) & (table.order[row] >= 0)
+                in_order = table.order[row][mine].argsort()
+                parts.append(values[row][mine][in_order] if table.count else none)
+            found.append((parts[0], parts[1] if len(parts) > 1 else nothing))
+    return found
+
+
+def distance(one: Found, other: Found) -> float:
+    """Largest difference between two answers of the same shape."""
+    assert len(one) == len(other)
+    worst = 0.0
+    for a, b in zip(one, other, strict=True):
+        for x, y in zip(a, b, strict=True):
+            assert x.shape == y.shape
+            if x.numel():
+                worst = max(worst, float((x - y).detach().abs().max()))
+    return worst
+
+
+# -------------------------------------------------------------------------------------------------------- precision
+
+
+def _llama_norm(self: LlamaRMSNorm, x: Tensor) -> Tensor:
+    return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+def _gemma_norm(self: Gemma3RMSNorm, x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * (1 + self.weight)
+
+
+@contextmanager
+def exact(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Norms in the precision of their input: transformers computes them in float32 whatever comes in."""
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaRMSNorm, "forward", _llama_norm)
+        patch.setattr(Qwen3RMSNorm, "forward", _llama_norm)
+        patch.setattr(Gemma3RMSNorm, "forward", _gemma_norm)
+        yield
+
+
+def float64_model(base: Backbone, fusion: str) -> Model:
+    """A model whose base and new weights are float64."""
+    model = make_model(Backbone.load(base.source, dtype=torch.float64), fusion)
+    return model.double()
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+
+class Noise:
+    """A source of random pictures with short captions of different lengths."""
+
+    licence = "none needed"
+
+    def __init__(self, count: int = 6, spec: str = "noise"):
+        self.spec = spec
+        names = ["red apple", "tree", "two blue birds", "house", "cat on a table", "what"]
+        self.examples = tuple(
+            Example(id=str(i), captions=(names[i % 6] + " " * (i // 6), "a picture"), group=str(i), origin=f"noise:{i}")
+            for i in range(count)
+        )
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def picture(self, index: int, size: int) -> PILImage.Image:
+        generator = torch.Generator().manual_seed(index)
+        coarse = torch.randint(0, 256, (4, 4, 3), generator=generator, dtype=torch.uint8)
+        return PILImage.fromarray(coarse.numpy()).resize((size, size), PILImage.Resampling.NEAREST)

@@ -1,0 +1,277 @@
+"""Contract: a pack holds learned weights only, says the same after loading, belongs to one base, and refuses the rest."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from contracts.table import (
+    ROWS,
+    distance,
+    look,
+    make_base,
+    make_model,
+    mixed_sequences,
+    model_config,
+    randomise,
+    view,
+)
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import xfusion
+from xfusion import checkpoint
+from xfusion.backbone import Backbone
+from xfusion.data.pack import pack as pack_rows
+from xfusion.data.sequence import XFusionError
+from xfusion.fusion.dual_tower import DualTower
+from xfusion.model import Model
+
+ROWS_OF_ALL = [[s] for s in mixed_sequences().values()]
+
+
+@pytest.fixture
+def pack(bases, tmp_path):
+    """A saved pack on the Llama base, and its folder."""
+    model = make_model(bases["llama"])
+    folder = tmp_path / "pack"
+    model.save_pretrained(folder, steps=7)
+    return model, folder
+
+
+def edit(folder, change):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(("fusion", "family"), ROWS)
+@torch.no_grad()
+def test_a_loaded_pack_says_the_same(bases, fusion, family, tmp_path):
+    model = make_model(bases[family], fusion, prediction="velocity")
+    model.save_pretrained(tmp_path / "pack")
+    batch = view(ROWS_OF_ALL, model)
+    expected = look(model, batch)
+    for loaded in (
+        xfusion.load(tmp_path / "pack", backbone=bases[family]),
+        xfusion.load(str(shutil.move(tmp_path / "pack", tmp_path / "renamed"))),  # and its base is found by itself
+    ):
+        assert loaded.config == model.config and not loaded.training
+        assert loaded.fingerprint == model.fingerprint
+        assert distance(look(loaded, batch), expected) == 0
+
+
+def test_the_file_holds_learned_weights_only(pack, bases):
+    model, folder = pack
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    assert {k.split(".")[0] for k in found} == {"port", "fusion"}
+    assert sum(v.numel() for v in found.values()) == model.num_new_parameters
+    frozen = {v.numpy().tobytes() for v in bases["llama"].model.state_dict().values()}
+    assert not frozen & {v.numpy().tobytes() for v in found.values()}
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+
+
+def test_the_config_says_which_base_and_what_was_built(pack, bases):
+    model, folder = pack
+    config = json.loads((folder / "config.json").read_text())
+    assert config["format_version"] == 1 and config["steps"] == 7
+    assert config["base"] == {
+        "source": bases["llama"].source,
+        "revision": None,
+        "fingerprint": bases["llama"].compute_fingerprint(),
+    }
+    assert config["num_new_parameters"] == model.num_new_parameters
+    assert checkpoint.from_json(config["model"]) == model.config
+    assert config["base"]["fingerprint"][:16] in (folder / "README.md").read_text()
+
+
+def test_a_pack_in_half_precision_loads_into_float32(pack, bases, tmp_path):
+    model, _ = pack
+    checkpoint.save(model, tmp_path / "half", dtype=torch.bfloat16)
+    assert {v.dtype for v in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.bfloat16}
+    loaded = xfusion.load(tmp_path / "half", backbone=bases["llama"])
+    for one, other in zip(loaded.new_parameters(), model.new_parameters(), strict=True):
+        assert one.dtype == torch.float32
+        assert torch.equal(one, other.bfloat16().float())
+
+
+def test_another_base_is_refused_with_both(pack, bases, tmp_path):
+    _, folder = pack
+    other = Backbone.load(str(make_base("llama", tmp_path / "other", seed=1)))
+    own = bases["llama"]
+    with pytest.raises(XFusionError) as error:
+        xfusion.load(folder, backbone=other)
+    for value in (own.source, own.fingerprint[:16], other.source, other.fingerprint[:16]):
+        assert value in str(error.value)
+
+
+def test_one_changed_bit_of_the_base_is_another_base(pack, bases, tmp_path):
+    _, folder = pack
+    changed = Backbone.load(bases["llama"].source)
+    assert changed.fingerprint == bases["llama"].fingerprint
+    weight = changed.model.get_input_embeddings().weight.data
+    weight.view(torch.int32)[3, 3] ^= 1
+    with pytest.raises(XFusionError, match="belongs to the base"):
+        xfusion.load(folder, backbone=Backbone(changed.model, changed.tokenizer, changed.source))
+
+
+def test_altered_weights_are_refused(pack, bases):
+    _, folder = pack
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    state["port.begin"][0] += 1e-6
+    save_file(state, path)
+    with pytest.raises(XFusionError, match="was altered"):
+        xfusion.load(folder, backbone=bases["llama"])
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(XFusionError, match=r"model\.safetensors cannot be read"):
+        xfusion.load(folder, backbone=bases["llama"])
+
+
+def test_weights_that_do_not_fit_are_named(pack, bases):
+    _, folder = pack
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    state["port.extra"] = state.pop("port.end")
+    state["port.begin"] = torch.zeros(3)
+    save_file(state, path)
+    edit(folder, lambda c: c.pop("weights_fingerprint"))
+    with pytest.raises(XFusionError, match=r"missing \(first: port.end\).*unexpected \(first: port.extra\).*another shape"):
+        xfusion.load(folder, backbone=bases["llama"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["model"]["fusion"].update(colour="red"), "has no field 'colour'"),
+        (lambda c: c["model"]["fusion"].update(type="xfusion.fusion.dual_tower:Nothing"), "cannot be imported"),
+        (lambda c: c["model"]["fusion"].update(type="xfusion.nowhere:Config"), "cannot be imported"),
+        (lambda c: c["model"]["fusion"].update(type="subprocess:Popen"), "which is not xfusion's: pass --trust"),
+        (lambda c: c["model"]["fusion"].update(type="xfusion.backbone:Backbone"), "is not a configuration class"),
+        (lambda c: c["model"].pop("type"), "without 'type'"),
+        (lambda c: c.update(model=c["model"]["fusion"]), "'model' is not a model configuration"),
+        (lambda c: c.update(format_version=2), "format version 2, this xfusion reads 1"),
+    ],
+)
+def test_a_config_that_is_not_understood_is_refused(pack, bases, change, message):
+    _, folder = pack
+    edit(folder, change)
+    with pytest.raises(XFusionError, match=message):
+        xfusion.load(folder, backbone=bases["llama"])
+
+
+def test_broken_and_missing_packs_are_refused(pack, tmp_path):
+    _, folder = pack
+    with pytest.raises(XFusionError, match="there is no pack"):
+        xfusion.load(str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(XFusionError, match=r"is not a pack: it has no config\.json"):
+        xfusion.load(tmp_path / "empty")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(XFusionError, match="cannot be read"):
+        xfusion.load(folder)
+
+
+def test_saving_replaces_a_pack_but_no_other_folder(pack, tmp_path):
+    model, folder = pack
+    randomise(model, seed=3)
+    model.save_pretrained(folder)
+    assert xfusion.load(folder, backbone=model.backbone).fingerprint == model.fingerprint
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(XFusionError, match="holds other files"):
+        model.save_pretrained(tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_failed_save_leaves_the_old_pack_and_no_rubbish(pack, tmp_path, monkeypatch):
+    model, folder = pack
+    before = model.fingerprint
+
+    def fail(state, path, metadata):
+        with open(path, "wb") as file:
+            file.write(b"half")
+        raise OSError("disk full")
+
+    randomise(model, seed=3)
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    for target in (folder, tmp_path / "new"):
+        with pytest.raises(OSError, match="disk full"):
+            model.save_pretrained(target)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pack"]
+    assert xfusion.load(folder, backbone=model.backbone).fingerprint == before
+
+
+@torch.no_grad()
+def test_two_packs_live_on_one_base(bases, tmp_path):
+    base, expected = bases["gemma3"], {}
+    for name, fusion in (("one", "dual tower"), ("two", "dual tower, strided")):
+        model = make_model(base, fusion)
+        randomise(model, seed=len(expected))
+        batch = view(ROWS_OF_ALL, model)
+        expected[name] = look(model, batch)
+        model.save_pretrained(tmp_path / name)
+    both = {name: xfusion.load(tmp_path / name, backbone=base) for name in expected}
+    for name in ("one", "two", "one", "two"):
+        assert distance(look(both[name], batch), expected[name]) == 0
+    randomise(both["one"], seed=9)
+    assert distance(look(both["two"], batch), expected["two"]) == 0
+    assert distance(look(both["one"], batch), expected["one"]) > 0.1
+
+
+def test_the_same_seed_builds_the_same_model_and_leaves_the_global_generator(bases):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    one = make_model(bases["qwen3"], randomised=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert make_model(bases["qwen3"], randomised=False).fingerprint == one.fingerprint
+
+
+@pytest.mark.parametrize(("fusion", "family"), ROWS)
+def test_new_blocks_start_as_copies(bases, fusion, family):
+    model = make_model(bases[family], fusion, randomised=False)
+    assert model.fusion.blocks
+    for index, block in model.fusion.blocks.items():
+        frozen = dict(bases[family].layers[int(index)].named_parameters())
+        for name, parameter in block.named_parameters():
+            corner = tuple(slice(0, n) for n in parameter.shape)
+            assert torch.equal(parameter, frozen[name][corner]), (index, name)
+            if "mlp" not in name:
+                assert parameter.shape == frozen[name].shape, (index, name)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (DualTower.Config(stride=0), "stride 0"),
+        (DualTower.Config(offset=9), "offset 9 puts no block into 4 layers"),
+        (DualTower.Config(mlp=97), "MLP width 97 is not within 1 to 96"),
+        (DualTower.Config(mlp=0), "MLP width 0"),
+    ],
+)
+def test_impossible_towers_are_refused(bases, config, message):
+    import dataclasses
+
+    whole = dataclasses.replace(model_config(bases["llama"]), fusion=config)
+    with pytest.raises(XFusionError, match=message):
+        Model(whole, bases["llama"])
+
+
+@pytest.mark.parametrize(("fusion", "family"), ROWS)
+def test_one_batch_is_overfitted(bases, fusion, family):
+    """Both losses fall to a fifth within 60 steps of a fixed batch and noise."""
+    model = make_model(bases[family], fusion, randomised=False, prediction="velocity")
+    # No new weight can change what the frozen model says of words alone.
+    batch = pack_rows([[s] for name, s in mixed_sequences().items() if name != "words alone"])
+    adamw, history = torch.optim.AdamW(model.new_parameters(), lr=4e-3), []
+    for _ in range(60):
+        losses = model.losses(batch, torch.Generator().manual_seed(0))
+        history.append({name: float(value.detach() / count) for name, (value, count) in losses.items()})
+        sum(value / count for value, count in losses.values()).backward()
+        adamw.step()
+        adamw.zero_grad()
+    assert history[-1]["flow_matching"] < 0.2 * history[0]["flow_matching"], history[::10]
+    assert history[-1]["next_token"] < 0.2 * history[0]["next_token"], history[::10]

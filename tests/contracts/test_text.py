@@ -1,0 +1,171 @@
+"""Contract: the frozen model is never touched, and text comes out of the fused stack bit for bit."""
+
+import pytest
+import torch
+from contracts.table import LAYERS, ROWS, WINDOW, make_model, mixed_sequences, randomise, view
+
+import xfusion.fusion.dual_tower as dual_tower
+from xfusion.data.pack import pack
+from xfusion.data.sequence import Sequence, Text
+
+
+def text_batches():
+    """Ids and masks that the base is called with: bare, and left-padded as generation pads."""
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(3, 300, (3, 4 * WINDOW), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = mask[2, : 2 * WINDOW] = 0
+    return {"bare": (ids, None), "left-padded": (ids.where(mask.bool(), 2), mask), "one token": (ids[:, :1], None)}
+
+
+@pytest.mark.parametrize(("fusion", "family"), ROWS)
+def test_text_logits_are_bit_equal_whatever_the_new_weights_are(bases, fusion, family):
+    model = make_model(bases[family], fusion, randomised=False)
+    assert model.fusion.preserves_text
+    for _ in range(2):
+        for name, (ids, mask) in text_batches().items():
+            base = model.text_logits(ids, attention_mask=mask)
+            fused = model.text_logits(ids, stack="fused", attention_mask=mask)
+            assert torch.equal(base, fused), name
+        randomise(model, by=1.0)
+
+
+@pytest.mark.parametrize(("fusion", "family"), ROWS)
+def test_greedy_tokens_of_the_fused_stack_are_the_bases(bases, fusion, family):
+    model = make_model(bases[family], fusion)
+    for ids, mask in text_batches().values():
+        mask = torch.ones_like(ids) if mask is None else mask
+        settings = {"attention_mask": mask, "max_new_tokens": 2 * WINDOW, "do_sample": False, "pad_token_id": 2}
+        expected = model.backbone.model.generate(ids, **settings)
+        assert torch.equal(model.fused_text_model().generate(ids, **settings), expected)
+
+
+def test_the_fused_stack_makes_the_media_towers_keys_and_values(bases, monkeypatch):
+    model, calls, made = make_model(bases["llama"]), [], dual_tower.keys_values
+    monkeypatch.setattr(dual_tower, "keys_values", lambda *a: calls.append(made(*a)) or calls[-1])
+    ids = text_batches()["bare"][0]
+    model.text_logits(ids)
+    assert not calls
+    model.text_logits(ids, stack="fused")
+    assert len(calls) == LAYERS
+    assert all(k.shape[:3:2] == ids.shape for k, _ in calls)
+
+
+def test_unknown_stack_is_refused(bases):
+    with pytest.raises(ValueError, match="'bases' is neither 'base' nor 'fused'"):
+        make_model(bases["llama"]).text_logits(torch.tensor([[3]]), stack="bases")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_a_changed_frozen_weight_changes_the_fused_logits(bases, family):
+    """Both stacks share tensors: were the shadow a copy, equality would prove nothing about the base in use."""
+    model = make_model(bases[family])
+    ids = text_batches()["bare"][0]
+    before = model.text_logits(ids, stack="fused")
+    weight = model.backbone.layers[LAYERS - 1].mlp.down_proj.weight
+    kept = weight.data.clone()
+    try:
+        weight.data[0, 0] += 1.0
+        assert not torch.equal(model.text_logits(ids, stack="fused"), before)
+    finally:
+        weight.data.copy_(kept)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_words_before_media_and_text_alone_follow_the_base_through_the_mixed_path(bases, family):
+    """Masks, windows, positions and embedding scale of a mixed pass are the family's own (longer than the window)."""
+    model = make_model(bases[family])
+    ids = text_batches()["bare"][0][0].tolist()
+    base = model.text_logits(torch.tensor([ids]))[0]
+    media = mixed_sequences()["picture alone"].segments
+    for segments in [(Text(ids=tuple(ids)),), (Text(ids=tuple(ids)), *media)]:
+        batch = pack([[Sequence(segments=segments)]])
+        hidden, run = model.run_pass(batch)
+        logits = model.backbone.logits(hidden[:, run.slices["text"]])[0]
+        torch.testing.assert_close(logits, base, rtol=0, atol=2e-5)
+
+
+# --------------------------------------------------------------------------------------------------------- untouched
+
+
+def state_of(base):
+    """Everything about a base that training could have changed."""
+    modules = dict(base.model.named_modules())
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
+    return {
+        "tree": {name: (id(m), type(m), frozenset(m.__dict__)) for name, m in modules.items()},
+        "hooks": {(name, h): list(getattr(m, h)) for name, m in modules.items() for h in hooks},
+        "storage": {k: (v.data_ptr(), v.dtype, v.shape) for k, v in base.model.state_dict().items()},
+        "trains": {k: (p.requires_grad, p.grad is None) for k, p in base.model.named_parameters()},
+        "modes": {name: m.training for name, m in modules.items()},
+        "attention": base.attention,
+        "fingerprint": base.compute_fingerprint(),
+    }
+
+
+@pytest.mark.parametrize(("fusion", "family"), ROWS)
+def test_install_training_and_removal_leave_the_base_as_it_was(bases, fusion, family):
+    base = bases[family]
+    ids = text_batches()["bare"][0]
+    before, logits = state_of(base), base.model(ids).logits
+    model = make_model(base, fusion)
+    assert state_of(base) == before
+    learned, fingerprint = model.learned_state(), model.fingerprint
+    assert not {v.data_ptr() for v in learned.values()} & {p[0] for p in before["storage"].values()}
+
+    model.train()
+    adamw = torch.optim.AdamW(model.new_parameters(), lr=1e-2)
+    batch = view([[s] for s in mixed_sequences().values()], model)
+    for step in range(3):
+        losses = model.losses(batch, torch.Generator().manual_seed(step))
+        sum(value / count for value, count in losses.values()).backward()
+        adamw.step()
+        adamw.zero_grad()
+    assert model.fingerprint != fingerprint
+    assert state_of(base) == before
+    model.fusion.remove()
+    assert list(model.fusion.parameters()) == []
+    assert state_of(base) == before
+    assert torch.equal(base.model(ids).logits, logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_working_copy_for_training_is_not_the_base(bases, family):
+    base = bases[family]
+    before = state_of(base)
+    copy = base.working_copy(torch.bfloat16, "eager")
+    assert state_of(base) == before
+    assert copy.dtype == torch.bfloat16 and copy.attention == "eager"
+    assert base.working_copy(base.dtype, base.attention) is base
+
+
+# --------------------------------------------------------------------------------------------------------- gradients
+
+
+def gradients(model, names):
+    """Largest absolute gradient of each new parameter after a backward pass of some losses."""
+    model.zero_grad()
+    batch = view([[s] for s in mixed_sequences().values()], model)
+    losses = model.losses(batch, torch.Generator().manual_seed(0))
+    sum(losses[name][0] / losses[name][1] for name in names).backward()
+    pairs = [(f"{part}.{n}", p) for part in ("port", "fusion") for n, p in getattr(model, part).named_parameters()]
+    assert {id(p) for _, p in pairs} == {id(p) for p in model.new_parameters()}
+    return {n: 0.0 if p.grad is None else float(p.grad.abs().max()) for n, p in pairs}
+
+
+@pytest.mark.parametrize(("fusion", "family"), ROWS)
+def test_gradients_reach_every_new_parameter_through_the_frozen_layers(bases, fusion, family):
+    model = make_model(bases[family], fusion)
+    both = gradients(model, ["next_token", "flow_matching"])
+    assert [n for n, g in both.items() if not g > 0] == []
+    assert all(p.grad is None for p in model.backbone.model.parameters())
+
+
+@pytest.mark.parametrize(("fusion", "family"), ROWS)
+def test_words_train_every_block_but_one_at_the_last_layer(bases, fusion, family):
+    """Spec 1.12, test 4: what the last layer makes of a picture is read by no word."""
+    words = gradients(make_model(bases[family], fusion), ["next_token"])
+    silent = {n for n, g in words.items() if not g > 0}
+    last = {n for n in words if n.startswith(f"fusion.blocks.{LAYERS - 1}.")}
+    assert bool(last) == (fusion == "dual tower")
+    assert silent == last | {"port.norm.weight", "port.head.weight", "port.head.bias"}

@@ -1,0 +1,163 @@
+"""Batches are a pure function of seed and step; epochs hold every picture once; wordings follow their shares."""
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+from PIL import Image as PILImage
+
+from xfusion.data.mixture import Mixture, MixtureConfig
+from xfusion.data.sequence import END_OF_MEDIA, IGNORE, Example, Media, Text, XFusionError
+from xfusion.data.templates import QUESTIONS, Templates, captioning, drawing, question_text, with_article
+from xfusion.modalities.image import ImageModality
+
+END = 9999
+
+
+class Squares:
+    spec, licence = "squares", "none needed"
+
+    def __init__(self, count=7):
+        self.examples = tuple(
+            Example(id=str(i), captions=("word " * (1 + i % 4), f"other {i}"), group=str(i), origin=str(i))
+            for i in range(count)
+        )
+        self.opened = Counter()
+
+    def __len__(self):
+        return len(self.examples)
+
+    def picture(self, index, size):
+        self.opened[index] += 1
+        return PILImage.new("RGB", (size, size), (index, 0, 0))
+
+
+def encode(text):
+    return tuple(map(ord, text))
+
+
+def mixture(source=None, seed=0, **settings):
+    image = ImageModality.Config(patch=4, sizes=(8,)).build()
+    settings = {"draw": 4, "caption": 4, "pack": 2, **settings}
+    return Mixture(Squares() if source is None else source, image, 8, encode, END, MixtureConfig(**settings), seed)
+
+
+def flat(batches):
+    out = []
+    for b in batches:
+        media = b.media["image"]
+        out += [b.text_ids, b.labels, b.text.order, b.text.position, media.tokens, media.rows.order, media.noised]
+    return out
+
+
+def test_batches_are_a_pure_function_of_seed_and_step():
+    one, other = mixture(), mixture()
+    for step in (0, 1, 2):
+        one.batches(step)
+    for step in (31, 3, 0):  # in any order, with or without a history
+        for a, b in zip(flat(one.batches(step)), flat(other.batches(step)), strict=True):
+            assert torch.equal(a, b)
+    torch.manual_seed(5)
+    random.seed(5)
+    assert all(torch.equal(a, b) for a, b in zip(flat(mixture().batches(3)), flat(one.batches(3)), strict=True))
+    different = [torch.equal(a, b) for a, b in zip(flat(mixture(seed=1).batches(3)), flat(one.batches(3)), strict=False)]
+    assert not all(different)
+
+
+def test_every_epoch_holds_every_picture_once():
+    m = mixture()
+    for task in ("draw", "caption"):
+        places = list(m.order(task, 0, 21))
+        assert [sorted(places[i : i + 7]) for i in (0, 7, 14)] == [list(range(7))] * 3
+        assert len({tuple(places[i : i + 7]) for i in (0, 7, 14)}) == 3  # and not in the same order
+        pieces = [i for start in range(0, 21, 4) for i in m.order(task, start, min(4, 21 - start))]
+        assert pieces == places
+    assert list(m.order("draw", 0, 7)) != list(m.order("caption", 0, 7))
+
+
+def test_a_drawing_is_words_then_a_noised_target_and_a_captioning_a_clean_picture_then_its_answer():
+    m = mixture(
+        templates=Templates(caption_dropout=0, article_share=0, other_wordings=0, question_share=0), draw=7, caption=8
+    )
+    for sequence in m.drawings(0):
+        text, picture = sequence.segments
+        assert isinstance(text, Text) and not text.has_loss
+        assert isinstance(picture, Media) and picture.state == "noised" and picture.has_loss
+        index = round(float((picture.tokens[0, 0] + 1) * 127.5))
+        assert text.ids == encode(m.source.examples[index].captions[0])
+    for sequence in m.captionings(0):
+        picture, text = sequence.segments
+        assert picture.state == "clean" and not picture.has_loss
+        index = round(float((picture.tokens[0, 0] + 1) * 127.5))
+        assert text.ids == (*encode(m.source.examples[index].captions[0]), END) and text.has_loss
+    draw, caption = m.batches(0)
+    assert not draw.text_reads_media and draw.media_reads_text and bool(draw.media["image"].noised.all())
+    assert (draw.labels == IGNORE).all()
+    assert caption.text_reads_media and not caption.media_reads_text
+    assert not bool(caption.media["image"].noised.any())
+    assert int((caption.labels == END).sum()) == 8
+
+
+def test_shapes_stay_fixed_over_a_run():
+    m = mixture()
+    shapes = {tuple(t.shape for t in flat(m.batches(step))) for step in range(60)}
+    assert len(shapes) == 1
+    assert m.widths[0] % 8 == 0 and m.widths[1] % 4 == 0
+
+
+def test_pictures_are_encoded_once_and_the_oldest_goes_first(monkeypatch):
+    source = Squares(3)
+    m = mixture(source)
+    for step in range(5):
+        m.batches(step)
+    assert source.opened == {0: 1, 1: 1, 2: 1}
+    monkeypatch.setattr("xfusion.data.mixture.TOKENS_KEPT", 2 * 4 * 48 * 4)  # two pictures of 4 tokens
+    source = Squares(3)
+    m = mixture(source)
+    for index in (0, 1, 2, 1, 0):
+        m.tokens(index)
+    assert source.opened == {0: 2, 1: 1, 2: 1}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"caption": 5}, "caption 5 is not a multiple of pack 2"),
+        ({"draw": 0, "caption": 0}, "draw and caption are both 0"),
+        ({"source": Squares(0)}, "squares: no pictures"),
+    ],
+)
+def test_impossible_mixtures_are_refused(settings, message):
+    with pytest.raises(XFusionError, match=message):
+        mixture(**settings)
+
+
+def test_one_task_alone():
+    assert [len(mixture(**s).batches(0)) for s in ({}, {"draw": 0}, {"caption": 0})] == [2, 1, 1]
+
+
+def test_wordings_follow_their_shares():
+    example = Example(id="0", captions=("red apple", "an apple that is red"), group="0", origin="0")
+    templates, rng = Templates(), random.Random(0)
+    found = Counter(templates.drawing_words(example, rng) for _ in range(4000))
+    assert set(found) == {"", "red apple", "a red apple", "an apple that is red", "an an apple that is red"}
+    share = {k: v / 4000 for k, v in found.items()}
+    assert share[""] == pytest.approx(0.1, abs=0.02)
+    assert share["a red apple"] == pytest.approx(0.9 * 0.75 * 0.25, abs=0.025)
+    asked = Counter(templates.question(rng) for _ in range(2000))
+    assert set(asked) == {"", *QUESTIONS}
+    assert asked[""] / 2000 == pytest.approx(0.9, abs=0.03)
+
+
+def test_articles_and_questions():
+    assert [with_article(w) for w in ("apple", "Owl", "red apple")] == ["an apple", "an Owl", "a red apple"]
+    assert (question_text(" What? "), question_text("  ")) == ("What?\n", "")
+
+
+def test_a_dropped_prompt_leaves_the_picture_alone_and_a_question_stands_before_the_answer():
+    tokens = torch.zeros(4, 3)
+    assert len(drawing(encode, "", tokens, (2, 2)).segments) == 1
+    picture, asked, answer = captioning(encode, END, tokens, (2, 2), "cat", "What?").segments
+    assert asked == Text(ids=encode("What?\n")) and answer == Text(ids=(*encode("cat"), END), has_loss=True)
+    assert END_OF_MEDIA < 0 and picture.grid == (2, 2)

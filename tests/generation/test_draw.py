@@ -1,0 +1,189 @@
+"""Drawing: a batch is its singles, guidance and cache are what one uncached pass says, known tokens stay."""
+
+import numpy
+import pytest
+import torch
+from contracts.table import ROWS, SIDE, TOKEN_WIDTH, make_model, model_config, picture, randomise, words
+from PIL import Image as PILImage
+
+import xfusion
+from xfusion.data.pack import pack
+from xfusion.data.sequence import Media, Sequence, XFusionError
+from xfusion.generation import BATCH, draw_size, draw_tokens
+from xfusion.model import Model
+from xfusion.modalities.image import ImageModality
+
+PROMPTS = ["a red apple", "", "two blue birds on a table, what is this", "дом 🍎 家"]
+
+
+@pytest.fixture(scope="module")
+def model(bases):
+    return make_model(bases["gemma3"])
+
+
+def apart(one, other):
+    """Largest difference of two pictures in levels of 255."""
+    assert one.size == other.size and one.mode == other.mode == "RGB"
+    return int(numpy.abs(numpy.asarray(one).astype(int) - numpy.asarray(other)).max())
+
+
+@pytest.mark.parametrize(("fusion", "family"), ROWS)
+def test_a_batch_gives_the_pictures_of_its_singles(bases, fusion, family):
+    model = make_model(bases[family], fusion)
+    together = model.draw(PROMPTS, seed=7, steps=4)
+    assert len(together) == 4 and all(p.size == (SIDE, SIDE) for p in together)
+    for k, prompt in enumerate(PROMPTS):
+        assert apart(model.draw([prompt], seed=7 + k, steps=4)[0], together[k]) <= 2
+    assert [apart(a, b) for a, b in zip(together, model.draw(PROMPTS, seed=7, steps=4), strict=True)] == [0] * 4
+    assert apart(together[0], model.draw(PROMPTS[:1], seed=8, steps=4)[0]) > 2
+
+
+def test_more_than_a_batch_is_drawn_in_parts(model, monkeypatch):
+    expected = model.draw(PROMPTS, steps=2)
+    monkeypatch.setattr("xfusion.generation.BATCH", 3)
+    assert BATCH >= 4
+    assert max(map(apart, model.draw(PROMPTS, steps=2), expected)) <= 2
+
+
+def test_seeds_may_be_given_one_by_one(model):
+    one = model.draw(["a cat", "a cat"], seeds=[3, 3], steps=2)
+    assert apart(*one) <= 2
+    assert apart(one[0], model.draw(["a cat"], seed=3, steps=2)[0]) <= 2
+    with pytest.raises(XFusionError, match="1 seeds for 2 prompts"):
+        model.draw(["a", "b"], seeds=[1])
+
+
+def by_hand(model, context, *, seed, steps, guidance):
+    """Euler steps with a full pass over [context | picture] each, by the reference path, without any cache."""
+    x = torch.randn(16, TOKEN_WIDTH, generator=torch.Generator().manual_seed(seed))
+
+    def velocity(segments, x, t):
+        blank = Media(tokens=x, grid=(4, 4), state="noised")
+        batch = pack([[Sequence(segments=(*segments, blank))]])
+        media = batch.media["image"]
+        time = torch.zeros(len(media.noised))
+        time[-1] = t
+        _, run = model.run_pass(batch.with_media("image", time=time))
+        return model.media_objective.velocity(model.port.readout(run.states["image"])[0, -16:], x, t)
+
+    with model.using(model.reference_engine()):
+        for step in range(steps):
+            t = 1 - step / steps
+            without = velocity((), x, t) if guidance != 1 else 0
+            x = x - (without + guidance * (velocity(context, x, t) - without)) / steps
+    return x
+
+
+@pytest.mark.parametrize(("fusion", "family"), ROWS)
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@torch.no_grad()
+def test_the_cached_walk_is_the_uncached_one(bases, fusion, family, guidance):
+    model = make_model(bases[family], fusion, prediction="velocity")
+    contexts = [
+        (words(5, 1),),
+        (),
+        (words(2, 2), picture((2, 3), 2), words(3, 3)),
+        (picture((4, 4), 4),),
+        (picture((2, 2), 5), picture((1, 3), 6), words(1, 5)),
+    ]
+    found = draw_tokens(model, contexts, SIDE, seeds=[11, 12, 13, 14, 15], steps=3, guidance=guidance)
+    for k, context in enumerate(contexts):
+        expected = by_hand(model, context, seed=11 + k, steps=3, guidance=guidance)
+        torch.testing.assert_close(found[k], expected, rtol=0, atol=1e-4)
+
+
+def test_guidance_1_asks_only_once_per_step_and_text_is_computed_once(model, monkeypatch):
+    passes, run_pass = [], Model.run_pass
+
+    def spy(self, batch, **settings):
+        passes.append((batch.text.order.shape[0], batch.text.count, batch.media["image"].rows.count))
+        return run_pass(self, batch, **settings)
+
+    monkeypatch.setattr(Model, "run_pass", spy)
+    model.draw(["a red apple", "a cat"], steps=3, guidance=1)
+    longest = max(len(model.backbone.encode(p)) for p in ("a red apple", "a cat"))
+    assert passes == [(2, longest, 1), *[(2, 0, 16)] * 3]
+    passes.clear()
+    model.draw(["a red apple", "a cat"], steps=3, guidance=3)
+    assert passes == [(4, longest, 1), *[(4, 0, 16)] * 3]
+
+
+def test_an_empty_prompt_is_the_same_at_any_guidance(model):
+    one, other = (model.draw([""], steps=3, guidance=g)[0] for g in (1, 4))
+    assert apart(one, other) <= 2
+    one, other = (model.draw(["a red apple"], steps=3, guidance=g)[0] for g in (1, 4))
+    assert apart(one, other) > 2
+
+
+@torch.no_grad()
+def test_inpainting_keeps_known_tokens_exactly(model):
+    known = picture((4, 4), 1).tokens[None]
+    keep = torch.zeros(1, 16, dtype=torch.bool)
+    keep[0, :7] = True
+    settings = {"seeds": [3], "steps": 4, "guidance": 2.0}
+    found = draw_tokens(model, [(words(3, 1),)], SIDE, known=known, keep=keep, **settings)
+    free = draw_tokens(model, [(words(3, 1),)], SIDE, **settings)
+    assert torch.equal(found[keep], known[keep])
+    assert not torch.allclose(found[~keep], free[~keep], atol=1e-3)  # the rest was drawn in the light of them
+    whole = draw_tokens(model, [(words(3, 1),)], SIDE, known=known, keep=torch.ones_like(keep), **settings)
+    assert torch.equal(whole, known)
+
+
+def test_progress_is_told_after_every_step(model):
+    told = []
+    model.draw(["a", "b"], steps=3, progress=lambda done, of, estimate: told.append((done, of, tuple(estimate.shape))))
+    assert told == [(1, 3, (2, 16, TOKEN_WIDTH)), (2, 3, (2, 16, TOKEN_WIDTH)), (3, 3, (2, 16, TOKEN_WIDTH))]
+
+
+def test_no_steps_and_too_long_a_prompt_are_refused(model, monkeypatch):
+    with pytest.raises(XFusionError, match="steps 0 must be at least 1"):
+        model.draw(["a"], steps=0)
+    limit = model.backbone.config.max_position_embeddings
+    with pytest.raises(XFusionError, match=rf"the prompt has 6\d\d tokens, more than the {limit} that are allowed"):
+        model.draw(["я" * 310], steps=1)
+    monkeypatch.setattr("xfusion.generation.MAX_PROMPT_TOKENS", 3)
+    with pytest.raises(XFusionError, match="more than the 3 that are allowed"):
+        model.draw(["a red apple on a table"], steps=1)
+    with pytest.raises(XFusionError, match="more than the 3 that are allowed"):
+        model.generate(["a red apple on a table", xfusion.Image()], steps=1)
+
+
+# --------------------------------------------------------------------------------------------------------------- size
+
+
+@pytest.fixture(scope="module")
+def two_sizes(bases):
+    import dataclasses
+
+    config = dataclasses.replace(
+        model_config(bases["llama"]), image=ImageModality.Config(patch=4, sizes=(SIDE, 2 * SIDE + 8))
+    )
+    # 16 px in 4 x 4 tokens and 40 px in 10 x 10
+    config = dataclasses.replace(config, port=dataclasses.replace(config.port, largest_grid=10))
+    model = Model(config, bases["llama"])
+    randomise(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [(None, (16, 16)), (16, (16, 16)), (40, (40, 40)), (20, (16, 20)), (28, (16, 28)), (29, (40, 29)), (4, (16, 4))]
+    + [(160, (40, 160))],
+)
+def test_a_picture_is_drawn_at_the_nearest_trained_size(two_sizes, asked, expected):
+    assert draw_size(two_sizes, asked) == expected
+
+
+@pytest.mark.parametrize("asked", [3, 161, 0, -5])
+def test_sizes_out_of_reach_are_refused_with_the_legal_ones(two_sizes, asked):
+    message = "choose 4 to 64, 10 to 160 pixels" if asked > 0 else f"picture size {asked} must be at least 1 pixel"
+    with pytest.raises(XFusionError, match=message):
+        two_sizes.generate(["a", xfusion.Image(size=asked)])
+
+
+def test_the_output_has_the_size_that_was_asked_for(two_sizes):
+    native = two_sizes.draw(["a cat"], size=40, steps=2)[0]
+    assert native.size == (40, 40)
+    resized = two_sizes.draw(["a cat"], size=80, steps=2)[0]
+    assert resized.size == (80, 80)
+    assert apart(native.resize((80, 80), PILImage.Resampling.BICUBIC), resized) <= 2

@@ -1,0 +1,221 @@
+"""Flow matching: t = 0 is clean, t = 1 is noise, in corruption, loss and sampling alike; held to diffusers."""
+
+import numpy
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import compute_density_for_timestep_sampling
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xfusion.data.pack import pack
+from xfusion.data.sequence import Media, Sequence, Text, XFusionError
+from xfusion.objectives.base import Output
+from xfusion.objectives.flow_matching import FlowMatching
+
+PREDICTIONS = ("velocity", "noise", "clean")
+
+
+def build(prediction="velocity", **settings):
+    return FlowMatching.Config(prediction=prediction, **settings).build()
+
+
+def batch_of(*items):
+    """One row per item: (tokens, noised, has_loss)."""
+    rows = []
+    for number, (count, noised, loss) in enumerate(items):
+        tokens = torch.rand(count, 5, generator=torch.Generator().manual_seed(number)) * 2 - 1
+        state = "noised" if noised else "clean"
+        media = Media(tokens=tokens, grid=(1, count), state=state, has_loss=loss)
+        rows.append([Sequence(segments=(Text(ids=(1,)), media))])
+    return pack(rows)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# ------------------------------------------------------------------------------------------------------------ corrupt
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_corrupt_mixes_by_level_and_keeps_clean_pictures_clean(prediction):
+    batch = batch_of((4, True, True), (3, False, False), (2, True, False))
+    objective = build(prediction)
+    before = batch.media["image"].tokens.clone()
+    media = objective.corrupt(batch, generator()).media["image"]
+    assert torch.equal(batch.media["image"].tokens, before)  # a derived batch, not a changed one
+    assert torch.equal(objective.corrupt(batch, generator()).media["image"].tokens, media.tokens)
+    assert not torch.equal(objective.corrupt(batch, generator(1)).media["image"].tokens, media.tokens)
+
+    assert media.time.shape == (3,) and float(media.time[1]) == 0
+    assert 0 < float(media.time[0]) < 1 and 0 < float(media.time[2]) < 1
+    inside = media.item == 1
+    assert torch.equal(media.tokens[inside], before[inside])
+    g = generator()
+    time, noise = objective.draw_time(3, g), torch.randn(before.shape, generator=g)
+    for item in (0, 2):
+        where, t = media.item == item, time[item]
+        assert float(media.time[item]) == float(t)
+        torch.testing.assert_close(media.tokens[where], (1 - t) * before[where] + t * noise[where])
+        target = {"velocity": noise - before, "noise": noise, "clean": before}[prediction]
+        torch.testing.assert_close(media.clean[where], target[where])
+
+
+def test_a_batch_of_clean_pictures_is_left_alone():
+    batch = batch_of((4, False, False))
+    assert build().corrupt(batch, generator()) is batch
+    assert build().count(batch) == {}
+
+
+def test_time_is_diffusers_logit_normal():
+    for mean, std in ((0.0, 1.0), (0.7, 0.5)):
+        objective = build(time_mean=mean, time_std=std)
+        expected = compute_density_for_timestep_sampling(
+            "logit_normal", 1000, logit_mean=mean, logit_std=std, generator=generator(3)
+        )
+        torch.testing.assert_close(objective.draw_time(1000, generator(3)), expected)
+    levels = build().draw_time(20_000, generator())
+    assert float(levels.min()) > 0 and float(levels.max()) < 1
+    normal = torch.logit(levels)
+    assert abs(float(normal.mean())) < 0.03 and abs(float(normal.std()) - 1) < 0.03
+
+
+# --------------------------------------------------------------------------------------------------------------- loss
+
+
+def loss_of_clean_estimate(prediction, estimate, seed=0, **settings):
+    """Loss when the head says what a given estimate of the clean tokens implies."""
+    batch, objective = batch_of((4, True, True), (4, True, True), (4, False, False)), build(prediction, **settings)
+    view = objective.corrupt(batch, generator(seed))
+    media = view.media["image"]
+    t = media.at(media.time, fill=1.0)[:, :, None]
+    noise = (media.tokens - (1 - t) * estimate) / t
+    head = {"velocity": noise - estimate, "noise": noise, "clean": estimate}[prediction]
+    found = objective.loss(lambda _: Output(logits=None, media={"image": head}), view)
+    assert int(found["flow_matching"][1]) == objective.count(view)["flow_matching"] == 2
+    return float(found["flow_matching"][0]), media.time, batch.media["image"]
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_perfect_estimate_costs_nothing(prediction):
+    clean = batch_of((4, True, True), (4, True, True), (4, False, False)).media["image"].tokens
+    assert loss_of_clean_estimate(prediction, clean)[0] < 1e-10
+
+
+def test_the_three_predictions_cost_the_same_up_to_their_weights():
+    """Of one clean estimate: velocity error = clean error / t^2, noise error = (1 - t)^2 times that."""
+    media = batch_of((4, True, True), (4, True, True), (4, False, False)).media["image"]
+    estimate = media.tokens + 0.3 * torch.randn(media.tokens.shape, generator=generator(9))
+    found = {p: loss_of_clean_estimate(p, estimate, largest_weight=1e9) for p in PREDICTIONS}
+    time = found["clean"][1]
+    error = (estimate - media.tokens).square().mean(-1)
+    per_item = torch.stack([error[media.item == i].mean() for i in (0, 1)])
+    expected = {
+        "clean": (per_item / time[:2] ** 2).sum(),
+        "velocity": (per_item / time[:2] ** 2).sum(),
+        "noise": (per_item * ((1 - time[:2]) / time[:2]) ** 2).sum(),
+    }
+    for prediction, value in expected.items():
+        assert found[prediction][0] == pytest.approx(float(value), rel=1e-4), prediction
+    capped = loss_of_clean_estimate("clean", estimate, largest_weight=1.5)[0]
+    assert capped == pytest.approx(float((per_item * (time[:2] ** -2).clamp(max=1.5)).sum()), rel=1e-4)
+
+
+def test_a_picture_counts_once_however_many_tokens_it_has():
+    batch, objective = batch_of((1, True, True), (6, True, True), (3, True, False)), build("noise")
+    view = objective.corrupt(batch, generator())
+    media = view.media["image"]
+    head = media.clean + media.at(torch.tensor([1.0, 2.0, 50.0]))[:, :, None]
+    total, count = objective.loss(lambda _: Output(logits=None, media={"image": head}), view)["flow_matching"]
+    assert int(count) == 2 and float(total) == pytest.approx(1 + 4, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------- sample
+
+
+def oracle(prediction, clean):
+    """A head that knows the clean tokens."""
+
+    def predict(x, time):
+        noise = (x - (1 - time) * clean) / time
+        return {"velocity": noise - clean, "noise": noise, "clean": clean}[prediction]
+
+    return predict
+
+
+def walk(objective, predict, noise, **settings):
+    return list(objective.sample(predict, noise, **settings))
+
+
+@settings(max_examples=40)
+@given(st.sampled_from(PREDICTIONS), st.integers(1, 30))
+def test_an_oracle_recovers_the_clean_tokens_in_any_number_of_steps(prediction, steps):
+    objective, clean = build(prediction), torch.randn(2, 4, 5, generator=generator(1)).double()
+    noise = torch.randn(2, 4, 5, generator=generator(2)).double()
+    if prediction == "noise" and steps == 1:
+        return  # at t = 1 the noise is all there is: its prediction says nothing of the picture
+    seen = walk(objective, oracle(prediction, clean), noise, steps=steps)
+    assert len(seen) == steps
+    torch.testing.assert_close(seen[-1][0], clean, rtol=0, atol=1e-9)
+    for x, estimate in seen[1:] if prediction == "noise" else seen:
+        torch.testing.assert_close(estimate, clean, rtol=0, atol=1e-9)
+        assert x.shape == noise.shape
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_velocity_and_clean_estimate_follow_from_any_prediction(prediction):
+    objective, clean = build(prediction), torch.randn(1, 4, 5, generator=generator(1)).double()
+    noise = torch.randn(1, 4, 5, generator=generator(2)).double()
+    for time in (0.05, 0.5, 0.95):
+        x = objective.mix(clean, noise, torch.tensor(time, dtype=torch.float64))
+        head = {"velocity": noise - clean, "noise": noise, "clean": clean}[prediction]
+        torch.testing.assert_close(objective.velocity(head, x, time), noise - clean)
+        torch.testing.assert_close(objective.clean(head, x, time), clean)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 25])
+def test_steps_and_signs_are_diffusers_euler_scheduler(steps):
+    def head(x, time):
+        return torch.tanh(x) * (1 + time) - 0.3
+
+    x = noise = torch.randn(2, 4, 5, generator=generator())
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=numpy.linspace(1, 1 / steps, steps).tolist())
+    for t, (ours, _) in zip(scheduler.timesteps, walk(build(), head, noise, steps=steps), strict=True):
+        x = scheduler.step(head(x, float(t) / 1000), t, x).prev_sample
+        torch.testing.assert_close(ours, x, rtol=0, atol=1e-5)
+    clean = torch.rand(2, 4, 5, generator=generator(1))
+    t = scheduler.timesteps[-1:]
+    torch.testing.assert_close(
+        build().mix(clean, noise, t / 1000), scheduler.scale_noise(clean, t, noise), rtol=0, atol=1e-6
+    )
+
+
+def test_a_sample_starts_at_noise_and_the_head_is_asked_at_falling_levels():
+    asked = []
+
+    def head(x, time):
+        asked.append((time, x.clone()))
+        return torch.zeros_like(x)
+
+    noise = torch.randn(1, 2, 3, generator=generator())
+    walk(build(), head, noise, steps=4)
+    assert [t for t, _ in asked] == [1.0, 0.75, 0.5, 0.25]
+    assert torch.equal(asked[0][1], noise)
+
+
+def test_known_tokens_stand_at_their_noise_level_and_exactly_at_the_end():
+    known, keep = torch.rand(1, 4, 5, generator=generator(3)), torch.tensor([[True, False, True, False]])
+    noise = torch.randn(1, 4, 5, generator=generator())
+    seen = walk(build("velocity"), lambda x, _: torch.ones_like(x), noise, steps=5, known=known, keep=keep)
+    for step, (x, _) in enumerate(seen, start=1):
+        t = 1 - step / 5
+        torch.testing.assert_close(x[keep], ((1 - t) * known + t * noise)[keep])
+        torch.testing.assert_close(x[~keep], noise[~keep] - step / 5)
+    assert torch.equal(seen[-1][0][keep], known[keep])
+
+
+def test_no_steps_are_refused():
+    with pytest.raises(XFusionError, match="steps 0 must be at least 1"):
+        walk(build(), lambda x, _: x, torch.zeros(1, 1, 1), steps=0)

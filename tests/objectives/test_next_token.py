@@ -1,0 +1,73 @@
+"""Next-token loss on labels only; greedy and sampled choice, each row by its own generator."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xfusion.data.pack import pack
+from xfusion.data.sequence import Sequence, Text, XFusionError
+from xfusion.objectives.base import Output
+from xfusion.objectives.next_token import NextToken
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def generators(count, start=0):
+    return [generator(start + i) for i in range(count)]
+
+
+def test_the_loss_of_words_is_summed_over_labels_only():
+    batch = pack([[Sequence(segments=(Text(ids=(4, 5)), Text(ids=(1, 2, 3), has_loss=True)))]])
+    logits = torch.randn(1, 4, 8, generator=generator())
+    objective = NextToken.Config().build()
+    asked = []
+
+    def run(_):
+        return Output(logits=lambda chosen: asked.append(chosen) or logits[chosen], media={})
+
+    total, count = objective.loss(run, batch)["next_token"]
+    expected = -sum(float(logits[0].log_softmax(-1)[at, token]) for at, token in ((1, 1), (2, 2), (3, 3)))
+    assert int(count) == objective.count(batch)["next_token"] == 3
+    assert float(total) == pytest.approx(expected, rel=1e-5)
+    assert asked[0].tolist() == [[False, True, True, True]]  # the head is not asked elsewhere
+    prompt = pack([[Sequence(segments=(Text(ids=(4, 5)),))]])
+    assert objective.loss(run, prompt) == {} == objective.count(prompt)
+
+
+@given(st.integers(1, 5), st.integers(0, 1000))
+def test_greedy_is_the_largest(rows, seed):
+    logits = torch.randn(rows, 12, generator=generator(seed))
+    assert torch.equal(NextToken.choose(logits, 0.0, 0.5, generators(rows)), logits.argmax(-1))
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 1000), st.floats(0.05, 1), st.floats(0.3, 3))
+def test_sampling_stays_within_the_nucleus_and_a_row_does_not_depend_on_its_batch(seed, top_p, temperature):
+    logits = 2 * torch.randn(6, 12, generator=generator(seed))
+    chosen = NextToken.choose(logits, temperature, top_p, generators(6, seed))
+    for row, token in enumerate(chosen.tolist()):
+        probability = (logits[row] / temperature).softmax(-1)
+        better = float(probability[probability > probability[token]].sum())
+        assert better < top_p + 1e-5  # without it the others would not have reached top_p
+        alone = NextToken.choose(logits[row : row + 1], temperature, top_p, [generator(seed + row)])
+        assert int(alone[0]) == token
+
+
+def test_sampling_follows_the_probabilities():
+    logits = torch.tensor([[math.log(0.6), math.log(0.3), math.log(0.1)]]).expand(6000, -1)
+    counts = torch.bincount(NextToken.choose(logits, 1.0, 1.0, generators(6000)), minlength=3) / 6000
+    torch.testing.assert_close(counts, torch.tensor([0.6, 0.3, 0.1]), rtol=0, atol=0.03)
+    nucleus = torch.bincount(NextToken.choose(logits, 1.0, 0.7, generators(6000)), minlength=3) / 6000
+    torch.testing.assert_close(nucleus, torch.tensor([2 / 3, 1 / 3, 0.0]), rtol=0, atol=0.03)
+    assert set(NextToken.choose(logits, 1.0, 0.5, generators(6000)).tolist()) == {0}
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(-0.1, 1.0), (1.0, 0.0), (1.0, 1.1)])
+def test_impossible_sampling_is_refused(temperature, top_p):
+    with pytest.raises(XFusionError, match=f"temperature {temperature} must be >= 0 and top_p {top_p}"):
+        NextToken.choose(torch.zeros(1, 3), temperature, top_p, generators(1))

@@ -1,0 +1,483 @@
+"""The training loop: resuming is bit-exact, nothing is half-written, budgets are written down, sums are global."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from contracts.table import Noise, make_base, make_model, model_config, randomise
+from safetensors.torch import load_file
+
+import xfusion
+from xfusion.backbone import Backbone
+from xfusion.data.mixture import MixtureConfig
+from xfusion.data.sequence import XFusionError
+from xfusion.data.templates import Templates
+from xfusion.objectives.flow_matching import FlowMatching
+from xfusion.training import loop
+from xfusion.training.loop import Interrupted
+from xfusion.training.optimizer import Optimizer
+from xfusion.training.stages import Recipe, Stage
+
+PLAIN = Templates(caption_dropout=0, article_share=0, other_wordings=0, question_share=0)
+
+
+def recipe(base, *, stages=None, seed=0, **stage):
+    settings = {"steps": 12, "warmup": 3, "mixture": MixtureConfig(draw=4, caption=4, pack=2), **stage}
+    return Recipe(model=model_config(base), data="noise", stages=stages or (Stage(**settings),), seed=seed)
+
+
+def train(base, out, *, recipe_=None, **settings):
+    settings = {"source": Noise(), "backbone": base, "compile": False, "dtype": torch.float32, **settings}
+    return loop.train(recipe_ or recipe(base), out=out, preview_every=0, **settings)
+
+
+def log(out, kind="step"):
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == kind]
+
+
+def told(out):
+    """What a run says of its steps, without wall-clock times."""
+    return [(e["step"], e["losses"], e["rate"], e["gradient_norm"], e["samples"]) for e in log(out)]
+
+
+def pack_of(out):
+    return load_file(out / "pack" / "model.safetensors")
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+class StopAt:
+    """A listener that raises when a step was told."""
+
+    def __init__(self, step, error=KeyboardInterrupt):
+        self.step, self.error = step, error
+
+    def __call__(self, event):
+        if event["event"] == "step" and event["step"] == self.step:
+            raise self.error
+
+
+@pytest.fixture(scope="module")
+def straight(bases, tmp_path_factory):
+    """12 steps without a break."""
+    out = tmp_path_factory.mktemp("straight")
+    return out, train(bases["llama"], out)
+
+
+# ------------------------------------------------------------------------------------------------------------- resume
+
+
+def test_a_run_writes_a_log_a_state_and_a_pack(straight, bases):
+    out, model = straight
+    assert [e["step"] for e in log(out)] == list(range(12))
+    assert all(e["losses"].keys() == {"next_token", "flow_matching"} and e["samples"] == 8 for e in log(out))
+    assert [len(log(out, kind)) for kind in ("start", "end", "plan")] == [1, 1, 0]
+    assert sorted(p.name for p in (out / "state").iterdir()) == ["state.json", "state.safetensors"]
+    loaded = xfusion.load(out / "pack", backbone=bases["llama"])
+    assert loaded.fingerprint == model.fingerprint
+    config = json.loads((out / "pack" / "config.json").read_text())
+    assert config["training"]["steps"] == 12 and config["training"]["samples"] == 96
+    assert config["training"]["data"] == "noise" and config["training"]["averaged"] is True
+
+
+def test_the_same_run_twice_is_the_same_to_the_bit(straight, bases, tmp_path):
+    torch.manual_seed(123)
+    train(bases["llama"], tmp_path)
+    assert told(tmp_path) == told(straight[0])
+    assert same(pack_of(tmp_path), pack_of(straight[0]))
+
+
+@pytest.mark.parametrize("stop", [0, 5, 10])
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(straight, bases, tmp_path, stop):
+    """Ctrl-C while a step is told; resumed with the next batch: losses, weights, averages and moments."""
+    with pytest.raises(Interrupted, match=rf"stopped at step {stop + 1}; go on with --resume"):
+        train(bases["llama"], tmp_path, listener=StopAt(stop))
+    half = xfusion.load(tmp_path / "pack", backbone=bases["llama"])  # an interrupted run leaves a pack, too
+    assert half.num_new_parameters == straight[1].num_new_parameters
+    train(bases["llama"], tmp_path, resume=True)
+    assert told(tmp_path) == told(straight[0])
+    assert same(pack_of(tmp_path), pack_of(straight[0]))
+    assert same(load_file(tmp_path / "state" / "state.safetensors"), load_file(straight[0] / "state" / "state.safetensors"))
+
+
+def test_a_run_that_died_goes_on_from_its_last_checkpoint(straight, bases, tmp_path, monkeypatch):
+    """Steps after the checkpoint are done again, and the log holds each step once."""
+    saves, save = [], loop._Run.save
+    monkeypatch.setattr(loop._Run, "save", lambda self: saves.append(self.step) or (self.step <= 4 and save(self)))
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(bases["llama"], tmp_path, checkpoint_every=0, listener=StopAt(8, RuntimeError("power cut")))
+    assert [e["step"] for e in log(tmp_path)] == list(range(9))
+    monkeypatch.undo()
+    train(bases["llama"], tmp_path, resume=True)
+    assert told(tmp_path) == told(straight[0])
+    assert same(pack_of(tmp_path), pack_of(straight[0]))
+
+
+def test_resuming_a_finished_run_changes_nothing(bases, tmp_path):
+    train(bases["llama"], tmp_path, steps=4)
+    before, lines = pack_of(tmp_path), told(tmp_path)
+    train(bases["llama"], tmp_path, steps=4, resume=True)
+    assert same(pack_of(tmp_path), before) and told(tmp_path) == lines
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"steps": 13}, r"stages\.0\.steps was 12 and is now 13"),
+        ({"rate": 1e-3}, r"stages\.0\.rate was 0\.002 and is now 0\.001"),
+        ({"mixture": MixtureConfig(draw=8, caption=4, pack=2)}, r"stages\.0\.mixture\.draw was 4 and is now 8"),
+        ({"seed": 1}, r"seed was 0 and is now 1"),
+    ],
+)
+def test_resuming_another_recipe_is_refused_with_both_values(straight, bases, other, message):
+    with pytest.raises(XFusionError, match=message):
+        train(bases["llama"], straight[0], recipe_=recipe(bases["llama"], **other), resume=True)
+
+
+def test_a_run_is_not_overwritten_and_nothing_is_not_resumed(straight, bases, tmp_path):
+    with pytest.raises(XFusionError, match="already holds a run: pass --resume"):
+        train(bases["llama"], straight[0])
+    with pytest.raises(XFusionError, match="holds no run to resume"):
+        train(bases["llama"], tmp_path / "new", resume=True)
+
+
+def test_resuming_on_another_base_is_refused_with_both(straight, bases, tmp_path):
+    other = Backbone.load(str(make_base("llama", tmp_path / "other", seed=1)))
+    with pytest.raises(XFusionError) as error:
+        train(other, straight[0], recipe_=recipe(bases["llama"]), resume=True)
+    assert other.fingerprint[:16] in str(error.value) and bases["llama"].fingerprint[:16] in str(error.value)
+
+
+def test_stages_follow_each_other_and_resume_within(bases, tmp_path):
+    base, small = bases["llama"], MixtureConfig(draw=0, caption=4, pack=2)
+    stages = (Stage(steps=3, warmup=1, rate=1e-3), Stage(steps=4, warmup=2, rate=4e-3, mixture=small, schedule="cosine"))
+    stages = (dataclasses.replace(stages[0], mixture=MixtureConfig(draw=4, caption=0)), stages[1])
+    two = recipe(base, stages=stages)
+    train(base, tmp_path / "straight", recipe_=two)
+    events = log(tmp_path / "straight")
+    assert [set(e["losses"]) for e in events] == [{"flow_matching"}] * 3 + [{"next_token"}] * 4
+    expected = [s.rate_at(i, s.steps) for s in stages for i in range(s.steps)]
+    assert [e["rate"] for e in events] == expected
+    with pytest.raises(Interrupted):
+        train(base, tmp_path / "broken", recipe_=two, listener=StopAt(4))
+    train(base, tmp_path / "broken", recipe_=two, resume=True)
+    assert told(tmp_path / "broken") == told(tmp_path / "straight")
+    assert same(pack_of(tmp_path / "broken"), pack_of(tmp_path / "straight"))
+    with pytest.raises(XFusionError, match="takes a recipe of one stage, this one has 2"):
+        train(base, tmp_path / "x", recipe_=two, minutes=1)
+
+
+# -------------------------------------------------------------------------------------------------------------- state
+
+
+def test_a_state_is_never_half_written(straight, bases, tmp_path, monkeypatch):
+    saved, real = [], loop.save_file
+
+    def save_file(state, path):
+        if len(saved) == 2:
+            with open(path, "wb") as file:
+                file.write(b"half a file")
+            raise OSError("no space left on device")
+        saved.append(path)
+        real(state, path)
+
+    monkeypatch.setattr(loop, "save_file", save_file)
+    with pytest.raises(OSError, match="no space left"):
+        train(bases["llama"], tmp_path, checkpoint_every=0)
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+    assert json.loads((tmp_path / "state" / "state.json").read_text())["step"] == 2
+    monkeypatch.undo()
+    train(bases["llama"], tmp_path, resume=True)
+    assert told(tmp_path) == told(straight[0])
+    assert same(pack_of(tmp_path), pack_of(straight[0]))
+
+
+def test_a_state_survives_a_crash_between_two_renames(straight, bases, tmp_path, monkeypatch):
+    rename, calls = loop.Path.rename, []
+
+    def crash(self, target):
+        calls.append(self.name)
+        if self.name.startswith(".state-") and len(calls) > 1:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(loop.Path, "rename", crash)
+    with pytest.raises(KeyboardInterrupt):
+        train(bases["llama"], tmp_path, checkpoint_every=0)
+    monkeypatch.undo()
+    train(bases["llama"], tmp_path, resume=True)
+    assert told(tmp_path) == told(straight[0])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(bases, tmp_path, monkeypatch, value):
+    base, loss = bases["llama"], FlowMatching.loss
+
+    def broken(self, run, batch):
+        found = loss(self, run, batch)
+        calls.append(1)
+        return {k: (s * value, n) for k, (s, n) in found.items()} if found and sum(calls) > 2 * 5 else found
+
+    calls: list[int] = []
+    monkeypatch.setattr(FlowMatching, "loss", broken)
+    with pytest.raises(XFusionError, match=rf"loss flow_matching is {value} at step 5: .*--stages\.0\.rate than 0\.002"):
+        train(base, tmp_path, checkpoint_every=0)
+    state = load_file(tmp_path / "state" / "state.safetensors")
+    assert json.loads((tmp_path / "state" / "state.json").read_text())["step"] == 5
+    assert all(bool(v.isfinite().all()) for v in state.values())
+    assert not (tmp_path / "pack").exists()
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(bases, tmp_path, monkeypatch):
+    """A finite loss may have a gradient that is not."""
+    loss, calls = FlowMatching.loss, []
+
+    def broken(self, run, batch):
+        found = loss(self, run, batch)
+        calls.append(1)
+        if found and len(calls) > 2 * 3:
+            total, count = found[self.name]
+            zero = (total - total.detach()).abs()
+            return {self.name: (total + zero.sqrt(), count)}  # sqrt has an infinite slope at 0
+        return found
+
+    monkeypatch.setattr(FlowMatching, "loss", broken)
+    with pytest.raises(XFusionError, match="gradient"):
+        train(bases["llama"], tmp_path, checkpoint_every=0)
+    state = load_file(tmp_path / "state" / "state.safetensors")
+    assert json.loads((tmp_path / "state" / "state.json").read_text())["step"] == 3
+    assert all(bool(v.isfinite().all()) for v in state.values())
+
+
+# ------------------------------------------------------------------------------------------------------------ budgets
+
+
+class Clock:
+    """A clock on which each step takes a second."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        self.now += 1e-9
+        return self.now
+
+    def __call__(self, event):
+        if event["event"] == "step":
+            self.now += 1.0
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(loop, "time", clock)
+    return clock
+
+
+def test_minutes_fix_the_number_of_steps_and_write_it_down(bases, tmp_path, clock):
+    train(bases["llama"], tmp_path, minutes=45 / 60, listener=clock)
+    (plan,) = log(tmp_path, "plan")
+    assert plan["steps"] == 45 and plan["seconds_per_step"] == pytest.approx(1)
+    assert plan["step"] == loop.WARM_STEPS + loop.MEASURED_STEPS
+    assert [e["step"] for e in log(tmp_path)] == list(range(45))
+    stage = recipe(bases["llama"]).stages[0]
+    rates = [e["rate"] for e in log(tmp_path)]
+    assert rates[plan["step"] :] == [stage.rate_at(i, 45) for i in range(plan["step"], 45)]
+    assert json.loads((tmp_path / "state" / "state.json").read_text())["totals"] == [45]
+
+
+@pytest.mark.parametrize("stop", [4, 15, 33])
+def test_a_budget_goes_on_after_a_break(bases, tmp_path, clock, stop):
+    """Before the warm-up is over, while steps are measured, and after the plan was made."""
+
+    def listen(event):
+        clock(event)
+        StopAt(stop)(event)
+
+    with pytest.raises(Interrupted):
+        train(bases["llama"], tmp_path, minutes=1, listener=listen)
+
+    def limit(event):
+        clock(event)
+        assert event["step"] < 70, "the run does not end"
+
+    train(bases["llama"], tmp_path, resume=True, listener=limit)  # the budget is remembered
+    assert [e["step"] for e in log(tmp_path)] == list(range(60))
+    (plan,) = log(tmp_path, "plan")
+    assert plan["steps"] == 60 and plan["step"] == (30 if stop == 33 else stop + 31)
+
+
+# --------------------------------------------------------------------------------------------------- sums, averages
+
+
+def test_batches_of_a_run_are_a_pure_function_of_seed_and_step(straight, bases, tmp_path):
+    train(bases["llama"], tmp_path / "other", recipe_=recipe(bases["llama"], seed=1), steps=2)
+    train(bases["llama"], tmp_path / "short", steps=2)
+    rows = {name: [(s, losses) for s, losses, *_ in told(out)] for name, out in
+            (("straight", straight[0]), ("other", tmp_path / "other"), ("short", tmp_path / "short"))}
+    assert rows["short"][0] == rows["straight"][0]
+    assert rows["other"][0] != rows["straight"][0]
+
+
+def fixed_noise(self, batch, generator):
+    """Corruption by a function of the picture, so that it does not depend on how a step is cut."""
+    for modality, media in batch.media.items():
+        if bool(media.noised.any()):
+            batch = batch.with_media(
+                modality,
+                tokens=0.5 * media.tokens + 0.5 * torch.cos(37 * media.tokens),
+                time=torch.full(media.time.shape, 0.5),
+                clean=media.tokens,
+            )
+    return batch
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulated_parts_equal_one_large_batch(bases, tmp_path, monkeypatch, parts):
+    """Losses are divided by the counts of the whole step: parts hold answers of different lengths."""
+    monkeypatch.setattr(FlowMatching, "corrupt", fixed_noise)
+    results = []
+    for accumulate in (1, parts):
+        mixture = MixtureConfig(draw=4 // accumulate, caption=8 // accumulate, pack=2, templates=PLAIN)
+        whole = recipe(bases["llama"], steps=3, rate=1e-3, warmup=1, ema=0.0, mixture=mixture, accumulate=accumulate)
+        out = tmp_path / str(accumulate)
+        train(bases["llama"], out, recipe_=whole)
+        results.append((log(out), pack_of(out)))
+    for one, other in zip(results[0][0], results[1][0], strict=True):
+        assert one["samples"] == other["samples"] == 12
+        assert other["losses"] == pytest.approx(one["losses"], rel=1e-4)
+        assert other["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-3)
+    start = make_model(bases["llama"], randomised=False).learned_state()
+    for key, value in results[0][1].items():
+        moved = float((value - start[key]).abs().max())
+        assert float((value - results[1][1][key]).abs().max()) <= 0.05 * moved + 1e-6, key
+
+
+def test_the_average_warms_up_and_is_what_is_saved(bases, tmp_path):
+    averaged = recipe(bases["llama"], steps=4, ema=0.999)
+    raw = recipe(bases["llama"], steps=4, ema=0.0)
+    train(bases["llama"], tmp_path / "averaged", recipe_=averaged)
+    train(bases["llama"], tmp_path / "raw", recipe_=raw)
+    weights = load_file(tmp_path / "raw" / "state" / "state.safetensors")
+    assert all(torch.equal(v, weights[f"weight.{k}"]) for k, v in pack_of(tmp_path / "raw").items())
+    state = load_file(tmp_path / "averaged" / "state" / "state.safetensors")
+    saved = pack_of(tmp_path / "averaged")
+    assert all(torch.equal(v, state[f"average.{k}"]) for k, v in saved.items())
+    assert not torch.equal(saved["port.begin"], state["weight.port.begin"])
+    stage = averaged.stages[0]
+    assert [round(stage.ema_at(i), 6) for i in (0, 1, 90)] == [0.1, round(2 / 11, 6), 0.91]
+    assert stage.ema_at(10**6) == 0.999 and raw.stages[0].ema_at(10**6) == 0
+
+
+def test_the_optimizer_averages_what_it_says():
+    weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer, expected = Optimizer({"w": weight}, weight_decay=0.0), weight.detach().clone()
+    for decay in (0.0, 0.5, 0.9):
+        (weight.square().sum() * 10).backward()
+        norm = optimizer.step(0.1, clip=1.0, ema=decay)
+        assert norm > 1
+        expected = decay * expected + (1 - decay) * weight.detach()
+        torch.testing.assert_close(optimizer.average[0], expected)
+    kept = weight.detach().clone()
+    with pytest.raises(ZeroDivisionError), optimizer.averaged():
+        assert torch.equal(weight, optimizer.average[0])
+        raise ZeroDivisionError
+    assert torch.equal(weight, kept)
+
+
+def test_rates_rise_and_fall():
+    for schedule in ("linear", "cosine", "constant"):
+        stage = Stage(rate=2.0, warmup=4, schedule=schedule)
+        rates = [stage.rate_at(i, 10) for i in range(10)]
+        assert rates[:4] == [0.5, 1.0, 1.5, 2.0] and max(rates) == 2.0
+        assert rates[4:] == sorted(rates[4:], reverse=True) and rates[-1] > 0
+        assert stage.rate_at(10, 10) == pytest.approx(2.0 if schedule == "constant" else 0.0)
+    assert Stage(rate=2.0, warmup=0, schedule="cosine").rate_at(5, 10) == pytest.approx(1.0)
+
+
+# ---------------------------------------------------------------------------------------------------------- from_pack
+
+
+def test_from_pack_adapts_and_refuses_another_shape(straight, bases, tmp_path):
+    base = bases["llama"]
+    pack = make_model(base)
+    pack.save_pretrained(tmp_path / "start")
+    seen = []
+
+    def listen(event):
+        if event["event"] == "start":
+            seen.append(event)
+
+    frozen = recipe(base, steps=1, rate=0.0)
+    model = train(base, tmp_path / "kept", recipe_=frozen, from_pack=str(tmp_path / "start"), listener=listen)
+    assert model.fingerprint == pack.fingerprint and seen[0]["new_parameters"] == pack.num_new_parameters
+    moved = train(base, tmp_path / "moved", recipe_=recipe(base, steps=2), from_pack=str(tmp_path / "start"))
+    distance = [(a - b).abs().max() for a, b in zip(moved.new_parameters(), pack.new_parameters(), strict=True)]
+    assert 0 < float(max(distance)) < 0.05  # two steps away from the pack, not from fresh weights
+    strided = dataclasses.replace(frozen, model=model_config(base, "dual tower, strided"))
+    with pytest.raises(XFusionError, match=r"built otherwise than this recipe: fusion\.stride was 1 and is now 2"):
+        train(base, tmp_path / "x", recipe_=strided, from_pack=str(tmp_path / "start"))
+
+
+# ----------------------------------------------------------------------------------------------------- the frozen base
+
+
+def test_training_leaves_the_base_and_learns(bases, tmp_path):
+    base = bases["gemma3"]
+    before = base.compute_fingerprint()
+    model = train(base, tmp_path, recipe_=recipe(base, steps=40, rate=4e-3), dtype=torch.float32)
+    assert base.compute_fingerprint() == before and base.attention == "sdpa"
+    losses = [e["losses"] for e in log(tmp_path)]
+    for name in ("next_token", "flow_matching"):
+        start, end = (sum(step[name] for step in part) / 5 for part in (losses[:5], losses[-5:]))
+        assert end < 0.8 * start, name
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
+    assert torch.equal(model.text_logits(ids), model.text_logits(ids, stack="fused"))
+    assert model.engine.backbone is base  # what is returned computes with the base itself
+
+
+def test_bfloat16_training_keeps_float32_masters(bases, tmp_path):
+    model = train(bases["llama"], tmp_path, steps=3, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.new_parameters()} == {torch.float32}
+    assert log(tmp_path, "start")[0]["dtype"] == "bfloat16"
+    assert all(math.isfinite(v) for e in log(tmp_path) for v in e["losses"].values())
+    reference = train(bases["llama"], tmp_path / "float32", steps=3)
+    for one, other in zip(log(tmp_path), log(tmp_path / "float32"), strict=True):
+        assert one["losses"] == pytest.approx(other["losses"], rel=0.05)
+    assert reference.num_new_parameters == model.num_new_parameters
+
+
+def test_previews_are_drawn_by_the_averaged_weights_and_change_nothing(straight, bases, tmp_path):
+    base, events = bases["llama"], []
+    loop.train(
+        recipe(base), out=tmp_path, source=Noise(), backbone=base, compile=False, dtype=torch.float32,
+        preview_every=1e-9, preview_prompts=("a red apple", "tree"), listener=events.append, checkpoint_every=0,
+    )
+    assert told(tmp_path) == told(straight[0])
+    assert same(pack_of(tmp_path), pack_of(straight[0]))
+    previews = [e for e in events if e["event"] == "preview"]
+    assert [e["step"] for e in previews] == [*range(1, 13), 12]
+    from PIL import Image
+
+    sheet = Image.open(previews[-1]["path"])
+    drawn = xfusion.load(tmp_path / "pack", backbone=base).draw(["a red apple", "tree"], seed=0)
+    assert sheet.size == (32, 16)
+    assert sheet.crop((16, 0, 32, 16)).tobytes() == drawn[1].tobytes()
+
+
+def test_an_empty_source_is_refused_rather_than_replaced(bases, tmp_path):
+    with pytest.raises(XFusionError, match="noise: no pictures to train on"):
+        train(bases["llama"], tmp_path, source=Noise(0))
+
+
+def test_randomised_models_differ(bases):
+    """The helper that all tests lean on."""
+    model = make_model(bases["llama"], randomised=False)
+    before = model.fingerprint
+    randomise(model)
+    assert model.fingerprint != before
