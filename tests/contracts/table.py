@@ -89,7 +89,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
         vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     raw.train_from_iterator([WORDS] * 4, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=special[0], eos_token=special[1], pad_token=special[2])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token=special[0], eos_token=special[1], pad_token=special[2]
+    )
 
 
 def make_base(family: str, folder: Path, seed: int = 0) -> Path:
@@ -153,9 +155,7 @@ def words(count: int, seed: int, *, loss: bool = False) -> Text:
 def picture(grid: tuple[int, int], seed: int, *, noised: bool = False, loss: bool = False, later: bool = True) -> Media:
     """Random tokens of a picture."""
     tokens = torch.rand(grid[0] * grid[1], TOKEN_WIDTH, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    return Media(
-        tokens=tokens, grid=grid, state="noised" if noised else "clean", has_loss=loss, visible_to_later=later
-    )
+    return Media(tokens=tokens, grid=grid, state="noised" if noised else "clean", has_loss=loss, visible_to_later=later)
 
 
 def mixed_sequences() -> dict[str, Sequence]:

@@ -138,7 +138,9 @@ def test_weights_that_do_not_fit_are_named(pack, bases):
     state["port.begin"] = torch.zeros(3)
     save_file(state, path)
     edit(folder, lambda c: c.pop("weights_fingerprint"))
-    with pytest.raises(XFusionError, match=r"missing \(first: port.end\).*unexpected \(first: port.extra\).*another shape"):
+    with pytest.raises(
+        XFusionError, match=r"missing \(first: port.end\).*unexpected \(first: port.extra\).*another shape"
+    ):
         xfusion.load(folder, backbone=bases["llama"])
 
 

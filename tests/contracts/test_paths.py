@@ -1,6 +1,7 @@
 """Contract: however a sequence is computed - fast or whole, packed or alone, in pieces or at once - it says the same."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -113,6 +114,36 @@ def test_padding_says_nothing(bases):
     assert distance(look(model, tight), look(model, wide)) <= FLOAT32
 
 
+@pytest.mark.parametrize(("fusion", "family"), ROWS)
+@torch.no_grad()
+def test_the_training_engine_agrees_with_the_reference_path(bases, fusion, family):
+    """Another attention implementation over a copy of the frozen weights, in float32."""
+    model = make_model(bases[family], fusion)
+    for _, (rows, _) in packings().items():
+        batch = view(rows, model)
+        with model.using(model.reference_engine()):
+            whole = look(model, batch)
+        with model.using(model.training_engine(torch.float32, "as asked", "eager", False)):
+            assert model.engine.backbone is not model.backbone
+            assert distance(look(model, batch), whole) <= FLOAT32
+        assert distance(look(model, batch), whole) <= FLOAT32  # and the model is itself again
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("fusion", "family"), ROWS)
+def test_compiled_layers_agree_with_the_reference_path(bases, fusion, family):
+    """Losses and gradients; the same graphs serve all layers of a tower."""
+    model = make_model(bases[family], fusion)
+    batch, grads = view(packings()["packed"][0], model), []
+    for engine in (model.training_engine(torch.float32, "as asked", "eager", True), model.reference_engine()):
+        model.zero_grad()
+        with model.using(engine):
+            found = losses(model, batch)
+            sum(found.values()).backward()
+        grads.append([p.grad.clone() for p in model.new_parameters()])
+    assert max(float((a - b).abs().max()) for a, b in zip(*grads, strict=True)) < 1e-3
+
+
 # ------------------------------------------------------------------------------------------------- given text states
 
 
@@ -121,7 +152,9 @@ def test_padding_says_nothing(bases):
 def test_looked_up_text_states_give_the_same_drawing(bases, fusion, family):
     model = make_model(bases[family], fusion)
     drawings = [
-        Sequence(segments=(words(n, n), picture((3, 3), n, noised=True, loss=True))) if n else SEQUENCES["picture alone"]
+        Sequence(segments=(words(n, n), picture((3, 3), n, noised=True, loss=True)))
+        if n
+        else SEQUENCES["picture alone"]
         for n in (5, 0, 2, 9)
     ]
     for rows in ([[s] for s in drawings], [drawings[:2], drawings[2:]]):
@@ -195,7 +228,7 @@ def pieces(batch: Batch) -> list[tuple[int, int]]:
         owners += [(int(o), int(i)) for o, i in zip(media.rows.order[0], media.item[0], strict=True) if o >= 0]
     owners.sort()
     cuts = [0]
-    for (_, one), (at, other) in zip(owners, owners[1:], strict=False):
+    for (_, one), (at, other) in pairwise(owners):
         if one is None or one < 0 or one != other:
             cuts.append(at)
     return list(zip(cuts, [*cuts[1:], len(owners)], strict=True))
@@ -250,6 +283,24 @@ def test_a_pass_that_does_not_update_leaves_the_cache_as_it_is(bases):
     assert {k.shape[2] for slot in cache.slots for k, _ in slot.values()} == {6}
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@torch.no_grad()
+def test_a_cache_serves_whatever_comes_next(bases, family):
+    """Filled by a prompt in which nobody reads the other kind, it holds what a later picture or word reads."""
+    model = make_model(bases[family])
+    for first in ((picture((2, 2), 1), words(3, 1)), (words(3, 1), picture((2, 2), 1))):
+        whole = view([[Sequence(segments=(*first, picture((2, 3), 2), words(4, 2)))]], model)
+        prompt = view([[Sequence(segments=first)]], model)
+        assert not (prompt.text_reads_media and prompt.media_reads_text)
+        length = int(max(prompt.text.order.max(), prompt.media["image"].rows.order.max())) + 1
+        cache = model.backbone.new_cache(2, 1)
+        model.run_pass(prompt, cache=cache, update=True)
+        found = model.run_pass(piece(whole, length, 99), cache=cache)[1].states
+        expected = model.run_pass(whole)[1].states
+        for owner, states in found.items():
+            torch.testing.assert_close(states, expected[owner][:, -states.shape[1] :], rtol=0, atol=1e-4)
+
+
 @torch.no_grad()
 def test_choosing_rows_of_a_cache_repeats_them(bases):
     model = make_model(bases["llama"])
@@ -272,7 +323,9 @@ def test_choosing_rows_of_a_cache_repeats_them(bases):
 def test_what_appears_later_changes_nothing_before(bases, fusion, family, monkeypatch):
     with exact(monkeypatch):
         model = float64_model(bases[family], fusion)
-        whole = Sequence(segments=(*SEQUENCES["pictures between words"].segments[:-1], words(5, 9), picture((2, 2), 20)))
+        whole = Sequence(
+            segments=(*SEQUENCES["pictures between words"].segments[:-1], words(5, 9), picture((2, 2), 20))
+        )
         after = look(model, view([[whole]], model))[0]
         for stop in range(1, len(whole.segments)):
             before = look(model, view([[Sequence(segments=whole.segments[:stop])]], model))[0]

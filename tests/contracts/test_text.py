@@ -5,6 +5,7 @@ import torch
 from contracts.table import LAYERS, ROWS, WINDOW, make_model, mixed_sequences, randomise, view
 
 import xfusion.fusion.dual_tower as dual_tower
+from xfusion.backbone import Backbone
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Sequence, Text
 
@@ -83,6 +84,20 @@ def test_words_before_media_and_text_alone_follow_the_base_through_the_mixed_pat
         hidden, run = model.run_pass(batch)
         logits = model.backbone.logits(hidden[:, run.slices["text"]])[0]
         torch.testing.assert_close(logits, base, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_a_base_in_half_precision_keeps_its_text_and_still_draws_and_captions(bases, family):
+    base = Backbone.load(bases[family].source, dtype=torch.bfloat16)
+    model = make_model(base)
+    for ids, mask in text_batches().values():
+        logits = model.text_logits(ids, attention_mask=mask)
+        assert logits.dtype == torch.bfloat16
+        assert torch.equal(model.text_logits(ids, stack="fused", attention_mask=mask), logits)
+    drawn = model.draw(["a red apple", "tree"], steps=2)
+    assert [p.size for p in drawn] == [(16, 16)] * 2
+    assert all(isinstance(text, str) for text in model.caption(drawn, max_tokens=3))
+    assert {p.dtype for p in model.new_parameters()} == {torch.float32}
 
 
 # --------------------------------------------------------------------------------------------------------- untouched

@@ -61,7 +61,9 @@ def test_batches_are_a_pure_function_of_seed_and_step():
     torch.manual_seed(5)
     random.seed(5)
     assert all(torch.equal(a, b) for a, b in zip(flat(mixture().batches(3)), flat(one.batches(3)), strict=True))
-    different = [torch.equal(a, b) for a, b in zip(flat(mixture(seed=1).batches(3)), flat(one.batches(3)), strict=False)]
+    different = [
+        torch.equal(a, b) for a, b in zip(flat(mixture(seed=1).batches(3)), flat(one.batches(3)), strict=False)
+    ]
     assert not all(different)
 
 

@@ -143,11 +143,10 @@ def test_visible_is_the_rule_word_for_word(rows, window):
                     continue
                 me, other = places[order], places[at]
                 same_picture = me[0] == other[0] and me[2] is not None and me[2] == other[2]
-                if me[0] != other[0]:
-                    continue
-                if me[1] == other[1] == "patch" and same_picture:
-                    expected.add(k)
-                elif at <= order and (other[3] or same_picture) and (window is None or at > order - window):
+                in_reach = window is None or at > order - window
+                inside = me[1] == other[1] == "patch" and same_picture
+                before = at <= order and in_reach and (other[3] or same_picture)
+                if me[0] == other[0] and (inside or before):
                     expected.add(k)
             assert set(seen[r, q].nonzero()[:, 0].tolist()) == expected
 

@@ -10,8 +10,8 @@ import xfusion
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Media, Sequence, XFusionError
 from xfusion.generation import BATCH, draw_size, draw_tokens
-from xfusion.model import Model
 from xfusion.modalities.image import ImageModality
+from xfusion.model import Model
 
 PROMPTS = ["a red apple", "", "two blue birds on a table, what is this", "дом 🍎 家"]
 

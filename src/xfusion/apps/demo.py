@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -34,8 +35,8 @@ from xfusion.evaluation.metrics import captions, naming, retrieval
 from xfusion.evaluation.run import evaluate, write_json
 from xfusion.evaluation.suites.emoji import chosen
 from xfusion.evaluation.verify import PROMPTS, bit_equal, verify
-from xfusion.model import Model
 from xfusion.modalities.encoders.efficientnet_lite import EfficientNetLite
+from xfusion.model import Model
 from xfusion.recipes.base import find, train
 from xfusion.training.loop import Interrupted
 from xfusion.training.speed import drawing_speed, samples_per_second
@@ -52,23 +53,12 @@ FIRST = "red apple"
 """What is drawn first, where there is a shipped pack."""
 PREVIEWS = ("red apple", "pizza", "cat face", "penguin", "rainbow", "rocket", "house", "red heart")
 """What is drawn again and again while the tower learns."""
-NUM_SHOWN = 16
+NUM_SHOWN = 12
 """Concepts that stand in full on the page: chosen by the hash of their ids, not by eye."""
 MAX_HELD = 50
 """Held-out pictures of the fresh tower's score, and their names the candidates; `xfusion evaluate` takes 100."""
 SHIPPED_DRAWN, SHIPPED_CAPTIONED = 64, 128
 """Size of the shipped pack's spot check; its full scores take many minutes and are committed with it."""
-SCORES = (
-    "num_concepts",
-    "fit_retrieval_pixel_at_1",
-    "fit_retrieval_pixel_at_10",
-    "fit_retrieval_feature_at_1",
-    "fit_retrieval_feature_at_10",
-    "fit_caption_exact",
-    "held_caption_mrr",
-    "held_caption_mrr_blind",
-)
-"""What `metrics.json` has for a pack, in any case; chance and ceiling come beside."""
 
 
 def run(
@@ -138,9 +128,7 @@ def run(
     told.say("\nThe tower has learned. Now it is looked at.")
     asked = Asked(fresh)
     with told.part("scoring the fresh tower") as tell:
-        scores = evaluate(
-            asked, "emoji", source=source, max_held=MAX_HELD, encoder=encoder, seed=seed, progress=tell
-        )
+        scores = evaluate(asked, "emoji", source=source, max_held=MAX_HELD, encoder=encoder, seed=seed, progress=tell)
     with told.part("proving the fresh tower's text unchanged") as tell:
         proof = {"fresh": verify(fresh, progress=tell)}
     asked_shipped, spot_check = None, None
@@ -350,8 +338,6 @@ def _preview_prompts(source: Source) -> tuple[str, ...]:
 
 def _make_room(folder: Path, told: _Told) -> None:
     """A run of before moves aside; the one before that goes."""
-    import shutil
-
     if folder.exists():
         old = folder.with_name(f"{folder.name}.before")
         shutil.rmtree(old, ignore_errors=True)
@@ -364,7 +350,7 @@ def _spot_check(asked: Asked, seed: int, tell: Any) -> dict[str, Any]:
     return evaluate(
         asked,
         "emoji",
-        source=_trained_on(asked.model),
+        source=_trained_on(),
         max_drawn=SHIPPED_DRAWN,
         max_captioned=SHIPPED_CAPTIONED,
         max_held=0,
@@ -374,8 +360,8 @@ def _spot_check(asked: Asked, seed: int, tell: Any) -> dict[str, Any]:
     )
 
 
-def _trained_on(model: Model) -> str:
-    del model
+def _trained_on() -> str:
+    """What the shipped pack learned."""
     facts = checkpoint.read_config(checkpoint.find(SHIPPED)).get("training", {})
     return str(facts.get("data", "emoji"))
 
@@ -388,7 +374,7 @@ def _ask_the_same(asked: Asked, source: Source, seed: int) -> None:
     asked.caption([source.picture(i, size) for i in shown])
     held = _held_source(source)
     if held is not None:
-        asked.caption([held.picture(i, size) for i in chosen(held.examples, MAX_HELD)[:NUM_SHOWN]])
+        asked.caption([held.picture(i, size) for i in chosen(held.examples, NUM_SHOWN)])
 
 
 def _held_source(source: Source) -> Source | None:
@@ -494,7 +480,7 @@ def cut(sheet: PILImage.Image) -> list[PILImage.Image]:
 
 def _scores(result: dict[str, Any], how: str) -> dict[str, Any]:
     numbers = {k: v for k, v in result.items() if k != "settings"}
-    return {name: result.get(name) for name in SCORES} | numbers | {"how": how, "settings": result["settings"]}
+    return {name: result.get(name) for name in report.SCORES} | numbers | {"how": how, "settings": result["settings"]}
 
 
 def _shipped_scores(spot_check: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -557,7 +543,8 @@ def _concepts(asked: Asked, shipped: Asked | None, source: Source, size: int, se
 
 
 def _all_of(shipped: Asked | None) -> Sequence[Example]:
-    return open_source(_trained_on(shipped.model)).examples if shipped is not None else ()
+    """Pictures whose wordings the shipped pack may answer with."""
+    return open_source(_trained_on()).examples if shipped is not None else ()
 
 
 def _shipped_view(shipped: Asked, source: Source, index: int) -> PILImage.Image:
@@ -569,7 +556,7 @@ def _answer(said: str, accepted: Sequence[str]) -> report.Answer:
 
 
 def _held(asked: Asked, shipped: Asked | None, source: Source, size: int) -> list[report.HeldOut]:
-    """The scored held-out pictures with what was said and the rank of the true name."""
+    """The scored held-out pictures with what was said and the rank of the true name; the shown ones first."""
     held = _held_source(source)
     if held is None or asked.alone is None:
         return []
@@ -591,7 +578,9 @@ def _held(asked: Asked, shipped: Asked | None, source: Source, size: int) -> lis
         if shipped is not None and view in shipped.said:
             item = replace(item, shipped_answer=_answer(shipped.said[view], accepted[place]))
         out.append(item)
-    return out
+    first = chosen(held.examples, NUM_SHOWN)
+    places = sorted(range(len(scored)), key=lambda place: scored[place] not in first)
+    return [out[place] for place in places]
 
 
 def _rounded(value: float | None, digits: int) -> float | None:

@@ -363,8 +363,8 @@ class _Run:
             save_file({k: v.contiguous() for k, v in self.optimizer.state().items()}, str(temporary / STATE))
             (temporary / PLAN).write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
             old = self.out / STATE_BEFORE
-            shutil.rmtree(old, ignore_errors=True)
             if (self.out / "state").exists():
+                shutil.rmtree(old, ignore_errors=True)
                 (self.out / "state").rename(old)
             temporary.rename(self.out / "state")
             shutil.rmtree(old, ignore_errors=True)

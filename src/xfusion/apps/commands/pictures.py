@@ -90,12 +90,16 @@ class Generate(Verb):
             raise UsageError(f"--steps {self.steps}: at least 1")
         if not math.isfinite(self.guidance):
             raise UsageError(f"--guidance {self.guidance}: give a number, such as 3; 1 is off")
+        if any("\ud800" <= character <= "\udfff" for character in self.prompt):
+            raise UsageError("the prompt is not valid UTF-8 text")
         check_device(self.device)
 
     def _notes(self, native: int, wanted: int) -> list[str]:
         notes = []
         if native != wanted:
-            notes.append(f"drawn at {native} px, the nearest size that the pack was trained at, and resized to {wanted} px")
+            notes.append(
+                f"drawn at {native} px, the nearest size that the pack was trained at, and resized to {wanted} px"
+            )
         if not self.prompt.strip():
             notes.append("the prompt is empty: drawn without words")
         return notes
@@ -118,7 +122,9 @@ class _Target:
         path = Path(out).expanduser()
         is_folder = path.is_dir() or out.endswith("/") or not path.suffix
         if not is_folder and path.suffix.lower() not in FORMATS:
-            raise UsageError(f"-o {out}: cannot write {path.suffix} files, only {', '.join(FORMATS)}; a folder ends in /")
+            raise UsageError(
+                f"-o {out}: cannot write {path.suffix} files, only {', '.join(FORMATS)}; a folder ends in /"
+            )
         for above in (path, *path.parents) if is_folder else path.parents:
             if above.exists() and not above.is_dir():
                 raise UsageError(f"-o {out}: {above} is a file, not a folder")

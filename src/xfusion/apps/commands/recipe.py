@@ -51,7 +51,9 @@ def parse_train(parse: Callable[..., Any], name: str, args: list[str]) -> TrainR
         args: what stands behind it.
     """
     settings = _recipe(name)
-    first: TrainRecipe = parse(TrainRecipe, args, default=TrainRecipe(recipe=name, settings=settings), registry=registry())
+    first: TrainRecipe = parse(
+        TrainRecipe, args, default=TrainRecipe(recipe=name, settings=settings), registry=registry()
+    )
     if first.resume:
         settings = _saved(first, settings)
     elif first.from_pack:
@@ -79,9 +81,13 @@ def _recipe(name: str) -> Recipe:
 def _saved(train: Train, recipe: Recipe) -> Recipe:
     path = train.folder() / "state" / PLAN
     if not path.is_file():
-        raise XFusionError(f"{train.folder()} holds no run to resume (no state/{PLAN}); leave --resume out to start one")
+        raise XFusionError(
+            f"{train.folder()} holds no run to resume (no state/{PLAN}); leave --resume out to start one"
+        )
     try:
-        saved = checkpoint.from_json(json.loads(path.read_text(encoding="utf-8"))["recipe"], trust=True, where=str(path))
+        saved = checkpoint.from_json(
+            json.loads(path.read_text(encoding="utf-8"))["recipe"], trust=True, where=str(path)
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise XFusionError(f"{path} cannot be read: {error}") from error
     kinds = [type(r.model.fusion).__qualname__ for r in (saved, recipe)]

@@ -189,7 +189,9 @@ class List(Verb):
         recipes, packs = [_recipe(name) for name in names()], [_pack(name) for name in shipped()]
         rows = [(r["name"], f"{r['status']:<10}  {r['kind']:<16}  {r['paper']:<18}  {r['summary']}") for r in recipes]
         lines = ["recipes (xfusion train NAME):", table(rows, "  "), "packs (xfusion generate NAME PROMPT):"]
-        found = [(p["name"], f"{size_text(p['bytes'])}, can {', '.join(p['capabilities'])}, on {p['base']}") for p in packs]
+        found = [
+            (p["name"], f"{size_text(p['bytes'])}, can {', '.join(p['capabilities'])}, on {p['base']}") for p in packs
+        ]
         lines.append(table(found, "  ") if packs else "  none in this installation")
         return Answer(data={"recipes": recipes, "packs": packs}, text="\n".join(lines))
 

@@ -42,7 +42,7 @@ class Train(Verb):
     preview_every: float = 60.0
     """Seconds between previews; 0 makes none."""
     compile: bool = True
-    """Compile the per-layer work: a minute at the start, two to three times the speed behind it."""
+    """Whether the per-layer work is compiled: a minute at the start, two to three times the speed behind it."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
 

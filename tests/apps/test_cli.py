@@ -1,0 +1,534 @@
+"""The command line as people and programs meet it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from contracts.table import Noise, make_base, make_model
+
+import xfusion
+from xfusion.apps import cli
+from xfusion.apps.commands.pictures import file_name
+from xfusion.backbone import Backbone
+from xfusion.training.loop import Interrupted
+
+SOURCE = Path(xfusion.__file__).parents[1]
+
+
+def start(*argv, **options):
+    """The command line in a process of its own."""
+    paths = os.pathsep.join([str(SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "xfusion.apps.cli", *map(str, argv)]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": paths},
+        **options,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- fixtures
+
+
+class Ran(NamedTuple):
+    """What a command line did."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self):
+        assert self.out.count("\n") == 1, "one JSON object on one line"
+        return json.loads(self.out)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    return make_base("llama", tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def pack(base, tmp_path_factory):
+    """A tiny pack on a tiny random Llama."""
+    folder = tmp_path_factory.mktemp("packs") / "tiny"
+    make_model(Backbone.load(str(base))).save_pretrained(folder, training={"data_licence": "none needed", "steps": 0})
+    return str(folder)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty current folder with a picture, a text and a broken picture."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 30), "red").save("red.png")
+    Path("text.png").write_text("no picture")
+    Path("broken.png").write_bytes(Path("red.png").read_bytes()[:60])
+    return tmp_path
+
+
+@pytest.fixture
+def photos(here):
+    """A folder of six pictures with captions."""
+    noise, folder = Noise(6), here / "photos"
+    folder.mkdir()
+    for i, example in enumerate(noise.examples):
+        noise.picture(i, 32).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(example.captions[0])
+    return folder
+
+
+@pytest.fixture
+def run(capsys):
+    """Call the command line in this process: its answer, or one line of complaint."""
+
+    def call(*argv):
+        capsys.readouterr()
+        code = cli.main([str(a) for a in argv])
+        said = capsys.readouterr()
+        if code == 2:
+            assert said.out == ""
+            assert said.err.startswith("xfusion: ")
+            assert said.err.count("\n") == 1, said.err
+            assert "Traceback" not in said.err
+        return Ran(code, said.out, said.err)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def small(base):
+    """Settings of a run that takes a second."""
+    return [
+        *("--model.backbone.source", str(base), "--model.image.patch", "4", "--model.image.sizes", "16"),
+        *("--model.fusion.stride", "2", "--model.fusion.mlp", "40", "--no-compile", "--preview-every", "0"),
+        *("--stages.0.mixture.draw", "4", "--stages.0.mixture.caption", "4"),
+    ]
+
+
+
+# ------------------------------------------------------------------------------------------------------------- help
+
+
+def test_help_names_every_verb(run):
+    ran = run("--help")
+    assert ran.code == 0
+    assert all(verb in ran.out for verb in cli.VERBS)
+    assert run().out == ran.out
+
+
+@pytest.mark.parametrize("verb", list(cli.VERBS))
+def test_every_verb_explains_itself(run, verb):
+    ran = run(*verb.split(), "--help")
+    assert ran.code == 0
+    assert "--json" in ran.out
+    assert (cli.VERBS[verb].__doc__ or "?").split("\n")[0].rstrip(".") in " ".join(ran.out.split())
+
+
+def test_help_of_a_recipe_has_its_settings_with_their_docstrings(run):
+    text = " ".join(run("train", "xfusion", "--help").out.replace("│", " ").split())
+    assert "--model.fusion.stride" in text and "A media block stands at every stride-th layer" in text
+    assert "--stages.0.rate" in text and "--data" in text and "--model.image.codec" in text
+
+
+def test_help_does_not_import_torch():
+    code = "import sys; from xfusion.apps.cli import main; main([]); main(['train', '-h']); sys.exit('torch' in sys.modules)"
+    paths = os.pathsep.join([str(SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths}, capture_output=True)
+    assert done.returncode == 0
+
+
+def test_version(run):
+    assert run("--version").out == f"xfusion {xfusion.__version__}\n"
+
+
+# ------------------------------------------------------------------------------------------------------------ errors
+
+COMPLAINTS = [
+    ("generte", "did you mean 'generate'?"),
+    ("data", "did you mean 'data check'?"),
+    ("data chekc photos", "did you mean 'data check'?"),
+    ("frobnicate", "unknown verb 'frobnicate'; there are demo, train"),
+    ("generate", "MODEL, PROMPT is missing"),
+    ("generate PACK", "PROMPT is missing"),
+    ("generate PACK apple --stpes 3", "unknown option --stpes; did you mean '--steps'?"),
+    ("generate PACK apple --stpes=3", "unknown option --stpes; did you mean '--steps'?"),
+    ("generate PACK a red apple", "unexpected argument 'red'"),
+    ("generate PACK apple --steps many", "--steps: not a whole number: 'many'"),
+    ("generate PACK apple --steps", "--steps"),
+    ("generate PACK apple --steps 0", "--steps 0: at least 1"),
+    ("generate PACK apple -n 0", "-n 0"),
+    ("generate PACK apple --seed -1", "--seed -1"),
+    ("generate PACK apple --guidance nan", "--guidance nan"),
+    ("generate PACK apple --size 4000", "out of reach of the trained sizes"),
+    ("generate PACK apple --size 0", "at least 1 pixel"),
+    ("generate PACK apple --device cuda:99", "leave --device out"),
+    ("generate PACK apple --device toaster", "'toaster' is not one of auto, cpu"),
+    ("generate PACK apple -o apple.gif", "cannot write .gif files"),
+    ("generate PACK apple -o red.png/", "red.png is a file, not a folder"),
+    ("generate PACK apple -o red.png/a.png", "red.png is a file, not a folder"),
+    ("generate nothing apple", "there is no pack 'nothing'"),
+    ("generate ./nothing apple", "there is no pack './nothing'"),
+    ("generate . apple", "not a pack"),
+    ("caption PACK", "at least one picture"),
+    ("caption PACK red.png missing.png", "missing.png: no such file"),
+    ("caption PACK text.png", "text.png: is not a picture: its content is text"),
+    ("caption PACK broken.png", "broken.png"),
+    ("caption PACK red.png --max-tokens 0", "--max-tokens 0"),
+    ("verify nothing", "there is no pack 'nothing'"),
+    ("show xfuson", "did you mean 'xfusion'?"),
+    ("show nothing.py:recipe", "there is no file nothing.py"),
+    ("evaluate PACK --suite emojy", "did you mean 'emoji'?"),
+    ("evaluate PACK --set draw", "write NAME=VALUE"),
+    ("evaluate PACK --set max_drwan=3", "did you mean 'max_drawn'?"),
+    ("data check missing", "missing: no such folder or file"),
+    ("doctor ./missing", "no such folder"),
+    ("train", "RECIPE is missing"),
+    ("train --minutes 1 xfusion", "name the recipe before --minutes"),
+    ("train xfuson", "did you mean 'xfusion'?"),
+    ("train xfusion xfuse", "unexpected argument 'xfuse'"),
+    ("train xfusion --model.fusion.strid 3", "did you mean '--model.fusion.stride'?"),
+    ("train xfusion --model.fusion.stride=x", "--model.fusion.stride: not a whole number: 'x'"),
+    ("train xfusion --stages.0.schedule sine", "'sine'"),
+    ("train xfusion --model.image.codec pixel", "codec 'pixel' is not one of autoencoder_kl, autoencoder_tiny, pixels"),
+    ("train xfusion --model.image.codec autoencoder_kl", "autoencoder_kl:source:subfolder"),
+    ("train xfusion --minutes 1 --steps 1", "not both"),
+    ("train xfusion --minutes 0", "--minutes 0"),
+    ("train xfusion --steps 0", "--steps 0"),
+    ("train xfusion --resume -o nothing", "holds no run to resume"),
+    ("train xfusion --from nothing", "there is no pack 'nothing'"),
+    ("train xfusion --device cuda:99 --steps 1", "leave --device out"),
+    ("demo --minutes 0", "--minutes 0"),
+]
+
+
+@pytest.mark.parametrize(("line", "complaint"), COMPLAINTS, ids=[line for line, _ in COMPLAINTS])
+def test_bad_input_is_one_line(run, here, pack, line, complaint):
+    ran = run(*(pack if word == "PACK" else word for word in line.split()))
+    assert ran.code == 2
+    assert complaint in ran.err
+
+
+def test_bad_input_is_one_line_for_programs_too(run, here, pack):
+    assert run("caption", pack, "missing.png", "--json").code == 2
+
+
+def test_a_long_prompt_is_refused_with_both_lengths(run, here, pack):
+    ran = run("generate", pack, "x" * 4000)
+    assert ran.code == 2
+    assert "4000 tokens" in ran.err and "512" in ran.err
+
+
+def test_a_prompt_that_is_no_text_is_refused(run, here, pack):
+    assert "not valid UTF-8" in run("generate", pack, "\udcff").err
+
+
+def test_a_bug_is_not_hidden(run, monkeypatch):
+    monkeypatch.setattr(cli.List, "run", lambda *_: [][0])
+    with pytest.raises(IndexError):
+        run("list")
+
+
+def test_ctrl_c_says_how_to_resume(run, monkeypatch, small):
+    def stop(*_, **__):
+        raise Interrupted("training stopped at step 3; go on with --resume")
+
+    monkeypatch.setattr("xfusion.recipes.base.train", stop)
+    ran = run("train", "xfusion", *small, "-o", "my run")
+    assert ran.code == 130
+    assert ran.err.startswith("xfusion: training stopped at step 3; go on with: xfusion train xfusion")
+    assert "'my run' --resume" in ran.err and ran.err.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------- generate
+
+
+def test_one_picture(run, here, pack):
+    ran = run("generate", pack, "a red apple", "--steps", "2", "--json")
+    assert ran.code == 0
+    assert ran.json["files"] == ["a-red-apple.png"]
+    assert ran.json["seeds"] == [0] and ran.json["size"] == ran.json["drawn_at"] == 16
+    assert ran.err == "a-red-apple.png\n"
+    with Image.open("a-red-apple.png") as picture:
+        assert picture.size == (16, 16)
+        text = picture.text
+    assert text["prompt"] == "a red apple"
+    assert (text["seed"], text["steps"], text["guidance"]) == ("0", "2", "3.0")
+    assert text["pack_fingerprint"] == xfusion.load(pack).fingerprint
+
+
+def test_text_for_people_goes_to_stdout_without_json(run, here, pack):
+    ran = run("generate", pack, "apple", "--steps", "1")
+    assert ran.out == "apple.png\n"
+
+
+def test_a_default_name_overwrites_nothing(run, here, pack):
+    for name in ("apple.png", "apple-2.png", "apple-3.png"):
+        assert run("generate", pack, "apple", "--steps", "1").out == f"{name}\n"
+
+
+def test_a_file_is_a_grid(run, here, pack):
+    ran = run("generate", pack, "apple", "-n", "5", "-o", "deep/grid.png", "--steps", "1", "--json")
+    assert ran.json["files"] == ["deep/grid.png"]
+    with Image.open("deep/grid.png") as grid:
+        assert grid.size == (3 * 17 - 1, 2 * 17 - 1)
+        assert grid.text["seed"] == "0 1 2 3 4"
+    assert os.listdir("deep") == ["grid.png"]
+
+
+@pytest.mark.parametrize("out", ["new/", "new", "there", "with.dot/"])
+def test_a_folder_gets_a_file_per_picture(run, here, pack, out):
+    Path("there").mkdir()
+    ran = run("generate", pack, "Red Apple!", "-n", "2", "--seed", "7", "-o", out, "--steps", "1", "--json")
+    folder = out.rstrip("/")
+    assert ran.json["files"] == [f"{folder}/red-apple-seed7.png", f"{folder}/red-apple-seed8.png"]
+    assert sorted(os.listdir(folder)) == ["red-apple-seed7.png", "red-apple-seed8.png"]
+    with Image.open(f"{folder}/red-apple-seed8.png") as picture:
+        assert picture.text["seed"] == "8"
+
+
+def test_a_picture_of_a_grid_is_the_single_of_its_seed(run, here, pack):
+    run("generate", pack, "apple", "-n", "2", "-o", "grid.png", "--steps", "2")
+    run("generate", pack, "apple", "--seed", "1", "-o", "one.png", "--steps", "2")
+    with Image.open("grid.png") as grid, Image.open("one.png") as one:
+        other = grid.crop((17, 0, 33, 16))
+        assert max(abs(a - b) for a, b in zip(other.tobytes(), one.convert("RGB").tobytes(), strict=True)) <= 2
+
+
+@pytest.mark.parametrize(("name", "kind"), [("a.jpg", "JPEG"), ("a.webp", "WEBP"), ("A.PNG", "PNG")])
+def test_other_formats(run, here, pack, name, kind):
+    assert run("generate", pack, "apple", "-o", name, "--steps", "1").code == 0
+    with Image.open(name) as picture:
+        assert picture.format == kind
+
+
+def test_another_size_is_said(run, here, pack):
+    ran = run("generate", pack, "apple", "--size", "40", "--steps", "1")
+    assert "drawn at 16 px" in ran.out and "resized to 40 px" in ran.out
+    with Image.open("apple.png") as picture:
+        assert picture.size == (40, 40)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [
+        ("красное яблоко", "красное-яблоко"),
+        ("", "picture"),
+        ("../../etc/passwd", "etc-passwd"),
+        ("苹果 \U0001f34e", "苹果"),
+    ],
+)
+def test_prompts_of_all_kinds(run, here, pack, prompt, name):
+    assert file_name(prompt) == name
+    assert run("generate", pack, prompt, "--steps", "1").code == 0
+    with Image.open(f"{name}.png") as picture:
+        assert picture.text["prompt"] == prompt
+
+
+def test_a_run_folder_stands_for_its_pack(run, here, pack):
+    Path("run").mkdir()
+    Path("run/pack").symlink_to(pack)
+    assert run("generate", "run", "apple", "--steps", "1").code == 0
+
+
+# ------------------------------------------------------------------------------------------------- the other verbs
+
+
+def test_caption(run, here, pack):
+    ran = run("caption", pack, "red.png", "red.png", "--max-tokens", "4", "--json")
+    assert [c["image"] for c in ran.json["captions"]] == ["red.png", "red.png"]
+    assert ran.json["captions"][0]["caption"] == ran.json["captions"][1]["caption"]
+    asked = run("caption", pack, "red.png", "--question", "What is this?", "--max-tokens", "4", "--json").json
+    assert asked["question"] == "What is this?"
+
+
+def test_verify(run, here, pack):
+    ran = run("verify", pack, "-o", "proof.json", "--json")
+    assert ran.code == 0
+    assert ran.json["text_identical"] is True and ran.json["passed"] is True
+    assert all(set(check) == {"name", "passed", "detail"} for check in ran.json["checks"])
+    assert json.loads(Path("proof.json").read_text()) == ran.json
+    assert "bit for bit" in ran.err
+
+
+def test_a_failed_proof_exits_with_1(run, here, pack, monkeypatch):
+    monkeypatch.setattr("xfusion.evaluation.verify.bit_equal", lambda *_: False)
+    ran = run("verify", pack, "--json")
+    assert ran.code == 1
+    assert ran.json["text_identical"] is False
+    assert "FAILED" in ran.err and "NOT the base's" in ran.err
+
+
+def test_show_a_pack(run, here, pack):
+    shown = run("show", pack, "--json").json
+    model = xfusion.load(pack)
+    assert shown["kind"] == "pack"
+    assert shown["new_parameters"] == model.num_new_parameters == sum(shown["new_parts"].values())
+    assert shown["frozen_parameters"] == sum(p.numel() for p in model.backbone.model.parameters())
+    assert shown["fusion"]["layers_with_blocks"] == [0, 1, 2, 3]
+    assert shown["image"]["grid"] == [4, 4] and shown["image"]["tokens_per_picture"] == 16
+    assert shown["image"]["token_width"] == 48
+    assert shown["memory"]["total"] > 5 * 4 * shown["new_parameters"]
+    assert set(shown["licences"]) == {"base", "codec", "data"}
+    assert "frozen" in run("show", pack).out
+
+
+def test_show_a_recipe_of_ones_own(run, here, base):
+    Path("mine.py").write_text(
+        "from xfusion.model import BackboneConfig, ModelConfig\n"
+        "from xfusion.training.stages import Recipe\n"
+        "def mine():\n"
+        f"    return Recipe(model=ModelConfig(backbone=BackboneConfig(source={str(base)!r})), data='photos')\n"
+        "def wrong():\n"
+        "    return 3\n"
+    )
+    shown = run("show", "mine.py:mine", "--json").json
+    assert shown["kind"] == "recipe"
+    assert shown["licences"]["data"] == "as the owner of the files says"
+    assert "returns a int, not a Recipe" in run("train", "mine.py:wrong").err
+    assert "has no function 'other'" in run("train", "mine.py:other").err
+
+
+def test_list(run):
+    listed = run("list", "--json").json
+    assert set(listed) == {"recipes", "packs"}
+    by_name = {recipe["name"]: recipe for recipe in listed["recipes"]}
+    assert {"name", "kind", "paper", "status"} <= set(by_name["xfusion"])
+    assert by_name["xfusion"]["paper"] == "arXiv 2504.20996"
+    assert all(recipe["status"] in ("reproduced", "runs", "sketch") for recipe in listed["recipes"])
+    assert "xfusion" in run("list").out
+
+
+def test_evaluate(run, here, pack, monkeypatch):
+    def suite(model, *, progress, source="emoji", max_drawn=None):
+        progress("drawing", 1, 1)
+        return {"score": 0.5, "settings": {"source": source, "max_drawn": max_drawn}}
+
+    monkeypatch.setattr("xfusion.evaluation.suites.emoji.run", suite)
+    ran = run("evaluate", pack, "--set", "source=emoji:128", "max-drawn=3", "-o", "scores.json", "--json")
+    assert ran.json["score"] == 0.5
+    assert ran.json["settings"]["source"] == "emoji:128" and ran.json["settings"]["max_drawn"] == 3
+    assert json.loads(Path("scores.json").read_text()) == ran.json
+
+
+def test_data_check(run, photos):
+    ran = run("data", "check", photos, "--sheet", "sheet.png", "--json")
+    assert ran.code == 0
+    assert ran.json["num_examples"] == 6 and ran.json["num_bad"] == 0
+    assert Image.open("sheet.png").size[0] > 100
+
+
+def test_data_check_names_what_is_wrong(run, photos):
+    (photos / "0.png").write_text("no picture")
+    (photos / "1.txt").write_text("")
+    ran = run("data", "check", photos)
+    assert ran.code == 1
+    assert "0.png" in ran.out and "is not a picture" in ran.out and "1.txt" in ran.out
+    assert run("data", "check", photos, "--json").json["num_bad"] == 2
+
+
+def test_data_check_finds_the_control_tokens_of_a_base(run, photos, base):
+    (photos / "1.txt").write_text("a <|end|> of it")
+    assert run("data", "check", photos, "--base", base).code == 1
+
+
+def test_doctor(run):
+    found = run("doctor", "--json").json
+    assert {"device", "dtype", "dtype_reason", "threads", "versions", "cache", "embedded_base", "extras"} <= set(found)
+    assert found["versions"]["torch"]
+    assert "base" not in found
+
+
+def test_doctor_tries_a_base(run, base):
+    ran = run("doctor", base, "--json")
+    assert ran.code == 0
+    found = ran.json["base"]
+    assert found["layers"] == 4 and found["windows"] == [None] * 4
+    assert found["passed"] and len(found["checks"]) == 4
+
+
+def test_doctor_says_what_a_base_lacks(run, base, monkeypatch):
+    def refuse(*_):
+        raise xfusion.XFusionError("its MLP is not made of plain Linear layers")
+
+    monkeypatch.setattr("xfusion.fusion.dual_tower.DualTower.install", refuse)
+    ran = run("doctor", base)
+    assert ran.code == 1
+    assert "its MLP is not made of plain Linear layers" in ran.out and "Not supported" in ran.out
+
+
+def test_demo_is_called_with_its_folder_and_minutes(run, here, monkeypatch):
+    import types
+
+    def demo(*, out, minutes, console):
+        out.mkdir(parents=True)
+        (out / "metrics.json").write_text(json.dumps({"text_identical": True, "minutes_training": minutes}))
+
+    monkeypatch.setitem(sys.modules, "xfusion.apps.demo", types.SimpleNamespace(run=demo))
+    import xfusion.apps
+
+    monkeypatch.setattr(xfusion.apps, "demo", types.SimpleNamespace(run=demo), raising=False)
+    ran = run("demo", "-o", "there", "--minutes", "0.5", "--json")
+    assert ran.code == 0
+    assert ran.json == {"text_identical": True, "minutes_training": 0.5}
+
+
+# ------------------------------------------------------------------------------------------------------------- train
+
+
+def test_train_then_adapt(run, here, photos, small):
+    ran = run("train", "xfusion", "--data", photos, "--steps", "3", "-o", "first", *small, "--json")
+    assert ran.code == 0
+    assert ran.json["steps"] == 3 and ran.json["samples"] == 24
+    assert set(ran.json["losses"]) == {"flow_matching", "next_token"}
+    assert Path(ran.json["pack"], "model.safetensors").is_file()
+    config = json.loads(Path("first/pack/config.json").read_text())
+    assert config["model"]["fusion"]["stride"] == 2 and config["model"]["fusion"]["mlp"] == 40
+    assert "already holds a run" in run("train", "xfusion", "-o", "first", *small).err
+
+    few = ["--stages.0.mixture.draw", "4", "--stages.0.mixture.caption", "4", "--no-compile", "--preview-every", "0"]
+    adapt = run("train", "xfusion", "--from", "first", "--data", photos, "--steps", "2", "-o", "second", *few, "--json")
+    assert adapt.code == 0 and adapt.json["steps"] == 2
+    assert json.loads(Path("second/pack/config.json").read_text())["model"] == config["model"]
+    ended = run("train", "xfusion", "-o", "first", "--resume", "--no-compile", "--preview-every", "0", "--json")
+    assert ended.code == 0 and ended.json["steps"] == 3
+
+
+def test_a_codec_is_one_option(run, here, tmp_path, base):
+    ran = run(
+        "train", "xfusion", "--model.image.codec", f"autoencoder_kl:{tmp_path / 'no'}", "--model.backbone.source", base
+    )
+    assert ran.code == 2
+    assert "codec" in ran.err and "no" in ran.err
+
+
+def test_ctrl_c_in_earnest(here, photos, small, run):
+    process = start("train", "xfusion", "--data", photos, "--steps", "100000", "-o", "run", *small)
+    log, until = Path("run/log.jsonl"), time.monotonic() + 60
+    while time.monotonic() < until and process.poll() is None and not (log.is_file() and '"step"' in log.read_text()):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert err.rstrip().endswith("--resume")
+    assert out == ""
+    assert Path("run/state/state.json").is_file() and Path("run/pack/config.json").is_file()
+
+
+def test_the_line_that_a_shell_sees(here):
+    process = start("lst", "--json")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (2, "")
+    assert err == "xfusion: unknown verb 'lst'; did you mean 'list'?\n"
