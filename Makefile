@@ -36,7 +36,7 @@ lint: setup
 	$(BIN)/lint-imports --no-logo
 
 bench: setup
-	$(BIN)/xfusion bench
+	$(BIN)/python benchmarks/speed.py
 
 clean:
 	rm -rf .venv build dist src/*.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks

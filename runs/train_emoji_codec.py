@@ -250,7 +250,8 @@ diffusers' AutoencoderKL, {numbers:,} parameters in float16, trained on the trai
 
     python runs/train_emoji_codec.py --out FOLDER {settings}
 
-{steps:,} steps in {seconds / 60:.1f} minutes on {torch.get_num_threads()} threads ({platform.machine()}, {str(dtype).removeprefix("torch.")}),
+{steps:,} steps in {seconds / 60:.1f} minutes on {torch.get_num_threads()} threads ({platform.machine()},
+{str(dtype).removeprefix("torch.")}),
 torch {torch.__version__}, diffusers {diffusers.__version__}. Held-out groups of pictures were never trained on.
 
 Latent of a {options.size} px picture: {channels} x {rows} x {columns} = {channels * rows * columns} numbers

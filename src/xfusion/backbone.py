@@ -180,7 +180,8 @@ class Slot(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         call = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        return self.act(self.index, self.layer, call.pop("hidden_states"), call)
+        act: Callable[..., Tensor] = self.__dict__["act"]
+        return act(self.index, self.__dict__["layer"], call.pop("hidden_states"), call)
 
 
 def _shadow(module: nn.Module) -> Any:
@@ -308,14 +309,15 @@ class Backbone:
             except (OSError, ValueError, KeyError) as error:
                 first = (str(error).strip() or repr(error)).splitlines()[0]
                 raise XFusionError(f"base {self.source!r} cannot be loaded again: {first}") from error
-        model = model.requires_grad_(False).eval().to(self.device)
+        model: Any = model.requires_grad_(False).eval()
+        model.to(self.device)
         for own, other in zip(self.model.parameters(), model.parameters(), strict=True):
             if other.device.type == "cpu":
                 other.data = _aligned_like(other.data, own.data)
         return model
 
     def _find_layers(self) -> tuple[str, nn.ModuleList]:
-        names = set(getattr(self.model, "_no_split_modules", None) or ())
+        names: set[str] = set(getattr(self.model, "_no_split_modules", None) or ())
         recorded = (getattr(self.decoder, "_can_record_outputs", None) or {}).get("hidden_states")
         for item in recorded if isinstance(recorded, list) else [recorded]:
             names.add(getattr(getattr(item, "target_class", item), "__name__", ""))
@@ -571,7 +573,7 @@ def _converted(file: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".partial-"))
     try:
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         model.hf_quantizer = None
         model.is_quantized = False

@@ -60,7 +60,7 @@ def from_json(data: Any, *, trust: bool = False, where: str = CONFIG) -> Any:
             kind = getattr(kind, part)
     except (ImportError, AttributeError) as error:
         raise XFusionError(f"{where} names the class {path!r}, which cannot be imported: {error}") from error
-    if not dataclasses.is_dataclass(kind):
+    if not isinstance(kind, type) or not dataclasses.is_dataclass(kind):
         raise XFusionError(f"{where}: {path!r} is not a configuration class")
     known = {f.name for f in dataclasses.fields(kind)}
     unknown = sorted(set(data) - known - {"type"})

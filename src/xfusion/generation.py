@@ -15,7 +15,6 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
-from xfusion.backbone import Cache
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Audio, Batch, Image, Media, MediaRows, Rows, Sequence, Text, XFusionError
 from xfusion.data.templates import question_text
@@ -177,6 +176,53 @@ def draw(
         )
         out += _pictures(model, tokens, native, wanted)
     return out
+
+
+def inpaint(
+    model: Model,
+    picture: PILImage.Image,
+    mask: PILImage.Image,
+    prompt: str,
+    *,
+    seed: int = 0,
+    steps: int = 25,
+    guidance: float = 3.0,
+    progress: Progress | None = None,
+) -> PILImage.Image:
+    """Draw a part of a picture anew and keep the rest.
+
+    Args:
+        model: a model that can draw.
+        picture: what to change; cut to its middle square at the trained size.
+        mask: white where to draw anew, of the picture's size; a token is redrawn if any of its pixels is white.
+        prompt: what the whole picture shall show.
+        seed: of the noise.
+        steps: Euler steps.
+        guidance: classifier-free guidance scale.
+        progress: told after every step.
+
+    Raises:
+        XFusionError: picture and mask differ in size.
+    """
+    if picture.size != mask.size:
+        raise XFusionError(f"the picture has {picture.size} pixels, the mask {mask.size}: give both the same size")
+    size = model.image.sizes[0]
+    known = model.image.encode([picture], size)
+    white = model.image.from_pil([mask.convert("RGB")], size).amax(dim=1)[0] > 0  # [size, size]
+    rows, columns = model.image.grid(size)
+    redrawn = white.view(rows, size // rows, columns, size // columns).any(dim=3).any(dim=1).reshape(1, -1)
+    tokens = draw_tokens(
+        model,
+        [_text_segment(model, prompt)],
+        size,
+        seeds=[seed],
+        steps=steps,
+        guidance=guidance,
+        known=known,
+        keep=~redrawn,
+        progress=progress,
+    )
+    return _pictures(model, tokens, size, size)[0]
 
 
 def _text_segment(model: Model, text: str) -> tuple[Text, ...]:
@@ -501,4 +547,4 @@ def _base_generate(
     return whole[0, len(ids) :].tolist()
 
 
-__all__ = ["Cache", "caption", "draw", "generate", "score_names"]
+__all__ = ["caption", "draw", "generate", "inpaint", "score_names"]

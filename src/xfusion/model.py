@@ -425,6 +425,12 @@ class Model(nn.Module):
 
         return draw(self, prompts, **settings)
 
+    def inpaint(self, picture: Any, mask: Any, prompt: str, **settings: Any) -> Any:
+        """A part of a picture drawn anew; see `xfusion.generation.inpaint`."""
+        from xfusion.generation import inpaint
+
+        return inpaint(self, picture, mask, prompt, **settings)
+
     def caption(self, pictures: list[Any], **settings: Any) -> list[str]:
         """Names of pictures; see `xfusion.generation.caption`."""
         from xfusion.generation import caption

@@ -12,6 +12,9 @@ from rich.console import Console
 from xfusion import checkpoint
 from xfusion.apps import demo, report
 from xfusion.data.mixture import MixtureConfig
+from xfusion.data.sources import open_source
+from xfusion.modalities.image import ImageModality
+from xfusion.training.loop import Interrupted
 from xfusion.training.speed import samples_per_second
 from xfusion.training.stages import Recipe, Stage
 
@@ -135,3 +138,131 @@ def test_the_whole_demo_on_a_tiny_base(bases, tmp_path, monkeypatch):
     # And once more: the first run moves aside.
     demo.run(out, 0.05, None, recipe=tiny_recipe(bases["llama"]), encoder=Colours())
     assert (out / "fresh.before" / "pack").is_dir()
+
+
+class Knower:
+    """Draws and names what it was trained on; knows nothing else."""
+
+    capabilities = frozenset({"text", "draw", "caption"})
+    num_new_parameters = 3
+    fingerprint = "weights"
+    image = ImageModality.Config(patch=4, sizes=(16,)).build()
+    backbone = SimpleNamespace(source="wheel:w/Base-1B.Q4_1.gguf", revision=None, fingerprint="base")
+
+    def __init__(self, source):
+        self.pictures = {e.captions[0]: source.picture(i, 16) for i, e in enumerate(source.examples)}
+        self.names = {p.tobytes(): name for name, p in self.pictures.items()}
+
+    def eval(self):
+        return self
+
+    def draw(self, prompts, *, seeds=(), size=None, **settings):
+        white = Image.new("RGB", (16, 16), "white")
+        return [self.pictures.get(p, white) if p != "pizza" else white for p in prompts]
+
+    def caption(self, pictures, **settings):
+        return [self.names.get(p.tobytes(), "<b>unknown</b>") for p in pictures]
+
+    def score_names(self, pictures, names, **settings):
+        return torch.zeros(1 if pictures is None else len(pictures), len(names))
+
+
+def trained(recipe, *, out, source, listener, preview_prompts, **settings):
+    """Stands for `train`: two previews, forty steps."""
+    out.mkdir(parents=True)
+    listener({"event": "start", "step": 0, "dtype": "float32", "threads": 1, "pictures": len(source.examples)})
+    for step in range(40):
+        losses = {"flow_matching": 1 / (1 + step), "next_token": 2 / (1 + step)}
+        listener(
+            {
+                "event": "step",
+                "step": step,
+                "seconds": 1.0 + step,
+                "losses": losses,
+                "samples": 8,
+                "samples_per_second": 80.0,
+            }
+        )
+        if step in (20, 39):
+            path = out / f"{step}.png"
+            Image.new("RGB", (16 * len(preview_prompts), 16), "red").save(path)
+            listener({"event": "preview", "step": step + 1, "path": str(path), "prompts": list(preview_prompts)})
+    listener({"event": "end", "step": 40, "samples": 320, "seconds": 42.0})
+    return Knower(source)
+
+
+PROOF = {"text_identical": True, "checks": [{"name": "logits", "passed": True, "detail": "bit-equal"}]}
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """The demo with its slow parts played."""
+    backbone = SimpleNamespace(
+        **vars(Knower.backbone), special_tokens=(), model=SimpleNamespace(parameters=lambda: iter([torch.zeros(7)]))
+    )
+    monkeypatch.setattr(demo.Backbone, "load", lambda *a, **k: backbone)
+    monkeypatch.setattr(demo, "train", trained)
+    monkeypatch.setattr(demo, "verify", lambda model, progress: PROOF)
+    monkeypatch.setattr(demo, "quick_proof", lambda model: PROOF | {"quick": True})
+    speed = {"samples_per_second": 123.45, "batch": 64, "steps": 20}
+    monkeypatch.setattr(demo, "drawing_speed", lambda *a, **k: speed)
+    monkeypatch.setattr(demo, "MAX_HELD", 6)
+    monkeypatch.setattr(checkpoint, "shipped", list)
+    return monkeypatch
+
+
+def recipe(number):
+    return Recipe(data=f"emoji:{number}", stages=(Stage(mixture=MixtureConfig(draw=16, caption=8)),))
+
+
+@pytest.mark.parametrize("shipped", [False, True])
+def test_what_the_demo_writes(played, tmp_path, shipped):
+    if shipped:
+        played.setattr(demo, "_shipped", lambda backbone: Knower(open_source("emoji:20")))
+        played.setattr(checkpoint, "find", lambda name: name)
+        played.setattr(checkpoint, "read_config", lambda folder: {"training": {"data": "emoji:20"}})
+    told = io.StringIO()
+    console = Console(file=told, width=100, force_terminal=True, color_system="truecolor")
+    out = tmp_path / "demo"
+    metrics = demo.run(out, 1.0, console, seed=3, recipe=recipe(20), encoder=Colours())
+
+    assert json.loads((out / "metrics.json").read_text(encoding="utf-8")) == metrics
+    assert metrics["text_identical"] is True and metrics["minutes_training"] == 0.7
+    assert metrics["joint_samples_per_second"] == 80.0 and metrics["drawing_samples_per_second"] == 123.5
+    assert metrics["tokens_per_image"] == 16 and metrics["codec_psnr_db"] == 100.0 and metrics["seed"] == 3
+    assert metrics["settings"]["ratio_draw_to_caption"] == 2 and metrics["settings"]["recipe"]["seed"] == 3
+    fresh = metrics["fresh"]
+    assert set(report.SCORES) <= set(fresh) and fresh["num_concepts"] == 20
+    assert fresh["fit_caption_exact"] == 1 and fresh["fit_retrieval_pixel_at_1"] == 0.95
+    assert fresh["settings"]["num_held"] == 6 and fresh["held_caption_mrr"] == fresh["held_caption_mrr_blind"]
+    assert (metrics["shipped"] is not None) == (metrics["shipped_spot_check"] is not None) == shipped
+
+    page = (out / "report.html").read_text(encoding="utf-8")
+    flat = " ".join(page.split())
+    # What the page marks are the pictures and answers that were scored.
+    assert "95 %" in page and "19 of 20 are nearest" in flat and "20 of 20 answers" in flat
+    assert "&lt;b&gt;unknown&lt;/b&gt;" in page and "<b>unknown" not in page
+    assert "Base-1B was never shown a picture" in flat and "No claim is made" in flat
+    assert (">shipped<" in page) == shipped
+    assert "bit-identical to the base" in told.getvalue() and "▀" in told.getvalue()
+    assert not list(out.glob(".*"))
+
+
+def test_a_failed_proof_is_not_hidden(played, tmp_path):
+    played.setattr(demo, "verify", lambda model, progress: {**PROOF, "text_identical": False})
+    metrics = demo.run(tmp_path / "demo", recipe=recipe(10), encoder=Colours())
+    assert metrics["text_identical"] is False
+    assert "NOT identical" in (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
+
+
+def test_ctrl_c_keeps_what_was_learned(played, tmp_path):
+    def interrupted(recipe, *, out, **settings):
+        (out / "pack").mkdir(parents=True)
+        raise Interrupted("training stopped at step 7; go on with --resume")
+
+    played.setattr(demo, "train", interrupted)
+    told = io.StringIO()
+    with pytest.raises(Interrupted):
+        demo.run(tmp_path, console=Console(file=told, width=200), recipe=recipe(10), encoder=Colours())
+    assert (tmp_path / "fresh" / "pack").is_dir() and not (tmp_path / "metrics.json").exists()
+    assert "--resume" in told.getvalue()

@@ -130,7 +130,7 @@ def test_the_training_engine_agrees_with_the_reference_path(bases, fusion, famil
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("fusion", "family"), ROWS)
+@pytest.mark.parametrize(("fusion", "family"), [("dual tower, strided", "llama"), ("dual tower", "gemma3")])
 def test_compiled_layers_agree_with_the_reference_path(bases, fusion, family):
     """Losses and gradients; the same graphs serve all layers of a tower."""
     model = make_model(bases[family], fusion)

@@ -101,11 +101,17 @@ def test_a_drawing_is_words_then_a_noised_target_and_a_captioning_a_clean_pictur
     assert int((caption.labels == END).sum()) == 8
 
 
-def test_shapes_stay_fixed_over_a_run():
+def test_shapes_stay_fixed_over_a_run_and_longer_rows_double_the_width(monkeypatch):
     m = mixture()
-    shapes = {tuple(t.shape for t in flat(m.batches(step))) for step in range(60)}
-    assert len(shapes) == 1
-    assert m.widths[0] % 8 == 0 and m.widths[1] % 4 == 0
+    assert len({tuple(t.shape for t in flat(m.batches(step))) for step in range(60)}) == 1
+    monkeypatch.setattr("xfusion.data.mixture.LOOKED_AT", 1)
+    m = mixture(draw=1, caption=2)
+    shortest = m.widths
+    found = {tuple(b.text.count for b in m.batches(step)) for step in range(60)}
+    assert len(found) > 1
+    for counts in found:
+        for count, width in zip(counts, shortest, strict=True):
+            assert count in (width, 2 * width, 4 * width)
 
 
 def test_pictures_are_encoded_once_and_the_oldest_goes_first(monkeypatch):

@@ -213,7 +213,7 @@ def test_wrong_names_are_answered_with_the_nearest():
 def test_a_result_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "metrics.json"
     write_json(path, {"score": 1})
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="JSON"):
         write_json(path, {"score": math.nan})
     assert json.loads(path.read_text()) == {"score": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.json"]

@@ -76,7 +76,7 @@ def test_nothing_is_left_behind(model, quick):
 
 def test_weights_come_back_after_an_error(model):
     before = model.fingerprint
-    with pytest.raises(RuntimeError, match="on purpose"), randomised(model):
+    with pytest.raises(RuntimeError, match="on purpose"), randomised(model):  # noqa: PT012
         assert model.fingerprint != before
         raise RuntimeError("on purpose")
     assert model.fingerprint == before

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from contracts.table import Noise, make_base, make_model, model_config, randomis
 from safetensors.torch import load_file
 
 import xfusion
+import xfusion.fusion.dual_tower as dual_tower
 from xfusion.backbone import Backbone
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.sequence import XFusionError
@@ -486,6 +489,34 @@ def test_previews_are_drawn_by_the_averaged_weights_and_change_nothing(straight,
     drawn = xfusion.load(tmp_path / "pack", backbone=base).draw(["a red apple", "tree"], seed=0)
     assert sheet.size == (32, 16)
     assert sheet.crop((16, 0, 32, 16)).tobytes() == drawn[1].tobytes()
+
+
+class Long(Noise):
+    """Captions of very different lengths."""
+
+    def __init__(self):
+        super().__init__(40)
+        self.examples = tuple(replace(e, captions=("cat " * (1 + i),)) for i, e in enumerate(self.examples))
+
+
+def test_compiled_steps_of_many_widths_stay_within_the_graphs(bases, tmp_path, monkeypatch):
+    """A caption longer than any that was looked at makes another graph; too many graphs would end the run."""
+    torch.compiler.reset()
+    compiled = partial(torch.compile, backend="eager")  # graphs are made and counted, but not translated
+    monkeypatch.setattr(dual_tower.torch, "compile", compiled)
+    dual_tower._compiled_tower_rows.cache_clear()
+    monkeypatch.setattr("xfusion.data.mixture.LOOKED_AT", 1)
+    mixture = MixtureConfig(draw=2, caption=2, pack=1)
+    try:
+        train(bases["llama"], tmp_path, recipe_=recipe(bases["llama"], mixture=mixture), source=Long(), compile=True)
+    finally:
+        dual_tower._compiled_tower_rows.cache_clear()
+        torch.compiler.reset()
+    assert [e["step"] for e in log(tmp_path)] == list(range(12))
+    plain = tmp_path / "plain"
+    train(bases["llama"], plain, recipe_=recipe(bases["llama"], mixture=mixture), source=Long())
+    for one, other in zip(log(tmp_path), log(plain), strict=True):
+        assert one["losses"] == pytest.approx(other["losses"], rel=1e-4)
 
 
 def test_an_empty_source_is_refused_rather_than_replaced(bases, tmp_path):

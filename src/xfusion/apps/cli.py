@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import itertools
 import json
 import os
 import re
@@ -177,16 +178,19 @@ def parse(kind: Any, args: list[str], name: str, **options: Any) -> Any:
 
 
 def _complaint(box: str, kind: Any, name: str, settings: dict[str, Any]) -> str:
-    """One line from the box that tyro draws around an error."""
-    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│╭╮╰╯ \n").rstrip() for line in box.splitlines()]
-    title = lines[0].strip("─ ") if lines else "bad arguments"
-    rule = next((i for i, line in enumerate(lines) if i and line and not line.strip("─")), len(lines))
-    text = " ".join(line for line in lines[1:rule] if line)
+    """One line from the box that tyro draws around an error, with drawn lines or, where stdout is ASCII, with hyphens."""
+    plain = (re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│╭╮╰╯ ") for line in box.splitlines())
+    title, *rest = [line for line in plain if line] or ["bad arguments"]
+    title = title.strip("─ ")
+    while rest and not rest[0].strip("─-"):
+        rest.pop(0)
+    body = itertools.takewhile(lambda line: line.strip("─-"), rest)  # a rule divides the error from help texts
+    text = " ".join(body)
     if title.startswith("Unrecognized"):
         tokens = text.partition(":")[2].replace(",", " ").split()
         unknown = next((t.split("=")[0] for t in tokens if t.startswith("-")), None)
         if unknown is None:
-            return f"{name}: unexpected argument {tokens[0]!r}; see xfusion {name} --help"
+            return f"{name}: unexpected argument {(tokens or [text])[0]!r}; see xfusion {name} --help"
         near = nearest(unknown, _options(kind, settings))
         return f"{name}: unknown option {unknown}{near or f'; see xfusion {name} --help'}"
     if title.startswith("Required"):

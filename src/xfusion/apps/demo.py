@@ -43,10 +43,8 @@ from xfusion.training.speed import drawing_speed, samples_per_second
 from xfusion.training.stages import Recipe
 from xfusion.training.track import Event
 
-RECIPE = "xfusion"
+RECIPE = "xfusion.recipes.xfusion:demo"
 """The recipe of the fresh tower, as `xfusion train` takes it."""
-DATA = "emoji:128"
-"""What the fresh tower learns."""
 SHIPPED = "emoji"
 """The pack that is asked beside it."""
 FIRST = "red apple"
@@ -89,7 +87,7 @@ def run(
     """
     started = time.perf_counter()
     told = _Told(console or Console(quiet=True))
-    recipe = recipe or replace(find(RECIPE)(), data=DATA)
+    recipe = recipe or find(RECIPE)()
     recipe = replace(recipe, seed=seed, model=replace(recipe.model, init_seed=seed))
     told.say(_plan(out, minutes, recipe))
 
@@ -121,7 +119,7 @@ def run(
     except Interrupted:
         told.say(
             f"\nWhat was learned so far is kept: {folder / 'pack'} can draw, and the training goes on with\n"
-            f"  xfusion train {RECIPE} --data {recipe.data} --resume -o {folder}"
+            f"  xfusion train {RECIPE} --resume -o {folder}"
         )
         raise
 

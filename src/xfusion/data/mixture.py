@@ -140,13 +140,19 @@ class Mixture:
         if self.config.draw:
             sequences = self.drawings(step)
             out.append(
-                pack([[s] for s in sequences], text_width=max(self.widths[0], _up(max(map(text_length, sequences)), 8)))
+                pack([[s] for s in sequences], text_width=_fit(self.widths[0], max(map(text_length, sequences))))
             )
         if self.config.caption:
             rows = balance(self.captionings(step), self.config.pack)
-            longest, width = max(sum(map(text_length, row)) for row in rows), self.widths[1]
-            out.append(pack(rows, text_width=width if longest <= width else _up(longest, 8)))
+            out.append(pack(rows, text_width=_fit(self.widths[1], max(sum(map(text_length, row)) for row in rows))))
         return out
+
+
+def _fit(width: int, longest: int) -> int:
+    """The width, doubled until the longest row fits: each width is another compiled graph, so there are few of them."""
+    while width < longest:
+        width = max(8, 2 * width)
+    return width
 
 
 def _up(value: int, multiple: int) -> int:

@@ -72,7 +72,10 @@ def _build(backbone: Backbone, models: list[Model]) -> tuple[bool, str]:
     )
     model = Model(config, backbone).eval()
     models.append(model)
-    return True, f"blocks at layers {', '.join(map(str, model.fusion.state_layers))}, {model.num_new_parameters:,} weights"
+    return (
+        True,
+        f"blocks at layers {', '.join(map(str, model.fusion.state_layers))}, {model.num_new_parameters:,} weights",
+    )
 
 
 def _text(model: Model) -> tuple[bool, str]:

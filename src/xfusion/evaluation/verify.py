@@ -122,9 +122,7 @@ def verify(model: Model, progress: Progress | None = None) -> dict[str, Any]:
         name = "fused stack, new weights randomised"
         found = _read(name, model, model.fused_text_model(), prompts, tell, "fused")
         exact += _compare(name, prompts, expected, found)
-        near.append(
-            _before_a_picture("text before a picture, new weights randomised", model, prompts, expected)
-        )
+        near.append(_before_a_picture("text before a picture, new weights randomised", model, prompts, expected))
     exact.append(_check("new weights restored", model.fingerprint == fingerprint, f"fingerprint {fingerprint[:16]}"))
     same = "{base:.6f} (base), {fused:.6f} (fused), over {n} tokens".format(**perplexity, n=_long(prompts).shape[1])
     exact.append(_check("perplexity", perplexity["base"] == perplexity["fused"], same))
@@ -173,9 +171,7 @@ def _prompts(model: Model) -> list[Prompt]:
         padding = _padding(model)
         rows = [[padding] * (width - len(tokens)) + list(tokens) for tokens in together]
         mask = [[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in together]
-        out.append(
-            Prompt("left-padded batch", torch.tensor(rows, device=device), torch.tensor(mask, device=device))
-        )
+        out.append(Prompt("left-padded batch", torch.tensor(rows, device=device), torch.tensor(mask, device=device)))
     return out
 
 
@@ -252,7 +248,9 @@ def _base_weights(model: Model, fresh: Any) -> dict[str, Any]:
     theirs = dict(fresh.named_parameters())
     changed = [n for n, p in model.backbone.model.named_parameters() if n not in theirs or not bit_equal(p, theirs[n])]
     if changed:
-        return _check("base weights", False, f"{len(changed)} of {len(theirs)} differ from the source, first {changed[0]}")
+        return _check(
+            "base weights", False, f"{len(changed)} of {len(theirs)} differ from the source, first {changed[0]}"
+        )
     if now != recorded:
         return _check("base weights", False, f"fingerprint {now[:16]}, recorded {recorded[:16]}")
     return _check("base weights", True, f"{len(theirs)} tensors as in the source; fingerprint {now[:16]} as recorded")
@@ -270,7 +268,9 @@ def _compare(part: str, prompts: list[Prompt], expected: list[Reading], found: l
         _check(
             f"{part}: logits",
             not logits,
-            f"differ for {', '.join(logits)}" if logits else f"bit-equal at {positions} positions of {len(prompts)} prompts",
+            f"differ for {', '.join(logits)}"
+            if logits
+            else f"bit-equal at {positions} positions of {len(prompts)} prompts",
         ),
         _check(
             f"{part}: greedy tokens",

@@ -57,6 +57,8 @@ def tower_rows(
 @cache
 def _compiled_tower_rows() -> Callable[..., tuple[Tensor, KeysValues, KeysValues | None]]:
     """The work of one tower at one layer, compiled; all layers of a tower share the graphs."""
+    # One graph per tower, kind of batch and text width; at the default limit of 8 a run with several widths would die.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     return torch.compile(tower_rows, fullgraph=True, dynamic=False)
 
 

@@ -8,7 +8,7 @@ import importlib.util
 import pkgutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from xfusion.data.sequence import XFusionError
 from xfusion.model import Model
@@ -52,10 +52,10 @@ def find(name: str) -> Callable[..., Recipe]:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise XFusionError(f"recipe {name!r} is not one of {', '.join(names())}{hint}")
         module, function = importlib.import_module(f"xfusion.recipes.{name}"), name
-    found = getattr(module, function, None)
-    if found is None or not callable(found):
+    found: Any = getattr(module, function, None)
+    if not callable(found):
         raise XFusionError(f"recipe {name!r}: {where} has no function {function!r}")
-    return found
+    return cast("Callable[..., Recipe]", found)
 
 
 def train(recipe: Recipe | str, **settings: Any) -> Model:

@@ -31,7 +31,12 @@ def samples_per_second(steps: Iterable[Event], *, warm: int = WARM_STEPS) -> flo
 
 
 def drawing_speed(
-    recipe: Recipe, *, source: Source | None = None, backbone: Backbone | None = None, steps: int = 20
+    recipe: Recipe,
+    *,
+    source: Source | None = None,
+    backbone: Backbone | None = None,
+    steps: int = 20,
+    compile: bool = True,
 ) -> dict[str, Any]:
     """Train only drawing for a few steps, by the same loop, batch, precision and compiled blocks as a real run.
 
@@ -40,6 +45,7 @@ def drawing_speed(
         source: an opened source instead of the recipe's data.
         backbone: an already loaded base.
         steps: measured steps, after ten of warm-up.
+        compile: compile the per-layer work, as `train` does.
 
     Returns:
         ``samples_per_second``, ``batch`` (drawings per optimiser step) and ``steps``.
@@ -58,6 +64,7 @@ def drawing_speed(
             out=folder,
             source=source,
             backbone=backbone,
+            compile=compile,
             preview_every=0,
             checkpoint_every=float("inf"),
             listener=events.append,

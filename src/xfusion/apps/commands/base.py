@@ -111,10 +111,7 @@ def table(rows: list[tuple[str, str]], indent: str = "") -> str:
 
 def size_text(count: float) -> str:
     """Bytes for people: ``12.3 MB``."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            break
-        count /= 1000
-    else:
-        unit = "TB"
+    unit, *larger = ("bytes", "kB", "MB", "GB", "TB")
+    while count >= 1000 and larger:
+        count, unit = count / 1000, larger.pop(0)
     return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"

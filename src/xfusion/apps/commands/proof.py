@@ -37,7 +37,7 @@ class Verify(Verb):
         check_device(self.device)
         model = load_model(self.model, device=self.device, trust=self.trust)
         with progress(people) as tell:
-            result = {"model": self.model} | verify(model, tell)
+            result: dict[str, Any] = {"model": self.model} | verify(model, tell)
         if self.out:
             write_json(self.out, result)
         rows = [("ok" if c["passed"] else "FAILED", f"{c['name']}: {c['detail']}") for c in result["checks"]]

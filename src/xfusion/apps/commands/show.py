@@ -13,7 +13,6 @@ from xfusion.apps.commands.base import Answer, UsageError, Verb, load_model, pac
 
 if TYPE_CHECKING:
     from xfusion.model import Model
-    from xfusion.training.stages import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +32,7 @@ class Show(Verb):
 
         folder = pack_folder(self.name)
         known = names()
+        data: dict[str, Any]
         if self.name in known or ":" in self.name:
             recipe = find(self.name)()
             data = {"name": self.name, "kind": "recipe"} | describe(build(recipe.model))
