@@ -204,6 +204,12 @@ def test_a_failed_proof_is_the_headline():
     assert "0 of 1 checks" in Page(page).text
 
 
+def test_the_headline_does_not_boast():
+    poor = metrics() | {"fresh": pack(fit_retrieval_pixel_at_1=0.04)}
+    assert "model is learning to draw" in report.render(story(metrics=poor))
+    assert "model learned to draw" in report.render(story())
+
+
 def test_the_fresh_tower_alone():
     alone = metrics() | {"shipped": None, "commit": None}
     concepts = [replace(c, shipped=None, shipped_answer=None) for c in story().concepts]

@@ -211,6 +211,11 @@ def test_balance_loses_nothing_and_evens_out(sample, per_row):
     assert max(lengths) - min(lengths) <= max(single) - min(single)
 
 
+def test_the_longest_stands_with_the_shortest():
+    rows = balance([Sequence(segments=(Text(ids=(1,) * count),)) for count in (1, 10, 2, 9)], 2)
+    assert sorted(sorted(map(text_length, row)) for row in rows) == [[1, 10], [2, 9]]
+
+
 # ------------------------------------------------------------------------------------------------------------ tables
 
 

@@ -188,3 +188,15 @@ def test_a_real_language_model(assets, quick):
     assert verify(model)["passed"]
     flip(backbone.layers[3].mlp.up_proj.weight, index=11)
     assert verify(model)["text_identical"] is False
+
+
+def test_a_fast_path_that_is_not_the_reference_is_found(folder, monkeypatch):
+    right = DualTower.layer
+
+    def wrong(self, index, frozen, call, run):
+        out = right(self, index, frozen, call, run)
+        return out if index or not run.media else out | {run.media: out[run.media] * 1.01}
+
+    monkeypatch.setattr(DualTower, "layer", wrong)
+    found = check_base(Backbone.load(str(folder)), lambda *_: None)
+    assert [check["passed"] for check in found["checks"]] == [True, True, False, True]

@@ -191,6 +191,8 @@ def _head(story: Story) -> str:
         if same
         else ("Its text is NOT identical to before.", "Something changed what the model says:")
     )
+    able = all((fresh[name] or 0) >= 0.5 for name in ("fit_retrieval_pixel_at_1", "fit_caption_exact"))
+    verb = "learned" if able else "is learning"
     good = sum(c["passed"] for c in passed)
     tiles = (
         (
@@ -202,7 +204,7 @@ def _head(story: Story) -> str:
         (number(m["joint_samples_per_second"]), f"samples/s; drawing alone {number(m['drawing_samples_per_second'])}"),
     )
     return f"""<header>
-<h1>A frozen language model learned to see and to draw</h1>
+<h1>A frozen language model {verb} to draw and to name emoji</h1>
 <p class="lead">{text(_base_name(m["base"]["source"]))} was never shown a picture. Beside its
 {_million(m["num_frozen_parameters"])} frozen weights stand {_million(m["num_new_parameters"])} new ones
 ({percent(share)}), trained for {m["minutes_training"]:.1f} minutes on {text(_where(m["machine"]))} to draw
