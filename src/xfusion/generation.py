@@ -15,6 +15,7 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
+from xfusion.backbone import Cache
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Audio, Batch, Image, Media, MediaRows, Rows, Sequence, Text, XFusionError
 from xfusion.data.templates import question_text
@@ -26,6 +27,8 @@ Progress = Callable[[int, int, Tensor | None], None]
 MAX_PROMPT_TOKENS = 2048
 BATCH = 64
 """Items per forward pass when many are asked for."""
+LENGTH_GROUPS = 4
+"""Groups of like length that candidate answers are scored in."""
 
 Segment = str | PILImage.Image | Image | Audio
 
@@ -350,20 +353,22 @@ def score_names(
     """
     end = model.backbone.end_ids[0]
     answers = [(*model.backbone.encode(name), end) for name in names]
-    longest = max(map(len, answers))
-    ids = torch.tensor([[*a[:-1], *[0] * (longest - len(a))] for a in answers])
-    labels = torch.tensor([[*a, *[-1] * (longest - len(a))] for a in answers])
+    ranked = sorted(range(len(answers)), key=lambda i: len(answers[i]))
+    width = -(-len(ranked) // LENGTH_GROUPS)  # names of like length go through together: less padding
+    groups = [ranked[start : start + width] for start in range(0, len(ranked), width)]
     media = _media_segment(model, pictures) if pictures is not None else [None]
-    out = []
+    out = torch.empty(len(media), len(names))
     for done, item in enumerate(media, start=1):
-        out.append(_score_one(model, item, ids, labels))
+        cache, first = _before_answers(model, item)
+        for group in groups:
+            out[done - 1, group] = _mean_likelihood(model, cache, first, [answers[i] for i in group])
         if progress:
             progress(done, len(media))
-    return torch.stack(out)
+    return out
 
 
-def _score_one(model: Model, item: Media | None, ids: Tensor, labels: Tensor) -> Tensor:
-    count, length = labels.shape
+def _before_answers(model: Model, item: Media | None) -> tuple[Cache, Tensor]:
+    """Keys and values of a picture and its [EOI], and the log-probabilities ``[V]`` of the first token behind it."""
     blank = Media(tokens=torch.zeros(1, model.image.token_width), grid=(1, 1))
     batch = pack([[Sequence(segments=(item or blank, Text(ids=())))]])
     if item is None:  # the end-of-media row alone, as if the picture were not there
@@ -372,7 +377,15 @@ def _score_one(model: Model, item: Media | None, ids: Tensor, labels: Tensor) ->
         )
     cache = model.backbone.new_cache(model.fusion.num_towers, 1)
     hidden, run = model.run_pass(batch, cache=cache, update=True)
-    first = model.engine.backbone.logits(hidden[:, run.slices["text"]][:, -1:]).float().log_softmax(dim=-1)[0, 0]
+    logits = model.engine.backbone.logits(hidden[:, run.slices["text"]][:, -1:])
+    return cache, logits.float().log_softmax(dim=-1)[0, 0]
+
+
+def _mean_likelihood(model: Model, cache: Cache, first: Tensor, answers: Seq[tuple[int, ...]]) -> Tensor:
+    """Mean log-likelihood per token of each answer behind a cached beginning, ``[answers]``."""
+    count, length = len(answers), max(map(len, answers))
+    ids = torch.tensor([[*a[:-1], *[0] * (length - len(a))] for a in answers], dtype=torch.int64)
+    labels = torch.tensor([[*a, *[-1] * (length - len(a))] for a in answers])
     total = first[labels[:, 0]]
     if length > 1:
         offset = torch.arange(1, length)
