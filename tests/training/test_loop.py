@@ -503,7 +503,7 @@ def test_compiled_steps_of_many_widths_and_models_stay_within_the_graphs(bases, 
     """A caption longer than any that was looked at makes another graph, another tower makes its own: no run may die."""
     base, mixture = bases["llama"], MixtureConfig(draw=2, caption=2, pack=1)
     torch.compiler.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 3)  # the library raises it
     monkeypatch.setattr(
         dual_tower.torch, "compile", partial(torch.compile, backend="eager")
     )  # graphs, not machine code
