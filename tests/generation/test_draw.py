@@ -3,7 +3,7 @@
 import numpy
 import pytest
 import torch
-from contracts.table import ROWS, SIDE, TOKEN_WIDTH, make_model, model_config, picture, randomise, words
+from contracts.table import ROWS, SIDE, TOKEN_WIDTH, Noise, make_model, model_config, picture, randomise, words
 from PIL import Image as PILImage
 
 import xfusion
@@ -187,3 +187,24 @@ def test_the_output_has_the_size_that_was_asked_for(two_sizes):
     resized = two_sizes.draw(["a cat"], size=80, steps=2)[0]
     assert resized.size == (80, 80)
     assert apart(native.resize((80, 80), PILImage.Resampling.BICUBIC), resized) <= 2
+
+
+# -------------------------------------------------------------------------------------------------------- inpainting
+
+
+def test_a_part_is_drawn_anew_and_the_rest_keeps_its_pixels(model):
+    known = Noise().picture(0, SIDE)
+    mask = PILImage.new("L", (SIDE, SIDE), 0)
+    mask.putpixel((6, 9), 255)  # one pixel marks its whole token: columns 4 to 7, rows 8 to 11
+    found = numpy.asarray(model.inpaint(known, mask, "a red apple", seed=1, steps=3)).astype(int)
+    changed = (found != numpy.asarray(known)).any(axis=2)
+    assert changed[8:12, 4:8].any()
+    changed[8:12, 4:8] = False
+    assert not changed.any()
+    nothing = model.inpaint(known, PILImage.new("L", (SIDE, SIDE), 0), "a red apple", steps=2)
+    assert nothing.tobytes() == known.tobytes()
+
+
+def test_a_mask_of_another_size_is_refused(model):
+    with pytest.raises(XFusionError, match=r"the picture has \(16, 16\) pixels, the mask \(8, 8\)"):
+        model.inpaint(Noise().picture(0, SIDE), PILImage.new("L", (8, 8)), "a")
