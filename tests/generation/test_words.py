@@ -10,7 +10,7 @@ from PIL import Image as PILImage
 import xfusion
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Media, Sequence, Text, XFusionError
-from xfusion.data.templates import question_text
+from xfusion.data.templates import opened, question_text
 
 PICTURES = [Noise().picture(i, 16) for i in range(4)]
 
@@ -27,7 +27,7 @@ def media_of(model, picture):
 @torch.no_grad()
 def logits_after(model, segments):
     """Logits of every text row behind the last picture, by one uncached pass on the reference path."""
-    batch = pack([[Sequence(segments=segments)]])
+    batch = pack([[Sequence(segments=opened(model.backbone.begin_ids, segments))]])
     with model.using(model.reference_engine()):
         hidden, run = model.run_pass(batch)
         return model.engine.backbone.logits(hidden[:, run.slices["text"]])[0]

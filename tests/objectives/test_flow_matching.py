@@ -174,15 +174,17 @@ def test_velocity_and_clean_estimate_follow_from_any_prediction(prediction):
         torch.testing.assert_close(objective.clean(head, x, time), clean)
 
 
+@pytest.mark.parametrize("shift", [1.0, 12.0, 0.5])
 @pytest.mark.parametrize("steps", [1, 4, 25])
-def test_steps_and_signs_are_diffusers_euler_scheduler(steps):
+def test_steps_and_signs_are_diffusers_euler_scheduler(steps, shift):
     def head(x, time):
         return torch.tanh(x) * (1 + time) - 0.3
 
     x = noise = torch.randn(2, 4, 5, generator=generator())
-    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(sigmas=numpy.linspace(1, 1 / steps, steps).tolist())
-    for t, (ours, _) in zip(scheduler.timesteps, walk(build(), head, noise, steps=steps), strict=True):
+    seen = walk(build(sampling_shift=shift), head, noise, steps=steps)
+    for t, (ours, _) in zip(scheduler.timesteps, seen, strict=True):
         x = scheduler.step(head(x, float(t) / 1000), t, x).prev_sample
         torch.testing.assert_close(ours, x, rtol=0, atol=1e-5)
     clean = torch.rand(2, 4, 5, generator=generator(1))
@@ -214,6 +216,11 @@ def test_known_tokens_stand_at_their_noise_level_and_exactly_at_the_end():
         torch.testing.assert_close(x[keep], ((1 - t) * known + t * noise)[keep])
         torch.testing.assert_close(x[~keep], noise[~keep] - step / 5)
     assert torch.equal(seen[-1][0][keep], known[keep])
+
+
+def test_a_shift_that_walks_nowhere_is_refused():
+    with pytest.raises(XFusionError, match="sampling_shift 0 must be above 0"):
+        build(sampling_shift=0.0)
 
 
 def test_no_steps_are_refused():

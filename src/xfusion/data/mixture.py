@@ -45,6 +45,7 @@ class Mixture:
         image: turns pictures into tokens.
         size: side in pixels.
         encode: the base's tokenizer.
+        begin: the base's beginning of text, which stands before words that open a sequence.
         end: the base's end token.
         config: samples per step.
         seed: of order and wordings.
@@ -59,6 +60,7 @@ class Mixture:
         image: ImageModality,
         size: int,
         encode: Encode,
+        begin: tuple[int, ...],
         end: int,
         config: MixtureConfig,
         seed: int,
@@ -70,7 +72,7 @@ class Mixture:
         if config.draw + config.caption == 0:
             raise XFusionError("draw and caption are both 0: there is nothing to learn")
         self.source, self.image, self.size, self.config, self.seed = source, image, size, config, seed
-        self.encode, self.end = encode, end
+        self.encode, self.begin, self.end = encode, begin, end
         rows, columns = image.grid(size)
         self.grid = (rows, columns)
         self._tokens: OrderedDict[int, Tensor] = OrderedDict()
@@ -81,7 +83,7 @@ class Mixture:
         """Tokens ``[M, P]`` of a picture, encoded once."""
         if index not in self._tokens:
             picture = self.source.picture(index, self.size)
-            self._tokens[index] = self.image.encode([picture], self.size)[0]
+            self._tokens[index] = self.image.encode([picture], self.size)[0].cpu()
             if len(self._tokens) > self._kept:
                 self._tokens.popitem(last=False)
         return self._tokens[index]
@@ -109,7 +111,7 @@ class Mixture:
         rng, count = random.Random(f"{self.seed}/draw/words/{step}"), self.config.draw
         words = self.config.templates.drawing_words
         return [
-            drawing(self.ids, words(self.source.examples[i], rng), self.tokens(i), self.grid)
+            drawing(self.ids, self.begin, words(self.source.examples[i], rng), self.tokens(i), self.grid)
             for i in self.order("draw", step * count, count)
         ]
 
@@ -130,9 +132,10 @@ class Mixture:
     def widths(self) -> tuple[int, int]:
         """Text positions of a drawing and of a packed captioning row that nearly all steps fit: shapes stay fixed."""
         steps = range(LOOKED_AT)
-        draw = [text_length(s) for step in steps for s in self.drawings(step)]
-        packed = [row for step in steps for row in balance(self.captionings(step), self.config.pack)]
-        return _up(max(draw, default=0), 8), _up(max((sum(map(text_length, row)) for row in packed), default=0), 4)
+        draw = [max(map(text_length, self.drawings(step)), default=0) for step in steps]
+        packed = [balance(self.captionings(step), self.config.pack) for step in steps]
+        longest = [max((sum(map(text_length, row)) for row in rows), default=0) for rows in packed]
+        return _up(_most(draw), 4), _up(_most(longest), 4)
 
     def batches(self, step: int) -> list[Batch]:
         """The batches of a step, a pure function of the step."""
@@ -146,6 +149,11 @@ class Mixture:
             rows = balance(self.captionings(step), self.config.pack)
             out.append(pack(rows, text_width=_fit(self.widths[1], max(sum(map(text_length, row)) for row in rows))))
         return out
+
+
+def _most(values: list[int]) -> int:
+    """The value that nine tenths do not exceed: one rare long caption shall not make every step wide."""
+    return sorted(values)[(9 * len(values) - 1) // 10]
 
 
 def _fit(width: int, longest: int) -> int:

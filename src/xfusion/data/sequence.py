@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -131,6 +131,10 @@ class Rows:
         """The batch rows ``rows`` (int64 ``[k]``), e.g. to repeat a batch for guidance."""
         return Rows(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
+    def to(self, device: torch.device | str) -> Rows:
+        """The tables on a device."""
+        return _moved(self, device)
+
 
 def visible(query: Rows, key: Rows, window: int | None = None) -> Tensor:
     """Which keys each query may attend to: causal over a sequence, both ways inside a media item.
@@ -188,6 +192,10 @@ class MediaRows:
         spread = per_item[self.item.clamp(min=0)]
         return torch.where(self.item >= 0, spread, torch.full_like(spread, fill))
 
+    def to(self, device: torch.device | str) -> MediaRows:
+        """The rows on a device."""
+        return _moved(self, device)
+
 
 @dataclass(kw_only=True)
 class Batch:
@@ -208,6 +216,17 @@ class Batch:
     def with_media(self, modality: str, **changes) -> Batch:
         """A derived batch in which some fields of one modality's rows are replaced."""
         return replace(self, media={**self.media, modality: replace(self.media[modality], **changes)})
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on a device."""
+        moved = _moved(self, device)
+        return replace(moved, media={name: rows.to(device) for name, rows in self.media.items()})
+
+
+def _moved(tables: Any, device: torch.device | str) -> Any:
+    """A copy of a dataclass whose tensors and tables lie on a device."""
+    values = ((f.name, getattr(tables, f.name)) for f in fields(tables))
+    return replace(tables, **{name: v.to(device) for name, v in values if isinstance(v, (Tensor, Rows))})
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -31,9 +31,9 @@ class Templates:
 
     caption_dropout: float = 0.1
     """Share of drawing samples without words, for classifier-free guidance."""
-    article_share: float = 0.25
+    article_share: float = 0.1
     """Share of drawing samples that say ``a red apple`` instead of ``red apple``."""
-    other_wordings: float = 0.25
+    other_wordings: float = 0.1
     """Share of drawing samples that use another wording than the first, where there is one."""
     question_share: float = 0.1
     """Share of captioning samples that ask a question between the picture and the answer."""
@@ -56,15 +56,32 @@ Encode = Callable[[str], tuple[int, ...]]
 """Text -> token ids, by the base's tokenizer."""
 
 
-def drawing(encode: Encode, words: str, tokens: Tensor, grid: tuple[int, int]) -> Sequence:
-    """Words, then the picture to learn."""
-    picture = Media(tokens=tokens, grid=grid, state="noised", has_loss=True)
+def opened(begin: tuple[int, ...], context: tuple[Text | Media, ...]) -> tuple[Text | Media, ...]:
+    """A context whose first words stand behind the base's own beginning of text.
+
+    A decoder makes its first position an attention sink: from the middle layers on, all first tokens have nearly the
+    same state, so that a word which stood there could not be told from another (docs/training_log.md). A context that
+    opens with a picture has its trainable [BOI] there; nothing at all stays nothing.
+    """
+    if not context or not isinstance(context[0], Text):
+        return context
+    return (replace(context[0], ids=(*begin, *context[0].ids)), *context[1:])
+
+
+def drawing(encode: Encode, begin: tuple[int, ...], words: str, tokens: Tensor, grid: tuple[int, int]) -> Sequence:
+    """Words, then the picture to learn; without words the picture alone."""
     ids = encode(words)
-    return Sequence(segments=(Text(ids=ids), picture) if ids else (picture,))
+    picture = Media(tokens=tokens, grid=grid, state="noised", has_loss=True)
+    return Sequence(segments=(*opened(begin, (Text(ids=ids),) if ids else ()), picture))
 
 
 def captioning(
-    encode: Encode, end: int, tokens: Tensor, grid: tuple[int, int], answer: str, question: str = ""
+    encode: Encode,
+    end: int,
+    tokens: Tensor,
+    grid: tuple[int, int],
+    answer: str,
+    question: str = "",
 ) -> Sequence:
     """A clean picture, perhaps a question, and the answer to learn, closed by the base's own end token."""
     asked = encode(question_text(question))

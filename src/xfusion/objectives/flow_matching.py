@@ -42,11 +42,17 @@ class FlowMatching(Objective):
         largest_weight: float = 100.0
         """Clean prediction is weighted by t^-2 (that makes it a velocity error), at most by this."""
 
+        sampling_shift: float = 1.0
+        """Sampling takes equal steps in s and visits t = shift s / (1 + (shift - 1) s): above 1 it lingers at noisy levels
+        (Esser et al. 2024, equation 23). A model that was trained with a mean above 0 knows little of clean levels."""
+
         def build(self) -> FlowMatching:
             """The objective."""
             return FlowMatching(self)
 
     def __init__(self, config: Config):
+        if not config.sampling_shift > 0:
+            raise XFusionError(f"sampling_shift {config.sampling_shift:g} must be above 0; 1 takes equal steps of t")
         self.config = config
         self.weight = config.weight
 
@@ -67,8 +73,10 @@ class FlowMatching(Objective):
         for modality, media in batch.media.items():
             if not bool(media.noised.any()):
                 continue
-            time = torch.where(media.noised, self.draw_time(len(media.noised), generator), torch.zeros(()))
-            noise = torch.randn(media.tokens.shape, generator=generator)
+            # Drawn on the CPU, so that a seed means the same on every device.
+            drawn = self.draw_time(len(media.noised), generator).to(media.time.device)
+            time = torch.where(media.noised, drawn, torch.zeros_like(drawn))
+            noise = torch.randn(media.tokens.shape, generator=generator).to(media.tokens.device)
             level = media.at(time)[:, :, None]
             tokens = self.mix(media.tokens, noise, level)
             if self.config.prediction == "noise":
@@ -107,6 +115,11 @@ class FlowMatching(Objective):
 
     # -- sample
 
+    def shifted(self, time: float) -> float:
+        """Where a walk of equal steps stands at ``time``; 0 and 1 stay."""
+        shift = self.config.sampling_shift
+        return shift * time / (1 + (shift - 1) * time)
+
     def velocity(self, prediction: Tensor, x: Tensor, time: float) -> Tensor:
         """``v`` from what the head predicts at ``x_t``."""
         if self.config.prediction == "velocity":
@@ -128,7 +141,7 @@ class FlowMatching(Objective):
         known: Tensor | None = None,
         keep: Tensor | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Walk from noise to clean by Euler steps of equal size.
+        """Walk from noise to clean by Euler steps, as dense as ``sampling_shift`` says.
 
         Args:
             predict: head output at ``(x_t [N, M, P], t)``, guidance included.
@@ -144,10 +157,10 @@ class FlowMatching(Objective):
             raise XFusionError(f"steps {steps} must be at least 1")
         x = noise
         for step in range(steps):
-            time, following = 1 - step / steps, 1 - (step + 1) / steps
+            time, following = self.shifted(1 - step / steps), self.shifted(1 - (step + 1) / steps)
             prediction = predict(x, time)
             estimate = self.clean(prediction, x, time)
             x = x + (following - time) * self.velocity(prediction, x, time)
             if known is not None and keep is not None:
-                x = torch.where(keep[..., None], self.mix(known, noise, torch.tensor(following)), x)
+                x = torch.where(keep[..., None], self.mix(known, noise, torch.tensor(following, device=x.device)), x)
             yield x, estimate

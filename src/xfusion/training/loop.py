@@ -54,6 +54,7 @@ def train(
     resume: bool = False,
     from_pack: str | None = None,
     backbone: Backbone | None = None,
+    device: torch.device | str = "cpu",
     compile: bool = True,
     dtype: torch.dtype | None = None,
     preview_prompts: tuple[str, ...] | None = None,
@@ -75,7 +76,8 @@ def train(
             down, and everything after is by step. Takes one stage.
         resume: go on where the run of this folder stopped, with the next batch.
         from_pack: start from this pack's weights.
-        backbone: an already loaded base.
+        backbone: an already loaded base; its device is the run's.
+        device: where the base is loaded to, where none is given.
         compile: compile the per-layer work.
         dtype: compute type; None chooses by device and says why.
         preview_prompts: what previews draw (None: the first captions of the data).
@@ -97,7 +99,7 @@ def train(
             f"--minutes takes a recipe of one stage, this one has {len(recipe.stages)}: give steps instead"
         )
     run = _Run(recipe, Path(out), minutes, compile, preview_prompts, preview_every, checkpoint_every)
-    run.prepare(source, allow_bad, resume, from_pack, backbone, dtype, console, listener)
+    run.prepare(source, allow_bad, resume, from_pack, backbone, device, dtype, console, listener)
     try:
         return run.go()
     finally:
@@ -139,6 +141,7 @@ class _Run:
         resume: bool,
         from_pack: str | None,
         backbone: Backbone | None,
+        device: torch.device | str,
         dtype: torch.dtype | None,
         console: Console | None,
         listener: Listener | None,
@@ -150,6 +153,8 @@ class _Run:
             raise XFusionError(f"{self.out} holds no run to resume (no state/{PLAN}); leave --resume out to start one")
         if not resume and (state / PLAN).is_file():
             raise XFusionError(f"{self.out} already holds a run: pass --resume to go on, or name another folder")
+        base = self.recipe.model.backbone
+        backbone = backbone or Backbone.load(base.source, revision=base.revision, device=device)
         self.model = model = self._model(from_pack, backbone)
         if source is None:
             source = open_source(self.recipe.data, allow_bad=allow_bad, special_tokens=model.backbone.special_tokens)
@@ -172,6 +177,7 @@ class _Run:
                 model.image,
                 self.size,
                 model.backbone.encode,
+                model.backbone.begin_ids,
                 model.backbone.end_ids[0],
                 stage.mixture,
                 self.recipe.seed,
@@ -180,15 +186,20 @@ class _Run:
         ]
         self._announce(reason, chosen)
 
-    def _model(self, from_pack: str | None, backbone: Backbone | None) -> Model:
+    def _model(self, from_pack: str | None, backbone: Backbone) -> Model:
+        wanted = self.recipe.model
         if from_pack is None:
-            return build(self.recipe.model, backbone)
+            return build(wanted, backbone)
         model = checkpoint.load(from_pack, backbone=backbone)
-        if model.config != self.recipe.model:
+        # Which noise levels and weights a run trains with is its own choice; what the weights mean is not.
+        media = replace(wanted.media, prediction=model.config.media.prediction)
+        kept = replace(model.config, text=wanted.text, media=media)
+        if kept != wanted:
             raise XFusionError(
-                f"the pack {from_pack} was built otherwise than this recipe: {_difference(model.config, self.recipe.model)};"
+                f"the pack {from_pack} was built otherwise than this recipe: {_difference(kept, wanted)};"
                 " give the same settings to adapt it"
             )
+        model.set_objectives(wanted.text, wanted.media)
         return model
 
     def _announce(self, reason: str, dtype: torch.dtype) -> None:

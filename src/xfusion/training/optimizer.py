@@ -71,7 +71,9 @@ class Optimizer:
                 parameter.copy_(state[f"weight.{name}"])
                 average.copy_(state[f"average.{name}"])
                 kept = {
-                    key: state[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in state
+                    key: state[f"{key}.{name}"].to(parameter.device)
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                    if f"{key}.{name}" in state
                 }
                 if kept:
                     self.adamw.state[parameter] = dict(kept)

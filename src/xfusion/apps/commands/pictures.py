@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from rich.console import Console
 
-from xfusion.apps.commands.base import Answer, UsageError, Verb, check_device, load_model, progress, written
+from xfusion.apps.commands.base import Answer, UsageError, Verb, choose_device, load_model, progress, written
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -92,7 +92,7 @@ class Generate(Verb):
             raise UsageError(f"--guidance {self.guidance}: give a number, such as 3; 1 is off")
         if any("\ud800" <= character <= "\udfff" for character in self.prompt):
             raise UsageError("the prompt is not valid UTF-8 text")
-        check_device(self.device)
+        choose_device(self.device)
 
     def _notes(self, native: int, wanted: int) -> list[str]:
         notes = []
@@ -204,7 +204,7 @@ class Caption(Verb):
             raise UsageError("name at least one picture file to caption")
         if self.max_tokens < 1:
             raise UsageError(f"--max-tokens {self.max_tokens}: at least 1")
-        check_device(self.device)
+        choose_device(self.device)
         opened = [pictures.read(Path(image)) for image in self.images]
         model = load_model(self.model, device=self.device, trust=self.trust)
         begun, answers = time.perf_counter(), []

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from xfusion.apps.commands.base import Answer, UsageError, Verb, check_device, load_model, progress, table
+from xfusion.apps.commands.base import Answer, UsageError, Verb, choose_device, load_model, progress, table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Verify(Verb):
         from xfusion.evaluation.run import write_json
         from xfusion.evaluation.verify import verify
 
-        check_device(self.device)
+        choose_device(self.device)
         model = load_model(self.model, device=self.device, trust=self.trust)
         with progress(people) as tell:
             result: dict[str, Any] = {"model": self.model} | verify(model, tell)
@@ -76,7 +76,7 @@ class Evaluate(Verb):
         from xfusion.evaluation.run import evaluate, suite_names
 
         settings = dict(_setting(text) for text in self.set)
-        check_device(self.device)
+        choose_device(self.device)
         if self.suite not in suite_names():
             evaluate(None, self.suite)  # says so, before a model is loaded
         model = load_model(self.model, device=self.device, trust=self.trust)

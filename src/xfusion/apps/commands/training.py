@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from rich.console import Console
 
-from xfusion.apps.commands.base import Answer, UsageError, Verb, check_device, size_text, table
+from xfusion.apps.commands.base import Answer, UsageError, Verb, choose_device, size_text, table
 
 if TYPE_CHECKING:
     from xfusion.training.stages import Recipe
@@ -59,6 +59,7 @@ class Train(Verb):
             steps=self.steps,
             resume=self.resume,
             from_pack=self.from_pack,
+            device=choose_device(self.device),
             allow_bad=self.allow_bad,
             preview_prompts=self.preview or None,
             preview_every=self.preview_every,
@@ -81,7 +82,7 @@ class Train(Verb):
         return self.out or Path("runs") / self.recipe.rpartition(":")[2]
 
     def _check(self) -> None:
-        check_device(self.device)
+        choose_device(self.device)
         if self.minutes is not None and self.steps is not None:
             raise UsageError("give --minutes or --steps, not both")
         if self.minutes is not None and not 0 < self.minutes < float("inf"):

@@ -1,0 +1,88 @@
+"""The same code on another device: what is moved, and, where there is a GPU, that it says what the CPU says."""
+
+import copy
+from dataclasses import fields, is_dataclass
+
+import pytest
+import torch
+from contracts.table import Noise, make_base, make_model, mixed_sequences, model_config, picture, words
+from PIL import Image as PILImage
+from torch import Tensor
+
+from xfusion.backbone import Backbone
+from xfusion.data.mixture import MixtureConfig
+from xfusion.data.pack import pack
+from xfusion.generation import draw_tokens
+from xfusion.training.loop import train
+from xfusion.training.stages import Recipe, Stage
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: what runs on one is not tested here")
+
+
+def tensors(value):
+    """All tensors in a dataclass, a dict or a list, however deep."""
+    if isinstance(value, Tensor):
+        yield value
+    elif is_dataclass(value):
+        for f in fields(value):
+            yield from tensors(getattr(value, f.name))
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from tensors(inner)
+
+
+def test_a_moved_batch_leaves_nothing_behind():
+    batch = pack([[s] for s in mixed_sequences().values()])
+    clean = batch.media["image"].tokens.clone()
+    batch = batch.with_media("image", clean=clean)
+    moved = batch.to("meta")
+    assert len(list(tensors(moved))) == len(list(tensors(batch))) > 20
+    assert {t.device.type for t in tensors(moved)} == {"meta"}
+    assert {t.device.type for t in tensors(batch)} == {"cpu"}
+    assert (moved.num_sequences, moved.text_reads_media) == (batch.num_sequences, batch.text_reads_media)
+
+
+def test_words_that_open_a_sequence_stand_behind_the_bases_own_beginning(bases):
+    base = bases["llama"]
+    assert base.begin_ids == (base.tokenizer.bos_token_id,) and base.begin_ids[0] not in base.end_ids
+    without = copy.deepcopy(base.tokenizer)
+    without.bos_token = None
+    other = Backbone(base.model, without, base.source)
+    assert other.begin_ids == (without.eos_token_id,)  # what stands between two texts
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """One base on both devices."""
+    folder = str(make_base("llama", tmp_path_factory.mktemp("llama")))
+    return Backbone.load(folder), Backbone.load(folder, device="cuda")
+
+
+@needs_gpu
+def test_a_gpu_draws_captions_and_scores_what_the_cpu_does(pair):
+    cpu, gpu = (make_model(base) for base in pair)
+    gpu.load_state_dict(cpu.state_dict())
+    contexts = [(words(4, 1),), (), (words(2, 2), picture((4, 4), 3))]
+    settings = {"seeds": [3, 4, 5], "steps": 4, "guidance": 2.0}
+    drawn = [draw_tokens(m, contexts, m.image.sizes[0], **settings) for m in (cpu, gpu)]
+    assert drawn[1].device.type == "cuda"
+    torch.testing.assert_close(drawn[1].cpu(), drawn[0], rtol=1e-3, atol=1e-3)
+    pictures = [PILImage.new("RGB", (16, 16), color) for color in ("red", "white")]
+    assert gpu.caption(pictures, max_tokens=5) == cpu.caption(pictures, max_tokens=5)
+    names = ["a red apple", "tree"]
+    torch.testing.assert_close(gpu.score_names(pictures, names), cpu.score_names(pictures, names), rtol=1e-3, atol=1e-3)
+
+
+@needs_gpu
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_gpu_trains_as_the_cpu_does(pair, tmp_path, compile):
+    found = []
+    for base in pair:
+        out, losses = tmp_path / base.device.type, []
+        stage = Stage(steps=4, warmup=2, mixture=MixtureConfig(draw=4, caption=4, pack=2))
+        recipe = Recipe(model=model_config(base), data="noise", stages=(stage,))
+        settings = {"source": Noise(), "backbone": base, "compile": compile, "dtype": torch.float32, "preview_every": 0}
+        train(recipe, out=out, listener=lambda e, kept=losses: kept.append(e.get("losses")), **settings)
+        found.append([loss for loss in losses if loss])
+    for one, other in zip(*found, strict=True):
+        assert one == pytest.approx(other, rel=1e-2)
