@@ -20,7 +20,7 @@ import xfusion
 from xfusion.apps.demo import machine
 from xfusion.backbone import Backbone
 from xfusion.model import build
-from xfusion.recipes.xfusion import xfusion as recipe_function
+from xfusion.recipes.xfusion import demo as recipe_function
 from xfusion.training.speed import drawing_speed, samples_per_second
 
 STEPS = 40
@@ -31,7 +31,7 @@ PROMPTS = [
 
 def joint_speed(backbone: Backbone) -> float | None:
     """Samples per second of joint steps, drawing to captioning 2 : 1."""
-    recipe = replace(recipe_function(), data="emoji:128")
+    recipe = recipe_function()
     recipe = replace(recipe, stages=(replace(recipe.stages[0], steps=STEPS),))
     events: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -53,7 +53,7 @@ def sampling_seconds(backbone: Backbone) -> float:
 def main() -> None:
     """Measure and print."""
     backbone = Backbone.load()
-    drawing = drawing_speed(replace(recipe_function(), data="emoji:128"), backbone=backbone, steps=STEPS)
+    drawing = drawing_speed(recipe_function(), backbone=backbone, steps=STEPS)
     result = {
         "drawing_samples_per_second": round(drawing["samples_per_second"], 1),
         "joint_samples_per_second": round(joint_speed(backbone) or 0.0, 1),

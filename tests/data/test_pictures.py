@@ -14,6 +14,7 @@ from PIL import Image
 from xfusion.data import pictures
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import open_source
+from xfusion.modalities.image import middle_square
 
 
 def save(path: Path, colour="red", size=(40, 30), **options) -> Path:
@@ -133,7 +134,7 @@ def test_no_damage_to_a_picture_breaks_the_check(tmp_path, kind, place, junk):
 
 
 def drawn(path: Path, size: int = 8) -> np.ndarray:
-    picture = pictures.square(pictures.read(path), size)
+    picture = middle_square(pictures.read(path), size)
     assert (picture.mode, picture.size) == ("RGB", (size, size))
     return np.asarray(picture)
 

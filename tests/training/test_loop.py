@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import xfusion
 import xfusion.fusion.dual_tower as dual_tower
 from xfusion.backbone import Backbone
-from xfusion.data.mixture import MixtureConfig
+from xfusion.data.mixture import Mixture, MixtureConfig
 from xfusion.data.sequence import XFusionError
 from xfusion.data.templates import Templates
 from xfusion.objectives.flow_matching import FlowMatching
@@ -534,3 +534,37 @@ def test_randomised_models_differ(bases):
     before = model.fingerprint
     randomise(model)
     assert model.fingerprint != before
+
+
+# ------------------------------------------------------------------------------------------------- the largest step
+
+
+def test_the_largest_step_is_at_least_as_wide_as_any(bases):
+    model = make_model(bases["llama"])
+    settings = (model.backbone.begin_ids, model.backbone.end_ids[0], MixtureConfig(draw=4, caption=4, pack=2), 0)
+    mixture = Mixture(Noise(), model.image, model.image.sizes[0], model.backbone.encode, *settings)
+    widest = [batch.text.count for batch in mixture.largest()]
+    steps = [[batch.text.count for batch in mixture.batches(step)] for step in range(100)]
+    assert all(count <= limit for counts in steps for count, limit in zip(counts, widest, strict=True))
+    assert [b.num_sequences for b in mixture.largest()] == [4, 4]
+
+
+def test_what_does_not_fit_fails_before_the_first_step(bases, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("xfusion.model.Model.losses", full)
+    with pytest.raises(
+        XFusionError, match=r"the largest step of stage 0 \(4 samples .*, 4 samples .*lower --stages.0.mix"
+    ):
+        train(bases["llama"], tmp_path)
+    assert log(tmp_path, "step") == []
+
+
+def test_other_failures_of_the_largest_step_are_not_called_memory(bases, tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr("xfusion.model.Model.losses", broken)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        train(bases["llama"], tmp_path)

@@ -14,7 +14,7 @@ from torch import Tensor
 from xfusion.data.pack import balance, pack, text_length
 from xfusion.data.sequence import Batch, Sequence, XFusionError
 from xfusion.data.sources import Source
-from xfusion.data.templates import Encode, Templates, captioning, drawing
+from xfusion.data.templates import QUESTIONS, Encode, Templates, captioning, drawing, with_article
 from xfusion.modalities.image import ImageModality
 
 TOKENS_KEPT = 512 * 1024 * 1024
@@ -139,14 +139,27 @@ class Mixture:
 
     def batches(self, step: int) -> list[Batch]:
         """The batches of a step, a pure function of the step."""
+        return self._packed(self.drawings(step), self.captionings(step))
+
+    def largest(self) -> list[Batch]:
+        """A step in which every sample has the longest words of the source: no step needs more memory."""
+        templates, examples = self.config.templates, self.source.examples
+        wordings = [(len(c), i, c) for i, e in enumerate(examples) for c in e.captions]
+        _, drawn, words = max(wordings)
+        _, named, answer = max((len(e.captions[0]), i, e.captions[0]) for i, e in enumerate(examples))
+        words = with_article(words) if templates.article_share else words
+        question = max(QUESTIONS, key=len) if templates.question_share else ""
+        draw = drawing(self.ids, self.begin, words, self.tokens(drawn), self.grid)
+        caption = captioning(self.ids, self.end, self.tokens(named), self.grid, answer, question)
+        return self._packed([draw] * self.config.draw, [caption] * self.config.caption)
+
+    def _packed(self, drawings: list[Sequence], captionings: list[Sequence]) -> list[Batch]:
         out = []
-        if self.config.draw:
-            sequences = self.drawings(step)
-            out.append(
-                pack([[s] for s in sequences], text_width=_fit(self.widths[0], max(map(text_length, sequences))))
-            )
-        if self.config.caption:
-            rows = balance(self.captionings(step), self.config.pack)
+        if drawings:
+            width = _fit(self.widths[0], max(map(text_length, drawings)))
+            out.append(pack([[s] for s in drawings], text_width=width))
+        if captionings:
+            rows = balance(captionings, self.config.pack)
             out.append(pack(rows, text_width=_fit(self.widths[1], max(sum(map(text_length, row)) for row in rows))))
         return out
 

@@ -1,4 +1,4 @@
-"""From a picture file to what a model sees: upright, RGB, on white, square. Decoding is Pillow's job."""
+"""From a picture file to a picture: upright, RGB, on white. Decoding is Pillow's job."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xfusion.data.sequence import XFusionError
+from xfusion.modalities.image import on_white
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -80,35 +81,6 @@ def read(path: Path, origin: str | None = None) -> Image:
     raise XFusionError(f"{origin}: {path.name} {problem}" if origin else f"{path}: {problem}")
 
 
-def square(image: Image, size: int) -> Image:
-    """The middle square of a picture, resized to ``size`` x ``size``."""
-    from PIL import Image as Pillow
-
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    middle = image.crop((left, top, left + side, top + side))  # first, so that nothing outside bleeds in
-    return middle.resize((size, size), Pillow.Resampling.LANCZOS)
-
-
-def on_white(image: Image) -> Image:
-    """Any of Pillow's modes as RGB; deep grey is scaled down instead of clipped, transparent parts show white."""
-    from PIL import Image as Pillow
-
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = _eight_bits(image)
-    if image.mode == "LAB":
-        from PIL import ImageCms
-
-        lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        converted = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
-        assert converted is not None
-        return converted
-    if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Pillow.alpha_composite(Pillow.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
 def _decode(path: Path) -> Image:
     from PIL import Image, ImageOps
 
@@ -120,22 +92,6 @@ def _decode(path: Path) -> Image:
 def _decoding_failed(error: Exception) -> str:
     reason = _one_line(error)
     return f"is cut short ({reason})" if "truncat" in reason.lower() else f"cannot be decoded ({reason})"
-
-
-def _eight_bits(image: Image) -> Image:
-    """Grey of 16 or 32 bits or floats as 8 bits. Pillow's own conversion clips: all but the darkest turns white."""
-    import numpy as np
-    from PIL import Image as Pillow
-
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
-    largest = float(values.max(initial=0))
-    if image.mode == "F":
-        full = 1.0 if largest <= 1 else max(largest, 255.0)
-    elif image.mode.startswith("I;16"):
-        full = 65535.0
-    else:  # mode "I" says 32 bits, whatever the file meant: take the smallest usual range that holds the values
-        full = next((float(limit) for limit in (255, 65535) if largest <= limit), largest)
-    return Pillow.fromarray(np.clip(np.rint(values * (255 / full)), 0, 255).astype(np.uint8))
 
 
 def _content(path: Path) -> str:

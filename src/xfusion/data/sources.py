@@ -24,6 +24,7 @@ from xfusion.data import files, pictures
 from xfusion.data.emoji import Emoji
 from xfusion.data.report import CaptionStats, Problem, Report
 from xfusion.data.sequence import Example, XFusionError
+from xfusion.modalities.image import middle_square
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -69,7 +70,7 @@ class Files:
 
     def picture(self, index: int, size: int) -> Image:
         """As `Source.picture`. Raises `XFusionError` where the file has changed or gone since it was opened."""
-        return pictures.square(pictures.read(self.paths[index], self.examples[index].origin), size)
+        return middle_square(pictures.read(self.paths[index], self.examples[index].origin), size)
 
 
 def open_source(

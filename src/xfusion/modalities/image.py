@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
 from xfusion.data.sequence import XFusionError
@@ -130,17 +130,41 @@ class ImageModality(Modality):
 
 
 def square_picture(picture: Image.Image, size: int) -> Image.Image:
-    """`picture` as a model sees it: upright by its EXIF tag, on white, cropped to its central square, size x size, RGB."""
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I;16"):  # Pillow clips 16-bit grey at 255 instead of scaling it
-        picture = Image.fromarray((numpy.asarray(picture) >> 8).astype(numpy.uint8))
-    if picture.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-        picture = Image.alpha_composite(white, picture)
-    picture = picture.convert("RGB")
+    """`picture` as a model sees it: upright by its EXIF tag, on white, its middle square, size x size, RGB."""
+    return middle_square(on_white(ImageOps.exif_transpose(picture)), size)
+
+
+def middle_square(picture: Image.Image, size: int) -> Image.Image:
+    """The middle square of a picture, resized to ``size`` x ``size``."""
     side = min(picture.size)
-    if picture.size != (side, side):
-        left, top = (picture.width - side) // 2, (picture.height - side) // 2
-        picture = picture.crop((left, top, left + side, top + side))
-    return picture if side == size else picture.resize((size, size), Image.Resampling.LANCZOS)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    middle = picture.crop((left, top, left + side, top + side))  # first, so that nothing outside bleeds in
+    return middle if side == size else middle.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def on_white(picture: Image.Image) -> Image.Image:
+    """Any of Pillow's modes as RGB; deep grey is scaled down instead of clipped, transparent parts show white."""
+    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+        picture = _eight_bits(picture)
+    if picture.mode == "LAB":
+        lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(picture, lab, rgb, outputMode="RGB")
+        assert converted is not None
+        return converted
+    if "A" in picture.mode or "a" in picture.mode or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return picture.convert("RGB")
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """Grey of 16 or 32 bits or floats as 8 bits. Pillow's own conversion clips: all but the darkest turns white."""
+    values = numpy.nan_to_num(numpy.asarray(picture, dtype=numpy.float64), posinf=0, neginf=0)
+    largest = float(values.max(initial=0))
+    if picture.mode == "F":
+        full = 1.0 if largest <= 1 else max(largest, 255.0)
+    elif picture.mode.startswith("I;16"):
+        full = 65535.0
+    else:  # mode "I" says 32 bits, whatever the file meant: take the smallest usual range that holds the values
+        full = next((float(limit) for limit in (255, 65535) if largest <= limit), largest)
+    return Image.fromarray(numpy.clip(numpy.rint(values * (255 / full)), 0, 255).astype(numpy.uint8))

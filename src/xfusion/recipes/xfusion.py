@@ -9,7 +9,8 @@ modality, copy initialisation), linear patches, flow matching with logit-normal 
 Adapted, because the paper leaves it open or the default must run on two cores: attention both ways inside a picture,
 noise level added to the picture tokens, [BOI] and [EOI] as trainable rows beside the frozen table; a media block at every
 fifth layer with an MLP of 512 instead of a full copy; 32 px pixels in 8 x 8 patches instead of a VAE; clean-picture
-prediction, with more and heavier noisy levels than logit-normal (0, 1); 10 % empty captions for guidance.
+prediction, with more and heavier noisy levels than logit-normal (0, 1), and sampling that lingers there; 10 % empty
+captions for guidance.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ def xfusion() -> Recipe:
     return Recipe(
         model=ModelConfig(
             fusion=DualTower.Config(stride=5, mlp=512),
-            # Noisy levels and a low weight on clean ones: what words decide is decided there. Sampling must then walk
-            # where training was: about exp(time_mean) (docs/training_log.md).
-            media=FlowMatching.Config(time_mean=2.0, largest_weight=2.0, sampling_shift=12.0),
+            # Noisy levels and a low weight on clean ones: what words decide is decided there, and sampling has to walk
+            # where training was (docs/training_log.md).
+            media=FlowMatching.Config(time_mean=2.0, largest_weight=2.0, sampling_shift=100.0),
         ),
         data="emoji",
         stages=(Stage(rate=4e-3),),

@@ -230,6 +230,8 @@ class _Run:
     # -- the walk
 
     def go(self) -> Model:
+        if not self.step:
+            self._try_largest()
         self.track.start_bar(sum(self.totals) if self.planned else 0, self.step)
         last_checkpoint = last_preview = time.perf_counter()
         measured_from, interrupted, first = None, False, self.step
@@ -261,6 +263,35 @@ class _Run:
         self.track.event(event="end", step=self.step, samples=self.samples, seconds=seconds, graphs=compiled_graphs())
         return self.model
 
+    def _try_largest(self) -> None:
+        """The widest step of every stage forth and back, thrown away: what does not fit in memory fails now, not at night."""
+        # Not compiled: that needs the more memory, and a graph that nobody uses again would take half a minute.
+        with self.model.using(replace(self.engine, compiled=False)):
+            for number, mixture in enumerate(self.mixtures):
+                batches = mixture.largest()
+                try:
+                    for batch in batches:
+                        loss = sum(value for value, _ in self._losses(batch, torch.Generator().manual_seed(0)).values())
+                        if isinstance(loss, torch.Tensor):
+                            loss.backward()
+                except RuntimeError as error:
+                    if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                        raise
+                    positions = ", ".join(
+                        f"{b.num_sequences} samples of {b.text.count} text positions" for b in batches
+                    )
+                    raise XFusionError(
+                        f"the largest step of stage {number} ({positions}) does not fit in the memory of"
+                        f" {self.model.backbone.device}: lower --stages.{number}.mixture.draw and .caption, and raise"
+                        f" --stages.{number}.accumulate by as much"
+                    ) from error
+                finally:
+                    self.optimizer.forget_gradients()
+
+    def _losses(self, batch: Batch, generator: torch.Generator) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        with torch.autocast(self.model.backbone.device.type, self.engine.dtype, enabled=bool(self.engine.autocast)):
+            return self.model.losses(batch, generator)
+
     def _stage(self, step: int) -> tuple[int, int, int]:
         """Stage of a step, the step within it, and the stage's steps."""
         for number, total in enumerate(self.totals):
@@ -287,10 +318,7 @@ class _Run:
         losses = dict.fromkeys(counts, 0.0)
         with self.model.using(self.engine):
             for batch in batches:
-                with torch.autocast(
-                    self.model.backbone.device.type, self.engine.dtype, enabled=bool(self.engine.autocast)
-                ):
-                    found = self.model.losses(batch, generator)
+                found = self._losses(batch, generator)
                 objective_sum = sum(weights[name] * value / counts[name] for name, (value, _) in found.items())
                 if isinstance(objective_sum, torch.Tensor):
                     objective_sum.backward()

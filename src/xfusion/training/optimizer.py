@@ -36,6 +36,10 @@ class Optimizer:
                 average.lerp_(parameter, 1 - ema)
         return float(norm)
 
+    def forget_gradients(self) -> None:
+        """Drop what backward passes left."""
+        self.adamw.zero_grad(set_to_none=True)
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Inside the block the parameters hold their moving average."""
