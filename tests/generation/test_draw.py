@@ -102,7 +102,7 @@ def test_guidance_1_asks_only_once_per_step_and_text_is_computed_once(model, mon
 
     monkeypatch.setattr(Model, "run_pass", spy)
     model.draw(["a red apple", "a cat"], steps=3, guidance=1)
-    longest = max(len(model.backbone.encode(p)) for p in ("a red apple", "a cat"))
+    longest = 1 + max(len(model.backbone.encode(p)) for p in ("a red apple", "a cat"))  # behind the beginning of text
     assert passes == [(2, longest, 1), *[(2, 0, 16)] * 3]
     passes.clear()
     model.draw(["a red apple", "a cat"], steps=3, guidance=3)

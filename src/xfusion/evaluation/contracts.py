@@ -12,6 +12,7 @@ from torch import Tensor
 from xfusion.backbone import Backbone
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Batch, Media, Sequence, Text, XFusionError
+from xfusion.data.templates import opened
 from xfusion.evaluation.verify import Progress, bit_equal, randomised
 from xfusion.fusion.dual_tower import DualTower
 from xfusion.generation import draw_tokens
@@ -127,7 +128,7 @@ def _said(model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
 def _cached(model: Model) -> tuple[bool, str]:
     words, size = Text(ids=model.backbone.encode(WORDS[0])), SIDE
     blank = replace(_picture(model, noised=True), tokens=torch.zeros_like(_picture(model).tokens))
-    batch = pack([[Sequence(segments=(words, blank))]])
+    batch = pack([[Sequence(segments=(*opened(model.backbone.begin_ids, (words,)), blank))]])
     media = batch.media["image"]
     inside = media.item[0] >= 0
     noise = torch.randn(1, int(inside.sum()), model.image.token_width, generator=torch.Generator().manual_seed(0))

@@ -230,12 +230,12 @@ class _Run:
     # -- the walk
 
     def go(self) -> Model:
-        if not self.step:
-            self._try_largest()
         self.track.start_bar(sum(self.totals) if self.planned else 0, self.step)
         last_checkpoint = last_preview = time.perf_counter()
         measured_from, interrupted, first = None, False, self.step
         try:
+            if not self.step:
+                self._try_largest()
             while not self.planned or self.step < sum(self.totals):
                 self._one_step()
                 now = time.perf_counter()
