@@ -18,6 +18,7 @@ import pytest
 import xfusion
 from xfusion.apps import cli
 from xfusion.apps.commands.base import UsageError
+from xfusion.data.sequence import XFusionError
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -43,7 +44,7 @@ def blocks(document):
     text = document.read_text(encoding="utf-8")
     found = list(BLOCK.finditer(text))
     out = []
-    for match, following in zip(found, [*found[1:], None], strict=True):
+    for match, following in zip(found, [*found[1:], None], strict=False):
         near = following is not None and following["language"] == "text"
         near = near and not text[match.end() : following.start()].strip()
         out.append(
@@ -64,7 +65,7 @@ def commands(document):
     text = document.read_text(encoding="utf-8")
     lines = [line for b in blocks(document) if b.language == "bash" for line in b.body.splitlines()]
     lines += [re.sub(r"\s+", " ", code) for code in re.findall(r"`(xfusion [^`]+)`", BLOCK.sub("", text))]
-    return [line for line in lines if line.startswith("xfusion ")]
+    return [line for line in lines if (line.startswith("xfusion ") and line.count(" ") > 1) or line == "xfusion demo"]
 
 
 def ids(document):
@@ -86,6 +87,8 @@ def test_every_command_is_understood(document, capsys):
             cli.read(shlex.split(line, comments=True)[1:])
         except UsageError as error:
             pytest.fail(f"{line}\n{error}")
+        except XFusionError:  # understood; these two read a run, which is not here
+            assert "--resume" in line or "--from" in line, line
     capsys.readouterr()  # help that was asked for
 
 
