@@ -290,7 +290,7 @@ class Backbone:
             where = _located(source)
             try:
                 tokenizer = AutoTokenizer.from_pretrained(where, **options)
-                model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype or "auto", **options)
+                model: Any = AutoModelForCausalLM.from_pretrained(where, dtype=dtype or "auto", **options)
             except (OSError, ValueError, KeyError) as error:
                 first = (str(error).strip() or repr(error)).splitlines()[0]
                 raise XFusionError(f"base {source!r} cannot be loaded: {first}") from error
