@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
-from xfusion.data.mixture import Mixture, MixtureConfig
+from xfusion.data.mixture import LOOKED_AT, Mixture, MixtureConfig
 from xfusion.data.sequence import END_OF_MEDIA, IGNORE, Example, Media, Text, XFusionError
 from xfusion.data.templates import QUESTIONS, Templates, captioning, drawing, question_text, with_article
 from xfusion.modalities.image import ImageModality
@@ -105,9 +105,14 @@ def test_a_drawing_is_words_then_a_noised_target_and_a_captioning_a_clean_pictur
 
 def test_shapes_stay_fixed_over_a_run_and_longer_rows_double_the_width(monkeypatch):
     m = mixture()
-    shapes = [tuple(t.shape for t in flat(m.batches(step))) for step in range(200)]
-    assert len(set(shapes)) <= 4  # each of the two batches has one width, and another for the rare long caption
-    assert shapes.count(max(set(shapes), key=shapes.count)) >= 0.75 * len(shapes)
+    counts = [[b.text.count for b in m.batches(step)] for step in range(LOOKED_AT)]
+    for found, width in zip(zip(*counts, strict=True), m.widths, strict=True):
+        assert found.count(width) >= 0.9 * LOOKED_AT
+        assert set(found) <= {width, 2 * width}
+    steps = [flat(m.batches(step)) for step in range(60)]
+    shapes = {tuple(b.text.count for b in m.batches(i)): tuple(t.shape for t in s) for i, s in enumerate(steps)}
+    for i, step in enumerate(steps):  # all other shapes follow from the two widths
+        assert tuple(t.shape for t in step) == shapes[tuple(b.text.count for b in m.batches(i))]
     monkeypatch.setattr("xfusion.data.mixture.LOOKED_AT", 1)
     m = mixture(draw=1, caption=2)
     shortest = m.widths

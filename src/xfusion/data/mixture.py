@@ -142,7 +142,11 @@ class Mixture:
         return self._packed(self.drawings(step), self.captionings(step))
 
     def largest(self) -> list[Batch]:
-        """A step in which every sample has the longest words of the source: no step needs more memory."""
+        """A step in which every sample has the longest words of the source, counted in characters.
+
+        Tokenising a whole data set to count tokens would hold up its start; only a wording that is shorter in
+        characters and longer in tokens can make a wider step.
+        """
         templates, examples = self.config.templates, self.source.examples
         wordings = [(len(c), i, c) for i, e in enumerate(examples) for c in e.captions]
         _, drawn, words = max(wordings)

