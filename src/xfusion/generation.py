@@ -70,7 +70,7 @@ def draw_tokens(
     *,
     seeds: Seq[int],
     steps: int,
-    guidance: float,
+    guidance: float | None,
     known: Tensor | None = None,
     keep: Tensor | None = None,
     progress: Progress | None = None,
@@ -83,7 +83,7 @@ def draw_tokens(
         size: side in pixels, one that the model was made for.
         seeds: one per picture; the noise of a picture depends on nothing else.
         steps: Euler steps.
-        guidance: classifier-free guidance; 1 is off. The picture without its context is the other end.
+        guidance: classifier-free guidance; 1 is off, None takes the model's own. The picture without its context is the other end.
         known: clean tokens ``[N, M, P]`` of which some are kept.
         keep: which tokens are kept, bool ``[N, M]``.
         progress: told after every step.
@@ -97,7 +97,8 @@ def draw_tokens(
     # Drawn on the CPU, so that a seed means the same picture on every device.
     noise = torch.stack([torch.randn(count, width, generator=torch.Generator().manual_seed(s)) for s in seeds])
     blank = Media(tokens=torch.zeros(count, width), grid=(grid[0], grid[1]), state="noised")
-    guided = guidance != 1
+    scale = model.guidance if guidance is None else guidance
+    guided = scale != 1
     prompts = [(*opened(model.backbone.begin_ids, context), blank) for context in contexts]
     if guided:
         prompts += [(blank,) for _ in contexts]
@@ -123,7 +124,7 @@ def draw_tokens(
         if not guided:
             return prediction
         with_words, without = prediction.chunk(2)
-        return without + guidance * (with_words - without)
+        return without + scale * (with_words - without)
 
     x = noise = noise.to(device)
     kept = {"known": known.to(device), "keep": keep.to(device)} if known is not None and keep is not None else {}
@@ -154,7 +155,7 @@ def draw(
     seed: int = 0,
     seeds: Seq[int] | None = None,
     steps: int = 25,
-    guidance: float = 3.0,
+    guidance: float | None = None,
     progress: Progress | None = None,
 ) -> list[PILImage.Image]:
     """Draw a picture for each prompt.
@@ -166,7 +167,7 @@ def draw(
         seed: picture i has the seed ``seed + i``.
         seeds: one seed per picture instead.
         steps: Euler steps.
-        guidance: classifier-free guidance scale.
+        guidance: classifier-free guidance scale; None takes the model's own.
         progress: told after every step of every batch.
     """
     chosen = list(seeds) if seeds is not None else [seed + i for i in range(len(prompts))]
@@ -192,7 +193,7 @@ def inpaint(
     *,
     seed: int = 0,
     steps: int = 25,
-    guidance: float = 3.0,
+    guidance: float | None = None,
     progress: Progress | None = None,
 ) -> PILImage.Image:
     """Draw a part of a picture anew and keep the rest.
@@ -204,7 +205,7 @@ def inpaint(
         prompt: what the whole picture shall show.
         seed: of the noise.
         steps: Euler steps.
-        guidance: classifier-free guidance scale.
+        guidance: classifier-free guidance scale; None takes the model's own.
         progress: told after every step.
 
     Raises:
@@ -422,7 +423,7 @@ def generate(
     *,
     seed: int = 0,
     steps: int = 25,
-    guidance: float = 3.0,
+    guidance: float | None = None,
     max_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -438,7 +439,7 @@ def generate(
         items: ``[str | PIL.Image | Image, ...]`` or a list of such lists.
         seed: list i uses ``seed + i``.
         steps: Euler steps per picture.
-        guidance: classifier-free guidance scale.
+        guidance: classifier-free guidance scale; None takes the model's own.
         max_tokens: longest answer in tokens.
         temperature: 0 is greedy.
         top_p: nucleus sampling.
@@ -496,7 +497,7 @@ def _generate_batch(
     lists: Seq[Seq[Segment]],
     seeds: Seq[int],
     steps: int,
-    guidance: float,
+    guidance: float | None,
     max_tokens: int,
     temperature: float,
     top_p: float,

@@ -179,6 +179,11 @@ class Model(nn.Module):
     def objectives(self) -> tuple[Objective, ...]:
         return (self.text_objective, self.media_objective)
 
+    @property
+    def guidance(self) -> float:
+        """Strength of classifier-free guidance where the caller names none."""
+        return self.media_objective.guidance
+
     def set_objectives(self, text: NextToken.Config, media: FlowMatching.Config) -> None:
         """Train and sample by these from now on; the weights stay."""
         self.config = replace(self.config, text=text, media=media)

@@ -53,6 +53,7 @@ class Knower:
 
     capabilities = frozenset({"text", "draw", "caption"})
     num_new_parameters = 0
+    guidance = 2.5
     image = ImageModality.Config(codec=Pixels.Config(), patch=8, sizes=(SIZE,)).build()
 
     def __init__(self):

@@ -33,6 +33,8 @@ class Objective:
 
     name: str
     weight: float
+    guidance: float = 1.0
+    """Strength of classifier-free guidance that sampling takes where the caller names none; 1 is off."""
 
     def corrupt(self, batch: Batch, generator: torch.Generator) -> Batch:
         """The batch as the model shall see it in training; by default unchanged."""

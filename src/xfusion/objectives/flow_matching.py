@@ -46,6 +46,9 @@ class FlowMatching(Objective):
         """Sampling takes equal steps in s and visits t = shift s / (1 + (shift - 1) s): above 1 it lingers at noisy levels
         (Esser et al. 2024, equation 23). A model that was trained with a mean above 0 knows little of clean levels."""
 
+        guidance: float = 3.0
+        """Strength of classifier-free guidance where the caller names none; 1 is off."""
+
         def build(self) -> FlowMatching:
             """The objective."""
             return FlowMatching(self)
@@ -54,7 +57,7 @@ class FlowMatching(Objective):
         if not config.sampling_shift > 0:
             raise XFusionError(f"sampling_shift {config.sampling_shift:g} must be above 0; 1 takes equal steps of t")
         self.config = config
-        self.weight = config.weight
+        self.weight, self.guidance = config.weight, config.guidance
 
     # -- corrupt
 

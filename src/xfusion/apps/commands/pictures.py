@@ -39,8 +39,8 @@ class Generate(Verb):
     """Number of pictures; picture i has the seed SEED + i."""
     steps: int = 25
     """Euler steps from noise to picture."""
-    guidance: float = 3.0
-    """How strongly the words are followed (classifier-free guidance); 1 is off."""
+    guidance: float | None = None
+    """How strongly the words are followed (classifier-free guidance); 1 is off. None takes the pack's own."""
     seed: int = 0
     """Seed of the first picture."""
     size: int | None = None
@@ -58,6 +58,7 @@ class Generate(Verb):
         self._check()
         target = _Target.of(self.out, self.prompt)
         model = load_model(self.model, device=self.device, trust=self.trust)
+        guidance = model.guidance if self.guidance is None else self.guidance
         native, wanted = draw_size(model, self.size)
         begun = time.perf_counter()
         with progress(people) as tell:
@@ -66,11 +67,11 @@ class Generate(Verb):
                 size=self.size,
                 seeds=self._seeds(),
                 steps=self.steps,
-                guidance=self.guidance,
+                guidance=guidance,
                 progress=lambda done, total, _: tell("drawing", done, total),
             )
         seconds = time.perf_counter() - begun
-        facts = {"prompt": self.prompt, "steps": self.steps, "guidance": self.guidance}
+        facts = {"prompt": self.prompt, "steps": self.steps, "guidance": guidance}
         facts |= {"pack_fingerprint": model.fingerprint, "base_fingerprint": model.backbone.fingerprint}
         files = target.write(pictures, self._seeds(), facts)
         notes = self._notes(native, wanted)
@@ -88,7 +89,7 @@ class Generate(Verb):
             raise UsageError(f"--seed {self.seed}: choose a whole number from 0 to 2^63 - {LARGEST_NUMBER + 1}")
         if self.steps < 1:
             raise UsageError(f"--steps {self.steps}: at least 1")
-        if not math.isfinite(self.guidance):
+        if self.guidance is not None and not math.isfinite(self.guidance):
             raise UsageError(f"--guidance {self.guidance}: give a number, such as 3; 1 is off")
         if any("\ud800" <= character <= "\udfff" for character in self.prompt):
             raise UsageError("the prompt is not valid UTF-8 text")

@@ -37,7 +37,7 @@ def run(
     gallery_size: int | None = None,
     seed: int = 0,
     steps: int = 25,
-    guidance: float = 3.0,
+    guidance: float | None = None,
     max_drawn: int | None = None,
     max_captioned: int | None = None,
     max_held: int | None = 100,
@@ -57,7 +57,7 @@ def run(
         gallery_size: side at which drawn and real pictures are compared; None takes `size`.
         seed: picture number i of the source is drawn with the seed ``seed + i``.
         steps: Euler steps.
-        guidance: strength of classifier-free guidance.
+        guidance: strength of classifier-free guidance; None takes the model's own.
         max_drawn: draw only so many of the concepts (always the same ones); the gallery stays whole.
         max_captioned: caption only so many of the trained pictures (always the same ones).
         max_held: name only so many of the held-out pictures (always the same ones); their names are the candidates.
@@ -86,6 +86,7 @@ def run(
         if features and encoder is None:
             encoder = EfficientNetLite()
         drawn = chosen(source.examples, max_drawn)
+        guidance = model.guidance if guidance is None else guidance
         pictures = subject.draw(source, drawn, seed=seed, steps=steps, guidance=guidance)
         side = gallery_size or subject.size
         metrics |= _drawing(subject, source, drawn, pictures, side, encoder if features else None)
