@@ -21,6 +21,7 @@ import tyro
 from rich.console import Console
 
 from xfusion.apps.commands.base import Answer, UsageError, Verb
+from xfusion.apps.commands.compare import Compare
 from xfusion.apps.commands.data import DataCheck
 from xfusion.apps.commands.demo import Demo
 from xfusion.apps.commands.doctor import Doctor
@@ -38,6 +39,7 @@ VERBS: dict[str, type[Verb]] = {
     "show": Show,
     "list": List,
     "evaluate": Evaluate,
+    "compare": Compare,
     "data check": DataCheck,
     "doctor": Doctor,
 }

@@ -75,7 +75,7 @@ class Evaluate(Verb):
     def run(self, people: Console) -> Answer:
         from xfusion.evaluation.run import evaluate, suite_names
 
-        settings = dict(_setting(text) for text in self.set)
+        settings = dict(read_setting(text) for text in self.set)
         choose_device(self.device)
         if self.suite not in suite_names():
             evaluate(None, self.suite)  # says so, before a model is loaded
@@ -86,7 +86,8 @@ class Evaluate(Verb):
         return Answer(data=result, text=table(scores))
 
 
-def _setting(text: str) -> tuple[str, Any]:
+def read_setting(text: str) -> tuple[str, Any]:
+    """``NAME=VALUE`` of ``--set``; a value that is no JSON is a string."""
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise UsageError(f"--set {text}: write NAME=VALUE, such as max_drawn=64")

@@ -23,8 +23,12 @@ from xfusion.evaluation.metrics.blind import blind
 from xfusion.evaluation.metrics.psnr import not_white, psnr
 from xfusion.modalities.encoders.efficientnet_lite import EfficientNetLite
 
+VALIDATION_SHARE = 0.2
+"""Share of groups that settings may be chosen by, where a suite is run in two parts."""
 LOSSLESS_DB = 100.0
 """What the PSNR metrics say where nothing is lost (the ratio is infinite, which JSON cannot write)."""
+
+Part = Literal["all", "validation", "test"]
 
 
 def run(
@@ -41,6 +45,7 @@ def run(
     max_drawn: int | None = None,
     max_captioned: int | None = None,
     max_held: int | None = 100,
+    part: Part = "all",
     candidates: Literal["held", "all"] = "held",
     features: bool = True,
     encoder: Any = None,
@@ -61,6 +66,8 @@ def run(
         max_drawn: draw only so many of the concepts (always the same ones); the gallery stays whole.
         max_captioned: caption only so many of the trained pictures (always the same ones).
         max_held: name only so many of the held-out pictures (always the same ones); their names are the candidates.
+        part: draw, caption and name only the groups of one part, "validation" (a fifth, to choose settings by) or "test"
+            (the rest); the gallery stays whole. No group is in both.
         candidates: "held", or "all" for the names of the trained pictures besides.
         features: False where the encoder took part in training or ranking: it may not score what it taught.
         encoder: pictures to features; None takes EfficientNet-Lite0.
@@ -78,14 +85,16 @@ def run(
     source = open_source(source, split="train") if isinstance(source, str) else source
     if not len(source.examples):
         raise XFusionError(f"{source.spec}: there are no trained pictures to score")
+    if not chosen(source.examples, part=part):
+        raise XFusionError(f"{source.spec}: none of {len(source.examples)} pictures falls into the part {part!r}")
     subject = Subject(model=model, size=size or model.image.sizes[0], batch_size=batch_size, progress=progress)
-    settings: dict[str, Any] = {"data": source.spec, "size": subject.size}
+    settings: dict[str, Any] = {"data": source.spec, "size": subject.size, "part": part}
     metrics: dict[str, Any] = {"num_concepts": len(source.examples)}
 
     if "draw" in abilities:
         if features and encoder is None:
             encoder = EfficientNetLite()
-        drawn = chosen(source.examples, max_drawn)
+        drawn = chosen(source.examples, max_drawn, part)
         guidance = model.guidance if guidance is None else guidance
         pictures = subject.draw(source, drawn, seed=seed, steps=steps, guidance=guidance)
         side = gallery_size or subject.size
@@ -94,24 +103,31 @@ def run(
         settings["encoder"] = getattr(encoder, "fingerprint", type(encoder).__name__) if features else None
 
     if "caption" in abilities:
-        scored = chosen(source.examples, max_captioned)
+        scored = chosen(source.examples, max_captioned, part)
         answers = subject.caption(source, scored, "caption")
         wordings = captions.accepted([source.examples[i] for i in scored], source.examples)
         metrics |= _answers("fit_caption", answers, wordings)
         settings["num_captioned"] = len(scored)
         held = _held_split(source) if held is None else held
         held = open_source(held, split="held") if isinstance(held, str) else held
-        scored = chosen(held.examples, max_held) if held else []
+        scored = chosen(held.examples, max_held, part) if held else []
         if held and scored:
             metrics |= _held_captions(subject, held, scored, source.examples if candidates == "all" else ())
         settings |= {"held": held.spec if held else None, "num_held": len(scored), "candidates": candidates}
     return {**metrics, "settings": settings}
 
 
-def chosen(examples: Sequence[Example], limit: int | None = None) -> list[int]:
+def chosen(examples: Sequence[Example], limit: int | None = None, part: Part = "all") -> list[int]:
     """Indices, in order, of the `limit` examples whose ids hash lowest: always the same, of no kind in particular."""
-    by_hash = sorted(range(len(examples)), key=lambda i: hashlib.sha256(examples[i].id.encode()).digest())
+    inside = [i for i, example in enumerate(examples) if part in ("all", part_of(example.group))]
+    by_hash = sorted(inside, key=lambda i: hashlib.sha256(examples[i].id.encode()).digest())
     return sorted(by_hash[:limit])
+
+
+def part_of(group: str) -> Literal["validation", "test"]:
+    """The part of a group; a function of its name alone, so that look-alikes stay together."""
+    digest = hashlib.sha256(f"xfusion validation: {group}".encode()).digest()
+    return "validation" if int.from_bytes(digest[:8], "big") < VALIDATION_SHARE * 2**64 else "test"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,411 @@
+"""The page of a comparison: one file with its tables, plots and pictures inside; no script, and nothing is fetched.
+
+Every word that comes from outside is escaped, and every number is read from what `xfusion.comparison.summarise` gives.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from PIL import Image as PILImage
+
+from xfusion.apps.commands.base import size_text, written
+from xfusion.apps.commands.compare import text_text
+from xfusion.apps.report import TEMPLATE, number, picture, text
+from xfusion.comparison import FEWEST_RUNS, REAL, run_name
+
+COLOURS = ("#c2571a", "#2f73c8", "#1c8a55", "#9355bd", "#c43f52", "#0f8f95", "#a3800a", "#7a7468")
+"""Of the recipes, in order; they start again where there are more."""
+LOSSES = {"flow_matching": "drawing", "next_token": "naming"}
+"""Loss -> its name for people."""
+STYLE = """<style>
+main { max-width: 68rem; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(21rem, 1fr)); gap: .9rem; }
+.plots h3 { margin: 0 0 .1rem; font-size: .95rem; }
+.plots .card { padding: .9rem 1rem .6rem; min-width: 0; }
+svg .zero { stroke: var(--soft); stroke-width: 1.2; }
+svg .beside { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 3 3; }
+svg text.name { fill: var(--ink); }
+svg text.end { font-size: 10.5px; }
+.chip { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .4em; }
+.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; font-size: .88rem; margin: .2rem 0 .8rem; }
+.better { color: var(--good); font-weight: 650; } .worse { color: var(--bad); font-weight: 650; }
+td small { color: var(--soft); }
+.strips { display: grid; gap: .4rem; align-items: center; min-width: 36rem; }
+.strips .what { font-size: .74rem; color: var(--soft); text-align: center; line-height: 1.15; align-self: end; }
+.strips .who { font-size: .86rem; overflow-wrap: anywhere; }
+.strips .rule { grid-column: 1 / -1; border-top: 1px dashed var(--line); }
+</style>"""
+
+
+def write(path: Path, summary: dict[str, Any], folder: Path) -> Path:
+    """Write the page; it appears whole or not at all.
+
+    Args:
+        path: the file.
+        summary: what `summarise` gave.
+        folder: where the sample grids stand.
+    """
+    page = render(summary, folder)
+    return written(path, lambda temporary: _fill(temporary, page))
+
+
+def _fill(path: Path, page: str) -> None:
+    path.write_text(page, encoding="utf-8")
+
+
+def render(summary: dict[str, Any], folder: Path) -> str:
+    """The page as HTML."""
+    template = Template((resources.files("xfusion.apps") / TEMPLATE).read_text(encoding="utf-8"))
+    sections = (_head, _scores, _plots, _samples, _data_needed, _learning, _text_side, _cost, _settings)
+    body = STYLE + "\n".join(section(summary, folder) for section in sections)
+    return template.substitute(title=text(f"xfusion compare: {summary['name']}"), body=body)
+
+
+def _colour(summary: dict[str, Any], label: str) -> str:
+    return COLOURS[summary["recipes"].index(label) % len(COLOURS)]
+
+
+def _chip(summary: dict[str, Any], label: str) -> str:
+    return f'<span class="chip" style="background:{_colour(summary, label)}"></span>{text(label)}'
+
+
+def _legend(summary: dict[str, Any]) -> str:
+    return f'<div class="legend">{"".join(f"<span>{_chip(summary, r)}</span>" for r in summary["recipes"])}</div>'
+
+
+# ----------------------------------------------------------------------------------------------------------- sections
+
+
+def _head(summary: dict[str, Any], folder: Path) -> str:
+    del folder
+    first, *others = summary["recipes"]
+    budget, settings = summary["budget"], summary["settings"]
+    what = f"the executed FLOPs of {number(budget['samples'])} samples" if budget["kind"] == "flops" else ""
+    what = what or f"{number(budget['samples'])} samples"
+    against = f" against {', '.join(others)}" if others else ""
+    notes = "".join(f"<li>{text(note)}</li>" for note in summary["notes"])
+    return f"""<header><h1>{text(first)}{text(against)}</h1>
+<p class="lead">Each trained on {what}, {len(summary["seeds"])} seed{"s" if len(summary["seeds"]) != 1 else ""}, on the
+same frozen {text(settings["base"]["source"])} and the same {number(settings["num_pictures"])} pictures of
+{text(settings["data"])}: same order, wordings, noise and sampling noise for the same seed.</p>
+<ul class="small">{notes}</ul></header>"""
+
+
+def _scores(summary: dict[str, Any], folder: Path) -> str:
+    del folder
+    share = summary["shares"][0]
+    head = "".join(f"<th>{_chip(summary, label)}</th>" for label in summary["recipes"])
+    rows = ""
+    for score in _at(summary, share):
+        cells = "".join(f"<td>{_cell(row)}</td>" for row in score["rows"])
+        beside = ", ".join(f"{k} {score[k]:.3f}" for k in ("chance", "blind", "ceiling") if k in score)
+        arrow = "↑" if score["better"] == "higher" else "↓"
+        rows += f"<tr><td>{text(score['title'])} {arrow}<br><small>{beside}</small></td>{cells}</tr>"
+    return f"""<section><h2>Scores</h2><p>Mean over seeds with its 95 % interval; below, the paired difference to
+{text(summary["first"])} with its own. {"↑ higher is better, ↓ lower is better."}</p>
+<div class="scroll"><table><thead><tr><th>score</th>{head}</tr></thead><tbody>{rows}</tbody></table></div></section>"""
+
+
+def _cell(row: dict[str, Any]) -> str:
+    if row["mean"] is None:
+        return "–"
+    out = f"<b>{_short(row['mean'])}</b> {_interval(row['interval'])} <small>n = {row['num_runs']}</small>"
+    difference = row["difference"]
+    if difference is None:
+        return out
+    kind = {"better": "better", "worse": "worse"}.get(difference["verdict"], "soft")
+    found = f" {_interval(difference['interval'])}" if difference["interval"] else ""
+    out += f'<br>{difference["mean"]:+.3g}{found} <span class="{kind}">{difference["verdict"]}</span>'
+    if difference["seeds_needed"] and difference["verdict"] == "not decidable":
+        out += f"<br><small>{difference['seeds_needed']} seeds would find a difference this large</small>"
+    return out
+
+
+def _interval(found: list[float] | None) -> str:
+    return f"[{_short(found[0])}, {_short(found[1])}]" if found else f"<small>n &lt; {FEWEST_RUNS}: no interval</small>"
+
+
+def _short(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
+
+
+def _at(summary: dict[str, Any], share: float) -> list[dict[str, Any]]:
+    return [score for score in summary["scores"] if score["share"] == share]
+
+
+def _plots(summary: dict[str, Any], folder: Path) -> str:
+    del folder
+    cards = "".join(
+        f'<div class="card"><h3>{text(score["title"])}</h3>{dots(score, lambda label: _colour(summary, label))}</div>'
+        for score in _at(summary, summary["shares"][0])
+    )
+    return f"""<section><h2>Every run, mean and interval</h2><p>Small dots are runs, the large dot their mean, the bar its
+95 % interval (from {FEWEST_RUNS} runs on). Dashed lines: chance, blind rate and ceiling.</p>
+<div class="plots">{cards}</div></section>"""
+
+
+def dots(score: dict[str, Any], colour: Callable[[str], str]) -> str:
+    """One score of all recipes as dots and intervals.
+
+    Args:
+        score: an entry of ``summary["scores"]``.
+        colour: of a recipe.
+    """
+    width, left, right, top, step = 420, 118, 20, 8, 34
+    rows = [row for row in score["rows"] if row["mean"] is not None]
+    beside = {kind: score[kind] for kind in ("chance", "blind", "ceiling") if kind in score}
+    values = [v for row in rows for v in row["values"].values()] + list(beside.values())
+    values += [v for row in rows for v in row["interval"] or ()]
+    low, high, ticks = _axis(values)
+    height = top + step * len(rows) + 40
+
+    def x(value: float) -> float:
+        return left + (width - left - right) * (value - low) / (high - low)
+
+    parts = []
+    bottom = height - 32
+    for tick in ticks:
+        parts.append(f'<line class="grid-line" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{top}" y2="{bottom}"/>')
+        parts.append(f'<text class="end" x="{x(tick):.1f}" y="{bottom + 14}" text-anchor="middle">{tick:g}</text>')
+    for kind, value in beside.items():
+        parts.append(f'<line class="beside" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{top}" y2="{bottom}"/>')
+        parts.append(f'<text class="end" x="{x(value):.1f}" y="{bottom + 27}" text-anchor="middle">{kind}</text>')
+    for number_, row in enumerate(rows):
+        y, paint = top + step * (number_ + 0.5), colour(row["recipe"])
+        parts.append(
+            f'<text class="name" x="{left - 10}" y="{y + 4:.1f}" text-anchor="end">{text(_cut(row["recipe"]))}</text>'
+        )
+        if row["interval"]:
+            a, b = (x(v) for v in row["interval"])
+            parts.append(f'<line x1="{a:.1f}" x2="{b:.1f}" y1="{y}" y2="{y}" stroke="{paint}" stroke-width="3"/>')
+        for k, value in enumerate(row["values"].values()):
+            at = y + (-7 if k % 2 else 7)
+            parts.append(f'<circle cx="{x(value):.1f}" cy="{at}" r="2.6" fill="{paint}" opacity=".5"/>')
+        parts.append(f'<circle cx="{x(row["mean"]):.1f}" cy="{y}" r="5.5" fill="{paint}"/>')
+    said = "; ".join(f"{row['recipe']} {row['mean']:.3g}" for row in rows)
+    return _svg(width, height, f"{score['title']}: {said}", parts)
+
+
+def _cut(label: str) -> str:
+    return label if len(label) <= 17 else label[:16] + "…"
+
+
+def _axis(values: Sequence[float]) -> tuple[float, float, list[float]]:
+    """Ends and round ticks of an axis that holds the values."""
+    low, high = min(values), max(values)
+    if high - low < 1e-12:
+        margin = abs(high) / 10 or 0.05
+        low, high = low - margin, high + margin
+    raw = (high - low) / 4
+    unit = 10 ** math.floor(math.log10(raw))
+    step = next(unit * f for f in (1, 2, 2.5, 5, 10) if unit * f >= raw * 0.999)
+    low, high = step * math.floor(low / step + 1e-9), step * math.ceil(high / step - 1e-9)
+    count = round((high - low) / step)
+    return low, high, [float(f"{low + i * step:.6g}") for i in range(count + 1)]
+
+
+def _svg(width: float, height: float, title: str, parts: Sequence[str]) -> str:
+    said = text(title)
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{said}"><title>{said}</title>{"".join(parts)}</svg>'
+
+
+def _samples(summary: dict[str, Any], folder: Path) -> str:
+    real = _strip(folder / REAL, len(summary["prompts"]))
+    if not real:
+        return ""
+    share = summary["shares"][0]
+    found: dict[int, dict[str, list[PILImage.Image]]] = {}
+    for seed in summary["seeds"]:
+        for label in summary["recipes"]:
+            strip = _strip(folder / f"{run_name(label, seed, share)}.png", len(real))
+            if strip:
+                found.setdefault(seed, {})[label] = strip
+    if not found:
+        return ""
+    columns = f"grid-template-columns: minmax(5rem, 9rem) repeat({len(real)}, minmax(2.5rem, 6rem))"
+    blocks = []
+    for seed, strips in found.items():
+        cells = ["<div></div>", *(f'<div class="what">{text(prompt)}</div>' for prompt in summary["prompts"])]
+        for who, pictures in (("real", real), *strips.items()):
+            cells.append(f'<div class="who">{_chip(summary, who) if who in strips else "real"}</div>')
+            cells += [picture(p, f"{q}, {who}") for p, q in zip(pictures, summary["prompts"], strict=True)]
+            cells += ['<div class="rule"></div>'] if who == "real" else []
+        grid = f'<div class="card scroll"><div class="strips" style="{columns}">{"".join(cells)}</div></div>'
+        blocks.append((seed, grid))
+    (seed, shown), *rest = blocks
+    more = "".join(f"<details><summary>Seed {s}</summary>{grid}</details>" for s, grid in rest)
+    return f"""<section><h2>Drawn by each</h2><p>The same words and the same noise for all; the concepts are chosen by the
+hash of their ids, not by eye. All were trained on these pictures. Seed {seed}:</p>{shown}{more}</section>"""
+
+
+def _strip(path: Path, count: int) -> list[PILImage.Image]:
+    """The pictures of a strip; none where it is missing or another length."""
+    if not path.is_file() or not count:
+        return []
+    with PILImage.open(path) as sheet:
+        side = sheet.height
+        if sheet.width != side * count:
+            return []
+        return [sheet.crop((i * side, 0, (i + 1) * side, side)) for i in range(count)]
+
+
+def _data_needed(summary: dict[str, Any], folder: Path) -> str:
+    del folder
+    if len(summary["shares"]) < 2:
+        return ""
+    cards = ""
+    for name in dict.fromkeys(score["score"] for score in summary["scores"]):
+        tables = sorted((s for s in summary["scores"] if s["score"] == name), key=lambda s: s["share"])
+        lines = {
+            label: [
+                (100 * s["share"], r["mean"])
+                for s in tables
+                for r in s["rows"]
+                if r["recipe"] == label and r["mean"] is not None
+            ]
+            for label in summary["recipes"]
+        }
+        cards += (
+            f'<div class="card"><h3>{text(tables[0]["title"])}</h3>{curves(summary, lines, "% of the pictures")}</div>'
+        )
+    return f"""<section><h2>How much data each needs</h2><p>The same budget on fewer pictures; a smaller share is part of a
+larger one. Scores of trained pictures are on those that were trained on, so that fewer are easier.</p>{_legend(summary)}
+<div class="plots">{cards}</div></section>"""
+
+
+def _learning(summary: dict[str, Any], folder: Path) -> str:
+    del folder
+    names = dict.fromkeys(name for curve in summary["learning"].values() for name in curve)
+    cards = ""
+    for name in names:
+        lines = {r: [(s, v) for s, v in summary["learning"].get(r, {}).get(name, [])] for r in summary["recipes"]}
+        drawn = curves(summary, lines, "samples", logarithmic=True)
+        cards += f'<div class="card"><h3>loss of {text(LOSSES.get(name, name))}</h3>{drawn}</div>' if drawn else ""
+    if not cards:
+        return ""
+    return f"""<section><h2>What learning costs</h2><p>Training loss, mean over seeds, on a logarithmic axis; what a sample
+costs stands in the table of costs.</p>{_legend(summary)}<div class="plots">{cards}</div></section>"""
+
+
+def curves(
+    summary: dict[str, Any], lines: dict[str, list[tuple[float, float]]], along: str, *, logarithmic: bool = False
+) -> str:
+    """One line per recipe.
+
+    Args:
+        summary: for the recipes' colours.
+        lines: recipe -> points.
+        along: what the x axis is.
+        logarithmic: of the y axis; points at 0 and below are left out.
+    """
+    width, height, left, right, top, bottom = 420, 250, 56, 18, 10, 40
+    scale = math.log10 if logarithmic else float
+    lines = {k: [(a, scale(b)) for a, b in v if not logarithmic or b > 0] for k, v in lines.items()}
+    lines = {k: v for k, v in lines.items() if v}
+    if not lines:
+        return ""
+    points = [point for line in lines.values() for point in line]
+    low, high, ticks = _axis([b for _, b in points])
+    near, far, across = _axis([0.0, *(a for a, _ in points)])
+
+    def x(value: float) -> float:
+        return left + (width - left - right) * (value - near) / (far - near)
+
+    def y(value: float) -> float:
+        return top + (height - top - bottom) * (high - value) / (high - low)
+
+    parts = []
+    for tick in ticks:
+        label = f"{10**tick:.3g}" if logarithmic else f"{tick:g}"
+        parts.append(
+            f'<line class="grid-line" x1="{left}" x2="{width - right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
+        )
+        parts.append(f'<text class="end" x="{left - 7}" y="{y(tick) + 4:.1f}" text-anchor="end">{label}</text>')
+    for tick in across:
+        label = f"{tick / 1000:g}k" if tick >= 1000 else f"{tick:g}"
+        parts.append(
+            f'<text class="end" x="{x(tick):.1f}" y="{height - bottom + 16}" text-anchor="middle">{label}</text>'
+        )
+    parts.append(
+        f'<text class="end" x="{(left + width - right) / 2}" y="{height - 6}" text-anchor="middle">{along}</text>'
+    )
+    for label, line in lines.items():
+        paint, path = _colour(summary, label), " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in line)
+        parts.append(f'<polyline class="curve" stroke="{paint}" points="{path}"/>')
+        parts += [f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="3.4" fill="{paint}"/>' for a, b in line if len(line) < 8]
+    return _svg(width, height, f"{', '.join(lines)} by {along}", parts)
+
+
+def _text_side(summary: dict[str, Any], folder: Path) -> str:
+    del folder
+    rows = "".join(
+        f"<tr><td>{_chip(summary, label)}</td><td>{text(text_text(facts))}</td></tr>"
+        for label, facts in summary["text"].items()
+    )
+    return f"""<section><h2>The base's own text</h2><p>The bundled texts of <code>xfusion verify</code> through the base and
+through the fused stack after training.</p><div class="scroll"><table><tbody>{rows}</tbody></table></div></section>"""
+
+
+def _cost(summary: dict[str, Any], folder: Path) -> str:
+    del folder
+
+    def flops(value: float | None) -> str:
+        return "–" if value is None else f"{value / 1e9:,.4g}"
+
+    timed = any(row["time"] for row in summary["cost"])
+    head = ["recipe", "trainable parameters", "steps", "samples", "GFLOPs to learn a drawing", "… to learn a name"]
+    head += ["tokens per picture", "peak memory", "wall minutes"]
+    head += ["seconds per step", "… per drawing", "… per name"] if timed else []
+    rows = ""
+    for row in summary["cost"]:
+        per, time = row["flops_per_sample"], row["time"] or {}
+        cells = [number(row["trainable_parameters"]), " + ".join(map(number, row["steps"])), number(row["samples"])]
+        cells += [flops(per.get("draw")), flops(per.get("caption")), number(row["tokens_per_picture"])]
+        peak = row["peak_memory"]["bytes"]
+        cells += [size_text(peak) if peak else "–", f"{row['wall_minutes']:.1f}"]
+        if timed:
+            keys = ("step_seconds", "draw_seconds_per_picture", "caption_seconds_per_picture")
+            cells += [f"{time[k]:.3g}" if time.get(k) is not None else "–" for k in keys]
+        rows += f"<tr><td>{_chip(summary, row['recipe'])}</td>{''.join(f'<td class=num>{c}</td>' for c in cells)}</tr>"
+    titles = "".join(f"<th{' class=num' if i else ''}>{text(t)}</th>" for i, t in enumerate(head))
+    what = summary["cost"][0]["peak_memory"]["what"]
+    return f"""<section><h2>What each costs</h2><p>FLOPs are executed ones, forward and backward, counted by torch on a real
+uncompiled step. Peak memory: {text(what)}.</p><div class="scroll"><table><thead><tr>{titles}</tr></thead>
+<tbody>{rows}</tbody></table></div></section>"""
+
+
+def _settings(summary: dict[str, Any], folder: Path) -> str:
+    del folder
+    machine, settings = summary["machine"], summary["settings"]
+    rows = [
+        ("base", f"{settings['base']['source']}, fingerprint {settings['base']['fingerprint'][:16]}"),
+        ("data", f"{settings['data']}, {settings['num_pictures']} pictures"),
+        ("seeds", ", ".join(map(str, summary["seeds"]))),
+        ("scoring", json.dumps(settings["evaluation"]) if settings["evaluation"] else "the suite's own settings"),
+        ("compute", settings["dtype"]),
+        ("processor", f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads"),
+        ("GPU", machine["gpu"]),
+        ("software", ", ".join(f"{k} {v}" for k, v in machine["versions"].items())),
+        ("commit", ", ".join(c[:12] for c in summary["commits"]) or None),
+        ("pictures", summary["licence"]),
+    ]
+    items = "".join(f"<dt>{text(k)}</dt><dd>{text(v)}</dd>" for k, v in rows if v is not None)
+    fusions = "".join(
+        f"<dt>{text(row['recipe'])}</dt><dd><code>{text(_fusion(row['fusion']))}</code></dd>" for row in summary["cost"]
+    )
+    again = f"<h3>Make it again</h3><pre>{text(summary['command'])}</pre>" if summary["command"] else ""
+    return f"""<section><h2>Settings</h2><dl>{items}</dl><h3>Mechanisms</h3><dl>{fusions}</dl>{again}
+<p class="small soft">Each run's JSON file beside this page holds its whole recipe, all its scores, chance, ceiling and
+blind rates.</p></section><footer>This page is one file, without scripts, and loads nothing.</footer>"""
+
+
+def _fusion(config: dict[str, Any]) -> str:
+    name = config["type"].rpartition(":")[2].removesuffix(".Config")
+    return f"{name}({', '.join(f'{k}={v!r}' for k, v in config.items() if k != 'type')})"
