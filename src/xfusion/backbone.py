@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,21 +57,25 @@ class _Grab:
 class _Splice:
     """Stands where a cache stands; puts the keys and values of other rows around a layer's own."""
 
-    def __init__(self, before: list[KeysValues], after: list[KeysValues]):
-        self.before, self.after = before, after
+    def __init__(self, before: list[KeysValues], after: list[KeysValues], own: bool = True):
+        self.before, self.after, self.with_own = before, after, own
 
     def get_seq_length(self, *_: Any) -> int:
         return 0
 
     def update(self, k: Tensor, v: Tensor, *_: Any, **__: Any) -> KeysValues:
         self.own = (k, v)
-        keys = [kv[0] for kv in self.before] + [k] + [kv[0] for kv in self.after]
-        values = [kv[1] for kv in self.before] + [v] + [kv[1] for kv in self.after]
-        return torch.cat(keys, dim=2), torch.cat(values, dim=2)
+        pairs = [*self.before, *([self.own] if self.with_own else []), *self.after]
+        return torch.cat([kv[0] for kv in pairs], dim=2), torch.cat([kv[1] for kv in pairs], dim=2)
 
 
 def _cache_name(layer: nn.Module) -> str:
     return "layer_past" if "layer_past" in inspect.signature(type(layer).forward).parameters else "past_key_values"
+
+
+def _takes_cache(module: nn.Module) -> bool:
+    """Whether a module takes a cache of keys and values (state-space layers name theirs otherwise)."""
+    return not {"past_key_values", "layer_past"}.isdisjoint(inspect.signature(type(module).forward).parameters)
 
 
 def slice_call(call: dict[str, Any], rows: slice) -> dict[str, Any]:
@@ -103,6 +107,8 @@ def run_rows(
     mask: Tensor,
     before: list[KeysValues],
     after: list[KeysValues],
+    *,
+    splice_own: bool = True,
 ) -> tuple[Tensor, KeysValues]:
     """The output of ``layer`` for the rows ``x`` ``[B, n, D]``, given the keys and values of all other rows.
 
@@ -113,11 +119,12 @@ def run_rows(
         mask: ``[B, 1, n, before + n + after]`` in the form that the layer's attention takes (`attention_mask`).
         before: keys and values that stand before the own ones along the key axis.
         after: the same behind them.
+        splice_own: False leaves out the keys and values that the layer itself makes of these rows.
 
     Returns:
         the new states ``[B, n, D]`` and the rows' own keys and values.
     """
-    splice = _Splice(before, after)
+    splice = _Splice(before, after, splice_own)
     h = layer(x, attention_mask=mask, **call, **{_cache_name(layer): splice})
     return (h[0] if isinstance(h, tuple) else h), splice.own
 
@@ -136,33 +143,163 @@ def attention_mask(seen: Tensor, implementation: str, dtype: torch.dtype) -> Ten
 
 
 def narrow_mlp(layer: nn.Module, config: Any, width: int) -> None:
-    """Keep the first ``width`` hidden units of a layer's MLP: first rows of gate and up, first columns of down."""
-    full, size = config.intermediate_size, config.hidden_size
-    if not 0 < width <= full:
-        raise XFusionError(f"MLP width {width} is not within 1 to {full}, the base's own")
-    changed = 0
+    """Keep the first ``width`` hidden units of a layer's MLP: first rows of gate and up, first columns of down.
+
+    Raises:
+        XFusionError: the MLP is not made of plain matrices (a mixture of experts, say), or is not that wide.
+    """
+    size = config.hidden_size
     # Projections of attention may have the same shapes; every attention of transformers carries its layer's number.
     inner = [m for m in layer.modules() if m is not layer and hasattr(m, "layer_idx")]
     attention = {id(m) for module in inner for m in module.modules()}
-    for linear in layer.modules():
-        if not isinstance(linear, nn.Linear) or id(linear) in attention:
-            continue
-        if (linear.in_features, linear.out_features) in ((size, full), (size, 2 * full)):
-            parts = [p[:width] for p in linear.weight.data.split(full)]
-            linear.weight = nn.Parameter(torch.cat(parts).clone())
-            if linear.bias is not None:
-                linear.bias = nn.Parameter(torch.cat([b[:width] for b in linear.bias.data.split(full)]).clone())
-            linear.out_features = linear.weight.shape[0]
-        elif (linear.in_features, linear.out_features) == (full, size):
-            linear.weight = nn.Parameter(linear.weight.data[:, :width].clone())
-            linear.in_features = width
-        else:
-            continue
-        changed += 1
-    if changed < 2 or full == size:
+    matrices = [m for m in layer.modules() if _is_linear(m) and id(m) not in attention]
+    # The matrix that comes back to the model's width tells how many units there are: a configuration may not.
+    widths = {wide for wide, out in map(linear_shape, matrices) if out == size != wide}
+    if len(widths) != 1 or any(p.dim() > 2 for p in layer.parameters()):
         raise XFusionError(
-            f"{type(layer).__name__}: its MLP is not made of plain Linear layers of width {full}; leave mlp at None"
+            f"{type(layer).__name__}: its MLP is not made of plain Linear layers of one width; leave mlp at None"
         )
+    full = widths.pop()
+    if not 0 < width <= full:
+        raise XFusionError(f"MLP width {width} is not within 1 to {full}, the base's own")
+    for matrix in matrices:
+        wide, out = linear_shape(matrix)
+        if wide == size and out in (full, 2 * full):
+            _keep(matrix, torch.arange(out).view(-1, full)[:, :width].reshape(-1), outputs=True)
+        elif (wide, out) == (full, size):
+            _keep(matrix, torch.arange(width), outputs=False)
+
+
+def _keep(matrix: nn.Module, units: Tensor, *, outputs: bool) -> None:
+    """Cut a linear layer, in place, to some of its outputs (with their bias) or inputs."""
+    linear, bias = isinstance(matrix, nn.Linear), matrix.bias
+    units = units.to(matrix.get_parameter("weight").device)
+    matrix.weight = nn.Parameter(matrix.get_parameter("weight").data.index_select(int(outputs != linear), units))
+    if outputs and isinstance(bias, Tensor):
+        matrix.bias = nn.Parameter(bias.data[units])
+    names = ("in_features", "out_features") if linear else ("nx", "nf")
+    setattr(matrix, names[outputs], len(units))
+
+
+class Delta(nn.Module):
+    """A new module that works on what a frozen one makes; `assembled` binds the two without owning the frozen one."""
+
+    def forward(self, frozen: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """What stands in the place of ``frozen(*args, **kwargs)``."""
+        raise NotImplementedError(type(self).__name__)
+
+
+class _Bound(nn.Module):
+    def __init__(self, delta: Delta, frozen: nn.Module):
+        super().__init__()
+        self.delta, self.frozen = delta, frozen
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.delta(self.frozen, *args, **kwargs)
+
+
+def assembled(layer: nn.Module, parts: Mapping[str, nn.Module]) -> Any:
+    """A shadow of a layer in which some submodules are others; all the rest is the layer's own, and it is not changed.
+
+    Args:
+        layer: a decoder layer.
+        parts: path of a submodule (``self_attn.q_proj``) -> what stands in its place. A `Delta` is bound to the layer's
+            own submodule.
+    """
+    out, shadows = _shadow(layer), {}
+    for path, part in parts.items():
+        *above, name = path.split(".")
+        module, seen = out, ""
+        for step in above:
+            seen += f"{step}."
+            if seen not in shadows:
+                shadows[seen] = module._modules[step] = _shadow(module._modules[step])
+            module = shadows[seen]
+        old = module._modules[name]
+        module._modules[name] = _Bound(part, old) if isinstance(part, Delta) else part
+    return out
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A submodule of a layer, or some output rows of one."""
+
+    path: str
+    rows: Tensor | None = None
+    """Output features, int64, where the submodule holds several roles in one matrix; None is all of it."""
+
+
+_SPLIT = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "q_norm": "query", "k_norm": "key"}
+_FUSED = ("qkv_proj", "query_key_value", "c_attn")
+_OUTPUT = ("o_proj", "out_proj", "dense", "c_proj")
+
+
+def attention_path(layer: nn.Module) -> str:
+    """Name of a layer's attention: the child that carries the layer's number, as every cache needs."""
+    for name, child in layer.named_children():
+        if hasattr(child, "layer_idx"):
+            return name
+    raise XFusionError(f"{type(layer).__name__}: no child is an attention with a number")
+
+
+def layer_pieces(layer: nn.Module) -> dict[str, list[Piece]]:
+    """The parts of a layer by role: ``norm``, ``query``, ``key``, ``value``, ``output``, ``mlp``.
+
+    Norms of queries and keys go with these. Where one matrix makes queries, keys and values, a role is some of its rows.
+
+    Raises:
+        XFusionError: the attention has a projection that is not known.
+    """
+    found: dict[str, list[Piece]] = {r: [] for r in ("norm", "query", "key", "value", "output", "mlp")}
+    inside = attention_path(layer)
+    for name, child in layer.named_children():
+        if name == inside or isinstance(child, nn.Dropout):
+            continue
+        found["norm" if "Norm" in type(child).__name__ else "mlp"].append(Piece(name))
+    attention: Any = layer.get_submodule(inside)
+    for name, child in attention.named_children():
+        path = f"{inside}.{name}"
+        if name in _SPLIT:
+            found[_SPLIT[name]].append(Piece(path))
+        elif name in _OUTPUT:
+            found["output"].append(Piece(path))
+        elif name in _FUSED:
+            width = attention.head_dim if hasattr(attention, "head_dim") else attention.head_size
+            total, out = linear_shape(child)[1], {}
+            if name == "query_key_value":  # per head: queries, keys, values
+                rows = torch.arange(total).view(-1, 3, width)
+                out = {role: rows[:, i].reshape(-1) for i, role in enumerate(("query", "key", "value"))}
+            else:
+                config = attention.config
+                keys = width * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+                parts = torch.arange(total).split([total - 2 * keys, keys, keys])
+                out = dict(zip(("query", "key", "value"), parts, strict=True))
+            for role, rows in out.items():
+                found[role].append(Piece(path, rows))
+        elif any(True for _ in child.parameters()):
+            raise XFusionError(f"{type(attention).__name__}.{name}: a projection that xfusion cannot take apart")
+    return found
+
+
+def linear_paths(layer: nn.Module) -> list[str]:
+    """Paths of all matrices of a layer."""
+    return [path for path, module in layer.named_modules() if path and _is_linear(module)]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs of a matrix; GPT-2's Conv1D lies the other way round."""
+    shape = module.get_parameter("weight").shape
+    return (shape[1], shape[0]) if isinstance(module, nn.Linear) else (shape[0], shape[1])
+
+
+def linear_weight(module: nn.Module) -> Tensor:
+    """The matrix ``[out, in]`` of a linear layer."""
+    weight = module.get_parameter("weight")
+    return weight if isinstance(module, nn.Linear) else weight.t()
 
 
 class Slot(nn.Module):
@@ -331,6 +468,11 @@ class Backbone:
             names.add(getattr(getattr(item, "target_class", item), "__name__", ""))
         for key, child in self.decoder._modules.items():
             if isinstance(child, nn.ModuleList) and len(child) and type(child[0]).__name__ in names:
+                if not any(map(_takes_cache, child[0].modules())):
+                    raise XFusionError(
+                        f"{self.source}: {type(self.model).__name__} cannot be fused: its layers"
+                        f" ({type(child[0]).__name__}) have no softmax attention whose keys and values could be shared"
+                    )
                 return key, child
         raise XFusionError(
             f"{self.source}: {type(self.model).__name__} has no list of decoder layers that xfusion recognises "
@@ -384,6 +526,22 @@ class Backbone:
         return size
 
     @property
+    def longest(self) -> int | None:
+        """Positions that a learned table holds; None where positions are rotary or none and no table ends."""
+        words = self.model.get_input_embeddings()
+        tables = [m for m in self.decoder.children() if isinstance(m, nn.Embedding) and m is not words]
+        return min((table.num_embeddings for table in tables), default=None)
+
+    @property
+    def embedding_scale(self) -> float:
+        """Standard deviation of the input embeddings as the layers meet them, the family's own factor included."""
+        table = self.model.get_input_embeddings().weight
+        some = torch.arange(min(64, len(table)), device=table.device)
+        with torch.no_grad():
+            factor = float(self.embed(some).float().std() / table[some].float().std())
+            return factor * float(table.float().std())
+
+    @property
     def special_tokens(self) -> tuple[str, ...]:
         """Texts that the tokenizer would read as control tokens."""
         return tuple(self.tokenizer.all_special_tokens)
@@ -423,11 +581,12 @@ class Backbone:
     # -- the parts that fusions build on
 
     def copy_layer(self, index: int, config: Any) -> nn.Module:
-        """A trainable float32 copy of a decoder layer that reads its attention settings from ``config``."""
+        """A trainable float32 copy of a decoder layer, without dropout, that reads its attention settings from ``config``."""
         layer = copy.deepcopy(self.layers[index], {id(self.config): config})
         for module in layer.modules():
             module._forward_hooks.clear()
             module._forward_pre_hooks.clear()
+            _without_dropout(module)
         return layer.float().requires_grad_(True)
 
     def tower_config(self) -> Any:
@@ -437,8 +596,12 @@ class Backbone:
     def working_copy(self, dtype: torch.dtype, attention: str) -> Backbone:
         """The frozen weights cast once to ``dtype`` for training; rotary tables stay as they are.
 
+        Where the family does not know ``attention``, the base's own implementation stays.
+
         The text path, ``verify`` and ``text_logits`` never use it.
         """
+        if attention == "sdpa" and not self.model._supports_sdpa:
+            attention = self.attention  # soft-caps would be lost without a word
         if dtype == self.dtype and attention == self.attention:
             return self
         model = copy.deepcopy(self.model)
@@ -484,11 +647,28 @@ class Backbone:
 
         Returns:
             final states ``[B, S, D]``, after the decoder's last norm.
+
+        Raises:
+            XFusionError: a position lies beyond the base's learned ones.
         """
+        if self.longest is not None and int(position.max()) >= self.longest:
+            raise XFusionError(
+                f"{self.source}: a sequence of {int(position.max()) + 1} positions; the base has learned"
+                f" {self.longest}: use shorter texts or smaller pictures"
+            )
         # A ready 4-D mask is passed on as it is by every family; None would make HF guess packed sequences.
         unused = torch.zeros(1, 1, 1, 1, dtype=x.dtype, device=x.device)
         out = decoder(inputs_embeds=x, attention_mask=unused, position_ids=position, use_cache=False)
         return out.last_hidden_state
+
+
+def _without_dropout(module: nn.Module) -> None:
+    """Set the shares that a module drops in training to 0: families bring up to 0.1, which our towers do not want."""
+    if isinstance(module, nn.Dropout):
+        module.p = 0.0
+    for name, value in vars(module).items():
+        if "dropout" in name and isinstance(value, float):  # handed to the attention kernel
+            setattr(module, name, 0.0)
 
 
 def _aligned_like(values: Tensor, pattern: Tensor) -> Tensor:

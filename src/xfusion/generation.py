@@ -83,7 +83,7 @@ def draw_tokens(
         size: side in pixels, one that the model was made for.
         seeds: one per picture; the noise of a picture depends on nothing else.
         steps: Euler steps.
-        guidance: classifier-free guidance; 1 is off, None takes the model's own. The picture without its context is the other end.
+        guidance: classifier-free guidance; 1 is off, None takes the model's own. The other end is no context.
         known: clean tokens ``[N, M, P]`` of which some are kept.
         keep: which tokens are kept, bool ``[N, M]``.
         progress: told after every step.
@@ -298,6 +298,7 @@ def answer_tokens(
             segment=torch.full_like(order, 1 << 20)[:, None],
             bidirectional=flag,
             visible_to_later=~flag,
+            after_media=~flag,
         )
         following = Batch(text=table, text_ids=token[:, None], labels=token[:, None])
         hidden, _ = model.run_pass(following.to(model.backbone.device), cache=cache, update=True)
@@ -404,6 +405,7 @@ def _mean_likelihood(model: Model, cache: Cache, first: Tensor, answers: Seq[tup
             segment=torch.full_like(order, 1 << 20),
             bidirectional=flag,
             visible_to_later=~flag,
+            after_media=~flag,
         )
         following = Batch(text=table, text_ids=ids, labels=ids)
         wide = cache.index(torch.zeros(count, dtype=torch.int64, device=device))

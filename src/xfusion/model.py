@@ -305,6 +305,7 @@ class Model(nn.Module):
             text_reads_media=batch.text_reads_media,
             media_reads_text=batch.media_reads_text,
             compiled=engine.compiled,
+            media_rows=dict(batch.media),
         )
         position = torch.cat([table.position for table in rows.values()], dim=1)
         self._pass = run

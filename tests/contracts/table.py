@@ -1,7 +1,7 @@
-"""The rows of the contract table: tiny random bases of three families, and the fusions that must hold on each.
+"""The rows of the contract table: a tiny random base of every family, and the fusions that must hold on each.
 
 The bases are saved by transformers and loaded through `Backbone.load`, as a user's are. All their weights are perturbed,
-so that no norm is 1 and no attention is flat. `exact` makes norms compute in float64 where a family falls to float32.
+so that no norm is 1 and no attention is flat. `exact` keeps float64 where a family falls to float32.
 """
 
 from __future__ import annotations
@@ -13,27 +13,55 @@ from pathlib import Path
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from PIL import Image as PILImage
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
+from transformers.models.gemma2 import modeling_gemma2
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+from transformers.models.smollm3.modeling_smollm3 import SmolLM3RMSNorm
 
 from xfusion.backbone import Backbone
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Batch, Example, Media, Sequence, Text
 from xfusion.fusion.base import Fusion
 from xfusion.fusion.dual_tower import DualTower
+from xfusion.fusion.gated_tower import GatedTower
+from xfusion.fusion.layered import Layered
+from xfusion.fusion.modality_experts import ModalityExperts
+from xfusion.fusion.shared_decoder import SharedDecoder
 from xfusion.modalities.image import ImageModality
 from xfusion.model import BackboneConfig, Model, ModelConfig, PortConfig
 from xfusion.objectives.flow_matching import FlowMatching
@@ -55,6 +83,13 @@ _COMMON = {
     "eos_token_id": 1,
     "pad_token_id": 2,
 }
+
+
+def _partial(share: float) -> dict[str, object]:
+    """Rotary positions on a share of each head."""
+    return {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": share}
+
+
 FAMILIES: dict[str, Callable[[], torch.nn.Module]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**_COMMON)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_COMMON, head_dim=24)),  # queries wider than the model
@@ -67,12 +102,102 @@ FAMILIES: dict[str, Callable[[], torch.nn.Module]] = {
             layer_types=["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"],
         )
     ),
+    # Bias on queries, keys and values; the upper half of the layers slides.
+    "qwen2": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**_COMMON, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2)
+    ),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**_COMMON, sliding_window=WINDOW)),  # every layer slides
+    # Soft-caps low enough to bend; a scale that is not the head's; no sdpa; layers slide in turns.
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(
+            **_COMMON,
+            head_dim=16,
+            query_pre_attn_scalar=24,
+            attn_logit_softcapping=2.0,
+            final_logit_softcapping=8.0,
+            sliding_window=WINDOW,
+        )
+    ),
+    "phi3": lambda: Phi3ForCausalLM(  # fused projections, half of each head turns, dropouts
+        Phi3Config(
+            **_COMMON, sliding_window=WINDOW, rope_parameters=_partial(0.5), resid_pdrop=0.1, attention_dropout=0.1
+        )
+    ),
+    "olmo2": lambda: Olmo2ForCausalLM(Olmo2Config(**_COMMON)),  # norms behind the branches, q/k norms over all heads
+    "smollm3": lambda: SmolLM3ForCausalLM(  # every second layer slides and knows no positions
+        SmolLM3Config(**_COMMON, no_rope_layer_interval=2, use_sliding_window=True, sliding_window=WINDOW)
+    ),
+    "gpt_neox": lambda: GPTNeoXForCausalLM(  # parallel branches, `layer_past`, a quarter of each head turns, dropouts
+        GPTNeoXConfig(**_COMMON, rope_parameters=_partial(0.25), hidden_dropout=0.1, attention_dropout=0.1)
+    ),
+    "gpt2": lambda: GPT2LMHeadModel(  # Conv1D, learned positions, dropouts of 0.1
+        GPT2Config(
+            vocab_size=VOCABULARY,
+            n_embd=WIDTH,
+            n_inner=96,
+            n_layer=LAYERS,
+            n_head=4,
+            n_positions=512,
+            initializer_range=0.12,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=2,
+        )
+    ),
 }
 FUSIONS: dict[str, Fusion.Config] = {
     "dual tower": DualTower.Config(),
     "dual tower, strided": DualTower.Config(stride=2, offset=0, mlp=40),
+    "low-rank tower": DualTower.Config(rank=3),
+    "x-fuse": DualTower.Config(fuse="both"),
+    "x-fuse-proj on pictures": DualTower.Config(fuse="image", fuse_projection=True),
+    "dynamic": DualTower.Config(fuse="both", fuse_by="token", stride=2),
+    "single tower": SharedDecoder.Config(),
+    "single tower, strided": SharedDecoder.Config(stride=2),
+    "gated tower": GatedTower.Config(),
+    "dual projection": ModalityExperts.Config(stride=2),
+    "cogvlm": ModalityExperts.Config(own=("query", "key", "value", "output", "mlp")),
+    "mplug-owl2": ModalityExperts.Config(own=("norm", "key", "value")),
+    "bagel": ModalityExperts.Config(noised_only=True),
+    "hybrid": Layered.Config(
+        parts=(ModalityExperts.Config(layers=(0, 2)), DualTower.Config(layers=(2, 4), offset=1, fuse="text"))
+    ),
 }
-ROWS = [pytest.param(f, b, id=f"{f}-{b}".replace(", ", "_").replace(" ", "_")) for f in FUSIONS for b in FAMILIES]
+CORE = ("llama", "qwen3", "gemma3")
+"""Families whose whole table is tried in the default tier; of the others only what `on_every_family` says."""
+EVERYWHERE = ("dual tower, strided", "dual projection")
+"""Fusions that are tried on more than Llama in the default tier; in the full one all are tried on all."""
+
+
+def _row(fusion: str, family: str) -> ParameterSet:
+    default = family == "llama" or (fusion in EVERYWHERE and family in CORE)
+    name = f"{fusion}-{family}".replace(", ", "_").replace(" ", "_")
+    return pytest.param(fusion, family, id=name, marks=() if default else pytest.mark.full)
+
+
+ROWS = [_row(fusion, family) for fusion in FUSIONS for family in FAMILIES]
+
+
+def on_every_family(chosen: list[ParameterSet]) -> list[ParameterSet]:
+    """Rows of a contract that shows whether a family fits: the fusions of EVERYWHERE stand in the default tier for all."""
+    return [pytest.param(*row.values, id=row.id) if row.values[0] in EVERYWHERE else row for row in chosen]
+
+
+def rows(*, preserves_text: bool | None = None, prefix_is_constant: bool | None = None) -> list[ParameterSet]:
+    """The rows whose fusion declares this."""
+    wanted = {"preserves_text": preserves_text, "prefix_is_constant": prefix_is_constant}
+    made = {name: config.build() for name, config in FUSIONS.items()}
+    return [
+        row
+        for row in ROWS
+        if all(value is None or getattr(made[str(row.values[0])], key) == value for key, value in wanted.items())
+    ]
+
+
+BASES = [pytest.param(family, marks=() if family in CORE else pytest.mark.full) for family in FAMILIES]
+"""The families, for tests of one fusion."""
+TOWERS = [row for row in ROWS if str(row.values[0]).startswith("dual tower")]
+"""The rows of whole copied blocks."""
 WORDS = (
     "a red apple on a table, the green tree, two blue birds, what is this? name this picture. one small house and a cat"
 )
@@ -256,13 +381,34 @@ def _gemma_norm(self: Gemma3RMSNorm, x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * (1 + self.weight)
 
 
+def _gemma2_attention(
+    module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, softcap: float, **_: object
+) -> tuple[Tensor, None]:
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+    scores = softcap * torch.tanh(q @ k.mT * scaling / softcap) + mask
+    return (scores.softmax(-1) @ v).transpose(1, 2), None
+
+
+_LLAMA_NORMS = (
+    LlamaRMSNorm,
+    MistralRMSNorm,
+    Olmo2RMSNorm,
+    Phi3RMSNorm,
+    Qwen2RMSNorm,
+    Qwen3RMSNorm,
+    SmolLM3RMSNorm,
+)
+
+
 @contextmanager
 def exact(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Norms in the precision of their input: transformers computes them in float32 whatever comes in."""
+    """All in the precision of its input: transformers computes norms and eager softmax in float32 whatever comes in."""
     with monkeypatch.context() as patch:
-        patch.setattr(LlamaRMSNorm, "forward", _llama_norm)
-        patch.setattr(Qwen3RMSNorm, "forward", _llama_norm)
-        patch.setattr(Gemma3RMSNorm, "forward", _gemma_norm)
+        for norm in _LLAMA_NORMS:
+            patch.setattr(norm, "forward", _llama_norm)
+        for norm in (Gemma2RMSNorm, Gemma3RMSNorm):
+            patch.setattr(norm, "forward", _gemma_norm)
+        patch.setattr(modeling_gemma2, "eager_attention_forward", _gemma2_attention)
         yield
 
 

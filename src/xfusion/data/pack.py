@@ -13,10 +13,12 @@ class _Table:
     """Grows the position table of one owner in one row."""
 
     def __init__(self) -> None:
-        self.rows: list[tuple[int, int, int, int, bool, bool]] = []
+        self.rows: list[tuple[int, int, int, int, bool, bool, bool]] = []
 
-    def add(self, order: int, sample: int, position: int, segment: int, both_ways: bool, later: bool) -> None:
-        self.rows.append((order, sample, position, segment, both_ways, later))
+    def add(
+        self, order: int, sample: int, position: int, segment: int, both_ways: bool, later: bool, after: bool
+    ) -> None:
+        self.rows.append((order, sample, position, segment, both_ways, later, after))
 
 
 def text_length(sequence: Sequence) -> int:
@@ -84,7 +86,7 @@ def pack(rows: Seq[Seq[Sequence]], *, text_width: int | None = None) -> Batch:
                             row_labels[-1] = token
                         if i == last and segment.has_loss and j == len(segment.ids) - 1:
                             break  # the last token of an answer is only ever a label
-                        table.add(order, s, position, segment_number, False, True)
+                        table.add(order, s, position, segment_number, False, True, seen_media)
                         row_ids.append(token)
                         row_labels.append(IGNORE)
                         after_text = True
@@ -97,18 +99,20 @@ def pack(rows: Seq[Seq[Sequence]], *, text_width: int | None = None) -> Batch:
                             f"a media item has {segment.tokens.shape[0]} tokens but its grid is {segment.grid}"
                         )
                     own, facts = media_tables[segment.modality][r], extra[segment.modality][r]
-                    own.add(order, s, position, segment_number, False, segment.visible_to_later)
+                    own.add(order, s, position, segment_number, False, segment.visible_to_later, True)
                     facts.append((-1, True, 0, 0))
                     order, position = order + 1, position + 1
                     number = len(items[segment.modality])
                     items[segment.modality].append(segment)
                     for m in range(segment.tokens.shape[0]):
-                        own.add(order, s, position, segment_number, True, segment.visible_to_later)
+                        both_ways, later = segment.bidirectional, segment.visible_to_later
+                        own.add(order, s, position, segment_number, both_ways, later, True)
                         facts.append((number, False, m // segment.grid[1], m % segment.grid[1]))
-                        order, position = order + 1, position + 1
+                        order, position = order + 1, position + (not segment.shared_position)
+                    position += segment.shared_position
                     after_text, seen_media, reads_text = False, True, reads_text or seen_text
                     if i < last:
-                        table.add(order, s, position, segment_number + 1, False, True)
+                        table.add(order, s, position, segment_number + 1, False, True, True)
                         row_ids.append(END_OF_MEDIA - names.index(segment.modality))
                         row_labels.append(IGNORE)
                         after_text, seen_text, reads_media = True, True, True
@@ -138,9 +142,9 @@ def pack(rows: Seq[Seq[Sequence]], *, text_width: int | None = None) -> Batch:
 
 
 def _tables(tables: Seq[_Table], width: int) -> Rows:
-    filled = [t.rows + [(-1, -1, 0, -1, False, False)] * (width - len(t.rows)) for t in tables]
-    columns = torch.tensor(filled, dtype=torch.int64).reshape(len(tables), width, 6).unbind(-1)
-    order, sample, position, segment, both_ways, later = (c.contiguous() for c in columns)
+    filled = [t.rows + [(-1, -1, 0, -1, False, False, False)] * (width - len(t.rows)) for t in tables]
+    columns = torch.tensor(filled, dtype=torch.int64).reshape(len(tables), width, 7).unbind(-1)
+    order, sample, position, segment, both_ways, later, after = (c.contiguous() for c in columns)
     return Rows(
         order=order,
         sample=sample,
@@ -148,6 +152,7 @@ def _tables(tables: Seq[_Table], width: int) -> Rows:
         segment=segment,
         bidirectional=both_ways.bool(),
         visible_to_later=later.bool(),
+        after_media=after.bool(),
     )
 
 

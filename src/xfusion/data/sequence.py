@@ -84,6 +84,10 @@ class Media:
     """Whether the model is trained to produce this item."""
     visible_to_later: bool = True
     """Whether positions after the item may see it (a noised copy beside a clean one is not)."""
+    bidirectional: bool = True
+    """Whether the item's tokens see each other both ways; else in reading order."""
+    shared_position: bool = False
+    """Whether all tokens of the item have one rotary position; rows and columns tell them apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +114,8 @@ class Rows:
     """True where the positions of one segment see each other both ways, bool."""
     visible_to_later: Tensor
     """False where only the position's own segment may see it, bool."""
+    after_media: Tensor
+    """True from the first media token ([BOI]) of a sequence on, bool: only there may anything new act on words."""
 
     @property
     def count(self) -> int:
@@ -120,7 +126,15 @@ class Rows:
         """Tables without positions for ``batch`` rows."""
         whole = torch.empty(batch, 0, dtype=torch.int64, device=device)
         flag = torch.empty(batch, 0, dtype=torch.bool, device=device)
-        return cls(order=whole, sample=whole, position=whole, segment=whole, bidirectional=flag, visible_to_later=flag)
+        return cls(
+            order=whole,
+            sample=whole,
+            position=whole,
+            segment=whole,
+            bidirectional=flag,
+            visible_to_later=flag,
+            after_media=flag,
+        )
 
     @classmethod
     def cat(cls, tables: Seq[Rows]) -> Rows:

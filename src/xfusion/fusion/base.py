@@ -5,15 +5,19 @@ Shape legend: ``B`` batch row, ``n`` rows of one owner, ``S`` all rows of a pass
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from xfusion.backbone import Backbone, Cache, attention_mask, slice_call
-from xfusion.data.sequence import Rows, visible
+from xfusion.backbone import Backbone, Cache, KeysValues, attention_mask, keys_values, run_rows, slice_call
+from xfusion.data.sequence import MediaRows, Rows, XFusionError, visible
+
+Call = dict[str, Any]
+"""What the decoder's own forward hands to a layer, besides the states."""
 
 
 @dataclass(kw_only=True)
@@ -30,6 +34,8 @@ class Pass:
     """Owner -> states before the current layer, ``[B, n, D]``."""
     attention: str
     """Attention implementation that masks are made for."""
+    media_rows: dict[str, MediaRows] = field(default_factory=dict)
+    """Modality -> what its rows are: noise levels, items, grid."""
     dtype: torch.dtype
     cache: Cache | None = None
     """Keys and values of earlier positions."""
@@ -43,8 +49,10 @@ class Pass:
     """Whether any media position of this pass comes after text."""
     compiled: bool = False
     """Whether the per-layer work runs compiled (training does; sampling, whose shapes change, does not)."""
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    """States that objectives asked for, by name (`Objective.needs`)."""
     _masks: dict[tuple[str, bool, int | None], Tensor] = field(default_factory=dict)
-    _calls: dict[int, tuple[Any, dict[str, dict[str, Any]]]] = field(default_factory=dict)
+    _calls: dict[int, tuple[Any, dict[str, Call]]] = field(default_factory=dict)
 
     @property
     def slices(self) -> dict[str, slice]:
@@ -59,18 +67,39 @@ class Pass:
         """The modality of this pass, or None."""
         return next((owner for owner in self.rows if owner != "text"), None)
 
-    def calls(self, call: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """Owner -> the per-position arguments of a layer call, cut to the owner's rows; made once per rotary table."""
+    def calls(self, call: Call) -> dict[str, Call]:
+        """Owner -> the per-position arguments of a layer call, cut to the owner's rows, and ``""`` -> those of all rows;
+        made once per rotary table.
+        """
         table = call.get("position_embeddings")
         if id(table) not in self._calls:
-            self._calls[id(table)] = (table, {owner: slice_call(call, rows) for owner, rows in self.slices.items()})
+            cut = {owner: slice_call(call, rows) for owner, rows in self.slices.items()}
+            self._calls[id(table)] = (table, cut | {"": slice_call(call, slice(None))})
         return self._calls[id(table)][1]
 
+    def inputs(self, index: int) -> dict[str, Tensor]:
+        """States before a layer; text that is given instead of computed in its place."""
+        return self.states if self.given is None else self.states | {"text": self.given[index]}
+
+    def reads_others(self, owner: str) -> bool:
+        """Whether any position of an owner comes after positions of the others."""
+        return self.text_reads_media if owner == "text" else self.media_reads_text
+
+    def cut(self, x: Tensor) -> dict[str, Tensor]:
+        """States of all rows ``[B, S, D]`` by owner."""
+        return {owner: x[:, rows] for owner, rows in self.slices.items()}
+
+    def after_media(self, owner: str) -> Tensor:
+        """Where new parts may act on an owner's rows, bool ``[B, n, 1]``: from the first media token of a sequence on."""
+        return self.rows[owner].after_media[..., None]
+
     def mask(self, owner: str, window: int | None, *, others: bool = True) -> Tensor:
-        """Mask of one owner's queries over the keys [cache | text | media ...], ``[B, 1, n, k]``.
+        """Mask of one owner's queries over the keys [cache | text | media ...], ``[B, 1, n, k]``; ``""`` asks for all.
 
         ``others=False`` leaves the other owners' keys of this pass out, where none of them is visible anyway.
         """
+        if not owner:
+            return torch.cat([self.mask(name, window) for name in self.rows], dim=2)
         key = (owner, others, window)
         if key not in self._masks:
             past = [self.cache.rows] if self.cache is not None else []
@@ -80,31 +109,112 @@ class Pass:
         return self._masks[key]
 
 
+def tower_rows(
+    layer: nn.Module,
+    own: Tensor,
+    own_call: Call,
+    other: Tensor | None,
+    other_call: Call,
+    past: list[KeysValues],
+    mask: Tensor,
+    own_first: bool,
+) -> tuple[Tensor, KeysValues, KeysValues | None]:
+    """One block at one layer: new states of some rows, keys and values of all rows.
+
+    Args:
+        layer: the block.
+        own: states of the rows that are computed, ``[B, n, D]``.
+        other: states of the rows that are only read, or None.
+        past: the block's cached keys and values (none or one).
+        mask: own queries over [past | text | media].
+        own_first: whether the own rows lie before the others along the keys (text does).
+    """
+    made = None if other is None else keys_values(layer, other, other_call)
+    others = [] if made is None else [made]
+    before, after = (past, others) if own_first else (past + others, [])
+    h, kv = run_rows(layer, own, own_call, mask, before, after)
+    return h, kv, made
+
+
+@cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The per-layer work of a mechanism, compiled; all layers of a block's kind share the graphs."""
+    # One graph per block, kind of batch and text width; at the default limit of 8 a run with several widths would die.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
 class Fusion(nn.Module):
     """New modules around a frozen decoder. A subclass is one mechanism.
 
     The verbs: `install` makes the new modules, `remove` forgets them, `layer` computes one layer of a pass. What a
     media item looks like at the input and how it is read out is the media port's, shared by all fusions.
+
+    A subclass of most mechanisms has only to say what its block at a layer is and whose rows it computes (`tower`).
+    At layers without a block media states pass unchanged, while the frozen layer still makes keys and values of them.
     """
 
-    preserves_text: ClassVar[bool] = False
+    preserves_text: bool = False
     """Whether text-only logits through the fused stack equal the base's bit for bit, whatever the new weights are."""
-    prefix_is_constant: ClassVar[bool] = False
+    prefix_is_constant: bool = False
     """Whether text before the first media item never depends on new weights, so that it may be computed once."""
-    num_towers: ClassVar[int] = 1
+    num_towers: int = 1
     """Slots of the cache, the frozen decoder's included."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """Settings of a fusion; `build` makes it."""
+        """Where a mechanism stands; `build` makes it."""
+
+        stride: int = 1
+        """A new block stands at every stride-th layer; 1 takes every layer."""
+        offset: int | None = None
+        """First layer with a block; None takes stride // 2 (2, 7, ..., 27 for stride 5 of 30 layers)."""
+        layers: tuple[int, int] | None = None
+        """Layers that the mechanism may stand at, from the first up to but without the second; None takes all."""
 
         def build(self) -> Fusion:
             """The fusion, not yet installed."""
             raise TypeError(f"{type(self).__qualname__} does not say which fusion it builds")
 
+        def sizes(self) -> Iterator[Fusion.Config]:
+            """This mechanism in other sizes, smallest first: what a comparison at equal parameters chooses from."""
+            yield from ()
+
+        def placed(self, num_layers: int) -> list[int]:
+            """The layers at which a block stands.
+
+            Raises:
+                XFusionError: there is none.
+            """
+            first, end = self.layers or (0, num_layers)
+            offset = self.stride // 2 if self.offset is None else self.offset
+            if not 0 <= first < end <= num_layers:
+                raise XFusionError(
+                    f"layers {first} to {end} are not within the base's {num_layers}: choose some of them"
+                )
+            if self.stride < 1 or not 0 <= offset < end - first:
+                raise XFusionError(
+                    f"stride {self.stride}, offset {offset} puts no block into {end - first} layers; choose"
+                    " stride >= 1 and 0 <= offset < layers"
+                )
+            return list(range(first + offset, end, self.stride))
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config = config
+        self.blocks = nn.ModuleDict()
+
     def install(self, backbone: Backbone) -> None:
-        """Make the new modules for a base. The base itself is not touched."""
-        raise NotImplementedError(type(self).__name__)
+        """Make the new modules for a base: at every placed layer what `make` says. The base itself is not touched."""
+        self.windows = [backbone.window(i) for i in range(backbone.num_layers)]
+        self.block_config = backbone.tower_config()
+        self.blocks = nn.ModuleDict(
+            {str(index): self.make(index, backbone) for index in self.config.placed(backbone.num_layers)}
+        )
+
+    def make(self, index: int, backbone: Backbone) -> nn.Module:
+        """The new modules of a layer; by default a trainable copy of the frozen one."""
+        return backbone.copy_layer(index, self.block_config)
 
     def remove(self) -> None:
         """Forget the new modules."""
@@ -112,24 +222,86 @@ class Fusion(nn.Module):
             del self._modules[name]
 
     def set_attention(self, implementation: str) -> None:
-        """Choose the attention implementation of the new modules."""
+        """Choose the attention implementation of copied blocks; the base keeps its own."""
+        if self.block_config._attn_implementation != implementation:
+            self.block_config._attn_implementation = implementation
 
     @property
     def state_layers(self) -> tuple[int, ...]:
-        """Layers whose text states must be at hand when text is given instead of computed."""
-        return ()
+        """Layers with new modules: only there need text states be at hand when text is given instead of computed."""
+        return tuple(int(index) for index in self.blocks)
 
-    def layer(self, index: int, frozen: nn.Module, call: dict[str, Any], run: Pass) -> dict[str, Tensor]:
+    def block(self, index: int, frozen: nn.Module) -> Any:
+        """The new block at a layer, or None where there is none.
+
+        Args:
+            index: number of the layer.
+            frozen: the frozen layer of this pass, for blocks that stand on its weights.
+        """
+        del frozen
+        return self.blocks[str(index)] if str(index) in self.blocks else None  # noqa: SIM401 (a ModuleDict has no get)
+
+    # -- the work of a layer
+
+    def layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
         """One layer of a mixed pass: from ``run.states`` to the states behind the layer."""
         raise NotImplementedError(type(self).__name__)
 
-    def reference_layer(self, index: int, frozen: nn.Module, call: dict[str, Any], run: Pass) -> dict[str, Tensor]:
+    def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
         """The paper's equation on whole layers: slow, obviously right, without cache. Tests hold `layer` to it."""
         raise NotImplementedError(type(self).__name__)
 
-    def text_layer(self, index: int, frozen: nn.Module, x: Tensor, call: dict[str, Any]) -> Tensor:
+    def text_layer(self, index: int, frozen: nn.Module, x: Tensor, call: Call) -> Tensor:
         """One layer of a text-only pass, the frozen block called exactly as the base calls it."""
-        raise NotImplementedError(type(self).__name__)
+        del index
+        return frozen(x, **call)
+
+    def tower(
+        self, slot: int, index: int, block: nn.Module, owners: Iterable[str], call: Call, run: Pass
+    ) -> dict[str, Tensor]:
+        """Rows of some owners behind a block that makes keys and values of all rows; the other rows are only read.
+
+        Args:
+            slot: where the block keeps keys and values; slot 0 is the frozen decoder's.
+            index: number of the layer.
+            block: any decoder layer.
+            owners: whose rows are computed. Text that is given is never computed.
+            call: what the decoder hands to the layer.
+            run: the pass.
+
+        Returns:
+            Owner -> new states ``[B, n, D]``.
+        """
+        wanted = set(owners)
+        own = [o for o in run.states if o in wanted and not (o == "text" and run.given is not None)]
+        held, calls, window = run.cache, run.calls(call), self.windows[index]
+        keep, past = held is not None and run.update, held.past(slot, index) if held else []
+        work = compiled(tower_rows) if run.compiled else tower_rows
+        if not own:
+            if held and keep:
+                held.append(slot, index, [keys_values(block, x, calls[o]) for o, x in run.states.items()])
+            return {}
+        states = run.inputs(index)
+        if len(own) == len(states):
+            x = torch.cat(list(states.values()), dim=1)
+            h, kv, _ = work(block, x, calls[""], None, {}, past, run.mask("" if len(own) > 1 else own[0], window), True)
+            if held and keep:
+                held.append(slot, index, [kv])
+            return run.cut(h)
+        (name,) = own
+        other = next(o for o in states if o != name)
+        read = keep or run.reads_others(name)
+        others = (states[other], calls[other]) if read else (None, {})
+        first = name == "text"
+        h, kv, made = work(block, states[name], calls[name], *others, past, run.mask(name, window, others=read), first)
+        if held and keep:
+            held.append(slot, index, [kv, made] if first else [made, kv])
+        return {name: h}
+
+    def whole(self, index: int, block: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
+        """A whole block over the whole sequence, by owner: what reference paths are made of."""
+        x = torch.cat(list(run.states.values()), dim=1)
+        return run.cut(run_rows(block, x, run.calls(call)[""], run.mask("", self.windows[index]), [], [])[0])
 
     def new_parameters(self) -> Iterable[nn.Parameter]:
         """What training may change."""

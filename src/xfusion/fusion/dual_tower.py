@@ -7,168 +7,202 @@ Both towers apply to the same mixed sequence and each position keeps the output 
 Only kept outputs are computed on the fast path: a tower makes queries and MLP for its own positions, keys and values for
 all of them (the text tower from media states by the frozen W_K, W_V; the media tower from text states by its own).
 The towers may be asymmetric: with ``stride`` k a media block stands at every k-th layer and media states pass the others
-unchanged, while the frozen tower still makes keys and values from them at every layer.
+unchanged, while the frozen tower still makes keys and values from them at every layer. With ``rank`` a media block is the
+frozen one with low-rank deltas (Hu et al., arXiv 2106.09685), so that the memory holds one language model.
+
+X-Fuse (section 3.2) also computes the other tower's queries and mixes, per position:
+
+    h_i = alpha h_i^own + beta P(h_i^other)
+
+with alpha = 1, beta = 0 at the start, one pair per layer and side; P is a linear projection (``X-Fuse-proj``) or nothing.
+With ``fuse_by="token"``, which no paper has, the share is a learned function of the position's own state:
+``h_i = h_i^own + tanh(w . norm(x_i) + b) P(h_i^other - h_i^own)``, again starting as the plain dual tower. Words are mixed
+only from the first media token on.
 
 Shape legend: ``B`` batch row, ``n`` rows of one owner, ``S`` all rows of a pass, ``D`` model width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
-from typing import Any, ClassVar
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from xfusion.backbone import Backbone, KeysValues, keys_values, narrow_mlp, run_rows, slice_call
+from xfusion.backbone import (
+    Backbone,
+    Delta,
+    assembled,
+    keys_values,
+    linear_paths,
+    linear_shape,
+    narrow_mlp,
+    slice_call,
+)
 from xfusion.data.sequence import XFusionError
-from xfusion.fusion.base import Fusion, Pass
+from xfusion.fusion.base import Call, Fusion, Pass
 
 
-def tower_rows(
-    layer: nn.Module,
-    own: Tensor,
-    own_call: dict[str, Any],
-    other: Tensor | None,
-    other_call: dict[str, Any],
-    past: list[KeysValues],
-    mask: Tensor,
-    own_first: bool,
-) -> tuple[Tensor, KeysValues, KeysValues | None]:
-    """One tower at one layer: new states of its own rows, keys and values of all rows.
+class LowRank(Delta):
+    """``W x + B A x``: a frozen matrix with a trainable delta of low rank, zero at the start."""
 
-    Args:
-        layer: the tower's block.
-        own: states of the rows that the tower owns, ``[B, n, D]``.
-        other: states of the other tower's rows, or None.
-        past: the tower's cached keys and values (none or one).
-        mask: own queries over [past | text | media].
-        own_first: whether the own rows lie before the others along the keys (text does).
-    """
-    made = None if other is None else keys_values(layer, other, other_call)
-    others = [] if made is None else [made]
-    before, after = (past, others) if own_first else (past + others, [])
-    h, kv = run_rows(layer, own, own_call, mask, before, after)
-    return h, kv, made
+    def __init__(self, inputs: int, outputs: int, rank: int):
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(rank, inputs) / math.sqrt(inputs))
+        self.up = nn.Parameter(torch.zeros(outputs, rank))
+
+    def forward(self, frozen: nn.Module, x: Tensor) -> Tensor:  # type: ignore[override]
+        """``[..., inputs]`` -> ``[..., outputs]``."""
+        return frozen(x) + functional.linear(functional.linear(x, self.down), self.up)
 
 
-@cache
-def _compiled_tower_rows() -> Callable[..., tuple[Tensor, KeysValues, KeysValues | None]]:
-    """The work of one tower at one layer, compiled; all layers of a tower share the graphs."""
-    # One graph per tower, kind of batch and text width; at the default limit of 8 a run with several widths would die.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    return torch.compile(tower_rows, fullgraph=True, dynamic=False)
+class Mix(nn.Module):
+    """X-Fuse of one side at one layer: the own tower's output and the other's, ``[B, n, D]`` each."""
+
+    def __init__(self, width: int, by: Literal["layer", "token"], projected: bool):
+        super().__init__()
+        self.by = by
+        if by == "layer":
+            self.alpha, self.beta = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(()))
+        else:
+            self.weight, self.bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(()))
+        self.projection = nn.Linear(width, width, bias=False) if projected else None
+        if self.projection is not None:
+            nn.init.eye_(self.projection.weight)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """Share of the other tower, ``[B, n, 1]`` for input states ``x``."""
+        x = functional.rms_norm(x.to(self.weight.dtype), x.shape[-1:])
+        return torch.tanh((x * self.weight).sum(-1, keepdim=True) + self.bias)
+
+    def forward(self, x: Tensor, own: Tensor, other: Tensor) -> Tensor:
+        """The mixed states; ``x`` are the layer's input states of the same rows."""
+        projected = (lambda h: h) if self.projection is None else self.projection
+        if self.by == "layer":
+            return (self.alpha * own + self.beta * projected(other)).to(own.dtype)
+        return own + (self.gate(x) * projected(other - own)).to(own.dtype)
 
 
 class DualTower(Fusion):
     """Frozen text tower, trainable media tower; text is bit-identical whatever the media tower holds."""
 
-    preserves_text: ClassVar[bool] = True
-    prefix_is_constant: ClassVar[bool] = True
-    num_towers: ClassVar[int] = 2
+    preserves_text = True
+    prefix_is_constant = True
+    num_towers = 2
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Fusion.Config):
-        """Shape of the media tower."""
+        """Shape of the media tower, and whether the towers' outputs are mixed."""
 
-        stride: int = 1
-        """A media block stands at every stride-th layer; 1 copies every layer, as the paper does."""
-        offset: int | None = None
-        """First layer with a media block; None takes stride // 2 (2, 7, ..., 27 for stride 5 of 30 layers)."""
         mlp: int | None = None
         """Width of the media blocks' MLP: the first rows of gate and up, the first columns of down. None keeps all."""
+        rank: int | None = None
+        """Media blocks are the frozen ones with deltas of this rank on every matrix; None copies the blocks."""
+        fuse: Literal["image", "text", "both"] | None = None
+        """X-Fuse: whose positions also take the other tower's output."""
+        fuse_by: Literal["layer", "token"] = "layer"
+        """Learn one pair of shares per layer and side, or a share for each position from its state."""
+        fuse_projection: bool = False
+        """X-Fuse-proj: the other tower's output passes a linear projection, the identity at the start."""
 
         def build(self) -> DualTower:
             """The fusion, not yet installed."""
+            if self.rank is not None and (self.rank < 1 or self.mlp is not None):
+                raise XFusionError(
+                    f"dual tower: rank {self.rank} with mlp {self.mlp}: a low-rank tower has a rank of at least 1 and"
+                    " keeps the frozen MLP, leave mlp at None"
+                )
             return DualTower(self)
 
-    def __init__(self, config: Config):
-        super().__init__()
-        self.config = config
-        self.blocks = nn.ModuleDict()
+        def sizes(self) -> Iterator[DualTower.Config]:
+            """By rank, or by the width of the MLP."""
+            steps = range(1, 1025) if self.rank is not None else range(16, 65537, 16)
+            for step in steps:
+                yield replace(self, rank=step) if self.rank is not None else replace(self, mlp=step)
 
     def install(self, backbone: Backbone) -> None:
-        """Copy the frozen blocks at the tower's layers (spec: copy initialisation)."""
-        stride = self.config.stride
-        offset = stride // 2 if self.config.offset is None else self.config.offset
-        if stride < 1 or not 0 <= offset < backbone.num_layers:
-            raise XFusionError(
-                f"dual tower: stride {stride}, offset {offset} puts no block into {backbone.num_layers} layers;"
-                " choose stride >= 1 and 0 <= offset < layers"
+        """Copy the frozen blocks at the tower's layers, or lay deltas beside them."""
+        super().install(backbone)
+        self._standing: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+        fuse, config = self.config.fuse, self.config
+        sides = {None: (), "image": ("media",), "text": ("text",), "both": ("text", "media")}[fuse]
+        self.mixes = nn.ModuleDict(
+            {
+                f"{side}_{index}": Mix(backbone.hidden_size, config.fuse_by, config.fuse_projection)
+                for side in sides
+                for index in self.state_layers
+            }
+        )
+
+    def make(self, index: int, backbone: Backbone) -> nn.Module:
+        """A copy of the frozen block, narrowed if asked; or the deltas of a low-rank one."""
+        if self.config.rank is not None:
+            frozen = backbone.layers[index]
+            return nn.ModuleDict(
+                {
+                    path.replace(".", "/"): LowRank(*linear_shape(frozen.get_submodule(path)), self.config.rank)
+                    for path in linear_paths(frozen)
+                }
             )
-        self.windows = [backbone.window(i) for i in range(backbone.num_layers)]
-        self.tower_config = backbone.tower_config()
-        self.blocks = nn.ModuleDict()
-        for index in range(offset, backbone.num_layers, stride):
-            block = backbone.copy_layer(index, self.tower_config)
-            if self.config.mlp is not None:
-                narrow_mlp(block, backbone.config, self.config.mlp)
-            self.blocks[str(index)] = block
+        block = backbone.copy_layer(index, self.block_config)
+        if self.config.mlp is not None:
+            narrow_mlp(block, backbone.config, self.config.mlp)
+        return block
 
-    def set_attention(self, implementation: str) -> None:
-        """Choose the attention implementation of the media tower; the base keeps its own."""
-        if self.tower_config._attn_implementation != implementation:
-            self.tower_config._attn_implementation = implementation
-
-    @property
-    def state_layers(self) -> tuple[int, ...]:
-        """The layers with a media block: only there are text states read by the media tower."""
-        return tuple(int(i) for i in self.blocks)
-
-    def block(self, index: int) -> nn.Module | None:
+    def block(self, index: int, frozen: nn.Module) -> nn.Module | None:
         """The media tower's block at a layer, or None where media states pass unchanged."""
-        return self.blocks[str(index)] if str(index) in self.blocks else None  # noqa: SIM401 (a ModuleDict has no get)
+        block = super().block(index, frozen)
+        if block is None or self.config.rank is None:
+            return block
+        if frozen not in self._standing:
+            self._standing[frozen] = assembled(frozen, {p.replace("/", "."): part for p, part in block.items()})
+        return self._standing[frozen]
 
-    def layer(self, index: int, frozen: nn.Module, call: dict[str, Any], run: Pass) -> dict[str, Tensor]:
+    def mix(self, side: str, index: int) -> Mix | None:
+        """The learned mix of a side, ``text`` or ``media``, at a layer; None where its positions keep their tower's."""
+        name = f"{side}_{index}"
+        return self.mixes[name] if name in self.mixes else None  # type: ignore[return-value]  # noqa: SIM401
+
+    def layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
         """Fast path: kept outputs only, each tower's keys and values for all rows (spec 1.2)."""
-        window, held, calls, name = self.windows[index], run.cache, run.calls(call), run.media
-        text, media = run.states.get("text"), run.states[name] if name else None
-        text_call, media_call = calls.get("text", {}), calls[name] if name else {}
-        keep = held is not None and run.update
-        rows = _compiled_tower_rows() if run.compiled else tower_rows
-        new = dict(run.states)
-
-        if text is not None and run.given is None:
-            read = media if run.text_reads_media or keep else None
-            past = held.past(0, index) if held else []
-            mask = run.mask("text", window, others=read is not None)
-            new["text"], kv, made = rows(frozen, text, text_call, read, media_call, past, mask, True)
-            if held and keep:
-                held.append(0, index, [kv, *([made] if made else [])])
-        elif held and keep and media is not None:
-            held.append(0, index, [keys_values(frozen, media, media_call)])
-
-        block = self.block(index)
+        block, media = self.block(index, frozen), set(run.states) - {"text"}
+        on_text, on_media = (self.mix(side, index) for side in ("text", "media"))
+        by_text = self.tower(0, index, frozen, run.states if on_media else {"text"}, call, run)
+        new = run.states | {o: h for o, h in by_text.items() if o == "text"}
         if block is None:
             return new
-        if run.given is not None:
-            text = run.given[index]
-        if media is not None and name:
-            past = held.past(1, index) if held else []
-            read = text if run.media_reads_text or keep else None
-            mask = run.mask(name, window, others=read is not None)
-            new[name], kv, made = rows(block, media, media_call, read, text_call, past, mask, False)
-            if held and keep:
-                held.append(1, index, [*([made] if made else []), kv])
-        elif text is not None and held and keep:
-            held.append(1, index, [keys_values(block, text, text_call)])
+        # Mixing acts on words only behind a picture: where none is read, the other tower has nothing to add.
+        mixes_text = on_text is not None and "text" in run.states and bool(run.after_media("text").any())
+        by_media = self.tower(1, index, block, run.states if mixes_text else media, call, run)
+        new |= {o: h for o, h in by_media.items() if o != "text"}
+        return self._mixed(index, run, new, by_text, by_media)
+
+    def _mixed(
+        self, index: int, run: Pass, new: dict[str, Tensor], by_text: dict[str, Tensor], by_media: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        for owner, x in run.states.items():
+            mix = self.mix("text" if owner == "text" else "media", index)
+            other = (by_media if owner == "text" else by_text).get(owner)
+            if mix is not None and other is not None and (owner != "text" or run.given is None):
+                new[owner] = torch.where(run.after_media(owner), mix(x, new[owner], other), new[owner])
         return new
 
-    def reference_layer(self, index: int, frozen: nn.Module, call: dict[str, Any], run: Pass) -> dict[str, Tensor]:
+    def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
         """Reference path: both whole blocks on the whole sequence, then each position keeps its tower's output."""
-        x, whole = torch.cat(list(run.states.values()), dim=1), slice_call(call, slice(None))
-        mask = torch.cat([run.mask(owner, self.windows[index]) for owner in run.rows], dim=2)
-        text_out, _ = run_rows(frozen, x, whole, mask, [], [])
-        block = self.block(index)
-        media_out = x if block is None else run_rows(block, x, whole, mask, [], [])[0]
-        return {owner: (text_out if owner == "text" else media_out)[:, rows] for owner, rows in run.slices.items()}
+        block, by_text = self.block(index, frozen), self.whole(index, frozen, call, run)
+        by_media = run.states if block is None else self.whole(index, block, call, run)
+        new = {owner: (by_text if owner == "text" else by_media)[owner] for owner in run.states}
+        return new if block is None else self._mixed(index, run, new, by_text, by_media)
 
-    def text_layer(self, index: int, frozen: nn.Module, x: Tensor, call: dict[str, Any]) -> Tensor:
+    def text_layer(self, index: int, frozen: nn.Module, x: Tensor, call: Call) -> Tensor:
         """A text-only layer: the frozen block called whole, the media tower still making its keys and values."""
-        block = self.block(index)
+        block = self.block(index, frozen)
         if block is not None:
-            own = x.to(next(block.parameters()).dtype)
+            own = x.to(next(self.blocks[str(index)].parameters()).dtype)
             keys_values(block, own, slice_call(call, slice(None)))
         return frozen(x, **call)

@@ -1,0 +1,70 @@
+"""X-Fusion's gated tower (arXiv 2504.20996, figure 3 b): a trainable copy of a layer whose output is added by a gate.
+
+    H_out = F_txt(E) + gamma F_gate(E)    with gamma = 0 at the start (after Flamingo, arXiv 2204.14198)
+
+Both blocks see the whole mixed sequence. The paper reports unchanged text scores, so the gate cannot act on words alone:
+here it acts from the first media token of a sequence on. With ``stride`` k a gated block stands at every k-th layer; at
+the others media states pass unchanged, as in the other mechanisms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from xfusion.backbone import Backbone, keys_values, slice_call
+from xfusion.fusion.base import Call, Fusion, Pass
+
+
+class GatedTower(Fusion):
+    """The frozen layer for all positions, plus a gated trainable copy of it."""
+
+    preserves_text = True
+    prefix_is_constant = True
+    num_towers = 2
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Fusion.Config):
+        """Where gated layers stand."""
+
+        def build(self) -> GatedTower:
+            """The fusion, not yet installed."""
+            return GatedTower(self)
+
+    def install(self, backbone: Backbone) -> None:
+        """Copy the frozen layers; one closed gate each."""
+        super().install(backbone)
+        self.gates = nn.ParameterDict({str(index): nn.Parameter(torch.zeros(())) for index in self.state_layers})
+
+    def layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
+        """Both blocks for every row, but the gated one for words only where a picture stands before some."""
+        block = self.block(index, frozen)
+        if block is None:
+            return run.states | self.tower(0, index, frozen, {"text"}, call, run)
+        plain = self.tower(0, index, frozen, run.states, call, run)
+        opened = {o for o, rows in run.rows.items() if o != "text" or bool(rows.after_media.any())}
+        gated = self.tower(1, index, block, opened, call, run)
+        return run.states | plain | self._added(index, run, plain, gated)
+
+    def _added(self, index: int, run: Pass, plain: dict[str, Tensor], gated: dict[str, Tensor]) -> dict[str, Tensor]:
+        gate = self.gates[str(index)]
+        return {
+            owner: torch.where(run.after_media(owner), (plain[owner] + gate * h).to(h.dtype), plain[owner])
+            for owner, h in gated.items()
+        }
+
+    def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
+        """Both whole blocks over the whole sequence, added."""
+        block, plain = self.block(index, frozen), self.whole(index, frozen, call, run)
+        if block is None:
+            return run.states | {o: h for o, h in plain.items() if o == "text"}
+        return self._added(index, run, plain, self.whole(index, block, call, run))
+
+    def text_layer(self, index: int, frozen: nn.Module, x: Tensor, call: Call) -> Tensor:
+        """A text-only layer: the frozen block called whole, the gated one still making its keys and values."""
+        block = self.block(index, frozen)
+        if block is not None:
+            keys_values(block, x.to(next(block.parameters()).dtype), slice_call(call, slice(None)))
+        return frozen(x, **call)

@@ -1,0 +1,87 @@
+"""Several mechanisms in one model, each at layers of its own: hybrids are recipes.
+
+Every layer belongs to one mechanism, so they can share the slots of the cache. At layers that belong to none, text is the
+frozen layer's and media states pass unchanged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor, nn
+
+from xfusion.backbone import Backbone
+from xfusion.data.sequence import XFusionError
+from xfusion.fusion.base import Call, Fusion, Pass
+
+
+class Layered(Fusion):
+    """A list of fusions over disjoint ranges of layers."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Fusion.Config):
+        """Which mechanisms, each with its own ``layers``."""
+
+        parts: tuple[Fusion.Config, ...] = ()
+        """Mechanisms with disjoint ``layers``; stride and offset count within a range."""
+
+        def build(self) -> Layered:
+            """The fusion, not yet installed."""
+            ranges = [part.layers for part in self.parts]
+            if not ranges or None in ranges:
+                raise XFusionError(f"layered: give each of the {len(ranges)} mechanisms its layers=(first, end)")
+            ordered = sorted(r for r in ranges if r is not None)
+            for (_, end), (first, after) in pairwise(ordered):
+                if first < end:
+                    raise XFusionError(
+                        f"layered: layers {first} to {after} begin before {end}: ranges must not overlap"
+                    )
+            return Layered(self)
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.parts = nn.ModuleList(part.build() for part in config.parts)
+        found: list[Any] = list(self.parts)
+        self.preserves_text = all(part.preserves_text for part in found)
+        self.prefix_is_constant = all(part.prefix_is_constant for part in found)
+        self.num_towers = max(part.num_towers for part in found)
+
+    def install(self, backbone: Backbone) -> None:
+        """Install each mechanism at its layers."""
+        self.windows = [backbone.window(i) for i in range(backbone.num_layers)]
+        self.owner: dict[int, Fusion] = {}
+        for part in self._fusions():
+            part.install(backbone)
+            first, end = part.config.layers
+            self.owner |= dict.fromkeys(range(first, end), part)
+
+    def _fusions(self) -> list[Any]:
+        return list(self.parts)
+
+    def set_attention(self, implementation: str) -> None:
+        """Choose the attention implementation of all mechanisms."""
+        for part in self._fusions():
+            part.set_attention(implementation)
+
+    @property
+    def state_layers(self) -> tuple[int, ...]:
+        """The layers with new modules of any mechanism."""
+        return tuple(sorted(index for part in self._fusions() for index in part.state_layers))
+
+    def layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
+        """The layer of the mechanism that owns it."""
+        if index in self.owner:
+            return self.owner[index].layer(index, frozen, call, run)
+        return run.states | self.tower(0, index, frozen, {"text"}, call, run)
+
+    def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
+        """The reference path of the mechanism that owns the layer."""
+        if index in self.owner:
+            return self.owner[index].reference_layer(index, frozen, call, run)
+        return run.states | {o: h for o, h in self.whole(index, frozen, call, run).items() if o == "text"}
+
+    def text_layer(self, index: int, frozen: nn.Module, x: Tensor, call: Call) -> Tensor:
+        """The text-only layer of the mechanism that owns it."""
+        return self.owner[index].text_layer(index, frozen, x, call) if index in self.owner else frozen(x, **call)

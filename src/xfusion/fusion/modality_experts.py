@@ -1,0 +1,248 @@
+"""Weights by modality, one joint attention: X-Fusion's dual projection (arXiv 2504.20996, figure 3 c) and its kin.
+
+    q_i, k_i, v_i = W_m(i) n_m(i)(x_i)      softmax over all positions      h_i = MLP_m(i)(O_m(i) attention_i)
+
+where m(i) is the modality of position i. Words keep the frozen weights; what a media position shares with them and what
+it has of its own is a setting, so that these are one mechanism:
+
+=========================================  =================================  ========================================
+system                                     of its own                         else
+=========================================  =================================  ========================================
+dual projection, LMFusion (2412.15188)     norms, Q, K, V, O, MLP             both ways inside a picture
+Mixture-of-Transformers (2411.04996)       all of it                          trained from scratch in the paper
+BAGEL (2505.14683)                         all, for noised pictures only      clean pictures take the frozen weights
+CogVLM (2311.03079)                        Q, K, V, O, MLP                    one rotary position per picture, causal
+mPLUG-Owl2 (2311.04257)                    norms, K, V
+=========================================  =================================  ========================================
+
+There is one set of keys and values: words made theirs by the frozen weights, media theirs by their own. A dual tower makes
+two.
+
+Shape legend: ``B`` batch row, ``n`` rows of one owner, ``S`` all rows of a pass, ``D`` model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from xfusion.backbone import (
+    Backbone,
+    Delta,
+    KeysValues,
+    Piece,
+    assembled,
+    keys_values,
+    layer_pieces,
+    linear_weight,
+    run_rows,
+)
+from xfusion.data.sequence import XFusionError
+from xfusion.fusion.base import Call, Fusion, Pass, compiled
+
+Part = Literal["norm", "query", "key", "value", "output", "mlp"]
+PARTS: tuple[Part, ...] = ("norm", "query", "key", "value", "output", "mlp")
+
+
+class OwnRows(Delta):
+    """Some output rows of a matrix, where one matrix of the base makes queries, keys and values together."""
+
+    def __init__(self, linear: nn.Module, rows: Tensor):
+        super().__init__()
+        self.register_buffer("rows", rows, persistent=False)
+        self.weight = nn.Parameter(linear_weight(linear)[rows].detach().clone())
+        bias = getattr(linear, "bias", None)
+        self.bias = None if bias is None else nn.Parameter(bias[rows].detach().clone())
+
+    def forward(self, frozen: nn.Module, x: Tensor) -> Tensor:  # type: ignore[override]
+        """``[..., inputs]`` -> ``[..., outputs]``."""
+        out = frozen(x)
+        return out.index_copy(-1, self.rows, functional.linear(x, self.weight, self.bias).to(out.dtype))
+
+
+class Routed(Delta):
+    """A part of a layer on all positions by both weights, each position keeping its own: the reference path."""
+
+    def __init__(self, own: nn.Module, is_own: Tensor):
+        super().__init__()
+        self.own, self.is_own = own, is_own
+
+    def forward(self, frozen: nn.Module, x: Tensor) -> Tensor:  # type: ignore[override]
+        """``[B, S, ...]`` -> ``[B, S, ...]``."""
+        own = self.own(frozen, x) if isinstance(self.own, Delta) else self.own(x)
+        out = frozen(x)
+        shape = (*self.is_own.shape, *([1] * (out.ndim - 2)))
+        mine = self.is_own.view(shape)
+        if out.shape[:2] != self.is_own.shape:  # norms behind the cut into heads, [B, heads, S, width]
+            mine = self.is_own[:, None, :, None]
+        return torch.where(mine, own.to(out.dtype), out)
+
+
+def joint_rows(
+    frozen: nn.Module,
+    expert: nn.Module,
+    text: Tensor | None,
+    text_call: Call,
+    text_mask: Tensor | None,
+    media: Tensor | None,
+    media_call: Call,
+    media_mask: Tensor | None,
+    past: list[KeysValues],
+    is_own: Tensor | None,
+    text_reads_media: bool,
+    given: bool,
+) -> tuple[Tensor | None, Tensor | None, KeysValues | None, KeysValues | None]:
+    """One layer: text by the frozen weights, media by the expert's, over one set of keys and values.
+
+    Args:
+        frozen: the base's layer.
+        expert: the layer that media positions take.
+        text: states ``[B, n, D]`` or None; ``given`` says that they are only read.
+        media: states ``[B, m, D]`` or None.
+        is_own: which media positions take the expert, bool ``[B, m, 1]``; None is all of them, others take ``frozen``.
+        past: cached keys and values (none or one).
+        text_mask: queries of text over [past | text | media], or over [past | text] where text reads no media.
+        media_mask: queries of media over [past | text | media].
+
+    Returns:
+        new text states, new media states, keys and values of text, keys and values of media.
+    """
+    media_kv = text_kv = new_text = new_media = None
+    if media is not None:
+        media_kv = keys_values(expert, media, media_call)
+        if is_own is not None:
+            plain = keys_values(frozen, media, media_call)
+            own = is_own[:, None]
+            media_kv = (torch.where(own, media_kv[0], plain[0]), torch.where(own, media_kv[1], plain[1]))
+    if text is not None and given:
+        text_kv = keys_values(frozen, text, text_call)
+    elif text is not None and text_mask is not None:
+        after = [media_kv] if media_kv is not None and text_reads_media else []
+        new_text, text_kv = run_rows(frozen, text, text_call, text_mask, past, after)
+    if media is not None and media_mask is not None and media_kv is not None:
+        before = past + ([text_kv] if text_kv is not None else [])
+        new_media, _ = run_rows(expert, media, media_call, media_mask, before, [media_kv], splice_own=False)
+        if is_own is not None:
+            plain_media, _ = run_rows(frozen, media, media_call, media_mask, before, [media_kv], splice_own=False)
+            new_media = torch.where(is_own, new_media, plain_media)
+    return new_text, new_media, text_kv, media_kv
+
+
+class ModalityExperts(Fusion):
+    """Media positions have weights of their own in one joint attention; words keep the frozen ones."""
+
+    preserves_text = True
+    prefix_is_constant = True
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Fusion.Config):
+        """What media positions have of their own."""
+
+        own: tuple[Part, ...] = PARTS
+        """Parts of a layer that media positions have of their own, copied from the base's; the rest is the frozen one."""
+        noised_only: bool = False
+        """Only noised pictures take the new weights; clean ones and [BOI] take the frozen ones (BAGEL)."""
+
+        def build(self) -> ModalityExperts:
+            """The fusion, not yet installed."""
+            unknown = [part for part in self.own if part not in PARTS]
+            if unknown or not self.own:
+                raise XFusionError(f"modality experts: own {self.own}: name some of {', '.join(PARTS)}")
+            return ModalityExperts(self)
+
+        def sizes(self) -> Iterator[ModalityExperts.Config]:
+            """By stride, the widest first."""
+            for stride in range(256, 0, -1):
+                yield replace(self, stride=stride, offset=None)
+
+    def install(self, backbone: Backbone) -> None:
+        """Copy the parts that media positions have of their own."""
+        super().install(backbone)
+        self._standing: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+
+    def make(self, index: int, backbone: Backbone) -> nn.Module:
+        """The parts of a layer that are not shared, by path; some rows of a matrix where roles share one."""
+        copied, pieces = backbone.copy_layer(index, self.block_config), layer_pieces(backbone.layers[index])
+        wanted = [piece for part in PARTS if part in self.config.own for piece in pieces[part]]
+        together: dict[str, list[Piece]] = {}
+        for piece in wanted:
+            together.setdefault(piece.path, []).append(piece)
+        parts: dict[str, nn.Module] = {}
+        for path, found in together.items():
+            module = copied.get_submodule(path)
+            rows = [piece.rows for piece in found if piece.rows is not None]
+            whole = not rows or sum(map(len, rows)) == linear_weight(module).shape[0]
+            parts[path.replace(".", "/")] = module if whole else OwnRows(module, torch.cat(rows).sort().values)
+        return nn.ModuleDict(parts).to(next(copied.parameters()).device)
+
+    def block(self, index: int, frozen: nn.Module) -> Any:
+        """The layer that media positions take: the frozen one with the parts of their own in place."""
+        parts = super().block(index, frozen)
+        if parts is None:
+            return None
+        if frozen not in self._standing:
+            self._standing[frozen] = assembled(frozen, {p.replace("/", "."): part for p, part in parts.items()})
+        return self._standing[frozen]
+
+    def _is_own(self, run: Pass) -> Tensor | None:
+        """Which media positions take the new weights, bool ``[B, n, 1]``; None is all of them."""
+        if not self.config.noised_only or run.media is None:
+            return None
+        media = run.media_rows[run.media]
+        return media.at(media.noised.float()).bool()[..., None]
+
+    def layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
+        """Fast path: each position by its weights alone, one set of keys and values in slot 0."""
+        expert = self.block(index, frozen)
+        if expert is None:
+            return run.states | self.tower(0, index, frozen, {"text"}, call, run)
+        held, calls, window, name = run.cache, run.calls(call), self.windows[index], run.media
+        keep, past = held is not None and run.update, held.past(0, index) if held else []
+        states = run.inputs(index)
+        text, media = states.get("text"), states[name] if name else None
+        given = run.given is not None
+        work = compiled(joint_rows) if run.compiled else joint_rows
+        new_text, new_media, text_kv, media_kv = work(
+            frozen,
+            expert,
+            text,
+            calls.get("text", {}),
+            None if text is None or given else run.mask("text", window, others=run.text_reads_media),
+            media,
+            calls[name] if name else {},
+            run.mask(name, window) if name else None,
+            past,
+            self._is_own(run),
+            run.text_reads_media,
+            given,
+        )
+        if held and keep:
+            held.append(0, index, [kv for kv in (text_kv, media_kv) if kv is not None])
+        new = dict(run.states)
+        if new_text is not None:
+            new["text"] = new_text
+        if name and new_media is not None:
+            new[name] = new_media
+        return new
+
+    def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
+        """The whole frozen layer, in which each part of its own is computed by both weights and chosen by position."""
+        if super().block(index, frozen) is None:
+            plain = self.whole(index, frozen, call, run)
+            return run.states | {o: h for o, h in plain.items() if o == "text"}
+        is_own = torch.cat([self._rows_of_their_own(owner, run) for owner in run.rows], dim=1)
+        parts = {p.replace("/", "."): Routed(part, is_own) for p, part in super().block(index, frozen).items()}
+        return self.whole(index, assembled(frozen, parts), call, run)
+
+    def _rows_of_their_own(self, owner: str, run: Pass) -> Tensor:
+        shape, device = run.rows[owner].order.shape, run.rows[owner].order.device
+        if owner == "text":
+            return torch.zeros(shape, dtype=torch.bool, device=device)
+        chosen = self._is_own(run)
+        return torch.ones(shape, dtype=torch.bool, device=device) if chosen is None else chosen[..., 0]

@@ -1,0 +1,46 @@
+"""One decoder for words and media: X-Fusion's single tower (arXiv 2504.20996, figure 3 a), Transfusion (2408.11039).
+
+    H_out = F(E)    with F initialised from the language model and trained
+
+The trained blocks are copies: the frozen model itself is never changed, and a pack holds the copies. Text goes through
+them too, so it is not preserved; that is what this layer is compared for. With ``stride`` k a trained block stands at every
+k-th layer; at the others text is the frozen layer's and media states pass unchanged, as in the other mechanisms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from xfusion.fusion.base import Call, Fusion, Pass
+
+
+class SharedDecoder(Fusion):
+    """Trained copies of decoder layers for all positions."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Fusion.Config):
+        """Where trained layers stand."""
+
+        def build(self) -> SharedDecoder:
+            """The fusion, not yet installed."""
+            return SharedDecoder(self)
+
+    def layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
+        """The trained block over all rows at once."""
+        block = self.block(index, frozen)
+        if block is None:
+            return run.states | self.tower(0, index, frozen, {"text"}, call, run)
+        return self.tower(0, index, block, run.states, call, run)
+
+    def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
+        """The whole block over the whole sequence."""
+        block = self.block(index, frozen)
+        found = self.whole(index, block or frozen, call, run)
+        return found if block is not None else run.states | {o: h for o, h in found.items() if o == "text"}
+
+    def text_layer(self, index: int, frozen: nn.Module, x: Tensor, call: Call) -> Tensor:
+        """A text-only layer: the trained block, where there is one."""
+        block = self.block(index, frozen)
+        return frozen(x, **call) if block is None else block(x.to(next(block.parameters()).dtype), **call).to(x.dtype)
