@@ -18,7 +18,8 @@ from PIL import Image as PILImage
 from xfusion.apps.commands.base import size_text, written
 from xfusion.apps.commands.compare import text_text
 from xfusion.apps.report import TEMPLATE, number, picture, text
-from xfusion.comparison import FEWEST_RUNS, REAL, run_name
+from xfusion.comparison.intervals import FEWEST_RUNS
+from xfusion.comparison.results import REAL, run_name
 
 COLOURS = ("#c2571a", "#2f73c8", "#1c8a55", "#9355bd", "#c43f52", "#0f8f95", "#a3800a", "#7a7468")
 """Of the recipes, in order; they start again where there are more."""
@@ -40,6 +41,7 @@ td small { color: var(--soft); }
 .strips { display: grid; gap: .4rem; align-items: center; min-width: 36rem; }
 .strips .what { font-size: .74rem; color: var(--soft); text-align: center; line-height: 1.15; align-self: end; }
 .strips .who { font-size: .86rem; overflow-wrap: anywhere; }
+@media (max-width: 34rem) { svg text { font-size: 12px; } svg text.end { font-size: 10.5px; } }
 .strips .rule { grid-column: 1 / -1; border-top: 1px dashed var(--line); }
 </style>"""
 
@@ -142,12 +144,25 @@ def _at(summary: dict[str, Any], share: float) -> list[dict[str, Any]]:
 
 def _plots(summary: dict[str, Any], folder: Path) -> str:
     del folder
-    cards = "".join(
-        f'<div class="card"><h3>{text(score["title"])}</h3>{dots(score, lambda label: _colour(summary, label))}</div>'
-        for score in _at(summary, summary["shares"][0])
-    )
-    return f"""<section><h2>Every run, mean and interval</h2><p>Small dots are runs, the large dot their mean, the bar its
+    shown = _at(summary, summary["shares"][0])
+
+    def paint(label: str) -> str:
+        return _colour(summary, label)
+
+    cards = "".join(f'<div class="card"><h3>{text(s["title"])}</h3>{dots(s, paint)}</div>' for s in shown)
+    out = f"""<section><h2>Every run, mean and interval</h2><p>Small dots are runs, the large dot their mean, the bar its
 95 % interval (from {FEWEST_RUNS} runs on). Dashed lines: chance, blind rate and ceiling.</p>
+<div class="plots">{cards}</div></section>"""
+    cards = ""
+    for score in shown:
+        rows = [{"recipe": r["recipe"], **r["difference"]} for r in score["rows"] if r["difference"]]
+        if rows:
+            drawn = dots({"title": f"difference in {score['title']}", "rows": rows, "zero": 0.0}, paint)
+            cards += f'<div class="card"><h3>{text(score["title"])}</h3>{drawn}</div>'
+    if not cards:
+        return out
+    return f"""{out}<section><h2>Paired differences to {text(summary["first"])}</h2><p>Small dots are pairs of runs of the
+same seed. A bar that does not reach the line at 0 decides; anything else does not.</p>
 <div class="plots">{cards}</div></section>"""
 
 
@@ -160,7 +175,7 @@ def dots(score: dict[str, Any], colour: Callable[[str], str]) -> str:
     """
     width, left, right, top, step = 420, 118, 20, 8, 34
     rows = [row for row in score["rows"] if row["mean"] is not None]
-    beside = {kind: score[kind] for kind in ("chance", "blind", "ceiling") if kind in score}
+    beside = {kind: score[kind] for kind in ("zero", "chance", "blind", "ceiling") if kind in score}
     values = [v for row in rows for v in row["values"].values()] + list(beside.values())
     values += [v for row in rows for v in row["interval"] or ()]
     low, high, ticks = _axis(values)
@@ -174,9 +189,16 @@ def dots(score: dict[str, Any], colour: Callable[[str], str]) -> str:
     for tick in ticks:
         parts.append(f'<line class="grid-line" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{top}" y2="{bottom}"/>')
         parts.append(f'<text class="end" x="{x(tick):.1f}" y="{bottom + 14}" text-anchor="middle">{tick:g}</text>')
-    for kind, value in beside.items():
-        parts.append(f'<line class="beside" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{top}" y2="{bottom}"/>')
-        parts.append(f'<text class="end" x="{x(value):.1f}" y="{bottom + 27}" text-anchor="middle">{kind}</text>')
+    labels: list[tuple[float, str]] = []
+    for kind, value in sorted(beside.items(), key=lambda item: item[1]):
+        line = "zero" if kind == "zero" else "beside"
+        parts.append(f'<line class="{line}" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{top}" y2="{bottom}"/>')
+        if labels and x(value) - labels[-1][0] < 42:  # lines this near share one label
+            labels[-1] = ((labels[-1][0] + x(value)) / 2, f"{labels[-1][1]}, {kind}")
+        elif kind != "zero":
+            labels.append((x(value), kind))
+    for at, words in labels:
+        parts.append(f'<text class="end" x="{at:.1f}" y="{bottom + 27}" text-anchor="middle">{words}</text>')
     for number_, row in enumerate(rows):
         y, paint = top + step * (number_ + 0.5), colour(row["recipe"])
         parts.append(
@@ -187,7 +209,7 @@ def dots(score: dict[str, Any], colour: Callable[[str], str]) -> str:
             parts.append(f'<line x1="{a:.1f}" x2="{b:.1f}" y1="{y}" y2="{y}" stroke="{paint}" stroke-width="3"/>')
         for k, value in enumerate(row["values"].values()):
             at = y + (-7 if k % 2 else 7)
-            parts.append(f'<circle cx="{x(value):.1f}" cy="{at}" r="2.6" fill="{paint}" opacity=".5"/>')
+            parts.append(f'<circle cx="{x(value):.1f}" cy="{at}" r="2.8" fill="{paint}" opacity=".6"/>')
         parts.append(f'<circle cx="{x(row["mean"]):.1f}" cy="{y}" r="5.5" fill="{paint}"/>')
     said = "; ".join(f"{row['recipe']} {row['mean']:.3g}" for row in rows)
     return _svg(width, height, f"{score['title']}: {said}", parts)
@@ -290,7 +312,7 @@ def _learning(summary: dict[str, Any], folder: Path) -> str:
         cards += f'<div class="card"><h3>loss of {text(LOSSES.get(name, name))}</h3>{drawn}</div>' if drawn else ""
     if not cards:
         return ""
-    return f"""<section><h2>What learning costs</h2><p>Training loss, mean over seeds, on a logarithmic axis; what a sample
+    return f"""<section><h2>What learning costs</h2><p>Training loss, mean over seeds; what a sample
 costs stands in the table of costs.</p>{_legend(summary)}<div class="plots">{cards}</div></section>"""
 
 
@@ -303,11 +325,15 @@ def curves(
         summary: for the recipes' colours.
         lines: recipe -> points.
         along: what the x axis is.
-        logarithmic: of the y axis; points at 0 and below are left out.
+        logarithmic: take a logarithmic y axis where the values span much; points at 0 and below are then left out.
     """
     width, height, left, right, top, bottom = 420, 250, 56, 18, 10, 40
-    scale = math.log10 if logarithmic else float
-    lines = {k: [(a, scale(b)) for a, b in v if not logarithmic or b > 0] for k, v in lines.items()}
+    values = [b for line in lines.values() for _, b in line if b > 0]
+    logarithmic = logarithmic and bool(values) and max(values) > 8 * min(values)  # else round ticks are easier to read
+    lines = {
+        k: [(a, math.log10(b) if logarithmic else b) for a, b in v if not logarithmic or b > 0]
+        for k, v in lines.items()
+    }
     lines = {k: v for k, v in lines.items() if v}
     if not lines:
         return ""
@@ -349,8 +375,51 @@ def _text_side(summary: dict[str, Any], folder: Path) -> str:
         f"<tr><td>{_chip(summary, label)}</td><td>{text(text_text(facts))}</td></tr>"
         for label, facts in summary["text"].items()
     )
+    drawn = ""
+    drawing = next((s for s in _at(summary, 1.0) if s["score"].startswith("fit_retrieval")), None)
+    if drawing and any(facts["bit_equal"] < facts["num_runs"] for facts in summary["text"].values()):
+        drawn = f"""<h3>What drawing cost the text</h3><p>Every run: perplexity of the bundled texts against the score in
+drawing ({text(drawing["title"])}). The dashed line is the base.</p>{_legend(summary)}
+<div class="card" style="max-width:44rem">{scatter(summary, drawing)}</div>"""
     return f"""<section><h2>The base's own text</h2><p>The bundled texts of <code>xfusion verify</code> through the base and
-through the fused stack after training.</p><div class="scroll"><table><tbody>{rows}</tbody></table></div></section>"""
+through the fused stack after training.</p><div class="scroll"><table><tbody>{rows}</tbody></table></div>{drawn}</section>"""
+
+
+def scatter(summary: dict[str, Any], score: dict[str, Any]) -> str:
+    """Perplexity of the fused stack (logarithmic) against a score, one dot per run."""
+    width, height, left, right, top, bottom = 640, 300, 56, 18, 10, 42
+    base = math.log10(next(iter(summary["text"].values()))["perplexity_base"])
+    points = [
+        (row["recipe"], math.log10(summary["text"][row["recipe"]]["perplexity_fused"][seed]), value)
+        for row in score["rows"]
+        for seed, value in row["values"].items()
+        if seed in summary["text"][row["recipe"]]["perplexity_fused"]
+    ]
+    low, high, ticks = _axis([v for _, _, v in points])
+    near, far, across = _axis([base, *(p for _, p, _ in points)])
+
+    def x(value: float) -> float:
+        return left + (width - left - right) * (value - near) / (far - near)
+
+    def y(value: float) -> float:
+        return top + (height - top - bottom) * (high - value) / (high - low)
+
+    parts = []
+    for tick in ticks:
+        parts.append(
+            f'<line class="grid-line" x1="{left}" x2="{width - right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
+        )
+        parts.append(f'<text class="end" x="{left - 7}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
+    for tick in across:
+        at = height - bottom + 16
+        parts.append(f'<text class="end" x="{x(tick):.1f}" y="{at}" text-anchor="middle">{10**tick:.4g}</text>')
+    parts.append(f'<line class="beside" x1="{x(base):.1f}" x2="{x(base):.1f}" y1="{top}" y2="{height - bottom}"/>')
+    middle = (left + width - right) / 2
+    parts.append(f'<text class="end" x="{middle}" y="{height - 6}" text-anchor="middle">perplexity of the text</text>')
+    for label, perplexity, value in points:
+        paint = _colour(summary, label)
+        parts.append(f'<circle cx="{x(perplexity):.1f}" cy="{y(value):.1f}" r="5" fill="{paint}" opacity=".75"/>')
+    return _svg(width, height, "perplexity of the text against drawing, one dot per run", parts)
 
 
 def _cost(summary: dict[str, Any], folder: Path) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import importlib.util
 import pkgutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 from xfusion.data.sequence import XFusionError
@@ -36,11 +39,7 @@ def find(name: str) -> Callable[..., Recipe]:
         path = Path(where)
         if not path.is_file():
             raise XFusionError(f"recipe {name!r}: there is no file {where}")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        if spec is None or spec.loader is None:
-            raise XFusionError(f"recipe {name!r}: {where} is not a Python file")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = _module(path.resolve(), path.read_bytes())
     elif function:
         try:
             module = importlib.import_module(where)
@@ -56,6 +55,24 @@ def find(name: str) -> Callable[..., Recipe]:
     if not callable(found):
         raise XFusionError(f"recipe {name!r}: {where} has no function {function!r}")
     return cast("Callable[..., Recipe]", found)
+
+
+@functools.cache
+def _module(path: Path, content: bytes) -> ModuleType:
+    """The module of a file, run once as long as the file stays.
+
+    It is known by its name, as an imported one: a run that goes on reads the classes of its configuration by it. A module
+    of the same name that is there already keeps the name.
+    """
+    del content
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    before = sys.modules.get(path.stem)
+    if before is None or getattr(before, "__file__", None) == str(path):
+        sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def train(recipe: Recipe | str, **settings: Any) -> Model:

@@ -1,0 +1,105 @@
+"""Student's t: intervals, paired differences, and how many seeds a difference needs."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+FEWEST_RUNS = 5
+"""An interval over fewer runs is not printed."""
+POWER = 0.8
+"""Chance of finding a difference that is there, for which the number of seeds is computed."""
+
+
+def t_quantile(probability: float, degrees: int) -> float:
+    """The quantile of Student's t-distribution, for whole degrees of freedom, to 1e-12.
+
+    The probability of a range around 0 is a finite sum (Abramowitz and Stegun 26.7.3 and 26.7.4); it is inverted by
+    halving.
+    """
+    if degrees < 1 or not 0 < probability < 1:
+        raise ValueError(f"t_quantile({probability}, {degrees}): a probability within 0 to 1, and 1 degree or more")
+    if probability < 0.5:
+        return -t_quantile(1 - probability, degrees)
+    wanted, low, high = 2 * probability - 1, 0.0, 1.0
+    while _t_inside(high, degrees) < wanted:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_inside(middle, degrees) < wanted else (low, middle)
+    return (low + high) / 2
+
+
+def _t_inside(t: float, degrees: int) -> float:
+    """Probability that ``|T| < t``."""
+    angle = math.atan2(t, math.sqrt(degrees))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = degrees % 2
+    term = total = (cosine if degrees > 1 else 0.0) if odd else 1.0
+    for k in range(2 + odd, degrees - 1, 2):
+        term *= (k - 1) / k * cosine**2
+        total += term
+    return 2 / math.pi * (angle + sine * total) if odd else sine * total
+
+
+def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
+    """The t-interval of the mean; None over fewer than five values."""
+    if len(values) < FEWEST_RUNS:
+        return None
+    mean, deviation = statistics.fmean(values), statistics.stdev(values)
+    half = t_quantile(0.5 + confidence / 2, len(values) - 1) * deviation / math.sqrt(len(values))
+    return mean - half, mean + half
+
+
+def seeds_needed(difference: float, deviation: float, power: float = POWER) -> int | None:
+    """Pairs of runs at which a paired t-test at 95 % finds a difference of this size with this chance.
+
+    Args:
+        difference: mean of the paired differences.
+        deviation: their standard deviation.
+        power: the chance.
+
+    Returns:
+        five or more; None where more than 10,000 would be needed, or there is no difference.
+    """
+    if not difference:
+        return None
+    for count in range(FEWEST_RUNS, 10_001):
+        reach = t_quantile(0.975, count - 1) + t_quantile(power, count - 1)
+        if reach * deviation / math.sqrt(count) <= abs(difference):
+            return count
+    return None
+
+
+def paired(values: Mapping[int, float], first: Mapping[int, float], better: str = "higher") -> dict[str, Any] | None:
+    """The difference of two recipes over the seeds that both ran; None where there is no such seed.
+
+    Args:
+        values: seed -> score.
+        first: the same of the recipe that it is compared with.
+        better: whether a higher or a lower score is better.
+
+    Returns:
+        ``num_pairs``, ``values`` by seed, ``mean``, ``deviation``, ``interval`` (None below five pairs), ``verdict``
+        ("better", "worse" or "not decidable") and ``seeds_needed``.
+    """
+    seeds = sorted(set(values) & set(first))
+    if not seeds:
+        return None
+    differences = [values[seed] - first[seed] for seed in seeds]
+    mean = statistics.fmean(differences)
+    deviation = statistics.stdev(differences) if len(seeds) > 1 else None
+    found, verdict = interval(differences), "not decidable"
+    if found and (found[0] > 0 or found[1] < 0):
+        verdict = "better" if (mean > 0) == (better == "higher") else "worse"
+    return {
+        "num_pairs": len(seeds),
+        "values": {str(seed): value for seed, value in zip(seeds, differences, strict=True)},
+        "mean": mean,
+        "deviation": deviation,
+        "interval": found and list(found),
+        "verdict": verdict,
+        "seeds_needed": None if deviation is None else seeds_needed(mean, deviation),
+    }

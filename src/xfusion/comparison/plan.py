@@ -1,0 +1,174 @@
+"""What is done with every recipe alike, and which recipes may be compared at all."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from PIL import Image as PILImage
+
+from xfusion import checkpoint
+from xfusion.comparison.results import differing
+from xfusion.data.sequence import Example, XFusionError
+from xfusion.data.sources import Source
+from xfusion.recipes.base import find
+from xfusion.training.stages import Recipe
+
+RATE_FACTORS = (1.0, 0.5, 2.0, 0.25, 4.0)
+"""What a recipe's own rate is multiplied by, in the order in which trials take them."""
+GUIDANCES = (3.0, 1.5, 1.0, 5.0, 2.0)
+"""Strengths of guidance, in the order in which trials take them."""
+TRIAL_SEED = 1_000_003
+"""Seed of every trial run; no test run may have it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is done with every recipe alike."""
+
+    samples: int
+    """Training samples of a run, drawing and naming together."""
+    budget: Literal["samples", "flops"] = "samples"
+    """What is equal: samples, or the executed FLOPs that the first recipe needs for ``samples``."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Runs of a recipe; the same seed means the same order, wordings, noise and sampling noise for every recipe."""
+    shares: tuple[float, ...] = (1.0,)
+    """Shares of the pictures that are trained on; a smaller share is part of a larger one."""
+    trials: int = 1
+    """Rates and strengths of guidance tried per recipe on the validation part; 1 tunes nothing."""
+    choose_by: tuple[str, ...] = ("fit_retrieval_pixel_at_10", "fit_caption_f1")
+    """Scores whose mean on the validation part chooses."""
+    match_parameters: bool = False
+    """Take of every mechanism's sizes the one that trains as many parameters as the first recipe."""
+    backbone: str | None = None
+    """The base of all recipes; None takes their own."""
+    data: str | None = None
+    """The pictures of all recipes; None takes their own."""
+    size: int | None = None
+    """Side in pixels for all recipes; None takes their own."""
+    draw: int | None = None
+    """Drawing samples per step for all recipes; None takes their own."""
+    caption: int | None = None
+    """Naming samples per step for all recipes; None takes their own."""
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the suite ``emoji``, such as ``max_drawn`` and ``steps``."""
+    num_shown: int = 8
+    """Pictures of a sample grid."""
+    measure_time: bool = False
+    """Measure the time of a step and of sampling; only on a machine that does nothing else."""
+    compile: bool = True
+    """Whether the per-layer work is compiled in training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A recipe under its label, with all that the plan sets."""
+
+    label: str
+    recipe: Recipe
+    matched: dict[str, int] | None = None
+    """Trainable parameters as the recipe says, as matched, and the first recipe's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A share of a source's pictures by the hash of their groups: a smaller share is part of a larger one."""
+
+    source: Source
+    share: float
+
+    def __post_init__(self) -> None:
+        ranked = sorted({example.group for example in self.source.examples}, key=_hash)
+        kept = set(ranked[: max(1, round(self.share * len(ranked)))])
+        object.__setattr__(self, "indices", [i for i, e in enumerate(self.source.examples) if e.group in kept])
+        object.__setattr__(self, "examples", tuple(self.source.examples[i] for i in self.indices))
+
+    indices: list[int] = field(init=False)
+    examples: Sequence[Example] = field(init=False)
+
+    @property
+    def spec(self) -> str:
+        return self.source.spec
+
+    @property
+    def licence(self) -> str:
+        return self.source.licence
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def picture(self, index: int, size: int) -> PILImage.Image:
+        """As `Source.picture`."""
+        return self.source.picture(self.indices[index], size)
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.sha256(f"xfusion share: {text}".encode()).digest()
+
+
+def named(recipes: Sequence[str] | Mapping[str, Recipe]) -> dict[str, Recipe]:
+    if isinstance(recipes, Mapping):
+        named = dict(recipes)
+    else:
+        labels = [name.rpartition(":")[2] for name in recipes]
+        twice = [label for label in labels if labels.count(label) > 1]
+        if twice:
+            raise XFusionError(f"two of the recipes are called {twice[0]!r}: results are named by it, rename one")
+        named = {label: _recipe(name) for label, name in zip(labels, recipes, strict=True)}
+    if not named:
+        raise XFusionError("no recipe to compare: name at least one, better two")
+    for label in named:
+        if not re.fullmatch(r"\w[\w.]*", label) or re.search(r"-seed\d", label):
+            raise XFusionError(f"recipe name {label!r} cannot be part of a file name: use letters, digits, _ and .")
+    return named
+
+
+def _recipe(name: str) -> Recipe:
+    recipe = find(name)()
+    if not isinstance(recipe, Recipe):
+        raise XFusionError(f"recipe {name!r} returns a {type(recipe).__name__}, not a Recipe")
+    return recipe
+
+
+def with_plan(recipe: Recipe, plan: Plan) -> Recipe:
+    """A recipe with what the plan sets for all."""
+    model, stages = recipe.model, recipe.stages
+    if plan.backbone is not None:
+        model = replace(model, backbone=replace(model.backbone, source=plan.backbone, revision=None))
+    if plan.size is not None:
+        model = replace(model, image=replace(model.image, sizes=(plan.size,)))
+    set_here = {k: v for k, v in (("draw", plan.draw), ("caption", plan.caption)) if v is not None}
+    if set_here:
+        stages = tuple(replace(s, mixture=replace(s.mixture, **set_here)) for s in stages)
+    return replace(recipe, model=model, stages=stages, data=recipe.data if plan.data is None else plan.data)
+
+
+SAME = {
+    "model.backbone": "the base; --backbone SOURCE puts all on one",
+    "data": "the pictures; --data SPEC gives all the same",
+    "model.image": "codec, patch or picture size; --size sets the size, the rest must be the same in both recipes",
+}
+"""Parts of a recipe that must be equal, and what to do where they are not."""
+
+
+def refuse_unlike(entries: Sequence[Entry], open_data: bool) -> None:
+    first = entries[0]
+    for other in entries[1:]:
+        for path, what in SAME.items():
+            if path == "data" and open_data:
+                continue
+            pair = [checkpoint.to_json(_at(e.recipe, path)) for e in (first, other)]
+            for where, one, two in differing(*pair):
+                raise XFusionError(
+                    f"{first.label} and {other.label} differ in {'.'.join(filter(None, (path, where)))}: {one!r} and {two!r}."
+                    f" Recipes are compared on the same {what}"
+                )
+
+
+def _at(value: Any, path: str) -> Any:
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value

@@ -1,0 +1,121 @@
+"""The files of a comparison: their names, what they may hold, and when they may stand beside each other."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image as PILImage
+
+from xfusion.data.sequence import XFusionError
+
+BUDGET_TOLERANCE = 0.01
+"""How near counted FLOPs must be to the first recipe's: budgets are whole steps."""
+LEARNING_POINTS = 40
+"""Points of a learning curve."""
+SUMMARY = "comparison.json"
+"""What was compared with what, and how; it stands beside the runs' files."""
+REAL = "real.png"
+"""The real pictures of the sample grids."""
+
+
+def run_name(label: str, seed: int, share: float = 1.0) -> str:
+    """The name of a run's files: ``xfusion-seed0``, ``xfusion-seed0-share30``."""
+    return f"{label}-seed{seed}" + ("" if share == 1 else f"-share{100 * share:g}")
+
+
+def read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise XFusionError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(found, dict):
+        raise XFusionError(f"{path} is not a result of a comparison")
+    return found
+
+
+def differing(one: Any, other: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where two JSON values differ: path, and both values; None stands for what one of them lacks."""
+    pairs: list[tuple[str, Any, Any]]
+    if isinstance(one, dict) and isinstance(other, dict) and one.get("type") == other.get("type"):
+        pairs = [(str(k), one.get(k), other.get(k)) for k in dict.fromkeys([*one, *other])]
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        pairs = [(str(i), a, b) for i, (a, b) in enumerate(zip(one, other, strict=True))]
+    else:
+        if one != other:
+            yield path, one, other
+        return
+    for name, a, b in pairs:
+        yield from differing(a, b, f"{path}.{name}" if path else name)
+
+
+def refuse_changed(path: Path, found: Any, asked: Any) -> None:
+    unlike = [f"{where} = {one!r}, now it is {two!r}" for where, one, two in differing(found, asked)]
+    if unlike:
+        more = f"; and {len(unlike) - 3} more" if len(unlike) > 3 else ""
+        raise XFusionError(
+            f"{path} was made with {'; '.join(unlike[:3])}{more}: give the same settings, another --out, or remove the file"
+        )
+
+
+def refuse_unequal(name: str, budget: Mapping[str, Any], other: str, wanted: Mapping[str, Any]) -> None:
+    """Budgets that are not equal are never set beside each other."""
+    kinds = [b["kind"] for b in (budget, wanted)]
+    if kinds[0] != kinds[1]:
+        raise XFusionError(f"{name} has a budget in {kinds[0]}, {other} one in {kinds[1]}: they cannot be compared")
+    key = kinds[0]
+    allowed = BUDGET_TOLERANCE * wanted[key] if key == "flops" else 0
+    if abs(budget[key] - wanted[key]) > allowed:
+        hint = "choose --samples as a multiple of both steps" if key == "samples" else "choose more --samples"
+        raise XFusionError(
+            f"{name} would train {budget[key]:,} {key} in steps of {budget['steps']}, {other} {wanted[key]:,} in"
+            f" {wanted['steps']}: budgets must be equal; {hint}"
+        )
+
+
+def portable(value: Any) -> Any:
+    """A JSON value in which no absolute path stands: of a file or folder only its name is written."""
+    if isinstance(value, Mapping):
+        return {str(k): portable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [portable(v) for v in value]
+    if isinstance(value, str) and (value.startswith("~") or Path(value).is_absolute()) and "\n" not in value:
+        return Path(value).name
+    return value
+
+
+def numbers(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """The scores of a suite as JSON values; what is not finite is None."""
+    kept = {k: v for k, v in scores.items() if k != "settings"}
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in kept.items()}
+
+
+def learning_curves(log: Path) -> dict[str, list[list[float]]]:
+    """Loss -> points of samples so far and mean loss, from the log of a whole run."""
+    events = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    steps = [event for event in events if event.get("event") == "step"]
+    if not steps:
+        return {}
+    seen, out = 0, {}
+    length = math.ceil(len(steps) / LEARNING_POINTS)
+    for start in range(0, len(steps), length):
+        part = steps[start : start + length]
+        seen += sum(event["samples"] for event in part)
+        for name in part[0]["losses"]:
+            mean = sum(event["losses"].get(name, 0.0) for event in part) / len(part)
+            out.setdefault(name, []).append([seen, float(f"{mean:.5g}")])
+    return out
+
+
+def write_strip(path: Path, pictures: Sequence[PILImage.Image], size: int) -> None:
+    """Pictures side by side in one file; it appears whole or not at all."""
+    sheet = PILImage.new("RGB", (size * max(len(pictures), 1), size), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture.convert("RGB").resize((size, size)), (i * size, 0))
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.png")
+    sheet.save(temporary, optimize=True)
+    temporary.replace(path)

@@ -1,0 +1,529 @@
+"""The walk: every recipe tuned alike, trained by the one loop and scored, once per seed and share."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields as fields_of
+from dataclasses import is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from PIL import Image as PILImage
+from torch.nn.functional import cross_entropy
+
+from xfusion import checkpoint
+from xfusion.backbone import Backbone
+from xfusion.comparison.cost import (
+    StageCost,
+    count_flops,
+    measure_time,
+    peak_memory,
+    samples_per_step,
+    tokens_added,
+    trainable_parameters,
+)
+from xfusion.comparison.machine import commit, machine
+from xfusion.comparison.plan import (
+    GUIDANCES,
+    RATE_FACTORS,
+    TRIAL_SEED,
+    Entry,
+    Part,
+    Plan,
+    named,
+    refuse_unlike,
+    with_plan,
+)
+from xfusion.comparison.results import (
+    REAL,
+    SUMMARY,
+    differing,
+    learning_curves,
+    numbers,
+    portable,
+    read,
+    refuse_changed,
+    refuse_unequal,
+    run_name,
+    write_strip,
+)
+from xfusion.comparison.table import summarise
+from xfusion.data.sequence import XFusionError
+from xfusion.data.sources import Source, open_source
+from xfusion.evaluation import verify
+from xfusion.evaluation.run import evaluate, write_json
+from xfusion.evaluation.suites.emoji import chosen
+from xfusion.model import Model, build, choose_compute_dtype
+from xfusion.training.loop import PLAN, STATE_BEFORE, train
+from xfusion.training.stages import Recipe
+
+Progress = Callable[[str, int, int], None]
+"""Called with the name of a part, how many items of it are done, and how many there are."""
+NEAREST = 0.02
+"""How near a matched number of parameters must be to the first recipe's."""
+SEEDS_APART = 100_000
+"""Run s draws picture i from the noise of the seed ``s * SEEDS_APART + i``."""
+
+
+def compare(
+    recipes: Sequence[str] | Mapping[str, Recipe],
+    plan: Plan,
+    *,
+    out: str | os.PathLike[str],
+    work: str | os.PathLike[str] | None = None,
+    backbone: Backbone | None = None,
+    device: torch.device | str = "cpu",
+    source: Source | None = None,
+    held: Source | None = None,
+    encoder: Any = None,
+    command: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Train and score recipes alike, and say what can be said about their difference.
+
+    What was finished before is not done again, and a run that was cut off goes on: call it again with the same settings.
+
+    Args:
+        recipes: names as `xfusion.recipes.base.find` takes them, or recipes by name. The others are compared with the first.
+        plan: what is done with every recipe.
+        out: folder of the results: ``RECIPE-seedS.json`` and ``.png``, ``RECIPE-trials.json``, ``comparison.json``.
+        work: folder of the training runs; None takes ``runs/compare/NAME``.
+        backbone: an already loaded base.
+        device: where the base is loaded to, where none is given.
+        source: the opened training pictures instead of a spec.
+        held: the held-out pictures of ``source``.
+        encoder: pictures to features, for feature scores; None takes the suite's own.
+        command: how a person makes it again; written down.
+        progress: told how far each part is.
+
+    Returns:
+        what `summarise` returns.
+
+    Raises:
+        XFusionError: recipes that cannot be compared (base, data, codec, size, budget), a number of parameters that cannot
+            be matched, results in ``out`` that were made otherwise.
+    """
+    run = _Comparison(recipes, plan, Path(out), work, backbone, device, source, held, encoder, command, progress)
+    run.go()
+    return summarise(out)
+
+
+@torch.no_grad()
+def text_keeping(model: Model) -> dict[str, float | bool]:
+    """What became of the base's text: the texts of `verify` through the base and through the fused stack.
+
+    Returns:
+        ``text_bit_equal``, ``text_perplexity_base``, ``text_perplexity_fused`` and ``text_perplexity_change`` (fused minus
+        base; per token, over all texts of two or more tokens).
+    """
+    longest = getattr(model.backbone.config, "max_position_embeddings", None) or 1 << 20
+    same, count, total = True, 0, {"base": 0.0, "fused": 0.0}
+    for _, text in verify.PROMPTS:
+        ids = torch.tensor([model.backbone.encode(text)[:longest]], device=model.backbone.device)
+        if not ids.numel():
+            continue
+        logits = {stack: model.text_logits(ids, stack=stack) for stack in total}
+        same = same and verify.bit_equal(logits["base"], logits["fused"])
+        count += ids.shape[1] - 1
+        for stack, found in logits.items():
+            total[stack] += float(cross_entropy(found[0, :-1].double(), ids[0, 1:], reduction="sum"))
+    base, fused = (math.exp(min(total[stack] / max(count, 1), 700.0)) for stack in ("base", "fused"))
+    return {
+        "text_bit_equal": same,
+        "text_perplexity_base": base,
+        "text_perplexity_fused": fused,
+        "text_perplexity_change": fused - base,
+    }
+
+
+def scored_by_its_teacher(config: Any) -> bool:
+    """Whether training sees a frozen encoder: it may not score what it taught."""
+    if not is_dataclass(config) or isinstance(config, type):
+        return isinstance(config, tuple) and any(map(scored_by_its_teacher, config))
+    if ".modalities.encoders." in f".{type(config).__module__}.":
+        return True
+    return any(scored_by_its_teacher(getattr(config, f.name)) for f in fields_of(config))
+
+
+def _at_rate(recipe: Recipe, factor: float, seed: int) -> Recipe:
+    stages = tuple(replace(stage, rate=stage.rate * factor) for stage in recipe.stages)
+    return replace(recipe, stages=stages, seed=seed, model=replace(recipe.model, init_seed=seed))
+
+
+class _Comparison:
+    """What `compare` prepares and walks through."""
+
+    def __init__(
+        self,
+        recipes: Sequence[str] | Mapping[str, Recipe],
+        plan: Plan,
+        out: Path,
+        work: str | os.PathLike[str] | None,
+        backbone: Backbone | None,
+        device: torch.device | str,
+        source: Source | None,
+        held: Source | None,
+        encoder: Any,
+        command: str | None,
+        progress: Progress | None,
+    ):
+        self.plan, self.out, self.command = plan, out, command
+        self.work = Path(work) if work is not None else Path("runs") / "compare" / out.name
+        self.tell: Progress = progress or (lambda part, done, total: None)
+        self.encoder, self.held = encoder, held
+        self._check()
+        entries = [Entry(label=label, recipe=with_plan(recipe, plan)) for label, recipe in named(recipes).items()]
+        if backbone is not None:  # the base that is given is the base of all, as the plan's is
+            entries = [replace(e, recipe=with_plan(e.recipe, replace(plan, backbone=backbone.source))) for e in entries]
+        refuse_unlike(entries, source is not None)
+        base = entries[0].recipe.model.backbone
+        self.tell("loading the base", 0, 1)
+        self.backbone = backbone or Backbone.load(base.source, revision=base.revision, device=device)
+        data = entries[0].recipe.data
+        self.source = source or open_source(data, special_tokens=self.backbone.special_tokens)
+        if source is not None:
+            entries = [replace(e, recipe=replace(e.recipe, data=source.spec)) for e in entries]
+        self.entries = self._matched(entries) if plan.match_parameters else entries
+        self.parts = {share: cast(Source, Part(source=self.source, share=share)) for share in plan.shares}
+        self.costs: dict[tuple[str, float], tuple[list[StageCost], dict[str, Any]]] = {}
+        self.planned = {(e.label, s): self._planned(e, s) for s in plan.shares for e in self.entries}
+
+    def _check(self) -> None:
+        plan = self.plan
+        if plan.samples < 1:
+            raise XFusionError(f"samples {plan.samples}: at least 1")
+        if not plan.seeds or len(set(plan.seeds)) != len(plan.seeds):
+            raise XFusionError(f"seeds {list(plan.seeds)}: at least one, each once")
+        if TRIAL_SEED in plan.seeds or min(plan.seeds) < 0:
+            raise XFusionError(f"seeds {list(plan.seeds)}: from 0 on, without {TRIAL_SEED}, which trials have")
+        if not plan.shares or any(not 0 < s <= 1 for s in plan.shares) or len(set(plan.shares)) != len(plan.shares):
+            raise XFusionError(f"shares {list(plan.shares)}: above 0 and up to 1, each once, such as 0.1 0.3 1.0")
+        if not 1 <= plan.trials <= len(RATE_FACTORS):
+            raise XFusionError(f"trials {plan.trials}: from 1 (nothing is tuned) to {len(RATE_FACTORS)}")
+        ours = [name for name in ("seed", "part", "source", "held", "encoder") if name in plan.evaluation]
+        if ours:
+            raise XFusionError(f"the setting {ours[0]!r} of the evaluation is the comparison's own: leave it out")
+        if plan.trials > 1 and "guidance" in plan.evaluation:
+            raise XFusionError(f"guidance is tuned by {plan.trials} trials and also given: leave one out")
+
+    # -- equal parameters, equal budget
+
+    def _matched(self, entries: list[Entry]) -> list[Entry]:
+        """Every mechanism in the size whose number of trainable parameters is nearest to the first one's."""
+
+        def count(recipe: Recipe) -> int:
+            return trainable_parameters(build(recipe.model, self.backbone))
+
+        wanted = count(entries[0].recipe)
+        out = []
+        for done, entry in enumerate(entries):
+            self.tell("matching parameters", done, len(entries))
+            own = count(entry.recipe)
+            best, best_recipe = own, entry.recipe
+            for fusion in entry.recipe.model.fusion.sizes() if done else ():
+                recipe = replace(entry.recipe, model=replace(entry.recipe.model, fusion=fusion))
+                size = count(recipe)
+                if abs(size - wanted) < abs(best - wanted):
+                    best, best_recipe = size, recipe
+                if size > wanted:  # smallest first: the next are farther
+                    break
+            if abs(best - wanted) > NEAREST * wanted:
+                raise XFusionError(
+                    f"{entry.label} cannot be matched to {entries[0].label}: its nearest size trains {best:,} parameters,"
+                    f" {entries[0].label} {wanted:,}, and {NEAREST:.0%} is allowed; give one of them another size"
+                )
+            matched = {"own": own, "matched": best, "first": wanted}
+            out.append(replace(entry, recipe=best_recipe, matched=matched))
+        return out
+
+    def _planned(self, entry: Entry, share: float) -> tuple[Recipe, dict[str, Any]]:
+        """The recipe with its number of steps, and its budget."""
+        plan, first = self.plan, self.entries[0]
+        *before, last = entry.recipe.stages
+        spent = sum(stage.steps * samples_per_step(stage) for stage in before)
+        per_step = samples_per_step(last)
+        if plan.budget == "samples" or entry is first:
+            steps = (plan.samples - spent) // per_step
+        else:
+            steps = self._steps_for(entry, share, self.planned_first[share]["flops"])
+        if steps < 1:
+            earlier = f" behind {spent} samples of earlier stages" if spent else ""
+            raise XFusionError(
+                f"{entry.label}: {plan.samples} samples are less than one step of {per_step}{earlier}; give more"
+            )
+        recipe = replace(entry.recipe, stages=(*before, replace(last, steps=steps)))
+        budget: dict[str, Any] = {
+            "kind": plan.budget,
+            "asked_samples": plan.samples,
+            "steps": [stage.steps for stage in recipe.stages],
+            "samples": spent + steps * per_step,
+        }
+        if plan.budget == "flops":
+            costs, _ = self._cost(entry, share)
+            budget["flops"] = sum(c.total(s.steps) for c, s in zip(costs, recipe.stages, strict=True))
+        if entry is first:
+            self.planned_first = {**getattr(self, "planned_first", {}), share: budget}
+        else:
+            refuse_unequal(entry.label, budget, first.label, self.planned_first[share])
+        return recipe, budget
+
+    def _steps_for(self, entry: Entry, share: float, flops: int) -> int:
+        """Steps of the last stage that come nearest to so many FLOPs."""
+        costs, _ = self._cost(entry, share)
+        left = flops - sum(c.total(s.steps) for c, s in zip(costs[:-1], entry.recipe.stages[:-1], strict=True))
+        last = costs[-1]
+        steps = left // last.step
+        for _ in range(4):  # texts that are computed once are dearer at the beginning
+            steps = round((left - (last.total(steps) - steps * last.step)) / last.step)
+        return steps
+
+    def _cost(self, entry: Entry, share: float) -> tuple[list[StageCost], dict[str, Any]]:
+        """FLOPs by stage, and the costs that do not depend on a run."""
+        key = (entry.label, share)
+        if key not in self.costs:
+            self.tell(f"{entry.label}: counting", 0, 1)
+            model = build(entry.recipe.model, self.backbone)
+            stages = [count_flops(model, stage, self.parts[share]) for stage in entry.recipe.stages]
+            last = stages[-1]
+            facts: dict[str, Any] = {
+                "trainable_parameters": trainable_parameters(model),
+                "flops_per_sample": last.training,
+                "forward_flops_per_sample": last.forward,
+                "flops_per_new_text": last.text,
+                "tokens_per_picture": tokens_added(model),
+                "time": None,
+            }
+            if self.plan.measure_time:
+                self.tell(f"{entry.label}: measuring time", 0, 1)
+                steps = self.plan.evaluation.get("steps", 25)
+                part, compile = self.parts[share], self.plan.compile
+                facts["time"] = measure_time(entry.recipe, part, self.backbone, steps=steps, compile=compile)
+            self.costs[key] = stages, facts
+        return self.costs[key]
+
+    # -- the walk
+
+    def go(self) -> None:
+        plan = self.plan
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._write_plan()
+        settings = {e.label: self._tuned(e) for e in self.entries}
+        total = len(plan.shares) * len(plan.seeds) * len(self.entries)
+        done = 0
+        for share in sorted(plan.shares, reverse=True):
+            for seed in plan.seeds:
+                for entry in self.entries:
+                    self._run(entry, share, seed, settings[entry.label], f"[{done + 1}/{total}]")
+                    done += 1
+
+    def _write_plan(self) -> None:
+        """What was compared with what. Recipes and seeds may be added later; the first recipe stays the first."""
+        path, labels = self.out / SUMMARY, [e.label for e in self.entries]
+        if path.exists():
+            before = read(path)["recipes"]
+            if before[0] != labels[0]:
+                raise XFusionError(
+                    f"{self.out} compares with {before[0]!r}, and now {labels[0]!r} comes first: name the same one"
+                    " first, or another --out"
+                )
+            labels = list(dict.fromkeys([*before, *labels]))
+        prompts, pictures = self._shown()
+        differences = {
+            entry.label: [
+                {"where": where, "first": one, "this": two}
+                for where, one, two in differing(
+                    *(
+                        checkpoint.to_json(self.planned[e.label, self.plan.shares[0]][0])
+                        for e in (self.entries[0], entry)
+                    )
+                )
+                if not re.match(r"model\.fusion|stages\.\d+\.steps", where)  # steps are the budget's
+            ]
+            for entry in self.entries[1:]
+        }
+        if path.exists():
+            differences = read(path)["differences"] | differences
+        size = self.entries[0].recipe.model.image.sizes[0]
+        write_strip(self.out / REAL, pictures, size)
+        content = {
+            "recipes": labels,
+            "prompts": prompts,
+            "differences": differences,
+            "command": self.command,
+            "licence": self.source.licence,
+        }
+        write_json(path, portable(content))
+
+    def _shown(self) -> tuple[list[str], list[PILImage.Image]]:
+        """Names and real pictures of the sample grids: of the smallest share, never of the validation part."""
+        part = self.parts[min(self.plan.shares)]
+        size = self.entries[0].recipe.model.image.sizes[0]
+        indices = chosen(part.examples, self.plan.num_shown, self._test_part)
+        return [part.examples[i].captions[0] for i in indices], [part.picture(i, size) for i in indices]
+
+    @property
+    def _test_part(self) -> Literal["all", "test"]:
+        return "test" if self.plan.trials > 1 else "all"
+
+    def _train(self, recipe: Recipe, source: Source, work: Path, title: str) -> Model:
+        steps = sum(stage.steps for stage in recipe.stages)
+        resume = any((work / folder / PLAN).is_file() for folder in ("state", STATE_BEFORE))
+
+        def listen(event: dict[str, Any]) -> None:
+            if event["event"] == "step":
+                self.tell(title, event["step"] + 1, steps)
+
+        self.tell(title, 0, steps)
+        return train(
+            recipe,
+            out=work,
+            source=source,
+            resume=resume,
+            backbone=self.backbone,
+            compile=self.plan.compile,
+            preview_every=0,
+            checkpoint_every=120.0,
+            listener=listen,
+        )
+
+    def _evaluate(self, model: Model, source: Source, title: str, **settings: Any) -> dict[str, Any]:
+        settings = {**self.plan.evaluation, **settings}
+        if scored_by_its_teacher(model.config):
+            settings["features"] = False
+        if self.held is not None:
+            settings["held"] = self.held
+        if self.encoder is not None:
+            settings["encoder"] = self.encoder
+
+        def told(part: str, done: int, total: int) -> None:
+            self.tell(f"{title}: {part}", done, total)
+
+        return evaluate(model, "emoji", source=source, progress=told, **settings)
+
+    # -- tuning
+
+    def _tuned(self, entry: Entry) -> dict[str, Any]:
+        """Rate and guidance of a recipe, chosen once on the validation part and written down."""
+        plan, trials = self.plan, self.plan.trials
+        if trials == 1:
+            return {"trials": 1, "rate_factor": 1.0, "guidance": plan.evaluation.get("guidance")}
+        path, share = self.out / f"{entry.label}-trials.json", max(plan.shares)
+        recipe, budget = self.planned[entry.label, share]
+        asked = portable(
+            {
+                "recipe": entry.label,
+                "seed": TRIAL_SEED,
+                "budget": budget,
+                "settings": self._settings(recipe, share, {"trials": trials, "choose_by": list(plan.choose_by)}),
+            }
+        )
+        content: dict[str, Any] = {**asked, "rates": [], "guidances": [], "chosen": None}
+        if path.exists():
+            content = read(path)
+            refuse_changed(path, {k: content.get(k) for k in asked}, asked)
+        factors, guidances = RATE_FACTORS[:trials], GUIDANCES[:trials]
+        common: dict[str, Any] = {"seed": TRIAL_SEED * SEEDS_APART, "part": "validation"}
+        for number, factor in enumerate(factors[len(content["rates"]) :], start=len(content["rates"]) + 1):
+            title = f"{entry.label}: trial {number} of {trials}"
+            model = self._train(
+                _at_rate(recipe, factor, TRIAL_SEED), self.parts[share], self._trial(entry, factor), title
+            )
+            scores = self._evaluate(model, self.parts[share], title, **common)
+            content["rates"].append({"factor": factor, "score": self._choice(scores), "scores": numbers(scores)})
+            write_json(path, content)
+        # The first of equals is taken, and the recipe's own rate comes first.
+        factor = max(content["rates"], key=lambda trial: trial["score"])["factor"]
+        if len(content["guidances"]) < trials:
+            title = f"{entry.label}: guidance"
+            model = self._train(
+                _at_rate(recipe, factor, TRIAL_SEED), self.parts[share], self._trial(entry, factor), title
+            )
+            for guidance in guidances[len(content["guidances"]) :]:
+                scores = self._evaluate(model, self.parts[share], title, guidance=guidance, **common)
+                found = {"guidance": guidance, "score": self._choice(scores), "scores": numbers(scores)}
+                content["guidances"].append(found)
+                write_json(path, content)
+        guidance = max(content["guidances"], key=lambda trial: trial["score"])["guidance"]
+        content["chosen"] = {"rate_factor": factor, "guidance": guidance}
+        write_json(path, content)
+        for each in factors:
+            shutil.rmtree(self._trial(entry, each), ignore_errors=True)
+        return {"trials": trials, **content["chosen"]}
+
+    def _trial(self, entry: Entry, factor: float) -> Path:
+        return self.work / f"{entry.label}-trial-rate{factor:g}"
+
+    def _choice(self, scores: dict[str, Any]) -> float:
+        found = [scores[name] for name in self.plan.choose_by if isinstance(scores.get(name), (int, float))]
+        if not found:
+            raise XFusionError(f"trials choose by {', '.join(self.plan.choose_by)}, and none of these was measured")
+        return sum(found) / len(found)
+
+    # -- one run
+
+    def _settings(self, recipe: Recipe, share: float, tuning: dict[str, Any]) -> dict[str, Any]:
+        base = self.backbone
+        return {
+            "recipe": checkpoint.to_json(recipe),
+            "base": {"source": base.source, "revision": base.revision, "fingerprint": base.fingerprint},
+            "data": self.source.spec,
+            "share": share,
+            "num_pictures": len(self.parts[share]),
+            "evaluation": dict(self.plan.evaluation),
+            "part": self._test_part,
+            "tuning": tuning,
+            "dtype": str(choose_compute_dtype(base.device)[0]).removeprefix("torch."),
+        }
+
+    def _run(self, entry: Entry, share: float, seed: int, tuning: dict[str, Any], number: str) -> None:
+        recipe, budget = self.planned[entry.label, share]
+        recipe = _at_rate(recipe, tuning["rate_factor"], seed)
+        name = run_name(entry.label, seed, share)
+        path, work, title = self.out / f"{name}.json", self.work / name, f"{number} {name}"
+        asked = portable(
+            {
+                "recipe": entry.label,
+                "seed": seed,
+                "budget": budget,
+                "settings": self._settings(recipe, share, tuning) | {"matched_parameters": entry.matched},
+            }
+        )
+        if path.exists():
+            found = read(path)
+            refuse_changed(path, {k: found.get(k) for k in asked}, asked)
+            return
+        part, begun = self.parts[share], time.perf_counter()
+        with peak_memory(self.backbone.device) as memory:
+            model = self._train(recipe, part, work, title)
+        trained = time.perf_counter() - begun
+        guidance = {} if tuning["guidance"] is None else {"guidance": tuning["guidance"]}
+        scores = self._evaluate(model, part, title, seed=seed * SEEDS_APART, part=self._test_part, **guidance)
+        scored = scores.pop("settings")
+        scores |= text_keeping(model)
+        if "draw" in model.capabilities:
+            prompts, _ = self._shown()
+            steps = {"steps": self.plan.evaluation["steps"]} if "steps" in self.plan.evaluation else {}
+            drawn = model.draw(prompts, seed=0, **steps, **guidance)
+            write_strip(path.with_suffix(".png"), drawn, model.image.sizes[0])
+        _, cost = self._cost(entry, share)
+        result = {
+            **asked,
+            "scores": numbers(scores),
+            "scored": {k: v for k, v in scored.items() if k != "versions"},
+            "preserves_text": bool(model.fusion.preserves_text),
+            "cost": cost | {"peak_memory": memory, "wall_minutes": round(trained / 60, 3)},
+            "learning": learning_curves(work / "log.jsonl"),
+            "machine": machine(),
+            "commit": commit(),
+        }
+        write_json(path, portable(result))
+        shutil.rmtree(work / "state", ignore_errors=True)  # the pack stays
+        del model
+        gc.collect()

@@ -1,0 +1,267 @@
+"""The table of a comparison, from its committed files alone."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from xfusion.comparison.intervals import FEWEST_RUNS, interval, paired
+from xfusion.comparison.plan import TRIAL_SEED
+from xfusion.comparison.results import SUMMARY, differing, read, refuse_unequal
+from xfusion.data.sequence import XFusionError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What a score is called, and which way is better."""
+
+    title: str
+    better: Literal["higher", "lower"] = "higher"
+
+
+SCORES: dict[str, Score] = {
+    "fit_retrieval_pixel_at_1": Score(title="drawing, trained pictures: nearest in pixels, R@1"),
+    "fit_retrieval_pixel_at_10": Score(title="drawing, trained pictures: nearest in pixels, R@10"),
+    "fit_retrieval_feature_at_1": Score(title="drawing, trained pictures: nearest in features, R@1"),
+    "fit_retrieval_feature_at_10": Score(title="drawing, trained pictures: nearest in features, R@10"),
+    "fit_caption_exact": Score(title="naming, trained pictures: exact answer"),
+    "fit_caption_f1": Score(title="naming, trained pictures: token F1"),
+    "held_caption_mrr": Score(title="naming, unseen pictures: rank of the true name, MRR"),
+    "held_caption_at_1": Score(title="naming, unseen pictures: true name first, R@1"),
+    "held_caption_at_10": Score(title="naming, unseen pictures: true name among ten, R@10"),
+    "held_caption_exact": Score(title="naming, unseen pictures: exact answer"),
+    "held_caption_f1": Score(title="naming, unseen pictures: token F1"),
+    "text_perplexity_change": Score(title="text: perplexity of the fused stack minus the base's", better="lower"),
+}
+"""The scores that recipes are compared by. Other numbers of a suite (chance, ceiling, blind rates) stand in the files."""
+EQUAL = ("kind", "asked_samples")
+"""Fields of a budget that all runs of a comparison share."""
+ALIKE = ("base.fingerprint", "recipe.model.image", "data", "evaluation", "part", "tuning.trials", "dtype")
+"""Settings that all runs of a comparison share."""
+
+
+def summarise(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The table of a comparison, from its committed files alone.
+
+    Args:
+        folder: where the runs' JSON files stand.
+
+    Returns:
+        JSON values: ``name``, ``first``, ``recipes``, ``shares``, ``budget``, ``scores`` (per share and score: a row per
+        recipe with ``mean``, ``interval``, ``values`` by seed and the paired ``difference`` to the first), ``cost`` per
+        recipe, ``learning``, ``prompts``, ``differences``, ``notes``, ``command``, ``settings``.
+
+    Raises:
+        XFusionError: no runs, or runs that cannot stand in one table (budget, base, codec, data, scoring).
+    """
+    folder = Path(folder)
+    paths = sorted(folder.glob("*-seed*.json"))
+    runs = [read(path) for path in paths]
+    if not runs:
+        raise XFusionError(f"{folder} holds no result of a comparison (RECIPE-seedS.json)")
+    plan = read(folder / SUMMARY) if (folder / SUMMARY).is_file() else {}
+    _refuse_mixed(paths, runs)
+    present = {run["recipe"] for run in runs}
+    known = plan.get("recipes", [])
+    recipes = [label for label in known if label in present] + sorted(present - set(known))
+    shares = sorted({run["settings"]["share"] for run in runs}, reverse=True)
+    scores = [
+        table
+        for share in shares
+        for name in SCORES
+        if (table := _score_table(name, recipes, share, [r for r in runs if r["settings"]["share"] == share]))
+    ]
+    first = next(r for r in runs if r["recipe"] == recipes[0] and r["settings"]["share"] == shares[0])
+    summary = {
+        "name": folder.name,
+        "first": recipes[0],
+        "recipes": recipes,
+        "shares": shares,
+        "seeds": sorted({run["seed"] for run in runs}),
+        "num_runs": len(runs),
+        "budget": first["budget"],
+        "scores": scores,
+        "text": {label: _text_facts([r for r in runs if r["recipe"] == label]) for label in recipes},
+        "cost": [_cost_row(label, [r for r in runs if r["recipe"] == label], shares[0]) for label in recipes],
+        "learning": {label: _mean_curve([r for r in runs if _is(r, label, shares[0])]) for label in recipes},
+        "prompts": plan.get("prompts", []),
+        "differences": {k: v for k, v in plan.get("differences", {}).items() if k in present},
+        "command": plan.get("command"),
+        "licence": plan.get("licence"),
+        "settings": first["settings"],
+        "machine": first["machine"],
+        "commits": sorted({run["commit"]["id"] for run in runs if run["commit"]}),
+    }
+    return summary | {"notes": _notes(summary, runs)}
+
+
+def _is(run: Mapping[str, Any], label: str, share: float) -> bool:
+    return run["recipe"] == label and run["settings"]["share"] == share
+
+
+def _refuse_mixed(paths: Sequence[Path], runs: Sequence[dict[str, Any]]) -> None:
+    """Runs that were made under other conditions never stand in one table."""
+    first: dict[float, int] = {}
+    for number, (path, run) in enumerate(zip(paths, runs, strict=True)):
+        for key in ("recipe", "seed", "budget", "settings", "scores", "cost", "machine", "commit"):
+            if key not in run:
+                raise XFusionError(f"{path} is not a result of a comparison: it has no {key!r}")
+        wanted = first.setdefault(run["settings"]["share"], number)
+        names = path.name, paths[wanted].name
+        refuse_unequal(names[0], run["budget"], names[1], runs[wanted]["budget"])
+        pairs = [(f"budget.{k}", run["budget"][k], runs[0]["budget"][k]) for k in EQUAL]
+        pairs += [(k, *(_inside(r["settings"], k) for r in (run, runs[0]))) for k in ALIKE]
+        for what, one, other in pairs:
+            for where, a, b in differing(other, one):
+                raise XFusionError(
+                    f"{path.name} and {paths[0].name} cannot stand in one table: {'.'.join(filter(None, (what, where)))}"
+                    f" is {b!r} and {a!r}"
+                )
+    encoders = {
+        run["scored"].get("encoder"): path.name for path, run in zip(paths, runs, strict=True) if "scored" in run
+    }
+    encoders.pop(None, None)
+    if len(encoders) > 1:
+        (one, a), (other, b), *_ = encoders.items()
+        raise XFusionError(f"{a} and {b} were scored by two encoders ({one}, {other}): they cannot stand in one table")
+
+
+def _inside(value: Any, path: str) -> Any:
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def _score_table(
+    name: str, recipes: Sequence[str], share: float, runs: Sequence[dict[str, Any]]
+) -> dict[str, Any] | None:
+    """One score of all recipes at one share."""
+    values = {
+        label: {
+            r["seed"]: r["scores"][name] for r in runs if r["recipe"] == label and r["scores"].get(name) is not None
+        }
+        for label in recipes
+    }
+    if not any(values.values()):
+        return None
+    score, first, rows = SCORES[name], values[recipes[0]], []
+    for label in recipes:
+        own = values[label]
+        found = interval(list(own.values()))
+        rows.append(
+            {
+                "recipe": label,
+                "num_runs": len(own),
+                "mean": statistics.fmean(own.values()) if own else None,
+                "interval": found and list(found),
+                "values": {str(seed): value for seed, value in sorted(own.items())},
+                "difference": None if label == recipes[0] else paired(own, first, score.better),
+            }
+        )
+    beside = {}
+    for kind, key in (("chance", f"chance_{name}"), ("ceiling", f"ceiling_{name}"), ("blind", f"{name}_blind")):
+        found = [r["scores"][key] for r in runs if isinstance(r["scores"].get(key), (int, float))]
+        if found:
+            beside[kind] = statistics.fmean(found)
+    return {"score": name, "title": score.title, "better": score.better, "share": share, "rows": rows, **beside}
+
+
+def _text_facts(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "declared": all(r.get("preserves_text") for r in runs),
+        "bit_equal": sum(bool(r["scores"].get("text_bit_equal")) for r in runs),
+        "num_runs": len(runs),
+        "perplexity_base": runs[0]["scores"]["text_perplexity_base"],
+        "perplexity_fused": {str(r["seed"]): r["scores"]["text_perplexity_fused"] for r in runs if _full(r)},
+    }
+
+
+def _full(run: Mapping[str, Any]) -> bool:
+    return run["settings"]["share"] == 1
+
+
+def _cost_row(label: str, runs: Sequence[dict[str, Any]], share: float) -> dict[str, Any]:
+    """What a recipe costs, from its runs at the largest share; what varies by run is a median or the largest."""
+    runs = [r for r in runs if r["settings"]["share"] == share] or list(runs)
+    cost = runs[0]["cost"]
+    peaks = [r["cost"]["peak_memory"]["bytes"] for r in runs if r["cost"]["peak_memory"]["bytes"]]
+    times = [r["cost"]["time"] for r in runs if r["cost"]["time"]]
+    return {
+        "recipe": label,
+        "trainable_parameters": cost["trainable_parameters"],
+        "flops_per_sample": cost["flops_per_sample"],
+        "forward_flops_per_sample": cost["forward_flops_per_sample"],
+        "training_flops": runs[0]["budget"].get("flops"),
+        "tokens_per_picture": cost["tokens_per_picture"],
+        "steps": runs[0]["budget"]["steps"],
+        "samples": runs[0]["budget"]["samples"],
+        "peak_memory": {"bytes": max(peaks) if peaks else None, "what": cost["peak_memory"]["what"]},
+        "wall_minutes": statistics.median(r["cost"]["wall_minutes"] for r in runs),
+        "time": _median_times(times),
+        "tuning": runs[0]["settings"]["tuning"],
+        "fusion": runs[0]["settings"]["recipe"]["model"]["fusion"],
+    }
+
+
+def _median_times(times: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
+    found = {key: [t[key] for t in times if t.get(key) is not None] for t in times for key in t}
+    return {key: statistics.median(values) for key, values in found.items() if values} or None
+
+
+def _mean_curve(runs: Sequence[dict[str, Any]]) -> dict[str, list[list[float]]]:
+    """Loss -> samples so far and the mean loss over runs."""
+    out = {}
+    for name in dict.fromkeys(name for run in runs for name in run.get("learning", {})):
+        curves = [run["learning"][name] for run in runs if name in run.get("learning", {})]
+        length = min(map(len, curves))
+        out[name] = [[curves[0][i][0], statistics.fmean(c[i][1] for c in curves)] for i in range(length)]
+    return out
+
+
+def _notes(summary: Mapping[str, Any], runs: Sequence[dict[str, Any]]) -> list[str]:
+    """What a reader must know beside the numbers."""
+    budget, tuning = summary["budget"], summary["settings"]["tuning"]
+    equal = "executed FLOPs" if budget["kind"] == "flops" else "samples"
+    out = [f"Equal budget in {equal}; every difference is to {summary['first']}, over runs of the same seed."]
+    if tuning["trials"] == 1:
+        out.append("Rate and guidance are each recipe's own: nothing was tuned.")
+    else:
+        chosen = "; ".join(
+            f"{row['recipe']}: rate times {row['tuning']['rate_factor']:g}, guidance {row['tuning']['guidance']:g}"
+            for row in summary["cost"]
+        )
+        out.append(
+            f"{tuning['trials']} rates and {tuning['trials']} strengths of guidance per recipe, chosen on the validation part"
+            f" (seed {TRIAL_SEED}, groups that are in no test score): {chosen}."
+        )
+    fewest = min(len([r for r in runs if r["recipe"] == label]) for label in summary["recipes"])
+    if len(summary["seeds"]) < FEWEST_RUNS or fewest < FEWEST_RUNS:
+        out.append(f"n < {FEWEST_RUNS}: no interval, and nothing is decided.")
+    out.append(
+        "Intervals are 95 % t-intervals over runs, one by one: of twenty true ties one looks decided. fit_ is memory of"
+        " trained pictures, held_ is on groups that no training saw."
+    )
+    for label, found in summary["differences"].items():
+        if found:
+            listed = "; ".join(f"{d['where']} {d['first']!r} -> {d['this']!r}" for d in found[:6])
+            more = f"; and {len(found) - 6} more" if len(found) > 6 else ""
+            out.append(f"Besides the mechanism, {label} differs from {summary['first']}: {listed}{more}.")
+    taught = [
+        label
+        for label in summary["recipes"]
+        if any(r["recipe"] == label and r["scored"].get("encoder", 0) is None for r in runs)
+    ]
+    if taught and not summary["settings"]["evaluation"].get("features", True):
+        taught = []
+    if taught:
+        out.append(f"No feature score for {', '.join(taught)}: a frozen encoder took part in training.")
+    if all(row["time"] is None for row in summary["cost"]):
+        out.append(
+            "Time of a step and of sampling was not measured (--measure-time, on an idle machine); wall minutes are of a"
+            " machine that may have done other work."
+        )
+    return out
