@@ -96,7 +96,7 @@ def draw_tokens(
     device = model.backbone.device
     # Drawn on the CPU, so that a seed means the same picture on every device.
     noise = torch.stack([torch.randn(count, width, generator=torch.Generator().manual_seed(s)) for s in seeds])
-    blank = Media(tokens=torch.zeros(count, width), grid=(grid[0], grid[1]), state="noised")
+    blank = model.image.segment(torch.zeros(count, width), (grid[0], grid[1]), state="noised")
     scale = model.guidance if guidance is None else guidance
     guided = scale != 1
     prompts = [(*opened(model.backbone.begin_ids, context), blank) for context in contexts]
@@ -248,7 +248,7 @@ def _media_segment(model: Model, pictures: Seq[PILImage.Image], size: int | None
     side = size or model.image.sizes[0]
     grid = model.image.grid(side)
     tokens = model.image.encode(list(pictures), side)
-    return [Media(tokens=t, grid=(grid[0], grid[1])) for t in tokens.cpu()]
+    return [model.image.segment(t, (grid[0], grid[1])) for t in tokens.cpu()]
 
 
 # -------------------------------------------------------------------------------------------------------------- text
@@ -375,7 +375,7 @@ def score_names(
 
 def _before_answers(model: Model, item: Media | None) -> tuple[Cache, Tensor]:
     """Keys and values of a picture and its [EOI], and the log-probabilities ``[V]`` of the first token behind it."""
-    blank = Media(tokens=torch.zeros(1, model.image.token_width), grid=(1, 1))
+    blank = model.image.segment(torch.zeros(1, model.image.token_width), (1, 1))
     batch = pack([[Sequence(segments=(item or blank, Text(ids=())))]]).to(model.backbone.device)
     if item is None:  # the end-of-media row alone, as if the picture were not there
         batch = replace(
@@ -525,7 +525,7 @@ def _generate_batch(
             grid = model.image.grid(native)
             # The finished picture stands clean before anything later.
             contexts = [
-                (*context, Media(tokens=t, grid=(grid[0], grid[1])))
+                (*context, model.image.segment(t, (grid[0], grid[1])))
                 for context, t in zip(contexts, tokens.cpu(), strict=True)
             ]
     if isinstance(kinds[-1], tuple):
@@ -557,7 +557,7 @@ def _base_generate(
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        whole = model.backbone.model.generate(
+        whole = model.text_model().generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=max_tokens,

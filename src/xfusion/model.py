@@ -6,7 +6,6 @@ Shape legend: ``B`` batch row, ``n`` positions of one owner, ``S`` all positions
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,16 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from xfusion.backbone import EMBEDDED, Backbone, Cache
-from xfusion.data.sequence import END_OF_MEDIA, IGNORE, Batch, MediaRows, Rows, fingerprint
+from xfusion.data.sequence import END_OF_MEDIA, IGNORE, Batch, Rows, fingerprint
 from xfusion.fusion.base import Fusion, Pass
 from xfusion.fusion.dual_tower import DualTower
 from xfusion.modalities.image import ImageModality
+from xfusion.modalities.port import MediaPort
 from xfusion.objectives.base import Objective, Output
 from xfusion.objectives.flow_matching import FlowMatching
 from xfusion.objectives.next_token import NextToken
 
-TIME_FREQUENCIES = 128
-"""Sine and cosine pairs that a noise level is expanded to."""
 TEXT_STATES_KEPT = 20_000
 """Captions whose frozen states are kept; the oldest goes first."""
 
@@ -42,14 +40,6 @@ class BackboneConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PortConfig:
-    """How media tokens enter and leave the model; the same for every fusion that is compared."""
-
-    largest_grid: int = 64
-    """Rows and columns of tokens for which there are position embeddings."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Everything that makes a model; saved with its weights."""
 
@@ -57,59 +47,18 @@ class ModelConfig:
     """The frozen LLM."""
     image: ImageModality.Config = field(default_factory=ImageModality.Config)
     """The image modality: codec, patch, sizes."""
-    port: PortConfig = field(default_factory=PortConfig)
+    port: MediaPort.Config = field(default_factory=MediaPort.Config)
     """The media port."""
     fusion: Fusion.Config = field(default_factory=DualTower.Config)
     """The mechanism that fuses media and text."""
     text: NextToken.Config = field(default_factory=NextToken.Config)
     """The text objective."""
-    media: FlowMatching.Config = field(default_factory=FlowMatching.Config)
+    media: Objective.Config = field(default_factory=FlowMatching.Config)
     """The media objective."""
+    extra: tuple[Objective.Config, ...] = ()
+    """Further objectives, such as representation alignment."""
     init_seed: int = 0
     """Seed of all new weights that are not copies."""
-
-
-class MediaPort(nn.Module):
-    """Linear patches in, noise level, positions, boundary rows, head out (spec 1.1 and 1.5).
-
-    The noise level is added to item tokens as MLP(sinusoid(t)), with t = 0 for clean items; [BOI] has none, so that its
-    keys and values stay the same while an item is denoised. Rotary positions are the running index; row and column
-    embeddings are added.
-    """
-
-    def __init__(self, config: PortConfig, width: int, token_width: int, scale: float):
-        super().__init__()
-        self.project = nn.Linear(token_width, width)
-        self.time = nn.Sequential(nn.Linear(2 * TIME_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
-        self.row = nn.Embedding(config.largest_grid, width)
-        self.column = nn.Embedding(config.largest_grid, width)
-        self.begin = nn.Parameter(torch.empty(width))
-        self.end = nn.Parameter(torch.empty(width))
-        self.norm = nn.RMSNorm(width, eps=1e-6)
-        self.head = nn.Linear(width, token_width)
-        # New rows start as large as the frozen embedding's, so that the copied blocks meet what they know.
-        nn.init.normal_(self.project.weight, std=scale / math.sqrt(token_width))
-        nn.init.zeros_(self.project.bias)
-        for table in (self.row.weight, self.column.weight, self.begin, self.end):
-            nn.init.normal_(table, std=scale)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-
-    def embed_time(self, time: Tensor) -> Tensor:
-        """Noise levels ``[N]`` in [0, 1] -> ``[N, D]``."""
-        frequency = torch.exp(-math.log(10_000) * torch.arange(TIME_FREQUENCIES, device=time.device) / TIME_FREQUENCIES)
-        angle = 1000 * time[:, None] * frequency
-        return self.time(torch.cat([angle.sin(), angle.cos()], dim=-1))
-
-    def forward(self, media: MediaRows) -> Tensor:
-        """Media rows -> input states ``[B, n, D]``."""
-        x = self.project(media.tokens) + self.row(media.grid_row) + self.column(media.grid_column)
-        x = x + self.embed_time(media.time)[media.item.clamp(min=0)].to(x.dtype)
-        return torch.where(media.boundary[..., None], self.begin.to(x.dtype), x)
-
-    def readout(self, hidden: Tensor) -> Tensor:
-        """States of media rows ``[B, n, D]`` -> what the media objective predicts ``[B, n, P]``."""
-        return self.head(self.norm(hidden.to(self.norm.weight.dtype)))
 
 
 @dataclass(kw_only=True)
@@ -162,10 +111,15 @@ class Model(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.init_seed)
             scale = float(self.backbone.model.get_input_embeddings().weight.float().std())
-            self.port = MediaPort(config.port, self.backbone.hidden_size, self.image.token_width, scale)
+            width, layers = self.backbone.hidden_size, self.backbone.num_layers
+            self.port = config.port.build(width, self.image.token_width, scale, layers)
             self.fusion = config.fusion.build()
             self.fusion.install(self.backbone)
-        self.port.to(self.backbone.device)
+            self.extra = nn.ModuleList(further.build() for further in config.extra)
+            for objective in self._extra():
+                objective.install(width, self.image)
+        for part in (self.port, self.fusion, self.extra):
+            part.to(self.backbone.device)
         self.set_objectives(config.text, config.media)
         self._pass: Pass | None = None
         self._engine: Engine
@@ -177,17 +131,22 @@ class Model(nn.Module):
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
-        return (self.text_objective, self.media_objective)
+        return (self.text_objective, self.media_objective, *self._extra())
+
+    def _extra(self) -> list[Any]:
+        return list(self.extra)
 
     @property
     def guidance(self) -> float:
         """Strength of classifier-free guidance where the caller names none."""
         return self.media_objective.guidance
 
-    def set_objectives(self, text: NextToken.Config, media: FlowMatching.Config) -> None:
+    def set_objectives(self, text: NextToken.Config, media: Objective.Config) -> None:
         """Train and sample by these from now on; the weights stay."""
         self.config = replace(self.config, text=text, media=media)
-        self.text_objective, self.media_objective = text.build(), media.build()
+        self.text_objective: Any = text.build()
+        self.media_objective: Any = media.build()
+        self.needs = frozenset(name for objective in self.objectives for name in objective.needs)
 
     @property
     def capabilities(self) -> set[str]:
@@ -195,9 +154,15 @@ class Model(nn.Module):
         return {"text", "caption", "draw"}
 
     def new_parameters(self) -> Iterator[nn.Parameter]:
-        """What training may change: the port's and the fusion's weights."""
+        """What training may change: the weights of the port, the fusion and the objectives."""
         yield from self.port.parameters()
         yield from self.fusion.new_parameters()
+        yield from self.extra.parameters()
+
+    def named_new_parameters(self) -> dict[str, nn.Parameter]:
+        """The same by name."""
+        parts = (("port", self.port), ("fusion", self.fusion), ("extra", self.extra))
+        return {f"{prefix}.{name}": p for prefix, part in parts for name, p in part.named_parameters()}
 
     @property
     def num_new_parameters(self) -> int:
@@ -205,8 +170,8 @@ class Model(nn.Module):
 
     def learned_state(self) -> dict[str, Tensor]:
         """The learned weights by name: what a pack holds."""
-        state = {f"port.{k}": v for k, v in self.port.state_dict().items()}
-        return state | {f"fusion.{k}": v for k, v in self.fusion.state_dict().items()}
+        parts = (("port", self.port), ("fusion", self.fusion), ("extra", self.extra))
+        return {f"{prefix}.{k}": v for prefix, part in parts for k, v in part.state_dict().items()}
 
     @property
     def fingerprint(self) -> str:
@@ -257,7 +222,14 @@ class Model(nn.Module):
         if run is None:
             raise RuntimeError("a shadow layer was called outside a pass")
         compute = self.fusion.reference_layer if self._engine.reference else self.fusion.layer
+        if run.media in run.states and index in self.fusion.state_layers:
+            media = self.port.before_layer(index, run.states[run.media], run.media_rows[run.media])
+            run.states = run.states | {run.media: media}
         run.states = compute(index, frozen, call, run)
+        for owner, x in run.states.items():
+            name = f"{owner if owner == 'text' else 'media'}.{index + 1}"
+            if name in self.needs:
+                run.kept[name] = x
         # The states travel in the pass; the decoder gets them back behind the last layer, for its final norm.
         return torch.cat(list(run.states.values()), dim=1) if index == self.backbone.num_layers - 1 else x
 
@@ -324,6 +296,7 @@ class Model(nn.Module):
         if self.fusion.prefix_is_constant and not self._engine.reference and batch.text.count:
             # Looked-up states skip the text tower, so nothing may be read from it: no word after media, no label.
             unread = not batch.text_reads_media and not bool((batch.labels != IGNORE).any())
+            unread = unread and not any(name.startswith("text") for name in self.needs)
             given = self.given_states(batch) if unread else None
         hidden, run = self.run_pass(batch, given=given)
         text = run.slices.get("text", slice(0, 0))
@@ -332,7 +305,9 @@ class Model(nn.Module):
             return self._engine.backbone.logits(hidden[:, text][chosen][None])[0]
 
         media = {name: self.port.readout(run.states[name]) for name in batch.media}
-        return Output(logits=logits, media=media)
+        final = {"text" if owner == "text" else "media": hidden[:, rows] for owner, rows in run.slices.items()}
+        kept = run.kept | {name: x for name, x in final.items() if name in self.needs}
+        return Output(logits=logits, media=media, states=kept)
 
     def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, tuple[Tensor, Tensor]]:
         """Corrupt a batch and take all losses: name -> (sum, count). One view of the batch is run once."""
@@ -417,6 +392,10 @@ class Model(nn.Module):
     def fused_text_model(self) -> Any:
         """The base's own whole model over fused layers, for text-only input; it can ``generate``."""
         return self.backbone.shadow_model(self.fusion.text_layer)
+
+    def text_model(self) -> Any:
+        """The model that answers text alone: the base itself, or the fused stack where the fusion trains the base."""
+        return self.backbone.model if self.fusion.preserves_text else self.fused_text_model()
 
     def text_only(self) -> Any:
         """The base model as transformers made it."""

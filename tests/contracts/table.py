@@ -63,7 +63,8 @@ from xfusion.fusion.layered import Layered
 from xfusion.fusion.modality_experts import ModalityExperts
 from xfusion.fusion.shared_decoder import SharedDecoder
 from xfusion.modalities.image import ImageModality
-from xfusion.model import BackboneConfig, Model, ModelConfig, PortConfig
+from xfusion.modalities.port import MediaPort
+from xfusion.model import BackboneConfig, Model, ModelConfig
 from xfusion.objectives.flow_matching import FlowMatching
 
 VOCABULARY, WIDTH, LAYERS, WINDOW = 320, 64, 4, 6
@@ -114,7 +115,7 @@ FAMILIES: dict[str, Callable[[], torch.nn.Module]] = {
             head_dim=16,
             query_pre_attn_scalar=24,
             attn_logit_softcapping=2.0,
-            final_logit_softcapping=8.0,
+            final_logit_softcapping=16.0,
             sliding_window=WINDOW,
         )
     ),
@@ -138,7 +139,7 @@ FAMILIES: dict[str, Callable[[], torch.nn.Module]] = {
             n_layer=LAYERS,
             n_head=4,
             n_positions=512,
-            initializer_range=0.12,
+            initializer_range=0.3,  # below it, a tied head repeats one token whatever the picture
             bos_token_id=0,
             eos_token_id=1,
             pad_token_id=2,
@@ -246,7 +247,7 @@ def model_config(base: Backbone, fusion: str = "dual tower", **media: object) ->
     return ModelConfig(
         backbone=BackboneConfig(source=base.source),
         image=ImageModality.Config(patch=PATCH, sizes=(SIDE,)),
-        port=PortConfig(largest_grid=6),
+        port=MediaPort.Config(largest_grid=6),
         fusion=FUSIONS[fusion],
         media=FlowMatching.Config(**media),  # type: ignore[arg-type]
     )

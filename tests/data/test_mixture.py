@@ -174,9 +174,9 @@ def test_articles_and_questions():
 
 def test_a_dropped_prompt_leaves_the_picture_alone_and_a_question_stands_before_the_answer():
     tokens = torch.zeros(4, 3)
-    assert len(drawing(encode, BEGIN, "", tokens, (2, 2)).segments) == 1
-    words, _ = drawing(encode, BEGIN, "cat", tokens, (2, 2)).segments
+    assert len(drawing(encode, BEGIN, "", Media(tokens=tokens, grid=(2, 2))).segments) == 1
+    words, _ = drawing(encode, BEGIN, "cat", Media(tokens=tokens, grid=(2, 2))).segments
     assert words == Text(ids=(*BEGIN, *encode("cat")))
-    picture, asked, answer = captioning(encode, END, tokens, (2, 2), "cat", "What?").segments
+    picture, asked, answer = captioning(encode, END, Media(tokens=tokens, grid=(2, 2)), "cat", "What?").segments
     assert asked == Text(ids=encode("What?\n")) and answer == Text(ids=(*encode("cat"), END), has_loss=True)
     assert END_OF_MEDIA < 0 and picture.grid == (2, 2)

@@ -507,10 +507,10 @@ def test_compiled_steps_of_many_widths_and_models_stay_within_the_graphs(bases, 
     torch.compiler.reset()
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 3)  # the library raises it
     monkeypatch.setattr(
-        dual_tower.torch, "compile", partial(torch.compile, backend="eager")
+        fusion_base.torch, "compile", partial(torch.compile, backend="eager")
     )  # graphs, not machine code
     monkeypatch.setattr("xfusion.data.mixture.LOOKED_AT", 1)
-    dual_tower._compiled_tower_rows.cache_clear()
+    fusion_base.compiled.cache_clear()
     try:
         for number, fusion in enumerate(("dual tower", "dual tower, strided")):
             whole = recipe(base, mixture=mixture, steps=12 if number == 0 else 6)
@@ -521,7 +521,7 @@ def test_compiled_steps_of_many_widths_and_models_stay_within_the_graphs(bases, 
             for one, other in zip(log(out), log(plain), strict=True):
                 assert one["losses"] == pytest.approx(other["losses"], rel=1e-4)
     finally:
-        dual_tower._compiled_tower_rows.cache_clear()
+        fusion_base.compiled.cache_clear()
         torch.compiler.reset()
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from xfusion.data.pack import balance, pack, text_length
-from xfusion.data.sequence import Batch, Sequence, XFusionError
+from xfusion.data.sequence import Batch, Media, Sequence, XFusionError
 from xfusion.data.sources import Source
 from xfusion.data.templates import QUESTIONS, Encode, Templates, captioning, drawing, with_article
 from xfusion.modalities.image import ImageModality
@@ -33,6 +33,9 @@ class MixtureConfig:
     """Captioning samples per step (the paper's ratio is 2 : 1)."""
     pack: int = 4
     """Captioning sequences packed into one row."""
+    largest_noise: float = 0.0
+    """Noise levels of pictures in captioning samples go from 0 to this; 0 keeps them clean, as the paper finds best.
+    Noised ones also carry the media loss (Transfusion caps at 0.5)."""
     templates: Templates = Templates()
     """How examples are worded."""
 
@@ -69,6 +72,8 @@ class Mixture:
             raise XFusionError(f"{source.spec}: no pictures to train on")
         if config.caption % config.pack:
             raise XFusionError(f"caption {config.caption} is not a multiple of pack {config.pack}: choose one that is")
+        if not 0 <= config.largest_noise <= 1:
+            raise XFusionError(f"largest_noise {config.largest_noise:g} is not within 0 and 1, the clean and the noise")
         if config.draw + config.caption == 0:
             raise XFusionError("draw and caption are both 0: there is nothing to learn")
         self.source, self.image, self.size, self.config, self.seed = source, image, size, config, seed
@@ -87,6 +92,17 @@ class Mixture:
             if len(self._tokens) > self._kept:
                 self._tokens.popitem(last=False)
         return self._tokens[index]
+
+    def drawn(self, index: int) -> Media:
+        """A picture to learn to draw."""
+        return self.image.segment(self.tokens(index), self.grid, state="noised", has_loss=True)
+
+    def shown(self, index: int) -> Media:
+        """A picture to learn to read: clean, or up to a noise level, and then it is also learned to be drawn."""
+        cap = self.config.largest_noise
+        if not cap:
+            return self.image.segment(self.tokens(index), self.grid)
+        return self.image.segment(self.tokens(index), self.grid, state="noised", has_loss=True, largest_noise=cap)
 
     def ids(self, text: str) -> tuple[int, ...]:
         """Token ids of a text, looked up once."""
@@ -111,7 +127,7 @@ class Mixture:
         rng, count = random.Random(f"{self.seed}/draw/words/{step}"), self.config.draw
         words = self.config.templates.drawing_words
         return [
-            drawing(self.ids, self.begin, words(self.source.examples[i], rng), self.tokens(i), self.grid)
+            drawing(self.ids, self.begin, words(self.source.examples[i], rng), self.drawn(i))
             for i in self.order("draw", step * count, count)
         ]
 
@@ -124,7 +140,7 @@ class Mixture:
         )
         question = self.config.templates.question
         return [
-            captioning(self.ids, self.end, self.tokens(i), self.grid, examples[i].captions[0], question(rng))
+            captioning(self.ids, self.end, self.shown(i), examples[i].captions[0], question(rng))
             for i in self.order("caption", step * count, count)
         ]
 
@@ -153,8 +169,8 @@ class Mixture:
         _, named, answer = max((len(e.captions[0]), i, e.captions[0]) for i, e in enumerate(examples))
         words = with_article(words) if templates.article_share else words
         question = max(QUESTIONS, key=len) if templates.question_share else ""
-        draw = drawing(self.ids, self.begin, words, self.tokens(drawn), self.grid)
-        caption = captioning(self.ids, self.end, self.tokens(named), self.grid, answer, question)
+        draw = drawing(self.ids, self.begin, words, self.drawn(drawn))
+        caption = captioning(self.ids, self.end, self.shown(named), answer, question)
         return self._packed([draw] * self.config.draw, [caption] * self.config.caption)
 
     def _packed(self, drawings: list[Sequence], captionings: list[Sequence]) -> list[Batch]:

@@ -84,6 +84,8 @@ class Media:
     """Whether the model is trained to produce this item."""
     visible_to_later: bool = True
     """Whether positions after the item may see it (a noised copy beside a clean one is not)."""
+    largest_noise: float = 1.0
+    """Noise levels of a noised item go from 0 to this."""
     bidirectional: bool = True
     """Whether the item's tokens see each other both ways; else in reading order."""
     shared_position: bool = False
@@ -196,6 +198,8 @@ class MediaRows:
     """Which items an objective may corrupt, bool ``[N]``."""
     has_loss: Tensor
     """Which items are targets, bool ``[N]``."""
+    largest_noise: Tensor
+    """Noise levels of an item go from 0 to this, float ``[N]``."""
     clean: Tensor | None = None
     """The clean tokens ``[B, n, P]`` once an objective has corrupted `tokens`."""
 

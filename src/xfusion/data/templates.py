@@ -7,8 +7,6 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
-from torch import Tensor
-
 from xfusion.data.sequence import Example, Media, Sequence, Text
 
 QUESTIONS = ("What is this?", "What is in the picture?", "Name this picture.")
@@ -68,25 +66,17 @@ def opened(begin: tuple[int, ...], context: tuple[Text | Media, ...]) -> tuple[T
     return (replace(context[0], ids=(*begin, *context[0].ids)), *context[1:])
 
 
-def drawing(encode: Encode, begin: tuple[int, ...], words: str, tokens: Tensor, grid: tuple[int, int]) -> Sequence:
-    """Words, then the picture to learn; without words the picture alone."""
+def drawing(encode: Encode, begin: tuple[int, ...], words: str, picture: Media) -> Sequence:
+    """Words, then the noised picture to learn; without words the picture alone."""
     ids = encode(words)
-    picture = Media(tokens=tokens, grid=grid, state="noised", has_loss=True)
     return Sequence(segments=(*opened(begin, (Text(ids=ids),) if ids else ()), picture))
 
 
-def captioning(
-    encode: Encode,
-    end: int,
-    tokens: Tensor,
-    grid: tuple[int, int],
-    answer: str,
-    question: str = "",
-) -> Sequence:
-    """A clean picture, perhaps a question, and the answer to learn, closed by the base's own end token."""
+def captioning(encode: Encode, end: int, picture: Media, answer: str, question: str = "") -> Sequence:
+    """A picture, perhaps a question, and the answer to learn, closed by the base's own end token."""
     asked = encode(question_text(question))
     segments: Seq[Media | Text] = (
-        Media(tokens=tokens, grid=grid),
+        picture,
         *((Text(ids=asked),) if asked else ()),
         Text(ids=(*encode(answer), end), has_loss=True),
     )

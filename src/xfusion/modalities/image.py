@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy
 import torch
 from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
-from xfusion.data.sequence import XFusionError
+from xfusion.data.sequence import Media, XFusionError
 from xfusion.modalities.base import Codec, Modality
 from xfusion.modalities.codecs.pixels import Pixels
 
@@ -31,6 +32,12 @@ class ImageModality(Modality):
         """Latent cells per token, in each direction."""
         sizes: tuple[int, ...] = (32,)
         """Sides in pixels of the pictures that the model is made for; the first is the default."""
+
+        position: Literal["running", "shared"] = "running"
+        """Rotary positions of a picture's tokens: the running index, or one for all of them (CogVLM); rows and columns
+        are told apart by the port."""
+        order: Literal["both ways", "causal"] = "both ways"
+        """Whether the tokens of a picture see each other both ways or in reading order."""
 
         def build(self) -> ImageModality:
             return ImageModality(self)
@@ -108,6 +115,17 @@ class ImageModality(Modality):
         patch, channels = self.patch, self.codec.channels
         tokens = tokens.reshape(len(tokens), rows, columns, channels, patch, patch)
         return tokens.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), channels, rows * patch, columns * patch)
+
+    def segment(self, tokens: Tensor, grid: tuple[int, int], **how: Any) -> Media:
+        """A picture's tokens ``[rows * columns, token_width]`` as a segment of a sequence; ``how`` as `Media` takes it."""
+        return Media(
+            tokens=tokens,
+            grid=grid,
+            modality=self.name,
+            bidirectional=self.config.order == "both ways",
+            shared_position=self.config.position == "shared",
+            **how,
+        )
 
     @staticmethod
     def from_pil(pictures: Sequence[Image.Image], size: int) -> Tensor:

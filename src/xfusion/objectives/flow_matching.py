@@ -9,8 +9,8 @@ Shape legend: ``B`` batch row, ``n`` media rows, ``P`` token width, ``N`` media 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class FlowMatching(Objective):
     name = "flow_matching"
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(Objective.Config):
         """What the media head predicts and how noise levels are drawn."""
 
         weight: float = 1.0
@@ -53,9 +53,14 @@ class FlowMatching(Objective):
             """The objective."""
             return FlowMatching(self)
 
+        def adapted(self, trained: Any) -> FlowMatching.Config:
+            """Noise levels and weights are a run's own choice; what the head's output means is the weights'."""
+            return replace(self, prediction=trained.prediction) if isinstance(trained, FlowMatching.Config) else self
+
     def __init__(self, config: Config):
         if not config.sampling_shift > 0:
             raise XFusionError(f"sampling_shift {config.sampling_shift:g} must be above 0; 1 takes equal steps of t")
+        super().__init__()
         self.config = config
         self.weight, self.guidance = config.weight, config.guidance
 
@@ -77,7 +82,7 @@ class FlowMatching(Objective):
             if not bool(media.noised.any()):
                 continue
             # Drawn on the CPU, so that a seed means the same on every device.
-            drawn = self.draw_time(len(media.noised), generator).to(media.time.device)
+            drawn = self.draw_time(len(media.noised), generator).to(media.time.device) * media.largest_noise
             time = torch.where(media.noised, drawn, torch.zeros_like(drawn))
             noise = torch.randn(media.tokens.shape, generator=generator).to(media.tokens.device)
             level = media.at(time)[:, :, None]

@@ -18,7 +18,7 @@ class NextToken(Objective):
     name = "next_token"
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(Objective.Config):
         """Weight of the objective."""
 
         weight: float = 0.2
@@ -29,6 +29,7 @@ class NextToken(Objective):
             return NextToken(self)
 
     def __init__(self, config: Config):
+        super().__init__()
         self.config = config
         self.weight = config.weight
 

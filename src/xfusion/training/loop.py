@@ -160,10 +160,7 @@ class _Run:
             source = open_source(self.recipe.data, allow_bad=allow_bad, special_tokens=model.backbone.special_tokens)
         self.source = source
         self.size = model.image.sizes[0]
-        names = {
-            f"{prefix}.{n}": p for prefix in ("port", "fusion") for n, p in getattr(model, prefix).named_parameters()
-        }
-        self.optimizer = Optimizer(names, self.recipe.stages[0].weight_decay)
+        self.optimizer = Optimizer(model.named_new_parameters(), self.recipe.stages[0].weight_decay)
         if resume:
             self._load(state)
         self.track = Track(self.out, console, listener, self.step)
@@ -191,9 +188,7 @@ class _Run:
         if from_pack is None:
             return build(wanted, backbone)
         model = checkpoint.load(from_pack, backbone=backbone)
-        # Which noise levels and weights a run trains with is its own choice; what the weights mean is not.
-        media = replace(wanted.media, prediction=model.config.media.prediction)
-        kept = replace(model.config, text=wanted.text, media=media)
+        kept = replace(model.config, text=wanted.text, media=wanted.media.adapted(model.config.media))
         if kept != wanted:
             raise XFusionError(
                 f"the pack {from_pack} was built otherwise than this recipe: {_difference(kept, wanted)};"

@@ -26,8 +26,8 @@ CORE = ("torch", "transformers", "diffusers", "safetensors", "huggingface-hub", 
 class Doctor(Verb):
     """Say what this machine offers and what is missing; with a base, whether it can be fused.
 
-    With a base it is loaded and the contracts are tried on it with a small dual tower: text bit-equal, fast path against
-    reference path, drawing with a cache. Exits with 1 where one fails.
+    With a base it is loaded and the contracts are tried on it with a small dual tower: layers taken apart, text bit-equal,
+    words before a picture, fast path against reference path, drawing with a cache. Exits with 1 where one fails.
     """
 
     base: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="HF_MODEL")] = None
@@ -121,6 +121,7 @@ def base_facts(backbone: Any) -> dict[str, Any]:
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "attention": backbone.attention,
         "windows": windows,
+        "longest": backbone.longest,
         "fingerprint": backbone.fingerprint,
         "chat_template": bool(backbone.tokenizer.chat_template),
     }
@@ -135,6 +136,7 @@ def _base_text(base: dict[str, Any]) -> str:
         ("layers", f"{base['layers']} x {base['layer_class']} of width {base['width']}"),
         ("attention", base["attention"]),
         ("windows", sliding),
+        ("positions", f"learned, {base['longest']} of them" if base["longest"] else "no table that ends"),
         ("chat", "the tokenizer's own template" if base["chat_template"] else "no template: a plain wording is used"),
     ]
     checks = [("ok" if c["passed"] else "FAILED", f"{c['name']}: {c['detail']}") for c in base["checks"]]

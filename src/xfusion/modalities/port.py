@@ -1,0 +1,100 @@
+"""How media tokens enter and leave a model: the same for every fusion, so that compared fusions share all but themselves.
+
+Shape legend: ``B`` batch row, ``n`` media rows, ``D`` model width, ``P`` width of a media token, ``N`` media items.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from xfusion.data.sequence import MediaRows
+
+TIME_FREQUENCIES = 128
+"""Sine and cosine pairs that a noise level is expanded to."""
+
+
+class MediaPort(nn.Module):
+    """Linear patches in, noise level, positions, boundary rows, head out (spec 1.1 and 1.5).
+
+    The noise level is a vector MLP(sinusoid(t)) with t = 0 for clean items. It is added to item tokens, or it modulates
+    them before every layer with new modules; [BOI] has none, so that its keys and values stay the same while an item is
+    denoised. Row and column embeddings are added.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Positions and noise levels of media tokens."""
+
+        largest_grid: int = 64
+        """Rows and columns of tokens for which there are position embeddings."""
+        time: Literal["add", "modulate"] = "add"
+        """Add the noise level to the tokens, or let it scale and shift them before each new block: ``x + s norm(x) + b``
+        with s and b from one shared projection and a row per layer (AdaLN-single of PixArt, arXiv 2310.00426, on the
+        residual stream), zero at the start."""
+
+        def build(self, width: int, token_width: int, scale: float, num_layers: int) -> MediaPort:
+            """The port of a model.
+
+            Args:
+                width: of the model.
+                token_width: numbers of a media token.
+                scale: standard deviation of the base's own embeddings.
+                num_layers: of the base.
+            """
+            return MediaPort(self, width, token_width, scale, num_layers)
+
+    def __init__(self, config: Config, width: int, token_width: int, scale: float, num_layers: int):
+        super().__init__()
+        self.config = config
+        self.project = nn.Linear(token_width, width)
+        self.time = nn.Sequential(nn.Linear(2 * TIME_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.row = nn.Embedding(config.largest_grid, width)
+        self.column = nn.Embedding(config.largest_grid, width)
+        self.begin = nn.Parameter(torch.empty(width))
+        self.end = nn.Parameter(torch.empty(width))
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.head = nn.Linear(width, token_width)
+        # New rows start as large as the frozen embedding's, so that the copied blocks meet what they know.
+        nn.init.normal_(self.project.weight, std=scale / math.sqrt(token_width))
+        nn.init.zeros_(self.project.bias)
+        for table in (self.row.weight, self.column.weight, self.begin, self.end):
+            nn.init.normal_(table, std=scale)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        if config.time == "modulate":
+            self.modulation = nn.Linear(width, 2 * width)
+            self.by_layer = nn.Parameter(torch.zeros(num_layers, 2 * width))
+            nn.init.zeros_(self.modulation.weight)
+            nn.init.zeros_(self.modulation.bias)
+
+    def embed_time(self, time: Tensor) -> Tensor:
+        """Noise levels ``[N]`` in [0, 1] -> ``[N, D]``."""
+        frequency = torch.exp(-math.log(10_000) * torch.arange(TIME_FREQUENCIES, device=time.device) / TIME_FREQUENCIES)
+        angle = 1000 * time[:, None] * frequency
+        return self.time(torch.cat([angle.sin(), angle.cos()], dim=-1))
+
+    def forward(self, media: MediaRows) -> Tensor:
+        """Media rows -> input states ``[B, n, D]``."""
+        x = self.project(media.tokens) + self.row(media.grid_row) + self.column(media.grid_column)
+        if self.config.time == "add":
+            x = x + self.embed_time(media.time)[media.item.clamp(min=0)].to(x.dtype)
+        return torch.where(media.boundary[..., None], self.begin.to(x.dtype), x)
+
+    def before_layer(self, index: int, x: Tensor, media: MediaRows) -> Tensor:
+        """States ``[B, n, D]`` as a layer with new modules sees them."""
+        if self.config.time == "add":
+            return x
+        both = self.modulation(functional.silu(self.embed_time(media.time))) + self.by_layer[index]
+        scale, shift = both[media.item.clamp(min=0)].to(x.dtype).chunk(2, dim=-1)
+        changed = x + scale * functional.rms_norm(x, x.shape[-1:]) + shift
+        return torch.where((media.item >= 0)[..., None], changed, x)
+
+    def readout(self, hidden: Tensor) -> Tensor:
+        """States of media rows ``[B, n, D]`` -> what the media objective predicts ``[B, n, P]``."""
+        return self.head(self.norm(hidden.to(self.norm.weight.dtype)))

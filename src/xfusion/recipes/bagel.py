@@ -1,0 +1,30 @@
+"""BAGEL: two experts in one attention; only noised pictures take the generation expert.
+
+Paper: Deng et al., "Emerging Properties in Unified Multimodal Pretraining", arXiv 2505.14683.
+
+Faithful: the generation expert is a full copy that handles noised picture tokens alone; noise level added to their
+embeddings; row and column positions; a noised copy is never read by what comes later.
+
+Adapted: the understanding expert is the frozen language model, which the paper trains; clean pictures come from the
+same patches instead of a SigLIP encoder. Everything around the layer (pictures, port, objectives, data, schedule) is
+the recipe `xfusion`'s, so that a comparison compares the layer alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from xfusion.fusion.modality_experts import ModalityExperts
+from xfusion.recipes.xfusion import xfusion
+from xfusion.training.stages import Recipe
+
+KIND = "modality experts"
+PAPER = "arXiv 2505.14683"
+STATUS = "runs"
+
+
+def bagel(stride: int = 1) -> Recipe:
+    """A generation expert at every layer."""
+    recipe = xfusion()
+    fusion = ModalityExperts.Config(stride=stride, noised_only=True)
+    return replace(recipe, model=replace(recipe.model, fusion=fusion))

@@ -1,0 +1,32 @@
+"""CogVLM's visual expert: queries, keys, values, output and MLP of their own for picture positions, norms shared.
+
+Paper: Wang et al., "CogVLM: Visual Expert for Pretrained Language Models", arXiv 2311.03079.
+
+Faithful: the expert, copied from the language model; all patches of a picture at one rotary position; causal order
+among patches (their ablation prefers it).
+
+Adapted: linear patches instead of EVA2-CLIP with a SwiGLU adapter; it also draws, which the paper's model does not.
+
+Everything around the layer (pictures, port, objectives, data, schedule) is the recipe `xfusion`'s, so that a
+comparison compares the layer alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from xfusion.fusion.modality_experts import ModalityExperts
+from xfusion.recipes.xfusion import xfusion
+from xfusion.training.stages import Recipe
+
+KIND = "modality experts"
+PAPER = "arXiv 2311.03079"
+STATUS = "runs"
+
+
+def cogvlm(stride: int = 1) -> Recipe:
+    """An expert at every layer, one rotary position per picture."""
+    recipe = xfusion()
+    fusion = ModalityExperts.Config(stride=stride, own=("query", "key", "value", "output", "mlp"))
+    image = replace(recipe.model.image, position="shared", order="causal")
+    return replace(recipe, model=replace(recipe.model, fusion=fusion, image=image))

@@ -1,0 +1,29 @@
+"""X-Fusion's dual projection: queries, keys, values and MLP by modality, one joint attention.
+
+Paper: Mo et al., arXiv 2504.20996, figure 3 (c) and table 1.
+
+Faithful: one set of keys and values, words' made by the frozen weights, pictures' by trained copies.
+
+Adapted: norms and output projections are the pictures' own too, as in LMFusion; the paper does not say. Copies at
+every fifth layer only. Everything around the layer (pictures, port, objectives, data, schedule) is the recipe
+`xfusion`'s, so that a comparison compares the layer alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from xfusion.fusion.modality_experts import ModalityExperts
+from xfusion.recipes.xfusion import xfusion
+from xfusion.training.stages import Recipe
+
+KIND = "modality experts"
+PAPER = "arXiv 2504.20996"
+STATUS = "runs"
+
+
+def dual_projection(stride: int = 5) -> Recipe:
+    """All parts of their own at every stride-th layer."""
+    recipe = xfusion()
+    fusion = ModalityExperts.Config(stride=stride)
+    return replace(recipe, model=replace(recipe.model, fusion=fusion))

@@ -1,0 +1,31 @@
+"""mPLUG-Owl2's modality-adaptive module: norms, keys and values by modality; queries, output and MLP shared.
+
+Paper: Ye et al., "mPLUG-Owl2: Revolutionizing Multi-modal Large Language Model with Modality Collaboration", arXiv
+2311.04257.
+
+Faithful: the module, initialised from the language model, ordinary positions.
+
+Adapted: linear patches instead of a visual abstractor over CLIP; it also draws, which the paper's model does not.
+
+Everything around the layer (pictures, port, objectives, data, schedule) is the recipe `xfusion`'s, so that a
+comparison compares the layer alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from xfusion.fusion.modality_experts import ModalityExperts
+from xfusion.recipes.xfusion import xfusion
+from xfusion.training.stages import Recipe
+
+KIND = "modality experts"
+PAPER = "arXiv 2311.04257"
+STATUS = "runs"
+
+
+def mplug_owl2(stride: int = 1) -> Recipe:
+    """Norms, keys and values of their own at every layer."""
+    recipe = xfusion()
+    fusion = ModalityExperts.Config(stride=stride, own=("norm", "key", "value"))
+    return replace(recipe, model=replace(recipe.model, fusion=fusion))

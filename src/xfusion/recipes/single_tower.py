@@ -1,0 +1,29 @@
+"""X-Fusion's single tower: one decoder for words and pictures, initialised from the language model and trained.
+
+Paper: Mo et al., arXiv 2504.20996, figure 3 (a) and table 1: the comparison layer that loses its text.
+
+Faithful: every position passes the same trained block; text is not preserved.
+
+Adapted: trained copies at every fifth layer only, so that it has as many trainable weights as the other layers;
+embeddings and head stay frozen. Everything around the layer (pictures, port, objectives, data, schedule) is the
+recipe `xfusion`'s, so that a comparison compares the layer alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from xfusion.fusion.shared_decoder import SharedDecoder
+from xfusion.recipes.xfusion import xfusion
+from xfusion.training.stages import Recipe
+
+KIND = "shared decoder"
+PAPER = "arXiv 2504.20996"
+STATUS = "runs"
+
+
+def single_tower(stride: int = 5) -> Recipe:
+    """Trained copies at every stride-th layer."""
+    recipe = xfusion()
+    fusion = SharedDecoder.Config(stride=stride)
+    return replace(recipe, model=replace(recipe.model, fusion=fusion))

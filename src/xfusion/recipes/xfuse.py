@@ -1,0 +1,30 @@
+"""X-Fuse: the dual tower whose positions also take the other tower's output, by learned shares.
+
+Paper: Mo et al., "X-Fusion: Introducing New Modality to Frozen Large Language Models", ICCV 2025, arXiv 2504.20996,
+section 3.2, equation of X-Fuse.
+
+Faithful: alpha and beta per side, trainable; the plain dual tower at the start (alpha 1, beta 0).
+
+Adapted, because the paper leaves it open: one pair per layer and side; words are mixed only from the first media
+token on, so that text without pictures stays bit-identical. Adapted: everything around the layer (pictures, port,
+objectives, data, schedule) is the recipe `xfusion`'s, so that a comparison compares the layer alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from xfusion.fusion.dual_tower import DualTower
+from xfusion.recipes.xfusion import xfusion
+from xfusion.training.stages import Recipe
+
+KIND = "dual tower"
+PAPER = "arXiv 2504.20996"
+STATUS = "runs"
+
+
+def xfuse(stride: int = 5) -> Recipe:
+    """Full copies at every stride-th layer, both sides mixed."""
+    recipe = xfusion()
+    fusion = DualTower.Config(stride=stride, fuse="both")
+    return replace(recipe, model=replace(recipe.model, fusion=fusion))
