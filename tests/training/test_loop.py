@@ -12,7 +12,7 @@ from contracts.table import Noise, make_base, make_model, model_config, randomis
 from safetensors.torch import load_file
 
 import xfusion
-import xfusion.fusion.dual_tower as dual_tower
+import xfusion.fusion.base as fusion_base
 from xfusion.backbone import Backbone
 from xfusion.data.mixture import Mixture, MixtureConfig
 from xfusion.data.sequence import XFusionError
