@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 import pytest
 from PIL import Image
+from transformers import MambaConfig, MambaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from contracts.table import Noise, make_base, make_model
+from contracts.table import WINDOW, Noise, make_base, make_model, tokenizer
 
 import xfusion
 from xfusion.apps import cli
@@ -454,7 +455,33 @@ def test_doctor_tries_a_base(run, base):
     assert ran.code == 0
     found = ran.json["base"]
     assert found["layers"] == 4 and found["windows"] == [None] * 4
-    assert found["passed"] and len(found["checks"]) == 4
+    assert found["passed"] and len(found["checks"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("family", "layer", "attention", "windows"),
+    [
+        ("gemma2", "Gemma2DecoderLayer", "eager", [WINDOW, None, WINDOW, None]),
+        ("phi3", "Phi3DecoderLayer", "sdpa", [WINDOW] * 4),
+        ("gpt_neox", "GPTNeoXLayer", "sdpa", [None] * 4),
+        ("smollm3", "SmolLM3DecoderLayer", "sdpa", [None, WINDOW, None, WINDOW]),
+    ],
+)
+def test_doctor_tries_other_families(run, tmp_path, family, layer, attention, windows):
+    ran = run("doctor", make_base(family, tmp_path), "--json")
+    found = ran.json["base"]
+    assert ran.code == 0 and all(check["passed"] for check in found["checks"])
+    assert (found["layer_class"], found["attention"], found["windows"]) == (layer, attention, windows)
+    assert found["longest"] is None
+
+
+def test_doctor_says_in_one_line_that_a_state_space_model_cannot_be_fused(run, tmp_path):
+    shape = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2}
+    MambaForCausalLM(MambaConfig(**shape)).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    ran = run("doctor", tmp_path)
+    assert ran.code == 2
+    assert "MambaForCausalLM cannot be fused: its layers (MambaBlock) have no softmax attention" in ran.err
 
 
 def test_doctor_says_what_a_base_lacks(run, base, monkeypatch):

@@ -167,9 +167,8 @@ def _cached(model: Model) -> tuple[bool, str]:
     batch = _packed(model, [Sequence(segments=(*opened(model.backbone.begin_ids, (words,)), blank))])
     media, device = batch.media["image"], model.backbone.device
     inside = media.item[0] >= 0
-    noise = torch.randn(1, int(inside.sum()), model.image.token_width, generator=torch.Generator().manual_seed(0)).to(
-        device
-    )
+    seeded = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, int(inside.sum()), model.image.token_width, generator=seeded).to(device)
 
     def predict(x: Tensor, time: float) -> Tensor:
         tokens = media.tokens.clone()

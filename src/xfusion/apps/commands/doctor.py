@@ -136,7 +136,7 @@ def _base_text(base: dict[str, Any]) -> str:
         ("layers", f"{base['layers']} x {base['layer_class']} of width {base['width']}"),
         ("attention", base["attention"]),
         ("windows", sliding),
-        ("positions", f"learned, {base['longest']} of them" if base["longest"] else "no table that ends"),
+        ("positions", f"learned, {base['longest']} of them" if base["longest"] else "rotary, or none"),
         ("chat", "the tokenizer's own template" if base["chat_template"] else "no template: a plain wording is used"),
     ]
     checks = [("ok" if c["passed"] else "FAILED", f"{c['name']}: {c['detail']}") for c in base["checks"]]

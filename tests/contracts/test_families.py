@@ -1,0 +1,115 @@
+"""Contract: what the families of the table differ in is found in the model itself, and kept."""
+
+import math
+
+import pytest
+import torch
+from contracts.table import FAMILIES, LAYERS, WINDOW, make_model, picture, tokenizer, view, words
+from transformers import MistralConfig, MistralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from xfusion.backbone import Backbone, linear_paths, linear_shape, narrow_mlp, run_rows, slice_call
+from xfusion.data.sequence import Sequence, XFusionError
+
+WINDOWS = {
+    "gemma2": [WINDOW, None, WINDOW, None],
+    "gemma3": [WINDOW, None, WINDOW, WINDOW],
+    "mistral": [WINDOW] * LAYERS,
+    "phi3": [WINDOW] * LAYERS,
+    "qwen2": [None, None, WINDOW, WINDOW],
+    "smollm3": [None, WINDOW, None, WINDOW],
+}
+TINY = {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def backbone_of(model):
+    return Backbone(model, tokenizer(), "made here")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_windows(bases, family):
+    assert [bases[family].window(i) for i in range(LAYERS)] == WINDOWS.get(family, [None] * LAYERS)
+
+
+def calls_of(base, length=5):
+    """What the base's own forward hands to each layer for random states."""
+    found = []
+    x = 3 * torch.randn(1, length, base.hidden_size, generator=torch.Generator().manual_seed(0))
+
+    def act(index, frozen, states, call):
+        found.append((frozen, states, slice_call(call, slice(None))))
+        return states
+
+    base.drive(base.shadow_decoder(act), x, torch.arange(length)[None])
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_narrowed_mlp_is_the_whole_one_with_its_other_units_silent(bases, family):
+    base, config = bases[family], bases[family].tower_config()
+    for index, (_, x, call) in enumerate(calls_of(base)):
+        mask = torch.zeros(1, 1, 5, 5) if base.attention == "eager" else torch.ones(1, 1, 5, 5, dtype=torch.bool)
+        narrow, whole = base.copy_layer(index, config), base.copy_layer(index, config)
+        narrow_mlp(narrow, base.config, 40)
+        matrices = {p: whole.get_submodule(p) for p in linear_paths(whole) if p.startswith("mlp.")}
+        downs = [m for m in matrices.values() if linear_shape(m) == (96, 64)]
+        assert len(downs) == 1
+        units = downs[0].weight.data if downs[0].weight.shape[0] == 96 else downs[0].weight.data.T
+        units[40:] = 0
+        found, expected = (run_rows(layer, x, call, mask, [], [])[0] for layer in (narrow, whole))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        assert sum(p.numel() for p in narrow.parameters()) < sum(p.numel() for p in whole.parameters())
+
+
+def test_a_mixture_of_experts_is_not_narrowed_but_fused():
+    settings = {"intermediate_size": 96, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+    base = backbone_of(Qwen3MoeForCausalLM(Qwen3MoeConfig(**TINY, **settings, num_key_value_heads=2, head_dim=16)))
+    with pytest.raises(XFusionError, match="Qwen3MoeDecoderLayer: its MLP is not made of plain Linear layers"):
+        make_model(base, "dual tower, strided")
+    model, ids = make_model(base), torch.tensor([[5, 6, 7]])
+    assert torch.equal(model.text_logits(ids, stack="fused"), model.text_logits(ids))
+
+
+@pytest.mark.parametrize("family", ["phi3", "gpt_neox", "gpt2", "mistral"])
+def test_nothing_is_dropped_in_training(bases, family):
+    base = bases[family]
+    if family == "mistral":  # attention alone drops
+        base = backbone_of(
+            MistralForCausalLM(
+                MistralConfig(**TINY, intermediate_size=96, num_key_value_heads=2, attention_dropout=0.5)
+            )
+        )
+    shares = [m.p for m in base.layers.modules() if isinstance(m, torch.nn.Dropout)]
+    shares += [getattr(m, "attention_dropout", 0.0) for m in base.layers.modules()]
+    assert max(shares) >= 0.1  # else nothing is tried
+    model = make_model(base)
+    batch = view([[Sequence(segments=(words(4, 1), picture((3, 3), 1), words(3, 2)))]], model)
+    expected = model.run_pass(batch)[0]
+    model.train()
+    assert torch.equal(model.run_pass(batch)[0], expected)
+
+
+def test_soft_caps_are_not_lost_to_an_attention_without_them(bases):
+    """Gemma 2 has no sdpa: a copy that is asked for it computes as the base does."""
+    base = bases["gemma2"]
+    copy = base.working_copy(torch.bfloat16, "sdpa")
+    assert (copy.attention, copy.dtype) == ("eager", torch.bfloat16)
+    assert base.working_copy(torch.float32, "sdpa") is base
+    assert bases["llama"].working_copy(torch.float32, "eager").attention == "eager"
+
+
+def test_a_sequence_beyond_the_learned_positions_is_refused(bases):
+    assert {name: base.longest for name, base in bases.items() if base.longest} == {"gpt2": 512}
+    base = bases["gpt2"]
+    decoder, x = base.shadow_decoder(lambda index, frozen, states, call: states), torch.zeros(1, 3, 64)
+    base.drive(decoder, x, torch.tensor([[0, 1, 511]]))
+    with pytest.raises(XFusionError, match="a sequence of 513 positions; the base has learned 512"):
+        base.drive(decoder, x, torch.tensor([[0, 1, 512]]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_scale_of_inputs_is_what_the_first_layer_meets(bases, family):
+    base = bases[family]
+    plain = float(base.model.get_input_embeddings().weight.std())
+    factor = math.sqrt(64) if family.startswith("gemma") else 1
+    assert base.embedding_scale == pytest.approx(factor * plain, rel=1e-6)
