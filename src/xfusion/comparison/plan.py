@@ -113,7 +113,7 @@ def named(recipes: Sequence[str] | Mapping[str, Recipe]) -> dict[str, Recipe]:
     if isinstance(recipes, Mapping):
         named = dict(recipes)
     else:
-        labels = [name.rpartition(":")[2] for name in recipes]
+        labels = [name.partition("(")[0].rpartition(":")[2] for name in recipes]
         twice = [label for label in labels if labels.count(label) > 1]
         if twice:
             raise XFusionError(f"two of the recipes are called {twice[0]!r}: results are named by it, rename one")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import functools
 import importlib
 import importlib.util
+import inspect
 import pkgutil
 import sys
 from collections.abc import Callable
@@ -29,11 +31,38 @@ def find(name: str) -> Callable[..., Recipe]:
     """The function that a recipe's name stands for.
 
     Args:
-        name: a name of `names`, ``file.py:function`` or ``package.module:function``.
+        name: a name of `names`, ``file.py:function`` or ``package.module:function``; arguments of the function may
+            stand behind it, as in ``single_tower(stride=3)``.
 
     Raises:
-        XFusionError: there is none.
+        XFusionError: there is none, or it does not take these arguments.
     """
+    plain, arguments = _arguments(name)
+    function = _function(plain)
+    if arguments:
+        try:
+            inspect.signature(function).bind(**arguments)
+        except TypeError as error:
+            known = ", ".join(inspect.signature(function).parameters) or "none"
+            raise XFusionError(f"recipe {name!r}: {error}; its arguments are: {known}") from error
+    return functools.partial(function, **arguments) if arguments else function
+
+
+def _arguments(name: str) -> tuple[str, dict[str, Any]]:
+    """``single_tower(stride=3)`` -> ``single_tower`` and ``{"stride": 3}``."""
+    plain, bracket, rest = name.partition("(")
+    if not bracket:
+        return name, {}
+    try:
+        call = ast.parse(f"f({rest}", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args:
+            raise ValueError(rest)
+        return plain, {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise XFusionError(f"recipe {name!r}: write arguments as NAME=VALUE, such as {plain}(stride=3)") from error
+
+
+def _function(name: str) -> Callable[..., Recipe]:
     where, _, function = name.partition(":")
     if where.endswith(".py"):
         path = Path(where)

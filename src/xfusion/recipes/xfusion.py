@@ -29,11 +29,16 @@ PAPER = "arXiv 2504.20996"
 STATUS = "runs"
 
 
-def xfusion() -> Recipe:
-    """The recipe, sized for two CPU cores; drawing to captioning 2 : 1 as in the paper."""
+def xfusion(stride: int = 5, mlp: int | None = 512) -> Recipe:
+    """The recipe, sized for two CPU cores; drawing to captioning 2 : 1 as in the paper.
+
+    Args:
+        stride: a media block stands at every stride-th layer; the paper's is 1.
+        mlp: width of the media blocks' MLP; None copies it whole, as the paper does.
+    """
     return Recipe(
         model=ModelConfig(
-            fusion=DualTower.Config(stride=5, mlp=512),
+            fusion=DualTower.Config(stride=stride, mlp=mlp),
             # Noisy levels and a low weight on clean ones: what words decide is decided there, and sampling has to walk
             # where training was (docs/training_log.md).
             media=FlowMatching.Config(time_mean=2.0, largest_weight=2.0, sampling_shift=100.0),
