@@ -59,7 +59,10 @@ def from_json(data: Any, *, trust: bool = False, where: str = CONFIG) -> Any:
         for part in name.split("."):
             kind = getattr(kind, part)
     except (ImportError, AttributeError) as error:
-        raise XFusionError(f"{where} names the class {path!r}, which cannot be imported: {error}") from error
+        hint = ""
+        if module.split(".")[0] != "xfusion":
+            hint = f"; install the package that has it, or put the folder of {module.split('.')[0]}.py on PYTHONPATH"
+        raise XFusionError(f"{where} names the class {path!r}, which cannot be imported: {error}{hint}") from error
     if not isinstance(kind, type) or not dataclasses.is_dataclass(kind):
         raise XFusionError(f"{where}: {path!r} is not a configuration class")
     known = {f.name for f in dataclasses.fields(kind)}

@@ -117,6 +117,16 @@ class DualTower(Fusion):
                     f"dual tower: rank {self.rank} with mlp {self.mlp}: a low-rank tower has a rank of at least 1 and"
                     " keeps the frozen MLP, leave mlp at None"
                 )
+            if self.fuse not in (None, "image", "text", "both") or self.fuse_by not in ("layer", "token"):
+                raise XFusionError(
+                    f"dual tower: fuse {self.fuse!r}, fuse_by {self.fuse_by!r}: fuse is one of image, text, both or None,"
+                    " fuse_by one of layer, token"
+                )
+            if self.fuse is None and (self.fuse_by != "layer" or self.fuse_projection):
+                raise XFusionError(
+                    f"dual tower: fuse_by {self.fuse_by!r}, fuse_projection {self.fuse_projection}, but nothing is mixed:"
+                    " name whose positions are, with fuse"
+                )
             return DualTower(self)
 
         def sizes(self) -> Iterator[DualTower.Config]:
