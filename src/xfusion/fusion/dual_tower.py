@@ -187,7 +187,7 @@ class DualTower(Fusion):
         if block is None:
             return new
         # Mixing acts on words only behind a picture: where none is read, the other tower has nothing to add.
-        mixes_text = on_text is not None and "text" in run.states and bool(run.after_media("text").any())
+        mixes_text = on_text is not None and "text" in run.states and run.mixes("text")
         by_media = self.tower(1, index, block, run.states if mixes_text else media, call, run)
         new |= {o: h for o, h in by_media.items() if o != "text"}
         return self._mixed(index, run, new, by_text, by_media)

@@ -44,7 +44,7 @@ class GatedTower(Fusion):
         if block is None:
             return run.states | self.tower(0, index, frozen, {"text"}, call, run)
         plain = self.tower(0, index, frozen, run.states, call, run)
-        opened = {o for o in run.rows if o != "text" or bool(run.after_media(o).any())}
+        opened = {o for o in run.rows if o != "text" or run.mixes(o)}
         gated = self.tower(1, index, block, opened, call, run)
         return run.states | plain | self._added(index, run, plain, gated)
 

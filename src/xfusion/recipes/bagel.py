@@ -20,7 +20,7 @@ from xfusion.training.stages import Recipe
 
 KIND = "modality experts"
 PAPER = "arXiv 2505.14683"
-STATUS = "runs"
+STATUS = "sketch"
 
 
 def bagel(stride: int = 1) -> Recipe:

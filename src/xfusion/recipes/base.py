@@ -86,20 +86,23 @@ def _function(name: str) -> Callable[..., Recipe]:
     return cast("Callable[..., Recipe]", found)
 
 
+_FILES: dict[str, ModuleType] = {}
+"""Modules of recipe files by the name that they are known by."""
+
+
 @functools.cache
 def _module(path: Path, content: bytes) -> ModuleType:
     """The module of a file, run once as long as the file stays.
 
-    It is known by its name, as an imported one: a run that goes on reads the classes of its configuration by it. A module
-    of the same name that is there already keeps the name.
+    It is known by its name, as an imported one: a run that goes on reads the classes of its configuration by it. An
+    imported module of that name keeps it.
     """
     del content
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    before = sys.modules.get(path.stem)
-    if before is None or getattr(before, "__file__", None) == str(path):
-        sys.modules[path.stem] = module
+    if path.stem not in sys.modules or sys.modules[path.stem] is _FILES.get(path.stem):
+        sys.modules[path.stem] = _FILES[path.stem] = module
     spec.loader.exec_module(module)
     return module
 

@@ -20,7 +20,7 @@ from xfusion.training.stages import Recipe
 
 KIND = "modality experts"
 PAPER = "arXiv 2412.15188"
-STATUS = "runs"
+STATUS = "sketch"
 
 
 def lmfusion(stride: int = 1) -> Recipe:

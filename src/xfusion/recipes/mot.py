@@ -21,7 +21,7 @@ from xfusion.training.stages import Recipe
 
 KIND = "modality experts"
 PAPER = "arXiv 2411.04996"
-STATUS = "runs"
+STATUS = "sketch"
 
 
 def mot(stride: int = 1) -> Recipe:

@@ -21,7 +21,7 @@ from xfusion.training.stages import Recipe
 
 KIND = "modality experts"
 PAPER = "arXiv 2311.04257"
-STATUS = "runs"
+STATUS = "sketch"
 
 
 def mplug_owl2(stride: int = 1) -> Recipe:

@@ -20,7 +20,7 @@ from xfusion.training.stages import Recipe
 
 KIND = "shared decoder"
 PAPER = "arXiv 2408.11039"
-STATUS = "runs"
+STATUS = "sketch"
 
 
 def transfusion(stride: int = 1) -> Recipe:

@@ -20,7 +20,7 @@ from xfusion.training.stages import Recipe
 
 KIND = "dual tower"
 PAPER = "arXiv 2504.20996"
-STATUS = "runs"
+STATUS = "sketch"
 
 
 def xfuse(stride: int = 5) -> Recipe:

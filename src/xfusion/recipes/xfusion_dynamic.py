@@ -18,7 +18,7 @@ from xfusion.training.stages import Recipe
 
 KIND = "dual tower"
 PAPER = "none"
-STATUS = "runs"
+STATUS = "sketch"
 
 
 def xfusion_dynamic(stride: int = 5) -> Recipe:

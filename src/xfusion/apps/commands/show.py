@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,11 +22,15 @@ class Show(Verb):
 
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE_OR_MODEL")]
     """A recipe of `xfusion list`, file.py:function, a folder, a shipped pack's name, or a hub id."""
+    backbone: Annotated[str | None, tyro.conf.arg(metavar="SHAPE")] = None
+    """What a recipe would cost on a base that is not here: Llama-3.2-1B or Llama-3.1-8B, by shape alone."""
     trust: bool = False
     """Import packages outside xfusion that a pack names."""
 
     def run(self, people: Console) -> Answer:
         del people
+        if self.backbone is not None:
+            return self._on_shape(self.backbone)
         from xfusion import checkpoint
         from xfusion.model import build
         from xfusion.recipes.base import find, names
@@ -50,6 +55,37 @@ class Show(Verb):
             near = nearest(self.name, [*known, *checkpoint.shipped()])
             raise UsageError(f"{self.name!r} is neither a recipe ({', '.join(known)}) nor a pack{near}")
         return Answer(data=data, text=_text(data))
+
+    def _on_shape(self, shape: str) -> Answer:
+        from xfusion.backbone import Backbone
+        from xfusion.comparison.cost import flops_of_shape
+        from xfusion.model import build
+        from xfusion.recipes.base import find
+
+        recipe, base = find(self.name)(), Backbone.of_shape(shape)
+        model = build(recipe.model, base)
+        frozen = sum(p.numel() for p in base.model.parameters())
+        data = {
+            "name": self.name,
+            "kind": "recipe",
+            "shape": shape,
+            "frozen_parameters": frozen,
+            "new_parameters": model.num_new_parameters,
+            "tokens_per_picture": math.prod(model.image.grid(model.image.sizes[0])),
+            "flops_per_sample": flops_of_shape(model),
+        }
+        flops = data["flops_per_sample"]
+        rows = [
+            ("recipe", f"{self.name} on the shape of {shape}, no weights loaded"),
+            ("frozen", f"{frozen:,} weights"),
+            ("new", f"{model.num_new_parameters:,} weights ({100 * model.num_new_parameters / frozen:.1f} %)"),
+            ("pictures", f"{data['tokens_per_picture']} tokens"),
+            *(
+                (f"to {task}", f"{v['forward'] / 1e9:,.1f} GFLOPs forward, {v['training'] / 1e9:,.1f} with backward")
+                for task, v in flops.items()
+            ),
+        ]
+        return Answer(data=data, text=table(rows))
 
 
 def describe(model: Model) -> dict[str, Any]:
