@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -31,10 +31,6 @@ LENGTH_GROUPS = 4
 """Groups of like length that candidate answers are scored in."""
 
 Segment = str | PILImage.Image | Image | Audio
-
-
-def _columns(rows: Rows, columns: slice) -> Rows:
-    return Rows(**{name: getattr(rows, name)[:, columns] for name in rows.__dataclass_fields__})
 
 
 def _encode_prompt(model: Model, text: str) -> tuple[int, ...]:
@@ -91,6 +87,11 @@ def draw_tokens(
     Returns:
         tokens ``[N, M, P]``.
     """
+    if "draw" not in model.capabilities:
+        raise XFusionError(
+            f"this model cannot draw, only {', '.join(sorted(model.capabilities))}: train one with a media objective, such"
+            " as the recipe xfusion"
+        )
     grid = model.image.grid(size)
     count, width = grid[0] * grid[1], model.image.token_width
     device = model.backbone.device
@@ -110,30 +111,72 @@ def draw_tokens(
     is_target = media.item == media.item.amax(dim=1, keepdim=True)
     columns = is_target.int().argsort(dim=1, stable=True)
     before, columns = _pick(media, columns[:, :-count]), columns[:, -count:]
-    model.run_pass(replace(batch, media={"image": before}), cache=cache, update=True)
+    _, run = model.run_pass(replace(batch, media={"image": before}), cache=cache, update=True)
+    # The last of these rows is the target's [BOI]; padding has the order -1.
+    begin = run.states["image"].gather(
+        1, before.rows.order.argmax(dim=1)[:, None, None].expand(-1, 1, model.backbone.hidden_size)
+    )
 
     target = _pick(media, columns)
-    target = replace(target, item=torch.arange(len(prompts), device=device)[:, None].expand(-1, count).contiguous())
-
-    def predict(x: Tensor, time: float) -> Tensor:
-        tokens = torch.cat([x, x]) if guided else x
-        view = replace(target, tokens=tokens, time=torch.full((len(prompts),), time, device=device))
-        step = replace(batch, text=_columns(batch.text, slice(0, 0)), text_ids=batch.text_ids[:, :0])
-        _, run = model.run_pass(replace(step, media={"image": view}), cache=cache)
-        prediction = model.port.readout(run.states["image"]).float()
-        if not guided:
-            return prediction
-        with_words, without = prediction.chunk(2)
-        return without + scale * (with_words - without)
+    # What belongs to an item is counted anew: context pictures are no longer among them.
+    item = torch.arange(len(prompts), device=device)
+    target = replace(target, item=item[:, None].expand(-1, count).contiguous(), noised=item >= 0)
+    step = replace(batch, text=batch.text.none(), text_ids=batch.text_ids[:, :0])
+    predict = _Drawing(model=model, step=step, target=target, cache=cache, begin=begin, scale=scale)
 
     x = noise = noise.to(device)
     kept = {"known": known.to(device), "keep": keep.to(device)} if known is not None and keep is not None else {}
     walk = model.media_objective.sample(predict, noise, steps=steps, **kept)
+    total = model.media_objective.num_steps(steps, count)
     for done, (current, estimate) in enumerate(walk, start=1):
         x = current
         if progress:
-            progress(done, steps, estimate)
+            progress(done, total, estimate)
     return x
+
+
+@dataclass(kw_only=True)
+class _Drawing:
+    """The model as an objective draws with it (`xfusion.objectives.base.Drawer`), behind cached contexts."""
+
+    model: Model
+    step: Batch
+    """A batch without text."""
+    target: MediaRows
+    """The items that are drawn; under guidance once behind their contexts and once behind none."""
+    cache: Cache
+    begin: Tensor
+    """Final states ``[B, 1, D]`` of [BOI]."""
+    scale: float
+    """Strength of guidance; 1 is off."""
+    done: int = 0
+    """Tokens of each item that stand in the cache."""
+
+    def __call__(self, x: Tensor, time: float) -> Tensor:
+        """The head at all tokens ``[N, M, P]`` at a noise level -> ``[N, M, Q]``; the cache stays."""
+        return self._guided(self._states(self.target, x, time, update=False))
+
+    def following(self, tokens: Tensor) -> Tensor:
+        """The head at the last position, ``[N, Q]``, once finished tokens ``[N, k, P]`` stand behind the others."""
+        if not tokens.shape[1]:
+            return self._guided(self.begin)[:, 0]
+        columns = torch.arange(self.done, self.done + tokens.shape[1], device=tokens.device)
+        rows = _pick(self.target, columns.expand(self.begin.shape[0], -1))
+        self.done += tokens.shape[1]
+        return self._guided(self._states(rows, tokens, 0.0, update=True)[:, -1:])[:, 0]
+
+    def _states(self, rows: MediaRows, tokens: Tensor, time: float, *, update: bool) -> Tensor:
+        tokens = tokens if self.scale == 1 else torch.cat([tokens, tokens])
+        view = replace(rows, tokens=tokens, time=torch.full((len(tokens),), time, device=tokens.device))
+        batch = replace(self.step, media={"image": view})
+        return self.model.run_pass(batch, cache=self.cache, update=update)[1].states["image"]
+
+    def _guided(self, states: Tensor) -> Tensor:
+        prediction = self.model.port.readout(states).float()
+        if self.scale == 1:
+            return prediction
+        with_words, without = prediction.chunk(2)
+        return without + self.scale * (with_words - without)
 
 
 def _pick(media: MediaRows, columns: Tensor) -> MediaRows:

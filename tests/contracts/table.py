@@ -319,7 +319,7 @@ def corrupted(batch: Batch) -> Batch:
         time = torch.where(media.noised, 0.2 + 0.7 * torch.sigmoid(total), 0.0)
         noise, level = torch.cos(37 * media.tokens), media.at(time)[:, :, None]
         tokens = (1 - level) * media.tokens + level * noise
-        batch = batch.with_media(modality, tokens=tokens, time=time, clean=media.tokens)
+        batch = batch.with_media(modality, tokens=tokens, time=time, clean=media.tokens, target=media.tokens)
     return batch
 
 

@@ -59,7 +59,8 @@ def test_corrupt_mixes_by_level_and_keeps_clean_pictures_clean(prediction):
         assert float(media.time[item]) == float(t)
         torch.testing.assert_close(media.tokens[where], (1 - t) * before[where] + t * noise[where])
         target = {"velocity": noise - before, "noise": noise, "clean": before}[prediction]
-        torch.testing.assert_close(media.clean[where], target[where])
+        torch.testing.assert_close(media.target[where], target[where])
+        assert torch.equal(media.clean[where], before[where])  # whatever the head predicts
 
 
 def test_a_batch_of_clean_pictures_is_left_alone():
@@ -126,7 +127,7 @@ def test_a_picture_counts_once_however_many_tokens_it_has():
     batch, objective = batch_of((1, True, True), (6, True, True), (3, True, False)), build("noise")
     view = objective.corrupt(batch, generator())
     media = view.media["image"]
-    head = media.clean + media.at(torch.tensor([1.0, 2.0, 50.0]))[:, :, None]
+    head = media.target + media.at(torch.tensor([1.0, 2.0, 50.0]))[:, :, None]
     total, count = objective.loss(lambda _: Output(logits=None, media={"image": head}), view)["flow_matching"]
     assert int(count) == 2 and float(total) == pytest.approx(1 + 4, rel=1e-5)
 

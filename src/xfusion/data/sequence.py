@@ -143,6 +143,14 @@ class Rows:
         """The tables side by side, ``[B, sum n]``."""
         return cls(**{f.name: torch.cat([getattr(t, f.name) for t in tables], dim=1) for f in fields(cls)})
 
+    def columns(self, chosen: Tensor | slice) -> Rows:
+        """Some positions of every row, by int64 ``[k]`` or a slice."""
+        return Rows(**{f.name: getattr(self, f.name)[:, chosen] for f in fields(self)})
+
+    def none(self) -> Rows:
+        """Tables of the same rows without positions."""
+        return self.columns(slice(0, 0))
+
     def index(self, rows: Tensor) -> Rows:
         """The batch rows ``rows`` (int64 ``[k]``), e.g. to repeat a batch for guidance."""
         return Rows(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
@@ -152,7 +160,7 @@ class Rows:
         return _moved(self, device)
 
 
-def visible(query: Rows, key: Rows, window: int | None = None) -> Tensor:
+def seen(query: Rows, key: Rows, window: int | None = None) -> Tensor:
     """Which keys each query may attend to: causal over a sequence, both ways inside a media item.
 
     Args:
@@ -161,7 +169,7 @@ def visible(query: Rows, key: Rows, window: int | None = None) -> Tensor:
         window: a sliding window: keys ``order_q - window < order_k``; a media item stays whole.
 
     Returns:
-        bool ``[B, q, k]``. A padded query sees only position 0 of the keys, so that no row of a softmax is empty.
+        bool ``[B, q, k]``; a padded query sees nothing, and so does one before all of the keys.
     """
     q_order, k_order = query.order[:, :, None], key.order[:, None, :]
     same_sample = query.sample[:, :, None] == key.sample[:, None, :]
@@ -170,11 +178,15 @@ def visible(query: Rows, key: Rows, window: int | None = None) -> Tensor:
     causal = (k_order <= q_order) & (key.visible_to_later[:, None, :] | same_segment)
     if window is not None:
         causal = causal & (k_order > q_order - window)
-    seen = (causal | both_ways) & same_sample & (k_order >= 0) & (q_order >= 0)
-    nobody = ~seen.any(dim=-1, keepdim=True)
-    first = torch.zeros_like(seen)
+    return (causal | both_ways) & same_sample & (k_order >= 0) & (q_order >= 0)
+
+
+def visible(query: Rows, key: Rows, window: int | None = None) -> Tensor:
+    """`seen`, but a query that sees nothing (padding) sees position 0 of the keys: no row of a softmax is empty."""
+    found = seen(query, key, window)
+    first = torch.zeros_like(found)
     first[..., 0] = True
-    return torch.where(nobody, first, seen)
+    return torch.where(found.any(dim=-1, keepdim=True), found, first)
 
 
 @dataclass(kw_only=True)
@@ -202,6 +214,14 @@ class MediaRows:
     """Noise levels of an item go from 0 to this, float ``[N]``."""
     clean: Tensor | None = None
     """The clean tokens ``[B, n, P]`` once an objective has corrupted `tokens`."""
+    target: Tensor | None = None
+    """What the head shall predict, once an objective has corrupted `tokens`; it alone knows what that means."""
+
+    def restored(self) -> MediaRows:
+        """The rows as they were before any corruption: every item clean."""
+        if self.clean is None:
+            return self
+        return replace(self, tokens=self.clean, time=torch.zeros_like(self.time), clean=None, target=None)
 
     def at(self, per_item: Tensor, fill: float = 0.0) -> Tensor:
         """Spread a per-item value ``[N]`` over its positions ``[B, n]``; ``fill`` elsewhere."""
@@ -234,6 +254,23 @@ class Batch:
     def with_media(self, modality: str, **changes) -> Batch:
         """A derived batch in which some fields of one modality's rows are replaced."""
         return replace(self, media={**self.media, modality: replace(self.media[modality], **changes)})
+
+    def words_alone(self) -> Batch:
+        """The text positions as if no media stood among them."""
+        text = replace(self.text, after_media=torch.zeros_like(self.text.after_media))
+        return replace(self, text=text, media={}, text_reads_media=False, media_reads_text=False)
+
+    def media_alone(self) -> Batch:
+        """The media positions, clean, as if no words stood among them."""
+        return replace(
+            self,
+            text=self.text.none(),
+            text_ids=self.text_ids[:, :0],
+            labels=self.labels[:, :0],
+            media={name: rows.restored() for name, rows in self.media.items()},
+            text_reads_media=False,
+            media_reads_text=False,
+        )
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device."""

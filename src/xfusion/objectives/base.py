@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ class Output:
     logits: Callable[[Tensor], Tensor]
     """Vocabulary logits of chosen text positions: bool ``[B, n]`` in, ``[k, V]`` out. Nothing else is multiplied by the head."""
     media: dict[str, Tensor]
-    """Per modality, the media head's prediction at every media row, ``[B, n, P]``."""
+    """Per modality, the media head's prediction at every media row, ``[B, n, Q]``; empty for a model that cannot draw."""
     states: dict[str, Tensor] = field(default_factory=dict)
     """What objectives asked for by `Objective.needs`, ``[B, n, D]`` by name."""
 
@@ -29,6 +29,24 @@ Run = Callable[[Batch], Output]
 
 Losses = dict[str, tuple[Tensor, Tensor]]
 """Name -> sum and count. The training loop divides by the global count."""
+
+
+class Drawer(Protocol):
+    """What an objective draws with: one item per context, guidance included. An objective walks one of two ways.
+
+    ``N`` items of ``M`` tokens; ``Q`` is the width of the port's head.
+    """
+
+    def __call__(self, x: Tensor, time: float) -> Tensor:
+        """The head at all tokens ``[N, M, P]`` of the items at a noise level -> ``[N, M, Q]``; leaves no trace."""
+        ...
+
+    def following(self, tokens: Tensor) -> Tensor:
+        """The head at the last position once ``tokens`` ``[N, k, P]`` stand behind those given before -> ``[N, Q]``.
+
+        With ``k`` of 0, the first call, it is what [BOI] says of the first token.
+        """
+        ...
 
 
 class Objective(nn.Module):
@@ -44,7 +62,10 @@ class Objective(nn.Module):
     """States that a forward pass must keep: ``text`` and ``media`` behind the last norm, ``text.8`` and ``media.8`` behind
     the eighth layer."""
     scope: Literal["item", "batch"] = "item"
-    """Whether the loss of an item depends on the other items of its step; such a loss cannot be accumulated."""
+    """Whether the loss of an item depends on the other items of its batch; such a loss cannot be accumulated. A step's
+    drawings are one batch and its captionings another."""
+    gives: frozenset[str] = frozenset()
+    """What a model can do that was trained by it, of ``caption``, ``draw``, ``embed``, ``match``."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -76,3 +97,57 @@ class Objective(nn.Module):
     def loss(self, run: Run, batch: Batch) -> Losses:
         """Sums and counts by name; an objective without a target in the batch returns nothing."""
         raise NotImplementedError(type(self).__name__)
+
+    def sample(
+        self,
+        predict: Drawer,
+        noise: Tensor,
+        *,
+        steps: int,
+        known: Tensor | None = None,
+        keep: Tensor | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Draw items; every objective that gives ``draw`` has it.
+
+        Args:
+            predict: the model.
+            noise: standard normal ``[N, M, P]``, each item's from its own seed: the only chance that a walk takes.
+            steps: how many steps to take, where the objective leaves a choice.
+            known: clean tokens ``[N, M, P]`` of which some are kept.
+            keep: bool ``[N, M]``, True where ``known`` stands.
+
+        Yields:
+            after every step the tokens ``[N, M, P]`` and the current clean estimate; the last tokens are the sample.
+        """
+        raise NotImplementedError(type(self).__name__)
+
+    def num_steps(self, steps: int, tokens: int) -> int:
+        """How many steps `sample` yields for items of so many tokens, when so many are asked for."""
+        del tokens
+        return steps
+
+
+class NoObjective(Objective):
+    """Nothing is learned: the media objective of a model that only reads pictures. The port needs no head."""
+
+    name = "none"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Objective.Config):
+        """Nothing to set."""
+
+        def build(self) -> NoObjective:
+            """The objective."""
+            return NoObjective(self)
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config, self.weight = config, config.weight
+
+    def count(self, batch: Batch) -> dict[str, int]:
+        """No targets."""
+        return {}
+
+    def loss(self, run: Run, batch: Batch) -> Losses:
+        """No losses."""
+        return {}

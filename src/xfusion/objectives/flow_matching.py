@@ -26,6 +26,7 @@ class FlowMatching(Objective):
     """L_DM: squared error of the prediction at noised items, one mean per item."""
 
     name = "flow_matching"
+    gives = frozenset({"draw"})
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Objective.Config):
@@ -93,7 +94,7 @@ class FlowMatching(Objective):
                 target = noise - media.tokens
             else:
                 target = media.tokens
-            batch = batch.with_media(modality, tokens=tokens, time=time, clean=target)
+            batch = batch.with_media(modality, tokens=tokens, time=time, clean=media.tokens, target=target)
         return batch
 
     # -- loss
@@ -108,10 +109,10 @@ class FlowMatching(Objective):
         out: Losses = {}
         for modality, media in batch.media.items():
             wanted = media.has_loss & media.noised
-            if media.clean is None or not bool(wanted.any()):
+            if media.target is None or not bool(wanted.any()):
                 continue
             prediction = run(batch).media[modality].float()
-            error = (prediction - media.clean).square().mean(dim=-1)  # [B, n]
+            error = (prediction - media.target).square().mean(dim=-1)  # [B, n]
             inside = media.item >= 0
             per_item = torch.zeros(len(wanted), device=error.device).index_add(0, media.item[inside], error[inside])
             tokens = torch.zeros_like(per_item).index_add(0, media.item[inside], torch.ones_like(error[inside]))

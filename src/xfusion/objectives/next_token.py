@@ -16,6 +16,7 @@ class NextToken(Objective):
     """L_AR: mean negative log-likelihood of the tokens that have a loss; the head runs on these positions only."""
 
     name = "next_token"
+    gives = frozenset({"caption"})
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Objective.Config):

@@ -158,6 +158,15 @@ class _Run:
         self.model = model = self._model(from_pack, backbone)
         if source is None:
             source = open_source(self.recipe.data, allow_bad=allow_bad, special_tokens=model.backbone.special_tokens)
+        for number, stage in enumerate(self.recipe.stages):
+            together = [o.name for o in model.objectives if o.scope == "batch"]
+            if together and stage.accumulate > 1:
+                raise XFusionError(
+                    f"stage {number} accumulates {stage.accumulate} batches, but the loss {together[0]} compares the items of"
+                    f" one: set --stages.{number}.accumulate 1 and read more samples per step"
+                )
+        if "draw" not in model.capabilities:
+            self.preview_every = 0.0
         self.source = source
         self.size = model.image.sizes[0]
         self.optimizer = Optimizer(model.named_new_parameters(), self.recipe.stages[0].weight_decay)
