@@ -24,16 +24,17 @@ class Optimizer:
 
     def step(self, rate: float, clip: float, ema: float) -> float:
         """One step; returns the norm of the gradient before clipping. Without a finite norm nothing is changed."""
-        norm = torch.nn.utils.clip_grad_norm_(self.list, clip)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.list if p.grad is not None])
         if not bool(norm.isfinite()):
             return float(norm)
+        if bool(norm > clip):  # else every gradient would be read and written to be multiplied by 1
+            torch.nn.utils.clip_grads_with_norm_(self.list, clip, norm)
         for group in self.adamw.param_groups:
             group["lr"] = rate
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         with torch.no_grad():
-            for average, parameter in zip(self.average, self.list, strict=True):
-                average.lerp_(parameter, 1 - ema)
+            torch._foreach_lerp_(self.average, self.list, 1 - ema)
         return float(norm)
 
     def forget_gradients(self) -> None:
