@@ -311,29 +311,34 @@ class _Comparison:
     # -- the walk
 
     def go(self) -> None:
-        plan = self.plan
-        self.out.mkdir(parents=True, exist_ok=True)
-        self._write_plan()
+        labels = self._labels()
         settings = {e.label: self._tuned(e) for e in self.entries}
-        total = len(plan.shares) * len(plan.seeds) * len(self.entries)
-        done = 0
-        for share in sorted(plan.shares, reverse=True):
-            for seed in plan.seeds:
-                for entry in self.entries:
-                    self._run(entry, share, seed, settings[entry.label], f"[{done + 1}/{total}]")
-                    done += 1
+        walk = [
+            (entry, share, seed)
+            for share in sorted(self.plan.shares, reverse=True)
+            for seed in self.plan.seeds
+            for entry in self.entries
+        ]
+        left = [(*run, settings[run[0].label]) for run in walk if not self._done(*run, settings[run[0].label])]
+        self._write_plan(labels)  # once nothing is refused any more
+        for number, run in enumerate(left, start=1 + len(walk) - len(left)):
+            self._run(*run, f"[{number}/{len(walk)}]")
 
-    def _write_plan(self) -> None:
-        """What was compared with what. Recipes and seeds may be added later; the first recipe stays the first."""
+    def _labels(self) -> list[str]:
+        """All recipes of the folder. Recipes and seeds may be added later; the first recipe stays the first."""
         path, labels = self.out / SUMMARY, [e.label for e in self.entries]
-        if path.exists():
-            before = read(path)["recipes"]
-            if before[0] != labels[0]:
-                raise XFusionError(
-                    f"{self.out} compares with {before[0]!r}, and now {labels[0]!r} comes first: name the same one"
-                    " first, or another --out"
-                )
-            labels = list(dict.fromkeys([*before, *labels]))
+        before = read(path)["recipes"] if path.exists() else []
+        if before and before[0] != labels[0]:
+            raise XFusionError(
+                f"{self.out} compares with {before[0]!r}, and now {labels[0]!r} comes first: name the same one first, or"
+                " another --out"
+            )
+        return list(dict.fromkeys([*before, *labels]))
+
+    def _write_plan(self, labels: list[str]) -> None:
+        """What was compared with what."""
+        path = self.out / SUMMARY
+        self.out.mkdir(parents=True, exist_ok=True)
         prompts, pictures = self._shown()
         differences = {
             entry.label: [
@@ -482,23 +487,26 @@ class _Comparison:
             "dtype": str(choose_compute_dtype(base.device)[0]).removeprefix("torch."),
         }
 
-    def _run(self, entry: Entry, share: float, seed: int, tuning: dict[str, Any], number: str) -> None:
+    def _asked(self, entry: Entry, share: float, seed: int, tuning: dict[str, Any]) -> tuple[Recipe, dict[str, Any]]:
+        """The recipe of a run, and what its file says about how it was made."""
         recipe, budget = self.planned[entry.label, share]
         recipe = _at_rate(recipe, tuning["rate_factor"], seed)
+        settings = self._settings(recipe, share, tuning) | {"matched_parameters": entry.matched}
+        return recipe, portable({"recipe": entry.label, "seed": seed, "budget": budget, "settings": settings})
+
+    def _done(self, entry: Entry, share: float, seed: int, tuning: dict[str, Any]) -> bool:
+        """Whether a run is in the folder already, made the same way; made otherwise it is refused."""
+        path = self.out / f"{run_name(entry.label, seed, share)}.json"
+        if not path.exists():
+            return False
+        found, (_, asked) = read(path), self._asked(entry, share, seed, tuning)
+        refuse_changed(path, {k: found.get(k) for k in asked}, asked)
+        return True
+
+    def _run(self, entry: Entry, share: float, seed: int, tuning: dict[str, Any], number: str) -> None:
+        recipe, asked = self._asked(entry, share, seed, tuning)
         name = run_name(entry.label, seed, share)
         path, work, title = self.out / f"{name}.json", self.work / name, f"{number} {name}"
-        asked = portable(
-            {
-                "recipe": entry.label,
-                "seed": seed,
-                "budget": budget,
-                "settings": self._settings(recipe, share, tuning) | {"matched_parameters": entry.matched},
-            }
-        )
-        if path.exists():
-            found = read(path)
-            refuse_changed(path, {k: found.get(k) for k in asked}, asked)
-            return
         part, begun = self.parts[share], time.perf_counter()
         with peak_memory(self.backbone.device) as memory:
             model = self._train(recipe, part, work, title)

@@ -1,0 +1,214 @@
+"""`xfusion compare` as people meet it: the verb, its table, its page."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from contracts.table import Noise, make_base
+
+from xfusion.apps import cli, comparison_page
+from xfusion.apps.commands.compare import Compare, summary_text
+from xfusion.comparison import run as walk
+from xfusion.recipes.base import find
+
+RECIPES = """
+from __future__ import annotations
+from dataclasses import dataclass, replace
+from xfusion.fusion.dual_tower import DualTower
+from xfusion.modalities.image import ImageModality
+from xfusion.recipes.xfusion import xfusion
+
+@dataclass(frozen=True, kw_only=True)
+class Mine(DualTower.Config):
+    twist: int = 0
+
+def plain():
+    recipe = xfusion()
+    model = replace(recipe.model, fusion=DualTower.Config(stride=2, mlp=40), image=ImageModality.Config(patch=4, sizes=(16,)))
+    return replace(recipe, model=model)
+
+def twisted():
+    recipe = plain()
+    return replace(recipe, model=replace(recipe.model, fusion=Mine(stride=2, mlp=24)))
+"""
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    return make_base("llama", tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with recipes and captioned pictures."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(RECIPES)
+    noise, folder = Noise(8), tmp_path / "photos"
+    folder.mkdir()
+    for i, example in enumerate(noise.examples):
+        noise.picture(i, 32).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(example.captions[0] if i else "<script>alert(1)</script>")
+    return tmp_path
+
+
+@pytest.fixture
+def start(here, base, capsys):
+    """Call the command line: exit status, stdout, stderr."""
+
+    def call(*argv, small=True, samples=24):
+        options = ["--backbone", str(base), "--data", "photos", "--no-compile", "--draw", "8", "--caption", "4"]
+        options += ["--samples", str(samples), "--set", "features=false", "steps=2", "max_drawn=4", "max_captioned=2"]
+        capsys.readouterr()
+        code = cli.main(["compare", *argv, *(options if small else [])])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
+
+
+def test_two_recipes_of_a_file(start, here, base):
+    code, out, err = start("mine.py:plain", "mine.py:twisted", "--seeds", "2", "--out", "comparison/own", "--json")
+    assert code == 0 and out.count("\n") == 1
+    found = json.loads(out)
+    assert found["recipes"] == ["plain", "twisted"] and found["first"] == "plain" and found["seeds"] == [0, 1]
+    folder = Path("comparison/own")
+    names = {f"{r}-seed{s}.{kind}" for r in ("plain", "twisted") for s in (0, 1) for kind in ("json", "png")}
+    assert {p.name for p in folder.iterdir()} == names | {"comparison.json", "real.png", "index.html"}
+    assert "n < 5: no interval" in err and "bit-identical to the base's in 2 of 2 runs, as declared" in err
+    again = json.loads((folder / "comparison.json").read_text())["command"]
+    assert again.startswith("xfusion compare mine.py:plain mine.py:twisted --samples 24 --seeds 2 --out comparison/own")
+    assert f"--backbone {base.name} " in again and "--no-compile" in again and str(base) not in again
+    page = (folder / "index.html").read_text()
+    assert "<script" not in page and "&lt;script&gt;alert(1)" in page
+    assert not re.search(r"(src|href)=\"(?!data:|#)", page), "nothing is fetched"
+    assert "http" not in page.replace("http-equiv", "")
+    assert page.count("data:image/png") == 8 * 3 + 8 * 3, "real pictures and both recipes', for each seed"
+    assert "twisted" in page and "Make it again" in page and "no interval" in page
+    code, _, err = start("mine.py:plain", "mine.py:twisted", "--seeds", "2", "--out", "comparison/own", samples=36)
+    assert code == 2 and "plain-seed0.json was made with" in err and err.count("\n") == 1
+    (folder / "index.html").unlink()
+    code, out, _ = start("--out", "comparison/own", small=False)
+    assert code == 0 and "page: comparison/own/index.html" in out
+    assert (folder / "index.html").read_text() == page
+
+
+def test_stopped_in_a_mechanism_of_ones_own_and_gone_on_with(start, here, monkeypatch):
+    """The half-trained run names a class of the user's file; the same command goes on with it."""
+    real = walk.train
+
+    def stopping(recipe, *, listener, **settings):
+        def listen(event):
+            listener(event)
+            if event["event"] == "step" and event["step"] == 0 and recipe.seed == 0 and "Mine" in repr(recipe):
+                raise KeyboardInterrupt
+
+        return real(recipe, listener=listen, **settings)
+
+    monkeypatch.setattr(walk, "train", stopping)
+    argv = ("mine.py:twisted", "--seeds", "1", "--out", "comparison/own")
+    code, out, err = start(*argv)
+    assert code == 130 and out == ""
+    assert "training stopped at step 1; the same command goes on" in err and "--resume" not in err
+    monkeypatch.setattr(walk, "train", real)
+    assert start(*argv)[0] == 0
+    assert json.loads(Path("comparison/own/twisted-seed0.json").read_text())["budget"]["steps"] == [2]
+
+
+def test_a_file_is_one_module_until_it_changes(here):
+    one, two = find("mine.py:plain"), find("mine.py:twisted")
+    assert one.__globals__ is two.__globals__ is vars(sys.modules["mine"])
+    Path("mine.py").write_text(RECIPES.replace("mlp=24", "mlp=16"))
+    assert find("mine.py:twisted")().model.fusion.mlp == 16
+    Path("json.py").write_text("def plain():\n    return 1\n")
+    assert find("json.py:plain")() == 1
+    assert sys.modules["json"] is json, "a module of the same name keeps it"
+
+
+def test_bad_input_is_one_line(start):
+    for argv, message in (
+        ((), "name recipes, or a folder of results with --out"),
+        (("xfusio",), "did you mean 'xfusion'?"),
+        (("mine.py:plain", "--seeds", "0"), "--seeds 0: at least 1"),
+        (("mine.py:plain", "--trials", "7"), "trials 7: from 1"),
+        (("mine.py:plain", "--share", "2.0"), "shares [2.0]: above 0 and up to 1"),
+        (("mine.py:plain", "--device", "abacus"), "device 'abacus' is not one of"),
+        (("mine.py:plain", "xfusion"), "differ in model.image.patch: 4 and 8"),
+        (("--out", "nowhere"), "nowhere holds no result of a comparison"),
+    ):
+        small = argv != () and argv[0] != "--out"
+        code, out, err = start(*argv, small=small)
+        assert (code, out) == (2, ""), argv
+        assert message in err and err.count("\n") == 1, err
+
+
+def test_the_command_says_what_was_asked():
+    verb = Compare(recipes=("one", "/home/someone/file.py:two"), share=(0.1, 1.0), compile=False, match_parameters=True)
+    assert verb.command() == "xfusion compare one file.py:two --share 0.1 1 --match-parameters --no-compile"
+    assert verb.folder() == Path("comparison/one-two")
+    again = cli.read(verb.command().split()[1:])
+    assert isinstance(again, Compare) and again.share == (0.1, 1.0) and again.match_parameters and not again.compile
+
+
+# ----------------------------------------------------------------------------------------------------------- the page
+
+
+def score(low, high, **more):
+    rows = [
+        {
+            "recipe": "one",
+            "num_runs": 2,
+            "mean": 0.25,
+            "interval": None,
+            "values": {"0": low, "1": high},
+            "difference": None,
+        }
+    ]
+    return {"score": "s", "title": "a score", "better": "higher", "share": 1.0, "rows": rows, **more}
+
+
+def test_dots_stand_where_their_values_are():
+    drawn = comparison_page.dots(score(0.0, 1.0, chance=0.5), lambda _: "#123456")
+    # 0 to 1 lies between x = 118 and x = 400.
+    large = re.findall(r'<circle cx="([\d.]+)" cy="[\d.]+" r="5.5"', drawn)
+    small = re.findall(r'<circle cx="([\d.]+)" cy="[\d.]+" r="2.8"', drawn)
+    assert [float(v) for v in large] == [pytest.approx(118 + 282 * 0.25, abs=0.06)]
+    assert [float(v) for v in small] == [118, 400]
+    assert re.search(r'class="beside" x1="259.0"', drawn) and ">chance</text>" in drawn
+    assert 'stroke-width="3"' not in drawn, "no interval, no bar"
+    many = score(0.0, 1.0)
+    many["rows"][0]["interval"] = [0.5, 0.75]
+    bar = re.search(
+        r'<line x1="([\d.]+)" x2="([\d.]+)"[^>]*stroke-width="3"', comparison_page.dots(many, lambda _: "#1")
+    )
+    assert (float(bar[1]), float(bar[2])) == (pytest.approx(259, abs=0.06), pytest.approx(329.5, abs=0.06))
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0], [1.0], [-3e-7, 2e-7], [0.31, 0.74], [12.0, 5310.0]])
+def test_an_axis_holds_its_values(values):
+    low, high, ticks = comparison_page._axis(values)
+    assert low <= min(values) and max(values) <= high and low < high
+    assert 2 <= len(ticks) <= 7
+    assert ticks == sorted(ticks) and ticks[0] == pytest.approx(low) and ticks[-1] == pytest.approx(high)
+
+
+def test_a_decided_and_an_open_difference_read_differently():
+    decided = {"mean": 0.2, "interval": [0.1, 0.3], "verdict": "better", "seeds_needed": 5}
+    still_open = {"mean": -0.1, "interval": None, "verdict": "not decidable", "seeds_needed": 44}
+    row = {"recipe": "two", "num_runs": 5, "mean": 0.5, "interval": [0.4, 0.6]}
+    assert 'class="better">better' in comparison_page._cell(row | {"difference": decided})
+    assert "44 seeds would find" in comparison_page._cell(row | {"difference": still_open})
+    table = {
+        "recipes": ["two"],
+        "scores": [score(0, 1) | {"rows": [row | {"difference": decided}, row | {"difference": still_open}]}],
+        "cost": [],
+        "text": {"two": {"declared": True, "bit_equal": 4, "num_runs": 5}},
+        "notes": ["a note"],
+    }
+    said = summary_text(table)
+    assert "+0.2 [0.1, 0.3]: better" in said and "-0.1: not decidable; 44 seeds" in said
+    assert "changed in 1 of 5 runs, ALTHOUGH IT IS DECLARED" in said and "- a note" in said

@@ -1,0 +1,580 @@
+"""Comparisons: the arithmetic by hand, and runs on a tiny random base."""
+
+import json
+import math
+import shutil
+import statistics
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image as PILImage
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from contracts.table import VOCABULARY, Noise, make_base, make_model
+
+from xfusion.backbone import Backbone
+from xfusion.comparison import Plan, compare, summarise
+from xfusion.comparison import run as walk
+from xfusion.comparison.cost import count_flops, peak_memory, tokens_added, trainable_parameters
+from xfusion.comparison.intervals import interval, paired, seeds_needed, t_quantile
+from xfusion.comparison.plan import GUIDANCES, RATE_FACTORS, TRIAL_SEED, Part
+from xfusion.comparison.results import differing, portable
+from xfusion.comparison.run import scored_by_its_teacher, text_keeping
+from xfusion.data.mixture import MixtureConfig
+from xfusion.data.sequence import XFusionError
+from xfusion.evaluation.suites import emoji
+from xfusion.evaluation.suites.emoji import chosen, part_of
+from xfusion.fusion.dual_tower import DualTower
+from xfusion.modalities.encoders.efficientnet_lite import EfficientNetLite
+from xfusion.modalities.image import ImageModality
+from xfusion.model import BackboneConfig, ModelConfig, build
+from xfusion.training import loop
+from xfusion.training.loop import Interrupted
+from xfusion.training.stages import Recipe, Stage
+
+STEP = 12
+"""Samples of a step of the tiny recipe."""
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    return Backbone.load(str(make_base("llama", tmp_path_factory.mktemp("compared"))))
+
+
+def tiny(base, mlp=40, **stage):
+    """A recipe that trains in a second."""
+    settings = {"rate": 2e-3, "warmup": 2, "mixture": MixtureConfig(draw=8, caption=4)} | stage
+    model = ModelConfig(
+        backbone=BackboneConfig(source=base.source),
+        fusion=DualTower.Config(stride=2, mlp=mlp),
+        image=ImageModality.Config(patch=4, sizes=(16,)),
+    )
+    return Recipe(model=model, data="noise", stages=(Stage(**settings),))
+
+
+SCORED = {"features": False, "steps": 2, "max_drawn": 4, "max_captioned": 2}
+
+
+def plan(**settings):
+    return Plan(**{"samples": 3 * STEP, "seeds": (0, 1), "compile": False, "evaluation": SCORED} | settings)
+
+
+@pytest.fixture
+def go(base, tmp_path, monkeypatch):
+    """Compare recipes in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(recipes, **settings):
+        given = {k: settings.pop(k) for k in ("progress", "source", "out", "held") if k in settings}
+        options = {"out": "comparison/test", "source": Noise(12), "backbone": base} | given
+        return compare(recipes, plan(**settings), **options)
+
+    return call
+
+
+def read(name):
+    return json.loads(Path("comparison/test", name).read_text())
+
+
+# --------------------------------------------------------------------------------------------------------- statistics
+
+
+@pytest.mark.parametrize(
+    ("probability", "degrees", "known"),
+    [  # tables of the t-distribution
+        (0.975, 1, 12.7062),
+        (0.975, 2, 4.3027),
+        (0.975, 4, 2.7764),
+        (0.975, 5, 2.5706),
+        (0.975, 9, 2.2622),
+        (0.975, 29, 2.0452),
+        (0.80, 4, 0.9410),
+        (0.80, 9, 0.8834),
+        (0.995, 7, 3.4995),
+        (0.025, 9, -2.2622),
+    ],
+)
+def test_quantiles_of_t(probability, degrees, known):
+    assert t_quantile(probability, degrees) == pytest.approx(known, abs=5e-5)
+
+
+def test_an_interval_by_hand():
+    # mean 3, deviation sqrt(2.5), half width 2.7764 * sqrt(2.5 / 5)
+    low, high = interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert low == pytest.approx(3 - 2.776445 * math.sqrt(0.5), abs=1e-5)
+    assert high == pytest.approx(3 + 2.776445 * math.sqrt(0.5), abs=1e-5)
+    assert interval([1.0, 2.0, 3.0, 4.0]) is None
+
+
+def test_seeds_needed_by_hand():
+    # (2.2622 + 0.8834) / sqrt(10) = 0.9947 reaches a difference of one deviation, (2.3060 + 0.8889) / 3 = 1.065 does not
+    assert seeds_needed(1.0, 1.0) == 10
+    assert seeds_needed(-1.0, 1.0) == 10
+    assert seeds_needed(1.0, 0.0) == 5
+    assert seeds_needed(0.0, 1.0) is None
+    assert seeds_needed(1e-6, 1.0) is None
+
+
+def test_differences_are_of_pairs():
+    first = {0: 1.0, 1: 5.0, 2: 2.0, 3: 8.0, 4: 3.0, 9: 100.0}
+    better = {seed: value + 0.5 + 0.01 * seed for seed, value in first.items() if seed != 9} | {7: -50.0}
+    found = paired(better, first)
+    assert found["num_pairs"] == 5
+    assert found["mean"] == pytest.approx(0.52)
+    assert found["deviation"] == pytest.approx(statistics.stdev([0.50, 0.51, 0.52, 0.53, 0.54]))
+    assert found["values"] == {str(s): pytest.approx(0.5 + 0.01 * s) for s in range(5)}
+    assert found["verdict"] == "better"
+    assert paired(better, first, "lower")["verdict"] == "worse"
+    assert paired(first, better)["verdict"] == "worse"
+    assert paired({0: 1.0}, {1: 1.0}) is None
+
+
+def test_nothing_is_decided_below_five_pairs_or_across_zero():
+    first = dict.fromkeys(range(4), 0.0)
+    few = paired({s: 1.0 + 0.001 * s for s in range(4)}, first)
+    assert few["interval"] is None and few["verdict"] == "not decidable" and few["seeds_needed"] == 5
+    unsure = paired(dict(enumerate([1.0, -1.0, 2.0, -1.0, 0.5])), dict.fromkeys(range(5), 0.0))
+    assert unsure["interval"][0] < 0 < unsure["interval"][1]
+    assert unsure["verdict"] == "not decidable"
+    assert 100 < unsure["seeds_needed"] < 200
+
+
+def test_differing_names_places():
+    one = {"type": "a", "x": [1, {"y": 2}], "z": None}
+    assert list(differing(one, {"type": "a", "x": [1, {"y": 3}], "z": None})) == [("x.1.y", 2, 3)]
+    assert list(differing({"x": 1}, {"w": 2})) == [("x", 1, None), ("w", None, 2)]
+    assert list(differing(one, one)) == []
+    assert list(differing([1], [1, 2])) == [("", [1], [1, 2])]
+
+
+def test_no_path_is_written_down():
+    assert portable({"a": ["/home/someone/base", "~/b", "emoji:128", 3]}) == {"a": ["base", "b", "emoji:128", 3]}
+
+
+# -------------------------------------------------------------------------------------------------------------- parts
+
+
+def test_shares_are_nested_and_by_group():
+    source = Noise(60)
+    for i, example in enumerate(source.examples):
+        source.examples = (*source.examples[:i], replace(example, group=str(i // 2)), *source.examples[i + 1 :])
+    parts = {share: Part(source=source, share=share) for share in (0.1, 0.3, 1.0)}
+    ids = {share: {e.id for e in part.examples} for share, part in parts.items()}
+    assert [len(ids[s]) for s in (0.1, 0.3, 1.0)] == [6, 18, 60]
+    assert ids[0.1] < ids[0.3] < ids[1.0]
+    assert all({str(int(i) ^ 1) for i in found} == found for found in ids.values()), "a group was divided"
+    third = parts[0.3]
+    assert third.picture(4, 8).tobytes() == source.picture(int(third.examples[4].id), 8).tobytes()
+    assert third.spec == "noise" and len(third) == 18
+
+
+def test_validation_and_test_have_no_group_in_common():
+    examples = Noise(200).examples
+    validation, test = chosen(examples, part="validation"), chosen(examples, part="test")
+    assert sorted([*validation, *test]) == list(range(200)) == chosen(examples)
+    assert 20 <= len(validation) <= 60
+    assert {part_of(examples[i].group) for i in validation} == {"validation"}
+    assert chosen(examples, 10, "test") == sorted(chosen(examples, 10, "test"))
+    assert set(chosen(examples, 10, "test")) <= set(test)
+
+
+def test_a_part_is_scored_among_all(base):
+    model, source = make_model(base), Noise(12)
+    asked = []
+    model.draw = lambda prompts, **_: asked.extend(prompts) or [source.picture(0, 16) for _ in prompts]
+    found = emoji.run(
+        model,
+        progress=lambda *_: None,
+        source=source,
+        part="validation",
+        features=False,
+        max_captioned=1,
+        gallery_size=16,
+    )
+    assert asked == [source.examples[i].captions[0] for i in chosen(source.examples, part="validation")]
+    assert 0 < len(asked) < 12
+    assert found["chance_fit_retrieval_pixel_at_1"] == pytest.approx(1 / 12), "the gallery stays whole"
+    lonely = Noise(1)
+    empty = {"test": "validation", "validation": "test"}[part_of(lonely.examples[0].group)]
+    with pytest.raises(XFusionError, match="none of 1 pictures falls into the part"):
+        emoji.run(model, progress=lambda *_: None, source=lonely, part=empty, features=False)
+
+
+# -------------------------------------------------------------------------------------------------------------- costs
+
+
+def test_flops_of_a_drawing_by_hand(base):
+    recipe = tiny(base)
+    model = build(recipe.model, base)
+    stage = recipe.stages[0]
+    counted = count_flops(model, stage, Noise(12))
+    n, width, token, frequencies, key, mlp = 17, 64, 48, 256, 32, 40  # 16 tokens and [BOI]
+    m = 8  # text positions, padded
+    # Forward and backward are 1 + 2 products, or 1 + 1 where the input needs no gradient.
+    port = 2 * 2 * n * token * width + 2 * 2 * frequencies * width + 3 * 2 * width * width + 3 * 2 * n * width * token
+    own = 2 * (2 * n * width * width) + 2 * (2 * n * width * key) + 3 * (2 * n * width * mlp)  # q and o, k and v, MLP
+    text = 2 * (2 * m * width * key)
+    queries_nobody_reads = 2 * m * width * width
+    attention = 2 * (2 * n * (m + n) * width)
+    block = 3 * (own + text + attention) + queries_nobody_reads
+    assert counted.training["draw"] == port + 2 * block  # blocks at layers 1 and 3
+    assert counted.forward["draw"] < counted.training["draw"] / 2
+    assert counted.step == 8 * counted.training["draw"] + 4 * counted.training["caption"]
+    twice = count_flops(model, replace(stage, accumulate=2), Noise(12))
+    assert twice.step == 2 * counted.step
+    assert all(p.grad is None for p in model.new_parameters())
+
+
+def test_texts_are_paid_once(base):
+    recipe = tiny(base)
+    model, source = build(recipe.model, base), Noise(3)
+    source.examples = tuple(replace(e, captions=e.captions[:1]) for e in source.examples)
+    counted = count_flops(model, recipe.stages[0], source)
+    # Three names, with and without an article: never more than six texts, however long the run is.
+    assert counted.text > 0
+    assert counted.texts(1) <= counted.texts(20) == counted.texts(60) <= 6
+    assert counted.total(60) - counted.total(20) == 40 * counted.step
+
+
+def test_tokens_and_parameters(base):
+    model = make_model(base)
+    assert tokens_added(model) == 4 * 4 + 2  # [BOI] and [EOI]
+    assert trainable_parameters(model) == model.num_new_parameters
+    next(iter(model.new_parameters())).requires_grad_(False)
+    assert trainable_parameters(model) < model.num_new_parameters
+
+
+def test_peak_memory_is_of_the_block():
+    with peak_memory(torch.device("cpu")) as before:
+        pass
+    with peak_memory(torch.device("cpu")) as large:
+        torch.ones(64 << 20, dtype=torch.uint8).add_(1)
+    with peak_memory(torch.device("cpu")) as after:
+        pass
+    if before["bytes"] is None:
+        pytest.skip("this system does not tell")
+    assert large["bytes"] > before["bytes"] + (48 << 20)
+    assert after["bytes"] < large["bytes"] - (32 << 20)
+
+
+def test_text_that_changed(base, monkeypatch):
+    model = make_model(base)
+    kept = text_keeping(model)
+    assert kept["text_bit_equal"] is True and kept["text_perplexity_change"] == 0
+    real = model.text_logits
+
+    def flat(ids, stack="base", attention_mask=None):
+        return real(ids, stack, attention_mask) * (stack == "base")
+
+    monkeypatch.setattr(model, "text_logits", flat)
+    lost = text_keeping(model)
+    assert lost["text_bit_equal"] is False
+    assert lost["text_perplexity_fused"] == pytest.approx(VOCABULARY)  # every word is as likely
+    assert lost["text_perplexity_change"] == pytest.approx(VOCABULARY - kept["text_perplexity_base"])
+
+
+def test_a_teacher_does_not_score():
+    @dataclass(frozen=True)
+    class Alignment:
+        encoder: object
+
+    assert not scored_by_its_teacher(Alignment(encoder=None))
+    assert not scored_by_its_teacher(ModelConfig())
+    encoder = type("Config", (Alignment,), {"__module__": EfficientNetLite.__module__})
+    assert scored_by_its_teacher((Alignment(encoder=encoder(encoder=None)),))
+
+
+# --------------------------------------------------------------------------------------------------------------- runs
+
+
+def test_the_same_recipe_twice_differs_by_nothing(go, base):
+    table = go({"one": tiny(base), "same": tiny(base), "other": tiny(base, mlp=8)})
+    drawing = next(s for s in table["scores"] if s["score"] == "fit_retrieval_pixel_at_1")
+    for score in table["scores"]:
+        assert score["rows"][1]["difference"]["values"] == {"0": 0.0, "1": 0.0}, score["score"]
+        assert score["rows"][1]["difference"]["verdict"] == "not decidable"
+    assert drawing["rows"][0]["interval"] is None and drawing["rows"][0]["num_runs"] == 2
+    assert drawing["chance"] == pytest.approx(1 / 12)
+    one, same, seed1 = (read(f"{name}.json") for name in ("one-seed0", "same-seed0", "one-seed1"))
+    assert one["learning"] == same["learning"] != seed1["learning"]
+    assert [n for n, _ in one["learning"]["flow_matching"]] == [12, 24, 36]
+    assert Path("comparison/test/one-seed0.png").read_bytes() == Path("comparison/test/same-seed0.png").read_bytes()
+    with PILImage.open("comparison/test/real.png") as real:
+        assert real.size == (8 * 16, 16)
+        first = chosen(Noise(12).examples, 8)[0]
+        assert real.crop((0, 0, 16, 16)).tobytes() == Noise(12).picture(first, 16).tobytes()
+    assert one["budget"] == {"kind": "samples", "asked_samples": 36, "steps": [3], "samples": 36}
+    assert {"recipe", "seed", "budget", "settings", "scores", "cost", "machine", "commit"} <= set(one)
+    assert one["settings"]["recipe"]["seed"] == one["settings"]["recipe"]["model"]["init_seed"] == 0
+    assert seed1["settings"]["recipe"]["seed"] == seed1["settings"]["recipe"]["model"]["init_seed"] == 1
+    assert one["scored"]["seed"] == 0 and seed1["scored"]["seed"] == walk.SEEDS_APART
+    assert table["text"]["one"] | {"perplexity_base": 0, "perplexity_fused": 0} == {
+        "declared": True,
+        "bit_equal": 2,
+        "num_runs": 2,
+        "perplexity_base": 0,
+        "perplexity_fused": 0,
+    }
+    assert [row["trainable_parameters"] for row in table["cost"]] == [75_440, 75_440, 63_152]
+    assert any("nothing was tuned" in note for note in table["notes"])
+    assert any("n < 5: no interval" in note for note in table["notes"])
+    assert table == summarise("comparison/test"), "the files alone give the table"
+    written = "".join(p.read_text() for p in Path("comparison/test").glob("*.json"))
+    assert str(Path.cwd()) not in written and str(Path(base.source)) not in written
+
+
+def test_what_is_done_is_not_done_again(go, base, monkeypatch):
+    recipes = {"one": tiny(base)}
+    first = go(recipes)
+    trained = []
+    monkeypatch.setattr(
+        walk, "train", lambda recipe, **settings: trained.append(recipe.seed) or loop.train(recipe, **settings)
+    )
+    assert go(recipes) == first
+    assert trained == []
+    before = read("one-seed1.json")
+    Path("comparison/test/one-seed1.json").unlink()
+    go(recipes)
+    assert trained == [1]
+    assert read("one-seed1.json")["scores"] == before["scores"]
+    go(recipes | {"two": tiny(base, mlp=8)}, seeds=(0, 1, 2))
+    assert trained == [1, 0, 1, 2, 2], "only what is missing: two's three seeds and one's third"
+
+
+def test_other_settings_are_refused(go, base):
+    go({"one": tiny(base)}, seeds=(0,))
+    with pytest.raises(XFusionError, match=r"one-seed0\.json was made with settings.*rate = 0\.002, now it is 0\.001"):
+        go({"one": tiny(base, rate=1e-3)}, seeds=(0,))
+    with pytest.raises(XFusionError, match=r"evaluation\.steps = 2, now it is 3"):
+        go({"one": tiny(base)}, seeds=(0,), evaluation=SCORED | {"steps": 3})
+    with pytest.raises(XFusionError, match="compares with 'one', and now 'two' comes first"):
+        go({"two": tiny(base), "one": tiny(base)}, seeds=(0,))
+
+
+def test_a_run_that_was_stopped_goes_on(go, base):
+    recipes = {"one": tiny(base), "two": tiny(base, mlp=8)}
+    whole = go(recipes, out="comparison/whole")
+
+    def stop(part, done, total):
+        if "two-seed0" in part and (done, total) == (2, 3):
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        go(recipes, progress=stop)
+    assert {p.name for p in Path("comparison/test").glob("*-seed*.json")} == {"one-seed0.json"}
+    steps = []
+    again = go(recipes, progress=lambda part, done, total: steps.append((part, done)) if total == 3 else None)
+    assert again["scores"] == whole["scores"]
+    assert [done for part, done in steps if part.endswith("two-seed0")] == [0, 3], (
+        "the first two steps were taken again"
+    )
+    log = Path("runs/compare/test/two-seed0/log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log if '"event": "step"' in line] == [0, 1, 2]
+
+
+def test_unlike_recipes_are_refused(go, base):
+    one = tiny(base)
+    codec = replace(one, model=replace(one.model, image=ImageModality.Config(patch=8, sizes=(16,))))
+    with pytest.raises(XFusionError, match=r"one and two differ in model\.image\.patch: 4 and 8"):
+        go({"one": one, "two": codec})
+    other_base = replace(one, model=replace(one.model, backbone=BackboneConfig(source="elsewhere")))
+    with pytest.raises(XFusionError, match=r"differ in model\.backbone\.source: .* and 'elsewhere'.*--backbone"):
+        compare({"one": one, "two": other_base}, plan(), out="comparison/test", source=Noise(12))
+    with pytest.raises(XFusionError, match="differ in data: 'noise' and 'photos'.*--data"):
+        compare({"one": one, "two": replace(one, data="photos")}, plan(), out="comparison/test", backbone=base)
+    with pytest.raises(XFusionError, match="two would train 32 samples in steps of .2., one 36 in .3.: .*multiple"):
+        go({"one": one, "two": tiny(base, mixture=MixtureConfig(draw=12, caption=4))})
+    assert not Path("comparison/test").exists(), "nothing was trained or written"
+
+
+def test_what_else_differs_is_said(go, base):
+    table = go({"one": tiny(base), "two": tiny(base, mixture=MixtureConfig(draw=4, caption=8))}, seeds=(0,))
+    assert table["differences"]["two"] == [
+        {"where": "stages.0.mixture.draw", "first": 8, "this": 4},
+        {"where": "stages.0.mixture.caption", "first": 4, "this": 8},
+    ]
+    assert any("two differs from one: stages.0.mixture.draw 8 -> 4" in note for note in table["notes"])
+
+
+def test_bad_plans(go, base):
+    for settings, message in (
+        ({"samples": STEP - 1}, f"one: {STEP - 1} samples are less than one step of {STEP}"),
+        ({"seeds": ()}, "at least one"),
+        ({"seeds": (0, TRIAL_SEED)}, "which trials have"),
+        ({"shares": (0.0,)}, "shares .0.0.: above 0"),
+        ({"trials": 9}, "trials 9: from 1"),
+        ({"trials": 2, "evaluation": {"guidance": 2}}, "guidance is tuned by 2 trials and also given"),
+        ({"evaluation": {"seed": 3}}, "the setting 'seed' of the evaluation is the comparison's own"),
+    ):
+        with pytest.raises(XFusionError, match=message):
+            go({"one": tiny(base)}, **settings)
+    with pytest.raises(XFusionError, match="cannot be part of a file name"):
+        go({"../one": tiny(base)})
+    with pytest.raises(XFusionError, match="two of the recipes are called 'xfusion'"):
+        go(["xfusion", "xfusion"])
+
+
+def test_equal_flops(go, base):
+    table = go({"large": tiny(base), "small": tiny(base, mlp=8)}, samples=60 * STEP, seeds=(0,), budget="flops")
+    large, small = (read(f"{label}-seed0.json") for label in ("large", "small"))
+    assert large["budget"]["steps"] == [60]
+    assert small["budget"]["steps"][0] > 60
+    assert small["budget"]["flops"] == pytest.approx(large["budget"]["flops"], rel=0.01)
+    recipe = tiny(base)
+    counted = count_flops(build(recipe.model, base), recipe.stages[0], Noise(12))
+    assert large["budget"]["flops"] == counted.total(60) == 60 * counted.step + counted.texts(60) * counted.text
+    assert table["cost"][1]["training_flops"] == small["budget"]["flops"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sized(DualTower.Config):
+    """A dual tower that comes in sizes."""
+
+    def sizes(self) -> Iterator["Sized"]:
+        for mlp in (8, 16, 38, 48, 64):
+            yield replace(self, mlp=mlp)
+
+
+def test_parameters_are_matched(go, base):
+    first, other = tiny(base, mlp=40), tiny(base)
+    sized = replace(other, model=replace(other.model, fusion=Sized(stride=2, mlp=80)))
+    go({"one": first, "two": sized}, seeds=(0,), match_parameters=True, samples=STEP)
+    found = read("two-seed0.json")
+    assert found["settings"]["recipe"]["model"]["fusion"]["mlp"] == 38
+    # An MLP unit is three rows of 64 numbers in each of two blocks.
+    assert found["settings"]["matched_parameters"] == {
+        "own": 75_440 + 40 * 384,
+        "matched": 75_440 - 2 * 384,
+        "first": 75_440,
+    }
+    assert found["cost"]["trainable_parameters"] == 75_440 - 768
+
+
+def test_parameters_that_cannot_be_matched(go, base):
+    first = tiny(base, mlp=56)
+    sized = replace(first, model=replace(first.model, fusion=Sized(stride=2, mlp=8)))
+    with pytest.raises(XFusionError, match=r"two cannot be matched to one: .* trains 78,512 parameters, one 81,584"):
+        go({"one": first, "two": sized}, match_parameters=True)
+
+
+def test_shares_of_the_pictures(go, base):
+    table = go({"one": tiny(base)}, seeds=(0,), shares=(0.5, 1.0))
+    half, whole = read("one-seed0-share50.json"), read("one-seed0.json")
+    assert (half["settings"]["num_pictures"], whole["settings"]["num_pictures"]) == (6, 12)
+    assert half["scores"]["num_concepts"] == 6
+    assert half["budget"]["samples"] == whole["budget"]["samples"]
+    assert table["shares"] == [1.0, 0.5]
+    assert [s["share"] for s in table["scores"] if s["score"] == "fit_caption_f1"] == [1.0, 0.5]
+
+
+def test_trials_choose_on_validation_and_freeze(go, base, monkeypatch):
+    """The trial of half the rate and the guidance 1.5 score best; neither the test part nor its seeds are looked at."""
+    real, asked, trained = walk.evaluate, [], []
+
+    def scored(model, suite, **settings):
+        found = real(model, suite, **settings)
+        asked.append({k: settings.get(k) for k in ("part", "seed", "guidance")})
+        if settings["part"] == "validation":
+            guidance = settings.get("guidance")
+            by_guidance = {None: 0.5, 1.5: 0.9, 3.0: 0.1, 1.0: 0.2}[guidance]
+            found["fit_retrieval_pixel_at_10"] = by_guidance + (guidance is None) * 0.1 * (trained[-1] < 2e-3)
+            found["fit_caption_f1"] = 0.0
+        return found
+
+    def noted(recipe, **settings):
+        trained.append(recipe.stages[0].rate)
+        return loop.train(recipe, **settings)
+
+    monkeypatch.setattr(walk, "evaluate", scored)
+    monkeypatch.setattr(walk, "train", noted)
+    table = go({"one": tiny(base)}, trials=3)
+    assert trained[:3] == [2e-3 * factor for factor in RATE_FACTORS[:3]] and trained[-2:] == [1e-3, 1e-3]
+    parts = [a["part"] for a in asked]
+    assert parts == ["validation"] * 6 + ["test"] * 2
+    assert [a["guidance"] for a in asked] == [None] * 3 + list(GUIDANCES[:3]) + [1.5] * 2
+    assert {a["seed"] for a in asked[:6]}.isdisjoint({a["seed"] for a in asked[6:]})
+    chosen_file = read("one-trials.json")
+    assert chosen_file["chosen"] == {"rate_factor": 0.5, "guidance": 1.5}
+    assert [trial["score"] for trial in chosen_file["guidances"]] == pytest.approx([0.05, 0.45, 0.1])
+    run = read("one-seed0.json")
+    assert run["settings"]["tuning"] == {"trials": 3, "rate_factor": 0.5, "guidance": 1.5}
+    assert run["scored"]["guidance"] == 1.5 and run["scored"]["part"] == "test"
+    prompts = json.loads(Path("comparison/test/comparison.json").read_text())["prompts"]
+    by_name = {e.captions[0]: e.group for e in Noise(12).examples}
+    assert {part_of(by_name[p]) for p in prompts} == {"test"}
+    assert any("3 rates and 3 strengths" in note for note in table["notes"])
+    count = len(trained)
+    go({"one": tiny(base)}, trials=3)
+    assert len(trained) == count, "frozen: nothing is tried again"
+
+
+def test_runs_that_do_not_belong_together(go, base):
+    go({"one": tiny(base), "two": tiny(base, mlp=8)}, seeds=(0,))
+    path, kept = Path("comparison/test/two-seed0.json"), read("two-seed0.json")
+
+    def spoilt(*place, value):
+        found = json.loads(json.dumps(kept))
+        inside = found
+        for key in place[:-1]:
+            inside = inside[key]
+        inside[place[-1]] = value
+        path.write_text(json.dumps(found))
+
+    for place, value, message in (
+        (("budget", "samples"), 48, "two-seed0.json would train 48 samples .* one-seed0.json 36"),
+        (("budget", "kind"), "flops", "a budget in flops, one-seed0.json one in samples: they cannot be compared"),
+        (
+            ("settings", "base", "fingerprint"),
+            "other",
+            r"two-seed0.json and one-seed0.json cannot .* base\.fingerprint",
+        ),
+        (("settings", "recipe", "model", "image", "patch"), 8, r"recipe\.model\.image\.patch is 8 and 4"),
+        (("settings", "data"), "photos", "data is 'photos' and 'noise'"),
+        (("settings", "tuning", "trials"), 3, "tuning.trials is 3 and 1"),
+        (("settings", "evaluation", "steps"), 9, "evaluation.steps is 9 and 2"),
+    ):
+        spoilt(*place, value=value)
+        with pytest.raises(XFusionError, match=message):
+            summarise("comparison/test")
+    spoilt("scored", "encoder", value="one encoder")
+    summarise("comparison/test")
+    one = read("one-seed0.json")
+    one["scored"]["encoder"] = "another"
+    Path("comparison/test/one-seed0.json").write_text(json.dumps(one))
+    with pytest.raises(XFusionError, match="scored by two encoders"):
+        summarise("comparison/test")
+    path.write_text("{")
+    with pytest.raises(XFusionError, match="cannot be read"):
+        summarise("comparison/test")
+    shutil.rmtree("comparison/test")
+    with pytest.raises(XFusionError, match="holds no result of a comparison"):
+        summarise("comparison/test")
+
+
+def test_intervals_from_files(go, base):
+    """Five runs by copying one: the table's interval is the one of the hand-made values."""
+    go({"one": tiny(base), "two": tiny(base)}, seeds=(0,), samples=STEP)
+    scores = {"one": [0.5, 0.6, 0.4, 0.5, 0.5], "two": [0.7, 0.8, 0.6, 0.7, 0.71]}
+    for label, values in scores.items():
+        for seed, value in enumerate(values):
+            run = read(f"{label}-seed0.json")
+            run["seed"], run["scores"]["fit_caption_f1"] = seed, value
+            Path(f"comparison/test/{label}-seed{seed}.json").write_text(json.dumps(run))
+    table = summarise("comparison/test")
+    f1 = next(s for s in table["scores"] if s["score"] == "fit_caption_f1")
+    one, two = f1["rows"]
+    assert one["interval"] == pytest.approx(
+        [0.5 - 2.776445 * math.sqrt(0.005 / 5), 0.5 + 2.776445 * math.sqrt(0.005 / 5)]
+    )
+    assert two["difference"]["mean"] == pytest.approx(0.202)
+    # deviations of the differences from 0.202: four of -0.002, one of 0.008
+    half = 2.776445 * math.sqrt((4 * 0.002**2 + 0.008**2) / 4 / 5)
+    assert two["difference"]["interval"] == pytest.approx([0.202 - half, 0.202 + half])
+    assert two["difference"]["verdict"] == "better"
+    assert two["difference"]["seeds_needed"] == 5
+    assert not any("n < 5" in note for note in table["notes"])
