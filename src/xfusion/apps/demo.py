@@ -6,15 +6,11 @@ and answers on the page are the very ones that were scored.
 
 from __future__ import annotations
 
-import os
-import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +20,11 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
-import xfusion
 from xfusion import checkpoint
 from xfusion.apps import report
 from xfusion.apps.commands.base import progress
 from xfusion.backbone import Backbone
+from xfusion.comparison.machine import commit, machine
 from xfusion.data.sequence import Example, XFusionError
 from xfusion.data.sources import Source, open_source
 from xfusion.evaluation.metrics import captions, naming, retrieval
@@ -583,60 +579,6 @@ def _held(asked: Asked, shipped: Asked | None, source: Source, size: int) -> lis
 
 def _rounded(value: float | None, digits: int) -> float | None:
     return None if value is None else round(value, digits)
-
-
-# ------------------------------------------------------------------------------------------------------------- facts
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return {
-        "processor": _processor(),
-        "cores": len(affinity(0)) if affinity else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_gb": _memory_gb(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "system": f"{platform.system()} {platform.machine()}",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("torch", "transformers")},
-            "xfusion": xfusion.__version__,
-        },
-    }
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _memory_gb() -> float | None:
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
-    except (AttributeError, OSError, ValueError):
-        return None
-
-
-def commit() -> dict[str, Any] | None:
-    """The commit of the checkout that runs, and whether files differ from it; None outside of one."""
-    root = Path(xfusion.__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=20, check=True)
-        return done.stdout.strip()
-
-    try:
-        return {"id": git("rev-parse", "HEAD"), "changed_files": len(git("status", "--porcelain").splitlines())}
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 __all__ = ["Asked", "commit", "machine", "quick_proof", "run"]
