@@ -221,6 +221,8 @@ class Model(nn.Module):
         run = self._pass
         if run is None:
             raise RuntimeError("a shadow layer was called outside a pass")
+        if index == 0:  # what the decoder adds to its inputs (learned positions, a factor) is in x alone
+            run.states = {owner: x[:, rows].contiguous() for owner, rows in run.slices.items()}
         compute = self.fusion.reference_layer if self._engine.reference else self.fusion.layer
         if run.media in run.states and index in self.fusion.state_layers:
             media = self.port.before_layer(index, run.states[run.media], run.media_rows[run.media])

@@ -98,10 +98,7 @@ def test_a_changed_frozen_weight_changes_the_fused_logits(bases, family):
 
 
 # What a decoder adds to its inputs by itself does not reach the states of a mixed pass yet.
-LEARNED = pytest.param("gpt2", marks=pytest.mark.xfail(reason="learned positions are lost in a mixed pass"))
-
-
-@pytest.mark.parametrize("family", [*(f for f in FAMILIES if f != "gpt2"), LEARNED])
+@pytest.mark.parametrize("family", list(FAMILIES))
 def test_words_before_media_and_text_alone_follow_the_base_through_the_mixed_path(bases, family):
     """Masks, windows, positions and embedding scale of a mixed pass are the family's own (longer than the window)."""
     model = make_model(bases[family])
