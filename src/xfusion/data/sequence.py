@@ -217,6 +217,15 @@ class MediaRows:
     target: Tensor | None = None
     """What the head shall predict, once an objective has corrupted `tokens`; it alone knows what that means."""
 
+    def mean(self, per_row: Tensor) -> Tensor:
+        """Means over the tokens of each item, ``[B, n, ...]`` -> ``[N, ...]``."""
+        inside, count = self.item >= 0, len(self.noised)
+        total = torch.zeros(count, *per_row.shape[2:], device=per_row.device, dtype=per_row.dtype)
+        tokens = torch.zeros(count, device=per_row.device, dtype=per_row.dtype)
+        total = total.index_add(0, self.item[inside], per_row[inside])
+        tokens = tokens.index_add(0, self.item[inside], torch.ones_like(tokens)[self.item[inside]])
+        return total / tokens.clamp(min=1).view(-1, *[1] * (total.ndim - 1))
+
     def restored(self) -> MediaRows:
         """The rows as they were before any corruption: every item clean."""
         if self.clean is None:

@@ -113,10 +113,7 @@ class FlowMatching(Objective):
                 continue
             prediction = run(batch).media[modality].float()
             error = (prediction - media.target).square().mean(dim=-1)  # [B, n]
-            inside = media.item >= 0
-            per_item = torch.zeros(len(wanted), device=error.device).index_add(0, media.item[inside], error[inside])
-            tokens = torch.zeros_like(per_item).index_add(0, media.item[inside], torch.ones_like(error[inside]))
-            per_item = per_item / tokens.clamp(min=1)
+            per_item = media.mean(error)
             if self.config.prediction == "clean":
                 per_item = per_item * media.time.clamp(min=SMALLEST_TIME).pow(-2).clamp(max=self.config.largest_weight)
             out[self.name] = (per_item[wanted].sum(), wanted.sum())

@@ -1,0 +1,190 @@
+"""Denoising diffusion (DDPM) beside flow matching: corrupt, loss and sample, on diffusers' noise schedule.
+
+    x_k = sqrt(abar_k) x_0 + sqrt(1 - abar_k) eps        k = 0 ... 999
+
+(Ho et al. 2020, arXiv 2006.11239, equation 4); loss on ``eps`` (equation 14), weighted by min-SNR (Hang et al. 2023,
+arXiv 2303.09556, equation 8) if asked; sampling by DDIM (Song et al. 2020, arXiv 2010.02502, equation 12, eta = 0), so
+that an item's noise decides what is drawn. diffusers' own DDIM stops short of the clean picture where the steps do not divide
+the levels, so its equation stands here. The port is told ``t = (k + 1) / 1000``: 0 is clean, 1 is noise, as everywhere.
+
+Shape legend: ``B`` batch row, ``n`` media rows, ``P`` token width, ``N`` media items, ``M`` tokens of an item.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from xfusion.data.sequence import Batch, XFusionError
+from xfusion.objectives.base import Losses, Objective, Run
+
+LEVELS = 1000
+"""Noise levels of a schedule."""
+_SCHEDULES = {"cosine": "squaredcos_cap_v2", "linear": "linear"}
+
+
+class Diffusion(Objective):
+    """Squared error of the prediction at noised items, one mean per item."""
+
+    name = "diffusion"
+    gives = frozenset({"draw"})
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Objective.Config):
+        """What the media head predicts, and the noise schedule."""
+
+        prediction: Literal["noise", "clean", "velocity"] = "noise"
+        """What the head's output means; velocity is ``sqrt(abar) eps - sqrt(1 - abar) x_0`` (Salimans and Ho 2022,
+        arXiv 2202.00512)."""
+        schedule: Literal["cosine", "linear"] = "cosine"
+        """How the noise grows: by a cosine (Nichol and Dhariwal 2021, arXiv 2102.09672, equation 17), or betas from 1e-4
+        to 0.02."""
+        weighting: Literal["none", "min_snr"] = "none"
+        """Weigh all noise levels alike, or by the signal-to-noise ratio up to `largest_snr`."""
+        largest_snr: float = 5.0
+        """gamma of min-SNR."""
+        largest_value: float | None = 1.0
+        """Clean estimates are clipped to this while sampling; None clips nothing. Pixels lie within 1, latents do not."""
+        guidance: float = 3.0
+        """Strength of classifier-free guidance where the caller names none; 1 is off."""
+
+        def build(self) -> Diffusion:
+            """The objective."""
+            return Diffusion(self)
+
+        def adapted(self, trained: Any) -> Diffusion.Config:
+            """Weights of the loss are a run's own choice; what the head's output and a level mean is the weights'."""
+            if not isinstance(trained, Diffusion.Config):
+                return self
+            return replace(self, prediction=trained.prediction, schedule=trained.schedule)
+
+    def __init__(self, config: Config):
+        if not config.largest_snr > 0:
+            raise XFusionError(f"largest_snr {config.largest_snr:g} must be above 0; 5 is usual")
+        super().__init__()
+        from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+        self.config = config
+        self.weight, self.guidance = config.weight, config.guidance
+        self.scheduler: Any = DDPMScheduler(num_train_timesteps=LEVELS, beta_schedule=_SCHEDULES[config.schedule])
+
+    # -- corrupt
+
+    def draw_level(self, largest: Tensor, generator: torch.Generator) -> Tensor:
+        """Levels k, int64 ``[N]``: even among those with ``t <= largest``, the first one at least."""
+        count = (largest.cpu() * LEVELS).floor().clamp(min=1)
+        # Drawn on the CPU, so that a seed means the same on every device.
+        return (torch.rand(len(largest), generator=generator) * count).long().to(largest.device)
+
+    def corrupt(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """Noise the items whose state is ``noised``; the clean tokens and the target stay beside them."""
+        for modality, media in batch.media.items():
+            if not bool(media.noised.any()):
+                continue
+            level = self.draw_level(media.largest_noise, generator)
+            noise = torch.randn(media.tokens.shape, generator=generator).to(media.tokens.device)
+            rows = level[media.item.clamp(min=0)].flatten()
+            clean, flat = media.tokens.flatten(0, 1), noise.flatten(0, 1)
+            found = self.scheduler.add_noise(clean, flat, rows).view_as(noise)
+            target = {"noise": noise, "clean": media.tokens}.get(self.config.prediction)
+            if target is None:
+                target = self.scheduler.get_velocity(clean, flat, rows).view_as(noise)
+            noised = media.at(media.noised.float()).bool()[..., None]
+            batch = batch.with_media(
+                modality,
+                tokens=torch.where(noised, found, media.tokens),
+                time=torch.where(media.noised, (level + 1) / LEVELS, 0.0),
+                clean=media.tokens,
+                target=target,
+            )
+        return batch
+
+    # -- loss
+
+    def weigh(self, time: Tensor) -> Tensor:
+        """Factors ``[N]`` of the items' errors at noise levels ``[N]``."""
+        if self.config.weighting == "none":
+            return torch.ones_like(time)
+        level = (time * LEVELS).round().long().clamp(min=1) - 1
+        signal = self.scheduler.alphas_cumprod.to(time.device)[level]
+        snr = signal / (1 - signal)
+        scale = {"noise": snr, "clean": torch.ones_like(snr), "velocity": snr + 1}[self.config.prediction]
+        return snr.clamp(max=self.config.largest_snr) / scale
+
+    def count(self, batch: Batch) -> dict[str, int]:
+        """Items that have a loss."""
+        count = sum(int((m.has_loss & m.noised).sum()) for m in batch.media.values())
+        return {self.name: count} if count else {}
+
+    def loss(self, run: Run, batch: Batch) -> Losses:
+        """Summed per-item mean squared errors and the number of items."""
+        out: Losses = {}
+        for modality, media in batch.media.items():
+            wanted = media.has_loss & media.noised
+            if media.target is None or not bool(wanted.any()):
+                continue
+            error = (run(batch).media[modality].float() - media.target).square().mean(dim=-1)
+            per_item = media.mean(error) * self.weigh(media.time)
+            out[self.name] = (per_item[wanted].sum(), wanted.sum())
+        return out
+
+    # -- sample
+
+    def shares(self, level: int) -> tuple[float, float]:
+        """``sqrt(abar)`` and ``sqrt(1 - abar)`` of a level; -1 is clean."""
+        kept = 1.0 if level < 0 else float(self.scheduler.alphas_cumprod[level])
+        return math.sqrt(kept), math.sqrt(1 - kept)
+
+    def clean(self, prediction: Tensor, x: Tensor, level: int) -> Tensor:
+        """The clean estimate from what the head predicts at ``x_k``."""
+        signal, share = self.shares(level)
+        if self.config.prediction == "clean":
+            return prediction
+        if self.config.prediction == "velocity":
+            return signal * x - share * prediction
+        return (x - share * prediction) / signal
+
+    def sample(
+        self,
+        predict: Callable[[Tensor, float], Tensor],
+        noise: Tensor,
+        *,
+        steps: int,
+        known: Tensor | None = None,
+        keep: Tensor | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Walk from noise to clean by DDIM steps.
+
+        Args:
+            predict: head output at ``(x_t [N, M, P], t)``, guidance included.
+            noise: ``x_1 [N, M, P]``.
+            steps: number of steps, 1 to 1000.
+            known: clean tokens ``[N, M, P]`` of which some are kept (inpainting).
+            keep: bool ``[N, M]``, True where ``known`` stands; these are put back at each noise level.
+
+        Yields:
+            after every step ``x_t`` and the current clean estimate; the last ``x_t`` is the sample.
+        """
+        if not 1 <= steps <= LEVELS:
+            raise XFusionError(f"steps {steps} are not within 1 and the {LEVELS} levels of the schedule")
+        # Trailing levels: the first one holds nothing but noise (Lin et al. 2023, arXiv 2305.08891, section 3.3).
+        levels = [*(round(LEVELS * (1 - step / steps)) - 1 for step in range(steps)), -1]
+        x = noise
+        for level, following in pairwise(levels):
+            clean = self.clean(predict(x, (level + 1) / LEVELS), x, level)
+            if self.config.largest_value is not None:
+                clean = clean.clamp(-self.config.largest_value, self.config.largest_value)
+            signal, share = self.shares(level)
+            # Where the estimate is clipped its noise is told anew: the two shall agree.
+            eps = (x - signal * clean) / share
+            signal, share = self.shares(following)
+            x = signal * clean + share * eps
+            if known is not None and keep is not None:
+                x = torch.where(keep[..., None], signal * known + share * noise, x)
+            yield x, clean
