@@ -1,0 +1,34 @@
+"""A hybrid: modality experts in the lower layers, a dual tower in the upper ones.
+
+Not published. It asks whether one joint set of keys and values is enough where pictures and words are still apart, and
+where the second set of the dual tower (arXiv 2504.20996, section 3.2) is worth its cost.
+
+Everything around the layer (pictures, port, objectives, data, schedule) is the recipe `xfusion`'s, so that a comparison
+compares the layer alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from xfusion.fusion.dual_tower import DualTower
+from xfusion.fusion.layered import Layered
+from xfusion.fusion.modality_experts import ModalityExperts
+from xfusion.recipes.xfusion import xfusion
+from xfusion.training.stages import Recipe
+
+KIND = "layered"
+PAPER = "none"
+STATUS = "sketch"
+
+
+def hybrid(stride: int = 10, split: int = 20, num_layers: int = 30) -> Recipe:
+    """Whole blocks at every stride-th layer: experts below ``split``, tower blocks from there on."""
+    recipe = xfusion()
+    fusion = Layered.Config(
+        parts=(
+            ModalityExperts.Config(layers=(0, split), stride=stride, offset=stride // 2),
+            DualTower.Config(layers=(split, num_layers), stride=stride, offset=stride // 2),
+        )
+    )
+    return replace(recipe, model=replace(recipe.model, fusion=fusion))
