@@ -153,6 +153,11 @@ class Model(nn.Module):
         """What this model can do, of {"text", "caption", "draw", "embed", "match"}."""
         return {"text"}.union(*(objective.gives for objective in self.objectives))
 
+    @property
+    def teachers(self) -> frozenset[str]:
+        """Fingerprints of the frozen encoders that took part in training: none of them may score this model."""
+        return frozenset().union(*(objective.teachers for objective in self.objectives))
+
     def new_parameters(self) -> Iterator[nn.Parameter]:
         """What training may change: the weights of the port, the fusion and the objectives."""
         yield from self.port.parameters()

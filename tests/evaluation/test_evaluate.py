@@ -172,6 +172,19 @@ def test_an_encoder_that_taught_does_not_score():
     assert result["fit_retrieval_pixel_at_1"] == 1 and result["settings"]["encoder"] is None
 
 
+def test_a_model_that_names_its_teachers_is_not_scored_by_them():
+    class Aligned(Knower):
+        teachers = frozenset({Averages.fingerprint})
+
+    class Other(Knower):
+        teachers = frozenset({"another"})
+
+    result, other = score(Aligned()), score(Other())
+    assert not [name for name in result if "feature" in name] and result["settings"]["encoder"] is None
+    assert result["settings"]["features"] == "none: the encoder averages took part in training, it may not score"
+    assert "features" not in other["settings"] and other["fit_retrieval_feature_at_1"] == 1
+
+
 def test_all_names_are_candidates_when_asked():
     narrow, wide = score(Knower(), max_held=4), score(Knower(), max_held=4, candidates="all")
     assert wide["chance_held_caption_mrr"] < narrow["chance_held_caption_mrr"]

@@ -318,7 +318,8 @@ class Fusion(nn.Module):
         first = name == "text"
         h, kv, made = work(block, states[name], calls[name], *others, past, run.mask(name, window, others=read), first)
         if held and keep:
-            held.append(slot, index, [kv, made] if first else [made, kv])
+            both = (kv, made) if first else (made, kv)
+            held.append(slot, index, [part for part in both if part is not None])
         return {name: h}
 
     def words_alone(
@@ -340,14 +341,16 @@ class Fusion(nn.Module):
         if "text" not in run.states:
             return {}
         x, own, held = run.inputs(index)["text"] if x is None else x, run.calls(call)["text"], run.cache
+        keep = held is not None and run.update
         if run.given is not None:
-            h, kv = None, keys_values(block, x, own)
-        else:
-            past, work = held.past(slot, index) if held else [], compiled(tower_rows) if run.compiled else tower_rows
-            h, kv, _ = work(block, x, own, None, {}, past, run.mask("text", self.windows[index], of="text"), True)
-        if held and run.update:
+            if held and keep:
+                held.append(slot, index, [keys_values(block, x, own)])
+            return {}
+        past, work = held.past(slot, index) if held else [], compiled(tower_rows) if run.compiled else tower_rows
+        h, kv, _ = work(block, x, own, None, {}, past, run.mask("text", self.windows[index], of="text"), True)
+        if held and keep:
             held.append(slot, index, [kv])
-        return {} if h is None else {"text": h}
+        return {"text": h}
 
     def whole(self, index: int, block: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
         """A whole block over the whole sequence, by owner: what reference paths are made of."""

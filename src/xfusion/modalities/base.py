@@ -97,6 +97,51 @@ class Codec(nn.Module, ABC):
         """`decode` before the clip, on a bounded number of latents."""
 
 
+class Encoder(nn.Module, ABC):
+    """A frozen map from images to features: what scores drawings, or what a model is aligned with (never both).
+
+    Images are [N, 3, H, W] floats in [-1, 1] of any size. Weights never train, and no gradient reaches the images.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(ABC):
+        """Names one encoder; what a pack must know of it is known before its weights are loaded."""
+
+        @property
+        @abstractmethod
+        def width(self) -> int:
+            """Numbers per feature."""
+
+        @property
+        @abstractmethod
+        def fingerprint(self) -> str:
+            """Which weights it has."""
+
+        @abstractmethod
+        def build(self) -> Encoder:
+            """The encoder that this config names, loaded, frozen and in eval mode."""
+
+    name: str
+    """Short name, for tables."""
+    fingerprint: str
+    """Which weights it has."""
+    licence: str = "unknown"
+    """Licence of the weights."""
+
+    def train(self, mode: bool = True) -> Encoder:
+        """Stays in eval mode, also inside a model that is set to train."""
+        del mode
+        return super().train(False)
+
+    @abstractmethod
+    def features(self, images: Tensor) -> Tensor:
+        """Images [N, 3, H, W] -> one feature each [N, width], float32."""
+
+    @abstractmethod
+    def maps(self, images: Tensor) -> Tensor:
+        """Images [N, 3, H, W] -> features by place [N, width, rows, columns], float32."""
+
+
 class Modality(ABC):
     """Raw media <-> latents <-> tokens. A modality never knows the language model's width."""
 

@@ -64,6 +64,8 @@ class Objective(nn.Module):
     scope: Literal["item", "batch"] = "item"
     """Whether the loss of an item depends on the other items of its batch; such a loss cannot be accumulated. A step's
     drawings are one batch and its captionings another."""
+    teachers: frozenset[str] = frozenset()
+    """Fingerprints of frozen encoders that it learns from: they may not score the model."""
     gives: frozenset[str] = frozenset()
     """What a model can do that was trained by it, of ``caption``, ``draw``, ``embed``, ``match``."""
 

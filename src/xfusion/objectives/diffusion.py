@@ -3,7 +3,7 @@
     x_k = sqrt(abar_k) x_0 + sqrt(1 - abar_k) eps        k = 0 ... 999
 
 (Ho et al. 2020, arXiv 2006.11239, equation 4); loss on ``eps`` (equation 14), weighted by min-SNR (Hang et al. 2023,
-arXiv 2303.09556, equation 8) if asked; sampling by DDIM (Song et al. 2020, arXiv 2010.02502, equation 12, eta = 0), so
+arXiv 2303.09556) if asked; sampling by DDIM (Song et al. 2020, arXiv 2010.02502, equation 12, eta = 0), so
 that an item's noise decides what is drawn. diffusers' own DDIM stops short of the clean picture where the steps do not divide
 the levels, so its equation stands here. The port is told ``t = (k + 1) / 1000``: 0 is clean, 1 is noise, as everywhere.
 
@@ -72,7 +72,8 @@ class Diffusion(Objective):
 
         self.config = config
         self.weight, self.guidance = config.weight, config.guidance
-        self.scheduler: Any = DDPMScheduler(num_train_timesteps=LEVELS, beta_schedule=_SCHEDULES[config.schedule])
+        schedule: Any = _SCHEDULES[config.schedule]
+        self.scheduler: Any = DDPMScheduler(num_train_timesteps=LEVELS, beta_schedule=schedule)
 
     # -- corrupt
 

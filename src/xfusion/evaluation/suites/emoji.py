@@ -94,13 +94,17 @@ def run(
     if "draw" in abilities:
         if features and encoder is None:
             encoder = EfficientNetLite()
+        seen_by = getattr(encoder, "fingerprint", type(encoder).__name__)
+        if features and seen_by in getattr(model, "teachers", ()):
+            features = False
+            settings["features"] = f"none: the encoder {seen_by[:16]} took part in training, it may not score"
         drawn = chosen(source.examples, max_drawn, part)
         guidance = model.guidance if guidance is None else guidance
         pictures = subject.draw(source, drawn, seed=seed, steps=steps, guidance=guidance)
         side = gallery_size or subject.size
         metrics |= _drawing(subject, source, drawn, pictures, side, encoder if features else None)
         settings |= {"gallery_size": side, "seed": seed, "steps": steps, "guidance": guidance, "num_drawn": len(drawn)}
-        settings["encoder"] = getattr(encoder, "fingerprint", type(encoder).__name__) if features else None
+        settings["encoder"] = seen_by if features else None
 
     if "caption" in abilities:
         scored = chosen(source.examples, max_captioned, part)

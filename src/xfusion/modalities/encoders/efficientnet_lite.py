@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from xfusion.data.sequence import XFusionError
+from xfusion.modalities.base import Encoder
 
 WEIGHTS = "models/efficientnet-lite0-57934424.pth"
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -22,7 +23,7 @@ SIDE = 224
 """Pixels; every picture is resized to it."""
 
 
-class EfficientNetLite(nn.Module):
+class EfficientNetLite(Encoder):
     """Features, maps and class logits of EfficientNet-Lite0 (arXiv 1905.11946, less squeeze-excitation and swish).
 
     Pictures are [N, 3, H, W] floats in [-1, 1] of any size; they are resized bicubically to 224 x 224. Weights never
@@ -33,11 +34,21 @@ class EfficientNetLite(nn.Module):
     """
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(Encoder.Config):
         """Names this encoder; `build()` makes it."""
 
         batch_size: int = 16
         """Pictures per forward pass; memory only, the features do not depend on it beyond rounding."""
+
+        @property
+        def width(self) -> int:
+            """Numbers per feature."""
+            return EfficientNetLite.width
+
+        @property
+        def fingerprint(self) -> str:
+            """SHA-256 of the weights."""
+            return SHA256
 
         def build(self) -> EfficientNetLite:
             """The frozen encoder."""
@@ -54,11 +65,6 @@ class EfficientNetLite(nn.Module):
         self.network = _network()
         self.requires_grad_(False)
         self.eval()
-
-    def train(self, mode: bool = True) -> EfficientNetLite:
-        """Stays in eval mode, also inside a model that is set to train."""
-        del mode
-        return super().train(False)
 
     def features(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] in [-1, 1] -> [N, 1280] float32, mean over the map, then of unit length."""

@@ -1,0 +1,138 @@
+"""Representation alignment: media states are drawn towards a frozen encoder's features of the clean picture.
+
+    L = 1 - cos(W h, f(x_0))
+
+with ``h`` the states behind a layer of the media tower and ``W`` one trainable matrix (X-Fusion, arXiv 2504.20996; after
+REPA, arXiv 2410.06940, whose projector is a perceptron). ``h`` is the mean of a picture's tokens and
+``f`` the encoder's global feature; or, patchwise as in REPA, each token is held to its place in the encoder's last map.
+``W`` is saved with a pack, so that training can go on; drawing and captioning do not use it, nor the encoder.
+
+Shape legend: ``B`` batch row, ``n`` media rows, ``N`` media items, ``M`` tokens of an item, ``F`` width of a feature.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from xfusion.data.sequence import Batch, MediaRows, XFusionError
+from xfusion.modalities.base import Encoder
+from xfusion.modalities.encoders.efficientnet_lite import EfficientNetLite
+from xfusion.objectives.base import Losses, Objective, Run
+
+FEATURES_KEPT = 256 * 1024 * 1024
+"""Bytes of features that are kept in memory; the oldest go first."""
+
+
+class Alignment(Objective):
+    """L_align: one minus a cosine per noised picture that is learned to be drawn."""
+
+    name = "alignment"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Objective.Config):
+        """Which states are held to which features."""
+
+        weight: float = 0.5
+        """Factor of this loss in the sum; the paper states none."""
+        layer: int = 8
+        """States behind this layer of the media tower, counted from 1."""
+        encoder: Encoder.Config = field(default_factory=EfficientNetLite.Config)
+        """The frozen encoder. It may then not score the model."""
+        patchwise: bool = False
+        """Hold each token to its place in the encoder's last map instead of their mean to the global feature."""
+
+        def build(self) -> Alignment:
+            """The objective."""
+            return Alignment(self)
+
+    def __init__(self, config: Config):
+        if config.layer < 1:
+            raise XFusionError(f"alignment layer {config.layer} must be at least 1, the first layer of the base")
+        super().__init__()
+        self.config, self.weight = config, config.weight
+        self.needs = (f"media.{config.layer}",)
+        self.teachers = frozenset({config.encoder.fingerprint})
+        self._encoder: list[Encoder] = []  # not a submodule: it is neither trained nor saved
+        self._known: OrderedDict[bytes, Tensor] = OrderedDict()
+
+    def install(self, width: int, modality: Any) -> None:
+        """Make W. The encoder is loaded with the first loss, so that a pack is used without it."""
+        self.projection = nn.Linear(width, self.config.encoder.width, bias=False)
+        self.modality = modality
+
+    # -- features
+
+    @torch.no_grad()
+    def _encode(self, tokens: Tensor, size: int, grid: tuple[int, int]) -> Tensor:
+        """Features of clean tokens ``[k, M, P]``: ``[k, F]``, or ``[k, M, F]`` patchwise."""
+        if not self._encoder:
+            self._encoder.append(self.config.encoder.build())
+            self._encoder[0].to(tokens.device)
+        pictures = self.modality.decode(tokens, size)
+        if not self.config.patchwise:
+            return self._encoder[0].features(pictures)
+        maps = self._encoder[0].maps(pictures)
+        if grid[0] > maps.shape[2] or grid[1] > maps.shape[3]:
+            raise XFusionError(
+                f"alignment: {grid[0]} x {grid[1]} tokens are finer than the encoder's map of {maps.shape[2]} x"
+                f" {maps.shape[3]}: set patchwise to False"
+            )
+        return functional.adaptive_avg_pool2d(maps, grid).flatten(2).transpose(1, 2)
+
+    def features(self, media: MediaRows) -> dict[int, Tensor]:
+        """The encoder's features of the clean pictures that are learned to be drawn, ``[F]`` or ``[M, F]`` by number of the
+        item; looked up where they are known.
+        """
+        clean, found = media.restored().tokens.float(), {}
+        for number in (media.has_loss & media.noised).nonzero()[:, 0].tolist():
+            inside = media.item == number
+            tokens = clean[inside]
+            key = hashlib.sha256(tokens.cpu().numpy().tobytes()).digest()
+            if key not in self._known:
+                grid = (int(media.grid_row[inside].max()) + 1, int(media.grid_column[inside].max()) + 1)
+                self._known[key] = self._encode(tokens[None], grid[0] * self.modality.step, grid)[0]
+            self._known.move_to_end(key)
+            found[number] = self._known[key]
+            while len(self._known) > max(1, FEATURES_KEPT // (4 * self._known[key].numel())):
+                self._known.popitem(last=False)
+        return found
+
+    # -- loss
+
+    def count(self, batch: Batch) -> dict[str, int]:
+        """Pictures that are learned to be drawn."""
+        count = sum(int((m.has_loss & m.noised).sum()) for m in batch.media.values())
+        return {self.name: count} if count else {}
+
+    def loss(self, run: Run, batch: Batch) -> Losses:
+        """Summed distances, one mean per picture, and the number of pictures."""
+        out: Losses = {}
+        for media in batch.media.values():
+            wanted = media.has_loss & media.noised
+            if not bool(wanted.any()):
+                continue
+            states = run(batch).states
+            if self.needs[0] not in states:
+                raise XFusionError(
+                    f"alignment layer {self.config.layer}: the base has fewer layers, choose one of them"
+                )
+            h, device = states[self.needs[0]].float(), media.tokens.device
+            with torch.autocast(device.type, enabled=False):  # features and cosines are float32
+                known = self.features(media)
+                if self.config.patchwise:
+                    aim = torch.zeros(*media.item.shape, self.config.encoder.width, device=device)
+                    for number, feature in known.items():
+                        aim[media.item == number] = feature
+                    per_item = media.mean(1 - functional.cosine_similarity(self.projection(h), aim, dim=-1))[wanted]
+                else:
+                    pooled = self.projection(media.mean(h)[wanted])
+                    per_item = 1 - functional.cosine_similarity(pooled, torch.stack(list(known.values())), dim=-1)
+            out[self.name] = (per_item.sum(), wanted.sum())
+        return out
