@@ -11,6 +11,7 @@ from xfusion.data.mixture import LOOKED_AT, Mixture, MixtureConfig
 from xfusion.data.sequence import END_OF_MEDIA, IGNORE, Example, Media, Text, XFusionError
 from xfusion.data.templates import QUESTIONS, Templates, captioning, drawing, question_text, with_article
 from xfusion.modalities.image import ImageModality
+from xfusion.objectives.flow_matching import FlowMatching
 
 BEGIN, END = (9998,), 9999
 
@@ -103,6 +104,31 @@ def test_a_drawing_is_words_then_a_noised_target_and_a_captioning_a_clean_pictur
     assert int((caption.labels == END).sum()) == 8
 
 
+def test_pictures_that_are_read_may_be_noised_up_to_a_cap_and_are_then_drawn_too():
+    noised, clean = (mixture(largest_noise=cap).batches(3) for cap in (0.25, 0.0))
+    objective = FlowMatching.Config(time_mean=3.0).build()  # most levels lie above the cap
+    (draw, read), (draw_before, read_before) = noised, clean
+    assert all(map(torch.equal, flat([draw]), flat([draw_before])))
+    assert draw.media["image"].largest_noise.tolist() == [1.0] * 4
+    media = read.media["image"]
+    assert bool(media.noised.all()) and bool(media.has_loss.all())
+    assert torch.equal(media.tokens, read_before.media["image"].tokens) and torch.equal(read.labels, read_before.labels)
+    assert objective.count(read) == {"flow_matching": 4}
+    level = objective.corrupt(read, torch.Generator().manual_seed(0)).media["image"].time
+    assert 0.2 < float(level.max()) <= 0.25 and float(level.min()) > 0
+
+
+def test_without_a_cap_pictures_that_are_read_stay_as_they_are_and_draw_no_noise():
+    _, read = mixture(largest_noise=0.0).batches(3)
+    objective, generator = FlowMatching.Config().build(), torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    assert objective.corrupt(read, generator) is read and objective.count(read) == {}
+    assert torch.equal(
+        generator.get_state(), before
+    )  # so that what is drawn behind it gets the noise of a run without caps
+    assert not bool(read.media["image"].has_loss.any())
+
+
 def test_shapes_stay_fixed_over_a_run_and_longer_rows_double_the_width(monkeypatch):
     m = mixture()
     counts = [[b.text.count for b in m.batches(step)] for step in range(LOOKED_AT)]
@@ -143,6 +169,7 @@ def test_pictures_are_encoded_once_and_the_oldest_goes_first(monkeypatch):
         ({"caption": 5}, "caption 5 is not a multiple of pack 2"),
         ({"draw": 0, "caption": 0}, "draw and caption are both 0"),
         ({"source": Squares(0)}, "squares: no pictures"),
+        ({"largest_noise": 1.5}, "largest_noise 1.5 is not within 0 and 1"),
     ],
 )
 def test_impossible_mixtures_are_refused(settings, message):

@@ -1,0 +1,227 @@
+"""Contract of the port's settings: noise levels that modulate, and pictures at one position or in reading order."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from contracts.table import (
+    LAYERS,
+    SIDE,
+    TOKEN_WIDTH,
+    WIDTH,
+    Noise,
+    distance,
+    exact,
+    look,
+    mixed_sequences,
+    model_config,
+    randomise,
+    view,
+    words,
+)
+from contracts.test_paths import FLOAT64, incremental
+
+import xfusion
+from xfusion.backbone import Backbone
+from xfusion.data.mixture import MixtureConfig
+from xfusion.data.pack import pack
+from xfusion.data.sequence import Sequence, Text
+from xfusion.data.templates import opened
+from xfusion.generation import draw_tokens
+from xfusion.modalities.port import MediaPort
+from xfusion.model import Model
+from xfusion.objectives.flow_matching import FlowMatching
+from xfusion.training.loop import train
+from xfusion.training.stages import Recipe, Stage
+
+ALL = [[s] for s in mixed_sequences().values()]
+MODULATED = ("dual tower", "dual tower, strided", "single tower", "gated tower", "dual projection", "x-fuse", "hybrid")
+
+
+def make(base, fusion="dual tower", *, time="modulate", randomised=True, exactly=False, **image):
+    base = Backbone.load(base.source, dtype=torch.float64) if exactly else base
+    config = model_config(base, fusion)
+    config = replace(config, port=replace(config.port, time=time), image=replace(config.image, **image))
+    model = Model(replace(config, media=FlowMatching.Config(prediction="velocity")), base)
+    if randomised:
+        randomise(model)
+    return (model.double() if exactly else model).eval()
+
+
+def drawn_by_full_passes(model, context, seed, steps):
+    """The same walk with a pass over [context | picture] each, by the reference path, without any cache."""
+    noise = torch.randn(1, 16, TOKEN_WIDTH, generator=torch.Generator().manual_seed(seed))
+
+    def predict(x, time):
+        item = model.image.segment(x[0], (4, 4), state="noised")
+        batch = pack([[Sequence(segments=(*opened(model.backbone.begin_ids, context), item))]])
+        batch = batch.with_media("image", time=torch.full((1,), time))
+        return model.port.readout(model.run_pass(batch)[1].states["image"])[:, -16:]
+
+    with model.using(model.reference_engine()):
+        *_, (x, _) = model.media_objective.sample(predict, noise, steps=steps)
+    return x[0]
+
+
+# --------------------------------------------------------------------------------------------------- noise levels
+
+
+@torch.no_grad()
+def test_a_closed_modulation_is_a_pass_without_noise_levels(bases, monkeypatch):
+    model = make(bases["llama"], randomised=False)
+    batch = view(ALL, model)
+    times = batch.with_media("image", time=torch.zeros_like(batch.media["image"].time))
+    assert not torch.equal(times.media["image"].time, batch.media["image"].time)
+    found = look(model, batch)
+    assert distance(found, look(model, times)) == 0
+    added = make(bases["llama"], time="add", randomised=False)
+    added.port.head.weight.data.normal_()
+    model.port.head.weight.data.copy_(added.port.head.weight)
+    assert distance(look(model, batch), look(added, batch)) > 1e-3
+    monkeypatch.setattr(MediaPort, "embed_time", lambda self, time: torch.zeros(len(time), WIDTH))
+    assert distance(look(model, batch), look(added, batch)) == 0
+
+
+@torch.no_grad()
+def test_modulation_is_its_formula_at_tokens_and_leaves_the_beginning_alone(bases):
+    model = make(bases["llama"])
+    media = view([[mixed_sequences()["pictures between words"]], *ALL[:1]], model).media["image"]
+    x = torch.randn(*media.item.shape, WIDTH, generator=torch.Generator().manual_seed(0))
+    port, seen = model.port, []
+    for index in range(LAYERS):
+        found = port.before_layer(index, x, media)
+        seen.append(found)
+        for b in range(x.shape[0]):
+            for i in range(x.shape[1]):
+                item = int(media.item[b, i])
+                if item < 0:  # [BOI] and padding
+                    assert torch.equal(found[b, i], x[b, i])
+                    continue
+                t = port.embed_time(media.time[item : item + 1])[0]
+                both = port.modulation(t * torch.sigmoid(t)) + port.by_layer[index]
+                norm = x[b, i] / (x[b, i].square().mean() + torch.finfo(torch.float32).eps).sqrt()
+                expected = x[b, i] + both[:WIDTH] * norm + both[WIDTH:]
+                torch.testing.assert_close(found[b, i], expected, rtol=0, atol=1e-5)
+    assert float((seen[0] - seen[1]).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("fusion", MODULATED)
+@torch.no_grad()
+def test_modulated_paths_agree_whole_packed_and_in_pieces(bases, fusion, monkeypatch):
+    with exact(monkeypatch):
+        model = make(bases["llama"], fusion, exactly=True)
+        alone = [look(model, view([s], model))[0] for s in ALL]
+        with model.using(model.reference_engine()):
+            assert distance(look(model, view(ALL, model)), alone) <= FLOAT64
+        for (sequence,), expected in zip(ALL, alone, strict=True):
+            said = incremental(model, view([[sequence]], model))
+            for x, y in zip(said[0], expected, strict=True):
+                assert x.shape == y.shape and (not len(x) or float((x - y).abs().max()) <= FLOAT64)
+
+
+@torch.no_grad()
+def test_text_is_bit_equal_and_constant_before_a_modulated_picture(bases):
+    model = make(bases["llama"], "dual tower")
+    randomise(model, by=1.0)
+    ids = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(model.text_logits(ids, stack="fused"), model.text_logits(ids))
+    kept, batch = [], view([[mixed_sequences()["picture behind words"]]], model)
+    for time in (1.0, 0.3):
+        cache = model.backbone.new_cache(2, 1)
+        model.run_pass(batch.with_media("image", time=torch.tensor([time])), cache=cache, update=True)
+        kept.append((cache.rows.order[0], cache.slots))
+    before = kept[0][0] <= 5  # five words and [BOI]
+    changed = False
+    for one, other in zip(kept[0][1], kept[1][1], strict=True):
+        for layer in one:
+            for a, b in zip(one[layer], other[layer], strict=True):
+                assert torch.equal(a[:, :, before], b[:, :, before])
+                changed |= not torch.equal(a[:, :, ~before], b[:, :, ~before])
+    assert changed
+
+
+@pytest.mark.parametrize("fusion", ["dual tower, strided", "dual projection", "gated tower"])
+@torch.no_grad()
+def test_a_modulated_picture_is_drawn_as_full_passes_would(bases, fusion):
+    model = make(bases["llama"], fusion)
+    contexts = [(words(5, 1),), ()]
+    found = draw_tokens(model, contexts, SIDE, seeds=[3, 4], steps=3, guidance=1.0)
+    for context, seed, tokens in zip(contexts, (3, 4), found, strict=True):
+        torch.testing.assert_close(tokens, drawn_by_full_passes(model, context, seed, 3), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("fusion", ["dual tower", "dual tower, strided"])
+def test_gradients_reach_the_modulation_of_every_layer_with_a_block(bases, fusion):
+    model = make(bases["llama"], fusion)
+    total, count = model.losses(pack(ALL), torch.Generator().manual_seed(0))["flow_matching"]
+    (total / count).backward()
+    reached = [i for i in range(LAYERS) if float(model.port.by_layer.grad[i].abs().max()) > 0]
+    assert reached == list(model.fusion.state_layers)
+    assert [n for n, p in model.port.named_parameters() if p.grad is None and n != "end"] == []
+    assert float(model.port.time[0].weight.grad.abs().max()) > 0
+
+
+# ------------------------------------------------------------------------------------------- positions and order
+
+
+SETTINGS = {"position": "shared", "order": "causal"}
+
+
+@pytest.mark.parametrize("fusion", ["dual tower", "cogvlm", "single tower"])
+def test_pictures_at_one_position_in_reading_order_are_trained_drawn_and_captioned(bases, fusion, tmp_path):
+    base, losses = bases["llama"], []
+    model = make(base, fusion, time="add", **SETTINGS)
+    trained = train(
+        Recipe(
+            model=model.config,
+            data="noise",
+            stages=(Stage(steps=5, warmup=1, mixture=MixtureConfig(draw=4, caption=4, pack=2)),),
+        ),
+        out=tmp_path / "run",
+        source=Noise(),
+        backbone=base,
+        compile=False,
+        dtype=torch.float32,
+        preview_every=0,
+        listener=lambda e: losses.append(e["losses"]) if e["event"] == "step" else None,
+    )
+    assert len(losses) == 5 and all(set(step) == {"next_token", "flow_matching"} for step in losses)
+    config = json.loads((tmp_path / "run" / "pack" / "config.json").read_text())["model"]["image"]
+    assert {key: config[key] for key in SETTINGS} == SETTINGS
+    loaded = xfusion.load(tmp_path / "run" / "pack", backbone=base)
+    pictures = trained.draw(["a red apple", "tree"], steps=2)
+    assert [p.tobytes() for p in loaded.draw(["a red apple", "tree"], steps=2)] == [p.tobytes() for p in pictures]
+    assert loaded.caption(pictures, max_tokens=3) == trained.caption(pictures, max_tokens=3)
+
+
+@pytest.mark.parametrize("fusion", ["dual tower", "cogvlm", "x-fuse"])
+@torch.no_grad()
+def test_such_a_picture_is_drawn_as_full_passes_would_and_not_as_others_are(bases, fusion):
+    model = make(bases["llama"], fusion, time="add", **SETTINGS)
+    contexts = [(words(5, 1),), ()]
+    found = draw_tokens(model, contexts, SIDE, seeds=[3, 4], steps=3, guidance=1.0)
+    for context, seed, tokens in zip(contexts, (3, 4), found, strict=True):
+        torch.testing.assert_close(tokens, drawn_by_full_passes(model, context, seed, 3), rtol=0, atol=1e-4)
+    plain = make(bases["llama"], fusion, time="add")
+    plain.load_state_dict(model.state_dict())
+    assert float((draw_tokens(plain, contexts, SIDE, seeds=[3, 4], steps=3, guidance=1.0) - found).abs().max()) > 1e-2
+
+
+@torch.no_grad()
+def test_what_is_answered_with_such_a_picture_in_a_cache_is_what_a_full_pass_says(bases):
+    model = make(bases["llama"], time="add", **SETTINGS)
+    shown = Noise().picture(0, SIDE)
+    (answer,) = model.caption([shown], max_tokens=6)
+    item = model.image.segment(model.image.encode([shown], SIDE)[0], (4, 4))
+    assert item.shared_position and not item.bidirectional
+    ids: tuple[int, ...] = ()
+    for _ in range(6):
+        batch = pack([[Sequence(segments=(item, Text(ids=ids)))]])
+        assert batch.media["image"].rows.position[0].tolist() == [0] + [1] * 16 and int(batch.text.position[0, 0]) == 2
+        hidden, run = model.run_pass(batch)
+        token = int(model.backbone.logits(hidden[:, run.slices["text"]])[0, -1].argmax())
+        if token in model.backbone.end_ids:
+            break
+        ids += (token,)
+    assert answer == model.backbone.decode(list(ids)).strip()
