@@ -435,7 +435,8 @@ def test_equal_flops(go, base):
 class Sized(DualTower.Config):
     """A dual tower that comes in sizes."""
 
-    def sizes(self) -> Iterator["Sized"]:
+    def sizes(self, num_layers: int) -> Iterator["Sized"]:
+        del num_layers
         for mlp in (8, 16, 38, 48, 64):
             yield replace(self, mlp=mlp)
 

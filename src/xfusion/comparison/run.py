@@ -227,9 +227,12 @@ class _Comparison:
             self.tell("matching parameters", done, len(entries))
             own = count(entry.recipe)
             best, best_recipe = own, entry.recipe
-            for fusion in entry.recipe.model.fusion.sizes() if done else ():
+            for fusion in entry.recipe.model.fusion.sizes(self.backbone.num_layers) if done else ():
                 recipe = replace(entry.recipe, model=replace(entry.recipe.model, fusion=fusion))
-                size = count(recipe)
+                try:
+                    size = count(recipe)
+                except XFusionError:  # wider than the base itself
+                    break
                 if abs(size - wanted) < abs(best - wanted):
                     best, best_recipe = size, recipe
                 if size > wanted:  # smallest first: the next are farther

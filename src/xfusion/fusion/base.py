@@ -6,7 +6,7 @@ Shape legend: ``B`` batch row, ``n`` rows of one owner, ``S`` all rows of a pass
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
 
@@ -197,9 +197,11 @@ class Fusion(nn.Module):
             """The fusion, not yet installed."""
             raise TypeError(f"{type(self).__qualname__} does not say which fusion it builds")
 
-        def sizes(self) -> Iterator[Fusion.Config]:
+        def sizes(self, num_layers: int) -> Iterator[Fusion.Config]:
             """This mechanism in other sizes, smallest first: what a comparison at equal parameters chooses from."""
-            yield from ()
+            if self.layers is None:
+                for stride in range(num_layers, 0, -1):
+                    yield replace(self, stride=stride, offset=None)
 
         def placed(self, num_layers: int) -> list[int]:
             """The layers at which a block stands.

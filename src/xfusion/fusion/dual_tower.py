@@ -129,8 +129,9 @@ class DualTower(Fusion):
                 )
             return DualTower(self)
 
-        def sizes(self) -> Iterator[DualTower.Config]:
+        def sizes(self, num_layers: int) -> Iterator[DualTower.Config]:
             """By rank, or by the width of the MLP."""
+            del num_layers
             steps = range(1, 1025) if self.rank is not None else range(16, 65537, 16)
             for step in steps:
                 yield replace(self, rank=step) if self.rank is not None else replace(self, mlp=step)

@@ -6,6 +6,7 @@ frozen layer's and media states pass unchanged.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -26,6 +27,11 @@ class Layered(Fusion):
 
         parts: tuple[Fusion.Config, ...] = ()
         """Mechanisms with disjoint ``layers``; stride and offset count within a range."""
+
+        def sizes(self, num_layers: int) -> Iterator[Layered.Config]:
+            """None: its parts have sizes of their own."""
+            del num_layers
+            yield from ()
 
         def build(self) -> Layered:
             """The fusion, not yet installed."""

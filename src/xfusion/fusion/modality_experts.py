@@ -23,8 +23,7 @@ Shape legend: ``B`` batch row, ``n`` rows of one owner, ``S`` all rows of a pass
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -155,11 +154,6 @@ class ModalityExperts(Fusion):
             if unknown or not self.own:
                 raise XFusionError(f"modality experts: own {self.own}: name some of {', '.join(PARTS)}")
             return ModalityExperts(self)
-
-        def sizes(self) -> Iterator[ModalityExperts.Config]:
-            """By stride, the widest first."""
-            for stride in range(256, 0, -1):
-                yield replace(self, stride=stride, offset=None)
 
     def install(self, backbone: Backbone) -> None:
         """Copy the parts that media positions have of their own."""
