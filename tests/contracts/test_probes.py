@@ -21,6 +21,7 @@ from contracts.table import (
     distance,
     exact,
     look,
+    make_model,
     mixed_sequences,
     model_config,
     picture,
@@ -46,7 +47,7 @@ from xfusion.backbone import (
 )
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.pack import pack
-from xfusion.data.sequence import Media, Sequence, XFusionError
+from xfusion.data.sequence import Media, Sequence, Text, XFusionError
 from xfusion.data.templates import Templates, opened
 from xfusion.fusion.base import Fusion
 from xfusion.generation import draw_tokens
@@ -725,6 +726,23 @@ def test_cross_attention_keeps_media_out_of_the_frozen_slot(bases):
     assert cache.rows.count == text + media
 
 
+@pytest.mark.parametrize("name", FUSED)
+@torch.no_grad()
+def test_names_are_scored_behind_a_cached_picture_as_by_full_passes(bases, name):
+    """Rows of a cache are chosen and repeated: what each position is goes with them."""
+    model, names = make(bases["llama"], name), ["a red apple", "tree"]
+    pictures = [Noise().picture(i, SIDE) for i in range(2)]
+    found = model.score_names(pictures, names)
+    for shown, scores in zip(pictures, found, strict=True):
+        item = model.image.segment(model.image.encode([shown], SIDE)[0], (4, 4))
+        for words_, score in zip(names, scores, strict=True):
+            ids = (*model.backbone.encode(words_), model.backbone.end_ids[0])
+            batch = pack([[Sequence(segments=(item, Text(ids=ids, has_loss=True)))]])
+            total, count = model.text_objective.loss(model, batch)["next_token"]
+            assert float(score) == pytest.approx(-float(total / count), abs=1e-4)
+    assert float((found[0] - found[1]).abs().min()) > 1e-3
+
+
 @torch.no_grad()
 def test_a_prompt_acts_from_the_first_media_token_on_and_only_through_its_gate(bases):
     model = make(bases["llama"], "adaption prompt", randomised=False)
@@ -806,6 +824,23 @@ def test_a_pair_is_seen_as_words_alone_and_a_clean_picture_alone(bases):
     torch.testing.assert_close(packed_v, torch.cat([v, base_v]), rtol=0, atol=1e-5)
     clean = pack([[Sequence(segments=(one, shown))]])
     torch.testing.assert_close(objective.vectors(model, clean)[1], base_v, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("fusion", ["gated tower", "x-fuse", "dynamic"])
+@torch.no_grad()
+def test_words_alone_are_the_bases_though_a_picture_stood_before_them(bases, fusion):
+    model = make_model(bases["llama"], fusion)
+    text = words(7, 1)
+    batch = pack([[Sequence(segments=(text, picture((2, 2), 1), words(2, 2)))]])
+    alone = batch.words_alone()
+    hidden, _ = model.run_pass(alone)
+    whole, run = model.run_pass(batch)
+    base = model.text_logits(torch.tensor([text.ids]))[0]
+    torch.testing.assert_close(model.backbone.logits(hidden)[0, :7], base, rtol=0, atol=FLOAT32)
+    ends = replace(alone, text_ids=alone.text_ids.clamp(min=0))
+    plain = make_model(bases["llama"], "dual tower")
+    torch.testing.assert_close(model.run_pass(ends)[0], plain.run_pass(ends)[0], rtol=0, atol=FLOAT32)
+    assert float((whole[:, run.slices["text"]] - hidden)[0, 7:].abs().amax(-1).min()) > 1e-2
 
 
 def test_views_that_are_made_and_dropped_are_told_apart(bases, monkeypatch):
