@@ -202,6 +202,40 @@ def _keep(matrix: nn.Module, units: Tensor, *, outputs: bool) -> None:
     setattr(matrix, names[outputs], len(units))
 
 
+class Projected(nn.Module):
+    """A decoder layer of another width between two projections, as a residual of the states ``[B, n, D]``:
+
+        h = x + P_out (F(P_in x) - P_in x)
+
+    Row ``j`` of P_in ``[W, D]`` is at the start the unit vector of feature ``j mod D``: a wider layer reads every feature
+    at least once, a narrower one the first ``W``. P_out ``[D, W]`` is its transpose, in which a feature that was read
+    ``r`` times takes the mean of its ``r`` copies, times `SCALE`: whatever a fresh layer does, the whole starts near the
+    identity, and P_in still has a gradient.
+    """
+
+    SCALE = 0.1
+
+    def __init__(self, layer: nn.Module, width: int, inner: int):
+        """``width`` is the states' D, ``inner`` the layer's W."""
+        super().__init__()
+        self.layer = layer
+        device = next(layer.parameters()).device
+        self.into = nn.Linear(width, inner, bias=False, device=device)
+        self.out = nn.Linear(inner, width, bias=False, device=device)
+        read = torch.zeros(inner, width, device=device)
+        rows = torch.arange(inner, device=device)
+        read[rows, rows % width] = 1.0
+        with torch.no_grad():
+            self.into.weight.copy_(read)
+            self.out.weight.copy_(self.SCALE * (read / read.sum(0).clamp(min=1)).t())
+
+    def forward(self, x: Tensor, past_key_values: Any = None, **call: Any) -> Tensor:
+        """``[B, n, D]`` -> ``[B, n, D]``; keys and values are the inner layer's."""
+        inner = self.into(x)
+        h = self.layer(inner, **call, **{_cache_name(self.layer): past_key_values})
+        return x + self.out((h[0] if isinstance(h, tuple) else h) - inner)
+
+
 class Delta(nn.Module):
     """A new module that works on what a frozen one makes; `assembled` binds the two without owning the frozen one."""
 
@@ -299,6 +333,32 @@ def layer_pieces(layer: nn.Module) -> dict[str, list[Piece]]:
                 found[role].append(Piece(path, rows))
         elif any(True for _ in child.parameters()):
             raise XFusionError(f"{type(attention).__name__}.{name}: a projection that xfusion cannot take apart")
+    return found
+
+
+def matrix_pieces(layer: nn.Module) -> dict[str, Piece]:
+    """The matrices of a layer by role: ``query``, ``key``, ``value``, ``output``, and of its MLP ``in`` and ``out``.
+
+    Of a gated MLP (SwiGLU), ``in`` is what the gate multiplies; the gate itself has no role. A role that the layer does
+    not have as a matrix, or that xfusion does not recognise, is left out.
+    """
+    found: dict[str, Piece] = {}
+    for role, pieces in layer_pieces(layer).items():
+        matrices = [piece for piece in pieces if _is_linear(layer.get_submodule(piece.path))]
+        if role in ("query", "key", "value", "output") and len(matrices) == 1:
+            found[role] = matrices[0]
+    inside = attention_path(layer)
+    for path in linear_paths(layer):
+        name = path.rpartition(".")[2]
+        if path.startswith(f"{inside}."):
+            continue
+        if name in ("up_proj", "c_fc", "dense_h_to_4h"):
+            found["in"] = Piece(path)
+        elif name == "gate_up_proj":
+            total = linear_shape(layer.get_submodule(path))[1]
+            found["in"] = Piece(path, torch.arange(total // 2, total))
+        elif name in ("down_proj", "c_proj", "dense_4h_to_h"):
+            found["out"] = Piece(path)
     return found
 
 
@@ -545,6 +605,12 @@ class Backbone:
         return self.config.hidden_size
 
     @property
+    def head_width(self) -> int:
+        """Width of an attention head."""
+        attention: Any = self.layers[0].get_submodule(attention_path(self.layers[0]))
+        return attention.head_dim if hasattr(attention, "head_dim") else attention.head_size
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
@@ -644,9 +710,53 @@ class Backbone:
             _without_dropout(module)
         return layer.float().requires_grad_(True)
 
-    def tower_config(self) -> Any:
-        """A configuration of a tower's own, so that its attention implementation can differ from the base's."""
-        return copy.deepcopy(self.config)
+    def tower_config(self, width: int | None = None, mlp: int | None = None, *, all_keys: bool = False) -> Any:
+        """A configuration of a tower's own, so that its attention implementation can differ from the base's.
+
+        Args:
+            width: model width of the tower's blocks; None is the base's. Heads keep the base's width, since they take its
+                rotary tables, so there are others of them: as many queries to a key as in the base, or the next number
+                that divides.
+            mlp: width of the MLP of blocks of another width; None is the base's in proportion.
+            all_keys: every head of blocks of another width has keys and values of its own.
+
+        Raises:
+            XFusionError: the width is not made of whole heads, or the MLP has none.
+        """
+        config = copy.deepcopy(self.config)
+        if width is None:
+            return config
+        if width < 1 or width % self.head_width:
+            low = max(1, width // self.head_width) * self.head_width
+            raise XFusionError(
+                f"tower width {width} is not made of heads of {self.head_width}, which the rotary tables of {self.source}"
+                f" are for: take {low} or {low + self.head_width}"
+            )
+        if mlp is not None and mlp < 1:
+            raise XFusionError(f"MLP width {mlp} of a tower of width {width}: take at least 1")
+        heads, own = width // self.head_width, config.num_attention_heads
+        if getattr(config, "num_key_value_heads", None):
+            group = 1 if all_keys else own // config.num_key_value_heads
+            config.num_key_value_heads = heads // next(n for n in range(min(group, heads), heads + 1) if heads % n == 0)
+        name = "n_inner" if hasattr(config, "n_inner") else "intermediate_size"
+        full = getattr(config, name) or 4 * self.hidden_size
+        setattr(config, name, mlp or max(1, round(full * width / self.hidden_size)))
+        config.hidden_size, config.num_attention_heads = width, heads
+        return config
+
+    def fresh_layer(self, index: int, config: Any) -> nn.Module:
+        """A trainable float32 decoder layer of the family's own class and of ``config``'s sizes, without dropout.
+
+        Its matrices are initialised as the family does it for training from scratch; norms begin at 1.
+        """
+        meta = next(self.layers[index].parameters()).is_meta
+        with torch.device("meta" if meta else "cpu"):  # one stream of random numbers, whatever the base's device
+            layer: nn.Module = type(self.layers[index])(config, layer_idx=index).float()
+        for module in layer.modules():
+            if not meta and any(True for _ in module.parameters(recurse=False)):
+                self.model._init_weights(module)
+            _without_dropout(module)
+        return layer.to(self.device).requires_grad_(True)
 
     def working_copy(self, dtype: torch.dtype, attention: str) -> Backbone:
         """The frozen weights cast once to ``dtype`` for training; rotary tables stay as they are.

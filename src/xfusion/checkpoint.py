@@ -118,6 +118,8 @@ def save(model: Model, folder: str | os.PathLike[str], *, dtype: torch.dtype | N
         else:
             temporary.rename(target)
         target.chmod(0o755)
+        for file in target.iterdir():  # temporary folders, and safetensors' own files, are for their owner alone
+            file.chmod(0o644)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
@@ -233,7 +235,7 @@ def load(
             f"{name} belongs to the base {base['source']} with fingerprint {base['fingerprint'][:16]}, but"
             f" {backbone.source} has {backbone.fingerprint[:16]}: load the base that the pack was trained on"
         )
-    model = Model(model_config, backbone)
+    model = Model(model_config, backbone, fresh=False)
     load_weights(model, folder, config.get("weights_fingerprint"))
     return model.eval()
 

@@ -103,7 +103,8 @@ class Model(nn.Module):
     The backbone is not a submodule: `parameters()` and `state_dict()` hold learned weights only.
     """
 
-    def __init__(self, config: ModelConfig, backbone: Backbone | None = None):
+    def __init__(self, config: ModelConfig, backbone: Backbone | None = None, *, fresh: bool = True):
+        """``fresh`` reads the weights that new modules start from (`Fusion.begin`); a pack brings all of them itself."""
         super().__init__()
         self.config = config
         self.__dict__["backbone"] = backbone or Backbone.load(config.backbone.source, revision=config.backbone.revision)
@@ -115,6 +116,8 @@ class Model(nn.Module):
             self.port = config.port.build(width, self.image.token_width, scale, layers)
             self.fusion = config.fusion.build()
             self.fusion.install(self.backbone)
+            if fresh:
+                self.fusion.begin(self.backbone)
             self.extra = nn.ModuleList(further.build() for further in config.extra)
             for objective in self._extra():
                 objective.install(width, self.image)

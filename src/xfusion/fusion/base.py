@@ -5,9 +5,10 @@ Shape legend: ``B`` batch row, ``n`` rows of one owner, ``S`` all rows of a pass
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -179,6 +180,8 @@ class Fusion(nn.Module):
     """Whether text-only logits through the fused stack equal the base's bit for bit, whatever the new weights are."""
     prefix_is_constant: bool = False
     """Whether text before the first media item never depends on new weights, so that it may be computed once."""
+    taken: Mapping[int, Mapping[str, str]] = MappingProxyType({})
+    """What `begin` read: layer -> new parameter -> where it is from. Empty where a pack brought the weights."""
     num_towers: int = 1
     """Slots of the cache, the frozen decoder's included."""
 
@@ -230,10 +233,20 @@ class Fusion(nn.Module):
     def install(self, backbone: Backbone) -> None:
         """Make the new modules for a base: at every placed layer what `make` says. The base itself is not touched."""
         self.windows = [backbone.window(i) for i in range(backbone.num_layers)]
-        self.block_config = backbone.tower_config()
+        self.block_config = self.make_config(backbone)
         self.blocks = nn.ModuleDict(
             {str(index): self.make(index, backbone) for index in self.config.placed(backbone.num_layers)}
         )
+
+    def make_config(self, backbone: Backbone) -> Any:
+        """The base's kind of configuration that new blocks read; by default a copy of the base's."""
+        return backbone.tower_config()
+
+    def begin(self, backbone: Backbone) -> None:
+        """Read weights that a fresh model starts from; once, behind `install`. By default there are none to read.
+
+        A model whose weights a pack brings is made without it, so that a pack does not need what training began with.
+        """
 
     def make(self, index: int, backbone: Backbone) -> nn.Module:
         """The new modules of a layer; by default a trainable copy of the frozen one."""

@@ -10,6 +10,19 @@ The towers may be asymmetric: with ``stride`` k a media block stands at every k-
 unchanged, while the frozen tower still makes keys and values from them at every layer. With ``rank`` a media block is the
 frozen one with low-rank deltas (Hu et al., arXiv 2106.09685), so that the memory holds one language model.
 
+With ``width`` W the media blocks are of another width than the base's D, as a pretrained image model's are (section 5 of
+the paper joins Llama-3.1-8B and a diffusion transformer). Media states stay D wide between layers, so the frozen tower
+still reads them at every layer, and a block stands between two projections as a residual (`xfusion.backbone.Projected`):
+
+    F_img(x) = x + P_out (G(P_in x) - P_in x)          x: all rows, words too; G a block of width W
+
+This is our reading. The paper says that different widths need "linear projections inside X-Fuse" and no more; it leaves
+open whether media states stay W wide between layers and meet the frozen tower through a projection, whether P_out brings
+back the block's whole output instead of its change, and whether projections are shared by layers. With `fuse` mixing
+happens at width D, behind P_out, and ``fuse_projection`` is one more matrix there.
+
+With ``start`` blocks of width W take over what fits of a pretrained diffusion transformer (`xfusion.fusion.pretrained`).
+
 X-Fuse (section 3.2) also computes the other tower's queries and mixes, per position:
 
     h_i = alpha h_i^own + beta P(h_i^other)
@@ -27,7 +40,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -37,6 +50,7 @@ from torch.nn import functional
 from xfusion.backbone import (
     Backbone,
     Delta,
+    Projected,
     assembled,
     keys_values,
     linear_paths,
@@ -45,6 +59,7 @@ from xfusion.backbone import (
     slice_call,
 )
 from xfusion.data.sequence import XFusionError
+from xfusion.fusion import pretrained
 from xfusion.fusion.base import Call, Fusion, Pass
 
 
@@ -100,7 +115,19 @@ class DualTower(Fusion):
         """Shape of the media tower, and whether the towers' outputs are mixed."""
 
         mlp: int | None = None
-        """Width of the media blocks' MLP: the first rows of gate and up, the first columns of down. None keeps all."""
+        """Width of the media blocks' MLP: the first rows of gate and up, the first columns of down. None keeps all. Blocks
+        of a `width` have an MLP of this width; None takes the base's in proportion.
+        """
+        width: int | None = None
+        """Model width of the media blocks, a multiple of the base's head width; they are then fresh, between projections.
+        None copies the base's blocks.
+        """
+        start: str | None = None
+        """Folder or hub id of a diffusers transformer, or of a pipeline with one, that fresh blocks of its width take what
+        fits from; every head then has keys of its own. Read only where no pack brings the weights.
+        """
+        start_revision: str | None = None
+        """Hub revision of it (a commit for exact reproduction)."""
         rank: int | None = None
         """Media blocks are the frozen ones with deltas of this rank on every matrix; None copies the blocks."""
         fuse: Literal["image", "text", "both"] | None = None
@@ -116,6 +143,16 @@ class DualTower(Fusion):
                 raise XFusionError(
                     f"dual tower: rank {self.rank} with mlp {self.mlp}: a low-rank tower has a rank of at least 1 and"
                     " keeps the frozen MLP, leave mlp at None"
+                )
+            if self.rank is not None and self.width is not None:
+                raise XFusionError(
+                    f"dual tower: rank {self.rank} with width {self.width}: deltas stand on the base's own matrices, name"
+                    " one of the two"
+                )
+            if self.start is not None and self.width is None:
+                raise XFusionError(
+                    f"dual tower: start {self.start!r} without width: blocks that are not the base's copies need the"
+                    " width of the source's"
                 )
             if self.fuse not in (None, "image", "text", "both") or self.fuse_by not in ("layer", "token"):
                 raise XFusionError(
@@ -150,8 +187,34 @@ class DualTower(Fusion):
             }
         )
 
+    def make_config(self, backbone: Backbone) -> Any:
+        """The base's configuration, in the sizes of the tower where its width is another."""
+        if self.config.width is None:
+            return backbone.tower_config()
+        return backbone.tower_config(self.config.width, self.config.mlp, all_keys=self.config.start is not None)
+
+    def begin(self, backbone: Backbone) -> None:
+        """Take over what fits of a pretrained diffusion transformer; `taken` says what that was.
+
+        Raises:
+            XFusionError: it cannot be read, or its width or the width of its heads is another.
+        """
+        if self.config.start is None or backbone.device.type == "meta":
+            return
+        blocks = pretrained.load(self.config.start, self.config.start_revision)
+        pretrained.check(blocks, self.config.start, self.config.width, backbone)
+        chosen = pretrained.choose(len(blocks), len(self.blocks))
+        taken: dict[int, dict[str, str]] = {}
+        for (index, block), number in zip(self.blocks.items(), chosen, strict=True):
+            found = pretrained.take(block.layer, blocks[number])
+            taken[int(index)] = {own: f"{number}.{name}" for own, name in found.items()}
+        self.taken = taken
+
     def make(self, index: int, backbone: Backbone) -> nn.Module:
-        """A copy of the frozen block, narrowed if asked; or the deltas of a low-rank one."""
+        """A copy of the frozen block, narrowed if asked; a fresh one of another width; or the deltas of a low-rank one."""
+        if self.config.width is not None:
+            fresh = backbone.fresh_layer(index, self.block_config)
+            return Projected(fresh, backbone.hidden_size, self.config.width)
         if self.config.rank is not None:
             frozen = backbone.layers[index]
             return nn.ModuleDict(

@@ -63,6 +63,12 @@ class Layered(Fusion):
             first, end = part.config.layers
             self.owner |= dict.fromkeys(range(first, end), part)
 
+    def begin(self, backbone: Backbone) -> None:
+        """Each mechanism reads what it starts from."""
+        for part in self._fusions():
+            part.begin(backbone)
+        self.taken = {index: found for part in self._fusions() for index, found in part.taken.items()}
+
     def _fusions(self) -> list[Any]:
         return list(self.parts)
 

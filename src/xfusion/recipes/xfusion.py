@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from xfusion.data.mixture import MixtureConfig
+from xfusion.data.sequence import XFusionError
 from xfusion.data.templates import Templates
 from xfusion.fusion.dual_tower import DualTower
 from xfusion.model import ModelConfig
@@ -55,16 +56,28 @@ def demo() -> Recipe:
     return replace(recipe, data="emoji:128", stages=(stage,))
 
 
-def pack() -> Recipe:
-    """The shipped pack ``emoji``: all pictures of the train split, mostly by their names, 4 : 1."""
-    mixture = MixtureConfig(draw=64, caption=16)
-    return replace(xfusion(), stages=(Stage(steps=4700, rate=5e-3, warmup=200, mixture=mixture),))
+def pack(part: int = 1) -> Recipe:
+    """The shipped pack ``emoji``: all pictures of the train split in four runs, each ``--from`` the one before.
 
+    What words decide is learned at high noise; what makes a picture crisp is learned last, at low noise
+    (docs/training_log.md).
 
-def finish() -> Recipe:
-    """What the shipped pack learned after `pack` (``--from`` its result): noisier levels yet, 16 : 1."""
-    recipe = pack()
-    media = replace(recipe.model.media, time_mean=3.0, guidance=1.5)
-    mixture = MixtureConfig(draw=64, caption=4)
-    stage = replace(recipe.stages[0], steps=3600, rate=4e-3, mixture=mixture)
+    Args:
+        part: which run, 1 to 4.
+    """
+    # Steps, rate, warm-up, captions per step; mean and deviation of the noise levels, largest weight.
+    parts = (
+        (4700, 5e-3, 200, 16, 2.0, 1.0, 2.0),
+        (3600, 4e-3, 200, 4, 3.0, 1.0, 2.0),
+        (1500, 3e-3, 100, 4, 0.5, 1.5, 20.0),
+        (1300, 2.5e-3, 100, 4, 0.0, 1.5, 50.0),
+    )
+    if not 1 <= part <= len(parts):
+        raise XFusionError(f"the pack's part {part} is not one of 1 to {len(parts)}")
+    steps, rate, warmup, caption, mean, deviation, largest = parts[part - 1]
+    media = FlowMatching.Config(
+        time_mean=mean, time_std=deviation, largest_weight=largest, sampling_shift=6.0, guidance=1.5
+    )
+    stage = Stage(steps=steps, rate=rate, warmup=warmup, mixture=MixtureConfig(draw=64, caption=caption))
+    recipe = xfusion()
     return replace(recipe, model=replace(recipe.model, media=media), stages=(stage,))

@@ -42,8 +42,8 @@ class TrainRecipe(Train):
 def parse_train(parse: Callable[..., Any], name: str, args: list[str]) -> TrainRecipe:
     """The options behind ``xfusion train NAME``.
 
-    A resumed run takes the settings that are written in its folder, and an adapted pack those of its model; what the
-    command line says wins over both.
+    A resumed run takes the settings that are written in its folder, and an adapted pack those of its model but for the
+    objectives; what the command line says wins over both.
 
     Args:
         parse: as `xfusion.apps.cli.parse`.
@@ -59,6 +59,9 @@ def parse_train(parse: Callable[..., Any], name: str, args: list[str]) -> TrainR
     elif first.from_pack:
         folder = checkpoint.find(pack_folder(first.from_pack))
         model = checkpoint.from_json(checkpoint.read_config(folder)["model"], where=str(folder))
+        # How a run trains (noise levels, weights of losses) is the recipe's; what the weights mean is the pack's.
+        wanted = settings.model
+        model = dataclasses.replace(model, text=wanted.text, media=wanted.media.adapted(model.media))
         settings = dataclasses.replace(settings, model=model)
     else:
         return first
