@@ -149,6 +149,8 @@ FAMILIES: dict[str, Callable[[], torch.nn.Module]] = {
 FUSIONS: dict[str, Fusion.Config] = {
     "dual tower": DualTower.Config(),
     "dual tower, strided": DualTower.Config(stride=2, offset=0, mlp=40),
+    "wide tower": DualTower.Config(width=96),  # a multiple of the head width of every family
+    "narrow tower": DualTower.Config(width=48, mlp=56, stride=2, fuse="both", fuse_projection=True),
     "low-rank tower": DualTower.Config(rank=3),
     "x-fuse": DualTower.Config(fuse="both"),
     "x-fuse-proj on pictures": DualTower.Config(fuse="image", fuse_projection=True),

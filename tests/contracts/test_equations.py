@@ -6,6 +6,7 @@ each system makes of the two. They share no code with the library but the weight
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 import json
@@ -416,6 +417,24 @@ def dual_tower(layer: Layer) -> list[Vector]:
     return by_owner(layer, layer.block(layer.frozen), layer.block(layer.copied))
 
 
+def tower_of_width(heads: int, keys: int) -> Callable[[Layer], list[Vector]]:
+    """The dual tower with F_img(x) = x + P_out (G(P_in x) - P_in x), G a block of its own width, heads and keys."""
+
+    def equation(layer: Layer) -> list[Vector]:
+        own, inside = {}, copy.copy(layer.llama)
+        inside.heads, inside.keys = heads, keys
+        for name, values in layer.copied.items():
+            own[name.removeprefix("layer.")] = values
+        into, out = own.pop("into"), own.pop("out")
+        assert len(into) == heads * inside.width and set(own) == {*NORMS, *ATTENTION, *MLP}
+        narrow = [into @ x for x in layer.x]
+        wide = dataclasses.replace(layer, llama=inside, x=narrow).block(own)
+        by_media = [x + out @ (h - n) for x, h, n in zip(layer.x, wide, narrow, strict=True)]
+        return by_owner(layer, layer.block(layer.frozen), by_media)
+
+    return equation
+
+
 def low_rank_tower(layer: Layer) -> list[Vector]:
     """The dual tower with F_img's matrices W + B A and its norms frozen."""
     deltas = layer.fusion.blocks[str(layer.index)]
@@ -483,6 +502,17 @@ EQUATIONS: dict[str, tuple[Fusion.Config, range | tuple[int, ...], Callable[[Lay
     "gated tower in slim form": (GatedTower.Config(stride=2), (1, 3), gated_tower),
     "dual tower": (DualTower.Config(), ALL, dual_tower),
     "dual tower in slim form": (DualTower.Config(stride=2, offset=0, mlp=40), (0, 2), dual_tower),
+    "wide tower": (DualTower.Config(width=96), ALL, tower_of_width(6, 3)),
+    "wide tower, mixed": (
+        DualTower.Config(width=80, mlp=24, stride=2, fuse="both", fuse_by="token"),
+        (1, 3),
+        tower_of_width(5, 1),
+    ),
+    "narrow tower": (
+        DualTower.Config(width=48, stride=2, offset=0, fuse="both", fuse_projection=True),
+        (0, 2),
+        tower_of_width(3, 1),
+    ),
     "low-rank tower": (DualTower.Config(rank=3), ALL, low_rank_tower),
     "x-fuse": (DualTower.Config(fuse="both"), ALL, dual_tower),
     "x-fuse on words": (DualTower.Config(fuse="text", stride=3, offset=2), (2,), dual_tower),

@@ -205,7 +205,8 @@ class DualTower(Fusion):
         pretrained.check(blocks, self.config.start, self.config.width, backbone)
         chosen = pretrained.choose(len(blocks), len(self.blocks))
         taken: dict[int, dict[str, str]] = {}
-        for (index, block), number in zip(self.blocks.items(), chosen, strict=True):
+        blocks_here: dict[str, Any] = dict(self.blocks.items())
+        for (index, block), number in zip(blocks_here.items(), chosen, strict=True):
             found = pretrained.take(block.layer, blocks[number])
             taken[int(index)] = {own: f"{number}.{name}" for own, name in found.items()}
         self.taken = taken
