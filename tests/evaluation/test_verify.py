@@ -199,4 +199,4 @@ def test_a_fast_path_that_is_not_the_reference_is_found(folder, monkeypatch):
 
     monkeypatch.setattr(DualTower, "layer", wrong)
     found = check_base(Backbone.load(str(folder)), lambda *_: None)
-    assert [check["passed"] for check in found["checks"]] == [True, True, False, True]
+    assert [c["name"] for c in found["checks"] if not c["passed"]] == ["the fast path is the reference path"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,8 @@ class Optimizer:
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         with torch.no_grad():
-            torch._foreach_lerp_(self.average, self.list, 1 - ema)
+            weights: Any = self.list
+            torch._foreach_lerp_(self.average, weights, 1 - ema)
         return float(norm)
 
     def forget_gradients(self) -> None:
