@@ -209,14 +209,17 @@ class Projected(nn.Module):
 
     Row ``j`` of P_in ``[W, D]`` is at the start the unit vector of feature ``j mod D``: a wider layer reads every feature
     at least once, a narrower one the first ``W``. P_out ``[D, W]`` is its transpose, in which a feature that was read
-    ``r`` times takes the mean of its ``r`` copies, times `SCALE`: whatever a fresh layer does, the whole starts near the
-    identity, and P_in still has a gradient.
+    ``r`` times takes the mean of its ``r`` copies, times ``scale``. What a fresh layer adds does not depend on how large
+    its normed input was; with a scale that is small beside the states the whole starts near the identity.
+
+    Args:
+        layer: a decoder layer of width W.
+        width: the states' D.
+        inner: W.
+        scale: share of the layer's change that comes back at the start.
     """
 
-    SCALE = 0.1
-
-    def __init__(self, layer: nn.Module, width: int, inner: int):
-        """``width`` is the states' D, ``inner`` the layer's W."""
+    def __init__(self, layer: nn.Module, width: int, inner: int, scale: float):
         super().__init__()
         self.layer = layer
         device = next(layer.parameters()).device
@@ -227,7 +230,7 @@ class Projected(nn.Module):
         read[rows, rows % width] = 1.0
         with torch.no_grad():
             self.into.weight.copy_(read)
-            self.out.weight.copy_(self.SCALE * (read / read.sum(0).clamp(min=1)).t())
+            self.out.weight.copy_(scale * (read / read.sum(0).clamp(min=1)).t())
 
     def forward(self, x: Tensor, past_key_values: Any = None, **call: Any) -> Tensor:
         """``[B, n, D]`` -> ``[B, n, D]``; keys and values are the inner layer's."""

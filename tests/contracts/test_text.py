@@ -225,6 +225,8 @@ def test_words_train_every_block_but_one_at_the_last_layer(bases, fusion, family
     unread = {
         "dual tower": (f"fusion.blocks.{last}.",),
         "low-rank tower": (f"fusion.blocks.{last}.",),
+        "wide tower": (f"fusion.blocks.{last}.",),
+        "narrow tower": (f"fusion.mixes.media_{last}.",),
         "x-fuse": (f"fusion.mixes.media_{last}.",),
         "x-fuse-proj on pictures": (f"fusion.blocks.{last}.", f"fusion.mixes.media_{last}."),
         "dynamic": (f"fusion.mixes.media_{last}.",),

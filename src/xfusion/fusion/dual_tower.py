@@ -16,6 +16,8 @@ still reads them at every layer, and a block stands between two projections as a
 
     F_img(x) = x + P_out (G(P_in x) - P_in x)          x: all rows, words too; G a block of width W
 
+G is fresh, and P_out P_in starts as a tenth of the scale of the base's embeddings, so F_img starts near the identity.
+
 This is our reading. The paper says that different widths need "linear projections inside X-Fuse" and no more; it leaves
 open whether media states stay W wide between layers and meet the frozen tower through a projection, whether P_out brings
 back the block's whole output instead of its change, and whether projections are shared by layers. With `fuse` mixing
@@ -174,7 +176,8 @@ class DualTower(Fusion):
                 yield replace(self, rank=step) if self.rank is not None else replace(self, mlp=step)
 
     def install(self, backbone: Backbone) -> None:
-        """Copy the frozen blocks at the tower's layers, or lay deltas beside them."""
+        """Copy the frozen blocks at the tower's layers, make fresh ones of another width, or lay deltas beside them."""
+        self._scale = 0.1 * backbone.embedding_scale if self.config.width else 1.0
         super().install(backbone)
         self._standing: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
         fuse, config = self.config.fuse, self.config
@@ -215,7 +218,7 @@ class DualTower(Fusion):
         """A copy of the frozen block, narrowed if asked; a fresh one of another width; or the deltas of a low-rank one."""
         if self.config.width is not None:
             fresh = backbone.fresh_layer(index, self.block_config)
-            return Projected(fresh, backbone.hidden_size, self.config.width)
+            return Projected(fresh, backbone.hidden_size, self.config.width, self._scale)
         if self.config.rank is not None:
             frozen = backbone.layers[index]
             return nn.ModuleDict(

@@ -57,7 +57,7 @@ class Layered(Fusion):
     def install(self, backbone: Backbone) -> None:
         """Install each mechanism at its layers."""
         self.windows = [backbone.window(i) for i in range(backbone.num_layers)]
-        self.owner: dict[int, Fusion] = {}
+        self.owner: dict[int, Any] = {}
         for part in self._fusions():
             part.install(backbone)
             first, end = part.config.layers

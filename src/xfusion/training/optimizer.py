@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class Optimizer:
@@ -34,9 +34,7 @@ class Optimizer:
             group["lr"] = rate
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            weights: Any = self.list
-            torch._foreach_lerp_(self.average, weights, 1 - ema)
+        get_ema_multi_avg_fn(ema)(self.average, self.list, None)
         return float(norm)
 
     def forget_gradients(self) -> None:
