@@ -34,7 +34,7 @@ class Optimizer:
             group["lr"] = rate
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
-        get_ema_multi_avg_fn(ema)(self.average, self.list, None)
+        get_ema_multi_avg_fn(ema)(self.average, [p.detach() for p in self.list], None)
         return float(norm)
 
     def forget_gradients(self) -> None:
