@@ -1,0 +1,61 @@
+"""How much of the other tower's output positions take in a tower that mixes by position, by layer and kind of position."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xfusion.data.sequence import END_OF_MEDIA, Batch
+from xfusion.fusion.dual_tower import DualTower, Mix
+
+KINDS = ("word", "end of picture", "begin of picture", "clean picture", "noised picture")
+
+
+@torch.no_grad()
+def shares(model: Any, batch: Batch) -> dict[int, dict[str, float]]:
+    """Mean share of the other tower, in -1 to 1.
+
+    Args:
+        model: its fusion is a `DualTower` with ``fuse_by="token"``.
+        batch: packed sequences; only positions from the first picture of a sequence on are counted.
+
+    Returns:
+        Layer -> kind of position (some of `KINDS`) -> mean share; kinds without a position are left out.
+    """
+    fusion: DualTower = model.fusion
+    found: dict[str, Tensor] = {}
+    mixes = {name: mix for name, mix in fusion.mixes.items() if isinstance(mix, Mix) and mix.by == "token"}
+    hooks = [
+        mix.register_forward_pre_hook(lambda mix, args, name=name: found.__setitem__(name, mix.gate(args[0])[..., 0]))
+        for name, mix in mixes.items()
+    ]
+    try:
+        model.run_pass(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    masks = {"text": _words(batch), "media": _pictures(batch)}
+    out: dict[int, dict[str, float]] = {}
+    for name, share in found.items():
+        side, _, layer = name.rpartition("_")
+        for kind, mask in masks[side].items():
+            if mask.any():
+                out.setdefault(int(layer), {})[kind] = float(share[mask].mean())
+    return dict(sorted(out.items()))
+
+
+def _words(batch: Batch) -> dict[str, Tensor]:
+    is_end, counted = batch.text_ids <= END_OF_MEDIA, batch.text.after_media & (batch.text.order >= 0)
+    return {"word": counted & ~is_end, "end of picture": counted & is_end}
+
+
+def _pictures(batch: Batch) -> dict[str, Tensor]:
+    (media,) = batch.media.values()
+    noised, inside = media.at(media.noised.float()).bool(), media.item >= 0
+    return {
+        "begin of picture": media.boundary & (media.rows.order >= 0),
+        "clean picture": inside & ~noised,
+        "noised picture": inside & noised,
+    }

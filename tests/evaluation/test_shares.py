@@ -1,0 +1,33 @@
+"""Shares of the other tower, held to gates that are set by hand."""
+
+import math
+
+import pytest
+import torch
+from contracts.table import make_model, mixed_sequences, view
+
+from xfusion.evaluation.metrics.shares import shares
+
+
+def test_a_gate_that_looks_at_nothing_is_its_bias_at_every_position(bases):
+    model = make_model(bases["llama"], "dynamic", randomised=False)
+    sequences = mixed_sequences()
+    rows = [[sequences["words around picture"]], [sequences["picture behind words"]]]
+    assert shares(model, view(rows, model)) == {
+        layer: dict.fromkeys(("word", "end of picture", "begin of picture", "clean picture", "noised picture"), 0.0)
+        for layer in model.fusion.state_layers
+    }
+    with torch.no_grad():
+        for name, mix in model.fusion.mixes.items():
+            mix.bias.fill_(0.5 if name.startswith("text") else -0.25)
+    found = shares(model, view(rows, model))
+    for kinds in found.values():
+        for kind, value in kinds.items():
+            wanted = 0.5 if kind in ("word", "end of picture") else -0.25
+            assert value == pytest.approx(math.tanh(wanted), abs=1e-6)
+
+
+def test_words_before_a_picture_and_absent_kinds_are_not_counted(bases):
+    model = make_model(bases["llama"], "dynamic")
+    found = shares(model, view([[mixed_sequences()["picture behind words"]]], model))
+    assert found and all(set(kinds) == {"begin of picture", "noised picture"} for kinds in found.values())
