@@ -458,14 +458,15 @@ class Model(nn.Module):
         save(self, folder, **facts)
 
 
-def build(config: ModelConfig, backbone: Backbone | None = None) -> Model:
+def build(config: ModelConfig, backbone: Backbone | None = None, *, fresh: bool = True) -> Model:
     """A model with fresh weights.
 
     Args:
         config: what to build; a recipe's ``.model``.
         backbone: share an already loaded base.
+        fresh: False where all new weights come from elsewhere, so that none need be read (`Fusion.begin`).
     """
-    return Model(config, backbone)
+    return Model(config, backbone, fresh=fresh)
 
 
 def compiled_graphs() -> int:

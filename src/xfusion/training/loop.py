@@ -155,7 +155,7 @@ class _Run:
             raise XFusionError(f"{self.out} already holds a run: pass --resume to go on, or name another folder")
         base = self.recipe.model.backbone
         backbone = backbone or Backbone.load(base.source, revision=base.revision, device=device)
-        self.model = model = self._model(from_pack, backbone)
+        self.model = model = self._model(from_pack, backbone, fresh=not resume)
         if source is None:
             source = open_source(self.recipe.data, allow_bad=allow_bad, special_tokens=model.backbone.special_tokens)
         for number, stage in enumerate(self.recipe.stages):
@@ -192,10 +192,10 @@ class _Run:
         ]
         self._announce(reason, chosen)
 
-    def _model(self, from_pack: str | None, backbone: Backbone) -> Model:
+    def _model(self, from_pack: str | None, backbone: Backbone, *, fresh: bool) -> Model:
         wanted = self.recipe.model
         if from_pack is None:
-            return build(wanted, backbone)
+            return build(wanted, backbone, fresh=fresh)
         model = checkpoint.load(from_pack, backbone=backbone)
         kept = replace(model.config, text=wanted.text, media=wanted.media.adapted(model.config.media))
         if kept != wanted:
@@ -215,6 +215,8 @@ class _Run:
         say(
             f"new       {model.num_new_parameters / 1e6:.1f} M weights ({100 * model.num_new_parameters / frozen:.1f} %)"
         )
+        for index, taken in model.fusion.taken.items():
+            say(f"start     layer {index}: " + ", ".join(f"{own} <- {name}" for own, name in taken.items()))
         tokens = model.image.grid(self.size)
         say(
             f"data      {self.source.spec}: {len(self.source.examples)} pictures, {self.size} px, {tokens[0] * tokens[1]} tokens"
@@ -229,6 +231,7 @@ class _Run:
             dtype=str(dtype).removeprefix("torch."),
             threads=torch.get_num_threads(),
             resumed=self.step > 0,
+            taken={str(index): dict(taken) for index, taken in model.fusion.taken.items()},
         )
 
     # -- the walk

@@ -26,7 +26,7 @@ def shares(model: Any, batch: Batch) -> dict[int, dict[str, float]]:
     """
     fusion: DualTower = model.fusion
     found: dict[str, Tensor] = {}
-    mixes = {name: mix for name, mix in fusion.mixes.items() if isinstance(mix, Mix) and mix.by == "token"}
+    mixes: dict[str, Any] = {n: m for n, m in fusion.mixes.items() if isinstance(m, Mix) and m.by == "token"}
     hooks = [
         mix.register_forward_pre_hook(lambda mix, args, name=name: found.__setitem__(name, mix.gate(args[0])[..., 0]))
         for name, mix in mixes.items()
