@@ -132,18 +132,23 @@ def test_padding_says_nothing(bases):
 def test_the_training_engine_agrees_with_the_reference_path(bases, fusion, family):
     """Another attention implementation over a copy of the frozen weights, in float32."""
     model = make_model(bases[family], fusion)
+    fresh = getattr(model.config.fusion, "width", None) is not None
+    # Fresh blocks begin as the toy GPT-2 did, with matrices 15 times as large as that family's: they round by more.
+    tolerance = 2 * FLOAT32 if fresh and family == "gpt2" else FLOAT32
     for _, (packed, _) in packings().items():
         batch = view(packed, model)
         with model.using(model.reference_engine()):
             whole = look(model, batch)
         with model.using(model.training_engine(torch.float32, "as asked", "eager", False)):
             assert model.engine.backbone is not model.backbone or model.backbone.attention == "eager"
-            assert distance(look(model, batch), whole) <= FLOAT32
-        assert distance(look(model, batch), whole) <= FLOAT32  # and the model is itself again
+            assert distance(look(model, batch), whole) <= tolerance
+        assert distance(look(model, batch), whole) <= tolerance  # and the model is itself again
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("fusion", "family"), [("dual tower, strided", "llama"), ("dual tower", "gemma3")])
+@pytest.mark.parametrize(
+    ("fusion", "family"), [("dual tower, strided", "llama"), ("dual tower", "gemma3"), ("narrow tower", "llama")]
+)
 def test_compiled_layers_agree_with_the_reference_path(bases, fusion, family):
     """Losses and gradients; the same graphs serve all layers of a tower."""
     model = make_model(bases[family], fusion)
