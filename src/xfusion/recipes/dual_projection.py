@@ -19,7 +19,7 @@ from xfusion.training.stages import Recipe
 
 KIND = "modality experts"
 PAPER = "arXiv 2504.20996"
-STATUS = "sketch"
+STATUS = "runs"
 
 
 def dual_projection(stride: int = 5) -> Recipe:

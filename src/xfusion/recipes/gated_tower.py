@@ -20,7 +20,7 @@ from xfusion.training.stages import Recipe
 
 KIND = "gated tower"
 PAPER = "arXiv 2504.20996"
-STATUS = "sketch"
+STATUS = "runs"
 
 
 def gated_tower(stride: int = 5) -> Recipe:

@@ -19,7 +19,7 @@ from xfusion.training.stages import Recipe
 
 KIND = "shared decoder"
 PAPER = "arXiv 2504.20996"
-STATUS = "sketch"
+STATUS = "runs"
 
 
 def single_tower(stride: int = 5) -> Recipe:
