@@ -36,6 +36,8 @@ def start(*argv, **options):
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": paths},
+        # Whoever runs the tests in the background of a shell ignores Ctrl-C, and children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         **options,
     )
 

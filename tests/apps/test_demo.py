@@ -145,6 +145,7 @@ class Knower:
 
     capabilities = frozenset({"text", "draw", "caption"})
     num_new_parameters = 3
+    guidance = 3.0
     fingerprint = "weights"
     image = ImageModality.Config(patch=4, sizes=(16,)).build()
     backbone = SimpleNamespace(source="wheel:w/Base-1B.Q4_1.gguf", revision=None, fingerprint="base")
