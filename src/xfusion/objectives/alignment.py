@@ -24,7 +24,7 @@ from torch.nn import functional
 from xfusion.data.sequence import Batch, MediaRows, XFusionError
 from xfusion.modalities.base import Encoder
 from xfusion.modalities.encoders.efficientnet_lite import EfficientNetLite
-from xfusion.objectives.base import Losses, Objective, Run
+from xfusion.objectives.base import Losses, Objective, Run, noised_targets
 
 FEATURES_KEPT = 256 * 1024 * 1024
 """Bytes of features that are kept in memory; the oldest go first."""
@@ -108,8 +108,7 @@ class Alignment(Objective):
 
     def count(self, batch: Batch) -> dict[str, int]:
         """Pictures that are learned to be drawn."""
-        count = sum(int((m.has_loss & m.noised).sum()) for m in batch.media.values())
-        return {self.name: count} if count else {}
+        return noised_targets(self.name, batch)
 
     def loss(self, run: Run, batch: Batch) -> Losses:
         """Summed distances, one mean per picture, and the number of pictures."""

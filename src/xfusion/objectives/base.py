@@ -129,6 +129,38 @@ class Objective(nn.Module):
         return steps
 
 
+class Denoising(Objective):
+    """Squared error of the prediction at noised items that have a loss: a mean per item, weighed by its noise level."""
+
+    gives = frozenset({"draw"})
+
+    def weigh(self, time: Tensor) -> Tensor:
+        """Factors ``[N]`` of the items' errors at noise levels ``[N]``."""
+        raise NotImplementedError(type(self).__name__)
+
+    def count(self, batch: Batch) -> dict[str, int]:
+        """Items that have a loss."""
+        return noised_targets(self.name, batch)
+
+    def loss(self, run: Run, batch: Batch) -> Losses:
+        """Summed per-item mean squared errors and the number of items."""
+        out: Losses = {}
+        for modality, media in batch.media.items():
+            wanted = media.has_loss & media.noised
+            if media.target is None or not bool(wanted.any()):
+                continue
+            error = (run(batch).media[modality].float() - media.target).square().mean(dim=-1)  # [B, n]
+            per_item = media.mean(error) * self.weigh(media.time)
+            out[self.name] = (per_item[wanted].sum(), wanted.sum())
+        return out
+
+
+def noised_targets(name: str, batch: Batch) -> dict[str, int]:
+    """How many noised items have a loss, under the name of the loss; nothing where there are none."""
+    count = sum(int((media.has_loss & media.noised).sum()) for media in batch.media.values())
+    return {name: count} if count else {}
+
+
 class NoObjective(Objective):
     """Nothing is learned: the media objective of a model that only reads pictures. The port needs no head."""
 

@@ -22,21 +22,20 @@ import torch
 from torch import Tensor
 
 from xfusion.data.sequence import Batch, XFusionError
-from xfusion.objectives.base import Losses, Objective, Run
+from xfusion.objectives.base import Denoising
 
 LEVELS = 1000
 """Noise levels of a schedule."""
 _SCHEDULES = {"cosine": "squaredcos_cap_v2", "linear": "linear"}
 
 
-class Diffusion(Objective):
+class Diffusion(Denoising):
     """Squared error of the prediction at noised items, one mean per item."""
 
     name = "diffusion"
-    gives = frozenset({"draw"})
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Objective.Config):
+    class Config(Denoising.Config):
         """What the media head predicts, and the noise schedule."""
 
         prediction: Literal["noise", "clean", "velocity"] = "noise"
@@ -117,23 +116,6 @@ class Diffusion(Objective):
         snr = signal / (1 - signal)
         scale = {"noise": snr, "clean": torch.ones_like(snr), "velocity": snr + 1}[self.config.prediction]
         return snr.clamp(max=self.config.largest_snr) / scale
-
-    def count(self, batch: Batch) -> dict[str, int]:
-        """Items that have a loss."""
-        count = sum(int((m.has_loss & m.noised).sum()) for m in batch.media.values())
-        return {self.name: count} if count else {}
-
-    def loss(self, run: Run, batch: Batch) -> Losses:
-        """Summed per-item mean squared errors and the number of items."""
-        out: Losses = {}
-        for modality, media in batch.media.items():
-            wanted = media.has_loss & media.noised
-            if media.target is None or not bool(wanted.any()):
-                continue
-            error = (run(batch).media[modality].float() - media.target).square().mean(dim=-1)
-            per_item = media.mean(error) * self.weigh(media.time)
-            out[self.name] = (per_item[wanted].sum(), wanted.sum())
-        return out
 
     # -- sample
 

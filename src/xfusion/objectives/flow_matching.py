@@ -16,20 +16,19 @@ import torch
 from torch import Tensor
 
 from xfusion.data.sequence import Batch, XFusionError
-from xfusion.objectives.base import Losses, Objective, Run
+from xfusion.objectives.base import Denoising
 
 SMALLEST_TIME = 1e-3
 """Division by t or 1 - t stops here."""
 
 
-class FlowMatching(Objective):
+class FlowMatching(Denoising):
     """L_DM: squared error of the prediction at noised items, one mean per item."""
 
     name = "flow_matching"
-    gives = frozenset({"draw"})
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Objective.Config):
+    class Config(Denoising.Config):
         """What the media head predicts and how noise levels are drawn."""
 
         weight: float = 1.0
@@ -99,25 +98,11 @@ class FlowMatching(Objective):
 
     # -- loss
 
-    def count(self, batch: Batch) -> dict[str, int]:
-        """Items that have a loss."""
-        count = sum(int((m.has_loss & m.noised).sum()) for m in batch.media.values())
-        return {self.name: count} if count else {}
-
-    def loss(self, run: Run, batch: Batch) -> Losses:
-        """Summed per-item mean squared errors and the number of items."""
-        out: Losses = {}
-        for modality, media in batch.media.items():
-            wanted = media.has_loss & media.noised
-            if media.target is None or not bool(wanted.any()):
-                continue
-            prediction = run(batch).media[modality].float()
-            error = (prediction - media.target).square().mean(dim=-1)  # [B, n]
-            per_item = media.mean(error)
-            if self.config.prediction == "clean":
-                per_item = per_item * media.time.clamp(min=SMALLEST_TIME).pow(-2).clamp(max=self.config.largest_weight)
-            out[self.name] = (per_item[wanted].sum(), wanted.sum())
-        return out
+    def weigh(self, time: Tensor) -> Tensor:
+        """``t^-2`` up to the largest weight for clean prediction, which makes it a velocity error; else 1."""
+        if self.config.prediction != "clean":
+            return torch.ones_like(time)
+        return time.clamp(min=SMALLEST_TIME).pow(-2).clamp(max=self.config.largest_weight)
 
     # -- sample
 
