@@ -42,7 +42,7 @@ def xfusion(stride: int = 5, mlp: int | None = 512) -> Recipe:
             fusion=DualTower.Config(stride=stride, mlp=mlp),
             # Noisy levels and a low weight on clean ones: what words decide is decided there, and sampling has to walk
             # where training was (docs/training_log.md).
-            media=FlowMatching.Config(time_mean=2.0, largest_weight=2.0, sampling_shift=100.0),
+            media=FlowMatching.Config(time_mean=2.0, largest_weight=2.0, sampling_shift=100.0, guidance=1.5),
         ),
         data="emoji",
         stages=(Stage(rate=4e-3),),
