@@ -120,6 +120,9 @@ class CrossAttention(Fusion):
                 x = block(x, (k, v), run.seen("text", of="media"))
         return run.states | self.words_alone(0, index, frozen, call, run, x)
 
+    def text_layer(self, index, frozen, x, call):
+        return frozen(x, **call)  # the slot of this mechanism holds media's keys and values, never words'
+
     def reference_layer(self, index, frozen, call, run):
         """Each word by itself over the rows that it sees; then the frozen layer over all rows, media keys hidden."""
         block, states = self.block(index, frozen), dict(run.states)

@@ -16,7 +16,7 @@ from contracts.table import (
     view,
 )
 
-import xfusion.fusion.dual_tower as dual_tower
+import xfusion.fusion.base as fusion_base
 from xfusion.backbone import Backbone, layer_pieces
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Sequence, Text
@@ -67,8 +67,8 @@ def test_greedy_tokens_of_the_fused_stack_are_the_bases(bases, fusion, family):
 
 
 def test_the_fused_stack_makes_the_media_towers_keys_and_values(bases, monkeypatch):
-    model, calls, made = make_model(bases["llama"]), [], dual_tower.keys_values
-    monkeypatch.setattr(dual_tower, "keys_values", lambda *a: calls.append(made(*a)) or calls[-1])
+    model, calls, made = make_model(bases["llama"]), [], fusion_base.keys_values
+    monkeypatch.setattr(fusion_base, "keys_values", lambda *a: calls.append(made(*a)) or calls[-1])
     ids = text_batches()["bare"][0]
     model.text_logits(ids)
     assert not calls

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from types import MappingProxyType
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from xfusion.backbone import Backbone, Cache, KeysValues, attention_mask, keys_values, run_rows, slice_call
+from xfusion.backbone import Backbone, Cache, KeysValues, assembled, attention_mask, keys_values, run_rows, slice_call
 from xfusion.data.sequence import MediaRows, Rows, XFusionError, seen, visible
 
 Call = dict[str, Any]
@@ -131,6 +132,11 @@ class Pass:
         return self._masks[key]
 
 
+def by_path(parts: nn.ModuleDict) -> dict[str, nn.Module]:
+    """Parts of a layer by their paths in it; a ``ModuleDict`` takes no dots."""
+    return {name.replace("/", "."): part for name, part in parts.items()}
+
+
 def tower_rows(
     layer: nn.Module,
     own: Tensor,
@@ -234,6 +240,7 @@ class Fusion(nn.Module):
         """Make the new modules for a base: at every placed layer what `make` says. The base itself is not touched."""
         self.windows = [backbone.window(i) for i in range(backbone.num_layers)]
         self.block_config = self.make_config(backbone)
+        self._standing: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
         self.blocks = nn.ModuleDict(
             {str(index): self.make(index, backbone) for index in self.config.placed(backbone.num_layers)}
         )
@@ -249,7 +256,9 @@ class Fusion(nn.Module):
         """
 
     def make(self, index: int, backbone: Backbone) -> nn.Module:
-        """The new modules of a layer; by default a trainable copy of the frozen one."""
+        """The new modules of a layer: a decoder layer, by default a trainable copy of the frozen one; or parts of one as a
+        ``ModuleDict`` by path, ``/`` for ``.``, which stand in the frozen layer.
+        """
         return backbone.copy_layer(index, self.block_config)
 
     def remove(self) -> None:
@@ -270,14 +279,19 @@ class Fusion(nn.Module):
         return tuple(int(index) for index in self.blocks)
 
     def block(self, index: int, frozen: nn.Module) -> Any:
-        """The new block at a layer, or None where there is none.
+        """The new block at a layer, or None where there is none: what `make` made, or the frozen layer with the parts that
+        it made in place.
 
         Args:
             index: number of the layer.
             frozen: the frozen layer of this pass, for blocks that stand on its weights.
         """
-        del frozen
-        return self.blocks[str(index)] if str(index) in self.blocks else None  # noqa: SIM401 (a ModuleDict has no get)
+        block = self.blocks[str(index)] if str(index) in self.blocks else None  # noqa: SIM401 (a ModuleDict has no get)
+        if not isinstance(block, nn.ModuleDict):
+            return block
+        if frozen not in self._standing:
+            self._standing[frozen] = assembled(frozen, by_path(block))
+        return self._standing[frozen]
 
     # -- the work of a layer
 
@@ -290,8 +304,12 @@ class Fusion(nn.Module):
         raise NotImplementedError(type(self).__name__)
 
     def text_layer(self, index: int, frozen: nn.Module, x: Tensor, call: Call) -> Tensor:
-        """One layer of a text-only pass, the frozen block called exactly as the base calls it."""
-        del index
+        """One layer of a text-only pass, the frozen block called exactly as the base calls it; a block with a slot of its
+        own, which is a decoder layer unless a mechanism says otherwise here, still makes its keys and values.
+        """
+        if self.num_towers > 1 and (block := self.block(index, frozen)) is not None:
+            own = x.to(next(self.blocks[str(index)].parameters()).dtype)
+            keys_values(block, own, slice_call(call, slice(None)))
         return frozen(x, **call)
 
     def tower(

@@ -43,7 +43,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -53,12 +52,9 @@ from xfusion.backbone import (
     Backbone,
     Delta,
     Projected,
-    assembled,
-    keys_values,
     linear_paths,
     linear_shape,
     narrow_mlp,
-    slice_call,
 )
 from xfusion.data.sequence import XFusionError
 from xfusion.fusion import pretrained
@@ -179,7 +175,6 @@ class DualTower(Fusion):
         """Copy the frozen blocks at the tower's layers, make fresh ones of another width, or lay deltas beside them."""
         self._scale = 0.1 * backbone.embedding_scale if self.config.width else 1.0
         super().install(backbone)
-        self._standing: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
         fuse, config = self.config.fuse, self.config
         sides = {None: (), "image": ("media",), "text": ("text",), "both": ("text", "media")}[fuse]
         self.mixes = nn.ModuleDict(
@@ -232,15 +227,6 @@ class DualTower(Fusion):
             narrow_mlp(block, backbone.config, self.config.mlp)
         return block
 
-    def block(self, index: int, frozen: nn.Module) -> nn.Module | None:
-        """The media tower's block at a layer, or None where media states pass unchanged."""
-        block = super().block(index, frozen)
-        if block is None or self.config.rank is None:
-            return block
-        if frozen not in self._standing:
-            self._standing[frozen] = assembled(frozen, {p.replace("/", "."): part for p, part in block.items()})
-        return self._standing[frozen]
-
     def mix(self, side: str, index: int) -> Mix | None:
         """The learned mix of a side, ``text`` or ``media``, at a layer; None where its positions keep their tower's."""
         name = f"{side}_{index}"
@@ -276,11 +262,3 @@ class DualTower(Fusion):
         by_media = run.states if block is None else self.whole(index, block, call, run)
         new = {owner: (by_text if owner == "text" else by_media)[owner] for owner in run.states}
         return new if block is None else self._mixed(index, run, new, by_text, by_media)
-
-    def text_layer(self, index: int, frozen: nn.Module, x: Tensor, call: Call) -> Tensor:
-        """A text-only layer: the frozen block called whole, the media tower still making its keys and values."""
-        block = self.block(index, frozen)
-        if block is not None:
-            own = x.to(next(self.blocks[str(index)].parameters()).dtype)
-            keys_values(block, own, slice_call(call, slice(None)))
-        return frozen(x, **call)

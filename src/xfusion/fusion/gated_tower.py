@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from xfusion.backbone import Backbone, keys_values, slice_call
+from xfusion.backbone import Backbone
 from xfusion.fusion.base import Call, Fusion, Pass
 
 
@@ -61,10 +61,3 @@ class GatedTower(Fusion):
         if block is None:
             return run.states | {o: h for o, h in plain.items() if o == "text"}
         return self._added(index, run, plain, self.whole(index, block, call, run))
-
-    def text_layer(self, index: int, frozen: nn.Module, x: Tensor, call: Call) -> Tensor:
-        """A text-only layer: the frozen block called whole, the gated one still making its keys and values."""
-        block = self.block(index, frozen)
-        if block is not None:
-            keys_values(block, x.to(next(block.parameters()).dtype), slice_call(call, slice(None)))
-        return frozen(x, **call)

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +42,7 @@ from xfusion.backbone import (
     run_rows,
 )
 from xfusion.data.sequence import XFusionError
-from xfusion.fusion.base import Call, Fusion, Pass, compiled
+from xfusion.fusion.base import Call, Fusion, Pass, by_path, compiled
 
 Part = Literal["norm", "query", "key", "value", "output", "mlp"]
 PARTS: tuple[Part, ...] = ("norm", "query", "key", "value", "output", "mlp")
@@ -155,11 +154,6 @@ class ModalityExperts(Fusion):
                 raise XFusionError(f"modality experts: own {self.own}: name some of {', '.join(PARTS)}")
             return ModalityExperts(self)
 
-    def install(self, backbone: Backbone) -> None:
-        """Copy the parts that media positions have of their own."""
-        super().install(backbone)
-        self._standing: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
-
     def make(self, index: int, backbone: Backbone) -> nn.Module:
         """The parts of a layer that are not shared, by path; some rows of a matrix where roles share one."""
         copied, pieces = backbone.copy_layer(index, self.block_config), layer_pieces(backbone.layers[index])
@@ -174,15 +168,6 @@ class ModalityExperts(Fusion):
             whole = not rows or sum(map(len, rows)) == linear_weight(module).shape[0]
             parts[path.replace(".", "/")] = module if whole else OwnRows(module, torch.cat(rows).sort().values)
         return nn.ModuleDict(parts).to(next(copied.parameters()).device)
-
-    def block(self, index: int, frozen: nn.Module) -> Any:
-        """The layer that media positions take: the frozen one with the parts of their own in place."""
-        parts = super().block(index, frozen)
-        if parts is None:
-            return None
-        if frozen not in self._standing:
-            self._standing[frozen] = assembled(frozen, {p.replace("/", "."): part for p, part in parts.items()})
-        return self._standing[frozen]
 
     def _is_own(self, run: Pass) -> Tensor | None:
         """Which media positions take the new weights, bool ``[B, n, 1]``; None is all of them."""
@@ -227,12 +212,13 @@ class ModalityExperts(Fusion):
 
     def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
         """The whole frozen layer, in which each part of its own is computed by both weights and chosen by position."""
-        if super().block(index, frozen) is None:
+        if str(index) not in self.blocks:
             plain = self.whole(index, frozen, call, run)
             return run.states | {o: h for o, h in plain.items() if o == "text"}
         is_own = torch.cat([self._rows_of_their_own(owner, run) for owner in run.rows], dim=1)
-        parts = {p.replace("/", "."): Routed(part, is_own) for p, part in super().block(index, frozen).items()}
-        return self.whole(index, assembled(frozen, parts), call, run)
+        own: Any = self.blocks[str(index)]
+        routed = {path: Routed(part, is_own) for path, part in by_path(own).items()}
+        return self.whole(index, assembled(frozen, routed), call, run)
 
     def _rows_of_their_own(self, owner: str, run: Pass) -> Tensor:
         shape, device = run.rows[owner].order.shape, run.rows[owner].order.device
