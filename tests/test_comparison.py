@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import statistics
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,7 +23,8 @@ from xfusion.comparison import Plan, compare, summarise
 from xfusion.comparison import run as walk
 from xfusion.comparison.cost import count_flops, peak_memory, tokens_added, trainable_parameters
 from xfusion.comparison.intervals import interval, paired, seeds_needed, t_quantile
-from xfusion.comparison.plan import GUIDANCES, RATE_FACTORS, TRIAL_SEED, Part
+from xfusion.comparison.machine import commit
+from xfusion.comparison.plan import GUIDANCES, RATE_FACTORS, TRIAL_SEED, Part, labelled, named
 from xfusion.comparison.results import differing, portable
 from xfusion.comparison.run import scored_by_its_teacher, text_keeping
 from xfusion.data.mixture import MixtureConfig
@@ -375,6 +377,42 @@ def test_a_run_that_was_stopped_goes_on(go, base):
     )
     log = Path("runs/compare/test/two-seed0/log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in log if '"event": "step"' in line] == [0, 1, 2]
+
+
+def test_processes_share_the_work(go, base):
+    """While one holds a run, another takes the other runs; nothing is done twice, and the table is the same."""
+    recipes = {"one": tiny(base), "two": tiny(base, mlp=8)}
+    whole = go(recipes, out="comparison/whole")
+    code = """if True:
+        import sys
+        from filelock import FileLock
+        with FileLock("runs/compare/test/.two-seed0.lock", timeout=0):
+            print("held", flush=True)
+            sys.stdin.read()
+    """
+    Path("runs/compare/test").mkdir(parents=True)
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        go(recipes)
+        found = {p.name for p in Path("comparison/test").glob("*-seed*.json")}
+        assert found == {"one-seed0.json", "one-seed1.json", "two-seed1.json"}
+        other.stdin.close()
+        other.wait()
+    assert go(recipes)["scores"] == whole["scores"], "the system frees what a dead process held"
+
+
+def test_two_recipes_of_one_name_are_told_apart():
+    both = named(["single_tower(stride=10)", "slow=single_tower(stride=10, rate=1e-3)"])
+    assert {label: recipe.stages[0].rate for label, recipe in both.items()} == {"single_tower": 4e-3, "slow": 1e-3}
+    assert labelled("folder/file.py:mine(a=1)") == ("mine", "folder/file.py:mine(a=1)")
+    assert labelled("b=folder/file.py:mine(a=1)") == ("b", "folder/file.py:mine(a=1)")
+    with pytest.raises(XFusionError, match=r"two of the recipes are called 'xfusion'.*write LABEL=RECIPE"):
+        named(["xfusion", "xfusion(stride=10)"])
+
+
+def test_a_copy_without_history_is_told_its_commit(monkeypatch):
+    monkeypatch.setenv("XFUSION_COMMIT", "abc")
+    assert commit() == {"id": "abc", "changed_files": None}
 
 
 def test_unlike_recipes_are_refused(go, base):

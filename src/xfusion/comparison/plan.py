@@ -113,17 +113,26 @@ def named(recipes: Sequence[str] | Mapping[str, Recipe]) -> dict[str, Recipe]:
     if isinstance(recipes, Mapping):
         named = dict(recipes)
     else:
-        labels = [name.partition("(")[0].rpartition(":")[2] for name in recipes]
+        pairs = [labelled(name) for name in recipes]
+        labels = [label for label, _ in pairs]
         twice = [label for label in labels if labels.count(label) > 1]
         if twice:
-            raise XFusionError(f"two of the recipes are called {twice[0]!r}: results are named by it, rename one")
-        named = {label: _recipe(name) for label, name in zip(labels, recipes, strict=True)}
+            raise XFusionError(
+                f"two of the recipes are called {twice[0]!r}: results are named by it, so write LABEL=RECIPE for one"
+            )
+        named = {label: _recipe(name) for label, name in pairs}
     if not named:
         raise XFusionError("no recipe to compare: name at least one, better two")
     for label in named:
         if not re.fullmatch(r"\w[\w.]*", label) or re.search(r"-seed\d", label):
             raise XFusionError(f"recipe name {label!r} cannot be part of a file name: use letters, digits, _ and .")
     return named
+
+
+def labelled(name: str) -> tuple[str, str]:
+    """What a recipe is called in a comparison, and its name: ``slow=single_tower(rate=1e-3)`` says both."""
+    given = re.match(r"([\w.]+)=(.+)", name)
+    return (given[1], given[2]) if given else (name.partition("(")[0].rpartition(":")[2], name)
 
 
 def _recipe(name: str) -> Recipe:

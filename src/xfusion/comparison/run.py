@@ -8,13 +8,15 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields as fields_of
 from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image as PILImage
 from torch.nn.functional import cross_entropy
 
@@ -89,6 +91,7 @@ def compare(
     """Train and score recipes alike, and say what can be said about their difference.
 
     What was finished before is not done again, and a run that was cut off goes on: call it again with the same settings.
+    Several processes that share ``out`` and ``work`` may do so at once: each takes runs that no other is at.
 
     Args:
         recipes: names as `xfusion.recipes.base.find` takes them, or recipes by name. The others are compared with the first.
@@ -315,7 +318,7 @@ class _Comparison:
 
     def go(self) -> None:
         labels = self._labels()
-        settings = {e.label: self._tuned(e) for e in self.entries}
+        settings = self._all_tuned()
         walk = [
             (entry, share, seed)
             for share in sorted(self.plan.shares, reverse=True)
@@ -325,7 +328,28 @@ class _Comparison:
         left = [(*run, settings[run[0].label]) for run in walk if not self._done(*run, settings[run[0].label])]
         self._write_plan(labels)  # once nothing is refused any more
         for number, run in enumerate(left, start=1 + len(walk) - len(left)):
-            self._run(*run, f"[{number}/{len(walk)}]")
+            entry, share, seed, _ = run
+            with self._taken(run_name(entry.label, seed, share)) as mine:
+                if mine and not self._done(*run):
+                    self._run(*run, f"[{number}/{len(walk)}]")
+
+    @contextmanager
+    def _taken(self, name: str, *, wait: bool = False) -> Iterator[bool]:
+        """Hold a part of the work against other processes of the same comparison; the system frees what a dead one held.
+
+        Gives whether it is ours: without ``wait`` another process may be at it.
+        """
+        self.work.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.work / f".{name}.lock")
+        try:
+            lock.acquire(timeout=-1 if wait else 0)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
 
     def _labels(self) -> list[str]:
         """All recipes of the folder. Recipes and seeds may be added later; the first recipe stays the first."""
@@ -416,6 +440,16 @@ class _Comparison:
         return evaluate(model, "emoji", source=source, progress=told, **settings)
 
     # -- tuning
+
+    def _all_tuned(self) -> dict[str, dict[str, Any]]:
+        """Every recipe's rate and guidance; what another process is at comes last."""
+        found: dict[str, dict[str, Any]] = {}
+        for wait in (False, True):
+            for entry in (e for e in self.entries if e.label not in found):
+                with self._taken(f"{entry.label}-trials", wait=wait) as mine:
+                    if mine:
+                        found[entry.label] = self._tuned(entry)
+        return found
 
     def _tuned(self, entry: Entry) -> dict[str, Any]:
         """Rate and guidance of a recipe, chosen once on the validation part and written down."""

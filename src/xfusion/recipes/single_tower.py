@@ -22,8 +22,13 @@ PAPER = "arXiv 2504.20996"
 STATUS = "runs"
 
 
-def single_tower(stride: int = 5) -> Recipe:
-    """Trained copies at every stride-th layer."""
+def single_tower(stride: int = 5, rate: float = 4e-3) -> Recipe:
+    """Trained copies at every stride-th layer.
+
+    Args:
+        stride: a block is trained at every stride-th layer.
+        rate: largest learning rate; the lower, the less of the text is lost and the less is learned to draw.
+    """
     recipe = xfusion()
-    fusion = SharedDecoder.Config(stride=stride)
-    return replace(recipe, model=replace(recipe.model, fusion=fusion))
+    fusion, stages = SharedDecoder.Config(stride=stride), tuple(replace(stage, rate=rate) for stage in recipe.stages)
+    return replace(recipe, model=replace(recipe.model, fusion=fusion), stages=stages)

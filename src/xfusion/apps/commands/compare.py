@@ -19,12 +19,14 @@ class Compare(Verb):
     """Compare recipes at equal budget: paired seeds, intervals, costs, one page.
 
     Trains every recipe once per seed, scores it, and writes one JSON file per run, a table and index.html to the folder.
-    The others are compared with the first. Stop with Ctrl-C; the same command goes on where it stopped. Without a recipe,
-    the table and the page are made from the files that are there.
+    The others are compared with the first. Stop with Ctrl-C; the same command goes on where it stopped. Several processes
+    may be given the same command: each takes runs that no other is at. Without a recipe, the table and the page are made
+    from the files that are there.
     """
 
     recipes: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE...")] = ()
-    """Names of `xfusion list`, file.py:function or package.module:function."""
+    """Names of `xfusion list`, file.py:function or package.module:function; arguments stand in brackets, a name for the
+    results before =, as in slow=single_tower(rate=1e-3)."""
     samples: int = 60_000
     """Training samples of a run, drawing and naming together."""
     seeds: int = 5
@@ -100,8 +102,9 @@ class Compare(Verb):
 
     def folder(self) -> Path:
         """Where the results are."""
-        labels = [name.rpartition(":")[2] for name in self.recipes]
-        return self.out or Path("comparison") / "-".join(labels)
+        from xfusion.comparison.plan import labelled
+
+        return self.out or Path("comparison") / "-".join(labelled(name)[0] for name in self.recipes)
 
     def command(self) -> str:
         """The command that makes it again; of files only the names are told."""
