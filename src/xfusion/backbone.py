@@ -530,11 +530,12 @@ class Backbone:
         return cls(model.to(device), tokenizer, source, revision)
 
     @classmethod
-    def of_shape(cls, name: str) -> Backbone:
+    def of_shape(cls, name: str, device: torch.device | str = "meta") -> Backbone:
         """A base without weights and without a tokenizer, for what a recipe would cost on it.
 
         Args:
             name: a name of `SHAPES`.
+            device: anything but ``meta`` gives random weights there, to measure time and memory with.
 
         Raises:
             XFusionError: it is not known.
@@ -543,9 +544,9 @@ class Backbone:
 
         if name not in SHAPES:
             raise XFusionError(f"shape {name!r} is not one of {', '.join(SHAPES)}")
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES[name]), dtype=torch.bfloat16)
-        return cls(model, None, name)
+        with torch.device(device):
+            model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES[name]), dtype=torch.bfloat16)
+        return cls(model.requires_grad_(False).eval(), None, name)
 
     def fresh(self) -> Any:
         """The base once more, by transformers alone: another object with storage of its own, as `verify` needs.

@@ -1,0 +1,175 @@
+"""How near the machine's own matrix rate X-Fusion trains at the shape of a real base, with random weights.
+
+    python benchmarks/shape.py --shape Llama-3.2-1B --batch 32 --device cuda
+
+A full copy of every layer is trained, as in the paper. Drawing: texts, each before a picture to draw. Joint: two thirds
+of the samples draw, one third names a clean picture. One JSON object on standard output: seconds per step (median), the
+FLOPs of a step by torch's counter (uncompiled), the rate of a bf16 product of two square matrices measured in between,
+and the share of it (MFU). ``--profile FILE`` writes where the time of a drawing step goes.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from torch.utils.flop_counter import FlopCounterMode
+
+from xfusion.backbone import Backbone
+from xfusion.data.pack import pack
+from xfusion.data.sequence import Batch, Sequence, Text
+from xfusion.fusion.dual_tower import DualTower
+from xfusion.modalities.image import ImageModality
+from xfusion.model import Model, ModelConfig, build
+from xfusion.training.optimizer import Optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is measured."""
+
+    shape: str = "Llama-3.2-1B"
+    """A shape that `xfusion show --backbone` knows."""
+    batch: int = 32
+    """Samples per step."""
+    side: int = 16
+    """A picture has side x side tokens."""
+    words: int = 64
+    """Text positions of a sample."""
+    stride: int = 1
+    """A media block stands at every stride-th layer."""
+    steps: int = 10
+    """Measured steps of each kind, behind three of warm-up."""
+    device: str = "cuda"
+    """Where it runs."""
+    compile: bool = True
+    """Compile the per-layer work."""
+    square: int = 8192
+    """Side of the matrices whose product is the yardstick."""
+    profile: Path | None = None
+    """Where the profile of a drawing step is written."""
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(work: Callable[[], object], device: torch.device, times: int, warm: int = 3) -> float:
+    """Median time of a call."""
+    taken = []
+    for number in range(warm + times):
+        synchronise(device)
+        begun = time.perf_counter()
+        work()
+        synchronise(device)
+        if number >= warm:
+            taken.append(time.perf_counter() - begun)
+    return statistics.median(taken)
+
+
+def matrix_rate(side: int, device: torch.device) -> float:
+    """FLOP/s of a bf16 product of random matrices."""
+    one, two = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * side**3 / seconds(lambda: one @ two, device, 10)
+
+
+def batches(model: Model, settings: Settings, *, joint: bool) -> list[Batch]:
+    """Random words and pictures."""
+    made, patch = torch.Generator().manual_seed(0), model.image
+    words = model.backbone.config.vocab_size
+
+    def text(*, has_loss: bool = False) -> Text:
+        ids = torch.randint(3, words, (settings.words,), generator=made).tolist()
+        return Text(ids=tuple(ids), has_loss=has_loss)
+
+    def tokens() -> torch.Tensor:
+        return torch.randn(settings.side**2, patch.token_width, generator=made)
+
+    grid, named = (settings.side, settings.side), settings.batch // 3 if joint else 0
+    draw = [
+        Sequence(segments=(text(), patch.segment(tokens(), grid, state="noised", has_loss=True)))
+        for _ in range(settings.batch - named)
+    ]
+    caption = [Sequence(segments=(patch.segment(tokens(), grid), text(has_loss=True))) for _ in range(named)]
+    return [pack([[sample] for sample in kind]).to(model.backbone.device) for kind in (draw, caption) if kind]
+
+
+def main(settings: Settings) -> None:
+    """Measure and print."""
+    device = torch.device(settings.device)
+    backbone = Backbone.of_shape(settings.shape, device)
+    image = ImageModality.Config(patch=4, sizes=(4 * settings.side,))
+    model = build(ModelConfig(fusion=DualTower.Config(stride=settings.stride), image=image), backbone)
+    optimizer = Optimizer(model.named_new_parameters(), 0.0)
+    attention = "eager" if device.type == "cpu" else "sdpa"
+    result: dict[str, object] = {
+        "shape": settings.shape,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "trainable_parameters": model.num_new_parameters,
+        "image_tokens": settings.side**2,
+        "text_tokens": settings.words,
+        "batch": settings.batch,
+        "compiled": settings.compile,
+    }
+    for kind in ("drawing", "joint"):
+        made = batches(model, settings, joint=kind == "joint")
+
+        def learn(engine, made=made, *, update: bool = True) -> None:
+            generator = torch.Generator().manual_seed(0)
+            with model.using(engine), torch.autocast(device.type, torch.bfloat16):
+                for batch in made:
+                    found = model.losses(batch, generator)
+                    torch.stack([value / count for value, count in found.values() if count]).sum().backward()
+            if update:
+                optimizer.step(1e-5, 1.0, 0.999)
+
+        plain = model.training_engine(torch.bfloat16, "measured", attention, False)
+        learn(plain, update=False)  # texts that are computed once are computed here
+        optimizer.forget_gradients()
+        with FlopCounterMode(display=False) as counter:
+            learn(plain, update=False)
+        optimizer.forget_gradients()
+        engine = model.training_engine(torch.bfloat16, "measured", attention, settings.compile)
+        engine.text_states.update(plain.text_states)
+        begun = time.perf_counter()
+        learn(engine)
+        synchronise(device)
+        cold = time.perf_counter() - begun
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        step = seconds(lambda engine=engine, learn=learn: learn(engine), device, settings.steps)
+        rate, flops = matrix_rate(settings.square, device), counter.get_total_flops()
+        result[kind] = {
+            "seconds_per_step": round(step, 4),
+            "samples_per_second": round(settings.batch / step, 1),
+            "first_step_seconds": round(cold, 1),
+            "flops_per_step": flops,
+            "flops_per_second": round(flops / step),
+            "matrix_flops_per_second": round(rate),
+            "share_of_peak": round(flops / step / rate, 3),
+            "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1) if device.type == "cuda" else None,
+        }
+        if settings.profile and kind == "drawing":
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            activities += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
+            with torch.profiler.profile(activities=activities) as profile:
+                for _ in range(3):
+                    learn(engine)
+                synchronise(device)
+            order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+            table = profile.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=90)
+            settings.profile.write_text(table + "\n", encoding="utf-8")
+        print(json.dumps({kind: result[kind]}), flush=True)
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))
