@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from xfusion.data.sequence import END_OF_MEDIA, Batch
-from xfusion.fusion.dual_tower import DualTower, Mix
+from xfusion.fusion.dual_tower import Mix
 
 KINDS = ("word", "end of picture", "begin of picture", "clean picture", "noised picture")
 
@@ -18,15 +18,16 @@ def shares(model: Any, batch: Batch) -> dict[int, dict[str, float]]:
     """Mean share of the other tower, in -1 to 1.
 
     Args:
-        model: its fusion is a `DualTower` with ``fuse_by="token"``.
+        model: any; where its fusion learns no share per position, nothing is found.
         batch: packed sequences; only positions from the first picture of a sequence on are counted.
 
     Returns:
         Layer -> kind of position (some of `KINDS`) -> mean share; kinds without a position are left out.
     """
-    fusion: DualTower = model.fusion
     found: dict[str, Tensor] = {}
-    mixes: dict[str, Any] = {n: m for n, m in fusion.mixes.items() if isinstance(m, Mix) and m.by == "token"}
+    mixes = {n: m for n, m in getattr(model.fusion, "mixes", {}).items() if isinstance(m, Mix) and m.by == "token"}
+    if not mixes:
+        return {}
     hooks = [
         mix.register_forward_pre_hook(lambda mix, args, name=name: found.__setitem__(name, mix.gate(args[0])[..., 0]))
         for name, mix in mixes.items()

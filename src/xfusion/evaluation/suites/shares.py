@@ -1,0 +1,68 @@
+"""What each tower contributes in a tower that mixes by position: mean learned shares by layer and kind of position.
+
+Works on any model whose fusion learns a share per position (`xfusion.fusion.dual_tower.Mix`, ``fuse_by="token"``). The
+share is that of the other tower's output, in -1 to 1; 0 is the plain dual tower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from xfusion.data.mixture import Mixture, MixtureConfig
+from xfusion.data.sequence import XFusionError
+from xfusion.data.sources import Source, open_source
+from xfusion.evaluation.metrics.shares import shares
+
+
+def run(
+    model: Any,
+    *,
+    progress: Callable[[str, int, int], None],
+    source: Source | str = "emoji",
+    size: int | None = None,
+    num_samples: int = 64,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Shares over drawing samples at training's noise levels and over naming samples.
+
+    Args:
+        model: learns a share per position.
+        progress: see `evaluate`.
+        source: pictures with captions, a `Source` or a spec such as "emoji:128".
+        size: side in pixels; None takes the first that the model was trained at.
+        num_samples: drawing samples, and as many naming samples.
+        seed: of the samples' choice and noise.
+
+    Returns:
+        ``share_layer5_word`` and the like: layer, counted from 0, and kind of position.
+
+    Raises:
+        XFusionError: the model learns no shares.
+    """
+    source = open_source(source) if isinstance(source, str) else source
+    backbone, size = model.backbone, size or model.image.sizes[0]
+    config = MixtureConfig(draw=num_samples, caption=num_samples, pack=1)
+    made = Mixture(
+        source, model.image, size, backbone.encode, backbone.begin_ids, backbone.end_ids[0], config, seed
+    ).batches(0)
+    generator, sums = torch.Generator().manual_seed(seed), dict[str, list[float]]()
+    for number, batch in enumerate(made):
+        progress("shares", number, len(made))
+        batch = batch.to(backbone.device)
+        for objective in model.objectives:
+            batch = objective.corrupt(batch, generator)
+        for layer, kinds in shares(model, batch).items():
+            for kind, value in kinds.items():
+                sums.setdefault(f"share_layer{layer}_{kind.replace(' ', '_')}", []).append(value)
+    progress("shares", len(made), len(made))
+    if not sums:
+        raise XFusionError(
+            f"the suite 'shares' needs a tower that learns a share per position; this model's fusion is"
+            f" {type(model.fusion).__name__} without one: train the recipe xfusion_dynamic"
+        )
+    found = {name: sum(values) / len(values) for name, values in sums.items()}
+    settings = {"source": source.spec, "size": size, "num_samples": num_samples, "seed": seed}
+    return {**found, "settings": settings}
