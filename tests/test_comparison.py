@@ -26,15 +26,16 @@ from xfusion.comparison.intervals import interval, paired, seeds_needed, t_quant
 from xfusion.comparison.machine import commit
 from xfusion.comparison.plan import GUIDANCES, RATE_FACTORS, TRIAL_SEED, Part, labelled, named
 from xfusion.comparison.results import differing, portable
-from xfusion.comparison.run import scored_by_its_teacher, text_keeping
+from xfusion.comparison.run import text_keeping
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.sequence import XFusionError
 from xfusion.evaluation.suites import emoji
 from xfusion.evaluation.suites.emoji import chosen, part_of
 from xfusion.fusion.dual_tower import DualTower
-from xfusion.modalities.encoders.efficientnet_lite import EfficientNetLite
+from xfusion.modalities.base import Encoder
 from xfusion.modalities.image import ImageModality
 from xfusion.model import BackboneConfig, ModelConfig, build
+from xfusion.objectives.alignment import Alignment
 from xfusion.training import loop
 from xfusion.training.loop import Interrupted
 from xfusion.training.stages import Recipe, Stage
@@ -72,7 +73,7 @@ def go(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def call(recipes, **settings):
-        given = {k: settings.pop(k) for k in ("progress", "source", "out", "held") if k in settings}
+        given = {k: settings.pop(k) for k in ("progress", "source", "out", "held", "encoder") if k in settings}
         options = {"out": "comparison/test", "source": Noise(12), "backbone": base} | given
         return compare(recipes, plan(**settings), **options)
 
@@ -278,17 +279,6 @@ def test_text_that_changed(base, monkeypatch):
     assert lost["text_bit_equal"] is False
     assert lost["text_perplexity_fused"] == pytest.approx(VOCABULARY)  # every word is as likely
     assert lost["text_perplexity_change"] == pytest.approx(VOCABULARY - kept["text_perplexity_base"])
-
-
-def test_a_teacher_does_not_score():
-    @dataclass(frozen=True)
-    class Alignment:
-        encoder: object
-
-    assert not scored_by_its_teacher(Alignment(encoder=None))
-    assert not scored_by_its_teacher(ModelConfig())
-    encoder = type("Config", (Alignment,), {"__module__": EfficientNetLite.__module__})
-    assert scored_by_its_teacher((Alignment(encoder=encoder(encoder=None)),))
 
 
 # --------------------------------------------------------------------------------------------------------------- runs
@@ -499,6 +489,39 @@ def test_parameters_that_cannot_be_matched(go, base):
     sized = replace(first, model=replace(first.model, fusion=Sized(stride=2, mlp=8)))
     with pytest.raises(XFusionError, match=r"two cannot be matched to one: .* trains 78,512 parameters, one 81,584"):
         go({"one": first, "two": sized}, match_parameters=True)
+
+
+class Averages(Encoder):
+    """Colours of a coarse grid."""
+
+    name = fingerprint = "averages"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Encoder.Config):
+        width = 48
+        fingerprint = "averages"
+
+        def build(self):
+            return Averages()
+
+    def maps(self, images):
+        return torch.nn.functional.adaptive_avg_pool2d(images, 4)
+
+    def features(self, images):
+        return self.maps(images).flatten(1)
+
+
+def test_a_teacher_does_not_score(go, base):
+    plain = tiny(base)
+    aligned = Alignment.Config(layer=2, encoder=Averages.Config())
+    taught = replace(plain, model=replace(plain.model, extra=(aligned,)))
+    scored = {k: v for k, v in SCORED.items() if k != "features"}
+    table = go({"plain": plain, "taught": taught}, seeds=(0,), encoder=Averages(), evaluation=scored)
+    rows = {s["score"]: [row["mean"] for row in s["rows"]] for s in table["scores"]}
+    seen = rows["fit_retrieval_feature_at_10"]
+    assert seen[0] is not None and seen[1] is None and None not in rows["fit_retrieval_pixel_at_10"]
+    assert [read(f"{name}-seed0.json")["scored"]["encoder"] for name in ("plain", "taught")] == ["averages", None]
+    assert "No feature score for taught: a frozen encoder took part in training." in table["notes"]
 
 
 def test_shares_of_the_pictures(go, base):

@@ -10,8 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields as fields_of
-from dataclasses import is_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -102,7 +101,7 @@ def compare(
         device: where the base is loaded to, where none is given.
         source: the opened training pictures instead of a spec.
         held: the held-out pictures of ``source``.
-        encoder: pictures to features, for feature scores; None takes the suite's own.
+        encoder: pictures to features, for feature scores; None takes the suite's own. A model that it taught has none.
         command: how a person makes it again; written down.
         progress: told how far each part is.
 
@@ -144,15 +143,6 @@ def text_keeping(model: Model) -> dict[str, float | bool]:
         "text_perplexity_fused": fused,
         "text_perplexity_change": fused - base,
     }
-
-
-def scored_by_its_teacher(config: Any) -> bool:
-    """Whether training sees a frozen encoder: it may not score what it taught."""
-    if not is_dataclass(config) or isinstance(config, type):
-        return isinstance(config, tuple) and any(map(scored_by_its_teacher, config))
-    if ".modalities.encoders." in f".{type(config).__module__}.":
-        return True
-    return any(scored_by_its_teacher(getattr(config, f.name)) for f in fields_of(config))
 
 
 def _at_rate(recipe: Recipe, factor: float, seed: int) -> Recipe:
@@ -427,8 +417,6 @@ class _Comparison:
 
     def _evaluate(self, model: Model, source: Source, title: str, **settings: Any) -> dict[str, Any]:
         settings = {**self.plan.evaluation, **settings}
-        if scored_by_its_teacher(model.config):
-            settings["features"] = False
         if self.held is not None:
             settings["held"] = self.held
         if self.encoder is not None:
