@@ -10,33 +10,20 @@ from __future__ import annotations
 
 import json
 import statistics
-import tempfile
 import time
-from dataclasses import replace
 
 import torch
 
-import xfusion
 from xfusion.apps.demo import machine
 from xfusion.backbone import Backbone
 from xfusion.model import build
 from xfusion.recipes.xfusion import demo as recipe_function
-from xfusion.training.speed import drawing_speed, samples_per_second
+from xfusion.training.speed import drawing_speed, short_run
 
 STEPS = 40
 PROMPTS = [
     f"{colour} {thing}" for colour in ("red", "green", "blue", "big") for thing in ("apple", "car", "house", "cat")
 ]
-
-
-def joint_speed(backbone: Backbone) -> float | None:
-    """Samples per second of joint steps, drawing to captioning 2 : 1."""
-    recipe = recipe_function()
-    recipe = replace(recipe, stages=(replace(recipe.stages[0], steps=STEPS),))
-    events: list[dict] = []
-    with tempfile.TemporaryDirectory() as folder:
-        xfusion.train(recipe, out=folder, backbone=backbone, preview_every=0, listener=events.append)
-    return samples_per_second([e for e in events if e["event"] == "step"])
 
 
 def sampling_seconds(backbone: Backbone) -> float:
@@ -54,9 +41,10 @@ def main() -> None:
     """Measure and print."""
     backbone = Backbone.load()
     drawing = drawing_speed(recipe_function(), backbone=backbone, steps=STEPS)
+    _, joint = short_run(recipe_function(), backbone=backbone, steps=STEPS)
     result = {
         "drawing_samples_per_second": round(drawing["samples_per_second"], 1),
-        "joint_samples_per_second": round(joint_speed(backbone) or 0.0, 1),
+        "joint_samples_per_second": round(joint or 0.0, 1),
         "seconds_for_16_pictures_in_25_guided_steps": round(sampling_seconds(backbone), 2),
         "threads": torch.get_num_threads(),
         "machine": machine(),

@@ -21,7 +21,7 @@ from contracts.table import VOCABULARY, Noise, make_base, make_model
 from xfusion.backbone import Backbone
 from xfusion.comparison import Plan, compare, summarise
 from xfusion.comparison import run as walk
-from xfusion.comparison.cost import count_flops, peak_memory, tokens_added, trainable_parameters
+from xfusion.comparison.cost import count_flops, measure_time, peak_memory, tokens_added, trainable_parameters
 from xfusion.comparison.intervals import interval, paired, seeds_needed, t_quantile
 from xfusion.comparison.machine import commit
 from xfusion.comparison.plan import GUIDANCES, RATE_FACTORS, TRIAL_SEED, Part, labelled, named
@@ -263,6 +263,15 @@ def test_peak_memory_is_of_the_block():
         pytest.skip("this system does not tell")
     assert large["bytes"] > before["bytes"] + (48 << 20)
     assert after["bytes"] < large["bytes"] - (32 << 20)
+
+
+def test_time_of_a_step_and_of_a_picture(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    taken = measure_time(tiny(base), Noise(12), base, steps=2, compile=False)
+    taken.pop("load_before")
+    assert set(taken) == {"step_seconds", "draw_seconds_per_picture", "caption_seconds_per_picture"}
+    assert all(seconds > 0 for seconds in taken.values())
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
 
 
 def test_text_that_changed(base, monkeypatch):

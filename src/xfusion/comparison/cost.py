@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import re
 import statistics
-import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,8 @@ from xfusion.data.sequence import Sequence as Sample
 from xfusion.data.sources import Source
 from xfusion.evaluation.suites.emoji import chosen
 from xfusion.model import TEXT_STATES_KEPT, Model, choose_compute_dtype
-from xfusion.training.loop import WARM_STEPS, train
-from xfusion.training.speed import samples_per_second
+from xfusion.training.speed import short_run
 from xfusion.training.stages import Recipe, Stage
-
-TIMED_STEPS = 20
-"""Steps over which the speed of training is measured, behind the warm-up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +229,7 @@ def peak_memory(device: torch.device) -> Iterator[dict[str, Any]]:
 
 
 def measure_time(recipe: Recipe, source: Source, backbone: Backbone, *, steps: int, compile: bool) -> dict[str, Any]:
-    """Seconds of a training step and of sampling, by a short run of the one loop that is thrown away.
+    """Seconds of a training step and of sampling, by a `short_run`.
 
     Args:
         recipe: its last stage is measured.
@@ -244,21 +239,8 @@ def measure_time(recipe: Recipe, source: Source, backbone: Backbone, *, steps: i
         compile: as in training.
     """
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    events: list[dict[str, Any]] = []
-    stage = replace(recipe.stages[-1], steps=WARM_STEPS + TIMED_STEPS)
-    with tempfile.TemporaryDirectory(prefix="xfusion-compare-") as folder:
-        model = train(
-            replace(recipe, stages=(stage,)),
-            out=folder,
-            source=source,
-            backbone=backbone,
-            compile=compile,
-            preview_every=0,
-            checkpoint_every=float("inf"),
-            listener=events.append,
-        )
-    rate = samples_per_second([event for event in events if event["event"] == "step"])
-    out: dict[str, Any] = {"load_before": load, "step_seconds": rate and samples_per_step(stage) / rate}
+    model, rate = short_run(recipe, source=source, backbone=backbone, compile=compile)
+    out: dict[str, Any] = {"load_before": load, "step_seconds": rate and samples_per_step(recipe.stages[-1]) / rate}
     indices = chosen(source.examples, 8)
     prompts = [source.examples[i].captions[0] for i in indices]
     pictures = [source.picture(i, model.image.sizes[0]) for i in indices]

@@ -1,4 +1,4 @@
-"""How fast drawing alone trains: a short run of the one training loop, thrown away afterwards."""
+"""How fast a recipe trains: a short run of the one training loop, whose files are thrown away afterwards."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from typing import Any
 from xfusion.backbone import Backbone
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import Source
+from xfusion.model import Model
 from xfusion.training.loop import WARM_STEPS, train
 from xfusion.training.stages import Recipe
 from xfusion.training.track import Event
+
+TIMED_STEPS = 20
+"""Steps over which the speed of training is measured, behind the warm-up."""
 
 
 def samples_per_second(steps: Iterable[Event], *, warm: int = WARM_STEPS) -> float | None:
@@ -30,21 +34,57 @@ def samples_per_second(steps: Iterable[Event], *, warm: int = WARM_STEPS) -> flo
     return sum(event["samples"] for event in counted) / seconds if counted else None
 
 
+def short_run(
+    recipe: Recipe,
+    *,
+    source: Source | None = None,
+    backbone: Backbone | None = None,
+    steps: int = TIMED_STEPS,
+    compile: bool = True,
+) -> tuple[Model, float | None]:
+    """Train for a few steps, by the same loop, batch, precision and compiled blocks as a real run; no file stays.
+
+    Args:
+        recipe: its last stage is run.
+        source: an opened source instead of the recipe's data.
+        backbone: an already loaded base.
+        steps: measured steps, behind the warm-up.
+        compile: compile the per-layer work, as `train` does.
+
+    Returns:
+        the model and its `samples_per_second`.
+    """
+    stage = replace(recipe.stages[-1], steps=WARM_STEPS + steps)
+    events: list[Event] = []
+    with tempfile.TemporaryDirectory(prefix="xfusion-speed-") as folder:
+        model = train(
+            replace(recipe, stages=(stage,)),
+            out=folder,
+            source=source,
+            backbone=backbone,
+            compile=compile,
+            preview_every=0,
+            checkpoint_every=float("inf"),
+            listener=events.append,
+        )
+    return model, samples_per_second(event for event in events if event["event"] == "step")
+
+
 def drawing_speed(
     recipe: Recipe,
     *,
     source: Source | None = None,
     backbone: Backbone | None = None,
-    steps: int = 20,
+    steps: int = TIMED_STEPS,
     compile: bool = True,
 ) -> dict[str, Any]:
-    """Train only drawing for a few steps, by the same loop, batch, precision and compiled blocks as a real run.
+    """How fast drawing alone trains, by a `short_run`.
 
     Args:
         recipe: its last stage is run without captioning samples.
         source: an opened source instead of the recipe's data.
         backbone: an already loaded base.
-        steps: measured steps, after ten of warm-up.
+        steps: measured steps, behind the warm-up.
         compile: compile the per-layer work, as `train` does.
 
     Returns:
@@ -56,18 +96,6 @@ def drawing_speed(
     stage = recipe.stages[-1]
     if not stage.mixture.draw:
         raise XFusionError("the recipe's mixture has draw 0: there is no drawing to measure")
-    only = replace(stage, steps=WARM_STEPS + steps, mixture=replace(stage.mixture, caption=0))
-    events: list[Event] = []
-    with tempfile.TemporaryDirectory(prefix="xfusion-speed-") as folder:
-        train(
-            replace(recipe, stages=(only,)),
-            out=folder,
-            source=source,
-            backbone=backbone,
-            compile=compile,
-            preview_every=0,
-            checkpoint_every=float("inf"),
-            listener=events.append,
-        )
-    rate = samples_per_second([event for event in events if event["event"] == "step"])
+    alone = replace(recipe, stages=(replace(stage, mixture=replace(stage.mixture, caption=0)),))
+    _, rate = short_run(alone, source=source, backbone=backbone, steps=steps, compile=compile)
     return {"samples_per_second": rate, "batch": stage.mixture.draw * stage.accumulate, "steps": steps}
