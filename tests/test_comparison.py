@@ -416,10 +416,10 @@ def test_a_copy_without_history_is_told_its_commit(monkeypatch):
 
 def test_unlike_recipes_are_refused(go, base):
     one = tiny(base)
-    codec = replace(one, model=replace(one.model, image=ImageModality.Config(patch=8, sizes=(16,))))
+    codec = one.with_model(image=ImageModality.Config(patch=8, sizes=(16,)))
     with pytest.raises(XFusionError, match=r"one and two differ in model\.image\.patch: 4 and 8"):
         go({"one": one, "two": codec})
-    other_base = replace(one, model=replace(one.model, backbone=BackboneConfig(source="elsewhere")))
+    other_base = one.with_model(backbone=BackboneConfig(source="elsewhere"))
     with pytest.raises(XFusionError, match=r"differ in model\.backbone\.source: .* and 'elsewhere'.*--backbone"):
         compare({"one": one, "two": other_base}, plan(), out="comparison/test", source=Noise(12))
     with pytest.raises(XFusionError, match="differ in data: 'noise' and 'photos'.*--data"):
@@ -480,7 +480,7 @@ class Sized(DualTower.Config):
 
 def test_parameters_are_matched(go, base):
     first, other = tiny(base, mlp=40), tiny(base)
-    sized = replace(other, model=replace(other.model, fusion=Sized(stride=2, mlp=80)))
+    sized = other.with_model(fusion=Sized(stride=2, mlp=80))
     go({"one": first, "two": sized}, seeds=(0,), match_parameters=True, samples=STEP)
     found = read("two-seed0.json")
     assert found["settings"]["recipe"]["model"]["fusion"]["mlp"] == 38
@@ -495,7 +495,7 @@ def test_parameters_are_matched(go, base):
 
 def test_parameters_that_cannot_be_matched(go, base):
     first = tiny(base, mlp=56)
-    sized = replace(first, model=replace(first.model, fusion=Sized(stride=2, mlp=8)))
+    sized = first.with_model(fusion=Sized(stride=2, mlp=8))
     with pytest.raises(XFusionError, match=r"two cannot be matched to one: .* trains 78,512 parameters, one 81,584"):
         go({"one": first, "two": sized}, match_parameters=True)
 
@@ -523,7 +523,7 @@ class Averages(Encoder):
 def test_a_teacher_does_not_score(go, base):
     plain = tiny(base)
     aligned = Alignment.Config(layer=2, encoder=Averages.Config())
-    taught = replace(plain, model=replace(plain.model, extra=(aligned,)))
+    taught = plain.with_model(extra=(aligned,))
     scored = {k: v for k, v in SCORED.items() if k != "features"}
     table = go({"plain": plain, "taught": taught}, seeds=(0,), encoder=Averages(), evaluation=scored)
     rows = {s["score"]: [row["mean"] for row in s["rows"]] for s in table["scores"]}

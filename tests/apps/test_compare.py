@@ -18,7 +18,7 @@ from xfusion.recipes.base import find
 
 RECIPES = """
 from __future__ import annotations
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from xfusion.fusion.dual_tower import DualTower
 from xfusion.modalities.image import ImageModality
 from xfusion.recipes.xfusion import xfusion
@@ -28,13 +28,11 @@ class Mine(DualTower.Config):
     twist: int = 0
 
 def plain():
-    recipe = xfusion()
-    model = replace(recipe.model, fusion=DualTower.Config(stride=2, mlp=40), image=ImageModality.Config(patch=4, sizes=(16,)))
-    return replace(recipe, model=model)
+    fusion, image = DualTower.Config(stride=2, mlp=40), ImageModality.Config(patch=4, sizes=(16,))
+    return xfusion().with_model(fusion=fusion, image=image)
 
 def twisted():
-    recipe = plain()
-    return replace(recipe, model=replace(recipe.model, fusion=Mine(stride=2, mlp=24)))
+    return plain().with_model(fusion=Mine(stride=2, mlp=24))
 """
 
 

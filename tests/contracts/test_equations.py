@@ -782,10 +782,10 @@ def recipe():
     published = xfusion()
     backbone = replace(published.model.backbone, source=SOURCE)
     image = replace(published.model.image, patch=4, sizes=(16,))
-    model = replace(published.model, backbone=backbone, image=image, fusion=SideStep.Config())
+    own = published.with_model(backbone=backbone, image=image, fusion=SideStep.Config())
     mixture = MixtureConfig(draw=2, caption=2, pack=2)
     stage = replace(published.stages[0], steps=3, warmup=1, rate=1e-2, ema=0.0, mixture=mixture)
-    return replace(published, model=model, data="noise", stages=(stage,))
+    return replace(own, data="noise", stages=(stage,))
 """
 
 

@@ -84,7 +84,7 @@ def run(
     started = time.perf_counter()
     told = _Told(console or Console(quiet=True))
     recipe = recipe or find(RECIPE)()
-    recipe = replace(recipe, seed=seed, model=replace(recipe.model, init_seed=seed))
+    recipe = replace(recipe.with_model(init_seed=seed), seed=seed)
     told.say(_plan(out, minutes, recipe))
 
     # What could fail for want of a package fails now, not behind the training.

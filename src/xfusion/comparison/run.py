@@ -147,7 +147,7 @@ def text_keeping(model: Model) -> dict[str, float | bool]:
 
 def _at_rate(recipe: Recipe, factor: float, seed: int) -> Recipe:
     stages = tuple(replace(stage, rate=stage.rate * factor) for stage in recipe.stages)
-    return replace(recipe, stages=stages, seed=seed, model=replace(recipe.model, init_seed=seed))
+    return replace(recipe.with_model(init_seed=seed), stages=stages, seed=seed)
 
 
 class _Comparison:
@@ -221,7 +221,7 @@ class _Comparison:
             own = count(entry.recipe)
             best, best_recipe = own, entry.recipe
             for fusion in entry.recipe.model.fusion.sizes(self.backbone.num_layers) if done else ():
-                recipe = replace(entry.recipe, model=replace(entry.recipe.model, fusion=fusion))
+                recipe = entry.recipe.with_model(fusion=fusion)
                 try:
                     size = count(recipe)
                 except XFusionError:  # wider than the base itself

@@ -12,8 +12,6 @@ the recipe `xfusion`'s, so that a comparison compares the layer alone.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from xfusion.fusion.modality_experts import ModalityExperts
 from xfusion.recipes.xfusion import xfusion
 from xfusion.training.stages import Recipe
@@ -25,6 +23,4 @@ STATUS = "sketch"
 
 def bagel(stride: int = 1) -> Recipe:
     """A generation expert at every layer."""
-    recipe = xfusion()
-    fusion = ModalityExperts.Config(stride=stride, noised_only=True)
-    return replace(recipe, model=replace(recipe.model, fusion=fusion))
+    return xfusion().with_model(fusion=ModalityExperts.Config(stride=stride, noised_only=True))

@@ -29,4 +29,4 @@ def cogvlm(stride: int = 1) -> Recipe:
     recipe = xfusion()
     fusion = ModalityExperts.Config(stride=stride, own=("query", "key", "value", "output", "mlp"))
     image = replace(recipe.model.image, position="shared", order="causal")
-    return replace(recipe, model=replace(recipe.model, fusion=fusion, image=image))
+    return recipe.with_model(fusion=fusion, image=image)

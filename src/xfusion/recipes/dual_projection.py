@@ -11,8 +11,6 @@ every fifth layer only. Everything around the layer (pictures, port, objectives,
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from xfusion.fusion.modality_experts import ModalityExperts
 from xfusion.recipes.xfusion import xfusion
 from xfusion.training.stages import Recipe
@@ -24,6 +22,4 @@ STATUS = "runs"
 
 def dual_projection(stride: int = 5) -> Recipe:
     """All parts of their own at every stride-th layer."""
-    recipe = xfusion()
-    fusion = ModalityExperts.Config(stride=stride)
-    return replace(recipe, model=replace(recipe.model, fusion=fusion))
+    return xfusion().with_model(fusion=ModalityExperts.Config(stride=stride))

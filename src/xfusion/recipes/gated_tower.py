@@ -12,8 +12,6 @@ recipe `xfusion`'s, so that a comparison compares the layer alone.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from xfusion.fusion.gated_tower import GatedTower
 from xfusion.recipes.xfusion import xfusion
 from xfusion.training.stages import Recipe
@@ -25,6 +23,4 @@ STATUS = "runs"
 
 def gated_tower(stride: int = 5) -> Recipe:
     """Gated copies at every stride-th layer."""
-    recipe = xfusion()
-    fusion = GatedTower.Config(stride=stride)
-    return replace(recipe, model=replace(recipe.model, fusion=fusion))
+    return xfusion().with_model(fusion=GatedTower.Config(stride=stride))

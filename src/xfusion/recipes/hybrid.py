@@ -9,8 +9,6 @@ compares the layer alone.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from xfusion.fusion.dual_tower import DualTower
 from xfusion.fusion.layered import Layered
 from xfusion.fusion.modality_experts import ModalityExperts
@@ -24,11 +22,10 @@ STATUS = "sketch"
 
 def hybrid(stride: int = 10, split: int = 20, num_layers: int = 30) -> Recipe:
     """Whole blocks at every stride-th layer: experts below ``split``, tower blocks from there on."""
-    recipe = xfusion()
     fusion = Layered.Config(
         parts=(
             ModalityExperts.Config(layers=(0, split), stride=stride, offset=stride // 2),
             DualTower.Config(layers=(split, num_layers), stride=stride, offset=stride // 2),
         )
     )
-    return replace(recipe, model=replace(recipe.model, fusion=fusion))
+    return xfusion().with_model(fusion=fusion)

@@ -12,8 +12,6 @@ comparison compares the layer alone.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from xfusion.fusion.modality_experts import ModalityExperts
 from xfusion.recipes.xfusion import xfusion
 from xfusion.training.stages import Recipe
@@ -25,6 +23,4 @@ STATUS = "sketch"
 
 def lmfusion(stride: int = 1) -> Recipe:
     """All parts of their own at every layer."""
-    recipe = xfusion()
-    fusion = ModalityExperts.Config(stride=stride)
-    return replace(recipe, model=replace(recipe.model, fusion=fusion))
+    return xfusion().with_model(fusion=ModalityExperts.Config(stride=stride))

@@ -13,8 +13,6 @@ comparison compares the layer alone.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from xfusion.fusion.modality_experts import ModalityExperts
 from xfusion.recipes.xfusion import xfusion
 from xfusion.training.stages import Recipe
@@ -26,6 +24,4 @@ STATUS = "sketch"
 
 def mplug_owl2(stride: int = 1) -> Recipe:
     """Norms, keys and values of their own at every layer."""
-    recipe = xfusion()
-    fusion = ModalityExperts.Config(stride=stride, own=("norm", "key", "value"))
-    return replace(recipe, model=replace(recipe.model, fusion=fusion))
+    return xfusion().with_model(fusion=ModalityExperts.Config(stride=stride, own=("norm", "key", "value")))

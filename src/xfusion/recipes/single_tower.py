@@ -29,6 +29,5 @@ def single_tower(stride: int = 5, rate: float = 4e-3) -> Recipe:
         stride: a block is trained at every stride-th layer.
         rate: largest learning rate; the lower, the less of the text is lost and the less is learned to draw.
     """
-    recipe = xfusion()
-    fusion, stages = SharedDecoder.Config(stride=stride), tuple(replace(stage, rate=rate) for stage in recipe.stages)
-    return replace(recipe, model=replace(recipe.model, fusion=fusion), stages=stages)
+    recipe = xfusion().with_model(fusion=SharedDecoder.Config(stride=stride))
+    return replace(recipe, stages=tuple(replace(stage, rate=rate) for stage in recipe.stages))

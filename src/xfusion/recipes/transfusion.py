@@ -12,8 +12,6 @@ data, schedule) is the recipe `xfusion`'s, so that a comparison compares the lay
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from xfusion.fusion.shared_decoder import SharedDecoder
 from xfusion.recipes.xfusion import xfusion
 from xfusion.training.stages import Recipe
@@ -25,6 +23,4 @@ STATUS = "sketch"
 
 def transfusion(stride: int = 1) -> Recipe:
     """Trained copies of every layer."""
-    recipe = xfusion()
-    fusion = SharedDecoder.Config(stride=stride)
-    return replace(recipe, model=replace(recipe.model, fusion=fusion))
+    return xfusion().with_model(fusion=SharedDecoder.Config(stride=stride))

@@ -12,8 +12,6 @@ objectives, data, schedule) is the recipe `xfusion`'s, so that a comparison comp
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from xfusion.fusion.dual_tower import DualTower
 from xfusion.recipes.xfusion import xfusion
 from xfusion.training.stages import Recipe
@@ -25,6 +23,4 @@ STATUS = "sketch"
 
 def xfuse(stride: int = 5) -> Recipe:
     """Full copies at every stride-th layer, both sides mixed."""
-    recipe = xfusion()
-    fusion = DualTower.Config(stride=stride, fuse="both")
-    return replace(recipe, model=replace(recipe.model, fusion=fusion))
+    return xfusion().with_model(fusion=DualTower.Config(stride=stride, fuse="both"))

@@ -80,5 +80,4 @@ def pack(part: int = 1) -> Recipe:
         time_mean=mean, time_std=deviation, largest_weight=largest, sampling_shift=6.0, guidance=1.5
     )
     stage = Stage(steps=steps, rate=rate, warmup=warmup, mixture=MixtureConfig(draw=64, caption=caption))
-    recipe = xfusion()
-    return replace(recipe, model=replace(recipe.model, media=media), stages=(stage,))
+    return replace(xfusion().with_model(media=media), stages=(stage,))

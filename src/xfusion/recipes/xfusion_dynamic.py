@@ -10,8 +10,6 @@ comparison compares the layer alone.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from xfusion.fusion.dual_tower import DualTower
 from xfusion.recipes.xfusion import xfusion
 from xfusion.training.stages import Recipe
@@ -23,6 +21,4 @@ STATUS = "sketch"
 
 def xfusion_dynamic(stride: int = 5) -> Recipe:
     """Full copies at every stride-th layer, a learned share per position."""
-    recipe = xfusion()
-    fusion = DualTower.Config(stride=stride, fuse="both", fuse_by="token")
-    return replace(recipe, model=replace(recipe.model, fusion=fusion))
+    return xfusion().with_model(fusion=DualTower.Config(stride=stride, fuse="both", fuse_by="token"))

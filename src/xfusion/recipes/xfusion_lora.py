@@ -12,8 +12,6 @@ comparison compares the layer alone.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from xfusion.fusion.dual_tower import DualTower
 from xfusion.recipes.xfusion import xfusion
 from xfusion.training.stages import Recipe
@@ -25,6 +23,4 @@ STATUS = "sketch"
 
 def xfusion_lora(stride: int = 1, rank: int = 16) -> Recipe:
     """Deltas of a rank at every stride-th layer."""
-    recipe = xfusion()
-    fusion = DualTower.Config(stride=stride, rank=rank)
-    return replace(recipe, model=replace(recipe.model, fusion=fusion))
+    return xfusion().with_model(fusion=DualTower.Config(stride=stride, rank=rank))

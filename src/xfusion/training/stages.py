@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from xfusion.data.mixture import MixtureConfig
 from xfusion.model import ModelConfig
@@ -61,3 +61,7 @@ class Recipe:
     """What is trained, in order."""
     seed: int = 0
     """Seed of order, wordings and noise."""
+
+    def with_model(self, **changes: Any) -> Recipe:
+        """The same recipe for a model in which some parts are others, such as ``fusion``."""
+        return replace(self, model=replace(self.model, **changes))
