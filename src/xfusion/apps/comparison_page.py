@@ -23,6 +23,8 @@ from xfusion.comparison.results import REAL, run_name
 
 COLOURS = ("#c2571a", "#2f73c8", "#1c8a55", "#9355bd", "#c43f52", "#0f8f95", "#a3800a", "#7a7468")
 """Of the recipes, in order; they start again where there are more."""
+LEFT, RIGHT, TOP, BOTTOM = 56, 18, 10, 40
+"""Room around what is drawn between two axes."""
 LOSSES = {"flow_matching": "drawing", "next_token": "naming"}
 """Loss -> its name for people."""
 STYLE = """<style>
@@ -233,6 +235,41 @@ def _axis(values: Sequence[float]) -> tuple[float, float, list[float]]:
     return low, high, [float(f"{low + i * step:.6g}") for i in range(count + 1)]
 
 
+def _axes(
+    width: int,
+    height: int,
+    along: str,
+    across: Sequence[float],
+    up: Sequence[float],
+    across_text: Callable[[float], str],
+    up_text: Callable[[float], str],
+) -> tuple[Callable[[float], float], Callable[[float], float], list[str]]:
+    """Where a value stands on the x axis, where on the y axis, and both as drawn.
+
+    ``across`` and ``up`` are the values that they hold, ``along`` says what the x axis is, the last two write a tick.
+    """
+    near, far, columns = _axis(across)
+    low, high, lines = _axis(up)
+    right, bottom = width - RIGHT, height - BOTTOM
+
+    def x(value: float) -> float:
+        return LEFT + (right - LEFT) * (value - near) / (far - near)
+
+    def y(value: float) -> float:
+        return TOP + (bottom - TOP) * (high - value) / (high - low)
+
+    parts = []
+    for tick in lines:
+        at = y(tick)
+        parts.append(f'<line class="grid-line" x1="{LEFT}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(f'<text class="end" x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{up_text(tick)}</text>')
+    for tick in columns:
+        label = across_text(tick)
+        parts.append(f'<text class="end" x="{x(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{label}</text>')
+    parts.append(f'<text class="end" x="{(LEFT + right) / 2}" y="{height - 6}" text-anchor="middle">{along}</text>')
+    return x, y, parts
+
+
 def _svg(width: float, height: float, title: str, parts: Sequence[str]) -> str:
     said = text(title)
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{said}"><title>{said}</title>{"".join(parts)}</svg>'
@@ -327,7 +364,7 @@ def curves(
         along: what the x axis is.
         logarithmic: take a logarithmic y axis where the values span much; points at 0 and below are then left out.
     """
-    width, height, left, right, top, bottom = 420, 250, 56, 18, 10, 40
+    width, height = 420, 250
     values = [b for line in lines.values() for _, b in line if b > 0]
     logarithmic = logarithmic and bool(values) and max(values) > 8 * min(values)  # else round ticks are easier to read
     lines = {
@@ -338,29 +375,14 @@ def curves(
     if not lines:
         return ""
     points = [point for line in lines.values() for point in line]
-    low, high, ticks = _axis([b for _, b in points])
-    near, far, across = _axis([0.0, *(a for a, _ in points)])
-
-    def x(value: float) -> float:
-        return left + (width - left - right) * (value - near) / (far - near)
-
-    def y(value: float) -> float:
-        return top + (height - top - bottom) * (high - value) / (high - low)
-
-    parts = []
-    for tick in ticks:
-        label = f"{10**tick:.3g}" if logarithmic else f"{tick:g}"
-        parts.append(
-            f'<line class="grid-line" x1="{left}" x2="{width - right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
-        )
-        parts.append(f'<text class="end" x="{left - 7}" y="{y(tick) + 4:.1f}" text-anchor="end">{label}</text>')
-    for tick in across:
-        label = f"{tick / 1000:g}k" if tick >= 1000 else f"{tick:g}"
-        parts.append(
-            f'<text class="end" x="{x(tick):.1f}" y="{height - bottom + 16}" text-anchor="middle">{label}</text>'
-        )
-    parts.append(
-        f'<text class="end" x="{(left + width - right) / 2}" y="{height - 6}" text-anchor="middle">{along}</text>'
+    x, y, parts = _axes(
+        width,
+        height,
+        along,
+        [0.0, *(a for a, _ in points)],
+        [b for _, b in points],
+        lambda tick: f"{tick / 1000:g}k" if tick >= 1000 else f"{tick:g}",
+        lambda tick: f"{10**tick:.3g}" if logarithmic else f"{tick:g}",
     )
     for label, line in lines.items():
         paint, path = _colour(summary, label), " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in line)
@@ -387,7 +409,7 @@ through the fused stack after training.</p><div class="scroll"><table><tbody>{ro
 
 def scatter(summary: dict[str, Any], score: dict[str, Any]) -> str:
     """Perplexity of the fused stack (logarithmic) against a score, one dot per run."""
-    width, height, left, right, top, bottom = 640, 300, 56, 18, 10, 42
+    width, height = 640, 300
     base = math.log10(next(iter(summary["text"].values()))["perplexity_base"])
     points = [
         (row["recipe"], math.log10(summary["text"][row["recipe"]]["perplexity_fused"][seed]), value)
@@ -395,27 +417,16 @@ def scatter(summary: dict[str, Any], score: dict[str, Any]) -> str:
         for seed, value in row["values"].items()
         if seed in summary["text"][row["recipe"]]["perplexity_fused"]
     ]
-    low, high, ticks = _axis([v for _, _, v in points])
-    near, far, across = _axis([base, *(p for _, p, _ in points)])
-
-    def x(value: float) -> float:
-        return left + (width - left - right) * (value - near) / (far - near)
-
-    def y(value: float) -> float:
-        return top + (height - top - bottom) * (high - value) / (high - low)
-
-    parts = []
-    for tick in ticks:
-        parts.append(
-            f'<line class="grid-line" x1="{left}" x2="{width - right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
-        )
-        parts.append(f'<text class="end" x="{left - 7}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    for tick in across:
-        at = height - bottom + 16
-        parts.append(f'<text class="end" x="{x(tick):.1f}" y="{at}" text-anchor="middle">{10**tick:.4g}</text>')
-    parts.append(f'<line class="beside" x1="{x(base):.1f}" x2="{x(base):.1f}" y1="{top}" y2="{height - bottom}"/>')
-    middle = (left + width - right) / 2
-    parts.append(f'<text class="end" x="{middle}" y="{height - 6}" text-anchor="middle">perplexity of the text</text>')
+    x, y, parts = _axes(
+        width,
+        height,
+        "perplexity of the text",
+        [base, *(p for _, p, _ in points)],
+        [v for _, _, v in points],
+        lambda tick: f"{10**tick:.4g}",
+        lambda tick: f"{tick:g}",
+    )
+    parts.append(f'<line class="beside" x1="{x(base):.1f}" x2="{x(base):.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>')
     for label, perplexity, value in points:
         paint = _colour(summary, label)
         parts.append(f'<circle cx="{x(perplexity):.1f}" cy="{y(value):.1f}" r="5" fill="{paint}" opacity=".75"/>')
