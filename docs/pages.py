@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from xfusion.apps.comparison_page import COLOURS, dots
+from xfusion.apps.comparison_page import COLOURS, CONTRIBUTION, bars, dots, scatter
 from xfusion.backbone import SHAPES, Backbone
 from xfusion.comparison import summarise
 from xfusion.comparison.cost import flops_of_shape
@@ -115,6 +115,17 @@ def comparison_part(folder: Path) -> list[str]:
         lines += [f"![{score['title']}](pictures/{file.name})", ""]
         lines += [f"| recipe | mean | 95 % interval | paired difference to {summary['first']} | verdict |"]
         lines += ["| --- | --- | --- | --- | --- |", *(_row(row) for row in score["rows"]), ""]
+    drawing = next((s for s in summary["scores"] if s["score"] == SHOWN[0] and s["share"] == 1), None)
+    if drawing and any(text["bit_equal"] < text["num_runs"] for text in summary["text"].values()):
+        file = HERE / "pictures" / f"{folder.name}_text.svg"
+        file.write_text(_standalone(scatter(summary, drawing)), encoding="utf-8")
+        lines += ["**What drawing cost the text**: perplexity against the score in drawing, a small dot per run", ""]
+        lines += [f"![perplexity of the text against drawing](pictures/{file.name})", ""]
+    if summary["contributions"]:
+        file = HERE / "pictures" / f"{folder.name}_shares.svg"
+        file.write_text(_standalone(bars(summary["contributions"], CONTRIBUTION)), encoding="utf-8")
+        lines += [f"**{CONTRIBUTION.capitalize()}**, by layer and kind of position", ""]
+        lines += [f"![learned shares](pictures/{file.name})", ""]
     lines += ["| recipe | trained weights | GFLOPs per drawing, per name | text |", "| --- | --- | --- | --- |"]
     for row in summary["cost"]:
         flops = ", ".join(f"{value / 1e9:.2f}" for value in row["flops_per_sample"].values())

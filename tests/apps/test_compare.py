@@ -14,6 +14,7 @@ from contracts.table import Noise, make_base
 from xfusion.apps import cli, comparison_page
 from xfusion.apps.commands.compare import Compare, summary_text
 from xfusion.comparison import run as walk
+from xfusion.comparison.table import contributions
 from xfusion.recipes.base import find
 
 RECIPES = """
@@ -184,6 +185,21 @@ def test_dots_stand_where_their_values_are():
         r'<line x1="([\d.]+)" x2="([\d.]+)"[^>]*stroke-width="3"', comparison_page.dots(many, lambda _: "#1")
     )
     assert (float(bar[1]), float(bar[2])) == (pytest.approx(259, abs=0.06), pytest.approx(329.5, abs=0.06))
+
+
+def test_shares_of_a_folder_are_means_and_bars_begin_at_zero(tmp_path):
+    for name, value in (("a", 0.2), ("b", -0.4)):
+        found = {"share_layer5_word": value, "share_layer15_begin_of_picture": 0.5, "settings": {}}
+        (tmp_path / f"shares-{name}.json").write_text(json.dumps(found))
+    means = contributions(tmp_path)
+    assert means == {"layer 5": {"word": pytest.approx(-0.1)}, "layer 15": {"begin of picture": 0.5}}
+    assert contributions(tmp_path / "none") == {}
+    drawn = comparison_page.bars(means, "share")
+    rects = [tuple(map(float, r)) for r in re.findall(r'<rect x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', drawn)]
+    (zero,) = re.findall(r'<line class="zero" x1="([\d.]+)"', drawn)
+    (x1, w1), (x2, w2) = rects
+    assert x1 + w1 == pytest.approx(float(zero), abs=0.2) and x2 == pytest.approx(float(zero), abs=0.2)
+    assert w2 / w1 == pytest.approx(5, rel=0.02)
 
 
 @pytest.mark.parametrize("values", [[0.0, 0.0], [1.0], [-3e-7, 2e-7], [0.31, 0.74], [12.0, 5310.0]])

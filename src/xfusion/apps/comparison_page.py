@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -27,6 +27,8 @@ LEFT, RIGHT, TOP, BOTTOM = 56, 18, 10, 40
 """Room around what is drawn between two axes."""
 LOSSES = {"flow_matching": "drawing", "next_token": "naming"}
 """Loss -> its name for people."""
+CONTRIBUTION = "learned share of the other tower"
+"""What the plot of contributions shows."""
 STYLE = """<style>
 main { max-width: 68rem; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(21rem, 1fr)); gap: .9rem; }
@@ -67,7 +69,7 @@ def _fill(path: Path, page: str) -> None:
 def render(summary: dict[str, Any], folder: Path) -> str:
     """The page as HTML."""
     template = Template((resources.files("xfusion.apps") / TEMPLATE).read_text(encoding="utf-8"))
-    sections = (_head, _scores, _plots, _samples, _data_needed, _learning, _text_side, _cost, _settings)
+    sections = (_head, _scores, _plots, _samples, _data_needed, _learning, _text_side, _contributions, _cost, _settings)
     body = STYLE + "\n".join(section(summary, folder) for section in sections)
     return template.substitute(title=text(f"xfusion compare: {summary['name']}"), body=body)
 
@@ -217,6 +219,43 @@ def dots(score: dict[str, Any], colour: Callable[[str], str]) -> str:
     return _svg(width, height, f"{score['title']}: {said}", parts)
 
 
+def bars(groups: Mapping[str, Mapping[str, float]], along: str) -> str:
+    """Named values in groups, as bars from zero.
+
+    Args:
+        groups: group -> name -> value.
+        along: what the values are.
+    """
+    width, left, right, top, step = 420, 178, 20, 8, 18
+    names = list(dict.fromkeys(name for group in groups.values() for name in group))
+    low, high, ticks = _axis([0.0, *(v for group in groups.values() for v in group.values())])
+    height = top + sum(step * (len(group) + 1) for group in groups.values()) + 40
+
+    def x(value: float) -> float:
+        return left + (width - left - right) * (value - low) / (high - low)
+
+    bottom, at, parts = height - 34, float(top), []
+    for tick in ticks:
+        parts.append(f'<line class="grid-line" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{top}" y2="{bottom}"/>')
+        parts.append(f'<text class="end" x="{x(tick):.1f}" y="{bottom + 14}" text-anchor="middle">{tick:g}</text>')
+    for group, values in groups.items():
+        at += step
+        parts.append(f'<text class="name" x="4" y="{at:.1f}">{text(group)}</text>')
+        for name, value in values.items():
+            at += step
+            near, far = sorted((x(0), x(value)))
+            paint = COLOURS[names.index(name) % len(COLOURS)]
+            parts.append(f'<text class="end" x="{left - 8}" y="{at:.1f}" text-anchor="end">{text(name)}</text>')
+            parts.append(
+                f'<rect x="{near:.1f}" y="{at - 10:.1f}" width="{max(far - near, 0.5):.1f}" height="11" fill="{paint}"/>'
+            )
+    parts.append(f'<line class="zero" x1="{x(0):.1f}" x2="{x(0):.1f}" y1="{top}" y2="{bottom}"/>')
+    parts.append(
+        f'<text class="end" x="{(left + width - right) / 2}" y="{height - 4}" text-anchor="middle">{text(along)}</text>'
+    )
+    return _svg(width, height, along, parts)
+
+
 def _cut(label: str) -> str:
     return label if len(label) <= 17 else label[:16] + "…"
 
@@ -243,14 +282,16 @@ def _axes(
     up: Sequence[float],
     across_text: Callable[[float], str],
     up_text: Callable[[float], str],
+    margin: int = RIGHT,
 ) -> tuple[Callable[[float], float], Callable[[float], float], list[str]]:
     """Where a value stands on the x axis, where on the y axis, and both as drawn.
 
-    ``across`` and ``up`` are the values that they hold, ``along`` says what the x axis is, the last two write a tick.
+    ``across`` and ``up`` are the values that they hold, ``along`` says what the x axis is, two functions write a tick;
+    ``margin`` is left free on the right.
     """
     near, far, columns = _axis(across)
     low, high, lines = _axis(up)
-    right, bottom = width - RIGHT, height - BOTTOM
+    right, bottom = width - margin, height - BOTTOM
 
     def x(value: float) -> float:
         return LEFT + (right - LEFT) * (value - near) / (far - near)
@@ -401,15 +442,16 @@ def _text_side(summary: dict[str, Any], folder: Path) -> str:
     drawing = next((s for s in _at(summary, 1.0) if s["score"].startswith("fit_retrieval")), None)
     if drawing and any(facts["bit_equal"] < facts["num_runs"] for facts in summary["text"].values()):
         drawn = f"""<h3>What drawing cost the text</h3><p>Every run: perplexity of the bundled texts against the score in
-drawing ({text(drawing["title"])}). The dashed line is the base.</p>{_legend(summary)}
+drawing ({text(drawing["title"])}), large ones means. The dashed line is the base.</p>
 <div class="card" style="max-width:44rem">{scatter(summary, drawing)}</div>"""
     return f"""<section><h2>The base's own text</h2><p>The bundled texts of <code>xfusion verify</code> through the base and
 through the fused stack after training.</p><div class="scroll"><table><tbody>{rows}</tbody></table></div>{drawn}</section>"""
 
 
 def scatter(summary: dict[str, Any], score: dict[str, Any]) -> str:
-    """Perplexity of the fused stack (logarithmic) against a score, one dot per run."""
-    width, height = 640, 300
+    """Perplexity of the fused stack (logarithmic) against a score: a small dot per run, a large one per mean."""
+    width, margin = 640, 150
+    height = max(300, TOP + 20 * len(summary["recipes"]) + BOTTOM)
     base = math.log10(next(iter(summary["text"].values()))["perplexity_base"])
     points = [
         (row["recipe"], math.log10(summary["text"][row["recipe"]]["perplexity_fused"][seed]), value)
@@ -425,12 +467,30 @@ def scatter(summary: dict[str, Any], score: dict[str, Any]) -> str:
         [v for _, _, v in points],
         lambda tick: f"{10**tick:.4g}",
         lambda tick: f"{tick:g}",
+        margin,
     )
     parts.append(f'<line class="beside" x1="{x(base):.1f}" x2="{x(base):.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>')
-    for label, perplexity, value in points:
-        paint = _colour(summary, label)
-        parts.append(f'<circle cx="{x(perplexity):.1f}" cy="{y(value):.1f}" r="5" fill="{paint}" opacity=".75"/>')
-    return _svg(width, height, "perplexity of the text against drawing, one dot per run", parts)
+    for number_, label in enumerate(summary["recipes"]):
+        own, paint = [(p, v) for found, p, v in points if found == label], _colour(summary, label)
+        if not own:
+            continue
+        for perplexity, value in own:
+            parts.append(f'<circle cx="{x(perplexity):.1f}" cy="{y(value):.1f}" r="3" fill="{paint}" opacity=".6"/>')
+        across, up = (sum(values) / len(own) for values in zip(*own, strict=True))
+        parts.append(f'<circle cx="{x(across):.1f}" cy="{y(up):.1f}" r="6.5" fill="{paint}"/>')
+        at = TOP + 20 * number_ + 10
+        parts.append(f'<circle cx="{width - margin + 16}" cy="{at}" r="5" fill="{paint}"/>')
+        parts.append(f'<text class="name" x="{width - margin + 26}" y="{at + 4}">{text(_cut(label))}</text>')
+    return _svg(width, height, "perplexity of the text against drawing, one small dot per run", parts)
+
+
+def _contributions(summary: dict[str, Any], folder: Path) -> str:
+    del folder
+    if not summary["contributions"]:
+        return ""
+    return f"""<section><h2>What the towers contribute</h2><p>Where each position decides how much of the other tower it takes:
+means by layer and kind of position, 0 is the plain dual tower.</p>
+<div class="card" style="max-width:34rem">{bars(summary["contributions"], CONTRIBUTION)}</div></section>"""
 
 
 def _cost(summary: dict[str, Any], folder: Path) -> str:

@@ -53,7 +53,7 @@ def summarise(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Returns:
         JSON values: ``name``, ``first``, ``recipes``, ``shares``, ``budget``, ``scores`` (per share and score: a row per
         recipe with ``mean``, ``interval``, ``values`` by seed and the paired ``difference`` to the first), ``cost`` per
-        recipe, ``learning``, ``prompts``, ``differences``, ``notes``, ``command``, ``settings``.
+        recipe, ``learning``, ``contributions``, ``prompts``, ``differences``, ``notes``, ``command``, ``settings``.
 
     Raises:
         XFusionError: no runs, or runs that cannot stand in one table (budget, base, codec, data, scoring).
@@ -88,6 +88,7 @@ def summarise(folder: str | os.PathLike[str]) -> dict[str, Any]:
         "text": {label: _text_facts([r for r in runs if r["recipe"] == label]) for label in recipes},
         "cost": [_cost_row(label, [r for r in runs if r["recipe"] == label], shares[0]) for label in recipes],
         "learning": {label: _mean_curve([r for r in runs if _is(r, label, shares[0])]) for label in recipes},
+        "contributions": contributions(folder),
         "prompts": plan.get("prompts", []),
         "differences": {k: v for k, v in plan.get("differences", {}).items() if k in present},
         "command": plan.get("command"),
@@ -97,6 +98,20 @@ def summarise(folder: str | os.PathLike[str]) -> dict[str, Any]:
         "commits": sorted({run["commit"]["id"] for run in runs if run["commit"]}),
     }
     return summary | {"notes": _notes(summary, runs)}
+
+
+def contributions(folder: Path) -> dict[str, dict[str, float]]:
+    """Layer -> kind of position -> learned share of the other tower, mean over the files ``shares-*.json`` of a folder.
+
+    `xfusion evaluate PACK --suite shares --out FOLDER/shares-NAME.json` writes one for a run's pack.
+    """
+    found = [read(path) for path in sorted(folder.glob("shares-*.json"))]
+    means: dict[str, dict[str, float]] = {}
+    for name in (name for name in (found[0] if found else {}) if name.startswith("share_layer")):
+        layer, _, kind = name.removeprefix("share_").partition("_")
+        mean = sum(result[name] for result in found) / len(found)
+        means.setdefault(layer.replace("layer", "layer "), {})[kind.replace("_", " ")] = mean
+    return means
 
 
 def _is(run: Mapping[str, Any], label: str, share: float) -> bool:

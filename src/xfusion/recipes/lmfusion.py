@@ -2,17 +2,17 @@
 
 Paper: Shi et al., "LMFusion: Adapting Pretrained Language Models for Multimodal Generation", arXiv 2412.15188.
 
-Faithful: the layer (norms, Q, K, V, O and MLP copied, text modules frozen), attention both ways inside a picture.
+Faithful: the layer (norms, Q, K, V, O and MLP copied, text modules frozen), attention both ways inside a picture; DDPM
+with the noise predicted and a cosine schedule, five times the weight of the words' loss.
 
-Adapted: linear patches instead of a U-Net down- and upsampler; flow matching instead of DDPM with a cosine schedule.
-
-Everything around the layer (pictures, port, objectives, data, schedule) is the recipe `xfusion`'s, so that a
-comparison compares the layer alone.
+Adapted: linear patches of pixels instead of a VAE with a U-Net down- and upsampler. Data and schedule are the recipe
+`xfusion`'s; to compare the layer alone take `dual_projection`, which also has that recipe's objective.
 """
 
 from __future__ import annotations
 
 from xfusion.fusion.modality_experts import ModalityExperts
+from xfusion.objectives.diffusion import Diffusion
 from xfusion.recipes.xfusion import xfusion
 from xfusion.training.stages import Recipe
 
@@ -23,4 +23,4 @@ STATUS = "sketch"
 
 def lmfusion(stride: int = 1) -> Recipe:
     """All parts of their own at every layer."""
-    return xfusion().with_model(fusion=ModalityExperts.Config(stride=stride))
+    return xfusion().with_model(fusion=ModalityExperts.Config(stride=stride), media=Diffusion.Config())
