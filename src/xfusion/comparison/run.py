@@ -315,13 +315,24 @@ class _Comparison:
             for seed in self.plan.seeds
             for entry in self.entries
         ]
-        left = [(*run, settings[run[0].label]) for run in walk if not self._done(*run, settings[run[0].label])]
-        self._write_plan(labels)  # once nothing is refused any more
-        for number, run in enumerate(left, start=1 + len(walk) - len(left)):
-            entry, share, seed, _ = run
+
+        def done(entry: Entry, share: float, seed: int) -> bool:
+            return self._done(entry, share, seed, settings[entry.label])
+
+        def do(entry: Entry, share: float, seed: int) -> bool:
+            """Make a run, unless it is there or another process is at it."""
             with self._taken(run_name(entry.label, seed, share)) as mine:
-                if mine and not self._done(*run):
-                    self._run(*run, f"[{number}/{len(walk)}]")
+                if not mine or done(entry, share, seed):
+                    return False
+                number = f"[{1 + sum(done(*run) for run in walk)}/{len(walk)}]"
+                self._run(entry, share, seed, settings[entry.label], number)
+                return True
+
+        for run in walk:  # what was made otherwise is refused before anything is written
+            done(*run)
+        self._write_plan(labels)
+        while sum(do(*run) for run in walk):  # all are tried; once more, since a process may have died with a run
+            pass
 
     @contextmanager
     def _taken(self, name: str, *, wait: bool = False) -> Iterator[bool]:
