@@ -5,8 +5,9 @@ Paper: Shi et al., "LMFusion: Adapting Pretrained Language Models for Multimodal
 Faithful: the layer (norms, Q, K, V, O and MLP copied, text modules frozen), attention both ways inside a picture; DDPM
 with the noise predicted and a cosine schedule, five times the weight of the words' loss.
 
-Adapted: linear patches of pixels instead of a VAE with a U-Net down- and upsampler. Data and schedule are the recipe
-`xfusion`'s; to compare the layer alone take `dual_projection`, which also has that recipe's objective.
+Adapted: linear patches of pixels instead of a VAE with a U-Net down- and upsampler, and a rate at which the noise is
+learned here (at the recipe `xfusion`'s it is not). Data and schedule are that recipe's; to compare the layer alone take
+`dual_projection`, which also has its objective.
 """
 
 from __future__ import annotations
@@ -23,4 +24,4 @@ STATUS = "sketch"
 
 def lmfusion(stride: int = 1) -> Recipe:
     """All parts of their own at every layer."""
-    return xfusion().with_model(fusion=ModalityExperts.Config(stride=stride), media=Diffusion.Config())
+    return xfusion(rate=5e-4).with_model(fusion=ModalityExperts.Config(stride=stride), media=Diffusion.Config())

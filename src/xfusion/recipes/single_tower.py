@@ -11,8 +11,6 @@ recipe `xfusion`'s, so that a comparison compares the layer alone.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from xfusion.fusion.shared_decoder import SharedDecoder
 from xfusion.recipes.xfusion import xfusion
 from xfusion.training.stages import Recipe
@@ -29,5 +27,4 @@ def single_tower(stride: int = 5, rate: float = 4e-3) -> Recipe:
         stride: a block is trained at every stride-th layer.
         rate: largest learning rate; the lower, the less of the text is lost and the less is learned to draw.
     """
-    recipe = xfusion().with_model(fusion=SharedDecoder.Config(stride=stride))
-    return replace(recipe, stages=tuple(replace(stage, rate=rate) for stage in recipe.stages))
+    return xfusion(rate=rate).with_model(fusion=SharedDecoder.Config(stride=stride))

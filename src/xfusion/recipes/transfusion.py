@@ -8,8 +8,9 @@ DDPM with the noise predicted and a cosine schedule, five times the weight of th
 their words are noised by half at most, and then carry the loss of the noise, too.
 
 Adapted: the paper trains from scratch; here the blocks start as copies of the language model's, so that it is the
-single tower at every layer. Pixels instead of a VAE's latents. Data and schedule are the recipe `xfusion`'s; to compare
-the layer alone take `single_tower`, which also has that recipe's objective.
+single tower at every layer. Pixels instead of a VAE's latents, and a rate at which the noise is learned here (at the
+recipe `xfusion`'s it is not). Data and schedule are that recipe's; to compare the layer alone take `single_tower`, which
+also has its objective.
 """
 
 from __future__ import annotations
@@ -26,4 +27,6 @@ STATUS = "sketch"
 
 def transfusion(stride: int = 1) -> Recipe:
     """Trained copies of every layer."""
-    return xfusion(largest_noise=0.5).with_model(fusion=SharedDecoder.Config(stride=stride), media=Diffusion.Config())
+    return xfusion(largest_noise=0.5, rate=5e-4).with_model(
+        fusion=SharedDecoder.Config(stride=stride), media=Diffusion.Config()
+    )

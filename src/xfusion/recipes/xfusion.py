@@ -30,13 +30,14 @@ PAPER = "arXiv 2504.20996"
 STATUS = "runs"
 
 
-def xfusion(stride: int = 5, mlp: int | None = 512, largest_noise: float = 0.0) -> Recipe:
+def xfusion(stride: int = 5, mlp: int | None = 512, largest_noise: float = 0.0, rate: float = 4e-3) -> Recipe:
     """The recipe, sized for two CPU cores; drawing to captioning 2 : 1 as in the paper.
 
     Args:
         stride: a media block stands at every stride-th layer; the paper's is 1.
         mlp: width of the media blocks' MLP; None copies it whole, as the paper does.
         largest_noise: how far pictures to be named are noised, 0 to 1; the paper finds 0 best (figure 6).
+        rate: largest learning rate.
     """
     return Recipe(
         model=ModelConfig(
@@ -46,7 +47,7 @@ def xfusion(stride: int = 5, mlp: int | None = 512, largest_noise: float = 0.0) 
             media=FlowMatching.Config(time_mean=2.0, largest_weight=2.0, sampling_shift=100.0, guidance=1.5),
         ),
         data="emoji",
-        stages=(Stage(rate=4e-3, mixture=MixtureConfig(largest_noise=largest_noise)),),
+        stages=(Stage(rate=rate, mixture=MixtureConfig(largest_noise=largest_noise)),),
     )
 
 
