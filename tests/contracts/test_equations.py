@@ -36,7 +36,7 @@ from contracts.table import (
 from torch import Tensor
 
 import xfusion
-from xfusion.backbone import Backbone, keys_values, slice_call
+from xfusion.backbone import Backbone
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Batch, Media, Rows, Sequence, Text, XFusionError, visible
 from xfusion.fusion.base import Fusion, Pass
@@ -45,6 +45,7 @@ from xfusion.fusion.gated_tower import GatedTower
 from xfusion.fusion.layered import Layered
 from xfusion.fusion.modality_experts import ModalityExperts
 from xfusion.fusion.shared_decoder import SharedDecoder
+from xfusion.layers import keys_values, slice_call
 from xfusion.model import Model
 from xfusion.recipes import base as recipes
 

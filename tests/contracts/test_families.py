@@ -7,8 +7,9 @@ import torch
 from contracts.table import FAMILIES, LAYERS, WINDOW, make_model, picture, tokenizer, view, words
 from transformers import MistralConfig, MistralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from xfusion.backbone import Backbone, linear_paths, linear_shape, narrow_mlp, run_rows, slice_call
+from xfusion.backbone import Backbone
 from xfusion.data.sequence import Sequence, XFusionError
+from xfusion.layers import linear_paths, linear_shape, narrow_mlp, run_rows, slice_call
 
 WINDOWS = {
     "gemma2": [WINDOW, None, WINDOW, None],

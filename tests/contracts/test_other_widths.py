@@ -14,7 +14,7 @@ from contracts.table import LAYERS, Noise, distance, look, mixed_sequences, mode
 from diffusers import AutoencoderTiny, DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
 
 import xfusion
-from xfusion.backbone import Backbone, layer_pieces
+from xfusion.backbone import Backbone
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.sequence import XFusionError
 from xfusion.fusion import pretrained
@@ -22,6 +22,7 @@ from xfusion.fusion.base import Fusion
 from xfusion.fusion.dual_tower import DualTower
 from xfusion.fusion.layered import Layered
 from xfusion.fusion.modality_experts import ModalityExperts
+from xfusion.layers import layer_pieces
 from xfusion.model import Model
 from xfusion.training import loop
 from xfusion.training.stages import Recipe, Stage

@@ -36,21 +36,14 @@ from torch.nn.functional import cross_entropy
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import xfusion
-from xfusion.backbone import (
-    Backbone,
-    Delta,
-    assembled,
-    attention_mask,
-    attention_path,
-    keys_values,
-    run_rows,
-)
+from xfusion.backbone import Backbone
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Media, Sequence, Text, XFusionError
 from xfusion.data.templates import Templates, opened
 from xfusion.fusion.base import Fusion
 from xfusion.generation import draw_tokens
+from xfusion.layers import Delta, assembled, attention_mask, attention_path, keys_values, run_rows
 from xfusion.modalities.base import Codec
 from xfusion.modalities.image import ImageModality
 from xfusion.modalities.port import MediaPort

@@ -17,10 +17,11 @@ from contracts.table import (
 )
 
 import xfusion.fusion.base as fusion_base
-from xfusion.backbone import Backbone, layer_pieces
+from xfusion.backbone import Backbone
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Sequence, Text
 from xfusion.fusion.modality_experts import ModalityExperts
+from xfusion.layers import layer_pieces
 
 
 def text_batches():

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xfusion.backbone import Backbone, keys_values, slice_call
+from xfusion.backbone import Backbone
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Batch, Media, Sequence, Text, XFusionError
 from xfusion.data.templates import opened
 from xfusion.evaluation.verify import STORY, Progress, bit_equal, randomised
 from xfusion.fusion.dual_tower import DualTower
 from xfusion.generation import draw_tokens
+from xfusion.layers import keys_values, slice_call
 from xfusion.modalities.image import ImageModality
 from xfusion.model import BackboneConfig, Model, ModelConfig
 

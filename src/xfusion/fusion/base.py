@@ -15,8 +15,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from xfusion.backbone import Backbone, Cache, KeysValues, assembled, attention_mask, keys_values, run_rows, slice_call
+from xfusion.backbone import Backbone, Cache
 from xfusion.data.sequence import MediaRows, Rows, XFusionError, seen, visible
+from xfusion.layers import KeysValues, assembled, attention_mask, keys_values, run_rows, slice_call
 
 Call = dict[str, Any]
 """What the decoder's own forward hands to a layer, besides the states."""

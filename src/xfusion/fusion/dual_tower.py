@@ -12,7 +12,7 @@ frozen one with low-rank deltas (Hu et al., arXiv 2106.09685), so that the memor
 
 With ``width`` W the media blocks are of another width than the base's D, as a pretrained image model's are (section 5 of
 the paper joins Llama-3.1-8B and a diffusion transformer). Media states stay D wide between layers, so the frozen tower
-still reads them at every layer, and a block stands between two projections as a residual (`xfusion.backbone.Projected`):
+still reads them at every layer, and a block stands between two projections as a residual (`xfusion.layers.Projected`):
 
     F_img(x) = x + P_out (G(P_in x) - P_in x)          x: all rows, words too; G a block of width W
 
@@ -48,17 +48,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from xfusion.backbone import (
-    Backbone,
-    Delta,
-    Projected,
-    linear_paths,
-    linear_shape,
-    narrow_mlp,
-)
+from xfusion.backbone import Backbone
 from xfusion.data.sequence import XFusionError
 from xfusion.fusion import pretrained
 from xfusion.fusion.base import Call, Fusion, Pass
+from xfusion.layers import Delta, Projected, linear_paths, linear_shape, narrow_mlp
 
 
 class LowRank(Delta):

@@ -30,19 +30,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from xfusion.backbone import (
-    Backbone,
-    Delta,
-    KeysValues,
-    Piece,
-    assembled,
-    keys_values,
-    layer_pieces,
-    linear_weight,
-    run_rows,
-)
+from xfusion.backbone import Backbone
 from xfusion.data.sequence import XFusionError
 from xfusion.fusion.base import Call, Fusion, Pass, by_path, compiled
+from xfusion.layers import Delta, KeysValues, Piece, assembled, keys_values, layer_pieces, linear_weight, run_rows
 
 Part = Literal["norm", "query", "key", "value", "output", "mlp"]
 PARTS: tuple[Part, ...] = ("norm", "query", "key", "value", "output", "mlp")

@@ -27,8 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xfusion.backbone import Backbone, Piece, linear_weight, matrix_pieces
+from xfusion.backbone import Backbone
 from xfusion.data.sequence import XFusionError
+from xfusion.layers import Piece, linear_weight, matrix_pieces
 
 _ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "output": "to_out.0"}
 _FEED_FORWARD = {"in": "ff.net.0.proj", "out": "ff.net.2"}
