@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,8 +23,11 @@ from xfusion.backbone import Backbone
 from xfusion.data.sequence import XFusionError, fingerprint
 from xfusion.model import Model, ModelConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 had no hashes of the files: its weights are checked by their fingerprint, its config is taken as it stands."""
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+SEAL = "sha256"
+"""Field of a JSON file that holds a hash over all of its other fields."""
 
 
 # ---------------------------------------------------------------------------------------------- configs as JSON
@@ -72,6 +78,94 @@ def from_json(data: Any, *, trust: bool = False, where: str = CONFIG) -> Any:
     return kind(**{k: from_json(v, trust=trust, where=where) for k, v in data.items() if k != "type"})
 
 
+# -------------------------------------------------------------------------------------------- whole and unaltered
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill that takes the name ``target`` when the block ends well; until then what stood there stays.
+
+    The files are on the disk before they get the name, so that neither a killed process nor a machine that dies leaves
+    half of one under it.
+
+    Raises:
+        XFusionError: the disk is full, the folder read-only, ...; then nothing is left of it.
+    """
+    with named_in_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+        try:
+            yield temporary
+            for file in temporary.iterdir():
+                file.chmod(0o644)  # temporary folders, and safetensors' own files, are for their owner alone
+                _to_disk(file)
+            temporary.chmod(0o755)
+            _to_disk(temporary)
+            old = temporary.with_name(temporary.name + "-old")
+            if target.exists():
+                target.rename(old)
+            temporary.rename(target)
+            _to_disk(target.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def named_in_errors(path: Path) -> Iterator[None]:
+    """Inside the block an error of the file system names what it is about: a full disk's own says only that it is full.
+
+    Raises:
+        XFusionError: in place of that error.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
+        raise XFusionError(f"{path} cannot be written: {reason}; make room, or name another folder") from error
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would outlive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 over the bytes of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sealed(facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts with a hash over them; a seal that they have already is renewed."""
+    plain = json.loads(json.dumps({k: v for k, v in facts.items() if k != SEAL}))  # as whoever reads them will see them
+    text = json.dumps(plain, sort_keys=True)
+    return {**facts, SEAL: hashlib.sha256(text.encode()).hexdigest()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, its seal checked where it has one.
+
+    Raises:
+        XFusionError: it cannot be read, or is not what was written.
+    """
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise XFusionError(f"{path} cannot be read: {_first_line(error)}") from error
+    if not isinstance(facts, dict):
+        raise XFusionError(f"{path} cannot be read: it holds a {type(facts).__name__}, not an object in braces")
+    if SEAL in facts and (found := sealed(facts)[SEAL]) != facts[SEAL]:
+        raise XFusionError(
+            f"{path} was altered: its hash is {found[:16]}, it says {str(facts[SEAL])[:16]}; take an intact copy"
+        )
+    return facts
+
+
 # ------------------------------------------------------------------------------------------------ save and load
 
 
@@ -104,24 +198,13 @@ def save(model: Model, folder: str | os.PathLike[str], *, dtype: torch.dtype | N
         "model": to_json(model.config),
         **facts,
     }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-    try:
-        save_file(state, str(temporary / WEIGHTS), metadata={"format": "pt"})
-        (temporary / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        (temporary / CARD).write_text(card(config, model), encoding="utf-8")
-        if target.exists():
-            old = temporary.with_name(temporary.name + "-old")
-            target.rename(old)
-            temporary.rename(target)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(target)
-        target.chmod(0o755)
-        for file in target.iterdir():  # temporary folders, and safetensors' own files, are for their owner alone
-            file.chmod(0o644)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with whole_folder(target) as folder_so_far:
+        weights = folder_so_far / WEIGHTS
+        save_file(state, str(weights), metadata={"format": "pt"})
+        config = sealed(config | {"weights_sha256": file_hash(weights)})
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (folder_so_far / CONFIG).write_text(text, encoding="utf-8")
+        (folder_so_far / CARD).write_text(card(config, model), encoding="utf-8")
     return target
 
 
@@ -194,14 +277,15 @@ def _first_line(error: BaseException) -> str:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A pack's config, checked for its format version."""
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise XFusionError(f"{folder / CONFIG} cannot be read: {_first_line(error)}") from error
-    version = config.get("format_version") if isinstance(config, dict) else None
-    if version != FORMAT_VERSION:
-        raise XFusionError(f"{folder}: the pack has format version {version}, this xfusion reads {FORMAT_VERSION}")
+    """A pack's config of any format version that is known, unaltered."""
+    config = read_json(folder / CONFIG)
+    version = config.get("format_version")
+    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        raise XFusionError(f"{folder}: the pack has format version {version}, this xfusion reads 1 to {FORMAT_VERSION}")
+    if version > 1 and not {SEAL, "weights_sha256"} <= set(config):
+        raise XFusionError(
+            f"{folder / CONFIG} was altered: a pack of format version {version} has hashes, this has none"
+        )
     return config
 
 
@@ -236,20 +320,27 @@ def load(
             f" {backbone.source} has {backbone.fingerprint[:16]}: load the base that the pack was trained on"
         )
     model = Model(model_config, backbone, fresh=False)
-    load_weights(model, folder, config.get("weights_fingerprint"))
+    load_weights(model, folder, config.get("weights_fingerprint"), config.get("weights_sha256"))
     return model.eval()
 
 
-def load_weights(model: Model, folder: Path, expected: str | None = None) -> None:
-    """Load a pack's learned weights strictly into a model of the same configuration."""
-    try:
-        state = load_file(str(folder / WEIGHTS))
-    except (OSError, SafetensorError) as error:
-        raise XFusionError(f"{folder / WEIGHTS} cannot be read: {_first_line(error)}") from error
-    if expected is not None and fingerprint(state) != expected:
+def load_weights(model: Model, folder: Path, expected: str | None = None, expected_hash: str | None = None) -> None:
+    """Load a pack's learned weights strictly into a model of the same configuration.
+
+    Args:
+        model: whose weights are replaced.
+        folder: the pack.
+        expected: fingerprint of the weights; it is asked only where there is no hash of the file.
+        expected_hash: hash of the file.
+
+    Raises:
+        XFusionError: the file is missing, was altered, or does not fit.
+    """
+    state = read_tensors(folder / WEIGHTS, expected_hash)
+    if expected_hash is None and expected is not None and fingerprint(state) != expected:
         raise XFusionError(
             f"{folder / WEIGHTS} was altered: its fingerprint is {fingerprint(state)[:16]}, {CONFIG} says {expected[:16]};"
-            " fetch or train the pack again"
+            " take an intact copy"
         )
     own = model.learned_state()
     missing, unexpected = sorted(set(own) - set(state)), sorted(set(state) - set(own))
@@ -264,3 +355,22 @@ def load_weights(model: Model, folder: Path, expected: str | None = None) -> Non
     with torch.no_grad():
         for key, value in own.items():
             value.copy_(state[key])
+
+
+def read_tensors(path: Path, expected_hash: str | None) -> dict[str, torch.Tensor]:
+    """The tensors of a file, read only if its bytes are those that were written.
+
+    Raises:
+        XFusionError: it cannot be read, or was altered.
+    """
+    try:
+        tensors = load_file(str(path))
+        found = None if expected_hash is None else file_hash(path)
+    except (OSError, SafetensorError) as error:
+        raise XFusionError(f"{path} cannot be read: {_first_line(error)}") from error
+    if found != expected_hash:
+        raise XFusionError(
+            f"{path} was altered: its hash is {str(found)[:16]}, {str(expected_hash)[:16]} was written;"
+            " take an intact copy"
+        )
+    return tensors

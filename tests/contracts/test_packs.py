@@ -45,7 +45,7 @@ def edit(folder, change):
     path = folder / "config.json"
     config = json.loads(path.read_text())
     change(config)
-    path.write_text(json.dumps(config))
+    path.write_text(json.dumps(checkpoint.sealed(config)))
 
 
 @pytest.mark.parametrize(("fusion", "family"), ROWS)
@@ -78,7 +78,7 @@ def test_the_file_holds_learned_weights_only(pack, bases):
 def test_the_config_says_which_base_and_what_was_built(pack, bases):
     model, folder = pack
     config = json.loads((folder / "config.json").read_text())
-    assert config["format_version"] == 1 and config["steps"] == 7
+    assert config["format_version"] == 2 and config["steps"] == 7
     assert config["base"] == {
         "source": bases["llama"].source,
         "revision": None,
@@ -139,7 +139,7 @@ def test_weights_that_do_not_fit_are_named(pack, bases):
     state["port.extra"] = state.pop("port.end")
     state["port.begin"] = torch.zeros(3)
     save_file(state, path)
-    edit(folder, lambda c: c.pop("weights_fingerprint"))
+    edit(folder, lambda c: c.update(weights_sha256=checkpoint.file_hash(path)))
     with pytest.raises(
         XFusionError, match=r"missing \(first: port.end\).*unexpected \(first: port.extra\).*another shape"
     ):
@@ -156,7 +156,9 @@ def test_weights_that_do_not_fit_are_named(pack, bases):
         (lambda c: c["model"]["fusion"].update(type="xfusion.backbone:Backbone"), "is not a configuration class"),
         (lambda c: c["model"].pop("type"), "without 'type'"),
         (lambda c: c.update(model=c["model"]["fusion"]), "'model' is not a model configuration"),
-        (lambda c: c.update(format_version=2), "format version 2, this xfusion reads 1"),
+        (lambda c: c.update(format_version=3), "format version 3, this xfusion reads 1 to 2"),
+        (lambda c: c.pop("format_version"), "format version None"),
+        (lambda c: c.pop("weights_sha256"), "a pack of format version 2 has hashes, this has none"),
     ],
 )
 def test_a_config_that_is_not_understood_is_refused(pack, bases, change, message):
@@ -202,7 +204,7 @@ def test_a_failed_save_leaves_the_old_pack_and_no_rubbish(pack, tmp_path, monkey
     randomise(model, seed=3)
     monkeypatch.setattr(checkpoint, "save_file", fail)
     for target in (folder, tmp_path / "new"):
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(XFusionError, match=f"{target.name} cannot be written: disk full"):
             model.save_pretrained(target)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pack"]
     assert xfusion.load(folder, backbone=model.backbone).fingerprint == before

@@ -1,6 +1,7 @@
 """The command line: finds the verb, lets tyro read its options, prints its answer, turns errors into one line.
 
-Exit status: 0 done, 1 the answer is no (a failed proof, bad data), 2 bad arguments or input, 130 stopped by Ctrl-C.
+Exit status: 0 done, 1 the answer is no (a failed proof, bad data), 2 bad arguments or input, or a disk that takes no
+more, 130 stopped by Ctrl-C, 143 stopped by SIGTERM.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def _stopped(stop: KeyboardInterrupt, argv: list[str]) -> int:
         print(f"xfusion: {str(stop).split(';')[0]}; go on with: xfusion {shlex.join(again)}", file=sys.stderr)
     else:
         print("xfusion: stopped", file=sys.stderr)
-    return 130
+    return getattr(stop.__cause__ or stop, "code", 130)
 
 
 # ----------------------------------------------------------------------------------------------------------- reading

@@ -62,7 +62,8 @@ from xfusion.evaluation import verify
 from xfusion.evaluation.run import evaluate, write_json
 from xfusion.evaluation.suites.emoji import chosen
 from xfusion.model import Model, build, choose_compute_dtype
-from xfusion.training.loop import PLAN, STATE_BEFORE, train
+from xfusion.training import states
+from xfusion.training.loop import train
 from xfusion.training.stages import Recipe
 
 Progress = Callable[[str, int, int], None]
@@ -407,7 +408,7 @@ class _Comparison:
 
     def _train(self, recipe: Recipe, source: Source, work: Path, title: str) -> Model:
         steps = sum(stage.steps for stage in recipe.stages)
-        resume = any((work / folder / PLAN).is_file() for folder in ("state", STATE_BEFORE))
+        resume = bool(states.found(work / "state"))
 
         def listen(event: dict[str, Any]) -> None:
             if event["event"] == "step":

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
+import logging
+import math
 import os
-import shutil
+import signal
 import tempfile
 import time
 from dataclasses import replace
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 from PIL import Image as PILImage
 from rich.console import Console
-from safetensors.torch import load_file, save_file
 
 from xfusion import checkpoint
 from xfusion.backbone import Backbone
@@ -24,8 +24,10 @@ from xfusion.data.mixture import Mixture
 from xfusion.data.sequence import Batch, XFusionError
 from xfusion.data.sources import Source, open_source
 from xfusion.model import Model, build, choose_compute_dtype, compiled_graphs
+from xfusion.training import states
 from xfusion.training.optimizer import Optimizer
 from xfusion.training.stages import Recipe, Stage
+from xfusion.training.stopping import Interrupted, Stop, stopping
 from xfusion.training.track import Listener, Track
 
 WARM_STEPS = 10
@@ -33,13 +35,9 @@ WARM_STEPS = 10
 MEASURED_STEPS = 20
 """Steps from which a wall-clock budget derives the number of steps."""
 LARGEST_STEPS = 10_000_000
-STATE, PLAN = "state.safetensors", "state.json"
-STATE_BEFORE = ".state-old"
-"""Name of the old state for the moment in which the new one takes its place."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """Training was stopped by Ctrl-C, after its checkpoint was written."""
+REMEMBERED = 0.98
+"""Share of the mean loss that stays at each step: it looks back over some fifty. Its lowest value is the best state's."""
+logger = logging.getLogger(__name__)
 
 
 def train(
@@ -60,6 +58,7 @@ def train(
     preview_prompts: tuple[str, ...] | None = None,
     preview_every: float = 60.0,
     checkpoint_every: float = 300.0,
+    keep: int = 2,
     console: Console | None = None,
     listener: Listener | None = None,
 ) -> Model:
@@ -83,12 +82,13 @@ def train(
         preview_prompts: what previews draw (None: the first captions of the data).
         preview_every: seconds between previews; 0 makes none.
         checkpoint_every: seconds between checkpoints.
+        keep: newest checkpoints that stay; besides stays the best, by the mean training loss of some fifty steps.
         console: where progress is shown; None is silent.
         listener: called with every event.
 
     Raises:
-        XFusionError: bad data, a loss that is not finite, a resumed run of another recipe.
-        Interrupted: Ctrl-C; state and pack were written.
+        XFusionError: bad data, a loss that is not finite, a resumed run of another recipe, a folder that takes no more.
+        Interrupted: Ctrl-C or SIGTERM; the step was finished, state and pack were written.
     """
     if data is not None:
         recipe = replace(recipe, data=data)
@@ -98,7 +98,9 @@ def train(
         raise XFusionError(
             f"--minutes takes a recipe of one stage, this one has {len(recipe.stages)}: give steps instead"
         )
-    run = _Run(recipe, Path(out), minutes, compile, preview_prompts, preview_every, checkpoint_every)
+    if keep < 1:
+        raise XFusionError(f"keep is {keep}: at least 1 checkpoint stays")
+    run = _Run(recipe, Path(out), minutes, compile, preview_prompts, preview_every, checkpoint_every, keep)
     run.prepare(source, allow_bad, resume, from_pack, backbone, device, dtype, console, listener)
     try:
         return run.go()
@@ -118,6 +120,7 @@ class _Run:
         preview_prompts: tuple[str, ...] | None,
         preview_every: float,
         checkpoint_every: float,
+        keep: int,
     ):
         self.started = time.perf_counter()
         self.recipe, self.out, self.minutes, self.compile = recipe, out, minutes, compile
@@ -126,8 +129,12 @@ class _Run:
             preview_every,
             checkpoint_every,
         )
+        self.keep = keep
         self.step = 0
+        self.saved_step: int | None = None
         self.samples = 0
+        self.recent = (0.0, 0.0)
+        """Sum and weight of the mean loss; `REMEMBERED`."""
         self.seconds_before = 0.0
         self.totals = [stage.steps for stage in recipe.stages]
         self.planned = minutes is None
@@ -147,12 +154,14 @@ class _Run:
         listener: Listener | None,
     ) -> None:
         state = self.out / "state"
-        if not state.exists() and (self.out / STATE_BEFORE).exists():  # a run died while it replaced its state
-            (self.out / STATE_BEFORE).rename(state)
-        if resume and not (state / PLAN).is_file():
-            raise XFusionError(f"{self.out} holds no run to resume (no state/{PLAN}); leave --resume out to start one")
-        if not resume and (state / PLAN).is_file():
+        if resume and not states.found(state):
+            raise XFusionError(
+                f"{self.out} holds no run to resume (nothing in state/); leave --resume out to start one"
+            )
+        if not resume and states.found(state):
             raise XFusionError(f"{self.out} already holds a run: pass --resume to go on, or name another folder")
+        self._check_folder()
+        states.remove_rests(self.out)
         base = self.recipe.model.backbone
         backbone = backbone or Backbone.load(base.source, revision=base.revision, device=device)
         self.model = model = self._model(from_pack, backbone, fresh=not resume)
@@ -191,6 +200,12 @@ class _Run:
             for stage in self.recipe.stages
         ]
         self._announce(reason, chosen)
+
+    def _check_folder(self) -> None:
+        """A folder that cannot be written to is found now, not when the base is loaded and the first step done."""
+        with checkpoint.named_in_errors(self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.out).close()
 
     def _model(self, from_pack: str | None, backbone: Backbone, *, fresh: bool) -> Model:
         wanted = self.recipe.model
@@ -238,37 +253,44 @@ class _Run:
 
     def go(self) -> Model:
         self.track.start_bar(sum(self.totals) if self.planned else 0, self.step)
-        last_checkpoint = last_preview = time.perf_counter()
-        measured_from, interrupted, first = None, False, self.step
-        try:
-            if not self.step:
-                self._try_largest()
-            while not self.planned or self.step < sum(self.totals):
-                self._one_step()
-                now = time.perf_counter()
-                if not self.planned:
-                    if self.step == first + WARM_STEPS:
-                        measured_from = now
-                    elif measured_from is not None and self.step >= first + WARM_STEPS + MEASURED_STEPS:
-                        self._plan((now - measured_from) / MEASURED_STEPS, now)
-                if self.preview_every and now - last_preview >= self.preview_every:
-                    self.preview()
-                    last_preview = time.perf_counter()
-                if now - last_checkpoint >= self.checkpoint_every:
-                    self.save()
-                    last_checkpoint = time.perf_counter()
-        except KeyboardInterrupt:
-            interrupted = True
-        self.save()
-        self._pack()
-        if interrupted:
+        with stopping(tell=self.track.console is not None) as stop:
+            try:
+                self._walk(stop)
+            except KeyboardInterrupt:  # by a listener, between two steps
+                if stop.signal is not None:  # the second signal, in the middle of anything
+                    raise
+                stop.signal = signal.SIGINT
+            self.save()
+            self._pack()
+        if stop.signal is not None:
             self.track.say(f"stopped at step {self.step}; go on with --resume")
-            raise Interrupted(f"training stopped at step {self.step}; go on with --resume")
+            raise Interrupted(f"training stopped at step {self.step}; go on with --resume", stop.code)
         if self.preview_every:
             self.preview()
         seconds = self.seconds_before + time.perf_counter() - self.started
         self.track.event(event="end", step=self.step, samples=self.samples, seconds=seconds, graphs=compiled_graphs())
         return self.model
+
+    def _walk(self, stop: Stop) -> None:
+        """Steps, previews and checkpoints until the run is done or asked to stop."""
+        last_checkpoint = last_preview = time.perf_counter()
+        measured_from, first = None, self.step
+        if not self.step:
+            self._try_largest()
+        while stop.signal is None and (not self.planned or self.step < sum(self.totals)):
+            self._one_step()
+            now = time.perf_counter()
+            if not self.planned:
+                if self.step == first + WARM_STEPS:
+                    measured_from = now
+                elif measured_from is not None and self.step >= first + WARM_STEPS + MEASURED_STEPS:
+                    self._plan((now - measured_from) / MEASURED_STEPS, now)
+            if self.preview_every and now - last_preview >= self.preview_every:
+                self.preview()
+                last_preview = time.perf_counter()
+            if now - last_checkpoint >= self.checkpoint_every:
+                self.save()
+                last_checkpoint = time.perf_counter()
 
     def _try_largest(self) -> None:
         """The widest step of every stage forth and back, thrown away: what does not fit in memory fails now, not at night."""
@@ -331,7 +353,7 @@ class _Run:
                     objective_sum.backward()
                 for name, (value, _) in found.items():
                     losses[name] += float(value.detach()) / counts[name]
-        bad = [name for name, value in losses.items() if not value < float("inf")]
+        bad = [name for name, value in losses.items() if not math.isfinite(value)]
         if bad:
             raise XFusionError(
                 f"the loss {bad[0]} is {losses[bad[0]]} at step {self.step}: training stopped; the last checkpoint in"
@@ -348,6 +370,12 @@ class _Run:
             )
         samples = sum(batch.num_sequences for batch in batches)
         self.samples += samples
+        total_before, weight_before = self.recent if inside else (0.0, 0.0)  # another stage is another loss
+        objective = sum(weights[name] * value for name, value in losses.items())
+        self.recent = (
+            REMEMBERED * total_before + (1 - REMEMBERED) * objective,
+            REMEMBERED * weight_before + (1 - REMEMBERED),
+        )
         self.step += 1  # counted before anybody is told: whoever listens may end the run here
         self.track.event(
             event="step",
@@ -383,56 +411,62 @@ class _Run:
         sheet = PILImage.new("RGB", (self.size * len(pictures), self.size), "white")
         for i, picture in enumerate(pictures):
             sheet.paste(picture, (i * self.size, 0))
-        folder = self.out / "previews"
-        folder.mkdir(exist_ok=True)
-        path = folder / f"step_{self.step:06d}.png"
-        sheet.save(path)
+        path = self.out / "previews" / f"step_{self.step:06d}.png"
+        with checkpoint.named_in_errors(path):
+            path.parent.mkdir(exist_ok=True)
+            so_far = path.with_name(f".{path.name}")
+            sheet.save(so_far, format="PNG")
+            so_far.replace(path)
         self.track.image(sheet, self.step)
         self.track.event(event="preview", step=self.step, path=str(path), prompts=list(prompts))
         self._preview_seconds = time.perf_counter() - begun
 
     def save(self) -> None:
         """The state that `resume` needs; it appears whole or not at all, and the old one stays until then."""
+        if self.saved_step == self.step:
+            return
+        total, weight = self.recent
         plan = {
             "recipe": checkpoint.to_json(self.recipe),
             "base_fingerprint": self.model.backbone.fingerprint,
             "step": self.step,
+            "stage": self._stage(max(0, self.step - 1))[0],
             "samples": self.samples,
             "totals": self.totals,
             "planned": self.planned,
             "minutes": self.minutes,
             "seconds": self.seconds_before + time.perf_counter() - self.started,
             "threads": torch.get_num_threads(),
+            "recent": self.recent,
+            "loss": total / weight if weight else None,
         }
-        temporary = Path(tempfile.mkdtemp(dir=self.out, prefix=".state-"))
-        try:
-            save_file({k: v.contiguous() for k, v in self.optimizer.state().items()}, str(temporary / STATE))
-            (temporary / PLAN).write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
-            old = self.out / STATE_BEFORE
-            if (self.out / "state").exists():
-                shutil.rmtree(old, ignore_errors=True)
-                (self.out / "state").rename(old)
-            temporary.rename(self.out / "state")
-            shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        self.track.to_disk()
+        states.write(self.out / "state", self.optimizer.state(), plan, self.keep)
+        self.saved_step = self.step
 
     def _load(self, folder: Path) -> None:
-        plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        plan, tensors = states.newest(folder)
         if plan["base_fingerprint"] != self.model.backbone.fingerprint:
             raise XFusionError(
                 f"{self.out} was trained on the base {plan['base_fingerprint'][:16]}, this one is"
                 f" {self.model.backbone.fingerprint[:16]}: resume with the same base"
             )
-        saved = checkpoint.from_json(plan["recipe"], trust=True, where=str(folder / PLAN))
+        saved = checkpoint.from_json(plan["recipe"], trust=True, where=str(folder))
         if saved != self.recipe:
             raise XFusionError(
                 f"{self.out} was started otherwise: {_difference(saved, self.recipe)}; give the same settings to resume"
             )
+        if plan["threads"] != torch.get_num_threads():
+            logger.warning(
+                "%s ran on %d threads and goes on with %d: sums round otherwise, so its losses agree but not to the bit",
+                *(self.out, plan["threads"], torch.get_num_threads()),
+            )
         self.step, self.samples, self.totals = plan["step"], plan["samples"], plan["totals"]
         self.planned, self.seconds_before = plan["planned"], plan["seconds"]
         self.minutes = plan["minutes"] if self.minutes is None else self.minutes
-        self.optimizer.load(load_file(str(folder / STATE)))
+        self.recent = tuple(plan.get("recent", self.recent))
+        self.optimizer.load(tensors)
+        self.saved_step = self.step
 
     def _pack(self) -> None:
         stage = self.recipe.stages[-1]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from xfusion import checkpoint
 
 Event = dict[str, Any]
 """``{"event": "start" | "plan" | "step" | "preview" | "end", ...}``."""
@@ -26,23 +30,34 @@ class Track:
     """
 
     def __init__(self, folder: Path, console: Console | None, listener: Listener | None, resume_at: int):
-        folder.mkdir(parents=True, exist_ok=True)
         self.path, self.console, self.listener = folder / "log.jsonl", console, listener
-        kept: list[str] = []
-        if resume_at and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line).get("step", 0) < resume_at]
-        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        self.file = self.path.open("a", encoding="utf-8", buffering=1)
+        with checkpoint.named_in_errors(self.path):
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file = self._open(resume_at)
         self.board: Any = None
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_at or None)
+            with checkpoint.named_in_errors(folder / "tensorboard"):
+                self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_at or None)
         except ImportError:
             self.say("TensorBoard is not installed: curves go to log.jsonl only (pip install 'xfusion[train]')")
         self.bar: Progress | None = None
         self.task: Any = None
+
+    def _open(self, resume_at: int) -> TextIO:
+        """The log, without what a run that was cut off had told of steps that will be taken again."""
+        lines = self.path.read_text(encoding="utf-8").splitlines() if resume_at and self.path.exists() else []
+        # Under another name first: a run that is killed here shall find the whole log when it goes on.
+        rewritten = self.path.with_name(f".{self.path.name}.tmp")
+        rewritten.write_text("".join(f"{line}\n" for line in lines if _step_of(line) < resume_at), encoding="utf-8")
+        rewritten.replace(self.path)
+        return self.path.open("a", encoding="utf-8", buffering=1)
+
+    def to_disk(self) -> None:
+        """The log's lines outlive a power cut from here on."""
+        with checkpoint.named_in_errors(self.path):
+            os.fsync(self.file.fileno())
 
     def say(self, line: str) -> None:
         """A line for people."""
@@ -51,10 +66,11 @@ class Track:
 
     def event(self, **event: Any) -> None:
         """Write an event down and pass it on."""
-        if event["event"] != "preview":
-            self.file.write(json.dumps(event) + "\n")
-        if event["event"] == "step":
-            self._step(event)
+        with checkpoint.named_in_errors(self.path):
+            if event["event"] != "preview":
+                self.file.write(json.dumps(event) + "\n")
+            if event["event"] == "step":
+                self._step(event)
         if self.listener:
             self.listener(event)
 
@@ -101,6 +117,16 @@ class Track:
         """Leave no bar and no open file."""
         if self.bar:
             self.bar.stop()
-        if self.board:
-            self.board.close()
-        self.file.close()
+        with contextlib.suppress(OSError):  # each line was flushed: what fails here has been told when it was written
+            if self.board:
+                self.board.close()
+        with contextlib.suppress(OSError):
+            self.file.close()
+
+
+def _step_of(line: str) -> float:
+    """The step that a line of a log tells of; none, so an endless one, where the line was cut off."""
+    try:
+        return json.loads(line).get("step", 0)
+    except (ValueError, AttributeError):
+        return float("inf")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -19,7 +18,7 @@ from xfusion.apps.commands.training import Train
 from xfusion.data.sequence import XFusionError
 from xfusion.modalities.base import Codec
 from xfusion.recipes.base import find
-from xfusion.training.loop import PLAN
+from xfusion.training import states
 from xfusion.training.stages import Recipe
 
 
@@ -27,7 +26,8 @@ from xfusion.training.stages import Recipe
 class TrainRecipe(Train):
     """Train a recipe; the result is a pack.
 
-    Stop with Ctrl-C and go on with --resume.
+    Ctrl-C and SIGTERM finish the step, write state and pack, and exit with 130 and 143; go on with --resume, also after
+    a crash.
     """
 
     recipe: tyro.conf.SuppressFixed[tyro.conf.Fixed[str]]
@@ -82,17 +82,15 @@ def _recipe(name: str) -> Recipe:
 
 
 def _saved(train: Train, recipe: Recipe) -> Recipe:
-    path = train.folder() / "state" / PLAN
-    if not path.is_file():
+    folder = train.folder() / "state"
+    if not states.found(folder):
         raise XFusionError(
-            f"{train.folder()} holds no run to resume (no state/{PLAN}); leave --resume out to start one"
+            f"{train.folder()} holds no run to resume (nothing in state/); leave --resume out to start one"
         )
     try:
-        saved = checkpoint.from_json(
-            json.loads(path.read_text(encoding="utf-8"))["recipe"], trust=True, where=str(path)
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise XFusionError(f"{path} cannot be read: {error}") from error
+        saved = checkpoint.from_json(states.newest_plan(folder)["recipe"], trust=True, where=str(folder))
+    except (KeyError, TypeError) as error:
+        raise XFusionError(f"{folder} cannot be read: {error}") from error
     kinds = [type(r.model.fusion).__qualname__ for r in (saved, recipe)]
     if kinds[0] != kinds[1]:
         raise XFusionError(f"{train.folder()} was trained with {kinds[0]}, the recipe {train.recipe} has {kinds[1]}")

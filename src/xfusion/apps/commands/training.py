@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 class Train(Verb):
     """Train a recipe; the result is a pack.
 
-    Stop with Ctrl-C and go on with --resume. `xfusion train RECIPE --help` also shows the settings of that recipe, such
-    as --data, --model.fusion.stride and --stages.0.rate.
+    Ctrl-C and SIGTERM finish the step, write state and pack, and exit with 130 and 143; go on with --resume, also after
+    a crash. `xfusion train RECIPE --help` also shows the settings of that recipe, such as --data, --model.fusion.stride
+    and --stages.0.rate.
     """
 
     recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
@@ -41,6 +42,11 @@ class Train(Verb):
     """What previews draw; nothing takes the first captions of the data."""
     preview_every: float = 60.0
     """Seconds between previews; 0 makes none."""
+    checkpoint_every: float = 300.0
+    """Seconds between checkpoints."""
+    keep: int = 2
+    """Newest checkpoints that stay in FOLDER/state. Besides stays the best: the one with the lowest training loss, as a
+    running mean over some fifty steps, of the last stage that was reached. It says nothing of pictures held out."""
     compile: bool = True
     """Whether the per-layer work is compiled: a minute at the start, two to three times the speed behind it."""
     device: str = "auto"
@@ -63,6 +69,8 @@ class Train(Verb):
             allow_bad=self.allow_bad,
             preview_prompts=self.preview or None,
             preview_every=self.preview_every,
+            checkpoint_every=self.checkpoint_every,
+            keep=self.keep,
             compile=self.compile,
             console=people,
             listener=ends,
@@ -89,6 +97,8 @@ class Train(Verb):
             raise UsageError(f"--minutes {self.minutes:g}: more than 0")
         if self.steps is not None and self.steps < 1:
             raise UsageError(f"--steps {self.steps}: at least 1")
+        if self.keep < 1:
+            raise UsageError(f"--keep {self.keep}: at least 1")
 
 
 class _Ends:
