@@ -73,12 +73,12 @@ def test_batches_are_a_pure_function_of_seed_and_step():
 def test_every_epoch_holds_every_picture_once():
     m = mixture()
     for task in ("draw", "caption"):
-        places = list(m.order(task, 0, 21))
+        places = list(m.order.take(task, 0, 21))
         assert [sorted(places[i : i + 7]) for i in (0, 7, 14)] == [list(range(7))] * 3
         assert len({tuple(places[i : i + 7]) for i in (0, 7, 14)}) == 3  # and not in the same order
-        pieces = [i for start in range(0, 21, 4) for i in m.order(task, start, min(4, 21 - start))]
+        pieces = [i for start in range(0, 21, 4) for i in m.order.take(task, start, min(4, 21 - start))]
         assert pieces == places
-    assert list(m.order("draw", 0, 7)) != list(m.order("caption", 0, 7))
+    assert list(m.order.take("draw", 0, 7)) != list(m.order.take("caption", 0, 7))
 
 
 def test_a_drawing_is_words_then_a_noised_target_and_a_captioning_a_clean_picture_then_its_answer():

@@ -66,7 +66,7 @@ def test_wrong_specs_are_named_in_one_line(tmp_path):
         "blank.jsonl": "no examples found",
         "one.png": "is one picture; put it into a folder",
         "all.json": r"write one object a line: jq -c '.\[\]' all.json > all.jsonl",
-        "notes.md": "is neither a folder nor a .jsonl file",
+        "notes.md": "is neither a folder nor a .jsonl, .tar or .parquet file",
     }.items():
         with pytest.raises(XFusionError, match=message) as caught:
             open_source(str(tmp_path / name))

@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from xfusion.data import pictures
+from xfusion.data.pictures import Place
 from xfusion.data.report import Problem
 from xfusion.data.sequence import XFusionError
 
@@ -37,10 +39,12 @@ class Record:
 
     id: str
     origin: str
-    path: Path | None
+    place: Place | None
     captions: list[str] = field(default_factory=list)
     group: str | None = None
     problems: list[Problem] = field(default_factory=list)
+    content: str | None = None
+    """Hash of the picture's bytes, where it was checked already (`xfusion.data.shards`)."""
 
     def complain(self, kind: str, what: str, where: str | None = None) -> None:
         """Note a problem, at the record's own place unless another is given."""
@@ -65,20 +69,32 @@ def read(path: Path, special_tokens: tuple[str, ...] = ()) -> tuple[list[Record]
             f"{path}: no examples found; a folder needs pictures ({pictures.READABLE}) with a .txt of the same name "
             f"each, or a {METADATA}; a .jsonl needs a line for each picture"
         )
+    check(records, special_tokens)
+    return records, notes
+
+
+def check(records: Iterable[Record], special_tokens: tuple[str, ...] = ()) -> None:
+    """Note what is wrong with names and captions, whatever they were read from."""
+    records = list(records)
     _find_duplicates(records)
     for record in records:
         _check_captions(record, special_tokens)
-    return records, notes
 
 
 def _no_source(path: Path) -> str:
     if not path.exists():
-        return f"{path}: no such folder or file; data is 'emoji', 'emoji:128', a folder of pictures or a .jsonl file"
+        known = (
+            "'emoji', 'emoji:128', a folder of pictures, shards (.tar, .parquet), a folder of latents or a .jsonl file"
+        )
+        text = f"{path}: no such folder or file; data is {known}"
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+            text += f"; a data set of the hub is downloaded first: hf download {path} --repo-type dataset --local-dir FOLDER"
+        return text
     if path.suffix.lower() == ".json":
         return f"{path}: is not read; write one object a line: jq -c '.[]' {path.name} > {path.stem}.jsonl"
     if path.suffix.lower() in pictures.SUFFIXES:
         return f"{path}: is one picture; put it into a folder, with its caption in {path.stem}.txt, and name the folder"
-    return f"{path}: is neither a folder nor a .jsonl file"
+    return f"{path}: is neither a folder nor a .jsonl, .tar or .parquet file"
 
 
 def _read_folder(folder: Path) -> tuple[list[Record], list[str]]:
@@ -91,7 +107,7 @@ def _read_folder(folder: Path) -> tuple[list[Record], list[str]]:
             for record in found:
                 record.id = (path.parent.relative_to(folder) / record.id).as_posix()
             records += found
-    listed = {os.path.normpath(record.path) for record in records if record.path is not None}
+    listed = {os.path.normpath(str(record.place)) for record in records if record.place is not None}
     images = [path for path in files if path.suffix.lower() in pictures.SUFFIXES]
     by_stem: dict[Path, list[str]] = {}
     for path in images:
@@ -103,7 +119,7 @@ def _read_folder(folder: Path) -> tuple[list[Record], list[str]]:
     for path in files:
         if path.suffix.lower() == ".txt":
             if path.with_suffix("") not in by_stem and path.stem.lower() not in _NO_CAPTIONS:
-                orphan = Record(id=path.relative_to(folder).as_posix(), origin=str(path), path=None)
+                orphan = Record(id=path.relative_to(folder).as_posix(), origin=str(path), place=None)
                 orphan.complain("missing picture", f"captions without a picture: no file {path.stem}.png, .jpg, ...")
                 records.append(orphan)
         elif path.name != METADATA and path not in images:
@@ -120,7 +136,7 @@ def _is_hidden(path: Path, folder: Path) -> bool:
 
 def _with_sidecar(path: Path, folder: Path, same_stem: list[str], *, has_metadata: bool) -> Record:
     """A picture with the ``.txt`` beside it."""
-    record = Record(id=path.relative_to(folder).as_posix(), origin=str(path), path=path)
+    record = Record(id=path.relative_to(folder).as_posix(), origin=str(path), place=path)
     sidecar = path.with_suffix(".txt")
     if len(same_stem) > 1:
         record.complain("duplicated name", f"{sidecar.name} would caption {' and '.join(same_stem)}: rename one")
@@ -131,7 +147,7 @@ def _with_sidecar(path: Path, folder: Path, same_stem: list[str], *, has_metadat
         record.complain("long caption", "is longer than a million bytes: no caption", str(sidecar))
     else:
         for number, line in enumerate(sidecar.read_bytes().split(b"\n"), start=1):
-            text = _utf8(line, record, f"{sidecar}:{number}", first=number == 1)
+            text = utf8(line, record, f"{sidecar}:{number}", first=number == 1)
             if text:
                 record.captions.append(text)
         if not record.captions and not record.problems:
@@ -144,8 +160,8 @@ def _read_lines(path: Path, notes: list[str]) -> Iterator[Record]:
     num_longer = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            record = Record(id=f"line {number}", origin=f"{path}:{number}", path=None)
-            text = _utf8(line, record, first=number == 1)
+            record = Record(id=f"line {number}", origin=f"{path}:{number}", place=None)
+            text = utf8(line, record, first=number == 1)
             if text:
                 num_longer += _fill(record, text, path.parent)
             if text or record.problems:
@@ -154,7 +170,7 @@ def _read_lines(path: Path, notes: list[str]) -> Iterator[Record]:
         notes.append(f"{path}: {num_longer} conversations have more than one answer; the first is the caption")
 
 
-def _utf8(line: bytes, record: Record, where: str | None = None, *, first: bool = False) -> str:
+def utf8(line: bytes, record: Record, where: str | None = None, *, first: bool = False) -> str:
     """The line without blanks around it; empty, with a problem noted, where it is no UTF-8."""
     try:
         return line.decode("utf-8-sig" if first else "utf-8").strip()
@@ -174,7 +190,12 @@ def _fill(record: Record, text: str, root: Path) -> bool:
     if not isinstance(row, dict):
         record.complain("invalid JSON", f"expected an object in braces, found a {type(row).__name__}")
         return False
-    record.path = _picture_path(row, record, root)
+    record.place = _picture_path(row, record, root)
+    return take_captions(row, record)
+
+
+def take_captions(row: Mapping[str, Any], record: Record) -> bool:
+    """Take captions and group from a row. Returns whether a conversation held further answers."""
     if isinstance(group := row.get("group"), str) and group:
         record.group = group
     fields = [name for name in CAPTION_FIELDS if name in row]
@@ -226,7 +247,7 @@ def _find_duplicates(records: Iterable[Record]) -> None:
     seen: dict[str, list[Record]] = {}
     for record in records:
         before = seen.setdefault(record.id, [])
-        if before and record.path is not None:
+        if before and record.place is not None:
             same = [other for other in before if other.captions == record.captions]
             if same and not record.problems:
                 record.complain(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
+from xfusion.data.latents import tokens
+from xfusion.data.order import Order
 from xfusion.data.pack import balance, pack, text_length
 from xfusion.data.sequence import Batch, Media, Sequence, XFusionError
 from xfusion.data.sources import Source
@@ -80,6 +80,7 @@ class Mixture:
         self.encode, self.begin, self.end = encode, begin, end
         rows, columns = image.grid(size)
         self.grid = (rows, columns)
+        self.order = Order(source, seed)
         self._tokens: OrderedDict[int, Tensor] = OrderedDict()
         self._kept = max(1, TOKENS_KEPT // (rows * columns * image.token_width * 4))
         self._ids: dict[str, tuple[int, ...]] = {}
@@ -87,8 +88,7 @@ class Mixture:
     def tokens(self, index: int) -> Tensor:
         """Tokens ``[M, P]`` of a picture, encoded once."""
         if index not in self._tokens:
-            picture = self.source.picture(index, self.size)
-            self._tokens[index] = self.image.encode([picture], self.size)[0].cpu()
+            self._tokens[index] = tokens(self.source, index, self.image, self.size)
             if len(self._tokens) > self._kept:
                 self._tokens.popitem(last=False)
         return self._tokens[index]
@@ -110,25 +110,13 @@ class Mixture:
             self._ids[text] = self.encode(text)
         return self._ids[text]
 
-    def order(self, task: str, start: int, count: int) -> Iterator[int]:
-        """Examples ``start`` to ``start + count`` of a task's endless order: one permutation per epoch."""
-        size = len(self.source.examples)
-        epoch, permutation = -1, torch.empty(0)
-        for position in range(start, start + count):
-            if position // size != epoch:
-                epoch = position // size
-                # A string seeds Python's generator the same way on every run and platform.
-                seed = random.Random(f"{self.seed}/{task}/{epoch}").getrandbits(62)
-                permutation = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
-            yield int(permutation[position % size])
-
     def drawings(self, step: int) -> list[Sequence]:
         """The drawing sequences of a step."""
         rng, count = random.Random(f"{self.seed}/draw/words/{step}"), self.config.draw
         words = self.config.templates.drawing_words
         return [
             drawing(self.ids, self.begin, words(self.source.examples[i], rng), self.drawn(i))
-            for i in self.order("draw", step * count, count)
+            for i in self.order.take("draw", step * count, count)
         ]
 
     def captionings(self, step: int) -> list[Sequence]:
@@ -141,7 +129,7 @@ class Mixture:
         question = self.config.templates.question
         return [
             captioning(self.ids, self.end, self.shown(i), examples[i].captions[0], question(rng))
-            for i in self.order("caption", step * count, count)
+            for i in self.order.take("caption", step * count, count)
         ]
 
     @cached_property

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from xfusion.data.sequence import XFusionError
 from xfusion.modalities.image import on_white
@@ -26,10 +27,21 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 READABLE = "PNG, JPEG, WebP, AVIF, GIF, BMP, TIFF or PPM"
 
 
+class Place(Protocol):
+    """Where the bytes of a picture are: a file (`pathlib.Path`), or a part of a shard (`xfusion.data.shards`)."""
+
+    @property
+    def name(self) -> str:
+        """Of the picture, for messages."""
+        ...
+
+    def read_bytes(self) -> bytes:
+        """The picture's file."""
+        ...
+
+
 def header_problem(path: Path) -> str | None:
     """What is wrong with a picture file as far as its first bytes tell, or None. Cheap, decodes nothing."""
-    from PIL import Image
-
     try:
         if not path.exists():
             return "no such file" + _near_name(path)
@@ -39,13 +51,26 @@ def header_problem(path: Path) -> str | None:
             return "is empty (0 bytes)"
     except (OSError, ValueError) as error:  # a name too long, a zero byte in it, a folder that may not be entered
         return f"cannot be opened ({_one_line(error)})"
+    return _header_problem(path)
+
+
+def bytes_problem(content: bytes, *, decode: bool) -> str | None:
+    """What is wrong with a picture that was read from a shard, or None; its header alone, or all of it."""
+    if not content:
+        return "is empty (0 bytes)"
+    return _header_problem(io.BytesIO(content)) or (decode_problem(io.BytesIO(content)) if decode else None)
+
+
+def _header_problem(file: Path | io.BytesIO) -> str | None:
+    from PIL import Image
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own bound, below, is stricter
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(file, formats=FORMATS) as image:
                 width, height = image.size
     except Image.UnidentifiedImageError:
-        return f"is not a picture: {_content(path)}; save it as {READABLE}"
+        return f"is not a picture: {_content(file)}; save it as {READABLE}"
     except Image.DecompressionBombError:
         return f"has more than {MAX_PIXELS // 1_000_000} million pixels: make it smaller"
     except Exception as error:  # a broken header may fail in any way: Pillow's plug-ins raise what they please
@@ -55,16 +80,16 @@ def header_problem(path: Path) -> str | None:
     return None
 
 
-def decode_problem(path: Path) -> str | None:
+def decode_problem(file: Path | io.BytesIO) -> str | None:
     """What is wrong with the rest of a file whose header is sound, or None. Decodes all of it; safe in threads."""
     try:
-        _decode(path)
+        _decode(file)
     except Exception as error:  # as above
         return _decoding_failed(error)
     return None
 
 
-def read(path: Path, origin: str | None = None) -> Image:
+def read(place: Place, origin: str | None = None) -> Image:
     """The whole picture: first frame, EXIF rotation applied, RGB, transparent parts on white.
 
     Colour profiles are not applied.
@@ -72,19 +97,26 @@ def read(path: Path, origin: str | None = None) -> Image:
     Raises:
         XFusionError: the file is missing, broken, too large or no picture, with ``origin`` in front.
     """
-    problem = header_problem(path)
+    if isinstance(place, Path):
+        file, problem = place, header_problem(place)
+    else:
+        try:
+            content = place.read_bytes()
+        except (OSError, ValueError) as error:
+            raise XFusionError(f"{origin or place.name}: cannot be read ({_one_line(error)})") from error
+        file, problem = io.BytesIO(content), bytes_problem(content, decode=False)
     if problem is None:
         try:
-            return _decode(path)
+            return _decode(file)
         except Exception as error:  # as above
             problem = _decoding_failed(error)
-    raise XFusionError(f"{origin}: {path.name} {problem}" if origin else f"{path}: {problem}")
+    raise XFusionError(f"{origin}: {place.name} {problem}" if origin else f"{place}: {problem}")
 
 
-def _decode(path: Path) -> Image:
+def _decode(file: Path | io.BytesIO) -> Image:
     from PIL import Image, ImageOps
 
-    with Image.open(path, formats=FORMATS) as image:
+    with Image.open(file, formats=FORMATS) as image:
         image.load()
         return on_white(ImageOps.exif_transpose(image))
 
@@ -94,10 +126,13 @@ def _decoding_failed(error: Exception) -> str:
     return f"is cut short ({reason})" if "truncat" in reason.lower() else f"cannot be decoded ({reason})"
 
 
-def _content(path: Path) -> str:
+def _content(file: Path | io.BytesIO) -> str:
     """What the start of an unreadable file looks like."""
-    with path.open("rb") as file:
-        start = file.read(512)
+    if isinstance(file, Path):
+        with file.open("rb") as stream:
+            start = stream.read(512)
+    else:
+        start = file.getvalue()[:512]
     if start[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1"):
         return "its content is HEIC"
     lowered = start.lstrip().lower()

@@ -1,7 +1,8 @@
-"""Where examples come from: the built-in emoji, a folder of pictures, a file of JSON lines.
+"""Where examples come from: the built-in emoji, a folder of pictures, a file of JSON lines, shards, encoded latents.
 
-A *spec* names a source: ``emoji``, ``emoji:128``, a folder, a ``.jsonl`` file. A folder that is called ``emoji`` is
-``./emoji``, or a `pathlib.Path`.
+A *spec* names a source: ``emoji``, ``emoji:128``, a folder, a ``.jsonl`` file, shards (`xfusion.data.shards`), a folder of
+latents (`xfusion.data.latents`). A folder that is called ``emoji`` is ``./emoji``, or a `pathlib.Path`. Several are joined
+by ``+``, each with its weight: ``photos:weight=2+emoji:weight=1`` gives two of three samples from photos.
 
 User data all trains unless the spec ends in a share, ``photos:held=0.1``: then groups are held out by the hash of their
 name, so that adding pictures later moves none across. A group is what the file's field ``group`` says, else all copies
@@ -18,10 +19,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
-from xfusion.data import files, pictures
+from xfusion.data import files, latents, pictures, shards
 from xfusion.data.emoji import Emoji
+from xfusion.data.latents import Latents
+from xfusion.data.mixed import Mixed, parts
+from xfusion.data.pictures import Place
 from xfusion.data.report import CaptionStats, Problem, Report
 from xfusion.data.sequence import Example, XFusionError
 from xfusion.modalities.image import middle_square
@@ -52,16 +56,18 @@ class Source(Protocol):
 
 
 class Files:
-    """A user's folder or JSON lines as a `Source`; every picture was decoded once when it was opened."""
+    """A user's folder, JSON lines or shards as a `Source`; every picture was decoded once when it was opened."""
 
     licence = "as the owner of the files says"
 
     def __init__(
-        self, spec: str, examples: Sequence[Example], paths: Sequence[Path], report: Report | None = None
+        self, spec: str, examples: Sequence[Example], places: Sequence[Place], report: Report | None = None
     ) -> None:
         self.spec = spec
         self.examples: Sequence[Example] = tuple(examples)
-        self.paths = tuple(paths)
+        self.places = tuple(places)
+        self.blocks = shards.blocks(self.places)
+        """Stretches of examples that are read together and shuffled as such (`xfusion.data.order`), where there are any."""
         self.report = report
         """What the check at opening found; its problems are the examples that were left out."""
 
@@ -70,7 +76,7 @@ class Files:
 
     def picture(self, index: int, size: int) -> Image:
         """As `Source.picture`. Raises `XFusionError` where the file has changed or gone since it was opened."""
-        return middle_square(pictures.read(self.paths[index], self.examples[index].origin), size)
+        return middle_square(pictures.read(self.places[index], self.examples[index].origin), size)
 
 
 def open_source(
@@ -97,10 +103,22 @@ def open_source(
         raise XFusionError(f"unknown split {split!r}: use {', '.join(map(repr, SPLITS))}")
     if not 0 <= allow_bad < 1:
         raise XFusionError(f"allow_bad is {allow_bad}: it is a share from 0 to below 1, such as 0.05")
+    if several := parts(os.fspath(spec)):
+        opened = [
+            open_source(one, split=split, allow_bad=allow_bad, special_tokens=special_tokens, decode=decode)
+            for one, _ in several
+        ]
+        return Mixed(str(spec), opened, [weight for _, weight in several])
     if (emoji := _emoji(spec, split) if isinstance(spec, str) else None) is not None:
         return emoji
     spec = os.fspath(spec)
     path, held_share = _held_share(spec)
+    if latents.is_folder(path):
+        encoded = Latents(path, spec)
+        kept = [i for i, e in enumerate(encoded.examples) if split == "all" or _split_of(e.group, held_share) == split]
+        if not kept:
+            raise XFusionError(_empty_split(spec, split, held_share, len({e.group for e in encoded.examples})))
+        return encoded.some(kept)
     report = _inspect(spec, path, special_tokens, decode)
     if report.num_bad and (report.share_bad > allow_bad or report.num_bad == report.num_examples):
         raise XFusionError(_too_many(report, allow_bad))
@@ -114,7 +132,7 @@ def open_source(
     ]
     if not kept:
         raise XFusionError(_empty_split(spec, split, held_share, report.num_groups))
-    return Files(spec, [report.source.examples[i] for i in kept], [report.source.paths[i] for i in kept], report)
+    return Files(spec, [report.source.examples[i] for i in kept], [report.source.places[i] for i in kept], report)
 
 
 def check(spec: str | os.PathLike[str], *, special_tokens: tuple[str, ...] = ()) -> Report:
@@ -123,9 +141,15 @@ def check(spec: str | os.PathLike[str], *, special_tokens: tuple[str, ...] = ())
     Raises:
         XFusionError: there is no such source, or nothing in it.
     """
+    if several := parts(os.fspath(spec)):
+        raise XFusionError(f"{spec}: check its sources one by one: {', '.join(one for one, _ in several)}")
     emoji = _emoji(spec, "all" if spec == "emoji" else "train") if isinstance(spec, str) else None
     if emoji is None:
         spec = os.fspath(spec)
+        if latents.is_folder(_held_share(spec)[0]):
+            encoded = Latents(_held_share(spec)[0], spec)
+            broken = encoded.problems()
+            return _report(encoded, len(encoded), len(broken), broken, [])
         return _inspect(spec, _held_share(spec)[0], special_tokens, decode=True)
     problems: list[Problem] = []
     for index, example in enumerate(emoji.examples):
@@ -163,8 +187,14 @@ def _split_of(group: str, held_share: float) -> str:
 
 def _inspect(spec: str, path: Path, special_tokens: tuple[str, ...], decode: bool) -> Report:
     """Read all records and open every picture once."""
-    records, notes = files.read(path, special_tokens)
-    paths = list(dict.fromkeys(record.path for record in records if record.path is not None))
+    if found := shards.find(path):
+        records, notes = [record for shard in found for record in shards.read(shard, decode=decode)], []
+        if not records:
+            raise XFusionError(f"{spec}: {len(found)} shards without an example; see xfusion data check --help")
+        files.check(records, special_tokens)
+    else:
+        records, notes = files.read(path, special_tokens)
+    paths = list(dict.fromkeys(record.place for record in records if isinstance(record.place, Path)))
     problems_of = dict(zip(paths, map(pictures.header_problem, paths), strict=True))
     sound = [path for path in paths if problems_of[path] is None]
     if decode:
@@ -172,21 +202,22 @@ def _inspect(spec: str, path: Path, special_tokens: tuple[str, ...], decode: boo
     contents = dict(_in_threads(_content_hash, [path for path in sound if problems_of[path] is None]))
     examples, kept = [], []
     for record in records:
-        if record.path is not None and (what := problems_of[record.path]) is not None:
+        place = record.place
+        if isinstance(place, Path) and (what := problems_of[place]) is not None:
             kind = "missing picture" if what.startswith("no such") else "broken picture"
-            record.complain(kind, what if record.origin == str(record.path) else f"{record.path.name[:100]} {what}")
-        if record.path is not None and not record.problems:
-            group = record.group or contents[record.path]
+            record.complain(kind, what if record.origin == str(place) else f"{place.name[:100]} {what}")
+        if place is not None and not record.problems:
+            group = record.group or record.content or contents[cast("Path", place)]
             captions = tuple(record.captions)
             examples.append(Example(id=record.id, captions=captions, group=group, origin=record.origin))
-            kept.append(record.path)
+            kept.append(place)
     problems = [problem for record in records for problem in record.problems]
     num_bad = sum(bool(record.problems) for record in records)
     return _report(Files(spec, examples, kept), len(records), num_bad, problems, notes)
 
 
 def _report(
-    source: Files | Emoji, number: int, num_bad: int, problems: Sequence[Problem], notes: Sequence[str]
+    source: Files | Emoji | Latents, number: int, num_bad: int, problems: Sequence[Problem], notes: Sequence[str]
 ) -> Report:
     return Report(
         spec=source.spec,

@@ -1,0 +1,361 @@
+"""Pictures that a codec encoded ahead: a folder of latents, which trains as the pictures would, to the bit.
+
+The folder holds ``latents-00000.safetensors`` and so on (float32 ``[n, channels, rows, columns]``), ``examples.jsonl`` and
+``index.json``, which names the codec by the hash of its weights, the side in pixels, and each shard with its hash. The
+index is written last: a folder without one is not finished, and the same command goes on with it. Latents are kept, not
+tokens, so that the patch is the model's own choice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from xfusion.data.report import Problem
+from xfusion.data.sequence import Example, XFusionError, fingerprint
+from xfusion.modalities.base import Codec
+from xfusion.modalities.image import ImageModality
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from xfusion.data.sources import Source
+
+FORMAT_VERSION = 1
+INDEX, EXAMPLES = "index.json", "examples.jsonl"
+PER_SHARD = 1024
+"""Pictures in a shard: what a run that is cut off does again at most."""
+
+
+@runtime_checkable
+class Encoded(Protocol):
+    """A source that may give tokens without a picture."""
+
+    def tokens(self, index: int, image: ImageModality, size: int) -> Tensor:
+        """Tokens ``[M, P]`` of an example."""
+        ...
+
+
+def tokens(source: Source, index: int, image: ImageModality, size: int) -> Tensor:
+    """Tokens ``[M, P]`` of an example of any source, on the CPU; each picture is encoded for itself."""
+    if isinstance(source, Encoded):
+        return source.tokens(index, image, size)
+    return image.encode([source.picture(index, size)], size)[0].cpu()
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder holds latents, finished or not."""
+    return (path / INDEX).is_file() or any(path.glob("latents-*.safetensors"))
+
+
+def identity(codec: Codec) -> dict[str, Any]:
+    """What latents depend on: the codec's class and weights."""
+    return {
+        "class": type(codec).__qualname__,
+        "fingerprint": fingerprint(dict(codec.state_dict())),
+        "channels": codec.channels,
+        "factor": codec.factor,
+    }
+
+
+class Latents:
+    """A folder of latents as a `Source`; it has no pictures.
+
+    Args:
+        folder: what `encode` wrote.
+        spec: as the user wrote it.
+
+    Raises:
+        XFusionError: it is not finished, of another format, or lacks a shard.
+    """
+
+    def __init__(self, folder: Path, spec: str | None = None) -> None:
+        if not (folder / INDEX).is_file():
+            raise XFusionError(
+                f"{folder}: the latents are not finished (no {INDEX}): give the same xfusion data encode again, it goes on"
+            )
+        self.folder, self.spec = folder, spec or str(folder)
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        if index["format_version"] != FORMAT_VERSION:
+            raise XFusionError(
+                f"{folder}: its format is {index['format_version']}, this version reads {FORMAT_VERSION}: encode it again"
+            )
+        self.codec, self.size, self.licence = index["codec"], index["size"], index["licence"]
+        self.shards = index["shards"]
+        for shard in self.shards:
+            path = folder / shard["file"]
+            found = path.stat().st_size if path.is_file() else None
+            if found != shard["bytes"]:
+                raise XFusionError(
+                    f"{path}: has {'gone' if found is None else f'{found} bytes'}, {INDEX} says {shard['bytes']} bytes:"
+                    " delete index.json and give the same xfusion data encode again"
+                )
+        with (folder / EXAMPLES).open(encoding="utf-8") as file:
+            rows = (json.loads(line) for line in file)
+            self.examples: Sequence[Example] = tuple(
+                Example(id=r["id"], captions=tuple(r["captions"]), group=r["group"], origin=r["origin"]) for r in rows
+            )
+        self.indices: Sequence[int] = range(len(self.examples))
+        """Places of the examples in the folder, of which a split takes some."""
+        self._agrees: tuple[ImageModality, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def some(self, kept: Sequence[int]) -> Self:
+        """These examples alone."""
+        self.examples = tuple(self.examples[i] for i in kept)
+        self.indices = tuple(self.indices[i] for i in kept)
+        return self
+
+    def picture(self, index: int, size: int) -> Image:
+        """Refused: there are no pictures."""
+        raise XFusionError(f"{self.spec}: holds latents, not pictures: name the pictures that they were encoded from")
+
+    def tokens(self, index: int, image: ImageModality, size: int) -> Tensor:
+        """Tokens ``[M, P]`` of an example.
+
+        Raises:
+            XFusionError: the model's codec or size is not the one that made the latents.
+        """
+        if self._agrees != (image, size):
+            self._check(image, size)
+            self._agrees = (image, size)
+        number, place = divmod(self.indices[index], PER_SHARD)
+        stored = _opened(self.folder / self.shards[number]["file"]).get_slice("latents")[place : place + 1]
+        return image.tokens(stored)[0]
+
+    def _check(self, image: ImageModality, size: int) -> None:
+        if size != self.size:
+            raise XFusionError(
+                f"{self.spec}: holds latents of {self.size} px, the model reads {size} px: set --model.image.sizes"
+                f" {self.size}, or encode the pictures at {size} px"
+            )
+        if (given := identity(image.codec)) != self.codec:
+            raise XFusionError(
+                f"{self.spec}: was encoded by {_name(self.codec)}, the model's codec is {_name(given)}: set"
+                " --model.image.codec, or encode the pictures by the model's"
+            )
+
+    def problems(self) -> list[Problem]:
+        """Shards whose bytes are not those that were written; reads all of them."""
+        out = []
+        for shard in self.shards:
+            path = self.folder / shard["file"]
+            if (found := _hash(path)) != shard["sha256"]:
+                what = f"its hash is {found[:16]}, {INDEX} says {shard['sha256'][:16]}: delete both, and encode again"
+                out.append(Problem(kind="broken shard", where=str(path), what=what))
+        return out
+
+
+@lru_cache(maxsize=256)
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(str(path), "pt")
+    except (SafetensorError, OSError) as error:
+        raise XFusionError(f"{path}: cannot be read ({error}): delete it and {INDEX}, and encode again") from error
+
+
+def _name(codec: dict[str, Any]) -> str:
+    return f"{codec['class']} {codec['fingerprint'][:16]}"
+
+
+# ------------------------------------------------------------------------------------------------------------- encode
+
+
+def encode(
+    source: Source,
+    codec: Codec.Config,
+    size: int,
+    out: Path,
+    *,
+    batch: int = 1,
+    workers: int = 1,
+    device: str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> Latents:
+    """Encode all pictures of a source; what is there from an earlier run of the same is kept.
+
+    Args:
+        source: pictures with captions.
+        codec: what encodes them.
+        size: side in pixels.
+        out: folder to write.
+        batch: pictures per call of the codec. One at a time is what training does, so that its losses are the same to
+            the bit; more are faster on a GPU and agree to rounding.
+        workers: processes that share the shards; each loads the codec and divides the threads.
+        device: where the codec runs.
+        progress: told pictures done and pictures in all.
+
+    Raises:
+        XFusionError: the folder holds something else, or latents of another source, codec or size.
+    """
+    built = codec.build()
+    built.latent_shape(size, size)
+    who = identity(built)
+    if out.is_dir() and not is_folder(out) and any(out.iterdir()):
+        raise XFusionError(f"{out}: holds other files: name a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    starts = range(0, len(source.examples), PER_SHARD)
+    tasks = [_Task(out, start, min(PER_SHARD, len(source.examples) - start)) for start in starts]
+    for task in tasks:
+        task.key = _key(who, size, batch, source.examples[task.start : task.start + task.count])
+    _refuse_others(out, tasks, who, size)
+    left = [task for task in tasks if not task.path.is_file()]
+    done = len(source.examples) - sum(task.count for task in left)
+    told = progress or (lambda done, total: None)
+    told(done, len(source.examples))
+    if left:
+        for number in _walk(left, source, codec, built, size, batch, workers, device):
+            done += number
+            told(done, len(source.examples))
+    with _written(out / EXAMPLES) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for example in source.examples:
+            file.write(json.dumps(asdict(example), ensure_ascii=False) + "\n")
+    shards = [
+        {"file": t.path.name, "count": t.count, "bytes": t.path.stat().st_size, "sha256": _hash(t.path)} for t in tasks
+    ]
+    index = {
+        "format_version": FORMAT_VERSION,
+        "spec": source.spec,
+        "licence": source.licence,
+        "size": size,
+        "batch": batch,
+        "codec": who,
+        "codec_licence": built.licence,
+        "shards": shards,
+    }
+    with _written(out / INDEX) as temporary:
+        temporary.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return Latents(out)
+
+
+class _Task:
+    """A shard to make."""
+
+    def __init__(self, out: Path, start: int, count: int) -> None:
+        self.start, self.count, self.key = start, count, ""
+        self.path = out / f"latents-{start // PER_SHARD:05d}.safetensors"
+
+
+def _key(codec: dict[str, Any], size: int, batch: int, examples: Sequence[Example]) -> str:
+    """What a shard was made of; the group of a user's picture is the hash of its file."""
+    facts = [codec, size, batch, [[e.id, e.group] for e in examples]]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _refuse_others(out: Path, tasks: Sequence[_Task], codec: dict[str, Any], size: int) -> None:
+    for task in tasks:
+        if task.path.is_file():
+            metadata = _metadata(task.path)
+            if metadata.get("key") != task.key:
+                made = f"{metadata.get('codec', 'another codec')} at {metadata.get('size', '?')} px"
+                raise XFusionError(
+                    f"{task.path}: was made by {made}, or of other pictures or by another batch; asked for is"
+                    f" {_name(codec)} at {size} px: name a new folder"
+                )
+    if more := {p.name for p in out.glob("latents-*.safetensors")} - {task.path.name for task in tasks}:
+        raise XFusionError(f"{out}: holds {min(more)}, which this source does not fill: name a new folder")
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(str(path), "pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise XFusionError(f"{path}: cannot be read ({error}): delete it and give the same command again") from error
+
+
+def _walk(
+    left: Sequence[_Task],
+    source: Source,
+    config: Codec.Config,
+    built: Codec,
+    size: int,
+    batch: int,
+    workers: int,
+    device: str,
+) -> Iterator[int]:
+    """Make the shards, here or in processes; yields how many pictures each held."""
+    if workers == 1:
+        _Worker.set_up(source, built.to(device), size, batch, torch.get_num_threads())
+        for task in left:
+            yield _Worker.shard(task)
+        return
+    threads = max(1, torch.get_num_threads() // workers)
+    with ProcessPoolExecutor(
+        workers,
+        mp_context=get_context("spawn"),
+        initializer=_start,
+        initargs=(source, config, size, batch, device, threads),
+    ) as pool:
+        futures = [pool.submit(_Worker.shard, task) for task in left]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _start(source: Source, config: Codec.Config, size: int, batch: int, device: str, threads: int) -> None:
+    _Worker.set_up(source, config.build().to(device), size, batch, threads)
+
+
+class _Worker:
+    """What a process encodes with."""
+
+    source: Source
+    codec: Codec
+    size: int
+    batch: int
+    device: torch.device | None
+
+    @classmethod
+    def set_up(cls, source: Source, codec: Codec, size: int, batch: int, threads: int) -> None:
+        torch.set_num_threads(threads)
+        cls.source, cls.codec, cls.size, cls.batch = source, codec, size, batch
+        weight = next(codec.parameters(), None)
+        cls.device = None if weight is None else weight.device
+
+    @classmethod
+    def shard(cls, task: _Task) -> int:
+        made = []
+        for start in range(task.start, task.start + task.count, cls.batch):
+            chosen = range(start, min(start + cls.batch, task.start + task.count))
+            pictures = ImageModality.from_pil([cls.source.picture(i, cls.size) for i in chosen], cls.size)
+            made.append(cls.codec.encode(pictures.to(cls.device)).cpu())
+        metadata = {"key": task.key, "codec": _name(identity(cls.codec)), "size": str(cls.size)}
+        with _written(task.path) as temporary:
+            save_file({"latents": torch.cat(made).contiguous()}, str(temporary), metadata)
+        return task.count
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[Path]:
+    """A temporary file beside ``path``, which gets its name when the block has ended well."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

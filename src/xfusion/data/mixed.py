@@ -1,0 +1,95 @@
+"""Several sources as one, each with a share of the samples."""
+
+from __future__ import annotations
+
+import math
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xfusion.data.latents import tokens
+from xfusion.data.sequence import Example, XFusionError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from xfusion.data.sources import Source
+
+LARGEST_WEIGHT = 1000
+"""Weights as whole numbers stay within this, so that shares are exact over a short stretch of samples."""
+
+
+def parts(spec: str) -> list[tuple[str, Fraction]]:
+    """``photos:weight=2+emoji`` -> ``[("photos", 2), ("emoji", 1)]``; nothing where the spec is one source.
+
+    Raises:
+        XFusionError: a weight that is no number above 0.
+    """
+    if "+" not in spec or Path(spec).exists():
+        return []
+    out = []
+    for one in spec.split("+"):
+        match = re.fullmatch(r"(.+?)(?::weight=([^:]*))?(:held=[^:]*)?", one.strip())
+        weight = match and (match[2] if match[2] is not None else "1")
+        if not match or not weight or not re.fullmatch(r"[0-9]*\.?[0-9]+", weight) or not Fraction(weight):
+            raise XFusionError(
+                f"{spec}: {one.strip()!r} is no source with a weight: write photos:weight=2+emoji:weight=1"
+            )
+        out.append((match[1] + (match[3] or ""), Fraction(weight)))
+    return out
+
+
+class Mixed:
+    """Sources one behind the other as a `Source`; `xfusion.data.order` gives each its share of every step.
+
+    Args:
+        spec: as the user wrote it.
+        sources: what is mixed.
+        weights: shares, of any sum.
+
+    Raises:
+        XFusionError: weights that are no ratio of small numbers.
+    """
+
+    def __init__(self, spec: str, sources: Sequence[Source], weights: Sequence[Fraction]) -> None:
+        self.spec, self.sources = spec, tuple(sources)
+        self.licence = "; ".join(dict.fromkeys(f"{source.spec}: {source.licence}" for source in sources))
+        common = math.lcm(*(weight.denominator for weight in weights))
+        whole = [int(weight * common) for weight in weights]
+        shared = math.gcd(*whole)
+        self.weights = tuple(weight // shared for weight in whole)
+        """Samples of each source in a stretch of their sum."""
+        if max(self.weights) > LARGEST_WEIGHT:
+            raise XFusionError(
+                f"{spec}: the weights stand as {' : '.join(map(str, self.weights))}, at most {LARGEST_WEIGHT} is legal:"
+                " round them"
+            )
+        self.starts = tuple(accumulate((len(source.examples) for source in sources), initial=0))
+        self.examples: Sequence[Example] = tuple(
+            replace(example, id=f"{number}/{example.id}")  # two sources may both hold 1.png
+            for number, source in enumerate(sources)
+            for example in source.examples
+        )
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def part(self, index: int) -> tuple[Source, int]:
+        """The source of an example, and its number there."""
+        number = bisect_right(self.starts, index) - 1
+        return self.sources[number], index - self.starts[number]
+
+    def picture(self, index: int, size: int) -> Image:
+        """As `Source.picture`."""
+        source, own = self.part(index)
+        return source.picture(own, size)
+
+    def tokens(self, index: int, image: Any, size: int) -> Tensor:
+        """As `xfusion.data.latents.tokens`."""
+        return tokens(*self.part(index), image, size)

@@ -1,0 +1,434 @@
+"""Reads shards: webdataset's tars, parquet files, and folders that Hugging Face's `datasets` saved.
+
+A shard is read by random access behind an *index*: where each picture is, its captions, and what its check found. The
+index is built once, with every picture decoded, and kept in the cache folder under the shard's path, size and date. So a
+step needs no iterator's state, and a resumed run goes on exactly.
+
+- ``.tar``: members of one name are an example: a picture, and its captions in ``.txt`` (one wording a line) or ``.json``;
+- ``.parquet``: one column of pictures (bytes, or a struct that holds ``bytes``), captions in a column of their name;
+- a folder of ``Dataset.save_to_disk``: the same columns.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import logging
+import os
+import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from xfusion.backbone import cache_folder
+from xfusion.data import pictures
+from xfusion.data.files import CAPTION_FIELDS, Record, take_captions, utf8
+from xfusion.data.report import Problem
+from xfusion.data.sequence import XFusionError
+
+INDEX_VERSION = 1
+"""Changes with what an index holds or what a check finds."""
+ROW_GROUP_BYTES = 512 * 1024 * 1024
+"""Largest row group that is read: a picture's row group comes into memory as a whole."""
+GROUPS_TOGETHER = 4
+"""Row groups of parquet files that are shuffled together: drawing and captioning then keep eight in memory, not all."""
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+STREAMS = ("hf://", "http://", "https://", "s3://", "gs://", "pipe:")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A picture in a tar."""
+
+    path: Path
+    offset: int
+    size: int
+    name: str
+
+    def read_bytes(self) -> bytes:
+        """The member's content, as far as the file goes."""
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A picture in a parquet file."""
+
+    path: Path
+    group: int
+    row: int
+    column: str
+    name: str
+
+    def read_bytes(self) -> bytes:
+        """The cell's bytes; its row group stays in memory."""
+        return _picture_bytes(_row_group(self.path, self.group, self.column)[self.row].as_py())
+
+
+@dataclass(frozen=True)
+class Row:
+    """A picture in a folder that `datasets` saved, which maps it into memory."""
+
+    path: Path
+    row: int
+    column: str
+    name: str
+
+    def read_bytes(self) -> bytes:
+        """The picture's bytes."""
+        return _picture_bytes(_saved(self.path, self.column)[self.row][self.column])
+
+
+KINDS: tuple[type, ...] = (Member, Cell, Row)
+
+
+def find(path: Path) -> list[Path]:
+    """The shards that a path names: a file, all of a folder, or a pattern such as ``shards/{000..099}.tar``; else none.
+
+    Raises:
+        XFusionError: a stream or a compressed tar, neither of which has random access.
+    """
+    text = str(path)
+    if text.startswith(tuple(start.replace("//", "/") for start in STREAMS)):  # a Path has single slashes
+        raise XFusionError(
+            f"{text}: streams have no random access, on which exact resuming rests: download first (hf download NAME"
+            " --repo-type dataset --local-dir FOLDER) and name the folder, or encode it once: xfusion data encode"
+        )
+    if text.endswith(COMPRESSED):
+        raise XFusionError(f"{text}: a compressed tar has no random access: unpack it to a plain .tar first")
+    if path.is_file():
+        return [path] if path.suffix in (".tar", ".parquet") else []
+    if (path / "dataset_dict.json").is_file():
+        splits = ", ".join(json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"])
+        raise XFusionError(f"{text}: holds the splits {splits} of a data set: name the folder of one of them")
+    if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
+        return [path]
+    if path.is_dir():
+        return sorted(path.rglob("[!.]*.tar")) or sorted(path.rglob("[!.]*.parquet"))
+    if not any(character in text for character in "*?[{"):
+        return []
+    found = {Path(name) for pattern in _webdataset().shardlists.expand_urls(text) for name in glob.glob(pattern)}
+    return [shard for one in sorted(found) for shard in find(one)]
+
+
+def read(path: Path, *, decode: bool = True) -> list[Record]:
+    """All examples of a shard, with their pictures checked; out of the index where it is kept."""
+    key = [INDEX_VERSION, str(path.resolve()), decode, *_stamp(path)]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    index = cache_folder() / "shards" / f"{path.stem}-{digest}.jsonl"
+    if index.is_file():
+        with index.open(encoding="utf-8") as file:
+            return [_record(json.loads(line), path) for line in file]
+    records = list(_checked(path, decode))
+    try:
+        _write(index, records)
+    except OSError as error:
+        logger.warning("%s: its index cannot be kept in %s (%s): it is built at every start", path, index.parent, error)
+    return records
+
+
+def _checked(path: Path, decode: bool) -> Iterator[Record]:
+    """Records with the picture of each looked at and hashed."""
+    if path.suffix == ".tar":
+        records = _tar(path)
+    elif path.suffix == ".parquet":
+        records = _parquet(path)
+    else:
+        records = _dataset(path)
+
+    def look(record: Record) -> Record:
+        if record.place is not None:
+            try:
+                content = record.place.read_bytes()
+            except (TypeError, KeyError):
+                record.complain("missing picture", "holds no bytes: only pictures inside of a shard are read")
+                return record
+            if what := pictures.bytes_problem(content, decode=decode):
+                record.complain("broken picture", what)
+            record.content = hashlib.sha256(content).hexdigest()[:16]
+        return record
+
+    # Pillow decodes outside Python's lock; few threads, since each may hold a whole picture.
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        # Some at a time: a row group is then looked at while it is in memory.
+        while some := list(islice(records, 64)):
+            yield from pool.map(look, some)
+
+
+# ---------------------------------------------------------------------------------------------------------------- tar
+
+
+def _tar(path: Path) -> Iterator[Record]:
+    """Members of one name are a record; what no member holds is a problem with its place in bytes."""
+    split = _webdataset().tariterators.base_plus_ext
+    members, problems = _members(path)
+    by_key: dict[str, list[tuple[str, tarfile.TarInfo]]] = {}
+    for member in members:
+        key, extension = split(member.name)
+        if key is not None and not Path(member.name).name.startswith("."):
+            by_key.setdefault(key, []).append((extension.lower(), member))
+    total = path.stat().st_size
+    for key, several in by_key.items():
+        record = Record(id=f"{path.name}/{key}", origin=f"{path}/{key}", place=None)
+        for extension, member in several:
+            place = Member(path, member.offset_data, member.size, member.name)
+            where = f"{path}/{member.name}"
+            if member.offset_data + member.size > total:
+                record.complain("broken member", f"needs {member.size} bytes, the file ends before", where)
+            elif f".{extension.rpartition('.')[2]}" in pictures.SUFFIXES:
+                if record.place is not None:
+                    record.complain("duplicated name", f"{record.place.name} has the same name: rename one", where)
+                record.place = place
+            elif extension == "txt":
+                lines = place.read_bytes().split(b"\n")
+                texts = (utf8(line, record, f"{where}:{n}", first=n == 1) for n, line in enumerate(lines, start=1))
+                record.captions += filter(None, texts)
+            elif extension == "json" and (text := utf8(place.read_bytes(), record, where, first=True)):
+                _take_json(text, record)
+        if record.place is None and not record.problems:
+            record.complain("missing picture", f"no picture among {', '.join(e for e, _ in several)}")
+        if not record.captions and not record.problems:
+            record.complain("missing caption", f"no caption: there is no {Path(key).name}.txt or .json beside it")
+        yield record
+    for number, what in enumerate(problems):
+        broken = Record(id=f"{path.name}#{number}", origin=str(path), place=None)
+        broken.complain("broken shard", what)
+        yield broken
+
+
+def _members(path: Path) -> tuple[list[tarfile.TarInfo], list[str]]:
+    """The files of a tar; behind a broken header reading goes on at the next sound one, and the gap is told."""
+    members: list[tarfile.TarInfo] = []
+    problems: list[str] = []
+    try:
+        with tarfile.open(path, "r:", ignore_zeros=True) as tar, path.open("rb") as file:
+            end = 0
+            while True:
+                try:
+                    member = tar.next()
+                except (tarfile.TarError, ValueError, OSError) as error:
+                    problems += [] if _ends_inside(members, file) else [f"cannot be read behind byte {end}: {error}"]
+                    break
+                start = file.seek(0, os.SEEK_END) if member is None else member.offset
+                if start > end and _holds_data(file, end, start):
+                    problems.append(f"bytes {end} to {start} belong to no member: a header is broken")
+                if member is None:
+                    break
+                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                if member.isfile():
+                    members.append(member)
+    except (tarfile.TarError, OSError) as error:
+        problems.append(f"cannot be read as a tar: {error}")
+    return members, problems
+
+
+def _ends_inside(members: Sequence[tarfile.TarInfo], file: Any) -> bool:
+    """Whether the file ends inside its last member, which is then told for itself."""
+    return bool(members) and members[-1].offset_data + members[-1].size > file.seek(0, os.SEEK_END)
+
+
+def _holds_data(file: Any, start: int, end: int) -> bool:
+    file.seek(start)
+    while start < end:
+        block = file.read(min(1 << 20, end - start))
+        if not block or any(block):
+            return bool(block)
+        start += len(block)
+    return False
+
+
+def _take_json(text: str, record: Record) -> None:
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        record.complain("invalid JSON", f"its .json is not JSON: {error}")
+        return
+    if isinstance(row, dict):
+        take_captions(row, record)
+    else:
+        record.complain("invalid JSON", f"its .json holds a {type(row).__name__}, expected an object in braces")
+
+
+# -------------------------------------------------------------------------------------------- parquet and saved data sets
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    """A record for each row; a row group that cannot be read is one problem."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        yield _broken(path, path.name, f"cannot be read as parquet: {_line(error)}")
+        return
+    picture, words = _columns(path, file.schema_arrow)
+    number = 0
+    for group in range(file.num_row_groups):
+        facts = file.metadata.row_group(group)
+        if facts.total_byte_size > ROW_GROUP_BYTES:
+            raise XFusionError(
+                f"{path}: row group {group} has {facts.total_byte_size >> 20} MiB, at most {ROW_GROUP_BYTES >> 20} are"
+                " read at once: convert it (datasets.load_dataset('parquet', data_files=...)['train'].save_to_disk(FOLDER))"
+            )
+        try:
+            rows = file.read_row_group(group, columns=words).to_pylist()
+            _row_group(path, group, picture)
+        except (pyarrow.ArrowException, OSError) as error:
+            yield _broken(path, f"{path.name}#group {group}", f"row group {group} cannot be read: {_line(error)}")
+            rows = []
+            number += facts.num_rows
+        for row, values in enumerate(rows):
+            name = f"{path.name}:{number}"
+            yield _of_row(name, f"{path}:{number}", Cell(path, group, row, picture, name), values)
+            number += 1
+
+
+def _dataset(path: Path) -> Iterator[Record]:
+    """A record for each row of a saved data set."""
+    table = _load(path)
+    picture, words = _columns(path, table.data.schema)
+    for number, values in enumerate(table.select_columns(words)):
+        name = f"{path.name}:{number}"
+        yield _of_row(name, f"{path}:{number}", Row(path, number, picture, name), dict(values))
+
+
+def _of_row(name: str, origin: str, place: Cell | Row, values: dict[str, Any]) -> Record:
+    record = Record(id=name, origin=origin, place=place)
+    take_captions({key: value for key, value in values.items() if value is not None}, record)
+    return record
+
+
+def _columns(path: Path, schema: Any) -> tuple[str, list[str]]:
+    """The column of pictures, and those of words."""
+    import pyarrow
+
+    def holds_bytes(kind: Any) -> bool:
+        if pyarrow.types.is_struct(kind):
+            return kind.get_field_index("bytes") >= 0
+        return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+
+    found = [field.name for field in schema if holds_bytes(field.type)]
+    words = [name for name in (*CAPTION_FIELDS, "conversations", "group") if name in schema.names]
+    if "image" in found:
+        found = ["image"]
+    if len(found) != 1:
+        raise XFusionError(
+            f"{path}: {len(found)} of its columns {', '.join(schema.names)} hold pictures: name one of them image"
+        )
+    if not set(words) - {"group"}:
+        raise XFusionError(
+            f"{path}: none of its columns {', '.join(schema.names)} holds words: name one {', '.join(CAPTION_FIELDS)}"
+        )
+    return found[0], words
+
+
+def _picture_bytes(value: Any) -> bytes:
+    content = value["bytes"] if isinstance(value, dict) else value
+    if not isinstance(content, bytes):
+        raise TypeError("no bytes")
+    return content
+
+
+# Twice, for drawing and for captioning, and two more for the change from one window to the next.
+@lru_cache(maxsize=2 * GROUPS_TOGETHER + 2)
+def _row_group(path: Path, group: int, column: str) -> Any:
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path) as file:
+        return file.read_row_group(group, columns=[column]).column(0)
+
+
+@lru_cache(maxsize=8)
+def _load(path: Path) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise XFusionError(f"{path}: a saved data set needs datasets: pip install 'xfusion[train]'") from error
+    return datasets.load_from_disk(str(path)).with_format(None)
+
+
+@lru_cache(maxsize=8)
+def _saved(path: Path, column: str) -> Any:
+    """The column alone, its pictures as bytes."""
+    import datasets
+
+    table = _load(path).select_columns([column])
+    is_image = isinstance(table.features[column], datasets.Image)
+    return table.cast_column(column, datasets.Image(decode=False)) if is_image else table
+
+
+def _broken(path: Path, identity: str, what: str) -> Record:
+    record = Record(id=identity, origin=str(path), place=None)
+    record.complain("broken shard", what)
+    return record
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _webdataset() -> Any:
+    try:
+        import webdataset
+    except ImportError as error:
+        raise XFusionError("tar shards need webdataset: pip install 'xfusion[train]'") from error
+    return webdataset
+
+
+# -------------------------------------------------------------------------------------------------------------- index
+
+
+def _stamp(path: Path) -> Iterator[int]:
+    """Size and date of the shard's files."""
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        stat = file.stat()
+        yield from (stat.st_size, stat.st_mtime_ns)
+
+
+def _write(index: Path, records: Iterable[Record]) -> None:
+    index.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=index.parent, prefix=".partial-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            for record in records:
+                file.write(json.dumps(_line_of(record)) + "\n")
+        Path(temporary).replace(index)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _line_of(record: Record) -> dict[str, Any]:
+    line = asdict(record)
+    if record.place is not None:
+        line["place"] = [KINDS.index(type(record.place)), {k: v for k, v in line["place"].items() if k != "path"}]
+    return line
+
+
+def _record(line: dict[str, Any], path: Path) -> Record:
+    place = line.pop("place")
+    problems = [Problem(**problem) for problem in line.pop("problems")]
+    return Record(**line, place=place and KINDS[place[0]](path=path, **place[1]), problems=problems)
+
+
+def blocks(places: Sequence[pictures.Place]) -> tuple[range, ...] | None:
+    """Stretches of examples that are read together, where pictures lie in row groups; None where each lies for itself."""
+    starts = [0]
+    for index in range(1, len(places)):
+        one, other = places[index - 1], places[index]
+        if not (
+            isinstance(one, Cell) and isinstance(other, Cell) and (one.path, one.group) == (other.path, other.group)
+        ):
+            starts.append(index)
+    if len(starts) == len(places):
+        return None
+    return tuple(range(a, b) for a, b in zip(starts, [*starts[1:], len(places)], strict=True))

@@ -1,0 +1,236 @@
+"""Tars, parquet files and saved data sets: the same pictures as a folder's, an index built once, broken parts by name."""
+
+import io
+import json
+import random
+import shutil
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from PIL import Image
+from pyarrow import parquet
+
+from xfusion.data import shards
+from xfusion.data.order import Order
+from xfusion.data.sequence import XFusionError
+from xfusion.data.sources import check, open_source
+
+COUNT = 12
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("XFUSION_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "shards"
+
+
+def png(number: int) -> bytes:
+    file = io.BytesIO()
+    pixels = random.Random(number).randbytes(16 * 12 * 3)  # noise does not shrink: a cut file has lost pixels
+    Image.frombytes("RGB", (16, 12), pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def words(number: int) -> list[str]:
+    return [f"card {number}", f"number {number}"]
+
+
+def write_tar(path: Path, numbers, *, pictures=png, as_json=False) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for number in numbers:
+            text = json.dumps({"captions": words(number)}) if as_json else "\n".join(words(number))
+            words_name = f"{number:03d}.{'json' if as_json else 'txt'}"
+            for name, content in ((f"{number:03d}.png", pictures(number)), (words_name, text.encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def write_parquet(path: Path, numbers, *, group=3, struct=True, pictures=png) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = [{"bytes": pictures(n), "path": f"{n}.png"} if struct else pictures(n) for n in numbers]
+    table = pa.table({"image": images, "captions": [words(n) for n in numbers], "other": list(numbers)})
+    parquet.write_table(table, path, row_group_size=group)
+    return path
+
+
+def write_folder(path: Path, numbers) -> Path:
+    path.mkdir()
+    for number in numbers:
+        (path / f"{number:03d}.png").write_bytes(png(number))
+        (path / f"{number:03d}.txt").write_text("\n".join(words(number)))
+    return path
+
+
+def write_dataset(path: Path, numbers) -> Path:
+    import datasets
+
+    rows = {"image": [{"bytes": png(n), "path": None} for n in numbers], "captions": [words(n) for n in numbers]}
+    features = datasets.Features({"image": datasets.Image(), "captions": datasets.List(datasets.Value("string"))})
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(path))
+    return path
+
+
+def contents(source):
+    return [(e.captions, e.group, source.picture(i, 8).tobytes()) for i, e in enumerate(source.examples)]
+
+
+# -------------------------------------------------------------------------------------------------------- equal content
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar with json", "tars", "pattern", "parquet", "bytes", "dataset"])
+def test_shards_hold_what_a_folder_holds(tmp_path, kind):
+    """Captions, groups and pixels, in the order of the shards."""
+    expected = contents(open_source(write_folder(tmp_path / "plain", range(COUNT))))
+    if kind.startswith("tar") and kind != "tars":
+        spec = write_tar(tmp_path / "a.tar", range(COUNT), as_json="json" in kind)
+    elif kind in ("tars", "pattern"):
+        for number in range(3):
+            write_tar(tmp_path / "shards" / f"{number:03d}.tar", range(4 * number, 4 * number + 4))
+        spec = tmp_path / "shards" if kind == "tars" else str(tmp_path / "shards" / "{000..002}.tar")
+    elif kind == "dataset":
+        spec = write_dataset(tmp_path / "saved", range(COUNT))
+    else:
+        spec = write_parquet(tmp_path / "a.parquet", range(COUNT), struct=kind == "parquet")
+    found = contents(open_source(spec))
+    assert len(found) == COUNT and found == expected
+    assert contents(open_source(spec)) == expected  # out of the index
+
+
+def test_an_index_is_built_once_and_again_when_the_shard_changes(tmp_path, cache, monkeypatch):
+    path, built, tar = write_tar(tmp_path / "a.tar", range(3)), [], shards._tar
+    monkeypatch.setattr(shards, "_tar", lambda p: built.append(p) or tar(p))
+    for _ in range(3):
+        assert len(open_source(path)) == 3
+    assert len(built) == 1 and len(list(cache.iterdir())) == 1
+    write_tar(path, range(5))
+    assert len(open_source(path)) == 5 and len(built) == 2
+
+
+def test_an_index_that_cannot_be_kept_is_said(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("XFUSION_CACHE", str(write_tar(tmp_path / "file.tar", [0])))
+    assert len(open_source(write_tar(tmp_path / "a.tar", range(3)))) == 3
+    assert "its index cannot be kept" in caplog.text
+
+
+# -------------------------------------------------------------------------------------------------------------- broken
+
+
+def test_a_broken_member_is_named_and_left_out_only_if_allowed(tmp_path, caplog):
+    path = write_tar(tmp_path / "a.tar", range(10), pictures=lambda n: png(n)[:200] if n == 3 else png(n))
+    with pytest.raises(XFusionError, match=r"1 of 10 examples are bad: .*a\.tar/003: is cut short.*a share of 0\.1"):
+        open_source(path)
+    source = open_source(path, allow_bad=0.1)
+    assert [e.captions[0] for e in source.examples] == [f"card {n}" for n in range(10) if n != 3]
+    assert "left out 1 of 10" in caplog.text
+    assert check(path).counts == {"broken picture": 1}
+
+
+def test_a_broken_header_is_told_with_its_bytes_and_reading_goes_on_behind_it(tmp_path):
+    path = write_tar(tmp_path / "a.tar", range(10))
+    with tarfile.open(path) as tar:
+        offset = tar.getmember("004.png").offset
+    content = bytearray(path.read_bytes())
+    content[offset : offset + 512] = b"x" * 512
+    path.write_bytes(content)
+    with pytest.raises(
+        XFusionError, match=rf"2 of 11 .*no picture among txt.*bytes {offset} to \d+ belong to no member"
+    ):
+        open_source(path)
+    source = open_source(path, allow_bad=0.2)
+    assert [e.captions[0] for e in source.examples] == [f"card {n}" for n in range(10) if n != 4]
+
+
+def test_a_truncated_tar_names_the_member_that_it_ends_in(tmp_path):
+    path = write_tar(tmp_path / "a.tar", range(10))
+    with tarfile.open(path) as tar:
+        end = tar.getmember("009.png").offset_data + 100
+    path.write_bytes(path.read_bytes()[:end])
+    with pytest.raises(XFusionError, match=r"1 of 10 .*a\.tar/009\.png: needs \d+ bytes, the file ends before"):
+        open_source(path)
+    assert len(open_source(path, allow_bad=0.1)) == 9
+
+
+def test_broken_parquet_is_named(tmp_path):
+    path = write_parquet(tmp_path / "p" / "a.parquet", range(10))
+    shutil.copy(path, tmp_path / "p" / "b.parquet")
+    content = path.read_bytes()
+    (tmp_path / "p" / "b.parquet").write_bytes(content[: len(content) // 2])
+    with pytest.raises(XFusionError, match=r"1 of 11 .*b\.parquet: cannot be read as parquet"):
+        open_source(tmp_path / "p")
+    assert len(open_source(tmp_path / "p", allow_bad=0.1)) == 10
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("hf://datasets/org/name", "streams have no random access.*download first"),
+        ("https://host/a.tar", "streams have no random access"),
+        ("a.tar.gz", "a compressed tar has no random access: unpack it"),
+        ("org/name", "hf download org/name --repo-type dataset"),
+        ("photos:weight=0+emoji", "'photos:weight=0' is no source with a weight"),
+        ("photos:weight=many+emoji", "is no source with a weight"),
+        ("emoji:weight=1.0001+emoji:weight=0.3333", "weights stand as 10001 : 3333"),
+    ],
+)
+def test_what_has_no_random_access_is_refused_in_one_line(spec, message):
+    with pytest.raises(XFusionError, match=message) as error:
+        open_source(spec)
+    assert "\n" not in str(error.value)
+
+
+def test_columns_are_named_where_none_fits(tmp_path):
+    parquet.write_table(pa.table({"a": [1], "caption": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(XFusionError, match="0 of its columns a, caption hold pictures"):
+        open_source(tmp_path / "a.parquet")
+    parquet.write_table(pa.table({"image": [b"x"], "words": ["x"]}), tmp_path / "b.parquet")
+    with pytest.raises(XFusionError, match="none of its columns image, words holds words"):
+        open_source(tmp_path / "b.parquet")
+
+
+# --------------------------------------------------------------------------------------------------------------- order
+
+
+def test_row_groups_are_shuffled_a_few_at_a_time(tmp_path):
+    """Each epoch holds every picture once; at most GROUPS_TOGETHER groups are open, and orders differ."""
+    source = open_source(write_parquet(tmp_path / "a.parquet", range(60), group=3))
+    assert source.blocks == tuple(range(n, n + 3) for n in range(0, 60, 3))
+    order = Order(source, 0)
+    epochs = [list(order.take("draw", 60 * e, 60)) for e in range(3)]
+    assert [sorted(e) for e in epochs] == [list(range(60))] * 3
+    assert len({tuple(e) for e in epochs}) == 3
+    window = 3 * shards.GROUPS_TOGETHER
+    for epoch in epochs:
+        assert all(len({i // 3 for i in epoch[s : s + window]}) == shards.GROUPS_TOGETHER for s in range(0, 60, window))
+        assert len({i // 3 for i in epoch[:3]}) > 1  # and these are mixed
+    assert list(Order(source, 0).take("draw", 75, 10)) == epochs[1][15:25]  # from anywhere, without a history
+
+
+def test_reading_in_order_opens_each_row_group_once(tmp_path):
+    source = open_source(write_parquet(tmp_path / "a.parquet", range(60), group=3))
+    shards._row_group.cache_clear()
+    for index in Order(source, 0).take("draw", 0, 60):
+        source.picture(index, 8)
+    assert shards._row_group.cache_info().misses == 20
+
+
+def test_a_mixture_gives_each_source_its_exact_share(tmp_path):
+    one = write_folder(tmp_path / "one", range(5))
+    two = write_parquet(tmp_path / "two.parquet", range(5, 12))
+    source = open_source(f"{one}:weight=2+{two}:weight=0.5")
+    assert source.weights == (4, 1) and len(source) == 12
+    assert [e.id for e in source.examples][4:6] == ["0/004.png", "1/two.parquet:0"]
+    order = Order(source, 0)
+    first = list(order.take("draw", 0, 650))
+    for start in range(0, 650, 65):
+        assert Counter(i >= 5 for i in first[start : start + 65]) == {False: 52, True: 13}
+    assert [sorted(i for i in first if i < 5)[k * 104] for k in range(5)] == [0, 1, 2, 3, 4]  # 520 = 5 x 104
+    assert list(Order(source, 0).take("draw", 333, 40)) == first[333:373]
+    assert list(Order(source, 1).take("draw", 0, 40)) != first[:40]
+    pictures = [source.picture(i, 8).tobytes() for i in (4, 5)]
+    assert pictures == [open_source(one).picture(4, 8).tobytes(), open_source(two).picture(0, 8).tobytes()]
