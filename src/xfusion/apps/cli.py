@@ -23,7 +23,7 @@ from rich.console import Console
 
 from xfusion.apps.commands.base import Answer, UsageError, Verb
 from xfusion.apps.commands.compare import Compare
-from xfusion.apps.commands.data import DataCheck
+from xfusion.apps.commands.data import DataCheck, DataEncode
 from xfusion.apps.commands.demo import Demo
 from xfusion.apps.commands.doctor import Doctor
 from xfusion.apps.commands.pictures import Caption, Generate
@@ -42,6 +42,7 @@ VERBS: dict[str, type[Verb]] = {
     "evaluate": Evaluate,
     "compare": Compare,
     "data check": DataCheck,
+    "data encode": DataEncode,
     "doctor": Doctor,
 }
 
@@ -156,7 +157,8 @@ def _verb(argv: list[str]) -> tuple[str, list[str]]:
             return " ".join(argv[:words]), argv[words:]
     group = [name for name in VERBS if name.startswith(f"{argv[0]} ")]
     if group:  # "data" alone, or with another second word
-        raise UsageError(f"{' '.join(argv[:2])!r} is not a verb; did you mean {group[0]!r}?")
+        near = difflib.get_close_matches(" ".join(argv[:2]), group, n=1) or group
+        raise UsageError(f"{' '.join(argv[:2])!r} is not a verb; did you mean {near[0]!r}?")
     near = nearest(argv[0], list(VERBS))
     raise UsageError(f"unknown verb {argv[0]!r}{near or '; there are ' + ', '.join(VERBS)}")
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache
+from itertools import accumulate
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
@@ -96,6 +98,7 @@ class Latents:
             )
         self.codec, self.size, self.licence = index["codec"], index["size"], index["licence"]
         self.shards = index["shards"]
+        self._starts = tuple(accumulate((shard["count"] for shard in self.shards), initial=0))
         for shard in self.shards:
             path = folder / shard["file"]
             found = path.stat().st_size if path.is_file() else None
@@ -135,7 +138,9 @@ class Latents:
         if self._agrees != (image, size):
             self._check(image, size)
             self._agrees = (image, size)
-        number, place = divmod(self.indices[index], PER_SHARD)
+        place = self.indices[index]
+        number = bisect_right(self._starts, place) - 1
+        place -= self._starts[number]
         stored = _opened(self.folder / self.shards[number]["file"]).get_slice("latents")[place : place + 1]
         return image.tokens(stored)[0]
 
@@ -272,10 +277,11 @@ def _refuse_others(out: Path, tasks: Sequence[_Task], codec: dict[str, Any], siz
         raise XFusionError(f"{out}: holds {min(more)}, which this source does not fill: name a new folder")
 
 
-def _metadata(path: Path) -> dict[str, str]:
+def _metadata(path: Path) -> dict[str, Any]:
     try:
         with safe_open(str(path), "pt") as file:
-            return file.metadata() or {}
+            # One entry: of several, safetensors writes them in no fixed order, and a shard's hash would change.
+            return json.loads((file.metadata() or {}).get("made_of", "{}"))
     except (SafetensorError, OSError) as error:
         raise XFusionError(f"{path}: cannot be read ({error}): delete it and give the same command again") from error
 
@@ -339,9 +345,9 @@ class _Worker:
             chosen = range(start, min(start + cls.batch, task.start + task.count))
             pictures = ImageModality.from_pil([cls.source.picture(i, cls.size) for i in chosen], cls.size)
             made.append(cls.codec.encode(pictures.to(cls.device)).cpu())
-        metadata = {"key": task.key, "codec": _name(identity(cls.codec)), "size": str(cls.size)}
+        made_of = {"key": task.key, "codec": _name(identity(cls.codec)), "size": cls.size}
         with _written(task.path) as temporary:
-            save_file({"latents": torch.cat(made).contiguous()}, str(temporary), metadata)
+            save_file({"latents": torch.cat(made).contiguous()}, str(temporary), {"made_of": json.dumps(made_of)})
         return task.count
 
 

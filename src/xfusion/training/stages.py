@@ -56,7 +56,8 @@ class Recipe:
     model: ModelConfig = field(default_factory=ModelConfig)
     """What is built."""
     data: str = "emoji"
-    """Pictures with captions: emoji, emoji:128, a folder, or a .jsonl file."""
+    """Pictures with captions: emoji, emoji:128, a folder, a .jsonl file, shards, latents, or several with their weights, as
+    in photos:weight=2+emoji."""
     stages: tuple[Stage, ...] = (Stage(),)
     """What is trained, in order."""
     seed: int = 0

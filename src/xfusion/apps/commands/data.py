@@ -1,15 +1,15 @@
-"""`data check`: look at pictures and captions before training does."""
+"""`data check`: look at pictures and captions before training does. `data encode`: let a codec do its part ahead."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
 
-from xfusion.apps.commands.base import Answer, Verb, table
+from xfusion.apps.commands.base import Answer, UsageError, Verb, choose_device, progress, size_text, table
 
 SHOWN = 20
 """Problems that people are told; programs get all."""
@@ -23,7 +23,7 @@ class DataCheck(Verb):
     """
 
     spec: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SPEC")]
-    """emoji, emoji:128, a folder of pictures with captions, or a .jsonl file."""
+    """emoji, emoji:128, a folder of pictures with captions, a .jsonl file, shards, or a folder of latents."""
     sheet: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png")] = None
     """Draw a contact sheet as a model will see the pictures."""
     size: int = 32
@@ -34,7 +34,7 @@ class DataCheck(Verb):
     def run(self, people: Console) -> Answer:
         from xfusion.data.sources import check
 
-        tokens, note = self._special_tokens()
+        tokens, note = _special_tokens(self.base)
         with people.status(f"looking at {self.spec}") if people.is_terminal else _nothing():
             report = check(self.spec, special_tokens=tokens)
         data = report.to_json()
@@ -43,16 +43,87 @@ class DataCheck(Verb):
             data["sheet"] = str(report.sheet(self.sheet, size=self.size))
         return Answer(data=data, text=_text(data), code=1 if report.num_bad else 0)
 
-    def _special_tokens(self) -> tuple[tuple[str, ...], str]:
-        from xfusion.backbone import EMBEDDED, special_tokens
-        from xfusion.data.sequence import XFusionError
 
+@dataclass(frozen=True, kw_only=True)
+class DataEncode(Verb):
+    """Encode all pictures of a data source ahead; the folder is a data source that trains as the pictures do.
+
+    Give the same command again after a break: finished shards are kept.
+    """
+
+    spec: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SPEC")]
+    """emoji, emoji:128, a folder of pictures with captions, a .jsonl file, or shards."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")]
+    """Folder of the latents."""
+    codec: Annotated[str, tyro.conf.arg(metavar="NAME[:SOURCE[:SUBFOLDER]]")] = "pixels"
+    """What encodes, as --model.image.codec of train names it."""
+    size: int = 32
+    """Side in pixels."""
+    split: Literal["train", "held", "all"] = "train"
+    """Which pictures, where some are held out."""
+    allow_bad: float = 0.0
+    """Share of bad examples that is left out instead of stopping, such as 0.05."""
+    batch: int = 1
+    """Pictures per call of the codec: 1 gives the bits that training itself would make, more is faster on a GPU."""
+    workers: int = 1
+    """Processes that share the work."""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
+    base: Annotated[str | None, tyro.conf.arg(metavar="SOURCE")] = None
+    """The base whose control tokens no caption may contain; None takes the embedded one, where it is installed."""
+
+    def run(self, people: Console) -> Answer:
+        from xfusion.apps.commands.recipe import read_codec
+        from xfusion.data.latents import encode
+        from xfusion.data.sources import open_source
+
+        if self.batch < 1 or self.workers < 1:
+            raise UsageError(f"--batch {self.batch} and --workers {self.workers}: at least 1 each")
         try:
-            return special_tokens(self.base or EMBEDDED), ""
-        except XFusionError:
-            if self.base:
-                raise
-            return (), "captions were not searched for a base's control tokens: name one with --base"
+            codec = read_codec(self.codec)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        device, tokens = choose_device(self.device), _special_tokens(self.base)[0]
+        source = open_source(self.spec, split=self.split, allow_bad=self.allow_bad, special_tokens=tokens)
+        with progress(people) as told:
+            found = encode(
+                source,
+                codec,
+                self.size,
+                self.out,
+                batch=self.batch,
+                workers=self.workers,
+                device=device,
+                progress=lambda done, total: told("encoding", done, total),
+            )
+        size = sum(shard["bytes"] for shard in found.shards)
+        data = {
+            "out": str(self.out),
+            "pictures": len(found),
+            "size": found.size,
+            "codec": found.codec,
+            "shards": len(found.shards),
+            "bytes": size,
+        }
+        rows = [
+            ("latents", f"{self.out}: {len(found)} pictures of {found.size} px in {len(found.shards)} shards"),
+            ("codec", f"{found.codec['class']} {found.codec['fingerprint'][:16]}"),
+            ("size", size_text(size)),
+            ("train", f"xfusion train RECIPE --data {self.out} --model.image.codec {self.codec}"),
+        ]
+        return Answer(data=data, text=table(rows))
+
+
+def _special_tokens(base: str | None) -> tuple[tuple[str, ...], str]:
+    from xfusion.backbone import EMBEDDED, special_tokens
+    from xfusion.data.sequence import XFusionError
+
+    try:
+        return special_tokens(base or EMBEDDED), ""
+    except XFusionError:
+        if base:
+            raise
+        return (), "captions were not searched for a base's control tokens: name one with --base"
 
 
 def _nothing():

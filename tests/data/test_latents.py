@@ -1,0 +1,163 @@
+"""Latents encoded ahead: training from them is training from pictures, encoding goes on after a break, mixups are refused."""
+
+import json
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image as PILImage
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from contracts.table import Noise, bases, model_config
+from modalities.test_codecs import kl_model
+
+from xfusion.apps import cli
+from xfusion.data import latents
+from xfusion.data.latents import Latents, encode
+from xfusion.data.mixture import MixtureConfig
+from xfusion.data.sequence import XFusionError
+from xfusion.data.sources import check, open_source
+from xfusion.modalities.codecs.autoencoder_kl import AutoencoderKL
+from xfusion.modalities.codecs.pixels import Pixels
+from xfusion.modalities.image import ImageModality
+from xfusion.training import loop
+from xfusion.training.stages import Recipe, Stage
+
+__all__ = ["bases"]
+
+
+class Counted(Noise):
+    def __init__(self, count=6):
+        super().__init__(count)
+        self.opened = Counter()
+
+    def picture(self, index, size):
+        self.opened[index] += 1
+        return super().picture(index, size)
+
+
+@pytest.fixture
+def codec(request, tmp_path):
+    if request.param == "pixels":
+        return Pixels.Config(), 4
+    kl_model().save_pretrained(tmp_path / "kl")
+    return AutoencoderKL.Config(source=str(tmp_path / "kl")), 2
+
+
+@pytest.mark.parametrize("codec", ["pixels", "kl"], indirect=True)
+def test_training_from_latents_is_training_from_pictures_to_the_bit(bases, tmp_path, codec):
+    config, patch = codec
+    base, size = bases["llama"], 16
+    model = replace(model_config(base), image=ImageModality.Config(codec=config, patch=patch, sizes=(size,)))
+    stage = Stage(steps=6, warmup=2, mixture=MixtureConfig(draw=4, caption=4, pack=2))
+    recipe = Recipe(model=model, data="noise", stages=(stage,))
+    encode(Noise(), config, size, tmp_path / "latents")
+    told = []
+    for name, source in (("pictures", Noise()), ("latents", open_source(tmp_path / "latents"))):
+        out = tmp_path / name
+        loop.train(recipe, out=out, source=source, backbone=base, compile=False, dtype=torch.float32, preview_every=0)
+        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        told.append([(e["losses"], e["gradient_norm"]) for e in lines if e["event"] == "step"])
+    assert len(told[0]) == 6 and told[0] == told[1]
+
+
+def test_encoding_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(latents, "PER_SHARD", 2)
+
+    class Stops(Counted):
+        def picture(self, index, size):
+            if index == 3:
+                raise KeyboardInterrupt
+            return super().picture(index, size)
+
+    with pytest.raises(KeyboardInterrupt):
+        encode(Stops(), Pixels.Config(), 16, tmp_path / "x")
+    assert [p.name for p in (tmp_path / "x").iterdir()] == ["latents-00000.safetensors"]
+    with pytest.raises(XFusionError, match=r"not finished \(no index\.json\): give the same xfusion data encode again"):
+        open_source(tmp_path / "x")
+    source, told = Counted(), []
+    found = encode(source, Pixels.Config(), 16, tmp_path / "x", progress=lambda *p: told.append(p))
+    assert source.opened == {2: 1, 3: 1, 4: 1, 5: 1} and told == [(2, 6), (4, 6), (6, 6)]
+    whole = encode(Noise(), Pixels.Config(), 16, tmp_path / "y")
+    assert [s["sha256"] for s in found.shards] == [s["sha256"] for s in whole.shards]
+    again = Counted()
+    encode(again, Pixels.Config(), 16, tmp_path / "x")
+    assert not again.opened
+    image = ImageModality.Config(patch=4, sizes=(16,)).build()
+    for index in range(6):
+        expected = image.encode([Noise().picture(index, 16)], 16)[0]
+        assert torch.equal(found.tokens(index, image, 16), expected)
+
+
+def test_processes_make_the_same_files(tmp_path, monkeypatch):
+    for number in range(3):
+        PILImage.new("RGB", (20, 16), (80 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(f"card {number}")
+    source = open_source(tmp_path)
+    monkeypatch.setattr(latents, "PER_SHARD", 2)
+    alone = encode(source, Pixels.Config(), 16, tmp_path / "alone")
+    shared = encode(source, Pixels.Config(), 16, tmp_path / "shared", workers=2)
+    assert alone.shards == shared.shards and len(alone.shards) == 2
+
+
+def test_another_codec_size_or_source_is_refused_with_both(tmp_path):
+    kl_model().save_pretrained(tmp_path / "kl")
+    out, other = tmp_path / "latents", AutoencoderKL.Config(source=str(tmp_path / "kl"))
+    found = encode(Noise(), Pixels.Config(), 16, out)
+    with pytest.raises(XFusionError, match="holds latents of 16 px, the model reads 32 px: set --model.image.sizes 16"):
+        found.tokens(0, ImageModality.Config(patch=4).build(), 32)
+    with pytest.raises(XFusionError, match="was encoded by Pixels [0-9a-f]{16}, the model's codec is AutoencoderKL"):
+        found.tokens(0, ImageModality.Config(codec=other, patch=2, sizes=(16,)).build(), 16)
+    with pytest.raises(XFusionError, match="holds latents, not pictures"):
+        found.picture(0, 16)
+    for source, codec, size in ((Noise(5), Pixels.Config(), 16), (Noise(), other, 16), (Noise(), Pixels.Config(), 32)):
+        with pytest.raises(
+            XFusionError, match="was made by Pixels .* at 16 px, or of other pictures.*name a new folder"
+        ):
+            encode(source, codec, size, out)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(XFusionError, match="mine: holds other files"):
+        encode(Noise(), Pixels.Config(), 16, tmp_path / "mine")
+
+
+def test_a_damaged_shard_is_named(tmp_path):
+    encode(Noise(), Pixels.Config(), 16, tmp_path / "x")
+    shard = tmp_path / "x" / "latents-00000.safetensors"
+    assert check(tmp_path / "x").num_bad == 0
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    report = check(tmp_path / "x")
+    assert report.num_bad == 1 and "latents-00000.safetensors: its hash is" in report.problems[0]
+    shard.write_bytes(content[:-4])
+    with pytest.raises(XFusionError, match=r"latents-00000\.safetensors: has \d+ bytes, index\.json says \d+ bytes"):
+        Latents(tmp_path / "x")
+
+
+def test_splits_and_mixtures_of_latents(tmp_path):
+    encode(Noise(), Pixels.Config(), 16, tmp_path / "x")
+    image = ImageModality.Config(patch=4, sizes=(16,)).build()
+    whole = open_source(tmp_path / "x")
+    parts = [open_source(f"{tmp_path / 'x'}:held=0.5", split=split) for split in ("train", "held")]
+    assert sorted(e.id for part in parts for e in part.examples) == [str(i) for i in range(6)]
+    for part in parts:
+        for index, example in enumerate(part.examples):
+            assert torch.equal(part.tokens(index, image, 16), whole.tokens(int(example.id), image, 16))
+    both = open_source(f"{tmp_path / 'x'}+emoji:12")
+    assert torch.equal(both.tokens(5, image, 16), whole.tokens(5, image, 16))
+    assert torch.equal(both.tokens(6, image, 16), image.encode([open_source("emoji:12").picture(0, 16)], 16)[0])
+
+
+def test_the_command(tmp_path, capsys):
+    argv = ["data", "encode", "emoji:12", "-o", str(tmp_path / "x"), "--size", "16", "--json"]
+    assert cli.main(argv) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["pictures"] == 12 and found["shards"] == 1 and found["codec"]["class"] == "Pixels"
+    assert cli.main(["data", "check", str(tmp_path / "x")]) == 0
+    assert cli.main(["data", "encode", "emoji:12", "-o", str(tmp_path / "x"), "--codec", "vae"]) == 2
+    assert "codec 'vae' is not one of" in capsys.readouterr().err
