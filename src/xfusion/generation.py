@@ -20,6 +20,7 @@ from xfusion.data.pack import pack
 from xfusion.data.sequence import Audio, Batch, Image, Media, MediaRows, Rows, Sequence, Text, XFusionError
 from xfusion.data.templates import opened, question_text
 from xfusion.model import Model
+from xfusion.objectives.solvers import Solver
 
 Progress = Callable[[int, int, Tensor | None], None]
 """Called with steps done, steps in all, and the current clean estimate ``[N, M, P]`` while drawing."""
@@ -69,6 +70,7 @@ def draw_tokens(
     guidance: float | None,
     known: Tensor | None = None,
     keep: Tensor | None = None,
+    solver: Solver | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """Draw one picture behind each context.
@@ -78,10 +80,11 @@ def draw_tokens(
         contexts: what stands before each picture.
         size: side in pixels, one that the model was made for.
         seeds: one per picture; the noise of a picture depends on nothing else.
-        steps: Euler steps.
+        steps: steps from noise to picture.
         guidance: classifier-free guidance; 1 is off, None takes the model's own. The other end is no context.
         known: clean tokens ``[N, M, P]`` of which some are kept.
         keep: which tokens are kept, bool ``[N, M]``.
+        solver: takes the steps; None takes the model's own.
         progress: told after every step.
 
     Returns:
@@ -125,8 +128,10 @@ def draw_tokens(
     predict = _Drawing(model=model, step=step, target=target, cache=cache, begin=begin, scale=scale)
 
     x = noise = noise.to(device)
-    kept = {"known": known.to(device), "keep": keep.to(device)} if known is not None and keep is not None else {}
-    walk = model.media_objective.sample(predict, noise, steps=steps, **kept)
+    asked: dict[str, Any] = {} if solver is None else {"solver": solver}
+    if known is not None and keep is not None:
+        asked |= {"known": known.to(device), "keep": keep.to(device)}
+    walk = model.media_objective.sample(predict, noise, steps=steps, **asked)
     total = model.media_objective.num_steps(steps, count)
     for done, (current, estimate) in enumerate(walk, start=1):
         x = current
@@ -199,6 +204,7 @@ def draw(
     seeds: Seq[int] | None = None,
     steps: int = 25,
     guidance: float | None = None,
+    solver: Solver | None = None,
     progress: Progress | None = None,
 ) -> list[PILImage.Image]:
     """Draw a picture for each prompt.
@@ -209,8 +215,9 @@ def draw(
         size: output side in pixels (None: the trained size).
         seed: picture i has the seed ``seed + i``.
         seeds: one seed per picture instead.
-        steps: Euler steps.
+        steps: steps from noise to picture.
         guidance: classifier-free guidance scale; None takes the model's own.
+        solver: takes the steps (`xfusion.objectives.solvers`); None takes the model's own.
         progress: told after every step of every batch.
     """
     chosen = list(seeds) if seeds is not None else [seed + i for i in range(len(prompts))]
@@ -222,7 +229,14 @@ def draw(
     for start in range(0, len(prompts), BATCH):
         part = slice(start, start + BATCH)
         tokens = draw_tokens(
-            model, contexts[part], native, seeds=chosen[part], steps=steps, guidance=guidance, progress=progress
+            model,
+            contexts[part],
+            native,
+            seeds=chosen[part],
+            steps=steps,
+            guidance=guidance,
+            solver=solver,
+            progress=progress,
         )
         out += _pictures(model, tokens, native, wanted)
     return out
@@ -247,7 +261,7 @@ def inpaint(
         mask: white where to draw anew, of the picture's size; a token is redrawn if any of its pixels is white.
         prompt: what the whole picture shall show.
         seed: of the noise.
-        steps: Euler steps.
+        steps: steps from noise to picture.
         guidance: classifier-free guidance scale; None takes the model's own.
         progress: told after every step.
 
@@ -469,6 +483,7 @@ def generate(
     seed: int = 0,
     steps: int = 25,
     guidance: float | None = None,
+    solver: Solver | None = None,
     max_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -483,8 +498,9 @@ def generate(
         model: a model.
         items: ``[str | PIL.Image | Image, ...]`` or a list of such lists.
         seed: list i uses ``seed + i``.
-        steps: Euler steps per picture.
+        steps: steps from noise to picture.
         guidance: classifier-free guidance scale; None takes the model's own.
+        solver: takes the steps (`xfusion.objectives.solvers`); None takes the model's own.
         max_tokens: longest answer in tokens.
         temperature: 0 is greedy.
         top_p: nucleus sampling.
@@ -499,7 +515,16 @@ def generate(
         )
     if not isinstance(items[0], (list, tuple)):
         return _generate_batch(
-            model, [cast("Seq[Segment]", items)], [seed], steps, guidance, max_tokens, temperature, top_p, progress
+            model,
+            [cast("Seq[Segment]", items)],
+            [seed],
+            steps,
+            guidance,
+            solver,
+            max_tokens,
+            temperature,
+            top_p,
+            progress,
         )[0]
     lists = [cast("Seq[Segment]", item) for item in items]
     kinds: dict[tuple[Any, ...], list[int]] = {}
@@ -515,6 +540,7 @@ def generate(
                 [seed + i for i in part],
                 steps,
                 guidance,
+                solver,
                 max_tokens,
                 temperature,
                 top_p,
@@ -543,6 +569,7 @@ def _generate_batch(
     seeds: Seq[int],
     steps: int,
     guidance: float | None,
+    solver: Solver | None,
     max_tokens: int,
     temperature: float,
     top_p: float,
@@ -561,7 +588,7 @@ def _generate_batch(
         else:
             _, native, wanted = kind
             tokens = draw_tokens(
-                model, contexts, native, seeds=seeds, steps=steps, guidance=guidance, progress=progress
+                model, contexts, native, seeds=seeds, steps=steps, guidance=guidance, solver=solver, progress=progress
             )
             for answer, picture in zip(out, _pictures(model, tokens, native, wanted), strict=True):
                 answer.append(picture)

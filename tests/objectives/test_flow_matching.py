@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Media, Sequence, Text, XFusionError
+from xfusion.objectives import solvers
 from xfusion.objectives.base import Output
 from xfusion.objectives.flow_matching import FlowMatching
 
@@ -227,3 +228,73 @@ def test_a_shift_that_walks_nowhere_is_refused():
 def test_no_steps_are_refused():
     with pytest.raises(XFusionError, match="steps 0 must be at least 1"):
         walk(build(), lambda x, _: x, torch.zeros(1, 1, 1), steps=0)
+
+
+# ------------------------------------------------------------------------------------------------------------ solvers
+
+SOLVERS = (solvers.Euler(), solvers.Heun(), solvers.Multistep(), solvers.Multistep(order=3))
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(("steps", "shift"), [(1, 1.0), (2, 6.0), (9, 100.0)])
+def test_every_solver_recovers_what_an_oracle_knows(solver, prediction, steps, shift):
+    if prediction == "noise" and steps == 1:
+        return  # at t = 1 the noise is all there is: its prediction says nothing of the picture
+    objective, clean = (
+        build(prediction, sampling_shift=shift, solver=solver),
+        torch.randn(2, 4, 5, generator=generator(1)),
+    )
+    noise = torch.randn(2, 4, 5, generator=generator(2))
+    seen = walk(objective, oracle(prediction, clean), noise, steps=steps)
+    assert len(seen) == steps
+    # The noise's prediction says little of the picture at t near 1, and Heun reads it there twice.
+    torch.testing.assert_close(seen[-1][0], clean, rtol=0, atol=1e-4 if prediction == "noise" else 1e-5)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_a_solver_asks_at_the_objectives_levels(solver):
+    asked = []
+
+    def head(x, time):
+        asked.append(round(time, 6))
+        return torch.zeros_like(x)
+
+    noise = torch.randn(1, 2, 3, generator=generator())
+    walk(build("clean", sampling_shift=3.0), head, noise, steps=3, solver=solver)
+    levels = [1.0, 0.857143, 0.6]
+    twice = [1.0, 0.857143, 0.857143, 0.6, 0.6]
+    assert asked == (twice if isinstance(solver, solvers.Heun) else levels)
+
+
+def flow_of_a_normal(x, time):
+    """The clean estimate where clean tokens are normal with mean 1 and deviation 1/2: the walk is known."""
+    share = (1 - time) * 0.25 / ((1 - time) ** 2 * 0.25 + time**2)
+    return 1 + share * (x - (1 - time))
+
+
+@pytest.mark.parametrize("solver", SOLVERS[1:], ids=repr)
+def test_solvers_of_higher_order_err_less_at_equal_passes(solver):
+    noise = torch.randn(1, 8, 8, generator=generator()).double()
+    expected = 1 + 0.5 * noise  # the flow maps quantiles to quantiles
+    errors = []
+    for chosen, steps in ((solvers.Euler(), 16), (solver, 8 if isinstance(solver, solvers.Heun) else 16)):
+        (x, _) = walk(build("clean"), flow_of_a_normal, noise, steps=steps, solver=chosen)[-1]
+        errors.append(float((x - expected).abs().max()))
+    assert errors[1] < 0.5 * errors[0]
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_known_tokens_are_kept_by_every_solver(solver):
+    known, keep = torch.rand(1, 4, 5, generator=generator(3)), torch.tensor([[True, False, True, False]])
+    noise = torch.randn(1, 4, 5, generator=generator())
+    seen = walk(build("clean"), lambda x, _: x * 0.5, noise, steps=4, known=known, keep=keep, solver=solver)
+    for step, (x, _) in enumerate(seen, start=1):
+        t = 1 - step / 4
+        torch.testing.assert_close(x[keep], ((1 - t) * known + t * noise)[keep])
+
+
+def test_solvers_have_names():
+    assert [type(solvers.find(name)).__name__.lower() for name in solvers.names()] == ["euler", "heun", "multistep"]
+    with pytest.raises(XFusionError, match="solver 'eul' is not one of euler, heun, multistep"):
+        solvers.find("eul")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from xfusion.data.sequence import Batch
+from xfusion.objectives.solvers import Solver
 
 
 @dataclass(kw_only=True)
@@ -108,6 +109,7 @@ class Objective(nn.Module):
         steps: int,
         known: Tensor | None = None,
         keep: Tensor | None = None,
+        solver: Solver | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Draw items; every objective that gives ``draw`` has it.
 
@@ -117,6 +119,7 @@ class Objective(nn.Module):
             steps: how many steps to take, where the objective leaves a choice.
             known: clean tokens ``[N, M, P]`` of which some are kept.
             keep: bool ``[N, M]``, True where ``known`` stands.
+            solver: takes the steps; only given where the caller names one, to objectives that walk a flow.
 
         Yields:
             after every step the tokens ``[N, M, P]`` and the current clean estimate; the last tokens are the sample.

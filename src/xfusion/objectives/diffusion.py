@@ -23,6 +23,7 @@ from torch import Tensor
 
 from xfusion.data.sequence import Batch, XFusionError
 from xfusion.objectives.base import Denoising
+from xfusion.objectives.solvers import Solver
 
 LEVELS = 1000
 """Noise levels of a schedule."""
@@ -141,6 +142,7 @@ class Diffusion(Denoising):
         steps: int,
         known: Tensor | None = None,
         keep: Tensor | None = None,
+        solver: Solver | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Walk from noise to clean by DDIM steps.
 
@@ -150,10 +152,13 @@ class Diffusion(Denoising):
             steps: number of steps, 1 to 1000.
             known: clean tokens ``[N, M, P]`` of which some are kept (inpainting).
             keep: bool ``[N, M]``, True where ``known`` stands; these are put back at each noise level.
+            solver: must be None.
 
         Yields:
             after every step ``x_t`` and the current clean estimate; the last ``x_t`` is the sample.
         """
+        if solver is not None:
+            raise XFusionError(f"diffusion is sampled by DDIM, not by {type(solver).__name__.lower()}: name no solver")
         if not 1 <= steps <= LEVELS:
             raise XFusionError(f"steps {steps} are not within 1 and the {LEVELS} levels of the schedule")
         # Trailing levels: the first one holds nothing but noise (Lin et al. 2023, arXiv 2305.08891, section 3.3).

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from xfusion.data.sequence import Batch, XFusionError
 from xfusion.objectives.base import Denoising
+from xfusion.objectives.solvers import Euler, Solver
 
 SMALLEST_TIME = 1e-3
 """Division by t or 1 - t stops here."""
@@ -45,6 +46,9 @@ class FlowMatching(Denoising):
         sampling_shift: float = 1.0
         """Sampling takes equal steps in s and visits t = shift s / (1 + (shift - 1) s): above 1 it lingers at noisy levels
         (Esser et al. 2024, equation 23). A model that was trained with a mean above 0 knows little of clean levels."""
+
+        solver: Solver = Euler()
+        """Takes the steps of sampling where the caller names none."""
 
         guidance: float = 3.0
         """Strength of classifier-free guidance where the caller names none; 1 is off."""
@@ -131,27 +135,32 @@ class FlowMatching(Denoising):
         steps: int,
         known: Tensor | None = None,
         keep: Tensor | None = None,
+        solver: Solver | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Walk from noise to clean by Euler steps, as dense as ``sampling_shift`` says.
+        """Walk from noise to clean, by steps as dense as ``sampling_shift`` says.
 
         Args:
             predict: head output at ``(x_t [N, M, P], t)``, guidance included.
             noise: ``x_1 [N, M, P]``.
-            steps: number of Euler steps.
+            steps: number of steps.
             known: clean tokens ``[N, M, P]`` of which some are kept (inpainting).
             keep: bool ``[N, M]``, True where ``known`` stands; these are put back at each noise level.
+            solver: takes the steps; None is the configuration's.
 
         Yields:
             after every step ``x_t`` and the current clean estimate; the last ``x_t`` is the sample.
         """
         if steps < 1:
             raise XFusionError(f"steps {steps} must be at least 1")
-        x = noise
-        for step in range(steps):
-            time, following = self.shifted(1 - step / steps), self.shifted(1 - (step + 1) / steps)
+
+        def field(x: Tensor, time: float) -> tuple[Tensor, Tensor]:
             prediction = predict(x, time)
-            estimate = self.clean(prediction, x, time)
-            x = x + (following - time) * self.velocity(prediction, x, time)
-            if known is not None and keep is not None:
-                x = torch.where(keep[..., None], self.mix(known, noise, torch.tensor(following, device=x.device)), x)
-            yield x, estimate
+            return self.velocity(prediction, x, time), self.clean(prediction, x, time)
+
+        def put_back(x: Tensor, time: float) -> Tensor:
+            if known is None or keep is None:
+                return x
+            return torch.where(keep[..., None], self.mix(known, noise, torch.tensor(time, device=x.device)), x)
+
+        times = [self.shifted(1 - step / steps) for step in range(steps + 1)]
+        yield from (solver or self.config.solver).walk(field, noise, times, put_back)

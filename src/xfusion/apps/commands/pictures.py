@@ -38,7 +38,9 @@ class Generate(Verb):
     num: Annotated[int, tyro.conf.arg(name="num", aliases=["-n"])] = 1
     """Number of pictures; picture i has the seed SEED + i."""
     steps: int = 25
-    """Euler steps from noise to picture."""
+    """Steps from noise to picture."""
+    solver: str | None = None
+    """What takes the steps: euler, heun (two passes per step) or multistep; None takes the pack's own."""
     guidance: float | None = None
     """How strongly the words are followed (classifier-free guidance); 1 is off. None takes the pack's own."""
     seed: int = 0
@@ -54,8 +56,10 @@ class Generate(Verb):
 
     def run(self, people: Console) -> Answer:
         from xfusion.generation import draw_size
+        from xfusion.objectives import solvers
 
         self._check()
+        solver = None if self.solver is None else solvers.find(self.solver)
         target = _Target.of(self.out, self.prompt)
         model = load_model(self.model, device=self.device, trust=self.trust)
         guidance = model.guidance if self.guidance is None else self.guidance
@@ -68,10 +72,12 @@ class Generate(Verb):
                 seeds=self._seeds(),
                 steps=self.steps,
                 guidance=guidance,
+                solver=solver,
                 progress=lambda done, total, _: tell("drawing", done, total),
             )
         seconds = time.perf_counter() - begun
-        facts = {"prompt": self.prompt, "steps": self.steps, "guidance": guidance}
+        facts: dict[str, Any] = {"prompt": self.prompt, "steps": self.steps, "guidance": guidance}
+        facts |= {} if self.solver is None else {"solver": self.solver}
         facts |= {"pack_fingerprint": model.fingerprint, "base_fingerprint": model.backbone.fingerprint}
         files = target.write(pictures, self._seeds(), facts)
         notes = self._notes(native, wanted)

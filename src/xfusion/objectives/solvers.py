@@ -1,0 +1,115 @@
+"""How a flow is walked from noise to clean: the levels are the objective's, the steps between them a solver's.
+
+Shape legend: ``N`` media items, ``M`` tokens of an item, ``P`` token width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from xfusion.data.sequence import XFusionError
+
+Field = Callable[[Tensor, float], tuple[Tensor, Tensor]]
+"""Velocity and clean estimate at ``(x_t [N, M, P], t)``; each call is one pass of the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solver:
+    """Takes steps of ``dx/dt = v``."""
+
+    def walk(
+        self, field: Field, x: Tensor, times: Seq[float], put_back: Callable[[Tensor, float], Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Walk from the first level to the last.
+
+        Args:
+            field: velocity and clean estimate.
+            x: tokens ``[N, M, P]`` at the first level.
+            times: falling noise levels, 1 to 0.
+            put_back: known tokens in their place, given tokens and their level.
+
+        Yields:
+            after every step the tokens and the clean estimate.
+        """
+        raise NotImplementedError(type(self).__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Euler(Solver):
+    """First order; a pass per step."""
+
+    def walk(
+        self, field: Field, x: Tensor, times: Seq[float], put_back: Callable[[Tensor, float], Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """``x + dt v``."""
+        for time, following in pairwise(times):
+            velocity, clean = field(x, time)
+            x = put_back(x + (following - time) * velocity, following)
+            yield x, clean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heun(Solver):
+    """Second order (Karras et al. 2022, arXiv 2206.00364, algorithm 1); two passes per step, one for the last."""
+
+    def walk(
+        self, field: Field, x: Tensor, times: Seq[float], put_back: Callable[[Tensor, float], Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """``x + dt (v + v') / 2``, where v' is the velocity behind Euler's step; at level 0 there is none."""
+        for time, following in pairwise(times):
+            velocity, clean = field(x, time)
+            moved = put_back(x + (following - time) * velocity, following)
+            if following > 0:
+                ahead, clean = field(moved, following)
+                moved = put_back(x + (following - time) * (velocity + ahead) / 2, following)
+            x = moved
+            yield x, clean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Multistep(Solver):
+    """DPM-Solver++ of diffusers (Lu et al. 2022, arXiv 2211.01095): reads earlier clean estimates; a pass per step."""
+
+    order: int = 2
+    """Clean estimates that a step reads, its own included: 1 to 3."""
+
+    def walk(
+        self, field: Field, x: Tensor, times: Seq[float], put_back: Callable[[Tensor, float], Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """diffusers' steps between our levels."""
+        from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+
+        scheduler = DPMSolverMultistepScheduler(
+            solver_order=self.order, prediction_type="sample", use_flow_sigmas=True, final_sigmas_type="zero"
+        )
+        scheduler.set_timesteps(len(times) - 1)
+        # Its own levels are evenly spaced; the steps read nothing else of them.
+        scheduler.sigmas = torch.tensor(times)
+        scheduler.set_begin_index(0)
+        for level, (time, following) in zip(scheduler.timesteps, pairwise(times), strict=True):
+            clean = field(x, time)[1]
+            x = put_back(scheduler.step(clean, level, x, return_dict=False)[0], following)
+            yield x, clean
+
+
+def names() -> list[str]:
+    """Names of the solvers."""
+    return [kind.__name__.lower() for kind in Solver.__subclasses__()]
+
+
+def find(name: str) -> Solver:
+    """The solver of a name.
+
+    Raises:
+        XFusionError: there is none.
+    """
+    for kind in Solver.__subclasses__():
+        if kind.__name__.lower() == name:
+            return kind()
+    raise XFusionError(f"solver {name!r} is not one of {', '.join(names())}")
