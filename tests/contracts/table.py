@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,15 +57,20 @@ from transformers.models.smollm3.modeling_smollm3 import SmolLM3RMSNorm
 from xfusion.backbone import Backbone
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Batch, Example, Media, Sequence, Text
+from xfusion.fusion.adaption_prompt import AdaptionPrompt
 from xfusion.fusion.base import Fusion
+from xfusion.fusion.connectors.resampler import Resampler
+from xfusion.fusion.cross_attention import CrossAttention
 from xfusion.fusion.dual_tower import DualTower
 from xfusion.fusion.gated_tower import GatedTower
 from xfusion.fusion.layered import Layered
 from xfusion.fusion.modality_experts import ModalityExperts
 from xfusion.fusion.shared_decoder import SharedDecoder
+from xfusion.fusion.sparse_experts import SparseExperts
 from xfusion.modalities.image import ImageModality
 from xfusion.modalities.port import MediaPort
 from xfusion.model import BackboneConfig, Model, ModelConfig
+from xfusion.objectives.base import NoObjective
 from xfusion.objectives.flow_matching import FlowMatching
 
 VOCABULARY, WIDTH, LAYERS, WINDOW = 320, 64, 4, 6
@@ -162,13 +168,42 @@ FUSIONS: dict[str, Fusion.Config] = {
     "cogvlm": ModalityExperts.Config(own=("query", "key", "value", "output", "mlp")),
     "mplug-owl2": ModalityExperts.Config(own=("norm", "key", "value")),
     "bagel": ModalityExperts.Config(noised_only=True),
+    "sparse experts": SparseExperts.Config(experts=3),
+    "sparse experts, of the paper": SparseExperts.Config(stride=1, experts=3, frozen_expert=False),
     "hybrid": Layered.Config(
         parts=(ModalityExperts.Config(layers=(0, 2)), DualTower.Config(layers=(2, 4), offset=1, fuse="text"))
     ),
 }
+_RESAMPLER = Resampler.Config(latents=3, depth=2, heads=2, head_width=16, mlp=1)
+READERS: dict[str, Fusion.Config] = {
+    "flamingo": CrossAttention.Config(
+        stride=3,
+        offset=0,
+        heads=2,
+        head_width=24,
+        activation="squared relu",
+        media_norm=True,
+        mlp=40,
+        connector=_RESAMPLER,
+    ),
+    "openflamingo, all previous": CrossAttention.Config(
+        stride=2, offset=1, heads=2, head_width=16, mlp=40, mask="all previous", connector=_RESAMPLER
+    ),
+    "idefics": CrossAttention.Config(
+        stride=2, offset=0, heads=4, head_width=16, key_heads=2, norm="rms", head_norm=True, mlp=48, activation="swiglu"
+    ),
+    "cross-attention, published": CrossAttention.Config(
+        stride=2, heads=2, head_width=16, mlp=40, text_only="mlp", connector=_RESAMPLER
+    ),
+    "llama-adapter": AdaptionPrompt.Config(layers=(1, 4), prompts=3, connector=replace(_RESAMPLER, latents=1)),
+    "llama-adapter 2": AdaptionPrompt.Config(
+        prompts=3, picture="early", early=2, affine=True, mask="all previous", connector=_RESAMPLER
+    ),
+}
+"""Fusions of models that read pictures and do not draw: media stand outside the decoder's self-attention."""
 CORE = ("llama", "qwen3", "gemma3")
 """Families whose whole table is tried in the default tier; of the others only what `on_every_family` says."""
-EVERYWHERE = ("dual tower, strided", "dual projection")
+EVERYWHERE = ("dual tower, strided", "dual projection", "openflamingo, all previous", "llama-adapter 2")
 """Fusions that are tried on more than Llama in the default tier; in the full one all are tried on all."""
 
 
@@ -179,6 +214,7 @@ def _row(fusion: str, family: str) -> ParameterSet:
 
 
 ROWS = [_row(fusion, family) for fusion in FUSIONS for family in FAMILIES]
+READER_ROWS = [_row(fusion, family) for fusion in READERS for family in FAMILIES]
 
 
 def on_every_family(chosen: list[ParameterSet]) -> list[ParameterSet]:
@@ -246,12 +282,13 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Backbo
 
 def model_config(base: Backbone, fusion: str = "dual tower", **media: object) -> ModelConfig:
     """A model of 16 px pictures in 16 tokens."""
+    reads = fusion in READERS
     return ModelConfig(
         backbone=BackboneConfig(source=base.source),
         image=ImageModality.Config(patch=PATCH, sizes=(SIDE,)),
         port=MediaPort.Config(largest_grid=6),
-        fusion=FUSIONS[fusion],
-        media=FlowMatching.Config(**media),  # type: ignore[arg-type]
+        fusion=READERS[fusion] if reads else FUSIONS[fusion],
+        media=NoObjective.Config() if reads else FlowMatching.Config(**media),  # type: ignore[arg-type]
     )
 
 

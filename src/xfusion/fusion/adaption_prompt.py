@@ -1,0 +1,246 @@
+"""Adaption prompts with zero-init attention: LLaMA-Adapter (arXiv 2303.16199) and its second version (2304.15010).
+
+    h = O [ softmax(Q K^T) V  +  tanh(g) softmax(Q K_P^T) V_P ]        K_P = W_k P,  V_P = W_v P,  g = 0 at the start
+
+The prompt P of a layer is ``[M, D]``; its keys and values are made by the frozen attention, without positions. The two
+softmaxes are apart, so that a closed gate (one per head) leaves the frozen layer as it was. How a picture enters:
+
+- ``added``: what the connector makes of it, one row or M, is added to the learned prompt of every layer (version 1, and
+  the released code of version 2);
+- ``early``: it is itself the prompt of the first layers, and the others have learned prompts alone (the paper of version 2).
+
+With ``affine`` every matrix becomes ``s (W x + b)`` and every norm of a layer trains, on copies (version 2).
+
+All of this acts on words behind a picture and on no others, where the papers let it act on all: text is kept.
+
+Shape legend: ``B`` batch row, ``n`` rows of one owner, ``k`` media positions that words may read, ``M`` rows of a prompt,
+``D`` model width, ``H`` heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from xfusion.backbone import (
+    Backbone,
+    Delta,
+    KeysValues,
+    assembled,
+    attention_mask,
+    attention_path,
+    keys_values,
+    layer_pieces,
+    linear_paths,
+    linear_shape,
+    run_rows,
+)
+from xfusion.data.sequence import XFusionError
+from xfusion.fusion.base import Call, Pass, by_path
+from xfusion.fusion.connectors.resampler import Resampler
+from xfusion.fusion.modality_experts import Routed
+from xfusion.fusion.outside import Outside, token_places
+
+
+class GatedHeads(Delta):
+    """An attention's output matrix on heads that are gated; its bias belongs to what the frozen attention makes."""
+
+    def __init__(self, gate: Tensor):
+        super().__init__()
+        self.gate = gate
+
+    def forward(self, frozen: nn.Module, x: Tensor) -> Tensor:  # type: ignore[override]
+        """``[B, n, H K]`` -> ``[B, n, D]``."""
+        opened = (x.unflatten(-1, (len(self.gate), -1)) * self.gate.tanh()[:, None].to(x.dtype)).flatten(-2)
+        return frozen(opened) - frozen(torch.zeros_like(x))
+
+
+class Prompted(Delta):
+    """A frozen attention, plus what its queries read from prompts; made for one pass."""
+
+    def __init__(self, gate: Tensor, output: str, kv: KeysValues, reads: Tensor, attention: str):
+        super().__init__()
+        self.gate, self.output, self.kv, self.reads, self.attention = gate, output, kv, reads, attention
+
+    def forward(self, frozen: nn.Module, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """The attention's own answer, of which the first part is states ``[B, n, D]``."""
+        out, *rest = frozen(*args, **kwargs)
+        x = args[0] if args else kwargs["hidden_states"]
+        tables = kwargs.get("position_embeddings")
+        call: Call = {} if tables is None else {"position_embeddings": tables}
+        return (self.added(assembled(frozen, {self.output: GatedHeads(self.gate)}), x, call, out), *rest)
+
+    def added(self, gated: nn.Module, x: Tensor, call: Call, out: Tensor) -> Tensor:
+        """What the frozen attention says and what its queries read, ``[B, n, D]``."""
+        sees = self.reads.any(-1, keepdim=True)
+        # A word that reads nothing has no softmax: it is given one, and what it reads is thrown away.
+        mask = attention_mask(self.reads | ~sees, self.attention, x.dtype)
+        k, v = (t.to(x.dtype) for t in self.kv)
+        read, _ = run_rows(gated, x, call, mask, [(k, v)], [], splice_own=False)
+        return torch.where(sees, out + read, out)
+
+
+class PromptedByWord(Prompted):
+    """The same for one word after the other, each over the rows that it reads: the reference path."""
+
+    def added(self, gated: nn.Module, x: Tensor, call: Call, out: Tensor) -> Tensor:
+        """What the frozen attention says and what its queries read, ``[B, n, D]``."""
+        out = out.clone()
+        for b, i in self.reads.any(-1).nonzero().tolist():
+            mine = self.reads[b, i]
+            k, v = (t[b : b + 1, :, mine].to(x.dtype).expand(len(x), -1, -1, -1) for t in self.kv)
+            every = torch.ones(*x.shape[:2], k.shape[2], dtype=torch.bool, device=x.device)
+            mask = attention_mask(every, self.attention, x.dtype)
+            out[b, i] += run_rows(gated, x, call, mask, [(k, v)], [], splice_own=False)[0][b, i]
+        return out
+
+
+class Affine(Delta):
+    """``s (W x + b)`` where the new part acts."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.scale, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, frozen: nn.Module, x: Tensor) -> Tensor:  # type: ignore[override]
+        """``[..., inputs]`` -> ``[..., outputs]``."""
+        return self.scale * (frozen(x) + self.bias)
+
+
+class Prompt(nn.Module):
+    """What is new at a layer: prompt rows or none, a gate per head, and parts of the layer that are tuned."""
+
+    def __init__(self, rows: int, width: int, heads: int, tuned: dict[str, nn.Module]):
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(rows, width)) if rows else None
+        self.gate = nn.Parameter(torch.zeros(heads))
+        self.tuned = nn.ModuleDict(tuned)
+
+
+class AdaptionPrompt(Outside):
+    """Gated prompts in frozen attentions, for words behind a picture."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Outside.Config):
+        """How long prompts are and what a picture is in them; ``layers`` says which layers have one."""
+
+        prompts: int = 10
+        """Rows of a prompt."""
+        connector: Resampler.Config | None = Resampler.Config(latents=1, depth=1)
+        """What makes rows of a picture's tokens: one for all rows of a prompt, or as many as a prompt has."""
+        picture: Literal["added", "early"] = "added"
+        """Whether the picture is added to the learned prompt of every layer, or is itself the prompt of the first ones."""
+        early: int = 1
+        """First layers whose prompt is the picture, with ``picture="early"``."""
+        affine: bool = False
+        """Whether matrices get a scale and a bias, and norms train."""
+
+        def build(self) -> AdaptionPrompt:
+            """The fusion, not yet installed.
+
+            Raises:
+                XFusionError: the connector does not make one row, or as many as a prompt has.
+            """
+            made = 0 if self.connector is None else self.connector.latents
+            if self.prompts < 1 or made not in ((1, self.prompts) if self.picture == "added" else (self.prompts,)):
+                raise XFusionError(
+                    f"adaption prompt: the connector makes {made} rows of a picture for prompts of {self.prompts}: take"
+                    " as many" + (", or 1" if self.picture == "added" else "")
+                )
+            return AdaptionPrompt(self)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of a prompt."""
+        return self.config.prompts
+
+    def connected(self, x: Tensor, present: Tensor) -> Tensor:
+        """Media ``[N, P, D]``, which tokens there are, bool ``[N, P]`` -> prompt rows of a picture ``[N, M, D]``."""
+        return self.connector(x, present).expand(-1, self.config.prompts, -1)
+
+    def install(self, backbone: Backbone) -> None:
+        """Prompts of the placed layers; the path of the attention's output matrix within the attention."""
+        super().install(backbone)
+        self.outputs = {}
+        for index in self.state_layers:
+            path = layer_pieces(backbone.layers[index])["output"][0].path
+            self.outputs[index] = path.removeprefix(f"{attention_path(backbone.layers[index])}.")
+
+    def make(self, index: int, backbone: Backbone) -> Prompt:
+        """The prompt of a layer, and its tuned parts by path."""
+        config, layer = self.config, backbone.layers[index]
+        learned = config.picture == "added" or index not in config.placed(backbone.num_layers)[: config.early]
+        tuned: dict[str, nn.Module] = {}
+        if config.affine:
+            copied = backbone.copy_layer(index, self.block_config)
+            for path in linear_paths(layer):
+                tuned[path.replace(".", "/")] = Affine(linear_shape(layer.get_submodule(path))[1])
+            for piece in layer_pieces(layer)["norm"]:
+                tuned[piece.path.replace(".", "/")] = copied.get_submodule(piece.path)
+        heads = backbone.config.num_attention_heads
+        return Prompt(config.prompts if learned else 0, backbone.hidden_size, heads, tuned).to(backbone.device)
+
+    def _tuned(self, index: int, frozen: nn.Module, acts: Tensor) -> nn.Module:
+        """The frozen layer with its tuned parts where they act, bool ``[B, n]``."""
+        tuned: Any = self.blocks[str(index)].tuned
+        if not len(tuned):
+            return frozen
+        return assembled(frozen, {path: Routed(part, acts) for path, part in by_path(tuned).items()})
+
+    def _prompts(self, index: int, frozen: nn.Module, states: dict[str, Tensor], call: Call, run: Pass) -> KeysValues:
+        """Keys and values of the prompts of this pass's pictures, by the frozen attention, at the pictures' positions."""
+        assert run.media is not None
+        prompt: Any = self.blocks[str(index)]
+        learned, x = prompt.rows, states[run.media]
+        if learned is not None:
+            rows = learned[token_places(run.media_rows[run.media]).clamp(0, self.num_rows - 1)].to(x.dtype)
+            x = rows + x if self.config.picture == "added" else rows
+        tables = run.calls(call)[run.media].get("position_embeddings")
+        # A cosine of 1 and a sine of 0 turn nothing: prompts stand at no position.
+        still = (
+            {} if tables is None else {"position_embeddings": (torch.ones_like(tables[0]), torch.zeros_like(tables[1]))}
+        )
+        return keys_values(frozen.get_submodule(attention_path(frozen)), x, still)
+
+    def _block(
+        self, index: int, frozen: nn.Module, kv: KeysValues, reads: Tensor, kind: type[Prompted], run: Pass
+    ) -> Any:
+        """The layer of this pass: its attention reads prompts, its tuned parts act on words that see a picture."""
+        prompt: Any = self.blocks[str(index)]
+        tuned = self._tuned(index, frozen, reads.any(-1))
+        read = kind(prompt.gate, self.outputs[index], kv, reads, run.attention)
+        return assembled(tuned, {attention_path(frozen): read})
+
+    def layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
+        """Words alone through the frozen layer, whose attention reads prompts too; media rows stay as they are."""
+        states, block = self.with_rows(index, run), frozen
+        if str(index) in self.blocks:
+            made = self._prompts(index, frozen, states, call, run) if run.media else None
+            kv = self.all_keys_values(index, run, made)
+            if kv is not None and "text" in states and run.given is None:
+                block = self._block(index, frozen, kv, self.reads(run), Prompted, run)
+        return states | self.words_alone(0, index, block, call, run)
+
+    def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
+        """The same, each word by itself over the rows of prompts that it reads."""
+        states, block = self.with_rows(index, run, reference=True), frozen
+        if "text" not in states:
+            return states
+        if str(index) in self.blocks and run.media:
+            reads = torch.zeros_like(run.seen("text", of="media"))
+            for b in range(reads.shape[0]):
+                for i in range(reads.shape[1]):
+                    reads[b, i, self._read(run, b, i)] = True
+            kv = self._prompts(index, frozen, states, call, run)
+            block = self._block(index, frozen, kv, reads, PromptedByWord, run)
+        mask = run.mask("text", self.windows[index], of="text")
+        return states | {"text": run_rows(block, states["text"], run.calls(call)["text"], mask, [], [])[0]}
+
+    def text_layer(self, index: int, frozen: nn.Module, x: Tensor, call: Call) -> Tensor:
+        """A text-only layer: there is no prompt, and the tuned parts leave all words as they were."""
+        if str(index) not in self.blocks:
+            return frozen(x, **call)
+        return self._tuned(index, frozen, torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device))(x, **call)

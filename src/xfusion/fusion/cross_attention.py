@@ -1,0 +1,203 @@
+"""Gated cross-attention before frozen layers (Flamingo, arXiv 2204.14198; OpenFlamingo, 2308.01390; Idefics, 2306.16527).
+
+    y = x + tanh(a) O softmax(mask(Q n(x) (K m)^T / sqrt(K))) V m
+    y = y + tanh(b) MLP(n'(y))                    a = b = 0 at the start;  then the frozen layer on y
+
+for words x that read media rows m. The published code zeroes the attention of words that see no medium, and in the mode
+that attends to all earlier media not even that, but the gated MLP acts on all words: once trained, text alone comes out
+changed. Here both act on words that see a medium and no others, as in Mllama; ``text_only="mlp"`` is the published form.
+What a word sees is read from tables of order, so words that are generated behind an earlier picture see that one, where
+the published code takes every new word to stand behind the last.
+
+=====================  ==================  ===================  ======================  ============
+system                 norms               heads                MLP                     placed at
+=====================  ==================  ===================  ======================  ============
+Flamingo               layer, media too    of 128               squared ReLU, 4 D       i % n = 0
+OpenFlamingo           layer               8 of 64              GELU, 4 D               i % n = n - 1
+Idefics, Mllama        RMS, also per head  the base's           SwiGLU, the base's      i % n = 0
+=====================  ==================  ===================  ======================  ============
+
+Shape legend: ``B`` batch row, ``n`` rows of one owner, ``k`` media positions that words may read, ``H`` heads,
+``K`` head width, ``D`` model width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from xfusion.backbone import Backbone, KeysValues, run_rows
+from xfusion.data.sequence import XFusionError
+from xfusion.fusion.base import Call, Pass, compiled
+from xfusion.fusion.connectors.resampler import Activated
+from xfusion.fusion.outside import Outside
+
+
+class GatedLinearUnit(nn.Module):
+    """``W_down (silu(W_gate x) * W_up x)``: the MLP of Llama."""
+
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.gate, self.up = (nn.Linear(width, inner, bias=False) for _ in range(2))
+        self.down = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., D]`` -> ``[..., D]``."""
+        return self.down(functional.silu(self.gate(x)) * self.up(x))
+
+
+class GatedCrossAttention(nn.Module):
+    """One block: words read media rows, both sub-blocks behind a gate that is closed at the start."""
+
+    def __init__(self, config: CrossAttention.Config, width: int):
+        super().__init__()
+        heads, mlp = config.heads, 4 * width if config.mlp is None else config.mlp
+        keys = heads if config.key_heads is None else config.key_heads
+        if min(heads, keys, config.head_width, mlp) < 1 or heads % keys:
+            raise XFusionError(
+                f"cross-attention: {heads} heads of {config.head_width}, {keys} for keys, MLP {mlp}: take positive sizes,"
+                " and a number of heads that the key heads divide"
+            )
+        norm = nn.LayerNorm if config.norm == "layer" else lambda size: nn.RMSNorm(size, eps=1e-6)
+        self.heads, self.key_heads, self.text_only = heads, keys, config.text_only
+        self.norm, self.mlp_norm = norm(width), norm(width)
+        self.media_norm = norm(width) if config.media_norm else nn.Identity()
+        self.query = nn.Linear(width, heads * config.head_width, bias=False)
+        self.key, self.value = (nn.Linear(width, keys * config.head_width, bias=False) for _ in range(2))
+        self.out = nn.Linear(heads * config.head_width, width, bias=False)
+        self.query_norm, self.key_norm = (
+            norm(config.head_width) if config.head_norm else nn.Identity() for _ in range(2)
+        )
+        if config.activation == "swiglu":
+            self.mlp = GatedLinearUnit(width, mlp)
+        else:
+            self.mlp = nn.Sequential(
+                nn.Linear(width, mlp, bias=False),
+                Activated(config.activation),
+                nn.Linear(mlp, width, bias=False),
+            )
+        self.gate, self.mlp_gate = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
+
+    def keys_values(self, media: Tensor) -> KeysValues:
+        """Media rows ``[B, n, D]`` -> keys and values ``[B, H, n, K]``; there is no rotary embedding."""
+        media = self.media_norm(media)
+        k, v = (p(media).unflatten(-1, (self.key_heads, -1)).transpose(1, 2) for p in (self.key, self.value))
+        return self.key_norm(k), v
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Words ``[B, n, D]`` -> ``[B, H, n, K]``."""
+        return self.query_norm(self.query(self.norm(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2))
+
+    def forward(self, x: Tensor, kv: KeysValues | None, reads: Tensor) -> Tensor:
+        """Words ``[B, n, D]``, keys and values of media or None, which each word reads, bool ``[B, n, k]``."""
+        sees = reads.any(-1, keepdim=True)
+        y = x
+        if kv is not None:
+            k, v = kv
+            # A word that reads nothing has no softmax: it is given one, and what it reads is thrown away.
+            mask = (reads | ~sees)[:, None]
+            q = self.queries(x)
+            read = functional.scaled_dot_product_attention(
+                q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, enable_gqa=self.key_heads != self.heads
+            )
+            read = self.out(read.transpose(1, 2).flatten(2))
+            y = y + torch.tanh(self.gate) * torch.where(sees, read, 0)
+        y = y + torch.tanh(self.mlp_gate) * self.mlp(self.mlp_norm(y))
+        return (y if self.text_only == "mlp" else torch.where(sees, y, x)).to(x.dtype)
+
+
+def gated_rows(block: GatedCrossAttention, x: Tensor, k: Tensor, v: Tensor, reads: Tensor) -> Tensor:
+    """A block on words that may read media."""
+    return block(x, (k, v), reads)
+
+
+class CrossAttention(Outside):
+    """Gated cross-attention to media before frozen layers."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Outside.Config):
+        """Sizes of the blocks; ``stride`` and ``offset`` say before which layers they stand."""
+
+        heads: int = 8
+        """Attention heads."""
+        key_heads: int | None = None
+        """Heads of keys and values; None takes as many as there are heads."""
+        head_width: int = 64
+        """Width of a head, whatever the base's."""
+        norm: Literal["layer", "rms"] = "layer"
+        """Norm before attention and MLP."""
+        media_norm: bool = False
+        """Whether media rows pass a norm too (Flamingo's figure 4; a resampler's are normed already)."""
+        head_norm: bool = False
+        """Norms of queries and keys per head (Idefics, Mllama)."""
+        mlp: int | None = None
+        """Hidden units of the MLP; None takes 4 D."""
+        activation: Literal["gelu", "relu", "squared relu", "swiglu"] = "gelu"
+        """Activation of the MLP: swiglu has three matrices."""
+        text_only: Literal["skip", "mlp"] = "skip"
+        """What a block does to words that see no medium: nothing, or its gated MLP, as published. Text is then not kept."""
+
+        def build(self) -> CrossAttention:
+            """The fusion, not yet installed."""
+            return CrossAttention(self)
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        if config.text_only == "mlp":
+            self.preserves_text = self.prefix_is_constant = False
+
+    def make(self, index: int, backbone: Backbone) -> GatedCrossAttention:
+        """The block before a layer."""
+        del index
+        return GatedCrossAttention(self.config, backbone.hidden_size).to(backbone.device)
+
+    def layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
+        """The block on words, then the frozen layer on words alone; media rows stay as they are."""
+        block, states = self.block(index, frozen), self.with_rows(index, run)
+        x = run.inputs(index)["text"] if "text" in run.states else None
+        if block is not None:
+            kv = self.all_keys_values(index, run, block.keys_values(states[run.media]) if run.media else None)
+            if x is not None and run.given is None and (kv is not None or not self.preserves_text):
+                reads = self.reads(run)
+                work = compiled(gated_rows) if run.compiled and kv is not None else gated_rows
+                x = work(block, x, *kv, reads) if kv is not None else block(x, None, reads)
+        return states | self.words_alone(0, index, frozen, call, run, x)
+
+    def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
+        """Each word by itself over the rows that it reads; then the frozen layer on words alone."""
+        block, states = self.block(index, frozen), dict(self.with_rows(index, run, reference=True))
+        if "text" not in states:
+            return states
+        x = self._by_word(block, states, run) if block is not None else states["text"]
+        mask = run.mask("text", self.windows[index], of="text")
+        return states | {"text": run_rows(frozen, x, run.calls(call)["text"], mask, [], [])[0]}
+
+    def _by_word(self, block: GatedCrossAttention, states: dict[str, Tensor], run: Pass) -> Tensor:
+        """The equation for one word after the other, ``[B, n, D]``; which rows a word reads is looked up in the tables."""
+        text, out = states["text"], states["text"].clone()
+        for b in range(text.shape[0]):
+            for i in range(text.shape[1]):
+                x, attended, read = text[b, i], torch.zeros_like(text[b, i]), self._read(run, b, i)
+                if read and run.media:
+                    k, v = block.keys_values(states[run.media][b][read][None])
+                    k, v = (t[0].repeat_interleave(block.heads // block.key_heads, 0) for t in (k, v))
+                    q = block.queries(x[None, None])[0, :, 0]
+                    weight = (torch.einsum("hd,hmd->hm", q, k) / math.sqrt(q.shape[-1])).softmax(-1)
+                    attended = block.out(torch.einsum("hm,hmd->hd", weight, v).flatten())
+                if read or self.config.text_only == "mlp":
+                    y = x + block.gate.tanh() * attended
+                    out[b, i] = y + block.mlp_gate.tanh() * block.mlp(block.mlp_norm(y))
+        return out
+
+    def text_layer(self, index: int, frozen: nn.Module, x: Tensor, call: Call) -> Tensor:
+        """A text-only layer: the block is called with no medium to read, and leaves all words as they were."""
+        block = self.block(index, frozen)
+        if block is not None:
+            nothing = torch.zeros(*x.shape[:2], 0, dtype=torch.bool, device=x.device)
+            x = block(x.to(block.gate.dtype), None, nothing).to(x.dtype)
+        return frozen(x, **call)

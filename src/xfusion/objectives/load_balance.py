@@ -1,0 +1,60 @@
+"""The balance loss of sparse experts (Switch, arXiv 2101.03961; MoE-LLaVA, 2401.15947).
+
+    L = sum over layers of  E sum_i F_i G_i
+
+where F_i is the share of tokens whose first choice is expert i and G_i the mean probability of i: 1 per layer when both are
+even, E when all go to one expert. Only G has a gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from xfusion.data.sequence import Batch
+from xfusion.objectives.base import Losses, Objective, Run
+
+
+class LoadBalance(Objective):
+    """Tokens spread evenly over the experts of each layer."""
+
+    name = "load_balance"
+    scope = "batch"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Objective.Config):
+        """Weight of the loss."""
+
+        weight: float = 0.01
+        """MoE-LLaVA's."""
+
+        def build(self) -> LoadBalance:
+            """The objective."""
+            return LoadBalance(self)
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config, self.weight = config, config.weight
+
+    def count(self, batch: Batch) -> dict[str, int]:
+        """One per batch: shares are those of a batch."""
+        return {self.name: 1} if batch.media else {}
+
+    def loss(self, run: Run, batch: Batch) -> Losses:
+        """The loss of a batch, summed over its layers; a model without a router has none."""
+        if not batch.media:
+            return {}
+        routers = [p for name, p in run(batch).states.items() if name.startswith("router.") and len(p)]
+        if not routers:
+            return {}
+        return {self.name: (torch.stack([balance(p) for p in routers]).sum(), torch.tensor(1))}
+
+
+def balance(probability: Tensor) -> Tensor:
+    """``E sum_i F_i G_i`` of a router's probabilities ``[r, E]``."""
+    experts = probability.shape[-1]
+    first = functional.one_hot(probability.argmax(-1), experts).to(probability.dtype).mean(0)
+    return experts * (first * probability.mean(0)).sum()

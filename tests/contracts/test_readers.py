@@ -1,0 +1,283 @@
+"""Contracts of models that read pictures and do not draw: media stand outside the decoder's self-attention."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from contracts.table import (
+    LAYERS,
+    READER_ROWS,
+    READERS,
+    SIDE,
+    Found,
+    Noise,
+    distance,
+    exact,
+    float64_model,
+    look,
+    make_model,
+    mixed_sequences,
+    model_config,
+    on_every_family,
+    picture,
+    randomise,
+    view,
+    words,
+)
+from contracts.test_paths import FLOAT32, FLOAT64, incremental, packings
+from contracts.test_text import state_of, text_batches
+
+import xfusion
+from xfusion.backbone import Backbone
+from xfusion.data.mixture import MixtureConfig
+from xfusion.data.pack import pack
+from xfusion.data.sequence import Sequence, Text, XFusionError
+from xfusion.data.templates import Templates
+from xfusion.training.loop import train
+from xfusion.training.stages import Recipe, Stage
+
+SEQUENCES = mixed_sequences()
+KEPT = [row for row in READER_ROWS if READERS[str(row.values[0])].build().preserves_text]
+"""The rows whose fusion keeps text."""
+UNREAD = {"port.norm.weight", "port.head.weight", "port.head.bias", "port.begin"}
+"""The port's head, which a model that does not draw never asks, and [BOI], which no word reads."""
+
+
+def said(model, *segments):
+    """Logits of the words of a sequence."""
+    return look(model, view([[Sequence(segments=segments)]], model))[0][0]
+
+
+def apart(one: Found, other: Found) -> float:
+    """Largest difference of what is said about words."""
+    pairs = [(a[0], b[0]) for a, b in zip(one, other, strict=True) if len(a[0])]
+    return max(float((a - b).abs().max()) for a, b in pairs)
+
+
+@pytest.mark.parametrize(("fusion", "family"), on_every_family(READER_ROWS))
+@torch.no_grad()
+def test_fast_path_is_the_reference_path(bases, fusion, family, monkeypatch):
+    calls = []
+    with exact(monkeypatch):
+        model = float64_model(bases[family], fusion)
+        kind, reference = type(model.fusion), type(model.fusion).reference_layer
+        monkeypatch.setattr(kind, "reference_layer", lambda *a: calls.append(a[1]) or reference(*a))
+        for name, (packed, _) in packings().items():
+            batch = view(packed, model)
+            fast = look(model, batch)
+            with model.using(model.reference_engine()):
+                assert apart(fast, look(model, batch)) <= FLOAT64, name
+    assert set(calls) == set(range(LAYERS))
+
+
+@pytest.mark.parametrize(("fusion", "family"), READER_ROWS)
+def test_gradients_of_fast_and_reference_path_agree(bases, fusion, family, monkeypatch):
+    with exact(monkeypatch):
+        model = float64_model(bases[family], fusion)
+        batch, grads = view(packings()["packed"][0], model), []
+        for engine in (model.engine, model.reference_engine()):
+            model.zero_grad()
+            with model.using(engine):
+                out = model(batch)
+                model.text_objective.loss(lambda _, out=out: out, batch)["next_token"][0].backward()
+            grads.append({n: p.grad for n, p in model.named_new_parameters().items() if n not in UNREAD})
+        for name, grad in grads[0].items():
+            torch.testing.assert_close(grad, grads[1][name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(("fusion", "family"), on_every_family(READER_ROWS))
+@torch.no_grad()
+def test_packed_is_unpacked_and_cached_in_pieces_is_one_pass(bases, fusion, family, monkeypatch):
+    with exact(monkeypatch):
+        model = float64_model(bases[family], fusion)
+        alone = [look(model, view([[s]], model))[0] for s in SEQUENCES.values()]
+        for name, (packed, order) in packings().items():
+            assert apart(look(model, view(packed, model)), [alone[i] for i in order]) <= FLOAT64, name
+        for (name, sequence), expected in zip(SEQUENCES.items(), alone, strict=True):
+            if len(expected[0]):  # else it has no words
+                assert apart(incremental(model, view([[sequence]], model)), [expected]) <= FLOAT64, name
+
+
+@pytest.mark.parametrize(("fusion", "family"), READER_ROWS)
+@torch.no_grad()
+def test_the_training_engine_agrees_with_the_reference_path(bases, fusion, family):
+    """Another attention implementation over a copy of the frozen weights, in float32."""
+    model = make_model(bases[family], fusion)
+    batch = view(packings()["packed"][0], model)
+    with model.using(model.reference_engine()):
+        whole = look(model, batch)
+    with model.using(model.training_engine(torch.float32, "as asked", "eager", False)):
+        assert apart(look(model, batch), whole) <= 2 * FLOAT32
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("fusion", ["flamingo", "llama-adapter", "llama-adapter 2"])
+def test_compiled_layers_agree_with_the_reference_path(bases, fusion):
+    model = make_model(bases["llama"], fusion)
+    batch, grads = view(packings()["packed"][0], model), []
+    for engine in (model.training_engine(torch.float32, "as asked", "eager", True), model.reference_engine()):
+        model.zero_grad()
+        with model.using(engine):
+            out = model(batch)
+            model.text_objective.loss(lambda _, out=out: out, batch)["next_token"][0].backward()
+        grads.append([p.grad for n, p in model.named_new_parameters().items() if n not in UNREAD])
+    assert max(float((a - b).abs().max()) for a, b in zip(*grads, strict=True)) < 1e-3
+
+
+# --------------------------------------------------------------------------------------------------------------- text
+
+
+@pytest.mark.parametrize(("fusion", "family"), on_every_family(KEPT))
+def test_text_is_bit_equal_whatever_the_new_weights_are(bases, fusion, family):
+    model = make_model(bases[family], fusion, randomised=False)
+    for _ in range(2):
+        for name, (ids, mask) in text_batches().items():
+            base = model.text_logits(ids, attention_mask=mask)
+            assert torch.equal(base, model.text_logits(ids, stack="fused", attention_mask=mask)), name
+        randomise(model, by=1.0)
+
+
+@pytest.mark.parametrize(("fusion", "family"), KEPT)
+def test_text_of_a_base_in_half_precision_is_bit_equal(bases, fusion, family):
+    model = make_model(Backbone.load(bases[family].source, dtype=torch.bfloat16), fusion)
+    ids, mask = text_batches()["left-padded"]
+    assert torch.equal(
+        model.text_logits(ids, attention_mask=mask), model.text_logits(ids, stack="fused", attention_mask=mask)
+    )
+    assert all(isinstance(text, str) for text in model.caption([Noise().picture(0, SIDE)], max_tokens=3))
+
+
+@pytest.mark.parametrize(("fusion", "family"), KEPT)
+@torch.no_grad()
+def test_words_that_see_no_picture_are_not_touched(bases, fusion, family):
+    """Bit for bit in one pass: before a picture, and behind one that later words may not see."""
+    model = make_model(bases[family], fusion)
+    randomise(model, by=1.0)
+    hidden, first, last = picture((2, 3), 1, later=False), words(3, 1), words(4, 2)
+    one, other = (said(model, first, replace(hidden, tokens=t), last) for t in (hidden.tokens, -hidden.tokens))
+    assert torch.equal(one, other)
+    one, other = (said(model, first, picture((2, 3), seed), last) for seed in (1, 2))
+    assert torch.equal(one[:3], other[:3]) and float((one - other)[3:].abs().amax(-1).min()) > 1e-3
+    text = words(9, 1)
+    base = model.text_logits(torch.tensor([text.ids]))[0]
+    torch.testing.assert_close(said(model, text), base, rtol=0, atol=FLOAT32)
+    torch.testing.assert_close(said(model, text, picture((2, 3), 1))[:9], base, rtol=0, atol=FLOAT32)
+
+
+@pytest.mark.parametrize(("fusion", "family"), READER_ROWS)
+@torch.no_grad()
+def test_fresh_weights_change_no_word_even_behind_a_picture(bases, fusion, family):
+    """Closed gates: the answer is the same for any picture."""
+    model = make_model(bases[family], fusion, randomised=False)
+    one, other = (said(model, words(3, 1), picture((2, 3), seed), words(4, 2)) for seed in (1, 2))
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("fusion", "family"), READER_ROWS)
+def test_training_and_removal_leave_the_base_as_it_was(bases, fusion, family):
+    base = bases[family]
+    before = state_of(base)
+    model = make_model(base, fusion)
+    batch = view([[s] for s in SEQUENCES.values()], model)
+    adamw = torch.optim.AdamW(model.new_parameters(), lr=1e-2)
+    for _ in range(2):
+        losses = model.losses(batch, torch.Generator().manual_seed(0))
+        assert set(losses) == {"next_token"}
+        (losses["next_token"][0] / losses["next_token"][1]).backward()
+        silent = {n for n, p in model.named_new_parameters().items() if p.grad is None or not p.grad.abs().max() > 0}
+        assert silent == UNREAD
+        adamw.step()
+        adamw.zero_grad()
+    assert all(p.grad is None for p in base.model.parameters())
+    model.fusion.remove()
+    assert list(model.fusion.parameters()) == [] and state_of(base) == before
+
+
+# ------------------------------------------------------------------------------------------------------ what is read
+
+
+@pytest.mark.parametrize(("fusion", "family"), READER_ROWS)
+@torch.no_grad()
+def test_what_appears_later_changes_nothing_before(bases, fusion, family, monkeypatch):
+    with exact(monkeypatch):
+        model = float64_model(bases[family], fusion)
+        whole = SEQUENCES["pictures between words"]
+        after = said(model, *whole.segments)
+        for stop in range(1, len(whole.segments)):
+            before = said(model, *whole.segments[:stop])
+            if len(before):
+                assert float((before - after[: len(before)]).abs().max()) <= FLOAT64, stop
+
+
+@torch.no_grad()
+def test_names_are_scored_behind_a_cached_picture_as_by_full_passes(bases):
+    for fusion in READERS:
+        model, names = make_model(bases["llama"], fusion), ["a red apple", "tree"]
+        randomise(model, by=0.3)
+        pictures = [Noise().picture(i, SIDE) for i in range(2)]
+        found = model.score_names(pictures, names)
+        for shown, scores in zip(pictures, found, strict=True):
+            item = model.image.segment(model.image.encode([shown], SIDE)[0], (4, 4))
+            for words_, score in zip(names, scores, strict=True):
+                ids = (*model.backbone.encode(words_), model.backbone.end_ids[0])
+                batch = pack([[Sequence(segments=(item, Text(ids=ids, has_loss=True)))]])
+                total, count = model.text_objective.loss(model, batch)["next_token"]
+                assert float(score) == pytest.approx(-float(total / count), abs=1e-4)
+        assert float((found[0] - found[1]).abs().min()) > 1e-4, fusion
+
+
+@pytest.mark.parametrize("fusion", READERS)
+@torch.no_grad()
+def test_several_pictures_between_words_are_answered_as_by_full_passes(bases, fusion):
+    """A few-shot prompt: every greedy token is the one that the reference path says, without a cache."""
+    model = make_model(bases["llama"], fusion)
+    randomise(model, by=0.2)
+    shown = [Noise().picture(i, SIDE) for i in range(3)]
+    prompt = [shown[0], "a red apple\n", shown[1], "tree\n", shown[2]]
+    (answer,) = model.generate(prompt, max_tokens=6)
+    media = [model.image.segment(t, (4, 4)) for t in model.image.encode(shown, SIDE)]
+    a, b = (Text(ids=model.backbone.encode(t)) for t in ("a red apple\n", "tree\n"))
+    ids: list[int] = []
+    with model.using(model.reference_engine()):
+        for _ in range(6):
+            text = Text(ids=tuple(ids))
+            logits = said(model, media[0], a, media[1], b, media[2], text)
+            token = int(logits[-1].argmax())
+            if token in model.backbone.end_ids:
+                break
+            ids.append(token)
+    assert answer == model.backbone.decode(ids)
+    swapped = said(model, media[1], a, media[0], b, media[2]) - said(model, media[0], a, media[1], b, media[2])
+    assert float(swapped[-1].abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("fusion", READERS)
+def test_twenty_steps_of_the_real_loop_and_a_pack(bases, fusion, tmp_path):
+    base, losses = bases["llama"], []
+    templates = Templates(caption_dropout=0, article_share=0, other_wordings=0, question_share=0)
+    mixture = MixtureConfig(draw=0, caption=6, pack=2, templates=templates)
+    recipe = Recipe(
+        model=model_config(base, fusion),
+        data="noise",
+        stages=(Stage(steps=20, warmup=2, rate=2e-2, schedule="constant", ema=0, mixture=mixture),),
+    )
+    trained = train(
+        recipe,
+        out=tmp_path / "run",
+        source=Noise(),
+        backbone=base,
+        compile=False,
+        dtype=torch.float32,
+        listener=lambda e: losses.append(e["losses"]) if e["event"] == "step" else None,
+    )
+    assert len(losses) == 20 and set(losses[0]) == {"next_token"}
+    first, last = (sum(step["next_token"] for step in part) / 4 for part in (losses[:4], losses[-4:]))
+    assert last < 0.8 * first, (first, last)
+    assert trained.capabilities == {"text", "caption"}
+    with pytest.raises(XFusionError, match="this model cannot draw, only caption, text"):
+        trained.draw(["a tree"], steps=1)
+    loaded = xfusion.load(tmp_path / "run" / "pack", backbone=base)
+    assert loaded.config == trained.config and loaded.fingerprint == trained.fingerprint
+    batch = view([[s] for s in SEQUENCES.values()], loaded)
+    with torch.no_grad():
+        assert distance(look(loaded, batch), look(trained.eval(), batch)) == 0
