@@ -25,8 +25,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from xfusion.backbone import (
-    Backbone,
+from xfusion.backbone import Backbone
+from xfusion.data.sequence import XFusionError
+from xfusion.fusion.base import Call, Pass, by_path
+from xfusion.fusion.connectors.resampler import Resampler
+from xfusion.fusion.modality_experts import Routed
+from xfusion.fusion.outside import Outside, token_places
+from xfusion.layers import (
     Delta,
     KeysValues,
     assembled,
@@ -38,11 +43,6 @@ from xfusion.backbone import (
     linear_shape,
     run_rows,
 )
-from xfusion.data.sequence import XFusionError
-from xfusion.fusion.base import Call, Pass, by_path
-from xfusion.fusion.connectors.resampler import Resampler
-from xfusion.fusion.modality_experts import Routed
-from xfusion.fusion.outside import Outside, token_places
 
 
 class GatedHeads(Delta):

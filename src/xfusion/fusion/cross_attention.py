@@ -31,11 +31,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from xfusion.backbone import Backbone, KeysValues, run_rows
+from xfusion.backbone import Backbone
 from xfusion.data.sequence import XFusionError
 from xfusion.fusion.base import Call, Pass, compiled
 from xfusion.fusion.connectors.resampler import Activated
 from xfusion.fusion.outside import Outside
+from xfusion.layers import KeysValues, run_rows
 
 
 class GatedLinearUnit(nn.Module):

@@ -19,10 +19,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from xfusion.backbone import Backbone, KeysValues
+from xfusion.backbone import Backbone
 from xfusion.data.sequence import MediaRows, Rows, XFusionError
 from xfusion.fusion.base import Fusion, Pass
 from xfusion.fusion.connectors.resampler import Resampler
+from xfusion.layers import KeysValues
 
 
 def places(rows: Rows) -> Tensor:

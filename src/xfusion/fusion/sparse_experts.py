@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xfusion.backbone import Backbone, Delta, assembled, layer_pieces
+from xfusion.backbone import Backbone
 from xfusion.data.sequence import XFusionError
 from xfusion.fusion.base import Call, Fusion, Pass
+from xfusion.layers import Delta, assembled, layer_pieces
 
 
 class Experts(nn.Module):

@@ -25,7 +25,8 @@ def shares(model: Any, batch: Batch) -> dict[int, dict[str, float]]:
         Layer -> kind of position (some of `KINDS`) -> mean share; kinds without a position are left out.
     """
     found: dict[str, Tensor] = {}
-    mixes = {n: m for n, m in getattr(model.fusion, "mixes", {}).items() if isinstance(m, Mix) and m.by == "token"}
+    learned: dict[str, Any] = dict(getattr(model.fusion, "mixes", {}))
+    mixes: dict[str, Any] = {n: m for n, m in learned.items() if isinstance(m, Mix) and m.by == "token"}
     if not mixes:
         return {}
     hooks = [

@@ -43,10 +43,10 @@ def run(
         XFusionError: the model learns no shares.
     """
     source = open_source(source) if isinstance(source, str) else source
-    backbone, size = model.backbone, size or model.image.sizes[0]
+    backbone, size = model.backbone, model.image.sizes[0] if size is None else size
     config = MixtureConfig(draw=num_samples, caption=num_samples, pack=1)
     made = Mixture(
-        source, model.image, size, backbone.encode, backbone.begin_ids, backbone.end_ids[0], config, seed
+        source, model.image, int(size), backbone.encode, backbone.begin_ids, backbone.end_ids[0], config, seed
     ).batches(0)
     generator, sums = torch.Generator().manual_seed(seed), dict[str, list[float]]()
     for number, batch in enumerate(made):
