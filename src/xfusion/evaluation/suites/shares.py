@@ -42,11 +42,11 @@ def run(
     Raises:
         XFusionError: the model learns no shares.
     """
-    source = open_source(source) if isinstance(source, str) else source
-    backbone, size = model.backbone, model.image.sizes[0] if size is None else size
+    pictures = open_source(source) if isinstance(source, str) else source
+    backbone, side = model.backbone, model.image.sizes[0] if size is None else size
     config = MixtureConfig(draw=num_samples, caption=num_samples, pack=1)
     made = Mixture(
-        source, model.image, int(size), backbone.encode, backbone.begin_ids, backbone.end_ids[0], config, seed
+        pictures, model.image, side, backbone.encode, backbone.begin_ids, backbone.end_ids[0], config, seed
     ).batches(0)
     generator, sums = torch.Generator().manual_seed(seed), dict[str, list[float]]()
     for number, batch in enumerate(made):
@@ -64,5 +64,5 @@ def run(
             f" {type(model.fusion).__name__} without one: train the recipe xfusion_dynamic"
         )
     found = {name: sum(values) / len(values) for name, values in sums.items()}
-    settings = {"source": source.spec, "size": size, "num_samples": num_samples, "seed": seed}
+    settings = {"source": pictures.spec, "size": side, "num_samples": num_samples, "seed": seed}
     return {**found, "settings": settings}
