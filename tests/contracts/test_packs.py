@@ -1,7 +1,9 @@
 """Contract: a pack holds learned weights only, says the same after loading, belongs to one base, and refuses the rest."""
 
 import json
+import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,6 +132,55 @@ def test_altered_weights_are_refused(pack, bases):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(XFusionError, match=r"model\.safetensors cannot be read"):
         xfusion.load(folder, backbone=bases["llama"])
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_one_flipped_bit_is_refused(bases, tmp_path, name):
+    """Every bit of the first bytes and of some in the middle, wherever a format might look away: names, spaces, shapes."""
+    folder = tmp_path / "pack"
+    make_model(bases["llama"], "low-rank tower").save_pretrained(folder, score=0.5)
+    path, rng = folder / name, random.Random(0)
+    whole = path.read_bytes()
+    places = [(place, rng.randrange(8)) for place in rng.sample(range(len(whole)), 24)]
+    for place, bit in [*((0, bit) for bit in range(8)), *((200, bit) for bit in range(8)), *places]:
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << bit
+        path.write_bytes(flipped)
+        with pytest.raises(XFusionError) as error:
+            xfusion.load(folder, backbone=bases["llama"])
+        assert str(path) in str(error.value) or "format version" in str(error.value), (place, bit)
+        assert "\n" not in str(error.value)
+    path.write_bytes(whole)
+    xfusion.load(folder, backbone=bases["llama"])
+
+
+VERSION_1 = Path(__file__).parent / "pack_version_1"
+"""A pack of the tiny Llama that the last xfusion of format version 1 wrote."""
+
+
+def test_a_pack_of_the_previous_format_version_loads(bases, tmp_path):
+    shutil.copytree(VERSION_1, tmp_path / "pack")
+    before = json.loads((VERSION_1 / "config.json").read_text())
+    assert before["format_version"] == 1 and "sha256" not in before
+
+    def on_this_base(config):  # whose weights another torch may draw otherwise
+        config["base"]["fingerprint"] = bases["llama"].fingerprint
+
+    path = tmp_path / "pack" / "config.json"
+    on_this_base(before)
+    path.write_text(json.dumps(before))
+    model = xfusion.load(tmp_path / "pack", backbone=bases["llama"])
+    stored = load_file(VERSION_1 / "model.safetensors")
+    assert all(torch.equal(value, stored[key].float()) for key, value in model.learned_state().items())
+    weights = tmp_path / "pack" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(XFusionError, match="was altered: its fingerprint is"):
+        xfusion.load(tmp_path / "pack", backbone=bases["llama"])
+    model.save_pretrained(tmp_path / "pack")  # and is written as the present version
+    assert json.loads(path.read_text())["format_version"] == 2
+    assert xfusion.load(tmp_path / "pack", backbone=bases["llama"]).fingerprint == model.fingerprint
 
 
 def test_weights_that_do_not_fit_are_named(pack, bases):

@@ -82,6 +82,8 @@ def _run(argv: list[str]) -> int:
 
 
 def _print(answer: Answer, as_json: bool) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may hold bytes that are no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     if as_json:
         print(json.dumps(answer.data, ensure_ascii=False, allow_nan=False))
     print(answer.text, file=sys.stderr if as_json else sys.stdout, flush=True)

@@ -18,15 +18,17 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from xfusion.data import pictures
 from xfusion.data.pictures import Place
-from xfusion.data.report import Problem
+from xfusion.data.report import Problem, one_line
 from xfusion.data.sequence import XFusionError
 
 MAX_CAPTION = 4000
 """Characters of the longest legal caption."""
+MAX_LINE = 4_000_000
+"""Bytes of the longest JSON line that is read, and of a ``.txt``; a file may be one line of any length."""
 CAPTION_FIELDS = ("caption", "captions", "text")
 """Where a JSON line may hold its wordings; all that are there count, in this order."""
 METADATA = "metadata.jsonl"
@@ -46,6 +48,14 @@ class Record:
     content: str | None = None
     """Hash of the picture's bytes, where it was checked already (`xfusion.data.shards`)."""
 
+    def add_caption(self, caption: str) -> None:
+        """Take a wording; one that is too long is not kept, for a thousand of a megabyte would fill the memory."""
+        if len(caption) > MAX_CAPTION:
+            what = f"caption of {len(caption):,} characters, at most {MAX_CAPTION:,} are legal"
+            self.complain("long caption", what)
+        else:
+            self.captions.append(caption)
+
     def complain(self, kind: str, what: str, where: str | None = None) -> None:
         """Note a problem, at the record's own place unless another is given."""
         self.problems.append(Problem(kind=kind, where=where or self.origin, what=what))
@@ -57,13 +67,16 @@ def read(path: Path, special_tokens: tuple[str, ...] = ()) -> tuple[list[Record]
     Raises:
         XFusionError: there is nothing of the kind at ``path``.
     """
-    if path.is_dir():
-        records, notes = _read_folder(path)
-    elif path.is_file() and path.suffix.lower() in (".jsonl", ".ndjson"):
-        notes: list[str] = []
-        records = list(_read_lines(path, notes))
-    else:
-        raise XFusionError(_no_source(path))
+    try:
+        if path.is_dir():
+            records, notes = _read_folder(path)
+        elif path.is_file() and path.suffix.lower() in (".jsonl", ".ndjson"):
+            notes: list[str] = []
+            records = list(_read_lines(path, notes))
+        else:
+            raise XFusionError(_no_source(path))
+    except OSError as error:  # no right to read, a name too long for any file, a disk that fails
+        raise XFusionError(one_line(f"{error.filename or path}: cannot be read: {error.strerror or error}")) from error
     if not records:
         raise XFusionError(
             f"{path}: no examples found; a folder needs pictures ({pictures.READABLE}) with a .txt of the same name "
@@ -126,7 +139,8 @@ def _read_folder(folder: Path) -> tuple[list[Record], list[str]]:
             ignored.append(path.relative_to(folder).as_posix())
     if ignored:
         more = ", ..." if len(ignored) > 3 else ""
-        notes.append(f"{len(ignored)} files are no pictures and were not read: {', '.join(ignored[:3])}{more}")
+        shown = ", ".join(name[:100] for name in ignored[:3])
+        notes.append(one_line(f"{len(ignored)} files are no pictures and were not read: {shown}{more}"))
     return records, notes
 
 
@@ -138,18 +152,20 @@ def _with_sidecar(path: Path, folder: Path, same_stem: list[str], *, has_metadat
     """A picture with the ``.txt`` beside it."""
     record = Record(id=path.relative_to(folder).as_posix(), origin=str(path), place=path)
     sidecar = path.with_suffix(".txt")
-    if len(same_stem) > 1:
+    if (character := _unprintable(record.id)) is not None:
+        record.complain("invalid name", f"the name contains the character U+{ord(character):04X}: rename the file")
+    elif len(same_stem) > 1:
         record.complain("duplicated name", f"{sidecar.name} would caption {' and '.join(same_stem)}: rename one")
     elif not sidecar.is_file():
         instead = f"{METADATA} does not list it and " if has_metadata else ""
         record.complain("missing caption", f"no caption: {instead}there is no {sidecar.name}")
-    elif sidecar.stat().st_size > 1_000_000:
-        record.complain("long caption", "is longer than a million bytes: no caption", str(sidecar))
+    elif sidecar.stat().st_size > MAX_LINE:
+        record.complain("long caption", f"is longer than {MAX_LINE:,} bytes: no caption", str(sidecar))
     else:
         for number, line in enumerate(sidecar.read_bytes().split(b"\n"), start=1):
             text = utf8(line, record, f"{sidecar}:{number}", first=number == 1)
             if text:
-                record.captions.append(text)
+                record.add_caption(text)
         if not record.captions and not record.problems:
             record.complain("empty caption", "no caption: the file is empty", f"{sidecar}:1")
     return record
@@ -159,8 +175,11 @@ def _read_lines(path: Path, notes: list[str]) -> Iterator[Record]:
     """One record for each line that is not blank."""
     num_longer = 0
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(_lines(file), start=1):
             record = Record(id=f"line {number}", origin=f"{path}:{number}", place=None)
+            if len(line) > MAX_LINE:
+                record.complain("long line", f"is longer than {MAX_LINE:,} bytes: no example")
+                line = b""
             text = utf8(line, record, first=number == 1)
             if text:
                 num_longer += _fill(record, text, path.parent)
@@ -168,6 +187,14 @@ def _read_lines(path: Path, notes: list[str]) -> Iterator[Record]:
                 yield record
     if num_longer:
         notes.append(f"{path}: {num_longer} conversations have more than one answer; the first is the caption")
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file; of one that is longer than legal its start, one byte longer than legal."""
+    while line := file.readline(MAX_LINE + 1):
+        yield line
+        while len(line) > MAX_LINE and not line.endswith(b"\n"):
+            line = file.readline(MAX_LINE + 1)
 
 
 def utf8(line: bytes, record: Record, where: str | None = None, *, first: bool = False) -> str:
@@ -197,6 +224,8 @@ def _fill(record: Record, text: str, root: Path) -> bool:
 def take_captions(row: Mapping[str, Any], record: Record) -> bool:
     """Take captions and group from a row. Returns whether a conversation held further answers."""
     if isinstance(group := row.get("group"), str) and group:
+        if _control_character(group):
+            record.complain("invalid group", f"the group {group[:60]!r} contains a character that is none: reword it")
         record.group = group
     fields = [name for name in CAPTION_FIELDS if name in row]
     if not fields and "conversations" in row:
@@ -206,9 +235,10 @@ def take_captions(row: Mapping[str, Any], record: Record) -> bool:
     for name in fields:
         wordings = row[name] if isinstance(row[name], list) else [row[name]]
         if all(isinstance(wording, str) for wording in wordings):
-            record.captions += [wording.strip() for wording in wordings]
+            for wording in wordings:
+                record.add_caption(wording.strip())
         else:
-            record.complain("invalid caption", f"{name} must be text or a list of texts, found {str(row[name])[:60]!r}")
+            record.complain("invalid caption", f"{name} must be text or a list of texts, found {_start(row[name])}")
     if fields and not record.captions and not record.problems:
         record.complain("empty caption", "empty caption")
     return False
@@ -218,12 +248,14 @@ def _picture_path(row: dict[str, Any], record: Record, root: Path) -> Path | Non
     name = row.get("file_name", row.get("image"))
     if name is None:
         record.complain("missing picture", "no picture: expected image or file_name")
-    elif not isinstance(name, str) or not name.isprintable() or not name:
-        record.complain("missing picture", f"the picture must be a path, found {str(name)[:60]!r}")
+    elif not isinstance(name, str) or _unprintable(name) or not name:
+        record.complain("missing picture", f"the picture must be a path, found {_start(name)}")
     elif name.startswith(("http://", "https://", "data:")):
         record.complain("missing picture", f"{name[:60]} is a web address: only files are read, fetch it first")
     elif not os.path.isabs(name) and os.path.normpath(name).split(os.sep)[0] == "..":
-        record.complain("path outside", f"{name} leaves the folder of the file: write an absolute path to mean it")
+        record.complain(
+            "path outside", f"{name[:100]} leaves the folder of the file: write an absolute path to mean it"
+        )
     else:
         record.id = name if os.path.isabs(name) else os.path.normpath(name)
         return root / name
@@ -238,22 +270,20 @@ def _conversation(turns: Any, record: Record) -> bool:
     if not answers or not isinstance(answers[0], str):
         record.complain("missing caption", "no caption: the conversation has no answer from gpt")
         return False
-    record.captions.append(answers[0].strip())
+    record.add_caption(answers[0].strip())
     return len(answers) > 1
 
 
 def _find_duplicates(records: Iterable[Record]) -> None:
     """One picture may have several lines; the same picture with the same captions is a mistake. Makes ids unique."""
     seen: dict[str, list[Record]] = {}
+    first: dict[tuple[str, ...], Record] = {}
     for record in records:
-        before = seen.setdefault(record.id, [])
-        if before and record.place is not None:
-            same = [other for other in before if other.captions == record.captions]
-            if same and not record.problems:
-                record.complain(
-                    "duplicated name", f"{record.id} with these captions stands already at {same[0].origin}"
-                )
-        before.append(record)
+        before = first.setdefault((record.id, *record.captions), record)
+        if before is not record and record.place is not None and not record.problems:
+            what = f"{record.id[:100]} with these captions stands already at {before.origin}"
+            record.complain("duplicated name", what)
+        seen.setdefault(record.id, []).append(record)
     for identity, several in seen.items():
         for record in several[1:]:
             record.id = f"{identity}#{record.origin.rpartition(':')[2]}"
@@ -263,10 +293,6 @@ def _check_captions(record: Record, special_tokens: tuple[str, ...]) -> None:
     for caption in record.captions:
         if not caption:
             record.complain("empty caption", "empty caption")
-        elif len(caption) > MAX_CAPTION:
-            record.complain(
-                "long caption", f"caption of {len(caption):,} characters, at most {MAX_CAPTION:,} are legal"
-            )
         for token in special_tokens:
             if token and token in caption:
                 what = f"caption contains {token!r}, a special token of the model's tokenizer: reword it"
@@ -279,3 +305,16 @@ def _check_captions(record: Record, special_tokens: tuple[str, ...]) -> None:
 def _control_character(text: str) -> str | None:
     """The first control character other than tab and newline, or half surrogate: no tokenizer takes them well."""
     return next((c for c in text if c not in "\t\n\r" and unicodedata.category(c) in ("Cc", "Cs")), None)
+
+
+def _unprintable(name: str) -> str | None:
+    """The first character of a file's name that breaks a line or is none, such as a byte that is not UTF-8."""
+    return next((c for c in name if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")), None)
+
+
+def _start(value: Any) -> str:
+    """The start of a value that stands where it should not."""
+    try:
+        return repr(str(value)[:60])
+    except (RecursionError, ValueError):  # lists in lists, as deep as the parser goes; a number of 5,000 digits
+        return f"a {type(value).__name__}"

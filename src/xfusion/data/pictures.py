@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import mmap
+import threading
 import warnings
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,6 +18,15 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 64_000_000
 """A larger picture is refused from its header, undecoded: a small file can hold a picture that fills the memory."""
+MAX_SIDE = 131_072
+"""Pixels of the longest legal side: decoders of some formats make whole rows out of a few bytes."""
+MAX_BYTES = 600_000_000
+"""Of a legal file, some more than 64 million pixels in four channels of 16 bits: some plug-ins read all of a file first."""
+MAX_SCANS = 100
+"""Of a legal JPEG: a progressive one holds about ten, and each costs a walk over all pixels."""
+LARGE = 4_000_000
+"""Pixels from which on pictures are decoded one at a time, however many threads there are."""
+_one_large = threading.Lock()
 # fmt: off
 SUFFIXES = frozenset({
     ".png", ".apng", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm",
@@ -49,6 +61,8 @@ def header_problem(path: Path) -> str | None:
             return "is not a file"
         if path.stat().st_size == 0:
             return "is empty (0 bytes)"
+        if path.stat().st_size > MAX_BYTES:
+            return f"has {path.stat().st_size:,} bytes, more than {MAX_BYTES // 1_000_000} million: make it smaller"
     except (OSError, ValueError) as error:  # a name too long, a zero byte in it, a folder that may not be entered
         return f"cannot be opened ({_one_line(error)})"
     return _header_problem(path)
@@ -77,6 +91,8 @@ def _header_problem(file: Path | io.BytesIO) -> str | None:
         return f"cannot be opened ({_one_line(error)})"
     if width * height > MAX_PIXELS:
         return f"has {width} x {height} pixels, more than {MAX_PIXELS // 1_000_000} million: make it smaller"
+    if max(width, height) > MAX_SIDE:
+        return f"has {width} x {height} pixels, a side longer than {MAX_SIDE:,}: make it smaller"
     return None
 
 
@@ -114,11 +130,37 @@ def read(place: Place, origin: str | None = None) -> Image:
 
 
 def _decode(file: Path | io.BytesIO) -> Image:
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     with Image.open(file, formats=FORMATS) as image:
-        image.load()
-        return on_white(ImageOps.exif_transpose(image))
+        if image.format in ("JPEG", "MPO") and (scans := _num_scans(file)) > MAX_SCANS:
+            raise ValueError(f"{scans} scans, at most {MAX_SCANS} are legal")
+        if image.width * image.height <= LARGE:
+            return _upright(image)
+        with _one_large:
+            return _upright(image)
+
+
+def _upright(image: Image) -> Image:
+    from PIL import ImageOps
+
+    image.load()
+    return on_white(ImageOps.exif_transpose(image))
+
+
+def _num_scans(file: Path | io.BytesIO) -> int:
+    """Start-of-scan marks of a JPEG; in what lies between marks these two bytes never follow each other."""
+    if isinstance(file, io.BytesIO):
+        return _marks(file.getvalue())
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return _marks(content)
+
+
+def _marks(content: bytes | mmap.mmap) -> int:
+    count, place = 0, content.find(b"\xff\xda")
+    while place >= 0 and count <= MAX_SCANS:
+        count, place = count + 1, content.find(b"\xff\xda", place + 2)
+    return count
 
 
 def _decoding_failed(error: Exception) -> str:
@@ -151,10 +193,17 @@ def _content(file: Path | io.BytesIO) -> str:
 def _near_name(path: Path) -> str:
     """A hint where only the case of the name differs: such a data set works on one system and breaks on another."""
     if path.parent.is_dir():
-        for entry in path.parent.iterdir():
-            if entry.name.lower() == path.name.lower():
-                return f" (there is {entry.name}: upper and lower case differ)"
+        there = _lower_names(path.parent, path.parent.stat().st_mtime_ns).get(path.name.lower())
+        if there is not None:
+            return f" (there is {there}: upper and lower case differ)"
     return ""
+
+
+@lru_cache(maxsize=4)
+def _lower_names(folder: Path, modified: int) -> dict[str, str]:
+    """The names of a folder by their lower case, read once and not for each of a thousand missing pictures."""
+    del modified
+    return {entry.name.lower(): entry.name for entry in folder.iterdir()}
 
 
 def _one_line(error: Exception) -> str:

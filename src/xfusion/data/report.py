@@ -17,6 +17,16 @@ if TYPE_CHECKING:
     from xfusion.data.sources import Source
 
 
+LONGEST_LINE = 600
+"""Characters of the longest line that a report shows: a name or a value from a file may be as long as the file."""
+
+
+def one_line(text: str) -> str:
+    """A text that may hold anything, such as a file's name, as one line that any terminal takes and that ends."""
+    shown = text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]} ..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in shown)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """One thing wrong with one example."""
@@ -29,7 +39,7 @@ class Problem:
     """The rest of the sentence."""
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}".replace("\n", "\\n")  # a file name may hold anything
+        return one_line(f"{self.where}: {self.what}")
 
 
 @dataclass(frozen=True, kw_only=True)

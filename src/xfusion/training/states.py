@@ -45,8 +45,8 @@ def write(folder: Path, tensors: dict[str, Tensor], plan: dict[str, Any], keep: 
         if state == folder:
             (state / STATE).unlink(missing_ok=True)
             (state / PLAN).unlink()
-        elif state not in kept:
-            shutil.rmtree(state, ignore_errors=True)
+        elif state not in kept:  # without its name first, or a kill in between would leave half of a state under it
+            shutil.rmtree(state.rename(folder / f".{state.name}-old"), ignore_errors=True)
     return target
 
 
