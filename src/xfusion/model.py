@@ -320,8 +320,16 @@ class Model(nn.Module):
         kept = run.kept | {name: x for name, x in final.items() if name in self.needs}
         return Output(logits=logits, media=media, states=kept)
 
-    def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, tuple[Tensor, Tensor]]:
-        """Corrupt a batch and take all losses: name -> (sum, count). One view of the batch is run once."""
+    def losses(
+        self, batch: Batch, generator: torch.Generator, rows: slice | None = None
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Corrupt a batch and take all losses: name -> (sum, count). One view of the batch is run once.
+
+        Args:
+            batch: what is learned from.
+            generator: of noise.
+            rows: take the losses of these rows alone; they are corrupted as in the whole batch.
+        """
         # A view is kept as long as its output: another object could else take its id.
         outputs: dict[int, tuple[Batch, Output]] = {}
 
@@ -330,9 +338,14 @@ class Model(nn.Module):
                 outputs[id(view)] = (view, self(view))
             return outputs[id(view)][1]
 
-        view = batch = batch.to(self.backbone.device)
+        view = batch.to(self.backbone.device) if rows is None else batch
         for objective in self.objectives:
             view = objective.corrupt(view, generator)
+        if rows is not None:
+            own = torch.arange(len(batch.text_ids))[rows]
+            if not len(own):
+                return {}
+            view = view.index(own).to(self.backbone.device)
         out: dict[str, tuple[Tensor, Tensor]] = {}
         for objective in self.objectives:
             out |= objective.loss(run, view)

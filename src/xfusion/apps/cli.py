@@ -82,6 +82,8 @@ def _run(argv: list[str]) -> int:
 
 
 def _print(answer: Answer, as_json: bool) -> int:
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first one answers
+        return answer.code
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may hold bytes that are no text
         sys.stdout.reconfigure(errors="backslashreplace")
     if as_json:

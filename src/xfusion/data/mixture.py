@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from xfusion.data.latents import tokens
 from xfusion.data.order import Order
 from xfusion.data.pack import balance, pack, text_length
-from xfusion.data.sequence import Batch, Media, Sequence, XFusionError
+from xfusion.data.sequence import Batch, Media, Sequence, Text, XFusionError
 from xfusion.data.sources import Source
 from xfusion.data.templates import QUESTIONS, Encode, Templates, captioning, drawing, with_article
 from xfusion.modalities.image import ImageModality
 
+T = TypeVar("T")
 TOKENS_KEPT = 512 * 1024 * 1024
 """Bytes of picture tokens that are kept in memory; the oldest go first."""
 LOOKED_AT = 40
 """Steps whose lengths are looked at before the first one, to fix the shapes of a run."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Awaited(Media):
+    """A picture whose tokens are zeros until its row is known to be needed here."""
+
+    index: int
+    """The example that it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +66,7 @@ class Mixture:
         end: the base's end token.
         config: samples per step.
         seed: of order and wordings.
+        share: which of a batch's rows this process reads pictures for; None reads all.
 
     Raises:
         XFusionError: the source is empty, or the captioning batch does not fill rows.
@@ -67,6 +82,7 @@ class Mixture:
         end: int,
         config: MixtureConfig,
         seed: int,
+        share: Callable[[int], slice | None] = lambda rows: None,
     ):
         if not len(source.examples):
             raise XFusionError(f"{source.spec}: no pictures to train on")
@@ -77,32 +93,64 @@ class Mixture:
         if config.draw + config.caption == 0:
             raise XFusionError("draw and caption are both 0: there is nothing to learn")
         self.source, self.image, self.size, self.config, self.seed = source, image, size, config, seed
-        self.encode, self.begin, self.end = encode, begin, end
+        self.encode, self.begin, self.end, self.share = encode, begin, end, share
         rows, columns = image.grid(size)
         self.grid = (rows, columns)
         self.order = Order(source, seed)
+        self._blank = torch.zeros(rows * columns, image.token_width)
         self._tokens: OrderedDict[int, Tensor] = OrderedDict()
         self._kept = max(1, TOKENS_KEPT // (rows * columns * image.token_width * 4))
         self._ids: dict[str, tuple[int, ...]] = {}
+        self._pool = ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1), thread_name_prefix="decode")
 
     def tokens(self, index: int) -> Tensor:
         """Tokens ``[M, P]`` of a picture, encoded once."""
         if index not in self._tokens:
-            self._tokens[index] = tokens(self.source, index, self.image, self.size)
-            if len(self._tokens) > self._kept:
-                self._tokens.popitem(last=False)
+            self._keep(index, self._encoded(index))
         return self._tokens[index]
+
+    def _encoded(self, index: int) -> Tensor:
+        return tokens(self.source, index, self.image, self.size)
+
+    def _keep(self, index: int, made: Tensor) -> None:
+        self._tokens[index] = made
+        if len(self._tokens) > self._kept:
+            self._tokens.popitem(last=False)
 
     def drawn(self, index: int) -> Media:
         """A picture to learn to draw."""
-        return self.image.segment(self.tokens(index), self.grid, state="noised", has_loss=True)
+        return self._awaited(index, state="noised", has_loss=True)
 
     def shown(self, index: int) -> Media:
         """A picture to learn to read: clean, or up to a noise level, and then it is also learned to be drawn."""
         cap = self.config.largest_noise
-        if not cap:
-            return self.image.segment(self.tokens(index), self.grid)
-        return self.image.segment(self.tokens(index), self.grid, state="noised", has_loss=True, largest_noise=cap)
+        return self._awaited(index, state="noised", has_loss=True, largest_noise=cap) if cap else self._awaited(index)
+
+    def _awaited(self, index: int, **how: Any) -> Awaited:
+        return Awaited(**vars(self.image.segment(self._blank, self.grid, **how)), index=index)
+
+    def _filled(self, rows: list[list[Sequence]]) -> list[list[Sequence]]:
+        """The rows with the pictures of this process's own; all other pictures stay blank."""
+        own = set(range(len(rows))[self.share(len(rows)) or slice(None)])
+        media = (s for n in sorted(own) for q in rows[n] for s in q.segments if isinstance(s, Awaited))
+        missing = [i for i in dict.fromkeys(m.index for m in media) if i not in self._tokens]
+        # Pillow decodes outside Python's lock. Kept beside the bounded store, which may be smaller than one batch.
+        fresh = dict(zip(missing, self._pool.map(self._encoded, missing), strict=True))
+
+        def fill(segment: Text | Media) -> Text | Media:
+            if not isinstance(segment, Awaited):
+                return segment
+            return replace(
+                segment, tokens=fresh[segment.index] if segment.index in fresh else self.tokens(segment.index)
+            )
+
+        filled = [
+            [Sequence(segments=tuple(map(fill, q.segments))) for q in row] if n in own else row
+            for n, row in enumerate(rows)
+        ]
+        for index, made in fresh.items():
+            self._keep(index, made)
+        return filled
 
     def ids(self, text: str) -> tuple[int, ...]:
         """Token ids of a text, looked up once."""
@@ -165,11 +213,36 @@ class Mixture:
         out = []
         if drawings:
             width = _fit(self.widths[0], max(map(text_length, drawings)))
-            out.append(pack([[s] for s in drawings], text_width=width))
+            out.append(pack(self._filled([[s] for s in drawings]), text_width=width))
         if captionings:
-            rows = balance(captionings, self.config.pack)
+            rows = self._filled(balance(captionings, self.config.pack))
             out.append(pack(rows, text_width=_fit(self.widths[1], max(sum(map(text_length, row)) for row in rows))))
         return out
+
+
+class Ahead(Generic[T]):
+    """Makes what the next step reads while this one computes; it is the same, being a function of the step.
+
+    Args:
+        make: what a step reads.
+    """
+
+    def __init__(self, make: Callable[[int], T]):
+        self.make = make
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead")
+        self._next: tuple[int, Future[T]] | None = None
+
+    def take(self, step: int) -> T:
+        """What a step reads; an error of its making is raised here."""
+        known = self._next is not None and self._next[0] == step
+        # One thread makes everything: what makes it need not be safe for several.
+        made = (self._next[1] if known and self._next else self._pool.submit(self.make, step)).result()
+        self._next = (step + 1, self._pool.submit(self.make, step + 1))
+        return made
+
+    def close(self) -> None:
+        """Make nothing further."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _most(values: list[int]) -> int:

@@ -232,6 +232,21 @@ class MediaRows:
             return self
         return replace(self, tokens=self.clean, time=torch.zeros_like(self.time), clean=None, target=None)
 
+    def index(self, rows: Tensor) -> MediaRows:
+        """The batch rows ``rows`` (int64 ``[k]``), with their items alone."""
+        chosen = self.item[rows]
+        kept, number = torch.unique(chosen, return_inverse=True)  # the place of an item among those that stay
+        first = int((kept < 0).sum())  # -1, [BOI] and padding, comes first where there is any
+        kept = kept[first:]
+        whole = ("tokens", "boundary", "grid_row", "grid_column", "clean", "target")
+        per_item = ("time", "noised", "has_loss", "largest_noise")
+        return MediaRows(
+            rows=self.rows.index(rows),
+            item=torch.where(chosen >= 0, number - first, -1),
+            **{name: None if getattr(self, name) is None else getattr(self, name)[rows] for name in whole},
+            **{name: getattr(self, name)[kept] for name in per_item},
+        )
+
     def at(self, per_item: Tensor, fill: float = 0.0) -> Tensor:
         """Spread a per-item value ``[N]`` over its positions ``[B, n]``; ``fill`` elsewhere."""
         if not len(per_item):
@@ -263,6 +278,20 @@ class Batch:
     def with_media(self, modality: str, **changes) -> Batch:
         """A derived batch in which some fields of one modality's rows are replaced."""
         return replace(self, media={**self.media, modality: replace(self.media[modality], **changes)})
+
+    def index(self, rows: Tensor) -> Batch:
+        """The batch rows ``rows`` (int64 ``[k]``)."""
+        text = self.text.index(rows)
+        media = {name: own.index(rows) for name, own in self.media.items()}
+        last = torch.cat([text.sample, *(own.rows.sample for own in media.values())], dim=1)
+        return replace(
+            self,
+            text=text,
+            text_ids=self.text_ids[rows],
+            labels=self.labels[rows],
+            media=media,
+            num_sequences=int((last.max(dim=1).values + 1).sum()),
+        )
 
     def words_alone(self) -> Batch:
         """The text positions as if no media stood among them."""

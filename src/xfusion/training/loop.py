@@ -20,12 +20,13 @@ from rich.console import Console
 
 from xfusion import checkpoint
 from xfusion.backbone import Backbone
-from xfusion.data.mixture import Mixture
+from xfusion.data.mixture import Ahead, Mixture
 from xfusion.data.sequence import Batch, XFusionError
 from xfusion.data.sources import Source, open_source
 from xfusion.model import Model, build, choose_compute_dtype, compiled_graphs
 from xfusion.training import states
 from xfusion.training.optimizer import Optimizer
+from xfusion.training.processes import Processes
 from xfusion.training.stages import Recipe, Stage
 from xfusion.training.stopping import Interrupted, Stop, stopping
 from xfusion.training.track import Listener, Track
@@ -62,7 +63,7 @@ def train(
     console: Console | None = None,
     listener: Listener | None = None,
 ) -> Model:
-    """Train a recipe; the result is a pack in ``out/pack``.
+    """Train a recipe; the result is a pack in ``out/pack``. Under torchrun the processes share every step's samples.
 
     Args:
         recipe: what to build and how to train it.
@@ -105,6 +106,7 @@ def train(
     try:
         return run.go()
     finally:
+        run.ahead.close()
         run.track.close()
 
 
@@ -153,6 +155,15 @@ class _Run:
         console: Console | None,
         listener: Listener | None,
     ) -> None:
+        self.processes = processes = Processes(device if backbone is None else backbone.device)
+        with processes.first_alone():
+            self._prepare(source, allow_bad, resume, from_pack, backbone)
+        self._share(console, listener, resume, dtype)
+
+    def _prepare(
+        self, source: Source | None, allow_bad: float, resume: bool, from_pack: str | None, backbone: Backbone | None
+    ) -> None:
+        """Model and data; the first process goes through it alone, so that the others find its indexes and files."""
         state = self.out / "state"
         if resume and not states.found(state):
             raise XFusionError(
@@ -163,7 +174,7 @@ class _Run:
         self._check_folder()
         states.remove_rests(self.out)
         base = self.recipe.model.backbone
-        backbone = backbone or Backbone.load(base.source, revision=base.revision, device=device)
+        backbone = backbone or Backbone.load(base.source, revision=base.revision, device=self.processes.device)
         self.model = model = self._model(from_pack, backbone, fresh=not resume)
         if source is None:
             source = open_source(self.recipe.data, allow_bad=allow_bad, special_tokens=model.backbone.special_tokens)
@@ -174,14 +185,26 @@ class _Run:
                     f"stage {number} accumulates {stage.accumulate} batches, but the loss {together[0]} compares the items of"
                     f" one: set --stages.{number}.accumulate 1 and read more samples per step"
                 )
-        if "draw" not in model.capabilities:
+            if together and self.processes.count > 1:
+                raise XFusionError(
+                    f"the loss {together[0]} compares the items of one batch, which {self.processes.count} processes would"
+                    " divide: train it with one process"
+                )
+        if "draw" not in model.capabilities or not self.processes.first:
             self.preview_every = 0.0
         self.source = source
         self.size = model.image.sizes[0]
+
+    def _share(
+        self, console: Console | None, listener: Listener | None, resume: bool, dtype: torch.dtype | None
+    ) -> None:
+        """What all processes do together: equal weights, the state, batches, and what the first one tells."""
+        model, first = self.model, self.processes.first
+        self.processes.same_weights([*model.new_parameters()])
         self.optimizer = Optimizer(model.named_new_parameters(), self.recipe.stages[0].weight_decay)
         if resume:
-            self._load(state)
-        self.track = Track(self.out, console, listener, self.step)
+            self._load(self.out / "state")
+        self.track = Track(self.out if first else None, console if first else None, listener, self.step)
         chosen, reason = (dtype, "as asked") if dtype else choose_compute_dtype(model.backbone.device)
         # Plain products and softmax: the fused kernel's backward is slow on short sequences on a CPU.
         attention = "eager" if model.backbone.device.type == "cpu" else "sdpa"
@@ -196,9 +219,11 @@ class _Run:
                 model.backbone.end_ids[0],
                 stage.mixture,
                 self.recipe.seed,
+                self.processes.share,
             )
             for stage in self.recipe.stages
         ]
+        self.ahead = Ahead(self._batches)
         self._announce(reason, chosen)
 
     def _check_folder(self) -> None:
@@ -238,9 +263,18 @@ class _Run:
         )
         say(f"step      {stage.mixture.draw} to draw, {stage.mixture.caption} to caption, times {stage.accumulate}")
         say(f"compute   {reason}, {torch.get_num_threads()} threads")
+        if self.processes.count > 1:
+            say(f"processes {self.processes.count}, each with all weights and its share of every step")
+        parts = {"base": [*model.backbone.model.parameters()], "new weights": self.optimizer.list}
+        sizes = {name: sum(p.numel() * p.element_size() for p in own) for name, own in parts.items()}
+        new = sizes["new weights"]
+        for line in self.processes.memory(sizes | {"gradients": new, "moments": 2 * new, "average": new}):
+            if self.processes.count > 1:
+                say(line)
         self.track.event(
             event="start",
             step=self.step,
+            processes=self.processes.count,
             new_parameters=model.num_new_parameters,
             pictures=len(self.source.examples),
             dtype=str(dtype).removeprefix("torch."),
@@ -253,15 +287,16 @@ class _Run:
 
     def go(self) -> Model:
         self.track.start_bar(sum(self.totals) if self.planned else 0, self.step)
-        with stopping(tell=self.track.console is not None) as stop:
+        with stopping(tell=self.track.console is not None and self.processes.first) as stop:
+            together = True
             try:
                 self._walk(stop)
             except KeyboardInterrupt:  # by a listener, between two steps
                 if stop.signal is not None:  # the second signal, in the middle of anything
                     raise
-                stop.signal = signal.SIGINT
+                stop.signal, together = signal.SIGINT, False
             self.save()
-            self._pack()
+            self._pack(wait=together)
         if stop.signal is not None:
             self.track.say(f"stopped at step {self.step}; go on with --resume")
             raise Interrupted(f"training stopped at step {self.step}; go on with --resume", stop.code)
@@ -271,13 +306,18 @@ class _Run:
         self.track.event(event="end", step=self.step, samples=self.samples, seconds=seconds, graphs=compiled_graphs())
         return self.model
 
+    def _stopped(self, stop: Stop) -> bool:
+        stop.signal = max(self.processes.gather(stop.signal or 0)) or None
+        return stop.signal is not None
+
     def _walk(self, stop: Stop) -> None:
         """Steps, previews and checkpoints until the run is done or asked to stop."""
         last_checkpoint = last_preview = time.perf_counter()
         measured_from, first = None, self.step
         if not self.step:
             self._try_largest()
-        while stop.signal is None and (not self.planned or self.step < sum(self.totals)):
+        # All processes stop behind the same step, whichever of them the signal reached.
+        while not self._stopped(stop) and (not self.planned or self.step < sum(self.totals)):
             self._one_step()
             now = time.perf_counter()
             if not self.planned:
@@ -319,7 +359,7 @@ class _Run:
 
     def _losses(self, batch: Batch, generator: torch.Generator) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         with torch.autocast(self.model.backbone.device.type, self.engine.dtype, enabled=bool(self.engine.autocast)):
-            return self.model.losses(batch, generator)
+            return self.model.losses(batch, generator, self.processes.share(len(batch.text_ids)))
 
     def _stage(self, step: int) -> tuple[int, int, int]:
         """Stage of a step, the step within it, and the stage's steps."""
@@ -329,13 +369,19 @@ class _Run:
             step -= total
         return len(self.totals) - 1, step, self.totals[-1]
 
+    def _batches(self, step: int) -> list[Batch]:
+        """What a step reads; nothing behind the last one."""
+        if self.planned and step >= sum(self.totals):
+            return []
+        number, inside, _ = self._stage(step)
+        times = self.recipe.stages[number].accumulate
+        return [b for k in range(times) for b in self.mixtures[number].batches(inside * times + k)]
+
     def _one_step(self) -> None:
         begun = time.perf_counter()
         number, inside, total = self._stage(self.step)
         stage: Stage = self.recipe.stages[number]
-        batches: list[Batch] = []
-        for k in range(stage.accumulate):
-            batches += self.mixtures[number].batches(inside * stage.accumulate + k)
+        batches = self.ahead.take(self.step)
         counts: dict[str, int] = {}
         for batch in batches:
             for objective in self.model.objectives:
@@ -353,6 +399,7 @@ class _Run:
                     objective_sum.backward()
                 for name, (value, _) in found.items():
                     losses[name] += float(value.detach()) / counts[name]
+        losses = self.processes.add(losses, self.optimizer.list)
         bad = [name for name, value in losses.items() if not math.isfinite(value)]
         if bad:
             raise XFusionError(
@@ -392,7 +439,7 @@ class _Run:
         assert self.minutes is not None
         left = self.minutes * 60 - (now - self.started) - self.seconds_before
         previews = left / self.preview_every * self._preview_seconds if self.preview_every else 0.0
-        total = self.step + max(1, int((left - previews) / seconds_per_step))
+        total = self.processes.same(self.step + max(1, int((left - previews) / seconds_per_step)))
         self.totals, self.planned = [total], True
         self.track.set_total(total)
         self.track.event(event="plan", step=self.step, steps=total, seconds_per_step=seconds_per_step)
@@ -423,7 +470,7 @@ class _Run:
 
     def save(self) -> None:
         """The state that `resume` needs; it appears whole or not at all, and the old one stays until then."""
-        if self.saved_step == self.step:
+        if self.saved_step == self.step or not self.processes.first:
             return
         total, weight = self.recent
         plan = {
@@ -468,7 +515,8 @@ class _Run:
         self.optimizer.load(tensors)
         self.saved_step = self.step
 
-    def _pack(self) -> None:
+    def _pack(self, *, wait: bool) -> None:
+        """Write the pack; the other processes wait for it, unless they may have been stopped elsewhere."""
         stage = self.recipe.stages[-1]
         facts = {
             "recipe": checkpoint.to_json(self.recipe),
@@ -484,7 +532,10 @@ class _Run:
         }
         if stage.ema > 0:
             self.optimizer.use_average()  # the model that is returned and saved holds the averaged weights
-        checkpoint.save(self.model, self.out / "pack", **facts)
+        if self.processes.first:
+            checkpoint.save(self.model, self.out / "pack", **facts)
+        if wait:
+            self.processes.meet()
 
 
 def _difference(one: Any, other: Any, path: str = "") -> str:

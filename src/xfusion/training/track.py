@@ -23,18 +23,24 @@ class Track:
     """Writes events of one run into its folder.
 
     Args:
-        folder: the run's folder.
+        folder: the run's folder; None writes nothing, for a process that another one writes for.
         console: where people read; None is silent.
         listener: called with every event.
         resume_at: steps of the log that stay; later lines belong to a run that was cut off.
     """
 
-    def __init__(self, folder: Path, console: Console | None, listener: Listener | None, resume_at: int):
-        self.path, self.console, self.listener = folder / "log.jsonl", console, listener
+    def __init__(self, folder: Path | None, console: Console | None, listener: Listener | None, resume_at: int):
+        self.console, self.listener = console, listener
+        self.board: Any = None
+        self.bar: Progress | None = None
+        self.task: Any = None
+        self.file: TextIO | None = None
+        if folder is None:
+            return
+        self.path = folder / "log.jsonl"
         with checkpoint.named_in_errors(self.path):
             folder.mkdir(parents=True, exist_ok=True)
             self.file = self._open(resume_at)
-        self.board: Any = None
         try:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -42,8 +48,6 @@ class Track:
                 self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_at or None)
         except ImportError:
             self.say("TensorBoard is not installed: curves go to log.jsonl only (pip install 'xfusion[train]')")
-        self.bar: Progress | None = None
-        self.task: Any = None
 
     def _open(self, resume_at: int) -> TextIO:
         """The log, without what a run that was cut off had told of steps that will be taken again."""
@@ -56,8 +60,9 @@ class Track:
 
     def to_disk(self) -> None:
         """The log's lines outlive a power cut from here on."""
-        with checkpoint.named_in_errors(self.path):
-            os.fsync(self.file.fileno())
+        if self.file:
+            with checkpoint.named_in_errors(self.path):
+                os.fsync(self.file.fileno())
 
     def say(self, line: str) -> None:
         """A line for people."""
@@ -66,11 +71,12 @@ class Track:
 
     def event(self, **event: Any) -> None:
         """Write an event down and pass it on."""
-        with checkpoint.named_in_errors(self.path):
-            if event["event"] != "preview":
-                self.file.write(json.dumps(event) + "\n")
-            if event["event"] == "step":
-                self._step(event)
+        if self.file:
+            with checkpoint.named_in_errors(self.path):
+                if event["event"] != "preview":
+                    self.file.write(json.dumps(event) + "\n")
+                if event["event"] == "step":
+                    self._step(event)
         if self.listener:
             self.listener(event)
 
@@ -121,7 +127,8 @@ class Track:
             if self.board:
                 self.board.close()
         with contextlib.suppress(OSError):
-            self.file.close()
+            if self.file:
+                self.file.close()
 
 
 def _step_of(line: str) -> float:
