@@ -1,6 +1,7 @@
-"""Writes docs/recipes/ from the recipes' docstrings and counted costs, and docs/comparison.md from committed comparisons.
+"""Writes docs/recipes/ from the recipes' docstrings and counted costs, docs/comparison.md from committed comparisons, and the
+tables and plots of docs/speed.md from benchmarks/results/.
 
-    python docs/pages.py
+    python docs/pages.py [speed]
 
 Weights and FLOPs are counted on the embedded base and on shapes of larger ones; nothing is trained.
 """
@@ -8,11 +9,13 @@ Weights and FLOPs are counted on the embedded base and on shapes of larger ones;
 from __future__ import annotations
 
 import json
+import re
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from xfusion.apps.comparison_page import COLOURS, CONTRIBUTION, bars, dots, scatter
+from xfusion.apps.comparison_page import COLOURS, CONTRIBUTION, bars, curves, dots, scatter
 from xfusion.backbone import SHAPES, Backbone
 from xfusion.comparison import summarise
 from xfusion.comparison.cost import flops_of_shape
@@ -21,8 +24,10 @@ from xfusion.recipes.base import find, names
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "comparison"
+MEASURED = HERE.parent / "benchmarks" / "results"
 SHOWN = ("fit_retrieval_pixel_at_1", "fit_retrieval_feature_at_1", "fit_caption_exact", "text_perplexity_change")
 STYLE = """<style>text{font:13px sans-serif;fill:#555}text.name{fill:#222}text.end{font-size:10.5px}
+.curve{fill:none;stroke-width:2}
 .grid-line{stroke:#ddd}.beside{stroke:#888;stroke-dasharray:3 3}.zero{stroke:#888;stroke-width:1.2}</style>"""
 
 
@@ -147,13 +152,154 @@ def _row(row: dict[str, Any]) -> str:
     return f"| {row['recipe']} | {mean} | {span(row['interval'])} | {beside} | {verdict} |"
 
 
-def _standalone(svg: str) -> str:
+def _standalone(svg: str, more: str = "") -> str:
     head, rest = svg.split(">", 1)
+    rest = rest.replace("</svg>", f"{more}</svg>")
     return f'{head} xmlns="http://www.w3.org/2000/svg">{STYLE}<rect width="100%" height="100%" fill="white"/>{rest}\n'
 
 
+# -------------------------------------------------------------------------------------------------------------- speed
+
+
+def measured(name: str) -> dict[str, Any] | None:
+    """A committed result of a benchmark."""
+    file = MEASURED / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def origin(found: dict[str, Any]) -> list[str]:
+    """What a figure was made by and on."""
+    machine, commit = found["machine"], found["commit"]
+    at = f"commit {commit['id'][:10]}" if commit else "no commit"
+    load = found.get("load_before")
+    busy = "" if load is None else f", load {load:g} before"
+    on = f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, torch {machine['versions']['torch']}"
+    return ["```bash", found["command"], "```", "", f"{on}; {at}{busy}.", ""]
+
+
+def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> list[str]:
+    """Some columns of rows."""
+    lines = [f"| {' | '.join(c.replace('_', ' ') for c in columns)} |", f"|{' --- |' * len(columns)}"]
+    return [*lines, *(f"| {' | '.join(str(row.get(c, '-')) for c in columns)} |" for row in rows), ""]
+
+
+def plot(
+    name: str, lines: dict[str, list[tuple[float, float]]], along: str, title: str, *, log: bool = False
+) -> list[str]:
+    """A plot beside the page, and the words that show it."""
+    drawn = curves({"recipes": list(lines)}, lines, along, logarithmic=log)
+    (HERE / "pictures" / f"speed_{name}.svg").write_text(_standalone(drawn, _named(lines)), encoding="utf-8")
+    return [f"![{title}](pictures/speed_{name}.svg)", ""]
+
+
+def _named(lines: dict[str, Any]) -> str:
+    """A legend, where there is more than one line."""
+    if len(lines) < 2:
+        return ""
+    return "".join(
+        f'<text class="name" x="400" y="{150 + 16 * i}" text-anchor="end" style="fill:{COLOURS[i]}">{label}</text>'
+        for i, label in enumerate(lines)
+    )
+
+
+def bench_part() -> list[str]:
+    """What `xfusion bench` found, against what was asked of it."""
+    found = measured("bench")
+    if found is None:
+        return ["Not measured yet: `xfusion bench --json -o benchmarks/results/bench.json` on an idle machine.", ""]
+    rows: list[dict[str, Any]] = []
+
+    def add(question: str, value: Any, wanted: str = "-") -> None:
+        rows.append({"figure": question, "value": value, "wanted": wanted})
+
+    for tower in ("demo_tower", "full_tower"):
+        name = tower.replace("_", " ")
+        for kind in ("drawing", "joint"):
+            part = found.get("training", {}).get(tower, {}).get(kind, {})
+            for key, wanted in (("share_of_shape_peak", "0.70"), ("share_of_peak", "-"), ("graphs_after_warm_up", "0")):
+                if key in part:
+                    add(f"`{key}`, {kind}, {name}", part[key], wanted)
+            if "samples_per_second" in part:
+                add(f"samples per second, {kind}, {name}", part["samples_per_second"])
+            for state, seconds in part.get("cold_start_seconds", {}).items():
+                add(f"cold start in seconds, {state.replace('_', ' ')}, {kind}, {name}", seconds)
+        part = found.get("transfusion", {}).get(tower, {})
+        for key, wanted in (
+            ("ratio_to_transfusion_pytorch", "3"),
+            ("ratio_to_transfusion_pytorch_cached", "5"),
+            ("ratio_at_matched_parameters", "-"),
+            ("ratio_at_matched_parameters_cached", "-"),
+        ):
+            if key in part:
+                add(f"`{key}`, {name}", part[key], wanted)
+        part = found.get("llama", {}).get(tower, {})
+        if part:
+            add(f"`ratio_to_llama_text_training`, {name}", part["ratio_to_llama_text_training"], "0.8")
+    for name, part in found.get("denoising", {}).items():
+        if isinstance(part, dict):
+            figure = f"`denoising_step_over_tower_flops`, {name.replace('_', ' ')}"
+            add(figure, part["denoising_step_over_tower_flops"], "at most 1.15")
+    if "generate" in found:
+        add("`ratio_to_base_generate`", found["generate"]["ratio_to_base_generate"], "0.98")
+        add("the same through the fused stack", found["generate"]["ratio_of_the_fused_stack"])
+    return [*origin(found), *table(rows, ("figure", "value", "wanted"))]
+
+
+def solvers_part() -> list[str]:
+    """Quality against steps."""
+    found = measured("solvers")
+    if found is None:
+        return ["Not measured yet: `python benchmarks/solvers.py`.", ""]
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in found["rows"]:
+        lines.setdefault(row["solver"], []).append((row["passes"], row["pixel_at_1"]))
+    title = "Pixel R@1 against passes of the model"
+    return [
+        *origin(found),
+        *plot("solvers", lines, "passes of the model", title),
+        *table(found["rows"], ("solver", "steps", "passes", "pixel_at_1", "pixel_at_10")),
+    ]
+
+
+def growth_part() -> list[str]:
+    """Samples per second against what grows."""
+    found = measured("growth")
+    if found is None:
+        return ["Not measured yet: `python benchmarks/growth.py`.", ""]
+    out = origin(found)
+    titles = {
+        "tokens": "tokens per picture",
+        "batch": "batch",
+        "depth": "layers of the base",
+        "pictures": "pictures per sequence",
+    }
+    for name, along in titles.items():
+        rows = [row for row in found["rows"] if row["varied"] == name]
+        if rows:
+            points = [(float(row[name]), row["samples_per_second"]) for row in rows]
+            title = f"Samples per second against {along}"
+            out += [f"**{title}**", "", *plot(f"growth_{name}", {"samples": points}, along, title, log=True)]
+            out += table(rows, ("tokens", "batch", "depth", "pictures", "samples_per_second", "tokens_per_second"))
+    return out
+
+
+def write_speed() -> None:
+    """Put the measured parts of docs/speed.md in their places."""
+    page = HERE / "speed.md"
+    text = page.read_text(encoding="utf-8")
+    for name, part in (("bench", bench_part), ("solvers", solvers_part), ("growth", growth_part)):
+        marks = f"<!-- measured: {name} -->\n", f"<!-- end: {name} -->"
+        pattern = re.compile(f"(?<={re.escape(marks[0])}).*?(?={re.escape(marks[1])})", re.DOTALL)
+        text = pattern.sub(lambda _, part=part: "\n" + "\n".join(part()) + "\n", text, count=1)
+    page.write_text(text, encoding="utf-8")
+    print("docs/speed.md")
+
+
 def main() -> None:
-    """Write all pages."""
+    """Write all pages, or that on speed alone."""
+    write_speed()
+    if sys.argv[1:] == ["speed"]:
+        return
     text = [
         "# Comparisons",
         "",

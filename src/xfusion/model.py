@@ -75,6 +75,8 @@ class Engine:
     compiled: bool = False
     """Whether the per-layer work is compiled."""
     decoder: Any = None
+    keep_text: bool = True
+    """Whether states of texts that never change are computed once and looked up."""
     text_states: OrderedDict[tuple[int, ...], Tensor] = field(default_factory=OrderedDict)
     """Frozen states of texts, by their tokens."""
 
@@ -307,7 +309,7 @@ class Model(nn.Module):
             # Looked-up states skip the text tower, so nothing may be read from it: no word after media, no label.
             unread = not batch.text_reads_media and not bool((batch.labels != IGNORE).any())
             unread = unread and not any(name.startswith("text") for name in self.needs)
-            given = self.given_states(batch) if unread else None
+            given = self.given_states(batch) if unread and self._engine.keep_text else None
         hidden, run = self.run_pass(batch, given=given)
         text = run.slices.get("text", slice(0, 0))
 

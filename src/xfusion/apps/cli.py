@@ -22,6 +22,7 @@ import tyro
 from rich.console import Console
 
 from xfusion.apps.commands.base import Answer, UsageError, Verb
+from xfusion.apps.commands.bench import Bench
 from xfusion.apps.commands.compare import Compare
 from xfusion.apps.commands.data import DataCheck, DataEncode
 from xfusion.apps.commands.demo import Demo
@@ -44,6 +45,7 @@ VERBS: dict[str, type[Verb]] = {
     "data check": DataCheck,
     "data encode": DataEncode,
     "doctor": Doctor,
+    "bench": Bench,
 }
 
 

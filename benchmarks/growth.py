@@ -1,0 +1,152 @@
+"""How the cost of a drawing step grows: tokens per picture, batch, depth of the base, pictures per sequence.
+
+    python benchmarks/growth.py
+
+Random pictures and words on a base of SmolLM2-135M's layer (width 576, MLP 1536, 9 heads to 3 keys) with random weights,
+media blocks as in the demo at every fifth layer with an MLP of 512, the training precision, compiled; states of the texts
+are computed once. One thing is changed at a time from 16 tokens, batch 32, 30 layers, one picture. Writes
+benchmarks/results/growth.json, which `python docs/pages.py speed` draws.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from xfusion.backbone import Backbone
+from xfusion.comparison.machine import commit, machine
+from xfusion.data.pack import pack
+from xfusion.data.sequence import Batch, Sequence, Text
+from xfusion.fusion.dual_tower import DualTower
+from xfusion.modalities.image import ImageModality
+from xfusion.model import Model, ModelConfig, build, choose_compute_dtype, compiled_graphs
+from xfusion.training.optimizer import Optimizer
+
+RESULT = Path(__file__).parent / "results" / "growth.json"
+PATCH, WORDS = 8, 12
+
+
+@dataclass(frozen=True)
+class Point:
+    """A step."""
+
+    tokens: int = 16
+    batch: int = 32
+    depth: int = 30
+    pictures: int = 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is varied."""
+
+    tokens: tuple[int, ...] = (16, 64, 256, 576, 1024)
+    """Tokens of a picture, squares."""
+    batch: tuple[int, ...] = (1, 4, 16, 32, 64, 128)
+    """Sequences per step."""
+    depth: tuple[int, ...] = (5, 10, 20, 30)
+    """Layers of the base."""
+    pictures: tuple[int, ...] = (1, 2, 4, 8)
+    """Pictures of a sequence, each behind words."""
+    start: Point = Point()
+    """What stays while one thing is changed."""
+    width: int = 576
+    """Of the base."""
+    steps: int = 5
+    """Measured steps, behind two."""
+    most: int = 16_384
+    """Picture tokens of a step at most: the batch is cut to them, and the figure says so."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = RESULT
+    """Where the result goes."""
+
+    def points(self) -> Iterator[tuple[str, Point]]:
+        """What is varied, and the step."""
+        for name in ("tokens", "batch", "depth", "pictures"):
+            for value in getattr(self, name):
+                point = replace(self.start, **{name: value})
+                each = point.tokens * point.pictures
+                yield name, replace(point, batch=max(1, min(point.batch, self.most // each)))
+
+
+def base_of(depth: int, width: int) -> Backbone:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1024,  # drawing never reads the head
+        hidden_size=width,
+        intermediate_size=width * 8 // 3,
+        num_hidden_layers=depth,
+        num_attention_heads=max(3, width // 64),
+        num_key_value_heads=max(3, width // 64) // 3,
+        max_position_embeddings=16_384,
+    )
+    return Backbone(LlamaForCausalLM(config), None, f"random, {depth} layers of width {width}")
+
+
+def batch_of(model: Model, point: Point) -> Batch:
+    side, made = math.isqrt(point.tokens), torch.Generator().manual_seed(0)
+
+    def sample() -> Sequence:
+        segments = []
+        for _ in range(point.pictures):
+            ids = torch.randint(3, 1000, (WORDS,), generator=made).tolist()
+            tokens = torch.randn(point.tokens, model.image.token_width, generator=made)
+            drawn = model.image.segment(tokens, (side, side), state="noised", has_loss=True)
+            segments += [Text(ids=tuple(ids)), drawn]
+        return Sequence(segments=tuple(segments))
+
+    return pack([[sample()] for _ in range(point.batch)])
+
+
+def measure(point: Point, base: Backbone, steps: int) -> dict:
+    side = math.isqrt(point.tokens)
+    mlp = min(512, base.config.intermediate_size)
+    stride = min(5, base.num_layers)
+    image = ImageModality.Config(patch=PATCH, sizes=(PATCH * side,))
+    model = build(ModelConfig(fusion=DualTower.Config(stride=stride, mlp=mlp), image=image), base)
+    dtype, reason = choose_compute_dtype(base.device)
+    engine = model.training_engine(dtype, reason, "eager", True)
+    optimizer = Optimizer(model.named_new_parameters(), 0.0)
+    batch, taken, graphs = batch_of(model, point), [], 0
+    for number in range(2 + steps):
+        begun = time.perf_counter()
+        with model.using(engine), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            ((value, count),) = model.losses(batch, torch.Generator().manual_seed(0)).values()
+        (value / count).backward()
+        optimizer.step(1e-4, 1.0, 0.999)
+        if number >= 2:
+            taken.append(time.perf_counter() - begun)
+        else:
+            graphs = compiled_graphs()
+    seconds = statistics.median(taken)
+    each = {"step_seconds": round(seconds, 5), "samples_per_second": round(point.batch / seconds, 3)}
+    tokens = point.batch * point.pictures * point.tokens
+    return vars(point) | each | {"tokens_per_second": round(tokens / seconds), "new_graphs": compiled_graphs() - graphs}
+
+
+def main(settings: Settings) -> None:
+    """Measure and write."""
+    rows, load, bases = [], os.getloadavg()[0], {}
+    for name, point in settings.points():
+        if point.depth not in bases:
+            bases[point.depth] = base_of(point.depth, settings.width)
+        torch.compiler.reset()
+        rows.append({"varied": name} | measure(point, bases[point.depth], settings.steps))
+        print(json.dumps(rows[-1]), flush=True)
+    result = {"command": "python benchmarks/growth.py", "commit": commit(), "machine": machine(), "load_before": load}
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    settings.out.write_text(json.dumps(result | {"rows": rows}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))

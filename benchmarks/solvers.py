@@ -1,0 +1,85 @@
+"""Quality of drawings against steps: Euler, Heun and diffusers' multistep solver, with the shipped pack.
+
+    python benchmarks/solvers.py
+
+Draws 64 emoji with each solver in 4, 8, 16, 25 and 50 steps from the same noise. The score is pixel R@1: the share of
+drawings whose nearest picture, among all that the pack was trained on, is of the asked group: memory, not understanding.
+Heun's step costs two passes of the model, so it also stands with half the steps. Guidance is the pack's own. Writes
+benchmarks/results/solvers.json, which `python docs/pages.py speed` draws.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+import xfusion
+from xfusion.comparison.machine import commit, machine
+from xfusion.data.sources import open_source
+from xfusion.evaluation.metrics.retrieval import retrieval
+from xfusion.evaluation.suites.emoji import chosen
+from xfusion.objectives import solvers
+
+RESULT = Path(__file__).parent / "results" / "solvers.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is drawn."""
+
+    pack: str = "emoji"
+    """A model that draws."""
+    data: str = "emoji"
+    """The pictures that it was trained on."""
+    pictures: int = 64
+    """How many are drawn."""
+    steps: tuple[int, ...] = (4, 8, 16, 25, 50)
+    """Steps of each solver."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = RESULT
+    """Where the result goes."""
+
+
+def main(settings: Settings) -> None:
+    """Draw, score, write."""
+    model, source = xfusion.load(settings.pack), open_source(settings.data, split="train")
+    size, passes = model.image.sizes[0], 0
+    everything = range(len(source.examples))
+    gallery = model.image.from_pil([source.picture(i, size) for i in everything], size)
+    groups = [example.group for example in source.examples]
+    drawn = chosen(source.examples, settings.pictures)
+    prompts = [source.examples[i].captions[0] for i in drawn]
+    rows: list[dict] = []
+    for name in solvers.names():
+        for steps in settings.steps:
+            begun = time.perf_counter()
+            pictures = model.draw(prompts, seeds=drawn, steps=steps, solver=solvers.find(name))
+            seconds = time.perf_counter() - begun
+            passes = 2 * steps - 1 if name == "heun" else steps
+            found = retrieval(model.image.from_pil(pictures, size), gallery, torch.tensor(drawn), groups, ks=(1, 10))
+            row = {"solver": name, "steps": steps, "passes": passes, "pixel_at_1": found["at_1"]}
+            rows.append(row | {"pixel_at_10": found["at_10"], "seconds": round(seconds, 2)})
+            print(json.dumps(rows[-1]), flush=True)
+    result = {
+        "command": "python benchmarks/solvers.py",
+        "commit": commit(),
+        "machine": machine(),
+        "pack": settings.pack,
+        "fingerprint": model.fingerprint,
+        "guidance": model.guidance,
+        "sampling_shift": model.config.media.sampling_shift,
+        "pictures": len(drawn),
+        "gallery": len(groups),
+        "rows": rows,
+    }
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    settings.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))

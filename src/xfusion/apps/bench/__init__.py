@@ -1,0 +1,1 @@
+"""What `xfusion bench` measures: a file per question, each with ``measure(bench)``; all against a peer in the same run."""

@@ -1,0 +1,263 @@
+"""What all questions share: a training step as the loop takes it, the matrix products of any work, and taking turns."""
+
+from __future__ import annotations
+
+import gc
+import json
+import pkgutil
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xfusion.backbone import Backbone
+from xfusion.data.mixture import Mixture
+from xfusion.data.sources import Source, open_source
+from xfusion.model import Engine, Model, ModelConfig, build, choose_compute_dtype
+from xfusion.recipes.xfusion import demo
+from xfusion.training.optimizer import Optimizer
+from xfusion.training.stages import Stage
+
+Work = Callable[[], object]
+Tell = Callable[[str], None]
+SQUARE = 4096
+"""Side of the matrices whose product is the yardstick."""
+
+
+def names() -> list[str]:
+    """The questions: files of this folder."""
+    return sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.name != "base")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What is measured, and how long."""
+
+    backbone: Backbone
+    source: Source
+    compile: bool = True
+    quick: bool = False
+    """Few and small rounds: for tests, the figures mean nothing."""
+    tell: Tell = print
+    """Told what is being measured."""
+
+    @classmethod
+    def of(cls, base: str | None, data: str, **settings: Any) -> Bench:
+        """Load a base and open pictures."""
+        backbone = Backbone.load(base) if base else Backbone.load()
+        return cls(backbone=backbone, source=open_source(data, special_tokens=backbone.special_tokens), **settings)
+
+    @property
+    def stage(self) -> Stage:
+        """Samples per step: the demo's."""
+        stage = demo().stages[0]
+        return replace(stage, mixture=replace(stage.mixture, draw=8, caption=4)) if self.quick else stage
+
+    def model(self, *, full: bool = False) -> Model:
+        """The demo's model, or the same with a full copy of every layer, as the paper has it."""
+        config: ModelConfig = demo().model
+        stride = max(1, min(config.fusion.stride, self.backbone.num_layers // 2))
+        fusion: Any = replace(config.fusion, stride=1 if full else stride)
+        limit = getattr(self.backbone.config, "intermediate_size", None) or 4 * self.backbone.hidden_size
+        fusion = replace(fusion, mlp=None if full else min(fusion.mlp, limit))
+        return build(replace(config, fusion=fusion), self.backbone)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The precision that training takes here."""
+        return choose_compute_dtype(self.backbone.device)[0]
+
+    @cached_property
+    def rounds(self) -> int:
+        """Turns of everybody."""
+        return 2 if self.quick else 12
+
+    def in_turn(self, works: dict[str, Work], *, warm: int = 2, rounds: int | None = None) -> dict[str, float]:
+        """Median seconds of each work; all take turns, A B A B, so that what disturbs the machine disturbs all."""
+        for name, work in works.items():
+            self.tell(f"warming up {name}")
+            for _ in range(warm):
+                work()
+        taken: dict[str, list[float]] = {name: [] for name in works}
+        for number in range(rounds or self.rounds):
+            self.tell(f"round {number + 1} of {rounds or self.rounds}: {', '.join(works)}")
+            for name, work in works.items():
+                gc.collect()
+                begun = time.perf_counter()
+                work()
+                taken[name].append(time.perf_counter() - begun)
+        return {name: statistics.median(seconds) for name, seconds in taken.items()}
+
+    def matrix_product(self) -> tuple[Work, float]:
+        """A product of two square matrices in the training precision, and its FLOPs."""
+        side = 256 if self.quick else SQUARE
+        one, two = (torch.randn(side, side).to(self.dtype) for _ in range(2))
+        out = torch.empty_like(one)
+        return lambda: torch.mm(one, two, out=out), 2.0 * side**3
+
+
+# ------------------------------------------------------------------------------------------------------ a training step
+
+
+class Step:
+    """One optimiser step after another, as `xfusion.training.loop` takes them: batches, losses, gradients, AdamW, average.
+
+    Args:
+        bench: base, pictures, samples per step.
+        model: what is trained.
+        draw: drawing samples per step; None is the stage's.
+        caption: captioning samples per step; None is the stage's.
+        keep_text: whether frozen states of texts before pictures are computed once and looked up.
+    """
+
+    def __init__(
+        self,
+        bench: Bench,
+        model: Model,
+        *,
+        draw: int | None = None,
+        caption: int | None = None,
+        keep_text: bool = True,
+    ):
+        self.model, mixture = model, bench.stage.mixture
+        mixture = replace(
+            mixture,
+            draw=mixture.draw if draw is None else draw,
+            caption=mixture.caption if caption is None else caption,
+        )
+        base = model.backbone
+        size = model.image.sizes[0]
+        self.mixture = Mixture(
+            bench.source, model.image, size, base.encode, base.begin_ids, base.end_ids[0], mixture, 0
+        )
+        self.engine: Engine = model.training_engine(bench.dtype, "measured", "eager", bench.compile)
+        self.engine.keep_text = keep_text
+        self.optimizer = Optimizer(model.named_new_parameters(), 0.0)
+        self.numbers = count()
+        self.samples = mixture.draw + mixture.caption
+        self.weights = {objective.name: objective.weight for objective in model.objectives}
+
+    def __call__(self) -> None:
+        """The next step."""
+        batches = self.mixture.batches(next(self.numbers) % 8)  # few, so that texts and pictures are soon at hand
+        counts: Counter[str] = Counter()
+        for batch in batches:
+            for objective in self.model.objectives:
+                counts.update(objective.count(batch))
+        generator = torch.Generator().manual_seed(0)
+        with self.model.using(self.engine):
+            for batch in batches:
+                with torch.autocast(
+                    self.model.backbone.device.type, self.engine.dtype, enabled=bool(self.engine.autocast)
+                ):
+                    found = self.model.losses(batch, generator)
+                loss = sum(self.weights[name] * value / counts[name] for name, (value, _) in found.items())
+                if isinstance(loss, Tensor):
+                    loss.backward()
+                for value, _ in found.values():
+                    float(value.detach())
+        self.optimizer.step(1e-4, 1.0, 0.999)
+
+    def warm(self) -> None:
+        """Every batch once: texts are then known and all shapes compiled."""
+        for _ in range(8):
+            self()
+
+
+# --------------------------------------------------------------------------------------------------- matrix products
+
+PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product as it was executed: ``[.., m, k] @ [.., k, n]``."""
+
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    strides: tuple[tuple[int, ...], tuple[int, ...]]
+    dtype: torch.dtype
+
+    @property
+    def flops(self) -> int:
+        (*batch, rows, inner), (*_, columns) = self.shapes
+        return 2 * (batch[0] if batch else 1) * rows * inner * columns
+
+
+def products(work: Work) -> list[Product]:
+    """The matrix products that a call executes, compiled code included, in their order.
+
+    Work that compiling dropped is not among them; sums that a product adds to are not counted.
+    """
+    with tempfile.TemporaryDirectory(prefix="xfusion-bench-") as folder:
+        file = str(Path(folder) / "trace.json")
+        observer: Any = torch.profiler.ExecutionTraceObserver()
+        observer.register_callback(file)
+        observer.start()
+        try:
+            work()
+        finally:
+            observer.stop()
+            observer.unregister_callback()
+        nodes = json.loads(Path(file).read_text(encoding="utf-8"))["nodes"]
+    found, inside = [], set()
+    for node in sorted(nodes, key=lambda n: n["id"]):
+        kind = node["name"].removeprefix("aten::")
+        if node["ctrl_deps"] in inside:  # a product that another one calls
+            inside.add(node["id"])
+        elif kind in PRODUCTS:
+            inside.add(node["id"])
+            found.append(_product(node["inputs"], first=int(kind.endswith("addmm") or kind == "baddbmm")))
+    return found
+
+
+_DTYPES = {"BFloat16": torch.bfloat16, "float": torch.float32, "Half": torch.float16, "double": torch.float64}
+
+
+def _product(inputs: dict[str, Any], first: int) -> Product:
+    pair = slice(first, first + 2)
+    kind = inputs["types"][first].removeprefix("Tensor(").rstrip(")").removeprefix("c10::")
+    shapes, strides = (tuple(map(tuple, inputs[name][pair])) for name in ("shapes", "strides"))
+    return Product(shapes, strides, _DTYPES[kind])  # type: ignore[arg-type]
+
+
+def alone(found: list[Product]) -> Work:
+    """The same products with nothing around them: same shapes, strides, precision and order.
+
+    Products of one form share their operands, which then lie in a cache where the step's do not: the measure is strict.
+    """
+    made: dict[Product, tuple[Tensor, Tensor, Tensor]] = {}
+    for product in found:
+        if product not in made:
+            pair = [
+                torch.randn(1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)))
+                .to(product.dtype)
+                .as_strided(shape, stride)
+                for shape, stride in zip(product.shapes, product.strides, strict=True)
+            ]
+            made[product] = (pair[0], pair[1], pair[0] @ pair[1])
+    operands = [made[product] for product in found]
+
+    def work() -> None:
+        for one, two, out in operands:
+            torch.matmul(one, two, out=out)
+
+    return work
+
+
+@contextmanager
+def no_new_graphs() -> Iterator[Callable[[], int]]:
+    """Counts the graphs that are compiled inside the block."""
+    from xfusion.model import compiled_graphs
+
+    before = compiled_graphs()
+    yield lambda: compiled_graphs() - before

@@ -1,0 +1,43 @@
+"""How fast text alone is continued: the fused model's ``generate`` against the base's, the same tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from xfusion.apps.bench.base import Bench
+
+PROMPT = "A short story about a small robot who wanted to paint:"
+
+
+def measure(bench: Bench) -> dict[str, Any]:
+    """Through the public method, and through the fused stack that proves bit-equality."""
+    model, base = bench.model(), bench.backbone
+    ids = torch.tensor([base.encode(PROMPT)])
+    tokens = 8 if bench.quick else 96
+    settings: dict[str, Any] = {
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": tokens,
+        "do_sample": False,
+        "pad_token_id": base.end_ids[0],
+    }
+    fused = model.fused_text_model()
+    with torch.no_grad():
+        seconds = bench.in_turn(
+            {
+                "the base": lambda: base.model.generate(ids, **settings),
+                "ours": lambda: model.generate([PROMPT], max_tokens=tokens),
+                "the fused stack": lambda: fused.generate(ids, **settings),
+            },
+            rounds=None if bench.quick else 9,
+        )
+        written = base.model.generate(ids, **settings).shape[1] - ids.shape[1]
+    alone, ours, stack = seconds.values()
+    return {
+        "ratio_to_base_generate": alone / ours,
+        "ratio_of_the_fused_stack": alone / stack,
+        "tokens": written,
+        "base_tokens_per_second": written / alone,
+        "tokens_per_second": written / ours,
+    }

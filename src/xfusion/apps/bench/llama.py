@@ -1,0 +1,61 @@
+"""How a joint step compares with plain transformers training of the base on as many text tokens, per executed FLOP.
+
+The peer is the base itself, all of it trained on next tokens at all positions, as transformers makes it: its own attention,
+uncompiled, the same precision and optimiser. FLOPs of both are counted with plain products in the attention.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from xfusion.apps.bench.base import Bench, Step, products
+from xfusion.training.optimizer import Optimizer
+
+
+def measure(bench: Bench) -> dict[str, Any]:
+    """The demo's tower and the full copied one."""
+    found: dict[str, Any] = {}
+    for full in (False, True):
+        step = Step(bench, bench.model(full=full))
+        step.warm()
+        batches = step.mixture.batches(0)
+        media = [m.rows for batch in batches for m in batch.media.values()]
+        positions = [int((rows.order >= 0).sum()) for rows in (*(b.text for b in batches), *media)]
+        # Rows as long as ours on average, as many as give the same number of tokens.
+        length = max(2, round(sum(positions) / step.samples))
+        ids = torch.randint(3, bench.backbone.config.vocab_size, (round(sum(positions) / length), length))
+        peer, train = _text_training(bench, ids)
+        ours = sum(product.flops for product in products(step))
+        peer.config._attn_implementation = "eager"
+        theirs = sum(product.flops for product in products(train))
+        peer.config._attn_implementation = bench.backbone.attention
+        seconds = bench.in_turn({"our joint step": step, "text training": train})
+        mine, other = seconds.values()
+        found["full_tower" if full else "demo_tower"] = {
+            "ratio_to_llama_text_training": (ours / mine) / (theirs / other),
+            "tokens": sum(positions),
+            "text_tokens_of_the_peer": ids.numel(),
+            "step_seconds": mine,
+            "peer_step_seconds": other,
+            "flops": ours,
+            "peer_flops": theirs,
+            "ratio_of_tokens_per_second": (sum(positions) / mine) / (ids.numel() / other),
+        }
+    return found
+
+
+def _text_training(bench: Bench, ids: torch.Tensor) -> tuple[Any, Callable[[], None]]:
+    model: Any = copy.deepcopy(bench.backbone.model).float().requires_grad_(True).train()
+    optimizer = Optimizer(dict(model.named_parameters()), 0.0)
+
+    def step() -> None:
+        with torch.autocast(ids.device.type, bench.dtype, enabled=bench.dtype != torch.float32):
+            loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step(1e-5, 1.0, 0.999)
+
+    return model, step

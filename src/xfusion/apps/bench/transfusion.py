@@ -1,0 +1,120 @@
+"""Joint training against ``transfusion-pytorch`` from its wheel: samples per second, text caching off and on.
+
+The peer has the transformer's shape of the LLM (depth, width, heads, width of the MLP), all of it trained, as its design has
+it; the same pictures' tokens and words, batch, precision, optimiser and number of samples to draw and to name, the flow
+loss on pictures to draw and the text loss on names. Its U-Net skips are off. What it has beyond the LLM's shape and
+cannot leave out: norms, shifts and gates from the noise level in every layer and for every position, attention over
+earlier layers' outputs, gates on values, norms of queries and keys, a soft cap on scores. It runs uncompiled, as it comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xfusion.apps.bench.base import Bench, Step
+from xfusion.data.sequence import Media, Sequence, Text, XFusionError
+from xfusion.training.optimizer import Optimizer
+
+
+def measure(bench: Bench) -> dict[str, Any]:
+    """The demo's tower and the full copied one against the peer at the LLM's shape and at the demo's number of weights."""
+    steps = {
+        (tower, cached): Step(bench, bench.model(full=tower == "full"), keep_text=cached)
+        for tower in ("demo", "full")
+        for cached in (False, True)
+    }
+    demo = steps["demo", True]
+    peer = _peer(bench, demo, bench.backbone.hidden_size)
+    small = _matched(bench, demo)
+    for step in steps.values():
+        step.warm()
+    works: dict[str, Any] = {f"our {t} tower, text {'' if c else 'not '}kept": s for (t, c), s in steps.items()}
+    works |= {"transfusion-pytorch": peer, "transfusion-pytorch, as many weights": small}
+    seconds = list(bench.in_turn(works, rounds=None if bench.quick else 7).values())
+    theirs, matched = seconds[-2:]
+    found: dict[str, Any] = {
+        "samples_per_step": demo.samples,
+        "peer": peer.facts | {"step_seconds": theirs, "samples_per_second": demo.samples / theirs},
+        "matched_peer": small.facts | {"step_seconds": matched, "samples_per_second": demo.samples / matched},
+    }
+    for ((tower, cached), step), taken in zip(steps.items(), seconds, strict=False):
+        name = "ratio_to_transfusion_pytorch" + ("_cached" if cached else "")
+        entry = found.setdefault(f"{tower}_tower", {"trainable_parameters": step.model.num_new_parameters})
+        entry |= {name: theirs / taken, "samples_per_second" + ("_cached" if cached else ""): step.samples / taken}
+    found["demo_tower"]["ratio_at_matched_parameters"] = matched / seconds[0]
+    found["demo_tower"]["ratio_at_matched_parameters_cached"] = matched / seconds[1]
+    return found
+
+
+def _peer(bench: Bench, step: Step, width: int) -> _Peer:
+    try:
+        from transfusion_pytorch import Transfusion
+    except ImportError as error:
+        raise XFusionError(
+            f"the peer transfusion-pytorch cannot be imported ({error}): pip install 'xfusion[bench]', or leave it out"
+            " with --only"
+        ) from error
+    config, head = bench.backbone.config, bench.backbone.head_width
+    model = Transfusion(
+        num_text_tokens=config.vocab_size,
+        dim_latent=step.model.image.token_width,
+        modality_default_shape=step.mixture.grid,
+        modality_num_dim=2,
+        add_pos_emb=True,
+        prob_uncond=0.0,  # the captions that our mixture empties are empty here, too
+        transformer={
+            "dim": width,
+            "depth": bench.backbone.num_layers,
+            "dim_head": head,
+            "heads": max(1, width // head),
+            # Its MLP is two thirds of this wide.
+            "ff_expansion_factor": 1.5 * config.intermediate_size / config.hidden_size,
+            "unet_skips": False,
+        },
+    )
+    return _Peer(bench, model, step, width)
+
+
+def _matched(bench: Bench, step: Step) -> _Peer:
+    """The peer of the LLM's depth whose width, in whole heads, brings its weights nearest to ours."""
+    wanted, head = step.model.num_new_parameters, bench.backbone.head_width
+    widths = range(head, bench.backbone.hidden_size + 1, head)
+    with torch.device("meta"):
+        sizes = {width: _peer(bench, step, width).facts["trainable_parameters"] for width in widths}
+    return _peer(bench, step, min(sizes, key=lambda width: abs(sizes[width] - wanted)))
+
+
+class _Peer:
+    """One optimiser step after another of the peer, on our samples."""
+
+    def __init__(self, bench: Bench, model: Any, step: Step, width: int):
+        self.model, self.mixture, self.bench, self.numbers = model, step.mixture, bench, count()
+        weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        self.facts = {"width": width, "trainable_parameters": sum(weight.numel() for weight in weights.values())}
+        self.optimizer = Optimizer(weights, 0.0)
+        self.grid = step.mixture.grid
+
+    def __call__(self) -> None:
+        number, kind = next(self.numbers) % 8, self.bench.dtype
+        samples = [list(self._items(s)) for s in (*self.mixture.drawings(number), *self.mixture.captionings(number))]
+        with torch.autocast("cpu", kind, enabled=kind != torch.float32):
+            loss = self.model(samples)
+        loss.backward()
+        float(loss.detach())
+        self.optimizer.step(1e-4, 1.0, 0.999)
+
+    def _items(self, sample: Sequence) -> Iterator[tuple[Any, ...]]:
+        """A sample as the peer takes it: a weight of 0 is read without a loss."""
+        for segment in sample.segments:
+            if isinstance(segment, Text) and segment.ids:
+                yield torch.tensor(segment.ids), float(segment.has_loss)
+            elif isinstance(segment, Media):
+                yield 0, self._grid(segment.tokens), float(segment.has_loss)
+
+    def _grid(self, tokens: Tensor) -> Tensor:
+        return tokens.float().view(*self.grid, -1)

@@ -1,0 +1,141 @@
+"""`bench` runs and its arithmetic is right; how fast anything is, is no test."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from contracts.table import Noise, make_base
+
+from xfusion.apps import cli
+from xfusion.apps.bench import base as bench_base
+from xfusion.apps.bench import denoising, generate, llama, training, transfusion
+from xfusion.apps.bench.base import Bench, Product, Step, alone, no_new_graphs, products
+from xfusion.backbone import Backbone
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    backbone = Backbone.load(str(make_base("llama", tmp_path_factory.mktemp("base"))))
+    return Bench(backbone=backbone, source=Noise(6), compile=False, quick=True, tell=lambda _: None)
+
+
+def test_the_folder_is_the_list():
+    assert bench_base.names() == ["denoising", "generate", "llama", "training", "transfusion"]
+
+
+def test_products_are_those_that_are_executed():
+    one, weight = torch.randn(3, 8), torch.randn(5, 8, requires_grad=True)
+
+    def work():
+        stacked = one.expand(2, 3, 8) @ weight.t()
+        (
+            torch.bmm(stacked, stacked.transpose(1, 2)).sum() + torch.addmm(torch.zeros(5), one, weight.t()).sum()
+        ).backward()
+
+    found = products(work)
+    assert sum(p.flops for p in found) == 2 * (6 * 8 * 5 * 2 + 2 * 3 * 5 * 3 * 3 + 3 * 8 * 5 * 2)
+    assert {p.dtype for p in found} == {torch.float32}
+    assert products(lambda: one + one) == []
+    alone(found)()
+
+
+def test_products_of_compiled_code_leave_out_what_nobody_reads():
+    one, two = torch.randn(4, 8), torch.randn(8, 6)
+
+    @torch.compile
+    def work():
+        unread = one @ two @ two.t()
+        del unread
+        return one @ two
+
+    work()
+    (product,) = products(work)
+    assert product == Product(((4, 8), (8, 6)), ((8, 1), (6, 1)), torch.float32) and product.flops == 2 * 4 * 8 * 6
+
+
+def test_everybody_takes_turns(bench):
+    said = []
+    works = {name: lambda name=name: said.append(name) for name in "ab"}
+    seconds = bench.in_turn(works, warm=1, rounds=3)
+    assert said == [*"ab", *"ababab"] and list(seconds) == ["a", "b"] and min(seconds.values()) > 0
+
+
+def test_a_step_learns_and_texts_that_are_kept_change_nothing(bench):
+    losses = {}
+    for kept in (True, False):
+        model = bench.model()
+        step, before = Step(bench, model, keep_text=kept), model.fingerprint
+        step()
+        assert model.fingerprint != before and bool(step.engine.text_states) == kept
+        losses[kept] = torch.cat([p.detach().flatten() for p in model.new_parameters()])
+    torch.testing.assert_close(losses[True], losses[False], rtol=0, atol=1e-3)
+
+
+def test_training(bench):
+    found = training.measure(bench)
+    for tower in ("demo_tower", "full_tower"):
+        for kind in ("drawing", "joint"):
+            figures = found[tower][kind]
+            assert figures["graphs_after_warm_up"] == 0
+            assert figures["share_of_shape_peak"] == figures["products_seconds"] / figures["step_seconds"]
+            rate = figures["flops"] / figures["step_seconds"] / figures["peak_flops_per_second"]
+            assert figures["share_of_peak"] == pytest.approx(rate)
+        assert found[tower]["joint"]["flops"] > found[tower]["drawing"]["flops"] > 0
+    assert found["full_tower"]["trainable_parameters"] > found["demo_tower"]["trainable_parameters"]
+    assert set(found["demo_tower"]["joint"]["cold_start_seconds"]) == {"nothing_compiled", "compiled_before"}
+
+
+def test_generate(bench):
+    found = generate.measure(bench)
+    assert found["ratio_to_base_generate"] == pytest.approx(
+        found["tokens_per_second"] / found["base_tokens_per_second"]
+    )
+    assert 0 < found["tokens"] <= 8
+
+
+def test_denoising(bench):
+    found = denoising.measure(bench)
+    assert list(found) == [f"{tower}_tower_{n}_pictures" for tower in ("demo", "full") for n in (1, 2)]
+    # A denoising step is the tower's rows of the picture: twice the pictures, about twice the work.
+    assert found["demo_tower_2_pictures"]["flops"] > 1.8 * found["demo_tower_1_pictures"]["flops"]
+    assert all("denoising_step_over_tower_flops" in figures for figures in found.values())
+
+
+def test_llama(bench):
+    found = llama.measure(bench)["demo_tower"]
+    rates = [found["flops"] / found["step_seconds"], found["peer_flops"] / found["peer_step_seconds"]]
+    assert found["ratio_to_llama_text_training"] == pytest.approx(rates[0] / rates[1])
+    assert found["text_tokens_of_the_peer"] == pytest.approx(found["tokens"], rel=0.1)
+
+
+def test_transfusion(bench):
+    pytest.importorskip("transfusion_pytorch", reason="the extra xfusion[bench] is not installed")
+    found = transfusion.measure(bench)
+    demo = found["demo_tower"]
+    assert demo["ratio_to_transfusion_pytorch"] == pytest.approx(
+        demo["samples_per_second"] / found["peer"]["samples_per_second"]
+    )
+    assert demo["ratio_to_transfusion_pytorch_cached"] > 0 and demo["ratio_at_matched_parameters"] > 0
+    assert found["matched_peer"]["width"] <= found["peer"]["width"] == bench.backbone.hidden_size
+
+
+def test_the_verb_answers_in_json(capsys, bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_base.Bench, "of", lambda *_, **__: bench)
+    file = tmp_path / "bench.json"
+    assert cli.main(["bench", "--only", "generate", "--quick", "--json", "-o", str(file)]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer == json.loads(file.read_text()) and "ratio_to_base_generate" in answer["generate"]
+    assert answer["quick"] is True and answer["command"] == "xfusion bench --only generate --quick --json"
+    assert cli.main(["bench", "--only", "speed"]) == 2
+    assert "--only speed: not one of denoising, generate" in capsys.readouterr().err
+
+
+def test_no_graph_is_new_where_nothing_is_compiled():
+    with no_new_graphs() as graphs:
+        torch.ones(1)
+    assert graphs() == 0
