@@ -245,6 +245,20 @@ def bench_part() -> list[str]:
     return [*origin(found), *table(rows, ("figure", "value", "wanted"))]
 
 
+def profile_part() -> list[str]:
+    """Where a step's time goes."""
+    found = measured("profile")
+    if found is None:
+        return ["Not measured yet: `python benchmarks/profile_step.py`.", ""]
+    kinds = ("drawing", "joint")
+    rows = [
+        {"work": name} | {k: f"{found[k]['shares'][name]:.1%}" for k in kinds} for name in found["drawing"]["shares"]
+    ]
+    names = ("step_seconds", "batches_seconds", "system_seconds", "page_faults")
+    rows += [{"work": name.replace("_", " ")} | {k: found[k][name] for k in kinds} for name in names]
+    return [*origin(found), *table(rows, ("work", *kinds))]
+
+
 def solvers_part() -> list[str]:
     """Quality against steps."""
     found = measured("solvers")
@@ -287,7 +301,12 @@ def write_speed() -> None:
     """Put the measured parts of docs/speed.md in their places."""
     page = HERE / "speed.md"
     text = page.read_text(encoding="utf-8")
-    for name, part in (("bench", bench_part), ("solvers", solvers_part), ("growth", growth_part)):
+    for name, part in (
+        ("bench", bench_part),
+        ("profile", profile_part),
+        ("solvers", solvers_part),
+        ("growth", growth_part),
+    ):
         marks = f"<!-- measured: {name} -->\n", f"<!-- end: {name} -->"
         pattern = re.compile(f"(?<={re.escape(marks[0])}).*?(?={re.escape(marks[1])})", re.DOTALL)
         text = pattern.sub(lambda _, part=part: "\n" + "\n".join(part()) + "\n", text, count=1)

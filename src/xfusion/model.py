@@ -99,6 +99,11 @@ def choose_compute_dtype(device: torch.device) -> tuple[torch.dtype, str]:
     return torch.float32, f"float32: no native bfloat16 on this {device.type}"
 
 
+def choose_attention(device: torch.device) -> str:
+    """What layers attend by in training: on a CPU plain products, for the fused kernel's backward is slow on short sequences."""
+    return "eager" if device.type == "cpu" else "sdpa"
+
+
 class Model(nn.Module):
     """A frozen decoder LLM with a new modality.
 

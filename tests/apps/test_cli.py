@@ -187,6 +187,7 @@ COMPLAINTS = [
     ("caption PACK red.png missing.png", "missing.png: no such file"),
     ("caption PACK text.png", "text.png: is not a picture: its content is text"),
     ("caption PACK broken.png", "broken.png"),
+    ("generate PACK apple --solver huen", "solver 'huen' is not one of euler, heun, multistep"),
     ("caption PACK red.png --max-tokens 0", "--max-tokens 0"),
     ("verify nothing", "there is no pack 'nothing'"),
     ("show xfuson", "did you mean 'xfusion'?"),

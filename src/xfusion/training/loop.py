@@ -23,8 +23,9 @@ from xfusion.backbone import Backbone
 from xfusion.data.mixture import Ahead, Mixture
 from xfusion.data.sequence import Batch, XFusionError
 from xfusion.data.sources import Source, open_source
-from xfusion.model import Model, build, choose_compute_dtype, compiled_graphs
+from xfusion.model import Model, build, choose_attention, choose_compute_dtype, compiled_graphs
 from xfusion.training import states
+from xfusion.training.memory import keep_freed_memory
 from xfusion.training.optimizer import Optimizer
 from xfusion.training.processes import Processes
 from xfusion.training.stages import Recipe, Stage
@@ -205,10 +206,9 @@ class _Run:
         if resume:
             self._load(self.out / "state")
         self.track = Track(self.out if first else None, console if first else None, listener, self.step)
+        self.keeps_memory = model.backbone.device.type == "cpu" and keep_freed_memory()
         chosen, reason = (dtype, "as asked") if dtype else choose_compute_dtype(model.backbone.device)
-        # Plain products and softmax: the fused kernel's backward is slow on short sequences on a CPU.
-        attention = "eager" if model.backbone.device.type == "cpu" else "sdpa"
-        self.engine = model.training_engine(chosen, reason, attention, self.compile)
+        self.engine = model.training_engine(chosen, reason, choose_attention(model.backbone.device), self.compile)
         self.mixtures = [
             Mixture(
                 self.source,
@@ -263,6 +263,8 @@ class _Run:
         )
         say(f"step      {stage.mixture.draw} to draw, {stage.mixture.caption} to caption, times {stage.accumulate}")
         say(f"compute   {reason}, {torch.get_num_threads()} threads")
+        if self.keeps_memory:
+            say("memory    freed blocks stay with the process: mapping them again costs more than filling them")
         if self.processes.count > 1:
             say(f"processes {self.processes.count}, each with all weights and its share of every step")
         parts = {"base": [*model.backbone.model.parameters()], "new weights": self.optimizer.list}

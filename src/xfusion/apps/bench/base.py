@@ -23,8 +23,9 @@ from torch import Tensor
 from xfusion.backbone import Backbone
 from xfusion.data.mixture import Mixture
 from xfusion.data.sources import Source, open_source
-from xfusion.model import Engine, Model, ModelConfig, build, choose_compute_dtype
+from xfusion.model import Engine, Model, ModelConfig, build, choose_attention, choose_compute_dtype
 from xfusion.recipes.xfusion import demo
+from xfusion.training.memory import keep_freed_memory
 from xfusion.training.optimizer import Optimizer
 from xfusion.training.stages import Stage
 
@@ -118,6 +119,7 @@ class Step:
         draw: drawing samples per step; None is the stage's.
         caption: captioning samples per step; None is the stage's.
         keep_text: whether frozen states of texts before pictures are computed once and looked up.
+        attention: how layers attend; None is what training takes.
     """
 
     def __init__(
@@ -128,7 +130,9 @@ class Step:
         draw: int | None = None,
         caption: int | None = None,
         keep_text: bool = True,
+        attention: str | None = None,
     ):
+        keep_freed_memory()  # as the loop does; peers of this run have it, too
         self.model, mixture = model, bench.stage.mixture
         mixture = replace(
             mixture,
@@ -140,7 +144,9 @@ class Step:
         self.mixture = Mixture(
             bench.source, model.image, size, base.encode, base.begin_ids, base.end_ids[0], mixture, 0
         )
-        self.engine: Engine = model.training_engine(bench.dtype, "measured", "eager", bench.compile)
+        self.engine: Engine = model.training_engine(
+            bench.dtype, "measured", attention or choose_attention(base.device), bench.compile
+        )
         self.engine.keep_text = keep_text
         self.optimizer = Optimizer(model.named_new_parameters(), 0.0)
         self.numbers = count()
