@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import importlib
+import json
+import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,10 +67,12 @@ class Bench(Verb):
         data |= {"load_after": _load(), "seconds": round(time.perf_counter() - begun, 1)}
         data = _rounded(data)
         if self.out is not None:
-            import json
-
             text = json.dumps(data, indent=2) + "\n"
-            written(self.out, lambda path: path.write_text(text, encoding="utf-8"))
+
+            def write(path: Path) -> None:
+                path.write_text(text, encoding="utf-8")
+
+            written(self.out, write)
         return Answer(data=data, text=_text(data))
 
     def _command(self) -> str:
@@ -77,8 +81,6 @@ class Bench(Verb):
 
 
 def _load() -> float | None:
-    import os
-
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
