@@ -1,12 +1,13 @@
 # make demo    trains a fresh tower for five minutes, draws, captions, proves the text unchanged
 # make test    what CI runs on every push;  make test-full  everything, before a release
 # make lint    style, types, import order;  make bench  speed and memory;  make clean  removes what was built
+# make figures every figure of docs/speed.md, on an idle machine: an hour or two
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PYTEST_FLAGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: setup demo test test-full lint bench clean
+.PHONY: setup demo test test-full lint bench figures clean
 .DEFAULT_GOAL := setup
 
 setup: $(INSTALLED)
@@ -38,6 +39,14 @@ lint: setup
 bench: setup
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/xfusion bench --json
+
+figures: setup
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -e '.[demo,train,dev,bench]' -c constraints.txt
+	$(BIN)/xfusion bench --json -o benchmarks/results/bench.json
+	$(BIN)/python benchmarks/profile_step.py
+	$(BIN)/python benchmarks/solvers.py
+	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python docs/pages.py speed
 
 clean:
 	rm -rf .venv build dist src/*.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks

@@ -116,7 +116,10 @@ def test_training_attention_is_the_plain_one(bases, family):
     assert engine.backbone.attention == (GROUPED if base.model._supports_sdpa else base.attention)
     plain, grouped = found
     for name, value in plain.items():
-        assert distance(grouped[name], value) <= FLOAT32 * max(1, float(value.abs().max())), name
+        tolerance = FLOAT32 * max(1, float(value.detach().abs().max()))
+        torch.testing.assert_close(
+            grouped[name], value, rtol=0, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 @pytest.mark.parametrize(("fusion", "family"), on_every_family(ROWS))

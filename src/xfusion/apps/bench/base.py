@@ -55,6 +55,7 @@ class Bench:
     @classmethod
     def of(cls, base: str | None, data: str, **settings: Any) -> Bench:
         """Load a base and open pictures."""
+        keep_freed_memory()  # as training and the verbs do; peers of this run have it, too
         backbone = Backbone.load(base) if base else Backbone.load()
         return cls(backbone=backbone, source=open_source(data, special_tokens=backbone.special_tokens), **settings)
 
@@ -132,7 +133,6 @@ class Step:
         keep_text: bool = True,
         attention: str | None = None,
     ):
-        keep_freed_memory()  # as the loop does; peers of this run have it, too
         self.model, mixture = model, bench.stage.mixture
         mixture = replace(
             mixture,

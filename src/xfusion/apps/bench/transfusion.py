@@ -90,10 +90,13 @@ def _peer(bench: Bench, step: Step, width: int) -> _Peer:
 def _matched(bench: Bench, step: Step) -> _Peer:
     """The peer of the LLM's depth whose width, in whole heads, brings its weights nearest to ours."""
     wanted, head = step.model.num_new_parameters, bench.backbone.head_width
-    widths = range(head, bench.backbone.hidden_size + 1, head)
-    with torch.device("meta"):
-        sizes = {width: _peer(bench, step, width).facts["trainable_parameters"] for width in widths}
-    return _peer(bench, step, min(sizes, key=lambda width: abs(sizes[width] - wanted)))
+    best = _peer(bench, step, head)
+    for width in range(2 * head, bench.backbone.hidden_size + 1, head):
+        wider = _peer(bench, step, width)
+        if abs(wider.facts["trainable_parameters"] - wanted) >= abs(best.facts["trainable_parameters"] - wanted):
+            break
+        best = wider
+    return best
 
 
 class _Peer:

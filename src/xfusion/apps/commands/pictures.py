@@ -57,6 +57,7 @@ class Generate(Verb):
     def run(self, people: Console) -> Answer:
         from xfusion.generation import draw_size
         from xfusion.objectives import solvers
+        from xfusion.training.memory import keep_freed_memory
 
         self._check()
         solver = None if self.solver is None else solvers.find(self.solver)
@@ -64,6 +65,8 @@ class Generate(Verb):
         model = load_model(self.model, device=self.device, trust=self.trust)
         guidance = model.guidance if self.guidance is None else self.guidance
         native, wanted = draw_size(model, self.size)
+        if model.backbone.device.type == "cpu":
+            keep_freed_memory()  # each step asks for the same buffers; this process does nothing else
         begun = time.perf_counter()
         with progress(people) as tell:
             pictures = model.draw(
