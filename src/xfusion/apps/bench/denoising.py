@@ -1,4 +1,7 @@
-"""Time of a guided denoising step over the time of the tower's own matrix products in it, at the demo's size."""
+"""Time of a guided denoising step over the time of the tower's own matrix products in it, at the demo's size.
+
+Scores and their sums are made inside the fused attention and are not among the products: the measure is strict.
+"""
 
 from __future__ import annotations
 

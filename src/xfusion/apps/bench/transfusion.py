@@ -2,9 +2,10 @@
 
 The peer has the transformer's shape of the LLM (depth, width, heads, width of the MLP), all of it trained, as its design has
 it; the same pictures' tokens and words, batch, precision, optimiser and number of samples to draw and to name, the flow
-loss on pictures to draw and the text loss on names. Its U-Net skips are off. What it has beyond the LLM's shape and
-cannot leave out: norms, shifts and gates from the noise level in every layer and for every position, attention over
-earlier layers' outputs, gates on values, norms of queries and keys, a soft cap on scores. It runs uncompiled, as it comes.
+loss on pictures to draw and the text loss on names. What it has beyond the LLM's shape and cannot leave out: norms, shifts
+and gates from the noise level in every layer and for every position, U-Net skips (without them release 0.20.0 fails),
+attention over earlier layers' outputs, gates on values, norms of queries and keys, a soft cap on scores. It runs
+uncompiled, as it comes.
 """
 
 from __future__ import annotations
@@ -81,7 +82,6 @@ def _peer(bench: Bench, step: Step, width: int) -> _Peer:
             "heads": max(1, width // head),
             # Its MLP is two thirds of this wide.
             "ff_expansion_factor": 1.5 * config.intermediate_size / config.hidden_size,
-            "unet_skips": False,
         },
     )
     return _Peer(bench, model, step, width)
