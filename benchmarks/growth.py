@@ -30,7 +30,8 @@ from xfusion.data.pack import pack
 from xfusion.data.sequence import Batch, Sequence, Text
 from xfusion.fusion.dual_tower import DualTower
 from xfusion.modalities.image import ImageModality
-from xfusion.model import Model, ModelConfig, build, choose_compute_dtype, compiled_graphs
+from xfusion.model import Model, ModelConfig, build, choose_attention, choose_compute_dtype, compiled_graphs
+from xfusion.training.memory import keep_freed_memory
 from xfusion.training.optimizer import Optimizer
 
 RESULT = Path(__file__).parent / "results" / "growth.json"
@@ -65,6 +66,8 @@ class Settings:
     """Of the base."""
     steps: int = 5
     """Measured steps, behind two."""
+    compile: bool = True
+    """Compile the per-layer work, as training does."""
     most: int = 16_384
     """Picture tokens of a step at most: the batch is cut to them, and the figure says so."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = RESULT
@@ -108,17 +111,17 @@ def batch_of(model: Model, point: Point) -> Batch:
     return pack([[sample()] for _ in range(point.batch)])
 
 
-def measure(point: Point, base: Backbone, steps: int) -> dict:
+def measure(point: Point, base: Backbone, settings: Settings) -> dict:
     side = math.isqrt(point.tokens)
     mlp = min(512, base.config.intermediate_size)
     stride = min(5, base.num_layers)
     image = ImageModality.Config(patch=PATCH, sizes=(PATCH * side,))
     model = build(ModelConfig(fusion=DualTower.Config(stride=stride, mlp=mlp), image=image), base)
     dtype, reason = choose_compute_dtype(base.device)
-    engine = model.training_engine(dtype, reason, "eager", True)
+    engine = model.training_engine(dtype, reason, choose_attention(base.device), settings.compile)
     optimizer = Optimizer(model.named_new_parameters(), 0.0)
     batch, taken, graphs = batch_of(model, point), [], 0
-    for number in range(2 + steps):
+    for number in range(2 + settings.steps):
         begun = time.perf_counter()
         with model.using(engine), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             ((value, count),) = model.losses(batch, torch.Generator().manual_seed(0)).values()
@@ -137,11 +140,12 @@ def measure(point: Point, base: Backbone, steps: int) -> dict:
 def main(settings: Settings) -> None:
     """Measure and write."""
     rows, load, bases = [], os.getloadavg()[0], {}
+    keep_freed_memory()  # as training does
     for name, point in settings.points():
         if point.depth not in bases:
             bases[point.depth] = base_of(point.depth, settings.width)
         torch.compiler.reset()
-        rows.append({"varied": name} | measure(point, bases[point.depth], settings.steps))
+        rows.append({"varied": name} | measure(point, bases[point.depth], settings))
         print(json.dumps(rows[-1]), flush=True)
     result = {"command": "python benchmarks/growth.py", "commit": commit(), "machine": machine(), "load_before": load}
     settings.out.parent.mkdir(parents=True, exist_ok=True)
