@@ -542,15 +542,16 @@ def test_a_codec_is_one_option(run, here, tmp_path, base):
     assert "codec" in ran.err and "no" in ran.err
 
 
-def test_ctrl_c_in_earnest(here, photos, small, run):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_in_earnest(here, photos, small, run, number, code):
     process = start("train", "xfusion", "--data", photos, "--steps", "100000", "-o", "run", *small)
     log, until = Path("run/log.jsonl"), time.monotonic() + 60
     while time.monotonic() < until and process.poll() is None and not (log.is_file() and '"step"' in log.read_text()):
         time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "Traceback" not in err
+    assert process.returncode == code, err
+    assert "Traceback" not in err and "stopping behind this step" in err
     assert err.rstrip().endswith("--resume")
     assert out == ""
     assert len(list(Path("run/state").glob("step_*/state.json"))) == 1 and Path("run/pack/config.json").is_file()

@@ -86,8 +86,9 @@ def _run(argv: list[str]) -> int:
 def _print(answer: Answer, as_json: bool) -> int:
     if os.environ.get("RANK", "0") != "0":  # of several processes the first one answers
         return answer.code
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may hold bytes that are no text
-        sys.stdout.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may hold bytes that are no text
     if as_json:
         print(json.dumps(answer.data, ensure_ascii=False, allow_nan=False))
     print(answer.text, file=sys.stderr if as_json else sys.stdout, flush=True)

@@ -1,0 +1,180 @@
+"""Hostile data: nothing crashes, nothing hangs, memory stays bounded, and every example that does not train is named."""
+
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from data.hostile import (
+    BAD,
+    GOOD,
+    SPECIAL,
+    Case,
+    beside,
+    damaged,
+    encoded,
+    garbled,
+    names_and_words,
+    pictures_of_all_kinds,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from xfusion.apps import cli
+from xfusion.data.sequence import XFusionError
+from xfusion.data.sources import check, open_source
+
+pytestmark = pytest.mark.filterwarnings("ignore:::PIL")
+SECONDS = 60
+"""That one case may take on a busy machine; a hang takes for ever."""
+NUM_DAMAGED, NUM_GARBLED = 600, 240
+
+FIXED = [*pictures_of_all_kinds(), *names_and_words()]
+
+
+@pytest.fixture(autouse=True)
+def alarm():
+    """A case that hangs fails instead of holding up the tests."""
+
+    def late(number, frame):
+        pytest.fail("it hangs")
+
+    before = signal.signal(signal.SIGALRM, late)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def try_it(case: Case, folder: Path) -> None:
+    """A case is good, or is reported in one line of its own, by the check and by whoever opens the source."""
+    folder.mkdir()
+    case.write(folder)
+    spec = folder / "data.jsonl" if (folder / "data.jsonl").exists() else folder
+    signal.alarm(SECONDS)
+    report = check(spec, special_tokens=(SPECIAL,))
+    json.dumps(report.to_json())
+    for problem in (*report.problems, *report.notes):
+        assert problem.isprintable() and len(problem) < 1000, problem[:200]
+    assert report.num_bad + (len(report.source) if report.source else 0) == report.num_examples
+    if case.expected == GOOD:
+        assert report.problems == ()
+    if case.expected == BAD:
+        assert report.num_bad > 0, "it was not reported"
+    if report.num_bad:
+        with pytest.raises(XFusionError) as error:
+            open_source(spec, special_tokens=(SPECIAL,))
+        assert "\n" not in str(error.value) and len(str(error.value)) < 4000
+    else:
+        source = open_source(spec, special_tokens=(SPECIAL,))
+        assert all(source.picture(index, 8).size == (8, 8) for index in range(len(source)))
+    signal.alarm(0)
+
+
+def try_all(cases, tmp_path) -> None:
+    """Each case in a folder of its own; all that fail are named together."""
+    failed = []
+    for number, case in enumerate(cases):
+        try:
+            try_it(case, tmp_path / str(number))
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            failed.append(f"{case.name}: {type(error).__name__}: {str(error)[:300]}")
+        finally:
+            signal.alarm(0)
+    assert not failed, "\n".join([f"{len(failed)} of {number + 1} cases:", *failed])
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_fixed_cases(tmp_path, part):
+    try_all(FIXED[part::4], tmp_path)
+
+
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.full) for part in range(1, 20))])
+def test_damaged_pictures_and_lines(tmp_path, part):
+    """A twentieth of them in the default tier."""
+    try_all([damaged(n) for n in range(part, NUM_DAMAGED, 20)], tmp_path)
+    (tmp_path / "lines").mkdir()
+    try_all([garbled(n) for n in range(part, NUM_GARBLED, 20)], tmp_path / "lines")
+
+
+def test_there_are_a_thousand():
+    assert len(FIXED) + NUM_DAMAGED + NUM_GARBLED >= 1000
+    assert len({case.name for case in FIXED}) == len(FIXED)
+
+
+TEXTS = st.text(max_size=40) | st.text(st.characters(codec=None), max_size=40) | st.sampled_from(["../a.png", SPECIAL])
+VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | TEXTS, st.lists, max_leaves=4)
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(
+        st.dictionaries(st.sampled_from(["image", "file_name", "text", "captions", "conversations", "group"]), VALUES),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_any_row_is_an_example_or_a_problem(tmp_path_factory, rows):
+    folder = tmp_path_factory.mktemp("rows")
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = check(path, special_tokens=(SPECIAL,))
+    assert report.num_examples == len(rows)
+    assert all(problem.isprintable() for problem in report.problems)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory of a process is counted in another unit elsewhere")
+def test_memory_stays_bounded(tmp_path):
+    """A folder of nothing but the largest legal pictures and captions: a few are in memory at once, not all."""
+    cases = {case.name: case for case in FIXED}
+    large = Case("large", GOOD, beside(encoded(Image.new("P", (7900, 7900)), "PNG", transparency=0)))
+    rows = Case("rows", GOOD, beside(encoded(Image.new("RGB", (60_000, 1000)), "GIF")))
+    heavy = [large, rows, *(cases[name] for name in ("bomb of text", "sparse", "bomb of zeros"))]
+    for number in range(4):
+        for place, case in enumerate(heavy):
+            folder = tmp_path / "data" / f"{number}-{place}"
+            folder.mkdir(parents=True)
+            case.write(folder)
+    line = json.dumps({"image": "a.png", "text": "x" * 3_000_000}) + "\n"
+    with (tmp_path / "data" / "metadata.jsonl").open("w") as file:
+        for _ in range(100):
+            file.write(line)
+    child = os.fork()
+    if not child:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        report = check(tmp_path / "data")
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        (tmp_path / "told").write_text(json.dumps([grown / 1024, report.num_examples, report.num_bad]))
+        os._exit(0)
+    until = time.monotonic() + 5 * SECONDS
+    while not os.waitpid(child, os.WNOHANG)[0]:
+        if time.monotonic() > until:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            pytest.fail("it hangs")
+        time.sleep(0.1)
+    grown, num_examples, num_bad = json.loads((tmp_path / "told").read_text())
+    assert (num_examples, num_bad) == (120, 112)
+    assert grown < 1500, f"{grown:.0f} MB"
+
+
+def test_names_that_are_no_text_are_told_by_the_command_line(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / os.fsdecode(b"\xff\n")
+    folder.mkdir()
+    next(case for case in FIXED if case.name == "one pixel").write(folder)
+    (folder / os.fsdecode(b"b\xff.png")).write_bytes(b"no picture")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("xfusion.backbone.special_tokens", lambda source: ())
+    for argv in (["data", "check", folder.name], ["data", "check", folder.name, "--json"]):
+        assert cli.main(argv) == 1
+        said = capsys.readouterr()
+        assert "the name contains the character U+DCFF: rename the file" in said.out + said.err
+    assert cli.main(["data", "check", str(tmp_path / ("a" * 5000))]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
