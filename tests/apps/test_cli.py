@@ -243,13 +243,14 @@ def test_a_bug_is_not_hidden(run, monkeypatch):
         run("list")
 
 
-def test_ctrl_c_says_how_to_resume(run, monkeypatch, small):
+@pytest.mark.parametrize("code", [130, 143])
+def test_ctrl_c_and_sigterm_say_how_to_resume(run, monkeypatch, small, code):
     def stop(*_, **__):
-        raise Interrupted("training stopped at step 3; go on with --resume")
+        raise Interrupted("training stopped at step 3; go on with --resume", code)
 
     monkeypatch.setattr("xfusion.recipes.base.train", stop)
     ran = run("train", "xfusion", *small, "-o", "my run")
-    assert ran.code == 130
+    assert ran.code == code
     assert ran.err.startswith("xfusion: training stopped at step 3; go on with: xfusion train xfusion")
     assert "'my run' --resume" in ran.err and ran.err.count("\n") == 1
 
@@ -542,7 +543,9 @@ def test_a_codec_is_one_option(run, here, tmp_path, base):
     assert "codec" in ran.err and "no" in ran.err
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.full)]
+)
 def test_ctrl_c_and_sigterm_in_earnest(here, photos, small, run, number, code):
     process = start("train", "xfusion", "--data", photos, "--steps", "100000", "-o", "run", *small)
     log, until = Path("run/log.jsonl"), time.monotonic() + 60

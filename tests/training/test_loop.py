@@ -70,6 +70,24 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(straight, bases, tmp_
     assert same(state_of(tmp_path), state_of(straight[0]))
 
 
+def test_a_resumed_run_reads_the_next_batches(bases, tmp_path, monkeypatch):
+    """The same pictures, wordings and order as without a break, over accumulated parts and past the end of an epoch."""
+    base, real, read = bases["llama"], Mixture.batches, []
+    whole = recipe(base, steps=5, accumulate=2, weight_decay=0.1)
+    monkeypatch.setattr(Mixture, "batches", lambda self, step: read.append((step, real(self, step))) or read[-1][1])
+    train(base, tmp_path / "straight", recipe_=whole)
+    straight, read[:] = list(read), []
+    with pytest.raises(Interrupted):
+        train(base, tmp_path / "run", recipe_=whole, listener=StopAt(2))
+    train(base, tmp_path / "run", recipe_=whole, resume=True)
+    assert [step for step, _ in read] == [step for step, _ in straight] == list(range(10))
+    for (_, one), (_, other) in zip(read, straight, strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert torch.equal(a.text_ids, b.text_ids)
+            assert all(torch.equal(media.tokens, b.media[name].tokens) for name, media in a.media.items())
+    assert same(state_of(tmp_path / "run"), state_of(tmp_path / "straight"))
+
+
 def test_a_run_that_died_goes_on_from_its_last_checkpoint(straight, bases, tmp_path, monkeypatch):
     """Steps after the checkpoint are done again, and the log holds each step once."""
     saves, save = [], loop._Run.save
@@ -131,11 +149,16 @@ def test_stages_follow_each_other_and_resume_within(bases, tmp_path):
     assert [set(e["losses"]) for e in events] == [{"flow_matching"}] * 3 + [{"next_token"}] * 4
     expected = [s.rate_at(i, s.steps) for s in stages for i in range(s.steps)]
     assert [e["rate"] for e in events] == expected
-    with pytest.raises(Interrupted):
-        train(base, tmp_path / "broken", recipe_=two, listener=StopAt(4))
-    train(base, tmp_path / "broken", recipe_=two, resume=True)
-    assert told(tmp_path / "broken") == told(tmp_path / "straight")
-    assert same(pack_of(tmp_path / "broken"), pack_of(tmp_path / "straight"))
+    for stop in (1, 2, 4):  # within the first stage, at its last step, within the second
+        out = tmp_path / f"broken at {stop}"
+        with pytest.raises(Interrupted):
+            train(base, out, recipe_=two, listener=StopAt(stop))
+        assert plan_of(out)["stage"] == (0 if stop < 3 else 1)
+        train(base, out, recipe_=two, resume=True)
+        assert told(out) == told(tmp_path / "straight")
+        assert same(pack_of(out), pack_of(tmp_path / "straight"))
+        assert same(state_of(out), state_of(tmp_path / "straight"))  # weights, average and moments
+        assert plan_of(out)["recent"] == plan_of(tmp_path / "straight")["recent"]
     with pytest.raises(XFusionError, match="takes a recipe of one stage, this one has 2"):
         train(base, tmp_path / "x", recipe_=two, minutes=1)
 
