@@ -268,4 +268,6 @@ def garbled(number: int) -> Case:
     line = bytearray(json.dumps({"image": "a.png", "captions": ["a red apple", "apple"], "group": "fruit"}).encode())
     for _ in range(rng.choice([1, 3])):
         line[rng.randrange(len(line))] = rng.choice([*b'"\\{}[]:,/.\0u', rng.randrange(256)])
-    return Case(f"{number}: row garbled", EITHER, row(bytes(line[: rng.choice([len(line), rng.randrange(len(line))])])))
+    return Case(
+        f"{number}: row garbled", EITHER, row(bytes(line[: rng.choice([len(line), 1 + rng.randrange(len(line) - 1)])]))
+    )
