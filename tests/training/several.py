@@ -1,18 +1,15 @@
 """Runs functions in several processes of this machine that are imported once: forked, each with its rank."""
 
 import os
+import shutil
 import socket
 import sys
 import traceback
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import torch
-
-torch.set_num_threads(1)
-
 from contracts.table import Noise, make_base, model_config
+from rich.console import Console
 
 from xfusion.backbone import Backbone
 from xfusion.data.mixture import MixtureConfig
@@ -50,7 +47,7 @@ def together(count: int, function) -> None:
 def run(folder: Path, name: str, *, resume=False, steps=12, stop=None, **mixture) -> None:
     base = Backbone.load(str(folder / "base"))
     config = MixtureConfig(**{"draw": 6, "caption": 4, "pack": 2, **mixture})
-    stage = Stage(steps=steps, warmup=3, mixture=config, accumulate=mixture.pop("accumulate", 1))
+    stage = Stage(steps=steps, warmup=3, mixture=config)
     recipe = Recipe(model=model_config(base), data="noise", stages=(stage,))
 
     def listen(event):
@@ -68,7 +65,7 @@ def run(folder: Path, name: str, *, resume=False, steps=12, stop=None, **mixture
         checkpoint_every=0 if stop else 300,
         resume=resume,
         listener=listen,
-        console=None,
+        console=Console(file=(folder / f"{name}.{os.environ['RANK']}.txt").open("w"), width=200),
     )
 
 
@@ -82,7 +79,7 @@ def main(folder: Path) -> None:
     # All of them die at step 7; others go on.
     together(2, lambda: run(folder, "died_2", stop=6))
     for count in (1, 4):
-        os.system(f"cp -r {folder}/died_2 {folder}/died_2_on_{count}")
+        shutil.copytree(folder / "died_2", folder / f"died_2_on_{count}")
         together(count, lambda count=count: run(folder, f"died_2_on_{count}", resume=True))
 
 
