@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# A dual tower on Llama-3.2-1B at 256 px by Stable Diffusion 1.5's VAE: 256 picture tokens, the paper's shape of a picture.
+#
+# NOT MEASURED: this has not been run. Every figure below is a plan, none a result.
+#
+# data      SHARDS, webdataset tars of pictures with captions (001.jpg beside 001.txt), parquet files, or a data set that
+#           `datasets` saved; a data set of the hub is downloaded first:
+#               hf download ORG/NAME --repo-type dataset --local-dir shards
+#           its licence is its owner's. Latents take 16 kB a picture: 16 GB for a million.
+# base      meta-llama/Llama-3.2-1B (licence to be accepted on the hub), frozen
+# codec     stable-diffusion-v1-5/stable-diffusion-v1-5, folder vae (CreativeML Open RAIL-M)
+# machine   one GPU; HOURS of training behind encoding (default 24)
+# expected  not measured
+#
+#     SHARDS='shards/{000..099}.tar' HOURS=24 bash runs/llama_1b_one_gpu.sh [FOLDER]
+#     PROCESSES=8 ...     so many GPUs of one machine: each holds all weights and takes its share of a step
+#
+# Give the same command again after a break: encoding and training go on where they stopped.
+set -euo pipefail
+out="${1:-runs/llama_1b}" shards="${SHARDS:?name the pictures: SHARDS='shards/{000..099}.tar'}"
+hours="${HOURS:-24}" processes="${PROCESSES:-1}"
+base="meta-llama/Llama-3.2-1B" codec="autoencoder_kl:stable-diffusion-v1-5/stable-diffusion-v1-5:vae"
+
+# One pass of the VAE over all pictures. One bad picture in a hundred may be left out; each is named.
+xfusion data encode "$shards" --codec "$codec" --size 256 --batch 64 --allow-bad 0.01 --base "$base" -o "$out/latents"
+
+# stride 4 puts a block at four of sixteen layers. Captions are sentences: no article in front of them.
+train=(train xfusion --data "$out/latents" --minutes "$((hours * 60))" -o "$out/run"
+    --model.backbone.source "$base" --model.fusion.stride 4 --model.fusion.mlp 2048
+    --model.image.codec "$codec" --model.image.patch 2 --model.image.sizes 256
+    --stages.0.mixture.draw 64 --stages.0.mixture.caption 32 --stages.0.rate 3e-4
+    --stages.0.mixture.templates.article-share 0)
+[ -e "$out/run/state/state.json" ] && train+=(--resume)
+if [ "$processes" -gt 1 ]; then
+    torchrun --standalone --nproc-per-node "$processes" -m xfusion.apps.cli "${train[@]}"
+else
+    xfusion "${train[@]}"
+fi
+
+xfusion verify "$out/run"
+xfusion generate "$out/run" "a lighthouse at dusk" -n 4 -o "$out/drawn.png"
