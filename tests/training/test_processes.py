@@ -106,7 +106,8 @@ def test_the_first_process_speaks_and_shows_the_memory_of_all(ran):
 def test_torchrun_runs_the_command_line(tmp_path):
     make_base("llama", tmp_path / "base")
     options = "--data emoji:12 --steps 3 --no-compile --preview-every 0 --device cpu --json --stages.0.mixture.draw 4"
-    options += f" --stages.0.mixture.caption 4 --model.fusion.stride 1 --model.backbone.source {tmp_path / 'base'}"
+    options += " --stages.0.mixture.caption 4 --model.fusion.stride 1 --model.fusion.mlp None"
+    options += f" --model.backbone.source {tmp_path / 'base'}"
     logs = []
     for count in (1, 2):
         out = tmp_path / f"of_{count}"
