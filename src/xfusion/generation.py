@@ -433,11 +433,11 @@ def score_names(
 def _before_answers(model: Model, item: Media | None) -> tuple[Cache, Tensor]:
     """Keys and values of a picture and its [EOI], and the log-probabilities ``[V]`` of the first token behind it."""
     blank = model.image.segment(torch.zeros(1, model.image.token_width), (1, 1))
-    batch = pack([[Sequence(segments=(item or blank, Text(ids=())))]]).to(model.backbone.device)
+    prompt = opened(model.backbone.begin_ids, (item or blank, Text(ids=())))
+    batch = pack([[Sequence(segments=prompt)]]).to(model.backbone.device)
     if item is None:  # the end-of-media row alone, as if the picture were not there
-        batch = replace(
-            batch, media={}, text=replace(batch.text, order=batch.text.order * 0, position=batch.text.position * 0)
-        )
+        place = torch.arange(batch.text.count, device=model.backbone.device)[None]
+        batch = replace(batch, media={}, text=replace(batch.text, order=place, position=place))
     cache = model.backbone.new_cache(model.fusion.num_towers, 1)
     hidden, run = model.run_pass(batch, cache=cache, update=True)
     logits = model.engine.backbone.logits(hidden[:, run.slices["text"]][:, -1:])

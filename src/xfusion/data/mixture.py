@@ -176,7 +176,7 @@ class Mixture:
         )
         question = self.config.templates.question
         return [
-            captioning(self.ids, self.end, self.shown(i), examples[i].captions[0], question(rng))
+            captioning(self.ids, self.end, self.shown(i), examples[i].captions[0], question(rng), self.begin)
             for i in self.order.take("caption", step * count, count)
         ]
 
@@ -206,7 +206,7 @@ class Mixture:
         words = with_article(words) if templates.article_share else words
         question = max(QUESTIONS, key=len) if templates.question_share else ""
         draw = drawing(self.ids, self.begin, words, self.drawn(drawn))
-        caption = captioning(self.ids, self.end, self.shown(named), answer, question)
+        caption = captioning(self.ids, self.end, self.shown(named), answer, question, self.begin)
         return self._packed([draw] * self.config.draw, [caption] * self.config.caption)
 
     def _packed(self, drawings: list[Sequence], captionings: list[Sequence]) -> list[Batch]:

@@ -90,6 +90,8 @@ class Media:
     """Whether the item's tokens see each other both ways; else in reading order."""
     shared_position: bool = False
     """Whether all tokens of the item have one rotary position; rows and columns tell them apart."""
+    behind_begin: bool = False
+    """Whether the base's own beginning of text stands before the item where it opens a sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)

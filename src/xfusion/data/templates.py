@@ -59,10 +59,11 @@ def opened(begin: tuple[int, ...], context: tuple[Text | Media, ...]) -> tuple[T
 
     A decoder makes its first position an attention sink: from the middle layers on, all first tokens have nearly the
     same state, so that a word which stood there could not be told from another (docs/training_log.md). A context that
-    opens with a picture has its trainable [BOI] there; nothing at all stays nothing.
+    opens with a picture has its trainable [BOI] there, or the beginning of text where the picture is no position of the
+    base; nothing at all stays nothing.
     """
     if not context or not isinstance(context[0], Text):
-        return context
+        return (Text(ids=begin), *context) if context and begin and context[0].behind_begin else context
     return (replace(context[0], ids=(*begin, *context[0].ids)), *context[1:])
 
 
@@ -72,7 +73,9 @@ def drawing(encode: Encode, begin: tuple[int, ...], words: str, picture: Media) 
     return Sequence(segments=(*opened(begin, (Text(ids=ids),) if ids else ()), picture))
 
 
-def captioning(encode: Encode, end: int, picture: Media, answer: str, question: str = "") -> Sequence:
+def captioning(
+    encode: Encode, end: int, picture: Media, answer: str, question: str = "", begin: tuple[int, ...] = ()
+) -> Sequence:
     """A picture, perhaps a question, and the answer to learn, closed by the base's own end token."""
     asked = encode(question_text(question))
     segments: Seq[Media | Text] = (
@@ -80,4 +83,4 @@ def captioning(encode: Encode, end: int, picture: Media, answer: str, question: 
         *((Text(ids=asked),) if asked else ()),
         Text(ids=(*encode(answer), end), has_loss=True),
     )
-    return Sequence(segments=tuple(segments))
+    return Sequence(segments=opened(begin, tuple(segments)))

@@ -148,8 +148,10 @@ class SparseExperts(Fusion):
         return assembled(frozen, {_mlp(frozen): kind(experts, acts, seen)})
 
     def _acts(self, run: Pass, owner: str) -> Tensor:
+        """Which rows are routed, bool ``[B, n]``; [BOI] is not, so that a picture's noise does not move its bits."""
         rows = run.rows[owner]
-        return rows.after_media if self.config.frozen_expert else rows.order >= 0
+        acts = rows.after_media if self.config.frozen_expert else rows.order >= 0
+        return acts if owner == "text" else acts & ~run.media_rows[owner].boundary
 
     def _computed(self, index: int, frozen: nn.Module, run: Pass, kind: type[Routed], seen: list[Tensor]) -> Any:
         """The layer of this pass, for the rows that it computes: text that is given is not among them."""

@@ -38,6 +38,9 @@ class ImageModality(Modality):
         are told apart by the port."""
         order: Literal["both ways", "causal"] = "both ways"
         """Whether the tokens of a picture see each other both ways or in reading order."""
+        behind_begin: bool = False
+        """Whether the base's own beginning of text stands before a picture that opens a sequence: for mechanisms in which
+        a picture is no position of the base, whose first position is an attention sink that nothing can be read from."""
 
         def build(self) -> ImageModality:
             return ImageModality(self)
@@ -124,6 +127,7 @@ class ImageModality(Modality):
             modality=self.name,
             bidirectional=self.config.order == "both ways",
             shared_position=self.config.position == "shared",
+            behind_begin=self.config.behind_begin,
             **how,
         )
 

@@ -1,0 +1,58 @@
+"""Flamingo: gated cross-attention before frozen layers, to a fixed number of rows that a resampler makes of each picture.
+
+Paper: Alayrac et al., "Flamingo: a Visual Language Model for Few-Shot Learning", arXiv 2204.14198.
+
+Faithful: a Perceiver resampler whose keys and values hold its latents too; blocks before every n-th layer from the first
+one on (n need not divide the depth), with tanh gates closed at the start, layer norms of words and of media, squared ReLU;
+each word attends to the last picture before it and hears of older ones through the words; picture and text may alternate;
+the language model is frozen throughout; loss on the text.
+
+Adapted: linear patches with learned rows and columns instead of a frozen NFNet, so the resampler does know places; widths
+for two cores (D is the model's, heads of 64, 2 layers instead of 6); gate and MLP act only on words that see a picture, so
+that text alone stays bit-equal after training, which the paper's does not; text is never linked to the next picture instead
+of the last (half of the paper's samples), because nothing later may change what came before; [EOI], a trained row, in the
+place of the tag and of the end of chunk; one data set.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from xfusion.data.mixture import MixtureConfig
+from xfusion.fusion.connectors.resampler import Resampler
+from xfusion.fusion.cross_attention import CrossAttention
+from xfusion.objectives.base import NoObjective
+from xfusion.objectives.next_token import NextToken
+from xfusion.recipes.xfusion import xfusion
+from xfusion.training.stages import Recipe, Stage
+
+KIND = "cross-attention"
+PAPER = "arXiv 2204.14198"
+STATUS = "sketch"
+
+
+def flamingo(every: int = 7, latents: int = 16, depth: int = 2) -> Recipe:
+    """The recipe, sized for two CPU cores; pictures are only read.
+
+    Args:
+        every: a block stands before every n-th layer; 1, 4 and 7 in the paper, by size.
+        latents: rows that a picture becomes; the paper's are 64.
+        depth: layers of the resampler; the paper's are 6.
+    """
+    recipe = xfusion()
+    fusion = CrossAttention.Config(
+        stride=every,
+        offset=0,
+        media_norm=True,
+        activation="squared relu",
+        connector=Resampler.Config(latents=latents, depth=depth, activation="squared relu"),
+    )
+    model = replace(
+        recipe.model,
+        # 64 tokens of 32 px, for the resampler to choose from; the words' own first position stands before them.
+        image=replace(recipe.model.image, patch=4, behind_begin=True),
+        fusion=fusion,
+        text=NextToken.Config(weight=1.0),
+        media=NoObjective.Config(),
+    )
+    return replace(recipe, model=model, stages=(Stage(rate=1e-3, mixture=MixtureConfig(draw=0, caption=32)),))

@@ -1,0 +1,50 @@
+"""Idefics: Flamingo on a Llama, with blocks in the Llama's own shape.
+
+Paper: Laurençon et al., "OBELICS: An Open Web-Scale Filtered Dataset of Interleaved Image-Text Documents", arXiv 2306.16527.
+
+Faithful: blocks before every n-th layer from the first one on, with RMS norms, as many heads as the base, norms of queries
+and keys per head, no rotary embedding, SwiGLU of the base's width, tanh gates closed at the start; a resampler with ReLU
+and norms per head; each word attends to the last picture before it; the first stage, in which the language model is
+frozen. Block and resampler are held to transformers' to 1e-5.
+
+Adapted: linear patches instead of CLIP ViT-H/14; widths for two cores; n need not divide the depth (theirs must); the gated
+MLP acts only on words that see a picture (theirs acts on all, ``--model.fusion.text-only mlp``); no loss on the size of the
+logits; [EOI] in the place of the two added tokens. The second stage unfreezes everything and is not here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from xfusion.fusion.connectors.resampler import Resampler
+from xfusion.fusion.cross_attention import CrossAttention
+from xfusion.recipes.flamingo import flamingo
+from xfusion.training.stages import Recipe
+
+KIND = "cross-attention"
+PAPER = "arXiv 2306.16527"
+STATUS = "sketch"
+
+
+def idefics(every: int = 7, latents: int = 16, depth: int = 2, heads: int = 9, mlp: int = 1536) -> Recipe:
+    """The recipe, sized for two CPU cores and the embedded base.
+
+    Args:
+        every: a block stands before every n-th layer; 4 in the paper.
+        latents: rows that a picture becomes; the paper's are 64.
+        depth: layers of the resampler; the paper's are 6.
+        heads: attention heads of a block; the base's.
+        mlp: hidden units of a block; the base's.
+    """
+    recipe = flamingo()
+    fusion = CrossAttention.Config(
+        stride=every,
+        offset=0,
+        heads=heads,
+        norm="rms",
+        head_norm=True,
+        mlp=mlp,
+        activation="swiglu",
+        connector=Resampler.Config(latents=latents, depth=depth, activation="relu", head_norm=True),
+    )
+    return replace(recipe, model=replace(recipe.model, fusion=fusion))

@@ -1,0 +1,43 @@
+"""LLaMA-Adapter: learned prompts in the attention of the upper layers, behind a gate that is closed at the start.
+
+Paper: Zhang et al., "LLaMA-Adapter: Efficient Fine-tuning of Language Models with Zero-init Attention", arXiv 2303.16199.
+
+Faithful: ten prompt rows in all layers but the first two; their keys and values by the frozen matrices, without positions;
+a softmax of their own; a tanh gate per head, 0 at the start; one vector of the picture added to every row at every layer;
+the language model frozen; one stage. The read of a prompt is held to peft's AdaptionPrompt to 1e-5.
+
+Adapted: the picture's vector comes from linear patches through one latent of a small resampler instead of from CLIP's
+global features through an MLP; prompts act on words behind a picture and on no others, so text alone is kept; pictures and
+their names instead of instructions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from xfusion.fusion.adaption_prompt import AdaptionPrompt
+from xfusion.fusion.connectors.resampler import Resampler
+from xfusion.recipes.flamingo import flamingo
+from xfusion.training.stages import Recipe
+
+KIND = "adaption prompt"
+PAPER = "arXiv 2303.16199"
+STATUS = "sketch"
+
+
+def llama_adapter(prompts: int = 10, first: int = 2, end: int = 30, depth: int = 1, rate: float = 2e-3) -> Recipe:
+    """The recipe; at its natural size, which is small.
+
+    Args:
+        prompts: rows of a prompt.
+        first: first layer with a prompt; the paper's is 2.
+        end: the layer behind the last one with a prompt; the base's depth in the paper.
+        depth: layers of the resampler that makes the picture's vector.
+        rate: largest learning rate; the paper's is 9e-3.
+    """
+    recipe = flamingo()
+    fusion = AdaptionPrompt.Config(
+        layers=(first, end), prompts=prompts, connector=Resampler.Config(latents=1, depth=depth, mlp=2)
+    )
+    stages = tuple(replace(stage, rate=rate) for stage in recipe.stages)
+    return replace(recipe, model=replace(recipe.model, fusion=fusion), stages=stages)

@@ -1,0 +1,47 @@
+"""LLaMA-Adapter V2: the picture is the prompt of the first layers alone; matrices get scale and bias, norms train.
+
+Paper: Gao et al., "LLaMA-Adapter V2: Parameter-Efficient Visual Instruction Model", arXiv 2304.15010.
+
+Faithful: early fusion (the picture's rows are the prompt of the first layers, learned prompts stand in all others, the two
+are never mixed), zero-init attention with a gate per head, ``s (W x + b)`` for every matrix of a layer, trained norms. What
+the released code does instead, the picture added to the prompt of every layer, is ``released=True``.
+
+Adapted: rows of the picture from linear patches through a small resampler instead of CLIP through eight layers with
+queries; scale, bias and norms are copies that act on words behind a picture and on no others, so text alone is kept; the
+base's last norm, which no layer owns, stays as it is; one data set, so there are no two groups of parameters by data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from xfusion.fusion.adaption_prompt import AdaptionPrompt
+from xfusion.fusion.connectors.resampler import Resampler
+from xfusion.recipes.llama_adapter import llama_adapter
+from xfusion.training.stages import Recipe
+
+KIND = "adaption prompt"
+PAPER = "arXiv 2304.15010"
+STATUS = "sketch"
+
+
+def llama_adapter_v2(prompts: int = 20, early: int = 1, depth: int = 1, released: bool = False) -> Recipe:
+    """The recipe, at its natural size.
+
+    Args:
+        prompts: rows of a prompt; the paper's are 20, the code's 10.
+        early: first layers whose prompt is the picture.
+        depth: layers of the resampler.
+        released: as in the released code: all layers but the first, the picture added to every prompt.
+    """
+    recipe = llama_adapter()
+    connector = Resampler.Config(latents=prompts, depth=depth, mlp=2)
+    fusion = AdaptionPrompt.Config(
+        prompts=prompts,
+        connector=connector,
+        picture="added" if released else "early",
+        early=early,
+        offset=int(released),
+        affine=True,
+    )
+    return replace(recipe, model=replace(recipe.model, fusion=fusion))

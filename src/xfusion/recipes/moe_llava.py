@@ -1,0 +1,41 @@
+"""MoE-LLaVA: a few experts in the place of every second layer's MLP, and a router that sends each token to two of them.
+
+Paper: Lin et al., "MoE-LLaVA: Mixture of Experts for Large Vision-Language Models", arXiv 2401.15947.
+
+Faithful: experts are copies of the layer's MLP; a router in float32 without bias, the two largest probabilities brought to
+a sum of 1 (as in its code), every second layer from the first; a balance loss of weight 0.01; picture tokens go through the
+language model's layers as words do; only experts, router and the way in train.
+
+Adapted: the paper tunes the whole language model before it makes experts; here it is frozen throughout. The first expert is
+the base's own MLP and routing begins with the first picture, so text alone is kept; ``paper=True`` routes every token among
+experts that all train, as published. No capacity and no noise on the second choice, so that a token's way does not depend on
+its batch; linear patches instead of CLIP with two linear layers; three experts at every fifth layer, for two cores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from xfusion.fusion.sparse_experts import SparseExperts
+from xfusion.objectives.load_balance import LoadBalance
+from xfusion.recipes.flamingo import flamingo
+from xfusion.training.stages import Recipe
+
+KIND = "sparse experts"
+PAPER = "arXiv 2401.15947"
+STATUS = "sketch"
+
+
+def moe_llava(every: int = 5, experts: int = 3, paper: bool = False) -> Recipe:
+    """The recipe, sized for two CPU cores.
+
+    Args:
+        every: experts stand at every n-th layer; the paper's is 2.
+        experts: experts of a layer; the paper's are 4.
+        paper: train all experts and route all tokens, as published: text is then not kept.
+    """
+    recipe = flamingo()
+    fusion = SparseExperts.Config(stride=every, experts=experts, frozen_expert=not paper)
+    image = replace(recipe.model.image, patch=8, behind_begin=False)
+    model = replace(recipe.model, image=image, fusion=fusion, extra=(LoadBalance.Config(),))
+    return replace(recipe, model=model)
