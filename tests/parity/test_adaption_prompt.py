@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from contracts.table import bases as bases  # noqa: PLC0414 (a fixture)
 from contracts.table import make_model, model_config, picture, words
 from torch import Tensor
 

@@ -50,8 +50,10 @@ def states():
 
 MLPS = {"mlp.gate_proj": "mlp.gate", "mlp.up_proj": "mlp.up", "mlp.down_proj": "mlp.down"}
 PROJECTIONS = {
-    f"cross_attn.{old}": new
-    for old, new in zip(["q_proj", "k_proj", "v_proj", "o_proj"], ["query", "key", "value", "out"], strict=True)
+    "cross_attn.q_proj": "query",
+    "cross_attn.k_proj": "key",
+    "cross_attn.v_proj": "value",
+    "cross_attn.o_proj": "out",
 }
 NORMS = {"input_layernorm": "norm", "post_attention_layernorm": "mlp_norm"}
 
