@@ -45,12 +45,13 @@ def token_places(media: MediaRows) -> Tensor:
 
 def gathered(x: Tensor, media: MediaRows) -> tuple[Tensor, Tensor]:
     """Rows ``[B, n, D]`` by item: tokens ``[N, P, D]`` in reading order, and which there are, bool ``[N, P]``."""
-    place = token_places(media)
-    inside = place >= 0
-    out = x.new_zeros(len(media.noised), int(place.max()) + 1, x.shape[-1])
+    place, count = token_places(media), len(media.noised)
+    longest = x.shape[1] if place.is_meta else int(place.max()) + 1  # without values any row may be a token
+    out = x.new_zeros(count + 1, longest, x.shape[-1])
     present = torch.zeros(out.shape[:2], dtype=torch.bool, device=x.device)
-    where = (media.item[inside], place[inside])
-    return out.index_put(where, x[inside]), present.index_put(where, torch.ones_like(where[0], dtype=torch.bool))
+    # What is no token goes to an item more, which is dropped.
+    where = (torch.where(place >= 0, media.item, count), place.clamp(min=0))
+    return out.index_put(where, x)[:count], present.index_put(where, place >= 0)[:count]
 
 
 def scattered(rows: Tensor, media: MediaRows) -> Tensor:
@@ -109,7 +110,7 @@ class Outside(Fusion):
         media, x = run.media_rows[run.media], run.states[run.media]
         tokens, present = gathered(x, media)
         counts = present.sum(-1)
-        least = int(torch.where(counts > 0, counts, rows).min()) if len(counts) else rows
+        least = rows if x.is_meta else int(torch.where(counts > 0, counts, rows).min())
         if least < rows:
             raise XFusionError(
                 f"a medium has {least} tokens, fewer than the {rows} rows that the connector makes: take fewer rows"

@@ -64,6 +64,8 @@ class Routed(Delta):
 
     def forward(self, frozen: nn.Module, x: Tensor) -> Tensor:  # type: ignore[override]
         """``[B, n, D]`` -> ``[B, n, D]``; each expert computes its own rows."""
+        if x.is_meta:
+            return self.evenly(frozen, x)
         rows = x[self.acts]
         probability, weight = self.experts.weights(rows)
         self.seen.append(probability)
@@ -74,6 +76,16 @@ class Routed(Delta):
             out = out.index_add(0, mine, (weight[mine, i, None] * made).to(out.dtype))
         whole = torch.zeros_like(x) if bool(self.acts.all()) else frozen(x)
         return whole.masked_scatter(self.acts[..., None], out.to(whole.dtype))
+
+    def evenly(self, frozen: nn.Module, x: Tensor) -> Tensor:
+        """The same on tensors without values, to count what it costs: all rows are routed, each expert has its share."""
+        rows = x.flatten(0, 1)
+        probability, weight = self.experts.weights(rows)
+        self.seen.append(probability)
+        every = self.experts.all(frozen)
+        share = len(rows) * self.experts.active // len(every)
+        made = [expert(rows[:share]).sum(0) * weight[:, i, None] for i, expert in enumerate(every)]
+        return (rows + torch.stack(made).sum(0)).unflatten(0, x.shape[:2])
 
 
 class RoutedByAll(Routed):

@@ -25,19 +25,18 @@ PAPER = "arXiv 2303.16199"
 STATUS = "sketch"
 
 
-def llama_adapter(prompts: int = 10, first: int = 2, end: int = 30, depth: int = 1, rate: float = 2e-3) -> Recipe:
+def llama_adapter(prompts: int = 10, first: int = 2, depth: int = 1, rate: float = 2e-3) -> Recipe:
     """The recipe; at its natural size, which is small.
 
     Args:
         prompts: rows of a prompt.
         first: first layer with a prompt; the paper's is 2.
-        end: the layer behind the last one with a prompt; the base's depth in the paper.
         depth: layers of the resampler that makes the picture's vector.
         rate: largest learning rate; the paper's is 9e-3.
     """
     recipe = flamingo()
     fusion = AdaptionPrompt.Config(
-        layers=(first, end), prompts=prompts, connector=Resampler.Config(latents=1, depth=depth, mlp=2)
+        offset=first, prompts=prompts, connector=Resampler.Config(latents=1, depth=depth, mlp=2)
     )
     stages = tuple(replace(stage, rate=rate) for stage in recipe.stages)
     return replace(recipe, model=replace(recipe.model, fusion=fusion), stages=stages)
