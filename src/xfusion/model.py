@@ -166,7 +166,7 @@ class Model(nn.Module):
     @property
     def teachers(self) -> frozenset[str]:
         """Fingerprints of the frozen encoders that took part in training: none of them may score this model."""
-        return frozenset().union(*(objective.teachers for objective in self.objectives))
+        return self.image.codec.encoders.union(*(objective.teachers for objective in self.objectives))
 
     def new_parameters(self) -> Iterator[nn.Parameter]:
         """What training may change: the weights of the port, the fusion and the objectives."""

@@ -65,6 +65,7 @@ from xfusion.fusion.dual_tower import DualTower
 from xfusion.fusion.gated_tower import GatedTower
 from xfusion.fusion.layered import Layered
 from xfusion.fusion.modality_experts import ModalityExperts
+from xfusion.fusion.prefix import Prefix
 from xfusion.fusion.shared_decoder import SharedDecoder
 from xfusion.fusion.sparse_experts import SparseExperts
 from xfusion.modalities.image import ImageModality
@@ -170,6 +171,7 @@ FUSIONS: dict[str, Fusion.Config] = {
     "bagel": ModalityExperts.Config(noised_only=True),
     "sparse experts": SparseExperts.Config(experts=3),
     "sparse experts, of the paper": SparseExperts.Config(stride=1, experts=3, frozen_expert=False),
+    "prefix": Prefix.Config(),
     "hybrid": Layered.Config(
         parts=(ModalityExperts.Config(layers=(0, 2)), DualTower.Config(layers=(2, 4), offset=1, fuse="text"))
     ),

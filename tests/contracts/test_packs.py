@@ -335,4 +335,7 @@ def test_one_batch_is_overfitted(bases, fusion, family):
     if fusion == "bagel":  # clean pictures take the frozen weights: only the port can learn to be named
         assert history[-1]["next_token"] < history[0]["next_token"]
         return
+    if fusion == "prefix":  # one matrix for random patches stands before layers that none of this trains
+        assert history[-1]["next_token"] < 0.4 * history[0]["next_token"], history[::10]
+        return
     assert history[-1]["next_token"] < 0.2 * history[0]["next_token"], history[::10]

@@ -41,6 +41,8 @@ class Codec(nn.Module, ABC):
     """Licence of the weights."""
     psnr: dict[str, float] | None = None
     """Measured peak signal-to-noise ratios in dB, by name of what was measured; None where nobody measured."""
+    encoders: frozenset[str] = frozenset()
+    """Fingerprints of frozen encoders that it looks through: none of them may score a model of its latents."""
 
     def freeze(self) -> Codec:
         """Turns gradients off and eval mode on; a codec calls it at the end of its constructor."""
@@ -127,6 +129,12 @@ class Encoder(nn.Module, ABC):
     """Which weights it has."""
     licence: str = "unknown"
     """Licence of the weights."""
+    width: int
+    """Numbers per feature."""
+    side: int
+    """Pixels of the side that every picture is resized to."""
+    cells: int
+    """Rows, and columns, of its map."""
 
     def train(self, mode: bool = True) -> Encoder:
         """Stays in eval mode, also inside a model that is set to train."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,9 +18,9 @@ from xfusion.modalities.codecs.pixels import Pixels
 
 
 class ImageModality(Modality):
-    """Square pictures as tokens. C = codec channels, f = codec factor, p = patch:
+    """Square pictures as tokens. C = codec channels, f = codec factor, p x q = patch:
 
-    picture of size x size -> latents [C, size / f, size / f] -> (size / (f p))^2 tokens of C * p * p numbers.
+    picture of size x size -> latents [C, size / f, size / f] -> size^2 / (f^2 p q) tokens of C * p * q numbers.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,9 @@ class ImageModality(Modality):
         """What turns pixels into latents and back."""
         patch: int = 8
         """Latent cells per token, in each direction."""
+        patch_width: int | None = None
+        """Latent cells per token from left to right; None takes `patch`. A connector that makes fewer tokens than there are
+        cells is given strips of them: patch 1, and as many cells to a strip."""
         sizes: tuple[int, ...] = (32,)
         """Sides in pixels of the pictures that the model is made for; the first is the default."""
 
@@ -48,16 +52,16 @@ class ImageModality(Modality):
     name = "image"
 
     def __init__(self, config: ImageModality.Config):
-        if config.patch < 1:
-            raise XFusionError(f"patch must be at least 1, but it is {config.patch}")
+        if config.patch < 1 or (config.patch_width is not None and config.patch_width < 1):
+            raise XFusionError(f"patch must be at least 1, but it is {config.patch} x {config.patch_width}")
         if not config.sizes:
             raise XFusionError("sizes is empty; give at least one side in pixels, for example 32")
         self.config = config
-        self.patch = config.patch
+        self.patch, self.patch_width = config.patch, config.patch_width or config.patch
         self.sizes = tuple(config.sizes)
         self.codec = config.codec.build()
-        self.step = self.codec.factor * self.patch  # pixels per token, in each direction
-        self.token_width = self.codec.channels * self.patch**2
+        self.step = self.codec.factor * self.patch  # pixels per token, from top to bottom
+        self.token_width = self.codec.channels * self.patch * self.patch_width
         for size in self.sizes:
             self.grid(size)
 
@@ -74,13 +78,14 @@ class ImageModality(Modality):
 
     def grid(self, size: int) -> tuple[int, int]:
         """(rows, columns) of tokens of a size x size picture; XFusionError naming legal sizes for any other."""
-        if size < self.step or size % self.step:
-            below = max(size // self.step, 1) * self.step
+        step = self.codec.factor * math.lcm(self.patch, self.patch_width)
+        if size < step or size % step:
+            below = max(size // step, 1) * step
             raise XFusionError(
-                f"image size {size} is not legal: it must be a multiple of {self.step} (codec factor "
-                f"{self.codec.factor} x patch {self.patch}), for example {below} or {below + self.step}"
+                f"image size {size} is not legal: it must be a multiple of {step} (codec factor "
+                f"{self.codec.factor} x patch {step // self.codec.factor}), for example {below} or {below + step}"
             )
-        return size // self.step, size // self.step
+        return size // self.step, size // (self.codec.factor * self.patch_width)
 
     def encode(self, media: Sequence[Image.Image] | Tensor, size: int) -> Tensor:
         """PIL pictures, or images [N, 3, size, size] in [-1, 1] -> tokens [N, rows * columns, token_width], float32."""
@@ -96,28 +101,28 @@ class ImageModality(Modality):
         return self.codec.decode(self.latents(tokens, size))
 
     def tokens(self, latents: Tensor) -> Tensor:
-        """Patchify: latents [N, C, h, w] -> tokens [N, (h/p) * (w/p), C * p * p], in reading order."""
-        patch = self.patch
+        """Patchify: latents [N, C, h, w] -> tokens [N, (h/p) * (w/q), C * p * q], in reading order."""
+        p, q = self.patch, self.patch_width
         count, channels, height, width = latents.shape
-        if channels != self.codec.channels or height % patch or width % patch:
+        if channels != self.codec.channels or height % p or width % q:
             raise XFusionError(
                 f"latents of shape {list(latents.shape)} do not divide into patches: they must have "
-                f"{self.codec.channels} channels and sides that are multiples of {patch}"
+                f"{self.codec.channels} channels and sides that are multiples of {p} and {q}"
             )
-        latents = latents.reshape(count, channels, height // patch, patch, width // patch, patch)
-        return latents.permute(0, 2, 4, 1, 3, 5).reshape(count, (height // patch) * (width // patch), self.token_width)
+        latents = latents.reshape(count, channels, height // p, p, width // q, q)
+        return latents.permute(0, 2, 4, 1, 3, 5).reshape(count, (height // p) * (width // q), self.token_width)
 
     def latents(self, tokens: Tensor, size: int) -> Tensor:
-        """The exact inverse of `tokens`: tokens [N, rows * columns, C * p * p] -> latents [N, C, size/f, size/f]."""
+        """The exact inverse of `tokens`: tokens [N, rows * columns, C * p * q] -> latents [N, C, size/f, size/f]."""
         rows, columns = self.grid(size)
         if tokens.shape[1:] != (rows * columns, self.token_width):
             raise XFusionError(
                 f"tokens of shape {list(tokens.shape)} are not {size}x{size} pictures: "
                 f"these have [N, {rows * columns}, {self.token_width}]"
             )
-        patch, channels = self.patch, self.codec.channels
-        tokens = tokens.reshape(len(tokens), rows, columns, channels, patch, patch)
-        return tokens.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), channels, rows * patch, columns * patch)
+        p, q, channels = self.patch, self.patch_width, self.codec.channels
+        tokens = tokens.reshape(len(tokens), rows, columns, channels, p, q)
+        return tokens.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), channels, rows * p, columns * q)
 
     def segment(self, tokens: Tensor, grid: tuple[int, int], **how: Any) -> Media:
         """A picture's tokens ``[rows * columns, token_width]`` as a segment of a sequence; ``how`` as `Media` takes it."""

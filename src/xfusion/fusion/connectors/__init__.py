@@ -1,1 +1,1 @@
-"""Connectors: from the tokens of a medium to the rows of the model's width that words read, a file each."""
+"""Connectors: from the tokens of a medium, or features of a frozen encoder, to rows of the model's width; a file each."""

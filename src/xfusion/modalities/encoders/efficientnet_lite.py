@@ -56,6 +56,7 @@ class EfficientNetLite(Encoder):
 
     name = "efficientnet-lite0"
     width = 1280
+    side, cells = SIDE, 7
     licence = "Apache-2.0"
     fingerprint = SHA256
 

@@ -1,0 +1,101 @@
+"""What every connector is: the media port of a model that only reads.
+
+Shape legend: ``B`` batch row, ``n`` media rows, ``P`` width of a media token, ``F`` width of a feature, ``D`` model width,
+``N`` media items, ``M`` features of an item, ``K`` rows of an item.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from xfusion.data.sequence import MediaRows, XFusionError
+from xfusion.modalities.port import MediaPort
+
+
+class Connector(MediaPort):
+    """Features in, between trainable [BOI] and [EOI]; no noise level, no positions of its own, nothing read out."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(MediaPort.Config):
+        """How many features a token carries."""
+
+        cells: int = 1
+        """Features to a token: the image modality's `patch_width`, at a `patch` of 1."""
+
+    def __init__(self, config: Config, width: int, token_width: int, scale: float):
+        nn.Module.__init__(self)  # a model that only reads needs neither noise levels nor a head
+        if config.cells < 1 or token_width % config.cells:
+            raise XFusionError(
+                f"connector: tokens of {token_width} numbers do not hold {config.cells} features: set cells to the"
+                " image modality's patch_width"
+            )
+        self.config, self.feature_width = config, token_width // config.cells
+        self.begin = nn.Parameter(torch.randn(width) * scale)
+        self.end = nn.Parameter(torch.randn(width) * scale)
+
+    def connect(self, media: MediaRows) -> Tensor:
+        """Media rows -> states ``[B, n, D]`` at tokens; what it says elsewhere is not kept."""
+        raise NotImplementedError(type(self).__name__)
+
+    def forward(self, media: MediaRows) -> Tensor:
+        """Media rows -> input states ``[B, n, D]``."""
+        x = self.connect(media)
+        return torch.where(media.boundary[..., None], self.begin.to(x.dtype), x)
+
+    def before_layer(self, index: int, x: Tensor, media: MediaRows) -> Tensor:
+        """States as a layer sees them: as they are."""
+        del index, media
+        return x
+
+    def readout(self, hidden: Tensor) -> Tensor:
+        """The states themselves: nothing is predicted of media."""
+        return hidden
+
+    def split(self, tokens: Tensor) -> Tensor:
+        """Tokens ``[..., P]`` (channels first, as patches are) -> their features ``[..., cells, F]``."""
+        return tokens.unflatten(-1, (self.feature_width, self.config.cells)).transpose(-1, -2)
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """The features of each item, and where its rows stand."""
+
+    features: Tensor
+    """``[N, M, F]``, zeros where an item has fewer."""
+    there: Tensor
+    """Which of them an item has, bool ``[N, M]``."""
+    place: Tensor
+    """Number of each row in its item, int64 ``[B, n]``; 0 at [BOI] and padding."""
+
+
+def gathered(connector: Connector, media: MediaRows) -> Gathered:
+    """The rows of a batch by item, for connectors that look at a whole item at once."""
+    inside, order, count = media.item >= 0, media.rows.order, len(media.noised)
+    first = torch.full((count,), torch.iinfo(torch.int64).max, device=order.device)
+    first = first.scatter_reduce(0, media.item[inside], order[inside], "amin")
+    place = torch.where(inside, order - first[media.item.clamp(min=0)], 0)
+    shape = (count, int(place.max()) + 1 if place.numel() else 0)
+    tokens = media.tokens.new_zeros(*shape, media.tokens.shape[-1])
+    there = torch.zeros(shape, dtype=torch.bool, device=order.device)
+    at = (media.item[inside], place[inside])
+    tokens, there = tokens.index_put(at, media.tokens[inside]), there.index_put(at, torch.ones_like(at[0]).bool())
+    cells = connector.config.cells
+    return Gathered(connector.split(tokens).flatten(1, 2), there.repeat_interleave(cells, dim=1), place)
+
+
+def spread(states: Tensor, found: Gathered, media: MediaRows) -> Tensor:
+    """States ``[N, K, D]`` of the items at their rows, ``[B, n, D]``.
+
+    Raises:
+        XFusionError: an item has more rows than there are states.
+    """
+    rows = int(found.place.max()) + 1 if found.place.numel() else 0
+    if rows > states.shape[1]:
+        raise XFusionError(
+            f"connector: an item has {rows} rows, but the connector makes {states.shape[1]} states: choose patch_width"
+            " and cells so that an item has as many tokens"
+        )
+    return states[media.item.clamp(min=0), found.place]

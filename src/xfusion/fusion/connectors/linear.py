@@ -1,0 +1,35 @@
+"""One matrix: ``H = W Z`` (LLaVA, arXiv 2304.08485, equation 1)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from xfusion.data.sequence import MediaRows
+from xfusion.fusion.connectors.base import Connector
+
+
+class Linear(Connector):
+    """A linear map of each token."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Connector.Config):
+        """Nothing more to set."""
+
+        def build(self, width: int, token_width: int, scale: float, num_layers: int) -> Linear:
+            """The connector of a model."""
+            del num_layers
+            return Linear(self, width, token_width, scale)
+
+    def __init__(self, config: Config, width: int, token_width: int, scale: float):
+        super().__init__(config, width, token_width, scale)
+        self.project = nn.Linear(token_width, width)
+        # Features of about unit size come out as large as the frozen embeddings.
+        nn.init.normal_(self.project.weight, std=scale / math.sqrt(token_width))
+        nn.init.zeros_(self.project.bias)
+
+    def connect(self, media: MediaRows) -> Tensor:
+        """Each token by itself."""
+        return self.project(media.tokens)

@@ -1,0 +1,99 @@
+"""Qwen-VL's adapter (arXiv 2308.12966, section 2.1): one cross-attention from learned queries that know places.
+
+    H = Attention(n_q(Q) + p_q,  n_k(W Z) + p_k,  n_k(W Z))
+
+with 2-D sine positions ``p_k`` of the features' places on the encoder's map and ``p_q`` of the queries' on a square of
+their own, laid over the same map.
+
+Shape legend: ``N`` media items, ``M`` features of an item, ``F`` width of a feature, ``K`` queries, ``D`` model width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from xfusion.data.sequence import MediaRows, XFusionError
+from xfusion.fusion.connectors.base import Connector, gathered, spread
+
+
+def places(rows: int, columns: int, width: int, over: tuple[int, int] | None = None) -> Tensor:
+    """Sine and cosine of row and column, ``[rows * columns, width]``: a quarter of the width each.
+
+    Args:
+        rows: of the grid.
+        columns: of the grid.
+        width: a multiple of 4.
+        over: rows and columns of the grid whose places these ones are measured in; None is the grid itself.
+    """
+    if width % 4:
+        raise XFusionError(f"positional resampler: 2-D positions need a width that is a multiple of 4, not {width}")
+    frequency = 10_000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    tall, wide = over or (rows, columns)
+    row = (torch.arange(rows, dtype=torch.float64) * tall / rows)[:, None].expand(rows, columns).flatten()
+    column = (torch.arange(columns, dtype=torch.float64) * wide / columns)[None].expand(rows, columns).flatten()
+    angles = [place[:, None] * frequency for place in (row, column)]
+    return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1).float()
+
+
+class PositionalResampler(Connector):
+    """One cross-attention layer with 2-D positions on queries and keys."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Connector.Config):
+        """How many queries read how large a map."""
+
+        queries: int = 7
+        """Learned queries: the tokens of a picture."""
+        map: tuple[int, int] = (7, 7)
+        """Rows and columns of the encoder's features."""
+        heads: int = 4
+        """Attention heads."""
+
+        def build(self, width: int, token_width: int, scale: float, num_layers: int) -> PositionalResampler:
+            """The connector of a model."""
+            del num_layers
+            return PositionalResampler(self, width, token_width, scale)
+
+    key_places: Tensor
+    query_places: Tensor
+
+    def __init__(self, config: Config, width: int, token_width: int, scale: float):
+        super().__init__(config, width, token_width, scale)
+        if width % config.heads:
+            raise XFusionError(f"positional resampler: width {width} is not a multiple of its {config.heads} heads")
+        self.map = config.map
+        # The squarest grid of as many queries: 256 are 16 x 16, 7 are 1 x 7.
+        tall = next(n for n in range(math.isqrt(config.queries), 0, -1) if config.queries % n == 0)
+        grid = (tall, config.queries // tall)
+        self.register_buffer("key_places", places(*config.map, width), persistent=False)
+        self.register_buffer("query_places", places(*grid, width, config.map), persistent=False)
+        self.queries = nn.Parameter(torch.randn(config.queries, width) * 0.02)
+        self.project = nn.Linear(self.feature_width, width, bias=False)
+        self.query_norm, self.key_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, config.heads, batch_first=True)
+        nn.init.normal_(self.project.weight, std=1 / math.sqrt(self.feature_width))
+        nn.init.normal_(self.attention.out_proj.weight, std=scale / math.sqrt(width))
+
+    def connect(self, media: MediaRows) -> Tensor:
+        """All features of an item at once.
+
+        Raises:
+            XFusionError: an item has more features than the map has places.
+        """
+        found = gathered(self, media)
+        count = found.features.shape[1]
+        if count > len(self.key_places):
+            raise XFusionError(
+                f"positional resampler: an item has {count} features, the map {self.map} has"
+                f" {len(self.key_places)} places: set map to the rows and columns of the encoder's map"
+            )
+        there = found.there | ~found.there.any(dim=1, keepdim=True)
+        values = self.key_norm(self.project(found.features))
+        query = (self.query_norm(self.queries) + self.query_places).expand(len(values), -1, -1)
+        keys = values + self.key_places[:count]
+        states = self.attention(query, keys, values, key_padding_mask=~there, need_weights=False)[0]
+        return spread(states, found, media)

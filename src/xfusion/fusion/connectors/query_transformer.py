@@ -1,0 +1,157 @@
+"""BLIP-2's query transformer (Q-Former, arXiv 2301.12597, section 3.1): learned queries read a frozen encoder's features.
+
+A block is post-norm, with a cross-attention to the features in every second one; queries and words share the self-attention
+and have feed-forward networks of their own:
+
+    x = n1(x + SelfAttention(x));  q = n2(q + CrossAttention(q, Z));  q = n3(q + FFN_q(q)),  w = n4(w + FFN_w(w))
+
+for queries q and words w in ``x = [q; w]``. Which of them see each other is one of three masks (`sees`): ``apart`` for
+contrast, ``causal`` for text generation, ``together`` for matching. Behind the last block each query is mapped to the
+model's width.
+
+Shape legend: ``N`` media items, ``M`` features of an item, ``F`` width of a feature, ``K`` queries, ``W`` width of the
+queries, ``D`` model width, ``n`` words.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from xfusion.data.sequence import MediaRows, XFusionError
+from xfusion.fusion.connectors.base import Connector, gathered, spread
+
+EPSILON = 1e-12
+"""Of the layer norms, as in BERT."""
+
+
+def sees(kind: Literal["apart", "causal", "together"], queries: int, words: int) -> Tensor:
+    """Which positions of [queries; words] see which, bool ``[K + n, K + n]`` (figure 2, right).
+
+    Args:
+        kind: ``apart``: queries and words see their own kind; ``causal``: queries see queries, a word sees all queries and
+            the words up to itself; ``together``: all see all.
+        queries: number of queries.
+        words: number of words.
+    """
+    is_word = torch.arange(queries + words) >= queries
+    if kind == "together":
+        return torch.ones(len(is_word), len(is_word), dtype=torch.bool)
+    if kind == "apart":
+        return is_word[:, None] == is_word
+    order = torch.where(is_word, torch.arange(queries + words), 0)
+    return order[None, :] <= order[:, None]
+
+
+def _perceptron(width: int, inner: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
+
+
+class Block(nn.Module):
+    """One layer over [queries; words]."""
+
+    def __init__(self, width: int, heads: int, mlp: int, feature_width: int | None, words: bool):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.norm = nn.LayerNorm(width, eps=EPSILON)
+        if feature_width is not None:
+            self.cross = nn.MultiheadAttention(width, heads, kdim=feature_width, vdim=feature_width, batch_first=True)
+            self.cross_norm = nn.LayerNorm(width, eps=EPSILON)
+        self.reads = feature_width is not None
+        self.query_mlp, self.query_norm = _perceptron(width, mlp), nn.LayerNorm(width, eps=EPSILON)
+        if words:
+            self.word_mlp, self.word_norm = _perceptron(width, mlp), nn.LayerNorm(width, eps=EPSILON)
+
+    def forward(self, x: Tensor, features: Tensor, there: Tensor | None, queries: int, seen: Tensor | None) -> Tensor:
+        """``[N, K + n, W]`` -> ``[N, K + n, W]``; ``there`` says which features an item has, ``seen`` as `sees` does."""
+        blocked = None if seen is None else ~seen
+        x = self.norm(x + self.attention(x, x, x, attn_mask=blocked, need_weights=False)[0])
+        q, words = x[:, :queries], x[:, queries:]
+        if self.reads:
+            hidden = None if there is None else ~there
+            read = self.cross(q, features, features, key_padding_mask=hidden, need_weights=False)[0]
+            q = self.cross_norm(q + read)
+        q = self.query_norm(q + self.query_mlp(q))
+        return torch.cat([q, self.word_norm(words + self.word_mlp(words))], dim=1) if words.shape[1] else q
+
+
+class QueryTransformer(nn.Module):
+    """Queries, perhaps with words beside them, and the blocks."""
+
+    def __init__(
+        self, *, queries: int, width: int, heads: int, layers: int, mlp: int, feature_width: int, words: bool = False
+    ):
+        super().__init__()
+        if width % heads:
+            raise XFusionError(f"query transformer: width {width} is not a multiple of its {heads} heads")
+        self.queries = nn.Parameter(torch.randn(queries, width) * 0.02)
+        self.norm = nn.LayerNorm(width, eps=EPSILON)
+        self.blocks = nn.ModuleList(
+            Block(width, heads, mlp, None if index % 2 else feature_width, words) for index in range(layers)
+        )
+
+    def forward(
+        self, features: Tensor, there: Tensor | None = None, words: Tensor | None = None, seen: Tensor | None = None
+    ) -> Tensor:
+        """Features ``[N, M, F]`` -> queries ``[N, K, W]``, behind them the words where these are given.
+
+        Args:
+            features: of the frozen encoder.
+            there: which features an item has, bool ``[N, M]``; None is all.
+            words: embedded words ``[N, n, W]``.
+            seen: one of the three masks, `sees`; None lets all see all.
+        """
+        x = self.queries.expand(len(features), -1, -1)
+        x = self.norm(x if words is None else torch.cat([x, words.to(x.dtype)], dim=1))
+        for block in self.blocks:
+            x = block(x, features, there, len(self.queries), seen)
+        return x
+
+
+class Queries(Connector):
+    """The query transformer in front of a frozen model: one state per query, whatever the number of features."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Connector.Config):
+        """Size of the query transformer."""
+
+        queries: int = 7
+        """Learned queries: the tokens of a picture."""
+        query_width: int = 256
+        """Width of the queries; BLIP-2's is 768."""
+        heads: int = 4
+        """Attention heads."""
+        depth: int = 4
+        """Blocks; every second one, from the first on, reads the features."""
+        mlp: int = 1024
+        """Width of the feed-forward networks."""
+
+        def build(self, width: int, token_width: int, scale: float, num_layers: int) -> Queries:
+            """The connector of a model."""
+            del num_layers
+            return Queries(self, width, token_width, scale)
+
+    def __init__(self, config: Config, width: int, token_width: int, scale: float):
+        super().__init__(config, width, token_width, scale)
+        self.transformer = QueryTransformer(
+            queries=config.queries,
+            width=config.query_width,
+            heads=config.heads,
+            layers=config.depth,
+            mlp=config.mlp,
+            feature_width=self.feature_width,
+        )
+        self.project = nn.Linear(config.query_width, width)
+        nn.init.normal_(self.project.weight, std=scale / math.sqrt(config.query_width))
+        nn.init.zeros_(self.project.bias)
+
+    def connect(self, media: MediaRows) -> Tensor:
+        """All features of an item at once."""
+        found = gathered(self, media)
+        # An item without rows in this pass has nothing to read: a softmax needs one key.
+        there = found.there | ~found.there.any(dim=1, keepdim=True)
+        return spread(self.project(self.transformer(found.features, there)), found, media)

@@ -1,0 +1,51 @@
+"""A frozen encoder as a codec that only reads: the latents of a picture are its features by place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from xfusion.data.sequence import XFusionError
+from xfusion.modalities.base import Codec, Encoder
+from xfusion.modalities.encoders.efficientnet_lite import EfficientNetLite
+
+
+class Features(Codec):
+    """Features of a frozen encoder, [N, width, cells, cells]; for models that are shown pictures and draw none.
+
+    Pictures have the encoder's own side in pixels. Features are as the encoder makes them, without scale or shift.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Codec.Config):
+        """Which encoder looks at the pictures."""
+
+        encoder: Encoder.Config = field(default_factory=EfficientNetLite.Config)
+        """The frozen encoder. It may then not score the model."""
+
+        def build(self) -> Features:
+            """The codec, with its encoder loaded."""
+            return Features(self.encoder.build())
+
+    def __init__(self, encoder: Encoder):
+        super().__init__()
+        self.encoder = encoder
+        self.channels, self.factor = encoder.width, encoder.side // encoder.cells
+        self.licence, self.encoders = encoder.licence, frozenset({encoder.fingerprint})
+        self.freeze()
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """As `Codec.latent_shape`, for the encoder's own side alone."""
+        if (height, width) != (self.encoder.side, self.encoder.side):
+            raise XFusionError(
+                f"an image of {height}x{width} pixels is not what {self.encoder.name} looks at: set sizes to"
+                f" ({self.encoder.side},)"
+            )
+        return self.channels, self.encoder.cells, self.encoder.cells
+
+    def _encode(self, images: Tensor) -> Tensor:
+        return self.encoder.maps(images)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        raise XFusionError(f"features of {self.encoder.name} cannot be turned back into pictures: take another codec")

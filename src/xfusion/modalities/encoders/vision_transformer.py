@@ -1,0 +1,113 @@
+"""Vision transformers of transformers by folder or hub id, frozen: the picture towers of CLIP and SigLIP, DINOv2, ViT."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from xfusion.data.sequence import XFusionError
+from xfusion.modalities.base import Encoder
+
+
+class VisionTransformer(Encoder):
+    """Hidden states of the patches behind a layer; class and register tokens are left out of the map.
+
+    Pictures are [N, 3, H, W] floats in [-1, 1] of any size; they are resized bicubically to the side that the model was
+    made for and normalised with the mean and deviation of its own preprocessor.
+
+    Raises:
+        XFusionError: the source cannot be loaded, or weights of its picture tower are missing.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Encoder.Config):
+        """Which vision transformer, and which of its layers."""
+
+        source: str = "openai/clip-vit-large-patch14"
+        """Folder or hub id of a vision transformer, or of a model with one (CLIP, SigLIP)."""
+        revision: str | None = None
+        """Hub revision (a commit for exact reproduction)."""
+        layer: int = -2
+        """Whose hidden states: -1 is the last layer, -2 the one before it, which LLaVA takes."""
+        batch_size: int = 16
+        """Pictures per forward pass; memory only."""
+        licence: str = "unknown"
+        """Licence of the weights."""
+
+        @cached_property
+        def shape(self) -> Any:
+            """Its configuration in transformers; weights are not read."""
+            from transformers import AutoConfig
+
+            found = _loaded(self, AutoConfig.from_pretrained)
+            return getattr(found, "vision_config", found)
+
+        @property
+        def width(self) -> int:
+            """Numbers per feature."""
+            return self.shape.hidden_size
+
+        @property
+        def fingerprint(self) -> str:
+            """Source, revision and layer."""
+            return f"{self.source}@{self.revision}#{self.layer}"
+
+        def build(self) -> VisionTransformer:
+            """The frozen encoder."""
+            return VisionTransformer(self)
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: Config):
+        from transformers import AutoModel
+        from transformers.image_processing_base import ImageProcessingMixin
+
+        super().__init__()
+        self.config, shape = config, config.shape
+        self.name, self.fingerprint, self.licence = config.source, config.fingerprint, config.licence
+        self.width, self.side = shape.hidden_size, shape.image_size
+        self.cells = self.side // shape.patch_size
+        model, report = _loaded(config, AutoModel.from_pretrained, config=shape, output_loading_info=True)
+        if report["missing_keys"]:
+            raise XFusionError(f"encoder {config.source!r} lacks weights: {sorted(report['missing_keys'])[0]}")
+        self.model: Any = model.float()
+        steps, _ = _loaded(config, ImageProcessingMixin.get_image_processor_dict)
+        self.register_buffer("mean", torch.tensor(steps["image_mean"]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(steps["image_std"]).view(3, 1, 1), persistent=False)
+        self.requires_grad_(False)
+        self.eval()
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images [N, 3, H, W] in [-1, 1] -> [N, width] float32, mean over the map, then of unit length."""
+        return F.normalize(self.maps(images).mean(dim=(2, 3)), dim=-1)
+
+    @torch.no_grad()
+    def maps(self, images: Tensor) -> Tensor:
+        """Images [N, 3, H, W] in [-1, 1] -> [N, width, cells, cells] float32, not normalised."""
+        if not len(images):
+            return torch.empty(0, self.config.width, self.cells, self.cells)
+        return torch.cat([self._map(part) for part in images.split(self.config.batch_size)])
+
+    def _map(self, images: Tensor) -> Tensor:
+        images = images.to(self.mean.device, torch.float32)
+        if tuple(images.shape[2:]) != (self.side, self.side):
+            images = F.interpolate(images, (self.side, self.side), mode="bicubic", align_corners=False, antialias=True)
+        pixels = ((images.clamp(-1, 1) + 1) / 2 - self.mean) / self.std
+        states = self.model(pixel_values=pixels, output_hidden_states=True).hidden_states[self.config.layer]
+        patches = states[:, -(self.cells**2) :]  # whatever else there is stands before them
+        return patches.transpose(1, 2).unflatten(2, (self.cells, self.cells)).float()
+
+
+def _loaded(encoder: VisionTransformer.Config, load: Any, **options: Any) -> Any:
+    """What one of transformers' loaders gives for the source, with its errors in one line."""
+    try:
+        return load(encoder.source, **({"revision": encoder.revision} if encoder.revision else {}), **options)
+    except (OSError, ValueError, KeyError) as error:
+        first = (str(error).strip() or repr(error)).splitlines()[0]
+        raise XFusionError(f"encoder {encoder.source!r} cannot be loaded: {first}") from error

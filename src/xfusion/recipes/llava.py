@@ -1,0 +1,53 @@
+"""LLaVA: one matrix carries a frozen encoder's features to the input of the language model.
+
+Paper: Liu et al., "Visual Instruction Tuning", NeurIPS 2023, arXiv 2304.08485.
+
+Faithful: ``H = W Z`` on the encoder's grid of features, whose tokens stand as ordinary embeddings in causal order; stage 1
+of the paper (feature alignment), in which the matrix alone is trained, at rate 2e-3; a loss on the answer alone.
+
+Adapted: the language model stays frozen for good, so there is no stage 2 (the paper then trains it); its own 135 M
+parameters instead of Vicuna's 7 B; EfficientNet-Lite0's map of 7 x 7 x 1280 instead of CLIP's 256 tokens, another encoder
+by ``encoder``; trainable rows before and behind a picture; answers are names of pictures, sometimes behind a question,
+which always follows the picture (the paper puts it before or behind at random). The paper's data is CC3M-595K:
+``--data`` takes it as JSON lines.
+"""
+
+from __future__ import annotations
+
+from xfusion.data.mixture import MixtureConfig
+from xfusion.fusion.connectors.linear import Linear
+from xfusion.fusion.prefix import Prefix
+from xfusion.modalities.codecs.features import Features
+from xfusion.modalities.encoders.efficientnet_lite import EfficientNetLite
+from xfusion.modalities.encoders.vision_transformer import VisionTransformer
+from xfusion.modalities.image import ImageModality
+from xfusion.model import ModelConfig
+from xfusion.objectives.base import NoObjective
+from xfusion.objectives.next_token import NextToken
+from xfusion.training.stages import Recipe, Stage
+
+KIND = "prefix"
+PAPER = "arXiv 2304.08485"
+STATUS = "sketch"
+
+
+def llava(encoder: str | None = None, side: int = 224) -> Recipe:
+    """One matrix, trained in one stage.
+
+    Args:
+        encoder: folder or hub id of a vision transformer, such as openai/clip-vit-large-patch14, the paper's; None takes
+            EfficientNet-Lite0.
+        side: pixels that the encoder looks at.
+    """
+    looks = EfficientNetLite.Config() if encoder is None else VisionTransformer.Config(source=encoder)
+    return Recipe(
+        model=ModelConfig(
+            image=ImageModality.Config(codec=Features.Config(encoder=looks), patch=1, sizes=(side,), order="causal"),
+            port=Linear.Config(),
+            fusion=Prefix.Config(),
+            text=NextToken.Config(weight=1.0),
+            media=NoObjective.Config(),
+        ),
+        data="emoji",
+        stages=(Stage(rate=2e-3, schedule="cosine", mixture=MixtureConfig(draw=0, caption=32)),),
+    )

@@ -1,0 +1,35 @@
+"""LLaVA-1.5: LLaVA with a perceptron of two layers in the matrix's place.
+
+Paper: Liu et al., "Improved Baselines with Visual Instruction Tuning", CVPR 2024, arXiv 2310.03744.
+
+Faithful: the connector (Linear, GELU, Linear, as wide as the language model), on the encoder's features behind the layer
+before its last; pictures in front of the words; the first stage, in which the connector alone is trained, at rate 1e-3.
+
+Adapted: as in the recipe `llava`; besides, no padding to a square (pictures are cut to their middle) and no second stage on
+the paper's 665 K instructions, which trains the language model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from xfusion.fusion.connectors.mlp import MLP
+from xfusion.recipes.llava import llava
+from xfusion.training.stages import Recipe
+
+KIND = "prefix"
+PAPER = "arXiv 2310.03744"
+STATUS = "sketch"
+
+
+def llava_1_5(encoder: str | None = None, side: int = 224) -> Recipe:
+    """A perceptron, trained in one stage.
+
+    Args:
+        encoder: folder or hub id of a vision transformer, such as openai/clip-vit-large-patch14-336, the paper's; None
+            takes EfficientNet-Lite0.
+        side: pixels that the encoder looks at.
+    """
+    recipe = llava(encoder, side)
+    stage = replace(recipe.stages[0], rate=1e-3)
+    return replace(recipe, model=replace(recipe.model, port=MLP.Config()), stages=(stage,))

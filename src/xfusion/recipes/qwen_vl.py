@@ -1,0 +1,41 @@
+"""Qwen-VL: one cross-attention from queries that know where on the picture they look.
+
+Paper: Bai et al., "Qwen-VL: A Versatile Vision-Language Model for Understanding, Localization, Text Reading, and Beyond",
+arXiv 2308.12966.
+
+Faithful: the adapter, a single cross-attention layer with 2-D absolute positions on queries and keys, always as many tokens
+as queries; trainable rows before and behind a picture (the paper's ``<img>`` and ``</img>``); the first stage's frozen
+language model.
+
+Adapted: the encoder is frozen too, where the paper trains it (ViT-bigG); 7 queries instead of 256 on the encoder's map of
+7 x 7; no stages 2 and 3, which train the language model. Boxes are plain text in the paper, ``<box>(x1,y1),(x2,y2)</box>``
+with coordinates from 0 to 999: captions of user data may hold them as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from xfusion.fusion.connectors.positional_resampler import PositionalResampler
+from xfusion.recipes.llava import llava
+from xfusion.training.stages import Recipe
+
+KIND = "prefix"
+PAPER = "arXiv 2308.12966"
+STATUS = "sketch"
+
+
+def qwen_vl(queries: int = 7, map_side: int = 7, encoder: str | None = None, side: int = 224) -> Recipe:
+    """The resampler, trained through the frozen decoder.
+
+    Args:
+        queries: learned queries, a divisor of the map's features: a picture is as many strips of its map.
+        map_side: rows and columns of the encoder's map; 7 for EfficientNet-Lite0, 16 for a ViT-L/14 at 224 px.
+        encoder: folder or hub id of a vision transformer; None takes EfficientNet-Lite0.
+        side: pixels that the encoder looks at.
+    """
+    recipe, cells = llava(encoder, side), map_side**2 // queries
+    image = replace(recipe.model.image, patch_width=cells)
+    port = PositionalResampler.Config(queries=queries, map=(map_side, map_side), cells=cells)
+    stage = replace(recipe.stages[0], rate=1e-3)
+    return replace(recipe, model=replace(recipe.model, image=image, port=port), stages=(stage,))

@@ -1,0 +1,66 @@
+"""Recipes that read pictures: each as its page builds it, with a tiny encoder and a tiny base, trained for some steps."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from contracts.table import Noise
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+import xfusion
+from xfusion.model import BackboneConfig
+from xfusion.recipes.base import find
+from xfusion.training.loop import train
+
+RECIPES = {
+    "llava": {},
+    "llava_1_5": {},
+    "blip2": {"queries": 8, "cells": 16},
+    "qwen_vl": {"queries": 4, "map_side": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A tiny CLIP vision tower with a map of 4 x 4."""
+    folder = tmp_path_factory.mktemp("encoder")
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=16, patch_size=4)).save_pretrained(folder)
+    settings = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": 16}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_trains_reads_and_comes_back_from_its_pack(name, bases, encoder, tmp_path):
+    base, losses = bases["llama"], []
+    recipe = find(name)(encoder=encoder, side=16, **RECIPES[name])
+    recipe = replace(recipe, model=replace(recipe.model, backbone=BackboneConfig(source=base.source)))
+    model = train(
+        recipe,
+        out=tmp_path / "run",
+        source=Noise(),
+        backbone=base,
+        steps=5,
+        compile=False,
+        dtype=torch.float32,
+        listener=lambda e: losses.append(e["losses"]) if e["event"] == "step" else None,
+    )
+    assert [set(step) for step in losses] == [{"next_token"}] * 5
+    assert model.capabilities == {"text", "caption"}
+    assert model.teachers == {f"{encoder}@None#-2"}
+    loaded = xfusion.load(tmp_path / "run" / "pack", backbone=base)
+    shown = [Noise().picture(i, 32) for i in range(2)]
+    assert loaded.caption(shown, max_tokens=3) == model.caption(shown, max_tokens=3)
+    ids = torch.randint(3, 300, (2, 9))
+    with torch.no_grad():
+        assert torch.equal(model.text_logits(ids, stack="fused"), base.model(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["blip2", "qwen_vl"])
+def test_a_recipe_with_queries_has_as_many_tokens(name, encoder):
+    recipe = find(name)(encoder=encoder, side=16, **RECIPES[name])
+    rows, columns = recipe.model.image.build().grid(16)
+    assert rows * columns == RECIPES[name]["queries"]
