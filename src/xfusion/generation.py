@@ -473,6 +473,55 @@ def _mean_likelihood(model: Model, cache: Cache, first: Tensor, answers: Seq[tup
     return total / (labels >= 0).sum(dim=1)
 
 
+# ----------------------------------------------------------------------------------------------------------- vectors
+
+
+@torch.no_grad()
+def embed(
+    model: Model,
+    items: Seq[str | PILImage.Image],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Vectors of texts and pictures in one space: those of a picture and of its words have a large product.
+
+    Args:
+        model: a model that can embed, such as one of the recipe clip.
+        items: texts and pictures, in any order.
+        progress: told items done and in all.
+
+    Returns:
+        float32 ``[items, width]``, each of unit length.
+    """
+    if "embed" not in model.capabilities:
+        raise XFusionError(
+            f"this model cannot embed, only {', '.join(sorted(model.capabilities))}: train one with a contrastive objective,"
+            " such as the recipe clip"
+        )
+    if isinstance(items, (str, PILImage.Image)):
+        raise XFusionError("embed takes a list of texts and pictures: write [item]")
+    objective = next(o for o in model.objectives if "embed" in o.gives)
+    texts = [i for i, item in enumerate(items) if isinstance(item, str)]
+    pictures = [i for i, item in enumerate(items) if not isinstance(item, str)]
+    out, done = torch.empty(len(items), objective.embedding_width), 0
+    for members, of_words in ((texts, True), (pictures, False)):
+        for start in range(0, len(members), BATCH):
+            part = members[start : start + BATCH]
+            chosen = [items[i] for i in part]
+            segments = (
+                [opened(model.backbone.begin_ids, (Text(ids=_encode_prompt(model, cast(str, t))),)) for t in chosen]
+                if of_words
+                else [(media,) for media in _media_segment(model, cast("list[PILImage.Image]", chosen))]
+            )
+            batch = pack([[Sequence(segments=s)] for s in segments]).to(model.backbone.device)
+            vectors = objective.of_words(model, batch) if of_words else objective.of_media(model, batch)
+            out[part] = vectors.float().cpu()
+            done += len(part)
+            if progress:
+                progress(done, len(items))
+    return out
+
+
 # ---------------------------------------------------------------------------------------------------------- segments
 
 
@@ -637,4 +686,4 @@ def _base_generate(
     return whole[0, len(ids) :].tolist()
 
 
-__all__ = ["caption", "draw", "generate", "inpaint", "score_names"]
+__all__ = ["caption", "draw", "embed", "generate", "inpaint", "score_names"]

@@ -7,7 +7,7 @@ Shape legend: ``B`` batch row, ``n`` positions of one owner, ``S`` all positions
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -79,6 +79,8 @@ class Engine:
     """Whether states of texts that never change are computed once and looked up."""
     text_states: OrderedDict[tuple[int, ...], Tensor] = field(default_factory=OrderedDict)
     """Frozen states of texts, by their tokens."""
+    final_states: OrderedDict[tuple[int, ...], Tensor] = field(default_factory=OrderedDict)
+    """Frozen states of texts behind the last norm, by their tokens."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -309,6 +311,8 @@ class Model(nn.Module):
 
     def forward(self, batch: Batch) -> Output:
         """One training pass: text states of prompts that come before all media are looked up, not computed."""
+        if self._is_frozen(batch):
+            return self._of_words(self._looked_up(batch, self._final_states, 1)[:, 0])
         given = None
         if self.fusion.prefix_is_constant and not self._engine.reference and batch.text.count:
             # Looked-up states skip the text tower, so nothing may be read from it: no word after media, no label.
@@ -316,16 +320,27 @@ class Model(nn.Module):
             unread = unread and not any(name.startswith("text") for name in self.needs)
             given = self.given_states(batch) if unread and self._engine.keep_text else None
         hidden, run = self.run_pass(batch, given=given)
-        text = run.slices.get("text", slice(0, 0))
+        out = self._of_words(hidden[:, run.slices.get("text", slice(0, 0))])
+        if self.media_objective.gives:
+            out.media = {name: self.port.readout(run.states[name]) for name in batch.media}
+        final = {"text" if owner == "text" else "media": hidden[:, rows] for owner, rows in run.slices.items()}
+        out.states = run.kept | {name: x for name, x in final.items() if name in self.needs}
+        return out
+
+    def _of_words(self, hidden: Tensor) -> Output:
+        """What a pass says of words alone, from their states ``[B, n, D]`` behind the last norm."""
 
         def logits(chosen: Tensor) -> Tensor:
-            return self._engine.backbone.logits(hidden[:, text][chosen][None])[0]
+            return self._engine.backbone.logits(hidden[chosen][None])[0]
 
-        draws = bool(self.media_objective.gives)
-        media = {name: self.port.readout(run.states[name]) for name in batch.media if draws}
-        final = {"text" if owner == "text" else "media": hidden[:, rows] for owner, rows in run.slices.items()}
-        kept = run.kept | {name: x for name, x in final.items() if name in self.needs}
-        return Output(logits=logits, media=media, states=kept)
+        return Output(logits=logits, media={}, states={"text": hidden} if "text" in self.needs else {})
+
+    def _is_frozen(self, batch: Batch) -> bool:
+        """Whether a batch is words alone that no new weight takes part in, so that its states may be looked up."""
+        if batch.media or not batch.text.count or not self.fusion.prefix_is_constant or self._engine.reference:
+            return False
+        own_rows = bool((batch.text_ids <= END_OF_MEDIA).any() | batch.text.after_media.any())
+        return not own_rows and not any(name.startswith("text.") for name in self.needs)
 
     def losses(
         self, batch: Batch, generator: torch.Generator, rows: slice | None = None
@@ -385,10 +400,25 @@ class Model(nn.Module):
                 known.popitem(last=False)
         return states
 
+    @torch.no_grad()
+    def _final_states(self, ids: tuple[int, ...]) -> Tensor:
+        """States ``[1, n, D]`` of a text behind the last norm, by the frozen tower alone, as `text_states`."""
+        known = self._engine.final_states
+        if ids not in known:
+            asked = torch.tensor([ids], device=self.backbone.device)
+            known[ids] = self._engine.backbone.decoder(input_ids=asked, use_cache=False).last_hidden_state
+            if len(known) > TEXT_STATES_KEPT:
+                known.popitem(last=False)
+        return known[ids]
+
     def given_states(self, batch: Batch) -> dict[int, Tensor]:
         """Text states by layer ``[B, n, D]`` for a batch whose text comes before all media; zeros at padding."""
         layers = self.fusion.state_layers
-        shape = (batch.text.order.shape[0], len(layers), batch.text.count, self.backbone.hidden_size)
+        return dict(zip(layers, self._looked_up(batch, self.text_states, len(layers)).unbind(1), strict=True))
+
+    def _looked_up(self, batch: Batch, states: Callable[[tuple[int, ...]], Tensor], layers: int) -> Tensor:
+        """States ``[layers, n, D]`` of each text of a batch, at its place: ``[B, layers, n, D]``, zeros at padding."""
+        shape = (batch.text.order.shape[0], layers, batch.text.count, self.backbone.hidden_size)
         out = torch.zeros(shape, dtype=self._engine.dtype, device=self.backbone.device)
         samples, ids = batch.text.sample.tolist(), batch.text_ids.tolist()
         for row, (owners, tokens) in enumerate(zip(samples, ids, strict=True)):
@@ -397,9 +427,9 @@ class Model(nn.Module):
                 stop = start
                 while stop < len(owners) and owners[stop] == owners[start]:
                     stop += 1
-                out[row, :, start:stop] = self.text_states(tuple(tokens[start:stop]))
+                out[row, :, start:stop] = states(tuple(tokens[start:stop]))
                 start = stop
-        return dict(zip(layers, out.unbind(1), strict=True))
+        return out
 
     # -- text
 
@@ -470,6 +500,12 @@ class Model(nn.Module):
         from xfusion.generation import score_names
 
         return score_names(self, pictures, names, **settings)
+
+    def embed(self, items: list[Any], **settings: Any) -> Tensor:
+        """Vectors of unit length of texts and pictures, ``[items, width]``; see `xfusion.generation.embed`."""
+        from xfusion.generation import embed
+
+        return embed(self, items, **settings)
 
     def save_pretrained(self, folder: Any, **facts: Any) -> None:
         """Write a modality pack; see `xfusion.checkpoint.save`."""

@@ -29,6 +29,7 @@ from xfusion.apps.commands.demo import Demo
 from xfusion.apps.commands.doctor import Doctor
 from xfusion.apps.commands.pictures import Caption, Generate
 from xfusion.apps.commands.proof import Evaluate, Verify
+from xfusion.apps.commands.search import Index, Search
 from xfusion.apps.commands.show import List, Show
 from xfusion.apps.commands.training import Train
 
@@ -37,6 +38,8 @@ VERBS: dict[str, type[Verb]] = {
     "train": Train,
     "generate": Generate,
     "caption": Caption,
+    "index": Index,
+    "search": Search,
     "verify": Verify,
     "show": Show,
     "list": List,

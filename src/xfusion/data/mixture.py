@@ -102,6 +102,8 @@ class Mixture:
         self._kept = max(1, TOKENS_KEPT // (rows * columns * image.token_width * 4))
         self._ids: dict[str, tuple[int, ...]] = {}
         self._pool = ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1), thread_name_prefix="decode")
+        numbers: dict[str, int] = {}
+        self._groups = [numbers.setdefault(example.group, len(numbers)) for example in source.examples]
 
     def tokens(self, index: int) -> Tensor:
         """Tokens ``[M, P]`` of a picture, encoded once."""
@@ -127,7 +129,8 @@ class Mixture:
         return self._awaited(index, state="noised", has_loss=True, largest_noise=cap) if cap else self._awaited(index)
 
     def _awaited(self, index: int, **how: Any) -> Awaited:
-        return Awaited(**vars(self.image.segment(self._blank, self.grid, **how)), index=index)
+        blank = self.image.segment(self._blank, self.grid, group=self._groups[index], **how)
+        return Awaited(**vars(blank), index=index)
 
     def _filled(self, rows: list[list[Sequence]]) -> list[list[Sequence]]:
         """The rows with the pictures of this process's own; all other pictures stay blank."""

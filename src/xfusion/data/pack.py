@@ -175,4 +175,5 @@ def _media_rows(tables: Seq[_Table], extra: Seq[list[tuple[int, bool, int, int]]
         noised=torch.tensor([m.state == "noised" for m in items]),
         has_loss=torch.tensor([m.has_loss for m in items]),
         largest_noise=torch.tensor([m.largest_noise for m in items]),
+        group=torch.tensor([m.group for m in items]),
     )

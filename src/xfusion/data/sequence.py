@@ -92,6 +92,8 @@ class Media:
     """Whether all tokens of the item have one rotary position; rows and columns tell them apart."""
     behind_begin: bool = False
     """Whether the base's own beginning of text stands before the item where it opens a sequence."""
+    group: int = -1
+    """Items of one group are near-identical: none is a wrong answer for another. -1 is like no other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +216,8 @@ class MediaRows:
     """Which items are targets, bool ``[N]``."""
     largest_noise: Tensor
     """Noise levels of an item go from 0 to this, float ``[N]``."""
+    group: Tensor
+    """Which items are near-identical, int64 ``[N]``; those of -1 are like no other."""
     clean: Tensor | None = None
     """The clean tokens ``[B, n, P]`` once an objective has corrupted `tokens`."""
     target: Tensor | None = None

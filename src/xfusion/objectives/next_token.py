@@ -33,6 +33,8 @@ class NextToken(Objective):
         super().__init__()
         self.config = config
         self.weight = config.weight
+        if not self.weight:  # nothing is learned of saying what pictures show
+            self.gives = frozenset()
 
     def count(self, batch: Batch) -> dict[str, int]:
         """Tokens that have a loss."""

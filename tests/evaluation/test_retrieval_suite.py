@@ -1,0 +1,42 @@
+"""The suite `retrieval`: known answers by a model whose vectors are known."""
+
+import pytest
+import torch
+from contracts.table import Noise
+
+from xfusion.data.sequence import XFusionError
+from xfusion.evaluation.run import evaluate
+
+
+class Known:
+    """Embeds the name of picture i, and picture i, as the same unit vector; or pictures one further on."""
+
+    capabilities = frozenset({"text", "embed"})
+
+    def __init__(self, source, shift=0):
+        self.image = type("Image", (), {"sizes": (8,)})
+        names = [e.captions[0] for e in source.examples]
+        self.number = {name: i for i, name in enumerate(names)}
+        self.seen = {source.picture(i, 8).tobytes(): (i + shift) % len(names) for i in range(len(names))}
+
+    def embed(self, items):
+        where = [self.number[x] if isinstance(x, str) else self.seen[x.tobytes()] for x in items]
+        return torch.eye(len(self.number))[where]
+
+
+def test_a_model_that_knows_scores_one_and_one_that_is_wrong_scores_nothing():
+    source = Noise(6)
+    found = evaluate(Known(source), "retrieval", source=source)
+    assert all(found[f"fit_{task}_at_1"] == found[f"fit_{task}_mrr"] == 1 for task in ("naming", "search"))
+    assert found["chance_fit_naming_at_1"] == pytest.approx(1 / 6)
+    assert found["settings"]["num_fit"] == 6 and not any(key.startswith("held") for key in found)
+    wrong = evaluate(Known(source, shift=1), "retrieval", source=source, held=source)
+    assert wrong["fit_naming_at_1"] == wrong["held_search_at_1"] == 0
+
+
+def test_a_model_that_cannot_embed_is_refused():
+    source = Noise(6)
+    model = Known(source)
+    model.capabilities = frozenset({"text", "draw"})
+    with pytest.raises(XFusionError, match="this suite scores embedding, but the model can only do: draw, text"):
+        evaluate(model, "retrieval", source=source)

@@ -1,0 +1,213 @@
+"""Contrast: the equation of its paper, transformers' loss, who is no negative, and vectors that depend on nothing else."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from contracts.table import SIDE, Noise, model_config, picture, randomise, words
+from transformers.models.clip.modeling_clip import image_text_contrastive_loss
+
+import xfusion
+from xfusion.data.mixture import Mixture, MixtureConfig
+from xfusion.data.pack import pack
+from xfusion.data.sequence import Example, Sequence, XFusionError
+from xfusion.data.templates import Templates, opened
+from xfusion.model import Model
+from xfusion.objectives.base import NoObjective
+from xfusion.objectives.contrastive import Contrastive, same
+from xfusion.objectives.next_token import NextToken
+from xfusion.training.loop import train
+from xfusion.training.stages import Recipe, Stage
+
+TEMPLATES = Templates(caption_dropout=0, article_share=0, other_wordings=0)
+
+
+def make(base, fusion="dual tower", *, randomised=True):
+    config = replace(
+        model_config(base, fusion),
+        text=NextToken.Config(weight=0.0),
+        media=NoObjective.Config(),
+        extra=(Contrastive.Config(width=16),),
+    )
+    model = Model(config, base)
+    if randomised:
+        randomise(model)
+    return model.eval()
+
+
+def pair(i, *, text=None, group=-1, grid=(2, 2)):
+    shown = replace(picture(grid, i, noised=True, loss=True), group=group)
+    return Sequence(segments=(text or words(3 + i % 3, i), shown))
+
+
+def vectors(model, sequences, per_row=1):
+    rows = [sequences[i : i + per_row] for i in range(0, len(sequences), per_row)]
+    batch, (objective,) = pack(rows), model.extra
+    from xfusion.objectives.contrastive import _places
+
+    row, sample = _places(batch.media["image"])
+    return objective._words(model, batch, row, sample), objective.of_media(model, batch)
+
+
+def value(model, sequences):
+    (objective,) = model.extra
+    total, count = objective.loss(model, pack([[s] for s in sequences]))["contrastive"]
+    assert int(count) == len(sequences)
+    return total / count
+
+
+@torch.no_grad()
+def test_the_loss_is_its_equation_in_float64_and_transformers_loss(bases):
+    model = make(bases["llama"])
+    sequences = [pair(i) for i in range(5)]
+    u, v = (x.double() for x in vectors(model, sequences))
+    similarity = math.exp(float(model.extra[0].log_scale)) * u @ v.T
+    expected = 0.0
+    for s in (similarity, similarity.T):
+        for i in range(5):
+            expected -= (float(s[i, i]) - math.log(sum(math.exp(float(s[i, j])) for j in range(5)))) / 2
+    found = value(model, sequences)
+    assert float(found) == pytest.approx(expected / 5, abs=1e-5)
+    torch.testing.assert_close(found, image_text_contrastive_loss(similarity.float()), rtol=0, atol=1e-5)
+    torch.testing.assert_close(u.norm(dim=1), torch.ones(5).double())
+
+
+@torch.no_grad()
+def test_near_identical_pictures_and_equal_words_are_no_negatives(bases):
+    """Pairs 0 and 1 are of one group, 2 and 3 say the same: each pair is left out of the other's sum, and of no other."""
+    model, said = make(bases["llama"]), words(4, 9)
+    sequences = [pair(0, group=7), pair(1, group=7), pair(2, text=said), pair(3, text=said), pair(4, group=8)]
+    batch = pack([[s] for s in sequences])
+    alike = torch.zeros(5, 5, dtype=torch.bool)
+    for i, j in ((0, 1), (2, 3)):
+        alike[i, j] = alike[j, i] = True
+    assert torch.equal(same(batch, batch.media["image"]), alike)
+    u, v = (x.double() for x in vectors(model, sequences))
+    similarity = math.exp(float(model.extra[0].log_scale)) * u @ v.T
+    expected = 0.0
+    for s in (similarity, similarity.T):
+        for i in range(5):
+            others = sum(math.exp(float(s[i, j])) for j in range(5) if not alike[i, j])
+            expected -= (float(s[i, i]) - math.log(others)) / 2
+    assert float(value(model, sequences)) == pytest.approx(expected / 5, abs=1e-5)
+    trapped = image_text_contrastive_loss(similarity.float())
+    assert abs(float(trapped) - expected / 5) > 1e-2  # counting them would be seen
+    lone = [pair(i, group=-1) for i in range(2)]
+    assert not same(pack([lone]), pack([lone]).media["image"]).any()  # no group is no kinship
+
+
+def test_a_scale_beyond_the_bound_counts_as_the_bound(bases):
+    model, sequences = make(bases["llama"]), [pair(i) for i in range(4)]
+    scale = model.extra[0].log_scale
+    with torch.no_grad():
+        scale.fill_(math.log(100.0))
+        at_bound = value(model, sequences)
+        scale.fill_(9.0)
+    beyond = value(model, sequences)
+    assert float(beyond.detach()) == pytest.approx(float(at_bound), rel=1e-6)
+    beyond.backward()
+    assert float(scale.grad) == 0
+
+
+@torch.no_grad()
+def test_vectors_depend_on_nothing_else_in_the_batch(bases):
+    model = make(bases["llama"])
+    sequences = [pair(i, grid=(2, 2) if i % 2 else (2, 3)) for i in range(4)]
+    alone = [torch.cat(parts) for parts in zip(*(vectors(model, [s]) for s in sequences), strict=True)]
+    for per_row in (1, 2, 4):
+        for found, expected in zip(vectors(model, sequences, per_row), alone, strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert float((alone[0][0] - alone[0][1]).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("fusion", ["dual tower", "prefix"])
+@torch.no_grad()
+def test_words_are_read_at_the_last_from_the_bases_own_states(bases, fusion):
+    """Looked up or walked through the layers, and by the base alone."""
+    model = make(bases["llama"], fusion)
+    sequences = [pair(i) for i in range(3)]
+    found, _ = vectors(model, sequences)
+    with model.using(model.reference_engine()):
+        torch.testing.assert_close(vectors(model, sequences)[0], found, rtol=0, atol=1e-5)
+    for sequence, vector in zip(sequences, found, strict=True):
+        states = model.backbone.decoder(input_ids=torch.tensor([sequence.segments[0].ids])).last_hidden_state
+        expected = torch.nn.functional.normalize(model.extra[0].words(states[0, -1]), dim=-1)
+        torch.testing.assert_close(vector, expected, rtol=0, atol=1e-5)
+    assert len(model.engine.final_states) == 3
+
+
+def test_a_picture_without_words_is_refused(bases):
+    with pytest.raises(
+        XFusionError, match="a picture of the batch has no words: set the templates' caption_dropout to 0"
+    ):
+        value(make(bases["llama"]), [pair(0), Sequence(segments=(picture((2, 2), 1),))])
+
+
+@torch.no_grad()
+def test_embed_takes_texts_and_pictures_in_any_order(bases):
+    model = make(bases["llama"])
+    assert model.capabilities == {"text", "embed"}
+    shown = [Noise().picture(i, 40) for i in range(2)]
+    items = ["a red apple", shown[0], "tree", shown[1], "a red apple"]
+    found = model.embed(items)
+    assert found.shape == (5, 16) and torch.equal(found[0], found[4])
+    torch.testing.assert_close(torch.cat([model.embed([i]) for i in items]), found, rtol=0, atol=1e-5)
+    text = opened(model.backbone.begin_ids, words_of(model, "tree"))
+    tokens = model.image.encode([shown[0]], SIDE)[0]
+    item = model.image.segment(tokens, (4, 4), state="noised")
+    u, v = vectors(model, [Sequence(segments=(*text, item))])
+    torch.testing.assert_close(found[2:3], u, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[1:2], v, rtol=0, atol=1e-5)
+    with pytest.raises(XFusionError, match=r"embed takes a list of texts and pictures: write \[item\]"):
+        model.embed("tree")
+    with pytest.raises(XFusionError, match="this model cannot embed, only caption, draw, text: train one with a"):
+        Model(model_config(bases["llama"]), bases["llama"]).embed(["tree"])
+
+
+def words_of(model, text):
+    from xfusion.data.sequence import Text
+
+    return (Text(ids=model.backbone.encode(text)),)
+
+
+def test_a_mixture_numbers_the_groups_of_its_source(bases):
+    class Twins(Noise):
+        def __init__(self):
+            super().__init__()
+            self.examples = tuple(
+                Example(id=e.id, captions=e.captions, group="twin" if i < 2 else e.group, origin=e.origin)
+                for i, e in enumerate(self.examples)
+            )
+
+    model = make(bases["llama"])
+    base, config = model.backbone, MixtureConfig(draw=6, caption=0, templates=TEMPLATES)
+    mixture = Mixture(Twins(), model.image, SIDE, base.encode, base.begin_ids, base.end_ids[0], config, 0)
+    (batch,) = mixture.batches(0)
+    assert same(batch, batch.media["image"]).sum() == 2
+    assert mixture.drawn(0).group == mixture.drawn(1).group != mixture.drawn(2).group == mixture.shown(2).group
+
+
+def test_twenty_steps_of_the_real_loop_text_bit_equal_and_a_pack(bases, tmp_path):
+    base, losses = bases["llama"], []
+    before, ids = base.compute_fingerprint(), torch.randint(3, 300, (2, 11))
+    mixture = MixtureConfig(draw=6, caption=0, templates=TEMPLATES)
+    stage = Stage(steps=20, warmup=2, rate=2e-3, schedule="constant", ema=0, mixture=mixture)
+    trained = train(
+        Recipe(model=make(base).config, data="noise", stages=(stage,)),
+        out=tmp_path / "run",
+        source=Noise(),
+        backbone=base,
+        compile=False,
+        dtype=torch.float32,
+        listener=lambda e: losses.append(e["losses"]) if e["event"] == "step" else None,
+    )
+    assert set(losses[0]) == {"contrastive"} and losses[-1]["contrastive"] < 0.2 * losses[0]["contrastive"]
+    assert base.compute_fingerprint() == before
+    with torch.no_grad():
+        assert torch.equal(trained.text_logits(ids, stack="fused"), base.model(ids).logits)
+    loaded = xfusion.load(tmp_path / "run" / "pack", backbone=base)
+    items = [Noise().picture(0, SIDE), Noise().examples[0].captions[0], Noise().examples[1].captions[0]]
+    found = trained.eval().embed(items)
+    assert torch.equal(loaded.embed(items), found)
+    assert float(found[0] @ found[1]) > float(found[0] @ found[2])
