@@ -59,6 +59,26 @@ def test_a_recipe_trains_reads_and_comes_back_from_its_pack(name, bases, encoder
         assert torch.equal(model.text_logits(ids, stack="fused"), base.model(ids).logits)
 
 
+def test_clip_trains_embeds_and_comes_back_from_its_pack(bases, encoder, tmp_path):
+    base, losses = bases["llama"], []
+    recipe = find("clip(stride=2, mlp=40, batch=4, pooled=4)")(encoder=encoder, side=16)
+    recipe = replace(recipe, model=replace(recipe.model, backbone=BackboneConfig(source=base.source)))
+    model = train(
+        recipe,
+        out=tmp_path / "run",
+        source=Noise(),
+        backbone=base,
+        steps=5,
+        compile=False,
+        dtype=torch.float32,
+        listener=lambda e: losses.append(e["losses"]) if e["event"] == "step" else None,
+    )
+    assert [set(step) for step in losses] == [{"contrastive"}] * 5
+    assert model.capabilities == {"text", "embed"} and model.teachers == {f"{encoder}@None#-2"}
+    items = [Noise().picture(0, 32), "red apple"]
+    assert torch.equal(xfusion.load(tmp_path / "run" / "pack", backbone=base).embed(items), model.eval().embed(items))
+
+
 @pytest.mark.parametrize("name", ["blip2", "qwen_vl"])
 def test_a_recipe_with_queries_has_as_many_tokens(name, encoder):
     recipe = find(name)(encoder=encoder, side=16, **RECIPES[name])
