@@ -419,3 +419,11 @@ def test_twenty_steps_of_the_real_loop_text_bit_equal_and_a_pack(bases, name, tm
     pictures = [Noise().picture(i, SIDE) for i in range(3)]
     assert loaded.caption(pictures, max_tokens=4) == trained.caption(pictures, max_tokens=4)
     assert len(trained.fusion.state_layers) == LAYERS
+
+
+@pytest.mark.parametrize("name", CONNECTORS)
+def test_a_connector_runs_without_values_for_what_it_would_cost(bases, name):
+    port = make(bases["llama"], name).port
+    media = pack([[Sequence(segments=(words(3, 1), picture((4, 4), 2)))]]).media["image"]
+    found = port.to("meta")(replace(media.to("meta"), rows=media.rows.to("meta")))
+    assert found.is_meta and found.shape == port.to("meta")(media.to("meta")).shape == (1, 17, 64)

@@ -73,15 +73,16 @@ class Gathered:
 
 def gathered(connector: Connector, media: MediaRows) -> Gathered:
     """The rows of a batch by item, for connectors that look at a whole item at once."""
-    inside, order, count = media.item >= 0, media.rows.order, len(media.noised)
-    first = torch.full((count,), torch.iinfo(torch.int64).max, device=order.device)
-    first = first.scatter_reduce(0, media.item[inside], order[inside], "amin")
-    place = torch.where(inside, order - first[media.item.clamp(min=0)], 0)
-    shape = (count, int(place.max()) + 1 if place.numel() else 0)
-    tokens = media.tokens.new_zeros(*shape, media.tokens.shape[-1])
-    there = torch.zeros(shape, dtype=torch.bool, device=order.device)
-    at = (media.item[inside], place[inside])
-    tokens, there = tokens.index_put(at, media.tokens[inside]), there.index_put(at, torch.ones_like(at[0]).bool())
+    order, count = media.rows.order, len(media.noised)
+    item = torch.where(media.item >= 0, media.item, count)  # what belongs to none is put behind all others, and dropped
+    first = torch.full((count + 1,), torch.iinfo(torch.int64).max, device=order.device)
+    first = first.scatter_reduce(0, item.flatten(), order.flatten(), "amin")
+    place = torch.where(media.item >= 0, order - first[item], 0)
+    # Tensors without values do not say how many rows the largest item has: at most all but its [BOI].
+    rows = order.shape[1] - 1 if place.is_meta else int(place.max()) + 1 if place.numel() else 0
+    tokens = media.tokens.new_zeros(count + 1, rows, media.tokens.shape[-1]).index_put((item, place), media.tokens)[:-1]
+    there = torch.zeros(count + 1, rows, dtype=torch.bool, device=order.device)
+    there = there.index_put((item, place), media.item >= 0)[:-1]
     cells = connector.config.cells
     return Gathered(connector.split(tokens).flatten(1, 2), there.repeat_interleave(cells, dim=1), place)
 
@@ -92,7 +93,7 @@ def spread(states: Tensor, found: Gathered, media: MediaRows) -> Tensor:
     Raises:
         XFusionError: an item has more rows than there are states.
     """
-    rows = int(found.place.max()) + 1 if found.place.numel() else 0
+    rows = int(found.place.max()) + 1 if found.place.numel() and not found.place.is_meta else 0
     if rows > states.shape[1]:
         raise XFusionError(
             f"connector: an item has {rows} rows, but the connector makes {states.shape[1]} states: choose patch_width"
