@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -129,6 +130,8 @@ class Backbone:
         self.decoder = model.base_model
         self.layers_key, self.layers = self._find_layers()
         self._fingerprint: str | None = None
+        # A tokenizer keeps the settings of a call until the next one, so two threads would read with each other's.
+        self._tokenizing = threading.Lock()
 
     @classmethod
     def load(
@@ -323,15 +326,31 @@ class Backbone:
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a text; special tokens written in it stay plain text."""
-        return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        with self._tokenizing:
+            return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
-    def chat(self, words: str) -> tuple[int, ...]:
-        """Token ids of one question in the tokenizer's own chat template; a plain wording where it has none."""
+    def chat(self, messages: str | list[dict[str, str]]) -> tuple[int, ...]:
+        """Token ids of a conversation in the tokenizer's own chat template; a plain wording where it has none.
+
+        Args:
+            messages: ``{"role": ..., "content": ...}`` with the oldest first, or the words of one question.
+
+        Raises:
+            XFusionError: the template refuses these roles.
+        """
+        from jinja2 import TemplateError
+
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
         if not self.tokenizer.chat_template:
-            return self.encode(f"User: {words}\nAssistant:")
-        messages = [{"role": "user", "content": words}]
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            lines = [f"{message['role'].capitalize()}: {message['content']}" for message in messages]
+            return self.encode("\n".join([*lines, "Assistant:"]))
+        try:
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except TemplateError as error:
+            raise XFusionError(f"{self.source}: the chat template refuses this conversation: {error}") from error
+        with self._tokenizing:
+            return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, without special tokens."""

@@ -24,6 +24,8 @@ from xfusion.objectives.solvers import Solver
 
 Progress = Callable[[int, int, Tensor | None], None]
 """Called with steps done, steps in all, and the current clean estimate ``[N, M, P]`` while drawing."""
+Listener = Callable[[int, int], bool]
+"""Called with the number of a list and each token of its answer as it is chosen; False ends that answer."""
 
 MAX_PROMPT_TOKENS = 2048
 BATCH = 64
@@ -31,11 +33,13 @@ BATCH = 64
 LENGTH_GROUPS = 4
 """Groups of like length that candidate answers are scored in."""
 
-Segment = str | PILImage.Image | Image | Audio
+Segment = str | Text | PILImage.Image | Image | Audio
+Message = dict[str, Any]
+"""A turn of a conversation: ``role``, and ``content``, words or a list of words and pictures."""
 
 
-def _encode_prompt(model: Model, text: str) -> tuple[int, ...]:
-    ids = model.backbone.encode(text)
+def _encode_prompt(model: Model, text: str | Text) -> tuple[int, ...]:
+    ids = text.ids if isinstance(text, Text) else model.backbone.encode(text)
     limit = min(MAX_PROMPT_TOKENS, getattr(model.backbone.config, "max_position_embeddings", MAX_PROMPT_TOKENS))
     if len(ids) > limit:
         raise XFusionError(f"the prompt has {len(ids)} tokens, more than the {limit} that are allowed: shorten it")
@@ -268,28 +272,45 @@ def inpaint(
     Raises:
         XFusionError: picture and mask differ in size.
     """
-    if picture.size != mask.size:
-        raise XFusionError(f"the picture has {picture.size} pixels, the mask {mask.size}: give both the same size")
+    return inpaint_batch(
+        model, [(picture, mask, prompt)], seeds=[seed], steps=steps, guidance=guidance, progress=progress
+    )[0]
+
+
+def inpaint_batch(
+    model: Model,
+    items: Seq[tuple[PILImage.Image, PILImage.Image, str]],
+    *,
+    seeds: Seq[int],
+    steps: int = 25,
+    guidance: float | None = None,
+    progress: Progress | None = None,
+) -> list[PILImage.Image]:
+    """`inpaint` for many: a picture, a mask and a prompt each, with a seed each."""
+    for picture, mask, _ in items:
+        if picture.size != mask.size:
+            raise XFusionError(f"the picture has {picture.size} pixels, the mask {mask.size}: give both the same size")
     size = model.image.sizes[0]
-    known = model.image.encode([picture], size)
-    white = model.image.from_pil([mask.convert("RGB")], size).amax(dim=1)[0] > 0  # [size, size]
+    known = model.image.encode([picture for picture, _, _ in items], size)
+    masks = model.image.from_pil([mask.convert("RGB") for _, mask, _ in items], size)
+    white = masks.amax(dim=1) > 0  # [N, size, size]
     rows, columns = model.image.grid(size)
-    redrawn = white.view(rows, size // rows, columns, size // columns).any(dim=3).any(dim=1).reshape(1, -1)
+    redrawn = white.view(-1, rows, size // rows, columns, size // columns).any(dim=4).any(dim=2).flatten(1)
     tokens = draw_tokens(
         model,
-        [_text_segment(model, prompt)],
+        [_text_segment(model, prompt) for _, _, prompt in items],
         size,
-        seeds=[seed],
+        seeds=seeds,
         steps=steps,
         guidance=guidance,
         known=known,
         keep=~redrawn,
         progress=progress,
     )
-    return _pictures(model, tokens, size, size)[0]
+    return _pictures(model, tokens, size, size)
 
 
-def _text_segment(model: Model, text: str) -> tuple[Text, ...]:
+def _text_segment(model: Model, text: str | Text) -> tuple[Text, ...]:
     ids = _encode_prompt(model, text)
     return (Text(ids=ids),) if ids else ()
 
@@ -320,6 +341,7 @@ def answer_tokens(
     temperature: float,
     top_p: float,
     seeds: Seq[int],
+    listen: Listener | None = None,
 ) -> list[list[int]]:
     """Continue contexts that hold media with text, with keys and values kept per tower."""
     # An empty text behind the media makes [EOI] appear: the first word is read from it.
@@ -344,6 +366,8 @@ def answer_tokens(
                 open_rows.discard(i)
             else:
                 answers[i].append(int(token[i]))
+                if listen and not listen(i, int(token[i])):
+                    open_rows.discard(i)
         if not open_rows or done == max_tokens - 1:
             break
         order, position = order + 1, position + 1
@@ -530,6 +554,7 @@ def generate(
     items: Seq[Segment] | Seq[Seq[Segment]],
     *,
     seed: int = 0,
+    seeds: Seq[int] | None = None,
     steps: int = 25,
     guidance: float | None = None,
     solver: Solver | None = None,
@@ -537,6 +562,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     progress: Progress | None = None,
+    listen: Listener | None = None,
 ) -> list[Any]:
     """Continue a list of segments, or a batch of such lists.
 
@@ -545,8 +571,9 @@ def generate(
 
     Args:
         model: a model.
-        items: ``[str | PIL.Image | Image, ...]`` or a list of such lists.
+        items: ``[str | PIL.Image | Image, ...]`` or a list of such lists; `Text` stands for words that are token ids.
         seed: list i uses ``seed + i``.
+        seeds: one seed per list instead.
         steps: steps from noise to picture.
         guidance: classifier-free guidance scale; None takes the model's own.
         solver: takes the steps (`xfusion.objectives.solvers`); None takes the model's own.
@@ -554,6 +581,7 @@ def generate(
         temperature: 0 is greedy.
         top_p: nucleus sampling.
         progress: told while drawing.
+        listen: told every token of an answer in words as it is chosen.
 
     Returns:
         the generated segments (``str`` or ``PIL.Image``) of the list, or a list of such lists for a batch.
@@ -562,23 +590,14 @@ def generate(
         raise XFusionError(
             "generate takes a list of segments such as ['a red apple', xfusion.Image()], or a list of lists"
         )
-    if not isinstance(items[0], (list, tuple)):
-        return _generate_batch(
-            model,
-            [cast("Seq[Segment]", items)],
-            [seed],
-            steps,
-            guidance,
-            solver,
-            max_tokens,
-            temperature,
-            top_p,
-            progress,
-        )[0]
-    lists = [cast("Seq[Segment]", item) for item in items]
+    single = not isinstance(items[0], (list, tuple))
+    lists = [cast("Seq[Segment]", item) for item in ([items] if single else items)]
+    chosen = list(seeds) if seeds is not None else [seed + i for i in range(len(lists))]
+    if len(chosen) != len(lists):
+        raise XFusionError(f"{len(chosen)} seeds for {len(lists)} lists: give one each")
     kinds: dict[tuple[Any, ...], list[int]] = {}
     for i, item in enumerate(lists):
-        kinds.setdefault(tuple(_kind(model, s) for s in item), []).append(i)
+        kinds.setdefault(kinds_of(model, item), []).append(i)
     out: list[Any] = [None] * len(lists)
     for members in kinds.values():  # lists of the same kinds of segments go through together
         for start in range(0, len(members), BATCH):
@@ -586,22 +605,37 @@ def generate(
             answers = _generate_batch(
                 model,
                 [lists[i] for i in part],
-                [seed + i for i in part],
-                steps,
-                guidance,
-                solver,
-                max_tokens,
-                temperature,
-                top_p,
-                progress,
+                [chosen[i] for i in part],
+                steps=steps,
+                guidance=guidance,
+                solver=solver,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                progress=progress,
+                listen=_for_part(listen, part),
             )
             for i, answer in zip(part, answers, strict=True):
                 out[i] = answer
-    return out
+    return out[0] if single else out
+
+
+def _for_part(listen: Listener | None, part: Seq[int]) -> Listener | None:
+    """A listener that is told the numbers of a part of the lists."""
+    return None if listen is None else lambda row, token: listen(part[row], token)
+
+
+def kinds_of(model: Model, items: Seq[Segment]) -> tuple[Any, ...]:
+    """The kinds of a list's segments: lists of equal kinds go through `generate` in one batch.
+
+    Raises:
+        XFusionError: something that is no segment, or a picture of a size out of reach.
+    """
+    return tuple(_kind(model, segment) for segment in items)
 
 
 def _kind(model: Model, segment: Segment) -> Any:
-    if isinstance(segment, str):
+    if isinstance(segment, (str, Text)):
         return "text"
     if isinstance(segment, PILImage.Image):
         return "picture"
@@ -616,6 +650,7 @@ def _generate_batch(
     model: Model,
     lists: Seq[Seq[Segment]],
     seeds: Seq[int],
+    *,
     steps: int,
     guidance: float | None,
     solver: Solver | None,
@@ -623,13 +658,14 @@ def _generate_batch(
     temperature: float,
     top_p: float,
     progress: Progress | None,
+    listen: Listener | None,
 ) -> list[list[Any]]:
     contexts: list[tuple[Text | Media, ...]] = [() for _ in lists]
     out: list[list[Any]] = [[] for _ in lists]
     kinds = [_kind(model, s) for s in lists[0]]
     for place, kind in enumerate(kinds):
         if kind == "text":
-            new = [_text_segment(model, cast(str, item[place])) for item in lists]
+            new = [_text_segment(model, cast("str | Text", item[place])) for item in lists]
             contexts = [(*context, *segment) for context, segment in zip(contexts, new, strict=True)]
         elif kind == "picture":
             pictures = _media_segment(model, [cast("PILImage.Image", item[place]) for item in lists])
@@ -652,20 +688,61 @@ def _generate_batch(
     if any(isinstance(segment, Media) for segment in contexts[0]):
         if kinds[-1] == "text":  # a question behind a picture ends as it did in training
             newline = Text(ids=model.backbone.encode("\n"))
-            contexts = [(*context, newline) for context in contexts]
-        ids = answer_tokens(model, contexts, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seeds=seeds)
+            contexts = [
+                (*context, newline) if item[-1] else context for item, context in zip(lists, contexts, strict=True)
+            ]
+        ids = answer_tokens(
+            model,
+            contexts,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seeds=seeds,
+            listen=listen,
+        )
     else:
         ids = [
-            _base_generate(model, context, max_tokens, temperature, top_p, s)
-            for context, s in zip(contexts, seeds, strict=True)
+            _base_generate(model, context, max_tokens, temperature, top_p, s, _for_part(listen, [i]))
+            for i, (context, s) in enumerate(zip(contexts, seeds, strict=True))
         ]
     for answer, tokens in zip(out, ids, strict=True):
         answer.append(model.backbone.decode(tokens))
     return out
 
 
+class _Ended(Exception):
+    """A listener wants no more words."""
+
+
+@dataclass
+class _Streamer:
+    """What the base's own ``generate`` tells a listener by: it puts the prompt first, then token after token."""
+
+    listen: Listener
+    ends: set[int]
+    answer: list[int] | None = None
+
+    def put(self, ids: Tensor) -> None:
+        if self.answer is None:
+            self.answer = []
+            return
+        for token in ids.flatten().tolist():
+            self.answer.append(token)
+            if token not in self.ends and not self.listen(0, token):
+                raise _Ended
+
+    def end(self) -> None:
+        """Nothing is held back that would have to be told now."""
+
+
 def _base_generate(
-    model: Model, context: tuple[Text | Media, ...], max_tokens: int, temperature: float, top_p: float, seed: int
+    model: Model,
+    context: tuple[Text | Media, ...],
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    listen: Listener | None = None,
 ) -> list[int]:
     ids = [i for segment in context if isinstance(segment, Text) for i in segment.ids]
     if not ids:
@@ -674,16 +751,81 @@ def _base_generate(
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    streamer = None if listen is None else _Streamer(listen, set(model.backbone.end_ids))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        whole = model.text_model().generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=max_tokens,
-            pad_token_id=model.backbone.end_ids[0],
-            **sampling,
-        )
+        try:
+            whole = model.text_model().generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=max_tokens,
+                pad_token_id=model.backbone.end_ids[0],
+                streamer=streamer,
+                **sampling,
+            )
+        except _Ended:
+            assert streamer is not None
+            return streamer.answer or []
     return whole[0, len(ids) :].tolist()
 
 
-__all__ = ["caption", "draw", "embed", "generate", "inpaint", "score_names"]
+# ------------------------------------------------------------------------------------------------------ conversations
+
+
+def conversation(model: Model, messages: Seq[Message]) -> list[Segment]:
+    """A conversation as a list of segments, to be continued by `generate`.
+
+    Words alone stand in the base's own chat template, and the base answers them as it answers everyone. With a picture
+    among them, or one to draw (`Image`), the turns stand in reading order, a line each and without roles: that is how a
+    picture and a question stood in training, and no template knows pictures.
+
+    Args:
+        model: a model.
+        messages: ``{"role": ..., "content": words or a list of segments}``, the oldest first.
+
+    Raises:
+        XFusionError: the base's template refuses these roles.
+    """
+    turns = [[m["content"]] if isinstance(m["content"], str) else list(m["content"]) for m in messages]
+    if all(isinstance(segment, str) for turn in turns for segment in turn):
+        words = [
+            {"role": message["role"], "content": "".join(turn)} for message, turn in zip(messages, turns, strict=True)
+        ]
+        return [Text(ids=model.backbone.chat(words))]
+    out: list[Segment] = []
+    for number, turn in enumerate(turns):
+        for segment in ["\n", *turn] if number else turn:
+            if isinstance(segment, str) and out and isinstance(out[-1], str):
+                out[-1] += segment
+            else:
+                out.append(segment)
+    return out
+
+
+def prompt_length(model: Model, items: Seq[Segment]) -> int:
+    """Tokens of a list of segments: of its words, and of its pictures, given ones and those to draw.
+
+    Raises:
+        XFusionError: some words are too long, or a picture's size is out of reach.
+    """
+    total = 0
+    for segment, kind in zip(items, kinds_of(model, items), strict=True):
+        if kind == "text":
+            total += len(_encode_prompt(model, cast("str | Text", segment)))
+        else:
+            rows, columns = model.image.grid(kind[1] if isinstance(kind, tuple) else model.image.sizes[0])
+            total += rows * columns
+    return total
+
+
+__all__ = [
+    "caption",
+    "conversation",
+    "draw",
+    "embed",
+    "generate",
+    "inpaint",
+    "inpaint_batch",
+    "prompt_length",
+    "score_names",
+]

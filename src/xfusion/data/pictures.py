@@ -75,7 +75,7 @@ def bytes_problem(content: bytes, *, decode: bool) -> str | None:
     return _header_problem(io.BytesIO(content)) or (decode_problem(io.BytesIO(content)) if decode else None)
 
 
-def _header_problem(file: Path | io.BytesIO) -> str | None:
+def _header_problem(file: Path | io.BytesIO, most_pixels: int = MAX_PIXELS) -> str | None:
     from PIL import Image
 
     try:
@@ -86,11 +86,11 @@ def _header_problem(file: Path | io.BytesIO) -> str | None:
     except Image.UnidentifiedImageError:
         return f"is not a picture: {_content(file)}; save it as {READABLE}"
     except Image.DecompressionBombError:
-        return f"has more than {MAX_PIXELS // 1_000_000} million pixels: make it smaller"
+        return f"has more than {most_pixels / 1_000_000:g} million pixels: make it smaller"
     except Exception as error:  # a broken header may fail in any way: Pillow's plug-ins raise what they please
         return f"cannot be opened ({_one_line(error)})"
-    if width * height > MAX_PIXELS:
-        return f"has {width} x {height} pixels, more than {MAX_PIXELS // 1_000_000} million: make it smaller"
+    if width * height > most_pixels:
+        return f"has {width} x {height} pixels, more than {most_pixels / 1_000_000:g} million: make it smaller"
     if max(width, height) > MAX_SIDE:
         return f"has {width} x {height} pixels, a side longer than {MAX_SIDE:,}: make it smaller"
     return None
@@ -129,23 +129,47 @@ def read(place: Place, origin: str | None = None) -> Image:
     raise XFusionError(f"{origin}: {place.name} {problem}" if origin else f"{place}: {problem}")
 
 
+def decode(data: bytes, origin: str, *, most_pixels: int = MAX_PIXELS) -> Image:
+    """The picture that a file's bytes hold: first frame, EXIF rotation applied, in the mode of the file.
+
+    Args:
+        data: the file.
+        origin: what to call it in messages.
+        most_pixels: a larger one is refused from its header, undecoded.
+
+    Raises:
+        XFusionError: broken, too large or no picture.
+    """
+    problem = _header_problem(io.BytesIO(data), most_pixels) if data else "is empty (0 bytes)"
+    if problem is None:
+        try:
+            return _upright(io.BytesIO(data))
+        except Exception as error:  # as above
+            problem = _decoding_failed(error)
+    raise XFusionError(f"{origin} {problem}")
+
+
 def _decode(file: Path | io.BytesIO) -> Image:
+    return on_white(_upright(file))
+
+
+def _upright(file: Path | io.BytesIO) -> Image:
     from PIL import Image
 
     with Image.open(file, formats=FORMATS) as image:
         if image.format in ("JPEG", "MPO") and (scans := _num_scans(file)) > MAX_SCANS:
             raise ValueError(f"{scans} scans, at most {MAX_SCANS} are legal")
         if image.width * image.height <= LARGE:
-            return _upright(image)
+            return _loaded(image)
         with _one_large:
-            return _upright(image)
+            return _loaded(image)
 
 
-def _upright(image: Image) -> Image:
+def _loaded(image: Image) -> Image:
     from PIL import ImageOps
 
     image.load()
-    return on_white(ImageOps.exif_transpose(image))
+    return ImageOps.exif_transpose(image)
 
 
 def _num_scans(file: Path | io.BytesIO) -> int:
