@@ -23,6 +23,7 @@ from rich.console import Console
 
 from xfusion.apps.commands.base import Answer, UsageError, Verb
 from xfusion.apps.commands.bench import Bench
+from xfusion.apps.commands.chat import Chat
 from xfusion.apps.commands.compare import Compare
 from xfusion.apps.commands.data import DataCheck, DataEncode
 from xfusion.apps.commands.demo import Demo
@@ -30,6 +31,7 @@ from xfusion.apps.commands.doctor import Doctor
 from xfusion.apps.commands.pictures import Caption, Generate
 from xfusion.apps.commands.proof import Evaluate, Verify
 from xfusion.apps.commands.search import Index, Search
+from xfusion.apps.commands.serve import Serve
 from xfusion.apps.commands.show import List, Show
 from xfusion.apps.commands.training import Train
 
@@ -40,6 +42,8 @@ VERBS: dict[str, type[Verb]] = {
     "caption": Caption,
     "index": Index,
     "search": Search,
+    "chat": Chat,
+    "serve": Serve,
     "verify": Verify,
     "show": Show,
     "list": List,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +62,39 @@ def load_model(name: str, *, device: str = "auto", trust: bool = False) -> Model
     from xfusion import checkpoint
 
     return checkpoint.load(pack_folder(name), device=choose_device(device), trust=trust)
+
+
+def load_models(names: Sequence[str], *, device: str = "auto", trust: bool = False) -> dict[str, Model]:
+    """Packs by the names that people know them by; those of one base share it, loaded once.
+
+    Raises:
+        UsageError: two packs have the same name.
+    """
+    from xfusion import checkpoint
+    from xfusion.backbone import Backbone
+
+    models: dict[str, Model] = {}
+    bases: dict[str, Backbone] = {}
+    for name in names:
+        folder = pack_folder(name)
+        known = short_name(name)
+        if known in models:
+            raise UsageError(f"two packs are called {known!r}: rename the folder of one")
+        base = checkpoint.read_config(checkpoint.find(folder))["base"]["fingerprint"]
+        models[known] = model = checkpoint.load(
+            folder, backbone=bases.get(base), device=choose_device(device), trust=trust
+        )
+        bases.setdefault(base, model.backbone)
+    return models
+
+
+def short_name(name: str) -> str:
+    """What a pack is called: a folder's own name, the run's where the folder is a run's pack, else the name itself."""
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        return name
+    path = path.resolve()
+    return path.parent.name if path.name == "pack" else path.name
 
 
 def pack_folder(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,7 @@ from xfusion.apps.commands.base import Answer, UsageError, Verb, choose_device, 
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from PIL.PngImagePlugin import PngInfo
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 """What pictures are written as; only PNG carries the prompt and the settings."""
@@ -128,7 +130,7 @@ class _Target:
         """Read ``-o``, and refuse before anything is computed what cannot be written after it."""
         name = file_name(prompt)
         if out is None:
-            return cls(_unused(Path(f"{name}.png")), False, name)
+            return cls(unused(Path(f"{name}.png")), False, name)
         path = Path(out).expanduser()
         is_folder = path.is_dir() or out.endswith("/") or not path.suffix
         if not is_folder and path.suffix.lower() not in FORMATS:
@@ -156,7 +158,7 @@ def file_name(prompt: str) -> str:
     return re.sub(r"[\W_]+", "-", prompt.lower())[:40].strip("-") or "picture"
 
 
-def _unused(path: Path) -> Path:
+def unused(path: Path) -> Path:
     """The path itself, or with a number, so that a default name never overwrites anything."""
     number, free = 2, path
     while free.exists():
@@ -179,15 +181,21 @@ def grid(pictures: list[Image]) -> Image:
 
 def save(picture: Image, path: Path, facts: dict[str, Any]) -> Path:
     """Write a picture in the format of its name; a PNG gets the facts as text."""
-    from PIL.PngImagePlugin import PngInfo
-
     kind = FORMATS[path.suffix.lower()]
     options: dict[str, Any] = {"quality": 95} if kind in ("JPEG", "WEBP") else {}
     if kind == "PNG":
-        options["pnginfo"] = info = PngInfo()
-        for key, value in facts.items():
-            info.add_text(key, str(value).replace("\0", ""))
+        options["pnginfo"] = png_facts(facts)
     return written(path, lambda temporary: picture.save(temporary, format=kind, **options))
+
+
+def png_facts(facts: Mapping[str, Any]) -> PngInfo:
+    """Facts as a PNG carries them."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for key, value in facts.items():
+        info.add_text(key, str(value).replace("\0", ""))
+    return info
 
 
 @dataclass(frozen=True, kw_only=True)

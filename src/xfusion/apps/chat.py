@@ -1,0 +1,225 @@
+"""A conversation in the terminal: words as they come, pictures in and out, commands that begin with a slash."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text as Line
+
+from xfusion.apps.commands.base import UsageError, written
+from xfusion.apps.commands.pictures import FORMATS, file_name, save, unused
+from xfusion.data import pictures
+from xfusion.data.sequence import Image, XFusionError
+from xfusion.generation import conversation
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+    from xfusion.model import Model
+
+HELP = """\
+/image PATH   show it a picture; what you say next is about it
+/draw WORDS   draw a picture of these words
+/save FILE    the last picture (.png, .jpg, .webp), or the whole conversation (.json)
+/new          forget the conversation
+/help         this
+/quit         leave (so does Ctrl-D; Ctrl-C ends an answer)
+Anything else is said to the model."""
+WIDEST = 64
+"""Columns that a picture takes at most."""
+
+
+@dataclass(kw_only=True)
+class Chat:
+    """A conversation and its commands."""
+
+    model: Model
+    console: Console
+    seed: int = 0
+    """Seed of the first answer; the next one has the next."""
+    steps: int = 25
+    guidance: float | None = None
+    max_tokens: int = 256
+    temperature: float = 0.0
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    """What was said and shown, as `xfusion.generation.conversation` takes it."""
+    answers: int = 0
+    last: tuple[Picture, dict[str, Any]] | None = None
+    """The last picture, and what a PNG of it remembers."""
+
+    def run(self, lines: Iterator[str]) -> None:
+        """Answer lines until they end or one of them says so."""
+        for line in lines:
+            if not line.strip():
+                continue
+            if line.strip() == "/quit":
+                return
+            try:
+                self.answer(line.strip())
+            except (UsageError, XFusionError, OSError) as error:
+                self.console.print(f"{' '.join(str(error).split())}", style="red", markup=False, highlight=False)
+            except KeyboardInterrupt:
+                self.console.print("(stopped)")
+
+    def answer(self, line: str) -> None:
+        """Do what one line says."""
+        if not line.startswith("/"):
+            self._say(line)
+            return
+        verb, _, rest = line.partition(" ")
+        commands: dict[str, Callable[[str], None]] = {
+            "/image": self._image,
+            "/draw": self._draw,
+            "/save": self._save,
+            "/new": self._new,
+            "/help": self._help,
+        }
+        if verb not in commands:
+            raise UsageError(f"{verb} is not a command: there are {', '.join(commands)} and /quit")
+        commands[verb](rest.strip())
+
+    # -- commands
+
+    def _say(self, words: str) -> None:
+        """The model's answer, printed while it grows."""
+        messages = self._with(words)
+        heard: list[int] = []
+        shown = ""
+
+        def listen(_: int, token: int) -> bool:
+            nonlocal shown
+            heard.append(token)
+            text = self.model.backbone.decode(heard).rstrip("\N{REPLACEMENT CHARACTER}")
+            if text.startswith(shown):
+                self._print(text[len(shown) :])
+                shown = text
+            return True
+
+        settings = {"max_tokens": self.max_tokens, "temperature": self.temperature}
+        try:
+            (answer,) = self.model.generate(
+                conversation(self.model, messages), seed=self._next_seed(), listen=listen, **settings
+            )
+        except KeyboardInterrupt:
+            answer = shown
+        self._print(answer.removeprefix(shown) + "\n")
+        self.messages = [*messages, {"role": "assistant", "content": [answer]}]
+
+    def _image(self, path: str) -> None:
+        """A picture for the next turn."""
+        if not path:
+            raise UsageError("/image PATH: name a picture file")
+        self._able("caption", "read pictures")
+        name = Path(_unquoted(path)).expanduser()
+        picture = pictures.read(name)
+        self.messages = self._with(picture)
+        self.show(picture)
+
+    def _draw(self, words: str) -> None:
+        """A picture of words; it stands in the conversation from now on."""
+        if not words:
+            raise UsageError("/draw WORDS: say what to draw")
+        self._able("draw", "draw")
+        seed = self._next_seed()
+        (picture,) = self.model.generate([words, Image()], seed=seed, steps=self.steps, guidance=self.guidance)
+        guidance = self.model.guidance if self.guidance is None else self.guidance
+        facts = {"prompt": words, "seed": seed, "steps": self.steps, "guidance": guidance}
+        self.last = (picture, facts | {"pack_fingerprint": self.model.fingerprint})
+        self.messages = [*self._with(words), {"role": "assistant", "content": [picture]}]
+        if not self.show(picture):
+            self.console.print(str(save(picture, unused(Path(f"{file_name(words)}.png")), self.last[1])), markup=False)
+
+    def _save(self, name: str) -> None:
+        """The last picture or the conversation, by the file's ending."""
+        path = Path(_unquoted(name)).expanduser()
+        if path.suffix.lower() == ".json":
+            text = json.dumps({"messages": [_as_sent(m) for m in self.messages]}, ensure_ascii=False, indent=1)
+            written(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
+        elif path.suffix.lower() not in FORMATS:
+            raise UsageError(f"/save FILE: {', '.join(FORMATS)} for the last picture, .json for the conversation")
+        elif self.last is None:
+            raise UsageError("/save: nothing was drawn yet; /draw WORDS draws")
+        else:
+            save(self.last[0], path, self.last[1])
+        self.console.print(f"saved {path}", markup=False)
+
+    def _new(self, _: str) -> None:
+        self.messages = []
+
+    def _help(self, _: str) -> None:
+        self.console.print(HELP, markup=False, highlight=False)
+
+    # -- parts
+
+    def _with(self, segment: str | Picture) -> list[dict[str, Any]]:
+        """The conversation with a segment more on the user's side."""
+        if self.messages and self.messages[-1]["role"] == "user":
+            return [*self.messages[:-1], {"role": "user", "content": [*self.messages[-1]["content"], segment]}]
+        return [*self.messages, {"role": "user", "content": [segment]}]
+
+    def _next_seed(self) -> int:
+        self.answers += 1
+        return self.seed + self.answers - 1
+
+    def _able(self, capability: str, verb: str) -> None:
+        if capability not in self.model.capabilities:
+            raise UsageError(f"this pack cannot {verb}: it can {', '.join(sorted(self.model.capabilities))}")
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+
+    def show(self, picture: Picture) -> bool:
+        """Show a picture where the terminal has colours; False where it has none."""
+        if self.console.color_system not in ("256", "truecolor"):
+            return False
+        self.console.print(half_blocks(picture, min(WIDEST, self.console.width)))
+        return True
+
+
+def half_blocks(picture: Picture, columns: int) -> Line:
+    """A picture as lines of half blocks: two pixels per character, one above the other."""
+    shown = picture.convert("RGB")
+    width = min(columns, shown.width)
+    height = max(2, round(shown.height * width / shown.width / 2) * 2)
+    shown = shown.resize((width, height))
+    out = Line()
+    for row in range(0, height, 2):
+        for column in range(width):
+            upper, lower = (shown.getpixel((column, row + k)) for k in (0, 1))
+            out.append("▀", Style(color=_colour(upper), bgcolor=_colour(lower)))
+        out.append("\n" if row + 2 < height else "")
+    return out
+
+
+def _colour(pixel: Any) -> str:
+    red, green, blue = pixel
+    return f"rgb({red},{green},{blue})"
+
+
+def _unquoted(path: str) -> str:
+    """A path as a shell would read it, since people drop files into terminals."""
+    try:
+        parts = shlex.split(path)
+    except ValueError:
+        return path
+    return parts[0] if len(parts) == 1 else path
+
+
+def _as_sent(message: dict[str, Any]) -> dict[str, Any]:
+    """A turn as `xfusion serve` takes it."""
+    from xfusion.apps.server.answers import data_url
+
+    blocks = [
+        {"type": "text", "text": segment}
+        if isinstance(segment, str)
+        else {"type": "image_url", "image_url": {"url": data_url(segment, {})}}
+        for segment in message["content"]
+    ]
+    return {"role": message["role"], "content": blocks}

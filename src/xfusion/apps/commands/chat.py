@@ -1,0 +1,89 @@
+"""`chat`: a conversation with a pack in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from xfusion.apps.commands.base import Answer, UsageError, Verb, choose_device, load_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat(Verb):
+    """Talk with a pack: words, pictures that you show, pictures that it draws.
+
+    Lines come from the terminal, or from a file or pipe. /help lists the commands: /image PATH, /draw WORDS, /save FILE.
+    Pictures are shown where the terminal has colours, and written to a file where it has none.
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PACK")]
+    """A folder, a shipped pack's name, or a hub id."""
+    seed: int = 0
+    """Seed of the first answer; the next one has the next."""
+    steps: int = 25
+    """Steps of drawing."""
+    guidance: float | None = None
+    """How strongly words are followed in drawing; None takes the pack's own."""
+    max_tokens: int = 256
+    """Longest answer in tokens."""
+    temperature: float = 0.0
+    """0 takes the likeliest word each time; more is livelier."""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
+    trust: bool = False
+    """Import packages outside xfusion that a pack names."""
+
+    def run(self, people: Console) -> Answer:
+        self._check()
+        from xfusion.apps import chat
+
+        model = load_model(self.model, device=self.device, trust=self.trust)
+        console = people if self.json else Console(highlight=False)
+        talk = chat.Chat(
+            model=model,
+            console=console,
+            seed=self.seed,
+            steps=self.steps,
+            guidance=self.guidance,
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+        )
+        people.print(f"{self.model} can {', '.join(sorted(model.capabilities))}; /help lists commands", markup=False)
+        talk.run(_lines())
+        said = [
+            {"role": m["role"], "content": [s if isinstance(s, str) else "(picture)" for s in m["content"]]}
+            for m in talk.messages
+        ]
+        return Answer(data={"messages": said, "pack_fingerprint": model.fingerprint}, text=f"{talk.answers} answers")
+
+    def _check(self) -> None:
+        if self.max_tokens < 1:
+            raise UsageError(f"--max-tokens {self.max_tokens}: at least 1")
+        if self.steps < 1:
+            raise UsageError(f"--steps {self.steps}: at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise UsageError(f"--temperature {self.temperature:g}: 0 or more")
+        if not 0 <= self.seed < 2**62:
+            raise UsageError(f"--seed {self.seed}: choose a whole number from 0 to 2^62 - 1")
+        choose_device(self.device)
+
+
+def _lines() -> Iterator[str]:
+    """What the user types, with the terminal's own line editing; or the lines of a pipe."""
+    if not sys.stdin.isatty():
+        yield from (line.rstrip("\n") for line in sys.stdin)
+        return
+    with suppress(ImportError):  # input() gets arrows and history by it, where the system has it
+        import readline  # noqa: F401
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            print()
+            return

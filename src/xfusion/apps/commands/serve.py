@@ -1,0 +1,113 @@
+"""`serve`: packs behind routes that OpenAI's clients know."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from xfusion.apps.commands.base import Answer, UsageError, Verb, choose_device, load_models
+from xfusion.apps.server.limits import Limits
+
+KEY_VARIABLE = "XFUSION_API_KEY"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve(Verb):
+    """Serve packs over HTTP, for OpenAI's clients and all that speak like them.
+
+    Packs on the same base share it. The key in the environment variable XFUSION_API_KEY, or the file of --keys, closes
+    the server to all others. Ctrl-C or SIGTERM: no new requests, open ones get --limits.grace seconds.
+    """
+
+    packs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PACK...")]
+    """Folders, shipped packs' names, or hub ids; the first answers requests that name no model."""
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 is every network that this machine is in."""
+    port: int = 8000
+    """Port to listen at; 0 takes a free one."""
+    keys: Path | None = None
+    """File with an API key per line."""
+    picture_hosts: Annotated[tuple[str, ...], tyro.conf.arg(metavar="HOST...")] = ()
+    """Hosts whose pictures may be named by address; without one, pictures come as data URLs alone."""
+    limits: Limits = field(default_factory=Limits)
+    """What a request may ask for."""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
+    trust: bool = False
+    """Import packages outside xfusion that a pack names."""
+
+    def run(self, people: Console) -> Answer:
+        self._check()
+        keys = self._keys()
+        try:
+            import uvicorn
+
+            from xfusion.apps.server import app
+        except ImportError as error:
+            raise UsageError(f"serve needs the package {error.name}: pip install 'xfusion[serve]'") from error
+
+        # Listening comes first: a port that is taken is known before anything is loaded, and early clients wait.
+        listener = self._listen()
+        with listener:
+            models = load_models(self.packs, device=self.device, trust=self.trust)
+            where = f"http://{self._host_text()}:{listener.getsockname()[1]}"
+            for name, model in models.items():
+                people.print(
+                    f"{name}: {', '.join(sorted(model.capabilities))}, on {model.backbone.source}", markup=False
+                )
+            people.print(
+                f"serving at {where}/v1 ({'with API keys' if keys else 'open to all who reach it'})", markup=False
+            )
+            config = uvicorn.Config(
+                app.create(models, self.limits, keys=keys, hosts=frozenset(self.picture_hosts)),
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=self.limits.grace,
+            )
+            began = time.perf_counter()
+            # Having stopped, uvicorn raises the signal once more for whoever had set a handler: for us it was answered.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda *_: None)
+            uvicorn.Server(config).run(sockets=[listener])
+        minutes = (time.perf_counter() - began) / 60
+        return Answer(data={"address": where, "models": list(models)}, text=f"served for {minutes:.1f} minutes")
+
+    def _check(self) -> None:
+        if not self.packs:
+            raise UsageError("name at least one pack to serve, such as emoji")
+        if not 0 <= self.port < 65536:
+            raise UsageError(f"--port {self.port}: choose 0 to 65535")
+        for name, value in vars(self.limits).items():
+            if value < 1:
+                raise UsageError(f"--limits.{name} {value:g}: at least 1")
+        choose_device(self.device)
+
+    def _keys(self) -> frozenset[str]:
+        found = [os.environ.get(KEY_VARIABLE, "")]
+        if self.keys is not None:
+            found += self.keys.read_text(encoding="utf-8").splitlines()
+            if not any(key.strip() for key in found[1:]):
+                raise UsageError(f"--keys {self.keys}: the file holds no key")
+        return frozenset(key.strip() for key in found if key.strip())
+
+    def _listen(self) -> socket.socket:
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        try:
+            return socket.create_server((self.host, self.port), family=family, backlog=1024)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise UsageError(
+                f"cannot listen at {self.host} port {self.port}: {reason}; --port names another"
+            ) from error
+
+    def _host_text(self) -> str:
+        return f"[{self.host}]" if ":" in self.host else self.host

@@ -1,0 +1,1 @@
+"""The server: packs behind routes that OpenAI's clients know."""

@@ -1,0 +1,583 @@
+"""The routes: OpenAI's, `/health` and `/metrics`, over `generate` and `inpaint_batch`."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+import anyio
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from xfusion.apps.server import requests
+from xfusion.apps.server.answers import Refused, base64_png, data_url, now, usage
+from xfusion.apps.server.batches import Batches, Continue, Job, Repaint, Words
+from xfusion.apps.server.limits import Limits
+from xfusion.data.sequence import Image, Text, XFusionError
+from xfusion.generation import conversation, draw_size, kinds_of, prompt_length
+from xfusion.model import Model
+
+log = logging.getLogger("xfusion.server")
+
+BODY_SECONDS = 30.0
+"""How long a client may take to send a request."""
+ASIDE = 2
+"""Requests that are read (pictures decoded, words cut into tokens) at the same time, beside the event loop."""
+CLOSED = 499
+"""Status, in the metrics, of a request whose client went away."""
+Value = TypeVar("Value")
+
+
+def create(
+    models: Mapping[str, Model],
+    limits: Limits,
+    *,
+    keys: frozenset[str] = frozenset(),
+    hosts: frozenset[str] = frozenset(),
+) -> FastAPI:
+    """The server as an ASGI application.
+
+    Args:
+        models: what is served, by name; the first answers requests that name none.
+        limits: what a request may ask for.
+        keys: API keys; with none, everyone may ask.
+        hosts: whose pictures are fetched; with none, pictures come as data URLs alone.
+    """
+    server = _Server(models, limits, keys, hosts)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        server.batches.start()
+        yield
+        await anyio.to_thread.run_sync(server.batches.close, limits.grace)
+
+    app = FastAPI(title="xfusion", openapi_url=None, lifespan=lifespan)
+    app.state.server = server
+    app.add_middleware(_Counted, server=server)
+    allowed = [Depends(server.authorised)]
+    app.add_api_route("/health", server.health, methods=["GET"])
+    app.add_api_route("/metrics", server.metrics, methods=["GET"], dependencies=allowed)
+    app.add_api_route("/v1/models", server.list_models, methods=["GET"], dependencies=allowed)
+    app.add_api_route("/v1/models/{name:path}", server.show_model, methods=["GET"], dependencies=allowed)
+    app.add_api_route("/v1/chat/completions", server.chat, methods=["POST"], dependencies=allowed)
+    app.add_api_route("/v1/images/generations", server.images, methods=["POST"], dependencies=allowed)
+    app.add_api_route("/v1/images/edits", server.edits, methods=["POST"], dependencies=allowed)
+    app.add_api_route("/v1/embeddings", server.embeddings, methods=["POST"], dependencies=allowed)
+    app.add_exception_handler(Refused, _refused)
+    app.add_exception_handler(HTTPException, _no_route)
+    app.add_exception_handler(ClientDisconnect, _left)
+    app.add_exception_handler(Exception, _broken)
+    return app
+
+
+class _Server:
+    """What the routes share."""
+
+    def __init__(self, models: Mapping[str, Model], limits: Limits, keys: frozenset[str], hosts: frozenset[str]):
+        self.models, self.limits, self.hosts = dict(models), limits, hosts
+        self.keys = [_digest(key) for key in keys]
+        self.facts = {
+            name: {"pack_fingerprint": model.fingerprint, "base_fingerprint": model.backbone.fingerprint}
+            for name, model in self.models.items()
+        }
+        self.since = now()
+        self.batches = Batches(limits.queue, limits.batch, self._watch)
+        self.aside = anyio.CapacityLimiter(ASIDE)
+        self.registry = CollectorRegistry()
+        named = {"registry": self.registry, "namespace": "xfusion"}
+        self.requests = Counter("requests", "Requests by route and status.", ("route", "status"), **named)
+        self.seconds = Histogram("request_seconds", "Seconds per request.", ("route",), **named)
+        self.batch_size = Histogram("batch_size", "Answers per batch.", buckets=(1, 2, 4, 8, 16, 32, 64), **named)
+        self.batch_seconds = Histogram("batch_seconds", "Seconds per batch.", **named)
+        self.tokens = Counter("tokens", "Tokens of answers.", **named)
+        self.pictures = Counter("pictures", "Pictures drawn.", **named)
+        Gauge("waiting", "Answers in the queue.", **named).set_function(lambda: len(self.batches.waiting))
+        Gauge("running", "Answers being computed.", **named).set_function(lambda: len(self.batches.running))
+
+    def _watch(self, jobs: list[Job], seconds: float) -> None:
+        self.batch_size.observe(len(jobs))
+        self.batch_seconds.observe(seconds)
+        self.tokens.inc(sum(len(job.words.ids) for job in jobs))
+        self.pictures.inc(sum(not isinstance(segment, str) for job in jobs for segment in job.answer))
+
+    # -- routes without a model
+
+    async def authorised(self, request: Request) -> None:
+        """Refuse a request without one of the keys, comparing all of them in constant time."""
+        if not self.keys:
+            return
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        found = [hmac.compare_digest(_digest(given.strip()), key) for key in self.keys]
+        if scheme.lower() != "bearer" or not any(found):
+            raise Refused(
+                401,
+                "this server wants an API key: Authorization: Bearer KEY",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+    async def health(self) -> dict[str, Any]:
+        """Whether requests are taken."""
+        return {"status": "ok", "models": list(self.models), "waiting": len(self.batches.waiting)}
+
+    async def metrics(self) -> Response:
+        """For Prometheus."""
+        return Response(generate_latest(self.registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def list_models(self) -> dict[str, Any]:
+        """What is served."""
+        return {"object": "list", "data": [self._shown(name) for name in self.models]}
+
+    async def show_model(self, name: str) -> dict[str, Any]:
+        """One of them."""
+        self._model(name)
+        return self._shown(name)
+
+    def _shown(self, name: str) -> dict[str, Any]:
+        model = self.models[name]
+        facts = {"capabilities": sorted(model.capabilities), "base": model.backbone.source, **self.facts[name]}
+        return {"id": name, "object": "model", "created": self.since, "owned_by": "xfusion", **facts}
+
+    def _model(self, name: str | None) -> tuple[str, Model]:
+        name = next(iter(self.models)) if name is None else name
+        if name not in self.models:
+            known = ", ".join(self.models)
+            raise Refused(404, f"there is no model {name[:100]!r} here, only {known}", code="model_not_found")
+        return name, self.models[name]
+
+    async def embeddings(self, request: Request) -> Response:
+        """Refused: no model that is served gives embeddings."""
+        body = await self._body(request)
+        try:
+            name = json.loads(body).get("model")
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise Refused(400, "the body is not a JSON object") from error
+        _, model = self._model(name if isinstance(name, str) else None)
+        raise requests.incapable(model, "embed")
+
+    # -- conversations
+
+    async def chat(self, request: Request) -> Response:
+        """The next turn of a conversation, in words, in a picture, or in both."""
+        asked = requests.parse(requests.Chat, await self._body(request))
+        name, model = self._model(asked.model)
+        jobs, prompt = await self._aside(partial(self._read_chat, asked, model))
+        ticket = _Ticket(self, request, jobs)
+        answer = _Chat(ticket, asked, name, prompt)
+        if asked.stream:
+            return _Events(answer.events(), ticket)
+        try:
+            return JSONResponse(await answer.whole())
+        finally:
+            ticket.drop()
+
+    def _read_chat(self, asked: requests.Chat, model: Model) -> tuple[list[Job], int]:
+        """The jobs of a request, and the tokens of its prompt."""
+        self._bounded(asked)
+        given = requests.messages(asked, model, self.limits, self.hosts)
+        if "image" in asked.modalities:
+            if "draw" not in model.capabilities:
+                raise requests.incapable(model, "draw")
+            given[-1]["content"].append(Image(size=asked.side()))
+            if "text" in asked.modalities:
+                given[-1]["content"].append("")  # behind the picture stand words
+        with _as_refusal():
+            segments = conversation(model, given)
+            prompt, kinds = prompt_length(model, segments), kinds_of(model, segments)
+        if not any(isinstance(segment, Text) or segment for segment in segments):
+            raise Refused(400, "the messages are empty", param="messages")
+        work = Continue(
+            model=model,
+            kinds=kinds,
+            steps=asked.steps,
+            guidance=asked.guidance,
+            max_tokens=self._max_tokens(asked, model, prompt),
+            temperature=asked.temperature or 0.0,
+            top_p=1.0 if asked.top_p is None else asked.top_p,
+        )
+        return self._jobs(asked, model, work, segments, asked.stops()), prompt
+
+    def _max_tokens(self, asked: requests.Chat, model: Model, prompt: int) -> int:
+        wanted = asked.max_completion_tokens or asked.max_tokens
+        requests.within(wanted or 1, self.limits.tokens, "max_tokens")
+        places = getattr(model.backbone.config, "max_position_embeddings", None) or prompt + self.limits.tokens
+        room = places - prompt - 8  # what opens a text, and the rows around pictures
+        if (wanted or 1) > room:
+            raise Refused(
+                400,
+                f"the messages have {prompt} tokens and the answer may have {wanted or 1}, but this model has {places} places",
+                code="context_length_exceeded",
+            )
+        return wanted or min(self.limits.tokens, room)
+
+    # -- pictures
+
+    async def images(self, request: Request) -> Response:
+        """Pictures of a prompt."""
+        asked = requests.parse(requests.Images, await self._body(request))
+        name, model = self._model(asked.model)
+        return await self._pictures(request, asked, name, model, partial(self._read_images, asked, model))
+
+    def _read_images(self, asked: requests.Images, model: Model) -> list[Job]:
+        with _as_refusal():
+            segments = [asked.prompt, Image(size=asked.side())]
+            prompt_length(model, segments)
+            kinds = kinds_of(model, segments)
+        work = Continue(
+            model=model,
+            kinds=kinds,
+            steps=asked.steps,
+            guidance=asked.guidance,
+            max_tokens=1,
+            temperature=0.0,
+            top_p=1.0,
+        )
+        return self._jobs(asked, model, work, segments)
+
+    async def edits(self, request: Request) -> Response:
+        """A part of a picture drawn anew."""
+        body = await self._body(request)
+        if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+            raise Refused(400, "send a form (multipart/form-data) with image, mask and prompt")
+        form = Request(request.scope, receive=_of(body)).form(
+            max_files=4, max_fields=32, max_part_size=self.limits.body
+        )
+        async with form as parts:
+            files = {key: await value.read() for key, value in parts.items() if isinstance(value, UploadFile)}
+            fields = {key: value for key, value in parts.items() if isinstance(value, str)}
+            sent = [key for key, value in parts.multi_items() if isinstance(value, UploadFile)]
+        asked = requests.parse(requests.Images, fields)
+        name, model = self._model(asked.model)
+        if sorted(sent) not in (["image"], ["image", "mask"], ["image[]"], ["image[]", "mask"]):
+            raise Refused(400, f"send one picture as image, and perhaps one mask, not {', '.join(sent) or 'nothing'}")
+        image = files.get("image", files.get("image[]", b""))
+        read = partial(self._read_edit, asked, model, image, files.get("mask"))
+        return await self._pictures(request, asked, name, model, read)
+
+    def _read_edit(self, asked: requests.Images, model: Model, image: bytes, mask: bytes | None) -> list[Job]:
+        trained = model.image.sizes[0]
+        if asked.side() not in (None, trained):
+            raise Refused(400, f"size: pictures are edited at {trained}x{trained}, the trained size", param="size")
+        picture, holes = requests.picture_and_mask(image, mask, model, self.limits)
+        with _as_refusal():
+            prompt_length(model, [asked.prompt])
+        work = Repaint(model=model, steps=asked.steps, guidance=asked.guidance)
+        return self._jobs(asked, model, work, (picture, holes, asked.prompt))
+
+    async def _pictures(
+        self, request: Request, asked: requests.Images, name: str, model: Model, read: Callable[[], list[Job]]
+    ) -> Response:
+        self._bounded(asked)
+        requests.within(len(asked.prompt), self.limits.characters, "characters")
+        if "draw" not in model.capabilities:
+            raise requests.incapable(model, "draw")
+        jobs = await self._aside(read)
+        ticket = _Ticket(self, request, jobs)
+        try:
+            async for _ in ticket.follow():
+                pass
+        finally:
+            ticket.drop()
+        facts = [self.picture_facts(name, job) | {"prompt": asked.prompt} for job in jobs]
+        as_url = asked.response_format == "url"
+        data = [
+            {"url": data_url(job.answer[0], fact)} if as_url else {"b64_json": base64_png(job.answer[0], fact)}
+            for job, fact in zip(jobs, facts, strict=True)
+        ]
+        data = [{**picture, "seed": job.seed} for picture, job in zip(data, jobs, strict=True)]
+        native, _ = draw_size(model, asked.side())
+        side = jobs[0].answer[0].width
+        body = {"created": now(), "data": data, "output_format": "png", "size": f"{side}x{side}", "model": name}
+        return JSONResponse(body | {"drawn_at": f"{native}x{native}"})
+
+    def picture_facts(self, name: str, job: Job) -> dict[str, Any]:
+        """What a PNG remembers."""
+        model = job.work.model
+        guidance = model.guidance if job.work.guidance is None else job.work.guidance
+        return {"seed": job.seed, "steps": job.work.steps, "guidance": guidance, **self.facts[name]}
+
+    # -- what all of them do
+
+    async def _body(self, request: Request) -> bytes:
+        """The request's body, refused as soon as it is too long."""
+        most, parts, size = self.limits.body, [], 0
+        too_long = Refused(413, f"the request has more than the {most} bytes that this server allows", code="too_large")
+        length = request.headers.get("content-length", "0")
+        if length.isascii() and length.isdigit() and int(length[:20]) > most:
+            raise too_long
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for part in request.stream():
+                    size += len(part)
+                    if size > most:
+                        raise too_long
+                    parts.append(part)
+        except TimeoutError as error:
+            raise Refused(408, f"the request was not sent within {BODY_SECONDS:g} seconds") from error
+        return b"".join(parts)
+
+    async def _aside(self, read: Callable[[], Value]) -> Value:
+        """Read a request in a thread, so that a large picture does not hold up the others."""
+        return await anyio.to_thread.run_sync(read, limiter=self.aside)
+
+    def _bounded(self, asked: requests.Chat | requests.Images) -> None:
+        requests.within(asked.n, min(self.limits.n, self.limits.queue), "n")
+        requests.within(asked.steps, self.limits.steps, "steps")
+
+    def _jobs(
+        self,
+        asked: requests.Chat | requests.Images,
+        model: Model,
+        work: Continue | Repaint,
+        given: Any,
+        stops: tuple[str, ...] = (),
+    ) -> list[Job]:
+        """One job per answer, with seeds that count up."""
+        first = asked.first_seed()
+        return [
+            Job(
+                work=work,
+                given=given,
+                seed=first + i,
+                index=i,
+                words=Words(model.backbone.decode, stops),
+                tell=lambda job, new: None,
+            )
+            for i in range(asked.n)
+        ]
+
+
+class _Ticket:
+    """The jobs of a request in the queue, and what is heard of them."""
+
+    def __init__(self, server: _Server, request: Request, jobs: list[Job]):
+        self.server, self.request, self.jobs = server, request, jobs
+        self.loop = asyncio.get_running_loop()
+        self.deadline = self.loop.time() + server.limits.seconds
+        self.heard: asyncio.Queue[tuple[Job, str | None]] = asyncio.Queue()
+        for job in jobs:
+            job.tell = self._tell
+        server.batches.put(jobs)
+
+    def _tell(self, job: Job, new: str | None) -> None:
+        try:
+            self.loop.call_soon_threadsafe(self.heard.put_nowait, (job, new))
+        except RuntimeError:  # the loop is closed: the server stopped before the batch did
+            job.dropped = True
+
+    def drop(self) -> None:
+        """Nobody waits any more."""
+        self.server.batches.forget(self.jobs)
+
+    async def follow(self) -> AsyncIterator[tuple[Job, str | None]]:
+        """What is heard until all jobs are done: new words of one, or None for one that is done.
+
+        Raises:
+            ClientDisconnect: the client went away.
+            Refused: the deadline passed, or a job failed.
+        """
+        gone = asyncio.ensure_future(self._gone())
+        left = len(self.jobs)
+        try:
+            while left:
+                next_one = asyncio.ensure_future(self.heard.get())
+                seconds = max(0.0, self.deadline - self.loop.time())
+                await asyncio.wait({next_one, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+                if not next_one.done():
+                    next_one.cancel()
+                    if gone.done():
+                        raise ClientDisconnect
+                    seconds = self.server.limits.seconds
+                    raise Refused(504, f"there is no answer within {seconds:g} seconds: ask for less", code="deadline")
+                job, new = next_one.result()
+                if new is None:
+                    left -= 1
+                    if job.error is not None:
+                        raise job.error
+                yield job, new
+        finally:
+            gone.cancel()
+
+    async def _gone(self) -> None:
+        while (await self.request.receive())["type"] != "http.disconnect":
+            pass
+
+
+class _Chat:
+    """A ticket's answers in the shape of a chat completion."""
+
+    def __init__(self, ticket: _Ticket, asked: requests.Chat, name: str, prompt: int):
+        self.ticket, self.asked, self.name, self.prompt = ticket, asked, name, prompt
+        self.head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": now(), "model": name}
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer in one piece."""
+        async for _ in self.ticket.follow():
+            pass
+        choices = []
+        for job in self.ticket.jobs:
+            words = [segment for segment in job.answer if isinstance(segment, str)]
+            content = job.words.sent if job.words.stopped else "".join(words)
+            message: dict[str, Any] = {"role": "assistant", "content": content if words else None}
+            if images := self._images(job):
+                message["images"] = images
+            choices.append(
+                {"index": job.index, "message": message, "finish_reason": self._reason(job), "logprobs": None}
+            )
+        seed = {"seed": self.ticket.jobs[0].seed}
+        return {**self.head, "object": "chat.completion", "choices": choices, "usage": self._usage(), **seed}
+
+    async def events(self) -> AsyncIterator[str]:
+        """The answer as server-sent events."""
+        for job in self.ticket.jobs:
+            yield self._event(job.index, {"role": "assistant", "content": ""})
+        try:
+            async for job, new in self.ticket.follow():
+                if new is not None:
+                    yield self._event(job.index, {"content": new})
+                    continue
+                if images := self._images(job):
+                    yield self._event(job.index, {"images": images})
+                yield self._event(job.index, {}, self._reason(job))
+        except ClientDisconnect:
+            return
+        except Exception as error:
+            yield f"data: {json.dumps(_as_refused(error).body)}\n\n"
+            return
+        if self.asked.stream_options and self.asked.stream_options.include_usage:
+            yield self._chunk(choices=[], usage=self._usage())
+        yield "data: [DONE]\n\n"
+
+    def _event(self, index: int, delta: dict[str, Any], reason: str | None = None) -> str:
+        return self._chunk(choices=[{"index": index, "delta": delta, "finish_reason": reason}])
+
+    def _chunk(self, **parts: Any) -> str:
+        chunk = {**self.head, "object": "chat.completion.chunk", **parts}
+        return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+
+    def _images(self, job: Job) -> list[dict[str, Any]]:
+        facts = self.ticket.server.picture_facts(self.name, job)
+        drawn = [segment for segment in job.answer if not isinstance(segment, str)]
+        return [{"type": "image_url", "image_url": {"url": data_url(picture, facts)}} for picture in drawn]
+
+    def _reason(self, job: Job) -> str:
+        work = job.work
+        full = isinstance(work, Continue) and len(job.words.ids) >= work.max_tokens
+        return "length" if full and not job.words.stopped else "stop"
+
+    def _usage(self) -> dict[str, int]:
+        return usage(self.prompt, sum(len(job.words.ids) for job in self.ticket.jobs))
+
+
+class _Events(StreamingResponse):
+    """Server-sent events; however the stream ends, the ticket's places are given back."""
+
+    def __init__(self, events: AsyncIterator[str], ticket: _Ticket):
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self.ticket = ticket
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.ticket.drop()
+
+
+class _Counted:
+    """Counts requests by route and status, without holding back what is streamed."""
+
+    def __init__(self, app: ASGIApp, server: _Server):
+        self.app, self.server = app, server
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began, status = time.perf_counter(), 500
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, sending)
+        finally:
+            route = getattr(scope.get("route"), "path", "none")
+            self.server.requests.labels(route, status).inc()
+            self.server.seconds.labels(route).observe(time.perf_counter() - began)
+
+
+# ------------------------------------------------------------------------------------------------------------ errors
+
+
+@contextmanager
+def _as_refusal() -> Iterator[None]:
+    """The library's errors about what was asked, as answers."""
+    try:
+        yield
+    except XFusionError as error:
+        raise _as_refused(error) from error
+
+
+def _as_refused(error: Exception) -> Refused:
+    """An error as an answer; what went wrong in here is logged, and not told."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, XFusionError):
+        return Refused(400, str(error))
+    return Refused(500, "the server failed to answer; its log says why", code="internal_error")
+
+
+def _answer(error: Refused) -> JSONResponse:
+    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    assert isinstance(error, Refused)
+    return _answer(error)
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path[:200]}: {error.detail}"
+    return _answer(Refused(error.status_code, message, headers=error.headers))
+
+
+async def _left(_: Request, error: Exception) -> Response:
+    del error
+    return Response(status_code=CLOSED)  # nobody reads it but the metrics
+
+
+async def _broken(_: Request, error: Exception) -> Response:
+    return _answer(_as_refused(error))
+
+
+def _of(body: bytes) -> Receive:
+    """A body that was received, to be received once more."""
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return receive
+
+
+def _digest(key: str) -> bytes:
+    """Keys are compared by their digests, which have one length."""
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

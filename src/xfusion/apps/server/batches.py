@@ -1,0 +1,247 @@
+"""The queue in front of the model: bounded, first come first served, jobs of one kind computed together.
+
+One thread computes, since a model has one engine; the event loop of the server only hands jobs over and hears of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from xfusion.apps.server.answers import Refused
+from xfusion.generation import inpaint_batch
+
+if TYPE_CHECKING:
+    from xfusion.model import Model
+
+log = logging.getLogger("xfusion.server")
+
+
+class _Gone(Exception):
+    """Nobody waits for a batch any more."""
+
+
+class Words:
+    """An answer in words while it grows: cut at a stop sequence, sent as soon as nothing can change it."""
+
+    def __init__(self, decode: Callable[[list[int]], str], stop: tuple[str, ...] = ()):
+        self.decode, self.stop = decode, stop
+        self.ids: list[int] = []
+        self.sent = ""
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """What may be sent once a token more is known."""
+        self.ids.append(token)
+        text = self.decode(self.ids)
+        found = [place for place in (text.find(stop) for stop in self.stop) if place >= 0]
+        if found:
+            self.stopped = True
+            return self._send(text[: min(found)])
+        # Not yet: a letter whose bytes are still to come, and what may become a stop sequence.
+        text = text.rstrip("\N{REPLACEMENT CHARACTER}")
+        held = [k for stop in self.stop for k in range(1, len(stop)) if text.endswith(stop[:k])]
+        return self._send(text[: len(text) - max(held, default=0)])
+
+    def rest(self) -> str:
+        """What is left to be sent when the answer is over."""
+        return "" if self.stopped else self._send(self.decode(self.ids))
+
+    def _send(self, text: str) -> str:
+        if not text.startswith(self.sent):  # a tokenizer that tidies up spaces may yet change its mind
+            return ""
+        new, self.sent = text[len(self.sent) :], text
+        return new
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continue:
+    """A call of `generate`: jobs for which it is equal go through together."""
+
+    model: Model
+    kinds: tuple[Any, ...]
+    steps: int
+    guidance: float | None
+    max_tokens: int
+    temperature: float
+    top_p: float
+
+    def run(self, jobs: list[Job]) -> list[list[Any]]:
+        """The generated segments of each job."""
+        return self.model.generate(
+            [job.given for job in jobs],
+            seeds=[job.seed for job in jobs],
+            steps=self.steps,
+            guidance=self.guidance,
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            progress=_while_awaited(jobs),
+            listen=lambda row, token: jobs[row].hear(token),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repaint:
+    """A call of `inpaint_batch`."""
+
+    model: Model
+    steps: int
+    guidance: float | None
+
+    def run(self, jobs: list[Job]) -> list[list[Any]]:
+        """The picture of each job."""
+        given, seeds = [job.given for job in jobs], [job.seed for job in jobs]
+        settings = {"steps": self.steps, "guidance": self.guidance, "progress": _while_awaited(jobs)}
+        return [[picture] for picture in inpaint_batch(self.model, given, seeds=seeds, **settings)]
+
+
+def _while_awaited(jobs: list[Job]) -> Callable[..., None]:
+    """Ends drawing between two steps once all who asked are gone."""
+
+    def progress(*_: Any) -> None:
+        if all(job.dropped for job in jobs):
+            raise _Gone
+
+    return progress
+
+
+@dataclass(eq=False, kw_only=True)
+class Job:
+    """One answer that is to be computed."""
+
+    work: Continue | Repaint
+    given: Any
+    """What it is computed from, as the work takes it."""
+    seed: int
+    index: int
+    """Which of a request's answers it is."""
+    words: Words
+    tell: Callable[[Job, str | None], None]
+    """Called by the computing thread with new words, and with None when the answer is there or cannot be had."""
+    answer: list[Any] = field(default_factory=list)
+    error: Exception | None = None
+    dropped: bool = False
+    """Nobody waits for it any more."""
+
+    def hear(self, token: int) -> bool:
+        """Take a token of the answer; False where no more is wanted."""
+        if self.dropped:
+            return False
+        new = self.words.add(token)
+        if new:
+            self.tell(self, new)
+        return not self.words.stopped
+
+    def end(self, answer: list[Any] | None = None, error: Exception | None = None) -> None:
+        """Say that it is over."""
+        self.answer, self.error = answer or [], error
+        rest = self.words.rest() if error is None else ""
+        if rest:
+            self.tell(self, rest)
+        self.tell(self, None)
+
+
+class Batches:
+    """The queue and the thread that empties it."""
+
+    def __init__(self, queue: int, batch: int, watch: Callable[[list[Job], float], None] = lambda jobs, seconds: None):
+        """``watch`` is told the jobs and the seconds of every batch."""
+        self.most, self.batch, self.watch = queue, batch, watch
+        self.waiting: deque[Job] = deque()
+        self.running: list[Job] = []
+        self.open = True
+        self._seconds = 1.0
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._work, name="xfusion-batches", daemon=True)
+
+    def start(self) -> None:
+        """Begin to compute."""
+        self._thread.start()
+
+    def close(self, seconds: float) -> None:
+        """Take no more jobs, drop those that wait, and let the batch that runs end, if it does in this time."""
+        with self._changed:
+            self.open = False
+            waiting = list(self.waiting)
+            self.waiting.clear()
+            self._changed.notify_all()
+        for job in waiting:
+            job.end(error=_stopping())
+        self._thread.join(seconds)
+
+    def put(self, jobs: list[Job]) -> None:
+        """Queue the jobs of a request, all or none.
+
+        Raises:
+            Refused: the queue is full, or the server is stopping.
+        """
+        with self._changed:
+            if not self.open:
+                raise _stopping()
+            if len(self.waiting) + len(jobs) > self.most:
+                batches = 1 + len(self.waiting) / self.batch
+                raise Refused(
+                    429,
+                    f"{len(self.waiting)} answers wait, and no more than {self.most} may: try again later",
+                    code="queue_full",
+                    headers={"Retry-After": str(math.ceil(min(60.0, batches * self._seconds)))},
+                )
+            self.waiting.extend(jobs)
+            self._changed.notify_all()
+
+    def forget(self, jobs: list[Job]) -> None:
+        """Nobody waits for these any more: their places are free at once, and what runs ends at its next step."""
+        with self._changed:
+            for job in jobs:
+                job.dropped = True
+            if any(job.dropped for job in self.waiting):
+                self.waiting = deque(job for job in self.waiting if not job.dropped)
+
+    def _next(self) -> list[Job]:
+        """The oldest job and those that go through with it; none once the queue is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.waiting or not self.open)
+            if not self.open:
+                return []
+            work = self.waiting[0].work
+            self.running = [job for job in self.waiting if job.work == work][: self.batch]
+            chosen = set(map(id, self.running))
+            self.waiting = deque(job for job in self.waiting if id(job) not in chosen)
+            return self.running
+
+    def _work(self) -> None:
+        while jobs := self._next():
+            began = time.perf_counter()
+            self._run(jobs)
+            seconds = time.perf_counter() - began
+            self._seconds += 0.2 * (seconds - self._seconds)
+            self.running = []
+            self.watch(jobs, seconds)
+
+    def _run(self, jobs: list[Job]) -> None:
+        try:
+            answers = jobs[0].work.run(jobs)
+        except _Gone:
+            return
+        except Exception as error:  # whatever it is, those who wait must hear of it and the next batch must run
+            if len(jobs) > 1 and not any(job.words.ids for job in jobs):
+                for job in jobs:  # one of them must not take the others with it
+                    self._run([job])
+                return
+            log.exception("a batch of %d failed", len(jobs))
+            for job in jobs:
+                job.end(error=error)
+            return
+        for job, answer in zip(jobs, answers, strict=True):
+            job.end(answer)
+
+
+def _stopping() -> Refused:
+    return Refused(503, "the server is stopping", code="stopping", headers={"Retry-After": "5"})

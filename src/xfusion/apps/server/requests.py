@@ -1,0 +1,287 @@
+"""What clients send: the fields of OpenAI's requests that mean something here, checked before anything is computed.
+
+A field that would change the answer and is not known is refused instead of passed over.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import secrets
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+from PIL import Image as PILImage
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from xfusion.apps.server.answers import Refused
+from xfusion.apps.server.limits import Limits
+from xfusion.data import pictures
+from xfusion.data.sequence import XFusionError
+from xfusion.modalities.image import on_white, square_picture
+
+if TYPE_CHECKING:
+    from xfusion.model import Model
+
+FETCH_SECONDS = 10.0
+"""How long the host of a picture may take."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _Request(_Strict):
+    model: str | None = None
+    n: Annotated[int, Field(ge=1)] = 1
+    seed: Annotated[int, Field(ge=0, lt=2**62)] | None = None
+    user: str | None = None
+    """Taken and not used."""
+
+    def first_seed(self) -> int:
+        """The seed of the first answer: a random one where the request names none."""
+        return secrets.randbelow(2**31) if self.seed is None else self.seed
+
+
+class _Drawing(_Request):
+    steps: Annotated[int, Field(ge=1)] = 25
+    guidance: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    size: str | int | None = None
+    """Output side: ``64``, ``64x64`` or ``auto``."""
+
+    def side(self) -> int | None:
+        """The output side in pixels; None for the trained one."""
+        if self.size in (None, "auto"):
+            return None
+        sides = str(self.size).split("x")
+        if len(set(sides)) != 1 or len(sides) > 2 or not (sides[0].isascii() and sides[0].isdigit()):
+            raise Refused(400, f"size {self.size!r}: pictures are square, such as '64x64'", param="size")
+        return int(sides[0][:9])
+
+
+class Words(_Strict):
+    """Words of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Address(_Strict):
+    """Where a picture is."""
+
+    url: str
+    detail: str | None = None
+    """Taken and not used: a picture is seen at the size that the pack was trained at."""
+
+
+class Picture(_Strict):
+    """A picture of a message."""
+
+    type: Literal["image_url"]
+    image_url: Address
+
+
+class Message(_Strict):
+    """A turn."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Annotated[Words | Picture, Field(discriminator="type")]] | None = None
+    images: list[Picture] = []
+    """Pictures that this server drew in an earlier turn, as it sent them."""
+    name: str | None = None
+
+
+class StreamOptions(_Strict):
+    """What a stream says besides the answer."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class Chat(_Drawing):
+    """A request for the next turn of a conversation."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    modalities: Annotated[list[Literal["text", "image"]], Field(min_length=1)] = ["text"]
+    """``image`` draws a picture; with ``text`` beside it, words follow the picture."""
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    stop: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    logprobs: Literal[False] | None = None
+
+    def stops(self) -> tuple[str, ...]:
+        """The sequences that end an answer."""
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        if len(stops) > 4:
+            raise Refused(400, f"stop has {len(stops)} sequences: give at most 4", param="stop")
+        return stops
+
+
+class Images(_Drawing):
+    """A request for pictures of a prompt, or, with a picture in the form, for a part of it drawn anew."""
+
+    prompt: str
+    response_format: Literal["b64_json", "url"] | None = None
+    output_format: Literal["png"] | None = None
+    quality: Literal["auto"] | None = None
+    background: Literal["auto", "opaque"] | None = None
+    moderation: Literal["auto", "low"] | None = None
+    stream: Literal[False] | None = None
+
+
+Kind = TypeVar("Kind", bound=BaseModel)
+
+
+def parse(kind: type[Kind], body: bytes | Mapping[str, Any]) -> Kind:
+    """A request's body as JSON, or the fields of its form.
+
+    Raises:
+        Refused: 400 with the first thing that is wrong with it.
+    """
+    try:
+        return kind.model_validate_json(body) if isinstance(body, bytes) else kind.model_validate(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    param = ".".join(map(str, first["loc"])) or None
+    if first["type"] == "extra_forbidden":
+        raise Refused(400, f"{param} is not a parameter of this server", param=param, code="unknown_parameter")
+    raise Refused(400, f"{param}: {first['msg']}" if param else first["msg"], param=param)
+
+
+def within(value: float, most: float, name: str) -> None:
+    """Refuse a value beyond the server's limit."""
+    if value > most:
+        raise Refused(400, f"{name} is {value:g}, more than the {most:g} that this server allows", param=name)
+
+
+# ---------------------------------------------------------------------------------------------------------- pictures
+
+
+def messages(request: Chat, model: Model, limits: Limits, hosts: frozenset[str]) -> list[dict[str, Any]]:
+    """The turns of a conversation as `xfusion.generation.conversation` takes them, with their pictures opened.
+
+    Raises:
+        Refused: more than the limits, or a picture that cannot be had.
+    """
+    addresses = [b.image_url for m in request.messages for b in (*_blocks(m), *m.images) if isinstance(b, Picture)]
+    within(len(addresses), limits.pictures, "pictures")
+    within(sum(len(b.text) for m in request.messages for b in _blocks(m) if isinstance(b, Words)), limits.characters,
+           "characters")  # fmt: skip
+    if addresses and "caption" not in model.capabilities:
+        raise incapable(model, "read pictures")
+    out = []
+    for message in request.messages:
+        content = [
+            block.text if isinstance(block, Words) else _opened(block.image_url.url, model, limits, hosts)
+            for block in (*_blocks(message), *message.images)
+        ]
+        out.append({"role": "system" if message.role == "developer" else message.role, "content": content})
+    return out
+
+
+def _blocks(message: Message) -> list[Words | Picture]:
+    if isinstance(message.content, str):
+        return [Words(type="text", text=message.content)]
+    return list(message.content or [])
+
+
+def incapable(model: Model, verb: str) -> Refused:
+    """The refusal of what a model cannot do."""
+    able = ", ".join(sorted(model.capabilities))
+    return Refused(400, f"this model cannot {verb}: it can {able}", code="not_capable", param="model")
+
+
+def _opened(url: str, model: Model, limits: Limits, hosts: frozenset[str]) -> PILImage.Image:
+    try:
+        picture = pictures.decode(_fetched(url, limits, hosts), "image_url", most_pixels=limits.pixels)
+    except XFusionError as error:
+        raise Refused(400, str(error), param="image_url", code="invalid_image") from error
+    return as_seen(picture, model)
+
+
+def as_seen(picture: PILImage.Image, model: Model) -> PILImage.Image:
+    """A picture in the size that the model sees it in, so that what waits in the queue is small."""
+    try:
+        return square_picture(picture, model.image.sizes[0])
+    except Exception as error:  # modes that Pillow reads and cannot convert
+        raise Refused(400, f"a picture of mode {picture.mode} cannot be read", code="invalid_image") from error
+
+
+def _fetched(url: str, limits: Limits, hosts: frozenset[str]) -> bytes:
+    """The bytes behind an address."""
+    if url[:5].lower() == "data:":
+        head, comma, data = url.partition(",")
+        if not comma or not head.lower().endswith(";base64"):
+            raise Refused(400, "image_url: a data URL looks like data:image/png;base64,...", code="invalid_image")
+        try:
+            return base64.b64decode(data, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise Refused(400, f"image_url is not base64: {error}", code="invalid_image") from error
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host = parts.hostname or ""
+    except ValueError as error:
+        raise Refused(400, f"image_url is no address: {error}", code="invalid_image") from error
+    if host not in hosts or parts.scheme not in ("http", "https"):
+        raise Refused(400, "image_url: this server takes data URLs only, and fetches no picture from there",
+                      code="remote_image", param="image_url")  # fmt: skip
+    try:
+        with _open_without_redirects(url) as answer:
+            data = answer.read(limits.body + 1)
+    except (OSError, ValueError, urllib.error.URLError) as error:
+        raise Refused(400, f"image_url cannot be fetched: {error}", code="remote_image", param="image_url") from error
+    within(len(data), limits.body, "image_url")
+    return data
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A host that is allowed may not send us to one that is not."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+def _open_without_redirects(url: str) -> Any:
+    opener = urllib.request.build_opener(_NoRedirects, urllib.request.ProxyHandler({}))
+    return opener.open(url, timeout=FETCH_SECONDS)
+
+
+def picture_and_mask(
+    image: bytes, mask: bytes | None, model: Model, limits: Limits
+) -> tuple[PILImage.Image, PILImage.Image]:
+    """An uploaded picture and its mask, white where it is to be drawn anew.
+
+    A mask, or a picture without one, says so by its transparent parts, as OpenAI's do; a mask that knows no
+    transparency, by its white ones.
+    """
+    try:
+        picture = pictures.decode(image, "image", most_pixels=limits.pixels)
+        holes = picture if mask is None else pictures.decode(mask, "mask", most_pixels=limits.pixels)
+    except XFusionError as error:
+        raise Refused(400, str(error), code="invalid_image") from error
+    if holes.size != picture.size:
+        raise Refused(
+            400,
+            f"the picture has {picture.width} x {picture.height} pixels, the mask {holes.width} x {holes.height}:"
+            " give both the same size",
+            param="mask",
+        )
+    if "A" in holes.getbands() or "transparency" in holes.info:
+        alpha = holes.convert("RGBA").getchannel("A")
+        holes = alpha.point([255] + [0] * 255)
+    elif mask is None:
+        raise Refused(400, "there is no mask, and the picture has no transparent part to draw anew", param="mask")
+    else:
+        holes = on_white(holes).convert("L").point([0] * 128 + [255] * 128)
+    return as_seen(picture, model), as_seen(holes, model)

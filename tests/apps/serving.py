@@ -1,0 +1,87 @@
+"""A server on a real socket in a thread, over tiny packs."""
+
+import base64
+import contextlib
+import io
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy
+import uvicorn
+from openai import OpenAI
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from contracts.table import make_base, make_model
+
+from xfusion.apps.server import app
+from xfusion.apps.server.limits import Limits
+from xfusion.backbone import Backbone
+
+
+class Running(NamedTuple):
+    """A server that runs."""
+
+    address: str
+    app: object
+
+    @property
+    def batches(self):
+        return self.app.state.server.batches
+
+    def client(self, key="none", **options):
+        return OpenAI(base_url=f"{self.address}/v1", api_key=key, max_retries=0, timeout=60, **options)
+
+
+def tiny_models(folder, *fusions):
+    """Models of different fusions on one tiny base."""
+    base = Backbone.load(str(make_base("llama", folder)))
+    return {name.replace(" ", "-"): make_model(base, name) for name in fusions or ("dual tower",)}
+
+
+@contextlib.contextmanager
+def running(models, limits=None, **options):
+    """A server while the block runs."""
+    made = app.create(models, limits or Limits(), **options)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(
+            uvicorn.Config(made, log_level="warning", access_log=False, timeout_graceful_shutdown=5)
+        )
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", made)
+        finally:
+            server.should_exit = True
+            thread.join(30)
+            assert not thread.is_alive(), "the server did not stop"
+
+
+def png(picture):
+    file = io.BytesIO()
+    picture.save(file, format="PNG")
+    return file.getvalue()
+
+
+def as_url(picture):
+    return "data:image/png;base64," + base64.b64encode(png(picture)).decode()
+
+
+def from_base64(text):
+    return Image.open(io.BytesIO(base64.b64decode(text)))
+
+
+def from_url(url):
+    head, _, data = url.partition(",")
+    assert head == "data:image/png;base64"
+    return from_base64(data)
+
+
+def apart(one, other):
+    """Largest difference of two pictures in levels of 255."""
+    assert one.size == other.size
+    return int(numpy.abs(numpy.asarray(one).astype(int) - numpy.asarray(other)).max())

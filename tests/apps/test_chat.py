@@ -1,0 +1,136 @@
+"""A conversation in the terminal."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image as PILImage
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from apps.serving import apart, from_url, tiny_models
+from contracts.table import SIDE, Noise
+
+from xfusion.apps import cli
+from xfusion.apps.chat import Chat, half_blocks
+from xfusion.data.sequence import Text
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_models(tmp_path_factory.mktemp("base"))["dual-tower"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Noise(1).picture(0, 32).save("a picture.png")
+    return tmp_path
+
+
+def talk(model, *lines, terminal=False, **settings):
+    """What was said on the screen, and the conversation."""
+    screen = io.StringIO()
+    colours = {"force_terminal": True, "color_system": "truecolor"} if terminal else {}
+    console = Console(file=screen, width=80, highlight=False, **colours)
+    made = Chat(model=model, console=console, steps=3, max_tokens=8, **settings)
+    made.run(iter(lines))
+    return screen.getvalue(), made
+
+
+def test_words_are_answered_by_the_base_with_what_was_said_before(model):
+    said, made = talk(model, "a red apple", "", "what is this?")
+    first = model.generate([Text(ids=model.backbone.chat("a red apple"))], max_tokens=8)[0]
+    history = [("user", "a red apple"), ("assistant", first), ("user", "what is this?")]
+    ids = model.backbone.chat([{"role": role, "content": words} for role, words in history])
+    second = model.generate([Text(ids=ids)], max_tokens=8)[0]
+    assert said == f"{first}\n{second}\n"
+    assert [m["content"] for m in made.messages] == [["a red apple"], [first], ["what is this?"], [second]]
+
+
+def test_pictures_in_and_out(model, here):
+    said, made = talk(model, '/image "a picture.png"', "what is this?", "/draw two blue birds", "/draw two blue birds")
+    (answer,) = model.generate([Noise(1).picture(0, 32), "what is this?"], max_tokens=8)
+    assert said.splitlines()[-2:] == ["two-blue-birds.png", "two-blue-birds-2.png"]
+    assert said.startswith(f"{answer}\n")
+    expected = model.draw(["two blue birds"], seed=1, steps=3)[0]
+    with PILImage.open("two-blue-birds.png") as drawn:
+        assert apart(drawn, expected) == 0 and drawn.info["seed"] == "1"
+    # What was drawn stands in the conversation.
+    assert [m["role"] for m in made.messages] == ["user", "assistant"] * 3
+    assert apart(made.messages[3]["content"][0], expected) == 0
+
+
+def test_the_last_picture_and_the_conversation_are_saved(model, here):
+    said, made = talk(model, "/draw a cat", "/save new/cat.webp", "/save talk.json", "/new", terminal=True)
+    assert "▀" in said and not list(here.glob("*cat*.png")), "shown, so not written unasked"
+    assert PILImage.open("new/cat.webp").size == (SIDE, SIDE)
+    saved = json.loads(Path("talk.json").read_text())["messages"]
+    assert saved[0] == {"role": "user", "content": [{"type": "text", "text": "a cat"}]}
+    assert apart(from_url(saved[1]["content"][0]["image_url"]["url"]), made.last[0]) == 0
+    assert made.messages == []
+
+
+def test_mistakes_are_one_line_each(model, here, monkeypatch):
+    lines = (
+        "/drw a",
+        "/draw",
+        "/image",
+        "/image none.png",
+        "/save a.png",
+        "/save a.gif",
+        "/help",
+        "/quit",
+        "never said",
+    )
+    said, made = talk(model, *lines)
+    for complaint in ("/drw is not a command", "say what to draw", "name a picture file", "none.png: no such file",
+                      "nothing was drawn yet", ".png, .jpg"):  # fmt: skip
+        assert complaint in said.replace("\n", " ")
+    assert "/image PATH" in said and not made.messages
+    monkeypatch.setattr(type(model), "capabilities", {"text"})
+    assert "cannot draw" in talk(model, "/draw a")[0] and "cannot read pictures" in talk(model, "/image a.png")[0]
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_conversation(model, monkeypatch):
+    decode, calls = model.backbone.decode, []
+
+    def interrupted(ids):
+        calls.append(ids)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return decode(ids)
+
+    monkeypatch.setattr(model.backbone, "decode", interrupted)
+    _, made = talk(model, "a red apple", "a cat")
+    assert made.answers == 2 and len(made.messages) == 4
+    assert made.messages[1]["content"][0] == decode(calls[1]) or "\N{REPLACEMENT CHARACTER}" in decode(calls[1])
+
+
+def test_half_blocks():
+    picture = PILImage.new("RGB", (2, 2))
+    for place, colour in (((0, 0), (255, 0, 0)), ((0, 1), (0, 0, 255)), ((1, 0), (0, 255, 0)), ((1, 1), (9, 9, 9))):
+        picture.putpixel(place, colour)
+    line = half_blocks(picture, 64)
+    assert line.plain == "▀▀"
+    styles = [span.style for span in line.spans]
+    assert [(s.color.triplet, s.bgcolor.triplet) for s in styles] == [
+        ((255, 0, 0), (0, 0, 255)),
+        ((0, 255, 0), (9, 9, 9)),
+    ]
+    assert half_blocks(PILImage.new("RGB", (640, 320)), 40).plain == "\n".join(["▀" * 40] * 10)
+
+
+def test_the_verb(model, here, monkeypatch, capsys):
+    model.save_pretrained(here / "tiny")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/draw a cat\na red apple\n/quit\n"))
+    assert cli.main(["chat", "tiny", "--steps", "2", "--max-tokens", "4", "--json"]) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)["messages"]
+    assert [m["role"] for m in found] == ["user", "assistant"] * 2 and found[1]["content"] == ["(picture)"]
+    assert "tiny can" in said.err and "a-cat.png" in said.err
+    for argv in (["--steps", "0"], ["--max-tokens", "0"], ["--temperature", "-1"], ["--seed", "-1"]):
+        assert cli.main(["chat", "tiny", *argv]) == 2

@@ -1,0 +1,600 @@
+"""The server as OpenAI's own client and hostile ones meet it, over a real socket."""
+
+import http.client
+import io
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from apps.serving import apart, as_url, from_base64, from_url, png, running, tiny_models
+from apps.test_cli import start
+from contracts.table import SIDE, Noise
+
+import xfusion
+from xfusion.apps.server.batches import Continue, Words
+from xfusion.apps.server.limits import Limits
+
+TINY = Limits(
+    queue=8, batch=4, seconds=20, n=4, tokens=24, steps=30, pictures=2, pixels=10_000, body=200_000, characters=500
+)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return tiny_models(tmp_path_factory.mktemp("base"), "dual tower", "dual projection")
+
+
+@pytest.fixture(scope="module")
+def model(models):
+    return models["dual-tower"]
+
+
+@pytest.fixture(scope="module")
+def server(models):
+    with running(models, TINY) as found:
+        yield found
+
+
+@pytest.fixture
+def client(server):
+    with server.client() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return Noise(1).picture(0, 32)
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Holds every batch until it is opened; remembers the batches' sizes."""
+
+    held, run = threading.Event(), Continue.run
+    held.sizes = []
+
+    def waiting(work, jobs):
+        held.sizes.append(len(jobs))
+        assert held.wait(30)
+        return run(work, jobs)
+
+    monkeypatch.setattr(Continue, "run", waiting)
+    yield held
+    held.set()
+
+
+def until(condition, seconds=20):
+    """Wait for something that another thread does."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.01)
+
+
+def say(words):
+    return [{"role": "user", "content": words}]
+
+
+def look(picture, words):
+    blocks = [{"type": "image_url", "image_url": {"url": as_url(picture)}}, {"type": "text", "text": words}]
+    return [{"role": "user", "content": blocks}]
+
+
+def post(server, path, body, headers=None):
+    """A request that no client would send: its status and its JSON."""
+    parts = urllib.parse.urlsplit(server.address)
+    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=30)
+    try:
+        connection.request("POST", path, body, {"Content-Type": "application/json"} | (headers or {}))
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+    finally:
+        connection.close()
+
+
+def get(server, path):
+    with urllib.request.urlopen(server.address + path, timeout=30) as answer:
+        return answer.read().decode()
+
+
+def base_answer(model, messages, count, **sampling):
+    """What transformers gives for the same call."""
+    ids = torch.tensor([model.backbone.chat(messages)])
+    whole = model.backbone.model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, pad_token_id=1, **sampling
+    )
+    return model.backbone.decode(whole[0, ids.shape[1] :].tolist())
+
+
+# ------------------------------------------------------------------------------------------------------------- words
+
+
+def test_models_are_listed(client, models):
+    assert [m.id for m in client.models.list().data] == list(models)
+    one = client.models.retrieve("dual-projection")
+    assert one.owned_by == "xfusion" and "draw" in one.capabilities
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.models.retrieve("gpt-4")
+    assert caught.value.code == "model_not_found"
+
+
+def test_words_alone_are_the_bases_own(client, model):
+    messages = [{"role": "system", "content": "a cat"}, *say("what is this?")]
+    answer = client.chat.completions.create(model="dual-tower", messages=messages, max_tokens=12)
+    assert answer.choices[0].message.content == base_answer(model, messages, 12, do_sample=False)
+    assert answer.choices[0].finish_reason in ("length", "stop")
+    assert answer.usage.prompt_tokens == len(model.backbone.chat(messages)) and answer.usage.completion_tokens <= 12
+
+    sampled = client.chat.completions.create(
+        model="dual-tower", messages=messages, max_tokens=12, temperature=0.9, top_p=0.8, seed=5, n=2
+    )
+    for i, choice in enumerate(sampled.choices):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5 + i)
+            expected = base_answer(model, messages, 12, do_sample=True, temperature=0.9, top_p=0.8)
+        assert choice.message.content == expected
+
+
+def test_a_stream_says_what_one_piece_says(client, picture):
+    for messages in (say("two blue birds"), look(picture, "what is this?")):
+        call = {"model": "dual-tower", "messages": messages, "max_tokens": 10, "temperature": 1.0, "seed": 3, "n": 2}
+        whole = client.chat.completions.create(**call)
+        chunks = list(client.chat.completions.create(**call, stream=True, stream_options={"include_usage": True}))
+        for i, choice in enumerate(whole.choices):
+            mine = [c.choices[0] for c in chunks if c.choices and c.choices[0].index == i]
+            assert "".join(c.delta.content or "" for c in mine) == choice.message.content
+            assert mine[-1].finish_reason == choice.finish_reason
+        assert chunks[-1].usage == whole.usage
+        assert len({c.id for c in chunks}) == 1
+
+
+def test_stop_sequences_end_an_answer(client):
+    call = {"model": "dual-tower", "messages": say("a red apple"), "max_tokens": 20, "temperature": 1.0, "seed": 1}
+    whole = client.chat.completions.create(**call).choices[0].message.content
+    stop = whole[4:6]
+    cut = client.chat.completions.create(**call, stop=[stop, "never said"]).choices[0]
+    assert cut.message.content == whole[: whole.index(stop)] and cut.finish_reason == "stop"
+    streamed = client.chat.completions.create(**call, stop=stop, stream=True)
+    assert "".join(c.choices[0].delta.content or "" for c in streamed) == cut.message.content
+
+
+def test_words_are_sent_once_they_cannot_change():
+    decode = bytes.decode
+    words = Words(lambda ids: decode(bytes(ids), errors="replace"), ("stop", "top!"))
+    assert [words.add(byte) for byte in "né".encode()] == ["n", "", "é"]
+    assert [words.add(byte) for byte in b"sto"] == ["", "", ""]
+    assert words.add(ord("x")) == "stox"
+    assert [words.add(byte) for byte in b"a stop"] == ["a", " ", "", "", "", ""]
+    assert words.stopped and words.sent == "néstoxa " and words.rest() == ""
+
+
+# ---------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_pictures_in(client, model, picture):
+    answer = client.chat.completions.create(model="dual-tower", messages=look(picture, "what is this?"), max_tokens=8)
+    (expected,) = model.generate([picture, "what is this?"], max_tokens=8)
+    assert answer.choices[0].message.content == expected
+    assert answer.usage.prompt_tokens == 16 + len(model.backbone.encode("what is this?"))
+
+
+def test_pictures_out_of_a_conversation(client, model):
+    call = {"model": "dual-tower", "messages": say("a red apple"), "seed": 4, "extra_body": {"steps": 3}}
+    answer = client.chat.completions.create(**call, modalities=["image"])
+    message = answer.choices[0].message
+    (expected,) = model.generate(["a red apple", xfusion.Image()], seed=4, steps=3)
+    drawn = from_url(message.images[0]["image_url"]["url"])
+    assert message.content is None and apart(drawn, expected) == 0
+    assert drawn.info["seed"] == "4" and drawn.info["pack_fingerprint"] == model.fingerprint
+
+    both = client.chat.completions.create(**call, modalities=["image", "text"], max_tokens=6)
+    expected = model.generate(["a red apple", xfusion.Image(), ""], seed=4, steps=3, max_tokens=6)
+    assert apart(from_url(both.choices[0].message.images[0]["image_url"]["url"]), expected[0]) == 0
+    assert both.choices[0].message.content == expected[1]
+
+    # What was drawn goes back as it came.
+    again = [*call["messages"], message.to_dict(), {"role": "user", "content": "what is this?"}]
+    answer = client.chat.completions.create(model="dual-tower", messages=again, max_tokens=6)
+    (expected,) = model.generate(["a red apple\n", drawn, "\nwhat is this?"], max_tokens=6)
+    assert answer.choices[0].message.content == expected
+
+    chunks = list(client.chat.completions.create(**call, modalities=["image"], stream=True))
+    (streamed,) = [c.choices[0].delta.images for c in chunks if getattr(c.choices[0].delta, "images", None)]
+    assert streamed == message.images
+
+
+def test_images_generations(client, model):
+    answer = client.images.generate(
+        model="dual-tower",
+        prompt="two blue birds",
+        n=3,
+        size="32x32",
+        extra_body={"seed": 7, "steps": 4, "guidance": 2},
+    )
+    expected = model.draw(["two blue birds"] * 3, seed=7, steps=4, guidance=2, size=32)
+    for i, (one, other) in enumerate(zip(answer.data, expected, strict=True)):
+        assert one.seed == 7 + i
+        assert apart(from_base64(one.b64_json), other) <= 2
+        single = model.draw(["two blue birds"], seed=7 + i, steps=4, guidance=2, size=32)[0]
+        assert apart(from_base64(one.b64_json), single) <= 2
+    assert answer.size == "32x32" and answer.drawn_at == f"{SIDE}x{SIDE}"
+    url = client.images.generate(prompt="a cat", response_format="url", extra_body={"seed": 1, "steps": 2}).data[0].url
+    assert apart(from_url(url), model.draw(["a cat"], seed=1, steps=2)[0]) == 0
+    without = [client.images.generate(prompt="a cat", extra_body={"steps": 1}).data[0] for _ in range(2)]
+    assert without[0].seed != without[1].seed
+
+
+def test_images_edits(client, model, picture):
+    mask = Image.new("L", picture.size, "black")
+    mask.paste("white", (0, 0, 16, 32))
+    expected = model.inpaint(picture, mask, "a house", seed=2, steps=3)
+    call = {"prompt": "a house", "extra_body": {"seed": 2, "steps": 3}}
+    answer = client.images.edit(image=("a.png", png(picture)), mask=("m.png", png(mask)), **call)
+    assert apart(from_base64(answer.data[0].b64_json), expected) == 0
+    # OpenAI's masks say it by transparency, and so may the picture itself.
+    holed = picture.copy()
+    holed.putalpha(mask.point([255] + [0] * 255))
+    answer = client.images.edit(image=png(picture), mask=png(holed), n=2, **call)
+    assert apart(from_base64(answer.data[0].b64_json), expected) <= 2
+    other = model.inpaint(picture, mask, "a house", seed=3, steps=3)
+    assert apart(from_base64(answer.data[1].b64_json), other) <= 2
+    client.images.edit(image=png(holed), **call)
+    for wrong, complaint in (
+        ({"image": png(picture)}, "no mask"),
+        ({"image": png(picture), "mask": png(mask.resize((8, 8)))}, "8 x 8"),
+        ({"image": b"%PDF-1.7", "mask": png(mask)}, "PDF"),
+        ({"image": [png(picture), png(picture)], "mask": png(mask)}, "one picture"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=complaint):
+            client.images.edit(**wrong, **call)
+
+
+# ------------------------------------------------------------------------------------------------- queue and batches
+
+
+def ask(server, answers, **call):
+    """Ask in a thread; the answer, or the error, goes to a list."""
+
+    def run():
+        with server.client() as client:
+            try:
+                answers.append((call["seed"], client.images.generate(prompt="a cat", extra_body={**call, "steps": 3})))
+            except openai.APIError as error:
+                answers.append((call["seed"], error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
+def test_requests_of_one_kind_go_through_together(server, client, model, gate):
+    answers, threads = [], [ask(server, answers := [], seed=100)]
+    until(lambda: gate.sizes == [1])
+    for seed in (1, 2, 3, 4, 5):
+        threads.append(ask(server, answers, seed=seed))
+        until(lambda seed=seed: len(server.batches.waiting) == seed)
+    gate.set()
+    for thread in threads:
+        thread.join()
+    assert gate.sizes == [1, 4, 1]
+    for seed, answer in answers:
+        assert apart(from_base64(answer.data[0].b64_json), model.draw(["a cat"], seed=seed, steps=3)[0]) <= 2
+    assert 'xfusion_batch_size_bucket{le="4.0"}' in get(server, "/metrics")
+
+
+def test_beyond_the_queue_is_429(server, client, gate):
+    answers = []
+    threads = [ask(server, answers, seed=0)]
+    until(lambda: gate.sizes == [1])
+    threads += [ask(server, answers, seed=seed) for seed in range(1, 9)]
+    until(lambda: len(server.batches.waiting) == 8)
+    with pytest.raises(openai.RateLimitError) as caught:
+        client.chat.completions.create(model="dual-tower", messages=say("a"))
+    assert caught.value.code == "queue_full" and 1 <= int(caught.value.response.headers["retry-after"]) <= 60
+    assert json.loads(get(server, "/health"))["waiting"] == 8
+    gate.set()
+    for thread in threads:
+        thread.join()
+    assert len(answers) == 9 and not any(isinstance(a, Exception) for _, a in answers)
+
+
+def test_a_deadline_and_a_disconnect_free_their_places(models, gate):
+    with running(models, Limits(queue=8, batch=4, seconds=1.0)) as server, server.client() as client:
+        answers = []
+        first = ask(server, answers, seed=0)
+        until(lambda: gate.sizes == [1])
+        with pytest.raises(openai.APIStatusError) as caught:
+            client.chat.completions.create(model="dual-tower", messages=say("a"), n=2)
+        assert caught.value.status_code == 504 and caught.value.code == "deadline"
+        assert not server.batches.waiting
+        first.join()
+        assert answers[0][1].status_code == 504
+        gate.set()
+
+    gate.clear()
+    gate.sizes.clear()
+    with running(models, TINY) as server:
+        streams = []
+        for stream in (False, True):
+            body = {"model": "dual-tower", "messages": say("a red apple"), "n": 2, "stream": stream}
+            parts = urllib.parse.urlsplit(server.address)
+            connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=30)
+            connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+            streams.append(connection)
+            if not stream:
+                until(lambda: gate.sizes == [4] or gate.sizes == [2])
+        until(lambda: len(server.batches.waiting) == 2)
+        running_jobs = list(server.batches.running)
+        for connection in streams:
+            connection.sock.shutdown(socket.SHUT_RDWR)
+            connection.close()
+        until(lambda: not server.batches.waiting and all(job.dropped for job in running_jobs))
+        gate.set()
+        until(lambda: not server.batches.running)
+        assert all(len(job.words.ids) <= 1 for job in running_jobs), "nobody listened any more"
+        with server.client() as client:
+            assert client.chat.completions.create(model="dual-tower", messages=say("a"), max_tokens=2)
+
+
+def test_what_runs_ends_when_its_client_unplugs_in_the_middle(models, monkeypatch):
+    decode = models["dual-tower"].backbone.decode
+    monkeypatch.setattr(models["dual-tower"].backbone, "decode", lambda ids: time.sleep(0.05) or decode(ids))
+    with running(models, Limits(tokens=300)) as server, server.client() as client:
+        call = {"model": "dual-tower", "messages": say("a"), "temperature": 2.0, "seed": 0, "max_tokens": 300}
+        with client.chat.completions.create(**call, stream=True) as stream:
+            for chunk in stream:
+                if chunk.choices[0].delta.content:
+                    break
+            (job,) = server.batches.running
+        until(lambda: not server.batches.running, seconds=10)
+        assert job.dropped and len(job.words.ids) < 100
+
+
+def test_a_failing_job_fails_alone(server, client, monkeypatch, caplog):
+    run = Continue.run
+
+    def failing(work, jobs):
+        if any(job.given[0] == "poison" for job in jobs):
+            raise RuntimeError("secret: /etc/passwd")
+        return run(work, jobs)
+
+    monkeypatch.setattr(Continue, "run", failing)
+    with pytest.raises(openai.InternalServerError) as caught:
+        client.images.generate(prompt="poison")
+    assert "secret" not in str(caught.value) and caught.value.code == "internal_error"
+    assert client.images.generate(prompt="a cat", extra_body={"steps": 1}).data
+    with pytest.raises(openai.APIError):
+        list(client.chat.completions.create(
+            model="dual-tower", messages=say("poison"), modalities=["image"], stream=True))  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ bad requests
+
+
+def test_errors_are_in_openais_shape(server):
+    ask = {"messages": say("a")}
+    huge = as_url(Image.new("L", (200, 200)))
+    cases = [
+        ("chat/completions", {}, 400, "messages"),
+        ("chat/completions", {"messages": []}, 400, "messages"),
+        ("chat/completions", {"messages": [{"role": "robot", "content": "a"}]}, 400, "messages.0.role"),
+        ("chat/completions", ask | {"model": "gpt-4"}, 404, None),
+        ("chat/completions", ask | {"tools": []}, 400, "tools"),
+        ("chat/completions", ask | {"n": 5}, 400, "n"),
+        ("chat/completions", ask | {"n": 0}, 400, "n"),
+        ("chat/completions", ask | {"seed": -1}, 400, "seed"),
+        ("chat/completions", ask | {"temperature": 1e999}, 400, "temperature"),
+        ("chat/completions", ask | {"temperature": 3}, 400, "temperature"),
+        ("chat/completions", ask | {"top_p": 0}, 400, "top_p"),
+        ("chat/completions", ask | {"stop": ["a", "b", "c", "d", "e"]}, 400, "stop"),
+        ("chat/completions", ask | {"stop": ""}, 400, None),
+        ("chat/completions", ask | {"max_tokens": 25}, 400, "max_tokens"),
+        ("chat/completions", ask | {"modalities": ["audio"]}, 400, "modalities.0"),
+        ("chat/completions", {"messages": say("a" * 501)}, 400, "characters"),
+        ("chat/completions", {"messages": [look(Image.new("L", (8, 8)), "a")[0]] * 3}, 400, "pictures"),
+        ("images/generations", {"prompt": "a", "size": "8x16"}, 400, "size"),
+        ("images/generations", {"prompt": "a", "size": "x"}, 400, "size"),
+        ("images/generations", {"prompt": "a", "size": 4096}, 400, None),
+        ("images/generations", {"prompt": "a", "steps": 31}, 400, "steps"),
+        ("images/generations", {"prompt": "a", "guidance": float("nan")}, 400, None),
+        ("images/generations", {"prompt": "\ud800"}, 400, None),
+        ("images/generations", {}, 400, "prompt"),
+        ("images/edits", {"prompt": "a"}, 400, None),
+        ("embeddings", {"model": "dual-tower", "input": "a"}, 400, "model"),
+        ("embeddings", [], 400, None),
+        ("audio/speech", {}, 404, None),
+    ]
+    for url in ("http://localhost/a.png", "file:///etc/passwd", "data:image/png,abc", "data:image/png;base64,%%", huge,
+                "data:;base64,", "http://[", "data:application/pdf;base64,JVBERi0xLjc="):  # fmt: skip
+        block = {"type": "image_url", "image_url": {"url": url}}
+        cases.append(("chat/completions", {"messages": [{"role": "user", "content": [block]}]}, 400, None))
+    for path, body, status, param in cases:
+        found, answer = post(server, f"/v1/{path}", json.dumps(body))
+        assert found == status, (path, body, answer)
+        assert set(answer) == {"error"} and set(answer["error"]) == {"message", "type", "param", "code"}
+        assert "Traceback" not in answer["error"]["message"] and "\n" not in answer["error"]["message"]
+        assert param is None or answer["error"]["param"] == param, answer
+    for body in (b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"messages": "' + b"a" * 199_000 + b'"}'):
+        assert post(server, "/v1/chat/completions", body)[0] == 400
+        assert post(server, "/v1/embeddings", body)[0] == 400
+    assert post(server, "/v1/models", b"")[0] == 405
+    assert post(server, "/v1/images/edits", b"no form", {"Content-Type": "multipart/form-data; boundary=x"})[0] == 400
+    assert post(server, "/v1/images/edits", b"no form", {"Content-Type": "multipart/form-data"})[0] == 400
+    assert "100 million" not in get(server, "/health")
+
+
+def test_bodies_are_bounded(server):
+    status, answer = post(server, "/v1/chat/completions", b"a" * 200_001)
+    assert status == 413 and answer["error"]["code"] == "too_large"
+    status, _ = post(server, "/v1/chat/completions", iter([b"a" * 100_000] * 3))  # in chunks
+    assert status == 413
+    parts = urllib.parse.urlsplit(server.address)
+    before = get(server, "/metrics").count('status="499"')
+    with socket.create_connection((parts.hostname, parts.port)) as half:
+        half.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
+    until(lambda: get(server, "/metrics").count('status="499"') > before)
+
+
+def test_a_picture_of_a_hundred_megapixels_is_refused_undecoded(models):
+    file = io.BytesIO()
+    Image.new("1", (10_000, 10_000)).save(file, format="PNG")
+    with running(models) as server, server.client() as client:
+        began = time.process_time()
+        with pytest.raises(openai.BadRequestError, match="more than 16 million"):
+            client.images.edit(image=file.getvalue(), prompt="a", mask=file.getvalue())
+        assert time.process_time() - began < 2
+        with pytest.raises(openai.BadRequestError, match="PDF"):
+            client.images.edit(image=b"%PDF-1.7 hello", prompt="a")
+
+
+def test_pictures_are_fetched_from_allowed_hosts_alone(models, picture, tmp_path):
+    import functools
+    import http.server
+
+    picture.save(tmp_path / "a.png")
+
+    class Files(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_GET(self):
+            if self.path == "/moved":
+                self.send_response(302)
+                self.send_header("Location", "/a.png")
+                self.end_headers()
+                return
+            super().do_GET()
+
+    files = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Files, directory=tmp_path))
+    threading.Thread(target=files.serve_forever, daemon=True).start()
+    try:
+        with running(models, hosts=frozenset({"127.0.0.1"})) as server, server.client() as client:
+
+            def ask(path, host="127.0.0.1"):
+                block = {"type": "image_url", "image_url": {"url": f"http://{host}:{files.server_port}/{path}"}}
+                messages = [{"role": "user", "content": [block]}]
+                return client.chat.completions.create(model="dual-tower", messages=messages, max_tokens=4)
+
+            (expected,) = models["dual-tower"].generate([picture], max_tokens=4)
+            assert ask("a.png").choices[0].message.content == expected
+            for path, host in (("moved", "127.0.0.1"), ("missing", "127.0.0.1"), ("a.png", "localhost")):
+                with pytest.raises(openai.BadRequestError, match="image_url"):
+                    ask(path, host)
+    finally:
+        files.shutdown()
+        files.server_close()
+
+
+def test_keys(models):
+    with running(models, keys=frozenset({"right", "other"})) as server:
+        for key in ("right", "other"):
+            assert server.client(key).models.list().data
+        for key in ("wrong", "", "righ", "right2", "clé"):
+            with pytest.raises((openai.AuthenticationError, openai.OpenAIError, UnicodeEncodeError)) as caught:
+                server.client(key).models.list()
+            if isinstance(caught.value, openai.APIStatusError):
+                assert caught.value.status_code == 401
+        assert post(server, "/v1/chat/completions", b"{}")[0] == 401
+        assert post(server, "/v1/chat/completions", b"{}", {"Authorization": "Basic right"})[0] == 401
+        assert json.loads(get(server, "/health"))["status"] == "ok"
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            get(server, "/metrics")
+
+
+def test_metrics_count_routes_and_statuses(server, client):
+    client.models.list()
+    post(server, "/v1/nowhere", b"")
+    text = get(server, "/metrics")
+    assert 'xfusion_requests_total{route="/v1/models",status="200"}' in text
+    assert 'xfusion_requests_total{route="none",status="404"}' in text
+    assert "xfusion_waiting 0.0" in text and "xfusion_request_seconds_bucket" in text
+
+
+# -------------------------------------------------------------------------------------------------- the command line
+
+
+def listening(process):
+    """The address that a starting server prints."""
+    for line in process.stderr:
+        if line.startswith("serving at "):
+            return line.split()[2].removesuffix("/v1")
+    raise AssertionError("it ended")
+
+
+def test_the_verb_serves_packs_on_one_base_and_stops_in_order(models, tmp_path):
+    for name, made in models.items():
+        made.save_pretrained(tmp_path / name)
+    (tmp_path / "keys").write_text("k1\n\n")
+    packs = [tmp_path / name for name in models]
+    process = start("serve", *packs, "--port", "0", "--json", "--keys", tmp_path / "keys", "--limits.tokens", "300")
+    try:
+        address = listening(process)
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="k1", max_retries=0, timeout=60)
+        shown = client.models.list().data
+        assert [m.id for m in shown] == list(models)
+        call = {"messages": say("a"), "temperature": 2.0, "seed": 0, "max_tokens": 60, "stream": True}
+        stream = client.chat.completions.create(model="dual-projection", **call)
+        next(stream)
+        process.send_signal(signal.SIGTERM)
+        *_, last = stream
+        assert last.choices[0].finish_reason, "what was begun is finished"
+        out, err = process.communicate(timeout=30)
+        assert process.returncode == 0, err
+        assert json.loads(out)["models"] == list(models) and "Traceback" not in err
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_bad_calls_of_the_verb(models, tmp_path, monkeypatch, capsys):
+    from xfusion.apps import cli
+
+    models["dual-tower"].save_pretrained(tmp_path / "one")
+    models["dual-tower"].save_pretrained(tmp_path / "two" / "one")
+    (tmp_path / "none").write_text("\n")
+    pack = str(tmp_path / "one")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for argv, complaint in (
+            ([], "at least one pack"),
+            (["emojy"], "no pack 'emojy'"),
+            ([pack, str(tmp_path / "two" / "one"), "--port", "0"], "two packs are called 'one'"),
+            ([pack, "--port", port], f"port {port}"),
+            ([pack, "--port", "70000"], "70000"),
+            ([pack, "--limits.queue", "0"], "--limits.queue 0"),
+            ([pack, "--keys", str(tmp_path / "none")], "holds no key"),
+            ([pack, "--host", "256.1.1.1"], "cannot listen"),
+        ):
+            assert cli.main(["serve", *argv]) == 2
+            said = capsys.readouterr()
+            assert complaint in said.err.splitlines()[-1], said.err
+            assert said.out == ""
+    assert os.environ.get("XFUSION_API_KEY") is None
+
+
+def test_packs_of_one_base_share_it(models, tmp_path):
+    from xfusion.apps.commands.base import load_models
+
+    for name, made in models.items():
+        made.save_pretrained(tmp_path / name / "pack")
+        (tmp_path / name / "config.txt").touch()
+    found = load_models([str(tmp_path / name) for name in models], device="cpu")
+    assert list(found) == list(models)
+    assert len({id(made.backbone) for made in found.values()}) == 1
+    for name, made in found.items():
+        assert apart(made.draw(["a cat"], steps=2)[0], models[name].draw(["a cat"], steps=2)[0]) == 0
