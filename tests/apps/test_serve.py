@@ -553,7 +553,7 @@ def test_the_verb_serves_packs_on_one_base_and_stops_in_order(models, tmp_path):
         process.send_signal(signal.SIGTERM)
         *_, last = stream
         assert last.choices[0].finish_reason, "what was begun is finished"
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
         assert json.loads(out)["models"] == list(models) and "Traceback" not in err
     finally:

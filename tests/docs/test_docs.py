@@ -61,10 +61,11 @@ def blocks(document):
 
 
 def commands(document):
-    """All ``xfusion`` commands of a document, in blocks and in inline code."""
+    """All ``xfusion`` commands of a document, in blocks and in inline code, without what the shell reads behind them."""
     text = document.read_text(encoding="utf-8")
     lines = [line for b in blocks(document) if b.language == "bash" for line in b.body.splitlines()]
     lines += [re.sub(r"\s+", " ", code) for code in re.findall(r"`(xfusion [^`]+)`", BLOCK.sub("", text))]
+    lines = [re.split(r" (?:&|\d?>)(?: |$)", line)[0] for line in lines]
     return [line for line in lines if (line.startswith("xfusion ") and line.count(" ") > 1) or line == "xfusion demo"]
 
 
@@ -118,7 +119,9 @@ def execute(document, folder, full):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = os.environ | {
         "PATH": path,
-        "PYTHONPATH": str(Path(xfusion.__file__).parents[1]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(xfusion.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
         "COLUMNS": "200",
         "NO_COLOR": "1",
     }

@@ -73,18 +73,18 @@ def load_models(names: Sequence[str], *, device: str = "auto", trust: bool = Fal
     from xfusion import checkpoint
     from xfusion.backbone import Backbone
 
+    found: dict[str, tuple[str, str]] = {}
+    for name in names:
+        folder, known = pack_folder(name), short_name(name)
+        if known in found:
+            raise UsageError(f"two packs are called {known!r}: rename the folder of one")
+        found[known] = folder, checkpoint.read_config(checkpoint.find(folder))["base"]["fingerprint"]
+    where = choose_device(device)
     models: dict[str, Model] = {}
     bases: dict[str, Backbone] = {}
-    for name in names:
-        folder = pack_folder(name)
-        known = short_name(name)
-        if known in models:
-            raise UsageError(f"two packs are called {known!r}: rename the folder of one")
-        base = checkpoint.read_config(checkpoint.find(folder))["base"]["fingerprint"]
-        models[known] = model = checkpoint.load(
-            folder, backbone=bases.get(base), device=choose_device(device), trust=trust
-        )
-        bases.setdefault(base, model.backbone)
+    for known, (folder, base) in found.items():
+        models[known] = checkpoint.load(folder, backbone=bases.get(base), device=where, trust=trust)
+        bases.setdefault(base, models[known].backbone)
     return models
 
 

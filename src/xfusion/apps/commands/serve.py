@@ -13,7 +13,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from xfusion.apps.commands.base import Answer, UsageError, Verb, choose_device, load_models
+from xfusion.apps.commands.base import Answer, UsageError, Verb, load_models
 from xfusion.apps.server.limits import Limits
 
 KEY_VARIABLE = "XFUSION_API_KEY"
@@ -47,25 +47,21 @@ class Serve(Verb):
     def run(self, people: Console) -> Answer:
         self._check()
         keys = self._keys()
-        try:
-            import uvicorn
-
-            from xfusion.apps.server import app
-        except ImportError as error:
-            raise UsageError(f"serve needs the package {error.name}: pip install 'xfusion[serve]'") from error
-
         # Listening comes first: a port that is taken is known before anything is loaded, and early clients wait.
-        listener = self._listen()
-        with listener:
+        with self._listen() as listener:
+            try:
+                import uvicorn
+
+                from xfusion.apps.server import app
+            except ImportError as error:
+                raise UsageError(f"serve needs the package {error.name}: pip install 'xfusion[serve]'") from error
             models = load_models(self.packs, device=self.device, trust=self.trust)
             where = f"http://{self._host_text()}:{listener.getsockname()[1]}"
             for name, model in models.items():
-                people.print(
-                    f"{name}: {', '.join(sorted(model.capabilities))}, on {model.backbone.source}", markup=False
-                )
-            people.print(
-                f"serving at {where}/v1 ({'with API keys' if keys else 'open to all who reach it'})", markup=False
-            )
+                able = ", ".join(sorted(model.capabilities))
+                people.print(f"{name}: {able}, on {model.backbone.source}", markup=False, soft_wrap=True)
+            door = "with API keys" if keys else "open to all who reach it"
+            people.print(f"serving at {where}/v1 ({door})", markup=False, soft_wrap=True)
             config = uvicorn.Config(
                 app.create(models, self.limits, keys=keys, hosts=frozenset(self.picture_hosts)),
                 log_level="warning",
@@ -89,7 +85,6 @@ class Serve(Verb):
         for name, value in vars(self.limits).items():
             if value < 1:
                 raise UsageError(f"--limits.{name} {value:g}: at least 1")
-        choose_device(self.device)
 
     def _keys(self) -> frozenset[str]:
         found = [os.environ.get(KEY_VARIABLE, "")]
