@@ -26,8 +26,10 @@ from apps.test_cli import start
 from contracts.table import SIDE, Noise
 
 import xfusion
-from xfusion.apps.server.batches import Continue, Words
+from xfusion.apps.server.answers import Refused
+from xfusion.apps.server.batches import Batches, Continue, Job, Words
 from xfusion.apps.server.limits import Limits
+from xfusion.data.sequence import XFusionError
 
 TINY = Limits(
     queue=8, batch=4, seconds=20, n=4, tokens=24, steps=30, pictures=2, pixels=10_000, body=200_000, characters=500
@@ -337,8 +339,8 @@ def test_a_deadline_and_a_disconnect_free_their_places(models, gate):
             connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
             streams.append(connection)
             if not stream:
-                until(lambda: gate.sizes == [4] or gate.sizes == [2])
-        until(lambda: len(server.batches.waiting) == 2)
+                until(lambda: gate.sizes == [1])
+        until(lambda: len(server.batches.waiting) == 3)  # words alone are answered one by one
         running_jobs = list(server.batches.running)
         for connection in streams:
             connection.sock.shutdown(socket.SHUT_RDWR)
@@ -365,7 +367,39 @@ def test_what_runs_ends_when_its_client_unplugs_in_the_middle(models, monkeypatc
         assert job.dropped and len(job.words.ids) < 100
 
 
-def test_a_failing_job_fails_alone(server, client, monkeypatch, caplog):
+def test_a_failing_job_takes_no_other_of_its_batch_with_it(caplog):
+    class Work:
+        together = True
+
+        def run(self, jobs):
+            if any(job.given == "poison" for job in jobs):
+                raise XFusionError("poison")
+            return [[job.given] for job in jobs]
+
+    work, ended = Work(), threading.Semaphore(0)
+    jobs = [
+        Job(
+            work=work,
+            given=given,
+            seed=0,
+            index=0,
+            words=Words(lambda ids: ""),
+            tell=lambda job, new: ended.release(),
+        )
+        for given in ("a", "poison", "b")
+    ]
+    batches = Batches(queue=4, batch=4)
+    batches.put(jobs)
+    batches.start()
+    for _ in jobs:
+        assert ended.acquire(timeout=20)
+    assert [job.answer for job in jobs] == [["a"], [], ["b"]] and str(jobs[1].error) == "poison"
+    batches.close(5)
+    with pytest.raises(Refused, match="stopping"):
+        batches.put(jobs)
+
+
+def test_what_breaks_inside_is_not_told(server, client, monkeypatch, caplog):
     run = Continue.run
 
     def failing(work, jobs):

@@ -131,7 +131,7 @@ def choose_device(name: str) -> str:
     return name
 
 
-def written(path: Path, write: Callable[[Path], None]) -> Path:
+def written(path: Path, write: Callable[[Path], object]) -> Path:
     """Let ``write`` fill a temporary file beside ``path``, then give it its name: no reader ever sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")

@@ -214,7 +214,7 @@ class _Server:
     def _max_tokens(self, asked: requests.Chat, model: Model, prompt: int) -> int:
         wanted = asked.max_completion_tokens or asked.max_tokens
         requests.within(wanted or 1, self.limits.tokens, "max_tokens")
-        places = getattr(model.backbone.config, "max_position_embeddings", None) or prompt + self.limits.tokens
+        places = getattr(model.backbone.config, "max_position_embeddings", None) or 1 << 30
         room = places - prompt - 8  # what opens a text, and the rows around pictures
         if (wanted or 1) > room:
             raise Refused(
@@ -407,7 +407,7 @@ class _Ticket:
                 if new is None:
                     left -= 1
                     if job.error is not None:
-                        raise job.error
+                        raise _as_refused(job.error) from job.error
                 yield job, new
         finally:
             gone.cancel()

@@ -12,9 +12,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from xfusion.apps.server.answers import Refused
+from xfusion.data.sequence import XFusionError
 from xfusion.generation import inpaint_batch
 
 if TYPE_CHECKING:
@@ -72,6 +73,11 @@ class Continue:
     temperature: float
     top_p: float
 
+    @property
+    def together(self) -> bool:
+        """Whether jobs share a pass: words alone are answered one by one, as the base answers them to everyone."""
+        return any(kind != "text" for kind in self.kinds)
+
     def run(self, jobs: list[Job]) -> list[list[Any]]:
         """The generated segments of each job."""
         return self.model.generate(
@@ -94,6 +100,7 @@ class Repaint:
     model: Model
     steps: int
     guidance: float | None
+    together: ClassVar[bool] = True
 
     def run(self, jobs: list[Job]) -> list[list[Any]]:
         """The picture of each job."""
@@ -157,7 +164,7 @@ class Batches:
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
         self.open = True
-        self._seconds = 1.0
+        self._seconds = 1.0  # per answer, as it went lately
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="xfusion-batches", daemon=True)
 
@@ -186,12 +193,12 @@ class Batches:
             if not self.open:
                 raise _stopping()
             if len(self.waiting) + len(jobs) > self.most:
-                batches = 1 + len(self.waiting) / self.batch
+                seconds = min(60.0, self._seconds * len(self.waiting))
                 raise Refused(
                     429,
                     f"{len(self.waiting)} answers wait, and no more than {self.most} may: try again later",
                     code="queue_full",
-                    headers={"Retry-After": str(math.ceil(min(60.0, batches * self._seconds)))},
+                    headers={"Retry-After": str(max(1, math.ceil(seconds)))},
                 )
             self.waiting.extend(jobs)
             self._changed.notify_all()
@@ -211,7 +218,8 @@ class Batches:
             if not self.open:
                 return []
             work = self.waiting[0].work
-            self.running = [job for job in self.waiting if job.work == work][: self.batch]
+            most = self.batch if work.together else 1
+            self.running = [job for job in self.waiting if job.work == work][:most]
             chosen = set(map(id, self.running))
             self.waiting = deque(job for job in self.waiting if id(job) not in chosen)
             return self.running
@@ -221,7 +229,7 @@ class Batches:
             began = time.perf_counter()
             self._run(jobs)
             seconds = time.perf_counter() - began
-            self._seconds += 0.2 * (seconds - self._seconds)
+            self._seconds += 0.2 * (seconds / len(jobs) - self._seconds)
             self.running = []
             self.watch(jobs, seconds)
 
@@ -235,7 +243,8 @@ class Batches:
                 for job in jobs:  # one of them must not take the others with it
                     self._run([job])
                 return
-            log.exception("a batch of %d failed", len(jobs))
+            if not isinstance(error, XFusionError):
+                log.exception("a batch of %d failed", len(jobs))
             for job in jobs:
                 job.end(error=error)
             return
