@@ -11,7 +11,9 @@ import math
 import platform
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from torch.nn.functional import pad
 from xfusion.data.emoji import Emoji
 from xfusion.evaluation.metrics.psnr import not_white, psnr
 from xfusion.modalities import ImageModality
+from xfusion.modalities.base import Codec
 from xfusion.modalities.codecs.autoencoder_kl import AutoencoderKL
 from xfusion.modalities.codecs.files import WEIGHTS
 
@@ -71,7 +74,7 @@ def main(options: Options) -> None:
     torch.manual_seed(options.seed)
     pictures = {split: load(split, options.size) for split in ("train", "held")}
     model = build(options)
-    steps, seconds, dtype = train(model, pictures["train"], options)
+    steps, seconds, dtype = train(model, pictures["train"], options, partial(loss_of, model, options.kl_weight))
     latents = measure_latents(model, pictures["train"])
     model.register_to_config(scaling_factor=round(1 / latents[1], 5), shift_factor=round(latents[0], 5))
     temporary = options.out.with_name(options.out.name + ".tmp")
@@ -123,8 +126,13 @@ def augment(images: Tensor) -> Tensor:
     return pad(images, (2, 2, 2, 2), value=1.0)[:, :, row : row + size, column : column + size]
 
 
-def loss_of(model: Any, images: Tensor, kl_weight: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+Loss = Callable[[Tensor, torch.dtype, float], tuple[Tensor, Tensor]]
+"""Pictures, number format and share of training that is done -> what is minimised, and the mean squared error."""
+
+
+def loss_of(model: Any, kl_weight: float, images: Tensor, dtype: torch.dtype, done: float) -> tuple[Tensor, Tensor]:
     """(loss, mean squared error): squared error for PSNR, a little absolute error for edges, KL per latent number."""
+    del done
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         posterior = model.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist
         restored = model.decode(posterior.sample()).sample
@@ -134,11 +142,11 @@ def loss_of(model: Any, images: Tensor, kl_weight: float, dtype: torch.dtype) ->
     return squared + 0.05 * error.abs().mean() + kl_weight * kl, squared.detach()
 
 
-def train(model: Any, images: Tensor, options: Options) -> tuple[int, float, torch.dtype]:
+def train(model: Any, images: Tensor, options: Any, loss_of: Loss) -> tuple[int, float, torch.dtype]:
     """Trains in place; (steps, seconds, the number format that was faster here)."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.rate, betas=(0.9, 0.99), weight_decay=1e-3)
     start = time.monotonic()
-    dtype, per_step = faster_format(model, images, options)
+    dtype, per_step = faster_format(model, images, options.batch, loss_of)
     steps = max(int((options.minutes * 60 - (time.monotonic() - start)) / per_step), 1)
     warm_up = min(100, steps // 10 + 1)
     smoothed = None
@@ -156,7 +164,7 @@ def train(model: Any, images: Tensor, options: Options) -> tuple[int, float, tor
             if len(order) < options.batch:
                 order = torch.cat([order, torch.randperm(len(images))])
             chosen, order = order[: options.batch], order[options.batch :]
-            loss, squared = loss_of(model, augment(images[chosen]), options.kl_weight, dtype)
+            loss, squared = loss_of(augment(images[chosen]), dtype, step / steps)
             if not loss.isfinite():
                 raise SystemExit(f"the loss is {loss.item()} at step {step}; lower --rate")
             optimizer.zero_grad()
@@ -170,14 +178,14 @@ def train(model: Any, images: Tensor, options: Options) -> tuple[int, float, tor
     return steps, time.monotonic() - start, dtype
 
 
-def faster_format(model: Any, images: Tensor, options: Options) -> tuple[torch.dtype, float]:
+def faster_format(model: Any, images: Tensor, batch: int, loss_of: Loss) -> tuple[torch.dtype, float]:
     """Measures bfloat16 autocast against float32 on this machine, because on CPUs without bf16 units it is slower."""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         times = []
         for _ in range(8):
             begin = time.monotonic()
-            loss_of(model, augment(images[: options.batch]), options.kl_weight, dtype)[0].backward()
+            loss_of(augment(images[:batch]), dtype, 0.0)[0].backward()
             times.append(time.monotonic() - begin)
         seconds[dtype] = sorted(times[2:])[3]
     model.zero_grad()
@@ -192,7 +200,7 @@ def measure_latents(model: Any, images: Tensor) -> tuple[float, float]:
     return latents.mean().item(), latents.std().item()
 
 
-def measure(codec: AutoencoderKL, images: Tensor) -> dict[str, float]:
+def measure(codec: Codec, images: Tensor) -> dict[str, float]:
     """Mean over pictures of the PSNR in dB, over all pixels and over those that are not white."""
     restored = codec.decode(codec.encode(images))
     return {
@@ -201,7 +209,7 @@ def measure(codec: AutoencoderKL, images: Tensor) -> dict[str, float]:
     }
 
 
-def save_sheet(codec: AutoencoderKL, images: Tensor, path: Path) -> None:
+def save_sheet(codec: Codec, images: Tensor, path: Path) -> None:
     """Held-out pictures above what the codec makes of them."""
     chosen = images[:: max(len(images) // 16, 1)][:16]
     rows = [torch.cat(list(row), dim=-1) for row in (chosen, codec.decode(codec.encode(chosen)))]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,8 +37,10 @@ class AutoencoderKL(Codec):
 
         def build(self) -> AutoencoderKL:
             folder = files.locate(self.source, class_name=_CLASS, subfolder=self.subfolder, revision=self.revision)
-            card = files.card(folder)
-            return AutoencoderKL(_load(folder), licence=self.licence or card.get("license"), psnr=card.get("psnr"))
+            from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as Model
+
+            card, model = files.card(folder), files.load(Model, folder)
+            return AutoencoderKL(model, licence=self.licence or card.get("license"), psnr=card.get("psnr"))
 
     scale: Tensor
     shift: Tensor
@@ -70,21 +71,3 @@ class AutoencoderKL(Codec):
 
     def _decode(self, latents: Tensor) -> Tensor:
         return self.model.decode(latents / self.scale + self.shift).sample
-
-
-def _load(folder: Path) -> Any:
-    """diffusers' loader (it also reads old attention keys), strict: no key may be missing, left over or misshapen."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as Model
-
-    load: Any = Model.from_pretrained
-    try:
-        model, report = load(str(folder), use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise XFusionError(f"{folder} cannot be loaded as {_CLASS}: {' '.join(str(error).split())[:300]}") from error
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := sorted(map(str, report[problem])):
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise XFusionError(
-                f"{folder} is not a plain {_CLASS}: {problem.replace('_', ' ')} {', '.join(keys[:3])}{more}"
-            )
-    return model

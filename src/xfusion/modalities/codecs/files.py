@@ -54,6 +54,23 @@ def _download(source: str, subfolder: str, revision: str | None) -> Path:
     return Path(folder) / subfolder
 
 
+def load(kind: Any, folder: Path) -> Any:
+    """diffusers' loader of a class (it also reads old attention keys), strict: no key may be missing, left over or misshapen."""
+    settings = {"use_safetensors": True, "low_cpu_mem_usage": False, "output_loading_info": True}
+    try:
+        model, report = kind.from_pretrained(str(folder), **settings)
+    except (OSError, ValueError, RuntimeError) as error:
+        what = f"{folder} cannot be loaded as {kind.__name__}"
+        raise XFusionError(f"{what}: {' '.join(str(error).split())[:300]}") from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := sorted(map(str, report[problem])):
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise XFusionError(
+                f"{folder} is not a plain {kind.__name__}: {problem.replace('_', ' ')} {', '.join(keys[:3])}{more}"
+            )
+    return model
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, with one-line errors."""
     try:

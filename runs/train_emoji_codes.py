@@ -1,0 +1,195 @@
+"""Trains a codec of codes of the emoji (diffusers' VQModel) on the train split; held-out pictures only measure it.
+
+    python runs/train_emoji_codes.py --out FOLDER --minutes 30                    # a table by moving averages
+    python runs/train_emoji_codes.py --out FOLDER --kind dvae                     # DALL-E's dVAE
+    python runs/train_emoji_codes.py --out FOLDER --table.levels 2                # residual, two codes per place
+
+Writes config.json and weights in the form that VQModel.from_pretrained loads, and a card with the figures: PSNR, the share
+of the codes in use and their perplexity.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import shutil
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import torch
+import tyro
+from diffusers.models.autoencoders.vq_model import VQModel
+from torch import Tensor, nn
+from train_emoji_codec import WRITTEN, console, load, measure, save_sheet, train
+
+from xfusion.data.emoji import Emoji
+from xfusion.modalities.codecs.vq import Quantizer, VectorQuantized, code_use, relaxed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Train a codec of codes of the emoji."""
+
+    out: Path
+    """Folder to write; it must be absent or hold an earlier result of this script."""
+    kind: Literal["vq", "dvae"] = "vq"
+    """Nearest entry of a table, or the relaxed codes of DALL-E's dVAE."""
+    table: Quantizer.Config = field(default_factory=Quantizer.Config)
+    """The table; a dVAE takes the number of entries alone."""
+    minutes: float = 30.0
+    """Wall-clock time of training; the number of steps is fixed from the speed of the first ones."""
+    seed: int = 0
+    """Seed of weights, order of pictures, augmentation and relaxation."""
+    size: int = 32
+    """Side of the training pictures in pixels."""
+    channels: tuple[int, ...] = (16, 32, 64, 96)
+    """Width per resolution; each one after the first halves the picture, so four make 4 x 4 codes of 32 px."""
+    blocks: int = 1
+    """Residual blocks per resolution in the encoder; the decoder has one more."""
+    batch: int = 16
+    """Pictures per step."""
+    rate: float = 2e-3
+    """Peak learning rate of AdamW, cosine to zero."""
+    divergence_weight: float = 1e-4
+    """Weight of a dVAE's divergence from the uniform distribution, per cell."""
+    last_temperature: float = 1 / 16
+    """Temperature at which a dVAE's relaxation ends; it falls from 1 by a cosine."""
+
+
+class Trained(nn.Module):
+    """A VQModel and the table that it is trained with, which is not yet its own."""
+
+    def __init__(self, options: Options):
+        super().__init__()
+        depth, channels, make = len(options.channels), options.channels, VQModel
+        dvae, table = options.kind == "dvae", options.table
+        settings: dict[str, Any] = {
+            "block_out_channels": channels,
+            "down_block_types": ("DownEncoderBlock2D",) * depth,
+            "up_block_types": ("UpDecoderBlock2D",) * depth,
+            "layers_per_block": options.blocks,
+            "latent_channels": channels[-1],
+            "num_vq_embeddings": table.entries * table.levels,
+            "vq_embed_dim": table.entries if dvae else table.width,
+            "norm_num_groups": math.gcd(8, *channels),
+            "mid_block_add_attention": False,
+            "sample_size": options.size,
+        }
+        self.model: Any = make(**settings).to(memory_format=torch.channels_last)
+        self.quantizer = None if dvae else table.build()
+        self.options, self.generator = options, torch.Generator().manual_seed(options.seed)
+        # VQModel's own table takes no part in training.
+        self.model.quantize.requires_grad_(False)
+        if dvae:
+            nn.init.eye_(self.model.quantize.embedding.weight)
+
+    def codes(self, images: Tensor, done: float) -> tuple[Tensor, Tensor]:
+        """What the decoder reads, and what the codes cost, once a share of training is done."""
+        latents = self.model.encode(images).latents.float()
+        if self.quantizer is not None:
+            vectors, _, loss = self.quantizer(latents)
+            return vectors, loss
+        last = self.options.last_temperature
+        temperature = last + (1 - last) * (0.5 + 0.5 * math.cos(math.pi * min(1.0, done / 0.8)))
+        vectors, divergence = relaxed(latents, temperature, self.generator)
+        return vectors, self.options.divergence_weight * divergence
+
+    def finished(self) -> Any:
+        """The VQModel with its table, in half precision."""
+        if self.quantizer is not None:
+            tables = self.quantizer.scaled(self.quantizer.tables, -1)
+            self.model.quantize.embedding.weight.copy_(tables.flatten(0, 1))
+            self.model.register_to_config(num_levels=len(tables))
+        return self.model.half()
+
+
+def loss_of(trained: Trained, images: Tensor, dtype: torch.dtype, done: float) -> tuple[Tensor, Tensor]:
+    """(loss, mean squared error): squared error for PSNR, a little absolute error for edges, and the codes' cost."""
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        vectors, cost = trained.codes(images.contiguous(memory_format=torch.channels_last), done)
+        restored = trained.model.decode(vectors, force_not_quantize=True).sample
+    error = restored.float() - images
+    squared = error.square().mean()
+    return squared + 0.05 * error.abs().mean() + cost, squared.detach()
+
+
+def main(options: Options) -> None:
+    if options.out.exists() and any(path.name not in WRITTEN for path in options.out.iterdir()):
+        raise SystemExit(f"{options.out} holds other files; give an empty folder")
+    if options.kind == "dvae" and options.table.levels > 1:
+        raise SystemExit(f"a dVAE has one level, but --table.levels is {options.table.levels}")
+    torch.manual_seed(options.seed)
+    pictures = {split: load(split, options.size) for split in ("train", "held")}
+    trained = Trained(options)
+    steps, seconds, dtype = train(trained, pictures["train"], options, partial(loss_of, trained))
+    temporary = options.out.with_name(options.out.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    with torch.no_grad():
+        trained.finished().save_pretrained(temporary)
+    # Everything below measures what a user will load: half-precision weights.
+    codec = VectorQuantized.Config(source=str(temporary)).build()
+    figures: dict[str, dict[str, float]] = {}
+    for split, images in pictures.items():
+        share, perplexity = code_use(codec.encode(images), codec.entries)
+        figures[split] = measure(codec, images) | {"codes_used": share, "perplexity": perplexity}
+    (temporary / "README.md").write_text(card(options, codec, figures, steps, seconds, dtype), encoding="utf-8")
+    save_sheet(codec, pictures["held"], temporary / "held.png")
+    shutil.rmtree(options.out, ignore_errors=True)
+    temporary.rename(options.out)
+    console.print((options.out / "README.md").read_text(encoding="utf-8"), markup=False)
+
+
+def card(
+    options: Options,
+    codec: VectorQuantized,
+    figures: dict[str, dict[str, float]],
+    steps: int,
+    seconds: float,
+    dtype: torch.dtype,
+) -> str:
+    levels, rows, columns = codec.latent_shape(options.size, options.size)
+    numbers = sum(parameter.numel() for parameter in codec.parameters())
+    names = ("all_pixels", "non_white")
+    metadata = "".join(f"  {split}_{name}: {part[name]:.2f}\n" for split, part in figures.items() for name in names)
+    flat = {key: value for key, value in vars(options).items() if key not in ("out", "table")}
+    flat |= {f"table.{key}": value for key, value in vars(options.table).items()}
+    settings = " ".join(
+        f"--{key.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for key, value in flat.items()
+    )
+    rows_of_figures = "\n".join(
+        f"| {'trained' if split == 'train' else 'held out'} | {part['all_pixels']:.2f} | {part['non_white']:.2f} |"
+        f" {part['codes_used']:.0%} | {part['perplexity']:.0f} |"
+        for split, part in figures.items()
+    )
+    return f"""---
+license: {Emoji.licence.lower()}
+library_name: diffusers
+psnr:
+{metadata}---
+# Codes of emoji
+
+diffusers' VQModel, {numbers:,} parameters in float16, trained on the train split of OpenMoji (CC-BY-SA-4.0) by
+
+    python runs/train_emoji_codes.py --out FOLDER {settings}
+
+{steps:,} steps in {seconds / 60:.1f} minutes on {torch.get_num_threads()} threads ({platform.machine()},
+{str(dtype).removeprefix("torch.")}),
+torch {torch.__version__}, diffusers {diffusers.__version__}. Held-out groups of pictures were never trained on.
+
+A {options.size} px picture is {rows} x {columns} places of {levels} of {codec.entries} codes, or
+{levels * rows * columns * math.log2(codec.entries):.0f} bits. Codes used and perplexity are over all pictures of a split.
+
+| pictures | PSNR over all pixels, dB | over pixels that are not white, dB | codes used | perplexity |
+| --- | --- | --- | --- | --- |
+{rows_of_figures}
+
+`held.png`: held-out pictures above, what the codec makes of them below.
+"""
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

@@ -1,0 +1,226 @@
+"""Pictures as codes: diffusers' VQModel as a codec, and the quantisers that one is trained with.
+
+A code is the number of the entry of a table that lies nearest to what the encoder says of a place (VQ-VAE, van den Oord et
+al., arXiv 1711.00937, equations 1 and 2):
+
+    k = argmin_j |z - e_j|^2        z_q = z + sg(e_k - z)
+
+Three ways to train the table, one way to store it:
+
+- `Quantizer`: by gradient (equation 3), or as moving averages of what falls on an entry (appendix A.1); by distance or by
+  cosine (ViT-VQGAN, arXiv 2110.04627: all of unit length); with ``levels`` tables of which each quantises what the one
+  before has left (RQ-VAE, arXiv 2203.01941, equation 3).
+- `relaxed`: the dVAE of DALL-E (arXiv 2102.12092, section 2.1). Its encoder says a score per code and its decoder reads one
+  of K; that is a VQModel whose table is the identity, since ``argmin |z - 1_k|`` is ``argmax z_k``.
+
+A latent of the codec is the code's number, not a vector of about unit variance: it belongs to a port that knows codes
+(`xfusion.modalities.codes.CodePort`).
+
+Shape legend: ``N`` pictures, ``L`` levels, ``K`` entries of a table, ``d`` their width, ``h`` and ``w`` latent cells.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from xfusion.data.sequence import XFusionError
+from xfusion.modalities.base import Codec
+from xfusion.modalities.codecs import files
+
+_CLASS = "VQModel"
+
+
+class VectorQuantized(Codec):
+    """A VQModel as a codec: a latent cell holds the number of its entry, one channel per level."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Codec.Config):
+        """A vector-quantised autoencoder of diffusers' class."""
+
+        source: str
+        """A folder, a shipped codec's name, or a hub id such as CompVis/ldm-celebahq-256."""
+        subfolder: str = ""
+        """Folder inside the source, for example vqvae."""
+        revision: str | None = None
+        """Commit or tag of a hub id; None takes the newest."""
+        licence: str | None = None
+        """Licence of the weights; None reads the folder's card."""
+
+        def build(self) -> VectorQuantized:
+            folder = files.locate(self.source, class_name=_CLASS, subfolder=self.subfolder, revision=self.revision)
+            from diffusers.models.autoencoders.vq_model import VQModel as Model
+
+            card = files.card(folder)
+            levels = files.read_json(folder / "config.json").get("num_levels", 1)
+            model = files.load(Model, folder)
+            return VectorQuantized(model, levels, licence=self.licence or card.get("license"), psnr=card.get("psnr"))
+
+    def __init__(
+        self, model: Any, levels: int = 1, *, licence: str | None = None, psnr: dict[str, float] | None = None
+    ):
+        """`model` is a diffusers VQModel, frozen here; the tables of its levels stand one below the other."""
+        super().__init__()
+        rows, width = model.quantize.embedding.weight.shape
+        if levels < 1 or rows % levels:
+            raise XFusionError(f"a table of {rows} entries does not divide into {levels} levels")
+        self.model = model.float()
+        self.channels, self.entries = levels, rows // levels
+        self.factor = 2 ** (len(model.config.block_out_channels) - 1)
+        self.licence = licence or "unknown"
+        self.psnr = psnr
+        self.register_buffer("tables", self.model.quantize.embedding.weight.detach().view(levels, -1, width), False)
+        self.freeze()
+
+    tables: Tensor
+    """``[L, K, d]``."""
+
+    def _encode(self, images: Tensor) -> Tensor:
+        return quantise(self.model.encode(images).latents, self.tables)[0].float()
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        codes = latents.round().long()
+        if (low := int(codes.min())) < 0 or (high := int(codes.max())) >= self.entries:
+            bad = low if low < 0 else high
+            raise XFusionError(f"{bad} is none of the codec's codes, 0 to {self.entries - 1}: set the port's entries")
+        return self.model.decode(looked_up(codes, self.tables), force_not_quantize=True).sample
+
+
+def nearest(x: Tensor, table: Tensor) -> Tensor:
+    """The entry of ``[K, d]`` nearest to each ``[..., d]``."""
+    distance = table.square().sum(-1) - 2 * x @ table.T  # |x|^2 is the same for all entries
+    return distance.argmin(-1)
+
+
+def quantise(z: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
+    """``z [N, d, h, w]`` by ``L`` tables, each of what is left -> codes ``[N, L, h, w]`` and partial sums ``[L, N, d, h, w]``."""
+    x, codes, sums = z.movedim(1, -1), [], []
+    total = torch.zeros_like(x)
+    for table in tables:
+        codes.append(nearest(x - total, table))
+        total = total + table[codes[-1]]
+        sums.append(total.movedim(-1, 1))
+    return torch.stack(codes, 1), torch.stack(sums)
+
+
+def looked_up(codes: Tensor, tables: Tensor) -> Tensor:
+    """Codes ``[N, L, h, w]`` -> the sum of their entries ``[N, d, h, w]``."""
+    found = [table[code] for table, code in zip(tables, codes.unbind(1), strict=True)]
+    return torch.stack(found).sum(0).movedim(-1, 1)
+
+
+def code_use(codes: Tensor, entries: int) -> tuple[float, float]:
+    """Share of the entries that occur, and the perplexity ``exp(-sum p log p)`` of the codes' shares: at most ``entries``."""
+    share = torch.bincount(codes.flatten().long(), minlength=entries).double() / codes.numel()
+    return (share > 0).double().mean().item(), torch.special.entr(share).sum().exp().item()
+
+
+class Quantizer(nn.Module):
+    """The table in training: codes, straight-through vectors, and what it costs to lie apart.
+
+        loss = beta |z - sg(e)|^2  (+ |sg(z) - e|^2 where the table learns by gradient)
+
+    a mean over levels of the partial sums' errors. Moving averages count what falls on an entry,
+
+        n_k <- g n_k + (1 - g) |Z_k|    m_k <- g m_k + (1 - g) sum Z_k    e_k = m_k / n_k
+
+    and an entry with a count below ``revive_below`` starts again at one of the batch's own vectors (Jukebox, arXiv
+    2005.00341, section 3.1); the first batch gives all of them.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """A table of codes."""
+
+        entries: int = 512
+        """Codes per level."""
+        width: int = 16
+        """Numbers per entry."""
+        levels: int = 1
+        """Tables, each for what the one before has left."""
+        distance: Literal["l2", "cosine"] = "l2"
+        """Nearest by distance, or by angle: vectors and entries then have unit length."""
+        decay: float = 0.99
+        """g of the moving averages; 0 learns the table by gradient."""
+        commitment: float = 0.25
+        """beta: how strongly the encoder is held to its entry."""
+        revive_below: float = 0.1
+        """Average uses per batch below which an entry is placed anew; 0 lets it be."""
+
+        def build(self) -> Quantizer:
+            """The table, at random."""
+            return Quantizer(self)
+
+    size: Tensor
+    """Uses of an entry per batch, a moving average ``[L, K]``."""
+    total: Tensor
+    """Moving average of the sums of what fell on an entry, ``[L, K, d]``."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        if config.distance == "cosine" and config.levels > 1:
+            raise XFusionError(f"{config.levels} levels by cosine: what an angle leaves is no angle, take distance l2")
+        self.config = config
+        shape = (config.levels, config.entries, config.width)
+        self.tables = nn.Parameter(torch.empty(shape).uniform_(-1, 1) / config.entries, config.decay == 0)
+        self.register_buffer("size", torch.zeros(shape[:2]))
+        self.register_buffer("total", torch.zeros(shape))
+
+    def scaled(self, x: Tensor, dim: int) -> Tensor:
+        """Of unit length where angles decide."""
+        return functional.normalize(x, dim=dim) if self.config.distance == "cosine" else x
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``[N, d, h, w]`` -> straight-through vectors of that shape, codes ``[N, L, h, w]``, loss."""
+        z = self.scaled(z, 1)
+        codes, sums = quantise(z.detach(), self.scaled(self.tables, -1))
+        loss = self.config.commitment * (z - sums.detach()).square().mean()
+        if not self.config.decay:
+            loss = loss + (z.detach() - sums).square().mean()
+        if self.training:
+            self.follow(z.detach(), codes, sums.detach())
+        return z + (sums[-1] - z).detach(), codes, loss
+
+    @torch.no_grad()
+    def follow(self, z: Tensor, codes: Tensor, sums: Tensor) -> None:
+        """Move the averages by a batch, and place entries anew that nothing falls on."""
+        config = self.config
+        decay = config.decay or 0.99
+        left = torch.cat([z[None], z - sums[:-1]])  # what each level was given
+        for level, table in enumerate(self.tables):
+            x, code = left[level].movedim(1, -1).flatten(0, -2), codes[:, level].flatten()
+            size, total = self.size[level], self.total[level]
+            size.lerp_(torch.bincount(code, minlength=config.entries).to(size), 1 - decay)
+            total.lerp_(torch.zeros_like(total).index_add_(0, code, x), 1 - decay)
+            if config.decay:
+                used = size > 0
+                table[used] = self.scaled(total[used] / size[used, None], -1)
+            dead = size < config.revive_below
+            if count := int(dead.sum()):
+                table[dead] = x[torch.randint(len(x), (count,), device=x.device)]
+                size[dead] = 2 * config.revive_below  # some batches' grace
+                total[dead] = 2 * config.revive_below * table[dead]
+
+
+def relaxed(scores: Tensor, temperature: float, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Codes that gradients can pass (Gumbel-softmax, arXiv 1611.01144), and what they may say.
+
+        y = softmax((l + g) / tau),  g = -log(-log u)        KL(q || uniform) = log K + sum q log q,  q = softmax(l)
+
+    Args:
+        scores: ``l [N, K, h, w]``.
+        temperature: tau; towards 0 ``y`` is one of K.
+        generator: of ``u``.
+
+    Returns:
+        ``y [N, K, h, w]`` and the mean divergence per cell.
+    """
+    uniform = torch.rand(scores.shape, generator=generator, device=scores.device, dtype=scores.dtype)
+    gumbel = -torch.log(-torch.log(uniform.clamp(1e-9, 1 - 1e-6)))
+    log_q = scores.log_softmax(1)
+    divergence = (log_q.exp() * (log_q + torch.tensor(float(scores.shape[1])).log())).sum(1).mean()
+    return ((scores + gumbel) / temperature).softmax(1), divergence
