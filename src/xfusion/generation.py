@@ -165,12 +165,18 @@ class _Drawing:
         """The head at all tokens ``[N, M, P]`` at a noise level -> ``[N, M, Q]``; the cache stays."""
         return self._guided(self._states(self.target, x, time, update=False))
 
-    def following(self, tokens: Tensor) -> Tensor:
+    def following(self, tokens: Tensor, places: Tensor | None = None) -> Tensor:
         """The head at the last position, ``[N, Q]``, once finished tokens ``[N, k, P]`` stand behind the others."""
         if not tokens.shape[1]:
             return self._guided(self.begin)[:, 0]
-        columns = torch.arange(self.done, self.done + tokens.shape[1], device=tokens.device)
+        behind = torch.arange(self.done, self.done + tokens.shape[1], device=tokens.device)
+        columns = behind if places is None else places.clamp(min=0)
         rows = _pick(self.target, columns.expand(self.begin.shape[0], -1))
+        if places is not None:  # where a token lies in the grid is its place's, when it is read is its turn's
+            first, both = self.target.rows, self.target.rows.columns(slice(0, 2)).position
+            step = both[:, -1:] - both[:, :1]
+            turn = replace(rows.rows, order=first.order[:, :1] + behind, position=both[:, :1] + step * behind)
+            rows = replace(rows, rows=turn)
         self.done += tokens.shape[1]
         return self._guided(self._states(rows, tokens, 0.0, update=True)[:, -1:])[:, 0]
 

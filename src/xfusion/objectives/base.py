@@ -42,10 +42,11 @@ class Drawer(Protocol):
         """The head at all tokens ``[N, M, P]`` of the items at a noise level -> ``[N, M, Q]``; leaves no trace."""
         ...
 
-    def following(self, tokens: Tensor) -> Tensor:
+    def following(self, tokens: Tensor, places: Tensor | None = None) -> Tensor:
         """The head at the last position once ``tokens`` ``[N, k, P]`` stand behind those given before -> ``[N, Q]``.
 
-        With ``k`` of 0, the first call, it is what [BOI] says of the first token.
+        With ``k`` of 0, the first call, it is what [BOI] says of the first token. Tokens come in reading order, or
+        ``places`` ``[k]`` says which of an item's tokens each is, below 0 none.
         """
         ...
 
