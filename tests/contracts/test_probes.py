@@ -2,7 +2,8 @@
 
 They are not products. Each is here so that a contract which cannot hold its kind breaks today: media outside the
 decoder's self-attention (Flamingo), new keys inside a frozen attention (LLaMA-Adapter), media as ordinary tokens
-(LLaVA), codes drawn one after the other (DALL-E, Emu3), and a loss over pairs of a batch (CLIP).
+(LLaVA), codes drawn one after the other (DALL-E, Emu3: by now the library's own, on a toy codec), and a loss over pairs of
+a batch (CLIP).
 """
 
 from __future__ import annotations
@@ -42,13 +43,16 @@ from xfusion.data.pack import pack
 from xfusion.data.sequence import Media, Sequence, Text, XFusionError
 from xfusion.data.templates import Templates, opened
 from xfusion.fusion.base import Fusion
+from xfusion.fusion.prefix import Prefix
 from xfusion.generation import draw_tokens
 from xfusion.layers import Delta, assembled, attention_mask, attention_path, keys_values, run_rows
 from xfusion.modalities.base import Codec
+from xfusion.modalities.codes import CodePort
 from xfusion.modalities.image import ImageModality
 from xfusion.modalities.port import MediaPort
 from xfusion.model import Model, ModelConfig
 from xfusion.objectives.base import NoObjective, Objective
+from xfusion.objectives.codes import NextCode
 from xfusion.objectives.flow_matching import FlowMatching
 from xfusion.training.loop import train
 from xfusion.training.stages import Recipe, Stage
@@ -269,32 +273,6 @@ class Connector(MediaPort):
         return hidden  # only these tests look
 
 
-class Prefix(Fusion):
-    """Media rows go through the frozen layers as words do; all that is new stands in the port."""
-
-    preserves_text = True
-    prefix_is_constant = True
-
-    @dataclass(frozen=True, kw_only=True)
-    class Config(Fusion.Config):
-        def build(self) -> Prefix:
-            return Prefix(self)
-
-    def install(self, backbone: Backbone) -> None:
-        super().install(backbone)
-        self.blocks = nn.ModuleDict()
-
-    @property
-    def state_layers(self):
-        return tuple(range(len(self.windows)))
-
-    def layer(self, index, frozen, call, run):
-        return run.states | self.tower(0, index, frozen, run.states, call, run)
-
-    def reference_layer(self, index, frozen, call, run):
-        return self.whole(index, frozen, call, run)
-
-
 # ---------------------------------------------------------------------------------------------- codes, one by one
 
 
@@ -319,81 +297,6 @@ class Grey(Codec):
     def _decode(self, latents: Tensor) -> Tensor:
         grey = (latents + 0.5) / LEVELS * 2 - 1
         return grey.repeat_interleave(4, 2).repeat_interleave(4, 3).expand(-1, 3, -1, -1)
-
-
-class CodePort(MediaPort):
-    """A table of embeddings in, a head over the codes out."""
-
-    @dataclass(frozen=True, kw_only=True)
-    class Config(MediaPort.Config):
-        def build(self, width, token_width, scale, num_layers):
-            return CodePort(self, width, token_width, scale, num_layers)
-
-    def __init__(self, config, width, token_width, scale, num_layers):
-        super().__init__(config, width, LEVELS, scale, num_layers)
-        del self.time, self.project
-        self.table = nn.Embedding(LEVELS, width)
-        nn.init.normal_(self.table.weight, std=scale)
-
-    def forward(self, media):
-        x = self.table(media.tokens[..., 0].round().long().clamp(0, LEVELS - 1))
-        x = x + self.row(media.grid_row) + self.column(media.grid_column)
-        return torch.where(media.boundary[..., None], self.begin.to(x.dtype), x)
-
-
-class NextCode(Objective):
-    """``-log p(code_i | what stands before)``; [BOI] predicts the first code."""
-
-    name = "next_code"
-    gives = frozenset({"draw"})
-
-    @dataclass(frozen=True, kw_only=True)
-    class Config(Objective.Config):
-        guidance: float = 1.0
-
-        def build(self) -> NextCode:
-            return NextCode(self)
-
-    def __init__(self, config: Config):
-        super().__init__()
-        self.config, self.weight, self.guidance = config, config.weight, config.guidance
-
-    def _labels(self, media):
-        """The code that each row predicts, -100 where none: the row behind it, where that is a target's."""
-        wanted = media.at(media.has_loss.float()).bool()
-        labels = torch.where(wanted, media.tokens[..., 0].round().long(), -100)
-        return functional.pad(labels[:, 1:], (0, 1), value=-100)
-
-    def count(self, batch):
-        count = sum(int((self._labels(media) >= 0).sum()) for media in batch.media.values())
-        return {self.name: count} if count else {}
-
-    def loss(self, run, batch):
-        out = {}
-        for modality, media in batch.media.items():
-            labels = self._labels(media)
-            if (labels >= 0).any():
-                logits = run(batch).media[modality].float()
-                total = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-                out[self.name] = (total, (labels >= 0).sum())
-        return out
-
-    def num_steps(self, steps, tokens):
-        return tokens
-
-    def sample(self, predict, noise, *, steps, known=None, keep=None):
-        """Each token's noise, as a share of one, says where in the cumulated probabilities its code lies."""
-        share, tokens = torch.special.ndtr(noise[..., 0]), torch.zeros_like(noise)
-        last = noise[:, :0]
-        for i in range(noise.shape[1]):
-            probability = predict.following(last).softmax(-1)
-            code = (probability.cumsum(-1) < share[:, i : i + 1]).sum(-1).clamp(max=probability.shape[-1] - 1)
-            if known is not None and keep is not None:
-                code = torch.where(keep[:, i], known[:, i, 0].long(), code)
-            tokens = tokens.clone()
-            tokens[:, i, 0] = code.to(noise.dtype)
-            last = tokens[:, i : i + 1]
-            yield tokens, tokens
 
 
 # ------------------------------------------------------------------------------------------------ pairs of a batch
@@ -473,9 +376,9 @@ PROBES = {
     "codes": Probe(
         {
             "image": ImageModality.Config(codec=Grey.Config(), patch=1, sizes=(SIDE,), order="causal"),
-            "port": CodePort.Config(largest_grid=6),
+            "port": CodePort.Config(largest_grid=6, entries=LEVELS),
             "fusion": Prefix.Config(),
-            "media": NextCode.Config(),
+            "media": NextCode.Config(guidance=1.0),
         },
         losses=("next_token", "next_code"),
         can=frozenset({"text", "caption", "draw"}),

@@ -82,7 +82,7 @@ def test_levels_quantise_what_is_left_as_the_equation_says():
     for n, i, j in ((0, 0, 0), (1, 1, 2), (1, 0, 1)):
         rest, total = z[n, :, i, j], torch.zeros(4).double()
         for level in range(3):
-            k = min(range(7), key=lambda e: float((rest - tables[level, e]).square().sum()))  # noqa: B023
+            k = min(range(7), key=lambda e: float((rest - tables[level, e]).square().sum()))
             assert int(codes[n, level, i, j]) == k
             rest, total = rest - tables[level, k], total + tables[level, k]
             torch.testing.assert_close(sums[level, n, :, i, j], total, rtol=0, atol=1e-12)

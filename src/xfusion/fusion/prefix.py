@@ -1,8 +1,9 @@
-"""Media tokens at the input of the frozen decoder, as if they were words (type C: LLaVA, BLIP-2, Qwen-VL).
+"""Media tokens at the input of the frozen decoder, as if they were words (features: LLaVA, BLIP-2, Qwen-VL; codes: TEAL).
 
     X = [Emb(words); C(Enc(m)); Emb(words)],  H_out = F(X)    with every layer F frozen
 
-All that is new stands in the media port: a connector C from the features of a frozen encoder to the model's width. The
+All that is new stands in the media port: a connector C from the features of a frozen encoder to the model's width, or
+rows for codes. The
 frozen layers compute media rows as they compute words, so training goes back through all of them.
 
 Shape legend: ``B`` batch row, ``n`` rows of one owner, ``D`` model width.

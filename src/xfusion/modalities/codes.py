@@ -1,0 +1,85 @@
+"""How codes enter and leave a model: rows of their own beside the frozen embedding and the frozen head.
+
+    E' = [E_text (frozen); E_codes]        logits = h [O_text (frozen); O_codes]^T
+
+(TEAL, arXiv 2311.04589; DALL-E, arXiv 2102.12092). A place of the sequence belongs to words or to a medium, and it may only
+predict what belongs to its segment: the logits of the others count as minus infinity (DALL-E's segment masks). The joint
+softmax is then the softmax over the own rows, which is what is computed; words cannot be predicted inside a picture, nor codes
+among words, and the frozen tables are neither copied nor touched.
+
+Shape legend: ``B`` batch row, ``n`` media rows, ``D`` model width, ``P`` codes per token, ``K`` entries of a table.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from xfusion.data.sequence import MediaRows, XFusionError
+from xfusion.modalities.port import MediaPort
+
+
+class CodePort(MediaPort):
+    """A table of codes in, a score per code out, row and column vectors (DALL-E's axial positions), boundary rows.
+
+    A token of ``P`` codes (levels of a residual quantiser, cells of a patch) enters as the sum of their rows, each slot with a
+    table of its own, and its codes are predicted beside each other: given what stands before, they are independent. Numbers
+    below 0 are sentinels (-1 the first): rows without a place in the picture, which nothing predicts.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(MediaPort.Config):
+        """Rows of codes."""
+
+        entries: int = 512
+        """Codes of the codec."""
+        tied: bool = False
+        """Predict codes by the rows that they enter with (AudioPaLM, arXiv 2306.12925); else by rows of their own (TEAL)."""
+        sentinels: int = 0
+        """Rows in for marks that an objective puts among codes (`xfusion.objectives.codes.NextCode`: 2 for infilling)."""
+
+        def build(self, width: int, token_width: int, scale: float, num_layers: int) -> CodePort:
+            """The port of a model."""
+            if self.time != "add":
+                raise XFusionError(
+                    "codes have no noise level that could modulate layers: leave the port's time at 'add'"
+                )
+            return CodePort(self, width, token_width, scale, num_layers)
+
+    def __init__(self, config: Config, width: int, token_width: int, scale: float, num_layers: int):
+        super().__init__(config, width, token_width * config.entries, scale, num_layers)
+        del self.project, self.time
+        self.tied = config.tied
+        if self.tied:
+            del self.head
+        self.entries, self.sentinels, self.slots = config.entries, config.sentinels, token_width
+        self.table = nn.Embedding(token_width * config.entries + config.sentinels, width)
+        nn.init.normal_(self.table.weight, std=scale / math.sqrt(token_width))
+
+    def forward(self, media: MediaRows) -> Tensor:
+        """Codes ``[B, n, P]`` -> input states ``[B, n, D]``."""
+        codes = media.tokens.round().long()
+        if not codes.is_meta and codes.numel():
+            low, high = (int(bound) for bound in codes.aminmax())
+            if high >= self.entries or low < -self.sentinels:
+                raise XFusionError(
+                    f"the port knows codes {-self.sentinels} to {self.entries - 1}, but these go from {low} to {high}: set"
+                    " its entries to the codec's, and its sentinels to the objective's"
+                )
+        slot = self.entries * torch.arange(self.slots, device=codes.device)
+        x = self.table(codes.clamp(min=0) + slot).sum(-2)
+        x = x + self.row(media.grid_row) + self.column(media.grid_column)
+        if self.sentinels:
+            mark = (-1 - codes[..., 0]).clamp(min=0)
+            x = torch.where(codes[..., :1] < 0, self.table(self.slots * self.entries + mark), x)
+        return torch.where(media.boundary[..., None], self.begin.to(x.dtype), x)
+
+    def readout(self, hidden: Tensor) -> Tensor:
+        """States of media rows ``[B, n, D]`` -> scores of the codes of the token behind each, ``[B, n, P * K]``."""
+        x = self.norm(hidden.to(self.norm.weight.dtype))
+        if not self.tied:
+            return self.head(x)
+        return x @ self.table.weight[: self.slots * self.entries].T
