@@ -1,0 +1,46 @@
+"""TEAL: any modality as codes, with rows of their own in and out of a frozen language model.
+
+Paper: Yang et al., "TEAL: Tokenize and Embed ALL for Multi-modal Large Language Models", arXiv 2311.04589.
+
+Faithful: an off-the-shelf tokenizer's codes; a trainable non-text embedding matrix and a trainable non-text output matrix
+beside the frozen ones; the language model itself frozen (the paper's first stage); next-token cross-entropy, and a
+de-tokenizer that draws.
+
+Adapted: the emoji's own quantiser, 4 x 4 codes of 512 at 32 px (`runs/train_emoji_codes.py`), instead of SEED's or
+BEiT's; segment masks, so that codes and words each have a softmax of their own; row and column vectors beside the codes' rows;
+a norm of its own before the output matrix; 10 % empty captions for guidance. The second stage, which also tunes a few
+parameters of the language model, is left out. Data and schedule are the recipe `xfusion`'s.
+"""
+
+from __future__ import annotations
+
+from xfusion.fusion.prefix import Prefix
+from xfusion.modalities.codecs.vq import VectorQuantized
+from xfusion.modalities.codes import CodePort
+from xfusion.modalities.image import ImageModality
+from xfusion.objectives.codes import NextCode
+from xfusion.objectives.next_token import NextToken
+from xfusion.recipes.xfusion import xfusion
+from xfusion.training.stages import Recipe
+
+KIND = "codes"
+PAPER = "arXiv 2311.04589"
+STATUS = "sketch"
+
+
+def teal(codec: str = "emoji-vq", entries: int = 512, size: int = 32, rate: float = 4e-3) -> Recipe:
+    """Rows in and out, and nothing else.
+
+    Args:
+        codec: a VQModel: a shipped codec, a folder or a hub id.
+        entries: codes of its table.
+        size: side of the pictures in pixels.
+        rate: largest learning rate.
+    """
+    return xfusion(rate=rate).with_model(
+        image=ImageModality.Config(codec=VectorQuantized.Config(source=codec), patch=1, sizes=(size,), order="causal"),
+        port=CodePort.Config(entries=entries),
+        fusion=Prefix.Config(),
+        text=NextToken.Config(weight=1.0),
+        media=NextCode.Config(),
+    )
