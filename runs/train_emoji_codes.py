@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 import platform
 import shutil
-from dataclasses import dataclass, field
+import sys
+from dataclasses import dataclass, field, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +58,10 @@ class Options:
     """Weight of a dVAE's divergence from the uniform distribution, per cell."""
     last_temperature: float = 1 / 16
     """Temperature at which a dVAE's relaxation ends; it falls from 1 by a cosine."""
+
+
+Done = tuple[int, float, torch.dtype]
+"""Steps, seconds and the number format of a training."""
 
 
 class Trained(nn.Module):
@@ -124,18 +129,22 @@ def main(options: Options) -> None:
     torch.manual_seed(options.seed)
     pictures = {split: load(split, options.size) for split in ("train", "held")}
     trained = Trained(options)
-    steps, seconds, dtype = train(trained, pictures["train"], options, partial(loss_of, trained))
+    done = train(trained, pictures["train"], options, partial(loss_of, trained))
     temporary = options.out.with_name(options.out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     with torch.no_grad():
         trained.finished().save_pretrained(temporary)
     # Everything below measures what a user will load: half-precision weights.
-    codec = VectorQuantized.Config(source=str(temporary)).build()
+    finish(options, VectorQuantized.Config(source=str(temporary)).build(), temporary, pictures, done)
+
+
+def finish(options: Any, codec: Any, temporary: Path, pictures: dict[str, Tensor], done: Done) -> None:
+    """Measure a codec of codes that lies in a temporary folder, write its card and samples, and move it into place."""
     figures: dict[str, dict[str, float]] = {}
     for split, images in pictures.items():
         share, perplexity = code_use(codec.encode(images), codec.entries)
         figures[split] = measure(codec, images) | {"codes_used": share, "perplexity": perplexity}
-    (temporary / "README.md").write_text(card(options, codec, figures, steps, seconds, dtype), encoding="utf-8")
+    (temporary / "README.md").write_text(card(options, codec, figures, *done), encoding="utf-8")
     save_sheet(codec, pictures["held"], temporary / "held.png")
     shutil.rmtree(options.out, ignore_errors=True)
     temporary.rename(options.out)
@@ -143,8 +152,8 @@ def main(options: Options) -> None:
 
 
 def card(
-    options: Options,
-    codec: VectorQuantized,
+    options: Any,
+    codec: Any,
     figures: dict[str, dict[str, float]],
     steps: int,
     seconds: float,
@@ -154,8 +163,9 @@ def card(
     numbers = sum(parameter.numel() for parameter in codec.parameters())
     names = ("all_pixels", "non_white")
     metadata = "".join(f"  {split}_{name}: {part[name]:.2f}\n" for split, part in figures.items() for name in names)
-    flat = {key: value for key, value in vars(options).items() if key not in ("out", "table")}
-    flat |= {f"table.{key}": value for key, value in vars(options.table).items()}
+    flat = {key: value for key, value in vars(options).items() if key != "out" and not is_dataclass(value)}
+    parts = {key: value for key, value in vars(options).items() if is_dataclass(value)}
+    flat |= {f"{key}.{name}": value for key, part in parts.items() for name, value in vars(part).items()}
     settings = " ".join(
         f"--{key.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
         for key, value in flat.items()
@@ -172,9 +182,9 @@ psnr:
 {metadata}---
 # Codes of emoji
 
-diffusers' VQModel, {numbers:,} parameters in float16, trained on the train split of OpenMoji (CC-BY-SA-4.0) by
+{type(codec).__name__}, {numbers:,} parameters in float16, trained on the train split of OpenMoji (CC-BY-SA-4.0) by
 
-    python runs/train_emoji_codes.py --out FOLDER {settings}
+    python runs/{Path(sys.argv[0]).name} --out FOLDER {settings}
 
 {steps:,} steps in {seconds / 60:.1f} minutes on {torch.get_num_threads()} threads ({platform.machine()},
 {str(dtype).removeprefix("torch.")}),

@@ -332,7 +332,7 @@ def test_one_batch_is_overfitted(bases, fusion, family):
         adamw.step()
         adamw.zero_grad()
     assert history[-1]["flow_matching"] < 0.2 * history[0]["flow_matching"], history[::10]
-    if fusion == "bagel":  # clean pictures take the frozen weights: only the port can learn to be named
+    if fusion in ("bagel", "prefix"):  # clean pictures take the frozen weights: only the port can learn to be named
         assert history[-1]["next_token"] < history[0]["next_token"]
         return
     if fusion == "prefix":  # one matrix for random patches stands before layers that none of this trains

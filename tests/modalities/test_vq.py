@@ -147,7 +147,7 @@ def test_relaxed_codes_are_gumbels_and_the_divergence_is_from_uniform():
     torch.testing.assert_close(soft.sum(1), torch.ones(2, 3, 3).double())
     q = scores.detach().softmax(1)
     expected = sum(float((q[:, k] * (q[:, k] * 5).log()).sum()) for k in range(5)) / 18
-    assert float(divergence) == pytest.approx(expected)
+    assert divergence.item() == pytest.approx(expected)
     assert float(relaxed(torch.zeros(1, 4, 2, 2), 1.0)[1]) == pytest.approx(0, abs=1e-6)
     assert float(relaxed(scores, 1e-3, generator())[0].amax(1).mean()) > 0.98  # one of K
     many = relaxed(scores[:1, :, :1, :1].expand(20_000, -1, -1, -1), 1e-3, generator())[0].argmax(1)

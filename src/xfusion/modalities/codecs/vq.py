@@ -83,11 +83,7 @@ class VectorQuantized(Codec):
         return quantise(self.model.encode(images).latents, self.tables)[0].float()
 
     def _decode(self, latents: Tensor) -> Tensor:
-        codes = latents.round().long()
-        if (low := int(codes.min())) < 0 or (high := int(codes.max())) >= self.entries:
-            bad = low if low < 0 else high
-            raise XFusionError(f"{bad} is none of the codec's codes, 0 to {self.entries - 1}: set the port's entries")
-        return self.model.decode(looked_up(codes, self.tables), force_not_quantize=True).sample
+        return self.model.decode(looked_up(latents.round().long(), self.tables), force_not_quantize=True).sample
 
 
 def nearest(x: Tensor, table: Tensor) -> Tensor:
@@ -108,7 +104,10 @@ def quantise(z: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def looked_up(codes: Tensor, tables: Tensor) -> Tensor:
-    """Codes ``[N, L, h, w]`` -> the sum of their entries ``[N, d, h, w]``."""
+    """Codes ``[N, L, h, w]`` -> the sum of their entries ``[N, d, h, w]``; XFusionError for one that no table has."""
+    if ((low := int(codes.min())) < 0) | ((high := int(codes.max())) >= tables.shape[1]):
+        bad, last = low if low < 0 else high, tables.shape[1] - 1
+        raise XFusionError(f"{bad} is none of the codec's codes, 0 to {last}: set the port's entries to the codec's")
     found = [table[code] for table, code in zip(tables, codes.unbind(1), strict=True)]
     return torch.stack(found).sum(0).movedim(-1, 1)
 

@@ -1,0 +1,168 @@
+"""SEED's tokenizer: codes that depend on each other from left to right, not from the top left to the bottom right.
+
+Learned queries read the features of a frozen encoder, each query seeing the features and the queries before it; a perceptron
+and a table make codes of them (Ge et al., "Planting a SEED of Vision in Large Language Model", arXiv 2307.08041, section 3.1;
+the network of SEED-LLaMA, arXiv 2310.01218):
+
+    z = W_2 tanh(W_1 Q(q; f(x)))        k_i = argmin_j |z_i - e_j|^2        f'(x) = D(W_4 tanh(W_3 e_k) + p)
+
+Here f is the encoder of a frozen `AutoencoderKL` whose decoder makes a picture of f'(x), in the place of a vision
+transformer and unCLIP. A picture of ``side x side`` codes is laid out row by row, so that reading order is the causal order;
+a place of that grid is not a place of the picture.
+
+Shape legend: ``N`` pictures, ``c`` feature cells of ``F`` numbers, ``m`` codes, ``d`` width of an entry, ``D`` width inside.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from xfusion.data.sequence import XFusionError
+from xfusion.modalities.base import Codec
+from xfusion.modalities.codecs import files
+from xfusion.modalities.codecs.autoencoder_kl import AutoencoderKL
+from xfusion.modalities.codecs.vq import looked_up, quantise
+
+_CLASS = "CausalQueries"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Sizes of the network, and the frozen encoder that it reads."""
+
+    base: str = "emoji-kl"
+    """An `AutoencoderKL`: a shipped codec, a folder or a hub id."""
+    size: int = 32
+    """Side of the pictures in pixels; other sizes have another number of cells."""
+    side: int = 4
+    """Rows and columns that the codes are laid out in."""
+    entries: int = 512
+    """Codes of the table."""
+    code_width: int = 16
+    """Numbers per entry."""
+    width: int = 128
+    """Width of both transformers."""
+    layers: int = 4
+    """Layers of each; of the queries' every second one reads the features."""
+    heads: int = 4
+    """Heads of attention."""
+
+
+class CausalTokenizer(nn.Module):
+    """Features -> a vector per code, and back."""
+
+    def __init__(self, shape: Shape, cells: int, features: int):
+        super().__init__()
+        width, heads, codes = shape.width, shape.heads, shape.side**2
+        self.shape = shape
+
+        def layer(kind: type[nn.Module]) -> nn.Module:
+            return kind(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+
+        def between(inputs: int, inside: int, outputs: int) -> nn.Module:
+            return nn.Sequential(nn.Linear(inputs, inside), nn.Tanh(), nn.Linear(inside, outputs))
+
+        self.read, self.said = nn.Linear(features, width), nn.Linear(width, features)
+        self.places, self.queries, self.ordinals, self.asked = (
+            nn.Parameter(0.02 * torch.randn(count, width)) for count in (cells, codes, codes, cells)
+        )
+        reading, alone = nn.TransformerDecoderLayer, nn.TransformerEncoderLayer
+        self.encoder = nn.ModuleList(layer(alone if i % 2 else reading) for i in range(shape.layers))
+        self.decoder = nn.ModuleList(layer(alone) for _ in range(shape.layers))
+        self.norm, self.last_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.down = between(width, shape.code_width, shape.code_width)
+        self.up = between(shape.code_width, shape.code_width, width)
+        self.table = nn.Parameter(torch.randn(shape.entries, shape.code_width), requires_grad=False)
+
+    def encode(self, features: Tensor) -> Tensor:
+        """``[N, c, F]`` -> ``z [N, d, side, side]`` in causal order."""
+        seen, x = self.read(features) + self.places, self.queries.expand(len(features), -1, -1)
+        mask = nn.Transformer.generate_square_subsequent_mask(len(self.queries), device=features.device)
+        for layer in self.encoder:
+            reads = isinstance(layer, nn.TransformerDecoderLayer)
+            x = layer(x, seen, tgt_mask=mask) if reads else layer(x, src_mask=mask)
+        return self.down(self.norm(x)).mT.unflatten(-1, (self.shape.side, self.shape.side))
+
+    def decode(self, vectors: Tensor) -> Tensor:
+        """Entries ``[N, d, side, side]`` -> features ``[N, c, F]``."""
+        codes = self.up(vectors.flatten(2).mT) + self.ordinals
+        x = torch.cat([codes, self.asked.expand(len(codes), -1, -1)], 1)
+        for layer in self.decoder:
+            x = layer(x)
+        return self.said(self.last_norm(x[:, len(self.queries) :]))
+
+
+class CausalQueries(Codec):
+    """A `CausalTokenizer` behind its frozen autoencoder: a latent cell holds the number of a code."""
+
+    channels = 1
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Codec.Config):
+        """Codes in causal order."""
+
+        source: str
+        """A folder of `runs/train_emoji_causal_codes.py`, or a shipped codec's name."""
+        licence: str | None = None
+        """Licence of the weights; None reads the folder's card."""
+
+        def build(self) -> CausalQueries:
+            from safetensors.torch import load_file
+
+            folder = files.locate(self.source, class_name=_CLASS)
+            card, found = files.card(folder), files.read_json(folder / "config.json")
+            codec = CausalQueries(Shape(**{f.name: found[f.name] for f in fields(Shape)}))
+            try:
+                codec.tokenizer.load_state_dict(load_file(folder / files.WEIGHTS))
+            except RuntimeError as error:
+                raise XFusionError(f"{folder} does not fit {_CLASS}: {' '.join(str(error).split())[:300]}") from error
+            codec.licence, codec.psnr = self.licence or str(card.get("license", "unknown")), card.get("psnr")
+            return codec
+
+    def __init__(self, shape: Shape):
+        """With random weights; the autoencoder is loaded, and all of it is frozen."""
+        super().__init__()
+        if shape.size % shape.side:
+            raise XFusionError(f"pictures of {shape.size} pixels do not divide into {shape.side} rows of codes")
+        self.shape, self.entries, self.factor = shape, shape.entries, shape.size // shape.side
+        self.base = AutoencoderKL.Config(source=shape.base).build()
+        width, rows, columns = self.base.latent_shape(shape.size, shape.size)
+        self.grid = (rows, columns)
+        self.tokenizer = CausalTokenizer(shape, rows * columns, width)
+        self.freeze()
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the frozen encoder says of pictures, ``[N, c, F]``."""
+        if tuple(images.shape[2:]) != (self.shape.size, self.shape.size):
+            height, width = images.shape[2:]
+            raise XFusionError(f"a picture of {height}x{width} pixels: this codec knows {self.shape.size} pixels alone")
+        return self.base.encode(images).flatten(2).mT
+
+    def pictures(self, features: Tensor) -> Tensor:
+        """The inverse of `features`."""
+        return self.base.decode(features.mT.unflatten(-1, self.grid))
+
+    def _encode(self, images: Tensor) -> Tensor:
+        return quantise(self.tokenizer.encode(self.features(images)), self.tokenizer.table[None])[0].float()
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        side = self.shape.side
+        if tuple(latents.shape[1:]) != (1, side, side):
+            raise XFusionError(f"latents of shape {list(latents.shape)} are not {side} x {side} codes")
+        vectors = looked_up(latents.round().long(), self.tokenizer.table[None])
+        return self.pictures(self.tokenizer.decode(vectors))
+
+    def save(self, folder: Path) -> None:
+        """Write config.json and weights, in half precision."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True)
+        settings = {"_class_name": _CLASS, **asdict(self.shape)}
+        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        weights = {name: value.half().contiguous() for name, value in self.tokenizer.state_dict().items()}
+        save_file(weights, folder / files.WEIGHTS)

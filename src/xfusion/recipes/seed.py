@@ -1,0 +1,38 @@
+"""SEED: codes in causal order, read and said by a frozen language model as new words.
+
+Papers: Ge et al., "Planting a SEED of Vision in Large Language Model", arXiv 2307.08041, and "Making LLaMA SEE and Draw
+with SEED Tokenizer", arXiv 2310.01218.
+
+Faithful: causal queries over the features of a frozen encoder, cross-attention in every second layer, ``Linear-Tanh-Linear``
+and a table of codes; a transformer that makes features of codes and a frozen decoder that makes a picture of these; codes are
+new words with one next-word loss.
+
+Adapted: the frozen encoder and decoder are those of the emoji's autoencoder, not a vision transformer and unCLIP, so that codes
+are of looks and not of meaning; the tokenizer learns to restore features, without the paper's contrastive loss to captions; 16
+codes of 512 instead of 32 of 8192 (`runs/train_emoji_causal_codes.py`). The language model is frozen without low-rank
+deltas. Data and schedule are the recipe `teal`'s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from xfusion.modalities.codecs.causal_queries import CausalQueries
+from xfusion.recipes.teal import teal
+from xfusion.training.stages import Recipe
+
+KIND = "codes"
+PAPER = "arXiv 2307.08041, 2310.01218"
+STATUS = "sketch"
+
+
+def seed(codec: str = "emoji-seed", entries: int = 512, size: int = 32) -> Recipe:
+    """Rows for codes in causal order.
+
+    Args:
+        codec: a folder of `runs/train_emoji_causal_codes.py`, or a shipped codec.
+        entries: codes of its table.
+        size: side of the pictures in pixels, the codec's.
+    """
+    recipe = teal(entries=entries, size=size)
+    return recipe.with_model(image=replace(recipe.model.image, codec=CausalQueries.Config(source=codec)))

@@ -1,0 +1,75 @@
+"""SEED's tokenizer: each code knows only those before it; a folder is a codec."""
+
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from xfusion.data.sequence import XFusionError
+from xfusion.modalities.codecs.causal_queries import CausalQueries, Shape
+
+
+@pytest.fixture
+def codec(tmp_path):
+    torch.manual_seed(0)
+    AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=3,
+    ).save_pretrained(tmp_path / "kl")
+    shape = Shape(base=str(tmp_path / "kl"), size=16, side=2, entries=9, code_width=5, width=16, layers=3, heads=2)
+    return CausalQueries(shape)
+
+
+def images(count=2):
+    return torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@torch.no_grad()
+def test_a_query_sees_the_picture_and_the_queries_before_it(codec):
+    tokenizer, features = codec.tokenizer.double(), codec.features(images()).double()
+    before = tokenizer.encode(features).flatten(2)
+    for query in range(4):
+        moved = tokenizer.queries[query].clone()
+        tokenizer.queries[query] += torch.randn(16)  # a constant would be lost in the norm
+        change = (tokenizer.encode(features).flatten(2) - before).abs().amax((0, 1))
+        tokenizer.queries[query] = moved
+        assert float(change[:query].sum()) == 0
+        assert float(change[query:].min()) > 1e-6, "it and all behind it hear of it"
+    other = tokenizer.encode(codec.features(images().flip(0)).double()).flatten(2)
+    assert float((other - before).abs().amax((0, 1)).min()) > 1e-6
+
+
+@torch.no_grad()
+def test_codes_are_the_nearest_entries_of_the_table(codec):
+    codes = codec.encode(images())
+    z = codec.tokenizer.encode(codec.features(images())).movedim(1, -1)
+    for n, i, j in ((0, 0, 0), (0, 1, 0), (1, 0, 1)):
+        distance = (codec.tokenizer.table.double() - z[n, i, j].double()).square().sum(-1)
+        assert int(codes[n, 0, i, j]) == int(distance.argmin())
+    assert (codec.channels, codec.entries, codec.factor) == (1, 9, 8) and codes.shape == (2, 1, 2, 2)
+
+
+@torch.no_grad()
+def test_what_is_saved_is_loaded_and_errors_are_lines(codec, tmp_path):
+    codec.save(tmp_path / "seed")
+    loaded = CausalQueries.Config(source=str(tmp_path / "seed"), licence="mine").build()
+    half = {name: value.half().float() for name, value in codec.tokenizer.state_dict().items()}
+    codec.tokenizer.load_state_dict(half)
+    assert torch.equal(loaded.encode(images()), codec.encode(images())) and loaded.licence == "mine"
+    assert torch.equal(loaded.decode(loaded.encode(images())), codec.decode(codec.encode(images())))
+    assert loaded.decode(loaded.encode(images())).shape == (2, 3, 16, 16)
+    assert not loaded.train().training and not any(p.requires_grad for p in loaded.parameters())
+    with pytest.raises(XFusionError, match="of 32x32 pixels: this codec knows 16 pixels alone"):
+        loaded.encode(torch.zeros(1, 3, 32, 32))
+    with pytest.raises(XFusionError, match="are not 2 x 2 codes"):
+        loaded.decode(torch.zeros(1, 1, 4, 4))
+    with pytest.raises(XFusionError, match="9 is none of the codec's codes, 0 to 8"):
+        loaded.decode(torch.full((1, 1, 2, 2), 9.0))
+    config = json.loads((tmp_path / "seed" / "config.json").read_text())
+    (tmp_path / "seed" / "config.json").write_text(json.dumps(config | {"entries": 10}))
+    with pytest.raises(XFusionError, match="does not fit CausalQueries"):
+        CausalQueries.Config(source=str(tmp_path / "seed")).build()
