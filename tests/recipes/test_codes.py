@@ -5,16 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 from contracts.table import Noise
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vq_model import VQModel
 from PIL import Image
 
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.sequence import XFusionError
+from xfusion.modalities.codecs.causal_queries import CausalQueries, Shape
 from xfusion.recipes.base import find
 from xfusion.training.loop import train
 from xfusion.training.stages import Stage
 
-RECIPES = ("teal", "dall_e", "dall_e(rank=4)", "cm3leon")
+RECIPES = ("teal", "dall_e", "dall_e(rank=4)", "cm3leon", "seed")
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +50,26 @@ def tiny(name, base, codec):
     return replace(recipe, stages=(stage,), data="noise").with_model(backbone=backbone)
 
 
+@pytest.fixture(scope="module")
+def causal_codec(tmp_path_factory):
+    """A random causal query codec of 4 x 4 codes."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("causal")
+    AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+    ).save_pretrained(folder / "kl")
+    shape = Shape(base=str(folder / "kl"), size=16, entries=12, code_width=4, width=16, layers=2, heads=2)
+    CausalQueries(shape).save(folder / "seed")
+    return str(folder / "seed")
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_twenty_steps(bases, codec, name, tmp_path):
+def test_twenty_steps(bases, codec, causal_codec, name, tmp_path):
     base, losses = bases["llama"], []
+    codec = causal_codec if name == "seed" else codec
     before = base.compute_fingerprint()
     model = train(
         tiny(name, base, codec),
