@@ -107,7 +107,8 @@ class Trained(nn.Module):
         if self.quantizer is not None:
             tables = self.quantizer.scaled(self.quantizer.tables, -1)
             self.model.quantize.embedding.weight.copy_(tables.flatten(0, 1))
-            self.model.register_to_config(num_levels=len(tables))
+            if len(tables) > 1:  # diffusers warns of a setting that it does not know
+                self.model.register_to_config(num_levels=len(tables))
         return self.model.half()
 
 
@@ -144,7 +145,7 @@ def finish(options: Any, codec: Any, temporary: Path, pictures: dict[str, Tensor
     for split, images in pictures.items():
         share, perplexity = code_use(codec.encode(images), codec.entries)
         figures[split] = measure(codec, images) | {"codes_used": share, "perplexity": perplexity}
-    (temporary / "README.md").write_text(card(options, codec, figures, *done), encoding="utf-8")
+    (temporary / "README.md").write_text(card(options, codec, figures, pictures, *done), encoding="utf-8")
     save_sheet(codec, pictures["held"], temporary / "held.png")
     shutil.rmtree(options.out, ignore_errors=True)
     temporary.rename(options.out)
@@ -155,11 +156,13 @@ def card(
     options: Any,
     codec: Any,
     figures: dict[str, dict[str, float]],
+    pictures: dict[str, Tensor],
     steps: int,
     seconds: float,
     dtype: torch.dtype,
 ) -> str:
-    levels, rows, columns = codec.latent_shape(options.size, options.size)
+    size = pictures["held"].shape[-1]
+    levels, rows, columns = codec.latent_shape(size, size)
     numbers = sum(parameter.numel() for parameter in codec.parameters())
     names = ("all_pixels", "non_white")
     metadata = "".join(f"  {split}_{name}: {part[name]:.2f}\n" for split, part in figures.items() for name in names)
@@ -190,7 +193,7 @@ psnr:
 {str(dtype).removeprefix("torch.")}),
 torch {torch.__version__}, diffusers {diffusers.__version__}. Held-out groups of pictures were never trained on.
 
-A {options.size} px picture is {rows} x {columns} places of {levels} of {codec.entries} codes, or
+A {size} px picture is {rows} x {columns} places of {levels} of {codec.entries} codes, or
 {levels * rows * columns * math.log2(codec.entries):.0f} bits. Codes used and perplexity are over all pictures of a split.
 
 | pictures | PSNR over all pixels, dB | over pixels that are not white, dB | codes used | perplexity |
