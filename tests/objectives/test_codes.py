@@ -113,6 +113,24 @@ def test_a_fresh_head_knows_nothing(bases):
     assert float(total / count) == pytest.approx(torch.tensor(float(ENTRIES)).log().item(), rel=1e-5)
 
 
+@torch.no_grad()
+def test_a_code_hears_nothing_of_itself_and_of_those_behind_it(bases, monkeypatch):
+    with exact(monkeypatch):
+        model = make(bases["llama"], dtype=torch.float64)
+
+        def scores(drawn):
+            run = model.run_pass(batch_of((words(4, 1), drawn)))[1]
+            return model.port.readout(run.states["image"])[0]
+
+        drawn = codes((3, 3), 1, loss=True)
+        before = scores(drawn)
+        for place in range(9):
+            tokens = drawn.tokens.clone()
+            tokens[place] = (tokens[place] + 3) % ENTRIES
+            change = (scores(replace(drawn, tokens=tokens)) - before).abs().amax(-1)
+            assert float(change[: place + 1].max()) <= 1e-12 and float(change[place + 1 :].min()) > 1e-6
+
+
 def test_codes_that_would_read_themselves_are_refused(bases):
     model = make(bases["llama"])
     with pytest.raises(XFusionError, match="see each other both ways .* set the image's order to 'causal'"):
