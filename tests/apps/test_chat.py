@@ -16,7 +16,8 @@ from contracts.table import SIDE, Noise
 
 from xfusion.apps import cli
 from xfusion.apps.chat import Chat, half_blocks
-from xfusion.data.sequence import Text
+from xfusion.data.sequence import Text, XFusionError
+from xfusion.generation import conversation
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,19 @@ def test_words_are_answered_by_the_base_with_what_was_said_before(model):
     second = model.generate([Text(ids=ids)], max_tokens=8)[0]
     assert said == f"{first}\n{second}\n"
     assert [m["content"] for m in made.messages] == [["a red apple"], [first], ["what is this?"], [second]]
+
+
+def test_the_bases_own_template_lays_out_words(model, monkeypatch):
+    template = "{% for m in messages %}<|begin|>{{ m.role }} {{ m.content }}<|end|>{% endfor %}<|begin|>assistant "
+    monkeypatch.setattr(model.backbone.tokenizer, "chat_template", template)
+    messages = [{"role": "system", "content": "a cat"}, {"role": "user", "content": ["what ", "is this?"]}]
+    (text,) = conversation(model, messages)
+    expected = "<|begin|>system a cat<|end|><|begin|>user what is this?<|end|><|begin|>assistant "
+    assert text.ids == tuple(model.backbone.tokenizer(expected, add_special_tokens=False)["input_ids"])
+    assert text.ids.count(0) == 3 and text.ids.count(1) == 2
+    monkeypatch.setattr(model.backbone.tokenizer, "chat_template", "{{ raise_exception('no system role here') }}")
+    with pytest.raises(XFusionError, match="no system role here"):
+        conversation(model, messages)
 
 
 def test_pictures_in_and_out(model, here):
