@@ -46,7 +46,7 @@ class NextCode(Objective):
 
         weight: float = 1.0
         """Factor of this loss in the sum."""
-        guidance: float = 3.0
+        guidance: float = 1.5
         """Strength of classifier-free guidance where the caller names none; 1 is off."""
         temperature: float = 1.0
         """Scores are divided by this before a code is drawn; 0 takes the likeliest."""

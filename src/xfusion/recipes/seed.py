@@ -7,10 +7,10 @@ Faithful: causal queries over the features of a frozen encoder, cross-attention 
 and a table of codes; a transformer that makes features of codes and a frozen decoder that makes a picture of these; codes are
 new words with one next-word loss.
 
-Adapted: the frozen encoder and decoder are those of the emoji's autoencoder, not a vision transformer and unCLIP, so that codes
-are of looks and not of meaning; the tokenizer learns to restore features, without the paper's contrastive loss to captions; 16
-codes of 512 instead of 32 of 8192. No such codec is shipped yet: `runs/train_emoji_causal_codes.py` trains one. The language model is frozen without low-rank
-deltas. Data and schedule are the recipe `teal`'s.
+Adapted: the frozen encoder and decoder are those of the emoji's autoencoder, not a vision transformer and unCLIP, so that
+codes are of looks and not of meaning; the tokenizer learns to restore features, without the paper's contrastive loss to
+captions; 16 codes of 512 instead of 32 of 8192. No such codec is shipped yet: `runs/train_emoji_causal_codes.py` trains
+one. The language model is frozen without low-rank deltas. Data and schedule are the recipe `teal`'s.
 """
 
 from __future__ import annotations
