@@ -530,7 +530,7 @@ def embed(
         )
     if isinstance(items, (str, PILImage.Image)):
         raise XFusionError("embed takes a list of texts and pictures: write [item]")
-    objective = next(o for o in model.objectives if "embed" in o.gives)
+    objective: Any = next(o for o in model.objectives if "embed" in o.gives)
     texts = [i for i, item in enumerate(items) if isinstance(item, str)]
     pictures = [i for i, item in enumerate(items) if not isinstance(item, str)]
     out, done = torch.empty(len(items), objective.embedding_width), 0

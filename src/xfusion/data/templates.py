@@ -62,8 +62,10 @@ def opened(begin: tuple[int, ...], context: tuple[Text | Media, ...]) -> tuple[T
     opens with a picture has its trainable [BOI] there, or the beginning of text where the picture is no position of the
     base; nothing at all stays nothing.
     """
-    if not context or not isinstance(context[0], Text):
-        return (Text(ids=begin), *context) if context and begin and context[0].behind_begin else context
+    if not context:
+        return context
+    if isinstance(context[0], Media):
+        return (Text(ids=begin), *context) if begin and context[0].behind_begin else context
     return (replace(context[0], ids=(*begin, *context[0].ids)), *context[1:])
 
 

@@ -99,8 +99,8 @@ class Contrastive(Objective):
                 scale = self.log_scale.clamp(max=math.log(LARGEST_SCALE)).exp()
                 logits = (scale * u @ v.T).masked_fill(same(batch, media), -math.inf)
                 aim = torch.arange(len(logits), device=logits.device)
-                ways = [functional.cross_entropy(x, aim, reduction="sum") for x in (logits, logits.T)]
-            out[self.name] = (sum(ways) / 2, torch.tensor(len(logits), device=logits.device))
+                one, other = (functional.cross_entropy(x, aim, reduction="sum") for x in (logits, logits.T))
+            out[self.name] = ((one + other) / 2, torch.tensor(len(logits), device=logits.device))
         return out
 
 
