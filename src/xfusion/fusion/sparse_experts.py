@@ -41,7 +41,7 @@ class Experts(nn.Module):
 
     def weights(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Rows ``[r, D]`` -> probabilities ``[r, E]`` in float32 or more, and the weights of those that are taken."""
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # costs are counted on meta
             exact = x.to(torch.promote_types(x.dtype, torch.float32))
             probability = torch.softmax(nn.functional.linear(exact, self.router.weight.to(exact.dtype)), dim=-1)
         best = probability.topk(self.active, dim=-1)

@@ -94,7 +94,7 @@ class Contrastive(Objective):
                     "contrastive: a picture of the batch has no words: set the templates' caption_dropout to 0"
                 )
             u, v = self._words(run, batch, row, sample), self.of_media(run, batch)
-            with torch.autocast(u.device.type, enabled=False):  # cosines times 100 need their digits
+            with torch.autocast("cpu" if u.is_meta else u.device.type, enabled=False):  # cosines times 100 need their digits
                 # Clipped where it is used: above the bound it gets no gradient and stays.
                 scale = self.log_scale.clamp(max=math.log(LARGEST_SCALE)).exp()
                 logits = (scale * u @ v.T).masked_fill(same(batch, media), -math.inf)
@@ -130,5 +130,5 @@ def _last_word(batch: Batch, row: Tensor, sample: Tensor | None) -> Tensor:
 
 
 def _unit(projection: nn.Linear, states: Tensor) -> Tensor:
-    with torch.autocast(states.device.type, enabled=False):
+    with torch.autocast("cpu" if states.is_meta else states.device.type, enabled=False):
         return functional.normalize(projection(states), dim=-1)
