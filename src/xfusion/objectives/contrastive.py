@@ -94,7 +94,9 @@ class Contrastive(Objective):
                     "contrastive: a picture of the batch has no words: set the templates' caption_dropout to 0"
                 )
             u, v = self._words(run, batch, row, sample), self.of_media(run, batch)
-            with torch.autocast("cpu" if u.is_meta else u.device.type, enabled=False):  # cosines times 100 need their digits
+            with torch.autocast(
+                "cpu" if u.is_meta else u.device.type, enabled=False
+            ):  # cosines times 100 need their digits
                 # Clipped where it is used: above the bound it gets no gradient and stays.
                 scale = self.log_scale.clamp(max=math.log(LARGEST_SCALE)).exp()
                 logits = (scale * u @ v.T).masked_fill(same(batch, media), -math.inf)
