@@ -76,6 +76,7 @@ def test_a_step_learns_and_texts_that_are_kept_change_nothing(bench):
     torch.testing.assert_close(losses[True], losses[False], rtol=0, atol=1e-3)
 
 
+@pytest.mark.full
 def test_training(bench):
     found = training.measure(bench)
     for tower in ("demo_tower", "full_tower"):
@@ -90,6 +91,7 @@ def test_training(bench):
     assert set(found["demo_tower"]["joint"]["cold_start_seconds"]) == {"nothing_compiled", "compiled_before"}
 
 
+@pytest.mark.full
 def test_attention(bench):
     found = attention.measure(bench)["drawing"]
     assert found["plain_over_grouped"] == found["plain_step_seconds"] / found["grouped_step_seconds"]
@@ -110,6 +112,7 @@ def test_generate(bench):
     assert 0 < found["tokens"] <= 8
 
 
+@pytest.mark.full
 def test_denoising(bench):
     found = denoising.measure(bench)
     assert list(found) == [f"{tower}_tower_{n}_pictures" for tower in ("demo", "full") for n in (1, 2)]

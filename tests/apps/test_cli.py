@@ -204,7 +204,10 @@ COMPLAINTS = [
     ("train xfusion --model.fusion.strid 3", "did you mean '--model.fusion.stride'?"),
     ("train xfusion --model.fusion.stride=x", "--model.fusion.stride: not a whole number: 'x'"),
     ("train xfusion --stages.0.schedule sine", "'sine'"),
-    ("train xfusion --model.image.codec pixel", "codec 'pixel' is not one of autoencoder_kl, autoencoder_tiny, pixels"),
+    (
+        "train xfusion --model.image.codec pixel",
+        "codec 'pixel' is not one of autoencoder_kl, autoencoder_tiny, causal_qu",
+    ),
     ("train xfusion --model.image.codec autoencoder_kl", "autoencoder_kl:source:subfolder"),
     ("train xfusion --minutes 1 --steps 1", "not both"),
     ("train xfusion --minutes 0", "--minutes 0"),

@@ -14,7 +14,7 @@ from training.runs import StopAt, log, pack_of, plan_of, recipe, same, state_of,
 import xfusion
 import xfusion.fusion.base as fusion_base
 from xfusion.backbone import Backbone
-from xfusion.data.mixture import Mixture, MixtureConfig
+from xfusion.data.mixture import Ahead, Mixture, MixtureConfig
 from xfusion.data.sequence import XFusionError
 from xfusion.data.templates import Templates
 from xfusion.objectives.flow_matching import FlowMatching
@@ -72,15 +72,15 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(straight, bases, tmp_
 
 def test_a_resumed_run_reads_the_next_batches(bases, tmp_path, monkeypatch):
     """The same pictures, wordings and order as without a break, over accumulated parts and past the end of an epoch."""
-    base, real, read = bases["llama"], Mixture.batches, []
+    base, real, read = bases["llama"], Ahead.take, []
     whole = recipe(base, steps=5, accumulate=2, weight_decay=0.1)
-    monkeypatch.setattr(Mixture, "batches", lambda self, step: read.append((step, real(self, step))) or read[-1][1])
+    monkeypatch.setattr(Ahead, "take", lambda self, step: read.append((step, real(self, step))) or read[-1][1])
     train(base, tmp_path / "straight", recipe_=whole)
     straight, read[:] = list(read), []
     with pytest.raises(Interrupted):
         train(base, tmp_path / "run", recipe_=whole, listener=StopAt(2))
     train(base, tmp_path / "run", recipe_=whole, resume=True)
-    assert [step for step, _ in read] == [step for step, _ in straight] == list(range(10))
+    assert [step for step, _ in read] == [step for step, _ in straight] == list(range(5))
     for (_, one), (_, other) in zip(read, straight, strict=True):
         for a, b in zip(one, other, strict=True):
             assert torch.equal(a.text_ids, b.text_ids)
@@ -471,7 +471,7 @@ def test_compiled_steps_of_many_widths_and_models_stay_within_the_graphs(bases, 
     """A caption longer than any that was looked at makes another graph, another tower makes its own: no run may die."""
     base, mixture = bases["llama"], MixtureConfig(draw=2, caption=2, pack=1)
     torch.compiler.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 3)  # the library raises it
+    limit, torch._dynamo.config.recompile_limit = torch._dynamo.config.recompile_limit, 3  # the library raises it
     monkeypatch.setattr(
         fusion_base.torch, "compile", partial(torch.compile, backend="eager")
     )  # graphs, not machine code
@@ -487,6 +487,7 @@ def test_compiled_steps_of_many_widths_and_models_stay_within_the_graphs(bases, 
             for one, other in zip(log(out), log(plain), strict=True):
                 assert one["losses"] == pytest.approx(other["losses"], rel=1e-4)
     finally:
+        torch._dynamo.config.recompile_limit = limit
         fusion_base.compiled.cache_clear()
         torch.compiler.reset()
 

@@ -245,7 +245,7 @@ class MediaRows:
         first = int((kept < 0).sum())  # -1, [BOI] and padding, comes first where there is any
         kept = kept[first:]
         whole = ("tokens", "boundary", "grid_row", "grid_column", "clean", "target")
-        per_item = ("time", "noised", "has_loss", "largest_noise")
+        per_item = ("time", "noised", "has_loss", "largest_noise", "group")
         return MediaRows(
             rows=self.rows.index(rows),
             item=torch.where(chosen >= 0, number - first, -1),

@@ -46,7 +46,8 @@ def token_places(media: MediaRows) -> Tensor:
 def gathered(x: Tensor, media: MediaRows) -> tuple[Tensor, Tensor]:
     """Rows ``[B, n, D]`` by item: tokens ``[N, P, D]`` in reading order, and which there are, bool ``[N, P]``."""
     place, count = token_places(media), len(media.noised)
-    longest = x.shape[1] if place.is_meta else int(place.max()) + 1  # without values any row may be a token
+    # Without values any row may be a token; a pass of a [BOI] alone has none.
+    longest = x.shape[1] if place.is_meta else max(1, int(place.max()) + 1)
     out = x.new_zeros(count + 1, longest, x.shape[-1])
     present = torch.zeros(out.shape[:2], dtype=torch.bool, device=x.device)
     # What is no token goes to an item more, which is dropped.
