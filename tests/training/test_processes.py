@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import xfusion
 from xfusion.data.mixture import Ahead, Mixture, MixtureConfig
 from xfusion.data.sequence import XFusionError
+from xfusion.training import states
 from xfusion.training.processes import Processes, _buckets
 
 HERE = Path(__file__).parent
@@ -68,7 +69,7 @@ def test_processes_without_a_row_wait_for_nobody(ran):
 
 
 def test_a_state_of_two_processes_goes_on_with_one_and_four(ran):
-    assert json.loads((ran / "died_2" / "state" / "state.json").read_text())["step"] == 6
+    assert states.newest_plan(ran / "died_2" / "state")["step"] == 6
     for count in (1, 4):
         assert furthest(told(ran / f"died_2_on_{count}"), told(ran / "of_1")) < TOLERANCE
         (start,) = (
