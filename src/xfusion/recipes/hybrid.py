@@ -17,7 +17,7 @@ from xfusion.training.stages import Recipe
 
 KIND = "layered"
 PAPER = "none"
-STATUS = "sketch"
+STATUS = "runs"
 
 
 def hybrid(stride: int = 10, split: int = 20, num_layers: int = 30) -> Recipe:

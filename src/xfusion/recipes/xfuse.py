@@ -18,7 +18,7 @@ from xfusion.training.stages import Recipe
 
 KIND = "dual tower"
 PAPER = "arXiv 2504.20996"
-STATUS = "sketch"
+STATUS = "runs"
 
 
 def xfuse(stride: int = 5) -> Recipe:

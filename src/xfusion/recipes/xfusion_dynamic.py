@@ -16,7 +16,7 @@ from xfusion.training.stages import Recipe
 
 KIND = "dual tower"
 PAPER = "none"
-STATUS = "sketch"
+STATUS = "runs"
 
 
 def xfusion_dynamic(stride: int = 5) -> Recipe:

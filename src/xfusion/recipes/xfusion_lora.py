@@ -18,7 +18,7 @@ from xfusion.training.stages import Recipe
 
 KIND = "dual tower"
 PAPER = "arXiv 2504.20996, 2106.09685"
-STATUS = "sketch"
+STATUS = "runs"
 
 
 def xfusion_lora(stride: int = 1, rank: int = 16) -> Recipe:
