@@ -12,6 +12,7 @@ from rich.console import Console
 from xfusion.apps.commands.base import Answer, UsageError, Verb, choose_device, size_text, table
 
 if TYPE_CHECKING:
+    from xfusion.model import Model
     from xfusion.training.stages import Recipe
 
 
@@ -81,7 +82,7 @@ class Train(Verb):
             ("pack", f"{pack} ({size_text((pack / 'model.safetensors').stat().st_size)})"),
             ("steps", f"{data['steps']} with {data['samples']} samples in {data['seconds'] / 60:.1f} minutes"),
             ("losses", ", ".join(f"{k} {v:.4f}" for k, v in data["losses"].items())),
-            ("try", f'xfusion generate {pack} "..."'),
+            ("try", _first_use(model, pack)),
         ]
         return Answer(data=data, text=table(rows))
 
@@ -99,6 +100,16 @@ class Train(Verb):
             raise UsageError(f"--steps {self.steps}: at least 1")
         if self.keep < 1:
             raise UsageError(f"--keep {self.keep}: at least 1")
+
+
+def _first_use(model: Model, pack: Path) -> str:
+    """A command that shows what the model has learned."""
+    uses = {
+        "draw": f'xfusion generate {pack} "..."',
+        "caption": f"xfusion caption {pack} PICTURE",
+        "embed": f"xfusion index FOLDER {pack} -o INDEX",
+    }
+    return next((use for able, use in uses.items() if able in model.capabilities), f"xfusion show {pack}")
 
 
 class _Ends:
