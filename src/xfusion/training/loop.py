@@ -223,7 +223,7 @@ class _Run:
             )
             for stage in self.recipe.stages
         ]
-        self.ahead = Ahead(self._batches)
+        self.ahead = Ahead(self._batches, at_once=self.model.backbone.device.type != "cpu")
         self._announce(reason, chosen)
 
     def _check_folder(self) -> None:
