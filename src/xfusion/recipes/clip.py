@@ -29,7 +29,7 @@ from xfusion.training.stages import Recipe, Stage
 
 KIND = "dual encoder"
 PAPER = "arXiv 2103.00020"
-STATUS = "sketch"
+STATUS = "runs"
 
 
 def clip(
