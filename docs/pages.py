@@ -238,10 +238,6 @@ def bench_part() -> list[str]:
     for kind in ("drawing", "joint"):
         if kind in found.get("memory", {}):
             add(f"freed memory given back over kept, {kind} step", found["memory"][kind]["given_back_over_kept"])
-        for other in ("grouped", "fused"):
-            if kind in found.get("attention", {}):
-                value = found["attention"][kind][f"plain_over_{other}"]
-                add(f"plain attention over {other}, {kind} step", value)
     for name, part in found.get("denoising", {}).items():
         if isinstance(part, dict):
             figure = f"`denoising_step_over_tower_flops`, {name.replace('_', ' ')}"

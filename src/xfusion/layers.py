@@ -117,58 +117,14 @@ def run_rows(
 def attention_mask(seen: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
     """A 4-D mask ``[B, 1, q, k]`` from bool ``[B, q, k]`` in the form that an attention implementation takes.
 
-    sdpa takes bool; eager and `grouped_attention` add the mask to the scores and take nothing else.
+    sdpa takes bool; eager adds the mask to the scores and takes nothing else.
     """
-    if implementation in ("eager", GROUPED):
+    if implementation == "eager":
         blocked = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
         return blocked.masked_fill(~seen, torch.finfo(dtype).min)[:, None]
     if implementation == "sdpa":
         return seen[:, None]
     raise XFusionError(f"attention {implementation!r} is not supported for mixed sequences: use 'sdpa' or 'eager'")
-
-
-GROUPED = "xfusion_grouped"
-"""Name of `grouped_attention` among transformers' attention implementations."""
-
-
-def grouped_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Softmax attention by plain products, the queries of a key head as rows of one matrix.
-
-    On a CPU the backward of the fused kernel is slow on short sequences, and copying each key to all its queries, as
-    transformers' plain attention does, costs more than the products. It is that attention otherwise.
-
-    Args:
-        module: unused; part of transformers' signature, as the rest is.
-        query: ``[B, heads, n, K]``.
-        key: ``[B, H, k, K]``.
-        value: the same of values.
-        attention_mask: ``[B, 1, n, k]``, added to the scores.
-        scaling: factor of the scores.
-        dropout: must be 0.
-
-    Returns:
-        ``[B, n, heads, K]``, and no weights.
-    """
-    if dropout:
-        raise XFusionError(f"dropout {dropout:g} in the attention of a tower: new blocks have none")
-    batch, heads, rows, width = query.shape
-    groups, keys = key.shape[1], key.shape[2]
-    scores = torch.matmul(query.reshape(batch, groups, -1, width), key.transpose(2, 3)) * scaling
-    scores = scores.view(batch, groups, -1, rows, keys)
-    if attention_mask is not None:
-        scores = scores + attention_mask[:, :, None]
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    out = torch.matmul(weights.view(batch, groups, -1, keys), value)
-    return out.view(batch, heads, rows, width).transpose(1, 2).contiguous(), None
 
 
 def narrow_mlp(layer: nn.Module, config: Any, width: int) -> None:

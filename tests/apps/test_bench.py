@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from contracts.table import Noise, make_base
 
 from xfusion.apps import cli
-from xfusion.apps.bench import attention, denoising, generate, llama, memory, training, transfusion
 from xfusion.apps.bench import base as bench_base
+from xfusion.apps.bench import denoising, generate, llama, memory, training, transfusion
 from xfusion.apps.bench.base import Bench, Product, Step, alone, no_new_graphs, products
 from xfusion.backbone import Backbone
 
@@ -25,7 +25,7 @@ def bench(tmp_path_factory):
 
 
 def test_the_folder_is_the_list():
-    assert bench_base.names() == ["attention", "denoising", "generate", "llama", "memory", "training", "transfusion"]
+    assert bench_base.names() == ["denoising", "generate", "llama", "memory", "training", "transfusion"]
 
 
 def test_products_are_those_that_are_executed():
@@ -91,13 +91,6 @@ def test_training(bench):
     assert set(found["demo_tower"]["joint"]["cold_start_seconds"]) == {"nothing_compiled", "compiled_before"}
 
 
-@pytest.mark.full
-def test_attention(bench):
-    found = attention.measure(bench)["drawing"]
-    assert found["plain_over_grouped"] == found["plain_step_seconds"] / found["grouped_step_seconds"]
-    assert found["grouped_flops"] == found["plain_flops"] > 0  # the same products, in fewer and larger pieces
-
-
 def test_memory(bench):
     found = memory.measure(bench)["drawing"]
     seconds = found["given_back"]["step_seconds"], found["kept"]["step_seconds"]
@@ -147,7 +140,7 @@ def test_the_verb_answers_in_json(capsys, bench, tmp_path, monkeypatch):
     assert answer == json.loads(file.read_text()) and "ratio_to_base_generate" in answer["generate"]
     assert answer["quick"] is True and answer["command"] == "xfusion bench --only generate --quick --json"
     assert cli.main(["bench", "--only", "speed"]) == 2
-    assert "--only speed: not one of attention, denoising" in capsys.readouterr().err
+    assert "--only speed: not one of denoising" in capsys.readouterr().err
 
 
 def test_no_graph_is_new_where_nothing_is_compiled():

@@ -6,7 +6,6 @@ from itertools import pairwise
 import pytest
 import torch
 from contracts.table import (
-    FAMILIES,
     LAYERS,
     ROWS,
     TOKEN_WIDTH,
@@ -28,7 +27,6 @@ from contracts.table import (
 
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Batch, MediaRows, Rows, Sequence
-from xfusion.layers import GROUPED
 
 FLOAT32, FLOAT64 = 2e-5, 1e-9
 """Largest differences: logits of these models lie within 6, predictions within 4."""
@@ -99,27 +97,6 @@ def test_gradients_of_fast_and_reference_path_agree(bases, fusion, family, monke
             grads.append([p.grad.clone() for p in model.new_parameters()])
         # Losses are taken in float32, which is where the difference comes from.
         assert max(float((a - b).abs().max()) for a, b in zip(*grads, strict=True)) < 1e-6
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_training_attention_is_the_plain_one(bases, family):
-    """What training takes on a CPU: losses and gradients of the family's own attention; where that has more to it, itself."""
-    model, found = make_model(bases[family], "dual tower, strided"), []
-    base, batch = model.backbone, view(packings()["packed"][0], model)
-    for attention in ("eager", GROUPED):
-        model.zero_grad()
-        engine = model.training_engine(torch.float32, "tried", attention, False)
-        with model.using(engine):
-            found.append(losses(model, batch))
-            sum(found[-1].values()).backward()
-        found[-1] |= {name: p.grad.clone() for name, p in model.named_new_parameters().items()}
-    assert engine.backbone.attention == (GROUPED if base.model._supports_sdpa else base.attention)
-    plain, grouped = found
-    for name, value in plain.items():
-        tolerance = FLOAT32 * max(1, float(value.detach().abs().max()))
-        torch.testing.assert_close(
-            grouped[name], value, rtol=0, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}"
-        )
 
 
 @pytest.mark.parametrize(("fusion", "family"), on_every_family(ROWS))

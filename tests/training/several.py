@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import sys
 import traceback
@@ -15,6 +16,7 @@ from xfusion.backbone import Backbone
 from xfusion.data.mixture import MixtureConfig
 from xfusion.training import loop
 from xfusion.training.stages import Recipe, Stage
+from xfusion.training.stopping import Interrupted
 
 
 def free_port() -> int:
@@ -44,7 +46,7 @@ def together(count: int, function) -> None:
             sys.exit(f"a process of {count} failed")
 
 
-def run(folder: Path, name: str, *, resume=False, steps=12, stop=None, **mixture) -> None:
+def run(folder: Path, name: str, *, resume=False, steps=12, stop=None, told=None, **mixture) -> None:
     base = Backbone.load(str(folder / "base"))
     config = MixtureConfig(**{"draw": 6, "caption": 4, "pack": 2, **mixture})
     stage = Stage(steps=steps, warmup=3, mixture=config)
@@ -53,6 +55,8 @@ def run(folder: Path, name: str, *, resume=False, steps=12, stop=None, **mixture
     def listen(event):
         if event["event"] == "step" and event["step"] == stop:
             os._exit(0)  # as kill -9 would
+        if event["event"] == "step" and (event["step"], int(os.environ["RANK"])) == told:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     loop.train(
         recipe,
@@ -69,6 +73,14 @@ def run(folder: Path, name: str, *, resume=False, steps=12, stop=None, **mixture
     )
 
 
+def run_told(folder: Path, name: str) -> None:
+    """The second process alone gets a signal, behind step 4."""
+    try:
+        run(folder, name, told=(4, 1))
+    except Interrupted as stop:
+        (folder / f"{name}.{os.environ['RANK']}.code").write_text(str(stop.code))
+
+
 def main(folder: Path) -> None:
     make_base("llama", folder / "base")
     for count in (1, 2, 4):
@@ -76,6 +88,9 @@ def main(folder: Path) -> None:
     # One row of captioning and one drawing: of four processes, two or three hold nothing at all.
     for count in (1, 4):
         together(count, lambda count=count: run(folder, f"few_{count}", draw=1, caption=2, pack=2, steps=4))
+    together(2, lambda: run_told(folder, "told_2"))
+    shutil.copytree(folder / "told_2", folder / "told_2_on_1")
+    together(1, lambda: run(folder, "told_2_on_1", resume=True))
     # All of them die at step 7; others go on.
     together(2, lambda: run(folder, "died_2", stop=6))
     for count in (1, 4):

@@ -80,6 +80,12 @@ def test_a_state_of_two_processes_goes_on_with_one_and_four(ran):
         assert (start["step"], start["processes"]) == (6, count)
 
 
+def test_a_signal_to_one_process_stops_all_behind_one_step(ran):
+    assert [e["step"] for e in told(ran / "told_2")] == [0, 1, 2, 3, 4]
+    assert [(ran / f"told_2.{rank}.code").read_text() for rank in (0, 1)] == ["143", "143"]
+    assert furthest(told(ran / "told_2_on_1"), told(ran / "of_1")) < TOLERANCE
+
+
 def test_the_first_process_speaks_and_shows_the_memory_of_all(ran):
     said = (ran / "of_4.0.txt").read_text()
     assert "processes 4, each with all weights and its share of every step" in said

@@ -267,11 +267,10 @@ class _Run:
             say("memory    freed blocks stay with the process: mapping them again costs more than filling them")
         if self.processes.count > 1:
             say(f"processes {self.processes.count}, each with all weights and its share of every step")
-        parts = {"base": [*model.backbone.model.parameters()], "new weights": self.optimizer.list}
-        sizes = {name: sum(p.numel() * p.element_size() for p in own) for name, own in parts.items()}
-        new = sizes["new weights"]
-        for line in self.processes.memory(sizes | {"gradients": new, "moments": 2 * new, "average": new}):
-            if self.processes.count > 1:
+            parts = {"base": [*model.backbone.model.parameters()], "new weights": self.optimizer.list}
+            sizes = {name: sum(p.numel() * p.element_size() for p in own) for name, own in parts.items()}
+            new = sizes["new weights"]
+            for line in self.processes.memory(sizes | {"gradients": new, "moments": 2 * new, "average": new}):
                 say(line)
         self.track.event(
             event="start",
@@ -309,7 +308,7 @@ class _Run:
         return self.model
 
     def _stopped(self, stop: Stop) -> bool:
-        stop.signal = max(self.processes.gather(stop.signal or 0)) or None
+        stop.signal = self.processes.largest(stop.signal or 0) or None
         return stop.signal is not None
 
     def _walk(self, stop: Stop) -> None:

@@ -103,6 +103,14 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
+    def largest(self, value: int) -> int:
+        """The largest value of all processes."""
+        if self.count == 1:
+            return value
+        found = torch.tensor(value)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return int(found)
+
     def same_weights(self, parameters: Sequence[Tensor]) -> None:
         """Put the first process's weights into all."""
         if self.count > 1:

@@ -120,7 +120,6 @@ class Step:
         draw: drawing samples per step; None is the stage's.
         caption: captioning samples per step; None is the stage's.
         keep_text: whether frozen states of texts before pictures are computed once and looked up.
-        attention: how layers attend; None is what training takes.
     """
 
     def __init__(
@@ -131,7 +130,6 @@ class Step:
         draw: int | None = None,
         caption: int | None = None,
         keep_text: bool = True,
-        attention: str | None = None,
     ):
         self.model, mixture = model, bench.stage.mixture
         mixture = replace(
@@ -145,7 +143,7 @@ class Step:
             bench.source, model.image, size, base.encode, base.begin_ids, base.end_ids[0], mixture, 0
         )
         self.engine: Engine = model.training_engine(
-            bench.dtype, "measured", attention or choose_attention(base.device), bench.compile
+            bench.dtype, "measured", choose_attention(base.device), bench.compile
         )
         self.engine.keep_text = keep_text
         self.optimizer = Optimizer(model.named_new_parameters(), 0.0)
