@@ -15,7 +15,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from xfusion.apps.comparison_page import COLOURS, CONTRIBUTION, bars, curves, dots, scatter
+from xfusion.apps.commands.base import size_text
+from xfusion.apps.comparison_page import COLOURS, CONTRIBUTION, SHARES, TIMES, bars, by_share, curves, dots, scatter
 from xfusion.backbone import SHAPES, Backbone
 from xfusion.comparison import summarise
 from xfusion.comparison.cost import flops_of_shape
@@ -26,6 +27,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parent / "comparison"
 MEASURED = HERE.parent / "benchmarks" / "results"
 SHOWN = ("fit_retrieval_pixel_at_1", "fit_retrieval_feature_at_1", "fit_caption_exact", "text_perplexity_change")
+SHOWN_BY_SHARE = ("fit_retrieval_pixel_at_1", "fit_caption_exact", "held_caption_mrr")
 STYLE = """<style>text{font:13px sans-serif;fill:#555}text.name{fill:#222}text.end{font-size:10.5px}
 .curve{fill:none;stroke-width:2}
 .grid-line{stroke:#ddd}.beside{stroke:#888;stroke-dasharray:3 3}.zero{stroke:#888;stroke-width:1.2}</style>"""
@@ -126,19 +128,47 @@ def comparison_part(folder: Path) -> list[str]:
         file.write_text(_standalone(scatter(summary, drawing)), encoding="utf-8")
         lines += ["**What drawing cost the text**: perplexity against the score in drawing, a small dot per run", ""]
         lines += [f"![perplexity of the text against drawing](pictures/{file.name})", ""]
+    for name in SHOWN_BY_SHARE if len(summary["shares"]) > 1 else ():
+        lines += share_part(summary, name, folder.name)
     if summary["contributions"]:
         file = HERE / "pictures" / f"{folder.name}_shares.svg"
         file.write_text(_standalone(bars(summary["contributions"], CONTRIBUTION)), encoding="utf-8")
         lines += [f"**{CONTRIBUTION.capitalize()}**, by layer and kind of position", ""]
         lines += [f"![learned shares](pictures/{file.name})", ""]
-    lines += ["| recipe | trained weights | GFLOPs per drawing, per name | text |", "| --- | --- | --- | --- |"]
+    timed = any(row["time"] for row in summary["cost"])
+    head = ["recipe", "trained weights", "GFLOPs per drawing, per name", "peak memory", "text"]
+    head += ["seconds per step, per drawing, per name"] if timed else []
+    lines += [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for row in summary["cost"]:
         flops = ", ".join(f"{value / 1e9:.2f}" for value in row["flops_per_sample"].values())
         text: dict[str, Any] = summary["text"][row["recipe"]]
         kept = "bit-identical" if text["bit_equal"] == text["num_runs"] else "changed"
-        lines.append(f"| {row['recipe']} | {row['trainable_parameters']:,} | {flops} | {kept} |")
+        peak = row["peak_memory"]["bytes"]
+        cells = [row["recipe"], f"{row['trainable_parameters']:,}", flops, size_text(peak) if peak else "-", kept]
+        if timed:
+            times = row["time"] or {}
+            cells.append(", ".join(f"{times[key]:.3g}" if times.get(key) else "-" for key in TIMES))
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", *(f"- {note}" for note in summary["notes"]), ""]
     return lines
+
+
+def share_part(summary: dict[str, Any], name: str, folder: str) -> list[str]:
+    """A score against the share of the pictures that were trained on."""
+    found, tables = by_share(summary, name), [s for s in summary["scores"] if s["score"] == name]
+    if not found:
+        return []
+    title, file = tables[0]["title"], HERE / "pictures" / f"{folder}_shares_{name}.svg"
+    file.write_text(_standalone(curves(summary, found, SHARES)), encoding="utf-8")
+    lines = [f"**{title}, by share of the pictures** (same budget on fewer pictures)", ""]
+    lines += [f"![{title} by share]({file.relative_to(HERE)})", ""]
+    lines += [f"| recipe | share | mean | 95 % interval | paired difference to {summary['first']} | verdict |"]
+    lines += ["| --- | --- | --- | --- | --- | --- |"]
+    for each in tables:
+        share = f" | {100 * each['share']:g} % |"
+        rows = [row for row in each["rows"] if row["recipe"] in found]
+        lines += [_row(row).replace(f"| {row['recipe']} |", f"| {row['recipe']}{share}", 1) for row in rows]
+    return [*lines, ""]
 
 
 def _row(row: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from contracts.table import VOCABULARY, Noise, make_base, make_model
 
+from xfusion.apps.comparison_page import by_share
 from xfusion.backbone import Backbone
 from xfusion.comparison import Plan, compare, summarise
 from xfusion.comparison import run as walk
@@ -269,6 +270,7 @@ def test_time_of_a_step_and_of_a_picture(base, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     taken = measure_time(tiny(base), Noise(12), base, steps=2, compile=False)
     taken.pop("load_before")
+    assert taken.pop("threads") == torch.get_num_threads()
     assert set(taken) == {"step_seconds", "draw_seconds_per_picture", "caption_seconds_per_picture"}
     assert all(seconds > 0 for seconds in taken.values())
     assert not list(tmp_path.iterdir()), "nothing is left behind"
@@ -345,6 +347,23 @@ def test_what_is_done_is_not_done_again(go, base, monkeypatch):
     assert read("one-seed1.json")["scores"] == before["scores"]
     go(recipes | {"two": tiny(base, mlp=8)}, seeds=(0, 1, 2))
     assert trained == [1, 0, 1, 2, 2], "only what is missing: two's three seeds and one's third"
+
+
+def test_time_is_measured_once_all_runs_stand(go, base, monkeypatch):
+    """So that it can be asked for later, on an idle machine, and is of no moment at which another process trains."""
+    recipes, stood = {"one": tiny(base), "two": tiny(base, mlp=8)}, []
+    assert all(row["time"] is None for row in go(recipes)["cost"])
+
+    def timed(recipe, part, backbone, **settings):
+        stood.append(len(list(Path("comparison/test").glob("*-seed*.json"))))
+        return {"threads": 1, "step_seconds": float(recipe.model.fusion.mlp)}
+
+    monkeypatch.setattr(walk, "measure_time", timed)
+    table = go(recipes, measure_time=True)
+    assert [row["time"]["step_seconds"] for row in table["cost"]] == [40.0, 8.0]
+    go(recipes, measure_time=True, seeds=(0, 1, 2))
+    assert stood == [4, 4, 6, 6], "timed again only for new runs"
+    assert read("one-seed2.json")["cost"]["time"]["step_seconds"] == 40.0
 
 
 def test_other_settings_are_refused(go, base):
@@ -541,6 +560,9 @@ def test_shares_of_the_pictures(go, base):
     assert half["budget"]["samples"] == whole["budget"]["samples"]
     assert table["shares"] == [1.0, 0.5]
     assert [s["share"] for s in table["scores"] if s["score"] == "fit_caption_f1"] == [1.0, 0.5]
+    table = go({"one": tiny(base), "two": tiny(base, mlp=8)}, seeds=(0,), shares=(1.0,))  # it has no run of the half
+    means = {s["share"]: s["rows"][0]["mean"] for s in table["scores"] if s["score"] == "fit_caption_f1"}
+    assert by_share(table, "fit_caption_f1") == {"one": [(50.0, means[0.5]), (100.0, means[1.0])]}
 
 
 def test_trials_choose_on_validation_and_freeze(go, base, monkeypatch):

@@ -28,6 +28,9 @@ LEFT, RIGHT, TOP, BOTTOM = 56, 18, 10, 40
 LOSSES = {"flow_matching": "drawing", "next_token": "naming"}
 """Loss -> its name for people."""
 CONTRIBUTION = "learned share of the other tower"
+SHARES = "% of the pictures"
+TIMES = ("step_seconds", "draw_seconds_per_picture", "caption_seconds_per_picture")
+"""What `measure_time` finds of a recipe's speed."""
 """What the plot of contributions shows."""
 STYLE = """<style>
 main { max-width: 68rem; }
@@ -356,25 +359,26 @@ def _strip(path: Path, count: int) -> list[PILImage.Image]:
         return [sheet.crop((i * side, 0, (i + 1) * side, side)) for i in range(count)]
 
 
+def by_share(summary: dict[str, Any], name: str) -> dict[str, list[tuple[float, float]]]:
+    """Recipe -> percent of the pictures and the mean of a score, for those that were trained on more than one share."""
+    tables = sorted((s for s in summary["scores"] if s["score"] == name), key=lambda s: s["share"])
+    found: dict[str, list[tuple[float, float]]] = {}
+    for table in tables:
+        for row in table["rows"]:
+            if row["mean"] is not None:
+                found.setdefault(row["recipe"], []).append((100 * table["share"], row["mean"]))
+    return {label: found[label] for label in summary["recipes"] if len(found.get(label, ())) > 1}
+
+
 def _data_needed(summary: dict[str, Any], folder: Path) -> str:
     del folder
     if len(summary["shares"]) < 2:
         return ""
     cards = ""
     for name in dict.fromkeys(score["score"] for score in summary["scores"]):
-        tables = sorted((s for s in summary["scores"] if s["score"] == name), key=lambda s: s["share"])
-        lines = {
-            label: [
-                (100 * s["share"], r["mean"])
-                for s in tables
-                for r in s["rows"]
-                if r["recipe"] == label and r["mean"] is not None
-            ]
-            for label in summary["recipes"]
-        }
-        cards += (
-            f'<div class="card"><h3>{text(tables[0]["title"])}</h3>{curves(summary, lines, "% of the pictures")}</div>'
-        )
+        title = next(score["title"] for score in summary["scores"] if score["score"] == name)
+        lines = by_share(summary, name)
+        cards += f'<div class="card"><h3>{text(title)}</h3>{curves(summary, lines, SHARES)}</div>'
     return f"""<section><h2>How much data each needs</h2><p>The same budget on fewer pictures; a smaller share is part of a
 larger one. Scores of trained pictures are on those that were trained on, so that fewer are easier.</p>{_legend(summary)}
 <div class="plots">{cards}</div></section>"""
@@ -511,8 +515,7 @@ def _cost(summary: dict[str, Any], folder: Path) -> str:
         peak = row["peak_memory"]["bytes"]
         cells += [size_text(peak) if peak else "–", f"{row['wall_minutes']:.1f}"]
         if timed:
-            keys = ("step_seconds", "draw_seconds_per_picture", "caption_seconds_per_picture")
-            cells += [f"{time[k]:.3g}" if time.get(k) is not None else "–" for k in keys]
+            cells += [f"{time[key]:.3g}" if time.get(key) is not None else "–" for key in TIMES]
         rows += f"<tr><td>{_chip(summary, row['recipe'])}</td>{''.join(f'<td class=num>{c}</td>' for c in cells)}</tr>"
     titles = "".join(f"<th{' class=num' if i else ''}>{text(t)}</th>" for i, t in enumerate(head))
     what = summary["cost"][0]["peak_memory"]["what"]

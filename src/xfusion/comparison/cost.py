@@ -240,7 +240,11 @@ def measure_time(recipe: Recipe, source: Source, backbone: Backbone, *, steps: i
     """
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     model, rate = short_run(recipe, source=source, backbone=backbone, compile=compile)
-    out: dict[str, Any] = {"load_before": load, "step_seconds": rate and samples_per_step(recipe.stages[-1]) / rate}
+    out: dict[str, Any] = {
+        "load_before": load,
+        "threads": torch.get_num_threads(),
+        "step_seconds": rate and samples_per_step(recipe.stages[-1]) / rate,
+    }
     indices = chosen(source.examples, 8)
     prompts = [source.examples[i].captions[0] for i in indices]
     pictures = [source.picture(i, model.image.sizes[0]) for i in indices]

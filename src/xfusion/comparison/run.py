@@ -297,11 +297,6 @@ class _Comparison:
                 "tokens_per_picture": tokens_added(model),
                 "time": None,
             }
-            if self.plan.measure_time:
-                self.tell(f"{entry.label}: measuring time", 0, 1)
-                steps = self.plan.evaluation.get("steps", 25)
-                part, compile = self.parts[share], self.plan.compile
-                facts["time"] = measure_time(entry.recipe, part, self.backbone, steps=steps, compile=compile)
             self.costs[key] = stages, facts
         return self.costs[key]
 
@@ -334,6 +329,10 @@ class _Comparison:
         self._write_plan(labels)
         while sum(do(*run) for run in walk):  # all are tried; once more, since a process may have died with a run
             pass
+        if self.plan.measure_time:
+            for done_before, entry in enumerate(self.entries):
+                self.tell("measuring time", done_before, len(self.entries))
+                self._measure_time(entry)
 
     @contextmanager
     def _taken(self, name: str, *, wait: bool = False) -> Iterator[bool]:
@@ -509,6 +508,24 @@ class _Comparison:
         return sum(found) / len(found)
 
     # -- one run
+
+    def _measure_time(self, entry: Entry) -> None:
+        """Time a recipe once all runs stand, when nothing else computes, and add it to those of its largest share."""
+        share = max(self.plan.shares)
+        with self._taken(f"{entry.label}-time", wait=True):
+            paths = [self.out / f"{run_name(entry.label, seed, share)}.json" for seed in self.plan.seeds]
+            untimed = {path: run for path in paths if path.exists() and (run := read(path))["cost"]["time"] is None}
+            if not untimed:
+                return
+            taken = measure_time(
+                entry.recipe,
+                self.parts[share],
+                self.backbone,
+                steps=self.plan.evaluation.get("steps", 25),
+                compile=self.plan.compile,
+            )
+            for path, run in untimed.items():
+                write_json(path, run | {"cost": run["cost"] | {"time": taken}})
 
     def _settings(self, recipe: Recipe, share: float, tuning: dict[str, Any]) -> dict[str, Any]:
         base = self.backbone
