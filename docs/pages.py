@@ -49,6 +49,23 @@ def cost(name: str, base: Backbone) -> str:
     return f"| {_called(base)} | {model.num_new_parameters / 1e6:,.1f} M | {each} |"
 
 
+def recipe_index() -> str:
+    """All recipes by kind of mechanism."""
+    modules = {name: import_module(f"xfusion.recipes.{name}") for name in names()}
+    lines = [
+        "# Recipes",
+        "",
+        "One short file per published system, on the same frozen LLM. A status says what was seen: `sketch` was trained a few",
+        "steps in the tests, `runs` on real data, `reproduced` has committed runs beside the paper's figures.",
+        "",
+        "| recipe | mechanism | paper | status |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, module in sorted(modules.items(), key=lambda pair: (pair[1].KIND, pair[0])):
+        lines.append(f"| [{name}]({name}.md) | {module.KIND} | {module.PAPER} | {module.STATUS} |")
+    return "\n".join([*lines, "", "Systems that are not here, and the part that each lacks: [ideas](../ideas.md).", ""])
+
+
 def picture(name: str, base: Backbone) -> Path | None:
     """The drawing of a recipe on the first base, or None where it cannot be built there."""
     try:
@@ -379,6 +396,7 @@ def main() -> None:
     print("docs/comparison.md")
     bases = [Backbone.load(), *(Backbone.of_shape(shape) for shape in SHAPES)]
     (HERE / "recipes").mkdir(exist_ok=True)
+    (HERE / "recipes" / "index.md").write_text(recipe_index(), encoding="utf-8")
     for name in names():
         (HERE / "recipes" / f"{name}.md").write_text(recipe_page(name, bases), encoding="utf-8")
         print(f"docs/recipes/{name}.md")

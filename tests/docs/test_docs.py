@@ -157,3 +157,26 @@ def test_marked_blocks_run(document, tmp_path):
 @pytest.mark.parametrize("document", [d for d in runnable(full=True) if any(b.full for b in blocks(d))], ids=ids)
 def test_all_marked_blocks_run(document, tmp_path):
     execute(document, tmp_path, full=True)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("notebook", sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_run(notebook, tmp_path):
+    nbclient = pytest.importorskip("nbclient", reason="pip install -e '.[docs]'")
+    import nbformat
+
+    cells = nbformat.read(notebook, as_version=4)
+    assert not any(cell.get("outputs") for cell in cells.cells), "notebooks are kept without outputs"
+    nbclient.NotebookClient(cells, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+
+
+@pytest.mark.full
+def test_the_site_builds(tmp_path):
+    pytest.importorskip("mkdocs", reason="pip install -e '.[docs]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    found = {page.parent.name for page in (tmp_path / "site").rglob("index.html")}
+    assert {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"} <= found
+    assert "randomised" not in (tmp_path / "site/reference/index.html").read_text(), "only what users call"
+    assert "xfusion.load" in (tmp_path / "site/reference/index.html").read_text()
