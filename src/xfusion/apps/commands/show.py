@@ -162,8 +162,10 @@ def training_memory(model: Model) -> dict[str, int | str]:
 
 def base_licence(source: str) -> str:
     """What a base's own card says; its files are not ours."""
-    from xfusion.backbone import EMBEDDED
+    from xfusion.backbone import EMBEDDED, SCRATCH
 
+    if source.startswith(SCRATCH):
+        return "random weights; the tokenizer is the base's own"
     if source == EMBEDDED:
         return "Apache-2.0"
     card = Path(source) / "README.md"
