@@ -275,7 +275,8 @@ def layer_pieces(layer: nn.Module) -> dict[str, list[Piece]]:
     found: dict[str, list[Piece]] = {r: [] for r in ("norm", "query", "key", "value", "output", "mlp")}
     inside = attention_path(layer)
     for name, child in layer.named_children():
-        if name == inside or isinstance(child, nn.Dropout):
+        child = child.frozen if isinstance(child, _Bound) else child
+        if name == inside or isinstance(child, (nn.Dropout, nn.Identity)):
             continue
         found["norm" if "Norm" in type(child).__name__ else "mlp"].append(Piece(name))
     attention: Any = layer.get_submodule(inside)
@@ -301,6 +302,97 @@ def layer_pieces(layer: nn.Module) -> dict[str, list[Piece]]:
         elif any(True for _ in child.parameters()):
             raise XFusionError(f"{type(attention).__name__}.{name}: a projection that xfusion cannot take apart")
     return found
+
+
+def mlp_path(layer: nn.Module) -> str:
+    """Name of a layer's MLP.
+
+    Raises:
+        XFusionError: it has none, or several.
+    """
+    paths = [piece.path for piece in layer_pieces(layer)["mlp"]]
+    if len(paths) != 1:
+        raise XFusionError(f"{type(layer).__name__}: parts {paths} are no single MLP")
+    return paths[0]
+
+
+def norms_behind(layer: nn.Module) -> tuple[str | None, str | None]:
+    """Names of the norms through which the attention's and the MLP's outputs pass before they are added to the states;
+    None where a branch has none, as most families.
+    """
+    norms = {piece.path for piece in layer_pieces(layer)["norm"]}
+    of_mlp = next((name for name in ("post_feedforward_layernorm", "post_mlp_layernorm") if name in norms), None)
+    if of_mlp is None:  # then a `post_attention_layernorm` stands before the MLP
+        return None, None
+    of_attention = ("post_self_attn_layernorm", "post_attention_layernorm")
+    return next((name for name in of_attention if name in norms), None), of_mlp
+
+
+def post_normed(layer: nn.Module, parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Parts of a layer with their norms behind the branches, ``h = x + norm(attention(x))``, ``y = h + norm(MLP(h))``:
+    each norm before a branch goes behind it; where a family has norms behind its branches, those before are left out.
+
+    Args:
+        layer: of the family.
+        parts: all norms, the attention's output and the MLP, by path, with other parts or without.
+
+    Raises:
+        XFusionError: the layer does not have a norm for each branch, or its branches stand beside each other.
+    """
+    norms, behind = [piece.path for piece in layer_pieces(layer)["norm"]], norms_behind(layer)
+    before = [name for name in norms if name not in behind]
+    moved = [name for name, other in zip(before, behind, strict=False) if other is None]
+    if getattr(layer, "use_parallel_residual", False) or len(moved) + len(norms) - len(before) != 2:
+        raise XFusionError(f"{type(layer).__name__}: norms {norms} are not one for each of two branches in turn")
+    (output,) = (piece.path for piece in layer_pieces(layer)["output"])
+    new = dict(parts) | {name: nn.Identity() for name in before}
+    for name, end in zip(moved, (output, mlp_path(layer)), strict=False):
+        new[end] = nn.Sequential(parts[end], parts[name])
+    return new
+
+
+class Modulated(Delta):
+    """A branch of a layer as a condition changes it: ``(1 + gate) f((1 + scale) x + shift)``, each ``[B, n, D]`` or None."""
+
+    def __init__(self, shift: Tensor | None, scale: Tensor | None, gate: Tensor | None):
+        super().__init__()
+        self.shift, self.scale, self.gate = shift, scale, gate
+
+    def forward(self, frozen: nn.Module, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """The branch's own answer, of which the first part, or all, is states ``[B, n, D]``."""
+        x, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+        if self.scale is not None and self.shift is not None:
+            x = x * (1 + self.scale) + self.shift
+        out = frozen(x, *rest, **kwargs)
+        if self.gate is None:
+            return out
+        if isinstance(out, tuple):
+            return ((1 + self.gate) * out[0], *out[1:])
+        return (1 + self.gate) * out
+
+
+def modulated(layer: nn.Module, by: Tensor) -> Any:
+    """A shadow of a layer whose branches a condition changes (adaptive layer norm of DiT, arXiv 2212.09748, figure 3):
+
+        h = x + (1 + g_1) attention((1 + s_1) norm(x) + b_1)        y = h + (1 + g_2) MLP((1 + s_2) norm(h) + b_2)
+
+    All that the families put behind a branch, norms too, is part of it, so that gates stand on what is added. Zeros leave
+    the layer as it is. Of a layer between projections (`Projected`) the inner one is changed.
+
+    Args:
+        layer: a decoder layer.
+        by: ``[B, n, 6, W]``, b_1, s_1, g_1, b_2, s_2, g_2 of each row, W the layer's own model width.
+    """
+    if isinstance(layer, Projected):
+        return assembled(layer, {"layer": modulated(layer.layer, by)})
+    parts: dict[str, nn.Module] = {}
+    branches = (attention_path(layer), mlp_path(layer))
+    for branch, behind, own in zip(branches, norms_behind(layer), by.split(3, dim=-2), strict=True):
+        shift, scale, gate = own.unbind(-2)
+        parts[branch] = Modulated(shift, scale, gate if behind is None else None)
+        if behind is not None:
+            parts[behind] = Modulated(None, None, gate)
+    return assembled(layer, parts)
 
 
 def matrix_pieces(layer: nn.Module) -> dict[str, Piece]:

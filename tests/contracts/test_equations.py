@@ -339,24 +339,33 @@ class Llama:
         cos, sin = self.cos[position], self.sin[position]
         return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
+    def read(self, w: Weights, norm: str, x: Vector) -> Vector:
+        """What a branch reads: ``(1 + s) norm(x) + b`` where the weights come with b, s and g of a noise level (DiT)."""
+        shift, scale, _ = w.get(f"{norm} by noise", np.zeros((3, 1)))
+        return (1 + scale) * self.norm(x, w[norm]) + shift
+
+    def added(self, w: Weights, norm: str, out: Vector) -> Vector:
+        """What a branch adds: ``(1 + g) f``."""
+        return (1 + w.get(f"{norm} by noise", np.zeros((3, 1)))[2]) * out
+
     def key_value(self, w: Weights, x: Vector, position: int) -> tuple[Vector, Vector]:
-        n = self.norm(x, w["input_layernorm"])
+        n = self.read(w, NORMS[0], x)
         k, v = ((w[f"self_attn.{p}_proj"] @ n).reshape(self.keys, self.width) for p in "kv")
         return self.turn(k, position), v
 
     def behind(self, w: Weights, x: Vector, position: int, seen: list[tuple[Vector, Vector]]) -> Vector:
         """The layer's output at one position that reads some keys and values."""
-        q = self.turn((w["self_attn.q_proj"] @ self.norm(x, w["input_layernorm"])).reshape(self.heads, -1), position)
+        q = self.turn((w["self_attn.q_proj"] @ self.read(w, NORMS[0], x)).reshape(self.heads, -1), position)
         read = []
         for head in range(self.heads):
             shared = head * self.keys // self.heads
             scores = np.array([k[shared] @ q[head] for k, _ in seen]) / np.sqrt(self.width)
             weight = np.exp(scores - scores.max())
             read.append(sum(a * v[shared] for a, (_, v) in zip(weight / weight.sum(), seen, strict=True)))
-        y = x + w["self_attn.o_proj"] @ np.concatenate(read)
-        n = self.norm(y, w["post_attention_layernorm"])
+        y = x + self.added(w, NORMS[0], w["self_attn.o_proj"] @ np.concatenate(read))
+        n = self.read(w, NORMS[1], y)
         gate = w["mlp.gate_proj"] @ n
-        return y + w["mlp.down_proj"] @ (gate / (1 + np.exp(-gate)) * (w["mlp.up_proj"] @ n))
+        return y + self.added(w, NORMS[1], w["mlp.down_proj"] @ (gate / (1 + np.exp(-gate)) * (w["mlp.up_proj"] @ n)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -147,7 +147,14 @@ def test_the_training_engine_agrees_with_the_reference_path(bases, fusion, famil
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("fusion", "family"), [("dual tower, strided", "llama"), ("dual tower", "gemma3"), ("narrow tower", "llama")]
+    ("fusion", "family"),
+    [
+        ("dual tower, strided", "llama"),
+        ("dual tower", "gemma3"),
+        ("narrow tower", "llama"),
+        ("dual tower, adaln", "llama"),
+        ("bagel, adaln", "llama"),
+    ],
 )
 def test_compiled_layers_agree_with_the_reference_path(bases, fusion, family):
     """Losses and gradients; the same graphs serve all layers of a tower."""

@@ -140,10 +140,19 @@ def test_text_is_bit_equal_and_constant_before_a_modulated_picture(bases):
     assert changed
 
 
-@pytest.mark.parametrize("fusion", ["dual tower, strided", "dual projection", "gated tower"])
+@pytest.mark.parametrize(
+    ("fusion", "time"),
+    [
+        ("dual tower, strided", "modulate"),
+        ("dual projection", "modulate"),
+        ("gated tower", "modulate"),
+        ("x-fuse", "adaln"),
+        ("dual projection", "adaln single"),
+    ],
+)
 @torch.no_grad()
-def test_a_modulated_picture_is_drawn_as_full_passes_would(bases, fusion):
-    model = make(bases["llama"], fusion)
+def test_a_modulated_picture_is_drawn_as_full_passes_would(bases, fusion, time):
+    model = make(bases["llama"], fusion, time=time)
     contexts = [(words(5, 1),), ()]
     found = draw_tokens(model, contexts, SIDE, seeds=[3, 4], steps=3, guidance=1.0)
     for context, seed, tokens in zip(contexts, (3, 4), found, strict=True):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from xfusion.backbone import Backbone, Cache
 from xfusion.data.sequence import MediaRows, Rows, XFusionError, seen, visible
-from xfusion.layers import KeysValues, assembled, attention_mask, keys_values, run_rows, slice_call
+from xfusion.layers import KeysValues, assembled, attention_mask, keys_values, modulated, run_rows, slice_call
 
 Call = dict[str, Any]
 """What the decoder's own forward hands to a layer, besides the states."""
@@ -52,6 +52,8 @@ class Pass:
     """Whether any media position of this pass comes after text."""
     compiled: bool = False
     """Whether the per-layer work runs compiled (training does; sampling, whose shapes change, does not)."""
+    modulation: Tensor | None = None
+    """What changes the branches of the current layer's block at media rows, ``[B, n, 6, W]`` (`xfusion.layers.modulated`)."""
     kept: dict[str, Tensor] = field(default_factory=dict)
     """States that objectives asked for, by name (`Objective.needs`)."""
     _masks: dict[tuple[str, bool, int | None, str | None], Tensor] = field(default_factory=dict)
@@ -95,6 +97,20 @@ class Pass:
     def after_media(self, owner: str) -> Tensor:
         """Where new parts may act on an owner's rows, bool ``[B, n, 1]``: from the first media token of a sequence on."""
         return self.rows[owner].after_media[..., None]
+
+    def by_noise(self, block: Any, owners: Iterable[str]) -> Any:
+        """A block as the rows of some owners, in this order, go through it: media's branches are changed by their noise
+        level, where the port says so, and text's never.
+        """
+        named = list(owners)
+        if self.modulation is None or self.media not in named:
+            return block
+        shape = self.modulation.shape[2:]
+        rows = [
+            self.modulation if owner == self.media else self.modulation.new_zeros(*self.rows[owner].order.shape, *shape)
+            for owner in named
+        ]
+        return modulated(block, torch.cat(rows, dim=1))
 
     def mixes(self, owner: str) -> bool:
         """Whether new parts act on any of an owner's rows; on tensors without values they are taken to."""
@@ -142,6 +158,7 @@ def tower_rows(
     layer: nn.Module,
     own: Tensor,
     own_call: Call,
+    other_layer: nn.Module,
     other: Tensor | None,
     other_call: Call,
     past: list[KeysValues],
@@ -151,14 +168,15 @@ def tower_rows(
     """One block at one layer: new states of some rows, keys and values of all rows.
 
     Args:
-        layer: the block.
-        own: states of the rows that are computed, ``[B, n, D]``.
-        other: states of the rows that are only read, or None.
+        layer: the block, as the rows that are computed go through it.
+        own: their states, ``[B, n, D]``.
+        other_layer: the block, as the rows that are only read go through it.
+        other: their states, or None.
         past: the block's cached keys and values (none or one).
         mask: own queries over [past | text | media].
         own_first: whether the own rows lie before the others along the keys (text does).
     """
-    made = None if other is None else keys_values(layer, other, other_call)
+    made = None if other is None else keys_values(other_layer, other, other_call)
     others = [] if made is None else [made]
     before, after = (past, others) if own_first else (past + others, [])
     h, kv = run_rows(layer, own, own_call, mask, before, after)
@@ -191,6 +209,8 @@ class Fusion(nn.Module):
     """What `begin` read: layer -> new parameter -> where it is from. Empty where a pack brought the weights."""
     num_towers: int = 1
     """Slots of the cache, the frozen decoder's included."""
+    media_blocks: bool = False
+    """Whether media rows go through new blocks, whole layers, so that a noise level may act on their branches."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -272,6 +292,20 @@ class Fusion(nn.Module):
         if self.block_config._attn_implementation != implementation:
             self.block_config._attn_implementation = implementation
 
+    def block_widths(self) -> dict[int, int]:
+        """Layer -> model width of the block whose branches a noise level may act on.
+
+        Raises:
+            XFusionError: the mechanism has none.
+        """
+        if not self.media_blocks:
+            raise XFusionError(
+                f"the port's time 'adaln' acts inside new blocks that media go through, and {type(self).__name__} has"
+                " none: take 'add' or 'modulate'"
+            )
+        width: int = self.block_config.hidden_size
+        return dict.fromkeys(self.state_layers, width)
+
     @property
     def state_layers(self) -> tuple[int, ...]:
         """Layers at which media rows are computed: only there need text states be at hand when text is given instead of
@@ -314,7 +348,15 @@ class Fusion(nn.Module):
         return frozen(x, **call)
 
     def tower(
-        self, slot: int, index: int, block: nn.Module, owners: Iterable[str], call: Call, run: Pass
+        self,
+        slot: int,
+        index: int,
+        block: nn.Module,
+        owners: Iterable[str],
+        call: Call,
+        run: Pass,
+        *,
+        by_noise: bool = False,
     ) -> dict[str, Tensor]:
         """Rows of some owners behind a block that makes keys and values of all rows; the other rows are only read.
 
@@ -325,10 +367,15 @@ class Fusion(nn.Module):
             owners: whose rows are computed. Text that is given is never computed.
             call: what the decoder hands to the layer.
             run: the pass.
+            by_noise: the noise level acts inside the block, at media rows (`Pass.by_noise`).
 
         Returns:
             Owner -> new states ``[B, n, D]``.
         """
+
+        def of(*owners: str) -> Any:
+            return run.by_noise(block, owners) if by_noise else block
+
         wanted = set(owners)
         own = [o for o in run.states if o in wanted and not (o == "text" and run.given is not None)]
         held, calls, window = run.cache, run.calls(call), self.windows[index]
@@ -336,12 +383,13 @@ class Fusion(nn.Module):
         work = compiled(tower_rows) if run.compiled else tower_rows
         if not own:
             if held and keep:
-                held.append(slot, index, [keys_values(block, x, calls[o]) for o, x in run.states.items()])
+                held.append(slot, index, [keys_values(of(o), x, calls[o]) for o, x in run.states.items()])
             return {}
         states = run.inputs(index)
         if len(own) == len(states):
             x = torch.cat(list(states.values()), dim=1)
-            h, kv, _ = work(block, x, calls[""], None, {}, past, run.mask("" if len(own) > 1 else own[0], window), True)
+            mask, layer = run.mask("" if len(own) > 1 else own[0], window), of(*states)
+            h, kv, _ = work(layer, x, calls[""], layer, None, {}, past, mask, True)
             if held and keep:
                 held.append(slot, index, [kv])
             return run.cut(h)
@@ -350,7 +398,8 @@ class Fusion(nn.Module):
         read = keep or run.reads_others(name)
         others = (states[other], calls[other]) if read else (None, {})
         first = name == "text"
-        h, kv, made = work(block, states[name], calls[name], *others, past, run.mask(name, window, others=read), first)
+        mask = run.mask(name, window, others=read)
+        h, kv, made = work(of(name), states[name], calls[name], of(other), *others, past, mask, first)
         if held and keep:
             both = (kv, made) if first else (made, kv)
             held.append(slot, index, [part for part in both if part is not None])
@@ -381,14 +430,18 @@ class Fusion(nn.Module):
                 held.append(slot, index, [keys_values(block, x, own)])
             return {}
         past, work = held.past(slot, index) if held else [], compiled(tower_rows) if run.compiled else tower_rows
-        h, kv, _ = work(block, x, own, None, {}, past, run.mask("text", self.windows[index], of="text"), True)
+        mask = run.mask("text", self.windows[index], of="text")
+        h, kv, _ = work(block, x, own, block, None, {}, past, mask, True)
         if held and keep:
             held.append(slot, index, [kv])
         return {"text": h}
 
-    def whole(self, index: int, block: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
+    def whole(
+        self, index: int, block: nn.Module, call: Call, run: Pass, *, by_noise: bool = False
+    ) -> dict[str, Tensor]:
         """A whole block over the whole sequence, by owner: what reference paths are made of."""
         x = torch.cat(list(run.states.values()), dim=1)
+        block = run.by_noise(block, run.states) if by_noise else block
         return run.cut(run_rows(block, x, run.calls(call)[""], run.mask("", self.windows[index]), [], [])[0])
 
     def new_parameters(self) -> Iterable[nn.Parameter]:

@@ -100,6 +100,7 @@ class DualTower(Fusion):
 
     preserves_text = True
     prefix_is_constant = True
+    media_blocks = True
     num_towers = 2
 
     @dataclass(frozen=True, kw_only=True)
@@ -236,7 +237,7 @@ class DualTower(Fusion):
             return new
         # Mixing acts on words only behind a picture: where none is read, the other tower has nothing to add.
         mixes_text = on_text is not None and "text" in run.states and run.mixes("text")
-        by_media = self.tower(1, index, block, run.states if mixes_text else media, call, run)
+        by_media = self.tower(1, index, block, run.states if mixes_text else media, call, run, by_noise=True)
         new |= {o: h for o, h in by_media.items() if o != "text"}
         return self._mixed(index, run, new, by_text, by_media)
 
@@ -253,6 +254,6 @@ class DualTower(Fusion):
     def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
         """Reference path: both whole blocks on the whole sequence, then each position keeps its tower's output."""
         block, by_text = self.block(index, frozen), self.whole(index, frozen, call, run)
-        by_media = run.states if block is None else self.whole(index, block, call, run)
+        by_media = run.states if block is None else self.whole(index, block, call, run, by_noise=True)
         new = {owner: (by_text if owner == "text" else by_media)[owner] for owner in run.states}
         return new if block is None else self._mixed(index, run, new, by_text, by_media)

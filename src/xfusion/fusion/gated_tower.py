@@ -23,6 +23,7 @@ class GatedTower(Fusion):
 
     preserves_text = True
     prefix_is_constant = True
+    media_blocks = True
     num_towers = 2
 
     @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class GatedTower(Fusion):
             return run.states | self.tower(0, index, frozen, {"text"}, call, run)
         plain = self.tower(0, index, frozen, run.states, call, run)
         opened = {o for o in run.rows if o != "text" or run.mixes(o)}
-        gated = self.tower(1, index, block, opened, call, run)
+        gated = self.tower(1, index, block, opened, call, run, by_noise=True)
         return run.states | plain | self._added(index, run, plain, gated)
 
     def _added(self, index: int, run: Pass, plain: dict[str, Tensor], gated: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -60,4 +61,4 @@ class GatedTower(Fusion):
         block, plain = self.block(index, frozen), self.whole(index, frozen, call, run)
         if block is None:
             return run.states | {o: h for o, h in plain.items() if o == "text"}
-        return self._added(index, run, plain, self.whole(index, block, call, run))
+        return self._added(index, run, plain, self.whole(index, block, call, run, by_noise=True))

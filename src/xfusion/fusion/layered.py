@@ -77,6 +77,10 @@ class Layered(Fusion):
         for part in self._fusions():
             part.set_attention(implementation)
 
+    def block_widths(self) -> dict[int, int]:
+        """The widths of all mechanisms' blocks; each must have some."""
+        return {index: width for part in self._fusions() for index, width in part.block_widths().items()}
+
     @property
     def state_layers(self) -> tuple[int, ...]:
         """The layers with new modules of any mechanism."""

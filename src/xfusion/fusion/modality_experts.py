@@ -9,7 +9,7 @@ it has of its own is a setting, so that these are one mechanism:
 system                                     of its own                         else
 =========================================  =================================  ========================================
 dual projection, LMFusion (2412.15188)     norms, Q, K, V, O, MLP             both ways inside a picture
-Mixture-of-Transformers (2411.04996)       all of it                          trained from scratch in the paper
+Mixture-of-Transformers (2411.04996)       all, and words too (`post_norm`)   from scratch, norms behind the branches
 BAGEL (2505.14683)                         all, for noised pictures only      clean pictures take the frozen weights
 CogVLM (2311.03079)                        Q, K, V, O, MLP                    one rotary position per picture, causal
 mPLUG-Owl2 (2311.04257)                    norms, K, V
@@ -18,22 +18,39 @@ mPLUG-Owl2 (2311.04257)                    norms, K, V
 There is one set of keys and values: words made theirs by the frozen weights, media theirs by their own. A dual tower makes
 two.
 
+On a base that was trained, Mixture-of-Transformers is LMFusion's layer: norms of its own stand behind the branches,
+``h_i = x_i + norm_m(i)(O_m(i) attention_i)`` and ``y_i = h_i + norm'_m(i)(MLP_m(i)(h_i))``, which is another function than
+the base's. With ``post_norm`` it is the paper's, on a base from scratch: words have trained copies, too, and of the base
+there remain the embeddings, the last norm and the head, frozen as they were drawn (the paper trains them).
+
 Shape legend: ``B`` batch row, ``n`` rows of one owner, ``S`` all rows of a pass, ``D`` model width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from xfusion.backbone import Backbone
+from xfusion.backbone import SCRATCH, Backbone
 from xfusion.data.sequence import XFusionError
 from xfusion.fusion.base import Call, Fusion, Pass, by_path, compiled
-from xfusion.layers import Delta, KeysValues, Piece, assembled, keys_values, layer_pieces, linear_weight, run_rows
+from xfusion.layers import (
+    Delta,
+    KeysValues,
+    Piece,
+    assembled,
+    keys_values,
+    layer_pieces,
+    linear_weight,
+    post_normed,
+    run_rows,
+)
 
 Part = Literal["norm", "query", "key", "value", "output", "mlp"]
 PARTS: tuple[Part, ...] = ("norm", "query", "key", "value", "output", "mlp")
@@ -128,6 +145,7 @@ class ModalityExperts(Fusion):
 
     preserves_text = True
     prefix_is_constant = True
+    media_blocks = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Fusion.Config):
@@ -137,13 +155,60 @@ class ModalityExperts(Fusion):
         """Parts of a layer that media positions have of their own, copied from the base's; the rest is the frozen one."""
         noised_only: bool = False
         """Only noised pictures take the new weights; clean ones and [BOI] take the frozen ones (BAGEL)."""
+        post_norm: bool = False
+        """Norms behind the branches and trained weights for words, too (Mixture-of-Transformers as in its paper): only on
+        a base from scratch, `model.backbone.source` scratch:SOURCE."""
+
+        def sizes(self, num_layers: int) -> Iterator[Fusion.Config]:
+            """By the layers with new weights; from scratch there is one size."""
+            return iter(()) if self.post_norm else super().sizes(num_layers)
 
         def build(self) -> ModalityExperts:
-            """The fusion, not yet installed."""
+            """The fusion, not yet installed.
+
+            Raises:
+                XFusionError: parts that are not known, or left out with ``post_norm``.
+            """
             unknown = [part for part in self.own if part not in PARTS]
             if unknown or not self.own:
                 raise XFusionError(f"modality experts: own {self.own}: name some of {', '.join(PARTS)}")
+            everywhere = self.stride == 1 and not self.offset and self.layers is None
+            if self.post_norm and (set(self.own) != set(PARTS) or self.noised_only or not everywhere):
+                raise XFusionError(
+                    "modality experts: post_norm is for models from scratch, which have all parts of their own at every"
+                    " layer: leave own, noised_only, stride, offset and layers at their defaults"
+                )
             return ModalityExperts(self)
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        if config.post_norm:  # words are trained, too
+            self.preserves_text = self.prefix_is_constant = False
+
+    def install(self, backbone: Backbone) -> None:
+        """Copy the parts of media, and with ``post_norm`` those of words.
+
+        Raises:
+            XFusionError: norms behind the branches of a base that was trained.
+        """
+        if self.config.post_norm and backbone.pretrained:
+            raise XFusionError(
+                f"modality experts: post_norm is another function than {backbone.source} was trained to be: leave it at"
+                f" False, or train from scratch on model.backbone.source {SCRATCH}{backbone.source}"
+            )
+        super().install(backbone)
+        places = self.blocks if self.config.post_norm else {}
+        self.of_words = nn.ModuleDict({index: self.make(int(index), backbone) for index in places})
+        self._words: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+
+    def words(self, index: int, frozen: nn.Module) -> Any:
+        """The layer that words take: the frozen one, or from scratch one of their own."""
+        if not self.config.post_norm:
+            return frozen
+        if frozen not in self._words:
+            parts: Any = self.of_words[str(index)]
+            self._words[frozen] = assembled(frozen, by_path(parts))
+        return self._words[frozen]
 
     def make(self, index: int, backbone: Backbone) -> nn.Module:
         """The parts of a layer that are not shared, by path; some rows of a matrix where roles share one."""
@@ -157,7 +222,10 @@ class ModalityExperts(Fusion):
             module = copied.get_submodule(path)
             rows = [piece.rows for piece in found if piece.rows is not None]
             whole = not rows or sum(map(len, rows)) == linear_weight(module).shape[0]
-            parts[path.replace(".", "/")] = module if whole else OwnRows(module, torch.cat(rows).sort().values)
+            parts[path] = module if whole else OwnRows(module, torch.cat(rows).sort().values)
+        if self.config.post_norm:
+            parts = post_normed(backbone.layers[index], parts)
+        parts = {path.replace(".", "/"): part for path, part in parts.items()}
         return nn.ModuleDict(parts).to(next(copied.parameters()).device)
 
     def _is_own(self, run: Pass) -> Tensor | None:
@@ -165,13 +233,14 @@ class ModalityExperts(Fusion):
         if not self.config.noised_only or run.media is None:
             return None
         media = run.media_rows[run.media]
-        return media.at(media.noised.float()).bool()[..., None]
+        return media.at(media.noised)[..., None]
 
     def layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
         """Fast path: each position by its weights alone, one set of keys and values in slot 0."""
         expert = self.block(index, frozen)
         if expert is None:
             return run.states | self.tower(0, index, frozen, {"text"}, call, run)
+        frozen = self.words(index, frozen)
         held, calls, window, name = run.cache, run.calls(call), self.windows[index], run.media
         keep, past = held is not None and run.update, held.past(0, index) if held else []
         states = run.inputs(index)
@@ -180,7 +249,7 @@ class ModalityExperts(Fusion):
         work = compiled(joint_rows) if run.compiled else joint_rows
         new_text, new_media, text_kv, media_kv = work(
             frozen,
-            expert,
+            run.by_noise(expert, [name] if name else []),
             text,
             calls.get("text", {}),
             None if text is None or given else run.mask("text", window, others=run.text_reads_media),
@@ -209,7 +278,17 @@ class ModalityExperts(Fusion):
         is_own = torch.cat([self._rows_of_their_own(owner, run) for owner in run.rows], dim=1)
         own: Any = self.blocks[str(index)]
         routed = {path: Routed(part, is_own) for path, part in by_path(own).items()}
-        return self.whole(index, assembled(frozen, routed), call, run)
+        chosen = self._is_own(run)
+        if chosen is not None and run.modulation is not None:  # the others take the frozen layer as it is
+            run = replace(run, modulation=torch.where(chosen[..., None], run.modulation, 0.0))
+        return self.whole(index, assembled(self.words(index, frozen), routed), call, run, by_noise=True)
+
+    def text_layer(self, index: int, frozen: nn.Module, x: Tensor, call: Call) -> Tensor:
+        """A text-only layer: the frozen one, or from scratch that of words."""
+        if not self.config.post_norm:
+            return super().text_layer(index, frozen, x, call)
+        own = x.to(next(self.of_words.parameters()).dtype)
+        return self.words(index, frozen)(own, **call).to(x.dtype)
 
     def _rows_of_their_own(self, owner: str, run: Pass) -> Tensor:
         shape, device = run.rows[owner].order.shape, run.rows[owner].order.device

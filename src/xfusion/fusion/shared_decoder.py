@@ -19,6 +19,8 @@ from xfusion.fusion.base import Call, Fusion, Pass
 class SharedDecoder(Fusion):
     """Trained copies of decoder layers for all positions."""
 
+    media_blocks = True
+
     @dataclass(frozen=True, kw_only=True)
     class Config(Fusion.Config):
         """Where trained layers stand."""
@@ -32,12 +34,12 @@ class SharedDecoder(Fusion):
         block = self.block(index, frozen)
         if block is None:
             return run.states | self.tower(0, index, frozen, {"text"}, call, run)
-        return self.tower(0, index, block, run.states, call, run)
+        return self.tower(0, index, block, run.states, call, run, by_noise=True)
 
     def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
         """The whole block over the whole sequence."""
         block = self.block(index, frozen)
-        found = self.whole(index, block or frozen, call, run)
+        found = self.whole(index, block or frozen, call, run, by_noise=block is not None)
         return found if block is not None else run.states | {o: h for o, h in found.items() if o == "text"}
 
     def text_layer(self, index: int, frozen: nn.Module, x: Tensor, call: Call) -> Tensor:

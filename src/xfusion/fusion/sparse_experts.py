@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from xfusion.backbone import Backbone
 from xfusion.data.sequence import XFusionError
 from xfusion.fusion.base import Call, Fusion, Pass
-from xfusion.layers import Delta, assembled, layer_pieces
+from xfusion.layers import Delta, assembled, mlp_path
 
 
 class Experts(nn.Module):
@@ -151,13 +151,13 @@ class SparseExperts(Fusion):
             XFusionError: the layer has no single MLP.
         """
         count = self.config.experts - self.config.frozen_expert
-        path = _mlp(backbone.layers[index])
+        path = mlp_path(backbone.layers[index])
         copies = [backbone.copy_layer(index, self.block_config).get_submodule(path) for _ in range(count)]
         return Experts(self.config, backbone.hidden_size, copies).to(backbone.device)
 
     def _routed(self, index: int, frozen: nn.Module, acts: Tensor, kind: type[Routed], seen: list[Tensor]) -> Any:
         experts: Any = self.blocks[str(index)]
-        return assembled(frozen, {_mlp(frozen): kind(experts, acts, seen)})
+        return assembled(frozen, {mlp_path(frozen): kind(experts, acts, seen)})
 
     def _acts(self, run: Pass, owner: str) -> Tensor:
         """Which rows are routed, bool ``[B, n]``; [BOI] is not, so that a picture's noise does not move its bits."""
@@ -195,11 +195,3 @@ class SparseExperts(Fusion):
             return frozen(x, **call)
         acts = torch.full(x.shape[:2], not self.config.frozen_expert, device=x.device)
         return self._routed(index, frozen, acts, Routed, [])(x, **call)
-
-
-def _mlp(layer: nn.Module) -> str:
-    """Path of a layer's MLP."""
-    paths = [piece.path for piece in layer_pieces(layer)["mlp"]]
-    if len(paths) != 1:
-        raise XFusionError(f"{type(layer).__name__}: parts {paths} are no single MLP whose copies could be experts")
-    return paths[0]

@@ -45,7 +45,7 @@ class CodePort(MediaPort):
             """The port of a model."""
             if self.time != "add":
                 raise XFusionError(
-                    "codes have no noise level that could modulate layers: leave the port's time at 'add'"
+                    f"codes have no noise level that could modulate layers: leave the port's time at 'add', not {self.time!r}"
                 )
             return CodePort(self, width, token_width, scale, num_layers)
 

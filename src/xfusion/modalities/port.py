@@ -6,6 +6,7 @@ Shape legend: ``B`` batch row, ``n`` media rows, ``D`` model width, ``P`` width 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,8 +24,8 @@ class MediaPort(nn.Module):
     """Linear patches in, noise level, positions, boundary rows, head out (spec 1.1 and 1.5).
 
     The noise level is a vector MLP(sinusoid(t)) with t = 0 for clean items. It is added to item tokens, or it modulates
-    them before every layer with new modules; [BOI] has none, so that its keys and values stay the same while an item is
-    denoised. Row and column embeddings are added.
+    them before every layer with new modules, or the branches inside every new block; [BOI] has none, so that its keys and
+    values stay the same while an item is denoised. Row and column embeddings are added.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -33,10 +34,12 @@ class MediaPort(nn.Module):
 
         largest_grid: int = 64
         """Rows and columns of tokens for which there are position embeddings."""
-        time: Literal["add", "modulate"] = "add"
-        """Add the noise level to the tokens, or let it scale and shift them before each new block: ``x + s norm(x) + b``
-        with s and b from one shared projection and a row per layer (AdaLN-single of PixArt, arXiv 2310.00426, on the
-        residual stream), zero at the start."""
+        time: Literal["add", "modulate", "adaln", "adaln single"] = "add"
+        """Add the noise level to the tokens; or let it scale and shift them before each new block, ``x + s norm(x) + b``,
+        with s and b from one projection and a row per layer; or let it scale and shift what attention and MLP of each new
+        block read, and scale what they add (`xfusion.layers.modulated`), by a projection per layer (``adaln``: AdaLN-Zero
+        of DiT, arXiv 2212.09748) or one projection and a row per layer (``adaln single``: PixArt, arXiv 2310.00426). All
+        are zero at the start, and a gate's factor is then 1, where DiT's is 0: blocks are copies that shall work as such."""
 
         def build(self, width: int, token_width: int, scale: float, num_layers: int) -> MediaPort:
             """The port of a model.
@@ -73,6 +76,29 @@ class MediaPort(nn.Module):
             nn.init.zeros_(self.modulation.weight)
             nn.init.zeros_(self.modulation.bias)
 
+    @property
+    def modulates_blocks(self) -> bool:
+        """Whether the noise level acts inside the new blocks."""
+        return self.config.time in ("adaln", "adaln single")
+
+    def reach_blocks(self, widths: Mapping[int, int]) -> None:
+        """Make what modulates blocks inside (`modulates_blocks`), behind a fusion's `install`.
+
+        Args:
+            widths: layer -> model width of its block.
+        """
+        single = self.config.time == "adaln single"
+        inputs, device = self.norm.weight.shape[0], self.norm.weight.device
+        # One projection for all blocks of a width, or one for each block.
+        self._projection = {index: f"width_{wide}" if single else str(index) for index, wide in widths.items()}
+        self.block_modulation = nn.ModuleDict(
+            {name: nn.Linear(inputs, 6 * widths[index], device=device) for index, name in self._projection.items()}
+        )
+        for parameter in self.block_modulation.parameters():
+            nn.init.zeros_(parameter)
+        rows = {str(i): nn.Parameter(torch.zeros(6 * wide, device=device)) for i, wide in widths.items() if single}
+        self.by_block = nn.ParameterDict(rows)
+
     def embed_time(self, time: Tensor) -> Tensor:
         """Noise levels ``[N]`` in [0, 1] -> ``[N, D]``."""
         frequency = torch.exp(-math.log(10_000) * torch.arange(TIME_FREQUENCIES, device=time.device) / TIME_FREQUENCIES)
@@ -88,12 +114,24 @@ class MediaPort(nn.Module):
 
     def before_layer(self, index: int, x: Tensor, media: MediaRows) -> Tensor:
         """States ``[B, n, D]`` as a layer with new modules sees them."""
-        if self.config.time == "add":
+        if self.config.time != "modulate":
             return x
         both = self.modulation(functional.silu(self.embed_time(media.time))) + self.by_layer[index]
         scale, shift = both[media.item.clamp(min=0)].to(x.dtype).chunk(2, dim=-1)
         changed = x + scale * functional.rms_norm(x, x.shape[-1:]) + shift
         return torch.where((media.item >= 0)[..., None], changed, x)
+
+    def in_block(self, index: int, media: MediaRows, dtype: torch.dtype) -> Tensor | None:
+        """What modulates the block of a layer at media rows (`xfusion.layers.modulated`), ``[B, n, 6, W]``: zeros at [BOI]
+        and padding. None where the noise level does not act inside blocks.
+        """
+        if not self.modulates_blocks:
+            return None
+        made = self.block_modulation[self._projection[index]](functional.silu(self.embed_time(media.time)))
+        if str(index) in self.by_block:
+            made = made + self.by_block[str(index)]
+        rows = made.to(dtype)[media.item.clamp(min=0)].unflatten(-1, (6, -1))
+        return torch.where((media.item >= 0)[..., None, None], rows, 0.0)
 
     def readout(self, hidden: Tensor) -> Tensor:
         """States of media rows ``[B, n, D]`` -> what the media objective predicts ``[B, n, P]``."""

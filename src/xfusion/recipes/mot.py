@@ -9,11 +9,19 @@ Adapted: the paper trains both modalities from scratch with norms behind each br
 weights stay, and its own order of norms is kept: on a frozen base this is LMFusion's layer. Everything around the
 layer (pictures, port, objectives, data, schedule) is the recipe `xfusion`'s, so that a comparison compares the layer
 alone.
+
+The paper's own layer is `xfusion.recipes.mot:from_scratch`: `h = x + norm(O attention(x))`, `y = h + norm(MLP(h))`, with
+weights of both modalities trained, on a base of the same shape with random weights (`scratch:` before its source). It
+is refused on a base that was trained, whose function it would change. Still adapted: embeddings, last norm and head stay
+as they were drawn, where the paper trains them, and the words that it learns are those of the captions alone: nobody
+shall expect a language model of it.
 """
 
 from __future__ import annotations
 
+from xfusion.backbone import EMBEDDED, SCRATCH
 from xfusion.fusion.modality_experts import ModalityExperts
+from xfusion.model import BackboneConfig
 from xfusion.recipes.xfusion import xfusion
 from xfusion.training.stages import Recipe
 
@@ -25,3 +33,14 @@ STATUS = "sketch"
 def mot(stride: int = 1) -> Recipe:
     """All parts of their own at every layer."""
     return xfusion().with_model(fusion=ModalityExperts.Config(stride=stride))
+
+
+def from_scratch(base: str = EMBEDDED) -> Recipe:
+    """The paper's layer, in words and pictures alike, from random weights.
+
+    Args:
+        base: whose shape and tokenizer it has.
+    """
+    return xfusion().with_model(
+        backbone=BackboneConfig(source=SCRATCH + base), fusion=ModalityExperts.Config(post_norm=True)
+    )

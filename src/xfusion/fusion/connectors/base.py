@@ -32,6 +32,10 @@ class Connector(MediaPort):
                 f"connector: tokens of {token_width} numbers do not hold {config.cells} features: set cells to the"
                 " image modality's patch_width"
             )
+        if config.time != "add":
+            raise XFusionError(
+                f"connector: what it reads has no noise level: leave the port's time at 'add', not {config.time!r}"
+            )
         self.config, self.feature_width = config, token_width // config.cells
         self.begin = nn.Parameter(torch.randn(width) * scale)
         self.end = nn.Parameter(torch.randn(width) * scale)
