@@ -254,9 +254,9 @@ class MediaRows:
         )
 
     def at(self, per_item: Tensor, fill: float = 0.0) -> Tensor:
-        """Spread a per-item value ``[N]`` over its positions ``[B, n]``; ``fill`` elsewhere."""
+        """Spread a per-item value ``[N]``, bool or a number, over its positions ``[B, n]``; ``fill`` elsewhere."""
         if not len(per_item):
-            return torch.full(self.item.shape, fill, device=self.item.device)
+            return torch.full(self.item.shape, fill, dtype=per_item.dtype, device=self.item.device)
         spread = per_item[self.item.clamp(min=0)]
         return torch.where(self.item >= 0, spread, torch.full_like(spread, fill))
 

@@ -96,7 +96,7 @@ class Diffusion(Denoising):
             target = {"noise": noise, "clean": media.tokens}.get(self.config.prediction)
             if target is None:
                 target = self.scheduler.get_velocity(clean, flat, rows).view_as(noise)
-            noised = media.at(media.noised.float()).bool()[..., None]
+            noised = media.at(media.noised)[..., None]
             batch = batch.with_media(
                 modality,
                 tokens=torch.where(noised, found, media.tokens),

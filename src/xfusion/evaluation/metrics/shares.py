@@ -55,7 +55,7 @@ def _words(batch: Batch) -> dict[str, Tensor]:
 
 def _pictures(batch: Batch) -> dict[str, Tensor]:
     (media,) = batch.media.values()
-    noised, inside = media.at(media.noised.float()).bool(), media.item >= 0
+    noised, inside = media.at(media.noised), media.item >= 0
     return {
         "begin of picture": media.boundary & (media.rows.order >= 0),
         "clean picture": inside & ~noised,
