@@ -20,6 +20,7 @@ from xfusion.modalities.image import ImageModality
 from xfusion.model import Model
 from xfusion.objectives.base import Output
 from xfusion.objectives.codes import INFILL, MASK, NextCode, infilled, moved
+from xfusion.objectives.solvers import Heun
 from xfusion.training.loop import train
 from xfusion.training.stages import Recipe, Stage
 
@@ -144,6 +145,8 @@ def test_what_does_not_fit_is_said(bases):
         model.run_pass(batch_of((wrong,)))
     with pytest.raises(XFusionError, match="no noise level"):
         CodePort.Config(time="modulate").build(8, 1, 0.1, 2)
+    with pytest.raises(XFusionError, match="drawn one by one, not by heun: name no solver"):
+        draw_tokens(make(bases["llama"]), [()], SIDE, seeds=[1], steps=1, guidance=1.0, solver=Heun())
     with pytest.raises(XFusionError, match="temperature -1 must be >= 0"):
         NextCode.Config(temperature=-1).build()
 

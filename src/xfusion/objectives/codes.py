@@ -29,6 +29,7 @@ from torch.nn.functional import cross_entropy
 
 from xfusion.data.sequence import IGNORE, Batch, MediaRows, Rows, XFusionError
 from xfusion.objectives.base import Drawer, Losses, Objective, Run
+from xfusion.objectives.solvers import Solver
 
 MASK, INFILL = -1, -2
 """Sentinels: a run was cut out here; a run that was cut out follows."""
@@ -104,7 +105,7 @@ class NextCode(Objective):
         Raises:
             XFusionError: a picture to learn sees its codes both ways, where each would read itself.
         """
-        wanted = media.at(media.has_loss.float()).bool()
+        wanted = media.at(media.has_loss)
         if bool((wanted & media.rows.bidirectional).any()):
             raise XFusionError(
                 "codes that see each other both ways cannot be predicted: set the image's order to 'causal'"
@@ -156,6 +157,7 @@ class NextCode(Objective):
         steps: int,
         known: Tensor | None = None,
         keep: Tensor | None = None,
+        solver: Solver | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """One token after the other, those to be infilled last; ``steps`` is not a choice.
 
@@ -165,11 +167,14 @@ class NextCode(Objective):
             steps: of no meaning here.
             known: codes ``[N, M, P]`` of which some are kept.
             keep: bool ``[N, M]``; a model that infills reads all kept codes first, another those before each code.
+            solver: must be None.
 
         Yields:
             after every token the codes ``[N, M, P]``, zeros where none is yet.
         """
         del steps
+        if solver is not None:
+            raise XFusionError(f"codes are drawn one by one, not by {type(solver).__name__.lower()}: name no solver")
         tokens = torch.zeros_like(noise)
         if known is None or keep is None:
             known, keep = noise, torch.zeros(noise.shape[:2], dtype=torch.bool, device=noise.device)
