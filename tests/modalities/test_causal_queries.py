@@ -70,6 +70,9 @@ def test_what_is_saved_is_loaded_and_errors_are_lines(codec, tmp_path):
     with pytest.raises(XFusionError, match="9 is none of the codec's codes, 0 to 8"):
         loaded.decode(torch.full((1, 1, 2, 2), 9.0))
     config = json.loads((tmp_path / "seed" / "config.json").read_text())
+    (tmp_path / "seed" / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "side"}))
+    with pytest.raises(XFusionError, match="config.json lacks side: take an intact copy"):
+        CausalQueries.Config(source=str(tmp_path / "seed")).build()
     (tmp_path / "seed" / "config.json").write_text(json.dumps(config | {"entries": 10}))
     with pytest.raises(XFusionError, match="does not fit CausalQueries"):
         CausalQueries.Config(source=str(tmp_path / "seed")).build()

@@ -23,20 +23,14 @@ class AutoencoderKL(Codec):
     """
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Codec.Config):
+    class Config(files.FolderConfig):
         """A KL autoencoder of diffusers."""
 
         source: str
         """A folder, a shipped codec's name, or a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5."""
-        subfolder: str = ""
-        """Folder inside the source, for example vae."""
-        revision: str | None = None
-        """Commit or tag of a hub id; None takes the newest."""
-        licence: str | None = None
-        """Licence of the weights; None reads the folder's card."""
 
         def build(self) -> AutoencoderKL:
-            folder = files.locate(self.source, class_name=_CLASS, subfolder=self.subfolder, revision=self.revision)
+            folder = self.folder(_CLASS)
             from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as Model
 
             card, model = files.card(folder), files.load(Model, folder)

@@ -24,17 +24,11 @@ class AutoencoderTiny(Codec):
     """
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Codec.Config):
+    class Config(files.FolderConfig):
         """A tiny autoencoder of diffusers, with or without TAEF2's pool branch."""
 
         source: str | None = None
         """A folder, a shipped codec's name, or a hub id such as madebyollin/taesd; None makes random weights."""
-        subfolder: str = ""
-        """Folder inside the source."""
-        revision: str | None = None
-        """Commit or tag of a hub id; None takes the newest."""
-        licence: str | None = None
-        """Licence of the weights; None reads the folder's card."""
         latent_channels: int = 4
         """Channels of a latent, for random weights."""
         seed: int = 0
@@ -43,7 +37,7 @@ class AutoencoderTiny(Codec):
         def build(self) -> AutoencoderTiny:
             if self.source is None:
                 return AutoencoderTiny(_random(self.latent_channels, self.seed), licence=self.licence or "none needed")
-            folder = files.locate(self.source, class_name=_CLASS, subfolder=self.subfolder, revision=self.revision)
+            folder = self.folder(_CLASS)
             card, statistics = files.card(folder), folder / "latent_stats.json"
             return AutoencoderTiny(
                 _load(folder),

@@ -103,20 +103,21 @@ class CausalQueries(Codec):
     channels = 1
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Codec.Config):
+    class Config(files.FolderConfig):
         """Codes in causal order."""
 
         source: str
-        """A folder of `runs/train_emoji_causal_codes.py`, or a shipped codec's name."""
-        licence: str | None = None
-        """Licence of the weights; None reads the folder's card."""
+        """A folder of `runs/train_emoji_causal_codes.py`, a shipped codec's name, or a hub id."""
 
         def build(self) -> CausalQueries:
             from safetensors.torch import load_file
 
-            folder = files.locate(self.source, class_name=_CLASS)
+            folder = self.folder(_CLASS)
             card, found = files.card(folder), files.read_json(folder / "config.json")
-            codec = CausalQueries(Shape(**{f.name: found[f.name] for f in fields(Shape)}))
+            sizes = [f.name for f in fields(Shape)]
+            if lacking := [name for name in sizes if name not in found]:
+                raise XFusionError(f"{folder / 'config.json'} lacks {', '.join(lacking)}: take an intact copy")
+            codec = CausalQueries(Shape(**{name: found[name] for name in sizes}))
             try:
                 codec.tokenizer.load_state_dict(load_file(folder / files.WEIGHTS))
             except RuntimeError as error:

@@ -4,14 +4,34 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from xfusion.data.sequence import XFusionError
+from xfusion.modalities.base import Codec
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderConfig(Codec.Config):
+    """A codec whose weights stand in a folder. The order of the fields is that of an option (``NAME:SOURCE:SUBFOLDER``)."""
+
+    source: str
+    """A folder, a shipped codec's name, or a hub id."""
+    subfolder: str = ""
+    """Folder inside the source, for example vae."""
+    revision: str | None = None
+    """Commit or tag of a hub id; None takes the newest."""
+    licence: str | None = None
+    """Licence of the weights; None reads the folder's card."""
+
+    def folder(self, class_name: str) -> Path:
+        """The folder with the weights of a class (`locate`)."""
+        return locate(self.source, class_name=class_name, subfolder=self.subfolder, revision=self.revision)
 
 
 def locate(source: str, *, class_name: str, subfolder: str = "", revision: str | None = None) -> Path:

@@ -39,20 +39,14 @@ class VectorQuantized(Codec):
     """A VQModel as a codec: a latent cell holds the number of its entry, one channel per level."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Codec.Config):
+    class Config(files.FolderConfig):
         """A vector-quantised autoencoder of diffusers' class."""
 
         source: str
         """A folder, a shipped codec's name, or a hub id such as CompVis/ldm-celebahq-256."""
-        subfolder: str = ""
-        """Folder inside the source, for example vqvae."""
-        revision: str | None = None
-        """Commit or tag of a hub id; None takes the newest."""
-        licence: str | None = None
-        """Licence of the weights; None reads the folder's card."""
 
         def build(self) -> VectorQuantized:
-            folder = files.locate(self.source, class_name=_CLASS, subfolder=self.subfolder, revision=self.revision)
+            folder = self.folder(_CLASS)
             from diffusers.models.autoencoders.vq_model import VQModel as Model
 
             card = files.card(folder)
