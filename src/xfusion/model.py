@@ -124,6 +124,8 @@ class Model(nn.Module):
             scale = self.backbone.embedding_scale
             width, layers = self.backbone.hidden_size, self.backbone.num_layers
             self.port = config.port.build(width, self.image.token_width, scale, layers)
+            for size in self.image.sizes:
+                self.port.check_grid(*self.image.grid(size))
             self.fusion = config.fusion.build()
             self.fusion.install(self.backbone)
             if self.port.modulates_blocks:

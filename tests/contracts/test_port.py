@@ -26,11 +26,13 @@ import xfusion
 from xfusion.backbone import Backbone
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.pack import pack
-from xfusion.data.sequence import Sequence, Text
+from xfusion.data.sequence import Sequence, Text, XFusionError
 from xfusion.data.templates import opened
+from xfusion.fusion.connectors.linear import Linear
 from xfusion.generation import draw_tokens
 from xfusion.modalities.port import MediaPort
 from xfusion.model import Model
+from xfusion.objectives.base import NoObjective
 from xfusion.objectives.flow_matching import FlowMatching
 from xfusion.training.loop import train
 from xfusion.training.stages import Recipe, Stage
@@ -171,6 +173,14 @@ def test_gradients_reach_the_modulation_of_every_layer_with_a_block(bases, fusio
 
 
 # ------------------------------------------------------------------------------------------- positions and order
+
+
+def test_a_picture_of_more_tokens_than_there_are_positions_is_refused_in_one_line(bases):
+    config = model_config(bases["llama"])
+    with pytest.raises(XFusionError, match="of 7 x 7 tokens, but the port has positions for 6 rows.*largest_grid"):
+        Model(replace(config, image=replace(config.image, sizes=(16, 28))), bases["llama"])
+    reads = replace(config.image, sizes=(28,))
+    Model(replace(config, image=reads, port=Linear.Config(largest_grid=6), media=NoObjective.Config()), bases["llama"])
 
 
 SETTINGS = {"position": "shared", "order": "causal"}

@@ -319,6 +319,9 @@ def test_the_balance_loss_sums_over_layers_and_moves_routers_alone(bases):
     assert all(model.fusion.blocks[i].router.weight.grad.abs().max() > 0 for i in "02")
     words_ = view([[SEQUENCES["words alone"]]], model)
     assert objective.loss(model, words_) == {} == objective.count(words_)
+    plain = make_model(bases["llama"])
+    with pytest.raises(XFusionError, match="load_balance: no layer has a router"):
+        objective.loss(plain, batch)
 
 
 @torch.no_grad()

@@ -107,7 +107,7 @@ def joint_rows(
     """One layer: text by the frozen weights, media by the expert's, over one set of keys and values.
 
     Args:
-        frozen: the base's layer.
+        frozen: the layer that words take: the base's, or from scratch one of their own.
         expert: the layer that media positions take.
         text: states ``[B, n, D]`` or None; ``given`` says that they are only read.
         media: states ``[B, m, D]`` or None.
@@ -141,7 +141,7 @@ def joint_rows(
 
 
 class ModalityExperts(Fusion):
-    """Media positions have weights of their own in one joint attention; words keep the frozen ones."""
+    """Media positions have weights of their own in one joint attention; words keep the frozen ones, but from scratch."""
 
     preserves_text = True
     prefix_is_constant = True

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from xfusion.data.sequence import MediaRows
+from xfusion.data.sequence import MediaRows, XFusionError
 
 TIME_FREQUENCIES = 128
 """Sine and cosine pairs that a noise level is expanded to."""
@@ -75,6 +75,18 @@ class MediaPort(nn.Module):
             self.by_layer = nn.Parameter(torch.zeros(num_layers, 2 * width))
             nn.init.zeros_(self.modulation.weight)
             nn.init.zeros_(self.modulation.bias)
+
+    def check_grid(self, rows: int, columns: int) -> None:
+        """Whether a picture of so many tokens can be told apart by place.
+
+        Raises:
+            XFusionError: there are fewer position embeddings.
+        """
+        if max(rows, columns) > self.config.largest_grid:
+            raise XFusionError(
+                f"a picture of {rows} x {columns} tokens, but the port has positions for {self.config.largest_grid} rows and"
+                " columns: set its largest_grid to as many, or take larger patches"
+            )
 
     @property
     def modulates_blocks(self) -> bool:

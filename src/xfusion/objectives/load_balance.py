@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from xfusion.data.sequence import Batch
+from xfusion.data.sequence import Batch, XFusionError
 from xfusion.objectives.base import Losses, Objective, Run
 
 
@@ -44,10 +44,19 @@ class LoadBalance(Objective):
         return {self.name: 1} if batch.media else {}
 
     def loss(self, run: Run, batch: Batch) -> Losses:
-        """The loss of a batch, summed over its layers; a model without a router has none."""
+        """The loss of a batch, summed over its layers.
+
+        Raises:
+            XFusionError: no layer has a router.
+        """
         if not batch.media:
             return {}
-        routers = [p for name, p in run(batch).states.items() if name.startswith("router.") and len(p)]
+        states = run(batch).states
+        if not any(name.startswith("router.") for name in states):
+            raise XFusionError(
+                "load_balance: no layer has a router: take sparse experts as the fusion, or leave this objective out"
+            )
+        routers = [p for name, p in states.items() if name.startswith("router.") and len(p)]
         if not routers:
             return {}
         return {self.name: (torch.stack([balance(p) for p in routers]).sum(), torch.tensor(1))}

@@ -49,6 +49,9 @@ class Connector(MediaPort):
         x = self.connect(media)
         return torch.where(media.boundary[..., None], self.begin.to(x.dtype), x)
 
+    def check_grid(self, rows: int, columns: int) -> None:
+        """Any number of tokens: they have no positions of their own."""
+
     def before_layer(self, index: int, x: Tensor, media: MediaRows) -> Tensor:
         """States as a layer sees them: as they are."""
         del index, media
