@@ -264,6 +264,18 @@ def attention_path(layer: nn.Module) -> str:
     raise XFusionError(f"{type(layer).__name__}: no child is an attention with a number")
 
 
+def _beside_attention(layer: nn.Module) -> tuple[list[str], list[str]]:
+    """Names of a layer's norms and of what else stands beside its attention, also where deltas work on some of them."""
+    norms: list[str] = []
+    others: list[str] = []
+    inside = attention_path(layer)
+    for name, child in layer.named_children():
+        child = child.frozen if isinstance(child, _Bound) else child
+        if name != inside and not isinstance(child, (nn.Dropout, nn.Identity)):
+            (norms if "Norm" in type(child).__name__ else others).append(name)
+    return norms, others
+
+
 def layer_pieces(layer: nn.Module) -> dict[str, list[Piece]]:
     """The parts of a layer by role: ``norm``, ``query``, ``key``, ``value``, ``output``, ``mlp``.
 
@@ -274,11 +286,8 @@ def layer_pieces(layer: nn.Module) -> dict[str, list[Piece]]:
     """
     found: dict[str, list[Piece]] = {r: [] for r in ("norm", "query", "key", "value", "output", "mlp")}
     inside = attention_path(layer)
-    for name, child in layer.named_children():
-        child = child.frozen if isinstance(child, _Bound) else child
-        if name == inside or isinstance(child, (nn.Dropout, nn.Identity)):
-            continue
-        found["norm" if "Norm" in type(child).__name__ else "mlp"].append(Piece(name))
+    norms, others = _beside_attention(layer)
+    found["norm"], found["mlp"] = [Piece(name) for name in norms], [Piece(name) for name in others]
     attention: Any = layer.get_submodule(inside)
     for name, child in attention.named_children():
         path = f"{inside}.{name}"
@@ -310,7 +319,7 @@ def mlp_path(layer: nn.Module) -> str:
     Raises:
         XFusionError: it has none, or several.
     """
-    paths = [piece.path for piece in layer_pieces(layer)["mlp"]]
+    paths = _beside_attention(layer)[1]
     if len(paths) != 1:
         raise XFusionError(f"{type(layer).__name__}: parts {paths} are no single MLP")
     return paths[0]
@@ -320,7 +329,7 @@ def norms_behind(layer: nn.Module) -> tuple[str | None, str | None]:
     """Names of the norms through which the attention's and the MLP's outputs pass before they are added to the states;
     None where a branch has none, as most families.
     """
-    norms = {piece.path for piece in layer_pieces(layer)["norm"]}
+    norms = _beside_attention(layer)[0]
     of_mlp = next((name for name in ("post_feedforward_layernorm", "post_mlp_layernorm") if name in norms), None)
     if of_mlp is None:  # then a `post_attention_layernorm` stands before the MLP
         return None, None
@@ -339,7 +348,7 @@ def post_normed(layer: nn.Module, parts: Mapping[str, nn.Module]) -> dict[str, n
     Raises:
         XFusionError: the layer does not have a norm for each branch, or its branches stand beside each other.
     """
-    norms, behind = [piece.path for piece in layer_pieces(layer)["norm"]], norms_behind(layer)
+    norms, behind = _beside_attention(layer)[0], norms_behind(layer)
     before = [name for name in norms if name not in behind]
     moved = [name for name, other in zip(before, behind, strict=False) if other is None]
     if getattr(layer, "use_parallel_residual", False) or len(moved) + len(norms) - len(before) != 2:

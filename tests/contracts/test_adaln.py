@@ -214,6 +214,9 @@ def test_a_modulated_layer_is_the_block_of_diffusers(norm_type: str) -> None:
 def test_closed_gates_shut_both_branches_in_every_family(bases: dict[str, Backbone], family: str) -> None:
     """Gates stand on what is added, behind the norms that some families have there; and nothing changes at zero."""
     seen: list[float] = []
+    # Blocks that stand on the frozen weights too, some rows of a fused matrix and deltas of one.
+    standing = [ModalityExperts.Config(own=("norm", "key")), DualTower.Config(rank=2)]
+    models = [Model(config_of(bases[family], fusion), bases[family]) for fusion in standing]
 
     def act(index: int, frozen: nn.Module, x: torch.Tensor, call: dict[str, Any]) -> torch.Tensor:
         by = torch.zeros(*x.shape[:2], 6, WIDTH)
@@ -225,7 +228,8 @@ def test_closed_gates_shut_both_branches_in_every_family(bases: dict[str, Backbo
             by[:, :, i] = 0.0
         by[:] = torch.randn(by.shape, generator=torch.Generator().manual_seed(index))
         by[:, :, [2, 5]] = -1
-        assert torch.equal(modulated(frozen, by)(x, **call), x)
+        for block in (frozen, *(model.fusion.block(index, frozen) for model in models)):
+            assert torch.equal(modulated(block, by)(x, **call), x)
         return plain
 
     bases[family].shadow_decoder(act)(input_ids=torch.tensor([[5, 6, 7, 8]]), use_cache=False)
@@ -261,13 +265,15 @@ def test_gradients_reach_every_blocks_modulation_at_the_start(bases: dict[str, B
         assert float(grad.unflatten(0, (6, WIDTH)).abs().amax((1, 2)).min()) > 0
 
 
+@pytest.mark.full
 def test_compiled_layers_agree_and_no_step_makes_new_graphs(
     bases: dict[str, Backbone], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What modulates is other tensors in each layer and step; the graphs are those of the first step."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)  # as `compiled` does
     eager = torch.compile(base.tower_rows, fullgraph=True, dynamic=False, backend="eager")
     monkeypatch.setattr(base, "compiled", lambda _: eager)
-    model = Model(config_of(bases["llama"], DualTower.Config()), bases["llama"])
+    model = Model(config_of(bases["llama"], DualTower.Config(stride=2)), bases["llama"])
     randomise(model)
     batch = view([[SEQUENCES["words around picture"]], [SEQUENCES["picture behind words"]]], model)
     expected, graphs = look(model, batch), []
