@@ -418,8 +418,7 @@ class Backbone:
 
         The text path, ``verify`` and ``text_logits`` never use it.
         """
-        if attention == "sdpa" and not self.model._supports_sdpa:
-            attention = self.attention  # soft-caps would be lost without a word
+        attention = self._known_attention(attention)
         if dtype == self.dtype and attention == self.attention:
             return self
         model = copy.deepcopy(self.model)
@@ -427,6 +426,16 @@ class Backbone:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         return Backbone(model, self.tokenizer, self.source, self.revision, pretrained=self.pretrained)
+
+    def over_same_weights(self, attention: str) -> Backbone:
+        """Module objects of their own over this one's weights, in which others may be put in these weights' place."""
+        model = copy.deepcopy(self.model, {id(parameter): parameter for parameter in self.model.parameters()})
+        model.config._attn_implementation = self._known_attention(attention)
+        return Backbone(model, self.tokenizer, self.source, self.revision)
+
+    def _known_attention(self, attention: str) -> str:
+        # Soft-caps would be lost without a word.
+        return self.attention if attention == "sdpa" and not self.model._supports_sdpa else attention
 
     def new_cache(self, num_towers: int, batch: int) -> Cache:
         """An empty cache for the frozen decoder (slot 0) and ``num_towers - 1`` further towers."""

@@ -169,13 +169,21 @@ def read_json(path: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ save and load
 
 
-def save(model: Model, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None, **facts: Any) -> Path:
+def save(
+    model: Model,
+    folder: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    weights: dict[str, torch.Tensor] | None = None,
+    **facts: Any,
+) -> Path:
     """Write a pack; the folder appears whole or not at all.
 
     Args:
         model: what was trained.
         folder: where; an existing pack is replaced.
         dtype: store the learned weights in this type (None: as they are).
+        weights: the learned weights, where the model's own are divided among processes; None takes the model's.
         facts: what the config shall remember (recipe, data, steps, scores, ...), JSON values.
     """
     from xfusion import __version__
@@ -183,7 +191,8 @@ def save(model: Model, folder: str | os.PathLike[str], *, dtype: torch.dtype | N
     target = Path(folder)
     if target.exists() and not (target / CONFIG).is_file() and any(target.iterdir()):
         raise XFusionError(f"{target} holds other files: name an empty folder or an existing pack")
-    state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in model.learned_state().items()}
+    learned = model.learned_state() if weights is None else weights
+    state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in learned.items()}
     config = {
         "format_version": FORMAT_VERSION,
         "library_version": __version__,
@@ -199,9 +208,9 @@ def save(model: Model, folder: str | os.PathLike[str], *, dtype: torch.dtype | N
         **facts,
     }
     with whole_folder(target) as folder_so_far:
-        weights = folder_so_far / WEIGHTS
-        save_file(state, str(weights), metadata={"format": "pt"})
-        config = sealed(config | {"weights_sha256": file_hash(weights)})
+        file = folder_so_far / WEIGHTS
+        save_file(state, str(file), metadata={"format": "pt"})
+        config = sealed(config | {"weights_sha256": file_hash(file)})
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (folder_so_far / CONFIG).write_text(text, encoding="utf-8")
         (folder_so_far / CARD).write_text(card(config, model), encoding="utf-8")

@@ -88,6 +88,12 @@ class Engine:
         return self.autocast or self.backbone.dtype
 
 
+States = dict[str, Tensor]
+"""Owner -> states ``[B, n, D]``."""
+Gather = Callable[[int, Callable[[States], States], States], States]
+"""``gather(index, work, states)`` is ``work(states)`` with all weights of a layer at hand, where they are divided."""
+
+
 def choose_compute_dtype(device: torch.device) -> tuple[torch.dtype, str]:
     """The training precision of a device, with the reason."""
     if device.type == "cuda":
@@ -139,6 +145,8 @@ class Model(nn.Module):
             part.to(self.backbone.device)
         self.set_objectives(config.text, config.media)
         self._pass: Pass | None = None
+        # How the weights of a layer come together where processes divide them (`xfusion.training.sharding`).
+        self.gather: Gather | None = None
         self._engine: Engine
         self.use(self.plain_engine())
 
@@ -187,6 +195,11 @@ class Model(nn.Module):
         return {f"{prefix}.{name}": p for prefix, part in parts for name, p in part.named_parameters()}
 
     @property
+    def device(self) -> torch.device:
+        """Where passes are computed."""
+        return self._engine.backbone.device
+
+    @property
     def num_new_parameters(self) -> int:
         return sum(p.numel() for p in self.new_parameters())
 
@@ -233,11 +246,17 @@ class Model(nn.Module):
         """Whole layers, as the papers write them."""
         return replace(self.plain_engine(), reason="reference path", reference=True)
 
-    def training_engine(self, dtype: torch.dtype, reason: str, attention: str, compiled: bool) -> Engine:
-        """The frozen weights cast once to the compute type."""
+    def training_engine(
+        self, dtype: torch.dtype, reason: str, attention: str, compiled: bool, divided: Backbone | None = None
+    ) -> Engine:
+        """The frozen weights cast once to the compute type; or a copy whose weights are divided among processes.
+
+        Of a divided copy no text is looked up: processes meet other texts, and gather layers together.
+        """
         autocast = None if dtype == torch.float32 else dtype
-        frozen = self.backbone.working_copy(dtype, attention)
-        return Engine(backbone=frozen, autocast=autocast, reason=reason, compiled=compiled)
+        frozen = self.backbone.working_copy(dtype, attention) if divided is None else divided
+        keeps = divided is None
+        return Engine(backbone=frozen, autocast=autocast, reason=reason, compiled=compiled, keep_text=keeps)
 
     def _layer(self, index: int, frozen: nn.Module, x: Tensor, call: dict[str, Any]) -> Tensor:
         run = self._pass
@@ -252,7 +271,12 @@ class Model(nn.Module):
             media = self.port.before_layer(index, run.states[run.media], rows)
             run.states = run.states | {run.media: media}
             run.modulation = self.port.in_block(index, rows, media.dtype)
-        run.states = compute(index, frozen, call, run)
+
+        def work(states: States) -> States:
+            run.states = states
+            return compute(index, frozen, call, run)
+
+        run.states = work(run.states) if self.gather is None else self.gather(index, work, run.states)
         for owner, x in run.states.items():
             name = f"{owner if owner == 'text' else 'media'}.{index + 1}"
             if name in self.needs:
@@ -309,7 +333,7 @@ class Model(nn.Module):
         position = torch.cat([table.position for table in rows.values()], dim=1)
         self._pass = run
         try:
-            with torch.autocast(self.backbone.device.type, engine.autocast) if engine.autocast else nullcontext():
+            with torch.autocast(self.device.type, engine.autocast) if engine.autocast else nullcontext():
                 hidden = engine.backbone.drive(engine.decoder, torch.cat(list(states.values()), dim=1), position)
         finally:
             self._pass = None
@@ -347,6 +371,8 @@ class Model(nn.Module):
         """Whether a batch is words alone that no new weight takes part in, so that its states may be looked up."""
         if batch.media or not batch.text.count or not self.fusion.prefix_is_constant or self._engine.reference:
             return False
+        if self.gather is not None:  # other processes may hold other rows, and all take the same way
+            return False
         own_rows = bool((batch.text_ids <= END_OF_MEDIA).any() | batch.text.after_media.any())
         return not own_rows and not any(name.startswith("text.") for name in self.needs)
 
@@ -368,14 +394,19 @@ class Model(nn.Module):
                 outputs[id(view)] = (view, self(view))
             return outputs[id(view)][1]
 
-        view = batch.to(self.backbone.device) if rows is None else batch
+        view = batch.to(self.device) if rows is None else batch
         for objective in self.objectives:
             view = objective.corrupt(view, generator)
         if rows is not None:
             own = torch.arange(len(batch.text_ids))[rows]
+            if not len(own) and self.gather is None:
+                return {}
+            # Where layers are gathered all processes walk through them, one that has no row of its own with another's.
+            view = view.index(own if len(own) else torch.zeros(1, dtype=torch.int64)).to(self.device)
+            if self.gather is not None:
+                run(view)
             if not len(own):
                 return {}
-            view = view.index(own).to(self.backbone.device)
         out: dict[str, tuple[Tensor, Tensor]] = {}
         for objective in self.objectives:
             out |= objective.loss(run, view)
@@ -401,7 +432,7 @@ class Model(nn.Module):
                 return frozen(x, **call) if index < max(wanted) else x
 
             decoder = self._engine.backbone.shadow_decoder(act)
-            decoder(input_ids=torch.tensor([ids], device=self.backbone.device), use_cache=False)
+            decoder(input_ids=torch.tensor([ids], device=self.device), use_cache=False)
             states = torch.stack(kept)
             known[ids] = states
             if len(known) > TEXT_STATES_KEPT:
@@ -413,7 +444,7 @@ class Model(nn.Module):
         """States ``[1, n, D]`` of a text behind the last norm, by the frozen tower alone, as `text_states`."""
         known = self._engine.final_states
         if ids not in known:
-            asked = torch.tensor([ids], device=self.backbone.device)
+            asked = torch.tensor([ids], device=self.device)
             known[ids] = self._engine.backbone.decoder(input_ids=asked, use_cache=False).last_hidden_state
             if len(known) > TEXT_STATES_KEPT:
                 known.popitem(last=False)
@@ -427,7 +458,7 @@ class Model(nn.Module):
     def _looked_up(self, batch: Batch, states: Callable[[tuple[int, ...]], Tensor], layers: int) -> Tensor:
         """States ``[layers, n, D]`` of each text of a batch, at its place: ``[B, layers, n, D]``, zeros at padding."""
         shape = (batch.text.order.shape[0], layers, batch.text.count, self.backbone.hidden_size)
-        out = torch.zeros(shape, dtype=self._engine.dtype, device=self.backbone.device)
+        out = torch.zeros(shape, dtype=self._engine.dtype, device=self.device)
         samples, ids = batch.text.sample.tolist(), batch.text_ids.tolist()
         for row, (owners, tokens) in enumerate(zip(samples, ids, strict=True)):
             start = 0

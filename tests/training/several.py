@@ -46,7 +46,7 @@ def together(count: int, function) -> None:
             sys.exit(f"a process of {count} failed")
 
 
-def run(folder: Path, name: str, *, resume=False, steps=12, stop=None, told=None, **mixture) -> None:
+def run(folder: Path, name: str, *, resume=False, steps=12, stop=None, told=None, shard="none", **mixture) -> None:
     base = Backbone.load(str(folder / "base"))
     config = MixtureConfig(**{"draw": 6, "caption": 4, "pack": 2, **mixture})
     stage = Stage(steps=steps, warmup=3, mixture=config)
@@ -68,6 +68,7 @@ def run(folder: Path, name: str, *, resume=False, steps=12, stop=None, told=None
         preview_every=0,
         checkpoint_every=0 if stop else 300,
         resume=resume,
+        shard=shard,
         listener=listen,
         console=Console(file=(folder / f"{name}.{os.environ['RANK']}.txt").open("w"), width=200),
     )

@@ -228,18 +228,18 @@ class Ahead(Generic[T]):
 
     Args:
         make: what a step reads.
-        at_once: in a thread beside the step. Where the processor computes the step itself, the thread only takes cores from
+        in_thread: in a thread beside the step. Where the processor computes the step itself, the thread only takes cores from
             it: drawing then trained a fifth slower on two (docs/speed.md).
     """
 
-    def __init__(self, make: Callable[[int], T], *, at_once: bool = True):
-        self.make, self.at_once = make, at_once
+    def __init__(self, make: Callable[[int], T], *, in_thread: bool = True):
+        self.make, self.in_thread = make, in_thread
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead")
         self._next: tuple[int, Future[T]] | None = None
 
     def take(self, step: int) -> T:
         """What a step reads; an error of its making is raised here."""
-        if not self.at_once:
+        if not self.in_thread:
             return self.make(step)
         known = self._next is not None and self._next[0] == step
         # One thread makes everything: what makes it need not be safe for several.

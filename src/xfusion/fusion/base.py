@@ -328,6 +328,10 @@ class Fusion(nn.Module):
             self._standing[frozen] = assembled(frozen, by_path(block))
         return self._standing[frozen]
 
+    def new_modules(self, index: int) -> list[nn.Module]:
+        """The new modules that a layer needs while it computes, and that nothing needs at any other time."""
+        return [self.blocks[str(index)]] if str(index) in self.blocks else []
+
     # -- the work of a layer
 
     def layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:

@@ -86,6 +86,10 @@ class Layered(Fusion):
         """The layers with new modules of any mechanism."""
         return tuple(sorted(index for part in self._fusions() for index in part.state_layers))
 
+    def new_modules(self, index: int) -> list[nn.Module]:
+        """The new modules of the mechanism that owns the layer."""
+        return self.owner[index].new_modules(index) if index in self.owner else []
+
     def layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
         """The layer of the mechanism that owns it."""
         if index in self.owner:

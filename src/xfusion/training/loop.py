@@ -12,7 +12,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from PIL import Image as PILImage
@@ -27,15 +27,20 @@ from xfusion.model import Model, build, choose_attention, choose_compute_dtype, 
 from xfusion.training import states
 from xfusion.training.memory import keep_freed_memory
 from xfusion.training.optimizer import Optimizer
-from xfusion.training.processes import Processes
+from xfusion.training.processes import Processes, Shard, is_divided, num_bytes
 from xfusion.training.stages import Recipe, Stage
 from xfusion.training.stopping import Interrupted, Stop, stopping
 from xfusion.training.track import Listener, Track
+
+if TYPE_CHECKING:
+    from xfusion.training.sharding import Sharding
 
 WARM_STEPS = 10
 """Steps that a wall-clock budget does not measure: compiling and first encodings happen there."""
 MEASURED_STEPS = 20
 """Steps from which a wall-clock budget derives the number of steps."""
+STEADY = 0.9
+"""A stretch that takes less than this share of the one before is not the last that gets faster."""
 LARGEST_STEPS = 10_000_000
 REMEMBERED = 0.98
 """Share of the mean loss that stays at each step: it looks back over some fifty. Its lowest value is the best state's."""
@@ -61,6 +66,7 @@ def train(
     preview_every: float = 60.0,
     checkpoint_every: float = 300.0,
     keep: int = 2,
+    shard: Shard = "none",
     console: Console | None = None,
     listener: Listener | None = None,
 ) -> Model:
@@ -85,6 +91,7 @@ def train(
         preview_every: seconds between previews; 0 makes none.
         checkpoint_every: seconds between checkpoints.
         keep: newest checkpoints that stay; besides stays the best, by the mean training loss of some fifty steps.
+        shard: what several processes divide: nothing, the new weights, or the frozen ones too (`training.sharding`).
         console: where progress is shown; None is silent.
         listener: called with every event.
 
@@ -102,7 +109,9 @@ def train(
         )
     if keep < 1:
         raise XFusionError(f"keep is {keep}: at least 1 checkpoint stays")
-    run = _Run(recipe, Path(out), minutes, compile, preview_prompts, preview_every, checkpoint_every, keep)
+    if shard not in get_args(Shard):
+        raise XFusionError(f"shard {shard!r} is not one of {', '.join(get_args(Shard))}")
+    run = _Run(recipe, Path(out), minutes, compile, preview_prompts, preview_every, checkpoint_every, keep, shard)
     run.prepare(source, allow_bad, resume, from_pack, backbone, device, dtype, console, listener)
     try:
         return run.go()
@@ -124,6 +133,7 @@ class _Run:
         preview_every: float,
         checkpoint_every: float,
         keep: int,
+        shard: Shard,
     ):
         self.started = time.perf_counter()
         self.recipe, self.out, self.minutes, self.compile = recipe, out, minutes, compile
@@ -133,6 +143,8 @@ class _Run:
             checkpoint_every,
         )
         self.keep = keep
+        self.shard: Shard = shard
+        self.sharding: Sharding | None = None
         self.step = 0
         self.saved_step: int | None = None
         self.samples = 0
@@ -157,9 +169,20 @@ class _Run:
         listener: Listener | None,
     ) -> None:
         self.processes = processes = Processes(device if backbone is None else backbone.device)
-        with processes.first_alone():
-            self._prepare(source, allow_bad, resume, from_pack, backbone)
-        self._share(console, listener, resume, dtype)
+        if processes.count == 1:
+            self.shard = "none"
+        chosen, reason = (dtype, "as asked") if dtype else choose_compute_dtype(processes.device)
+        if self.shard == "none":
+            with processes.first_alone():
+                self._prepare(source, allow_bad, resume, from_pack, backbone)
+        else:
+            from xfusion.training.sharding import Sharding, mesh
+
+            row = mesh(processes.device)
+            with processes.one_by_one():  # each holds all new weights until it has divided them
+                self._prepare(source, allow_bad, resume, from_pack, backbone)
+                self.sharding = Sharding(self.model, self.shard, row, chosen, choose_attention(processes.device))
+        self._share(console, listener, resume, chosen, reason)
 
     def _prepare(
         self, source: Source | None, allow_bad: float, resume: bool, from_pack: str | None, backbone: Backbone | None
@@ -175,7 +198,9 @@ class _Run:
         self._check_folder()
         states.remove_rests(self.out)
         base = self.recipe.model.backbone
-        backbone = backbone or Backbone.load(base.source, revision=base.revision, device=self.processes.device)
+        # A base that will be divided stays where it is mapped: in the file.
+        device = "cpu" if self.shard == "all" else self.processes.device
+        backbone = backbone or Backbone.load(base.source, revision=base.revision, device=device)
         self.model = model = self._model(from_pack, backbone, fresh=not resume)
         if source is None:
             source = open_source(self.recipe.data, allow_bad=allow_bad, special_tokens=model.backbone.special_tokens)
@@ -191,24 +216,26 @@ class _Run:
                     f"the loss {together[0]} compares the items of one batch, which {self.processes.count} processes would"
                     " divide: train it with one process"
                 )
-        if "draw" not in model.capabilities or not self.processes.first:
+        if "draw" not in model.capabilities or (self.shard == "none" and not self.processes.first):
             self.preview_every = 0.0
         self.source = source
         self.size = model.image.sizes[0]
 
     def _share(
-        self, console: Console | None, listener: Listener | None, resume: bool, dtype: torch.dtype | None
+        self, console: Console | None, listener: Listener | None, resume: bool, chosen: torch.dtype, reason: str
     ) -> None:
         """What all processes do together: equal weights, the state, batches, and what the first one tells."""
-        model, first = self.model, self.processes.first
-        self.processes.same_weights([*model.new_parameters()])
-        self.optimizer = Optimizer(model.named_new_parameters(), self.recipe.stages[0].weight_decay)
+        model, first, sharding = self.model, self.processes.first, self.sharding
+        add = None if sharding is None else self.processes.total
+        self.processes.same_weights([p for p in model.new_parameters() if not is_divided(p)])
+        self.optimizer = Optimizer(model.named_new_parameters(), self.recipe.stages[0].weight_decay, add)
         if resume:
             self._load(self.out / "state")
         self.track = Track(self.out if first else None, console if first else None, listener, self.step)
-        self.keeps_memory = model.backbone.device.type == "cpu" and keep_freed_memory()
-        chosen, reason = (dtype, "as asked") if dtype else choose_compute_dtype(model.backbone.device)
-        self.engine = model.training_engine(chosen, reason, choose_attention(model.backbone.device), self.compile)
+        self.keeps_memory = self.processes.device.type == "cpu" and keep_freed_memory()
+        divided = None if sharding is None else sharding.backbone
+        attention = choose_attention(self.processes.device)
+        self.engine = model.training_engine(chosen, reason, attention, self.compile, divided)
         self.mixtures = [
             Mixture(
                 self.source,
@@ -223,7 +250,7 @@ class _Run:
             )
             for stage in self.recipe.stages
         ]
-        self.ahead = Ahead(self._batches, at_once=self.model.backbone.device.type != "cpu")
+        self.ahead = Ahead(self._batches, in_thread=self.processes.device.type != "cpu")
         self._announce(reason, chosen)
 
     def _check_folder(self) -> None:
@@ -266,16 +293,20 @@ class _Run:
         if self.keeps_memory:
             say("memory    freed blocks stay with the process: mapping them again costs more than filling them")
         if self.processes.count > 1:
-            say(f"processes {self.processes.count}, each with all weights and its share of every step")
-            parts = {"base": [*model.backbone.model.parameters()], "new weights": self.optimizer.list}
-            sizes = {name: sum(p.numel() * p.element_size() for p in own) for name, own in parts.items()}
-            new = sizes["new weights"]
-            for line in self.processes.memory(sizes | {"gradients": new, "moments": 2 * new, "average": new}):
+            held = {
+                "none": "each with all weights",
+                "new": "the new weights divided among them, the base whole in each",
+                "all": "new weights and base divided among them",
+            }
+            say(f"processes {self.processes.count}, {held[self.shard]}, and each with its share of every step")
+            new = num_bytes(self.optimizer.list)
+            for line in self.processes.memory(self._memory({"gradients": new, "moments": 2 * new, "average": new})):
                 say(line)
         self.track.event(
             event="start",
             step=self.step,
             processes=self.processes.count,
+            shard=self.shard,
             new_parameters=model.num_new_parameters,
             pictures=len(self.source.examples),
             dtype=str(dtype).removeprefix("torch."),
@@ -283,6 +314,18 @@ class _Run:
             resumed=self.step > 0,
             taken={str(index): dict(taken) for index, taken in model.fusion.taken.items()},
         )
+
+    def _memory(self, training: dict[str, int]) -> dict[str, int]:
+        """Bytes in this process: of weights, and what training needs beside them."""
+        own = self.engine.backbone if self.shard == "all" else self.model.backbone
+        return {"base": num_bytes(own.model.parameters()), "new weights": num_bytes(self.optimizer.list), **training}
+
+    def _tell_memory(self) -> None:
+        """What the processes hold behind a step; gradients are gone by then."""
+        parts = {"moments": num_bytes(self.optimizer.moments), "average": num_bytes(self.optimizer.average)}
+        self.track.say(f"memory behind step {self.step}")
+        for line in self.processes.memory(self._memory(parts)):
+            self.track.say(line)
 
     # -- the walk
 
@@ -295,7 +338,11 @@ class _Run:
             except KeyboardInterrupt:  # by a listener, between two steps
                 if stop.signal is not None:  # the second signal, in the middle of anything
                     raise
+                if self.sharding is not None:  # what is divided cannot be written by one
+                    raise
                 stop.signal, together = signal.SIGINT, False
+            if together and self.processes.count > 1:
+                self._tell_memory()
             self.save()
             self._pack(wait=together)
         if stop.signal is not None:
@@ -308,28 +355,31 @@ class _Run:
         return self.model
 
     def _stopped(self, stop: Stop) -> bool:
-        stop.signal = self.processes.largest(stop.signal or 0) or None
+        stop.signal = self.processes.largest(stop.signal or 0)[0] or None
         return stop.signal is not None
 
     def _walk(self, stop: Stop) -> None:
         """Steps, previews and checkpoints until the run is done or asked to stop."""
         last_checkpoint = last_preview = time.perf_counter()
-        measured_from, first = None, self.step
+        pace = _Pace(self.step)
         if not self.step:
             self._try_largest()
         # All processes stop behind the same step, whichever of them the signal reached.
         while not self._stopped(stop) and (not self.planned or self.step < sum(self.totals)):
             self._one_step()
             now = time.perf_counter()
-            if not self.planned:
-                if self.step == first + WARM_STEPS:
-                    measured_from = now
-                elif measured_from is not None and self.step >= first + WARM_STEPS + MEASURED_STEPS:
-                    self._plan((now - measured_from) / MEASURED_STEPS, now)
-            if self.preview_every and now - last_preview >= self.preview_every:
+            if not self.planned and (per_step := pace.seconds_per_step(self.step, now, self._half_gone(now))):
+                self._plan(per_step, now)
+            due = [
+                bool(self.preview_every) and now - last_preview >= self.preview_every,
+                now - last_checkpoint >= self.checkpoint_every,
+            ]
+            if self.sharding is not None:  # all draw and write together
+                due = self.processes.largest(*map(int, due))
+            if due[0]:
                 self.preview()
                 last_preview = time.perf_counter()
-            if now - last_checkpoint >= self.checkpoint_every:
+            if due[1]:
                 self.save()
                 last_checkpoint = time.perf_counter()
 
@@ -341,7 +391,8 @@ class _Run:
                 batches = mixture.largest()
                 try:
                     for batch in batches:
-                        loss = sum(value for value, _ in self._losses(batch, torch.Generator().manual_seed(0)).values())
+                        found, zero = self._losses(batch, torch.Generator().manual_seed(0))
+                        loss = sum((value for value, _ in found.values()), zero)
                         if isinstance(loss, torch.Tensor):
                             loss.backward()
                 except RuntimeError as error:
@@ -358,9 +409,16 @@ class _Run:
                 finally:
                     self.optimizer.forget_gradients()
 
-    def _losses(self, batch: Batch, generator: torch.Generator) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        with torch.autocast(self.model.backbone.device.type, self.engine.dtype, enabled=bool(self.engine.autocast)):
-            return self.model.losses(batch, generator, self.processes.share(len(batch.text_ids)))
+    def _losses(
+        self, batch: Batch, generator: torch.Generator
+    ) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], torch.Tensor | int]:
+        """Losses of this process's rows, and a 0 that belongs into their sum."""
+
+        def work() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+            with torch.autocast(self.processes.device.type, self.engine.dtype, enabled=bool(self.engine.autocast)):
+                return self.model.losses(batch, generator, self.processes.share(len(batch.text_ids)))
+
+        return (work(), 0) if self.sharding is None else self.sharding.losses(work)
 
     def _stage(self, step: int) -> tuple[int, int, int]:
         """Stage of a step, the step within it, and the stage's steps."""
@@ -394,13 +452,13 @@ class _Run:
         losses = dict.fromkeys(counts, 0.0)
         with self.model.using(self.engine):
             for batch in batches:
-                found = self._losses(batch, generator)
-                objective_sum = sum(weights[name] * value / counts[name] for name, (value, _) in found.items())
+                found, zero = self._losses(batch, generator)
+                objective_sum = sum((weights[name] * value / counts[name] for name, (value, _) in found.items()), zero)
                 if isinstance(objective_sum, torch.Tensor):
                     objective_sum.backward()
                 for name, (value, _) in found.items():
                     losses[name] += float(value.detach()) / counts[name]
-        losses = self.processes.add(losses, self.optimizer.list)
+        losses = self.processes.add(losses, self.optimizer.whole)
         bad = [name for name, value in losses.items() if not math.isfinite(value)]
         if bad:
             raise XFusionError(
@@ -436,6 +494,10 @@ class _Run:
             samples_per_second=samples / (time.perf_counter() - begun),
         )
 
+    def _half_gone(self, now: float) -> bool:
+        """Whether half of a wall-clock budget is spent: what is known of the speed by then has to do."""
+        return self.minutes is not None and now - self.started + self.seconds_before > 30 * self.minutes
+
     def _plan(self, seconds_per_step: float, now: float) -> None:
         assert self.minutes is not None
         left = self.minutes * 60 - (now - self.started) - self.seconds_before
@@ -455,7 +517,10 @@ class _Run:
         begun = time.perf_counter()
         prompts = self.preview_prompts or tuple(e.captions[0] for e in self.source.examples[:8])
         with self.optimizer.averaged():
-            pictures = self.model.draw(list(prompts), seed=0)
+            pictures = self._drawn(list(prompts))
+        self._preview_seconds = time.perf_counter() - begun
+        if not self.processes.first:
+            return
         sheet = PILImage.new("RGB", (self.size * len(pictures), self.size), "white")
         for i, picture in enumerate(pictures):
             sheet.paste(picture, (i * self.size, 0))
@@ -467,11 +532,16 @@ class _Run:
             so_far.replace(path)
         self.track.image(sheet, self.step)
         self.track.event(event="preview", step=self.step, path=str(path), prompts=list(prompts))
-        self._preview_seconds = time.perf_counter() - begun
+
+    def _drawn(self, prompts: list[str]) -> list[PILImage.Image]:
+        if self.sharding is None:
+            return self.model.draw(prompts, seed=0)
+        with self.model.using(replace(self.engine, compiled=False)):
+            return self.sharding.passes(lambda: self.model.draw(prompts, seed=0))
 
     def save(self) -> None:
         """The state that `resume` needs; it appears whole or not at all, and the old one stays until then."""
-        if self.saved_step == self.step or not self.processes.first:
+        if self.saved_step == self.step or (self.sharding is None and not self.processes.first):
             return
         total, weight = self.recent
         plan = {
@@ -489,11 +559,14 @@ class _Run:
             "loss": total / weight if weight else None,
         }
         self.track.to_disk()
-        states.write(self.out / "state", self.optimizer.state(), plan, self.keep)
+        if self.sharding is None:
+            states.write(self.out / "state", self.optimizer.state(), plan, self.keep)
+        else:
+            states.write_divided(self.out / "state", self.optimizer.state(), plan, self.keep, self.processes)
         self.saved_step = self.step
 
     def _load(self, folder: Path) -> None:
-        plan, tensors = states.newest(folder)
+        plan, tensors = self._read(folder)
         if plan["base_fingerprint"] != self.model.backbone.fingerprint:
             raise XFusionError(
                 f"{self.out} was trained on the base {plan['base_fingerprint'][:16]}, this one is"
@@ -516,6 +589,15 @@ class _Run:
         self.optimizer.load(tensors)
         self.saved_step = self.step
 
+    def _read(self, folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """The newest intact state, divided as the run's weights are."""
+        if self.sharding is None:
+            return states.newest(folder)
+        state, plan = self.processes.same(states.newest_intact(folder) if self.processes.first else (Path(), {}))
+        tensors = self.optimizer.state_like(states.entries(state))
+        states.fill(state, tensors)
+        return plan, tensors
+
     def _pack(self, *, wait: bool) -> None:
         """Write the pack; the other processes wait for it, unless they may have been stopped elsewhere."""
         stage = self.recipe.stages[-1]
@@ -533,10 +615,51 @@ class _Run:
         }
         if stage.ema > 0:
             self.optimizer.use_average()  # the model that is returned and saved holds the averaged weights
-        if self.processes.first:
-            checkpoint.save(self.model, self.out / "pack", **facts)
-        if wait:
-            self.processes.meet()
+        pack, first = self.out / "pack", self.processes.first
+        if self.sharding is None:
+            if first:
+                checkpoint.save(self.model, pack, **facts)
+            if wait:
+                self.processes.meet()
+            return
+        from xfusion.training.sharding import whole_state
+
+        weights = whole_state(self.model, keep=first)
+        if first:
+            checkpoint.save(self.model, pack, weights=weights, **facts)
+        self.processes.meet()
+        self.sharding = None
+        self.model = checkpoint.load(pack, backbone=self.model.backbone, trust=True)
+        if not first:
+            self.preview_every = 0.0
+
+
+class _Pace:
+    """When the speed of a run is known: not while first steps compile, and not while each stretch is faster than the last.
+
+    A recipe may look things up that its first steps compute: states of words, features of pictures.
+    """
+
+    def __init__(self, step: int):
+        self.next, self.since = step + WARM_STEPS, 0.0
+        self.before: float | None = None
+
+    def seconds_per_step(self, step: int, now: float, in_haste: bool) -> float | None:
+        """Seconds per step of the last stretch of `MEASURED_STEPS`; None while that says nothing yet.
+
+        Args:
+            step: steps done.
+            now: when.
+            in_haste: the first whole stretch has to do.
+        """
+        if step < self.next:
+            return None
+        self.next, since, self.since = step + MEASURED_STEPS, self.since, now
+        if not since:
+            return None
+        found, before = (now - since) / MEASURED_STEPS, self.before
+        self.before = found
+        return found if in_haste or (before is not None and found > STEADY * before) else None
 
 
 def _difference(one: Any, other: Any, path: str = "") -> str:

@@ -14,10 +14,11 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,8 @@ from torch import Tensor, nn
 from xfusion.data.sequence import XFusionError
 
 T = TypeVar("T")
+Shard = Literal["none", "new", "all"]
+"""What processes divide among them (`xfusion.training.sharding`)."""
 BUCKET_BYTES = 64 * 1024 * 1024
 """Gradients that are added in one message: memory that the sum needs beside them."""
 PATIENCE = timedelta(hours=6)
@@ -72,6 +75,17 @@ class Processes:
         return slice(rows * self.rank // self.count, rows * (self.rank + 1) // self.count)
 
     @contextmanager
+    def one_by_one(self) -> Iterator[None]:
+        """A block that one process after the other goes through: what it takes for a while is taken once."""
+        for _ in range(self.rank):
+            self.meet()
+        try:
+            yield
+        finally:
+            for _ in range(self.count - self.rank):
+                self.meet()
+
+    @contextmanager
     def first_alone(self) -> Iterator[None]:
         """A block that the first process goes through before the others: what it builds, they find."""
         if self.count > 1 and not self.first:
@@ -103,13 +117,19 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
-    def largest(self, value: int) -> int:
-        """The largest value of all processes."""
+    def largest(self, *values: int) -> list[int]:
+        """The largest of each value among all processes."""
         if self.count == 1:
-            return value
-        found = torch.tensor(value)
+            return [*values]
+        found = torch.tensor(values)
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return int(found)
+        return found.tolist()
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over all processes, in place."""
+        if self.count > 1:
+            dist.all_reduce(value)
+        return value
 
     def same_weights(self, parameters: Sequence[Tensor]) -> None:
         """Put the first process's weights into all."""
@@ -137,19 +157,55 @@ class Processes:
         return dict(zip(losses, facts[: len(losses)].tolist(), strict=True))
 
     def memory(self, parts: dict[str, int]) -> list[str]:
-        """A table of bytes by process: parts that every process holds whole, and the most that it has held of all."""
+        """A table of bytes by process: parts, their sum, and what the process holds now and has held at the most.
+
+        On a CPU, "held now" are pages of its own (Linux tells them apart); "peak so far" counts those of files too, which
+        the processes of a machine share.
+        """
+        held: int | None = None
         if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.device)
+            held, peak = torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
         else:
             # Kilobytes on Linux, bytes on macOS.
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        rows = self.gather({**parts, "peak so far": peak})
+            if (status := Path("/proc/self/status")).is_file():
+                lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+                held = int(lines["RssAnon"].split()[0]) * 1024 if "RssAnon" in lines else None
+        measured = {"peak so far": peak} if held is None else {"held now": held, "peak so far": peak}
+        rows = self.gather({**parts, "sum": sum(parts.values()), **measured})
         names = list(rows[0])
-        lines = ["process  " + "  ".join(f"{name:>{max(9, len(name))}}" for name in names)]
+        table = ["process  " + "  ".join(f"{name:>{max(9, len(name))}}" for name in names)]
         for rank, row in enumerate(rows):
             cells = (f"{row[name] / 1e6:>{max(9, len(name)) - 3}.1f} MB" for name in names)
-            lines.append(f"{rank:<7}  " + "  ".join(cells))
-        return lines
+            table.append(f"{rank:<7}  " + "  ".join(cells))
+        return table
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes that tensors take in this process: of a divided one its share."""
+    return sum(own.numel() * own.element_size() for own in map(share, tensors))
+
+
+def share(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: all of it, unless it is divided."""
+    return tensor.detach().to_local() if is_divided(tensor) else tensor  # type: ignore[operator]
+
+
+def is_divided(tensor: Tensor) -> bool:
+    """Whether a tensor is a `DTensor`; asked without that import, which takes seconds."""
+    return hasattr(tensor, "to_local")
+
+
+def divided_like(own: Tensor, pattern: Tensor) -> Tensor:
+    """A share as part of a tensor that is divided as ``pattern`` is; itself where that is not divided."""
+    if not is_divided(pattern):
+        return own
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(pattern, DTensor)
+    return DTensor.from_local(
+        own, pattern.device_mesh, pattern.placements, run_check=False, shape=pattern.shape, stride=pattern.stride()
+    )
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

@@ -1,7 +1,9 @@
 """The states of a run: the newest few and the best, each whole or not there, and read only as it was written.
 
 ``state/step_00000300/`` holds ``state.safetensors`` (weights, their average, the optimizer's moments) and ``state.json``
-(the recipe, where the run stands, a hash of the tensors' file and one over itself).
+(the recipe, where the run stands, a hash of the tensors' file and one over itself). Where processes divide the weights each
+writes a file of its own shares instead, by `torch.distributed.checkpoint` as safetensors too, and ``state.json`` has the hash
+of each. Either kind is read whole or divided, by any number of processes.
 """
 
 from __future__ import annotations
@@ -9,16 +11,24 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from xfusion import checkpoint
 from xfusion.data.sequence import XFusionError
+from xfusion.training.processes import Processes
 
+T = TypeVar("T", bound=tuple[Any, ...])
 STATE, PLAN = "state.safetensors", "state.json"
+PARTS = "state_files"
+"""Field of the plan: file of a process -> hash."""
 logger = logging.getLogger(__name__)
 
 
@@ -38,8 +48,54 @@ def write(folder: Path, tensors: dict[str, Tensor], plan: dict[str, Any], keep: 
     target = folder / f"step_{plan['step']:08d}"
     with checkpoint.whole_folder(target) as state:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(state / STATE))
-        plan = checkpoint.sealed(plan | {"state_sha256": checkpoint.file_hash(state / STATE)})
-        (state / PLAN).write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+        _seal(state, plan | {"state_sha256": checkpoint.file_hash(state / STATE)})
+    _drop(folder, keep)
+    return target
+
+
+def write_divided(
+    folder: Path, tensors: dict[str, Tensor], plan: dict[str, Any], keep: int, processes: Processes
+) -> Path:
+    """`write`, together with all processes: each writes its shares, the first makes the folder and gives it its name.
+
+    Raises:
+        XFusionError: it cannot be written; the states that were there stay.
+    """
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    target = folder / f"step_{plan['step']:08d}"
+    with _with_first(checkpoint.whole_folder(target), processes) as state:
+        with checkpoint.named_in_errors(target):
+            save(tensors, storage_writer=HuggingFaceStorageWriter(str(state), save_distributed=True))
+            own = {file.name: checkpoint.file_hash(file) for file in state.glob(f"shard-{processes.rank + 1:05d}-*")}
+        hashes = {name: found for part in processes.gather(own) for name, found in part.items()}
+        if processes.first:
+            _seal(state, plan | {PARTS: hashes})
+    if processes.first:
+        _drop(folder, keep)
+    return target
+
+
+@contextmanager
+def _with_first(folder: Any, processes: Processes) -> Iterator[Path]:
+    """A folder of the first process's, which all fill."""
+    if not processes.first:
+        yield processes.same(Path())
+        processes.meet()
+        return
+    with folder as path:
+        processes.same(path)
+        yield path
+        processes.meet()
+
+
+def _seal(state: Path, plan: dict[str, Any]) -> None:
+    (state / PLAN).write_text(json.dumps(checkpoint.sealed(plan), indent=2) + "\n", encoding="utf-8")
+
+
+def _drop(folder: Path, keep: int) -> None:
+    """Remove all states but the newest ``keep`` and the best."""
     kept = {*found(folder)[:keep], best(folder)}
     for state in found(folder):
         if state == folder:
@@ -47,7 +103,6 @@ def write(folder: Path, tensors: dict[str, Tensor], plan: dict[str, Any], keep: 
             (state / PLAN).unlink()
         elif state not in kept:  # without its name first, or a kill in between would leave half of a state under it
             shutil.rmtree(state.rename(folder / f".{state.name}-old"), ignore_errors=True)
-    return target
 
 
 def best(folder: Path) -> Path | None:
@@ -71,19 +126,74 @@ def read_plan(state: Path) -> dict[str, Any]:
     """
     plan = checkpoint.read_json(state / PLAN)
     numbered = state.name.startswith("step_")
-    if numbered and not {checkpoint.SEAL, "state_sha256"} <= set(plan):
+    if numbered and (checkpoint.SEAL not in plan or not {"state_sha256", PARTS} & set(plan)):
         raise XFusionError(f"{state / PLAN} was altered: a state has hashes, this has none; take an intact copy")
     return plan
 
 
 def read(state: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A state's plan and tensors.
+    """A state's plan and tensors, whole.
 
     Raises:
         XFusionError: it is missing, half there or altered.
     """
     plan = read_plan(state)
-    return plan, checkpoint.read_tensors(state / STATE, plan.get("state_sha256"))
+    if PARTS not in plan:
+        return plan, checkpoint.read_tensors(state / STATE, plan.get("state_sha256"))
+    _check_parts(state, plan)
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in entries(state).items()}
+    fill(state, tensors, alone=True)
+    return plan, tensors
+
+
+def intact(state: Path) -> dict[str, Any]:
+    """A state's plan, if its tensors are those that were written.
+
+    Raises:
+        XFusionError: it is missing, half there or altered.
+    """
+    plan = read_plan(state)
+    if PARTS in plan:
+        _check_parts(state, plan)
+    else:
+        checkpoint.read_tensors(state / STATE, plan.get("state_sha256"))  # mapped, not held
+    return plan
+
+
+def _check_parts(state: Path, plan: dict[str, Any]) -> None:
+    for name, expected in plan[PARTS].items():
+        checkpoint.read_tensors(state / name, expected)
+    if unknown := sorted(file.name for file in state.glob("*.safetensors") if file.name not in plan[PARTS]):
+        raise XFusionError(f"{state} was altered: {unknown[0]} is not of this state; take an intact copy")
+
+
+def entries(state: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and type of each tensor of a state, as if it were whole."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    found: Any = HuggingFaceStorageReader(str(state)).read_metadata().state_dict_metadata
+    return {name: (entry.size, entry.properties.dtype) for name, entry in found.items()}
+
+
+def fill(state: Path, tensors: dict[str, Tensor], *, alone: bool = False) -> None:
+    """Read a state into tensors that are there, whole or divided; of divided ones each process reads its shares alone.
+
+    Args:
+        state: the state's folder.
+        tensors: by the state's names.
+        alone: this process reads by itself; else all do it together.
+
+    Raises:
+        XFusionError: a tensor is missing or of another shape.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    try:
+        load(tensors, storage_reader=HuggingFaceStorageReader(str(state)), no_dist=alone)
+    except (OSError, SafetensorError, ValueError, RuntimeError, CheckpointException) as error:
+        raise XFusionError(f"{state} cannot be read: {str(error).strip().splitlines()[-1]}") from error
 
 
 def newest(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -92,16 +202,30 @@ def newest(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         XFusionError: none is intact.
     """
+    return _newest(folder, read)[1]
+
+
+def newest_intact(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Where the newest intact state is, and its plan; damaged ones are named in a warning.
+
+    Raises:
+        XFusionError: none is intact.
+    """
+    state, (plan,) = _newest(folder, lambda state: (intact(state),))
+    return state, plan
+
+
+def _newest(folder: Path, how: Callable[[Path], T]) -> tuple[Path, T]:
     damage: list[str] = []
     for state in found(folder):
         try:
-            plan, tensors = read(state)
+            whole = how(state)
         except XFusionError as error:
             damage.append(str(error))
             continue
         for line in damage:
-            logger.warning("%s: left out, the run goes on from step %d", line, plan["step"])
-        return plan, tensors
+            logger.warning("%s: left out, the run goes on from step %d", line, whole[0]["step"])
+        return state, whole
     raise XFusionError(f"{folder} holds no intact state: {'; '.join(damage) or 'it is empty'}; start the run again")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -50,6 +50,9 @@ class Train(Verb):
     running mean over some fifty steps, of the last stage that was reached. It says nothing of pictures held out."""
     compile: bool = True
     """Whether the per-layer work is compiled: a minute at the start, two to three times the speed behind it."""
+    shard: Literal["none", "new", "all"] = "none"
+    """What several processes divide among them (torchrun): nothing, the new weights with their gradients, moments and
+    average, or the frozen base too. One process divides nothing."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
 
@@ -73,6 +76,7 @@ class Train(Verb):
             checkpoint_every=self.checkpoint_every,
             keep=self.keep,
             compile=self.compile,
+            shard=self.shard,
             console=people,
             listener=ends,
         )
