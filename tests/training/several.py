@@ -9,14 +9,25 @@ import traceback
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint  # here and not in each of the processes that are forked
 from contracts.table import Noise, make_base, model_config
 from rich.console import Console
 
 from xfusion.backbone import Backbone
 from xfusion.data.mixture import MixtureConfig
-from xfusion.training import loop
+from xfusion.training import loop, sharding  # noqa: F401
 from xfusion.training.stages import Recipe, Stage
 from xfusion.training.stopping import Interrupted
+
+
+GOES_ON = (
+    ("new_on_2", "new", 2, "new"),
+    ("all_on_2", "all", 2, "all"),
+    ("all_on_4", "all", 4, "new"),
+    ("new_on_4_whole", "new", 4, "none"),
+    ("whole_on_2", "none", 2, "all"),
+)
+"""Name of a run, what had been divided when it died, and how many processes go on dividing what."""
 
 
 def free_port() -> int:
@@ -46,11 +57,25 @@ def together(count: int, function) -> None:
             sys.exit(f"a process of {count} failed")
 
 
-def run(folder: Path, name: str, *, resume=False, steps=12, stop=None, told=None, shard="none", **mixture) -> None:
+def run(
+    folder: Path,
+    name: str,
+    *,
+    resume=False,
+    steps=12,
+    stop=None,
+    told=None,
+    shard="none",
+    fusion="dual tower",
+    preview=False,
+    dtype=torch.float32,
+    compile=False,
+    **mixture,
+) -> None:
     base = Backbone.load(str(folder / "base"))
     config = MixtureConfig(**{"draw": 6, "caption": 4, "pack": 2, **mixture})
     stage = Stage(steps=steps, warmup=3, mixture=config)
-    recipe = Recipe(model=model_config(base), data="noise", stages=(stage,))
+    recipe = Recipe(model=model_config(base, fusion), data="noise", stages=(stage,))
 
     def listen(event):
         if event["event"] == "step" and event["step"] == stop:
@@ -58,31 +83,38 @@ def run(folder: Path, name: str, *, resume=False, steps=12, stop=None, told=None
         if event["event"] == "step" and (event["step"], int(os.environ["RANK"])) == told:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    loop.train(
+    before = base.compute_fingerprint()
+    model = loop.train(
         recipe,
         out=folder / name,
         source=Noise(),
         backbone=base,
-        compile=False,
-        dtype=torch.float32,
-        preview_every=0,
+        compile=compile,
+        dtype=dtype,
+        preview_every=1e-6 if preview else 0,
+        preview_prompts=("a red square",) if preview else None,
         checkpoint_every=0 if stop else 300,
         resume=resume,
         shard=shard,
         listener=listen,
         console=Console(file=(folder / f"{name}.{os.environ['RANK']}.txt").open("w"), width=200),
     )
+    # Whatever was divided: the base and its storage are as they were, and words go through it to the bit as before.
+    assert base.compute_fingerprint() == before and model.backbone is base
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert torch.equal(model.text_logits(ids, stack="fused"), base.model(ids).logits)
 
 
-def run_told(folder: Path, name: str) -> None:
-    """The second process alone gets a signal, behind step 4."""
+def run_told(folder: Path, name: str, step: int = 4, **settings) -> None:
+    """The second process alone gets a signal, behind a step."""
     try:
-        run(folder, name, told=(4, 1))
+        run(folder, name, told=(step, 1), **settings)
     except Interrupted as stop:
         (folder / f"{name}.{os.environ['RANK']}.code").write_text(str(stop.code))
 
 
-def main(folder: Path) -> None:
+def whole(folder: Path) -> None:
+    """Every process holds all weights."""
     make_base("llama", folder / "base")
     for count in (1, 2, 4):
         together(count, lambda count=count: run(folder, f"of_{count}"))
@@ -99,5 +131,49 @@ def main(folder: Path) -> None:
         together(count, lambda count=count: run(folder, f"died_2_on_{count}", resume=True))
 
 
+def some_divided(folder: Path) -> None:
+    """The little that every change is tested by."""
+    make_base("llama", folder / "base")
+    together(1, lambda: run(folder, "of_1"))
+    together(2, lambda: run_told(folder, "all_2", 2, shard="all"))
+    shutil.copytree(folder / "all_2", folder / "all_2_on_1")
+    together(1, lambda: run(folder, "all_2_on_1", resume=True))
+    few = {"draw": 1, "caption": 2, "pack": 2, "steps": 2}
+    together(1, lambda: run(folder, "few_1", **few))
+    together(2, lambda: run(folder, "few_2", shard="new", **few))
+
+
+def divided(folder: Path) -> None:
+    """Both ways to divide, by two and four, with states that go over to the other."""
+    make_base("llama", folder / "base")
+    gates = {"steps": 2, "fusion": "flamingo", "draw": 0}  # single numbers among its weights
+    few = {"draw": 1, "caption": 2, "pack": 2, "steps": 2, "preview": True}
+    together(1, lambda: run(folder, "of_1", steps=6))
+    together(1, lambda: run(folder, "gates_1", **gates))
+    together(1, lambda: run(folder, "few_1", **few))
+    for shard in ("new", "all"):
+        together(2, lambda shard=shard: run(folder, f"{shard}_2", steps=6, shard=shard))
+        together(2, lambda shard=shard: run(folder, f"{shard}_died", steps=6, shard=shard, stop=3))
+        together(2, lambda shard=shard: run(folder, f"{shard}_gates", shard=shard, **gates))
+        together(4, lambda shard=shard: run(folder, f"{shard}_few", shard=shard, **few))
+    together(2, lambda: run(folder, "none_died", steps=6, stop=3))
+    for name, first, count, then in GOES_ON:
+        shutil.copytree(folder / f"{first}_died", folder / name)
+        together(
+            count,
+            lambda name=name, then=then: run(folder, name, steps=6, shard=then, resume=True),
+        )
+
+
+def compiled(folder: Path) -> None:
+    """Compiled layers in the precision of GPUs and of processors that have it."""
+    make_base("llama", folder / "base")
+    for count, shard in ((1, "none"), (2, "new"), (2, "all")):
+        together(
+            count,
+            lambda shard=shard: run(folder, shard, steps=3, shard=shard, compile=True, dtype=torch.bfloat16),
+        )
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    {f.__name__: f for f in (whole, some_divided, divided, compiled)}[sys.argv[2]](Path(sys.argv[1]))

@@ -269,6 +269,23 @@ def test_minutes_fix_the_number_of_steps_and_write_it_down(bases, tmp_path, cloc
     assert plan_of(tmp_path)["totals"] == [45]
 
 
+def test_a_budget_is_planned_once_steps_get_no_faster(bases, tmp_path, monkeypatch):
+    """Thirty steps that fill caches take a second each, later ones a tenth: planned by the later ones."""
+
+    class Filling(Clock):
+        def __call__(self, event):
+            if event["event"] == "step":
+                self.now += 1.0 if event["step"] < 30 else 0.1
+
+    clock = Filling()
+    monkeypatch.setattr(loop, "time", clock)
+    train(bases["llama"], tmp_path, minutes=70.05 / 60, listener=clock)
+    (plan,) = log(tmp_path, "plan")
+    assert plan["step"] == 70 and plan["seconds_per_step"] == pytest.approx(0.1)
+    assert plan["steps"] == len(log(tmp_path)) == 430
+    assert clock.now == pytest.approx(70, abs=0.1)
+
+
 @pytest.mark.parametrize("stop", [4, 15, 33])
 def test_a_budget_goes_on_after_a_break(bases, tmp_path, clock, stop):
     """Before the warm-up is over, while steps are measured, and after the plan was made."""

@@ -30,15 +30,29 @@ def environment(**more):
     return kept | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | more
 
 
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory):
-    """Everything that `several` does, in one program, so that torch is imported once."""
-    folder = tmp_path_factory.mktemp("several")
+def several(tmp_path_factory, what):
+    """The runs of a function of `several`, in one program, so that torch is imported once."""
+    folder = tmp_path_factory.mktemp(what)
     done = subprocess.run(
-        [sys.executable, str(HERE / "several.py"), str(folder)], env=environment(), capture_output=True, text=True
+        [sys.executable, str(HERE / "several.py"), str(folder), what], env=environment(), capture_output=True, text=True
     )
     assert not done.returncode, done.stderr[-3000:]
     return folder
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    return several(tmp_path_factory, "whole")
+
+
+@pytest.fixture(scope="module")
+def some_divided(tmp_path_factory):
+    return several(tmp_path_factory, "some_divided")
+
+
+@pytest.fixture(scope="module")
+def divided(tmp_path_factory):
+    return several(tmp_path_factory, "divided")
 
 
 def told(folder):
@@ -98,14 +112,18 @@ def test_the_first_process_speaks_and_shows_the_memory_of_all(ran):
         "gradients",
         "moments",
         "average",
+        "sum",
+        "held",
+        "now",
         "peak",
         "so",
         "far",
     ]
     rows = [line.split() for line in table[1:5]]
     assert [row[0] for row in rows] == ["0", "1", "2", "3"]
-    new = float(rows[0][3])
-    assert abs(float(rows[0][7]) - 2 * new) < 0.11 and float(rows[0][5]) == float(rows[0][9]) == new
+    base, new, gradients, moments, average, total, held, peak = (float(cell) for cell in rows[0][1::2])
+    assert abs(moments - 2 * new) < 0.11 and gradients == average == new
+    assert abs(total - base - 5 * new) < 0.31 and total < held <= peak
     assert all((ran / f"of_4.{rank}.txt").read_text() == "" for rank in (1, 2, 3))
 
 

@@ -41,6 +41,8 @@ MEASURED_STEPS = 20
 """Steps from which a wall-clock budget derives the number of steps."""
 STEADY = 0.9
 """A stretch that takes less than this share of the one before is not the last that gets faster."""
+LATEST_PLAN = 0.75
+"""Share of a wall-clock budget behind which no further stretch is waited for."""
 LARGEST_STEPS = 10_000_000
 REMEMBERED = 0.98
 """Share of the mean loss that stays at each step: it looks back over some fifty. Its lowest value is the best state's."""
@@ -79,8 +81,8 @@ def train(
         source: an opened source instead of ``data``.
         allow_bad: share of unreadable pictures that is left out instead of stopping.
         steps: overrides the number of steps of the last stage.
-        minutes: wall-clock budget, compiling included: after some measured steps it fixes the number of steps, writes it
-            down, and everything after is by step. Takes one stage.
+        minutes: wall-clock budget, compiling included: once steps get no faster it fixes their number, writes it down, and
+            everything after is by step. Takes one stage.
         resume: go on where the run of this folder stopped, with the next batch.
         from_pack: start from this pack's weights.
         backbone: an already loaded base; its device is the run's.
@@ -368,7 +370,7 @@ class _Run:
         while not self._stopped(stop) and (not self.planned or self.step < sum(self.totals)):
             self._one_step()
             now = time.perf_counter()
-            if not self.planned and (per_step := pace.seconds_per_step(self.step, now, self._half_gone(now))):
+            if not self.planned and (per_step := pace.seconds_per_step(self.step, now, self._ends())):
                 self._plan(per_step, now)
             due = [
                 bool(self.preview_every) and now - last_preview >= self.preview_every,
@@ -494,9 +496,10 @@ class _Run:
             samples_per_second=samples / (time.perf_counter() - begun),
         )
 
-    def _half_gone(self, now: float) -> bool:
-        """Whether half of a wall-clock budget is spent: what is known of the speed by then has to do."""
-        return self.minutes is not None and now - self.started + self.seconds_before > 30 * self.minutes
+    def _ends(self) -> float:
+        """When a plan has to be there: three quarters into the wall-clock budget."""
+        assert self.minutes is not None
+        return self.started - self.seconds_before + LATEST_PLAN * 60 * self.minutes
 
     def _plan(self, seconds_per_step: float, now: float) -> None:
         assert self.minutes is not None
@@ -644,13 +647,13 @@ class _Pace:
         self.next, self.since = step + WARM_STEPS, 0.0
         self.before: float | None = None
 
-    def seconds_per_step(self, step: int, now: float, in_haste: bool) -> float | None:
+    def seconds_per_step(self, step: int, now: float, until: float) -> float | None:
         """Seconds per step of the last stretch of `MEASURED_STEPS`; None while that says nothing yet.
 
         Args:
             step: steps done.
             now: when.
-            in_haste: the first whole stretch has to do.
+            until: what is known has to do where one more stretch like the last would end later.
         """
         if step < self.next:
             return None
@@ -659,7 +662,8 @@ class _Pace:
             return None
         found, before = (now - since) / MEASURED_STEPS, self.before
         self.before = found
-        return found if in_haste or (before is not None and found > STEADY * before) else None
+        steady = before is not None and found > STEADY * before
+        return found if steady or now + MEASURED_STEPS * found > until else None
 
 
 def _difference(one: Any, other: Any, path: str = "") -> str:
