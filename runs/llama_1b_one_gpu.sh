@@ -13,24 +13,25 @@
 # expected  not measured
 #
 #     SHARDS='shards/{000..099}.tar' HOURS=24 bash runs/llama_1b_one_gpu.sh [FOLDER]
-#     PROCESSES=8 ...     so many GPUs of one machine: each holds all weights and takes its share of a step
+#     PROCESSES=8 ...     so many GPUs of one machine, each with its share of a step; SHARD=new divides the new weights with
+#                         their optimizer among them, SHARD=all the base too, and none (the default) nothing
 #
 # Give the same command again after a break: encoding and training go on where they stopped.
 set -euo pipefail
 out="${1:-runs/llama_1b}" shards="${SHARDS:?name the pictures: SHARDS='shards/{000..099}.tar'}"
-hours="${HOURS:-24}" processes="${PROCESSES:-1}"
+hours="${HOURS:-24}" processes="${PROCESSES:-1}" shard="${SHARD:-none}"
 base="meta-llama/Llama-3.2-1B" codec="autoencoder_kl:stable-diffusion-v1-5/stable-diffusion-v1-5:vae"
 
 # One pass of the VAE over all pictures. One bad picture in a hundred may be left out; each is named.
 xfusion data encode "$shards" --codec "$codec" --size 256 --batch 64 --allow-bad 0.01 --base "$base" -o "$out/latents"
 
 # stride 4 puts a block at four of sixteen layers. Captions are sentences: no article in front of them.
-train=(train xfusion --data "$out/latents" --minutes "$((hours * 60))" -o "$out/run"
+train=(train xfusion --data "$out/latents" --minutes "$((hours * 60))" --shard "$shard" -o "$out/run"
     --model.backbone.source "$base" --model.fusion.stride 4 --model.fusion.mlp 2048
     --model.image.codec "$codec" --model.image.patch 2 --model.image.sizes 256
     --stages.0.mixture.draw 64 --stages.0.mixture.caption 32 --stages.0.rate 3e-4
     --stages.0.mixture.templates.article-share 0)
-[ -e "$out/run/state/state.json" ] && train+=(--resume)
+compgen -G "$out/run/state/step_*" > /dev/null && train+=(--resume)
 if [ "$processes" -gt 1 ]; then
     torchrun --standalone --nproc-per-node "$processes" -m xfusion.apps.cli "${train[@]}"
 else

@@ -1,5 +1,6 @@
 """Runs functions in several processes of this machine that are imported once: forked, each with its rank."""
 
+import importlib
 import os
 import shutil
 import signal
@@ -9,16 +10,14 @@ import traceback
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint  # here and not in each of the processes that are forked
 from contracts.table import Noise, make_base, model_config
 from rich.console import Console
 
 from xfusion.backbone import Backbone
 from xfusion.data.mixture import MixtureConfig
-from xfusion.training import loop, sharding  # noqa: F401
+from xfusion.training import loop
 from xfusion.training.stages import Recipe, Stage
 from xfusion.training.stopping import Interrupted
-
 
 GOES_ON = (
     ("new_on_2", "new", 2, "new"),
@@ -176,4 +175,7 @@ def compiled(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[2] != "whole":  # here and not in each of the processes that are forked
+        importlib.import_module("torch.distributed.checkpoint")
+        importlib.import_module("xfusion.training.sharding")
     {f.__name__: f for f in (whole, some_divided, divided, compiled)}[sys.argv[2]](Path(sys.argv[1]))

@@ -2,15 +2,20 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from contracts.table import Noise, make_base, make_model
+from PIL import Image as PILImage
 from safetensors.torch import load_file
+from training.runs import train
+from training.several import GOES_ON
 
 import xfusion
 from xfusion.data.mixture import Ahead, Mixture, MixtureConfig
@@ -125,6 +130,116 @@ def test_the_first_process_speaks_and_shows_the_memory_of_all(ran):
     assert abs(moments - 2 * new) < 0.11 and gradients == average == new
     assert abs(total - base - 5 * new) < 0.31 and total < held <= peak
     assert all((ran / f"of_4.{rank}.txt").read_text() == "" for rank in (1, 2, 3))
+
+
+# ----------------------------------------------------------------------------------------------------------- divided
+
+
+def test_two_processes_that_divide_everything_are_gone_on_with_by_one(some_divided):
+    """A signal stops both behind one step; what follows, and so what they wrote, is the curve of a single process."""
+    assert [(some_divided / f"all_2.{rank}.code").read_text() for rank in (0, 1)] == ["143", "143"]
+    assert [e["step"] for e in told(some_divided / "all_2")] == [0, 1, 2]
+    assert furthest(told(some_divided / "all_2_on_1"), told(some_divided / "of_1")) < TOLERANCE
+
+
+def test_a_process_without_a_row_goes_through_every_divided_layer(some_divided):
+    """One drawing and one row of captioning for two processes, of which one has neither."""
+    assert len(told(some_divided / "few_2")) == 2
+    assert furthest(told(some_divided / "few_2"), told(some_divided / "few_1")) < TOLERANCE
+
+
+def test_each_process_holds_and_writes_its_share(some_divided):
+    said = (some_divided / "all_2.0.txt").read_text()
+    assert "processes 2, new weights and base divided among them, and each with its share of every step" in said
+    numbers = [[float(cell) for cell in line.split()[1::2]] for line in said.splitlines() if line[:3] in ("0  ", "1  ")]
+    base = sum(v.numel() * v.element_size() for v in load_file(some_divided / "base" / "model.safetensors").values())
+    pack = some_divided / "all_2" / "pack" / "model.safetensors"
+    new = sum(v.numel() * v.element_size() for v in load_file(pack).values())
+    before, behind = numbers[:2], numbers[2:]
+    for row in before:  # base, new weights, gradients, moments, average
+        assert row[:5] == pytest.approx([part / 2e6 for part in (base, new, new, 2 * new, new)], abs=0.06)
+    for row in behind:  # measured: no gradients are left
+        assert row[:4] == pytest.approx([part / 2e6 for part in (base, new, 2 * new, new)], abs=0.06)
+    (state,) = states.found(some_divided / "all_2" / "state")
+    files = sorted(state.glob("*.safetensors"))
+    assert len(files) == 2
+    for file in files:  # weights, average and two moments, halved
+        assert file.stat().st_size == pytest.approx(2 * new, rel=0.05)
+
+
+def test_a_divided_state_is_read_whole_or_refused(some_divided, tmp_path):
+    pack = load_file(some_divided / "all_2" / "pack" / "model.safetensors")
+    _, tensors = states.newest(some_divided / "all_2" / "state")
+    assert {name for name in tensors if name.startswith("average.")} == {f"average.{name}" for name in pack}
+    assert all(torch.equal(tensors[f"average.{name}"], value) for name, value in pack.items())
+    for harm, said in ((flip, "was altered"), (Path.unlink, "cannot be read"), (double, "is not of this state")):
+        shutil.copytree(some_divided / "all_2" / "state", tmp_path / harm.__name__)
+        (state,) = states.found(tmp_path / harm.__name__)
+        harm(state / "shard-00002-model-00001-of-00001.safetensors")
+        with pytest.raises(XFusionError, match=said):
+            states.newest(tmp_path / harm.__name__)
+
+
+def flip(file):
+    bytes_ = bytearray(file.read_bytes())
+    bytes_[-5] ^= 1
+    file.write_bytes(bytes_)
+
+
+def double(file):
+    shutil.copy(file, file.with_name("shard-00003-model-00001-of-00001.safetensors"))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("shard", ["new", "all"])
+def test_what_is_divided_follows_the_curve_of_one(divided, shard):
+    one = load_file(divided / "of_1" / "pack" / "model.safetensors")
+    assert furthest(told(divided / f"{shard}_2"), told(divided / "of_1")) < TOLERANCE
+    pack = load_file(divided / f"{shard}_2" / "pack" / "model.safetensors")
+    assert pack.keys() == one.keys() and max(float((pack[k] - one[k]).abs().max()) for k in one) < 1e-4
+    for name in ("gates", "few"):
+        assert furthest(told(divided / f"{shard}_{name}"), told(divided / f"{name}_1")) < TOLERANCE
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("shard", ["new", "all"])
+def test_all_processes_draw_a_preview_of_divided_weights(divided, shard):
+    pictures = []
+    for name in ("few_1", f"{shard}_few"):
+        (*_, last) = sorted((divided / name / "previews").glob("*.png"))
+        assert len([*(divided / name / "previews").iterdir()]) == 2
+        pictures.append(numpy.asarray(PILImage.open(last)).astype(int))
+    assert pictures[0].shape == (16, 16, 3) and abs(pictures[0] - pictures[1]).max() <= 1
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("shard", ["new", "all"])
+def test_divided_runs_that_die_go_on_to_the_same_bits(divided, shard):
+    runs = [divided / f"{shard}_2", divided / f"{shard}_on_2"]
+    straight, killed = ([(e["losses"], e["gradient_norm"], e["rate"]) for e in told(run)] for run in runs)
+    assert straight == killed
+    one, other = (states.newest(run / "state")[1] for run in runs)
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", [row[0] for row in GOES_ON])
+def test_states_go_from_any_number_and_way_to_any_other(divided, name):
+    assert furthest(told(divided / name), told(divided / "of_1")) < TOLERANCE
+    pack, one = (load_file(divided / run / "pack" / "model.safetensors") for run in (name, "of_1"))
+    assert max(float((pack[k] - one[k]).abs().max()) for k in one) < 1e-4
+
+
+@pytest.mark.full
+def test_divided_layers_are_compiled_in_bfloat16(tmp_path_factory):
+    ran = several(tmp_path_factory, "compiled")
+    for shard in ("new", "all"):
+        assert furthest(told(ran / shard), told(ran / "none")) < 0.02
+
+
+def test_what_cannot_be_divided_is_named(bases, tmp_path):
+    with pytest.raises(XFusionError, match="shard 'both' is not one of none, new, all"):
+        train(bases["llama"], tmp_path, shard="both")
 
 
 @pytest.mark.full
