@@ -25,6 +25,8 @@ from xfusion.modalities.image import ImageModality
 T = TypeVar("T")
 TOKENS_KEPT = 512 * 1024 * 1024
 """Bytes of picture tokens that are kept in memory; the oldest go first."""
+TEXTS_KEPT = 200_000
+"""Texts whose token ids are kept; the oldest go first."""
 LOOKED_AT = 40
 """Steps whose lengths are looked at before the first one, to fix the shapes of a run."""
 
@@ -156,10 +158,13 @@ class Mixture:
         return filled
 
     def ids(self, text: str) -> tuple[int, ...]:
-        """Token ids of a text, looked up once."""
-        if text not in self._ids:
-            self._ids[text] = self.encode(text)
-        return self._ids[text]
+        """Token ids of a text; known ones are looked up."""
+        found = self._ids.get(text)
+        if found is None:
+            found = self._ids[text] = self.encode(text)
+            if len(self._ids) > TEXTS_KEPT:
+                self._ids.pop(next(iter(self._ids)))
+        return found
 
     def drawings(self, step: int) -> list[Sequence]:
         """The drawing sequences of a step."""

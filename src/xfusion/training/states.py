@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -191,7 +192,9 @@ def fill(state: Path, tensors: dict[str, Tensor], *, alone: bool = False) -> Non
     from torch.distributed.checkpoint.state_dict_loader import load
 
     try:
-        load(tensors, storage_reader=HuggingFaceStorageReader(str(state)), no_dist=alone)
+        with warnings.catch_warnings():  # of a process group that is not there, which is what `alone` says
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            load(tensors, storage_reader=HuggingFaceStorageReader(str(state)), no_dist=alone)
     except (OSError, SafetensorError, ValueError, RuntimeError, CheckpointException) as error:
         raise XFusionError(f"{state} cannot be read: {str(error).strip().splitlines()[-1]}") from error
 
