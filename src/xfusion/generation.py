@@ -101,7 +101,7 @@ def draw_tokens(
         )
     grid = model.image.grid(size)
     count, width = grid[0] * grid[1], model.image.token_width
-    device = model.backbone.device
+    device = model.device
     # Drawn on the CPU, so that a seed means the same picture on every device.
     noise = torch.stack([torch.randn(count, width, generator=torch.Generator().manual_seed(s)) for s in seeds])
     blank = model.image.segment(torch.zeros(count, width), (grid[0], grid[1]), state="noised")
@@ -353,10 +353,10 @@ def answer_tokens(
     # An empty text behind the media makes [EOI] appear: the first word is read from it.
     prompts = [c if isinstance(c[-1], Text) else (*c, Text(ids=())) for c in contexts]
     prompts = [opened(model.backbone.begin_ids, prompt) for prompt in prompts]
-    batch = pack([[Sequence(segments=segments)] for segments in prompts]).to(model.backbone.device)
+    batch = pack([[Sequence(segments=segments)] for segments in prompts]).to(model.device)
     cache = model.backbone.new_cache(model.fusion.num_towers, len(prompts))
     hidden, run = model.run_pass(batch, cache=cache, update=True)
-    rows = torch.arange(len(prompts), device=model.backbone.device)
+    rows = torch.arange(len(prompts), device=model.device)
     tail = batch.text.order.argmax(dim=1)
     logits = model.engine.backbone.logits(hidden[:, run.slices["text"]][rows, tail][:, None])[:, 0]
     order = cache.rows.order.amax(dim=1).cpu()
@@ -388,7 +388,7 @@ def answer_tokens(
             after_media=~flag,
         )
         following = Batch(text=table, text_ids=token[:, None], labels=token[:, None])
-        hidden, _ = model.run_pass(following.to(model.backbone.device), cache=cache, update=True)
+        hidden, _ = model.run_pass(following.to(model.device), cache=cache, update=True)
         logits = model.engine.backbone.logits(hidden)[:, 0]
     return answers
 
@@ -464,9 +464,9 @@ def _before_answers(model: Model, item: Media | None) -> tuple[Cache, Tensor]:
     """Keys and values of a picture and its [EOI], and the log-probabilities ``[V]`` of the first token behind it."""
     blank = model.image.segment(torch.zeros(1, model.image.token_width), (1, 1))
     prompt = opened(model.backbone.begin_ids, (item or blank, Text(ids=())))
-    batch = pack([[Sequence(segments=prompt)]]).to(model.backbone.device)
+    batch = pack([[Sequence(segments=prompt)]]).to(model.device)
     if item is None:  # the end-of-media row alone, as if the picture were not there
-        place = torch.arange(batch.text.count, device=model.backbone.device)[None]
+        place = torch.arange(batch.text.count, device=model.device)[None]
         batch = replace(batch, media={}, text=replace(batch.text, order=place, position=place))
     cache = model.backbone.new_cache(model.fusion.num_towers, 1)
     hidden, run = model.run_pass(batch, cache=cache, update=True)
@@ -476,7 +476,7 @@ def _before_answers(model: Model, item: Media | None) -> tuple[Cache, Tensor]:
 
 def _mean_likelihood(model: Model, cache: Cache, first: Tensor, answers: Seq[tuple[int, ...]]) -> Tensor:
     """Mean log-likelihood per token of each answer behind a cached beginning, ``[answers]``."""
-    device, count, length = model.backbone.device, len(answers), max(map(len, answers))
+    device, count, length = model.device, len(answers), max(map(len, answers))
     ids = torch.tensor([[*a[:-1], *[0] * (length - len(a))] for a in answers], dtype=torch.int64, device=device)
     labels = torch.tensor([[*a, *[-1] * (length - len(a))] for a in answers], device=device)
     total = first[labels[:, 0]]
@@ -543,7 +543,7 @@ def embed(
                 if of_words
                 else [(media,) for media in _media_segment(model, cast("list[PILImage.Image]", chosen))]
             )
-            batch = pack([[Sequence(segments=s)] for s in segments]).to(model.backbone.device)
+            batch = pack([[Sequence(segments=s)] for s in segments]).to(model.device)
             vectors = objective.of_words(model, batch) if of_words else objective.of_media(model, batch)
             out[part] = vectors.float().cpu()
             done += len(part)

@@ -163,6 +163,14 @@ def test_pictures_are_encoded_once_and_the_oldest_goes_first(monkeypatch):
     assert source.opened == {0: 2, 1: 1, 2: 1}
 
 
+def test_texts_are_tokenised_once_and_the_oldest_goes_first(monkeypatch):
+    monkeypatch.setattr("xfusion.data.mixture.TEXTS_KEPT", 2)
+    m, asked = mixture(Squares(3)), []
+    m.encode = lambda text: asked.append(text) or (len(text),)
+    assert [m.ids(text) for text in ("a", "bb", "a", "ccc", "bb", "a")] == [(1,), (2,), (1,), (3,), (2,), (1,)]
+    assert asked == ["a", "bb", "ccc", "a"]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

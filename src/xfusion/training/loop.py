@@ -319,8 +319,11 @@ class _Run:
 
     def _memory(self, training: dict[str, int]) -> dict[str, int]:
         """Bytes in this process: of weights, and what training needs beside them."""
-        own = self.engine.backbone if self.shard == "all" else self.model.backbone
-        return {"base": num_bytes(own.model.parameters()), "new weights": num_bytes(self.optimizer.list), **training}
+        base, copy = self.model.backbone, self.engine.backbone
+        parts = {"base": num_bytes((copy if self.shard == "all" else base).model.parameters())}
+        if self.shard != "all" and copy is not base:  # of another precision, or another attention
+            parts["base copy"] = num_bytes(copy.model.parameters())
+        return parts | {"new weights": num_bytes(self.optimizer.list), **training}
 
     def _tell_memory(self) -> None:
         """What the processes hold behind a step; gradients are gone by then."""
