@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor
 
 from xfusion.data.sequence import XFusionError
 from xfusion.model import Model, States
-from xfusion.training.processes import Shard, num_bytes
+from xfusion.training.processes import Shard
 
 T = TypeVar("T")
 
@@ -99,6 +99,8 @@ class Sharding:
         self.backbone = model.backbone.over_same_weights(attention) if what == "all" else None
         frozen = None if self.backbone is None else self.backbone.layers
         whole: set[nn.Parameter] = {p for p in model.new_parameters() if not p.dim()}
+        for parameter in whole:  # what is not divided is not moved either
+            parameter.data = parameter.data.to(self.device)
         narrow = None if dtype == torch.float32 else dtype
         policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)
         units: dict[int, _Unit] = {}
@@ -142,11 +144,6 @@ class Sharding:
         found, _ = self.root(work, torch.zeros((), device=self.device))
         self.root.reshard()
         return found
-
-    def sizes(self) -> tuple[int, int]:
-        """Bytes of the divided base and of the new weights in this process."""
-        frozen = [] if self.backbone is None else [*self.backbone.model.parameters()]
-        return num_bytes(frozen), num_bytes(self.model.new_parameters())
 
 
 def mesh(device: torch.device) -> DeviceMesh:
