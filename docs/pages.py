@@ -45,7 +45,9 @@ def cost(name: str, base: Backbone) -> str:
     except ValueError as error:
         return f"| {_called(base)} | cannot be built: {error} | | |"
     flops = flops_of_shape(model)
-    each = " | ".join(f"{flops[task]['training'] / 1e9:,.1f}" for task in ("draw", "caption"))
+    each = " | ".join(
+        f"{flops[task]['training'] / 1e9:,.1f}" if task in flops else "-" for task in ("draw", "caption")
+    )
     return f"| {_called(base)} | {model.num_new_parameters / 1e6:,.1f} M | {each} |"
 
 
@@ -104,7 +106,7 @@ def recipe_page(name: str, bases: list[Backbone]) -> str:
     table = ["| base | trained | to learn a drawing | to learn a name |", "| --- | --- | --- | --- |"]
     what = (
         "Trained weights, and GFLOPs (forward and backward, nothing looked up) of a sample of 12 words and a picture of"
-        " the recipe's size."
+        " the recipe's size; - stands where the recipe does not learn it."
     )
     drawn = [] if (file := picture(name, bases[0])) is None else [f"![{name}](../{file.relative_to(HERE)})", ""]
     lines = [

@@ -466,9 +466,14 @@ def test_bad_plans(go, base):
         ({"trials": 9}, "trials 9: from 1"),
         ({"trials": 2, "evaluation": {"guidance": 2}}, "guidance is tuned by 2 trials and also given"),
         ({"evaluation": {"seed": 3}}, "the setting 'seed' of the evaluation is the comparison's own"),
+        ({"evaluation": {"max_drwn": 3}}, "has no setting 'max_drwn' .did you mean 'max_drawn'"),
+        ({"evaluation": {"max_drawn": "many"}}, "max_drawn is 'many', and has to be int or null"),
     ):
         with pytest.raises(XFusionError, match=message):
             go({"one": tiny(base)}, **settings)
+    with pytest.raises(XFusionError, match="two: stride 0, offset None puts no block into 4 layers"):
+        go({"one": tiny(base), "two": tiny(base).with_model(fusion=DualTower.Config(stride=0))})
+    assert not Path("comparison").exists() and not Path("runs").exists(), "nothing was trained or written before"
     with pytest.raises(XFusionError, match="cannot be part of a file name"):
         go({"../one": tiny(base)})
     with pytest.raises(XFusionError, match="two of the recipes are called 'xfusion'"):

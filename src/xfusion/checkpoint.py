@@ -46,6 +46,17 @@ def to_json(config: Any) -> Any:
     raise TypeError(f"a {type(config).__name__} cannot be saved in {CONFIG}")
 
 
+def modules_outside(data: Any) -> set[str]:
+    """Modules that are not xfusion's and that hold classes of a configuration, given as `to_json` writes it."""
+    if isinstance(data, list):
+        return set().union(*map(modules_outside, data))
+    if not isinstance(data, dict):
+        return set()
+    module = data["type"].partition(":")[0]
+    own = set() if module.split(".")[0] == "xfusion" else {module}
+    return own.union(*map(modules_outside, data.values()))
+
+
 def from_json(data: Any, *, trust: bool = False, where: str = CONFIG) -> Any:
     """The inverse of `to_json`. Classes outside xfusion are imported only with ``trust``."""
     if isinstance(data, list):

@@ -118,6 +118,18 @@ def test_stopped_in_a_mechanism_of_ones_own_and_gone_on_with(start, here, monkey
     assert json.loads(Path("comparison/own/twisted-seed0.json").read_text())["budget"]["steps"] == [2]
 
 
+def test_training_says_how_to_use_a_mechanism_of_ones_own(here, base, capsys):
+    """The pack names a class of the file: Python has to find it, and it has to be trusted."""
+    settings = ["--model.backbone.source", str(base), "--data", "photos", "--steps", "1", "--no-compile"]
+    settings += ["--preview-every", "0", "--stages.0.mixture.draw", "2", "--stages.0.mixture.caption", "2"]
+    for name, command in (("twisted", "PYTHONPATH=. {} --trust"), ("plain", "{}")):
+        assert cli.main(["train", f"mine.py:{name}", *settings]) == 0
+        use = command.format(f'xfusion generate runs/{name}/pack "..."')
+        assert f"try     {use}\n" in capsys.readouterr().out
+    assert cli.main(["train", "mine.py:plain", "--resume", "-o", "runs/plain"]) == 0
+    assert "losses  no step was left to take\n" in capsys.readouterr().out
+
+
 def test_a_file_is_one_module_until_it_changes(here):
     one, two = find("mine.py:plain"), find("mine.py:twisted")
     assert one.__globals__ is two.__globals__ is vars(sys.modules["mine"])
@@ -136,6 +148,7 @@ def test_bad_input_is_one_line(start):
         (("mine.py:plain", "--trials", "7"), "trials 7: from 1"),
         (("mine.py:plain", "--share", "2.0"), "shares [2.0]: above 0 and up to 1"),
         (("mine.py:plain", "--device", "abacus"), "device 'abacus' is not one of"),
+        (("mine.py",), "'mine.py' names no function: write mine.py:FUNCTION"),
         (("mine.py:plain", "xfusion"), "differ in model.image.patch: 4 and 8"),
         (("--out", "nowhere"), "nowhere holds no result of a comparison"),
     ):

@@ -290,4 +290,5 @@ def test_its_cost_is_counted_on_a_base_without_weights(bases, fusion):
     """Every tensor is a shape: what a recipe would cost on a large base."""
     config = replace(model_config(bases["llama"], fusion), backbone=BackboneConfig(source="Llama-3.2-1B"))
     flops = flops_of_shape(Model(config, Backbone.of_shape("Llama-3.2-1B")))
+    assert set(flops) == ({"caption"} if fusion in READERS else {"draw", "caption"})  # what it can learn
     assert flops["caption"]["training"] > flops["caption"]["forward"] > 1e9

@@ -104,14 +104,15 @@ def count_flops(model: Model, stage: Stage, source: Source, seed: int = 0) -> St
 
 
 def flops_of_shape(model: Model, words: int = 12) -> dict[str, dict[str, int]]:
-    """FLOPs of one drawing and one naming sample on a base that may have no weights; nothing is looked up.
+    """FLOPs of one sample of each task that a model can learn, on a base that may have no weights; nothing is looked up.
 
     Args:
         model: built on `Backbone.of_shape` or on a real base.
         words: text positions of the prompt, and of the answer.
 
     Returns:
-        Task -> ``forward`` and ``training`` (forward and backward).
+        Task (``draw``, ``caption``) -> ``forward`` and ``training`` (forward and backward). A task that none of the
+        model's objectives gives is left out; a loss over pairs is not counted.
     """
     image, ids = model.image, tuple(range(3, 3 + words))
     rows, columns = image.grid(image.sizes[0])
@@ -123,6 +124,8 @@ def flops_of_shape(model: Model, words: int = 12) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
     with model.using(model.training_engine(torch.float32, "counted", "eager", False)):
         for task, segments in samples.items():
+            if task not in model.capabilities:
+                continue
             batch = pack([[Sample(segments=segments)]]).to(model.backbone.device)
             ends: list[Tensor] = []
 

@@ -59,7 +59,7 @@ from xfusion.comparison.table import summarise
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import Source, open_source
 from xfusion.evaluation import verify
-from xfusion.evaluation.run import evaluate, write_json
+from xfusion.evaluation.run import check, evaluate, write_json
 from xfusion.evaluation.suites.emoji import chosen
 from xfusion.model import Model, build, choose_compute_dtype
 from xfusion.training import states
@@ -184,6 +184,11 @@ class _Comparison:
         self.source = source or open_source(data, special_tokens=self.backbone.special_tokens)
         if source is not None:
             entries = [replace(e, recipe=replace(e.recipe, data=source.spec)) for e in entries]
+        for entry in entries:  # a recipe that cannot be built is refused before another is trained
+            try:
+                build(entry.recipe.model, self.backbone)
+            except XFusionError as error:
+                raise XFusionError(f"{entry.label}: {error}") from error
         self.entries = self._matched(entries) if plan.match_parameters else entries
         self.parts = {share: cast(Source, Part(source=self.source, share=share)) for share in plan.shares}
         self.costs: dict[tuple[str, float], tuple[list[StageCost], dict[str, Any]]] = {}
@@ -204,6 +209,7 @@ class _Comparison:
         ours = [name for name in ("seed", "part", "source", "held", "encoder") if name in plan.evaluation]
         if ours:
             raise XFusionError(f"the setting {ours[0]!r} of the evaluation is the comparison's own: leave it out")
+        check("emoji", plan.evaluation)
         if plan.trials > 1 and "guidance" in plan.evaluation:
             raise XFusionError(f"guidance is tuned by {plan.trials} trials and also given: leave one out")
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 import json
 import os
 import pkgutil
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from xfusion.data.sequence import XFusionError
 from xfusion.evaluation import suites
@@ -47,15 +47,9 @@ def evaluate(
         The suite's metrics by name, and under "settings" all that is needed to get the same numbers again.
 
     Raises:
-        XFusionError: unknown suite or setting, or a model that cannot do anything that the suite scores.
+        XFusionError: what `check` refuses, or a model that cannot do anything that the suite scores.
     """
-    run = _find(suite)
-    known = [name for name in inspect.signature(run).parameters if name not in ("model", "progress")]
-    for name in settings:
-        if name not in known:
-            raise XFusionError(
-                f"suite {suite!r} has no setting {name!r}{_nearest(name, known)}; it has {', '.join(known)}"
-            )
+    run = check(suite, settings)
     started = time.perf_counter()
     result = run(model, progress=progress or _silent, **settings)
     result["settings"] = {
@@ -68,6 +62,43 @@ def evaluate(
     if out is not None:
         write_json(Path(out), result)
     return result
+
+
+def check(suite: str, settings: Mapping[str, Any]) -> Callable[..., dict[str, Any]]:
+    """The suite's ``run``, if it takes these settings: to be asked before anything is loaded or trained.
+
+    Raises:
+        XFusionError: unknown suite or setting, or a value of another kind than the setting's.
+    """
+    run = _find(suite)
+    hints = {k: v for k, v in get_type_hints(run).items() if k not in ("model", "progress", "return")}
+    for name, value in settings.items():
+        if name not in hints:
+            raise XFusionError(
+                f"suite {suite!r} has no setting {name!r}{_nearest(name, list(hints))}; it has {', '.join(hints)}"
+            )
+        if not _is(value, hints[name]):
+            kinds = ["null" if kind is NoneType else getattr(kind, "__name__", repr(kind)) for kind in _kinds(hints[name])]
+            raise XFusionError(f"suite {suite!r}: {name} is {value!r}, and has to be {' or '.join(kinds)}")
+    return run
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """The types of a union, the values of a choice, or the one type."""
+    return get_args(hint) or (hint,)
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a value is of a kind that a setting may have; an object that no command line can write is not judged."""
+    if isinstance(hint, UnionType):
+        return any(_is(value, kind) for kind in get_args(hint))
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if not isinstance(value, (str, int, float, list, dict)):
+        return value is not None or hint in (Any, NoneType)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return hint is Any or (hint in (str, bool) and isinstance(value, hint))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -68,6 +68,8 @@ def _function(name: str) -> Callable[..., Recipe]:
         path = Path(where)
         if not path.is_file():
             raise XFusionError(f"recipe {name!r}: there is no file {where}")
+        if not function:
+            raise XFusionError(f"recipe {name!r} names no function: write {where}:FUNCTION")
         module = _module(path.resolve(), path.read_bytes())
     elif function:
         try:

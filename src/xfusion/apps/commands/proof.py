@@ -73,12 +73,11 @@ class Evaluate(Verb):
     """Import packages outside xfusion that the pack names."""
 
     def run(self, people: Console) -> Answer:
-        from xfusion.evaluation.run import evaluate, suite_names
+        from xfusion.evaluation.run import check, evaluate
 
         settings = dict(read_setting(text) for text in self.set)
         choose_device(self.device)
-        if self.suite not in suite_names():
-            evaluate(None, self.suite)  # says so, before a model is loaded
+        check(self.suite, settings)  # before a model is loaded
         model = load_model(self.model, device=self.device, trust=self.trust)
         with progress(people) as tell:
             result = evaluate(model, self.suite, out=self.out, progress=tell, **settings)

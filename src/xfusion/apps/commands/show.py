@@ -79,11 +79,12 @@ class Show(Verb):
             ("recipe", f"{self.name} on the shape of {shape}, no weights loaded"),
             ("frozen", f"{frozen:,} weights"),
             ("new", f"{model.num_new_parameters:,} weights ({100 * model.num_new_parameters / frozen:.1f} %)"),
-            ("pictures", f"{data['tokens_per_picture']} tokens"),
+            ("pictures", f"{data['tokens_per_picture']} token{'s' * (data['tokens_per_picture'] > 1)}"),
             *(
                 (f"to {task}", f"{v['forward'] / 1e9:,.1f} GFLOPs forward, {v['training'] / 1e9:,.1f} with backward")
                 for task, v in flops.items()
             ),
+            *([] if flops else [("FLOPs", "not counted: it learns neither to draw nor to caption")]),
         ]
         return Answer(data=data, text=table(rows))
 

@@ -85,8 +85,8 @@ class Train(Verb):
         rows = [
             ("pack", f"{pack} ({size_text((pack / 'model.safetensors').stat().st_size)})"),
             ("steps", f"{data['steps']} with {data['samples']} samples in {data['seconds'] / 60:.1f} minutes"),
-            ("losses", ", ".join(f"{k} {v:.4f}" for k, v in data["losses"].items())),
-            ("try", _first_use(model, pack)),
+            ("losses", ", ".join(f"{k} {v:.4f}" for k, v in data["losses"].items()) or "no step was left to take"),
+            ("try", _first_use(model, pack, self.recipe)),
         ]
         return Answer(data=data, text=table(rows))
 
@@ -106,14 +106,20 @@ class Train(Verb):
             raise UsageError(f"--keep {self.keep}: at least 1")
 
 
-def _first_use(model: Model, pack: Path) -> str:
-    """A command that shows what the model has learned."""
+def _first_use(model: Model, pack: Path, recipe: str) -> str:
+    """A command that shows what the model has learned; classes of a file of one's own are found by its folder."""
+    from xfusion.checkpoint import modules_outside, to_json
+
+    outside, file = modules_outside(to_json(model.config)), Path(recipe.partition(":")[0])
+    found_by = f"PYTHONPATH={file.parent} " if file.suffix == ".py" and file.stem in outside else ""
+    trust = " --trust" if outside else ""
     uses = {
         "draw": f'xfusion generate {pack} "..."',
         "caption": f"xfusion caption {pack} PICTURE",
         "embed": f"xfusion index FOLDER {pack} -o INDEX",
     }
-    return next((use for able, use in uses.items() if able in model.capabilities), f"xfusion show {pack}")
+    use = next((use for able, use in uses.items() if able in model.capabilities), f"xfusion show {pack}")
+    return f"{found_by}{use}{trust}"
 
 
 class _Ends:
