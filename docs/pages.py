@@ -45,9 +45,7 @@ def cost(name: str, base: Backbone) -> str:
     except ValueError as error:
         return f"| {_called(base)} | cannot be built: {error} | | |"
     flops = flops_of_shape(model)
-    each = " | ".join(
-        f"{flops[task]['training'] / 1e9:,.1f}" if task in flops else "-" for task in ("draw", "caption")
-    )
+    each = " | ".join(f"{flops[task]['training'] / 1e9:,.1f}" if task in flops else "-" for task in ("draw", "caption"))
     return f"| {_called(base)} | {model.num_new_parameters / 1e6:,.1f} M | {each} |"
 
 
@@ -84,7 +82,7 @@ def _called(base: Backbone) -> str:
 
 
 def figures(name: str) -> list[str]:
-    """What committed comparisons say of a recipe: the mean over its runs."""
+    """What committed comparisons say of a recipe, the mean over its runs, and whether the training log has it."""
     lines = []
     for folder in comparisons():
         runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"{name}-seed*.json"))]
@@ -95,6 +93,8 @@ def figures(name: str) -> list[str]:
                 if all(score in r["scores"] for r in runs)
             ]
             lines.append(f"- [{folder.name}](../comparison.md#{folder.name}), {len(runs)} runs: {', '.join(scores)}")
+    if re.search(rf"xfusion train {name}\b", (HERE / "training_log.md").read_text(encoding="utf-8")):
+        lines.append("- [training log](../training_log.md): its runs and scores")
     return lines or ["Nothing was measured yet."]
 
 

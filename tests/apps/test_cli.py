@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +23,7 @@ import xfusion
 from xfusion.apps import cli
 from xfusion.apps.commands.pictures import file_name
 from xfusion.backbone import Backbone
+from xfusion.recipes.base import names
 from xfusion.training.loop import Interrupted
 
 SOURCE = Path(xfusion.__file__).parents[1]
@@ -418,6 +421,19 @@ def test_list(run):
     assert by_name["xfusion"]["paper"] == "arXiv 2504.20996"
     assert all(recipe["status"] in ("reproduced", "runs", "sketch") for recipe in listed["recipes"])
     assert "xfusion" in run("list").out
+
+
+def test_a_status_has_its_committed_figures():
+    """`runs`: a comparison or a command of the training log; `reproduced`: a comparison."""
+    root = Path(__file__).parents[2]
+    log = (root / "docs" / "training_log.md").read_text(encoding="utf-8")
+    compared = {
+        json.loads(path.read_text(encoding="utf-8"))["recipe"] for path in (root / "comparison").glob("*/*-seed*.json")
+    }
+    trained = compared | set(re.findall(r"xfusion train (\w+)", log))
+    for name in names():
+        status = import_module(f"xfusion.recipes.{name}").STATUS
+        assert status == "sketch" or name in (compared if status == "reproduced" else trained), (name, status)
 
 
 def test_evaluate(run, here, pack, monkeypatch):

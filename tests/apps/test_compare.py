@@ -146,6 +146,7 @@ def test_bad_input_is_one_line(start):
         (("xfusio",), "did you mean 'xfusion'?"),
         (("mine.py:plain", "--seeds", "0"), "--seeds 0: at least 1"),
         (("mine.py:plain", "--trials", "7"), "trials 7: from 1"),
+        (("mine.py:plain", "--share", "half"), "--share: cannot read 'half'; see xfusion compare --help"),
         (("mine.py:plain", "--share", "2.0"), "shares [2.0]: above 0 and up to 1"),
         (("mine.py:plain", "--device", "abacus"), "device 'abacus' is not one of"),
         (("mine.py",), "'mine.py' names no function: write mine.py:FUNCTION"),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +56,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3RMSNorm
 
 from xfusion.backbone import Backbone
+from xfusion.data.mixture import MixtureConfig
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Batch, Example, Media, Sequence, Text
 from xfusion.fusion.adaption_prompt import AdaptionPrompt
@@ -73,6 +75,8 @@ from xfusion.modalities.port import MediaPort
 from xfusion.model import BackboneConfig, Model, ModelConfig
 from xfusion.objectives.base import NoObjective
 from xfusion.objectives.flow_matching import FlowMatching
+from xfusion.training.loop import train
+from xfusion.training.stages import Recipe, Stage
 
 VOCABULARY, WIDTH, LAYERS, WINDOW = 320, 64, 4, 6
 PATCH, SIDE = 4, 16
@@ -500,3 +504,41 @@ class Noise:
         generator = torch.Generator().manual_seed(index)
         coarse = torch.randint(0, 256, (4, 4, 3), generator=generator, dtype=torch.uint8)
         return PILImage.fromarray(coarse.numpy()).resize((size, size), PILImage.Resampling.NEAREST)
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+def twenty_steps(mixture: MixtureConfig, rate: float = 2e-2) -> Stage:
+    """A stage that a tiny base learns something in."""
+    return Stage(steps=20, warmup=2, rate=rate, schedule="constant", ema=0, mixture=mixture)
+
+
+def trained(recipe: Recipe, base: Backbone, out: Path, **settings: Any) -> tuple[Model, list[dict[str, float]]]:
+    """A recipe through the real loop on pictures of noise: the model, and the losses of each step.
+
+    Behind it the base is as it was, and text bit-equal wherever the fusion declares so. The run is in ``out``.
+    """
+    ids = torch.randint(3, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(5))
+    before, logits, losses = base.compute_fingerprint(), base.model(ids).logits.detach(), []
+    model = train(
+        recipe,
+        out=out,
+        source=Noise(),
+        backbone=base,
+        listener=lambda e: losses.append(e["losses"]) if e["event"] == "step" else None,
+        **{"compile": False, "dtype": torch.float32, "preview_every": 0, **settings},
+    )
+    assert len(losses) == settings.get("steps", sum(stage.steps for stage in recipe.stages))
+    assert base.compute_fingerprint() == before
+    if model.fusion.preserves_text:
+        with torch.no_grad():
+            assert torch.equal(model.text_logits(ids, stack="fused"), logits)
+            assert torch.equal(model.text_logits(ids), logits)
+    return model, losses
+
+
+def share_left(losses: list[dict[str, float]], name: str) -> float:
+    """A loss over the last four steps as a share of that over the first four."""
+    first, last = (sum(step[name] for step in part) for part in (losses[:4], losses[-4:]))
+    return last / first

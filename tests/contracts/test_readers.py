@@ -21,6 +21,9 @@ from contracts.table import (
     on_every_family,
     picture,
     randomise,
+    share_left,
+    trained,
+    twenty_steps,
     view,
     words,
 )
@@ -35,8 +38,7 @@ from xfusion.data.pack import pack
 from xfusion.data.sequence import Sequence, Text, XFusionError
 from xfusion.data.templates import Templates
 from xfusion.model import BackboneConfig, Model
-from xfusion.training.loop import train
-from xfusion.training.stages import Recipe, Stage
+from xfusion.training.stages import Recipe
 
 SEQUENCES = mixed_sequences()
 KEPT = [row for row in READER_ROWS if READERS[str(row.values[0])].build().preserves_text]
@@ -195,6 +197,34 @@ def test_training_and_removal_leave_the_base_as_it_was(bases, fusion, family):
     assert list(model.fusion.parameters()) == [] and state_of(base) == before
 
 
+@torch.no_grad()
+def test_cross_attention_keeps_media_out_of_the_frozen_slot(bases):
+    """The frozen layers' slot holds keys and values of words alone, the mechanism's those of media alone."""
+    model = make_model(bases["llama"], "flamingo")
+    batch = view([[SEQUENCES["words around picture"]]], model)
+    cache = model.backbone.new_cache(2, 1)
+    model.run_pass(batch, cache=cache, update=True)
+    text, media = batch.text.count, batch.media["image"].rows.count
+    assert {k.shape[2] for k, _ in cache.slots[0].values()} == {text}
+    assert {k.shape[2] for k, _ in cache.slots[1].values()} == {media}
+    assert cache.rows.count == text + media
+
+
+@torch.no_grad()
+def test_a_prompt_acts_only_through_its_gate(bases):
+    """Bit for bit: behind closed gates nothing hears of the learned rows, behind open ones words after a picture do."""
+    model = make_model(bases["llama"], "llama-adapter", randomised=False)
+    segments = (words(3, 1), picture((2, 3), 1), words(4, 2))
+    shut, blocks = said(model, *segments), model.fusion.blocks.values()
+    for block in blocks:
+        block.rows.add_(1.0)
+    assert torch.equal(said(model, *segments), shut)
+    for block in blocks:
+        block.gate.fill_(0.5)
+    moved = (said(model, *segments) - shut).abs().amax(-1)
+    assert float(moved[:3].max()) == 0 and float(moved[3:].min()) > 1e-3
+
+
 # ------------------------------------------------------------------------------------------------------ what is read
 
 
@@ -255,34 +285,20 @@ def test_several_pictures_between_words_are_answered_as_by_full_passes(bases, fu
 
 @pytest.mark.parametrize("fusion", READERS)
 def test_twenty_steps_of_the_real_loop_and_a_pack(bases, fusion, tmp_path):
-    base, losses = bases["llama"], []
+    base = bases["llama"]
     templates = Templates(caption_dropout=0, article_share=0, other_wordings=0, question_share=0)
-    mixture = MixtureConfig(draw=0, caption=6, pack=2, templates=templates)
-    recipe = Recipe(
-        model=model_config(base, fusion),
-        data="noise",
-        stages=(Stage(steps=20, warmup=2, rate=2e-2, schedule="constant", ema=0, mixture=mixture),),
-    )
-    trained = train(
-        recipe,
-        out=tmp_path / "run",
-        source=Noise(),
-        backbone=base,
-        compile=False,
-        dtype=torch.float32,
-        listener=lambda e: losses.append(e["losses"]) if e["event"] == "step" else None,
-    )
-    assert len(losses) == 20 and set(losses[0]) == {"next_token"}
-    first, last = (sum(step["next_token"] for step in part) / 4 for part in (losses[:4], losses[-4:]))
-    assert last < 0.8 * first, (first, last)
-    assert trained.capabilities == {"text", "caption"}
+    stage = twenty_steps(MixtureConfig(draw=0, caption=6, pack=2, templates=templates))
+    recipe = Recipe(model=model_config(base, fusion), data="noise", stages=(stage,))
+    model, losses = trained(recipe, base, tmp_path / "run")
+    assert set(losses[0]) == {"next_token"} and share_left(losses, "next_token") < 0.8
+    assert model.capabilities == {"text", "caption"}
     with pytest.raises(XFusionError, match="this model cannot draw, only caption, text"):
-        trained.draw(["a tree"], steps=1)
+        model.draw(["a tree"], steps=1)
     loaded = xfusion.load(tmp_path / "run" / "pack", backbone=base)
-    assert loaded.config == trained.config and loaded.fingerprint == trained.fingerprint
+    assert loaded.config == model.config and loaded.fingerprint == model.fingerprint
     batch = view([[s] for s in SEQUENCES.values()], loaded)
     with torch.no_grad():
-        assert distance(look(loaded, batch), look(trained.eval(), batch)) == 0
+        assert distance(look(loaded, batch), look(model.eval(), batch)) == 0
 
 
 @pytest.mark.parametrize("fusion", [*READERS, "sparse experts"])

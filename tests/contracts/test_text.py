@@ -1,5 +1,7 @@
 """Contract: the frozen model is never touched, and text comes out of the fused stack bit for bit."""
 
+import re
+
 import pytest
 import torch
 from contracts.table import (
@@ -203,6 +205,19 @@ def test_gradients_reach_every_new_parameter_through_the_frozen_layers(bases, fu
     assert all(p.grad is None for p in model.backbone.model.parameters())
 
 
+READ_TO_THE_END = (
+    "dual tower, strided",
+    "single tower",
+    "single tower, strided",
+    "gated tower",
+    "sparse experts",
+    "sparse experts, of the paper",
+    "prefix",
+    "hybrid",
+)
+"""Fusions with no new weight that words do not hear of."""
+
+
 @pytest.mark.parametrize(("fusion", "family"), ROWS)
 def test_words_train_every_block_but_one_at_the_last_layer(bases, fusion, family):
     """Spec 1.12, test 4: what the last layer makes of a picture is read by no word."""
@@ -231,5 +246,9 @@ def test_words_train_every_block_but_one_at_the_last_layer(bases, fusion, family
         "x-fuse": (f"fusion.mixes.media_{last}.",),
         "x-fuse-proj on pictures": (f"fusion.blocks.{last}.", f"fusion.mixes.media_{last}."),
         "dynamic": (f"fusion.mixes.media_{last}.",),
-    }.get(fusion, ())
-    assert silent == {n for n in words if n.startswith(unread)} if unread else not silent
+        **dict.fromkeys(READ_TO_THE_END, ()),
+    }
+    if fusion in unread:
+        assert silent == {n for n in words if n.startswith(unread[fusion])} if unread[fusion] else not silent
+    else:  # a row that says nothing of itself
+        assert all(re.search(rf"[._]{last}(\.|$)", n) for n in silent), silent

@@ -5,7 +5,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from contracts.table import SIDE, Noise, model_config, picture, randomise, words
+from contracts.table import (
+    SIDE,
+    Noise,
+    corrupted,
+    model_config,
+    picture,
+    randomise,
+    share_left,
+    trained,
+    twenty_steps,
+    words,
+)
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
 import xfusion
@@ -16,6 +27,7 @@ from xfusion.data.templates import Templates, opened
 from xfusion.model import Model
 from xfusion.objectives.base import NoObjective
 from xfusion.objectives.contrastive import Contrastive, same
+from xfusion.objectives.flow_matching import FlowMatching
 from xfusion.objectives.next_token import NextToken
 from xfusion.training.loop import train
 from xfusion.training.stages import Recipe, Stage
@@ -41,9 +53,9 @@ def pair(i, *, text=None, group=-1, grid=(2, 2)):
     return Sequence(segments=(text or words(3 + i % 3, i), shown))
 
 
-def vectors(model, sequences, per_row=1):
+def vectors(model, sequences, per_row=1, noise=lambda batch: batch):
     rows = [sequences[i : i + per_row] for i in range(0, len(sequences), per_row)]
-    batch, (objective,) = pack(rows), model.extra
+    batch, (objective,) = noise(pack(rows)), model.extra
     from xfusion.objectives.contrastive import _places
 
     row, sample = _places(batch.media["image"])
@@ -118,6 +130,8 @@ def test_vectors_depend_on_nothing_else_in_the_batch(bases):
     for per_row in (1, 2, 4):
         for found, expected in zip(vectors(model, sequences, per_row), alone, strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    for found, expected in zip(vectors(model, sequences, 2, noise=corrupted), alone, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)  # the picture is seen clean
     assert float((alone[0][0] - alone[0][1]).abs().max()) > 1e-2
 
 
@@ -189,25 +203,43 @@ def test_a_mixture_numbers_the_groups_of_its_source(bases):
 
 
 def test_twenty_steps_of_the_real_loop_text_bit_equal_and_a_pack(bases, tmp_path):
-    base, losses = bases["llama"], []
-    before, ids = base.compute_fingerprint(), torch.randint(3, 300, (2, 11))
-    mixture = MixtureConfig(draw=6, caption=0, templates=TEMPLATES)
-    stage = Stage(steps=20, warmup=2, rate=2e-3, schedule="constant", ema=0, mixture=mixture)
-    trained = train(
-        Recipe(model=make(base).config, data="noise", stages=(stage,)),
-        out=tmp_path / "run",
-        source=Noise(),
-        backbone=base,
-        compile=False,
-        dtype=torch.float32,
-        listener=lambda e: losses.append(e["losses"]) if e["event"] == "step" else None,
-    )
+    base, stage = bases["llama"], twenty_steps(MixtureConfig(draw=6, caption=0, templates=TEMPLATES), rate=2e-3)
+    model, losses = trained(Recipe(model=make(base).config, data="noise", stages=(stage,)), base, tmp_path / "run")
     assert set(losses[0]) == {"contrastive"} and losses[-1]["contrastive"] < 0.2 * losses[0]["contrastive"]
-    assert base.compute_fingerprint() == before
-    with torch.no_grad():
-        assert torch.equal(trained.text_logits(ids, stack="fused"), base.model(ids).logits)
     loaded = xfusion.load(tmp_path / "run" / "pack", backbone=base)
     items = [Noise().picture(0, SIDE), Noise().examples[0].captions[0], Noise().examples[1].captions[0]]
-    found = trained.eval().embed(items)
+    found = model.eval().embed(items)
     assert torch.equal(loaded.embed(items), found)
     assert float(found[0] @ found[1]) > float(found[0] @ found[2])
+
+
+def test_contrast_beside_drawing_and_naming(bases, tmp_path):
+    """Three losses of one step: the noised picture of a drawing sample is a clean one to the contrast."""
+    base = bases["llama"]
+    config = replace(
+        model_config(base), media=FlowMatching.Config(prediction="velocity"), extra=(Contrastive.Config(),)
+    )
+    names = {"next_token", "flow_matching", "contrastive"}
+    model = Model(config, base)
+    randomise(model)
+    answered = Sequence(segments=(picture((2, 2), 9), words(4, 9, loss=True)))
+    found = model.losses(pack([[s] for s in (pair(0), pair(1), answered)]), torch.Generator().manual_seed(0))
+    assert set(found) == names
+    sum(value / count for value, count in found.values()).backward()
+    grads = {n: 0.0 if p.grad is None else float(p.grad.abs().max()) for n, p in model.named_new_parameters().items()}
+    assert [n for n, g in grads.items() if not g > 0] == []
+    assert all(p.grad is None for p in base.model.parameters())
+    mixture = MixtureConfig(draw=6, caption=6, pack=2, templates=replace(TEMPLATES, question_share=0))
+    recipe = Recipe(model=config, data="noise", stages=(twenty_steps(mixture),))
+    model, losses = trained(recipe, base, tmp_path / "run")
+    assert set(losses[0]) == names and share_left(losses, "contrastive") < 0.8
+    assert model.capabilities == {"text", "caption", "draw", "embed"}
+
+
+def test_a_loss_over_a_batch_is_not_accumulated(bases, tmp_path):
+    recipe = Recipe(model=make(bases["llama"]).config, data="noise", stages=(Stage(steps=1, accumulate=2),))
+    with pytest.raises(
+        XFusionError,
+        match=r"stage 0 accumulates 2 batches, but the loss contrastive compares .* set --stages.0.accumulate 1 ",
+    ):
+        train(recipe, out=tmp_path / "run", source=Noise(), backbone=bases["llama"], compile=False)

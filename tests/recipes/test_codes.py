@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from contracts.table import Noise
+from contracts.table import share_left, trained, twenty_steps
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vq_model import VQModel
 from PIL import Image
@@ -13,8 +13,6 @@ from xfusion.data.mixture import MixtureConfig
 from xfusion.data.sequence import XFusionError
 from xfusion.modalities.codecs.causal_queries import CausalQueries, Shape
 from xfusion.recipes.base import find
-from xfusion.training.loop import train
-from xfusion.training.stages import Stage
 
 RECIPES = ("teal", "dall_e", "dall_e(rank=4)", "cm3leon", "seed")
 
@@ -43,9 +41,7 @@ def codec(tmp_path_factory):
 def tiny(name, base, codec):
     """A recipe on the tiny base, with the small mixture of the contract tests."""
     recipe = find(f"{name.rstrip(')')}{', ' if '(' in name else '('}codec={codec!r}, entries=12, size=16)")()
-    stage = Stage(
-        steps=20, warmup=2, rate=2e-2, schedule="constant", ema=0, mixture=MixtureConfig(draw=6, caption=6, pack=2)
-    )
+    stage = twenty_steps(MixtureConfig(draw=6, caption=6, pack=2))
     backbone = replace(recipe.model.backbone, source=base.source)
     return replace(recipe, stages=(stage,), data="noise").with_model(backbone=backbone)
 
@@ -68,26 +64,11 @@ def causal_codec(tmp_path_factory):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_twenty_steps(bases, codec, causal_codec, name, tmp_path):
-    base, losses = bases["llama"], []
-    codec = causal_codec if name == "seed" else codec
-    before = base.compute_fingerprint()
-    model = train(
-        tiny(name, base, codec),
-        out=tmp_path / "run",
-        source=Noise(),
-        backbone=base,
-        compile=False,
-        dtype=torch.float32,
-        preview_every=0,
-        listener=lambda e: losses.append(e["losses"]) if e["event"] == "step" else None,
-    )
-    assert len(losses) == 20 and set(losses[0]) == {"next_token", "next_code"}
-    first, last = (sum(step["next_code"] for step in part) / 4 for part in (losses[:4], losses[-4:]))
-    assert last < 0.8 * first
-    ids = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(5))
-    with torch.no_grad():
-        assert torch.equal(model.text_logits(ids, stack="fused"), base.model(ids).logits)
-    assert base.compute_fingerprint() == before and model.capabilities == {"text", "caption", "draw"}
+    base, codec = bases["llama"], causal_codec if name == "seed" else codec
+    model, losses = trained(tiny(name, base, codec), base, tmp_path / "run")
+    assert set(losses[0]) == {"next_token", "next_code"} and share_left(losses, "next_code") < 0.8
+    assert model.fusion.preserves_text
+    assert model.capabilities == {"text", "caption", "draw"}
     (picture,) = model.draw(["a tree"])
     assert picture.size == (16, 16)
     mask = Image.new("L", (16, 16))

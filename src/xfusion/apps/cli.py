@@ -217,6 +217,9 @@ def _complaint(box: str, kind: Any, name: str, settings: dict[str, Any]) -> str:
         names = ", ".join("".join(m) for m in missing) or text
         return f"{name}: {names} is missing; see xfusion {name} --help"
     text = text.removeprefix("Error parsing ").replace("could not convert string to float", "not a number")
+    text = re.sub(
+        r"Could not find valid parse for arguments: \[(.*)\]", rf"cannot read \1; see xfusion {name} --help", text
+    )
     text = re.sub(r"invalid literal for int\(\) with base 10", "not a whole number", text)
     return f"{name}: {text or title}"
 

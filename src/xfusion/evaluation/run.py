@@ -78,7 +78,9 @@ def check(suite: str, settings: Mapping[str, Any]) -> Callable[..., dict[str, An
                 f"suite {suite!r} has no setting {name!r}{_nearest(name, list(hints))}; it has {', '.join(hints)}"
             )
         if not _is(value, hints[name]):
-            kinds = ["null" if kind is NoneType else getattr(kind, "__name__", repr(kind)) for kind in _kinds(hints[name])]
+            kinds = [
+                "null" if kind is NoneType else getattr(kind, "__name__", repr(kind)) for kind in _kinds(hints[name])
+            ]
             raise XFusionError(f"suite {suite!r}: {name} is {value!r}, and has to be {' or '.join(kinds)}")
     return run
 
