@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import os
 import pkgutil
@@ -71,7 +72,8 @@ def check(suite: str, settings: Mapping[str, Any]) -> Callable[..., dict[str, An
         XFusionError: unknown suite or setting, or a value of another kind than the setting's.
     """
     run = _find(suite)
-    hints = {k: v for k, v in get_type_hints(run).items() if k not in ("model", "progress", "return")}
+    typed, known = get_type_hints(run), inspect.signature(run).parameters
+    hints = {name: typed.get(name, Any) for name in known if name not in ("model", "progress")}
     for name, value in settings.items():
         if name not in hints:
             raise XFusionError(
