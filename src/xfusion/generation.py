@@ -329,7 +329,12 @@ def _pictures(model: Model, tokens: Tensor, native: int, wanted: int) -> list[PI
 
 
 def _media_segment(model: Model, pictures: Seq[PILImage.Image], size: int | None = None) -> list[Media]:
-    side = size or model.image.sizes[0]
+    side = model.image.sizes[0] if size is None else size
+    if side not in model.image.sizes:
+        raise XFusionError(
+            f"pictures of {side} px cannot be read: the model was made for {', '.join(map(str, model.image.sizes))} px,"
+            " choose one of these"
+        )
     grid = model.image.grid(side)
     tokens = model.image.encode(list(pictures), side)
     return [model.image.segment(t, (grid[0], grid[1])) for t in tokens.cpu()]
@@ -398,6 +403,7 @@ def caption(
     pictures: Seq[PILImage.Image],
     *,
     question: str = "",
+    size: int | None = None,
     max_tokens: int = 32,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -409,6 +415,7 @@ def caption(
         model: a model that can caption.
         pictures: any size; cut to the middle square and resized as in training.
         question: what to ask, or nothing.
+        size: side in pixels that pictures are read at, one that the model was made for (None: the first).
         max_tokens: longest answer.
         temperature: 0 is greedy.
         top_p: nucleus sampling.
@@ -418,7 +425,7 @@ def caption(
     tail: tuple[Text, ...] = (Text(ids=asked),) if asked else ()
     out: list[str] = []
     for start in range(0, len(pictures), BATCH):
-        contexts = [(media, *tail) for media in _media_segment(model, pictures[start : start + BATCH])]
+        contexts = [(media, *tail) for media in _media_segment(model, pictures[start : start + BATCH], size)]
         seeds = [seed + start + i for i in range(len(contexts))]
         ids = answer_tokens(model, contexts, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seeds=seeds)
         out += [model.backbone.decode(i).strip() for i in ids]
@@ -431,6 +438,7 @@ def score_names(
     pictures: Seq[PILImage.Image] | None,
     names: Seq[str],
     *,
+    size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Mean log-likelihood per token (end token included) of each name after each picture.
@@ -439,6 +447,7 @@ def score_names(
         model: a model that can caption.
         pictures: None scores the names behind an empty picture slot: [EOI] alone.
         names: candidate answers.
+        size: side in pixels that pictures are read at, one that the model was made for (None: the first).
         progress: told pictures done and in all.
 
     Returns:
@@ -449,7 +458,7 @@ def score_names(
     ranked = sorted(range(len(answers)), key=lambda i: len(answers[i]))
     width = -(-len(ranked) // LENGTH_GROUPS)  # names of like length go through together: less padding
     groups = [ranked[start : start + width] for start in range(0, len(ranked), width)]
-    media = _media_segment(model, pictures) if pictures is not None else [None]
+    media = _media_segment(model, pictures, size) if pictures is not None else [None]
     out = torch.empty(len(media), len(names))
     for done, item in enumerate(media, start=1):
         cache, first = _before_answers(model, item)

@@ -346,7 +346,7 @@ def test_the_beginning_of_text_stands_before_a_picture_that_opens_a_sequence(bas
     begin = base.begin_ids
     plain = {"question_share": 0.0, "article_share": 0.0}
     mixture = MixtureConfig(draw=0, caption=2, pack=1, templates=Templates(**plain))
-    (batch,) = Mixture(Noise(), model.image, SIDE, base.encode, begin, base.end_ids[0], mixture, 0).batches(0)
+    (batch,) = Mixture(Noise(), model.image, (SIDE,), base.encode, begin, base.end_ids[0], mixture, 0).batches(0)
     assert batch.text_ids[:, 0].tolist() == [begin[0]] * 2 and not batch.text.after_media[:, 0].any()
     with torch.no_grad():
         scores = model.score_names(shown, ["a red apple", "tree"])

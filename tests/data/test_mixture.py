@@ -38,11 +38,11 @@ def encode(text):
     return tuple(map(ord, text))
 
 
-def mixture(source=None, seed=0, **settings):
-    image = ImageModality.Config(patch=4, sizes=(8,)).build()
+def mixture(source=None, seed=0, sizes=(8,), **settings):
+    image = ImageModality.Config(patch=4, sizes=sizes).build()
     settings = {"draw": 4, "caption": 4, "pack": 2, **settings}
     return Mixture(
-        Squares() if source is None else source, image, 8, encode, BEGIN, END, MixtureConfig(**settings), seed
+        Squares() if source is None else source, image, sizes, encode, BEGIN, END, MixtureConfig(**settings), seed
     )
 
 
@@ -149,6 +149,28 @@ def test_shapes_stay_fixed_over_a_run_and_longer_rows_double_the_width(monkeypat
             assert count in (width, 2 * width, 4 * width)
 
 
+def test_a_step_of_several_sizes_has_as_many_of_each_and_one_shape():
+    """Sides of 8, 16 and 24 px are 4, 16 and 36 tokens: what one of the largest takes holds two of 16 px or seven of 8."""
+    one, other = (mixture(Squares(20), sizes=(24, 8, 16), draw=9, caption=6, pack=2) for _ in range(2))
+    shapes, assigned = [], set()
+    for step in range(20):
+        batches = one.batches(step)
+        assert all(torch.equal(a, b) for a, b in zip(flat(batches), flat(other.batches(step)), strict=True))
+        shapes.append([tuple(b.media["image"].tokens.shape) for b in batches])
+        for batch, samples in zip(batches, (one.drawings(step), one.captionings(step)), strict=True):
+            media = batch.media["image"]
+            found = [int((media.item == n).sum()) for n in range(len(media.noised))]
+            assert Counter(found) == dict.fromkeys((4, 16, 36), len(samples) // 3)
+            assert batch.num_sequences == len(samples)
+        pictures = [s for q in one.drawings(step) for s in q.segments if isinstance(s, Media)]
+        assigned |= {(p.index, p.size) for p in pictures}
+    assert len(assigned) > 40  # a picture comes in every size
+    # 3 of 37 positions, and 3 of 17 with 3 of 5 in two more rows: 5 rows of at most 37. To name: 2 of each, 74 positions.
+    assert shapes == [[(5, 37, 48), (2, 59, 48)]] * 20
+    picture = one.source.picture(3, 16)
+    assert torch.equal(one.tokens(3, 16), one.image.encode([picture], 16)[0])
+
+
 def test_pictures_are_encoded_once_and_the_oldest_goes_first(monkeypatch):
     source = Squares(3)
     m = mixture(source)
@@ -159,7 +181,7 @@ def test_pictures_are_encoded_once_and_the_oldest_goes_first(monkeypatch):
     source = Squares(3)
     m = mixture(source)
     for index in (0, 1, 2, 1, 0):
-        m.tokens(index)
+        m.tokens(index, 8)
     assert source.opened == {0: 2, 1: 1, 2: 1}
 
 

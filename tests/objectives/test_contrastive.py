@@ -196,10 +196,15 @@ def test_a_mixture_numbers_the_groups_of_its_source(bases):
 
     model = make(bases["llama"])
     base, config = model.backbone, MixtureConfig(draw=6, caption=0, templates=TEMPLATES)
-    mixture = Mixture(Twins(), model.image, SIDE, base.encode, base.begin_ids, base.end_ids[0], config, 0)
+    mixture = Mixture(Twins(), model.image, (SIDE,), base.encode, base.begin_ids, base.end_ids[0], config, 0)
     (batch,) = mixture.batches(0)
     assert same(batch, batch.media["image"]).sum() == 2
-    assert mixture.drawn(0).group == mixture.drawn(1).group != mixture.drawn(2).group == mixture.shown(2).group
+    assert (
+        mixture.drawn(0, SIDE).group
+        == mixture.drawn(1, SIDE).group
+        != mixture.drawn(2, SIDE).group
+        == mixture.shown(2, SIDE).group
+    )
 
 
 def test_twenty_steps_of_the_real_loop_text_bit_equal_and_a_pack(bases, tmp_path):

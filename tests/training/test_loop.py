@@ -528,7 +528,7 @@ def test_randomised_models_differ(bases):
 def test_the_largest_step_is_at_least_as_wide_as_any(bases):
     model = make_model(bases["llama"])
     settings = (model.backbone.begin_ids, model.backbone.end_ids[0], MixtureConfig(draw=4, caption=4, pack=2), 0)
-    mixture = Mixture(Noise(), model.image, model.image.sizes[0], model.backbone.encode, *settings)
+    mixture = Mixture(Noise(), model.image, model.image.sizes, model.backbone.encode, *settings)
     widest = [batch.text.count for batch in mixture.largest()]
     steps = [[batch.text.count for batch in mixture.batches(step)] for step in range(100)]
     assert all(count <= limit for counts in steps for count, limit in zip(counts, widest, strict=True))

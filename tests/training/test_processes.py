@@ -312,7 +312,15 @@ def mixture(model, share=lambda rows: None, source=None):
     backbone = model.backbone
     config = MixtureConfig(draw=4, caption=4, pack=2)
     return Mixture(
-        source or Noise(), model.image, 16, backbone.encode, backbone.begin_ids, backbone.end_ids[0], config, 0, share
+        source or Noise(),
+        model.image,
+        (16,),
+        backbone.encode,
+        backbone.begin_ids,
+        backbone.end_ids[0],
+        config,
+        0,
+        share,
     )
 
 

@@ -152,15 +152,16 @@ def _flops(function: Callable[[], Any]) -> int:
 class _Words(Mixture):
     """A mixture whose pictures nobody looks at."""
 
-    def tokens(self, index: int) -> Tensor:
+    def tokens(self, index: int, size: int) -> Tensor:
         del index
-        return torch.zeros(self.grid[0] * self.grid[1], self.image.token_width)
+        return self._blank[size]
 
 
 def _mixture(model: Model, stage: Stage, source: Source, seed: int, kind: type[Mixture] = Mixture) -> Mixture:
     base = model.backbone
-    size = model.image.sizes[0]
-    return kind(source, model.image, size, base.encode, base.begin_ids, base.end_ids[0], stage.mixture, seed)
+    return kind(
+        source, model.image, model.image.sizes, base.encode, base.begin_ids, base.end_ids[0], stage.mixture, seed
+    )
 
 
 def _texts_computed(mixture: Mixture, reads: int) -> int:
@@ -168,7 +169,7 @@ def _texts_computed(mixture: Mixture, reads: int) -> int:
     words = _Words(
         mixture.source,
         mixture.image,
-        mixture.size,
+        mixture.sizes,
         mixture.encode,
         mixture.begin,
         mixture.end,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from collections import OrderedDict
@@ -37,6 +38,8 @@ class Awaited(Media):
 
     index: int
     """The example that it is."""
+    size: int
+    """Its side in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +51,8 @@ class MixtureConfig:
     caption: int = 32
     """Captioning samples per step (the paper's ratio is 2 : 1)."""
     pack: int = 4
-    """Captioning sequences packed into one row."""
+    """Captioning sequences packed into one row; with pictures of several sizes a row has room for so many of the
+    largest, and holds more of the others."""
     largest_noise: float = 0.0
     """Noise levels of pictures in captioning samples go from 0 to this; 0 keeps them clean, as the paper finds best.
     Noised ones also carry the media loss (Transfusion caps at 0.5)."""
@@ -62,7 +66,7 @@ class Mixture:
     Args:
         source: pictures with captions.
         image: turns pictures into tokens.
-        size: side in pixels.
+        sizes: sides in pixels; a step holds as many pictures of each, which pictures chance says.
         encode: the base's tokenizer.
         begin: the base's beginning of text, which stands before words that open a sequence.
         end: the base's end token.
@@ -78,7 +82,7 @@ class Mixture:
         self,
         source: Source,
         image: ImageModality,
-        size: int,
+        sizes: tuple[int, ...],
         encode: Encode,
         begin: tuple[int, ...],
         end: int,
@@ -94,67 +98,74 @@ class Mixture:
             raise XFusionError(f"largest_noise {config.largest_noise:g} is not within 0 and 1, the clean and the noise")
         if config.draw + config.caption == 0:
             raise XFusionError("draw and caption are both 0: there is nothing to learn")
-        self.source, self.image, self.size, self.config, self.seed = source, image, size, config, seed
+        self.source, self.image, self.sizes, self.config, self.seed = source, image, sizes, config, seed
         self.encode, self.begin, self.end, self.share = encode, begin, end, share
-        rows, columns = image.grid(size)
-        self.grid = (rows, columns)
         self.order = Order(source, seed)
-        self._blank = torch.zeros(rows * columns, image.token_width)
-        self._tokens: OrderedDict[int, Tensor] = OrderedDict()
-        self._kept = max(1, TOKENS_KEPT // (rows * columns * image.token_width * 4))
+        self._blank = {size: torch.zeros(math.prod(image.grid(size)), image.token_width) for size in sizes}
+        self._tokens: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
+        largest = max(map(len, self._blank.values()))
+        self._kept = max(1, TOKENS_KEPT // (largest * image.token_width * 4))
+        self._room = largest + 1
         self._ids: dict[str, tuple[int, ...]] = {}
         self._pool = ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1), thread_name_prefix="decode")
         numbers: dict[str, int] = {}
         self._groups = [numbers.setdefault(example.group, len(numbers)) for example in source.examples]
 
-    def tokens(self, index: int) -> Tensor:
-        """Tokens ``[M, P]`` of a picture, encoded once."""
-        if index not in self._tokens:
-            self._keep(index, self._encoded(index))
-        return self._tokens[index]
+    def tokens(self, index: int, size: int) -> Tensor:
+        """Tokens ``[M, P]`` of a picture in a size, encoded once."""
+        if (index, size) not in self._tokens:
+            self._keep((index, size), self._encoded((index, size)))
+        return self._tokens[index, size]
 
-    def _encoded(self, index: int) -> Tensor:
-        return tokens(self.source, index, self.image, self.size)
+    def _encoded(self, wanted: tuple[int, int]) -> Tensor:
+        index, size = wanted
+        return tokens(self.source, index, self.image, size)
 
-    def _keep(self, index: int, made: Tensor) -> None:
-        self._tokens[index] = made
+    def _keep(self, which: tuple[int, int], made: Tensor) -> None:
+        self._tokens[which] = made
         if len(self._tokens) > self._kept:
             self._tokens.popitem(last=False)
 
-    def drawn(self, index: int) -> Media:
+    def drawn(self, index: int, size: int) -> Media:
         """A picture to learn to draw."""
-        return self._awaited(index, state="noised", has_loss=True)
+        return self._awaited(index, size, state="noised", has_loss=True)
 
-    def shown(self, index: int) -> Media:
+    def shown(self, index: int, size: int) -> Media:
         """A picture to learn to read: clean, or up to a noise level, and then it is also learned to be drawn."""
         cap = self.config.largest_noise
-        return self._awaited(index, state="noised", has_loss=True, largest_noise=cap) if cap else self._awaited(index)
+        how: dict[str, Any] = {"state": "noised", "has_loss": True, "largest_noise": cap} if cap else {}
+        return self._awaited(index, size, **how)
 
-    def _awaited(self, index: int, **how: Any) -> Awaited:
-        blank = self.image.segment(self._blank, self.grid, group=self._groups[index], **how)
-        return Awaited(**vars(blank), index=index)
+    def _awaited(self, index: int, size: int, **how: Any) -> Awaited:
+        blank = self.image.segment(self._blank[size], self.image.grid(size), group=self._groups[index], **how)
+        return Awaited(**vars(blank), index=index, size=size)
+
+    def _sizes(self, task: str, step: int, count: int) -> list[int]:
+        """Sizes of a task's samples in a step: always as many of each, so that shapes stay fixed."""
+        even = [self.sizes[place % len(self.sizes)] for place in range(count)]
+        random.Random(f"{self.seed}/{task}/sizes/{step}").shuffle(even)
+        return even
 
     def _filled(self, rows: list[list[Sequence]]) -> list[list[Sequence]]:
         """The rows with the pictures of this process's own; all other pictures stay blank."""
         own = set(range(len(rows))[self.share(len(rows)) or slice(None)])
         media = (s for n in sorted(own) for q in rows[n] for s in q.segments if isinstance(s, Awaited))
-        missing = [i for i in dict.fromkeys(m.index for m in media) if i not in self._tokens]
+        missing = [i for i in dict.fromkeys((m.index, m.size) for m in media) if i not in self._tokens]
         # Pillow decodes outside Python's lock. Kept beside the bounded store, which may be smaller than one batch.
         fresh = dict(zip(missing, self._pool.map(self._encoded, missing), strict=True))
 
         def fill(segment: Text | Media) -> Text | Media:
             if not isinstance(segment, Awaited):
                 return segment
-            return replace(
-                segment, tokens=fresh[segment.index] if segment.index in fresh else self.tokens(segment.index)
-            )
+            which = (segment.index, segment.size)
+            return replace(segment, tokens=fresh[which] if which in fresh else self.tokens(*which))
 
         filled = [
             [Sequence(segments=tuple(map(fill, q.segments))) for q in row] if n in own else row
             for n, row in enumerate(rows)
         ]
-        for index, made in fresh.items():
-            self._keep(index, made)
+        for which, made in fresh.items():
+            self._keep(which, made)
         return filled
 
     def ids(self, text: str) -> tuple[int, ...]:
@@ -170,9 +181,10 @@ class Mixture:
         """The drawing sequences of a step."""
         rng, count = random.Random(f"{self.seed}/draw/words/{step}"), self.config.draw
         words = self.config.templates.drawing_words
+        chosen = zip(self.order.take("draw", step * count, count), self._sizes("draw", step, count), strict=True)
         return [
-            drawing(self.ids, self.begin, words(self.source.examples[i], rng), self.drawn(i))
-            for i in self.order.take("draw", step * count, count)
+            drawing(self.ids, self.begin, words(self.source.examples[i], rng), self.drawn(i, size))
+            for i, size in chosen
         ]
 
     def captionings(self, step: int) -> list[Sequence]:
@@ -183,19 +195,26 @@ class Mixture:
             self.source.examples,
         )
         question = self.config.templates.question
+        chosen = zip(self.order.take("caption", step * count, count), self._sizes("caption", step, count), strict=True)
         return [
-            captioning(self.ids, self.end, self.shown(i), examples[i].captions[0], question(rng), self.begin)
-            for i in self.order.take("caption", step * count, count)
+            captioning(self.ids, self.end, self.shown(i, size), examples[i].captions[0], question(rng), self.begin)
+            for i, size in chosen
         ]
+
+    def _rows(self, drawings: list[Sequence], captionings: list[Sequence]) -> tuple[list[list[Sequence]], ...]:
+        """Rows of both tasks: each drawing for itself in the order of the samples, unless smaller ones share a row."""
+        alone = len(self.sizes) == 1
+        return (
+            [[s] for s in drawings] if alone else balance(drawings, self._room),
+            balance(captionings, self.config.pack * self._room),
+        )
 
     @cached_property
     def widths(self) -> tuple[int, int]:
         """Text positions of a drawing and of a packed captioning row that nearly all steps fit: shapes stay fixed."""
-        steps = range(LOOKED_AT)
-        draw = [max(map(text_length, self.drawings(step)), default=0) for step in steps]
-        packed = [balance(self.captionings(step), self.config.pack) for step in steps]
-        longest = [max((sum(map(text_length, row)) for row in rows), default=0) for rows in packed]
-        return _up(_most(draw), 4), _up(_most(longest), 4)
+        steps = [self._rows(self.drawings(step), self.captionings(step)) for step in range(LOOKED_AT)]
+        draw, caption = ([_longest(rows) for rows in task] for task in zip(*steps, strict=True))
+        return _up(_most(draw), 4), _up(_most(caption), 4)
 
     def batches(self, step: int) -> list[Batch]:
         """The batches of a step, a pure function of the step."""
@@ -213,19 +232,18 @@ class Mixture:
         _, named, answer = max((len(e.captions[0]), i, e.captions[0]) for i, e in enumerate(examples))
         words = with_article(words) if templates.article_share else words
         question = max(QUESTIONS, key=len) if templates.question_share else ""
-        draw = drawing(self.ids, self.begin, words, self.drawn(drawn))
-        caption = captioning(self.ids, self.end, self.shown(named), answer, question, self.begin)
-        return self._packed([draw] * self.config.draw, [caption] * self.config.caption)
+        draw = {s: drawing(self.ids, self.begin, words, self.drawn(drawn, s)) for s in self.sizes}
+        caption = {
+            s: captioning(self.ids, self.end, self.shown(named, s), answer, question, self.begin) for s in self.sizes
+        }
+        return self._packed(
+            [draw[s] for s in self._sizes("draw", 0, self.config.draw)],
+            [caption[s] for s in self._sizes("caption", 0, self.config.caption)],
+        )
 
     def _packed(self, drawings: list[Sequence], captionings: list[Sequence]) -> list[Batch]:
-        out = []
-        if drawings:
-            width = _fit(self.widths[0], max(map(text_length, drawings)))
-            out.append(pack(self._filled([[s] for s in drawings]), text_width=width))
-        if captionings:
-            rows = self._filled(balance(captionings, self.config.pack))
-            out.append(pack(rows, text_width=_fit(self.widths[1], max(sum(map(text_length, row)) for row in rows))))
-        return out
+        tasks = zip(self._rows(drawings, captionings), self.widths, strict=True)
+        return [pack(self._filled(rows), text_width=_fit(width, _longest(rows))) for rows, width in tasks if rows]
 
 
 class Ahead(Generic[T]):
@@ -255,6 +273,11 @@ class Ahead(Generic[T]):
     def close(self) -> None:
         """Make nothing further."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _longest(rows: list[list[Sequence]]) -> int:
+    """Text positions of the row that has most."""
+    return max((sum(map(text_length, row)) for row in rows), default=0)
 
 
 def _most(values: list[int]) -> int:

@@ -33,21 +33,45 @@ def text_length(sequence: Sequence) -> int:
     return total - (1 if isinstance(last, Text) and last.has_loss and last.ids else 0)
 
 
-def balance(sequences: Seq[Sequence], per_row: int) -> list[list[Sequence]]:
-    """Put ``per_row`` sequences in each row so that text lengths come out even: the longest with the shortest.
+def media_length(sequence: Sequence) -> int:
+    """Media positions of a sequence, [BOI] included."""
+    return sum(len(s.tokens) + 1 for s in sequence.segments if isinstance(s, Media))
 
-    Every row then holds the same number of media items and nearly the same number of text positions, which keeps
-    tensor shapes fixed and padding small.
+
+def balance(sequences: Seq[Sequence], budget: int) -> list[list[Sequence]]:
+    """Put sequences into as few rows of ``budget`` media positions as first fit needs, and even these out: the largest
+    media first, each to the row with the fewest media positions, among those with as many to the one with the least text.
+
+    How many rows there are and how many media positions each has depends on the sizes of the media alone: steps that
+    hold the same sizes have the same shapes. Text comes out even as well, the longest with the shortest, so that
+    padding is small.
+
+    Raises:
+        XFusionError: a sequence alone has more media positions.
     """
-    if len(sequences) % per_row:
-        raise XFusionError(f"{len(sequences)} sequences do not fill rows of {per_row}: choose a multiple")
-    ordered = sorted(sequences, key=text_length, reverse=True)
-    rows: list[list[Sequence]] = [[] for _ in range(len(sequences) // per_row)]
-    for start in range(0, len(ordered), len(rows) or 1):
-        chunk = ordered[start : start + len(rows)]
-        for row, sequence in zip(sorted(rows, key=lambda r: sum(map(text_length, r))), chunk, strict=True):
-            row.append(sequence)
-    return rows
+    ordered = sorted(sequences, key=lambda s: (media_length(s), text_length(s)), reverse=True)
+    if ordered and media_length(ordered[0]) > budget:
+        raise XFusionError(
+            f"a sequence of {media_length(ordered[0])} media positions does not fit into a row of {budget}: raise it"
+        )
+    needed: list[int] = []
+    for media in map(media_length, ordered):
+        first = next((n for n, used in enumerate(needed) if used + media <= budget), None)
+        if first is None:
+            needed.append(media)
+        else:
+            needed[first] += media
+    rows: list[tuple[int, int, list[Sequence]]] = [(0, 0, []) for _ in needed]
+    for sequence in ordered:
+        media, text = media_length(sequence), text_length(sequence)
+        room = [n for n, (used, _, _) in enumerate(rows) if used + media <= budget]
+        if not room:  # evened out, they may need more rows than filled one by one
+            room = [len(rows)]
+            rows.append((0, 0, []))
+        n = min(room, key=lambda n: rows[n][:2])
+        used, words, row = rows[n]
+        rows[n] = (used + media, words + text, [*row, sequence])
+    return [row for _, _, row in rows]
 
 
 def pack(rows: Seq[Seq[Sequence]], *, text_width: int | None = None) -> Batch:

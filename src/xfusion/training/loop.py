@@ -242,7 +242,7 @@ class _Run:
             Mixture(
                 self.source,
                 model.image,
-                self.size,
+                model.image.sizes,
                 model.backbone.encode,
                 model.backbone.begin_ids,
                 model.backbone.end_ids[0],
@@ -286,10 +286,8 @@ class _Run:
         )
         for index, taken in model.fusion.taken.items():
             say(f"start     layer {index}: " + ", ".join(f"{own} <- {name}" for own, name in taken.items()))
-        tokens = model.image.grid(self.size)
-        say(
-            f"data      {self.source.spec}: {len(self.source.examples)} pictures, {self.size} px, {tokens[0] * tokens[1]} tokens"
-        )
+        sizes = "; ".join(f"{size} px, {math.prod(model.image.grid(size))} tokens" for size in model.image.sizes)
+        say(f"data      {self.source.spec}: {len(self.source.examples)} pictures, {sizes}")
         say(f"step      {stage.mixture.draw} to draw, {stage.mixture.caption} to caption, times {stage.accumulate}")
         say(f"compute   {reason}, {torch.get_num_threads()} threads")
         if self.keeps_memory:

@@ -138,9 +138,8 @@ class Step:
             caption=mixture.caption if caption is None else caption,
         )
         base = model.backbone
-        size = model.image.sizes[0]
         self.mixture = Mixture(
-            bench.source, model.image, size, base.encode, base.begin_ids, base.end_ids[0], mixture, 0
+            bench.source, model.image, model.image.sizes, base.encode, base.begin_ids, base.end_ids[0], mixture, 0
         )
         self.engine: Engine = model.training_engine(
             bench.dtype, "measured", choose_attention(base.device), bench.compile

@@ -71,7 +71,7 @@ def _peer(bench: Bench, step: Step, width: int) -> _Peer:
     model = Transfusion(
         num_text_tokens=config.vocab_size,
         dim_latent=step.model.image.token_width,
-        modality_default_shape=step.mixture.grid,
+        modality_default_shape=step.model.image.grid(step.model.image.sizes[0]),
         modality_num_dim=2,
         add_pos_emb=True,
         prob_uncond=0.0,  # the captions that our mixture empties are empty here, too
@@ -107,7 +107,7 @@ class _Peer:
         weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self.facts = {"width": width, "trainable_parameters": sum(weight.numel() for weight in weights.values())}
         self.optimizer = Optimizer(weights, 0.0)
-        self.grid = step.mixture.grid
+        self.grid = step.model.image.grid(step.model.image.sizes[0])
 
     def __call__(self) -> None:
         number, kind = next(self.numbers) % 8, self.bench.dtype

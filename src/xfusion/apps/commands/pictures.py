@@ -208,6 +208,8 @@ class Caption(Verb):
     """Picture files; what is not square is cut to its middle."""
     question: str = ""
     """What to ask about each picture; nothing asks for its name."""
+    size: int | None = None
+    """Side in pixels that pictures are read at, one of the pack's; None takes its first."""
     max_tokens: int = 32
     """Longest answer in tokens."""
     device: str = "auto"
@@ -229,8 +231,11 @@ class Caption(Verb):
         with progress(people) as tell:
             for start in range(0, len(opened), 16):
                 tell("reading", start, len(opened))
-                answers += model.caption(opened[start : start + 16], question=self.question, max_tokens=self.max_tokens)
+                answers += model.caption(
+                    opened[start : start + 16], question=self.question, size=self.size, max_tokens=self.max_tokens
+                )
         found = [{"image": i, "caption": a} for i, a in zip(self.images, answers, strict=True)]
-        data = {"captions": found, "question": self.question, "pack_fingerprint": model.fingerprint}
+        data = {"captions": found, "question": self.question, "size": self.size or model.image.sizes[0]}
+        data |= {"pack_fingerprint": model.fingerprint}
         text = "\n".join(f"{item['image']}: {item['caption']}" for item in found)
         return Answer(data=data | {"seconds": round(time.perf_counter() - begun, 3)}, text=text)
