@@ -184,6 +184,14 @@ class Backbone:
             model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES[name]), dtype=torch.bfloat16)
         return cls(model.requires_grad_(False).eval(), None, name, pretrained=False)
 
+    def without_weights(self) -> Backbone:
+        """The same base by shape alone, on the device ``meta``."""
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(self.config), dtype=self.dtype)
+        return Backbone(model, self.tokenizer, self.source, self.revision)
+
     def fresh(self) -> Any:
         """The base once more, by transformers alone: another object with storage of its own, as `verify` needs.
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from xfusion.backbone import EMBEDDED, Backbone, Cache
 from xfusion.data.sequence import END_OF_MEDIA, IGNORE, Batch, fingerprint
@@ -75,6 +76,9 @@ class Engine:
     """Whether layers take the reference path."""
     compiled: bool = False
     """Whether the per-layer work is compiled."""
+    activation_checkpointing: bool = False
+    """Whether a layer keeps its inputs alone for the backward pass, which computes the layer once more (Chen et al. 2016,
+    arXiv 1604.06174): the same losses and gradients, less memory, more time."""
     decoder: Any = None
     keep_text: bool = True
     """Whether states of texts that never change are computed once and looked up."""
@@ -271,10 +275,16 @@ class Model(nn.Module):
             media = self.port.before_layer(index, run.states[run.media], rows)
             run.states = run.states | {run.media: media}
             run.modulation = self.port.in_block(index, rows, media.dtype)
+        again = self._engine.activation_checkpointing and torch.is_grad_enabled() and run.cache is None
 
         def work(states: States) -> States:
             run.states = states
-            return compute(index, frozen, call, run)
+            if not again:
+                return compute(index, frozen, call, run)
+            # The pass goes on to other states, so a layer that is computed once more has a pass with its own. No layer
+            # draws random numbers.
+            own = replace(run)
+            return checkpoint(lambda: compute(index, frozen, call, own), use_reentrant=False, preserve_rng_state=False)
 
         run.states = work(run.states) if self.gather is None else self.gather(index, work, run.states)
         for owner, x in run.states.items():

@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from contracts.table import Noise, make_base
 
 from xfusion.apps import cli
+from xfusion.apps.bench import activation_checkpointing, denoising, generate, llama, memory, training, transfusion
 from xfusion.apps.bench import base as bench_base
-from xfusion.apps.bench import denoising, generate, llama, memory, training, transfusion
 from xfusion.apps.bench.base import Bench, Product, Step, alone, no_new_graphs, products
 from xfusion.backbone import Backbone
 
@@ -25,7 +25,15 @@ def bench(tmp_path_factory):
 
 
 def test_the_folder_is_the_list():
-    assert bench_base.names() == ["denoising", "generate", "llama", "memory", "training", "transfusion"]
+    assert bench_base.names() == [
+        "activation_checkpointing",
+        "denoising",
+        "generate",
+        "llama",
+        "memory",
+        "training",
+        "transfusion",
+    ]
 
 
 def test_products_are_those_that_are_executed():
@@ -95,6 +103,15 @@ def test_memory(bench):
     found = memory.measure(bench)["drawing"]
     seconds = found["given_back"]["step_seconds"], found["kept"]["step_seconds"]
     assert found["given_back_over_kept"] == seconds[0] / seconds[1]
+
+
+def test_activation_checkpointing(bench):
+    found = activation_checkpointing.measure(bench)["demo_tower"]
+    kept, again = found["kept"], found["computed_again"]
+    assert found["time_over_kept"] == again["step_seconds"] / kept["step_seconds"]
+    assert again["predicted_activation_bytes"] < kept["predicted_activation_bytes"]
+    if kept["memory_bytes"] is not None:
+        assert found["memory_over_kept"] == again["memory_bytes"] / kept["memory_bytes"]
 
 
 def test_generate(bench):

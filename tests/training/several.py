@@ -69,11 +69,12 @@ def run(
     preview=False,
     dtype=torch.float32,
     compile=False,
+    again=False,
     **mixture,
 ) -> None:
     base = Backbone.load(str(folder / "base"))
     config = MixtureConfig(**{"draw": 6, "caption": 4, "pack": 2, **mixture})
-    stage = Stage(steps=steps, warmup=3, mixture=config)
+    stage = Stage(steps=steps, warmup=3, mixture=config, activation_checkpointing=again)
     recipe = Recipe(model=model_config(base, fusion), data="noise", stages=(stage,))
 
     def listen(event):
@@ -120,6 +121,7 @@ def whole(folder: Path) -> None:
     # One row of captioning and one drawing: of four processes, two or three hold nothing at all.
     for count in (1, 4):
         together(count, lambda count=count: run(folder, f"few_{count}", draw=1, caption=2, pack=2, steps=4))
+    together(2, lambda: run(folder, "again_2", again=True))
     together(2, lambda: run_told(folder, "told_2"))
     shutil.copytree(folder / "told_2", folder / "told_2_on_1")
     together(1, lambda: run(folder, "told_2_on_1", resume=True))

@@ -82,6 +82,12 @@ def test_several_processes_follow_the_curve_of_one(ran):
         assert max(float((weights[0][k] - weights[1][k]).abs().max()) for k in weights[0]) < 1e-4
 
 
+def test_layers_computed_again_change_no_bit_of_several_processes(ran):
+    assert furthest(told(ran / "again_2"), told(ran / "of_2")) == 0
+    one, other = (load_file(ran / name / "pack" / "model.safetensors") for name in ("again_2", "of_2"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_processes_without_a_row_wait_for_nobody(ran):
     """One drawing and one row of captioning for four processes."""
     assert len(told(ran / "few_4")) == 4 and furthest(told(ran / "few_4"), told(ran / "few_1")) < TOLERANCE

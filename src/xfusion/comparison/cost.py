@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import statistics
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from xfusion.backbone import Backbone
 from xfusion.data.mixture import Mixture
@@ -24,7 +30,7 @@ from xfusion.data.sequence import IGNORE, Batch, Media, Text
 from xfusion.data.sequence import Sequence as Sample
 from xfusion.data.sources import Source
 from xfusion.evaluation.suites.emoji import chosen
-from xfusion.model import TEXT_STATES_KEPT, Model, choose_compute_dtype
+from xfusion.model import TEXT_STATES_KEPT, Engine, Model, choose_compute_dtype
 from xfusion.training.speed import short_run
 from xfusion.training.stages import Recipe, Stage
 
@@ -114,19 +120,13 @@ def flops_of_shape(model: Model, words: int = 12) -> dict[str, dict[str, int]]:
         Task (``draw``, ``caption``) -> ``forward`` and ``training`` (forward and backward). A task that none of the
         model's objectives gives is left out; a loss over pairs is not counted.
     """
-    image, ids = model.image, tuple(range(3, 3 + words))
-    rows, columns = image.grid(image.sizes[0])
-    tokens, grid = torch.zeros(rows * columns, image.token_width), (rows, columns)
-    samples = {
-        "draw": (Text(ids=ids), image.segment(tokens, grid, state="noised", has_loss=True)),
-        "caption": (image.segment(tokens, grid), Text(ids=ids, has_loss=True)),
-    }
+    samples = {task: made(words) for task, made in _samples(model).items()}
     found: dict[str, dict[str, int]] = {}
     with model.using(model.training_engine(torch.float32, "counted", "eager", False)):
-        for task, segments in samples.items():
+        for task, sample in samples.items():
             if task not in model.capabilities:
                 continue
-            batch = pack([[Sample(segments=segments)]]).to(model.backbone.device)
+            batch = pack([[sample]]).to(model.backbone.device)
             ends: list[Tensor] = []
 
             def forward(batch: Batch = batch, task: str = task, ends: list[Tensor] = ends) -> None:
@@ -141,6 +141,101 @@ def flops_of_shape(model: Model, words: int = 12) -> dict[str, dict[str, int]]:
     for parameter in model.new_parameters():
         parameter.grad = None
     return found
+
+
+def _samples(model: Model) -> dict[str, Callable[[int], Sample]]:
+    """Task -> a sample of so many words and a blank picture of the largest size."""
+    image = model.image
+    grid = image.grid(max(image.sizes))
+    tokens = torch.zeros(math.prod(grid), image.token_width)
+
+    def draw(words: int) -> Sample:
+        noised = image.segment(tokens, grid, state="noised", has_loss=True)
+        return Sample(segments=(Text(ids=tuple(range(3, 3 + words))), noised))
+
+    def caption(words: int) -> Sample:
+        return Sample(segments=(image.segment(tokens, grid), Text(ids=tuple(range(3, 3 + words)), has_loss=True)))
+
+    return {"draw": draw, "caption": caption}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors that a block makes and still holds; those that it is given do not count.
+
+    It counts what is asked for, on tensors without values, too: no allocator's rounding, no buffers inside kernels.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._seen = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call it, and note what it was given and what it made."""
+        for given in tree_leaves((args, kwargs)):
+            if isinstance(given, Tensor):
+                self._seen.setdefault(given.untyped_storage(), True)
+        out = func(*args, **(kwargs or {}))
+        for made in tree_leaves(out):
+            if isinstance(made, Tensor) and (storage := made.untyped_storage()) not in self._seen:
+                size = storage.nbytes()
+                self._seen[storage] = True
+                weakref.finalize(storage, self._freed, size)
+                self.now += size
+                self.most = max(self.most, self.now)
+        return out
+
+    def _freed(self, size: int) -> None:
+        self.now -= size
+
+
+def activation_memory(
+    model: Model, stage: Stage, dtype: torch.dtype, *, words: int = 12, checkpointing: bool | None = None
+) -> int | None:
+    """Most bytes that a step of a stage holds at once besides weights, gradients, optimiser and average.
+
+    Predicted by a forward and backward pass, uncompiled, of the same model without weights (`Backbone.without_weights`). Of
+    a step's batches, which are computed one after the other, the largest counts. Compiled layers need less, and the
+    frozen states of texts, which training looks up, are computed here.
+
+    Args:
+        model: what is trained; it stays as it is.
+        stage: its samples per step.
+        dtype: the training precision.
+        words: text positions of a prompt, and of an answer.
+        checkpointing: whether layers are computed once more in the backward pass; None is the stage's setting.
+
+    Returns:
+        None for a model that learns neither to draw nor to caption.
+    """
+    shape = Model(model.config, model.backbone.without_weights(), fresh=False).to(dtype)
+    frozen = shape.backbone.working_copy(dtype, "eager")
+    recompute = stage.activation_checkpointing if checkpointing is None else checkpointing
+    engine = Engine(backbone=frozen, autocast=None, reason="counted", activation_checkpointing=recompute)
+    mixture, most = stage.mixture, 0
+    rows = {"draw": (mixture.draw, 1), "caption": (mixture.caption // mixture.pack, mixture.pack)}
+    for parameter in shape.new_parameters():
+        parameter.grad = torch.zeros_like(parameter)  # they are counted with the weights
+    with shape.using(engine):
+        for task, made in _samples(shape).items():
+            count, per_row = rows[task]
+            if count and task in shape.capabilities:
+                batch = pack([[made(words)] * per_row] * count).to("meta")
+                with LiveBytes() as live:
+                    _loss(shape, batch, task).backward()
+                most = max(most, live.most)
+    return most or None
+
+
+def _loss(model: Model, batch: Batch, task: str) -> Tensor:
+    """A loss of a task as large as training's, of tensors that may have no values."""
+    hidden, run = model.run_pass(batch)
+    if task == "draw":
+        return model.port.readout(run.states["image"]).float().square().mean()
+    learned = batch.num_sequences * (batch.text.count // (batch.num_sequences // len(batch.text_ids)) - 1)
+    states = hidden[:, run.slices["text"]].flatten(0, 1)[:learned]
+    scores = model.engine.backbone.logits(states[None])[0].float()
+    return functional.cross_entropy(scores, torch.zeros(learned, dtype=torch.int64, device=scores.device))
 
 
 def _flops(function: Callable[[], Any]) -> int:

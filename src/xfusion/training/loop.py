@@ -290,6 +290,8 @@ class _Run:
         say(f"data      {self.source.spec}: {len(self.source.examples)} pictures, {sizes}")
         say(f"step      {stage.mixture.draw} to draw, {stage.mixture.caption} to caption, times {stage.accumulate}")
         say(f"compute   {reason}, {torch.get_num_threads()} threads")
+        if any(stage.activation_checkpointing for stage in self.recipe.stages):
+            say("memory    layers are computed once more in the backward pass (activation checkpointing)")
         if self.keeps_memory:
             say("memory    freed blocks stay with the process: mapping them again costs more than filling them")
         if self.processes.count > 1:
@@ -389,8 +391,10 @@ class _Run:
     def _try_largest(self) -> None:
         """The widest step of every stage forth and back, thrown away: what does not fit in memory fails now, not at night."""
         # Not compiled: that needs the more memory, and a graph that nobody uses again would take half a minute.
-        with self.model.using(replace(self.engine, compiled=False)):
+        engine = replace(self.engine, compiled=False)
+        with self.model.using(engine):
             for number, mixture in enumerate(self.mixtures):
+                engine.activation_checkpointing = self.recipe.stages[number].activation_checkpointing
                 batches = mixture.largest()
                 try:
                     for batch in batches:
@@ -407,7 +411,7 @@ class _Run:
                     raise XFusionError(
                         f"the largest step of stage {number} ({positions}) does not fit in the memory of"
                         f" {self.model.backbone.device}: lower --stages.{number}.mixture.draw and .caption, and raise"
-                        f" --stages.{number}.accumulate by as much"
+                        f" --stages.{number}.accumulate by as much, or set --stages.{number}.activation-checkpointing"
                     ) from error
                 finally:
                     self.optimizer.forget_gradients()
@@ -453,6 +457,7 @@ class _Run:
         digest = hashlib.sha256(f"{self.recipe.seed}/noise/{self.step}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         losses = dict.fromkeys(counts, 0.0)
+        self.engine.activation_checkpointing = stage.activation_checkpointing
         with self.model.using(self.engine):
             for batch in batches:
                 found, zero = self._losses(batch, generator)

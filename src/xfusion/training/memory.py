@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -9,6 +10,12 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 LARGEST_KEPT = 1 << 25
 """Bytes of the largest block that glibc can be told to keep."""
 ALL = 2**31 - 1
+
+
+def give_back_freed_memory() -> None:
+    """Hand all freed blocks back to the system, so that what a process holds is what it needs; nothing without glibc."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def keep_freed_memory(up_to: int = ALL) -> bool:

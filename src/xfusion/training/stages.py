@@ -26,6 +26,9 @@ class Stage:
     """Samples per step and task."""
     accumulate: int = 1
     """Times the mixture is read per optimiser step."""
+    activation_checkpointing: bool = False
+    """Compute each layer once more in the backward pass instead of keeping what it made: the same losses and gradients, less
+    memory, more time. `xfusion show` predicts the memory, `xfusion bench --only activation_checkpointing` measures both."""
     clip: float = 1.0
     """Largest norm of the gradient."""
     weight_decay: float = 0.0

@@ -120,6 +120,7 @@ class Step:
         draw: drawing samples per step; None is the stage's.
         caption: captioning samples per step; None is the stage's.
         keep_text: whether frozen states of texts before pictures are computed once and looked up.
+        activation_checkpointing: whether layers are computed once more in the backward pass.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class Step:
         draw: int | None = None,
         caption: int | None = None,
         keep_text: bool = True,
+        activation_checkpointing: bool = False,
     ):
         self.model, mixture = model, bench.stage.mixture
         mixture = replace(
@@ -144,7 +146,7 @@ class Step:
         self.engine: Engine = model.training_engine(
             bench.dtype, "measured", choose_attention(base.device), bench.compile
         )
-        self.engine.keep_text = keep_text
+        self.engine.keep_text, self.engine.activation_checkpointing = keep_text, activation_checkpointing
         self.optimizer = Optimizer(model.named_new_parameters(), 0.0)
         self.numbers = count()
         self.samples = mixture.draw + mixture.caption

@@ -26,7 +26,8 @@ class Bench(Verb):
     """
 
     only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")] = ()
-    """Questions to answer: denoising, generate, llama, memory, training, transfusion; none takes all."""
+    """Questions to answer: activation_checkpointing, denoising, generate, llama, memory, training, transfusion; none takes
+    all."""
     base: Annotated[str | None, tyro.conf.arg(metavar="SOURCE")] = None
     """The frozen LLM: hub id, folder or .gguf file; None takes the embedded one."""
     data: Annotated[str, tyro.conf.arg(metavar="SPEC")] = "emoji:128"

@@ -13,7 +13,10 @@ from rich.console import Console
 from xfusion.apps.commands.base import Answer, UsageError, Verb, load_model, pack_folder, size_text, table
 
 if TYPE_CHECKING:
+    import torch
+
     from xfusion.model import Model
+    from xfusion.training.stages import Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +43,9 @@ class Show(Verb):
         data: dict[str, Any]
         if self.name in known or ":" in self.name:
             recipe = find(self.name)()
-            data = {"name": self.name, "kind": "recipe"} | describe(build(recipe.model))
+            model = build(recipe.model)
+            data = {"name": self.name, "kind": "recipe"} | describe(model)
+            data["memory"] |= activations(model, recipe.stages[-1])
             data["licences"]["data"] = data_licence(recipe.data)
             data["training"] = {"data": recipe.data, "steps": [stage.steps for stage in recipe.stages]}
         elif Path(folder).expanduser().is_dir() or folder in checkpoint.shipped() or folder.count("/") == 1:
@@ -73,6 +78,7 @@ class Show(Verb):
             "new_parameters": model.num_new_parameters,
             "tokens_per_picture": math.prod(model.image.grid(model.image.sizes[0])),
             "flops_per_sample": flops_of_shape(model),
+            "memory": activations(model, recipe.stages[-1], base.dtype),
         }
         flops = data["flops_per_sample"]
         rows = [
@@ -85,6 +91,7 @@ class Show(Verb):
                 for task, v in flops.items()
             ),
             *([] if flops else [("FLOPs", "not counted: it learns neither to draw nor to caption")]),
+            ("training", _activations(data["memory"])),
         ]
         return Answer(data=data, text=table(rows))
 
@@ -161,6 +168,30 @@ def training_memory(model: Model) -> dict[str, int | str]:
     }
 
 
+def activations(model: Model, stage: Stage, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Bytes that a stage's step needs besides, with and without activation checkpointing; None where it is not predicted."""
+    from xfusion.comparison.cost import activation_memory
+    from xfusion.model import choose_compute_dtype
+
+    dtype = dtype or choose_compute_dtype(model.backbone.device)[0]
+    kept, again = (activation_memory(model, stage, dtype, checkpointing=way) for way in (False, True))
+    return {
+        "activations": kept,
+        "activations_with_checkpointing": again,
+        "samples_per_step": stage.mixture.draw + stage.mixture.caption,
+    }
+
+
+def _activations(memory: dict[str, Any]) -> str:
+    if not memory.get("activations"):
+        return "activations come on top and grow with the samples per step"
+    kept, again = (size_text(memory[name]) for name in ("activations", "activations_with_checkpointing"))
+    return (
+        f"activations {kept}, with activation checkpointing {again} (predicted, uncompiled, at {memory['samples_per_step']}"
+        " samples a step)"
+    )
+
+
 def base_licence(source: str) -> str:
     """What a base's own card says; its files are not ours."""
     from xfusion.backbone import EMBEDDED, SCRATCH
@@ -210,6 +241,7 @@ def _text(data: dict[str, Any]) -> str:
             f"{size_text(memory['base_copy_for_training'])} copy of it, {size_text(5 * memory['new_weights'])} new weights,"
             " gradients, optimiser and average",
         ),
+        ("", _activations(memory)),
         ("", f"compute {memory['precision']}"),
         ("licences", "; ".join(f"{part}: {licence}" for part, licence in data["licences"].items())),
     ]
