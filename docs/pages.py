@@ -302,6 +302,13 @@ def bench_part() -> list[str]:
     for kind in ("drawing", "joint"):
         if kind in found.get("memory", {}):
             add(f"freed memory given back over kept, {kind} step", found["memory"][kind]["given_back_over_kept"])
+    for tower in ("demo_tower", "full_tower"):
+        part = found.get("activation_checkpointing", {}).get(tower, {})
+        for key, wanted in (("memory_over_kept", "-"), ("time_over_kept", "-")):
+            what = key.replace("_over_kept", "")
+            if part:
+                name = f"activation checkpointing: {what} over that of keeping, {tower.replace('_', ' ')}"
+                add(name, part.get(key, "not measured"), wanted)
     for name, part in found.get("denoising", {}).items():
         if isinstance(part, dict):
             figure = f"`denoising_step_over_tower_flops`, {name.replace('_', ' ')}"

@@ -216,6 +216,11 @@ class Mixture:
         draw, caption = ([_longest(rows) for rows in task] for task in zip(*steps, strict=True))
         return _up(_most(draw), 4), _up(_most(caption), 4)
 
+    def samples(self, step: int) -> list[Sequence]:
+        """The samples of a step with their pictures, each for itself, drawings first: for those who lay them out otherwise."""
+        alone = [[sample] for sample in (*self.drawings(step), *self.captionings(step))]
+        return [sample for (sample,) in self._filled(alone)]
+
     def batches(self, step: int) -> list[Batch]:
         """The batches of a step, a pure function of the step."""
         return self._packed(self.drawings(step), self.captionings(step))

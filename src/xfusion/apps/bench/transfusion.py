@@ -111,7 +111,7 @@ class _Peer:
 
     def __call__(self) -> None:
         number, kind = next(self.numbers) % 8, self.bench.dtype
-        samples = [list(self._items(s)) for s in (*self.mixture.drawings(number), *self.mixture.captionings(number))]
+        samples = [list(self._items(sample)) for sample in self.mixture.samples(number)]
         with torch.autocast("cpu", kind, enabled=kind != torch.float32):
             loss = self.model(samples)
         loss.backward()
