@@ -174,7 +174,10 @@ def activations(model: Model, stage: Stage, dtype: torch.dtype | None = None) ->
     from xfusion.model import choose_compute_dtype
 
     dtype = dtype or choose_compute_dtype(model.backbone.device)[0]
-    kept, again = (activation_memory(model, stage, dtype, checkpointing=way) for way in (False, True))
+    try:
+        kept, again = (activation_memory(model, stage, dtype, checkpointing=way) for way in (False, True))
+    except (NotImplementedError, RuntimeError):  # a mechanism that looks at values, which a shape alone does not have
+        kept = again = None
     return {
         "activations": kept,
         "activations_with_checkpointing": again,
@@ -184,7 +187,7 @@ def activations(model: Model, stage: Stage, dtype: torch.dtype | None = None) ->
 
 def _activations(memory: dict[str, Any]) -> str:
     if not memory.get("activations"):
-        return "activations come on top and grow with the samples per step"
+        return "activations come on top and grow with the samples per step; for this model they are not predicted"
     kept, again = (size_text(memory[name]) for name in ("activations", "activations_with_checkpointing"))
     return (
         f"activations {kept}, with activation checkpointing {again} (predicted, uncompiled, at {memory['samples_per_step']}"
