@@ -62,13 +62,20 @@ def write_divided(
     Raises:
         XFusionError: it cannot be written; the states that were there stay.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
     target = folder / f"step_{plan['step']:08d}"
     with _with_first(checkpoint.whole_folder(target), processes) as state:
         with checkpoint.named_in_errors(target):
-            save(tensors, storage_writer=HuggingFaceStorageWriter(str(state), save_distributed=True))
+            try:
+                save(tensors, storage_writer=HuggingFaceStorageWriter(str(state), save_distributed=True))
+            except CheckpointException as error:  # of any process, told to all
+                reason = next(iter(error.failures.values()))[0]
+                raise XFusionError(
+                    f"{target} cannot be written: {reason}; make room, or name another folder"
+                ) from error
             own = {file.name: checkpoint.file_hash(file) for file in state.glob(f"shard-{processes.rank + 1:05d}-*")}
         hashes = {name: found for part in processes.gather(own) for name, found in part.items()}
         if processes.first:
