@@ -471,7 +471,7 @@ def test_bad_plans(go, base):
     ):
         with pytest.raises(XFusionError, match=message):
             go({"one": tiny(base)}, **settings)
-    with pytest.raises(XFusionError, match="two: stride 0, offset None puts no block into 4 layers"):
+    with pytest.raises(XFusionError, match="two: stride 0, offset 0 puts no block into 4 layers"):
         go({"one": tiny(base), "two": tiny(base).with_model(fusion=DualTower.Config(stride=0))})
     assert not Path("comparison").exists() and not Path("runs").exists(), "nothing was trained or written before"
     with pytest.raises(XFusionError, match="cannot be part of a file name"):

@@ -157,7 +157,7 @@ def test_the_verb_answers_in_json(capsys, bench, tmp_path, monkeypatch):
     assert answer == json.loads(file.read_text()) and "ratio_to_base_generate" in answer["generate"]
     assert answer["quick"] is True and answer["command"] == "xfusion bench --only generate --quick --json"
     assert cli.main(["bench", "--only", "speed"]) == 2
-    assert "--only speed: not one of denoising" in capsys.readouterr().err
+    assert "--only speed: not one of activation_checkpointing, denoising" in capsys.readouterr().err
 
 
 def test_no_graph_is_new_where_nothing_is_compiled():

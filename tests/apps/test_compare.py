@@ -121,7 +121,7 @@ def test_stopped_in_a_mechanism_of_ones_own_and_gone_on_with(start, here, monkey
 def test_training_says_how_to_use_a_mechanism_of_ones_own(here, base, capsys):
     """The pack names a class of the file: Python has to find it, and it has to be trusted."""
     settings = ["--model.backbone.source", str(base), "--data", "photos", "--steps", "1", "--no-compile"]
-    settings += ["--preview-every", "0", "--stages.0.mixture.draw", "2", "--stages.0.mixture.caption", "2"]
+    settings += ["--preview-every", "0", "--stages.0.mixture.draw", "4", "--stages.0.mixture.caption", "4"]
     for name, command in (("twisted", "PYTHONPATH=. {} --trust"), ("plain", "{}")):
         assert cli.main(["train", f"mine.py:{name}", *settings]) == 0
         use = command.format(f'xfusion generate runs/{name}/pack "..."')

@@ -88,8 +88,9 @@ def test_live_bytes_are_those_of_tensors_that_are_held():
     assert live.now == 6400 + 4 * 16 * 8 and z.shape == (100, 4)  # and the gradient of w
 
 
-@pytest.mark.parametrize("fusion", ["dual tower", "shared decoder", "flamingo"])
-def test_predicted_memory_is_that_of_a_real_pass(bases, fusion):
+@pytest.mark.parametrize(("fusion", "over"), [("dual tower", 1.02), ("single tower", 1.02), ("flamingo", 1.25)])
+def test_predicted_memory_is_that_of_a_real_pass(bases, fusion, over):
+    """Without values no row can be left out, so that a mechanism which skips rows without pictures is predicted dearer."""
     model = make_model(bases["llama"], fusion)
     stage = Stage(mixture=MixtureConfig(draw=6, caption=4, pack=2))
     found = {way: activation_memory(model, stage, torch.float32, checkpointing=way) for way in (False, True)}
@@ -105,7 +106,7 @@ def test_predicted_memory_is_that_of_a_real_pass(bases, fusion):
                 with model.using(engine), LiveBytes() as live:
                     _loss(model, batch, task).backward()
                 most = max(most, live.most)
-        assert predicted == pytest.approx(most, rel=0.02)
+        assert 0.98 * most <= predicted <= over * most
     assert found[True] < 0.75 * found[False]
     assert all(torch.equal(a, b) for a, b in zip(before, model.new_parameters(), strict=True))
 

@@ -113,7 +113,7 @@ def test_a_signal_to_one_process_stops_all_behind_one_step(ran):
 
 def test_the_first_process_speaks_and_shows_the_memory_of_all(ran):
     said = (ran / "of_4.0.txt").read_text()
-    assert "processes 4, each with all weights and its share of every step" in said
+    assert "processes 4, each with all weights, and each with its share of every step" in said
     table = said[said.index("process  ") :].splitlines()
     assert table[0].split() == [
         "process",

@@ -195,9 +195,9 @@ def activation_memory(
     """Most bytes that a step of a stage holds at once besides weights, gradients, optimiser and average.
 
     Predicted by a forward and backward pass, uncompiled, of the same model without weights (`Backbone.without_weights`), with
-    pictures of the largest size. Of
-    a step's batches, which are computed one after the other, the largest counts. Compiled layers need less, and the
-    frozen states of texts, which training looks up, are computed here.
+    pictures of the largest size. Of a step's batches, which are computed one after the other, the largest counts. Compiled
+    layers need less, the frozen states of texts, which training looks up, are computed here, and rows that a mechanism
+    leaves out by their values are counted.
 
     Args:
         model: what is trained; it stays as it is.
