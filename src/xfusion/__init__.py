@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from xfusion.checkpoint import load
-    from xfusion.data.sequence import Audio, Image, Sequence, XFusionError
+    from xfusion.data.sequence import Audio, Image, Sequence, Sound, XFusionError
+    from xfusion.data.sounds import read_sound
     from xfusion.evaluation.run import evaluate
     from xfusion.generation import generate
     from xfusion.model import Model, ModelConfig, build
@@ -23,12 +24,14 @@ __all__ = [
     "ModelConfig",
     "Recipe",
     "Sequence",
+    "Sound",
     "XFusionError",
     "__version__",
     "build",
     "evaluate",
     "generate",
     "load",
+    "read_sound",
     "train",
 ]
 
@@ -39,11 +42,13 @@ _HOMES = {
     "ModelConfig": "xfusion.model",
     "Recipe": "xfusion.recipes.base",
     "Sequence": "xfusion.data.sequence",
+    "Sound": "xfusion.data.sequence",
     "XFusionError": "xfusion.data.sequence",
     "build": "xfusion.model",
     "evaluate": "xfusion.evaluation.run",
     "generate": "xfusion.generation",
     "load": "xfusion.checkpoint",
+    "read_sound": "xfusion.data.sounds",
     "train": "xfusion.recipes.base",
 }
 

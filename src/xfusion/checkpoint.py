@@ -252,7 +252,7 @@ def card(config: dict[str, Any], model: Model) -> str:
         "| --- | --- |",
         *(f"| {key} | {value} |" for key, value in facts.items()),
         "",
-        f"Codec licence: {model.image.codec.licence}. Scores and settings, where measured, stand in `config.json`.",
+        f"Codec licence: {model.modality.codec.licence}. Scores and settings, where measured, stand in `config.json`.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from xfusion.backbone import Cache
 from xfusion.data.pack import pack
-from xfusion.data.sequence import Audio, Batch, Image, Media, MediaRows, Rows, Sequence, Text, XFusionError
+from xfusion.data.sequence import Audio, Batch, Image, Media, MediaRows, Rows, Sequence, Sound, Text, XFusionError
 from xfusion.data.templates import opened, question_text
+from xfusion.modalities.audio import AudioModality
 from xfusion.model import Model
 from xfusion.objectives.solvers import Solver
 
@@ -33,9 +34,11 @@ BATCH = 64
 LENGTH_GROUPS = 4
 """Groups of like length that candidate answers are scored in."""
 
-Segment = str | Text | PILImage.Image | Image | Audio
+Segment = str | Text | PILImage.Image | Image | Sound | Audio
+Shown = PILImage.Image | Sound
+"""What a model is shown: a picture or a sound, whichever it knows."""
 Message = dict[str, Any]
-"""A turn of a conversation: ``role``, and ``content``, words or a list of words and pictures."""
+"""A turn of a conversation: ``role``, and ``content``, words or a list of words, pictures and sounds."""
 
 
 def _encode_prompt(model: Model, text: str | Text) -> tuple[int, ...]:
@@ -77,12 +80,12 @@ def draw_tokens(
     solver: Solver | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Draw one picture behind each context.
+    """Draw one picture behind each context, or make one sound's codes.
 
     Args:
         model: a model that can draw.
         contexts: what stands before each picture.
-        size: side in pixels, one that the model was made for.
+        size: one that the model was made for: a side in pixels, or a number of frames.
         seeds: one per picture; the noise of a picture depends on nothing else.
         steps: steps from noise to picture.
         guidance: classifier-free guidance; 1 is off, None takes the model's own. The other end is no context.
@@ -99,28 +102,28 @@ def draw_tokens(
             f"this model cannot draw, only {', '.join(sorted(model.capabilities))}: train one with a media objective, such"
             " as the recipe xfusion"
         )
-    grid = model.image.grid(size)
-    count, width = grid[0] * grid[1], model.image.token_width
+    grid, name = model.modality.grid(size), model.modality.name
+    count, width = grid[0] * grid[1], model.modality.token_width
     device = model.device
     # Drawn on the CPU, so that a seed means the same picture on every device.
     noise = torch.stack([torch.randn(count, width, generator=torch.Generator().manual_seed(s)) for s in seeds])
-    blank = model.image.segment(torch.zeros(count, width), (grid[0], grid[1]), state="noised")
+    blank = model.modality.segment(torch.zeros(count, width), grid, state="noised")
     scale = model.guidance if guidance is None else guidance
     guided = scale != 1
     prompts = [(*opened(model.backbone.begin_ids, context), blank) for context in contexts]
     if guided:
         prompts += [(blank,) for _ in contexts]
     batch = pack([[Sequence(segments=segments)] for segments in prompts]).to(device)
-    media = batch.media["image"]
+    media = batch.media[name]
     cache = model.backbone.new_cache(model.fusion.num_towers, len(prompts))
 
     # The target's tokens are the last of each row; what lies before them (context pictures, [BOI]) goes in first.
     is_target = media.item == media.item.amax(dim=1, keepdim=True)
     columns = is_target.int().argsort(dim=1, stable=True)
     before, columns = _pick(media, columns[:, :-count]), columns[:, -count:]
-    _, run = model.run_pass(replace(batch, media={"image": before}), cache=cache, update=True)
+    _, run = model.run_pass(replace(batch, media={name: before}), cache=cache, update=True)
     # The last of these rows is the target's [BOI]; padding has the order -1.
-    begin = run.states["image"].gather(
+    begin = run.states[name].gather(
         1, before.rows.order.argmax(dim=1)[:, None, None].expand(-1, 1, model.backbone.hidden_size)
     )
 
@@ -183,8 +186,9 @@ class _Drawing:
     def _states(self, rows: MediaRows, tokens: Tensor, time: float, *, update: bool) -> Tensor:
         tokens = tokens if self.scale == 1 else torch.cat([tokens, tokens])
         view = replace(rows, tokens=tokens, time=torch.full((len(tokens),), time, device=tokens.device))
-        batch = replace(self.step, media={"image": view})
-        return self.model.run_pass(batch, cache=self.cache, update=update)[1].states["image"]
+        name = self.model.modality.name
+        batch = replace(self.step, media={name: view})
+        return self.model.run_pass(batch, cache=self.cache, update=update)[1].states[name]
 
     def _guided(self, states: Tensor) -> Tensor:
         prediction = self.model.port.readout(states).float()
@@ -328,16 +332,20 @@ def _pictures(model: Model, tokens: Tensor, native: int, wanted: int) -> list[PI
     return [p.resize((wanted, wanted), PILImage.Resampling.BICUBIC) for p in pictures]
 
 
-def _media_segment(model: Model, pictures: Seq[PILImage.Image], size: int | None = None) -> list[Media]:
-    side = model.image.sizes[0] if size is None else size
-    if side not in model.image.sizes:
+def _codes(model: Model, tokens: Tensor, frames: int) -> list[Tensor]:
+    """The codes of sounds, int64 ``[frames]`` each: there is nothing that would make waves of them."""
+    return list(model.modality.decode(tokens, frames)[..., 0].round().long().cpu())
+
+
+def _media_segment(model: Model, shown: Seq[Shown], size: int | None = None) -> list[Media]:
+    media = model.modality
+    wanted = media.sizes[0] if size is None else size
+    if wanted not in media.sizes:
         raise XFusionError(
-            f"pictures of {side} px cannot be read: the model was made for {', '.join(map(str, model.image.sizes))} px,"
+            f"pictures of {wanted} px cannot be read: the model was made for {', '.join(map(str, media.sizes))} px,"
             " choose one of these"
         )
-    grid = model.image.grid(side)
-    tokens = model.image.encode(list(pictures), side)
-    return [model.image.segment(t, (grid[0], grid[1])) for t in tokens.cpu()]
+    return [media.segment(t, media.grid(wanted)) for t in media.encode(list(shown), wanted).cpu()]
 
 
 # -------------------------------------------------------------------------------------------------------------- text
@@ -400,7 +408,7 @@ def answer_tokens(
 
 def caption(
     model: Model,
-    pictures: Seq[PILImage.Image],
+    pictures: Seq[Shown],
     *,
     question: str = "",
     size: int | None = None,
@@ -409,11 +417,11 @@ def caption(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> list[str]:
-    """Say what pictures show.
+    """Say what pictures show, or sounds say.
 
     Args:
         model: a model that can caption.
-        pictures: any size; cut to the middle square and resized as in training.
+        pictures: any size; cut to the middle square and resized as in training. Or sounds, for a model that hears.
         question: what to ask, or nothing.
         size: side in pixels that pictures are read at, one that the model was made for (None: the first).
         max_tokens: longest answer.
@@ -435,7 +443,7 @@ def caption(
 @torch.no_grad()
 def score_names(
     model: Model,
-    pictures: Seq[PILImage.Image] | None,
+    pictures: Seq[Shown] | None,
     names: Seq[str],
     *,
     size: int | None = None,
@@ -445,7 +453,7 @@ def score_names(
 
     Args:
         model: a model that can caption.
-        pictures: None scores the names behind an empty picture slot: [EOI] alone.
+        pictures: or sounds; None scores the names behind an empty picture slot: [EOI] alone.
         names: candidate answers.
         size: side in pixels that pictures are read at, one that the model was made for (None: the first).
         progress: told pictures done and in all.
@@ -471,7 +479,7 @@ def score_names(
 
 def _before_answers(model: Model, item: Media | None) -> tuple[Cache, Tensor]:
     """Keys and values of a picture and its [EOI], and the log-probabilities ``[V]`` of the first token behind it."""
-    blank = model.image.segment(torch.zeros(1, model.image.token_width), (1, 1))
+    blank = model.modality.segment(torch.zeros(1, model.modality.token_width), (1, 1))
     prompt = opened(model.backbone.begin_ids, (item or blank, Text(ids=())))
     batch = pack([[Sequence(segments=prompt)]]).to(model.device)
     if item is None:  # the end-of-media row alone, as if the picture were not there
@@ -581,12 +589,14 @@ def generate(
 ) -> list[Any]:
     """Continue a list of segments, or a batch of such lists.
 
-    Each `Image` is a picture to draw where it stands; a list that ends in text or a picture is answered in words.
+    Each `Image` is a picture to draw where it stands, each `Audio` a sound to make, of which the codes are given; a list
+    that ends in text, a picture or a sound is answered in words.
     Text-only lists are continued by the base model's own ``generate``.
 
     Args:
         model: a model.
-        items: ``[str | PIL.Image | Image, ...]`` or a list of such lists; `Text` stands for words that are token ids.
+        items: ``[str | PIL.Image | Sound | Image | Audio, ...]`` or a list of such lists; `Text` stands for words
+            that are token ids.
         seed: list i uses ``seed + i``.
         seeds: one seed per list instead.
         steps: steps from noise to picture.
@@ -599,7 +609,8 @@ def generate(
         listen: told every token of an answer in words as it is chosen.
 
     Returns:
-        the generated segments (``str`` or ``PIL.Image``) of the list, or a list of such lists for a batch.
+        the generated segments (``str``, ``PIL.Image``, or codes of a sound, int64) of the list, or a list of such lists for a
+        batch.
     """
     if isinstance(items, str) or not isinstance(items, (list, tuple)) or not items:
         raise XFusionError(
@@ -652,13 +663,26 @@ def kinds_of(model: Model, items: Seq[Segment]) -> tuple[Any, ...]:
 def _kind(model: Model, segment: Segment) -> Any:
     if isinstance(segment, (str, Text)):
         return "text"
-    if isinstance(segment, PILImage.Image):
-        return "picture"
+    if isinstance(segment, (PILImage.Image, Sound)):
+        return "shown"
     if isinstance(segment, Image):
         return ("draw", *draw_size(model, segment.size))
     if isinstance(segment, Audio):
+        return ("sound", *_sound_size(model, segment))
+    raise XFusionError(
+        f"a {type(segment).__name__} is not a segment: give str, PIL.Image.Image, xfusion.Sound, xfusion.Image or xfusion.Audio"
+    )
+
+
+def _sound_size(model: Model, asked: Audio) -> tuple[int, int]:
+    """Frames of a sound that is made, twice: sounds come at the length that the model was made for."""
+    audio = model.modality
+    if not isinstance(audio, AudioModality) or "draw" not in model.capabilities:
         raise XFusionError("this model makes no sound: it can " + ", ".join(sorted(model.capabilities)))
-    raise XFusionError(f"a {type(segment).__name__} is not a segment: give str, PIL.Image.Image or xfusion.Image")
+    seconds = audio.config.seconds
+    if asked.seconds not in (None, seconds):
+        raise XFusionError(f"this model makes sounds of {seconds:g} s, not of {asked.seconds:g}: leave seconds out")
+    return audio.sizes[0], audio.sizes[0]
 
 
 def _generate_batch(
@@ -682,21 +706,21 @@ def _generate_batch(
         if kind == "text":
             new = [_text_segment(model, cast("str | Text", item[place])) for item in lists]
             contexts = [(*context, *segment) for context, segment in zip(contexts, new, strict=True)]
-        elif kind == "picture":
-            pictures = _media_segment(model, [cast("PILImage.Image", item[place]) for item in lists])
-            contexts = [(*context, media) for context, media in zip(contexts, pictures, strict=True)]
+        elif kind == "shown":
+            shown = _media_segment(model, [cast("Shown", item[place]) for item in lists])
+            contexts = [(*context, media) for context, media in zip(contexts, shown, strict=True)]
         else:
-            _, native, wanted = kind
+            what, native, wanted = kind
             tokens = draw_tokens(
                 model, contexts, native, seeds=seeds, steps=steps, guidance=guidance, solver=solver, progress=progress
             )
-            for answer, picture in zip(out, _pictures(model, tokens, native, wanted), strict=True):
-                answer.append(picture)
-            grid = model.image.grid(native)
-            # The finished picture stands clean before anything later.
+            made = _pictures(model, tokens, native, wanted) if what == "draw" else _codes(model, tokens, native)
+            for answer, item in zip(out, made, strict=True):
+                answer.append(item)
+            grid = model.modality.grid(native)
+            # The finished item stands clean before anything later.
             contexts = [
-                (*context, model.image.segment(t, (grid[0], grid[1])))
-                for context, t in zip(contexts, tokens.cpu(), strict=True)
+                (*context, model.modality.segment(t, grid)) for context, t in zip(contexts, tokens.cpu(), strict=True)
             ]
     if isinstance(kinds[-1], tuple):
         return out
@@ -818,7 +842,7 @@ def conversation(model: Model, messages: Seq[Message]) -> list[Segment]:
 
 
 def prompt_length(model: Model, items: Seq[Segment]) -> int:
-    """Tokens of a list of segments: of its words, and of its pictures, given ones and those to draw.
+    """Tokens of a list of segments: of its words, and of its pictures and sounds, given ones and those to draw.
 
     Raises:
         XFusionError: some words are too long, or a picture's size is out of reach.
@@ -828,7 +852,7 @@ def prompt_length(model: Model, items: Seq[Segment]) -> int:
         if kind == "text":
             total += len(_encode_prompt(model, cast("str | Text", segment)))
         else:
-            rows, columns = model.image.grid(kind[1] if isinstance(kind, tuple) else model.image.sizes[0])
+            rows, columns = model.modality.grid(kind[1] if isinstance(kind, tuple) else model.modality.sizes[0])
             total += rows * columns
     return total
 

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xfusion.backbone import EMBEDDED, Backbone, Cache
-from xfusion.data.sequence import END_OF_MEDIA, IGNORE, Batch, fingerprint
+from xfusion.data.sequence import END_OF_MEDIA, IGNORE, Batch, XFusionError, fingerprint
 from xfusion.fusion.base import Fusion, Pass
 from xfusion.fusion.dual_tower import DualTower
+from xfusion.modalities.audio import AudioModality
+from xfusion.modalities.base import Modality
 from xfusion.modalities.image import ImageModality
 from xfusion.modalities.port import MediaPort
 from xfusion.objectives.base import Objective, Output
@@ -49,6 +51,8 @@ class ModelConfig:
     """The frozen LLM."""
     image: ImageModality.Config = field(default_factory=ImageModality.Config)
     """The image modality: codec, patch, sizes."""
+    audio: AudioModality.Config | None = None
+    """The sound modality, which then takes the place of pictures; None is a model of pictures."""
     port: MediaPort.Config = field(default_factory=MediaPort.Config)
     """The media port."""
     fusion: Fusion.Config = field(default_factory=DualTower.Config)
@@ -128,14 +132,14 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.__dict__["backbone"] = backbone or Backbone.load(config.backbone.source, revision=config.backbone.revision)
-        self.image = config.image.build().to(self.backbone.device)
+        self.modality: Modality = (config.audio or config.image).build().to(self.backbone.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.init_seed)
             scale = self.backbone.embedding_scale
             width, layers = self.backbone.hidden_size, self.backbone.num_layers
-            self.port = config.port.build(width, self.image.token_width, scale, layers)
-            for size in self.image.sizes:
-                self.port.check_grid(*self.image.grid(size))
+            self.port = config.port.build(width, self.modality.token_width, scale, layers)
+            for size in self.modality.sizes:
+                self.port.check_grid(*self.modality.grid(size))
             self.fusion = config.fusion.build()
             self.fusion.install(self.backbone)
             if self.port.modulates_blocks:
@@ -144,7 +148,7 @@ class Model(nn.Module):
                 self.fusion.begin(self.backbone)
             self.extra = nn.ModuleList(further.build() for further in config.extra)
             for objective in self._extra():
-                objective.install(width, self.image)
+                objective.install(width, self.modality)
         for part in (self.port, self.fusion, self.extra):
             part.to(self.backbone.device)
         self.set_objectives(config.text, config.media)
@@ -157,6 +161,13 @@ class Model(nn.Module):
     backbone: Backbone
 
     # -- facts
+
+    @property
+    def image(self) -> ImageModality:
+        """The image modality; XFusionError where the model hears instead of sees."""
+        if not isinstance(self.modality, ImageModality):
+            raise XFusionError("this model knows sounds, not pictures: take a model of pictures, or give it a sound")
+        return self.modality
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
@@ -185,7 +196,7 @@ class Model(nn.Module):
     @property
     def teachers(self) -> frozenset[str]:
         """Fingerprints of the frozen encoders that took part in training: none of them may score this model."""
-        return self.image.codec.encoders.union(*(objective.teachers for objective in self.objectives))
+        return self.modality.codec.encoders.union(*(objective.teachers for objective in self.objectives))
 
     def new_parameters(self) -> Iterator[nn.Parameter]:
         """What training may change: the weights of the port, the fusion and the objectives."""

@@ -390,7 +390,7 @@ def test_show_a_pack(run, here, pack):
     assert shown["new_parameters"] == model.num_new_parameters == sum(shown["new_parts"].values())
     assert shown["frozen_parameters"] == sum(p.numel() for p in model.backbone.model.parameters())
     assert shown["fusion"]["layers_with_blocks"] == [0, 1, 2, 3]
-    assert shown["image"]["grid"] == [4, 4] and shown["image"]["tokens_per_picture"] == 16
+    assert shown["image"]["grid"] == [4, 4] and shown["image"]["tokens_per_item"] == 16
     assert shown["image"]["token_width"] == 48
     assert shown["memory"]["total"] > 5 * 4 * shown["new_parameters"]
     assert set(shown["licences"]) == {"base", "codec", "data"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +16,10 @@ from rich.text import Text as Line
 
 from xfusion.apps.commands.base import UsageError, written
 from xfusion.apps.commands.pictures import FORMATS, file_name, save, unused
-from xfusion.data import pictures
-from xfusion.data.sequence import Image, XFusionError
-from xfusion.generation import conversation
+from xfusion.data import pictures, sounds
+from xfusion.data.sequence import Image, Sound, XFusionError
+from xfusion.generation import conversation, draw_size
+from xfusion.modalities.audio import AudioModality
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 HELP = """\
 /image PATH   show it a picture; what you say next is about it
+/sound PATH   let it hear a sound, likewise, if the pack hears
 /draw WORDS   draw a picture of these words
 /save FILE    the last picture (.png, .jpg, .webp), or the whole conversation (.json)
 /new          forget the conversation
@@ -76,6 +79,7 @@ class Chat:
         verb, _, rest = line.partition(" ")
         commands: dict[str, Callable[[str], None]] = {
             "/image": self._image,
+            "/sound": self._sound,
             "/draw": self._draw,
             "/save": self._save,
             "/new": self._new,
@@ -117,16 +121,29 @@ class Chat:
         if not path:
             raise UsageError("/image PATH: name a picture file")
         self._able("caption", "read pictures")
+        draw_size(self.model, None)  # a pack that hears says so
         name = Path(_unquoted(path)).expanduser()
         picture = pictures.read(name)
         self.messages = self._with(picture)
         self.show(picture)
+
+    def _sound(self, path: str) -> None:
+        """A sound for the next turn."""
+        if not path:
+            raise UsageError("/sound PATH: name a sound file")
+        if not isinstance(self.model.modality, AudioModality):
+            raise UsageError("this pack knows pictures, not sounds: /image PATH shows it one")
+        self._able("caption", "hear")
+        sound = sounds.read_sound(Path(_unquoted(path)).expanduser())
+        self.model.modality.encode([sound], self.model.modality.sizes[0])  # one that is too long is told now
+        self.messages = self._with(sound)
 
     def _draw(self, words: str) -> None:
         """A picture of words; it stands in the conversation from now on."""
         if not words:
             raise UsageError("/draw WORDS: say what to draw")
         self._able("draw", "draw")
+        draw_size(self.model, None)  # a pack that hears says so
         seed = self._next_seed()
         (picture,) = self.model.generate([words, Image()], seed=seed, steps=self.steps, guidance=self.guidance)
         guidance = self.model.guidance if self.guidance is None else self.guidance
@@ -158,7 +175,7 @@ class Chat:
 
     # -- parts
 
-    def _with(self, segment: str | Picture) -> list[dict[str, Any]]:
+    def _with(self, segment: str | Picture | Sound) -> list[dict[str, Any]]:
         """The conversation with a segment more on the user's side."""
         if self.messages and self.messages[-1]["role"] == "user":
             return [*self.messages[:-1], {"role": "user", "content": [*self.messages[-1]["content"], segment]}]
@@ -213,13 +230,16 @@ def _unquoted(path: str) -> str:
 
 
 def _as_sent(message: dict[str, Any]) -> dict[str, Any]:
-    """A turn as `xfusion serve` takes it."""
+    """A turn as `xfusion serve` takes it; a sound as OpenAI's interface has it, which `serve` does not take yet."""
     from xfusion.apps.server.answers import data_url
 
-    blocks = [
-        {"type": "text", "text": segment}
-        if isinstance(segment, str)
-        else {"type": "image_url", "image_url": {"url": data_url(segment, {})}}
-        for segment in message["content"]
-    ]
+    def block(segment: Any) -> dict[str, Any]:
+        if isinstance(segment, str):
+            return {"type": "text", "text": segment}
+        if isinstance(segment, Sound):
+            data = b64encode(sounds.as_wav(segment)).decode("ascii")
+            return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
+        return {"type": "image_url", "image_url": {"url": data_url(segment, {})}}
+
+    blocks = [block(segment) for segment in message["content"]]
     return {"role": message["role"], "content": blocks}

@@ -185,7 +185,11 @@ def nearest(word: str, known: list[str]) -> str:
 
 def parse(kind: Any, args: list[str], name: str, **options: Any) -> Any:
     """tyro's reading of a dataclass, with its errors in one line; None where help was printed."""
-    settings: dict[str, Any] = {"prog": f"xfusion {name}", "config": (tyro.conf.FlagCreatePairsOff,), **options}
+    settings: dict[str, Any] = {
+        "prog": f"xfusion {name}",
+        "config": (tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands),
+        **options,
+    }
     said = io.StringIO()
     try:
         with redirect_stderr(said):

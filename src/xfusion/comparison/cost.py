@@ -26,7 +26,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from xfusion.backbone import Backbone
 from xfusion.data.mixture import Mixture
 from xfusion.data.pack import pack
-from xfusion.data.sequence import IGNORE, Batch, Media, Text
+from xfusion.data.sequence import IGNORE, Batch, Text
 from xfusion.data.sequence import Sequence as Sample
 from xfusion.data.sources import Source
 from xfusion.evaluation.suites.emoji import chosen
@@ -132,7 +132,7 @@ def flops_of_shape(model: Model, words: int = 12) -> dict[str, dict[str, int]]:
             def forward(batch: Batch = batch, task: str = task, ends: list[Tensor] = ends) -> None:
                 hidden, run = model.run_pass(batch)
                 if task == "draw":
-                    ends.append(model.port.readout(run.states["image"]).sum())
+                    ends.append(model.port.readout(run.states[media.name]).sum())
                 else:
                     ends.append(model.engine.backbone.logits(hidden[:, run.slices["text"]]).sum())
 
@@ -144,8 +144,8 @@ def flops_of_shape(model: Model, words: int = 12) -> dict[str, dict[str, int]]:
 
 
 def _samples(model: Model) -> dict[str, Callable[[int], Sample]]:
-    """Task -> a sample of so many words and a blank picture of the largest size."""
-    image = model.image
+    """Task -> a sample of so many words and a blank picture, or sound, of the largest size."""
+    image = model.modality
     grid = image.grid(max(image.sizes))
     tokens = torch.zeros(math.prod(grid), image.token_width)
 
@@ -255,9 +255,8 @@ class _Words(Mixture):
 
 def _mixture(model: Model, stage: Stage, source: Source, seed: int, kind: type[Mixture] = Mixture) -> Mixture:
     base = model.backbone
-    return kind(
-        source, model.image, model.image.sizes, base.encode, base.begin_ids, base.end_ids[0], stage.mixture, seed
-    )
+    media = model.modality
+    return kind(source, media, media.sizes, base.encode, base.begin_ids, base.end_ids[0], stage.mixture, seed)
 
 
 def _texts_computed(mixture: Mixture, reads: int) -> int:
@@ -297,8 +296,8 @@ def trainable_parameters(model: Model) -> int:
 
 def tokens_added(model: Model) -> int:
     """Positions that one picture adds to a sequence of words, boundaries included."""
-    grid = model.image.grid(model.image.sizes[0])
-    blank = Media(tokens=torch.zeros(grid[0] * grid[1], model.image.token_width), grid=(grid[0], grid[1]))
+    grid = model.modality.grid(model.modality.sizes[0])
+    blank = model.modality.segment(torch.zeros(grid[0] * grid[1], model.modality.token_width), grid)
     words = Text(ids=model.backbone.end_ids[:1])
     batch = pack([[Sample(segments=(blank, words))]])
     tables = [batch.text, *(media.rows for media in batch.media.values())]

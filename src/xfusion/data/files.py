@@ -1,6 +1,6 @@
-"""Reads a user's pictures and captions: a folder, or one JSON object a line. Names all that is wrong, skips nothing.
+"""Reads a user's pictures, or sounds, and captions: a folder, or one JSON object a line. Names all that is wrong, skips nothing.
 
-Three forms:
+Three forms, with sounds in the place of pictures likewise (``audio`` in the place of ``image``):
 
 - a folder of pictures with a ``.txt`` of the same name each, one wording a line, the first being the name;
 - a folder with ``metadata.jsonl`` (``file_name`` and ``text``, ``caption``, ``captions``), Hugging Face's imagefolder;
@@ -15,12 +15,12 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from xfusion.data import pictures
+from xfusion.data import pictures, sounds
 from xfusion.data.pictures import Place
 from xfusion.data.report import Problem, one_line
 from xfusion.data.sequence import XFusionError
@@ -33,6 +33,56 @@ CAPTION_FIELDS = ("caption", "captions", "text")
 """Where a JSON line may hold its wordings; all that are there count, in this order."""
 METADATA = "metadata.jsonl"
 _NO_CAPTIONS = frozenset({"readme", "license", "licence", "notice", "copying", "classes", "requirements"})
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a data set is made of, and how its files are told and checked."""
+
+    noun: str
+    field: str
+    """Of a JSON line, beside ``file_name``, that holds the path."""
+    suffixes: frozenset[str]
+    readable: str
+    suffix: str
+    """One of the suffixes, for messages."""
+    header_problem: Callable[[Path], str | None]
+    decode_problem: Callable[[Path], str | None]
+
+
+PICTURES = Kind(
+    "picture",
+    "image",
+    pictures.SUFFIXES,
+    pictures.READABLE,
+    ".png, .jpg",
+    pictures.header_problem,
+    pictures.decode_problem,
+)
+SOUNDS = Kind(
+    "sound",
+    "audio",
+    sounds.SUFFIXES,
+    sounds.READABLE,
+    ".wav, .flac",
+    sounds.header_problem,
+    sounds.decode_problem,
+)
+
+
+def kind_of(path: Path) -> Kind:
+    """What a folder or a file of JSON lines holds: sounds where it names some and no picture, else pictures."""
+    try:
+        if path.is_file():
+            with path.open("rb") as file:
+                first = next((line for line in _lines(file) if line.strip()), b"{}")
+            row = json.loads(first.decode("utf-8-sig"))
+            name = row.get("file_name", "") if isinstance(row, dict) and "image" not in row else ".png"
+            return SOUNDS if "audio" in row or Path(str(name)).suffix.lower() in sounds.SUFFIXES else PICTURES
+        found = {file.suffix.lower() for file in path.rglob("[!.]*")} if path.is_dir() else set()
+    except (OSError, ValueError, RecursionError):  # told where it is read
+        return PICTURES
+    return SOUNDS if found & sounds.SUFFIXES and not found & pictures.SUFFIXES else PICTURES
 
 
 @dataclass
@@ -61,7 +111,7 @@ class Record:
         self.problems.append(Problem(kind=kind, where=where or self.origin, what=what))
 
 
-def read(path: Path, special_tokens: tuple[str, ...] = ()) -> tuple[list[Record], list[str]]:
+def read(path: Path, special_tokens: tuple[str, ...] = (), kind: Kind = PICTURES) -> tuple[list[Record], list[str]]:
     """Records in the order of the files, and notes on what was set aside.
 
     Raises:
@@ -69,18 +119,18 @@ def read(path: Path, special_tokens: tuple[str, ...] = ()) -> tuple[list[Record]
     """
     try:
         if path.is_dir():
-            records, notes = _read_folder(path)
+            records, notes = _read_folder(path, kind)
         elif path.is_file() and path.suffix.lower() in (".jsonl", ".ndjson"):
             notes: list[str] = []
-            records = list(_read_lines(path, notes))
+            records = list(_read_lines(path, notes, kind))
         else:
             raise XFusionError(_no_source(path))
     except OSError as error:  # no right to read, a name too long for any file, a disk that fails
         raise XFusionError(one_line(f"{error.filename or path}: cannot be read: {error.strerror or error}")) from error
     if not records:
         raise XFusionError(
-            f"{path}: no examples found; a folder needs pictures ({pictures.READABLE}) with a .txt of the same name "
-            f"each, or a {METADATA}; a .jsonl needs a line for each picture"
+            f"{path}: no examples found; a folder needs {kind.noun}s ({kind.readable}) with a .txt of the same name "
+            f"each, or a {METADATA}; a .jsonl needs a line for each {kind.noun}"
         )
     check(records, special_tokens)
     return records, notes
@@ -97,7 +147,8 @@ def check(records: Iterable[Record], special_tokens: tuple[str, ...] = ()) -> No
 def _no_source(path: Path) -> str:
     if not path.exists():
         known = (
-            "'emoji', 'emoji:128', a folder of pictures, shards (.tar, .parquet), a folder of latents or a .jsonl file"
+            "'emoji', 'emoji:128', a folder of pictures or sounds, shards (.tar, .parquet), a folder of latents or a"
+            " .jsonl file"
         )
         text = f"{path}: no such folder or file; data is {known}"
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
@@ -105,23 +156,26 @@ def _no_source(path: Path) -> str:
         return text
     if path.suffix.lower() == ".json":
         return f"{path}: is not read; write one object a line: jq -c '.[]' {path.name} > {path.stem}.jsonl"
-    if path.suffix.lower() in pictures.SUFFIXES:
-        return f"{path}: is one picture; put it into a folder, with its caption in {path.stem}.txt, and name the folder"
+    if path.suffix.lower() in pictures.SUFFIXES | sounds.SUFFIXES:
+        one = PICTURES if path.suffix.lower() in pictures.SUFFIXES else SOUNDS
+        return (
+            f"{path}: is one {one.noun}; put it into a folder, with its caption in {path.stem}.txt, and name the folder"
+        )
     return f"{path}: is neither a folder nor a .jsonl, .tar or .parquet file"
 
 
-def _read_folder(folder: Path) -> tuple[list[Record], list[str]]:
+def _read_folder(folder: Path, kind: Kind) -> tuple[list[Record], list[str]]:
     files = sorted(path for path in folder.rglob("[!.]*") if not path.is_dir() and not _is_hidden(path, folder))
     notes: list[str] = []
     records: list[Record] = []
     for path in files:
         if path.name == METADATA:
-            found = list(_read_lines(path, notes))
+            found = list(_read_lines(path, notes, kind))
             for record in found:
                 record.id = (path.parent.relative_to(folder) / record.id).as_posix()
             records += found
     listed = {os.path.normpath(str(record.place)) for record in records if record.place is not None}
-    images = [path for path in files if path.suffix.lower() in pictures.SUFFIXES]
+    images = [path for path in files if path.suffix.lower() in kind.suffixes]
     by_stem: dict[Path, list[str]] = {}
     for path in images:
         by_stem.setdefault(path.with_suffix(""), []).append(path.name)
@@ -133,14 +187,15 @@ def _read_folder(folder: Path) -> tuple[list[Record], list[str]]:
         if path.suffix.lower() == ".txt":
             if path.with_suffix("") not in by_stem and path.stem.lower() not in _NO_CAPTIONS:
                 orphan = Record(id=path.relative_to(folder).as_posix(), origin=str(path), place=None)
-                orphan.complain("missing picture", f"captions without a picture: no file {path.stem}.png, .jpg, ...")
+                first = f"{path.stem}{kind.suffix}"
+                orphan.complain(f"missing {kind.noun}", f"captions without a {kind.noun}: no file {first}, ...")
                 records.append(orphan)
         elif path.name != METADATA and path not in images:
             ignored.append(path.relative_to(folder).as_posix())
     if ignored:
         more = ", ..." if len(ignored) > 3 else ""
         shown = ", ".join(name[:100] for name in ignored[:3])
-        notes.append(one_line(f"{len(ignored)} files are no pictures and were not read: {shown}{more}"))
+        notes.append(one_line(f"{len(ignored)} files are no {kind.noun}s and were not read: {shown}{more}"))
     return records, notes
 
 
@@ -171,7 +226,7 @@ def _with_sidecar(path: Path, folder: Path, same_stem: list[str], *, has_metadat
     return record
 
 
-def _read_lines(path: Path, notes: list[str]) -> Iterator[Record]:
+def _read_lines(path: Path, notes: list[str], kind: Kind) -> Iterator[Record]:
     """One record for each line that is not blank."""
     num_longer = 0
     with path.open("rb") as file:
@@ -182,7 +237,7 @@ def _read_lines(path: Path, notes: list[str]) -> Iterator[Record]:
                 line = b""
             text = utf8(line, record, first=number == 1)
             if text:
-                num_longer += _fill(record, text, path.parent)
+                num_longer += _fill(record, text, path.parent, kind)
             if text or record.problems:
                 yield record
     if num_longer:
@@ -207,7 +262,7 @@ def utf8(line: bytes, record: Record, where: str | None = None, *, first: bool =
         return ""
 
 
-def _fill(record: Record, text: str, root: Path) -> bool:
+def _fill(record: Record, text: str, root: Path, kind: Kind) -> bool:
     """Take path, captions and group from a JSON line. Returns whether a conversation held further answers."""
     try:
         row = json.loads(text)
@@ -217,7 +272,7 @@ def _fill(record: Record, text: str, root: Path) -> bool:
     if not isinstance(row, dict):
         record.complain("invalid JSON", f"expected an object in braces, found a {type(row).__name__}")
         return False
-    record.place = _picture_path(row, record, root)
+    record.place = _path(row, record, root, kind)
     return take_captions(row, record)
 
 
@@ -244,14 +299,14 @@ def take_captions(row: Mapping[str, Any], record: Record) -> bool:
     return False
 
 
-def _picture_path(row: dict[str, Any], record: Record, root: Path) -> Path | None:
-    name = row.get("file_name", row.get("image"))
+def _path(row: dict[str, Any], record: Record, root: Path, kind: Kind) -> Path | None:
+    missing, name = f"missing {kind.noun}", row.get("file_name", row.get(kind.field))
     if name is None:
-        record.complain("missing picture", "no picture: expected image or file_name")
+        record.complain(missing, f"no {kind.noun}: expected {kind.field} or file_name")
     elif not isinstance(name, str) or _unprintable(name) or not name:
-        record.complain("missing picture", f"the picture must be a path, found {_start(name)}")
+        record.complain(missing, f"the {kind.noun} must be a path, found {_start(name)}")
     elif name.startswith(("http://", "https://", "data:")):
-        record.complain("missing picture", f"{name[:60]} is a web address: only files are read, fetch it first")
+        record.complain(missing, f"{name[:60]} is a web address: only files are read, fetch it first")
     elif not os.path.isabs(name) and os.path.normpath(name).split(os.sep)[0] == "..":
         record.complain(
             "path outside", f"{name[:100]} leaves the folder of the file: write an absolute path to mean it"

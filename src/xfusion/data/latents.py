@@ -29,7 +29,7 @@ from torch import Tensor
 
 from xfusion.data.report import Problem
 from xfusion.data.sequence import Example, XFusionError, fingerprint
-from xfusion.modalities.base import Codec
+from xfusion.modalities.base import Codec, Modality
 from xfusion.modalities.image import ImageModality
 
 if TYPE_CHECKING:
@@ -47,12 +47,12 @@ PER_SHARD = 1024
 class Encoded(Protocol):
     """A source that may give tokens without a picture."""
 
-    def tokens(self, index: int, image: ImageModality, size: int) -> Tensor:
+    def tokens(self, index: int, image: Modality, size: int) -> Tensor:
         """Tokens ``[M, P]`` of an example."""
         ...
 
 
-def tokens(source: Source, index: int, image: ImageModality, size: int) -> Tensor:
+def tokens(source: Source, index: int, image: Modality, size: int) -> Tensor:
     """Tokens ``[M, P]`` of an example of any source, on the CPU; each picture is encoded for itself."""
     if isinstance(source, Encoded):
         return source.tokens(index, image, size)
@@ -114,7 +114,7 @@ class Latents:
             )
         self.indices: Sequence[int] = range(len(self.examples))
         """Places of the examples in the folder, of which a split takes some."""
-        self._agrees: tuple[ImageModality, int] | None = None
+        self._agrees: tuple[Modality, int] | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -129,12 +129,14 @@ class Latents:
         """Refused: there are no pictures."""
         raise XFusionError(f"{self.spec}: holds latents, not pictures: name the pictures that they were encoded from")
 
-    def tokens(self, index: int, image: ImageModality, size: int) -> Tensor:
+    def tokens(self, index: int, image: Modality, size: int) -> Tensor:
         """Tokens ``[M, P]`` of an example.
 
         Raises:
             XFusionError: the model's codec or size is not the one that made the latents.
         """
+        if not isinstance(image, ImageModality):
+            raise XFusionError(f"{self.spec}: holds latents of pictures, but the model hears sounds: name sounds")
         if self._agrees != (image, size):
             self._check(image, size)
             self._agrees = (image, size)

@@ -20,8 +20,8 @@ from xfusion.data.order import Order
 from xfusion.data.pack import balance, pack, text_length
 from xfusion.data.sequence import Batch, Media, Sequence, Text, XFusionError
 from xfusion.data.sources import Source
-from xfusion.data.templates import QUESTIONS, Encode, Templates, captioning, drawing, with_article
-from xfusion.modalities.image import ImageModality
+from xfusion.data.templates import Encode, Templates, captioning, drawing, with_article
+from xfusion.modalities.base import Modality
 
 T = TypeVar("T")
 TOKENS_KEPT = 512 * 1024 * 1024
@@ -65,8 +65,8 @@ class Mixture:
 
     Args:
         source: pictures with captions.
-        image: turns pictures into tokens.
-        sizes: sides in pixels; a step holds as many pictures of each, which pictures chance says.
+        image: turns pictures, or sounds, into tokens.
+        sizes: its sizes; a step holds as many pictures of each, which pictures chance says.
         encode: the base's tokenizer.
         begin: the base's beginning of text, which stands before words that open a sequence.
         end: the base's end token.
@@ -81,7 +81,7 @@ class Mixture:
     def __init__(
         self,
         source: Source,
-        image: ImageModality,
+        image: Modality,
         sizes: tuple[int, ...],
         encode: Encode,
         begin: tuple[int, ...],
@@ -236,7 +236,7 @@ class Mixture:
         _, drawn, words = max(wordings)
         _, named, answer = max((len(e.captions[0]), i, e.captions[0]) for i, e in enumerate(examples))
         words = with_article(words) if templates.article_share else words
-        question = max(QUESTIONS, key=len) if templates.question_share else ""
+        question = max(templates.questions, key=len) if templates.question_share else ""
         draw = {s: drawing(self.ids, self.begin, words, self.drawn(drawn, s)) for s in self.sizes}
         caption = {
             s: captioning(self.ids, self.end, self.shown(named, s), answer, question, self.begin) for s in self.sizes

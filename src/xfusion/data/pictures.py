@@ -64,7 +64,7 @@ def header_problem(path: Path) -> str | None:
         if path.stat().st_size > MAX_BYTES:
             return f"has {path.stat().st_size:,} bytes, more than {MAX_BYTES // 1_000_000} million: make it smaller"
     except (OSError, ValueError) as error:  # a name too long, a zero byte in it, a folder that may not be entered
-        return f"cannot be opened ({_one_line(error)})"
+        return f"cannot be opened ({one_reason(error)})"
     return _header_problem(path)
 
 
@@ -88,7 +88,7 @@ def _header_problem(file: Path | io.BytesIO, most_pixels: int = MAX_PIXELS) -> s
     except Image.DecompressionBombError:
         return f"has more than {most_pixels / 1_000_000:g} million pixels: make it smaller"
     except Exception as error:  # a broken header may fail in any way: Pillow's plug-ins raise what they please
-        return f"cannot be opened ({_one_line(error)})"
+        return f"cannot be opened ({one_reason(error)})"
     if width * height > most_pixels:
         return f"has {width} x {height} pixels, more than {most_pixels / 1_000_000:g} million: make it smaller"
     if max(width, height) > MAX_SIDE:
@@ -119,7 +119,7 @@ def read(place: Place, origin: str | None = None) -> Image:
         try:
             content = place.read_bytes()
         except (OSError, ValueError) as error:
-            raise XFusionError(f"{origin or place.name}: cannot be read ({_one_line(error)})") from error
+            raise XFusionError(f"{origin or place.name}: cannot be read ({one_reason(error)})") from error
         file, problem = io.BytesIO(content), bytes_problem(content, decode=False)
     if problem is None:
         try:
@@ -188,7 +188,7 @@ def _marks(content: bytes | mmap.mmap) -> int:
 
 
 def _decoding_failed(error: Exception) -> str:
-    reason = _one_line(error)
+    reason = one_reason(error)
     return f"is cut short ({reason})" if "truncat" in reason.lower() else f"cannot be decoded ({reason})"
 
 
@@ -230,6 +230,7 @@ def _lower_names(folder: Path, modified: int) -> dict[str, str]:
     return {entry.name.lower(): entry.name for entry in folder.iterdir()}
 
 
-def _one_line(error: Exception) -> str:
+def one_reason(error: Exception) -> str:
+    """What an error says, in one line."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(reason.split())[:200] or type(error).__name__

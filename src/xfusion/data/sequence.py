@@ -30,7 +30,7 @@ class XFusionError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One picture of a data source, without its pixels."""
+    """One picture or sound of a data source, without its pixels or samples."""
 
     id: str
     """Unique within the source."""
@@ -56,6 +56,28 @@ class Audio:
 
     seconds: float | None = None
     """Length in seconds; None takes the length that the model was trained at."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sound:
+    """A sound that is shown to a model, one channel; `xfusion.read_sound` makes one of a file."""
+
+    samples: Tensor
+    """Float32 ``[n]``, from -1 to 1."""
+    rate: int
+    """Samples per second."""
+
+    def __post_init__(self) -> None:
+        if self.samples.ndim != 1 or not len(self.samples) or not self.samples.is_floating_point() or self.rate < 1:
+            raise XFusionError(
+                f"a sound is a row of floats at a rate, but this is {self.samples.dtype} {list(self.samples.shape)} at"
+                f" {self.rate} per second: mix its channels, and divide whole numbers by their largest"
+            )
+
+    @property
+    def seconds(self) -> float:
+        """Its length."""
+        return len(self.samples) / self.rate
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Where examples come from: the built-in emoji, a folder of pictures, a file of JSON lines, shards, encoded latents.
+"""Where examples come from: the built-in emoji, a folder of pictures or sounds, a file of JSON lines, shards, encoded latents.
 
 A *spec* names a source: ``emoji``, ``emoji:128``, a folder, a ``.jsonl`` file, shards (`xfusion.data.shards`), a folder of
 latents (`xfusion.data.latents`). A folder that is called ``emoji`` is ``./emoji``, or a `pathlib.Path`. Several are joined
@@ -27,11 +27,15 @@ from xfusion.data.latents import Latents
 from xfusion.data.mixed import Mixed, parts
 from xfusion.data.pictures import Place
 from xfusion.data.report import CaptionStats, Problem, Report
-from xfusion.data.sequence import Example, XFusionError
+from xfusion.data.sequence import Example, Sound, XFusionError
+from xfusion.data.sounds import read_sound
 from xfusion.modalities.image import middle_square
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
+
+    from xfusion.modalities.base import Modality
 
 T = TypeVar("T")
 SPLITS = ("train", "held", "all")
@@ -77,6 +81,26 @@ class Files:
     def picture(self, index: int, size: int) -> Image:
         """As `Source.picture`. Raises `XFusionError` where the file has changed or gone since it was opened."""
         return middle_square(pictures.read(self.places[index], self.examples[index].origin), size)
+
+
+class Sounds(Files):
+    """A user's folder or JSON lines of sounds; every sound was decoded once when it was opened."""
+
+    def picture(self, index: int, size: int) -> Image:
+        """Refused: there are no pictures."""
+        raise XFusionError(f"{self.spec}: holds sounds, not pictures: name pictures, or take a recipe of sounds")
+
+    def sound(self, index: int) -> Sound:
+        """Example ``index``. Raises `XFusionError` where the file has changed or gone since it was opened."""
+        return read_sound(cast("Path", self.places[index]), self.examples[index].origin)
+
+    def tokens(self, index: int, image: Modality, size: int) -> Tensor:
+        """Tokens ``[M, P]`` of an example, as `xfusion.data.latents.tokens`."""
+        sound = self.sound(index)
+        try:
+            return image.encode([sound], size)[0].cpu()
+        except XFusionError as error:
+            raise XFusionError(f"{self.examples[index].origin}: {error}") from error
 
 
 def open_source(
@@ -132,7 +156,8 @@ def open_source(
     ]
     if not kept:
         raise XFusionError(_empty_split(spec, split, held_share, report.num_groups))
-    return Files(spec, [report.source.examples[i] for i in kept], [report.source.places[i] for i in kept], report)
+    found = report.source
+    return type(found)(spec, [found.examples[i] for i in kept], [found.places[i] for i in kept], report)
 
 
 def check(spec: str | os.PathLike[str], *, special_tokens: tuple[str, ...] = ()) -> Report:
@@ -187,25 +212,29 @@ def _split_of(group: str, held_share: float) -> str:
 
 def _inspect(spec: str, path: Path, special_tokens: tuple[str, ...], decode: bool) -> Report:
     """Read all records and open every picture once."""
+    kind = files.PICTURES
     if found := shards.find(path):
         records, notes = [record for shard in found for record in shards.read(shard, decode=decode)], []
         if not records:
             raise XFusionError(f"{spec}: {len(found)} shards without an example; see xfusion data check --help")
         files.check(records, special_tokens)
     else:
-        records, notes = files.read(path, special_tokens)
+        kind = files.kind_of(path)
+        records, notes = files.read(path, special_tokens, kind)
     paths = list(dict.fromkeys(record.place for record in records if isinstance(record.place, Path)))
-    problems_of = dict(zip(paths, map(pictures.header_problem, paths), strict=True))
+    problems_of = dict(zip(paths, map(kind.header_problem, paths), strict=True))
     sound = [path for path in paths if problems_of[path] is None]
     if decode:
-        problems_of.update(_in_threads(pictures.decode_problem, sound))
+        problems_of.update(_in_threads(kind.decode_problem, sound))
     contents = dict(_in_threads(_content_hash, [path for path in sound if problems_of[path] is None]))
     examples, kept = [], []
     for record in records:
         place = record.place
         if isinstance(place, Path) and (what := problems_of[place]) is not None:
-            kind = "missing picture" if what.startswith("no such") else "broken picture"
-            record.complain(kind, what if record.origin == str(place) else f"{place.name[:100]} {what}")
+            trouble = "missing" if what.startswith("no such") else "broken"
+            record.complain(
+                f"{trouble} {kind.noun}", what if record.origin == str(place) else f"{place.name[:100]} {what}"
+            )
         if place is not None and not record.problems:
             group = record.group or record.content or contents[cast("Path", place)]
             captions = tuple(record.captions)
@@ -213,7 +242,8 @@ def _inspect(spec: str, path: Path, special_tokens: tuple[str, ...], decode: boo
             kept.append(place)
     problems = [problem for record in records for problem in record.problems]
     num_bad = sum(bool(record.problems) for record in records)
-    return _report(Files(spec, examples, kept), len(records), num_bad, problems, notes)
+    holder = Sounds if kind is files.SOUNDS else Files
+    return _report(holder(spec, examples, kept), len(records), num_bad, problems, notes)
 
 
 def _report(

@@ -35,6 +35,8 @@ class Templates:
     """Share of drawing samples that use another wording than the first, where there is one."""
     question_share: float = 0.1
     """Share of captioning samples that ask a question between the picture and the answer."""
+    questions: tuple[str, ...] = QUESTIONS
+    """What is asked."""
 
     def drawing_words(self, example: Example, rng: random.Random) -> str:
         """The prompt of a drawing sample; empty where it is dropped."""
@@ -47,7 +49,7 @@ class Templates:
 
     def question(self, rng: random.Random) -> str:
         """The question of a captioning sample; mostly empty."""
-        return rng.choice(QUESTIONS) if rng.random() < self.question_share else ""
+        return rng.choice(self.questions) if rng.random() < self.question_share else ""
 
 
 Encode = Callable[[str], tuple[int, ...]]

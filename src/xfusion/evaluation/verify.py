@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from xfusion.data.pack import pack
-from xfusion.data.sequence import Media, Sequence, Text
+from xfusion.data.sequence import Sequence, Text
 from xfusion.model import Model
 
 Progress = Callable[[str, int, int], None]
@@ -287,11 +287,12 @@ def _largest(one: Tensor, other: Tensor) -> float:
 def _before_a_picture(name: str, model: Model, prompts: list[Prompt], expected: list[Reading]) -> dict[str, Any]:
     """Logits of words in front of a picture and more words, against the base's for these words alone."""
     tolerance = TOLERANCE[model.backbone.dtype]
-    grid = model.image.grid(model.image.sizes[0])
-    tokens = torch.randn(grid[0] * grid[1], model.image.token_width, generator=torch.Generator().manual_seed(0))
-    picture = Media(tokens=tokens.clamp(-1, 1), grid=(grid[0], grid[1]))
+    media, generator = model.modality, torch.Generator().manual_seed(0)
+    grid = media.grid(media.sizes[0])
+    # From 0 to 1, which codes are too, once rounded.
+    picture = media.segment(torch.rand(grid[0] * grid[1], media.token_width, generator=generator), grid)
     behind = Text(ids=model.backbone.encode("What is this?\n"))
-    dtype = model.port.project.weight.dtype
+    dtype = next(model.port.parameters()).dtype
     worst, other_word = 0.0, []
     with model.using(model.plain_engine()):
         for prompt, base in zip(prompts, expected, strict=True):
@@ -299,8 +300,8 @@ def _before_a_picture(name: str, model: Model, prompts: list[Prompt], expected: 
                 continue
             words = tuple(prompt.ids[0].tolist())
             batch = pack([[Sequence(segments=(Text(ids=words), picture, behind))]])
-            media = batch.media["image"]
-            batch = batch.with_media("image", tokens=media.tokens.to(dtype), time=media.time.to(dtype))
+            rows = batch.media[media.name]
+            batch = batch.with_media(media.name, tokens=rows.tokens.to(dtype), time=rows.time.to(dtype))
             hidden, run = model.run_pass(batch)
             found = model.backbone.logits(hidden[:, run.slices["text"]][:, : len(words)]).double()
             wanted = base.logits.double()

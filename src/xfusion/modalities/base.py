@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from xfusion.data.sequence import XFusionError
+from xfusion.data.sequence import Media, XFusionError
 
 # Pictures per call of an autoencoder: bounds memory when a whole data set is encoded at once.
 _CHUNK = 64
@@ -150,6 +150,43 @@ class Encoder(nn.Module, ABC):
         """Images [N, 3, H, W] -> features by place [N, width, rows, columns], float32."""
 
 
+class SoundCodec(nn.Module, ABC):
+    """A frozen map from sounds to frames: features of an encoder, or codes. It only reads, and it is loaded when it first does.
+
+    Sounds are [N, samples] floats in [-1, 1] at `rate`; frames are [N, frames, width], one for each `hop` samples.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Names one codec of sounds; `build()` makes it."""
+
+        def build(self) -> SoundCodec:
+            """The codec that this config names, not yet loaded."""
+            raise NotImplementedError(f"{type(self).__qualname__} must define build()")
+
+    rate: int
+    """Samples per second that it hears."""
+    hop: int
+    """Samples per frame."""
+    width: int
+    """Numbers per frame."""
+    longest: int
+    """Frames of the longest sound that it takes."""
+    licence: str = "unknown"
+    """Licence of the weights."""
+    encoders: frozenset[str] = frozenset()
+    """Fingerprints of frozen encoders that it listens through: none of them may score a model of its frames."""
+
+    def train(self, mode: bool = True) -> SoundCodec:
+        """Stays in eval mode, also when a model that holds the codec is set to train."""
+        del mode
+        return super().train(False)
+
+    @abstractmethod
+    def encode(self, sounds: Tensor) -> Tensor:
+        """Sounds [N, frames * hop] in [-1, 1] -> [N, frames, width], float32, without gradients."""
+
+
 class Modality(ABC):
     """Raw media <-> latents <-> tokens. A modality never knows the language model's width."""
 
@@ -157,18 +194,44 @@ class Modality(ABC):
     class Config:
         """Names one modality; `build()` makes it."""
 
+        position: Literal["running", "shared"] = "running"
+        """Rotary positions of an item's tokens: the running index, or one for all of them (CogVLM); rows and columns
+        are told apart by the port."""
+        order: Literal["both ways", "causal"] = "both ways"
+        """Whether the tokens of an item see each other both ways or in reading order."""
+        behind_begin: bool = False
+        """Whether the base's own beginning of text stands before an item that opens a sequence: for mechanisms in which
+        media are no positions of the base, whose first position is an attention sink that nothing can be read from."""
+
         def build(self) -> Modality:
             """The modality that this config names."""
             raise NotImplementedError(f"{type(self).__qualname__} must define build()")
 
+    config: Config
     name: str
     """The name by which segments of a sequence refer to the modality."""
     token_width: int
     """Numbers per token."""
+    patch: int
+    """Latent cells per token, in each direction; frames per token."""
+    sizes: tuple[int, ...]
+    """Sizes that the model is made for; the first is the default."""
+    codec: Any
+    """What turns raw media into latents: a `Codec`, or a `SoundCodec`."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """Moves the codec; `encode` and `decode` then expect their tensors there, and raw media are moved."""
+        self.codec.to(device)
+        return self
+
+    @property
+    @abstractmethod
+    def described(self) -> str:
+        """The media that the model is made for, for the log: ``pictures, 32 px``."""
 
     @abstractmethod
-    def grid(self, size: int) -> tuple[int, ...]:
-        """Tokens along each axis for media of this size; XFusionError for an illegal size."""
+    def grid(self, size: int) -> tuple[int, int]:
+        """Rows and columns of tokens of media of this size; XFusionError for an illegal size."""
 
     @abstractmethod
     def encode(self, media: Any, size: int) -> Tensor:
@@ -177,6 +240,18 @@ class Modality(ABC):
     @abstractmethod
     def decode(self, tokens: Tensor, size: int) -> Tensor:
         """Tokens [N, M, token_width] -> raw media as a tensor."""
+
+    def segment(self, tokens: Tensor, grid: tuple[int, int], **how: Any) -> Media:
+        """An item's tokens ``[rows * columns, token_width]`` as a segment of a sequence; ``how`` as `Media` takes it."""
+        return Media(
+            tokens=tokens,
+            grid=grid,
+            modality=self.name,
+            bidirectional=self.config.order == "both ways",
+            shared_position=self.config.position == "shared",
+            behind_begin=self.config.behind_begin,
+            **how,
+        )
 
 
 def _check_floats(what: str, tensor: Tensor) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
 
 import numpy
 import torch
 from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
-from xfusion.data.sequence import Media, XFusionError
+from xfusion.data.sequence import Sound, XFusionError
 from xfusion.modalities.base import Codec, Modality
 from xfusion.modalities.codecs.pixels import Pixels
 
@@ -37,15 +36,6 @@ class ImageModality(Modality):
         sizes: tuple[int, ...] = (32,)
         """Sides in pixels of the pictures that the model is made for; the first is the default."""
 
-        position: Literal["running", "shared"] = "running"
-        """Rotary positions of a picture's tokens: the running index, or one for all of them (CogVLM); rows and columns
-        are told apart by the port."""
-        order: Literal["both ways", "causal"] = "both ways"
-        """Whether the tokens of a picture see each other both ways or in reading order."""
-        behind_begin: bool = False
-        """Whether the base's own beginning of text stands before a picture that opens a sequence: for mechanisms in which
-        a picture is no position of the base, whose first position is an attention sink that nothing can be read from."""
-
         def build(self) -> ImageModality:
             return ImageModality(self)
 
@@ -56,7 +46,7 @@ class ImageModality(Modality):
             raise XFusionError(f"patch must be at least 1, but it is {config.patch} x {config.patch_width}")
         if not config.sizes:
             raise XFusionError("sizes is empty; give at least one side in pixels, for example 32")
-        self.config = config
+        self.config: ImageModality.Config = config
         self.patch, self.patch_width = config.patch, config.patch_width or config.patch
         self.sizes = tuple(config.sizes)
         self.codec = config.codec.build()
@@ -65,10 +55,10 @@ class ImageModality(Modality):
         for size in self.sizes:
             self.grid(size)
 
-    def to(self, device: torch.device | str) -> ImageModality:
-        """Moves the codec; `encode` and `decode` then expect their tensors there, and PIL pictures are moved."""
-        self.codec.to(device)
-        return self
+    @property
+    def described(self) -> str:
+        """As `Modality.described`."""
+        return f"pictures, {self.sizes[0]} px"
 
     @property
     def device(self) -> torch.device | None:
@@ -91,6 +81,10 @@ class ImageModality(Modality):
         """PIL pictures, or images [N, 3, size, size] in [-1, 1] -> tokens [N, rows * columns, token_width], float32."""
         self.grid(size)
         if not isinstance(media, Tensor):
+            if any(isinstance(one, Sound) for one in media):
+                raise XFusionError(
+                    "this model reads pictures, but it was given a sound: take one that hears, or a picture"
+                )
             media = self.from_pil(media, size).to(self.device)
         elif tuple(media.shape[-2:]) != (size, size):
             raise XFusionError(f"images of shape {list(media.shape)} are not {size}x{size} pixels; resize them first")
@@ -123,18 +117,6 @@ class ImageModality(Modality):
         p, q, channels = self.patch, self.patch_width, self.codec.channels
         tokens = tokens.reshape(len(tokens), rows, columns, channels, p, q)
         return tokens.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), channels, rows * p, columns * q)
-
-    def segment(self, tokens: Tensor, grid: tuple[int, int], **how: Any) -> Media:
-        """A picture's tokens ``[rows * columns, token_width]`` as a segment of a sequence; ``how`` as `Media` takes it."""
-        return Media(
-            tokens=tokens,
-            grid=grid,
-            modality=self.name,
-            bidirectional=self.config.order == "both ways",
-            shared_position=self.config.position == "shared",
-            behind_begin=self.config.behind_begin,
-            **how,
-        )
 
     @staticmethod
     def from_pil(pictures: Sequence[Image.Image], size: int) -> Tensor:

@@ -23,6 +23,7 @@ from xfusion.backbone import Backbone
 from xfusion.data.mixture import Ahead, Mixture
 from xfusion.data.sequence import Batch, XFusionError
 from xfusion.data.sources import Source, open_source
+from xfusion.modalities.image import ImageModality
 from xfusion.model import Model, build, choose_attention, choose_compute_dtype, compiled_graphs
 from xfusion.training import states
 from xfusion.training.memory import keep_freed_memory
@@ -218,10 +219,11 @@ class _Run:
                     f"the loss {together[0]} compares the items of one batch, which {self.processes.count} processes would"
                     " divide: train it with one process"
                 )
-        if "draw" not in model.capabilities or (self.shard == "none" and not self.processes.first):
+        drawn = "draw" in model.capabilities and isinstance(model.modality, ImageModality)
+        if not drawn or (self.shard == "none" and not self.processes.first):
             self.preview_every = 0.0
         self.source = source
-        self.size = model.image.sizes[0]
+        self.size = model.modality.sizes[0]
 
     def _share(
         self, console: Console | None, listener: Listener | None, resume: bool, chosen: torch.dtype, reason: str
@@ -241,8 +243,8 @@ class _Run:
         self.mixtures = [
             Mixture(
                 self.source,
-                model.image,
-                model.image.sizes,
+                model.modality,
+                model.modality.sizes,
                 model.backbone.encode,
                 model.backbone.begin_ids,
                 model.backbone.end_ids[0],
@@ -286,8 +288,8 @@ class _Run:
         )
         for index, taken in model.fusion.taken.items():
             say(f"start     layer {index}: " + ", ".join(f"{own} <- {name}" for own, name in taken.items()))
-        sizes = "; ".join(f"{size} px, {math.prod(model.image.grid(size))} tokens" for size in model.image.sizes)
-        say(f"data      {self.source.spec}: {len(self.source.examples)} pictures, {sizes}")
+        tokens = ", ".join(str(math.prod(model.modality.grid(size))) for size in model.modality.sizes)
+        say(f"data      {self.source.spec}: {len(self.source.examples)} {model.modality.described}, {tokens} tokens")
         say(f"step      {stage.mixture.draw} to draw, {stage.mixture.caption} to caption, times {stage.accumulate}")
         say(f"compute   {reason}, {torch.get_num_threads()} threads")
         if any(stage.activation_checkpointing for stage in self.recipe.stages):

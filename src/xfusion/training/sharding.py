@@ -131,7 +131,7 @@ class Sharding:
                 f"torch {torch.__version__} cannot divide weights that a process does not use: take 2.13"
             )
         self.root.set_reduce_scatter_unused_params(True)
-        model.image.to(self.device)
+        model.modality.to(self.device)
         model.gather = self.root.layer
 
     def losses(self, work: Callable[[], T]) -> tuple[T, Tensor]:

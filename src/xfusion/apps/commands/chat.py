@@ -16,9 +16,10 @@ from xfusion.apps.commands.base import Answer, UsageError, Verb, choose_device, 
 
 @dataclass(frozen=True, kw_only=True)
 class Chat(Verb):
-    """Talk with a pack: words, pictures that you show, pictures that it draws.
+    """Talk with a pack: words, pictures or sounds that you show, pictures that it draws.
 
-    Lines come from the terminal, or from a file or pipe. /help lists the commands: /image PATH, /draw WORDS, /save FILE.
+    Lines come from the terminal, or from a file or pipe. /help lists the commands: /image PATH, /sound PATH, /draw WORDS,
+    /save FILE.
     Pictures are shown where the terminal has colours, and written to a file where it has none.
     """
 
@@ -42,6 +43,7 @@ class Chat(Verb):
     def run(self, people: Console) -> Answer:
         self._check()
         from xfusion.apps import chat
+        from xfusion.data.sequence import Sound
 
         model = load_model(self.model, device=self.device, trust=self.trust)
         console = people if self.json else Console(highlight=False)
@@ -57,7 +59,13 @@ class Chat(Verb):
         people.print(f"{self.model} can {', '.join(sorted(model.capabilities))}; /help lists commands", markup=False)
         talk.run(_lines())
         said = [
-            {"role": m["role"], "content": [s if isinstance(s, str) else "(picture)" for s in m["content"]]}
+            {
+                "role": m["role"],
+                "content": [
+                    s if isinstance(s, str) else "(sound)" if isinstance(s, Sound) else "(picture)"
+                    for s in m["content"]
+                ],
+            }
             for m in talk.messages
         ]
         return Answer(data={"messages": said, "pack_fingerprint": model.fingerprint}, text=f"{talk.answers} answers")

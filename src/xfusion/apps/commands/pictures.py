@@ -1,4 +1,4 @@
-"""`generate` and `caption`: words to pictures, pictures to words."""
+"""`generate` and `caption`: words to pictures, pictures and sounds to words."""
 
 from __future__ import annotations
 
@@ -200,12 +200,12 @@ def png_facts(facts: Mapping[str, Any]) -> PngInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Caption(Verb):
-    """Say what pictures show."""
+    """Say what pictures show, or sounds say."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A folder, a shipped pack's name, or a hub id."""
-    images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
-    """Picture files; what is not square is cut to its middle."""
+    images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE...")]
+    """Picture files, of which what is not square is cut to its middle; or sound files, for a pack that hears."""
     question: str = ""
     """What to ask about each picture; nothing asks for its name."""
     size: int | None = None
@@ -218,14 +218,17 @@ class Caption(Verb):
     """Import packages outside xfusion that the pack names."""
 
     def run(self, people: Console) -> Answer:
-        from xfusion.data import pictures
+        from xfusion.data import pictures, sounds
 
         if not self.images:
-            raise UsageError("name at least one picture file to caption")
+            raise UsageError("name at least one picture or sound file to caption")
         if self.max_tokens < 1:
             raise UsageError(f"--max-tokens {self.max_tokens}: at least 1")
         choose_device(self.device)
-        opened = [pictures.read(Path(image)) for image in self.images]
+        opened = [
+            sounds.read_sound(file) if file.suffix.lower() in sounds.SUFFIXES else pictures.read(file)
+            for file in map(Path, self.images)
+        ]
         model = load_model(self.model, device=self.device, trust=self.trust)
         begun, answers = time.perf_counter(), []
         with progress(people) as tell:
@@ -234,8 +237,8 @@ class Caption(Verb):
                 answers += model.caption(
                     opened[start : start + 16], question=self.question, size=self.size, max_tokens=self.max_tokens
                 )
-        found = [{"image": i, "caption": a} for i, a in zip(self.images, answers, strict=True)]
-        data = {"captions": found, "question": self.question, "size": self.size or model.image.sizes[0]}
+        found = [{model.modality.name: i, "caption": a} for i, a in zip(self.images, answers, strict=True)]
+        data = {"captions": found, "question": self.question, "size": self.size or model.modality.sizes[0]}
         data |= {"pack_fingerprint": model.fingerprint}
-        text = "\n".join(f"{item['image']}: {item['caption']}" for item in found)
+        text = "\n".join(f"{file}: {answer}" for file, answer in zip(self.images, answers, strict=True))
         return Answer(data=data | {"seconds": round(time.perf_counter() - begun, 3)}, text=text)

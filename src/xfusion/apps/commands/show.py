@@ -76,7 +76,7 @@ class Show(Verb):
             "shape": shape,
             "frozen_parameters": frozen,
             "new_parameters": model.num_new_parameters,
-            "tokens_per_picture": math.prod(model.image.grid(model.image.sizes[0])),
+            "tokens_per_picture": math.prod(model.modality.grid(model.modality.sizes[0])),
             "flops_per_sample": flops_of_shape(model),
             "memory": activations(model, recipe.stages[-1], base.dtype),
         }
@@ -85,7 +85,7 @@ class Show(Verb):
             ("recipe", f"{self.name} on the shape of {shape}, no weights loaded"),
             ("frozen", f"{frozen:,} weights"),
             ("new", f"{model.num_new_parameters:,} weights ({100 * model.num_new_parameters / frozen:.1f} %)"),
-            ("pictures", f"{data['tokens_per_picture']} token{'s' * (data['tokens_per_picture'] > 1)}"),
+            (model.modality.name, f"{data['tokens_per_picture']} token{'s' * (data['tokens_per_picture'] > 1)}"),
             *(
                 (f"to {task}", f"{v['forward'] / 1e9:,.1f} GFLOPs forward, {v['training'] / 1e9:,.1f} with backward")
                 for task, v in flops.items()
@@ -98,10 +98,9 @@ class Show(Verb):
 
 def describe(model: Model) -> dict[str, Any]:
     """What a model is made of, as JSON values."""
-    backbone, image = model.backbone, model.image
+    backbone, media = model.backbone, model.modality
     frozen = sum(p.numel() for p in backbone.model.parameters())
-    size = image.sizes[0]
-    rows, columns = image.grid(size)
+    rows, columns = media.grid(media.sizes[0])
     return {
         "base": {
             "source": backbone.source,
@@ -121,18 +120,19 @@ def describe(model: Model) -> dict[str, Any]:
             "layers_with_blocks": list(model.fusion.state_layers),
             "preserves_text": model.fusion.preserves_text,
         },
-        "image": {
-            "codec": type(image.codec).__name__,
-            "sizes": list(image.sizes),
-            "patch": image.patch,
+        media.name: {
+            "made_for": media.described,
+            "codec": type(media.codec).__name__,
+            "sizes": list(media.sizes),
+            "patch": media.patch,
             "grid": [rows, columns],
-            "tokens_per_picture": rows * columns,
-            "token_width": image.token_width,
+            "tokens_per_item": rows * columns,
+            "token_width": media.token_width,
         },
         "capabilities": sorted(model.capabilities),
         "fingerprint": model.fingerprint,
         "memory": training_memory(model),
-        "licences": {"base": base_licence(backbone.source), "codec": image.codec.licence},
+        "licences": {"base": base_licence(backbone.source), "codec": media.codec.licence},
     }
 
 
@@ -222,7 +222,8 @@ def data_licence(spec: str) -> str:
 
 
 def _text(data: dict[str, Any]) -> str:
-    base, image, fusion, memory = data["base"], data["image"], data["fusion"], data["memory"]
+    base, fusion, memory = data["base"], data["fusion"], data["memory"]
+    media = data.get("image") or data["audio"]
     share = 100 * data["new_parameters"] / data["frozen_parameters"]
     rows = [
         (data["kind"], data["name"]),
@@ -232,10 +233,10 @@ def _text(data: dict[str, Any]) -> str:
         *(("", f"{count:>12,}  {part}") for part, count in data["new_parts"].items()),
         ("fusion", f"{fusion['kind']}, blocks at layers {', '.join(map(str, fusion['layers_with_blocks'])) or 'none'}"),
         ("", f"text {'stays bit-identical' if fusion['preserves_text'] else 'may change'}"),
-        ("pictures", f"{', '.join(map(str, image['sizes']))} px by {image['codec']}, patch {image['patch']}:"),
+        ("media", f"{media['made_for']}, by {media['codec']}, patch {media['patch']}:"),
         (
             "",
-            f"{image['grid'][0]} x {image['grid'][1]} = {image['tokens_per_picture']} tokens of {image['token_width']} numbers",
+            f"{media['grid'][0]} x {media['grid'][1]} = {media['tokens_per_item']} tokens of {media['token_width']} numbers",
         ),
         ("can", ", ".join(data["capabilities"])),
         ("training", f"{size_text(memory['total'])} and activations: {size_text(memory['base'])} base,"),

@@ -1,0 +1,107 @@
+"""From a sound file to a sound: one channel, at the file's own rate. Decoding is libsndfile's job, through soundfile."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xfusion.data.pictures import one_reason
+from xfusion.data.sequence import Sound, XFusionError
+
+MAX_SECONDS = 600
+"""A longer sound is refused from its header, undecoded: a small file can hold hours of silence."""
+MAX_BYTES = 600_000_000
+"""Of a legal file."""
+RATES = (2_000, 384_000)
+"""Smallest and largest legal number of samples per second."""
+MAX_CHANNELS = 32
+"""They are mixed to one."""
+SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".m4a", ".aac", ".wma"})
+"""Files that mean to be sounds; one in a format that we do not read is a problem to name, not a file to pass over."""
+READABLE = "WAV, FLAC, Ogg, Opus, MP3, AIFF or AU"
+
+
+def header_problem(path: Path) -> str | None:
+    """What is wrong with a sound file as far as its header tells, or None. Cheap, decodes nothing."""
+    try:
+        if not path.exists():
+            return "no such file"
+        if not path.is_file():
+            return "is not a file"
+        if path.stat().st_size == 0:
+            return "is empty (0 bytes)"
+        if path.stat().st_size > MAX_BYTES:
+            return f"has {path.stat().st_size:,} bytes, more than {MAX_BYTES // 1_000_000} million: cut it"
+    except (OSError, ValueError) as error:  # a name too long, a zero byte in it, a folder that may not be entered
+        return f"cannot be opened ({one_reason(error)})"
+    soundfile = _soundfile()
+    try:
+        found = soundfile.info(str(path))
+    except Exception as error:  # a broken header may fail in any way
+        return f"is not a sound ({one_reason(error)}); save it as {READABLE}"
+    if not RATES[0] <= found.samplerate <= RATES[1]:
+        return f"has {found.samplerate} samples per second: {RATES[0]} to {RATES[1]} are legal"
+    if found.channels > MAX_CHANNELS:
+        return f"has {found.channels} channels, at most {MAX_CHANNELS} are legal"
+    if not found.frames:
+        return "holds no samples"
+    if found.frames > MAX_SECONDS * found.samplerate:
+        return f"lasts {found.frames / found.samplerate:.0f} s, at most {MAX_SECONDS} are legal: cut it"
+    return None
+
+
+def decode_problem(path: Path) -> str | None:
+    """What is wrong with the rest of a file whose header is sound, or None. Decodes all of it; safe in threads."""
+    try:
+        _decode(path)
+    except Exception as error:  # as above
+        return f"cannot be decoded ({one_reason(error)})"
+    return None
+
+
+def read_sound(path: str | Path, origin: str | None = None) -> Sound:
+    """The whole sound, its channels mixed to one.
+
+    Args:
+        path: a file of one of `READABLE`.
+        origin: what to call it in messages.
+
+    Raises:
+        XFusionError: the file is missing, broken, too long or no sound, with ``origin`` in front.
+    """
+    path = Path(path)
+    problem = header_problem(path)
+    if problem is None:
+        try:
+            return _decode(path)
+        except Exception as error:  # as above
+            problem = f"cannot be decoded ({one_reason(error)})"
+    raise XFusionError(f"{origin}: {path.name} {problem}" if origin else f"{path}: {problem}")
+
+
+def as_wav(sound: Sound) -> bytes:
+    """A sound as a WAV file of 16 bits."""
+    file = io.BytesIO()
+    _soundfile().write(file, sound.samples.numpy(), sound.rate, format="WAV", subtype="PCM_16")
+    return file.getvalue()
+
+
+def _decode(path: Path) -> Sound:
+    samples, rate = _soundfile().read(str(path), dtype="float32", always_2d=True)
+    mixed = torch.from_numpy(samples).mean(dim=1)
+    if not len(mixed):
+        raise ValueError("no samples")
+    if not bool(mixed.isfinite().all()):
+        raise ValueError("some samples are no numbers")
+    return Sound(samples=mixed, rate=rate)
+
+
+def _soundfile() -> Any:
+    try:
+        import soundfile
+    except (ImportError, OSError) as error:  # OSError: the wheel without its library
+        raise XFusionError(f"sounds need soundfile ({error}): pip install 'xfusion[audio]'") from error
+    return soundfile

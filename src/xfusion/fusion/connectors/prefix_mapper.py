@@ -1,0 +1,86 @@
+"""Pengi's mapper: one vector of a sound becomes a prefix of many (arXiv 2305.11834, section 3; ClipCap's, arXiv 2111.09734).
+
+    p = T([reshape(W a / |a|); c])[-K:]
+
+with a the mean of an item's features, W a map to K rows of the model's width, K learned rows c, and pre-norm layers T of
+which only what stands at c is kept.
+
+Shape legend: ``N`` media items, ``K`` rows of an item, ``D`` model width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from xfusion.data.sequence import MediaRows, XFusionError
+from xfusion.fusion.connectors.base import Connector, gathered, spread
+
+
+class MapperLayer(nn.Module):
+    """Pre-norm attention without bias on queries, keys and values, and a ReLU perceptron."""
+
+    def __init__(self, width: int, heads: int, mlp: int):
+        super().__init__()
+        self.heads = heads
+        self.norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query, self.key, self.value = (nn.Linear(width, width, bias=False) for _ in range(3))
+        self.out = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, mlp), nn.ReLU(), nn.Linear(mlp, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, 2K, D]`` -> ``[N, 2K, D]``, all rows seeing all."""
+        y = self.norm(x)
+        q, k, v = (
+            part(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.query, self.key, self.value)
+        )
+        x = x + self.out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class PrefixMapper(Connector):
+    """As many rows as asked, of the mean of an item's features."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Connector.Config):
+        """Size of the mapper; the paper's is 40 rows and 4 layers."""
+
+        rows: int = 10
+        """Rows of the prefix: the tokens of an item."""
+        heads: int = 8
+        """Attention heads, a divisor of the model's width."""
+        depth: int = 2
+        """Layers."""
+        mlp: int = 2
+        """Width of the perceptron, in widths of the model."""
+
+        def build(self, width: int, token_width: int, scale: float, num_layers: int) -> PrefixMapper:
+            """The connector of a model."""
+            del num_layers
+            return PrefixMapper(self, width, token_width, scale)
+
+    def __init__(self, config: Config, width: int, token_width: int, scale: float):
+        super().__init__(config, width, token_width, scale)
+        if width % config.heads:
+            raise XFusionError(f"prefix mapper: the model's width {width} is not a multiple of {config.heads} heads")
+        self.into = nn.Linear(self.feature_width, config.rows * width)
+        self.constants = nn.Parameter(torch.randn(config.rows, width))
+        self.layers = nn.ModuleList(MapperLayer(width, config.heads, config.mlp * width) for _ in range(config.depth))
+        # Constants of about unit size come out as large as the frozen embeddings.
+        self.gain = nn.Parameter(torch.tensor(scale))
+        # A vector of unit length comes out with rows of about unit size.
+        nn.init.normal_(self.into.weight, std=1.0)
+        nn.init.zeros_(self.into.bias)
+
+    def connect(self, media: MediaRows) -> Tensor:
+        """All features of an item at once."""
+        found = gathered(self, media)
+        total = (found.features * found.there[..., None]).sum(dim=1)
+        x = self.into(functional.normalize(total, dim=-1)).unflatten(-1, self.constants.shape)
+        x = torch.cat([x, self.constants.expand_as(x).to(x.dtype)], dim=1)
+        for layer in self.layers:
+            x = layer(x)
+        return spread(self.gain * x[:, len(self.constants) :], found, media)

@@ -1,0 +1,138 @@
+"""Sounds as codes: the number of the k-means cluster that a frozen encoder's features fall into (AudioPaLM, arXiv 2306.12925).
+
+    k = argmin_j |z - e_j|^2,  z the mean of ``pooled`` neighbouring features        e_j the mean of what falls on j
+
+Clusters are of meaning rather than of sound: nothing here turns them back into a wave.
+
+Shape legend: ``n`` features, ``F`` width of a feature, ``K`` clusters.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from xfusion.data.sequence import XFusionError
+from xfusion.modalities.base import SoundCodec
+from xfusion.modalities.codecs import files
+from xfusion.modalities.codecs.vq import nearest
+from xfusion.modalities.encoders.whisper import Whisper
+
+CLUSTERS = "clusters.safetensors"
+
+
+class KMeans(SoundCodec):
+    """Frames of one number each, the cluster of the features there."""
+
+    width = 1
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(SoundCodec.Config):
+        """Which features, and which clusters of them."""
+
+        source: str
+        """A folder of `runs/fit_sound_codes.py`."""
+        encoder: SoundCodec.Config = field(default_factory=Whisper.Config)
+        """The features that were clustered."""
+        pooled: int = 4
+        """Neighbouring features whose mean is one code: 4 of Whisper's are 12.5 codes per second."""
+
+        def build(self) -> KMeans:
+            """The codec; its clusters are read at its first use."""
+            return KMeans(self)
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.features = config.encoder.build()
+        if config.pooled < 1 or self.features.longest % config.pooled:
+            raise XFusionError(f"{config.pooled} features to a code do not divide {self.features.longest} features")
+        self.rate, self.hop = self.features.rate, self.features.hop * config.pooled
+        self.longest = self.features.longest // config.pooled
+        self.licence, self.encoders = self.features.licence, self.features.encoders
+        self.register_buffer("clusters", torch.empty(0, self.features.width))
+
+    clusters: Tensor
+    """``[K, F]``; none before the first use."""
+
+    def encode(self, sounds: Tensor) -> Tensor:
+        """Sounds [N, frames * hop] in [-1, 1] -> numbers of clusters [N, frames, 1], float32."""
+        self.load()
+        return nearest(self.means(sounds), self.clusters)[..., None].float()
+
+    def means(self, sounds: Tensor) -> Tensor:
+        """The features that are clustered, [N, frames, F]."""
+        return self.features.encode(sounds).unflatten(1, (-1, self.config.pooled)).mean(2)
+
+    def load(self) -> None:
+        """Reads the clusters, once."""
+        if len(self.clusters):
+            return
+        from safetensors.torch import load_file
+
+        folder = Path(self.config.source)
+        if not (folder / CLUSTERS).is_file():
+            raise XFusionError(f"codes {self.config.source!r}: no {CLUSTERS} there: make it by runs/fit_sound_codes.py")
+        fitted = files.read_json(folder / "config.json")
+        wanted = settings(self)
+        for name, value in wanted.items():
+            if fitted.get(name) != value:
+                raise XFusionError(
+                    f"codes {self.config.source!r} were fitted with {name} {fitted.get(name)!r}, the model says {value!r}: give"
+                    " the same"
+                )
+        self.clusters = load_file(folder / CLUSTERS)["clusters"].to(self.clusters.device)
+
+    def save(self, folder: Path) -> None:
+        """Write the clusters and what they are clusters of."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True)
+        facts = {"_class_name": "KMeans", "entries": len(self.clusters), **settings(self)}
+        (folder / "config.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        save_file({"clusters": self.clusters.contiguous()}, folder / CLUSTERS)
+
+
+def settings(codec: KMeans) -> dict[str, object]:
+    """What clusters depend on."""
+    return {"encoders": sorted(codec.encoders), "pooled": codec.config.pooled, "longest": codec.longest}
+
+
+def fit(x: Tensor, entries: int, *, seed: int = 0, steps: int = 100) -> tuple[Tensor, float]:
+    """Clusters of features by Lloyd's steps from k-means++ (Arthur and Vassilvitskii, 2007) until none changes.
+
+    Args:
+        x: ``[n, F]``.
+        entries: K.
+        seed: of the first clusters.
+        steps: at most so many.
+
+    Returns:
+        clusters ``[K, F]`` and the mean squared distance of a feature to its own.
+
+    Raises:
+        XFusionError: fewer different features than clusters.
+    """
+    if len(torch.unique(x, dim=0)) < entries:
+        raise XFusionError(f"{len(torch.unique(x, dim=0))} different features do not make {entries} clusters")
+    generator = torch.Generator().manual_seed(seed)
+    clusters = x[torch.randint(len(x), (1,), generator=generator)]
+    distance = (x - clusters).square().sum(-1)
+    while len(clusters) < entries:  # each next one with a chance in proportion to its squared distance
+        chosen = x[torch.multinomial(distance.clamp(min=0), 1, generator=generator)]
+        clusters = torch.cat([clusters, chosen])
+        distance = torch.minimum(distance, (x - chosen).square().sum(-1))
+    owner = torch.full((len(x),), -1)
+    for _ in range(steps):
+        before, owner = owner, nearest(x, clusters)
+        if torch.equal(before, owner):
+            break
+        count = torch.bincount(owner, minlength=entries)
+        total = torch.zeros_like(clusters).index_add(0, owner, x)
+        clusters = torch.where(count[:, None] > 0, total / count[:, None].clamp(min=1), clusters)
+    error = (x - clusters[nearest(x, clusters)]).square().sum(-1).mean()
+    return clusters, error.item()

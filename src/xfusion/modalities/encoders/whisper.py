@@ -1,0 +1,129 @@
+"""Whisper's encoder, frozen, by folder or hub id: sounds -> a feature every 20 ms (Radford et al., arXiv 2212.04356)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xfusion.data.sequence import XFusionError
+from xfusion.modalities.base import SoundCodec
+
+RATE = 16_000
+"""Samples per second of all of Whisper's models."""
+HOP = 320
+"""Samples per feature: a spectrum every 160, and a convolution of stride 2."""
+LONGEST = 1500
+"""Features of the 30 s that it was trained on."""
+
+
+class Whisper(SoundCodec):
+    """States behind the encoder's last layer, with its final norm, of log-mel spectra as transformers makes them.
+
+    The encoder was trained on 30 s, with silence behind shorter sounds. ``window`` says how much of that silence it hears:
+    a shorter one costs as much less, and its features differ a little from those of 30 s.
+
+    Raises:
+        XFusionError: the source cannot be loaded, is no Whisper, or has another width.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(SoundCodec.Config):
+        """Which Whisper."""
+
+        source: str = "openai/whisper-tiny.en"
+        """Folder or hub id of a Whisper model, or of its encoder alone."""
+        revision: str | None = None
+        """Hub revision (a commit for exact reproduction)."""
+        width: int = 384
+        """Numbers per feature: 384 is tiny's, 512 base's, 768 small's. A model can so be described before it is loaded."""
+        window: float = 30.0
+        """Seconds that the encoder hears, silence included; 30 is what it was trained on."""
+        batch_size: int = 16
+        """Sounds per forward pass; memory only."""
+        licence: str = "MIT"
+        """Licence of the weights."""
+
+        def build(self) -> Whisper:
+            """The frozen encoder, not yet loaded."""
+            return Whisper(self)
+
+    def __init__(self, config: Config):
+        super().__init__()
+        frames = config.window * RATE / HOP
+        if not 1 <= frames <= LONGEST or frames != round(frames):
+            raise XFusionError(f"window {config.window:g} s: Whisper hears whole multiples of 0.02 s, up to 30 s")
+        self.config = config
+        self.rate, self.hop, self.width, self.longest = RATE, HOP, config.width, round(frames)
+        self.licence = config.licence
+        self.encoders = frozenset({f"{config.source}@{config.revision}"})
+        # The network is found at its first use, and a module that moves takes it along from then on.
+        self.network: Any = None
+        self.spectra: Any = None
+        self._loading = Lock()  # sounds are encoded by several threads
+        self.register_buffer("place", torch.empty(0), persistent=False)
+
+    place: Tensor
+    """Empty; where it lies, the network is loaded to."""
+
+    @torch.no_grad()
+    def encode(self, sounds: Tensor) -> Tensor:
+        """Sounds [N, frames * 320] in [-1, 1] at 16 kHz -> [N, frames, width], float32."""
+        frames = sounds.shape[1] // HOP
+        if frames > self.longest:
+            raise XFusionError(f"a sound of {frames} frames is longer than the window of {self.longest}")
+        if not len(sounds):
+            return torch.empty(0, frames, self.width)
+        self.load()
+        return torch.cat([self._encode(part)[:, :frames] for part in sounds.split(self.config.batch_size)])
+
+    def _encode(self, sounds: Tensor) -> Tensor:
+        mel = self.spectra(
+            list(sounds.cpu().numpy()),
+            sampling_rate=RATE,
+            padding="max_length",
+            max_length=self.longest * HOP,
+            return_tensors="pt",
+        ).input_features
+        return self.network(mel.to(self.place.device)).last_hidden_state.float()
+
+    def load(self) -> None:
+        """Reads the weights, once."""
+        with self._loading:
+            if self.network is None:
+                self._load()
+
+    def _load(self) -> None:
+        from transformers import WhisperFeatureExtractor, WhisperModel
+        from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+        encoder, report = _loaded(self.config, WhisperEncoder.from_pretrained, output_loading_info=True)
+        if report["missing_keys"]:  # a whole model: its encoder stands one level deeper
+            whole, report = _loaded(self.config, WhisperModel.from_pretrained, output_loading_info=True)
+            encoder = whole.encoder
+        if missing := [name for name in report["missing_keys"] if "decoder" not in name]:
+            raise XFusionError(f"encoder {self.config.source!r} is no Whisper: it lacks the weights {missing[0]}")
+        if encoder.config.d_model != self.width:
+            raise XFusionError(
+                f"encoder {self.config.source!r} has features of {encoder.config.d_model} numbers, not {self.width}: set"
+                " width"
+            )
+        if self.longest < encoder.config.max_source_positions:  # it insists on as many frames as it has positions
+            encoder.config.max_source_positions = encoder.max_source_positions = self.longest
+            encoder.embed_positions = torch.nn.Embedding.from_pretrained(
+                encoder.embed_positions.weight[: self.longest].clone()
+            )
+        self.spectra = _loaded(self.config, WhisperFeatureExtractor.from_pretrained)
+        self.network = encoder.float().requires_grad_(False).eval().to(self.place.device)
+
+
+def _loaded(config: Whisper.Config, load: Any, **options: Any) -> Any:
+    """What one of transformers' loaders gives for the source, with its errors in one line."""
+    try:
+        return load(config.source, **({"revision": config.revision} if config.revision else {}), **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first = (str(error).strip() or repr(error)).splitlines()[0]
+        raise XFusionError(f"encoder {config.source!r} cannot be loaded: {first}") from error
