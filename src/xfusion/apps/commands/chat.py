@@ -43,7 +43,6 @@ class Chat(Verb):
     def run(self, people: Console) -> Answer:
         self._check()
         from xfusion.apps import chat
-        from xfusion.data.sequence import Sound
 
         model = load_model(self.model, device=self.device, trust=self.trust)
         console = people if self.json else Console(highlight=False)
@@ -58,16 +57,7 @@ class Chat(Verb):
         )
         people.print(f"{self.model} can {', '.join(sorted(model.capabilities))}; /help lists commands", markup=False)
         talk.run(_lines())
-        said = [
-            {
-                "role": m["role"],
-                "content": [
-                    s if isinstance(s, str) else "(sound)" if isinstance(s, Sound) else "(picture)"
-                    for s in m["content"]
-                ],
-            }
-            for m in talk.messages
-        ]
+        said = [{"role": m["role"], "content": [_shown(s) for s in m["content"]]} for m in talk.messages]
         return Answer(data={"messages": said, "pack_fingerprint": model.fingerprint}, text=f"{talk.answers} answers")
 
     def _check(self) -> None:
@@ -80,6 +70,11 @@ class Chat(Verb):
         if not 0 <= self.seed < 2**62:
             raise UsageError(f"--seed {self.seed}: choose a whole number from 0 to 2^62 - 1")
         choose_device(self.device)
+
+
+def _shown(segment: object) -> str:
+    """A segment in words: pictures and sounds are named."""
+    return segment if isinstance(segment, str) else f"({'sound' if hasattr(segment, 'samples') else 'picture'})"
 
 
 def _lines() -> Iterator[str]:

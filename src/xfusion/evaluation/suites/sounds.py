@@ -1,8 +1,8 @@
 """Naming sounds: what was remembered (``fit_``), and what is understood of recordings that no training has heard (``held_``).
 
 The answer is one of the names of the trained sounds. ``at_1`` is how often the true one has the best score (its mean
-log-likelihood per token with the sound, less that without), ``exact`` how often the greedy answer is the name. Beside a score stand
-``chance_`` (a random order) and ``_blind`` (the sounds permuted among the items).
+log-likelihood per token with the sound, less that without), ``exact`` how often the greedy answer is the name. Beside a
+score stand ``chance_`` (a random order) and ``_blind`` (the sounds permuted among the items).
 """
 
 from __future__ import annotations

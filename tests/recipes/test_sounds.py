@@ -1,0 +1,132 @@
+"""Recipes that hear: each with a tiny Whisper on a tiny base, trained for some steps on tones of two pitches."""
+
+from dataclasses import replace
+
+import numpy
+import pytest
+import soundfile
+import torch
+from PIL import Image
+from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
+
+import xfusion
+from xfusion.data.mixture import MixtureConfig
+from xfusion.data.sequence import XFusionError
+from xfusion.data.sources import open_source
+from xfusion.modalities.audio import resampled
+from xfusion.modalities.codecs.kmeans import fit
+from xfusion.recipes.base import find
+from xfusion.training.loop import train
+from xfusion.training.stages import Stage
+
+RECIPES = ("qwen_audio", "slm", "pengi(heads=4)", "audiopalm")
+NAMES = ("red apple", "tree")
+
+
+@pytest.fixture(scope="module")
+def tones(tmp_path_factory):
+    """Eight short tones, four of each pitch."""
+    folder = tmp_path_factory.mktemp("tones")
+    for number in range(8):
+        time = numpy.arange(1600) / 8000
+        soundfile.write(folder / f"{number}.wav", 0.4 * numpy.sin(6.28 * (300 + 900 * (number % 2)) * time), 8000)
+        (folder / f"{number}.txt").write_text(NAMES[number % 2])
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def whisper(tmp_path_factory):
+    """A random encoder of tiny.en's width, with one layer."""
+    torch.manual_seed(0)
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_start_token_id": 1}
+    ids = {"vocab_size": 9, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    folder = tmp_path_factory.mktemp("whisper")
+    WhisperModel(WhisperConfig(d_model=384, **heads, **ids, **sizes)).encoder.save_pretrained(folder)
+    WhisperFeatureExtractor().save_pretrained(folder)
+    return str(folder)
+
+
+def tiny(name, base, whisper, folder):
+    """A recipe on the tiny base, with codes of the tones where it reads codes."""
+    plain, _, given = name.rstrip(")").partition("(")
+    more = f", codes={folder!r}, entries=6" if plain == "audiopalm" else ""
+    recipe = find(f"{plain}({given}{', ' if given else ''}encoder={whisper!r}{more})")()
+    draw = 4 if plain == "audiopalm" else 0
+    mixture = replace(recipe.stages[0].mixture, draw=draw, caption=8, pack=2)
+    stage = Stage(steps=20, warmup=2, rate=1e-2, schedule="constant", ema=0, mixture=mixture)
+    backbone = replace(recipe.model.backbone, source=base.source)
+    return replace(recipe, stages=(stage,)).with_model(backbone=backbone)
+
+
+def fit_codes(recipe, tones, folder):
+    codec = recipe.model.audio.codec.build()
+    source = open_source(tones)
+    heard = [resampled(source.sound(i), codec.rate) for i in range(8)]
+    waves = torch.stack([torch.nn.functional.pad(wave, (0, 12_160)) for wave in heard])
+    codec.clusters, _ = fit(codec.means(waves).flatten(0, 1), 6)
+    codec.save(folder)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_twenty_steps(bases, tones, whisper, name, tmp_path):
+    base, losses, folder = bases["llama"], [], tmp_path / "codes"
+    before, recipe = base.compute_fingerprint(), tiny(name, base, whisper, str(folder))
+    codes = name == "audiopalm"
+    if codes:
+        fit_codes(recipe, tones, folder)
+    model = train(
+        recipe,
+        out=tmp_path / "run",
+        data=tones,
+        backbone=base,
+        compile=False,
+        dtype=torch.float32,
+        listener=lambda e: losses.append(e["losses"]) if e["event"] == "step" else None,
+    )
+    assert len(losses) == 20 and set(losses[0]) == {"next_token"} | ({"next_code"} if codes else set())
+    for loss in losses[0]:
+        first, last = (sum(step[loss] for step in part) / 4 for part in (losses[:4], losses[-4:]))
+        assert last < 0.8 * first
+    ids = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        assert torch.equal(model.text_logits(ids, stack="fused"), base.model(ids).logits)
+    assert base.compute_fingerprint() == before
+    assert model.capabilities == {"text", "caption"} | ({"draw"} if codes else set())
+    assert model.teachers == {f"{whisper}@None"}
+
+    loaded = xfusion.load(tmp_path / "run" / "pack", backbone=base)
+    sounds = [open_source(tones).sound(i) for i in range(2)]
+    answers = model.eval().caption(sounds, max_tokens=4)
+    assert loaded.caption(sounds, max_tokens=4) == answers
+    assert [loaded.generate([s], max_tokens=4)[0].strip() for s in sounds] == answers
+    (answer,) = loaded.generate([sounds[0], "what is this?"], max_tokens=3)
+    assert isinstance(answer, str)
+    found = xfusion.evaluate(loaded, "sounds", source=tones, held=tones)
+    assert found["num_names"] == 2 and found["chance_held_at_1"] == 0.5 and found["fit_at_1"] == found["held_at_1"]
+    with pytest.raises(XFusionError, match="this model hears sounds, but it was given a Image"):
+        loaded.generate([Image.new("RGB", (8, 8)), "what is this?"])
+    with pytest.raises(XFusionError, match="this model knows sounds, not pictures"):
+        loaded.generate(["a tree", xfusion.Image()])
+    if codes:
+        out = loaded.generate([["tree", xfusion.Audio()], ["red apple", xfusion.Audio()]])
+        assert [list(codes[0].shape) for codes in out] == [[12], [12]]
+        assert all(int(codes[0].min()) >= 0 and int(codes[0].max()) < 6 for codes in out)
+        assert torch.equal(out[0][0], loaded.generate(["tree", xfusion.Audio()])[0])
+    else:
+        with pytest.raises(XFusionError, match="this model makes no sound"):
+            loaded.generate(["a tree", xfusion.Audio()])
+
+
+def test_what_the_pages_say():
+    made = {name: find(name)() for name in ("qwen_audio", "slm", "pengi", "audiopalm")}
+    assert all(r.model.audio.order == "causal" and r.data == "digits/train.jsonl" for r in made.values())
+    grids = {name: r.model.audio.build() for name, r in made.items()}  # without the encoder's weights
+    assert {n: a.grid(a.sizes[0])[0] for n, a in grids.items()} == {
+        "qwen_audio": 10,
+        "slm": 10,
+        "pengi": 10,
+        "audiopalm": 12,
+    }
+    assert made["audiopalm"].model.port.tied and made["audiopalm"].stages[0].mixture.draw == 16
+    assert MixtureConfig().templates.questions != made["slm"].stages[0].mixture.templates.questions
