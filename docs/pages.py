@@ -104,8 +104,9 @@ def recipe_page(name: str, bases: list[Backbone]) -> str:
     title, _, body = (module.__doc__ or "").strip().partition("\n\n")
     head = [f"# {name}", "", title, "", f"Mechanism: {module.KIND}. Paper: {module.PAPER}. Status: {module.STATUS}."]
     table = ["| base | trained | to learn a drawing | to learn a name |", "| --- | --- | --- | --- |"]
+    item = "a sound" if find(name)().model.audio else "a picture"
     what = (
-        "Trained weights, and GFLOPs (forward and backward, nothing looked up) of a sample of 12 words and a picture of"
+        f"Trained weights, and GFLOPs (forward and backward, nothing looked up) of a sample of 12 words and {item} of"
         " the recipe's size; - stands where the recipe does not learn it."
     )
     drawn = [] if (file := picture(name, bases[0])) is None else [f"![{name}](../{file.relative_to(HERE)})", ""]

@@ -45,10 +45,12 @@ from xfusion.data.mixture import MixtureConfig
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Media, Sequence, XFusionError
 from xfusion.data.templates import Templates
+from xfusion.fusion.connectors.frame_transformer import FrameTransformer
 from xfusion.fusion.connectors.linear import Linear
 from xfusion.fusion.connectors.mlp import MLP
 from xfusion.fusion.connectors.pooling import Pooling
 from xfusion.fusion.connectors.positional_resampler import PositionalResampler, places
+from xfusion.fusion.connectors.prefix_mapper import PrefixMapper
 from xfusion.fusion.connectors.query_transformer import Queries, QueryTransformer, sees
 from xfusion.fusion.prefix import Prefix
 from xfusion.model import Model
@@ -64,6 +66,8 @@ CONNECTORS = {
     "pooling": Pooling.Config(cells=PATCH * PATCH),
     "queries": Queries.Config(queries=16, cells=PATCH * PATCH, **SMALL),
     "positional resampler": PositionalResampler.Config(queries=16, cells=PATCH * PATCH, map=(16, 16), heads=2),
+    "frame transformer": FrameTransformer.Config(cells=PATCH * PATCH, inner_width=16, heads=2, mlp=24),
+    "prefix mapper": PrefixMapper.Config(rows=16, cells=PATCH * PATCH, heads=2, depth=1, mlp=1),
 }
 """Of tokens that hold 4 x 4 features of 3 numbers; items have up to 16 rows."""
 
@@ -300,6 +304,66 @@ def test_a_positional_resampler_is_its_equation_in_float64():
         torch.testing.assert_close(found[number], expected, rtol=0, atol=1e-6)  # places are float32
 
 
+def normed(x, norm):
+    x = x - x.mean()
+    return x / (x.square().mean() + norm.eps).sqrt() * norm.weight + norm.bias
+
+
+def attended(rows, queries, keys, values, heads):
+    """Naive attention of all rows to all, by matrices with biases."""
+    q, k, v = ([matrix @ x + bias for x in rows] for matrix, bias in (queries, keys, values))
+    size, out = len(q[0]) // heads, []
+    for one in q:
+        read = []
+        for part in (slice(h * size, (h + 1) * size) for h in range(heads)):
+            weight = torch.stack([one[part] @ other[part] / math.sqrt(size) for other in k]).softmax(0)
+            read.append(sum(w * value[part] for w, value in zip(weight, v, strict=True)))
+        out.append(torch.cat(read))
+    return out
+
+
+@torch.no_grad()
+def test_a_frame_transformer_is_its_equation_in_float64():
+    torch.manual_seed(0)
+    config = FrameTransformer.Config(cells=3, inner_width=8, heads=2, depth=2, mlp=12)
+    own = config.build(10, 3 * 5, 0.1, 1).double().eval()
+    for parameter in own.parameters():
+        parameter.add_(0.3 * torch.randn(parameter.shape, dtype=torch.float64))
+    features = torch.randn(4, 3, 5)  # four strips of three features, of which the first is kept
+    media = shown(features, (4, 1))
+    found = own(replace(media, tokens=media.tokens.double()))[0, 1:]
+    x = [own.into.weight @ z + own.into.bias for z in features[:, 0].double()]
+    for layer in own.layers:
+        matrix, bias = layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias
+        parts = [(matrix[o : o + 8], bias[o : o + 8]) for o in (0, 8, 16)]
+        read = attended([normed(row, layer.norm1) for row in x], *parts, 2)
+        x = [row + layer.self_attn.out_proj(r) for row, r in zip(x, read, strict=True)]
+        gelu = torch.nn.functional.gelu
+        x = [row + layer.linear2(gelu(layer.linear1(normed(row, layer.norm2)))) for row in x]
+    expected = torch.stack([own.project(normed(row, own.norm)) for row in x])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_a_prefix_mapper_is_its_equation_in_float64():
+    torch.manual_seed(0)
+    own = PrefixMapper.Config(rows=3, cells=2, heads=2, depth=2, mlp=2).build(8, 2 * 5, 0.1, 1).double()
+    for parameter in own.parameters():
+        parameter.add_(0.3 * torch.randn(parameter.shape, dtype=torch.float64))
+    features = torch.randn(3, 2, 5)
+    media = shown(features, (3, 1))
+    found = own(replace(media, tokens=media.tokens.double()))[0, 1:]
+    mean = features.double().flatten(0, 1).mean(0)
+    into = own.into.weight @ (mean / mean.square().sum().sqrt()) + own.into.bias
+    x, none = [*into.view(3, 8), *own.constants], torch.zeros(8, dtype=torch.float64)
+    for layer in own.layers:
+        parts = [(part.weight, none) for part in (layer.query, layer.key, layer.value)]
+        read = attended([normed(row, layer.norm) for row in x], *parts, 2)
+        x = [row + layer.out(r) for row, r in zip(x, read, strict=True)]
+        x = [row + layer.mlp[2](layer.mlp[0](normed(row, layer.mlp_norm)).clamp(min=0)) for row in x]
+    torch.testing.assert_close(found, own.gain * torch.stack(x[3:]), rtol=0, atol=1e-10)
+
+
 def test_places_tell_rows_from_columns_and_queries_lie_over_the_map():
     found = places(4, 6, 24).view(4, 6, 24)
     assert torch.equal(found[2, 0, :12], found[2, 5, :12]) and torch.equal(found[0, 3, 12:], found[3, 3, 12:])
@@ -312,7 +376,7 @@ def test_places_tell_rows_from_columns_and_queries_lie_over_the_map():
 @torch.no_grad()
 def test_queries_read_all_features_of_their_own_item_and_no_others(bases):
     """Whatever else the batch holds: items of other sizes, other rows, words between."""
-    for name in ("queries", "positional resampler"):
+    for name in ("queries", "positional resampler", "prefix mapper"):
         port = make(bases["llama"], name).port
         one, other = picture((2, 3), 1), picture((4, 4), 2)
         alone = port(pack([[Sequence(segments=(one,))]]).media["image"])
