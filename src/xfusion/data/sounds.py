@@ -90,10 +90,11 @@ def as_wav(sound: Sound) -> bytes:
 
 
 def _decode(path: Path) -> Sound:
-    samples, rate = _soundfile().read(str(path), dtype="float32", always_2d=True)
+    with _soundfile().SoundFile(str(path)) as file:
+        samples, rate, wanted = file.read(dtype="float32", always_2d=True), file.samplerate, file.frames
     mixed = torch.from_numpy(samples).mean(dim=1)
-    if not len(mixed):
-        raise ValueError("no samples")
+    if len(mixed) < wanted or not wanted:
+        raise ValueError(f"cut short: {len(mixed)} of {wanted} samples")
     if not bool(mixed.isfinite().all()):
         raise ValueError("some samples are no numbers")
     return Sound(samples=mixed, rate=rate)

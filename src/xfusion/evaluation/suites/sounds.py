@@ -92,7 +92,9 @@ def _named(
     pointwise = naming.pointwise(torch.cat(scores), alone)
     # By name and not by group: two speakers say the same word.
     hit = torch.tensor([[name == true for name in names] for true in truth])
-    found, floor, base = naming.naming(pointwise, hit), naming.chance(hit), naming.blind(pointwise, hit)
+    only: dict[str, Any] = {"ks": (1,)}
+    found, base = naming.naming(pointwise, hit, **only), naming.blind(pointwise, hit, **only)
+    floor = naming.chance(hit, **only)
     metrics = {}
     for key in ("mrr", "at_1"):
         metrics |= {f"{part}_{key}": found[key], f"{part}_{key}_blind": base[key], f"chance_{part}_{key}": floor[key]}
