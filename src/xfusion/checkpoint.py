@@ -230,6 +230,7 @@ def save(
 
 def card(config: dict[str, Any], model: Model) -> str:
     """The pack's README: what it is, how to use it, what it was trained on, the licences of its parts."""
+    heard = model.modality.name == "audio"
     base, facts = config["base"], {k: v for k, v in config.items() if isinstance(v, (str, int, float)) and k != "type"}
     lines = [
         "---",
@@ -244,7 +245,7 @@ def card(config: dict[str, Any], model: Model) -> str:
         f"never changed. The pack belongs to the base with fingerprint `{base['fingerprint'][:16]}...` and to no other.",
         "",
         "```bash",
-        'xfusion generate FOLDER "a red heart" -o heart.png',
+        "xfusion caption FOLDER sound.wav" if heard else 'xfusion generate FOLDER "a red heart" -o heart.png',
         "xfusion verify FOLDER",
         "```",
         "",

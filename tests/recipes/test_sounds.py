@@ -1,5 +1,8 @@
 """Recipes that hear: each with a tiny Whisper on a tiny base, trained for some steps on tones of two pitches."""
 
+import io
+import json
+from base64 import b64decode
 from dataclasses import replace
 
 import numpy
@@ -7,14 +10,18 @@ import pytest
 import soundfile
 import torch
 from PIL import Image
+from rich.console import Console
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
 import xfusion
+from xfusion.apps import chat, cli
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import open_source
+from xfusion.evaluation.verify import verify
 from xfusion.modalities.audio import resampled
 from xfusion.modalities.codecs.kmeans import fit
+from xfusion.model import build
 from xfusion.recipes.base import find
 from xfusion.training.loop import train
 from xfusion.training.stages import Stage
@@ -108,6 +115,7 @@ def test_twenty_steps(bases, tones, whisper, name, tmp_path):
         loaded.generate([Image.new("RGB", (8, 8)), "what is this?"])
     with pytest.raises(XFusionError, match="this model knows sounds, not pictures"):
         loaded.generate(["a tree", xfusion.Image()])
+    assert verify(loaded)["passed"]
     if codes:
         out = loaded.generate([["tree", xfusion.Audio()], ["red apple", xfusion.Audio()]])
         assert [list(codes[0].shape) for codes in out] == [[12], [12]]
@@ -116,6 +124,37 @@ def test_twenty_steps(bases, tones, whisper, name, tmp_path):
     else:
         with pytest.raises(XFusionError, match="this model makes no sound"):
             loaded.generate(["a tree", xfusion.Audio()])
+
+
+def test_a_pack_hears_from_the_command_line_and_in_a_conversation(bases, tones, whisper, tmp_path, capsys):
+    base = bases["llama"]
+    model = build(tiny("qwen_audio", base, whisper, "").model, base).eval()
+    model.save_pretrained(tmp_path / "pack")
+    files = [f"{tones}/{number}.wav" for number in range(2)]
+    answers = model.caption([xfusion.read_sound(file) for file in files], max_tokens=4)
+    assert cli.main(["caption", str(tmp_path / "pack"), *files, "--max-tokens", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["captions"]
+    assert found == [{"audio": file, "caption": answer} for file, answer in zip(files, answers, strict=True)]
+    soundfile.write(tmp_path / "long.wav", numpy.zeros(16_000), 8000)
+    assert cli.main(["caption", str(tmp_path / "pack"), str(tmp_path / "long.wav")]) == 2
+    assert "a sound of 2.00 s is longer than the 1 s that this model hears" in capsys.readouterr().err
+
+    said = io.StringIO()
+    talk = chat.Chat(model=model, console=Console(file=said), max_tokens=4)
+    saved = tmp_path / "talk.json"
+    talk.run(
+        iter([f"/sound {files[0]}", "what is this?", "/image x.png", f"/sound {tmp_path}/long.wav", f"/save {saved}"])
+    )
+    expected = model.generate([xfusion.read_sound(files[0]), "what is this?"], max_tokens=4)
+    assert [m["role"] for m in talk.messages] == ["user", "assistant"] and talk.messages[1]["content"] == expected
+    assert "knows sounds, not pictures" in said.getvalue() and "is longer than the 1 s" in said.getvalue().replace(
+        "\n", " "
+    )
+    kept = json.loads(saved.read_text())["messages"][0]["content"][0]["input_audio"]
+    wave, rate = soundfile.read(io.BytesIO(b64decode(kept["data"])), dtype="float32")
+    heard = xfusion.read_sound(files[0])
+    assert kept["format"] == "wav" and rate == heard.rate
+    assert numpy.abs(wave - heard.samples.numpy()).max() < 1 / 30_000
 
 
 def test_what_the_pages_say():

@@ -113,12 +113,16 @@ def _first_use(model: Model, pack: Path, recipe: str) -> str:
     outside, file = modules_outside(to_json(model.config)), Path(recipe.partition(":")[0])
     found_by = f"PYTHONPATH={file.parent} " if file.suffix == ".py" and file.stem in outside else ""
     trust = " --trust" if outside else ""
+    hears = model.modality.name == "audio"
     uses = {
         "draw": f'xfusion generate {pack} "..."',
-        "caption": f"xfusion caption {pack} PICTURE",
+        "caption": f"xfusion caption {pack} {'SOUND' if hears else 'PICTURE'}",
         "embed": f"xfusion index FOLDER {pack} -o INDEX",
     }
-    use = next((use for able, use in uses.items() if able in model.capabilities), f"xfusion show {pack}")
+    use = next(
+        (use for able, use in uses.items() if able in model.capabilities and not (hears and able == "draw")),
+        f"xfusion show {pack}",
+    )
     return f"{found_by}{use}{trust}"
 
 
