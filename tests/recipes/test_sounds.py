@@ -140,7 +140,7 @@ def test_a_pack_hears_from_the_command_line_and_in_a_conversation(bases, tones, 
     assert "a sound of 2.00 s is longer than the 1 s that this model hears" in capsys.readouterr().err
 
     said = io.StringIO()
-    talk = chat.Chat(model=model, console=Console(file=said), max_tokens=4)
+    talk = chat.Chat(model=model, console=Console(file=said, width=300), max_tokens=4)
     saved = tmp_path / "talk.json"
     talk.run(
         iter([f"/sound {files[0]}", "what is this?", "/image x.png", f"/sound {tmp_path}/long.wav", f"/save {saved}"])
