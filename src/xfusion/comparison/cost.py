@@ -132,7 +132,7 @@ def flops_of_shape(model: Model, words: int = 12) -> dict[str, dict[str, int]]:
             def forward(batch: Batch = batch, task: str = task, ends: list[Tensor] = ends) -> None:
                 hidden, run = model.run_pass(batch)
                 if task == "draw":
-                    ends.append(model.port.readout(run.states[media.name]).sum())
+                    ends.append(model.port.readout(run.states[model.modality.name]).sum())
                 else:
                     ends.append(model.engine.backbone.logits(hidden[:, run.slices["text"]]).sum())
 

@@ -58,7 +58,7 @@ class ImageModality(Modality):
     @property
     def described(self) -> str:
         """As `Modality.described`."""
-        return f"pictures, {self.sizes[0]} px"
+        return f"pictures, {', '.join(map(str, self.sizes))} px"
 
     @property
     def device(self) -> torch.device | None:
