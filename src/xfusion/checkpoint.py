@@ -28,6 +28,12 @@ FORMAT_VERSION = 2
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 SEAL = "sha256"
 """Field of a JSON file that holds a hash over all of its other fields."""
+TEXT_OF = {
+    "strictly frozen": "Text alone comes out as the base's, bit for bit; `xfusion verify` proves it.",
+    "LoRA": "Low-rank deltas lie on the base's layers: text alone is another than the base's, and the base's without them.",
+    "as in the paper": "Trained parts stand where the base's own computed words: text alone is another than the base's.",
+}
+"""What a card says of a regime."""
 
 
 # ---------------------------------------------------------------------------------------------- configs as JSON
@@ -214,6 +220,7 @@ def save(
         },
         "weights_fingerprint": fingerprint(state),
         "capabilities": sorted(model.capabilities),
+        "regime": model.regime,
         "num_new_parameters": model.num_new_parameters,
         "model": to_json(model.config),
         **facts,
@@ -243,6 +250,8 @@ def card(config: dict[str, Any], model: Model) -> str:
         "",
         f"Learned weights only ({config['num_new_parameters']:,} numbers); the base `{base['source']}` is not in here and is",
         f"never changed. The pack belongs to the base with fingerprint `{base['fingerprint'][:16]}...` and to no other.",
+        "",
+        f"Regime: {model.regime}. {TEXT_OF[model.regime]}",
         "",
         "```bash",
         "xfusion caption FOLDER sound.wav" if heard else 'xfusion generate FOLDER "a red heart" -o heart.png',

@@ -210,6 +210,10 @@ class Delta(nn.Module):
         """What stands in the place of ``frozen(*args, **kwargs)``."""
         raise NotImplementedError(type(self).__name__)
 
+    def bound(self, frozen: nn.Module) -> nn.Module:
+        """The two as one module, for a layer that is put together."""
+        return _Bound(self, frozen)
+
 
 class _Bound(nn.Module):
     def __init__(self, delta: Delta, frozen: nn.Module):
@@ -238,7 +242,7 @@ def assembled(layer: nn.Module, parts: Mapping[str, nn.Module]) -> Any:
                 shadows[seen] = module._modules[step] = shadow(module._modules[step])
             module = shadows[seen]
         old = module._modules[name]
-        module._modules[name] = _Bound(part, old) if isinstance(part, Delta) else part
+        module._modules[name] = part.bound(old) if isinstance(part, Delta) else part
     return out
 
 

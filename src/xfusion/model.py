@@ -66,6 +66,11 @@ class ModelConfig:
     init_seed: int = 0
     """Seed of all new weights that are not copies."""
 
+    @property
+    def regime(self) -> str:
+        """What of the base is trained, one of `xfusion.fusion.base.REGIMES`; known before anything is loaded."""
+        return self.fusion.build().regime
+
 
 @dataclass(kw_only=True)
 class Engine:
@@ -192,6 +197,11 @@ class Model(nn.Module):
     def capabilities(self) -> set[str]:
         """What this model can do, of {"text", "caption", "draw", "embed", "match"}."""
         return {"text"}.union(*(objective.gives for objective in self.objectives))
+
+    @property
+    def regime(self) -> str:
+        """What of the base is trained, one of `xfusion.fusion.base.REGIMES`."""
+        return self.fusion.regime
 
     @property
     def teachers(self) -> frozenset[str]:

@@ -66,6 +66,7 @@ from xfusion.fusion.cross_attention import CrossAttention
 from xfusion.fusion.dual_tower import DualTower
 from xfusion.fusion.gated_tower import GatedTower
 from xfusion.fusion.layered import Layered
+from xfusion.fusion.lora import Lora
 from xfusion.fusion.modality_experts import ModalityExperts
 from xfusion.fusion.prefix import Prefix
 from xfusion.fusion.shared_decoder import SharedDecoder
@@ -180,6 +181,7 @@ FUSIONS: dict[str, Fusion.Config] = {
     "sparse experts": SparseExperts.Config(experts=3),
     "sparse experts, of the paper": SparseExperts.Config(stride=1, experts=3, frozen_expert=False),
     "prefix": Prefix.Config(),
+    "lora": Lora.Config(inner=Prefix.Config(), rank=3, targets=None),
     "hybrid": Layered.Config(
         parts=(ModalityExperts.Config(layers=(0, 2)), DualTower.Config(layers=(2, 4), offset=1, fuse="text"))
     ),

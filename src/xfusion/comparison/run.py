@@ -176,7 +176,7 @@ class _Comparison:
         entries = [Entry(label=label, recipe=with_plan(recipe, plan)) for label, recipe in named(recipes).items()]
         if backbone is not None:  # the base that is given is the base of all, as the plan's is
             entries = [replace(e, recipe=with_plan(e.recipe, replace(plan, backbone=backbone.source))) for e in entries]
-        refuse_unlike(entries, source is not None)
+        refuse_unlike(entries, source is not None, plan.across_regimes)
         base = entries[0].recipe.model.backbone
         self.tell("loading the base", 0, 1)
         self.backbone = backbone or Backbone.load(base.source, revision=base.revision, device=device)
@@ -586,6 +586,7 @@ class _Comparison:
             "scores": numbers(scores),
             "scored": {k: v for k, v in scored.items() if k != "versions"},
             "preserves_text": bool(model.fusion.preserves_text),
+            "regime": model.regime,
             "cost": cost | {"peak_memory": memory, "wall_minutes": round(trained / 60, 3)},
             "learning": learning_curves(work / "log.jsonl"),
             "machine": machine(),

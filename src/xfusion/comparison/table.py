@@ -51,9 +51,10 @@ def summarise(folder: str | os.PathLike[str]) -> dict[str, Any]:
         folder: where the runs' JSON files stand.
 
     Returns:
-        JSON values: ``name``, ``first``, ``recipes``, ``shares``, ``budget``, ``scores`` (per share and score: a row per
-        recipe with ``mean``, ``interval``, ``values`` by seed and the paired ``difference`` to the first), ``cost`` per
-        recipe, ``learning``, ``contributions``, ``prompts``, ``differences``, ``notes``, ``command``, ``settings``.
+        JSON values: ``name``, ``first``, ``recipes``, ``regimes``, ``shares``, ``budget``, ``scores`` (per share and
+        score: a row per recipe with ``mean``, ``interval``, ``values`` by seed and the paired ``difference`` to the
+        first), ``cost`` per recipe, ``learning``, ``contributions``, ``prompts``, ``differences``, ``notes``,
+        ``command``, ``settings``.
 
     Raises:
         XFusionError: no runs, or runs that cannot stand in one table (budget, base, codec, data, scoring).
@@ -75,6 +76,8 @@ def summarise(folder: str | os.PathLike[str]) -> dict[str, Any]:
         for name in SCORES
         if (table := _score_table(name, recipes, share, [r for r in runs if r["settings"]["share"] == share]))
     ]
+    regimes = {label: next(r for r in runs if r["recipe"] == label).get("regime") for label in recipes}
+    _never_ranked(scores, regimes)
     first = next(r for r in runs if r["recipe"] == recipes[0] and r["settings"]["share"] == shares[0])
     summary = {
         "name": folder.name,
@@ -85,6 +88,7 @@ def summarise(folder: str | os.PathLike[str]) -> dict[str, Any]:
         "num_runs": len(runs),
         "budget": first["budget"],
         "scores": scores,
+        "regimes": regimes,
         "text": {label: _text_facts([r for r in runs if r["recipe"] == label]) for label in recipes},
         "cost": [_cost_row(label, [r for r in runs if r["recipe"] == label], shares[0]) for label in recipes],
         "learning": {label: _mean_curve([r for r in runs if _is(r, label, shares[0])]) for label in recipes},
@@ -185,6 +189,14 @@ def _score_table(
     return {"score": name, "title": score.title, "better": score.better, "share": share, "rows": rows, **beside}
 
 
+def _never_ranked(scores: Sequence[dict[str, Any]], regimes: Mapping[str, str | None]) -> None:
+    """No verdict between recipes of which one trains more of the base; results older than the label have none."""
+    for row in (row for score in scores for row in score["rows"]):
+        row["regime"], first = regimes[row["recipe"]], next(iter(regimes.values()))
+        if row["difference"] and None not in (row["regime"], first) and row["regime"] != first:
+            row["difference"] |= {"verdict": "another regime, not ranked", "seeds_needed": None}
+
+
 def _text_facts(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "declared": all(r.get("preserves_text") for r in runs),
@@ -239,9 +251,12 @@ def _mean_curve(runs: Sequence[dict[str, Any]]) -> dict[str, list[list[float]]]:
 
 def _notes(summary: Mapping[str, Any], runs: Sequence[dict[str, Any]]) -> list[str]:
     """What a reader must know beside the numbers."""
-    budget, tuning = summary["budget"], summary["settings"]["tuning"]
+    budget, tuning, regimes = summary["budget"], summary["settings"]["tuning"], summary["regimes"]
     equal = "executed FLOPs" if budget["kind"] == "flops" else "samples"
     out = [f"Equal budget in {equal}; every difference is to {summary['first']}, over runs of the same seed."]
+    if None not in regimes.values():
+        told = "; ".join(f"{label}: {regime}" for label, regime in regimes.items())
+        out.append(f"Regime, or what of the base is trained: {told}. Recipes of different regimes are not ranked.")
     if tuning["trials"] == 1:
         out.append("Rate and guidance are each recipe's own: nothing was tuned.")
     else:

@@ -117,6 +117,11 @@ def verify(model: Model, progress: Progress | None = None) -> dict[str, Any]:
     exact += _compare("fused stack", prompts, expected, found)
     perplexity["fused"] = _perplexity(model, model.fused_text_model())
     near = [_before_a_picture("text before a picture", model, prompts, expected)]
+    if model.regime == "LoRA":
+        name = "fused stack, adapters off"
+        with model.fusion.unadapted():
+            off = _read(name, model, model.fused_text_model(), prompts, tell, "fused")
+        exact += _compare(name, prompts, expected, off)
     fingerprint = model.fingerprint
     with randomised(model):
         name = "fused stack, new weights randomised"
@@ -131,6 +136,7 @@ def verify(model: Model, progress: Progress | None = None) -> dict[str, Any]:
         "text_identical": identical,
         "passed": identical and all(check["passed"] for check in near),
         "preserves_text": model.fusion.preserves_text,
+        "regime": model.regime,
         "checks": exact + near,
         "perplexity": perplexity,
         "settings": _settings(model, prompts) | {"seconds": round(time.perf_counter() - started, 2)},

@@ -6,6 +6,7 @@ Shape legend: ``B`` batch row, ``n`` rows of one owner, ``S`` all rows of a pass
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from types import MappingProxyType
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from xfusion.backbone import Backbone, Cache
 from xfusion.data.sequence import MediaRows, Rows, XFusionError, seen, visible
 from xfusion.layers import KeysValues, assembled, attention_mask, keys_values, modulated, run_rows, slice_call
+
+REGIMES = ("strictly frozen", "LoRA", "as in the paper")
+"""What of the base is trained: nothing, so that text alone is the base's; low-rank deltas; what the paper trains."""
 
 Call = dict[str, Any]
 """What the decoder's own forward hands to a layer, besides the states."""
@@ -331,6 +335,23 @@ class Fusion(nn.Module):
     def new_modules(self, index: int) -> list[nn.Module]:
         """The new modules that a layer needs while it computes, and that nothing needs at any other time."""
         return [self.blocks[str(index)]] if str(index) in self.blocks else []
+
+    # -- what of the base is trained
+
+    @property
+    def regime(self) -> str:
+        """One of `REGIMES`; models of different regimes are never ranked together."""
+        return REGIMES[0] if self.preserves_text else REGIMES[-1]
+
+    def keeps(self, index: int) -> bool:
+        """Whether the frozen layer itself computes words at a layer; else a trained copy stands in its place."""
+        del index
+        return True
+
+    @contextmanager
+    def unadapted(self) -> Iterator[None]:
+        """Inside the block the frozen layers compute without deltas, where a mechanism lays some on them."""
+        yield
 
     # -- the work of a layer
 

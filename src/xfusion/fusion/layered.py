@@ -7,6 +7,7 @@ frozen layer's and media states pass unchanged.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from xfusion.backbone import Backbone
 from xfusion.data.sequence import XFusionError
-from xfusion.fusion.base import Call, Fusion, Pass
+from xfusion.fusion.base import REGIMES, Call, Fusion, Pass
 
 
 class Layered(Fusion):
@@ -71,6 +72,23 @@ class Layered(Fusion):
 
     def _fusions(self) -> list[Any]:
         return list(self.parts)
+
+    @property
+    def regime(self) -> str:
+        """That of the mechanism which trains most of the base."""
+        return max((part.regime for part in self._fusions()), key=REGIMES.index)
+
+    def keeps(self, index: int) -> bool:
+        """As the mechanism that owns the layer."""
+        return index not in self.owner or self.owner[index].keeps(index)
+
+    @contextmanager
+    def unadapted(self) -> Iterator[None]:
+        """Without the deltas of any mechanism inside the block."""
+        with ExitStack() as stack:
+            for part in self._fusions():
+                stack.enter_context(part.unadapted())
+            yield
 
     def set_attention(self, implementation: str) -> None:
         """Choose the attention implementation of all mechanisms."""

@@ -29,6 +29,10 @@ class SharedDecoder(Fusion):
             """The fusion, not yet installed."""
             return SharedDecoder(self)
 
+    def keeps(self, index: int) -> bool:
+        """Not where a trained copy stands."""
+        return str(index) not in self.blocks
+
     def layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
         """The trained block over all rows at once."""
         block = self.block(index, frozen)

@@ -57,6 +57,9 @@ class Compare(Verb):
     """Measure the time of a step and of sampling, too; only where the machine does nothing else."""
     compile: bool = True
     """Whether the per-layer work is compiled in training."""
+    across_regimes: bool = False
+    """Set recipes of different regimes (strictly frozen, LoRA, as in the paper) beside each other; without it they are
+    refused, and with it there is no verdict between them."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
 
@@ -88,6 +91,7 @@ class Compare(Verb):
                 evaluation=dict(read_setting(text) for text in self.set),
                 measure_time=self.measure_time,
                 compile=self.compile,
+                across_regimes=self.across_regimes,
             )
             device = choose_device(self.device)
             try:
@@ -128,14 +132,16 @@ class Compare(Verb):
 
 def summary_text(summary: dict[str, Any]) -> str:
     """The table for a terminal."""
-    lines, wide = [], max(map(len, summary["recipes"]))
+    several = len(set(summary["regimes"].values())) > 1
+    called = {label: f"{label} ({regime})" if several else label for label, regime in summary["regimes"].items()}
+    lines, wide = [], max(map(len, called.values()))
     for score in summary["scores"]:
         share = "" if score["share"] == 1 else f", {score['share']:.0%} of the pictures"
         beside = [f"{kind} {score[kind]:.3f}" for kind in ("chance", "blind", "ceiling") if kind in score]
         lines.append(f"{score['title']}{share} ({'; '.join([score['better'] + ' is better', *beside])})")
         for row in score["rows"]:
             lines.append(
-                f"  {row['recipe']:<{wide}}  {mean_text(row):<36}  {difference_text(row['difference'])}".rstrip()
+                f"  {called[row['recipe']]:<{wide}}  {mean_text(row):<36}  {difference_text(row['difference'])}".rstrip()
             )
     costs = [(row["recipe"], cost_text(row)) for row in summary["cost"]]
     text = [(label, text_text(facts)) for label, facts in summary["text"].items()]

@@ -48,11 +48,14 @@ def verdict(result: dict[str, Any]) -> str:
     """The last line of a proof."""
     settings = result["settings"]
     how = f"{settings['dtype']} on {settings['device']}, {settings['threads']} threads, {settings['seconds']:.0f} s"
+    of = f"Regime: {result['regime']}. "
     if result["passed"]:
-        return f"The text is the base's, bit for bit ({how})."
+        return f"{of}The text is the base's, bit for bit ({how})."
     if result["text_identical"]:
-        return f"The text is the base's, but text before a picture is not within tolerance ({how})."
-    return f"The text is NOT the base's ({how})."
+        return f"{of}The text is the base's, but text before a picture is not within tolerance ({how})."
+    off = [check["passed"] for check in result["checks"] if "adapters off" in check["name"]]
+    without = "; without the adapters it is, bit for bit" if off and all(off) else ""
+    return f"{of}The text is NOT the base's{without} ({how})."
 
 
 @dataclass(frozen=True, kw_only=True)

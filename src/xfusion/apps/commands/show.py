@@ -41,7 +41,7 @@ class Show(Verb):
         folder = pack_folder(self.name)
         known = names()
         data: dict[str, Any]
-        if self.name in known or ":" in self.name:
+        if self.name.partition("(")[0] in known or ":" in self.name:
             recipe = find(self.name)()
             model = build(recipe.model)
             data = {"name": self.name, "kind": "recipe"} | describe(model)
@@ -120,6 +120,7 @@ def describe(model: Model) -> dict[str, Any]:
             "layers_with_blocks": list(model.fusion.state_layers),
             "preserves_text": model.fusion.preserves_text,
         },
+        "regime": model.regime,
         media.name: {
             "made_for": media.described,
             "codec": type(media.codec).__name__,
@@ -232,7 +233,7 @@ def _text(data: dict[str, Any]) -> str:
         ("new", f"{data['new_parameters']:,} weights ({share:.1f} % of the base)"),
         *(("", f"{count:>12,}  {part}") for part, count in data["new_parts"].items()),
         ("fusion", f"{fusion['kind']}, blocks at layers {', '.join(map(str, fusion['layers_with_blocks'])) or 'none'}"),
-        ("", f"text {'stays bit-identical' if fusion['preserves_text'] else 'may change'}"),
+        ("regime", f"{data['regime']}: text {'stays bit-identical' if fusion['preserves_text'] else 'may change'}"),
         ("media", f"{media['made_for']}, by {media['codec']}, patch {media['patch']}:"),
         (
             "",
@@ -262,10 +263,14 @@ class List(Verb):
         from xfusion.recipes.base import names
 
         recipes, packs = [_recipe(name) for name in names()], [_pack(name) for name in shipped()]
-        rows = [(r["name"], f"{r['status']:<10}  {r['kind']:<16}  {r['paper']:<18}  {r['summary']}") for r in recipes]
+        rows = [
+            (r["name"], f"{r['status']:<10}  {r['kind']:<16}  {r['regime']:<15}  {r['paper']:<18}  {r['summary']}")
+            for r in recipes
+        ]
         lines = ["recipes (xfusion train NAME):", table(rows, "  "), "packs (xfusion generate NAME PROMPT):"]
         found = [
-            (p["name"], f"{size_text(p['bytes'])}, can {', '.join(p['capabilities'])}, on {p['base']}") for p in packs
+            (p["name"], f"{size_text(p['bytes'])}, can {', '.join(p['capabilities'])}, {p['regime']}, on {p['base']}")
+            for p in packs
         ]
         lines.append(table(found, "  ") if packs else "  none in this installation")
         return Answer(data={"recipes": recipes, "packs": packs}, text="\n".join(lines))
@@ -274,10 +279,13 @@ class List(Verb):
 def _recipe(name: str) -> dict[str, Any]:
     from importlib import import_module
 
+    from xfusion.recipes.base import find
+
     module = import_module(f"xfusion.recipes.{name}")
     return {
         "name": name,
         "kind": getattr(module, "KIND", "unknown"),
+        "regime": find(name)().model.regime,
         "paper": getattr(module, "PAPER", "none"),
         "status": getattr(module, "STATUS", "sketch"),
         "summary": (module.__doc__ or "").strip().split("\n")[0],
@@ -293,6 +301,7 @@ def _pack(name: str) -> dict[str, Any]:
         "name": name,
         "base": config["base"]["source"],
         "capabilities": config.get("capabilities", []),
+        "regime": checkpoint.from_json(config["model"]).regime,
         "num_new_parameters": config.get("num_new_parameters"),
         "bytes": (folder / checkpoint.WEIGHTS).stat().st_size,
         "training": config.get("training"),
