@@ -569,6 +569,40 @@ def embed(
     return out
 
 
+@torch.no_grad()
+def match(model: Model, pictures: Seq[PILImage.Image], texts: Seq[str]) -> Tensor:
+    """Probability that a text says what a picture shows, by the head that learned to tell pairs.
+
+    Args:
+        model: a model that can match, such as one of the recipe blip.
+        pictures: any size.
+        texts: each is read behind each picture.
+
+    Returns:
+        float32 ``[pictures, texts]`` in [0, 1].
+    """
+    if "match" not in model.capabilities:
+        raise XFusionError(
+            f"this model cannot match, only {', '.join(sorted(model.capabilities))}: train one with a matching objective,"
+            " such as the recipe blip"
+        )
+    if isinstance(texts, str):
+        raise XFusionError("match takes a list of texts: write [text]")
+    objective: Any = next(o for o in model.objectives if "match" in o.gives)
+    begin, media = model.backbone.begin_ids, _media_segment(model, pictures)
+    said = [opened(begin, (Text(ids=_encode_prompt(model, text)),)) for text in texts]
+    pairs = [(i, j) for i in range(len(media)) for j in range(len(said))]
+    out = torch.empty(len(media), len(said))
+    for start in range(0, len(pairs), BATCH):
+        part = pairs[start : start + BATCH]
+        rows = [[Sequence(segments=(*said[j], media[i]))] for i, j in part]
+        batch, own = pack(rows).to(model.backbone.device), torch.arange(len(part), device=model.backbone.device)
+        probability = objective.judged(model, batch, own, own).float().softmax(dim=-1)[:, 1].cpu()
+        for (i, j), value in zip(part, probability, strict=True):
+            out[i, j] = value
+    return out
+
+
 # ---------------------------------------------------------------------------------------------------------- segments
 
 
@@ -865,6 +899,7 @@ __all__ = [
     "generate",
     "inpaint",
     "inpaint_batch",
+    "match",
     "prompt_length",
     "score_names",
 ]

@@ -571,6 +571,12 @@ class Model(nn.Module):
 
         return score_names(self, pictures, names, **settings)
 
+    def match(self, picture: Any, texts: list[str]) -> list[float]:
+        """Probability that each text says what a picture shows; see `xfusion.generation.match`."""
+        from xfusion.generation import match
+
+        return match(self, [picture], texts)[0].tolist()
+
     def embed(self, items: list[Any], **settings: Any) -> Tensor:
         """Vectors of unit length of texts and pictures, ``[items, width]``; see `xfusion.generation.embed`."""
         from xfusion.generation import embed

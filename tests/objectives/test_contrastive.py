@@ -56,9 +56,9 @@ def pair(i, *, text=None, group=-1, grid=(2, 2)):
 def vectors(model, sequences, per_row=1, noise=lambda batch: batch):
     rows = [sequences[i : i + per_row] for i in range(0, len(sequences), per_row)]
     batch, (objective,) = noise(pack(rows)), model.extra
-    from xfusion.objectives.contrastive import _places
+    from xfusion.objectives.contrastive import pair_places
 
-    row, sample = _places(batch.media["image"])
+    row, sample = pair_places(batch.media["image"])
     return objective._words(model, batch, row, sample), objective.of_media(model, batch)
 
 

@@ -126,7 +126,9 @@ class Lora(Fusion):
         found = matrix_pieces(layer)
         paths = linear_paths(layer) if targets is None else sorted({found[t].path for t in targets if t in found})
         if not paths:
-            raise XFusionError(f"lora: {type(layer).__name__} has no matrix of {', '.join(targets)}: take targets None")
+            raise XFusionError(
+                f"lora: {type(layer).__name__} has no matrix of {', '.join(targets or ())}: take targets None"
+            )
         return nn.ModuleDict(
             {
                 path.replace(".", "/"): Adapter(layer.get_submodule(path), self.config.rank, self.config.alpha)

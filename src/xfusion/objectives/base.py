@@ -71,6 +71,11 @@ class Objective(nn.Module):
     gives: frozenset[str] = frozenset()
     """What a model can do that was trained by it, of ``caption``, ``draw``, ``embed``, ``match``."""
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """Factors of its losses in the sum, by name; most objectives have one."""
+        return {self.name: self.weight}
+
     @dataclass(frozen=True, kw_only=True)
     class Config:
         """Settings of an objective; `build` makes it."""

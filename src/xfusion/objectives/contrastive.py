@@ -88,7 +88,7 @@ class Contrastive(Objective):
         """
         out: Losses = {}
         for media in batch.media.values():
-            row, sample = _places(media)
+            row, sample = pair_places(media)
             if bool((batch.text.sample[row] != sample[:, None]).all(dim=1).any()):
                 raise XFusionError(
                     "contrastive: a picture of the batch has no words: set the templates' caption_dropout to 0"
@@ -108,7 +108,7 @@ class Contrastive(Objective):
 
 def same(batch: Batch, media: MediaRows) -> Tensor:
     """Which other items are no negatives of an item, bool ``[N, N]``: of its group, or with its words."""
-    row, sample = _places(media)
+    row, sample = pair_places(media)
     inside = (batch.text.sample[row] == sample[:, None]) & (batch.text.order[row] >= 0)
     said = [tuple(ids[mine].tolist()) for ids, mine in zip(batch.text_ids[row], inside, strict=True)]
     number = {words: i for i, words in enumerate(said)}
@@ -117,7 +117,7 @@ def same(batch: Batch, media: MediaRows) -> Tensor:
     return (alike | (wording[:, None] == wording)).fill_diagonal_(False)
 
 
-def _places(media: MediaRows) -> tuple[Tensor, Tensor]:
+def pair_places(media: MediaRows) -> tuple[Tensor, Tensor]:
     """Batch row and packed sequence of each item, int64 ``[N]``."""
     inside = media.item >= 0
     rows = torch.arange(len(media.item), device=media.item.device)[:, None].expand_as(media.item)

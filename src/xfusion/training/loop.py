@@ -455,7 +455,7 @@ class _Run:
             for objective in self.model.objectives:
                 for name, count in objective.count(batch).items():
                     counts[name] = counts.get(name, 0) + count
-        weights = {o.name: o.weight for o in self.model.objectives}
+        weights = {name: weight for o in self.model.objectives for name, weight in o.weights.items()}
         digest = hashlib.sha256(f"{self.recipe.seed}/noise/{self.step}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         losses = dict.fromkeys(counts, 0.0)

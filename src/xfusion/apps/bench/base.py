@@ -150,7 +150,7 @@ class Step:
         self.optimizer = Optimizer(model.named_new_parameters(), 0.0)
         self.numbers = count()
         self.samples = mixture.draw + mixture.caption
-        self.weights = {objective.name: objective.weight for objective in model.objectives}
+        self.weights = {name: weight for o in model.objectives for name, weight in o.weights.items()}
 
     def __call__(self) -> None:
         """The next step."""

@@ -1,0 +1,66 @@
+"""BLIP: contrast, matching and captions by one decoder whose words may read the picture.
+
+Paper: Li et al., "BLIP: Bootstrapping Language-Image Pre-training for Unified Vision-Language Understanding and Generation",
+ICML 2022, arXiv 2201.12086.
+
+Faithful: three losses added alike - contrast of a picture and its words, matching of pairs with hard negatives by the
+contrast's likeness, and the language model's on captions; one text tower that reads words alone for the first, and the
+picture by cross-attention for the others; a trained [Encode] row for matching; a head of two classes.
+
+Adapted: the text tower is the frozen language model, causal in all three modes, so [Encode] stands behind the words and sees
+them all, where the paper has a bidirectional encoder with self-attention of its own, which a frozen host cannot have; gated
+cross-attention before every n-th layer instead of within every one; a resampler over the features of a frozen
+EfficientNet-Lite0 instead of a trained ViT; no momentum encoder, no queue and no label smoothing; the hardest negative of a
+batch of 32 instead of one drawn by likeness; captions are not bootstrapped (CapFilt).
+"""
+
+from __future__ import annotations
+
+from xfusion.data.mixture import MixtureConfig
+from xfusion.data.templates import Templates
+from xfusion.fusion.connectors.linear import Linear
+from xfusion.fusion.connectors.resampler import Resampler
+from xfusion.fusion.cross_attention import CrossAttention
+from xfusion.modalities.codecs.features import Features
+from xfusion.modalities.encoders.efficientnet_lite import EfficientNetLite
+from xfusion.modalities.encoders.vision_transformer import VisionTransformer
+from xfusion.modalities.image import ImageModality
+from xfusion.model import ModelConfig
+from xfusion.objectives.base import NoObjective
+from xfusion.objectives.matching import Matching
+from xfusion.objectives.next_token import NextToken
+from xfusion.training.stages import Recipe, Stage
+
+KIND = "cross-attention"
+PAPER = "arXiv 2201.12086"
+STATUS = "sketch"
+
+
+def blip(every: int = 7, latents: int = 8, pairs: int = 32, encoder: str | None = None, side: int = 224) -> Recipe:
+    """The recipe, sized for two CPU cores; pictures are only read.
+
+    Args:
+        every: a cross-attention block stands before every n-th layer.
+        latents: rows that a picture becomes.
+        pairs: pairs of a step that are contrasted and matched, and as many captions.
+        encoder: folder or hub id of a vision transformer; None takes EfficientNet-Lite0.
+        side: pixels that the encoder looks at.
+    """
+    looks = EfficientNetLite.Config() if encoder is None else VisionTransformer.Config(source=encoder)
+    templates = Templates(caption_dropout=0.0, other_wordings=0.3)
+    return Recipe(
+        model=ModelConfig(
+            image=ImageModality.Config(codec=Features.Config(encoder=looks), patch=1, sizes=(side,), behind_begin=True),
+            port=Linear.Config(),
+            fusion=CrossAttention.Config(
+                stride=every, offset=0, media_norm=True, connector=Resampler.Config(latents=latents, depth=2)
+            ),
+            text=NextToken.Config(weight=1.0),
+            media=NoObjective.Config(),
+            extra=(Matching.Config(),),
+        ),
+        data="emoji",
+        stages=(
+            Stage(rate=5e-4, schedule="cosine", mixture=MixtureConfig(draw=pairs, caption=pairs, templates=templates)),
+        ),
+    )
