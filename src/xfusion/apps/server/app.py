@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import hmac
 import json
@@ -25,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from xfusion.apps.server import requests
 from xfusion.apps.server.answers import Refused, base64_png, data_url, now, usage
-from xfusion.apps.server.batches import Batches, Continue, Job, Repaint, Words
+from xfusion.apps.server.batches import Batches, Continue, Embed, Job, Repaint, Words
 from xfusion.apps.server.limits import Limits
 from xfusion.data.sequence import Image, Text, XFusionError
 from xfusion.generation import conversation, draw_size, kinds_of, prompt_length
@@ -160,14 +161,49 @@ class _Server:
         return name, self.models[name]
 
     async def embeddings(self, request: Request) -> Response:
-        """Refused: no model that is served gives embeddings."""
-        body = await self._body(request)
+        """Vectors of texts and pictures."""
+        asked = requests.parse(requests.Embeddings, await self._body(request))
+        name, model = self._model(asked.model)
+        if "embed" not in model.capabilities:
+            raise requests.incapable(model, "embed")
+        job, prompt = await self._aside(partial(self._read_embeddings, asked, model))
+        ticket = _Ticket(self, request, [job])
         try:
-            name = json.loads(body).get("model")
-        except (ValueError, AttributeError, RecursionError) as error:
-            raise Refused(400, "the body is not a JSON object") from error
-        _, model = self._model(name if isinstance(name, str) else None)
-        raise requests.incapable(model, "embed")
+            async for _ in ticket.follow():
+                pass
+        finally:
+            ticket.drop()
+        width = len(job.answer[0])
+        if asked.dimensions not in (None, width):
+            raise Refused(
+                400, f"dimensions is {asked.dimensions}, but this model's vectors have {width}", param="dimensions"
+            )
+        as_text = asked.encoding_format == "base64"
+        data = [
+            {
+                "object": "embedding",
+                "index": i,
+                "embedding": base64.b64encode(v.numpy().astype("<f4").tobytes()).decode() if as_text else v.tolist(),
+            }
+            for i, v in enumerate(job.answer)
+        ]
+        return JSONResponse(
+            {
+                "object": "list",
+                "data": data,
+                "model": name,
+                "usage": {"prompt_tokens": prompt, "total_tokens": prompt},
+            }
+        )
+
+    def _read_embeddings(self, asked: requests.Embeddings, model: Model) -> tuple[Job, int]:
+        """The job of a request, and the tokens of its words."""
+        items = requests.embedded(asked, model, self.limits, self.hosts)
+        with _as_refusal():
+            prompt = sum(prompt_length(model, [item]) for item in items)
+        words = Words(model.backbone.decode)
+        work = Embed(model=model)
+        return Job(work=work, given=items, seed=0, index=0, words=words, tell=lambda job, new: None), prompt
 
     # -- conversations
 

@@ -109,6 +109,20 @@ class Repaint:
         return [[picture] for picture in inpaint_batch(self.model, given, seeds=seeds, **settings)]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Embed:
+    """A call of `embed`; a job is a request's list of texts and pictures."""
+
+    model: Model
+    together: ClassVar[bool] = True
+
+    def run(self, jobs: list[Job]) -> list[list[Any]]:
+        """The vectors of each job, ``[items, width]``."""
+        items = [item for job in jobs for item in job.given]
+        vectors = self.model.embed(items, progress=_while_awaited(jobs))
+        return [list(part) for part in vectors.split([len(job.given) for job in jobs])]
+
+
 def _while_awaited(jobs: list[Job]) -> Callable[..., None]:
     """Ends drawing between two steps once all who asked are gone."""
 
@@ -123,7 +137,7 @@ def _while_awaited(jobs: list[Job]) -> Callable[..., None]:
 class Job:
     """One answer that is to be computed."""
 
-    work: Continue | Repaint
+    work: Continue | Repaint | Embed
     given: Any
     """What it is computed from, as the work takes it."""
     seed: int

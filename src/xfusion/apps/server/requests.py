@@ -140,6 +140,21 @@ class Images(_Drawing):
     stream: Literal[False] | None = None
 
 
+class Embeddings(_Strict):
+    """A request for vectors of texts and of pictures, which are given as data URLs."""
+
+    model: str | None = None
+    input: str | Annotated[list[str], Field(min_length=1)]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    user: str | None = None
+    """Taken and not used."""
+
+    def inputs(self) -> list[str]:
+        """What is embedded, in order."""
+        return [self.input] if isinstance(self.input, str) else self.input
+
+
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
@@ -188,6 +203,26 @@ def messages(request: Chat, model: Model, limits: Limits, hosts: frozenset[str])
         ]
         out.append({"role": "system" if message.role == "developer" else message.role, "content": content})
     return out
+
+
+def embedded(request: Embeddings, model: Model, limits: Limits, hosts: frozenset[str]) -> list[str | PILImage.Image]:
+    """The inputs as `Model.embed` takes them: a data URL is a picture, all else is words.
+
+    Raises:
+        Refused: more than the limits, something empty, or a picture that cannot be read.
+    """
+    given = request.inputs()
+    shown = [text[:5].lower() == "data:" for text in given]
+    within(len(given), limits.inputs, "input")
+    within(sum(shown), limits.pictures, "pictures")
+    within(sum(len(text) for text, is_picture in zip(given, shown, strict=True) if not is_picture), limits.characters,
+           "characters")  # fmt: skip
+    if not all(given):
+        raise Refused(400, "input: a text is empty, there is nothing to embed", param="input")
+    return [
+        _opened(text, model, limits, hosts) if is_picture else text
+        for text, is_picture in zip(given, shown, strict=True)
+    ]
 
 
 def _blocks(message: Message) -> list[Words | Picture]:
