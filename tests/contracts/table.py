@@ -61,6 +61,7 @@ from xfusion.data.pack import pack
 from xfusion.data.sequence import Batch, Example, Media, Sequence, Text
 from xfusion.fusion.adaption_prompt import AdaptionPrompt
 from xfusion.fusion.base import Fusion
+from xfusion.fusion.conditioned import Conditioned
 from xfusion.fusion.connectors.resampler import Resampler
 from xfusion.fusion.cross_attention import CrossAttention
 from xfusion.fusion.dual_tower import DualTower
@@ -182,6 +183,7 @@ FUSIONS: dict[str, Fusion.Config] = {
     "sparse experts, of the paper": SparseExperts.Config(stride=1, experts=3, frozen_expert=False),
     "prefix": Prefix.Config(),
     "lora": Lora.Config(inner=Prefix.Config(), rank=3, targets=None),
+    "conditioned denoiser": Conditioned.Config(width=32, depth=2, heads=2),
     "hybrid": Layered.Config(
         parts=(ModalityExperts.Config(layers=(0, 2)), DualTower.Config(layers=(2, 4), offset=1, fuse="text"))
     ),

@@ -51,6 +51,9 @@ class Diffusion(Denoising):
         """gamma of min-SNR."""
         largest_value: float | None = 1.0
         """Clean estimates are clipped to this while sampling; None clips nothing. Pixels lie within 1, latents do not."""
+        threshold: float | None = None
+        """Dynamic thresholding (Imagen, arXiv 2205.11487, section 2.3): the percentile of a picture's values, such as 0.995;
+        where it lies above `largest_value`, its estimate is clipped to it and scaled back. None clips at `largest_value`."""
         guidance: float = 3.0
         """Strength of classifier-free guidance where the caller names none; 1 is off."""
 
@@ -67,6 +70,11 @@ class Diffusion(Denoising):
     def __init__(self, config: Config):
         if not config.largest_snr > 0:
             raise XFusionError(f"largest_snr {config.largest_snr:g} must be above 0; 5 is usual")
+        if config.threshold is not None and not (0 < config.threshold <= 1 and config.largest_value):
+            raise XFusionError(
+                f"threshold {config.threshold:g} with largest_value {config.largest_value}: a percentile within (0, 1], such"
+                " as 0.995, of values that have a largest"
+            )
         super().__init__()
         from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
@@ -134,6 +142,16 @@ class Diffusion(Denoising):
             return signal * x - share * prediction
         return (x - share * prediction) / signal
 
+    def bounded(self, clean: Tensor) -> Tensor:
+        """Clean estimates ``[N, M, P]`` within `largest_value`, each picture by its own percentile if asked."""
+        largest = self.config.largest_value
+        if largest is None:
+            return clean
+        if self.config.threshold is None:
+            return clean.clamp(-largest, largest)
+        bound = clean.abs().flatten(1).quantile(self.config.threshold, dim=1).clamp(min=largest)[:, None, None]
+        return clean.clamp(-bound, bound) * (largest / bound)
+
     def sample(
         self,
         predict: Callable[[Tensor, float], Tensor],
@@ -166,8 +184,7 @@ class Diffusion(Denoising):
         x = noise
         for level, following in pairwise(levels):
             clean = self.clean(predict(x, (level + 1) / LEVELS), x, level)
-            if self.config.largest_value is not None:
-                clean = clean.clamp(-self.config.largest_value, self.config.largest_value)
+            clean = self.bounded(clean)
             signal, share = self.shares(level)
             # Where the estimate is clipped its noise is told anew: the two shall agree.
             eps = (x - signal * clean) / share

@@ -1,0 +1,49 @@
+"""Imagen: the states of a frozen language model condition a diffusion model of pixels.
+
+Paper: Saharia et al., "Photorealistic Text-to-Image Diffusion Models with Deep Language Understanding", NeurIPS 2022,
+arXiv 2205.11487.
+
+Faithful: the language model is frozen and reads each prompt once; the denoiser reads the whole sequence of its states by
+cross-attention, and their mean beside the noise level; pixels, noise prediction on a cosine schedule, a share of prompts
+dropped for classifier-free guidance, and dynamic thresholding of the clean estimate.
+
+Adapted: a decoder language model instead of the T5-XXL encoder, its penultimate states; a small transformer over patches
+instead of the Efficient U-Net; 32 pixels and no super-resolution stages, so no noise-conditioning augmentation; DDIM steps.
+Pictures are only drawn: no word reads one.
+"""
+
+from __future__ import annotations
+
+from xfusion.data.mixture import MixtureConfig
+from xfusion.fusion.conditioned import Conditioned
+from xfusion.modalities.image import ImageModality
+from xfusion.model import ModelConfig
+from xfusion.objectives.diffusion import Diffusion
+from xfusion.objectives.next_token import NextToken
+from xfusion.training.stages import Recipe, Stage
+
+KIND = "conditioned denoiser"
+PAPER = "arXiv 2205.11487"
+STATUS = "sketch"
+
+
+def imagen(width: int = 256, depth: int = 6, patch: int = 4, size: int = 32, threshold: float | None = 0.995) -> Recipe:
+    """The recipe, sized for two CPU cores.
+
+    Args:
+        width: of the denoiser.
+        depth: its blocks.
+        patch: pixels of a token's side.
+        size: pixels of a picture's side.
+        threshold: percentile of dynamic thresholding; None clips at 1.
+    """
+    return Recipe(
+        model=ModelConfig(
+            image=ImageModality.Config(patch=patch, sizes=(size,)),
+            fusion=Conditioned.Config(width=width, depth=depth),
+            text=NextToken.Config(weight=0.0),
+            media=Diffusion.Config(threshold=threshold),
+        ),
+        data="emoji",
+        stages=(Stage(rate=1e-3, schedule="cosine", mixture=MixtureConfig(draw=64, caption=0)),),
+    )
