@@ -18,7 +18,7 @@ from typing import Any
 from diagrams import diagram
 
 from xfusion.apps.commands.base import size_text
-from xfusion.apps.comparison_page import COLOURS, CONTRIBUTION, SHARES, TIMES, bars, by_share, curves, dots, scatter
+from xfusion.apps.comparison_page import COLOURS, CONTRIBUTION, SHARES, TIMES, bars, by_share, curves, dots, scatter, standalone
 from xfusion.backbone import SHAPES, Backbone
 from xfusion.comparison import summarise
 from xfusion.comparison.cost import flops_of_shape
@@ -30,9 +30,6 @@ RESULTS = HERE.parent / "comparison"
 MEASURED = HERE.parent / "benchmarks" / "results"
 SHOWN = ("fit_retrieval_pixel_at_1", "fit_retrieval_feature_at_1", "fit_caption_exact", "text_perplexity_change")
 SHOWN_BY_SHARE = ("fit_retrieval_pixel_at_1", "fit_caption_exact", "held_caption_mrr")
-STYLE = """<style>text{font:13px sans-serif;fill:#555}text.name{fill:#222}text.end{font-size:10.5px}
-.curve{fill:none;stroke-width:2}
-.grid-line{stroke:#ddd}.beside{stroke:#888;stroke-dasharray:3 3}.zero{stroke:#888;stroke-width:1.2}</style>"""
 
 
 # ------------------------------------------------------------------------------------------------------------ recipes
@@ -152,7 +149,7 @@ def comparison_part(folder: Path) -> list[str]:
             continue
         file = HERE / "pictures" / f"{folder.name}_{score['score']}.svg"
         drawn = dots(score, lambda label, colours=colours: colours[label])
-        file.write_text(_standalone(drawn), encoding="utf-8")
+        file.write_text(standalone(drawn), encoding="utf-8")
         lines += [f"**{score['title']}** ({score['better']} is better)", ""]
         lines += [f"![{score['title']}](pictures/{file.name})", ""]
         lines += [f"| recipe | mean | 95 % interval | paired difference to {summary['first']} | verdict |"]
@@ -160,14 +157,14 @@ def comparison_part(folder: Path) -> list[str]:
     drawing = next((s for s in summary["scores"] if s["score"] == SHOWN[0] and s["share"] == 1), None)
     if drawing and any(text["bit_equal"] < text["num_runs"] for text in summary["text"].values()):
         file = HERE / "pictures" / f"{folder.name}_text.svg"
-        file.write_text(_standalone(scatter(summary, drawing)), encoding="utf-8")
+        file.write_text(standalone(scatter(summary, drawing)), encoding="utf-8")
         lines += ["**What drawing cost the text**: perplexity against the score in drawing, a small dot per run", ""]
         lines += [f"![perplexity of the text against drawing](pictures/{file.name})", ""]
     for name in SHOWN_BY_SHARE if len(summary["shares"]) > 1 else ():
         lines += share_part(summary, name, folder.name)
     if summary["contributions"]:
         file = HERE / "pictures" / f"{folder.name}_shares.svg"
-        file.write_text(_standalone(bars(summary["contributions"], CONTRIBUTION)), encoding="utf-8")
+        file.write_text(standalone(bars(summary["contributions"], CONTRIBUTION)), encoding="utf-8")
         lines += [f"**{CONTRIBUTION.capitalize()}**, by layer and kind of position", ""]
         lines += [f"![learned shares](pictures/{file.name})", ""]
     timed = any(row["time"] for row in summary["cost"])
@@ -194,7 +191,7 @@ def share_part(summary: dict[str, Any], name: str, folder: str) -> list[str]:
     if not found:
         return []
     title, file = tables[0]["title"], HERE / "pictures" / f"{folder}_shares_{name}.svg"
-    file.write_text(_standalone(curves(summary, found, SHARES)), encoding="utf-8")
+    file.write_text(standalone(curves(summary, found, SHARES)), encoding="utf-8")
     lines = [f"**{title}, by share of the pictures** (same budget on fewer pictures)", ""]
     lines += [f"![{title} by share]({file.relative_to(HERE)})", ""]
     lines += [f"| recipe | share | mean | 95 % interval | paired difference to {summary['first']} | verdict |"]
@@ -215,12 +212,6 @@ def _row(row: dict[str, Any]) -> str:
     verdict = difference["verdict"] if difference else "-"
     mean = "not measured" if row["mean"] is None else f"{row['mean']:.3f}"
     return f"| {row['recipe']} | {mean} | {span(row['interval'])} | {beside} | {verdict} |"
-
-
-def _standalone(svg: str, more: str = "") -> str:
-    head, rest = svg.split(">", 1)
-    rest = rest.replace("</svg>", f"{more}</svg>")
-    return f'{head} xmlns="http://www.w3.org/2000/svg">{STYLE}<rect width="100%" height="100%" fill="white"/>{rest}\n'
 
 
 # -------------------------------------------------------------------------------------------------------------- speed
@@ -253,7 +244,7 @@ def plot(
 ) -> list[str]:
     """A plot beside the page, and the words that show it."""
     drawn = curves({"recipes": list(lines)}, lines, along, logarithmic=log)
-    (HERE / "pictures" / f"speed_{name}.svg").write_text(_standalone(drawn, _named(lines)), encoding="utf-8")
+    (HERE / "pictures" / f"speed_{name}.svg").write_text(standalone(drawn, _named(lines)), encoding="utf-8")
     return [f"![{title}](pictures/speed_{name}.svg)", ""]
 
 

@@ -6,6 +6,7 @@ tower's rows of the picture alone. Every item has a generator of its own, so a b
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
@@ -360,9 +361,14 @@ def answer_tokens(
     temperature: float,
     top_p: float,
     seeds: Seq[int],
+    allowed: Seq[tuple[int, ...]] | None = None,
     listen: Listener | None = None,
 ) -> list[list[int]]:
-    """Continue contexts that hold media with text, with keys and values kept per tower."""
+    """Continue contexts that hold media with text, with keys and values kept per tower.
+
+    With ``allowed`` every answer is one of these token sequences: at each step no token can be chosen but those with which one
+    of them goes on. An answer ends where it is one of them and the end token is chosen, or none goes on.
+    """
     # An empty text behind the media makes [EOI] appear: the first word is read from it.
     prompts = [c if isinstance(c[-1], Text) else (*c, Text(ids=())) for c in contexts]
     prompts = [opened(model.backbone.begin_ids, prompt) for prompt in prompts]
@@ -379,6 +385,8 @@ def answer_tokens(
     answers: list[list[int]] = [[] for _ in prompts]
     open_rows = set(range(len(prompts)))
     for done in range(max_tokens):
+        if allowed is not None:
+            logits = _restricted(logits, answers, allowed, model.backbone.end_ids[0])
         token = model.text_objective.choose(logits.cpu(), temperature, top_p, generators)
         for i in sorted(open_rows):
             if int(token[i]) in ends:
@@ -404,6 +412,90 @@ def answer_tokens(
         hidden, _ = model.run_pass(following.to(model.device), cache=cache, update=True)
         logits = model.engine.backbone.logits(hidden)[:, 0]
     return answers
+
+
+def _restricted(logits: Tensor, answers: Seq[Seq[int]], allowed: Seq[tuple[int, ...]], end: int) -> Tensor:
+    """Logits ``[B, V]`` in which only tokens stand with which an answer so far becomes one of those that are allowed."""
+    out = torch.full_like(logits, -torch.inf)
+    for row, so_far in enumerate(answers):
+        chosen = torch.tensor(_going_on(so_far, allowed, end), device=logits.device)
+        out[row, chosen] = logits[row, chosen]
+    return out
+
+
+def _going_on(so_far: Seq[int], allowed: Seq[tuple[int, ...]], end: int) -> list[int]:
+    """Tokens with which an answer so far becomes the beginning of one that is allowed; ``end`` where it is one."""
+    done, begun = len(so_far), tuple(so_far)
+    further = {one[done] for one in allowed if len(one) > done and one[:done] == begun}
+    return sorted(further | ({end} if not further or begun in allowed else set()))
+
+
+LARGEST_SCHEMA = 4096
+"""Answers that a schema may allow: they are written out, so that decoding is exact."""
+
+
+def schema_answers(schema: dict[str, Any]) -> list[str]:
+    """All JSON texts that a schema allows: an object of required properties, each ``enum``, ``const``, ``boolean``, ``null`` or
+    an ``integer`` from ``minimum`` to ``maximum``; objects may stand in objects.
+
+    Raises:
+        XFusionError: the schema says something else, allows nothing, or more than `LARGEST_SCHEMA` texts.
+    """
+    known = {"type", "enum", "const", "minimum", "maximum", "properties", "required", "additionalProperties", "title"}
+    known |= {"description", "$schema"}
+    if unknown := sorted(set(schema) - known):
+        raise XFusionError(f"schema: {unknown[0]!r} is not understood; it may have {', '.join(sorted(known))}")
+    kind = schema.get("type")
+    if "const" in schema or "enum" in schema:
+        values = [schema["const"]] if "const" in schema else list(schema["enum"])
+        found = [json.dumps(value, ensure_ascii=False) for value in values]
+    elif kind in ("boolean", "null"):
+        found = ["true", "false"] if kind == "boolean" else ["null"]
+    elif kind == "integer":
+        if not {"minimum", "maximum"} <= set(schema):
+            raise XFusionError("schema: an integer needs minimum and maximum, so that its values can be written out")
+        low, high = int(schema["minimum"]), int(schema["maximum"])
+        _small(high - low + 1)
+        found = [str(value) for value in range(low, high + 1)]
+    elif kind == "object":
+        properties = schema.get("properties") or {}
+        if missing := sorted(set(properties) - set(schema.get("required", properties))):
+            raise XFusionError(f"schema: property {missing[0]!r} is optional: name it in required, or leave it out")
+        found = ["{"]
+        for number, (name, inner) in enumerate(properties.items()):
+            values = schema_answers(inner)
+            _small(len(found) * len(values))
+            head = f"{', ' if number else ''}{json.dumps(name, ensure_ascii=False)}: "
+            found = [f"{text}{head}{value}" for text in found for value in values]
+        found = [f"{text}}}" for text in found]
+    else:
+        raise XFusionError(f"schema: type {kind!r} is not one of object, integer, boolean, null, or an enum")
+    if not found:
+        raise XFusionError("schema: it allows no answer")
+    return found
+
+
+def _small(count: int) -> None:
+    if not 0 < count <= LARGEST_SCHEMA:
+        raise XFusionError(f"schema: it allows {count} answers, from 1 to {LARGEST_SCHEMA} can be written out")
+
+
+def answer_json(
+    model: Model,
+    pictures: Seq[PILImage.Image],
+    question: str,
+    schema: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """Answers about pictures as JSON values of a schema (`schema_answers`), greedily: no other text can be said.
+
+    Args:
+        model: a model that can caption.
+        pictures: any size.
+        question: what to ask, or nothing.
+        schema: which answers there are.
+    """
+    given = [[picture, question.strip()] if question.strip() else [picture] for picture in pictures]
+    return [json.loads(answer[-1]) for answer in generate(model, given, schema=schema)]
 
 
 def caption(
@@ -447,6 +539,7 @@ def score_names(
     names: Seq[str],
     *,
     size: int | None = None,
+    question: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Mean log-likelihood per token (end token included) of each name after each picture.
@@ -456,12 +549,13 @@ def score_names(
         pictures: or sounds; None scores the names behind an empty picture slot: [EOI] alone.
         names: candidate answers.
         size: side in pixels that pictures are read at, one that the model was made for (None: the first).
+        question: what stands between picture and answer, or nothing.
         progress: told pictures done and in all.
 
     Returns:
         float32 ``[pictures, names]``, one row without pictures.
     """
-    end = model.backbone.end_ids[0]
+    asked, end = model.backbone.encode(question_text(question)), model.backbone.end_ids[0]
     answers = [(*model.backbone.encode(name), end) for name in names]
     ranked = sorted(range(len(answers)), key=lambda i: len(answers[i]))
     width = -(-len(ranked) // LENGTH_GROUPS)  # names of like length go through together: less padding
@@ -469,7 +563,7 @@ def score_names(
     media = _media_segment(model, pictures, size) if pictures is not None else [None]
     out = torch.empty(len(media), len(names))
     for done, item in enumerate(media, start=1):
-        cache, first = _before_answers(model, item)
+        cache, first = _before_answers(model, item, asked)
         for group in groups:
             out[done - 1, group] = _mean_likelihood(model, cache, first, [answers[i] for i in group]).cpu()
         if progress:
@@ -477,12 +571,12 @@ def score_names(
     return out
 
 
-def _before_answers(model: Model, item: Media | None) -> tuple[Cache, Tensor]:
-    """Keys and values of a picture and its [EOI], and the log-probabilities ``[V]`` of the first token behind it."""
+def _before_answers(model: Model, item: Media | None, asked: tuple[int, ...] = ()) -> tuple[Cache, Tensor]:
+    """Keys and values of a picture, its [EOI] and a question, and the log-probabilities ``[V]`` of the first token behind it."""
     blank = model.modality.segment(torch.zeros(1, model.modality.token_width), (1, 1))
-    prompt = opened(model.backbone.begin_ids, (item or blank, Text(ids=())))
+    prompt = opened(model.backbone.begin_ids, (item or blank, Text(ids=asked)))
     batch = pack([[Sequence(segments=prompt)]]).to(model.device)
-    if item is None:  # the end-of-media row alone, as if the picture were not there
+    if item is None:  # the end-of-media row without what stands before it, as if the picture were not there
         place = torch.arange(batch.text.count, device=model.device)[None]
         batch = replace(batch, media={}, text=replace(batch.text, order=place, position=place))
     cache = model.backbone.new_cache(model.fusion.num_towers, 1)
@@ -618,6 +712,7 @@ def generate(
     max_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    schema: dict[str, Any] | None = None,
     progress: Progress | None = None,
     listen: Listener | None = None,
 ) -> list[Any]:
@@ -639,6 +734,7 @@ def generate(
         max_tokens: longest answer in tokens.
         temperature: 0 is greedy.
         top_p: nucleus sampling.
+        schema: answers in words are JSON texts of this schema and no others (`schema_answers`).
         progress: told while drawing.
         listen: told every token of an answer in words as it is chosen.
 
@@ -655,6 +751,9 @@ def generate(
     chosen = list(seeds) if seeds is not None else [seed + i for i in range(len(lists))]
     if len(chosen) != len(lists):
         raise XFusionError(f"{len(chosen)} seeds for {len(lists)} lists: give one each")
+    allowed = None if schema is None else [model.backbone.encode(text) for text in schema_answers(schema)]
+    if allowed is not None and (longest := 1 + max(map(len, allowed))) > max_tokens:
+        raise XFusionError(f"max_tokens {max_tokens} is too few for the schema's longest answer: give {longest}")
     kinds: dict[tuple[Any, ...], list[int]] = {}
     for i, item in enumerate(lists):
         kinds.setdefault(kinds_of(model, item), []).append(i)
@@ -672,6 +771,7 @@ def generate(
                 max_tokens=max_tokens,
                 temperature=temperature,
                 top_p=top_p,
+                allowed=allowed,
                 progress=progress,
                 listen=_for_part(listen, part),
             )
@@ -730,6 +830,7 @@ def _generate_batch(
     max_tokens: int,
     temperature: float,
     top_p: float,
+    allowed: Seq[tuple[int, ...]] | None,
     progress: Progress | None,
     listen: Listener | None,
 ) -> list[list[Any]]:
@@ -771,11 +872,12 @@ def _generate_batch(
             temperature=temperature,
             top_p=top_p,
             seeds=seeds,
+            allowed=allowed,
             listen=listen,
         )
     else:
         ids = [
-            _base_generate(model, context, max_tokens, temperature, top_p, s, _for_part(listen, [i]))
+            _base_generate(model, context, max_tokens, temperature, top_p, s, allowed, _for_part(listen, [i]))
             for i, (context, s) in enumerate(zip(contexts, seeds, strict=True))
         ]
     for answer, tokens in zip(out, ids, strict=True):
@@ -815,6 +917,7 @@ def _base_generate(
     temperature: float,
     top_p: float,
     seed: int,
+    allowed: Seq[tuple[int, ...]] | None = None,
     listen: Listener | None = None,
 ) -> list[int]:
     ids = [i for segment in context if isinstance(segment, Text) for i in segment.ids]
@@ -824,6 +927,9 @@ def _base_generate(
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    if allowed is not None:
+        end = model.backbone.end_ids[0]
+        sampling["prefix_allowed_tokens_fn"] = lambda _, so_far: _going_on(so_far[len(ids) :].tolist(), allowed, end)
     streamer = None if listen is None else _Streamer(listen, set(model.backbone.end_ids))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -892,6 +998,7 @@ def prompt_length(model: Model, items: Seq[Segment]) -> int:
 
 
 __all__ = [
+    "answer_json",
     "caption",
     "conversation",
     "draw",
@@ -901,5 +1008,6 @@ __all__ = [
     "inpaint_batch",
     "match",
     "prompt_length",
+    "schema_answers",
     "score_names",
 ]

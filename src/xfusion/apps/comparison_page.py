@@ -263,6 +263,18 @@ def _cut(label: str) -> str:
     return label if len(label) <= 17 else label[:16] + "…"
 
 
+STYLE = """<style>text{font:13px sans-serif;fill:#555}text.name{fill:#222}text.end{font-size:10.5px}
+.curve{fill:none;stroke-width:2}
+.grid-line{stroke:#ddd}.beside{stroke:#888;stroke-dasharray:3 3}.zero{stroke:#888;stroke-width:1.2}</style>"""
+
+
+def standalone(svg: str, more: str = "") -> str:
+    """A plot as a file of its own, with its style; ``more`` is drawn over it."""
+    head, rest = svg.split(">", 1)
+    rest = rest.replace("</svg>", f"{more}</svg>")
+    return f'{head} xmlns="http://www.w3.org/2000/svg">{STYLE}<rect width="100%" height="100%" fill="white"/>{rest}\n'
+
+
 def _axis(values: Sequence[float]) -> tuple[float, float, list[float]]:
     """Ends and round ticks of an axis that holds the values."""
     low, high = min(values), max(values)

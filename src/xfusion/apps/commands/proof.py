@@ -84,8 +84,22 @@ class Evaluate(Verb):
         model = load_model(self.model, device=self.device, trust=self.trust)
         with progress(people) as tell:
             result = evaluate(model, self.suite, out=self.out, progress=tell, **settings)
-        scores = [(k, f"{v:.4g}" if isinstance(v, float) else str(v)) for k, v in result.items() if k != "settings"]
-        return Answer(data=result, text=table(scores))
+        told = {k: v for k, v in result.items() if k not in ("settings", "curves")}
+        rows = [(k, f"{v:.4g}" if isinstance(v, float) else str(v)) for k, v in told.items()]
+        return Answer(data=result, text=table(rows + self.plots(result.get("curves", {}))))
+
+    def plots(self, curves: dict[str, list[list[float]]]) -> list[tuple[str, str]]:
+        """Draw a suite's curves beside the result, ``FILE.NAME.svg`` each, and say where they are."""
+        from xfusion.apps import comparison_page
+
+        rows = []
+        for name, points in curves.items() if self.out else ():
+            path = self.out.with_suffix(f".{name}.svg")  # type: ignore[union-attr]
+            line = {name: [(float(x), float(y)) for x, y in points]}
+            drawn = comparison_page.curves({"recipes": [name]}, line, name)
+            path.write_text(comparison_page.standalone(drawn), encoding="utf-8")
+            rows.append((f"plot of {name}", str(path)))
+        return rows
 
 
 def read_setting(text: str) -> tuple[str, Any]:

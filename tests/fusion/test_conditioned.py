@@ -1,0 +1,99 @@
+"""The denoiser beside the base: diffusers' own block and thresholding, and the recipe in the loop."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from contracts.table import Noise
+from diffusers import DDPMScheduler
+from diffusers.models.attention import BasicTransformerBlock
+
+import xfusion
+from xfusion.data.mixture import MixtureConfig
+from xfusion.data.sequence import XFusionError
+from xfusion.fusion.conditioned import Block
+from xfusion.model import BackboneConfig
+from xfusion.objectives.diffusion import Diffusion
+from xfusion.recipes.base import find
+from xfusion.training.loop import train
+
+NAMES = {
+    "norm": "norm1",
+    "words_norm": "norm2",
+    "mlp_norm": "norm3",
+    "own": "attn1",
+    "cross": "attn2",
+    "query": "to_q",
+    "key": "to_k",
+    "value": "to_v",
+    "out": "to_out.0",
+}
+
+
+@torch.no_grad()
+def test_a_block_is_that_of_diffusers():
+    torch.manual_seed(0)
+    own = Block(32, 24, 2).eval()
+    theirs = BasicTransformerBlock(32, 2, 16, cross_attention_dim=24, activation_fn="gelu").eval()
+    found = {}
+    for name, value in own.state_dict().items():
+        value.copy_(0.3 * torch.randn(value.shape))
+        first, *rest = name.split(".")
+        if first == "mlp":
+            key = f"ff.net.0.proj.{rest[1]}" if rest[0] == "0" else f"ff.net.2.{rest[1]}"
+        else:
+            key = ".".join([NAMES[first], *(NAMES.get(part, part) for part in rest)])
+        found[key] = value
+    theirs.load_state_dict(found)
+    x, words = torch.randn(3, 7, 32), torch.randn(3, 5, 24)
+    read = torch.arange(5) < torch.tensor([5, 3, 1])[:, None]
+    expected = theirs(x, encoder_hidden_states=words, encoder_attention_mask=read)
+    reads, alike = read[:, None].expand(3, 7, 5), torch.ones(3, 7, 7, dtype=torch.bool)
+    torch.testing.assert_close(own(x, alike, own.cross.keys_values(words), reads), expected, rtol=1e-5, atol=1e-5)
+    # Where no word stands before a picture, cross-attention adds nothing.
+    nothing = own(x, alike, own.cross.keys_values(words), torch.zeros_like(reads))
+    torch.testing.assert_close(nothing, own(x, alike, None, reads), rtol=0, atol=1e-6)
+    assert float((nothing - expected).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("percentile", [0.9, 0.995])
+def test_dynamic_thresholding_is_that_of_diffusers(percentile):
+    scheduler = DDPMScheduler(thresholding=True, dynamic_thresholding_ratio=percentile, sample_max_value=1e6)
+    scale = torch.tensor([0.3, 1.5, 4.0])[:, None, None]
+    x = scale * torch.randn(3, 16, 12, generator=torch.Generator().manual_seed(0))
+    own = Diffusion.Config(threshold=percentile).build()
+    torch.testing.assert_close(own.bounded(x), scheduler._threshold_sample(x), rtol=0, atol=1e-6)
+    assert torch.equal(own.bounded(x)[0], x[0].clamp(-1, 1))  # within 1: left as it is
+    wide = Diffusion.Config(threshold=percentile, largest_value=2.0).build().bounded(2 * x)
+    torch.testing.assert_close(wide, 2 * own.bounded(x), rtol=0, atol=1e-6)
+    assert torch.equal(Diffusion.Config().build().bounded(x), x.clamp(-1, 1))
+    with pytest.raises(XFusionError, match=r"threshold 2 with largest_value 1.0: a percentile within \(0, 1\]"):
+        Diffusion.Config(threshold=2.0).build()
+
+
+def test_twenty_steps_of_the_recipe(bases, tmp_path):
+    base, losses = bases["llama"], []
+    before = base.compute_fingerprint()
+    recipe = find("imagen(width=32, depth=2, patch=4, size=16)")()
+    stage = replace(recipe.stages[0], steps=20, warmup=2, rate=1e-2, ema=0, mixture=MixtureConfig(draw=12, caption=0))
+    recipe = replace(recipe, data="noise", stages=(stage,))
+    model = train(
+        recipe.with_model(backbone=BackboneConfig(source=base.source)),
+        out=tmp_path / "run",
+        source=Noise(),
+        backbone=base,
+        compile=False,
+        dtype=torch.float32,
+        preview_every=0,
+        listener=lambda e: losses.append(e["losses"]["diffusion"]) if e["event"] == "step" else None,
+    )
+    assert sum(losses[-4:]) < 0.95 * sum(losses[:4])
+    assert model.capabilities == {"text", "draw"} and model.regime == "strictly frozen"
+    ids = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        assert torch.equal(model.text_logits(ids, stack="fused"), base.model(ids).logits)
+    assert base.compute_fingerprint() == before
+    loaded = xfusion.load(tmp_path / "run" / "pack", backbone=base)
+    one, other = loaded.draw(["a tree", "red apple"], seeds=[1, 1], steps=4)
+    assert one.size == (16, 16) and one.tobytes() != other.tobytes()  # the words are heard
+    assert one.tobytes() == loaded.draw(["a tree"], seeds=[1], steps=4)[0].tobytes()

@@ -1,0 +1,73 @@
+"""Answers as JSON of a schema: nothing else can be said, and what would be said freely is said."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from contracts.table import Noise, make_model
+
+from xfusion.data.sequence import XFusionError
+from xfusion.generation import _going_on, answer_json, generate, schema_answers
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "colour": {"enum": ["red", "green", 'a "b"']},
+        "count": {"type": "integer", "minimum": 1, "maximum": 12},
+        "seen": {"type": "boolean"},
+    },
+    "required": ["colour", "count", "seen"],
+}
+
+
+def test_all_texts_of_a_schema_are_written_out():
+    texts = schema_answers(SCHEMA)
+    values = itertools.product(["red", "green", 'a "b"'], range(1, 13), [True, False])
+    assert [json.loads(text) for text in texts] == [{"colour": c, "count": n, "seen": s} for c, n, s in values]
+    assert schema_answers({"const": None}) == ["null"] and schema_answers({"type": "object"}) == ["{}"]
+    for schema, message in (
+        ({"type": "string"}, "type 'string' is not one of"),
+        ({"type": "integer"}, "an integer needs minimum and maximum"),
+        ({"type": "integer", "minimum": 0, "maximum": 9999}, "it allows 10000 answers, from 1 to 4096"),
+        ({"type": "object", "properties": {"a": {"type": "null"}}, "required": []}, "property 'a' is optional"),
+        ({"enum": []}, "it allows no answer"),
+        ({"pattern": "a"}, "'pattern' is not understood"),
+    ):
+        with pytest.raises(XFusionError, match=message):
+            schema_answers(schema)
+
+
+def test_a_prefix_may_end_or_go_on():
+    allowed = [(1, 2), (1, 2, 3), (4,)]
+    assert _going_on([], allowed, 0) == [1, 4]
+    assert _going_on([1], allowed, 0) == [2]
+    assert _going_on([1, 2], allowed, 0) == [0, 3]
+    assert _going_on([1, 2, 3], allowed, 0) == _going_on([4], allowed, 0) == [0]
+
+
+@torch.no_grad()
+def test_a_random_model_says_nothing_else(bases):
+    model = make_model(bases["llama"])
+    shown = [Noise().picture(i, 32) for i in range(3)]
+    found = answer_json(model, shown, "what is this?", SCHEMA)
+    texts = [json.loads(text) for text in schema_answers(SCHEMA)]
+    assert all(value in texts for value in found)
+    assert found[1:2] == answer_json(model, shown[1:2], "what is this?", SCHEMA)
+    (words,) = generate(model, ["a red apple"], schema=SCHEMA)
+    assert json.loads(words) in texts  # by the base's own generate
+    with pytest.raises(XFusionError, match="max_tokens 2 is too few for the schema's longest answer"):
+        generate(model, [shown[0]], schema=SCHEMA, max_tokens=2)
+
+
+@torch.no_grad()
+def test_the_choice_is_greedy_among_what_is_allowed(bases):
+    """One token each: the likeliest of them by the model's own scores, and of the base's for words alone."""
+    model = make_model(bases["llama"])
+    answers = schema_answers({"type": "integer", "minimum": 0, "maximum": 9})
+    ids = [model.backbone.encode(text) for text in answers]
+    assert {len(one) for one in ids} == {1}
+    prompt = model.backbone.encode("two blue birds")
+    logits = model.backbone.model(torch.tensor([prompt])).logits[0, -1]
+    wanted = max(range(10), key=lambda n: float(logits[ids[n][0]]))
+    assert generate(model, ["two blue birds"], schema={"enum": list(range(10))}) == [str(wanted)]
