@@ -183,7 +183,6 @@ FUSIONS: dict[str, Fusion.Config] = {
     "sparse experts, of the paper": SparseExperts.Config(stride=1, experts=3, frozen_expert=False),
     "prefix": Prefix.Config(),
     "lora": Lora.Config(inner=Prefix.Config(), rank=3, targets=None),
-    "conditioned denoiser": Conditioned.Config(width=32, depth=2, heads=2),
     "hybrid": Layered.Config(
         parts=(ModalityExperts.Config(layers=(0, 2)), DualTower.Config(layers=(2, 4), offset=1, fuse="text"))
     ),
@@ -221,6 +220,8 @@ READERS: dict[str, Fusion.Config] = {
     ),
 }
 """Fusions of models that read pictures and do not draw: media stand outside the decoder's self-attention."""
+WRITERS: dict[str, Fusion.Config] = {"conditioned denoiser": Conditioned.Config(width=32, depth=2, heads=2)}
+"""Fusions of models that draw and do not read: no word hears of a picture."""
 CORE = ("llama", "qwen3", "gemma3")
 """Families whose whole table is tried in the default tier; of the others only what `on_every_family` says."""
 EVERYWHERE = (
@@ -314,7 +315,7 @@ def model_config(base: Backbone, fusion: str = "dual tower", **media: object) ->
         backbone=BackboneConfig(source=base.source),
         image=ImageModality.Config(patch=PATCH, sizes=(SIDE,)),
         port=PORTS.get(fusion, MediaPort.Config(largest_grid=6)),
-        fusion=READERS[fusion] if reads else FUSIONS[fusion],
+        fusion=(FUSIONS | READERS | WRITERS)[fusion],
         media=NoObjective.Config() if reads else FlowMatching.Config(**media),  # type: ignore[arg-type]
     )
 
