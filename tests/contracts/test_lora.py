@@ -22,6 +22,7 @@ from contracts.test_paths import FLOAT64, incremental, packings
 import xfusion
 from xfusion.backbone import Backbone
 from xfusion.comparison.plan import Entry, refuse_unlike
+from xfusion.comparison.table import _never_ranked
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.sequence import XFusionError
 from xfusion.evaluation.verify import verify
@@ -178,6 +179,23 @@ def test_regimes_are_never_ranked_together():
     assert "\n" not in str(error.value)
     refuse_unlike(entries, False, across_regimes=True)
     assert find("single_tower")().model.regime == "as in the paper"
+
+
+def test_there_is_no_verdict_between_regimes():
+    decided = {"mean": 0.2, "interval": [0.1, 0.3], "verdict": "better", "seeds_needed": 5}
+
+    def ranked(one, other):
+        rows = [{"recipe": "a", "difference": None}, {"recipe": "b", "difference": dict(decided)}]
+        _never_ranked([{"rows": rows}], {"a": one, "b": other})
+        assert rows[1]["regime"] == other
+        return rows[1]["difference"]
+
+    assert ranked("LoRA", "LoRA") == decided
+    assert ranked("strictly frozen", "LoRA") == decided | {
+        "verdict": "another regime, not ranked",
+        "seeds_needed": None,
+    }
+    assert ranked(None, None) == decided  # results that are older than the label
 
 
 def test_what_cannot_be_adapted_is_refused(bases):

@@ -132,8 +132,11 @@ class Compare(Verb):
 
 def summary_text(summary: dict[str, Any]) -> str:
     """The table for a terminal."""
-    several = len(set(summary["regimes"].values())) > 1
-    called = {label: f"{label} ({regime})" if several else label for label, regime in summary["regimes"].items()}
+    regimes = summary.get("regimes") or dict.fromkeys(summary["recipes"])
+    several = len(set(regimes.values())) > 1
+    called = {
+        label: f"{label} ({regime or 'regime not recorded'})" if several else label for label, regime in regimes.items()
+    }
     lines, wide = [], max(map(len, called.values()))
     for score in summary["scores"]:
         share = "" if score["share"] == 1 else f", {score['share']:.0%} of the pictures"
