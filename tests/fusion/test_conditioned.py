@@ -7,6 +7,7 @@ import torch
 from contracts.table import Noise
 from diffusers import DDPMScheduler
 from diffusers.models.attention import BasicTransformerBlock
+from PIL import ImageChops
 
 import xfusion
 from xfusion.data.mixture import MixtureConfig
@@ -96,4 +97,5 @@ def test_twenty_steps_of_the_recipe(bases, tmp_path):
     loaded = xfusion.load(tmp_path / "run" / "pack", backbone=base)
     one, other = loaded.draw(["a tree", "red apple"], seeds=[1, 1], steps=4)
     assert one.size == (16, 16) and one.tobytes() != other.tobytes()  # the words are heard
-    assert one.tobytes() == loaded.draw(["a tree"], seeds=[1], steps=4)[0].tobytes()
+    (alone,) = loaded.draw(["a tree"], seeds=[1], steps=4)
+    assert max(high for _, high in ImageChops.difference(one, alone).getextrema()) <= 1

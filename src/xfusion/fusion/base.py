@@ -448,8 +448,11 @@ class Fusion(nn.Module):
         """
         if "text" not in run.states:
             return {}
-        x, own, held = run.inputs(index)["text"] if x is None else x, run.calls(call)["text"], run.cache
+        own, held = run.calls(call)["text"], run.cache
         keep = held is not None and run.update
+        if run.given is not None and not keep:  # not computed again, and at hand only at the layers that read it
+            return {}
+        x = run.inputs(index)["text"] if x is None else x
         if run.given is not None:
             if held and keep:
                 held.append(slot, index, [keys_values(block, x, own)])
