@@ -75,8 +75,16 @@ def test_dynamic_thresholding_is_that_of_diffusers(percentile):
 def test_twenty_steps_of_the_recipe(bases, tmp_path):
     base, losses = bases["llama"], []
     before = base.compute_fingerprint()
-    recipe = find("imagen(width=32, depth=2, patch=4, size=16)")()
-    stage = replace(recipe.stages[0], steps=20, warmup=2, rate=1e-2, ema=0, mixture=MixtureConfig(draw=12, caption=0))
+    recipe = find("imagen(width=64, depth=2, patch=2, size=16)")()
+    stage = replace(
+        recipe.stages[0],
+        steps=20,
+        warmup=2,
+        rate=1e-2,
+        schedule="constant",
+        ema=0,
+        mixture=MixtureConfig(draw=12, caption=0),
+    )
     recipe = replace(recipe, data="noise", stages=(stage,))
     model = train(
         recipe.with_model(backbone=BackboneConfig(source=base.source)),

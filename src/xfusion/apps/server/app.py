@@ -342,9 +342,10 @@ class _Server:
 
     def picture_facts(self, name: str, job: Job) -> dict[str, Any]:
         """What a PNG remembers."""
-        model = job.work.model
-        guidance = model.guidance if job.work.guidance is None else job.work.guidance
-        return {"seed": job.seed, "steps": job.work.steps, "guidance": guidance, **self.facts[name]}
+        work = job.work
+        assert not isinstance(work, Embed)  # no picture comes of it
+        guidance = work.model.guidance if work.guidance is None else work.guidance
+        return {"seed": job.seed, "steps": work.steps, "guidance": guidance, **self.facts[name]}
 
     # -- what all of them do
 

@@ -203,7 +203,8 @@ def nlvr(path: Path, count: int) -> list[Question]:
         if missing := [name for name in ("image", "sentence", "label") if name not in row]:
             raise XFusionError(f"{path} has no column {missing[0]!r}; it has {', '.join(row)}")
         picture = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
-        square = Image.new("RGB", (max(picture.size),) * 2, "white")  # a model sees squares; nothing is cut away
+        side = max(picture.size)
+        square = Image.new("RGB", (side, side), "white")  # a model sees squares; nothing is cut away
         square.paste(picture, ((square.width - picture.width) // 2, (square.height - picture.height) // 2))
         text = f"{row['sentence']} True or false?"
         # One sentence stands with several pictures: its questions belong to one part.
