@@ -418,6 +418,7 @@ def test_list(run):
     assert set(listed) == {"recipes", "packs"}
     by_name = {recipe["name"]: recipe for recipe in listed["recipes"]}
     assert {"name", "kind", "paper", "status"} <= set(by_name["xfusion"])
+    assert by_name["xfusion"]["regime"] == "strictly frozen" and by_name["lora"]["regime"] == "LoRA"
     assert by_name["xfusion"]["paper"] == "arXiv 2504.20996"
     assert all(recipe["status"] in ("reproduced", "runs", "sketch") for recipe in listed["recipes"])
     assert "xfusion" in run("list").out
