@@ -18,7 +18,18 @@ from typing import Any
 from diagrams import diagram
 
 from xfusion.apps.commands.base import size_text
-from xfusion.apps.comparison_page import COLOURS, CONTRIBUTION, SHARES, TIMES, bars, by_share, curves, dots, scatter, standalone
+from xfusion.apps.comparison_page import (
+    COLOURS,
+    CONTRIBUTION,
+    SHARES,
+    TIMES,
+    bars,
+    by_share,
+    curves,
+    dots,
+    scatter,
+    standalone,
+)
 from xfusion.backbone import SHAPES, Backbone
 from xfusion.comparison import summarise
 from xfusion.comparison.cost import flops_of_shape
