@@ -333,6 +333,20 @@ class Backbone:
         with self._tokenizing:
             return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
+    def encode_spans(self, text: str) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
+        """Token ids of a text as `encode` gives them, and the characters ``(first, end)`` that each stands for.
+
+        Raises:
+            XFusionError: the tokenizer cannot say so.
+        """
+        if not self.tokenizer.is_fast:
+            raise XFusionError(f"{self.source}: the tokenizer does not say which characters its tokens stand for")
+        with self._tokenizing:
+            found = self.tokenizer(
+                text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+            )
+        return tuple(found["input_ids"]), [(start, end) for start, end in found["offset_mapping"]]
+
     def chat(self, messages: str | list[dict[str, str]]) -> tuple[int, ...]:
         """Token ids of a conversation in the tokenizer's own chat template; a plain wording where it has none.
 

@@ -22,10 +22,13 @@ from safetensors.torch import load_file, save_file
 from xfusion.backbone import Backbone
 from xfusion.data.sequence import XFusionError, fingerprint
 from xfusion.model import Model, ModelConfig
+from xfusion.opening import Opening
 
 FORMAT_VERSION = 2
 """Version 1 had no hashes of the files: its weights are checked by their fingerprint, its config is taken as it stands."""
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+OPENING = "opening.safetensors"
+"""The opening head, in a pack that has one: fitted behind the rest, so that the weights' file stays as it is."""
 SEAL = "sha256"
 """Field of a JSON file that holds a hash over all of its other fields."""
 TEXT_OF = {
@@ -206,8 +209,7 @@ def save(
     from xfusion import __version__
 
     target = Path(folder)
-    if target.exists() and not (target / CONFIG).is_file() and any(target.iterdir()):
-        raise XFusionError(f"{target} holds other files: name an empty folder or an existing pack")
+    _refuse_other_files(target)
     learned = model.learned_state() if weights is None else weights
     state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in learned.items()}
     config = {
@@ -228,11 +230,53 @@ def save(
     with whole_folder(target) as folder_so_far:
         file = folder_so_far / WEIGHTS
         save_file(state, str(file), metadata={"format": "pt"})
-        config = sealed(config | {"weights_sha256": file_hash(file)})
+        config |= {"weights_sha256": file_hash(file)} | _write_opening(model.opening, folder_so_far)
+        config = sealed(config)
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (folder_so_far / CONFIG).write_text(text, encoding="utf-8")
         (folder_so_far / CARD).write_text(card(config, model), encoding="utf-8")
     return target
+
+
+def _write_opening(head: Opening | None, folder: Path) -> dict[str, Any]:
+    """The file of an opening head, where there is one, and what the config says of it."""
+    if head is None:
+        return {}
+    state = {k: v.detach().cpu().contiguous() for k, v in head.state_dict().items()}
+    save_file(state, str(folder / OPENING), metadata={"format": "pt"})
+    return {"opening_sha256": file_hash(folder / OPENING)}
+
+
+def add_opening(folder: Path, head: Opening, out: Path, **facts: Any) -> Path:
+    """A pack once more, with an opening head; all else stays as it is, to the bit.
+
+    Args:
+        folder: a pack of any format version; its weights are checked, and the result is of the present version.
+        head: replaces the pack's, if it has one.
+        out: where; may be the same folder.
+        facts: what the config shall remember of the head (scores, ...), under ``opening``.
+
+    Raises:
+        XFusionError: the pack was altered, or ``out`` holds other files.
+    """
+    config = read_config(folder)
+    state = read_tensors(folder / WEIGHTS, config.get("weights_sha256"))
+    if "weights_sha256" not in config and fingerprint(state) != config["weights_fingerprint"]:
+        raise XFusionError(f"{folder / WEIGHTS} was altered: take an intact copy")
+    _refuse_other_files(out)
+    with whole_folder(out) as folder_so_far:
+        for name in (WEIGHTS, CARD):
+            shutil.copyfile(folder / name, folder_so_far / name)
+        config |= {"format_version": FORMAT_VERSION, "weights_sha256": file_hash(folder_so_far / WEIGHTS)}
+        config = sealed(config | _write_opening(head, folder_so_far) | {"opening": facts})
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (folder_so_far / CONFIG).write_text(text, encoding="utf-8")
+    return out
+
+
+def _refuse_other_files(target: Path) -> None:
+    if target.exists() and not (target / CONFIG).is_file() and any(target.iterdir()):
+        raise XFusionError(f"{target} holds other files: name an empty folder or an existing pack")
 
 
 def card(config: dict[str, Any], model: Model) -> str:
@@ -293,7 +337,7 @@ def find(name: str) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, CARD]))
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, OPENING, CARD]))
     except (OSError, HFValidationError) as error:
         raise XFusionError(
             f"there is no folder {name!r}, and the hub pack of that name cannot be fetched: {_first_line(error)}"
@@ -351,7 +395,21 @@ def load(
         )
     model = Model(model_config, backbone, fresh=False)
     load_weights(model, folder, config.get("weights_fingerprint"), config.get("weights_sha256"))
+    model.opening = _read_opening(folder, config, backbone)
     return model.eval()
+
+
+def _read_opening(folder: Path, config: dict[str, Any], backbone: Backbone) -> Opening | None:
+    """The opening head that a pack's config names; a file that it does not name is not read.
+
+    Raises:
+        XFusionError: it is missing, was altered, or belongs to another width.
+    """
+    if "opening_sha256" not in config:
+        return None
+    head = Opening(backbone.hidden_size)
+    _load_strictly(dict(head.state_dict()), read_tensors(folder / OPENING, config["opening_sha256"]), folder / OPENING)
+    return head.requires_grad_(False).to(backbone.device)
 
 
 def load_weights(model: Model, folder: Path, expected: str | None = None, expected_hash: str | None = None) -> None:
@@ -372,7 +430,11 @@ def load_weights(model: Model, folder: Path, expected: str | None = None, expect
             f"{folder / WEIGHTS} was altered: its fingerprint is {fingerprint(state)[:16]}, {CONFIG} says {expected[:16]};"
             " take an intact copy"
         )
-    own = model.learned_state()
+    _load_strictly(model.learned_state(), state, folder / WEIGHTS)
+
+
+def _load_strictly(own: dict[str, torch.Tensor], state: dict[str, torch.Tensor], path: Path) -> None:
+    """Replace all tensors by those of a file, which must hold them and no others."""
     missing, unexpected = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     wrong = [k for k in own if k in state and own[k].shape != state[k].shape]
     if missing or unexpected or wrong:
@@ -381,7 +443,7 @@ def load_weights(model: Model, folder: Path, expected: str | None = None, expect
             for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
             if names
         ]
-        raise XFusionError(f"{folder / WEIGHTS} does not fit the model: {'; '.join(parts)}")
+        raise XFusionError(f"{path} does not fit the model: {'; '.join(parts)}")
     with torch.no_grad():
         for key, value in own.items():
             value.copy_(state[key])

@@ -27,6 +27,7 @@ from xfusion.modalities.port import MediaPort
 from xfusion.objectives.base import Objective, Output
 from xfusion.objectives.flow_matching import FlowMatching
 from xfusion.objectives.next_token import NextToken
+from xfusion.opening import Opening
 
 TEXT_STATES_KEPT = 20_000
 """Captions whose frozen states are kept; the oldest goes first."""
@@ -157,6 +158,8 @@ class Model(nn.Module):
         for part in (self.port, self.fusion, self.extra):
             part.to(self.backbone.device)
         self.set_objectives(config.text, config.media)
+        self.opening: Opening | None = None
+        """Decides whether an answer opens with a picture; fitted beside the rest, and kept in a file of its own."""
         self._pass: Pass | None = None
         # How the weights of a layer come together where processes divide them (`xfusion.training.sharding`).
         self.gather: Gather | None = None
@@ -540,6 +543,12 @@ class Model(nn.Module):
         from xfusion.generation import generate
 
         return generate(self, items, **settings)
+
+    def answer(self, messages: list[dict[str, Any]], **settings: Any) -> list[Any]:
+        """The next turn of a conversation; see `xfusion.generation.answer`."""
+        from xfusion.generation import answer
+
+        return answer(self, messages, **settings)
 
     def draw(self, prompts: list[str], **settings: Any) -> Any:
         """Pictures of prompts; see `xfusion.generation.draw`."""

@@ -18,7 +18,7 @@ from xfusion.apps.commands.base import UsageError, written
 from xfusion.apps.commands.pictures import FORMATS, file_name, save, unused
 from xfusion.data import pictures, sounds
 from xfusion.data.sequence import Image, Sound, XFusionError
-from xfusion.generation import conversation, draw_size
+from xfusion.generation import DrawMode, conversation, draw_size, opens
 from xfusion.modalities.audio import AudioModality
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ class Chat:
     guidance: float | None = None
     max_tokens: int = 256
     temperature: float = 0.0
+    draw: DrawMode = "never"
+    """Whether an answer may open with a picture."""
     messages: list[dict[str, Any]] = field(default_factory=list)
     """What was said and shown, as `xfusion.generation.conversation` takes it."""
     answers: int = 0
@@ -92,8 +94,18 @@ class Chat:
     # -- commands
 
     def _say(self, words: str) -> None:
-        """The model's answer, printed while it grows."""
+        """The model's answer: words, printed while they grow, or a picture with words behind it."""
         messages = self._with(words)
+        if (what := opens(self.model, messages, self.draw)) is not None:
+            picture = self._picture(what)
+            said = self._words([picture]) if "caption" in self.model.capabilities else None
+            answer = [picture] if said is None else [picture, said]
+        else:
+            answer = [self._words(conversation(self.model, messages, own_pictures=self.draw == "never"))]
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
+
+    def _words(self, segments: list[Any]) -> str:
+        """What the model says behind some segments, printed while it grows; Ctrl-C ends it."""
         heard: list[int] = []
         shown = ""
 
@@ -108,13 +120,11 @@ class Chat:
 
         settings = {"max_tokens": self.max_tokens, "temperature": self.temperature}
         try:
-            (answer,) = self.model.generate(
-                conversation(self.model, messages), seed=self._next_seed(), listen=listen, **settings
-            )
+            (answer,) = self.model.generate(segments, seed=self._next_seed(), listen=listen, **settings)
         except KeyboardInterrupt:
             answer = shown
         self._print(answer.removeprefix(shown) + "\n")
-        self.messages = [*messages, {"role": "assistant", "content": [answer]}]
+        return answer
 
     def _image(self, path: str) -> None:
         """A picture for the next turn."""
@@ -144,14 +154,19 @@ class Chat:
             raise UsageError("/draw WORDS: say what to draw")
         self._able("draw", "draw")
         draw_size(self.model, None)  # a pack that hears says so
+        picture = self._picture(words)
+        self.messages = [*self._with(words), {"role": "assistant", "content": [picture]}]
+
+    def _picture(self, words: str) -> Picture:
+        """A picture of words, shown or written."""
         seed = self._next_seed()
         (picture,) = self.model.generate([words, Image()], seed=seed, steps=self.steps, guidance=self.guidance)
         guidance = self.model.guidance if self.guidance is None else self.guidance
         facts = {"prompt": words, "seed": seed, "steps": self.steps, "guidance": guidance}
         self.last = (picture, facts | {"pack_fingerprint": self.model.fingerprint})
-        self.messages = [*self._with(words), {"role": "assistant", "content": [picture]}]
         if not self.show(picture):
             self.console.print(str(save(picture, unused(Path(f"{file_name(words)}.png")), self.last[1])), markup=False)
+        return picture
 
     def _save(self, name: str) -> None:
         """The last picture or the conversation, by the file's ending."""

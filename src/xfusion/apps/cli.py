@@ -33,11 +33,12 @@ from xfusion.apps.commands.proof import Evaluate, Verify
 from xfusion.apps.commands.search import Index, Search
 from xfusion.apps.commands.serve import Serve
 from xfusion.apps.commands.show import List, Show
-from xfusion.apps.commands.training import Train
+from xfusion.apps.commands.training import Train, TrainOpening
 
 VERBS: dict[str, type[Verb]] = {
     "demo": Demo,
     "train": Train,
+    "train opening": TrainOpening,
     "generate": Generate,
     "caption": Caption,
     "index": Index,

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -33,6 +33,9 @@ class Chat(Verb):
     """How strongly words are followed in drawing; None takes the pack's own."""
     max_tokens: int = 256
     """Longest answer in tokens."""
+    draw: Literal["never", "auto", "always"] | None = None
+    """Whether an answer opens with a picture: auto asks the pack's opening head, never is the base model. None takes auto
+    where the pack has that head, else never."""
     temperature: float = 0.0
     """0 takes the likeliest word each time; more is livelier."""
     device: str = "auto"
@@ -45,6 +48,11 @@ class Chat(Verb):
         from xfusion.apps import chat
 
         model = load_model(self.model, device=self.device, trust=self.trust)
+        draw = self.draw or ("auto" if model.opening else "never")
+        if draw == "auto" and model.opening is None:
+            raise UsageError(f"--draw auto: {self.model} has no opening head; make one with xfusion train opening")
+        if draw != "never" and "draw" not in model.capabilities:
+            raise UsageError(f"--draw {draw}: {self.model} can {', '.join(sorted(model.capabilities))} only")
         console = people if self.json else Console(highlight=False)
         talk = chat.Chat(
             model=model,
@@ -54,8 +62,12 @@ class Chat(Verb):
             guidance=self.guidance,
             max_tokens=self.max_tokens,
             temperature=self.temperature,
+            draw=draw,
         )
-        people.print(f"{self.model} can {', '.join(sorted(model.capabilities))}; /help lists commands", markup=False)
+        able = ", ".join(sorted(model.capabilities))
+        draws = {"auto": "when asked", "always": "at every turn", "never": "on /draw alone"}[draw]
+        draws = f"; draws {draws} (--draw {draw})" if "draw" in model.capabilities else ""
+        people.print(f"{self.model} can {able}{draws}; /help lists commands", markup=False)
         talk.run(_lines())
         said = [{"role": m["role"], "content": [_shown(s) for s in m["content"]]} for m in talk.messages]
         return Answer(data={"messages": said, "pack_fingerprint": model.fingerprint}, text=f"{talk.answers} answers")

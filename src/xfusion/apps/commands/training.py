@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
-from xfusion.apps.commands.base import Answer, UsageError, Verb, choose_device, size_text, table
+from xfusion.apps.commands.base import (
+    Answer,
+    UsageError,
+    Verb,
+    choose_device,
+    load_model,
+    pack_folder,
+    progress,
+    size_text,
+    table,
+)
 
 if TYPE_CHECKING:
     from xfusion.model import Model
@@ -104,6 +114,59 @@ class Train(Verb):
             raise UsageError(f"--steps {self.steps}: at least 1")
         if self.keep < 1:
             raise UsageError(f"--keep {self.keep}: at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOpening(Verb):
+    """Fit the head that opens a picture by itself to a pack, on requests in chat wording and ordinary chat.
+
+    Two rows of numbers on the frozen base's states, in minutes on a CPU; the pack's other weights are not touched. It is
+    scored on wordings and chat that it did not learn from.
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PACK")]
+    """A folder, a shipped pack's name, or a hub id."""
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")] = None
+    """Folder of the pack with the head; None adds it to PACK, which must be a folder."""
+    wordings: Annotated[str | None, tyro.conf.arg(metavar="FILE.json")] = None
+    """Requests and chat in the form of xfusion/data/requests.json; None takes these."""
+    repeat: int = 6
+    """How often a wording appears, each time with another subject."""
+    chats: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Further prompts that ask for no picture, to count false alarms among: a line each, or FILE.parquet:COLUMN."""
+    max_chats: int | None = None
+    """Only the first of them."""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
+    trust: bool = False
+    """Import packages outside xfusion that the pack names."""
+
+    def run(self, people: Console) -> Answer:
+        from xfusion import checkpoint
+        from xfusion.data import requests
+        from xfusion.evaluation.run import evaluate
+        from xfusion.training.opening import fit
+
+        choose_device(self.device)
+        if self.repeat < 1:
+            raise UsageError(f"--repeat {self.repeat}: at least 1")
+        name = pack_folder(self.model)
+        if self.out is None and not Path(name).expanduser().is_dir():
+            raise UsageError(f"{self.model} is not a folder: name another one for the pack with the head, by -o FOLDER")
+        folder = checkpoint.find(name)
+        model = load_model(self.model, device=self.device, trust=self.trust)
+        if "draw" not in model.capabilities:
+            raise UsageError(f"{self.model} cannot draw: it can {', '.join(sorted(model.capabilities))}")
+        examples = requests.read("train", self.wordings, repeat=self.repeat)
+        with progress(people) as tell:
+            model.opening = fit(model, examples, progress=tell)
+            settings = {"wordings": self.wordings, "chats": self.chats, "max_chats": self.max_chats}
+            scores = evaluate(model, "requests", progress=tell, repeat=self.repeat, **settings)
+        facts = {"examples": len(examples), "wordings": self.wordings and Path(self.wordings).name, "scores": scores}
+        out = checkpoint.add_opening(folder, model.opening, self.out or folder, **facts)
+        found = {k: v for k, v in scores.items() if k != "settings"}
+        rows = [("pack", str(out)), *((k, f"{v:.4f}") for k, v in found.items()), ("try", f"xfusion chat {out}")]
+        return Answer(data={"out": str(out), "examples": len(examples), **scores}, text=table(rows))
 
 
 def _first_use(model: Model, pack: Path, recipe: str) -> str:

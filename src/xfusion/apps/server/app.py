@@ -225,6 +225,12 @@ class _Server:
         """The jobs of a request, and the tokens of its prompt."""
         self._bounded(asked)
         given = requests.messages(asked, model, self.limits, self.hosts)
+        decides = asked.draw == "auto" and "image" not in asked.modalities
+        if decides and model.opening is None:
+            raise Refused(400, "this model has no opening head, which decides whether to draw: leave draw out, or ask for"
+                          " a picture by modalities", code="not_capable", param="draw")  # fmt: skip
+        if decides and asked.messages[-1].role != "user":
+            raise Refused(400, "whether to draw is decided behind a turn of the user", param="messages")
         if "image" in asked.modalities:
             if "draw" not in model.capabilities:
                 raise requests.incapable(model, "draw")
@@ -232,7 +238,9 @@ class _Server:
             if "text" in asked.modalities:
                 given[-1]["content"].append("")  # behind the picture stand words
         with _as_refusal():
-            segments = conversation(model, given)
+            segments = conversation(model, given, own_pictures=not decides)
+            if decides:
+                draw_size(model, asked.side())
             prompt, kinds = prompt_length(model, segments), kinds_of(model, segments)
         if not any(isinstance(segment, Text) or segment for segment in segments):
             raise Refused(400, "the messages are empty", param="messages")
@@ -244,8 +252,10 @@ class _Server:
             max_tokens=self._max_tokens(asked, model, prompt),
             temperature=asked.temperature or 0.0,
             top_p=1.0 if asked.top_p is None else asked.top_p,
+            decides=decides,
+            size=asked.side() if decides else None,
         )
-        return self._jobs(asked, model, work, segments, asked.stops()), prompt
+        return self._jobs(asked, model, work, given if decides else segments, asked.stops()), prompt
 
     def _max_tokens(self, asked: requests.Chat, model: Model, prompt: int) -> int:
         wanted = asked.max_completion_tokens or asked.max_tokens

@@ -72,14 +72,35 @@ class Continue:
     max_tokens: int
     temperature: float
     top_p: float
+    decides: bool = False
+    """Whether the answer may open with a picture; jobs are then given conversations, not segments."""
+    size: int | None = None
+    """Side of a picture that opens so."""
 
     @property
     def together(self) -> bool:
         """Whether jobs share a pass: words alone are answered one by one, as the base answers them to everyone."""
-        return any(kind != "text" for kind in self.kinds)
+        return not self.decides and any(kind != "text" for kind in self.kinds)
 
     def run(self, jobs: list[Job]) -> list[list[Any]]:
         """The generated segments of each job."""
+        if self.decides:
+            (job,) = jobs
+            return [
+                self.model.answer(
+                    job.given,
+                    draw="auto",
+                    size=self.size,
+                    seed=job.seed,
+                    steps=self.steps,
+                    guidance=self.guidance,
+                    max_tokens=self.max_tokens,
+                    temperature=self.temperature,
+                    top_p=self.top_p,
+                    progress=_while_awaited(jobs),
+                    listen=lambda _, token: job.hear(token),
+                )
+            ]
         return self.model.generate(
             [job.given for job in jobs],
             seeds=[job.seed for job in jobs],

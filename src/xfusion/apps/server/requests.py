@@ -107,6 +107,8 @@ class Chat(_Drawing):
     messages: Annotated[list[Message], Field(min_length=1)]
     modalities: Annotated[list[Literal["text", "image"]], Field(min_length=1)] = ["text"]
     """``image`` draws a picture; with ``text`` beside it, words follow the picture."""
+    draw: Literal["never", "auto"] = "never"
+    """``auto`` lets the pack's opening head decide whether the answer opens with a picture; ``modalities`` says so itself."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None

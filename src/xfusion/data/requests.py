@@ -1,0 +1,118 @@
+"""Requests for a picture in chat wording, and ordinary chat beside them: what the opening head learns from.
+
+``requests.json`` holds wordings, subjects, answers and chat in two parts that share nothing: what is measured on ``held``
+was learned from other words. A conversation ends with the turn that is to be judged.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from xfusion.data.sequence import XFusionError
+
+PICTURE = "(picture)"
+"""What a picture is called where a conversation is read as words alone."""
+_FIELDS = ("requests", "subjects", "follow_ups", "chats", "about_subjects", "answers")
+LONGEST_HISTORY = 2
+"""Turns, with their answers, before the one that is judged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A conversation and what its last turn asks for."""
+
+    messages: tuple[dict[str, str], ...]
+    """``role`` and ``content``, the oldest first; the last is the user's."""
+    draws: bool
+    """Whether it asks for a picture."""
+    subject: tuple[int, int] | None = None
+    """Characters of the last content that say what to draw; None where it does not say so."""
+
+
+def read(
+    split: Literal["train", "held"], path: str | Path | None = None, *, repeat: int = 6, seed: int = 0
+) -> list[Request]:
+    """All wordings of a part, each ``repeat`` times with other subjects, half of them behind other turns.
+
+    Args:
+        split: which part.
+        path: a JSON file of the form of ``requests.json``; None takes that one.
+        repeat: how often a wording with a subject appears; plain chat appears a third as often.
+        seed: of subjects and of what was said before.
+
+    Raises:
+        XFusionError: the file cannot be read, or lacks something.
+    """
+    part = _part(split, path)
+    rng = random.Random(f"{split} {seed}")
+    few = max(1, repeat // 3)
+    out: list[Request] = []
+    for wording in part["requests"] * repeat:
+        words, span = _filled(wording, rng.choice(part["subjects"]))
+        out.append(Request(messages=(*_history(part, rng), _user(words)), draws=True, subject=span))
+    for words in part["follow_ups"] * few:
+        before = _drawing_turn(part, rng)
+        out.append(Request(messages=(*before, _user(words)), draws=True))
+    for words in part["chats"] * few:
+        out.append(Request(messages=(*_history(part, rng), _user(words)), draws=False))
+    for wording in part["about_subjects"] * repeat:
+        words, _ = _filled(wording, rng.choice(part["subjects"]))
+        out.append(Request(messages=(*_history(part, rng), _user(words)), draws=False))
+    return out
+
+
+def _part(split: str, path: str | Path | None) -> dict[str, list[str]]:
+    file = Path(path) if path else resources.files("xfusion.data") / "requests.json"
+    try:
+        part: Any = json.loads(file.read_text(encoding="utf-8"))[split]
+        missing = [name for name in _FIELDS if not part.get(name)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise XFusionError(f"{file}: wordings cannot be read: {error!r}; see xfusion/data/requests.json") from error
+    if missing:
+        raise XFusionError(f"{file}: {split!r} has no {missing[0]!r}; it needs {', '.join(_FIELDS)}")
+    without = [w for name in ("requests", "about_subjects") for w in part[name] if w.count("{}") != 1]
+    if without:
+        raise XFusionError(f"{file}: {without[0]!r} must hold one {{}} for the subject")
+    return part
+
+
+def _filled(wording: str, subject: str) -> tuple[str, tuple[int, int]]:
+    start = wording.index("{}")
+    if start == 0 and wording[2:].strip() and not wording.islower():
+        subject = subject[0].upper() + subject[1:]
+    return wording.replace("{}", subject), (start, start + len(subject))
+
+
+def _user(words: str) -> dict[str, str]:
+    return {"role": "user", "content": words}
+
+
+def _assistant(words: str) -> dict[str, str]:
+    return {"role": "assistant", "content": words}
+
+
+def _drawing_turn(part: dict[str, list[str]], rng: random.Random) -> tuple[dict[str, str], ...]:
+    subject = rng.choice(part["subjects"])
+    words, _ = _filled(rng.choice(part["requests"]), subject)
+    said = f"{PICTURE}\n{subject.partition(' ')[2] or subject}" if rng.random() < 0.7 else PICTURE
+    return _user(words), _assistant(said)
+
+
+def _chat_turn(part: dict[str, list[str]], rng: random.Random) -> tuple[dict[str, str], ...]:
+    return _user(rng.choice(part["chats"])), _assistant(rng.choice(part["answers"]))
+
+
+def _history(part: dict[str, list[str]], rng: random.Random) -> list[dict[str, str]]:
+    """Nothing, half of the time; else one or two turns of either kind."""
+    if rng.random() < 0.5:
+        return []
+    turns = [
+        _drawing_turn(part, rng) if rng.random() < 0.5 else _chat_turn(part, rng)
+        for _ in range(rng.randint(1, LONGEST_HISTORY))
+    ]
+    return [message for turn in turns for message in turn]

@@ -1,0 +1,83 @@
+"""The head that opens a picture by itself: beside the vocabulary, on states of the frozen base, and never in its way.
+
+Two rows of numbers. One reads the base's last hidden state where an answer begins and says whether it is a picture; the
+other reads the states of the user's words and says which of them name what to draw. The base's own logits stay as they
+are: where no picture opens, the base answers as it answers everyone.
+
+Shape legend: ``n`` tokens, ``D`` model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor, nn
+
+from xfusion.backbone import Backbone
+from xfusion.data.sequence import XFusionError
+
+TURNS = 3
+"""User turns that are read, the last ones."""
+
+
+class Opening(nn.Module):
+    """Decides whether an answer opens with a picture, and of what."""
+
+    def __init__(self, width: int):
+        """``width`` is the base's ``D``."""
+        super().__init__()
+        self.opens = nn.Linear(width, 1)
+        self.subject = nn.Linear(width, 1)
+
+    @torch.no_grad()
+    def probability(self, backbone: Backbone, messages: Seq[dict[str, str]]) -> float:
+        """How likely the last turn of a conversation, in words alone, asks for a picture."""
+        return float(self.opens(answer_state(backbone, messages)).sigmoid())
+
+    @torch.no_grad()
+    def what(self, backbone: Backbone, words: str) -> str:
+        """The part of some words that says what to draw; empty where nothing does.
+
+        It is the stretch of tokens whose logits have the largest sum, so it never falls apart.
+        """
+        states, spans = word_states(backbone, words)
+        best, (first, last) = 0.0, (0, 0)
+        total, start = 0.0, 0
+        for i, value in enumerate(self.subject(states)[:, 0].tolist()):
+            if total <= 0:
+                total, start = 0.0, i
+            total += value
+            if total > best:
+                best, (first, last) = total, (start, i + 1)
+        return words[spans[first][0] : spans[last - 1][1]].strip() if last else ""
+
+
+def recent(messages: Seq[dict[str, str]]) -> list[dict[str, str]]:
+    """The last user turns of a conversation and what was answered between them; instructions stay out."""
+    turns = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    if not turns or turns[-1] != len(messages) - 1:
+        raise XFusionError("whether to draw is decided behind a turn of the user: the conversation ends otherwise")
+    return [m for m in messages[turns[-TURNS:][0] :] if m["role"] in ("user", "assistant")]
+
+
+@torch.no_grad()
+def answer_state(backbone: Backbone, messages: Seq[dict[str, str]]) -> Tensor:
+    """The base's last hidden state ``[D]``, float32, where the answer to a conversation begins."""
+    ids = torch.tensor([backbone.chat(recent(messages))], device=backbone.device)
+    return backbone.decoder(input_ids=ids, use_cache=False).last_hidden_state[0, -1].float()
+
+
+@torch.no_grad()
+def word_states(backbone: Backbone, words: str) -> tuple[Tensor, list[tuple[int, int]]]:
+    """States ``[n, D]``, float32, of the tokens of some words, and the characters of each.
+
+    The words are read twice and the second reading's states are taken: in the first a token knows only what stands
+    before it, and "a cat, please draw it" begins with the cat (Springer et al., arXiv 2402.15449).
+    """
+    ids, spans = backbone.encode_spans(words)
+    if not ids:
+        return torch.zeros(0, backbone.hidden_size, device=backbone.device), []
+    twice = torch.tensor([(*backbone.begin_ids, *ids, *backbone.encode("\n"), *ids)], device=backbone.device)
+    states = backbone.decoder(input_ids=twice, use_cache=False).last_hidden_state[0]
+    return states[-len(ids) :].float(), spans
