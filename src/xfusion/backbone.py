@@ -163,6 +163,8 @@ class Backbone:
             except (OSError, ValueError, KeyError) as error:
                 first = (str(error).strip() or repr(error)).splitlines()[0]
                 raise XFusionError(f"base {source!r} cannot be loaded: {first}") from error
+        if not os.path.isdir(where):  # what a branch or nothing stood for, so that a pack names the very commit
+            revision = getattr(model.config, "_commit_hash", None) or revision
         return cls(model.to(device), tokenizer, source, revision, pretrained=not source.startswith(SCRATCH))
 
     @classmethod
@@ -306,6 +308,22 @@ class Backbone:
         with torch.no_grad():
             factor = float(self.embed(some).float().std() / table[some].float().std())
             return factor * float(table.float().std())
+
+    @property
+    def licence(self) -> str:
+        """What the base's own card says; its files are not ours."""
+        if self.source.startswith(SCRATCH):
+            return "random weights; the tokenizer is the base's own"
+        if self.source == EMBEDDED:
+            return "Apache-2.0"
+        card = Path(self.source) / "README.md"
+        if card.is_file():
+            from huggingface_hub import metadata_load
+
+            stated = (metadata_load(card) or {}).get("license")
+            if stated:
+                return str(stated)
+        return "not recorded: see the base's own card"
 
     @property
     def special_tokens(self) -> tuple[str, ...]:

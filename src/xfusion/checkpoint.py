@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from xfusion.backbone import Backbone
+from xfusion.card import card
 from xfusion.data.sequence import XFusionError, fingerprint
 from xfusion.model import Model, ModelConfig
 from xfusion.opening import Opening
@@ -29,14 +30,10 @@ FORMAT_VERSION = 2
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 OPENING = "opening.safetensors"
 """The opening head, in a pack that has one: fitted behind the rest, so that the weights' file stays as it is."""
+FILES = (CONFIG, WEIGHTS, OPENING, CARD)
+"""All that a pack may hold."""
 SEAL = "sha256"
 """Field of a JSON file that holds a hash over all of its other fields."""
-TEXT_OF = {
-    "strictly frozen": "Text alone comes out as the base's, bit for bit; `xfusion verify` proves it.",
-    "LoRA": "Low-rank deltas lie on the base's layers: text alone is another than the base's, and the base's without them.",
-    "as in the paper": "Trained parts stand where the base's own computed words: text alone is another than the base's.",
-}
-"""What a card says of a regime."""
 
 
 # ---------------------------------------------------------------------------------------------- configs as JSON
@@ -209,7 +206,7 @@ def save(
     from xfusion import __version__
 
     target = Path(folder)
-    _refuse_other_files(target)
+    refuse_other_files(target)
     learned = model.learned_state() if weights is None else weights
     state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in learned.items()}
     config = {
@@ -259,11 +256,8 @@ def add_opening(folder: Path, head: Opening, out: Path, **facts: Any) -> Path:
     Raises:
         XFusionError: the pack was altered, or ``out`` holds other files.
     """
-    config = read_config(folder)
-    state = read_tensors(folder / WEIGHTS, config.get("weights_sha256"))
-    if "weights_sha256" not in config and fingerprint(state) != config["weights_fingerprint"]:
-        raise XFusionError(f"{folder / WEIGHTS} was altered: take an intact copy")
-    _refuse_other_files(out)
+    config, _ = _intact(folder)
+    refuse_other_files(out)
     with whole_folder(out) as folder_so_far:
         for name in (WEIGHTS, CARD):
             shutil.copyfile(folder / name, folder_so_far / name)
@@ -274,41 +268,96 @@ def add_opening(folder: Path, head: Opening, out: Path, **facts: Any) -> Path:
     return out
 
 
-def _refuse_other_files(target: Path) -> None:
+def _intact(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Config and weights of a pack, none of its files altered."""
+    config = read_config(folder)
+    state = read_tensors(folder / WEIGHTS, config.get("weights_sha256"))
+    if "weights_sha256" not in config and fingerprint(state) != config["weights_fingerprint"]:
+        raise XFusionError(f"{folder / WEIGHTS} was altered: take an intact copy")
+    if "opening_sha256" in config:
+        read_tensors(folder / OPENING, config["opening_sha256"])
+    return config, state
+
+
+def refuse_other_files(target: Path) -> None:
+    """Refuse to replace a folder that is no pack.
+
+    Raises:
+        XFusionError: it holds other files.
+    """
     if target.exists() and not (target / CONFIG).is_file() and any(target.iterdir()):
         raise XFusionError(f"{target} holds other files: name an empty folder or an existing pack")
 
 
-def card(config: dict[str, Any], model: Model) -> str:
-    """The pack's README: what it is, how to use it, what it was trained on, the licences of its parts."""
-    heard = model.modality.name == "audio"
-    base, facts = config["base"], {k: v for k, v in config.items() if isinstance(v, (str, int, float)) and k != "type"}
-    lines = [
-        "---",
-        "library_name: xfusion",
-        "pipeline_tag: any-to-any",
-        "license: apache-2.0",
-        "---",
-        "",
-        "# A modality pack for a frozen language model",
-        "",
-        f"Learned weights only ({config['num_new_parameters']:,} numbers); the base `{base['source']}` is not in here and is",
-        f"never changed. The pack belongs to the base with fingerprint `{base['fingerprint'][:16]}...` and to no other.",
-        "",
-        f"Regime: {model.regime}. {TEXT_OF[model.regime]}",
-        "",
-        "```bash",
-        "xfusion caption FOLDER sound.wav" if heard else 'xfusion generate FOLDER "a red heart" -o heart.png',
-        "xfusion verify FOLDER",
-        "```",
-        "",
-        "| fact | value |",
-        "| --- | --- |",
-        *(f"| {key} | {value} |" for key, value in facts.items()),
-        "",
-        f"Codec licence: {model.modality.codec.licence}. Scores and settings, where measured, stand in `config.json`.",
-    ]
-    return "\n".join(lines) + "\n"
+def push(
+    what: Model | str | os.PathLike[str],
+    repository: str,
+    *,
+    revision: str | None = None,
+    private: bool | None = None,
+    message: str = "xfusion pack",
+) -> str:
+    """Put a pack on a model hub, all of its files in one commit, made where it does not stand there yet.
+
+    Args:
+        what: an intact pack, or a model that a pack is made of.
+        repository: ``organisation/name``.
+        revision: branch; None is the main one.
+        private: whether a new repository is; None takes the account's own setting.
+        message: of the commit.
+
+    Returns:
+        the address of the commit.
+
+    Raises:
+        XFusionError: the pack was altered, or the hub refuses it.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if isinstance(what, Model):
+        with tempfile.TemporaryDirectory() as folder:
+            made = save(what, Path(folder) / "pack")
+            return push(made, repository, revision=revision, private=private, message=message)
+    path = find(os.fspath(what))
+    _intact(path)
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        if revision:
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        found = api.upload_folder(
+            repo_id=repository,
+            folder_path=path,
+            revision=revision,
+            allow_patterns=list(FILES),
+            delete_patterns=[OPENING],  # of an earlier pack, where this one has none
+            commit_message=message,
+        )
+    except (OSError, ValueError, HFValidationError, HfHubHTTPError) as error:
+        raise XFusionError(f"{path} cannot be put on the hub as {repository!r}: {_first_line(error)}") from error
+    return str(found.commit_url)
+
+
+def add_facts(folder: Path, model: Model, **facts: Any) -> None:
+    """Record facts (``proof``, ``scores``, ...) in a pack that is a folder of one's own, and write its card anew.
+
+    Raises:
+        XFusionError: the model is not the pack's.
+    """
+    config, state = _intact(folder)
+    own = model.learned_state()  # a pack may hold them in half precision
+    if set(own) != set(state) or not all(torch.equal(own[k].cpu().to(v.dtype), v) for k, v in state.items()):
+        raise XFusionError(f"{folder} holds other weights than this model: load it and try again")
+    with whole_folder(folder) as folder_so_far:
+        for name in (WEIGHTS, OPENING):
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, folder_so_far / name)
+        config = config | facts
+        config = sealed(config) if SEAL in config else config
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (folder_so_far / CONFIG).write_text(text, encoding="utf-8")
+        (folder_so_far / CARD).write_text(card(config, model), encoding="utf-8")
 
 
 def shipped() -> list[str]:
@@ -320,7 +369,10 @@ def shipped() -> list[str]:
 
 
 def find(name: str) -> Path:
-    """The folder of a pack: a folder, a shipped pack's name, or a hub id, in this order."""
+    """The folder of a pack: a folder, a shipped pack's name, or a hub id, in this order.
+
+    Behind a hub id may stand a branch, a tag or a commit, as in ``org/name@1f3a9c0``.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / CONFIG).is_file():
@@ -333,11 +385,12 @@ def find(name: str) -> Path:
         raise XFusionError(
             f"there is no pack {name!r}: name a folder, a shipped pack ({known}) or a hub id such as org/name"
         )
+    repository, _, revision = name.partition("@")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, OPENING, CARD]))
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(FILES)))
     except (OSError, HFValidationError) as error:
         raise XFusionError(
             f"there is no folder {name!r}, and the hub pack of that name cannot be fetched: {_first_line(error)}"
@@ -373,7 +426,7 @@ def load(
     """Load a pack on its base.
 
     Args:
-        name: a folder, a shipped pack's name, or a hub id, in this order.
+        name: a folder, a shipped pack's name, or a hub id (perhaps ``org/name@revision``), in this order.
         backbone: an already loaded base to share; its fingerprint must match, its device stays.
         device: where the base is loaded to, and the pack with it.
         trust: allow classes outside xfusion that the pack names.

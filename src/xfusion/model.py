@@ -598,6 +598,12 @@ class Model(nn.Module):
 
         save(self, folder, **facts)
 
+    def push_to_hub(self, repository: str, **settings: Any) -> str:
+        """Put a pack of this model on a model hub; see `xfusion.checkpoint.push`."""
+        from xfusion.checkpoint import push
+
+        return push(self, repository, **settings)
+
 
 def build(config: ModelConfig, backbone: Backbone | None = None, *, fresh: bool = True) -> Model:
     """A model with fresh weights.

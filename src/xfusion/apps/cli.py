@@ -28,6 +28,7 @@ from xfusion.apps.commands.compare import Compare
 from xfusion.apps.commands.data import DataCheck, DataEncode
 from xfusion.apps.commands.demo import Demo
 from xfusion.apps.commands.doctor import Doctor
+from xfusion.apps.commands.hub import Export, Push
 from xfusion.apps.commands.pictures import Caption, Generate
 from xfusion.apps.commands.proof import Evaluate, Verify
 from xfusion.apps.commands.search import Index, Search
@@ -46,6 +47,8 @@ VERBS: dict[str, type[Verb]] = {
     "chat": Chat,
     "serve": Serve,
     "verify": Verify,
+    "push": Push,
+    "export": Export,
     "show": Show,
     "list": List,
     "evaluate": Evaluate,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from xfusion.data.requests import Request
 from xfusion.data.sequence import XFusionError
+from xfusion.model import choose_compute_dtype
 from xfusion.opening import Opening, answer_state, word_states
 
 PENALTY = 1e-2
@@ -28,7 +29,8 @@ def fit(model: Any, examples: Seq[Request], *, progress: Callable[[str, int, int
     Raises:
         XFusionError: one kind is missing.
     """
-    backbone = model.backbone
+    dtype, _ = choose_compute_dtype(model.backbone.device)
+    backbone = model.backbone.working_copy(dtype, model.backbone.attention)  # as in all training
     if len({example.draws for example in examples}) < 2 or not any(example.subject for example in examples):
         raise XFusionError("the opening head needs requests with subjects, and ordinary chat: one of them is missing")
     answers, words, inside = [], [], []

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from xfusion.apps.commands.base import Answer, UsageError, Verb, choose_device, load_model, progress, table
+from xfusion.apps.commands.base import Answer, UsageError, Verb, choose_device, load_model, pack_folder, progress, table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,14 +25,21 @@ class Verify(Verb):
     """A folder, a shipped pack's name, or a hub id."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
     """Write the result to this JSON file, too."""
+    record: bool = False
+    """Record the result in the pack, which must be a folder: its card then shows the proof."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
     trust: bool = False
     """Import packages outside xfusion that the pack names."""
 
     def run(self, people: Console) -> Answer:
+        from xfusion import checkpoint
         from xfusion.evaluation.run import write_json
         from xfusion.evaluation.verify import verify
+
+        folder = Path(pack_folder(self.model)).expanduser()
+        if self.record and not folder.is_dir():
+            raise UsageError(f"--record: {self.model} is not a folder")
 
         choose_device(self.device)
         model = load_model(self.model, device=self.device, trust=self.trust)
@@ -40,6 +47,8 @@ class Verify(Verb):
             result: dict[str, Any] = {"model": self.model} | verify(model, tell)
         if self.out:
             write_json(self.out, result)
+        if self.record:
+            checkpoint.add_facts(folder, model, proof=result)
         rows = [("ok" if c["passed"] else "FAILED", f"{c['name']}: {c['detail']}") for c in result["checks"]]
         return Answer(data=result, text=f"{table(rows)}\n{verdict(result)}", code=0 if result["passed"] else 1)
 

@@ -133,7 +133,7 @@ def describe(model: Model) -> dict[str, Any]:
         "capabilities": sorted(model.capabilities),
         "fingerprint": model.fingerprint,
         "memory": training_memory(model),
-        "licences": {"base": base_licence(backbone.source), "codec": media.codec.licence},
+        "licences": {"base": backbone.licence, "codec": media.codec.licence},
     }
 
 
@@ -194,24 +194,6 @@ def _activations(memory: dict[str, Any]) -> str:
         f"activations {kept}, with activation checkpointing {again} (predicted, uncompiled, at {memory['samples_per_step']}"
         " samples a step)"
     )
-
-
-def base_licence(source: str) -> str:
-    """What a base's own card says; its files are not ours."""
-    from xfusion.backbone import EMBEDDED, SCRATCH
-
-    if source.startswith(SCRATCH):
-        return "random weights; the tokenizer is the base's own"
-    if source == EMBEDDED:
-        return "Apache-2.0"
-    card = Path(source) / "README.md"
-    if card.is_file():
-        from huggingface_hub import metadata_load
-
-        stated = (metadata_load(card) or {}).get("license")
-        if stated:
-            return str(stated)
-    return "not recorded: see the base's own card"
 
 
 def data_licence(spec: str) -> str:

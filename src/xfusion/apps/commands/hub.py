@@ -1,0 +1,74 @@
+"""`push` and `export`: a pack to a model hub, and to other libraries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from xfusion.apps.commands.base import Answer, UsageError, Verb, load_model, pack_folder, table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Push(Verb):
+    """Put a pack on a model hub, in one commit; its card says what was recorded of it.
+
+    The hub and the token are the hub client's own: HF_ENDPOINT, HF_TOKEN, or `hf auth login`.
+    """
+
+    pack: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PACK")]
+    """A folder, or a shipped pack's name."""
+    repository: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ORG/NAME")]
+    """Where to; made if it is not there."""
+    revision: str | None = None
+    """Branch; None takes the main one."""
+    private: bool = False
+    """A new repository is private."""
+    message: str = "xfusion pack"
+    """Message of the commit."""
+
+    def run(self, people: Console) -> Answer:
+        if self.repository.count("/") != 1:
+            raise UsageError(f"{self.repository!r} is not a repository such as org/name")
+        from xfusion import checkpoint
+
+        people.print(f"checking {self.pack} and putting it on the hub", markup=False)
+        address = checkpoint.push(
+            pack_folder(self.pack),
+            self.repository,
+            revision=self.revision,
+            private=self.private or None,
+            message=self.message,
+        )
+        at = f"@{self.revision}" if self.revision else ""
+        rows = [("commit", address), ("try", f'xfusion.load("{self.repository}{at}")')]
+        return Answer(data={"commit": address, "repository": self.repository}, text=table(rows))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(Verb):
+    """Write a pack in the format of another library, with the same logits; what it has no class for is refused.
+
+    peft: the tower of xfusion_lora (stride 1) as LoRA, the prompts of llama_adapter. transformers: llava and llava_1_5 with
+    a vision transformer as LlavaForConditionalGeneration.
+    """
+
+    pack: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PACK")]
+    """A folder, a shipped pack's name, or a hub id."""
+    to: str
+    """peft or transformers."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")]
+    """Folder of what is written; it must not hold other files."""
+    trust: bool = False
+    """Import packages outside xfusion that the pack names."""
+
+    def run(self, people: Console) -> Answer:
+        del people
+        from xfusion.exports.base import export
+
+        notes = export(load_model(self.pack, device="cpu", trust=self.trust), self.out, self.to)
+        rows = [("written", str(self.out)), *(("note", note) for note in notes)]
+        return Answer(data={"out": str(self.out), "to": self.to, "notes": notes}, text=table(rows))

@@ -1,0 +1,46 @@
+"""Finds the targets, and says in one line what cannot be exported."""
+
+from __future__ import annotations
+
+import pkgutil
+from importlib import import_module
+from pathlib import Path
+
+from xfusion.checkpoint import refuse_other_files, whole_folder
+from xfusion.data.sequence import XFusionError
+from xfusion.model import Model
+
+
+def names() -> list[str]:
+    """Names of the targets: the files of this folder."""
+    folder = str(Path(__file__).parent)
+    return sorted(module.name for module in pkgutil.iter_modules([folder]) if module.name != "base")
+
+
+def export(model: Model, folder: Path, target: str) -> list[str]:
+    """Write a model in the format of another library; the folder appears whole or not at all.
+
+    Args:
+        model: a pack on its base.
+        folder: where; it must be empty or not there.
+        target: a name of `names`.
+
+    Returns:
+        what a user of the result has to know, a line each.
+
+    Raises:
+        XFusionError: the other library has nothing that gives the same logits, or is not installed.
+    """
+    if target not in names():
+        raise XFusionError(f"there is no export to {target!r}, only to {', '.join(names())}")
+    refuse_other_files(folder)
+    try:
+        with whole_folder(folder) as folder_so_far:
+            return import_module(f"xfusion.exports.{target}").export(model, folder_so_far)
+    except ImportError as error:
+        raise XFusionError(f"export to {target} needs the package {error.name}: pip install {error.name}") from error
+
+
+def not_exact(model: Model, target: str, reason: str) -> XFusionError:
+    """What is said where no class of the other library gives the same logits."""
+    return XFusionError(f"{type(model.fusion).__name__} cannot be exported to {target}: {reason}")

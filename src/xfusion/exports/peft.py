@@ -1,0 +1,104 @@
+"""To peft: the media tower of a low-rank dual tower as a LoRA adapter, adaption prompts as an AdaptionPrompt adapter.
+
+peft knows nothing of pictures: what is exported is the tower or the prompts, for tokens and states that the user brings.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from xfusion.exports.base import not_exact
+from xfusion.fusion.adaption_prompt import AdaptionPrompt
+from xfusion.fusion.base import by_path
+from xfusion.fusion.dual_tower import DualTower
+from xfusion.model import Model
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def export(model: Model, folder: Path) -> list[str]:
+    """Write an adapter that ``peft.PeftModel.from_pretrained(base, folder)`` loads."""
+    layers = next(name for name, module in model.backbone.model.named_modules() if module is model.backbone.layers)
+    if isinstance(model.fusion, DualTower):
+        return _lora(model, model.fusion, folder, layers)
+    if isinstance(model.fusion, AdaptionPrompt):
+        return _prompts(model, model.fusion, folder, layers)
+    raise not_exact(model, "peft", "peft has adapters for low-rank dual towers and for adaption prompts alone")
+
+
+def _lora(model: Model, fusion: DualTower, folder: Path, layers: str) -> list[str]:
+    """The media tower as it computes its own rows: every frozen block with its deltas."""
+    config, count = fusion.config, model.backbone.num_layers
+    if config.rank is None:
+        raise not_exact(model, "peft", "its blocks are copies, and LoRA is deltas: the recipe xfusion_lora has these")
+    if config.fuse is not None:
+        raise not_exact(model, "peft", "the towers' outputs are mixed, which no adapter does")
+    if len(fusion.blocks) < count:
+        raise not_exact(
+            model, "peft", f"its tower skips {count - len(fusion.blocks)} of {count} layers, which an adapter cannot"
+        )
+    from peft import LoraConfig
+
+    state: dict[str, Tensor] = {}
+    targets: list[str] = []
+    for index, block in fusion.blocks.items():
+        parts: dict[str, Any] = by_path(block)  # type: ignore[arg-type]
+        for path, part in parts.items():
+            name = f"{layers}.{index}.{path}"
+            targets.append(name)
+            state |= {f"{name}.lora_A.weight": part.down, f"{name}.lora_B.weight": part.up}
+    own: Any = model.backbone.model.get_submodule(targets[0])
+    settings = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.rank,  # a factor of 1
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=type(own).__name__ == "Conv1D",
+        base_model_name_or_path=model.backbone.source,
+        inference_mode=True,
+    )
+    _write(state, settings, folder)
+    return ["this is the media tower alone; the port that makes its rows of pictures has no place in peft"]
+
+
+def _prompts(model: Model, fusion: AdaptionPrompt, folder: Path, layers: str) -> list[str]:
+    """Learned rows and gates; peft's act on all words, ours on words behind a picture."""
+    config, count = fusion.config, model.backbone.num_layers
+    if config.affine or config.picture != "added":
+        raise not_exact(model, "peft", "its version 2 (tuned matrices, pictures as prompts) has no place in peft")
+    chosen = sorted(int(index) for index in fusion.blocks)
+    if chosen != list(range(count - len(chosen), count)):
+        raise not_exact(model, "peft", f"peft has prompts in the last layers alone, this pack in {chosen}")
+    state: dict[str, Tensor] = {}
+    for index in chosen:
+        prompt: Any = fusion.blocks[str(index)]
+        gate = prompt.gate.tanh()
+        if bool((gate != gate[0]).any()):
+            raise not_exact(
+                model, "peft", f"peft has one gate per layer, and the heads of layer {index} have their own"
+            )
+        name = f"{layers}.{index}.self_attn"
+        state |= {f"{name}.adaption_prompt": prompt.rows[None], f"{name}.adaption_gate": gate[:1]}
+    from peft import AdaptionPromptConfig
+
+    settings = AdaptionPromptConfig(
+        adapter_len=config.prompts,
+        adapter_layers=len(chosen),
+        target_modules="self_attn",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=model.backbone.source,
+        inference_mode=True,
+    )
+    _write(state, settings, folder)
+    return ["the prompts act on all words, and no picture is added to them: peft has no place for it"]
+
+
+def _write(state: dict[str, Tensor], settings: Any, folder: Path) -> None:
+    plain = {f"base_model.model.{k}": v.detach().to("cpu", torch.float32).contiguous() for k, v in state.items()}
+    save_file(plain, str(folder / WEIGHTS), metadata={"format": "pt"})
+    settings.save_pretrained(str(folder))
