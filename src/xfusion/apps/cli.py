@@ -25,9 +25,10 @@ from xfusion.apps.commands.base import Answer, UsageError, Verb
 from xfusion.apps.commands.bench import Bench
 from xfusion.apps.commands.chat import Chat
 from xfusion.apps.commands.compare import Compare
-from xfusion.apps.commands.data import DataCheck, DataEncode
+from xfusion.apps.commands.data import DataCheck, DataEncode, DataRecaption
 from xfusion.apps.commands.demo import Demo
 from xfusion.apps.commands.doctor import Doctor
+from xfusion.apps.commands.drawn import Draw, Judge
 from xfusion.apps.commands.hub import Export, Push
 from xfusion.apps.commands.pictures import Caption, Generate
 from xfusion.apps.commands.proof import Evaluate, Verify
@@ -52,9 +53,12 @@ VERBS: dict[str, type[Verb]] = {
     "show": Show,
     "list": List,
     "evaluate": Evaluate,
+    "draw": Draw,
+    "judge": Judge,
     "compare": Compare,
     "data check": DataCheck,
     "data encode": DataEncode,
+    "data recaption": DataRecaption,
     "doctor": Doctor,
     "bench": Bench,
 }

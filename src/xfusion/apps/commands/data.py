@@ -1,4 +1,6 @@
-"""`data check`: look at pictures and captions before training does. `data encode`: let a codec do its part ahead."""
+"""`data check`: look at pictures and captions before training does. `data encode`: let a codec do its part ahead. `data
+recaption`: other captions for the same pictures.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from xfusion.apps.commands.base import Answer, UsageError, Verb, choose_device, progress, size_text, table
+from xfusion.apps.commands.base import Answer, UsageError, Verb, choose_device, load_model, progress, size_text, table
 
 SHOWN = 20
 """Problems that people are told; programs get all."""
@@ -112,6 +114,77 @@ class DataEncode(Verb):
             ("train", f"xfusion train RECIPE --data {self.out} --model.image.codec {self.codec}"),
         ]
         return Answer(data=data, text=table(rows))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRecaption(Verb):
+    """Caption the pictures of a data source anew, by a pack or by a server that speaks OpenAI's API.
+
+    The folder is a data source: the new caption first, the old ones as further wordings. Its recaption.jsonl says for every
+    caption which model and prompt made it. Give the same command again after a break: what was answered is kept.
+    """
+
+    spec: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SPEC")]
+    """emoji, emoji:128, a folder of pictures with captions, a .jsonl file, or shards."""
+    by: Annotated[str, tyro.conf.arg(name="with", metavar="MODEL|URL")]
+    """A pack that captions, or the address of a server, such as http://127.0.0.1:8000/v1."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")]
+    """Folder of pictures and captions."""
+    model: str | None = None
+    """Which of the server's models."""
+    prompt: str = "Describe this picture in one sentence."
+    """What is asked of each picture; empty asks nothing."""
+    size: int = 256
+    """Side in pixels that pictures are shown, and kept, at."""
+    max_tokens: int = 64
+    """Longest caption in tokens."""
+    per_minute: float | None = None
+    """Requests per minute at most."""
+    retries: int = 5
+    """Times that a request is tried again when the server is busy or the line is lost, waiting longer each time."""
+    split: Literal["train", "held", "all"] = "all"
+    """Which pictures, where some are held out."""
+    device: str = "auto"
+    """auto, cpu, cuda, ..., for a pack."""
+    trust: bool = False
+    """Import packages outside xfusion that the pack names."""
+
+    def run(self, people: Console) -> Answer:
+        import os
+
+        from xfusion.data.recaption import JOURNAL, Asking, endpoint, recaption
+        from xfusion.data.sources import open_source
+
+        if self.size < 1 or self.max_tokens < 1 or self.retries < 0:
+            raise UsageError("--size and --max-tokens are at least 1, --retries at least 0")
+        if self.per_minute is not None and not 0 < self.per_minute < float("inf"):
+            raise UsageError(f"--per-minute {self.per_minute:g}: more than 0")
+        if self.by.startswith(("http://", "https://")):
+            if self.model is None:
+                raise UsageError("--with a server: name its model, by --model")
+            name, key = f"{self.model} at {self.by}", os.environ.get("OPENAI_API_KEY", "none")
+            ask = endpoint(self.by, self.model, key=key, retries=self.retries, max_tokens=self.max_tokens)
+        else:
+            pack = load_model(self.by, device=self.device, trust=self.trust)
+            if "caption" not in pack.capabilities:
+                raise UsageError(f"{self.by} cannot caption: it can {', '.join(sorted(pack.capabilities))}")
+            name = f"{self.by} {pack.fingerprint}"
+
+            def ask(picture, prompt):
+                return pack.caption([picture], question=prompt, max_tokens=self.max_tokens)[0]
+
+        source = open_source(self.spec, split=self.split)
+        asking = Asking(model=name, prompt=self.prompt, size=self.size, per_minute=self.per_minute)
+        with progress(people) as told:
+            count, asked = recaption(
+                source, ask, asking, self.out, progress=lambda done, total: told("captioning", done, total)
+            )
+        rows = [
+            ("captions", f"{self.out}: {count}, of which {asked} were asked for now"),
+            ("record", str(self.out / JOURNAL)),
+            ("train", f"xfusion train RECIPE --data {self.out}"),
+        ]
+        return Answer(data={"out": str(self.out), "captions": count, "asked": asked, "model": name}, text=table(rows))
 
 
 def _special_tokens(base: str | None) -> tuple[tuple[str, ...], str]:

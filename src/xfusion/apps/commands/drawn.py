@@ -1,0 +1,101 @@
+"""`draw` and `judge`: a folder of pictures for a list of prompts, and its scores, apart from each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from xfusion.apps.commands.base import Answer, UsageError, Verb, choose_device, load_model, progress, table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw(Verb):
+    """Draw pictures of all prompts of a file, for a judge to score later.
+
+    The folder has GenEval's layout and a manifest of seeds, settings and hashes. Give the same command again after a break:
+    what is there stays.
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """A folder, a shipped pack's name, or a hub id."""
+    prompts: Annotated[Path, tyro.conf.arg(metavar="FILE")]
+    """A prompt a line (.txt), or objects with the field prompt (.jsonl), as GenEval's."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")]
+    """Where to."""
+    num: Annotated[int, tyro.conf.arg(name="num", aliases=["-n"])] = 4
+    """Pictures of each prompt."""
+    seed: int = 0
+    """Seed of the first picture; the others count up."""
+    steps: int = 25
+    """Steps from noise to picture."""
+    guidance: float | None = None
+    """How strongly the words are followed; None takes the pack's own."""
+    size: int | None = None
+    """Side in pixels; None takes the size that the pack was trained at."""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
+    trust: bool = False
+    """Import packages outside xfusion that the pack names."""
+
+    def run(self, people: Console) -> Answer:
+        from xfusion.apps.commands.pictures import save
+        from xfusion.evaluation.drawn import draw_folder, read_prompts
+
+        if self.num < 1 or self.steps < 1 or not 0 <= self.seed < 2**62:
+            raise UsageError("-n and --steps are at least 1, --seed is from 0 to 2^62 - 1")
+        choose_device(self.device)
+        prompts = read_prompts(self.prompts)
+        model = load_model(self.model, device=self.device, trust=self.trust)
+        guidance = model.guidance if self.guidance is None else self.guidance
+        settings = {"steps": self.steps, "guidance": guidance, "size": self.size}
+        with progress(people) as tell:
+            manifest = draw_folder(
+                model,
+                prompts,
+                self.out,
+                num=self.num,
+                seed=self.seed,
+                settings=settings,
+                save=save,
+                progress=tell,
+            )
+        count = len(manifest["pictures"])
+        rows = [
+            ("pictures", f"{count} of {len(prompts)} prompts in {self.out}"),
+            ("judge", f"xfusion judge {self.out} --by PACK"),
+        ]
+        return Answer(data={"out": str(self.out), "pictures": count, "prompts": len(prompts)}, text=table(rows))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge(Verb):
+    """Score a folder that `xfusion draw` made, with a pack that embeds or captions and did not draw it."""
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    """Folder with a manifest.json."""
+    by: Annotated[str, tyro.conf.arg(metavar="PACK")]
+    """The judge: a folder, a shipped pack's name, or a hub id."""
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
+    """Write the result to this JSON file, too."""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
+    trust: bool = False
+    """Import packages outside xfusion that the pack names."""
+
+    def run(self, people: Console) -> Answer:
+        from xfusion.evaluation.drawn import MANIFEST, judge
+        from xfusion.evaluation.run import write_json
+
+        if not (self.folder / MANIFEST).is_file():
+            raise UsageError(f"{self.folder} has no {MANIFEST}: make one with xfusion draw")
+        model = load_model(self.by, device=self.device, trust=self.trust)
+        with progress(people) as tell:
+            result = judge(self.folder, model, progress=tell)
+        if self.out:
+            write_json(self.out, result)
+        rows = [(k, f"{v:.4g}" if isinstance(v, float) else str(v)) for k, v in result.items() if k != "settings"]
+        return Answer(data=result, text=table(rows))

@@ -1,0 +1,160 @@
+"""New captions for the pictures of a source, by whatever can name them; a folder of pictures and words comes out.
+
+Every answer goes at once into a journal, ``recaption.jsonl``, with the model and the prompt that made it; a call after a
+break goes on behind it. ``metadata.jsonl``, which makes the folder a data source, is written last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from xfusion.data.files import MAX_CAPTION, METADATA
+from xfusion.data.sequence import XFusionError
+from xfusion.data.sources import Source
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+JOURNAL = "recaption.jsonl"
+Ask = Callable[["Image", str], str]
+"""A picture and a prompt -> words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """How captions are asked for."""
+
+    model: str
+    """Who answers, for the record."""
+    prompt: str
+    """What is asked of each picture."""
+    size: int
+    """Side in pixels of the pictures that are shown, and kept."""
+    per_minute: float | None = None
+    """Requests per minute at most; None is no limit."""
+
+
+def recaption(
+    source: Source, ask: Ask, asking: Asking, folder: Path, *, progress: Callable[[int, int], None]
+) -> tuple[int, int]:
+    """Caption all pictures of a source anew.
+
+    Args:
+        source: whose pictures; its own captions are kept as further wordings.
+        ask: answers for one picture.
+        asking: what is asked, of whom, and how often.
+        folder: pictures, journal and the new captions.
+        progress: told pictures done and in all.
+
+    Returns:
+        how many captions there are, and how many of them were asked for in this call.
+
+    Raises:
+        XFusionError: the folder holds captions of another source, model or prompt; an answer is empty or too long.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    known = _journal(folder, asking, source.spec)
+    asked, next_time = 0, time.monotonic()
+    with (folder / JOURNAL).open("a", encoding="utf-8") as journal:
+        for index, example in enumerate(source.examples):
+            progress(index, len(source.examples))
+            if index in known:
+                continue
+            picture = source.picture(index, asking.size)
+            if asking.per_minute:
+                time.sleep(max(0.0, next_time - time.monotonic()))
+                next_time = max(next_time, time.monotonic()) + 60 / asking.per_minute
+            words = " ".join(ask(picture, asking.prompt).split())
+            if not words or len(words) > MAX_CAPTION:
+                raise XFusionError(
+                    f"{example.origin}: {asking.model} answered {len(words)} characters, from 1 to {MAX_CAPTION} are legal:"
+                    " change the prompt; the captions so far are kept"
+                )
+            _write_picture(picture, folder / _name(index))
+            line = {"index": index, "id": example.id, "caption": words, "model": asking.model, "prompt": asking.prompt}
+            journal.write(json.dumps(line | {"source": source.spec, "size": asking.size}, ensure_ascii=False) + "\n")
+            journal.flush()
+            os.fsync(journal.fileno())
+            known[index], asked = words, asked + 1
+    lines = [
+        {"file_name": _name(i), "captions": [known[i], *(c for c in e.captions if c != known[i])], "group": e.group}
+        for i, e in enumerate(source.examples)
+    ]
+    temporary = folder / f".{METADATA}.{os.getpid()}.tmp"
+    temporary.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines), encoding="utf-8")
+    temporary.replace(folder / METADATA)
+    return len(known), asked
+
+
+def _name(index: int) -> str:
+    return f"{index:07}.png"
+
+
+def _write_picture(picture: Image, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    picture.save(temporary, format="PNG")
+    temporary.replace(path)
+
+
+def _journal(folder: Path, asking: Asking, spec: str) -> dict[int, str]:
+    """What was answered so far, by the picture's number; a last line that a crash cut is dropped."""
+    path = folder / JOURNAL
+    if not path.is_file():
+        if any(folder.iterdir()):
+            raise XFusionError(f"{folder} holds other files: name an empty folder")
+        return {}
+    whole = path.read_bytes()
+    kept = whole[: whole.rfind(b"\n") + 1]
+    if kept != whole:
+        path.write_bytes(kept)
+    found: dict[int, str] = {}
+    for line in map(json.loads, kept.decode("utf-8").splitlines()):
+        for key, own in (("model", asking.model), ("prompt", asking.prompt), ("source", spec), ("size", asking.size)):
+            if line[key] != own:
+                raise XFusionError(
+                    f"{path} was made with {key} {line[key]!r}, this call has {own!r}: name another folder"
+                )
+        found[line["index"]] = line["caption"]
+    return found
+
+
+def endpoint(url: str, model: str, *, key: str, retries: int, max_tokens: int, seconds: float = 60.0) -> Ask:
+    """A server that speaks OpenAI's API; refusals of the moment (429, 5xx, a lost line) are tried again, ever later.
+
+    Raises:
+        XFusionError: the package openai is missing; when asked, the server refuses for good.
+    """
+    try:
+        import openai
+    except ImportError as error:
+        raise XFusionError("an endpoint is asked through the package openai: pip install openai") from error
+    client = openai.OpenAI(base_url=url, api_key=key, max_retries=retries, timeout=seconds)
+
+    def ask(picture: Image, prompt: str) -> str:
+        import base64
+        import io
+
+        file = io.BytesIO()
+        picture.save(file, format="PNG")
+        address = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
+        content: list = [{"type": "image_url", "image_url": {"url": address}}]
+        content += [{"type": "text", "text": prompt}] if prompt else []
+        try:
+            found = client.chat.completions.create(
+                model=model,
+                messages=[{"role": "user", "content": content}],
+                max_tokens=max_tokens,
+                temperature=0,
+                seed=0,
+            )
+        except openai.OpenAIError as error:
+            raise XFusionError(f"{url} refuses: {str(error).splitlines()[0]}; the captions so far are kept") from error
+        return found.choices[0].message.content or ""
+
+    return ask

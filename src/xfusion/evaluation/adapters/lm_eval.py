@@ -1,0 +1,38 @@
+"""EleutherAI's lm-evaluation-harness: a pack's text under its tasks, by the base's own forward or the fused stack.
+
+From its own command line: ``python -m xfusion.evaluation.adapters.lm_eval --model xfusion --model_args pack=emoji --tasks
+arc_easy``. From ours: ``xfusion evaluate emoji --suite lm_eval --set tasks=arc_easy``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+
+from xfusion.model import Model
+
+
+@register_model("xfusion")
+class PackText(HFLM):
+    """A pack as the harness's model: its own class for transformers models, over one of the pack's text stacks."""
+
+    def __init__(
+        self, pack: str | Model, stack: str = "fused", device: str = "cpu", batch_size: int = 1, **settings: Any
+    ):
+        """``pack`` is a name or a loaded model; ``stack`` is "base" or "fused", as `Model.text_logits` takes it."""
+        if isinstance(pack, str):
+            from xfusion.checkpoint import load
+
+            pack = load(pack, device=device)
+        if stack not in ("base", "fused"):
+            raise ValueError(f"stack {stack!r} is neither 'base' nor 'fused'")
+        text = pack.text_only() if stack == "base" else pack.fused_text_model()
+        super().__init__(pretrained=text, tokenizer=pack.backbone.tokenizer, batch_size=int(batch_size), **settings)
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

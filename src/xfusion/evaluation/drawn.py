@@ -1,0 +1,173 @@
+"""Suites in two phases: a model draws a folder of pictures with a manifest, then a judge scores the folder.
+
+The two never meet, so a judge may need other packages, another machine or people. The layout is GenEval's (Ghosh et al.,
+arXiv 2310.11513): ``00000/metadata.jsonl`` with the prompt's own line, ``00000/samples/0000.png``; beside them stands
+``manifest.json`` with prompts, seeds, settings and the hash of every picture.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image as PILImage
+from torch import Tensor
+
+from xfusion.checkpoint import file_hash, read_json, sealed
+from xfusion.data.sequence import XFusionError
+from xfusion.evaluation.metrics import naming
+from xfusion.evaluation.run import write_json
+
+MANIFEST = "manifest.json"
+
+
+def read_prompts(path: Path) -> list[dict[str, Any]]:
+    """The lines of a prompt file: objects with ``prompt`` (.jsonl), else a prompt a line.
+
+    Raises:
+        XFusionError: it cannot be read, or a line has no prompt.
+    """
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise XFusionError(f"{path} cannot be read: {error}") from error
+    found: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            item = json.loads(line) if path.suffix.lower() == ".jsonl" else {"prompt": line.strip()}
+        except ValueError as error:
+            raise XFusionError(f"{path}, line {number}: is not JSON: {error}") from error
+        if not isinstance(item, dict) or not isinstance(item.get("prompt"), str):
+            raise XFusionError(f"{path}, line {number}: has no field 'prompt' with words")
+        found.append(item)
+    if not found:
+        raise XFusionError(f"{path} holds no prompt")
+    return found
+
+
+def draw_folder(
+    model: Any,
+    prompts: list[dict[str, Any]],
+    folder: Path,
+    *,
+    num: int,
+    seed: int,
+    settings: dict[str, Any],
+    save: Callable[[PILImage.Image, Path, dict[str, Any]], object],
+    progress: Callable[[str, int, int], None],
+    batch: int = 16,
+) -> dict[str, Any]:
+    """The first phase. Given again after a break it draws what is missing, and the pictures are those of an unbroken call.
+
+    Args:
+        model: a model that can draw.
+        prompts: of `read_prompts`.
+        folder: where to.
+        num: pictures of each prompt; picture i of prompt p has the seed ``seed + p * num + i``.
+        seed: of the first.
+        settings: of `generation.draw`: steps, guidance, size.
+        save: writes a picture with what it remembers.
+        progress: told pictures done and in all.
+        batch: pictures per call.
+
+    Returns:
+        the manifest.
+
+    Raises:
+        XFusionError: the folder holds pictures of another pack, of other prompts or settings.
+    """
+    facts = {
+        "pack_fingerprint": model.fingerprint,
+        "base_fingerprint": model.backbone.fingerprint,
+        "settings": {**settings, "num": num, "seed": seed},
+        "prompts": [item["prompt"] for item in prompts],
+    }
+    begun = folder / "begun.json"  # the manifest itself is written last: a judge never meets half a folder
+    for known in (folder / MANIFEST, begun):
+        if known.is_file() and any(read_json(known).get(key) != facts[key] for key in facts):
+            raise XFusionError(f"{folder} holds pictures of another pack, prompts or settings: name an empty folder")
+    if folder.exists() and not begun.is_file() and not (folder / MANIFEST).is_file() and any(folder.iterdir()):
+        raise XFusionError(f"{folder} holds other files: name an empty folder")
+    write_json(begun, sealed(facts))
+    places = [(p, i) for p in range(len(prompts)) for i in range(num)]
+    missing = [(p, i) for p, i in places if not _file(folder, p, i).is_file()]
+    for p in {p for p, _ in missing}:
+        _file(folder, p, 0).parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps(prompts[p], ensure_ascii=False) + "\n"
+        (folder / f"{p:05}" / "metadata.jsonl").write_text(line, encoding="utf-8")
+    for start in range(0, len(missing), batch):
+        part = missing[start : start + batch]
+        progress("drawing", len(places) - len(missing) + start, len(places))
+        seeds = [seed + p * num + i for p, i in part]
+        pictures = model.draw([prompts[p]["prompt"] for p, _ in part], seeds=seeds, **settings)
+        for (p, i), picture, own in zip(part, pictures, seeds, strict=True):
+            save(picture, _file(folder, p, i), {"prompt": prompts[p]["prompt"], "seed": own, **settings})
+    items = [
+        {
+            "prompt": p,
+            "seed": seed + p * num + i,
+            "file": _file(folder, p, i).relative_to(folder).as_posix(),
+            "sha256": file_hash(_file(folder, p, i)),
+        }
+        for p, i in places
+    ]
+    manifest = sealed(facts | {"pictures": items})
+    write_json(folder / MANIFEST, manifest)
+    begun.unlink()
+    return manifest
+
+
+def _file(folder: Path, prompt: int, index: int) -> Path:
+    return folder / f"{prompt:05}" / "samples" / f"{index:04}.png"
+
+
+def judge(folder: Path, model: Any, *, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
+    """The second phase, with a pack as the judge: does a picture's own prompt stand first among all prompts of the folder?
+
+    By the cosine of a pack that embeds, else by the likelihood that a pack which captions gives to the words, less the same
+    without the picture. The judge's mistakes are in the score.
+
+    Args:
+        folder: of `draw_folder`.
+        model: a pack that embeds or captions, and not the one that drew.
+        progress: told pictures done and in all.
+
+    Returns:
+        ``at_1``, ``at_10``, ``mrr`` with chance and blind values (pictures permuted), and who judged whom.
+
+    Raises:
+        XFusionError: the folder was altered, or the judge drew it itself or can do neither.
+    """
+    manifest = read_json(folder / MANIFEST)
+    if manifest["pack_fingerprint"] == model.fingerprint:
+        raise XFusionError(f"{folder} was drawn by this very pack: it may not judge itself")
+    prompts = list(dict.fromkeys(manifest["prompts"]))
+    pictures: list[PILImage.Image] = []
+    for item in manifest["pictures"]:
+        path = folder / item["file"]
+        if not path.is_file() or file_hash(path) != item["sha256"]:
+            raise XFusionError(f"{path} is missing or is not the picture that was drawn: draw the folder again")
+        with PILImage.open(path) as opened:
+            pictures.append(opened.convert("RGB"))
+    if "embed" in model.capabilities:
+        told = lambda done, total: progress("judging", done, total)  # noqa: E731
+        scores: Tensor = model.embed(pictures, progress=told) @ model.embed(prompts).T
+    elif "caption" in model.capabilities:
+        told = lambda done, total: progress("judging", done, total)  # noqa: E731
+        scores = naming.pointwise(model.score_names(pictures, prompts, progress=told), model.score_names(None, prompts))
+    else:
+        raise XFusionError(
+            f"this pack cannot judge: it can {', '.join(sorted(model.capabilities))}, not embed or caption"
+        )
+    own = [prompts.index(manifest["prompts"][item["prompt"]]) for item in manifest["pictures"]]
+    hit = torch.nn.functional.one_hot(torch.tensor(own), len(prompts)).bool()
+    real, blind, floor = naming.naming(scores, hit), naming.blind(scores, hit), naming.chance(hit)
+    out: dict[str, Any] = {}
+    for key, value in real.items():
+        out |= {key: value, f"{key}_blind": blind[key], f"chance_{key}": floor[key]}
+    who = {"judge_fingerprint": model.fingerprint, "by": "embed" if "embed" in model.capabilities else "caption"}
+    drawn = {key: manifest[key] for key in ("pack_fingerprint", "settings")}
+    return out | {"num_pictures": len(pictures), "num_prompts": len(prompts), "settings": who | {"drawn": drawn}}

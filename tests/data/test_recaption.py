@@ -1,0 +1,173 @@
+"""New captions for old pictures: recorded one by one, resumable, held back by a rate, tried again, by our own server."""
+
+import http.server
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from apps.serving import running, tiny_models
+from contracts.table import Noise
+
+from xfusion.apps import cli
+from xfusion.data.recaption import JOURNAL, Asking, endpoint, recaption
+from xfusion.data.sequence import XFusionError
+from xfusion.data.sources import open_source
+
+ASKING = Asking(model="someone", prompt="what is this?", size=32)
+
+
+def silent(*_):
+    pass
+
+
+def test_a_break_loses_nothing_and_asks_nothing_twice(tmp_path):
+    source, folder, asked = Noise(5), tmp_path / "out", []
+
+    def ask(picture, prompt):
+        assert picture.size == (32, 32) and prompt == "what is this?"
+        if len(asked) == 3:
+            raise XFusionError("the line went dead")
+        asked.append(picture.tobytes())
+        return f"caption  {len(asked)}\n"
+
+    with pytest.raises(XFusionError, match="went dead"):
+        recaption(source, ask, ASKING, folder, progress=silent)
+    assert not (folder / "metadata.jsonl").exists()
+    with (folder / JOURNAL).open("a") as journal:
+        journal.write('{"index": 3, "capt')  # cut by a crash
+    assert recaption(source, lambda *_: "new words", ASKING, folder, progress=silent) == (5, 2)
+    made = open_source(str(folder), split="all")
+    assert [e.captions[0] for e in made.examples] == ["caption 1", "caption 2", "caption 3", "new words", "new words"]
+    assert made.examples[0].captions[1:] == source.examples[0].captions
+    assert made.picture(1, 32).tobytes() == source.picture(1, 32).tobytes() == asked[1]
+    lines = [json.loads(line) for line in (folder / JOURNAL).read_text().splitlines()]
+    assert [line["index"] for line in lines] == [0, 1, 2, 3, 4]
+    assert {(line["model"], line["prompt"], line["source"]) for line in lines} == {
+        ("someone", "what is this?", "noise")
+    }
+
+    def never(*_):
+        raise AssertionError("asked again")
+
+    assert recaption(source, never, ASKING, folder, progress=silent) == (5, 0)
+    other = Asking(model="another", prompt="what is this?", size=32)
+    with pytest.raises(XFusionError, match="was made with model 'someone', this call has 'another'"):
+        recaption(source, never, other, folder, progress=silent)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("")
+    with pytest.raises(XFusionError, match="holds other files"):
+        recaption(source, never, ASKING, tmp_path / "mine", progress=silent)
+    with pytest.raises(XFusionError, match="answered 0 characters"):
+        recaption(source, lambda *_: " ", ASKING, tmp_path / "empty", progress=silent)
+
+
+def test_no_more_requests_than_the_rate_allows(tmp_path, monkeypatch):
+    now, slept = [100.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def sleep(seconds):
+        slept.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    asking = Asking(model="someone", prompt="", size=8, per_minute=30)
+    times = []
+
+    def ask(*_):
+        times.append(now[0])
+        now[0] += 0.5
+        return "words"
+
+    recaption(Noise(4), ask, asking, tmp_path / "out", progress=silent)
+    assert times == [100.0, 102.0, 104.0, 106.0] and slept == [0.0, 1.5, 1.5, 1.5]
+
+
+class Busy(http.server.BaseHTTPRequestHandler):
+    """Too busy twice, then an answer; and a picture in every request."""
+
+    seen: list[dict] = []
+
+    def log_message(self, *_):
+        pass
+
+    def do_POST(self):
+        self.seen.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        status = 429 if len(self.seen) <= 2 else 200 if len(self.seen) == 3 else 400
+        message = {"role": "assistant", "content": "a red apple"}
+        body = {"id": "1", "object": "chat.completion", "created": 0, "model": "m",
+                "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}  # fmt: skip
+        body = json.dumps(body if status == 200 else {"error": {"message": "no", "type": "x"}}).encode()
+        self.send_response(status)
+        for key, value in (("Content-Type", "application/json"), ("Content-Length", len(body)), ("Retry-After-Ms", 1)):
+            self.send_header(key, str(value))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def test_a_busy_server_is_asked_again_and_a_refusal_ends_it():
+    pytest.importorskip("openai", reason="openai is not installed (extra dev): no endpoint can be asked")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Busy)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+        ask = endpoint(url, "m", key="none", retries=2, max_tokens=9)
+        assert ask(Noise(1).picture(0, 8), "what?") == "a red apple" and len(Busy.seen) == 3
+        content = Busy.seen[0]["messages"][0]["content"]
+        assert content[0]["image_url"]["url"].startswith("data:image/png;base64,") and content[1]["text"] == "what?"
+        assert Busy.seen[0]["max_tokens"] == 9
+        with pytest.raises(XFusionError, match="refuses: .*400"):
+            ask(Noise(1).picture(0, 8), "")
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_our_own_server_captions_as_the_pack_does(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for index in range(2):
+        Noise(2).picture(index, 32).save(f"{index}.png")
+    Path("old").mkdir()
+    for index in range(2):
+        Path(f"{index}.png").rename(f"old/{index}.png")
+        Path(f"old/{index}.txt").write_text(f"old words {index}\n")
+    models = tiny_models(tmp_path / "base")
+    with running(models) as server:
+        call = [
+            "data",
+            "recaption",
+            "old",
+            "--with",
+            f"{server.address}/v1",
+            "-o",
+            "new",
+            "--size",
+            "32",
+            "--max-tokens",
+            "6",
+        ]
+        assert cli.main(call) == 2 and "name its model" in capsys.readouterr().err
+        assert cli.main([*call, "--model", "dual-tower", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["asked"] == 2
+    (model,) = models.values()
+    source = open_source("old", split="all")
+    question = "Describe this picture in one sentence."
+    expected = [model.generate([source.picture(i, 32), question], max_tokens=6)[0] for i in range(2)]
+    found = open_source("new", split="all")
+    assert [e.captions[0] for e in found.examples] == [" ".join(words.split()) for words in expected]
+    assert [e.captions[1] for e in found.examples] == ["old words 0", "old words 1"]
+    # And by the pack itself, without a server.
+    model.save_pretrained("pack")
+    assert (
+        cli.main(["data", "recaption", "old", "--with", "pack", "-o", "by-pack", "--size", "32", "--max-tokens", "6"])
+        == 0
+    )
+    direct = model.caption([source.picture(i, 32) for i in range(2)], question=question, max_tokens=6)
+    assert [e.captions[0] for e in open_source("by-pack", split="all").examples] == [
+        " ".join(w.split()) for w in direct
+    ]

@@ -1,0 +1,87 @@
+"""lm-evaluation-harness on a pack's text: the scores are the base's, by the harness's own class for it."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from contracts.table import bases, make_model
+
+from xfusion.data.sequence import XFusionError
+from xfusion.evaluation.run import evaluate
+
+__all__ = ["bases"]
+TASK = """\
+task: colours
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {file}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list:
+  - metric: acc
+  - metric: acc_norm
+"""
+
+
+@pytest.mark.full
+def test_scores_are_the_bases_own(bases, tmp_path, monkeypatch):
+    lm_eval = pytest.importorskip(
+        "lm_eval", reason="lm-eval is not installed (extra eval): its scores are not compared"
+    )
+    import datasets
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    words = ["red", "apple", "green", "tree", "two", "birds", "house", "cat", "table", "small"]
+    items = [
+        {"question": f"a {words[i % 10]} {words[(3 * i) % 10]}", "choices": [f" {words[(i + k) % 10]}" for k in range(4)],
+         "answer": i % 4}
+        for i in range(24)
+    ]  # fmt: skip
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(i) + "\n" for i in items))
+    task = tmp_path / "colours.yaml"
+    task.write_text(TASK.format(file=tmp_path / "test.jsonl"))
+    model = make_model(bases["llama"])
+    theirs = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=bases["llama"].model, tokenizer=bases["llama"].tokenizer, batch_size=1),
+        tasks=["colours"],
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        bootstrap_iters=0,
+        log_samples=True,
+    )
+    expected = theirs["results"]["colours"]
+    for stack in ("base", "fused"):
+        found = evaluate(model, "lm_eval", tasks=str(task), stack=stack)
+        assert found["colours_acc"] == expected["acc,none"] and found["colours_acc_norm"] == expected["acc_norm,none"]
+        assert found["settings"]["stack"] == stack and found["settings"]["lm_eval"]
+    assert 0 < expected["acc,none"] < 1
+    from xfusion.evaluation.adapters.lm_eval import PackText
+
+    ours = lm_eval.simple_evaluate(
+        model=PackText(model),
+        tasks=["colours"],
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        bootstrap_iters=0,
+        log_samples=True,
+    )
+    one, other = ([s["filtered_resps"] for s in r["samples"]["colours"]] for r in (theirs, ours))
+    assert one == other, "every log-likelihood, to the bit"
+
+
+def test_what_cannot_be_run_is_refused(bases):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra eval)")
+    model = make_model(bases["llama"])
+    with pytest.raises(XFusionError, match="name the tasks"):
+        evaluate(model, "lm_eval")
+    with pytest.raises(XFusionError, match=r"nowhere\.yaml is not there"):
+        evaluate(model, "lm_eval", tasks="nowhere.yaml")
+    with pytest.raises(XFusionError, match="neither 'base' nor 'fused'"):
+        evaluate(model, "lm_eval", tasks="arc_easy", stack="both")
