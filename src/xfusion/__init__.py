@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from xfusion.evaluation.run import evaluate
     from xfusion.generation import generate
     from xfusion.model import Model, ModelConfig, build
+    from xfusion.processor import Processor
     from xfusion.recipes.base import Recipe, train
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "Image",
     "Model",
     "ModelConfig",
+    "Processor",
     "Recipe",
     "Sequence",
     "Sound",
@@ -40,6 +42,7 @@ _HOMES = {
     "Image": "xfusion.data.sequence",
     "Model": "xfusion.model",
     "ModelConfig": "xfusion.model",
+    "Processor": "xfusion.processor",
     "Recipe": "xfusion.recipes.base",
     "Sequence": "xfusion.data.sequence",
     "Sound": "xfusion.data.sequence",

@@ -374,17 +374,30 @@ class Backbone:
         Raises:
             XFusionError: the template refuses these roles.
         """
-        from jinja2 import TemplateError
-
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
+        return self.read_chat(self.chat_text(messages))
+
+    def chat_text(self, messages: list[dict[str, str]]) -> str:
+        """The same conversation as text, up to where the answer begins.
+
+        Raises:
+            XFusionError: the template refuses these roles.
+        """
+        from jinja2 import TemplateError
+
         if not self.tokenizer.chat_template:
             lines = [f"{message['role'].capitalize()}: {message['content']}" for message in messages]
-            return self.encode("\n".join([*lines, "Assistant:"]))
+            return "\n".join([*lines, "Assistant:"])
         try:
-            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except TemplateError as error:
             raise XFusionError(f"{self.source}: the chat template refuses this conversation: {error}") from error
+
+    def read_chat(self, text: str) -> tuple[int, ...]:
+        """Token ids of what `chat_text` wrote, whole or in parts: the template's control tokens are such."""
+        if not self.tokenizer.chat_template:
+            return self.encode(text)
         with self._tokenizing:
             return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 

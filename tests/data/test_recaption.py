@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -91,7 +92,7 @@ def test_no_more_requests_than_the_rate_allows(tmp_path, monkeypatch):
 class Busy(http.server.BaseHTTPRequestHandler):
     """Too busy twice, then an answer; and a picture in every request."""
 
-    seen: list[dict] = []
+    seen: ClassVar[list[dict]] = []
 
     def log_message(self, *_):
         pass
