@@ -18,6 +18,7 @@ from xfusion.apps import cli
 from xfusion.apps.chat import Chat, half_blocks
 from xfusion.data.sequence import Text, XFusionError
 from xfusion.generation import conversation
+from xfusion.opening import Opening
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +149,39 @@ def test_the_verb(model, here, monkeypatch, capsys):
     assert "tiny can" in said.err and "a-cat.png" in said.err
     for argv in (["--steps", "0"], ["--max-tokens", "0"], ["--temperature", "-1"], ["--seed", "-1"]):
         assert cli.main(["chat", "tiny", *argv]) == 2
+
+
+class Asked(Opening):
+    """A head that opens a picture where the word draw stands, of what stands behind it."""
+
+    def probability(self, backbone, messages):
+        return float("draw" in messages[-1]["content"])
+
+    def what(self, backbone, words):
+        return words.partition("draw ")[2]
+
+
+def test_a_picture_opens_where_it_is_asked_for(model, here, monkeypatch):
+    monkeypatch.setattr(model, "opening", Asked(64))
+    said, made = talk(model, "please draw two blue birds", "a red apple", "draw a cat", draw="auto")
+    assert [[type(s).__name__ for s in m["content"]] for m in made.messages[1::2]] == [
+        ["Image", "str"], ["str"], ["Image", "str"]]  # fmt: skip
+    assert apart(made.messages[1]["content"][0], model.draw(["two blue birds"], seed=0, steps=3)[0]) == 0
+    assert "two-blue-birds.png" in said and "a-cat.png" in said
+    # Between two pictures the base answers, of words alone.
+    first = made.messages[1]["content"][1]
+    words = [("user", "please draw two blue birds"), ("assistant", f"(picture)\n{first}"), ("user", "a red apple")]
+    ids = model.backbone.chat([{"role": role, "content": content} for role, content in words])
+    assert made.messages[3]["content"] == model.generate([Text(ids=ids)], max_tokens=8)
+    _, never = talk(model, "please draw two blue birds")
+    assert [type(s) for s in never.messages[1]["content"]] == [str]
+
+
+def test_the_verb_asks_for_a_head_where_it_needs_one(model, here, monkeypatch, capsys):
+    model.save_pretrained(here / "tiny")
+    assert cli.main(["chat", "tiny", "--draw", "auto"]) == 2
+    assert "has no opening head" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a red apple\n"))
+    assert cli.main(["chat", "tiny", "--draw", "always", "--steps", "2", "--max-tokens", "3", "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["messages"][1]["content"][0] == "(picture)" and "--draw always" in said.err

@@ -30,6 +30,7 @@ from xfusion.apps.server.answers import Refused
 from xfusion.apps.server.batches import Batches, Continue, Job, Words
 from xfusion.apps.server.limits import Limits
 from xfusion.data.sequence import XFusionError
+from xfusion.opening import Opening
 
 TINY = Limits(
     queue=8, batch=4, seconds=20, n=4, tokens=24, steps=30, pictures=2, pixels=10_000, body=200_000, characters=500
@@ -218,6 +219,26 @@ def test_pictures_out_of_a_conversation(client, model):
     chunks = list(client.chat.completions.create(**call, modalities=["image"], stream=True))
     (streamed,) = [c.choices[0].delta.images for c in chunks if getattr(c.choices[0].delta, "images", None)]
     assert streamed == message.images
+
+
+def test_the_opening_head_decides_where_a_request_asks_it_to(client, model, monkeypatch):
+    call = {"model": "dual-tower", "messages": say("draw a red apple"), "seed": 4, "max_tokens": 6}
+    with pytest.raises(openai.BadRequestError, match="has no opening head"):
+        client.chat.completions.create(**call, extra_body={"draw": "auto"})
+    head = Opening(64).requires_grad_(False)
+    head.opens.weight.zero_()
+    monkeypatch.setattr(model, "opening", head)
+    head.opens.bias.fill_(-9.0)
+    plain = client.chat.completions.create(**call)
+    said = client.chat.completions.create(**call, extra_body={"draw": "auto"})
+    assert said.choices[0].message.content == plain.choices[0].message.content
+    head.opens.bias.fill_(9.0)
+    drawn = client.chat.completions.create(**call, extra_body={"draw": "auto", "steps": 3, "size": "32x32"})
+    picture, words = model.answer(say("draw a red apple"), seed=4, steps=3, max_tokens=6, size=32)
+    message = drawn.choices[0].message
+    found = from_url(message.images[0]["image_url"]["url"])
+    assert found.size == (32, 32) and apart(found, picture) == 0 and message.content == words
+    assert client.chat.completions.create(**call).choices[0].message.content == plain.choices[0].message.content
 
 
 def test_images_generations(client, model):

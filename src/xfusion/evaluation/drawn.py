@@ -152,11 +152,13 @@ def judge(folder: Path, model: Any, *, progress: Callable[[str, int, int], None]
             raise XFusionError(f"{path} is missing or is not the picture that was drawn: draw the folder again")
         with PILImage.open(path) as opened:
             pictures.append(opened.convert("RGB"))
+
+    def told(done: int, total: int) -> None:
+        progress("judging", done, total)
+
     if "embed" in model.capabilities:
-        told = lambda done, total: progress("judging", done, total)  # noqa: E731
         scores: Tensor = model.embed(pictures, progress=told) @ model.embed(prompts).T
     elif "caption" in model.capabilities:
-        told = lambda done, total: progress("judging", done, total)  # noqa: E731
         scores = naming.pointwise(model.score_names(pictures, prompts, progress=told), model.score_names(None, prompts))
     else:
         raise XFusionError(

@@ -77,7 +77,8 @@ def run(
             f"lm-eval cannot run {tasks!r}: {(str(error).strip() or repr(error)).splitlines()[0]}"
         ) from error
     scores: dict[str, Any] = {}
-    for task, metrics in (found or {})["results"].items():
+    assert found is not None, "only other processes than the first get nothing"
+    for task, metrics in found["results"].items():
         for key, value in metrics.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool) and "," in key:
                 scores[f"{task}_{key.partition(',')[0]}"] = value
