@@ -95,7 +95,7 @@ class Chat:
 
     def _say(self, words: str) -> None:
         """The model's answer: words, printed while they grow, or a picture with words behind it."""
-        messages = self._with(words)
+        messages = added(self.messages, words)
         if (what := opens(self.model, messages, self.draw)) is not None:
             picture = self._picture(what)
             said = self._words([picture]) if "caption" in self.model.capabilities else None
@@ -134,7 +134,7 @@ class Chat:
         draw_size(self.model, None)  # a pack that hears says so
         name = Path(_unquoted(path)).expanduser()
         picture = pictures.read(name)
-        self.messages = self._with(picture)
+        self.messages = added(self.messages, picture)
         self.show(picture)
 
     def _sound(self, path: str) -> None:
@@ -146,7 +146,7 @@ class Chat:
         self._able("caption", "hear")
         sound = sounds.read_sound(Path(_unquoted(path)).expanduser())
         self.model.modality.encode([sound], self.model.modality.sizes[0])  # one that is too long is told now
-        self.messages = self._with(sound)
+        self.messages = added(self.messages, sound)
 
     def _draw(self, words: str) -> None:
         """A picture of words; it stands in the conversation from now on."""
@@ -155,7 +155,7 @@ class Chat:
         self._able("draw", "draw")
         draw_size(self.model, None)  # a pack that hears says so
         picture = self._picture(words)
-        self.messages = [*self._with(words), {"role": "assistant", "content": [picture]}]
+        self.messages = [*added(self.messages, words), {"role": "assistant", "content": [picture]}]
 
     def _picture(self, words: str) -> Picture:
         """A picture of words, shown or written."""
@@ -172,7 +172,7 @@ class Chat:
         """The last picture or the conversation, by the file's ending."""
         path = Path(_unquoted(name)).expanduser()
         if path.suffix.lower() == ".json":
-            text = json.dumps({"messages": [_as_sent(m) for m in self.messages]}, ensure_ascii=False, indent=1)
+            text = json.dumps({"messages": [as_sent(m) for m in self.messages]}, ensure_ascii=False, indent=1)
             written(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
         elif path.suffix.lower() not in FORMATS:
             raise UsageError(f"/save FILE: {', '.join(FORMATS)} for the last picture, .json for the conversation")
@@ -189,12 +189,6 @@ class Chat:
         self.console.print(HELP, markup=False, highlight=False)
 
     # -- parts
-
-    def _with(self, segment: str | Picture | Sound) -> list[dict[str, Any]]:
-        """The conversation with a segment more on the user's side."""
-        if self.messages and self.messages[-1]["role"] == "user":
-            return [*self.messages[:-1], {"role": "user", "content": [*self.messages[-1]["content"], segment]}]
-        return [*self.messages, {"role": "user", "content": [segment]}]
 
     def _next_seed(self) -> int:
         self.answers += 1
@@ -213,6 +207,13 @@ class Chat:
             return False
         self.console.print(half_blocks(picture, min(WIDEST, self.console.width)))
         return True
+
+
+def added(messages: list[dict[str, Any]], segment: str | Picture | Sound) -> list[dict[str, Any]]:
+    """A conversation with a segment more on the user's side."""
+    if messages and messages[-1]["role"] == "user":
+        return [*messages[:-1], {"role": "user", "content": [*messages[-1]["content"], segment]}]
+    return [*messages, {"role": "user", "content": [segment]}]
 
 
 def half_blocks(picture: Picture, columns: int) -> Line:
@@ -244,7 +245,7 @@ def _unquoted(path: str) -> str:
     return parts[0] if len(parts) == 1 else path
 
 
-def _as_sent(message: dict[str, Any]) -> dict[str, Any]:
+def as_sent(message: dict[str, Any]) -> dict[str, Any]:
     """A turn as `xfusion serve` takes it; a sound as OpenAI's interface has it, which `serve` does not take yet."""
     from xfusion.apps.server.answers import data_url
 

@@ -36,6 +36,7 @@ from xfusion.apps.commands.search import Index, Search
 from xfusion.apps.commands.serve import Serve
 from xfusion.apps.commands.show import List, Show
 from xfusion.apps.commands.training import Train, TrainOpening
+from xfusion.apps.commands.web import Web
 
 VERBS: dict[str, type[Verb]] = {
     "demo": Demo,
@@ -47,6 +48,7 @@ VERBS: dict[str, type[Verb]] = {
     "search": Search,
     "chat": Chat,
     "serve": Serve,
+    "web": Web,
     "verify": Verify,
     "push": Push,
     "export": Export,

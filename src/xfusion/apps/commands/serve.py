@@ -8,7 +8,7 @@ import socket
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -48,43 +48,26 @@ class Serve(Verb):
         self._check()
         keys = self._keys()
         # Listening comes first: a port that is taken is known before anything is loaded, and early clients wait.
-        with self._listen() as listener:
+        with listen(self.host, self.port) as listener:
             try:
-                import uvicorn
-
                 from xfusion.apps.server import app
             except ImportError as error:
                 raise UsageError(f"serve needs the package {error.name}: pip install 'xfusion[serve]'") from error
             models = load_models(self.packs, device=self.device, trust=self.trust)
-            where = f"http://{self._host_text()}:{listener.getsockname()[1]}"
+            where = address_of(self.host, listener)
             for name, model in models.items():
                 able = ", ".join(sorted(model.capabilities))
                 people.print(f"{name}: {able}, on {model.backbone.source}", markup=False, soft_wrap=True)
             door = "with API keys" if keys else "open to all who reach it"
             people.print(f"serving at {where}/v1 ({door})", markup=False, soft_wrap=True)
-            config = uvicorn.Config(
-                app.create(models, self.limits, keys=keys, hosts=frozenset(self.picture_hosts)),
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=self.limits.grace,
-            )
-            began = time.perf_counter()
-            # Having stopped, uvicorn raises the signal once more for whoever had set a handler: for us it was answered.
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda *_: None)
-            uvicorn.Server(config).run(sockets=[listener])
-        minutes = (time.perf_counter() - began) / 60
+            served = app.create(models, self.limits, keys=keys, hosts=frozenset(self.picture_hosts))
+            minutes = serve_until_stopped(served, listener, self.limits.grace)
         return Answer(data={"address": where, "models": list(models)}, text=f"served for {minutes:.1f} minutes")
 
     def _check(self) -> None:
         if not self.packs:
             raise UsageError("name at least one pack to serve, such as emoji")
-        if not 0 <= self.port < 65536:
-            raise UsageError(f"--port {self.port}: choose 0 to 65535")
-        for name, value in vars(self.limits).items():
-            if value < 1:
-                raise UsageError(f"--limits.{name} {value:g}: at least 1")
+        check_limits(self.limits)
 
     def _keys(self) -> frozenset[str]:
         found = [os.environ.get(KEY_VARIABLE, "")]
@@ -94,15 +77,49 @@ class Serve(Verb):
                 raise UsageError(f"--keys {self.keys}: the file holds no key")
         return frozenset(key.strip() for key in found if key.strip())
 
-    def _listen(self) -> socket.socket:
-        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
-        try:
-            return socket.create_server((self.host, self.port), family=family, backlog=1024)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise UsageError(
-                f"cannot listen at {self.host} port {self.port}: {reason}; --port names another"
-            ) from error
 
-    def _host_text(self) -> str:
-        return f"[{self.host}]" if ":" in self.host else self.host
+def check_limits(limits: Limits) -> None:
+    """Refuse limits that let nothing through.
+
+    Raises:
+        UsageError: one is below 1.
+    """
+    for name, value in vars(limits).items():
+        if value < 1:
+            raise UsageError(f"--limits.{name} {value:g}: at least 1")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; clients that come before anything answers wait.
+
+    Raises:
+        UsageError: there is no such port, or it is taken.
+    """
+    if not 0 <= port < 65536:
+        raise UsageError(f"--port {port}: choose 0 to 65535")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UsageError(f"cannot listen at {host} port {port}: {reason}; --port names another") from error
+
+
+def address_of(host: str, listener: socket.socket) -> str:
+    """Where a browser or a client finds a listener."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+
+
+def serve_until_stopped(app: Any, listener: socket.socket, grace: int) -> float:
+    """Answer until SIGINT or SIGTERM; open requests then get ``grace`` seconds. Returns the minutes that it went."""
+    import uvicorn
+
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=grace
+    )
+    began = time.perf_counter()
+    # Having stopped, uvicorn raises the signal once more for whoever had set a handler: for us it was answered.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    uvicorn.Server(config).run(sockets=[listener])
+    return (time.perf_counter() - began) / 60

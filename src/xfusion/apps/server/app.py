@@ -10,8 +10,8 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -24,12 +24,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from xfusion.apps.server import requests
+from xfusion.apps.server import reading, requests
 from xfusion.apps.server.answers import Refused, base64_png, data_url, now, usage
-from xfusion.apps.server.batches import Batches, Continue, Embed, Job, Repaint, Words
+from xfusion.apps.server.batches import Batches, Continue, Job, Repaint
 from xfusion.apps.server.limits import Limits
-from xfusion.data.sequence import Image, Text, XFusionError
-from xfusion.generation import conversation, draw_size, kinds_of, prompt_length
+from xfusion.apps.server.reading import as_refused
+from xfusion.generation import draw_size
 from xfusion.model import Model
 
 log = logging.getLogger("xfusion.server")
@@ -166,7 +166,7 @@ class _Server:
         name, model = self._model(asked.model)
         if "embed" not in model.capabilities:
             raise requests.incapable(model, "embed")
-        job, prompt = await self._aside(partial(self._read_embeddings, asked, model))
+        job, prompt = await self._aside(partial(reading.embeddings, asked, model, self.limits, self.hosts))
         ticket = _Ticket(self, request, [job])
         try:
             async for _ in ticket.follow():
@@ -196,22 +196,13 @@ class _Server:
             }
         )
 
-    def _read_embeddings(self, asked: requests.Embeddings, model: Model) -> tuple[Job, int]:
-        """The job of a request, and the tokens of its words."""
-        items = requests.embedded(asked, model, self.limits, self.hosts)
-        with _as_refusal():
-            prompt = sum(prompt_length(model, [item]) for item in items)
-        words = Words(model.backbone.decode)
-        work = Embed(model=model)
-        return Job(work=work, given=items, seed=0, index=0, words=words, tell=lambda job, new: None), prompt
-
     # -- conversations
 
     async def chat(self, request: Request) -> Response:
         """The next turn of a conversation, in words, in a picture, or in both."""
         asked = requests.parse(requests.Chat, await self._body(request))
         name, model = self._model(asked.model)
-        jobs, prompt = await self._aside(partial(self._read_chat, asked, model))
+        jobs, prompt = await self._aside(partial(reading.chat, asked, model, self.limits, self.hosts))
         ticket = _Ticket(self, request, jobs)
         answer = _Chat(ticket, asked, name, prompt)
         if asked.stream:
@@ -221,78 +212,13 @@ class _Server:
         finally:
             ticket.drop()
 
-    def _read_chat(self, asked: requests.Chat, model: Model) -> tuple[list[Job], int]:
-        """The jobs of a request, and the tokens of its prompt."""
-        self._bounded(asked)
-        given = requests.messages(asked, model, self.limits, self.hosts)
-        decides = asked.draw == "auto" and "image" not in asked.modalities
-        if decides and model.opening is None:
-            raise Refused(400, "this model has no opening head, which decides whether to draw: leave draw out, or ask for"
-                          " a picture by modalities", code="not_capable", param="draw")  # fmt: skip
-        if decides and asked.messages[-1].role != "user":
-            raise Refused(400, "whether to draw is decided behind a turn of the user", param="messages")
-        if "image" in asked.modalities:
-            if "draw" not in model.capabilities:
-                raise requests.incapable(model, "draw")
-            given[-1]["content"].append(Image(size=asked.side()))
-            if "text" in asked.modalities:
-                given[-1]["content"].append("")  # behind the picture stand words
-        with _as_refusal():
-            segments = conversation(model, given, own_pictures=not decides)
-            if decides:
-                draw_size(model, asked.side())
-            prompt, kinds = prompt_length(model, segments), kinds_of(model, segments)
-        if not any(isinstance(segment, Text) or segment for segment in segments):
-            raise Refused(400, "the messages are empty", param="messages")
-        work = Continue(
-            model=model,
-            kinds=kinds,
-            steps=asked.steps,
-            guidance=asked.guidance,
-            max_tokens=self._max_tokens(asked, model, prompt),
-            temperature=asked.temperature or 0.0,
-            top_p=1.0 if asked.top_p is None else asked.top_p,
-            decides=decides,
-            size=asked.side() if decides else None,
-        )
-        return self._jobs(asked, model, work, given if decides else segments, asked.stops()), prompt
-
-    def _max_tokens(self, asked: requests.Chat, model: Model, prompt: int) -> int:
-        wanted = asked.max_completion_tokens or asked.max_tokens
-        requests.within(wanted or 1, self.limits.tokens, "max_tokens")
-        places = getattr(model.backbone.config, "max_position_embeddings", None) or 1 << 30
-        room = places - prompt - 8  # what opens a text, and the rows around pictures
-        if (wanted or 1) > room:
-            raise Refused(
-                400,
-                f"the messages have {prompt} tokens and the answer may have {wanted or 1}, but this model has {places} places",
-                code="context_length_exceeded",
-            )
-        return wanted or min(self.limits.tokens, room)
-
     # -- pictures
 
     async def images(self, request: Request) -> Response:
         """Pictures of a prompt."""
         asked = requests.parse(requests.Images, await self._body(request))
         name, model = self._model(asked.model)
-        return await self._pictures(request, asked, name, model, partial(self._read_images, asked, model))
-
-    def _read_images(self, asked: requests.Images, model: Model) -> list[Job]:
-        with _as_refusal():
-            segments = [asked.prompt, Image(size=asked.side())]
-            prompt_length(model, segments)
-            kinds = kinds_of(model, segments)
-        work = Continue(
-            model=model,
-            kinds=kinds,
-            steps=asked.steps,
-            guidance=asked.guidance,
-            max_tokens=1,
-            temperature=0.0,
-            top_p=1.0,
-        )
-        return self._jobs(asked, model, work, segments)
+        return await self._pictures(request, asked, name, model, partial(reading.images, asked, model, self.limits))
 
     async def edits(self, request: Request) -> Response:
         """A part of a picture drawn anew."""
@@ -311,26 +237,12 @@ class _Server:
         if sorted(sent) not in (["image"], ["image", "mask"], ["image[]"], ["image[]", "mask"]):
             raise Refused(400, f"send one picture as image, and perhaps one mask, not {', '.join(sent) or 'nothing'}")
         image = files.get("image", files.get("image[]", b""))
-        read = partial(self._read_edit, asked, model, image, files.get("mask"))
+        read = partial(reading.edit, asked, model, self.limits, image, files.get("mask"))
         return await self._pictures(request, asked, name, model, read)
-
-    def _read_edit(self, asked: requests.Images, model: Model, image: bytes, mask: bytes | None) -> list[Job]:
-        trained = model.image.sizes[0]
-        if asked.side() not in (None, trained):
-            raise Refused(400, f"size: pictures are edited at {trained}x{trained}, the trained size", param="size")
-        picture, holes = requests.picture_and_mask(image, mask, model, self.limits)
-        with _as_refusal():
-            prompt_length(model, [asked.prompt])
-        work = Repaint(model=model, steps=asked.steps, guidance=asked.guidance)
-        return self._jobs(asked, model, work, (picture, holes, asked.prompt))
 
     async def _pictures(
         self, request: Request, asked: requests.Images, name: str, model: Model, read: Callable[[], list[Job]]
     ) -> Response:
-        self._bounded(asked)
-        requests.within(len(asked.prompt), self.limits.characters, "characters")
-        if "draw" not in model.capabilities:
-            raise requests.incapable(model, "draw")
         jobs = await self._aside(read)
         ticket = _Ticket(self, request, jobs)
         try:
@@ -353,7 +265,7 @@ class _Server:
     def picture_facts(self, name: str, job: Job) -> dict[str, Any]:
         """What a PNG remembers."""
         work = job.work
-        assert not isinstance(work, Embed)  # no picture comes of it
+        assert isinstance(work, (Continue, Repaint))  # of others no picture comes
         guidance = work.model.guidance if work.guidance is None else work.guidance
         return {"seed": job.seed, "steps": work.steps, "guidance": guidance, **self.facts[name]}
 
@@ -380,32 +292,6 @@ class _Server:
     async def _aside(self, read: Callable[[], Value]) -> Value:
         """Read a request in a thread, so that a large picture does not hold up the others."""
         return await anyio.to_thread.run_sync(read, limiter=self.aside)
-
-    def _bounded(self, asked: requests.Chat | requests.Images) -> None:
-        requests.within(asked.n, min(self.limits.n, self.limits.queue), "n")
-        requests.within(asked.steps, self.limits.steps, "steps")
-
-    def _jobs(
-        self,
-        asked: requests.Chat | requests.Images,
-        model: Model,
-        work: Continue | Repaint,
-        given: Any,
-        stops: tuple[str, ...] = (),
-    ) -> list[Job]:
-        """One job per answer, with seeds that count up."""
-        first = asked.first_seed()
-        return [
-            Job(
-                work=work,
-                given=given,
-                seed=first + i,
-                index=i,
-                words=Words(model.backbone.decode, stops),
-                tell=lambda job, new: None,
-            )
-            for i in range(asked.n)
-        ]
 
 
 class _Ticket:
@@ -454,7 +340,7 @@ class _Ticket:
                 if new is None:
                     left -= 1
                     if job.error is not None:
-                        raise _as_refused(job.error) from job.error
+                        raise as_refused(job.error) from job.error
                 yield job, new
         finally:
             gone.cancel()
@@ -503,7 +389,7 @@ class _Chat:
         except ClientDisconnect:
             return
         except Exception as error:
-            yield f"data: {json.dumps(_as_refused(error).body)}\n\n"
+            yield f"data: {json.dumps(as_refused(error).body)}\n\n"
             return
         if self.asked.stream_options and self.asked.stream_options.include_usage:
             yield self._chunk(choices=[], usage=self._usage())
@@ -574,24 +460,6 @@ class _Counted:
 # ------------------------------------------------------------------------------------------------------------ errors
 
 
-@contextmanager
-def _as_refusal() -> Iterator[None]:
-    """The library's errors about what was asked, as answers."""
-    try:
-        yield
-    except XFusionError as error:
-        raise _as_refused(error) from error
-
-
-def _as_refused(error: Exception) -> Refused:
-    """An error as an answer; what went wrong in here is logged, and not told."""
-    if isinstance(error, Refused):
-        return error
-    if isinstance(error, XFusionError):
-        return Refused(400, str(error))
-    return Refused(500, "the server failed to answer; its log says why", code="internal_error")
-
-
 def _answer(error: Refused) -> JSONResponse:
     return JSONResponse(error.body, status_code=error.status, headers=error.headers)
 
@@ -613,7 +481,7 @@ async def _left(_: Request, error: Exception) -> Response:
 
 
 async def _broken(_: Request, error: Exception) -> Response:
-    return _answer(_as_refused(error))
+    return _answer(as_refused(error))
 
 
 def _of(body: bytes) -> Receive:

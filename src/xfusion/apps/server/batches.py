@@ -12,13 +12,15 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from xfusion.apps.server.answers import Refused
 from xfusion.data.sequence import XFusionError
-from xfusion.generation import inpaint_batch
+from xfusion.generation import Progress, inpaint_batch
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from xfusion.model import Model
 
 log = logging.getLogger("xfusion.server")
@@ -97,7 +99,7 @@ class Continue:
                     max_tokens=self.max_tokens,
                     temperature=self.temperature,
                     top_p=self.top_p,
-                    progress=_while_awaited(jobs),
+                    progress=told(jobs),
                     listen=lambda _, token: job.hear(token),
                 )
             ]
@@ -109,7 +111,7 @@ class Continue:
             max_tokens=self.max_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
-            progress=_while_awaited(jobs),
+            progress=told(jobs),
             listen=lambda row, token: jobs[row].hear(token),
         )
 
@@ -126,7 +128,7 @@ class Repaint:
     def run(self, jobs: list[Job]) -> list[list[Any]]:
         """The picture of each job."""
         given, seeds = [job.given for job in jobs], [job.seed for job in jobs]
-        settings = {"steps": self.steps, "guidance": self.guidance, "progress": _while_awaited(jobs)}
+        settings = {"steps": self.steps, "guidance": self.guidance, "progress": told(jobs)}
         return [[picture] for picture in inpaint_batch(self.model, given, seeds=seeds, **settings)]
 
 
@@ -140,16 +142,48 @@ class Embed:
     def run(self, jobs: list[Job]) -> list[list[Any]]:
         """The vectors of each job, ``[items, width]``."""
         items = [item for job in jobs for item in job.given]
-        vectors = self.model.embed(items, progress=_while_awaited(jobs))
+        vectors = self.model.embed(items, progress=_awaited(jobs))
         return [list(part) for part in vectors.split([len(job.given) for job in jobs])]
 
 
-def _while_awaited(jobs: list[Job]) -> Callable[..., None]:
-    """Ends drawing between two steps once all who asked are gone."""
+class Work(Protocol):
+    """What jobs are computed by; jobs whose work is equal may go through together."""
 
-    def progress(*_: Any) -> None:
+    @property
+    def model(self) -> Model:
+        """The model that computes."""
+        ...
+
+    @property
+    def together(self) -> bool:
+        """Whether jobs share a pass."""
+        ...
+
+    def run(self, jobs: list[Job]) -> list[list[Any]]:
+        """The answer of each job."""
+        ...
+
+
+def _awaited(jobs: list[Job]) -> Callable[[int, int], None]:
+    """A progress that ends between two groups of items once all who asked are gone."""
+
+    def progress(done: int, total: int) -> None:
+        del done, total
         if all(job.dropped for job in jobs):
             raise _Gone
+
+    return progress
+
+
+def told(jobs: list[Job]) -> Progress:
+    """A progress of drawing that shows each job its estimate, and ends between two steps once all who asked are gone."""
+
+    def progress(done: int, total: int, estimate: Tensor | None) -> None:
+        if all(job.dropped for job in jobs):
+            raise _Gone
+        for row, job in enumerate(jobs):
+            if job.watch is not None and estimate is not None:
+                job.watch(done, total, estimate[row])
 
     return progress
 
@@ -158,7 +192,7 @@ def _while_awaited(jobs: list[Job]) -> Callable[..., None]:
 class Job:
     """One answer that is to be computed."""
 
-    work: Continue | Repaint | Embed
+    work: Work
     given: Any
     """What it is computed from, as the work takes it."""
     seed: int
@@ -167,6 +201,8 @@ class Job:
     words: Words
     tell: Callable[[Job, str | None], None]
     """Called by the computing thread with new words, and with None when the answer is there or cannot be had."""
+    watch: Callable[[int, int, Tensor], None] | None = None
+    """Called by the computing thread after each step of drawing: steps done, steps in all, the clean estimate ``[M, P]``."""
     answer: list[Any] = field(default_factory=list)
     error: Exception | None = None
     dropped: bool = False

@@ -240,11 +240,15 @@ def incapable(model: Model, verb: str) -> Refused:
 
 
 def _opened(url: str, model: Model, limits: Limits, hosts: frozenset[str]) -> PILImage.Image:
+    return as_seen(decoded(_fetched(url, limits, hosts), "image_url", limits), model)
+
+
+def decoded(data: bytes, name: str, limits: Limits) -> PILImage.Image:
+    """The picture of a file that was sent; ``name`` is what messages call it."""
     try:
-        picture = pictures.decode(_fetched(url, limits, hosts), "image_url", most_pixels=limits.pixels)
+        return pictures.decode(data, name, most_pixels=limits.pixels)
     except XFusionError as error:
-        raise Refused(400, str(error), param="image_url", code="invalid_image") from error
-    return as_seen(picture, model)
+        raise Refused(400, str(error), param=name, code="invalid_image") from error
 
 
 def as_seen(picture: PILImage.Image, model: Model) -> PILImage.Image:
@@ -302,11 +306,8 @@ def picture_and_mask(
     A mask, or a picture without one, says so by its transparent parts, as OpenAI's do; a mask that knows no
     transparency, by its white ones.
     """
-    try:
-        picture = pictures.decode(image, "image", most_pixels=limits.pixels)
-        holes = picture if mask is None else pictures.decode(mask, "mask", most_pixels=limits.pixels)
-    except XFusionError as error:
-        raise Refused(400, str(error), code="invalid_image") from error
+    picture = decoded(image, "image", limits)
+    holes = picture if mask is None else decoded(mask, "mask", limits)
     if holes.size != picture.size:
         raise Refused(
             400,

@@ -1,0 +1,56 @@
+"""`web`: packs in a browser."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from xfusion.apps.commands.base import Answer, UsageError, Verb, load_models
+from xfusion.apps.commands.serve import address_of, check_limits, listen, serve_until_stopped
+from xfusion.apps.server.limits import Limits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Web(Verb):
+    """Show packs in a browser: chat, a gallery, pictures dropped on the page, a look inside, comparisons.
+
+    Nothing is fetched from elsewhere and nothing is told to anyone. What is uploaded and drawn lies in a temporary folder
+    that goes when the page is stopped, by Ctrl-C or SIGTERM. There are no keys: who reaches the port may ask.
+    """
+
+    packs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PACK...")]
+    """Folders, shipped packs' names, or hub ids."""
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 is every network that this machine is in."""
+    port: int = 7860
+    """Port to listen at; 0 takes a free one."""
+    comparisons: Path = Path("comparison")
+    """Folder of comparisons to show, where there is one."""
+    limits: Limits = field(default_factory=Limits)
+    """What may be asked for."""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
+    trust: bool = False
+    """Import packages outside xfusion that a pack names."""
+
+    def run(self, people: Console) -> Answer:
+        if not self.packs:
+            raise UsageError("name at least one pack to show, such as emoji")
+        check_limits(self.limits)
+        with listen(self.host, self.port) as listener, tempfile.TemporaryDirectory(prefix="xfusion-web-") as folder:
+            try:
+                from xfusion.apps.web import page
+            except ImportError as error:
+                raise UsageError(f"web needs the package {error.name}: pip install 'xfusion[web]'") from error
+            models = load_models(self.packs, device=self.device, trust=self.trust)
+            comparisons = self.comparisons if self.comparisons.is_dir() else None
+            app = page.create(models, self.limits, Path(folder), comparisons)
+            where = address_of(self.host, listener)
+            people.print(f"open {where} in a browser; Ctrl-C stops", markup=False, soft_wrap=True)
+            minutes = serve_until_stopped(app, listener, self.limits.grace)
+        return Answer(data={"address": where, "models": list(models)}, text=f"shown for {minutes:.1f} minutes")

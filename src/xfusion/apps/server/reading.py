@@ -1,0 +1,178 @@
+"""A request as jobs: what is asked for is held against the limits, read, and laid out for the queue."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from xfusion.apps.server import requests
+from xfusion.apps.server.answers import Refused
+from xfusion.apps.server.batches import Continue, Embed, Job, Repaint, Words
+from xfusion.apps.server.limits import Limits
+from xfusion.data.sequence import Image, Text, XFusionError
+from xfusion.generation import conversation, draw_size, kinds_of, prompt_length
+from xfusion.model import Model
+
+
+def chat(asked: requests.Chat, model: Model, limits: Limits, hosts: frozenset[str]) -> tuple[list[Job], int]:
+    """The next turn of a conversation: its jobs, and the tokens of its prompt.
+
+    Raises:
+        Refused: it is beyond the limits, or nothing that this model can do.
+    """
+    _bounded(asked, limits)
+    given = requests.messages(asked, model, limits, hosts)
+    decides = asked.draw == "auto" and "image" not in asked.modalities
+    if decides and model.opening is None:
+        message = (
+            "this model has no opening head, which decides whether to draw: leave draw out, or ask for a picture by"
+        )
+        raise Refused(400, f"{message} modalities", code="not_capable", param="draw")
+    if decides and asked.messages[-1].role != "user":
+        raise Refused(400, "whether to draw is decided behind a turn of the user", param="messages")
+    if "image" in asked.modalities:
+        if "draw" not in model.capabilities:
+            raise requests.incapable(model, "draw")
+        given[-1]["content"].append(Image(size=asked.side()))
+        if "text" in asked.modalities:
+            given[-1]["content"].append("")  # behind the picture stand words
+    with _as_refusal():
+        segments = conversation(model, given, own_pictures=not decides)
+        if decides:
+            draw_size(model, asked.side())
+        prompt, kinds = prompt_length(model, segments), kinds_of(model, segments)
+    if not any(isinstance(segment, Text) or segment for segment in segments):
+        raise Refused(400, "the messages are empty", param="messages")
+    work = Continue(
+        model=model,
+        kinds=kinds,
+        steps=asked.steps,
+        guidance=asked.guidance,
+        max_tokens=_max_tokens(asked, model, limits, prompt),
+        temperature=asked.temperature or 0.0,
+        top_p=1.0 if asked.top_p is None else asked.top_p,
+        decides=decides,
+        size=asked.side() if decides else None,
+    )
+    return _jobs(asked, model, work, given if decides else segments, asked.stops()), prompt
+
+
+def _max_tokens(asked: requests.Chat, model: Model, limits: Limits, prompt: int) -> int:
+    wanted = asked.max_completion_tokens or asked.max_tokens
+    requests.within(wanted or 1, limits.tokens, "max_tokens")
+    places = getattr(model.backbone.config, "max_position_embeddings", None) or 1 << 30
+    room = places - prompt - 8  # what opens a text, and the rows around pictures
+    if (wanted or 1) > room:
+        raise Refused(
+            400,
+            f"the messages have {prompt} tokens and the answer may have {wanted or 1}, but this model has {places} places",
+            code="context_length_exceeded",
+        )
+    return wanted or min(limits.tokens, room)
+
+
+def images(asked: requests.Images, model: Model, limits: Limits) -> list[Job]:
+    """Pictures of a prompt.
+
+    Raises:
+        Refused: they are beyond the limits, or this model cannot draw.
+    """
+    _drawn(asked, model, limits)
+    with _as_refusal():
+        segments = [asked.prompt, Image(size=asked.side())]
+        prompt_length(model, segments)
+        kinds = kinds_of(model, segments)
+    work = Continue(
+        model=model,
+        kinds=kinds,
+        steps=asked.steps,
+        guidance=asked.guidance,
+        max_tokens=1,
+        temperature=0.0,
+        top_p=1.0,
+    )
+    return _jobs(asked, model, work, segments)
+
+
+def edit(asked: requests.Images, model: Model, limits: Limits, image: bytes, mask: bytes | None) -> list[Job]:
+    """A part of a picture drawn anew.
+
+    Raises:
+        Refused: it is beyond the limits, picture and mask do not fit, or this model cannot draw.
+    """
+    _drawn(asked, model, limits)
+    trained = model.image.sizes[0]
+    if asked.side() not in (None, trained):
+        raise Refused(400, f"size: pictures are edited at {trained}x{trained}, the trained size", param="size")
+    picture, holes = requests.picture_and_mask(image, mask, model, limits)
+    with _as_refusal():
+        prompt_length(model, [asked.prompt])
+    work = Repaint(model=model, steps=asked.steps, guidance=asked.guidance)
+    return _jobs(asked, model, work, (picture, holes, asked.prompt))
+
+
+def embeddings(asked: requests.Embeddings, model: Model, limits: Limits, hosts: frozenset[str]) -> tuple[Job, int]:
+    """Vectors of texts and pictures: the job, and the tokens of the words.
+
+    Raises:
+        Refused: they are beyond the limits, or nothing that this model can read.
+    """
+    items = requests.embedded(asked, model, limits, hosts)
+    with _as_refusal():
+        prompt = sum(prompt_length(model, [item]) for item in items)
+    words = Words(model.backbone.decode)
+    work = Embed(model=model)
+    return Job(work=work, given=items, seed=0, index=0, words=words, tell=lambda job, new: None), prompt
+
+
+def _drawn(asked: requests.Images, model: Model, limits: Limits) -> None:
+    _bounded(asked, limits)
+    requests.within(len(asked.prompt), limits.characters, "characters")
+    if "draw" not in model.capabilities:
+        raise requests.incapable(model, "draw")
+
+
+def _bounded(asked: requests.Chat | requests.Images, limits: Limits) -> None:
+    requests.within(asked.n, min(limits.n, limits.queue), "n")
+    requests.within(asked.steps, limits.steps, "steps")
+
+
+def _jobs(
+    asked: requests.Chat | requests.Images,
+    model: Model,
+    work: Continue | Repaint,
+    given: Any,
+    stops: tuple[str, ...] = (),
+) -> list[Job]:
+    """One job per answer, with seeds that count up."""
+    first = asked.first_seed()
+    return [
+        Job(
+            work=work,
+            given=given,
+            seed=first + i,
+            index=i,
+            words=Words(model.backbone.decode, stops),
+            tell=lambda job, new: None,
+        )
+        for i in range(asked.n)
+    ]
+
+
+@contextmanager
+def _as_refusal() -> Iterator[None]:
+    """The library's errors about what was asked, as answers."""
+    try:
+        yield
+    except XFusionError as error:
+        raise as_refused(error) from error
+
+
+def as_refused(error: Exception) -> Refused:
+    """An error as an answer; what went wrong in here is logged, and not told."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, XFusionError):
+        return Refused(400, str(error))
+    return Refused(500, "the server failed to answer; its log says why", code="internal_error")

@@ -1,0 +1,277 @@
+"""What the page asks for, as jobs of the server's queue: words and previews as they come, an end between two steps.
+
+Nothing here knows how the page looks. Whoever sits at it is named by a string, so that one may stop one's own work.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from PIL.Image import Image as Picture
+from torch import Tensor
+
+from xfusion.apps.chat import as_sent
+from xfusion.apps.commands.pictures import file_name, save, unused
+from xfusion.apps.server import reading, requests
+from xfusion.apps.server.answers import Refused
+from xfusion.apps.server.batches import Batches, Job, Words, told
+from xfusion.apps.server.limits import Limits
+from xfusion.data.sequence import Text
+from xfusion.evaluation.attention import Attention, drawing_attention
+from xfusion.generation import draw_tokens
+from xfusion.model import Model
+
+PREVIEW_SECONDS = 0.2
+"""Between two previews of a picture: decoding and sending one takes time from drawing."""
+LISTEN_SECONDS = 0.1
+"""How soon a stop is noticed by who listens."""
+STRIP = 8
+"""Estimates that a look at the denoising shows."""
+
+
+class Stopped(Exception):
+    """The user wants no more of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """A picture while it is drawn: what the model takes it to be after some steps."""
+
+    index: int
+    """Which of the pictures that were asked for."""
+    done: int
+    total: int
+    picture: Picture
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A picture that is done."""
+
+    index: int
+    path: Path
+    """A PNG that remembers `facts`."""
+    picture: Picture
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """Draws one picture from ``job.given``, its prompt, and asks where its tokens look."""
+
+    model: Model
+    steps: int
+    guidance: float | None
+    together: ClassVar[bool] = False
+
+    def run(self, jobs: list[Job]) -> list[list[Any]]:
+        """The picture and its `Attention`."""
+        (job,), model = jobs, self.model
+        ids = model.backbone.encode(job.given)
+        context = (Text(ids=ids),) if ids else ()
+        size = model.image.sizes[0]
+        settings = {"steps": self.steps, "guidance": self.guidance, "progress": told(jobs)}
+        tokens = draw_tokens(model, [context], size, seeds=[job.seed], **settings)
+        (picture,) = model.image.to_pil(model.image.decode(tokens, size))
+        return [[picture, drawing_attention(model, job.given, tokens[0], model.image.grid(size))]]
+
+
+class Desk:
+    """Takes what the page asks for, and gives what comes of it piece by piece.
+
+    Args:
+        models: packs by name.
+        limits: what may be asked for.
+        folder: where drawn pictures are written.
+    """
+
+    def __init__(self, models: Mapping[str, Model], limits: Limits, folder: Path):
+        self.models, self.limits, self.folder = dict(models), limits, folder
+        self.batches = Batches(limits.queue, limits.batch)
+        self.open: dict[str, list[Job]] = {}
+        """Who -> the jobs that are awaited."""
+
+    def model(self, name: str | None) -> Model:
+        """A pack that is here.
+
+        Raises:
+            Refused: there is none of this name.
+        """
+        if name not in self.models:
+            raise Refused(404, f"there is no pack {str(name)[:100]!r} here, only {', '.join(self.models)}")
+        return self.models[name]
+
+    @cached_property
+    def facts(self) -> dict[str, dict[str, str]]:
+        """What every picture of a pack remembers."""
+        return {
+            name: {"pack_fingerprint": model.fingerprint, "base_fingerprint": model.backbone.fingerprint}
+            for name, model in self.models.items()
+        }
+
+    def stop(self, who: str) -> None:
+        """End all that somebody waits for: words at the next one, drawing at the next step."""
+        self.batches.forget(self.open.get(who, []))
+
+    # -- what may be asked for
+
+    def opened(self, path: str | Path, name: str | None) -> Picture:
+        """An uploaded file as the model sees it.
+
+        Raises:
+            Refused: it is no picture, or beyond the limits.
+        """
+        model = self.model(name)
+        file = Path(path)
+        requests.within(file.stat().st_size, self.limits.body, "the file's size in bytes")
+        return requests.as_seen(requests.decoded(file.read_bytes(), "the picture", self.limits), model)
+
+    def say(self, who: str, name: str | None, messages: list[dict[str, Any]], **settings: Any) -> Iterator[str]:
+        """The answer to a conversation, as far as it is known; what came last is all of it.
+
+        Args:
+            who: for `stop`.
+            name: the pack.
+            messages: as `xfusion.generation.conversation` takes them.
+            settings: fields of a chat request: ``seed``, ``max_tokens``, ``temperature``.
+
+        Raises:
+            Refused: the request is, or the queue is full, or it takes too long.
+        """
+        body = {"messages": [as_sent(message) for message in messages], **settings}
+        asked = requests.parse(requests.Chat, body)
+        (job,), _ = reading.chat(asked, self.model(name), self.limits, frozenset())
+        for _ in self._follow(who, [job]):
+            yield job.words.sent
+        yield job.answer[-1] if job.answer and not job.dropped else job.words.sent
+
+    def draw(self, who: str, name: str | None, prompt: str, **settings: Any) -> Iterator[Preview | Drawn]:
+        """Pictures of a prompt; settings are fields of a request for pictures: ``n``, ``seed``, ``steps``, ``guidance``.
+
+        Raises:
+            Refused: as `say`.
+            Stopped: by who asked.
+        """
+        asked = requests.parse(requests.Images, {"prompt": prompt, **settings})
+        yield from self._drawn(who, name, asked, reading.images(asked, self.model(name), self.limits))
+
+    def repaint(
+        self, who: str, name: str | None, picture: bytes, mask: bytes, prompt: str, **settings: Any
+    ) -> Iterator[Preview | Drawn]:
+        """A part of a picture drawn anew: a file, and a mask of its size, white there.
+
+        Raises:
+            Refused: as `say`.
+            Stopped: by who asked.
+        """
+        asked = requests.parse(requests.Images, {"prompt": prompt, **settings})
+        jobs = reading.edit(asked, self.model(name), self.limits, picture, mask)
+        yield from self._drawn(who, name, asked, jobs)
+
+    def look(
+        self, who: str, name: str | None, prompt: str, **settings: Any
+    ) -> Iterator[Preview | tuple[Picture, Attention]]:
+        """All estimates of a picture on its way from noise, then the picture and where its tokens look.
+
+        Raises:
+            Refused: as `say`.
+            Stopped: by who asked.
+        """
+        model = self.model(name)
+        asked = requests.parse(requests.Images, {"prompt": prompt, **settings})
+        (checked,) = reading.images(asked, model, self.limits)
+        job = Job(
+            work=Look(model=model, steps=asked.steps, guidance=asked.guidance),
+            given=asked.prompt,
+            seed=checked.seed,
+            index=0,
+            words=Words(model.backbone.decode),
+            tell=checked.tell,
+        )
+        shown = {max(1, round(asked.steps * k / STRIP)) for k in range(1, STRIP + 1)}
+        yield from (found for _, found in self._follow(who, [job], shown) if isinstance(found, Preview))
+        if job.dropped:
+            raise Stopped
+        picture, attention = job.answer
+        yield picture, attention
+
+    # -- how
+
+    def _drawn(self, who: str, name: str | None, asked: requests.Images, jobs: list[Job]) -> Iterator[Preview | Drawn]:
+        model = self.model(name)
+        guidance = model.guidance if asked.guidance is None else asked.guidance
+        for job, found in self._follow(who, jobs):
+            if isinstance(found, Preview):
+                yield found
+            elif job.answer:
+                facts = {"prompt": asked.prompt, "seed": job.seed, "steps": asked.steps, "guidance": guidance}
+                path = unused(self.folder / f"{file_name(asked.prompt)}-seed{job.seed}.png")
+                save(job.answer[0], path, facts | self.facts[str(name)])
+                yield Drawn(index=job.index, path=path, picture=job.answer[0], facts=facts)
+        if any(job.dropped for job in jobs):
+            raise Stopped
+
+    def _follow(
+        self, who: str, jobs: list[Job], shown: set[int] | None = None
+    ) -> Iterator[tuple[Job, str | Preview | None]]:
+        """What is heard of jobs until all are done or stopped: words, previews, and None for one that is done.
+
+        ``shown`` names the steps whose estimates are wanted; without it they come as fast as one can look.
+        """
+        heard: queue.SimpleQueue[tuple[Job, str | Preview | None]] = queue.SimpleQueue()
+        for job in jobs:
+            job.tell = lambda job, new: heard.put((job, new))
+            job.watch = _watcher(job, heard, shown)
+        deadline = time.monotonic() + self.limits.seconds
+        self.batches.put(jobs)
+        mine = self.open.setdefault(who, [])
+        mine += jobs
+        left = len(jobs)
+        try:
+            while left:
+                try:
+                    job, found = heard.get(timeout=LISTEN_SECONDS)
+                except queue.Empty:
+                    if all(job.dropped for job in jobs):
+                        return
+                    if time.monotonic() > deadline:
+                        seconds = self.limits.seconds
+                        message = f"there is no answer within {seconds:g} seconds: ask for less"
+                        raise Refused(504, message, code="deadline") from None
+                    continue
+                if found is None:
+                    left -= 1
+                    if job.error is not None:
+                        raise reading.as_refused(job.error) from job.error
+                yield job, found
+        finally:
+            if left:  # whoever listened went away, or it failed: nobody waits for the rest
+                self.batches.forget(jobs)
+            for job in jobs:
+                mine.remove(job)
+            if not mine:
+                self.open.pop(who, None)
+
+
+def _watcher(job: Job, heard: queue.SimpleQueue[Any], shown: set[int] | None) -> Any:
+    """Tells of a job's estimates, in the thread that computes."""
+    size = job.work.model.image.sizes[0]
+    last = -PREVIEW_SECONDS
+
+    def watch(done: int, total: int, estimate: Tensor) -> None:
+        nonlocal last
+        due = time.monotonic() - last >= PREVIEW_SECONDS if shown is None else done in shown
+        if not due or job.dropped:
+            return
+        image = job.work.model.image
+        (picture,) = image.to_pil(image.decode(estimate[None], size))
+        last = time.monotonic()
+        heard.put((job, Preview(index=job.index, done=done, total=total, picture=picture)))
+
+    return watch

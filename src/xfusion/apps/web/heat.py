@@ -1,0 +1,69 @@
+"""Weights of attention as pictures and as a table."""
+
+from __future__ import annotations
+
+from html import escape
+
+import numpy
+from PIL import Image as PILImage
+from torch import Tensor
+
+from xfusion.evaluation.attention import Attention
+
+SIDE = 192
+"""Pixels of a heat map."""
+HOT = numpy.array([235.0, 92.0, 20.0])
+"""The colour of the largest weight."""
+BEGIN, PICTURE = "(start of the picture)", "(the picture itself)"
+
+
+def overlay(picture: PILImage.Image, weights: Tensor, grid: tuple[int, int], most: float) -> PILImage.Image:
+    """Weights ``[M]`` of a picture's tokens over it in grey: no colour is 0, full colour is ``most``."""
+    rows, columns = grid
+    cells = numpy.clip(weights.reshape(rows, columns).numpy() / max(most, 1e-12), 0, 1)
+    share = PILImage.fromarray((255 * cells).round().astype(numpy.uint8)).resize((SIDE, SIDE), PILImage.Resampling.BOX)
+    alpha = 0.9 * numpy.asarray(share, dtype=numpy.float64)[..., None] / 255
+    grey = picture.convert("L").resize((SIDE, SIDE), PILImage.Resampling.NEAREST)
+    below = numpy.asarray(grey, dtype=numpy.float64)[..., None] * 0.75 + 40
+    return PILImage.fromarray((below * (1 - alpha) + HOT * alpha).round().clip(0, 255).astype(numpy.uint8))
+
+
+def names(attention: Attention) -> list[str]:
+    """What a picture's token may look at, as people read it; words are numbered, for one may stand twice."""
+    return [f"{i + 1}: {word.strip() or word!r}" for i, word in enumerate(attention.words)]
+
+
+def maps(picture: PILImage.Image, attention: Attention, word: str | None) -> list[tuple[PILImage.Image, str]]:
+    """A heat map per layer: how much each token of the picture looks at a word of `names`, or at all words."""
+    known = names(attention)
+    weights = attention.on_words[..., known.index(word)] if word in known else attention.on_words.sum(-1)  # [L, M]
+    found = zip(attention.layers, weights, strict=True)
+    return [
+        (
+            overlay(picture, cells, attention.grid, float(cells.max())),
+            f"layer {index + 1}: {cells.mean():.1%} (most {cells.max():.1%})",
+        )
+        for index, cells in found
+    ]
+
+
+def table(attention: Attention) -> str:
+    """Mean weight by layer on each word, on the start of the picture and on the picture itself, as HTML."""
+    rows = [(name, attention.on_words[..., i].mean(-1)) for i, name in enumerate(names(attention))]
+    rows += [(BEGIN, attention.on_begin.mean(-1)), (PICTURE, attention.on_picture.sum(-1).mean(-1))]
+    head = "".join(f'<th scope="col">{index + 1}</th>' for index in attention.layers)
+    body = "".join(
+        f'<tr><th scope="row">{escape(name)}</th>{"".join(_cell(float(share)) for share in shares)}</tr>'
+        for name, shares in rows
+    )
+    caption = "Share of attention of the picture's tokens, in %, by layer"
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table class="heat">'
+        f'<caption>{caption}</caption><thead><tr><th scope="col">looks at</th>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _cell(share: float) -> str:
+    red, green, blue = HOT.astype(int)
+    return f'<td style="background: rgba({red},{green},{blue},{0.75 * share**0.5:.2f})">{100 * share:.0f}</td>'

@@ -1,0 +1,560 @@
+"""How the page looks: gradio's components over a `Desk`, in an application of our own that fetches nothing from elsewhere."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import anyio
+from fastapi import FastAPI
+from PIL import Image as PILImage
+from PIL import ImageDraw
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+# Read when gradio is imported: no word to its makers, no share links, no history of runs.
+os.environ.update({"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_SHARE": "False"})
+
+import gradio as gr
+
+from xfusion.apps import comparison_page
+from xfusion.apps.chat import added
+from xfusion.apps.server.answers import Refused
+from xfusion.apps.server.limits import Limits
+from xfusion.apps.web import heat
+from xfusion.apps.web.desk import Desk, Drawn, Preview, Stopped
+from xfusion.comparison.results import SUMMARY
+from xfusion.comparison.table import summarise
+from xfusion.data.sequence import XFusionError
+from xfusion.model import Model
+
+log = logging.getLogger("xfusion.web")
+
+KEPT = 48
+"""Pictures that a gallery keeps."""
+FORM = 65_536
+"""Bytes of a request beside the file that it brings."""
+HANDLERS = 16
+"""Calls of one kind that may wait for the queue at once; gradio holds back the others."""
+REGIONS = {
+    "left half": (0, 0, 0.5, 1),
+    "right half": (0.5, 0, 1, 1),
+    "upper half": (0, 0, 1, 0.5),
+    "lower half": (0, 0.5, 1, 1),
+    "middle": (0.25, 0.25, 0.75, 0.75),
+}
+"""Parts of a picture that may be drawn anew, as left, top, right and bottom."""
+ALL_WORDS = "all words"
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline';"
+    " img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:;"
+    " media-src 'self' blob:; frame-ancestors 'self'; form-action 'self'; base-uri 'self'; object-src 'none'"
+)
+"""What a browser may load for the page: nothing from another host."""
+STYLE = """
+.gradio-container { max-width: 62rem !important; }
+.status { min-height: 1.5em; margin: .2rem 0; }
+.status .problem { color: #b3261e; } .dark .status .problem { color: #ffb4ab; }
+.pixels img { image-rendering: pixelated; }
+.scroll { overflow-x: auto; }
+table.heat { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .85rem; }
+table.heat th, table.heat td { padding: .15rem .35rem; text-align: right; border: 0; }
+table.heat th[scope=row] { text-align: left; white-space: nowrap; position: sticky; left: 0;
+  background: var(--body-background-fill); }
+table.heat caption { text-align: left; padding: .3rem 0; color: var(--body-text-color-subdued); }
+iframe.comparison { width: 100%; height: 80vh; border: 1px solid var(--border-color-primary); border-radius: 8px; }
+:focus-visible { outline: 2px solid #c2571a; outline-offset: 2px; }
+"""
+
+
+class _Guard:
+    """Says what a browser may load, and ends a request that is too long, whatever it is for."""
+
+    def __init__(self, app: ASGIApp, most: int):
+        self.app, self.most = app, most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        size = 0
+
+        async def receiving() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self.most:
+                raise HTTPException(413, f"more than the {self.most} bytes that this page takes")
+            return message
+
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["Content-Security-Policy"] = POLICY
+                headers["Referrer-Policy"] = "no-referrer"
+                headers["X-Content-Type-Options"] = "nosniff"
+            await send(message)
+
+        await self.app(scope, receiving, sending)
+
+
+class Upload(gr.Image):
+    """A picture that is uploaded; its file is opened by us and not by gradio, within our limits."""
+
+    is_template = True  # gradio looks for its own component's frontend
+
+    def preprocess(self, payload: Any) -> str | None:  # type: ignore[override]
+        """Where the file is."""
+        return None if payload is None else payload.path
+
+
+def create(models: Mapping[str, Model], limits: Limits, folder: Path, comparisons: Path | None) -> FastAPI:
+    """The page as an ASGI application.
+
+    Args:
+        models: packs by name.
+        limits: what may be asked for.
+        folder: for uploads and drawn pictures; nothing is written elsewhere.
+        comparisons: a folder of comparisons, or None.
+    """
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+    desk = Desk(models, limits, folder / "drawn")
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        desk.batches.start()
+        yield
+        await anyio.to_thread.run_sync(desk.batches.close, limits.grace)
+
+    app = FastAPI(openapi_url=None, lifespan=lifespan)
+    app.state.desk = desk
+
+    app.add_middleware(_Guard, most=limits.body + FORM)
+    font = ("system-ui", "sans-serif")  # gradio's own themes fetch theirs from Google
+    theme = gr.themes.Default(primary_hue="orange", font=font, font_mono=("ui-monospace", "monospace"))
+    blocks = _Page(desk, comparisons).blocks()
+    blocks.queue(max_size=limits.queue, default_concurrency_limit=HANDLERS, api_open=False)
+    return gr.mount_gradio_app(
+        app,
+        blocks,
+        path="/",
+        footer_links=[],
+        run_history=False,
+        show_error=False,
+        max_file_size=limits.body,
+        ssr_mode=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        pwa=False,
+        theme=theme,
+        css=STYLE,
+        allowed_paths=[str(folder)],
+    )
+
+
+def status(text: str = "", *, problem: bool = False) -> str:
+    """A line for people, read out by screen readers when it changes."""
+    kind = ' class="problem"' if problem else ""
+    return f'<div role="status" aria-live="polite"><span{kind}>{escape(" ".join(text.split()))}</span></div>'
+
+
+def complaint(error: Exception) -> str:
+    """An error in one line; what went wrong in here is logged, and not told."""
+    if isinstance(error, Stopped):
+        return status("stopped")
+    if isinstance(error, (Refused, XFusionError)):
+        return status(str(error), problem=True)
+    log.exception("the page failed", exc_info=error)
+    return status("this failed here; the log of `xfusion web` says why", problem=True)
+
+
+class _Page:
+    """The components and what they call."""
+
+    def __init__(self, desk: Desk, comparisons: Path | None):
+        self.desk, self.limits, self.comparisons = desk, desk.limits, comparisons
+        self.able = set[str]().union(*(model.capabilities for model in desk.models.values()))
+
+    def blocks(self) -> gr.Blocks:
+        """The page."""
+        names = list(self.desk.models)
+        with gr.Blocks(title="xfusion", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+            gr.Markdown("# xfusion")
+            self.pack = gr.Dropdown(
+                names, value=names[0], label="Pack", visible=len(names) > 1, elem_id="pack", interactive=True
+            )
+            gr.HTML(self._facts())
+            with gr.Tabs():
+                with gr.Tab("Chat"):
+                    self._chat_tab()
+                if "draw" in self.able:
+                    with gr.Tab("Draw"):
+                        self._draw_tab()
+                if self.able & {"draw", "caption"}:
+                    with gr.Tab("Picture"):
+                        self._picture_tab()
+                if "draw" in self.able:
+                    with gr.Tab("Look inside"):
+                        self._look_tab()
+                if self.comparisons is not None:
+                    with gr.Tab("Comparisons"):
+                        self._comparison_tab(self.comparisons)
+        return page
+
+    def _facts(self) -> str:
+        lines = [
+            f"<p><b>{escape(name)}</b> can {', '.join(sorted(model.capabilities))}; on {escape(model.backbone.source)}</p>"
+            for name, model in self.desk.models.items()
+        ]
+        return "".join(lines)
+
+    # -- parts that tabs share
+
+    def _settings(self, *, steps: int = 25) -> list[Any]:
+        """Seed, steps and guidance."""
+        with gr.Row():
+            seed = gr.Textbox(label="Seed", value="0", info="empty: a random one", max_lines=1, min_width=100)
+            count = gr.Slider(1, self.limits.steps, min(steps, self.limits.steps), step=1, label="Steps", min_width=140)
+            guidance = gr.Slider(0, 12, self._guidance(), step=0.5, label="Guidance", info="1 is off", min_width=140)
+        return [seed, count, guidance]
+
+    def _guidance(self) -> float:
+        return next(iter(self.desk.models.values())).guidance
+
+    def _stop(self, request: gr.Request) -> None:
+        self.desk.stop(_who(request))
+
+    def _wire(self, trigger: Any, call: Any, inputs: list[Any], outputs: list[Any], progress: str = "hidden") -> Any:
+        """A call behind a button; the page alone may make it, and it waits in the bounded queue."""
+        return trigger(call, inputs, outputs, show_progress=progress, api_visibility="private")
+
+    def _stop_button(self) -> None:
+        button = gr.Button("Stop", variant="stop", min_width=80)
+        button.click(self._stop, None, None, queue=False, show_progress="hidden", api_visibility="private")
+
+    # -- chat
+
+    def _chat_tab(self) -> None:
+        talk = gr.Chatbot(
+            height=420,
+            label="Conversation",
+            buttons=["copy"],
+            feedback_options=None,
+            elem_id="conversation",
+            elem_classes="pixels",
+            render_markdown=False,
+            placeholder="Say something, drop a picture into the message, or have one drawn.",
+        )
+        said = gr.State([])
+        line = gr.HTML(status(), elem_classes="status", elem_id="chat-status")
+        message = gr.MultimodalTextbox(
+            label="Message",
+            placeholder="Message, and pictures",
+            file_types=["image"],
+            file_count="multiple",
+            sources=["upload"],
+            elem_id="message",
+            max_plain_text_length=self.limits.characters,
+        )
+        with gr.Row():
+            say = gr.Button("Say", variant="primary", min_width=80)
+            draw = gr.Button("Draw it", min_width=80, visible="draw" in self.able)
+            self._stop_button()
+            new = gr.Button("New conversation", min_width=80)
+        with gr.Accordion("Settings", open=False):
+            settings = self._settings()
+            with gr.Row():
+                longest = gr.Slider(1, self.limits.tokens, min(128, self.limits.tokens), step=1, label="Longest answer")
+                heat_of = gr.Slider(0, 2, 0, step=0.1, label="Temperature", info="0 takes the likeliest word")
+        outputs = [talk, said, message, line]
+        inputs = [self.pack, message, said, *settings, longest, heat_of]
+        self._wire(say.click, self._say, inputs, outputs)
+        self._wire(message.submit, self._say, inputs, outputs)
+        self._wire(draw.click, self._draw_in_chat, inputs, outputs)
+        self._wire(new.click, self._forget, [], outputs)
+
+    def _forget(self, request: gr.Request) -> tuple[Any, ...]:
+        self._stop(request)
+        return [], [], None, status()
+
+    def _heard(self, pack: str, message: dict[str, Any] | None, said: list[Any]) -> tuple[str, list[Any]]:
+        """The words of a message, and the conversation with the message behind it."""
+        words = str((message or {}).get("text") or "").strip()
+        files = (message or {}).get("files") or []
+        if not words and not files:
+            raise Refused(400, "say something first")
+        for file in files:
+            said = added(said, self.desk.opened(file, pack))
+        return words, added(said, words) if words else said
+
+    def _say(
+        self, pack: str, message: Any, said: Any, seed: str, steps: float, guidance: float, longest: float,
+        temperature: float, request: gr.Request,
+    ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
+        del steps, guidance
+        try:
+            _, messages = self._heard(pack, message, said)
+            yield _shown(messages), said, None, status("thinking …")
+            answer, settings = "", {"max_tokens": longest, "temperature": temperature, **_seeded(seed)}
+            for answer in self.desk.say(_who(request), pack, messages, **settings):
+                yield _shown([*messages, _turn(answer)]), said, gr.skip(), status("answering …")
+            messages = [*messages, _turn(answer)]
+            yield _shown(messages), messages, gr.skip(), status()
+        except Exception as error:
+            yield _shown(said), said, message, complaint(error)
+
+    def _draw_in_chat(
+        self, pack: str, message: Any, said: Any, seed: str, steps: float, guidance: float, longest: float,
+        temperature: float, request: gr.Request,
+    ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
+        del longest, temperature
+        try:
+            words, messages = self._heard(pack, message, said)
+            yield _shown(messages), said, None, status("drawing …")
+            settings = {"steps": steps, "guidance": guidance, **_seeded(seed)}
+            for found in self.desk.draw(_who(request), pack, words, **settings):
+                if isinstance(found, Preview):
+                    yield _shown([*messages, _turn(found.picture)]), said, gr.skip(), _progress(found)
+                else:
+                    messages = [*messages, _turn(found.picture)]
+                    yield _shown(messages), messages, gr.skip(), status(_caption(found))
+        except Exception as error:
+            yield _shown(said), said, message, complaint(error)
+
+    # -- draw
+
+    def _draw_tab(self) -> None:
+        prompt = gr.Textbox(label="Prompt", placeholder="a red heart", max_lines=3, elem_id="prompt")
+        settings = self._settings()
+        number = gr.Slider(1, self.limits.n, min(4, self.limits.n), step=1, label="Pictures")
+        with gr.Row():
+            draw = gr.Button("Draw", variant="primary", min_width=80, elem_id="draw")
+            self._stop_button()
+            clear = gr.Button("Clear", min_width=80)
+        line = gr.HTML(status(), elem_classes="status", elem_id="draw-status")
+        gallery = gr.Gallery(
+            label="Pictures, newest first", columns=4, object_fit="contain", height="auto", elem_classes="pixels",
+            elem_id="gallery", buttons=["download", "fullscreen"], format="png", interactive=False,
+        )  # fmt: skip
+        kept = gr.State([])
+        inputs = [self.pack, prompt, number, *settings, kept]
+        for trigger in (draw.click, prompt.submit):
+            self._wire(trigger, self._draw, inputs, [gallery, kept, line])
+        self._wire(clear.click, lambda: ([], [], status()), [], [gallery, kept, line])
+
+    def _draw(
+        self, pack: str, prompt: str, number: float, seed: str, steps: float, guidance: float, kept: list[Any],
+        request: gr.Request,
+    ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
+        coming: dict[int, Any] = {}
+        try:
+            yield gr.skip(), gr.skip(), status("waiting …")
+            settings = {"n": number, "steps": steps, "guidance": guidance, **_seeded(seed)}
+            for found in self.desk.draw(_who(request), pack, prompt, **settings):
+                if isinstance(found, Preview):
+                    coming[found.index] = (found.picture, f"step {found.done} of {found.total}")
+                    line = _progress(found)
+                else:
+                    coming[found.index] = (str(found.path), _caption(found))
+                    line = status(f"drawn: {prompt or 'anything'}")
+                yield [*_in_order(coming), *kept], gr.skip(), line
+            kept = [*_in_order(coming), *kept][:KEPT]
+            yield kept, kept, line
+        except Exception as error:
+            done = {i: found for i, found in coming.items() if isinstance(found[0], str)}
+            kept = [*_in_order(done), *kept][:KEPT]
+            yield kept, kept, complaint(error)
+
+    # -- a picture
+
+    def _picture_tab(self) -> None:
+        with gr.Row():
+            given = Upload(
+                label="Your picture", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=280,
+                elem_id="given", buttons=[],
+            )  # fmt: skip
+            out = gr.Image(
+                label="Drawn anew", interactive=False, height=280, elem_classes="pixels", elem_id="redrawn",
+                format="png", buttons=["download"], type="filepath",
+            )  # fmt: skip
+        line = gr.HTML(status(), elem_classes="status", elem_id="picture-status")
+        with gr.Row(visible="caption" in self.able):
+            question = gr.Textbox(label="Question", info="empty: what is it?", max_lines=2, scale=3)
+            ask = gr.Button("Caption", variant="primary", min_width=100)
+        answer = gr.Textbox(label="It sees", interactive=False, elem_id="sees", visible="caption" in self.able)
+        with gr.Group(visible="draw" in self.able):
+            region = gr.Radio(list(REGIONS), value="left half", label="Draw this part anew")
+            prompt = gr.Textbox(label="What the whole picture shall show", max_lines=2, elem_id="repaint-prompt")
+            settings = self._settings()
+            with gr.Row():
+                redraw = gr.Button("Draw anew", variant="primary", min_width=100)
+                self._stop_button()
+        for trigger in (ask.click, question.submit):
+            self._wire(trigger, self._caption, [self.pack, given, question], [answer, line])
+        inputs = [self.pack, given, region, prompt, *settings]
+        for trigger in (redraw.click, prompt.submit):
+            self._wire(trigger, self._repaint, inputs, [out, line])
+
+    def _caption(self, pack: str, given: str | None, question: str, request: gr.Request) -> Iterator[tuple[Any, ...]]:
+        try:
+            picture = self._given(pack, given)
+            yield "", status("looking …")
+            messages = added(added([], picture), question) if question.strip() else added([], picture)
+            for answer in self.desk.say(_who(request), pack, messages, max_tokens=min(64, self.limits.tokens)):
+                yield answer.strip(), status("answering …")
+            yield gr.skip(), status()
+        except Exception as error:
+            yield "", complaint(error)
+
+    def _repaint(
+        self, pack: str, given: str | None, region: str, prompt: str, seed: str, steps: float, guidance: float,
+        request: gr.Request,
+    ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
+        try:
+            picture = self._given(pack, given)
+            if region not in REGIONS:
+                raise Refused(400, f"there is no part {region[:40]!r}, only {', '.join(REGIONS)}")
+            yield gr.skip(), status("waiting …")
+            settings = {"steps": steps, "guidance": guidance, **_seeded(seed)}
+            files = (_png(picture), _png(_mask(picture.size, REGIONS[region])))
+            for found in self.desk.repaint(_who(request), pack, *files, prompt, **settings):
+                if isinstance(found, Preview):
+                    yield found.picture, _progress(found)
+                else:
+                    yield str(found.path), status(_caption(found))
+        except Exception as error:
+            yield gr.skip(), complaint(error)
+
+    def _given(self, pack: str, given: str | None) -> PILImage.Image:
+        if not given:
+            raise Refused(400, "drop a picture first")
+        return self.desk.opened(given, pack)
+
+    # -- a look inside
+
+    def _look_tab(self) -> None:
+        gr.Markdown(
+            "A picture on its way from noise, and how much its tokens look at each word, by layer. "
+            "The weights are the attention's own, a mean over its heads."
+        )
+        prompt = gr.Textbox(label="Prompt", placeholder="a red heart", max_lines=3, elem_id="look-prompt")
+        settings = self._settings(steps=16)
+        with gr.Row():
+            look = gr.Button("Look", variant="primary", min_width=80, elem_id="look")
+            self._stop_button()
+        line = gr.HTML(status(), elem_classes="status", elem_id="look-status")
+        gallery = {"object_fit": "contain", "height": "auto", "format": "png", "interactive": False, "buttons": []}
+        strip = gr.Gallery(label="Denoising", columns=4, elem_id="strip", elem_classes="pixels", **gallery)
+        word = gr.Dropdown([ALL_WORDS], value=ALL_WORDS, label="Heat maps: how much looks at", interactive=True)
+        maps = gr.Gallery(label="By layer", columns=5, elem_id="maps", **gallery)
+        shares = gr.HTML(elem_id="shares")
+        found = gr.State(None)
+        inputs = [self.pack, prompt, *settings]
+        for trigger in (look.click, prompt.submit):
+            self._wire(trigger, self._look, inputs, [strip, word, maps, shares, found, line])
+        self._wire(word.input, _maps_of, [found, word], [maps])
+
+    def _look(
+        self, pack: str, prompt: str, seed: str, steps: float, guidance: float, request: gr.Request
+    ) -> Iterator[tuple[Any, ...]]:
+        strip: list[Any] = []
+        same = [gr.skip()] * 4
+        try:
+            yield [], *same, status("waiting …")
+            settings = {"steps": steps, "guidance": guidance, **_seeded(seed)}
+            for found in self.desk.look(_who(request), pack, prompt, **settings):
+                if isinstance(found, Preview):
+                    strip = [*strip, (found.picture, f"step {found.done} of {found.total}")]
+                    yield strip, *same, _progress(found)
+                    continue
+                picture, attention = found
+                strip = [*strip, (picture, "the picture")]
+                words = gr.Dropdown([ALL_WORDS, *heat.names(attention)], value=ALL_WORDS)
+                maps = heat.maps(picture, attention, None)
+                yield strip, words, maps, heat.table(attention), found, status()
+        except Exception as error:
+            yield strip, *same, complaint(error)
+
+    # -- comparisons
+
+    def _comparison_tab(self, folder: Path) -> None:
+        names = sorted(path.parent.name for path in folder.glob(f"*/{SUMMARY}"))
+        chosen = gr.Dropdown(names, value=None, label="Comparison", elem_id="comparison", interactive=True)
+        line = gr.HTML(status(), elem_classes="status")
+        page = gr.HTML(elem_id="comparison-page")
+
+        def show(name: str | None) -> tuple[str, str]:
+            try:
+                if name not in names:
+                    raise Refused(404, "there is no such comparison")
+                text = comparison_page.render(summarise(folder / name), folder / name)
+            except Exception as error:
+                return "", complaint(error)
+            title = f"comparison {escape(name, quote=True)}"
+            frame = f'<iframe class="comparison" sandbox title="{title}" srcdoc="{escape(text, quote=True)}"></iframe>'
+            return frame, status()
+
+        self._wire(chosen.input, show, [chosen], [page, line])
+
+
+def _who(request: gr.Request) -> str:
+    return str(request.session_hash)
+
+
+def _seeded(text: str | None) -> dict[str, Any]:
+    """The seed that was written, or none."""
+    text = (text or "").strip()
+    if text and not (text.isascii() and text.isdigit() and len(text) < 20):
+        raise Refused(400, f"seed {text[:40]!r}: a whole number of 0 or more, or nothing")
+    return {"seed": int(text)} if text else {}
+
+
+def _turn(segment: str | PILImage.Image) -> dict[str, Any]:
+    return {"role": "assistant", "content": [segment]}
+
+
+def _shown(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A conversation as gradio's Chatbot takes it."""
+    return [
+        {"role": turn["role"], "content": segment if isinstance(segment, str) else gr.Image(segment, format="png")}
+        for turn in messages
+        for segment in turn["content"]
+    ]
+
+
+def _progress(found: Preview) -> str:
+    return status(f"step {found.done} of {found.total}")
+
+
+def _caption(found: Drawn) -> str:
+    facts = found.facts
+    return f"{facts['prompt'] or '(no words)'}: seed {facts['seed']}, {facts['steps']} steps, guidance {facts['guidance']:g}"
+
+
+def _in_order(coming: dict[int, Any]) -> list[Any]:
+    return [coming[index] for index in sorted(coming)]
+
+
+def _maps_of(found: Any, word: str) -> Any:
+    return [] if found is None else heat.maps(*found, word)
+
+
+def _png(picture: PILImage.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, format="PNG")
+    return file.getvalue()
+
+
+def _mask(size: tuple[int, int], part: tuple[float, float, float, float]) -> PILImage.Image:
+    """White where to draw anew, within these shares of the sides."""
+    mask = PILImage.new("L", size, "black")
+    left, top, right, bottom = (round(share * size[i % 2]) for i, share in enumerate(part))
+    ImageDraw.Draw(mask).rectangle((left, top, right - 1, bottom - 1), fill="white")
+    return mask

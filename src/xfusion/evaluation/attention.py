@@ -1,0 +1,101 @@
+"""Where the tokens of a drawn picture look: attention by layer, taken from the reference path.
+
+A picture's row of the softmax says how much each token of the picture takes from every word, from [BOI] and from every
+token of the picture itself. Where a mechanism has two blocks at a layer, the new one is asked, since its output is what
+the picture's rows keep (``H_img`` of X-Fusion, arXiv 2504.20996, section 3.2). Weights say what was read, not what it
+was good for (Jain and Wallace, arXiv 1902.10186).
+
+Shape legend: ``L`` layers, ``M`` tokens of the picture, ``W`` tokens of the prompt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from xfusion.data.pack import pack
+from xfusion.data.sequence import Sequence, Text, XFusionError
+from xfusion.data.templates import opened
+from xfusion.model import Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """Mean weights over the heads; of a token at a layer all of them add up to 1."""
+
+    words: tuple[str, ...]
+    """The prompt's tokens as text, the base's own beginning of text included."""
+    layers: tuple[int, ...]
+    """The layers at which pictures are computed."""
+    grid: tuple[int, int]
+    """Rows and columns of the picture's tokens."""
+    on_words: Tensor
+    """``[L, M, W]``."""
+    on_begin: Tensor
+    """Weight of [BOI], ``[L, M]``."""
+    on_picture: Tensor
+    """``[L, M, M]``."""
+
+
+@torch.no_grad()
+def drawing_attention(model: Model, prompt: str, tokens: Tensor, grid: tuple[int, int]) -> Attention:
+    """Attention of a drawn picture's tokens, as they stand at the end of drawing: noise level 0, behind the prompt.
+
+    Args:
+        model: a model that can draw.
+        prompt: what the picture was drawn from; may be empty.
+        tokens: the picture, ``[M, P]``.
+        grid: its rows and columns of tokens.
+
+    Raises:
+        XFusionError: the model cannot draw, or its pictures take no part in the self-attention.
+    """
+    if "draw" not in model.capabilities:
+        raise XFusionError(f"this model cannot draw, only {', '.join(sorted(model.capabilities))}")
+    ids = model.backbone.encode(prompt)
+    context = (Text(ids=ids),) if ids else ()
+    picture = model.image.segment(tokens.cpu(), grid, state="noised")
+    batch = pack([[Sequence(segments=(*opened(model.backbone.begin_ids, context), picture))]])
+    batch = batch.to(model.backbone.device)
+    found: dict[int, Tensor] = {}
+
+    def keep(module: nn.Module, _: Any, output: Any) -> None:
+        # Every attention of transformers carries its layer's number; the plain one also gives its weights.
+        index = getattr(module, "layer_idx", None)
+        if index is not None and isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor):
+            found[index] = output[1][0].float().mean(0).cpu()  # of two blocks at a layer the new one comes last
+
+    plain = model.training_engine(model.backbone.dtype, "plain products give their weights", "eager", False)
+    with model.using(replace(plain, reference=True)):
+        handle = register_module_forward_hook(keep)
+        try:
+            _, run = model.run_pass(batch)
+        finally:
+            handle.remove()
+    layers = tuple(index for index in sorted(model.fusion.state_layers) if index in found)
+    owner = run.media
+    if owner is None or not layers or any(len(found[i]) != batch_width(run.slices) for i in layers):
+        raise XFusionError("this model's pictures take no part in its self-attention: there is nothing to show")
+    media = batch.media[owner]
+    own = run.slices[owner]
+    is_token = media.item[0].cpu() >= 0
+    weights = torch.stack([found[i][own][is_token] for i in layers])
+    on_media = weights[..., own]
+    text = batch.text_ids[0].tolist() if batch.text.count else []
+    return Attention(
+        words=tuple(model.backbone.decode([i]) or model.backbone.tokenizer.convert_ids_to_tokens(i) for i in text),
+        layers=layers,
+        grid=grid,
+        on_words=weights[..., run.slices["text"]] if text else weights[..., :0],
+        on_begin=on_media[..., ~is_token].sum(-1),
+        on_picture=on_media[..., is_token],
+    )
+
+
+def batch_width(slices: dict[str, slice]) -> int:
+    """Positions of a pass, from the rows of its owners."""
+    return max(rows.stop for rows in slices.values())

@@ -1,0 +1,275 @@
+"""The page in a browser that nobody sees: clicked, typed into, given files, and looked at; and its desk without one."""
+
+import io
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from apps.serving import apart, png, tiny_models
+from contracts.table import SIDE, Noise
+
+from xfusion.apps import cli
+from xfusion.apps.server.answers import Refused
+from xfusion.apps.server.batches import Continue
+from xfusion.apps.server.limits import Limits
+from xfusion.apps.web import heat
+from xfusion.apps.web.desk import Desk, Drawn, Preview, Stopped
+from xfusion.evaluation.attention import drawing_attention
+
+TINY = Limits(queue=4, batch=4, seconds=20, n=3, tokens=24, steps=30, pixels=10_000, body=200_000, characters=500)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_models(tmp_path_factory.mktemp("base"))["dual-tower"]
+
+
+@pytest.fixture
+def desk(model, tmp_path):
+    made = Desk({"tiny": model}, TINY, tmp_path)
+    made.batches.start()
+    yield made
+    made.batches.close(10)
+
+
+# -------------------------------------------------------------------------------------------------------------- desk
+
+
+def test_pictures_come_with_previews_and_remember_how_they_were_drawn(desk, model):
+    found = list(desk.draw("me", "tiny", "a red apple", n=2, seed=7, steps=3, guidance=2))
+    drawn = [one for one in found if isinstance(one, Drawn)]
+    expected = model.draw(["a red apple"] * 2, seed=7, steps=3, guidance=2)
+    for one, other in zip(drawn, expected, strict=True):
+        assert apart(one.picture, other) == 0
+        with Image.open(one.path) as file:
+            assert apart(file, other) == 0
+            assert file.info["prompt"] == "a red apple" and file.info["seed"] == str(7 + one.index)
+            assert file.info["pack_fingerprint"] == model.fingerprint
+    previews = [one for one in found if isinstance(one, Preview)]
+    assert previews and {one.total for one in previews} == {3}
+    assert previews[0].done == 1 and previews[0].picture.size == (SIDE, SIDE)
+    assert not desk.open, "nobody waits any more"
+
+
+def test_estimates_of_a_look_are_those_of_the_walk(desk, model):
+    *strip, (picture, attention) = desk.look("me", "tiny", "two blue birds", seed=3, steps=4, guidance=1)
+    estimates = []
+    (expected,) = model.draw(
+        ["two blue birds"],
+        seed=3,
+        steps=4,
+        guidance=1,
+        progress=lambda done, total, estimate: estimates.append(estimate),
+    )
+    assert apart(picture, expected) == 0 and [one.done for one in strip] == [1, 2, 3, 4]
+    for one, estimate in zip(strip, estimates, strict=True):
+        assert apart(one.picture, model.image.to_pil(model.image.decode(estimate, SIDE))[0]) == 0
+    total = attention.on_words.sum(-1) + attention.on_begin + attention.on_picture.sum(-1)
+    torch.testing.assert_close(total, torch.ones_like(total))
+
+
+def test_a_stop_ends_drawing_between_two_steps(desk):
+    steps = []
+    with pytest.raises(Stopped):
+        for found in desk.draw("me", "tiny", "a cat", steps=30):
+            steps.append(found)
+            desk.stop("somebody else")
+            desk.stop("me")
+    assert len(steps) == 1 and isinstance(steps[0], Preview)
+    # The thread that computes is free again, and whoever leaves without a word gives back the place too.
+    walk = desk.draw("me", "tiny", "a cat", steps=30)
+    next(walk)
+    (job,) = desk.open["me"]
+    walk.close()
+    assert job.dropped and not desk.open
+    assert any(isinstance(found, Drawn) for found in desk.draw("me", "tiny", "a cat", steps=1))
+
+
+def test_a_conversation_is_answered_as_the_server_answers(desk, model):
+    picture = Noise(1).picture(0, 32)
+    messages = [{"role": "user", "content": [picture, "what is this?"]}]
+    *_, answer = desk.say("me", "tiny", messages, max_tokens=8)
+    assert answer == model.generate([picture, "what is this?"], max_tokens=8)[0]
+
+
+def test_what_is_beyond_the_limits_is_refused_in_a_line(desk, tmp_path, monkeypatch):
+    for settings, complaint in (
+        ({"steps": 31}, "steps is 31, more than the 30"),
+        ({"n": 4}, "n is 4, more than the 3"),
+        ({"steps": 0}, "steps: Input should be greater"),
+        ({"seed": -1}, "seed: Input should be greater"),
+        ({"guidance": float("nan")}, "guidance: Input should be a finite number"),
+    ):
+        with pytest.raises(Refused, match=complaint):
+            next(desk.draw("me", "tiny", "a cat", **settings))
+    with pytest.raises(Refused, match="characters is 501"):
+        next(desk.draw("me", "tiny", "a" * 501))
+    with pytest.raises(Refused, match="there is no pack 'other'"):
+        next(desk.draw("me", "other", "a cat"))
+    for name, content, complaint in (
+        ("empty.png", b"", "is empty"),
+        ("large.png", png(Image.new("RGB", (101, 100))), "10100 pixels|more than"),
+        ("words.png", b"no picture", "the picture"),
+        ("heavy.png", bytes(200_001), "size in bytes is 200001"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(Refused, match=complaint):
+            desk.opened(tmp_path / name, "tiny")
+    monkeypatch.setattr(Continue, "run", lambda work, jobs: time.sleep(0.3) or [[]] * len(jobs))
+    monkeypatch.setattr(desk, "limits", Limits(seconds=0.1))
+    with pytest.raises(Refused, match="no answer within 0.1 seconds"):
+        list(desk.draw("me", "tiny", "a cat"))
+
+
+# --------------------------------------------------------------------------------------------------------------- heat
+
+
+def test_heat_maps_show_the_weights(model):
+    tokens = torch.zeros(16, 48)
+    found = drawing_attention(model, "a red apple", tokens, (4, 4))
+    black = Image.new("RGB", (SIDE, SIDE))
+    weights = torch.zeros(16)
+    weights[6] = 0.3  # the second row's third
+    shown = numpy.asarray(heat.overlay(black, weights, (4, 4), 0.3))
+    cell = heat.SIDE // 4
+    assert (shown[cell : 2 * cell, 2 * cell : 3 * cell] == (0.1 * 40 + 0.9 * heat.HOT).round()).all()
+    assert (shown[:cell] == 40).all() and (shown[2 * cell :] == 40).all()
+    page = heat.table(found)
+    assert page.count("<tr>") == 1 + len(found.words) + 2
+    for row, share in enumerate(found.on_words.mean(1).T.tolist()):
+        cells = page.split("<tr>")[2 + row]
+        assert [f">{100 * one:.0f}</td>" in cells for one in share] == [True] * len(share)
+    one = heat.maps(black, found, heat.names(found)[1])
+    assert len(one) == len(found.layers)
+    assert one[0][1].startswith(f"layer 1: {found.on_words[0, :, 1].mean():.1%}")
+
+
+# ------------------------------------------------------------------------------------------------------------ browser
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="module")
+def page_at(model, tmp_path_factory):
+    """The page's address, and the application."""
+    pytest.importorskip("gradio", reason="gradio is not installed: pip install 'xfusion[web]'")
+    import socket
+    import threading
+
+    import uvicorn
+
+    from xfusion.apps.web import page
+
+    app = page.create({"tiny": model}, TINY, tmp_path_factory.mktemp("web"), Path(__file__).parents[2] / "comparison")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", app
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive(), "the page did not stop"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium found: apt-get install chromium")
+    with playwright.sync_playwright() as made:
+        browser = made.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """A page that is open, with everything that it asked for and complained of."""
+
+    def __init__(self, browser, address, **context):
+        self.context = browser.new_context(**context)
+        self.page = self.context.new_page()
+        self.asked, self.complaints = [], []
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.goto(address)
+        self.page.get_by_role("tab", name="Chat").wait_for(timeout=60_000)
+
+    def tab(self, name):
+        self.page.get_by_role("tab", name=name).click()
+
+
+@pytest.fixture
+def visit(browser, page_at):
+    visits = []
+
+    def made(**context):
+        visits.append(Visit(browser, page_at[0], **context))
+        return visits[-1]
+
+    yield made
+    for one in visits:
+        one.context.close()
+        outside = [url for url in one.asked if not url.startswith((page_at[0], "data:", "blob:"))]
+        assert not outside, "the page asked somebody else"
+        assert not one.complaints
+
+
+def picture_of(locator):
+    """The picture that an ``img`` of the page shows."""
+    source = locator.get_attribute("src")
+    return Image.open(io.BytesIO(locator.page.request.get(source).body())).convert("RGB")
+
+
+def test_chat_by_keyboard_and_a_gallery(visit, model, page_at):
+    one = visit(viewport={"width": 390, "height": 844}, color_scheme="dark")
+    page = one.page
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "a phone would scroll sideways"
+    assert page.evaluate("document.body.classList.contains('dark')")
+    message = page.locator("#message textarea")
+    message.focus()
+    page.keyboard.type("a red apple")
+    page.keyboard.press("Enter")
+    expected = model.generate(
+        [{"role": "user", "content": "a red apple"}] and [_asked(model, "a red apple")], max_tokens=24
+    )
+    page.locator("#conversation .bot").wait_for()
+    page.wait_for_function("!document.querySelector('#chat-status').innerText.trim()")
+    assert " ".join(page.locator("#conversation .bot .message").inner_text().split()) == " ".join(expected[0].split())
+
+    one.tab("Draw")
+    page.locator("#prompt textarea").fill("two blue birds")
+    page.locator("#draw").click()
+    page.wait_for_function("document.querySelector('#draw-status').innerText.includes('drawn')")
+    shown = page.locator("#gallery .thumbnail-item img, #gallery .grid-container img")
+    assert shown.count() == 3
+    assert apart(picture_of(shown.first), model.draw(["two blue birds"], seed=0, guidance=model.guidance)[0]) == 0
+    assert "seed 0" in page.locator("#gallery").inner_text()
+
+
+def _asked(model, words):
+    from xfusion.data.sequence import Text
+
+    return Text(ids=model.backbone.chat(words))
+
+
+def test_the_verb_refuses_in_a_line(capsys, monkeypatch):
+    for argv, complaint in (
+        (["web"], "name at least one pack"),
+        (["web", "emoji", "--port", "70000"], "choose 0 to 65535"),
+        (["web", "emoji", "--limits.queue", "0"], "at least 1"),
+    ):
+        assert cli.main(argv) == 2
+        assert complaint in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "xfusion.apps.web.page", raising=False)
+    assert cli.main(["web", "emoji", "--port", "0"]) == 2
+    assert "pip install 'xfusion[web]'" in capsys.readouterr().err
