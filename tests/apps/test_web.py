@@ -22,6 +22,7 @@ from xfusion.apps.server.batches import Continue
 from xfusion.apps.server.limits import Limits
 from xfusion.apps.web import heat
 from xfusion.apps.web.desk import Desk, Drawn, Preview, Stopped
+from xfusion.data.sequence import Text
 from xfusion.evaluation.attention import drawing_attention
 
 TINY = Limits(queue=4, batch=4, seconds=20, n=3, tokens=24, steps=30, pixels=10_000, body=200_000, characters=500)
@@ -77,13 +78,13 @@ def test_estimates_of_a_look_are_those_of_the_walk(desk, model):
 
 
 def test_a_stop_ends_drawing_between_two_steps(desk):
-    steps = []
+    walk = desk.draw("me", "tiny", "a cat", steps=30)
+    assert isinstance(next(walk), Preview)
+    desk.stop("somebody else")
+    assert not desk.open["me"][0].dropped
+    desk.stop("me")
     with pytest.raises(Stopped):
-        for found in desk.draw("me", "tiny", "a cat", steps=30):
-            steps.append(found)
-            desk.stop("somebody else")
-            desk.stop("me")
-    assert len(steps) == 1 and isinstance(steps[0], Preview)
+        list(walk)
     # The thread that computes is free again, and whoever leaves without a word gives back the place too.
     walk = desk.draw("me", "tiny", "a cat", steps=30)
     next(walk)
@@ -253,12 +254,6 @@ def test_chat_by_keyboard_and_a_gallery(visit, model, page_at):
     assert shown.count() == 3
     assert apart(picture_of(shown.first), model.draw(["two blue birds"], seed=0, guidance=model.guidance)[0]) == 0
     assert "seed 0" in page.locator("#gallery").inner_text()
-
-
-def _asked(model, words):
-    from xfusion.data.sequence import Text
-
-    return Text(ids=model.backbone.chat(words))
 
 
 def test_the_verb_refuses_in_a_line(capsys, monkeypatch):

@@ -5,9 +5,11 @@ Nothing here knows how the page looks. Whoever sits at it is named by a string, 
 
 from __future__ import annotations
 
+import hashlib
 import queue
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +33,8 @@ PREVIEW_SECONDS = 0.2
 """Between two previews of a picture: decoding and sending one takes time from drawing."""
 LISTEN_SECONDS = 0.1
 """How soon a stop is noticed by who listens."""
+KEPT_SECONDS = 3600.0
+"""How long a file lies after it was written."""
 STRIP = 8
 """Estimates that a look at the denoising shows."""
 
@@ -94,6 +98,7 @@ class Desk:
     def __init__(self, models: Mapping[str, Model], limits: Limits, folder: Path):
         self.models, self.limits, self.folder = dict(models), limits, folder
         self.batches = Batches(limits.queue, limits.batch)
+        self._swept = time.time()
         self.open: dict[str, list[Job]] = {}
         """Who -> the jobs that are awaited."""
 
@@ -118,6 +123,26 @@ class Desk:
     def stop(self, who: str) -> None:
         """End all that somebody waits for: words at the next one, drawing at the next step."""
         self.batches.forget(self.open.get(who, []))
+
+    def shown(self, picture: Picture) -> str:
+        """A file of a picture, the same one for the same picture: browsers may read it while others are written."""
+        digest = hashlib.sha256(f"{picture.mode}{picture.size}".encode() + picture.tobytes()).hexdigest()
+        path = self.folder / "shown" / f"{digest[:24]}.png"
+        if not path.exists():
+            save(picture, path, {})
+            self._sweep()
+        return str(path)
+
+    def _sweep(self) -> None:
+        """Drop files that nobody looks at any more, so that a page that stays open does not fill the disk."""
+        now = time.time()
+        if now < self._swept + KEPT_SECONDS / 6:
+            return
+        self._swept = now
+        for path in self.folder.rglob("*.png"):
+            with suppress(OSError):
+                if path.stat().st_mtime < now - KEPT_SECONDS:
+                    path.unlink()
 
     # -- what may be asked for
 

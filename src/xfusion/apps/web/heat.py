@@ -30,7 +30,7 @@ def overlay(picture: PILImage.Image, weights: Tensor, grid: tuple[int, int], mos
 
 def names(attention: Attention) -> list[str]:
     """What a picture's token may look at, as people read it; words are numbered, for one may stand twice."""
-    return [f"{i + 1}: {word.strip() or word!r}" for i, word in enumerate(attention.words)]
+    return [f"{i + 1}: {word.strip() or repr(word)}" for i, word in enumerate(attention.words)]
 
 
 def maps(picture: PILImage.Image, attention: Attention, word: str | None) -> list[tuple[PILImage.Image, str]]:
@@ -41,7 +41,7 @@ def maps(picture: PILImage.Image, attention: Attention, word: str | None) -> lis
     return [
         (
             overlay(picture, cells, attention.grid, float(cells.max())),
-            f"layer {index + 1}: {cells.mean():.1%} (most {cells.max():.1%})",
+            f"layer {index + 1}: {cells.mean():.1%}",
         )
         for index, cells in found
     ]

@@ -30,7 +30,7 @@ from xfusion.apps.server.answers import Refused
 from xfusion.apps.server.limits import Limits
 from xfusion.apps.web import heat
 from xfusion.apps.web.desk import Desk, Drawn, Preview, Stopped
-from xfusion.comparison.results import SUMMARY
+from xfusion.comparison.results import SUMMARY, portable
 from xfusion.comparison.table import summarise
 from xfusion.data.sequence import XFusionError
 from xfusion.model import Model
@@ -59,18 +59,27 @@ POLICY = (
 )
 """What a browser may load for the page: nothing from another host."""
 STYLE = """
-.gradio-container { max-width: 62rem !important; }
-.status { min-height: 1.5em; margin: .2rem 0; }
+.gradio-container { width: 100% !important; max-width: 62rem !important; margin: 0 auto !important; }
+.status { min-height: 1.5em; }
 .status .problem { color: #b3261e; } .dark .status .problem { color: #ffb4ab; }
 .pixels img { image-rendering: pixelated; }
+.grid-wrap { max-height: none !important; height: auto !important; min-height: 0 !important; padding-top: 2rem !important; }
+.gallery-container, .thumbnail-lg { height: auto !important; aspect-ratio: auto !important; }
+.thumbnail-lg img { height: auto !important; aspect-ratio: 1; }
+.caption-label { position: static !important; white-space: normal !important; max-width: 100% !important;
+  font-size: .75rem !important; text-align: left; border: 0 !important; }
+#conversation .message img { width: 9rem !important; height: 9rem !important; object-fit: contain !important; }
+#conversation [aria-label=Share], #conversation [title=Share] { display: none; }
+#redrawn img { width: 100%; height: 100%; object-fit: contain; }
 .scroll { overflow-x: auto; }
-table.heat { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .85rem; }
-table.heat th, table.heat td { padding: .15rem .35rem; text-align: right; border: 0; }
-table.heat th[scope=row] { text-align: left; white-space: nowrap; position: sticky; left: 0;
+table.heat { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .85rem; width: auto; }
+table.heat :is(th, td) { padding: .15rem .4rem !important; text-align: right !important; border: 0 !important; }
+table.heat th[scope=row] { text-align: left !important; white-space: nowrap; position: sticky; left: 0;
   background: var(--body-background-fill); }
-table.heat caption { text-align: left; padding: .3rem 0; color: var(--body-text-color-subdued); }
+table.heat caption { text-align: left; padding: .3rem 0; white-space: nowrap; color: var(--body-text-color); }
 iframe.comparison { width: 100%; height: 80vh; border: 1px solid var(--border-color-primary); border-radius: 8px; }
 :focus-visible { outline: 2px solid #c2571a; outline-offset: 2px; }
+@media (max-width: 34rem) { .tab-container button { padding: 0 .45rem !important; font-size: .85rem !important; } }
 """
 
 
@@ -103,16 +112,6 @@ class _Guard:
             await send(message)
 
         await self.app(scope, receiving, sending)
-
-
-class Upload(gr.Image):
-    """A picture that is uploaded; its file is opened by us and not by gradio, within our limits."""
-
-    is_template = True  # gradio looks for its own component's frontend
-
-    def preprocess(self, payload: Any) -> str | None:  # type: ignore[override]
-        """Where the file is."""
-        return None if payload is None else payload.path
 
 
 def create(models: Mapping[str, Model], limits: Limits, folder: Path, comparisons: Path | None) -> FastAPI:
@@ -201,16 +200,16 @@ class _Page:
                     with gr.Tab("Picture"):
                         self._picture_tab()
                 if "draw" in self.able:
-                    with gr.Tab("Look inside"):
+                    with gr.Tab("Inside"):
                         self._look_tab()
                 if self.comparisons is not None:
-                    with gr.Tab("Comparisons"):
+                    with gr.Tab("Compare"):
                         self._comparison_tab(self.comparisons)
         return page
 
     def _facts(self) -> str:
         lines = [
-            f"<p><b>{escape(name)}</b> can {', '.join(sorted(model.capabilities))}; on {escape(model.backbone.source)}</p>"
+            f"<p><b>{escape(name)}</b> can {', '.join(sorted(model.capabilities))}; on {escape(portable(model.backbone.source))}</p>"
             for name, model in self.desk.models.items()
         ]
         return "".join(lines)
@@ -236,8 +235,19 @@ class _Page:
         return trigger(call, inputs, outputs, show_progress=progress, api_visibility="private")
 
     def _stop_button(self) -> None:
-        button = gr.Button("Stop", variant="stop", min_width=80)
+        button = gr.Button("Stop", min_width=80)
         button.click(self._stop, None, None, queue=False, show_progress="hidden", api_visibility="private")
+
+    def _shown(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """A conversation as gradio's Chatbot takes it."""
+        return [
+            {"role": turn["role"], "content": segment if isinstance(segment, str) else self._image(segment)}
+            for turn in messages
+            for segment in turn["content"]
+        ]
+
+    def _image(self, picture: PILImage.Image) -> gr.Image:
+        return gr.Image(self.desk.shown(picture), buttons=["download"])
 
     # -- chat
 
@@ -278,7 +288,8 @@ class _Page:
         self._wire(say.click, self._say, inputs, outputs)
         self._wire(message.submit, self._say, inputs, outputs)
         self._wire(draw.click, self._draw_in_chat, inputs, outputs)
-        self._wire(new.click, self._forget, [], outputs)
+        for trigger in (new.click, talk.clear):
+            self._wire(trigger, self._forget, [], outputs)
 
     def _forget(self, request: gr.Request) -> tuple[Any, ...]:
         self._stop(request)
@@ -301,14 +312,14 @@ class _Page:
         del steps, guidance
         try:
             _, messages = self._heard(pack, message, said)
-            yield _shown(messages), said, None, status("thinking …")
+            yield self._shown(messages), said, None, status("thinking …")
             answer, settings = "", {"max_tokens": longest, "temperature": temperature, **_seeded(seed)}
             for answer in self.desk.say(_who(request), pack, messages, **settings):
-                yield _shown([*messages, _turn(answer)]), said, gr.skip(), status("answering …")
+                yield self._shown([*messages, _turn(answer)]), said, gr.skip(), status("answering …")
             messages = [*messages, _turn(answer)]
-            yield _shown(messages), messages, gr.skip(), status()
+            yield self._shown(messages), messages, gr.skip(), status()
         except Exception as error:
-            yield _shown(said), said, message, complaint(error)
+            yield self._shown(said), said, message, complaint(error)
 
     def _draw_in_chat(
         self, pack: str, message: Any, said: Any, seed: str, steps: float, guidance: float, longest: float,
@@ -317,16 +328,16 @@ class _Page:
         del longest, temperature
         try:
             words, messages = self._heard(pack, message, said)
-            yield _shown(messages), said, None, status("drawing …")
+            yield self._shown(messages), said, None, status("drawing …")
             settings = {"steps": steps, "guidance": guidance, **_seeded(seed)}
             for found in self.desk.draw(_who(request), pack, words, **settings):
                 if isinstance(found, Preview):
-                    yield _shown([*messages, _turn(found.picture)]), said, gr.skip(), _progress(found)
+                    yield self._shown([*messages, _turn(found.picture)]), said, gr.skip(), _progress(found)
                 else:
                     messages = [*messages, _turn(found.picture)]
-                    yield _shown(messages), messages, gr.skip(), status(_caption(found))
+                    yield self._shown(messages), messages, gr.skip(), status(_caption(found))
         except Exception as error:
-            yield _shown(said), said, message, complaint(error)
+            yield self._shown(said), said, message, complaint(error)
 
     # -- draw
 
@@ -340,7 +351,7 @@ class _Page:
             clear = gr.Button("Clear", min_width=80)
         line = gr.HTML(status(), elem_classes="status", elem_id="draw-status")
         gallery = gr.Gallery(
-            label="Pictures, newest first", columns=4, object_fit="contain", height="auto", elem_classes="pixels",
+            label="Pictures, newest first", columns=4, object_fit="contain", elem_classes="pixels",
             elem_id="gallery", buttons=["download", "fullscreen"], format="png", interactive=False,
         )  # fmt: skip
         kept = gr.State([])
@@ -354,21 +365,24 @@ class _Page:
         request: gr.Request,
     ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
         coming: dict[int, Any] = {}
+        whole: set[int] = set()
+        line = status("waiting …")
         try:
-            yield gr.skip(), gr.skip(), status("waiting …")
+            yield gr.skip(), gr.skip(), line
             settings = {"n": number, "steps": steps, "guidance": guidance, **_seeded(seed)}
             for found in self.desk.draw(_who(request), pack, prompt, **settings):
                 if isinstance(found, Preview):
-                    coming[found.index] = (found.picture, f"step {found.done} of {found.total}")
+                    coming[found.index] = (self.desk.shown(found.picture), f"step {found.done} of {found.total}")
                     line = _progress(found)
                 else:
                     coming[found.index] = (str(found.path), _caption(found))
+                    whole.add(found.index)
                     line = status(f"drawn: {prompt or 'anything'}")
                 yield [*_in_order(coming), *kept], gr.skip(), line
             kept = [*_in_order(coming), *kept][:KEPT]
             yield kept, kept, line
         except Exception as error:
-            done = {i: found for i, found in coming.items() if isinstance(found[0], str)}
+            done = {i: coming[i] for i in whole}
             kept = [*_in_order(done), *kept][:KEPT]
             yield kept, kept, complaint(error)
 
@@ -376,10 +390,11 @@ class _Page:
 
     def _picture_tab(self) -> None:
         with gr.Row():
-            given = Upload(
+            given = gr.Image(
                 label="Your picture", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=280,
                 elem_id="given", buttons=[],
             )  # fmt: skip
+            given.preprocess = _place  # the file is opened by us and not by gradio, within our limits
             out = gr.Image(
                 label="Drawn anew", interactive=False, height=280, elem_classes="pixels", elem_id="redrawn",
                 format="png", buttons=["download"], type="filepath",
@@ -426,7 +441,7 @@ class _Page:
             files = (_png(picture), _png(_mask(picture.size, REGIONS[region])))
             for found in self.desk.repaint(_who(request), pack, *files, prompt, **settings):
                 if isinstance(found, Preview):
-                    yield found.picture, _progress(found)
+                    yield self.desk.shown(found.picture), _progress(found)
                 else:
                     yield str(found.path), status(_caption(found))
         except Exception as error:
@@ -450,7 +465,7 @@ class _Page:
             look = gr.Button("Look", variant="primary", min_width=80, elem_id="look")
             self._stop_button()
         line = gr.HTML(status(), elem_classes="status", elem_id="look-status")
-        gallery = {"object_fit": "contain", "height": "auto", "format": "png", "interactive": False, "buttons": []}
+        gallery = {"object_fit": "contain", "format": "png", "interactive": False, "buttons": []}
         strip = gr.Gallery(label="Denoising", columns=4, elem_id="strip", elem_classes="pixels", **gallery)
         word = gr.Dropdown([ALL_WORDS], value=ALL_WORDS, label="Heat maps: how much looks at", interactive=True)
         maps = gr.Gallery(label="By layer", columns=5, elem_id="maps", **gallery)
@@ -459,7 +474,7 @@ class _Page:
         inputs = [self.pack, prompt, *settings]
         for trigger in (look.click, prompt.submit):
             self._wire(trigger, self._look, inputs, [strip, word, maps, shares, found, line])
-        self._wire(word.input, _maps_of, [found, word], [maps])
+        self._wire(word.input, self._maps, [found, word], [maps])
 
     def _look(
         self, pack: str, prompt: str, seed: str, steps: float, guidance: float, request: gr.Request
@@ -471,16 +486,21 @@ class _Page:
             settings = {"steps": steps, "guidance": guidance, **_seeded(seed)}
             for found in self.desk.look(_who(request), pack, prompt, **settings):
                 if isinstance(found, Preview):
-                    strip = [*strip, (found.picture, f"step {found.done} of {found.total}")]
+                    strip = [*strip, (self.desk.shown(found.picture), f"step {found.done} of {found.total}")]
                     yield strip, *same, _progress(found)
                     continue
                 picture, attention = found
-                strip = [*strip, (picture, "the picture")]
+                strip = [*strip, (self.desk.shown(picture), "the picture")]
                 words = gr.Dropdown([ALL_WORDS, *heat.names(attention)], value=ALL_WORDS)
-                maps = heat.maps(picture, attention, None)
+                maps = self._maps(found, ALL_WORDS)
                 yield strip, words, maps, heat.table(attention), found, status()
         except Exception as error:
             yield strip, *same, complaint(error)
+
+    def _maps(self, found: Any, word: str) -> list[tuple[str, str]]:
+        if found is None:
+            return []
+        return [(self.desk.shown(picture), text) for picture, text in heat.maps(*found, word)]
 
     # -- comparisons
 
@@ -504,6 +524,11 @@ class _Page:
         self._wire(chosen.input, show, [chosen], [page, line])
 
 
+def _place(payload: Any) -> str | None:
+    """Where an uploaded file is."""
+    return None if payload is None else payload.path
+
+
 def _who(request: gr.Request) -> str:
     return str(request.session_hash)
 
@@ -520,15 +545,6 @@ def _turn(segment: str | PILImage.Image) -> dict[str, Any]:
     return {"role": "assistant", "content": [segment]}
 
 
-def _shown(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A conversation as gradio's Chatbot takes it."""
-    return [
-        {"role": turn["role"], "content": segment if isinstance(segment, str) else gr.Image(segment, format="png")}
-        for turn in messages
-        for segment in turn["content"]
-    ]
-
-
 def _progress(found: Preview) -> str:
     return status(f"step {found.done} of {found.total}")
 
@@ -540,10 +556,6 @@ def _caption(found: Drawn) -> str:
 
 def _in_order(coming: dict[int, Any]) -> list[Any]:
     return [coming[index] for index in sorted(coming)]
-
-
-def _maps_of(found: Any, word: str) -> Any:
-    return [] if found is None else heat.maps(*found, word)
 
 
 def _png(picture: PILImage.Image) -> bytes:
