@@ -186,6 +186,41 @@ def test_words_are_sent_once_they_cannot_change():
     assert words.stopped and words.sent == "néstoxa " and words.rest() == ""
 
 
+def test_the_thread_outlives_whatever_fails_behind_a_batch(model):
+    """A decoder that fails on the last words, or a metric, must not leave all later requests without an answer."""
+    heard, failing = [], [True]
+
+    def watch(jobs, seconds):
+        if failing:
+            raise ValueError("a metric failed")
+
+    def job(decode):
+        kinds = ("text",)
+        settings = {"steps": 1, "guidance": None, "max_tokens": 2, "temperature": 0.0, "top_p": 1.0}
+        work = Continue(model=model, kinds=kinds, **settings)
+        return Job(
+            work=work, given=["a cat"], seed=0, index=0, words=Words(decode), tell=lambda j, new: heard.append(new)
+        )
+
+    def broken(ids):
+        raise ValueError("a tokenizer failed")
+
+    made = Batches(4, 4, watch)
+    made.start()
+    first, second, third = job(model.backbone.decode), job(model.backbone.decode), job(model.backbone.decode)
+    made.put([first])
+    until(lambda: first.error is not None or (heard and heard[-1] is None and not made.running))
+    failing.clear()
+    second.words.rest = lambda: broken([])
+    made.put([second])
+    until(lambda: second.error is not None)
+    heard.clear()
+    made.put([third])
+    until(lambda: heard and heard[-1] is None)
+    made.close(10)
+    assert str(second.error) == "a tokenizer failed" and third.error is None and third.answer
+
+
 # ---------------------------------------------------------------------------------------------------------- pictures
 
 

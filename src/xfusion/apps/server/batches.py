@@ -207,6 +207,8 @@ class Job:
     error: Exception | None = None
     dropped: bool = False
     """Nobody waits for it any more."""
+    ended: bool = False
+    """The answer is there, or cannot be had."""
 
     def hear(self, token: int) -> bool:
         """Take a token of the answer; False where no more is wanted."""
@@ -218,11 +220,14 @@ class Job:
         return not self.words.stopped
 
     def end(self, answer: list[Any] | None = None, error: Exception | None = None) -> None:
-        """Say that it is over."""
+        """Say that it is over; what is over stays as it ended."""
+        if self.ended:
+            return
         self.answer, self.error = answer or [], error
         rest = self.words.rest() if error is None else ""
         if rest:
             self.tell(self, rest)
+        self.ended = True
         self.tell(self, None)
 
 
@@ -298,11 +303,16 @@ class Batches:
     def _work(self) -> None:
         while jobs := self._next():
             began = time.perf_counter()
-            self._run(jobs)
-            seconds = time.perf_counter() - began
-            self._seconds += 0.2 * (seconds / len(jobs) - self._seconds)
+            try:
+                self._run(jobs)
+                seconds = time.perf_counter() - began
+                self._seconds += 0.2 * (seconds / len(jobs) - self._seconds)
+                self.watch(jobs, seconds)
+            except Exception as error:  # without this thread nobody would ever be answered again
+                log.exception("the end of a batch of %d failed", len(jobs))
+                for job in jobs:
+                    job.end(error=error)
             self.running = []
-            self.watch(jobs, seconds)
 
     def _run(self, jobs: list[Job]) -> None:
         try:

@@ -6,6 +6,7 @@ Nothing here knows how the page looks. Whoever sits at it is named by a string, 
 from __future__ import annotations
 
 import hashlib
+import os
 import queue
 import time
 from collections.abc import Iterator, Mapping
@@ -128,7 +129,9 @@ class Desk:
         """A file of a picture, the same one for the same picture: browsers may read it while others are written."""
         digest = hashlib.sha256(f"{picture.mode}{picture.size}".encode() + picture.tobytes()).hexdigest()
         path = self.folder / "shown" / f"{digest[:24]}.png"
-        if not path.exists():
+        if path.exists():
+            os.utime(path)
+        else:
             save(picture, path, {})
             self._sweep()
         return str(path)

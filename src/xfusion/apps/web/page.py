@@ -15,8 +15,9 @@ import anyio
 from fastapi import FastAPI
 from PIL import Image as PILImage
 from PIL import ImageDraw
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # Read when gradio is imported: no word to its makers, no share links, no history of runs.
@@ -84,14 +85,21 @@ iframe.comparison { width: 100%; height: 80vh; border: 1px solid var(--border-co
 
 
 class _Guard:
-    """Says what a browser may load, and ends a request that is too long, whatever it is for."""
+    """Says what a browser may load, ends a request that is too long, and answers to its own names alone.
 
-    def __init__(self, app: ASGIApp, most: int):
-        self.app, self.most = app, most
+    A page elsewhere whose name is made to lead to this machine could else use this one (DNS rebinding).
+    """
+
+    def __init__(self, app: ASGIApp, most: int, hosts: frozenset[str]):
+        self.app, self.most, self.hosts = app, most, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
+            return
+        asked = Headers(scope=scope).get("host", "").rpartition(":")
+        if self.hosts and (asked[0] if asked[2].isdigit() else "".join(asked)) not in self.hosts:
+            await PlainTextResponse("this page has another name here", 403)(scope, receive, send)
             return
         size = 0
 
@@ -114,7 +122,13 @@ class _Guard:
         await self.app(scope, receiving, sending)
 
 
-def create(models: Mapping[str, Model], limits: Limits, folder: Path, comparisons: Path | None) -> FastAPI:
+def create(
+    models: Mapping[str, Model],
+    limits: Limits,
+    folder: Path,
+    comparisons: Path | None,
+    hosts: frozenset[str] = frozenset(),
+) -> FastAPI:
     """The page as an ASGI application.
 
     Args:
@@ -122,6 +136,7 @@ def create(models: Mapping[str, Model], limits: Limits, folder: Path, comparison
         limits: what may be asked for.
         folder: for uploads and drawn pictures; nothing is written elsewhere.
         comparisons: a folder of comparisons, or None.
+        hosts: names that a browser may know this machine by; with none, any.
     """
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
     desk = Desk(models, limits, folder / "drawn")
@@ -135,7 +150,7 @@ def create(models: Mapping[str, Model], limits: Limits, folder: Path, comparison
     app = FastAPI(openapi_url=None, lifespan=lifespan)
     app.state.desk = desk
 
-    app.add_middleware(_Guard, most=limits.body + FORM)
+    app.add_middleware(_Guard, most=limits.body + FORM, hosts=hosts)
     font = ("system-ui", "sans-serif")  # gradio's own themes fetch theirs from Google
     theme = gr.themes.Default(primary_hue="orange", font=font, font_mono=("ui-monospace", "monospace"))
     blocks = _Page(desk, comparisons).blocks()
@@ -208,10 +223,10 @@ class _Page:
         return page
 
     def _facts(self) -> str:
-        lines = [
-            f"<p><b>{escape(name)}</b> can {', '.join(sorted(model.capabilities))}; on {escape(portable(model.backbone.source))}</p>"
-            for name, model in self.desk.models.items()
-        ]
+        lines = []
+        for name, model in self.desk.models.items():
+            able, base = ", ".join(sorted(model.capabilities)), portable(model.backbone.source)
+            lines.append(f"<p><b>{escape(name)}</b> can {able}; on {escape(base)}</p>")
         return "".join(lines)
 
     # -- parts that tabs share
@@ -366,6 +381,7 @@ class _Page:
     ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
         coming: dict[int, Any] = {}
         whole: set[int] = set()
+        kept = [one for one in kept if Path(one[0]).exists()]  # old ones are swept away
         line = status("waiting …")
         try:
             yield gr.skip(), gr.skip(), line
