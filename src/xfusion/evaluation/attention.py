@@ -78,7 +78,7 @@ def drawing_attention(model: Model, prompt: str, tokens: Tensor, grid: tuple[int
             handle.remove()
     layers = tuple(index for index in sorted(model.fusion.state_layers) if index in found)
     owner = run.media
-    if owner is None or not layers or any(len(found[i]) != batch_width(run.slices) for i in layers):
+    if owner is None or not layers or any(len(found[i]) != _positions(run.slices) for i in layers):
         raise XFusionError("this model's pictures take no part in its self-attention: there is nothing to show")
     media = batch.media[owner]
     own = run.slices[owner]
@@ -96,6 +96,6 @@ def drawing_attention(model: Model, prompt: str, tokens: Tensor, grid: tuple[int
     )
 
 
-def batch_width(slices: dict[str, slice]) -> int:
+def _positions(slices: dict[str, slice]) -> int:
     """Positions of a pass, from the rows of its owners."""
     return max(rows.stop for rows in slices.values())

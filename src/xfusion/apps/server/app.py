@@ -264,8 +264,7 @@ class _Server:
 
     def picture_facts(self, name: str, job: Job) -> dict[str, Any]:
         """What a PNG remembers."""
-        work = job.work
-        assert isinstance(work, (Continue, Repaint))  # of others no picture comes
+        work: Any = job.work
         guidance = work.model.guidance if work.guidance is None else work.guidance
         return {"seed": job.seed, "steps": work.steps, "guidance": guidance, **self.facts[name]}
 

@@ -245,9 +245,9 @@ class _Page:
     def _stop(self, request: gr.Request) -> None:
         self.desk.stop(_who(request))
 
-    def _wire(self, trigger: Any, call: Any, inputs: list[Any], outputs: list[Any], progress: str = "hidden") -> Any:
+    def _wire(self, trigger: Any, call: Any, inputs: list[Any], outputs: list[Any], cancels: Any = None) -> Any:
         """A call behind a button; the page alone may make it, and it waits in the bounded queue."""
-        return trigger(call, inputs, outputs, show_progress=progress, api_visibility="private")
+        return trigger(call, inputs, outputs, cancels=cancels, show_progress="hidden", api_visibility="private")
 
     def _stop_button(self) -> None:
         button = gr.Button("Stop", min_width=80)
@@ -300,11 +300,13 @@ class _Page:
                 heat_of = gr.Slider(0, 2, 0, step=0.1, label="Temperature", info="0 takes the likeliest word")
         outputs = [talk, said, message, line]
         inputs = [self.pack, message, said, *settings, longest, heat_of]
-        self._wire(say.click, self._say, inputs, outputs)
-        self._wire(message.submit, self._say, inputs, outputs)
-        self._wire(draw.click, self._draw_in_chat, inputs, outputs)
-        for trigger in (new.click, talk.clear):
-            self._wire(trigger, self._forget, [], outputs)
+        calls = [
+            self._wire(say.click, self._say, inputs, outputs),
+            self._wire(message.submit, self._say, inputs, outputs),
+            self._wire(draw.click, self._draw_in_chat, inputs, outputs),
+        ]
+        for trigger in (new.click, talk.clear):  # an answer that is on its way must not bring the old talk back
+            self._wire(trigger, self._forget, [], outputs, cancels=calls)
 
     def _forget(self, request: gr.Request) -> tuple[Any, ...]:
         self._stop(request)
@@ -481,12 +483,12 @@ class _Page:
             look = gr.Button("Look", variant="primary", min_width=80, elem_id="look")
             self._stop_button()
         line = gr.HTML(status(), elem_classes="status", elem_id="look-status")
-        gallery = {"object_fit": "contain", "format": "png", "interactive": False, "buttons": []}
+        gallery: dict[str, Any] = {"object_fit": "contain", "format": "png", "interactive": False, "buttons": []}
         strip = gr.Gallery(label="Denoising", columns=4, elem_id="strip", elem_classes="pixels", **gallery)
         word = gr.Dropdown([ALL_WORDS], value=ALL_WORDS, label="Heat maps: how much looks at", interactive=True)
         maps = gr.Gallery(label="By layer", columns=5, elem_id="maps", **gallery)
         shares = gr.HTML(elem_id="shares")
-        found = gr.State(None)
+        found = gr.State(None, time_to_live=3600)
         inputs = [self.pack, prompt, *settings]
         for trigger in (look.click, prompt.submit):
             self._wire(trigger, self._look, inputs, [strip, word, maps, shares, found, line])
