@@ -198,7 +198,7 @@ class Visit:
 
     def __init__(self, browser, address, **context):
         self.context = browser.new_context(**context)
-        self.context.set_default_timeout(60_000)
+        self.context.set_default_timeout(240_000)  # of a machine that is busy
         self.page = self.context.new_page()
         self.asked, self.complaints = [], []
         self.page.on("request", lambda request: self.asked.append(request.url))
