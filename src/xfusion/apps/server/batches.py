@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from xfusion.apps.server.answers import Refused
 from xfusion.data.sequence import XFusionError
@@ -123,7 +123,11 @@ class Repaint:
     model: Model
     steps: int
     guidance: float | None
-    together: ClassVar[bool] = True
+
+    @property
+    def together(self) -> bool:
+        """Jobs share a pass."""
+        return True
 
     def run(self, jobs: list[Job]) -> list[list[Any]]:
         """The picture of each job."""

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from PIL.Image import Image as Picture
 from torch import Tensor
@@ -73,7 +73,11 @@ class Look:
     model: Model
     steps: int
     guidance: float | None
-    together: ClassVar[bool] = False
+
+    @property
+    def together(self) -> bool:
+        """Each look is alone."""
+        return False
 
     def run(self, jobs: list[Job]) -> list[list[Any]]:
         """The picture and its `Attention`."""

@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 os.environ.update({"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_SHARE": "False"})
 
 import gradio as gr
+from gradio.themes import Default
 
 from xfusion.apps import comparison_page
 from xfusion.apps.chat import added
@@ -152,7 +153,7 @@ def create(
 
     app.add_middleware(_Guard, most=limits.body + FORM, hosts=hosts)
     font = ("system-ui", "sans-serif")  # gradio's own themes fetch theirs from Google
-    theme = gr.themes.Default(primary_hue="orange", font=font, font_mono=("ui-monospace", "monospace"))
+    theme = Default(primary_hue="orange", font=font, font_mono=("ui-monospace", "monospace"))
     blocks = _Page(desk, comparisons).blocks()
     blocks.queue(max_size=limits.queue, default_concurrency_limit=HANDLERS, api_open=False)
     return gr.mount_gradio_app(
@@ -518,7 +519,8 @@ class _Page:
     def _maps(self, found: Any, word: str) -> list[tuple[str, str]]:
         if found is None:
             return []
-        return [(self.desk.shown(picture), text) for picture, text in heat.maps(*found, word)]
+        picture, attention = found
+        return [(self.desk.shown(over), text) for over, text in heat.maps(picture, attention, word)]
 
     # -- comparisons
 
