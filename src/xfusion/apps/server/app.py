@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from xfusion.apps.server import reading, requests
 from xfusion.apps.server.answers import Refused, base64_png, data_url, now, usage
-from xfusion.apps.server.batches import Batches, Continue, Job, Repaint
+from xfusion.apps.server.batches import Batches, Continue, Job
 from xfusion.apps.server.limits import Limits
 from xfusion.apps.server.reading import as_refused
 from xfusion.generation import draw_size

@@ -141,7 +141,11 @@ class Embed:
     """A call of `embed`; a job is a request's list of texts and pictures."""
 
     model: Model
-    together: ClassVar[bool] = True
+
+    @property
+    def together(self) -> bool:
+        """As `Work.together`."""
+        return True
 
     def run(self, jobs: list[Job]) -> list[list[Any]]:
         """The vectors of each job, ``[items, width]``."""
