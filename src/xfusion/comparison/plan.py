@@ -61,8 +61,6 @@ class Plan:
     """Measure the time of a step and of sampling; only on a machine that does nothing else."""
     compile: bool = True
     """Whether the per-layer work is compiled in training."""
-    across_regimes: bool = False
-    """Recipes of several regimes beside each other; there is no verdict between two that differ in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,15 +163,9 @@ SAME = {
 """Parts of a recipe that must be equal, and what to do where they are not."""
 
 
-def refuse_unlike(entries: Sequence[Entry], open_data: bool, across_regimes: bool = False) -> None:
+def refuse_unlike(entries: Sequence[Entry], open_data: bool) -> None:
     first = entries[0]
     for other in entries[1:]:
-        one, two = (e.recipe.model.regime for e in (first, other))
-        if one != two and not across_regimes:
-            raise XFusionError(
-                f"{first.label} and {other.label} differ in regime: {one!r} and {two!r} are never ranked together; compare"
-                " within one regime, or set them beside each other without a verdict by --across-regimes"
-            )
         for path, what in SAME.items():
             if path == "data" and open_data:
                 continue

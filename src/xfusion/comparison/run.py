@@ -176,7 +176,7 @@ class _Comparison:
         entries = [Entry(label=label, recipe=with_plan(recipe, plan)) for label, recipe in named(recipes).items()]
         if backbone is not None:  # the base that is given is the base of all, as the plan's is
             entries = [replace(e, recipe=with_plan(e.recipe, replace(plan, backbone=backbone.source))) for e in entries]
-        refuse_unlike(entries, source is not None, plan.across_regimes)
+        refuse_unlike(entries, source is not None)
         base = entries[0].recipe.model.backbone
         self.tell("loading the base", 0, 1)
         self.backbone = backbone or Backbone.load(base.source, revision=base.revision, device=device)

@@ -57,9 +57,6 @@ class Compare(Verb):
     """Measure the time of a step and of sampling, too; only where the machine does nothing else."""
     compile: bool = True
     """Whether the per-layer work is compiled in training."""
-    across_regimes: bool = False
-    """Set recipes of different regimes (strictly frozen, LoRA, as in the paper) beside each other; without it they are
-    refused, and with it there is no verdict between them."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
 
@@ -91,7 +88,6 @@ class Compare(Verb):
                 evaluation=dict(read_setting(text) for text in self.set),
                 measure_time=self.measure_time,
                 compile=self.compile,
-                across_regimes=self.across_regimes,
             )
             device = choose_device(self.device)
             try:
