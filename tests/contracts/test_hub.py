@@ -169,7 +169,7 @@ def test_the_card_says_what_was_recorded_and_no_more(bases, tmp_path):
     text = (tmp_path / "full" / "README.md").read_text()
     for part in ("| fit_caption_exact | 0.9877 |", "suite emoji, seed 0; torch 2.13.0", "| data | CC-BY-SA-4.0 |",
                  "| run 1 | `xfusion train xfusion` |", "bit for bit the base's", bases["llama"].fingerprint,
-                 "| codec | none needed |", "text alone is answered by the base's own forward"):  # fmt: skip
+                 "| codec | none needed |", "Regime: strictly frozen. Text alone comes out as the base's"):  # fmt: skip
         assert part in text, part
     assert ModelCard(text).data.to_dict()["license"] == "apache-2.0"
     assert xfusion.load(tmp_path / "full", backbone=bases["llama"]).fingerprint == model.fingerprint

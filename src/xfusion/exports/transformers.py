@@ -68,7 +68,8 @@ def export(model: Model, folder: Path) -> list[str]:
         vision_feature_select_strategy="full" if states == cells else "default",
         tie_word_embeddings=bool(text.tie_word_embeddings),
     )
-    made: Any = LlavaForConditionalGeneration(config).to(base.dtype).eval()
+    made: Any = LlavaForConditionalGeneration(config)
+    made = made.to(base.dtype).eval()
     made.model.vision_tower.load_state_dict(encoder.model.state_dict())
     _fill(made.model.language_model, base.decoder, table, (port.begin, torch.zeros_like(port.begin), port.end))
     head = base.model.get_output_embeddings()

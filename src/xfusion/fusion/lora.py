@@ -154,6 +154,14 @@ class Lora(Fusion):
         """The mechanism's."""
         return self.inner.state_layers
 
+    def block_widths(self) -> dict[int, int]:
+        """The mechanism's."""
+        return self.inner.block_widths()
+
+    def new_modules(self, index: int) -> list[nn.Module]:
+        """The deltas of a layer, and what the mechanism has there."""
+        return super().new_modules(index) + self.inner.new_modules(index)
+
     def adapted(self, index: int, frozen: nn.Module) -> nn.Module:
         """A frozen layer with its deltas."""
         block = self.block(index, frozen) if self.adapts else None

@@ -29,7 +29,7 @@ def measure(bench: Bench) -> dict[str, Any]:
 def _turns(bench: Bench, *, full: bool) -> dict[str, Any]:
     step = Step(bench, bench.model(full=full))
     ways = {"kept": False, "computed_again": True}
-    taken: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+    taken: dict[str, list[tuple[float, float | None]]] = {way: [] for way in ways}
     for again in ways.values():
         step.engine.activation_checkpointing = again
         step.warm()

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -170,8 +170,10 @@ class DataRecaption(Verb):
                 raise UsageError(f"{self.by} cannot caption: it can {', '.join(sorted(pack.capabilities))}")
             name = f"{self.by} {pack.fingerprint}"
 
-            def ask(picture, prompt):
+            def by_pack(picture: Any, prompt: str) -> str:
                 return pack.caption([picture], question=prompt, max_tokens=self.max_tokens)[0]
+
+            ask = by_pack
 
         source = open_source(self.spec, split=self.split)
         asking = Asking(model=name, prompt=self.prompt, size=self.size, per_minute=self.per_minute)

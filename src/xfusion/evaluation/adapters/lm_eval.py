@@ -29,7 +29,8 @@ class PackText(HFLM):
         if stack not in ("base", "fused"):
             raise ValueError(f"stack {stack!r} is neither 'base' nor 'fused'")
         text = pack.text_only() if stack == "base" else pack.fused_text_model()
-        super().__init__(pretrained=text, tokenizer=pack.backbone.tokenizer, batch_size=int(batch_size), **settings)
+        settings |= {"pretrained": text, "tokenizer": pack.backbone.tokenizer, "batch_size": int(batch_size)}
+        super().__init__(**settings)
 
 
 if __name__ == "__main__":

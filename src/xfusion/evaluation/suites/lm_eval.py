@@ -59,9 +59,11 @@ def run(
         include_path=[str(path.resolve().parent) for path in files] or None, include_defaults=len(files) < len(names)
     )
     progress("tasks of lm-eval", 0, len(names))
+    run: Any = lm_eval.simple_evaluate  # loaded lazily, and so is what PackText is: checkers know no signature
+    text: Any = PackText
     try:
-        found = lm_eval.simple_evaluate(
-            model=PackText(model, stack=stack, batch_size=batch),
+        found = run(
+            model=text(model, stack=stack, batch_size=batch),
             tasks=[path.stem if path in files else name for name, path in ((n, Path(n)) for n in names)],
             num_fewshot=shots,
             limit=limit,
