@@ -2,10 +2,10 @@
 
     python runs/write_digits.py fsdd_train.parquet -o digits --held-speaker theo
 
-reads a parquet file with the columns audio (bytes), text, speaker and source_path, and writes ``digits/wav/`` and the manifests
-``train.jsonl``, ``held_recordings.jsonl`` (a tenth of the recordings of the same speakers, by the hash of their names) and
-``held_speaker.jsonl``. Sounds longer than --longest seconds are left out and counted. The data set is CC-BY-SA-4.0
-(github.com/Jakobovski/free-spoken-digit-dataset).
+reads a parquet file with the columns audio (bytes), text, speaker, seconds and source_path, and writes ``digits/wav/`` and the
+manifests ``train.jsonl``, ``held_recordings.jsonl`` (a tenth of the recordings of the same speakers, by the hash of their
+names) and ``held_speaker.jsonl``. Sounds longer than --longest seconds are left out and counted. The data set is
+CC-BY-SA-4.0 (github.com/Jakobovski/free-spoken-digit-dataset).
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from xfusion.training.stages import Recipe, Stage
 
 KIND = "prefix"
 PAPER = "arXiv 2311.07919"
-STATUS = "sketch"
+STATUS = "runs"
 QUESTIONS = ("What is said?", "What do you hear?")
 """Asked about some of the sounds in training."""
 
