@@ -39,6 +39,8 @@ def test_a_low_rank_tower_is_pefts_lora(bases, family, tmp_path):
     peft = pytest.importorskip("peft", reason="peft is not installed (extra dev): no adapter can be loaded")
     model = make_model(bases[family], "low-rank tower")
     export(model, tmp_path / "adapter", "peft")
+    with pytest.raises(XFusionError, match="adapter is not empty"):  # a pack neither: nothing is replaced by an export
+        export(model, tmp_path / "adapter", "peft")
 
     def tower(index, frozen, x, call):
         return model.fusion.block(index, frozen)(x, **call)

@@ -47,7 +47,7 @@ def licences(model: Model, config: dict[str, Any]) -> dict[str, str]:
     training = config.get("training") or {}
     others = sorted(model.teachers - model.modality.codec.encoders)
     return {
-        "these weights": "Apache-2.0",
+        "these weights": config.get("licence", "not recorded"),
         "base": model.backbone.licence,
         "codec": model.modality.codec.licence,
         **{f"encoder {name[:16]}": "learned from; see the recipe" for name in others},
@@ -58,7 +58,9 @@ def licences(model: Model, config: dict[str, Any]) -> dict[str, str]:
 def _front(config: dict[str, Any]) -> str:
     """The metadata that a hub reads."""
     source = config["base"]["source"]
-    lines = ["library_name: xfusion", "pipeline_tag: any-to-any", "license: apache-2.0", "tags:", "- frozen-base"]
+    lines = ["library_name: xfusion", "pipeline_tag: any-to-any"]
+    lines += [f"license: {config['licence']}"] if config.get("licence") else []  # the data's may forbid any
+    lines += ["tags:", "- frozen-base"]
     if source.count("/") == 1 and ":" not in source and not source.startswith((".", "~")):
         lines += [f"base_model: {source}", "base_model_relation: adapter"]
     return "\n".join(["---", *lines, "---"])

@@ -201,7 +201,8 @@ def save(
         folder: where; an existing pack is replaced.
         dtype: store the learned weights in this type (None: as they are).
         weights: the learned weights, where the model's own are divided among processes; None takes the model's.
-        facts: what the config shall remember (recipe, data, steps, scores, ...), JSON values.
+        facts: what the config shall remember (recipe, data, steps, scores, ...), JSON values. ``licence`` is that of the
+            weights, as a hub names it; a card without it states none.
     """
     from xfusion import __version__
 
@@ -228,10 +229,7 @@ def save(
         file = folder_so_far / WEIGHTS
         save_file(state, str(file), metadata={"format": "pt"})
         config |= {"weights_sha256": file_hash(file)} | _write_opening(model.opening, folder_so_far)
-        config = sealed(config)
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        (folder_so_far / CONFIG).write_text(text, encoding="utf-8")
-        (folder_so_far / CARD).write_text(card(config, model), encoding="utf-8")
+        _describe(folder_so_far, sealed(config), model)
     return target
 
 
@@ -244,28 +242,43 @@ def _write_opening(head: Opening | None, folder: Path) -> dict[str, Any]:
     return {"opening_sha256": file_hash(folder / OPENING)}
 
 
-def add_opening(folder: Path, head: Opening, out: Path, **facts: Any) -> Path:
-    """A pack once more, with an opening head; all else stays as it is, to the bit.
+def add_opening(folder: Path, model: Model, head: Opening, out: Path, **facts: Any) -> Path:
+    """A pack once more, with an opening head; its weights stay as they are, to the bit, and its card is written anew.
 
     Args:
         folder: a pack of any format version; its weights are checked, and the result is of the present version.
+        model: the pack's.
         head: replaces the pack's, if it has one.
         out: where; may be the same folder.
         facts: what the config shall remember of the head (scores, ...), under ``opening``.
 
     Raises:
-        XFusionError: the pack was altered, or ``out`` holds other files.
+        XFusionError: the pack was altered, the model is not the pack's, or ``out`` holds other files.
     """
-    config, _ = _intact(folder)
+    config = _config_of(folder, model)
     refuse_other_files(out)
     with whole_folder(out) as folder_so_far:
-        for name in (WEIGHTS, CARD):
-            shutil.copyfile(folder / name, folder_so_far / name)
+        shutil.copyfile(folder / WEIGHTS, folder_so_far / WEIGHTS)
         config |= {"format_version": FORMAT_VERSION, "weights_sha256": file_hash(folder_so_far / WEIGHTS)}
-        config = sealed(config | _write_opening(head, folder_so_far) | {"opening": facts})
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        (folder_so_far / CONFIG).write_text(text, encoding="utf-8")
+        config |= _write_opening(head, folder_so_far) | {"opening": facts}
+        _describe(folder_so_far, sealed(config), model)
     return out
+
+
+def _describe(folder: Path, config: dict[str, Any], model: Model) -> None:
+    """The config of a pack, and the card that says it in words."""
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+    (folder / CARD).write_text(card(config, model), encoding="utf-8")
+
+
+def _config_of(folder: Path, model: Model) -> dict[str, Any]:
+    """The config of an intact pack, which must hold a model's weights."""
+    config, state = _intact(folder)
+    own = model.learned_state()  # a pack may hold them in half precision
+    if set(own) != set(state) or not all(torch.equal(own[k].cpu().to(v.dtype), v) for k, v in state.items()):
+        raise XFusionError(f"{folder} holds other weights than this model: load it and try again")
+    return config
 
 
 def _intact(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -280,13 +293,28 @@ def _intact(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 
 def refuse_other_files(target: Path) -> None:
-    """Refuse to replace a folder that is no pack.
+    """Refuse to replace a folder that is no pack, or that holds more than one: its other files would be lost.
 
     Raises:
-        XFusionError: it holds other files.
+        XFusionError: it holds other files, or is a file itself.
     """
-    if target.exists() and not (target / CONFIG).is_file() and any(target.iterdir()):
-        raise XFusionError(f"{target} holds other files: name an empty folder or an existing pack")
+    if target.exists() and not target.is_dir():
+        raise XFusionError(f"{target} is a file: name an empty folder or an existing pack")
+    found = sorted(path.name for path in target.iterdir()) if target.exists() else []
+    other = next((name for name in found if name not in FILES), None)
+    if found and other is None and "format_version" not in _config_if_any(target):
+        other = found[0]
+    if other is not None:
+        raise XFusionError(f"{target} holds other files ({other}): name an empty folder or an existing pack")
+
+
+def _config_if_any(folder: Path) -> dict[str, Any]:
+    """What stands in a folder's config, intact or not; nothing where it is not even JSON."""
+    try:
+        facts = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def push(
@@ -343,21 +371,16 @@ def add_facts(folder: Path, model: Model, **facts: Any) -> None:
     """Record facts (``proof``, ``scores``, ...) in a pack that is a folder of one's own, and write its card anew.
 
     Raises:
-        XFusionError: the model is not the pack's.
+        XFusionError: the model is not the pack's, or the folder holds other files, too.
     """
-    config, state = _intact(folder)
-    own = model.learned_state()  # a pack may hold them in half precision
-    if set(own) != set(state) or not all(torch.equal(own[k].cpu().to(v.dtype), v) for k, v in state.items()):
-        raise XFusionError(f"{folder} holds other weights than this model: load it and try again")
+    config = _config_of(folder, model)
+    refuse_other_files(folder)
     with whole_folder(folder) as folder_so_far:
         for name in (WEIGHTS, OPENING):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, folder_so_far / name)
         config = config | facts
-        config = sealed(config) if SEAL in config else config
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        (folder_so_far / CONFIG).write_text(text, encoding="utf-8")
-        (folder_so_far / CARD).write_text(card(config, model), encoding="utf-8")
+        _describe(folder_so_far, sealed(config) if SEAL in config else config, model)
 
 
 def shipped() -> list[str]:

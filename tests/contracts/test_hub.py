@@ -163,7 +163,8 @@ def test_the_card_says_what_was_recorded_and_no_more(bases, tmp_path):
     assert "Not measured." in bare and "No proof is recorded" in bare and "| data | not recorded |" in bare
     scores = {"fit_caption_exact": 0.98765, "settings": {"suite": "emoji", "seed": 0, "versions": {"torch": "2.13.0"}}}
     training = {"data": "emoji", "data_licence": "CC-BY-SA-4.0", "runs": [{"command": "xfusion train xfusion"}]}
-    model.save_pretrained(tmp_path / "full", scores=scores, training=training)
+    assert "license" not in ModelCard(bare).data.to_dict() and "| these weights | not recorded |" in bare
+    model.save_pretrained(tmp_path / "full", scores=scores, training=training, licence="cc-by-sa-4.0")
     proof = {"text_identical": True, "settings": {"dtype": "float32", "device": "cpu"}}
     checkpoint.add_facts(tmp_path / "full", model, proof=proof)
     text = (tmp_path / "full" / "README.md").read_text()
@@ -171,7 +172,7 @@ def test_the_card_says_what_was_recorded_and_no_more(bases, tmp_path):
                  "| run 1 | `xfusion train xfusion` |", "bit for bit the base's", bases["llama"].fingerprint,
                  "| codec | none needed |", "Regime: strictly frozen. Text alone comes out as the base's"):  # fmt: skip
         assert part in text, part
-    assert ModelCard(text).data.to_dict()["license"] == "apache-2.0"
+    assert ModelCard(text).data.to_dict()["license"] == "cc-by-sa-4.0"
     assert xfusion.load(tmp_path / "full", backbone=bases["llama"]).fingerprint == model.fingerprint
     with pytest.raises(XFusionError, match="holds other weights"):
         checkpoint.add_facts(tmp_path / "full", make_model(bases["llama"], "low-rank tower"), proof=proof)

@@ -30,6 +30,7 @@ from xfusion.data.pack import pack as pack_rows
 from xfusion.data.sequence import XFusionError
 from xfusion.fusion.dual_tower import DualTower
 from xfusion.model import Model
+from xfusion.opening import Opening
 
 ROWS_OF_ALL = [[s] for s in mixed_sequences().values()]
 
@@ -241,6 +242,20 @@ def test_saving_replaces_a_pack_but_no_other_folder(pack, tmp_path):
     with pytest.raises(XFusionError, match="holds other files"):
         model.save_pretrained(tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    # A model of transformers has a config.json, too; a pack under version control has more than a pack.
+    (tmp_path / "llava").mkdir()
+    for name, text in (("config.json", '{"model_type": "llava"}'), ("model.safetensors", "weeks of training")):
+        (tmp_path / "llava" / name).write_text(text)
+    (folder / ".git").mkdir()
+    for other in (tmp_path / "llava", folder):
+        before = {p: p.is_file() and p.read_bytes() for p in other.iterdir()}
+        with pytest.raises(XFusionError, match="holds other files"):
+            model.save_pretrained(other)
+        assert {p: p.is_file() and p.read_bytes() for p in other.iterdir()} == before
+    with pytest.raises(XFusionError, match=r"holds other files \(\.git\)"):
+        checkpoint.add_facts(folder, model, proof={})
+    with pytest.raises(XFusionError, match=r"holds other files \(\.git\)"):
+        checkpoint.add_opening(folder, model, Opening(64), folder)
 
 
 def test_a_failed_save_leaves_the_old_pack_and_no_rubbish(pack, tmp_path, monkeypatch):

@@ -215,7 +215,8 @@ def test_a_head_is_a_file_of_its_own(model, tmp_path):
     plain, folder = tmp_path / "plain", tmp_path / "pack"
     model.save_pretrained(plain)
     made = Opening(64)
-    checkpoint.add_opening(plain, made, folder, scores={"recall": 1.0})
+    checkpoint.add_opening(plain, model, made, folder, scores={"recall": 1.0})
+    assert "## Opening head\n\n| fact | value |\n| --- | --- |\n| recall | 1 |" in (folder / "README.md").read_text()
     assert (folder / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
     assert (folder / "opening.safetensors").stat().st_size < 2000
     config = json.loads((folder / "config.json").read_text())
@@ -227,7 +228,7 @@ def test_a_head_is_a_file_of_its_own(model, tmp_path):
     again = xfusion.load(tmp_path / "again", backbone=model.backbone)
     assert torch.equal(again.opening.opens.weight, made.opens.weight)
     assert xfusion.load(plain, backbone=model.backbone).opening is None
-    checkpoint.add_opening(folder, head(1.0), folder)  # in place, and another one
+    checkpoint.add_opening(folder, model, head(1.0), folder)  # in place, and another one
     assert float(xfusion.load(folder, backbone=model.backbone).opening.opens.bias) == 1.0
 
 
@@ -251,9 +252,15 @@ def test_an_altered_head_is_refused(model, tmp_path):
         xfusion.load(tmp_path / "pack", backbone=model.backbone)
 
 
-def test_a_pack_of_the_previous_format_version_takes_a_head(tmp_path):
+def test_a_pack_of_the_previous_format_version_takes_a_head(model, tmp_path):
     old = shutil.copytree(VERSION_1, tmp_path / "old")
-    checkpoint.add_opening(old, Opening(64), tmp_path / "new")
+    config = json.loads((old / "config.json").read_text())
+    config["base"]["fingerprint"] = model.backbone.fingerprint  # another torch may draw the base otherwise
+    (old / "config.json").write_text(json.dumps(config))
+    with pytest.raises(XFusionError, match="holds other weights than this model"):
+        checkpoint.add_opening(old, model, Opening(64), tmp_path / "new")
+    own = xfusion.load(old, backbone=model.backbone)
+    checkpoint.add_opening(old, own, Opening(64), tmp_path / "new")
     config = checkpoint.read_config(tmp_path / "new")
     assert config["format_version"] == 2
     assert (tmp_path / "new" / "model.safetensors").read_bytes() == (VERSION_1 / "model.safetensors").read_bytes()
@@ -261,5 +268,5 @@ def test_a_pack_of_the_previous_format_version_takes_a_head(tmp_path):
     weights[-1] ^= 1
     (old / "model.safetensors").write_bytes(weights)
     with pytest.raises(XFusionError, match="was altered"):
-        checkpoint.add_opening(old, Opening(64), tmp_path / "broken")
+        checkpoint.add_opening(old, own, Opening(64), tmp_path / "broken")
     assert not (tmp_path / "broken").exists()

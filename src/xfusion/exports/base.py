@@ -6,7 +6,7 @@ import pkgutil
 from importlib import import_module
 from pathlib import Path
 
-from xfusion.checkpoint import refuse_other_files, whole_folder
+from xfusion.checkpoint import whole_folder
 from xfusion.data.sequence import XFusionError
 from xfusion.model import Model
 
@@ -29,11 +29,12 @@ def export(model: Model, folder: Path, target: str) -> list[str]:
         what a user of the result has to know, a line each.
 
     Raises:
-        XFusionError: the other library has nothing that gives the same logits, or is not installed.
+        XFusionError: the other library has nothing that computes the same, or is not installed; the folder is not empty.
     """
     if target not in names():
         raise XFusionError(f"there is no export to {target!r}, only to {', '.join(names())}")
-    refuse_other_files(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise XFusionError(f"{folder} is not empty: name an empty folder, or one that is not there")
     try:
         with whole_folder(folder) as folder_so_far:
             return import_module(f"xfusion.exports.{target}").export(model, folder_so_far)
@@ -42,5 +43,5 @@ def export(model: Model, folder: Path, target: str) -> list[str]:
 
 
 def not_exact(model: Model, target: str, reason: str) -> XFusionError:
-    """What is said where no class of the other library gives the same logits."""
+    """What is said where nothing of the other library computes the same."""
     return XFusionError(f"{type(model.fusion).__name__} cannot be exported to {target}: {reason}")

@@ -154,6 +154,7 @@ class TrainOpening(Verb):
         if self.out is None and not Path(name).expanduser().is_dir():
             raise UsageError(f"{self.model} is not a folder: name another one for the pack with the head, by -o FOLDER")
         folder = checkpoint.find(name)
+        checkpoint.refuse_other_files(self.out or folder)
         model = load_model(self.model, device=self.device, trust=self.trust)
         if "draw" not in model.capabilities:
             raise UsageError(f"{self.model} cannot draw: it can {', '.join(sorted(model.capabilities))}")
@@ -163,7 +164,7 @@ class TrainOpening(Verb):
             settings = {"wordings": self.wordings, "chats": self.chats, "max_chats": self.max_chats}
             scores = evaluate(model, "requests", progress=tell, repeat=self.repeat, **settings)
         facts = {"examples": len(examples), "wordings": self.wordings and Path(self.wordings).name, "scores": scores}
-        out = checkpoint.add_opening(folder, model.opening, self.out or folder, **facts)
+        out = checkpoint.add_opening(folder, model, model.opening, self.out or folder, **facts)
         found = {k: v for k, v in scores.items() if k != "settings"}
         rows = [("pack", str(out)), *((k, f"{v:.4f}") for k, v in found.items()), ("try", f"xfusion chat {out}")]
         return Answer(data={"out": str(out), "examples": len(examples), **scores}, text=table(rows))
