@@ -446,6 +446,9 @@ def test_unlike_recipes_are_refused(go, base):
         compare({"one": one, "two": replace(one, data="photos")}, plan(), out="comparison/test", backbone=base)
     with pytest.raises(XFusionError, match="two would train 32 samples in steps of .2., one 36 in .3.: .*multiple"):
         go({"one": one, "two": tiny(base, mixture=MixtureConfig(draw=12, caption=4))})
+    for names in (["audiopalm"], ["xfusion", "slm"]):
+        with pytest.raises(XFusionError, match=f"{names[-1]} hears sounds, and comparisons score pictures"):
+            compare(names, plan(), out="comparison/test", backbone=base)
     assert not Path("comparison/test").exists(), "nothing was trained or written"
 
 

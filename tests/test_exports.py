@@ -164,6 +164,7 @@ def test_features_at_the_input_are_llava(bases, tmp_path, encoder, port, family)
         ("dual tower", "transformers", "no class of transformers is this mechanism"),
         ("flamingo", "transformers", "CrossAttention cannot be exported to transformers"),
         ("llama-adapter 2", "peft", "its version 2"),
+        ("lora", "peft", "deltas on the base's own layers are not taken out of the mechanism"),
         ("low-rank tower", "onnx", "there is no export to 'onnx', only to peft, transformers"),
     ],
 )

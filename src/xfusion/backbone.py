@@ -192,7 +192,7 @@ class Backbone:
 
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(self.config), dtype=self.dtype)
-        return Backbone(model, self.tokenizer, self.source, self.revision)
+        return Backbone(model, self.tokenizer, self.source, self.revision, pretrained=self.pretrained)
 
     def fresh(self) -> Any:
         """The base once more, by transformers alone: another object with storage of its own, as `verify` needs.
@@ -484,7 +484,7 @@ class Backbone:
         """Module objects of their own over this one's weights, in which others may be put in these weights' place."""
         model = copy.deepcopy(self.model, {id(parameter): parameter for parameter in self.model.parameters()})
         model.config._attn_implementation = self._known_attention(attention)
-        return Backbone(model, self.tokenizer, self.source, self.revision)
+        return Backbone(model, self.tokenizer, self.source, self.revision, pretrained=self.pretrained)
 
     def _known_attention(self, attention: str) -> str:
         # Soft-caps would be lost without a word.

@@ -7,6 +7,7 @@ tower's rows of the picture alone. Every item has a generator of its own, so a b
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
@@ -51,6 +52,19 @@ def _encode_prompt(model: Model, text: str | Text) -> tuple[int, ...]:
     if len(ids) > limit:
         raise XFusionError(f"the prompt has {len(ids)} tokens, more than the {limit} that are allowed: shorten it")
     return ids
+
+
+def refuse_to_draw(model: Model) -> None:
+    """Refuse a model that cannot draw.
+
+    Raises:
+        XFusionError: it learned something else.
+    """
+    if "draw" not in model.capabilities:
+        raise XFusionError(
+            f"this model cannot draw, only {', '.join(sorted(model.capabilities))}: train one with a media objective, such"
+            " as the recipe xfusion"
+        )
 
 
 def draw_size(model: Model, size: int | None) -> tuple[int, int]:
@@ -101,11 +115,7 @@ def draw_tokens(
     Returns:
         tokens ``[N, M, P]``.
     """
-    if "draw" not in model.capabilities:
-        raise XFusionError(
-            f"this model cannot draw, only {', '.join(sorted(model.capabilities))}: train one with a media objective, such"
-            " as the recipe xfusion"
-        )
+    refuse_to_draw(model)
     grid, name = model.modality.grid(size), model.modality.name
     count, width = grid[0] * grid[1], model.modality.token_width
     device = model.device
@@ -451,13 +461,14 @@ def schema_answers(schema: dict[str, Any]) -> list[str]:
     kind = schema.get("type")
     if "const" in schema or "enum" in schema:
         values = [schema["const"]] if "const" in schema else list(schema["enum"])
+        _small(len(values))
         found = [json.dumps(value, ensure_ascii=False) for value in values]
     elif kind in ("boolean", "null"):
         found = ["true", "false"] if kind == "boolean" else ["null"]
     elif kind == "integer":
         if not {"minimum", "maximum"} <= set(schema):
             raise XFusionError("schema: an integer needs minimum and maximum, so that its values can be written out")
-        low, high = int(schema["minimum"]), int(schema["maximum"])
+        low, high = math.ceil(schema["minimum"]), math.floor(schema["maximum"])
         _small(high - low + 1)
         found = [str(value) for value in range(low, high + 1)]
     elif kind == "object":
@@ -693,7 +704,7 @@ def match(model: Model, pictures: Seq[PILImage.Image], texts: Seq[str]) -> Tenso
     for start in range(0, len(pairs), BATCH):
         part = pairs[start : start + BATCH]
         rows = [[Sequence(segments=(*said[j], media[i]))] for i, j in part]
-        batch, own = pack(rows).to(model.backbone.device), torch.arange(len(part), device=model.backbone.device)
+        batch, own = pack(rows).to(model.device), torch.arange(len(part), device=model.device)
         probability = objective.judged(model, batch, own, own).float().softmax(dim=-1)[:, 1].cpu()
         for (i, j), value in zip(part, probability, strict=True):
             out[i, j] = value

@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from contracts.table import WINDOW, Noise, make_base, make_model, tokenizer
 
 import xfusion
+from xfusion import checkpoint
 from xfusion.apps import cli
 from xfusion.apps.commands.pictures import file_name
 from xfusion.backbone import Backbone
@@ -447,6 +450,11 @@ def test_evaluate(run, here, pack, monkeypatch):
     assert ran.json["score"] == 0.5
     assert ran.json["settings"]["source"] == "emoji:128" and ran.json["settings"]["max_drawn"] == 3
     assert json.loads(Path("scores.json").read_text()) == ran.json
+    mine = shutil.copytree(pack, "mine")
+    assert run("evaluate", mine, "--set", "max_drawn=3", "--record").code == 0
+    assert "| score | 0.5 |" in (Path(mine) / "README.md").read_text()
+    assert checkpoint.read_config(Path(mine))["scores"]["settings"]["max_drawn"] == 3
+    assert run("evaluate", "emoji", "--record").code == 2  # not a folder of one's own
 
 
 def test_data_check(run, photos):
@@ -473,6 +481,11 @@ def test_data_check_finds_the_control_tokens_of_a_base(run, photos, base):
 def test_doctor(run):
     found = run("doctor", "--json").json
     assert {"device", "dtype", "dtype_reason", "threads", "versions", "cache", "embedded_base", "extras"} <= set(found)
+    project = tomllib.loads((SOURCE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for extra, names_of in found["extras"].items():
+        said = [re.match(r"[\w-]+", text)[0] for text in project["optional-dependencies"][extra]]
+        assert list(names_of) == said
+    assert set(project["optional-dependencies"]) - set(found["extras"]) == {"docs", "bench", "dev"}
     assert found["versions"]["torch"]
     assert "base" not in found
 

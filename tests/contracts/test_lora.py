@@ -26,6 +26,7 @@ from xfusion.data.mixture import MixtureConfig
 from xfusion.data.sequence import XFusionError
 from xfusion.evaluation.verify import verify
 from xfusion.fusion.lora import Lora
+from xfusion.fusion.shared_decoder import SharedDecoder
 from xfusion.model import Model
 from xfusion.recipes.base import find
 from xfusion.training.loop import train
@@ -187,6 +188,18 @@ def test_regimes_are_never_ranked_together():
         "seeds_needed": None,
     }
     assert ranked(None, None) == decided  # results that are older than the label
+
+
+def test_where_copies_stand_the_frozen_layer_does_not_compute(bases):
+    fusion = Lora.Config(inner=SharedDecoder.Config(stride=2))
+    model = Model(replace(model_config(bases["llama"]), fusion=fusion), bases["llama"])
+    kept = [model.fusion.keeps(index) for index in range(4)]
+    assert kept == [str(index) in model.fusion.blocks for index in range(4)] and sorted(kept) == [
+        False,
+        False,
+        True,
+        True,
+    ]
 
 
 def test_what_cannot_be_adapted_is_refused(bases):

@@ -29,6 +29,12 @@ def folder(tmp_path) -> Path:
     return root
 
 
+@pytest.mark.parametrize("first", ["3", "true", "null", "[1]", '"words"'])
+def test_a_first_line_that_is_no_object_is_named(tmp_path, first):
+    with pytest.raises(XFusionError, match=r"data\.jsonl:1: .*object"):
+        open_source(str(lines(tmp_path / "data.jsonl", first)))
+
+
 def lines(path: Path, *rows) -> Path:
     """Write JSON lines; a text or bytes row is written as it is."""
     encoded = [

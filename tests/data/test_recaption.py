@@ -60,6 +60,13 @@ def test_a_break_loses_nothing_and_asks_nothing_twice(tmp_path):
     other = Asking(model="another", prompt="what is this?", size=32)
     with pytest.raises(XFusionError, match="was made with model 'someone', this call has 'another'"):
         recaption(source, never, other, folder, progress=silent)
+    whole = (folder / JOURNAL).read_text()
+    for bad, what in (("{]", "is not JSON"), ("[]", "has no legal field 'index'"), ('{"index": 0}', "field 'caption'"),
+                      ('{"index": 0, "caption": "x"}', "field 'model'")):  # fmt: skip
+        (folder / JOURNAL).write_text(whole.replace(whole.splitlines()[1], bad))
+        with pytest.raises(XFusionError, match=f"line 2: .*{what}"):
+            recaption(source, never, ASKING, folder, progress=silent)
+    (folder / JOURNAL).write_text(whole)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
     with pytest.raises(XFusionError, match="holds other files"):

@@ -72,6 +72,11 @@ def test_a_folder_is_drawn_in_genevals_layout_and_goes_on_after_a_break(packs, c
     assert cli.main([*call[:5], "mine", *call[6:]]) == 2 and sorted(p.name for p in Path("mine").iterdir()) == [
         "thesis.txt"
     ]
+    # What cannot be drawn leaves no folder behind.
+    assert cli.main(["draw", "artist", "--prompts", "prompts.jsonl", "-o", "none", "--size", "4000"]) == 2
+    monkeypatch.setattr(type(artist), "capabilities", {"text", "caption"})
+    assert cli.main(["draw", "artist", "--prompts", "prompts.jsonl", "-o", "none"]) == 2
+    assert not Path("none").exists()
 
 
 def test_a_judge_scores_the_folder_and_not_its_own(packs, capsys):

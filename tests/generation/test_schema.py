@@ -26,12 +26,16 @@ def test_all_texts_of_a_schema_are_written_out():
     values = itertools.product(["red", "green", 'a "b"'], range(1, 13), [True, False])
     assert [json.loads(text) for text in texts] == [{"colour": c, "count": n, "seen": s} for c, n, s in values]
     assert schema_answers({"const": None}) == ["null"] and schema_answers({"type": "object"}) == ["{}"]
+    assert schema_answers({"type": "integer", "minimum": -1.5, "maximum": 1.5}) == ["-1", "0", "1"]
+    assert schema_answers({"type": "integer", "minimum": 0.5, "maximum": 2}) == ["1", "2"]
     for schema, message in (
         ({"type": "string"}, "type 'string' is not one of"),
         ({"type": "integer"}, "an integer needs minimum and maximum"),
         ({"type": "integer", "minimum": 0, "maximum": 9999}, "it allows 10000 answers, from 1 to 4096"),
         ({"type": "object", "properties": {"a": {"type": "null"}}, "required": []}, "property 'a' is optional"),
-        ({"enum": []}, "it allows no answer"),
+        ({"enum": []}, "it allows 0 answers"),
+        ({"enum": list(range(4097))}, "it allows 4097 answers, from 1 to 4096"),
+        ({"type": "integer", "minimum": 0.2, "maximum": 0.8}, "it allows 0 answers"),
         ({"pattern": "a"}, "'pattern' is not understood"),
     ):
         with pytest.raises(XFusionError, match=message):

@@ -232,7 +232,7 @@ def _loss(model: Model, batch: Batch, task: str) -> Tensor:
     """A loss of a task as large as training's, of tensors that may have no values."""
     hidden, run = model.run_pass(batch)
     if task == "draw":
-        return model.port.readout(run.states["image"]).float().square().mean()
+        return model.port.readout(run.states[model.modality.name]).float().square().mean()
     learned = batch.num_sequences * (batch.text.count // (batch.num_sequences // len(batch.text_ids)) - 1)
     states = hidden[:, run.slices["text"]].flatten(0, 1)[:learned]
     scores = model.engine.backbone.logits(states[None])[0].float()

@@ -164,6 +164,11 @@ SAME = {
 
 
 def refuse_unlike(entries: Sequence[Entry], open_data: bool) -> None:
+    for entry in entries:
+        if entry.recipe.model.audio is not None:
+            raise XFusionError(
+                f"{entry.label} hears sounds, and comparisons score pictures: use xfusion evaluate --suite sounds"
+            )
     first = entries[0]
     for other in entries[1:]:
         for path, what in SAME.items():

@@ -77,7 +77,9 @@ def kind_of(path: Path) -> Kind:
             with path.open("rb") as file:
                 first = next((line for line in _lines(file) if line.strip()), b"{}")
             row = json.loads(first.decode("utf-8-sig"))
-            name = row.get("file_name", "") if isinstance(row, dict) and "image" not in row else ".png"
+            if not isinstance(row, dict):  # told where it is read
+                return PICTURES
+            name = row.get("file_name", "") if "image" not in row else ".png"
             return SOUNDS if "audio" in row or Path(str(name)).suffix.lower() in sounds.SUFFIXES else PICTURES
         found = {file.suffix.lower() for file in path.rglob("[!.]*")} if path.is_dir() else set()
     except (OSError, ValueError, RecursionError):  # told where it is read

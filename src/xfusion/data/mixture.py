@@ -141,7 +141,9 @@ class Mixture:
         return Awaited(**vars(blank), index=index, size=size)
 
     def _sizes(self, task: str, step: int, count: int) -> list[int]:
-        """Sizes of a task's samples in a step: always as many of each, so that shapes stay fixed."""
+        """Sizes of a task's samples in a step: the same multiset in every step, so that shapes stay fixed, shuffled; the first
+        sizes have one sample more where their number does not divide the task's.
+        """
         even = [self.sizes[place % len(self.sizes)] for place in range(count)]
         random.Random(f"{self.seed}/{task}/sizes/{step}").shuffle(even)
         return even

@@ -114,8 +114,17 @@ def _journal(folder: Path, asking: Asking, spec: str) -> dict[int, str]:
     if kept != whole:
         path.write_bytes(kept)
     found: dict[int, str] = {}
-    for line in map(json.loads, kept.decode("utf-8").splitlines()):
-        for key, own in (("model", asking.model), ("prompt", asking.prompt), ("source", spec), ("size", asking.size)):
+    asked = {"model": asking.model, "prompt": asking.prompt, "source": spec, "size": asking.size}
+    for number, text in enumerate(kept.splitlines(), start=1):  # of bytes: words may hold other ends of lines
+        try:
+            line = json.loads(text)
+        except ValueError as error:  # undecodable, too
+            raise XFusionError(f"{path}, line {number}: is not JSON: {error}; mend the line or take it out") from error
+        kinds = {"index": int, "caption": str}
+        bad = [key for key, kind in kinds.items() if not isinstance(line, dict) or not isinstance(line.get(key), kind)]
+        if bad := bad + [key for key in asked if isinstance(line, dict) and key not in line]:
+            raise XFusionError(f"{path}, line {number}: has no legal field {bad[0]!r}; mend the line or take it out")
+        for key, own in asked.items():
             if line[key] != own:
                 raise XFusionError(
                     f"{path} was made with {key} {line[key]!r}, this call has {own!r}: name another folder"

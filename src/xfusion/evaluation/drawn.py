@@ -20,6 +20,7 @@ from xfusion.checkpoint import file_hash, read_json, sealed
 from xfusion.data.sequence import XFusionError
 from xfusion.evaluation.metrics import naming
 from xfusion.evaluation.run import write_json
+from xfusion.generation import draw_size, refuse_to_draw
 
 MANIFEST = "manifest.json"
 
@@ -77,8 +78,11 @@ def draw_folder(
         the manifest.
 
     Raises:
-        XFusionError: the folder holds pictures of another pack, of other prompts or settings.
+        XFusionError: the folder holds pictures of another pack, of other prompts or settings; or the model cannot draw, or not
+            at this size: then nothing is written.
     """
+    refuse_to_draw(model)
+    draw_size(model, settings.get("size"))
     facts = {
         "pack_fingerprint": model.fingerprint,
         "base_fingerprint": model.backbone.fingerprint,

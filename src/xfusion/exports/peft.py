@@ -16,6 +16,7 @@ from xfusion.exports.base import not_exact
 from xfusion.fusion.adaption_prompt import AdaptionPrompt
 from xfusion.fusion.base import by_path
 from xfusion.fusion.dual_tower import DualTower
+from xfusion.fusion.lora import Lora
 from xfusion.model import Model
 
 WEIGHTS = "adapter_model.safetensors"
@@ -28,7 +29,12 @@ def export(model: Model, folder: Path) -> list[str]:
         return _lora(model, model.fusion, folder, layers)
     if isinstance(model.fusion, AdaptionPrompt):
         return _prompts(model, model.fusion, folder, layers)
-    raise not_exact(model, "peft", "peft has adapters for low-rank dual towers and for adaption prompts alone")
+    if isinstance(model.fusion, Lora):
+        reason = (
+            "deltas on the base's own layers are not taken out of the mechanism over them, for which peft has no place"
+        )
+        raise not_exact(model, "peft", reason)
+    raise not_exact(model, "peft", "it is neither a low-rank dual tower nor adaption prompts, which alone are exported")
 
 
 def _lora(model: Model, fusion: DualTower, folder: Path, layers: str) -> list[str]:

@@ -149,6 +149,10 @@ class Lora(Fusion):
         finally:
             self.adapts = before
 
+    def keeps(self, index: int) -> bool:
+        """As the mechanism inside."""
+        return self.inner.keeps(index)
+
     @property
     def state_layers(self) -> tuple[int, ...]:
         """The mechanism's."""

@@ -201,6 +201,11 @@ class ModalityExperts(Fusion):
         self.of_words = nn.ModuleDict({index: self.make(int(index), backbone) for index in places})
         self._words: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
+    def new_modules(self, index: int) -> list[nn.Module]:
+        """The parts of media, and from scratch those of words."""
+        own = [self.of_words[str(index)]] if str(index) in self.of_words else []
+        return super().new_modules(index) + own
+
     def words(self, index: int, frozen: nn.Module) -> Any:
         """The layer that words take: the frozen one, or from scratch one of their own."""
         if not self.config.post_norm:

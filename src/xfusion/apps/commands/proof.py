@@ -37,20 +37,28 @@ class Verify(Verb):
         from xfusion.evaluation.run import write_json
         from xfusion.evaluation.verify import verify
 
-        folder = Path(pack_folder(self.model)).expanduser()
-        if self.record and not folder.is_dir():
-            raise UsageError(f"--record: {self.model} is not a folder")
-
+        folder = _to_record_in(self.model) if self.record else None
         choose_device(self.device)
         model = load_model(self.model, device=self.device, trust=self.trust)
         with progress(people) as tell:
             result: dict[str, Any] = {"model": self.model} | verify(model, tell)
         if self.out:
             write_json(self.out, result)
-        if self.record:
+        if folder:
             checkpoint.add_facts(folder, model, proof=result)
         rows = [("ok" if c["passed"] else "FAILED", f"{c['name']}: {c['detail']}") for c in result["checks"]]
         return Answer(data=result, text=f"{table(rows)}\n{verdict(result)}", code=0 if result["passed"] else 1)
+
+
+def _to_record_in(name: str) -> Path:
+    """The folder of a pack that results are recorded in; asked before they are made."""
+    from xfusion import checkpoint
+
+    folder = Path(pack_folder(name)).expanduser()
+    if not folder.is_dir():
+        raise UsageError(f"--record: {name} is not a folder")
+    checkpoint.refuse_other_files(folder)
+    return folder
 
 
 def verdict(result: dict[str, Any]) -> str:
@@ -79,13 +87,18 @@ class Evaluate(Verb):
     """Settings of the suite, such as source=emoji:128 max_drawn=64 features=false."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
     """Write the result to this JSON file, too."""
+    record: bool = False
+    """Record the scores in the pack, which must be a folder, in place of those there: its card then shows them."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
     trust: bool = False
     """Import packages outside xfusion that the pack names."""
 
     def run(self, people: Console) -> Answer:
+        from xfusion import checkpoint
         from xfusion.evaluation.run import check, evaluate
+
+        folder = _to_record_in(self.model) if self.record else None
 
         settings = dict(read_setting(text) for text in self.set)
         choose_device(self.device)
@@ -93,6 +106,8 @@ class Evaluate(Verb):
         model = load_model(self.model, device=self.device, trust=self.trust)
         with progress(people) as tell:
             result = evaluate(model, self.suite, out=self.out, progress=tell, **settings)
+        if folder:
+            checkpoint.add_facts(folder, model, scores={k: v for k, v in result.items() if k != "curves"})
         told = {k: v for k, v in result.items() if k not in ("settings", "curves")}
         rows = [(k, f"{v:.4g}" if isinstance(v, float) else str(v)) for k, v in told.items()]
         return Answer(data=result, text=table(rows + self.plots(result.get("curves", {}))))

@@ -1,0 +1,30 @@
+"""Every recipe on the shape of a base alone: what `xfusion show` says of it needs no weights."""
+
+import pytest
+from rich.console import Console
+
+from xfusion import backbone
+from xfusion.apps.commands.show import Show
+from xfusion.recipes.base import names
+
+SHAPE = {
+    "model_type": "llama",
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.mark.parametrize("name", [*names(), "xfusion.recipes.mot:from_scratch"])
+def test_a_recipe_is_shown_on_a_shape(name, monkeypatch):
+    monkeypatch.setitem(backbone.SHAPES, "small", SHAPE)
+    shown = Show(name=name, backbone="small").run(Console(quiet=True))
+    assert shown.data["new_parameters"] > 0 and f"{name} on the shape of small" in shown.text
+    for flops in shown.data["flops_per_sample"].values():
+        assert flops["training"] > flops["forward"] > 0
+    memory = shown.data["memory"]
+    if memory["activations"]:
+        assert memory["activations_with_checkpointing"] > 0
