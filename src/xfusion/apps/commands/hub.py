@@ -61,7 +61,7 @@ class Export(Verb):
     to: str
     """peft or transformers."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")]
-    """Folder of what is written; it must not hold other files."""
+    """Folder of what is written; it must be empty or not there."""
     trust: bool = False
     """Import packages outside xfusion that the pack names."""
 
