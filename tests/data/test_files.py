@@ -31,7 +31,7 @@ def folder(tmp_path) -> Path:
 
 @pytest.mark.parametrize("first", ["3", "true", "null", "[1]", '"words"'])
 def test_a_first_line_that_is_no_object_is_named(tmp_path, first):
-    with pytest.raises(XFusionError, match=r"data\.jsonl:1: .*object"):
+    with pytest.raises(XFusionError, match="expected an object in braces, found a"):
         open_source(str(lines(tmp_path / "data.jsonl", first)))
 
 
