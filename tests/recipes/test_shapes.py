@@ -18,7 +18,13 @@ SHAPE = {
 }
 
 
-@pytest.mark.parametrize("name", [*names(), "xfusion.recipes.mot:from_scratch"])
+QUICK = ("audiopalm", "xfusion", "xfusion.recipes.mot:from_scratch")
+"""One of sounds, one of pictures, one without a trained base; all others are of the full tier."""
+
+
+@pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.full) for name in names() if name not in QUICK)]
+)
 def test_a_recipe_is_shown_on_a_shape(name, monkeypatch):
     monkeypatch.setitem(backbone.SHAPES, "small", SHAPE)
     shown = Show(name=name, backbone="small").run(Console(quiet=True))
