@@ -17,14 +17,15 @@ from apps.serving import apart, png, tiny_models
 from contracts.table import SIDE, Noise
 
 from xfusion.apps import cli
-from xfusion.apps.server import batches
+from xfusion.apps.server import batches, reading, requests
 from xfusion.apps.server.answers import Refused
 from xfusion.apps.server.batches import Continue, told
 from xfusion.apps.server.limits import Limits
 from xfusion.apps.web import heat
 from xfusion.apps.web.desk import Desk, Drawn, Preview, Stopped
-from xfusion.data.sequence import Text
+from xfusion.data.sequence import Text, XFusionError
 from xfusion.evaluation.attention import drawing_attention
+from xfusion.model import Model
 
 TINY = Limits(queue=4, batch=4, seconds=20, n=3, tokens=24, steps=30, pixels=10_000, body=200_000, characters=500)
 
@@ -129,6 +130,49 @@ def test_what_is_beyond_the_limits_is_refused_in_a_line(desk, tmp_path, monkeypa
     monkeypatch.setattr(desk, "limits", Limits(seconds=0.1))
     with pytest.raises(Refused, match="no answer within 0.1 seconds"):
         list(desk.draw("me", "tiny", "a cat"))
+
+
+def test_the_deadline_holds_for_an_answer_that_never_pauses(desk, monkeypatch):
+    def talk(work, jobs):
+        end = time.monotonic() + 1
+        while time.monotonic() < end:
+            jobs[0].tell(jobs[0], "on and on ")
+            time.sleep(0.01)
+        return [["on and on"]]
+
+    monkeypatch.setattr(Continue, "run", talk)
+    monkeypatch.setattr(desk, "limits", Limits(seconds=0.2))
+    with pytest.raises(Refused, match="no answer within 0.2 seconds"):
+        list(desk.say("me", "tiny", [{"role": "user", "content": ["go on"]}]))
+
+
+def test_a_pack_that_hears_answers_words_and_refuses_pictures(desk, model, monkeypatch, tmp_path):
+    expected = model.generate([Text(ids=model.backbone.chat("hello"))], max_tokens=8)[0]
+
+    def image(model):
+        raise XFusionError("this model knows sounds, not pictures")
+
+    Noise(1).picture(0, 32).save(tmp_path / "a.png")
+    seen = png(Noise(1).picture(0, 32))
+    mask = png(Image.new("L", (32, 32), "white"))
+    shown = [{"role": "user", "content": [Noise(1).picture(0, 32)]}]
+    monkeypatch.setattr(Model, "image", property(image))
+    *_, answer = desk.say("me", "tiny", [{"role": "user", "content": ["hello"]}], max_tokens=8)
+    assert answer == expected
+    for ask in (
+        lambda: desk.opened(tmp_path / "a.png", "tiny"),
+        lambda: next(desk.say("me", "tiny", shown)),
+        lambda: next(desk.draw("me", "tiny", "a cat")),
+        lambda: next(desk.repaint("me", "tiny", seen, mask, "a cat")),
+        lambda: next(desk.look("me", "tiny", "a cat")),
+    ):
+        with pytest.raises(Refused, match="knows sounds, not pictures") as refused:
+            ask()
+        assert (refused.value.status, refused.value.code) == (400, "not_capable")
+    drawn = requests.parse(requests.Chat, {"messages": [{"role": "user", "content": "a"}], "modalities": ["image"]})
+    with pytest.raises(Refused, match="knows sounds, not pictures") as refused:
+        reading.chat(drawn, model, TINY, frozenset())
+    assert refused.value.code == "not_capable"
 
 
 # --------------------------------------------------------------------------------------------------------------- heat

@@ -173,11 +173,6 @@ class _Server:
                 pass
         finally:
             ticket.drop()
-        width = len(job.answer[0])
-        if asked.dimensions not in (None, width):
-            raise Refused(
-                400, f"dimensions is {asked.dimensions}, but this model's vectors have {width}", param="dimensions"
-            )
         as_text = asked.encoding_format == "base64"
         data = [
             {

@@ -144,7 +144,7 @@ class Embed:
 
     @property
     def together(self) -> bool:
-        """As `Work.together`."""
+        """Jobs share a pass: each item is a row of its own."""
         return True
 
     def run(self, jobs: list[Job]) -> list[list[Any]]:

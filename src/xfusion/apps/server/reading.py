@@ -34,6 +34,7 @@ def chat(asked: requests.Chat, model: Model, limits: Limits, hosts: frozenset[st
     if "image" in asked.modalities:
         if "draw" not in model.capabilities:
             raise requests.incapable(model, "draw")
+        requests.trained_side(model)
         given[-1]["content"].append(Image(size=asked.side()))
         if "text" in asked.modalities:
             given[-1]["content"].append("")  # behind the picture stand words
@@ -102,7 +103,7 @@ def edit(asked: requests.Images, model: Model, limits: Limits, image: bytes, mas
         Refused: it is beyond the limits, picture and mask do not fit, or this model cannot draw.
     """
     _drawn(asked, model, limits)
-    trained = model.image.sizes[0]
+    trained = requests.trained_side(model)
     if asked.side() not in (None, trained):
         raise Refused(400, f"size: pictures are edited at {trained}x{trained}, the trained size", param="size")
     picture, holes = requests.picture_and_mask(image, mask, model, limits)
@@ -116,8 +117,13 @@ def embeddings(asked: requests.Embeddings, model: Model, limits: Limits, hosts: 
     """Vectors of texts and pictures: the job, and the tokens of the words.
 
     Raises:
-        Refused: they are beyond the limits, or nothing that this model can read.
+        Refused: they are beyond the limits, or nothing that this model can read; its vectors have another width.
     """
+    objective: Any = next(one for one in model.objectives if "embed" in one.gives)
+    width = objective.embedding_width
+    if asked.dimensions not in (None, width):
+        message = f"dimensions is {asked.dimensions}, but this model's vectors have {width}"
+        raise Refused(400, message, param="dimensions")
     items = requests.embedded(asked, model, limits, hosts)
     with _as_refusal():
         prompt = sum(prompt_length(model, [item]) for item in items)
@@ -131,6 +137,7 @@ def _drawn(asked: requests.Images, model: Model, limits: Limits) -> None:
     requests.within(len(asked.prompt), limits.characters, "characters")
     if "draw" not in model.capabilities:
         raise requests.incapable(model, "draw")
+    requests.trained_side(model)
 
 
 def _bounded(asked: requests.Chat | requests.Images, limits: Limits) -> None:

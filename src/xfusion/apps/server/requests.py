@@ -253,10 +253,23 @@ def decoded(data: bytes, name: str, limits: Limits) -> PILImage.Image:
 
 def as_seen(picture: PILImage.Image, model: Model) -> PILImage.Image:
     """A picture in the size that the model sees it in, so that what waits in the queue is small."""
+    side = trained_side(model)
     try:
-        return square_picture(picture, model.image.sizes[0])
+        return square_picture(picture, side)
     except Exception as error:  # modes that Pillow reads and cannot convert
         raise Refused(400, f"a picture of mode {picture.mode} cannot be read", code="invalid_image") from error
+
+
+def trained_side(model: Model) -> int:
+    """The side of the pictures that a model sees and draws.
+
+    Raises:
+        Refused: it hears instead.
+    """
+    try:
+        return model.image.sizes[0]
+    except XFusionError as error:
+        raise Refused(400, str(error), code="not_capable", param="model") from error
 
 
 def _fetched(url: str, limits: Limits, hosts: frozenset[str]) -> bytes:

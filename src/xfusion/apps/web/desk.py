@@ -267,15 +267,14 @@ class Desk:
         left = len(jobs)
         try:
             while left:
+                if time.monotonic() > deadline:
+                    seconds = self.limits.seconds
+                    raise Refused(504, f"there is no answer within {seconds:g} seconds: ask for less", code="deadline")
                 try:
                     job, found = heard.get(timeout=LISTEN_SECONDS)
                 except queue.Empty:
                     if all(job.dropped for job in jobs):
                         return
-                    if time.monotonic() > deadline:
-                        seconds = self.limits.seconds
-                        message = f"there is no answer within {seconds:g} seconds: ask for less"
-                        raise Refused(504, message, code="deadline") from None
                     continue
                 if found is None:
                     left -= 1
@@ -293,7 +292,6 @@ class Desk:
 
 def _watcher(job: Job, heard: queue.SimpleQueue[Any], shown: set[int] | None) -> Any:
     """Tells of a job's estimates, in the thread that computes."""
-    size = job.work.model.image.sizes[0]
     last = -PREVIEW_SECONDS
 
     def watch(done: int, total: int, estimate: Tensor) -> None:
@@ -301,8 +299,8 @@ def _watcher(job: Job, heard: queue.SimpleQueue[Any], shown: set[int] | None) ->
         due = time.monotonic() - last >= PREVIEW_SECONDS if shown is None else done in shown
         if not due or job.dropped:
             return
-        image = job.work.model.image
-        (picture,) = image.to_pil(image.decode(estimate[None], size))
+        image = job.work.model.image  # asked where something is drawn: a pack of sounds has none, and answers in words
+        (picture,) = image.to_pil(image.decode(estimate[None], image.sizes[0]))
         last = time.monotonic()
         heard.put((job, Preview(index=job.index, done=done, total=total, picture=picture)))
 

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import anyio
 from fastapi import FastAPI
@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 os.environ.update({"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_SHARE": "False"})
 
 import gradio as gr
+from gradio import processing_utils, routes
 from gradio.themes import Default
 
 from xfusion.apps import comparison_page
@@ -83,6 +84,16 @@ iframe.comparison { width: 100%; height: 80vh; border: 1px solid var(--border-co
 :focus-visible { outline: 2px solid #c2571a; outline-offset: 2px; }
 @media (max-width: 34rem) { .tab-container button { padding: 0 .45rem !important; font-size: .85rem !important; } }
 """
+
+
+async def _fetch_nothing(address: str, *_: Any, **__: Any) -> NoReturn:
+    """Stands where gradio would fetch an address that a request made by hand names in place of an uploaded file."""
+    raise HTTPException(403, f"this page fetches nothing from elsewhere, and not {address[:100]!r}")
+
+
+# Every component's files go through the first of these, whatever its kind, and the second answers `file=http://...`.
+processing_utils.async_ssrf_protected_get = _fetch_nothing
+routes.secure_url_stream_response = _fetch_nothing
 
 
 class _Guard:
@@ -195,6 +206,8 @@ class _Page:
 
     def __init__(self, desk: Desk, comparisons: Path | None):
         self.desk, self.limits, self.comparisons = desk, desk.limits, comparisons
+        self.guidance: list[gr.Slider] = []
+        """Of every tab; they follow the pack."""
         self.able = set[str]().union(*(model.capabilities for model in desk.models.values()))
 
     def blocks(self) -> gr.Blocks:
@@ -221,6 +234,7 @@ class _Page:
                 if self.comparisons is not None:
                     with gr.Tab("Compare"):
                         self._comparison_tab(self.comparisons)
+            self._wire(self.pack.change, self._default_guidance, [self.pack], self.guidance)
         return page
 
     def _facts(self) -> str:
@@ -237,11 +251,13 @@ class _Page:
         with gr.Row():
             seed = gr.Textbox(label="Seed", value="0", info="empty: a random one", max_lines=1, min_width=100)
             count = gr.Slider(1, self.limits.steps, min(steps, self.limits.steps), step=1, label="Steps", min_width=140)
-            guidance = gr.Slider(0, 12, self._guidance(), step=0.5, label="Guidance", info="1 is off", min_width=140)
+            first = next(iter(self.desk.models.values())).guidance
+            guidance = gr.Slider(0, 12, first, step=0.5, label="Guidance", info="1 is off", min_width=140)
+        self.guidance.append(guidance)
         return [seed, count, guidance]
 
-    def _guidance(self) -> float:
-        return next(iter(self.desk.models.values())).guidance
+    def _default_guidance(self, pack: str) -> dict[gr.Slider, float]:
+        return dict.fromkeys(self.guidance, self.desk.model(pack).guidance)
 
     def _stop(self, request: gr.Request) -> None:
         self.desk.stop(_who(request))
@@ -374,9 +390,13 @@ class _Page:
         )  # fmt: skip
         kept = gr.State([])
         inputs = [self.pack, prompt, number, *settings, kept]
-        for trigger in (draw.click, prompt.submit):
-            self._wire(trigger, self._draw, inputs, [gallery, kept, line])
-        self._wire(clear.click, lambda: ([], [], status()), [], [gallery, kept, line])
+        outputs = [gallery, kept, line]
+        calls = [self._wire(trigger, self._draw, inputs, outputs) for trigger in (draw.click, prompt.submit)]
+        self._wire(clear.click, self._clear, [], outputs, cancels=calls)
+
+    def _clear(self, request: gr.Request) -> tuple[Any, ...]:
+        self._stop(request)
+        return [], [], status()
 
     def _draw(
         self, pack: str, prompt: str, number: float, seed: str, steps: float, guidance: float, kept: list[Any],
