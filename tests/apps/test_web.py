@@ -226,6 +226,50 @@ def page_at(model, tmp_path_factory):
         assert not thread.is_alive(), "the page did not stop"
 
 
+def test_an_address_that_a_request_names_is_not_fetched(page_at, monkeypatch):
+    """Made by hand: gradio takes the address of a file in any component's place, and fetches it."""
+    import httpx
+    import safehttpx
+
+    address, asked = "http://pictures.example/a.png", []
+
+    async def noted(url, *_, **__):
+        asked.append(url)
+        raise OSError("nothing is fetched in a test")
+
+    monkeypatch.setattr(safehttpx, "get", noted)
+    monkeypatch.setattr(safehttpx, "async_validate_url", noted)
+    file = {"path": address, "meta": {"_type": "gradio.FileData"}, "orig_name": "a.png"}
+    with httpx.Client(base_url=page_at[0], timeout=60, trust_env=False) as client:
+        assert client.get(f"/gradio_api/file={address}").status_code == 403
+        config = client.get("/config").json()
+        kinds = {component["id"]: component["type"] for component in config["components"]}
+        sent = 0
+        for event in config["dependencies"]:
+            for place, component in enumerate(event["inputs"]):
+                if kinds[component] not in ("multimodaltextbox", "image", "textbox"):
+                    continue
+                data: list[object] = [None] * len(event["inputs"])
+                data[place] = {"text": "", "files": [file]} if kinds[component] == "multimodaltextbox" else file
+                body = {"data": data, "fn_index": event["id"], "session_hash": f"hand{sent}"}
+                assert client.post("/gradio_api/queue/join", json=body).status_code == 200
+                told = client.get("/gradio_api/queue/data", params={"session_hash": f"hand{sent}"}).text
+                assert '"success":false' in told and '"process_generating"' not in told
+                sent += 1
+    assert sent > 10 and not asked
+
+
+def test_guidance_follows_the_pack(model, tmp_path, monkeypatch):
+    page = pytest.importorskip("xfusion.apps.web.page", reason="gradio is not installed: pip install 'xfusion[web]'")
+    shown = page._Page(Desk({"one": model, "two": model}, TINY, tmp_path), None)
+    blocks = shown.blocks()
+    sliders = [one for one in blocks.blocks.values() if getattr(one, "label", None) == "Guidance"]
+    (event,) = [one for one in blocks.fns.values() if (shown.pack._id, "change") in one.targets]
+    assert len(sliders) == 4 and set(event.outputs) == set(sliders)
+    monkeypatch.setattr(Model, "guidance", 6.5)
+    assert event.fn("two") == dict.fromkeys(sliders, 6.5)
+
+
 @pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -369,6 +413,13 @@ def test_drawing_is_stopped_looked_into_and_compared(visit, model, page_at, monk
         says(page, "draw", "step")
         page.locator("button:visible", has_text="Stop").click()
         says(page, "draw", "stopped")
+        assert not page_at[1].state.desk.open and page.locator("#gallery .thumbnail-item").count() == 0
+        page.locator("#draw").click()
+        says(page, "draw", "step")
+        page.locator("button:visible", has_text="Clear").click()
+        says(page, "draw", "")
+        page.wait_for_timeout(1000)
+        says(page, "draw", "")
         assert not page_at[1].state.desk.open and page.locator("#gallery .thumbnail-item").count() == 0
 
     page.get_by_role("tab", name="Inside").click()
