@@ -331,6 +331,7 @@ def says(page, place, words):
     page.wait_for_function(f"document.querySelector('#{place}-status').innerText.{wanted}")
 
 
+@pytest.mark.full
 def test_chat_by_keyboard_and_a_gallery(visit, model):
     one = visit(viewport={"width": 390, "height": 844}, color_scheme="dark")
     page = one.page
