@@ -201,7 +201,9 @@ def test_transparent_parts_are_white(tmp_path):
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I", "F", "I;16"])
 def test_every_mode_becomes_rgb(tmp_path, mode):
-    how = {"compression": "tiff_lzw"} if mode == "YCbCr" else {}  # Pillow 12 does not read the plain ones that it writes
+    how = (
+        {"compression": "tiff_lzw"} if mode == "YCbCr" else {}
+    )  # Pillow 12 does not read the plain ones that it writes
     Image.new(mode, (12, 9)).save(tmp_path / "any.tif", **how)
     assert drawn(tmp_path / "any.tif").shape == (8, 8, 3)
 

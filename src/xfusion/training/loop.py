@@ -262,6 +262,7 @@ class _Run:
         with checkpoint.named_in_errors(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.out).close()
+        checkpoint.refuse_other_files(self.out / "pack")  # or the pack would be refused when all is learned
 
     def _model(self, from_pack: str | None, backbone: Backbone, *, fresh: bool) -> Model:
         wanted = self.recipe.model
