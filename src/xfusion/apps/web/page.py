@@ -93,7 +93,8 @@ async def _fetch_nothing(address: str, *_: Any, **__: Any) -> NoReturn:
 
 # Every component's files go through the first of these, whatever its kind, and the second answers `file=http://...`.
 processing_utils.async_ssrf_protected_get = _fetch_nothing
-vars(routes)["secure_url_stream_response"] = _fetch_nothing  # imported there, so a private name to checkers
+_routes: Any = routes  # where it is imported, and so a private name to checkers
+_routes.secure_url_stream_response = _fetch_nothing
 
 
 class _Guard:
