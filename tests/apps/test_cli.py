@@ -434,7 +434,7 @@ def test_a_status_has_its_committed_figures():
     compared = {
         json.loads(path.read_text(encoding="utf-8"))["recipe"] for path in (root / "comparison").glob("*/*-seed*.json")
     }
-    trained = compared | set(re.findall(r"xfusion train (\w+)", log))
+    trained = compared | set(re.findall(r"xfusion train [\"']?(\w+)", log))
     for name in names():
         status = import_module(f"xfusion.recipes.{name}").STATUS
         assert status == "sketch" or name in (compared if status == "reproduced" else trained), (name, status)

@@ -11,7 +11,7 @@ SHAPE = {
     "model_type": "llama",
     "vocab_size": 300,
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 1536,
     "num_hidden_layers": 30,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
