@@ -41,7 +41,7 @@ def test_a_batch_gives_the_pictures_of_its_singles(bases, fusion, family):
 
 def test_more_than_a_batch_is_drawn_in_parts(model, monkeypatch):
     expected = model.draw(PROMPTS, steps=2)
-    monkeypatch.setattr("xfusion.generation.BATCH", 3)
+    monkeypatch.setattr("xfusion.generation.base.BATCH", 3)
     assert BATCH >= 4
     assert max(map(apart, model.draw(PROMPTS, steps=2), expected)) <= 2
 
@@ -142,7 +142,7 @@ def test_no_steps_and_too_long_a_prompt_are_refused(model, monkeypatch):
     limit = model.backbone.config.max_position_embeddings
     with pytest.raises(XFusionError, match=rf"the prompt has 6\d\d tokens, more than the {limit} that are allowed"):
         model.draw(["я" * 310], steps=1)
-    monkeypatch.setattr("xfusion.generation.MAX_PROMPT_TOKENS", 3)
+    monkeypatch.setattr("xfusion.generation.base.MAX_PROMPT_TOKENS", 3)
     with pytest.raises(XFusionError, match="more than the 3 that are allowed"):
         model.draw(["a red apple on a table"], steps=1)
     with pytest.raises(XFusionError, match="more than the 3 that are allowed"):

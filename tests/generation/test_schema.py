@@ -8,7 +8,8 @@ import torch
 from contracts.table import Noise, make_model
 
 from xfusion.data.sequence import XFusionError
-from xfusion.generation import _going_on, answer_json, generate, schema_answers
+from xfusion.generation import answer_json, generate, schema_answers
+from xfusion.generation.schema import going_on
 
 SCHEMA = {
     "type": "object",
@@ -44,10 +45,10 @@ def test_all_texts_of_a_schema_are_written_out():
 
 def test_a_prefix_may_end_or_go_on():
     allowed = [(1, 2), (1, 2, 3), (4,)]
-    assert _going_on([], allowed, 0) == [1, 4]
-    assert _going_on([1], allowed, 0) == [2]
-    assert _going_on([1, 2], allowed, 0) == [0, 3]
-    assert _going_on([1, 2, 3], allowed, 0) == _going_on([4], allowed, 0) == [0]
+    assert going_on([], allowed, 0) == [1, 4]
+    assert going_on([1], allowed, 0) == [2]
+    assert going_on([1, 2], allowed, 0) == [0, 3]
+    assert going_on([1, 2, 3], allowed, 0) == going_on([4], allowed, 0) == [0]
 
 
 @torch.no_grad()

@@ -73,7 +73,7 @@ def test_sampled_captions_depend_on_their_seed_only(model):
 
 def test_captions_in_parts(model, monkeypatch):
     expected = model.caption(PICTURES, max_tokens=5, temperature=1.0)
-    monkeypatch.setattr("xfusion.generation.BATCH", 3)
+    monkeypatch.setattr("xfusion.generation.base.BATCH", 3)
     assert model.caption(PICTURES, max_tokens=5, temperature=1.0) == expected
     assert model.caption([]) == []
 

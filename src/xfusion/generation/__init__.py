@@ -1,0 +1,41 @@
+"""Sampling: lists of segments in, generated segments out; drawing, captioning, scoring, conversations.
+
+`segments.generate` joins the others: what is drawn (`drawing`) and what is said (`words`, within a `schema` if asked).
+"""
+
+from xfusion.generation.base import BATCH, Listener, Progress, Segment, Shown, draw_size, refuse_to_draw
+from xfusion.generation.conversations import DrawMode, Message, answer, conversation, opens
+from xfusion.generation.drawing import draw, draw_tokens, inpaint, inpaint_batch
+from xfusion.generation.pairs import embed, match
+from xfusion.generation.schema import schema_answers
+from xfusion.generation.segments import answer_json, generate, kinds_of, prompt_length
+from xfusion.generation.words import answer_tokens, caption, score_names
+
+__all__ = [
+    "BATCH",
+    "DrawMode",
+    "Listener",
+    "Message",
+    "Progress",
+    "Segment",
+    "Shown",
+    "answer",
+    "answer_json",
+    "answer_tokens",
+    "caption",
+    "conversation",
+    "draw",
+    "draw_size",
+    "draw_tokens",
+    "embed",
+    "generate",
+    "inpaint",
+    "inpaint_batch",
+    "kinds_of",
+    "match",
+    "opens",
+    "prompt_length",
+    "refuse_to_draw",
+    "schema_answers",
+    "score_names",
+]

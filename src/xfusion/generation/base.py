@@ -1,0 +1,91 @@
+"""What all of sampling shares: the kinds of segments, how a prompt and a picture that is shown become parts of a sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+
+from PIL import Image as PILImage
+from torch import Tensor
+
+from xfusion.data.sequence import Audio, Image, Media, Sound, Text, XFusionError
+from xfusion.model import Model
+
+Progress = Callable[[int, int, Tensor | None], None]
+"""Called with steps done, steps in all, and the current clean estimate ``[N, M, P]`` while drawing."""
+Listener = Callable[[int, int], bool]
+"""Called with the number of a list and each token of its answer as it is chosen; False ends that answer."""
+
+MAX_PROMPT_TOKENS = 2048
+"""Longest words that a prompt may have, where the base could read more."""
+BATCH = 64
+"""Items per forward pass when many are asked for."""
+
+Segment = str | Text | PILImage.Image | Image | Sound | Audio
+Shown = PILImage.Image | Sound
+"""What a model is shown: a picture or a sound, whichever it knows."""
+
+
+def encode_prompt(model: Model, text: str | Text) -> tuple[int, ...]:
+    """Token ids of words.
+
+    Raises:
+        XFusionError: they are too long.
+    """
+    ids = text.ids if isinstance(text, Text) else model.backbone.encode(text)
+    limit = min(MAX_PROMPT_TOKENS, getattr(model.backbone.config, "max_position_embeddings", MAX_PROMPT_TOKENS))
+    if len(ids) > limit:
+        raise XFusionError(f"the prompt has {len(ids)} tokens, more than the {limit} that are allowed: shorten it")
+    return ids
+
+
+def refuse_to_draw(model: Model) -> None:
+    """Refuse a model that cannot draw.
+
+    Raises:
+        XFusionError: it learned something else.
+    """
+    if "draw" not in model.capabilities:
+        raise XFusionError(
+            f"this model cannot draw, only {', '.join(sorted(model.capabilities))}: train one with a media objective, such"
+            " as the recipe xfusion"
+        )
+
+
+def draw_size(model: Model, size: int | None) -> tuple[int, int]:
+    """The size that a picture is drawn at and the size that it is returned at.
+
+    A picture is drawn at the nearest size that the model was made for and resized; beyond 4 times that is refused.
+    """
+    sizes = model.image.sizes
+    if size is None:
+        return sizes[0], sizes[0]
+    if size < 1:
+        raise XFusionError(f"picture size {size} must be at least 1 pixel")
+    native = min(sizes, key=lambda s: (abs(s - size), s))
+    if not native / 4 <= size <= 4 * native:
+        legal = ", ".join(f"{-(-s // 4)} to {4 * s}" for s in sizes)
+        raise XFusionError(f"picture size {size} is out of reach of the trained sizes {sizes}: choose {legal} pixels")
+    return native, size
+
+
+def text_segment(model: Model, text: str | Text) -> tuple[Text, ...]:
+    """Words as a part of a sequence; none where there are no words."""
+    ids = encode_prompt(model, text)
+    return (Text(ids=ids),) if ids else ()
+
+
+def media_segment(model: Model, shown: Seq[Shown], size: int | None = None) -> list[Media]:
+    """Pictures, or sounds, as clean parts of a sequence; ``size`` is one of the modality's (None: the first).
+
+    Raises:
+        XFusionError: the model was not made for this size, or not for what is shown.
+    """
+    media = model.modality
+    wanted = media.sizes[0] if size is None else size
+    if wanted not in media.sizes:
+        raise XFusionError(
+            f"pictures of {wanted} px cannot be read: the model was made for {', '.join(map(str, media.sizes))} px,"
+            " choose one of these"
+        )
+    return [media.segment(t, media.grid(wanted)) for t in media.encode(list(shown), wanted).cpu()]

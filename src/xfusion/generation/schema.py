@@ -1,0 +1,79 @@
+"""Answers that are JSON texts of a schema and no others: all of them are written out, so that decoding is exact."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xfusion.data.sequence import XFusionError
+
+LARGEST_SCHEMA = 4096
+"""Answers that a schema may allow: they are written out, so that decoding is exact."""
+
+
+def schema_answers(schema: dict[str, Any]) -> list[str]:
+    """All JSON texts that a schema allows: an object of required properties, each ``enum``, ``const``, ``boolean``, ``null`` or
+    an ``integer`` from ``minimum`` to ``maximum``; objects may stand in objects.
+
+    Raises:
+        XFusionError: the schema says something else, allows nothing, or more than `LARGEST_SCHEMA` texts.
+    """
+    known = {"type", "enum", "const", "minimum", "maximum", "properties", "required", "additionalProperties", "title"}
+    known |= {"description", "$schema"}
+    if unknown := sorted(set(schema) - known):
+        raise XFusionError(f"schema: {unknown[0]!r} is not understood; it may have {', '.join(sorted(known))}")
+    kind = schema.get("type")
+    if "const" in schema or "enum" in schema:
+        values = [schema["const"]] if "const" in schema else list(schema["enum"])
+        _small(len(values))
+        found = [json.dumps(value, ensure_ascii=False) for value in values]
+    elif kind in ("boolean", "null"):
+        found = ["true", "false"] if kind == "boolean" else ["null"]
+    elif kind == "integer":
+        if not {"minimum", "maximum"} <= set(schema):
+            raise XFusionError("schema: an integer needs minimum and maximum, so that its values can be written out")
+        low, high = math.ceil(schema["minimum"]), math.floor(schema["maximum"])
+        _small(high - low + 1)
+        found = [str(value) for value in range(low, high + 1)]
+    elif kind == "object":
+        properties = schema.get("properties") or {}
+        if missing := sorted(set(properties) - set(schema.get("required", properties))):
+            raise XFusionError(f"schema: property {missing[0]!r} is optional: name it in required, or leave it out")
+        found = ["{"]
+        for number, (name, inner) in enumerate(properties.items()):
+            values = schema_answers(inner)
+            _small(len(found) * len(values))
+            head = f"{', ' if number else ''}{json.dumps(name, ensure_ascii=False)}: "
+            found = [f"{text}{head}{value}" for text in found for value in values]
+        found = [f"{text}}}" for text in found]
+    else:
+        raise XFusionError(f"schema: type {kind!r} is not one of object, integer, boolean, null, or an enum")
+    if not found:
+        raise XFusionError("schema: it allows no answer")
+    return found
+
+
+def _small(count: int) -> None:
+    if not 0 < count <= LARGEST_SCHEMA:
+        raise XFusionError(f"schema: it allows {count} answers, from 1 to {LARGEST_SCHEMA} can be written out")
+
+
+def going_on(so_far: Seq[int], allowed: Seq[tuple[int, ...]], end: int) -> list[int]:
+    """Tokens with which an answer so far becomes the beginning of one that is allowed; ``end`` where it is one."""
+    done, begun = len(so_far), tuple(so_far)
+    further = {one[done] for one in allowed if len(one) > done and one[:done] == begun}
+    return sorted(further | ({end} if not further or begun in allowed else set()))
+
+
+def restricted(logits: Tensor, answers: Seq[Seq[int]], allowed: Seq[tuple[int, ...]], end: int) -> Tensor:
+    """Logits ``[B, V]`` in which only tokens stand with which an answer so far becomes one of those that are allowed."""
+    out = torch.full_like(logits, -torch.inf)
+    for row, so_far in enumerate(answers):
+        chosen = torch.tensor(going_on(so_far, allowed, end), device=logits.device)
+        out[row, chosen] = logits[row, chosen]
+    return out

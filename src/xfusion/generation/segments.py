@@ -1,0 +1,313 @@
+"""Lists of segments in, generated segments out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from PIL import Image as PILImage
+from torch import Tensor
+
+from xfusion.data.sequence import Audio, Image, Media, Sound, Text, XFusionError
+from xfusion.generation import base
+from xfusion.generation.base import (
+    Listener,
+    Progress,
+    Segment,
+    Shown,
+    draw_size,
+    encode_prompt,
+    media_segment,
+    text_segment,
+)
+from xfusion.generation.drawing import codes, draw_tokens, pictures_of
+from xfusion.generation.schema import going_on, schema_answers
+from xfusion.generation.words import answer_tokens
+from xfusion.modalities.audio import AudioModality
+from xfusion.model import Model
+from xfusion.objectives.solvers import Solver
+
+
+def generate(
+    model: Model,
+    items: Seq[Segment] | Seq[Seq[Segment]],
+    *,
+    seed: int = 0,
+    seeds: Seq[int] | None = None,
+    steps: int = 25,
+    guidance: float | None = None,
+    solver: Solver | None = None,
+    max_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    schema: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+    listen: Listener | None = None,
+) -> list[Any]:
+    """Continue a list of segments, or a batch of such lists.
+
+    Each `Image` is a picture to draw where it stands, each `Audio` a sound to make, of which the codes are given; a list
+    that ends in text, a picture or a sound is answered in words.
+    Text-only lists are continued by the base model's own ``generate``.
+
+    Args:
+        model: a model.
+        items: ``[str | PIL.Image | Sound | Image | Audio, ...]`` or a list of such lists; `Text` stands for words
+            that are token ids.
+        seed: list i uses ``seed + i``.
+        seeds: one seed per list instead.
+        steps: steps from noise to picture.
+        guidance: classifier-free guidance scale; None takes the model's own.
+        solver: takes the steps (`xfusion.objectives.solvers`); None takes the model's own.
+        max_tokens: longest answer in tokens.
+        temperature: 0 is greedy.
+        top_p: nucleus sampling.
+        schema: answers in words are JSON texts of this schema and no others (`schema_answers`).
+        progress: told while drawing.
+        listen: told every token of an answer in words as it is chosen.
+
+    Returns:
+        the generated segments (``str``, ``PIL.Image``, or codes of a sound, int64) of the list, or a list of such lists for a
+        batch.
+    """
+    if isinstance(items, str) or not isinstance(items, (list, tuple)) or not items:
+        raise XFusionError(
+            "generate takes a list of segments such as ['a red apple', xfusion.Image()], or a list of lists"
+        )
+    single = not isinstance(items[0], (list, tuple))
+    lists = [cast("Seq[Segment]", item) for item in ([items] if single else items)]
+    chosen = list(seeds) if seeds is not None else [seed + i for i in range(len(lists))]
+    if len(chosen) != len(lists):
+        raise XFusionError(f"{len(chosen)} seeds for {len(lists)} lists: give one each")
+    allowed = None if schema is None else [model.backbone.encode(text) for text in schema_answers(schema)]
+    if allowed is not None and (longest := 1 + max(map(len, allowed))) > max_tokens:
+        raise XFusionError(f"max_tokens {max_tokens} is too few for the schema's longest answer: give {longest}")
+    kinds: dict[tuple[Any, ...], list[int]] = {}
+    for i, item in enumerate(lists):
+        kinds.setdefault(kinds_of(model, item), []).append(i)
+    out: list[Any] = [None] * len(lists)
+    for members in kinds.values():  # lists of the same kinds of segments go through together
+        for start in range(0, len(members), base.BATCH):
+            part = members[start : start + base.BATCH]
+            answers = _generate_batch(
+                model,
+                [lists[i] for i in part],
+                [chosen[i] for i in part],
+                steps=steps,
+                guidance=guidance,
+                solver=solver,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                allowed=allowed,
+                progress=progress,
+                listen=_for_part(listen, part),
+            )
+            for i, answer in zip(part, answers, strict=True):
+                out[i] = answer
+    return out[0] if single else out
+
+
+def _for_part(listen: Listener | None, part: Seq[int]) -> Listener | None:
+    """A listener that is told the numbers of a part of the lists."""
+    return None if listen is None else lambda row, token: listen(part[row], token)
+
+
+def kinds_of(model: Model, items: Seq[Segment]) -> tuple[Any, ...]:
+    """The kinds of a list's segments: lists of equal kinds go through `generate` in one batch.
+
+    Raises:
+        XFusionError: something that is no segment, or a picture of a size out of reach.
+    """
+    return tuple(_kind(model, segment) for segment in items)
+
+
+def _kind(model: Model, segment: Segment) -> Any:
+    if isinstance(segment, (str, Text)):
+        return "text"
+    if isinstance(segment, (PILImage.Image, Sound)):
+        return "shown"
+    if isinstance(segment, Image):
+        return ("draw", *draw_size(model, segment.size))
+    if isinstance(segment, Audio):
+        return ("sound", *_sound_size(model, segment))
+    raise XFusionError(
+        f"a {type(segment).__name__} is not a segment: give str, PIL.Image.Image, xfusion.Sound, xfusion.Image or xfusion.Audio"
+    )
+
+
+def _sound_size(model: Model, asked: Audio) -> tuple[int, int]:
+    """Frames of a sound that is made, twice: sounds come at the length that the model was made for."""
+    audio = model.modality
+    if not isinstance(audio, AudioModality) or "draw" not in model.capabilities:
+        raise XFusionError("this model makes no sound: it can " + ", ".join(sorted(model.capabilities)))
+    seconds = audio.config.seconds
+    if asked.seconds not in (None, seconds):
+        raise XFusionError(f"this model makes sounds of {seconds:g} s, not of {asked.seconds:g}: leave seconds out")
+    return audio.sizes[0], audio.sizes[0]
+
+
+def _generate_batch(
+    model: Model,
+    lists: Seq[Seq[Segment]],
+    seeds: Seq[int],
+    *,
+    steps: int,
+    guidance: float | None,
+    solver: Solver | None,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    allowed: Seq[tuple[int, ...]] | None,
+    progress: Progress | None,
+    listen: Listener | None,
+) -> list[list[Any]]:
+    contexts: list[tuple[Text | Media, ...]] = [() for _ in lists]
+    out: list[list[Any]] = [[] for _ in lists]
+    kinds = [_kind(model, s) for s in lists[0]]
+    for place, kind in enumerate(kinds):
+        if kind == "text":
+            new = [text_segment(model, cast("str | Text", item[place])) for item in lists]
+            contexts = [(*context, *segment) for context, segment in zip(contexts, new, strict=True)]
+        elif kind == "shown":
+            shown = media_segment(model, [cast("Shown", item[place]) for item in lists])
+            contexts = [(*context, media) for context, media in zip(contexts, shown, strict=True)]
+        else:
+            what, native, wanted = kind
+            tokens = draw_tokens(
+                model, contexts, native, seeds=seeds, steps=steps, guidance=guidance, solver=solver, progress=progress
+            )
+            made = pictures_of(model, tokens, native, wanted) if what == "draw" else codes(model, tokens, native)
+            for answer, item in zip(out, made, strict=True):
+                answer.append(item)
+            grid = model.modality.grid(native)
+            # The finished item stands clean before anything later.
+            contexts = [
+                (*context, model.modality.segment(t, grid)) for context, t in zip(contexts, tokens.cpu(), strict=True)
+            ]
+    if isinstance(kinds[-1], tuple):
+        return out
+    if any(isinstance(segment, Media) for segment in contexts[0]):
+        if kinds[-1] == "text":  # a question behind a picture ends as it did in training
+            newline = Text(ids=model.backbone.encode("\n"))
+            contexts = [
+                (*context, newline) if item[-1] else context for item, context in zip(lists, contexts, strict=True)
+            ]
+        ids = answer_tokens(
+            model,
+            contexts,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seeds=seeds,
+            allowed=allowed,
+            listen=listen,
+        )
+    else:
+        ids = [
+            _base_generate(model, context, max_tokens, temperature, top_p, s, allowed, _for_part(listen, [i]))
+            for i, (context, s) in enumerate(zip(contexts, seeds, strict=True))
+        ]
+    for answer, tokens in zip(out, ids, strict=True):
+        answer.append(model.backbone.decode(tokens))
+    return out
+
+
+class _Ended(Exception):
+    """A listener wants no more words."""
+
+
+@dataclass
+class _Streamer:
+    """What the base's own ``generate`` tells a listener by: it puts the prompt first, then token after token."""
+
+    listen: Listener
+    ends: set[int]
+    answer: list[int] | None = None
+
+    def put(self, ids: Tensor) -> None:
+        if self.answer is None:
+            self.answer = []
+            return
+        for token in ids.flatten().tolist():
+            self.answer.append(token)
+            if token not in self.ends and not self.listen(0, token):
+                raise _Ended
+
+    def end(self) -> None:
+        """Nothing is held back that would have to be told now."""
+
+
+def _base_generate(
+    model: Model,
+    context: tuple[Text | Media, ...],
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    allowed: Seq[tuple[int, ...]] | None = None,
+    listen: Listener | None = None,
+) -> list[int]:
+    ids = [i for segment in context if isinstance(segment, Text) for i in segment.ids]
+    if not ids:
+        raise XFusionError("there is nothing to continue: the prompt is empty")
+    prompt = torch.tensor([ids], device=model.backbone.device)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    if allowed is not None:
+        end = model.backbone.end_ids[0]
+        sampling["prefix_allowed_tokens_fn"] = lambda _, so_far: going_on(so_far[len(ids) :].tolist(), allowed, end)
+    streamer = None if listen is None else _Streamer(listen, set(model.backbone.end_ids))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            whole = model.text_model().generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=max_tokens,
+                pad_token_id=model.backbone.end_ids[0],
+                streamer=streamer,
+                **sampling,
+            )
+        except _Ended:
+            assert streamer is not None
+            return streamer.answer or []
+    return whole[0, len(ids) :].tolist()
+
+
+def answer_json(
+    model: Model,
+    pictures: Seq[PILImage.Image],
+    question: str,
+    schema: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """Answers about pictures as JSON values of a schema (`schema_answers`), greedily: no other text can be said.
+
+    Args:
+        model: a model that can caption.
+        pictures: any size.
+        question: what to ask, or nothing.
+        schema: which answers there are.
+    """
+    given = [[picture, question.strip()] if question.strip() else [picture] for picture in pictures]
+    return [json.loads(answer[-1]) for answer in generate(model, given, schema=schema)]
+
+
+def prompt_length(model: Model, items: Seq[Segment]) -> int:
+    """Tokens of a list of segments: of its words, and of its pictures and sounds, given ones and those to draw.
+
+    Raises:
+        XFusionError: some words are too long, or a picture's size is out of reach.
+    """
+    total = 0
+    for segment, kind in zip(items, kinds_of(model, items), strict=True):
+        if kind == "text":
+            total += len(encode_prompt(model, cast("str | Text", segment)))
+        else:
+            rows, columns = model.modality.grid(kind[1] if isinstance(kind, tuple) else model.modality.sizes[0])
+            total += rows * columns
+    return total
