@@ -465,15 +465,15 @@ class Backbone:
         return layer.to(self.device).requires_grad_(True)
 
     def working_copy(self, dtype: torch.dtype, attention: str) -> Backbone:
-        """The frozen weights cast once to ``dtype`` for training; rotary tables stay as they are.
+        """The frozen weights cast once to ``dtype`` for training, where they have another; rotary tables stay as they are.
 
         Where the family does not know ``attention``, the base's own implementation stays.
 
         The text path, ``verify`` and ``text_logits`` never use it.
         """
         attention = self._known_attention(attention)
-        if dtype == self.dtype and attention == self.attention:
-            return self
+        if dtype == self.dtype:
+            return self if attention == self.attention else self.over_same_weights(attention)
         model = copy.deepcopy(self.model)
         model.config._attn_implementation = attention
         for parameter in model.parameters():

@@ -183,6 +183,16 @@ def test_a_working_copy_for_training_is_not_the_base(bases, family):
     assert base.working_copy(base.dtype, base.attention) is base
 
 
+def test_a_working_copy_of_the_same_type_holds_no_weights_of_its_own(bases):
+    base = bases["llama"]
+    before = base.attention
+    asked = "eager" if before == "sdpa" else "sdpa"
+    copy = base.working_copy(base.dtype, asked)
+    assert (copy.attention, base.attention) == (asked, before) and copy.layers[0] is not base.layers[0]
+    pairs = zip(copy.model.parameters(), base.model.parameters(), strict=True)
+    assert all(own is other for own, other in pairs)
+
+
 # --------------------------------------------------------------------------------------------------------- gradients
 
 

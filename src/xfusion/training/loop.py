@@ -324,7 +324,7 @@ class _Run:
         """Bytes in this process: of weights, and what training needs beside them."""
         base, copy = self.model.backbone, self.engine.backbone
         parts = {"base": num_bytes((copy if self.shard == "all" else base).model.parameters())}
-        if self.shard != "all" and copy is not base:  # of another precision, or another attention
+        if self.shard != "all" and copy.dtype != base.dtype:
             parts["base copy"] = num_bytes(copy.model.parameters())
         return parts | {"new weights": num_bytes(self.optimizer.list), **training}
 
