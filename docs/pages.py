@@ -40,6 +40,14 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parent / "comparison"
 MEASURED = HERE.parent / "benchmarks" / "results"
 SHOWN = ("fit_retrieval_pixel_at_1", "fit_retrieval_feature_at_1", "fit_caption_exact", "text_perplexity_change")
+SHOWN_NAMING = (
+    "held_caption_mrr",
+    "held_caption_at_1",
+    "held_caption_exact",
+    "fit_caption_exact",
+    "text_perplexity_change",
+)
+"""Where no recipe draws."""
 SHOWN_BY_SHARE = ("fit_retrieval_pixel_at_1", "fit_caption_exact", "held_caption_mrr")
 
 
@@ -155,9 +163,9 @@ def comparison_part(folder: Path) -> list[str]:
         lines += [note.read_text(encoding="utf-8").strip(), ""]
     lines += ["```bash", str(summary["command"]), "```", ""]
     colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(summary["recipes"])}
-    for score in summary["scores"]:
-        if score["score"] not in SHOWN or score["share"] != 1:
-            continue
+    draws = any(score["score"] == SHOWN[0] for score in summary["scores"])
+    shown = SHOWN if draws else SHOWN_NAMING
+    for score in (s for s in summary["scores"] if s["score"] in shown and s["share"] == 1):
         file = HERE / "pictures" / f"{folder.name}_{score['score']}.svg"
         drawn = dots(score, lambda label, colours=colours: colours[label])
         file.write_text(standalone(drawn), encoding="utf-8")
@@ -165,6 +173,7 @@ def comparison_part(folder: Path) -> list[str]:
         lines += [f"![{score['title']}](pictures/{file.name})", ""]
         lines += [f"| recipe | mean | 95 % interval | paired difference to {summary['first']} | verdict |"]
         lines += ["| --- | --- | --- | --- | --- |", *(_row(row) for row in score["rows"]), ""]
+        lines += _beside(score)
     drawing = next((s for s in summary["scores"] if s["score"] == SHOWN[0] and s["share"] == 1), None)
     if drawing and any(text["bit_equal"] < text["num_runs"] for text in summary["text"].values()):
         file = HERE / "pictures" / f"{folder.name}_text.svg"
@@ -179,7 +188,9 @@ def comparison_part(folder: Path) -> list[str]:
         lines += [f"**{CONTRIBUTION.capitalize()}**, by layer and kind of position", ""]
         lines += [f"![learned shares](pictures/{file.name})", ""]
     timed = any(row["time"] for row in summary["cost"])
-    head = ["recipe", "trained weights", "GFLOPs per drawing, per name", "peak memory", "text"]
+    # What a dual encoder draws and names is a pair.
+    learnt = "per drawing, per name" if draws else "per sample"
+    head = ["recipe", "trained weights", f"GFLOPs {learnt}", "peak memory", "text"]
     head += ["seconds per step, per drawing, per name"] if timed else []
     lines += [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for row in summary["cost"]:
@@ -212,6 +223,13 @@ def share_part(summary: dict[str, Any], name: str, folder: str) -> list[str]:
         rows = [row for row in each["rows"] if row["recipe"] in found]
         lines += [_row(row).replace(f"| {row['recipe']} |", f"| {row['recipe']}{share}", 1) for row in rows]
     return [*lines, ""]
+
+
+def _beside(score: dict[str, Any]) -> list[str]:
+    """What chance, the blind rate and the ceiling of a score are, where they were measured."""
+    titles = {"chance": "a random order", "blind": "pictures permuted (mean of all)", "ceiling": "the real picture"}
+    found = [f"{title} {score[key]:.3f}" for key, title in titles.items() if key in score]
+    return [f"Beside it: {', '.join(found)}.", ""] if found else []
 
 
 def _row(row: dict[str, Any]) -> str:

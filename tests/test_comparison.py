@@ -35,6 +35,7 @@ from xfusion.evaluation.suites import emoji
 from xfusion.evaluation.suites.emoji import chosen, part_of
 from xfusion.fusion.dual_tower import DualTower
 from xfusion.modalities.base import Encoder
+from xfusion.modalities.codecs.features import Features
 from xfusion.modalities.image import ImageModality
 from xfusion.model import BackboneConfig, ModelConfig, build
 from xfusion.objectives.alignment import Alignment
@@ -436,8 +437,8 @@ def test_a_copy_without_history_is_told_its_commit(monkeypatch):
 
 def test_unlike_recipes_are_refused(go, base):
     one = tiny(base)
-    codec = one.with_model(image=ImageModality.Config(patch=8, sizes=(16,)))
-    with pytest.raises(XFusionError, match=r"one and two differ in model\.image\.patch: 4 and 8"):
+    codec = one.with_model(image=ImageModality.Config(codec=Features.Config(), sizes=(224,)))
+    with pytest.raises(XFusionError, match=r"one and two differ in model\.image\.codec"):
         go({"one": one, "two": codec})
     other_base = one.with_model(backbone=BackboneConfig(source="elsewhere"))
     with pytest.raises(XFusionError, match=r"differ in model\.backbone\.source: .* and 'elsewhere'.*--backbone"):

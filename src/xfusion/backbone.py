@@ -591,18 +591,29 @@ def _without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-# ------------------------------------------------------------------------------------------------------- GGUF files
+# ------------------------------------------------------------------------------------------------- where a base is
 
 
 def _weights(where: str, scratch: bool, **options: Any) -> Any:
-    """A model of transformers, with its weights or with those that training from scratch would begin with."""
+    """A model of transformers, with its weights or with those that training from scratch would begin with.
+
+    Raises:
+        XFusionError: its weights are quantised.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if not scratch:
-        return AutoModelForCausalLM.from_pretrained(where, **options)
     dtype = options.pop("dtype")
     attention = {k: options.pop(k) for k in ("attn_implementation",) if k in options}
     config = AutoConfig.from_pretrained(where, **options)
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:  # a layer's copy could not be trained, and text would depend on a kernel's version
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        raise XFusionError(
+            f"its weights are quantised ({getattr(method, 'value', method)}), and new layers are copies of it that must train:"
+            " take the same model in bfloat16 or float32, or a .gguf file, which is dequantised once"
+        )
+    if not scratch:
+        return AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **attention, **options)
     wanted = (config.dtype or torch.float32) if dtype == "auto" else dtype
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -668,6 +679,9 @@ def cache_folder() -> Path:
     if root:
         return Path(root)
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "xfusion"
+
+
+# ------------------------------------------------------------------------------------------------------- GGUF files
 
 
 def _converted(file: Path) -> Path:

@@ -433,8 +433,10 @@ class Model(nn.Module):
             view = objective.corrupt(view, generator)
         if rows is not None:
             own = torch.arange(len(batch.text_ids))[rows]
-            if not len(own) and self.gather is None:
-                return {}
+            if not len(own) and self.gather is None:  # only those are asked that others wait for
+                view = view.index(own).to(self.device)
+                waited_for = (o.loss(run, view) for o in self.objectives if o.across_processes)
+                return {name: found for losses in waited_for for name, found in losses.items()}
             # Where layers are gathered all processes walk through them, one that has no row of its own with another's.
             view = view.index(own if len(own) else torch.zeros(1, dtype=torch.int64)).to(self.device)
             if self.gather is not None:

@@ -1,10 +1,11 @@
 """Contract: what the families of the table differ in is found in the model itself, and kept."""
 
+import json
 import math
 
 import pytest
 import torch
-from contracts.table import FAMILIES, LAYERS, WINDOW, make_model, picture, tokenizer, view, words
+from contracts.table import FAMILIES, LAYERS, WINDOW, make_base, make_model, picture, tokenizer, view, words
 from transformers import MistralConfig, MistralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from xfusion.backbone import Backbone
@@ -114,3 +115,15 @@ def test_the_scale_of_inputs_is_what_the_first_layer_meets(bases, family):
     plain = float(base.model.get_input_embeddings().weight.std())
     factor = math.sqrt(64) if family.startswith("gemma") else 1
     assert base.embedding_scale == pytest.approx(factor * plain, rel=1e-6)
+
+
+def test_a_quantised_base_is_refused_before_its_weights_are_read(tmp_path):
+    made = make_base("llama", tmp_path)
+    file = made / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    file.write_text(json.dumps(config))
+    with pytest.raises(
+        XFusionError, match=r"its weights are quantised \(bitsandbytes\).*take the same model in bfloat16"
+    ):
+        Backbone.load(str(made))

@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,8 @@ from rich.console import Console
 
 from xfusion.backbone import Backbone
 from xfusion.data.mixture import MixtureConfig
+from xfusion.data.templates import Templates
+from xfusion.objectives.contrastive import Contrastive
 from xfusion.training import loop
 from xfusion.training.stages import Recipe, Stage
 from xfusion.training.stopping import Interrupted
@@ -70,12 +73,13 @@ def run(
     dtype=torch.float32,
     compile=False,
     again=False,
+    extra=(),
     **mixture,
 ) -> None:
     base = Backbone.load(str(folder / "base"))
     config = MixtureConfig(**{"draw": 6, "caption": 4, "pack": 2, **mixture})
     stage = Stage(steps=steps, warmup=3, mixture=config, activation_checkpointing=again)
-    recipe = Recipe(model=model_config(base, fusion), data="noise", stages=(stage,))
+    recipe = Recipe(model=replace(model_config(base, fusion), extra=extra), data="noise", stages=(stage,))
 
     def listen(event):
         if event["event"] == "step" and event["step"] == stop:
@@ -121,6 +125,11 @@ def whole(folder: Path) -> None:
     # One row of captioning and one drawing: of four processes, two or three hold nothing at all.
     for count in (1, 4):
         together(count, lambda count=count: run(folder, f"few_{count}", draw=1, caption=2, pack=2, steps=4))
+    # Five pairs in three rows: each is contrasted with those of all processes, and of four one has none.
+    pairs = {"draw": 5, "caption": 0, "pack": 2, "steps": 4, "templates": Templates(caption_dropout=0.0)}
+    for count in (1, 2, 4):
+        name, extra = f"pairs_{count}", (Contrastive.Config(width=16),)
+        together(count, lambda count=count, name=name, extra=extra: run(folder, name, extra=extra, **pairs))
     together(2, lambda: run(folder, "again_2", again=True))
     together(2, lambda: run_told(folder, "told_2"))
     shutil.copytree(folder / "told_2", folder / "told_2_on_1")

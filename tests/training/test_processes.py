@@ -93,6 +93,14 @@ def test_processes_without_a_row_wait_for_nobody(ran):
     assert len(told(ran / "few_4")) == 4 and furthest(told(ran / "few_4"), told(ran / "few_1")) < TOLERANCE
 
 
+def test_pairs_are_contrasted_with_those_of_all_processes(ran):
+    """A process that compared its own pairs alone would find a smaller loss."""
+    one = told(ran / "pairs_1")
+    assert len(one) == 4 and one[0]["losses"]["contrastive"] > 0.5
+    for count in (2, 4):
+        assert furthest(told(ran / f"pairs_{count}"), one) < TOLERANCE
+
+
 def test_a_state_of_two_processes_goes_on_with_one_and_four(ran):
     assert states.newest_plan(ran / "died_2" / "state")["step"] == 6
     for count in (1, 4):

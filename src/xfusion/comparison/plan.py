@@ -158,9 +158,11 @@ def with_plan(recipe: Recipe, plan: Plan) -> Recipe:
 SAME = {
     "model.backbone": "the base; --backbone SOURCE puts all on one",
     "data": "the pictures; --data SPEC gives all the same",
-    "model.image": "codec, patch or picture size; --size sets the size, the rest must be the same in both recipes",
+    "model.image.codec": "codec or encoder",
+    "model.image.sizes": "picture size; --size sets it for all",
 }
-"""Parts of a recipe that must be equal, and what to do where they are not."""
+"""Parts of a recipe that must be equal, and what to do where they are not. How a picture becomes rows of the sequence (patch,
+place, order) belongs to a system: it is written down as a difference, and its price is in the costs."""
 
 
 def refuse_unlike(entries: Sequence[Entry], open_data: bool) -> None:

@@ -40,7 +40,16 @@ SCORES: dict[str, Score] = {
 """The scores that recipes are compared by. Other numbers of a suite (chance, ceiling, blind rates) stand in the files."""
 EQUAL = ("kind", "asked_samples")
 """Fields of a budget that all runs of a comparison share."""
-ALIKE = ("base.fingerprint", "recipe.model.image", "data", "evaluation", "part", "tuning.trials", "dtype")
+ALIKE = (
+    "base.fingerprint",
+    "recipe.model.image.codec",
+    "recipe.model.image.sizes",
+    "data",
+    "evaluation",
+    "part",
+    "tuning.trials",
+    "dtype",
+)
 """Settings that all runs of a comparison share."""
 
 

@@ -66,6 +66,9 @@ class Objective(nn.Module):
     scope: Literal["item", "batch"] = "item"
     """Whether the loss of an item depends on the other items of its batch; such a loss cannot be accumulated. A step's
     drawings are one batch and its captionings another."""
+    across_processes: bool = False
+    """Whether a loss of scope ``batch`` compares the items of all processes that share a step: `loss` then waits for the
+    others, and is called for a process without items, too."""
     teachers: frozenset[str] = frozenset()
     """Fingerprints of frozen encoders that it learns from: they may not score the model."""
     gives: frozenset[str] = frozenset()

@@ -7,6 +7,9 @@ with ``h`` the states behind the decoder's last norm, the last word's and the me
 no picture stood beside them and pictures, clean, as if no words did. Two items are no negatives of each other where their
 pictures are near-identical (one group) or their words are equal: such columns are left out of a row's softmax.
 
+Processes that share a step hand each other their vectors: every pair is contrasted with those of all, and the gradient
+of a vector is the sum over all processes that were given it.
+
 Shape legend: ``B`` batch row, ``n`` rows of one owner, ``D`` model width, ``N`` pairs, ``E`` width of a vector.
 """
 
@@ -17,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -33,6 +37,7 @@ class Contrastive(Objective):
     name = "contrastive"
     needs = ("text", "media")
     scope = "batch"
+    across_processes = True
     gives = frozenset({"embed"})
 
     @dataclass(frozen=True, kw_only=True)
@@ -89,32 +94,85 @@ class Contrastive(Objective):
         out: Losses = {}
         for media in batch.media.values():
             row, sample = pair_places(media)
-            if bool((batch.text.sample[row] != sample[:, None]).all(dim=1).any()):
+            if len(row) and bool((batch.text.sample[row] != sample[:, None]).all(dim=1).any()):
                 raise XFusionError(
                     "contrastive: a picture of the batch has no words: set the templates' caption_dropout to 0"
                 )
-            u, v = self._words(run, batch, row, sample), self.of_media(run, batch)
-            with torch.autocast(
-                "cpu" if u.is_meta else u.device.type, enabled=False
-            ):  # cosines times 100 need their digits
+            if len(row):
+                own = torch.stack([self._words(run, batch, row, sample), self.of_media(run, batch)], dim=1)
+            else:  # of a process without a pair; the others wait for it
+                nothing = self.words.weight.new_zeros(0, self.words.in_features)
+                own = torch.stack([_unit(self.words, nothing), _unit(self.media, nothing)], dim=1)
+            known = identities(batch, media)
+            vectors, first = _of_all(own)
+            others, _ = _of_all(known)
+            aim = first + torch.arange(len(own), device=own.device)
+            excluded = alike(known, others)
+            excluded[torch.arange(len(own), device=own.device), aim] = False
+            # Cosines times 100 need their digits.
+            with torch.autocast("cpu" if own.is_meta else own.device.type, enabled=False):
                 # Clipped where it is used: above the bound it gets no gradient and stays.
                 scale = self.log_scale.clamp(max=math.log(LARGEST_SCALE)).exp()
-                logits = (scale * u @ v.T).masked_fill(same(batch, media), -math.inf)
-                aim = torch.arange(len(logits), device=logits.device)
-                one, other = (functional.cross_entropy(x, aim, reduction="sum") for x in (logits, logits.T))
-            out[self.name] = ((one + other) / 2, torch.tensor(len(logits), device=logits.device))
+                both = [
+                    functional.cross_entropy(
+                        (scale * own[:, one] @ vectors[:, other].T).masked_fill(excluded, -math.inf),
+                        aim,
+                        reduction="sum",
+                    )
+                    for one, other in ((0, 1), (1, 0))
+                ]
+            out[self.name] = (sum(both) / 2, torch.tensor(len(own), device=own.device))
         return out
+
+
+def identities(batch: Batch, media: MediaRows) -> Tensor:
+    """What tells pairs apart, int64 ``[N, 2]``: a number of the words, in all processes the same, and the group."""
+    row, sample = pair_places(media)
+    inside = (batch.text.sample[row] == sample[:, None]) & (batch.text.order[row] >= 0)
+    said = [hash(tuple(ids[mine].tolist())) for ids, mine in zip(batch.text_ids[row], inside, strict=True)]
+    return torch.stack([torch.tensor(said, dtype=torch.int64, device=row.device), media.group.to(torch.int64)], dim=1)
+
+
+def alike(one: Tensor, other: Tensor) -> Tensor:
+    """Which pairs have equal words or pictures of one group, bool ``[n, m]``, by their `identities`."""
+    words = one[:, None, 0] == other[:, 0]
+    return words | ((one[:, None, 1] == other[:, 1]) & (one[:, None, 1] >= 0))
 
 
 def same(batch: Batch, media: MediaRows) -> Tensor:
     """Which other items are no negatives of an item, bool ``[N, N]``: of its group, or with its words."""
-    row, sample = pair_places(media)
-    inside = (batch.text.sample[row] == sample[:, None]) & (batch.text.order[row] >= 0)
-    said = [tuple(ids[mine].tolist()) for ids, mine in zip(batch.text_ids[row], inside, strict=True)]
-    number = {words: i for i, words in enumerate(said)}
-    wording = torch.tensor([number[words] for words in said], device=row.device)
-    alike = (media.group[:, None] == media.group) & (media.group >= 0)
-    return (alike | (wording[:, None] == wording)).fill_diagonal_(False)
+    known = identities(batch, media)
+    return alike(known, known).fill_diagonal_(False)
+
+
+class _Gathered(torch.autograd.Function):
+    """Rows of all processes, in the order of their ranks; the gradient of a row is what all processes found for it."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, first: int, total: int) -> Tensor:
+        ctx.place = slice(first, first + len(own))
+        out = own.new_zeros(total, *own.shape[1:])
+        out[ctx.place] = own
+        dist.all_reduce(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        summed = gradients[0].contiguous().clone()
+        dist.all_reduce(summed)
+        return summed[ctx.place], None, None
+
+
+def _of_all(own: Tensor) -> tuple[Tensor, int]:
+    """Rows of all processes, and where the own ones begin; some may have none."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return own, 0
+    rank = dist.get_rank()
+    counts = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=own.device)
+    counts[rank] = len(own)
+    dist.all_reduce(counts)
+    first = int(counts[:rank].sum())
+    return _Gathered.apply(own, first, int(counts.sum())), first
 
 
 def pair_places(media: MediaRows) -> tuple[Tensor, Tensor]:

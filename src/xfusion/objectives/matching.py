@@ -32,6 +32,7 @@ class Matching(Contrastive):
     language model's and left out.
     """
 
+    across_processes = False  # a hard negative is read once more, so it must be a process's own
     gives = frozenset({"embed", "match"})
 
     @dataclass(frozen=True, kw_only=True)

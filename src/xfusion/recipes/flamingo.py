@@ -7,39 +7,38 @@ one on (n need not divide the depth), with tanh gates closed at the start, layer
 each word attends to the last picture before it and hears of older ones through the words; picture and text may alternate;
 the language model is frozen throughout; loss on the text.
 
-Adapted: linear patches with learned rows and columns instead of a frozen NFNet, so the resampler does know places; widths
-for two cores (D is the model's, heads of 64, 2 layers instead of 6); gate and MLP act only on words that see a picture, so
-that text alone stays bit-equal after training, which the paper's does not; text is never linked to the next picture instead
-of the last (half of the paper's samples), because nothing later may change what came before; [EOI], a trained row, in the
-place of the tag and of the end of chunk; one data set.
+Adapted: EfficientNet-Lite0's map of 7 x 7 x 1280 instead of a frozen NFNet's, another encoder by ``encoder``; a matrix brings
+it to the model's width; widths for two cores (D is the model's, heads of 64, 2 layers instead of 6); gate and MLP act only on
+words that see a picture, so that text alone stays bit-equal after training, which the paper's does not; text is never linked
+to the next picture instead of the last (half of the paper's samples), because nothing later may change what came before;
+[EOI], a trained row, in the place of the tag and of the end of chunk; one data set.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from xfusion.data.mixture import MixtureConfig
 from xfusion.fusion.connectors.resampler import Resampler
 from xfusion.fusion.cross_attention import CrossAttention
-from xfusion.objectives.base import NoObjective
-from xfusion.objectives.next_token import NextToken
-from xfusion.recipes.xfusion import xfusion
-from xfusion.training.stages import Recipe, Stage
+from xfusion.recipes.llava import llava
+from xfusion.training.stages import Recipe
 
 KIND = "cross-attention"
 PAPER = "arXiv 2204.14198"
 STATUS = "sketch"
 
 
-def flamingo(every: int = 7, latents: int = 16, depth: int = 2) -> Recipe:
+def flamingo(every: int = 7, latents: int = 16, depth: int = 2, encoder: str | None = None, side: int = 224) -> Recipe:
     """The recipe, sized for two CPU cores; pictures are only read.
 
     Args:
         every: a block stands before every n-th layer; 1, 4 and 7 in the paper, by size.
         latents: rows that a picture becomes; the paper's are 64.
         depth: layers of the resampler; the paper's are 6.
+        encoder: folder or hub id of a vision transformer; None takes EfficientNet-Lite0.
+        side: pixels that the encoder looks at.
     """
-    recipe = xfusion()
+    recipe = llava(encoder, side)
     fusion = CrossAttention.Config(
         stride=every,
         offset=0,
@@ -47,12 +46,7 @@ def flamingo(every: int = 7, latents: int = 16, depth: int = 2) -> Recipe:
         activation="squared relu",
         connector=Resampler.Config(latents=latents, depth=depth, activation="squared relu"),
     )
-    model = replace(
-        recipe.model,
-        # 64 tokens of 32 px, for the resampler to choose from; the words' own first position stands before them.
-        image=replace(recipe.model.image, patch=4, behind_begin=True),
-        fusion=fusion,
-        text=NextToken.Config(weight=1.0),
-        media=NoObjective.Config(),
-    )
-    return replace(recipe, model=model, stages=(Stage(rate=1e-3, mixture=MixtureConfig(draw=0, caption=32)),))
+    # Media take no part in the words' own attention, so the words' own first position stands before them.
+    image = replace(recipe.model.image, behind_begin=True)
+    model = replace(recipe.model, image=image, fusion=fusion)
+    return replace(recipe, model=model, stages=(replace(recipe.stages[0], rate=1e-3),))

@@ -7,9 +7,10 @@ and keys per head, no rotary embedding, SwiGLU of the base's width, tanh gates c
 and norms per head; each word attends to the last picture before it; the first stage, in which the language model is
 frozen. Block and resampler are held to transformers' to 1e-5.
 
-Adapted: linear patches instead of CLIP ViT-H/14; widths for two cores; n need not divide the depth (theirs must); the gated
-MLP acts only on words that see a picture (theirs acts on all, ``--model.fusion.text-only mlp``); no loss on the size of the
-logits; [EOI] in the place of the two added tokens. The second stage unfreezes everything and is not here.
+Adapted: EfficientNet-Lite0 instead of CLIP ViT-H/14, another encoder by ``encoder``; widths for two cores; n need not divide
+the depth (theirs must); the gated MLP acts only on words that see a picture (theirs acts on all, ``--model.fusion.text-only
+mlp``); no loss on the size of the logits; [EOI] in the place of the two added tokens. The second stage unfreezes everything
+and is not here.
 """
 
 from __future__ import annotations
@@ -26,7 +27,15 @@ PAPER = "arXiv 2306.16527"
 STATUS = "sketch"
 
 
-def idefics(every: int = 7, latents: int = 16, depth: int = 2, heads: int = 9, mlp: int = 1536) -> Recipe:
+def idefics(
+    every: int = 7,
+    latents: int = 16,
+    depth: int = 2,
+    heads: int = 9,
+    mlp: int = 1536,
+    encoder: str | None = None,
+    side: int = 224,
+) -> Recipe:
     """The recipe, sized for two CPU cores and the embedded base.
 
     Args:
@@ -35,8 +44,10 @@ def idefics(every: int = 7, latents: int = 16, depth: int = 2, heads: int = 9, m
         depth: layers of the resampler; the paper's are 6.
         heads: attention heads of a block; the base's.
         mlp: hidden units of a block; the base's.
+        encoder: folder or hub id of a vision transformer; None takes EfficientNet-Lite0.
+        side: pixels that the encoder looks at.
     """
-    recipe = flamingo()
+    recipe = flamingo(encoder=encoder, side=side)
     fusion = CrossAttention.Config(
         stride=every,
         offset=0,

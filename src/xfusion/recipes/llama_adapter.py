@@ -6,9 +6,9 @@ Faithful: ten prompt rows in all layers but the first two; their keys and values
 a softmax of their own; a tanh gate per head, 0 at the start; one vector of the picture added to every row at every layer;
 the language model frozen; one stage. The read of a prompt is held to peft's AdaptionPrompt to 1e-5.
 
-Adapted: the picture's vector comes from linear patches through one latent of a small resampler instead of from CLIP's
-global features through an MLP; prompts act on words behind a picture and on no others, so text alone is kept; pictures and
-their names instead of instructions.
+Adapted: the picture's vector comes from EfficientNet-Lite0's map through one latent of a small resampler instead of from
+CLIP's global features through an MLP, another encoder by ``encoder``; prompts act on words behind a picture and on no
+others, so text alone is kept; pictures and their names instead of instructions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,14 @@ PAPER = "arXiv 2303.16199"
 STATUS = "sketch"
 
 
-def llama_adapter(prompts: int = 10, first: int = 2, depth: int = 1, rate: float = 2e-3) -> Recipe:
+def llama_adapter(
+    prompts: int = 10,
+    first: int = 2,
+    depth: int = 1,
+    rate: float = 2e-3,
+    encoder: str | None = None,
+    side: int = 224,
+) -> Recipe:
     """The recipe; at its natural size, which is small.
 
     Args:
@@ -33,8 +40,10 @@ def llama_adapter(prompts: int = 10, first: int = 2, depth: int = 1, rate: float
         first: first layer with a prompt; the paper's is 2.
         depth: layers of the resampler that makes the picture's vector.
         rate: largest learning rate; the paper's is 9e-3.
+        encoder: folder or hub id of a vision transformer; None takes EfficientNet-Lite0.
+        side: pixels that the encoder looks at.
     """
-    recipe = flamingo()
+    recipe = flamingo(encoder=encoder, side=side)
     fusion = AdaptionPrompt.Config(
         offset=first, prompts=prompts, connector=Resampler.Config(latents=1, depth=depth, mlp=2)
     )

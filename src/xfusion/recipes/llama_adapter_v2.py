@@ -6,9 +6,10 @@ Faithful: early fusion (the picture's rows are the prompt of the first layers, l
 are never mixed), zero-init attention with a gate per head, ``s (W x + b)`` for every matrix of a layer, trained norms. What
 the released code does instead, the picture added to the prompt of every layer, is ``released=True``.
 
-Adapted: rows of the picture from linear patches through a small resampler instead of CLIP through eight layers with
-queries; scale, bias and norms are copies that act on words behind a picture and on no others, so text alone is kept; the
-base's last norm, which no layer owns, stays as it is; one data set, so there are no two groups of parameters by data.
+Adapted: rows of the picture from EfficientNet-Lite0's map through a small resampler instead of CLIP through eight layers with
+queries, another encoder by ``encoder``; scale, bias and norms are copies that act on words behind a picture and on no others,
+so text alone is kept; the base's last norm, which no layer owns, stays as it is; one data set, so there are no two groups of
+parameters by data.
 """
 
 from __future__ import annotations
@@ -25,7 +26,14 @@ PAPER = "arXiv 2304.15010"
 STATUS = "sketch"
 
 
-def llama_adapter_v2(prompts: int = 20, early: int = 1, depth: int = 1, released: bool = False) -> Recipe:
+def llama_adapter_v2(
+    prompts: int = 20,
+    early: int = 1,
+    depth: int = 1,
+    released: bool = False,
+    encoder: str | None = None,
+    side: int = 224,
+) -> Recipe:
     """The recipe, at its natural size.
 
     Args:
@@ -33,8 +41,10 @@ def llama_adapter_v2(prompts: int = 20, early: int = 1, depth: int = 1, released
         early: first layers whose prompt is the picture.
         depth: layers of the resampler.
         released: as in the released code: all layers but the first, the picture added to every prompt.
+        encoder: folder or hub id of a vision transformer; None takes EfficientNet-Lite0.
+        side: pixels that the encoder looks at.
     """
-    recipe = llama_adapter()
+    recipe = llama_adapter(encoder=encoder, side=side)
     connector = Resampler.Config(latents=prompts, depth=depth, mlp=2)
     fusion = AdaptionPrompt.Config(
         prompts=prompts,

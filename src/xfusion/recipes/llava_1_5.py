@@ -22,14 +22,15 @@ PAPER = "arXiv 2310.03744"
 STATUS = "sketch"
 
 
-def llava_1_5(encoder: str | None = None, side: int = 224) -> Recipe:
+def llava_1_5(encoder: str | None = None, side: int = 224, strip: int = 1) -> Recipe:
     """A perceptron, trained in one stage.
 
     Args:
         encoder: folder or hub id of a vision transformer, such as openai/clip-vit-large-patch14-336, the paper's; None
             takes EfficientNet-Lite0.
         side: pixels that the encoder looks at.
+        strip: neighbouring features that make one token, as in `llava`.
     """
-    recipe = llava(encoder, side)
+    recipe = llava(encoder, side, strip)
     stage = replace(recipe.stages[0], rate=1e-3)
     return replace(recipe, model=replace(recipe.model, port=MLP.Config()), stages=(stage,))

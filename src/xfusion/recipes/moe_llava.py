@@ -9,7 +9,8 @@ language model's layers as words do; only experts, router and the way in train.
 Adapted: the paper tunes the whole language model before it makes experts; here it is frozen throughout. The first expert is
 the base's own MLP and routing begins with the first picture, so text alone is kept; ``paper=True`` routes every token among
 experts that all train, as published. No capacity and no noise on the second choice, so that a token's way does not depend on
-its batch; linear patches instead of CLIP with two linear layers; three experts at every fifth layer, for two cores.
+its batch; EfficientNet-Lite0 instead of CLIP before the two linear layers, another encoder by ``encoder``; three experts at
+every fifth layer, for two cores.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import replace
 
 from xfusion.fusion.sparse_experts import SparseExperts
 from xfusion.objectives.load_balance import LoadBalance
-from xfusion.recipes.flamingo import flamingo
+from xfusion.recipes.llava_1_5 import llava_1_5
 from xfusion.training.stages import Recipe
 
 KIND = "sparse experts"
@@ -26,16 +27,25 @@ PAPER = "arXiv 2401.15947"
 STATUS = "sketch"
 
 
-def moe_llava(every: int = 5, experts: int = 3, paper: bool = False) -> Recipe:
+def moe_llava(
+    every: int = 5,
+    experts: int = 3,
+    paper: bool = False,
+    encoder: str | None = None,
+    side: int = 224,
+    strip: int = 1,
+) -> Recipe:
     """The recipe, sized for two CPU cores.
 
     Args:
         every: experts stand at every n-th layer; the paper's is 2.
         experts: experts of a layer; the paper's are 4.
         paper: train all experts and route all tokens, as published: text is then not kept.
+        encoder: folder or hub id of a vision transformer; None takes EfficientNet-Lite0.
+        side: pixels that the encoder looks at.
+        strip: neighbouring features that make one token, as in `llava`.
     """
-    recipe = flamingo()
+    recipe = llava_1_5(encoder, side, strip)
     fusion = SparseExperts.Config(stride=every, experts=experts, frozen_expert=not paper)
-    image = replace(recipe.model.image, patch=8, behind_begin=False)
-    model = replace(recipe.model, image=image, fusion=fusion, extra=(LoadBalance.Config(),))
+    model = replace(recipe.model, fusion=fusion, extra=(LoadBalance.Config(),))
     return replace(recipe, model=model)

@@ -6,9 +6,10 @@ arXiv 2308.01390.
 Faithful: as `flamingo`, and after its code: layer norm of words alone, attention of 8 heads of 64 whatever the model's,
 GELU, blocks before layers i with (i + 1) % n = 0, no learned time or media embeddings, loss on the text behind a picture.
 
-Adapted: linear patches instead of CLIP ViT-L/14; widths for two cores; the gated MLP acts only on words that see a picture
-(the published one acts on all, ``--model.fusion.text-only mlp``), new words are placed by their order and not taken to
-follow the last picture; [EOI] in the place of the two added tokens; one data set instead of two losses of weights 1 and 0.2.
+Adapted: EfficientNet-Lite0 instead of CLIP ViT-L/14, another encoder by ``encoder``; widths for two cores; the gated MLP acts
+only on words that see a picture (the published one acts on all, ``--model.fusion.text-only mlp``), new words are placed by
+their order and not taken to follow the last picture; [EOI] in the place of the two added tokens; one data set instead of two
+losses of weights 1 and 0.2.
 """
 
 from __future__ import annotations
@@ -25,15 +26,19 @@ PAPER = "arXiv 2308.01390"
 STATUS = "sketch"
 
 
-def openflamingo(every: int = 7, latents: int = 16, depth: int = 2) -> Recipe:
+def openflamingo(
+    every: int = 7, latents: int = 16, depth: int = 2, encoder: str | None = None, side: int = 224
+) -> Recipe:
     """The recipe, sized for two CPU cores.
 
     Args:
         every: a block stands before the last of every n layers; 1, 2 and 4 in the paper, by size.
         latents: rows that a picture becomes; the paper's are 64.
         depth: layers of the resampler; the paper's are 6.
+        encoder: folder or hub id of a vision transformer; None takes EfficientNet-Lite0.
+        side: pixels that the encoder looks at.
     """
-    recipe = flamingo()
+    recipe = flamingo(encoder=encoder, side=side)
     connector = Resampler.Config(latents=latents, depth=depth)
     fusion = CrossAttention.Config(stride=every, offset=every - 1, connector=connector)
     return replace(recipe, model=replace(recipe.model, fusion=fusion))

@@ -214,10 +214,16 @@ class _Run:
                     f"stage {number} accumulates {stage.accumulate} batches, but the loss {together[0]} compares the items of"
                     f" one: set --stages.{number}.accumulate 1 and read more samples per step"
                 )
-            if together and self.processes.count > 1:
+            alone = [o.name for o in model.objectives if o.scope == "batch" and not o.across_processes]
+            if alone and self.processes.count > 1:
                 raise XFusionError(
-                    f"the loss {together[0]} compares the items of one batch, which {self.processes.count} processes would"
+                    f"the loss {alone[0]} compares the items of one batch, which {self.processes.count} processes would"
                     " divide: train it with one process"
+                )
+            if together and self.shard != "none":
+                raise XFusionError(
+                    f"the loss {together[0]} compares the items of all processes, which walk through divided layers in step:"
+                    f" --shard {self.shard} cannot have it, take none"
                 )
         drawn = "draw" in model.capabilities and isinstance(model.modality, ImageModality)
         if not drawn or (self.shard == "none" and not self.processes.first):

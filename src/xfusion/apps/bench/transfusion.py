@@ -25,8 +25,8 @@ from xfusion.training.optimizer import Optimizer
 def measure(bench: Bench) -> dict[str, Any]:
     """The demo's tower and the full copied one against the peer at the LLM's shape and at the demo's number of weights."""
     steps = {tower: Step(bench, bench.model(full=tower == "full")) for tower in ("demo", "full")}
-    peer = _peer(bench, steps["demo"], bench.backbone.hidden_size)
-    small = _matched(bench, steps["demo"])
+    peer = peer_of(bench, steps["demo"], bench.backbone.hidden_size)
+    small = matched_peer(bench, steps["demo"])
     for step in (*steps.values(), peer, small):
         step.warm()
 
@@ -59,7 +59,7 @@ def measure(bench: Bench) -> dict[str, Any]:
     return found
 
 
-def _peer(bench: Bench, step: Step, width: int) -> _Peer:
+def peer_of(bench: Bench, step: Step, width: int) -> Peer:
     try:
         from transfusion_pytorch import Transfusion
     except ImportError as error:
@@ -84,22 +84,22 @@ def _peer(bench: Bench, step: Step, width: int) -> _Peer:
             "ff_expansion_factor": 1.5 * config.intermediate_size / config.hidden_size,
         },
     )
-    return _Peer(bench, model, step, width)
+    return Peer(bench, model, step, width)
 
 
-def _matched(bench: Bench, step: Step) -> _Peer:
+def matched_peer(bench: Bench, step: Step) -> Peer:
     """The peer of the LLM's depth whose width, in whole heads, brings its weights nearest to ours."""
     wanted, head = step.model.num_new_parameters, bench.backbone.head_width
-    best = _peer(bench, step, head)
+    best = peer_of(bench, step, head)
     for width in range(2 * head, bench.backbone.hidden_size + 1, head):
-        wider = _peer(bench, step, width)
+        wider = peer_of(bench, step, width)
         if abs(wider.facts["trainable_parameters"] - wanted) >= abs(best.facts["trainable_parameters"] - wanted):
             break
         best = wider
     return best
 
 
-class _Peer:
+class Peer:
     """One optimiser step after another of the peer, on our samples."""
 
     def __init__(self, bench: Bench, model: Any, step: Step, width: int):

@@ -1,4 +1,4 @@
-"""Drawing and captioning on a set of named pictures: what was remembered (``fit_``), what is understood (``held_``).
+"""Drawing and naming on a set of named pictures: what was remembered (``fit_``), what is understood (``held_``).
 
 It works on any `Source`; the built-in emoji are the default. ``fit_`` scores are on trained pictures and measure memory
 only. ``held_`` scores are on pictures of groups that no training has seen. Beside a score stand ``chance_`` (a random
@@ -54,7 +54,8 @@ def run(
     """Scores of one model.
 
     Args:
-        model: draws, captions or both; what it cannot do is left out of the result.
+        model: draws, captions or embeds; what it cannot do is left out of the result. One that only embeds names a held-out
+            picture by the nearest of the names.
         progress: see `evaluate`.
         source: the trained pictures, a `Source` or a spec such as "emoji:128".
         held: the held-out pictures, likewise; None takes the held-out split of the same spec, where it has one.
@@ -74,12 +75,12 @@ def run(
         batch_size: pictures per call of the model.
 
     Raises:
-        XFusionError: the model neither draws nor captions, an empty source, an encoder that is not installed.
+        XFusionError: the model neither draws nor names, an empty source, an encoder that is not installed.
     """
-    abilities = {"draw", "caption"} & set(model.capabilities)
+    abilities = {"draw", "caption", "embed"} & set(model.capabilities)
     if not abilities:
         able = ", ".join(sorted(model.capabilities))
-        raise XFusionError(f"this suite scores drawing and captioning, but the model can only do: {able}")
+        raise XFusionError(f"this suite scores drawing and naming, but the model can only do: {able}")
     if candidates not in ("held", "all"):
         raise XFusionError(f"candidates is {candidates!r}: use 'held' or 'all'")
     source = open_source(source, split="train") if isinstance(source, str) else source
@@ -112,6 +113,7 @@ def run(
         wordings = captions.accepted([source.examples[i] for i in scored], source.examples)
         metrics |= _answers("fit_caption", answers, wordings)
         settings["num_captioned"] = len(scored)
+    if abilities & {"caption", "embed"}:
         held = _held_split(source) if held is None else held
         held = open_source(held, split="held") if isinstance(held, str) else held
         scored = chosen(held.examples, max_held, part) if held else []
@@ -162,7 +164,13 @@ class Subject:
         return answers
 
     def score_names(self, source: Source, indices: Sequence[int], names: list[str]) -> Tensor:
-        """Pointwise scores [pictures, names]."""
+        """Pointwise scores [pictures, names]; cosines where the model embeds and does not caption."""
+        if "caption" not in self.model.capabilities:
+            near = self.model.embed(names).T.cpu()
+            parts = self.parts(indices, "embed pictures")
+            return torch.cat(
+                [self.model.embed([source.picture(i, self.size) for i in part]).cpu() @ near for part in parts]
+            )
         alone = self.model.score_names(None, names).float().cpu()
         # Every picture meets every name, so that few pictures make a large batch.
         parts = self.parts(indices, "score names", max(self.batch_size // 8, 1))
@@ -240,7 +248,10 @@ def _held_split(source: Source) -> Source | None:
 def _held_captions(
     subject: Subject, held: Source, scored: Sequence[int], others: Sequence[Example]
 ) -> dict[str, float]:
-    """Rank of the true name, and exact match and token F1 of the greedy answer, each beside its blind base rate."""
+    """Rank of the true name, and exact match and token F1 of the greedy answer, each beside its blind base rate.
+
+    A model that does not caption has no answer.
+    """
     examples = [held.examples[i] for i in scored]
     names = list(dict.fromkeys(example.captions[0] for example in [*examples, *others]))
     hit = naming.hits(examples, names, held.examples)
@@ -250,6 +261,8 @@ def _held_captions(
     for key in real:
         name = f"held_caption_{key}"
         metrics |= {name: real[key], f"{name}_blind": base[key], f"chance_{name}": floor[key]}
+    if "caption" not in subject.model.capabilities:
+        return metrics
     answers = subject.caption(held, scored, "caption held-out pictures")
     return metrics | _answers("held_caption", answers, captions.accepted(examples, held.examples))
 
