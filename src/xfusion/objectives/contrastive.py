@@ -121,7 +121,7 @@ class Contrastive(Objective):
                     )
                     for one, other in ((0, 1), (1, 0))
                 ]
-            out[self.name] = (sum(both) / 2, torch.tensor(len(own), device=own.device))
+            out[self.name] = ((both[0] + both[1]) / 2, torch.tensor(len(own), device=own.device))
         return out
 
 
