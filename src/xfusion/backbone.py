@@ -487,6 +487,11 @@ class Backbone:
         return Backbone(model, self.tokenizer, self.source, self.revision, pretrained=self.pretrained)
 
     def _known_attention(self, attention: str) -> str:
+        """An implementation that the family knows; XFusionError where block masks are asked of one that does not."""
+        if attention == "flex_attention" and not self.model._supports_flex_attn:
+            raise XFusionError(
+                f"{self.source}: {type(self.model).__name__} has no attention {attention!r}: leave --attention out"
+            )
         # Soft-caps would be lost without a word.
         return self.attention if attention == "sdpa" and not self.model._supports_sdpa else attention
 

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from xfusion.data.sequence import XFusionError
+from xfusion.data.sequence import Rows, XFusionError, seen, sees, visible
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of one tower at one layer, each ``[B, H, n, K]``, after norm and rotary embedding."""
@@ -114,16 +115,69 @@ def run_rows(
     return (h[0] if isinstance(h, tuple) else h), splice.own
 
 
-def attention_mask(seen: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
+BLOCK = 128
+"""Queries, and keys, to a block of a block mask."""
+
+
+def block_mask(query: Rows, key: Rows, window: int | None = None) -> Any:
+    """`visible` as FlexAttention takes it (Dong et al. 2024, arXiv 2412.05496): which blocks of `BLOCK` x `BLOCK` pairs hold
+    nothing, some or all, and the rule itself for those that hold some.
+
+    What stays is the position tables; the pairs are laid out once, to sort the blocks.
+
+    Args:
+        query: tables ``[B, q]``.
+        key: tables ``[B, k]``.
+        window: a sliding window, as `seen` takes it.
+
+    Returns:
+        ``torch.nn.attention.flex_attention.BlockMask`` of shape ``[B, 1, q, k]``.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    found = visible(query, key, window)
+    blind = ~seen(query, key, window).any(dim=-1)
+    queries, keys = query.seeing, key.seeing
+
+    def rule(b: Tensor, _: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        own = sees([table[b, i] for table in queries], [table[b, j] for table in keys], window)
+        return own | (blind[b, i] & (j == 0))
+
+    pad = (0, -found.shape[2] % BLOCK, 0, -found.shape[1] % BLOCK)
+    held = functional.pad(found, pad).unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK)).sum(dim=(2, 4))
+    all_of_them = BLOCK * BLOCK
+    return BlockMask.from_kv_blocks(
+        *_listed((held > 0) & (held < all_of_them)),
+        *_listed(held == all_of_them),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=rule,
+        seq_lengths=(query.count, key.count),
+    )
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of keys a block of queries takes, ``[B, 1, rows]``, and which, those first ``[B, 1, rows, columns]``."""
+    blocks = blocks[:, None].to(torch.int32)
+    return blocks.sum(-1, dtype=torch.int32), blocks.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+
+
+def rows_mask(query: Rows, key: Rows, window: int | None, implementation: str, dtype: torch.dtype) -> Any:
+    """Who sees whom in the form that an attention implementation takes: `block_mask`, or `attention_mask` of `visible`."""
+    if implementation == "flex_attention":
+        return block_mask(query, key, window)
+    return attention_mask(visible(query, key, window), implementation, dtype)
+
+
+def attention_mask(found: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
     """A 4-D mask ``[B, 1, q, k]`` from bool ``[B, q, k]`` in the form that an attention implementation takes.
 
     sdpa takes bool; eager adds the mask to the scores and takes nothing else.
     """
     if implementation == "eager":
-        blocked = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-        return blocked.masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+        blocked = torch.zeros(found.shape, dtype=dtype, device=found.device)
+        return blocked.masked_fill(~found, torch.finfo(dtype).min)[:, None]
     if implementation == "sdpa":
-        return seen[:, None]
+        return found[:, None]
     raise XFusionError(f"attention {implementation!r} is not supported for mixed sequences: use 'sdpa' or 'eager'")
 
 

@@ -122,8 +122,29 @@ def choose_compute_dtype(device: torch.device) -> tuple[torch.dtype, str]:
     return torch.float32, f"float32: no native bfloat16 on this {device.type}"
 
 
-def choose_attention(device: torch.device) -> str:
-    """What layers attend by in training: on a CPU plain products, for the fused kernel's backward is slow on short sequences."""
+ATTENTIONS = ("eager", "sdpa", "flex_attention")
+"""What layers can attend by: plain products, torch's fused kernel, FlexAttention over block masks."""
+
+
+def choose_attention(device: torch.device, asked: str | None = None) -> str:
+    """What layers attend by in training: on a CPU plain products, for the fused kernel's backward is slow on short sequences.
+
+    Args:
+        device: where the run computes.
+        asked: one of `ATTENTIONS` instead.
+
+    Raises:
+        XFusionError: it is none of them, or torch has no backward pass of it on this device.
+    """
+    if asked is not None and asked not in ATTENTIONS:
+        raise XFusionError(f"attention {asked!r} is not one of {', '.join(ATTENTIONS)}")
+    if asked == "flex_attention" and device.type != "cuda":
+        raise XFusionError(
+            f"attention 'flex_attention': torch {torch.__version__} has no backward pass of it on {device.type}, only on a GPU:"
+            " take sdpa or eager"
+        )
+    if asked is not None:
+        return asked
     return "eager" if device.type == "cpu" else "sdpa"
 
 

@@ -20,6 +20,8 @@ from torch import Tensor
 
 END_OF_MEDIA = -1
 """Entry of `Batch.text_ids` that stands for [EOI]: a text position whose embedding is a trainable row of the media port."""
+Seeing = Seq[Tensor]
+"""Order, sample, segment, whether seen both ways and whether visible to later: of positions, in any shape."""
 IGNORE = -100
 """Label of a text position without a loss."""
 
@@ -149,6 +151,11 @@ class Rows:
     def count(self) -> int:
         return self.order.shape[1]
 
+    @property
+    def seeing(self) -> Seeing:
+        """The tables that say who sees whom, as `sees` takes them."""
+        return self.order, self.sample, self.segment, self.bidirectional, self.visible_to_later
+
     @classmethod
     def empty(cls, batch: int, device: torch.device | str = "cpu") -> Rows:
         """Tables without positions for ``batch`` rows."""
@@ -197,14 +204,20 @@ def seen(query: Rows, key: Rows, window: int | None = None) -> Tensor:
     Returns:
         bool ``[B, q, k]``; a padded query sees nothing, and so does one before all of the keys.
     """
-    q_order, k_order = query.order[:, :, None], key.order[:, None, :]
-    same_sample = query.sample[:, :, None] == key.sample[:, None, :]
-    same_segment = query.segment[:, :, None] == key.segment[:, None, :]
-    both_ways = same_segment & query.bidirectional[:, :, None] & key.bidirectional[:, None, :]
-    causal = (k_order <= q_order) & (key.visible_to_later[:, None, :] | same_segment)
+    queries, keys = [table[:, :, None] for table in query.seeing], [table[:, None, :] for table in key.seeing]
+    return sees(queries, keys, window)
+
+
+def sees(query: Seeing, key: Seeing, window: int | None = None) -> Tensor:
+    """The rule itself, of `Rows.seeing` of queries and keys in any shapes that broadcast: who sees whom stands here alone."""
+    q_order, q_sample, q_segment, q_both, _ = query
+    k_order, k_sample, k_segment, k_both, k_later = key
+    same_segment = q_segment == k_segment
+    both_ways = same_segment & q_both & k_both
+    causal = (k_order <= q_order) & (k_later | same_segment)
     if window is not None:
         causal = causal & (k_order > q_order - window)
-    return (causal | both_ways) & same_sample & (k_order >= 0) & (q_order >= 0)
+    return (causal | both_ways) & (q_sample == k_sample) & (k_order >= 0) & (q_order >= 0)
 
 
 def visible(query: Rows, key: Rows, window: int | None = None) -> Tensor:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from xfusion.backbone import Backbone, Cache
-from xfusion.data.sequence import MediaRows, Rows, XFusionError, seen, visible
-from xfusion.layers import KeysValues, assembled, attention_mask, keys_values, modulated, run_rows, slice_call
+from xfusion.data.sequence import MediaRows, Rows, XFusionError, seen
+from xfusion.layers import KeysValues, assembled, keys_values, modulated, rows_mask, run_rows, slice_call
 
 REGIMES = ("strictly frozen", "LoRA", "as in the paper")
 """What of the base is trained: nothing, so that text alone is the base's; low-rank deltas; what the paper trains."""
@@ -137,19 +137,19 @@ class Pass:
     def mask(
         self, owner: str, window: int | None, *, others: bool = True, of: Literal["text", "media"] | None = None
     ) -> Tensor:
-        """Mask of one owner's queries over the keys [cache | text | media ...], ``[B, 1, n, k]``; ``""`` asks for all.
+        """Mask of one owner's queries over the keys [cache | text | media ...], ``[B, 1, n, k]``, a `block_mask` where that is
+        the implementation's; ``""`` asks for all.
 
         ``others=False`` leaves the other owners' keys of this pass out, where none of them is visible anyway; ``of``
         leaves all keys but those of words, or of media, out, as `keys` does.
         """
-        if not owner:
-            return torch.cat([self.mask(name, window) for name in self.rows], dim=2)
         key = (owner, others, window, of)
         if key not in self._masks:
             past = [self.cache.rows] if self.cache is not None else []
             tables = [t for name, t in self.rows.items() if others or name == owner]
-            found = visible(self.rows[owner], self.keys(of) if of else Rows.cat(past + tables), window)
-            self._masks[key] = attention_mask(found, self.attention, self.dtype)
+            queries = self.rows[owner] if owner else Rows.cat(tables)
+            keys = self.keys(of) if of else Rows.cat(past + tables)
+            self._masks[key] = rows_mask(queries, keys, window, self.attention, self.dtype)
         return self._masks[key]
 
 

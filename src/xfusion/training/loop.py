@@ -65,6 +65,7 @@ def train(
     device: torch.device | str = "cpu",
     compile: bool = True,
     dtype: torch.dtype | None = None,
+    attention: str | None = None,
     preview_prompts: tuple[str, ...] | None = None,
     preview_every: float = 60.0,
     checkpoint_every: float = 300.0,
@@ -90,6 +91,7 @@ def train(
         device: where the base is loaded to, where none is given.
         compile: compile the per-layer work.
         dtype: compute type; None chooses by device and says why.
+        attention: what layers attend by, of `xfusion.model.ATTENTIONS`; None chooses by device.
         preview_prompts: what previews draw (None: the first captions of the data).
         preview_every: seconds between previews; 0 makes none.
         checkpoint_every: seconds between checkpoints.
@@ -115,7 +117,7 @@ def train(
     if shard not in get_args(Shard):
         raise XFusionError(f"shard {shard!r} is not one of {', '.join(get_args(Shard))}")
     run = _Run(recipe, Path(out), minutes, compile, preview_prompts, preview_every, checkpoint_every, keep, shard)
-    run.prepare(source, allow_bad, resume, from_pack, backbone, device, dtype, console, listener)
+    run.prepare(source, allow_bad, resume, from_pack, backbone, device, dtype, attention, console, listener)
     try:
         return run.go()
     finally:
@@ -168,10 +170,12 @@ class _Run:
         backbone: Backbone | None,
         device: torch.device | str,
         dtype: torch.dtype | None,
+        attention: str | None,
         console: Console | None,
         listener: Listener | None,
     ) -> None:
         self.processes = processes = Processes(device if backbone is None else backbone.device)
+        self.attention = choose_attention(processes.device, attention)
         if processes.count == 1:
             self.shard = "none"
         chosen, reason = (dtype, "as asked") if dtype else choose_compute_dtype(processes.device)
@@ -184,7 +188,7 @@ class _Run:
             row = mesh(processes.device)
             with processes.one_by_one():  # each holds all new weights until it has divided them
                 self._prepare(source, allow_bad, resume, from_pack, backbone)
-                self.sharding = Sharding(self.model, self.shard, row, chosen, choose_attention(processes.device))
+                self.sharding = Sharding(self.model, self.shard, row, chosen, self.attention)
         self._share(console, listener, resume, chosen, reason)
 
     def _prepare(
@@ -244,8 +248,7 @@ class _Run:
         self.track = Track(self.out if first else None, console if first else None, listener, self.step)
         self.keeps_memory = self.processes.device.type == "cpu" and keep_freed_memory()
         divided = None if sharding is None else sharding.backbone
-        attention = choose_attention(self.processes.device)
-        self.engine = model.training_engine(chosen, reason, attention, self.compile, divided)
+        self.engine = model.training_engine(chosen, reason, self.attention, self.compile, divided)
         self.mixtures = [
             Mixture(
                 self.source,

@@ -65,6 +65,9 @@ class Train(Verb):
     average, or the frozen base too. One process divides nothing."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
+    attention: str | None = None
+    """What layers attend by: eager, sdpa, or flex_attention (block masks, on a GPU; its speed is not measured). None chooses
+    by device."""
 
     def start(self, recipe: Recipe, people: Console) -> Answer:
         """Train a recipe with all settings resolved."""
@@ -80,6 +83,7 @@ class Train(Verb):
             resume=self.resume,
             from_pack=self.from_pack,
             device=choose_device(self.device),
+            attention=self.attention,
             allow_bad=self.allow_bad,
             preview_prompts=self.preview or None,
             preview_every=self.preview_every,
