@@ -105,7 +105,7 @@ def figures(name: str) -> list[str]:
         if runs:
             scores = [
                 f"{score} {sum(r['scores'][score] for r in runs) / len(runs):.3f}"
-                for score in SHOWN[:3]
+                for score in dict.fromkeys((*SHOWN[:3], *SHOWN_NAMING[:4]))
                 if all(score in r["scores"] for r in runs)
             ]
             lines.append(f"- [{folder.name}](../comparison.md#{folder.name}), {len(runs)} runs: {', '.join(scores)}")

@@ -82,7 +82,7 @@ class Bench:
     @cached_property
     def rounds(self) -> int:
         """Turns of everybody."""
-        return 2 if self.quick else 12
+        return 2 if self.quick else 7
 
     def in_turn(self, works: dict[str, Work], *, warm: int = 2, rounds: int | None = None) -> dict[str, float]:
         """Median seconds of each work; all take turns, A B A B, so that what disturbs the machine disturbs all."""

@@ -40,7 +40,7 @@ def measure(bench: Bench) -> dict[str, Any]:
     works = {(tower, kept): ours(step, kept) for tower, step in steps.items() for kept in (False, True)}
     named = {f"our {tower} tower, text {'' if kept else 'not '}kept": work for (tower, kept), work in works.items()}
     named |= {"transfusion-pytorch": peer, "transfusion-pytorch, as many weights": small}
-    seconds = list(bench.in_turn(named, rounds=None if bench.quick else 7).values())
+    seconds = list(bench.in_turn(named).values())
     samples, (theirs, matched) = steps["demo"].samples, seconds[-2:]
     found: dict[str, Any] = {
         "samples_per_step": samples,

@@ -5,9 +5,14 @@ from __future__ import annotations
 import datetime
 import importlib
 import json
+import multiprocessing
 import os
+import sys
 import time
-from dataclasses import dataclass, replace
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +27,8 @@ class Bench(Verb):
     """Measure how fast training and sampling are, against the machine's matrix rate and against peers.
 
     Ours and the peers take turns, A B A B; figures are medians. Run it on an idle machine: the load before and after stands
-    in the answer. Peers that are not installed are left out with their reason.
+    in the answer. Peers that are not installed are left out with their reason. Each question has a process of its own, and a
+    file is written after each.
     """
 
     only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")] = ()
@@ -56,29 +62,52 @@ class Bench(Verb):
             "load_before": _load(),
             "quick": self.quick,
         }
-        bench = base.Bench.of(self.base, self.data, compile=self.compile, quick=self.quick)
         for name in self.only or base.names():
-            asked = replace(bench, tell=lambda text, name=name: people.print(f"{name}: {text}", style="dim"))
             try:
-                data[name] = importlib.import_module(f"xfusion.apps.bench.{name}").measure(asked)
+                data[name] = self._alone(name)
             except XFusionError as error:
                 if self.only:
                     raise
                 data[name] = {"left_out": str(error)}
-        data |= {"load_after": _load(), "seconds": round(time.perf_counter() - begun, 1)}
-        data = _rounded(data)
-        if self.out is not None:
-            text = json.dumps(data, indent=2) + "\n"
-
-            def write(path: Path) -> None:
-                path.write_text(text, encoding="utf-8")
-
-            written(self.out, write)
+            data |= {"load_after": _load(), "seconds": round(time.perf_counter() - begun, 1)}
+            data = _rounded(data)
+            if self.out is not None:  # after every question: the next may take the machine with it
+                written(self.out, partial(_write, data))
         return Answer(data=data, text=_text(data))
+
+    def _alone(self, name: str) -> dict[str, Any]:
+        """The answer of a process of its own: what one question leaves in memory is gone for the next.
+
+        Raises:
+            XFusionError: the question's own, or its process was killed.
+        """
+        from xfusion.data.sequence import XFusionError
+
+        one = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        with one:
+            try:
+                return one.submit(_measured, name, self.base, self.data, self.compile, self.quick).result()
+            except BrokenProcessPool as error:
+                raise XFusionError(f"the process that measured {name} was killed, perhaps for its memory") from error
 
     def _command(self) -> str:
         words = ["xfusion bench", *(["--only", *self.only] if self.only else []), *(["--quick"] if self.quick else [])]
         return " ".join([*words, *([] if self.compile else ["--no-compile"]), "--json"])
+
+
+def _measured(name: str, base: str | None, data: str, compile: bool, quick: bool) -> dict[str, Any]:
+    """The answer to a question."""
+    from xfusion.apps.bench.base import Bench
+
+    def tell(text: str) -> None:
+        print(f"{name}: {text}", file=sys.stderr, flush=True)
+
+    bench = Bench.of(base, data, compile=compile, quick=quick, tell=tell)
+    return importlib.import_module(f"xfusion.apps.bench.{name}").measure(bench)
+
+
+def _write(data: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def _load() -> float | None:
