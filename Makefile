@@ -43,6 +43,7 @@ bench: setup
 figures: setup
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -e '.[demo,train,dev,bench]' -c constraints.txt
 	$(BIN)/xfusion bench --json -o benchmarks/results/bench.json
+	$(BIN)/python benchmarks/time_to_loss.py
 	$(BIN)/python benchmarks/profile_step.py
 	$(BIN)/python benchmarks/solvers.py
 	$(BIN)/python benchmarks/growth.py

@@ -340,6 +340,24 @@ def bench_part() -> list[str]:
     return [*origin(found), *table(rows, ("figure", "value", "wanted"))]
 
 
+def time_to_loss_part() -> list[str]:
+    """Loss against seconds, ours and the peer's."""
+    found = measured("time_to_loss")
+    if found is None:
+        return ["Not measured yet: `python benchmarks/time_to_loss.py`.", ""]
+    title = "Loss of names against seconds of training"
+    ours = found["our_seconds_to_that_loss"]
+    reached, took = found["loss_reached_by_the_peer"], found["seconds_of_the_peer"]
+    said = "not within its own time" if ours is None else f"within {ours:.0f} s"
+    return [
+        *origin(found),
+        f"The peer ({found['peer'].partition(', ')[2]}) reached {reached:.2f} nats per token in {took:.0f} s; ours reached"
+        f" that {said}.",
+        "",
+        *plot("time_to_loss", found["curves"], "seconds of training", title),
+    ]
+
+
 def profile_part() -> list[str]:
     """Where a step's time goes."""
     found = measured("profile")
@@ -398,6 +416,7 @@ def write_speed() -> None:
     text = page.read_text(encoding="utf-8")
     for name, part in (
         ("bench", bench_part),
+        ("time to loss", time_to_loss_part),
         ("profile", profile_part),
         ("solvers", solvers_part),
         ("growth", growth_part),

@@ -92,7 +92,7 @@ def count_flops(model: Model, stage: Stage, source: Source, seed: int = 0) -> St
             task = "caption" if bool((batch.labels != IGNORE).any()) else "draw"
             known = len(engine.text_states)
             cold, warm = _flops(lambda b=batch: both(b)), _flops(lambda b=batch: both(b))
-            with torch.no_grad():
+            with _without_gradients(model):
                 ahead = _flops(lambda b=batch: losses(b))
             text, texts = text + cold - warm, texts + len(engine.text_states) - known
             training[task] = training.get(task, 0) + warm
@@ -237,6 +237,20 @@ def _loss(model: Model, batch: Batch, task: str) -> Tensor:
     states = hidden[:, run.slices["text"]].flatten(0, 1)[:learned]
     scores = model.engine.backbone.logits(states[None])[0].float()
     return functional.cross_entropy(scores, torch.zeros(learned, dtype=torch.int64, device=scores.device))
+
+
+@contextmanager
+def _without_gradients(model: Model) -> Iterator[None]:
+    """No weight asks for a gradient inside the block: the counter takes a view of one that does for a node of a graph."""
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        with torch.no_grad():
+            for parameter in learned:
+                parameter.requires_grad_(False)
+            yield
+    finally:
+        for parameter in learned:
+            parameter.requires_grad_(True)
 
 
 def _flops(function: Callable[[], Any]) -> int:

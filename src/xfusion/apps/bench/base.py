@@ -31,6 +31,8 @@ from xfusion.training.stages import Stage
 
 Work = Callable[[], object]
 Tell = Callable[[str], None]
+PERIOD = 8
+"""Batches that steps repeat: few, so that texts and pictures are soon at hand."""
 SQUARE = 4096
 """Side of the matrices whose product is the yardstick."""
 
@@ -148,13 +150,15 @@ class Step:
         )
         self.engine.keep_text, self.engine.activation_checkpointing = keep_text, activation_checkpointing
         self.optimizer = Optimizer(model.named_new_parameters(), 0.0)
-        self.numbers = count()
+        self.numbers, self.rate = count(), 1e-4
+        self.period: int | None = PERIOD
         self.samples = mixture.draw + mixture.caption
         self.weights = {name: weight for o in model.objectives for name, weight in o.weights.items()}
 
     def __call__(self) -> None:
         """The next step."""
-        batches = self.mixture.batches(next(self.numbers) % 8)  # few, so that texts and pictures are soon at hand
+        number = next(self.numbers)
+        batches = self.mixture.batches(number % self.period if self.period else number)
         counts: Counter[str] = Counter()
         for batch in batches:
             for objective in self.model.objectives:
@@ -171,11 +175,11 @@ class Step:
                     loss.backward()
                 for value, _ in found.values():
                     float(value.detach())
-        self.optimizer.step(1e-4, 1.0, 0.999)
+        self.optimizer.step(self.rate, 1.0, 0.999)
 
     def warm(self) -> None:
         """Every batch once: texts are then known and all shapes compiled."""
-        for _ in range(8):
+        for _ in range(PERIOD):
             self()
 
 

@@ -10,6 +10,7 @@ uncompiled, as it comes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import count
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xfusion.apps.bench.base import Bench, Step, Work
+from xfusion.apps.bench.base import PERIOD, Bench, Step, Work
 from xfusion.data.sequence import Media, Sequence, Text, XFusionError
 from xfusion.training.optimizer import Optimizer
 
@@ -104,23 +105,48 @@ class Peer:
 
     def __init__(self, bench: Bench, model: Any, step: Step, width: int):
         self.model, self.mixture, self.bench, self.numbers = model, step.mixture, bench, count()
+        self.rate, self.period = step.rate, step.period
         weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self.facts = {"width": width, "trainable_parameters": sum(weight.numel() for weight in weights.values())}
         self.optimizer = Optimizer(weights, 0.0)
         self.grid = step.model.image.grid(step.model.image.sizes[0])
 
     def __call__(self) -> None:
-        number, kind = next(self.numbers) % 8, self.bench.dtype
-        samples = [list(self._items(sample)) for sample in self.mixture.samples(number)]
-        with torch.autocast("cpu", kind, enabled=kind != torch.float32):
-            loss = self.model(samples)
+        number = next(self.numbers)
+        loss = self._losses(self.mixture.samples(number % self.period if self.period else number)).total
         loss.backward()
         float(loss.detach())
-        self.optimizer.step(1e-4, 1.0, 0.999)
+        self.optimizer.step(self.rate, 1.0, 0.999)
+
+    def _losses(self, samples: list[Sequence]) -> Any:
+        """What the peer calls a breakdown, ``total`` and ``text`` among it."""
+        kind = self.bench.dtype
+        with torch.autocast("cpu", kind, enabled=kind != torch.float32):
+            return self.model([list(self._items(sample)) for sample in samples], return_breakdown=True)[1]
+
+    @torch.no_grad()
+    def nats(self, samples: list[Sequence]) -> float:
+        """Next-token loss per token that has one, in nats.
+
+        The peer divides by a number of tokens that it does not tell; the same loss of a head that knows nothing, the
+        logarithm of the vocabulary's size, does tell.
+        """
+        found = float(self._losses(samples).text)
+        sizes = []
+
+        def knows_nothing(_: Any, __: Any, logits: Tensor) -> Tensor:
+            sizes.append(logits.shape[-1])
+            return torch.zeros_like(logits)
+
+        hook = self.model.to_text_logits.register_forward_hook(knows_nothing)
+        try:
+            return found / float(self._losses(samples).text) * math.log(sizes[0])
+        finally:
+            hook.remove()
 
     def warm(self) -> None:
         """Every batch once: the peer tries its ways to lay out a batch on each kind of batch, and keeps the fastest."""
-        for _ in range(8):
+        for _ in range(PERIOD):
             self()
 
     def _items(self, sample: Sequence) -> Iterator[tuple[Any, ...]]:
