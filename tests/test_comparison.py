@@ -33,12 +33,15 @@ from xfusion.data.mixture import MixtureConfig
 from xfusion.data.sequence import XFusionError
 from xfusion.evaluation.suites import emoji
 from xfusion.evaluation.suites.emoji import chosen, part_of
+from xfusion.fusion.connectors.query_transformer import Queries
 from xfusion.fusion.dual_tower import DualTower
+from xfusion.fusion.prefix import Prefix
 from xfusion.modalities.base import Encoder
 from xfusion.modalities.codecs.features import Features
 from xfusion.modalities.image import ImageModality
 from xfusion.model import BackboneConfig, ModelConfig, build
 from xfusion.objectives.alignment import Alignment
+from xfusion.objectives.base import NoObjective
 from xfusion.training import loop
 from xfusion.training.loop import Interrupted
 from xfusion.training.stages import Recipe, Stage
@@ -212,6 +215,20 @@ def test_a_part_is_scored_among_all(base):
 
 
 # -------------------------------------------------------------------------------------------------------------- costs
+
+
+def test_flops_of_a_forward_pass_through_a_broadcast_parameter(base):
+    reads = ModelConfig(
+        backbone=BackboneConfig(source=base.source),
+        image=ImageModality.Config(patch=4, sizes=(16,), order="causal"),
+        port=Queries.Config(queries=16, query_width=32, heads=2, depth=1, mlp=8),
+        fusion=Prefix.Config(),
+        media=NoObjective.Config(),
+    )
+    model = build(reads, base)
+    counted = count_flops(model, Stage(mixture=MixtureConfig(draw=0, caption=4)), Noise(12))
+    assert 0 < counted.forward["caption"] < counted.training["caption"] / 1.5
+    assert all(p.requires_grad and p.grad is None for p in model.new_parameters())
 
 
 def test_flops_of_a_drawing_by_hand(base):
