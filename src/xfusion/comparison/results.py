@@ -111,6 +111,12 @@ def learning_curves(log: Path) -> dict[str, list[list[float]]]:
     return out
 
 
+def seconds_trained(log: Path) -> float:
+    """Seconds that a run trained, in all of its processes, from its log."""
+    events = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    return max((event["seconds"] for event in events if "seconds" in event), default=0.0)
+
+
 def write_strip(path: Path, pictures: Sequence[PILImage.Image], size: int) -> None:
     """Pictures side by side in one file; it appears whole or not at all."""
     sheet = PILImage.new("RGB", (size * max(len(pictures), 1), size), "white")

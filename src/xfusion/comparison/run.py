@@ -7,7 +7,6 @@ import math
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -53,6 +52,7 @@ from xfusion.comparison.results import (
     refuse_changed,
     refuse_unequal,
     run_name,
+    seconds_trained,
     write_strip,
 )
 from xfusion.comparison.table import summarise
@@ -567,10 +567,9 @@ class _Comparison:
         recipe, asked = self._asked(entry, share, seed, tuning)
         name = run_name(entry.label, seed, share)
         path, work, title = self.out / f"{name}.json", self.work / name, f"{number} {name}"
-        part, begun = self.parts[share], time.perf_counter()
+        part = self.parts[share]
         with peak_memory(self.backbone.device) as memory:
             model = self._train(recipe, part, work, title)
-        trained = time.perf_counter() - begun
         guidance = {} if tuning["guidance"] is None else {"guidance": tuning["guidance"]}
         scores = self._evaluate(model, part, title, seed=seed * SEEDS_APART, part=self._test_part, **guidance)
         scored = scores.pop("settings")
@@ -587,7 +586,7 @@ class _Comparison:
             "scored": {k: v for k, v in scored.items() if k != "versions"},
             "preserves_text": bool(model.fusion.preserves_text),
             "regime": model.regime,
-            "cost": cost | {"peak_memory": memory, "wall_minutes": round(trained / 60, 3)},
+            "cost": cost | {"peak_memory": memory, "wall_minutes": round(seconds_trained(work / "log.jsonl") / 60, 3)},
             "learning": learning_curves(work / "log.jsonl"),
             "machine": machine(),
             "commit": commit(),

@@ -59,11 +59,14 @@ class GatedHeads(Delta):
 
 
 class Prompted(Delta):
-    """A frozen attention, plus what its queries read from prompts; made for one pass."""
+    """A frozen attention, plus what its queries read from prompts; made for one pass.
 
-    def __init__(self, gate: Tensor, output: str, kv: KeysValues, reads: Tensor, attention: str):
+    ``gated`` is that attention with gated heads, put together beforehand: compiled code copies no module.
+    """
+
+    def __init__(self, gated: nn.Module, kv: KeysValues, reads: Tensor, attention: str):
         super().__init__()
-        self.gate, self.output, self.kv, self.reads, self.attention = gate, output, kv, reads, attention
+        self.gated, self.kv, self.reads, self.attention = gated, kv, reads, attention
 
     def forward(self, frozen: nn.Module, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """The attention's own answer, of which the first part is states ``[B, n, D]``."""
@@ -71,22 +74,22 @@ class Prompted(Delta):
         x = args[0] if args else kwargs["hidden_states"]
         tables = kwargs.get("position_embeddings")
         call: Call = {} if tables is None else {"position_embeddings": tables}
-        return (self.added(assembled(frozen, {self.output: GatedHeads(self.gate)}), x, call, out), *rest)
+        return (self.added(x, call, out), *rest)
 
-    def added(self, gated: nn.Module, x: Tensor, call: Call, out: Tensor) -> Tensor:
+    def added(self, x: Tensor, call: Call, out: Tensor) -> Tensor:
         """What the frozen attention says and what its queries read, ``[B, n, D]``."""
         sees = self.reads.any(-1, keepdim=True)
         # A word that reads nothing has no softmax: it is given one, and what it reads is thrown away.
         mask = attention_mask(self.reads | ~sees, self.attention, x.dtype)
         k, v = (t.to(x.dtype) for t in self.kv)
-        read, _ = run_rows(gated, x, call, mask, [(k, v)], [], splice_own=False)
+        read, _ = run_rows(self.gated, x, call, mask, [(k, v)], [], splice_own=False)
         return torch.where(sees, out + read, out)
 
 
 class PromptedByWord(Prompted):
     """The same for one word after the other, each over the rows that it reads: the reference path."""
 
-    def added(self, gated: nn.Module, x: Tensor, call: Call, out: Tensor) -> Tensor:
+    def added(self, x: Tensor, call: Call, out: Tensor) -> Tensor:
         """What the frozen attention says and what its queries read, ``[B, n, D]``."""
         out = out.clone()
         for b, i in self.reads.any(-1).nonzero().tolist():
@@ -94,7 +97,7 @@ class PromptedByWord(Prompted):
             k, v = (t[b : b + 1, :, mine].to(x.dtype).expand(len(x), -1, -1, -1) for t in self.kv)
             every = torch.ones(*x.shape[:2], k.shape[2], dtype=torch.bool, device=x.device)
             mask = attention_mask(every, self.attention, x.dtype)
-            out[b, i] += run_rows(gated, x, call, mask, [(k, v)], [], splice_own=False)[0][b, i]
+            out[b, i] += run_rows(self.gated, x, call, mask, [(k, v)], [], splice_own=False)[0][b, i]
         return out
 
 
@@ -211,8 +214,9 @@ class AdaptionPrompt(Outside):
         """The layer of this pass: its attention reads prompts, its tuned parts act on words that see a picture."""
         prompt: Any = self.blocks[str(index)]
         tuned = self._tuned(index, frozen, reads.any(-1))
-        read = kind(prompt.gate, self.outputs[index], kv, reads, run.attention)
-        return assembled(tuned, {attention_path(frozen): read})
+        place = attention_path(frozen)
+        gated = assembled(tuned.get_submodule(place), {self.outputs[index]: GatedHeads(prompt.gate)})
+        return assembled(tuned, {place: kind(gated, kv, reads, run.attention)})
 
     def layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
         """Words alone through the frozen layer, whose attention reads prompts too; media rows stay as they are."""

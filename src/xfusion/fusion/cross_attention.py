@@ -1,7 +1,7 @@
 """Gated cross-attention before frozen layers (Flamingo, arXiv 2204.14198; OpenFlamingo, 2308.01390; Idefics, 2306.16527).
 
     y = x + tanh(a) O softmax(mask(Q n(x) (K m)^T / sqrt(K))) V m
-    y = y + tanh(b) MLP(n'(y))                    a = b = 0 at the start;  then the frozen layer on y
+    y = y + tanh(b) MLP(n'(y))                    a = b = 0 at first;  then the frozen layer on y
 
 for words x that read media rows m. The published code zeroes the attention of words that see no medium, and in the mode
 that attends to all earlier media not even that, but the gated MLP acts on all words: once trained, text alone comes out
@@ -53,7 +53,7 @@ class GatedLinearUnit(nn.Module):
 
 
 class GatedCrossAttention(nn.Module):
-    """One block: words read media rows, both sub-blocks behind a gate that is closed at the start."""
+    """One block: words read media rows, both sub-blocks behind a gate."""
 
     def __init__(self, config: CrossAttention.Config, width: int):
         super().__init__()
@@ -82,7 +82,7 @@ class GatedCrossAttention(nn.Module):
                 Activated(config.activation),
                 nn.Linear(mlp, width, bias=False),
             )
-        self.gate, self.mlp_gate = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
+        self.gate, self.mlp_gate = (nn.Parameter(torch.tensor(float(config.gate))) for _ in range(2))
 
     def keys_values(self, media: Tensor) -> KeysValues:
         """Media rows ``[B, n, D]`` -> keys and values ``[B, H, n, K]``; there is no rotary embedding."""
@@ -140,6 +140,9 @@ class CrossAttention(Outside):
         """Hidden units of the MLP; None takes 4 D."""
         activation: Literal["gelu", "relu", "squared relu", "swiglu"] = "gelu"
         """Activation of the MLP: swiglu has three matrices."""
+        gate: float = 0.0
+        """What both gates hold at the start, before tanh. The papers' 0 closes them, and a base answers as it did until they
+        open, at about a rate's size a step; a short run takes 1, which changes nothing for words that see no medium."""
         text_only: Literal["skip", "mlp"] = "skip"
         """What a block does to words that see no medium: nothing, or its gated MLP, as published. Text is then not kept."""
 

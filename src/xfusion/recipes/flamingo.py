@@ -3,7 +3,7 @@
 Paper: Alayrac et al., "Flamingo: a Visual Language Model for Few-Shot Learning", arXiv 2204.14198.
 
 Faithful: a Perceiver resampler whose keys and values hold its latents too; blocks before every n-th layer from the first
-one on (n need not divide the depth), with tanh gates closed at the start, layer norms of words and of media, squared ReLU;
+one on (n need not divide the depth), with tanh gates, layer norms of words and of media, squared ReLU;
 each word attends to the last picture before it and hears of older ones through the words; picture and text may alternate;
 the language model is frozen throughout; loss on the text.
 
@@ -11,7 +11,8 @@ Adapted: EfficientNet-Lite0's map of 7 x 7 x 1280 instead of a frozen NFNet's, a
 it to the model's width; widths for two cores (D is the model's, heads of 64, 2 layers instead of 6); gate and MLP act only on
 words that see a picture, so that text alone stays bit-equal after training, which the paper's does not; text is never linked
 to the next picture instead of the last (half of the paper's samples), because nothing later may change what came before;
-[EOI], a trained row, in the place of the tag and of the end of chunk; one data set.
+[EOI], a trained row, in the place of the tag and of the end of chunk; one data set; gates begin open (``gate=0`` closes them,
+as in the paper).
 """
 
 from __future__ import annotations
@@ -28,13 +29,21 @@ PAPER = "arXiv 2204.14198"
 STATUS = "sketch"
 
 
-def flamingo(every: int = 7, latents: int = 16, depth: int = 2, encoder: str | None = None, side: int = 224) -> Recipe:
+def flamingo(
+    every: int = 7,
+    latents: int = 16,
+    depth: int = 2,
+    gate: float = 1.0,
+    encoder: str | None = None,
+    side: int = 224,
+) -> Recipe:
     """The recipe, sized for two CPU cores; pictures are only read.
 
     Args:
         every: a block stands before every n-th layer; 1, 4 and 7 in the paper, by size.
         latents: rows that a picture becomes; the paper's are 64.
         depth: layers of the resampler; the paper's are 6.
+        gate: what gates hold at the start, before tanh; the paper's is 0, which opens in thousands of steps.
         encoder: folder or hub id of a vision transformer; None takes EfficientNet-Lite0.
         side: pixels that the encoder looks at.
     """
@@ -44,6 +53,7 @@ def flamingo(every: int = 7, latents: int = 16, depth: int = 2, encoder: str | N
         offset=0,
         media_norm=True,
         activation="squared relu",
+        gate=gate,
         connector=Resampler.Config(latents=latents, depth=depth, activation="squared relu"),
     )
     # Media take no part in the words' own attention, so the words' own first position stands before them.

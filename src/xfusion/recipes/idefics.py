@@ -3,14 +3,14 @@
 Paper: Laurençon et al., "OBELICS: An Open Web-Scale Filtered Dataset of Interleaved Image-Text Documents", arXiv 2306.16527.
 
 Faithful: blocks before every n-th layer from the first one on, with RMS norms, as many heads as the base, norms of queries
-and keys per head, no rotary embedding, SwiGLU of the base's width, tanh gates closed at the start; a resampler with ReLU
+and keys per head, no rotary embedding, SwiGLU of the base's width, tanh gates; a resampler with ReLU
 and norms per head; each word attends to the last picture before it; the first stage, in which the language model is
 frozen. Block and resampler are held to transformers' to 1e-5.
 
 Adapted: EfficientNet-Lite0 instead of CLIP ViT-H/14, another encoder by ``encoder``; widths for two cores; n need not divide
 the depth (theirs must); the gated MLP acts only on words that see a picture (theirs acts on all, ``--model.fusion.text-only
 mlp``); no loss on the size of the logits; [EOI] in the place of the two added tokens. The second stage unfreezes everything
-and is not here.
+and is not here; gates begin open (``gate=0`` closes them, as in the paper).
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def idefics(
     depth: int = 2,
     heads: int = 9,
     mlp: int = 1536,
+    gate: float = 1.0,
     encoder: str | None = None,
     side: int = 224,
 ) -> Recipe:
@@ -44,6 +45,7 @@ def idefics(
         depth: layers of the resampler; the paper's are 6.
         heads: attention heads of a block; the base's.
         mlp: hidden units of a block; the base's.
+        gate: what gates hold at the start, before tanh; the paper's is 0, which opens in thousands of steps.
         encoder: folder or hub id of a vision transformer; None takes EfficientNet-Lite0.
         side: pixels that the encoder looks at.
     """
@@ -56,6 +58,7 @@ def idefics(
         head_norm=True,
         mlp=mlp,
         activation="swiglu",
+        gate=gate,
         connector=Resampler.Config(latents=latents, depth=depth, activation="relu", head_norm=True),
     )
     return replace(recipe, model=replace(recipe.model, fusion=fusion))

@@ -9,7 +9,7 @@ GELU, blocks before layers i with (i + 1) % n = 0, no learned time or media embe
 Adapted: EfficientNet-Lite0 instead of CLIP ViT-L/14, another encoder by ``encoder``; widths for two cores; the gated MLP acts
 only on words that see a picture (the published one acts on all, ``--model.fusion.text-only mlp``), new words are placed by
 their order and not taken to follow the last picture; [EOI] in the place of the two added tokens; one data set instead of two
-losses of weights 1 and 0.2.
+losses of weights 1 and 0.2; gates begin open (``gate=0`` closes them, as in the paper).
 """
 
 from __future__ import annotations
@@ -27,7 +27,12 @@ STATUS = "sketch"
 
 
 def openflamingo(
-    every: int = 7, latents: int = 16, depth: int = 2, encoder: str | None = None, side: int = 224
+    every: int = 7,
+    latents: int = 16,
+    depth: int = 2,
+    gate: float = 1.0,
+    encoder: str | None = None,
+    side: int = 224,
 ) -> Recipe:
     """The recipe, sized for two CPU cores.
 
@@ -35,10 +40,11 @@ def openflamingo(
         every: a block stands before the last of every n layers; 1, 2 and 4 in the paper, by size.
         latents: rows that a picture becomes; the paper's are 64.
         depth: layers of the resampler; the paper's are 6.
+        gate: what gates hold at the start, before tanh; the paper's is 0, which opens in thousands of steps.
         encoder: folder or hub id of a vision transformer; None takes EfficientNet-Lite0.
         side: pixels that the encoder looks at.
     """
     recipe = flamingo(encoder=encoder, side=side)
     connector = Resampler.Config(latents=latents, depth=depth)
-    fusion = CrossAttention.Config(stride=every, offset=every - 1, connector=connector)
+    fusion = CrossAttention.Config(stride=every, offset=every - 1, gate=gate, connector=connector)
     return replace(recipe, model=replace(recipe.model, fusion=fusion))
