@@ -1,6 +1,7 @@
 """Contracts of models that read pictures and do not draw: media stand outside the decoder's self-attention."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -31,13 +32,14 @@ from contracts.test_paths import FLOAT32, FLOAT64, incremental, packings
 from contracts.test_text import state_of, text_batches
 
 import xfusion
+import xfusion.fusion.base as fusion_base
 from xfusion.backbone import Backbone
 from xfusion.comparison.cost import flops_of_shape
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Sequence, Text, XFusionError
 from xfusion.data.templates import Templates
-from xfusion.model import BackboneConfig, Model
+from xfusion.model import BackboneConfig, Model, compiled_graphs
 from xfusion.training.stages import Recipe
 
 SEQUENCES = mixed_sequences()
@@ -114,18 +116,46 @@ def test_the_training_engine_agrees_with_the_reference_path(bases, fusion, famil
         assert apart(look(model, batch), whole) <= 2 * FLOAT32
 
 
+@pytest.fixture
+def traced(monkeypatch):
+    """Compiling traces layers and hands them to no code generator, which takes half a minute for each."""
+    monkeypatch.setattr(fusion_base.torch, "compile", partial(torch.compile, backend="eager"))
+    fusion_base.compiled.cache_clear()
+    torch.compiler.reset()
+    yield
+    fusion_base.compiled.cache_clear()
+    torch.compiler.reset()
+
+
+def gradients(model, engine, batch):
+    model.zero_grad()
+    with model.using(engine):
+        out = model(batch)
+        model.text_objective.loss(lambda _: out, batch)["next_token"][0].backward()
+    return [p.grad.clone() for n, p in model.named_new_parameters().items() if n not in UNREAD and p.grad is not None]
+
+
+def compiled_agrees(model):
+    batch = view(packings()["packed"][0], model)
+    graphs, found = [], []
+    for _ in range(3):
+        found = gradients(model, model.training_engine(torch.float32, "as asked", "eager", True), batch)
+        graphs.append(compiled_graphs())
+    expected = gradients(model, model.reference_engine(), batch)
+    assert len(found) == len(expected) > 0
+    assert max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) < 1e-3
+    assert graphs[0] > 0 and graphs[1] == graphs[2], "every step is compiled anew"
+
+
+@pytest.mark.parametrize("fusion", READERS)
+def test_layers_are_traced_once_and_agree_with_the_reference_path(bases, fusion, traced):
+    compiled_agrees(make_model(bases["llama"], fusion))
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("fusion", ["flamingo", "llama-adapter", "llama-adapter 2"])
 def test_compiled_layers_agree_with_the_reference_path(bases, fusion):
-    model = make_model(bases["llama"], fusion)
-    batch, grads = view(packings()["packed"][0], model), []
-    for engine in (model.training_engine(torch.float32, "as asked", "eager", True), model.reference_engine()):
-        model.zero_grad()
-        with model.using(engine):
-            out = model(batch)
-            model.text_objective.loss(lambda _, out=out: out, batch)["next_token"][0].backward()
-        grads.append([p.grad for n, p in model.named_new_parameters().items() if n not in UNREAD])
-    assert max(float((a - b).abs().max()) for a, b in zip(*grads, strict=True)) < 1e-3
+    compiled_agrees(make_model(bases["llama"], fusion))
 
 
 # --------------------------------------------------------------------------------------------------------------- text
