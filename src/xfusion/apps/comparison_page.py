@@ -62,11 +62,7 @@ def write(path: Path, summary: dict[str, Any], folder: Path) -> Path:
         folder: where the sample grids stand.
     """
     page = render(summary, folder)
-    return written(path, lambda temporary: _fill(temporary, page))
-
-
-def _fill(path: Path, page: str) -> None:
-    path.write_text(page, encoding="utf-8")
+    return written(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
 
 
 def render(summary: dict[str, Any], folder: Path) -> str:

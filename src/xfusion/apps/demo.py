@@ -34,6 +34,7 @@ from xfusion.evaluation.verify import PROMPTS, bit_equal, verify
 from xfusion.modalities.encoders.efficientnet_lite import EfficientNetLite
 from xfusion.model import Model
 from xfusion.recipes.base import find, train
+from xfusion.storage import write_json
 from xfusion.training.loop import Interrupted
 from xfusion.training.speed import drawing_speed, samples_per_second
 from xfusion.training.stages import Recipe

@@ -45,11 +45,9 @@ from xfusion.comparison.plan import (
 from xfusion.comparison.results import (
     REAL,
     SUMMARY,
-    differing,
     learning_curves,
     numbers,
     portable,
-    read,
     refuse_changed,
     refuse_unequal,
     run_name,
@@ -62,6 +60,7 @@ from xfusion.evaluation import verify
 from xfusion.evaluation.run import check, evaluate, write_json
 from xfusion.evaluation.suites.emoji import chosen
 from xfusion.model import Model, build, choose_compute_dtype
+from xfusion.storage import read_json, write_json
 from xfusion.training import states
 from xfusion.training.loop import train
 from xfusion.training.stages import Recipe
@@ -361,7 +360,7 @@ class _Comparison:
     def _labels(self) -> list[str]:
         """All recipes of the folder. Recipes and seeds may be added later; the first recipe stays the first."""
         path, labels = self.out / SUMMARY, [e.label for e in self.entries]
-        before = read(path)["recipes"] if path.exists() else []
+        before = read_json(path)["recipes"] if path.exists() else []
         if before and before[0] != labels[0]:
             raise XFusionError(
                 f"{self.out} compares with {before[0]!r}, and now {labels[0]!r} comes first: name the same one first, or"
@@ -377,7 +376,7 @@ class _Comparison:
         differences = {
             entry.label: [
                 {"where": where, "first": one, "this": two}
-                for where, one, two in differing(
+                for where, one, two in checkpoint.differing(
                     *(
                         checkpoint.to_json(self.planned[e.label, self.plan.shares[0]][0])
                         for e in (self.entries[0], entry)
@@ -388,7 +387,7 @@ class _Comparison:
             for entry in self.entries[1:]
         }
         if path.exists():
-            differences = read(path)["differences"] | differences
+            differences = read_json(path)["differences"] | differences
         size = self.entries[0].recipe.model.image.sizes[0]
         write_strip(self.out / REAL, pictures, size)
         content = {
@@ -473,7 +472,7 @@ class _Comparison:
         )
         content: dict[str, Any] = {**asked, "rates": [], "guidances": [], "chosen": None}
         if path.exists():
-            content = read(path)
+            content = read_json(path)
             refuse_changed(path, {k: content.get(k) for k in asked}, asked)
         factors, guidances = RATE_FACTORS[:trials], GUIDANCES[:trials]
         common: dict[str, Any] = {"seed": TRIAL_SEED * SEEDS_APART, "part": "validation"}
@@ -520,7 +519,9 @@ class _Comparison:
         share = max(self.plan.shares)
         with self._taken(f"{entry.label}-time", wait=True):
             paths = [self.out / f"{run_name(entry.label, seed, share)}.json" for seed in self.plan.seeds]
-            untimed = {path: run for path in paths if path.exists() and (run := read(path))["cost"]["time"] is None}
+            untimed = {
+                path: run for path in paths if path.exists() and (run := read_json(path))["cost"]["time"] is None
+            }
             if not untimed:
                 return
             taken = measure_time(
@@ -559,7 +560,7 @@ class _Comparison:
         path = self.out / f"{run_name(entry.label, seed, share)}.json"
         if not path.exists():
             return False
-        found, (_, asked) = read(path), self._asked(entry, share, seed, tuning)
+        found, (_, asked) = read_json(path), self._asked(entry, share, seed, tuning)
         refuse_changed(path, {k: found.get(k) for k in asked}, asked)
         return True
 

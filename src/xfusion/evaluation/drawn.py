@@ -16,11 +16,10 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
-from xfusion.checkpoint import file_hash, read_json, sealed
 from xfusion.data.sequence import XFusionError
 from xfusion.evaluation.metrics import naming
-from xfusion.evaluation.run import write_json
 from xfusion.generation import draw_size, refuse_to_draw
+from xfusion.storage import file_hash, read_json, sealed, write_json
 
 MANIFEST = "manifest.json"
 

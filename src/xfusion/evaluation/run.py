@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import json
 import os
 import pkgutil
 import platform
@@ -17,6 +16,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from xfusion.data.sequence import XFusionError
 from xfusion.evaluation import suites
+from xfusion.storage import write_json
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of a part, how many items of it are done, and how many there are."""
@@ -103,14 +103,6 @@ def _is(value: Any, hint: Any) -> bool:
     if hint in (int, float):
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
     return hint is Any or (hint in (str, bool) and isinstance(value, hint))
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes `content` under a temporary name and renames it, so that no reader ever sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def _find(suite: str) -> Callable[..., dict[str, Any]]:

@@ -25,6 +25,7 @@ from xfusion.data.sequence import Batch, XFusionError
 from xfusion.data.sources import Source, open_source
 from xfusion.modalities.image import ImageModality
 from xfusion.model import Model, build, choose_attention, choose_compute_dtype, compiled_graphs
+from xfusion.storage import named_in_errors, whole_file
 from xfusion.training import states
 from xfusion.training.memory import keep_freed_memory
 from xfusion.training.optimizer import Optimizer
@@ -265,7 +266,7 @@ class _Run:
 
     def _check_folder(self) -> None:
         """A folder that cannot be written to is found now, not when the base is loaded and the first step done."""
-        with checkpoint.named_in_errors(self.out):
+        with named_in_errors(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.out).close()
         checkpoint.refuse_other_files(self.out / "pack")  # or the pack would be refused when all is learned
@@ -543,11 +544,8 @@ class _Run:
         for i, picture in enumerate(pictures):
             sheet.paste(picture, (i * self.size, 0))
         path = self.out / "previews" / f"step_{self.step:06d}.png"
-        with checkpoint.named_in_errors(path):
-            path.parent.mkdir(exist_ok=True)
-            so_far = path.with_name(f".{path.name}")
+        with named_in_errors(path), whole_file(path) as so_far:
             sheet.save(so_far, format="PNG")
-            so_far.replace(path)
         self.track.image(sheet, self.step)
         self.track.event(event="preview", step=self.step, path=str(path), prompts=list(prompts))
 

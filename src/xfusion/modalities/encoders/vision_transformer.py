@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from xfusion.data.sequence import XFusionError
+from xfusion.data.sequence import XFusionError, first_line
 from xfusion.modalities.base import Encoder
 
 
@@ -109,5 +109,4 @@ def _loaded(encoder: VisionTransformer.Config, load: Any, **options: Any) -> Any
     try:
         return load(encoder.source, **({"revision": encoder.revision} if encoder.revision else {}), **options)
     except (OSError, ValueError, KeyError) as error:
-        first = (str(error).strip() or repr(error)).splitlines()[0]
-        raise XFusionError(f"encoder {encoder.source!r} cannot be loaded: {first}") from error
+        raise XFusionError(f"encoder {encoder.source!r} cannot be loaded: {first_line(error)}") from error
