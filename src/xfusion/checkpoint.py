@@ -136,11 +136,7 @@ def save(
     config = {
         "format_version": FORMAT_VERSION,
         "library_version": __version__,
-        "base": {
-            "source": model.backbone.source,
-            "revision": model.backbone.revision,
-            "fingerprint": model.backbone.fingerprint,
-        },
+        "base": model.backbone.identity,
         "weights_fingerprint": fingerprint(state),
         "capabilities": sorted(model.capabilities),
         "regime": model.regime,

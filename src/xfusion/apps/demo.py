@@ -25,7 +25,7 @@ from xfusion.apps import report
 from xfusion.apps.commands.base import progress
 from xfusion.backbone import Backbone
 from xfusion.comparison.machine import commit, machine
-from xfusion.data.sequence import Example, XFusionError
+from xfusion.data.sequence import Example
 from xfusion.data.sources import Source, open_source
 from xfusion.evaluation.metrics import captions, naming, retrieval
 from xfusion.evaluation.run import evaluate, write_json
@@ -150,9 +150,9 @@ def run(
         "training": watcher.facts(),
         "settings": _settings(recipe, minutes, fresh, speed, scores),
         "seed": seed,
-        "base": {"source": backbone.source, "revision": backbone.revision, "fingerprint": backbone.fingerprint},
+        "base": backbone.identity,
         "num_new_parameters": fresh.num_new_parameters,
-        "num_frozen_parameters": sum(p.numel() for p in backbone.model.parameters()),
+        "num_frozen_parameters": backbone.num_parameters,
         "machine": machine(),
         "commit": commit(),
         "minutes_after_training": round((time.perf_counter() - watcher.ended) / 60, 3),

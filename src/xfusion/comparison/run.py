@@ -125,10 +125,9 @@ def text_keeping(model: Model) -> dict[str, float | bool]:
         ``text_bit_equal``, ``text_perplexity_base``, ``text_perplexity_fused`` and ``text_perplexity_change`` (fused minus
         base; per token, over all texts of two or more tokens).
     """
-    longest = getattr(model.backbone.config, "max_position_embeddings", None) or 1 << 20
     same, count, total = True, 0, {"base": 0.0, "fused": 0.0}
     for _, text in verify.PROMPTS:
-        ids = torch.tensor([model.backbone.encode(text)[:longest]], device=model.backbone.device)
+        ids = torch.tensor([model.backbone.encode(text)[: model.backbone.context_length]], device=model.backbone.device)
         if not ids.numel():
             continue
         logits = {stack: model.text_logits(ids, stack=stack) for stack in total}
@@ -538,7 +537,7 @@ class _Comparison:
         base = self.backbone
         return {
             "recipe": checkpoint.to_json(recipe),
-            "base": {"source": base.source, "revision": base.revision, "fingerprint": base.fingerprint},
+            "base": base.identity,
             "data": self.source.spec,
             "share": share,
             "num_pictures": len(self.parts[share]),

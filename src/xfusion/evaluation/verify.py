@@ -166,7 +166,7 @@ def randomised(model: Model, seed: int = 0) -> Iterator[None]:
 def _prompts(model: Model) -> list[Prompt]:
     """The bundled prompts as this base's tokens; what its tokenizer has no tokens for is left out."""
     backbone, device = model.backbone, model.backbone.device
-    longest = getattr(backbone.config, "max_position_embeddings", None) or 1 << 20
+    longest = backbone.context_length or 1 << 20
     ids = {name: backbone.encode(text)[: longest - NEW_TOKENS] for name, text in PROMPTS}
     ids["one token"] = ids["one token"][:1]
     ids["chat"] = backbone.chat(QUESTION)[: longest - NEW_TOKENS]
@@ -229,7 +229,7 @@ def _read(
 def _perplexity(model: Model, stack: Any) -> float:
     """Perplexity of the story, per token, in float32 from the stack's logits."""
     ids = torch.tensor([model.backbone.encode(STORY)], device=model.backbone.device)
-    ids = ids[:, : getattr(model.backbone.config, "max_position_embeddings", None) or 1 << 20]
+    ids = ids[:, : model.backbone.context_length]
     logits = stack(ids).logits.float()[0, :-1]
     return math.exp(torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item())
 
@@ -326,7 +326,7 @@ def _before_a_picture(name: str, model: Model, prompts: list[Prompt], expected: 
 def _settings(model: Model, prompts: list[Prompt]) -> dict[str, Any]:
     backbone = model.backbone
     return {
-        "base": {"source": backbone.source, "revision": backbone.revision, "fingerprint": backbone.fingerprint},
+        "base": backbone.identity,
         "pack_fingerprint": model.fingerprint,
         "fusion": type(model.fusion).__name__,
         "num_new_parameters": model.num_new_parameters,

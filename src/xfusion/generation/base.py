@@ -33,7 +33,7 @@ def encode_prompt(model: Model, text: str | Text) -> tuple[int, ...]:
         XFusionError: they are too long.
     """
     ids = text.ids if isinstance(text, Text) else model.backbone.encode(text)
-    limit = min(MAX_PROMPT_TOKENS, getattr(model.backbone.config, "max_position_embeddings", MAX_PROMPT_TOKENS))
+    limit = min(MAX_PROMPT_TOKENS, model.backbone.context_length or MAX_PROMPT_TOKENS)
     if len(ids) > limit:
         raise XFusionError(f"the prompt has {len(ids)} tokens, more than the {limit} that are allowed: shorten it")
     return ids

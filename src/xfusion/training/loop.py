@@ -287,7 +287,7 @@ class _Run:
 
     def _announce(self, reason: str, dtype: torch.dtype) -> None:
         model, stage, say = self.model, self.recipe.stages[0], self.track.say
-        frozen = sum(p.numel() for p in model.backbone.model.parameters())
+        frozen = model.backbone.num_parameters
         say(
             f"base      {model.backbone.source}, {frozen / 1e6:.1f} M weights, frozen, {model.backbone.fingerprint[:16]}"
         )

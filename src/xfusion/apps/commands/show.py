@@ -69,7 +69,7 @@ class Show(Verb):
 
         recipe, base = find(self.name)(), Backbone.of_shape(shape)
         model = build(recipe.model, base)
-        frozen = sum(p.numel() for p in base.model.parameters())
+        frozen = base.num_parameters
         data = {
             "name": self.name,
             "kind": "recipe",
@@ -99,13 +99,11 @@ class Show(Verb):
 def describe(model: Model) -> dict[str, Any]:
     """What a model is made of, as JSON values."""
     backbone, media = model.backbone, model.modality
-    frozen = sum(p.numel() for p in backbone.model.parameters())
+    frozen = backbone.num_parameters
     rows, columns = media.grid(media.sizes[0])
     return {
         "base": {
-            "source": backbone.source,
-            "revision": backbone.revision,
-            "fingerprint": backbone.fingerprint,
+            **backbone.identity,
             "architecture": type(backbone.model).__name__,
             "layers": backbone.num_layers,
             "width": backbone.hidden_size,
