@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -57,7 +57,7 @@ from xfusion.comparison.table import summarise
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import Source, open_source
 from xfusion.evaluation import verify
-from xfusion.evaluation.run import check, evaluate, write_json
+from xfusion.evaluation.run import Progress, check, evaluate, silent
 from xfusion.evaluation.suites.emoji import chosen
 from xfusion.model import Model, build, choose_compute_dtype
 from xfusion.storage import read_json, write_json
@@ -65,8 +65,6 @@ from xfusion.training import states
 from xfusion.training.loop import train
 from xfusion.training.stages import Recipe
 
-Progress = Callable[[str, int, int], None]
-"""Called with the name of a part, how many items of it are done, and how many there are."""
 NEAREST = 0.02
 """How near a matched number of parameters must be to the first recipe's."""
 SEEDS_APART = 100_000
@@ -168,7 +166,7 @@ class _Comparison:
     ):
         self.plan, self.out, self.command = plan, out, command
         self.work = Path(work) if work is not None else Path("runs") / "compare" / out.name
-        self.tell: Progress = progress or (lambda part, done, total: None)
+        self.tell: Progress = progress or silent
         self.encoder, self.held = encoder, held
         self._check()
         entries = [Entry(label=label, recipe=with_plan(recipe, plan)) for label, recipe in named(recipes).items()]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -21,10 +21,8 @@ from torch import Tensor
 
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Sequence, Text
+from xfusion.evaluation.run import Progress, silent
 from xfusion.model import Model
-
-Progress = Callable[[str, int, int], None]
-"""Called with the name of a part, how many items of it are done, and how many there are."""
 
 NEW_TOKENS = 16
 """Greedy tokens behind each prompt."""
@@ -103,7 +101,7 @@ def verify(model: Model, progress: Progress | None = None) -> dict[str, Any]:
         XFusionError: the base's source is gone.
     """
     started, backbone = time.perf_counter(), model.backbone
-    prompts, tell = _prompts(model), progress or _silent
+    prompts, tell = _prompts(model), progress or silent
     tell("loading the base afresh", 0, 1)
     fresh = backbone.fresh()
     tell("loading the base afresh", 1, 1)
@@ -342,7 +340,3 @@ def _settings(model: Model, prompts: list[Prompt]) -> dict[str, Any]:
             "transformers": metadata.version("transformers"),
         },
     }
-
-
-def _silent(part: str, done: int, total: int) -> None:
-    del part, done, total
