@@ -28,8 +28,8 @@ from xfusion.comparison.machine import commit, machine
 from xfusion.data.sequence import Example
 from xfusion.data.sources import Source, open_source
 from xfusion.evaluation.metrics import captions, naming, retrieval
-from xfusion.evaluation.run import evaluate, write_json
-from xfusion.evaluation.suites.emoji import chosen
+from xfusion.evaluation.run import evaluate
+from xfusion.evaluation.suites.emoji import chosen, held_split
 from xfusion.evaluation.verify import PROMPTS, bit_equal, verify
 from xfusion.modalities.encoders.efficientnet_lite import EfficientNetLite
 from xfusion.model import Model
@@ -367,16 +367,9 @@ def _ask_the_same(asked: Asked, source: Source, seed: int) -> None:
     size = asked.model.image.sizes[0]
     asked.draw([source.examples[i].captions[0] for i in shown], seeds=[seed + i for i in shown])
     asked.caption([source.picture(i, size) for i in shown])
-    held = _held_source(source)
+    held = held_split(source)
     if held is not None:
         asked.caption([held.picture(i, size) for i in chosen(held.examples, NUM_SHOWN)])
-
-
-def _held_source(source: Source) -> Source | None:
-    try:
-        return open_source(source.spec, split="held")
-    except XFusionError:
-        return None
 
 
 @torch.no_grad()
@@ -552,7 +545,7 @@ def _answer(said: str, accepted: Sequence[str]) -> report.Answer:
 
 def _held(asked: Asked, shipped: Asked | None, source: Source, size: int) -> list[report.HeldOut]:
     """The scored held-out pictures with what was said and the rank of the true name; the shown ones first."""
-    held = _held_source(source)
+    held = held_split(source)
     if held is None or asked.alone is None:
         return []
     scored = chosen(held.examples, MAX_HELD)

@@ -169,10 +169,7 @@ def judge(folder: Path, model: Any, *, progress: Callable[[str, int, int], None]
         )
     own = [prompts.index(manifest["prompts"][item["prompt"]]) for item in manifest["pictures"]]
     hit = torch.nn.functional.one_hot(torch.tensor(own), len(prompts)).bool()
-    real, blind, floor = naming.naming(scores, hit), naming.blind(scores, hit), naming.chance(hit)
-    out: dict[str, Any] = {}
-    for key, value in real.items():
-        out |= {key: value, f"{key}_blind": blind[key], f"chance_{key}": floor[key]}
     who = {"judge_fingerprint": model.fingerprint, "by": "embed" if "embed" in model.capabilities else "caption"}
     drawn = {key: manifest[key] for key in ("pack_fingerprint", "settings")}
-    return out | {"num_pictures": len(pictures), "num_prompts": len(prompts), "settings": who | {"drawn": drawn}}
+    counts = {"num_pictures": len(pictures), "num_prompts": len(prompts)}
+    return naming.beside("", scores, hit) | counts | {"settings": who | {"drawn": drawn}}
