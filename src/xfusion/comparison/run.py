@@ -188,7 +188,10 @@ class _Comparison:
         self.entries = self._matched(entries) if plan.match_parameters else entries
         self.parts = {share: cast(Source, Part(source=self.source, share=share)) for share in plan.shares}
         self.costs: dict[tuple[str, float], tuple[list[StageCost], dict[str, Any]]] = {}
-        self.planned = {(e.label, s): self._planned(e, s) for s in plan.shares for e in self.entries}
+        self.planned: dict[tuple[str, float], tuple[Recipe, dict[str, Any]]] = {}
+        for share in plan.shares:
+            for entry in self.entries:  # the first one's budget is what the others are held to
+                self.planned[entry.label, share] = self._planned(entry, share)
 
     def _check(self) -> None:
         plan = self.plan
@@ -251,7 +254,7 @@ class _Comparison:
         if plan.budget == "samples" or entry is first:
             steps = (plan.samples - spent) // per_step
         else:
-            steps = self._steps_for(entry, share, self.planned_first[share]["flops"])
+            steps = self._steps_for(entry, share, self.planned[first.label, share][1]["flops"])
         if steps < 1:
             earlier = f" behind {spent} samples of earlier stages" if spent else ""
             raise XFusionError(
@@ -267,10 +270,8 @@ class _Comparison:
         if plan.budget == "flops":
             costs, _ = self._cost(entry, share)
             budget["flops"] = sum(c.total(s.steps) for c, s in zip(costs, recipe.stages, strict=True))
-        if entry is first:
-            self.planned_first = {**getattr(self, "planned_first", {}), share: budget}
-        else:
-            refuse_unequal(entry.label, budget, first.label, self.planned_first[share])
+        if entry is not first:
+            refuse_unequal(entry.label, budget, first.label, self.planned[first.label, share][1])
         return recipe, budget
 
     def _steps_for(self, entry: Entry, share: float, flops: int) -> int:
