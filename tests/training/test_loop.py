@@ -18,7 +18,7 @@ from xfusion.data.mixture import Ahead, Mixture, MixtureConfig
 from xfusion.data.sequence import XFusionError
 from xfusion.data.templates import Templates
 from xfusion.objectives.flow_matching import FlowMatching
-from xfusion.training import loop, states
+from xfusion.training import loop, pace, states
 from xfusion.training.loop import Interrupted
 from xfusion.training.optimizer import Optimizer
 from xfusion.training.stages import Stage
@@ -261,7 +261,7 @@ def test_minutes_fix_the_number_of_steps_and_write_it_down(bases, tmp_path, cloc
     train(bases["llama"], tmp_path, minutes=45.5 / 60, listener=clock)
     (plan,) = log(tmp_path, "plan")
     assert plan["steps"] == 45 and plan["seconds_per_step"] == pytest.approx(1)
-    assert plan["step"] == loop.WARM_STEPS + loop.MEASURED_STEPS
+    assert plan["step"] == pace.WARM_STEPS + pace.MEASURED_STEPS
     assert [e["step"] for e in log(tmp_path)] == list(range(45))
     stage = recipe(bases["llama"]).stages[0]
     rates = [e["rate"] for e in log(tmp_path)]
