@@ -166,6 +166,19 @@ def test_stages_follow_each_other_and_resume_within(bases, tmp_path):
 # -------------------------------------------------------------------------------------------------------------- state
 
 
+def test_each_stage_has_its_own_weight_decay(bases, tmp_path):
+    """AdamW takes rate * decay of a weight before it steps: two runs differ by just that."""
+    base, decay = bases["llama"], 0.5
+    first = dataclasses.replace(recipe(base).stages[0], steps=1)
+    train(base, tmp_path / "before", recipe_=recipe(base, stages=(first,)))
+    for name, own in (("without", 0.0), ("with", decay)):
+        train(base, tmp_path / name, recipe_=recipe(base, stages=(first, dataclasses.replace(first, weight_decay=own))))
+    before, without, decayed = (state_of(tmp_path / name) for name in ("before", "without", "with"))
+    for name in (name for name in before if name.startswith("weight.")):
+        expected = without[name] - first.rate_at(0, 1) * decay * before[name]
+        torch.testing.assert_close(decayed[name], expected, rtol=0, atol=3e-7)
+
+
 def test_a_state_is_never_half_written(straight, bases, tmp_path, monkeypatch):
     saved, real = [], states.save_file
 

@@ -494,7 +494,7 @@ class _Run:
         # A run whose length is not planned yet is still warming up.
         steps = total if self.planned else LARGEST_STEPS
         rate = stage.rate_at(inside, steps)
-        norm = self.optimizer.step(rate, stage.clip, stage.ema_at(inside))
+        norm = self.optimizer.step(rate, stage.clip, stage.ema_at(inside), stage.weight_decay)
         if not norm < float("inf"):
             raise XFusionError(
                 f"the gradient's norm is {norm} at step {self.step}, although the loss is finite: training stopped; the"
