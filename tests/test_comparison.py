@@ -637,7 +637,7 @@ def test_runs_that_do_not_belong_together(go, base):
             "other",
             r"two-seed0.json and one-seed0.json cannot .* base\.fingerprint",
         ),
-        (("settings", "recipe", "model", "image", "patch"), 8, r"recipe\.model\.image\.patch is 8 and 4"),
+        (("settings", "recipe", "model", "image", "sizes"), [7], r"recipe\.model\.image\.sizes\.0 is 7 and \d+"),
         (("settings", "data"), "photos", "data is 'photos' and 'noise'"),
         (("settings", "tuning", "trials"), 3, "tuning.trials is 3 and 1"),
         (("settings", "evaluation", "steps"), 9, "evaluation.steps is 9 and 2"),

@@ -153,7 +153,7 @@ def test_bad_input_is_one_line(start):
         (("mine.py:plain", "--share", "2.0"), "shares [2.0]: above 0 and up to 1"),
         (("mine.py:plain", "--device", "abacus"), "device 'abacus' is not one of"),
         (("mine.py",), "'mine.py' names no function: write mine.py:FUNCTION"),
-        (("mine.py:plain", "xfusion"), "differ in model.image.patch: 4 and 8"),
+        (("mine.py:plain", "xfusion"), "differ in model.image.sizes.0: 16 and 32"),
         (("--out", "nowhere"), "nowhere holds no result of a comparison"),
     ):
         small = argv != () and argv[0] != "--out"
