@@ -471,7 +471,3 @@ class Fusion(nn.Module):
         x = torch.cat(list(run.states.values()), dim=1)
         block = run.by_noise(block, run.states) if by_noise else block
         return run.cut(run_rows(block, x, run.calls(call)[""], run.mask("", self.windows[index]), [], [])[0])
-
-    def new_parameters(self) -> Iterable[nn.Parameter]:
-        """What training may change."""
-        return self.parameters()
