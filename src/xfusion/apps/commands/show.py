@@ -151,9 +151,8 @@ def training_memory(model: Model) -> dict[str, int | str]:
     base = model.backbone.model
     dtype, reason = choose_compute_dtype(model.backbone.device)
     frozen = sum(p.numel() * p.element_size() for p in base.parameters())
-    # On a CPU training computes attention by plain products, on a copy of the base with that setting.
-    copied = model.backbone.device.type == "cpu" or dtype != model.backbone.dtype
-    copy = sum(p.numel() for p in base.parameters()) * dtype.itemsize if copied else 0
+    # In the base's own precision training computes with its very weights (`Backbone.working_copy`).
+    copy = 0 if dtype == model.backbone.dtype else model.backbone.num_parameters * dtype.itemsize
     new = model.num_new_parameters * 4
     return {
         "base": frozen,
@@ -223,8 +222,8 @@ def _text(data: dict[str, Any]) -> str:
         ("training", f"{size_text(memory['total'])} and activations: {size_text(memory['base'])} base,"),
         (
             "",
-            f"{size_text(memory['base_copy_for_training'])} copy of it, {size_text(5 * memory['new_weights'])} new weights,"
-            " gradients, optimiser and average",
+            (f"{size_text(copy)} copy of it, " if (copy := memory["base_copy_for_training"]) else "")
+            + f"{size_text(5 * memory['new_weights'])} new weights, gradients, optimiser and average",
         ),
         ("", _activations(memory)),
         ("", f"compute {memory['precision']}"),
