@@ -80,8 +80,7 @@ class VisionTransformer(Encoder):
         steps, _ = _loaded(config, ImageProcessingMixin.get_image_processor_dict)
         self.register_buffer("mean", torch.tensor(steps["image_mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(steps["image_std"]).view(3, 1, 1), persistent=False)
-        self.requires_grad_(False)
-        self.eval()
+        self.freeze()
 
     def features(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] in [-1, 1] -> [N, width] float32, mean over the map, then of unit length."""
