@@ -573,6 +573,3 @@ def _held(asked: Asked, shipped: Asked | None, source: Source, size: int) -> lis
 
 def _rounded(value: float | None, digits: int) -> float | None:
     return None if value is None else round(value, digits)
-
-
-__all__ = ["Asked", "commit", "machine", "quick_proof", "run"]
