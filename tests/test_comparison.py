@@ -21,13 +21,14 @@ from contracts.table import VOCABULARY, Noise, make_base, make_model
 
 from xfusion.apps.comparison_page import by_share
 from xfusion.backbone import Backbone
+from xfusion.checkpoint import differing
 from xfusion.comparison import Plan, compare, summarise
 from xfusion.comparison import run as walk
 from xfusion.comparison.cost import count_flops, measure_time, peak_memory, tokens_added, trainable_parameters
 from xfusion.comparison.intervals import interval, paired, seeds_needed, t_quantile
 from xfusion.comparison.machine import commit
 from xfusion.comparison.plan import GUIDANCES, RATE_FACTORS, TRIAL_SEED, Part, labelled, named
-from xfusion.comparison.results import differing, portable
+from xfusion.comparison.results import portable
 from xfusion.comparison.run import text_keeping
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.sequence import XFusionError
@@ -653,7 +654,7 @@ def test_runs_that_do_not_belong_together(go, base):
             "other",
             r"two-seed0.json and one-seed0.json cannot .* base\.fingerprint",
         ),
-        (("settings", "recipe", "model", "image", "patch"), 8, r"recipe\.model\.image\.patch is 8 and 4"),
+        (("settings", "recipe", "model", "image", "sizes"), [7], r"recipe\.model\.image\.sizes\.0 is 7 and \d+"),
         (("settings", "data"), "photos", "data is 'photos' and 'noise'"),
         (("settings", "tuning", "trials"), 3, "tuning.trials is 3 and 1"),
         (("settings", "evaluation", "steps"), 9, "evaluation.steps is 9 and 2"),

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from xfusion.backbone import Backbone
 from xfusion.card import card
-from xfusion.data.sequence import XFusionError, fingerprint
+from xfusion.data.sequence import XFusionError, fingerprint, first_line
 from xfusion.model import Model, ModelConfig
 from xfusion.opening import Opening
+from xfusion.storage import SEAL, file_hash, read_json, read_tensors, sealed, whole_folder
 
 FORMAT_VERSION = 2
 """Version 1 had no hashes of the files: its weights are checked by their fingerprint, its config is taken as it stands."""
@@ -32,8 +30,6 @@ OPENING = "opening.safetensors"
 """The opening head, in a pack that has one: fitted behind the rest, so that the weights' file stays as it is."""
 FILES = (CONFIG, WEIGHTS, OPENING, CARD)
 """All that a pack may hold."""
-SEAL = "sha256"
-"""Field of a JSON file that holds a hash over all of its other fields."""
 
 
 # ---------------------------------------------------------------------------------------------- configs as JSON
@@ -61,6 +57,21 @@ def modules_outside(data: Any) -> set[str]:
     module = data["type"].partition(":")[0]
     own = set() if module.split(".")[0] == "xfusion" else {module}
     return own.union(*map(modules_outside, data.values()))
+
+
+def differing(one: Any, other: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where two JSON values differ: path, and both values; None stands for what one of them lacks."""
+    pairs: list[tuple[str, Any, Any]]
+    if isinstance(one, dict) and isinstance(other, dict) and one.get("type") == other.get("type"):
+        pairs = [(str(k), one.get(k), other.get(k)) for k in dict.fromkeys([*one, *other])]
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        pairs = [(str(i), a, b) for i, (a, b) in enumerate(zip(one, other, strict=True))]
+    else:
+        if one != other:
+            yield path, one, other
+        return
+    for name, a, b in pairs:
+        yield from differing(a, b, f"{path}.{name}" if path else name)
 
 
 def from_json(data: Any, *, trust: bool = False, where: str = CONFIG) -> Any:
@@ -95,94 +106,6 @@ def from_json(data: Any, *, trust: bool = False, where: str = CONFIG) -> Any:
     return kind(**{k: from_json(v, trust=trust, where=where) for k, v in data.items() if k != "type"})
 
 
-# -------------------------------------------------------------------------------------------- whole and unaltered
-
-
-@contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill that takes the name ``target`` when the block ends well; until then what stood there stays.
-
-    The files are on the disk before they get the name, so that neither a killed process nor a machine that dies leaves
-    half of one under it.
-
-    Raises:
-        XFusionError: the disk is full, the folder read-only, ...; then nothing is left of it.
-    """
-    with named_in_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-        try:
-            yield temporary
-            for file in temporary.iterdir():
-                file.chmod(0o644)  # temporary folders, and safetensors' own files, are for their owner alone
-                _to_disk(file)
-            temporary.chmod(0o755)
-            _to_disk(temporary)
-            old = temporary.with_name(temporary.name + "-old")
-            if target.exists():
-                target.rename(old)
-            temporary.rename(target)
-            _to_disk(target.parent)
-            shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def named_in_errors(path: Path) -> Iterator[None]:
-    """Inside the block an error of the file system names what it is about: a full disk's own says only that it is full.
-
-    Raises:
-        XFusionError: in place of that error.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
-        raise XFusionError(f"{path} cannot be written: {reason}; make room, or name another folder") from error
-
-
-def _to_disk(path: Path) -> None:
-    """Wait until a file, or the names in a folder, would outlive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 over the bytes of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sealed(facts: dict[str, Any]) -> dict[str, Any]:
-    """The facts with a hash over them; a seal that they have already is renewed."""
-    plain = json.loads(json.dumps({k: v for k, v in facts.items() if k != SEAL}))  # as whoever reads them will see them
-    text = json.dumps(plain, sort_keys=True)
-    return {**facts, SEAL: hashlib.sha256(text.encode()).hexdigest()}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, its seal checked where it has one.
-
-    Raises:
-        XFusionError: it cannot be read, or is not what was written.
-    """
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise XFusionError(f"{path} cannot be read: {_first_line(error)}") from error
-    if not isinstance(facts, dict):
-        raise XFusionError(f"{path} cannot be read: it holds a {type(facts).__name__}, not an object in braces")
-    if SEAL in facts and (found := sealed(facts)[SEAL]) != facts[SEAL]:
-        raise XFusionError(
-            f"{path} was altered: its hash is {found[:16]}, it says {str(facts[SEAL])[:16]}; take an intact copy"
-        )
-    return facts
-
-
 # ------------------------------------------------------------------------------------------------ save and load
 
 
@@ -213,11 +136,7 @@ def save(
     config = {
         "format_version": FORMAT_VERSION,
         "library_version": __version__,
-        "base": {
-            "source": model.backbone.source,
-            "revision": model.backbone.revision,
-            "fingerprint": model.backbone.fingerprint,
-        },
+        "base": model.backbone.identity,
         "weights_fingerprint": fingerprint(state),
         "capabilities": sorted(model.capabilities),
         "regime": model.regime,
@@ -363,7 +282,7 @@ def push(
             commit_message=message,
         )
     except (OSError, ValueError, HFValidationError, HfHubHTTPError) as error:
-        raise XFusionError(f"{path} cannot be put on the hub as {repository!r}: {_first_line(error)}") from error
+        raise XFusionError(f"{path} cannot be put on the hub as {repository!r}: {first_line(error)}") from error
     return str(found.commit_url)
 
 
@@ -416,14 +335,10 @@ def find(name: str) -> Path:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(FILES)))
     except (OSError, HFValidationError) as error:
         raise XFusionError(
-            f"there is no folder {name!r}, and the hub pack of that name cannot be fetched: {_first_line(error)}"
+            f"there is no folder {name!r}, and the hub pack of that name cannot be fetched: {first_line(error)}"
         ) from error
     except Exception as error:  # the hub client raises its transport library's own errors
-        raise XFusionError(f"the hub pack {name!r} cannot be fetched: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise XFusionError(f"the hub pack {name!r} cannot be fetched: {first_line(error)}") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -523,22 +438,3 @@ def _load_strictly(own: dict[str, torch.Tensor], state: dict[str, torch.Tensor],
     with torch.no_grad():
         for key, value in own.items():
             value.copy_(state[key])
-
-
-def read_tensors(path: Path, expected_hash: str | None) -> dict[str, torch.Tensor]:
-    """The tensors of a file, read only if its bytes are those that were written.
-
-    Raises:
-        XFusionError: it cannot be read, or was altered.
-    """
-    try:
-        tensors = load_file(str(path))
-        found = None if expected_hash is None else file_hash(path)
-    except (OSError, SafetensorError) as error:
-        raise XFusionError(f"{path} cannot be read: {_first_line(error)}") from error
-    if found != expected_hash:
-        raise XFusionError(
-            f"{path} was altered: its hash is {str(found)[:16]}, {str(expected_hash)[:16]} was written;"
-            " take an intact copy"
-        )
-    return tensors

@@ -176,7 +176,7 @@ class Model(nn.Module):
             self.extra = nn.ModuleList(further.build() for further in config.extra)
             for objective in self._extra():
                 objective.install(width, self.modality)
-        for part in (self.port, self.fusion, self.extra):
+        for part in self._learned.values():
             part.to(self.backbone.device)
         self.set_objectives(config.text, config.media)
         self.opening: Opening | None = None
@@ -222,6 +222,20 @@ class Model(nn.Module):
         """What this model can do, of {"text", "caption", "draw", "embed", "match"}."""
         return {"text"}.union(*(objective.gives for objective in self.objectives))
 
+    def require(self, ability: str, instead: str) -> None:
+        """Refuse what this model did not learn.
+
+        Args:
+            ability: one of `capabilities`.
+            instead: what to do, for the message.
+
+        Raises:
+            XFusionError: the model cannot do it.
+        """
+        if ability not in self.capabilities:
+            able = ", ".join(sorted(self.capabilities))
+            raise XFusionError(f"this model cannot {ability}, only {able}: {instead}")
+
     @property
     def regime(self) -> str:
         """What of the base is trained, one of `xfusion.fusion.base.REGIMES`."""
@@ -232,16 +246,19 @@ class Model(nn.Module):
         """Fingerprints of the frozen encoders that took part in training: none of them may score this model."""
         return self.modality.codec.encoders.union(*(objective.teachers for objective in self.objectives))
 
+    @property
+    def _learned(self) -> dict[str, nn.Module]:
+        """What holds learned weights, by the beginning of their names."""
+        return {"port": self.port, "fusion": self.fusion, "extra": self.extra}
+
     def new_parameters(self) -> Iterator[nn.Parameter]:
         """What training may change: the weights of the port, the fusion and the objectives."""
-        yield from self.port.parameters()
-        yield from self.fusion.new_parameters()
-        yield from self.extra.parameters()
+        for part in self._learned.values():
+            yield from part.parameters()
 
     def named_new_parameters(self) -> dict[str, nn.Parameter]:
         """The same by name."""
-        parts = (("port", self.port), ("fusion", self.fusion), ("extra", self.extra))
-        return {f"{prefix}.{name}": p for prefix, part in parts for name, p in part.named_parameters()}
+        return {f"{prefix}.{name}": p for prefix, part in self._learned.items() for name, p in part.named_parameters()}
 
     @property
     def device(self) -> torch.device:
@@ -254,8 +271,7 @@ class Model(nn.Module):
 
     def learned_state(self) -> dict[str, Tensor]:
         """The learned weights by name: what a pack holds."""
-        parts = (("port", self.port), ("fusion", self.fusion), ("extra", self.extra))
-        return {f"{prefix}.{k}": v for prefix, part in parts for k, v in part.state_dict().items()}
+        return {f"{prefix}.{k}": v for prefix, part in self._learned.items() for k, v in part.state_dict().items()}
 
     @property
     def fingerprint(self) -> str:

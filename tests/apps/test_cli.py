@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from PIL import Image
 from transformers import MambaConfig, MambaForCausalLM
 
@@ -25,6 +26,7 @@ import xfusion
 from xfusion import checkpoint
 from xfusion.apps import cli
 from xfusion.apps.commands.pictures import file_name
+from xfusion.apps.commands.show import training_memory
 from xfusion.backbone import Backbone
 from xfusion.recipes.base import names
 from xfusion.training.loop import Interrupted
@@ -398,6 +400,18 @@ def test_show_a_pack(run, here, pack):
     assert shown["memory"]["total"] > 5 * 4 * shown["new_parameters"]
     assert set(shown["licences"]) == {"base", "codec", "data"}
     assert "frozen" in run("show", pack).out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_copy_of_the_base_that_show_tells_is_the_one_that_training_makes(pack, monkeypatch, dtype):
+    """None in the base's own precision: the engine then computes with the base's very weights."""
+    model = xfusion.load(pack)
+    monkeypatch.setattr("xfusion.model.choose_compute_dtype", lambda device: (dtype, "as asked"))
+    copy = model.training_engine(dtype, "as asked", "eager", False).backbone.model
+    own = {p.data_ptr() for p in model.backbone.model.parameters()}
+    held = sum(p.numel() * p.element_size() for p in copy.parameters() if p.data_ptr() not in own)
+    assert training_memory(model)["base_copy_for_training"] == held
+    assert bool(held) == (dtype != model.backbone.dtype)
 
 
 def test_show_a_recipe_of_ones_own(run, here, base):

@@ -88,6 +88,9 @@ def test_two_recipes_of_a_file(start, here, base):
     assert "http" not in page.replace("http-equiv", "")
     assert page.count("data:image/png") == 8 * 3 + 8 * 3, "real pictures and both recipes', for each seed"
     assert "twisted" in page and "Make it again" in page and "no interval" in page
+    styles, body = "".join(re.findall(r"<style>(.*?)</style>", page, re.DOTALL)), page.rpartition("</style>")[2]
+    for name in ("plots", "card", "chip", "strips", "scroll", "num"):
+        assert f".{name}" in styles and re.search(rf'class="?[^">]*\b{name}\b', body), f"{name} has no style, or no use"
     code, _, err = start("mine.py:plain", "mine.py:twisted", "--seeds", "2", "--out", "comparison/own", samples=36)
     assert code == 2 and "plain-seed0.json was made with" in err and err.count("\n") == 1
     (folder / "index.html").unlink()
@@ -150,7 +153,7 @@ def test_bad_input_is_one_line(start):
         (("mine.py:plain", "--share", "2.0"), "shares [2.0]: above 0 and up to 1"),
         (("mine.py:plain", "--device", "abacus"), "device 'abacus' is not one of"),
         (("mine.py",), "'mine.py' names no function: write mine.py:FUNCTION"),
-        (("mine.py:plain", "xfusion"), "differ in model.image.patch: 4 and 8"),
+        (("mine.py:plain", "xfusion"), "differ in model.image.sizes.0: 16 and 32"),
         (("--out", "nowhere"), "nowhere holds no result of a comparison"),
     ):
         small = argv != () and argv[0] != "--out"

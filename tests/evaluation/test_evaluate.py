@@ -1,14 +1,13 @@
 """The emoji suite on a model whose answers are known."""
 
 import json
-import math
 
 import pytest
 import torch
 from PIL import Image
 
 from xfusion.data.sequence import Example, XFusionError
-from xfusion.evaluation.run import evaluate, suite_names, write_json
+from xfusion.evaluation.run import evaluate, suite_names
 from xfusion.modalities.codecs.pixels import Pixels
 from xfusion.modalities.image import ImageModality
 
@@ -222,12 +221,3 @@ def test_wrong_names_are_answered_with_the_nearest():
         evaluate(Knower(), "emojis")
     with pytest.raises(XFusionError, match="did you mean 'guidance'"):
         evaluate(Knower(), "emoji", guidence=2)
-
-
-def test_a_result_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "metrics.json"
-    write_json(path, {"score": 1})
-    with pytest.raises(ValueError, match="JSON"):
-        write_json(path, {"score": math.nan})
-    assert json.loads(path.read_text()) == {"score": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["metrics.json"]

@@ -18,7 +18,7 @@ from xfusion.data.mixture import Ahead, Mixture, MixtureConfig
 from xfusion.data.sequence import XFusionError
 from xfusion.data.templates import Templates
 from xfusion.objectives.flow_matching import FlowMatching
-from xfusion.training import loop, states
+from xfusion.training import loop, pace, states
 from xfusion.training.loop import Interrupted
 from xfusion.training.optimizer import Optimizer
 from xfusion.training.stages import Stage
@@ -166,6 +166,19 @@ def test_stages_follow_each_other_and_resume_within(bases, tmp_path):
 # -------------------------------------------------------------------------------------------------------------- state
 
 
+def test_each_stage_has_its_own_weight_decay(bases, tmp_path):
+    """AdamW takes rate * decay of a weight before it steps: two runs differ by just that."""
+    base, decay = bases["llama"], 0.5
+    first = dataclasses.replace(recipe(base).stages[0], steps=1)
+    train(base, tmp_path / "before", recipe_=recipe(base, stages=(first,)))
+    for name, own in (("without", 0.0), ("with", decay)):
+        train(base, tmp_path / name, recipe_=recipe(base, stages=(first, dataclasses.replace(first, weight_decay=own))))
+    before, without, decayed = (state_of(tmp_path / name) for name in ("before", "without", "with"))
+    for name in (name for name in before if name.startswith("weight.")):
+        expected = without[name] - first.rate_at(0, 1) * decay * before[name]
+        torch.testing.assert_close(decayed[name], expected, rtol=0, atol=3e-7)
+
+
 def test_a_state_is_never_half_written(straight, bases, tmp_path, monkeypatch):
     saved, real = [], states.save_file
 
@@ -261,7 +274,7 @@ def test_minutes_fix_the_number_of_steps_and_write_it_down(bases, tmp_path, cloc
     train(bases["llama"], tmp_path, minutes=45.5 / 60, listener=clock)
     (plan,) = log(tmp_path, "plan")
     assert plan["steps"] == 45 and plan["seconds_per_step"] == pytest.approx(1)
-    assert plan["step"] == loop.WARM_STEPS + loop.MEASURED_STEPS
+    assert plan["step"] == pace.WARM_STEPS + pace.MEASURED_STEPS
     assert [e["step"] for e in log(tmp_path)] == list(range(45))
     stage = recipe(bases["llama"]).stages[0]
     rates = [e["rate"] for e in log(tmp_path)]

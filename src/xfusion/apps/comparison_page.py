@@ -28,10 +28,10 @@ LEFT, RIGHT, TOP, BOTTOM = 56, 18, 10, 40
 LOSSES = {"flow_matching": "drawing", "next_token": "naming"}
 """Loss -> its name for people."""
 CONTRIBUTION = "learned share of the other tower"
+"""What the plot of contributions shows."""
 SHARES = "% of the pictures"
 TIMES = ("step_seconds", "draw_seconds_per_picture", "caption_seconds_per_picture")
 """What `measure_time` finds of a recipe's speed."""
-"""What the plot of contributions shows."""
 STYLE = """<style>
 main { max-width: 68rem; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(21rem, 1fr)); gap: .9rem; }
@@ -62,18 +62,26 @@ def write(path: Path, summary: dict[str, Any], folder: Path) -> Path:
         folder: where the sample grids stand.
     """
     page = render(summary, folder)
-    return written(path, lambda temporary: _fill(temporary, page))
-
-
-def _fill(path: Path, page: str) -> None:
-    path.write_text(page, encoding="utf-8")
+    return written(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
 
 
 def render(summary: dict[str, Any], folder: Path) -> str:
     """The page as HTML."""
     template = Template((resources.files("xfusion.apps") / TEMPLATE).read_text(encoding="utf-8"))
-    sections = (_head, _scores, _plots, _samples, _data_needed, _learning, _text_side, _contributions, _cost, _settings)
-    body = STYLE + "\n".join(section(summary, folder) for section in sections)
+    body = "\n".join(
+        [
+            STYLE + _head(summary),
+            _scores(summary),
+            _plots(summary),
+            _samples(summary, folder),
+            _data_needed(summary),
+            _learning(summary),
+            _text_side(summary),
+            _contributions(summary),
+            _cost(summary),
+            _settings(summary),
+        ]
+    )
     return template.substitute(title=text(f"xfusion compare: {summary['name']}"), body=body)
 
 
@@ -92,8 +100,7 @@ def _legend(summary: dict[str, Any]) -> str:
 # ----------------------------------------------------------------------------------------------------------- sections
 
 
-def _head(summary: dict[str, Any], folder: Path) -> str:
-    del folder
+def _head(summary: dict[str, Any]) -> str:
     first, *others = summary["recipes"]
     budget, settings = summary["budget"], summary["settings"]
     what = f"the executed FLOPs of {number(budget['samples'])} samples" if budget["kind"] == "flops" else ""
@@ -107,8 +114,7 @@ same frozen {text(settings["base"]["source"])} and the same {number(settings["nu
 <ul class="small">{notes}</ul></header>"""
 
 
-def _scores(summary: dict[str, Any], folder: Path) -> str:
-    del folder
+def _scores(summary: dict[str, Any]) -> str:
     share = summary["shares"][0]
     head = "".join(f"<th>{_chip(summary, label)}</th>" for label in summary["recipes"])
     rows = ""
@@ -149,8 +155,7 @@ def _at(summary: dict[str, Any], share: float) -> list[dict[str, Any]]:
     return [score for score in summary["scores"] if score["share"] == share]
 
 
-def _plots(summary: dict[str, Any], folder: Path) -> str:
-    del folder
+def _plots(summary: dict[str, Any]) -> str:
     shown = _at(summary, summary["shares"][0])
 
     def paint(label: str) -> str:
@@ -263,16 +268,17 @@ def _cut(label: str) -> str:
     return label if len(label) <= 17 else label[:16] + "…"
 
 
-STYLE = """<style>text{font:13px sans-serif;fill:#555}text.name{fill:#222}text.end{font-size:10.5px}
+ALONE = """<style>text{font:13px sans-serif;fill:#555}text.name{fill:#222}text.end{font-size:10.5px}
 .curve{fill:none;stroke-width:2}
 .grid-line{stroke:#ddd}.beside{stroke:#888;stroke-dasharray:3 3}.zero{stroke:#888;stroke-width:1.2}</style>"""
+"""Of a plot that stands in a file of its own, without the page's style."""
 
 
 def standalone(svg: str, more: str = "") -> str:
     """A plot as a file of its own, with its style; ``more`` is drawn over it."""
     head, rest = svg.split(">", 1)
     rest = rest.replace("</svg>", f"{more}</svg>")
-    return f'{head} xmlns="http://www.w3.org/2000/svg">{STYLE}<rect width="100%" height="100%" fill="white"/>{rest}\n'
+    return f'{head} xmlns="http://www.w3.org/2000/svg">{ALONE}<rect width="100%" height="100%" fill="white"/>{rest}\n'
 
 
 def _axis(values: Sequence[float]) -> tuple[float, float, list[float]]:
@@ -382,8 +388,7 @@ def by_share(summary: dict[str, Any], name: str) -> dict[str, list[tuple[float, 
     return {label: found[label] for label in summary["recipes"] if len(found.get(label, ())) > 1}
 
 
-def _data_needed(summary: dict[str, Any], folder: Path) -> str:
-    del folder
+def _data_needed(summary: dict[str, Any]) -> str:
     if len(summary["shares"]) < 2:
         return ""
     cards = ""
@@ -396,8 +401,7 @@ larger one. Scores of trained pictures are on those that were trained on, so tha
 <div class="plots">{cards}</div></section>"""
 
 
-def _learning(summary: dict[str, Any], folder: Path) -> str:
-    del folder
+def _learning(summary: dict[str, Any]) -> str:
     names = dict.fromkeys(name for curve in summary["learning"].values() for name in curve)
     cards = ""
     for name in names:
@@ -448,8 +452,7 @@ def curves(
     return _svg(width, height, f"{', '.join(lines)} by {along}", parts)
 
 
-def _text_side(summary: dict[str, Any], folder: Path) -> str:
-    del folder
+def _text_side(summary: dict[str, Any]) -> str:
     rows = "".join(
         f"<tr><td>{_chip(summary, label)}</td><td>{text(text_text(facts))}</td></tr>"
         for label, facts in summary["text"].items()
@@ -500,8 +503,7 @@ def scatter(summary: dict[str, Any], score: dict[str, Any]) -> str:
     return _svg(width, height, "perplexity of the text against drawing, one small dot per run", parts)
 
 
-def _contributions(summary: dict[str, Any], folder: Path) -> str:
-    del folder
+def _contributions(summary: dict[str, Any]) -> str:
     if not summary["contributions"]:
         return ""
     return f"""<section><h2>What the towers contribute</h2><p>Where each position decides how much of the other tower it takes:
@@ -509,8 +511,7 @@ means by layer and kind of position, 0 is the plain dual tower.</p>
 <div class="card" style="max-width:34rem">{bars(summary["contributions"], CONTRIBUTION)}</div></section>"""
 
 
-def _cost(summary: dict[str, Any], folder: Path) -> str:
-    del folder
+def _cost(summary: dict[str, Any]) -> str:
 
     def flops(value: float | None) -> str:
         return "–" if value is None else f"{value / 1e9:,.4g}"
@@ -536,8 +537,7 @@ uncompiled step. Peak memory: {text(what)}.</p><div class="scroll"><table><thead
 <tbody>{rows}</tbody></table></div></section>"""
 
 
-def _settings(summary: dict[str, Any], folder: Path) -> str:
-    del folder
+def _settings(summary: dict[str, Any]) -> str:
     machine, settings = summary["machine"], summary["settings"]
     rows = [
         ("base", f"{settings['base']['source']}, fingerprint {settings['base']['fingerprint'][:16]}"),

@@ -25,15 +25,16 @@ from xfusion.apps import report
 from xfusion.apps.commands.base import progress
 from xfusion.backbone import Backbone
 from xfusion.comparison.machine import commit, machine
-from xfusion.data.sequence import Example, XFusionError
+from xfusion.data.sequence import Example
 from xfusion.data.sources import Source, open_source
 from xfusion.evaluation.metrics import captions, naming, retrieval
-from xfusion.evaluation.run import evaluate, write_json
-from xfusion.evaluation.suites.emoji import chosen
+from xfusion.evaluation.run import evaluate
+from xfusion.evaluation.suites.emoji import chosen, held_split
 from xfusion.evaluation.verify import PROMPTS, bit_equal, verify
 from xfusion.modalities.encoders.efficientnet_lite import EfficientNetLite
 from xfusion.model import Model
 from xfusion.recipes.base import find, train
+from xfusion.storage import write_json
 from xfusion.training.loop import Interrupted
 from xfusion.training.speed import drawing_speed, samples_per_second
 from xfusion.training.stages import Recipe
@@ -149,9 +150,9 @@ def run(
         "training": watcher.facts(),
         "settings": _settings(recipe, minutes, fresh, speed, scores),
         "seed": seed,
-        "base": {"source": backbone.source, "revision": backbone.revision, "fingerprint": backbone.fingerprint},
+        "base": backbone.identity,
         "num_new_parameters": fresh.num_new_parameters,
-        "num_frozen_parameters": sum(p.numel() for p in backbone.model.parameters()),
+        "num_frozen_parameters": backbone.num_parameters,
         "machine": machine(),
         "commit": commit(),
         "minutes_after_training": round((time.perf_counter() - watcher.ended) / 60, 3),
@@ -366,16 +367,9 @@ def _ask_the_same(asked: Asked, source: Source, seed: int) -> None:
     size = asked.model.image.sizes[0]
     asked.draw([source.examples[i].captions[0] for i in shown], seeds=[seed + i for i in shown])
     asked.caption([source.picture(i, size) for i in shown])
-    held = _held_source(source)
+    held = held_split(source)
     if held is not None:
         asked.caption([held.picture(i, size) for i in chosen(held.examples, NUM_SHOWN)])
-
-
-def _held_source(source: Source) -> Source | None:
-    try:
-        return open_source(source.spec, split="held")
-    except XFusionError:
-        return None
 
 
 @torch.no_grad()
@@ -551,7 +545,7 @@ def _answer(said: str, accepted: Sequence[str]) -> report.Answer:
 
 def _held(asked: Asked, shipped: Asked | None, source: Source, size: int) -> list[report.HeldOut]:
     """The scored held-out pictures with what was said and the rank of the true name; the shown ones first."""
-    held = _held_source(source)
+    held = held_split(source)
     if held is None or asked.alone is None:
         return []
     scored = chosen(held.examples, MAX_HELD)
@@ -579,6 +573,3 @@ def _held(asked: Asked, shipped: Asked | None, source: Source, size: int) -> lis
 
 def _rounded(value: float | None, digits: int) -> float | None:
     return None if value is None else round(value, digits)
-
-
-__all__ = ["Asked", "commit", "machine", "quick_proof", "run"]

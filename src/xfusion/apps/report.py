@@ -110,11 +110,7 @@ class Story:
 def write(path: Path, story: Story) -> Path:
     """Write the page; it appears whole or not at all."""
     page = render(story)
-
-    def fill(temporary: Path) -> None:
-        temporary.write_text(page, encoding="utf-8")
-
-    return written(path, fill)
+    return written(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
 
 
 def render(story: Story) -> str:

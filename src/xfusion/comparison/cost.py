@@ -71,7 +71,8 @@ def count_flops(model: Model, stage: Stage, source: Source, seed: int = 0) -> St
     dtype, reason = choose_compute_dtype(model.backbone.device)
     # The counter does not know the CPU's fused attention; plain products are what training takes there anyway.
     engine = model.training_engine(dtype, reason, "eager", False)
-    made = _mixture(model, stage, source, seed)
+    base, media = model.backbone, model.modality
+    made = Mixture(source, media, media.sizes, base.encode, base.begin_ids, base.end_ids[0], stage.mixture, seed)
     training: dict[str, int] = {}
     forward: dict[str, int] = {}
     samples: dict[str, int] = {}
@@ -259,36 +260,12 @@ def _flops(function: Callable[[], Any]) -> int:
     return int(counter.get_total_flops())
 
 
-class _Words(Mixture):
-    """A mixture whose pictures nobody looks at."""
-
-    def tokens(self, index: int, size: int) -> Tensor:
-        del index
-        return self._blank[size]
-
-
-def _mixture(model: Model, stage: Stage, source: Source, seed: int, kind: type[Mixture] = Mixture) -> Mixture:
-    base = model.backbone
-    media = model.modality
-    return kind(source, media, media.sizes, base.encode, base.begin_ids, base.end_ids[0], stage.mixture, seed)
-
-
 def _texts_computed(mixture: Mixture, reads: int) -> int:
     """How many texts of drawing samples are not at hand when they are asked for: the oldest go first."""
-    words = _Words(
-        mixture.source,
-        mixture.image,
-        mixture.sizes,
-        mixture.encode,
-        mixture.begin,
-        mixture.end,
-        mixture.config,
-        mixture.seed,
-    )
     known: OrderedDict[tuple[int, ...], None] = OrderedDict()
     computed = 0
     for read in range(reads):
-        for sample in words.drawings(read):
+        for sample in mixture.drawings(read):  # pictures are blank in it: nothing is encoded
             text = sample.segments[0]
             if isinstance(text, Text) and text.ids not in known:
                 known[text.ids] = None

@@ -11,7 +11,6 @@ from typing import Any, Literal
 from PIL import Image as PILImage
 
 from xfusion import checkpoint
-from xfusion.comparison.results import differing
 from xfusion.data.sequence import Example, XFusionError
 from xfusion.data.sources import Source
 from xfusion.recipes.base import find
@@ -177,7 +176,7 @@ def refuse_unlike(entries: Sequence[Entry], open_data: bool) -> None:
             if path == "data" and open_data:
                 continue
             pair = [checkpoint.to_json(_at(e.recipe, path)) for e in (first, other)]
-            for where, one, two in differing(*pair):
+            for where, one, two in checkpoint.differing(*pair):
                 raise XFusionError(
                     f"{first.label} and {other.label} differ in {'.'.join(filter(None, (path, where)))}: {one!r} and {two!r}."
                     f" Recipes are compared on the same {what}"

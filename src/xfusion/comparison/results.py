@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image as PILImage
 
+from xfusion.checkpoint import differing
 from xfusion.data.sequence import XFusionError
+from xfusion.storage import whole_file
 
 BUDGET_TOLERANCE = 0.01
 """How near counted FLOPs must be to the first recipe's: budgets are whole steps."""
@@ -26,31 +27,6 @@ REAL = "real.png"
 def run_name(label: str, seed: int, share: float = 1.0) -> str:
     """The name of a run's files: ``xfusion-seed0``, ``xfusion-seed0-share30``."""
     return f"{label}-seed{seed}" + ("" if share == 1 else f"-share{100 * share:g}")
-
-
-def read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise XFusionError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-    if not isinstance(found, dict):
-        raise XFusionError(f"{path} is not a result of a comparison")
-    return found
-
-
-def differing(one: Any, other: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Where two JSON values differ: path, and both values; None stands for what one of them lacks."""
-    pairs: list[tuple[str, Any, Any]]
-    if isinstance(one, dict) and isinstance(other, dict) and one.get("type") == other.get("type"):
-        pairs = [(str(k), one.get(k), other.get(k)) for k in dict.fromkeys([*one, *other])]
-    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        pairs = [(str(i), a, b) for i, (a, b) in enumerate(zip(one, other, strict=True))]
-    else:
-        if one != other:
-            yield path, one, other
-        return
-    for name, a, b in pairs:
-        yield from differing(a, b, f"{path}.{name}" if path else name)
 
 
 def refuse_changed(path: Path, found: Any, asked: Any) -> None:
@@ -122,6 +98,5 @@ def write_strip(path: Path, pictures: Sequence[PILImage.Image], size: int) -> No
     sheet = PILImage.new("RGB", (size * max(len(pictures), 1), size), "white")
     for i, picture in enumerate(pictures):
         sheet.paste(picture.convert("RGB").resize((size, size)), (i * size, 0))
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.png")
-    sheet.save(temporary, optimize=True)
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        sheet.save(temporary, format="PNG", optimize=True)

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -44,11 +44,9 @@ from xfusion.comparison.plan import (
 from xfusion.comparison.results import (
     REAL,
     SUMMARY,
-    differing,
     learning_curves,
     numbers,
     portable,
-    read,
     refuse_changed,
     refuse_unequal,
     run_name,
@@ -59,15 +57,14 @@ from xfusion.comparison.table import summarise
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import Source, open_source
 from xfusion.evaluation import verify
-from xfusion.evaluation.run import check, evaluate, write_json
+from xfusion.evaluation.run import Progress, check, evaluate, silent
 from xfusion.evaluation.suites.emoji import chosen
 from xfusion.model import Model, build, choose_compute_dtype
+from xfusion.storage import read_json, write_json
 from xfusion.training import states
 from xfusion.training.loop import train
 from xfusion.training.stages import Recipe
 
-Progress = Callable[[str, int, int], None]
-"""Called with the name of a part, how many items of it are done, and how many there are."""
 NEAREST = 0.02
 """How near a matched number of parameters must be to the first recipe's."""
 SEEDS_APART = 100_000
@@ -126,10 +123,9 @@ def text_keeping(model: Model) -> dict[str, float | bool]:
         ``text_bit_equal``, ``text_perplexity_base``, ``text_perplexity_fused`` and ``text_perplexity_change`` (fused minus
         base; per token, over all texts of two or more tokens).
     """
-    longest = getattr(model.backbone.config, "max_position_embeddings", None) or 1 << 20
     same, count, total = True, 0, {"base": 0.0, "fused": 0.0}
     for _, text in verify.PROMPTS:
-        ids = torch.tensor([model.backbone.encode(text)[:longest]], device=model.backbone.device)
+        ids = torch.tensor([model.backbone.encode(text)[: model.backbone.context_length]], device=model.backbone.device)
         if not ids.numel():
             continue
         logits = {stack: model.text_logits(ids, stack=stack) for stack in total}
@@ -170,7 +166,7 @@ class _Comparison:
     ):
         self.plan, self.out, self.command = plan, out, command
         self.work = Path(work) if work is not None else Path("runs") / "compare" / out.name
-        self.tell: Progress = progress or (lambda part, done, total: None)
+        self.tell: Progress = progress or silent
         self.encoder, self.held = encoder, held
         self._check()
         entries = [Entry(label=label, recipe=with_plan(recipe, plan)) for label, recipe in named(recipes).items()]
@@ -192,7 +188,10 @@ class _Comparison:
         self.entries = self._matched(entries) if plan.match_parameters else entries
         self.parts = {share: cast(Source, Part(source=self.source, share=share)) for share in plan.shares}
         self.costs: dict[tuple[str, float], tuple[list[StageCost], dict[str, Any]]] = {}
-        self.planned = {(e.label, s): self._planned(e, s) for s in plan.shares for e in self.entries}
+        self.planned: dict[tuple[str, float], tuple[Recipe, dict[str, Any]]] = {}
+        for share in plan.shares:
+            for entry in self.entries:  # the first one's budget is what the others are held to
+                self.planned[entry.label, share] = self._planned(entry, share)
 
     def _check(self) -> None:
         plan = self.plan
@@ -255,7 +254,7 @@ class _Comparison:
         if plan.budget == "samples" or entry is first:
             steps = (plan.samples - spent) // per_step
         else:
-            steps = self._steps_for(entry, share, self.planned_first[share]["flops"])
+            steps = self._steps_for(entry, share, self.planned[first.label, share][1]["flops"])
         if steps < 1:
             earlier = f" behind {spent} samples of earlier stages" if spent else ""
             raise XFusionError(
@@ -271,10 +270,8 @@ class _Comparison:
         if plan.budget == "flops":
             costs, _ = self._cost(entry, share)
             budget["flops"] = sum(c.total(s.steps) for c, s in zip(costs, recipe.stages, strict=True))
-        if entry is first:
-            self.planned_first = {**getattr(self, "planned_first", {}), share: budget}
-        else:
-            refuse_unequal(entry.label, budget, first.label, self.planned_first[share])
+        if entry is not first:
+            refuse_unequal(entry.label, budget, first.label, self.planned[first.label, share][1])
         return recipe, budget
 
     def _steps_for(self, entry: Entry, share: float, flops: int) -> int:
@@ -361,7 +358,7 @@ class _Comparison:
     def _labels(self) -> list[str]:
         """All recipes of the folder. Recipes and seeds may be added later; the first recipe stays the first."""
         path, labels = self.out / SUMMARY, [e.label for e in self.entries]
-        before = read(path)["recipes"] if path.exists() else []
+        before = read_json(path)["recipes"] if path.exists() else []
         if before and before[0] != labels[0]:
             raise XFusionError(
                 f"{self.out} compares with {before[0]!r}, and now {labels[0]!r} comes first: name the same one first, or"
@@ -377,7 +374,7 @@ class _Comparison:
         differences = {
             entry.label: [
                 {"where": where, "first": one, "this": two}
-                for where, one, two in differing(
+                for where, one, two in checkpoint.differing(
                     *(
                         checkpoint.to_json(self.planned[e.label, self.plan.shares[0]][0])
                         for e in (self.entries[0], entry)
@@ -388,7 +385,7 @@ class _Comparison:
             for entry in self.entries[1:]
         }
         if path.exists():
-            differences = read(path)["differences"] | differences
+            differences = read_json(path)["differences"] | differences
         size = self.entries[0].recipe.model.image.sizes[0]
         write_strip(self.out / REAL, pictures, size)
         content = {
@@ -473,7 +470,7 @@ class _Comparison:
         )
         content: dict[str, Any] = {**asked, "rates": [], "guidances": [], "chosen": None}
         if path.exists():
-            content = read(path)
+            content = read_json(path)
             refuse_changed(path, {k: content.get(k) for k in asked}, asked)
         factors, guidances = RATE_FACTORS[:trials], GUIDANCES[:trials]
         common: dict[str, Any] = {"seed": TRIAL_SEED * SEEDS_APART, "part": "validation"}
@@ -520,7 +517,9 @@ class _Comparison:
         share = max(self.plan.shares)
         with self._taken(f"{entry.label}-time", wait=True):
             paths = [self.out / f"{run_name(entry.label, seed, share)}.json" for seed in self.plan.seeds]
-            untimed = {path: run for path in paths if path.exists() and (run := read(path))["cost"]["time"] is None}
+            untimed = {
+                path: run for path in paths if path.exists() and (run := read_json(path))["cost"]["time"] is None
+            }
             if not untimed:
                 return
             taken = measure_time(
@@ -537,7 +536,7 @@ class _Comparison:
         base = self.backbone
         return {
             "recipe": checkpoint.to_json(recipe),
-            "base": {"source": base.source, "revision": base.revision, "fingerprint": base.fingerprint},
+            "base": base.identity,
             "data": self.source.spec,
             "share": share,
             "num_pictures": len(self.parts[share]),
@@ -559,7 +558,7 @@ class _Comparison:
         path = self.out / f"{run_name(entry.label, seed, share)}.json"
         if not path.exists():
             return False
-        found, (_, asked) = read(path), self._asked(entry, share, seed, tuning)
+        found, (_, asked) = read_json(path), self._asked(entry, share, seed, tuning)
         refuse_changed(path, {k: found.get(k) for k in asked}, asked)
         return True
 

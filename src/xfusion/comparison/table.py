@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from xfusion.checkpoint import differing
 from xfusion.comparison.intervals import FEWEST_RUNS, interval, paired
 from xfusion.comparison.plan import TRIAL_SEED
-from xfusion.comparison.results import SUMMARY, differing, read, refuse_unequal
+from xfusion.comparison.results import SUMMARY, refuse_unequal
 from xfusion.data.sequence import XFusionError
+from xfusion.storage import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +72,10 @@ def summarise(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     folder = Path(folder)
     paths = sorted(folder.glob("*-seed*.json"))
-    runs = [read(path) for path in paths]
+    runs = [read_json(path) for path in paths]
     if not runs:
         raise XFusionError(f"{folder} holds no result of a comparison (RECIPE-seedS.json)")
-    plan = read(folder / SUMMARY) if (folder / SUMMARY).is_file() else {}
+    plan = read_json(folder / SUMMARY) if (folder / SUMMARY).is_file() else {}
     _refuse_mixed(paths, runs)
     present = {run["recipe"] for run in runs}
     known = plan.get("recipes", [])
@@ -118,7 +120,7 @@ def contributions(folder: Path) -> dict[str, dict[str, float]]:
 
     `xfusion evaluate PACK --suite shares --out FOLDER/shares-NAME.json` writes one for a run's pack.
     """
-    found = [read(path) for path in sorted(folder.glob("shares-*.json"))]
+    found = [read_json(path) for path in sorted(folder.glob("shares-*.json"))]
     means: dict[str, dict[str, float]] = {}
     for name in (name for name in (found[0] if found else {}) if name.startswith("share_layer")):
         layer, _, kind = name.removeprefix("share_").partition("_")

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from xfusion.data import emoji_words
 from xfusion.data.sequence import Example, XFusionError
+from xfusion.storage import whole_file
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -171,9 +172,8 @@ def write_table(path: Path) -> None:
         members.setdefault(group, []).append(identity)
     lines = ",\n".join(json.dumps(sorted(ids)) for _, ids in sorted(members.items()))
     head = json.dumps({"size": GROUP_SIZE, "error": GROUP_ERROR})[1:-1]
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(f'{{{head}, "groups": [\n{lines}\n]}}\n', encoding="utf-8")
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        temporary.write_text(f'{{{head}, "groups": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
 def _short_names() -> dict[str, tuple[str, Sequence[str]]]:

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache
 from itertools import accumulate
@@ -31,6 +29,7 @@ from xfusion.data.report import Problem
 from xfusion.data.sequence import Example, XFusionError, fingerprint
 from xfusion.modalities.base import Codec, Modality
 from xfusion.modalities.image import ImageModality
+from xfusion.storage import file_hash, whole_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -163,7 +162,7 @@ class Latents:
         out = []
         for shard in self.shards:
             path = self.folder / shard["file"]
-            if (found := _hash(path)) != shard["sha256"]:
+            if (found := file_hash(path)) != shard["sha256"]:
                 what = f"its hash is {found[:16]}, {INDEX} says {shard['sha256'][:16]}: delete both, and encode again"
                 out.append(Problem(kind="broken shard", where=str(path), what=what))
         return out
@@ -230,11 +229,12 @@ def encode(
         for number in _walk(left, source, codec, built, size, batch, workers, device):
             done += number
             told(done, len(source.examples))
-    with _written(out / EXAMPLES) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with whole_file(out / EXAMPLES) as temporary, temporary.open("w", encoding="utf-8") as file:
         for example in source.examples:
             file.write(json.dumps(asdict(example), ensure_ascii=False) + "\n")
     shards = [
-        {"file": t.path.name, "count": t.count, "bytes": t.path.stat().st_size, "sha256": _hash(t.path)} for t in tasks
+        {"file": t.path.name, "count": t.count, "bytes": t.path.stat().st_size, "sha256": file_hash(t.path)}
+        for t in tasks
     ]
     index = {
         "format_version": FORMAT_VERSION,
@@ -246,7 +246,7 @@ def encode(
         "codec_licence": built.licence,
         "shards": shards,
     }
-    with _written(out / INDEX) as temporary:
+    with whole_file(out / INDEX) as temporary:
         temporary.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return Latents(out)
 
@@ -348,22 +348,6 @@ class _Worker:
             pictures = ImageModality.from_pil([cls.source.picture(i, cls.size) for i in chosen], cls.size)
             made.append(cls.codec.encode(pictures.to(cls.device)).cpu())
         made_of = {"key": task.key, "codec": _name(identity(cls.codec)), "size": cls.size}
-        with _written(task.path) as temporary:
+        with whole_file(task.path) as temporary:
             save_file({"latents": torch.cat(made).contiguous()}, str(temporary), {"made_of": json.dumps(made_of)})
         return task.count
-
-
-@contextmanager
-def _written(path: Path) -> Iterator[Path]:
-    """A temporary file beside ``path``, which gets its name when the block has ended well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -52,8 +52,8 @@ class Place(Protocol):
         ...
 
 
-def header_problem(path: Path) -> str | None:
-    """What is wrong with a picture file as far as its first bytes tell, or None. Cheap, decodes nothing."""
+def file_problem(path: Path, remedy: str) -> str | None:
+    """What is wrong with a user's file before it is opened, or None; ``remedy`` is what to do where it is too large."""
     try:
         if not path.exists():
             return "no such file" + _near_name(path)
@@ -62,10 +62,15 @@ def header_problem(path: Path) -> str | None:
         if path.stat().st_size == 0:
             return "is empty (0 bytes)"
         if path.stat().st_size > MAX_BYTES:
-            return f"has {path.stat().st_size:,} bytes, more than {MAX_BYTES // 1_000_000} million: make it smaller"
+            return f"has {path.stat().st_size:,} bytes, more than {MAX_BYTES // 1_000_000} million: {remedy}"
     except (OSError, ValueError) as error:  # a name too long, a zero byte in it, a folder that may not be entered
         return f"cannot be opened ({one_reason(error)})"
-    return _header_problem(path)
+    return None
+
+
+def header_problem(path: Path) -> str | None:
+    """What is wrong with a picture file as far as its first bytes tell, or None. Cheap, decodes nothing."""
+    return file_problem(path, "make it smaller") or _header_problem(path)
 
 
 def bytes_problem(content: bytes, *, decode: bool) -> str | None:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xfusion.data.files import MAX_CAPTION, METADATA
-from xfusion.data.sequence import XFusionError
+from xfusion.data.sequence import XFusionError, first_line
 from xfusion.data.sources import Source
+from xfusion.storage import whole_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -76,7 +77,8 @@ def recaption(
                     f"{example.origin}: {asking.model} answered {len(words)} characters, from 1 to {MAX_CAPTION} are legal:"
                     " change the prompt; the captions so far are kept"
                 )
-            _write_picture(picture, folder / _name(index))
+            with whole_file(folder / _name(index)) as temporary:
+                picture.save(temporary, format="PNG")
             line = {"index": index, "id": example.id, "caption": words, "model": asking.model, "prompt": asking.prompt}
             journal.write(json.dumps(line | {"source": source.spec, "size": asking.size}, ensure_ascii=False) + "\n")
             journal.flush()
@@ -86,20 +88,13 @@ def recaption(
         {"file_name": _name(i), "captions": [known[i], *(c for c in e.captions if c != known[i])], "group": e.group}
         for i, e in enumerate(source.examples)
     ]
-    temporary = folder / f".{METADATA}.{os.getpid()}.tmp"
-    temporary.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines), encoding="utf-8")
-    temporary.replace(folder / METADATA)
+    with whole_file(folder / METADATA) as temporary:
+        temporary.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines), encoding="utf-8")
     return len(known), asked
 
 
 def _name(index: int) -> str:
     return f"{index:07}.png"
-
-
-def _write_picture(picture: Image, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    picture.save(temporary, format="PNG")
-    temporary.replace(path)
 
 
 def _journal(folder: Path, asking: Asking, spec: str) -> dict[int, str]:
@@ -163,7 +158,7 @@ def endpoint(url: str, model: str, *, key: str, retries: int, max_tokens: int, s
                 seed=0,
             )
         except openai.OpenAIError as error:
-            raise XFusionError(f"{url} refuses: {str(error).splitlines()[0]}; the captions so far are kept") from error
+            raise XFusionError(f"{url} refuses: {first_line(error)}; the captions so far are kept") from error
         return found.choices[0].message.content or ""
 
     return ask

@@ -30,6 +30,11 @@ class XFusionError(ValueError):
     """Bad input, said in one line: the thing, the values that disagree, and what to do."""
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Example:
     """One picture or sound of a data source, without its pixels or samples."""

@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import tarfile
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -31,6 +30,7 @@ from xfusion.data import pictures
 from xfusion.data.files import CAPTION_FIELDS, Record, take_captions, utf8
 from xfusion.data.report import Problem
 from xfusion.data.sequence import XFusionError
+from xfusion.storage import whole_file
 
 INDEX_VERSION = 1
 """Changes with what an index holds or what a check finds."""
@@ -396,15 +396,9 @@ def _stamp(path: Path) -> Iterator[int]:
 
 
 def _write(index: Path, records: Iterable[Record]) -> None:
-    index.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=index.parent, prefix=".partial-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            for record in records:
-                file.write(json.dumps(_line_of(record)) + "\n")
-        Path(temporary).replace(index)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with whole_file(index) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(_line_of(record)) + "\n")
 
 
 def _line_of(record: Record) -> dict[str, Any]:

@@ -8,13 +8,11 @@ from typing import Any
 
 import torch
 
-from xfusion.data.pictures import one_reason
+from xfusion.data.pictures import file_problem, one_reason
 from xfusion.data.sequence import Sound, XFusionError
 
 MAX_SECONDS = 600
 """A longer sound is refused from its header, undecoded: a small file can hold hours of silence."""
-MAX_BYTES = 600_000_000
-"""Of a legal file."""
 RATES = (2_000, 384_000)
 """Smallest and largest legal number of samples per second."""
 MAX_CHANNELS = 32
@@ -26,17 +24,8 @@ READABLE = "WAV, FLAC, Ogg, Opus, MP3, AIFF or AU"
 
 def header_problem(path: Path) -> str | None:
     """What is wrong with a sound file as far as its header tells, or None. Cheap, decodes nothing."""
-    try:
-        if not path.exists():
-            return "no such file"
-        if not path.is_file():
-            return "is not a file"
-        if path.stat().st_size == 0:
-            return "is empty (0 bytes)"
-        if path.stat().st_size > MAX_BYTES:
-            return f"has {path.stat().st_size:,} bytes, more than {MAX_BYTES // 1_000_000} million: cut it"
-    except (OSError, ValueError) as error:  # a name too long, a zero byte in it, a folder that may not be entered
-        return f"cannot be opened ({one_reason(error)})"
+    if (problem := file_problem(path, "cut it")) is not None:
+        return problem
     soundfile = _soundfile()
     try:
         found = soundfile.info(str(path))

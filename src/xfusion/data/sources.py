@@ -30,6 +30,7 @@ from xfusion.data.report import CaptionStats, Problem, Report
 from xfusion.data.sequence import Example, Sound, XFusionError
 from xfusion.data.sounds import read_sound
 from xfusion.modalities.image import middle_square
+from xfusion.storage import file_hash
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -271,8 +272,7 @@ def _in_threads(function: Callable[[Path], T], paths: Iterable[Path]) -> list[tu
 
 
 def _content_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return file_hash(path)[:16]
 
 
 def _too_many(report: Report, allow_bad: float) -> str:

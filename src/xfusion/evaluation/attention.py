@@ -20,6 +20,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Sequence, Text, XFusionError
 from xfusion.data.templates import opened
+from xfusion.generation import refuse_to_draw
 from xfusion.model import Model
 
 
@@ -54,8 +55,7 @@ def drawing_attention(model: Model, prompt: str, tokens: Tensor, grid: tuple[int
     Raises:
         XFusionError: the model cannot draw, or its pictures take no part in the self-attention.
     """
-    if "draw" not in model.capabilities:
-        raise XFusionError(f"this model cannot draw, only {', '.join(sorted(model.capabilities))}")
+    refuse_to_draw(model)
     ids = model.backbone.encode(prompt)
     context = (Text(ids=ids),) if ids else ()
     picture = model.image.segment(tokens.cpu(), grid, state="noised")

@@ -14,7 +14,8 @@ from xfusion.backbone import Backbone
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Batch, Media, Sequence, Text, XFusionError
 from xfusion.data.templates import opened
-from xfusion.evaluation.verify import STORY, Progress, bit_equal, randomised
+from xfusion.evaluation.run import Progress
+from xfusion.evaluation.verify import STORY, bit_equal, randomised
 from xfusion.fusion.dual_tower import DualTower
 from xfusion.generation import draw_tokens
 from xfusion.layers import keys_values, slice_call

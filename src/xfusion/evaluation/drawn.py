@@ -16,11 +16,10 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
-from xfusion.checkpoint import file_hash, read_json, sealed
 from xfusion.data.sequence import XFusionError
 from xfusion.evaluation.metrics import naming
-from xfusion.evaluation.run import write_json
 from xfusion.generation import draw_size, refuse_to_draw
+from xfusion.storage import file_hash, read_json, sealed, write_json
 
 MANIFEST = "manifest.json"
 
@@ -170,10 +169,7 @@ def judge(folder: Path, model: Any, *, progress: Callable[[str, int, int], None]
         )
     own = [prompts.index(manifest["prompts"][item["prompt"]]) for item in manifest["pictures"]]
     hit = torch.nn.functional.one_hot(torch.tensor(own), len(prompts)).bool()
-    real, blind, floor = naming.naming(scores, hit), naming.blind(scores, hit), naming.chance(hit)
-    out: dict[str, Any] = {}
-    for key, value in real.items():
-        out |= {key: value, f"{key}_blind": blind[key], f"chance_{key}": floor[key]}
     who = {"judge_fingerprint": model.fingerprint, "by": "embed" if "embed" in model.capabilities else "caption"}
     drawn = {key: manifest[key] for key in ("pack_fingerprint", "settings")}
-    return out | {"num_pictures": len(pictures), "num_prompts": len(prompts), "settings": who | {"drawn": drawn}}
+    counts = {"num_pictures": len(pictures), "num_prompts": len(prompts)}
+    return naming.beside("", scores, hit) | counts | {"settings": who | {"drawn": drawn}}

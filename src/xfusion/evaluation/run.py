@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import json
 import os
 import pkgutil
 import platform
@@ -17,6 +16,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from xfusion.data.sequence import XFusionError
 from xfusion.evaluation import suites
+from xfusion.storage import write_json
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of a part, how many items of it are done, and how many there are."""
@@ -52,7 +52,7 @@ def evaluate(
     """
     run = check(suite, settings)
     started = time.perf_counter()
-    result = run(model, progress=progress or _silent, **settings)
+    result = run(model, progress=progress or silent, **settings)
     result["settings"] = {
         "suite": suite,
         **result.get("settings", {}),
@@ -105,14 +105,6 @@ def _is(value: Any, hint: Any) -> bool:
     return hint is Any or (hint in (str, bool) and isinstance(value, hint))
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes `content` under a temporary name and renames it, so that no reader ever sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
 def _find(suite: str) -> Callable[..., dict[str, Any]]:
     names = suite_names()
     if suite not in names:
@@ -146,5 +138,6 @@ def _versions() -> dict[str, str | None]:
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
-def _silent(part: str, done: int, total: int) -> None:
+def silent(part: str, done: int, total: int) -> None:
+    """A `Progress` that nobody hears."""
     del part, done, total

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -21,10 +21,8 @@ from torch import Tensor
 
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Sequence, Text
+from xfusion.evaluation.run import Progress, silent
 from xfusion.model import Model
-
-Progress = Callable[[str, int, int], None]
-"""Called with the name of a part, how many items of it are done, and how many there are."""
 
 NEW_TOKENS = 16
 """Greedy tokens behind each prompt."""
@@ -103,7 +101,7 @@ def verify(model: Model, progress: Progress | None = None) -> dict[str, Any]:
         XFusionError: the base's source is gone.
     """
     started, backbone = time.perf_counter(), model.backbone
-    prompts, tell = _prompts(model), progress or _silent
+    prompts, tell = _prompts(model), progress or silent
     tell("loading the base afresh", 0, 1)
     fresh = backbone.fresh()
     tell("loading the base afresh", 1, 1)
@@ -166,7 +164,7 @@ def randomised(model: Model, seed: int = 0) -> Iterator[None]:
 def _prompts(model: Model) -> list[Prompt]:
     """The bundled prompts as this base's tokens; what its tokenizer has no tokens for is left out."""
     backbone, device = model.backbone, model.backbone.device
-    longest = getattr(backbone.config, "max_position_embeddings", None) or 1 << 20
+    longest = backbone.context_length or 1 << 20
     ids = {name: backbone.encode(text)[: longest - NEW_TOKENS] for name, text in PROMPTS}
     ids["one token"] = ids["one token"][:1]
     ids["chat"] = backbone.chat(QUESTION)[: longest - NEW_TOKENS]
@@ -229,7 +227,7 @@ def _read(
 def _perplexity(model: Model, stack: Any) -> float:
     """Perplexity of the story, per token, in float32 from the stack's logits."""
     ids = torch.tensor([model.backbone.encode(STORY)], device=model.backbone.device)
-    ids = ids[:, : getattr(model.backbone.config, "max_position_embeddings", None) or 1 << 20]
+    ids = ids[:, : model.backbone.context_length]
     logits = stack(ids).logits.float()[0, :-1]
     return math.exp(torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item())
 
@@ -326,7 +324,7 @@ def _before_a_picture(name: str, model: Model, prompts: list[Prompt], expected: 
 def _settings(model: Model, prompts: list[Prompt]) -> dict[str, Any]:
     backbone = model.backbone
     return {
-        "base": {"source": backbone.source, "revision": backbone.revision, "fingerprint": backbone.fingerprint},
+        "base": backbone.identity,
         "pack_fingerprint": model.fingerprint,
         "fusion": type(model.fusion).__name__,
         "num_new_parameters": model.num_new_parameters,
@@ -342,7 +340,3 @@ def _settings(model: Model, prompts: list[Prompt]) -> dict[str, Any]:
             "transformers": metadata.version("transformers"),
         },
     }
-
-
-def _silent(part: str, done: int, total: int) -> None:
-    del part, done, total

@@ -6,9 +6,9 @@ import pkgutil
 from importlib import import_module
 from pathlib import Path
 
-from xfusion.checkpoint import whole_folder
 from xfusion.data.sequence import XFusionError
 from xfusion.model import Model
+from xfusion.storage import whole_folder
 
 
 def names() -> list[str]:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from xfusion.backbone import Backbone
 from xfusion.data.sequence import XFusionError
-from xfusion.fusion.base import Call, Pass, by_path
+from xfusion.fusion.base import Call, Pass, by_path, of_paths
 from xfusion.fusion.connectors.resampler import Resampler
 from xfusion.fusion.modality_experts import Routed
 from xfusion.fusion.outside import Outside, token_places
@@ -120,7 +120,7 @@ class Prompt(nn.Module):
         super().__init__()
         self.rows = nn.Parameter(torch.randn(rows, width)) if rows else None
         self.gate = nn.Parameter(torch.zeros(heads))
-        self.tuned = nn.ModuleDict(tuned)
+        self.tuned = of_paths(tuned)
 
 
 class AdaptionPrompt(Outside):
@@ -180,9 +180,9 @@ class AdaptionPrompt(Outside):
         if config.affine:
             copied = backbone.copy_layer(index, self.block_config)
             for path in linear_paths(layer):
-                tuned[path.replace(".", "/")] = Affine(linear_shape(layer.get_submodule(path))[1])
+                tuned[path] = Affine(linear_shape(layer.get_submodule(path))[1])
             for piece in layer_pieces(layer)["norm"]:
-                tuned[piece.path.replace(".", "/")] = copied.get_submodule(piece.path)
+                tuned[piece.path] = copied.get_submodule(piece.path)
         heads = backbone.config.num_attention_heads
         return Prompt(config.prompts if learned else 0, backbone.hidden_size, heads, tuned).to(backbone.device)
 
@@ -223,7 +223,7 @@ class AdaptionPrompt(Outside):
         states, block = self.with_rows(index, run), frozen
         if str(index) in self.blocks:
             made = self._prompts(index, frozen, states, call, run) if run.media else None
-            kv = self.all_keys_values(index, run, made)
+            kv = run.all_keys_values(1, index, made)
             if kv is not None and "text" in states and run.given is None:
                 block = self._block(index, frozen, kv, self.reads(run), Prompted, run)
         return states | self.words_alone(0, index, block, call, run)

@@ -130,6 +130,39 @@ class Pass:
             return Rows.cat([self.cache.rows, *tables])
         return Rows.cat([self.cache.rows.columns(self.cache.columns(of)), *tables])
 
+    @property
+    def appends(self) -> bool:
+        """Whether this pass's keys and values are put behind those that the cache holds."""
+        return self.cache is not None and self.update
+
+    def past(self, slot: int, layer: int) -> list[KeysValues]:
+        """What a tower holds at a layer, as a list of none or one."""
+        return [] if self.cache is None else self.cache.past(slot, layer)
+
+    def append(self, slot: int, layer: int, *new: KeysValues | None) -> None:
+        """Put keys and values of this pass, in the order of its rows, behind those that a tower holds, if it `appends` any."""
+        made = [kv for kv in new if kv is not None]
+        if self.cache is not None and self.update and made:
+            self.cache.append(slot, layer, made)
+
+    def all_keys_values(self, slot: int, layer: int, new: KeysValues | None) -> KeysValues | None:
+        """Keys and values that a tower holds at a layer with this pass's behind them, which are kept if the pass is to.
+
+        Args:
+            slot: the tower's.
+            layer: number of the layer.
+            new: this pass's, or None where there are none.
+
+        Returns:
+            ``[B, H, k, K]`` each; None where there are neither.
+        """
+        parts = self.past(slot, layer) + ([] if new is None else [new])
+        self.append(slot, layer, new)
+        if not parts:
+            return None
+        k, v = (torch.cat(some, dim=2) for some in zip(*parts, strict=True))
+        return k, v
+
     def seen(self, owner: str, of: Literal["text", "media"] | None = None) -> Tensor:
         """Which of these keys an owner's rows may read, whatever the distance, bool ``[B, n, k]``; a row may see none."""
         return seen(self.rows[owner], self.keys(of))
@@ -153,8 +186,13 @@ class Pass:
         return self._masks[key]
 
 
+def of_paths(parts: Mapping[str, nn.Module]) -> nn.ModuleDict:
+    """Parts of a layer by their paths in it as one module; a ``ModuleDict`` takes no dots."""
+    return nn.ModuleDict({path.replace(".", "/"): part for path, part in parts.items()})
+
+
 def by_path(parts: nn.ModuleDict) -> dict[str, nn.Module]:
-    """Parts of a layer by their paths in it; a ``ModuleDict`` takes no dots."""
+    """The inverse of `of_paths`."""
     return {name.replace("/", "."): part for name, part in parts.items()}
 
 
@@ -281,8 +319,8 @@ class Fusion(nn.Module):
         """
 
     def make(self, index: int, backbone: Backbone) -> nn.Module:
-        """The new modules of a layer: a decoder layer, by default a trainable copy of the frozen one; or parts of one as a
-        ``ModuleDict`` by path, ``/`` for ``.``, which stand in the frozen layer.
+        """The new modules of a layer: a decoder layer, by default a trainable copy of the frozen one; or parts of one
+        (`of_paths`), which stand in the frozen layer.
         """
         return backbone.copy_layer(index, self.block_config)
 
@@ -403,31 +441,27 @@ class Fusion(nn.Module):
 
         wanted = set(owners)
         own = [o for o in run.states if o in wanted and not (o == "text" and run.given is not None)]
-        held, calls, window = run.cache, run.calls(call), self.windows[index]
-        keep, past = held is not None and run.update, held.past(slot, index) if held else []
+        calls, window, past = run.calls(call), self.windows[index], run.past(slot, index)
         work = compiled(tower_rows) if run.compiled else tower_rows
         if not own:
-            if held and keep:
-                held.append(slot, index, [keys_values(of(o), x, calls[o]) for o, x in run.states.items()])
+            if run.appends:
+                run.append(slot, index, *(keys_values(of(o), x, calls[o]) for o, x in run.states.items()))
             return {}
         states = run.inputs(index)
         if len(own) == len(states):
             x = torch.cat(list(states.values()), dim=1)
             mask, layer = run.mask("" if len(own) > 1 else own[0], window), of(*states)
             h, kv, _ = work(layer, x, calls[""], layer, None, {}, past, mask, True)
-            if held and keep:
-                held.append(slot, index, [kv])
+            run.append(slot, index, kv)
             return run.cut(h)
         (name,) = own
         other = next(o for o in states if o != name)
-        read = keep or run.reads_others(name)
+        read = run.appends or run.reads_others(name)
         others = (states[other], calls[other]) if read else (None, {})
         first = name == "text"
         mask = run.mask(name, window, others=read)
         h, kv, made = work(of(name), states[name], calls[name], of(other), *others, past, mask, first)
-        if held and keep:
-            both = (kv, made) if first else (made, kv)
-            held.append(slot, index, [part for part in both if part is not None])
+        run.append(slot, index, *((kv, made) if first else (made, kv)))
         return {name: h}
 
     def words_alone(
@@ -448,20 +482,17 @@ class Fusion(nn.Module):
         """
         if "text" not in run.states:
             return {}
-        own, held = run.calls(call)["text"], run.cache
-        keep = held is not None and run.update
-        if run.given is not None and not keep:  # not computed again, and at hand only at the layers that read it
+        own = run.calls(call)["text"]
+        if run.given is not None and not run.appends:  # not computed again, and at hand only at the layers that read it
             return {}
         x = run.inputs(index)["text"] if x is None else x
         if run.given is not None:
-            if held and keep:
-                held.append(slot, index, [keys_values(block, x, own)])
+            run.append(slot, index, keys_values(block, x, own))
             return {}
-        past, work = held.past(slot, index) if held else [], compiled(tower_rows) if run.compiled else tower_rows
+        past, work = run.past(slot, index), compiled(tower_rows) if run.compiled else tower_rows
         mask = run.mask("text", self.windows[index], of="text")
         h, kv, _ = work(block, x, own, block, None, {}, past, mask, True)
-        if held and keep:
-            held.append(slot, index, [kv])
+        run.append(slot, index, kv)
         return {"text": h}
 
     def whole(
@@ -471,7 +502,3 @@ class Fusion(nn.Module):
         x = torch.cat(list(run.states.values()), dim=1)
         block = run.by_noise(block, run.states) if by_noise else block
         return run.cut(run_rows(block, x, run.calls(call)[""], run.mask("", self.windows[index]), [], [])[0])
-
-    def new_parameters(self) -> Iterable[nn.Parameter]:
-        """What training may change."""
-        return self.parameters()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -149,21 +150,12 @@ class Conditioned(Fusion):
 
     def _read(self, run: Pass, words: Tensor | None) -> list[KeysValues | None]:
         """Keys and values of all words for each block, cached ones first, and of each word its share of the pooled vector."""
-        held, out = run.cache, []
-        for number in range(self.config.depth + 1):
-            new: list[KeysValues] = []
-            if words is not None and number < self.config.depth:
-                block: Block = self.denoiser[number]  # type: ignore[assignment]
-                new = [block.cross.keys_values(words)]
-            elif words is not None:
-                pooled = self.pooled(words)[:, None]
-                new = [(pooled, pooled)]
-            parts = (held.past(1, number) if held else []) + new
-            if held and run.update and new:
-                held.append(1, number, new)
-            k_v = [torch.cat([part[i] for part in parts], dim=2) for i in range(2)] if parts else None
-            out.append(None if k_v is None else (k_v[0], k_v[1]))
-        return out
+        made: list[KeysValues | None] = [None] * (self.config.depth + 1)
+        if words is not None:
+            blocks: Any = self.denoiser
+            pooled = self.pooled(words)[:, None]
+            made = [*(block.cross.keys_values(words) for block in blocks), (pooled, pooled)]
+        return [run.all_keys_values(1, number, new) for number, new in enumerate(made)]
 
     def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
         """Each picture by itself with the words before it."""

@@ -165,7 +165,7 @@ class CrossAttention(Outside):
         block, states = self.block(index, frozen), self.with_rows(index, run)
         x = run.inputs(index)["text"] if "text" in run.states else None
         if block is not None:
-            kv = self.all_keys_values(index, run, block.keys_values(states[run.media]) if run.media else None)
+            kv = run.all_keys_values(1, index, block.keys_values(states[run.media]) if run.media else None)
             if x is not None and run.given is None and (kv is not None or not self.preserves_text):
                 reads = self.reads(run)
                 work = compiled(gated_rows) if run.compiled and kv is not None else gated_rows

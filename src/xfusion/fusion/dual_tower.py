@@ -51,7 +51,7 @@ from torch.nn import functional
 from xfusion.backbone import Backbone
 from xfusion.data.sequence import XFusionError
 from xfusion.fusion import pretrained
-from xfusion.fusion.base import Call, Fusion, Pass
+from xfusion.fusion.base import Call, Fusion, Pass, of_paths
 from xfusion.layers import Delta, Projected, linear_paths, linear_shape, narrow_mlp
 
 
@@ -211,12 +211,8 @@ class DualTower(Fusion):
             return Projected(fresh, backbone.hidden_size, self.config.width, self._scale)
         if self.config.rank is not None:
             frozen = backbone.layers[index]
-            return nn.ModuleDict(
-                {
-                    path.replace(".", "/"): LowRank(*linear_shape(frozen.get_submodule(path)), self.config.rank)
-                    for path in linear_paths(frozen)
-                }
-            )
+            shapes = {path: linear_shape(frozen.get_submodule(path)) for path in linear_paths(frozen)}
+            return of_paths({path: LowRank(*shape, self.config.rank) for path, shape in shapes.items()})
         block = backbone.copy_layer(index, self.block_config)
         if self.config.mlp is not None:
             narrow_mlp(block, backbone.config, self.config.mlp)

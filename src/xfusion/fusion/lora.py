@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from xfusion.backbone import Backbone
 from xfusion.data.sequence import XFusionError
-from xfusion.fusion.base import REGIMES, Call, Fusion, Pass
+from xfusion.fusion.base import REGIMES, Call, Fusion, Pass, of_paths
 from xfusion.fusion.prefix import Prefix
 from xfusion.layers import Delta, linear_paths, matrix_pieces, shadow
 
@@ -129,12 +129,8 @@ class Lora(Fusion):
             raise XFusionError(
                 f"lora: {type(layer).__name__} has no matrix of {', '.join(targets or ())}: take targets None"
             )
-        return nn.ModuleDict(
-            {
-                path.replace(".", "/"): Adapter(layer.get_submodule(path), self.config.rank, self.config.alpha)
-                for path in paths
-            }
-        )
+        rank, alpha = self.config.rank, self.config.alpha
+        return of_paths({path: Adapter(layer.get_submodule(path), rank, alpha) for path in paths})
 
     def set_attention(self, implementation: str) -> None:
         """Choose the attention implementation of the mechanism's blocks."""

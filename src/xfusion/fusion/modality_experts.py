@@ -39,7 +39,7 @@ from torch.nn import functional
 
 from xfusion.backbone import SCRATCH, Backbone
 from xfusion.data.sequence import XFusionError
-from xfusion.fusion.base import Call, Fusion, Pass, by_path, compiled
+from xfusion.fusion.base import Call, Fusion, Pass, by_path, compiled, of_paths
 from xfusion.layers import (
     Delta,
     KeysValues,
@@ -230,8 +230,7 @@ class ModalityExperts(Fusion):
             parts[path] = module if whole else OwnRows(module, torch.cat(rows).sort().values)
         if self.config.post_norm:
             parts = post_normed(backbone.layers[index], parts)
-        parts = {path.replace(".", "/"): part for path, part in parts.items()}
-        return nn.ModuleDict(parts).to(next(copied.parameters()).device)
+        return of_paths(parts).to(next(copied.parameters()).device)
 
     def _is_own(self, run: Pass) -> Tensor | None:
         """Which media positions take the new weights, bool ``[B, n, 1]``; None is all of them."""
@@ -246,8 +245,7 @@ class ModalityExperts(Fusion):
         if expert is None:
             return run.states | self.tower(0, index, frozen, {"text"}, call, run)
         frozen = self.words(index, frozen)
-        held, calls, window, name = run.cache, run.calls(call), self.windows[index], run.media
-        keep, past = held is not None and run.update, held.past(0, index) if held else []
+        calls, window, name = run.calls(call), self.windows[index], run.media
         states = run.inputs(index)
         text, media = states.get("text"), states[name] if name else None
         given = run.given is not None
@@ -261,13 +259,12 @@ class ModalityExperts(Fusion):
             media,
             calls[name] if name else {},
             run.mask(name, window) if name else None,
-            past,
+            run.past(0, index),
             self._is_own(run),
             run.text_reads_media,
             given,
         )
-        if held and keep:
-            held.append(0, index, [kv for kv in (text_kv, media_kv) if kv is not None])
+        run.append(0, index, text_kv, media_kv)
         new = dict(run.states)
         if new_text is not None:
             new["text"] = new_text

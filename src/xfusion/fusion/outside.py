@@ -23,7 +23,6 @@ from xfusion.backbone import Backbone
 from xfusion.data.sequence import MediaRows, Rows, XFusionError
 from xfusion.fusion.base import Fusion, Pass
 from xfusion.fusion.connectors.resampler import Resampler
-from xfusion.layers import KeysValues
 
 
 def places(rows: Rows) -> Tensor:
@@ -140,23 +139,6 @@ class Outside(Fusion):
         place = places(key)
         row = place >= 1 if self.num_rows is None else (place >= 1) & (place <= self.num_rows)
         return found & row[:, None, :]
-
-    def all_keys_values(self, index: int, run: Pass, made: KeysValues | None) -> KeysValues | None:
-        """Keys and values of all media that words may read, ``[B, H, k, K]``: cached ones and this pass's, which are kept.
-
-        Args:
-            index: number of the layer.
-            run: the pass.
-            made: those of this pass's media positions, or None where there are none.
-        """
-        held, new = run.cache, [] if made is None else [made]
-        parts = (held.past(1, index) if held else []) + new
-        if held and run.update and new:
-            held.append(1, index, new)
-        if not parts:
-            return None
-        k, v = (torch.cat(some, dim=2) for some in zip(*parts, strict=True))
-        return k, v
 
     def _read(self, run: Pass, row: int, column: int) -> list[int]:
         """Which media positions of a pass one word reads: `reads` without a tensor, for reference paths."""

@@ -33,7 +33,7 @@ def encode_prompt(model: Model, text: str | Text) -> tuple[int, ...]:
         XFusionError: they are too long.
     """
     ids = text.ids if isinstance(text, Text) else model.backbone.encode(text)
-    limit = min(MAX_PROMPT_TOKENS, getattr(model.backbone.config, "max_position_embeddings", MAX_PROMPT_TOKENS))
+    limit = min(MAX_PROMPT_TOKENS, model.backbone.context_length or MAX_PROMPT_TOKENS)
     if len(ids) > limit:
         raise XFusionError(f"the prompt has {len(ids)} tokens, more than the {limit} that are allowed: shorten it")
     return ids
@@ -45,11 +45,19 @@ def refuse_to_draw(model: Model) -> None:
     Raises:
         XFusionError: it learned something else.
     """
-    if "draw" not in model.capabilities:
-        raise XFusionError(
-            f"this model cannot draw, only {', '.join(sorted(model.capabilities))}: train one with a media objective, such"
-            " as the recipe xfusion"
-        )
+    model.require("draw", "train one with a media objective, such as the recipe xfusion")
+
+
+def seeds_of(seed: int, seeds: Seq[int] | None, count: int, what: str) -> list[int]:
+    """A seed for each of ``count`` items: ``seeds``, or from ``seed`` on.
+
+    Raises:
+        XFusionError: ``seeds`` are not as many.
+    """
+    chosen = list(seeds) if seeds is not None else [seed + i for i in range(count)]
+    if len(chosen) != count:
+        raise XFusionError(f"{len(chosen)} seeds for {count} {what}: give one each")
+    return chosen
 
 
 def draw_size(model: Model, size: int | None) -> tuple[int, int]:

@@ -115,8 +115,7 @@ def opens(model: Model, messages: Seq[Message], draw: DrawMode = "auto") -> str 
         raise XFusionError(f"draw {draw!r} is not one of {', '.join(get_args(DrawMode))}")
     if draw == "never":
         return None
-    if "draw" not in model.capabilities:
-        raise XFusionError(f"this model cannot draw, only {', '.join(sorted(model.capabilities))}: take draw='never'")
+    model.require("draw", "take draw='never'")
     head, words = model.opening, [{"role": m["role"], "content": _as_words(m)} for m in messages]
     if draw == "auto":
         if head is None:

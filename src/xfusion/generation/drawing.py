@@ -19,7 +19,7 @@ from xfusion.data.pack import pack
 from xfusion.data.sequence import Batch, Media, MediaRows, Rows, Sequence, Text, XFusionError
 from xfusion.data.templates import opened
 from xfusion.generation import base
-from xfusion.generation.base import Progress, draw_size, refuse_to_draw, text_segment
+from xfusion.generation.base import Progress, draw_size, refuse_to_draw, seeds_of, text_segment
 from xfusion.model import Model
 from xfusion.objectives.solvers import Solver
 
@@ -188,9 +188,7 @@ def draw(
         solver: takes the steps (`xfusion.objectives.solvers`); None takes the model's own.
         progress: told after every step of every batch.
     """
-    chosen = list(seeds) if seeds is not None else [seed + i for i in range(len(prompts))]
-    if len(chosen) != len(prompts):
-        raise XFusionError(f"{len(chosen)} seeds for {len(prompts)} prompts: give one each")
+    chosen = seeds_of(seed, seeds, len(prompts), "prompts")
     native, wanted = draw_size(model, size)
     contexts = [text_segment(model, prompt) for prompt in prompts]
     out: list[PILImage.Image] = []

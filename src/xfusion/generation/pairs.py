@@ -35,11 +35,7 @@ def embed(
     Returns:
         float32 ``[items, width]``, each of unit length.
     """
-    if "embed" not in model.capabilities:
-        raise XFusionError(
-            f"this model cannot embed, only {', '.join(sorted(model.capabilities))}: train one with a contrastive objective,"
-            " such as the recipe clip"
-        )
+    model.require("embed", "train one with a contrastive objective, such as the recipe clip")
     if isinstance(items, (str, PILImage.Image)):
         raise XFusionError("embed takes a list of texts and pictures: write [item]")
     objective: Any = next(o for o in model.objectives if "embed" in o.gives)
@@ -76,11 +72,7 @@ def match(model: Model, pictures: Seq[PILImage.Image], texts: Seq[str]) -> Tenso
     Returns:
         float32 ``[pictures, texts]`` in [0, 1].
     """
-    if "match" not in model.capabilities:
-        raise XFusionError(
-            f"this model cannot match, only {', '.join(sorted(model.capabilities))}: train one with a matching objective,"
-            " such as the recipe blip"
-        )
+    model.require("match", "train one with a matching objective, such as the recipe blip")
     if isinstance(texts, str):
         raise XFusionError("match takes a list of texts: write [text]")
     objective: Any = next(o for o in model.objectives if "match" in o.gives)

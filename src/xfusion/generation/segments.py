@@ -21,6 +21,7 @@ from xfusion.generation.base import (
     draw_size,
     encode_prompt,
     media_segment,
+    seeds_of,
     text_segment,
 )
 from xfusion.generation.drawing import codes, draw_tokens, pictures_of
@@ -79,36 +80,47 @@ def generate(
         )
     single = not isinstance(items[0], (list, tuple))
     lists = [cast("Seq[Segment]", item) for item in ([items] if single else items)]
-    chosen = list(seeds) if seeds is not None else [seed + i for i in range(len(lists))]
-    if len(chosen) != len(lists):
-        raise XFusionError(f"{len(chosen)} seeds for {len(lists)} lists: give one each")
+    chosen = seeds_of(seed, seeds, len(lists), "lists")
     allowed = None if schema is None else [model.backbone.encode(text) for text in schema_answers(schema)]
     if allowed is not None and (longest := 1 + max(map(len, allowed))) > max_tokens:
         raise XFusionError(f"max_tokens {max_tokens} is too few for the schema's longest answer: give {longest}")
-    kinds: dict[tuple[Any, ...], list[int]] = {}
+    settings = _Settings(
+        steps=steps,
+        guidance=guidance,
+        solver=solver,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        allowed=allowed,
+        progress=progress,
+    )
+    alike: dict[tuple[Any, ...], list[int]] = {}
     for i, item in enumerate(lists):
-        kinds.setdefault(kinds_of(model, item), []).append(i)
+        alike.setdefault(kinds_of(model, item), []).append(i)
     out: list[Any] = [None] * len(lists)
-    for members in kinds.values():  # lists of the same kinds of segments go through together
+    for kinds, members in alike.items():  # lists of the same kinds of segments go through together
         for start in range(0, len(members), base.BATCH):
             part = members[start : start + base.BATCH]
-            answers = _generate_batch(
-                model,
-                [lists[i] for i in part],
-                [chosen[i] for i in part],
-                steps=steps,
-                guidance=guidance,
-                solver=solver,
-                max_tokens=max_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                allowed=allowed,
-                progress=progress,
-                listen=_for_part(listen, part),
-            )
+            own = [lists[i] for i in part]
+            answers = _generate_batch(model, own, kinds, [chosen[i] for i in part], settings, _for_part(listen, part))
             for i, answer in zip(part, answers, strict=True):
                 out[i] = answer
     return out[0] if single else out
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """Settings of `generate` that all of its lists share."""
+
+    steps: int
+    guidance: float | None
+    solver: Solver | None
+    max_tokens: int
+    temperature: float
+    top_p: float
+    allowed: Seq[tuple[int, ...]] | None
+    """The answers in words that there are, as tokens; None allows all."""
+    progress: Progress | None
 
 
 def _for_part(listen: Listener | None, part: Seq[int]) -> Listener | None:
@@ -153,21 +165,14 @@ def _sound_size(model: Model, asked: Audio) -> tuple[int, int]:
 def _generate_batch(
     model: Model,
     lists: Seq[Seq[Segment]],
+    kinds: Seq[Any],
     seeds: Seq[int],
-    *,
-    steps: int,
-    guidance: float | None,
-    solver: Solver | None,
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
-    allowed: Seq[tuple[int, ...]] | None,
-    progress: Progress | None,
+    settings: _Settings,
     listen: Listener | None,
 ) -> list[list[Any]]:
+    """What lists of the same kinds of segments are continued by."""
     contexts: list[tuple[Text | Media, ...]] = [() for _ in lists]
     out: list[list[Any]] = [[] for _ in lists]
-    kinds = [_kind(model, s) for s in lists[0]]
     for place, kind in enumerate(kinds):
         if kind == "text":
             new = [text_segment(model, cast("str | Text", item[place])) for item in lists]
@@ -178,7 +183,14 @@ def _generate_batch(
         else:
             what, native, wanted = kind
             tokens = draw_tokens(
-                model, contexts, native, seeds=seeds, steps=steps, guidance=guidance, solver=solver, progress=progress
+                model,
+                contexts,
+                native,
+                seeds=seeds,
+                steps=settings.steps,
+                guidance=settings.guidance,
+                solver=settings.solver,
+                progress=settings.progress,
             )
             made = pictures_of(model, tokens, native, wanted) if what == "draw" else codes(model, tokens, native)
             for answer, item in zip(out, made, strict=True):
@@ -199,16 +211,16 @@ def _generate_batch(
         ids = answer_tokens(
             model,
             contexts,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
+            max_tokens=settings.max_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
             seeds=seeds,
-            allowed=allowed,
+            allowed=settings.allowed,
             listen=listen,
         )
     else:
         ids = [
-            _base_generate(model, context, max_tokens, temperature, top_p, s, allowed, _for_part(listen, [i]))
+            _base_generate(model, context, s, settings, _for_part(listen, [i]))
             for i, (context, s) in enumerate(zip(contexts, seeds, strict=True))
         ]
     for answer, tokens in zip(out, ids, strict=True):
@@ -244,21 +256,19 @@ class _Streamer:
 def _base_generate(
     model: Model,
     context: tuple[Text | Media, ...],
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
     seed: int,
-    allowed: Seq[tuple[int, ...]] | None = None,
-    listen: Listener | None = None,
+    settings: _Settings,
+    listen: Listener | None,
 ) -> list[int]:
+    """Words alone, by the base's own ``generate``."""
     ids = [i for segment in context if isinstance(segment, Text) for i in segment.ids]
     if not ids:
         raise XFusionError("there is nothing to continue: the prompt is empty")
     prompt = torch.tensor([ids], device=model.backbone.device)
     sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
-    if allowed is not None:
+    if settings.temperature > 0:
+        sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p}
+    if (allowed := settings.allowed) is not None:
         end = model.backbone.end_ids[0]
         sampling["prefix_allowed_tokens_fn"] = lambda _, so_far: going_on(so_far[len(ids) :].tolist(), allowed, end)
     streamer = None if listen is None else _Streamer(listen, set(model.backbone.end_ids))
@@ -268,7 +278,7 @@ def _base_generate(
             whole = model.text_model().generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
-                max_new_tokens=max_tokens,
+                max_new_tokens=settings.max_tokens,
                 pad_token_id=model.backbone.end_ids[0],
                 streamer=streamer,
                 **sampling,

@@ -17,12 +17,25 @@ _CHUNK = 64
 _RANGE_TOLERANCE = 1e-3
 
 
-class Codec(nn.Module, ABC):
+class Frozen(nn.Module):
+    """A module whose weights never train; it stays in eval mode, also inside a model that is set to train."""
+
+    def freeze(self) -> Self:
+        """Turns gradients off and eval mode on, once the weights are there."""
+        self.requires_grad_(False)
+        return self.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in eval mode."""
+        del mode
+        return super().train(False)
+
+
+class Codec(Frozen, ABC):
     """A frozen map between images and latents.
 
     Images are [N, 3, H, W] floats in [-1, 1]; latents are [N, channels, H / factor, W / factor] in float32 with about
-    unit variance, because the codec owns scale and shift. Weights never train: `requires_grad` is False, the module
-    stays in eval mode, and neither direction records gradients.
+    unit variance, because the codec owns scale and shift. Neither direction records gradients.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -43,16 +56,6 @@ class Codec(nn.Module, ABC):
     """Measured peak signal-to-noise ratios in dB, by name of what was measured; None where nobody measured."""
     encoders: frozenset[str] = frozenset()
     """Fingerprints of frozen encoders that it looks through: none of them may score a model of its latents."""
-
-    def freeze(self) -> Codec:
-        """Turns gradients off and eval mode on; a codec calls it at the end of its constructor."""
-        self.requires_grad_(False)
-        return self.eval()
-
-    def train(self, mode: bool = True) -> Codec:
-        """Stays in eval mode, also when a model that holds the codec is set to train."""
-        del mode
-        return super().train(False)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(channels, rows, columns) of the latent of one height x width image; XFusionError when it does not divide."""
@@ -99,10 +102,10 @@ class Codec(nn.Module, ABC):
         """`decode` before the clip, on a bounded number of latents."""
 
 
-class Encoder(nn.Module, ABC):
+class Encoder(Frozen, ABC):
     """A frozen map from images to features: what scores drawings, or what a model is aligned with (never both).
 
-    Images are [N, 3, H, W] floats in [-1, 1] of any size. Weights never train, and no gradient reaches the images.
+    Images are [N, 3, H, W] floats in [-1, 1] of any size, and no gradient reaches them.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -136,11 +139,6 @@ class Encoder(nn.Module, ABC):
     cells: int
     """Rows, and columns, of its map."""
 
-    def train(self, mode: bool = True) -> Encoder:
-        """Stays in eval mode, also inside a model that is set to train."""
-        del mode
-        return super().train(False)
-
     @abstractmethod
     def features(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] -> one feature each [N, width], float32."""
@@ -150,7 +148,7 @@ class Encoder(nn.Module, ABC):
         """Images [N, 3, H, W] -> features by place [N, width, rows, columns], float32."""
 
 
-class SoundCodec(nn.Module, ABC):
+class SoundCodec(Frozen, ABC):
     """A frozen map from sounds to frames: features of an encoder, or codes. It only reads, and it is loaded when it first does.
 
     Sounds are [N, samples] floats in [-1, 1] at `rate`; frames are [N, frames, width], one for each `hop` samples.
@@ -176,11 +174,6 @@ class SoundCodec(nn.Module, ABC):
     """Licence of the weights."""
     encoders: frozenset[str] = frozenset()
     """Fingerprints of frozen encoders that it listens through: none of them may score a model of its frames."""
-
-    def train(self, mode: bool = True) -> SoundCodec:
-        """Stays in eval mode, also when a model that holds the codec is set to train."""
-        del mode
-        return super().train(False)
 
     @abstractmethod
     def encode(self, sounds: Tensor) -> Tensor:

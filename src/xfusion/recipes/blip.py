@@ -22,8 +22,6 @@ from xfusion.fusion.connectors.linear import Linear
 from xfusion.fusion.connectors.resampler import Resampler
 from xfusion.fusion.cross_attention import CrossAttention
 from xfusion.modalities.codecs.features import Features
-from xfusion.modalities.encoders.efficientnet_lite import EfficientNetLite
-from xfusion.modalities.encoders.vision_transformer import VisionTransformer
 from xfusion.modalities.image import ImageModality
 from xfusion.model import ModelConfig
 from xfusion.objectives.base import NoObjective
@@ -46,11 +44,10 @@ def blip(every: int = 7, latents: int = 8, pairs: int = 32, encoder: str | None 
         encoder: folder or hub id of a vision transformer; None takes EfficientNet-Lite0.
         side: pixels that the encoder looks at.
     """
-    looks = EfficientNetLite.Config() if encoder is None else VisionTransformer.Config(source=encoder)
     templates = Templates(caption_dropout=0.0, other_wordings=0.3)
     return Recipe(
         model=ModelConfig(
-            image=ImageModality.Config(codec=Features.Config(encoder=looks), patch=1, sizes=(side,), behind_begin=True),
+            image=ImageModality.Config(codec=Features.Config.of(encoder), patch=1, sizes=(side,), behind_begin=True),
             port=Linear.Config(),
             fusion=CrossAttention.Config(
                 stride=every, offset=0, media_norm=True, connector=Resampler.Config(latents=latents, depth=2)

@@ -18,8 +18,6 @@ from xfusion.data.templates import Templates
 from xfusion.fusion.connectors.pooling import Pooling
 from xfusion.fusion.dual_tower import DualTower
 from xfusion.modalities.codecs.features import Features
-from xfusion.modalities.encoders.efficientnet_lite import EfficientNetLite
-from xfusion.modalities.encoders.vision_transformer import VisionTransformer
 from xfusion.modalities.image import ImageModality
 from xfusion.model import ModelConfig
 from xfusion.objectives.base import NoObjective
@@ -51,12 +49,11 @@ def clip(
         encoder: folder or hub id of a vision transformer; None takes EfficientNet-Lite0.
         side: pixels that the encoder looks at.
     """
-    looks = EfficientNetLite.Config() if encoder is None else VisionTransformer.Config(source=encoder)
     # Both wordings of a picture, and always some words.
     templates = Templates(caption_dropout=0.0, other_wordings=0.3)
     return Recipe(
         model=ModelConfig(
-            image=ImageModality.Config(codec=Features.Config(encoder=looks), patch=pooled, sizes=(side,)),
+            image=ImageModality.Config(codec=Features.Config.of(encoder), patch=pooled, sizes=(side,)),
             port=Pooling.Config(cells=pooled**2),
             fusion=DualTower.Config(stride=stride, mlp=mlp),
             text=NextToken.Config(weight=0.0),

@@ -18,8 +18,6 @@ from xfusion.data.mixture import MixtureConfig
 from xfusion.fusion.connectors.linear import Linear
 from xfusion.fusion.prefix import Prefix
 from xfusion.modalities.codecs.features import Features
-from xfusion.modalities.encoders.efficientnet_lite import EfficientNetLite
-from xfusion.modalities.encoders.vision_transformer import VisionTransformer
 from xfusion.modalities.image import ImageModality
 from xfusion.model import ModelConfig
 from xfusion.objectives.base import NoObjective
@@ -41,11 +39,10 @@ def llava(encoder: str | None = None, side: int = 224, strip: int = 1) -> Recipe
         strip: neighbouring features of a row of the encoder's map that make one token; 1 is the paper's, 7 makes 7 tokens of
             EfficientNet-Lite0's 49, which two CPU cores train five times as fast.
     """
-    looks = EfficientNetLite.Config() if encoder is None else VisionTransformer.Config(source=encoder)
     return Recipe(
         model=ModelConfig(
             image=ImageModality.Config(
-                codec=Features.Config(encoder=looks), patch=1, patch_width=strip, sizes=(side,), order="causal"
+                codec=Features.Config.of(encoder), patch=1, patch_width=strip, sizes=(side,), order="causal"
             ),
             port=Linear.Config(),
             fusion=Prefix.Config(),

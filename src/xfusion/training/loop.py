@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import logging
 import math
@@ -10,7 +9,8 @@ import os
 import signal
 import tempfile
 import time
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -25,9 +25,11 @@ from xfusion.data.sequence import Batch, XFusionError
 from xfusion.data.sources import Source, open_source
 from xfusion.modalities.image import ImageModality
 from xfusion.model import Model, build, choose_attention, choose_compute_dtype, compiled_graphs
+from xfusion.storage import named_in_errors, whole_file
 from xfusion.training import states
 from xfusion.training.memory import keep_freed_memory
 from xfusion.training.optimizer import Optimizer
+from xfusion.training.pace import Pace
 from xfusion.training.processes import Processes, Shard, is_divided, num_bytes
 from xfusion.training.stages import Recipe, Stage
 from xfusion.training.stopping import Interrupted, Stop, stopping
@@ -36,12 +38,6 @@ from xfusion.training.track import Listener, Track
 if TYPE_CHECKING:
     from xfusion.training.sharding import Sharding
 
-WARM_STEPS = 10
-"""Steps that a wall-clock budget does not measure: compiling and first encodings happen there."""
-MEASURED_STEPS = 20
-"""Steps from which a wall-clock budget derives the number of steps."""
-STEADY = 0.9
-"""A stretch that takes less than this share of the one before is not the last that gets faster."""
 LATEST_PLAN = 0.75
 """Share of a wall-clock budget behind which no further stretch is waited for."""
 LARGEST_STEPS = 10_000_000
@@ -116,39 +112,62 @@ def train(
         raise XFusionError(f"keep is {keep}: at least 1 checkpoint stays")
     if shard not in get_args(Shard):
         raise XFusionError(f"shard {shard!r} is not one of {', '.join(get_args(Shard))}")
-    run = _Run(recipe, Path(out), minutes, compile, preview_prompts, preview_every, checkpoint_every, keep, shard)
-    run.prepare(source, allow_bad, resume, from_pack, backbone, device, dtype, attention, console, listener)
-    try:
+    run = _Run(
+        recipe=recipe,
+        out=Path(out),
+        opened=source,
+        allow_bad=allow_bad,
+        minutes=minutes,
+        resume=resume,
+        from_pack=from_pack,
+        backbone=backbone,
+        device=device,
+        compile=compile,
+        dtype=dtype,
+        attention=attention,
+        preview_prompts=preview_prompts,
+        preview_every=preview_every,
+        checkpoint_every=checkpoint_every,
+        keep=keep,
+        shard=shard,
+        console=console,
+        listener=listener,
+    )
+    with run.closing:
+        run.prepare()
         return run.go()
-    finally:
-        run.ahead.close()
-        run.track.close()
 
 
+@dataclass(kw_only=True, eq=False)
 class _Run:
-    """One training run: what `train` prepares and walks through."""
+    """One training run: what `train` was asked for, and where it stands."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        out: Path,
-        minutes: float | None,
-        compile: bool,
-        preview_prompts: tuple[str, ...] | None,
-        preview_every: float,
-        checkpoint_every: float,
-        keep: int,
-        shard: Shard,
-    ):
+    recipe: Recipe
+    out: Path
+    opened: Source | None
+    """An opened source instead of the recipe's data."""
+    allow_bad: float
+    minutes: float | None
+    resume: bool
+    from_pack: str | None
+    backbone: Backbone | None
+    """An already loaded base."""
+    device: torch.device | str
+    compile: bool
+    dtype: torch.dtype | None
+    attention: str | None
+    """What layers attend by, where the device does not choose."""
+    preview_prompts: tuple[str, ...] | None
+    preview_every: float
+    checkpoint_every: float
+    keep: int
+    shard: Shard
+    console: Console | None
+    listener: Listener | None
+
+    def __post_init__(self) -> None:
         self.started = time.perf_counter()
-        self.recipe, self.out, self.minutes, self.compile = recipe, out, minutes, compile
-        self.preview_prompts, self.preview_every, self.checkpoint_every = (
-            preview_prompts,
-            preview_every,
-            checkpoint_every,
-        )
-        self.keep = keep
-        self.shard: Shard = shard
+        self.closing = ExitStack()
         self.sharding: Sharding | None = None
         self.step = 0
         self.saved_step: int | None = None
@@ -156,69 +175,66 @@ class _Run:
         self.recent = (0.0, 0.0)
         """Sum and weight of the mean loss; `REMEMBERED`."""
         self.seconds_before = 0.0
-        self.totals = [stage.steps for stage in recipe.stages]
-        self.planned = minutes is None
+        self.preview_seconds = 3.0
+        """What the last preview took; a guess before the first."""
+        self.totals = [stage.steps for stage in self.recipe.stages]
+        self.planned = self.minutes is None
 
     # -- before the first step
 
-    def prepare(
-        self,
-        source: Source | None,
-        allow_bad: float,
-        resume: bool,
-        from_pack: str | None,
-        backbone: Backbone | None,
-        device: torch.device | str,
-        dtype: torch.dtype | None,
-        attention: str | None,
-        console: Console | None,
-        listener: Listener | None,
-    ) -> None:
-        self.processes = processes = Processes(device if backbone is None else backbone.device)
-        self.attention = choose_attention(processes.device, attention)
+    def prepare(self) -> None:
+        self.processes = processes = Processes(self.device if self.backbone is None else self.backbone.device)
+        self.attends = choose_attention(processes.device, self.attention)
         if processes.count == 1:
             self.shard = "none"
-        chosen, reason = (dtype, "as asked") if dtype else choose_compute_dtype(processes.device)
+        chosen, reason = (self.dtype, "as asked") if self.dtype else choose_compute_dtype(processes.device)
         if self.shard == "none":
             with processes.first_alone():
-                self._prepare(source, allow_bad, resume, from_pack, backbone)
+                self._prepare()
         else:
             from xfusion.training.sharding import Sharding, mesh
 
             row = mesh(processes.device)
             with processes.one_by_one():  # each holds all new weights until it has divided them
-                self._prepare(source, allow_bad, resume, from_pack, backbone)
-                self.sharding = Sharding(self.model, self.shard, row, chosen, self.attention)
-        self._share(console, listener, resume, chosen, reason)
+                self._prepare()
+                self.sharding = Sharding(self.model, self.shard, row, chosen, self.attends)
+        self._share(chosen, reason)
 
-    def _prepare(
-        self, source: Source | None, allow_bad: float, resume: bool, from_pack: str | None, backbone: Backbone | None
-    ) -> None:
+    def _prepare(self) -> None:
         """Model and data; the first process goes through it alone, so that the others find its indexes and files."""
         state = self.out / "state"
-        if resume and not states.found(state):
+        if self.resume and not states.found(state):
             raise XFusionError(
                 f"{self.out} holds no run to resume (nothing in state/); leave --resume out to start one"
             )
-        if not resume and states.found(state):
+        if not self.resume and states.found(state):
             raise XFusionError(f"{self.out} already holds a run: pass --resume to go on, or name another folder")
         self._check_folder()
         states.remove_rests(self.out)
         base = self.recipe.model.backbone
         # A base that will be divided stays where it is mapped: in the file.
         device = "cpu" if self.shard == "all" else self.processes.device
-        backbone = backbone or Backbone.load(base.source, revision=base.revision, device=device)
-        self.model = model = self._model(from_pack, backbone, fresh=not resume)
-        if source is None:
-            source = open_source(self.recipe.data, allow_bad=allow_bad, special_tokens=model.backbone.special_tokens)
+        backbone = self.backbone or Backbone.load(base.source, revision=base.revision, device=device)
+        self.model = model = self._model(backbone)
+        self._check_losses()
+        if (source := self.opened) is None:
+            tokens = backbone.special_tokens
+            source = open_source(self.recipe.data, allow_bad=self.allow_bad, special_tokens=tokens)
+        self.source = source
+        drawn = "draw" in model.capabilities and isinstance(model.modality, ImageModality)
+        if not drawn or (self.shard == "none" and not self.processes.first):
+            self.preview_every = 0.0
+
+    def _check_losses(self) -> None:
+        """Losses over a whole batch take neither parts of one nor, some of them, parts of it in other processes."""
         for number, stage in enumerate(self.recipe.stages):
-            together = [o.name for o in model.objectives if o.scope == "batch"]
+            together = [o.name for o in self.model.objectives if o.scope == "batch"]
             if together and stage.accumulate > 1:
                 raise XFusionError(
                     f"stage {number} accumulates {stage.accumulate} batches, but the loss {together[0]} compares the items of"
                     f" one: set --stages.{number}.accumulate 1 and read more samples per step"
                 )
-            alone = [o.name for o in model.objectives if o.scope == "batch" and not o.across_processes]
+            alone = [o.name for o in self.model.objectives if o.scope == "batch" and not o.across_processes]
             if alone and self.processes.count > 1:
                 raise XFusionError(
                     f"the loss {alone[0]} compares the items of one batch, which {self.processes.count} processes would"
@@ -229,26 +245,20 @@ class _Run:
                     f"the loss {together[0]} compares the items of all processes, which walk through divided layers in step:"
                     f" --shard {self.shard} cannot have it, take none"
                 )
-        drawn = "draw" in model.capabilities and isinstance(model.modality, ImageModality)
-        if not drawn or (self.shard == "none" and not self.processes.first):
-            self.preview_every = 0.0
-        self.source = source
-        self.size = model.modality.sizes[0]
 
-    def _share(
-        self, console: Console | None, listener: Listener | None, resume: bool, chosen: torch.dtype, reason: str
-    ) -> None:
+    def _share(self, chosen: torch.dtype, reason: str) -> None:
         """What all processes do together: equal weights, the state, batches, and what the first one tells."""
         model, first, sharding = self.model, self.processes.first, self.sharding
         add = None if sharding is None else self.processes.total
         self.processes.same_weights([p for p in model.new_parameters() if not is_divided(p)])
         self.optimizer = Optimizer(model.named_new_parameters(), self.recipe.stages[0].weight_decay, add)
-        if resume:
+        if self.resume:
             self._load(self.out / "state")
-        self.track = Track(self.out if first else None, console if first else None, listener, self.step)
+        self.track = Track(self.out if first else None, self.console if first else None, self.listener, self.step)
+        self.closing.callback(self.track.close)
         self.keeps_memory = self.processes.device.type == "cpu" and keep_freed_memory()
         divided = None if sharding is None else sharding.backbone
-        self.engine = model.training_engine(chosen, reason, self.attention, self.compile, divided)
+        self.engine = model.training_engine(chosen, reason, self.attends, self.compile, divided)
         self.mixtures = [
             Mixture(
                 self.source,
@@ -264,32 +274,33 @@ class _Run:
             for stage in self.recipe.stages
         ]
         self.ahead = Ahead(self._batches, in_thread=self.processes.device.type != "cpu")
+        self.closing.callback(self.ahead.close)
         self._announce(reason, chosen)
 
     def _check_folder(self) -> None:
         """A folder that cannot be written to is found now, not when the base is loaded and the first step done."""
-        with checkpoint.named_in_errors(self.out):
+        with named_in_errors(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.out).close()
         checkpoint.refuse_other_files(self.out / "pack")  # or the pack would be refused when all is learned
 
-    def _model(self, from_pack: str | None, backbone: Backbone, *, fresh: bool) -> Model:
+    def _model(self, backbone: Backbone) -> Model:
         wanted = self.recipe.model
-        if from_pack is None:
-            return build(wanted, backbone, fresh=fresh)
-        model = checkpoint.load(from_pack, backbone=backbone)
+        if self.from_pack is None:
+            return build(wanted, backbone, fresh=not self.resume)
+        model = checkpoint.load(self.from_pack, backbone=backbone)
         kept = replace(model.config, text=wanted.text, media=wanted.media.adapted(model.config.media))
-        if kept != wanted:
+        if (difference := _difference(kept, wanted)) is not None:
             raise XFusionError(
-                f"the pack {from_pack} was built otherwise than this recipe: {_difference(kept, wanted)};"
-                " give the same settings to adapt it"
+                f"the pack {self.from_pack} was built otherwise than this recipe: {difference}; give the same settings to"
+                " adapt it"
             )
         model.set_objectives(wanted.text, wanted.media)
         return model
 
     def _announce(self, reason: str, dtype: torch.dtype) -> None:
         model, stage, say = self.model, self.recipe.stages[0], self.track.say
-        frozen = sum(p.numel() for p in model.backbone.model.parameters())
+        frozen = model.backbone.num_parameters
         say(
             f"base      {model.backbone.source}, {frozen / 1e6:.1f} M weights, frozen, {model.backbone.fingerprint[:16]}"
         )
@@ -378,7 +389,7 @@ class _Run:
     def _walk(self, stop: Stop) -> None:
         """Steps, previews and checkpoints until the run is done or asked to stop."""
         last_checkpoint = last_preview = time.perf_counter()
-        pace = _Pace(self.step)
+        pace = Pace(self.step)
         if not self.step:
             self._try_largest()
         # All processes stop behind the same step, whichever of them the signal reached.
@@ -488,7 +499,7 @@ class _Run:
         # A run whose length is not planned yet is still warming up.
         steps = total if self.planned else LARGEST_STEPS
         rate = stage.rate_at(inside, steps)
-        norm = self.optimizer.step(rate, stage.clip, stage.ema_at(inside))
+        norm = self.optimizer.step(rate, stage.clip, stage.ema_at(inside), stage.weight_decay)
         if not norm < float("inf"):
             raise XFusionError(
                 f"the gradient's norm is {norm} at step {self.step}, although the loss is finite: training stopped; the"
@@ -522,14 +533,12 @@ class _Run:
     def _plan(self, seconds_per_step: float, now: float) -> None:
         assert self.minutes is not None
         left = self.minutes * 60 - (now - self.started) - self.seconds_before
-        previews = left / self.preview_every * self._preview_seconds if self.preview_every else 0.0
+        previews = left / self.preview_every * self.preview_seconds if self.preview_every else 0.0
         total = self.processes.same(self.step + max(1, int((left - previews) / seconds_per_step)))
         self.totals, self.planned = [total], True
         self.track.set_total(total)
         self.track.event(event="plan", step=self.step, steps=total, seconds_per_step=seconds_per_step)
         self.track.say(f"plan      {total} steps in {self.minutes:g} minutes at {seconds_per_step:.3f} s per step")
-
-    _preview_seconds = 3.0
 
     # -- what is written
 
@@ -539,18 +548,16 @@ class _Run:
         prompts = self.preview_prompts or tuple(e.captions[0] for e in self.source.examples[:8])
         with self.optimizer.averaged():
             pictures = self._drawn(list(prompts))
-        self._preview_seconds = time.perf_counter() - begun
+        self.preview_seconds = time.perf_counter() - begun
         if not self.processes.first:
             return
-        sheet = PILImage.new("RGB", (self.size * len(pictures), self.size), "white")
+        size = self.model.image.sizes[0]
+        sheet = PILImage.new("RGB", (size * len(pictures), size), "white")
         for i, picture in enumerate(pictures):
-            sheet.paste(picture, (i * self.size, 0))
+            sheet.paste(picture, (i * size, 0))
         path = self.out / "previews" / f"step_{self.step:06d}.png"
-        with checkpoint.named_in_errors(path):
-            path.parent.mkdir(exist_ok=True)
-            so_far = path.with_name(f".{path.name}")
+        with named_in_errors(path), whole_file(path) as so_far:
             sheet.save(so_far, format="PNG")
-            so_far.replace(path)
         self.track.image(sheet, self.step)
         self.track.event(event="preview", step=self.step, path=str(path), prompts=list(prompts))
 
@@ -594,10 +601,8 @@ class _Run:
                 f" {self.model.backbone.fingerprint[:16]}: resume with the same base"
             )
         saved = checkpoint.from_json(plan["recipe"], trust=True, where=str(folder))
-        if saved != self.recipe:
-            raise XFusionError(
-                f"{self.out} was started otherwise: {_difference(saved, self.recipe)}; give the same settings to resume"
-            )
+        if (difference := _difference(saved, self.recipe)) is not None:
+            raise XFusionError(f"{self.out} was started otherwise: {difference}; give the same settings to resume")
         if plan["threads"] != torch.get_num_threads():
             logger.warning(
                 "%s ran on %d threads and goes on with %d: sums round otherwise, so its losses agree but not to the bit",
@@ -655,44 +660,8 @@ class _Run:
             self.preview_every = 0.0
 
 
-class _Pace:
-    """When the speed of a run is known: not while first steps compile, and not while each stretch is faster than the last.
-
-    A recipe may look things up that its first steps compute: states of words, features of pictures.
-    """
-
-    def __init__(self, step: int):
-        self.next, self.since = step + WARM_STEPS, 0.0
-        self.before: float | None = None
-
-    def seconds_per_step(self, step: int, now: float, until: float) -> float | None:
-        """Seconds per step of the last stretch of `MEASURED_STEPS`; None while that says nothing yet.
-
-        Args:
-            step: steps done.
-            now: when.
-            until: what is known has to do where one more stretch like the last would end later.
-        """
-        if step < self.next:
-            return None
-        self.next, since, self.since = step + MEASURED_STEPS, self.since, now
-        if not since:
-            return None
-        found, before = (now - since) / MEASURED_STEPS, self.before
-        self.before = found
-        steady = before is not None and found > STEADY * before
-        return found if steady or now + MEASURED_STEPS * found > until else None
-
-
-def _difference(one: Any, other: Any, path: str = "") -> str:
-    """The first field in which two configurations differ, with both values."""
-    if type(one) is type(other) and dataclasses.is_dataclass(one):
-        for f in dataclasses.fields(one):
-            a, b = getattr(one, f.name), getattr(other, f.name)
-            if a != b:
-                return _difference(a, b, f"{path}.{f.name}" if path else f.name)
-    if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):
-        for i, (a, b) in enumerate(zip(one, other, strict=True)):
-            if a != b:
-                return _difference(a, b, f"{path}.{i}")
-    return f"{path} was {one!r} and is now {other!r}"
+def _difference(one: Any, other: Any) -> str | None:
+    """The first field in which two configurations differ, with both values; None where there is none."""
+    for where, was, now in checkpoint.differing(*map(checkpoint.to_json, (one, other))):
+        return f"{where} was {was!r} and is now {now!r}"
+    return None

@@ -19,7 +19,7 @@ class Optimizer:
 
     Args:
         parameters: float32 masters by name; divided ones are `DTensor`.
-        weight_decay: AdamW's.
+        weight_decay: AdamW's, until a step names another.
         add: adds a number up over all processes; asked only where weights are divided.
     """
 
@@ -41,8 +41,15 @@ class Optimizer:
         """What AdamW remembers so far."""
         return [value for state in self.adamw.state.values() for value in state.values() if value.dim()]
 
-    def step(self, rate: float, clip: float, ema: float) -> float:
-        """One step; returns the norm of the gradient before clipping. Without a finite norm nothing is changed."""
+    def step(self, rate: float, clip: float, ema: float, weight_decay: float | None = None) -> float:
+        """One step; returns the norm of the gradient before clipping. Without a finite norm nothing is changed.
+
+        Args:
+            rate: the learning rate.
+            clip: largest norm of the gradient.
+            ema: decay of the average.
+            weight_decay: AdamW's from now on; None leaves it.
+        """
         norm = self._norm()
         if not bool(norm.isfinite()):
             return float(norm)
@@ -50,6 +57,7 @@ class Optimizer:
             torch.nn.utils.clip_grads_with_norm_(self.list, clip, norm)
         for group in self.adamw.param_groups:
             group["lr"] = rate
+            group["weight_decay"] = group["weight_decay"] if weight_decay is None else weight_decay
         self.adamw.step()
         self.forget_gradients()
         get_ema_multi_avg_fn(ema)(self.average, [p.detach() for p in self.list], None)

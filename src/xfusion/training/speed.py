@@ -11,7 +11,8 @@ from xfusion.backbone import Backbone
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import Source
 from xfusion.model import Model
-from xfusion.training.loop import WARM_STEPS, train
+from xfusion.training.loop import train
+from xfusion.training.pace import WARM_STEPS
 from xfusion.training.stages import Recipe
 from xfusion.training.track import Event
 

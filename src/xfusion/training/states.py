@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from xfusion import checkpoint
+from xfusion import storage
 from xfusion.data.sequence import XFusionError
 from xfusion.training.processes import Processes
 
@@ -47,9 +47,9 @@ def write(folder: Path, tensors: dict[str, Tensor], plan: dict[str, Any], keep: 
         XFusionError: it cannot be written; the states that were there stay.
     """
     target = folder / f"step_{plan['step']:08d}"
-    with checkpoint.whole_folder(target) as state:
+    with storage.whole_folder(target) as state:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(state / STATE))
-        _seal(state, plan | {"state_sha256": checkpoint.file_hash(state / STATE)})
+        _seal(state, plan | {"state_sha256": storage.file_hash(state / STATE)})
     _drop(folder, keep)
     return target
 
@@ -67,8 +67,8 @@ def write_divided(
     from torch.distributed.checkpoint.state_dict_saver import save
 
     target = folder / f"step_{plan['step']:08d}"
-    with _with_first(checkpoint.whole_folder(target), processes) as state:
-        with checkpoint.named_in_errors(target):
+    with _with_first(storage.whole_folder(target), processes) as state:
+        with storage.named_in_errors(target):
             try:
                 save(tensors, storage_writer=HuggingFaceStorageWriter(str(state), save_distributed=True))
             except CheckpointException as error:  # of any process, told to all
@@ -76,7 +76,7 @@ def write_divided(
                 raise XFusionError(
                     f"{target} cannot be written: {reason}; make room, or name another folder"
                 ) from error
-            own = {file.name: checkpoint.file_hash(file) for file in state.glob(f"shard-{processes.rank + 1:05d}-*")}
+            own = {file.name: storage.file_hash(file) for file in state.glob(f"shard-{processes.rank + 1:05d}-*")}
         hashes = {name: found for part in processes.gather(own) for name, found in part.items()}
         if processes.first:
             _seal(state, plan | {PARTS: hashes})
@@ -99,7 +99,7 @@ def _with_first(folder: Any, processes: Processes) -> Iterator[Path]:
 
 
 def _seal(state: Path, plan: dict[str, Any]) -> None:
-    (state / PLAN).write_text(json.dumps(checkpoint.sealed(plan), indent=2) + "\n", encoding="utf-8")
+    (state / PLAN).write_text(json.dumps(storage.sealed(plan), indent=2) + "\n", encoding="utf-8")
 
 
 def _drop(folder: Path, keep: int) -> None:
@@ -132,9 +132,9 @@ def read_plan(state: Path) -> dict[str, Any]:
     Raises:
         XFusionError: it is missing, half there or altered.
     """
-    plan = checkpoint.read_json(state / PLAN)
+    plan = storage.read_json(state / PLAN)
     numbered = state.name.startswith("step_")
-    if numbered and (checkpoint.SEAL not in plan or not {"state_sha256", PARTS} & set(plan)):
+    if numbered and (storage.SEAL not in plan or not {"state_sha256", PARTS} & set(plan)):
         raise XFusionError(f"{state / PLAN} was altered: a state has hashes, this has none; take an intact copy")
     return plan
 
@@ -147,7 +147,7 @@ def read(state: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     plan = read_plan(state)
     if PARTS not in plan:
-        return plan, checkpoint.read_tensors(state / STATE, plan.get("state_sha256"))
+        return plan, storage.read_tensors(state / STATE, plan.get("state_sha256"))
     _check_parts(state, plan)
     tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in entries(state).items()}
     fill(state, tensors, alone=True)
@@ -164,13 +164,13 @@ def intact(state: Path) -> dict[str, Any]:
     if PARTS in plan:
         _check_parts(state, plan)
     else:
-        checkpoint.read_tensors(state / STATE, plan.get("state_sha256"))  # mapped, not held
+        storage.read_tensors(state / STATE, plan.get("state_sha256"))  # mapped, not held
     return plan
 
 
 def _check_parts(state: Path, plan: dict[str, Any]) -> None:
     for name, expected in plan[PARTS].items():
-        checkpoint.read_tensors(state / name, expected)
+        storage.read_tensors(state / name, expected)
     if unknown := sorted(file.name for file in state.glob("*.safetensors") if file.name not in plan[PARTS]):
         raise XFusionError(f"{state} was altered: {unknown[0]} is not of this state; take an intact copy")
 

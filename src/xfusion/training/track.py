@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from xfusion import checkpoint
+from xfusion.storage import named_in_errors, whole_file
 
 Event = dict[str, Any]
 """``{"event": "start" | "plan" | "step" | "preview" | "end", ...}``."""
@@ -38,13 +38,13 @@ class Track:
         if folder is None:
             return
         self.path = folder / "log.jsonl"
-        with checkpoint.named_in_errors(self.path):
+        with named_in_errors(self.path):
             folder.mkdir(parents=True, exist_ok=True)
             self.file = self._open(resume_at)
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            with checkpoint.named_in_errors(folder / "tensorboard"):
+            with named_in_errors(folder / "tensorboard"):
                 self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_at or None)
         except ImportError:
             self.say("TensorBoard is not installed: curves go to log.jsonl only (pip install 'xfusion[train]')")
@@ -53,15 +53,14 @@ class Track:
         """The log, without what a run that was cut off had told of steps that will be taken again."""
         lines = self.path.read_text(encoding="utf-8").splitlines() if resume_at and self.path.exists() else []
         # Under another name first: a run that is killed here shall find the whole log when it goes on.
-        rewritten = self.path.with_name(f".{self.path.name}.tmp")
-        rewritten.write_text("".join(f"{line}\n" for line in lines if _step_of(line) < resume_at), encoding="utf-8")
-        rewritten.replace(self.path)
+        with whole_file(self.path) as rewritten:
+            rewritten.write_text("".join(f"{line}\n" for line in lines if _step_of(line) < resume_at), encoding="utf-8")
         return self.path.open("a", encoding="utf-8", buffering=1)
 
     def to_disk(self) -> None:
         """The log's lines outlive a power cut from here on."""
         if self.file:
-            with checkpoint.named_in_errors(self.path):
+            with named_in_errors(self.path):
                 os.fsync(self.file.fileno())
 
     def say(self, line: str) -> None:
@@ -72,7 +71,7 @@ class Track:
     def event(self, **event: Any) -> None:
         """Write an event down and pass it on."""
         if self.file:
-            with checkpoint.named_in_errors(self.path):
+            with named_in_errors(self.path):
                 if event["event"] != "preview":
                     self.file.write(json.dumps(event) + "\n")
                 if event["event"] == "step":

@@ -121,7 +121,7 @@ def base_facts(backbone: Any) -> dict[str, Any]:
         "layers": backbone.num_layers,
         "layer_class": type(backbone.layers[0]).__name__,
         "width": backbone.hidden_size,
-        "parameters": sum(p.numel() for p in backbone.model.parameters()),
+        "parameters": backbone.num_parameters,
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "attention": backbone.attention,
         "windows": windows,

@@ -88,7 +88,7 @@ class Judge(Verb):
 
     def run(self, people: Console) -> Answer:
         from xfusion.evaluation.drawn import MANIFEST, judge
-        from xfusion.evaluation.run import write_json
+        from xfusion.storage import write_json
 
         if not (self.folder / MANIFEST).is_file():
             raise UsageError(f"{self.folder} has no {MANIFEST}: make one with xfusion draw")

@@ -34,8 +34,8 @@ class Verify(Verb):
 
     def run(self, people: Console) -> Answer:
         from xfusion import checkpoint
-        from xfusion.evaluation.run import write_json
         from xfusion.evaluation.verify import verify
+        from xfusion.storage import write_json
 
         folder = _to_record_in(self.model) if self.record else None
         choose_device(self.device)

@@ -69,7 +69,7 @@ class Show(Verb):
 
         recipe, base = find(self.name)(), Backbone.of_shape(shape)
         model = build(recipe.model, base)
-        frozen = sum(p.numel() for p in base.model.parameters())
+        frozen = base.num_parameters
         data = {
             "name": self.name,
             "kind": "recipe",
@@ -99,13 +99,11 @@ class Show(Verb):
 def describe(model: Model) -> dict[str, Any]:
     """What a model is made of, as JSON values."""
     backbone, media = model.backbone, model.modality
-    frozen = sum(p.numel() for p in backbone.model.parameters())
+    frozen = backbone.num_parameters
     rows, columns = media.grid(media.sizes[0])
     return {
         "base": {
-            "source": backbone.source,
-            "revision": backbone.revision,
-            "fingerprint": backbone.fingerprint,
+            **backbone.identity,
             "architecture": type(backbone.model).__name__,
             "layers": backbone.num_layers,
             "width": backbone.hidden_size,
@@ -153,9 +151,8 @@ def training_memory(model: Model) -> dict[str, int | str]:
     base = model.backbone.model
     dtype, reason = choose_compute_dtype(model.backbone.device)
     frozen = sum(p.numel() * p.element_size() for p in base.parameters())
-    # On a CPU training computes attention by plain products, on a copy of the base with that setting.
-    copied = model.backbone.device.type == "cpu" or dtype != model.backbone.dtype
-    copy = sum(p.numel() for p in base.parameters()) * dtype.itemsize if copied else 0
+    # In the base's own precision training computes with its very weights (`Backbone.working_copy`).
+    copy = 0 if dtype == model.backbone.dtype else model.backbone.num_parameters * dtype.itemsize
     new = model.num_new_parameters * 4
     return {
         "base": frozen,
@@ -225,8 +222,8 @@ def _text(data: dict[str, Any]) -> str:
         ("training", f"{size_text(memory['total'])} and activations: {size_text(memory['base'])} base,"),
         (
             "",
-            f"{size_text(memory['base_copy_for_training'])} copy of it, {size_text(5 * memory['new_weights'])} new weights,"
-            " gradients, optimiser and average",
+            (f"{size_text(copy)} copy of it, " if (copy := memory["base_copy_for_training"]) else "")
+            + f"{size_text(5 * memory['new_weights'])} new weights, gradients, optimiser and average",
         ),
         ("", _activations(memory)),
         ("", f"compute {memory['precision']}"),

@@ -9,22 +9,17 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from html import escape
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import anyio
 from fastapi import FastAPI
 from PIL import Image as PILImage
 from PIL import ImageDraw
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException
-from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # Read when gradio is imported: no word to its makers, no share links, no history of runs.
 os.environ.update({"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_SHARE": "False"})
 
 import gradio as gr
-from gradio import processing_utils, routes
 from gradio.themes import Default
 
 from xfusion.apps import comparison_page
@@ -33,6 +28,7 @@ from xfusion.apps.server.answers import Refused
 from xfusion.apps.server.limits import Limits
 from xfusion.apps.web import heat
 from xfusion.apps.web.desk import Desk, Drawn, Preview, Stopped
+from xfusion.apps.web.guard import Guard
 from xfusion.comparison.results import SUMMARY, portable
 from xfusion.comparison.table import summarise
 from xfusion.data.sequence import XFusionError
@@ -55,12 +51,6 @@ REGIONS = {
 }
 """Parts of a picture that may be drawn anew, as left, top, right and bottom."""
 ALL_WORDS = "all words"
-POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline';"
-    " img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:;"
-    " media-src 'self' blob:; frame-ancestors 'self'; form-action 'self'; base-uri 'self'; object-src 'none'"
-)
-"""What a browser may load for the page: nothing from another host."""
 STYLE = """
 .gradio-container { width: 100% !important; max-width: 62rem !important; margin: 0 auto !important; }
 .status { min-height: 1.5em; }
@@ -84,55 +74,6 @@ iframe.comparison { width: 100%; height: 80vh; border: 1px solid var(--border-co
 :focus-visible { outline: 2px solid #c2571a; outline-offset: 2px; }
 @media (max-width: 34rem) { .tab-container button { padding: 0 .45rem !important; font-size: .85rem !important; } }
 """
-
-
-async def _fetch_nothing(address: str, *_: Any, **__: Any) -> NoReturn:
-    """Stands where gradio would fetch an address that a request made by hand names in place of an uploaded file."""
-    raise HTTPException(403, f"this page fetches nothing from elsewhere, and not {address[:100]!r}")
-
-
-# Every component's files go through the first of these, whatever its kind, and the second answers `file=http://...`.
-processing_utils.async_ssrf_protected_get = _fetch_nothing
-_routes: Any = routes  # where it is imported, and so a private name to checkers
-_routes.secure_url_stream_response = _fetch_nothing
-
-
-class _Guard:
-    """Says what a browser may load, ends a request that is too long, and answers to its own names alone.
-
-    A page elsewhere whose name is made to lead to this machine could else use this one (DNS rebinding).
-    """
-
-    def __init__(self, app: ASGIApp, most: int, hosts: frozenset[str]):
-        self.app, self.most, self.hosts = app, most, hosts
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        asked = Headers(scope=scope).get("host", "").rpartition(":")
-        if self.hosts and (asked[0] if asked[2].isdigit() else "".join(asked)) not in self.hosts:
-            await PlainTextResponse("this page has another name here", 403)(scope, receive, send)
-            return
-        size = 0
-
-        async def receiving() -> Message:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > self.most:
-                raise HTTPException(413, f"more than the {self.most} bytes that this page takes")
-            return message
-
-        async def sending(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers["Content-Security-Policy"] = POLICY
-                headers["Referrer-Policy"] = "no-referrer"
-                headers["X-Content-Type-Options"] = "nosniff"
-            await send(message)
-
-        await self.app(scope, receiving, sending)
 
 
 def create(
@@ -163,7 +104,7 @@ def create(
     app = FastAPI(openapi_url=None, lifespan=lifespan)
     app.state.desk = desk
 
-    app.add_middleware(_Guard, most=limits.body + FORM, hosts=hosts)
+    app.add_middleware(Guard, most=limits.body + FORM, hosts=hosts)
     font = ("system-ui", "sans-serif")  # gradio's own themes fetch theirs from Google
     theme = Default(primary_hue="orange", font=font, font_mono=("ui-monospace", "monospace"))
     blocks = _Page(desk, comparisons).blocks()
@@ -315,13 +256,13 @@ class _Page:
             settings = self._settings()
             with gr.Row():
                 longest = gr.Slider(1, self.limits.tokens, min(128, self.limits.tokens), step=1, label="Longest answer")
-                heat_of = gr.Slider(0, 2, 0, step=0.1, label="Temperature", info="0 takes the likeliest word")
+                temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature", info="0 takes the likeliest word")
         outputs = [talk, said, message, line]
-        inputs = [self.pack, message, said, *settings, longest, heat_of]
+        inputs, seed = [self.pack, message, said], settings[0]
         calls = [
-            self._wire(say.click, self._say, inputs, outputs),
-            self._wire(message.submit, self._say, inputs, outputs),
-            self._wire(draw.click, self._draw_in_chat, inputs, outputs),
+            self._wire(say.click, self._say, [*inputs, seed, longest, temperature], outputs),
+            self._wire(message.submit, self._say, [*inputs, seed, longest, temperature], outputs),
+            self._wire(draw.click, self._draw_in_chat, [*inputs, *settings], outputs),
         ]
         for trigger in (new.click, talk.clear):  # an answer that is on its way must not bring the old talk back
             self._wire(trigger, self._forget, [], outputs, cancels=calls)
@@ -341,10 +282,8 @@ class _Page:
         return words, added(said, words) if words else said
 
     def _say(
-        self, pack: str, message: Any, said: Any, seed: str, steps: float, guidance: float, longest: float,
-        temperature: float, request: gr.Request,
-    ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
-        del steps, guidance
+        self, pack: str, message: Any, said: Any, seed: str, longest: float, temperature: float, request: gr.Request
+    ) -> Iterator[tuple[Any, ...]]:
         try:
             _, messages = self._heard(pack, message, said)
             yield self._shown(messages), said, None, status("thinking …")
@@ -357,10 +296,8 @@ class _Page:
             yield self._shown(said), said, message, complaint(error)
 
     def _draw_in_chat(
-        self, pack: str, message: Any, said: Any, seed: str, steps: float, guidance: float, longest: float,
-        temperature: float, request: gr.Request,
-    ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
-        del longest, temperature
+        self, pack: str, message: Any, said: Any, seed: str, steps: float, guidance: float, request: gr.Request
+    ) -> Iterator[tuple[Any, ...]]:
         try:
             words, messages = self._heard(pack, message, said)
             yield self._shown(messages), said, None, status("drawing …")

@@ -78,6 +78,16 @@ def chance(hit: Tensor, *, ks: Sequence[int] = (1, 10)) -> dict[str, float]:
     return {"mrr": mean([_expected_reciprocal(total, own) for own in counts]), **by_k}
 
 
+def beside(prefix: str, scores: Tensor, hit: Tensor, *, ks: Sequence[int] = (1, 10)) -> dict[str, float]:
+    """`naming` with its blind rate and chance beside it: ``PREFIXat_1``, ``PREFIXat_1_blind``, ``chance_PREFIXat_1``, ..."""
+    real, base, floor = naming(scores, hit, ks=ks), blind(scores, hit, ks=ks), chance(hit, ks=ks)
+    out: dict[str, float] = {}
+    for key in real:
+        name = f"{prefix}{key}"
+        out |= {name: real[key], f"{name}_blind": base[key], f"chance_{name}": floor[key]}
+    return out
+
+
 def _expected_reciprocal(total: int, own: int) -> float:
     """E[1 / place of the first of `own` things in a random order of `total`]."""
     places = range(1, total - own + 2)

@@ -114,7 +114,7 @@ def run(
         metrics |= _answers("fit_caption", answers, wordings)
         settings["num_captioned"] = len(scored)
     if abilities & {"caption", "embed"}:
-        held = _held_split(source) if held is None else held
+        held = held_split(source) if held is None else held
         held = open_source(held, split="held") if isinstance(held, str) else held
         scored = chosen(held.examples, max_held, part) if held else []
         if held and scored:
@@ -237,7 +237,7 @@ def _through_codec(image: Any, images: Tensor, size: int) -> Tensor:
     return image.decode(image.encode(images.to(image.device), size), size).float().cpu()
 
 
-def _held_split(source: Source) -> Source | None:
+def held_split(source: Source) -> Source | None:
     """The held-out split of the same spec; None where all of it trains."""
     try:
         return open_source(source.spec, split="held")
@@ -256,11 +256,7 @@ def _held_captions(
     names = list(dict.fromkeys(example.captions[0] for example in [*examples, *others]))
     hit = naming.hits(examples, names, held.examples)
     scores = subject.score_names(held, scored, names)
-    real, base, floor = naming.naming(scores, hit), naming.blind(scores, hit), naming.chance(hit)
-    metrics = {}
-    for key in real:
-        name = f"held_caption_{key}"
-        metrics |= {name: real[key], f"{name}_blind": base[key], f"chance_{name}": floor[key]}
+    metrics = naming.beside("held_caption_", scores, hit)
     if "caption" not in subject.model.capabilities:
         return metrics
     answers = subject.caption(held, scored, "caption held-out pictures")

@@ -10,12 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import Source, open_source
 from xfusion.evaluation.metrics import naming
-from xfusion.evaluation.suites.emoji import Part, chosen
+from xfusion.evaluation.suites.emoji import Part, chosen, held_split
 
 
 def run(
@@ -51,12 +50,8 @@ def run(
         raise XFusionError(f"this suite scores embedding, but the model can only do: {able}")
     source = open_source(source, split="train") if isinstance(source, str) else source
     metrics, settings = _scores(model, "fit", source, chosen(source.examples, max_fit, part), progress)
-    if held is None or isinstance(held, str):
-        try:
-            held = open_source(held or source.spec, split="held")
-        except XFusionError:
-            if held is not None:
-                raise
+    held = held_split(source) if held is None else held
+    held = open_source(held, split="held") if isinstance(held, str) else held
     scored = chosen(held.examples, max_held, part) if held else []
     if held and scored:
         more, numbers = _scores(model, "held", held, scored, progress)
@@ -80,13 +75,5 @@ def _scores(
     hit = naming.hits(examples, names)
     metrics: dict[str, float] = {}
     for task, scores, right in (("naming", cosines, hit), ("search", cosines.T, hit.T)):
-        metrics |= _beside(f"{name}_{task}", scores, right)
+        metrics |= naming.beside(f"{name}_{task}_", scores, right)
     return metrics, {f"num_{name}": len(scored), f"num_{name}_names": len(names)}
-
-
-def _beside(name: str, scores: Tensor, hit: Tensor) -> dict[str, float]:
-    real, blind, floor = naming.naming(scores, hit), naming.blind(scores, hit), naming.chance(hit)
-    out: dict[str, float] = {}
-    for key in real:
-        out |= {f"{name}_{key}": real[key], f"{name}_{key}_blind": blind[key], f"chance_{name}_{key}": floor[key]}
-    return out

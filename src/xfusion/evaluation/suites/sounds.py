@@ -92,12 +92,7 @@ def _named(
     pointwise = naming.pointwise(torch.cat(scores), alone)
     # By name and not by group: two speakers say the same word.
     hit = torch.tensor([[name == true for name in names] for true in truth])
-    only: dict[str, Any] = {"ks": (1,)}
-    found, base = naming.naming(pointwise, hit, **only), naming.blind(pointwise, hit, **only)
-    floor = naming.chance(hit, **only)
-    metrics = {}
-    for key in ("mrr", "at_1"):
-        metrics |= {f"{part}_{key}": found[key], f"{part}_{key}_blind": base[key], f"chance_{part}_{key}": floor[key]}
+    metrics = naming.beside(f"{part}_", pointwise, hit, ks=(1,))
     wordings = [(true,) for true in truth]
     metrics[f"{part}_exact"] = captions.exact_match(answers, wordings)
     metrics[f"{part}_exact_blind"] = blind(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Self
 
 from torch import Tensor
 
 from xfusion.data.sequence import XFusionError
 from xfusion.modalities.base import Codec, Encoder
 from xfusion.modalities.encoders.efficientnet_lite import EfficientNetLite
+from xfusion.modalities.encoders.vision_transformer import VisionTransformer
 
 
 class Features(Codec):
@@ -23,6 +25,13 @@ class Features(Codec):
 
         encoder: Encoder.Config = field(default_factory=EfficientNetLite.Config)
         """The frozen encoder. It may then not score the model."""
+
+        @classmethod
+        def of(cls, source: str | None) -> Self:
+            """Features of the vision transformer that ``source`` names (a folder or hub id); of EfficientNet-Lite0 where it is
+            None.
+            """
+            return cls(encoder=EfficientNetLite.Config() if source is None else VisionTransformer.Config(source=source))
 
         def build(self) -> Features:
             """The codec, with its encoder loaded."""

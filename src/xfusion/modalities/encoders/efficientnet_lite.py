@@ -64,8 +64,7 @@ class EfficientNetLite(Encoder):
         super().__init__()
         self.config = config or self.Config()
         self.network = _network()
-        self.requires_grad_(False)
-        self.eval()
+        self.freeze()
 
     def features(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] in [-1, 1] -> [N, 1280] float32, mean over the map, then of unit length."""

