@@ -7,6 +7,7 @@ import hashlib
 import logging
 import math
 import os
+import re
 import signal
 import tempfile
 import time
@@ -22,7 +23,7 @@ from xfusion import checkpoint
 from xfusion.backbone import Backbone
 from xfusion.data.mixture import Ahead, Mixture
 from xfusion.data.sequence import Batch, XFusionError
-from xfusion.data.sources import Source, open_source
+from xfusion.data.sources import Source, open_source, stated_licence
 from xfusion.modalities.image import ImageModality
 from xfusion.model import Model, build, choose_attention, choose_compute_dtype, compiled_graphs
 from xfusion.training import states
@@ -112,6 +113,8 @@ def train(
         )
     if keep < 1:
         raise XFusionError(f"keep is {keep}: at least 1 checkpoint stays")
+    if recipe.licence is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", recipe.licence):
+        raise XFusionError(f"licence {recipe.licence!r} is no name of a licence on a hub: write it as in cc-by-sa-4.0")
     if shard not in get_args(Shard):
         raise XFusionError(f"shard {shard!r} is not one of {', '.join(get_args(Shard))}")
     run = _Run(recipe, Path(out), minutes, compile, preview_prompts, preview_every, checkpoint_every, keep, shard)
@@ -207,6 +210,7 @@ class _Run:
         self.model = model = self._model(from_pack, backbone, fresh=not resume)
         if source is None:
             source = open_source(self.recipe.data, allow_bad=allow_bad, special_tokens=model.backbone.special_tokens)
+        self.data_licence = stated_licence(source.licence, self.recipe.data_licence, source.spec)
         for number, stage in enumerate(self.recipe.stages):
             together = [o.name for o in model.objectives if o.scope == "batch"]
             if together and stage.accumulate > 1:
@@ -626,11 +630,13 @@ class _Run:
                 "samples": self.samples,
                 "seconds": round(self.seconds_before + time.perf_counter() - self.started, 1),
                 "data": self.source.spec,
-                "data_licence": self.source.licence,
+                "data_licence": self.data_licence,
                 "pictures": len(self.source.examples),
                 "averaged": stage.ema > 0,
             },
         }
+        if self.recipe.licence is not None:
+            facts["licence"] = self.recipe.licence
         if stage.ema > 0:
             self.optimizer.use_average()  # the model that is returned and saved holds the averaged weights
         pack, first = self.out / "pack", self.processes.first
