@@ -346,7 +346,8 @@ class _Comparison:
 
         Gives whether it is ours: without ``wait`` another process may be at it.
         """
-        self.work.mkdir(parents=True, exist_ok=True)
+        with checkpoint.named_in_errors(self.work):
+            self.work.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.work / f".{name}.lock")
         try:
             lock.acquire(timeout=-1 if wait else 0)
@@ -372,7 +373,8 @@ class _Comparison:
     def _write_plan(self, labels: list[str]) -> None:
         """What was compared with what."""
         path = self.out / SUMMARY
-        self.out.mkdir(parents=True, exist_ok=True)
+        with checkpoint.named_in_errors(self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
         prompts, pictures = self._shown()
         differences = {
             entry.label: [
