@@ -196,6 +196,8 @@ class _Comparison:
 
     def _check(self) -> None:
         plan = self.plan
+        if self.out.exists() and not self.out.is_dir():
+            raise XFusionError(f"{self.out} is a file: name a folder for the results")
         if plan.samples < 1:
             raise XFusionError(f"samples {plan.samples}: at least 1")
         if not plan.seeds or len(set(plan.seeds)) != len(plan.seeds):

@@ -104,7 +104,7 @@ def train(
         Interrupted: Ctrl-C or SIGTERM; the step was finished, state and pack were written.
     """
     if data is not None:
-        recipe = replace(recipe, data=data)
+        recipe = replace(recipe, data=data, data_licence=None)
     if steps is not None:
         recipe = replace(recipe, stages=(*recipe.stages[:-1], replace(recipe.stages[-1], steps=steps)))
     if minutes is not None and len(recipe.stages) != 1:
