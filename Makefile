@@ -1,7 +1,7 @@
 # make demo    trains a fresh tower for five minutes, draws, captions, proves the text unchanged
 # make test    what CI runs on every push;  make test-full  everything, before a release
 # make lint    style, types, import order;  make bench  speed and memory;  make clean  removes what was built
-# make figures every figure of docs/speed.md, on an idle machine: an hour or two
+# make figures every figure of docs/speed.md and docs/serving.md, on an idle machine: an hour or two
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PYTEST_FLAGS ?=
 BIN := .venv/bin
@@ -47,6 +47,7 @@ figures: setup
 	$(BIN)/python benchmarks/profile_step.py
 	$(BIN)/python benchmarks/solvers.py
 	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/serving.py
 	$(BIN)/python docs/pages.py speed
 
 clean:

@@ -1,5 +1,5 @@
 """Writes docs/recipes/ from the recipes' docstrings and counted costs, docs/comparison.md from committed comparisons, and the
-tables and plots of docs/speed.md from benchmarks/results/.
+tables and plots of docs/speed.md and docs/serving.md from benchmarks/results/.
 
     python docs/pages.py [speed]
 
@@ -410,27 +410,48 @@ def growth_part() -> list[str]:
     return out
 
 
-def write_speed() -> None:
-    """Put the measured parts of docs/speed.md in their places."""
-    page = HERE / "speed.md"
-    text = page.read_text(encoding="utf-8")
-    for name, part in (
-        ("bench", bench_part),
-        ("time to loss", time_to_loss_part),
-        ("profile", profile_part),
-        ("solvers", solvers_part),
-        ("growth", growth_part),
-    ):
-        marks = f"<!-- measured: {name} -->\n", f"<!-- end: {name} -->"
-        pattern = re.compile(f"(?<={re.escape(marks[0])}).*?(?={re.escape(marks[1])})", re.DOTALL)
-        text = pattern.sub(lambda _, part=part: "\n" + "\n".join(part()) + "\n", text, count=1)
-    page.write_text(text, encoding="utf-8")
-    print("docs/speed.md")
+def serving_part() -> list[str]:
+    """Seconds of answers of a server under load."""
+    found = measured("serving")
+    if found is None:
+        return ["Not measured yet: `python benchmarks/serving.py` on an idle machine.", ""]
+    columns = ("clients", "request", "answers", "wrong", "refused", "late", "failed", "p50", "p95", "p99")
+    about = (
+        f"{found['seconds']:g} seconds of each load, `--limits.queue {found['queue']} --limits.batch {found['batch']}`,"
+        f" {found['steps']} steps per drawing, words of at most {found['tokens']} tokens; p50, p95 and p99 are seconds."
+    )
+    return [*origin(found), about, "", *table(found["rows"], (*columns, "first_word_p50", "megabytes_last_third"))]
+
+
+PARTS = {
+    "speed.md": {
+        "bench": bench_part,
+        "time to loss": time_to_loss_part,
+        "profile": profile_part,
+        "solvers": solvers_part,
+        "growth": growth_part,
+    },
+    "serving.md": {"serving": serving_part},
+}
+"""What is measured, by page."""
+
+
+def write_measured() -> None:
+    """Put the measured parts of pages in their places."""
+    for name, parts in PARTS.items():
+        page = HERE / name
+        text = page.read_text(encoding="utf-8")
+        for part, make in parts.items():
+            marks = f"<!-- measured: {part} -->\n", f"<!-- end: {part} -->"
+            pattern = re.compile(f"(?<={re.escape(marks[0])}).*?(?={re.escape(marks[1])})", re.DOTALL)
+            text = pattern.sub(lambda _, make=make: "\n" + "\n".join(make()) + "\n", text, count=1)
+        page.write_text(text, encoding="utf-8")
+        print(f"docs/{name}")
 
 
 def main() -> None:
-    """Write all pages, or that on speed alone."""
-    write_speed()
+    """Write all pages, or the measured parts of those that are written by hand."""
+    write_measured()
     if sys.argv[1:] == ["speed"]:
         return
     text = [

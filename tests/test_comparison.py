@@ -494,6 +494,9 @@ def test_bad_plans(go, base):
     ):
         with pytest.raises(XFusionError, match=message):
             go({"one": tiny(base)}, **settings)
+    Path("results.json").touch()
+    with pytest.raises(XFusionError, match=r"^results\.json is a file: name a folder for the results$"):
+        go({"one": tiny(base)}, out="results.json")
     with pytest.raises(XFusionError, match="two: stride 0, offset 0 puts no block into 4 layers"):
         go({"one": tiny(base), "two": tiny(base).with_model(fusion=DualTower.Config(stride=0))})
     assert not Path("comparison").exists() and not Path("runs").exists(), "nothing was trained or written before"

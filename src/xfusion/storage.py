@@ -93,6 +93,8 @@ def named_in_errors(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        if isinstance(error, (FileExistsError, NotADirectoryError)):
+            reason = "a file stands where a folder is needed"
         raise XFusionError(f"{path} cannot be written: {reason}; make room, or name another folder") from error
 
 

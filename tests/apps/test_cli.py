@@ -1,5 +1,6 @@
 """The command line as people and programs meet it."""
 
+import dataclasses
 import json
 import os
 import re
@@ -235,6 +236,39 @@ def test_bad_input_is_one_line(run, here, pack, line, complaint):
     ran = run(*(pack if word == "PACK" else word for word in line.split()))
     assert ran.code == 2
     assert complaint in ran.err
+
+
+FILLED = {
+    "demo": "",
+    "train": "xfusion",
+    "train opening": "PACK",
+    "generate": "PACK apple",
+    "export": "PACK --to peft",
+    "draw": "PACK --prompts text.png",
+    "compare": "xfusion xfuse",
+    "data encode": "emoji",
+    "data recaption": "emoji --with PACK",
+}
+"""Verbs that fill a folder, and what else they need."""
+
+
+def test_the_verbs_that_fill_a_folder_are_all_tried():
+    outs = {name: [f.type for f in dataclasses.fields(verb) if f.name == "out"] for name, verb in cli.VERBS.items()}
+    assert {name for name, types in outs.items() if types and "FOLDER" in types[0]} == set(FILLED)
+
+
+@pytest.mark.parametrize("verb", list(FILLED))
+@pytest.mark.parametrize("out", ["red.png/", "red.png/run/"])
+def test_a_file_where_a_folder_would_be_is_named_before_anything_is_computed(run, here, pack, monkeypatch, verb, out):
+    monkeypatch.setattr("xfusion.checkpoint.load", None)
+    words = [pack if word == "PACK" else word for word in FILLED[verb].split()]
+    ran = run(*verb.split(), *words, "-o", out)
+    assert ran.code == 2 and "red.png is a file, not a folder" in ran.err
+    assert Path("red.png").is_file() and sorted(path.name for path in here.iterdir()) == [
+        "broken.png",
+        "red.png",
+        "text.png",
+    ]
 
 
 def test_bad_input_is_one_line_for_programs_too(run, here, pack):
@@ -583,6 +617,29 @@ def test_train_then_adapt(run, here, photos, small):
     assert json.loads(Path("second/pack/config.json").read_text())["model"] == config["model"]
     ended = run("train", "xfusion", "-o", "first", "--resume", "--no-compile", "--preview-every", "0", "--json")
     assert ended.code == 0 and ended.json["steps"] == 3
+
+
+def test_licences_that_are_stated_stand_in_the_pack_and_its_card(run, here, photos, small):
+    call = ("train", "xfusion", "--steps", "1", *small)
+    own = ("--data", photos, "--data-licence", "CC-BY-4.0, taken by us", "--licence", "cc-by-4.0", "-o", "run")
+    assert run(*call, *own).code == 0
+    config, card = json.loads(Path("run/pack/config.json").read_text()), Path("run/pack/README.md").read_text()
+    assert config["training"]["data_licence"] == "CC-BY-4.0, taken by us" and config["licence"] == "cc-by-4.0"
+    assert "| data | CC-BY-4.0, taken by us |" in card and "| these weights | cc-by-4.0 |" in card
+    assert "\nlicense: cc-by-4.0\n" in card
+    assert run("show", "run", "--json").json["licences"]["data"] == "CC-BY-4.0, taken by us"
+    again = run("train", "xfusion", "-o", "run", "--resume", "--no-compile", "--data-licence", "MIT")
+    assert "data_licence was 'CC-BY-4.0, taken by us' and is now 'MIT'" in again.err
+    for number, (options, complaint) in enumerate(
+        (
+            (["--data", "emoji:16", "--data-licence", "MIT"], "emoji:16 is under CC-BY-SA-4.0, not under MIT"),
+            (["--data", photos, "--data-licence", " "], "the data's licence ' ' is no line of words"),
+            (["--data", photos, "--data-licence", "MIT\nApache"], "is no line of words"),
+            (["--data", photos, "--licence", "mine: all of it"], "'mine: all of it' is no name of a licence on a hub"),
+        )
+    ):
+        assert complaint in run(*call, *options, "-o", f"run{number}").err
+        assert not Path(f"run{number}/pack").exists()
 
 
 def test_a_codec_is_one_option(run, here, tmp_path, base):

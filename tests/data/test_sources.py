@@ -9,7 +9,7 @@ from PIL import Image
 
 from xfusion.data.emoji import Emoji
 from xfusion.data.sequence import XFusionError
-from xfusion.data.sources import check, open_source
+from xfusion.data.sources import UNSTATED, check, open_source, stated_licence
 
 
 def save(path: Path, colour="red", size=(40, 30), **options) -> Path:
@@ -200,3 +200,18 @@ def test_check_of_the_built_in_set():
     report = check("emoji")
     assert (report.num_examples, report.num_bad, report.num_groups) == (1918, 0, 1783)
     assert report.licence == "CC-BY-SA-4.0"
+
+
+def test_a_licence_is_stated_where_a_source_knows_none(folder):
+    mixed = open_source(f"{folder}:weight=2+emoji:16")
+    known = f"{folder}: {UNSTATED}; emoji:16: CC-BY-SA-4.0"
+    assert stated_licence(mixed.licence, None, mixed.spec) == mixed.licence == known
+    assert stated_licence(known, " MIT ", mixed.spec) == f"{folder}: MIT; emoji:16: CC-BY-SA-4.0"
+    assert stated_licence("CC-BY-SA-4.0", "CC-BY-SA-4.0", "emoji") == "CC-BY-SA-4.0"
+    with pytest.raises(
+        XFusionError, match=r"^emoji is under CC-BY-SA-4\.0, not under MIT: leave the data's licence out$"
+    ):
+        stated_licence("CC-BY-SA-4.0", "MIT", "emoji")
+    for nothing in ("", " ", "MIT\nand more", "\x1b[31m"):
+        with pytest.raises(XFusionError, match="is no line of words"):
+            stated_licence(UNSTATED, nothing, "photos")

@@ -11,6 +11,7 @@ import xfusion
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Media, Sequence, Text, XFusionError
 from xfusion.data.templates import opened, question_text
+from xfusion.generation import log_likelihoods
 
 PICTURES = [Noise().picture(i, 16) for i in range(4)]
 
@@ -108,6 +109,46 @@ def test_scores_without_a_picture_read_the_end_row_alone(model):
         logits = model.backbone.model(inputs_embeds=rows[None]).logits[0].log_softmax(-1)
         answer = [*ids, model.backbone.end_ids[0]]
         assert score == pytest.approx(float(logits[range(len(answer)), answer].mean()), abs=1e-4)
+
+
+@pytest.mark.parametrize(("fusion", "family"), ROWS)
+@torch.no_grad()
+def test_likelihoods_behind_any_list_are_those_of_a_full_pass(bases, fusion, family):
+    model = make_model(bases[family], fusion)
+    answers = ["red apple", "a", "дом 🍎"]
+    newline = Text(ids=model.backbone.encode("\n"))
+    words = Text(ids=model.backbone.encode("what is this?"))
+    one, two = PICTURES[:2]
+    for items, context in (
+        ([one], (media_of(model, one),)),
+        (["look", one, two, "what is this?"],
+         (Text(ids=model.backbone.encode("look")), media_of(model, one), media_of(model, two), words, newline)),
+    ):  # fmt: skip
+        said = model.generate(items, max_tokens=2)[0]
+        for answer, (likely, is_greedy) in zip(
+            [*answers, said], log_likelihoods(model, items, [*answers, said]), strict=True
+        ):
+            ids = model.backbone.encode(answer)
+            rows = logits_after(model, (*context, Text(ids=ids)))[-len(ids) - 1 : -1]
+            assert likely == pytest.approx(float(rows.log_softmax(-1)[range(len(ids)), list(ids)].sum()), abs=1e-3)
+            assert is_greedy == (rows.argmax(-1).tolist() == list(ids))
+
+
+def test_likelihoods_of_words_alone_are_the_bases(model):
+    prompt, answer = model.backbone.encode("a red"), model.backbone.encode(" apple tree")
+    ((likely, is_greedy),) = log_likelihoods(model, ["a red"], [" apple tree"])
+    with torch.no_grad():
+        logits = model.backbone.model(torch.tensor([[*prompt, *answer]])).logits[0].double().log_softmax(-1)
+    rows = logits[len(prompt) - 1 : -1]
+    assert likely == pytest.approx(float(rows[range(len(answer)), list(answer)].sum()), abs=1e-4)
+    assert is_greedy == (rows.argmax(-1).tolist() == list(answer))
+    for items, answers, message in (
+        (["a"], [""], "the answer '' has no tokens"),
+        ([""], ["a"], "the prompt is empty"),
+        (["a", xfusion.Image()], ["a"], "still to be made"),
+    ):
+        with pytest.raises(XFusionError, match=message):
+            log_likelihoods(model, items, answers)
 
 
 # ----------------------------------------------------------------------------------------------------------- segments

@@ -341,3 +341,9 @@ def test_a_folder_that_is_read_only_is_named(bases, tmp_path, resume):
     said = in_a_child(work)
     out.chmod(0o755)
     assert said == f"XFusionError: {out} cannot be written: Permission denied; make room, or name another folder"
+
+
+def test_a_file_is_no_folder_of_a_run(bases, tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(XFusionError, match="run cannot be written: a file stands where a folder is needed; make room"):
+        loop.train(recipe(bases["llama"]), out=tmp_path / "run")

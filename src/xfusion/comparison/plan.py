@@ -151,7 +151,8 @@ def with_plan(recipe: Recipe, plan: Plan) -> Recipe:
     set_here = {k: v for k, v in (("draw", plan.draw), ("caption", plan.caption)) if v is not None}
     if set_here:
         stages = tuple(replace(s, mixture=replace(s.mixture, **set_here)) for s in stages)
-    return replace(recipe, model=model, stages=stages, data=recipe.data if plan.data is None else plan.data)
+    recipe = replace(recipe, model=model, stages=stages)
+    return recipe if plan.data is None else replace(recipe, data=plan.data, data_licence=None)
 
 
 SAME = {

@@ -60,7 +60,7 @@ from xfusion.evaluation import verify
 from xfusion.evaluation.run import Progress, check, evaluate, silent
 from xfusion.evaluation.suites.emoji import chosen
 from xfusion.model import Model, build, choose_compute_dtype
-from xfusion.storage import read_json, write_json
+from xfusion.storage import named_in_errors, read_json, write_json
 from xfusion.training import states
 from xfusion.training.loop import train
 from xfusion.training.stages import Recipe
@@ -195,6 +195,8 @@ class _Comparison:
 
     def _check(self) -> None:
         plan = self.plan
+        if self.out.exists() and not self.out.is_dir():
+            raise XFusionError(f"{self.out} is a file: name a folder for the results")
         if plan.samples < 1:
             raise XFusionError(f"samples {plan.samples}: at least 1")
         if not plan.seeds or len(set(plan.seeds)) != len(plan.seeds):
@@ -343,7 +345,8 @@ class _Comparison:
 
         Gives whether it is ours: without ``wait`` another process may be at it.
         """
-        self.work.mkdir(parents=True, exist_ok=True)
+        with named_in_errors(self.work):
+            self.work.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.work / f".{name}.lock")
         try:
             lock.acquire(timeout=-1 if wait else 0)
@@ -369,7 +372,8 @@ class _Comparison:
     def _write_plan(self, labels: list[str]) -> None:
         """What was compared with what."""
         path = self.out / SUMMARY
-        self.out.mkdir(parents=True, exist_ok=True)
+        with named_in_errors(self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
         prompts, pictures = self._shown()
         differences = {
             entry.label: [

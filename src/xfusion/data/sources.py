@@ -60,10 +60,35 @@ class Source(Protocol):
         ...
 
 
+UNSTATED = "as the owner of the files says"
+"""Licence of pictures that come without one."""
+
+
+def stated_licence(known: str, given: str | None, spec: str) -> str:
+    """The licence of a source's pictures: what the source knows, and its owner's word where it knows nothing.
+
+    Args:
+        known: the source's own; of several sources all.
+        given: what the owner of the pictures states, or None.
+        spec: the source, as messages call it.
+
+    Raises:
+        XFusionError: the source knows another licence, or what is given is no line of words.
+    """
+    if given is None:
+        return known
+    text = given.strip()
+    if not text or not text.isprintable():
+        raise XFusionError(f"the data's licence {given!r} is no line of words: name it, such as CC-BY-4.0")
+    if UNSTATED not in known and text != known:
+        raise XFusionError(f"{spec} is under {known}, not under {text}: leave the data's licence out")
+    return known.replace(UNSTATED, text)
+
+
 class Files:
     """A user's folder, JSON lines or shards as a `Source`; every picture was decoded once when it was opened."""
 
-    licence = "as the owner of the files says"
+    licence = UNSTATED
 
     def __init__(
         self, spec: str, examples: Sequence[Example], places: Sequence[Place], report: Report | None = None

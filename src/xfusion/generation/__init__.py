@@ -8,7 +8,7 @@ from xfusion.generation.conversations import DrawMode, Message, answer, conversa
 from xfusion.generation.drawing import draw, draw_tokens, inpaint, inpaint_batch
 from xfusion.generation.pairs import embed, match
 from xfusion.generation.schema import schema_answers
-from xfusion.generation.segments import answer_json, generate, kinds_of, prompt_length
+from xfusion.generation.segments import answer_json, generate, kinds_of, log_likelihoods, prompt_length
 from xfusion.generation.words import answer_tokens, caption, score_names
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "inpaint",
     "inpaint_batch",
     "kinds_of",
+    "log_likelihoods",
     "match",
     "opens",
     "prompt_length",

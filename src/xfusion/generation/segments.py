@@ -11,7 +11,9 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
-from xfusion.data.sequence import Audio, Image, Media, Sound, Text, XFusionError
+from xfusion.data.pack import pack
+from xfusion.data.sequence import Audio, Image, Media, Sequence, Sound, Text, XFusionError
+from xfusion.data.templates import opened
 from xfusion.generation import base
 from xfusion.generation.base import (
     Listener,
@@ -203,14 +205,9 @@ def _generate_batch(
     if isinstance(kinds[-1], tuple):
         return out
     if any(isinstance(segment, Media) for segment in contexts[0]):
-        if kinds[-1] == "text":  # a question behind a picture ends as it did in training
-            newline = Text(ids=model.backbone.encode("\n"))
-            contexts = [
-                (*context, newline) if item[-1] else context for item, context in zip(lists, contexts, strict=True)
-            ]
         ids = answer_tokens(
             model,
-            contexts,
+            [_asked(model, context, item) for context, item in zip(contexts, lists, strict=True)],
             max_tokens=settings.max_tokens,
             temperature=settings.temperature,
             top_p=settings.top_p,
@@ -226,6 +223,61 @@ def _generate_batch(
     for answer, tokens in zip(out, ids, strict=True):
         answer.append(model.backbone.decode(tokens))
     return out
+
+
+def _asked(model: Model, context: tuple[Text | Media, ...], item: Seq[Segment]) -> tuple[Text | Media, ...]:
+    """A context with media once its list is over: a question behind a picture ends as it did in training."""
+    asks = isinstance(item[-1], (str, Text)) and item[-1]
+    return (*context, Text(ids=model.backbone.encode("\n"))) if asks else context
+
+
+@torch.no_grad()
+def log_likelihoods(model: Model, items: Seq[Segment], answers: Seq[str]) -> list[tuple[float, bool]]:
+    """How likely answers in words are behind a list of segments, and whether greedy choosing opens with them.
+
+    Args:
+        model: a model; it captions, if a picture or a sound is among the segments.
+        items: words, pictures and sounds as `generate` takes them; none that are to be made.
+        answers: each is taken for itself.
+
+    Returns:
+        of each answer the sum of its tokens' log-likelihoods (natural logarithm, no end token behind them), and True where
+        each of them is the likeliest token of all.
+
+    Raises:
+        XFusionError: there is nothing to answer, an answer without tokens, or something is to be made.
+    """
+    context: tuple[Text | Media, ...] = ()
+    for segment, kind in zip(items, kinds_of(model, items), strict=True):
+        if isinstance(kind, tuple):
+            raise XFusionError("what is still to be made has no answers that could be likely: generate it first")
+        new = text_segment(model, cast("str | Text", segment)) if kind == "text" else None
+        context = (*context, *(media_segment(model, [cast("Shown", segment)]) if new is None else new))
+    if not context:
+        raise XFusionError("there is nothing to answer: the prompt is empty")
+    out = []
+    for answer in answers:
+        ids = model.backbone.encode(answer)
+        if not ids:
+            raise XFusionError(f"the answer {answer!r} has no tokens: name words")
+        before = _answer_logits(model, context, items, ids).float().cpu()
+        likely = before.log_softmax(dim=-1).gather(1, torch.tensor(ids)[:, None])
+        out.append((float(likely.sum()), before.argmax(dim=-1).tolist() == list(ids)))
+    return out
+
+
+def _answer_logits(
+    model: Model, context: tuple[Text | Media, ...], items: Seq[Segment], ids: tuple[int, ...]
+) -> Tensor:
+    """Logits ``[n, V]`` that each token of an answer is read from."""
+    if not any(isinstance(segment, Media) for segment in context):
+        whole = [*(i for segment in context if isinstance(segment, Text) for i in segment.ids), *ids]
+        logits = model.text_model()(torch.tensor([whole], device=model.backbone.device)).logits[0]
+    else:
+        segments = opened(model.backbone.begin_ids, (*_asked(model, context, items), Text(ids=ids)))
+        hidden, run = model.run_pass(pack([[Sequence(segments=segments)]]).to(model.device))
+        logits = model.engine.backbone.logits(hidden[:, run.slices["text"]][:, -len(ids) - 1 :])[0]
+    return logits[-len(ids) - 1 : -1]
 
 
 class _Ended(Exception):

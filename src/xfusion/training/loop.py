@@ -6,6 +6,7 @@ import hashlib
 import logging
 import math
 import os
+import re
 import signal
 import tempfile
 import time
@@ -22,7 +23,7 @@ from xfusion import checkpoint
 from xfusion.backbone import Backbone
 from xfusion.data.mixture import Ahead, Mixture
 from xfusion.data.sequence import Batch, XFusionError
-from xfusion.data.sources import Source, open_source
+from xfusion.data.sources import Source, open_source, stated_licence
 from xfusion.modalities.image import ImageModality
 from xfusion.model import Model, build, choose_attention, choose_compute_dtype, compiled_graphs
 from xfusion.storage import named_in_errors, whole_file
@@ -101,7 +102,7 @@ def train(
         Interrupted: Ctrl-C or SIGTERM; the step was finished, state and pack were written.
     """
     if data is not None:
-        recipe = replace(recipe, data=data)
+        recipe = replace(recipe, data=data, data_licence=None)
     if steps is not None:
         recipe = replace(recipe, stages=(*recipe.stages[:-1], replace(recipe.stages[-1], steps=steps)))
     if minutes is not None and len(recipe.stages) != 1:
@@ -110,6 +111,8 @@ def train(
         )
     if keep < 1:
         raise XFusionError(f"keep is {keep}: at least 1 checkpoint stays")
+    if recipe.licence is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", recipe.licence):
+        raise XFusionError(f"licence {recipe.licence!r} is no name of a licence on a hub: write it as in cc-by-sa-4.0")
     if shard not in get_args(Shard):
         raise XFusionError(f"shard {shard!r} is not one of {', '.join(get_args(Shard))}")
     run = _Run(
@@ -220,6 +223,7 @@ class _Run:
         if (source := self.opened) is None:
             tokens = backbone.special_tokens
             source = open_source(self.recipe.data, allow_bad=self.allow_bad, special_tokens=tokens)
+        self.data_licence = stated_licence(source.licence, self.recipe.data_licence, source.spec)
         self.source = source
         drawn = "draw" in model.capabilities and isinstance(model.modality, ImageModality)
         if not drawn or (self.shard == "none" and not self.processes.first):
@@ -634,11 +638,13 @@ class _Run:
                 "samples": self.samples,
                 "seconds": round(self.seconds_before + time.perf_counter() - self.started, 1),
                 "data": self.source.spec,
-                "data_licence": self.source.licence,
+                "data_licence": self.data_licence,
                 "pictures": len(self.source.examples),
                 "averaged": stage.ema > 0,
             },
         }
+        if self.recipe.licence is not None:
+            facts["licence"] = self.recipe.licence
         if stage.ema > 0:
             self.optimizer.use_average()  # the model that is returned and saved holds the averaged weights
         pack, first = self.out / "pack", self.processes.first

@@ -61,6 +61,10 @@ class Recipe:
     data: str = "emoji"
     """Pictures with captions: emoji, emoji:128, a folder, a .jsonl file, shards, latents, or several with their weights, as
     in photos:weight=2+emoji."""
+    data_licence: str | None = None
+    """Licence of your own pictures, such as CC-BY-4.0, for the pack's card; sources that state theirs (emoji) keep it."""
+    licence: str | None = None
+    """Licence of the trained weights as a hub names it, such as cc-by-4.0; None states none."""
     stages: tuple[Stage, ...] = (Stage(),)
     """What is trained, in order."""
     seed: int = 0

@@ -130,6 +130,18 @@ def choose_device(name: str) -> str:
     return name
 
 
+def as_folder(path: Path) -> Path:
+    """A path that a verb is going to fill as a folder, asked before anything is computed.
+
+    Raises:
+        UsageError: a file stands there, or where a folder above it would.
+    """
+    for above in (path, *path.parents):
+        if above.exists() and not above.is_dir():
+            raise UsageError(f"-o {path}: {above} is a file, not a folder")
+    return path
+
+
 def written(path: Path, write: Callable[[Path], object]) -> Path:
     """Let ``write`` fill a temporary file beside ``path``, then give it its name: no reader ever sees half of it."""
     from xfusion.storage import whole_file

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
-from xfusion.apps.commands.base import Answer, UsageError, Verb, choose_device, progress, size_text, table
+from xfusion.apps.commands.base import Answer, UsageError, Verb, as_folder, choose_device, progress, size_text, table
 from xfusion.apps.commands.proof import read_setting
 
 
@@ -104,7 +104,7 @@ class Compare(Verb):
         """Where the results are."""
         from xfusion.comparison.plan import labelled
 
-        return self.out or Path("comparison") / "-".join(labelled(name)[0] for name in self.recipes)
+        return as_folder(self.out or Path("comparison") / "-".join(labelled(name)[0] for name in self.recipes))
 
     def command(self) -> str:
         """The command that makes it again; of files only the names are told."""

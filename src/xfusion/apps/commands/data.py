@@ -11,7 +11,17 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
-from xfusion.apps.commands.base import Answer, UsageError, Verb, choose_device, load_model, progress, size_text, table
+from xfusion.apps.commands.base import (
+    Answer,
+    UsageError,
+    Verb,
+    as_folder,
+    choose_device,
+    load_model,
+    progress,
+    size_text,
+    table,
+)
 
 SHOWN = 20
 """Problems that people are told; programs get all."""
@@ -81,6 +91,7 @@ class DataEncode(Verb):
 
         if self.batch < 1 or self.workers < 1:
             raise UsageError(f"--batch {self.batch} and --workers {self.workers}: at least 1 each")
+        as_folder(self.out)
         try:
             codec = read_codec(self.codec)
         except ValueError as error:
@@ -159,6 +170,7 @@ class DataRecaption(Verb):
             raise UsageError("--size and --max-tokens are at least 1, --retries at least 0")
         if self.per_minute is not None and not 0 < self.per_minute < float("inf"):
             raise UsageError(f"--per-minute {self.per_minute:g}: more than 0")
+        as_folder(self.out)
         if self.by.startswith(("http://", "https://")):
             if self.model is None:
                 raise UsageError("--with a server: name its model, by --model")

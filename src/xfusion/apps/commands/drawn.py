@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from xfusion.apps.commands.base import Answer, UsageError, Verb, choose_device, load_model, progress, table
+from xfusion.apps.commands.base import Answer, UsageError, Verb, as_folder, choose_device, load_model, progress, table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,7 @@ class Draw(Verb):
         if self.num < 1 or self.steps < 1 or not 0 <= self.seed < 2**62:
             raise UsageError("-n and --steps are at least 1, --seed is from 0 to 2^62 - 1")
         choose_device(self.device)
+        as_folder(self.out)
         prompts = read_prompts(self.prompts)
         model = load_model(self.model, device=self.device, trust=self.trust)
         guidance = model.guidance if self.guidance is None else self.guidance

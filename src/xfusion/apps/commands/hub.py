@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from xfusion.apps.commands.base import Answer, UsageError, Verb, load_model, pack_folder, table
+from xfusion.apps.commands.base import Answer, UsageError, Verb, as_folder, load_model, pack_folder, table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +69,7 @@ class Export(Verb):
         del people
         from xfusion.exports.base import export
 
+        as_folder(self.out)
         notes = export(load_model(self.pack, device="cpu", trust=self.trust), self.out, self.to)
         rows = [("written", str(self.out)), *(("note", note) for note in notes)]
         return Answer(data={"out": str(self.out), "to": self.to, "notes": notes}, text=table(rows))

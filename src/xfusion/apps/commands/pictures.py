@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from rich.console import Console
 
-from xfusion.apps.commands.base import Answer, UsageError, Verb, choose_device, load_model, progress, written
+from xfusion.apps.commands.base import Answer, UsageError, Verb, as_folder, choose_device, load_model, progress, written
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -137,9 +137,7 @@ class _Target:
             raise UsageError(
                 f"-o {out}: cannot write {path.suffix} files, only {', '.join(FORMATS)}; a folder ends in /"
             )
-        for above in (path, *path.parents) if is_folder else path.parents:
-            if above.exists() and not above.is_dir():
-                raise UsageError(f"-o {out}: {above} is a file, not a folder")
+        as_folder(path if is_folder else path.parent)
         return cls(path, is_folder, name)
 
     def write(self, pictures: list[Image], seeds: list[int], facts: dict[str, Any]) -> list[Path]:

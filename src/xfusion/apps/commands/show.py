@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from xfusion.model import Model
-    from xfusion.training.stages import Stage
+    from xfusion.training.stages import Recipe, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Show(Verb):
             model = build(recipe.model)
             data = {"name": self.name, "kind": "recipe"} | describe(model)
             data["memory"] |= activations(model, recipe.stages[-1])
-            data["licences"]["data"] = data_licence(recipe.data)
+            data["licences"]["data"] = data_licence(recipe)
             data["training"] = {"data": recipe.data, "steps": [stage.steps for stage in recipe.stages]}
         elif Path(folder).expanduser().is_dir() or folder in checkpoint.shipped() or folder.count("/") == 1:
             config = checkpoint.read_config(checkpoint.find(folder))
@@ -193,12 +193,13 @@ def _activations(memory: dict[str, Any]) -> str:
     )
 
 
-def data_licence(spec: str) -> str:
-    """The licence of a data source, without opening it."""
+def data_licence(recipe: Recipe) -> str:
+    """The licence of a recipe's data, without opening it."""
     from xfusion.data.emoji import Emoji
-    from xfusion.data.sources import Files
+    from xfusion.data.sources import UNSTATED, stated_licence
 
-    return Emoji.licence if spec.partition(":")[0] == "emoji" else Files.licence
+    known = Emoji.licence if recipe.data.partition(":")[0] == "emoji" else UNSTATED
+    return stated_licence(known, recipe.data_licence, recipe.data)
 
 
 def _text(data: dict[str, Any]) -> str:

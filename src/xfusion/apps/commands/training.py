@@ -13,6 +13,7 @@ from xfusion.apps.commands.base import (
     Answer,
     UsageError,
     Verb,
+    as_folder,
     choose_device,
     load_model,
     pack_folder,
@@ -106,7 +107,7 @@ class Train(Verb):
 
     def folder(self) -> Path:
         """Where the run is."""
-        return self.out or Path("runs") / self.recipe.rpartition(":")[2]
+        return as_folder(self.out or Path("runs") / self.recipe.rpartition(":")[2])
 
     def _check(self) -> None:
         choose_device(self.device)
@@ -154,6 +155,8 @@ class TrainOpening(Verb):
         choose_device(self.device)
         if self.repeat < 1:
             raise UsageError(f"--repeat {self.repeat}: at least 1")
+        if self.out is not None:
+            as_folder(self.out)
         name = pack_folder(self.model)
         if self.out is None and not Path(name).expanduser().is_dir():
             raise UsageError(f"{self.model} is not a folder: name another one for the pack with the head, by -o FOLDER")

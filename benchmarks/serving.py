@@ -1,0 +1,206 @@
+"""How long answers of `xfusion serve` take, with one client, at the server's capacity and at four times that.
+
+    python benchmarks/serving.py
+
+The server runs in a process of its own with the shipped pack; clients are OpenAI's own, in threads on the same machine, so
+that both share its cores. Capacity is what the server holds at once: its queue and a batch. Each client asks for a drawing,
+for what a picture shows, or for words, as often as it is answered; refused (429), it asks again within 0.15 s. Answers are
+held against the single calls in Python. Writes benchmarks/results/serving.json, which `python docs/pages.py speed` puts into
+docs/serving.md.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import random
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy
+import openai
+import psutil
+import tyro
+from PIL import Image
+
+import xfusion
+from xfusion.apps.commands.base import short_name
+from xfusion.comparison.machine import commit, machine
+from xfusion.data.sequence import Text
+
+RESULT = Path(__file__).parent / "results" / "serving.json"
+PROMPTS = ("a red heart", "a yellow star", "a green tree", "a blue car")
+QUESTION = "What is the capital of France?"
+LEVELS = 2
+"""Levels of 255 that a picture may differ by from that of a single call."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is asked of what."""
+
+    pack: str = "emoji"
+    """A model that draws and captions."""
+    seconds: float = 120.0
+    """How long each load lasts."""
+    loads: tuple[float, ...] = (0.0, 1.0, 4.0)
+    """Clients in units of the capacity; 0 is one client."""
+    queue: int = 16
+    """Answers that may wait."""
+    batch: int = 8
+    """Answers that are computed together."""
+    steps: int = 25
+    """Of drawing."""
+    tokens: int = 16
+    """Longest answer in words."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = RESULT
+    """Where the result goes."""
+
+
+class Asked:
+    """The requests and their right answers."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, model = settings, xfusion.load(settings.pack)
+        self.name, self.fingerprint = short_name(settings.pack), model.fingerprint
+        pictures = [model.draw([p], seed=i, steps=settings.steps)[0] for i, p in enumerate(PROMPTS)]
+        self.answers: dict[tuple[str, int], Any] = {("draw", i): picture for i, picture in enumerate(pictures)}
+        self.urls = [_as_url(picture) for picture in pictures]
+        for i, picture in enumerate(pictures):
+            (self.answers["look", i],) = model.generate([picture], max_tokens=settings.tokens)
+        chat = Text(ids=model.backbone.chat([{"role": "user", "content": QUESTION}]))
+        (self.answers["say", 0],) = model.generate([chat], max_tokens=settings.tokens)
+
+    def ask(self, client: openai.OpenAI, kind: str, number: int) -> tuple[bool, float | None]:
+        """One request: whether its answer is right, and the seconds until its first word."""
+        began, first, wanted = time.perf_counter(), None, self.answers[kind, number]
+        if kind == "draw":
+            drawn = client.images.generate(
+                prompt=PROMPTS[number], extra_body={"seed": number, "steps": self.settings.steps}
+            )
+            file = io.BytesIO(base64.b64decode((drawn.data or [])[0].b64_json or ""))
+            both = [numpy.asarray(picture).astype(int) for picture in (Image.open(file), wanted)]
+            return int(numpy.abs(both[0] - both[1]).max()) <= LEVELS, None
+        block = {"type": "image_url", "image_url": {"url": self.urls[number]}}
+        content: Any = QUESTION if kind == "say" else [block]
+        words = ""
+        for chunk in client.chat.completions.create(
+            model=self.name,
+            messages=[{"role": "user", "content": content}],
+            max_tokens=self.settings.tokens,
+            stream=True,
+        ):
+            new = chunk.choices[0].delta.content or ""
+            first = time.perf_counter() - began if new and first is None else first
+            words += new
+        return words == wanted, first
+
+
+def _as_url(picture: Image.Image) -> str:
+    file = io.BytesIO()
+    picture.save(file, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def load(asked: Asked, address: str, server: psutil.Process, clients: int) -> list[dict[str, Any]]:
+    """A number of clients for a while: a row per kind of request."""
+    seconds, firsts = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    lock, end = threading.Lock(), time.monotonic() + asked.settings.seconds
+
+    def visit(number: int) -> None:
+        rng = random.Random(number)
+        with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=600) as client:
+            while time.monotonic() < end:
+                kind = rng.choice(("draw", "look", "say"))
+                which = rng.choice([one for one in asked.answers if one[0] == kind])
+                began, first = time.perf_counter(), None
+                try:
+                    fits, first = asked.ask(client, *which)
+                    found = "right" if fits else "wrong"
+                except openai.RateLimitError:
+                    found = "refused"
+                except openai.APIError as error:
+                    found = "late" if error.code == "deadline" else "failed"
+                took = time.perf_counter() - began
+                with lock:
+                    counts[kind][found] += 1
+                    if found in ("right", "wrong"):
+                        seconds[kind].append(took)
+                        firsts[kind] += [] if first is None else [first]
+                if found not in ("right", "wrong"):
+                    time.sleep(0.05 + 0.1 * rng.random())
+
+    visitors = [threading.Thread(target=visit, args=(i,)) for i in range(clients)]
+    memory = []
+    for visitor in visitors:
+        visitor.start()
+    while any(visitor.is_alive() for visitor in visitors):
+        memory.append(server.memory_info().rss)
+        time.sleep(0.5)
+    rows: list[dict[str, Any]] = []
+    third = max(1, len(memory) // 3)
+    for kind in ("draw", "look", "say"):
+        row: dict[str, Any] = {"clients": clients, "request": kind, "answers": len(seconds[kind])}
+        row |= {name: counts[kind][name] for name in ("wrong", "refused", "late", "failed")}
+        if len(seconds[kind]) > 1:
+            cuts = statistics.quantiles(seconds[kind], n=100, method="inclusive")
+            row |= {f"p{k}": round(cuts[k - 1], 3) for k in (50, 95, 99)}
+        if firsts[kind]:
+            row["first_word_p50"] = round(statistics.median(firsts[kind]), 3)
+        row |= {"megabytes_first_third": max(memory[:third]) // 10**6}
+        row |= {"megabytes_last_third": max(memory[-third:]) // 10**6}
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    return rows
+
+
+def main(settings: Settings) -> None:
+    """Serve, ask, write."""
+    asked = Asked(settings)
+    command = [sys.executable, "-m", "xfusion.apps.cli", "serve", settings.pack, "--port", "0"]
+    command += ["--limits.queue", str(settings.queue), "--limits.batch", str(settings.batch)]
+    rows: list[dict[str, Any]] = []
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stderr is not None
+            said = (re.match(r"serving at (\S+)/v1", line) for line in server.stderr)
+            address = next((found[1] for found in said if found), None)
+            if address is None:
+                raise SystemExit("the server ended before it served")
+            with openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=600) as client:
+                for which in asked.answers:  # what first calls prepare is no load's
+                    asked.ask(client, *which)
+            capacity = settings.queue + settings.batch
+            for times in settings.loads:
+                rows += load(asked, address, psutil.Process(server.pid), max(1, round(times * capacity)))
+        finally:
+            server.terminate()
+    result = {
+        "command": "python benchmarks/serving.py",
+        "commit": commit(),
+        "machine": machine(),
+        "pack": settings.pack,
+        "fingerprint": asked.fingerprint,
+        "seconds": settings.seconds,
+        "queue": settings.queue,
+        "batch": settings.batch,
+        "steps": settings.steps,
+        "tokens": settings.tokens,
+        "rows": rows,
+    }
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    settings.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))
