@@ -396,10 +396,15 @@ class Model(nn.Module):
     def _of_words(self, hidden: Tensor) -> Output:
         """What a pass says of words alone, from their states ``[B, n, D]`` behind the last norm."""
 
-        def logits(chosen: Tensor) -> Tensor:
-            return self._engine.backbone.logits(hidden[chosen][None])[0]
+        def vocabulary(states: Tensor) -> Tensor:
+            return self._engine.backbone.logits(states[None])[0]
 
-        return Output(logits=logits, media={}, states={"text": hidden} if "text" in self.needs else {})
+        return Output(
+            logits=lambda chosen: vocabulary(hidden[chosen]),
+            vocabulary=vocabulary,
+            media={},
+            states={"text": hidden} if "text" in self.needs else {},
+        )
 
     def _is_frozen(self, batch: Batch) -> bool:
         """Whether a batch is words alone that no new weight takes part in, so that its states may be looked up."""
