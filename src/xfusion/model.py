@@ -198,7 +198,7 @@ class Model(nn.Module):
 
     @property
     def capabilities(self) -> set[str]:
-        """What this model can do, of {"text", "caption", "draw", "embed", "match"}."""
+        """What this model can do, of {"text", "caption", "draw", "embed", "fill", "match"}."""
         return {"text"}.union(*(objective.gives for objective in self.objectives))
 
     @property
@@ -592,6 +592,12 @@ class Model(nn.Module):
         from xfusion.generation import match
 
         return match(self, [picture], texts)[0].tolist()
+
+    def fill(self, picture: Any, texts: list[str], **settings: Any) -> list[list[list[tuple[str, float]]]]:
+        """Likeliest words at the blanks of texts that say what a picture shows; see `xfusion.generation.fill`."""
+        from xfusion.generation import fill
+
+        return fill(self, picture, texts, **settings)
 
     def embed(self, items: list[Any], **settings: Any) -> Tensor:
         """Vectors of unit length of texts and pictures, ``[items, width]``; see `xfusion.generation.embed`."""

@@ -74,7 +74,7 @@ class Objective(nn.Module):
     teachers: frozenset[str] = frozenset()
     """Fingerprints of frozen encoders that it learns from: they may not score the model."""
     gives: frozenset[str] = frozenset()
-    """What a model can do that was trained by it, of ``caption``, ``draw``, ``embed``, ``match``."""
+    """What a model can do that was trained by it, of ``caption``, ``draw``, ``embed``, ``fill``, ``match``."""
 
     @property
     def weights(self) -> dict[str, float]:
