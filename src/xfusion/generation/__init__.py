@@ -3,7 +3,16 @@
 `segments.generate` joins the others: what is drawn (`drawing`) and what is said (`words`, within a `schema` if asked).
 """
 
-from xfusion.generation.base import BATCH, Listener, Progress, Segment, Shown, draw_size, refuse_to_draw
+from xfusion.generation.base import (
+    BATCH,
+    Listener,
+    Progress,
+    Segment,
+    Shown,
+    draw_size,
+    media_segment,
+    refuse_to_draw,
+)
 from xfusion.generation.conversations import DrawMode, Message, answer, conversation, opens
 from xfusion.generation.drawing import draw, draw_tokens, inpaint, inpaint_batch
 from xfusion.generation.pairs import embed, fill, fill_tokens, match
@@ -35,6 +44,7 @@ __all__ = [
     "inpaint_batch",
     "kinds_of",
     "match",
+    "media_segment",
     "opens",
     "prompt_length",
     "refuse_to_draw",

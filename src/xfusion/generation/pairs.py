@@ -11,7 +11,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from xfusion.data.pack import pack
-from xfusion.data.sequence import END_OF_MEDIA, Sequence, Text, XFusionError
+from xfusion.data.sequence import END_OF_MEDIA, Media, Sequence, Text, XFusionError
 from xfusion.data.templates import opened
 from xfusion.generation import base
 from xfusion.generation.base import encode_prompt, media_segment
@@ -121,7 +121,8 @@ def fill(
     """
     if isinstance(texts, str):
         raise XFusionError("fill takes a list of texts: write [text]")
-    found = fill_tokens(model, [picture] * len(texts), [_with_blanks(model, text) for text in texts])
+    shown = media_segment(model, [picture]) * len(texts)
+    found = fill_tokens(model, shown, [_with_blanks(model, text) for text in texts])
     out = []
     for scores in found:
         best = scores.exp().topk(min(most, scores.shape[-1]), dim=-1)
@@ -131,12 +132,12 @@ def fill(
 
 
 @torch.no_grad()
-def fill_tokens(model: Model, pictures: Seq[PILImage.Image], texts: Seq[tuple[int, ...]]) -> list[Tensor]:
+def fill_tokens(model: Model, pictures: Seq[Media], texts: Seq[tuple[int, ...]]) -> list[Tensor]:
     """Log-probabilities of every token at the blanks of each text, read beside its own picture.
 
     Args:
         model: a model that can fill.
-        pictures: one for each text, any size.
+        pictures: one for each text, as `media_segment` makes them.
         texts: token ids, with `END_OF_MEDIA` at each blank.
 
     Returns:
@@ -150,8 +151,7 @@ def fill_tokens(model: Model, pictures: Seq[PILImage.Image], texts: Seq[tuple[in
     objective: Any = next(o for o in model.objectives if "fill" in o.gives)
     begin, out = model.backbone.begin_ids, []
     for start in range(0, len(texts), base.BATCH):
-        part = texts[start : start + base.BATCH]
-        shown = media_segment(model, pictures[start : start + base.BATCH])
+        part, shown = texts[start : start + base.BATCH], pictures[start : start + base.BATCH]
         said = [opened(begin, (Text(ids=ids),)) for ids in part]
         rows = [[Sequence(segments=(*words, media))] for words, media in zip(said, shown, strict=True)]
         scores = objective.guessed(model, pack(rows).to(model.device)).float().log_softmax(dim=-1).cpu()

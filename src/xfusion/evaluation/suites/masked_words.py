@@ -1,23 +1,26 @@
 """Words of names that are masked, one token at a time: are they found, and how much of that is the picture's doing?
 
 It works on any `Source`. ``fit_`` scores are on trained pictures and measure memory, ``held_`` scores on pictures of groups that
-no training has seen. Beside a score stands ``_blind``, the same beside other pictures: what the words alone are good for.
+no training has seen. Beside a score stands ``_blind``, the same beside other pictures, and beside a ``fit_`` score ``by_heart_``,
+what one would score who knows all names of the source and sees no picture: what lies above it is the picture's doing.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from xfusion.data.sequence import END_OF_MEDIA, XFusionError
+from xfusion.data.sequence import END_OF_MEDIA, Media, XFusionError
 from xfusion.data.sources import Source
 from xfusion.evaluation.metrics.blind import PERMUTATIONS, blind
 from xfusion.evaluation.suites.emoji import Part
 from xfusion.evaluation.suites.retrieval import parts
-from xfusion.generation import fill_tokens
+from xfusion.generation import BATCH, fill_tokens, media_segment
 
 
 def run(
@@ -43,7 +46,7 @@ def run(
 
     Returns:
         ``at_1``, the share of tokens that come first among all of the vocabulary, and ``nats``, the mean of -log p of the true
-        one; each beside its ``_blind``, the mean over five orders of the pictures.
+        one; each beside its ``_blind``, the mean over five orders of the pictures, and its ``by_heart_``.
 
     Raises:
         XFusionError: the model cannot fill, or there is nothing to score.
@@ -57,7 +60,11 @@ def run(
         said = _masked(model, [pictures.examples[i].captions[0] for i in scored])
         if not said:
             raise XFusionError(f"{pictures.spec}: no name of {len(scored)} has a token that could be masked")
-        shown = [pictures.picture(i, model.image.sizes[0]) for i in scored]
+        shown = []
+        for start in range(0, len(scored), BATCH):
+            progress(f"{name} pictures", start, len(scored))
+            some = [pictures.picture(i, model.image.sizes[0]) for i in scored[start : start + BATCH]]
+            shown += media_segment(model, some)
         measured = _measured(
             model, said, shown, lambda done, name=name: progress(f"{name} words", done, 1 + PERMUTATIONS)
         )
@@ -68,6 +75,9 @@ def run(
 
             metrics[f"{name}_{kind}"] = score(torch.arange(len(scored)))
             metrics[f"{name}_{kind}_blind"] = blind(score, len(scored))
+        if name == "fit":
+            known = by_heart(said, _masked(model, [example.captions[0] for example in pictures.examples]))
+            metrics |= {f"by_heart_{name}_{kind}": value for kind, value in known.items()}
         settings |= {f"num_{name}": len(scored), f"num_{name}_tokens": len(said)}
     return {**metrics, "settings": settings}
 
@@ -78,7 +88,7 @@ Measured = Callable[[Tensor], Tensor]
 """An order of the pictures, int64 ``[pictures]`` -> of each masked token -log p and whether it came first, ``[2, tokens]``."""
 
 
-def _measured(model: Any, said: list[Blanked], shown: list[Any], tell: Callable[[int], None]) -> Measured:
+def _measured(model: Any, said: list[Blanked], shown: list[Media], tell: Callable[[int], None]) -> Measured:
     """Each order is computed once."""
     known: dict[tuple[int, ...], Tensor] = {}
 
@@ -94,6 +104,22 @@ def _measured(model: Any, said: list[Blanked], shown: list[Any], tell: Callable[
         return known[which]
 
     return measured
+
+
+def by_heart(said: list[Blanked], known: list[Blanked]) -> dict[str, float]:
+    """``nats`` and ``at_1`` of masked tokens by how often each stands at the same blank of the names that are known, of which the
+    scored ones are some; of the tokens that stand there most often one is taken by chance.
+    """
+    counts: defaultdict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
+    for _, ids, token in known:
+        counts[ids][token] += 1
+    nats = first = 0.0
+    for _, ids, token in said:
+        here = counts[ids]
+        nats -= math.log(here[token] / here.total())
+        best = max(here.values())
+        first += (here[token] == best) / list(here.values()).count(best)
+    return {"nats": nats / len(said), "at_1": first / len(said)}
 
 
 def _masked(model: Any, names: list[str]) -> list[Blanked]:
