@@ -9,9 +9,10 @@ masked and said from both sides, through the word table; half of the pairs that 
 
 Adapted: the language encoder is the frozen language model, causal, so that what stands behind a masked word is heard of in the
 cross-modal layers alone; every masked token is a trained row (the paper leaves or replaces one in five), and of a short name at
-least one is masked; matching reads its words unmasked. The picture encoder is a small transformer over the 7 x 7 map of a frozen EfficientNet-Lite0 instead of five
-layers over 36 detected objects, and [BOI] stands for the whole picture. Two cross-modal layers of width 256 instead of five
-of 768. Not there: masked objects (features and labels) and question answering as tasks of pretraining.
+least one is masked; matching reads its words unmasked. The picture encoder is a small transformer over the 7 x 7 map of a frozen
+EfficientNet-Lite0 instead of five layers over 36 detected objects, and [BOI] stands for the whole picture. Two cross-modal
+layers of width 256 instead of five of 768. Not there: masked objects (features and labels) and question answering as tasks of
+pretraining.
 """
 
 from __future__ import annotations
