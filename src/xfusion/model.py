@@ -219,7 +219,7 @@ class Model(nn.Module):
 
     @property
     def capabilities(self) -> set[str]:
-        """What this model can do, of {"text", "caption", "draw", "embed", "match"}."""
+        """What this model can do, of {"text", "caption", "draw", "embed", "fill", "match"}."""
         return {"text"}.union(*(objective.gives for objective in self.objectives))
 
     def require(self, ability: str, instead: str) -> None:
@@ -433,10 +433,15 @@ class Model(nn.Module):
     def _of_words(self, hidden: Tensor) -> Output:
         """What a pass says of words alone, from their states ``[B, n, D]`` behind the last norm."""
 
-        def logits(chosen: Tensor) -> Tensor:
-            return self._engine.backbone.logits(hidden[chosen][None])[0]
+        def vocabulary(states: Tensor) -> Tensor:
+            return self._engine.backbone.logits(states[None])[0]
 
-        return Output(logits=logits, media={}, states={"text": hidden} if "text" in self.needs else {})
+        return Output(
+            logits=lambda chosen: vocabulary(hidden[chosen]),
+            vocabulary=vocabulary,
+            media={},
+            states={"text": hidden} if "text" in self.needs else {},
+        )
 
     def _is_frozen(self, batch: Batch) -> bool:
         """Whether a batch is words alone that no new weight takes part in, so that its states may be looked up."""
@@ -624,6 +629,12 @@ class Model(nn.Module):
         from xfusion.generation import match
 
         return match(self, [picture], texts)[0].tolist()
+
+    def fill(self, picture: Any, texts: list[str], **settings: Any) -> list[list[list[tuple[str, float]]]]:
+        """Likeliest words at the blanks of texts that say what a picture shows; see `xfusion.generation.fill`."""
+        from xfusion.generation import fill
+
+        return fill(self, picture, texts, **settings)
 
     def embed(self, items: list[Any], **settings: Any) -> Tensor:
         """Vectors of unit length of texts and pictures, ``[items, width]``; see `xfusion.generation.embed`."""

@@ -34,9 +34,34 @@ def test_a_model_that_knows_scores_one_and_one_that_is_wrong_scores_nothing():
     assert wrong["fit_naming_at_1"] == wrong["held_search_at_1"] == 0
 
 
+class Matcher(Known):
+    """Matches the name of a picture with 0.9 and others with 0.1; or, being careless, all with 0.8 and more."""
+
+    capabilities = frozenset({"text", "match"})
+    careless = False
+
+    def match(self, picture, names):
+        own = self.seen[picture.tobytes()]
+        low, high = (0.8, 0.85) if self.careless else (0.1, 0.9)
+        return [high if self.number[name] == own else low for name in names]
+
+
+def test_a_model_that_matches_is_scored_by_that():
+    source = Noise(6)
+    found = evaluate(Matcher(source), "retrieval", source=source)
+    assert found["fit_match"] == found["fit_naming_at_1"] == found["fit_search_at_1"] == 1
+    careless = Matcher(source)
+    careless.careless = True
+    found = evaluate(careless, "retrieval", source=source)
+    assert found["fit_match"] == 0.5 and found["fit_naming_at_1"] == 1  # the order is right all the same
+    assert "fit_match" not in evaluate(Known(source), "retrieval", source=source)
+
+
 def test_a_model_that_cannot_embed_is_refused():
     source = Noise(6)
     model = Known(source)
     model.capabilities = frozenset({"text", "draw"})
-    with pytest.raises(XFusionError, match="this suite scores embedding, but the model can only do: draw, text"):
+    with pytest.raises(
+        XFusionError, match="this suite scores embedding and matching, but the model can only do: draw, text"
+    ):
         evaluate(model, "retrieval", source=source)

@@ -275,5 +275,5 @@ def test_twenty_steps_lower_the_loss_and_leave_words_bit_equal(bases, infill, tm
     config = make(base, infill=infill, guidance=1.0).config
     model, losses = trained(Recipe(model=config, data="noise", stages=(stage,)), base, tmp_path / "run")
     assert share_left(losses, "next_code") < 0.8
-    out = Output(logits=None, media={})
+    out = Output(logits=None, vocabulary=None, media={})
     assert model.media_objective.loss(lambda _: out, batch_of((words(3, 1),))) == {}

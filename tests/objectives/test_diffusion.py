@@ -107,13 +107,15 @@ def test_min_snr_weighs_as_its_paper_says(prediction):
     estimate = media.clean.double() + 0.1
     noise = (media.tokens.double() - a.sqrt() * estimate) / (1 - a).sqrt()
     head = {"noise": noise, "clean": estimate, "velocity": a.sqrt() * noise - (1 - a).sqrt() * estimate}[prediction]
-    found, count = objective.loss(lambda _: Output(logits=None, media={"image": head.float()}), view)["diffusion"]
+    found, count = objective.loss(lambda _: Output(logits=None, vocabulary=None, media={"image": head.float()}), view)[
+        "diffusion"
+    ]
     snr = kept / (1 - kept)
     assert int(count) == objective.count(view)["diffusion"] == 2
     assert float(found) == pytest.approx(float((snr.clamp(max=5)[:2] * 0.1**2).sum()), rel=1e-3)
-    plain, _ = build(prediction).loss(lambda _: Output(logits=None, media={"image": media.target + 0.5}), view)[
-        "diffusion"
-    ]
+    plain, _ = build(prediction).loss(
+        lambda _: Output(logits=None, vocabulary=None, media={"image": media.target + 0.5}), view
+    )["diffusion"]
     assert float(plain) == pytest.approx(2 * 0.25, rel=1e-4)
 
 

@@ -94,7 +94,7 @@ def loss_of_clean_estimate(prediction, estimate, seed=0, **settings):
     t = media.at(media.time, fill=1.0)[:, :, None]
     noise = (media.tokens - (1 - t) * estimate) / t
     head = {"velocity": noise - estimate, "noise": noise, "clean": estimate}[prediction]
-    found = objective.loss(lambda _: Output(logits=None, media={"image": head}), view)
+    found = objective.loss(lambda _: Output(logits=None, vocabulary=None, media={"image": head}), view)
     assert int(found["flow_matching"][1]) == objective.count(view)["flow_matching"] == 2
     return float(found["flow_matching"][0]), media.time, batch.media["image"]
 
@@ -129,7 +129,9 @@ def test_a_picture_counts_once_however_many_tokens_it_has():
     view = objective.corrupt(batch, generator())
     media = view.media["image"]
     head = media.target + media.at(torch.tensor([1.0, 2.0, 50.0]))[:, :, None]
-    total, count = objective.loss(lambda _: Output(logits=None, media={"image": head}), view)["flow_matching"]
+    total, count = objective.loss(lambda _: Output(logits=None, vocabulary=None, media={"image": head}), view)[
+        "flow_matching"
+    ]
     assert int(count) == 2 and float(total) == pytest.approx(1 + 4, rel=1e-5)
 
 

@@ -28,7 +28,7 @@ def test_the_loss_of_words_is_summed_over_labels_only():
     asked = []
 
     def run(_):
-        return Output(logits=lambda chosen: asked.append(chosen) or logits[chosen], media={})
+        return Output(logits=lambda chosen: asked.append(chosen) or logits[chosen], vocabulary=None, media={})
 
     total, count = objective.loss(run, batch)["next_token"]
     expected = -sum(float(logits[0].log_softmax(-1)[at, token]) for at, token in ((1, 1), (2, 2), (3, 3)))

@@ -65,6 +65,18 @@ def test_clip_trains_embeds_and_comes_back_from_its_pack(bases, encoder, tmp_pat
     assert torch.equal(xfusion.load(tmp_path / "run" / "pack", backbone=base).embed(items), model.eval().embed(items))
 
 
+def test_lxmert_trains_matches_fills_and_comes_back_from_its_pack(bases, encoder, tmp_path):
+    base = bases["llama"]
+    recipe = find("lxmert(width=32, pairs=4)")(encoder=encoder, side=16)
+    recipe = replace(recipe, model=replace(recipe.model, backbone=BackboneConfig(source=base.source)))
+    model, losses = trained(recipe, base, tmp_path / "run", steps=5)
+    assert [set(step) for step in losses] == [{"masked_words", "matching"}] * 5
+    assert model.capabilities == {"text", "fill", "match"} and model.teachers == {f"{encoder}@None#-2"}
+    loaded, shown = xfusion.load(tmp_path / "run" / "pack", backbone=base), Noise().picture(0, 32)
+    for asked in (lambda m: m.match(shown, ["red apple", "tree"]), lambda m: m.fill(shown, ["red ___"])):
+        assert asked(loaded) == asked(model.eval())
+
+
 @pytest.mark.parametrize("name", ["blip2", "qwen_vl"])
 def test_a_recipe_with_queries_has_as_many_tokens(name, encoder):
     recipe = find(name)(encoder=encoder, side=16, **RECIPES[name])

@@ -320,6 +320,8 @@ class Batch:
     media_reads_text: bool = True
     """Whether any media position comes after text. Where False, the media states do not depend on the text."""
     num_sequences: int = 0
+    clean_ids: Tensor | None = None
+    """The words ``[B, n]`` once an objective has masked some in `text_ids`, where `END_OF_MEDIA` then stands."""
 
     def with_media(self, modality: str, **changes) -> Batch:
         """A derived batch in which some fields of one modality's rows are replaced."""
@@ -335,14 +337,19 @@ class Batch:
             text=text,
             text_ids=self.text_ids[rows],
             labels=self.labels[rows],
+            clean_ids=None if self.clean_ids is None else self.clean_ids[rows],
             media=media,
             num_sequences=int((last.max(dim=1).values + 1).sum()),
         )
 
+    def unmasked(self) -> Batch:
+        """The batch with all of its words."""
+        return self if self.clean_ids is None else replace(self, text_ids=self.clean_ids, clean_ids=None)
+
     def words_alone(self) -> Batch:
-        """The text positions as if no media stood among them."""
+        """The text positions, unmasked, as if no media stood among them."""
         text = replace(self.text, after_media=torch.zeros_like(self.text.after_media))
-        return replace(self, text=text, media={}, text_reads_media=False, media_reads_text=False)
+        return replace(self.unmasked(), text=text, media={}, text_reads_media=False, media_reads_text=False)
 
     def media_alone(self) -> Batch:
         """The media positions, clean, as if no words stood among them."""
@@ -351,6 +358,7 @@ class Batch:
             text=self.text.none(),
             text_ids=self.text_ids[:, :0],
             labels=self.labels[:, :0],
+            clean_ids=None,
             media={name: rows.restored() for name, rows in self.media.items()},
             text_reads_media=False,
             media_reads_text=False,

@@ -3,10 +3,19 @@
 `segments.generate` joins the others: what is drawn (`drawing`) and what is said (`words`, within a `schema` if asked).
 """
 
-from xfusion.generation.base import BATCH, Listener, Progress, Segment, Shown, draw_size, refuse_to_draw
+from xfusion.generation.base import (
+    BATCH,
+    Listener,
+    Progress,
+    Segment,
+    Shown,
+    draw_size,
+    media_segment,
+    refuse_to_draw,
+)
 from xfusion.generation.conversations import DrawMode, Message, answer, conversation, opens
 from xfusion.generation.drawing import draw, draw_tokens, inpaint, inpaint_batch
-from xfusion.generation.pairs import embed, match
+from xfusion.generation.pairs import embed, fill, fill_tokens, match
 from xfusion.generation.schema import schema_answers
 from xfusion.generation.segments import answer_json, generate, kinds_of, log_likelihoods, prompt_length
 from xfusion.generation.words import answer_tokens, caption, score_names
@@ -28,12 +37,15 @@ __all__ = [
     "draw_size",
     "draw_tokens",
     "embed",
+    "fill",
+    "fill_tokens",
     "generate",
     "inpaint",
     "inpaint_batch",
     "kinds_of",
     "log_likelihoods",
     "match",
+    "media_segment",
     "opens",
     "prompt_length",
     "refuse_to_draw",

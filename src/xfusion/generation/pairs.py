@@ -1,4 +1,4 @@
-"""Texts and pictures against each other: vectors in one space, and whether a text says what a picture shows."""
+"""Texts and pictures against each other: vectors in one space, whether a text says what a picture shows, words that it lacks."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from xfusion.data.pack import pack
-from xfusion.data.sequence import Sequence, Text, XFusionError
+from xfusion.data.sequence import END_OF_MEDIA, Media, Sequence, Text, XFusionError
 from xfusion.data.templates import opened
 from xfusion.generation import base
 from xfusion.generation.base import encode_prompt, media_segment
 from xfusion.model import Model
+
+BLANK = "___"
+"""What stands for a word that is to be found."""
 
 
 @torch.no_grad()
@@ -65,7 +68,7 @@ def match(model: Model, pictures: Seq[PILImage.Image], texts: Seq[str]) -> Tenso
     """Probability that a text says what a picture shows, by the head that learned to tell pairs.
 
     Args:
-        model: a model that can match, such as one of the recipe blip.
+        model: a model that can match, such as one of the recipes blip and lxmert.
         pictures: any size.
         texts: each is read behind each picture.
 
@@ -88,3 +91,72 @@ def match(model: Model, pictures: Seq[PILImage.Image], texts: Seq[str]) -> Tenso
         for (i, j), value in zip(part, probability, strict=True):
             out[i, j] = value
     return out
+
+
+def fill(
+    model: Model, picture: PILImage.Image, texts: Seq[str], *, most: int = 5
+) -> list[list[list[tuple[str, float]]]]:
+    """Likeliest words at the blanks of texts that say what a picture shows.
+
+    Args:
+        model: a model that can fill, such as one of the recipe lxmert.
+        picture: any size.
+        texts: with a ``___`` for each token of the base's vocabulary that is to be found: a common word is one.
+        most: how many words for each blank.
+
+    Returns:
+        For each text and each of its blanks the words with their probabilities, the likeliest first. Blanks of one text are
+        filled independently of each other.
+
+    Raises:
+        XFusionError: a text has no blank, or the model cannot fill any.
+    """
+    if isinstance(texts, str):
+        raise XFusionError("fill takes a list of texts: write [text]")
+    shown = media_segment(model, [picture]) * len(texts)
+    found = fill_tokens(model, shown, [_with_blanks(model, text) for text in texts])
+    out = []
+    for scores in found:
+        best = scores.exp().topk(min(most, scores.shape[-1]), dim=-1)
+        blanks = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        out.append([[(model.backbone.decode([i]).strip(), p) for i, p in zip(*one, strict=True)] for one in blanks])
+    return out
+
+
+@torch.no_grad()
+def fill_tokens(model: Model, pictures: Seq[Media], texts: Seq[tuple[int, ...]]) -> list[Tensor]:
+    """Log-probabilities of every token at the blanks of each text, read beside its own picture.
+
+    Args:
+        model: a model that can fill.
+        pictures: one for each text, as `media_segment` makes them.
+        texts: token ids, with `END_OF_MEDIA` at each blank.
+
+    Returns:
+        For each text float32 ``[blanks, V]``.
+    """
+    if "fill" not in model.capabilities:
+        raise XFusionError(
+            f"this model cannot fill, only {', '.join(sorted(model.capabilities))}: train one that learns masked words, such"
+            " as the recipe lxmert"
+        )
+    objective: Any = next(o for o in model.objectives if "fill" in o.gives)
+    begin, out = model.backbone.begin_ids, []
+    for start in range(0, len(texts), base.BATCH):
+        part, shown = texts[start : start + base.BATCH], pictures[start : start + base.BATCH]
+        said = [opened(begin, (Text(ids=ids),)) for ids in part]
+        rows = [[Sequence(segments=(*words, media))] for words, media in zip(said, shown, strict=True)]
+        scores = objective.guessed(model, pack(rows).to(model.device)).float().log_softmax(dim=-1).cpu()
+        out += scores.split([ids.count(END_OF_MEDIA) for ids in part])
+    return out
+
+
+def _with_blanks(model: Model, text: str) -> tuple[int, ...]:
+    """Token ids of a text with `END_OF_MEDIA` at each blank, which takes the space before it as a word's token does."""
+    first, *others = text.split(BLANK)
+    if not others:
+        raise XFusionError(f"{text!r} has no blank: write {BLANK} where a word is to be found")
+    ids = list(encode_prompt(model, first.removesuffix(" ")))
+    for number, part in enumerate(others, start=1):
+        ids += [END_OF_MEDIA, *encode_prompt(model, part if number == len(others) else part.removesuffix(" "))]
+    return tuple(ids)

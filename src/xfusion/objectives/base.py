@@ -19,6 +19,8 @@ class Output:
 
     logits: Callable[[Tensor], Tensor]
     """Vocabulary logits of chosen text positions: bool ``[B, n]`` in, ``[k, V]`` out. Nothing else is multiplied by the head."""
+    vocabulary: Callable[[Tensor], Tensor]
+    """The same head on states that an objective made itself, as behind the last norm: ``[k, D]`` in, ``[k, V]`` out."""
     media: dict[str, Tensor]
     """Per modality, the media head's prediction at every media row, ``[B, n, Q]``; empty for a model that cannot draw."""
     states: dict[str, Tensor] = field(default_factory=dict)
@@ -72,7 +74,7 @@ class Objective(nn.Module):
     teachers: frozenset[str] = frozenset()
     """Fingerprints of frozen encoders that it learns from: they may not score the model."""
     gives: frozenset[str] = frozenset()
-    """What a model can do that was trained by it, of ``caption``, ``draw``, ``embed``, ``match``."""
+    """What a model can do that was trained by it, of ``caption``, ``draw``, ``embed``, ``fill``, ``match``."""
 
     @property
     def weights(self) -> dict[str, float]:

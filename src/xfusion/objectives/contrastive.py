@@ -129,7 +129,8 @@ def identities(batch: Batch, media: MediaRows) -> Tensor:
     """What tells pairs apart, int64 ``[N, 2]``: a number of the words, in all processes the same, and the group."""
     row, sample = pair_places(media)
     inside = (batch.text.sample[row] == sample[:, None]) & (batch.text.order[row] >= 0)
-    said = [hash(tuple(ids[mine].tolist())) for ids, mine in zip(batch.text_ids[row], inside, strict=True)]
+    words = batch.unmasked().text_ids[row]
+    said = [hash(tuple(ids[mine].tolist())) for ids, mine in zip(words, inside, strict=True)]
     return torch.stack([torch.tensor(said, dtype=torch.int64, device=row.device), media.group.to(torch.int64)], dim=1)
 
 

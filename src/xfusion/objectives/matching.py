@@ -135,7 +135,7 @@ def hardest(alike: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(torch.where(none, -1, scores.argmax(dim=dim)) for dim in (0, 1))  # type: ignore[return-value]
 
 
-def _members(rows: Rows, row: Tensor, sample: Tensor, segment: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def members(rows: Rows, row: Tensor, sample: Tensor, segment: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Columns of each item's positions in reading order ``[N, w]``, and which of them there are, bool ``[N, w]``."""
     inside = (rows.sample[row] == sample[:, None]) & (rows.order[row] >= 0)
     if segment is not None:
@@ -151,7 +151,7 @@ def rearranged(batch: Batch, pictures: Tensor, words: Tensor) -> Batch:
     row, sample = pair_places(media)
     inside = media.item >= 0
     segment = torch.zeros_like(row).scatter(0, media.item[inside], media.rows.segment[inside])
-    shown, kept = (t[pictures] for t in _members(media.rows, row, sample, segment))
+    shown, kept = (t[pictures] for t in members(media.rows, row, sample, segment))
     at, device = row[pictures][:, None], shown.device
 
     def taken(table: Tensor, fill: Any) -> Tensor:
@@ -180,10 +180,10 @@ def rearranged(batch: Batch, pictures: Tensor, words: Tensor) -> Batch:
         largest_noise=media.largest_noise[pictures],
         group=media.group[pictures],
     )
-    said, there = (t[words] for t in _members(batch.text, row, sample))
+    said, there = (t[words] for t in members(batch.text, row, sample))
     length = there.sum(1, keepdim=True)
     place = torch.arange(said.shape[1] + 1, device=device)
-    ids = functional.pad(torch.where(there, batch.text_ids[row[words][:, None], said], 0), (0, 1))
+    ids = functional.pad(torch.where(there, batch.unmasked().text_ids[row[words][:, None], said], 0), (0, 1))
     ids = ids.masked_fill(place == length, END_OF_MEDIA)  # [Encode] is the row that stands behind media
     present = place <= length
     order = torch.where(present, kept.sum(1, keepdim=True) + place, -1)

@@ -1,7 +1,8 @@
-"""Pictures and words in one space: naming by the nearest words, search by the nearest pictures, by `Model.embed`.
+"""Pictures and words against each other: naming by the nearest words, search by the nearest pictures.
 
-It works on any `Source`. ``fit_`` scores are on trained pictures and measure memory, ``held_`` scores on pictures of groups
-that no training has seen. Beside a score stand ``chance_`` (a random order) and ``_blind`` (pictures permuted).
+How near they are says `Model.embed`; where a model does not embed, `Model.match`. It works on any `Source`. ``fit_`` scores are
+on trained pictures and measure memory, ``held_`` scores on pictures of groups that no training has seen. Beside a score stand
+``chance_`` (a random order) and ``_blind`` (pictures permuted).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def run(
     """Scores of one model.
 
     Args:
-        model: a model that can embed.
+        model: a model that can embed or match.
         progress: see `evaluate`.
         source: the trained pictures, a `Source` or a spec such as "emoji:128".
         held: the held-out pictures, likewise; None takes the held-out split of the same spec, where it has one.
@@ -40,40 +41,64 @@ def run(
 
     Returns:
         ``at_1``, ``at_10`` and ``mrr`` of ``naming`` (the true name among the names of all scored pictures) and of
-        ``search`` (a picture of the name's group among all scored pictures).
+        ``search`` (a picture of the name's group among all scored pictures). Of a model that matches and does not embed also
+        ``match``: the mean of the shares of true and of wrong pairs that it takes for such, chance being 0.5.
 
     Raises:
-        XFusionError: the model cannot embed, or there is nothing to score.
+        XFusionError: the model neither embeds nor matches, or there is nothing to score.
     """
-    if "embed" not in model.capabilities:
+    if not {"embed", "match"} & set(model.capabilities):
         able = ", ".join(sorted(model.capabilities))
-        raise XFusionError(f"this suite scores embedding, but the model can only do: {able}")
+        raise XFusionError(f"this suite scores embedding and matching, but the model can only do: {able}")
+    metrics: dict[str, float] = {}
+    found, settings = parts(source, held, max_fit, max_held, part)
+    for name, (pictures, scored) in found.items():
+        more, numbers = _scores(model, name, pictures, scored, progress)
+        metrics, settings = metrics | more, settings | numbers
+    return {**metrics, "settings": settings}
+
+
+def parts(
+    source: Source | str, held: Source | str | None, max_fit: int | None, max_held: int | None, part: Part
+) -> tuple[dict[str, tuple[Source, list[int]]], dict[str, Any]]:
+    """What is scored: ``fit`` and, where there is any, ``held``, each a source and numbers of pictures; and the settings to note.
+
+    Arguments as in `run`.
+
+    Raises:
+        XFusionError: there is nothing to score.
+    """
     source = open_source(source, split="train") if isinstance(source, str) else source
-    metrics, settings = _scores(model, "fit", source, chosen(source.examples, max_fit, part), progress)
+    out = {"fit": (source, chosen(source.examples, max_fit, part))}
+    if not out["fit"][1]:
+        raise XFusionError(f"{source.spec}: none of {len(source.examples)} pictures can be scored")
     held = held_split(source) if held is None else held
     held = open_source(held, split="held") if isinstance(held, str) else held
     scored = chosen(held.examples, max_held, part) if held else []
     if held and scored:
-        more, numbers = _scores(model, "held", held, scored, progress)
-        metrics, settings = metrics | more, settings | numbers
-    return {**metrics, "settings": {"data": source.spec, "held": held.spec if held else None, "part": part, **settings}}
+        out["held"] = (held, scored)
+    return out, {"data": source.spec, "held": held.spec if held else None, "part": part}
 
 
 def _scores(
     model: Any, name: str, source: Source, scored: list[int], progress: Callable[[str, int, int], None]
 ) -> tuple[dict[str, float], dict[str, int]]:
     """All scores of some pictures of a source among themselves, and how many there were."""
-    if not scored:
-        raise XFusionError(f"{source.spec}: none of {len(source.examples)} pictures can be scored")
     examples = [source.examples[i] for i in scored]
     names = list(dict.fromkeys(example.captions[0] for example in examples))
-    pictures, size = [], model.image.sizes[0]
-    for start in range(0, len(scored), 64):  # a few at a time: pictures of a large encoder are many megabytes
+    rows, size, hit = [], model.image.sizes[0], naming.hits(examples, names)
+    embeds = "embed" in model.capabilities
+    near = model.embed(names).T if embeds else None
+    step = 64 if embeds else 1  # a few at a time: pictures of a large encoder are many megabytes
+    for start in range(0, len(scored), step):
         progress(f"{name} pictures", start, len(scored))
-        pictures.append(model.embed([source.picture(i, size) for i in scored[start : start + 64]]))
-    cosines = torch.cat(pictures) @ model.embed(names).T
-    hit = naming.hits(examples, names)
+        pictures = [source.picture(i, size) for i in scored[start : start + step]]
+        rows.append(model.embed(pictures) @ near if embeds else torch.tensor([model.match(pictures[0], names)]))
+    found = torch.cat(rows)
     metrics: dict[str, float] = {}
-    for task, scores, right in (("naming", cosines, hit), ("search", cosines.T, hit.T)):
+    for task, scores, right in (("naming", found, hit), ("search", found.T, hit.T)):
         metrics |= naming.beside(f"{name}_{task}_", scores, right)
+    if not embeds:
+        true, wrong = found[hit] > 0.5, found[~hit] <= 0.5
+        metrics[f"{name}_match"] = float(true.double().mean() + wrong.double().mean()) / 2
     return metrics, {f"num_{name}": len(scored), f"num_{name}_names": len(names)}

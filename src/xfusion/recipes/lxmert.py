@@ -1,0 +1,72 @@
+"""LXMERT: a cross-modal encoder above a language encoder and a picture encoder, learned by masked words and matching.
+
+Paper: Tan and Bansal, "LXMERT: Learning Cross-Modality Encoder Representations from Transformers", EMNLP 2019,
+arXiv 1908.07490.
+
+Faithful: the cross-modality layer (cross-attention both ways with one set of weights, as in the released code, then
+self-attention and a feed-forward network for each side, norms behind); places enter with their boxes; 15 % of the tokens
+masked and said from both sides, through the word table; half of the pairs that are matched are wrong; all losses alike.
+
+Adapted: the language encoder is the frozen language model, causal, so that what stands behind a masked word is heard of in the
+cross-modal layers alone; every masked token is a trained row (the paper leaves or replaces one in five), and of a short name at
+least one is masked; matching reads its words unmasked. The picture encoder is a small transformer over the 7 x 7 map of a frozen
+EfficientNet-Lite0 instead of five layers over 36 detected objects, and [BOI] stands for the whole picture. Two cross-modal
+layers of width 256 instead of five of 768. Not there: masked objects (features and labels) and question answering as tasks of
+pretraining.
+"""
+
+from __future__ import annotations
+
+from xfusion.data.mixture import MixtureConfig
+from xfusion.data.templates import Templates
+from xfusion.fusion.beside import Beside
+from xfusion.fusion.connectors.frame_transformer import FrameTransformer
+from xfusion.modalities.codecs.features import Features
+from xfusion.modalities.encoders.efficientnet_lite import EfficientNetLite
+from xfusion.modalities.encoders.vision_transformer import VisionTransformer
+from xfusion.modalities.image import ImageModality
+from xfusion.model import ModelConfig
+from xfusion.objectives.base import NoObjective
+from xfusion.objectives.masked_words import MaskedWords
+from xfusion.objectives.next_token import NextToken
+from xfusion.training.stages import Recipe, Stage
+
+KIND = "cross-modal encoder"
+PAPER = "arXiv 1908.07490"
+STATUS = "sketch"
+
+
+def lxmert(
+    depth: int = 2,
+    width: int = 256,
+    picture_depth: int = 2,
+    pairs: int = 32,
+    encoder: str | None = None,
+    side: int = 224,
+) -> Recipe:
+    """The recipe, sized for two CPU cores; pictures are only read.
+
+    Args:
+        depth: cross-modal layers; the paper has 5.
+        width: of the picture encoder and of the cross-modal layers.
+        picture_depth: layers of the picture encoder; the paper has 5.
+        pairs: pairs of a step; each picture meets its own words and those of another.
+        encoder: folder or hub id of a vision transformer; None takes EfficientNet-Lite0.
+        side: pixels that the encoder looks at.
+    """
+    looks = EfficientNetLite.Config() if encoder is None else VisionTransformer.Config(source=encoder)
+    templates = Templates(caption_dropout=0.0, other_wordings=0.3)
+    return Recipe(
+        model=ModelConfig(
+            image=ImageModality.Config(codec=Features.Config(encoder=looks), patch=1, sizes=(side,), behind_begin=True),
+            port=FrameTransformer.Config(inner_width=width, depth=picture_depth, mlp=4 * width),
+            fusion=Beside.Config(),
+            text=NextToken.Config(weight=0.0),
+            media=NoObjective.Config(),
+            extra=(MaskedWords.Config(width=width, depth=depth, mlp=4 * width),),
+        ),
+        data="emoji",
+        stages=(
+            Stage(rate=5e-4, schedule="cosine", mixture=MixtureConfig(draw=pairs, caption=0, templates=templates)),
+        ),
+    )

@@ -1,0 +1,85 @@
+"""Media beside the decoder: words are the base's own, media are what the port made of them, wherever they stand."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from contracts.table import (
+    BASES,
+    LAYERS,
+    distance,
+    exact,
+    look,
+    mixed_sequences,
+    model_config,
+    picture,
+    randomise,
+    view,
+    words,
+)
+from contracts.test_paths import FLOAT64, incremental, packings
+from contracts.test_text import state_of, text_batches
+
+from xfusion.backbone import Backbone
+from xfusion.data.sequence import Sequence, XFusionError
+from xfusion.fusion.beside import Beside
+from xfusion.model import Model
+
+SEQUENCES = mixed_sequences()
+
+
+def make(base, by=0.1):
+    model = Model(replace(model_config(base), fusion=Beside.Config()), base)
+    randomise(model, by=by)
+    return model.eval()
+
+
+@pytest.mark.parametrize("family", BASES)
+@torch.no_grad()
+def test_fast_whole_packed_and_cached_say_the_same(bases, family, monkeypatch):
+    with exact(monkeypatch):
+        model, calls = make(Backbone.load(bases[family].source, dtype=torch.float64)).double(), []
+        reference = Beside.reference_layer
+        monkeypatch.setattr(Beside, "reference_layer", lambda *a: calls.append(a[1]) or reference(*a))
+        alone = [look(model, view([[s]], model))[0] for s in SEQUENCES.values()]
+        for name, (packed, order) in packings().items():
+            batch = view(packed, model)
+            assert distance(look(model, batch), [alone[i] for i in order]) <= FLOAT64, name
+            with model.using(model.reference_engine()):
+                assert distance(look(model, batch), [alone[i] for i in order]) <= FLOAT64, name
+        for (name, sequence), expected in zip(SEQUENCES.items(), alone, strict=True):
+            assert distance(incremental(model, view([[sequence]], model)), [expected]) <= FLOAT64, name
+        assert set(calls) == set(range(LAYERS))  # else the fast path was compared with itself
+
+
+@pytest.mark.parametrize("family", BASES)
+@torch.no_grad()
+def test_text_is_bit_equal_and_the_base_stays(bases, family):
+    base = bases[family]
+    before, model = state_of(base), make(base, by=1.0)
+    assert model.fusion.preserves_text and model.regime == "strictly frozen"
+    assert list(model.fusion.parameters()) == []
+    for name, (ids, mask) in text_batches().items():
+        fused = model.text_logits(ids, stack="fused", attention_mask=mask)
+        assert torch.equal(model.text_logits(ids, attention_mask=mask), fused), name
+    assert state_of(base) == before
+
+
+@torch.no_grad()
+def test_media_are_the_ports_and_no_word_hears_of_them(bases):
+    model = make(bases["llama"])
+    batch = view([[s] for s in SEQUENCES.values()], model)
+    _, run = model.run_pass(batch)
+    assert torch.equal(run.states["image"], model.port(batch.media["image"]))
+    said = [look(model, view([[Sequence(segments=(picture((2, 2), i), words(5, 1)))]], model))[0][0] for i in (1, 2)]
+    assert torch.equal(*said)
+    batch = view([[Sequence(segments=(words(4, 1), picture((2, 2), 3)))]], model)
+    given = model.given_states(batch)
+    assert set(given) == {0}
+    _, looked_up = model.run_pass(batch, given=given)
+    assert torch.equal(looked_up.states["image"], model.port(batch.media["image"]))
+
+
+def test_there_is_nothing_to_place():
+    with pytest.raises(XFusionError, match="beside: stride 2, .* it has no blocks to place: leave them out"):
+        Beside.Config(stride=2).build()
