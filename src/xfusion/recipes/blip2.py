@@ -23,7 +23,7 @@ from xfusion.training.stages import Recipe
 
 KIND = "prefix"
 PAPER = "arXiv 2301.12597"
-STATUS = "sketch"
+STATUS = "runs"
 
 
 def blip2(queries: int = 7, cells: int = 49, encoder: str | None = None, side: int = 224) -> Recipe:

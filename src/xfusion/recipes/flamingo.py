@@ -26,7 +26,7 @@ from xfusion.training.stages import Recipe
 
 KIND = "cross-attention"
 PAPER = "arXiv 2204.14198"
-STATUS = "sketch"
+STATUS = "runs"
 
 
 def flamingo(

@@ -22,14 +22,14 @@ from xfusion.training.stages import Recipe
 
 KIND = "adaption prompt"
 PAPER = "arXiv 2303.16199"
-STATUS = "sketch"
+STATUS = "runs"
 
 
 def llama_adapter(
     prompts: int = 10,
     first: int = 2,
     depth: int = 1,
-    rate: float = 2e-3,
+    rate: float = 9e-3,
     encoder: str | None = None,
     side: int = 224,
 ) -> Recipe:
@@ -39,7 +39,7 @@ def llama_adapter(
         prompts: rows of a prompt.
         first: first layer with a prompt; the paper's is 2.
         depth: layers of the resampler that makes the picture's vector.
-        rate: largest learning rate; the paper's is 9e-3.
+        rate: largest learning rate; the paper's.
         encoder: folder or hub id of a vision transformer; None takes EfficientNet-Lite0.
         side: pixels that the encoder looks at.
     """

@@ -44,7 +44,7 @@ def llama_adapter_v2(
         encoder: folder or hub id of a vision transformer; None takes EfficientNet-Lite0.
         side: pixels that the encoder looks at.
     """
-    recipe = llama_adapter(encoder=encoder, side=side)
+    recipe = llama_adapter(rate=5e-4, encoder=encoder, side=side)  # beyond it the scales of matrices run away
     connector = Resampler.Config(latents=prompts, depth=depth, mlp=2)
     fusion = AdaptionPrompt.Config(
         prompts=prompts,

@@ -19,7 +19,7 @@ from xfusion.training.stages import Recipe
 
 KIND = "prefix"
 PAPER = "arXiv 2310.03744"
-STATUS = "sketch"
+STATUS = "runs"
 
 
 def llava_1_5(encoder: str | None = None, side: int = 224, strip: int = 1) -> Recipe:

@@ -33,7 +33,7 @@ from xfusion.training.stages import Recipe, Stage
 
 KIND = "cross-modal encoder"
 PAPER = "arXiv 1908.07490"
-STATUS = "sketch"
+STATUS = "runs"
 
 
 def lxmert(

@@ -24,7 +24,7 @@ from xfusion.training.stages import Recipe
 
 KIND = "sparse experts"
 PAPER = "arXiv 2401.15947"
-STATUS = "sketch"
+STATUS = "runs"
 
 
 def moe_llava(
