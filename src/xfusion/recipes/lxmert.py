@@ -22,8 +22,6 @@ from xfusion.data.templates import Templates
 from xfusion.fusion.beside import Beside
 from xfusion.fusion.connectors.frame_transformer import FrameTransformer
 from xfusion.modalities.codecs.features import Features
-from xfusion.modalities.encoders.efficientnet_lite import EfficientNetLite
-from xfusion.modalities.encoders.vision_transformer import VisionTransformer
 from xfusion.modalities.image import ImageModality
 from xfusion.model import ModelConfig
 from xfusion.objectives.base import NoObjective
@@ -54,11 +52,10 @@ def lxmert(
         encoder: folder or hub id of a vision transformer; None takes EfficientNet-Lite0.
         side: pixels that the encoder looks at.
     """
-    looks = EfficientNetLite.Config() if encoder is None else VisionTransformer.Config(source=encoder)
     templates = Templates(caption_dropout=0.0, other_wordings=0.3)
     return Recipe(
         model=ModelConfig(
-            image=ImageModality.Config(codec=Features.Config(encoder=looks), patch=1, sizes=(side,), behind_begin=True),
+            image=ImageModality.Config(codec=Features.Config.of(encoder), patch=1, sizes=(side,), behind_begin=True),
             port=FrameTransformer.Config(inner_width=width, depth=picture_depth, mlp=4 * width),
             fusion=Beside.Config(),
             text=NextToken.Config(weight=0.0),
