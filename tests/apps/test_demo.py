@@ -140,6 +140,9 @@ def test_the_whole_demo_on_a_tiny_base(bases, tmp_path, monkeypatch):
     assert (out / "fresh.before" / "pack").is_dir()
 
 
+IDENTITY = {"source": "wheel:w/Base-1B.Q4_1.gguf", "revision": None, "fingerprint": "base"}
+
+
 class Knower:
     """Draws and names what it was trained on; knows nothing else."""
 
@@ -148,7 +151,7 @@ class Knower:
     guidance = 3.0
     fingerprint = "weights"
     image = ImageModality.Config(patch=4, sizes=(16,)).build()
-    backbone = SimpleNamespace(source="wheel:w/Base-1B.Q4_1.gguf", revision=None, fingerprint="base")
+    backbone = SimpleNamespace(**IDENTITY, identity=IDENTITY)
 
     def __init__(self, source):
         self.pictures = {e.captions[0]: source.picture(i, 16) for i, e in enumerate(source.examples)}
@@ -198,9 +201,7 @@ PROOF = {"text_identical": True, "checks": [{"name": "logits", "passed": True, "
 @pytest.fixture
 def played(monkeypatch):
     """The demo with its slow parts played."""
-    backbone = SimpleNamespace(
-        **vars(Knower.backbone), special_tokens=(), model=SimpleNamespace(parameters=lambda: iter([torch.zeros(7)]))
-    )
+    backbone = SimpleNamespace(**vars(Knower.backbone), special_tokens=(), num_parameters=7)
     monkeypatch.setattr(demo.Backbone, "load", lambda *a, **k: backbone)
     monkeypatch.setattr(demo, "train", trained)
     monkeypatch.setattr(demo, "verify", lambda model, progress: PROOF)

@@ -205,13 +205,13 @@ class Naive(Prompted):
         q = frozen.q_proj(x).unflatten(-1, (-1, frozen.head_dim)).transpose(1, 2)
         q, _ = apply_rotary_pos_emb(q, q, cos, sin)
         k, v = self.kv
-        out = out.clone()
+        gate, out = self.gated.o_proj.delta.gate, out.clone()
         for b, i in self.reads.any(-1).nonzero().tolist():
             heads = []
             for head in range(q.shape[1]):
                 group, mine = head // frozen.num_key_value_groups, self.reads[b, i]
                 weight = (k[b, group][mine] @ q[b, head, i] / math.sqrt(frozen.head_dim)).softmax(-1)
-                heads.append(self.gate[head].tanh() * (weight @ v[b, group][mine]))
+                heads.append(gate[head].tanh() * (weight @ v[b, group][mine]))
             out[b, i] += frozen.o_proj.weight @ torch.cat(heads)
         return (out, *rest)
 
