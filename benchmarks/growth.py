@@ -31,6 +31,7 @@ from xfusion.data.sequence import Batch, Sequence, Text
 from xfusion.fusion.dual_tower import DualTower
 from xfusion.modalities.image import ImageModality
 from xfusion.model import Model, ModelConfig, build, choose_attention, choose_compute_dtype, compiled_graphs
+from xfusion.storage import write_json
 from xfusion.training.memory import keep_freed_memory
 from xfusion.training.optimizer import Optimizer
 
@@ -119,7 +120,7 @@ def measure(point: Point, base: Backbone, settings: Settings) -> dict:
     model = build(ModelConfig(fusion=DualTower.Config(stride=stride, mlp=mlp), image=image), base)
     dtype, reason = choose_compute_dtype(base.device)
     engine = model.training_engine(dtype, reason, choose_attention(base.device), settings.compile)
-    optimizer = Optimizer(model.named_new_parameters(), 0.0)
+    optimizer = Optimizer(model.named_new_parameters())
     batch, taken, graphs = batch_of(model, point), [], 0
     for number in range(2 + settings.steps):
         begun = time.perf_counter()
@@ -148,8 +149,7 @@ def main(settings: Settings) -> None:
         rows.append({"varied": name} | measure(point, bases[point.depth], settings))
         print(json.dumps(rows[-1]), flush=True)
     result = {"command": "python benchmarks/growth.py", "commit": commit(), "machine": machine(), "load_before": load}
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(json.dumps(result | {"rows": rows}, indent=2) + "\n", encoding="utf-8")
+    write_json(settings.out, result | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def main(settings: Settings) -> None:
     backbone = Backbone.of_shape(settings.shape, device)
     image = ImageModality.Config(patch=4, sizes=(4 * settings.side,))
     model = build(ModelConfig(fusion=DualTower.Config(stride=settings.stride), image=image), backbone)
-    optimizer = Optimizer(model.named_new_parameters(), 0.0)
+    optimizer = Optimizer(model.named_new_parameters())
     attention = "eager" if device.type == "cpu" else "sdpa"
     result: dict[str, object] = {
         "shape": settings.shape,

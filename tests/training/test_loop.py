@@ -386,7 +386,7 @@ def test_the_average_warms_up_and_is_what_is_saved(bases, tmp_path):
 
 def test_the_optimizer_averages_what_it_says():
     weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
-    optimizer, expected = Optimizer({"w": weight}, weight_decay=0.0), weight.detach().clone()
+    optimizer, expected = Optimizer({"w": weight}), weight.detach().clone()
     for decay in (0.0, 0.5, 0.9):
         (weight.square().sum() * 10).backward()
         norm = optimizer.step(0.1, clip=1.0, ema=decay)

@@ -255,7 +255,7 @@ class _Run:
         model, first, sharding = self.model, self.processes.first, self.sharding
         add = None if sharding is None else self.processes.total
         self.processes.same_weights([p for p in model.new_parameters() if not is_divided(p)])
-        self.optimizer = Optimizer(model.named_new_parameters(), self.recipe.stages[0].weight_decay, add)
+        self.optimizer = Optimizer(model.named_new_parameters(), add)
         if self.resume:
             self._load(self.out / "state")
         self.track = Track(self.out if first else None, self.console if first else None, self.listener, self.step)

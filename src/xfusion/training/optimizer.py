@@ -19,16 +19,13 @@ class Optimizer:
 
     Args:
         parameters: float32 masters by name; divided ones are `DTensor`.
-        weight_decay: AdamW's, until a step names another.
         add: adds a number up over all processes; asked only where weights are divided.
     """
 
-    def __init__(
-        self, parameters: dict[str, nn.Parameter], weight_decay: float, add: Callable[[Tensor], Tensor] | None = None
-    ):
+    def __init__(self, parameters: dict[str, nn.Parameter], add: Callable[[Tensor], Tensor] | None = None):
         self.parameters, self.add = parameters, add
         self.list: list[nn.Parameter] = [_own(p) for p in parameters.values()]
-        self.adamw = torch.optim.AdamW(self.list, lr=0.0, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
+        self.adamw = torch.optim.AdamW(self.list, lr=0.0, betas=(0.9, 0.95), fused=True)
         self.average = [p.detach().clone() for p in self.list]
 
     @property
@@ -41,14 +38,14 @@ class Optimizer:
         """What AdamW remembers so far."""
         return [value for state in self.adamw.state.values() for value in state.values() if value.dim()]
 
-    def step(self, rate: float, clip: float, ema: float, weight_decay: float | None = None) -> float:
+    def step(self, rate: float, clip: float, ema: float, weight_decay: float = 0.0) -> float:
         """One step; returns the norm of the gradient before clipping. Without a finite norm nothing is changed.
 
         Args:
             rate: the learning rate.
             clip: largest norm of the gradient.
             ema: decay of the average.
-            weight_decay: AdamW's from now on; None leaves it.
+            weight_decay: AdamW's.
         """
         norm = self._norm()
         if not bool(norm.isfinite()):
@@ -57,7 +54,7 @@ class Optimizer:
             torch.nn.utils.clip_grads_with_norm_(self.list, clip, norm)
         for group in self.adamw.param_groups:
             group["lr"] = rate
-            group["weight_decay"] = group["weight_decay"] if weight_decay is None else weight_decay
+            group["weight_decay"] = weight_decay
         self.adamw.step()
         self.forget_gradients()
         get_ema_multi_avg_fn(ema)(self.average, [p.detach() for p in self.list], None)

@@ -149,7 +149,7 @@ class Step:
             bench.dtype, "measured", choose_attention(base.device), bench.compile
         )
         self.engine.keep_text, self.engine.activation_checkpointing = keep_text, activation_checkpointing
-        self.optimizer = Optimizer(model.named_new_parameters(), 0.0)
+        self.optimizer = Optimizer(model.named_new_parameters())
         self.numbers, self.rate = count(), 1e-4
         self.period: int | None = PERIOD
         self.samples = mixture.draw + mixture.caption

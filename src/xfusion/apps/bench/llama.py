@@ -50,7 +50,7 @@ def measure(bench: Bench) -> dict[str, Any]:
 
 def _text_training(bench: Bench, ids: torch.Tensor) -> tuple[Any, Callable[[], None]]:
     model: Any = copy.deepcopy(bench.backbone.model).float().requires_grad_(True).train()
-    optimizer = Optimizer(dict(model.named_parameters()), 0.0)
+    optimizer = Optimizer(dict(model.named_parameters()))
 
     def step() -> None:
         with torch.autocast(ids.device.type, bench.dtype, enabled=bench.dtype != torch.float32):

@@ -108,7 +108,7 @@ class Peer:
         self.rate, self.period = step.rate, step.period
         weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self.facts = {"width": width, "trainable_parameters": sum(weight.numel() for weight in weights.values())}
-        self.optimizer = Optimizer(weights, 0.0)
+        self.optimizer = Optimizer(weights)
         self.grid = step.model.image.grid(step.model.image.sizes[0])
 
     def __call__(self) -> None:
