@@ -19,8 +19,9 @@ from typing import Annotated
 import torch
 import tyro
 
-from xfusion.apps.bench.base import Bench, Step
+from xfusion.apps.bench.base import PERIOD, Bench, Step
 from xfusion.comparison.machine import commit, machine
+from xfusion.storage import write_json
 
 RESULT = Path(__file__).parent / "results" / "profile.json"
 KINDS = {
@@ -63,7 +64,7 @@ def main(settings: Settings) -> None:
         after = resource.getrusage(resource.RUSAGE_SELF)
         begun = time.perf_counter()
         for number in range(settings.steps):
-            step.mixture.batches(number % 8)
+            step.mixture.batches(number % PERIOD)
         batches = (time.perf_counter() - begun) / settings.steps
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             for _ in range(settings.steps):
@@ -84,7 +85,7 @@ def main(settings: Settings) -> None:
         table = found.table(sort_by="self_cpu_time_total", row_limit=40, max_name_column_width=70)
         settings.out.with_name(f"profile_{kind}.txt").write_text(table + "\n", encoding="utf-8")
         print(json.dumps({kind: result[kind]}), flush=True)
-    settings.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(settings.out, result)
 
 
 if __name__ == "__main__":

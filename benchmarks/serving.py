@@ -36,6 +36,7 @@ import xfusion
 from xfusion.apps.commands.base import short_name
 from xfusion.comparison.machine import commit, machine
 from xfusion.data.sequence import Text
+from xfusion.storage import write_json
 
 RESULT = Path(__file__).parent / "results" / "serving.json"
 PROMPTS = ("a red heart", "a yellow star", "a green tree", "a blue car")
@@ -198,8 +199,7 @@ def main(settings: Settings) -> None:
         "tokens": settings.tokens,
         "rows": rows,
     }
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(settings.out, result)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from xfusion.data.sources import open_source
 from xfusion.evaluation.metrics.retrieval import retrieval
 from xfusion.evaluation.suites.emoji import chosen
 from xfusion.objectives import solvers
+from xfusion.storage import write_json
 
 RESULT = Path(__file__).parent / "results" / "solvers.json"
 
@@ -78,8 +79,7 @@ def main(settings: Settings) -> None:
         "gallery": len(groups),
         "rows": rows,
     }
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(settings.out, result)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from xfusion.apps.bench.transfusion import Peer, peer_of
 from xfusion.comparison.machine import commit, machine
 from xfusion.data.mixture import Mixture
 from xfusion.recipes.xfusion import demo
+from xfusion.storage import write_json
 
 RESULT = Path(__file__).parent / "results" / "time_to_loss.json"
 WARMUP = 30
@@ -118,8 +119,7 @@ def main(settings: Settings) -> None:
         "curves": curves,
         "steps": steps,
     }
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(settings.out, result)
 
 
 if __name__ == "__main__":

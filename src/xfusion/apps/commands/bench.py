@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import importlib
-import json
 import multiprocessing
 import os
 import sys
@@ -12,14 +11,13 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 
-from xfusion.apps.commands.base import Answer, UsageError, Verb, written
+from xfusion.apps.commands.base import Answer, UsageError, Verb
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +47,7 @@ class Bench(Verb):
         from xfusion.apps.bench import base
         from xfusion.comparison.machine import commit, machine
         from xfusion.data.sequence import XFusionError
+        from xfusion.storage import write_json
 
         for name in self.only:
             if name not in base.names():
@@ -72,7 +71,7 @@ class Bench(Verb):
             data |= {"load_after": _load(), "seconds": round(time.perf_counter() - begun, 1)}
             data = _rounded(data)
             if self.out is not None:  # after every question: the next may take the machine with it
-                written(self.out, partial(_write, data))
+                write_json(self.out, data)
         return Answer(data=data, text=_text(data))
 
     def _alone(self, name: str) -> dict[str, Any]:
@@ -104,10 +103,6 @@ def _measured(name: str, base: str | None, data: str, compile: bool, quick: bool
 
     bench = Bench.of(base, data, compile=compile, quick=quick, tell=tell)
     return importlib.import_module(f"xfusion.apps.bench.{name}").measure(bench)
-
-
-def _write(data: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def _load() -> float | None:
