@@ -466,3 +466,19 @@ def test_a_copy_that_is_not_visible_to_later_is_seen_by_nobody_later(bases):
     torch.testing.assert_close(one[0], other[0], rtol=0, atol=FLOAT32)
     torch.testing.assert_close(one[1][rows:], other[1][rows:], rtol=0, atol=FLOAT32)
     assert float((one[1][1:rows] - other[1][1:rows]).abs().max()) > 1e-2
+
+
+def paths_agree(model, monkeypatch):
+    """Fast, whole, packed and cached say the same in float64."""
+    calls = []
+    kind, reference = type(model.fusion), type(model.fusion).reference_layer
+    monkeypatch.setattr(kind, "reference_layer", lambda *a: calls.append(a[1]) or reference(*a))
+    alone = [look(model, view([[s]], model))[0] for s in SEQUENCES.values()]
+    for name, (packed, order) in packings().items():
+        batch = view(packed, model)
+        assert distance(look(model, batch), [alone[i] for i in order]) <= FLOAT64, name
+        with model.using(model.reference_engine()):
+            assert distance(look(model, batch), [alone[i] for i in order]) <= FLOAT64, name
+    for (name, sequence), expected in zip(SEQUENCES.items(), alone, strict=True):
+        assert distance(incremental(model, view([[sequence]], model)), [expected]) <= FLOAT64, name
+    assert set(calls) == set(range(LAYERS))  # else the fast path was compared with itself

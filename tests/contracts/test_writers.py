@@ -6,7 +6,6 @@ from contracts.table import (
     BASES,
     LAYERS,
     WRITERS,
-    distance,
     exact,
     float64_model,
     look,
@@ -17,7 +16,7 @@ from contracts.table import (
     view,
     words,
 )
-from contracts.test_paths import FLOAT64, incremental, packings
+from contracts.test_paths import packings, paths_agree
 from contracts.test_text import state_of, text_batches
 
 from xfusion.data.sequence import Sequence
@@ -32,18 +31,8 @@ UNREAD = {"port.begin", "port.norm.weight", "port.head.weight", "port.head.bias"
 @torch.no_grad()
 def test_fast_whole_packed_and_cached_say_the_same(bases, fusion, family, monkeypatch):
     with exact(monkeypatch):
-        model, calls = float64_model(bases[family], fusion), []
-        kind, reference = type(model.fusion), type(model.fusion).reference_layer
-        monkeypatch.setattr(kind, "reference_layer", lambda *a: calls.append(a[1]) or reference(*a))
-        alone = [look(model, view([[s]], model))[0] for s in SEQUENCES.values()]
-        for name, (packed, order) in packings().items():
-            batch = view(packed, model)
-            assert distance(look(model, batch), [alone[i] for i in order]) <= FLOAT64, name
-            with model.using(model.reference_engine()):
-                assert distance(look(model, batch), [alone[i] for i in order]) <= FLOAT64, name
-        for (name, sequence), expected in zip(SEQUENCES.items(), alone, strict=True):
-            assert distance(incremental(model, view([[sequence]], model)), [expected]) <= FLOAT64, name
-        assert set(calls) == set(range(LAYERS))  # else the fast path was compared with itself
+        model = float64_model(bases[family], fusion)
+        paths_agree(model, monkeypatch)
 
 
 @pytest.mark.parametrize("fusion", WRITERS)

@@ -6,8 +6,6 @@ import pytest
 import torch
 from contracts.table import (
     BASES,
-    LAYERS,
-    distance,
     exact,
     look,
     mixed_sequences,
@@ -17,7 +15,7 @@ from contracts.table import (
     view,
     words,
 )
-from contracts.test_paths import FLOAT64, incremental, packings
+from contracts.test_paths import paths_agree
 from contracts.test_text import state_of, text_batches
 
 from xfusion.backbone import Backbone
@@ -38,18 +36,7 @@ def make(base, by=0.1):
 @torch.no_grad()
 def test_fast_whole_packed_and_cached_say_the_same(bases, family, monkeypatch):
     with exact(monkeypatch):
-        model, calls = make(Backbone.load(bases[family].source, dtype=torch.float64)).double(), []
-        reference = Beside.reference_layer
-        monkeypatch.setattr(Beside, "reference_layer", lambda *a: calls.append(a[1]) or reference(*a))
-        alone = [look(model, view([[s]], model))[0] for s in SEQUENCES.values()]
-        for name, (packed, order) in packings().items():
-            batch = view(packed, model)
-            assert distance(look(model, batch), [alone[i] for i in order]) <= FLOAT64, name
-            with model.using(model.reference_engine()):
-                assert distance(look(model, batch), [alone[i] for i in order]) <= FLOAT64, name
-        for (name, sequence), expected in zip(SEQUENCES.items(), alone, strict=True):
-            assert distance(incremental(model, view([[sequence]], model)), [expected]) <= FLOAT64, name
-        assert set(calls) == set(range(LAYERS))  # else the fast path was compared with itself
+        paths_agree(make(Backbone.load(bases[family].source, dtype=torch.float64)).double(), monkeypatch)
 
 
 @pytest.mark.parametrize("family", BASES)

@@ -502,3 +502,38 @@ class Fusion(nn.Module):
         x = torch.cat(list(run.states.values()), dim=1)
         block = run.by_noise(block, run.states) if by_noise else block
         return run.cut(run_rows(block, x, run.calls(call)[""], run.mask("", self.windows[index]), [], [])[0])
+
+
+class WithoutBlocks(Fusion):
+    """A mechanism that puts nothing at the frozen layers: what is new stands before them, beside them or above them."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Fusion.Config):
+        """Nothing to set; ``stride``, ``offset`` and ``layers`` have nothing to place."""
+
+        def sizes(self, num_layers: int) -> Iterator[Fusion.Config]:
+            """None: its weights are others'."""
+            del num_layers
+            yield from ()
+
+        def refuse_places(self, name: str) -> None:
+            """Refuse settings that would place blocks.
+
+            Args:
+                name: of the mechanism, for the message.
+
+            Raises:
+                XFusionError: one is set.
+            """
+            if (self.stride, self.offset, self.layers) != (1, None, None):
+                raise XFusionError(
+                    f"{name}: stride {self.stride}, offset {self.offset}, layers {self.layers}, but it has no blocks to"
+                    " place: leave them out"
+                )
+
+    def install(self, backbone: Backbone) -> None:
+        """Learn the shape of the base."""
+        self.windows = [backbone.window(i) for i in range(backbone.num_layers)]
+
+    def set_attention(self, implementation: str) -> None:
+        """Nothing of it is the base's kind of block: the frozen layers say which attention they use."""

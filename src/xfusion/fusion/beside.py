@@ -10,47 +10,28 @@ Shape legend: ``B`` batch row, ``n`` rows of one owner, ``D`` model width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from xfusion.backbone import Backbone
-from xfusion.data.sequence import XFusionError
-from xfusion.fusion.base import Call, Fusion, Pass
+from xfusion.fusion.base import Call, Pass, WithoutBlocks
 from xfusion.layers import run_rows
 
 
-class Beside(Fusion):
+class Beside(WithoutBlocks):
     """Words through the frozen layers alone; media states stay what the port made of them."""
 
     preserves_text = True
     prefix_is_constant = True
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Fusion.Config):
+    class Config(WithoutBlocks.Config):
         """Nothing to set: there are no blocks."""
-
-        def sizes(self, num_layers: int) -> Iterator[Beside.Config]:
-            """None: its weights are the port's and the objectives'."""
-            del num_layers
-            yield from ()
 
         def build(self) -> Beside:
             """The fusion, not yet installed."""
-            if (self.stride, self.offset, self.layers) != (1, None, None):
-                raise XFusionError(
-                    f"beside: stride {self.stride}, offset {self.offset}, layers {self.layers}, but it has no blocks to"
-                    " place: leave them out"
-                )
+            self.refuse_places("beside")
             return Beside(self)
-
-    def install(self, backbone: Backbone) -> None:
-        """Learn the shape of the base; there is nothing to make."""
-        self.windows = [backbone.window(i) for i in range(backbone.num_layers)]
-
-    def set_attention(self, implementation: str) -> None:
-        """Nothing is its own: the frozen layers say which attention they use."""
 
     @property
     def state_layers(self) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from xfusion.backbone import Backbone
 from xfusion.data.sequence import XFusionError
-from xfusion.fusion.base import Call, Fusion, Pass
+from xfusion.fusion.base import Call, Pass, WithoutBlocks
 from xfusion.layers import KeysValues, run_rows
 
 
@@ -68,7 +68,7 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-class Conditioned(Fusion):
+class Conditioned(WithoutBlocks):
     """Frozen layers for words alone, and beside them a denoiser that reads their states."""
 
     preserves_text = True
@@ -76,7 +76,7 @@ class Conditioned(Fusion):
     num_towers = 2
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Fusion.Config):
+    class Config(WithoutBlocks.Config):
         """Size of the denoiser."""
 
         width: int = 256
@@ -99,23 +99,16 @@ class Conditioned(Fusion):
                     f"conditioned: width {self.width}, depth {self.depth}, {self.heads} heads: take positive sizes, and a"
                     " width that the heads divide"
                 )
-            if (self.stride, self.offset, self.layers) != (1, None, None):
-                raise XFusionError(
-                    f"conditioned: stride {self.stride}, offset {self.offset}, layers {self.layers}, but the denoiser"
-                    " stands beside the base and not at its layers: leave them out"
-                )
+            self.refuse_places("conditioned")
             return Conditioned(self)
 
     def install(self, backbone: Backbone) -> None:
         """The denoiser; no layer of the base gets anything new."""
-        self.windows = [backbone.window(i) for i in range(backbone.num_layers)]
+        super().install(backbone)
         config, width = self.config, backbone.hidden_size
         self.into, self.out = nn.Linear(width, config.width), nn.Linear(config.width, width)
         self.words_norm, self.pooled = nn.LayerNorm(width), nn.Linear(width, config.width)
         self.denoiser = nn.ModuleList(Block(config.width, width, config.heads) for _ in range(config.depth))
-
-    def set_attention(self, implementation: str) -> None:
-        """Nothing of it is the base's kind of block."""
 
     @property
     def state_layers(self) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
 """Gated cross-attention before frozen layers (Flamingo, arXiv 2204.14198; OpenFlamingo, 2308.01390; Idefics, 2306.16527).
 
     y = x + tanh(a) O softmax(mask(Q n(x) (K m)^T / sqrt(K))) V m
-    y = y + tanh(b) MLP(n'(y))                    a = b = 0 at first;  then the frozen layer on y
+    y = y + tanh(b) MLP(n'(y))                    a = b = ``gate`` at first, 0 in the papers;
+                                                  then the frozen layer on y
 
 for words x that read media rows m. The published code zeroes the attention of words that see no medium, and in the mode
 that attends to all earlier media not even that, but the gated MLP acts on all words: once trained, text alone comes out

@@ -11,46 +11,27 @@ Shape legend: ``B`` batch row, ``n`` rows of one owner, ``D`` model width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from xfusion.backbone import Backbone
-from xfusion.data.sequence import XFusionError
-from xfusion.fusion.base import Call, Fusion, Pass
+from xfusion.fusion.base import Call, Pass, WithoutBlocks
 
 
-class Prefix(Fusion):
+class Prefix(WithoutBlocks):
     """Frozen layers for all rows, and nothing beside them."""
 
     preserves_text = True
     prefix_is_constant = True
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Fusion.Config):
+    class Config(WithoutBlocks.Config):
         """Nothing to set: the mechanism has no blocks."""
-
-        def sizes(self, num_layers: int) -> Iterator[Prefix.Config]:
-            """None: its weights are the connector's."""
-            del num_layers
-            yield from ()
 
         def build(self) -> Prefix:
             """The fusion, not yet installed."""
-            if (self.stride, self.offset, self.layers) != (1, None, None):
-                raise XFusionError(
-                    f"prefix: stride {self.stride}, offset {self.offset}, layers {self.layers}, but it has no blocks to"
-                    " place: leave them out"
-                )
+            self.refuse_places("prefix")
             return Prefix(self)
-
-    def install(self, backbone: Backbone) -> None:
-        """Learn the shape of the base; there is nothing to make."""
-        self.windows = [backbone.window(i) for i in range(backbone.num_layers)]
-
-    def set_attention(self, implementation: str) -> None:
-        """Nothing is its own: the frozen layers say which attention they use."""
 
     @property
     def state_layers(self) -> tuple[int, ...]:
