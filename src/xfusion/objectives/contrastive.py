@@ -104,8 +104,7 @@ class Contrastive(Objective):
                 nothing = self.words.weight.new_zeros(0, self.words.in_features)
                 own = torch.stack([_unit(self.words, nothing), _unit(self.media, nothing)], dim=1)
             known = identities(batch, media)
-            vectors, first = _of_all(own)
-            others, _ = _of_all(known)
+            vectors, others, first = _of_all(own, known)
             aim = first + torch.arange(len(own), device=own.device)
             excluded = alike(known, others)
             excluded[torch.arange(len(own), device=own.device), aim] = False
@@ -164,16 +163,16 @@ class _Gathered(torch.autograd.Function):
         return summed[ctx.place], None, None
 
 
-def _of_all(own: Tensor) -> tuple[Tensor, int]:
-    """Rows of all processes, and where the own ones begin; some may have none."""
+def _of_all(own: Tensor, known: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Vectors and `identities` of the pairs of all processes, and where the own ones begin; some may have none."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return own, 0
+        return own, known, 0
     rank = dist.get_rank()
     counts = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=own.device)
     counts[rank] = len(own)
     dist.all_reduce(counts)
-    first = int(counts[:rank].sum())
-    return _Gathered.apply(own, first, int(counts.sum())), first
+    first, total = int(counts[:rank].sum()), int(counts.sum())
+    return _Gathered.apply(own, first, total), _Gathered.apply(known, first, total), first
 
 
 def pair_places(media: MediaRows) -> tuple[Tensor, Tensor]:
