@@ -70,9 +70,13 @@ def numbers(scores: Mapping[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in kept.items()}
 
 
-def learning_curves(log: Path) -> dict[str, list[list[float]]]:
-    """Loss -> points of samples so far and mean loss, from the log of a whole run."""
-    events = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+def logged(log: Path) -> list[dict[str, Any]]:
+    """Events of a run's log, but for a last line that a killed process left unfinished."""
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+
+
+def learning_curves(events: Sequence[dict[str, Any]]) -> dict[str, list[list[float]]]:
+    """Loss -> points of samples so far and mean loss, from the events of a whole run."""
     steps = [event for event in events if event.get("event") == "step"]
     if not steps:
         return {}
@@ -87,9 +91,8 @@ def learning_curves(log: Path) -> dict[str, list[list[float]]]:
     return out
 
 
-def seconds_trained(log: Path) -> float:
-    """Seconds that a run trained, in all of its processes, from its log."""
-    events = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+def seconds_trained(events: Sequence[dict[str, Any]]) -> float:
+    """Seconds that a run trained, resumed or not, from its events."""
     return max((event["seconds"] for event in events if "seconds" in event), default=0.0)
 
 

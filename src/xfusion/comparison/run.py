@@ -45,6 +45,7 @@ from xfusion.comparison.results import (
     REAL,
     SUMMARY,
     learning_curves,
+    logged,
     numbers,
     portable,
     refuse_changed,
@@ -583,14 +584,15 @@ class _Comparison:
             drawn = model.draw(prompts, seed=0, **steps, **guidance)
             write_strip(path.with_suffix(".png"), drawn, model.image.sizes[0])
         _, cost = self._cost(entry, share)
+        events = logged(work / "log.jsonl")
         result = {
             **asked,
             "scores": numbers(scores),
             "scored": {k: v for k, v in scored.items() if k != "versions"},
             "preserves_text": bool(model.fusion.preserves_text),
             "regime": model.regime,
-            "cost": cost | {"peak_memory": memory, "wall_minutes": round(seconds_trained(work / "log.jsonl") / 60, 3)},
-            "learning": learning_curves(work / "log.jsonl"),
+            "cost": cost | {"peak_memory": memory, "wall_minutes": round(seconds_trained(events) / 60, 3)},
+            "learning": learning_curves(events),
             "machine": machine(),
             "commit": commit(),
         }
