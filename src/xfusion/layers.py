@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from xfusion.data.sequence import Rows, XFusionError, seen, sees, visible
+from xfusion.data.sequence import Rows, XFusionError, never_blind, seen, sees, visible
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of one tower at one layer, each ``[B, H, n, K]``, after norm and rotary embedding."""
@@ -135,8 +135,8 @@ def block_mask(query: Rows, key: Rows, window: int | None = None) -> Any:
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    found = visible(query, key, window)
-    blind = ~seen(query, key, window).any(dim=-1)
+    found = seen(query, key, window)
+    blind, found = ~found.any(dim=-1), never_blind(found)
     queries, keys = query.seeing, key.seeing
 
     def rule(b: Tensor, _: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -145,10 +145,10 @@ def block_mask(query: Rows, key: Rows, window: int | None = None) -> Any:
 
     pad = (0, -found.shape[2] % BLOCK, 0, -found.shape[1] % BLOCK)
     held = functional.pad(found, pad).unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK)).sum(dim=(2, 4))
-    all_of_them = BLOCK * BLOCK
+    whole = BLOCK * BLOCK
     return BlockMask.from_kv_blocks(
-        *_listed((held > 0) & (held < all_of_them)),
-        *_listed(held == all_of_them),
+        *_listed((held > 0) & (held < whole)),
+        *_listed(held == whole),
         BLOCK_SIZE=BLOCK,
         mask_mod=rule,
         seq_lengths=(query.count, key.count),

@@ -227,7 +227,11 @@ def sees(query: Seeing, key: Seeing, window: int | None = None) -> Tensor:
 
 def visible(query: Rows, key: Rows, window: int | None = None) -> Tensor:
     """`seen`, but a query that sees nothing (padding) sees position 0 of the keys: no row of a softmax is empty."""
-    found = seen(query, key, window)
+    return never_blind(seen(query, key, window))
+
+
+def never_blind(found: Tensor) -> Tensor:
+    """Bool ``[..., q, k]`` in which a query that sees nothing sees the first key."""
     first = torch.zeros_like(found)
     first[..., 0] = True
     return torch.where(found.any(dim=-1, keepdim=True), found, first)
