@@ -241,7 +241,7 @@ def test_an_address_that_a_request_names_is_not_fetched(page_at, monkeypatch):
     monkeypatch.setattr(safehttpx, "async_validate_url", noted)
     file = {"path": address, "meta": {"_type": "gradio.FileData"}, "orig_name": "a.png"}
     with httpx.Client(base_url=page_at[0], timeout=60, trust_env=False) as client:
-        assert client.get(f"/gradio_api/file={address}").status_code == 403
+        assert client.get(f"gradio_api/file={address}").status_code == 403
         config = client.get("/config").json()
         kinds = {component["id"]: component["type"] for component in config["components"]}
         sent = 0
@@ -252,8 +252,8 @@ def test_an_address_that_a_request_names_is_not_fetched(page_at, monkeypatch):
                 data: list[object] = [None] * len(event["inputs"])
                 data[place] = {"text": "", "files": [file]} if kinds[component] == "multimodaltextbox" else file
                 body = {"data": data, "fn_index": event["id"], "session_hash": f"hand{sent}"}
-                assert client.post("/gradio_api/queue/join", json=body).status_code == 200
-                told = client.get("/gradio_api/queue/data", params={"session_hash": f"hand{sent}"}).text
+                assert client.post("gradio_api/queue/join", json=body).status_code == 200
+                told = client.get("gradio_api/queue/data", params={"session_hash": f"hand{sent}"}).text
                 assert '"success":false' in told and '"process_generating"' not in told
                 sent += 1
     assert sent > 10 and not asked
