@@ -168,12 +168,65 @@ def rows_mask(query: Rows, key: Rows, window: int | None, implementation: str, d
     return attention_mask(visible(query, key, window), implementation, dtype)
 
 
+class _Scores(torch.autograd.Function):
+    """``q @ k^T``, whose gradients lie as q and k do.
+
+    Autograd's own lays that of k out across, and what stands behind it (sums, rotary positions) reads it so.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k)
+        return q @ k.mT
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (grad,), (q, k) = grads, ctx.saved_tensors
+        return grad @ k, grad.mT @ q
+
+
+def grouped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention as plain products in which the queries of a group stand under their key in one matrix (Ainslie et al. 2023,
+    arXiv 2305.13245): keys and values are not copied for every query head, and their gradients need no sum.
+
+    Takes what transformers' own ``sdpa`` takes, and as it no soft-cap and no sinks; nothing is dropped out.
+
+    Args:
+        module: the layer's attention.
+        query: ``[B, G H, n, K]``, G of them to a key head.
+        key: ``[B, H, k, K]``.
+        value: as the keys.
+        attention_mask: added to the scores, ``[B, 1, n, k]``, or None.
+        scaling: of the scores; None is one over the root of the head's width.
+
+    Returns:
+        ``[B, n, G H, K]`` and the weights ``[B, G H, n, k]``.
+    """
+    batch, heads, rows, width = query.shape
+    own, keys = key.shape[1], key.shape[2]
+    scores = _Scores.apply(query.reshape(batch, own, -1, width), key) * (width**-0.5 if scaling is None else scaling)
+    scores = scores.view(batch, heads, rows, keys)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    read = weights.view(batch, own, -1, keys) @ value
+    return read.view(batch, heads, rows, -1).transpose(1, 2).contiguous(), weights
+
+
 def attention_mask(found: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
     """A 4-D mask ``[B, 1, q, k]`` from bool ``[B, q, k]`` in the form that an attention implementation takes.
 
-    sdpa takes bool; eager adds the mask to the scores and takes nothing else.
+    sdpa takes bool; eager and grouped add the mask to the scores and take nothing else.
     """
-    if implementation == "eager":
+    if implementation in ("eager", "grouped"):
         blocked = torch.zeros(found.shape, dtype=dtype, device=found.device)
         return blocked.masked_fill(~found, torch.finfo(dtype).min)[:, None]
     if implementation == "sdpa":

@@ -122,7 +122,7 @@ def choose_compute_dtype(device: torch.device) -> tuple[torch.dtype, str]:
     return torch.float32, f"float32: no native bfloat16 on this {device.type}"
 
 
-ATTENTIONS = ("eager", "sdpa", "flex_attention")
+ATTENTIONS = ("grouped", "eager", "sdpa", "flex_attention")
 """What layers can attend by: plain products, torch's fused kernel, FlexAttention over block masks."""
 
 
@@ -145,7 +145,7 @@ def choose_attention(device: torch.device, asked: str | None = None) -> str:
         )
     if asked is not None:
         return asked
-    return "eager" if device.type == "cpu" else "sdpa"
+    return "grouped" if device.type == "cpu" else "sdpa"
 
 
 class Model(nn.Module):

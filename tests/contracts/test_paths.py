@@ -139,8 +139,8 @@ def test_the_training_engine_agrees_with_the_reference_path(bases, fusion, famil
         batch = view(packed, model)
         with model.using(model.reference_engine()):
             whole = look(model, batch)
-        with model.using(model.training_engine(torch.float32, "as asked", "eager", False)):
-            assert model.engine.backbone is not model.backbone or model.backbone.attention == "eager"
+        with model.using(model.training_engine(torch.float32, "as asked", "grouped", False)):
+            assert model.engine.backbone is not model.backbone or model.backbone.attention == "grouped"
             assert distance(look(model, batch), whole) <= tolerance
         assert distance(look(model, batch), whole) <= tolerance  # and the model is itself again
 
@@ -160,7 +160,7 @@ def test_compiled_layers_agree_with_the_reference_path(bases, fusion, family):
     """Losses and gradients; the same graphs serve all layers of a tower."""
     model = make_model(bases[family], fusion)
     batch, grads = view(packings()["packed"][0], model), []
-    for engine in (model.training_engine(torch.float32, "as asked", "eager", True), model.reference_engine()):
+    for engine in (model.training_engine(torch.float32, "as asked", "grouped", True), model.reference_engine()):
         model.zero_grad()
         with model.using(engine):
             found = losses(model, batch)

@@ -89,6 +89,6 @@ def test_packed_layers_by_blocks_say_the_same_and_new_steps_make_no_new_graph(ba
 def test_what_cannot_be_trained_here_is_refused():
     with pytest.raises(XFusionError, match="'flex_attention': torch .* has no backward pass of it on cpu"):
         choose_attention(torch.device("cpu"), "flex_attention")
-    with pytest.raises(XFusionError, match="attention 'flash' is not one of eager, sdpa, flex_attention"):
+    with pytest.raises(XFusionError, match="attention 'flash' is not one of grouped, eager, sdpa, flex_attention"):
         choose_attention(torch.device("cpu"), "flash")
     assert choose_attention(torch.device("cuda"), "flex_attention") == "flex_attention"

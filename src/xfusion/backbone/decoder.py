@@ -14,6 +14,7 @@ import copy
 import os
 import threading
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from xfusion.backbone.cache import Cache
 from xfusion.backbone.sources import EMBEDDED, SCRATCH, loading, located, weights
 from xfusion.data.sequence import Rows, XFusionError, fingerprint
-from xfusion.layers import Slot, attention_path, shadow, takes_cache
+from xfusion.layers import Slot, attention_path, grouped_attention, shadow, takes_cache
 
 _LLAMA3: dict[str, Any] = {"model_type": "llama", "vocab_size": 128_256, "num_key_value_heads": 8, "rms_norm_eps": 1e-5}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -450,7 +451,11 @@ class Backbone:
                 f"{self.source}: {type(self.model).__name__} has no attention {attention!r}: leave --attention out"
             )
         # Soft-caps would be lost without a word.
-        return self.attention if attention == "sdpa" and not self.model._supports_sdpa else attention
+        if attention in ("sdpa", "grouped") and not self.model._supports_sdpa:
+            return self.attention
+        if attention == "grouped":
+            _register_grouped()
+        return attention
 
     def new_cache(self, num_towers: int, batch: int) -> Cache:
         """An empty cache for the frozen decoder (slot 0) and ``num_towers - 1`` further towers."""
@@ -502,6 +507,16 @@ class Backbone:
         unused = torch.zeros(1, 1, 1, 1, dtype=x.dtype, device=x.device)
         out = decoder(inputs_embeds=x, attention_mask=unused, position_ids=position, use_cache=False)
         return out.last_hidden_state
+
+
+@cache
+def _register_grouped() -> None:
+    """Make `grouped_attention` known to the families' own layers, under its name."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    AttentionInterface.register("grouped", grouped_attention)
+    AttentionMaskInterface.register("grouped", eager_mask)
 
 
 class _Out(dict):

@@ -121,7 +121,7 @@ class MediaPort(nn.Module):
         """Media rows -> input states ``[B, n, D]``."""
         x = self.project(media.tokens) + self.row(media.grid_row) + self.column(media.grid_column)
         if self.config.time == "add":
-            x = x + self.embed_time(media.time)[media.item.clamp(min=0)].to(x.dtype)
+            x = x + functional.embedding(media.item.clamp(min=0), self.embed_time(media.time)).to(x.dtype)
         return torch.where(media.boundary[..., None], self.begin.to(x.dtype), x)
 
     def before_layer(self, index: int, x: Tensor, media: MediaRows) -> Tensor:

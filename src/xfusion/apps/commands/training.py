@@ -67,8 +67,8 @@ class Train(Verb):
     device: str = "auto"
     """auto, cpu, cuda, ..."""
     attention: str | None = None
-    """What layers attend by: eager, sdpa, or flex_attention (block masks, on a GPU; its speed is not measured). None chooses
-    by device."""
+    """What layers attend by: grouped, eager, sdpa, or flex_attention (block masks, on a GPU; its speed is not measured).
+    None chooses by device."""
 
     def start(self, recipe: Recipe, people: Console) -> Answer:
         """Train a recipe with all settings resolved."""

@@ -1,0 +1,37 @@
+"""Attention by grouped products against transformers' own plain attention: states, weights and all gradients."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from xfusion.layers import attention_mask, grouped_attention
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(3, 3), (4, 1), (1, 4)])
+@pytest.mark.parametrize("masked", [True, False])
+def test_grouped_products_are_the_familys_own(heads, groups, masked):
+    made = torch.Generator().manual_seed(0)
+    shapes = [(2, heads * groups, 5, 8), (2, heads, 7, 8), (2, heads, 7, 6)]
+    seen = torch.rand(2, 5, 7, generator=made) < 0.6
+    seen[..., 0] = True
+    mask = attention_mask(seen, "grouped", torch.float64) if masked else None
+    module = SimpleNamespace(num_key_value_groups=groups, training=True)
+    answers = []
+    for attend in (grouped_attention, eager_attention_forward):
+        made.manual_seed(1)
+        given = [torch.randn(shape, generator=made, dtype=torch.float64, requires_grad=True) for shape in shapes]
+        out, weights = attend(module, *given, mask, scaling=0.3)
+        (out.square().sum() + weights.detach().sum()).backward()
+        answers.append([out, weights, *(x.grad for x in given)])
+    for ours, theirs in zip(*answers, strict=True):
+        assert ours.shape == theirs.shape
+        assert float((ours - theirs).detach().abs().max()) < 1e-6  # both take the softmax in float32
+
+
+def test_without_a_scale_it_is_one_over_the_root_of_the_width():
+    q, k, v = (torch.randn(1, 2, 4, 16) for _ in range(3))
+    found, _ = grouped_attention(torch.nn.Identity(), q, k, v, None)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    assert float((found - expected).abs().max()) < 1e-6
