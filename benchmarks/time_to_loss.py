@@ -2,15 +2,17 @@
 
     python benchmarks/time_to_loss.py
 
-Both train on the same samples in the same order, 64 drawings and 32 names a step, in turns of some seconds, so that what
-disturbs the machine disturbs both; each is warm before its clock starts. The loss is that of next tokens: nats per token of 64
+Both train on the same samples in the same order, 16 drawings and 8 names a step, in turns of some seconds, so that what
+disturbs the machine disturbs both; each is warm before its clock starts. The loss is that of next tokens: nats per token of 32
 fixed names behind their pictures. The pictures are among the trained ones, so it is memory. Losses of drawing are other
-quantities in the two and are not compared. The peer is trained at two rates, and the one with the lower last loss stands.
-Writes benchmarks/results/time_to_loss.json, which `python docs/pages.py speed` draws.
+quantities in the two and are not compared. The peer is trained at two rates, one after the other for their memory, each in turns
+with ours anew, and the one with the lower last loss stands. Writes benchmarks/results/time_to_loss.json, which
+`python docs/pages.py speed` draws.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Callable
@@ -39,13 +41,15 @@ class Settings:
 
     data: str = "emoji:128"
     """The pictures."""
-    seconds: float = 150.0
+    seconds: float = 180.0
     """Training of each."""
-    turn: float = 10.0
+    turn: float = 20.0
     """Training of each in a turn."""
-    rates: tuple[float, ...] = (3e-4, 1e-3)
+    rates: tuple[float, ...] = (1e-4, 3e-4)
     """The peer's; ours is the demo's own."""
-    names: int = 64
+    draw: int = 16
+    """Drawings of a step, half as many names beside them: as many as leave the peer steps enough."""
+    names: int = 32
     """Names that the loss is taken on."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = RESULT
     """Where the result goes."""
@@ -79,45 +83,59 @@ def train(step: Step | Peer, done: int, rate: float, seconds: float) -> tuple[in
     return done, time.perf_counter() - begun
 
 
+Curve = list[tuple[float, float]]
+"""Seconds of training and the loss there."""
+
+
+def in_turns(bench: Bench, settings: Settings, rate: float) -> dict[str, tuple[Curve, int]]:
+    """Ours and the peer at a rate: the curve and the steps of each."""
+    ours = Step(bench, bench.model(), draw=settings.draw, caption=settings.draw // 2)
+    names = names_of(bench, ours, settings.names)
+    peer = peer_of(bench, ours, bench.backbone.hidden_size)
+    works: dict[str, tuple[Step | Peer, float, Callable[[], float]]] = {
+        "xfusion": (ours, demo().stages[0].rate, lambda: our_loss(ours, names)),
+        "transfusion-pytorch": (peer, rate, lambda: peer.nats(names.samples(0))),
+    }
+    curves: dict[str, Curve] = {}
+    steps = dict.fromkeys(works, 0)
+    for name, (step, _, loss) in works.items():
+        step.rate = 0.0  # warm, and nothing learned
+        step.warm()
+        step.period = None
+        curves[name] = [(0.0, loss())]
+    while min(curve[-1][0] for curve in curves.values()) < settings.seconds:
+        for name, (step, own, loss) in works.items():
+            steps[name], taken = train(step, steps[name], own, settings.turn)
+            curves[name].append((curves[name][-1][0] + taken, loss()))
+            seconds, reached = curves[name][-1]
+            print(json.dumps({"name": name, "rate": own, "seconds": round(seconds, 1), "loss": reached}), flush=True)
+    return {name: (curves[name], steps[name]) for name in works}
+
+
 def main(settings: Settings) -> None:
     """Train in turns, write."""
     bench = Bench.of(None, settings.data)
-    ours = Step(bench, bench.model())
-    names = names_of(bench, ours, settings.names)
-    works: dict[str, tuple[Step | Peer, float, Callable[[], float]]] = {
-        "xfusion": (ours, demo().stages[0].rate, lambda: our_loss(ours, names))
-    }
+    tried = {}
     for rate in settings.rates:
-        peer = peer_of(bench, ours, bench.backbone.hidden_size)
-        works[f"transfusion-pytorch, rate {rate:g}"] = (peer, rate, lambda peer=peer: peer.nats(names.samples(0)))
-    curves: dict[str, list[tuple[float, float]]] = {}
-    steps: dict[str, int] = {}
-    for name, (step, _, loss) in works.items():
-        step.warm()
-        step.period, steps[name] = None, 0
-        curves[name] = [(0.0, loss())]
-    while min(curve[-1][0] for curve in curves.values()) < settings.seconds:
-        for name, (step, rate, loss) in works.items():
-            steps[name], taken = train(step, steps[name], rate, settings.turn)
-            curves[name].append((curves[name][-1][0] + taken, loss()))
-            print(
-                json.dumps({"name": name, "seconds": round(curves[name][-1][0], 1), "loss": curves[name][-1][1]}),
-                flush=True,
-            )
-    peer = min((name for name in curves if name != "xfusion"), key=lambda name: curves[name][-1][1])
-    seconds, reached = curves[peer][-1]
+        tried[rate] = in_turns(bench, settings, rate)
+        gc.collect()
+    rate = min(tried, key=lambda rate: tried[rate]["transfusion-pytorch"][0][-1][1])
+    curves = {name: curve for name, (curve, _) in tried[rate].items()}
+    seconds, reached = curves["transfusion-pytorch"][-1]
     first = next((at for at, loss in curves["xfusion"] if loss <= reached), None)
     result = {
         "command": "python benchmarks/time_to_loss.py",
         "commit": commit(),
         "machine": machine(),
         "data": settings.data,
-        "peer": peer,
+        "samples_per_step": settings.draw + settings.draw // 2,
+        "peer": f"transfusion-pytorch, rate {rate:g}",
         "loss_reached_by_the_peer": reached,
         "seconds_of_the_peer": seconds,
         "our_seconds_to_that_loss": first,
-        "curves": curves,
-        "steps": steps,
+        "curves": {"xfusion": curves["xfusion"]}
+        | {f"transfusion-pytorch, rate {r:g}": one["transfusion-pytorch"][0] for r, one in tried.items()},
+        "steps": {name: count for name, (_, count) in tried[rate].items()},
     }
     write_json(settings.out, result)
 

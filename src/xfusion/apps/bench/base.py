@@ -33,6 +33,8 @@ Work = Callable[[], object]
 Tell = Callable[[str], None]
 PERIOD = 8
 """Batches that steps repeat: few, so that texts and pictures are soon at hand."""
+TURN = 1.0
+"""Seconds that a turn of a work takes at least."""
 SQUARE = 4096
 """Side of the matrices whose product is the yardstick."""
 
@@ -87,7 +89,11 @@ class Bench:
         return 2 if self.quick else 7
 
     def in_turn(self, works: dict[str, Work], *, warm: int = 2, rounds: int | None = None) -> dict[str, float]:
-        """Median seconds of each work; all take turns, A B A B, so that what disturbs the machine disturbs all."""
+        """Median seconds of each work; all take turns, A B A B, so that what disturbs the machine disturbs all.
+
+        A turn repeats its work until `TURN` has passed, as training repeats its step: a single call behind another's would
+        find a cache full of the other's matrices.
+        """
         for name, work in works.items():
             self.tell(f"warming up {name}")
             for _ in range(warm):
@@ -97,9 +103,11 @@ class Bench:
             self.tell(f"round {number + 1} of {rounds or self.rounds}: {', '.join(works)}")
             for name, work in works.items():
                 gc.collect()
-                begun = time.perf_counter()
-                work()
-                taken[name].append(time.perf_counter() - begun)
+                begun, calls = time.perf_counter(), 0
+                while not calls or (time.perf_counter() - begun < TURN and not self.quick):
+                    work()
+                    calls += 1
+                taken[name].append((time.perf_counter() - begun) / calls)
         return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
     def matrix_product(self) -> tuple[Work, float]:
