@@ -282,10 +282,15 @@ def _named(lines: dict[str, Any]) -> str:
 
 
 def bench_part() -> list[str]:
-    """What `xfusion bench` found, against what was asked of it."""
-    found = measured("bench")
-    if found is None:
+    """What `xfusion bench` found, against what was asked of it; runs of some of its questions each have their table."""
+    files = sorted(MEASURED.glob("bench*.json"))
+    if not files:
         return ["Not measured yet: `xfusion bench --json -o benchmarks/results/bench.json` on an idle machine.", ""]
+    return [line for file in files for line in bench_table(json.loads(file.read_text(encoding="utf-8")))]
+
+
+def bench_table(found: dict[str, Any]) -> list[str]:
+    """A run of the bench."""
     rows: list[dict[str, Any]] = []
 
     def add(question: str, value: Any, wanted: str = "-") -> None:

@@ -11,6 +11,7 @@ from xfusion.apps.commands.proof import Evaluate
 from xfusion.data.sequence import XFusionError
 from xfusion.evaluation.metrics.refusal import refusal, threshold
 from xfusion.evaluation.run import evaluate
+from xfusion.evaluation.suites.emoji import part_of
 from xfusion.evaluation.suites.understanding import COLOURS, counting, nlvr
 
 
@@ -26,12 +27,19 @@ class Oracle:
         said = self.answers.get(pictures[0].tobytes(), names[0])
         return torch.tensor([[2.0 if name == said else 0.0 for name in names]])
 
+    def generate(self, items, schema):
+        said = [self.answers.get(picture.tobytes(), "1") for picture, _ in items]
+        values = schema["properties"]["answer"]["enum"]
+        return [[json.dumps({"answer": values[0] if int(one) == 4 else int(one)})] for one in said]
+
 
 def test_an_oracle_counts_and_damage_is_seen():
     result = evaluate(Oracle(counting(60, 4)), "understanding", count=60, most=4)
     assert result["accuracy"] == 1 and result["accuracy_blind"] < 0.6
     assert 0.25 <= result["chance_accuracy"] < 0.5
     assert result["answered"] == 1 and result["accuracy_answered"] == 1
+    fours = sum(q.answer == "4" for q in counting(60, 4) if part_of(q.id) == "test")
+    assert result["accuracy_json"] == pytest.approx(1 - fours / result["settings"]["num_test"])  # it writes 1 for 4
     ones = sum(q.answer == "1" for q in counting(60, 4))
     assert result["accuracy_jpeg_5"] == pytest.approx(ones / 60, abs=0.15)  # only the answer 1 is still right
     assert result["curves"]["jpeg"][-1] == [100.0, 1.0] and len(result["curves"]["crop"]) == 4
@@ -75,6 +83,7 @@ def test_a_model_is_asked_and_its_curves_are_drawn(bases, tmp_path):
     model = make_model(bases["llama"])
     result = evaluate(model, "understanding", count=20, most=2, out=tmp_path / "found.json")
     assert json.loads((tmp_path / "found.json").read_text())["curves"] == result["curves"]
+    assert 0 <= result["accuracy_json"] <= 1
     drawn = Evaluate(model="none", out=tmp_path / "found.json").plots(result["curves"])
     assert [name for name, _ in drawn] == ["plot of jpeg", "plot of crop", "plot of resolution"]
     assert (tmp_path / "found.jpeg.svg").read_text().count("<circle") == 5

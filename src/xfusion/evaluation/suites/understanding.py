@@ -3,7 +3,8 @@
 ``counting`` draws its own pictures, so that the truth is known exactly; ``nlvr`` reads those of NLVR (Suhr et al. 2017), true
 or false. An answer is the likeliest of the allowed ones, and its confidence the share of its likelihood among them. On the
 validation part the lowest confidence is chosen at which answers are right as often as asked (`threshold`); below it a model
-that may refuse does. Beside accuracy stand ``chance_`` (the commonest answer) and ``_blind`` (pictures permuted).
+that may refuse does. Beside accuracy stand ``chance_`` (the commonest answer) and ``_blind`` (pictures permuted), and
+``_json``: the model writes ``{"answer": ...}`` by a schema, token after token, instead of having given answers scored.
 ``robustness`` scores the same questions on pictures that were compressed, cropped and made small.
 """
 
@@ -69,7 +70,7 @@ def run(
         robustness: score damaged pictures, too.
 
     Returns:
-        ``accuracy``, ``chance_accuracy``, ``accuracy_blind``, ``refusal_threshold``, ``answered`` and
+        ``accuracy``, ``chance_accuracy``, ``accuracy_blind``, ``accuracy_json``, ``refusal_threshold``, ``answered`` and
         ``accuracy_answered`` of the test part (the threshold is None where all is refused); ``curves``: damage -> points of
         its strength and accuracy.
 
@@ -105,6 +106,7 @@ def run(
         "accuracy": float(is_right.float().mean()),
         "chance_accuracy": Counter(q.answer for q in test).most_common(1)[0][1] / len(test),
         "accuracy_blind": float(blind.float().mean()),
+        "accuracy_json": written(model, test, answers),
         "refusal_threshold": bound if math.isfinite(bound) else None,
         **refusal(confidence, is_right, bound),
     }
@@ -152,6 +154,14 @@ def right(shares: Tensor, questions: Sequence[Question], answers: list[str]) -> 
     confidence, said = shares.max(dim=-1)
     truth = torch.tensor([answers.index(question.answer) for question in questions])
     return confidence, said == truth
+
+
+def written(model: Any, questions: Sequence[Question], answers: list[str]) -> float:
+    """The share of questions answered rightly in JSON by a schema of the allowed values."""
+    schema = {"type": "object", "properties": {"answer": {"enum": [json.loads(answer) for answer in answers]}}}
+    texts = model.generate([[question.picture, question.text] for question in questions], schema=schema)
+    said = [json.loads(text)["answer"] for (text,) in texts]
+    return sum(one == json.loads(q.answer) for one, q in zip(said, questions, strict=True)) / len(questions)
 
 
 # --------------------------------------------------------------------------------------------------------- questions
