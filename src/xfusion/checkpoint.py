@@ -142,6 +142,7 @@ def save(
         "regime": model.regime,
         "num_new_parameters": model.num_new_parameters,
         "model": to_json(model.config),
+        **_codec_facts(model.config),
         **facts,
     }
     with whole_folder(target) as folder_so_far:
@@ -150,6 +151,12 @@ def save(
         config |= {"weights_sha256": file_hash(file)} | _write_opening(model.opening, folder_so_far)
         _describe(folder_so_far, sealed(config), model)
     return target
+
+
+def _codec_facts(config: ModelConfig) -> dict[str, Any]:
+    """The hash of the codec's weights: other weights of the same name would mean something else by the same numbers."""
+    file = (config.audio or config.image).codec.weights
+    return {"codec_sha256": file_hash(file)} if file is not None and file.is_file() else {}
 
 
 def _write_opening(head: Opening | None, folder: Path) -> dict[str, Any]:
@@ -383,6 +390,12 @@ def load(
         raise XFusionError(
             f"{name} belongs to the base {base['source']} with fingerprint {base['fingerprint'][:16]}, but"
             f" {backbone.source} has {backbone.fingerprint[:16]}: load the base that the pack was trained on"
+        )
+    found = _codec_facts(model_config).get("codec_sha256") if "codec_sha256" in config else None
+    if found is not None and found != config["codec_sha256"]:
+        raise XFusionError(
+            f"{name} was trained with a codec whose weights have the hash {config['codec_sha256'][:16]}, but those at"
+            f" {(model_config.audio or model_config.image).codec.weights} have {found[:16]}: put back the one of its training"
         )
     model = Model(model_config, backbone, fresh=False)
     load_weights(model, folder, config.get("weights_fingerprint"), config.get("weights_sha256"))

@@ -29,8 +29,9 @@ from xfusion.backbone import Backbone
 from xfusion.data.pack import pack as pack_rows
 from xfusion.data.sequence import XFusionError
 from xfusion.fusion.dual_tower import DualTower
-from xfusion.model import Model
+from xfusion.model import Model, build
 from xfusion.opening import Opening
+from xfusion.recipes.teal import teal
 
 ROWS_OF_ALL = [[s] for s in mixed_sequences().values()]
 
@@ -157,6 +158,17 @@ def test_one_flipped_bit_is_refused(bases, tmp_path, name):
 
 VERSION_1 = Path(__file__).parent / "pack_version_1"
 """A pack of the tiny Llama that the last xfusion of format version 1 wrote."""
+
+
+def test_another_codec_under_the_same_name_is_refused(bases, tmp_path):
+    codec = tmp_path / "codes"
+    shutil.copytree(Path(xfusion.__file__).parent / "packs" / "emoji-vq", codec)
+    pack = checkpoint.save(build(teal(codec=str(codec)).model, bases["llama"]), tmp_path / "pack")
+    checkpoint.load(pack, backbone=bases["llama"])
+    weights = codec / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(XFusionError, match="codec whose weights have the hash .* put back the one of its training"):
+        checkpoint.load(pack, backbone=bases["llama"])
 
 
 def test_a_pack_of_the_previous_format_version_loads(bases, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
@@ -41,6 +42,11 @@ class Codec(Frozen, ABC):
     @dataclass(frozen=True, kw_only=True)
     class Config:
         """Names one codec; `build()` makes it."""
+
+        @property
+        def weights(self) -> Path | None:
+            """The file that decides what its codes and latents mean; None where its name says it, or nothing is learned."""
+            return None
 
         def build(self) -> Codec:
             """The codec that this config names, loaded, frozen and in eval mode."""
@@ -157,6 +163,11 @@ class SoundCodec(Frozen, ABC):
     @dataclass(frozen=True, kw_only=True)
     class Config:
         """Names one codec of sounds; `build()` makes it."""
+
+        @property
+        def weights(self) -> Path | None:
+            """The file that decides what its codes and latents mean; None where its name says it, or nothing is learned."""
+            return None
 
         def build(self) -> SoundCodec:
             """The codec that this config names, not yet loaded."""

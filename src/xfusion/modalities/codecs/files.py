@@ -29,15 +29,20 @@ class FolderConfig(Codec.Config):
     licence: str | None = None
     """Licence of the weights; None reads the folder's card."""
 
+    @property
+    def weights(self) -> Path:
+        """The codec's own weights."""
+        return locate(self.source, subfolder=self.subfolder, revision=self.revision) / WEIGHTS
+
     def folder(self, class_name: str) -> Path:
         """The folder with the weights of a class (`locate`)."""
         return locate(self.source, class_name=class_name, subfolder=self.subfolder, revision=self.revision)
 
 
-def locate(source: str, *, class_name: str, subfolder: str = "", revision: str | None = None) -> Path:
+def locate(source: str, *, class_name: str | None = None, subfolder: str = "", revision: str | None = None) -> Path:
     """The folder that `source` means: itself, a codec shipped with the package, or the cached copy of a hub id.
 
-    The folder is checked: a config.json of diffusers' `class_name`, and weights as safetensors.
+    The folder is checked: a config.json of diffusers' `class_name`, if one is asked for, and weights as safetensors.
     """
     shipped = Path(str(files("xfusion"))) / "packs"
     if Path(source).expanduser().is_dir():
@@ -50,7 +55,7 @@ def locate(source: str, *, class_name: str, subfolder: str = "", revision: str |
         names = ", ".join(sorted(path.parent.name for path in shipped.glob(f"*/{WEIGHTS}"))) or "none"
         raise XFusionError(f"codec {source!r} is no folder, no shipped codec ({names}) and no hub id (owner/name)")
     found = read_json(folder / "config.json").get("_class_name")
-    if found != class_name:
+    if class_name is not None and found != class_name:
         raise XFusionError(f"{folder / 'config.json'} is of class {found}, but this codec loads {class_name}")
     if not (folder / WEIGHTS).is_file():
         others = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]

@@ -41,6 +41,11 @@ class KMeans(SoundCodec):
         pooled: int = 4
         """Neighbouring features whose mean is one code: 4 of Whisper's are 12.5 codes per second."""
 
+        @property
+        def weights(self) -> Path:
+            """The clusters."""
+            return Path(self.source) / CLUSTERS
+
         def build(self) -> KMeans:
             """The codec; its clusters are read at its first use."""
             return KMeans(self)
