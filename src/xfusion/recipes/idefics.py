@@ -24,7 +24,7 @@ from xfusion.training.stages import Recipe
 
 KIND = "cross-attention"
 PAPER = "arXiv 2306.16527"
-STATUS = "sketch"
+STATUS = "runs"
 
 
 def idefics(

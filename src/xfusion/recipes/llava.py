@@ -26,7 +26,7 @@ from xfusion.training.stages import Recipe, Stage
 
 KIND = "prefix"
 PAPER = "arXiv 2304.08485"
-STATUS = "sketch"
+STATUS = "runs"
 
 
 def llava(encoder: str | None = None, side: int = 224, strip: int = 1) -> Recipe:

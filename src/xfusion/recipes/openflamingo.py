@@ -23,7 +23,7 @@ from xfusion.training.stages import Recipe
 
 KIND = "cross-attention"
 PAPER = "arXiv 2308.01390"
-STATUS = "sketch"
+STATUS = "runs"
 
 
 def openflamingo(

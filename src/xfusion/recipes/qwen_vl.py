@@ -22,7 +22,7 @@ from xfusion.training.stages import Recipe
 
 KIND = "prefix"
 PAPER = "arXiv 2308.12966"
-STATUS = "sketch"
+STATUS = "runs"
 
 
 def qwen_vl(queries: int = 7, map_side: int = 7, encoder: str | None = None, side: int = 224) -> Recipe:
