@@ -29,7 +29,7 @@ from xfusion.training.stages import Recipe, Stage
 
 KIND = "codes"
 PAPER = "arXiv 2306.12925"
-STATUS = "sketch"
+STATUS = "runs"
 
 
 def audiopalm(

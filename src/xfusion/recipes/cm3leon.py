@@ -22,7 +22,7 @@ from xfusion.training.stages import Recipe
 
 KIND = "codes"
 PAPER = "arXiv 2309.02591"
-STATUS = "sketch"
+STATUS = "runs"
 
 
 def cm3leon(codec: str = "emoji-vq", entries: int = 512, size: int = 32, infill: float = 0.5, runs: int = 2) -> Recipe:

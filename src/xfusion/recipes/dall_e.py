@@ -23,7 +23,7 @@ from xfusion.training.stages import Recipe
 
 KIND = "codes"
 PAPER = "arXiv 2102.12092"
-STATUS = "sketch"
+STATUS = "runs"
 
 
 def dall_e(codec: str = "emoji-vq", entries: int = 512, size: int = 32, rank: int | None = None) -> Recipe:

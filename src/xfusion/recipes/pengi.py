@@ -20,7 +20,7 @@ from xfusion.training.stages import Recipe
 
 KIND = "prefix"
 PAPER = "arXiv 2305.11834"
-STATUS = "sketch"
+STATUS = "runs"
 
 
 def pengi(

@@ -21,7 +21,7 @@ from xfusion.training.stages import Recipe
 
 KIND = "prefix"
 PAPER = "arXiv 2310.00230"
-STATUS = "sketch"
+STATUS = "runs"
 
 
 def slm(encoder: str = "openai/whisper-tiny.en", seconds: float = 1.0, frames: int = 5, window: float = 2.0) -> Recipe:

@@ -25,7 +25,7 @@ from xfusion.training.stages import Recipe
 
 KIND = "codes"
 PAPER = "arXiv 2311.04589"
-STATUS = "sketch"
+STATUS = "runs"
 
 
 def teal(codec: str = "emoji-vq", entries: int = 512, size: int = 32, rate: float = 4e-3) -> Recipe:
