@@ -103,7 +103,7 @@ def figures(name: str) -> list[str]:
                 if all(score in r["scores"] for r in runs)
             ]
             lines.append(f"- [{folder.name}](../comparison.md#{folder.name}), {len(runs)} runs: {', '.join(scores)}")
-    if re.search(rf"xfusion train {name}\b", (HERE / "training_log.md").read_text(encoding="utf-8")):
+    if re.search(rf"xfusion train [\"']?{name}\b", (HERE / "training_log.md").read_text(encoding="utf-8")):
         lines.append("- [training log](../training_log.md): its runs and scores")
     return lines or ["Nothing was measured yet."]
 
