@@ -378,12 +378,12 @@ def solvers_part() -> list[str]:
         return ["Not measured yet: `python benchmarks/solvers.py`.", ""]
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in found["rows"]:
-        lines.setdefault(row["solver"], []).append((row["passes"], row["pixel_at_1"]))
-    title = "Pixel R@1 against passes of the model"
+        lines.setdefault(row["solver"], []).append((row["passes"], row["error"]))
+    title = "Error of a drawing against passes of the model"
     return [
         *origin(found),
         *plot("solvers", lines, "passes of the model", title),
-        *table(found["rows"], ("solver", "steps", "passes", "pixel_at_1", "pixel_at_10")),
+        *table(found["rows"], ("solver", "steps", "passes", "error", "pixel_at_1", "seconds")),
     ]
 
 

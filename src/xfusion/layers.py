@@ -58,7 +58,11 @@ class _Splice:
 def _cache_name(layer: nn.Module) -> str:
     # A signature takes a quarter of a millisecond to read, in every layer of every denoising step.
     code = inspect.unwrap(type(layer).forward).__code__
-    return "layer_past" if "layer_past" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount] else "past_key_values"
+    return (
+        "layer_past"
+        if "layer_past" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        else "past_key_values"
+    )
 
 
 def takes_cache(module: nn.Module) -> bool:
