@@ -4,9 +4,9 @@
 
 Draws 64 emoji with each solver in 4, 8, 16, 25 and 50 steps from the same noise. The error is how far a drawing is from where
 that noise leads in the end, Heun's drawing in 100 steps: root mean square, levels of 255. Beside it stands pixel R@1: the share
-of drawings whose nearest picture, among all that the pack was trained on, is of the asked group: memory, not understanding. Heun's
-step costs two passes of the model, so passes are counted, too. Guidance is the pack's own. Writes benchmarks/results/solvers.json,
-which `python docs/pages.py speed` draws.
+of drawings whose nearest picture, among all that the pack was trained on, is of the asked group: memory, not understanding.
+Heun's step costs two passes of the model, so passes are counted, too. Guidance is the pack's own. Writes
+benchmarks/results/solvers.json, which `python docs/pages.py speed` draws.
 """
 
 from __future__ import annotations
