@@ -42,6 +42,7 @@ bench: setup
 
 figures: setup
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -e '.[demo,train,dev,bench]' -c constraints.txt
+	rm -f benchmarks/results/bench_*.json
 	$(BIN)/xfusion bench --json -o benchmarks/results/bench.json
 	$(BIN)/python benchmarks/time_to_loss.py
 	$(BIN)/python benchmarks/profile_step.py

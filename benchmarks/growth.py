@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ import tyro
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from xfusion.backbone import Backbone
-from xfusion.comparison.machine import commit, machine
+from xfusion.comparison.machine import origin
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Batch, Sequence, Text
 from xfusion.fusion.dual_tower import DualTower
@@ -140,7 +139,7 @@ def measure(point: Point, base: Backbone, settings: Settings) -> dict:
 
 def main(settings: Settings) -> None:
     """Measure and write."""
-    rows, load, bases = [], os.getloadavg()[0], {}
+    begun_on, rows, bases = origin("benchmarks"), [], {}
     keep_freed_memory()  # as training does
     for name, point in settings.points():
         if point.depth not in bases:
@@ -148,8 +147,7 @@ def main(settings: Settings) -> None:
         torch.compiler.reset()
         rows.append({"varied": name} | measure(point, bases[point.depth], settings))
         print(json.dumps(rows[-1]), flush=True)
-    result = {"command": "python benchmarks/growth.py", "commit": commit(), "machine": machine(), "load_before": load}
-    write_json(settings.out, result | {"rows": rows})
+    write_json(settings.out, begun_on | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ table of each. Writes benchmarks/results/profile.json, which `python docs/pages.
 from __future__ import annotations
 
 import json
-import os
 import resource
 import time
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import torch
 import tyro
 
 from xfusion.apps.bench.base import PERIOD, Bench, Step
-from xfusion.comparison.machine import commit, machine
+from xfusion.comparison.machine import origin
 from xfusion.storage import write_json
 
 RESULT = Path(__file__).parent / "results" / "profile.json"
@@ -50,9 +49,7 @@ class Settings:
 
 def main(settings: Settings) -> None:
     """Profile and write."""
-    bench, load = Bench.of(None, settings.data), os.getloadavg()[0]
-    result = {"command": "python benchmarks/profile_step.py", "commit": commit(), "machine": machine()}
-    result |= {"load_before": load}
+    result, bench = origin("benchmarks"), Bench.of(None, settings.data)
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     for kind in ("drawing", "joint"):
         step = Step(bench, bench.model(), caption=0 if kind == "drawing" else None)

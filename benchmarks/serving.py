@@ -34,7 +34,7 @@ from PIL import Image
 
 import xfusion
 from xfusion.apps.commands.base import short_name
-from xfusion.comparison.machine import commit, machine
+from xfusion.comparison.machine import origin
 from xfusion.data.sequence import Text
 from xfusion.storage import write_json
 
@@ -167,7 +167,7 @@ def load(asked: Asked, address: str, server: psutil.Process, clients: int) -> li
 
 def main(settings: Settings) -> None:
     """Serve, ask, write."""
-    asked = Asked(settings)
+    begun_on, asked = origin("benchmarks"), Asked(settings)
     command = [sys.executable, "-m", "xfusion.apps.cli", "serve", settings.pack, "--port", "0"]
     command += ["--limits.queue", str(settings.queue), "--limits.batch", str(settings.batch)]
     rows: list[dict[str, Any]] = []
@@ -187,9 +187,7 @@ def main(settings: Settings) -> None:
         finally:
             server.terminate()
     result = {
-        "command": "python benchmarks/serving.py",
-        "commit": commit(),
-        "machine": machine(),
+        **begun_on,
         "pack": settings.pack,
         "fingerprint": asked.fingerprint,
         "seconds": settings.seconds,

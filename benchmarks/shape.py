@@ -26,7 +26,7 @@ from xfusion.data.pack import pack
 from xfusion.data.sequence import Batch, Sequence, Text
 from xfusion.fusion.dual_tower import DualTower
 from xfusion.modalities.image import ImageModality
-from xfusion.model import Model, ModelConfig, build
+from xfusion.model import Model, ModelConfig, build, choose_attention
 from xfusion.training.optimizer import Optimizer
 
 
@@ -108,7 +108,7 @@ def main(settings: Settings) -> None:
     image = ImageModality.Config(patch=4, sizes=(4 * settings.side,))
     model = build(ModelConfig(fusion=DualTower.Config(stride=settings.stride), image=image), backbone)
     optimizer = Optimizer(model.named_new_parameters())
-    attention = "eager" if device.type == "cpu" else "sdpa"
+    attention = choose_attention(device)
     result: dict[str, object] = {
         "shape": settings.shape,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",

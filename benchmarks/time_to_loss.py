@@ -25,7 +25,7 @@ import tyro
 
 from xfusion.apps.bench.base import Bench, Step
 from xfusion.apps.bench.transfusion import Peer, peer_of
-from xfusion.comparison.machine import commit, machine
+from xfusion.comparison.machine import origin
 from xfusion.data.mixture import Mixture
 from xfusion.recipes.xfusion import demo
 from xfusion.storage import write_json
@@ -114,8 +114,7 @@ def in_turns(bench: Bench, settings: Settings, rate: float) -> dict[str, tuple[C
 
 def main(settings: Settings) -> None:
     """Train in turns, write."""
-    bench = Bench.of(None, settings.data)
-    tried = {}
+    begun_on, bench, tried = origin("benchmarks"), Bench.of(None, settings.data), {}
     for rate in settings.rates:
         tried[rate] = in_turns(bench, settings, rate)
         gc.collect()
@@ -124,9 +123,7 @@ def main(settings: Settings) -> None:
     seconds, reached = curves["transfusion-pytorch"][-1]
     first = next((at for at, loss in curves["xfusion"] if loss <= reached), None)
     result = {
-        "command": "python benchmarks/time_to_loss.py",
-        "commit": commit(),
-        "machine": machine(),
+        **begun_on,
         "data": settings.data,
         "samples_per_step": settings.draw + settings.draw // 2,
         "peer": f"transfusion-pytorch, rate {rate:g}",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -68,3 +70,18 @@ def commit() -> dict[str, Any] | None:
         return {"id": git("rev-parse", "HEAD"), "changed_files": len(git("status", "--porcelain").splitlines())}
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def origin(folder: str) -> dict[str, Any]:
+    """What a script's results begin with: its command as it was given, commit, machine and load.
+
+    Args:
+        folder: where in the checkout the script lies. Of absolute paths only the names are told.
+    """
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return {
+        "command": shlex.join(["python", f"{folder}/{Path(sys.argv[0]).name}", *words]),
+        "commit": commit(),
+        "machine": machine(),
+        "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+    }
