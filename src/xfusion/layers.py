@@ -55,19 +55,19 @@ class _Splice:
         return torch.cat([kv[0] for kv in pairs], dim=2), torch.cat([kv[1] for kv in pairs], dim=2)
 
 
-def _cache_name(layer: nn.Module) -> str:
+def _arguments(module: nn.Module) -> tuple[str, ...]:
     # A signature takes a quarter of a millisecond to read, in every layer of every denoising step.
-    code = inspect.unwrap(type(layer).forward).__code__
-    return (
-        "layer_past"
-        if "layer_past" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-        else "past_key_values"
-    )
+    code = inspect.unwrap(type(module).forward).__code__
+    return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+
+
+def _cache_name(layer: nn.Module) -> str:
+    return "layer_past" if "layer_past" in _arguments(layer) else "past_key_values"
 
 
 def takes_cache(module: nn.Module) -> bool:
     """Whether a module takes a cache of keys and values (state-space layers name theirs otherwise)."""
-    return not {"past_key_values", "layer_past"}.isdisjoint(inspect.signature(type(module).forward).parameters)
+    return not {"past_key_values", "layer_past"}.isdisjoint(_arguments(module))
 
 
 def slice_call(call: dict[str, Any], rows: slice) -> dict[str, Any]:
@@ -198,24 +198,31 @@ def grouped_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, Tensor]:
     """Attention as plain products in which the queries of a group stand under their key in one matrix (Ainslie et al. 2023,
     arXiv 2305.13245): keys and values are not copied for every query head, and their gradients need no sum.
 
-    Takes what transformers' own ``sdpa`` takes, and as it no soft-cap and no sinks; nothing is dropped out.
+    A function as transformers registers them. Nothing is dropped out, and as in its ``eager`` no mask hides nothing.
 
     Args:
-        module: the layer's attention.
+        module: the layer's attention; not read.
         query: ``[B, G H, n, K]``, G of them to a key head.
         key: ``[B, H, k, K]``.
         value: as the keys.
         attention_mask: added to the scores, ``[B, 1, n, k]``, or None.
         scaling: of the scores; None is one over the root of the head's width.
+        others: what else a family hands to its attention.
 
     Returns:
         ``[B, n, G H, K]`` and the weights ``[B, G H, n, k]``.
+
+    Raises:
+        XFusionError: the family caps scores, adds sinks, or adds a bias by position, which are not known here.
     """
+    for unknown in ("softcap", "s_aux", "position_bias"):
+        if others.get(unknown) is not None:
+            raise XFusionError(f"attention 'grouped' knows no {unknown}, which {type(module).__name__} has: take eager")
     batch, heads, rows, width = query.shape
     own, keys = key.shape[1], key.shape[2]
     scores = _Scores.apply(query.reshape(batch, own, -1, width), key) * (width**-0.5 if scaling is None else scaling)

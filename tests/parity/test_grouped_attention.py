@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
+from xfusion.data.sequence import XFusionError
 from xfusion.layers import attention_mask, grouped_attention
 
 
@@ -23,11 +24,18 @@ def test_grouped_products_are_the_familys_own(heads, groups, masked):
         made.manual_seed(1)
         given = [torch.randn(shape, generator=made, dtype=torch.float64, requires_grad=True) for shape in shapes]
         out, weights = attend(module, *given, mask, scaling=0.3)
-        (out.square().sum() + weights.detach().sum()).backward()
+        out.square().sum().backward()
         answers.append([out, weights, *(x.grad for x in given)])
     for ours, theirs in zip(*answers, strict=True):
         assert ours.shape == theirs.shape
         assert float((ours - theirs).detach().abs().max()) < 1e-6  # both take the softmax in float32
+
+
+@pytest.mark.parametrize("unknown", ["softcap", "s_aux", "position_bias"])
+def test_what_it_does_not_know_is_refused(unknown):
+    q, k, v = (torch.randn(1, 2, 4, 16) for _ in range(3))
+    with pytest.raises(XFusionError, match=f"'grouped' knows no {unknown}, which Identity has: take eager"):
+        grouped_attention(torch.nn.Identity(), q, k, v, None, **{unknown: torch.ones(2)})
 
 
 def test_without_a_scale_it_is_one_over_the_root_of_the_width():
