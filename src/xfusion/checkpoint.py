@@ -155,7 +155,7 @@ def save(
 
 def _codec_facts(config: ModelConfig) -> dict[str, Any]:
     """The hash of the codec's weights: other weights of the same name would mean something else by the same numbers."""
-    file = (config.audio or config.image).codec.weights
+    file = config.modality.codec.weights
     return {"codec_sha256": file_hash(file)} if file is not None and file.is_file() else {}
 
 
@@ -395,7 +395,7 @@ def load(
     if found is not None and found != config["codec_sha256"]:
         raise XFusionError(
             f"{name} was trained with a codec whose weights have the hash {config['codec_sha256'][:16]}, but those at"
-            f" {(model_config.audio or model_config.image).codec.weights} have {found[:16]}: put back the one of its training"
+            f" {model_config.modality.codec.weights} have {found[:16]}: put back the one of its training"
         )
     model = Model(model_config, backbone, fresh=False)
     load_weights(model, folder, config.get("weights_fingerprint"), config.get("weights_sha256"))

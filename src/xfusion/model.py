@@ -68,6 +68,11 @@ class ModelConfig:
     """Seed of all new weights that are not copies."""
 
     @property
+    def modality(self) -> ImageModality.Config | AudioModality.Config:
+        """Sounds where it has them, else pictures."""
+        return self.audio or self.image
+
+    @property
     def regime(self) -> str:
         """What of the base is trained, one of `xfusion.fusion.base.REGIMES`; known before anything is loaded."""
         return self.fusion.build().regime
@@ -123,7 +128,8 @@ def choose_compute_dtype(device: torch.device) -> tuple[torch.dtype, str]:
 
 
 ATTENTIONS = ("grouped", "eager", "sdpa", "flex_attention")
-"""What layers can attend by: plain products, torch's fused kernel, FlexAttention over block masks."""
+"""What layers can attend by: products of grouped queries (`xfusion.layers.grouped_attention`), the family's own plain products,
+torch's fused kernel, FlexAttention over block masks."""
 
 
 def choose_attention(device: torch.device, asked: str | None = None) -> str:
@@ -159,7 +165,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.__dict__["backbone"] = backbone or Backbone.load(config.backbone.source, revision=config.backbone.revision)
-        self.modality: Modality = (config.audio or config.image).build().to(self.backbone.device)
+        self.modality: Modality = config.modality.build().to(self.backbone.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.init_seed)
             scale = self.backbone.embedding_scale

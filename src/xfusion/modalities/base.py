@@ -32,6 +32,16 @@ class Frozen(nn.Module):
         return super().train(False)
 
 
+@dataclass(frozen=True, kw_only=True)
+class CodecConfig:
+    """Names one codec, of pictures or of sounds."""
+
+    @property
+    def weights(self) -> Path | None:
+        """The file that decides what its codes and latents mean; None where its name says it, or nothing is learned."""
+        return None
+
+
 class Codec(Frozen, ABC):
     """A frozen map between images and latents.
 
@@ -40,13 +50,8 @@ class Codec(Frozen, ABC):
     """
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(CodecConfig):
         """Names one codec; `build()` makes it."""
-
-        @property
-        def weights(self) -> Path | None:
-            """The file that decides what its codes and latents mean; None where its name says it, or nothing is learned."""
-            return None
 
         def build(self) -> Codec:
             """The codec that this config names, loaded, frozen and in eval mode."""
@@ -161,13 +166,8 @@ class SoundCodec(Frozen, ABC):
     """
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(CodecConfig):
         """Names one codec of sounds; `build()` makes it."""
-
-        @property
-        def weights(self) -> Path | None:
-            """The file that decides what its codes and latents mean; None where its name says it, or nothing is learned."""
-            return None
 
         def build(self) -> SoundCodec:
             """The codec that this config names, not yet loaded."""
