@@ -121,7 +121,7 @@ class MediaPort(nn.Module):
         """Media rows -> input states ``[B, n, D]``."""
         x = self.project(media.tokens) + self.row(media.grid_row) + self.column(media.grid_column)
         if self.config.time == "add":
-            x = x + functional.embedding(media.item.clamp(min=0), self.embed_time(media.time)).to(x.dtype)
+            x = x + _of_items(self.embed_time(media.time), media).to(x.dtype)
         return torch.where(media.boundary[..., None], self.begin.to(x.dtype), x)
 
     def before_layer(self, index: int, x: Tensor, media: MediaRows) -> Tensor:
@@ -129,7 +129,7 @@ class MediaPort(nn.Module):
         if self.config.time != "modulate":
             return x
         both = self.modulation(functional.silu(self.embed_time(media.time))) + self.by_layer[index]
-        scale, shift = both[media.item.clamp(min=0)].to(x.dtype).chunk(2, dim=-1)
+        scale, shift = _of_items(both, media).to(x.dtype).chunk(2, dim=-1)
         changed = x + scale * functional.rms_norm(x, x.shape[-1:]) + shift
         return torch.where((media.item >= 0)[..., None], changed, x)
 
@@ -142,9 +142,15 @@ class MediaPort(nn.Module):
         made = self.block_modulation[self._projection[index]](functional.silu(self.embed_time(media.time)))
         if str(index) in self.by_block:
             made = made + self.by_block[str(index)]
-        rows = made.to(dtype)[media.item.clamp(min=0)].unflatten(-1, (6, -1))
+        rows = _of_items(made.to(dtype), media).unflatten(-1, (6, -1))
         return torch.where((media.item >= 0)[..., None, None], rows, 0.0)
 
     def readout(self, hidden: Tensor) -> Tensor:
         """States of media rows ``[B, n, D]`` -> what the media objective predicts ``[B, n, P]``."""
         return self.head(self.norm(hidden.to(self.norm.weight.dtype)))
+
+
+def _of_items(values: Tensor, media: MediaRows) -> Tensor:
+    """What belongs to items ``[N, W]`` at their rows ``[B, n, W]``; the first item's at rows of none."""
+    # The gradient of an embedding is a kernel, that of an index a walk from entry to entry.
+    return functional.embedding(media.item.clamp(min=0), values)
