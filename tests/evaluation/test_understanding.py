@@ -13,6 +13,7 @@ from xfusion.evaluation.metrics.refusal import refusal, threshold
 from xfusion.evaluation.run import evaluate
 from xfusion.evaluation.suites.emoji import part_of
 from xfusion.evaluation.suites.understanding import COLOURS, counting, nlvr
+from xfusion.generation import answer_json
 
 
 class Oracle:
@@ -83,7 +84,10 @@ def test_a_model_is_asked_and_its_curves_are_drawn(bases, tmp_path):
     model = make_model(bases["llama"])
     result = evaluate(model, "understanding", count=20, most=2, out=tmp_path / "found.json")
     assert json.loads((tmp_path / "found.json").read_text())["curves"] == result["curves"]
-    assert 0 <= result["accuracy_json"] <= 1
+    schema = {"type": "object", "properties": {"answer": {"type": "integer", "minimum": 1, "maximum": 2}}}
+    asked = [q for q in counting(20, 2) if part_of(q.id) == "test"]
+    said = [answer_json(model, [q.picture], q.text, schema)[0]["answer"] for q in asked]
+    assert result["accuracy_json"] == sum(a == int(q.answer) for a, q in zip(said, asked, strict=True)) / len(asked)
     drawn = Evaluate(model="none", out=tmp_path / "found.json").plots(result["curves"])
     assert [name for name, _ in drawn] == ["plot of jpeg", "plot of crop", "plot of resolution"]
     assert (tmp_path / "found.jpeg.svg").read_text().count("<circle") == 5
