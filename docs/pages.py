@@ -459,7 +459,8 @@ def main() -> None:
         "Every figure is read from the files in `comparison/`, which `xfusion compare` wrote; `python docs/pages.py` makes",
         "this page of them. Dots are runs, bars 95 % intervals; nothing is decided by fewer than five runs. Runs from before",
         "regimes were recorded have verdicts between them (`single_tower` against the others), newer ones differences alone.",
-        "`xfusion compare --out comparison/kinds` makes the page of one from its files, with all sample grids: `index.html` beside them.",
+        "`xfusion compare --out comparison/kinds` makes the page of one from its files, with all sample grids: `index.html`",
+        "beside them.",
         "",
         *(line for folder in comparisons() for line in comparison_part(folder)),
     ]

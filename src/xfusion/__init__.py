@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from xfusion.model import Model, ModelConfig, build
     from xfusion.processor import Processor
     from xfusion.recipes.base import Recipe, train
+    from xfusion.together import together
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "generate",
     "load",
     "read_sound",
+    "together",
     "train",
 ]
 
@@ -52,6 +54,7 @@ _HOMES = {
     "generate": "xfusion.generation",
     "load": "xfusion.checkpoint",
     "read_sound": "xfusion.data.sounds",
+    "together": "xfusion.together",
     "train": "xfusion.recipes.base",
 }
 

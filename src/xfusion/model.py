@@ -204,6 +204,16 @@ class Model(nn.Module):
             raise XFusionError("this model knows sounds, not pictures: take a model of pictures, or give it a sound")
         return self.modality
 
+    def reads(self, shown: Any) -> Modality:
+        """What a picture or a sound that is shown becomes tokens by."""
+        del shown
+        return self.modality
+
+    def port_of(self, owner: str) -> MediaPort:
+        """Through which port the rows of a modality go, by its name."""
+        del owner
+        return self.port
+
     @property
     def objectives(self) -> tuple[Objective, ...]:
         return (self.text_objective, self.media_objective, *self._extra())
@@ -337,11 +347,11 @@ class Model(nn.Module):
             run.states = {owner: x[:, rows].contiguous() for owner, rows in run.slices.items()}
         run.modulation = None
         compute = self.fusion.reference_layer if self._engine.reference else self.fusion.layer
-        if run.media in run.states and index in self.fusion.state_layers:
-            rows = run.media_rows[run.media]
-            media = self.port.before_layer(index, run.states[run.media], rows)
-            run.states = run.states | {run.media: media}
-            run.modulation = self.port.in_block(index, rows, media.dtype)
+        for owner, rows in run.media_rows.items():
+            if index in self.fusion.layers_of(owner):
+                port, media = self.port_of(owner), run.states[owner]
+                run.states = run.states | {owner: port.before_layer(index, media, rows)}
+                run.modulation = port.in_block(index, rows, media.dtype)
         again = self._engine.activation_checkpointing and torch.is_grad_enabled() and run.cache is None
 
         def work(states: States) -> States:
@@ -388,12 +398,10 @@ class Model(nn.Module):
             if given is not None:
                 states["text"] = next(iter(given.values()))
             else:
-                embedded = engine.backbone.embed(batch.text_ids.clamp(min=0))
-                is_end = (batch.text_ids <= END_OF_MEDIA)[..., None]
-                states["text"] = torch.where(is_end, self.port.end.to(embedded.dtype), embedded).to(engine.dtype)
+                states["text"] = self._embedded(batch).to(engine.dtype)
         for name, media in batch.media.items():
             rows[name] = media.rows
-            states[name] = self.port(media).to(engine.dtype)
+            states[name] = self.port_of(name)(media).to(engine.dtype)
         run = Pass(
             rows=rows,
             states=states,
@@ -417,6 +425,14 @@ class Model(nn.Module):
         if cache is not None and update:
             cache.grow(rows)
         return hidden, run
+
+    def _embedded(self, batch: Batch) -> Tensor:
+        """Input states of words, and of the ends of media, each modality's by its port."""
+        x = self._engine.backbone.embed(batch.text_ids.clamp(min=0))
+        for number, name in enumerate(batch.media or (self.modality.name,)):
+            is_end = (batch.text_ids == END_OF_MEDIA - number)[..., None]
+            x = torch.where(is_end, self.port_of(name).end.to(x.dtype), x)
+        return x
 
     def forward(self, batch: Batch) -> Output:
         """One training pass: text states of prompts that come before all media are looked up, not computed."""

@@ -688,3 +688,10 @@ def test_packs_of_one_base_share_it(models, tmp_path):
     assert len({id(made.backbone) for made in found.values()}) == 1
     for name, made in found.items():
         assert apart(made.draw(["a cat"], steps=2)[0], models[name].draw(["a cat"], steps=2)[0]) == 0
+    first = next(iter(models))
+    models[first].save_pretrained(tmp_path / "again")
+    both = load_models([f"{tmp_path / first}+{tmp_path / 'again'}", str(tmp_path / "again")], device="cpu")
+    assert list(both) == [f"{first}+again", "again"]
+    beside = both[f"{first}+again"]
+    assert beside.backbone is both["again"].backbone
+    assert apart(beside.draw(["a cat"], steps=2)[0], models[first].draw(["a cat"], steps=2)[0]) == 0

@@ -141,11 +141,12 @@ class Chat:
         """A sound for the next turn."""
         if not path:
             raise UsageError("/sound PATH: name a sound file")
-        if not isinstance(self.model.modality, AudioModality):
+        sound = sounds.read_sound(Path(_unquoted(path)).expanduser())
+        heard = self.model.reads(sound)
+        if not isinstance(heard, AudioModality):
             raise UsageError("this pack knows pictures, not sounds: /image PATH shows it one")
         self._able("caption", "hear")
-        sound = sounds.read_sound(Path(_unquoted(path)).expanduser())
-        self.model.modality.encode([sound], self.model.modality.sizes[0])  # one that is too long is told now
+        heard.encode([sound], heard.sizes[0])  # one that is too long is told now
         self.messages = added(self.messages, sound)
 
     def _draw(self, words: str) -> None:

@@ -355,6 +355,11 @@ class Fusion(nn.Module):
         """
         return tuple(int(index) for index in self.blocks)
 
+    def layers_of(self, owner: str) -> tuple[int, ...]:
+        """The same for one modality, by its name."""
+        del owner
+        return self.state_layers
+
     def block(self, index: int, frozen: nn.Module) -> Any:
         """The new block at a layer, or None where there is none: what `make` made, or the frozen layer with the parts that
         it made in place.
@@ -369,6 +374,18 @@ class Fusion(nn.Module):
         if frozen not in self._standing:
             self._standing[frozen] = assembled(frozen, by_path(block))
         return self._standing[frozen]
+
+    def media_block(self, index: int, frozen: nn.Module) -> Any:
+        """The block that media go through at a layer, where words go through the frozen one and meet nothing new; None where
+        media pass unchanged. A mechanism that is nothing but this can stand beside others (`xfusion.together`).
+
+        Raises:
+            XFusionError: it is more than this.
+        """
+        del index, frozen
+        raise XFusionError(
+            f"{type(self).__name__} does more than to send media through blocks of their own: it stands beside no other"
+        )
 
     def new_modules(self, index: int) -> list[nn.Module]:
         """The new modules that a layer needs while it computes, and that nothing needs at any other time."""
@@ -454,6 +471,13 @@ class Fusion(nn.Module):
             h, kv, _ = work(layer, x, calls[""], layer, None, {}, past, mask, True)
             run.append(slot, index, kv)
             return run.cut(h)
+        if len(states) > 2 or "text" not in states:  # media of several modalities
+            made = keys_values(block, torch.cat(list(states.values()), dim=1), calls[""])
+            run.append(slot, index, made)
+            return {
+                o: run_rows(block, states[o], calls[o], run.mask(o, window), [*past, made], [], splice_own=False)[0]
+                for o in own
+            }
         (name,) = own
         other = next(o for o in states if o != name)
         read = run.appends or run.reads_others(name)

@@ -223,6 +223,14 @@ class DualTower(Fusion):
         name = f"{side}_{index}"
         return self.mixes[name] if name in self.mixes else None  # type: ignore[return-value]  # noqa: SIM401
 
+    def media_block(self, index: int, frozen: nn.Module) -> Any:
+        """The tower's.
+
+        Raises:
+            XFusionError: the towers are mixed, so that words meet the tower.
+        """
+        return super().media_block(index, frozen) if self.config.fuse is not None else self.block(index, frozen)
+
     def layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
         """Fast path: kept outputs only, each tower's keys and values for all rows (spec 1.2)."""
         block, media = self.block(index, frozen), set(run.states) - {"text"}

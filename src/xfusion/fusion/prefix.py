@@ -42,6 +42,11 @@ class Prefix(WithoutBlocks):
         """Fast path: text that is given is looked up, all other rows are computed at once."""
         return run.states | self.tower(0, index, frozen, run.states, call, run)
 
+    def media_block(self, index: int, frozen: nn.Module) -> nn.Module:
+        """The frozen one."""
+        del index
+        return frozen
+
     def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
         """The frozen block on the whole sequence."""
         return self.whole(index, frozen, call, run)

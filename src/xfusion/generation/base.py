@@ -89,7 +89,11 @@ def media_segment(model: Model, shown: Seq[Shown], size: int | None = None) -> l
     Raises:
         XFusionError: the model was not made for this size, or not for what is shown.
     """
-    media = model.modality
+    if not shown:
+        return []
+    media = model.reads(shown[0])
+    if any(model.reads(item) is not media for item in shown):
+        return [segment for item in shown for segment in media_segment(model, [item], size)]
     wanted = media.sizes[0] if size is None else size
     if wanted not in media.sizes:
         raise XFusionError(

@@ -75,7 +75,7 @@ def draw_tokens(
     is_target = media.item == media.item.amax(dim=1, keepdim=True)
     columns = is_target.int().argsort(dim=1, stable=True)
     before, columns = _pick(media, columns[:, :-count]), columns[:, -count:]
-    _, run = model.run_pass(replace(batch, media={name: before}), cache=cache, update=True)
+    _, run = model.run_pass(batch.with_media(name, **vars(before)), cache=cache, update=True)
     # The last of these rows is the target's [BOI]; padding has the order -1.
     begin = run.states[name].gather(
         1, before.rows.order.argmax(dim=1)[:, None, None].expand(-1, 1, model.backbone.hidden_size)

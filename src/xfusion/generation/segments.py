@@ -143,7 +143,7 @@ def _kind(model: Model, segment: Segment) -> Any:
     if isinstance(segment, (str, Text)):
         return "text"
     if isinstance(segment, (PILImage.Image, Sound)):
-        return "shown"
+        return model.reads(segment).name
     if isinstance(segment, Image):
         return ("draw", *draw_size(model, segment.size))
     if isinstance(segment, Audio):
@@ -179,7 +179,7 @@ def _generate_batch(
         if kind == "text":
             new = [text_segment(model, cast("str | Text", item[place])) for item in lists]
             contexts = [(*context, *segment) for context, segment in zip(contexts, new, strict=True)]
-        elif kind == "shown":
+        elif isinstance(kind, str):
             shown = media_segment(model, [cast("Shown", item[place]) for item in lists])
             contexts = [(*context, media) for context, media in zip(contexts, shown, strict=True)]
         else:
@@ -370,6 +370,7 @@ def prompt_length(model: Model, items: Seq[Segment]) -> int:
         if kind == "text":
             total += len(encode_prompt(model, cast("str | Text", segment)))
         else:
-            rows, columns = model.modality.grid(kind[1] if isinstance(kind, tuple) else model.modality.sizes[0])
+            media = model.modality if isinstance(kind, tuple) else model.reads(segment)
+            rows, columns = media.grid(kind[1] if isinstance(kind, tuple) else media.sizes[0])
             total += rows * columns
     return total

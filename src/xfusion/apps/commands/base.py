@@ -57,34 +57,42 @@ def progress(people: Console) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def load_model(name: str, *, device: str = "auto", trust: bool = False) -> Model:
-    """A pack on its base; the folder of a training run stands for the pack in it."""
-    from xfusion import checkpoint
-
-    return checkpoint.load(pack_folder(name), device=choose_device(device), trust=trust)
+    """A pack on its base; the folder of a training run stands for the pack in it, ``a+b`` for two packs together."""
+    (model,) = load_models([name], device=device, trust=trust).values()
+    return model
 
 
 def load_models(names: Sequence[str], *, device: str = "auto", trust: bool = False) -> dict[str, Model]:
-    """Packs by the names that people know them by; those of one base share it, loaded once.
+    """Packs by the names that people know them by, ``a+b`` being two together; those of one base share it, loaded once.
 
     Raises:
         UsageError: two packs have the same name.
     """
     from xfusion import checkpoint
     from xfusion.backbone import Backbone
+    from xfusion.together import together
 
-    found: dict[str, tuple[str, str]] = {}
+    found: dict[str, list[str]] = {}
+    bases: dict[str, str] = {}
     for name in names:
-        folder, known = pack_folder(name), short_name(name)
+        known = "+".join(map(short_name, parts(name)))
         if known in found:
             raise UsageError(f"two packs are called {known!r}: rename the folder of one")
-        found[known] = folder, checkpoint.read_config(checkpoint.find(folder))["base"]["fingerprint"]
+        found[known] = [pack_folder(part) for part in parts(name)]
+        for folder in found[known]:
+            bases[folder] = checkpoint.read_config(checkpoint.find(folder))["base"]["fingerprint"]
     where = choose_device(device)
-    models: dict[str, Model] = {}
-    bases: dict[str, Backbone] = {}
-    for known, (folder, base) in found.items():
-        models[known] = checkpoint.load(folder, backbone=bases.get(base), device=where, trust=trust)
-        bases.setdefault(base, models[known].backbone)
-    return models
+    packs: dict[str, Model] = {}
+    loaded: dict[str, Backbone] = {}
+    for folder, base in bases.items():
+        packs[folder] = checkpoint.load(folder, backbone=loaded.get(base), device=where, trust=trust)
+        loaded.setdefault(base, packs[folder].backbone)
+    return {known: together(*(packs[folder] for folder in folders)) for known, folders in found.items()}
+
+
+def parts(name: str) -> list[str]:
+    """The packs that a name stands for: several where ``+`` stands between them."""
+    return name.split("+") if "+" in name and not Path(name).expanduser().exists() else [name]
 
 
 def short_name(name: str) -> str:

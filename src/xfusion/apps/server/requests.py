@@ -21,7 +21,7 @@ from xfusion.apps.server.answers import Refused
 from xfusion.apps.server.limits import Limits
 from xfusion.data import pictures
 from xfusion.data.sequence import XFusionError
-from xfusion.modalities.image import on_white, square_picture
+from xfusion.modalities.image import ImageModality, on_white, square_picture
 
 if TYPE_CHECKING:
     from xfusion.model import Model
@@ -253,7 +253,14 @@ def decoded(data: bytes, name: str, limits: Limits) -> PILImage.Image:
 
 def as_seen(picture: PILImage.Image, model: Model) -> PILImage.Image:
     """A picture in the size that the model sees it in, so that what waits in the queue is small."""
-    side = trained_side(model)
+    try:
+        media = model.reads(picture)
+    except XFusionError as error:
+        raise Refused(400, str(error), code="not_capable", param="model") from error
+    return _of_side(picture, media.sizes[0] if isinstance(media, ImageModality) else trained_side(model))
+
+
+def _of_side(picture: PILImage.Image, side: int) -> PILImage.Image:
     try:
         return square_picture(picture, side)
     except Exception as error:  # modes that Pillow reads and cannot convert
@@ -261,7 +268,7 @@ def as_seen(picture: PILImage.Image, model: Model) -> PILImage.Image:
 
 
 def trained_side(model: Model) -> int:
-    """The side of the pictures that a model sees and draws.
+    """The side of the pictures that a model draws, and sees where it is one pack.
 
     Raises:
         Refused: it hears instead.
@@ -335,4 +342,5 @@ def picture_and_mask(
         raise Refused(400, "there is no mask, and the picture has no transparent part to draw anew", param="mask")
     else:
         holes = on_white(holes).convert("L").point([0] * 128 + [255] * 128)
-    return as_seen(picture, model), as_seen(holes, model)
+    side = trained_side(model)
+    return _of_side(picture, side), _of_side(holes, side)
