@@ -204,6 +204,13 @@ class Model(nn.Module):
             raise XFusionError("this model knows sounds, not pictures: take a model of pictures, or give it a sound")
         return self.modality
 
+    @property
+    def audio(self) -> AudioModality:
+        """The modality of sounds; XFusionError where the model sees instead of hears."""
+        if not isinstance(self.modality, AudioModality):
+            raise XFusionError("this model knows pictures, not sounds: take a model of sounds, or show it a picture")
+        return self.modality
+
     def reads(self, shown: Any) -> Modality:
         """What a picture or a sound that is shown becomes tokens by."""
         del shown

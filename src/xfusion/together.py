@@ -14,7 +14,7 @@ Shape legend: ``B`` batch row, ``n`` rows of one owner, ``D`` model width.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -26,6 +26,8 @@ from xfusion.modalities.base import Modality
 from xfusion.modalities.image import ImageModality
 from xfusion.modalities.port import MediaPort
 from xfusion.model import Model
+
+Kind = TypeVar("Kind", bound=Modality)
 
 
 class SideBySide(Fusion):
@@ -144,8 +146,13 @@ class Together(Model):
     @property
     def image(self) -> ImageModality:
         """Of the pack that draws, or of the first that sees."""
-        seen = [self.modality, *self.known.values()]
-        return next((m for m in seen if isinstance(m, ImageModality)), None) or super().image
+        found = self.modality if isinstance(self.modality, ImageModality) else self._first(ImageModality)
+        return super().image if found is None else found
+
+    @property
+    def audio(self) -> AudioModality:
+        """Of the first pack that says what sounds are, or else of the first that hears."""
+        return self._first(AudioModality) or super().audio
 
     def reads(self, shown: Any) -> Modality:
         """Of the first pack of its kind that says what media are, or else of the first of its kind.
@@ -153,12 +160,16 @@ class Together(Model):
         Raises:
             XFusionError: no pack is of its kind.
         """
-        wanted = AudioModality if isinstance(shown, Sound) else ImageModality
-        able = [owner for owner, modality in self.known.items() if isinstance(modality, wanted)]
-        if not able:
-            what = "sees pictures" if wanted is ImageModality else "hears sounds"
+        found = self._first(AudioModality if isinstance(shown, Sound) else ImageModality)
+        if found is None:
+            what = "hears sounds" if isinstance(shown, Sound) else "sees pictures"
             raise XFusionError(f"none of these packs {what}: add one that does")
-        return self.known[next((o for o in able if "caption" in self.model(o).capabilities), able[0])]
+        return found
+
+    def _first(self, kind: type[Kind]) -> Kind | None:
+        able = {owner: modality for owner, modality in self.known.items() if isinstance(modality, kind)}
+        best = [owner for owner in able if "caption" in self.model(owner).capabilities]
+        return able[next(iter([*best, *able]))] if able else None
 
     def port_of(self, owner: str) -> MediaPort:
         """Its pack's."""

@@ -1,5 +1,6 @@
 """The server as OpenAI's own client and hostile ones meet it, over a real socket."""
 
+import base64
 import http.client
 import io
 import json
@@ -12,6 +13,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import openai
@@ -23,14 +25,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from apps.serving import apart, as_url, from_base64, from_url, png, running, tiny_models
 from apps.test_cli import start
-from contracts.table import SIDE, Noise
+from contracts.table import SIDE, SOUND_RATE, Noise, hearing_model, make_model
 
 import xfusion
 from xfusion.apps.server.answers import Refused
 from xfusion.apps.server.batches import Batches, Continue, Job, Words
 from xfusion.apps.server.limits import Limits
-from xfusion.data.sequence import XFusionError
+from xfusion.data.sequence import Sound, XFusionError
+from xfusion.data.sounds import as_wav, decode
+from xfusion.modalities.image import square_picture
 from xfusion.opening import Opening
+from xfusion.together import together
 
 TINY = Limits(
     queue=8, batch=4, seconds=20, n=4, tokens=24, steps=30, pictures=2, pixels=10_000, body=200_000, characters=500
@@ -675,6 +680,56 @@ def test_bad_calls_of_the_verb(models, tmp_path, monkeypatch, capsys):
             assert complaint in said.err.splitlines()[-1], said.err
             assert said.out == ""
     assert os.environ.get("XFUSION_API_KEY") is None
+
+
+def hear(*recordings):
+    """A conversation about sounds, as the ``openai`` client sends them."""
+    blocks = [
+        {"type": "input_audio", "input_audio": {"data": base64.b64encode(data).decode(), "format": "wav"}}
+        for data in recordings
+    ]
+    return [{"role": "user", "content": [*blocks, {"type": "text", "text": "what is this"}]}]
+
+
+def test_sounds_and_pictures_are_heard_and_seen_in_one_conversation(models, picture):
+    seeing = make_model(models["dual-tower"].backbone, "dual tower, strided")
+    hearer = hearing_model(seeing.backbone)
+    packs = {"sees": seeing, "hears": hearer, "both": together(seeing, hearer)}
+    wave = torch.rand(24, generator=torch.Generator().manual_seed(1)) - 0.5
+    recording = as_wav(Sound(samples=wave, rate=SOUND_RATE))
+    heard = decode(recording, "it")
+    with running(packs, replace(TINY, sounds=2)) as server, server.client() as client:
+
+        def ask(name, messages):
+            made = client.chat.completions.create(model=name, messages=messages, max_tokens=6)
+            return made.choices[0].message.content
+
+        ((alone,), (beside,)) = (
+            m.answer([{"role": "user", "content": [heard, "what is this"]}], draw="never", max_tokens=6)
+            for m in (hearer, packs["both"])
+        )
+        assert ask("hears", hear(recording)) == ask("both", hear(recording)) == alone == beside
+        assert ask("both", look(picture, "hm")) == ask("sees", look(picture, "hm"))
+        mixed = hear(recording)
+        mixed[0]["content"][:0] = look(picture, "first")[0]["content"]
+        (expected,) = packs["both"].answer(
+            [{"role": "user", "content": [square_picture(picture, 16), "first", heard, "what is this"]}],
+            draw="never",
+            max_tokens=6,
+        )
+        assert ask("both", mixed) == expected
+        long = as_wav(Sound(samples=torch.zeros(100), rate=SOUND_RATE))
+        for name, messages, said in (
+            ("sees", hear(recording), "this model knows pictures, not sounds"),
+            ("hears", look(picture, "hm"), "this model knows sounds, not pictures"),
+            ("both", hear(b"RIFF but no sound"), "input_audio is not a sound"),
+            ("both", hear(long), "a sound of 0.05 s is longer than the 0.015 s"),
+            ("both", hear(*[recording] * 3), "sounds is 3, more than the 2"),
+        ):
+            with pytest.raises(openai.BadRequestError, match=said):
+                ask(name, messages)
+        drawn = client.images.generate(model="both", prompt="abc", extra_body={"seed": 3, "steps": 2}).data[0].b64_json
+        assert apart(seeing.draw(["abc"], seed=3, steps=2)[0], from_base64(drawn)) == 0
 
 
 def test_packs_of_one_base_share_it(models, tmp_path):

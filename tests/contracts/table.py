@@ -72,6 +72,8 @@ from xfusion.fusion.modality_experts import ModalityExperts
 from xfusion.fusion.prefix import Prefix
 from xfusion.fusion.shared_decoder import SharedDecoder
 from xfusion.fusion.sparse_experts import SparseExperts
+from xfusion.modalities.audio import AudioModality
+from xfusion.modalities.base import SoundCodec
 from xfusion.modalities.image import ImageModality
 from xfusion.modalities.port import MediaPort
 from xfusion.model import BackboneConfig, Model, ModelConfig
@@ -325,6 +327,37 @@ def make_model(base: Backbone, fusion: str = "dual tower", *, randomised: bool =
     model = Model(model_config(base, fusion, **media), base)
     if randomised:
         randomise(model)
+    return model.eval()
+
+
+SOUND_RATE = 2000
+"""Samples per second of what `Frames` hears."""
+
+
+class Frames(SoundCodec):
+    """Six samples to a frame, as they are."""
+
+    width, hop, rate, longest = 6, 6, SOUND_RATE, 40
+
+    class Config(SoundCodec.Config):
+        """Nothing to set."""
+
+        def build(self) -> Frames:
+            """The codec."""
+            return Frames()
+
+    @torch.no_grad()
+    def encode(self, wave: Tensor) -> Tensor:
+        """Samples ``[N, n]`` -> frames ``[N, n / 6, 6]``."""
+        return wave.unflatten(-1, (-1, self.width))
+
+
+def hearing_model(base: Backbone, fusion: str = "prefix", seed: int = 0) -> Model:
+    """A model that reads sounds of five frames, its new weights moved."""
+    config = model_config(base, fusion)
+    audio = AudioModality.Config(codec=Frames.Config(), seconds=0.015)
+    model = Model(replace(config, audio=audio, media=NoObjective.Config(), port=MediaPort.Config(largest_grid=6)), base)
+    randomise(model, seed)
     return model.eval()
 
 

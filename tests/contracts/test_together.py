@@ -1,10 +1,8 @@
 """Several packs in one pass: each alone is itself, both are the equation, and words stay the base's."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from contracts.table import exact, make_base, make_model, model_config, randomise, words
+from contracts.table import SOUND_RATE, exact, hearing_model, make_base, make_model, randomise, words
 from PIL import Image as PILImage
 
 import xfusion
@@ -14,49 +12,20 @@ from xfusion.data.sequence import Image, Media, Sequence, Sound, Text, XFusionEr
 from xfusion.data.templates import opened
 from xfusion.generation import caption, draw
 from xfusion.generation.words import answer_tokens
-from xfusion.modalities.audio import AudioModality
-from xfusion.modalities.base import SoundCodec
-from xfusion.modalities.port import MediaPort
-from xfusion.model import Model
 from xfusion.objectives.base import NoObjective
 from xfusion.together import together
-
-RATE, WIDTH = 100, 6
-
-
-class Waves(SoundCodec):
-    """Six samples to a frame."""
-
-    width, hop, rate, longest = WIDTH, WIDTH, RATE, 40
-
-    class Config(SoundCodec.Config):
-        def build(self):
-            return Waves()
-
-    @torch.no_grad()
-    def encode(self, wave):
-        return wave.unflatten(-1, (-1, WIDTH))
-
-
-def hearing(base, fusion, seed):
-    """A model that reads sounds of five frames."""
-    config = model_config(base, fusion)
-    audio = AudioModality.Config(codec=Waves.Config(), seconds=0.3)
-    model = Model(replace(config, audio=audio, media=NoObjective.Config(), port=MediaPort.Config(largest_grid=6)), base)
-    randomise(model, seed)
-    return model.eval()
 
 
 def members(base, chosen):
     """One model of pictures and one of sounds."""
     seen, heard = chosen
     drawing = make_model(base, seen)
-    return drawing, hearing(base, heard, 7)
+    return drawing, hearing_model(base, heard, 7)
 
 
 def sound(seed):
     wave = torch.rand(24, generator=torch.Generator().manual_seed(seed)) - 0.5
-    return Sound(samples=wave, rate=RATE)
+    return Sound(samples=wave, rate=SOUND_RATE)
 
 
 def picture(seed):
@@ -196,10 +165,10 @@ def test_what_cannot_stand_beside_another_is_refused(bases, tmp_path):
     ):
         with pytest.raises(XFusionError, match=said):
             together(make_model(base, fusion), hearer)
-    other = hearing(Backbone.load(base.source), "prefix", 1)
+    other = hearing_model(Backbone.load(base.source), "prefix", 1)
     with pytest.raises(XFusionError, match=r"2 packs stand on 2 loaded bases: load one, .* backbone=first.backbone"):
         together(plain, other)
-    both = together(hearer, hearing(base, "prefix", 2))
+    both = together(hearer, hearing_model(base, "prefix", 2))
     with pytest.raises(XFusionError, match="none of these packs sees pictures: add one that does"):
         caption(both, [picture(0)])
     with pytest.raises(XFusionError, match="2 packs together have no recipe"):

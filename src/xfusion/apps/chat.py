@@ -19,7 +19,6 @@ from xfusion.apps.commands.pictures import FORMATS, file_name, save, unused
 from xfusion.data import pictures, sounds
 from xfusion.data.sequence import Image, Sound, XFusionError
 from xfusion.generation import DrawMode, conversation, draw_size, opens
-from xfusion.modalities.audio import AudioModality
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -141,13 +140,10 @@ class Chat:
         """A sound for the next turn."""
         if not path:
             raise UsageError("/sound PATH: name a sound file")
-        sound = sounds.read_sound(Path(_unquoted(path)).expanduser())
-        heard = self.model.reads(sound)
-        if not isinstance(heard, AudioModality):
-            raise UsageError("this pack knows pictures, not sounds: /image PATH shows it one")
+        heard = self.model.audio  # a pack that sees says so
         self._able("caption", "hear")
-        heard.encode([sound], heard.sizes[0])  # one that is too long is told now
-        self.messages = added(self.messages, sound)
+        sound = sounds.read_sound(Path(_unquoted(path)).expanduser())
+        self.messages = added(self.messages, heard.as_heard(sound, heard.sizes[0]))  # one that is too long is told now
 
     def _draw(self, words: str) -> None:
         """A picture of words; it stands in the conversation from now on."""

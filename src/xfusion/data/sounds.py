@@ -26,9 +26,13 @@ def header_problem(path: Path) -> str | None:
     """What is wrong with a sound file as far as its header tells, or None. Cheap, decodes nothing."""
     if (problem := file_problem(path, "cut it")) is not None:
         return problem
+    return _problem(str(path))
+
+
+def _problem(file: str | io.BytesIO) -> str | None:
     soundfile = _soundfile()
     try:
-        found = soundfile.info(str(path))
+        found = soundfile.info(file)
     except Exception as error:  # a broken header may fail in any way
         return f"is not a sound ({one_reason(error)}); save it as {READABLE}"
     if not RATES[0] <= found.samplerate <= RATES[1]:
@@ -45,7 +49,7 @@ def header_problem(path: Path) -> str | None:
 def decode_problem(path: Path) -> str | None:
     """What is wrong with the rest of a file whose header is sound, or None. Decodes all of it; safe in threads."""
     try:
-        _decode(path)
+        _decode(str(path))
     except Exception as error:  # as above
         return f"cannot be decoded ({one_reason(error)})"
     return None
@@ -62,13 +66,26 @@ def read_sound(path: str | Path, origin: str | None = None) -> Sound:
         XFusionError: the file is missing, broken, too long or no sound, with ``origin`` in front.
     """
     path = Path(path)
-    problem = header_problem(path)
-    if problem is None:
-        try:
-            return _decode(path)
-        except Exception as error:  # as above
-            problem = f"cannot be decoded ({one_reason(error)})"
-    raise XFusionError(f"{origin}: {path.name} {problem}" if origin else f"{path}: {problem}")
+    found = header_problem(path) or _decoded(str(path))
+    if isinstance(found, Sound):
+        return found
+    raise XFusionError(f"{origin}: {path.name} {found}" if origin else f"{path}: {found}")
+
+
+def decode(data: bytes, name: str) -> Sound:
+    """The whole sound of a file's bytes, its channels mixed to one.
+
+    Args:
+        data: of one of `READABLE`.
+        name: what to call it in messages.
+
+    Raises:
+        XFusionError: it is broken, too long or no sound.
+    """
+    found = _problem(io.BytesIO(data)) or _decoded(io.BytesIO(data))
+    if isinstance(found, Sound):
+        return found
+    raise XFusionError(f"{name} {found}")
 
 
 def as_wav(sound: Sound) -> bytes:
@@ -78,8 +95,16 @@ def as_wav(sound: Sound) -> bytes:
     return file.getvalue()
 
 
-def _decode(path: Path) -> Sound:
-    with _soundfile().SoundFile(str(path)) as file:
+def _decoded(file: str | io.BytesIO) -> Sound | str:
+    """A sound, or what is wrong with it."""
+    try:
+        return _decode(file)
+    except Exception as error:  # as above
+        return f"cannot be decoded ({one_reason(error)})"
+
+
+def _decode(opened: str | io.BytesIO) -> Sound:
+    with _soundfile().SoundFile(opened) as file:
         samples, rate, wanted = file.read(dtype="float32", always_2d=True), file.samplerate, file.frames
     mixed = torch.from_numpy(samples).mean(dim=1)
     if len(mixed) < wanted or not wanted:

@@ -116,10 +116,10 @@ class Affine(Delta):
 class Prompt(nn.Module):
     """What is new at a layer: prompt rows or none, a gate per head, and parts of the layer that are tuned."""
 
-    def __init__(self, rows: int, width: int, heads: int, tuned: dict[str, nn.Module]):
+    def __init__(self, rows: int, width: int, gates: Tensor, tuned: dict[str, nn.Module]):
         super().__init__()
         self.rows = nn.Parameter(torch.randn(rows, width)) if rows else None
-        self.gate = nn.Parameter(torch.zeros(heads))
+        self.gate = nn.Parameter(gates)
         self.tuned = of_paths(tuned)
 
 
@@ -138,6 +138,8 @@ class AdaptionPrompt(Outside):
         """Whether the picture is added to the learned prompt of every layer, or is itself the prompt of the first ones."""
         early: int = 1
         """First layers whose prompt is the picture, with ``picture="early"``."""
+        gate: float = 0.0
+        """What gates hold at the start, before tanh. The papers' 0 closes them, and they open by about a rate's size a step."""
         affine: bool = False
         """Whether matrices get a scale and a bias, and norms train."""
 
@@ -183,8 +185,8 @@ class AdaptionPrompt(Outside):
                 tuned[path] = Affine(linear_shape(layer.get_submodule(path))[1])
             for piece in layer_pieces(layer)["norm"]:
                 tuned[piece.path] = copied.get_submodule(piece.path)
-        heads = backbone.config.num_attention_heads
-        return Prompt(config.prompts if learned else 0, backbone.hidden_size, heads, tuned).to(backbone.device)
+        gates = torch.full((backbone.config.num_attention_heads,), config.gate)
+        return Prompt(config.prompts if learned else 0, backbone.hidden_size, gates, tuned).to(backbone.device)
 
     def _tuned(self, index: int, frozen: nn.Module, acts: Tensor) -> nn.Module:
         """The frozen layer with its tuned parts where they act, bool ``[B, n]``."""

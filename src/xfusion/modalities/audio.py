@@ -79,19 +79,28 @@ class AudioModality(Modality):
         self.grid(size)
         waves = torch.zeros(len(media), size * self.codec.hop)
         for wave, sound in zip(waves, media, strict=True):
-            if not isinstance(sound, Sound):
-                raise XFusionError(
-                    f"this model hears sounds, but it was given a {type(sound).__name__}: take one that reads pictures, or"
-                    " a sound (xfusion.read_sound)"
-                )
-            samples, longest = resampled(sound, self.codec.rate), len(wave)
-            if len(samples) > longest:
-                raise XFusionError(
-                    f"a sound of {sound.seconds:.2f} s is longer than the {longest / self.codec.rate:g} s that this model"
-                    " hears: cut it, or train a model with --model.audio.seconds"
-                )
+            samples = self.as_heard(sound, size).samples
             wave[: len(samples)] = samples
         return self.tokens(self.codec.encode(waves))
+
+    def as_heard(self, sound: Sound, size: int) -> Sound:
+        """A sound at the codec's rate.
+
+        Raises:
+            XFusionError: it is no sound, or longer than ``size`` frames.
+        """
+        if not isinstance(sound, Sound):
+            raise XFusionError(
+                f"this model hears sounds, but it was given a {type(sound).__name__}: take one that reads pictures, or"
+                " a sound (xfusion.read_sound)"
+            )
+        samples, longest = resampled(sound, self.codec.rate), size * self.codec.hop
+        if len(samples) > longest:
+            raise XFusionError(
+                f"a sound of {sound.seconds:.2f} s is longer than the {longest / self.codec.rate:g} s that this model"
+                " hears: cut it, or train a model with --model.audio.seconds"
+            )
+        return Sound(samples=samples, rate=self.codec.rate)
 
     def decode(self, tokens: Tensor, size: int) -> Tensor:
         """The inverse of `tokens`: tokens [N, size / patch, token_width] -> frames [N, size, F]. No codec makes sounds yet."""

@@ -34,13 +34,21 @@ PAPER = "arXiv 2201.12086"
 STATUS = "sketch"
 
 
-def blip(every: int = 7, latents: int = 8, pairs: int = 32, encoder: str | None = None, side: int = 224) -> Recipe:
+def blip(
+    every: int = 7,
+    latents: int = 8,
+    pairs: int = 16,
+    gate: float = 1.0,
+    encoder: str | None = None,
+    side: int = 224,
+) -> Recipe:
     """The recipe, sized for two CPU cores; pictures are only read.
 
     Args:
         every: a cross-attention block stands before every n-th layer.
         latents: rows that a picture becomes.
         pairs: pairs of a step that are contrasted and matched, and as many captions.
+        gate: what the blocks' gates hold at the start, before tanh; the paper has none.
         encoder: folder or hub id of a vision transformer; None takes EfficientNet-Lite0.
         side: pixels that the encoder looks at.
     """
@@ -50,7 +58,7 @@ def blip(every: int = 7, latents: int = 8, pairs: int = 32, encoder: str | None 
             image=ImageModality.Config(codec=Features.Config.of(encoder), patch=1, sizes=(side,), behind_begin=True),
             port=Linear.Config(),
             fusion=CrossAttention.Config(
-                stride=every, offset=0, media_norm=True, connector=Resampler.Config(latents=latents, depth=2)
+                stride=every, offset=0, media_norm=True, gate=gate, connector=Resampler.Config(latents=latents, depth=2)
             ),
             text=NextToken.Config(weight=1.0),
             media=NoObjective.Config(),
@@ -58,6 +66,11 @@ def blip(every: int = 7, latents: int = 8, pairs: int = 32, encoder: str | None 
         ),
         data="emoji",
         stages=(
-            Stage(rate=5e-4, schedule="cosine", mixture=MixtureConfig(draw=pairs, caption=pairs, templates=templates)),
+            Stage(
+                rate=1e-3,
+                warmup=20,
+                schedule="cosine",
+                mixture=MixtureConfig(draw=pairs, caption=pairs, templates=templates),
+            ),
         ),
     )

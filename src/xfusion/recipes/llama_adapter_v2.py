@@ -30,6 +30,7 @@ def llama_adapter_v2(
     prompts: int = 20,
     early: int = 1,
     depth: int = 1,
+    gate: float = 1.0,
     released: bool = False,
     encoder: str | None = None,
     side: int = 224,
@@ -40,6 +41,7 @@ def llama_adapter_v2(
         prompts: rows of a prompt; the paper's are 20, the code's 10.
         early: first layers whose prompt is the picture.
         depth: layers of the resampler.
+        gate: what gates hold at the start, before tanh; the paper's is 0, which opens in thousands of steps at this rate.
         released: as in the released code: all layers but the first, the picture added to every prompt.
         encoder: folder or hub id of a vision transformer; None takes EfficientNet-Lite0.
         side: pixels that the encoder looks at.
@@ -51,6 +53,7 @@ def llama_adapter_v2(
         connector=connector,
         picture="added" if released else "early",
         early=early,
+        gate=gate,
         offset=int(released),
         affine=True,
     )

@@ -23,6 +23,8 @@ class Limits:
     """Steps of drawing."""
     pictures: int = 8
     """Pictures in one request."""
+    sounds: int = 8
+    """Sounds in one request."""
     inputs: int = 256
     """Texts and pictures in one request for embeddings."""
     pixels: int = 16_000_000

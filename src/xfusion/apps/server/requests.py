@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from xfusion.apps.server.answers import Refused
 from xfusion.apps.server.limits import Limits
-from xfusion.data import pictures
+from xfusion.data import pictures, sounds
 from xfusion.data.sequence import XFusionError
 from xfusion.modalities.image import ImageModality, on_white, square_picture
 
@@ -84,11 +84,27 @@ class Picture(_Strict):
     image_url: Address
 
 
+class Recording(_Strict):
+    """A sound file."""
+
+    data: str
+    """In base64."""
+    format: Literal["wav", "mp3", "flac", "ogg"]
+    """Taken, but what the file itself says is what counts."""
+
+
+class Heard(_Strict):
+    """A sound of a message."""
+
+    type: Literal["input_audio"]
+    input_audio: Recording
+
+
 class Message(_Strict):
     """A turn."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Annotated[Words | Picture, Field(discriminator="type")]] | None = None
+    content: str | list[Annotated[Words | Picture | Heard, Field(discriminator="type")]] | None = None
     images: list[Picture] = []
     """Pictures that this server drew in an earlier turn, as it sent them."""
     name: str | None = None
@@ -186,23 +202,23 @@ def within(value: float, most: float, name: str) -> None:
 
 
 def messages(request: Chat, model: Model, limits: Limits, hosts: frozenset[str]) -> list[dict[str, Any]]:
-    """The turns of a conversation as `xfusion.generation.conversation` takes them, with their pictures opened.
+    """The turns of a conversation as `xfusion.generation.conversation` takes them, with their pictures and sounds opened.
 
     Raises:
-        Refused: more than the limits, or a picture that cannot be had.
+        Refused: more than the limits, or a picture or a sound that cannot be had.
     """
-    addresses = [b.image_url for m in request.messages for b in (*_blocks(m), *m.images) if isinstance(b, Picture)]
-    within(len(addresses), limits.pictures, "pictures")
-    within(sum(len(b.text) for m in request.messages for b in _blocks(m) if isinstance(b, Words)), limits.characters,
-           "characters")  # fmt: skip
-    if addresses and "caption" not in model.capabilities:
+    blocks = [block for message in request.messages for block in (*_blocks(message), *message.images)]
+    seen, heard = (sum(isinstance(block, kind) for block in blocks) for kind in (Picture, Heard))
+    within(seen, limits.pictures, "pictures")
+    within(heard, limits.sounds, "sounds")
+    within(sum(len(b.text) for b in blocks if isinstance(b, Words)), limits.characters, "characters")
+    if seen and "caption" not in model.capabilities:
         raise incapable(model, "read pictures")
+    if heard and "caption" not in model.capabilities:
+        raise incapable(model, "hear")
     out = []
     for message in request.messages:
-        content = [
-            block.text if isinstance(block, Words) else _opened(block.image_url.url, model, limits, hosts)
-            for block in (*_blocks(message), *message.images)
-        ]
+        content = [_said(block, model, limits, hosts) for block in (*_blocks(message), *message.images)]
         out.append({"role": "system" if message.role == "developer" else message.role, "content": content})
     return out
 
@@ -227,7 +243,23 @@ def embedded(request: Embeddings, model: Model, limits: Limits, hosts: frozenset
     ]
 
 
-def _blocks(message: Message) -> list[Words | Picture]:
+def _said(block: Words | Picture | Heard, model: Model, limits: Limits, hosts: frozenset[str]) -> Any:
+    if isinstance(block, Words):
+        return block.text
+    if isinstance(block, Picture):
+        return _opened(block.image_url.url, model, limits, hosts)
+    try:
+        heard = model.audio
+    except XFusionError as error:
+        raise Refused(400, str(error), code="not_capable", param="model") from error
+    try:
+        sound = sounds.decode(_of_base64(block.input_audio.data, "input_audio", "invalid_audio"), "input_audio")
+        return heard.as_heard(sound, heard.sizes[0])
+    except XFusionError as error:
+        raise Refused(400, str(error), param="input_audio", code="invalid_audio") from error
+
+
+def _blocks(message: Message) -> list[Words | Picture | Heard]:
     if isinstance(message.content, str):
         return [Words(type="text", text=message.content)]
     return list(message.content or [])
@@ -279,16 +311,20 @@ def trained_side(model: Model) -> int:
         raise Refused(400, str(error), code="not_capable", param="model") from error
 
 
+def _of_base64(data: str, name: str, code: str) -> bytes:
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Refused(400, f"{name} is not base64: {error}", code=code) from error
+
+
 def _fetched(url: str, limits: Limits, hosts: frozenset[str]) -> bytes:
     """The bytes behind an address."""
     if url[:5].lower() == "data:":
         head, comma, data = url.partition(",")
         if not comma or not head.lower().endswith(";base64"):
             raise Refused(400, "image_url: a data URL looks like data:image/png;base64,...", code="invalid_image")
-        try:
-            return base64.b64decode(data, validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise Refused(400, f"image_url is not base64: {error}", code="invalid_image") from error
+        return _of_base64(data, "image_url", "invalid_image")
     try:
         parts = urllib.parse.urlsplit(url)
         host = parts.hostname or ""
