@@ -143,7 +143,8 @@ class Chat:
         heard = self.model.audio  # a pack that sees says so
         self._able("caption", "hear")
         sound = sounds.read_sound(Path(_unquoted(path)).expanduser())
-        self.messages = added(self.messages, heard.as_heard(sound, heard.sizes[0]))  # one that is too long is told now
+        heard.as_heard(sound, heard.sizes[0])  # one that is too long is told now
+        self.messages = added(self.messages, sound)
 
     def _draw(self, words: str) -> None:
         """A picture of words; it stands in the conversation from now on."""
