@@ -14,7 +14,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from apps.serving import apart, png, tiny_models
-from contracts.table import SIDE, Noise
+from contracts.table import SIDE, Noise, hearing_model
 
 from xfusion.apps import cli
 from xfusion.apps.server import batches, reading, requests
@@ -23,9 +23,10 @@ from xfusion.apps.server.batches import Continue, told
 from xfusion.apps.server.limits import Limits
 from xfusion.apps.web import heat
 from xfusion.apps.web.desk import Desk, Drawn, Preview, Stopped
-from xfusion.data.sequence import Text, XFusionError
+from xfusion.data.sequence import Text
 from xfusion.evaluation.attention import drawing_attention
 from xfusion.model import Model
+from xfusion.opening import Opening
 
 TINY = Limits(queue=4, batch=4, seconds=20, n=3, tokens=24, steps=30, pixels=10_000, body=200_000, characters=500)
 
@@ -100,7 +101,26 @@ def test_a_conversation_is_answered_as_the_server_answers(desk, model):
     picture = Noise(1).picture(0, 32)
     messages = [{"role": "user", "content": [picture, "what is this?"]}]
     *_, answer = desk.say("me", "tiny", messages, max_tokens=8)
-    assert answer == model.generate([picture, "what is this?"], max_tokens=8)[0]
+    assert answer == model.generate([picture, "what is this?"], max_tokens=8)
+
+
+def test_a_conversation_draws_when_asked(desk, model, monkeypatch):
+    head = Opening(model.backbone.hidden_size)
+    with torch.no_grad():
+        for row in (head.opens, head.subject):
+            row.weight.zero_()
+            row.bias.fill_(5.0)  # every answer opens with a picture, of all words
+    monkeypatch.setattr(model, "opening", head)
+    asked = [{"role": "user", "content": ["two blue birds"]}]
+    settings = {"draw": "auto", "steps": 3, "seed": 4, "max_tokens": 6}
+    *before, answer = desk.say("me", "tiny", asked, **settings)
+    expected = model.answer(asked, **settings)
+    assert apart(answer[0], expected[0]) == 0 and answer[1:] == expected[1:]
+    previews = [one for one in before if isinstance(one, Preview)]
+    assert previews and previews[-1].total == 3
+    again = [*asked, {"role": "assistant", "content": answer}, {"role": "user", "content": ["and now?"]}]
+    *_, later = desk.say("me", "tiny", again, max_tokens=6)
+    assert later == model.answer(again, draw="never", max_tokens=6)
 
 
 def test_what_is_beyond_the_limits_is_refused_in_a_line(desk, tmp_path, monkeypatch):
@@ -146,17 +166,13 @@ def test_the_deadline_holds_for_an_answer_that_never_pauses(desk, monkeypatch):
         list(desk.say("me", "tiny", [{"role": "user", "content": ["go on"]}]))
 
 
-def test_a_pack_that_hears_answers_words_and_refuses_pictures(desk, model, monkeypatch, tmp_path):
-    expected = model.generate([Text(ids=model.backbone.chat("hello"))], max_tokens=8)[0]
-
-    def image(model):
-        raise XFusionError("this model knows sounds, not pictures")
-
+def test_a_pack_that_hears_answers_words_and_refuses_pictures(desk, model, tmp_path):
+    expected = model.generate([Text(ids=model.backbone.chat("hello"))], max_tokens=8)
+    desk.models["tiny"] = model = hearing_model(model.backbone)
     Noise(1).picture(0, 32).save(tmp_path / "a.png")
     seen = png(Noise(1).picture(0, 32))
     mask = png(Image.new("L", (32, 32), "white"))
     shown = [{"role": "user", "content": [Noise(1).picture(0, 32)]}]
-    monkeypatch.setattr(Model, "image", property(image))
     *_, answer = desk.say("me", "tiny", [{"role": "user", "content": ["hello"]}], max_tokens=8)
     assert answer == expected
     for ask in (
@@ -166,11 +182,11 @@ def test_a_pack_that_hears_answers_words_and_refuses_pictures(desk, model, monke
         lambda: next(desk.repaint("me", "tiny", seen, mask, "a cat")),
         lambda: next(desk.look("me", "tiny", "a cat")),
     ):
-        with pytest.raises(Refused, match="knows sounds, not pictures") as refused:
+        with pytest.raises(Refused, match="knows sounds, not pictures|cannot draw") as refused:
             ask()
         assert (refused.value.status, refused.value.code) == (400, "not_capable")
     drawn = requests.parse(requests.Chat, {"messages": [{"role": "user", "content": "a"}], "modalities": ["image"]})
-    with pytest.raises(Refused, match="knows sounds, not pictures") as refused:
+    with pytest.raises(Refused, match="knows sounds, not pictures|cannot draw") as refused:
         reading.chat(drawn, model, TINY, frozenset())
     assert refused.value.code == "not_capable"
 

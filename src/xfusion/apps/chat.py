@@ -244,7 +244,7 @@ def _unquoted(path: str) -> str:
 
 
 def as_sent(message: dict[str, Any]) -> dict[str, Any]:
-    """A turn as `xfusion serve` takes it; a sound as OpenAI's interface has it, which `serve` does not take yet."""
+    """A turn as `xfusion serve` takes it."""
     from xfusion.apps.server.answers import data_url
 
     def block(segment: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from xfusion.training.stages import Recipe, Stage
 
 KIND = "conditioned denoiser"
 PAPER = "arXiv 2205.11487"
-STATUS = "sketch"
+STATUS = "runs"
 
 
 def imagen(width: int = 256, depth: int = 6, patch: int = 4, size: int = 32, threshold: float | None = 0.995) -> Recipe:
@@ -42,7 +42,8 @@ def imagen(width: int = 256, depth: int = 6, patch: int = 4, size: int = 32, thr
             image=ImageModality.Config(patch=patch, sizes=(size,)),
             fusion=Conditioned.Config(width=width, depth=depth),
             text=NextToken.Config(weight=0.0),
-            media=Diffusion.Config(threshold=threshold),
+            # What words decide is decided at high noise, where an error of the noise says least of the picture.
+            media=Diffusion.Config(prediction="velocity", threshold=threshold),
         ),
         data="emoji",
         stages=(Stage(rate=1e-3, schedule="cosine", mixture=MixtureConfig(draw=64, caption=0)),),

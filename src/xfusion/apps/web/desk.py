@@ -164,14 +164,16 @@ class Desk:
         requests.within(file.stat().st_size, self.limits.body, "the file's size in bytes")
         return requests.as_seen(requests.decoded(file.read_bytes(), "the picture", self.limits), model)
 
-    def say(self, who: str, name: str | None, messages: list[dict[str, Any]], **settings: Any) -> Iterator[str]:
-        """The answer to a conversation, as far as it is known; what came last is all of it.
+    def say(
+        self, who: str, name: str | None, messages: list[dict[str, Any]], **settings: Any
+    ) -> Iterator[Preview | list[Any]]:
+        """The answer to a conversation, as far as it is known: a picture on its way, or segments; what came last is all of it.
 
         Args:
             who: for `stop`.
             name: the pack.
             messages: as `xfusion.generation.conversation` takes them.
-            settings: fields of a chat request: ``seed``, ``max_tokens``, ``temperature``.
+            settings: fields of a chat request: ``seed``, ``max_tokens``, ``temperature``, ``draw``, ``steps``, ``guidance``.
 
         Raises:
             Refused: the request is, or the queue is full, or it takes too long.
@@ -179,9 +181,14 @@ class Desk:
         body = {"messages": [as_sent(message) for message in messages], **settings}
         asked = requests.parse(requests.Chat, body)
         (job,), _ = reading.chat(asked, self.model(name), self.limits, frozenset())
-        for _ in self._follow(who, [job]):
-            yield job.words.sent
-        yield job.answer[-1] if job.answer and not job.dropped else job.words.sent
+        picture: list[Any] = []
+        for _, found in self._follow(who, [job]):
+            if isinstance(found, Preview):
+                picture = [found.picture]
+                yield found
+            elif not job.answer:
+                yield [*picture, job.words.sent]
+        yield list(job.answer) if job.answer and not job.dropped else [*picture, job.words.sent]
 
     def draw(self, who: str, name: str | None, prompt: str, **settings: Any) -> Iterator[Preview | Drawn]:
         """Pictures of a prompt; settings are fields of a request for pictures: ``n``, ``seed``, ``steps``, ``guidance``.

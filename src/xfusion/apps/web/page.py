@@ -151,6 +151,7 @@ class _Page:
         self.guidance: list[gr.Slider] = []
         """Of every tab; they follow the pack."""
         self.able = set[str]().union(*(model.capabilities for model in desk.models.values()))
+        self.decides = any(model.opening is not None for model in desk.models.values())
 
     def blocks(self) -> gr.Blocks:
         """The page."""
@@ -254,15 +255,17 @@ class _Page:
             new = gr.Button("New conversation", min_width=80)
         with gr.Accordion("Settings", open=False):
             settings = self._settings()
+            asked = gr.Checkbox(
+                True, label="Draw when asked", info="else only by the button", visible=self.decides, elem_id="asked"
+            )
             with gr.Row():
                 longest = gr.Slider(1, self.limits.tokens, min(128, self.limits.tokens), step=1, label="Longest answer")
                 temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature", info="0 takes the likeliest word")
-        outputs = [talk, said, message, line]
-        inputs, seed = [self.pack, message, said], settings[0]
+        outputs, inputs = [talk, said, message, line], [self.pack, message, said, *settings]
         calls = [
-            self._wire(say.click, self._say, [*inputs, seed, longest, temperature], outputs),
-            self._wire(message.submit, self._say, [*inputs, seed, longest, temperature], outputs),
-            self._wire(draw.click, self._draw_in_chat, [*inputs, *settings], outputs),
+            self._wire(say.click, self._say, [*inputs, asked, longest, temperature], outputs),
+            self._wire(message.submit, self._say, [*inputs, asked, longest, temperature], outputs),
+            self._wire(draw.click, self._draw_in_chat, inputs, outputs),
         ]
         for trigger in (new.click, talk.clear):  # an answer that is on its way must not bring the old talk back
             self._wire(trigger, self._forget, [], outputs, cancels=calls)
@@ -282,15 +285,21 @@ class _Page:
         return words, added(said, words) if words else said
 
     def _say(
-        self, pack: str, message: Any, said: Any, seed: str, longest: float, temperature: float, request: gr.Request
-    ) -> Iterator[tuple[Any, ...]]:
+        self, pack: str, message: Any, said: Any, seed: str, steps: float, guidance: float, asked: bool,
+        longest: float, temperature: float, request: gr.Request,
+    ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
         try:
             _, messages = self._heard(pack, message, said)
             yield self._shown(messages), said, None, status("thinking …")
-            answer, settings = "", {"max_tokens": longest, "temperature": temperature, **_seeded(seed)}
-            for answer in self.desk.say(_who(request), pack, messages, **settings):
-                yield self._shown([*messages, _turn(answer)]), said, gr.skip(), status("answering …")
-            messages = [*messages, _turn(answer)]
+            settings: dict[str, Any] = {"max_tokens": longest, "temperature": temperature, **_seeded(seed)}
+            if asked and self.desk.model(pack).opening is not None:
+                settings |= {"draw": "auto", "steps": steps, "guidance": guidance}
+            answer: list[Any] = []
+            for found in self.desk.say(_who(request), pack, messages, **settings):
+                answer = [found.picture] if isinstance(found, Preview) else found
+                line = _progress(found) if isinstance(found, Preview) else status("answering …")
+                yield self._shown([*messages, _turn(*answer)]), said, gr.skip(), line
+            messages = [*messages, _turn(*answer)]
             yield self._shown(messages), messages, gr.skip(), status()
         except Exception as error:
             yield self._shown(said), said, message, complaint(error)
@@ -519,8 +528,8 @@ def _seeded(text: str | None) -> dict[str, Any]:
     return {"seed": int(text)} if text else {}
 
 
-def _turn(segment: str | PILImage.Image) -> dict[str, Any]:
-    return {"role": "assistant", "content": [segment]}
+def _turn(*segments: str | PILImage.Image) -> dict[str, Any]:
+    return {"role": "assistant", "content": list(segments)}
 
 
 def _progress(found: Preview) -> str:
