@@ -1,6 +1,8 @@
 """lmms-eval on a pack: what the harness hears is what `generate` says, and likelihoods are those of a full pass."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +12,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from contracts.table import Noise, bases, make_model
 
+import xfusion
 from xfusion.data.sequence import Text, XFusionError
+from xfusion.data.sources import open_source
 from xfusion.generation import log_likelihoods
 
 __all__ = ["bases"]
@@ -162,6 +166,17 @@ def mean(values):
 """
 
 
+def write_task(folder, pictures, answers):
+    """A task of the harness that asks what pictures are, with its own functions beside it."""
+    items = []
+    for i, (picture, answer) in enumerate(zip(pictures, answers, strict=True)):
+        picture.save(folder / f"{i}.png")
+        items.append({"file": str(folder / f"{i}.png"), "answer": answer})
+    (folder / "test.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (folder / "looking.yaml").write_text(TASK.format(file=folder / "test.jsonl"))
+    (folder / "looking.py").write_text(HELPERS)
+
+
 @pytest.mark.full
 def test_a_whole_task_of_the_harness(model, tmp_path, monkeypatch):
     evaluator = pytest.importorskip(
@@ -171,15 +186,12 @@ def test_a_whole_task_of_the_harness(model, tmp_path, monkeypatch):
     from lmms_eval.tasks import TaskManager
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    items, wrong = [], {1, 3}
-    for i, picture in enumerate(PICTURES):
-        picture.save(tmp_path / f"{i}.png")
-        (said,) = model.generate([picture, "what is this?"], max_tokens=8)
-        answer = "never said" if i in wrong else said.partition("\n")[0].strip()
-        items.append({"file": str(tmp_path / f"{i}.png"), "answer": answer})
-    (tmp_path / "test.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
-    (tmp_path / "looking.yaml").write_text(TASK.format(file=tmp_path / "test.jsonl"))
-    (tmp_path / "looking.py").write_text(HELPERS)
+    said = [model.generate([picture, "what is this?"], max_tokens=8)[0] for picture in PICTURES]
+    write_task(
+        tmp_path,
+        PICTURES,
+        ["never said" if i in (1, 3) else text.partition("\n")[0].strip() for i, text in enumerate(said)],
+    )
     result = evaluator.simple_evaluate(
         model=PackMedia(model),
         tasks=["looking"],
@@ -187,3 +199,28 @@ def test_a_whole_task_of_the_harness(model, tmp_path, monkeypatch):
         bootstrap_iters=0,
     )
     assert result["results"]["looking"]["same,none"] == 0.5
+
+
+@pytest.mark.full
+def test_its_own_command_line_scores_a_pack(tmp_path):
+    start = [sys.executable, "-c", "import lmms_eval.__main__"]
+    tried = subprocess.run(start, capture_output=True, text=True, check=False)
+    if tried.returncode:
+        pytest.skip(f"lmms-eval's command line does not start here: {tried.stderr.strip().splitlines()[-1]}")
+    pack, source = xfusion.load("emoji"), open_source("emoji:8")
+    pictures = [source.picture(i, 32) for i in range(8)]
+    said = [pack.generate([picture, "what is this?"], max_tokens=8)[0] for picture in pictures]
+    write_task(tmp_path, pictures, [text.partition("\n")[0] if i % 4 else "never said" for i, text in enumerate(said)])
+    asked = "--model xfusion --model_args pack=emoji --tasks looking --batch_size 4 --output_path out --include_path ."
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-m", "lmms_eval", *asked.split()],
+        cwd=tmp_path,
+        env=os.environ | offline,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (found,) = tmp_path.glob("out/**/*_results.json")
+    assert json.loads(found.read_text())["results"]["looking"]["same,none"] == 0.75
