@@ -18,7 +18,7 @@ from xfusion.training.stages import Recipe
 
 KIND = "modality experts"
 PAPER = "arXiv 2505.14683"
-STATUS = "sketch"
+STATUS = "runs"
 
 
 def bagel(stride: int = 1) -> Recipe:

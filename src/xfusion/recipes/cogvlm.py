@@ -21,7 +21,7 @@ from xfusion.training.stages import Recipe
 
 KIND = "modality experts"
 PAPER = "arXiv 2311.03079"
-STATUS = "sketch"
+STATUS = "runs"
 
 
 def cogvlm(stride: int = 1) -> Recipe:

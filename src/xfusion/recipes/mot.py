@@ -27,7 +27,7 @@ from xfusion.training.stages import Recipe
 
 KIND = "modality experts"
 PAPER = "arXiv 2411.04996"
-STATUS = "sketch"
+STATUS = "runs"
 
 
 def mot(stride: int = 1) -> Recipe:

@@ -19,7 +19,7 @@ from xfusion.training.stages import Recipe
 
 KIND = "modality experts"
 PAPER = "arXiv 2311.04257"
-STATUS = "sketch"
+STATUS = "runs"
 
 
 def mplug_owl2(stride: int = 1) -> Recipe:

@@ -23,7 +23,7 @@ from xfusion.training.stages import Recipe
 
 KIND = "codes"
 PAPER = "arXiv 2307.08041, 2310.01218"
-STATUS = "sketch"
+STATUS = "runs"
 
 
 def seed(codec: str = "emoji-seed", entries: int = 512, size: int = 32) -> Recipe:
