@@ -110,16 +110,14 @@ class Together(Model):
         self.__dict__["backbone"] = first.backbone
         self.members = nn.ModuleDict(members)
         self.known = {owner: _named(model.modality, owner) for owner, model in members.items()}
-        self.artist = next((owner for owner, m in members.items() if "draw" in m.capabilities), next(iter(members)))
-        """Whose pictures are drawn: the first that can."""
-        drawn = members[self.artist]
-        self.modality, self.port = self.known[self.artist], drawn.port
-        self.text_objective, self.media_objective, self.extra = (
-            drawn.text_objective,
-            drawn.media_objective,
-            nn.ModuleList(),
-        )
-        self.opening, self.needs, self._pass, self.gather = drawn.opening, frozenset(), None, None
+        making = [owner for owner, model in members.items() if "draw" in model.capabilities]
+        pictures = [owner for owner in making if isinstance(self.known[owner], ImageModality)]
+        artist = next(iter([*pictures, *making, *members]))
+        drawn = members[artist]
+        self.modality, self.port = self.known[artist], drawn.port
+        self.text_objective, self.media_objective = drawn.text_objective, drawn.media_objective
+        self.opening, self.extra, self.needs = drawn.opening, nn.ModuleList(), frozenset()
+        self._pass, self.gather = None, None
         self.fusion = SideBySide({owner: m.fusion for owner, m in members.items()}, first.backbone)
         self.use(self.plain_engine())
 
@@ -190,7 +188,7 @@ def together(*models: Model) -> Model:
     """Packs on one loaded base as one model, whose conversations may hold the media of all of them.
 
     A picture that is shown is read by the first pack that names pictures, a sound by the first that names sounds; the first
-    pack that draws draws. Drawn pictures that stand among what follows are its own.
+    pack that draws pictures draws, and where none does the first that makes sounds makes them. Drawn pictures that stand among what follows are its own.
 
     Args:
         models: packs whose media go through the frozen layers (`prefix`) or through blocks of their own (`dual tower`).

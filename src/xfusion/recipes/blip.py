@@ -31,7 +31,7 @@ from xfusion.training.stages import Recipe, Stage
 
 KIND = "cross-attention"
 PAPER = "arXiv 2201.12086"
-STATUS = "sketch"
+STATUS = "runs"
 
 
 def blip(
