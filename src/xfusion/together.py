@@ -187,8 +187,9 @@ class Together(Model):
 def together(*models: Model) -> Model:
     """Packs on one loaded base as one model, whose conversations may hold the media of all of them.
 
-    A picture that is shown is read by the first pack that names pictures, a sound by the first that names sounds; the first
-    pack that draws pictures draws, and where none does the first that makes sounds makes them. Drawn pictures that stand among what follows are its own.
+    A picture that is shown is read by the first pack that names pictures, a sound by the first that names sounds. The first pack
+    that draws pictures draws, and where none does the first that makes sounds makes them; what was drawn stands among what
+    follows as its own.
 
     Args:
         models: packs whose media go through the frozen layers (`prefix`) or through blocks of their own (`dual tower`).
