@@ -101,6 +101,10 @@ class Engine:
     """Frozen states of texts, by their tokens."""
     final_states: OrderedDict[tuple[int, ...], Tensor] = field(default_factory=OrderedDict)
     """Frozen states of texts behind the last norm, by their tokens."""
+    turns: OrderedDict[tuple[Any, ...], Any] = field(default_factory=OrderedDict)
+    """What conversations with media left behind (`xfusion.generation.turns`)."""
+    shown: OrderedDict[tuple[Any, ...], Tensor] = field(default_factory=OrderedDict)
+    """Tokens of media that were shown one at a time, by what they are."""
 
     @property
     def dtype(self) -> torch.dtype:

@@ -42,6 +42,10 @@ class Cache:
         parts = self.past(slot, layer) + new
         self.slots[slot][layer] = (torch.cat([p[0] for p in parts], dim=2), torch.cat([p[1] for p in parts], dim=2))
 
+    def copy(self) -> Cache:
+        """Another cache that begins with the same, of which neither grows with the other."""
+        return Cache(self.rows, [dict(slot) for slot in self.slots], list(self.owners))
+
     def index(self, rows: Tensor) -> Cache:
         """The batch rows ``rows`` (int64), as a new cache."""
         slots = [{i: (k[rows], v[rows]) for i, (k, v) in slot.items()} for slot in self.slots]

@@ -282,6 +282,12 @@ class MediaRows:
             return self
         return replace(self, tokens=self.clean, time=torch.zeros_like(self.time), clean=None, target=None)
 
+    def columns(self, chosen: Tensor) -> MediaRows:
+        """Some positions of every row, by int64 ``[k]``, with their items alone."""
+        per_row = ("tokens", "item", "boundary", "grid_row", "grid_column", "clean", "target")
+        cut = {name: None if (t := getattr(self, name)) is None else t[:, chosen] for name in per_row}
+        return replace(self, rows=self.rows.columns(chosen), **cut).index(torch.arange(len(self.item)))
+
     def index(self, rows: Tensor) -> MediaRows:
         """The batch rows ``rows`` (int64 ``[k]``), with their items alone."""
         chosen = self.item[rows]

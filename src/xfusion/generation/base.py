@@ -9,6 +9,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from xfusion.data.sequence import Audio, Image, Media, Sound, Text, XFusionError
+from xfusion.generation.turns import tokens_of
 from xfusion.model import Model
 
 Progress = Callable[[int, int, Tensor | None], None]
@@ -100,4 +101,6 @@ def media_segment(model: Model, shown: Seq[Shown], size: int | None = None) -> l
             f"pictures of {wanted} px cannot be read: the model was made for {', '.join(map(str, media.sizes))} px,"
             " choose one of these"
         )
-    return [media.segment(t, media.grid(wanted)) for t in media.encode(list(shown), wanted).cpu()]
+    alone = len(shown) == 1
+    tokens = tokens_of(model, media, shown[0], wanted) if alone else media.encode(list(shown), wanted).cpu()
+    return [media.segment(t, media.grid(wanted)) for t in tokens]

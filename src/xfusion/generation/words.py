@@ -16,6 +16,7 @@ from xfusion.data.templates import opened, question_text
 from xfusion.generation import base
 from xfusion.generation.base import Listener, Shown, media_segment
 from xfusion.generation.schema import restricted
+from xfusion.generation.turns import begun, remember, units
 from xfusion.model import Model
 
 LENGTH_GROUPS = 4
@@ -42,14 +43,20 @@ def answer_tokens(
     # An empty text behind the media makes [EOI] appear: the first word is read from it.
     prompts = [c if isinstance(c[-1], Text) else (*c, Text(ids=())) for c in contexts]
     prompts = [opened(model.backbone.begin_ids, prompt) for prompt in prompts]
-    batch = pack([[Sequence(segments=segments)] for segments in prompts]).to(model.device)
-    cache = model.backbone.new_cache(model.fusion.num_towers, len(prompts))
+    if len(prompts) == 1:  # a conversation goes on where it was left
+        cache, batch = begun(model, prompts[0])
+    else:
+        batch = pack([[Sequence(segments=segments)] for segments in prompts]).to(model.device)
+        cache = model.backbone.new_cache(model.fusion.num_towers, len(prompts))
     hidden, run = model.run_pass(batch, cache=cache, update=True)
+    if len(prompts) == 1:
+        remember(model, units(prompts[0]), cache)
     rows = torch.arange(len(prompts), device=model.device)
     tail = batch.text.order.argmax(dim=1)
     logits = model.engine.backbone.logits(hidden[:, run.slices["text"]][rows, tail][:, None])[:, 0]
     order = cache.rows.order.amax(dim=1).cpu()
     position = cache.rows.position.amax(dim=1).cpu()
+    read = cache.rows.count
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     ends = set(model.backbone.end_ids)
     answers: list[list[int]] = [[] for _ in prompts]
@@ -71,6 +78,8 @@ def answer_tokens(
         following = _following(token[:, None], order[:, None], position[:, None])
         hidden, _ = model.run_pass(following.to(model.device), cache=cache, update=True)
         logits = model.engine.backbone.logits(hidden)[:, 0]
+    if len(prompts) == 1 and (said := tuple(answers[0][: cache.rows.count - read])):
+        remember(model, units(prompts[0]) + said, cache)
     return answers
 
 

@@ -23,14 +23,14 @@ from xfusion.training.stages import Recipe
 
 KIND = "adaption prompt"
 PAPER = "arXiv 2304.15010"
-STATUS = "sketch"
+STATUS = "runs"
 
 
 def llama_adapter_v2(
     prompts: int = 20,
-    early: int = 1,
+    early: int = 8,
     depth: int = 1,
-    gate: float = 1.0,
+    gate: float = 0.1,
     released: bool = False,
     encoder: str | None = None,
     side: int = 224,
@@ -39,9 +39,10 @@ def llama_adapter_v2(
 
     Args:
         prompts: rows of a prompt; the paper's are 20, the code's 10.
-        early: first layers whose prompt is the picture.
+        early: first layers whose prompt is the picture; with the paper's one little of it is heard in a short run.
         depth: layers of the resampler.
-        gate: what gates hold at the start, before tanh; the paper's is 0, which opens in thousands of steps at this rate.
+        gate: what gates hold at the start, before tanh; the paper's is 0, which opens in thousands of steps at this rate, and
+            1 lets prompts of chance in at once.
         released: as in the released code: all layers but the first, the picture added to every prompt.
         encoder: folder or hub id of a vision transformer; None takes EfficientNet-Lite0.
         side: pixels that the encoder looks at.

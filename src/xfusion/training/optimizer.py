@@ -56,6 +56,9 @@ class Optimizer:
             group["lr"] = rate
             group["weight_decay"] = weight_decay
         self.adamw.step()
+        torch.autograd.graph.increment_version(
+            self.list
+        )  # the fused kernel leaves it: what was read by the old weights would stay
         self.forget_gradients()
         get_ema_multi_avg_fn(ema)(self.average, [p.detach() for p in self.list], None)
         return float(norm)

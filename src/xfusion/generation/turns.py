@@ -1,0 +1,115 @@
+"""What conversations with media left behind: keys and values of what was read, and tokens of what was shown.
+
+The next turn of a conversation begins with all that came before, so only what is new of it is read. A beginning is known by its
+tokens and by what its media are, and by the weights that read it. Words alone are the base's own to answer and are not
+kept here: its bits shall not depend on what was asked before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+
+import torch
+from PIL import ExifTags
+from PIL import Image as PILImage
+from torch import Tensor
+
+from xfusion.backbone import Cache
+from xfusion.data.pack import pack
+from xfusion.data.sequence import END_OF_MEDIA, Batch, Media, Sequence, Sound, Text
+from xfusion.modalities.base import Modality
+from xfusion.model import Model
+
+KEPT_TURNS = 8
+"""Beginnings that are kept, the last ones."""
+KEPT_SHOWN = 64
+"""Pictures and sounds whose tokens are kept, the last ones."""
+Unit = int | bytes
+"""A token, or what a medium is."""
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What was read, and by which weights."""
+
+    cache: Cache
+    weights: tuple[tuple[int, int], ...]
+
+
+def units(prompt: tuple[Text | Media, ...]) -> tuple[Unit, ...]:
+    """What a prompt holds in reading order; the end of a medium is a token of its own."""
+    out: list[Unit] = []
+    for segment in prompt:
+        if isinstance(segment, Text):
+            out += segment.ids
+        else:
+            facts = (segment.modality, segment.grid, segment.state, segment.bidirectional, segment.shared_position)
+            out += [hashlib.sha256(repr(facts).encode() + _bytes(segment.tokens)).digest(), END_OF_MEDIA]
+    return tuple(out)
+
+
+def begun(model: Model, prompt: tuple[Text | Media, ...]) -> tuple[Cache, Batch]:
+    """Keys and values of as much of a prompt as was read before, and the rest of it: all, where nothing was."""
+    whole, asked, known = pack([[Sequence(segments=prompt)]]), units(prompt), model.engine.turns
+    weights = _weights(model)
+    for key in [key for key, found in known.items() if found.weights != weights]:
+        del known[key]
+    longest = max((key for key in known if len(key) < len(asked) and asked[: len(key)] == key), key=len, default=None)
+    if longest is None:
+        return model.backbone.new_cache(model.fusion.num_towers, 1), whole.to(model.device)
+    known.move_to_end(longest)
+    cache = known[longest].cache.copy()
+    return cache, _behind(whole, int(cache.rows.order.max())).to(model.device)
+
+
+def remember(model: Model, read: tuple[Unit, ...], cache: Cache) -> None:
+    """Keep what a cache holds, which is what was read."""
+    known = model.engine.turns
+    known[read] = Beginning(cache.copy(), _weights(model))
+    known.move_to_end(read)
+    if len(known) > KEPT_TURNS:
+        known.popitem(last=False)
+
+
+def tokens_of(model: Model, media: Modality, shown: PILImage.Image | Sound, size: int) -> Tensor:
+    """Tokens ``[1, M, P]`` of one medium, encoded alone and kept, so that its bits never depend on who else was shown."""
+    if isinstance(shown, Sound):
+        what: object = (shown.rate, hashlib.sha256(_bytes(shown.samples)).digest())
+    elif isinstance(shown, PILImage.Image):
+        palette = shown.palette.getdata() if shown.palette else None
+        turned = shown.getexif().get(ExifTags.Base.Orientation)
+        facts = (shown.mode, shown.size, palette, shown.info.get("transparency"), turned)
+        what = (facts, hashlib.sha256(shown.tobytes()).digest())
+    else:
+        return media.encode([shown], size).cpu()
+    known, key = model.engine.shown, (media.name, size, what)
+    if key not in known:
+        known[key] = media.encode([shown], size).cpu()
+        if len(known) > KEPT_SHOWN:
+            known.popitem(last=False)
+    return known[key]
+
+
+def _behind(batch: Batch, last: int) -> Batch:
+    """The positions of a batch of one row behind a place in its reading order."""
+
+    def later(order: Tensor) -> Tensor:
+        return (order[0] > last).nonzero()[:, 0]
+
+    words, names = later(batch.text.order), list(batch.media)
+    left = {name: later(rows.rows.order) for name, rows in batch.media.items()}
+    media = {name: batch.media[name].columns(places) for name, places in left.items() if len(places)}
+    ids = batch.text_ids[:, words]
+    for number, name in enumerate(media):  # ends of media are numbered by the modalities that are there
+        ids = torch.where(ids == END_OF_MEDIA - names.index(name), END_OF_MEDIA - number, ids)
+    return replace(batch, text=batch.text.columns(words), text_ids=ids, labels=batch.labels[:, words], media=media)
+
+
+def _weights(model: Model) -> tuple[tuple[int, int], ...]:
+    """What changes whenever a learned weight does."""
+    return tuple((p.data_ptr(), p._version) for p in model.new_parameters())
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

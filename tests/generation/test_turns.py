@@ -1,0 +1,161 @@
+"""Conversations that go on: what was read before is not read again, and the answer is that of reading all of it."""
+
+import pytest
+import torch
+from contracts.table import SIDE, Noise, bases, hearing_model, make_model, picture, words
+
+from xfusion.data.sequence import Sound, Text
+from xfusion.generation import caption, turns
+from xfusion.generation.words import answer_tokens
+from xfusion.modalities.image import ImageModality
+from xfusion.together import together
+from xfusion.training.optimizer import Optimizer
+
+__all__ = ["bases"]
+SETTINGS = {"max_tokens": 5, "temperature": 0.0, "top_p": 1.0, "seeds": [0]}
+
+
+def counted(model, monkeypatch):
+    """Positions of each pass from now on."""
+    seen, run_pass = [], model.run_pass
+
+    def run(batch, **settings):
+        seen.append(batch.text.count + sum(m.rows.count for m in batch.media.values()))
+        return run_pass(batch, **settings)
+
+    monkeypatch.setattr(model, "run_pass", run)
+    return seen
+
+
+def conversation(model, *shown):
+    """Three turns: each goes on behind the answer of the one before."""
+    context, answers, contexts = (shown[0], words(4, 1)), [], []
+    for number, media in enumerate((*shown[1:], None), start=1):
+        (answer,) = answer_tokens(model, [context], **SETTINGS)
+        answers.append(answer)
+        contexts.append(context)
+        context = (*context, Text(ids=tuple(answer)), words(2, number))
+        if media is not None:
+            context = (*context, media, words(3, number))
+    (answer,) = answer_tokens(model, [context], **SETTINGS)
+    return [*answers, answer], [*contexts, context]
+
+
+@pytest.mark.parametrize(
+    ("fusion", "family"),
+    [
+        ("dual tower, strided", "llama"),
+        ("dual tower", "gemma3"),
+        ("x-fuse", "llama"),
+        ("prefix", "qwen3"),
+        ("bagel", "llama"),
+        ("gated tower", "llama"),
+        ("flamingo", "llama"),
+        ("openflamingo, all previous", "gemma3"),
+        ("llama-adapter", "llama"),
+        ("llama-adapter 2", "llama"),
+    ],
+)
+@torch.no_grad()
+def test_a_turn_reads_what_is_new_and_answers_as_if_it_had_read_all(bases, fusion, family, monkeypatch):
+    model = make_model(bases[family], fusion)
+    seen = counted(model, monkeypatch)
+    shown = [picture((4, 4), 1), picture((2, 3), 2)]
+    answers, contexts = conversation(model, *shown)
+    # [BOI], tokens, [EOI] and words of the first turn; then the last token said, words and the new picture; then words.
+    prefills = [n for n in seen if n > 1]
+    assert prefills[0] >= 16 + 2 + 4 and max(prefills[1:]) <= 1 + 2 + 8 + 3
+    for context, answer in zip(contexts, answers, strict=True):
+        model.use(model.plain_engine())
+        whole = len(seen)
+        assert answer_tokens(model, [context], **SETTINGS) == [answer]
+        assert seen[whole] > max(prefills[1:]) - 1, "the comparison read all of it"
+
+
+@torch.no_grad()
+def test_sounds_and_pictures_of_several_packs_go_on_too(bases, monkeypatch):
+    model = together(make_model(bases["llama"], "dual tower, strided"), hearing_model(bases["llama"]))
+    heard = model.audio
+    tokens = torch.randn(5, heard.token_width, generator=torch.Generator().manual_seed(3))
+    shown = [picture((4, 4), 1), heard.segment(tokens, (5, 1)), picture((2, 2), 3)]
+    seen = counted(model, monkeypatch)
+    answers, contexts = conversation(model, *shown)
+    assert max(n for n in seen[1:]) <= 1 + 2 + 7 + 3
+    for context, answer in zip(contexts, answers, strict=True):
+        model.use(model.plain_engine())
+        assert answer_tokens(model, [context], **SETTINGS) == [answer]
+
+
+@torch.no_grad()
+def test_keys_and_values_that_go_on_are_those_of_the_whole(bases):
+    model = make_model(bases["llama"], "dual tower, strided")
+    context = (picture((4, 4), 1), words(4, 1))
+    (answer,) = answer_tokens(model, [context], **SETTINGS)
+    longer = (*context, Text(ids=tuple(answer)), picture((3, 3), 2), words(3, 2))
+    cache, rest = turns.begun(model, longer)
+    known = cache.rows.count
+    hidden, _ = model.run_pass(rest, cache=cache, update=True)
+    model.use(model.plain_engine())
+    empty, whole = turns.begun(model, longer)
+    assert empty.rows.count == 0 and known + rest.text.count + rest.media["image"].rows.count > known
+    expected, _ = model.run_pass(whole, cache=empty, update=True)
+    assert float((hidden[:, rest.text.count - 1] - expected[:, whole.text.count - 1]).abs().max()) < 1e-4
+    by_order, by_order_whole = cache.rows.order[0].argsort(), empty.rows.order[0].argsort()
+    for slot, other in zip(cache.slots, empty.slots, strict=True):
+        assert slot.keys() == other.keys() and slot
+        for layer, kept in slot.items():
+            for one, two in zip(kept, other[layer], strict=True):
+                assert float((one[:, :, by_order] - two[:, :, by_order_whole]).abs().max()) < 1e-4
+
+
+def test_other_weights_read_anew(bases):
+    model = make_model(bases["llama"], "dual tower, strided")
+    context = (picture((4, 4), 1), words(4, 1))
+    longer = (*context, words(2, 2))
+    optimizer = Optimizer(model.named_new_parameters())
+
+    def by_hand():
+        with torch.no_grad():
+            next(model.new_parameters()).add_(0.1)
+
+    def by_a_step():
+        for parameter in model.new_parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step(0.1, 1.0, 0.9)
+
+    for change in (by_hand, by_a_step):
+        answer_tokens(model, [context], **SETTINGS)
+        assert turns.begun(model, longer)[0].rows.count > 0
+        change()
+        assert turns.begun(model, longer)[0].rows.count == 0, "old keys of new weights"
+    assert not model.engine.turns
+
+
+@torch.no_grad()
+def test_only_the_last_conversations_are_kept(bases):
+    model = make_model(bases["llama"])
+    for number in range(turns.KEPT_TURNS + 3):
+        answer_tokens(model, [(picture((2, 2), number), words(3, number))], **SETTINGS)
+    assert len(model.engine.turns) == turns.KEPT_TURNS
+    with pytest.raises(StopIteration):
+        next(key for key in model.engine.turns if key[0] == turns.units((picture((2, 2), 0),))[0])
+
+
+@torch.no_grad()
+def test_a_picture_is_encoded_once_and_another_anew(bases, monkeypatch):
+    model, calls = make_model(bases["llama"], "prefix"), []
+    encode = ImageModality.encode
+    monkeypatch.setattr(ImageModality, "encode", lambda *a: calls.append(a[1]) or encode(*a))
+    noise = Noise()
+    one, other = noise.picture(0, SIDE), noise.picture(1, SIDE)
+    said = [caption(model, [shown], max_tokens=3) for shown in (one, other, one, one.copy())]
+    assert len(calls) == 2 and said[0] == said[2] == said[3]
+    grey = one.convert("P")
+    caption(model, [grey], max_tokens=1)
+    assert len(calls) == 3
+    caption(model, [one, other], max_tokens=1)  # a batch is encoded as one
+    assert [len(some) for some in calls] == [1, 1, 1, 2]
+    wave = torch.rand(24, generator=torch.Generator().manual_seed(1)) - 0.5
+    hearer = hearing_model(bases["llama"])
+    answers = [caption(hearer, [Sound(samples=wave * k, rate=2000)], max_tokens=3) for k in (1, 1, 0.5)]
+    assert answers[0] == answers[1] and len(hearer.engine.shown) == 2
