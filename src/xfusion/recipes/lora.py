@@ -19,7 +19,7 @@ from xfusion.training.stages import Recipe
 
 KIND = "low-rank base"
 PAPER = "arXiv 2106.09685"
-STATUS = "sketch"
+STATUS = "runs"
 
 
 def lora(
