@@ -197,9 +197,13 @@ def together(*models: Model) -> Model:
     Raises:
         XFusionError: they do not share one loaded base, or one of them changes what words go through.
     """
-    if len({id(model.backbone) for model in models}) != 1:
+    bases = {id(model.backbone): model.backbone for model in models}
+    if len({base.fingerprint for base in bases.values()}) != 1:
+        sources = ", ".join(base.source for base in bases.values())
+        raise XFusionError(f"{len(models)} packs stand on several bases ({sources}): only packs of one base stand together")
+    if len(bases) != 1:
         raise XFusionError(
-            f"{len(models)} packs stand on {len({id(m.backbone) for m in models})} loaded bases: load one, and the others with"
+            f"{len(models)} packs stand on {len(bases)} loaded bases: load one, and the others with"
             " xfusion.load(pack, backbone=first.backbone)"
         )
     if len(models) == 1:

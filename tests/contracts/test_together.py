@@ -165,6 +165,10 @@ def test_what_cannot_stand_beside_another_is_refused(bases, tmp_path):
     ):
         with pytest.raises(XFusionError, match=said):
             together(make_model(base, fusion), hearer)
+    with pytest.raises(XFusionError, match=r"2 packs stand on several bases \(.*llama.*gemma3.*\): only packs of one"):
+        together(plain, make_model(bases["gemma3"]))
+    with pytest.raises(XFusionError, match="0 packs"):
+        together()
     other = hearing_model(Backbone.load(base.source), "prefix", 1)
     with pytest.raises(XFusionError, match=r"2 packs stand on 2 loaded bases: load one, .* backbone=first.backbone"):
         together(plain, other)
