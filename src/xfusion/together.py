@@ -200,7 +200,9 @@ def together(*models: Model) -> Model:
     bases = {id(model.backbone): model.backbone for model in models}
     if len({base.fingerprint for base in bases.values()}) != 1:
         sources = ", ".join(base.source for base in bases.values())
-        raise XFusionError(f"{len(models)} packs stand on several bases ({sources}): only packs of one base stand together")
+        raise XFusionError(
+            f"{len(models)} packs stand on several bases ({sources}): only packs of one base stand together"
+        )
     if len(bases) != 1:
         raise XFusionError(
             f"{len(models)} packs stand on {len(bases)} loaded bases: load one, and the others with"
