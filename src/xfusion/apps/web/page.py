@@ -408,8 +408,9 @@ class _Page:
             picture = self._given(pack, given)
             yield "", status("looking …")
             messages = added(added([], picture), question) if question.strip() else added([], picture)
-            for answer in self.desk.say(_who(request), pack, messages, max_tokens=min(64, self.limits.tokens)):
-                yield answer.strip(), status("answering …")
+            for found in self.desk.say(_who(request), pack, messages, max_tokens=min(64, self.limits.tokens)):
+                if isinstance(found, list):
+                    yield found[-1].strip(), status("answering …")
             yield gr.skip(), status()
         except Exception as error:
             yield "", complaint(error)
