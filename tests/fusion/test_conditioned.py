@@ -72,15 +72,15 @@ def test_dynamic_thresholding_is_that_of_diffusers(percentile):
         Diffusion.Config(threshold=2.0).build()
 
 
-def test_twenty_steps_of_the_recipe(bases, tmp_path):
+def test_a_hundred_steps_of_the_recipe(bases, tmp_path):
     base, losses = bases["llama"], []
     before = base.compute_fingerprint()
     recipe = find("imagen(width=64, depth=2, patch=2, size=16)")()
     stage = replace(
         recipe.stages[0],
-        steps=20,
+        steps=100,
         warmup=2,
-        rate=1e-2,
+        rate=3e-3,
         schedule="constant",
         ema=0,
         mixture=MixtureConfig(draw=12, caption=0),
@@ -96,7 +96,7 @@ def test_twenty_steps_of_the_recipe(bases, tmp_path):
         preview_every=0,
         listener=lambda e: losses.append(e["losses"]["diffusion"]) if e["event"] == "step" else None,
     )
-    assert sum(losses[-4:]) < 0.95 * sum(losses[:4])
+    assert sum(losses[-4:]) < 0.75 * sum(losses[:4])
     assert model.capabilities == {"text", "draw"} and model.regime == "strictly frozen"
     ids = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
