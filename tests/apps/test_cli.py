@@ -29,7 +29,7 @@ from xfusion.apps import cli
 from xfusion.apps.commands.pictures import file_name
 from xfusion.apps.commands.show import training_memory
 from xfusion.backbone import Backbone
-from xfusion.recipes.base import names
+from xfusion.recipes.base import find, names
 from xfusion.training.loop import Interrupted
 
 SOURCE = Path(xfusion.__file__).parents[1]
@@ -672,3 +672,22 @@ def test_the_line_that_a_shell_sees(here):
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (2, "")
     assert err == "xfusion: unknown verb 'lst'; did you mean 'list'?\n"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ("xfusion(stride='a')", "stride is 'a', but it takes int"),
+        ("xfusion(mlp=1.5)", "mlp is 1.5, but it takes int | None"),
+        ("llama_adapter_v2(gate='x')", "gate is 'x', but it takes float"),
+        ("llama_adapter_v2(released=1)", "released is 1, but it takes bool"),
+    ],
+)
+def test_an_argument_of_another_kind_is_named(recipe, said):
+    with pytest.raises(xfusion.XFusionError, match=re.escape(said)):
+        find(recipe)
+
+
+def test_arguments_of_their_kind_are_taken():
+    for recipe in ("xfusion(stride=3, mlp=None, rate=1)", "lora(recipe='llava(strip=7)', targets=('query',))"):
+        find(recipe)
