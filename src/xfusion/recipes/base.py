@@ -12,8 +12,10 @@ import pkgutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, UnionType
-from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+from types import ModuleType
+from typing import Any, cast, get_type_hints
+
+from typeguard import TypeCheckError, check_type
 
 from xfusion.data.sequence import XFusionError
 from xfusion.model import Model
@@ -50,22 +52,12 @@ def find(name: str) -> Callable[..., Recipe]:
         except NameError:  # of names that are imported for type checkers alone
             hints = {}
         for argument, value in arguments.items():
-            if argument in hints and not _fits(value, hints[argument]):
+            try:
+                check_type(value, hints.get(argument, Any))
+            except TypeCheckError as error:
                 wanted = inspect.signature(function).parameters[argument].annotation
-                raise XFusionError(f"recipe {name!r}: {argument} is {value!r}, but it takes {wanted}")
+                raise XFusionError(f"recipe {name!r}: {argument} is {value!r}, but it takes {wanted}") from error
     return functools.partial(function, **arguments) if arguments else function
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a literal is of an annotated kind; annotations that no literal can have are not held against it."""
-    if get_origin(hint) in (Union, UnionType):
-        return any(_fits(value, one) for one in get_args(hint))
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    plain = get_origin(hint) or hint
-    return not isinstance(plain, type) or isinstance(value, (tuple, list) if plain is tuple else plain)
 
 
 def _arguments(name: str) -> tuple[str, dict[str, Any]]:
