@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xfusion.backbone import EMBEDDED, Backbone, Cache
-from xfusion.data.sequence import END_OF_MEDIA, IGNORE, Batch, XFusionError, fingerprint
+from xfusion.data.sequence import END_OF_MEDIA, IGNORE, Batch, Sound, XFusionError, fingerprint
 from xfusion.fusion.base import Fusion, Pass
 from xfusion.fusion.dual_tower import DualTower
 from xfusion.modalities.audio import AudioModality
@@ -216,9 +216,12 @@ class Model(nn.Module):
         return self.modality
 
     def reads(self, shown: Any) -> Modality:
-        """What a picture or a sound that is shown becomes tokens by."""
-        del shown
-        return self.modality
+        """What a picture or a sound that is shown becomes tokens by.
+
+        Raises:
+            XFusionError: it is of the other kind.
+        """
+        return self.audio if isinstance(shown, Sound) else self.image
 
     def port_of(self, owner: str) -> MediaPort:
         """Through which port the rows of a modality go, by its name."""

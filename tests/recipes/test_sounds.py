@@ -111,7 +111,7 @@ def test_twenty_steps(bases, tones, whisper, name, tmp_path):
     assert isinstance(answer, str)
     found = xfusion.evaluate(loaded, "sounds", source=tones, held=tones)
     assert found["num_names"] == 2 and found["chance_held_at_1"] == 0.5 and found["fit_at_1"] == found["held_at_1"]
-    with pytest.raises(XFusionError, match="this model hears sounds, but it was given a Image"):
+    with pytest.raises(XFusionError, match="this model knows sounds, not pictures"):
         loaded.generate([Image.new("RGB", (8, 8)), "what is this?"])
     with pytest.raises(XFusionError, match="this model knows sounds, not pictures"):
         loaded.generate(["a tree", xfusion.Image()])

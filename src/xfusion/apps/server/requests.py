@@ -21,7 +21,7 @@ from xfusion.apps.server.answers import Refused
 from xfusion.apps.server.limits import Limits
 from xfusion.data import pictures, sounds
 from xfusion.data.sequence import XFusionError
-from xfusion.modalities.image import ImageModality, on_white, square_picture
+from xfusion.modalities.image import on_white, square_picture
 
 if TYPE_CHECKING:
     from xfusion.model import Model
@@ -286,10 +286,10 @@ def decoded(data: bytes, name: str, limits: Limits) -> PILImage.Image:
 def as_seen(picture: PILImage.Image, model: Model) -> PILImage.Image:
     """A picture in the size that the model sees it in, so that what waits in the queue is small."""
     try:
-        media = model.reads(picture)
+        side = model.reads(picture).sizes[0]
     except XFusionError as error:
         raise Refused(400, str(error), code="not_capable", param="model") from error
-    return _of_side(picture, media.sizes[0] if isinstance(media, ImageModality) else trained_side(model))
+    return _of_side(picture, side)
 
 
 def _of_side(picture: PILImage.Image, side: int) -> PILImage.Image:
