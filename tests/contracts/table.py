@@ -352,11 +352,12 @@ class Frames(SoundCodec):
         return wave.unflatten(-1, (-1, self.width))
 
 
-def hearing_model(base: Backbone, fusion: str = "prefix", seed: int = 0) -> Model:
-    """A model that reads sounds of five frames, its new weights moved."""
+def hearing_model(base: Backbone, fusion: str = "prefix", seed: int = 0, *, makes: bool = False) -> Model:
+    """A model that reads sounds of five frames, and makes some if asked; its new weights moved."""
     config = model_config(base, fusion)
     audio = AudioModality.Config(codec=Frames.Config(), seconds=0.015)
-    model = Model(replace(config, audio=audio, media=NoObjective.Config(), port=MediaPort.Config(largest_grid=6)), base)
+    media = FlowMatching.Config() if makes else NoObjective.Config()
+    model = Model(replace(config, audio=audio, media=media, port=MediaPort.Config(largest_grid=6)), base)
     randomise(model, seed)
     return model.eval()
 

@@ -177,6 +177,7 @@ class Desk:
 
         Raises:
             Refused: the request is, or the queue is full, or it takes too long.
+            Stopped: while it drew, by who asked; words stay as far as they came.
         """
         body = {"messages": [as_sent(message) for message in messages], **settings}
         asked = requests.parse(requests.Chat, body)
@@ -188,7 +189,9 @@ class Desk:
                 yield found
             elif not job.answer:
                 yield [*picture, job.words.sent]
-        yield list(job.answer) if job.answer and not job.dropped else [*picture, job.words.sent]
+        if job.dropped and picture:
+            raise Stopped
+        yield list(job.answer) if job.answer and not job.dropped else [job.words.sent]
 
     def draw(self, who: str, name: str | None, prompt: str, **settings: Any) -> Iterator[Preview | Drawn]:
         """Pictures of a prompt; settings are fields of a request for pictures: ``n``, ``seed``, ``steps``, ``guidance``.
