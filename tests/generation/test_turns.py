@@ -92,11 +92,11 @@ def test_keys_and_values_that_go_on_are_those_of_the_whole(bases):
     context = (picture((4, 4), 1), words(4, 1))
     (answer,) = answer_tokens(model, [context], **SETTINGS)
     longer = (*context, Text(ids=tuple(answer)), picture((3, 3), 2), words(3, 2))
-    cache, rest = turns.begun(model, longer)
+    cache, rest = turns.begun(model, longer, turns.units(longer))
     known = cache.rows.count
     hidden, _ = model.run_pass(rest, cache=cache, update=True)
     model.use(model.plain_engine())
-    empty, whole = turns.begun(model, longer)
+    empty, whole = turns.begun(model, longer, turns.units(longer))
     assert empty.rows.count == 0 and known + rest.text.count + rest.media["image"].rows.count > known
     expected, _ = model.run_pass(whole, cache=empty, update=True)
     assert float((hidden[:, rest.text.count - 1] - expected[:, whole.text.count - 1]).abs().max()) < 1e-4
@@ -123,11 +123,16 @@ def test_other_weights_read_anew(bases):
             parameter.grad = torch.ones_like(parameter)
         optimizer.step(0.1, 1.0, 0.9)
 
-    for change in (by_hand, by_a_step):
+    def by_loading():
+        with torch.no_grad():
+            for value in model.learned_state().values():
+                value.copy_(value + 0.1)
+
+    for change in (by_hand, by_a_step, optimizer.use_average, by_loading):
         answer_tokens(model, [context], **SETTINGS)
-        assert turns.begun(model, longer)[0].rows.count > 0
+        assert turns.begun(model, longer, turns.units(longer))[0].rows.count > 0
         change()
-        assert turns.begun(model, longer)[0].rows.count == 0, "old keys of new weights"
+        assert turns.begun(model, longer, turns.units(longer))[0].rows.count == 0, "old keys of new weights"
     assert not model.engine.turns
 
 

@@ -49,9 +49,11 @@ def units(prompt: tuple[Text | Media, ...]) -> tuple[Unit, ...]:
     return tuple(out)
 
 
-def begun(model: Model, prompt: tuple[Text | Media, ...]) -> tuple[Cache, Batch]:
-    """Keys and values of as much of a prompt as was read before, and the rest of it: all, where nothing was."""
-    whole, asked, known = pack([[Sequence(segments=prompt)]]), units(prompt), model.engine.turns
+def begun(model: Model, prompt: tuple[Text | Media, ...], asked: tuple[Unit, ...]) -> tuple[Cache, Batch]:
+    """Keys and values of as much of a prompt, which holds what is asked, as was read before, and the rest of it: all, where
+    nothing was.
+    """
+    whole, known = pack([[Sequence(segments=prompt)]]), model.engine.turns
     weights = _weights(model)
     for key in [key for key, found in known.items() if found.weights != weights]:
         del known[key]

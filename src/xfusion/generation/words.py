@@ -43,14 +43,15 @@ def answer_tokens(
     # An empty text behind the media makes [EOI] appear: the first word is read from it.
     prompts = [c if isinstance(c[-1], Text) else (*c, Text(ids=())) for c in contexts]
     prompts = [opened(model.backbone.begin_ids, prompt) for prompt in prompts]
-    if len(prompts) == 1:  # a conversation goes on where it was left
-        cache, batch = begun(model, prompts[0])
+    asked = units(prompts[0]) if len(prompts) == 1 else None
+    if asked is not None:  # a conversation goes on where it was left
+        cache, batch = begun(model, prompts[0], asked)
     else:
         batch = pack([[Sequence(segments=segments)] for segments in prompts]).to(model.device)
         cache = model.backbone.new_cache(model.fusion.num_towers, len(prompts))
     hidden, run = model.run_pass(batch, cache=cache, update=True)
-    if len(prompts) == 1:
-        remember(model, units(prompts[0]), cache)
+    if asked is not None:
+        remember(model, asked, cache)
     rows = torch.arange(len(prompts), device=model.device)
     tail = batch.text.order.argmax(dim=1)
     logits = model.engine.backbone.logits(hidden[:, run.slices["text"]][rows, tail][:, None])[:, 0]
@@ -78,8 +79,8 @@ def answer_tokens(
         following = _following(token[:, None], order[:, None], position[:, None])
         hidden, _ = model.run_pass(following.to(model.device), cache=cache, update=True)
         logits = model.engine.backbone.logits(hidden)[:, 0]
-    if len(prompts) == 1 and (said := tuple(answers[0][: cache.rows.count - read])):
-        remember(model, units(prompts[0]) + said, cache)
+    if asked is not None and (said := tuple(answers[0][: cache.rows.count - read])):
+        remember(model, asked + said, cache)
     return answers
 
 
