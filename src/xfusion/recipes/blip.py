@@ -11,7 +11,7 @@ Adapted: the text tower is the frozen language model, causal in all three modes,
 them all, where the paper has a bidirectional encoder with self-attention of its own, which a frozen host cannot have; gated
 cross-attention before every n-th layer instead of within every one; a resampler over the features of a frozen
 EfficientNet-Lite0 instead of a trained ViT; no momentum encoder, no queue and no label smoothing; the hardest negative of a
-batch of 32 instead of one drawn by likeness; captions are not bootstrapped (CapFilt).
+batch of 16 instead of one drawn by likeness; captions are not bootstrapped (CapFilt).
 """
 
 from __future__ import annotations

@@ -3,13 +3,13 @@
 Paper: Gao et al., "LLaMA-Adapter V2: Parameter-Efficient Visual Instruction Model", arXiv 2304.15010.
 
 Faithful: early fusion (the picture's rows are the prompt of the first layers, learned prompts stand in all others, the two
-are never mixed), zero-init attention with a gate per head, ``s (W x + b)`` for every matrix of a layer, trained norms. What
+are never mixed), prompts behind a gate per head, ``s (W x + b)`` for every matrix of a layer, trained norms. What
 the released code does instead, the picture added to the prompt of every layer, is ``released=True``.
 
 Adapted: rows of the picture from EfficientNet-Lite0's map through a small resampler instead of CLIP through eight layers with
 queries, another encoder by ``encoder``; scale, bias and norms are copies that act on words behind a picture and on no others,
 so text alone is kept; the base's last norm, which no layer owns, stays as it is; one data set, so there are no two groups of
-parameters by data.
+parameters by data; gates begin at 0.1 instead of 0, so that they open in a short run.
 """
 
 from __future__ import annotations
