@@ -48,11 +48,8 @@ def _problem(file: str | io.BytesIO) -> str | None:
 
 def decode_problem(path: Path) -> str | None:
     """What is wrong with the rest of a file whose header is sound, or None. Decodes all of it; safe in threads."""
-    try:
-        _decode(str(path))
-    except Exception as error:  # as above
-        return f"cannot be decoded ({one_reason(error)})"
-    return None
+    found = _decoded(str(path))
+    return found if isinstance(found, str) else None
 
 
 def read_sound(path: str | Path, origin: str | None = None) -> Sound:

@@ -56,9 +56,8 @@ class Optimizer:
             group["lr"] = rate
             group["weight_decay"] = weight_decay
         self.adamw.step()
-        torch.autograd.graph.increment_version(
-            self.list
-        )  # the fused kernel leaves it: what was read by the old weights would stay
+        # The fused kernel leaves the version as it was, by which others know that what they made of the weights is old.
+        torch.autograd.graph.increment_version(self.list)
         self.forget_gradients()
         get_ema_multi_avg_fn(ema)(self.average, [p.detach() for p in self.list], None)
         return float(norm)
