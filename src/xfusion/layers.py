@@ -191,6 +191,10 @@ class _Scores(torch.autograd.Function):
         return grad @ k, grad.mT @ q
 
 
+LONG = 512
+"""Queries by keys, each, from which attention by torch's fused kernel is the faster one on a CPU (docs/speed.md)."""
+
+
 def grouped_attention(
     module: nn.Module,
     query: Tensor,
@@ -199,9 +203,10 @@ def grouped_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     **others: Any,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention as plain products in which the queries of a group stand under their key in one matrix (Ainslie et al. 2023,
-    arXiv 2305.13245): keys and values are not copied for every query head, and their gradients need no sum.
+    arXiv 2305.13245): keys and values are not copied for every query head, and their gradients need no sum. Scores of long
+    rows, beyond `LONG`, do not stay in a processor's cache, so these go through torch's fused kernel, which makes no weights.
 
     A function as transformers registers them. Nothing is dropped out, and as in its ``eager`` no mask hides nothing.
 
@@ -215,7 +220,7 @@ def grouped_attention(
         others: what else a family hands to its attention.
 
     Returns:
-        ``[B, n, G H, K]`` and the weights ``[B, G H, n, k]``.
+        ``[B, n, G H, K]`` and the weights ``[B, G H, n, k]``, or None where rows are long.
 
     Raises:
         XFusionError: the family caps scores, adds sinks, or adds a bias by position, which are not known here.
@@ -225,6 +230,10 @@ def grouped_attention(
             raise XFusionError(f"attention 'grouped' knows no {unknown}, which {type(module).__name__} has: take eager")
     batch, heads, rows, width = query.shape
     own, keys = key.shape[1], key.shape[2]
+    if rows * keys > LONG * LONG:
+        key, value = (t.repeat_interleave(heads // own, dim=1) for t in (key, value))
+        read = functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+        return read.transpose(1, 2).contiguous(), None
     scores = _Scores.apply(query.reshape(batch, own, -1, width), key) * (width**-0.5 if scaling is None else scaling)
     scores = scores.view(batch, heads, rows, keys)
     if attention_mask is not None:

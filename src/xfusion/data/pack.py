@@ -8,17 +8,8 @@ import torch
 
 from xfusion.data.sequence import END_OF_MEDIA, IGNORE, Batch, Media, MediaRows, Rows, Sequence, Text, XFusionError
 
-
-class _Table:
-    """Grows the position table of one owner in one row."""
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[int, int, int, int, bool, bool, bool]] = []
-
-    def add(
-        self, order: int, sample: int, position: int, segment: int, both_ways: bool, later: bool, after: bool
-    ) -> None:
-        self.rows.append((order, sample, position, segment, both_ways, later, after))
+_Table = list[tuple[int, int, int, int, bool, bool, bool]]
+"""Positions of one owner in one row: order, sample, position, segment, both ways, seen later, behind media."""
 
 
 def text_length(sequence: Sequence) -> int:
@@ -92,13 +83,15 @@ def pack(rows: Seq[Seq[Sequence]], *, text_width: int | None = None) -> Batch:
     ids: list[list[int]] = []
     labels: list[list[int]] = []
     names = list(dict.fromkeys(s.modality for row in rows for q in row for s in q.segments if isinstance(s, Media)))
-    media_tables = {name: [_Table() for _ in rows] for name in names}
+    media_tables: dict[str, list[_Table]] = {name: [[] for _ in rows] for name in names}
     items: dict[str, list[Media]] = {name: [] for name in names}
     extra: dict[str, list[list[tuple[int, bool, int, int]]]] = {name: [[] for _ in rows] for name in names}
     reads_media = reads_text = False
 
     for r, row in enumerate(rows):
-        table, row_ids, row_labels = _Table(), [], []
+        table: _Table = []
+        row_ids: list[int] = []
+        row_labels: list[int] = []
         order = segment_number = 0
         for s, sequence in enumerate(row):
             position, seen_media, seen_text, after_text = 0, False, False, False
@@ -110,7 +103,7 @@ def pack(rows: Seq[Seq[Sequence]], *, text_width: int | None = None) -> Batch:
                             row_labels[-1] = token
                         if i == last and segment.has_loss and j == len(segment.ids) - 1:
                             break  # the last token of an answer is only ever a label
-                        table.add(order, s, position, segment_number, False, True, seen_media)
+                        table.append((order, s, position, segment_number, False, True, seen_media))
                         row_ids.append(token)
                         row_labels.append(IGNORE)
                         after_text = True
@@ -123,20 +116,22 @@ def pack(rows: Seq[Seq[Sequence]], *, text_width: int | None = None) -> Batch:
                             f"a media item has {segment.tokens.shape[0]} tokens but its grid is {segment.grid}"
                         )
                     own, facts = media_tables[segment.modality][r], extra[segment.modality][r]
-                    own.add(order, s, position, segment_number, False, segment.visible_to_later, True)
+                    number, count = len(items[segment.modality]), len(segment.tokens)
+                    both_ways, later = segment.bidirectional, segment.visible_to_later
+                    own.append((order, s, position, segment_number, False, later, True))
                     facts.append((-1, True, 0, 0))
-                    order, position = order + 1, position + 1
-                    number = len(items[segment.modality])
                     items[segment.modality].append(segment)
-                    for m in range(segment.tokens.shape[0]):
-                        both_ways, later = segment.bidirectional, segment.visible_to_later
-                        own.add(order, s, position, segment_number, both_ways, later, True)
-                        facts.append((number, False, m // segment.grid[1], m % segment.grid[1]))
-                        order, position = order + 1, position + (not segment.shared_position)
+                    order, position, step = order + 1, position + 1, int(not segment.shared_position)
+                    own += [
+                        (order + m, s, position + m * step, segment_number, both_ways, later, True)
+                        for m in range(count)
+                    ]
+                    facts += [(number, False, *divmod(m, segment.grid[1])) for m in range(count)]
+                    order, position = order + count, position + count * step
                     position += segment.shared_position
                     after_text, seen_media, reads_text = False, True, reads_text or seen_text
                     if i < last:
-                        table.add(order, s, position, segment_number + 1, False, True, True)
+                        table.append((order, s, position, segment_number + 1, False, True, True))
                         row_ids.append(END_OF_MEDIA - names.index(segment.modality))
                         row_labels.append(IGNORE)
                         after_text, seen_text, reads_media = True, True, True
@@ -166,7 +161,7 @@ def pack(rows: Seq[Seq[Sequence]], *, text_width: int | None = None) -> Batch:
 
 
 def _tables(tables: Seq[_Table], width: int) -> Rows:
-    filled = [t.rows + [(-1, -1, 0, -1, False, False, False)] * (width - len(t.rows)) for t in tables]
+    filled = [t + [(-1, -1, 0, -1, False, False, False)] * (width - len(t)) for t in tables]
     columns = torch.tensor(filled, dtype=torch.int64).reshape(len(tables), width, 7).unbind(-1)
     order, sample, position, segment, both_ways, later, after = (c.contiguous() for c in columns)
     return Rows(
@@ -181,7 +176,7 @@ def _tables(tables: Seq[_Table], width: int) -> Rows:
 
 
 def _media_rows(tables: Seq[_Table], extra: Seq[list[tuple[int, bool, int, int]]], items: Seq[Media]) -> MediaRows:
-    width = max(len(t.rows) for t in tables)
+    width = max(map(len, tables))
     filled = [row + [(-1, False, 0, 0)] * (width - len(row)) for row in extra]
     item, boundary, grid_row, grid_column = torch.tensor(filled, dtype=torch.int64).unbind(-1)
     token_width = items[0].tokens.shape[1]

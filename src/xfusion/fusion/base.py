@@ -206,8 +206,11 @@ def tower_rows(
     past: list[KeysValues],
     mask: Tensor,
     own_first: bool,
-) -> tuple[Tensor, KeysValues, KeysValues | None]:
-    """One block at one layer: new states of some rows, keys and values of all rows.
+    keep: bool,
+) -> tuple[Tensor, list[KeysValues]]:
+    """One block at one layer: new states of some rows, and the keys and values of all rows, in their order, if they are kept.
+
+    What is returned and read by nobody has gradients all the same once this is compiled: zeros, filled in and added.
 
     Args:
         layer: the block, as the rows that are computed go through it.
@@ -217,12 +220,13 @@ def tower_rows(
         past: the block's cached keys and values (none or one).
         mask: own queries over [past | text | media].
         own_first: whether the own rows lie before the others along the keys (text does).
+        keep: whether the pass `appends` keys and values.
     """
-    made = None if other is None else keys_values(other_layer, other, other_call)
-    others = [] if made is None else [made]
+    others = [] if other is None else [keys_values(other_layer, other, other_call)]
     before, after = (past, others) if own_first else (past + others, [])
     h, kv = run_rows(layer, own, own_call, mask, before, after)
-    return h, kv, made
+    made = [kv, *others] if own_first else [*others, kv]
+    return h, made if keep else []
 
 
 @cache
@@ -468,8 +472,8 @@ class Fusion(nn.Module):
         if len(own) == len(states):
             x = torch.cat(list(states.values()), dim=1)
             mask, layer = run.mask("" if len(own) > 1 else own[0], window), of(*states)
-            h, kv, _ = work(layer, x, calls[""], layer, None, {}, past, mask, True)
-            run.append(slot, index, kv)
+            h, made = work(layer, x, calls[""], layer, None, {}, past, mask, True, run.appends)
+            run.append(slot, index, *made)
             return run.cut(h)
         if len(states) > 2 or "text" not in states:  # media of several modalities
             made = keys_values(block, torch.cat(list(states.values()), dim=1), calls[""])
@@ -484,8 +488,8 @@ class Fusion(nn.Module):
         others = (states[other], calls[other]) if read else (None, {})
         first = name == "text"
         mask = run.mask(name, window, others=read)
-        h, kv, made = work(of(name), states[name], calls[name], of(other), *others, past, mask, first)
-        run.append(slot, index, *((kv, made) if first else (made, kv)))
+        h, made = work(of(name), states[name], calls[name], of(other), *others, past, mask, first, run.appends)
+        run.append(slot, index, *made)
         return {name: h}
 
     def words_alone(
@@ -515,8 +519,8 @@ class Fusion(nn.Module):
             return {}
         past, work = run.past(slot, index), compiled(tower_rows) if run.compiled else tower_rows
         mask = run.mask("text", self.windows[index], of="text")
-        h, kv, _ = work(block, x, own, block, None, {}, past, mask, True)
-        run.append(slot, index, kv)
+        h, made = work(block, x, own, block, None, {}, past, mask, True, run.appends)
+        run.append(slot, index, *made)
         return {"text": h}
 
     def whole(

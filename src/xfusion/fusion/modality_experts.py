@@ -103,7 +103,8 @@ def joint_rows(
     is_own: Tensor | None,
     text_reads_media: bool,
     given: bool,
-) -> tuple[Tensor | None, Tensor | None, KeysValues | None, KeysValues | None]:
+    keep: bool,
+) -> tuple[Tensor | None, Tensor | None, list[KeysValues]]:
     """One layer: text by the frozen weights, media by the expert's, over one set of keys and values.
 
     Args:
@@ -115,9 +116,10 @@ def joint_rows(
         past: cached keys and values (none or one).
         text_mask: queries of text over [past | text | media], or over [past | text] where text reads no media.
         media_mask: queries of media over [past | text | media].
+        keep: whether the pass `appends` keys and values (`xfusion.fusion.base.tower_rows`).
 
     Returns:
-        new text states, new media states, keys and values of text, keys and values of media.
+        new text states, new media states, and if they are kept keys and values of text and of media.
     """
     media_kv = text_kv = new_text = new_media = None
     if media is not None:
@@ -137,7 +139,7 @@ def joint_rows(
         if is_own is not None:
             plain_media, _ = run_rows(frozen, media, media_call, media_mask, before, [media_kv], splice_own=False)
             new_media = torch.where(is_own, new_media, plain_media)
-    return new_text, new_media, text_kv, media_kv
+    return new_text, new_media, [kv for kv in (text_kv, media_kv) if kv is not None] if keep else []
 
 
 class ModalityExperts(Fusion):
@@ -250,7 +252,7 @@ class ModalityExperts(Fusion):
         text, media = states.get("text"), states[name] if name else None
         given = run.given is not None
         work = compiled(joint_rows) if run.compiled else joint_rows
-        new_text, new_media, text_kv, media_kv = work(
+        new_text, new_media, made = work(
             frozen,
             run.by_noise(expert, [name] if name else []),
             text,
@@ -263,8 +265,9 @@ class ModalityExperts(Fusion):
             self._is_own(run),
             run.text_reads_media,
             given,
+            run.appends,
         )
-        run.append(0, index, text_kv, media_kv)
+        run.append(0, index, *made)
         new = dict(run.states)
         if new_text is not None:
             new["text"] = new_text
