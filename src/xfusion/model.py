@@ -132,8 +132,8 @@ def choose_compute_dtype(device: torch.device) -> tuple[torch.dtype, str]:
 
 
 ATTENTIONS = ("grouped", "eager", "sdpa", "flex_attention")
-"""What layers can attend by: products of grouped queries (`xfusion.layers.grouped_attention`), the family's own plain products,
-torch's fused kernel, FlexAttention over block masks."""
+"""What layers can attend by: products of grouped queries, for long rows the fused kernel (`xfusion.layers.grouped_attention`);
+the family's own plain products; torch's fused kernel; FlexAttention over block masks."""
 
 
 def choose_attention(device: torch.device, asked: str | None = None) -> str:
