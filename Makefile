@@ -5,6 +5,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PYTEST_FLAGS ?=
 BIN := .venv/bin
+# Tests of one file stay together, for they share what they trained.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 2 --dist loadfile
 INSTALLED := .venv/installed
 
 .PHONY: setup demo test test-full lint bench figures clean
@@ -25,10 +27,10 @@ demo: setup
 	$(BIN)/xfusion demo
 
 test: setup
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(PYTEST) $(PYTEST_FLAGS)
 
 test-full: setup
-	$(BIN)/python -m pytest -m "full or not full" $(PYTEST_FLAGS)
+	$(PYTEST) -m "full or not full" $(PYTEST_FLAGS)
 
 lint: setup
 	$(BIN)/ruff check

@@ -124,15 +124,16 @@ def execute(document, folder, full):
         ),
         "COLUMNS": "200",
         "NO_COLOR": "1",
+        "PYTHONUNBUFFERED": "1",  # both streams in the order of a terminal
     }
     for block in blocks(document):
         if not block.run or (block.full and not full):
             continue
         program = ["bash", "-ec", block.body] if block.language == "bash" else [sys.executable, "-c", block.body]
-        done = subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-        said = done.stdout + done.stderr
-        assert done.returncode == block.status, f"{block.body}\n{said}"
-        must_print(block, said)
+        out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        done = subprocess.run(program, cwd=folder, env=environment, **out, text=True, check=False)
+        assert done.returncode == block.status, f"{block.body}\n{done.stdout}"
+        must_print(block, done.stdout)
 
 
 def must_print(block, said):

@@ -18,6 +18,7 @@ from xfusion.apps import chat, cli
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import open_source
+from xfusion.evaluation.suites import sounds as sounds_suite
 from xfusion.evaluation.verify import verify
 from xfusion.modalities.audio import resampled
 from xfusion.modalities.codecs.kmeans import fit
@@ -75,6 +76,22 @@ def fit_codes(recipe, tones, folder):
     codec.save(folder)
 
 
+def test_made_codes_are_judged_by_those_of_trained_recordings(bases, tones, whisper, tmp_path, monkeypatch):
+    """Counted by hand: recordings of a name have three codes of its own and one of everybody's, in any order."""
+    recipe = tiny("audiopalm", bases["llama"], whisper, str(tmp_path / "codes"))
+    fit_codes(recipe, tones, tmp_path / "codes")
+    model = build(recipe.model, bases["llama"]).eval()
+    rows = torch.tensor([[0, 0, 1, 4], [2, 3, 3, 4]])
+    own = dict(zip(NAMES, rows.flip(1), strict=True))
+    monkeypatch.setattr(sounds_suite, "_codes", lambda model, sounds, indices: rows[[i % 2 for i in indices]])
+    for said, at_1 in ((own, 1.0), (own | {"tree": own["red apple"]}, 0.5)):
+        monkeypatch.setattr(type(model), "generate", lambda self, items, seed, said=said: [[said[n]] for n, _ in items])
+        found = sounds_suite.run(model, progress=lambda *_: None, source=tones, held=tones, num_made=3)
+        assert found["made_at_1"] == at_1 and found["num_made"] == 6 and found["chance_made_at_1"] == 0.5
+        assert found["ceiling_at_1"] == 1
+    assert "made_at_1" not in sounds_suite.run(model, progress=lambda *_: None, source=tones, num_made=0)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_twenty_steps(bases, tones, whisper, name, tmp_path):
     base, losses, folder = bases["llama"], [], tmp_path / "codes"
@@ -111,6 +128,10 @@ def test_twenty_steps(bases, tones, whisper, name, tmp_path):
     assert isinstance(answer, str)
     found = xfusion.evaluate(loaded, "sounds", source=tones, held=tones)
     assert found["num_names"] == 2 and found["chance_held_at_1"] == 0.5 and found["fit_at_1"] == found["held_at_1"]
+    if codes:
+        assert found["num_made"] == 20 and 0 <= found["made_at_1"] <= 1 and "ceiling_at_1" in found
+    else:
+        assert "made_at_1" not in found
     with pytest.raises(XFusionError, match="this model knows sounds, not pictures"):
         loaded.generate([Image.new("RGB", (8, 8)), "what is this?"])
     with pytest.raises(XFusionError, match="this model knows sounds, not pictures"):

@@ -3,6 +3,10 @@
 The answer is one of the names of the trained sounds. ``at_1`` is how often the true one has the best score (its mean
 log-likelihood per token with the sound, less that without), ``exact`` how often the greedy answer is the name. Beside a
 score stand ``chance_`` (a random order) and ``_blind`` (the sounds permuted among the items).
+
+Of a model that says codes ``made_`` is how well these are those of the word that was asked for: the names are ordered by the
+cosine between the codes that a sound is made of, counted without their order, and the mean of such counts over trained
+recordings of the name. No model judges; ``ceiling_`` is the same of the recordings that no training has heard.
 """
 
 from __future__ import annotations
@@ -12,16 +16,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from xfusion.data.sequence import XFusionError
+from xfusion.data.sequence import Audio, XFusionError
 from xfusion.data.sources import Sounds, open_source
 from xfusion.evaluation.metrics import captions, naming
 from xfusion.evaluation.metrics.blind import blind
 from xfusion.evaluation.suites.emoji import chosen
 from xfusion.generation import BATCH
+from xfusion.objectives.codes import NextCode
 
 LARGEST_NAMES = 100
 """Names that may be candidates: each is scored behind each sound."""
+PER_NAME = 20
+"""Trained recordings of a name, at most, whose codes say how it sounds."""
 
 
 def run(
@@ -32,6 +40,7 @@ def run(
     held: str | None = None,
     max_fit: int | None = 200,
     max_held: int | None = None,
+    num_made: int = 10,
 ) -> dict[str, Any]:
     """Scores of one model.
 
@@ -42,6 +51,7 @@ def run(
         held: sounds to name that were not trained on, of other recordings or speakers; None names the trained ones alone.
         max_fit: name only so many of the trained sounds (always the same ones).
         max_held: name only so many of the others.
+        num_made: sounds made of each name, seeds 0, 1, ..., by a model that says codes; 0 makes none.
 
     Raises:
         XFusionError: a model of pictures, data that are no sounds, a held-out sound of another name.
@@ -61,6 +71,9 @@ def run(
         if unknown:
             raise XFusionError(f"{unknown[0].origin}: {unknown[0].captions[0]!r} is no name of {source}")
         metrics |= {f"num_{part}": len(indices)} | _named(model, sounds, indices, names, alone, part, progress)
+    if isinstance(model.media_objective, NextCode) and num_made:
+        others = (parts["held"][0], chosen(parts["held"][0].examples, max_held)) if held else None
+        metrics |= _made(model, trained, others, names, num_made, progress)
     return {**metrics, "settings": {"data": source, "held": held, "names": names}}
 
 
@@ -99,3 +112,47 @@ def _named(
         lambda order: captions.exact_match([answers[i] for i in order.tolist()], wordings), len(answers)
     )
     return metrics
+
+
+def _made(
+    model: Any,
+    trained: Sounds,
+    others: tuple[Sounds, list[int]] | None,
+    names: list[str],
+    num_made: int,
+    progress: Callable[[str, int, int], None],
+) -> dict[str, float]:
+    """Rank of the asked name among all by the codes that were made; and of the true one by those of other recordings."""
+    learned = [[i for i, e in enumerate(trained.examples) if e.captions[0] == name][:PER_NAME] for name in names]
+    known = [_codes(model, trained, indices) for indices in learned]
+    made: list[Tensor] = []
+    for seed in range(num_made):
+        progress("make sounds", seed, num_made)
+        made += [codes for (codes,) in model.generate([[name, Audio()] for name in names], seed=len(names) * seed)]
+    progress("make sounds", num_made, num_made)
+    judged = {"made_": (torch.stack(made), names * num_made)}
+    if others is not None:
+        sounds, indices = others
+        judged["ceiling_"] = (_codes(model, sounds, indices), [sounds.examples[i].captions[0] for i in indices])
+    entries = 1 + max(int(codes.max()) for codes in [*known, *(codes for codes, _ in judged.values())])
+    means = functional.normalize(torch.stack([_counts(codes, entries).mean(0) for codes in known]), dim=1)
+    found: dict[str, float] = {"num_made": len(made)}
+    for prefix, (codes, truth) in judged.items():
+        hit = torch.tensor([[name == true for name in names] for true in truth])
+        found |= naming.beside(prefix, _counts(codes, entries) @ means.T, hit, ks=(1,))
+    return found
+
+
+def _codes(model: Any, sounds: Sounds, indices: list[int]) -> Tensor:
+    """Codes of recordings, int64 ``[N, frames]``."""
+    size = model.modality.sizes[0]
+    parts = (indices[start : start + BATCH] for start in range(0, len(indices), BATCH))
+    frames = [
+        model.modality.decode(model.modality.encode([sounds.sound(i) for i in part], size), size) for part in parts
+    ]
+    return torch.cat(frames)[..., 0].round().long()
+
+
+def _counts(codes: Tensor, entries: int) -> Tensor:
+    """How often each code occurs, at length one: ``[N, frames]`` -> ``[N, entries]``."""
+    return functional.normalize(functional.one_hot(codes, entries).sum(1).float(), dim=1)
