@@ -85,8 +85,8 @@ def gathered(connector: Connector, media: MediaRows) -> Gathered:
     first = torch.full((count + 1,), torch.iinfo(torch.int64).max, device=order.device)
     first = first.scatter_reduce(0, item.flatten(), order.flatten(), "amin")
     place = torch.where(media.item >= 0, order - first[item], 0)
-    # Tensors without values do not say how many rows the largest item has: at most all but its [BOI].
-    rows = order.shape[1] - 1 if place.is_meta else int(place.max()) + 1 if place.numel() else 0
+    # Tensors without values, by which costs are counted, do not say how many rows the largest item has: as many as all others.
+    rows = order.numel() // max(count, 1) - 1 if place.is_meta else int(place.max()) + 1 if place.numel() else 0
     tokens = media.tokens.new_zeros(count + 1, rows, media.tokens.shape[-1]).index_put((item, place), media.tokens)[:-1]
     there = torch.zeros(count + 1, rows, dtype=torch.bool, device=order.device)
     there = there.index_put((item, place), media.item >= 0)[:-1]
