@@ -270,14 +270,14 @@ def test_compiled_layers_agree_and_no_step_makes_new_graphs(
     bases: dict[str, Backbone], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What modulates is other tensors in each layer and step; the graphs are those of the first step."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)  # as `compiled` does
     eager = torch.compile(base.tower_rows, fullgraph=True, dynamic=False, backend="eager")
     monkeypatch.setattr(base, "compiled", lambda _: eager)
     model = Model(config_of(bases["llama"], DualTower.Config(stride=2)), bases["llama"])
     randomise(model)
     batch = view([[SEQUENCES["words around picture"]], [SEQUENCES["picture behind words"]]], model)
     expected, graphs = look(model, batch), []
-    with model.using(model.training_engine(torch.float32, "as asked", "eager", True)):
+    engine = model.training_engine(torch.float32, "as asked", "eager", True)
+    with torch._dynamo.config.patch(recompile_limit=64), model.using(engine):  # as `compiled` does
         for time in (1.0, 0.5, 1.0):
             media = batch.media["image"]
             found = look(model, batch.with_media("image", time=media.time * time))

@@ -140,7 +140,8 @@ def test_the_training_engine_agrees_with_the_reference_path(bases, fusion, famil
         with model.using(model.reference_engine()):
             whole = look(model, batch)
         with model.using(model.training_engine(torch.float32, "as asked", "grouped", False)):
-            assert model.engine.backbone is not model.backbone or model.backbone.attention == "grouped"
+            # Gemma 2 caps its scores, which its own products alone know.
+            assert model.engine.backbone.attention == ("eager" if family == "gemma2" else "grouped")
             assert distance(look(model, batch), whole) <= tolerance
         assert distance(look(model, batch), whole) <= tolerance  # and the model is itself again
 
@@ -280,7 +281,9 @@ def test_two_caches_in_pieces_equal_one_full_pass(bases, fusion, family):
     for name, sequence in SEQUENCES.items():
         batch = view([[sequence]], model)
         assert len(pieces(batch)) > 1
-        assert distance(incremental(model, batch), look(model, batch)) <= FLOAT32, name
+        # The toy GPT-2 rounds by a little more; in float64, below, all agree.
+        tolerance = 2 * FLOAT32 if family == "gpt2" else FLOAT32
+        assert distance(incremental(model, batch), look(model, batch)) <= tolerance, name
 
 
 @pytest.mark.parametrize(("fusion", "family"), on_every_family(ROWS))
@@ -410,6 +413,11 @@ def test_order_inside_a_picture_is_position_not_sequence(bases, fusion, family):
     torch.testing.assert_close(found, predict(batch)[:, swap], rtol=0, atol=FLOAT32)
 
 
+def of_routing(fusion):
+    """How far rows may move that nothing changed: those of one expert are multiplied together, and their number rounds sums."""
+    return FLOAT32 if fusion == "sparse experts, of the paper" else 0
+
+
 @pytest.mark.parametrize(("fusion", "family"), ROWS)
 @torch.no_grad()
 def test_the_first_patch_sees_the_last_however_far(bases, fusion, family):
@@ -425,7 +433,7 @@ def test_the_first_patch_sees_the_last_however_far(bases, fusion, family):
         _, run = model.run_pass(batch.with_media("image", tokens=tokens))
         states.append(run.states["image"][0])
     moved = (states[1] - states[0]).abs().amax(-1)
-    assert float(moved[0]) == 0  # [BOI]
+    assert float(moved[0]) <= of_routing(fusion)  # [BOI]
     assert float(moved[1:].min()) > 1e-3
 
 
@@ -446,7 +454,7 @@ def test_the_row_before_a_picture_is_constant_over_noise_levels(bases, fusion, f
     for one, other in zip(kept[0][1], kept[1][1], strict=True):
         for layer in one:
             for a, b in zip(one[layer], other[layer], strict=True):
-                assert torch.equal(a[:, :, before], b[:, :, before])
+                assert float((a - b)[:, :, before].abs().max()) <= of_routing(fusion)
                 assert not torch.equal(a[:, :, inside], b[:, :, inside])
 
 
