@@ -656,7 +656,8 @@ def test_a_codec_is_one_option(run, here, tmp_path, base):
 def test_ctrl_c_and_sigterm_in_earnest(here, photos, small, run, number, code):
     process = start("train", "xfusion", "--data", photos, "--steps", "100000", "-o", "run", *small)
     log, until = Path("run/log.jsonl"), time.monotonic() + 60
-    while time.monotonic() < until and process.poll() is None and not (log.is_file() and '"step"' in log.read_text()):
+    stepped = '{"event": "step"'
+    while time.monotonic() < until and process.poll() is None and not (log.is_file() and stepped in log.read_text()):
         time.sleep(0.2)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
