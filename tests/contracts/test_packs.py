@@ -345,23 +345,28 @@ def test_impossible_towers_are_refused(bases, config, message):
         Model(whole, bases["llama"])
 
 
+SLOW = {
+    *(("low-rank tower", family) for family in ("gemma2", "gemma3", "mistral", "olmo2", "phi3")),
+    *((fusion, family) for fusion in ("dual tower, adaln", "bagel, adaln") for family in ("gemma2", "gemma3")),
+}
+"""Rows that take up to 240 steps to where all others come in 60."""
+
+
 @pytest.mark.parametrize(("fusion", "family"), ROWS)
 def test_one_batch_is_overfitted(bases, fusion, family):
-    """Both losses fall to a fifth within 60 steps of a fixed batch and noise; with few new weights, or gates, within 150."""
+    """Both losses fall to a fifth within 60 steps of a fixed batch and noise, in slow rows within 240."""
     model = make_model(bases[family], fusion, randomised=False, prediction="velocity")
     # No new weight can change what the frozen model says of words alone.
     batch = pack_rows([[s] for name, s in mixed_sequences().items() if name != "words alone"])
     adamw, history = torch.optim.AdamW(model.new_parameters(), lr=4e-3), []
-    for _ in range(150 if fusion == "low-rank tower" or "adaln" in fusion else 60):
+    for _ in range(240 if (fusion, family) in SLOW else 60):
         losses = model.losses(batch, torch.Generator().manual_seed(0))
         history.append({name: float(value.detach() / count) for name, (value, count) in losses.items()})
         sum(value / count for value, count in losses.values()).backward()
         adamw.step()
         adamw.zero_grad()
     assert history[-1]["flow_matching"] < 0.2 * history[0]["flow_matching"], history[::10]
-    if fusion == "prefix" or fusion.startswith(
-        "bagel"
-    ):  # clean pictures take the frozen weights: only the port can learn
+    if fusion in ("bagel", "prefix"):  # clean pictures take the frozen weights: only the port can learn to be named
         assert history[-1]["next_token"] < history[0]["next_token"]
         return
     assert history[-1]["next_token"] < 0.2 * history[0]["next_token"], history[::10]

@@ -277,13 +277,13 @@ def incremental(model, batch):
 @pytest.mark.parametrize(("fusion", "family"), TOWERS)
 @torch.no_grad()
 def test_two_caches_in_pieces_equal_one_full_pass(bases, fusion, family):
-    model = make_model(bases[family], fusion)
+    # The toy GPT-2's matrices are large: with branches that a condition changes, float32 alone rounds by more than the bound.
+    make = float64_model if (fusion, family) == ("dual tower, adaln", "gpt2") else make_model
+    model = make(bases[family], fusion)
     for name, sequence in SEQUENCES.items():
         batch = view([[sequence]], model)
         assert len(pieces(batch)) > 1
-        # The toy GPT-2 rounds by a little more; in float64, below, all agree.
-        tolerance = 2 * FLOAT32 if family == "gpt2" else FLOAT32
-        assert distance(incremental(model, batch), look(model, batch)) <= tolerance, name
+        assert distance(incremental(model, batch), look(model, batch)) <= FLOAT32, name
 
 
 @pytest.mark.parametrize(("fusion", "family"), on_every_family(ROWS))

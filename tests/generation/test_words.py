@@ -47,11 +47,13 @@ def greedy(model, segments, count):
 
 @pytest.mark.parametrize(("fusion", "family"), ROWS)
 @pytest.mark.parametrize("question", ["", "What is this?"])
-def test_captions_are_the_uncached_greedy_answers(bases, fusion, family, question):
+def test_captions_are_the_uncached_greedy_answers(bases, fusion, family, question, request):
     model = make_model(bases[family], fusion)
     found = model.caption(PICTURES, question=question, max_tokens=9)
     tail = (Text(ids=model.backbone.encode(question_text(question))),) if question else ()
-    # Some random models say the same of all pictures, but what they see of them moves every model's scores.
+    if request.node.get_closest_marker("full") is None:
+        assert len(set(found)) > 1
+    # Some random models of the slow tier say the same of all pictures, but what they see of them moves every model's scores.
     one, other = (logits_after(model, (media_of(model, p), *tail, Text(ids=())))[-1] for p in PICTURES[:2])
     assert float((one - other).abs().max()) > 1e-2
     for picture, text in zip(PICTURES, found, strict=True):
