@@ -359,6 +359,9 @@ class Model(nn.Module):
             raise RuntimeError("a shadow layer was called outside a pass")
         if index == 0:  # what the decoder adds to its inputs (learned positions, a factor) is in x alone
             run.states = {owner: x[:, rows].contiguous() for owner, rows in run.slices.items()}
+        last = index == self.backbone.num_layers - 1
+        if run.layers is not None and index not in run.layers:
+            return self._behind(run, x, last)
         run.modulation = None
         compute = self.fusion.reference_layer if self._engine.reference else self.fusion.layer
         for owner, rows in run.media_rows.items():
@@ -382,8 +385,14 @@ class Model(nn.Module):
             name = f"{owner if owner == 'text' else 'media'}.{index + 1}"
             if name in self.needs:
                 run.kept[name] = x
-        # The states travel in the pass; the decoder gets them back behind the last layer, for its final norm.
-        return torch.cat(list(run.states.values()), dim=1) if index == self.backbone.num_layers - 1 else x
+        return self._behind(run, x, last)
+
+    @staticmethod
+    def _behind(run: Pass, x: Tensor, last: bool) -> Tensor:
+        """What the decoder gets back: the states travel in the pass, and behind the last layer it norms those that are read."""
+        if not last:
+            return x
+        return torch.cat(list(run.states.values()), dim=1) if run.final else x[:, :0]
 
     # -- one pass
 
@@ -394,6 +403,8 @@ class Model(nn.Module):
         cache: Cache | None = None,
         update: bool = False,
         given: dict[int, Tensor] | None = None,
+        final: bool = True,
+        like: Pass | None = None,
     ) -> tuple[Tensor, Pass]:
         """The layers over the positions of a batch.
 
@@ -402,9 +413,12 @@ class Model(nn.Module):
             cache: keys and values of earlier positions.
             update: append this pass's keys and values to the cache.
             given: text states by layer, where they are known (`text_states`).
+            final: whether anybody reads final states; else none are normed, and the pass alone holds the last layer's.
+            like: an earlier pass over the same positions with the same cache, whose masks are taken over.
 
         Returns:
-            final states ``[B, S, D]`` after the decoder's last norm, sorted by owner, and the pass.
+            final states ``[B, S, D]`` after the decoder's last norm, sorted by owner (``[B, 0, D]`` unless ``final``), and the
+            pass.
         """
         engine, rows, states = self._engine, {}, {}
         if batch.text.count:
@@ -428,7 +442,11 @@ class Model(nn.Module):
             media_reads_text=batch.media_reads_text,
             compiled=engine.compiled,
             media_rows=dict(batch.media),
+            final=final,
+            layers=self._layers_at_work(batch, given, appends=cache is not None and update),
         )
+        if like is not None:
+            run.take_masks(like)
         position = torch.cat([table.position for table in rows.values()], dim=1)
         self._pass = run
         try:
@@ -439,6 +457,17 @@ class Model(nn.Module):
         if cache is not None and update:
             cache.grow(rows)
         return hidden, run
+
+    def _layers_at_work(
+        self, batch: Batch, given: dict[int, Tensor] | None, *, appends: bool
+    ) -> frozenset[int] | None:
+        """Layers at which a pass computes anything; None is all. Where words are neither computed nor cached nothing happens
+        at a layer without new modules: media states pass it unchanged.
+        """
+        words = bool(batch.text.count) and given is None
+        if words or appends or self.needs or self._engine.reference or self.gather is not None:
+            return None
+        return frozenset(index for owner in batch.media for index in self.fusion.layers_of(owner))
 
     def _embedded(self, batch: Batch) -> Tensor:
         """Input states of words, and of the ends of media, each modality's by its port."""
@@ -458,7 +487,7 @@ class Model(nn.Module):
             unread = not batch.text_reads_media and not bool((batch.labels != IGNORE).any())
             unread = unread and not any(name.startswith("text") for name in self.needs)
             given = self.given_states(batch) if unread and self._engine.keep_text else None
-        hidden, run = self.run_pass(batch, given=given)
+        hidden, run = self.run_pass(batch, given=given, final=given is None or "media" in self.needs)
         out = self._of_words(hidden[:, run.slices.get("text", slice(0, 0))])
         if self.media_objective.gives:
             out.media = {name: self.port.readout(run.states[name]) for name in batch.media}

@@ -58,6 +58,10 @@ class Pass:
     """Whether the per-layer work runs compiled (training does; sampling, whose shapes change, does not)."""
     modulation: Tensor | None = None
     """What changes the branches of the current layer's block at media rows, ``[B, n, 6, W]`` (`xfusion.layers.modulated`)."""
+    final: bool = True
+    """Whether anybody reads the states behind the decoder's last norm."""
+    layers: frozenset[int] | None = None
+    """Layers at which anything is computed; None is all."""
     kept: dict[str, Tensor] = field(default_factory=dict)
     """States that objectives asked for, by name (`Objective.needs`)."""
     _masks: dict[tuple[str, bool, int | None, str | None], Tensor] = field(default_factory=dict)
@@ -85,6 +89,10 @@ class Pass:
             cut = {owner: slice_call(call, rows) for owner, rows in self.slices.items()}
             self._calls[id(table)] = (table, cut | {"": slice_call(call, slice(None))})
         return self._calls[id(table)][1]
+
+    def take_masks(self, other: Pass) -> None:
+        """Share the masks of a pass over the same positions with the same keys and values behind them."""
+        self._masks = other._masks
 
     def inputs(self, index: int) -> dict[str, Tensor]:
         """States before a layer; text that is given instead of computed in its place."""

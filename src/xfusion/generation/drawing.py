@@ -18,6 +18,7 @@ from xfusion.backbone import Cache
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Batch, Media, MediaRows, Rows, Sequence, Text, XFusionError
 from xfusion.data.templates import opened
+from xfusion.fusion.base import Pass
 from xfusion.generation import base
 from xfusion.generation.base import Progress, draw_size, refuse_to_draw, seeds_of, text_segment
 from xfusion.model import Model
@@ -75,7 +76,7 @@ def draw_tokens(
     is_target = media.item == media.item.amax(dim=1, keepdim=True)
     columns = is_target.int().argsort(dim=1, stable=True)
     before, columns = _pick(media, columns[:, :-count]), columns[:, -count:]
-    _, run = model.run_pass(batch.with_media(name, **vars(before)), cache=cache, update=True)
+    _, run = model.run_pass(batch.with_media(name, **vars(before)), cache=cache, update=True, final=False)
     # The last of these rows is the target's [BOI]; padding has the order -1.
     begin = run.states[name].gather(
         1, before.rows.order.argmax(dim=1)[:, None, None].expand(-1, 1, model.backbone.hidden_size)
@@ -117,10 +118,12 @@ class _Drawing:
     """Strength of guidance; 1 is off."""
     done: int = 0
     """Tokens of each item that stand in the cache."""
+    denoised: Pass | None = None
+    """The first denoising pass: those behind it see the same."""
 
     def __call__(self, x: Tensor, time: float) -> Tensor:
         """The head at all tokens ``[N, M, P]`` at a noise level -> ``[N, M, Q]``; the cache stays."""
-        return self._guided(self._states(self.target, x, time, update=False))
+        return self._guided(self._states(self.target, x, time))
 
     def following(self, tokens: Tensor, places: Tensor | None = None) -> Tensor:
         """The head at the last position, ``[N, Q]``, once finished tokens ``[N, k, P]`` stand behind the others."""
@@ -137,12 +140,15 @@ class _Drawing:
         self.done += tokens.shape[1]
         return self._guided(self._states(rows, tokens, 0.0, update=True)[:, -1:])[:, 0]
 
-    def _states(self, rows: MediaRows, tokens: Tensor, time: float, *, update: bool) -> Tensor:
+    def _states(self, rows: MediaRows, tokens: Tensor, time: float, *, update: bool = False) -> Tensor:
         tokens = tokens if self.scale == 1 else torch.cat([tokens, tokens])
         view = replace(rows, tokens=tokens, time=torch.full((len(tokens),), time, device=tokens.device))
         name = self.model.modality.name
         batch = replace(self.step, media={name: view})
-        return self.model.run_pass(batch, cache=self.cache, update=update)[1].states[name]
+        like = None if update else self.denoised
+        _, run = self.model.run_pass(batch, cache=self.cache, update=update, final=False, like=like)
+        self.denoised = None if update else like or run
+        return run.states[name]
 
     def _guided(self, states: Tensor) -> Tensor:
         prediction = self.model.port.readout(states).float()

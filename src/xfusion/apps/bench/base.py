@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import pkgutil
 import statistics
 import tempfile
@@ -203,11 +204,22 @@ class Product:
     shapes: tuple[tuple[int, ...], tuple[int, ...]]
     strides: tuple[tuple[int, ...], tuple[int, ...]]
     dtype: torch.dtype
+    places: tuple[tuple[int, int], tuple[int, int], tuple[int, int]] = ((-1, 0), (-2, 0), (-3, 0))
+    """Where both operands and the result lay: a number of the memory, and how many elements into it."""
 
     @property
     def flops(self) -> int:
         (*batch, rows, inner), (*_, columns) = self.shapes
         return 2 * (batch[0] if batch else 1) * rows * inner * columns
+
+    @property
+    def extents(self) -> tuple[int, int, int]:
+        """Elements that both operands and the result span."""
+        one, two = (
+            1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+            for shape, stride in zip(self.shapes, self.strides, strict=True)
+        )
+        return one, two, math.prod(self.shapes[0][:-1]) * self.shapes[1][-1]
 
 
 def products(work: Work) -> list[Product]:
@@ -233,36 +245,38 @@ def products(work: Work) -> list[Product]:
             inside.add(node["id"])
         elif kind in PRODUCTS:
             inside.add(node["id"])
-            found.append(_product(node["inputs"], first=int(kind.endswith("addmm") or kind == "baddbmm")))
+            found.append(_product(node, first=int(kind.endswith("addmm") or kind == "baddbmm")))
     return found
 
 
 _DTYPES = {"BFloat16": torch.bfloat16, "float": torch.float32, "Half": torch.float16, "double": torch.float64}
 
 
-def _product(inputs: dict[str, Any], first: int) -> Product:
-    pair = slice(first, first + 2)
+def _product(node: dict[str, Any], first: int) -> Product:
+    inputs, pair = node["inputs"], slice(first, first + 2)
     kind = inputs["types"][first].removeprefix("Tensor(").rstrip(")").removeprefix("c10::")
     shapes, strides = (tuple(map(tuple, inputs[name][pair])) for name in ("shapes", "strides"))
-    return Product(shapes, strides, _DTYPES[kind])  # type: ignore[arg-type]
+    # A tensor of a trace: its number, that of its memory, elements before it, and more.
+    places = tuple((value[1], value[2]) for value in (*inputs["values"][pair], node["outputs"]["values"][0]))
+    return Product(shapes, strides, _DTYPES[kind], places)  # type: ignore[arg-type]
 
 
 def alone(found: list[Product]) -> Work:
-    """The same products with nothing around them: same shapes, strides, precision and order.
-
-    Products of one form share their operands, which then lie in a cache where the step's do not: the measure is strict.
+    """The same products with nothing around them: same shapes, strides, precision and order, over memory that is shared as
+    the work shares it. Weights of several layers are several matrices, queries and keys read the same states, and what a
+    product leaves in a cache the next one finds there.
     """
-    made: dict[Product, tuple[Tensor, Tensor, Tensor]] = {}
+    sizes: dict[tuple[int, torch.dtype], int] = {}
     for product in found:
-        if product not in made:
-            pair = [
-                torch.randn(1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)))
-                .to(product.dtype)
-                .as_strided(shape, stride)
-                for shape, stride in zip(product.shapes, product.strides, strict=True)
-            ]
-            made[product] = (pair[0], pair[1], pair[0] @ pair[1])
-    operands = [made[product] for product in found]
+        for (memory, offset), count in zip(product.places, product.extents, strict=True):
+            sizes[memory, product.dtype] = max(sizes.get((memory, product.dtype), 0), offset + count)
+    room = {key: torch.randn(count).to(key[1]) for key, count in sizes.items()}
+    operands = []
+    for product in found:
+        one, two, out = (room[memory, product.dtype][offset:] for memory, offset in product.places)
+        (first, second), (first_strides, second_strides) = product.shapes, product.strides
+        result = out[: product.extents[2]].view(*first[:-1], second[-1])
+        operands.append((one.as_strided(first, first_strides), two.as_strided(second, second_strides), result))
 
     def work() -> None:
         for one, two, out in operands:
