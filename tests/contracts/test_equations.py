@@ -77,15 +77,14 @@ def built(base: Backbone, fusion: Fusion.Config, *, randomised: bool = True) -> 
 def behind_layers(model: Model, batch: Batch) -> list[dict[str, Tensor]]:
     """The states behind each layer, by owner."""
     kept: list[dict[str, Tensor]] = []
-    name = "reference_layer" if model.engine.reference else "layer"
-    compute = getattr(model.fusion, name)
+    behind = model._behind
 
-    def watched(*args: Any) -> dict[str, Tensor]:
-        kept.append(dict(compute(*args)))
-        return kept[-1]
+    def watched(run: Any, *others: Any) -> Tensor:  # also behind a layer that is passed over
+        kept.append(dict(run.states))
+        return behind(run, *others)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model.fusion, name, watched)
+        patch.setattr(model, "_behind", watched)
         model.run_pass(batch)
     assert len(kept) == LAYERS
     return kept
