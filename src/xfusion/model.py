@@ -458,9 +458,7 @@ class Model(nn.Module):
             cache.grow(rows)
         return hidden, run
 
-    def _layers_at_work(
-        self, batch: Batch, given: dict[int, Tensor] | None, *, appends: bool
-    ) -> frozenset[int] | None:
+    def _layers_at_work(self, batch: Batch, given: dict[int, Tensor] | None, *, appends: bool) -> frozenset[int] | None:
         """Layers at which a pass computes anything; None is all. Where words are neither computed nor cached nothing happens
         at a layer without new modules: media states pass it unchanged.
         """

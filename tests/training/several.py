@@ -2,12 +2,15 @@
 
 import importlib
 import os
+import random
 import shutil
 import signal
 import socket
 import sys
+import time
 import traceback
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +21,7 @@ from xfusion.backbone import Backbone
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.templates import Templates
 from xfusion.objectives.contrastive import Contrastive
-from xfusion.training import loop
+from xfusion.training import loop, states
 from xfusion.training.stages import Recipe, Stage
 from xfusion.training.stopping import Interrupted
 
@@ -30,6 +33,10 @@ GOES_ON = (
     ("whole_on_2", "none", 2, "all"),
 )
 """Name of a run, what had been divided when it died, and how many processes go on dividing what."""
+KILLS = 5
+"""Runs of each way to divide of which a process is killed."""
+WRITES_OF_A_RUN = 30
+"""About as many times the first process writes in six steps with a state each."""
 
 
 def free_port() -> int:
@@ -59,6 +66,45 @@ def together(count: int, function) -> None:
             sys.exit(f"a process of {count} failed")
 
 
+def killed_together(count: int, function, rng: random.Random, seconds: float, writes: int) -> bool:
+    """Call ``function`` in ``count`` processes of which one kills itself by SIGKILL: at a moment of the clock that a run
+    of ``seconds`` has, or in one of its first ``writes``. The others notice and end by themselves. Returns whether one was killed
+    before all were done.
+    """
+    from training.test_kills import kill_at
+
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
+    writing, victim = rng.random() < 0.5, rng.randrange(count)
+    number, delay, children = rng.randint(1, writes), rng.uniform(0.2 * seconds, seconds), {}
+    for rank in range(count):
+        if child := os.fork():
+            children[child] = rank
+            continue
+        os.environ["RANK"] = str(rank)
+        try:
+            if writing and rank == victim:
+                kill_at(number, rng)
+            function()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    begun, killed, sent = time.monotonic(), False, False
+    while children:
+        assert time.monotonic() - begun < 180, "a process waits for one that was killed"
+        if not writing and not sent and time.monotonic() - begun > delay:
+            sent = True
+            for child, rank in children.items():
+                if rank == victim:
+                    os.kill(child, signal.SIGKILL)
+        for child in list(children):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                killed |= os.WIFSIGNALED(status)
+                del children[child]
+        time.sleep(0.01)
+    return killed
+
+
 def run(
     folder: Path,
     name: str,
@@ -73,6 +119,7 @@ def run(
     dtype=torch.float32,
     compile=False,
     again=False,
+    often=False,
     extra=(),
     **mixture,
 ) -> None:
@@ -97,7 +144,7 @@ def run(
         dtype=dtype,
         preview_every=1e-6 if preview else 0,
         preview_prompts=("a red square",) if preview else None,
-        checkpoint_every=0 if stop else 300,
+        checkpoint_every=0 if stop or often else 300,
         resume=resume,
         shard=shard,
         listener=listen,
@@ -175,6 +222,26 @@ def divided(folder: Path) -> None:
         )
 
 
+def killed(folder: Path) -> None:
+    """Two processes that divide weights; one dies by SIGKILL at a random moment, and the same command goes on."""
+    make_base("llama", folder / "base")
+    for shard in ("new", "all"):
+        begun = time.monotonic()
+        together(2, partial(run, folder, f"{shard}_straight", shard=shard, steps=6, often=True))
+        seconds = time.monotonic() - begun
+        for number in range(KILLS):
+            name, rng = f"{shard}_killed_{number}", random.Random(f"{shard}/{number}")
+            command = partial(run, folder, name, shard=shard, steps=6, often=True)
+            # The first process writes most, the others a file of shares at a time: who was done tries an earlier write.
+            for writes in (WRITES_OF_A_RUN, WRITES_OF_A_RUN, 12, 6, 3, 1):
+                if killed_together(2, command, rng, seconds, writes):
+                    break
+                shutil.rmtree(folder / name)
+            else:
+                sys.exit(f"{name}: six runs were over before one could be killed")
+            together(2, partial(command, resume=bool(states.found(folder / name / "state"))))
+
+
 def compiled(folder: Path) -> None:
     """Compiled layers in the precision of GPUs and of processors that have it."""
     make_base("llama", folder / "base")
@@ -189,4 +256,4 @@ if __name__ == "__main__":
     if sys.argv[2] != "whole":  # here and not in each of the processes that are forked
         importlib.import_module("torch.distributed.checkpoint")
         importlib.import_module("xfusion.training.sharding")
-    {f.__name__: f for f in (whole, some_divided, divided, compiled)}[sys.argv[2]](Path(sys.argv[1]))
+    {f.__name__: f for f in (whole, some_divided, divided, killed, compiled)}[sys.argv[2]](Path(sys.argv[1]))

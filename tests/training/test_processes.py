@@ -15,7 +15,7 @@ from contracts.table import Noise, make_base, make_model
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 from training.runs import train
-from training.several import GOES_ON
+from training.several import GOES_ON, KILLS
 
 import xfusion
 from xfusion.data.mixture import Ahead, Mixture, MixtureConfig
@@ -242,6 +242,22 @@ def test_states_go_from_any_number_and_way_to_any_other(divided, name):
     assert furthest(told(divided / name), told(divided / "of_1")) < TOLERANCE
     pack, one = (load_file(divided / run / "pack" / "model.safetensors") for run in (name, "of_1"))
     assert max(float((pack[k] - one[k]).abs().max()) for k in one) < 1e-4
+
+
+@pytest.mark.full
+def test_divided_runs_of_which_a_process_is_killed_go_on_to_the_same_bits(tmp_path_factory):
+    folder = several(tmp_path_factory, "killed")
+    for shard in ("new", "all"):
+        straight = folder / f"{shard}_straight"
+        expected = {e["step"]: (e["losses"], e["gradient_norm"]) for e in told(straight)}
+        for number in range(KILLS):
+            run = folder / f"{shard}_killed_{number}"
+            # A step that was lost with its process is taken once more: all that were told are those of the straight run.
+            assert all((e["losses"], e["gradient_norm"]) == expected[e["step"]] for e in told(run))
+            assert {e["step"] for e in told(run)} == set(expected)
+            one, other = (states.newest(path / "state")[1] for path in (straight, run))
+            assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+            assert not [*run.glob("state/.step_*")] and not [*run.glob(".pack-*")]
 
 
 @pytest.mark.full
