@@ -22,6 +22,7 @@ from xfusion.data.mixture import MixtureConfig
 from xfusion.data.templates import Templates
 from xfusion.objectives.contrastive import Contrastive
 from xfusion.training import loop, states
+from xfusion.training.pace import Pace
 from xfusion.training.stages import Recipe, Stage
 from xfusion.training.stopping import Interrupted
 
@@ -120,6 +121,7 @@ def run(
     compile=False,
     again=False,
     often=False,
+    minutes=None,
     extra=(),
     **mixture,
 ) -> None:
@@ -146,6 +148,7 @@ def run(
         preview_prompts=("a red square",) if preview else None,
         checkpoint_every=0 if stop or often else 300,
         resume=resume,
+        minutes=minutes,
         shard=shard,
         listener=listen,
         console=Console(file=(folder / f"{name}.{os.environ['RANK']}.txt").open("w"), width=200),
@@ -164,6 +167,19 @@ def run_told(folder: Path, name: str, step: int = 4, **settings) -> None:
         (folder / f"{name}.{os.environ['RANK']}.code").write_text(str(stop.code))
 
 
+class LatePace(Pace):
+    """A clock by which the speed is known a few steps later than by the others'."""
+
+    def seconds_per_step(self, step, now, until):
+        return super().seconds_per_step(step - 3 * int(os.environ["RANK"]), now, until)
+
+
+def run_late(folder: Path, name: str) -> None:
+    """A wall-clock budget where the processes' clocks disagree."""
+    loop.Pace = LatePace
+    run(folder, name, minutes=0.05)
+
+
 def whole(folder: Path) -> None:
     """Every process holds all weights."""
     make_base("llama", folder / "base")
@@ -178,6 +194,7 @@ def whole(folder: Path) -> None:
         name, extra = f"pairs_{count}", (Contrastive.Config(width=16),)
         together(count, lambda count=count, name=name, extra=extra: run(folder, name, extra=extra, **pairs))
     together(2, lambda: run(folder, "again_2", again=True))
+    together(2, lambda: run_late(folder, "late_2"))
     together(2, lambda: run_told(folder, "told_2"))
     shutil.copytree(folder / "told_2", folder / "told_2_on_1")
     together(1, lambda: run(folder, "told_2_on_1", resume=True))

@@ -39,7 +39,11 @@ def several(tmp_path_factory, what):
     """The runs of a function of `several`, in one program, so that torch is imported once."""
     folder = tmp_path_factory.mktemp(what)
     done = subprocess.run(
-        [sys.executable, str(HERE / "several.py"), str(folder), what], env=environment(), capture_output=True, text=True
+        [sys.executable, str(HERE / "several.py"), str(folder), what],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=900,  # processes that wait for each other would do so for hours
     )
     assert not done.returncode, done.stderr[-3000:]
     return folder
@@ -117,6 +121,12 @@ def test_a_signal_to_one_process_stops_all_behind_one_step(ran):
     assert [e["step"] for e in told(ran / "told_2")] == [0, 1, 2, 3, 4]
     assert [(ran / f"told_2.{rank}.code").read_text() for rank in (0, 1)] == ["143", "143"]
     assert furthest(told(ran / "told_2_on_1"), told(ran / "of_1")) < TOLERANCE
+
+
+def test_a_wall_clock_budget_is_planned_behind_one_step_whatever_the_clocks_say(ran):
+    lines = [json.loads(line) for line in (ran / "late_2" / "log.jsonl").read_text().splitlines()]
+    (plan,) = (line for line in lines if line["event"] == "plan")
+    assert plan["step"] in (30, 50, 70, 90) and told(ran / "late_2")[-1]["step"] == plan["steps"] - 1
 
 
 def test_the_first_process_speaks_and_shows_the_memory_of_all(ran):

@@ -400,8 +400,10 @@ class _Run:
         while not self._stopped(stop) and (not self.planned or self.step < sum(self.totals)):
             self._one_step()
             now = time.perf_counter()
-            if not self.planned and (per_step := pace.seconds_per_step(self.step, now, self._ends())):
-                self._plan(per_step, now)
+            if not self.planned:  # the first process's clock says when: all plan behind the same step
+                per_step = self.processes.same(pace.seconds_per_step(self.step, now, self._ends()))
+                if per_step is not None:
+                    self._plan(per_step, now)
             due = [
                 bool(self.preview_every) and now - last_preview >= self.preview_every,
                 now - last_checkpoint >= self.checkpoint_every,

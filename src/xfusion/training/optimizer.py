@@ -137,7 +137,8 @@ class Optimizer:
 
 def _square_sum(gradients: list[Tensor]) -> Tensor:
     """Sum of the squares of all numbers, float64. A dot product reads them once, at the memory's own rate, which torch's
-    norm of a tensor does not reach on a CPU (docs/speed.md)."""
+    norm of a tensor does not reach on a CPU (docs/speed.md).
+    """
     if not gradients:
         return torch.zeros((), dtype=torch.float64)
     return torch.stack([torch.dot(g.reshape(-1), g.reshape(-1)) for g in gradients]).double().sum()

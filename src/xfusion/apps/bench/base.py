@@ -268,9 +268,9 @@ def alone(found: list[Product]) -> Work:
     """
     sizes: dict[tuple[int, torch.dtype], int] = {}
     for product in found:
-        for (memory, offset), count in zip(product.places, product.extents, strict=True):
-            sizes[memory, product.dtype] = max(sizes.get((memory, product.dtype), 0), offset + count)
-    room = {key: torch.randn(count).to(key[1]) for key, count in sizes.items()}
+        for (memory, offset), extent in zip(product.places, product.extents, strict=True):
+            sizes[memory, product.dtype] = max(sizes.get((memory, product.dtype), 0), offset + extent)
+    room = {key: torch.randn(size).to(key[1]) for key, size in sizes.items()}
     operands = []
     for product in found:
         one, two, out = (room[memory, product.dtype][offset:] for memory, offset in product.places)
