@@ -29,8 +29,8 @@ from xfusion.objectives.flow_matching import FlowMatching
 from xfusion.objectives.next_token import NextToken
 from xfusion.opening import Opening
 
-TEXT_STATES_KEPT = 20_000
-"""Captions whose frozen states are kept; the oldest goes first."""
+TEXT_STATES_BYTES = 1 << 30
+"""Bytes of frozen states of texts that are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +78,19 @@ class ModelConfig:
         return self.fusion.build().regime
 
 
+class KnownStates(OrderedDict[tuple[int, ...], Tensor]):
+    """Frozen states of texts by their tokens, at most `TEXT_STATES_BYTES` of them: the oldest go first."""
+
+    num_bytes: int = 0
+
+    def __setitem__(self, ids: tuple[int, ...], states: Tensor) -> None:
+        known = self.pop(ids, None)
+        self.num_bytes += states.nbytes - (0 if known is None else known.nbytes)
+        super().__setitem__(ids, states)
+        while self.num_bytes > TEXT_STATES_BYTES and len(self) > 1:
+            self.num_bytes -= self.popitem(last=False)[1].nbytes
+
+
 @dataclass(kw_only=True)
 class Engine:
     """How a model computes: which copy of the frozen weights, in which precision, by which attention."""
@@ -97,9 +110,9 @@ class Engine:
     decoder: Any = None
     keep_text: bool = True
     """Whether states of texts that never change are computed once and looked up."""
-    text_states: OrderedDict[tuple[int, ...], Tensor] = field(default_factory=OrderedDict)
+    text_states: KnownStates = field(default_factory=KnownStates)
     """Frozen states of texts, by their tokens."""
-    final_states: OrderedDict[tuple[int, ...], Tensor] = field(default_factory=OrderedDict)
+    final_states: KnownStates = field(default_factory=KnownStates)
     """Frozen states of texts behind the last norm, by their tokens."""
     turns: OrderedDict[tuple[Any, ...], Any] = field(default_factory=OrderedDict)
     """What conversations with media left behind (`xfusion.generation.turns`)."""
@@ -576,8 +589,6 @@ class Model(nn.Module):
             decoder(input_ids=torch.tensor([ids], device=self.device), use_cache=False)
             states = torch.stack(kept)
             known[ids] = states
-            if len(known) > TEXT_STATES_KEPT:
-                known.popitem(last=False)
         return states
 
     @torch.no_grad()
@@ -587,9 +598,11 @@ class Model(nn.Module):
         if ids not in known:
             asked = torch.tensor([ids], device=self.device)
             known[ids] = self._engine.backbone.decoder(input_ids=asked, use_cache=False).last_hidden_state
-            if len(known) > TEXT_STATES_KEPT:
-                known.popitem(last=False)
         return known[ids]
+
+    def text_bytes(self, tokens: float, dtype: torch.dtype) -> int:
+        """Bytes that the kept states of a text of so many tokens take in a precision."""
+        return int(tokens * len(self.fusion.state_layers) * self.backbone.hidden_size * dtype.itemsize)
 
     def given_states(self, batch: Batch) -> dict[int, Tensor]:
         """Text states by layer ``[B, n, D]`` for a batch whose text comes before all media; zeros at padding."""

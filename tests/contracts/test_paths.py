@@ -218,11 +218,15 @@ def test_the_loss_of_words_without_a_picture_is_the_bases(bases):
 
 @torch.no_grad()
 def test_text_states_are_forgotten_oldest_first(bases, monkeypatch):
-    monkeypatch.setattr("xfusion.model.TEXT_STATES_KEPT", 2)
     model = make_model(bases["llama"])
-    for ids in ((5,), (6, 7), (8,)):
+    token = model.text_bytes(1, torch.float32)
+    assert model.text_states((5,)).nbytes == token
+    monkeypatch.setattr("xfusion.model.TEXT_STATES_BYTES", 3 * token)
+    for ids in ((6, 7), (5,), (8,)):
         model.text_states(ids)
-    assert list(model.engine.text_states) == [(6, 7), (8,)]
+    assert list(model.engine.text_states) == [(6, 7), (8,)] and model.engine.text_states.num_bytes == 3 * token
+    model.text_states((9, 10, 11, 12))  # more than there is room for stays alone
+    assert list(model.engine.text_states) == [(9, 10, 11, 12)]
 
 
 # ------------------------------------------------------------------------------------------------------------ caches

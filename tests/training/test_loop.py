@@ -1,6 +1,7 @@
 """The training loop: resuming is bit-exact, nothing is half-written, budgets are written down, sums are global."""
 
 import dataclasses
+import io
 import json
 import math
 from dataclasses import replace
@@ -9,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 from contracts.table import Noise, make_base, make_model, model_config, randomise
+from rich.console import Console
 from training.runs import StopAt, log, pack_of, plan_of, recipe, same, state_of, told, train
 
 import xfusion
@@ -17,6 +19,7 @@ from xfusion.backbone import Backbone
 from xfusion.data.mixture import Ahead, Mixture, MixtureConfig
 from xfusion.data.sequence import XFusionError
 from xfusion.data.templates import Templates
+from xfusion.model import Model
 from xfusion.objectives.flow_matching import FlowMatching
 from xfusion.training import loop, pace, states
 from xfusion.training.loop import Interrupted
@@ -567,3 +570,14 @@ def test_other_failures_of_the_largest_step_are_not_called_memory(bases, tmp_pat
     monkeypatch.setattr("xfusion.model.Model.losses", broken)
     with pytest.raises(RuntimeError, match="shapes differ"):
         train(bases["llama"], tmp_path)
+
+
+def test_prompts_that_would_not_come_back_in_time_are_computed_in_each_step(bases, tmp_path, monkeypatch):
+    train(bases["llama"], tmp_path / "kept", steps=3)
+    said = io.StringIO()
+    monkeypatch.setattr(loop, "TEXT_STATES_BYTES", 0)
+    monkeypatch.setattr(Model, "text_states", lambda *_: pytest.fail("kept"))
+    train(bases["llama"], tmp_path / "computed", steps=3, console=Console(file=said, width=200))
+    assert "computed in each step instead of kept" in said.getvalue()
+    one, other = ([e["losses"]["flow_matching"] for e in log(tmp_path / run)] for run in ("kept", "computed"))
+    assert one == pytest.approx(other, rel=1e-5)

@@ -30,7 +30,7 @@ from xfusion.data.sequence import IGNORE, Batch, Text
 from xfusion.data.sequence import Sequence as Sample
 from xfusion.data.sources import Source
 from xfusion.evaluation.suites.emoji import chosen
-from xfusion.model import TEXT_STATES_KEPT, Engine, Model, choose_compute_dtype
+from xfusion.model import TEXT_STATES_BYTES, Engine, Model, choose_compute_dtype
 from xfusion.training.speed import short_run
 from xfusion.training.stages import Recipe, Stage
 
@@ -106,7 +106,9 @@ def count_flops(model: Model, stage: Stage, source: Source, seed: int = 0) -> St
         training={task: value // samples[task] for task, value in training.items()},
         forward={task: value // samples[task] for task, value in forward.items()},
         text=text // texts if texts else 0,
-        texts=lambda steps: _texts_computed(made, steps * stage.accumulate),
+        texts=lambda steps: _texts_computed(
+            made, steps * stage.accumulate, lambda n: model.text_bytes(n, engine.dtype)
+        ),
     )
 
 
@@ -260,18 +262,24 @@ def _flops(function: Callable[[], Any]) -> int:
     return int(counter.get_total_flops())
 
 
-def _texts_computed(mixture: Mixture, reads: int) -> int:
-    """How many texts of drawing samples are not at hand when they are asked for: the oldest go first."""
-    known: OrderedDict[tuple[int, ...], None] = OrderedDict()
-    computed = 0
+def _texts_computed(mixture: Mixture, reads: int, text_bytes: Callable[[int], int]) -> int:
+    """How many texts of drawing samples are not at hand when they are asked for: the oldest go first.
+
+    Args:
+        mixture: gives the samples.
+        reads: how often it does.
+        text_bytes: what is kept of a text of so many tokens.
+    """
+    known: OrderedDict[tuple[int, ...], int] = OrderedDict()
+    computed = kept = 0
     for read in range(reads):
         for sample in mixture.drawings(read):  # pictures are blank in it: nothing is encoded
             text = sample.segments[0]
             if isinstance(text, Text) and text.ids not in known:
-                known[text.ids] = None
-                computed += 1
-                if len(known) > TEXT_STATES_KEPT:
-                    known.popitem(last=False)
+                known[text.ids] = text_bytes(len(text.ids))
+                computed, kept = computed + 1, kept + known[text.ids]
+                while kept > TEXT_STATES_BYTES and len(known) > 1:
+                    kept -= known.popitem(last=False)[1]
     return computed
 
 

@@ -25,7 +25,7 @@ from xfusion.data.mixture import Ahead, Mixture
 from xfusion.data.sequence import Batch, XFusionError
 from xfusion.data.sources import Source, open_source, stated_licence
 from xfusion.modalities.image import ImageModality
-from xfusion.model import Model, build, choose_attention, choose_compute_dtype, compiled_graphs
+from xfusion.model import TEXT_STATES_BYTES, Model, build, choose_attention, choose_compute_dtype, compiled_graphs
 from xfusion.storage import named_in_errors, whole_file
 from xfusion.training import states
 from xfusion.training.memory import keep_freed_memory
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 LATEST_PLAN = 0.75
 """Share of a wall-clock budget behind which no further stretch is waited for."""
 LARGEST_STEPS = 10_000_000
+TEXT_ROOM = 4
+"""Times `TEXT_STATES_BYTES` that the states of all prompts may take and still be kept for when they come back."""
 REMEMBERED = 0.98
 """Share of the mean loss that stays at each step: it looks back over some fifty. Its lowest value is the best state's."""
 logger = logging.getLogger(__name__)
@@ -277,9 +279,23 @@ class _Run:
             )
             for stage in self.recipe.stages
         ]
+        self.engine.keep_text &= self._texts_come_back()
         self.ahead = Ahead(self._batches, in_thread=self.processes.device.type != "cpu")
         self.closing.callback(self.ahead.close)
         self._announce(reason, chosen)
+
+    def _texts_come_back(self) -> bool:
+        """Whether states of prompts are worth keeping: where a quarter of the data's texts has room. Else most would be gone
+        when they are asked for again, and each had been computed by itself. It depends on data and settings alone, so that a
+        resumed run does the same.
+        """
+        examples = self.source.examples
+        some = [examples[i] for i in range(0, len(examples), max(1, len(examples) // 200))]
+        words = [caption for example in some for caption in example.captions]
+        tokens = sum(len(self.model.backbone.encode(caption)) for caption in words) / max(1, len(words))
+        self.num_texts = len(examples) * len(words) // max(1, len(some))
+        self.text_bytes = self.model.text_bytes(tokens, self.engine.dtype) * self.num_texts
+        return not self.model.fusion.prefix_is_constant or self.text_bytes <= TEXT_ROOM * TEXT_STATES_BYTES
 
     def _check_folder(self) -> None:
         """A folder that cannot be written to is found now, not when the base is loaded and the first step done."""
@@ -319,6 +335,11 @@ class _Run:
         say(f"compute   {reason}, {torch.get_num_threads()} threads")
         if any(stage.activation_checkpointing for stage in self.recipe.stages):
             say("memory    layers are computed once more in the backward pass (activation checkpointing)")
+        if not self.engine.keep_text and self.sharding is None:
+            say(
+                f"text      states of some {self.num_texts} prompts would take {self.text_bytes / 1e9:.1f} GB: computed in each"
+                " step instead of kept"
+            )
         if self.keeps_memory:
             say("memory    freed blocks stay with the process: mapping them again costs more than filling them")
         if self.processes.count > 1:
