@@ -2,10 +2,10 @@
 
     python benchmarks/time_to_loss.py
 
-Both train on the same samples in the same order, 16 drawings and 8 names a step, in turns of some seconds, so that what
-disturbs the machine disturbs both; each is warm before its clock starts. The loss is that of next tokens: nats per token of 32
-fixed names behind their pictures. The pictures are among the trained ones, so it is memory. Losses of drawing are other
-quantities in the two and are not compared. The peer is trained at two rates, one after the other for their memory, each in turns
+Both train on the same samples in the same order, 4 drawings and 2 names a step, in turns of some seconds, so that what
+disturbs the machine disturbs both; each is warm before its clock starts. The loss is a validation loss, that of next tokens: nats
+per token of 32 fixed names behind pictures of which no group was trained on. Losses of drawing are other quantities in the two
+and are not compared. The peer is trained at two rates, one after the other for their memory, each in turns
 with ours anew, and the one with the lower last loss stands. Writes benchmarks/results/time_to_loss.json, which
 `python docs/pages.py speed` draws.
 """
@@ -27,11 +27,12 @@ from xfusion.apps.bench.base import Bench, Step
 from xfusion.apps.bench.transfusion import Peer, peer_of
 from xfusion.comparison.machine import origin
 from xfusion.data.mixture import Mixture
+from xfusion.data.sources import open_source
 from xfusion.recipes.xfusion import demo
 from xfusion.storage import write_json
 
 RESULT = Path(__file__).parent / "results" / "time_to_loss.json"
-WARMUP = 30
+WARMUP = 10
 """Steps over which a rate rises."""
 
 
@@ -41,25 +42,25 @@ class Settings:
 
     data: str = "emoji:128"
     """The pictures."""
-    seconds: float = 180.0
+    seconds: float = 150.0
     """Training of each."""
     turn: float = 20.0
     """Training of each in a turn."""
     rates: tuple[float, ...] = (1e-4, 3e-4)
     """The peer's; ours is the demo's own."""
-    draw: int = 16
-    """Drawings of a step, half as many names beside them: as many as leave the peer steps enough."""
+    draw: int = 4
+    """Drawings of a step, half as many names beside them: as few as leave the peer a hundred steps."""
     names: int = 32
-    """Names that the loss is taken on."""
+    """Names of held-out pictures that the loss is taken on."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = RESULT
     """Where the result goes."""
 
 
 def names_of(bench: Bench, step: Step, count: int) -> Mixture:
-    """A mixture whose step 0 is so many names."""
+    """A mixture whose step 0 is so many names of held-out pictures."""
     base, mixture = step.model.backbone, replace(bench.stage.mixture, draw=0, caption=count)
-    image = step.model.image
-    return Mixture(bench.source, image, image.sizes, base.encode, base.begin_ids, base.end_ids[0], mixture, 1)
+    image, held = step.model.image, open_source(bench.source.spec, split="held")
+    return Mixture(held, image, image.sizes, base.encode, base.begin_ids, base.end_ids[0], mixture, 1)
 
 
 @torch.no_grad()

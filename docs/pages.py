@@ -250,6 +250,8 @@ def origin(found: dict[str, Any]) -> list[str]:
     """What a figure was made by and on."""
     machine, commit = found["machine"], found["commit"]
     at = f"commit {commit['id'][:10]}" if commit else "no commit"
+    if commit and commit.get("changed_files"):
+        at += f" and {commit['changed_files']} changed files"
     load = found.get("load_before")
     busy = "" if load is None else f", load {load:g} before"
     on = f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, torch {machine['versions']['torch']}"
@@ -350,11 +352,34 @@ def time_to_loss_part() -> list[str]:
     said = "not within its own time" if ours is None else f"within {ours:.0f} s"
     return [
         *origin(found),
-        f"The peer ({found['peer'].partition(', ')[2]}) reached {reached:.2f} nats per token in {took:.0f} s; ours reached"
-        f" that {said}.",
+        f"The peer ({found['peer'].partition(', ')[2]}) reached {reached:.2f} nats per token in {took:.0f} s and"
+        f" {found['steps']['transfusion-pytorch']} steps; ours reached that {said}.",
         "",
         *plot("time_to_loss", found["curves"], "seconds of training", title),
     ]
+
+
+def memory_part() -> list[str]:
+    """What towers hold beside their base."""
+    found = measured("memory")
+    if found is None:
+        return ["Not measured yet: `python benchmarks/memory.py`.", ""]
+    named = {
+        "base_model": "base",
+        "recipe": "recipe",
+        "base": "base alone",
+        "held": "held between steps",
+        "held_predicted": "predicted",
+        "held_over_base": "over the base",
+        "peak_of_a_step": "peak, process",
+        "activations_predicted": "activations, predicted",
+    }
+    rows = [
+        {name: row[key] if isinstance(row[key], str | float) else f"{row[key] / 1e6:,.0f} MB" for key, name in columns if key in row}
+        for row in found["rows"]
+        if (columns := [("base_model", "model"), *list(named.items())[1:]])
+    ]
+    return [*origin(found), *table(rows, ("model", *list(named.values())[1:]))]
 
 
 def profile_part() -> list[str]:
@@ -426,6 +451,7 @@ PARTS = {
     "speed.md": {
         "bench": bench_part,
         "time to loss": time_to_loss_part,
+        "memory": memory_part,
         "profile": profile_part,
         "solvers": solvers_part,
         "growth": growth_part,
