@@ -74,8 +74,8 @@ def samples(folder: Path, pictures: Path) -> list[str]:
     labels = list(plan["recipes"])
     colours = {label: COLOURS[labels.index(label) % len(COLOURS)] for label in labels}
     save(grid([("real", None, real), *((n, colours[n], strip(p, len(prompts))) for n, p in made)]), target)
-    told = f"**Drawn by each** after training on these pictures: {asked}. The same words and noise for all, seed 0,"
-    told += " chosen by the hash of their ids and not by eye."
+    told = f"**Drawn by each** after training on these pictures: {asked}. The same words and noise for all, seed"
+    told += " 0; the pictures were chosen by the hash of their ids, not by eye."
     return [told, "", f"![{asked}: real, {', '.join(n for n, _ in made)}](pictures/{target.name})", ""]
 
 

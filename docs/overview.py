@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from xfusion.comparison.intervals import FEWEST_RUNS, interval
+from xfusion.comparison.intervals import interval
 from xfusion.comparison.plan import labelled
 from xfusion.recipes.base import names
 
@@ -20,30 +20,22 @@ NAMED = (
     ("caption_exact", "exact name"),
     ("exact", "exact name"),
     ("accuracy", "right answers"),
-    ("caption_at_1", "ranked first of the names"),
-    ("at_1", "ranked first of the names"),
+    ("caption_at_1", "ranked first"),
+    ("at_1", "ranked first"),
 )
 """Scores of what is said of a picture or sound; the first that a run has is shown. And what they are called."""
+SPACE = "\u00a0"
+"""Within a line of a cell."""
 RANKED = "at_1"
 """How scores of ranks among given names end."""
-MADE = (("retrieval_pixel_at_1", "found first"), ("made_at_1", "made sound is the word asked for"))
+MADE = (("retrieval_pixel_at_1", "found first"), ("made_at_1", "made sounds"))
 """Scores of what is drawn or made, alike."""
 PLAIN = ("exact name", "found first")
-"""What the columns' heads already say."""
-PARTS = (("held_", "**unseen** "), ("fit_", "*memory* "), ("", ""))
+"""What the words below the table say of every score without another title."""
+PARTS = (("held_", "**unseen**"), ("fit_", "*memory*"), ("", ""))
 """What a score is of, in the order of preference, and how it is marked."""
 BESIDE = ("blind", "chance")
-HEAD = (
-    "system",
-    "kind",
-    "in → out",
-    "names exactly",
-    "draws: found first in pixels",
-    "GFLOPs per sample",
-    "trained weights",
-    "text",
-    "comparison",
-)
+HEAD = ("system", "names", "draws", "GFLOPs", "trained", "text", "comparison")
 
 
 Shown = tuple[str, str, str]
@@ -133,28 +125,33 @@ def score_text(row: Row, score: Shown | None) -> str:
         return statistics.fmean(found) if found else None
 
     values = [run["scores"][name] for run in row.runs if run["scores"].get(name) is not None]
-    span = interval(values)
-    runs = "one run" if len(values) == 1 else f"{len(values)} runs"
-    text = f"{mark}{'' if title in PLAIN else f'{title}: '}{statistics.fmean(values):.3f} "
-    text += f"({span[0]:.3f} to {span[1]:.3f})" if span else f"({runs}, no interval)"
+    span, runs = interval(values), "one run" if len(values) == 1 else f"{len(values)} runs"
+    text = f"{statistics.fmean(values):.2f} " + (f"({span[0]:.2f} to {span[1]:.2f})" if span else f"({runs})")
     floors = (("blind", mean(f"{name}_blind")), ("chance", mean(f"chance_{name}")))
-    text += next((f"<br>{word} {value:.3f}" for word, value in floors if value is not None), "")
+    told = [mark, "" if title in PLAIN else title]
+    told += [next((f"{word} {value:.2f}" for word, value in floors if value is not None), "")]
     ceiling = mean(f"ceiling_{name}")
-    return text + (f", ceiling {ceiling:.3f}" if ceiling is not None and ceiling < 1 else "")
+    told += [f"ceiling {ceiling:.2f}" if ceiling is not None and ceiling < 1 else ""]
+    return f"{text}<br>{', '.join(filter(None, told))}".removesuffix("<br>").replace(" ", SPACE)
 
 
 def ways(run: dict[str, Any]) -> str:
-    """What a system reads, through what, and what it makes of it."""
-    model = run["settings"]["recipe"]["model"]
-    medium, part = ("sound", model["audio"]) if model.get("audio") else ("picture", model["image"])
-    codec = part["codec"]
-    word = (codec.get("encoder") or codec)["type"].rpartition(":")[2].removesuffix(".Config")
-    word = {"VectorQuantized": f"codes of {codec.get('source')}", "Pixels": "pixels"}.get(word, word)
-    size = f", {part['sizes'][0]} px" if medium == "picture" else ""
+    """What a system reads and what it makes of it."""
+    medium = "sound" if run["settings"]["recipe"]["model"].get("audio") else "picture"
     named, drawn = shown(run)
-    ranks = named is not None and named[0].endswith(RANKED)
-    out = "and words → similarity" if ranks else "⇄ words" if named and drawn else "← words" if drawn else "→ words"
-    return f"{medium} {out}<br>{word}{size}"
+    if named is not None and named[0].endswith(RANKED):
+        return f"{medium} ~ words"
+    return f"{medium} {'⇄' if named and drawn else '←' if drawn else '→'} words"
+
+
+def through(run: dict[str, Any]) -> str:
+    """What a run's pictures or sounds pass first, and their size."""
+    model = run["settings"]["recipe"]["model"]
+    part = model.get("audio") or model["image"]
+    codec = part["codec"]
+    word: str = (codec.get("encoder") or codec)["type"].rpartition(":")[2].removesuffix(".Config")
+    word = {"VectorQuantized": f"codes of {codec.get('source')}", "Pixels": "pixels"}.get(word, word)
+    return word if model.get("audio") else f"{part['sizes'][0]} px, {word}"
 
 
 def cost_text(row: Row) -> str:
@@ -164,13 +161,13 @@ def cost_text(row: Row) -> str:
     called = {"draw": drawn, "caption": "to name"} if len(flops) > 1 else {}
     text = "<br>".join(f"{value / 1e9:.2f} {called.get(task, '')}".strip() for task, value in flops.items())
     times = [run["cost"]["time"]["step_seconds"] for run in row.runs if run["cost"]["time"]]
-    return text + (f"<br>{statistics.median(times):.3g} s per step" if times else "")
+    return (text + (f"<br>{statistics.median(times):.2g} s per step" if times else "")).replace(" ", SPACE)
 
 
 def text_text(row: Row) -> str:
     """Whether the base's text is kept, and the regime where something of the base is trained."""
     regime = row.runs[0].get("regime")
-    told = f"; regime {regime}" if regime not in (None, "strictly frozen") else ""
+    told = f"<br>regime: {regime}" if regime not in (None, "strictly frozen") else ""
     equal = [run["scores"].get("text_bit_equal") for run in row.runs]
     if None in equal:
         return f"not measured{told}"
@@ -178,65 +175,71 @@ def text_text(row: Row) -> str:
         return f"bit-identical{told}"
     change = [run["scores"]["text_perplexity_change"] for run in row.runs]
     span = interval(change)
-    beside = f" ({span[0]:.2f} to {span[1]:.2f})" if span else ""
-    return f"perplexity {statistics.fmean(change):+.2f}{beside}{told}"
-
-
-def source_text(row: Row) -> str:
-    """The comparison of a row: its data, its budget, its runs."""
-    first, count = row.runs[0], len(row.runs)
-    data = "/".join(re.sub(r":held=.*", "", first["settings"]["data"]).split("/")[-2:])
-    few = "**one run**" if count == 1 else f"{count} runs" + (", too few to decide" if count < FEWEST_RUNS else "")
-    return f"[{row.folder}](#{row.folder})<br>`{data}`, {first['budget']['samples']:,} samples,<br>{few}"
+    beside = f" ({span[0]:.1f} to {span[1]:.1f})" if span else ""
+    return f"perplexity {statistics.fmean(change):+.1f}{beside}{told}"
 
 
 def line(row: Row) -> str:
     """A row of the table."""
     system = f"[{row.recipe}](recipes/{row.recipe}.md)" if row.recipe in names() else row.recipe
     system += "" if row.label == row.recipe else f" as `{row.label}`"
-    scores = [score_text(row, score) for score in shown(row.runs[0])]
-    weights = f"{row.runs[0]['cost']['trainable_parameters'] / 1e6:.1f} M"
-    cells = (system, kind(row.recipe), ways(row.runs[0]), *scores, cost_text(row), weights, text_text(row))
-    return f"| {' | '.join((*cells, source_text(row)))} |"
+    first, count = row.runs[0], len(row.runs)
+    scores = [score_text(row, score) for score in shown(first)]
+    runs = "**one run**" if count == 1 else f"{count} runs"
+    weights = f"{first['cost']['trainable_parameters'] / 1e6:.1f} M".replace(" ", SPACE)
+    cells = (f"{system}<br>{ways(first).replace(' ', SPACE)}", *scores, cost_text(row), weights, text_text(row))
+    return f"| {' | '.join(cells)} | [{row.folder}](#{row.folder})<br>{runs.replace(' ', SPACE)} |"
 
 
 def overview(folders: Sequence[Path]) -> list[str]:
     """The part of the page on all systems."""
     found = rows(folders)
     missing = [f"[{name}](recipes/{name}.md)" for name in names() if name not in {row.recipe for row in found}]
-    absent = f"In no comparison yet, each with its figures on its own page: {', '.join(missing)}." if missing else ""
+    absent = (
+        f"In no comparison yet, what was measured stands on their own pages: {', '.join(missing)}." if missing else ""
+    )
+    table = [f"| {' | '.join(HEAD)} |", f"|{' --- |' * len(HEAD)}"]
+    before = None
+    for row in found:
+        if kind(row.recipe) != before:
+            before = kind(row.recipe)
+            table.append(f"| **{(before or 'others').replace(' ', SPACE)}** |{' |' * (len(HEAD) - 1)}")
+        table.append(line(row))
     return [
         "## All systems",
         "",
-        "A row per system and data set, by kind of mechanism; nothing is ranked here. **Compare rows of one comparison alone**",
-        "(last column): pictures, encoders, budgets and regimes differ between them, and its section says what is decided.",
+        "By kind of mechanism; nothing is ranked here. **Set only rows of one comparison beside each other** (last column):",
+        "pictures, encoders and budgets differ between them, and what is decided stands in their sections.",
         "",
-        "- **unseen**: on items of groups that no training saw. *memory*: on the trained items, where no others are scored;",
-        "  drawings are only ever scored so. Brackets hold 95 % intervals over runs.",
+        *table,
+        "",
+        "- **unseen**: items of groups that no training saw. *memory*: trained items, where no others were scored; drawings",
+        "  only ever are. Brackets hold 95 % intervals over runs; fewer than five runs have none, and decide nothing.",
+        "- *names*: share of exact answers, any text allowed; *ranked first* is another score, the true name before the others",
+        "  that are given. *draws*: share of drawings whose nearest real picture, in pixels, is the right one.",
         "- *blind*: the same with pictures permuted. *chance*: a random order. *ceiling*: real pictures through the codec.",
-        "- *Names exactly*: the greedy answer, any text allowed. A dual encoder says nothing: it ranks the true name first.",
-        "- GFLOPs: forward and backward of one training sample. Seconds of a step stand where they were measured.",
-        "- Of several comparisons of a system on the same data the row is of the one with scores of unseen items, then of the",
-        "  most runs, then of the most samples. Variants of a system (rates, noise) stand in the sections.",
-        "",
-        f"| {' | '.join(HEAD)} |",
-        f"|{' --- |' * len(HEAD)}",
-        *(line(row) for row in found),
+        "- *GFLOPs*: forward and backward of a training sample; seconds of a step where they were measured. *trained*: weights.",
+        "- *text*: what the base says without pictures, bit-identical or by how much the perplexity of the bundled texts rose.",
+        "- A system has a row per data set, of the comparison with unseen items, then the most runs, then the most samples.",
+        "  Its variants (rates, noise) stand in the sections.",
         "",
         *([absent, ""] if absent else []),
     ]
 
 
 def contents(folders: Sequence[Path]) -> list[str]:
-    """A line per comparison: its note's first words, its systems and runs."""
+    """A line per comparison: its note's first words, its data and budget, its systems and runs."""
     lines = ["## The comparisons", ""]
     for folder in folders:
         runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*-seed*.json"))]
-        labels = list(dict.fromkeys([*recipes_of(folder), *(run["recipe"] for run in runs)]))
+        present = {run["recipe"] for run in runs}
+        labels = [label for label in dict.fromkeys([*recipes_of(folder), *sorted(present)]) if label in present]
         note = folder / "README.md"
         about = note.read_text(encoding="utf-8").strip() if note.is_file() else ""
-        about = re.split(r"(?:[.:;]\s|[.:;]$)", re.sub(r"\s+", " ", about.partition("\n\n")[0]), maxsplit=1)[0]
+        about = re.split(r"[.:;](?:\s|$)", re.sub(r"\s+", " ", about.partition("\n\n")[0]), maxsplit=1)[0]
         about = f"{about}. " if about else ""
-        systems = ", ".join(f"`{label}`" for label in labels if label in {run["recipe"] for run in runs})
-        lines.append(f"- [{folder.name}](#{folder.name}): {about}{systems}; {len(runs)} runs.")
+        data = "/".join(re.sub(r":held=.*", "", runs[0]["settings"]["data"]).split("/")[-2:])
+        budget = f"{runs[0]['budget']['samples']:,} samples, {len(runs)} run{'s' if len(runs) > 1 else ''}"
+        systems = ", ".join(f"`{label}`" for label in labels)
+        lines.append(f"- [{folder.name}](#{folder.name}): {about}`{data}` ({through(runs[0])}), {budget}: {systems}.")
     return [*lines, ""]

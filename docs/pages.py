@@ -44,6 +44,8 @@ MEASURED = HERE.parent / "benchmarks" / "results"
 SHOWN = ("fit_retrieval_pixel_at_1", "fit_retrieval_feature_at_1", "fit_caption_exact", "text_perplexity_change")
 SHOWN_NAMING = ("held_caption_exact", "held_caption_at_1", "fit_caption_exact", "text_perplexity_change")
 """Where no recipe draws. The first that was measured is open on the page."""
+EMOJI = re.compile(r"(fit|held)_(caption|retrieval)_")
+"""Scores of the suite `emoji`, of which those above are shown."""
 SHOWN_BY_SHARE = ("fit_retrieval_pixel_at_1", "fit_caption_exact", "held_caption_mrr")
 
 
@@ -159,12 +161,14 @@ def comparison_part(folder: Path) -> list[str]:
         lines += [note.read_text(encoding="utf-8").strip(), ""]
     lines += [*samples(folder, HERE / "pictures"), "```bash", str(summary["command"]), "```", ""]
     draws = any(score["score"] == SHOWN[0] for score in summary["scores"])
+    found = {score["score"]: score for score in summary["scores"] if score["share"] == 1}
     wanted = list(SHOWN if draws else SHOWN_NAMING)
+    # What another suite scores is shown before the text.
+    wanted[-1:-1] = [name for name in found if not EMOJI.match(name) and name not in wanted]
     kept = all(text["bit_equal"] == text["num_runs"] for text in summary["text"].values())
     if kept:
         wanted.remove("text_perplexity_change")
         lines += [f"The base's text is bit-identical in all {summary['num_runs']} runs.", ""]
-    found = {score["score"]: score for score in summary["scores"] if score["share"] == 1}
     parts = [score_part(summary, found[name]) for name in wanted if name in found]
     first, rest = (parts[0], parts[1:]) if parts else ([], [])
     lines += first
@@ -246,7 +250,12 @@ def share_part(summary: dict[str, Any], name: str, folder: str) -> list[str]:
     if not found:
         return []
     title, file = tables[0]["title"], HERE / "pictures" / f"{folder}_shares_{name}.svg"
-    file.write_text(standalone(curves(summary, found, SHARES)), encoding="utf-8")
+    colours = [COLOURS[summary["recipes"].index(label) % len(COLOURS)] for label in found]
+    named = (
+        f'<text class="name" x="400" y="{26 + 16 * i}" text-anchor="end" style="fill:{colour}">{label}</text>'
+        for i, (label, colour) in enumerate(zip(found, colours, strict=True))
+    )
+    file.write_text(standalone(curves(summary, found, SHARES), "".join(named)), encoding="utf-8")
     lines = [f"**{title}, by share of the pictures** (same budget on fewer pictures)", ""]
     lines += [f"![{title} by share]({file.relative_to(HERE)})", ""]
     lines += [f"| recipe | share | mean | 95 % interval | paired difference to {summary['first']} | verdict |"]
