@@ -217,6 +217,7 @@ def overview(folders: Sequence[Path]) -> list[str]:
         "  only ever are. Brackets hold 95 % intervals over runs; fewer than five runs have none, and decide nothing.",
         "- *names*: share of exact answers, any text allowed; *ranked first* is another score, the true name before the others",
         "  that are given. *draws*: share of drawings whose nearest real picture, in pixels, is the right one.",
+        "- → reads, ← makes, ⇄ both, ~ tells how near a picture and words are, and says nothing.",
         "- *blind*: the same with pictures permuted. *chance*: a random order. *ceiling*: real pictures through the codec.",
         "- *GFLOPs*: forward and backward of a training sample; seconds of a step where they were measured. *trained*: weights.",
         "- *text*: what the base says without pictures, bit-identical or by how much the perplexity of the bundled texts rose.",
@@ -229,7 +230,14 @@ def overview(folders: Sequence[Path]) -> list[str]:
 
 def contents(folders: Sequence[Path]) -> list[str]:
     """A line per comparison: its note's first words, its data and budget, its systems and runs."""
-    lines = ["## The comparisons", ""]
+    lines = [
+        "## The comparisons",
+        "",
+        "Runs from before regimes were recorded have verdicts between them (`single_tower` against the others), newer ones of",
+        "different regimes differences alone. `xfusion compare --out comparison/kinds` makes a page of one from its files, with the",
+        "drawings of all seeds: `index.html` beside them.",
+        "",
+    ]
     for folder in folders:
         runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*-seed*.json"))]
         present = {run["recipe"] for run in runs}
