@@ -234,8 +234,8 @@ def contents(folders: Sequence[Path]) -> list[str]:
         "## The comparisons",
         "",
         "Runs from before regimes were recorded have verdicts between them (`single_tower` against the others), newer ones of",
-        "different regimes differences alone. `xfusion compare --out comparison/kinds` makes a page of one from its files, with the",
-        "drawings of all seeds: `index.html` beside them.",
+        "different regimes differences alone. `xfusion compare --out comparison/kinds` makes a page of one from its files, with",
+        "the drawings of all seeds: `index.html` beside them.",
         "",
     ]
     for folder in folders:
