@@ -1,7 +1,7 @@
 """Writes docs/recipes/ from the recipes' docstrings and counted costs, docs/comparison.md from committed comparisons, and the
 tables and plots of docs/speed.md and docs/serving.md from benchmarks/results/.
 
-    python docs/pages.py [speed]
+    python docs/pages.py [speed | comparison]
 
 Weights and FLOPs are counted on the embedded base and on shapes of larger ones; nothing is trained.
 """
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from diagrams import diagram
+from grids import samples
+from overview import contents, overview
 
 from xfusion.apps.commands.base import size_text
 from xfusion.apps.comparison_page import (
@@ -41,7 +43,9 @@ RESULTS = HERE.parent / "comparison"
 MEASURED = HERE.parent / "benchmarks" / "results"
 SHOWN = ("fit_retrieval_pixel_at_1", "fit_retrieval_feature_at_1", "fit_caption_exact", "text_perplexity_change")
 SHOWN_NAMING = ("held_caption_exact", "held_caption_at_1", "fit_caption_exact", "text_perplexity_change")
-"""Where no recipe draws."""
+"""Where no recipe draws. The first that was measured is open on the page."""
+EMOJI = re.compile(r"(fit|held)_(caption|retrieval)_")
+"""Scores of the suite `emoji`, of which those above are shown."""
 SHOWN_BY_SHARE = ("fit_retrieval_pixel_at_1", "fit_caption_exact", "held_caption_mrr")
 
 
@@ -149,44 +153,84 @@ def comparisons() -> list[Path]:
 
 
 def comparison_part(folder: Path) -> list[str]:
-    """A section on one comparison, its plots beside it."""
+    """A section on one comparison: its note, its samples and its first score; all others fold out."""
     summary = summarise(folder)
     note = folder / "README.md"
     lines = [f"## {folder.name}", ""]
     if note.is_file():
         lines += [note.read_text(encoding="utf-8").strip(), ""]
-    lines += ["```bash", str(summary["command"]), "```", ""]
-    colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(summary["recipes"])}
+    lines += [*samples(folder, HERE / "pictures"), "```bash", str(summary["command"]), "```", ""]
     draws = any(score["score"] == SHOWN[0] for score in summary["scores"])
-    shown = SHOWN if draws else SHOWN_NAMING
-    for score in (s for s in summary["scores"] if s["score"] in shown and s["share"] == 1):
-        file = HERE / "pictures" / f"{folder.name}_{score['score']}.svg"
-        drawn = dots(score, lambda label, colours=colours: colours[label])
-        file.write_text(standalone(drawn), encoding="utf-8")
-        lines += [f"**{score['title']}** ({score['better']} is better)", ""]
-        lines += [f"![{score['title']}](pictures/{file.name})", ""]
-        lines += [f"| recipe | mean | 95 % interval | paired difference to {summary['first']} | verdict |"]
-        lines += ["| --- | --- | --- | --- | --- |", *(_row(row) for row in score["rows"]), ""]
-        lines += _beside(score)
-    drawing = next((s for s in summary["scores"] if s["score"] == SHOWN[0] and s["share"] == 1), None)
-    if drawing and any(text["bit_equal"] < text["num_runs"] for text in summary["text"].values()):
+    found = {score["score"]: score for score in summary["scores"] if score["share"] == 1}
+    wanted = list(SHOWN if draws else SHOWN_NAMING)
+    # What another suite scores is shown before the text.
+    wanted[-1:-1] = [name for name in found if not EMOJI.match(name) and name not in wanted]
+    kept = all(text["bit_equal"] == text["num_runs"] for text in summary["text"].values())
+    if kept:
+        wanted.remove("text_perplexity_change")
+        lines += [f"The base's text is bit-identical in all {summary['num_runs']} runs.", ""]
+    parts = [score_part(summary, found[name]) for name in wanted if name in found]
+    first, rest = (parts[0], parts[1:]) if parts else ([], [])
+    lines += first
+    drawing = found.get(SHOWN[0])
+    if drawing and not kept:
         file = HERE / "pictures" / f"{folder.name}_text.svg"
         file.write_text(standalone(scatter(summary, drawing)), encoding="utf-8")
         lines += ["**What drawing cost the text**: perplexity against the score in drawing, a small dot per run", ""]
         lines += [f"![perplexity of the text against drawing](pictures/{file.name})", ""]
-    for name in SHOWN_BY_SHARE if len(summary["shares"]) > 1 else ():
-        lines += share_part(summary, name, folder.name)
+    rest += [share_part(summary, name, folder.name) for name in SHOWN_BY_SHARE if len(summary["shares"]) > 1]
     if summary["contributions"]:
         file = HERE / "pictures" / f"{folder.name}_shares.svg"
         file.write_text(standalone(bars(summary["contributions"], CONTRIBUTION)), encoding="utf-8")
-        lines += [f"**{CONTRIBUTION.capitalize()}**, by layer and kind of position", ""]
-        lines += [f"![learned shares](pictures/{file.name})", ""]
+        rest.append([f"**{CONTRIBUTION.capitalize()}**, by layer and kind of position", ""])
+        rest.append([f"![learned shares](pictures/{file.name})", ""])
+    lines += folded("Other scores: every run, intervals, verdicts", [line for part in rest for line in part])
+    costs = [*cost_table(summary, draws), "", *(f"- {note}" for note in summary["notes"]), ""]
+    return [*lines, *folded("Costs, and what else differs", costs)]
+
+
+def comparison_page() -> str:
+    """The page of all comparisons; pictures are written beside it."""
+    folders = comparisons()
+    text = [
+        "# Comparisons",
+        "",
+        "Every figure is read from the files in `comparison/`, which `xfusion compare` wrote; `python docs/pages.py comparison`",
+        "makes this page of them. Dots are runs, bars 95 % intervals; nothing is decided by fewer than five runs. In words:",
+        "[which fusion should I use?](choosing.md)",
+        "",
+        *overview(folders),
+        *contents(folders),
+        *(line for folder in folders for line in comparison_part(folder)),
+    ]
+    return "\n".join(text)
+
+
+def folded(title: str, lines: list[str]) -> list[str]:
+    """Lines that open by a click, here and on GitHub."""
+    return ['<details markdown="1">', f"<summary>{title}</summary>", "", *lines, "</details>", ""] if lines else []
+
+
+def score_part(summary: dict[str, Any], score: dict[str, Any]) -> list[str]:
+    """A score of all recipes: plot, table, and what stands beside it."""
+    colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(summary["recipes"])}
+    file = HERE / "pictures" / f"{summary['name']}_{score['score']}.svg"
+    file.write_text(standalone(dots(score, lambda label: colours[label])), encoding="utf-8")
+    lines = [f"**{score['title']}** ({score['better']} is better)", ""]
+    lines += [f"![{score['title']}](pictures/{file.name})", ""]
+    lines += [f"| recipe | mean | 95 % interval | paired difference to {summary['first']} | verdict |"]
+    lines += ["| --- | --- | --- | --- | --- |", *(_row(row) for row in score["rows"]), ""]
+    return lines + _beside(score)
+
+
+def cost_table(summary: dict[str, Any], draws: bool) -> list[str]:
+    """What each recipe costs."""
     timed = any(row["time"] for row in summary["cost"])
     # What a dual encoder draws and names is a pair.
     learnt = "per drawing, per name" if draws else "per sample"
     head = ["recipe", "trained weights", f"GFLOPs {learnt}", "peak memory", "text"]
     head += ["seconds per step, per drawing, per name"] if timed else []
-    lines += [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for row in summary["cost"]:
         flops = ", ".join(f"{value / 1e9:.2f}" for value in row["flops_per_sample"].values())
         text: dict[str, Any] = summary["text"][row["recipe"]]
@@ -197,7 +241,6 @@ def comparison_part(folder: Path) -> list[str]:
             times = row["time"] or {}
             cells.append(", ".join(f"{times[key]:.3g}" if times.get(key) else "-" for key in TIMES))
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", *(f"- {note}" for note in summary["notes"]), ""]
     return lines
 
 
@@ -207,7 +250,12 @@ def share_part(summary: dict[str, Any], name: str, folder: str) -> list[str]:
     if not found:
         return []
     title, file = tables[0]["title"], HERE / "pictures" / f"{folder}_shares_{name}.svg"
-    file.write_text(standalone(curves(summary, found, SHARES)), encoding="utf-8")
+    colours = [COLOURS[summary["recipes"].index(label) % len(COLOURS)] for label in found]
+    named = (
+        f'<text class="name" x="400" y="{26 + 16 * i}" text-anchor="end" style="fill:{colour}">{label}</text>'
+        for i, (label, colour) in enumerate(zip(found, colours, strict=True))
+    )
+    file.write_text(standalone(curves(summary, found, SHARES), "".join(named)), encoding="utf-8")
     lines = [f"**{title}, by share of the pictures** (same budget on fewer pictures)", ""]
     lines += [f"![{title} by share]({file.relative_to(HERE)})", ""]
     lines += [f"| recipe | share | mean | 95 % interval | paired difference to {summary['first']} | verdict |"]
@@ -475,23 +523,16 @@ def write_measured() -> None:
 
 
 def main() -> None:
-    """Write all pages, or the measured parts of those that are written by hand."""
-    write_measured()
-    if sys.argv[1:] == ["speed"]:
+    """Write all pages, or the comparisons alone, or the measured parts of those that are written by hand."""
+    asked = sys.argv[1:]
+    if asked != ["comparison"]:
+        write_measured()
+    if asked == ["speed"]:
         return
-    text = [
-        "# Comparisons",
-        "",
-        "Every figure is read from the files in `comparison/`, which `xfusion compare` wrote; `python docs/pages.py` makes",
-        "this page of them. Dots are runs, bars 95 % intervals; nothing is decided by fewer than five runs. Runs from before",
-        "regimes were recorded have verdicts between them (`single_tower` against the others), newer ones differences alone.",
-        "`xfusion compare --out comparison/kinds` makes the page of one from its files, with all sample grids: `index.html`",
-        "beside them.",
-        "",
-        *(line for folder in comparisons() for line in comparison_part(folder)),
-    ]
-    (HERE / "comparison.md").write_text("\n".join(text), encoding="utf-8")
+    (HERE / "comparison.md").write_text(comparison_page(), encoding="utf-8")
     print("docs/comparison.md")
+    if asked == ["comparison"]:
+        return
     bases = [Backbone.load(), *(Backbone.of_shape(shape) for shape in SHAPES)]
     (HERE / "recipes").mkdir(exist_ok=True)
     (HERE / "recipes" / "index.md").write_text(recipe_index(), encoding="utf-8")

@@ -275,10 +275,12 @@ ALONE = """<style>text{font:13px sans-serif;fill:#555}text.name{fill:#222}text.e
 
 
 def standalone(svg: str, more: str = "") -> str:
-    """A plot as a file of its own, with its style; ``more`` is drawn over it."""
+    """A plot as a file of its own, with its style and a size, else pages stretch it; ``more`` is drawn over it."""
     head, rest = svg.split(">", 1)
+    width, height = (1.3 * float(side) for side in head.split('"')[1].split()[2:])
     rest = rest.replace("</svg>", f"{more}</svg>")
-    return f'{head} xmlns="http://www.w3.org/2000/svg">{ALONE}<rect width="100%" height="100%" fill="white"/>{rest}\n'
+    head = f'{head} width="{width:g}" height="{height:g}" xmlns="http://www.w3.org/2000/svg"'
+    return f'{head}>{ALONE}<rect width="100%" height="100%" fill="white"/>{rest}\n'
 
 
 def _axis(values: Sequence[float]) -> tuple[float, float, list[float]]:

@@ -1,0 +1,253 @@
+"""The table at the head of docs/comparison.md: a row per system and data set, from committed results alone."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from xfusion.comparison.intervals import interval
+from xfusion.comparison.plan import labelled
+from xfusion.recipes.base import names
+
+NAMED = (
+    ("caption_exact", "exact name"),
+    ("exact", "exact name"),
+    ("accuracy", "right answers"),
+    ("caption_at_1", "ranked first"),
+    ("at_1", "ranked first"),
+)
+"""Scores of what is said of a picture or sound; the first that a run has is shown. And what they are called."""
+SPACE = "\u00a0"
+"""Within a line of a cell."""
+RANKED = "at_1"
+"""How scores of ranks among given names end."""
+MADE = (("retrieval_pixel_at_1", "found first"), ("made_at_1", "made sounds"))
+"""Scores of what is drawn or made, alike."""
+PLAIN = ("exact name", "found first")
+"""What the words below the table say of every score without another title."""
+PARTS = (("held_", "**unseen**"), ("fit_", "*memory*"), ("", ""))
+"""What a score is of, in the order of preference, and how it is marked."""
+BESIDE = ("blind", "chance")
+HEAD = ("system", "names", "draws", "GFLOPs", "trained", "text", "comparison")
+
+
+Shown = tuple[str, str, str]
+"""Name of a score, mark of its part, what it is called."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A system in one comparison."""
+
+    recipe: str
+    label: str
+    """What the comparison calls it."""
+    folder: str
+    runs: Sequence[dict[str, Any]]
+    """On all of the data, in the order of the seeds."""
+
+    @property
+    def setting(self) -> tuple[str, str, str]:
+        """Rows of one setting are of the same system, suite and data: one of them is shown."""
+        first = self.runs[0]
+        return self.recipe, first["scored"].get("suite", ""), first["settings"]["data"]
+
+    @property
+    def preference(self) -> tuple[Any, ...]:
+        """The largest of a setting is shown."""
+        first = self.runs[0]
+        unseen = any(name.startswith("held_") for name in first["scores"])
+        return self.label == self.recipe, unseen, len(self.runs), first["budget"]["samples"], self.folder
+
+
+def recipes_of(folder: Path) -> dict[str, str]:
+    """Label -> name of the recipe, as the command of a comparison says; a label that it lacks is a recipe's own name."""
+    file = folder / "comparison.json"
+    command = json.loads(file.read_text(encoding="utf-8")).get("command") if file.is_file() else None
+    found = {}
+    for word in shlex.split(command or "")[2:]:
+        if word.startswith("-"):
+            break
+        label, name = labelled(word)
+        found[label] = name.partition("(")[0]
+    return found
+
+
+def rows(folders: Sequence[Path]) -> list[Row]:
+    """The rows of the table, ordered by kind, then by comparison and system."""
+    best: dict[tuple[str, str, str], Row] = {}
+    for folder in folders:
+        known = recipes_of(folder)
+        runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*-seed*.json"))]
+        for label in dict.fromkeys([*known, *(run["recipe"] for run in runs)]):
+            own = [run for run in runs if run["recipe"] == label and run["settings"]["share"] == 1]
+            if own:
+                row = Row(recipe=known.get(label, label), label=label, folder=folder.name, runs=own)
+                before = best.get(row.setting)
+                if before is None or row.preference > before.preference:
+                    best[row.setting] = row
+    return sorted(best.values(), key=lambda row: (kind(row.recipe), row.folder, row.setting))
+
+
+def kind(recipe: str) -> str:
+    """Of mechanism, or nothing where the recipe is not of this repository."""
+    return import_module(f"xfusion.recipes.{recipe}").KIND if recipe in names() else ""
+
+
+def shown(run: dict[str, Any]) -> tuple[Shown | None, Shown | None]:
+    """What is shown of a run's naming and of its drawing: the score of unseen items, or of trained ones where there is none."""
+    scores, found = run["scores"], []
+    for wanted in (NAMED, MADE):
+        known = ((part + name, mark, title) for part, mark in PARTS for name, title in wanted)
+        found.append(next((each for each in known if scores.get(each[0]) is not None), None))
+    if found == [None, None]:  # of a suite that is not listed above
+        plain = [name for name in scores if name.startswith(("held_", "fit_")) and not name.endswith("_blind")]
+        plain.sort(key=lambda name: name.startswith("fit_"))
+        found[0] = next(((name, dict(PARTS)[name.partition("_")[0] + "_"], f"`{name}`") for name in plain), None)
+    return found[0], found[1]
+
+
+def score_text(row: Row, score: Shown | None) -> str:
+    """A score of a row, its interval over runs, and what stands beside it."""
+    if score is None:
+        return "-"
+    name, mark, title = score
+
+    def mean(key: str) -> float | None:
+        found = [run["scores"][key] for run in row.runs if run["scores"].get(key) is not None]
+        return statistics.fmean(found) if found else None
+
+    values = [run["scores"][name] for run in row.runs if run["scores"].get(name) is not None]
+    span, runs = interval(values), "one run" if len(values) == 1 else f"{len(values)} runs"
+    text = f"{statistics.fmean(values):.2f} " + (f"({span[0]:.2f} to {span[1]:.2f})" if span else f"({runs})")
+    floors = (("blind", mean(f"{name}_blind")), ("chance", mean(f"chance_{name}")))
+    told = [mark, "" if title in PLAIN else title]
+    told += [next((f"{word} {value:.2f}" for word, value in floors if value is not None), "")]
+    ceiling = mean(f"ceiling_{name}")
+    told += [f"ceiling {ceiling:.2f}" if ceiling is not None and ceiling < 1 else ""]
+    return f"{text}<br>{', '.join(filter(None, told))}".removesuffix("<br>").replace(" ", SPACE)
+
+
+def ways(run: dict[str, Any]) -> str:
+    """What a system reads and what it makes of it."""
+    medium = "sound" if run["settings"]["recipe"]["model"].get("audio") else "picture"
+    named, drawn = shown(run)
+    if named is not None and named[0].endswith(RANKED):
+        return f"{medium} ~ words"
+    return f"{medium} {'⇄' if named and drawn else '←' if drawn else '→'} words"
+
+
+def through(run: dict[str, Any]) -> str:
+    """What a run's pictures or sounds pass first, and their size."""
+    model = run["settings"]["recipe"]["model"]
+    part = model.get("audio") or model["image"]
+    codec = part["codec"]
+    word: str = (codec.get("encoder") or codec)["type"].rpartition(":")[2].removesuffix(".Config")
+    word = {"VectorQuantized": f"codes of {codec.get('source')}", "Pixels": "pixels"}.get(word, word)
+    return word if model.get("audio") else f"{part['sizes'][0]} px, {word}"
+
+
+def cost_text(row: Row) -> str:
+    """GFLOPs of a training sample by task, and seconds of a step where they were measured."""
+    flops = row.runs[0]["cost"]["flops_per_sample"]
+    drawn = "to draw" if shown(row.runs[0])[1] else "per pair"  # both are samples in which words stand before pictures
+    called = {"draw": drawn, "caption": "to name"} if len(flops) > 1 else {}
+    text = "<br>".join(f"{value / 1e9:.2f} {called.get(task, '')}".strip() for task, value in flops.items())
+    times = [run["cost"]["time"]["step_seconds"] for run in row.runs if run["cost"]["time"]]
+    return (text + (f"<br>{statistics.median(times):.2g} s per step" if times else "")).replace(" ", SPACE)
+
+
+def text_text(row: Row) -> str:
+    """Whether the base's text is kept, and the regime where something of the base is trained."""
+    regime = row.runs[0].get("regime")
+    told = f"<br>regime: {regime}" if regime not in (None, "strictly frozen") else ""
+    equal = [run["scores"].get("text_bit_equal") for run in row.runs]
+    if None in equal:
+        return f"not measured{told}"
+    if all(equal):
+        return f"bit-identical{told}"
+    change = [run["scores"]["text_perplexity_change"] for run in row.runs]
+    span = interval(change)
+    beside = f" ({span[0]:.1f} to {span[1]:.1f})" if span else ""
+    return f"perplexity {statistics.fmean(change):+.1f}{beside}{told}"
+
+
+def line(row: Row) -> str:
+    """A row of the table."""
+    system = f"[{row.recipe}](recipes/{row.recipe}.md)" if row.recipe in names() else row.recipe
+    system += "" if row.label == row.recipe else f" as `{row.label}`"
+    first, count = row.runs[0], len(row.runs)
+    scores = [score_text(row, score) for score in shown(first)]
+    runs = "**one run**" if count == 1 else f"{count} runs"
+    weights = f"{first['cost']['trainable_parameters'] / 1e6:.1f} M".replace(" ", SPACE)
+    cells = (f"{system}<br>{ways(first).replace(' ', SPACE)}", *scores, cost_text(row), weights, text_text(row))
+    return f"| {' | '.join(cells)} | [{row.folder}](#{row.folder})<br>{runs.replace(' ', SPACE)} |"
+
+
+def overview(folders: Sequence[Path]) -> list[str]:
+    """The part of the page on all systems."""
+    found = rows(folders)
+    missing = [f"[{name}](recipes/{name}.md)" for name in names() if name not in {row.recipe for row in found}]
+    absent = (
+        f"In no comparison yet, what was measured stands on their own pages: {', '.join(missing)}." if missing else ""
+    )
+    table = [f"| {' | '.join(HEAD)} |", f"|{' --- |' * len(HEAD)}"]
+    before = None
+    for row in found:
+        if kind(row.recipe) != before:
+            before = kind(row.recipe)
+            table.append(f"| **{(before or 'others').replace(' ', SPACE)}** |{' |' * (len(HEAD) - 1)}")
+        table.append(line(row))
+    return [
+        "## All systems",
+        "",
+        "By kind of mechanism; nothing is ranked here. **Set only rows of one comparison beside each other** (last column):",
+        "pictures, encoders and budgets differ between them, and what is decided stands in their sections.",
+        "",
+        *table,
+        "",
+        "- **unseen**: items of groups that no training saw. *memory*: trained items, where no others were scored; drawings",
+        "  only ever are. Brackets hold 95 % intervals over runs; fewer than five runs have none, and decide nothing.",
+        "- *names*: share of exact answers, any text allowed; *ranked first* is another score, the true name before the others",
+        "  that are given. *draws*: share of drawings whose nearest real picture, in pixels, is the right one.",
+        "- → reads, ← makes, ⇄ both, ~ tells how near a picture and words are, and says nothing.",
+        "- *blind*: the same with pictures permuted. *chance*: a random order. *ceiling*: real pictures through the codec.",
+        "- *GFLOPs*: forward and backward of a training sample; seconds of a step where they were measured. *trained*: weights.",
+        "- *text*: what the base says without pictures, bit-identical or by how much the perplexity of the bundled texts rose.",
+        "- A system has a row per data set, of the comparison with unseen items, then the most runs, then the most samples.",
+        "  Its variants (rates, noise) stand in the sections.",
+        "",
+        *([absent, ""] if absent else []),
+    ]
+
+
+def contents(folders: Sequence[Path]) -> list[str]:
+    """A line per comparison: its note's first words, its data and budget, its systems and runs."""
+    lines = [
+        "## The comparisons",
+        "",
+        "Runs from before regimes were recorded have verdicts between them (`single_tower` against the others), newer ones of",
+        "different regimes differences alone. `xfusion compare --out comparison/kinds` makes a page of one from its files, with",
+        "the drawings of all seeds: `index.html` beside them.",
+        "",
+    ]
+    for folder in folders:
+        runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*-seed*.json"))]
+        present = {run["recipe"] for run in runs}
+        labels = [label for label in dict.fromkeys([*recipes_of(folder), *sorted(present)]) if label in present]
+        note = folder / "README.md"
+        about = note.read_text(encoding="utf-8").strip() if note.is_file() else ""
+        about = re.split(r"[.:;](?:\s|$)", re.sub(r"\s+", " ", about.partition("\n\n")[0]), maxsplit=1)[0]
+        about = f"{about}. " if about else ""
+        data = "/".join(re.sub(r":held=.*", "", runs[0]["settings"]["data"]).split("/")[-2:])
+        budget = f"{runs[0]['budget']['samples']:,} samples, {len(runs)} run{'s' if len(runs) > 1 else ''}"
+        systems = ", ".join(f"`{label}`" for label in labels)
+        lines.append(f"- [{folder.name}](#{folder.name}): {about}`{data}` ({through(runs[0])}), {budget}: {systems}.")
+    return [*lines, ""]
