@@ -2,11 +2,11 @@
 
     python benchmarks/memory.py
 
-Each recipe trains two joint steps in a process of its own, the embedded base in bfloat16 as the checkpoints of larger ones are. Held are
-the pages that are the process's own (Linux's RssAnon) once freed blocks were given back: weights, moments and average, without
-gradients, and kept states of prompts. What Python and the libraries hold is subtracted: all of it was done once before, and dropped. The prediction is that of `xfusion show`; for
-larger bases there is the prediction alone, from their shapes. Writes benchmarks/results/memory.json, which
-`python docs/pages.py speed` reads.
+Each recipe trains two joint steps in a process of its own, the embedded base in bfloat16 as the checkpoints of larger ones are.
+Held are the pages that are the process's own (Linux's RssAnon) once freed blocks were given back: weights, moments and average,
+without gradients, and kept states of prompts. What Python and the libraries hold is subtracted: all of it was done once before,
+and dropped. The prediction is that of `xfusion show`; for larger bases there is the prediction alone, from their shapes. Writes
+benchmarks/results/memory.json, which `python docs/pages.py speed` reads.
 """
 
 from __future__ import annotations
@@ -110,7 +110,9 @@ def main(settings: Settings) -> None:
     rows, spawned = [], multiprocessing.get_context("spawn")
     for recipe in settings.recipes:
         with spawned.Pool(1) as alone:
-            rows.append({"base_model": "SmolLM2-135M", "recipe": recipe, **alone.apply(measure, (recipe, settings.data))})
+            rows.append(
+                {"base_model": "SmolLM2-135M", "recipe": recipe, **alone.apply(measure, (recipe, settings.data))}
+            )
         print(json.dumps(rows[-1]), flush=True)
     for shape in SHAPES:
         rows += [{"base_model": shape, "recipe": recipe, **predict(recipe, shape)} for recipe in settings.recipes]

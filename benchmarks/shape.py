@@ -3,9 +3,11 @@
     python benchmarks/shape.py --shape Llama-3.2-1B --batch 32 --device cuda
 
 A full copy of every layer is trained, as in the paper. Drawing: texts, each before a picture to draw. Joint: two thirds
-of the samples draw, one third names a clean picture. One JSON object on standard output: seconds per step (median), the
-FLOPs of a step by torch's counter (uncompiled), the rate of a bf16 product of two square matrices measured in between,
-and the share of it (MFU). ``--profile FILE`` writes where the time of a drawing step goes.
+of the samples draw, one third names a clean picture. One JSON object on standard output, and in ``--out``: seconds per step
+(median), the FLOPs of a step by torch's counter (uncompiled), the rate of a bf16 product of two square matrices measured in
+between, and the share of it (MFU). ``--attention flex_attention`` takes FlexAttention over block masks, which is for packed
+rows (``--packed 4``); ``--no-keep-text`` computes frozen states of prompts in every step, as for captions that never come back.
+``--profile FILE`` writes where the time of a drawing step goes.
 """
 
 from __future__ import annotations
@@ -16,17 +18,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
 from xfusion.backbone import Backbone
+from xfusion.comparison.machine import origin
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Batch, Sequence, Text
 from xfusion.fusion.dual_tower import DualTower
 from xfusion.modalities.image import ImageModality
 from xfusion.model import Model, ModelConfig, build, choose_attention
+from xfusion.storage import write_json
 from xfusion.training.optimizer import Optimizer
 
 
@@ -52,6 +57,14 @@ class Settings:
     """Compile the per-layer work."""
     square: int = 8192
     """Side of the matrices whose product is the yardstick."""
+    attention: str | None = None
+    """What layers attend by, of `xfusion.model.ATTENTIONS`; None is the device's own."""
+    packed: int = 1
+    """Samples in a row; they do not see each other."""
+    keep_text: bool = True
+    """Look up frozen states of prompts that were seen before."""
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """Where the result goes besides."""
     profile: Path | None = None
     """Where the profile of a drawing step is written."""
 
@@ -98,7 +111,12 @@ def batches(model: Model, settings: Settings, *, joint: bool) -> list[Batch]:
         for _ in range(settings.batch - named)
     ]
     caption = [Sequence(segments=(patch.segment(tokens(), grid), text(has_loss=True))) for _ in range(named)]
-    return [pack([[sample] for sample in kind]).to(model.backbone.device) for kind in (draw, caption) if kind]
+    size, device = settings.packed, model.backbone.device
+    return [
+        pack([kind[start : start + size] for start in range(0, len(kind), size)]).to(device)
+        for kind in (draw, caption)
+        if kind
+    ]
 
 
 def main(settings: Settings) -> None:
@@ -108,8 +126,9 @@ def main(settings: Settings) -> None:
     image = ImageModality.Config(patch=4, sizes=(4 * settings.side,))
     model = build(ModelConfig(fusion=DualTower.Config(stride=settings.stride), image=image), backbone)
     optimizer = Optimizer(model.named_new_parameters())
-    attention = choose_attention(device)
+    attention = choose_attention(device, settings.attention)
     result: dict[str, object] = {
+        **origin("benchmarks"),
         "shape": settings.shape,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
@@ -118,6 +137,9 @@ def main(settings: Settings) -> None:
         "text_tokens": settings.words,
         "batch": settings.batch,
         "compiled": settings.compile,
+        "attention": attention,
+        "packed": settings.packed,
+        "keep_text": settings.keep_text,
     }
     for kind in ("drawing", "joint"):
         made = batches(model, settings, joint=kind == "joint")
@@ -131,13 +153,15 @@ def main(settings: Settings) -> None:
             if update:
                 optimizer.step(1e-5, 1.0, 0.999)
 
-        plain = model.training_engine(torch.bfloat16, "measured", attention, False)
+        plain = model.training_engine(torch.bfloat16, "counted", choose_attention(device), False)
+        plain.keep_text = settings.keep_text
         learn(plain, update=False)  # texts that are computed once are computed here
         optimizer.forget_gradients()
         with FlopCounterMode(display=False) as counter:
             learn(plain, update=False)
         optimizer.forget_gradients()
         engine = model.training_engine(torch.bfloat16, "measured", attention, settings.compile)
+        engine.keep_text = settings.keep_text
         engine.text_states.update(plain.text_states)
         begun = time.perf_counter()
         learn(engine)
@@ -169,6 +193,8 @@ def main(settings: Settings) -> None:
             settings.profile.write_text(table + "\n", encoding="utf-8")
         print(json.dumps({kind: result[kind]}), flush=True)
     print(json.dumps(result, indent=2))
+    if settings.out:
+        write_json(settings.out, result)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """`bench` runs and its arithmetic is right; how fast anything is, is no test."""
 
+import importlib.util
 import json
 import sys
 from dataclasses import replace
@@ -17,6 +18,7 @@ from xfusion.apps.bench import activation_checkpointing, denoising, generate, ll
 from xfusion.apps.bench import base as bench_base
 from xfusion.apps.bench.base import Bench, Product, Step, alone, no_new_graphs, products
 from xfusion.backbone import Backbone
+from xfusion.backbone.decoder import SHAPES
 
 
 @pytest.fixture(scope="module")
@@ -166,3 +168,21 @@ def test_no_graph_is_new_where_nothing_is_compiled():
     with no_new_graphs() as graphs:
         torch.ones(1)
     assert graphs() == 0
+
+
+def test_the_study_of_a_real_shape_runs_on_a_tiny_one(tmp_path, monkeypatch):
+    tiny = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    monkeypatch.setitem(SHAPES, "tiny", SHAPES["Llama-3.2-1B"] | tiny | {"num_attention_heads": 8})
+    spec = importlib.util.spec_from_file_location("shape", Path(__file__).parents[2] / "benchmarks" / "shape.py")
+    study = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "shape", study)
+    spec.loader.exec_module(study)
+    small = {"shape": "tiny", "side": 2, "words": 4, "steps": 1, "device": "cpu", "compile": False, "square": 64}
+    flops = {}
+    for keep in (True, False):
+        out = tmp_path / f"{keep}.json"
+        study.main(study.Settings(**small, batch=6, packed=2, keep_text=keep, out=out))
+        found = json.loads(out.read_text())
+        flops[keep] = found["drawing"]["flops_per_step"]
+        assert found["attention"] == "grouped" and found["joint"]["share_of_peak"] > 0
+    assert flops[False] > flops[True] > 0  # frozen layers over the prompts' words
