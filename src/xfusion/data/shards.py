@@ -28,6 +28,7 @@ from typing import Any
 from xfusion.backbone import cache_folder
 from xfusion.data import pictures
 from xfusion.data.files import CAPTION_FIELDS, Record, take_captions, utf8
+from xfusion.data.kept import Kept
 from xfusion.data.report import Problem
 from xfusion.data.sequence import XFusionError
 from xfusion.storage import whole_file
@@ -339,13 +340,15 @@ def _picture_bytes(value: Any) -> bytes:
     return content
 
 
-# Twice, for drawing and for captioning, and two more for the change from one window to the next.
-@lru_cache(maxsize=2 * GROUPS_TOGETHER + 2)
-def _row_group(path: Path, group: int, column: str) -> Any:
+def _read_row_group(path: Path, group: int, column: str) -> Any:
     from pyarrow import parquet
 
     with parquet.ParquetFile(path) as file:
         return file.read_row_group(group, columns=[column]).column(0)
+
+
+# Twice, for drawing and for captioning, and two more for the change from one window to the next.
+_row_group = Kept(_read_row_group, 2 * GROUPS_TOGETHER + 2)
 
 
 @lru_cache(maxsize=8)
