@@ -139,6 +139,37 @@ def test_a_damaged_shard_is_named(tmp_path):
         Latents(tmp_path / "x")
 
 
+def test_a_flipped_bit_is_found_when_the_shard_is_first_read(tmp_path, monkeypatch, bases):
+    """By whoever trains, once per process and shard; a sound shard beside it is read."""
+    monkeypatch.setattr(latents, "PER_SHARD", 3)
+    encode(Noise(), Pixels.Config(), 16, tmp_path / "x")
+    path = tmp_path / "x" / "latents-00001.safetensors"
+    sound = path.read_bytes()
+    path.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    hashed, real = [], latents._hash.make
+    monkeypatch.setattr(latents._hash, "make", lambda path, *stamp: hashed.append(path.name) or real(path, *stamp))
+    image = ImageModality.Config(patch=4, sizes=(16,)).build()
+    source = open_source(tmp_path / "x")
+    for index in (0, 1, 2, 0):
+        source.tokens(index, image, 16)
+    for index in (3, 4):
+        with pytest.raises(XFusionError, match=r"latents-00001\.safetensors: its hash is [0-9a-f]{16}, index\.json says"):
+            source.tokens(index, image, 16)
+    assert hashed == ["latents-00000.safetensors", "latents-00001.safetensors"]
+    model = replace(model_config(bases["llama"]), image=ImageModality.Config(patch=4, sizes=(16,)))
+    stage = Stage(steps=2, mixture=MixtureConfig(draw=6, caption=0, pack=2))
+    with pytest.raises(XFusionError, match=r"latents-00001\.safetensors: its hash is"):
+        loop.train(
+            Recipe(model=model, data="noise", stages=(stage,)),
+            out=tmp_path / "run",
+            source=open_source(tmp_path / "x"),
+            backbone=bases["llama"],
+            compile=False,
+        )
+    path.write_bytes(sound)  # another file, which is looked at anew
+    assert torch.equal(source.tokens(3, image, 16), image.encode([Noise().picture(3, 16)], 16)[0])
+
+
 def test_splits_and_mixtures_of_latents(tmp_path):
     encode(Noise(), Pixels.Config(), 16, tmp_path / "x")
     image = ImageModality.Config(patch=4, sizes=(16,)).build()

@@ -14,7 +14,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
-from functools import lru_cache
 from itertools import accumulate
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from xfusion.data.kept import Kept
 from xfusion.data.report import Problem
 from xfusion.data.sequence import Example, XFusionError, fingerprint
 from xfusion.modalities.base import Codec, Modality
@@ -142,8 +142,20 @@ class Latents:
         place = self.indices[index]
         number = bisect_right(self._starts, place) - 1
         place -= self._starts[number]
-        stored = _opened(self.folder / self.shards[number]["file"]).get_slice("latents")[place : place + 1]
+        stored = self._shard(number).get_slice("latents")[place : place + 1]
         return image.tokens(stored)[0]
+
+    def _shard(self, number: int) -> Any:
+        """A shard, opened; its hash is compared when this process reads it for the first time."""
+        path, expected = self.folder / self.shards[number]["file"], self.shards[number]["sha256"]
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        stamp = (path, stat.st_size, stat.st_mtime_ns)
+        if (found := _hash(*stamp)) != expected:
+            raise XFusionError(f"{path}: {_altered(found, expected)}")
+        return _opened(*stamp)
 
     def _check(self, image: ImageModality, size: int) -> None:
         if size != self.size:
@@ -163,17 +175,37 @@ class Latents:
         for shard in self.shards:
             path = self.folder / shard["file"]
             if (found := file_hash(path)) != shard["sha256"]:
-                what = f"its hash is {found[:16]}, {INDEX} says {shard['sha256'][:16]}: delete both, and encode again"
-                out.append(Problem(kind="broken shard", where=str(path), what=what))
+                out.append(Problem(kind="broken shard", where=str(path), what=_altered(found, shard["sha256"])))
         return out
 
 
-@lru_cache(maxsize=256)
-def _opened(path: Path) -> Any:
+def _altered(found: str, expected: str) -> str:
+    return f"its hash is {found[:16]}, {INDEX} says {expected[:16]}: delete both, and encode again"
+
+
+def _open(path: Path, *stamp: int) -> Any:
+    del stamp
     try:
         return safe_open(str(path), "pt")
     except (SafetensorError, OSError) as error:
-        raise XFusionError(f"{path}: cannot be read ({error}): delete it and {INDEX}, and encode again") from error
+        raise _unreadable(path, error) from error
+
+
+def _file_hash(path: Path, *stamp: int) -> str:
+    del stamp
+    try:
+        return file_hash(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> XFusionError:
+    return XFusionError(f"{path}: cannot be read ({error}): delete it and {INDEX}, and encode again")
+
+
+# Of a file of one size and date.
+_opened = Kept(_open, 256)
+_hash = Kept(_file_hash, 1_000_000)
 
 
 def _name(codec: dict[str, Any]) -> str:
