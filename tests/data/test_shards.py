@@ -55,11 +55,11 @@ def write_tar(path: Path, numbers, *, pictures=png, as_json=False) -> Path:
     return path
 
 
-def write_parquet(path: Path, numbers, *, group=3, struct=True, pictures=png) -> Path:
+def write_parquet(path: Path, numbers, *, group=3, struct=True, pictures=png, **options) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     images = [{"bytes": pictures(n), "path": f"{n}.png"} if struct else pictures(n) for n in numbers]
     table = pa.table({"image": images, "captions": [words(n) for n in numbers], "other": list(numbers)})
-    parquet.write_table(table, path, row_group_size=group)
+    parquet.write_table(table, path, row_group_size=group, **options)
     return path
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from xfusion.data.kept import Kept
 from xfusion.data.report import Problem
-from xfusion.data.sequence import Example, XFusionError, fingerprint
+from xfusion.data.sequence import Example, Unreadable, XFusionError, fingerprint
 from xfusion.modalities.base import Codec, Modality
 from xfusion.modalities.image import ImageModality
 from xfusion.storage import file_hash, whole_file
@@ -135,6 +135,7 @@ class Latents:
 
         Raises:
             XFusionError: the model's codec or size is not the one that made the latents.
+            Unreadable: its shard is not what was written.
         """
         if not isinstance(image, ImageModality):
             raise XFusionError(f"{self.spec}: holds latents of pictures, but the model hears sounds: name sounds")
@@ -156,7 +157,7 @@ class Latents:
             raise _unreadable(path, error) from error
         stamp = (path, stat.st_size, stat.st_mtime_ns)
         if (found := _hash(*stamp)) != expected:
-            raise XFusionError(f"{path}: {_altered(found, expected)}")
+            raise Unreadable(f"{path}: {_altered(found, expected)}")
         return _opened(*stamp)
 
     def _check(self, image: ImageModality, size: int) -> None:
@@ -201,8 +202,8 @@ def _file_hash(path: Path, *stamp: int) -> str:
         raise _unreadable(path, error) from error
 
 
-def _unreadable(path: Path, error: Exception) -> XFusionError:
-    return XFusionError(f"{path}: cannot be read ({error}): delete it and {INDEX}, and encode again")
+def _unreadable(path: Path, error: Exception) -> Unreadable:
+    return Unreadable(f"{path}: cannot be read ({error}): delete it and {INDEX}, and encode again")
 
 
 # Of a file of one size and date.

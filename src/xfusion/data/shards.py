@@ -149,7 +149,7 @@ def _checked(path: Path, decode: bool) -> Iterator[Record]:
         records = _dataset(path)
 
     def look(record: Record) -> Record:
-        if isinstance(record.place, Member) and record.place.size > pictures.MAX_BYTES:
+        if any(problem.kind in ("broken member", "broken picture") for problem in record.problems):
             return record  # told already, from its header
         if record.place is not None:
             try:
@@ -189,6 +189,8 @@ def _tar(path: Path) -> Iterator[Record]:
             where = f"{path}/{member.name}"
             if member.offset_data + member.size > total:
                 record.complain("broken member", f"needs {member.size} bytes, the file ends before", where)
+                if f".{extension.rpartition('.')[2]}" in pictures.SUFFIXES:
+                    record.place = record.place or place
             elif f".{extension.rpartition('.')[2]}" in pictures.SUFFIXES:
                 if record.place is not None:
                     record.complain("duplicated name", f"{record.place.name} has the same name: rename one", where)
