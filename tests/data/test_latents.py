@@ -1,7 +1,13 @@
 """Latents encoded ahead: training from them is training from pictures, encoding goes on after a break, mixups are refused."""
 
 import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -104,6 +110,146 @@ def test_processes_make_the_same_files(tmp_path, monkeypatch):
     assert alone.shards == shared.shards and len(alone.shards) == 2
 
 
+def pictures_in(folder, count=5):
+    folder.mkdir()
+    for number in range(count):
+        PILImage.new("RGB", (20, 16), (40 * number, 0, 0)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"card {number}")
+    return folder
+
+
+def bytes_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("when", ["starting", "second shard"])
+def test_a_worker_that_dies_is_told_in_one_line_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys, when):
+    """Also where it dies before it has taken a source that is larger than a pipe's buffer: nothing waits for it."""
+    monkeypatch.setattr(latents, "PER_SHARD", 2)
+    spec = pictures_in(tmp_path / "pictures")
+    for number in range(5):
+        (spec / f"{number}.txt").write_text(f"card {number}\n" + "x" * 3900 + "\n" + "\n".join(["y" * 3900] * 6))
+    argv = ["data", "encode", str(spec), "--size", "16", "--workers", "2", "--device", "cpu", "-o"]
+    encode(open_source(spec), Pixels.Config(), 16, tmp_path / "whole")
+
+    def kill(hand):
+        os.kill(hand.process.pid, signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        if when == "starting":
+            start = latents._Hand.start
+            patch.setattr(latents._Hand, "start", lambda hand: (start(hand), kill(hand)))
+        else:
+            answer, answered = latents._Hand.answer, []
+
+            def dying(hand):
+                answered.append(hand)
+                if len(answered) == 2:
+                    kill(hand)
+                    hand.process.join()
+                    while hand.pipe.poll():  # what it had said before it died
+                        try:
+                            hand.pipe.recv()
+                        except EOFError:
+                            break
+                return answer(hand)
+
+            patch.setattr(latents._Hand, "answer", dying)
+        signal.alarm(240)
+        try:
+            assert cli.main([*argv, str(tmp_path / "x")]) == 2
+        finally:
+            signal.alarm(0)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith(f"xfusion: {tmp_path}/x/latents-0000")
+    assert (
+        ": not finished, the process that made it was killed by SIGKILL: give the same command again, it goes" in said
+    )
+    assert not list((tmp_path / "x").glob(".*")) and not multiprocessing.active_children()
+    assert cli.main([*argv, str(tmp_path / "x")]) == 0
+    assert bytes_of(tmp_path / "x") == bytes_of(tmp_path / "whole")
+
+
+def die_at(number, half):
+    """Let this process kill itself at its write or picture ``number``, with half of the file written where asked for."""
+    calls, save, text = [], latents.save_file, Path.write_text
+
+    def count(path=None):
+        calls.append(path)
+        if len(calls) == number:
+            if half and path and os.path.isfile(path):
+                os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    latents.save_file = lambda tensors, path, metadata: (save(tensors, path, metadata), count(path))
+    Path.write_text = lambda self, *args, **more: (text(self, *args, **more), count(self))
+
+    class Counting(Noise):
+        def picture(self, index, size):
+            count()
+            return super().picture(index, size)
+
+    return Counting()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process that uses torch is forked safely on Linux alone")
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(2, 12))])
+def test_encoding_that_is_killed_goes_on_to_the_same_files(tmp_path, monkeypatch, seed):
+    """By SIGKILL, at two moments of one run: 6 pictures, 3 shards and the index are 10, where it was killed first fewer."""
+    monkeypatch.setattr(latents, "PER_SHARD", 2)
+    encode(Noise(), Pixels.Config(), 16, tmp_path / "whole")
+    rng = random.Random(seed)
+    moments = [1, 3] if seed == 0 else [rng.randint(1, 10), rng.randint(1, 4)]
+    for number in moments:
+        child = os.fork()
+        if not child:
+            try:
+                encode(die_at(number, rng.random() < 0.7 or seed == 0), Pixels.Config(), 16, tmp_path / "x")
+            finally:
+                os._exit(1)
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1]) or (tmp_path / "x" / "index.json").is_file()
+        if not (tmp_path / "x" / "index.json").is_file():
+            with pytest.raises(XFusionError, match=r"not finished|no such|no examples"):
+                open_source(tmp_path / "x")
+    encode(Noise(), Pixels.Config(), 16, tmp_path / "x")
+    assert bytes_of(tmp_path / "x") == bytes_of(tmp_path / "whole")
+
+
+@pytest.mark.full
+def test_encoding_in_processes_that_is_killed_leaves_none_of_them(tmp_path):
+    """The command with two workers, killed when they are there: they end by themselves, and the command goes on."""
+    spec, out = pictures_in(tmp_path / "pictures"), tmp_path / "x"
+    encode(open_source(spec), Pixels.Config(), 16, tmp_path / "whole")
+    argv = [sys.executable, "-m", "xfusion.apps.cli", "data", "encode", str(spec), "--size", "16", "--device", "cpu"]
+    command = [*argv, "--workers", "2", "-o", str(out)]
+    before = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for _ in range(2):
+        run = subprocess.Popen(command, env=before, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+        while run.poll() is None and not (workers := workers_among(children.read_text())):
+            time.sleep(0.01)
+        run.kill()
+        run.wait()
+        until = time.monotonic() + 120
+        while time.monotonic() < until and any(map(workers_among, workers)):
+            time.sleep(0.1)
+        assert not any(map(workers_among, workers)), "a worker waits for ever for a run that is gone"
+    assert not subprocess.run(command, env=before, capture_output=True).returncode
+    assert bytes_of(out) == bytes_of(tmp_path / "whole")
+
+
+def workers_among(numbers: str) -> list[str]:
+    """Those of some processes, by their numbers, that are workers."""
+    found = []
+    for number in numbers.split():
+        try:
+            if b"spawn_main" in Path(f"/proc/{number}/cmdline").read_bytes():
+                found.append(number)
+        except OSError:
+            continue
+    return found
+
+
 def test_another_codec_size_or_source_is_refused_with_both(tmp_path):
     kl_model().save_pretrained(tmp_path / "kl")
     out, other = tmp_path / "latents", AutoencoderKL.Config(source=str(tmp_path / "kl"))
@@ -137,6 +283,39 @@ def test_a_damaged_shard_is_named(tmp_path):
     shard.write_bytes(content[:-4])
     with pytest.raises(XFusionError, match=r"latents-00000\.safetensors: has \d+ bytes, index\.json says \d+ bytes"):
         Latents(tmp_path / "x")
+
+
+def test_a_flipped_bit_is_found_when_the_shard_is_first_read(tmp_path, monkeypatch, bases):
+    """By whoever trains, once per process and shard; a sound shard beside it is read."""
+    monkeypatch.setattr(latents, "PER_SHARD", 3)
+    encode(Noise(), Pixels.Config(), 16, tmp_path / "x")
+    path = tmp_path / "x" / "latents-00001.safetensors"
+    sound = path.read_bytes()
+    path.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    hashed, real = [], latents._hash.make
+    monkeypatch.setattr(latents._hash, "make", lambda path, *stamp: hashed.append(path.name) or real(path, *stamp))
+    image = ImageModality.Config(patch=4, sizes=(16,)).build()
+    source = open_source(tmp_path / "x")
+    for index in (0, 1, 2, 0):
+        source.tokens(index, image, 16)
+    for index in (3, 4):
+        with pytest.raises(
+            XFusionError, match=r"latents-00001\.safetensors: its hash is [0-9a-f]{16}, index\.json says"
+        ):
+            source.tokens(index, image, 16)
+    assert hashed == ["latents-00000.safetensors", "latents-00001.safetensors"]
+    model = replace(model_config(bases["llama"]), image=ImageModality.Config(patch=4, sizes=(16,)))
+    stage = Stage(steps=2, mixture=MixtureConfig(draw=6, caption=0, pack=2))
+    with pytest.raises(XFusionError, match=r"latents-00001\.safetensors: its hash is"):
+        loop.train(
+            Recipe(model=model, data="noise", stages=(stage,)),
+            out=tmp_path / "run",
+            source=open_source(tmp_path / "x"),
+            backbone=bases["llama"],
+            compile=False,
+        )
+    path.write_bytes(sound)  # another file, which is looked at anew
+    assert torch.equal(source.tokens(3, image, 16), image.encode([Noise().picture(3, 16)], 16)[0])
 
 
 def test_splits_and_mixtures_of_latents(tmp_path):

@@ -5,7 +5,10 @@ import json
 import random
 import shutil
 import tarfile
+import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,6 +17,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from xfusion.data import shards
+from xfusion.data.kept import Kept
 from xfusion.data.order import Order
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import check, open_source
@@ -51,11 +55,11 @@ def write_tar(path: Path, numbers, *, pictures=png, as_json=False) -> Path:
     return path
 
 
-def write_parquet(path: Path, numbers, *, group=3, struct=True, pictures=png) -> Path:
+def write_parquet(path: Path, numbers, *, group=3, struct=True, pictures=png, **options) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     images = [{"bytes": pictures(n), "path": f"{n}.png"} if struct else pictures(n) for n in numbers]
     table = pa.table({"image": images, "captions": [words(n) for n in numbers], "other": list(numbers)})
-    parquet.write_table(table, path, row_group_size=group)
+    parquet.write_table(table, path, row_group_size=group, **options)
     return path
 
 
@@ -211,12 +215,67 @@ def test_row_groups_are_shuffled_a_few_at_a_time(tmp_path):
     assert list(Order(source, 0).take("draw", 75, 10)) == epochs[1][15:25]  # from anywhere, without a history
 
 
-def test_reading_in_order_opens_each_row_group_once(tmp_path):
+@pytest.fixture
+def groups_read(monkeypatch):
+    """Row groups that were read, in order; none is in memory at first."""
+    read, real = [], shards._row_group.make
+    shards._row_group.clear()
+    monkeypatch.setattr(shards._row_group, "make", lambda *key: read.append(key) or real(*key))
+    return read
+
+
+def test_reading_in_order_opens_each_row_group_once(tmp_path, groups_read):
     source = open_source(write_parquet(tmp_path / "a.parquet", range(60), group=3))
-    shards._row_group.cache_clear()
+    shards._row_group.clear()
+    groups_read.clear()
     for index in Order(source, 0).take("draw", 0, 60):
         source.picture(index, 8)
-    assert shards._row_group.cache_info().misses == 20
+    assert len(groups_read) == len(set(groups_read)) == 20
+
+
+def test_threads_that_want_one_row_group_read_it_once(tmp_path, groups_read):
+    """All four at the same moment, of two groups; and no more are in memory than stay there."""
+    source = open_source(write_parquet(tmp_path / "a.parquet", range(60), group=3))
+    shards._row_group.clear()
+    groups_read.clear()
+    ready = threading.Barrier(4, timeout=30)
+    slow = shards._row_group.make
+
+    def reading(*key):
+        time.sleep(0.05)  # so long that the others come, too
+        return slow(*key)
+
+    shards._row_group.make = reading  # the fixture puts the real one back
+
+    def look(index):
+        ready.wait()
+        return source.picture(index, 8).tobytes()
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(look, [0, 1, 2, 3]))
+        assert len(groups_read) == 2
+        assert found == [source.picture(index, 8).tobytes() for index in range(4)]
+        list(pool.map(lambda index: source.picture(index, 8), range(60)))
+    assert len(groups_read) == 20 and len(shards._row_group._known) == shards._row_group.most == 10
+
+
+def test_what_cannot_be_read_is_tried_again_and_told_to_all_who_wait():
+    asked = []
+
+    def make(key):
+        asked.append(key)
+        if len(asked) == 1:
+            time.sleep(0.1)
+            raise OSError("gone")
+        return key
+
+    one = Kept(make, 2)
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(one, "a"), pool.submit(one, "a")]
+        errors = [call.exception() for call in calls]
+    # The second came while the first waited, or behind it and read by itself.
+    assert isinstance(errors[0], OSError) and len(asked) + sum(isinstance(e, OSError) for e in errors) == 3
+    assert one("a") == "a" and one("b") == "b" and one("c") == "c" and len(one._known) == 2
 
 
 def test_a_mixture_gives_each_source_its_exact_share(tmp_path):

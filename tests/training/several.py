@@ -19,6 +19,7 @@ from rich.console import Console
 
 from xfusion.backbone import Backbone
 from xfusion.data.mixture import MixtureConfig
+from xfusion.data.sequence import XFusionError
 from xfusion.data.templates import Templates
 from xfusion.objectives.contrastive import Contrastive
 from xfusion.training import loop, states
@@ -123,12 +124,14 @@ def run(
     often=False,
     minutes=None,
     extra=(),
+    data=None,
+    allow_bad=0.0,
     **mixture,
 ) -> None:
     base = Backbone.load(str(folder / "base"))
     config = MixtureConfig(**{"draw": 6, "caption": 4, "pack": 2, **mixture})
     stage = Stage(steps=steps, warmup=3, mixture=config, activation_checkpointing=again)
-    recipe = Recipe(model=replace(model_config(base, fusion), extra=extra), data="noise", stages=(stage,))
+    recipe = Recipe(model=replace(model_config(base, fusion), extra=extra), data=data or "noise", stages=(stage,))
 
     def listen(event):
         if event["event"] == "step" and event["step"] == stop:
@@ -140,7 +143,8 @@ def run(
     model = loop.train(
         recipe,
         out=folder / name,
-        source=Noise(),
+        source=None if data else Noise(),
+        allow_bad=allow_bad,
         backbone=base,
         compile=compile,
         dtype=dtype,
@@ -259,6 +263,25 @@ def killed(folder: Path) -> None:
             together(2, partial(command, resume=bool(states.found(folder / name / "state"))))
 
 
+def unreadable(folder: Path) -> None:
+    """A picture that turns out broken in the rows of one process, and is left out by both; and one too many for both."""
+    make_base("llama", folder / "base")
+    data = str(folder / "shards.parquet")
+    for count in (1, 2):
+        together(count, lambda count=count: run(folder, f"of_{count}", steps=6, data=data, allow_bad=0.1))
+    together(2, lambda: run_refused(folder, "refused_2", data))
+    shutil.copytree(folder / "refused_2", folder / "refused_2_on_1")
+    together(1, lambda: run(folder, "refused_2_on_1", steps=6, data=data, allow_bad=0.1, resume=True))
+
+
+def run_refused(folder: Path, name: str, data: str) -> None:
+    """A run that allows nothing bad."""
+    try:
+        run(folder, name, steps=6, data=data)
+    except XFusionError as error:
+        (folder / f"{name}.{os.environ['RANK']}.said").write_text(str(error))
+
+
 def compiled(folder: Path) -> None:
     """Compiled layers in the precision of GPUs and of processors that have it."""
     make_base("llama", folder / "base")
@@ -273,4 +296,6 @@ if __name__ == "__main__":
     if sys.argv[2] != "whole":  # here and not in each of the processes that are forked
         importlib.import_module("torch.distributed.checkpoint")
         importlib.import_module("xfusion.training.sharding")
-    {f.__name__: f for f in (whole, some_divided, divided, killed, compiled)}[sys.argv[2]](Path(sys.argv[1]))
+    {f.__name__: f for f in (whole, some_divided, divided, killed, unreadable, compiled)}[sys.argv[2]](
+        Path(sys.argv[1])
+    )

@@ -35,9 +35,10 @@ def environment(**more):
     return kept | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | more
 
 
-def several(tmp_path_factory, what):
+def several(tmp_path_factory, what, prepare=lambda folder: None):
     """The runs of a function of `several`, in one program, so that torch is imported once."""
     folder = tmp_path_factory.mktemp(what)
+    prepare(folder)
     done = subprocess.run(
         [sys.executable, str(HERE / "several.py"), str(folder), what],
         env=environment(),

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
+import traceback
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
-from functools import lru_cache
 from itertools import accumulate
 from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
@@ -25,8 +26,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from xfusion.data.kept import Kept
 from xfusion.data.report import Problem
-from xfusion.data.sequence import Example, XFusionError, fingerprint
+from xfusion.data.sequence import Example, Unreadable, XFusionError, fingerprint
 from xfusion.modalities.base import Codec, Modality
 from xfusion.modalities.image import ImageModality
 from xfusion.storage import file_hash, whole_file
@@ -133,6 +135,7 @@ class Latents:
 
         Raises:
             XFusionError: the model's codec or size is not the one that made the latents.
+            Unreadable: its shard is not what was written.
         """
         if not isinstance(image, ImageModality):
             raise XFusionError(f"{self.spec}: holds latents of pictures, but the model hears sounds: name sounds")
@@ -142,8 +145,20 @@ class Latents:
         place = self.indices[index]
         number = bisect_right(self._starts, place) - 1
         place -= self._starts[number]
-        stored = _opened(self.folder / self.shards[number]["file"]).get_slice("latents")[place : place + 1]
+        stored = self._shard(number).get_slice("latents")[place : place + 1]
         return image.tokens(stored)[0]
+
+    def _shard(self, number: int) -> Any:
+        """A shard, opened; its hash is compared when this process reads it for the first time."""
+        path, expected = self.folder / self.shards[number]["file"], self.shards[number]["sha256"]
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        stamp = (path, stat.st_size, stat.st_mtime_ns)
+        if (found := _hash(*stamp)) != expected:
+            raise Unreadable(f"{path}: {_altered(found, expected)}")
+        return _opened(*stamp)
 
     def _check(self, image: ImageModality, size: int) -> None:
         if size != self.size:
@@ -163,17 +178,37 @@ class Latents:
         for shard in self.shards:
             path = self.folder / shard["file"]
             if (found := file_hash(path)) != shard["sha256"]:
-                what = f"its hash is {found[:16]}, {INDEX} says {shard['sha256'][:16]}: delete both, and encode again"
-                out.append(Problem(kind="broken shard", where=str(path), what=what))
+                out.append(Problem(kind="broken shard", where=str(path), what=_altered(found, shard["sha256"])))
         return out
 
 
-@lru_cache(maxsize=256)
-def _opened(path: Path) -> Any:
+def _altered(found: str, expected: str) -> str:
+    return f"its hash is {found[:16]}, {INDEX} says {expected[:16]}: delete both, and encode again"
+
+
+def _open(path: Path, *stamp: int) -> Any:
+    del stamp
     try:
         return safe_open(str(path), "pt")
     except (SafetensorError, OSError) as error:
-        raise XFusionError(f"{path}: cannot be read ({error}): delete it and {INDEX}, and encode again") from error
+        raise _unreadable(path, error) from error
+
+
+def _file_hash(path: Path, *stamp: int) -> str:
+    del stamp
+    try:
+        return file_hash(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> Unreadable:
+    return Unreadable(f"{path}: cannot be read ({error}): delete it and {INDEX}, and encode again")
+
+
+# Of a file of one size and date.
+_opened = Kept(_open, 256)
+_hash = Kept(_file_hash, 1_000_000)
 
 
 def _name(codec: dict[str, Any]) -> str:
@@ -213,6 +248,7 @@ def encode(
     built = codec.build()
     built.latent_shape(size, size)
     who = identity(built)
+    _remove_rests(out)
     if out.is_dir() and not is_folder(out) and any(out.iterdir()):
         raise XFusionError(f"{out}: holds other files: name a new folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -249,6 +285,13 @@ def encode(
     with whole_file(out / INDEX) as temporary:
         temporary.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return Latents(out)
+
+
+def _remove_rests(out: Path) -> None:
+    """Remove what a killed run had half written: files that never got their name."""
+    for name in ("latents-*", Path(EXAMPLES).stem, Path(INDEX).stem):
+        for rest in out.glob(f".{name}.*.tmp.*"):
+            rest.unlink(missing_ok=True)
 
 
 class _Task:
@@ -305,23 +348,92 @@ def _walk(
             yield _Worker.shard(task)
         return
     threads = max(1, torch.get_num_threads() // workers)
-    with ProcessPoolExecutor(
-        workers,
-        mp_context=get_context("spawn"),
-        initializer=_start,
-        initargs=(source, config, size, batch, device, threads),
-    ) as pool:
-        futures = [pool.submit(_Worker.shard, task) for task in left]
+    waiting, pool = list(reversed(left)), [_Hand() for _ in range(min(workers, len(left)))]
+    try:
+        for hand in pool:
+            hand.start()
+        for hand in pool:  # behind all starts: a hand takes this only when it has imported what it needs
+            hand.send((source, config, size, batch, device, threads), waiting[-1])
+            hand.send(waiting.pop())
+        while busy := {hand.pipe: hand for hand in pool if hand.task is not None}:
+            for pipe in wait(list(busy)):
+                yield busy[pipe].answer()
+                busy[pipe].send(waiting.pop() if waiting else None)
+    finally:
+        for hand in pool:
+            hand.stop()
+        _remove_rests(left[0].path.parent)
+
+
+class _Hand:
+    """A process that makes shards, one at a time.
+
+    A pipe each and not an executor of `concurrent.futures`: that one waits for ever where a process dies before it has taken
+    a source that is larger than a pipe's buffer, and its processes do where theirs is killed.
+    """
+
+    def __init__(self) -> None:
+        context = get_context("spawn")
+        self.pipe, self._theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(self._theirs,), daemon=True)
+        self.task: _Task | None = None
+
+    def start(self) -> None:
+        self.process.start()
+        self._theirs.close()  # the end that stays open is the process's alone: where it dies, the pipe does
+
+    def send(self, what: Any, task: _Task | None = None) -> None:
+        self.task = task or (what if isinstance(what, _Task) else None)
         try:
-            for future in as_completed(futures):
-                yield future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
+            self.pipe.send(what)
+        except OSError as error:
+            if self.task is not None:  # else nothing is missing
+                raise self._died() from error
+
+    def answer(self) -> int:
+        """How many pictures the shard held."""
+        try:
+            found = self.pipe.recv()
+        except (EOFError, OSError) as error:
+            raise self._died() from error
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def _died(self) -> XFusionError:
+        self.process.join(10)
+        code = self.process.exitcode
+        how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with {code}"
+        return XFusionError(
+            f"{self.task and self.task.path}: not finished, the process that made it {how}: give the same command again, it"
+            " goes on (with fewer --workers where memory was short)"
+        )
+
+    def stop(self) -> None:
+        if self.process.pid is not None:
+            self.process.terminate()
+            self.process.join()
+        self.pipe.close()
+
+
+def _work(pipe: Connection) -> None:
+    """What a process does: take what it encodes with, then shards, until there is none or nobody who would give one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who started it, and ends this one
+    try:
+        source, config, size, batch, device, threads = pipe.recv()
+        task = pipe.recv()
+        try:
+            _Worker.set_up(source, config.build().to(device), size, batch, threads)
+            while task is not None:
+                pipe.send(_Worker.shard(task))
+                task = pipe.recv()
+        except (EOFError, ConnectionError):
             raise
-
-
-def _start(source: Source, config: Codec.Config, size: int, batch: int, device: str, threads: int) -> None:
-    _Worker.set_up(source, config.build().to(device), size, batch, threads)
+        except Exception as error:
+            expected = isinstance(error, (XFusionError, OSError))
+            pipe.send(error if expected else RuntimeError(traceback.format_exc()))
+    except (EOFError, ConnectionError):
+        pass
 
 
 class _Worker:

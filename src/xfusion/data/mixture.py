@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import os
 import random
+from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Container, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Generic, TypeVar
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 
 from xfusion.data.latents import tokens
+from xfusion.data.mixed import Mixed
 from xfusion.data.order import Order
 from xfusion.data.pack import balance, pack, text_length
-from xfusion.data.sequence import Batch, Media, Sequence, Text, XFusionError
+from xfusion.data.sequence import Batch, Media, Sequence, Text, Unreadable, XFusionError
 from xfusion.data.sources import Source
 from xfusion.data.templates import Encode, Templates, captioning, drawing, with_article
 from xfusion.modalities.base import Modality
@@ -73,6 +75,9 @@ class Mixture:
         config: samples per step.
         seed: of order and wordings.
         share: which of a batch's rows this process reads pictures for; None reads all.
+        left_out: examples that cannot be read, which may become more: the next one of the source that can be read takes
+            the place of each, so that a batch stays a function of the step and of what the data holds.
+        decoders: threads that read and decode; None takes four, or as many as there are cores.
 
     Raises:
         XFusionError: the source is empty, or the captioning batch does not fill rows.
@@ -89,6 +94,8 @@ class Mixture:
         config: MixtureConfig,
         seed: int,
         share: Callable[[int], slice | None] = lambda rows: None,
+        left_out: Container[int] = frozenset(),
+        decoders: int | None = None,
     ):
         if not len(source.examples):
             raise XFusionError(f"{source.spec}: no pictures to train on")
@@ -99,7 +106,7 @@ class Mixture:
         if config.draw + config.caption == 0:
             raise XFusionError("draw and caption are both 0: there is nothing to learn")
         self.source, self.image, self.sizes, self.config, self.seed = source, image, sizes, config, seed
-        self.encode, self.begin, self.end, self.share = encode, begin, end, share
+        self.encode, self.begin, self.end, self.share, self.left_out = encode, begin, end, share, left_out
         self.order = Order(source, seed)
         self._blank = {size: torch.zeros(math.prod(image.grid(size)), image.token_width) for size in sizes}
         self._tokens: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
@@ -107,19 +114,36 @@ class Mixture:
         self._kept = max(1, TOKENS_KEPT // (largest * image.token_width * 4))
         self._room = largest + 1
         self._ids: dict[str, tuple[int, ...]] = {}
-        self._pool = ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1), thread_name_prefix="decode")
+        self._pool = ThreadPoolExecutor(max_workers=decoders or default_decoders(), thread_name_prefix="decode")
         numbers: dict[str, int] = {}
         self._groups = [numbers.setdefault(example.group, len(numbers)) for example in source.examples]
 
     def tokens(self, index: int, size: int) -> Tensor:
         """Tokens ``[M, P]`` of a picture in a size, encoded once."""
         if (index, size) not in self._tokens:
-            self._keep((index, size), self._encoded((index, size)))
+            made = self._encoded((index, size))
+            if isinstance(made, Unreadable):
+                raise Unreadable(str(made), {index: str(made)})
+            self._keep((index, size), made)
         return self._tokens[index, size]
 
-    def _encoded(self, wanted: tuple[int, int]) -> Tensor:
+    def _encoded(self, wanted: tuple[int, int]) -> Tensor | Unreadable:
         index, size = wanted
-        return tokens(self.source, index, self.image, size)
+        try:
+            return tokens(self.source, index, self.image, size)
+        except Unreadable as error:
+            return error
+
+    def _standing(self, index: int) -> int:
+        """The example itself, or the one that takes its place where it is left out: of the same source of a mixture."""
+        start, end = 0, len(self.source.examples)
+        if isinstance(self.source, Mixed):
+            part = bisect_right(self.source.starts, index) - 1
+            start, end = self.source.starts[part], self.source.starts[part + 1]
+        for step in range(end - start):
+            if (other := start + (index - start + step) % (end - start)) not in self.left_out:
+                return other
+        raise XFusionError(f"{self.source.spec}: of {end - start} examples none can be read")
 
     def _keep(self, which: tuple[int, int], made: Tensor) -> None:
         self._tokens[which] = made
@@ -154,7 +178,12 @@ class Mixture:
         media = (s for n in sorted(own) for q in rows[n] for s in q.segments if isinstance(s, Awaited))
         missing = [i for i in dict.fromkeys((m.index, m.size) for m in media) if i not in self._tokens]
         # Pillow decodes outside Python's lock. Kept beside the bounded store, which may be smaller than one batch.
-        fresh = dict(zip(missing, self._pool.map(self._encoded, missing), strict=True))
+        made = dict(zip(missing, self._pool.map(self._encoded, missing), strict=True))
+        fresh = {which: found for which, found in made.items() if not isinstance(found, Unreadable)}
+        if broken := {which[0]: str(found) for which, found in made.items() if isinstance(found, Unreadable)}:
+            for which, found in fresh.items():
+                self._keep(which, found)
+            raise Unreadable(next(iter(broken.values())), broken)
 
         def fill(segment: Text | Media) -> Text | Media:
             if not isinstance(segment, Awaited):
@@ -166,8 +195,8 @@ class Mixture:
             [Sequence(segments=tuple(map(fill, q.segments))) for q in row] if n in own else row
             for n, row in enumerate(rows)
         ]
-        for which, made in fresh.items():
-            self._keep(which, made)
+        for which, found in fresh.items():
+            self._keep(which, found)
         return filled
 
     def ids(self, text: str) -> tuple[int, ...]:
@@ -179,14 +208,18 @@ class Mixture:
                 self._ids.pop(next(iter(self._ids)))
         return found
 
+    def _chosen(self, task: str, step: int, count: int) -> Iterator[tuple[int, int]]:
+        """Example and size of each sample of a task in a step."""
+        order = map(self._standing, self.order.take(task, step * count, count))
+        return zip(order, self._sizes(task, step, count), strict=True)
+
     def drawings(self, step: int) -> list[Sequence]:
         """The drawing sequences of a step."""
         rng, count = random.Random(f"{self.seed}/draw/words/{step}"), self.config.draw
         words = self.config.templates.drawing_words
-        chosen = zip(self.order.take("draw", step * count, count), self._sizes("draw", step, count), strict=True)
         return [
             drawing(self.ids, self.begin, words(self.source.examples[i], rng), self.drawn(i, size))
-            for i, size in chosen
+            for i, size in self._chosen("draw", step, count)
         ]
 
     def captionings(self, step: int) -> list[Sequence]:
@@ -197,10 +230,9 @@ class Mixture:
             self.source.examples,
         )
         question = self.config.templates.question
-        chosen = zip(self.order.take("caption", step * count, count), self._sizes("caption", step, count), strict=True)
         return [
             captioning(self.ids, self.end, self.shown(i, size), examples[i].captions[0], question(rng), self.begin)
-            for i, size in chosen
+            for i, size in self._chosen("caption", step, count)
         ]
 
     def _rows(self, drawings: list[Sequence], captionings: list[Sequence]) -> tuple[list[list[Sequence]], ...]:
@@ -213,8 +245,13 @@ class Mixture:
 
     @cached_property
     def widths(self) -> tuple[int, int]:
-        """Text positions of a drawing and of a packed captioning row that nearly all steps fit: shapes stay fixed."""
+        """Text positions of a drawing and of a packed captioning row that nearly all steps fit: shapes stay fixed.
+
+        Of all examples, also those that are left out: a resumed run, which knows them from its start, has the same.
+        """
+        known, self.left_out = self.left_out, frozenset()
         steps = [self._rows(self.drawings(step), self.captionings(step)) for step in range(LOOKED_AT)]
+        self.left_out = known
         draw, caption = ([_longest(rows) for rows in task] for task in zip(*steps, strict=True))
         return _up(_most(draw), 4), _up(_most(caption), 4)
 
@@ -237,6 +274,7 @@ class Mixture:
         wordings = [(len(c), i, c) for i, e in enumerate(examples) for c in e.captions]
         _, drawn, words = max(wordings)
         _, named, answer = max((len(e.captions[0]), i, e.captions[0]) for i, e in enumerate(examples))
+        drawn, named = self._standing(drawn), self._standing(named)
         words = with_article(words) if templates.article_share else words
         question = max(templates.questions, key=len) if templates.question_share else ""
         draw = {s: drawing(self.ids, self.begin, words, self.drawn(drawn, s)) for s in self.sizes}
@@ -277,9 +315,20 @@ class Ahead(Generic[T]):
         self._next = (step + 1, self._pool.submit(self.make, step + 1))
         return made
 
+    def forget(self) -> None:
+        """Make the next step anew when it is asked for: what it depends on has changed, or changes now."""
+        if self._next is not None:
+            wait([self._next[1]])
+            self._next = None
+
     def close(self) -> None:
         """Make nothing further."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def default_decoders() -> int:
+    """Threads that decode pictures: few, since each may hold a whole picture."""
+    return min(4, os.cpu_count() or 1)
 
 
 def _longest(rows: list[list[Sequence]]) -> int:

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from xfusion.data.sequence import XFusionError
+from xfusion.data.sequence import Unreadable, XFusionError
 from xfusion.modalities.image import on_white
 
 if TYPE_CHECKING:
@@ -116,22 +116,24 @@ def read(place: Place, origin: str | None = None) -> Image:
     Colour profiles are not applied.
 
     Raises:
-        XFusionError: the file is missing, broken, too large or no picture, with ``origin`` in front.
+        Unreadable: the file is missing, broken, too large or no picture, with ``origin`` in front.
     """
     if isinstance(place, Path):
         file, problem = place, header_problem(place)
     else:
         try:
             content = place.read_bytes()
-        except (OSError, ValueError) as error:
-            raise XFusionError(f"{origin or place.name}: cannot be read ({one_reason(error)})") from error
+        except XFusionError:
+            raise
+        except Exception as error:  # what lies in a shard may be broken in any way
+            raise Unreadable(f"{origin or place.name}: cannot be read ({one_reason(error)})") from error
         file, problem = io.BytesIO(content), bytes_problem(content, decode=False)
     if problem is None:
         try:
             return _decode(file)
         except Exception as error:  # as above
             problem = _decoding_failed(error)
-    raise XFusionError(f"{origin}: {place.name} {problem}" if origin else f"{place}: {problem}")
+    raise Unreadable(f"{origin}: {place.name} {problem}" if origin else f"{place}: {problem}")
 
 
 def decode(data: bytes, origin: str, *, most_pixels: int = MAX_PIXELS) -> Image:

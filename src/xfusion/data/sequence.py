@@ -11,6 +11,7 @@ and no code ever searches for a placeholder id.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
@@ -28,6 +29,19 @@ IGNORE = -100
 
 class XFusionError(ValueError):
     """Bad input, said in one line: the thing, the values that disagree, and what to do."""
+
+
+class Unreadable(XFusionError):
+    """Examples that were sound when the data was opened, or not looked at, and cannot be read when they are needed.
+
+    Args:
+        message: what is wrong with the first of them.
+        examples: for each its number in the source, and what is wrong, where whoever raises it knows the numbers.
+    """
+
+    def __init__(self, message: str, examples: Mapping[int, str] | None = None) -> None:
+        super().__init__(message)
+        self.examples = dict(examples or {})
 
 
 def first_line(error: BaseException) -> str:

@@ -27,17 +27,20 @@ from typing import Any
 
 from xfusion.backbone import cache_folder
 from xfusion.data import pictures
-from xfusion.data.files import CAPTION_FIELDS, Record, take_captions, utf8
+from xfusion.data.files import CAPTION_FIELDS, MAX_LINE, Record, take_captions, utf8
+from xfusion.data.kept import Kept
 from xfusion.data.report import Problem
 from xfusion.data.sequence import XFusionError
 from xfusion.storage import whole_file
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 """Changes with what an index holds or what a check finds."""
 ROW_GROUP_BYTES = 512 * 1024 * 1024
 """Largest row group that is read: a picture's row group comes into memory as a whole."""
 GROUPS_TOGETHER = 4
 """Row groups of parquet files that are shuffled together: drawing and captioning then keep eight in memory, not all."""
+ROWS_TOGETHER = 1000
+"""Rows of a saved data set whose words are read together."""
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 STREAMS = ("hf://", "http://", "https://", "s3://", "gs://", "pipe:")
 logger = logging.getLogger(__name__)
@@ -146,6 +149,8 @@ def _checked(path: Path, decode: bool) -> Iterator[Record]:
         records = _dataset(path)
 
     def look(record: Record) -> Record:
+        if any(problem.kind in ("broken member", "broken picture") for problem in record.problems):
+            return record  # told already, from its header
         if record.place is not None:
             try:
                 content = record.place.read_bytes()
@@ -184,14 +189,21 @@ def _tar(path: Path) -> Iterator[Record]:
             where = f"{path}/{member.name}"
             if member.offset_data + member.size > total:
                 record.complain("broken member", f"needs {member.size} bytes, the file ends before", where)
+                if f".{extension.rpartition('.')[2]}" in pictures.SUFFIXES:
+                    record.place = record.place or place
             elif f".{extension.rpartition('.')[2]}" in pictures.SUFFIXES:
                 if record.place is not None:
                     record.complain("duplicated name", f"{record.place.name} has the same name: rename one", where)
                 record.place = place
+                if member.size > pictures.MAX_BYTES:
+                    most = pictures.MAX_BYTES // 1_000_000
+                    record.complain("broken picture", f"has {member.size:,} bytes, more than {most} million", where)
+            elif extension in ("txt", "json") and member.size > MAX_LINE:
+                record.complain("long caption", f"is longer than {MAX_LINE:,} bytes: no caption", where)
             elif extension == "txt":
-                lines = place.read_bytes().split(b"\n")
-                texts = (utf8(line, record, f"{where}:{n}", first=n == 1) for n, line in enumerate(lines, start=1))
-                record.captions += filter(None, texts)
+                for number, line in enumerate(place.read_bytes().split(b"\n"), start=1):
+                    if text := utf8(line, record, f"{where}:{number}", first=number == 1):
+                        record.add_caption(text)
             elif extension == "json" and (text := utf8(place.read_bytes(), record, where, first=True)):
                 _take_json(text, record)
         if record.place is None and not record.problems:
@@ -281,7 +293,7 @@ def _parquet(path: Path) -> Iterator[Record]:
                 " read at once: convert it (datasets.load_dataset('parquet', data_files=...)['train'].save_to_disk(FOLDER))"
             )
         try:
-            rows = file.read_row_group(group, columns=words).to_pylist()
+            rows = _rows(file.read_row_group(group, columns=words))
             _row_group(path, group, picture)
         except (pyarrow.ArrowException, OSError) as error:
             yield _broken(path, f"{path.name}#group {group}", f"row group {group} cannot be read: {_line(error)}")
@@ -297,13 +309,34 @@ def _dataset(path: Path) -> Iterator[Record]:
     """A record for each row of a saved data set."""
     table = _load(path)
     picture, words = _columns(path, table.data.schema)
-    for number, values in enumerate(table.select_columns(words)):
-        name = f"{path.name}:{number}"
-        yield _of_row(name, f"{path}:{number}", Row(path, number, picture, name), dict(values))
+    chosen = table.select_columns(words)
+    for start in range(0, len(chosen), ROWS_TOGETHER):
+        some = chosen.with_format("arrow")[start : start + ROWS_TOGETHER]
+        for number, values in enumerate(_rows(some), start=start):
+            name = f"{path.name}:{number}"
+            yield _of_row(name, f"{path}:{number}", Row(path, number, picture, name), values)
 
 
-def _of_row(name: str, origin: str, place: Cell | Row, values: dict[str, Any]) -> Record:
+def _rows(table: Any) -> list[dict[str, Any] | UnicodeDecodeError]:
+    """The rows of a table of words; what Parquet holds as text need not be UTF-8, and then stands for its row."""
+    try:
+        return table.to_pylist()
+    except UnicodeDecodeError:
+        rows: list[dict[str, Any] | UnicodeDecodeError] = []
+    for number in range(len(table)):
+        try:
+            rows += table.slice(number, 1).to_pylist()
+        except UnicodeDecodeError as error:
+            rows.append(error)
+    return rows
+
+
+def _of_row(name: str, origin: str, place: Cell | Row, values: dict[str, Any] | UnicodeDecodeError) -> Record:
     record = Record(id=name, origin=origin, place=place)
+    if isinstance(values, UnicodeDecodeError):
+        byte = values.object[values.start]
+        record.complain("invalid UTF-8", f"not UTF-8: byte 0x{byte:02x} of its words; write them as UTF-8")
+        return record
     take_captions({key: value for key, value in values.items() if value is not None}, record)
     return record
 
@@ -339,13 +372,15 @@ def _picture_bytes(value: Any) -> bytes:
     return content
 
 
-# Twice, for drawing and for captioning, and two more for the change from one window to the next.
-@lru_cache(maxsize=2 * GROUPS_TOGETHER + 2)
-def _row_group(path: Path, group: int, column: str) -> Any:
+def _read_row_group(path: Path, group: int, column: str) -> Any:
     from pyarrow import parquet
 
     with parquet.ParquetFile(path) as file:
         return file.read_row_group(group, columns=[column]).column(0)
+
+
+# Twice, for drawing and for captioning, and two more for the change from one window to the next.
+_row_group = Kept(_read_row_group, 2 * GROUPS_TOGETHER + 2)
 
 
 @lru_cache(maxsize=8)

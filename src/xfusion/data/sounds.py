@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from xfusion.data.pictures import file_problem, one_reason
-from xfusion.data.sequence import Sound, XFusionError
+from xfusion.data.sequence import Sound, Unreadable, XFusionError
 
 MAX_SECONDS = 600
 """A longer sound is refused from its header, undecoded: a small file can hold hours of silence."""
@@ -60,13 +60,13 @@ def read_sound(path: str | Path, origin: str | None = None) -> Sound:
         origin: what to call it in messages.
 
     Raises:
-        XFusionError: the file is missing, broken, too long or no sound, with ``origin`` in front.
+        Unreadable: the file is missing, broken, too long or no sound, with ``origin`` in front.
     """
     path = Path(path)
     found = header_problem(path) or _decoded(str(path))
     if isinstance(found, Sound):
         return found
-    raise XFusionError(f"{origin}: {path.name} {found}" if origin else f"{path}: {found}")
+    raise Unreadable(f"{origin}: {path.name} {found}" if origin else f"{path}: {found}")
 
 
 def decode(data: bytes, name: str) -> Sound:

@@ -16,9 +16,10 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 from xfusion.data import files, latents, pictures, shards
@@ -136,6 +137,7 @@ def open_source(
     allow_bad: float = 0.0,
     special_tokens: tuple[str, ...] = (),
     decode: bool = True,
+    unreadable: Mapping[str, str] = MappingProxyType({}),
 ) -> Source:
     """Open a data source, having looked at every example.
 
@@ -145,6 +147,8 @@ def open_source(
         allow_bad: share of bad examples, from 0 to below 1, that may be left out. More is an error.
         special_tokens: texts that must not stand in a caption, since the tokenizer would read them as commands.
         decode: decode every picture in full. Off, only headers are read, and damage is found when a picture is used.
+        unreadable: ids of examples that a run has left out when it found them broken, with their groups. They keep
+            their place among the examples, or a resumed run would read others than before.
 
     Raises:
         XFusionError: an unknown spec or split, too many bad examples, an empty split.
@@ -155,8 +159,15 @@ def open_source(
         raise XFusionError(f"allow_bad is {allow_bad}: it is a share from 0 to below 1, such as 0.05")
     if several := parts(os.fspath(spec)):
         opened = [
-            open_source(one, split=split, allow_bad=allow_bad, special_tokens=special_tokens, decode=decode)
-            for one, _ in several
+            open_source(
+                one,
+                split=split,
+                allow_bad=allow_bad,
+                special_tokens=special_tokens,
+                decode=decode,
+                unreadable={i.removeprefix(f"{n}/"): g for i, g in unreadable.items() if i.startswith(f"{n}/")},
+            )
+            for n, (one, _) in enumerate(several)
         ]
         return Mixed(str(spec), opened, [weight for _, weight in several])
     if (emoji := _emoji(spec, split) if isinstance(spec, str) else None) is not None:
@@ -169,7 +180,7 @@ def open_source(
         if not kept:
             raise XFusionError(_empty_split(spec, split, held_share, len({e.group for e in encoded.examples})))
         return encoded.some(kept)
-    report = _inspect(spec, path, special_tokens, decode)
+    report = _inspect(spec, path, special_tokens, decode, unreadable)
     if report.num_bad and (report.share_bad > allow_bad or report.num_bad == report.num_examples):
         raise XFusionError(_too_many(report, allow_bad))
     if report.num_bad:
@@ -236,7 +247,13 @@ def _split_of(group: str, held_share: float) -> str:
     return "held" if int.from_bytes(digest[:8], "big") < held_share * 2**64 else "train"
 
 
-def _inspect(spec: str, path: Path, special_tokens: tuple[str, ...], decode: bool) -> Report:
+def _inspect(
+    spec: str,
+    path: Path,
+    special_tokens: tuple[str, ...],
+    decode: bool,
+    unreadable: Mapping[str, str] = MappingProxyType({}),
+) -> Report:
     """Read all records and open every picture once."""
     kind = files.PICTURES
     if found := shards.find(path):
@@ -261,6 +278,9 @@ def _inspect(spec: str, path: Path, special_tokens: tuple[str, ...], decode: boo
             record.complain(
                 f"{trouble} {kind.noun}", what if record.origin == str(place) else f"{place.name[:100]} {what}"
             )
+        if record.id in unreadable and place is not None and record.captions:
+            record.problems.clear()
+            record.group = unreadable[record.id]
         if place is not None and not record.problems:
             group = record.group or record.content or contents[cast("Path", place)]
             captions = tuple(record.captions)
@@ -298,6 +318,33 @@ def _in_threads(function: Callable[[Path], T], paths: Iterable[Path]) -> list[tu
 
 def _content_hash(path: Path) -> str:
     return file_hash(path)[:16]
+
+
+def too_many(source: Source, unreadable: Mapping[int, str], allow_bad: float) -> str | None:
+    """Why a run that found these examples unreadable stops, in one line; None where so many may be left out.
+
+    Args:
+        source: what the run reads.
+        unreadable: numbers of the examples, and what is wrong with each.
+        allow_bad: share of bad examples, those at opening included, that may be left out of each of its sources.
+    """
+    if isinstance(source, Mixed):
+        starts = source.starts
+        own = [
+            {i - a: w for i, w in unreadable.items() if a <= i < b} for a, b in zip(starts, starts[1:], strict=False)
+        ]
+        said = (too_many(part, found, allow_bad) for part, found in zip(source.sources, own, strict=True))
+        return next(filter(None, said), None)
+    report = source.report if isinstance(source, Files) else None
+    bad = len(unreadable) + (report.num_bad if report else 0)
+    total = report.num_examples if report else len(source.examples)
+    if not unreadable or (bad <= allow_bad * total and len(unreadable) < len(source.examples)):
+        return None
+    share = min(-(-bad * 100 // total) / 100, 0.99)
+    return (
+        f"{[*unreadable.values()][-1]}; with it {bad} of {total} examples of {source.spec} are bad (allowed:"
+        f" {allow_bad:.1%}): mend it, or allow a share of {share:.2f}"
+    )
 
 
 def _too_many(report: Report, allow_bad: float) -> str:

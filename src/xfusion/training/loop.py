@@ -10,10 +10,11 @@ import re
 import signal
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast, get_args
 
 import torch
 from PIL import Image as PILImage
@@ -22,8 +23,8 @@ from rich.console import Console
 from xfusion import checkpoint
 from xfusion.backbone import Backbone
 from xfusion.data.mixture import Ahead, Mixture
-from xfusion.data.sequence import Batch, XFusionError
-from xfusion.data.sources import Source, open_source, stated_licence
+from xfusion.data.sequence import Batch, Unreadable, XFusionError
+from xfusion.data.sources import Source, open_source, stated_licence, too_many
 from xfusion.modalities.image import ImageModality
 from xfusion.model import TEXT_STATES_BYTES, Model, build, choose_attention, choose_compute_dtype, compiled_graphs
 from xfusion.storage import named_in_errors, whole_file
@@ -46,6 +47,7 @@ TEXT_ROOM = 4
 """Times `TEXT_STATES_BYTES` that the states of all prompts may take and still be kept for when they come back."""
 REMEMBERED = 0.98
 """Share of the mean loss that stays at each step: it looks back over some fifty. Its lowest value is the best state's."""
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -70,6 +72,7 @@ def train(
     checkpoint_every: float = 300.0,
     keep: int = 2,
     shard: Shard = "none",
+    decoders: int | None = None,
     console: Console | None = None,
     listener: Listener | None = None,
 ) -> Model:
@@ -80,7 +83,8 @@ def train(
         out: the run's folder: ``log.jsonl``, ``tensorboard/``, ``previews/``, ``state/``, ``pack/``.
         data: overrides the recipe's data.
         source: an opened source instead of ``data``.
-        allow_bad: share of unreadable pictures that is left out instead of stopping.
+        allow_bad: share of unreadable pictures that is left out instead of stopping; it counts those that turn out so in
+            mid-run, too, whose places other examples take, in all processes alike. One more stops the run with its state.
         steps: overrides the number of steps of the last stage.
         minutes: wall-clock budget, compiling included: once steps get no faster it fixes their number, writes it down, and
             everything after is by step. Takes one stage.
@@ -96,6 +100,7 @@ def train(
         checkpoint_every: seconds between checkpoints.
         keep: newest checkpoints that stay; besides stays the best, by the mean training loss of some fifty steps.
         shard: what several processes divide: nothing, the new weights, or the frozen ones too (`training.sharding`).
+        decoders: threads of each process that read and decode pictures; None takes four, or as many as there are cores.
         console: where progress is shown; None is silent.
         listener: called with every event.
 
@@ -115,6 +120,8 @@ def train(
         raise XFusionError(f"keep is {keep}: at least 1 checkpoint stays")
     if recipe.licence is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", recipe.licence):
         raise XFusionError(f"licence {recipe.licence!r} is no name of a licence on a hub: write it as in cc-by-sa-4.0")
+    if decoders is not None and decoders < 1:
+        raise XFusionError(f"decoders is {decoders}: at least 1 thread decodes")
     if shard not in get_args(Shard):
         raise XFusionError(f"shard {shard!r} is not one of {', '.join(get_args(Shard))}")
     run = _Run(
@@ -135,6 +142,7 @@ def train(
         checkpoint_every=checkpoint_every,
         keep=keep,
         shard=shard,
+        decoders=decoders,
         console=console,
         listener=listener,
     )
@@ -167,6 +175,8 @@ class _Run:
     checkpoint_every: float
     keep: int
     shard: Shard
+    decoders: int | None
+    """Threads that decode pictures, where it is not as many as usual."""
     console: Console | None
     listener: Listener | None
 
@@ -176,10 +186,13 @@ class _Run:
         self.sharding: Sharding | None = None
         self.step = 0
         self.saved_step: int | None = None
+        self._known_examples: list[Any] | None = None
         self.samples = 0
         self.recent = (0.0, 0.0)
         """Sum and weight of the mean loss; `REMEMBERED`."""
         self.seconds_before = 0.0
+        self.left_out: dict[int, str] = {}
+        """Examples that turned out unreadable in mid-run, and what is wrong with each."""
         self.preview_seconds = 3.0
         """What the last preview took; a guess before the first."""
         self.totals = [stage.steps for stage in self.recipe.stages]
@@ -224,7 +237,10 @@ class _Run:
         self._check_losses()
         if (source := self.opened) is None:
             tokens = backbone.special_tokens
-            source = open_source(self.recipe.data, allow_bad=self.allow_bad, special_tokens=tokens)
+            plan = states.newest_plan(state) if self.resume else {}
+            known = plan.get("left_out", {}) | plan.get("broken", {})
+            groups = {identity: facts["group"] for identity, facts in known.items()}
+            source = open_source(self.recipe.data, allow_bad=self.allow_bad, special_tokens=tokens, unreadable=groups)
         self.data_licence = stated_licence(source.licence, self.recipe.data_licence, source.spec)
         self.source = source
         drawn = "draw" in model.capabilities and isinstance(model.modality, ImageModality)
@@ -276,6 +292,8 @@ class _Run:
                 stage.mixture,
                 self.recipe.seed,
                 self.processes.share,
+                self.left_out,
+                self.decoders,
             )
             for stage in self.recipe.stages
         ]
@@ -445,7 +463,7 @@ class _Run:
         with self.model.using(engine):
             for number, mixture in enumerate(self.mixtures):
                 engine.activation_checkpointing = self.recipe.stages[number].activation_checkpointing
-                batches = mixture.largest()
+                batches = self._readable(mixture.largest)
                 try:
                     for batch in batches:
                         found, zero = self._losses(batch, torch.Generator().manual_seed(0))
@@ -493,11 +511,54 @@ class _Run:
         times = self.recipe.stages[number].accumulate
         return [b for k in range(times) for b in self.mixtures[number].batches(inside * times + k)]
 
+    def _readable(self, make: Callable[[], T]) -> T:
+        """What is made of examples that can be read: those that cannot are left out first, in all processes alike.
+
+        Raises:
+            XFusionError: there are more of them than allowed, or the data fails as a whole. No weight has moved since the last
+                step; its state is written.
+        """
+        while True:
+            made, broken, failed = None, {}, None
+            try:
+                made = make()
+            except Unreadable as error:
+                broken, failed = error.examples, None if error.examples else str(error)
+            except XFusionError as error:
+                failed = str(error)
+            if not self.processes.largest(bool(broken or failed))[0]:
+                return cast("T", made)
+            self.ahead.forget()
+            found = self.processes.gather((broken, failed))
+            new = {i: what for one, _ in found for i, what in one.items() if i not in self.left_out}
+            new = dict(sorted(new.items()))
+            why = next((failed for _, failed in found if failed), None)
+            why = why or too_many(self.source, self.left_out | new, self.allow_bad)
+            if why is not None:
+                self._stop_with_state(why, new)
+            self.left_out |= new
+            for index, what in new.items():
+                if self.processes.first:
+                    logger.warning("%s: left out from step %d on; another takes its place", what, self.step)
+                example = self.source.examples[index].id
+                self.track.event(event="left_out", step=self.step, example=example, reason=what)
+
+    def _stop_with_state(self, why: str, broken: dict[int, str]) -> NoReturn:
+        """End the run between two steps, by what all processes know; these examples may be mended, or allowed, meanwhile."""
+        if not self.step:
+            raise XFusionError(why)
+        self.saved_step = None  # what the state of this step says may be there without them
+        self.save(broken)
+        self.processes.meet()  # or a launcher that sees one process end would end the one that writes
+        raise XFusionError(
+            f"{why}; training stopped behind step {self.step}, its state is written: go on with --resume"
+        )
+
     def _one_step(self) -> None:
         begun = time.perf_counter()
         number, inside, total = self._stage(self.step)
         stage: Stage = self.recipe.stages[number]
-        batches = self.ahead.take(self.step)
+        batches = self._readable(lambda: self.ahead.take(self.step))
         counts: dict[str, int] = {}
         for batch in batches:
             for objective in self.model.objectives:
@@ -594,8 +655,12 @@ class _Run:
         with self.model.using(replace(self.engine, compiled=False)):
             return self.sharding.passes(lambda: self.model.draw(prompts, seed=0))
 
-    def save(self) -> None:
-        """The state that `resume` needs; it appears whole or not at all, and the old one stays until then."""
+    def save(self, broken: dict[int, str] | None = None) -> None:
+        """The state that `resume` needs; it appears whole or not at all, and the old one stays until then.
+
+        Args:
+            broken: examples that cannot be read and are not left out: a resumed run keeps their places, and tries them again.
+        """
         if self.saved_step == self.step or (self.sharding is None and not self.processes.first):
             return
         total, weight = self.recent
@@ -612,6 +677,9 @@ class _Run:
             "threads": torch.get_num_threads(),
             "recent": self.recent,
             "loss": total / weight if weight else None,
+            "examples": self._examples(),
+            "left_out": self._by_id(self.left_out),
+            "broken": self._by_id(broken or {}),
         }
         self.track.to_disk()
         if self.sharding is None:
@@ -619,6 +687,19 @@ class _Run:
         else:
             states.write_divided(self.out / "state", self.optimizer.state(), plan, self.keep, self.processes)
         self.saved_step = self.step
+
+    def _examples(self) -> list[Any]:
+        """How many examples there are, and a hash over which: the order of a run goes over all of them."""
+        if self._known_examples is None:
+            ids = "\n".join(example.id for example in self.source.examples)
+            digest = hashlib.sha256(ids.encode(errors="surrogatepass")).hexdigest()
+            self._known_examples = [len(self.source.examples), digest]
+        return self._known_examples
+
+    def _by_id(self, unreadable: dict[int, str]) -> dict[str, dict[str, str]]:
+        """Group of examples, and what is wrong with them, by their ids; in the order in which they were found."""
+        chosen = ((self.source.examples[index], what) for index, what in unreadable.items())
+        return {example.id: {"group": example.group, "reason": what} for example, what in chosen}
 
     def _load(self, folder: Path) -> None:
         plan, tensors = self._read(folder)
@@ -639,6 +720,14 @@ class _Run:
         self.planned, self.seconds_before = plan["planned"], plan["seconds"]
         self.minutes = plan["minutes"] if self.minutes is None else self.minutes
         self.recent = tuple(plan.get("recent", self.recent))
+        if (known := plan.get("left_out")) is not None:
+            numbers = {example.id: index for index, example in enumerate(self.source.examples) if example.id in known}
+            self.left_out |= {numbers[i]: facts["reason"] for i, facts in known.items() if i in numbers}
+        if (before := plan.get("examples")) is not None and before != self._examples():
+            logger.warning(
+                "%s held %d examples when %s began and holds %d, not all the same, now: its batches from here on are others",
+                *(self.source.spec, before[0], self.out, len(self.source.examples)),
+            )
         self.optimizer.load(tensors)
         self.saved_step = self.step
 

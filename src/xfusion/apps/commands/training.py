@@ -64,6 +64,8 @@ class Train(Verb):
     shard: Literal["none", "new", "all"] = "none"
     """What several processes divide among them (torchrun): nothing, the new weights with their gradients, moments and
     average, or the frozen base too. One process divides nothing."""
+    decoders: int | None = None
+    """Threads of each process that read and decode pictures; None takes four, or as many as there are cores."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
     attention: str | None = None
@@ -92,6 +94,7 @@ class Train(Verb):
             keep=self.keep,
             compile=self.compile,
             shard=self.shard,
+            decoders=self.decoders,
             console=people,
             listener=ends,
         )
@@ -117,6 +120,8 @@ class Train(Verb):
             raise UsageError(f"--minutes {self.minutes:g}: more than 0")
         if self.steps is not None and self.steps < 1:
             raise UsageError(f"--steps {self.steps}: at least 1")
+        if self.decoders is not None and self.decoders < 1:
+            raise UsageError(f"--decoders {self.decoders}: at least 1")
         if self.keep < 1:
             raise UsageError(f"--keep {self.keep}: at least 1")
 
