@@ -47,8 +47,8 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def together(count: int, function) -> None:
-    """Call ``function`` in ``count`` processes and wait for all; the first failure ends this program."""
+def together(count: int, function, *, dies: int | None = None) -> None:
+    """Call ``function`` in ``count`` processes and wait for all; a failure, but of the one that dies, ends this program."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
     children = []
     for rank in range(count):
@@ -63,8 +63,8 @@ def together(count: int, function) -> None:
             os._exit(1)
         sys.stdout.flush()
         os._exit(0)
-    for child in children:
-        if os.waitpid(child, 0)[1]:
+    for rank, child in enumerate(children):
+        if os.waitpid(child, 0)[1] and rank != dies:
             sys.exit(f"a process of {count} failed")
 
 
@@ -123,6 +123,7 @@ def run(
     again=False,
     often=False,
     minutes=None,
+    killed=None,
     extra=(),
     data=None,
     allow_bad=0.0,
@@ -136,6 +137,8 @@ def run(
     def listen(event):
         if event["event"] == "step" and event["step"] == stop:
             os._exit(0)  # as kill -9 would
+        if event["event"] == "step" and (event["step"], int(os.environ["RANK"])) == (killed, 1):
+            os.kill(os.getpid(), signal.SIGKILL)
         if event["event"] == "step" and (event["step"], int(os.environ["RANK"])) == told:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -184,6 +187,14 @@ def run_late(folder: Path, name: str) -> None:
     run(folder, name, minutes=0.05)
 
 
+def run_lost(folder: Path, name: str, shard: str) -> None:
+    """The second process is killed behind step 3; the first says so."""
+    try:
+        run(folder, name, shard=shard, killed=3)
+    except XFusionError as error:
+        (folder / f"{name}.said").write_text(str(error))
+
+
 def whole(folder: Path) -> None:
     """Every process holds all weights."""
     make_base("llama", folder / "base")
@@ -199,6 +210,7 @@ def whole(folder: Path) -> None:
         together(count, lambda count=count, name=name, extra=extra: run(folder, name, extra=extra, **pairs))
     together(2, lambda: run(folder, "again_2", again=True))
     together(2, lambda: run_late(folder, "late_2"))
+    together(2, lambda: run_lost(folder, "lost_2", "none"), dies=1)
     together(2, lambda: run_told(folder, "told_2"))
     shutil.copytree(folder / "told_2", folder / "told_2_on_1")
     together(1, lambda: run(folder, "told_2_on_1", resume=True))
@@ -214,6 +226,7 @@ def some_divided(folder: Path) -> None:
     make_base("llama", folder / "base")
     together(1, lambda: run(folder, "of_1"))
     together(2, lambda: run_told(folder, "all_2", 2, shard="all"))
+    together(2, lambda: run_lost(folder, "lost_2", "all"), dies=1)
     shutil.copytree(folder / "all_2", folder / "all_2_on_1")
     together(1, lambda: run(folder, "all_2_on_1", resume=True))
     few = {"draw": 1, "caption": 2, "pack": 2, "steps": 2}

@@ -130,6 +130,12 @@ def test_a_wall_clock_budget_is_planned_behind_one_step_whatever_the_clocks_say(
     assert plan["step"] in (30, 50, 70, 90) and told(ran / "late_2")[-1]["step"] == plan["steps"] - 1
 
 
+@pytest.mark.parametrize("runs", ["ran", "some_divided"])
+def test_a_process_that_is_killed_is_told_of_by_the_others(runs, request):
+    said = (request.getfixturevalue(runs) / "lost_2.said").read_text()
+    assert said.startswith("process 0 of 2 lost another at step 4") and said.endswith("again with --resume")
+
+
 def test_the_first_process_speaks_and_shows_the_memory_of_all(ran):
     said = (ran / "of_4.0.txt").read_text()
     assert "processes 4, each with all weights, and each with its share of every step" in said

@@ -18,6 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
@@ -331,7 +332,7 @@ def too_many(source: Source, unreadable: Mapping[int, str], allow_bad: float) ->
     if isinstance(source, Mixed):
         starts = source.starts
         own = [
-            {i - a: w for i, w in unreadable.items() if a <= i < b} for a, b in zip(starts, starts[1:], strict=False)
+            {i - a: w for i, w in unreadable.items() if a <= i < b} for a, b in pairwise(starts)
         ]
         said = (too_many(part, found, allow_bad) for part, found in zip(source.sources, own, strict=True))
         return next(filter(None, said), None)

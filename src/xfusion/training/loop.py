@@ -148,7 +148,8 @@ def train(
     )
     with run.closing:
         run.prepare()
-        return run.go()
+        with run.processes.noticing(lambda: run.step):
+            return run.go()
 
 
 @dataclass(kw_only=True, eq=False)

@@ -12,9 +12,10 @@ Nothing waits for a particular picture or loss: a process whose rows hold none a
 from __future__ import annotations
 
 import os
+import re
 import resource
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from xfusion.data.sequence import XFusionError
+from xfusion.data.sequence import XFusionError, first_line
 
 T = TypeVar("T")
 Shard = Literal["none", "new", "all"]
@@ -33,6 +34,10 @@ BUCKET_BYTES = 64 * 1024 * 1024
 """Gradients that are added in one message: memory that the sum needs beside them."""
 PATIENCE = timedelta(hours=6)
 """How long a process waits for the others, which may be building an index; one that dies is noticed at once."""
+
+
+LOST = re.compile(r"onnection (closed|reset|refused)|[Bb]roken pipe|[Tt]imed out|remote process (exited|has)", re.ASCII)
+"""What gloo and nccl say where another process is gone."""
 
 
 class Processes:
@@ -95,6 +100,26 @@ class Processes:
         finally:
             if self.count > 1 and self.first:
                 dist.barrier()
+
+    @contextmanager
+    def noticing(self, step: Callable[[], int]) -> Iterator[None]:
+        """A block in which a process that dies is told of in a line by those that wait for it.
+
+        Args:
+            step: how far the run is.
+
+        Raises:
+            XFusionError: another process is gone.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.count == 1 or not LOST.search(str(error)):
+                raise
+            raise XFusionError(
+                f"process {self.rank} of {self.count} lost another at step {step()}, which died or was killed"
+                f" ({first_line(error)}): start the same command again with --resume"
+            ) from error
 
     def meet(self) -> None:
         """Wait until all are here."""
