@@ -331,9 +331,7 @@ def too_many(source: Source, unreadable: Mapping[int, str], allow_bad: float) ->
     """
     if isinstance(source, Mixed):
         starts = source.starts
-        own = [
-            {i - a: w for i, w in unreadable.items() if a <= i < b} for a, b in pairwise(starts)
-        ]
+        own = [{i - a: w for i, w in unreadable.items() if a <= i < b} for a, b in pairwise(starts)]
         said = (too_many(part, found, allow_bad) for part, found in zip(source.sources, own, strict=True))
         return next(filter(None, said), None)
     report = source.report if isinstance(source, Files) else None
