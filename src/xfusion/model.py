@@ -458,9 +458,7 @@ class Model(nn.Module):
             cache.grow(rows)
         return hidden, run
 
-    def _layers_at_work(
-        self, batch: Batch, given: dict[int, Tensor] | None, *, appends: bool
-    ) -> frozenset[int] | None:
+    def _layers_at_work(self, batch: Batch, given: dict[int, Tensor] | None, *, appends: bool) -> frozenset[int] | None:
         """Layers at which a pass computes anything; None is all. Where words are neither computed nor cached nothing happens
         at a layer without new modules: media states pass it unchanged.
         """
@@ -678,13 +676,17 @@ class Model(nn.Module):
         return caption(self, pictures, **settings)
 
     def score(self, picture: Any, texts: list[str]) -> list[float]:
-        """Mean log-likelihood per token of each text after a picture; see `xfusion.generation.score_names`."""
-        from xfusion.generation import score_names
+        """How well each text fits a picture: mean log-likelihood per token where the model captions, the cosine where it
+        only embeds; see `xfusion.generation.score`.
+        """
+        from xfusion.generation import score
 
-        return score_names(self, None if picture is None else [picture], texts)[0].tolist()
+        return score(self, picture, texts)
 
     def score_names(self, pictures: list[Any] | None, names: list[str], **settings: Any) -> Tensor:
-        """The same for many pictures, ``[pictures, names]``; see `xfusion.generation.score_names`."""
+        """Mean log-likelihood per token of each name after each picture, ``[pictures, names]``; see
+        `xfusion.generation.score_names`.
+        """
         from xfusion.generation import score_names
 
         return score_names(self, pictures, names, **settings)

@@ -15,7 +15,7 @@ from xfusion.generation.base import (
 )
 from xfusion.generation.conversations import DrawMode, Message, answer, conversation, opens
 from xfusion.generation.drawing import draw, draw_tokens, inpaint, inpaint_batch
-from xfusion.generation.pairs import embed, fill, fill_tokens, match
+from xfusion.generation.pairs import embed, fill, fill_tokens, match, score
 from xfusion.generation.schema import schema_answers
 from xfusion.generation.segments import answer_json, generate, kinds_of, log_likelihoods, prompt_length
 from xfusion.generation.words import answer_tokens, caption, score_names
@@ -50,5 +50,6 @@ __all__ = [
     "prompt_length",
     "refuse_to_draw",
     "schema_answers",
+    "score",
     "score_names",
 ]
