@@ -12,6 +12,7 @@ from xfusion.generation.base import (
     draw_size,
     media_segment,
     refuse_to_draw,
+    refuse_to_read,
 )
 from xfusion.generation.conversations import DrawMode, Message, answer, conversation, opens
 from xfusion.generation.drawing import draw, draw_tokens, inpaint, inpaint_batch
@@ -49,6 +50,7 @@ __all__ = [
     "opens",
     "prompt_length",
     "refuse_to_draw",
+    "refuse_to_read",
     "schema_answers",
     "score",
     "score_names",
