@@ -32,7 +32,7 @@ from xfusion.apps.comparison_page import (
 )
 from xfusion.backbone import SHAPES, Backbone
 from xfusion.comparison import summarise
-from xfusion.comparison.cost import flops_of_shape
+from xfusion.comparison.cost import flops_of_encoder, flops_of_shape
 from xfusion.model import build
 from xfusion.recipes.base import find, names
 
@@ -119,6 +119,10 @@ def recipe_page(name: str, bases: list[Backbone]) -> str:
         f"Trained weights, and GFLOPs (forward and backward, nothing looked up) of a sample of 12 words and {item} of"
         " the recipe's size; - stands where the recipe does not learn it."
     )
+    encoder = flops_of_encoder(find(name)().model)
+    if encoder != 0:
+        each = f" ({encoder / 1e9:.2f} GFLOPs per picture)" if encoder else ""
+        what += f" The frozen encoder or codec{each} is left out."
     drawn = [] if (file := picture(name, bases[0])) is None else [f"![{name}](../{file.relative_to(HERE)})", ""]
     lines = [
         *head,
@@ -457,10 +461,9 @@ def main() -> None:
         "# Comparisons",
         "",
         "Every figure is read from the files in `comparison/`, which `xfusion compare` wrote; `python docs/pages.py` makes",
-        "this page of them. Dots are runs, bars 95 % intervals; nothing is decided by fewer than five runs. Runs from before",
-        "regimes were recorded have verdicts between them (`single_tower` against the others), newer ones differences alone.",
-        "`xfusion compare --out comparison/kinds` makes the page of one from its files, with all sample grids: `index.html`",
-        "beside them.",
+        "this page of them. Dots are runs, bars 95 % intervals; nothing is decided by fewer than five runs. Recipes of different",
+        "regimes (`single_tower` or `lora` and the others) have differences with intervals and no verdict. `xfusion compare",
+        "--out comparison/kinds` makes the page of one from its files, with all sample grids: `index.html` beside them.",
         "",
         *(line for folder in comparisons() for line in comparison_part(folder)),
     ]
