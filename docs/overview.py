@@ -233,8 +233,8 @@ def contents(folders: Sequence[Path]) -> list[str]:
     lines = [
         "## The comparisons",
         "",
-        "Runs from before regimes were recorded have verdicts between them (`single_tower` against the others), newer ones of",
-        "different regimes differences alone. `xfusion compare --out comparison/kinds` makes a page of one from its files, with",
+        "Recipes of different regimes (`single_tower` or `lora` and the others) have differences with intervals and no verdict.",
+        "`xfusion compare --out comparison/kinds` makes a page of one from its files, with",
         "the drawings of all seeds: `index.html` beside them.",
         "",
     ]

@@ -34,7 +34,7 @@ from xfusion.apps.comparison_page import (
 )
 from xfusion.backbone import SHAPES, Backbone
 from xfusion.comparison import summarise
-from xfusion.comparison.cost import flops_of_shape
+from xfusion.comparison.cost import flops_of_encoder, flops_of_shape
 from xfusion.model import build
 from xfusion.recipes.base import find, names
 
@@ -123,6 +123,10 @@ def recipe_page(name: str, bases: list[Backbone]) -> str:
         f"Trained weights, and GFLOPs (forward and backward, nothing looked up) of a sample of 12 words and {item} of"
         " the recipe's size; - stands where the recipe does not learn it."
     )
+    encoder = flops_of_encoder(find(name)().model)
+    if encoder != 0:
+        each = f" ({encoder / 1e9:.2f} GFLOPs per picture)" if encoder else ""
+        what += f" The frozen encoder or codec{each} is left out."
     drawn = [] if (file := picture(name, bases[0])) is None else [f"![{name}](../{file.relative_to(HERE)})", ""]
     lines = [
         *head,

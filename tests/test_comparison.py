@@ -24,12 +24,20 @@ from xfusion.backbone import Backbone
 from xfusion.checkpoint import differing
 from xfusion.comparison import Plan, compare, summarise
 from xfusion.comparison import run as walk
-from xfusion.comparison.cost import count_flops, measure_time, peak_memory, tokens_added, trainable_parameters
+from xfusion.comparison.cost import (
+    count_flops,
+    flops_of_encoder,
+    measure_time,
+    peak_memory,
+    tokens_added,
+    trainable_parameters,
+)
 from xfusion.comparison.intervals import interval, paired, seeds_needed, t_quantile
 from xfusion.comparison.machine import commit
 from xfusion.comparison.plan import GUIDANCES, RATE_FACTORS, TRIAL_SEED, Part, labelled, named
 from xfusion.comparison.results import portable
 from xfusion.comparison.run import text_keeping
+from xfusion.comparison.table import regime_of
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.sequence import XFusionError
 from xfusion.evaluation.suites import emoji
@@ -37,6 +45,7 @@ from xfusion.evaluation.suites.emoji import chosen, part_of
 from xfusion.fusion.connectors.query_transformer import Queries
 from xfusion.fusion.dual_tower import DualTower
 from xfusion.fusion.prefix import Prefix
+from xfusion.fusion.shared_decoder import SharedDecoder
 from xfusion.modalities.base import Encoder
 from xfusion.modalities.codecs.features import Features
 from xfusion.modalities.image import ImageModality
@@ -703,3 +712,50 @@ def test_intervals_from_files(go, base):
     assert two["difference"]["verdict"] == "better"
     assert two["difference"]["seeds_needed"] == 5
     assert not any("n < 5" in note for note in table["notes"])
+
+
+def test_results_older_than_the_label_are_not_ranked_between_regimes(go, base):
+    """What the mechanism that a run recorded trains decides, where the run itself does not say."""
+    go(
+        {"one": tiny(base), "two": tiny(base), "tower": tiny(base).with_model(fusion=SharedDecoder.Config())},
+        seeds=(0,),
+    )
+    for label, f1 in (("one", 0.5), ("two", 0.7), ("tower", 0.9)):
+        for seed in range(5):
+            run = read(f"{label}-seed0.json")
+            run.pop("regime", None)
+            run["seed"], run["scores"]["fit_caption_f1"] = seed, f1 + 0.01 * seed * (label != "one")
+            Path(f"comparison/test/{label}-seed{seed}.json").write_text(json.dumps(run))
+    table = summarise("comparison/test")
+    assert table["regimes"] == {"one": "strictly frozen", "two": "strictly frozen", "tower": "as in the paper"}
+    for score in table["scores"]:
+        _, two, tower = (row["difference"] for row in score["rows"])
+        assert tower["verdict"] == "another regime, not ranked" and tower["seeds_needed"] is None
+        assert two["verdict"] in ("better", "worse", "not decidable")
+    f1 = next(s for s in table["scores"] if s["score"] == "fit_caption_f1")
+    assert f1["rows"][1]["difference"]["verdict"] == "better"
+    assert f1["rows"][2]["difference"]["mean"] == pytest.approx(0.42) and f1["rows"][2]["difference"]["interval"]
+    told = "Regime, or what of the base is trained: one: strictly frozen; two: strictly frozen; tower: as in the paper."
+    assert any(note.startswith(told) for note in table["notes"])
+    run = read("tower-seed0.json")  # a mechanism that is not here: nobody knows what it trains
+    run["settings"]["recipe"]["model"]["fusion"] = {"type": "elsewhere:Fusion.Config"}
+    assert regime_of(run) is None and regime_of(run | {"regime": "LoRA"}) == "LoRA"
+
+
+def test_the_encoder_is_counted_by_itself_and_said_to_be_left_out(go, base):
+    """FLOPs of a step are the same whatever made the tokens; the encoder's own stand beside them."""
+    image = ImageModality.Config(codec=Features.Config.of(None), patch=7, sizes=(224,))
+    recipe = tiny(base).with_model(image=image, media=NoObjective.Config())
+    recipe = replace(recipe, stages=(replace(recipe.stages[0], mixture=MixtureConfig(draw=0, caption=4)),))
+    found = flops_of_encoder(recipe.model)
+    assert 0.7e9 < found < 0.85e9 and flops_of_encoder(tiny(base).model) == 0  # EfficientNet-Lite0: 0.39 G products
+    model, seen = build(recipe.model, base), []
+    whole = type(model.modality.codec).encode
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model.modality.codec), "encode", lambda *a: seen.append(len(a[1])) or whole(*a))
+        counted = count_flops(model, recipe.stages[0], Noise(12))
+    assert sum(seen) == 4 and 0 < counted.training["caption"] < found  # they were read, and none of it was counted
+    go({"one": recipe}, seeds=(0,), samples=4, evaluation={"max_captioned": 2, "max_held": 0, "features": False})
+    assert read("one-seed0.json")["cost"]["encoder_flops"] == found
+    (note,) = [note for note in summarise("comparison/test")["notes"] if "encoder" in note]
+    assert "0.77 GFLOPs per picture" in note and "left out" in note

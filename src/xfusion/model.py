@@ -689,13 +689,17 @@ class Model(nn.Module):
         return caption(self, pictures, **settings)
 
     def score(self, picture: Any, texts: list[str]) -> list[float]:
-        """Mean log-likelihood per token of each text after a picture; see `xfusion.generation.score_names`."""
-        from xfusion.generation import score_names
+        """How well each text fits a picture: mean log-likelihood per token where the model captions, the cosine where it
+        only embeds; see `xfusion.generation.score`.
+        """
+        from xfusion.generation import score
 
-        return score_names(self, None if picture is None else [picture], texts)[0].tolist()
+        return score(self, picture, texts)
 
     def score_names(self, pictures: list[Any] | None, names: list[str], **settings: Any) -> Tensor:
-        """The same for many pictures, ``[pictures, names]``; see `xfusion.generation.score_names`."""
+        """Mean log-likelihood per token of each name after each picture, ``[pictures, names]``; see
+        `xfusion.generation.score_names`.
+        """
         from xfusion.generation import score_names
 
         return score_names(self, pictures, names, **settings)

@@ -2,10 +2,11 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from contracts.table import FAMILIES, LAYERS, WINDOW, make_base, make_model, picture, tokenizer, view, words
+from contracts.table import FAMILIES, LAYERS, WINDOW, look, make_base, make_model, picture, tokenizer, view, words
 from transformers import MistralConfig, MistralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from xfusion.backbone import Backbone
@@ -107,6 +108,40 @@ def test_a_sequence_beyond_the_learned_positions_is_refused(bases):
     base.drive(decoder, x, torch.tensor([[0, 1, 511]]))
     with pytest.raises(XFusionError, match="a sequence of 513 positions; the base has learned 512"):
         base.drive(decoder, x, torch.tensor([[0, 1, 512]]))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@torch.no_grad()
+def test_repeated_positions_are_not_taken_for_packed_sequences(bases, family):
+    """The patches of a picture may share a position. The base's own forward, without a mask and a cache, sees several packed
+    sequences there and keeps them apart; `Backbone.drive` hands every layer a mask, and a pass reads across the picture.
+    """
+    base = bases[family]
+    x = 3 * torch.randn(1, 9, base.hidden_size, generator=torch.Generator().manual_seed(0))
+    position = torch.tensor([[0, 1, 2, 3, 3, 3, 3, 4, 5]])
+
+    def own(mask, **settings):
+        found = base.decoder(inputs_embeds=x, position_ids=position, attention_mask=mask, **settings)
+        return found.last_hidden_state
+
+    causal = own(torch.ones(9, 9).tril().bool()[None, None])
+    guessed = own(None, use_cache=False)
+    torch.testing.assert_close(own(torch.ones(1, 9)), causal, rtol=0, atol=1e-5)
+    torch.testing.assert_close(guessed[:, :4], causal[:, :4], rtol=0, atol=1e-5)
+    assert float((guessed - causal)[:, 4:].abs().amax(-1).min()) > 0.1  # the trap, without a word
+
+    masks = []
+    decoder = base.shadow_decoder(lambda _, layer, states, call: masks.append(call["attention_mask"]) or states)
+    base.drive(decoder, x, position)
+    assert len(masks) == LAYERS and all(mask.shape == (1, 1, 1, 1) and not mask.any() for mask in masks)
+    decoder(inputs_embeds=x, position_ids=position, attention_mask=None, use_cache=False)  # what drive must not do
+    block = (position[0].diff(prepend=position[0, :1] - 1) != 1).cumsum(0)
+    assert torch.equal(masks[LAYERS][0, 0], torch.ones(9, 9).tril().bool() & (block[:, None] == block))
+
+    model, last = make_model(base, "prefix"), words(4, 2)
+    shown = replace(picture((2, 2), 1), shared_position=True)
+    one, other = (look(model, view([[Sequence(segments=(words(4, s), shown, last))]], model))[0][0] for s in (1, 3))
+    assert float((one - other)[4:].abs().amax(-1).min()) > 1e-2  # words behind the picture hear those before it
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -21,7 +21,7 @@ from contracts.table import (
     view,
     words,
 )
-from contracts.test_paths import FLOAT64
+from contracts.test_paths import FLOAT64, piece
 from torch import nn
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -180,6 +180,45 @@ def test_words_before_all_pictures_read_none_in_every_mode(bases, monkeypatch):
     real = Outside.reads
     monkeypatch.setattr(Outside, "reads", lambda *a: (found := real(*a)) | ~found.any(-1, keepdim=True))
     assert not first_words()
+
+
+def behind_cached_pictures(model, batch):
+    """Logits of the words of one row, where all pictures are read first and then the words one by one in their places."""
+    cache, logits = model.backbone.new_cache(model.fusion.num_towers, 1), []
+    nothing = {"text_ids": batch.text_ids[:, :0], "labels": batch.labels[:, :0]}
+    model.run_pass(replace(batch, text=batch.text.columns(slice(0, 0)), **nothing), cache=cache, update=True)
+    for at in sorted(int(order) for order in batch.text.order[0]):
+        one = replace(piece(batch, at, at + 1), media={})
+        logits.append(model.backbone.logits(model.run_pass(one, cache=cache, update=True)[0])[0])
+    return torch.cat(logits)
+
+
+@pytest.mark.parametrize("fusion", READERS)
+@torch.no_grad()
+def test_a_word_behind_cached_pictures_reads_those_before_it(bases, fusion, monkeypatch):
+    """The public code takes every word that is decoded behind a cache to stand after the last medium."""
+    names = ("words around picture", "pictures between words", "noised copy beside clean one")
+    with exact(monkeypatch):
+        model = float64_model(bases["llama"], fusion)
+        randomise(model, by=0.3)
+        batches = [view([[SEQUENCES[name]]], model) for name in names]
+
+        def apart():
+            found = [behind_cached_pictures(model, batch) - look(model, batch)[0][0] for batch in batches]
+            return [float(difference.abs().max()) for difference in found]
+
+        assert max(apart()) <= FLOAT64
+        real = Outside.reads
+
+        def trapped(self, run):
+            if run.cache is None or "text" not in run.rows:
+                return real(self, run)
+            text = run.rows["text"]
+            behind = replace(text, order=torch.where(text.order >= 0, 1 << 20, -1))
+            return real(self, replace(run, rows=run.rows | {"text": behind}))
+
+        monkeypatch.setattr(Outside, "reads", trapped)
+        assert min(apart()) > 1e-2
 
 
 @torch.no_grad()

@@ -1,4 +1,9 @@
-"""What a recipe costs: executed FLOPs, parameters, tokens, memory, time."""
+"""What a recipe costs: executed FLOPs, parameters, tokens, memory, time.
+
+FLOPs of a step and of a sample are those of the model alone. What a frozen encoder or codec takes to make tokens of a picture,
+once for each that is read, is not among them: pictures are encoded outside of what is counted, or blank. It is the same for all
+recipes with that encoder, and may be more than all else (`flops_of_encoder`).
+"""
 
 from __future__ import annotations
 
@@ -30,7 +35,7 @@ from xfusion.data.sequence import IGNORE, Batch, Text
 from xfusion.data.sequence import Sequence as Sample
 from xfusion.data.sources import Source
 from xfusion.evaluation.suites.emoji import chosen
-from xfusion.model import TEXT_STATES_BYTES, Engine, Model, choose_compute_dtype
+from xfusion.model import TEXT_STATES_BYTES, Engine, Model, ModelConfig, choose_compute_dtype
 from xfusion.training.speed import short_run
 from xfusion.training.stages import Recipe, Stage
 
@@ -39,8 +44,8 @@ from xfusion.training.stages import Recipe, Stage
 class StageCost:
     """Executed FLOPs of a stage's step, by torch's counter on a real forward and backward pass, uncompiled.
 
-    Compiling drops work whose result nobody reads (queries of rows that only give keys and values), so that a compiled
-    step executes a little less.
+    The frozen encoder of pictures is not among them (`flops_of_encoder`). Compiling drops work whose result nobody reads
+    (queries of rows that only give keys and values), so that a compiled step executes a little less.
     """
 
     step: int
@@ -121,7 +126,8 @@ def flops_of_shape(model: Model, words: int = 12) -> dict[str, dict[str, int]]:
 
     Returns:
         Task (``draw``, ``caption``) -> ``forward`` and ``training`` (forward and backward). A task that none of the
-        model's objectives gives is left out; a loss over pairs is not counted.
+        model's objectives gives is left out; a loss over pairs is not counted, nor is the frozen encoder
+        (`flops_of_encoder`).
     """
     samples = {task: made(words) for task, made in _samples(model).items()}
     found: dict[str, dict[str, int]] = {}
@@ -144,6 +150,17 @@ def flops_of_shape(model: Model, words: int = 12) -> dict[str, dict[str, int]]:
     for parameter in model.new_parameters():
         parameter.grad = None
     return found
+
+
+def flops_of_encoder(config: ModelConfig) -> int | None:
+    """FLOPs in which the frozen encoder or codec makes tokens of one picture of the largest size; all other counts leave it
+    out. None for sounds, whose encoder is loaded when it first hears one.
+    """
+    if config.audio is not None:
+        return None
+    image = config.image.build()
+    size = max(image.sizes)
+    return _flops(lambda: image.encode(torch.zeros(1, 3, size, size), size))
 
 
 def _samples(model: Model) -> dict[str, Callable[[int], Sample]]:

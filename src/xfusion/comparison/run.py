@@ -23,6 +23,7 @@ from xfusion.backbone import Backbone
 from xfusion.comparison.cost import (
     StageCost,
     count_flops,
+    flops_of_encoder,
     measure_time,
     peak_memory,
     samples_per_step,
@@ -300,6 +301,7 @@ class _Comparison:
                 "flops_per_sample": last.training,
                 "forward_flops_per_sample": last.forward,
                 "flops_per_new_text": last.text,
+                "encoder_flops": flops_of_encoder(entry.recipe.model),
                 "tokens_per_picture": tokens_added(model),
                 "time": None,
             }

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from xfusion.checkpoint import differing
+from xfusion.checkpoint import differing, from_json
 from xfusion.comparison.intervals import FEWEST_RUNS, interval, paired
 from xfusion.comparison.plan import TRIAL_SEED
 from xfusion.comparison.results import SUMMARY, refuse_unequal
@@ -87,7 +87,7 @@ def summarise(folder: str | os.PathLike[str]) -> dict[str, Any]:
         for name in SCORES
         if (table := _score_table(name, recipes, share, [r for r in runs if r["settings"]["share"] == share]))
     ]
-    regimes = {label: next(r for r in runs if r["recipe"] == label).get("regime") for label in recipes}
+    regimes = {label: regime_of(next(r for r in runs if r["recipe"] == label)) for label in recipes}
     _never_ranked(scores, regimes)
     first = next(r for r in runs if r["recipe"] == recipes[0] and r["settings"]["share"] == shares[0])
     summary = {
@@ -200,11 +200,23 @@ def _score_table(
     return {"score": name, "title": score.title, "better": score.better, "share": share, "rows": rows, **beside}
 
 
+def regime_of(run: Mapping[str, Any]) -> str | None:
+    """What of the base a run trained, one of `xfusion.fusion.base.REGIMES`: as it was recorded, or, of results older than the
+    label, as the recorded mechanism says; None where that is not of xfusion or no longer there.
+    """
+    if run.get("regime") is not None:
+        return run["regime"]
+    try:
+        return from_json(_inside(run["settings"], "recipe.model.fusion"), where="the recorded recipe").build().regime
+    except (XFusionError, AttributeError, TypeError):
+        return None
+
+
 def _never_ranked(scores: Sequence[dict[str, Any]], regimes: Mapping[str, str | None]) -> None:
-    """No verdict between recipes of which one trains more of the base; results older than the label have none."""
+    """No verdict between recipes of which one trains more of the base than the other, or may do so."""
     for row in (row for score in scores for row in score["rows"]):
         row["regime"], first = regimes[row["recipe"]], next(iter(regimes.values()))
-        if row["difference"] and None not in (row["regime"], first) and row["regime"] != first:
+        if row["difference"] and row["regime"] != first:
             row["difference"] |= {"verdict": "another regime, not ranked", "seeds_needed": None}
 
 
@@ -232,6 +244,7 @@ def _cost_row(label: str, runs: Sequence[dict[str, Any]], share: float) -> dict[
         "recipe": label,
         "trainable_parameters": cost["trainable_parameters"],
         "flops_per_sample": cost["flops_per_sample"],
+        "encoder_flops": cost.get("encoder_flops"),
         "forward_flops_per_sample": cost["forward_flops_per_sample"],
         "training_flops": runs[0]["budget"].get("flops"),
         "tokens_per_picture": cost["tokens_per_picture"],
@@ -260,6 +273,12 @@ def _mean_curve(runs: Sequence[dict[str, Any]]) -> dict[str, list[list[float]]]:
     return out
 
 
+def _reads_pixels(model: Mapping[str, Any]) -> bool:
+    """Whether media are tokens as they are, with no frozen network before them."""
+    kind = _inside(model, "audio.codec.type") or _inside(model, "image.codec.type") or ""
+    return kind in ("", "xfusion.modalities.codecs.pixels:Pixels.Config")
+
+
 def _notes(summary: Mapping[str, Any], runs: Sequence[dict[str, Any]]) -> list[str]:
     """What a reader must know beside the numbers."""
     budget, tuning, regimes = summary["budget"], summary["settings"]["tuning"], summary["regimes"]
@@ -268,6 +287,13 @@ def _notes(summary: Mapping[str, Any], runs: Sequence[dict[str, Any]]) -> list[s
     if None not in regimes.values():
         told = "; ".join(f"{label}: {regime}" for label, regime in regimes.items())
         out.append(f"Regime, or what of the base is trained: {told}. Recipes of different regimes are not ranked.")
+    if not _reads_pixels(summary["settings"]["recipe"]["model"]):
+        known = {row["encoder_flops"] for row in summary["cost"]} - {None}
+        each = f", {max(known) / 1e9:.2f} GFLOPs per picture," if known else ""
+        out.append(
+            f"FLOPs are counted behind the frozen encoder or codec, on what it made of the pictures: its own{each} are left"
+            " out, the same for all."
+        )
     if tuning["trials"] == 1:
         out.append("Rate and guidance are each recipe's own: nothing was tuned.")
     else:

@@ -12,10 +12,11 @@ from xfusion.generation.base import (
     draw_size,
     media_segment,
     refuse_to_draw,
+    refuse_to_read,
 )
 from xfusion.generation.conversations import DrawMode, Message, answer, conversation, opens
 from xfusion.generation.drawing import draw, draw_tokens, inpaint, inpaint_batch
-from xfusion.generation.pairs import embed, fill, fill_tokens, match
+from xfusion.generation.pairs import embed, fill, fill_tokens, match, score
 from xfusion.generation.schema import schema_answers
 from xfusion.generation.segments import answer_json, generate, kinds_of, log_likelihoods, prompt_length
 from xfusion.generation.words import answer_tokens, caption, score_names
@@ -49,6 +50,8 @@ __all__ = [
     "opens",
     "prompt_length",
     "refuse_to_draw",
+    "refuse_to_read",
     "schema_answers",
+    "score",
     "score_names",
 ]

@@ -49,6 +49,15 @@ def refuse_to_draw(model: Model) -> None:
     model.require("draw", "train one with a media objective, such as the recipe xfusion")
 
 
+def refuse_to_read(model: Model) -> None:
+    """Refuse a model that says no words behind pictures or sounds: what it would say was never learned.
+
+    Raises:
+        XFusionError: it learned something else.
+    """
+    model.require("caption", "take one that answers in words, of a recipe such as llava_1_5, or qwen_audio for sounds")
+
+
 def seeds_of(seed: int, seeds: Seq[int] | None, count: int, what: str) -> list[int]:
     """A seed for each of ``count`` items: ``seeds``, or from ``seed`` on.
 

@@ -27,17 +27,18 @@ def conversation(model: Model, messages: Seq[Message], *, own_pictures: bool = T
     Args:
         model: a model.
         messages: ``{"role": ..., "content": words or a list of segments}``, the oldest first.
-        own_pictures: whether the assistant's pictures are looked at; else they are called ``(picture)``, and the base
-            answers where the user shows none.
+        own_pictures: whether the assistant's pictures are looked at, by a model that can caption; else they are called
+            ``(picture)``, and the base answers where the user shows none.
 
     Raises:
         XFusionError: the base's template refuses these roles.
     """
+    looked_at = own_pictures and "caption" in model.capabilities
     turns = [
         [m["content"]]
         if isinstance(m["content"], str)
         else [_as_words(m)]
-        if m["role"] == "assistant" and not own_pictures
+        if m["role"] == "assistant" and not looked_at
         else list(m["content"])
         for m in messages
     ]

@@ -14,7 +14,8 @@ from xfusion.data.pack import pack
 from xfusion.data.sequence import END_OF_MEDIA, Media, Sequence, Text, XFusionError
 from xfusion.data.templates import opened
 from xfusion.generation import base
-from xfusion.generation.base import encode_prompt, media_segment
+from xfusion.generation.base import Shown, encode_prompt, media_segment
+from xfusion.generation.words import score_names
 from xfusion.model import Model
 
 BLANK = "___"
@@ -61,6 +62,31 @@ def embed(
             if progress:
                 progress(done, len(items))
     return out
+
+
+def score(model: Model, picture: Shown | None, texts: Seq[str]) -> list[float]:
+    """How well each text fits a picture; larger is better. Only scores of one model can be compared.
+
+    A model that captions gives the mean log-likelihood per token of the text behind the picture (`score_names`), in nats and
+    below 0; one that only embeds the cosine of text and picture (`embed`), in [-1, 1].
+
+    Args:
+        model: a model that can caption or embed.
+        picture: any size; or a sound, for a model that hears; None scores the texts by themselves, where the model captions.
+        texts: in any number.
+
+    Raises:
+        XFusionError: the model can do neither, or it embeds and there is no picture.
+    """
+    if isinstance(texts, str):
+        raise XFusionError("score takes a list of texts: write [text]")
+    if "caption" not in model.capabilities and "embed" in model.capabilities:
+        if picture is None:
+            raise XFusionError("a model that embeds scores texts by their cosine to a picture: give one")
+        vectors = embed(model, [cast(PILImage.Image, picture), *texts])
+        return (vectors[1:] @ vectors[0]).tolist()
+    model.require("caption", "take one that captions, of a recipe such as llava_1_5, or one that embeds, such as clip")
+    return score_names(model, None if picture is None else [picture], texts)[0].tolist()
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from xfusion.generation.base import (
     draw_size,
     encode_prompt,
     media_segment,
+    refuse_to_read,
     seeds_of,
     text_segment,
 )
@@ -75,6 +76,10 @@ def generate(
     Returns:
         the generated segments (``str``, ``PIL.Image``, or codes of a sound, int64) of the list, or a list of such lists for a
         batch.
+
+    Raises:
+        XFusionError: pictures or sounds are shown, or words are to stand behind drawn ones, and the model cannot caption;
+            something is to be drawn and it cannot draw; a list is empty or holds what is no segment.
     """
     if isinstance(items, str) or not isinstance(items, (list, tuple)) or not items:
         raise XFusionError(
@@ -98,7 +103,9 @@ def generate(
     )
     alike: dict[tuple[Any, ...], list[int]] = {}
     for i, item in enumerate(lists):
-        alike.setdefault(kinds_of(model, item), []).append(i)
+        kinds = kinds_of(model, item)
+        _refuse_unread(model, kinds)
+        alike.setdefault(kinds, []).append(i)
     out: list[Any] = [None] * len(lists)
     for kinds, members in alike.items():  # lists of the same kinds of segments go through together
         for start in range(0, len(members), base.BATCH):
@@ -151,6 +158,14 @@ def _kind(model: Model, segment: Segment) -> Any:
     raise XFusionError(
         f"a {type(segment).__name__} is not a segment: give str, PIL.Image.Image, xfusion.Sound, xfusion.Image or xfusion.Audio"
     )
+
+
+def _refuse_unread(model: Model, kinds: Seq[Any]) -> None:
+    """Refuse media that are shown, and words behind media that are made, where the model learned to read none."""
+    shown = any(isinstance(kind, str) and kind != "text" for kind in kinds)
+    made = any(isinstance(kind, tuple) for kind in kinds) and not isinstance(kinds[-1], tuple)
+    if shown or made:
+        refuse_to_read(model)
 
 
 def _sound_size(model: Model, asked: Audio) -> tuple[int, int]:
@@ -245,10 +260,13 @@ def log_likelihoods(model: Model, items: Seq[Segment], answers: Seq[str]) -> lis
         each of them is the likeliest token of all.
 
     Raises:
-        XFusionError: there is nothing to answer, an answer without tokens, or something is to be made.
+        XFusionError: there is nothing to answer, an answer without tokens, something is to be made, or media are shown to a
+            model that cannot caption.
     """
     context: tuple[Text | Media, ...] = ()
-    for segment, kind in zip(items, kinds_of(model, items), strict=True):
+    kinds = kinds_of(model, items)
+    _refuse_unread(model, kinds)
+    for segment, kind in zip(items, kinds, strict=True):
         if isinstance(kind, tuple):
             raise XFusionError("what is still to be made has no answers that could be likely: generate it first")
         new = text_segment(model, cast("str | Text", segment)) if kind == "text" else None

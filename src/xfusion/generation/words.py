@@ -14,7 +14,7 @@ from xfusion.data.pack import pack
 from xfusion.data.sequence import Batch, Media, Rows, Sequence, Text
 from xfusion.data.templates import opened, question_text
 from xfusion.generation import base
-from xfusion.generation.base import Listener, Shown, media_segment
+from xfusion.generation.base import Listener, Shown, media_segment, refuse_to_read
 from xfusion.generation.schema import restricted
 from xfusion.generation.turns import begun, remember, units
 from xfusion.model import Model
@@ -121,7 +121,11 @@ def caption(
         temperature: 0 is greedy.
         top_p: nucleus sampling.
         seed: answer i has the seed ``seed + i``.
+
+    Raises:
+        XFusionError: the model cannot caption, was not made for this size, or not for what is shown.
     """
+    refuse_to_read(model)
     asked = model.backbone.encode(question_text(question))
     tail: tuple[Text, ...] = (Text(ids=asked),) if asked else ()
     out: list[str] = []
@@ -155,7 +159,11 @@ def score_names(
 
     Returns:
         float32 ``[pictures, names]``, one row without pictures.
+
+    Raises:
+        XFusionError: the model cannot caption, was not made for this size, or not for what is shown.
     """
+    refuse_to_read(model)
     asked, end = model.backbone.encode(question_text(question)), model.backbone.end_ids[0]
     answers = [(*model.backbone.encode(name), end) for name in names]
     ranked = sorted(range(len(answers)), key=lambda i: len(answers[i]))

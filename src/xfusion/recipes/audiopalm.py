@@ -10,6 +10,9 @@ Adapted: the language model is frozen and only the new rows are trained, where t
 Whisper tiny.en's features at 12.5 per second (`runs/fit_sound_codes.py` fits them) instead of 1024 of USM's; segment masks,
 so that codes and words each have a softmax of their own; a place's vector beside a code's row; no tags that name the task,
 for what stands first tells it; no later stages that turn codes into a voice: what it says stays codes.
+
+Data: of the paper's tasks, LibriSpeech (https://www.openslr.org/12), cut to what the recipe hears, in lines with their
+words, ``--data librispeech/train.jsonl``. Our figures: ``--data digits/train.jsonl`` (`runs/write_digits.py`).
 """
 
 from __future__ import annotations

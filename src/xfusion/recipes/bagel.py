@@ -8,6 +8,9 @@ embeddings; row and column positions; a noised copy is never read by what comes 
 Adapted: the understanding expert is the frozen language model, which the paper trains; clean pictures come from the
 same patches instead of a SigLIP encoder. Everything around the layer (pictures, port, objectives, data, schedule) is
 the recipe `xfusion`'s, so that a comparison compares the layer alone.
+
+Data: any captioned pictures; public ones: CC3M (``pixparse/cc3m-wds``), ``--data 'cc3m-wds/cc3m-train-*.tar'``. Our
+figures: ``--data emoji:64``.
 """
 
 from __future__ import annotations

@@ -12,6 +12,10 @@ them all, where the paper has a bidirectional encoder with self-attention of its
 cross-attention before every n-th layer instead of within every one; a resampler over the features of a frozen
 EfficientNet-Lite0 instead of a trained ViT; no momentum encoder, no queue and no label smoothing; the hardest negative of a
 batch of 16 instead of one drawn by likeness; captions are not bootstrapped (CapFilt).
+
+Data: of the paper's, CC3M (``pixparse/cc3m-wds``), ``--data 'cc3m-wds/cc3m-train-*.tar'``; or COCO captions
+(``jxie/coco_captions``), ``--data 'coco_captions/data/train-*.parquet'``. Our figures: ``--data
+runs/clothing/photos.jsonl:held=0.1`` (`runs/write_clothing.py`).
 """
 
 from __future__ import annotations

@@ -11,6 +11,9 @@ learning from a frozen decoder. The three masks of stage 1 and the words' own fe
 Adapted: stage 1 (contrast, generation and matching inside the query transformer) is not trained; 4 blocks of width 256 from
 random weights instead of BERT's 12 of 768; 7 queries instead of 32; EfficientNet-Lite0 instead of ViT-g, another encoder
 by ``encoder``; trainable rows before and behind the queries.
+
+Data: of the paper's, CC3M (``pixparse/cc3m-wds``), ``--data 'cc3m-wds/cc3m-train-*.tar'``. Our figures: ``--data
+runs/clothing/photos.jsonl:held=0.1`` (`runs/write_clothing.py`).
 """
 
 from __future__ import annotations

@@ -9,6 +9,9 @@ Adapted: the text tower is the language model and frozen, the paper trains its o
 blocks over the mean feature of a frozen EfficientNet-Lite0, the paper trains a ViT on pixels; batches of 64 instead of 32,768,
 in which pictures of one group and equal captions are no negatives. Names are wordings of the picture alone: for zero-shot
 naming no template stands around them.
+
+Data: the paper's 400 M pairs are not public; pairs that are: CC12M (``pixparse/cc12m-wds``), ``--data
+'cc12m-wds/*.tar'``. Our figures: ``--data runs/clothing/photos.jsonl:held=0.1`` (`runs/write_clothing.py`).
 """
 
 from __future__ import annotations

@@ -9,6 +9,9 @@ Adapted: linear patches instead of EVA2-CLIP with a SwiGLU adapter; it also draw
 
 Everything around the layer (pictures, port, objectives, data, schedule) is the recipe `xfusion`'s, so that a
 comparison compares the layer alone.
+
+Data: of the paper's, LAION (``laion/relaion2B-en-research-safe``, links that img2dataset makes shards of), ``--data
+'laion/*.tar'``. Our figures: ``--data emoji:64``.
 """
 
 from __future__ import annotations

@@ -11,6 +11,9 @@ frozen model's and have no loss; the 1/8 goes to names behind pictures. The toke
 dVAE is there (`runs/train_emoji_codes.py --kind dvae`, named by ``codec``) but was not yet trained to use its codes.
 4 x 4 codes of 512 instead of 32 x 32 of 8192, dense attention instead of row, column and convolutional; guidance, which
 the paper does not have, instead of 512 samples that CLIP ranks. Data and schedule are the recipe `xfusion`'s.
+
+Data: of the paper's, CC3M (``pixparse/cc3m-wds``), ``--data 'cc3m-wds/cc3m-train-*.tar'``. Our figures: ``--data
+emoji:64``.
 """
 
 from __future__ import annotations

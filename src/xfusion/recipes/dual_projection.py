@@ -7,6 +7,9 @@ Faithful: one set of keys and values, words' made by the frozen weights, picture
 Adapted: norms and output projections are the pictures' own too, as in LMFusion; the paper does not say. Copies at
 every fifth layer only. Everything around the layer (pictures, port, objectives, data, schedule) is the recipe
 `xfusion`'s, so that a comparison compares the layer alone.
+
+Data: the paper's pictures are not public; pairs that are: CC3M (``pixparse/cc3m-wds``), ``--data
+'cc3m-wds/cc3m-train-*.tar'``. Our figures: ``--data emoji:64`` and ``emoji:128``.
 """
 
 from __future__ import annotations

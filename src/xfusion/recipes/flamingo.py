@@ -13,6 +13,9 @@ words that see a picture, so that text alone stays bit-equal after training, whi
 to the next picture instead of the last (half of the paper's samples), because nothing later may change what came before;
 [EOI], a trained row, in the place of the tag and of the end of chunk; one data set; gates begin open (``gate=0`` closes them,
 as in the paper).
+
+Data: the paper's M3W, ALIGN and LTIP are not public; pairs that are: CC3M (``pixparse/cc3m-wds``), ``--data
+'cc3m-wds/cc3m-train-*.tar'``. Our figures: ``--data runs/clothing/photos.jsonl:held=0.1`` (`runs/write_clothing.py`).
 """
 
 from __future__ import annotations

@@ -8,6 +8,9 @@ Faithful: both blocks see the whole sequence, ``H_txt + gamma H_gate``.
 Adapted: the paper reports unchanged text but not how; here the gate acts from the first media token of a sequence on.
 Copies at every fifth layer only. Everything around the layer (pictures, port, objectives, data, schedule) is the
 recipe `xfusion`'s, so that a comparison compares the layer alone.
+
+Data: the paper's pictures are not public; pairs that are: CC3M (``pixparse/cc3m-wds``), ``--data
+'cc3m-wds/cc3m-train-*.tar'``. Our figures: ``--data emoji:64`` and ``emoji:128``.
 """
 
 from __future__ import annotations

@@ -5,6 +5,9 @@ where the second set of the dual tower (arXiv 2504.20996, section 3.2) is worth 
 
 Everything around the layer (pictures, port, objectives, data, schedule) is the recipe `xfusion`'s, so that a comparison
 compares the layer alone.
+
+Data: any captioned pictures; public ones: CC3M (``pixparse/cc3m-wds``), ``--data 'cc3m-wds/cc3m-train-*.tar'``. Our
+figures: ``--data emoji:64``.
 """
 
 from __future__ import annotations

@@ -11,6 +11,10 @@ Adapted: EfficientNet-Lite0 instead of CLIP ViT-H/14, another encoder by ``encod
 the depth (theirs must); the gated MLP acts only on words that see a picture (theirs acts on all, ``--model.fusion.text-only
 mlp``); no loss on the size of the logits; [EOI] in the place of the two added tokens. The second stage unfreezes everything
 and is not here; gates begin open (``gate=0`` closes them, as in the paper).
+
+Data: of the paper's, LAION (``laion/relaion2B-en-research-safe``, links that img2dataset makes shards of), ``--data
+'laion/*.tar'``; OBELICS' interleaved pages are not read. Our figures: ``--data runs/clothing/photos.jsonl:held=0.1``
+(`runs/write_clothing.py`).
 """
 
 from __future__ import annotations

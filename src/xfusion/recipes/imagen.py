@@ -11,6 +11,9 @@ Adapted: a decoder language model instead of the T5-XXL encoder, its penultimate
 instead of the Efficient U-Net; it predicts velocity, where the paper's base model predicts noise (of patches a short run learns
 little by that, docs/training_log.md); 32 pixels and no super-resolution stages, so no noise-conditioning augmentation; DDIM
 steps. Pictures are only drawn: no word reads one.
+
+Data: of the paper's, LAION (``laion/relaion2B-en-research-safe``, links that img2dataset makes shards of), ``--data
+'laion/*.tar'``. Our figures: ``--data emoji:64``.
 """
 
 from __future__ import annotations

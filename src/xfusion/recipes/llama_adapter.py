@@ -9,6 +9,9 @@ the language model frozen; one stage. The read of a prompt is held to peft's Ada
 Adapted: the picture's vector comes from EfficientNet-Lite0's map through one latent of a small resampler instead of from
 CLIP's global features through an MLP, another encoder by ``encoder``; prompts act on words behind a picture and on no
 others, so text alone is kept; pictures and their names instead of instructions.
+
+Data: the paper's ScienceQA (``derek-thomas/ScienceQA``), as lines with ``conversations``, ``--data
+scienceqa/train.jsonl``. Our figures: ``--data runs/clothing/photos.jsonl:held=0.1`` (`runs/write_clothing.py`).
 """
 
 from __future__ import annotations

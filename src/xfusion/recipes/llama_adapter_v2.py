@@ -10,6 +10,9 @@ Adapted: rows of the picture from EfficientNet-Lite0's map through a small resam
 queries, another encoder by ``encoder``; scale, bias and norms are copies that act on words behind a picture and on no others,
 so text alone is kept; the base's last norm, which no layer owns, stays as it is; one data set, so there are no two groups of
 parameters by data; gates begin at 0.1 instead of 0, so that they open in a short run.
+
+Data: the paper's COCO captions (``jxie/coco_captions``), ``--data 'coco_captions/data/train-*.parquet'``. Our figures:
+``--data runs/clothing/photos.jsonl:held=0.1`` (`runs/write_clothing.py`).
 """
 
 from __future__ import annotations

@@ -7,6 +7,10 @@ before its last; pictures in front of the words; the first stage, in which the c
 
 Adapted: as in the recipe `llava`; besides, no padding to a square (pictures are cut to their middle) and no second stage on
 the paper's 665 K instructions, which trains the language model.
+
+Data: the paper's 558 K pairs (``liuhaotian/LLaVA-Pretrain``), ``--data images/blip_laion_cc_sbu_558k.jsonl``, its
+``blip_laion_cc_sbu_558k.json`` as lines beside the pictures. Our figures: ``--data
+runs/clothing/photos.jsonl:held=0.1`` (`runs/write_clothing.py`).
 """
 
 from __future__ import annotations

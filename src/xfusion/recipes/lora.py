@@ -9,6 +9,10 @@ Adapted: the deltas are trained together with the recipe's own new weights, in i
 LoRA (SEED-LLaMA, VL-GPT, LLaVA's LoRA variant) choose rank and targets of their own. Text alone goes through the deltas and
 is another than the base's: the regime is LoRA, which packs, cards, `show`, `list` and `verify` say, and `compare` ranks it
 with no strictly frozen recipe.
+
+Data: that of the recipe inside, by default `llava`'s: the paper's CC3M of 595 K pairs
+(``liuhaotian/LLaVA-CC3M-Pretrain-595K``), ``--data images/chat.jsonl``, its ``chat.json`` as lines beside the pictures.
+Our figures: ``--data runs/clothing/photos.jsonl:held=0.1`` (`runs/write_clothing.py`).
 """
 
 from __future__ import annotations

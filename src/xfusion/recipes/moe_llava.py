@@ -11,6 +11,10 @@ the base's own MLP and routing begins with the first picture, so text alone is k
 experts that all train, as published. No capacity and no noise on the second choice, so that a token's way does not depend on
 its batch; EfficientNet-Lite0 instead of CLIP before the two linear layers, another encoder by ``encoder``; three experts at
 every fifth layer, for two cores.
+
+Data: the paper's 558 K pairs (``liuhaotian/LLaVA-Pretrain``), ``--data images/blip_laion_cc_sbu_558k.jsonl``, its
+``blip_laion_cc_sbu_558k.json`` as lines beside the pictures. Our figures: ``--data
+runs/clothing/photos.jsonl:held=0.1`` (`runs/write_clothing.py`).
 """
 
 from __future__ import annotations

@@ -10,6 +10,10 @@ Adapted: EfficientNet-Lite0 instead of CLIP ViT-L/14, another encoder by ``encod
 only on words that see a picture (the published one acts on all, ``--model.fusion.text-only mlp``), new words are placed by
 their order and not taken to follow the last picture; [EOI] in the place of the two added tokens; one data set instead of two
 losses of weights 1 and 0.2; gates begin open (``gate=0`` closes them, as in the paper).
+
+Data: of the paper's, LAION (``laion/relaion2B-en-research-safe``, links that img2dataset makes shards of), ``--data
+'laion/*.tar'``; MMC4's interleaved pages are not read. Our figures: ``--data runs/clothing/photos.jsonl:held=0.1``
+(`runs/write_clothing.py`).
 """
 
 from __future__ import annotations

@@ -8,6 +8,9 @@ pre-norm transformer whose last rows are the prefix; a frozen decoder, a loss on
 Adapted: Whisper's frozen encoder, pooled over time, instead of HTS-AT, which the paper trains; the question's words
 enter as words, where the paper maps them through CLIP's text tower and a mapper of its own; 10 rows and 2 layers instead of
 40 and 4; spoken digits instead of 3.4 M pairs in eight templates.
+
+Data: of the paper's, Clotho (https://zenodo.org/records/4783391), cut to what the recipe hears, in lines with their
+captions, ``--data clotho/train.jsonl``. Our figures: ``--data digits/train.jsonl`` (`runs/write_digits.py`).
 """
 
 from __future__ import annotations

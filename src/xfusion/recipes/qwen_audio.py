@@ -11,6 +11,9 @@ Adapted: the encoder is frozen too, where the paper trains it, and it is tiny.en
 M; 5 frames to a token instead of 2 (``frames=2`` is the paper's); the encoder hears 2 s with silence behind instead of 30
 s (``window=30``), which costs a fifteenth; the hierarchy of task and language tags is left out, for there is one task; one
 data set of spoken digits (`runs/write_digits.py` writes it) instead of thirty tasks.
+
+Data: of the paper's tasks, LibriSpeech (https://www.openslr.org/12), cut to what the recipe hears, in lines with their
+words, ``--data librispeech/train.jsonl``. Our figures: ``--data digits/train.jsonl`` (`runs/write_digits.py`).
 """
 
 from __future__ import annotations

@@ -10,6 +10,9 @@ language model.
 Adapted: the encoder is frozen too, where the paper trains it (ViT-bigG); 7 queries instead of 256 on the encoder's map of
 7 x 7; no stages 2 and 3, which train the language model. Boxes are plain text in the paper, ``<box>(x1,y1),(x2,y2)</box>``
 with coordinates from 0 to 999: captions of user data may hold them as they are.
+
+Data: of the paper's, CC12M (``pixparse/cc12m-wds``), ``--data 'cc12m-wds/*.tar'``. Our figures: ``--data
+runs/clothing/photos.jsonl:held=0.1`` (`runs/write_clothing.py`).
 """
 
 from __future__ import annotations

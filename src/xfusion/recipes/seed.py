@@ -9,8 +9,12 @@ new words with one next-word loss.
 
 Adapted: the frozen encoder and decoder are those of the emoji's autoencoder, not a vision transformer and unCLIP, so that
 codes are of looks and not of meaning; the tokenizer learns to restore features, without the paper's contrastive loss to
-captions; 16 codes of 512 instead of 32 of 8192. No such codec is shipped yet: `runs/train_emoji_causal_codes.py` trains
-one. The language model is frozen without low-rank deltas. Data and schedule are the recipe `teal`'s.
+captions; 16 codes of 512 instead of 32 of 8192. The codec is shipped as `emoji-seed`;
+`runs/train_emoji_causal_codes.py` trains another. The language model is frozen without low-rank deltas. Data and schedule
+are the recipe `teal`'s.
+
+Data: of the paper's, CC3M (``pixparse/cc3m-wds``), ``--data 'cc3m-wds/cc3m-train-*.tar'``. Our figures: ``--data
+emoji:64``.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ def seed(codec: str = "emoji-seed", entries: int = 512, size: int = 32) -> Recip
     """Rows for codes in causal order.
 
     Args:
-        codec: a folder of `runs/train_emoji_causal_codes.py`.
+        codec: the shipped `emoji-seed`, or a folder of `runs/train_emoji_causal_codes.py`.
         entries: codes of its table.
         size: side of the pictures in pixels, the codec's.
     """

@@ -7,6 +7,9 @@ Faithful: every position passes the same trained block; text is not preserved.
 Adapted: trained copies at every fifth layer only, so that it has as many trainable weights as the other layers;
 embeddings and head stay frozen. Everything around the layer (pictures, port, objectives, data, schedule) is the
 recipe `xfusion`'s, so that a comparison compares the layer alone.
+
+Data: the paper's pictures are not public; pairs that are: CC3M (``pixparse/cc3m-wds``), ``--data
+'cc3m-wds/cc3m-train-*.tar'``. Our figures: ``--data emoji:64`` and ``emoji:128``.
 """
 
 from __future__ import annotations

@@ -10,6 +10,9 @@ Adapted: the emoji's own quantiser, 4 x 4 codes of 512 at 32 px (`runs/train_emo
 BEiT's; segment masks, so that codes and words each have a softmax of their own; row and column vectors beside the codes' rows;
 a norm of its own before the output matrix; 10 % empty captions for guidance. The second stage, which also tunes a few
 parameters of the language model, is left out. Data and schedule are the recipe `xfusion`'s.
+
+Data: of the paper's, COCO captions (``jxie/coco_captions``), ``--data 'coco_captions/data/train-*.parquet'``. Our
+figures: ``--data emoji:64``.
 """
 
 from __future__ import annotations

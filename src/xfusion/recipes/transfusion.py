@@ -10,6 +10,9 @@ noised by half at most, and then carry the loss of the noise, too.
 Adapted: the paper trains from scratch; here the blocks start as copies of the language model's, so that it is the
 single tower at every layer. What is predicted, the VAE and the rest are the recipe `lmfusion`'s; to compare the layer alone
 take `single_tower`, which has the objective of `xfusion`.
+
+Data: the paper's pictures are not public; pairs that are: CC3M (``pixparse/cc3m-wds``), ``--data
+'cc3m-wds/cc3m-train-*.tar'``. Our figures: ``--data emoji:64``.
 """
 
 from __future__ import annotations

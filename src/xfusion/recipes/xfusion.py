@@ -11,6 +11,9 @@ noise level added to the picture tokens, [BOI] and [EOI] as trainable rows besid
 fifth layer with an MLP of 512 instead of a full copy; 32 px pixels in 8 x 8 patches instead of a VAE; clean-picture
 prediction, with more and heavier noisy levels than logit-normal (0, 1), and sampling that lingers there; 10 % empty
 captions for guidance.
+
+Data: the paper's pictures are not public; pairs that are: CC3M (``pixparse/cc3m-wds``), ``--data
+'cc3m-wds/cc3m-train-*.tar'``. Our figures: ``--data emoji``, and ``emoji:64`` to ``emoji:128`` in comparisons.
 """
 
 from __future__ import annotations

@@ -8,6 +8,9 @@ Faithful: the dual-tower layer; ``W x + B A x`` with B = 0 at the start on queri
 Adapted: no paper combines the two. The language model is in memory once and a pack holds a few million weights.
 Everything around the layer (pictures, port, objectives, data, schedule) is the recipe `xfusion`'s, so that a
 comparison compares the layer alone.
+
+Data: the paper's pictures are not public; pairs that are: CC3M (``pixparse/cc3m-wds``), ``--data
+'cc3m-wds/cc3m-train-*.tar'``. Our figures: ``--data emoji:64``.
 """
 
 from __future__ import annotations

@@ -165,6 +165,7 @@ class DataRecaption(Verb):
 
         from xfusion.data.recaption import JOURNAL, Asking, endpoint, recaption
         from xfusion.data.sources import open_source
+        from xfusion.generation import refuse_to_read
 
         if self.size < 1 or self.max_tokens < 1 or self.retries < 0:
             raise UsageError("--size and --max-tokens are at least 1, --retries at least 0")
@@ -178,8 +179,7 @@ class DataRecaption(Verb):
             ask = endpoint(self.by, self.model, key=key, retries=self.retries, max_tokens=self.max_tokens)
         else:
             pack = load_model(self.by, device=self.device, trust=self.trust)
-            if "caption" not in pack.capabilities:
-                raise UsageError(f"{self.by} cannot caption: it can {', '.join(sorted(pack.capabilities))}")
+            refuse_to_read(pack)
             name = f"{self.by} {pack.fingerprint}"
 
             def by_pack(picture: Any, prompt: str) -> str:

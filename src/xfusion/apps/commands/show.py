@@ -63,7 +63,7 @@ class Show(Verb):
 
     def _on_shape(self, shape: str) -> Answer:
         from xfusion.backbone import Backbone
-        from xfusion.comparison.cost import flops_of_shape
+        from xfusion.comparison.cost import flops_of_encoder, flops_of_shape
         from xfusion.model import build
         from xfusion.recipes.base import find
 
@@ -78,6 +78,7 @@ class Show(Verb):
             "new_parameters": model.num_new_parameters,
             "tokens_per_picture": math.prod(model.modality.grid(model.modality.sizes[0])),
             "flops_per_sample": flops_of_shape(model),
+            "encoder_flops": flops_of_encoder(recipe.model),
             "memory": activations(model, recipe.stages[-1], base.dtype),
         }
         flops = data["flops_per_sample"]
@@ -90,6 +91,7 @@ class Show(Verb):
                 (f"to {task}", f"{v['forward'] / 1e9:,.1f} GFLOPs forward, {v['training'] / 1e9:,.1f} with backward")
                 for task, v in flops.items()
             ),
+            *([("encoder", f"{n / 1e9:,.2f} GFLOPs more per picture, frozen")] if (n := data["encoder_flops"]) else []),
             *([] if flops else [("FLOPs", "not counted: it learns neither to draw nor to caption")]),
             ("training", _activations(data["memory"])),
         ]

@@ -34,6 +34,8 @@ def chat(asked: requests.Chat, model: Model, limits: Limits, hosts: frozenset[st
     if "image" in asked.modalities:
         if "draw" not in model.capabilities:
             raise requests.incapable(model, "draw")
+        if "text" in asked.modalities and "caption" not in model.capabilities:
+            raise requests.incapable(model, "say words behind a picture")
         requests.trained_side(model)
         given[-1]["content"].append(Image(size=asked.side()))
         if "text" in asked.modalities:
