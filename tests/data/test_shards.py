@@ -175,7 +175,7 @@ def test_broken_parquet_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("hf://datasets/org/name", "streams have no random access.*download first"),
+        ("hf://datasets/org/name", "streams have no random access.*are read as hf:ORG/NAME; download what else"),
         ("https://host/a.tar", "streams have no random access"),
         ("a.tar.gz", "a compressed tar has no random access: unpack it"),
         ("org/name", "hf download org/name --repo-type dataset"),
@@ -290,7 +290,9 @@ def test_a_process_decodes_the_pictures_of_its_own_rows_and_reads_their_row_grou
         groups_read.clear()
         image = ImageModality.Config(patch=4, sizes=(8,)).build()
         settings = ((8,), lambda text: tuple(map(ord, text)), (1,), 2, MixtureConfig(draw=16, caption=8, pack=2), 0)
-        made = Mixture(source, image, *settings, share=lambda rows, rank=rank: slice(rows * rank // 4, rows * (rank + 1) // 4))
+        made = Mixture(
+            source, image, *settings, share=lambda rows, rank=rank: slice(rows * rank // 4, rows * (rank + 1) // 4)
+        )
         made.batches(0)
         decoded.append({index for index, _ in made._tokens})
         groups.append({group for _, group, _ in groups_read})
