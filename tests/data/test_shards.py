@@ -18,9 +18,11 @@ from pyarrow import parquet
 
 from xfusion.data import shards
 from xfusion.data.kept import Kept
+from xfusion.data.mixture import Mixture, MixtureConfig
 from xfusion.data.order import Order
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import check, open_source
+from xfusion.modalities.image import ImageModality
 
 COUNT = 12
 
@@ -173,7 +175,7 @@ def test_broken_parquet_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("hf://datasets/org/name", "streams have no random access.*download first"),
+        ("hf://datasets/org/name", "streams have no random access.*are read as hf:ORG/NAME; download what else"),
         ("https://host/a.tar", "streams have no random access"),
         ("a.tar.gz", "a compressed tar has no random access: unpack it"),
         ("org/name", "hf download org/name --repo-type dataset"),
@@ -276,6 +278,29 @@ def test_what_cannot_be_read_is_tried_again_and_told_to_all_who_wait():
     # The second came while the first waited, or behind it and read by itself.
     assert isinstance(errors[0], OSError) and len(asked) + sum(isinstance(e, OSError) for e in errors) == 3
     assert one("a") == "a" and one("b") == "b" and one("c") == "c" and len(one._known) == 2
+
+
+def test_a_process_decodes_the_pictures_of_its_own_rows_and_reads_their_row_groups_alone(tmp_path, groups_read):
+    """Of four processes; of a step all read every picture once between them."""
+    source = open_source(write_parquet(tmp_path / "a.parquet", range(240), group=3))
+    decoded: list[set[int]] = []
+    groups: list[set[int]] = []
+    for rank in range(4):
+        shards._row_group.clear()
+        groups_read.clear()
+        image = ImageModality.Config(patch=4, sizes=(8,)).build()
+        settings = ((8,), lambda text: tuple(map(ord, text)), (1,), 2, MixtureConfig(draw=16, caption=8, pack=2), 0)
+        made = Mixture(
+            source, image, *settings, share=lambda rows, rank=rank: slice(rows * rank // 4, rows * (rank + 1) // 4)
+        )
+        made.batches(0)
+        decoded.append({index for index, _ in made._tokens})
+        groups.append({group for _, group, _ in groups_read})
+        assert groups[-1] == {source.places[index].group for index in decoded[-1]}
+    wanted = {*Order(source, 0).take("draw", 0, 16), *Order(source, 0).take("caption", 0, 8)}
+    assert set.union(*decoded) == wanted and max(map(len, decoded)) <= 6 < len(wanted)
+    # A step's pictures come from few groups, shuffled: so nearly every process needs nearly every one of them.
+    assert sum(map(len, groups)) > len(set.union(*groups))
 
 
 def test_a_mixture_gives_each_source_its_exact_share(tmp_path):

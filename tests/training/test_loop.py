@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 from contracts.table import Noise, make_base, make_model, model_config, randomise
+from data.test_shards import write_parquet, write_tar
 from rich.console import Console
 from training.runs import StopAt, log, pack_of, plan_of, recipe, same, state_of, told, train
 
@@ -71,6 +72,28 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(straight, bases, tmp_
     assert told(tmp_path) == told(straight[0])
     assert same(pack_of(tmp_path), pack_of(straight[0]))
     assert same(state_of(tmp_path), state_of(straight[0]))
+
+
+def test_a_resumed_run_over_a_weighted_mixture_of_shards_is_the_uninterrupted_one_to_the_bit(
+    bases, tmp_path, monkeypatch
+):
+    """A tar, twice as heavy, and a parquet file, each past the end of its epoch; with as many threads to decode as one likes."""
+    monkeypatch.setenv("XFUSION_CACHE", str(tmp_path / "cache"))
+    tar, rows = write_tar(tmp_path / "a.tar", range(7)), write_parquet(tmp_path / "b.parquet", range(7, 16))
+    base, data = bases["llama"], f"{tar}:weight=2+{rows}"
+    settings = {"source": None, "data": data, "recipe_": recipe(base, steps=9)}
+    train(base, tmp_path / "straight", **settings)
+    with pytest.raises(Interrupted):
+        train(base, tmp_path / "broken off", listener=StopAt(3), decoders=1, **settings)
+    with pytest.raises(Interrupted):
+        train(base, tmp_path / "broken off", resume=True, listener=StopAt(6), **settings)
+    train(base, tmp_path / "broken off", resume=True, decoders=3, **settings)
+    assert len(told(tmp_path / "straight")) == 9
+    assert told(tmp_path / "broken off") == told(tmp_path / "straight")
+    for what in (pack_of, state_of):
+        assert same(what(tmp_path / "broken off"), what(tmp_path / "straight"))
+    with pytest.raises(XFusionError, match="decoders is 0: at least 1 thread decodes"):
+        train(base, tmp_path / "none", decoders=0, **settings)
 
 
 def test_a_resumed_run_reads_the_next_batches(bases, tmp_path, monkeypatch):

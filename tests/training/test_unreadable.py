@@ -5,11 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from data.test_hub_data import hub, rows
 from data.test_shards import png, write_parquet, write_tar
 from training.runs import StopAt, log, pack_of, plan_of, recipe, same, told, train
 from training.test_processes import TOLERANCE, furthest, several
 from training.test_processes import told as told_in
 
+from xfusion.data import shards as readers
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.order import Order
 from xfusion.data.sequence import XFusionError
@@ -18,6 +20,7 @@ from xfusion.training.loop import Interrupted
 
 PLAIN = {"compression": "none", "use_dictionary": False, "write_statistics": False}
 """A parquet file in which a picture's bytes stand as they are, and once."""
+__all__ = ["hub"]
 COUNT, STEPS, FOUND = 48, 7, 3
 """Pictures, steps of a run, and the step that first reads the broken one."""
 
@@ -120,6 +123,26 @@ def test_a_row_group_that_is_gone_takes_its_rows_with_it_one_by_one(bases, tmp_p
     run(bases["llama"], tmp_path / "run", path, allow_bad=0.1, steps=24)
     left_out = {e["example"] for e in log(tmp_path / "run", "left_out")}
     assert left_out == {source.examples[i].id for i in block}
+
+
+def test_a_hub_that_does_not_answer_stops_the_run_with_its_state_and_it_goes_on_to_the_bit(bases, tmp_path, hub):
+    """Nothing is left out, whatever is allowed: it may answer tomorrow."""
+    hub.sets["org/cards"] = ("a" * 40, {"train.parquet": rows(tmp_path, range(COUNT))})
+    base, out = bases["llama"], tmp_path / "run"
+    run(base, tmp_path / "straight", "hf:org/cards")
+
+    def fails(event):
+        if event["event"] == "step" and event["step"] == FOUND:
+            readers._row_group.clear()
+            hub.out_of_order = True
+
+    stopped = rf"cannot be fetched from the hub: .*; training stopped behind step {FOUND + 1}, its state is written"
+    with pytest.raises(XFusionError, match=stopped):
+        run(base, out, "hf:org/cards", allow_bad=0.5, listener=fails)
+    hub.out_of_order = False
+    run(base, out, "hf:org/cards", allow_bad=0.5, resume=True)
+    assert len(told(out)) == STEPS and told(out) == told(tmp_path / "straight")
+    assert same(pack_of(out), pack_of(tmp_path / "straight")) and not log(out, "left_out")
 
 
 def test_data_that_changed_while_a_run_stood_still_is_said(bases, tmp_path, caplog):

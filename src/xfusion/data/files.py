@@ -149,12 +149,15 @@ def check(records: Iterable[Record], special_tokens: tuple[str, ...] = ()) -> No
 def _no_source(path: Path) -> str:
     if not path.exists():
         known = (
-            "'emoji', 'emoji:128', a folder of pictures or sounds, shards (.tar, .parquet), a folder of latents or a"
-            " .jsonl file"
+            "'emoji', 'emoji:128', a folder of pictures or sounds, shards (.tar, .parquet), hf:ORG/NAME, a folder of latents"
+            " or a .jsonl file"
         )
         text = f"{path}: no such folder or file; data is {known}"
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-            text += f"; a data set of the hub is downloaded first: hf download {path} --repo-type dataset --local-dir FOLDER"
+            text += (
+                f"; a data set of the hub is hf:{path}, where it holds parquet files, else it is downloaded first: hf download"
+                f" {path} --repo-type dataset --local-dir FOLDER"
+            )
         return text
     if path.suffix.lower() == ".json":
         return f"{path}: is not read; write one object a line: jq -c '.[]' {path.name} > {path.stem}.jsonl"

@@ -355,10 +355,12 @@ def _walk(
         for hand in pool:  # behind all starts: a hand takes this only when it has imported what it needs
             hand.send((source, config, size, batch, device, threads), waiting[-1])
             hand.send(waiting.pop())
-        while busy := {hand.pipe: hand for hand in pool if hand.task is not None}:
-            for pipe in wait(list(busy)):
-                yield busy[pipe].answer()
-                busy[pipe].send(waiting.pop() if waiting else None)
+        while busy := [hand for hand in pool if hand.task is not None]:
+            ready = wait([hand.pipe for hand in busy])
+            for hand in busy:
+                if hand.pipe in ready:
+                    yield hand.answer()
+                    hand.send(waiting.pop() if waiting else None)
     finally:
         for hand in pool:
             hand.stop()

@@ -6,7 +6,8 @@ step needs no iterator's state, and a resumed run goes on exactly.
 
 - ``.tar``: members of one name are an example: a picture, and its captions in ``.txt`` (one wording a line) or ``.json``;
 - ``.parquet``: one column of pictures (bytes, or a struct that holds ``bytes``), captions in a column of their name;
-- a folder of ``Dataset.save_to_disk``: the same columns.
+- a folder of ``Dataset.save_to_disk``: the same columns;
+- ``hf:ORG/NAME``: parquet files of the hub (`xfusion.data.hub`), whose pictures nobody looks at before a step needs them.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ import os
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from xfusion.backbone import cache_folder
-from xfusion.data import pictures
+from xfusion.data import hub, pictures
 from xfusion.data.files import CAPTION_FIELDS, MAX_LINE, Record, take_captions, utf8
 from xfusion.data.kept import Kept
 from xfusion.data.report import Problem
@@ -64,9 +66,9 @@ class Member:
 
 @dataclass(frozen=True)
 class Cell:
-    """A picture in a parquet file."""
+    """A picture in a parquet file, of this machine or of the hub."""
 
-    path: Path
+    path: Path | str
     group: int
     row: int
     column: str
@@ -94,8 +96,9 @@ class Row:
 KINDS: tuple[type, ...] = (Member, Cell, Row)
 
 
-def find(path: Path) -> list[Path]:
-    """The shards that a path names: a file, all of a folder, or a pattern such as ``shards/{000..099}.tar``; else none.
+def find(path: Path) -> Sequence[Path | str]:
+    """The shards that a path names: a file, all of a folder, a pattern such as ``shards/{000..099}.tar``, those of a data set
+    of the hub (``hf:ORG/NAME``) by their addresses; else none.
 
     Raises:
         XFusionError: a stream or a compressed tar, neither of which has random access.
@@ -103,9 +106,12 @@ def find(path: Path) -> list[Path]:
     text = str(path)
     if text.startswith(tuple(start.replace("//", "/") for start in STREAMS)):  # a Path has single slashes
         raise XFusionError(
-            f"{text}: streams have no random access, on which exact resuming rests: download first (hf download NAME"
-            " --repo-type dataset --local-dir FOLDER) and name the folder, or encode it once: xfusion data encode"
+            f"{text}: streams have no random access, on which exact resuming rests: parquet files of the hub are read as"
+            " hf:ORG/NAME; download what else there is (hf download NAME --repo-type dataset --local-dir FOLDER) and name the"
+            " folder, or encode it once: xfusion data encode"
         )
+    if text.startswith(hub.PREFIX) and not path.exists():
+        return hub.find(text)
     if text.endswith(COMPRESSED):
         raise XFusionError(f"{text}: a compressed tar has no random access: unpack it to a plain .tar first")
     if path.is_file():
@@ -123,20 +129,30 @@ def find(path: Path) -> list[Path]:
     return [shard for one in sorted(found) for shard in find(one)]
 
 
-def read(path: Path, *, decode: bool = True) -> list[Record]:
-    """All examples of a shard, with their pictures checked; out of the index where it is kept."""
-    key = [INDEX_VERSION, str(path.resolve()), decode, *_stamp(path)]
+def read(path: Path | str, *, decode: bool = True) -> list[Record]:
+    """All examples of a shard, with their pictures checked (not those of the hub); out of the index where it is kept."""
+    key = (
+        [INDEX_VERSION, path] if isinstance(path, str) else [INDEX_VERSION, str(path.resolve()), decode, *_stamp(path)]
+    )
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    index = cache_folder() / "shards" / f"{path.stem}-{digest}.jsonl"
+    index = cache_folder() / "shards" / f"{PurePosixPath(path).stem}-{digest}.jsonl"
     if index.is_file():
         with index.open(encoding="utf-8") as file:
             return [_record(json.loads(line), path) for line in file]
-    records = list(_checked(path, decode))
+    records = list(_of_hub(path) if isinstance(path, str) else _checked(path, decode))
     try:
         _write(index, records)
     except OSError as error:
         logger.warning("%s: its index cannot be kept in %s (%s): it is built at every start", path, index.parent, error)
     return records
+
+
+def _of_hub(address: str) -> Iterator[Record]:
+    """Records whose pictures are not looked at: each counts as the same as no other, unless the data says so."""
+    for record in _parquet(address):
+        if record.place is not None:
+            record.content = hashlib.sha256(hub.without_commit(record.origin).encode()).hexdigest()[:16]
+        yield record
 
 
 def _checked(path: Path, decode: bool) -> Iterator[Record]:
@@ -273,16 +289,38 @@ def _take_json(text: str, record: Record) -> None:
 # -------------------------------------------------------------------------------------------- parquet and saved data sets
 
 
-def _parquet(path: Path) -> Iterator[Record]:
-    """A record for each row; a row group that cannot be read is one problem."""
-    import pyarrow
+@contextmanager
+def _opened(path: Path | str) -> Iterator[Any]:
+    """A parquet file, wherever it is."""
     from pyarrow import parquet
 
-    try:
-        file = parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        yield _broken(path, path.name, f"cannot be read as parquet: {_line(error)}")
-        return
+    if isinstance(path, str):
+        with hub.opened(path) as remote, parquet.ParquetFile(remote, pre_buffer=True) as file:
+            yield file
+    else:
+        with parquet.ParquetFile(path) as file:
+            yield file
+
+
+def _parquet(path: Path | str) -> Iterator[Record]:
+    """A record for each row; a row group that cannot be read is one problem."""
+    import pyarrow
+
+    with ExitStack() as closing:
+        try:
+            file = closing.enter_context(_opened(path))
+        except (pyarrow.ArrowException, OSError) as error:
+            yield _broken(path, PurePosixPath(path).name, f"cannot be read as parquet: {_line(error)}")
+            return
+        yield from _row_groups(path, file)
+
+
+def _row_groups(path: Path | str, file: Any) -> Iterator[Record]:
+    import pyarrow
+
+    title = PurePosixPath(path).name
+    # A hub that does not answer is no broken file: that goes through.
+    failures = (pyarrow.ArrowException, OSError) if isinstance(path, Path) else (pyarrow.ArrowException,)
     picture, words = _columns(path, file.schema_arrow)
     number = 0
     for group in range(file.num_row_groups):
@@ -294,13 +332,14 @@ def _parquet(path: Path) -> Iterator[Record]:
             )
         try:
             rows = _rows(file.read_row_group(group, columns=words))
-            _row_group(path, group, picture)
-        except (pyarrow.ArrowException, OSError) as error:
-            yield _broken(path, f"{path.name}#group {group}", f"row group {group} cannot be read: {_line(error)}")
+            if isinstance(path, Path):
+                _row_group(path, group, picture)
+        except failures as error:
+            yield _broken(path, f"{title}#group {group}", f"row group {group} cannot be read: {_line(error)}")
             rows = []
             number += facts.num_rows
         for row, values in enumerate(rows):
-            name = f"{path.name}:{number}"
+            name = f"{title}:{number}"
             yield _of_row(name, f"{path}:{number}", Cell(path, group, row, picture, name), values)
             number += 1
 
@@ -341,7 +380,7 @@ def _of_row(name: str, origin: str, place: Cell | Row, values: dict[str, Any] | 
     return record
 
 
-def _columns(path: Path, schema: Any) -> tuple[str, list[str]]:
+def _columns(path: Path | str, schema: Any) -> tuple[str, list[str]]:
     """The column of pictures, and those of words."""
     import pyarrow
 
@@ -372,10 +411,8 @@ def _picture_bytes(value: Any) -> bytes:
     return content
 
 
-def _read_row_group(path: Path, group: int, column: str) -> Any:
-    from pyarrow import parquet
-
-    with parquet.ParquetFile(path) as file:
+def _read_row_group(path: Path | str, group: int, column: str) -> Any:
+    with _opened(path) as file:
         return file.read_row_group(group, columns=[column]).column(0)
 
 
@@ -402,7 +439,7 @@ def _saved(path: Path, column: str) -> Any:
     return table.cast_column(column, datasets.Image(decode=False)) if is_image else table
 
 
-def _broken(path: Path, identity: str, what: str) -> Record:
+def _broken(path: Path | str, identity: str, what: str) -> Record:
     record = Record(id=identity, origin=str(path), place=None)
     record.complain("broken shard", what)
     return record
@@ -443,7 +480,7 @@ def _line_of(record: Record) -> dict[str, Any]:
     return line
 
 
-def _record(line: dict[str, Any], path: Path) -> Record:
+def _record(line: dict[str, Any], path: Path | str) -> Record:
     place = line.pop("place")
     problems = [Problem(**problem) for problem in line.pop("problems")]
     return Record(**line, place=place and KINDS[place[0]](path=path, **place[1]), problems=problems)

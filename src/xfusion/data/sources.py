@@ -1,8 +1,9 @@
 """Where examples come from: the built-in emoji, a folder of pictures or sounds, a file of JSON lines, shards, encoded latents.
 
 A *spec* names a source: ``emoji``, ``emoji:128``, a folder, a ``.jsonl`` file, shards (`xfusion.data.shards`), a folder of
-latents (`xfusion.data.latents`). A folder that is called ``emoji`` is ``./emoji``, or a `pathlib.Path`. Several are joined
-by ``+``, each with its weight: ``photos:weight=2+emoji:weight=1`` gives two of three samples from photos.
+latents (`xfusion.data.latents`), ``hf:ORG/NAME`` (`xfusion.data.hub`). A folder that is called ``emoji`` is ``./emoji``, or a
+`pathlib.Path`. Several are joined by ``+``, each with its weight: ``photos:weight=2+emoji:weight=1`` gives two of three samples
+from photos.
 
 User data all trains unless the spec ends in a share, ``photos:held=0.1``: then groups are held out by the hash of their
 name, so that adding pictures later moves none across. A group is what the file's field ``group`` says, else all copies

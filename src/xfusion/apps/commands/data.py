@@ -35,7 +35,7 @@ class DataCheck(Verb):
     """
 
     spec: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SPEC")]
-    """emoji, emoji:128, a folder of pictures with captions, a .jsonl file, shards, or a folder of latents."""
+    """emoji, emoji:128, a folder of pictures with captions, a .jsonl file, shards, hf:ORG/NAME, or a folder of latents."""
     sheet: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png")] = None
     """Draw a contact sheet as a model will see the pictures."""
     size: int = 32

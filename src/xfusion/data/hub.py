@@ -1,0 +1,120 @@
+"""Parquet files of the Hugging Face hub, read where they are: ``hf:ORG/NAME[@REVISION][:[CONFIG:]SPLIT]``.
+
+Words are fetched when the source is opened, pictures by row groups when a step needs them; nothing is kept on the disk but
+the index. A revision is pinned to its commit, so that an order goes over the same files until the run names another.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import PurePosixPath
+from typing import Any
+
+from xfusion.data.sequence import XFusionError, first_line
+
+PREFIX, FILES = "hf:", "hf://datasets/"
+"""Of a spec, and of the address of a file."""
+SPEC = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:@([^:]+))?(?::([^:]+?))??(?::([^:]+))?")
+SPLITS = ("train", "validation", "valid", "val", "dev", "test")
+"""Names that a file may have for its split."""
+EXACTLY: dict[str, Any] = {"cache_type": "none"}
+"""The client would fetch five megabytes for every word; Parquet's reader asks for whole columns itself."""
+CONVERTED = "refs/convert/parquet"
+"""Where the hub itself keeps data sets of other forms as parquet files."""
+
+
+def find(spec: str) -> list[str]:
+    """Addresses ``hf://datasets/ORG/NAME@COMMIT/FILE.parquet`` of one split, in the order of their names.
+
+    Raises:
+        XFusionError: the hub does not answer, or has no such data set, revision, configuration or split.
+    """
+    match = SPEC.fullmatch(spec)
+    if match is None:
+        raise XFusionError(f"{spec}: write hf:ORG/NAME, hf:ORG/NAME:SPLIT or hf:ORG/NAME@REVISION:CONFIG:SPLIT")
+    name, revision, config, split = match.groups()
+    with _named(spec):
+        api = _hub().HfApi(endpoint=_hub().constants.ENDPOINT)
+        commit = api.dataset_info(name, revision=revision).sha
+        files = sorted(api.list_repo_files(name, repo_type="dataset", revision=commit))
+    by_config: dict[str, dict[str, list[str]]] = {}
+    for file in files:
+        if file.endswith(".parquet"):
+            own, part = place_of(file)
+            by_config.setdefault(own, {}).setdefault(part, []).append(f"{FILES}{name}@{commit}/{file}")
+    if not by_config:
+        raise XFusionError(
+            f"{spec}: holds no parquet file; if the hub has converted it, name hf:{name}@{CONVERTED}, else download it (hf"
+            f" download {name} --repo-type dataset --local-dir FOLDER)"
+        )
+    splits = _chosen(spec, "configuration", by_config, config, "default")
+    return _chosen(spec, "split", splits, split, "train")
+
+
+def _chosen(spec: str, what: str, there: dict[str, Any], wanted: str | None, usual: str) -> Any:
+    if wanted is None:
+        wanted = next(iter(there)) if len(there) == 1 else usual
+    if wanted not in there:
+        raise XFusionError(
+            f"{spec}: the {what} {wanted!r} is not among {', '.join(there)}: name one, as in hf:ORG/NAME:CONFIG:SPLIT"
+        )
+    return there[wanted]
+
+
+def place_of(file: str) -> tuple[str, str]:
+    """Configuration and split of a file, by the names that the hub's own tools give.
+
+    ``data/train-00000-of-00002.parquet`` -> ``("default", "train")``; ``blue/test/0000.parquet`` -> ``("blue", "test")``.
+    """
+    *folders, stem = PurePosixPath(file).with_suffix("").parts
+    folders = [folder for folder in folders if folder != "data"]
+    if match := re.fullmatch(r"(.+?)-\d{5}-of-\d{5}(?:-\w+)?", stem):
+        split = match[1]
+    elif stem in SPLITS:
+        split = stem
+    else:
+        split = folders.pop() if folders and (folders[-1] in SPLITS or stem.isdecimal()) else "train"
+    return "/".join(folders) or "default", split
+
+
+def without_commit(address: str) -> str:
+    """A file's address as it stays when the data set gets another commit."""
+    return re.sub(r"@[^/]+", "", address, count=1)
+
+
+@contextmanager
+def opened(address: str) -> Iterator[Any]:
+    """A file of the hub; what is read of it is fetched.
+
+    Raises:
+        XFusionError: it cannot be fetched. What the reader of its content raises goes through.
+    """
+    import pyarrow
+
+    try:
+        with _hub().HfFileSystem(endpoint=_hub().constants.ENDPOINT).open(address, "rb", **EXACTLY) as file:
+            yield file
+    except (pyarrow.ArrowException, XFusionError):
+        raise
+    except Exception as error:
+        raise _unanswered(address, error) from error
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the client raises its own, its engine's and the system's
+        raise _unanswered(what, error) from error
+
+
+def _unanswered(what: str, error: Exception) -> XFusionError:
+    return XFusionError(f"{what}: cannot be fetched from the hub: {type(error).__name__}: {first_line(error)[:200]}")
+
+
+def _hub() -> Any:
+    import huggingface_hub
+
+    return huggingface_hub
