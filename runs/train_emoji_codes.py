@@ -118,7 +118,7 @@ class Trained(nn.Module):
     def finished(self) -> Any:
         """The VQModel with its table and the norm of its scores, in half precision."""
         if isinstance(norm := self.scores, nn.BatchNorm2d):
-            last, gain = self.model.quant_conv, norm.weight / (norm.running_var + norm.eps).sqrt()  # type: ignore[operator]
+            last, gain = self.model.quant_conv, norm.weight / (norm.running_var + norm.eps).sqrt()
             last.bias.copy_((last.bias - norm.running_mean) * gain + norm.bias)
             last.weight.mul_(gain[:, None, None, None])
             self.scores = nn.Identity()
