@@ -1,5 +1,5 @@
 """Writes docs/recipes/ from the recipes' docstrings and counted costs, docs/comparison.md from committed comparisons, and the
-tables and plots of docs/speed.md and docs/serving.md from benchmarks/results/.
+tables and plots of docs/speed.md, docs/serving.md and docs/training_log.md from benchmarks/results/.
 
     python docs/pages.py [speed | comparison]
 
@@ -9,6 +9,7 @@ Weights and FLOPs are counted on the embedded base and on shapes of larger ones;
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from importlib import import_module
@@ -503,6 +504,61 @@ def serving_part() -> list[str]:
     return [*origin(found), about, "", *table(found["rows"], (*columns, "first_word_p50", "megabytes_last_third"))]
 
 
+def codecs_part() -> list[str]:
+    """What kinds of codes keep of a picture, and how they use their codes."""
+    found = measured("codecs")
+    if found is None:
+        return ["Not measured yet: `python runs/compare_emoji_codes.py`.", ""]
+    counts = found["pictures"]
+    about = (
+        f"{found['steps']} steps of {found['batch']} pictures at rate {found['rate']:g}, widths {found['channels']},"
+        f" seed {found['seed']}, {found['entries']} codes a level;"
+        f" {counts['train']:,} pictures trained and {counts['held']:,} held out."
+    )
+    head = [
+        "codec",
+        "bits of a picture",
+        "PSNR over all pixels, dB",
+        "over pixels that are not white, dB",
+        "codes used",
+    ]
+    lines = [*origin(found), about, "", f"| {' | '.join([*head, 'perplexity'])} |", "|" + " --- |" * (len(head) + 1)]
+
+    def pair(row: dict[str, Any], show: Any) -> str:
+        return ", ".join(show(row[split]) for split in ("train", "held"))
+
+    for row in found["rows"]:
+        cells = [row["codec"], f"{row['levels'] * row['places'] * math.log2(found['entries']):.0f}"]
+        cells += [pair(row, lambda part, name=name: f"{part[name]:.2f}") for name in ("all_pixels", "non_white")]
+        cells += [pair(row, lambda part: f"{part['codes_used']:.0%}")]
+        cells += [pair(row, lambda part: " + ".join(f"{level:.0f}" for level in part["perplexities"]))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def sound_codes_part() -> list[str]:
+    """What clusters keep of features, and how they are used."""
+    found = measured("sound_codes")
+    if found is None:
+        return ["Not measured yet: `python runs/fit_sound_codes.py`.", ""]
+    columns = ("sounds", "features", "variance explained", "codes used", "perplexity")
+    rows = [
+        {
+            "sounds": part.replace("_", " "),
+            "features": f"{figures['features']:,}",
+            "variance explained": f"{figures['explained']:.3f}",
+            "codes used": f"{figures['codes_used']:.0%}",
+            "perplexity": f"{figures['perplexity']:.1f}",
+        }
+        for part, figures in found["parts"].items()
+    ]
+    about = (
+        f"{found['entries']} clusters, {found['pooled']} features to a code, a window of {found['window']:g} s,"
+        f" seed {found['seed']}."
+    )
+    return [*origin(found), about, "", *table(rows, columns)]
+
+
 PARTS = {
     "speed.md": {
         "bench": bench_part,
@@ -513,6 +569,7 @@ PARTS = {
         "growth": growth_part,
     },
     "serving.md": {"serving": serving_part},
+    "training_log.md": {"codecs": codecs_part, "sound codes": sound_codes_part},
 }
 """What is measured, by page."""
 

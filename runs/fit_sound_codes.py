@@ -3,7 +3,11 @@
     python runs/fit_sound_codes.py digits/train.jsonl -o codes
 
 Every sound's own features are clustered, not those of the silence behind it but for one; what clusters are of (encoder,
-window, features to a code) is written beside them, and a model with other settings refuses them.
+window, features to a code) is written beside them, and a model with other settings refuses them. How much of the variance
+they explain and how many of them are used, of the sounds and of others that no cluster was fitted to, is told and, where
+a file is named, written:
+
+    python runs/fit_sound_codes.py digits/train.jsonl -o codes --held digits/held_speaker.jsonl --result FILE.json
 """
 
 from __future__ import annotations
@@ -12,11 +16,15 @@ import argparse
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from xfusion.comparison.machine import origin
 from xfusion.data.sources import Sounds, open_source
 from xfusion.modalities.audio import resampled
-from xfusion.modalities.codecs.kmeans import KMeans, fit
+from xfusion.modalities.codecs.kmeans import KMeans, explained, fit
+from xfusion.modalities.codecs.vq import code_use, nearest
 from xfusion.modalities.encoders.whisper import Whisper
+from xfusion.storage import write_json
 
 
 def main() -> None:
@@ -28,14 +36,40 @@ def main() -> None:
     parser.add_argument("--pooled", type=int, default=4)
     parser.add_argument("--entries", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--held", nargs="*", default=[], help="other sounds, which only measure the clusters")
+    parser.add_argument("--result", type=Path, help="a JSON file to write the figures to")
     asked = parser.parse_args()
     if asked.out.exists():
         parser.error(f"{asked.out} is there already: name another folder")
-    source = open_source(asked.data)
-    if not isinstance(source, Sounds):
-        parser.error(f"{asked.data} holds no sounds")
+    if len({"train", *(Path(name).stem for name in asked.held)}) <= len(asked.held):
+        parser.error(
+            f"--held {' '.join(asked.held)}: figures go by file names, which must differ from each other and from train"
+        )
+    sources: dict[str, Sounds] = {}
+    for part, name in (("train", asked.data), *((Path(name).stem, name) for name in asked.held)):
+        source = open_source(name)
+        if not isinstance(source, Sounds):
+            parser.error(f"{name} holds no sounds")
+        sources[part] = source
+    begun_on = origin("runs")
     encoder = Whisper.Config(source=asked.encoder, window=asked.window)
     codec = KMeans.Config(source=str(asked.out), encoder=encoder, pooled=asked.pooled).build()
+    features = {part: features_of(source, codec, part) for part, source in sources.items()}
+    codec.clusters, _ = fit(features["train"], asked.entries, seed=asked.seed)
+    codec.save(asked.out)
+    parts = {part: figures_of(x, codec.clusters) for part, x in features.items()}
+    for part, found in parts.items():
+        print(
+            f"{part}: {found['features']} features in {asked.entries} clusters explain {found['explained']:.3f} of the variance;"
+            f" {found['codes_used']:.0%} of the clusters in use, perplexity {found['perplexity']:.1f}"
+        )
+    if asked.result:
+        settings = {"encoder": Path(asked.encoder).name, "window": asked.window, "pooled": asked.pooled}
+        write_json(asked.result, {**begun_on, **settings, "entries": asked.entries, "seed": asked.seed, "parts": parts})
+
+
+def features_of(source: Sounds, codec: KMeans, name: str) -> Tensor:
+    """What is clustered of some sounds, [n, F]."""
     found = []
     for index in range(len(source)):
         samples = resampled(source.sound(index), codec.rate)
@@ -44,13 +78,14 @@ def main() -> None:
         wave[0, : len(samples)] = samples[: wave.shape[1]]
         found.append(codec.means(wave)[0])
         if index % 100 == 99:
-            print(f"{index + 1} of {len(source)} sounds", flush=True)
-    features = torch.cat(found)
-    clusters, error = fit(features, asked.entries, seed=asked.seed)
-    codec.clusters = clusters
-    codec.save(asked.out)
-    variance = (features - features.mean(0)).square().sum(-1).mean().item()
-    print(f"{len(features)} features in {asked.entries} clusters explain {1 - error / variance:.3f} of the variance")
+            print(f"{name}: {index + 1} of {len(source)} sounds", flush=True)
+    return torch.cat(found)
+
+
+def figures_of(x: Tensor, clusters: Tensor) -> dict[str, float]:
+    """How many features there are, the share of their variance that clusters explain, and how the clusters are used."""
+    used, perplexity = code_use(nearest(x, clusters), len(clusters))
+    return {"features": len(x), "explained": explained(x, clusters), "codes_used": used, "perplexity": perplexity}
 
 
 if __name__ == "__main__":

@@ -142,12 +142,17 @@ def loss_of(model: Any, kl_weight: float, images: Tensor, dtype: torch.dtype, do
     return squared + 0.05 * error.abs().mean() + kl_weight * kl, squared.detach()
 
 
-def train(model: Any, images: Tensor, options: Any, loss_of: Loss) -> tuple[int, float, torch.dtype]:
-    """Trains in place; (steps, seconds, the number format that was faster here)."""
+def train(
+    model: Any, images: Tensor, options: Any, loss_of: Loss, steps: int | None = None
+) -> tuple[int, float, torch.dtype]:
+    """Trains in place; (steps, seconds, the number format): a number of steps in float32, or what the minutes allow in the
+    format that is faster here."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.rate, betas=(0.9, 0.99), weight_decay=1e-3)
     start = time.monotonic()
-    dtype, per_step = faster_format(model, images, options.batch, loss_of)
-    steps = max(int((options.minutes * 60 - (time.monotonic() - start)) / per_step), 1)
+    dtype = torch.float32
+    if steps is None:
+        dtype, per_step = faster_format(model, images, options.batch, loss_of)
+        steps = max(int((options.minutes * 60 - (time.monotonic() - start)) / per_step), 1)
     warm_up = min(100, steps // 10 + 1)
     smoothed = None
     with Progress(

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from train_emoji_codec import WRITTEN, console, load, measure, save_sheet, train
 
 from xfusion.data.emoji import Emoji
+from xfusion.modalities.base import Codec
 from xfusion.modalities.codecs.vq import Quantizer, VectorQuantized, code_use, relaxed
 
 
@@ -42,6 +43,8 @@ class Options:
     """The table; a dVAE takes the number of entries alone."""
     minutes: float = 30.0
     """Wall-clock time of training; the number of steps is fixed from the speed of the first ones."""
+    steps: int | None = None
+    """Steps of training in float32, whatever time they take; None goes by the minutes."""
     seed: int = 0
     """Seed of weights, order of pictures, augmentation and relaxation."""
     size: int = 32
@@ -58,6 +61,8 @@ class Options:
     """Weight of a dVAE's divergence from the uniform distribution, per cell."""
     last_temperature: float = 1 / 16
     """Temperature at which a dVAE's relaxation ends; it falls from 1 by a cosine."""
+    score_scale: float = 8.0
+    """Standard deviation over a batch that each of a dVAE's scores begins with, its mean at zero; 0 takes scores as they come."""
 
 
 Done = tuple[int, float, torch.dtype]
@@ -88,8 +93,16 @@ class Trained(nn.Module):
         self.options, self.generator = options, torch.Generator().manual_seed(options.seed)
         # VQModel's own table takes no part in training.
         self.model.quantize.requires_grad_(False)
+        self.scores: nn.Module = nn.Identity()
         if dvae:
             nn.init.eye_(self.model.quantize.embedding.weight)
+        if dvae and options.score_scale:
+            # As they come, scores differ by less than Gumbel's noise (1.3), so that the decoder hears noise and learns to
+            # pass over it, and a few codes whose bias is highest take every place.
+            self.scores = nn.BatchNorm2d(table.entries)
+            nn.init.constant_(self.scores.weight, options.score_scale)
+            nn.init.normal_(self.model.post_quant_conv.weight)  # one column is read at a time, as of an embedding
+            nn.init.zeros_(self.model.post_quant_conv.bias)
 
     def codes(self, images: Tensor, done: float) -> tuple[Tensor, Tensor]:
         """What the decoder reads, and what the codes cost, once a share of training is done."""
@@ -99,11 +112,16 @@ class Trained(nn.Module):
             return vectors, loss
         last = self.options.last_temperature
         temperature = last + (1 - last) * (0.5 + 0.5 * math.cos(math.pi * min(1.0, done / 0.8)))
-        vectors, divergence = relaxed(latents, temperature, self.generator)
+        vectors, divergence = relaxed(self.scores(latents), temperature, self.generator)
         return vectors, self.options.divergence_weight * divergence
 
     def finished(self) -> Any:
-        """The VQModel with its table, in half precision."""
+        """The VQModel with its table and the norm of its scores, in half precision."""
+        if isinstance(norm := self.scores, nn.BatchNorm2d):
+            last, gain = self.model.quant_conv, norm.weight / (norm.running_var + norm.eps).sqrt()
+            last.bias.copy_((last.bias - norm.running_mean) * gain + norm.bias)
+            last.weight.mul_(gain[:, None, None, None])
+            self.scores = nn.Identity()
         if self.quantizer is not None:
             tables = self.quantizer.scaled(self.quantizer.tables, -1)
             self.model.quantize.embedding.weight.copy_(tables.flatten(0, 1))
@@ -127,24 +145,38 @@ def main(options: Options) -> None:
         raise SystemExit(f"{options.out} holds other files; give an empty folder")
     if options.kind == "dvae" and options.table.levels > 1:
         raise SystemExit(f"a dVAE has one level, but --table.levels is {options.table.levels}")
-    torch.manual_seed(options.seed)
     pictures = {split: load(split, options.size) for split in ("train", "held")}
-    trained = Trained(options)
-    done = train(trained, pictures["train"], options, partial(loss_of, trained))
+    trained, done = trained_on(pictures["train"], options)
     temporary = options.out.with_name(options.out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    with torch.no_grad():
-        trained.finished().save_pretrained(temporary)
-    # Everything below measures what a user will load: half-precision weights.
-    finish(options, VectorQuantized.Config(source=str(temporary)).build(), temporary, pictures, done)
+    # What is measured is what a user will load: half-precision weights.
+    finish(options, saved(trained, temporary), temporary, pictures, done)
+
+
+def trained_on(images: Tensor, options: Options) -> tuple[Trained, Done]:
+    """A codec trained on pictures [N, 3, H, W] in [-1, 1]."""
+    torch.manual_seed(options.seed)
+    trained = Trained(options)
+    return trained, train(trained, images, options, partial(loss_of, trained), options.steps)
+
+
+@torch.no_grad()
+def saved(trained: Trained, folder: Path) -> VectorQuantized:
+    """Write a trained codec, and read it as a codec."""
+    trained.finished().save_pretrained(folder)
+    return VectorQuantized.Config(source=str(folder)).build()
+
+
+def figures_of(codec: Codec, images: Tensor) -> dict[str, Any]:
+    """PSNR in dB over all pixels and over those not white, the share of codes used, and their perplexity at each level."""
+    use = [code_use(level, codec.entries) for level in codec.encode(images).unbind(1)]  # tables differ between levels
+    shares, perplexities = zip(*use, strict=True)
+    return measure(codec, images) | {"codes_used": sum(shares) / len(shares), "perplexities": list(perplexities)}
 
 
 def finish(options: Any, codec: Any, temporary: Path, pictures: dict[str, Tensor], done: Done) -> None:
     """Measure a codec of codes that lies in a temporary folder, write its card and samples, and move it into place."""
-    figures: dict[str, dict[str, float]] = {}
-    for split, images in pictures.items():
-        share, perplexity = code_use(codec.encode(images), codec.entries)
-        figures[split] = measure(codec, images) | {"codes_used": share, "perplexity": perplexity}
+    figures = {split: figures_of(codec, images) for split, images in pictures.items()}
     (temporary / "README.md").write_text(card(options, codec, figures, pictures, *done), encoding="utf-8")
     save_sheet(codec, pictures["held"], temporary / "held.png")
     shutil.rmtree(options.out, ignore_errors=True)
@@ -155,7 +187,7 @@ def finish(options: Any, codec: Any, temporary: Path, pictures: dict[str, Tensor
 def card(
     options: Any,
     codec: Any,
-    figures: dict[str, dict[str, float]],
+    figures: dict[str, dict[str, Any]],
     pictures: dict[str, Tensor],
     steps: int,
     seconds: float,
@@ -166,8 +198,9 @@ def card(
     numbers = sum(parameter.numel() for parameter in codec.parameters())
     names = ("all_pixels", "non_white")
     metadata = "".join(f"  {split}_{name}: {part[name]:.2f}\n" for split, part in figures.items() for name in names)
-    flat = {key: value for key, value in vars(options).items() if key != "out" and not is_dataclass(value)}
-    parts = {key: value for key, value in vars(options).items() if is_dataclass(value)}
+    given = {key: value for key, value in vars(options).items() if key != "out" and value is not None}
+    flat = {key: value for key, value in given.items() if not is_dataclass(value)}
+    parts = {key: value for key, value in given.items() if is_dataclass(value)}
     flat |= {f"{key}.{name}": value for key, part in parts.items() for name, value in vars(part).items()}
     settings = " ".join(
         f"--{key.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
@@ -175,7 +208,7 @@ def card(
     )
     rows_of_figures = "\n".join(
         f"| {'trained' if split == 'train' else 'held out'} | {part['all_pixels']:.2f} | {part['non_white']:.2f} |"
-        f" {part['codes_used']:.0%} | {part['perplexity']:.0f} |"
+        f" {part['codes_used']:.0%} | {', '.join(f'{level:.0f}' for level in part['perplexities'])} |"
         for split, part in figures.items()
     )
     return f"""---
@@ -194,7 +227,8 @@ psnr:
 torch {torch.__version__}, diffusers {diffusers.__version__}. Held-out groups of pictures were never trained on.
 
 A {size} px picture is {rows} x {columns} places of {levels} of {codec.entries} codes, or
-{levels * rows * columns * math.log2(codec.entries):.0f} bits. Codes used and perplexity are over all pictures of a split.
+{levels * rows * columns * math.log2(codec.entries):.0f} bits.
+Codes used and each level's perplexity are over all pictures of a split.
 
 | pictures | PSNR over all pixels, dB | over pixels that are not white, dB | codes used | perplexity |
 | --- | --- | --- | --- | --- |

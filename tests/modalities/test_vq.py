@@ -9,6 +9,7 @@ from diffusers.models.autoencoders.vae import VectorQuantizer
 from diffusers.models.autoencoders.vq_model import VQModel
 
 from xfusion.data.sequence import XFusionError
+from xfusion.modalities.codecs.kmeans import explained
 from xfusion.modalities.codecs.vq import Quantizer, VectorQuantized, code_use, looked_up, quantise, relaxed
 from xfusion.modalities.image import ImageModality
 
@@ -139,6 +140,17 @@ def test_gradients_pass_straight_through_and_hold_the_encoder_to_its_entry():
 def test_use_of_codes():
     assert code_use(torch.tensor([0, 1, 2, 3]), 4) == pytest.approx((1.0, 4.0))
     assert code_use(torch.tensor([1.0, 1.0]), 4) == pytest.approx((0.25, 1.0))
+    assert code_use(torch.arange(512).repeat(3).view(3, 1, 16, 32), 512) == pytest.approx((1.0, 512.0))
+    # Shares 1/2, 1/4, 1/4: an entropy of 1.5 bits.
+    assert code_use(torch.tensor([7, 7, 0, 3]), 8) == pytest.approx((3 / 8, 2**1.5))
+
+
+def test_variance_that_clusters_explain():
+    x, clusters = torch.tensor([[0.0], [2.0], [10.0], [12.0]]), torch.tensor([[1.0], [11.0]])
+    assert explained(x, clusters) == pytest.approx(1 - 1 / 26)  # each is 1 off; from their mean, 6: 36, 16, 16, 36
+    assert explained(x, x) == pytest.approx(1)
+    assert explained(x, torch.tensor([[6.0]])) == pytest.approx(0)
+    assert explained(x, torch.tensor([[0.0]])) < 0
 
 
 def test_relaxed_codes_are_gumbels_and_the_divergence_is_from_uniform():

@@ -2,8 +2,10 @@
 
 import io
 import json
+import runpy
 from base64 import b64decode
 from dataclasses import replace
+from pathlib import Path
 
 import numpy
 import pytest
@@ -21,7 +23,9 @@ from xfusion.data.sources import open_source
 from xfusion.evaluation.suites import sounds as sounds_suite
 from xfusion.evaluation.verify import verify
 from xfusion.modalities.audio import resampled
-from xfusion.modalities.codecs.kmeans import fit
+from xfusion.modalities.codecs.kmeans import KMeans, fit
+from xfusion.modalities.codecs.vq import code_use
+from xfusion.modalities.encoders.whisper import Whisper
 from xfusion.model import build
 from xfusion.recipes.base import find
 from xfusion.training.loop import train
@@ -74,6 +78,41 @@ def fit_codes(recipe, tones, folder):
     waves = torch.stack([torch.nn.functional.pad(wave, (0, 12_160)) for wave in heard])
     codec.clusters, _ = fit(codec.means(waves).flatten(0, 1), 6)
     codec.save(folder)
+
+
+def test_clusters_are_measured_on_sounds_that_they_were_not_fitted_to(tones, whisper, tmp_path, monkeypatch, capsys):
+    """High tones are fitted, low ones only measured: figures of these are the equations' of their own features."""
+    for number in range(8):
+        folder = tmp_path / ("fitted" if number % 2 else "low")
+        folder.mkdir(exist_ok=True)
+        for suffix in (".wav", ".txt"):
+            (folder / f"{number}{suffix}").write_bytes((Path(tones) / f"{number}{suffix}").read_bytes())
+
+    def script(*held):
+        command = [tmp_path / "fitted", "-o", tmp_path / "codes", "--encoder", whisper, "--entries", 3, "--held", *held]
+        monkeypatch.setattr("sys.argv", ["fit", *map(str, command), "--result", str(tmp_path / "found.json")])
+        runpy.run_path(str(Path(__file__).parents[2] / "runs" / "fit_sound_codes.py"), run_name="__main__")
+
+    with pytest.raises(SystemExit):
+        script(tmp_path / "train.jsonl")
+    assert "must differ from each other and from train" in capsys.readouterr().err
+    script(tmp_path / "low", tones)
+    said = capsys.readouterr().out
+    found = json.loads((tmp_path / "found.json").read_text())["parts"]
+    assert [part["features"] for part in found.values()] == [16, 16, 32] and list(found)[:2] == ["train", "low"]
+    assert found["train"]["codes_used"] == 1 and 0.5 < found["train"]["explained"] <= 1
+    features = Whisper.Config(source=whisper, window=2.0)
+    codec = KMeans.Config(source=str(tmp_path / "codes"), encoder=features).build()
+    for part, first in (("train", 1), ("low", 0)):
+        heard = [resampled(open_source(tones).sound(i), codec.rate) for i in range(first, 8, 2)]
+        waves = torch.stack(
+            [torch.nn.functional.pad(wave, (0, 1920)) for wave in heard]
+        )  # 2.5 codes of sound, 1.5 of silence
+        x, codes = codec.means(waves).flatten(0, 1), codec.encode(waves).flatten().long()
+        error, variance = (x - codec.clusters[codes]).square().sum(), (x - x.mean(0)).square().sum()
+        assert found[part]["explained"] == pytest.approx(1 - float(error / variance), abs=1e-4)
+        assert found[part]["perplexity"] == pytest.approx(code_use(codes, 3)[1])
+        assert f"explain {found[part]['explained']:.3f} of" in said
 
 
 def test_made_codes_are_judged_by_those_of_trained_recordings(bases, tones, whisper, tmp_path, monkeypatch):

@@ -141,3 +141,14 @@ def fit(x: Tensor, entries: int, *, seed: int = 0, steps: int = 100) -> tuple[Te
         clusters = torch.where(count[:, None] > 0, total / count[:, None].clamp(min=1), clusters)
     error = (x - clusters[nearest(x, clusters)]).square().sum(-1).mean()
     return clusters, error.item()
+
+
+def explained(x: Tensor, clusters: Tensor) -> float:
+    """Share of the variance of features ``[n, F]`` that their clusters ``[K, F]`` account for: 1 where each is its own.
+
+        1 - mean |x - e_k|^2 / mean |x - mean x|^2
+
+    Of features that the clusters were not fitted to it can be below 0.
+    """
+    error = (x - clusters[nearest(x, clusters)]).square().sum(-1).mean()
+    return 1 - (error / (x - x.mean(0)).square().sum(-1).mean()).item()
