@@ -7,9 +7,9 @@ that a place predicts words or codes but never both; codes weigh 7/8 of the loss
 
 Adapted: the paper trains a decoder of 12 billion weights from scratch; here the language model is frozen, with rows in and
 out for codes, and with ``rank`` a low-rank copy of it for picture positions. Words that come before a picture are the
-frozen model's and have no loss; the 1/8 goes to names behind pictures. The tokenizer is the shipped quantiser; `runs/train_emoji_codes.py
---kind dvae` trains the paper's dVAE, which ``codec`` names. Beside a quantiser trained as shortly it used half of its codes
-and kept 0.5 dB less of the pictures (docs/training_log.md, kinds of codes); no run of this recipe has read it yet.
+frozen model's and have no loss; the 1/8 goes to names behind pictures. The tokenizer is the shipped quantiser. The
+paper's dVAE is trained by `runs/train_emoji_codes.py --kind dvae` and named by ``codec``: beside a quantiser trained as
+shortly it used half of its codes and kept 0.5 dB less (docs/training_log.md, kinds of codes). No run has read it yet.
 4 x 4 codes of 512 instead of 32 x 32 of 8192, dense attention instead of row, column and convolutional; guidance, which
 the paper does not have, instead of 512 samples that CLIP ranks. Data and schedule are the recipe `xfusion`'s.
 
