@@ -29,6 +29,9 @@ KIND = "dual encoder"
 PAPER = "arXiv 2103.00020"
 STATUS = "runs"
 
+WARM_UP = 3_200
+"""Pairs over which the rate rises, whatever the batch: runs of equal samples have equal rates at equal samples."""
+
 
 def clip(
     stride: int = 15,
@@ -62,6 +65,11 @@ def clip(
         ),
         data="emoji",
         stages=(
-            Stage(rate=5e-4, schedule="cosine", mixture=MixtureConfig(draw=batch, caption=0, templates=templates)),
+            Stage(
+                rate=5e-4,
+                warmup=max(1, WARM_UP // batch),
+                schedule="cosine",
+                mixture=MixtureConfig(draw=batch, caption=0, templates=templates),
+            ),
         ),
     )
