@@ -1,8 +1,8 @@
-"""Naming behind solved examples: pictures and their names, then a picture to name, all in one prompt (Flamingo's few-shot prompts).
+"""Naming behind solved examples: pictures and their names, then a picture to name, all in one prompt (as Flamingo is asked).
 
-``held_`` scores are on pictures of groups that no training has seen; the solved examples are trained pictures, with fewer of them
-the first of the more. Beside the exact answer stand ``_blind`` (the asked pictures permuted) and ``_misnamed``: each example
-has another picture's name, so that a model which reads its examples does worse.
+``held_`` scores are on pictures of groups that no training has seen; the examples are trained pictures, a few of them the first
+of the more. Beside the exact answer stand ``_blind`` (the answers permuted among the pictures) and ``_misnamed``: each example
+has the name of a picture that is called otherwise, so that a model which reads its examples answers otherwise.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def run(
     held = open_source(held, split="held") if isinstance(held, str) else held
     scored = chosen(held.examples, max_held) if held else []
     if not held or not scored:
-        raise XFusionError(f"{source.spec}: no picture is held out to be named; give a share, as in {source.spec}:held=0.1")
+        raise XFusionError(
+            f"{source.spec}: no picture is held out to be named; give a share, as in {source.spec}:held=0.1"
+        )
     groups, names = {e.group for e in source.examples}, {e.captions[0] for e in source.examples}
     if most < 0 or most > len(groups) or (most and len(names) < 2):
         raise XFusionError(
