@@ -27,6 +27,8 @@ from xfusion.apps.comparison_page import (
     by_share,
     curves,
     dots,
+    numbered,
+    over_numbers,
     scatter,
     standalone,
 )
@@ -157,11 +159,12 @@ def comparison_part(folder: Path) -> list[str]:
         lines += [note.read_text(encoding="utf-8").strip(), ""]
     lines += ["```bash", str(summary["command"]), "```", ""]
     colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(summary["recipes"])}
+    number = numbered(summary["recipes"])
     draws = any(score["score"] == SHOWN[0] for score in summary["scores"])
     shown = SHOWN if draws else SHOWN_NAMING
     for score in (s for s in summary["scores"] if s["score"] in shown and s["share"] == 1):
         file = HERE / "pictures" / f"{folder.name}_{score['score']}.svg"
-        drawn = dots(score, lambda label, colours=colours: colours[label])
+        drawn = dots(score, colours.__getitem__) if number is None else over_numbers(score, *number)
         file.write_text(standalone(drawn), encoding="utf-8")
         lines += [f"**{score['title']}** ({score['better']} is better)", ""]
         lines += [f"![{score['title']}](pictures/{file.name})", ""]
