@@ -217,7 +217,8 @@ def test_recipes_that_a_number_tells_apart_are_points_of_one_line():
     drawn = comparison_page.over_numbers(found, *comparison_page.numbered(labels))
     (line,) = re.findall(r'<polyline[^>]*points="([^"]*)"', drawn)
     (x8, y8), (x32, y32), (x128, y128) = (map(float, point.split(",")) for point in line.split())
-    assert x32 - x8 == pytest.approx(x128 - x32, abs=0.11) and x32 > x8  # by logarithms, whatever the order of the recipes
+    # By logarithms, whatever the order of the recipes.
+    assert x32 - x8 == pytest.approx(x128 - x32, abs=0.11) and x32 > x8
     assert (y8, y32, y128) == (pytest.approx(160, abs=0.1), pytest.approx(110, abs=0.1), 10)  # 1 is at 10 and 0 at 210
     bars = re.findall(r'<line x1="([\d.]+)" x2="([\d.]+)" y1="([\d.]+)" y2="([\d.]+)"[^>]*stroke-width="3"', drawn)
     assert [tuple(map(float, bar)) for bar in bars] == [(x32, x32, 160, 60)]

@@ -104,9 +104,15 @@ def test_names_are_ranked_for_each_picture(pack, how, packs, photos, capsys):
 
 def test_names_are_refused_in_one_line_where_they_cannot_be_ranked(packs, photos, capsys):
     for argv, message in (
-        ((packs / "draws", photos / "0.png", "--names", "tree"), "and this one can only caption, draw, text: leave it out"),
+        (
+            (packs / "draws", photos / "0.png", "--names", "tree"),
+            "and this one can only caption, draw, text: leave it out",
+        ),
         ((packs / "one", photos / "0.png", "--names", "tree", " "), "--names: one of the names is empty"),
-        ((packs / "one", photos / "0.png", "--names", "tree", "--question", "What?"), "leave --question and --size out"),
+        (
+            (packs / "one", photos / "0.png", "--names", "tree", "--question", "What?"),
+            "leave --question and --size out",
+        ),
     ):
         code, said = run(capsys, "caption", *argv)
         assert code == 2 and message in said.err and said.err.count("\n") == 1, (argv, said.err)

@@ -255,7 +255,9 @@ class Caption(Verb):
         names, embeds = list(self.names), "embed" in model.capabilities
         if not embeds and "match" not in model.capabilities:
             able = ", ".join(sorted(model.capabilities))
-            raise UsageError(f"--names: packs that embed or match rank names, and this one can only {able}: leave it out")
+            raise UsageError(
+                f"--names: packs that embed or match rank names, and this one can only {able}: leave it out"
+            )
         begun, rows = time.perf_counter(), []
         near = model.embed(names).T if embeds else None
         with progress(people) as tell:
