@@ -222,6 +222,40 @@ def share_part(summary: dict[str, Any], name: str, folder: str) -> list[str]:
     return [*lines, ""]
 
 
+def few_shot_part(folder: Path) -> list[str]:
+    """A section on naming behind solved examples, from the results of the suite ``few_shot``: a plot, and a table below it."""
+    found = json.loads((folder / "few_shot.json").read_text(encoding="utf-8"))
+    titles = {
+        "": "exact answer",
+        "_misnamed": "the same, each example with another picture's name",
+        "_blind": "pictures permuted",
+    }
+    numbers = sorted(int(match[1]) for key in found if (match := re.fullmatch(r"held_exact_(\d+)_shots", key)))
+    lines = {
+        title: [(n, found[key]) for n in numbers if (key := f"held_exact_{n}_shots{suffix}") in found]
+        for suffix, title in titles.items()
+    }
+    drawn = curves({"recipes": list(lines)}, lines, "solved examples before the picture")
+    file = HERE / "pictures" / f"{folder.name}.svg"
+    file.write_text(standalone(drawn, _named(lines)), encoding="utf-8")
+    rows = [
+        " | ".join([title, *(f"{v:.2f}" if (v := dict(line).get(n)) is not None else "-" for n in numbers)])
+        for title, line in lines.items()
+    ]
+    return [
+        f"## {folder.name}",
+        "",
+        (folder / "README.md").read_text(encoding="utf-8").strip(),
+        "",
+        f"![naming by number of solved examples](pictures/{file.name})",
+        "",
+        f"| {found['settings']['num_held']} unseen pictures, examples: | {' | '.join(map(str, numbers))} |",
+        "| --- " * (1 + len(numbers)) + "|",
+        *(f"| {row} |" for row in rows),
+        "",
+    ]
+
+
 def _beside(score: dict[str, Any]) -> list[str]:
     """What chance, the blind rate and the ceiling of a score are, where they were measured."""
     titles = {"chance": "a random order", "blind": "pictures permuted (mean of all)", "ceiling": "the real picture"}
@@ -459,13 +493,14 @@ def main() -> None:
     text = [
         "# Comparisons",
         "",
-        "Every figure is read from the files in `comparison/`, which `xfusion compare` wrote; `python docs/pages.py` makes",
+        "Every figure is read from the files in `comparison/`, which the commands shown wrote; `python docs/pages.py` makes",
         "this page of them. Dots are runs, bars 95 % intervals; nothing is decided by fewer than five runs. Runs from before",
         "regimes were recorded have verdicts between them (`single_tower` against the others), newer ones differences alone.",
         "`xfusion compare --out comparison/kinds` makes the page of one from its files, with all sample grids: `index.html`",
         "beside them.",
         "",
         *(line for folder in comparisons() for line in comparison_part(folder)),
+        *(line for file in sorted(RESULTS.glob("*/few_shot.json")) for line in few_shot_part(file.parent)),
     ]
     (HERE / "comparison.md").write_text("\n".join(text), encoding="utf-8")
     print("docs/comparison.md")

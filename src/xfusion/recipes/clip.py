@@ -7,8 +7,11 @@ Faithful: linear projections without non-linearity, cosines times a learned scal
 
 Adapted: the text tower is the language model and frozen, the paper trains its own; the picture tower is a matrix and copied
 blocks over the mean feature of a frozen EfficientNet-Lite0, the paper trains a ViT on pixels; batches of 64 instead of 32,768,
-in which pictures of one group and equal captions are no negatives. Names are wordings of the picture alone: for zero-shot
-naming no template stands around them.
+in which pictures of one group and equal captions are no negatives.
+
+Zero-shot naming, any names, the nearest first: ``xfusion caption PACK photo.jpg --names shirt boot "a red hat"``, or in Python
+``model.embed([picture]) @ model.embed(["shirt", "boot", "a red hat"]).T``. Names are wordings of the picture alone in training, so
+no template ("a photo of a ...") stands around them.
 """
 
 from __future__ import annotations
