@@ -162,10 +162,10 @@ def _plots(summary: dict[str, Any]) -> str:
     def paint(label: str) -> str:
         return _colour(summary, label)
 
-    def drawn(score: dict[str, Any]) -> str:
+    def plotted(score: dict[str, Any]) -> str:
         return dots(score, paint) if numbers is None else over_numbers(score, *numbers)
 
-    cards = "".join(f'<div class="card"><h3>{text(s["title"])}</h3>{drawn(s)}</div>' for s in shown)
+    cards = "".join(f'<div class="card"><h3>{text(s["title"])}</h3>{plotted(s)}</div>' for s in shown)
     out = f"""<section><h2>Every run, mean and interval</h2><p>Small dots are runs, the large dot their mean, the bar its
 95 % interval (from {FEWEST_RUNS} runs on). Dashed lines: chance, blind rate and ceiling.</p>
 <div class="plots">{cards}</div></section>"""

@@ -110,5 +110,5 @@ def _solved(source: Source, count: int, seed: str) -> list[tuple[int, str, str]]
     return list(found.values())
 
 
-def _permuted(answers: Sequence[str], wordings: Sequence[Sequence[str]]) -> Callable[[Tensor], float]:
+def _permuted(answers: list[str], wordings: Sequence[Sequence[str]]) -> Callable[[Tensor], float]:
     return lambda order: captions.exact_match([answers[i] for i in order.tolist()], wordings)
