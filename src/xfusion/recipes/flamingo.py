@@ -13,6 +13,11 @@ words that see a picture, so that text alone stays bit-equal after training, whi
 to the next picture instead of the last (half of the paper's samples), because nothing later may change what came before;
 [EOI], a trained row, in the place of the tag and of the end of chunk; one data set; gates begin open (``gate=0`` closes them,
 as in the paper).
+
+Few-shot prompts: samples hold one picture unless ``--stages.0.mixture.shots 4`` puts four solved examples before each, of which
+all answers are learned, as the paper learns all text of a page. A prompt then alternates too,
+``model.generate([a, "shirt", b, "shoes", c, "What is this?"])``. Trained so on photographs of ten kinds, examples changed nothing:
+[few_shot](../comparison.md#few_shot).
 """
 
 from __future__ import annotations
