@@ -30,6 +30,8 @@ from xfusion.apps.comparison_page import (
     by_share,
     curves,
     dots,
+    numbered,
+    over_numbers,
     scatter,
     standalone,
 )
@@ -207,6 +209,7 @@ def comparison_page() -> str:
         *overview(folders),
         *contents(folders),
         *(line for folder in folders for line in comparison_part(folder)),
+        *(line for file in sorted(RESULTS.glob("*/few_shot.json")) for line in few_shot_part(file.parent)),
     ]
     return "\n".join(text)
 
@@ -220,7 +223,9 @@ def score_part(summary: dict[str, Any], score: dict[str, Any]) -> list[str]:
     """A score of all recipes: plot, table, and what stands beside it."""
     colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(summary["recipes"])}
     file = HERE / "pictures" / f"{summary['name']}_{score['score']}.svg"
-    file.write_text(standalone(dots(score, lambda label: colours[label])), encoding="utf-8")
+    number = numbered(summary["recipes"])
+    drawn = dots(score, colours.__getitem__) if number is None else over_numbers(score, *number)
+    file.write_text(standalone(drawn), encoding="utf-8")
     lines = [f"**{score['title']}** ({score['better']} is better)", ""]
     lines += [f"![{score['title']}](pictures/{file.name})", ""]
     lines += [f"| recipe | mean | 95 % interval | paired difference to {summary['first']} | verdict |"]
@@ -270,6 +275,40 @@ def share_part(summary: dict[str, Any], name: str, folder: str) -> list[str]:
         rows = [row for row in each["rows"] if row["recipe"] in found]
         lines += [_row(row).replace(f"| {row['recipe']} |", f"| {row['recipe']}{share}", 1) for row in rows]
     return [*lines, ""]
+
+
+def few_shot_part(folder: Path) -> list[str]:
+    """A section on naming behind solved examples, from the results of the suite ``few_shot``: a plot, and a table below it."""
+    found = json.loads((folder / "few_shot.json").read_text(encoding="utf-8"))
+    titles = {
+        "": "exact answer",
+        "_misnamed": "the same, each example with another picture's name",
+        "_blind": "pictures permuted",
+    }
+    numbers = sorted(int(match[1]) for key in found if (match := re.fullmatch(r"held_exact_(\d+)_shots", key)))
+    lines = {
+        title: [(n, found[key]) for n in numbers if (key := f"held_exact_{n}_shots{suffix}") in found]
+        for suffix, title in titles.items()
+    }
+    drawn = curves({"recipes": list(lines)}, lines, "solved examples before the picture")
+    file = HERE / "pictures" / f"{folder.name}.svg"
+    file.write_text(standalone(drawn, _named(lines)), encoding="utf-8")
+    rows = [
+        " | ".join([title, *(f"{v:.2f}" if (v := dict(line).get(n)) is not None else "-" for n in numbers)])
+        for title, line in lines.items()
+    ]
+    return [
+        f"## {folder.name}",
+        "",
+        (folder / "README.md").read_text(encoding="utf-8").strip(),
+        "",
+        f"![naming by number of solved examples](pictures/{file.name})",
+        "",
+        f"| {found['settings']['num_held']} unseen pictures, examples: | {' | '.join(map(str, numbers))} |",
+        "| --- " * (1 + len(numbers)) + "|",
+        *(f"| {row} |" for row in rows),
+        "",
+    ]
 
 
 def _beside(score: dict[str, Any]) -> list[str]:

@@ -204,6 +204,27 @@ def test_dots_stand_where_their_values_are():
     assert (float(bar[1]), float(bar[2])) == (pytest.approx(259, abs=0.06), pytest.approx(329.5, abs=0.06))
 
 
+def test_recipes_that_a_number_tells_apart_are_points_of_one_line():
+    labels = ["batch_32", "batch_8", "batch_128"]
+    assert comparison_page.numbered(labels) == ("batch", {"batch_32": 32, "batch_8": 8, "batch_128": 128})
+    assert comparison_page.numbered(["rate_0.5", "rate_1", "rate_2.5"])[1]["rate_2.5"] == 2.5
+    for others in (labels[:2], [*labels, "xfusion"], [*labels, "rate_3"], [*labels, "batch_0"]):
+        assert comparison_page.numbered(others) is None
+    found = score(0.0, 1.0, chance=0.5)
+    (row,) = found["rows"]
+    found["rows"] = [row | {"recipe": name, "mean": mean} for name, mean in zip(labels, (0.5, 0.25, 1.0), strict=True)]
+    found["rows"][0]["interval"] = [0.25, 0.75]
+    drawn = comparison_page.over_numbers(found, *comparison_page.numbered(labels))
+    (line,) = re.findall(r'<polyline[^>]*points="([^"]*)"', drawn)
+    (x8, y8), (x32, y32), (x128, y128) = (map(float, point.split(",")) for point in line.split())
+    # By logarithms, whatever the order of the recipes.
+    assert x32 - x8 == pytest.approx(x128 - x32, abs=0.11) and x32 > x8
+    assert (y8, y32, y128) == (pytest.approx(160, abs=0.1), pytest.approx(110, abs=0.1), 10)  # 1 is at 10 and 0 at 210
+    bars = re.findall(r'<line x1="([\d.]+)" x2="([\d.]+)" y1="([\d.]+)" y2="([\d.]+)"[^>]*stroke-width="3"', drawn)
+    assert [tuple(map(float, bar)) for bar in bars] == [(x32, x32, 160, 60)]
+    assert drawn.count('r="2.8"') == 6 and all(f">{n}</text>" in drawn for n in (8, 32, 128, "batch", "chance"))
+
+
 def test_shares_of_a_folder_are_means_and_bars_begin_at_zero(tmp_path):
     for name, value in (("a", 0.2), ("b", -0.4)):
         found = {"share_layer5_word": value, "share_layer15_begin_of_picture": 0.5, "settings": {}}

@@ -1,4 +1,4 @@
-"""`xfusion index` and `xfusion search` as a user calls them."""
+"""`xfusion index`, `xfusion search` and `xfusion caption --names` as a user calls them."""
 
 import json
 from dataclasses import replace
@@ -12,17 +12,19 @@ from xfusion.backbone import Backbone
 from xfusion.model import Model
 from xfusion.objectives.base import NoObjective
 from xfusion.objectives.contrastive import Contrastive
+from xfusion.objectives.masked_words import MaskedWords
 from xfusion.objectives.next_token import NextToken
 
 
 @pytest.fixture(scope="module")
 def packs(tmp_path_factory):
-    """Two packs that can embed, and one that cannot."""
+    """Two packs that can embed, one that matches, and one that does neither."""
     folder = tmp_path_factory.mktemp("packs")
     base = Backbone.load(str(make_base("llama", folder / "base")))
     plain = model_config(base)
     reads = replace(plain, text=NextToken.Config(weight=0.0), media=NoObjective.Config(), extra=(Contrastive.Config(),))
-    for name, config, seed in (("one", reads, 1), ("other", reads, 2), ("draws", plain, 0)):
+    tells = replace(reads, extra=(MaskedWords.Config(),))
+    for name, config, seed in (("one", reads, 1), ("other", reads, 2), ("tells", tells, 1), ("draws", plain, 0)):
         model = Model(config, base)
         randomise(model, seed)
         model.eval().save_pretrained(folder / name)
@@ -77,4 +79,40 @@ def test_what_cannot_be_is_refused_in_one_line(packs, photos, tmp_path, capsys):
         (("search", index, "tree", "-n", 0), "-n 0: at least 1"),
     ):
         code, said = run(capsys, *argv)
+        assert code == 2 and message in said.err and said.err.count("\n") == 1, (argv, said.err)
+
+
+@pytest.mark.parametrize(("pack", "how"), [("one", "cosine"), ("tells", "probability")])
+def test_names_are_ranked_for_each_picture(pack, how, packs, photos, capsys):
+    names, files = ["a red apple", "tree", "house"], [photos / "0.png", photos / "3.png"]
+    code, said = run(capsys, "caption", packs / pack, *files, "--names", *names, "--json")
+    assert code == 0
+    import xfusion
+
+    model = xfusion.load(packs / pack)
+    for file, item in zip(files, json.loads(said.out)["named"], strict=True):
+        picture = Noise().picture(int(file.stem), 32)
+        wanted = model.match(picture, names) if how == "probability" else model.embed(names) @ model.embed([picture])[0]
+        assert item["image"] == str(file) and [set(one) for one in item["names"]] == [{"name", how}] * 3
+        scores = [one[how] for one in item["names"]]
+        assert scores == sorted(scores, reverse=True)
+        found = {one["name"]: one[how] for one in item["names"]}
+        assert [found[name] for name in names] == pytest.approx([float(x) for x in wanted], abs=1e-3)
+    first = json.loads(said.out)["named"][0]["names"][0]
+    assert f"0.png: {first['name']} {first[how]:.3f}, " in said.err
+
+
+def test_names_are_refused_in_one_line_where_they_cannot_be_ranked(packs, photos, capsys):
+    for argv, message in (
+        (
+            (packs / "draws", photos / "0.png", "--names", "tree"),
+            "and this one can only caption, draw, text: leave it out",
+        ),
+        ((packs / "one", photos / "0.png", "--names", "tree", " "), "--names: one of the names is empty"),
+        (
+            (packs / "one", photos / "0.png", "--names", "tree", "--question", "What?"),
+            "leave --question and --size out",
+        ),
+    ):
+        code, said = run(capsys, "caption", *argv)
         assert code == 2 and message in said.err and said.err.count("\n") == 1, (argv, said.err)

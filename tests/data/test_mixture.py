@@ -255,3 +255,86 @@ def test_looking_at_lengths_opens_no_picture_and_a_share_opens_its_own():
         assert torch.equal(tokens[0][:rows], tokens[1][:rows])
         assert not tokens[0][rows:].any() and tokens[1][rows:].any()
     assert 0 < len(own.opened) <= 8
+
+
+def twins(count=8):
+    """Pictures two of which are always of one group."""
+    source = Squares(count)
+    source.examples = tuple(
+        Example(id=e.id, captions=(f"name {e.id}",), group=str(int(e.id) // 2), origin=e.id) for e in source.examples
+    )
+    return source
+
+
+def indices(sequence):
+    return [s.index for s in sequence.segments if isinstance(s, Media)]
+
+
+def test_shots_are_pictures_with_their_answers_before_what_stood_there_without_them():
+    plain, solved = mixture(twins(), draw=4, caption=8), mixture(twins(), draw=4, caption=8, shots=3)
+    for step in range(30):
+        assert [indices(s) for s in plain.drawings(step)] == [indices(s) for s in solved.drawings(step)]
+        for alone, sequence in zip(plain.captionings(step), solved.captionings(step), strict=True):
+            *before, picture = sequence.segments[:7]
+            assert (picture.index, *sequence.segments[7:]) == (indices(alone)[0], *alone.segments[1:])
+            for shown, answer in zip(before[::2], before[1::2], strict=True):
+                assert shown.state == "clean" and not shown.has_loss
+                assert answer == Text(ids=(*encode(f"name {shown.index}"), END), has_loss=True, unread_end=True)
+            groups = [i // 2 for i in indices(sequence)]
+            assert len(set(groups)) == 4  # neither a twin of the asked picture nor of another shot
+    used = Counter(i for step in range(30) for s in solved.captionings(step) for i in indices(s)[:-1])
+    assert set(used) == set(range(8)) and max(used.values()) < 2 * min(used.values())
+
+
+def test_shots_are_a_pure_function_of_seed_and_step():
+    one, other = (mixture(twins(40), shots=2) for _ in range(2))
+    for step in (0, 1, 2):
+        one.batches(step)
+    for step in (31, 3, 0):
+        assert all(torch.equal(a, b) for a, b in zip(flat(one.batches(step)), flat(other.batches(step)), strict=True))
+    assert [indices(s) for s in one.captionings(3)] != [
+        indices(s) for s in mixture(twins(40), 1, shots=2).captionings(3)
+    ]
+    assert len({tuple(indices(s)[:2]) for step in range(10) for s in one.captionings(step)}) > 30
+
+
+def test_all_answers_behind_shots_are_learned_and_their_ends_are_not_read():
+    m = mixture(twins(), draw=0, caption=2, pack=1, shots=2, templates=Templates(question_share=1.0))
+    (batch,) = m.batches(0)
+    for sequence, ids, labels in zip(m.captionings(0), batch.text_ids.tolist(), batch.labels.tolist(), strict=True):
+        said = [encode(f"name {i}") for i in indices(sequence)]
+        question = sequence.segments[-2].ids
+        # [EOI] and all letters but the last each say the next one, and the last says the end.
+        shot = [[*answer, END] for answer in said]
+        read = [END_OF_MEDIA, *said[0], END_OF_MEDIA, *said[1], END_OF_MEDIA, *question, *said[2]]
+        wanted = [*shot[0], *shot[1], *[IGNORE] * len(question), *shot[2]]
+        assert ids[: len(read)] == read and not any(ids[len(read) :])
+        assert labels == wanted + [IGNORE] * (len(ids) - len(read))
+    assert END not in batch.text_ids and int((batch.labels == END).sum()) == 6
+
+
+def test_shapes_stay_fixed_with_shots_of_several_sizes():
+    m = mixture(Squares(20), sizes=(24, 8), draw=0, caption=4, pack=2, shots=2)
+    shapes = set()
+    for step in range(20):
+        (batch,) = m.batches(step)
+        media = batch.media["image"]
+        shapes.add(tuple(media.tokens.shape))
+        found = [int((media.item == n).sum()) for n in range(len(media.noised))]
+        assert Counter(found) == {4: 6, 36: 6} and batch.num_sequences == 4
+        for sequence in m.captionings(step):  # the pictures of a sample are of one size
+            assert len({s.size for s in sequence.segments if isinstance(s, Media)}) == 1
+    assert shapes == {(2, 126, 48)}  # two samples of 3 x 37 and of 3 x 5 positions: both sizes in each row
+    assert m.largest()[0].media["image"].tokens.shape == (2, 126, 48)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"shots": -1}, "shots -1: 0, or how many"),
+        ({"source": twins(6), "shots": 3}, "squares: 3 shots and the picture .* there are 3: take fewer shots"),
+    ],
+)
+def test_impossible_shots_are_refused(settings, message):
+    with pytest.raises(XFusionError, match=message):
+        mixture(**settings)

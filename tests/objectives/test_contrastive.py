@@ -248,3 +248,10 @@ def test_a_loss_over_a_batch_is_not_accumulated(bases, tmp_path):
         match=r"stage 0 accumulates 2 batches, but the loss contrastive compares .* set --stages.0.accumulate 1 ",
     ):
         train(recipe, out=tmp_path / "run", source=Noise(), backbone=bases["llama"], compile=False)
+
+
+def test_pairs_of_a_picture_and_its_words_have_no_shots(bases, tmp_path):
+    mixture = MixtureConfig(draw=6, caption=2, pack=2, shots=1, templates=TEMPLATES)
+    recipe = Recipe(model=make(bases["llama"]).config, data="noise", stages=(Stage(steps=1, mixture=mixture),))
+    with pytest.raises(XFusionError, match=r"the loss contrastive sets each picture .* stage 0 puts 1 solved examples"):
+        train(recipe, out=tmp_path / "run", source=Noise(), backbone=bases["llama"], compile=False)

@@ -117,3 +117,12 @@ def test_more_samples_need_more(bases):
         activation_memory(model, Stage(mixture=MixtureConfig(draw=n, caption=0)), torch.float32) for n in (8, 16)
     )
     assert large == pytest.approx(2 * small, rel=0.05)
+
+
+def test_solved_examples_need_what_as_many_samples_would(bases):
+    model = make_model(bases["llama"])
+    alone, solved, more = (
+        activation_memory(model, Stage(mixture=MixtureConfig(draw=0, pack=1, **mixture)), torch.float32)
+        for mixture in ({"caption": 4}, {"caption": 4, "shots": 2}, {"caption": 12})
+    )
+    assert solved > 2.5 * alone and 0.9 * more < solved < 1.5 * more

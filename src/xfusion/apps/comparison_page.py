@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -156,12 +157,15 @@ def _at(summary: dict[str, Any], share: float) -> list[dict[str, Any]]:
 
 
 def _plots(summary: dict[str, Any]) -> str:
-    shown = _at(summary, summary["shares"][0])
+    shown, numbers = _at(summary, summary["shares"][0]), numbered(summary["recipes"])
 
     def paint(label: str) -> str:
         return _colour(summary, label)
 
-    cards = "".join(f'<div class="card"><h3>{text(s["title"])}</h3>{dots(s, paint)}</div>' for s in shown)
+    def plotted(score: dict[str, Any]) -> str:
+        return dots(score, paint) if numbers is None else over_numbers(score, *numbers)
+
+    cards = "".join(f'<div class="card"><h3>{text(s["title"])}</h3>{plotted(s)}</div>' for s in shown)
     out = f"""<section><h2>Every run, mean and interval</h2><p>Small dots are runs, the large dot their mean, the bar its
 95 % interval (from {FEWEST_RUNS} runs on). Dashed lines: chance, blind rate and ceiling.</p>
 <div class="plots">{cards}</div></section>"""
@@ -225,6 +229,62 @@ def dots(score: dict[str, Any], colour: Callable[[str], str]) -> str:
         parts.append(f'<circle cx="{x(row["mean"]):.1f}" cy="{y}" r="5.5" fill="{paint}"/>')
     said = "; ".join(f"{row['recipe']} {row['mean']:.3g}" for row in rows)
     return _svg(width, height, f"{score['title']}: {said}", parts)
+
+
+def numbered(labels: Sequence[str]) -> tuple[str, dict[str, float]] | None:
+    """What one number tells recipes apart that are called after it, and each one's: ``batch_8``, ``batch_16`` -> ``batch``.
+
+    None where there are fewer than three, where one is called otherwise, or a number is not above 0.
+    """
+    found = [re.fullmatch(r"(\w+?)_(\d+(?:\.\d+)?)", label) for label in labels]
+    if len(labels) < 3 or not all(found) or len({match[1] for match in found if match}) > 1:
+        return None
+    numbers = {label: float(match[2]) for label, match in zip(labels, found, strict=True) if match}
+    return (found[0][1], numbers) if found[0] and min(numbers.values()) > 0 else None
+
+
+def over_numbers(score: dict[str, Any], along: str, numbers: Mapping[str, float]) -> str:
+    """One score as a line through the means of recipes that one number tells apart, with every run and the intervals.
+
+    Args:
+        score: an entry of ``summary["scores"]``.
+        along: what the number is.
+        numbers: recipe -> its number, above 0; they are spread by their logarithms.
+    """
+    rows = sorted((r for r in score["rows"] if r["mean"] is not None), key=lambda row: numbers[row["recipe"]])
+    places = {row["recipe"]: math.log10(numbers[row["recipe"]]) for row in rows}
+    beside = {kind: score[kind] for kind in ("chance", "blind", "ceiling") if kind in score}
+    values = [v for row in rows for v in (*row["values"].values(), *(row["interval"] or ()))]
+    width, height, paint = 420, 250, COLOURS[0]
+    x, y, parts = _axes(
+        width,
+        height,
+        along,
+        list(places.values()),
+        [*values, *beside.values()],
+        lambda tick: "",
+        lambda tick: f"{tick:g}",
+    )
+    for kind, value in beside.items():
+        at = y(value)
+        parts.append(f'<line class="beside" x1="{LEFT}" x2="{width - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(f'<text class="end" x="{width - RIGHT}" y="{at - 3:.1f}" text-anchor="end">{kind}</text>')
+    path = " ".join(f"{x(places[row['recipe']]):.1f},{y(row['mean']):.1f}" for row in rows)
+    parts.append(f'<polyline class="curve" stroke="{paint}" points="{path}"/>')
+    for row in rows:
+        at, label = x(places[row["recipe"]]), f"{numbers[row['recipe']]:g}"
+        parts.append(f'<text class="end" x="{at:.1f}" y="{height - BOTTOM + 16}" text-anchor="middle">{label}</text>')
+        if row["interval"]:
+            low, high = (y(v) for v in row["interval"])
+            parts.append(
+                f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{low:.1f}" y2="{high:.1f}" stroke="{paint}" stroke-width="3"/>'
+            )
+        for k, value in enumerate(row["values"].values()):
+            aside = at + (-6 if k % 2 else 6)
+            parts.append(f'<circle cx="{aside:.1f}" cy="{y(value):.1f}" r="2.8" fill="{paint}" opacity=".6"/>')
+        parts.append(f'<circle cx="{at:.1f}" cy="{y(row["mean"]):.1f}" r="5.5" fill="{paint}"/>')
+    said = "; ".join(f"{numbers[row['recipe']]:g} {row['mean']:.3g}" for row in rows)
+    return _svg(width, height, f"{score['title']} by {along}: {said}", parts)
 
 
 def bars(groups: Mapping[str, Mapping[str, float]], along: str) -> str:

@@ -241,7 +241,9 @@ def activation_memory(
         for task, made in _samples(shape).items():
             count, per_row = rows[task]
             if count and task in shape.capabilities:
-                batch = pack([[made(words)] * per_row] * count).to("meta")
+                before = mixture.shots if task == "caption" else 0
+                sample = Sample(segments=made(words).segments * (1 + before))
+                batch = pack([[sample] * per_row] * count).to("meta")
                 with LiveBytes() as live:
                     _loss(shape, batch, task).backward()
                 most = max(most, live.most)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import sys
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterator
@@ -55,6 +56,9 @@ class MixtureConfig:
     pack: int = 4
     """Captioning sequences packed into one row; with pictures of several sizes a row has room for so many of the
     largest, and holds more of the others."""
+    shots: int = 0
+    """Solved examples, pictures with their answers, before the picture of every captioning sample (Flamingo's interleaved
+    prompts). All answers are learned, so that fewer examples will do as well; no two pictures are of one group."""
     largest_noise: float = 0.0
     """Noise levels of pictures in captioning samples go from 0 to this; 0 keeps them clean, as the paper finds best.
     Noised ones also carry the media loss (Transfusion caps at 0.5)."""
@@ -103,6 +107,8 @@ class Mixture:
             raise XFusionError(f"caption {config.caption} is not a multiple of pack {config.pack}: choose one that is")
         if not 0 <= config.largest_noise <= 1:
             raise XFusionError(f"largest_noise {config.largest_noise:g} is not within 0 and 1, the clean and the noise")
+        if config.shots < 0:
+            raise XFusionError(f"shots {config.shots}: 0, or how many solved examples stand before a picture")
         if config.draw + config.caption == 0:
             raise XFusionError("draw and caption are both 0: there is nothing to learn")
         self.source, self.image, self.sizes, self.config, self.seed = source, image, sizes, config, seed
@@ -117,6 +123,11 @@ class Mixture:
         self._pool = ThreadPoolExecutor(max_workers=decoders or default_decoders(), thread_name_prefix="decode")
         numbers: dict[str, int] = {}
         self._groups = [numbers.setdefault(example.group, len(numbers)) for example in source.examples]
+        if config.caption and config.shots >= len(numbers):
+            raise XFusionError(
+                f"{source.spec}: {config.shots} shots and the picture behind them are of as many groups, but there are"
+                f" {len(numbers)}: take fewer shots or more pictures"
+            )
 
     def tokens(self, index: int, size: int) -> Tensor:
         """Tokens ``[M, P]`` of a picture in a size, encoded once."""
@@ -231,16 +242,34 @@ class Mixture:
         )
         question = self.config.templates.question
         return [
-            captioning(self.ids, self.end, self.shown(i, size), examples[i].captions[0], question(rng), self.begin)
-            for i, size in self._chosen("caption", step, count)
+            captioning(
+                self.ids,
+                self.end,
+                self.shown(i, size),
+                examples[i].captions[0],
+                question(rng),
+                self.begin,
+                [(self.shown(j, size), examples[j].captions[0]) for j in self._shots(i, step * count + place)],
+            )
+            for place, (i, size) in enumerate(self._chosen("caption", step, count))
         ]
+
+    def _shots(self, asked: int, place: int) -> list[int]:
+        """Solved examples before a captioning sample: the next of an order of their own whose groups are all different."""
+        groups, found = {self._groups[asked]}, list[int]()
+        following = map(self._standing, self.order.take("shots", place * self.config.shots, sys.maxsize))
+        while len(found) < self.config.shots:
+            if self._groups[one := next(following)] not in groups:
+                groups.add(self._groups[one])
+                found.append(one)
+        return found
 
     def _rows(self, drawings: list[Sequence], captionings: list[Sequence]) -> tuple[list[list[Sequence]], ...]:
         """Rows of both tasks: each drawing for itself in the order of the samples, unless smaller ones share a row."""
         alone = len(self.sizes) == 1
         return (
             [[s] for s in drawings] if alone else balance(drawings, self._room),
-            balance(captionings, self.config.pack * self._room),
+            balance(captionings, self.config.pack * (1 + self.config.shots) * self._room),
         )
 
     @cached_property
@@ -279,7 +308,16 @@ class Mixture:
         question = max(templates.questions, key=len) if templates.question_share else ""
         draw = {s: drawing(self.ids, self.begin, words, self.drawn(drawn, s)) for s in self.sizes}
         caption = {
-            s: captioning(self.ids, self.end, self.shown(named, s), answer, question, self.begin) for s in self.sizes
+            s: captioning(
+                self.ids,
+                self.end,
+                self.shown(named, s),
+                answer,
+                question,
+                self.begin,
+                [(self.shown(named, s), answer)] * self.config.shots,
+            )
+            for s in self.sizes
         }
         return self._packed(
             [draw[s] for s in self._sizes("draw", 0, self.config.draw)],

@@ -13,15 +13,19 @@ _Table = list[tuple[int, int, int, int, bool, bool, bool]]
 
 
 def text_length(sequence: Sequence) -> int:
-    """Text positions of a sequence, [EOI] included, the last token of an answer (only ever a label) not."""
-    total = 0
+    """Text positions of a sequence, [EOI] included, the last token of an answer where it is only a label not."""
+    total, last = 0, len(sequence.segments) - 1
     for i, segment in enumerate(sequence.segments):
         if isinstance(segment, Text):
-            total += len(segment.ids)
-        elif i + 1 < len(sequence.segments):
+            total += len(segment.ids) - (bool(segment.ids) and _end_is_label(segment, i == last))
+        elif i < last:
             total += 1
-    last = sequence.segments[-1]
-    return total - (1 if isinstance(last, Text) and last.has_loss and last.ids else 0)
+    return total
+
+
+def _end_is_label(segment: Text, last: bool) -> bool:
+    """Whether the last token of a text is no position."""
+    return segment.has_loss and (last or segment.unread_end)
 
 
 def media_length(sequence: Sequence) -> int:
@@ -101,8 +105,8 @@ def pack(rows: Seq[Seq[Sequence]], *, text_width: int | None = None) -> Batch:
                     for j, token in enumerate(segment.ids):
                         if segment.has_loss and after_text:
                             row_labels[-1] = token
-                        if i == last and segment.has_loss and j == len(segment.ids) - 1:
-                            break  # the last token of an answer is only ever a label
+                        if j == len(segment.ids) - 1 and _end_is_label(segment, i == last):
+                            break
                         table.append((order, s, position, segment_number, False, True, seen_media))
                         row_ids.append(token)
                         row_labels.append(IGNORE)

@@ -109,6 +109,9 @@ class Text:
     """Ids of the base's own tokenizer."""
     has_loss: bool = False
     """Whether the model is trained to say these tokens."""
+    unread_end: bool = False
+    """Whether the last token of an answer is only learned, and read by nothing behind it. It is so at the end of a sequence,
+    too; before another picture it lets an answer end that a prompt would give without its end token."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

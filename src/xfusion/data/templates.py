@@ -78,11 +78,23 @@ def drawing(encode: Encode, begin: tuple[int, ...], words: str, picture: Media) 
 
 
 def captioning(
-    encode: Encode, end: int, picture: Media, answer: str, question: str = "", begin: tuple[int, ...] = ()
+    encode: Encode,
+    end: int,
+    picture: Media,
+    answer: str,
+    question: str = "",
+    begin: tuple[int, ...] = (),
+    solved: Seq[tuple[Media, str]] = (),
 ) -> Sequence:
-    """A picture, perhaps a question, and the answer to learn, closed by the base's own end token."""
+    """A picture, perhaps a question, and the answer to learn, closed by the base's own end token.
+
+    Solved examples may stand before it, each a picture and its answer. They are learned too, as in OpenFlamingo's interleaved
+    pages: what stands behind fewer pictures is then learned as well. Their end is learned and not read.
+    """
     asked = encode(question_text(question))
+    before = [(shown, Text(ids=(*encode(said), end), has_loss=True, unread_end=True)) for shown, said in solved]
     segments: Seq[Media | Text] = (
+        *(segment for pair in before for segment in pair),
         picture,
         *((Text(ids=asked),) if asked else ()),
         Text(ids=(*encode(answer), end), has_loss=True),

@@ -7,8 +7,11 @@ Faithful: linear projections without non-linearity, cosines times a learned scal
 
 Adapted: the text tower is the language model and frozen, the paper trains its own; the picture tower is a matrix and copied
 blocks over the mean feature of a frozen EfficientNet-Lite0, the paper trains a ViT on pixels; batches of 64 instead of 32,768,
-in which pictures of one group and equal captions are no negatives. Names are wordings of the picture alone: for zero-shot
-naming no template stands around them.
+in which pictures of one group and equal captions are no negatives.
+
+Zero-shot naming, any names, the nearest first: ``xfusion caption PACK photo.jpg --names shirt boot "a red hat"``, or in Python
+``model.embed([picture]) @ model.embed(["shirt", "boot", "a red hat"]).T``. Names are wordings of the picture alone in training,
+so no template ("a photo of a ...") stands around them.
 
 Data: the paper's 400 M pairs are not public; pairs that are: CC12M (``pixparse/cc12m-wds``), ``--data
 'cc12m-wds/*.tar'``. Our figures: ``--data runs/clothing/photos.jsonl:held=0.1`` (`runs/write_clothing.py`).
@@ -31,6 +34,9 @@ from xfusion.training.stages import Recipe, Stage
 KIND = "dual encoder"
 PAPER = "arXiv 2103.00020"
 STATUS = "runs"
+
+WARM_UP = 3_200
+"""Pairs over which the rate rises, whatever the batch: runs of equal samples have equal rates at equal samples."""
 
 
 def clip(
@@ -65,6 +71,11 @@ def clip(
         ),
         data="emoji",
         stages=(
-            Stage(rate=5e-4, schedule="cosine", mixture=MixtureConfig(draw=batch, caption=0, templates=templates)),
+            Stage(
+                rate=5e-4,
+                warmup=max(1, WARM_UP // batch),
+                schedule="cosine",
+                mixture=MixtureConfig(draw=batch, caption=0, templates=templates),
+            ),
         ),
     )

@@ -14,6 +14,11 @@ to the next picture instead of the last (half of the paper's samples), because n
 [EOI], a trained row, in the place of the tag and of the end of chunk; one data set; gates begin open (``gate=0`` closes them,
 as in the paper).
 
+Few-shot prompts: samples hold one picture unless ``--stages.0.mixture.shots 4`` puts four solved examples before each, of which
+all answers are learned, as the paper learns all text of a page. A prompt then alternates too,
+``model.generate([a, "shirt", b, "shoes", c, "What is this?"])``. Trained so on photographs of ten kinds, examples changed
+nothing: [few_shot](../comparison.md#few_shot).
+
 Data: the paper's M3W, ALIGN and LTIP are not public; pairs that are: CC3M (``pixparse/cc3m-wds``), ``--data
 'cc3m-wds/cc3m-train-*.tar'``. Our figures: ``--data runs/clothing/photos.jsonl:held=0.1`` (`runs/write_clothing.py`).
 """

@@ -263,6 +263,12 @@ class _Run:
                     f"the loss {alone[0]} compares the items of one batch, which {self.processes.count} processes would"
                     " divide: train it with one process"
                 )
+            pairs = [o.name for o in self.model.objectives if {"text", "media"} <= set(o.needs)]
+            if pairs and stage.mixture.shots and stage.mixture.caption:
+                raise XFusionError(
+                    f"the loss {pairs[0]} sets each picture against the words of its sample, but stage {number} puts"
+                    f" {stage.mixture.shots} solved examples into each: set --stages.{number}.mixture.shots 0"
+                )
             if together and self.shard != "none":
                 raise XFusionError(
                     f"the loss {together[0]} compares the items of all processes, which walk through divided layers in step:"
@@ -350,7 +356,10 @@ class _Run:
             say(f"start     layer {index}: " + ", ".join(f"{own} <- {name}" for own, name in taken.items()))
         tokens = ", ".join(str(math.prod(model.modality.grid(size))) for size in model.modality.sizes)
         say(f"data      {self.source.spec}: {len(self.source.examples)} {model.modality.described}, {tokens} tokens")
-        say(f"step      {stage.mixture.draw} to draw, {stage.mixture.caption} to caption, times {stage.accumulate}")
+        solved = f" behind {stage.mixture.shots} solved examples each" if stage.mixture.shots else ""
+        say(
+            f"step      {stage.mixture.draw} to draw, {stage.mixture.caption} to caption{solved}, times {stage.accumulate}"
+        )
         say(f"compute   {reason}, {torch.get_num_threads()} threads")
         if any(stage.activation_checkpointing for stage in self.recipe.stages):
             say("memory    layers are computed once more in the backward pass (activation checkpointing)")

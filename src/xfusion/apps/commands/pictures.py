@@ -1,4 +1,4 @@
-"""`generate` and `caption`: words to pictures, pictures and sounds to words."""
+"""`generate` and `caption`: words to pictures, pictures and sounds to words, pictures to the nearest of given names."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def png_facts(facts: Mapping[str, Any]) -> PngInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Caption(Verb):
-    """Say what pictures show, or sounds say."""
+    """Say what pictures show, or sounds say; with --names, which of some names is nearest."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A folder, a shipped pack's name, or a hub id."""
@@ -206,6 +206,9 @@ class Caption(Verb):
     """Picture files, of which what is not square is cut to its middle; or sound files, for a pack that hears."""
     question: str = ""
     """What to ask about each picture; nothing asks for its name."""
+    names: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")] = ()
+    """Rank these for each picture instead of answering (zero-shot naming), for packs that embed (recipe clip), by cosine, or
+    that match (lxmert), by probability."""
     size: int | None = None
     """Side in pixels that pictures are read at, one of the pack's; None takes its first."""
     max_tokens: int = 32
@@ -222,12 +225,18 @@ class Caption(Verb):
             raise UsageError("name at least one picture or sound file to caption")
         if self.max_tokens < 1:
             raise UsageError(f"--max-tokens {self.max_tokens}: at least 1")
+        if self.names and (self.question or self.size is not None):
+            raise UsageError("--names ranks names beside pictures: leave --question and --size out")
+        if not all(name.strip() for name in self.names):
+            raise UsageError("--names: one of the names is empty")
         choose_device(self.device)
         opened = [
             sounds.read_sound(file) if file.suffix.lower() in sounds.SUFFIXES else pictures.read(file)
             for file in map(Path, self.images)
         ]
         model = load_model(self.model, device=self.device, trust=self.trust)
+        if self.names:
+            return self._ranked(model, opened, people)
         begun, answers = time.perf_counter(), []
         with progress(people) as tell:
             for start in range(0, len(opened), 16):
@@ -240,3 +249,26 @@ class Caption(Verb):
         data |= {"pack_fingerprint": model.fingerprint}
         text = "\n".join(f"{file}: {answer}" for file, answer in zip(self.images, answers, strict=True))
         return Answer(data=data | {"seconds": round(time.perf_counter() - begun, 3)}, text=text)
+
+    def _ranked(self, model: Any, opened: list[Any], people: Console) -> Answer:
+        """The names for each picture, the nearest first."""
+        names, embeds = list(self.names), "embed" in model.capabilities
+        if not embeds and "match" not in model.capabilities:
+            able = ", ".join(sorted(model.capabilities))
+            raise UsageError(
+                f"--names: packs that embed or match rank names, and this one can only {able}: leave it out"
+            )
+        begun, rows = time.perf_counter(), []
+        near = model.embed(names).T if embeds else None
+        with progress(people) as tell:
+            for done, item in enumerate(opened):
+                tell("reading", done, len(opened))
+                rows.append(model.match(item, names) if near is None else (model.embed([item]) @ near)[0].tolist())
+        how, found, lines = "cosine" if embeds else "probability", [], []
+        for file, scores in zip(self.images, rows, strict=True):
+            best = sorted(zip(names, scores, strict=True), key=lambda pair: -pair[1])
+            ranked = [{"name": name, how: round(score, 4)} for name, score in best]
+            found.append({model.modality.name: file, "names": ranked})
+            lines.append(f"{file}: " + ", ".join(f"{name} {score:.3f}" for name, score in best))
+        data = {"named": found, "pack_fingerprint": model.fingerprint}
+        return Answer(data=data | {"seconds": round(time.perf_counter() - begun, 3)}, text="\n".join(lines))

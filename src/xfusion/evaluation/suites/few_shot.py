@@ -1,0 +1,114 @@
+"""Naming behind solved examples: pictures and their names, then a picture to name, all in one prompt (as Flamingo is asked).
+
+``held_`` scores are on pictures of groups that no training has seen; the examples are trained pictures, a few of them the first
+of the more. Beside the exact answer stand ``_blind`` (the answers permuted among the pictures) and ``_misnamed``: each example
+has the name of a picture that is called otherwise, so that a model which reads its examples answers otherwise.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from xfusion.data.sequence import XFusionError
+from xfusion.data.sources import Source, open_source
+from xfusion.evaluation.metrics import captions
+from xfusion.evaluation.metrics.blind import blind
+from xfusion.evaluation.suites.emoji import chosen, held_split
+
+
+def run(
+    model: Any,
+    *,
+    progress: Callable[[str, int, int], None],
+    source: Source | str = "emoji",
+    held: Source | str | None = None,
+    most: int = 4,
+    question: str = "",
+    max_held: int | None = 100,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> dict[str, Any]:
+    """Scores of one model.
+
+    Args:
+        model: a model that can caption.
+        progress: see `evaluate`.
+        source: the trained pictures, of which examples are taken, a `Source` or a spec such as "emoji:128".
+        held: the held-out pictures, likewise; None takes the held-out split of the same spec.
+        most: largest number of examples; 0, 1, 2, 4, ... up to it are scored.
+        question: what stands behind the asked picture.
+        max_held: only so many of the held-out pictures (always the same ones).
+        seed: of the choice of examples.
+        batch_size: prompts per call of the model.
+
+    Returns:
+        ``held_exact_N_shots`` for each number of examples: share of greedy answers that are the picture's name.
+
+    Raises:
+        XFusionError: the model cannot caption, nothing is held out, or there are too few pictures to take examples of.
+    """
+    if "caption" not in model.capabilities:
+        able = ", ".join(sorted(model.capabilities))
+        raise XFusionError(f"this suite has pictures named, but the model can only do: {able}")
+    source = open_source(source, split="train") if isinstance(source, str) else source
+    held = held_split(source) if held is None else held
+    held = open_source(held, split="held") if isinstance(held, str) else held
+    scored = chosen(held.examples, max_held) if held else []
+    if not held or not scored:
+        raise XFusionError(
+            f"{source.spec}: no picture is held out to be named; give a share, as in {source.spec}:held=0.1"
+        )
+    groups, names = {e.group for e in source.examples}, {e.captions[0] for e in source.examples}
+    if most < 0 or most > len(groups) or (most and len(names) < 2):
+        raise XFusionError(
+            f"{source.spec}: {most} examples of as many groups, and another name for each, cannot be taken of"
+            f" {len(groups)} groups with {len(names)} names"
+        )
+    size, examples = model.image.sizes[0], [held.examples[i] for i in scored]
+    solved = [_solved(source, most, f"{seed}/{example.id}") for example in examples]
+    wordings = captions.accepted(examples, held.examples)
+    metrics: dict[str, float] = {}
+    for shots in _numbers(most):
+        for suffix, name in (("", 0), ("_misnamed", 1)) if shots else (("", 0),):
+            answers: list[str] = []
+            for start in range(0, len(scored), batch_size):
+                progress(f"{shots} examples{suffix.replace('_', ', ')}", start, len(scored))
+                prompts = []
+                for place in range(start, min(start + batch_size, len(scored))):
+                    prompt: list[Any] = []
+                    for index, *said in solved[place][:shots]:
+                        prompt += [source.picture(index, size), said[name]]
+                    prompts.append([*prompt, held.picture(scored[place], size), *([question] if question else [])])
+                answers += [answer for (answer,) in model.generate(prompts)]
+            key = f"held_exact_{shots}_shots{suffix}"
+            metrics[key] = captions.exact_match(answers, wordings)
+            if not suffix:
+                metrics[f"{key}_blind"] = blind(_permuted(answers, wordings), len(answers))
+    settings = {"data": source.spec, "held": held.spec, "num_held": len(scored), "most": most, "seed": seed}
+    return {**metrics, "settings": settings | {"question": question}}
+
+
+def _numbers(most: int) -> list[int]:
+    """0, 1, 2, 4, ... up to ``most``, which is among them."""
+    return sorted({0, most, *(2**n for n in range(most.bit_length()) if 2**n <= most)})
+
+
+def _solved(source: Source, count: int, seed: str) -> list[tuple[int, str, str]]:
+    """Examples of different groups: number, name, and the name of another picture."""
+    rng, examples = random.Random(seed), source.examples
+    found: dict[str, tuple[int, str, str]] = {}
+    while len(found) < count:
+        index = rng.randrange(len(examples))
+        name = other = examples[index].captions[0]
+        while other == name:
+            other = rng.choice(examples).captions[0]
+        found.setdefault(examples[index].group, (index, name, other))
+    return list(found.values())
+
+
+def _permuted(answers: list[str], wordings: Sequence[Sequence[str]]) -> Callable[[Tensor], float]:
+    return lambda order: captions.exact_match([answers[i] for i in order.tolist()], wordings)
