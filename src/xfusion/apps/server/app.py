@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import anyio
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from PIL import Image as PILImage
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -113,7 +114,8 @@ class _Server:
         self.batch_size.observe(len(jobs))
         self.batch_seconds.observe(seconds)
         self.tokens.inc(sum(len(job.words.ids) for job in jobs))
-        self.pictures.inc(sum(not isinstance(segment, str) for job in jobs for segment in job.answer))
+        drawn = sum(isinstance(segment, PILImage.Image) for job in jobs for segment in job.answer)  # not vectors
+        self.pictures.inc(drawn)
 
     # -- routes without a model
 
