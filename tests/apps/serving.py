@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import dataclasses
 import io
 import socket
 import sys
@@ -10,17 +11,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy
+import torch
 import uvicorn
 from openai import OpenAI
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from contracts.table import make_base, make_model
+from contracts.table import make_base, make_model, model_config, randomise
 
 from xfusion.apps.server import app
 from xfusion.apps.server.limits import Limits
 from xfusion.backbone import Backbone
+from xfusion.model import Model
+from xfusion.objectives.next_token import NextToken
+from xfusion.opening import Opening
 
 
 class Running(NamedTuple):
@@ -41,6 +46,23 @@ def tiny_models(folder, *fusions):
     """Models of different fusions on one tiny base."""
     base = Backbone.load(str(make_base("llama", folder)))
     return {name.replace(" ", "-"): make_model(base, name) for name in fusions or ("dual tower",)}
+
+
+def draw_only(base):
+    """A model that draws and cannot caption."""
+    model = Model(dataclasses.replace(model_config(base), text=NextToken.Config(weight=0.0)), base)
+    randomise(model)
+    assert model.capabilities == {"text", "draw"}
+    return model.eval()
+
+
+def always_opens(base):
+    """A head by which every answer opens with a picture, of all words."""
+    head = Opening(base.hidden_size).requires_grad_(False)
+    for row in (head.opens, head.subject):
+        torch.nn.init.zeros_(row.weight)
+        torch.nn.init.constant_(row.bias, 5.0)
+    return head
 
 
 @contextlib.contextmanager

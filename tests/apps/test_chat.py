@@ -11,7 +11,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from apps.serving import apart, from_url, tiny_models
+from apps.serving import apart, draw_only, from_url, tiny_models
 from contracts.table import SIDE, Noise
 
 from xfusion.apps import cli
@@ -77,6 +77,13 @@ def test_pictures_in_and_out(model, here):
     # What was drawn stands in the conversation.
     assert [m["role"] for m in made.messages] == ["user", "assistant"] * 3
     assert apart(made.messages[3]["content"][0], expected) == 0
+
+
+def test_a_pack_that_only_draws_goes_on_in_words(model, here):
+    _, made = talk(draw_only(model.backbone), "/draw a cat", "what is this?")
+    words = [("user", "a cat"), ("assistant", "(picture)"), ("user", "what is this?")]
+    ids = model.backbone.chat([{"role": role, "content": content} for role, content in words])
+    assert made.messages[3]["content"] == model.generate([Text(ids=ids)], max_tokens=8)
 
 
 def test_the_last_picture_and_the_conversation_are_saved(model, here):

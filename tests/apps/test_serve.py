@@ -23,7 +23,17 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from apps.serving import apart, as_url, from_base64, from_url, png, running, tiny_models
+from apps.serving import (
+    always_opens,
+    apart,
+    as_url,
+    draw_only,
+    from_base64,
+    from_url,
+    png,
+    running,
+    tiny_models,
+)
 from apps.test_cli import start
 from contracts.table import SIDE, SOUND_RATE, Noise, hearing_model, make_model
 
@@ -279,6 +289,70 @@ def test_the_opening_head_decides_where_a_request_asks_it_to(client, model, monk
     found = from_url(message.images[0]["image_url"]["url"])
     assert found.size == (32, 32) and apart(found, picture) == 0 and message.content == words
     assert client.chat.completions.create(**call).choices[0].message.content == plain.choices[0].message.content
+
+
+def test_own_pictures_are_read_as_far_as_the_limit_goes_and_called_so_beyond(client, model, picture):
+    drawn = model.draw(["a cat", "a dog", "a tree"], seed=1, steps=1)
+
+    def turn(i):
+        images = [{"type": "image_url", "image_url": {"url": as_url(drawn[i])}}]
+        return [*say(str(i)), {"role": "assistant", "content": f"it is {i}", "images": images}]
+
+    def ask(*messages, **more):
+        made = client.chat.completions.create(model="dual-tower", messages=messages, max_tokens=6, extra_body=more)
+        return made.choices[0].message.content
+
+    # Two are read: the newest, or what the user shows and the newest.
+    (expected,) = model.generate(
+        ["0\n(picture)\nit is 0\n1\n", drawn[1], "it is 1\n2\n", drawn[2], "it is 2\nand?"], max_tokens=6
+    )
+    assert ask(*turn(0), *turn(1), *turn(2), *say("and?")) == expected
+    seen = square_picture(picture, SIDE)
+    (expected,) = model.generate(
+        ["0\n(picture)\nit is 0\n1\n(picture)\nit is 1\n2\n", drawn[2], "it is 2\n", seen, "and?"], max_tokens=6
+    )
+    assert ask(*turn(0), *turn(1), *turn(2), *look(picture, "and?")) == expected
+    with pytest.raises(openai.BadRequestError, match="pictures is 3, more than the 2"):
+        ask(*turn(0), *look(picture, "a"), *look(picture, "b"), *look(picture, "c"))
+
+
+@pytest.mark.parametrize("draws_alone", [False, True])
+def test_twelve_pictures_drawn_in_one_conversation(model, monkeypatch, draws_alone):
+    pack = draw_only(model.backbone) if draws_alone else model
+    monkeypatch.setattr(pack, "opening", always_opens(pack.backbone))
+    with running({"tiny": pack}, replace(TINY, pictures=8)) as server, server.client() as client:
+        messages = []
+
+        def ask(words, **more):
+            messages.extend(say(words))
+            made = client.chat.completions.create(model="tiny", messages=messages, max_tokens=2, **more)
+            messages.append(made.choices[0].message.to_dict())
+            return made.choices[0].message
+
+        for number in range(12):
+            how = {"modalities": ["image"]} if number % 2 else {"draw": "auto"}
+            assert len(ask(f"{number} cats", extra_body={"steps": 1, **how}).images) == 1
+        assert ask("what is this?").content is not None
+        (user,) = look(Noise(1).picture(0, 32), "and this?")
+        asked = {"model": "tiny", "messages": [*messages, user], "max_tokens": 2}
+        if draws_alone:
+            with pytest.raises(openai.BadRequestError, match="this model cannot read pictures: it can draw, text"):
+                client.chat.completions.create(**asked)
+        else:
+            client.chat.completions.create(**asked)
+
+
+def test_a_pack_that_only_draws_answers_of_its_pictures_by_what_they_are_called(model):
+    pack = draw_only(model.backbone)
+    with running({"draws": pack}, TINY) as server, server.client() as client:
+        call = {"model": "draws", "max_tokens": 6}
+        first = client.chat.completions.create(
+            **call, messages=say("a red apple"), modalities=["image"], extra_body={"steps": 1}
+        )
+        messages = [*say("a red apple"), first.choices[0].message.to_dict(), *say("what is this?")]
+        found = client.chat.completions.create(**call, messages=messages).choices[0].message.content
+        called = [*say("a red apple"), {"role": "assistant", "content": "(picture)"}, *say("what is this?")]
+        assert found == base_answer(pack, called, 6, do_sample=False)
 
 
 def test_images_generations(client, model):

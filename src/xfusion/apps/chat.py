@@ -100,7 +100,8 @@ class Chat:
             said = self._words([picture]) if "caption" in self.model.capabilities else None
             answer = [picture] if said is None else [picture, said]
         else:
-            answer = [self._words(conversation(self.model, messages, own_pictures=self.draw == "never"))]
+            looks = self.draw == "never" and "caption" in self.model.capabilities
+            answer = [self._words(conversation(self.model, messages, own_pictures=looks))]
         self.messages = [*messages, {"role": "assistant", "content": answer}]
 
     def _words(self, segments: list[Any]) -> str:

@@ -22,7 +22,7 @@ class Limits:
     steps: int = 100
     """Steps of drawing."""
     pictures: int = 8
-    """Pictures in one request."""
+    """Pictures that the user shows in one request; the assistant's own beyond them are called ``(picture)``."""
     sounds: int = 8
     """Sounds in one request."""
     inputs: int = 256

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from xfusion.apps.server.answers import Refused
 from xfusion.apps.server.limits import Limits
 from xfusion.data import pictures, sounds
+from xfusion.data.requests import PICTURE
 from xfusion.data.sequence import XFusionError
 from xfusion.modalities.image import on_white, square_picture
 
@@ -201,26 +202,50 @@ def within(value: float, most: float, name: str) -> None:
 # ---------------------------------------------------------------------------------------------------------- pictures
 
 
-def messages(request: Chat, model: Model, limits: Limits, hosts: frozenset[str]) -> list[dict[str, Any]]:
+def messages(
+    request: Chat, model: Model, limits: Limits, hosts: frozenset[str], *, own_pictures: bool = True
+) -> list[dict[str, Any]]:
     """The turns of a conversation as `xfusion.generation.conversation` takes them, with their pictures and sounds opened.
+
+    The assistant's pictures are opened where they are looked at: by a pack that reads pictures, the newest ones, as many as
+    the user's leave room for among those that the server allows. The others are called ``(picture)``.
+
+    Args:
+        own_pictures: whether the assistant's pictures are looked at.
 
     Raises:
         Refused: more than the limits, or a picture or a sound that cannot be had.
     """
-    blocks = [block for message in request.messages for block in (*_blocks(message), *message.images)]
-    seen, heard = (sum(isinstance(block, kind) for block in blocks) for kind in (Picture, Heard))
-    within(seen, limits.pictures, "pictures")
+    turns = [(m.role, [*m.images, *_blocks(m)]) for m in request.messages]  # what is drawn stands before its words
+    blocks = [block for _, turn in turns for block in turn]
+    own = [block for role, turn in turns if role == "assistant" for block in turn if isinstance(block, Picture)]
+    heard = sum(isinstance(block, Heard) for block in blocks)
+    shown = sum(isinstance(block, Picture) for block in blocks) - len(own)
+    within(shown, limits.pictures, "pictures")
     within(heard, limits.sounds, "sounds")
-    within(sum(len(b.text) for b in blocks if isinstance(b, Words)), limits.characters, "characters")
-    if seen and "caption" not in model.capabilities:
+    room = limits.pictures - shown if own_pictures and "caption" in model.capabilities else 0
+    called = {id(picture) for picture in own[: max(0, len(own) - room)]}
+    characters = sum(len(b.text) for b in blocks if isinstance(b, Words)) + len(PICTURE) * len(called)
+    within(characters, limits.characters, "characters")
+    if shown and "caption" not in model.capabilities:
         raise incapable(model, "read pictures")
     if heard and "caption" not in model.capabilities:
         raise incapable(model, "hear")
     out = []
-    for message in request.messages:
-        content = [_said(block, model, limits, hosts) for block in (*_blocks(message), *message.images)]
-        out.append({"role": "system" if message.role == "developer" else message.role, "content": content})
+    for role, turn in turns:
+        content = [PICTURE if id(block) in called else _said(block, model, limits, hosts) for block in turn]
+        if any(id(block) in called for block in turn):
+            content = _in_lines(content)
+        out.append({"role": "system" if role == "developer" else role, "content": content})
     return out
+
+
+def _in_lines(content: list[Any]) -> list[Any]:
+    """What is said on a line each, as turns with pictures that are called so stand elsewhere."""
+    said = [segment for segment in content if segment != ""]
+    if all(isinstance(segment, str) for segment in said):
+        return ["\n".join(said)]
+    return [part for segment in said for part in ("\n", segment)][1:]
 
 
 def embedded(request: Embeddings, model: Model, limits: Limits, hosts: frozenset[str]) -> list[str | PILImage.Image]:
