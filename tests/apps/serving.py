@@ -56,13 +56,18 @@ def draw_only(base):
     return model.eval()
 
 
-def always_opens(base):
-    """A head by which every answer opens with a picture, of all words."""
-    head = Opening(base.hidden_size).requires_grad_(False)
+@contextlib.contextmanager
+def opens_always(model):
+    """While the block runs every answer of a model opens with a picture, of all words."""
+    head = Opening(model.backbone.hidden_size).requires_grad_(False)
     for row in (head.opens, head.subject):
         torch.nn.init.zeros_(row.weight)
         torch.nn.init.constant_(row.bias, 5.0)
-    return head
+    model.opening = head
+    try:
+        yield
+    finally:
+        model.opening = None
 
 
 @contextlib.contextmanager

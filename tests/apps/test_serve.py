@@ -24,12 +24,12 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from apps.serving import (
-    always_opens,
     apart,
     as_url,
     draw_only,
     from_base64,
     from_url,
+    opens_always,
     png,
     running,
     tiny_models,
@@ -317,10 +317,10 @@ def test_own_pictures_are_read_as_far_as_the_limit_goes_and_called_so_beyond(cli
 
 
 @pytest.mark.parametrize("draws_alone", [False, True])
-def test_twelve_pictures_drawn_in_one_conversation(model, monkeypatch, draws_alone):
+def test_twelve_pictures_drawn_in_one_conversation(model, draws_alone):
     pack = draw_only(model.backbone) if draws_alone else model
-    monkeypatch.setattr(pack, "opening", always_opens(pack.backbone))
-    with running({"tiny": pack}, replace(TINY, pictures=8)) as server, server.client() as client:
+    limits = replace(TINY, pictures=8)
+    with opens_always(pack), running({"tiny": pack}, limits) as server, server.client() as client:
         messages = []
 
         def ask(words, **more):

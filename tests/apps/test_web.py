@@ -13,7 +13,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from apps.serving import always_opens, apart, draw_only, png, tiny_models
+from apps.serving import apart, draw_only, opens_always, png, tiny_models
 from contracts.table import SIDE, Noise, hearing_model
 
 from xfusion.apps import cli
@@ -106,9 +106,8 @@ def test_a_conversation_is_answered_as_the_server_answers(desk, model):
 @pytest.fixture
 def draws_at_once(model):
     """Every answer opens with a picture, of all words."""
-    model.opening = always_opens(model.backbone)
-    yield
-    model.opening = None
+    with opens_always(model):
+        yield
 
 
 @pytest.mark.usefixtures("draws_at_once")
@@ -130,17 +129,17 @@ def test_twelve_pictures_drawn_in_one_conversation(desk, model, monkeypatch):
     monkeypatch.setattr(desk, "limits", Limits(queue=4, batch=4, seconds=20, tokens=24, pictures=8))
     desk.models["draws"] = drawer = draw_only(model.backbone)
     for name, pack in (("tiny", model), ("draws", drawer)):
-        monkeypatch.setattr(pack, "opening", always_opens(pack.backbone))
         messages = []
-        for turn in range(12):
-            messages.append({"role": "user", "content": [f"{turn} cats"]})
-            if turn % 2:
-                *_, answer = desk.say("me", name, messages, draw="auto", steps=1, seed=turn, max_tokens=2)
-            else:
-                (drawn,) = (one for one in desk.draw("me", name, f"{turn} cats", steps=1) if isinstance(one, Drawn))
-                answer = [drawn.picture]
-            assert isinstance(answer[0], Image.Image)
-            messages.append({"role": "assistant", "content": answer})
+        with opens_always(pack):
+            for turn in range(12):
+                messages.append({"role": "user", "content": [f"{turn} cats"]})
+                if turn % 2:
+                    *_, answer = desk.say("me", name, messages, draw="auto", steps=1, seed=turn, max_tokens=2)
+                else:
+                    drawn = desk.draw("me", name, f"{turn} cats", steps=1)
+                    answer = [one.picture for one in drawn if isinstance(one, Drawn)]
+                assert isinstance(answer[0], Image.Image)
+                messages.append({"role": "assistant", "content": answer})
         messages.append({"role": "user", "content": ["what is this?"]})
         *_, (words,) = desk.say("me", name, messages, max_tokens=4)
         if pack is drawer:  # the base answers, of words alone
