@@ -168,6 +168,56 @@ def test_words_alone_are_the_bases_own(client, model):
         assert choice.message.content == expected
 
 
+def test_a_message_goes_back_as_the_client_dumps_it(client, model):
+    call = {"model": "dual-tower", "max_tokens": 6, "seed": 4}
+    first = client.chat.completions.create(**call, messages=say("a red apple"))
+    dumped = first.choices[0].message.model_dump()
+    assert "refusal" in dumped and dumped["refusal"] is None and dumped["tool_calls"] is None
+    again = client.chat.completions.create(**call, messages=[*say("a red apple"), dumped, *say("what is this?")])
+    history = [*say("a red apple"), {"role": "assistant", "content": dumped["content"]}, *say("what is this?")]
+    assert again.choices[0].message.content == base_answer(model, history, 6, do_sample=False)
+
+    drawn = client.chat.completions.create(
+        **call, messages=say("a red apple"), modalities=["image", "text"], extra_body={"steps": 2}
+    )
+    dumped = drawn.choices[0].message.model_dump()
+    again = client.chat.completions.create(**call, messages=[*say("a red apple"), dumped, *say("what is this?")])
+    shown = from_url(dumped["images"][0]["image_url"]["url"])
+    (expected,) = model.generate(["a red apple\n", shown, f"{dumped['content']}\nwhat is this?"], max_tokens=6, seed=4)
+    assert again.choices[0].message.content == expected
+
+
+def test_fields_that_change_nothing_are_taken_and_others_are_not(server, client):
+    call = {"model": "dual-tower", "messages": say("a red apple"), "max_tokens": 6}
+    plain = client.chat.completions.create(**call).choices[0].message.content
+    same = {
+        "tools": None, "functions": None, "tool_choice": "none", "function_call": "none", "parallel_tool_calls": True,
+        "response_format": {"type": "text"}, "top_logprobs": None, "logprobs": None, "logit_bias": {}, "audio": None,
+        "n": None, "stream": None, "modalities": None, "seed": None, "service_tier": "auto", "never_heard_of": None,
+        "stream_options": None, "temperature": None,
+    }  # fmt: skip
+    for fields in ({}, *({key: value} for key, value in same.items()), same):
+        status, answer = post(server, "/v1/chat/completions", json.dumps(call | fields))
+        assert status == 200 and answer["choices"][0]["message"]["content"] == plain, (fields, answer)
+    tool = {"type": "function", "function": {"name": "look_up", "parameters": {}}}
+    for fields, param in (
+        ({"tools": [tool]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, "response_format.type"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True}, "logprobs"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"never_heard_of": 0}, "never_heard_of"),
+        ({"messages": None}, "messages"),
+        ({"messages": [{"role": "assistant", "refusal": "I will not"}]}, "messages.0.refusal"),
+        ({"messages": [{"role": "assistant", "tool_calls": [tool]}]}, "messages.0.tool_calls"),
+    ):
+        status, answer = post(server, "/v1/chat/completions", json.dumps(call | fields))
+        assert status == 400 and answer["error"]["param"] == param, (fields, answer)
+    status, answer = post(server, "/v1/images/generations", json.dumps({"prompt": "a", "steps": 1, "style": None}))
+    assert status == 200, answer
+
+
 def test_a_stream_says_what_one_piece_says(client, picture):
     for messages in (say("two blue birds"), look(picture, "what is this?")):
         call = {"model": "dual-tower", "messages": messages, "max_tokens": 10, "temperature": 1.0, "seed": 3, "n": 2}

@@ -1,6 +1,7 @@
 """What clients send: the fields of OpenAI's requests that mean something here, checked before anything is computed.
 
-A field that would change the answer and is not known is refused instead of passed over.
+A field that would change the answer and is not known is refused instead of passed over; one that is null, or says what is so
+anyway, is taken: clients send such fields unasked, and turns come back as they were sent.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from PIL import Image as PILImage
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from xfusion.apps.server.answers import Refused
 from xfusion.apps.server.limits import Limits
@@ -33,6 +34,16 @@ FETCH_SECONDS = 10.0
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_null(cls, given: Any) -> Any:
+        """Null is what a field is where it is left out, known or not."""
+        return {key: value for key, value in given.items() if value is not None} if isinstance(given, dict) else given
+
+
+Empty = Annotated[list[Any], Field(max_length=0)]
+"""A list that a client sends although nothing is in it."""
 
 
 class _Request(_Strict):
@@ -109,6 +120,14 @@ class Message(_Strict):
     images: list[Picture] = []
     """Pictures that this server drew in an earlier turn, as it sent them."""
     name: str | None = None
+    annotations: Empty = []
+    tool_calls: Empty = []
+
+
+class PlainText(_Strict):
+    """How an answer is laid out: as the model says it."""
+
+    type: Literal["text"]
 
 
 class StreamOptions(_Strict):
@@ -138,6 +157,14 @@ class Chat(_Drawing):
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     logprobs: Literal[False] | None = None
+    top_logprobs: Literal[0] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    response_format: PlainText | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    """Without tools there is nothing to choose."""
+    function_call: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    service_tier: Literal["auto", "default"] | None = None
 
     def stops(self) -> tuple[str, ...]:
         """The sequences that end an answer."""
