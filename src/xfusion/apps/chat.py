@@ -32,7 +32,7 @@ HELP = """\
 /save FILE    the last picture (.png, .jpg, .webp), or the whole conversation (.json)
 /new          forget the conversation
 /help         this
-/quit         leave (so does Ctrl-D; Ctrl-C ends an answer)
+/quit         leave (so do Ctrl-D, and Ctrl-C twice; once it ends an answer, or drops the line)
 Anything else is said to the model."""
 WIDEST = 64
 """Columns that a picture takes at most."""
