@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy
 import torch
-import uvicorn
 from openai import OpenAI
 from PIL import Image
 
@@ -22,6 +21,7 @@ from contracts.table import make_base, make_model, model_config, randomise
 
 from xfusion.apps.server import app
 from xfusion.apps.server.limits import Limits
+from xfusion.apps.server.stopping import Server
 from xfusion.backbone import Backbone
 from xfusion.model import Model
 from xfusion.objectives.next_token import NextToken
@@ -33,6 +33,7 @@ class Running(NamedTuple):
 
     address: str
     app: object
+    server: Server
 
     @property
     def batches(self):
@@ -75,13 +76,11 @@ def running(models, limits=None, **options):
     """A server while the block runs."""
     made = app.create(models, limits or Limits(), **options)
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(
-            uvicorn.Config(made, log_level="warning", access_log=False, timeout_graceful_shutdown=5)
-        )
+        server = Server(made, (limits or Limits()).grace)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
-            yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", made)
+            yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", made, server)
         finally:
             server.should_exit = True
             thread.join(30)

@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from apps.test_cli import start
 from contracts.table import SIDE, SOUND_RATE, Noise, hearing_model, make_model
 
 import xfusion
+from xfusion.apps.server import requests
 from xfusion.apps.server.answers import Refused
 from xfusion.apps.server.batches import Batches, Continue, Job, Words
 from xfusion.apps.server.limits import Limits
@@ -584,6 +586,83 @@ def test_a_failing_job_takes_no_other_of_its_batch_with_it(caplog):
         batches.put(jobs)
 
 
+@pytest.mark.parametrize("in_time", [True, False])
+def test_a_server_that_stops_answers_everyone(models, picture, monkeypatch, capsys, in_time):
+    """What waits is refused at once, what runs gets its grace, and nobody is left with half a word."""
+    held, run = threading.Semaphore(0), Continue.run
+
+    def waiting(work, jobs):
+        jobs[0].tell(jobs[0], "begun ")
+        assert held.acquire(timeout=60)
+        return run(work, jobs)
+
+    monkeypatch.setattr(Continue, "run", waiting)
+    with running(models, replace(TINY, queue=16, grace=20 if in_time else 1, seconds=60)) as server:
+        chat = {"model": "dual-tower", "messages": say("a red apple"), "max_tokens": 4}
+        bodies = [
+            ("chat/completions", chat | {"stream": True}),
+            ("chat/completions", chat),
+            ("chat/completions", chat | {"stream": True}),
+            ("chat/completions", chat | {"messages": look(picture, "hm"), "n": 2}),
+            ("images/generations", {"prompt": "a cat", "steps": 1}),
+        ]
+        open_ones = []
+        for path, body in bodies:
+            open_ones.append(begun(server, json.dumps(body).encode(), path=f"/v1/{path}"))
+            until(lambda: server.batches.running)
+            until(lambda: len(server.batches.waiting) == (0, 1, 2, 4, 5)[len(open_ones) - 1])
+        open_ones.append(begun(server, b"{", 100))
+        until(lambda: server.app.state.server.held == 1)
+        server.server.should_exit = True
+        found = [answered(one) for one in open_ones[1:]]
+        if in_time:
+            assert server.batches.running and not server.batches.open
+            held.release()
+        first = answered(open_ones[0])
+        for one in open_ones:
+            one.close()
+        held.release()
+    errors = []
+    for stream, (status, headers, body) in zip((False, True, False, False, False), found, strict=True):
+        if stream:
+            assert status == 200
+            events = [json.loads(line[6:]) for line in body.decode().split("\n\n") if line]
+            errors.append(shape(events[-1]))
+        else:
+            assert status == 503 and headers["Retry-After"] and headers["Content-Type"] == "application/json"
+            errors.append(shape(json.loads(body)))
+    lines = [line[6:] for line in first[2].decode().split("\n\n") if line]
+    if in_time:
+        assert lines[-1] == "[DONE]" and json.loads(lines[-2])["choices"][0]["finish_reason"]
+    else:
+        assert json.loads(lines[1])["choices"][0]["delta"]["content"] == "begun "
+        errors.append(shape(json.loads(lines[-1])))
+    assert {(error["message"], error["code"]) for error in errors} == {("the server is stopping", "stopping")}
+    said = capsys.readouterr().err
+    assert "Traceback" not in said and "Exception" not in said, said
+
+
+def test_a_client_that_does_not_read_holds_up_no_stop(models, monkeypatch, capsys):
+    """Its connection is cut behind the grace, without a traceback."""
+
+    def much(work, jobs):
+        for _ in range(30):
+            jobs[0].tell(jobs[0], "much " * 200_000)
+        return [["much"]]
+
+    monkeypatch.setattr(Continue, "run", much)
+    with running(models, replace(TINY, grace=1)) as server:
+        call = {"model": "dual-tower", "messages": say("a"), "stream": True}
+        with begun(server, json.dumps(call).encode()):
+            until(lambda: server.batches._seconds != 1.0)  # the batch is done, its words are not sent
+            time.sleep(0.5)
+            assert server.server.server_state.connections
+            server.server.should_exit = True
+            until(lambda: not server.server.server_state.connections)
+    said = capsys.readouterr().err
+    assert "Traceback" not in said and "Exception" not in said, said
+
+
 def test_what_breaks_inside_is_not_told(server, client, monkeypatch, caplog):
     run = Continue.run
 
@@ -667,6 +746,99 @@ def test_bodies_are_bounded(server):
     with socket.create_connection((parts.hostname, parts.port)) as half:
         half.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
     until(lambda: get(server, "/metrics").count('status="499"') > before)
+
+
+def shape(answer):
+    """The error of an answer in OpenAI's shape."""
+    assert set(answer) == {"error"} and set(answer["error"]) == {"message", "type", "param", "code"}, answer
+    return answer["error"]
+
+
+def begun(server, body, length=None, path="/v1/chat/completions"):
+    """A connection on which a request's head and the beginning of its body were sent."""
+    parts = urllib.parse.urlsplit(server.address)
+    connection = socket.create_connection((parts.hostname, parts.port), timeout=30)
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {length or len(body)}"
+    connection.sendall(head.encode() + b"\r\n\r\n" + body)
+    return connection
+
+
+def answered(connection):
+    """Status, headers and body of the answer that comes on a connection."""
+    answer = http.client.HTTPResponse(connection)
+    answer.begin()
+    return answer.status, answer.headers, answer.read()
+
+
+def test_a_body_that_does_not_come_is_given_up(server, monkeypatch):
+    from xfusion.apps.server import app
+
+    monkeypatch.setattr(app, "BODY_SECONDS", 0.5)
+    with begun(server, b'{"messages": [', 1000) as slow:
+        status, _, body = answered(slow)
+    assert status == 408 and shape(json.loads(body))["code"] == "too_slow"
+    assert shape(json.loads(body))["message"] == "the request was not sent within 0.5 seconds"
+    assert server.app.state.server.held == 0
+
+
+def test_the_deadline_counts_from_before_the_body(models, gate):
+    with running(models, replace(TINY, seconds=4.0)) as server:
+        body = json.dumps({"model": "dual-tower", "messages": say("a")}).encode()
+        began = time.monotonic()
+        with begun(server, body[:10], len(body)) as slow:
+            time.sleep(3)
+            slow.sendall(body[10:])
+            status, _, answer = answered(slow)
+        assert status == 504 and shape(json.loads(answer))["code"] == "deadline"
+        assert 3.9 < time.monotonic() - began < 6.5, "it began when the body was there"
+        gate.set()
+
+
+def test_large_bodies_are_bounded_together(models):
+    with running(models, replace(TINY, bodies=250_000)) as server:
+        held = server.app.state.server
+        ones = [begun(server, b"a" * 90_000, 100_000) for _ in range(2)]
+        until(lambda: held.held == 180_000)
+        for path in ("chat/completions", "images/generations", "images/edits", "embeddings"):
+            with begun(server, b"a" * 90_000, 100_000, f"/v1/{path}") as third:
+                status, headers, body = answered(third)
+            assert status == 429 and shape(json.loads(body))["code"] == "bodies_full" and headers["Retry-After"] == "1"
+        assert held.held == 180_000
+        assert post(server, "/v1/images/generations", json.dumps({"prompt": "a cat", "steps": 1}))[0] == 200
+        for one in ones:
+            one.close()
+        until(lambda: held.held == 0)
+        assert post(server, "/v1/chat/completions", b"a" * 190_000)[0] == 400  # read whole, and no JSON
+    with running(models, replace(TINY, bodies=1000)) as server:  # one alone is always taken
+        assert post(server, "/v1/chat/completions", b"a" * 190_000)[0] == 400
+
+
+@pytest.mark.parametrize("drips", ["head", "body", "body of unknown length"])
+def test_a_host_that_drips_holds_no_reader(models, picture, monkeypatch, drips):
+    monkeypatch.setattr(requests, "FETCH_SECONDS", 1.0)
+    file, left = png(picture), threading.Event()
+
+    def drip(listener):
+        connection, _ = listener.accept()
+        with connection, suppress(OSError):
+            connection.recv(65536)
+            known = f"Content-Length: {len(file)}\r\n" if drips != "body of unknown length" else ""
+            head = f"HTTP/1.0 200 OK\r\n{known}\r\n".encode()
+            if drips != "head":
+                connection.sendall(head + file[:-10])
+            for byte in (head + file) * 9 if drips == "head" else bytes(1000):
+                connection.sendall(bytes([byte]))
+                time.sleep(0.3)
+        left.set()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=drip, args=(listener,), daemon=True).start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/a.png"
+        messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+        with running(models, hosts=frozenset({"127.0.0.1"})) as server, server.client() as client:
+            with pytest.raises(openai.BadRequestError, match="host did not send it within 1 seconds"):
+                client.chat.completions.create(model="dual-tower", messages=messages, max_tokens=4)
+            assert left.wait(10), "the connection is still open"
 
 
 def test_a_picture_of_a_hundred_megapixels_is_refused_undecoded(models):

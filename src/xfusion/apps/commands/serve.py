@@ -24,7 +24,8 @@ class Serve(Verb):
     """Serve packs over HTTP, for OpenAI's clients and all that speak like them.
 
     Packs on the same base share it. The key in the environment variable XFUSION_API_KEY, or the file of --keys, closes
-    the server to all others. Ctrl-C or SIGTERM: no new requests, open ones get --limits.grace seconds.
+    the server to all others. Ctrl-C or SIGTERM: no new requests, those that run get --limits.grace seconds, a second one
+    ends them.
     """
 
     packs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PACK...")]
@@ -112,14 +113,11 @@ def address_of(host: str, listener: socket.socket) -> str:
 
 def serve_until_stopped(app: Any, listener: socket.socket, grace: int) -> float:
     """Answer until SIGINT or SIGTERM; open requests then get ``grace`` seconds. Returns the minutes that it went."""
-    import uvicorn
+    from xfusion.apps.server.stopping import Server
 
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=grace
-    )
     began = time.perf_counter()
     # Having stopped, uvicorn raises the signal once more for whoever had set a handler: for us it was answered.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    uvicorn.Server(config).run(sockets=[listener])
+    Server(app, grace).run(sockets=[listener])
     return (time.perf_counter() - began) / 60
