@@ -75,16 +75,28 @@ def opens_always(model):
 def running(models, limits=None, **options):
     """A server while the block runs."""
     made = app.create(models, limits or Limits(), **options)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = Server(made, (limits or Limits()).grace)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", made, server)
-        finally:
-            server.should_exit = True
-            thread.join(30)
-            assert not thread.is_alive(), "the server did not stop"
+    with socket.create_server(("127.0.0.1", 0)) as listener, _served(made, listener, limits) as server:
+        yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", made, server)
+
+
+@contextlib.contextmanager
+def listening_at(made, listener):
+    """The address of an application that answers at a socket while the block runs."""
+    with listener, _served(made, listener, None):
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@contextlib.contextmanager
+def _served(made, listener, limits):
+    server = Server(made, (limits or Limits()).grace)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive(), "the server did not stop"
 
 
 def png(picture):

@@ -30,6 +30,7 @@ from apps.serving import (
     draw_only,
     from_base64,
     from_url,
+    listening_at,
     opens_always,
     png,
     running,
@@ -39,10 +40,12 @@ from apps.test_cli import start
 from contracts.table import SIDE, SOUND_RATE, Noise, hearing_model, make_model
 
 import xfusion
+from xfusion.apps import cli
 from xfusion.apps.server import requests
 from xfusion.apps.server.answers import Refused
 from xfusion.apps.server.batches import Batches, Continue, Job, Words
 from xfusion.apps.server.limits import Limits
+from xfusion.apps.server.names import own_names
 from xfusion.data.sequence import Sound, XFusionError
 from xfusion.data.sounds import as_wav, decode
 from xfusion.modalities.image import square_picture
@@ -907,6 +910,70 @@ def test_keys(models):
             get(server, "/metrics")
 
 
+def as_called(server, name, path="/v1/models", **headers):
+    """Status and body of a request that calls the server by a name."""
+    parts = urllib.parse.urlsplit(server if isinstance(server, str) else server.address)
+    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=30)
+    try:
+        connection.putrequest("GET", path, skip_host=True)
+        for header, value in ({"Host": name} | headers).items():
+            connection.putheader(header, value)
+        connection.endheaders()
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+    finally:
+        connection.close()
+
+
+def test_a_name_that_was_made_to_lead_here_is_refused(models, server):
+    with running(models, names=own_names("127.0.0.1") | {"gpu.lan"}) as guarded:
+        for name in ("127.0.0.1", "127.0.0.1:8000", "localhost", "LOCALHOST.:1", "[::1]:8000", "gpu.lan:80"):
+            assert as_called(guarded, name)[0] == 200, name
+        assert guarded.client().models.list().data
+        for name in (
+            "evil.example",
+            "evil.example:8000",
+            "127.0.0.1.evil.example",
+            "localhost.evil.example:80",
+            "",
+            "a:b:c",
+        ):
+            for path in ("/v1/models", "/health"):
+                status, answer = as_called(guarded, name, path)
+                assert status == 403 and shape(answer)["code"] == "unknown_host", name
+    assert as_called(server, "evil.example")[0] == 200  # whoever makes the application may take every name
+    assert not own_names("0.0.0.0") and not own_names("gpu.lan") and "127.0.0.2" in own_names("127.0.0.2")
+
+
+@pytest.mark.parametrize(
+    ("options", "taken", "refused"),
+    [
+        ([], ["127.0.0.1"], ["evil.example", "gpu.lan"]),
+        (["--allowed-names", "GPU.lan"], ["127.0.0.1", "gpu.lan"], ["evil.example"]),
+        (["--host", "0.0.0.0"], ["127.0.0.1", "evil.example"], []),
+        (["--keys"], ["127.0.0.1", "evil.example"], []),
+    ],
+)
+def test_the_verb_answers_to_its_own_names(models, tmp_path, monkeypatch, options, taken, refused):
+    from xfusion.apps.commands import serve as verb
+
+    models["dual-tower"].save_pretrained(tmp_path / "pack")
+    if options == ["--keys"]:
+        (tmp_path / "keys").write_text("k1\n")
+        options = ["--keys", str(tmp_path / "keys")]
+    found = {}
+
+    def serve(app, listener, grace):
+        with listening_at(app, listener.dup()) as address:
+            for name in (*taken, *refused):
+                found[name] = as_called(address, name, Authorization="Bearer k1")[0]
+        return 0.0
+
+    monkeypatch.setattr(verb, "serve_until_stopped", serve)
+    assert cli.main(["serve", str(tmp_path / "pack"), "--port", "0", "--device", "cpu", *options]) == 0
+    assert found == dict.fromkeys(taken, 200) | dict.fromkeys(refused, 403)
+
+
 def test_metrics_count_routes_and_statuses(server, client):
     client.models.list()
     post(server, "/v1/nowhere", b"")
@@ -953,8 +1020,6 @@ def test_the_verb_serves_packs_on_one_base_and_stops_in_order(models, tmp_path):
 
 
 def test_bad_calls_of_the_verb(models, tmp_path, monkeypatch, capsys):
-    from xfusion.apps import cli
-
     models["dual-tower"].save_pretrained(tmp_path / "one")
     models["dual-tower"].save_pretrained(tmp_path / "two" / "one")
     (tmp_path / "none").write_text("\n")

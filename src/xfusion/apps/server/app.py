@@ -30,6 +30,7 @@ from xfusion.apps.server import reading, requests
 from xfusion.apps.server.answers import Refused, base64_png, data_url, now, usage
 from xfusion.apps.server.batches import Batches, Continue, Job, stopping
 from xfusion.apps.server.limits import Limits
+from xfusion.apps.server.names import called
 from xfusion.apps.server.reading import as_refused
 from xfusion.generation import draw_size
 from xfusion.model import Model
@@ -51,6 +52,7 @@ def create(
     *,
     keys: frozenset[str] = frozenset(),
     hosts: frozenset[str] = frozenset(),
+    names: frozenset[str] = frozenset(),
 ) -> FastAPI:
     """The server as an ASGI application.
 
@@ -59,8 +61,9 @@ def create(
         limits: what a request may ask for.
         keys: API keys; with none, everyone may ask.
         hosts: whose pictures are fetched; with none, pictures come as data URLs alone.
+        names: by which the server may be called, in lower case; with none, by any.
     """
-    server = _Server(models, limits, keys, hosts)
+    server = _Server(models, limits, keys, hosts, names)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -70,7 +73,7 @@ def create(
         server.readers.shutdown(wait=False, cancel_futures=True)
         await anyio.to_thread.run_sync(server.batches.close, limits.grace)
 
-    app = FastAPI(title="xfusion", openapi_url=None, lifespan=lifespan)
+    app = FastAPI(title="xfusion", openapi_url=None, lifespan=lifespan, dependencies=[Depends(server.called)])
     app.state.server = app.state.stops = server
     app.add_middleware(_Counted, server=server)
     allowed = [Depends(server.authorised)]
@@ -92,8 +95,15 @@ def create(
 class _Server:
     """What the routes share."""
 
-    def __init__(self, models: Mapping[str, Model], limits: Limits, keys: frozenset[str], hosts: frozenset[str]):
-        self.models, self.limits, self.hosts = dict(models), limits, hosts
+    def __init__(
+        self,
+        models: Mapping[str, Model],
+        limits: Limits,
+        keys: frozenset[str],
+        hosts: frozenset[str],
+        names: frozenset[str],
+    ):
+        self.models, self.limits, self.hosts, self.names = dict(models), limits, hosts, names
         self.keys = [_digest(key) for key in keys]
         self.facts = {
             name: {"pack_fingerprint": model.fingerprint, "base_fingerprint": model.backbone.fingerprint}
@@ -139,6 +149,16 @@ class _Server:
         self.ended.set()
 
     # -- routes without a model
+
+    async def called(self, request: Request) -> None:
+        """Refuse a request that calls this server by a name that is not its own."""
+        name = called(request.scope)
+        if self.names and name not in self.names:
+            raise Refused(
+                403,
+                f"this server is not called {name[:100]!r}: xfusion serve --allowed-names takes names that it may be called by",
+                code="unknown_host",
+            )
 
     async def authorised(self, request: Request) -> None:
         """Refuse a request without one of the keys, comparing all of them in constant time."""
