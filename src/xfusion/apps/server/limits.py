@@ -32,7 +32,7 @@ class Limits:
     body: int = 20_000_000
     """Bytes of a request."""
     bodies: int = 200_000_000
-    """Bytes of all requests on their way into the queue; beyond it 429 with Retry-After, but one alone is always taken."""
+    """Bytes of all requests on their way into the queue; beyond it 429 with Retry-After, but one alone is taken."""
     characters: int = 100_000
     """Characters of a request's words."""
     grace: int = 10

@@ -1,4 +1,7 @@
-"""By which names a server may be called: a page elsewhere whose name is made to lead here could else use it (DNS rebinding)."""
+"""By which names a server may be called.
+
+A page elsewhere whose name is made to lead here could else use the server (DNS rebinding).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1", "[::1]"})
 
 
 def own_names(host: str) -> frozenset[str]:
-    """The names of a server that listens at an address: those of this machine to itself where only it can reach the server.
+    """The names of a server that listens at an address: this machine's to itself where only it can reach the server.
 
     Elsewhere none is known, and every name is taken (an empty set).
     """

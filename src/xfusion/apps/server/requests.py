@@ -1,7 +1,7 @@
 """What clients send: the fields of OpenAI's requests that mean something here, checked before anything is computed.
 
-A field that would change the answer and is not known is refused instead of passed over; one that is null, or says what is so
-anyway, is taken: clients send such fields unasked, and turns come back as they were sent.
+A field that would change the answer and is not known is refused instead of passed over; one that is null, or says what
+is so anyway, is taken: clients send such fields unasked, and turns come back as they were sent.
 """
 
 from __future__ import annotations
