@@ -6,6 +6,7 @@ No code from a hub is run: a model whose class transformers does not have is ref
 from __future__ import annotations
 
 import hashlib
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +96,17 @@ def captioner(text: str, *, device: str, max_tokens: int) -> tuple[str, Ask]:
     source, revision = named(text)
     processor = _loaded(source, revision, AutoProcessor)
     tokenizer = getattr(processor, "tokenizer", None)
-    if tokenizer is None or not (getattr(processor, "chat_template", None) or tokenizer.chat_template):
+    if tokenizer is None or not getattr(processor, "chat_template", None):
         raise XFusionError(f"{source!r} has no chat template for pictures: name a vision-language model that was tuned")
     tokenizer.padding_side = "left"  # answers go on behind the prompt, also of the shorter one
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = _whole(source, revision, AutoModelForImageTextToText, dtype="auto").to(device)
     model = model.requires_grad_(False).eval()
+
+    options: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
+    if "processor_kwargs" in inspect.signature(processor.apply_chat_template).parameters:  # not in transformers 5.0
+        options = {"processor_kwargs": options}
 
     @torch.inference_mode()
     def ask(pictures: list[Image], prompt: str) -> list[str]:
@@ -111,8 +116,7 @@ def captioner(text: str, *, device: str, max_tokens: int) -> tuple[str, Ask]:
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
-            return_tensors="pt",
-            padding=True,
+            **options,
         ).to(device, model.dtype)
         ids = model.generate(
             **inputs, max_new_tokens=max_tokens, do_sample=False, num_beams=1, pad_token_id=tokenizer.pad_token_id
