@@ -5,6 +5,7 @@ It is biased where pictures are few (Bińkowski et al., arXiv 1801.01401), so fe
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import groupby, islice
 from pathlib import Path
@@ -94,7 +95,9 @@ def compare(
             f"the scoring encoder {encoder.fingerprint[:60]!r} took part in training what drew: it may not score it"
         )
     try:
-        metric = kind(feature=2048 if encoder is None else Eyes(encoder.build()), **settings).to(device)
+        with warnings.catch_warnings():  # that it keeps features in memory: a few thousand rows
+            warnings.simplefilter("ignore", UserWarning)
+            metric = kind(feature=2048 if encoder is None else Eyes(encoder.build()), **settings).to(device)
     except ImportError as error:
         raise XFusionError(
             f"{INCEPTION} is not installed: pip install torch-fidelity (it brings torchvision), or name another --encoder"
