@@ -30,19 +30,20 @@ def silent(*_):
 def test_a_break_loses_nothing_and_asks_nothing_twice(tmp_path):
     source, folder, asked = Noise(5), tmp_path / "out", []
 
-    def ask(picture, prompt):
+    def ask(pictures, prompt):
+        (picture,) = pictures
         assert picture.size == (32, 32) and prompt == "what is this?"
         if len(asked) == 3:
             raise XFusionError("the line went dead")
         asked.append(picture.tobytes())
-        return f"caption  {len(asked)}\n"
+        return [f"caption  {len(asked)}\n"]
 
     with pytest.raises(XFusionError, match="went dead"):
         recaption(source, ask, ASKING, folder, progress=silent)
     assert not (folder / "metadata.jsonl").exists()
     with (folder / JOURNAL).open("a") as journal:
         journal.write('{"index": 3, "capt')  # cut by a crash
-    assert recaption(source, lambda *_: "new words", ASKING, folder, progress=silent) == (5, 2)
+    assert recaption(source, lambda *_: ["new words"], ASKING, folder, progress=silent) == (5, 2)
     made = open_source(str(folder), split="all")
     assert [e.captions[0] for e in made.examples] == ["caption 1", "caption 2", "caption 3", "new words", "new words"]
     assert made.examples[0].captions[1:] == source.examples[0].captions
@@ -72,7 +73,7 @@ def test_a_break_loses_nothing_and_asks_nothing_twice(tmp_path):
     with pytest.raises(XFusionError, match="holds other files"):
         recaption(source, never, ASKING, tmp_path / "mine", progress=silent)
     with pytest.raises(XFusionError, match="answered 0 characters"):
-        recaption(source, lambda *_: " ", ASKING, tmp_path / "empty", progress=silent)
+        recaption(source, lambda *_: [" "], ASKING, tmp_path / "empty", progress=silent)
 
 
 def test_no_more_requests_than_the_rate_allows(tmp_path, monkeypatch):
@@ -90,7 +91,7 @@ def test_no_more_requests_than_the_rate_allows(tmp_path, monkeypatch):
     def ask(*_):
         times.append(now[0])
         now[0] += 0.5
-        return "words"
+        return ["words"]
 
     recaption(Noise(4), ask, asking, tmp_path / "out", progress=silent)
     assert times == [100.0, 102.0, 104.0, 106.0] and slept == [0.0, 1.5, 1.5, 1.5]
@@ -125,12 +126,12 @@ def test_a_busy_server_is_asked_again_and_a_refusal_ends_it():
     try:
         url = f"http://127.0.0.1:{server.server_address[1]}/v1"
         ask = endpoint(url, "m", key="none", retries=2, max_tokens=9)
-        assert ask(Noise(1).picture(0, 8), "what?") == "a red apple" and len(Busy.seen) == 3
+        assert ask([Noise(1).picture(0, 8)], "what?") == ["a red apple"] and len(Busy.seen) == 3
         content = Busy.seen[0]["messages"][0]["content"]
         assert content[0]["image_url"]["url"].startswith("data:image/png;base64,") and content[1]["text"] == "what?"
         assert Busy.seen[0]["max_tokens"] == 9
         with pytest.raises(XFusionError, match="refuses: .*400"):
-            ask(Noise(1).picture(0, 8), "")
+            ask([Noise(1).picture(0, 8)], "")
     finally:
         server.shutdown()
         server.server_close()

@@ -23,8 +23,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 JOURNAL = "recaption.jsonl"
-Ask = Callable[["Image", str], str]
-"""A picture and a prompt -> words."""
+LONG = (
+    "Describe this picture in several sentences: what it shows, the colours, shapes and numbers of things, where they are, the"
+    " background and the style."
+)
+"""What a vision-language model is asked, where nobody says otherwise."""
+Ask = Callable[[list["Image"], str], list[str]]
+"""Pictures and a prompt -> words for each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +44,8 @@ class Asking:
     """Side in pixels of the pictures that are shown, and kept."""
     per_minute: float | None = None
     """Requests per minute at most; None is no limit."""
+    batch: int = 1
+    """Pictures of a request."""
 
 
 def recaption(
@@ -48,7 +55,7 @@ def recaption(
 
     Args:
         source: whose pictures; its own captions are kept as further wordings.
-        ask: answers for one picture.
+        ask: answers for the pictures of a request.
         asking: what is asked, of whom, and how often.
         folder: pictures, journal and the new captions.
         progress: told pictures done and in all.
@@ -63,27 +70,33 @@ def recaption(
     known = _journal(folder, asking, source.spec)
     asked, next_time = 0, time.monotonic()
     with (folder / JOURNAL).open("a", encoding="utf-8") as journal:
-        for index, example in enumerate(source.examples):
-            progress(index, len(source.examples))
-            if index in known:
+        # The same pictures stand together whenever a call begins: neighbours in a batch may change the rounding.
+        for start in range(0, len(source.examples), asking.batch):
+            part = range(start, min(start + asking.batch, len(source.examples)))
+            progress(start, len(source.examples))
+            if all(index in known for index in part):
                 continue
-            picture = source.picture(index, asking.size)
+            shown = [source.picture(index, asking.size) for index in part]
             if asking.per_minute:
                 time.sleep(max(0.0, next_time - time.monotonic()))
                 next_time = max(next_time, time.monotonic()) + 60 / asking.per_minute
-            words = " ".join(ask(picture, asking.prompt).split())
-            if not words or len(words) > MAX_CAPTION:
-                raise XFusionError(
-                    f"{example.origin}: {asking.model} answered {len(words)} characters, from 1 to {MAX_CAPTION} are legal:"
-                    " change the prompt; the captions so far are kept"
-                )
-            with whole_file(folder / _name(index)) as temporary:
-                picture.save(temporary, format="PNG")
-            line = {"index": index, "id": example.id, "caption": words, "model": asking.model, "prompt": asking.prompt}
-            journal.write(json.dumps(line | {"source": source.spec, "size": asking.size}, ensure_ascii=False) + "\n")
-            journal.flush()
-            os.fsync(journal.fileno())
-            known[index], asked = words, asked + 1
+            for index, picture, answer in zip(part, shown, ask(shown, asking.prompt), strict=True):
+                if index in known:
+                    continue
+                example, words = source.examples[index], " ".join(answer.split())
+                if not words or len(words) > MAX_CAPTION:
+                    raise XFusionError(
+                        f"{example.origin}: {asking.model} answered {len(words)} characters, from 1 to {MAX_CAPTION} are"
+                        " legal: change the prompt; the captions so far are kept"
+                    )
+                with whole_file(folder / _name(index)) as temporary:
+                    picture.save(temporary, format="PNG")
+                line = {"index": index, "id": example.id, "caption": words, "model": asking.model}
+                line |= {"prompt": asking.prompt, "source": source.spec, "size": asking.size}
+                journal.write(json.dumps(line, ensure_ascii=False) + "\n")
+                journal.flush()
+                os.fsync(journal.fileno())
+                known[index], asked = words, asked + 1
     lines = [
         {"file_name": _name(i), "captions": [known[i], *(c for c in e.captions if c != known[i])], "group": e.group}
         for i, e in enumerate(source.examples)
@@ -140,7 +153,7 @@ def endpoint(url: str, model: str, *, key: str, retries: int, max_tokens: int, s
         raise XFusionError("an endpoint is asked through the package openai: pip install openai") from error
     client = openai.OpenAI(base_url=url, api_key=key, max_retries=retries, timeout=seconds)
 
-    def ask(picture: Image, prompt: str) -> str:
+    def ask_one(picture: Image, prompt: str) -> str:
         import base64
         import io
 
@@ -160,5 +173,8 @@ def endpoint(url: str, model: str, *, key: str, retries: int, max_tokens: int, s
         except openai.OpenAIError as error:
             raise XFusionError(f"{url} refuses: {first_line(error)}; the captions so far are kept") from error
         return found.choices[0].message.content or ""
+
+    def ask(pictures: list[Image], prompt: str) -> list[str]:
+        return [ask_one(picture, prompt) for picture in pictures]
 
     return ask

@@ -8,7 +8,11 @@ arXiv 2310.11513): ``00000/metadata.jsonl`` with the prompt's own line, ``00000/
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import pkgutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +21,10 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from xfusion.data.sequence import XFusionError
+from xfusion.evaluation import metrics
 from xfusion.evaluation.metrics import naming
 from xfusion.generation import draw_size, refuse_to_draw
+from xfusion.modalities.base import Encoder
 from xfusion.storage import file_hash, read_json, sealed, write_json
 
 MANIFEST = "manifest.json"
@@ -117,7 +123,7 @@ def draw_folder(
         }
         for p, i in places
     ]
-    manifest = sealed(facts | {"pictures": items})
+    manifest = sealed(facts | {"teachers": sorted(model.teachers), "pictures": items})
     write_json(folder / MANIFEST, manifest)
     begun.unlink()
     return manifest
@@ -125,6 +131,94 @@ def draw_folder(
 
 def _file(folder: Path, prompt: int, index: int) -> Path:
     return folder / f"{prompt:05}" / "samples" / f"{index:04}.png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A folder of `draw_folder`, as a judge sees it."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> Drawn:
+        """The folder's manifest; pictures are read when they are looked at.
+
+        Raises:
+            XFusionError: the manifest cannot be read, or was altered.
+        """
+        return cls(folder=folder, manifest=read_json(folder / MANIFEST))
+
+    def __len__(self) -> int:
+        return len(self.manifest["pictures"])
+
+    @property
+    def prompts(self) -> list[str]:
+        """Each picture's own."""
+        return [self.manifest["prompts"][item["prompt"]] for item in self.manifest["pictures"]]
+
+    @property
+    def teachers(self) -> frozenset[str] | None:
+        """Fingerprints of the encoders that what drew had learned from (`Model.teachers`); None where nobody noted them."""
+        known = self.manifest.get("teachers")
+        return None if known is None else frozenset(known)
+
+    def pictures(self, start: int, stop: int) -> Iterator[PILImage.Image]:
+        """Some of the pictures, in RGB.
+
+        Raises:
+            XFusionError: one is missing, or is not what was drawn.
+        """
+        for item in self.manifest["pictures"][start:stop]:
+            path = self.folder / item["file"]
+            if not path.is_file() or file_hash(path) != item["sha256"]:
+                raise XFusionError(f"{path} is missing or is not the picture that was drawn: draw the folder again")
+            with PILImage.open(path) as opened:
+                yield opened.convert("RGB")
+
+
+def judge_names() -> list[str]:
+    """Judges that are no pack: the files of the folder ``evaluation/metrics`` that have a ``judge``."""
+    names = sorted(module.name for module in pkgutil.iter_modules(metrics.__path__))
+    return [name for name in names if hasattr(import_module(f"{metrics.__name__}.{name}"), "judge")]
+
+
+def judge_by(
+    folder: Path,
+    by: str,
+    *,
+    encoder: Encoder.Config | None = None,
+    device: str = "cpu",
+    progress: Callable[[str, int, int], None],
+) -> dict[str, Any] | None:
+    """The second phase, with a metric as the judge.
+
+    Args:
+        folder: of `draw_folder`.
+        by: ``clip-score:ORG/MODEL``, ``fid:FOLDER``, ``kernel-distance:FOLDER``; whatever `judge_names` has.
+        encoder: what the distances see pictures through; None is Inception v3.
+        device: where it computes.
+        progress: told pictures done and in all.
+
+    Returns:
+        the metric's scores, and under "settings" who judged whom; None where ``by`` is no metric, so that it names a pack.
+
+    Raises:
+        XFusionError: an unknown metric, or what the metric refuses.
+    """
+    name, colon, argument = by.partition(":")
+    names = judge_names()
+    if Path(by).expanduser().exists() or (not colon and name.replace("-", "_") not in names):
+        return None
+    if name.replace("-", "_") not in names:
+        known = ", ".join(f"{one.replace('_', '-')}:..." for one in names)
+        raise XFusionError(f"there is no judge {by!r}: there are {known}, or a pack that embeds or captions")
+    drawn = Drawn.read(folder)
+    own = import_module(f"{metrics.__name__}.{name.replace('-', '_')}")
+    found = own.judge(drawn, argument, encoder=encoder, device=device, progress=progress)
+    teachers = "not noted when it was drawn" if drawn.teachers is None else sorted(drawn.teachers)
+    settings = {"by": by, **found["settings"], "torchmetrics": version("torchmetrics"), "teachers": teachers}
+    return found | {"settings": settings | {"drawn": _who_drew(drawn.manifest)}}
 
 
 def judge(folder: Path, model: Any, *, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
@@ -144,17 +238,11 @@ def judge(folder: Path, model: Any, *, progress: Callable[[str, int, int], None]
     Raises:
         XFusionError: the folder was altered, or the judge drew it itself or can do neither.
     """
-    manifest = read_json(folder / MANIFEST)
-    if manifest["pack_fingerprint"] == model.fingerprint:
+    drawn = Drawn.read(folder)
+    if drawn.manifest["pack_fingerprint"] == model.fingerprint:
         raise XFusionError(f"{folder} was drawn by this very pack: it may not judge itself")
-    prompts = list(dict.fromkeys(manifest["prompts"]))
-    pictures: list[PILImage.Image] = []
-    for item in manifest["pictures"]:
-        path = folder / item["file"]
-        if not path.is_file() or file_hash(path) != item["sha256"]:
-            raise XFusionError(f"{path} is missing or is not the picture that was drawn: draw the folder again")
-        with PILImage.open(path) as opened:
-            pictures.append(opened.convert("RGB"))
+    prompts = list(dict.fromkeys(drawn.manifest["prompts"]))
+    pictures = list(drawn.pictures(0, len(drawn)))
 
     def told(done: int, total: int) -> None:
         progress("judging", done, total)
@@ -167,9 +255,12 @@ def judge(folder: Path, model: Any, *, progress: Callable[[str, int, int], None]
         raise XFusionError(
             f"this pack cannot judge: it can {', '.join(sorted(model.capabilities))}, not embed or caption"
         )
-    own = [prompts.index(manifest["prompts"][item["prompt"]]) for item in manifest["pictures"]]
+    own = [prompts.index(prompt) for prompt in drawn.prompts]
     hit = torch.nn.functional.one_hot(torch.tensor(own), len(prompts)).bool()
     who = {"judge_fingerprint": model.fingerprint, "by": "embed" if "embed" in model.capabilities else "caption"}
-    drawn = {key: manifest[key] for key in ("pack_fingerprint", "settings")}
     counts = {"num_pictures": len(pictures), "num_prompts": len(prompts)}
-    return naming.beside("", scores, hit) | counts | {"settings": who | {"drawn": drawn}}
+    return naming.beside("", scores, hit) | counts | {"settings": who | {"drawn": _who_drew(drawn.manifest)}}
+
+
+def _who_drew(manifest: dict[str, Any]) -> dict[str, Any]:
+    return {key: manifest[key] for key in ("pack_fingerprint", "settings")}

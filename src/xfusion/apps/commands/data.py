@@ -129,7 +129,7 @@ class DataEncode(Verb):
 
 @dataclass(frozen=True, kw_only=True)
 class DataRecaption(Verb):
-    """Caption the pictures of a data source anew, by a pack or by a server that speaks OpenAI's API.
+    """Caption the pictures of a data source anew, by a pack, a vision-language model, or a server that speaks OpenAI's API.
 
     The folder is a data source: the new caption first, the old ones as further wordings. Its recaption.jsonl says for every
     caption which model and prompt made it. Give the same command again after a break: what was answered is kept.
@@ -137,18 +137,21 @@ class DataRecaption(Verb):
 
     spec: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SPEC")]
     """emoji, emoji:128, a folder of pictures with captions, a .jsonl file, or shards."""
-    by: Annotated[str, tyro.conf.arg(name="with", metavar="MODEL|URL")]
-    """A pack that captions, or the address of a server, such as http://127.0.0.1:8000/v1."""
+    by: Annotated[str, tyro.conf.arg(name="with", metavar="PACK|hf:MODEL|URL")]
+    """A pack that captions; a vision-language model of transformers, such as hf:Qwen/Qwen2.5-VL-3B-Instruct[@REVISION] or
+    hf:FOLDER; or the address of a server, such as http://127.0.0.1:8000/v1."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")]
     """Folder of pictures and captions."""
     model: str | None = None
     """Which of the server's models."""
-    prompt: str = "Describe this picture in one sentence."
-    """What is asked of each picture; empty asks nothing."""
+    prompt: str | None = None
+    """What is asked of each picture, empty asks nothing; None asks hf: for several sentences, and others for one."""
     size: int = 256
     """Side in pixels that pictures are shown, and kept, at."""
-    max_tokens: int = 64
-    """Longest caption in tokens."""
+    max_tokens: int | None = None
+    """Longest caption in tokens; None is 256 for hf:, and 64 for others."""
+    batch: int = 1
+    """Pictures per call of hf:; more is faster on a GPU."""
     per_minute: float | None = None
     """Requests per minute at most."""
     retries: int = 5
@@ -156,19 +159,24 @@ class DataRecaption(Verb):
     split: Literal["train", "held", "all"] = "all"
     """Which pictures, where some are held out."""
     device: str = "auto"
-    """auto, cpu, cuda, ..., for a pack."""
+    """auto, cpu, cuda, ..., for a pack or hf:."""
     trust: bool = False
     """Import packages outside xfusion that the pack names."""
 
     def run(self, people: Console) -> Answer:
         import os
 
-        from xfusion.data.recaption import JOURNAL, Asking, endpoint, recaption
+        from xfusion.data.recaption import JOURNAL, LONG, Asking, endpoint, recaption
         from xfusion.data.sources import open_source
         from xfusion.generation import refuse_to_read
 
-        if self.size < 1 or self.max_tokens < 1 or self.retries < 0:
-            raise UsageError("--size and --max-tokens are at least 1, --retries at least 0")
+        local = self.by.startswith("hf:")
+        max_tokens = (256 if local else 64) if self.max_tokens is None else self.max_tokens
+        prompt = (LONG if local else "Describe this picture in one sentence.") if self.prompt is None else self.prompt
+        if self.size < 1 or max_tokens < 1 or self.retries < 0 or self.batch < 1:
+            raise UsageError("--size, --max-tokens and --batch are at least 1, --retries at least 0")
+        if self.batch > 1 and not local:
+            raise UsageError(f"--batch {self.batch}: only a model by hf: is asked about several pictures at once")
         if self.per_minute is not None and not 0 < self.per_minute < float("inf"):
             raise UsageError(f"--per-minute {self.per_minute:g}: more than 0")
         as_folder(self.out)
@@ -176,19 +184,23 @@ class DataRecaption(Verb):
             if self.model is None:
                 raise UsageError("--with a server: name its model, by --model")
             name, key = f"{self.model} at {self.by}", os.environ.get("OPENAI_API_KEY", "none")
-            ask = endpoint(self.by, self.model, key=key, retries=self.retries, max_tokens=self.max_tokens)
+            ask = endpoint(self.by, self.model, key=key, retries=self.retries, max_tokens=max_tokens)
+        elif local:
+            from xfusion.evaluation.adapters.transformers import captioner
+
+            name, ask = captioner(self.by[3:], device=choose_device(self.device), max_tokens=max_tokens)
         else:
             pack = load_model(self.by, device=self.device, trust=self.trust)
             refuse_to_read(pack)
             name = f"{self.by} {pack.fingerprint}"
 
-            def by_pack(picture: Any, prompt: str) -> str:
-                return pack.caption([picture], question=prompt, max_tokens=self.max_tokens)[0]
+            def by_pack(pictures: list[Any], prompt: str) -> list[str]:
+                return pack.caption(pictures, question=prompt, max_tokens=max_tokens)
 
             ask = by_pack
 
         source = open_source(self.spec, split=self.split)
-        asking = Asking(model=name, prompt=self.prompt, size=self.size, per_minute=self.per_minute)
+        asking = Asking(model=name, prompt=prompt, size=self.size, per_minute=self.per_minute, batch=self.batch)
         with progress(people) as told:
             count, asked = recaption(
                 source, ask, asking, self.out, progress=lambda done, total: told("captioning", done, total)

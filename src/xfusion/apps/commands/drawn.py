@@ -67,19 +67,25 @@ class Draw(Verb):
         count = len(manifest["pictures"])
         rows = [
             ("pictures", f"{count} of {len(prompts)} prompts in {self.out}"),
-            ("judge", f"xfusion judge {self.out} --by PACK"),
+            ("judge", f"xfusion judge {self.out} --by PACK|METRIC:OF"),
         ]
         return Answer(data={"out": str(self.out), "pictures": count, "prompts": len(prompts)}, text=table(rows))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judge(Verb):
-    """Score a folder that `xfusion draw` made, with a pack that embeds or captions and did not draw it."""
+    """Score a folder that `xfusion draw` made, with a pack that embeds or captions and did not draw it, or with a metric.
+
+    Metrics need the extra xfusion[eval], and weights from a hub or a folder: clip-score:ORG/MODEL[@REVISION], fid:FOLDER and
+    kernel-distance:FOLDER, whose folder holds the pictures to compare with.
+    """
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """Folder with a manifest.json."""
-    by: Annotated[str, tyro.conf.arg(metavar="PACK")]
-    """The judge: a folder, a shipped pack's name, or a hub id."""
+    by: Annotated[str, tyro.conf.arg(metavar="PACK|METRIC:OF")]
+    """The judge: a pack by its folder, name or hub id; or a metric."""
+    encoder: Annotated[str | None, tyro.conf.arg(metavar="NAME[:SOURCE[:REVISION]]")] = None
+    """What fid and kernel-distance look through, such as efficientnet_lite; None takes Inception v3."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
     """Write the result to this JSON file, too."""
     device: str = "auto"
@@ -88,14 +94,25 @@ class Judge(Verb):
     """Import packages outside xfusion that the pack names."""
 
     def run(self, people: Console) -> Answer:
-        from xfusion.evaluation.drawn import MANIFEST, judge
+        from xfusion.apps.commands.recipe import read_encoder
+        from xfusion.evaluation.drawn import MANIFEST, judge, judge_by
         from xfusion.storage import write_json
 
         if not (self.folder / MANIFEST).is_file():
             raise UsageError(f"{self.folder} has no {MANIFEST}: make one with xfusion draw")
-        model = load_model(self.by, device=self.device, trust=self.trust)
+        try:
+            encoder = read_encoder(self.encoder) if self.encoder else None
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        device = choose_device(self.device)
         with progress(people) as tell:
-            result = judge(self.folder, model, progress=tell)
+            result = judge_by(self.folder, self.by, encoder=encoder, device=device, progress=tell)
+        if result is None and encoder is not None:
+            raise UsageError(f"--encoder {self.encoder}: {self.by} is a pack, which looks through its own")
+        if result is None:
+            model = load_model(self.by, device=self.device, trust=self.trust)
+            with progress(people) as tell:
+                result = judge(self.folder, model, progress=tell)
         if self.out:
             write_json(self.out, result)
         rows = [(k, f"{v:.4g}" if isinstance(v, float) else str(v)) for k, v in result.items() if k != "settings"]

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Annotated, Any
 
 import tyro
@@ -16,7 +17,7 @@ from xfusion import checkpoint
 from xfusion.apps.commands.base import Answer, pack_folder
 from xfusion.apps.commands.training import Train
 from xfusion.data.sequence import XFusionError
-from xfusion.modalities.base import Codec
+from xfusion.modalities.base import Codec, Encoder
 from xfusion.recipes.base import find
 from xfusion.training import states
 from xfusion.training.stages import Recipe
@@ -121,18 +122,39 @@ def registry() -> ConstructorRegistry:
 
 def codec_names() -> list[str]:
     """The files of the folder ``modalities/codecs`` that hold a codec."""
-    import pkgutil
-
     from xfusion.modalities import codecs
 
-    names = sorted(m.name for m in pkgutil.iter_modules(codecs.__path__))
-    return [name for name in names if _codec_class(name) is not None]
+    return _names_in(codecs, Codec)
 
 
-def _codec_class(name: str) -> type[Codec] | None:
-    module = importlib.import_module(f"xfusion.modalities.codecs.{name}")
+def _names_in(folder: ModuleType, kind: type) -> list[str]:
+    """The files of a folder that hold a class of a kind."""
+    import pkgutil
+
+    names = sorted(m.name for m in pkgutil.iter_modules(folder.__path__))
+    return [name for name in names if _class_in(folder, name, kind) is not None]
+
+
+def _class_in(folder: ModuleType, name: str, kind: type) -> Any:
+    module = importlib.import_module(f"{folder.__name__}.{name}")
     own = (v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__)
-    return next((kind for kind in own if issubclass(kind, Codec)), None)
+    return next((found for found in own if issubclass(found, kind)), None)
+
+
+def read_encoder(text: str) -> Encoder.Config:
+    """``NAME[:SOURCE[:REVISION]]``, a file of the folder ``modalities/encoders`` that looks at pictures."""
+    from xfusion.modalities import encoders
+
+    name, *values = text.split(":")
+    names = _names_in(encoders, Encoder)
+    if name not in names:
+        raise ValueError(f"encoder {name!r} is not one of {', '.join(names)}")
+    kind: Any = _class_in(encoders, name, Encoder)
+    known = {f.name for f in dataclasses.fields(kind.Config)}
+    fields = [field for field in ("source", "revision") if field in known]
+    if len(values) > len(fields):
+        raise ValueError(f"encoder {text!r}: {name} takes at most {':'.join([name, *fields])}")
+    return kind.Config(**dict(zip(fields, values, strict=False)))
 
 
 def read_codec(text: str) -> Codec.Config:
@@ -140,7 +162,9 @@ def read_codec(text: str) -> Codec.Config:
     name, *values = text.split(":")
     if name not in codec_names():
         raise ValueError(f"codec {name!r} is not one of {', '.join(codec_names())}")
-    kind: Any = _codec_class(name)
+    from xfusion.modalities import codecs
+
+    kind: Any = _class_in(codecs, name, Codec)
     fields = [f.name for f in dataclasses.fields(kind.Config)]
     if len(values) > len(fields):
         raise ValueError(f"codec {name} takes at most {':'.join([name, *fields])}")

@@ -74,7 +74,7 @@ def run(
             torch_random_seed=0,
             fewshot_random_seed=0,
         )
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, OSError) as error:  # no such task, or a hub that cannot be reached
         raise XFusionError(
             f"lm-eval cannot run {tasks!r}: {(str(error).strip() or repr(error)).splitlines()[0]}"
         ) from error

@@ -1,0 +1,153 @@
+"""Models of transformers that are no base: CLIP as a judge of drawings, vision-language models that caption.
+
+No code from a hub is run: a model whose class transformers does not have is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from xfusion.data.recaption import Ask
+from xfusion.data.sequence import XFusionError, first_line
+from xfusion.storage import file_hash
+
+
+def named(text: str) -> tuple[str, str | None]:
+    """``ORG/MODEL[@revision]`` or a folder -> source and revision; a folder has none, whatever it is called."""
+    if Path(text).expanduser().exists():
+        return str(Path(text).expanduser()), None
+    source, _, revision = text.partition("@")
+    return source, revision or None
+
+
+class CLIPTowers(nn.Module):
+    """CLIP as torchmetrics asks it: features as tensors, where transformers gives an object that holds them."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def get_image_features(self, pixels: Tensor) -> Tensor:
+        """Pixels [N, 3, side, side] as its processor makes them -> [N, width], not normalised."""
+        return _pooled(self.model.get_image_features(pixel_values=pixels))
+
+    def get_text_features(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Tokens and mask [N, T] -> [N, width], not normalised."""
+        return _pooled(self.model.get_text_features(input_ids=ids, attention_mask=mask))
+
+
+class CLIPReader:
+    """CLIP's processor. Longer words are cut by the tokenizer, which keeps the last token: CLIP reads its feature there."""
+
+    def __init__(self, processor: Any, longest: int):
+        self.processor, self.longest = processor, longest
+        self.cut: set[str] = set()
+        """Prompts that were too long."""
+
+    def __call__(self, *, images: Any = None, text: Any = None, **options: Any) -> Any:
+        """As transformers' processor."""
+        if text is None:
+            return self.processor(images=images, **options)
+        lengths = map(len, self.processor.tokenizer(text)["input_ids"])
+        self.cut.update(words for words, length in zip(text, lengths, strict=True) if length > self.longest)
+        return self.processor(text=text, truncation=True, max_length=self.longest, **options)
+
+
+def clip(source: str, revision: str | None, *, device: str) -> tuple[CLIPTowers, CLIPReader]:
+    """CLIP, frozen, in float32.
+
+    Raises:
+        XFusionError: it cannot be loaded, lacks weights, or is another kind of model.
+    """
+    from transformers import AutoConfig, AutoProcessor, CLIPModel
+
+    config = _loaded(source, revision, AutoConfig)
+    if config.model_type != "clip":
+        raise XFusionError(f"{source!r} is a {config.model_type}, not a CLIP: a CLIP score is another model's to give")
+    model = _whole(source, revision, CLIPModel, dtype=torch.float32)
+    processor = _loaded(source, revision, AutoProcessor)
+    longest = config.text_config.max_position_embeddings
+    return CLIPTowers(model.to(device)).requires_grad_(False).eval(), CLIPReader(processor, longest)
+
+
+def captioner(text: str, *, device: str, max_tokens: int) -> tuple[str, Ask]:
+    """A vision-language model (InternVL, Qwen-VL, LLaVA, ...), asked in its own chat template, answering greedily.
+
+    Args:
+        text: ``ORG/MODEL[@revision]`` or a folder.
+        device: where it computes.
+        max_tokens: longest answer.
+
+    Returns:
+        its name for the record, with the commit or, of a folder, a hash of its files; and who to ask.
+
+    Raises:
+        XFusionError: it cannot be loaded, lacks weights, or has no chat template.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    source, revision = named(text)
+    processor = _loaded(source, revision, AutoProcessor)
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is None or not getattr(processor, "chat_template", None):
+        raise XFusionError(f"{source!r} has no chat template for pictures: name a vision-language model that was tuned")
+    tokenizer.padding_side = "left"  # answers go on behind the prompt, also of the shorter one
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = _whole(source, revision, AutoModelForImageTextToText, dtype="auto").to(device)
+    model = model.requires_grad_(False).eval()
+
+    options: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
+    if "processor_kwargs" in inspect.signature(processor.apply_chat_template).parameters:  # not in transformers 5.0
+        options = {"processor_kwargs": options}
+
+    @torch.inference_mode()
+    def ask(pictures: list[Image], prompt: str) -> list[str]:
+        words = [{"type": "text", "text": prompt}] if prompt else []
+        inputs = processor.apply_chat_template(
+            [[{"role": "user", "content": [{"type": "image", "image": picture}, *words]}] for picture in pictures],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            **options,
+        ).to(device, model.dtype)
+        ids = model.generate(
+            **inputs, max_new_tokens=max_tokens, do_sample=False, num_beams=1, pad_token_id=tokenizer.pad_token_id
+        )
+        return processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    commit = getattr(model.config, "_commit_hash", None) or revision
+    return f"{source}@{_files_hash(Path(source)) if Path(source).is_dir() else commit}", ask
+
+
+def _pooled(found: Any) -> Tensor:
+    return found if isinstance(found, Tensor) else found.pooler_output
+
+
+def _files_hash(folder: Path) -> str:
+    """A hash over the files of a model: their names and contents."""
+    listed = [f"{path.name} {file_hash(path)}" for path in sorted(folder.iterdir()) if path.is_file()]
+    return hashlib.sha256("\n".join(listed).encode()).hexdigest()
+
+
+def _whole(source: str, revision: str | None, kind: Any, **options: Any) -> Any:
+    """A model none of whose weights would be made up."""
+    model, report = _loaded(source, revision, kind, output_loading_info=True, use_safetensors=True, **options)
+    if report["missing_keys"]:
+        raise XFusionError(f"model {source!r} lacks weights: {sorted(report['missing_keys'])[0]}")
+    return model
+
+
+def _loaded(source: str, revision: str | None, kind: Any, **options: Any) -> Any:
+    """What one of transformers' loaders gives, with its errors in one line."""
+    try:
+        return kind.from_pretrained(source, revision=revision, trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise XFusionError(f"model {source!r} cannot be loaded: {first_line(error)}") from error

@@ -1,0 +1,72 @@
+"""Kernel distance of drawings and pictures (KID, Bińkowski et al., arXiv 1801.01401), by torchmetrics.
+
+The unbiased estimate of the squared maximum mean discrepancy under (x y / width + 1)^3: its expectation does not depend on how
+many pictures there are, so it may be negative where both sides are alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from xfusion.data.sequence import XFusionError
+from xfusion.evaluation.metrics.fid import compare, reference, seen_by
+from xfusion.modalities.base import Encoder
+
+if TYPE_CHECKING:
+    from xfusion.evaluation.drawn import Drawn
+
+FEWEST = 4
+"""Pictures on either side: subsets are half of them, and two make a pair."""
+SUBSETS, LARGEST = 100, 1000
+"""Subsets that are drawn, and the most pictures of one."""
+
+
+def judge(
+    drawn: Drawn,
+    argument: str,
+    *,
+    encoder: Encoder.Config | None,
+    device: str,
+    progress: Callable[[str, int, int], None],
+) -> dict[str, Any]:
+    """``--by kernel-distance:FOLDER``: how far the drawings, as a whole, are from the pictures of a folder.
+
+    Returns:
+        ``kernel_distance``, the mean over 100 subsets of half the smaller side (at most 1,000 pictures), lower is better, and
+        ``kernel_distance_spread``, the standard deviation of these.
+
+    Raises:
+        XFusionError: fewer than 4 pictures on a side, an encoder that took part in training what drew or that cannot be had,
+            or torchmetrics is not installed.
+    """
+    files = reference(argument, "kernel-distance")
+    fewer = min(len(drawn), len(files))
+    if fewer < FEWEST:
+        raise XFusionError(
+            f"a kernel distance needs {FEWEST} pictures or more on both sides; {drawn.folder} has {len(drawn)}, {argument}"
+            f" {len(files)}"
+        )
+    try:
+        from torchmetrics.image.kid import KernelInceptionDistance
+    except ImportError as error:
+        raise XFusionError(f"a kernel distance needs the package {error.name}: pip install 'xfusion[eval]'") from error
+    size = min(fewer // 2, LARGEST)
+    metric = compare(
+        KernelInceptionDistance,
+        drawn,
+        files,
+        encoder,
+        device=device,
+        progress=progress,
+        subsets=SUBSETS,
+        subset_size=size,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        mean, spread = metric.compute()
+    counts = {"num_pictures": len(drawn), "num_reference": len(files)}
+    settings = seen_by(encoder) | {"subsets": SUBSETS, "subset_size": size}
+    return {"kernel_distance": float(mean), "kernel_distance_spread": float(spread)} | counts | {"settings": settings}
