@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Protocol, Self, TypeVar, cast
 
 from xfusion.data import files, latents, pictures, shards
 from xfusion.data.emoji import Emoji
@@ -103,6 +103,10 @@ class Files:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def some(self, kept: Sequence[int]) -> Self:
+        """These examples alone."""
+        return type(self)(self.spec, [self.examples[i] for i in kept], [self.places[i] for i in kept], self.report)
 
     def picture(self, index: int, size: int) -> Image:
         """As `Source.picture`. Raises `XFusionError` where the file has changed or gone since it was opened."""
