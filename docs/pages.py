@@ -40,7 +40,8 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parent / "comparison"
 MEASURED = HERE.parent / "benchmarks" / "results"
 SHOWN = ("fit_retrieval_pixel_at_1", "fit_retrieval_feature_at_1", "fit_caption_exact", "text_perplexity_change")
-SHOWN_NAMING = ("held_caption_exact", "held_caption_at_1", "fit_caption_exact", "text_perplexity_change")
+SHOWN_SOUNDS = ("held_exact", "held_at_1", "fit_exact", "made_at_1")
+SHOWN_NAMING = ("held_caption_exact", "held_caption_at_1", "fit_caption_exact", *SHOWN_SOUNDS, "text_perplexity_change")
 """Where no recipe draws."""
 SHOWN_BY_SHARE = ("fit_retrieval_pixel_at_1", "fit_caption_exact", "held_caption_mrr")
 
@@ -99,7 +100,7 @@ def figures(name: str) -> list[str]:
         if runs:
             scores = [
                 f"{score} {sum(r['scores'][score] for r in runs) / len(runs):.3f}"
-                for score in dict.fromkeys((*SHOWN[:3], *SHOWN_NAMING[:3]))
+                for score in dict.fromkeys((*SHOWN[:-1], *SHOWN_NAMING[:-1]))
                 if all(score in r["scores"] for r in runs)
             ]
             lines.append(f"- [{folder.name}](../comparison.md#{folder.name}), {len(runs)} runs: {', '.join(scores)}")
@@ -167,7 +168,7 @@ def comparison_part(folder: Path) -> list[str]:
         lines += [f"![{score['title']}](pictures/{file.name})", ""]
         lines += [f"| recipe | mean | 95 % interval | paired difference to {summary['first']} | verdict |"]
         lines += ["| --- | --- | --- | --- | --- |", *(_row(row) for row in score["rows"]), ""]
-        lines += _beside(score)
+        lines += _beside(score, summary["media"])
     drawing = next((s for s in summary["scores"] if s["score"] == SHOWN[0] and s["share"] == 1), None)
     if drawing and any(text["bit_equal"] < text["num_runs"] for text in summary["text"].values()):
         file = HERE / "pictures" / f"{folder.name}_text.svg"
@@ -184,6 +185,8 @@ def comparison_part(folder: Path) -> list[str]:
     timed = any(row["time"] for row in summary["cost"])
     # What a dual encoder draws and names is a pair.
     learnt = "per drawing, per name" if draws else "per sample"
+    if any("draw" in row["flops_per_sample"] for row in summary["cost"]) and not draws:
+        learnt = "per sound said, per name"
     head = ["recipe", "trained weights", f"GFLOPs {learnt}", "peak memory", "text"]
     head += ["seconds per step, per drawing, per name"] if timed else []
     lines += [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
@@ -219,9 +222,10 @@ def share_part(summary: dict[str, Any], name: str, folder: str) -> list[str]:
     return [*lines, ""]
 
 
-def _beside(score: dict[str, Any]) -> list[str]:
+def _beside(score: dict[str, Any], media: str) -> list[str]:
     """What chance, the blind rate and the ceiling of a score are, where they were measured."""
-    titles = {"chance": "a random order", "blind": "pictures permuted (mean of all)", "ceiling": "the real picture"}
+    real = {"pictures": "the real picture", "sounds": "unheard recordings"}[media]
+    titles = {"chance": "a random order", "blind": f"{media} permuted (mean of all)", "ceiling": real}
     found = [f"{title} {score[key]:.3f}" for key, title in titles.items() if key in score]
     return [f"Beside it: {', '.join(found)}.", ""] if found else []
 
