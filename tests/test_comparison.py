@@ -748,31 +748,30 @@ def listen(base, tmp_path, monkeypatch):
     levels(tmp_path / "unheard", (-72, -58, 58, 72))
 
     def call(recipes, **settings):
-        given = {"samples": 20 * STEP, "seeds": (0, 1), "compile": False, "data": "heard", "held": "unheard"} | settings
+        given = {"samples": 30 * STEP, "seeds": (0,), "compile": False, "data": "heard", "held": "unheard"} | settings
         return compare(recipes, Plan(**given), out="comparison/test", backbone=base)
 
     return call
 
 
 def test_sounds_are_compared_by_their_own_suite(listen, base):
-    table = listen({"one": hears(base), "same": hears(base), "slow": hears(base, rate=1e-5)})
+    table = listen({"one": hears(base), "slow": hears(base, rate=1e-5)})
     scores = {score["score"]: score for score in table["scores"]}
     assert set(scores) == {"fit_at_1", "fit_exact", "held_at_1", "held_exact", "text_perplexity_change"}
-    one, same, slow = scores["held_exact"]["rows"]
-    assert one["mean"] == 1.0 and slow["mean"] < 0.5, "unheard sounds of two kinds are named by those who learnt it"
-    assert same["difference"]["values"] == {"0": 0.0, "1": 0.0}
-    assert slow["difference"]["values"] == {"0": slow["values"]["0"] - 1, "1": slow["values"]["1"] - 1}
-    run = read("one-seed1.json")
+    one, slow = scores["held_at_1"]["rows"]
+    assert one["mean"] == 1.0, "two kinds of sounds that were not trained on are told apart"
+    assert slow["difference"]["values"] == {"0": slow["values"]["0"] - 1}
+    run = read("one-seed0.json")
     truth = [NAMES[int(Path(e.id).stem) > 0] for e in open_source("unheard").examples]
     generator = torch.Generator().manual_seed(0)
     orders = [torch.randperm(4, generator=generator).tolist() for _ in range(5)]
     blind = sum(truth[i] == truth[j] for order in orders for i, j in enumerate(order)) / 20
-    assert scores["held_exact"]["blind"] != 1 and run["scores"]["held_exact_blind"] == pytest.approx(blind)
+    assert blind < 1 and run["scores"]["held_at_1_blind"] == pytest.approx(blind)
     assert scores["held_at_1"]["chance"] == 0.5
     assert (run["scores"]["num_fit"], run["scores"]["num_held"]) == (16, 4)
     assert run["settings"]["held"] == run["scored"]["held"] == "unheard" and run["settings"]["num_pictures"] == 16
     assert run["scored"]["suite"] == "sounds"
-    assert table["media"] == "sounds" and table["text"]["one"]["bit_equal"] == 2
+    assert table["media"] == "sounds" and table["text"]["one"]["bit_equal"] == 1
     recipe = hears(base)
     counted = count_flops(build(recipe.model, base), recipe.stages[0], open_source("heard"))
     assert run["cost"]["flops_per_sample"] == counted.training and counted.training["caption"] > 0
