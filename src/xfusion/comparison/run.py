@@ -178,7 +178,7 @@ class _Comparison:
             entries = [replace(e, recipe=with_plan(e.recipe, replace(plan, backbone=backbone.source))) for e in entries]
         refuse_unlike(entries, source is not None)
         self.modality = entries[0].recipe.model.modality
-        check(self.modality.suite, plan.evaluation | ({} if encoder is None else {"encoder": encoder}))
+        check(self.modality.suite, dict(plan.evaluation) | ({} if encoder is None else {"encoder": encoder}))
         if plan.trials > 1 and isinstance(self.modality, AudioModality.Config):
             raise XFusionError(
                 f"trials {plan.trials}: they choose a strength of guidance, too, which sounds have none of: leave it at 1"
