@@ -185,7 +185,7 @@ def comparison_part(folder: Path) -> list[str]:
     timed = any(row["time"] for row in summary["cost"])
     # What a dual encoder draws and names is a pair.
     learnt = "per drawing, per name" if draws else "per sample"
-    if any("draw" in row["flops_per_sample"] for row in summary["cost"]) and not draws:
+    if summary["media"] == "sounds" and any("draw" in row["flops_per_sample"] for row in summary["cost"]):
         learnt = "per sound said, per name"
     head = ["recipe", "trained weights", f"GFLOPs {learnt}", "peak memory", "text"]
     head += ["seconds per step, per drawing, per name"] if timed else []
