@@ -106,7 +106,7 @@ def figures(name: str) -> list[str]:
         if runs:
             scores = [
                 f"{score} {sum(r['scores'][score] for r in runs) / len(runs):.3f}"
-                for score in dict.fromkeys((*SHOWN[:3], *SHOWN_NAMING[:3]))
+                for score in dict.fromkeys((*SHOWN[:-1], *SHOWN_NAMING[:-1]))
                 if all(score in r["scores"] for r in runs)
             ]
             lines.append(f"- [{folder.name}](../comparison.md#{folder.name}), {len(runs)} runs: {', '.join(scores)}")
@@ -230,7 +230,7 @@ def score_part(summary: dict[str, Any], score: dict[str, Any]) -> list[str]:
     lines += [f"![{score['title']}](pictures/{file.name})", ""]
     lines += [f"| recipe | mean | 95 % interval | paired difference to {summary['first']} | verdict |"]
     lines += ["| --- | --- | --- | --- | --- |", *(_row(row) for row in score["rows"]), ""]
-    return lines + _beside(score)
+    return lines + _beside(score, summary["media"])
 
 
 def cost_table(summary: dict[str, Any], draws: bool) -> list[str]:
@@ -238,6 +238,8 @@ def cost_table(summary: dict[str, Any], draws: bool) -> list[str]:
     timed = any(row["time"] for row in summary["cost"])
     # What a dual encoder draws and names is a pair.
     learnt = "per drawing, per name" if draws else "per sample"
+    if summary["media"] == "sounds" and any("draw" in row["flops_per_sample"] for row in summary["cost"]):
+        learnt = "per sound said, per name"
     head = ["recipe", "trained weights", f"GFLOPs {learnt}", "peak memory", "text"]
     head += ["seconds per step, per drawing, per name"] if timed else []
     lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
@@ -311,9 +313,10 @@ def few_shot_part(folder: Path) -> list[str]:
     ]
 
 
-def _beside(score: dict[str, Any]) -> list[str]:
+def _beside(score: dict[str, Any], media: str) -> list[str]:
     """What chance, the blind rate and the ceiling of a score are, where they were measured."""
-    titles = {"chance": "a random order", "blind": "pictures permuted (mean of all)", "ceiling": "the real picture"}
+    real = {"pictures": "the real picture", "sounds": "unheard recordings"}[media]
+    titles = {"chance": "a random order", "blind": f"{media} permuted (mean of all)", "ceiling": real}
     found = [f"{title} {score[key]:.3f}" for key, title in titles.items() if key in score]
     return [f"Beside it: {', '.join(found)}.", ""] if found else []
 

@@ -11,14 +11,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy
 import pytest
+import soundfile
 import torch
 from PIL import Image as PILImage
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from contracts.table import VOCABULARY, Noise, make_base, make_model
+from contracts.table import VOCABULARY, Frames, Noise, make_base, make_model
 
+from xfusion.apps import comparison_page
 from xfusion.apps.comparison_page import by_share
 from xfusion.backbone import Backbone
 from xfusion.checkpoint import differing
@@ -34,24 +37,28 @@ from xfusion.comparison.cost import (
 )
 from xfusion.comparison.intervals import interval, paired, seeds_needed, t_quantile
 from xfusion.comparison.machine import commit
-from xfusion.comparison.plan import GUIDANCES, RATE_FACTORS, TRIAL_SEED, Part, labelled, named
+from xfusion.comparison.plan import GUIDANCES, RATE_FACTORS, TRIAL_SEED, Part, labelled, named, share_of
 from xfusion.comparison.results import portable
 from xfusion.comparison.run import text_keeping
 from xfusion.comparison.table import regime_of
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.sequence import XFusionError
+from xfusion.data.sources import open_source
 from xfusion.evaluation.suites import emoji
 from xfusion.evaluation.suites.emoji import chosen, part_of
 from xfusion.fusion.connectors.query_transformer import Queries
 from xfusion.fusion.dual_tower import DualTower
 from xfusion.fusion.prefix import Prefix
 from xfusion.fusion.shared_decoder import SharedDecoder
+from xfusion.modalities.audio import AudioModality
 from xfusion.modalities.base import Encoder
 from xfusion.modalities.codecs.features import Features
 from xfusion.modalities.image import ImageModality
+from xfusion.modalities.port import MediaPort
 from xfusion.model import BackboneConfig, ModelConfig, build
 from xfusion.objectives.alignment import Alignment
 from xfusion.objectives.base import NoObjective
+from xfusion.objectives.next_token import NextToken
 from xfusion.training import loop
 from xfusion.training.loop import Interrupted
 from xfusion.training.stages import Recipe, Stage
@@ -475,9 +482,10 @@ def test_unlike_recipes_are_refused(go, base):
         compare({"one": one, "two": replace(one, data="photos")}, plan(), out="comparison/test", backbone=base)
     with pytest.raises(XFusionError, match="two would train 32 samples in steps of .2., one 36 in .3.: .*multiple"):
         go({"one": one, "two": tiny(base, mixture=MixtureConfig(draw=12, caption=4))})
-    for names in (["audiopalm"], ["xfusion", "slm"]):
-        with pytest.raises(XFusionError, match=f"{names[-1]} hears sounds, and comparisons score pictures"):
-            compare(names, plan(), out="comparison/test", backbone=base)
+    with pytest.raises(XFusionError, match="^xfusion is of pictures, slm of sounds: compare those of pictures alone$"):
+        compare(["xfusion", "slm"], plan(), out="comparison/test", backbone=base)
+    with pytest.raises(XFusionError, match=r"differ in model\.audio\.codec: .* the same codec or encoder"):
+        compare(["slm", "audiopalm"], plan(evaluation={}), out="comparison/test", backbone=base)
     assert not Path("comparison/test").exists(), "nothing was trained or written"
 
 
@@ -759,3 +767,101 @@ def test_the_encoder_is_counted_by_itself_and_said_to_be_left_out(go, base):
     assert read("one-seed0.json")["cost"]["encoder_flops"] == found
     (note,) = [note for note in summarise("comparison/test")["notes"] if "encoder" in note]
     assert "0.77 GFLOPs per picture" in note and "left out" in note
+
+
+# ------------------------------------------------------------------------------------------------------------- sounds
+
+NAMES = ("low", "high")
+
+
+def levels(folder, percents):
+    """A sound per level, named by its sign."""
+    folder.mkdir()
+    for percent in percents:
+        soundfile.write(folder / f"{percent}.wav", numpy.full(30, percent / 100), 2000)
+        (folder / f"{percent}.txt").write_text(NAMES[percent > 0])
+
+
+def hears(base, **stage):
+    """A recipe that hears and trains in a second."""
+    settings = {"rate": 1e-2, "warmup": 2, "ema": 0, "mixture": MixtureConfig(draw=0, caption=STEP)} | stage
+    model = ModelConfig(
+        backbone=BackboneConfig(source=base.source),
+        audio=AudioModality.Config(codec=Frames.Config(), seconds=0.015, order="causal"),
+        port=MediaPort.Config(largest_grid=6),
+        fusion=Prefix.Config(),
+        text=NextToken.Config(weight=1.0),
+        media=NoObjective.Config(),
+    )
+    return Recipe(model=model, data="heard", stages=(Stage(**settings),))
+
+
+@pytest.fixture
+def listen(base, tmp_path, monkeypatch):
+    """Compare recipes that hear in an empty folder with trained sounds and others."""
+    monkeypatch.chdir(tmp_path)
+    levels(tmp_path / "heard", [sign * percent for sign in (-1, 1) for percent in range(50, 90, 5)])
+    levels(tmp_path / "unheard", (-72, -58, 58, 72))
+
+    def call(recipes, **settings):
+        given = {"samples": 30 * STEP, "seeds": (0,), "compile": False, "data": "heard", "held": "unheard"} | settings
+        return compare(recipes, Plan(**given), out="comparison/test", backbone=base)
+
+    return call
+
+
+def test_sounds_are_compared_by_their_own_suite(listen, base):
+    table = listen({"one": hears(base), "slow": hears(base, rate=1e-5)})
+    scores = {score["score"]: score for score in table["scores"]}
+    assert set(scores) == {"fit_at_1", "fit_exact", "held_at_1", "held_exact", "text_perplexity_change"}
+    one, slow = scores["held_at_1"]["rows"]
+    assert one["mean"] == 1.0, "two kinds of sounds that were not trained on are told apart"
+    assert slow["difference"]["values"] == {"0": slow["values"]["0"] - 1}
+    run = read("one-seed0.json")
+    truth = [NAMES[int(Path(e.id).stem) > 0] for e in open_source("unheard").examples]
+    generator = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(4, generator=generator).tolist() for _ in range(5)]
+    blind = sum(truth[i] == truth[j] for order in orders for i, j in enumerate(order)) / 20
+    assert blind < 1 and run["scores"]["held_at_1_blind"] == pytest.approx(blind)
+    assert scores["held_at_1"]["chance"] == 0.5
+    assert (run["scores"]["num_fit"], run["scores"]["num_held"]) == (16, 4)
+    assert run["settings"]["held"] == run["scored"]["held"] == "unheard" and run["settings"]["num_pictures"] == 16
+    assert run["scored"]["suite"] == "sounds"
+    assert table["media"] == "sounds" and table["text"]["one"]["bit_equal"] == 1
+    recipe = hears(base)
+    counted = count_flops(build(recipe.model, base), recipe.stages[0], open_source("heard"))
+    assert run["cost"]["flops_per_sample"] == counted.training and counted.training["caption"] > 0
+    assert run["cost"]["tokens_per_picture"] == 5 + 2
+    prompts = json.loads(Path("comparison/test/comparison.json").read_text())["prompts"]
+    assert len(prompts) == 8 and set(prompts) <= set(NAMES)
+    assert not list(Path("comparison/test").glob("*.png")), "nothing is drawn"
+    assert "sounds" in "".join(n for n in table["notes"] if "memory" in n)
+    page = comparison_page.render(table, Path("comparison/test"))
+    assert "16 sounds of" in page and "tokens per sound" in page and "picture" not in page.partition("<h2>Settings")[0]
+
+
+def test_sounds_that_cannot_be_compared(listen, base):
+    one = {"one": hears(base)}
+    for settings, message in (
+        ({"held": "heard"}, "heard: 16 of 16 held-out examples are trained on in heard, such as .*: name others"),
+        ({"data": "emoji:8", "held": None}, "emoji:8 holds no sounds, which one is of: name some by --data"),
+        ({"size": 16}, "size 16 is the side of pictures, and these recipes hear sounds: leave it out"),
+        ({"trials": 2}, "trials 2: they choose a strength of guidance"),
+        ({"evaluation": {"max_drawn": 3}}, "suite 'sounds' has no setting 'max_drawn'"),
+        ({"evaluation": {"held": "heard"}}, "the setting 'held' of the evaluation is the comparison's own"),
+    ):
+        with pytest.raises(XFusionError, match=message):
+            listen(one, **settings)
+    with pytest.raises(XFusionError, match="heard holds no pictures, which one is of"):
+        listen({"one": tiny(base)}, held=None)
+    assert not Path("comparison").exists() and not Path("runs").exists(), "nothing was trained or written"
+
+
+def test_shares_of_sounds_keep_their_sounds(listen, base):
+    whole = open_source("heard")
+    half = share_of(whole, 0.5)
+    assert len(half) == 8 and half.spec == "heard"
+    assert {e.id for e in half.examples} < {e.id for e in whole.examples}
+    for index, example in enumerate(half.examples):
+        (own,) = [i for i, e in enumerate(whole.examples) if e.id == example.id]
+        assert torch.equal(half.sound(index).samples, whole.sound(own).samples)

@@ -127,7 +127,7 @@ def test_made_codes_are_judged_by_those_of_trained_recordings(bases, tones, whis
         monkeypatch.setattr(type(model), "generate", lambda self, items, seed, said=said: [[said[n]] for n, _ in items])
         found = sounds_suite.run(model, progress=lambda *_: None, source=tones, held=tones, num_made=3)
         assert found["made_at_1"] == at_1 and found["num_made"] == 6 and found["chance_made_at_1"] == 0.5
-        assert found["ceiling_at_1"] == 1
+        assert found["ceiling_made_at_1"] == 1
     assert "made_at_1" not in sounds_suite.run(model, progress=lambda *_: None, source=tones, num_made=0)
 
 
@@ -168,7 +168,7 @@ def test_twenty_steps(bases, tones, whisper, name, tmp_path):
     found = xfusion.evaluate(loaded, "sounds", source=tones, held=tones)
     assert found["num_names"] == 2 and found["chance_held_at_1"] == 0.5 and found["fit_at_1"] == found["held_at_1"]
     if codes:
-        assert found["num_made"] == 20 and {"made_at_1", "made_at_1_blind", "ceiling_at_1"} <= set(found)
+        assert found["num_made"] == 20 and {"made_at_1", "made_at_1_blind", "ceiling_made_at_1"} <= set(found)
     else:
         assert "made_at_1" not in found
     with pytest.raises(XFusionError, match="this model knows sounds, not pictures"):

@@ -110,7 +110,7 @@ def _head(summary: dict[str, Any]) -> str:
     notes = "".join(f"<li>{text(note)}</li>" for note in summary["notes"])
     return f"""<header><h1>{text(first)}{text(against)}</h1>
 <p class="lead">Each trained on {what}, {len(summary["seeds"])} seed{"s" if len(summary["seeds"]) != 1 else ""}, on the
-same frozen {text(settings["base"]["source"])} and the same {number(settings["num_pictures"])} pictures of
+same frozen {text(settings["base"]["source"])} and the same {number(settings["num_pictures"])} {summary["media"]} of
 {text(settings["data"])}: same order, wordings, noise and sampling noise for the same seed.</p>
 <ul class="small">{notes}</ul></header>"""
 
@@ -580,7 +580,7 @@ def _cost(summary: dict[str, Any]) -> str:
 
     timed = any(row["time"] for row in summary["cost"])
     head = ["recipe", "trainable parameters", "steps", "samples", "GFLOPs to learn a drawing", "… to learn a name"]
-    head += ["tokens per picture", "peak memory", "wall minutes"]
+    head += [f"tokens per {summary['media'].removesuffix('s')}", "peak memory", "wall minutes"]
     head += ["seconds per step", "… per drawing", "… per name"] if timed else []
     rows = ""
     for row in summary["cost"]:
@@ -603,7 +603,7 @@ def _settings(summary: dict[str, Any]) -> str:
     machine, settings = summary["machine"], summary["settings"]
     rows = [
         ("base", f"{settings['base']['source']}, fingerprint {settings['base']['fingerprint'][:16]}"),
-        ("data", f"{settings['data']}, {settings['num_pictures']} pictures"),
+        ("data", f"{settings['data']}, {settings['num_pictures']} {summary['media']}"),
         ("seeds", ", ".join(map(str, summary["seeds"]))),
         ("scoring", json.dumps(settings["evaluation"]) if settings["evaluation"] else "the suite's own settings"),
         ("compute", settings["dtype"]),
@@ -611,7 +611,7 @@ def _settings(summary: dict[str, Any]) -> str:
         ("GPU", machine["gpu"]),
         ("software", ", ".join(f"{k} {v}" for k, v in machine["versions"].items())),
         ("commit", ", ".join(c[:12] for c in summary["commits"]) or None),
-        ("pictures", summary["licence"]),
+        (summary["media"], summary["licence"]),
     ]
     items = "".join(f"<dt>{text(k)}</dt><dd>{text(v)}</dd>" for k, v in rows if v is not None)
     fusions = "".join(

@@ -31,9 +31,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from xfusion.backbone import Backbone
 from xfusion.data.mixture import Mixture
 from xfusion.data.pack import pack
-from xfusion.data.sequence import IGNORE, Batch, Text
+from xfusion.data.sequence import IGNORE, Audio, Batch, Text
 from xfusion.data.sequence import Sequence as Sample
-from xfusion.data.sources import Source
+from xfusion.data.sources import Sounds, Source
 from xfusion.evaluation.suites.emoji import chosen
 from xfusion.model import TEXT_STATES_BYTES, Engine, Model, ModelConfig, choose_compute_dtype
 from xfusion.training.speed import short_run
@@ -313,7 +313,7 @@ def trainable_parameters(model: Model) -> int:
 
 
 def tokens_added(model: Model) -> int:
-    """Positions that one picture adds to a sequence of words, boundaries included."""
+    """Positions that one picture, or sound, adds to a sequence of words, boundaries included."""
     grid = model.modality.grid(model.modality.sizes[0])
     blank = model.modality.segment(torch.zeros(grid[0] * grid[1], model.modality.token_width), grid)
     words = Text(ids=model.backbone.end_ids[:1])
@@ -346,11 +346,11 @@ def peak_memory(device: torch.device) -> Iterator[dict[str, Any]]:
 
 
 def measure_time(recipe: Recipe, source: Source, backbone: Backbone, *, steps: int, compile: bool) -> dict[str, Any]:
-    """Seconds of a training step and of sampling, by a `short_run`.
+    """Seconds of a training step and of sampling, by a `short_run`; ``_per_picture`` is per sound where it is of sounds.
 
     Args:
         recipe: its last stage is measured.
-        source: the pictures.
+        source: the pictures, or sounds.
         backbone: the base.
         steps: Euler steps of a drawing.
         compile: as in training.
@@ -364,8 +364,15 @@ def measure_time(recipe: Recipe, source: Source, backbone: Backbone, *, steps: i
     }
     indices = chosen(source.examples, 8)
     prompts = [source.examples[i].captions[0] for i in indices]
-    pictures = [source.picture(i, model.image.sizes[0]) for i in indices]
-    asked = {"draw": lambda: model.draw(prompts, steps=steps), "caption": lambda: model.caption(pictures)}
+    shown: list[Any]
+    if isinstance(source, Sounds):
+        shown, made = [source.sound(i) for i in indices], lambda: model.generate([[name, Audio()] for name in prompts])
+    else:
+        shown, made = (
+            [source.picture(i, model.image.sizes[0]) for i in indices],
+            lambda: model.draw(prompts, steps=steps),
+        )
+    asked = {"draw": made, "caption": lambda: model.caption(shown)}
     for task in sorted(set(asked) & model.capabilities):
         out[f"{task}_seconds_per_picture"] = _median_seconds(asked[task]) / len(indices)
     return out

@@ -6,13 +6,13 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from PIL import Image as PILImage
 
 from xfusion import checkpoint
 from xfusion.data.sequence import Example, XFusionError
-from xfusion.data.sources import Source
+from xfusion.data.sources import Sounds, Source, open_source
 from xfusion.recipes.base import find
 from xfusion.training.stages import Recipe
 
@@ -45,15 +45,17 @@ class Plan:
     backbone: str | None = None
     """The base of all recipes; None takes their own."""
     data: str | None = None
-    """The pictures of all recipes; None takes their own."""
+    """The pictures, or sounds, of all recipes; None takes their own."""
+    held: str | None = None
+    """Unseen pictures, or unheard sounds, to score by; None takes the held-out split of the data, where it has one."""
     size: int | None = None
-    """Side in pixels for all recipes; None takes their own."""
+    """Side in pixels for all recipes of pictures; None takes their own."""
     draw: int | None = None
     """Drawing samples per step for all recipes; None takes their own."""
     caption: int | None = None
     """Naming samples per step for all recipes; None takes their own."""
     evaluation: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of the suite ``emoji``, such as ``max_drawn`` and ``steps``."""
+    """Settings of the modality's suite: of ``emoji``, such as ``max_drawn`` and ``steps``, or of ``sounds``."""
     num_shown: int = 8
     """Pictures of a sample grid."""
     measure_time: bool = False
@@ -104,6 +106,32 @@ class Part:
         return self.source.picture(self.indices[index], size)
 
 
+def share_of(source: Source, share: float) -> Source:
+    """A share of a source's examples, as `Part` chooses them."""
+    some = Part(source=source, share=share)
+    return source.some(some.indices) if isinstance(source, Sounds) else cast(Source, some)
+
+
+def held_out(spec: str, trained: Source) -> Source:
+    """What a plan holds out: the held-out split of a spec that has one, else all of it.
+
+    Raises:
+        XFusionError: it cannot be opened, or some of it is trained on.
+    """
+    try:
+        found = open_source(spec, split="held")
+    except XFusionError:
+        found = open_source(spec, split="all")
+    groups = {example.group for example in trained.examples}
+    known = [example.origin for example in found.examples if example.group in groups]
+    if known:
+        raise XFusionError(
+            f"{spec}: {len(known)} of {len(found.examples)} held-out examples are trained on in {trained.spec}, such as"
+            f" {known[0]}: name others"
+        )
+    return found
+
+
 def _hash(text: str) -> bytes:
     return hashlib.sha256(f"xfusion share: {text}".encode()).digest()
 
@@ -147,6 +175,8 @@ def with_plan(recipe: Recipe, plan: Plan) -> Recipe:
     if plan.backbone is not None:
         model = replace(model, backbone=replace(model.backbone, source=plan.backbone, revision=None))
     if plan.size is not None:
+        if model.audio is not None:
+            raise XFusionError(f"size {plan.size} is the side of pictures, and these recipes hear sounds: leave it out")
         model = replace(model, image=replace(model.image, sizes=(plan.size,)))
     set_here = {k: v for k, v in (("draw", plan.draw), ("caption", plan.caption)) if v is not None}
     if set_here:
@@ -157,22 +187,22 @@ def with_plan(recipe: Recipe, plan: Plan) -> Recipe:
 
 SAME = {
     "model.backbone": "the base; --backbone SOURCE puts all on one",
-    "data": "the pictures; --data SPEC gives all the same",
+    "data": "the data; --data SPEC gives all the same",
     "model.image.codec": "codec or encoder",
     "model.image.sizes": "picture size; --size sets it for all",
+    "model.audio.codec": "codec or encoder",
+    "model.audio.seconds": "length of sounds",
 }
-"""Parts of a recipe that must be equal, and what to do where they are not. How a picture becomes rows of the sequence (patch,
-place, order) belongs to a system: it is written down as a difference, and its price is in the costs."""
+"""Parts of a recipe that must be equal, and what to do where they are not. How a picture or a sound becomes rows of
+the sequence (patch, place, order) belongs to a system: it is written down as a difference, and its price is in the costs."""
 
 
 def refuse_unlike(entries: Sequence[Entry], open_data: bool) -> None:
-    for entry in entries:
-        if entry.recipe.model.audio is not None:
-            raise XFusionError(
-                f"{entry.label} hears sounds, and comparisons score pictures: use xfusion evaluate --suite sounds"
-            )
     first = entries[0]
     for other in entries[1:]:
+        one, two = (entry.recipe.model.modality.media for entry in (first, other))
+        if one != two:
+            raise XFusionError(f"{first.label} is of {one}, {other.label} of {two}: compare those of {one} alone")
         for path, what in SAME.items():
             if path == "data" and open_data:
                 continue
@@ -185,6 +215,7 @@ def refuse_unlike(entries: Sequence[Entry], open_data: bool) -> None:
 
 
 def _at(value: Any, path: str) -> Any:
+    """A part of a recipe; None where it has no such modality."""
     for name in path.split("."):
-        value = getattr(value, name)
+        value = None if value is None else getattr(value, name)
     return value

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from filelock import FileLock, Timeout
@@ -36,10 +36,11 @@ from xfusion.comparison.plan import (
     RATE_FACTORS,
     TRIAL_SEED,
     Entry,
-    Part,
     Plan,
+    held_out,
     named,
     refuse_unlike,
+    share_of,
     with_plan,
 )
 from xfusion.comparison.results import (
@@ -57,10 +58,12 @@ from xfusion.comparison.results import (
 )
 from xfusion.comparison.table import summarise
 from xfusion.data.sequence import XFusionError
-from xfusion.data.sources import Source, open_source
+from xfusion.data.sources import Sounds, Source, open_source
 from xfusion.evaluation import verify
 from xfusion.evaluation.run import Progress, check, evaluate, silent
 from xfusion.evaluation.suites.emoji import chosen
+from xfusion.modalities.audio import AudioModality
+from xfusion.modalities.image import ImageModality
 from xfusion.model import Model, build, choose_compute_dtype
 from xfusion.storage import named_in_errors, read_json, write_json
 from xfusion.training import states
@@ -99,8 +102,8 @@ def compare(
         work: folder of the training runs; None takes ``runs/compare/NAME``.
         backbone: an already loaded base.
         device: where the base is loaded to, where none is given.
-        source: the opened training pictures instead of a spec.
-        held: the held-out pictures of ``source``.
+        source: the opened training pictures, or sounds, instead of a spec.
+        held: the held-out pictures, or sounds, of ``source``.
         encoder: pictures to features, for feature scores; None takes the suite's own. A model that it taught has none.
         command: how a person makes it again; written down.
         progress: told how far each part is.
@@ -109,8 +112,8 @@ def compare(
         what `summarise` returns.
 
     Raises:
-        XFusionError: recipes that cannot be compared (base, data, codec, size, budget), a number of parameters that cannot
-            be matched, results in ``out`` that were made otherwise.
+        XFusionError: recipes that cannot be compared (modality, base, data, codec, size, budget), a number of
+            parameters that cannot be matched, results in ``out`` that were made otherwise.
     """
     run = _Comparison(recipes, plan, Path(out), work, backbone, device, source, held, encoder, command, progress)
     run.go()
@@ -175,11 +178,23 @@ class _Comparison:
         if backbone is not None:  # the base that is given is the base of all, as the plan's is
             entries = [replace(e, recipe=with_plan(e.recipe, replace(plan, backbone=backbone.source))) for e in entries]
         refuse_unlike(entries, source is not None)
+        self.modality = entries[0].recipe.model.modality
+        check(self.modality.suite, dict(plan.evaluation) | ({} if encoder is None else {"encoder": encoder}))
+        if plan.trials > 1 and isinstance(self.modality, AudioModality.Config):
+            raise XFusionError(
+                f"trials {plan.trials}: they choose a strength of guidance, too, which sounds have none of: leave it at 1"
+            )
         base = entries[0].recipe.model.backbone
         self.tell("loading the base", 0, 1)
         self.backbone = backbone or Backbone.load(base.source, revision=base.revision, device=device)
         data = entries[0].recipe.data
         self.source = source or open_source(data, special_tokens=self.backbone.special_tokens)
+        if isinstance(self.source, Sounds) != isinstance(self.modality, AudioModality.Config):
+            raise XFusionError(
+                f"{self.source.spec} holds no {self.modality.media}, which {entries[0].label} is of: name some by --data"
+            )
+        if plan.held is not None:
+            self.held = held_out(plan.held, self.source)
         if source is not None:
             entries = [replace(e, recipe=replace(e.recipe, data=source.spec)) for e in entries]
         for entry in entries:  # a recipe that cannot be built is refused before another is trained
@@ -188,7 +203,7 @@ class _Comparison:
             except XFusionError as error:
                 raise XFusionError(f"{entry.label}: {error}") from error
         self.entries = self._matched(entries) if plan.match_parameters else entries
-        self.parts = {share: cast(Source, Part(source=self.source, share=share)) for share in plan.shares}
+        self.parts = {share: share_of(self.source, share) for share in plan.shares}
         self.costs: dict[tuple[str, float], tuple[list[StageCost], dict[str, Any]]] = {}
         self.planned: dict[tuple[str, float], tuple[Recipe, dict[str, Any]]] = {}
         for share in plan.shares:
@@ -212,7 +227,6 @@ class _Comparison:
         ours = [name for name in ("seed", "part", "source", "held", "encoder") if name in plan.evaluation]
         if ours:
             raise XFusionError(f"the setting {ours[0]!r} of the evaluation is the comparison's own: leave it out")
-        check("emoji", plan.evaluation)
         if plan.trials > 1 and "guidance" in plan.evaluation:
             raise XFusionError(f"guidance is tuned by {plan.trials} trials and also given: leave one out")
 
@@ -393,8 +407,8 @@ class _Comparison:
         }
         if path.exists():
             differences = read_json(path)["differences"] | differences
-        size = self.entries[0].recipe.model.image.sizes[0]
-        write_strip(self.out / REAL, pictures, size)
+        if pictures:
+            write_strip(self.out / REAL, pictures, self.entries[0].recipe.model.image.sizes[0])
         content = {
             "recipes": labels,
             "prompts": prompts,
@@ -405,11 +419,17 @@ class _Comparison:
         write_json(path, portable(content))
 
     def _shown(self) -> tuple[list[str], list[PILImage.Image]]:
-        """Names and real pictures of the sample grids: of the smallest share, never of the validation part."""
+        """Names and real pictures of the sample grids: of the smallest share, never of the validation part.
+
+        Of sounds names alone.
+        """
         part = self.parts[min(self.plan.shares)]
-        size = self.entries[0].recipe.model.image.sizes[0]
         indices = chosen(part.examples, self.plan.num_shown, self._test_part)
-        return [part.examples[i].captions[0] for i in indices], [part.picture(i, size) for i in indices]
+        names = [part.examples[i].captions[0] for i in indices]
+        if not isinstance(self.modality, ImageModality.Config):
+            return names, []
+        size = self.entries[0].recipe.model.image.sizes[0]
+        return names, [part.picture(i, size) for i in indices]
 
     @property
     def _test_part(self) -> Literal["all", "test"]:
@@ -446,7 +466,7 @@ class _Comparison:
         def told(part: str, done: int, total: int) -> None:
             self.tell(f"{title}: {part}", done, total)
 
-        return evaluate(model, "emoji", source=source, progress=told, **settings)
+        return evaluate(model, self.modality.suite, source=source, progress=told, **settings)
 
     # -- tuning
 
@@ -551,7 +571,7 @@ class _Comparison:
             "part": self._test_part,
             "tuning": tuning,
             "dtype": str(choose_compute_dtype(base.device)[0]).removeprefix("torch."),
-        }
+        } | ({} if self.plan.held is None else {"held": self.plan.held})
 
     def _asked(self, entry: Entry, share: float, seed: int, tuning: dict[str, Any]) -> tuple[Recipe, dict[str, Any]]:
         """The recipe of a run, and what its file says about how it was made."""
@@ -580,8 +600,8 @@ class _Comparison:
         scores = self._evaluate(model, part, title, seed=seed * SEEDS_APART, part=self._test_part, **guidance)
         scored = scores.pop("settings")
         scores |= text_keeping(model)
-        if "draw" in model.capabilities:
-            prompts, _ = self._shown()
+        prompts, pictures = self._shown()
+        if "draw" in model.capabilities and pictures:
             steps = {"steps": self.plan.evaluation["steps"]} if "steps" in self.plan.evaluation else {}
             drawn = model.draw(prompts, seed=0, **steps, **guidance)
             write_strip(path.with_suffix(".png"), drawn, model.image.sizes[0])

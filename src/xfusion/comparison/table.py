@@ -37,6 +37,11 @@ SCORES: dict[str, Score] = {
     "held_caption_at_10": Score(title="naming, unseen pictures: true name among ten, R@10"),
     "held_caption_exact": Score(title="naming, unseen pictures: exact answer"),
     "held_caption_f1": Score(title="naming, unseen pictures: token F1"),
+    "fit_at_1": Score(title="naming, trained sounds: true name first, R@1"),
+    "fit_exact": Score(title="naming, trained sounds: exact answer"),
+    "held_at_1": Score(title="naming, unheard sounds: true name first, R@1"),
+    "held_exact": Score(title="naming, unheard sounds: exact answer"),
+    "made_at_1": Score(title="saying codes: nearest to those of the asked word, R@1"),
     "text_perplexity_change": Score(title="text: perplexity of the fused stack minus the base's", better="lower"),
 }
 """The scores that recipes are compared by. Other numbers of a suite (chance, ceiling, blind rates) stand in the files."""
@@ -46,7 +51,10 @@ ALIKE = (
     "base.fingerprint",
     "recipe.model.image.codec",
     "recipe.model.image.sizes",
+    "recipe.model.audio.codec",
+    "recipe.model.audio.seconds",
     "data",
+    "held",
     "evaluation",
     "part",
     "tuning.trials",
@@ -62,10 +70,10 @@ def summarise(folder: str | os.PathLike[str]) -> dict[str, Any]:
         folder: where the runs' JSON files stand.
 
     Returns:
-        JSON values: ``name``, ``first``, ``recipes``, ``regimes``, ``shares``, ``budget``, ``scores`` (per share and
-        score: a row per recipe with ``mean``, ``interval``, ``values`` by seed and the paired ``difference`` to the
-        first), ``cost`` per recipe, ``learning``, ``contributions``, ``prompts``, ``differences``, ``notes``,
-        ``command``, ``settings``.
+        JSON values: ``name``, ``media`` (pictures or sounds), ``first``, ``recipes``, ``regimes``, ``shares``, ``budget``,
+        ``scores`` (per share and score: a row per recipe with ``mean``, ``interval``, ``values`` by seed and the paired
+        ``difference`` to the first), ``cost`` per recipe, ``learning``, ``contributions``, ``prompts``, ``differences``,
+        ``notes``, ``command``, ``settings``.
 
     Raises:
         XFusionError: no runs, or runs that cannot stand in one table (budget, base, codec, data, scoring).
@@ -92,6 +100,7 @@ def summarise(folder: str | os.PathLike[str]) -> dict[str, Any]:
     first = next(r for r in runs if r["recipe"] == recipes[0] and r["settings"]["share"] == shares[0])
     summary = {
         "name": folder.name,
+        "media": "sounds" if _inside(first["settings"], "recipe.model.audio") else "pictures",
         "first": recipes[0],
         "recipes": recipes,
         "shares": shares,
@@ -310,7 +319,7 @@ def _notes(summary: Mapping[str, Any], runs: Sequence[dict[str, Any]]) -> list[s
         out.append(f"n < {FEWEST_RUNS}: no interval, and nothing is decided.")
     out.append(
         "Intervals are 95 % t-intervals over runs, one by one: of twenty true ties one looks decided. fit_ is memory of"
-        " trained pictures, held_ is on groups that no training saw."
+        f" trained {summary['media']}, held_ is on groups that no training saw."
     )
     for label, found in summary["differences"].items():
         if found:

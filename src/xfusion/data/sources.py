@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Protocol, Self, TypeVar, cast
 
 from xfusion.data import files, latents, pictures, shards
 from xfusion.data.emoji import Emoji
@@ -106,6 +106,10 @@ class Files:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def some(self, kept: Sequence[int]) -> Self:
+        """These examples alone."""
+        return type(self)(self.spec, [self.examples[i] for i in kept], [self.places[i] for i in kept], self.report)
 
     def picture(self, index: int, size: int) -> Image:
         """As `Source.picture`. Raises `XFusionError` where the file has changed or gone since it was opened."""

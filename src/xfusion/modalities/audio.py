@@ -28,6 +28,7 @@ class AudioModality(Modality):
     class Config(Modality.Config):
         """Sounds."""
 
+        media, suite = "sounds", "sounds"
         codec: SoundCodec.Config = field(default_factory=Whisper.Config)
         """What turns sounds into frames."""
         seconds: float = 2.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -198,6 +198,10 @@ class Modality(ABC):
     class Config:
         """Names one modality; `build()` makes it."""
 
+        media: ClassVar[str]
+        """What it is of, for people: ``pictures``."""
+        suite: ClassVar[str]
+        """The suite of `xfusion.evaluation` by which comparisons score recipes of it."""
         position: Literal["running", "shared"] = "running"
         """Rotary positions of an item's tokens: the running index, or one for all of them (CogVLM); rows and columns
         are told apart by the port."""

@@ -26,6 +26,7 @@ class ImageModality(Modality):
     class Config(Modality.Config):
         """Images."""
 
+        media, suite = "pictures", "emoji"
         codec: Codec.Config = field(default_factory=Pixels.Config)
         """What turns pixels into latents and back."""
         patch: int = 8

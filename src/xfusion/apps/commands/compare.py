@@ -38,7 +38,9 @@ class Compare(Verb):
     backbone: Annotated[str | None, tyro.conf.arg(metavar="SOURCE")] = None
     """The base of all recipes: hub id, folder or .gguf file; None takes their own."""
     data: Annotated[str | None, tyro.conf.arg(metavar="SPEC")] = None
-    """The pictures of all recipes: emoji, emoji:128, a folder, a .jsonl file; None takes their own."""
+    """The pictures, or sounds, of all recipes: emoji, emoji:128, a folder, a .jsonl file; None takes their own."""
+    held: Annotated[str | None, tyro.conf.arg(metavar="SPEC")] = None
+    """Pictures, or sounds, to score by that were not trained on; None takes the held-out split of the data."""
     size: int | None = None
     """Side of the pictures in pixels, for all recipes; None takes their own."""
     share: Annotated[tuple[float, ...], tyro.conf.arg(metavar="SHARE...")] = (1.0,)
@@ -82,6 +84,7 @@ class Compare(Verb):
                 match_parameters=self.match_parameters,
                 backbone=self.backbone,
                 data=self.data,
+                held=self.held,
                 size=self.size,
                 draw=self.draw,
                 caption=self.caption,
@@ -135,14 +138,14 @@ def summary_text(summary: dict[str, Any]) -> str:
     }
     lines, wide = [], max(map(len, called.values()))
     for score in summary["scores"]:
-        share = "" if score["share"] == 1 else f", {score['share']:.0%} of the pictures"
+        share = "" if score["share"] == 1 else f", {score['share']:.0%} of the {summary['media']}"
         beside = [f"{kind} {score[kind]:.3f}" for kind in ("chance", "blind", "ceiling") if kind in score]
         lines.append(f"{score['title']}{share} ({'; '.join([score['better'] + ' is better', *beside])})")
         for row in score["rows"]:
             lines.append(
                 f"  {called[row['recipe']]:<{wide}}  {mean_text(row):<36}  {difference_text(row['difference'])}".rstrip()
             )
-    costs = [(row["recipe"], cost_text(row)) for row in summary["cost"]]
+    costs = [(row["recipe"], cost_text(row, summary["media"])) for row in summary["cost"]]
     text = [(label, text_text(facts)) for label, facts in summary["text"].items()]
     return "\n".join(
         [*lines, "cost", table(costs, "  "), "text", table(text, "  "), *map("- {}".format, summary["notes"])]
@@ -171,14 +174,14 @@ def difference_text(difference: dict[str, Any] | None) -> str:
     return f"{difference['mean']:+.4g}{interval}: {difference['verdict']}{seeds}"
 
 
-def cost_text(row: dict[str, Any]) -> str:
+def cost_text(row: dict[str, Any], media: str) -> str:
     """What a recipe costs, in a line."""
     flops = ", ".join(f"{v / 1e9:.4g} GFLOPs to learn a {_TASK[k]}" for k, v in row["flops_per_sample"].items())
     peak = row["peak_memory"]["bytes"]
     parts = [
         f"{row['trainable_parameters']:,} trainable",
         flops,
-        f"{row['tokens_per_picture']} tokens per picture",
+        f"{row['tokens_per_picture']} tokens per {media.removesuffix('s')}",
         f"peak {size_text(peak)}" if peak else "peak memory not measured",
     ]
     if row["time"] and row["time"].get("step_seconds"):

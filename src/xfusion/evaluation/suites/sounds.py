@@ -6,7 +6,7 @@ score stand ``chance_`` (a random order) and ``_blind`` (the sounds permuted amo
 
 Of a model that says codes ``made_`` is how well these are those of the word that was asked for: the names are ordered by the
 cosine between the codes that a sound is made of, counted without their order, and the mean of such counts over trained
-recordings of the name. No model judges; ``ceiling_`` is the same of the recordings that no training has heard.
+recordings of the name. No model judges; ``ceiling_made_`` is the same of the recordings that no training has heard.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from xfusion.data.sequence import Audio, XFusionError
-from xfusion.data.sources import Sounds, open_source
+from xfusion.data.sources import Sounds, Source, open_source
 from xfusion.evaluation.metrics import captions, naming
 from xfusion.evaluation.metrics.blind import blind
-from xfusion.evaluation.suites.emoji import chosen
+from xfusion.evaluation.suites.emoji import Part, chosen, held_split
 from xfusion.generation import BATCH
 from xfusion.objectives.codes import NextCode
 
@@ -36,8 +36,10 @@ def run(
     model: Any,
     *,
     progress: Callable[[str, int, int], None],
-    source: str = "digits/train.jsonl",
-    held: str | None = None,
+    source: Source | str = "digits/train.jsonl",
+    held: Source | str | None = None,
+    part: Part = "all",
+    seed: int = 0,
     max_fit: int | None = 200,
     max_held: int | None = None,
     num_made: int = 10,
@@ -47,40 +49,48 @@ def run(
     Args:
         model: hears, and captions.
         progress: see `evaluate`.
-        source: the trained sounds; their names are the candidates.
-        held: sounds to name that were not trained on, of other recordings or speakers; None names the trained ones alone.
+        source: the trained sounds, opened or a spec; their names are the candidates.
+        held: sounds to name that were not trained on, of other recordings or speakers, likewise; None takes the held-out split
+            of the same spec, and names the trained ones alone where it has none.
+        part: name only the groups of one part, as the suite ``emoji`` has them.
+        seed: of the first made sounds.
         max_fit: name only so many of the trained sounds (always the same ones).
         max_held: name only so many of the others.
-        num_made: sounds made of each name, seeds 0, 1, ..., by a model that says codes; 0 makes none.
+        num_made: sounds made of each name, one seed each, by a model that says codes; 0 makes none.
 
     Raises:
         XFusionError: a model of pictures, data that are no sounds, a held-out sound of another name.
     """
     if model.modality.name != "audio" or "caption" not in model.capabilities:
         raise XFusionError(f"this suite names sounds, but the model is of {model.modality.described}")
-    trained = _sounds(source)
+    trained = _sounds(source, "train")
     names = list(dict.fromkeys(example.captions[0] for example in trained.examples))
     if len(names) > LARGEST_NAMES:
-        raise XFusionError(f"{source}: {len(names)} different names, at most {LARGEST_NAMES} are ranked")
+        raise XFusionError(f"{trained.spec}: {len(names)} different names, at most {LARGEST_NAMES} are ranked")
     metrics: dict[str, Any] = {"num_names": len(names)}
-    parts = {"fit": (trained, max_fit)} | ({"held": (_sounds(held), max_held)} if held else {})
+    held = held_split(trained) if held is None else held
+    others = None if held is None else _sounds(held, "all")
+    parts = {"fit": (trained, max_fit)} | ({"held": (others, max_held)} if others else {})
     alone = model.score_names(None, names)
-    for part, (sounds, most) in parts.items():
-        indices = chosen(sounds.examples, most)
+    for kind, (sounds, most) in parts.items():
+        indices = chosen(sounds.examples, most, part)
+        if not indices:
+            raise XFusionError(f"{sounds.spec}: none of {len(sounds)} sounds falls into the part {part!r}")
         unknown = [sounds.examples[i] for i in indices if sounds.examples[i].captions[0] not in names]
         if unknown:
-            raise XFusionError(f"{unknown[0].origin}: {unknown[0].captions[0]!r} is no name of {source}")
-        metrics |= {f"num_{part}": len(indices)} | _named(model, sounds, indices, names, alone, part, progress)
+            raise XFusionError(f"{unknown[0].origin}: {unknown[0].captions[0]!r} is no name of {trained.spec}")
+        metrics |= {f"num_{kind}": len(indices)} | _named(model, sounds, indices, names, alone, kind, progress)
     if isinstance(model.media_objective, NextCode) and num_made:
-        others = (parts["held"][0], chosen(parts["held"][0].examples, max_held)) if held else None
-        metrics |= _made(model, trained, others, names, num_made, progress)
-    return {**metrics, "settings": {"data": source, "held": held, "names": names}}
+        unheard = (others, chosen(others.examples, max_held, part)) if others else None
+        metrics |= _made(model, trained, unheard, names, num_made, seed, progress)
+    settings = {"data": trained.spec, "held": others and others.spec, "part": part, "seed": seed, "names": names}
+    return {**metrics, "settings": settings}
 
 
-def _sounds(spec: str) -> Sounds:
-    opened = open_source(spec, split="all")
+def _sounds(source: Source | str, split: str) -> Sounds:
+    opened = open_source(source, split=split) if isinstance(source, str) else source
     if not isinstance(opened, Sounds):
-        raise XFusionError(f"{spec}: holds no sounds, and this suite names sounds")
+        raise XFusionError(f"{opened.spec}: holds no sounds, and this suite names sounds")
     return opened
 
 
@@ -120,20 +130,22 @@ def _made(
     others: tuple[Sounds, list[int]] | None,
     names: list[str],
     num_made: int,
+    first: int,
     progress: Callable[[str, int, int], None],
 ) -> dict[str, float]:
     """Rank of the asked name among all by the codes that were made; and of the true one by those of other recordings."""
     learned = [[i for i, e in enumerate(trained.examples) if e.captions[0] == name][:PER_NAME] for name in names]
     known = [_codes(model, trained, indices) for indices in learned]
     made: list[Tensor] = []
-    for seed in range(num_made):
-        progress("make sounds", seed, num_made)
-        made += [codes for (codes,) in model.generate([[name, Audio()] for name in names], seed=len(names) * seed)]
+    for number in range(num_made):
+        progress("make sounds", number, num_made)
+        seed = first + len(names) * number
+        made += [codes for (codes,) in model.generate([[name, Audio()] for name in names], seed=seed)]
     progress("make sounds", num_made, num_made)
     judged = {"made_": (torch.stack(made), names * num_made)}
     if others is not None:
         sounds, indices = others
-        judged["ceiling_"] = (_codes(model, sounds, indices), [sounds.examples[i].captions[0] for i in indices])
+        judged["ceiling_made_"] = (_codes(model, sounds, indices), [sounds.examples[i].captions[0] for i in indices])
     entries = 1 + max(int(codes.max()) for codes in [*known, *(codes for codes, _ in judged.values())])
     means = functional.normalize(torch.stack([_counts(codes, entries).mean(0) for codes in known]), dim=1)
     found: dict[str, float] = {"num_made": len(made)}
