@@ -196,11 +196,19 @@ class Mixture:
             self.config.caption,
             self.source.examples,
         )
-        question = self.config.templates.question
+        # Drawn for every sample, so that what is asked of one does not depend on whether the data asks of another.
+        drawn = [self.config.templates.question(rng) for _ in range(count)]
         chosen = zip(self.order.take("caption", step * count, count), self._sizes("caption", step, count), strict=True)
         return [
-            captioning(self.ids, self.end, self.shown(i, size), examples[i].captions[0], question(rng), self.begin)
-            for i, size in chosen
+            captioning(
+                self.ids,
+                self.end,
+                self.shown(i, size),
+                examples[i].captions[0],
+                examples[i].question or question,
+                self.begin,
+            )
+            for (i, size), question in zip(chosen, drawn, strict=True)
         ]
 
     def _rows(self, drawings: list[Sequence], captionings: list[Sequence]) -> tuple[list[list[Sequence]], ...]:
@@ -236,9 +244,11 @@ class Mixture:
         templates, examples = self.config.templates, self.source.examples
         wordings = [(len(c), i, c) for i, e in enumerate(examples) for c in e.captions]
         _, drawn, words = max(wordings)
-        _, named, answer = max((len(e.captions[0]), i, e.captions[0]) for i, e in enumerate(examples))
         words = with_article(words) if templates.article_share else words
-        question = max(templates.questions, key=len) if templates.question_share else ""
+        drawable = max(templates.questions, key=len) if templates.question_share else ""
+        asked = [(e.question or drawable, e.captions[0]) for e in examples]
+        _, named = max((len(question) + len(answer), i) for i, (question, answer) in enumerate(asked))
+        question, answer = asked[named]
         draw = {s: drawing(self.ids, self.begin, words, self.drawn(drawn, s)) for s in self.sizes}
         caption = {
             s: captioning(self.ids, self.end, self.shown(named, s), answer, question, self.begin) for s in self.sizes

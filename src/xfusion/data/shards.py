@@ -27,12 +27,12 @@ from typing import Any
 
 from xfusion.backbone import cache_folder
 from xfusion.data import pictures
-from xfusion.data.files import CAPTION_FIELDS, Record, take_captions, utf8
+from xfusion.data.files import CAPTION_FIELDS, QUESTION, Record, take_captions, utf8
 from xfusion.data.report import Problem
 from xfusion.data.sequence import XFusionError
 from xfusion.storage import whole_file
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 """Changes with what an index holds or what a check finds."""
 ROW_GROUP_BYTES = 512 * 1024 * 1024
 """Largest row group that is read: a picture's row group comes into memory as a whole."""
@@ -318,14 +318,14 @@ def _columns(path: Path, schema: Any) -> tuple[str, list[str]]:
         return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
 
     found = [field.name for field in schema if holds_bytes(field.type)]
-    words = [name for name in (*CAPTION_FIELDS, "conversations", "group") if name in schema.names]
+    words = [name for name in (*CAPTION_FIELDS, "conversations", QUESTION, "group") if name in schema.names]
     if "image" in found:
         found = ["image"]
     if len(found) != 1:
         raise XFusionError(
             f"{path}: {len(found)} of its columns {', '.join(schema.names)} hold pictures: name one of them image"
         )
-    if not set(words) - {"group"}:
+    if not set(words) - {QUESTION, "group"}:
         raise XFusionError(
             f"{path}: none of its columns {', '.join(schema.names)} holds words: name one {', '.join(CAPTION_FIELDS)}"
         )

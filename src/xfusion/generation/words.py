@@ -141,6 +141,7 @@ def score_names(
     *,
     size: int | None = None,
     question: str = "",
+    summed: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Mean log-likelihood per token (end token included) of each name after each picture.
@@ -151,6 +152,7 @@ def score_names(
         names: candidate answers.
         size: side in pixels that pictures are read at, one that the model was made for (None: the first).
         question: what stands between picture and answer, or nothing.
+        summed: the log-likelihood of the whole name instead, of which `exp` is a probability.
         progress: told pictures done and in all.
 
     Returns:
@@ -166,7 +168,9 @@ def score_names(
     for done, item in enumerate(media, start=1):
         cache, first = _before_answers(model, item, asked)
         for group in groups:
-            out[done - 1, group] = _mean_likelihood(model, cache, first, [answers[i] for i in group]).cpu()
+            chosen = [answers[i] for i in group]
+            lengths = torch.tensor([len(answer) if summed else 1 for answer in chosen])
+            out[done - 1, group] = _mean_likelihood(model, cache, first, chosen).cpu() * lengths
         if progress:
             progress(done, len(media))
     return out
