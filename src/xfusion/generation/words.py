@@ -20,7 +20,7 @@ from xfusion.generation.turns import begun, remember, units
 from xfusion.model import Model
 
 LENGTH_GROUPS = 4
-"""Groups of like length that candidate answers are scored in."""
+"""Groups of like length that candidate answers are scored in, at most: there are no more than lengths."""
 
 
 @torch.no_grad()
@@ -161,7 +161,8 @@ def score_names(
     asked, end = model.backbone.encode(question_text(question)), model.backbone.end_ids[0]
     answers = [(*model.backbone.encode(name), end) for name in names]
     ranked = sorted(range(len(answers)), key=lambda i: len(answers[i]))
-    width = -(-len(ranked) // LENGTH_GROUPS)  # names of like length go through together: less padding
+    num_groups = min(LENGTH_GROUPS, len(set(map(len, answers))))
+    width = -(-len(ranked) // num_groups)  # names of like length go through together: less padding
     groups = [ranked[start : start + width] for start in range(0, len(ranked), width)]
     media = media_segment(model, pictures, size) if pictures is not None else [None]
     out = torch.empty(len(media), len(names))
