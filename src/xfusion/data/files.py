@@ -35,7 +35,7 @@ CAPTION_FIELDS = ("caption", "captions", "text")
 """Where a JSON line may hold its wordings; all that are there count, in this order."""
 QUESTION = "question"
 """Where a JSON line may hold what is asked."""
-MARKS = ("<image>", "<audio>")
+MARK = re.compile("<image>|<audio>")
 """What stands in a conversation's turn for the picture or sound."""
 METADATA = "metadata.jsonl"
 _NO_CAPTIONS = frozenset({"readme", "license", "licence", "notice", "copying", "classes", "requirements"})
@@ -351,9 +351,7 @@ def _conversation(turns: Any, record: Record) -> bool:
     before = turns[places[0] - 1] if places[0] else {}
     if before.get("from") in ("human", "user") and not record.question:
         asked = before.get("value")
-        for mark in MARKS if isinstance(asked, str) else ():
-            asked = asked.replace(mark, " ")
-        record.add_question(asked)
+        record.add_question(MARK.sub(" ", asked) if isinstance(asked, str) else asked)
     return len(answers) > 1
 
 

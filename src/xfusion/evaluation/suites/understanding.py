@@ -85,7 +85,8 @@ def run(
     Returns:
         ``accuracy``, ``chance_accuracy``, ``accuracy_blind``, ``accuracy_over_blind``, ``accuracy_json`` and ``json_valid``,
         ``refusal_threshold``, ``answered`` and ``accuracy_answered`` of the test part (the threshold is None where all is
-        refused), intervals of the first two differences of chance; ``curves``: damage -> points of its strength and accuracy.
+        refused); ``accuracy_interval`` and ``accuracy_over_blind_interval``, None of fewer than five sentences or pictures;
+        ``curves``: damage -> points of its strength and accuracy.
 
     Raises:
         XFusionError: the model cannot caption, or there is nothing to ask.
