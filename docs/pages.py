@@ -1,5 +1,6 @@
 """Writes docs/recipes/ from the recipes' docstrings and counted costs, docs/comparison.md from committed comparisons, and the
-tables and plots of docs/speed.md, docs/serving.md and docs/training_log.md from benchmarks/results/.
+tables and plots of docs/speed.md, docs/serving.md and docs/training_log.md from benchmarks/results/, those of
+docs/questions.md from comparison/understanding/.
 
     python docs/pages.py [speed | comparison]
 
@@ -12,6 +13,7 @@ import json
 import math
 import re
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -601,6 +603,70 @@ def sound_codes_part() -> list[str]:
     return [*origin(found), about, "", *table(rows, columns)]
 
 
+DAMAGES = {
+    "jpeg": "quality of the JPEG",
+    "crop": "share of the side that a crop leaves",
+    "resolution": "share of the pixels of the side",
+}
+"""What the strength of a damage is."""
+
+
+def questions_part(name: str) -> list[str]:
+    """What a trained model understands by the suite's questions of one kind, and its curves of damage."""
+    file = RESULTS / "understanding" / f"{name}.json"
+    if not file.is_file():
+        return [
+            f"Not measured yet: `xfusion evaluate runs/understanding --suite understanding --set questions={name}`.",
+            "",
+        ]
+    found = json.loads(file.read_text(encoding="utf-8"))
+    settings, over = found["settings"], found["accuracy_over_blind_interval"]
+    verdict = "above the blind rate" if over and over[0] > 0 else "not above the blind rate"
+    told = [
+        ("right", found["accuracy"], found["accuracy_interval"]),
+        ("blind: pictures permuted, mean of five", found["accuracy_blind"], None),
+        ("the commonest answer", found["chance_accuracy"], None),
+        ("right, less blind", found["accuracy_over_blind"], over),
+        ("right in JSON by a schema", found["accuracy_json"], None),
+        ("valid JSON", found["json_valid"], None),
+        ("answered, where it may refuse", found["answered"], None),
+        ("right of what is then answered", found["accuracy_answered"], None),
+    ]
+    rows = [
+        {
+            "of the test part": what,
+            "share": "-" if value is None else f"{value:.3f}",
+            "95 % interval": f"{span[0]:.3f} to {span[1]:.3f}" if span else "-",
+        }
+        for what, value, span in told
+    ]
+    bound = found["refusal_threshold"]
+    refused = (
+        f"no confidence is right in {settings['wanted']:g} of its answers there, so that all is refused"
+        if bound is None
+        else f"from a confidence of {bound:.3f} on, answers are right in {settings['wanted']:g} there"
+    )
+    lines = [
+        f"{settings['num_test']} questions of {settings['num_test_clusters']} clusters were tested, {settings['num_validation']}"
+        f" others chose the threshold: {refused}. **{verdict.capitalize()}.**",
+        "",
+        *table(rows, ("of the test part", "share", "95 % interval")),
+    ]
+    for damage, points in found["curves"].items():
+        ends = [points[0][0], points[-1][0]]
+        drawn = {
+            "right": [(x, y) for x, y in points],
+            "blind": [(x, found["accuracy_blind"]) for x in ends],
+        }
+        title = f"Share right against {DAMAGES[damage]}"
+        svg = HERE / "pictures" / f"questions_{name}_{damage}.svg"
+        plotted = curves({"recipes": list(drawn)}, drawn, DAMAGES[damage])
+        svg.write_text(standalone(plotted, _named(drawn)), encoding="utf-8")
+        said = ", ".join(f"{x:g}: {y:.3f}" for x, y in reversed(points))
+        lines += [f"**{title}** ({said})", "", f"![{title}](pictures/{svg.name})", ""]
+    return lines
+
+
 PARTS = {
     "speed.md": {
         "bench": bench_part,
@@ -612,6 +678,7 @@ PARTS = {
     },
     "serving.md": {"serving": serving_part},
     "training_log.md": {"codecs": codecs_part, "sound codes": sound_codes_part},
+    "questions.md": {name: partial(questions_part, name) for name in ("counting", "nlvr")},
 }
 """What is measured, by page."""
 

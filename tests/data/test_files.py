@@ -91,6 +91,39 @@ def test_json_lines(tmp_path, row, captions):
     assert [e.captions for e in source.examples] == [captions, ("absolute",)]
 
 
+@pytest.mark.parametrize(
+    ("row", "question"),
+    [
+        ({"caption": "3"}, ""),
+        ({"caption": "3", "question": None}, ""),
+        ({"caption": "3", "question": " How many? "}, "How many?"),
+        (
+            {"conversations": [{"from": "human", "value": "<image>\nHow many?"}, {"from": "gpt", "value": "3"}]},
+            "How many?",
+        ),
+        (
+            {"conversations": [{"from": "user", "value": "Count.\n<image>"}, {"from": "assistant", "value": "3"}]},
+            "Count.",
+        ),
+        ({"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "3"}]}, ""),
+        ({"conversations": [{"from": "gpt", "value": "3"}, {"from": "human", "value": "Why?"}]}, ""),
+    ],
+)
+def test_a_question_is_read(tmp_path, row, question):
+    save(tmp_path / "a.png")
+    (example,) = open_source(str(lines(tmp_path / "data.jsonl", {"image": "a.png"} | row))).examples
+    assert (example.captions, example.question) == (("3",), question)
+
+
+def test_one_picture_may_be_asked_two_things_with_one_answer(tmp_path):
+    save(tmp_path / "a.png")
+    row = {"image": "a.png", "caption": "yes"}
+    path = lines(tmp_path / "data.jsonl", row | {"question": "Red?"}, row | {"question": "Round?"}, row)
+    assert [e.question for e in open_source(str(path)).examples] == ["Red?", "Round?", ""]
+    path = lines(tmp_path / "data.jsonl", row | {"question": "Red?"}, row | {"question": "Red?"})
+    assert "stands already at" in check(path).problems[0]
+
+
 def test_further_answers_of_a_conversation_are_noted(tmp_path):
     save(tmp_path / "a.png")
     turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "A card."}] * 2
@@ -131,6 +164,10 @@ BAD_LINES = {
     "surrogate": ('{"image": "a.png", "text": "\\ud800"}', "caption contains the character U+D800"),
     "silent": ({"image": "a.png", "conversations": [{"from": "human", "value": "?"}]}, "has no answer from gpt"),
     "turns": ({"image": "a.png", "conversations": "hello"}, "conversations must be a list of {from, value}"),
+    "asked a number": ({"image": "a.png", "text": "x", "question": 7}, "the question must be text, found '7'"),
+    "asked long": ({"image": "a.png", "text": "x", "question": "x" * 4001}, "question of 4,001 characters, at most"),
+    "asked special": ({"image": "a.png", "text": "x", "question": "<|im_end|>"}, "question contains '<|im_end|>', a"),
+    "asked control": ({"image": "a.png", "text": "x", "question": "a\x00"}, "question contains the character U+0000"),
     "not JSON": ("{'image': 'a.png'}", "not JSON: Expecting property name"),
     "deep": ("[" * 100_000, "not JSON: "),
     "list": ("[1]", "expected an object in braces, found a list"),

@@ -332,6 +332,20 @@ def test_splits_and_mixtures_of_latents(tmp_path):
     assert torch.equal(both.tokens(6, image, 16), image.encode([open_source("emoji:12").picture(0, 16)], 16)[0])
 
 
+def test_questions_are_encoded_with_their_pictures(tmp_path):
+    emoji = open_source("emoji:2")
+    for index in range(2):
+        emoji.picture(index, 16).save(tmp_path / f"{index}.png")
+    rows = [{"image": "0.png", "caption": "red", "question": "Which colour?"}, {"image": "1.png", "caption": "dog"}]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    encode(open_source(tmp_path / "data.jsonl"), Pixels.Config(), 16, tmp_path / "x")
+    assert [e.question for e in open_source(tmp_path / "x").examples] == ["Which colour?", ""]
+    examples = tmp_path / "x" / "examples.jsonl"
+    old = [{k: v for k, v in json.loads(line).items() if k != "question"} for line in examples.read_text().splitlines()]
+    examples.write_text("\n".join(map(json.dumps, old)) + "\n", encoding="utf-8")
+    assert [e.question for e in open_source(tmp_path / "x").examples] == ["", ""]  # written before there were any
+
+
 def test_the_command(tmp_path, capsys):
     argv = ["data", "encode", "emoji:12", "-o", str(tmp_path / "x"), "--size", "16", "--json"]
     assert cli.main(argv) == 0

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -237,6 +238,43 @@ def test_a_dropped_prompt_leaves_the_picture_alone_and_a_question_stands_before_
     picture, asked, answer = captioning(encode, END, Media(tokens=tokens, grid=(2, 2)), "cat", "What?").segments
     assert asked == Text(ids=encode("What?\n")) and answer == Text(ids=(*encode("cat"), END), has_loss=True)
     assert END_OF_MEDIA < 0 and picture.grid == (2, 2)
+
+
+def test_a_question_of_the_data_stands_behind_its_picture_and_the_other_samples_stay_as_they_were():
+    plain, mixed = Squares(7), Squares(7)
+    mixed.examples = tuple(
+        replace(e, question="How many squares are there in all?") if i in (1, 4) else e
+        for i, e in enumerate(plain.examples)
+    )
+    asks = Templates(question_share=0.5)
+    one, other = (mixture(source, caption=8, templates=asks) for source in (plain, mixed))
+    found = []
+    for step in range(12):
+        assert all(map(torch.equal, flat(one.batches(step)[:1]), flat(other.batches(step)[:1])))  # what is drawn
+        for before, now in zip(one.captionings(step), other.captionings(step), strict=True):
+            index = now.segments[0].index
+            found.append(index)
+            if index in (1, 4):
+                asked, answer = now.segments[1:]
+                assert asked == Text(ids=encode("How many squares are there in all?\n")) and not asked.has_loss
+                assert answer == before.segments[-1] and answer.has_loss
+            else:
+                assert now.segments[1:] == before.segments[1:]
+    assert {1, 4} < set(found)
+    plain_steps, again = mixture(plain, caption=8, templates=asks), mixture(Squares(7), caption=8, templates=asks)
+    for step in range(3):
+        assert all(map(torch.equal, flat(plain_steps.batches(step)), flat(again.batches(step))))
+
+
+def test_the_largest_step_holds_the_longest_question_with_its_answer():
+    source = Squares(7)
+    source.examples = tuple(replace(e, captions=("x" * 20,)) for e in source.examples)
+    source.examples = (*source.examples, replace(source.examples[0], id="7", captions=("yes",), question="q" * 90))
+    m = mixture(source, templates=Templates(question_share=0.5), pack=1)
+    _, caption = m.largest()
+    labels = caption.labels[caption.labels != IGNORE].tolist()
+    assert labels == [*encode("yes"), END] * 4 and caption.text.count > 91
+    assert max(b.text.count for step in range(20) for b in m.batches(step)) <= caption.text.count
 
 
 def test_looking_at_lengths_opens_no_picture_and_a_share_opens_its_own():

@@ -48,7 +48,8 @@ def write_tar(path: Path, numbers, *, pictures=png, as_json=False) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for number in numbers:
-            text = json.dumps({"captions": words(number)}) if as_json else "\n".join(words(number))
+            row = as_json(number) if callable(as_json) else {"captions": words(number)}
+            text = json.dumps(row) if as_json else "\n".join(words(number))
             words_name = f"{number:03d}.{'json' if as_json else 'txt'}"
             for name, content in ((f"{number:03d}.png", pictures(number)), (words_name, text.encode())):
                 member = tarfile.TarInfo(name)
@@ -106,6 +107,28 @@ def test_shards_hold_what_a_folder_holds(tmp_path, kind):
     found = contents(open_source(spec))
     assert len(found) == COUNT and found == expected
     assert contents(open_source(spec)) == expected  # out of the index
+
+
+@pytest.mark.parametrize("kind", ["parquet", "dataset", "tar"])
+def test_questions_stand_in_shards_and_in_their_index(tmp_path, cache, kind):
+    rows = {
+        "image": [{"bytes": png(n), "path": None} for n in range(3)],
+        "caption": ["0", "1", "2"],
+        "question": ["How many?", None, "Which?"],
+    }
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        parquet.write_table(pa.table(rows), path)
+    elif kind == "dataset":
+        import datasets
+
+        datasets.Dataset.from_dict(rows).save_to_disk(path)
+    else:
+        write_tar(path, range(3), as_json=lambda n: {"caption": str(n), "question": rows["question"][n]})
+    for _ in range(2):  # read, and out of the index
+        found = open_source(path).examples
+        assert [(e.question, e.captions[0]) for e in found] == [("How many?", "0"), ("", "1"), ("Which?", "2")]
+    assert list(cache.glob("*.jsonl"))
 
 
 def test_an_index_is_built_once_and_again_when_the_shard_changes(tmp_path, cache, monkeypatch):

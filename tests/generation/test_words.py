@@ -98,6 +98,8 @@ def test_scores_are_the_mean_of_a_full_uncached_pass(bases, fusion, family):
             logits = logits_after(model, (media_of(model, picture), Text(ids=answer[:-1])))
             told = logits.log_softmax(-1)[range(len(answer)), list(answer)]
             assert score == pytest.approx(float(told.mean()), abs=1e-4)
+    lengths = torch.tensor([len(model.backbone.encode(name)) + 1 for name in names])
+    assert torch.equal(model.score_names(PICTURES[:2], names, summed=True), found * lengths)
     assert model.score(PICTURES[0], names) == pytest.approx(found[0].tolist(), abs=1e-5)
 
 

@@ -6,6 +6,8 @@ Three forms, with sounds in the place of pictures likewise (``audio`` in the pla
 - a folder with ``metadata.jsonl`` (``file_name`` and ``text``, ``caption``, ``captions``), Hugging Face's imagefolder;
 - a ``.jsonl`` with ``image`` and captions, or with LLaVA's ``conversations``, of which the first answer is the caption.
 
+A row may hold a ``question``, to which its first caption is the answer; of a conversation it is the turn before that answer.
+
 Paths in a file are relative to that file. They may be absolute, but must not climb out of the folder by ``..``.
 """
 
@@ -31,6 +33,10 @@ MAX_LINE = 4_000_000
 """Bytes of the longest JSON line that is read, and of a ``.txt``; a file may be one line of any length."""
 CAPTION_FIELDS = ("caption", "captions", "text")
 """Where a JSON line may hold its wordings; all that are there count, in this order."""
+QUESTION = "question"
+"""Where a JSON line may hold what is asked."""
+MARK = re.compile("<image>|<audio>")
+"""What stands in a conversation's turn for the picture or sound."""
 METADATA = "metadata.jsonl"
 _NO_CAPTIONS = frozenset({"readme", "license", "licence", "notice", "copying", "classes", "requirements"})
 
@@ -95,6 +101,7 @@ class Record:
     origin: str
     place: Place | None
     captions: list[str] = field(default_factory=list)
+    question: str = ""
     group: str | None = None
     problems: list[Problem] = field(default_factory=list)
     content: str | None = None
@@ -107,6 +114,16 @@ class Record:
             self.complain("long caption", what)
         else:
             self.captions.append(caption)
+
+    def add_question(self, question: Any) -> None:
+        """Take what is asked; nothing where there is nothing."""
+        if not isinstance(question, str):
+            self.complain("invalid question", f"the question must be text, found {_start(question)}")
+        elif len(question) > MAX_CAPTION:
+            what = f"question of {len(question):,} characters, at most {MAX_CAPTION:,} are legal"
+            self.complain("long question", what)
+        else:
+            self.question = question.strip()
 
     def complain(self, kind: str, what: str, where: str | None = None) -> None:
         """Note a problem, at the record's own place unless another is given."""
@@ -268,7 +285,7 @@ def utf8(line: bytes, record: Record, where: str | None = None, *, first: bool =
 
 
 def _fill(record: Record, text: str, root: Path, kind: Kind) -> bool:
-    """Take path, captions and group from a JSON line. Returns whether a conversation held further answers."""
+    """Take path, captions, question and group from a JSON line. Returns whether a conversation held further answers."""
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -282,11 +299,13 @@ def _fill(record: Record, text: str, root: Path, kind: Kind) -> bool:
 
 
 def take_captions(row: Mapping[str, Any], record: Record) -> bool:
-    """Take captions and group from a row. Returns whether a conversation held further answers."""
+    """Take captions, question and group from a row. Returns whether a conversation held further answers."""
     if isinstance(group := row.get("group"), str) and group:
         if _control_character(group):
             record.complain("invalid group", f"the group {group[:60]!r} contains a character that is none: reword it")
         record.group = group
+    if row.get(QUESTION) is not None:
+        record.add_question(row[QUESTION])
     fields = [name for name in CAPTION_FIELDS if name in row]
     if not fields and "conversations" in row:
         return _conversation(row["conversations"], record)
@@ -326,20 +345,25 @@ def _conversation(turns: Any, record: Record) -> bool:
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         record.complain("invalid caption", "conversations must be a list of {from, value}")
         return False
-    answers = [turn.get("value") for turn in turns if turn.get("from") in ("gpt", "assistant")]
+    places = [place for place, turn in enumerate(turns) if turn.get("from") in ("gpt", "assistant")]
+    answers = [turns[place].get("value") for place in places]
     if not answers or not isinstance(answers[0], str):
         record.complain("missing caption", "no caption: the conversation has no answer from gpt")
         return False
     record.add_caption(answers[0].strip())
+    before = turns[places[0] - 1] if places[0] else {}
+    if before.get("from") in ("human", "user") and not record.question:
+        asked = before.get("value")
+        record.add_question(MARK.sub(" ", asked) if isinstance(asked, str) else asked)
     return len(answers) > 1
 
 
 def _find_duplicates(records: Iterable[Record]) -> None:
-    """One picture may have several lines; the same picture with the same captions is a mistake. Makes ids unique."""
+    """One picture may have several lines; the same one with the same question and captions is a mistake. Makes ids unique."""
     seen: dict[str, list[Record]] = {}
     first: dict[tuple[str, ...], Record] = {}
     for record in records:
-        before = first.setdefault((record.id, *record.captions), record)
+        before = first.setdefault((record.id, record.question, *record.captions), record)
         if before is not record and record.place is not None and not record.problems:
             what = f"{record.id[:100]} with these captions stands already at {before.origin}"
             record.complain("duplicated name", what)
@@ -350,15 +374,16 @@ def _find_duplicates(records: Iterable[Record]) -> None:
 
 
 def _check_captions(record: Record, special_tokens: tuple[str, ...]) -> None:
-    for caption in record.captions:
-        if not caption:
+    said = [("caption", caption) for caption in record.captions]
+    for what, words in [*said, ("question", record.question)] if record.question else said:
+        if not words:
             record.complain("empty caption", "empty caption")
         for token in special_tokens:
-            if token and token in caption:
-                what = f"caption contains {token!r}, a special token of the model's tokenizer: reword it"
-                record.complain("special token", what)
-        if character := _control_character(caption):
-            record.complain("control character", f"caption contains the character U+{ord(character):04X}: remove it")
+            if token and token in words:
+                problem = f"{what} contains {token!r}, a special token of the model's tokenizer: reword it"
+                record.complain("special token", problem)
+        if character := _control_character(words):
+            record.complain("control character", f"{what} contains the character U+{ord(character):04X}: remove it")
     record.captions = list(dict.fromkeys(record.captions))
 
 

@@ -111,7 +111,14 @@ class Latents:
         with (folder / EXAMPLES).open(encoding="utf-8") as file:
             rows = (json.loads(line) for line in file)
             self.examples: Sequence[Example] = tuple(
-                Example(id=r["id"], captions=tuple(r["captions"]), group=r["group"], origin=r["origin"]) for r in rows
+                Example(
+                    id=r["id"],
+                    captions=tuple(r["captions"]),
+                    group=r["group"],
+                    origin=r["origin"],
+                    question=r.get("question", ""),  # folders from before there were questions
+                )
+                for r in rows
             )
         self.indices: Sequence[int] = range(len(self.examples))
         """Places of the examples in the folder, of which a split takes some."""

@@ -240,18 +240,20 @@ class Mixture:
             self.config.caption,
             self.source.examples,
         )
-        question = self.config.templates.question
+        # Drawn for every sample, so that what is asked of one does not depend on whether the data asks of another.
+        drawn = [self.config.templates.question(rng) for _ in range(count)]
+        chosen = zip(self._chosen("caption", step, count), drawn, strict=True)
         return [
             captioning(
                 self.ids,
                 self.end,
                 self.shown(i, size),
                 examples[i].captions[0],
-                question(rng),
+                examples[i].question or question,
                 self.begin,
                 [(self.shown(j, size), examples[j].captions[0]) for j in self._shots(i, step * count + place)],
             )
-            for place, (i, size) in enumerate(self._chosen("caption", step, count))
+            for place, ((i, size), question) in enumerate(chosen)
         ]
 
     def _shots(self, asked: int, place: int) -> list[int]:
@@ -302,10 +304,13 @@ class Mixture:
         templates, examples = self.config.templates, self.source.examples
         wordings = [(len(c), i, c) for i, e in enumerate(examples) for c in e.captions]
         _, drawn, words = max(wordings)
-        _, named, answer = max((len(e.captions[0]), i, e.captions[0]) for i, e in enumerate(examples))
-        drawn, named = self._standing(drawn), self._standing(named)
+        drawn = self._standing(drawn)
         words = with_article(words) if templates.article_share else words
-        question = max(templates.questions, key=len) if templates.question_share else ""
+        drawable = max(templates.questions, key=len) if templates.question_share else ""
+        asked = [(e.question or drawable, e.captions[0]) for e in examples]
+        _, named = max((len(question) + len(answer), i) for i, (question, answer) in enumerate(asked))
+        question, answer = asked[named]
+        named = self._standing(named)
         draw = {s: drawing(self.ids, self.begin, words, self.drawn(drawn, s)) for s in self.sizes}
         caption = {
             s: captioning(

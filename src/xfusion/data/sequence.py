@@ -61,6 +61,8 @@ class Example:
     """Near-identical pictures share a group: a split never divides one, a hit on any member counts."""
     origin: str
     """Where it stands, for messages: ``file.jsonl:12`` or ``folder/a.png``."""
+    question: str = ""
+    """What is asked behind it, to which ``captions[0]`` is the answer; empty where the data asks nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ from typing import Any
 
 from xfusion.backbone import cache_folder
 from xfusion.data import hub, pictures
-from xfusion.data.files import CAPTION_FIELDS, MAX_LINE, Record, take_captions, utf8
+from xfusion.data.files import CAPTION_FIELDS, MAX_LINE, QUESTION, Record, take_captions, utf8
 from xfusion.data.kept import Kept
 from xfusion.data.report import Problem
 from xfusion.data.sequence import XFusionError
@@ -390,14 +390,14 @@ def _columns(path: Path | str, schema: Any) -> tuple[str, list[str]]:
         return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
 
     found = [field.name for field in schema if holds_bytes(field.type)]
-    words = [name for name in (*CAPTION_FIELDS, "conversations", "group") if name in schema.names]
+    words = [name for name in (*CAPTION_FIELDS, "conversations", QUESTION, "group") if name in schema.names]
     if "image" in found:
         found = ["image"]
     if len(found) != 1:
         raise XFusionError(
             f"{path}: {len(found)} of its columns {', '.join(schema.names)} hold pictures: name one of them image"
         )
-    if not set(words) - {"group"}:
+    if not set(words) - {QUESTION, "group"}:
         raise XFusionError(
             f"{path}: none of its columns {', '.join(schema.names)} holds words: name one {', '.join(CAPTION_FIELDS)}"
         )

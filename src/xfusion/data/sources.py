@@ -289,8 +289,8 @@ def _inspect(
             record.group = unreadable[record.id]
         if place is not None and not record.problems:
             group = record.group or record.content or contents[cast("Path", place)]
-            captions = tuple(record.captions)
-            examples.append(Example(id=record.id, captions=captions, group=group, origin=record.origin))
+            captions, asked = tuple(record.captions), record.question
+            examples.append(Example(id=record.id, captions=captions, group=group, origin=record.origin, question=asked))
             kept.append(place)
     problems = [problem for record in records for problem in record.problems]
     num_bad = sum(bool(record.problems) for record in records)

@@ -20,7 +20,7 @@ from xfusion.generation.turns import begun, remember, units
 from xfusion.model import Model
 
 LENGTH_GROUPS = 4
-"""Groups of like length that candidate answers are scored in."""
+"""Groups of like length that candidate answers are scored in, at most: there are no more than lengths."""
 
 
 @torch.no_grad()
@@ -145,6 +145,7 @@ def score_names(
     *,
     size: int | None = None,
     question: str = "",
+    summed: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Mean log-likelihood per token (end token included) of each name after each picture.
@@ -155,6 +156,7 @@ def score_names(
         names: candidate answers.
         size: side in pixels that pictures are read at, one that the model was made for (None: the first).
         question: what stands between picture and answer, or nothing.
+        summed: the log-likelihood of the whole name instead, of which `exp` is a probability.
         progress: told pictures done and in all.
 
     Returns:
@@ -167,14 +169,17 @@ def score_names(
     asked, end = model.backbone.encode(question_text(question)), model.backbone.end_ids[0]
     answers = [(*model.backbone.encode(name), end) for name in names]
     ranked = sorted(range(len(answers)), key=lambda i: len(answers[i]))
-    width = -(-len(ranked) // LENGTH_GROUPS)  # names of like length go through together: less padding
+    num_groups = min(LENGTH_GROUPS, len(set(map(len, answers))))
+    width = -(-len(ranked) // num_groups)  # names of like length go through together: less padding
     groups = [ranked[start : start + width] for start in range(0, len(ranked), width)]
     media = media_segment(model, pictures, size) if pictures is not None else [None]
     out = torch.empty(len(media), len(names))
     for done, item in enumerate(media, start=1):
         cache, first = _before_answers(model, item, asked)
         for group in groups:
-            out[done - 1, group] = _mean_likelihood(model, cache, first, [answers[i] for i in group]).cpu()
+            chosen = [answers[i] for i in group]
+            lengths = torch.tensor([len(answer) if summed else 1 for answer in chosen])
+            out[done - 1, group] = _mean_likelihood(model, cache, first, chosen).cpu() * lengths
         if progress:
             progress(done, len(media))
     return out

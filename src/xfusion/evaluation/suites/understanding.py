@@ -1,22 +1,28 @@
 """What is understood of pictures, by questions whose answers can be checked: how many there are, and whether a sentence is true.
 
 ``counting`` draws its own pictures, so that the truth is known exactly; ``nlvr`` reads those of NLVR (Suhr et al. 2017), true
-or false. An answer is the likeliest of the allowed ones, and its confidence the share of its likelihood among them. On the
-validation part the lowest confidence is chosen at which answers are right as often as asked (`threshold`); below it a model
-that may refuse does. Beside accuracy stand ``chance_`` (the commonest answer) and ``_blind`` (pictures permuted), and
-``_json``: the model writes ``{"answer": ...}`` by a schema, token after token, instead of having given answers scored.
+or false. A question belongs to a part for good (`part`): those of ``train`` may be learned from (``runs/write_questions.py``
+writes them) and are never asked here; no picture, no arrangement of its boxes and no wording of a sentence is in two parts.
+
+An answer is the likeliest of the allowed ones (two that are equally likely are no answer), and its confidence the share of
+its likelihood among them. On the validation part the lowest confidence is chosen at which answers are right as often as
+asked (`threshold`); below it a model that may refuse does. Beside accuracy stand ``chance_`` (the commonest answer) and
+``_blind`` (pictures permuted, mean of five), and ``_json``: the model writes ``{"answer": ...}`` by a schema, token after
+token, instead of having given answers scored. ``_interval`` is one of 95 %, of resampled sentences (of counting: pictures).
 ``robustness`` scores the same questions on pictures that were compressed, cropped and made small.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,12 +31,19 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from xfusion.data.sequence import XFusionError
+from xfusion.evaluation.metrics.blind import blind
+from xfusion.evaluation.metrics.clusters import interval
+from xfusion.evaluation.metrics.naming import ranks
 from xfusion.evaluation.metrics.refusal import refusal, threshold
-from xfusion.evaluation.suites.emoji import part_of
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220)}
 JPEG, CROP, RESOLUTION = (75, 30, 10, 5), (0.9, 0.75, 0.5), (0.5, 0.25, 0.125)
 """Quality; share of the side that stays; share of the pixels of the side."""
+Part = Literal["train", "validation", "test"]
+ASKED: tuple[Part, ...] = ("validation", "test")
+"""Parts that this suite asks about."""
+TRAINED, VALIDATED = 0.6, 0.2
+"""Shares of the parts; the rest is tested."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +51,7 @@ class Question:
     """A picture, what is asked, and what is right."""
 
     id: str
-    """Decides the part: equal ids are in one."""
+    """Decides the part, and is the cluster of intervals: the picture's hash, or what its sentence is called."""
     picture: Image.Image
     text: str
     answer: str
@@ -65,14 +78,15 @@ def run(
         source: parquet file of NLVR; ``counting`` has none.
         most: largest number of things to count.
         count: how many questions, validation and test together.
-        seed: of the pictures that are drawn.
+        seed: of the pictures that are drawn, of the questions that are chosen, and of permutations.
         wanted: accuracy that the threshold shall reach on the validation part.
         robustness: score damaged pictures, too.
 
     Returns:
-        ``accuracy``, ``chance_accuracy``, ``accuracy_blind``, ``accuracy_json``, ``refusal_threshold``, ``answered`` and
-        ``accuracy_answered`` of the test part (the threshold is None where all is refused); ``curves``: damage -> points of
-        its strength and accuracy.
+        ``accuracy``, ``chance_accuracy``, ``accuracy_blind``, ``accuracy_over_blind``, ``accuracy_json`` and ``json_valid``,
+        ``refusal_threshold``, ``answered`` and ``accuracy_answered`` of the test part (the threshold is None where all is
+        refused); ``accuracy_interval`` and ``accuracy_over_blind_interval``, None of fewer than five sentences or pictures;
+        ``curves``: damage -> points of its strength and accuracy.
 
     Raises:
         XFusionError: the model cannot caption, or there is nothing to ask.
@@ -82,31 +96,40 @@ def run(
         raise XFusionError(f"this suite asks questions about pictures, but the model can only do: {able}")
     if questions not in ("counting", "nlvr") or (questions == "nlvr") != (source is not None):
         raise XFusionError(f"questions {questions!r} with source {source!r}: counting has none, nlvr a parquet file")
-    made = counting(count, most, seed) if source is None else nlvr(Path(source), count)
+    made = counting(count, most, seed) if source is None else nlvr(Path(source), count, seed)
     answers = [str(n) for n in range(1, most + 1)] if source is None else ["true", "false"]
-    validation = [q for q in made if part_of(q.id) == "validation"]
-    test = [q for q in made if part_of(q.id) == "test"]
+    validation = [q for q in made if part(q.id) == "validation"]
+    test = [q for q in made if part(q.id) == "test"]
     if not validation or not test:
         raise XFusionError(
             f"{len(made)} questions leave {len(validation)} to choose by and {len(test)} to test: ask more"
         )
 
-    def told(part: str) -> Callable[[int, int], None]:
-        return lambda done, total: progress(part, done, total)
+    def told(what: str) -> Callable[[int, int], None]:
+        return lambda done, total: progress(what, done, total)
 
     chosen_by = answered(model, validation, answers, told("validation"))
     bound = threshold(*right(chosen_by, validation, answers), wanted)
     found = answered(model, test, answers, told("test"))
     confidence, is_right = right(found, test, answers)
-    permuted = random.Random(seed).sample(range(len(test)), len(test))
-    others = [Question(id=q.id, picture=test[i].picture, text=q.text, answer=q.answer)
-              for q, i in zip(test, permuted, strict=True)]  # fmt: skip
-    _, blind = right(answered(model, others, answers, told("blind")), others, answers)
+    unseen: list[Tensor] = []
+
+    def of_others(order: Tensor) -> float:
+        others = [replace(q, picture=test[i].picture) for q, i in zip(test, order.tolist(), strict=True)]
+        what = told(f"blind {len(unseen) + 1}")
+        unseen.append(right(answered(model, others, answers, what), others, answers)[1].double())
+        return float(unseen[-1].mean())
+
+    blind_rate, sentences = blind(of_others, len(test), seed=seed), [q.id for q in test]
+    over = is_right.double() - torch.stack(unseen).mean(dim=0)
     metrics: dict[str, Any] = {
         "accuracy": float(is_right.float().mean()),
+        "accuracy_interval": interval(is_right, sentences, seed=seed),
         "chance_accuracy": Counter(q.answer for q in test).most_common(1)[0][1] / len(test),
-        "accuracy_blind": float(blind.float().mean()),
-        "accuracy_json": written(model, test, answers),
+        "accuracy_blind": blind_rate,
+        "accuracy_over_blind": float(over.mean()),
+        "accuracy_over_blind_interval": interval(over, sentences, seed=seed),
+        **written(model, test, answers),
         "refusal_threshold": bound if math.isfinite(bound) else None,
         **refusal(confidence, is_right, bound),
     }
@@ -120,9 +143,7 @@ def run(
         for name, (strengths, damage) in damages.items():
             points = [[100.0 if name == "jpeg" else 1.0, metrics["accuracy"]]]
             for strength in strengths:
-                hurt = [
-                    Question(id=q.id, picture=damage(q.picture, strength), text=q.text, answer=q.answer) for q in test
-                ]
+                hurt = [replace(q, picture=damage(q.picture, strength)) for q in test]
                 _, still = right(answered(model, hurt, answers, told(f"{name} {strength:g}")), hurt, answers)
                 points.append([float(strength), float(still.float().mean())])
                 metrics[f"accuracy_{name}_{strength:g}"] = points[-1][1]
@@ -135,6 +156,7 @@ def run(
         "wanted": wanted,
         "num_validation": len(validation),
         "num_test": len(test),
+        "num_test_clusters": len(set(sentences)),
     }
     return {**metrics, "curves": curves, "settings": settings}
 
@@ -144,31 +166,51 @@ def answered(model: Any, questions: Sequence[Question], answers: list[str], tell
     out = torch.empty(len(questions), len(answers))
     for done, question in enumerate(questions):
         tell(done, len(questions))
-        out[done] = model.score_names([question.picture], answers, question=question.text)[0].float().softmax(dim=-1)
+        found = model.score_names([question.picture], answers, question=question.text, summed=True)[0]
+        out[done] = found.float().softmax(dim=-1)
     tell(len(questions), len(questions))
     return out
 
 
 def right(shares: Tensor, questions: Sequence[Question], answers: list[str]) -> tuple[Tensor, Tensor]:
-    """Confidence, and whether the likeliest answer is right: float and bool ``[questions]``."""
-    confidence, said = shares.max(dim=-1)
-    truth = torch.tensor([answers.index(question.answer) for question in questions])
-    return confidence, said == truth
+    """Confidence, and whether the right answer alone is the likeliest: float and bool ``[questions]``."""
+    hit = torch.tensor([[answer == question.answer for answer in answers] for question in questions])
+    return shares.amax(dim=-1), ranks(shares, hit) <= 1
 
 
-def written(model: Any, questions: Sequence[Question], answers: list[str]) -> float:
-    """The share of questions answered rightly in JSON by a schema of the allowed values."""
+def written(model: Any, questions: Sequence[Question], answers: list[str]) -> dict[str, float]:
+    """Shares of questions answered in JSON by a schema of the allowed values: validly, and rightly."""
     schema = {"type": "object", "properties": {"answer": {"enum": [json.loads(answer) for answer in answers]}}}
     texts = model.generate([[question.picture, question.text] for question in questions], schema=schema)
-    said = [json.loads(text)["answer"] for (text,) in texts]
-    return sum(one == json.loads(q.answer) for one, q in zip(said, questions, strict=True)) / len(questions)
+    allowed = {json.dumps({"answer": json.loads(answer)}): answer for answer in answers}
+    said = [allowed.get(_as_written(text)) for (text,) in texts]
+    rightly = sum(one == q.answer for one, q in zip(said, questions, strict=True))
+    return {"accuracy_json": rightly / len(said), "json_valid": sum(one is not None for one in said) / len(said)}
+
+
+def _as_written(text: str) -> str:
+    """JSON in one spelling; empty where it is none."""
+    try:
+        return json.dumps(json.loads(text))
+    except ValueError:
+        return ""
 
 
 # --------------------------------------------------------------------------------------------------------- questions
 
 
-def counting(count: int, most: int, seed: int = 0, side: int = 96) -> list[Question]:
+def part(name: str) -> Part:
+    """The part of all questions of an id; a function of it alone, so that what is added moves none."""
+    digest = hashlib.sha256(f"xfusion question: {name}".encode()).digest()
+    place = int.from_bytes(digest[:8], "big") / 2**64
+    return "train" if place < TRAINED else "validation" if place < TRAINED + VALIDATED else "test"
+
+
+def counting(count: int, most: int, seed: int = 0, side: int = 96, parts: Sequence[Part] = ASKED) -> list[Question]:
     """Pictures of 1 to ``most`` discs of one colour on white that do not touch, all numbers alike often.
+
+    A picture's part is the hash of its pixels', so that the same one, drawn again, is in the same part; of other parts than
+    ``parts`` none is kept.
 
     Raises:
         XFusionError: so many do not fit.
@@ -178,23 +220,34 @@ def counting(count: int, most: int, seed: int = 0, side: int = 96) -> list[Quest
         raise XFusionError(f"most is {most}: from 1 to {cells**2} things can be counted")
     out = []
     for number in range(count):
-        rng, how_many = random.Random(f"{seed}/counting/{number}"), number % most + 1
-        colour = rng.choice(list(COLOURS))
-        picture = Image.new("RGB", (side, side), "white")
-        draw, cell = ImageDraw.Draw(picture), side // cells
-        for place in rng.sample(range(cells**2), how_many):
-            x, y, radius = place % cells * cell, place // cells * cell, rng.randint(cell // 4, cell // 2 - 2)
-            middle = (x + cell // 2, y + cell // 2)
-            draw.ellipse(
-                (middle[0] - radius, middle[1] - radius, middle[0] + radius, middle[1] + radius), fill=COLOURS[colour]
-            )
+        rng, how_many, identity = random.Random(f"{seed}/counting/{number}"), number % most + 1, None
+        while identity is None or part(identity) not in parts:
+            colour = rng.choice(list(COLOURS))
+            picture = Image.new("RGB", (side, side), "white")
+            draw, cell = ImageDraw.Draw(picture), side // cells
+            for place in rng.sample(range(cells**2), how_many):
+                radius = rng.randint(cell // 4, cell // 2 - 2)
+                reach = cell // 2 - 2 - radius  # from the middle of its cell; no neighbour is touched
+                x = place % cells * cell + cell // 2 + rng.randint(-reach, reach)
+                y = place // cells * cell + cell // 2 + rng.randint(-reach, reach)
+                draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=COLOURS[colour])
+            identity = hashlib.sha256(picture.tobytes()).hexdigest()[:16]
         text = f"How many {colour} discs are there?"
-        out.append(Question(id=f"counting {seed} {number}", picture=picture, text=text, answer=str(how_many)))
+        out.append(Question(id=identity, picture=picture, text=text, answer=str(how_many)))
     return out
 
 
-def nlvr(path: Path, count: int) -> list[Question]:
-    """The first questions of a parquet file with columns ``image``, ``sentence`` and ``label`` (true or false).
+def nlvr(path: Path, count: int | None = None, seed: int = 0, parts: Sequence[Part] = ASKED) -> list[Question]:
+    """Questions of a parquet file with columns ``image``, ``sentence`` and ``label`` (true or false).
+
+    Sentences take turns in a seeded order, so that few questions are of many sentences, and of a sentence each picture comes
+    once before any comes again with its boxes in another order (column ``structured_rep``, where there is one).
+
+    Args:
+        path: the file.
+        count: how many questions; None takes all of the parts.
+        seed: of the order.
+        parts: which parts.
 
     Raises:
         XFusionError: it cannot be read, or a column is missing.
@@ -204,23 +257,65 @@ def nlvr(path: Path, count: int) -> list[Question]:
     except ImportError as error:
         raise XFusionError("NLVR's parquet file needs pyarrow: pip install 'xfusion[train]'") from error
     try:
-        table = parquet.ParquetFile(path)
-        rows = next(table.iter_batches(batch_size=count)).to_pylist()
-    except (OSError, ArrowException, StopIteration) as error:
+        table = parquet.read_table(path)
+    except (OSError, ArrowException) as error:
         raise XFusionError(f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else 'empty'}") from error
+    if missing := [name for name in ("image", "sentence", "label") if name not in table.column_names]:
+        raise XFusionError(f"{path} has no column {missing[0]!r}; it has {', '.join(table.column_names)}")
+    rows = table.select([n for n in ("image", "sentence", "label", SCENE) if n in table.column_names]).to_pylist()
+    wordings = [re.sub(r"[^a-z0-9]+", " ", row["sentence"].lower()).strip() for row in rows]
+    scenes = [_scene(row) for row in rows]
+    called = _together(wordings, scenes)
+    by_sentence: dict[str, list[int]] = {}
+    for index in random.Random(f"{seed}/nlvr").sample(range(len(rows)), len(rows)):
+        if part(called[wordings[index]]) in parts:
+            by_sentence.setdefault(wordings[index], []).append(index)
+    turns: list[tuple[int, int, int]] = []
+    for number, indices in enumerate(by_sentence.values()):
+        seen: Counter[str] = Counter()
+        again = []
+        for index in indices:
+            again.append((seen[scenes[index]], index))
+            seen[scenes[index]] += 1
+        turns += [(turn, number, index) for turn, (_, index) in enumerate(sorted(again, key=lambda pair: pair[0]))]
     out = []
-    for row in rows:
-        if missing := [name for name in ("image", "sentence", "label") if name not in row]:
-            raise XFusionError(f"{path} has no column {missing[0]!r}; it has {', '.join(row)}")
+    for _, _, index in sorted(turns)[:count]:
+        row = rows[index]
         picture = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
         side = max(picture.size)
         square = Image.new("RGB", (side, side), "white")  # a model sees squares; nothing is cut away
         square.paste(picture, ((square.width - picture.width) // 2, (square.height - picture.height) // 2))
         text = f"{row['sentence']} True or false?"
-        # One sentence stands with several pictures: its questions belong to one part.
-        sentence = json.dumps(row["sentence"])
-        out.append(Question(id=sentence, picture=square, text=text, answer=str(row["label"]).lower()))
+        out.append(Question(id=called[wordings[index]], picture=square, text=text, answer=str(row["label"]).lower()))
     return out
+
+
+SCENE = "structured_rep"
+"""NLVR's column of what stands in each box."""
+
+
+def _scene(row: dict[str, Any]) -> str:
+    """What a picture shows, in whatever order its boxes stand; the hash of its file where the data does not say."""
+    if not row.get(SCENE):
+        return hashlib.sha256(row["image"]["bytes"]).hexdigest()
+    boxes = (sorted(json.dumps(thing, sort_keys=True) for thing in box) for box in json.loads(row[SCENE]))
+    return json.dumps(sorted(boxes))
+
+
+def _together(wordings: Sequence[str], scenes: Sequence[str]) -> dict[str, str]:
+    """Wording -> the first, by the alphabet, of all wordings that share a scene with it, or one with one that does."""
+    first = {wording: wording for wording in wordings}
+
+    def of(wording: str) -> str:
+        while first[wording] != wording:
+            wording = first[wording]
+        return wording
+
+    shown: dict[str, str] = {}
+    for wording, scene in zip(wordings, scenes, strict=True):
+        one, other = sorted((of(wording), of(shown.setdefault(scene, wording))))
+        first[other] = one
+    return {wording: of(wording) for wording in first}
 
 
 # ------------------------------------------------------------------------------------------------------------ damage

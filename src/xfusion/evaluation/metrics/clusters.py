@@ -1,0 +1,31 @@
+"""How sure a share is when questions come in clusters, such as pictures with one sentence: an interval by resampling clusters."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+RESAMPLES = 2000
+"""Samples of the clusters, with replacement."""
+
+
+def interval(values: Tensor, clusters: Sequence[Hashable], *, seed: int = 0) -> list[float] | None:
+    """The 95 % interval of the mean of ``values`` (float ``[N]``): quantiles of the means over resampled clusters.
+
+    Items of a cluster go together, for they are right or wrong together; of clusters of one item each this is the bootstrap
+    of the items. A mean of resampled clusters is the sum of their values over the number of their items.
+
+    Returns:
+        lower and upper end, or None where there are fewer than five clusters.
+    """
+    numbers: dict[Hashable, int] = {}
+    which = torch.tensor([numbers.setdefault(cluster, len(numbers)) for cluster in clusters])
+    if len(numbers) < 5:
+        return None
+    total = torch.zeros(len(numbers), dtype=torch.float64).index_add(0, which, values.double().cpu())
+    count = torch.zeros(len(numbers), dtype=torch.float64).index_add(0, which, torch.ones_like(which).double())
+    drawn = torch.randint(len(numbers), (RESAMPLES, len(numbers)), generator=torch.Generator().manual_seed(seed))
+    means = total[drawn].sum(dim=1) / count[drawn].sum(dim=1)
+    return means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
