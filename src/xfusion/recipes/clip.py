@@ -10,8 +10,8 @@ blocks over the mean feature of a frozen EfficientNet-Lite0, the paper trains a 
 in which pictures of one group and equal captions are no negatives.
 
 Zero-shot naming, any names, the nearest first: ``xfusion caption PACK photo.jpg --names shirt boot "a red hat"``, or in Python
-``model.embed([picture]) @ model.embed(["shirt", "boot", "a red hat"]).T``. Names are wordings of the picture alone in training, so
-no template ("a photo of a ...") stands around them.
+``model.embed([picture]) @ model.embed(["shirt", "boot", "a red hat"]).T``. In training names are wordings of the picture alone,
+so no template ("a photo of a ...") stands around them.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ as in the paper).
 
 Few-shot prompts: samples hold one picture unless ``--stages.0.mixture.shots 4`` puts four solved examples before each, of which
 all answers are learned, as the paper learns all text of a page. A prompt then alternates too,
-``model.generate([a, "shirt", b, "shoes", c, "What is this?"])``. Trained so on photographs of ten kinds, examples changed nothing:
-[few_shot](../comparison.md#few_shot).
+``model.generate([a, "shirt", b, "shoes", c, "What is this?"])``. Trained so on photographs of ten kinds, examples changed
+nothing: [few_shot](../comparison.md#few_shot).
 """
 
 from __future__ import annotations
