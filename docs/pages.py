@@ -291,14 +291,14 @@ def few_shot_part(folder: Path) -> list[str]:
     }
     numbers = sorted(int(match[1]) for key in found if (match := re.fullmatch(r"held_exact_(\d+)_shots", key)))
     lines = {
-        title: [(n, found[key]) for n in numbers if (key := f"held_exact_{n}_shots{suffix}") in found]
+        title: [(float(n), found[key]) for n in numbers if (key := f"held_exact_{n}_shots{suffix}") in found]
         for suffix, title in titles.items()
     }
     drawn = curves({"recipes": list(lines)}, lines, "solved examples before the picture")
     file = HERE / "pictures" / f"{folder.name}.svg"
     file.write_text(standalone(drawn, _named(lines)), encoding="utf-8")
     rows = [
-        " | ".join([title, *(f"{v:.2f}" if (v := dict(line).get(n)) is not None else "-" for n in numbers)])
+        " | ".join([title, *(f"{v:.2f}" if (v := dict(line).get(float(n))) is not None else "-" for n in numbers)])
         for title, line in lines.items()
     ]
     return [
