@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import dataclasses
 import io
 import socket
 import sys
@@ -10,17 +11,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy
-import uvicorn
+import torch
 from openai import OpenAI
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from contracts.table import make_base, make_model
+from contracts.table import make_base, make_model, model_config, randomise
 
 from xfusion.apps.server import app
 from xfusion.apps.server.limits import Limits
+from xfusion.apps.server.stopping import Server
 from xfusion.backbone import Backbone
+from xfusion.model import Model
+from xfusion.objectives.next_token import NextToken
+from xfusion.opening import Opening
 
 
 class Running(NamedTuple):
@@ -28,6 +33,7 @@ class Running(NamedTuple):
 
     address: str
     app: object
+    server: Server
 
     @property
     def batches(self):
@@ -43,22 +49,54 @@ def tiny_models(folder, *fusions):
     return {name.replace(" ", "-"): make_model(base, name) for name in fusions or ("dual tower",)}
 
 
+def draw_only(base):
+    """A model that draws and cannot caption."""
+    model = Model(dataclasses.replace(model_config(base), text=NextToken.Config(weight=0.0)), base)
+    randomise(model)
+    assert model.capabilities == {"text", "draw"}
+    return model.eval()
+
+
+@contextlib.contextmanager
+def opens_always(model):
+    """While the block runs every answer of a model opens with a picture, of all words."""
+    head = Opening(model.backbone.hidden_size).requires_grad_(False)
+    for row in (head.opens, head.subject):
+        torch.nn.init.zeros_(row.weight)
+        torch.nn.init.constant_(row.bias, 5.0)
+    model.opening = head
+    try:
+        yield
+    finally:
+        model.opening = None
+
+
 @contextlib.contextmanager
 def running(models, limits=None, **options):
     """A server while the block runs."""
     made = app.create(models, limits or Limits(), **options)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(
-            uvicorn.Config(made, log_level="warning", access_log=False, timeout_graceful_shutdown=5)
-        )
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", made)
-        finally:
-            server.should_exit = True
-            thread.join(30)
-            assert not thread.is_alive(), "the server did not stop"
+    with socket.create_server(("127.0.0.1", 0)) as listener, _served(made, listener, limits) as server:
+        yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", made, server)
+
+
+@contextlib.contextmanager
+def listening_at(made, listener):
+    """The address of an application that answers at a socket while the block runs."""
+    with listener, _served(made, listener, None):
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@contextlib.contextmanager
+def _served(made, listener, limits):
+    server = Server(made, (limits or Limits()).grace)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive(), "the server did not stop"
 
 
 def png(picture):

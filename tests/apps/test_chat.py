@@ -2,16 +2,24 @@
 
 import io
 import json
+import os
+import pty
+import select
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from PIL import Image as PILImage
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from apps.serving import apart, from_url, tiny_models
+from apps.serving import apart, draw_only, from_url, tiny_models
+from apps.test_cli import SOURCE
 from contracts.table import SIDE, Noise
 
 from xfusion.apps import cli
@@ -79,6 +87,13 @@ def test_pictures_in_and_out(model, here):
     assert apart(made.messages[3]["content"][0], expected) == 0
 
 
+def test_a_pack_that_only_draws_goes_on_in_words(model, here):
+    _, made = talk(draw_only(model.backbone), "/draw a cat", "what is this?")
+    words = [("user", "a cat"), ("assistant", "(picture)"), ("user", "what is this?")]
+    ids = model.backbone.chat([{"role": role, "content": content} for role, content in words])
+    assert made.messages[3]["content"] == model.generate([Text(ids=ids)], max_tokens=8)
+
+
 def test_the_last_picture_and_the_conversation_are_saved(model, here):
     said, made = talk(model, "/draw a cat", "/save new/cat.webp", "/save talk.json", "/new", terminal=True)
     assert "▀" in said and not list(here.glob("*cat*.png")), "shown, so not written unasked"
@@ -123,6 +138,74 @@ def test_ctrl_c_ends_an_answer_and_not_the_conversation(model, monkeypatch):
     _, made = talk(model, "a red apple", "a cat")
     assert made.answers == 2 and len(made.messages) == 4
     assert made.messages[1]["content"][0] == decode(calls[1]) or "\N{REPLACEMENT CHARACTER}" in decode(calls[1])
+
+
+class Terminal:
+    """`xfusion chat` at a terminal of its own."""
+
+    def __init__(self, pack):
+        self.screen, here = pty.openpty()
+        command = [sys.executable, "-m", "xfusion.apps.cli", "chat", pack, "--max-tokens", "4", "--device", "cpu"]
+        self.process = subprocess.Popen(
+            command,
+            stdin=here,
+            stdout=here,
+            stderr=here,
+            env=os.environ | {"PYTHONPATH": str(SOURCE), "TERM": "dumb"},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        os.close(here)
+        self.seen = ""
+
+    def wait_for(self, what):
+        """All that is shown until something is."""
+        end = time.monotonic() + 120
+        while what not in self.seen:
+            assert time.monotonic() < end, self.seen
+            if select.select([self.screen], [], [], 1)[0]:
+                self.seen += os.read(self.screen, 65536).decode(errors="replace")
+        before, _, self.seen = self.seen.partition(what)
+        return before
+
+    def type(self, text):
+        os.write(self.screen, text.encode())
+
+    def interrupt(self):
+        """Ctrl-C once it waits for a key: Python's readline notes one that comes just before that at the next key."""
+        asleep = 0
+        while asleep < 5:
+            time.sleep(0.05)
+            asleep = asleep + 1 if psutil.Process(self.process.pid).status() == psutil.STATUS_SLEEPING else 0
+        self.process.send_signal(signal.SIGINT)
+
+    def end(self):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.screen)
+
+
+def test_ctrl_c_at_the_prompt_drops_the_line_and_a_second_one_leaves(model, here):
+    model.save_pretrained(here / "tiny")
+    shown = Terminal("tiny")
+    try:
+        shown.wait_for("> ")
+        shown.type("/draw a house")
+        shown.wait_for("a house")
+        shown.interrupt()
+        shown.wait_for("Ctrl-C once more leaves")
+        shown.wait_for("> ")
+        shown.type("/save talk.json\n")  # the dropped line is no part of this one, and the talk goes on
+        shown.wait_for("saved talk.json")
+        shown.wait_for("> ")
+        shown.interrupt()  # not in a row with the first
+        shown.wait_for("Ctrl-C once more leaves")
+        shown.wait_for("> ")
+        shown.interrupt()
+        shown.wait_for("0 answers")
+        assert shown.process.wait(60) == 0
+        assert json.loads(Path("talk.json").read_text()) == {"messages": []}
+    finally:
+        shown.end()
 
 
 def test_half_blocks():

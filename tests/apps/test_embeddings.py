@@ -11,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from apps.serving import as_url, running
+from apps.test_serve import get, until
 from contracts.table import Noise, make_base, model_config, randomise
 
 from xfusion.apps.server.batches import Embed
@@ -46,6 +47,12 @@ def test_vectors_of_texts_and_pictures_are_the_models_own(tmp_path, monkeypatch)
         assert found.usage.prompt_tokens == found.usage.total_tokens > 4
         (single,) = client.embeddings.create(model="clip", input="tree", dimensions=256).data
         torch.testing.assert_close(torch.tensor(single.embedding), expected[2])
+        # Vectors are no pictures, whatever they are of; a metric is counted behind the batch.
+        until(lambda: "xfusion_batch_size_count 3.0" in get(server, "/metrics"))
+        assert "xfusion_pictures_total 0.0" in get(server, "/metrics")
+        client.images.generate(model="draws", prompt="a", n=2, extra_body={"steps": 1})
+        until(lambda: "xfusion_batch_size_count 4.0" in get(server, "/metrics"))
+        assert "xfusion_pictures_total 2.0" in get(server, "/metrics")
         refused = (
             ({"model": "draws", "input": "a"}, "this model cannot embed: it can caption, draw, text"),
             ({"model": "clip", "input": ["a"] * 5}, "input is 5, more than the 4 that this server allows"),

@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,14 +24,28 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from apps.serving import apart, as_url, from_base64, from_url, png, running, tiny_models
+from apps.serving import (
+    apart,
+    as_url,
+    draw_only,
+    from_base64,
+    from_url,
+    listening_at,
+    opens_always,
+    png,
+    running,
+    tiny_models,
+)
 from apps.test_cli import start
 from contracts.table import SIDE, SOUND_RATE, Noise, hearing_model, make_model
 
 import xfusion
+from xfusion.apps import cli
+from xfusion.apps.server import requests
 from xfusion.apps.server.answers import Refused
 from xfusion.apps.server.batches import Batches, Continue, Job, Words
 from xfusion.apps.server.limits import Limits
+from xfusion.apps.server.names import own_names
 from xfusion.data.sequence import Sound, XFusionError
 from xfusion.data.sounds import as_wav, decode
 from xfusion.modalities.image import square_picture
@@ -158,6 +173,56 @@ def test_words_alone_are_the_bases_own(client, model):
         assert choice.message.content == expected
 
 
+def test_a_message_goes_back_as_the_client_dumps_it(client, model):
+    call = {"model": "dual-tower", "max_tokens": 6, "seed": 4}
+    first = client.chat.completions.create(**call, messages=say("a red apple"))
+    dumped = first.choices[0].message.model_dump()
+    assert "refusal" in dumped and dumped["refusal"] is None and dumped["tool_calls"] is None
+    again = client.chat.completions.create(**call, messages=[*say("a red apple"), dumped, *say("what is this?")])
+    history = [*say("a red apple"), {"role": "assistant", "content": dumped["content"]}, *say("what is this?")]
+    assert again.choices[0].message.content == base_answer(model, history, 6, do_sample=False)
+
+    drawn = client.chat.completions.create(
+        **call, messages=say("a red apple"), modalities=["image", "text"], extra_body={"steps": 2}
+    )
+    dumped = drawn.choices[0].message.model_dump()
+    again = client.chat.completions.create(**call, messages=[*say("a red apple"), dumped, *say("what is this?")])
+    shown = from_url(dumped["images"][0]["image_url"]["url"])
+    (expected,) = model.generate(["a red apple\n", shown, f"{dumped['content']}\nwhat is this?"], max_tokens=6, seed=4)
+    assert again.choices[0].message.content == expected
+
+
+def test_fields_that_change_nothing_are_taken_and_others_are_not(server, client):
+    call = {"model": "dual-tower", "messages": say("a red apple"), "max_tokens": 6}
+    plain = client.chat.completions.create(**call).choices[0].message.content
+    same = {
+        "tools": None, "functions": None, "tool_choice": "none", "function_call": "none", "parallel_tool_calls": True,
+        "response_format": {"type": "text"}, "top_logprobs": None, "logprobs": None, "logit_bias": {}, "audio": None,
+        "n": None, "stream": None, "modalities": None, "seed": None, "service_tier": "auto", "never_heard_of": None,
+        "stream_options": None, "temperature": None,
+    }  # fmt: skip
+    for fields in ({}, *({key: value} for key, value in same.items()), same):
+        status, answer = post(server, "/v1/chat/completions", json.dumps(call | fields))
+        assert status == 200 and answer["choices"][0]["message"]["content"] == plain, (fields, answer)
+    tool = {"type": "function", "function": {"name": "look_up", "parameters": {}}}
+    for fields, param in (
+        ({"tools": [tool]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, "response_format.type"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True}, "logprobs"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"never_heard_of": 0}, "never_heard_of"),
+        ({"messages": None}, "messages"),
+        ({"messages": [{"role": "assistant", "refusal": "I will not"}]}, "messages.0.refusal"),
+        ({"messages": [{"role": "assistant", "tool_calls": [tool]}]}, "messages.0.tool_calls"),
+    ):
+        status, answer = post(server, "/v1/chat/completions", json.dumps(call | fields))
+        assert status == 400 and answer["error"]["param"] == param, (fields, answer)
+    status, answer = post(server, "/v1/images/generations", json.dumps({"prompt": "a", "steps": 1, "style": None}))
+    assert status == 200, answer
+
+
 def test_a_stream_says_what_one_piece_says(client, picture):
     for messages in (say("two blue birds"), look(picture, "what is this?")):
         call = {"model": "dual-tower", "messages": messages, "max_tokens": 10, "temperature": 1.0, "seed": 3, "n": 2}
@@ -279,6 +344,70 @@ def test_the_opening_head_decides_where_a_request_asks_it_to(client, model, monk
     found = from_url(message.images[0]["image_url"]["url"])
     assert found.size == (32, 32) and apart(found, picture) == 0 and message.content == words
     assert client.chat.completions.create(**call).choices[0].message.content == plain.choices[0].message.content
+
+
+def test_own_pictures_are_read_as_far_as_the_limit_goes_and_called_so_beyond(client, model, picture):
+    drawn = model.draw(["a cat", "a dog", "a tree"], seed=1, steps=1)
+
+    def turn(i):
+        images = [{"type": "image_url", "image_url": {"url": as_url(drawn[i])}}]
+        return [*say(str(i)), {"role": "assistant", "content": f"it is {i}", "images": images}]
+
+    def ask(*messages, **more):
+        made = client.chat.completions.create(model="dual-tower", messages=messages, max_tokens=6, extra_body=more)
+        return made.choices[0].message.content
+
+    # Two are read: the newest, or what the user shows and the newest.
+    (expected,) = model.generate(
+        ["0\n(picture)\nit is 0\n1\n", drawn[1], "it is 1\n2\n", drawn[2], "it is 2\nand?"], max_tokens=6
+    )
+    assert ask(*turn(0), *turn(1), *turn(2), *say("and?")) == expected
+    seen = square_picture(picture, SIDE)
+    (expected,) = model.generate(
+        ["0\n(picture)\nit is 0\n1\n(picture)\nit is 1\n2\n", drawn[2], "it is 2\n", seen, "and?"], max_tokens=6
+    )
+    assert ask(*turn(0), *turn(1), *turn(2), *look(picture, "and?")) == expected
+    with pytest.raises(openai.BadRequestError, match="pictures is 3, more than the 2"):
+        ask(*turn(0), *look(picture, "a"), *look(picture, "b"), *look(picture, "c"))
+
+
+@pytest.mark.parametrize("draws_alone", [False, True])
+def test_twelve_pictures_drawn_in_one_conversation(model, draws_alone):
+    pack = draw_only(model.backbone) if draws_alone else model
+    limits = replace(TINY, pictures=8)
+    with opens_always(pack), running({"tiny": pack}, limits) as server, server.client() as client:
+        messages = []
+
+        def ask(words, **more):
+            messages.extend(say(words))
+            made = client.chat.completions.create(model="tiny", messages=messages, max_tokens=2, **more)
+            messages.append(made.choices[0].message.to_dict())
+            return made.choices[0].message
+
+        for number in range(12):
+            how = {"modalities": ["image"]} if number % 2 else {"draw": "auto"}
+            assert len(ask(f"{number} cats", extra_body={"steps": 1, **how}).images) == 1
+        assert ask("what is this?").content is not None
+        (user,) = look(Noise(1).picture(0, 32), "and this?")
+        asked = {"model": "tiny", "messages": [*messages, user], "max_tokens": 2}
+        if draws_alone:
+            with pytest.raises(openai.BadRequestError, match="this model cannot read pictures: it can draw, text"):
+                client.chat.completions.create(**asked)
+        else:
+            client.chat.completions.create(**asked)
+
+
+def test_a_pack_that_only_draws_answers_of_its_pictures_by_what_they_are_called(model):
+    pack = draw_only(model.backbone)
+    with running({"draws": pack}, TINY) as server, server.client() as client:
+        call = {"model": "draws", "max_tokens": 6}
+        first = client.chat.completions.create(
+            **call, messages=say("a red apple"), modalities=["image"], extra_body={"steps": 1}
+        )
+        messages = [*say("a red apple"), first.choices[0].message.to_dict(), *say("what is this?")]
+        found = client.chat.completions.create(**call, messages=messages).choices[0].message.content
+        called = [*say("a red apple"), {"role": "assistant", "content": "(picture)"}, *say("what is this?")]
+        assert found == base_answer(pack, called, 6, do_sample=False)
 
 
 def test_images_generations(client, model):
@@ -460,6 +589,83 @@ def test_a_failing_job_takes_no_other_of_its_batch_with_it(caplog):
         batches.put(jobs)
 
 
+@pytest.mark.parametrize("in_time", [True, False])
+def test_a_server_that_stops_answers_everyone(models, picture, monkeypatch, capsys, in_time):
+    """What waits is refused at once, what runs gets its grace, and nobody is left with half a word."""
+    held, run = threading.Semaphore(0), Continue.run
+
+    def waiting(work, jobs):
+        jobs[0].tell(jobs[0], "begun ")
+        assert held.acquire(timeout=60)
+        return run(work, jobs)
+
+    monkeypatch.setattr(Continue, "run", waiting)
+    with running(models, replace(TINY, queue=16, grace=20 if in_time else 1, seconds=60)) as server:
+        chat = {"model": "dual-tower", "messages": say("a red apple"), "max_tokens": 4}
+        bodies = [
+            ("chat/completions", chat | {"stream": True}),
+            ("chat/completions", chat),
+            ("chat/completions", chat | {"stream": True}),
+            ("chat/completions", chat | {"messages": look(picture, "hm"), "n": 2}),
+            ("images/generations", {"prompt": "a cat", "steps": 1}),
+        ]
+        open_ones = []
+        for path, body in bodies:
+            open_ones.append(begun(server, json.dumps(body).encode(), path=f"/v1/{path}"))
+            until(lambda: server.batches.running)
+            until(lambda: len(server.batches.waiting) == (0, 1, 2, 4, 5)[len(open_ones) - 1])
+        open_ones.append(begun(server, b"{", 100))
+        until(lambda: server.app.state.server.held == 1)
+        server.server.should_exit = True
+        found = [answered(one) for one in open_ones[1:]]
+        if in_time:
+            assert server.batches.running and not server.batches.open
+            held.release()
+        first = answered(open_ones[0])
+        for one in open_ones:
+            one.close()
+        held.release()
+    errors = []
+    for stream, (status, headers, body) in zip((False, True, False, False, False), found, strict=True):
+        if stream:
+            assert status == 200
+            events = [json.loads(line[6:]) for line in body.decode().split("\n\n") if line]
+            errors.append(shape(events[-1]))
+        else:
+            assert status == 503 and headers["Retry-After"] and headers["Content-Type"] == "application/json"
+            errors.append(shape(json.loads(body)))
+    lines = [line[6:] for line in first[2].decode().split("\n\n") if line]
+    if in_time:
+        assert lines[-1] == "[DONE]" and json.loads(lines[-2])["choices"][0]["finish_reason"]
+    else:
+        assert json.loads(lines[1])["choices"][0]["delta"]["content"] == "begun "
+        errors.append(shape(json.loads(lines[-1])))
+    assert {(error["message"], error["code"]) for error in errors} == {("the server is stopping", "stopping")}
+    said = capsys.readouterr().err
+    assert "Traceback" not in said and "Exception" not in said, said
+
+
+def test_a_client_that_does_not_read_holds_up_no_stop(models, monkeypatch, capsys):
+    """Its connection is cut behind the grace, without a traceback."""
+
+    def much(work, jobs):
+        for _ in range(30):
+            jobs[0].tell(jobs[0], "much " * 200_000)
+        return [["much"]]
+
+    monkeypatch.setattr(Continue, "run", much)
+    with running(models, replace(TINY, grace=1)) as server:
+        call = {"model": "dual-tower", "messages": say("a"), "stream": True}
+        with begun(server, json.dumps(call).encode()):
+            until(lambda: server.batches._seconds != 1.0)  # the batch is done, its words are not sent
+            time.sleep(0.5)
+            assert server.server.server_state.connections
+            server.server.should_exit = True
+            until(lambda: not server.server.server_state.connections)
+    said = capsys.readouterr().err
+    assert "Traceback" not in said and "Exception" not in said, said
+
+
 def test_what_breaks_inside_is_not_told(server, client, monkeypatch, caplog):
     run = Continue.run
 
@@ -545,6 +751,99 @@ def test_bodies_are_bounded(server):
     until(lambda: get(server, "/metrics").count('status="499"') > before)
 
 
+def shape(answer):
+    """The error of an answer in OpenAI's shape."""
+    assert set(answer) == {"error"} and set(answer["error"]) == {"message", "type", "param", "code"}, answer
+    return answer["error"]
+
+
+def begun(server, body, length=None, path="/v1/chat/completions"):
+    """A connection on which a request's head and the beginning of its body were sent."""
+    parts = urllib.parse.urlsplit(server.address)
+    connection = socket.create_connection((parts.hostname, parts.port), timeout=30)
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {length or len(body)}"
+    connection.sendall(head.encode() + b"\r\n\r\n" + body)
+    return connection
+
+
+def answered(connection):
+    """Status, headers and body of the answer that comes on a connection."""
+    answer = http.client.HTTPResponse(connection)
+    answer.begin()
+    return answer.status, answer.headers, answer.read()
+
+
+def test_a_body_that_does_not_come_is_given_up(server, monkeypatch):
+    from xfusion.apps.server import app
+
+    monkeypatch.setattr(app, "BODY_SECONDS", 0.5)
+    with begun(server, b'{"messages": [', 1000) as slow:
+        status, _, body = answered(slow)
+    assert status == 408 and shape(json.loads(body))["code"] == "too_slow"
+    assert shape(json.loads(body))["message"] == "the request was not sent within 0.5 seconds"
+    assert server.app.state.server.held == 0
+
+
+def test_the_deadline_counts_from_before_the_body(models, gate):
+    with running(models, replace(TINY, seconds=4.0)) as server:
+        body = json.dumps({"model": "dual-tower", "messages": say("a")}).encode()
+        began = time.monotonic()
+        with begun(server, body[:10], len(body)) as slow:
+            time.sleep(3)
+            slow.sendall(body[10:])
+            status, _, answer = answered(slow)
+        assert status == 504 and shape(json.loads(answer))["code"] == "deadline"
+        assert 3.9 < time.monotonic() - began < 6.5, "it began when the body was there"
+        gate.set()
+
+
+def test_large_bodies_are_bounded_together(models):
+    with running(models, replace(TINY, bodies=250_000)) as server:
+        held = server.app.state.server
+        ones = [begun(server, b"a" * 90_000, 100_000) for _ in range(2)]
+        until(lambda: held.held == 180_000)
+        for path in ("chat/completions", "images/generations", "images/edits", "embeddings"):
+            with begun(server, b"a" * 90_000, 100_000, f"/v1/{path}") as third:
+                status, headers, body = answered(third)
+            assert status == 429 and shape(json.loads(body))["code"] == "bodies_full" and headers["Retry-After"] == "1"
+        assert held.held == 180_000
+        assert post(server, "/v1/images/generations", json.dumps({"prompt": "a cat", "steps": 1}))[0] == 200
+        for one in ones:
+            one.close()
+        until(lambda: held.held == 0)
+        assert post(server, "/v1/chat/completions", b"a" * 190_000)[0] == 400  # read whole, and no JSON
+    with running(models, replace(TINY, bodies=1000)) as server:  # one alone is always taken
+        assert post(server, "/v1/chat/completions", b"a" * 190_000)[0] == 400
+
+
+@pytest.mark.parametrize("drips", ["head", "body", "body of unknown length"])
+def test_a_host_that_drips_holds_no_reader(models, picture, monkeypatch, drips):
+    monkeypatch.setattr(requests, "FETCH_SECONDS", 1.0)
+    file, left = png(picture), threading.Event()
+
+    def drip(listener):
+        connection, _ = listener.accept()
+        with connection, suppress(OSError):
+            connection.recv(65536)
+            known = f"Content-Length: {len(file)}\r\n" if drips != "body of unknown length" else ""
+            head = f"HTTP/1.0 200 OK\r\n{known}\r\n".encode()
+            if drips != "head":
+                connection.sendall(head + file[:-10])
+            for byte in (head + file) * 9 if drips == "head" else bytes(1000):
+                connection.sendall(bytes([byte]))
+                time.sleep(0.3)
+        left.set()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=drip, args=(listener,), daemon=True).start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/a.png"
+        messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+        with running(models, hosts=frozenset({"127.0.0.1"})) as server, server.client() as client:
+            with pytest.raises(openai.BadRequestError, match="host did not send it within 1 seconds"):
+                client.chat.completions.create(model="dual-tower", messages=messages, max_tokens=4)
+            assert left.wait(10), "the connection is still open"
+
+
 def test_a_picture_of_a_hundred_megapixels_is_refused_undecoded(models):
     file = io.BytesIO()
     Image.new("1", (10_000, 10_000)).save(file, format="PNG")
@@ -611,6 +910,70 @@ def test_keys(models):
             get(server, "/metrics")
 
 
+def as_called(server, name, path="/v1/models", **headers):
+    """Status and body of a request that calls the server by a name."""
+    parts = urllib.parse.urlsplit(server if isinstance(server, str) else server.address)
+    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=30)
+    try:
+        connection.putrequest("GET", path, skip_host=True)
+        for header, value in ({"Host": name} | headers).items():
+            connection.putheader(header, value)
+        connection.endheaders()
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+    finally:
+        connection.close()
+
+
+def test_a_name_that_was_made_to_lead_here_is_refused(models, server):
+    with running(models, names=own_names("127.0.0.1") | {"gpu.lan"}) as guarded:
+        for name in ("127.0.0.1", "127.0.0.1:8000", "localhost", "LOCALHOST.:1", "[::1]:8000", "gpu.lan:80"):
+            assert as_called(guarded, name)[0] == 200, name
+        assert guarded.client().models.list().data
+        for name in (
+            "evil.example",
+            "evil.example:8000",
+            "127.0.0.1.evil.example",
+            "localhost.evil.example:80",
+            "",
+            "a:b:c",
+        ):
+            for path in ("/v1/models", "/health"):
+                status, answer = as_called(guarded, name, path)
+                assert status == 403 and shape(answer)["code"] == "unknown_host", name
+    assert as_called(server, "evil.example")[0] == 200  # whoever makes the application may take every name
+    assert not own_names("0.0.0.0") and not own_names("gpu.lan") and "127.0.0.2" in own_names("127.0.0.2")
+
+
+@pytest.mark.parametrize(
+    ("options", "taken", "refused"),
+    [
+        ([], ["127.0.0.1"], ["evil.example", "gpu.lan"]),
+        (["--allowed-names", "GPU.lan"], ["127.0.0.1", "gpu.lan"], ["evil.example"]),
+        (["--host", "0.0.0.0"], ["127.0.0.1", "evil.example"], []),
+        (["--keys"], ["127.0.0.1", "evil.example"], []),
+    ],
+)
+def test_the_verb_answers_to_its_own_names(models, tmp_path, monkeypatch, options, taken, refused):
+    from xfusion.apps.commands import serve as verb
+
+    models["dual-tower"].save_pretrained(tmp_path / "pack")
+    if options == ["--keys"]:
+        (tmp_path / "keys").write_text("k1\n")
+        options = ["--keys", str(tmp_path / "keys")]
+    found = {}
+
+    def serve(app, listener, grace):
+        with listening_at(app, listener.dup()) as address:
+            for name in (*taken, *refused):
+                found[name] = as_called(address, name, Authorization="Bearer k1")[0]
+        return 0.0
+
+    monkeypatch.setattr(verb, "serve_until_stopped", serve)
+    assert cli.main(["serve", str(tmp_path / "pack"), "--port", "0", "--device", "cpu", *options]) == 0
+    assert found == dict.fromkeys(taken, 200) | dict.fromkeys(refused, 403)
+
+
 def test_metrics_count_routes_and_statuses(server, client):
     client.models.list()
     post(server, "/v1/nowhere", b"")
@@ -657,8 +1020,6 @@ def test_the_verb_serves_packs_on_one_base_and_stops_in_order(models, tmp_path):
 
 
 def test_bad_calls_of_the_verb(models, tmp_path, monkeypatch, capsys):
-    from xfusion.apps import cli
-
     models["dual-tower"].save_pretrained(tmp_path / "one")
     models["dual-tower"].save_pretrained(tmp_path / "two" / "one")
     (tmp_path / "none").write_text("\n")

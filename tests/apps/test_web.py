@@ -13,7 +13,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from apps.serving import apart, png, tiny_models
+from apps.serving import apart, draw_only, opens_always, png, tiny_models
 from contracts.table import SIDE, Noise, hearing_model
 
 from xfusion.apps import cli
@@ -26,7 +26,6 @@ from xfusion.apps.web.desk import Desk, Drawn, Preview, Stopped
 from xfusion.data.sequence import Text
 from xfusion.evaluation.attention import drawing_attention
 from xfusion.model import Model
-from xfusion.opening import Opening
 
 TINY = Limits(queue=4, batch=4, seconds=20, n=3, tokens=24, steps=30, pixels=10_000, body=200_000, characters=500)
 
@@ -107,14 +106,8 @@ def test_a_conversation_is_answered_as_the_server_answers(desk, model):
 @pytest.fixture
 def draws_at_once(model):
     """Every answer opens with a picture, of all words."""
-    head = Opening(model.backbone.hidden_size)
-    with torch.no_grad():
-        for row in (head.opens, head.subject):
-            row.weight.zero_()
-            row.bias.fill_(5.0)
-    model.opening = head
-    yield
-    model.opening = None
+    with opens_always(model):
+        yield
 
 
 @pytest.mark.usefixtures("draws_at_once")
@@ -129,6 +122,36 @@ def test_a_conversation_draws_when_asked(desk, model):
     again = [*asked, {"role": "assistant", "content": answer}, {"role": "user", "content": ["and now?"]}]
     *_, later = desk.say("me", "tiny", again, max_tokens=6)
     assert later == model.answer(again, draw="never", max_tokens=6)
+
+
+def test_twelve_pictures_drawn_in_one_conversation(desk, model, monkeypatch):
+    """Nine are more than the server lets a user show; and a pack that only draws cannot look at its own."""
+    monkeypatch.setattr(desk, "limits", Limits(queue=4, batch=4, seconds=20, tokens=24, pictures=8))
+    desk.models["draws"] = drawer = draw_only(model.backbone)
+    for name, pack in (("tiny", model), ("draws", drawer)):
+        messages = []
+        with opens_always(pack):
+            for turn in range(12):
+                messages.append({"role": "user", "content": [f"{turn} cats"]})
+                if turn % 2:
+                    *_, answer = desk.say("me", name, messages, draw="auto", steps=1, seed=turn, max_tokens=2)
+                else:
+                    drawn = desk.draw("me", name, f"{turn} cats", steps=1)
+                    answer = [one.picture for one in drawn if isinstance(one, Drawn)]
+                assert isinstance(answer[0], Image.Image)
+                messages.append({"role": "assistant", "content": answer})
+        messages.append({"role": "user", "content": ["what is this?"]})
+        *_, (words,) = desk.say("me", name, messages, max_tokens=4)
+        if pack is drawer:  # the base answers, of words alone
+            called = [
+                {
+                    "role": m["role"],
+                    "content": "\n".join(s if isinstance(s, str) else "(picture)" for s in m["content"]),
+                }
+                for m in messages
+            ]
+            (expected,) = model.generate([Text(ids=model.backbone.chat(called))], max_tokens=4)
+            assert words == expected
 
 
 @pytest.mark.usefixtures("draws_at_once")

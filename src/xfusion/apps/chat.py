@@ -32,7 +32,7 @@ HELP = """\
 /save FILE    the last picture (.png, .jpg, .webp), or the whole conversation (.json)
 /new          forget the conversation
 /help         this
-/quit         leave (so does Ctrl-D; Ctrl-C ends an answer)
+/quit         leave (so do Ctrl-D, and Ctrl-C twice; once it ends an answer, or drops the line)
 Anything else is said to the model."""
 WIDEST = 64
 """Columns that a picture takes at most."""
@@ -100,7 +100,8 @@ class Chat:
             said = self._words([picture]) if "caption" in self.model.capabilities else None
             answer = [picture] if said is None else [picture, said]
         else:
-            answer = [self._words(conversation(self.model, messages, own_pictures=self.draw == "never"))]
+            looks = self.draw == "never" and "caption" in self.model.capabilities
+            answer = [self._words(conversation(self.model, messages, own_pictures=looks))]
         self.messages = [*messages, {"role": "assistant", "content": answer}]
 
     def _words(self, segments: list[Any]) -> str:

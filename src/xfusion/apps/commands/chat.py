@@ -96,9 +96,19 @@ def _lines() -> Iterator[str]:
         return
     with suppress(ImportError):  # input() gets arrows and history by it, where the system has it
         import readline  # noqa: F401
+    cancelled = False
     while True:
         try:
-            yield input("> ")
+            line = input("> ")
         except EOFError:
             print()
             return
+        except KeyboardInterrupt:
+            if cancelled:
+                print()
+                return
+            cancelled = True
+            print("\n(Ctrl-C once more leaves, and so does Ctrl-D)")
+            continue
+        cancelled = False
+        yield line

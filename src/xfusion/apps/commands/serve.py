@@ -24,7 +24,8 @@ class Serve(Verb):
     """Serve packs over HTTP, for OpenAI's clients and all that speak like them.
 
     Packs on the same base share it. The key in the environment variable XFUSION_API_KEY, or the file of --keys, closes
-    the server to all others. Ctrl-C or SIGTERM: no new requests, open ones get --limits.grace seconds.
+    the server to all others. Ctrl-C or SIGTERM: no new requests, those that run get --limits.grace seconds, a second one
+    ends them.
     """
 
     packs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PACK...")]
@@ -37,6 +38,9 @@ class Serve(Verb):
     """File with an API key per line."""
     picture_hosts: Annotated[tuple[str, ...], tyro.conf.arg(metavar="HOST...")] = ()
     """Hosts whose pictures may be named by address; without one, pictures come as data URLs alone."""
+    allowed_names: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")] = ()
+    """Names that requests may call this server by (their Host), besides those of this machine to itself. Without one, a
+    server without keys at a loopback address takes only the latter, and any other server takes every name."""
     limits: Limits = field(default_factory=Limits)
     """What a request may ask for."""
     device: str = "auto"
@@ -51,6 +55,7 @@ class Serve(Verb):
         with listen(self.host, self.port) as listener:
             try:
                 from xfusion.apps.server import app
+                from xfusion.apps.server.names import LOOPBACK, own_names
             except ImportError as error:
                 raise UsageError(f"serve needs the package {error.name}: pip install 'xfusion[serve]'") from error
             models = load_models(self.packs, device=self.device, trust=self.trust)
@@ -60,7 +65,10 @@ class Serve(Verb):
                 people.print(f"{name}: {able}, on {model.backbone.source}", markup=False, soft_wrap=True)
             door = "with API keys" if keys else "open to all who reach it"
             people.print(f"serving at {where}/v1 ({door})", markup=False, soft_wrap=True)
-            served = app.create(models, self.limits, keys=keys, hosts=frozenset(self.picture_hosts))
+            names = frozenset() if keys else own_names(self.host)
+            if self.allowed_names:
+                names |= LOOPBACK | {self.host} | {name.lower() for name in self.allowed_names}
+            served = app.create(models, self.limits, keys=keys, hosts=frozenset(self.picture_hosts), names=names)
             minutes = serve_until_stopped(served, listener, self.limits.grace)
         return Answer(data={"address": where, "models": list(models)}, text=f"served for {minutes:.1f} minutes")
 
@@ -112,14 +120,11 @@ def address_of(host: str, listener: socket.socket) -> str:
 
 def serve_until_stopped(app: Any, listener: socket.socket, grace: int) -> float:
     """Answer until SIGINT or SIGTERM; open requests then get ``grace`` seconds. Returns the minutes that it went."""
-    import uvicorn
+    from xfusion.apps.server.stopping import Server
 
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=grace
-    )
     began = time.perf_counter()
     # Having stopped, uvicorn raises the signal once more for whoever had set a handler: for us it was answered.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    uvicorn.Server(config).run(sockets=[listener])
+    Server(app, grace).run(sockets=[listener])
     return (time.perf_counter() - began) / 60

@@ -14,9 +14,6 @@ from xfusion.apps.commands.base import Answer, UsageError, Verb, load_models
 from xfusion.apps.commands.serve import address_of, check_limits, listen, serve_until_stopped
 from xfusion.apps.server.limits import Limits
 
-LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1", "[::1]"})
-"""Names of this machine to itself."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Web(Verb):
@@ -47,14 +44,13 @@ class Web(Verb):
         check_limits(self.limits)
         with listen(self.host, self.port) as listener, tempfile.TemporaryDirectory(prefix="xfusion-web-") as folder:
             try:
+                from xfusion.apps.server.names import own_names
                 from xfusion.apps.web import page
             except ImportError as error:
                 raise UsageError(f"web needs the package {error.name}: pip install 'xfusion[web]'") from error
             models = load_models(self.packs, device=self.device, trust=self.trust)
             comparisons = self.comparisons if self.comparisons.is_dir() else None
-            app = page.create(
-                models, self.limits, Path(folder), comparisons, LOOPBACK if self.host in LOOPBACK else frozenset()
-            )
+            app = page.create(models, self.limits, Path(folder), comparisons, own_names(self.host))
             where = address_of(self.host, listener)
             people.print(f"open {where} in a browser; Ctrl-C stops", markup=False, soft_wrap=True)
             minutes = serve_until_stopped(app, listener, self.limits.grace)

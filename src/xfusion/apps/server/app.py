@@ -11,6 +11,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 import anyio
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from PIL import Image as PILImage
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -26,8 +28,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from xfusion.apps.server import reading, requests
 from xfusion.apps.server.answers import Refused, base64_png, data_url, now, usage
-from xfusion.apps.server.batches import Batches, Continue, Job
+from xfusion.apps.server.batches import Batches, Continue, Job, stopping
 from xfusion.apps.server.limits import Limits
+from xfusion.apps.server.names import called
 from xfusion.apps.server.reading import as_refused
 from xfusion.generation import draw_size
 from xfusion.model import Model
@@ -36,7 +39,7 @@ log = logging.getLogger("xfusion.server")
 
 BODY_SECONDS = 30.0
 """How long a client may take to send a request."""
-ASIDE = 2
+READERS = 2
 """Requests that are read (pictures decoded, words cut into tokens) at the same time, beside the event loop."""
 CLOSED = 499
 """Status, in the metrics, of a request whose client went away."""
@@ -49,6 +52,7 @@ def create(
     *,
     keys: frozenset[str] = frozenset(),
     hosts: frozenset[str] = frozenset(),
+    names: frozenset[str] = frozenset(),
 ) -> FastAPI:
     """The server as an ASGI application.
 
@@ -57,17 +61,20 @@ def create(
         limits: what a request may ask for.
         keys: API keys; with none, everyone may ask.
         hosts: whose pictures are fetched; with none, pictures come as data URLs alone.
+        names: by which the server may be called, in lower case; with none, by any.
     """
-    server = _Server(models, limits, keys, hosts)
+    server = _Server(models, limits, keys, hosts, names)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         server.batches.start()
         yield
+        server.end_stop()
+        server.readers.shutdown(wait=False, cancel_futures=True)
         await anyio.to_thread.run_sync(server.batches.close, limits.grace)
 
-    app = FastAPI(title="xfusion", openapi_url=None, lifespan=lifespan)
-    app.state.server = server
+    app = FastAPI(title="xfusion", openapi_url=None, lifespan=lifespan, dependencies=[Depends(server.called)])
+    app.state.server = app.state.stops = server
     app.add_middleware(_Counted, server=server)
     allowed = [Depends(server.authorised)]
     app.add_api_route("/health", server.health, methods=["GET"])
@@ -88,8 +95,15 @@ def create(
 class _Server:
     """What the routes share."""
 
-    def __init__(self, models: Mapping[str, Model], limits: Limits, keys: frozenset[str], hosts: frozenset[str]):
-        self.models, self.limits, self.hosts = dict(models), limits, hosts
+    def __init__(
+        self,
+        models: Mapping[str, Model],
+        limits: Limits,
+        keys: frozenset[str],
+        hosts: frozenset[str],
+        names: frozenset[str],
+    ):
+        self.models, self.limits, self.hosts, self.names = dict(models), limits, hosts, names
         self.keys = [_digest(key) for key in keys]
         self.facts = {
             name: {"pack_fingerprint": model.fingerprint, "base_fingerprint": model.backbone.fingerprint}
@@ -97,7 +111,12 @@ class _Server:
         }
         self.since = now()
         self.batches = Batches(limits.queue, limits.batch, self._watch)
-        self.aside = anyio.CapacityLimiter(ASIDE)
+        # Threads of their own: one whose request nobody awaits any more still takes a reader's place until it ends.
+        self.readers = ThreadPoolExecutor(READERS, thread_name_prefix="xfusion-reader")
+        self.arriving = set[asyncio.Timeout]()
+        self.held = 0
+        """Bytes of the requests on their way into the queue."""
+        self.ended = asyncio.Event()
         self.registry = CollectorRegistry()
         named = {"registry": self.registry, "namespace": "xfusion"}
         self.requests = Counter("requests", "Requests by route and status.", ("route", "status"), **named)
@@ -113,9 +132,33 @@ class _Server:
         self.batch_size.observe(len(jobs))
         self.batch_seconds.observe(seconds)
         self.tokens.inc(sum(len(job.words.ids) for job in jobs))
-        self.pictures.inc(sum(not isinstance(segment, str) for job in jobs for segment in job.answer))
+        drawn = sum(isinstance(segment, PILImage.Image) for job in jobs for segment in job.answer)  # not vectors
+        self.pictures.inc(drawn)
+
+    # -- the end
+
+    def begin_stop(self) -> None:
+        """Take no more, and tell those that wait; what runs goes on."""
+        self.batches.refuse()
+        for limit in self.arriving:
+            if not limit.expired():
+                limit.reschedule(0)
+
+    def end_stop(self) -> None:
+        """End what runs, and tell those who wait for it."""
+        self.ended.set()
 
     # -- routes without a model
+
+    async def called(self, request: Request) -> None:
+        """Refuse a request that calls this server by a name that is not its own."""
+        name = called(request.scope)
+        if self.names and name not in self.names:
+            raise Refused(
+                403,
+                f"this server is not called {name[:100]!r}: xfusion serve --allowed-names takes names that it may be called by",
+                code="unknown_host",
+            )
 
     async def authorised(self, request: Request) -> None:
         """Refuse a request without one of the keys, comparing all of them in constant time."""
@@ -162,18 +205,20 @@ class _Server:
 
     async def embeddings(self, request: Request) -> Response:
         """Vectors of texts and pictures."""
-        asked = requests.parse(requests.Embeddings, await self._body(request))
-        name, model = self._model(asked.model)
-        if "embed" not in model.capabilities:
-            raise requests.incapable(model, "embed")
-        job, prompt = await self._aside(partial(reading.embeddings, asked, model, self.limits, self.hosts))
-        ticket = _Ticket(self, request, [job])
+        with _Arrival(self, request) as arrival:
+            asked = requests.parse(requests.Embeddings, await arrival.body())
+            name, model = self._model(asked.model)
+            if "embed" not in model.capabilities:
+                raise requests.incapable(model, "embed")
+            job, prompt = await arrival.read(partial(reading.embeddings, asked, model, self.limits, self.hosts))
+            as_text = asked.encoding_format == "base64"
+            del asked  # it is as large as what was sent, and the queue is long
+            ticket = _Ticket(self, request, [job], arrival.deadline)
         try:
             async for _ in ticket.follow():
                 pass
         finally:
             ticket.drop()
-        as_text = asked.encoding_format == "base64"
         data = [
             {
                 "object": "embedding",
@@ -195,12 +240,16 @@ class _Server:
 
     async def chat(self, request: Request) -> Response:
         """The next turn of a conversation, in words, in a picture, or in both."""
-        asked = requests.parse(requests.Chat, await self._body(request))
-        name, model = self._model(asked.model)
-        jobs, prompt = await self._aside(partial(reading.chat, asked, model, self.limits, self.hosts))
-        ticket = _Ticket(self, request, jobs)
-        answer = _Chat(ticket, asked, name, prompt)
-        if asked.stream:
+        with _Arrival(self, request) as arrival:
+            asked = requests.parse(requests.Chat, await arrival.body())
+            name, model = self._model(asked.model)
+            jobs, prompt = await arrival.read(partial(reading.chat, asked, model, self.limits, self.hosts))
+            counted = asked.stream_options is not None and asked.stream_options.include_usage
+            stream = asked.stream
+            del asked  # its pictures are as large as they were sent, and the queue is long
+            ticket = _Ticket(self, request, jobs, arrival.deadline)
+        answer = _Chat(ticket, name, prompt, counted=counted)
+        if stream:
             return _Events(answer.events(), ticket)
         try:
             return JSONResponse(await answer.whole())
@@ -211,13 +260,27 @@ class _Server:
 
     async def images(self, request: Request) -> Response:
         """Pictures of a prompt."""
-        asked = requests.parse(requests.Images, await self._body(request))
-        name, model = self._model(asked.model)
-        return await self._pictures(request, asked, name, model, partial(reading.images, asked, model, self.limits))
+        with _Arrival(self, request) as arrival:
+            asked = requests.parse(requests.Images, await arrival.body())
+            name, model = self._model(asked.model)
+            jobs = await arrival.read(partial(reading.images, asked, model, self.limits))
+            ticket = _Ticket(self, request, jobs, arrival.deadline)
+        return await self._pictures(ticket, asked, name, model)
 
     async def edits(self, request: Request) -> Response:
         """A part of a picture drawn anew."""
-        body = await self._body(request)
+        with _Arrival(self, request) as arrival:
+            asked, files = await self._form(request, await arrival.body())
+            name, model = self._model(asked.model)
+            image = files.get("image", files.get("image[]", b""))
+            read = partial(reading.edit, asked, model, self.limits, image, files.get("mask"))
+            jobs = await arrival.read(read)
+            del image, files, read  # they are as large as they were sent, and the queue is long
+            ticket = _Ticket(self, request, jobs, arrival.deadline)
+        return await self._pictures(ticket, asked, name, model)
+
+    async def _form(self, request: Request, body: bytes) -> tuple[requests.Images, dict[str, bytes]]:
+        """The fields of a form, and its files."""
         if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             raise Refused(400, "send a form (multipart/form-data) with image, mask and prompt")
         form = Request(request.scope, receive=_of(body)).form(
@@ -228,18 +291,13 @@ class _Server:
             fields = {key: value for key, value in parts.items() if isinstance(value, str)}
             sent = [key for key, value in parts.multi_items() if isinstance(value, UploadFile)]
         asked = requests.parse(requests.Images, fields)
-        name, model = self._model(asked.model)
+        self._model(asked.model)
         if sorted(sent) not in (["image"], ["image", "mask"], ["image[]"], ["image[]", "mask"]):
             raise Refused(400, f"send one picture as image, and perhaps one mask, not {', '.join(sent) or 'nothing'}")
-        image = files.get("image", files.get("image[]", b""))
-        read = partial(reading.edit, asked, model, self.limits, image, files.get("mask"))
-        return await self._pictures(request, asked, name, model, read)
+        return asked, files
 
-    async def _pictures(
-        self, request: Request, asked: requests.Images, name: str, model: Model, read: Callable[[], list[Job]]
-    ) -> Response:
-        jobs = await self._aside(read)
-        ticket = _Ticket(self, request, jobs)
+    async def _pictures(self, ticket: _Ticket, asked: requests.Images, name: str, model: Model) -> Response:
+        jobs = ticket.jobs
         try:
             async for _ in ticket.follow():
                 pass
@@ -263,38 +321,83 @@ class _Server:
         guidance = work.model.guidance if work.guidance is None else work.guidance
         return {"seed": job.seed, "steps": work.steps, "guidance": guidance, **self.facts[name]}
 
-    # -- what all of them do
 
-    async def _body(self, request: Request) -> bytes:
-        """The request's body, refused as soon as it is too long."""
-        most, parts, size = self.limits.body, [], 0
+class _Arrival:
+    """A request on its way into the queue: its clock runs, its bytes are counted, and a stop of the server ends it."""
+
+    def __init__(self, server: _Server, request: Request):
+        self.server, self.request, self.size = server, request, 0
+        self.deadline = asyncio.get_running_loop().time() + server.limits.seconds
+
+    def __enter__(self) -> _Arrival:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.held -= self.size
+
+    async def body(self) -> bytes:
+        """The request's body, refused as soon as it is too long, or too slow, or there are too many."""
+        most, parts = self.server.limits.body, []
         too_long = Refused(413, f"the request has more than the {most} bytes that this server allows", code="too_large")
-        length = request.headers.get("content-length", "0")
+        length = self.request.headers.get("content-length", "0")
         if length.isascii() and length.isdigit() and int(length[:20]) > most:
             raise too_long
-        try:
-            async with asyncio.timeout(BODY_SECONDS):
-                async for part in request.stream():
-                    size += len(part)
-                    if size > most:
-                        raise too_long
-                    parts.append(part)
-        except TimeoutError as error:
-            raise Refused(408, f"the request was not sent within {BODY_SECONDS:g} seconds") from error
+        seconds = min(BODY_SECONDS, self.server.limits.seconds)
+        slow = Refused(408, f"the request was not sent within {seconds:g} seconds", code="too_slow")
+        async with self._until(self.deadline - self.server.limits.seconds + seconds, slow):
+            async for part in self.request.stream():
+                self._hold(len(part))
+                if self.size > most:
+                    raise too_long
+                parts.append(part)
         return b"".join(parts)
 
-    async def _aside(self, read: Callable[[], Value]) -> Value:
-        """Read a request in a thread, so that a large picture does not hold up the others."""
-        return await anyio.to_thread.run_sync(read, limiter=self.aside)
+    async def read(self, read: Callable[[], Value]) -> Value:
+        """Read it in a thread, so that a large picture does not hold up the others."""
+        async with self._until(self.deadline, _late(self.server)):
+            return await asyncio.get_running_loop().run_in_executor(self.server.readers, read)
+
+    def _hold(self, size: int) -> None:
+        most, others = self.server.limits.bodies, self.server.held - self.size
+        self.size += size
+        self.server.held += size
+        if others and self.server.held > most:
+            raise Refused(
+                429,
+                f"requests of more than the {most} bytes that this server allows are on their way: try again later",
+                code="bodies_full",
+                headers={"Retry-After": "1"},
+            )
+
+    @asynccontextmanager
+    async def _until(self, when: float, late: Refused) -> AsyncIterator[None]:
+        """What is done here ends at a time, or when the server is told to stop."""
+        if not self.server.batches.open:
+            raise stopping()
+        arriving, limit = self.server.arriving, asyncio.timeout_at(when)
+        try:
+            async with limit:
+                arriving.add(limit)
+                yield
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise (late if self.server.batches.open else stopping()) from error
+        finally:
+            arriving.discard(limit)
+
+
+def _late(server: _Server) -> Refused:
+    seconds = server.limits.seconds
+    return Refused(504, f"there is no answer within {seconds:g} seconds: ask for less", code="deadline")
 
 
 class _Ticket:
     """The jobs of a request in the queue, and what is heard of them."""
 
-    def __init__(self, server: _Server, request: Request, jobs: list[Job]):
-        self.server, self.request, self.jobs = server, request, jobs
+    def __init__(self, server: _Server, request: Request, jobs: list[Job], deadline: float):
+        self.server, self.request, self.jobs, self.deadline = server, request, jobs, deadline
         self.loop = asyncio.get_running_loop()
-        self.deadline = self.loop.time() + server.limits.seconds
         self.heard: asyncio.Queue[tuple[Job, str | None]] = asyncio.Queue()
         for job in jobs:
             job.tell = self._tell
@@ -315,21 +418,20 @@ class _Ticket:
 
         Raises:
             ClientDisconnect: the client went away.
-            Refused: the deadline passed, or a job failed.
+            Refused: the deadline passed, a job failed, or the server stopped.
         """
-        gone = asyncio.ensure_future(self._gone())
+        gone, ended = asyncio.ensure_future(self._gone()), asyncio.ensure_future(self.server.ended.wait())
         left = len(self.jobs)
         try:
             while left:
                 next_one = asyncio.ensure_future(self.heard.get())
                 seconds = max(0.0, self.deadline - self.loop.time())
-                await asyncio.wait({next_one, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({next_one, gone, ended}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
                 if not next_one.done():
                     next_one.cancel()
                     if gone.done():
                         raise ClientDisconnect
-                    seconds = self.server.limits.seconds
-                    raise Refused(504, f"there is no answer within {seconds:g} seconds: ask for less", code="deadline")
+                    raise stopping() if ended.done() else _late(self.server)
                 job, new = next_one.result()
                 if new is None:
                     left -= 1
@@ -338,6 +440,7 @@ class _Ticket:
                 yield job, new
         finally:
             gone.cancel()
+            ended.cancel()
 
     async def _gone(self) -> None:
         while (await self.request.receive())["type"] != "http.disconnect":
@@ -347,8 +450,10 @@ class _Ticket:
 class _Chat:
     """A ticket's answers in the shape of a chat completion."""
 
-    def __init__(self, ticket: _Ticket, asked: requests.Chat, name: str, prompt: int):
-        self.ticket, self.asked, self.name, self.prompt = ticket, asked, name, prompt
+    def __init__(self, ticket: _Ticket, name: str, prompt: int, *, counted: bool):
+        self.ticket, self.name, self.prompt = ticket, name, prompt
+        self.counted = counted
+        """Whether a stream ends with its usage."""
         self.head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": now(), "model": name}
 
     async def whole(self) -> dict[str, Any]:
@@ -385,7 +490,7 @@ class _Chat:
         except Exception as error:
             yield f"data: {json.dumps(as_refused(error).body)}\n\n"
             return
-        if self.asked.stream_options and self.asked.stream_options.include_usage:
+        if self.counted:
             yield self._chunk(choices=[], usage=self._usage())
         yield "data: [DONE]\n\n"
 

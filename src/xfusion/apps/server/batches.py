@@ -256,15 +256,19 @@ class Batches:
         """Begin to compute."""
         self._thread.start()
 
-    def close(self, seconds: float) -> None:
-        """Take no more jobs, drop those that wait, and let the batch that runs end, if it does in this time."""
+    def refuse(self) -> None:
+        """Take no more jobs, and end those that wait; what runs goes on."""
         with self._changed:
             self.open = False
             waiting = list(self.waiting)
             self.waiting.clear()
             self._changed.notify_all()
         for job in waiting:
-            job.end(error=_stopping())
+            job.end(error=stopping())
+
+    def close(self, seconds: float) -> None:
+        """Refuse, and let the batch that runs end, if it does in this time."""
+        self.refuse()
         self._thread.join(seconds)
 
     def put(self, jobs: list[Job]) -> None:
@@ -275,7 +279,7 @@ class Batches:
         """
         with self._changed:
             if not self.open:
-                raise _stopping()
+                raise stopping()
             if len(self.waiting) + len(jobs) > self.most:
                 seconds = min(60.0, self._seconds * len(self.waiting))
                 raise Refused(
@@ -341,5 +345,6 @@ class Batches:
             job.end(answer)
 
 
-def _stopping() -> Refused:
+def stopping() -> Refused:
+    """What a request hears that is not answered any more."""
     return Refused(503, "the server is stopping", code="stopping", headers={"Retry-After": "5"})

@@ -14,7 +14,7 @@ class Limits:
     batch: int = 16
     """Answers of the same kind that are computed together."""
     seconds: float = 120.0
-    """Deadline of a request, waiting included; beyond it 504."""
+    """Deadline of a request, sending and waiting included; beyond it 504."""
     n: int = 8
     """Answers per request."""
     tokens: int = 512
@@ -22,7 +22,7 @@ class Limits:
     steps: int = 100
     """Steps of drawing."""
     pictures: int = 8
-    """Pictures in one request."""
+    """Pictures that the user shows in one request; the assistant's own beyond them are called ``(picture)``."""
     sounds: int = 8
     """Sounds in one request."""
     inputs: int = 256
@@ -31,6 +31,8 @@ class Limits:
     """Pixels of a picture that is sent; a larger one is refused undecoded."""
     body: int = 20_000_000
     """Bytes of a request."""
+    bodies: int = 200_000_000
+    """Bytes of all requests on their way into the queue; beyond it 429 with Retry-After, but one alone is taken."""
     characters: int = 100_000
     """Characters of a request's words."""
     grace: int = 10

@@ -22,8 +22,8 @@ def chat(asked: requests.Chat, model: Model, limits: Limits, hosts: frozenset[st
         Refused: it is beyond the limits, or nothing that this model can do.
     """
     _bounded(asked, limits)
-    given = requests.messages(asked, model, limits, hosts)
     decides = asked.draw == "auto" and "image" not in asked.modalities
+    given = requests.messages(asked, model, limits, hosts, own_pictures=not decides)
     if decides and model.opening is None:
         message = (
             "this model has no opening head, which decides whether to draw: leave draw out, or ask for a picture by"

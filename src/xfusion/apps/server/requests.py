@@ -1,25 +1,30 @@
 """What clients send: the fields of OpenAI's requests that mean something here, checked before anything is computed.
 
-A field that would change the answer and is not known is refused instead of passed over.
+A field that would change the answer and is not known is refused instead of passed over; one that is null, or says what
+is so anyway, is taken: clients send such fields unasked, and turns come back as they were sent.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import http.client
 import secrets
-import urllib.error
+import socket
+import threading
+import time
 import urllib.parse
-import urllib.request
 from collections.abc import Mapping
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from PIL import Image as PILImage
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from xfusion.apps.server.answers import Refused
 from xfusion.apps.server.limits import Limits
 from xfusion.data import pictures, sounds
+from xfusion.data.requests import PICTURE
 from xfusion.data.sequence import XFusionError
 from xfusion.modalities.image import on_white, square_picture
 
@@ -27,11 +32,21 @@ if TYPE_CHECKING:
     from xfusion.model import Model
 
 FETCH_SECONDS = 10.0
-"""How long the host of a picture may take."""
+"""How long the host of a picture may take, from the call to the last byte."""
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_null(cls, given: Any) -> Any:
+        """Null is what a field is where it is left out, known or not."""
+        return {key: value for key, value in given.items() if value is not None} if isinstance(given, dict) else given
+
+
+Empty = Annotated[list[Any], Field(max_length=0)]
+"""A list that a client sends although nothing is in it."""
 
 
 class _Request(_Strict):
@@ -108,6 +123,14 @@ class Message(_Strict):
     images: list[Picture] = []
     """Pictures that this server drew in an earlier turn, as it sent them."""
     name: str | None = None
+    annotations: Empty = []
+    tool_calls: Empty = []
+
+
+class PlainText(_Strict):
+    """How an answer is laid out: as the model says it."""
+
+    type: Literal["text"]
 
 
 class StreamOptions(_Strict):
@@ -137,6 +160,14 @@ class Chat(_Drawing):
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     logprobs: Literal[False] | None = None
+    top_logprobs: Literal[0] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    response_format: PlainText | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    """Without tools there is nothing to choose."""
+    function_call: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    service_tier: Literal["auto", "default"] | None = None
 
     def stops(self) -> tuple[str, ...]:
         """The sequences that end an answer."""
@@ -201,26 +232,50 @@ def within(value: float, most: float, name: str) -> None:
 # ---------------------------------------------------------------------------------------------------------- pictures
 
 
-def messages(request: Chat, model: Model, limits: Limits, hosts: frozenset[str]) -> list[dict[str, Any]]:
+def messages(
+    request: Chat, model: Model, limits: Limits, hosts: frozenset[str], *, own_pictures: bool = True
+) -> list[dict[str, Any]]:
     """The turns of a conversation as `xfusion.generation.conversation` takes them, with their pictures and sounds opened.
+
+    The assistant's pictures are opened where they are looked at: by a pack that reads pictures, the newest ones, as many as
+    the user's leave room for among those that the server allows. The others are called ``(picture)``.
+
+    Args:
+        own_pictures: whether the assistant's pictures are looked at.
 
     Raises:
         Refused: more than the limits, or a picture or a sound that cannot be had.
     """
-    blocks = [block for message in request.messages for block in (*_blocks(message), *message.images)]
-    seen, heard = (sum(isinstance(block, kind) for block in blocks) for kind in (Picture, Heard))
-    within(seen, limits.pictures, "pictures")
+    turns = [(m.role, [*m.images, *_blocks(m)]) for m in request.messages]  # what is drawn stands before its words
+    blocks = [block for _, turn in turns for block in turn]
+    own = [block for role, turn in turns if role == "assistant" for block in turn if isinstance(block, Picture)]
+    heard = sum(isinstance(block, Heard) for block in blocks)
+    shown = sum(isinstance(block, Picture) for block in blocks) - len(own)
+    within(shown, limits.pictures, "pictures")
     within(heard, limits.sounds, "sounds")
-    within(sum(len(b.text) for b in blocks if isinstance(b, Words)), limits.characters, "characters")
-    if seen and "caption" not in model.capabilities:
+    room = limits.pictures - shown if own_pictures and "caption" in model.capabilities else 0
+    called = {id(picture) for picture in own[: max(0, len(own) - room)]}
+    characters = sum(len(b.text) for b in blocks if isinstance(b, Words)) + len(PICTURE) * len(called)
+    within(characters, limits.characters, "characters")
+    if shown and "caption" not in model.capabilities:
         raise incapable(model, "read pictures")
     if heard and "caption" not in model.capabilities:
         raise incapable(model, "hear")
     out = []
-    for message in request.messages:
-        content = [_said(block, model, limits, hosts) for block in (*_blocks(message), *message.images)]
-        out.append({"role": "system" if message.role == "developer" else message.role, "content": content})
+    for role, turn in turns:
+        content = [PICTURE if id(block) in called else _said(block, model, limits, hosts) for block in turn]
+        if any(id(block) in called for block in turn):
+            content = _in_lines(content)
+        out.append({"role": "system" if role == "developer" else role, "content": content})
     return out
+
+
+def _in_lines(content: list[Any]) -> list[Any]:
+    """What is said on a line each, as turns with pictures that are called so stand elsewhere."""
+    said = [segment for segment in content if segment != ""]
+    if all(isinstance(segment, str) for segment in said):
+        return ["\n".join(said)]
+    return [part for segment in said for part in ("\n", segment)][1:]
 
 
 def embedded(request: Embeddings, model: Model, limits: Limits, hosts: frozenset[str]) -> list[str | PILImage.Image]:
@@ -333,25 +388,49 @@ def _fetched(url: str, limits: Limits, hosts: frozenset[str]) -> bytes:
     if host not in hosts or parts.scheme not in ("http", "https"):
         raise Refused(400, "image_url: this server takes data URLs only, and fetches no picture from there",
                       code="remote_image", param="image_url")  # fmt: skip
-    try:
-        with _open_without_redirects(url) as answer:
-            data = answer.read(limits.body + 1)
-    except (OSError, ValueError, urllib.error.URLError) as error:
-        raise Refused(400, f"image_url cannot be fetched: {error}", code="remote_image", param="image_url") from error
+    data = _got(parts, limits.body)
     within(len(data), limits.body, "image_url")
     return data
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A host that is allowed may not send us to one that is not."""
+def _got(parts: urllib.parse.SplitResult, most: int) -> bytes:
+    """What a host answers, without redirects and proxies, up to one byte more than ``most``, within `FETCH_SECONDS` in all."""
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    late = threading.Event()
 
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        return None
+    def end(opened: socket.socket) -> None:
+        late.set()
+        with suppress(OSError):  # of the bare socket, since TLS would wait for the other side
+            socket.socket.shutdown(opened, socket.SHUT_RDWR)
+
+    try:
+        began = time.monotonic()
+        connection = kind(parts.hostname or "", parts.port, timeout=FETCH_SECONDS)
+        with closing(connection):
+            connection.connect()
+            # A timeout of the socket is one of each byte that comes, and a host that drips would hold a reader for hours.
+            timer = threading.Timer(max(0.0, began + FETCH_SECONDS - time.monotonic()), end, [connection.sock])
+            timer.daemon = True
+            timer.start()
+            try:
+                connection.request("GET", urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, "")))
+                answer = connection.getresponse()
+                if answer.status != 200:
+                    raise _unfetched(f"its host answers {answer.status} {answer.reason}")
+                data = answer.read(most + 1)
+            finally:
+                timer.cancel()
+            if late.is_set():
+                raise TimeoutError
+            return data
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        slow = late.is_set() or isinstance(error, TimeoutError)
+        reason = f"its host did not send it within {FETCH_SECONDS:g} seconds" if slow else str(error) or repr(error)
+        raise _unfetched(reason) from error
 
 
-def _open_without_redirects(url: str) -> Any:
-    opener = urllib.request.build_opener(_NoRedirects, urllib.request.ProxyHandler({}))
-    return opener.open(url, timeout=FETCH_SECONDS)
+def _unfetched(reason: str) -> Refused:
+    return Refused(400, f"image_url cannot be fetched: {reason}", code="remote_image", param="image_url")
 
 
 def picture_and_mask(

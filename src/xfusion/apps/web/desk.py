@@ -151,6 +151,14 @@ class Desk:
                 if path.stat().st_mtime < now - KEPT_SECONDS:
                     path.unlink()
 
+    def begin_stop(self) -> None:
+        """Take no more, and tell those that wait; what runs goes on."""
+        self.batches.refuse()
+
+    def end_stop(self) -> None:
+        """End what runs."""
+        self.batches.forget(list(self.batches.running))
+
     # -- what may be asked for
 
     def opened(self, path: str | Path, name: str | None) -> Picture:

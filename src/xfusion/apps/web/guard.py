@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 from gradio import processing_utils, routes
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from xfusion.apps.server.names import called
 
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline';"
@@ -42,8 +44,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        asked = Headers(scope=scope).get("host", "").rpartition(":")
-        if self.hosts and (asked[0] if asked[2].isdigit() else "".join(asked)) not in self.hosts:
+        if self.hosts and called(scope) not in self.hosts:
             await PlainTextResponse("this page has another name here", 403)(scope, receive, send)
             return
         size = 0

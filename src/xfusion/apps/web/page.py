@@ -102,7 +102,7 @@ def create(
         await anyio.to_thread.run_sync(desk.batches.close, limits.grace)
 
     app = FastAPI(openapi_url=None, lifespan=lifespan)
-    app.state.desk = desk
+    app.state.desk = app.state.stops = desk
 
     app.add_middleware(Guard, most=limits.body + FORM, hosts=hosts)
     font = ("system-ui", "sans-serif")  # gradio's own themes fetch theirs from Google
