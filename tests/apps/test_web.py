@@ -14,7 +14,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from apps.serving import apart, draw_only, opens_always, png, tiny_models
-from contracts.table import SIDE, Noise, hearing_model
+from contracts.table import SIDE, Noise, hearing_model, randomise
 
 from xfusion.apps import cli
 from xfusion.apps.server import batches, reading, requests
@@ -271,7 +271,9 @@ def page_at(model, tmp_path_factory):
 
     from xfusion.apps.web import page
 
-    app = page.create({"tiny": model}, TINY, tmp_path_factory.mktemp("web"), Path(__file__).parents[2] / "comparison")
+    packs = {"tiny": model, "draws": draw_only(model.backbone)}
+    randomise(packs["draws"], seed=1)
+    app = page.create(packs, TINY, tmp_path_factory.mktemp("web"), Path(__file__).parents[2] / "comparison")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -412,6 +414,112 @@ def test_chat_by_keyboard_and_a_gallery(visit, model):
     for number in range(3):
         assert apart(picture_of(shown.nth(number)), expected[number]) == 0
     assert "seed 2, 25 steps" in page.locator("#gallery").inner_text()
+
+
+def walk_to(page, wanted, most=40):
+    """Press Tab until the element of a selector has the focus."""
+    for _ in range(most):
+        if page.evaluate("wanted => document.activeElement.matches(wanted)", wanted):
+            return
+        page.keyboard.press("Tab")
+    raise AssertionError(f"{wanted} is not reached by Tab")
+
+
+def fits(page):
+    """Whether nothing is wider than the window, and no picture of a gallery is cut off."""
+    return page.evaluate(
+        """document.documentElement.scrollWidth <= innerWidth &&
+        [...document.querySelectorAll('.thumbnail-item')].every(one => one.getBoundingClientRect().right <= innerWidth - 16)"""
+    )
+
+
+@pytest.mark.full
+def test_every_tab_on_a_phone_by_keyboard_alone(visit, tmp_path):
+    Noise(1).picture(0, 32).save(tmp_path / "a.png")
+    page = visit(viewport={"width": 390, "height": 844}).page
+    tabs = page.get_by_role("tab")
+    names = [name for name in tabs.all_inner_texts() if name]
+    assert names == ["Chat", "Draw", "Picture", "Inside", "Compare"]
+    wanted = {"Chat": "Say", "Draw": "Draw", "Picture": "Caption", "Inside": "Look"}
+    for name in names:
+        tabs.filter(has_text=name).focus()
+        page.keyboard.press("Enter")
+        page.wait_for_function(
+            f"document.querySelector('[role=tab][aria-selected=true]').innerText.trim() === '{name}'"
+        )
+        if name == "Chat":
+            walk_to(page, "#message textarea")
+            page.keyboard.type("a cat")
+        elif name == "Draw":
+            walk_to(page, "#prompt textarea")
+            page.keyboard.type("a cat")
+        elif name == "Picture":  # by no key: a file chooser is no part of the page
+            page.locator("#given input[type=file]").set_input_files(tmp_path / "a.png")
+            page.locator("#given img").first.wait_for()
+        elif name == "Inside":
+            walk_to(page, "#look-prompt textarea")
+            page.keyboard.type("a cat")
+        if name == "Compare":
+            walk_to(page, "#comparison input")
+            page.keyboard.press("ArrowDown")
+            page.keyboard.press("Enter")
+            page.locator("iframe.comparison").wait_for()
+        else:
+            walk_to(page, f"#{wanted[name].lower()}")
+            assert page.evaluate("document.activeElement.innerText.trim()") == wanted[name]
+            page.keyboard.press("Enter")
+        if name == "Chat":
+            page.locator("#conversation .bot").first.wait_for()
+        elif name == "Draw":
+            page.locator("#gallery .thumbnail-item").nth(2).wait_for()
+            says(page, "draw", "drawn")
+        elif name == "Picture":
+            page.wait_for_function("document.querySelector('#sees textarea, #sees input').value")
+        elif name == "Inside":
+            page.locator("#shares table").wait_for()
+            page.locator("#strip .thumbnail-item").nth(8).wait_for()
+        assert fits(page), f"{name}: something is cut off or scrolls sideways on a phone"
+
+
+@pytest.mark.full
+def test_a_picture_is_asked_about_and_another_drawn_in_the_chat(visit, model, page_at, tmp_path):
+    Noise(1).picture(0, 32).save(tmp_path / "a.png")
+    page = visit(viewport={"width": 390, "height": 844}).page
+    page.locator("#message input[type=file]").set_input_files(tmp_path / "a.png")
+    page.locator("#message img").first.wait_for()
+    page.locator("#message textarea").fill("what is this?")
+    page.locator("#say").click()
+    page.locator("#conversation .bot").first.wait_for()
+    says(page, "chat", "")
+    seen = page_at[1].state.desk.opened(tmp_path / "a.png", "tiny")
+    assert apart(picture_of(page.locator("#conversation .user img").first), seen) == 0
+    (answer,) = model.generate([seen, "what is this?"], max_tokens=24)
+    assert letters(answer) in letters(page.locator("#conversation .bot").first.inner_text())
+
+    page.locator("#message textarea").fill("two blue birds")
+    page.get_by_role("button", name="Draw it").click()
+    says(page, "chat", "seed 0")
+    drawn = page.locator("#conversation .bot img").last
+    assert apart(picture_of(drawn), model.draw(["two blue birds"], seed=0, steps=25)[0]) == 0
+
+
+@pytest.mark.full
+def test_packs_of_one_base_are_chosen_from_a_list(visit, model, page_at):
+    other = page_at[1].state.desk.models["draws"]
+    assert other.backbone is model.backbone
+    one = visit(viewport={"width": 390, "height": 844})
+    page = one.page
+    page.locator("#pack input").click()
+    page.get_by_role("option", name="draws").click()
+    one.tab("Draw")
+    page.locator("#prompt textarea").fill("two blue birds")
+    page.locator("#draw").click()
+    says(page, "draw", "drawn")
+    expected = other.draw(["two blue birds"] * 3, seed=0, steps=25)
+    assert apart(expected[0], model.draw(["two blue birds"], seed=0, steps=25)[0]) > 2
+    shown = page.locator("#gallery .thumbnail-item img")
+    for number in range(3):
+        assert apart(picture_of(shown.nth(number)), expected[number]) == 0
 
 
 @pytest.mark.full

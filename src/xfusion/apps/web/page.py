@@ -51,9 +51,13 @@ REGIONS = {
 }
 """Parts of a picture that may be drawn anew, as left, top, right and bottom."""
 ALL_WORDS = "all words"
+ABILITIES = {"text": "answers in words", "caption": "describes pictures", "draw": "draws pictures"}
+"""What the page lets a pack do, in its words."""
 STYLE = """
 .gradio-container { width: 100% !important; max-width: 62rem !important; margin: 0 auto !important; }
+.html-container { padding: 0 !important; }
 .status { min-height: 1.5em; }
+#conversation .placeholder-content { padding: 0 1rem; }
 .status .problem { color: #b3261e; } .dark .status .problem { color: #ffb4ab; }
 .pixels img { image-rendering: pixelated; }
 .grid-wrap { max-height: none !important; height: auto !important; min-height: 0 !important; padding-top: 2rem !important; }
@@ -65,14 +69,21 @@ STYLE = """
 #conversation [aria-label=Share], #conversation [title=Share] { display: none; }
 #redrawn img { width: 100%; height: 100%; object-fit: contain; }
 .scroll { overflow-x: auto; }
+.grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important; }
 table.heat { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .85rem; width: auto; }
+table.heat :is(thead, tbody, tr) { border: 0 !important; }
 table.heat :is(th, td) { padding: .15rem .4rem !important; text-align: right !important; border: 0 !important; }
 table.heat th[scope=row] { text-align: left !important; white-space: nowrap; position: sticky; left: 0;
   background: var(--body-background-fill); }
 table.heat caption { text-align: left; padding: .3rem 0; white-space: nowrap; color: var(--body-text-color); }
 iframe.comparison { width: 100%; height: 80vh; border: 1px solid var(--border-color-primary); border-radius: 8px; }
 :focus-visible { outline: 2px solid #c2571a; outline-offset: 2px; }
-@media (max-width: 34rem) { .tab-container button { padding: 0 .45rem !important; font-size: .85rem !important; } }
+@media (max-width: 34rem) {
+  .tab-container button { padding: 0 .45rem !important; font-size: .85rem !important; }
+  .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; }
+  table.heat { font-size: .75rem; }
+  table.heat th[scope=row], table.heat caption { white-space: normal; }
+}
 """
 
 
@@ -107,6 +118,16 @@ def create(
     app.add_middleware(Guard, most=limits.body + FORM, hosts=hosts)
     font = ("system-ui", "sans-serif")  # gradio's own themes fetch theirs from Google
     theme = Default(primary_hue="orange", font=font, font_mono=("ui-monospace", "monospace"))
+    deep, grey = "*primary_700", "*neutral_500"  # white on gradio's orange, and its grey on white, are hard to read
+    theme.set(
+        **{f"button_primary_background_fill{of}": deep for of in ("", "_dark")},
+        **{f"button_primary_background_fill_hover{of}": "*primary_800" for of in ("", "_dark")},
+        **{f"button_primary_border_color{of}": deep for of in ("", "_dark")},
+        body_text_color_subdued=grey,
+        block_info_text_color=grey,
+        input_placeholder_color=grey,
+        input_placeholder_color_dark="*neutral_400",
+    )
     blocks = _Page(desk, comparisons).blocks()
     blocks.queue(max_size=limits.queue, default_concurrency_limit=HANDLERS, api_open=False)
     return gr.mount_gradio_app(
@@ -183,8 +204,9 @@ class _Page:
     def _facts(self) -> str:
         lines = []
         for name, model in self.desk.models.items():
-            able, base = ", ".join(sorted(model.capabilities)), portable(model.backbone.source)
-            lines.append(f"<p><b>{escape(name)}</b> can {able}; on {escape(base)}</p>")
+            able = ", ".join(said for ability, said in ABILITIES.items() if ability in model.capabilities)
+            base = portable(model.backbone.source).rstrip("/").split("/")[-1].removesuffix(".gguf")
+            lines.append(f"<p><b>{escape(name)}</b> {able}. Language model: {escape(base)}</p>")
         return "".join(lines)
 
     # -- parts that tabs share
@@ -195,7 +217,8 @@ class _Page:
             seed = gr.Textbox(label="Seed", value="0", info="empty: a random one", max_lines=1, min_width=100)
             count = gr.Slider(1, self.limits.steps, min(steps, self.limits.steps), step=1, label="Steps", min_width=140)
             first = next(iter(self.desk.models.values())).guidance
-            guidance = gr.Slider(0, 12, first, step=0.5, label="Guidance", info="1 is off", min_width=140)
+            says = "how closely to follow the words; 1 is off"
+            guidance = gr.Slider(0, 12, first, step=0.5, label="Guidance", info=says, min_width=140)
         self.guidance.append(guidance)
         return [seed, count, guidance]
 
@@ -249,7 +272,7 @@ class _Page:
             max_plain_text_length=self.limits.characters,
         )
         with gr.Row():
-            say = gr.Button("Say", variant="primary", min_width=80)
+            say = gr.Button("Say", variant="primary", min_width=80, elem_id="say")
             draw = gr.Button("Draw it", min_width=80, visible="draw" in self.able)
             self._stop_button()
             new = gr.Button("New conversation", min_width=80)
@@ -388,7 +411,7 @@ class _Page:
         line = gr.HTML(status(), elem_classes="status", elem_id="picture-status")
         with gr.Row(visible="caption" in self.able):
             question = gr.Textbox(label="Question", info="empty: what is it?", max_lines=2, scale=3)
-            ask = gr.Button("Caption", variant="primary", min_width=100)
+            ask = gr.Button("Caption", variant="primary", min_width=100, elem_id="caption")
         answer = gr.Textbox(label="It sees", interactive=False, elem_id="sees", visible="caption" in self.able)
         with gr.Group(visible="draw" in self.able):
             region = gr.Radio(list(REGIONS), value="left half", label="Draw this part anew")
@@ -443,8 +466,8 @@ class _Page:
 
     def _look_tab(self) -> None:
         gr.Markdown(
-            "A picture on its way from noise, and how much its tokens look at each word, by layer. "
-            "The weights are the attention's own, a mean over its heads."
+            "How a picture comes out of noise, and how much its parts look at each word, layer by layer "
+            "(the weights of the attention, a mean over its heads)."
         )
         prompt = gr.Textbox(label="Prompt", placeholder="a red heart", max_lines=3, elem_id="look-prompt")
         settings = self._settings(steps=16)
@@ -453,7 +476,7 @@ class _Page:
             self._stop_button()
         line = gr.HTML(status(), elem_classes="status", elem_id="look-status")
         gallery: dict[str, Any] = {"object_fit": "contain", "format": "png", "interactive": False, "buttons": []}
-        strip = gr.Gallery(label="Denoising", columns=4, elem_id="strip", elem_classes="pixels", **gallery)
+        strip = gr.Gallery(label="On its way from noise", columns=4, elem_id="strip", elem_classes="pixels", **gallery)
         word = gr.Dropdown([ALL_WORDS], value=ALL_WORDS, label="Heat maps: how much looks at", interactive=True)
         maps = gr.Gallery(label="By layer", columns=5, elem_id="maps", **gallery)
         shares = gr.HTML(elem_id="shares")
@@ -494,7 +517,10 @@ class _Page:
 
     def _comparison_tab(self, folder: Path) -> None:
         names = sorted(path.parent.name for path in folder.glob(f"*/{SUMMARY}"))
-        chosen = gr.Dropdown(names, value=None, label="Comparison", elem_id="comparison", interactive=True)
+        chosen = gr.Dropdown(
+            names, value=None, label="Comparison", elem_id="comparison", interactive=True,
+            info="choose one: ways of teaching a language model to see and draw, side by side",
+        )  # fmt: skip
         line = gr.HTML(status(), elem_classes="status")
         page = gr.HTML(elem_id="comparison-page")
 
