@@ -254,6 +254,21 @@ def runnable(full):
     return [d for d in DOCUMENTS if any(b.run and (full or not b.full) for b in blocks(d))]
 
 
+def test_what_serves_is_awaited_and_stopped(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    page = tmp_path / "page.md"
+    page.write_text(f"<!-- run full serving={port} -->\n```bash\npython -m http.server --bind 127.0.0.1 {port}\n```\n")
+    (block,) = blocks(page)
+    with serve(block, tmp_path):
+        assert answers(port)
+    assert not answers(port) and "GET / " in (tmp_path / f"served_{port}.log").read_text()
+    page.write_text(page.read_text().replace("python -m http.server", "false"))
+    with pytest.raises(AssertionError, match="false --bind"), serve(blocks(page)[0], tmp_path):
+        pass
+
+
 @pytest.mark.parametrize("document", runnable(full=False), ids=ids)
 def test_marked_blocks_run(document, tmp_path):
     execute(document, tmp_path, full=False)
