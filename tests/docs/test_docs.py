@@ -1,8 +1,8 @@
 """What the documents say is true: their commands parse, their links lead somewhere, their marked blocks run and print.
 
 Every bash and python block stands under a mark. ``<!-- run -->`` executes it, in the order of its document and in one folder
-per document; ``full`` leaves it to the full tier, ``exit=N`` is the exit status that it must have, ``minutes=N`` stands
-for every ``--minutes`` in it, and ``serving=PORT`` starts it and goes on once the port answers: it is stopped, as by
+per document; ``full`` leaves it to the full tier, ``exit=N`` is the exit status that it must have, ``short`` trains two small
+steps where a budget of minutes stands, and ``serving=PORT`` starts it and goes on once the port answers: it is stopped, as by
 Ctrl-C, before the next such block and at the end. A ``text`` block right behind a block that was run holds lines that the
 output must have, in order; ``…`` stands for the rest of a line. ``<!-- not run: REASON -->`` says why it is not, and the
 test that stands in; its commands are parsed all the same. ``<!-- given: NAMES -->`` says what lies in the folder when the
@@ -34,11 +34,13 @@ from xfusion.data.sequence import XFusionError
 ROOT = Path(__file__).parents[2]
 WRITTEN = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 DOCUMENTS = [*WRITTEN, *sorted((ROOT / "docs" / "recipes").glob("*.md"))]
-RUN = r"run(?P<full> full)?(?: exit=(?P<exit>\d+))?(?: minutes=(?P<minutes>[\d.]+))?(?: serving=(?P<port>\d+))?"
+RUN = r"run(?P<full> full)?(?: exit=(?P<exit>\d+))?(?P<short> short)?(?: serving=(?P<port>\d+))?"
 BLOCK = re.compile(
     rf"(?:<!-- (?:{RUN}|not run: (?P<reason>[^\n]+)) -->\n)?^```(?P<language>\w+)\n(?P<body>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
+SHORT = "--steps 2 --no-compile --stages.0.mixture.draw 8 --stages.0.mixture.caption 4"
+"""What stands for a budget of minutes."""
 GIVEN = re.compile(r"^<!-- given: (.+) -->$", re.MULTILINE)
 COMMAND = re.compile(r"^(?:[A-Z]\w*=\S+ |.*\| )?xfusion |^torchrun .*-m xfusion\.apps\.cli ")
 """What stands before a verb: nothing, a variable or a pipe; or several processes."""
@@ -82,7 +84,7 @@ def blocks(document):
         out.append(
             Block(
                 language=match["language"],
-                body=re.sub(r"(?<=--minutes )[\d.]+", match["minutes"], body) if match["minutes"] else body,
+                body=re.sub(r"--minutes [\d.]+", SHORT, body) if match["short"] else body,
                 run=match.group(0).startswith("<!-- run"),
                 full=bool(match["full"]),
                 status=int(match["exit"] or 0),
