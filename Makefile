@@ -29,7 +29,9 @@ demo: setup
 test: setup
 	$(PYTEST) $(PYTEST_FLAGS)
 
+# Notebooks, the site and lm-eval are of the full tier alone. lmms-eval is not: it brings torchvision, opencv and wandb.
 test-full: setup
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -e '.[demo,train,dev,docs,eval]' -c constraints.txt
 	$(PYTEST) -m "full or not full" $(PYTEST_FLAGS)
 
 lint: setup

@@ -51,6 +51,8 @@ SHOWN_NAMING = ("held_caption_exact", "held_caption_at_1", "fit_caption_exact", 
 """Where no recipe draws. The first that was measured is open on the page."""
 EMOJI = re.compile(r"(fit|held)_(caption|retrieval)_")
 """Scores of the suite `emoji`, of which those above are shown."""
+NOT_RUN = "<!-- not run: {} -->"
+"""What tests/docs/test_docs.py wants above a block that it does not run."""
 SHOWN_BY_SHARE = ("fit_retrieval_pixel_at_1", "fit_caption_exact", "held_caption_mrr")
 
 
@@ -117,12 +119,32 @@ def figures(name: str) -> list[str]:
     return lines or ["Nothing was measured yet."]
 
 
-def recipe_page(name: str, bases: list[Backbone]) -> str:
-    """The page of a recipe."""
+def title_part(name: str) -> list[str]:
+    """Name, title, mechanism, paper and status of a recipe."""
     module = import_module(f"xfusion.recipes.{name}")
-    title, _, body = (module.__doc__ or "").strip().partition("\n\n")
-    head = [f"# {name}", "", title, "", f"Mechanism: {module.KIND}. Paper: {module.PAPER}. Status: {module.STATUS}."]
-    table = ["| base | trained | to learn a drawing | to learn a name |", "| --- | --- | --- | --- |"]
+    title = (module.__doc__ or "").strip().partition("\n\n")[0]
+    return [
+        f"# {name}",
+        "",
+        title,
+        "",
+        f"Mechanism: {module.KIND}. Paper: {module.PAPER}. Status: {module.STATUS}.",
+        "",
+    ]
+
+
+def text_part(name: str) -> list[str]:
+    """The rest of a recipe's docstring, and its command."""
+    module = import_module(f"xfusion.recipes.{name}")
+    why = NOT_RUN.format(
+        "minutes to hours on its own data; tests/recipes and tests/contracts train its mechanism a few steps"
+    )
+    body = (module.__doc__ or "").strip().partition("\n\n")[2]
+    return [body, "", "## Command", "", why, "```bash", f"xfusion train {name}", "```", ""]
+
+
+def cost_part(name: str, bases: list[Backbone]) -> list[str]:
+    """What a recipe costs on some bases."""
     item = "a sound" if find(name)().model.audio else "a picture"
     what = (
         f"Trained weights, and GFLOPs (forward and backward, nothing looked up) of a sample of 12 words and {item} of"
@@ -132,25 +154,15 @@ def recipe_page(name: str, bases: list[Backbone]) -> str:
     if encoder != 0:
         each = f" ({encoder / 1e9:.2f} GFLOPs per picture)" if encoder else ""
         what += f" The frozen encoder or codec{each} is left out."
+    table = ["| base | trained | to learn a drawing | to learn a name |", "| --- | --- | --- | --- |"]
+    return ["## Cost", "", what, "", *table, *(cost(name, base) for base in bases), ""]
+
+
+def recipe_page(name: str, bases: list[Backbone]) -> str:
+    """The page of a recipe."""
     drawn = [] if (file := picture(name, bases[0])) is None else [f"![{name}](../{file.relative_to(HERE)})", ""]
-    lines = [
-        *head,
-        "",
-        *drawn,
-        body,
-        "",
-        "## Command",
-        "",
-        "```bash",
-        f"xfusion train {name}",
-        "```",
-        "",
-        "## Cost",
-        "",
-        what,
-        "",
-    ]
-    return "\n".join([*lines, *table, *(cost(name, base) for base in bases), "", "## Figures", "", *figures(name), ""])
+    lines = [*title_part(name), *drawn, *text_part(name), *cost_part(name, bases)]
+    return "\n".join([*lines, "## Figures", "", *figures(name), ""])
 
 
 # -------------------------------------------------------------------------------------------------------- comparisons
@@ -168,7 +180,8 @@ def comparison_part(folder: Path) -> list[str]:
     lines = [f"## {folder.name}", ""]
     if note.is_file():
         lines += [note.read_text(encoding="utf-8").strip(), ""]
-    lines += [*samples(folder, HERE / "pictures"), "```bash", str(summary["command"]), "```", ""]
+    why = NOT_RUN.format("minutes to hours; tests/test_comparison.py compares recipes on a tiny base")
+    lines += [*samples(folder, HERE / "pictures"), why, "```bash", str(summary["command"]), "```", ""]
     draws = any(score["score"] == SHOWN[0] for score in summary["scores"])
     found = {score["score"]: score for score in summary["scores"] if score["share"] == 1}
     wanted = list(SHOWN if draws else SHOWN_NAMING)
@@ -352,7 +365,8 @@ def origin(found: dict[str, Any]) -> list[str]:
     load = found.get("load_before")
     busy = "" if load is None else f", load {load:g} before"
     on = f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, torch {machine['versions']['torch']}"
-    return ["```bash", found["command"], "```", "", f"{on}; {at}{busy}.", ""]
+    why = NOT_RUN.format("minutes to hours on an idle machine")
+    return [why, "```bash", found["command"], "```", "", f"{on}; {at}{busy}.", ""]
 
 
 def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> list[str]:

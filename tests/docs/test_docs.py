@@ -1,15 +1,26 @@
 """What the documents say is true: their commands parse, their links lead somewhere, their marked blocks run and print.
 
-A fenced block under ``<!-- run -->`` is executed, in the order of its document and in one folder per document;
-``full`` leaves it to the full tier, ``exit=N`` is the exit status that it must have. A ``text`` block right behind it
-holds lines that the output must have, in order; ``…`` stands for the rest of a line.
+Every bash and python block stands under a mark. ``<!-- run -->`` executes it, in the order of its document and in one folder
+per document; ``full`` leaves it to the full tier, ``exit=N`` is the exit status that it must have, ``short`` trains two small
+steps where a budget of minutes stands, and ``serving=PORT`` starts it and goes on once the port answers: it is stopped, as by
+Ctrl-C, before the next such block and at the end. A ``text`` block right behind a block that was run holds lines that the
+output must have, in order; ``…`` stands for the rest of a line. ``<!-- not run: REASON -->`` says why it is not, and the
+test that stands in; its commands are parsed all the same. ``<!-- given: NAMES -->`` says what lies in the folder when the
+full tier begins: what a document before it made.
 """
 
 import os
 import re
 import shlex
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,11 +32,29 @@ from xfusion.apps.commands.base import UsageError
 from xfusion.data.sequence import XFusionError
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+WRITTEN = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+DOCUMENTS = [*WRITTEN, *sorted((ROOT / "docs" / "recipes").glob("*.md"))]
+RUN = r"run(?P<full> full)?(?: exit=(?P<exit>\d+))?(?P<short> short)?(?: serving=(?P<port>\d+))?"
 BLOCK = re.compile(
-    r"(?:<!-- run(?P<full> full)?(?: exit=(?P<exit>\d+))? -->\n)?^```(?P<language>\w+)\n(?P<body>.*?)^```$",
+    rf"(?:<!-- (?:{RUN}|not run: (?P<reason>[^\n]+)) -->\n)?^```(?P<language>\w+)\n(?P<body>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
+SHORT = "--steps 2 --no-compile --stages.0.mixture.draw 8 --stages.0.mixture.caption 4"
+"""What stands for a budget of minutes."""
+GIVEN = re.compile(r"^<!-- given: (.+) -->$", re.MULTILINE)
+COMMAND = re.compile(r"^(?:[A-Z]\w*=\S+ |.*\| )?xfusion |^torchrun .*-m xfusion\.apps\.cli ")
+"""What stands before a verb: nothing, a variable or a pipe; or several processes."""
+OBSTACLES = (
+    "minutes",
+    "hours",
+    "the hub",
+    "an idle machine",
+    "a second machine",
+    "a GPU",
+    "installs",
+    "a server of yours",
+)
+"""What may keep a block from being run."""
 
 
 class Block(NamedTuple):
@@ -36,6 +65,10 @@ class Block(NamedTuple):
     run: bool
     full: bool
     status: int
+    port: int
+    """Where it serves, or 0."""
+    reason: str
+    """Why it is not run, or nothing."""
     printed: str
     """The text block right behind it, or nothing."""
 
@@ -47,13 +80,16 @@ def blocks(document):
     for match, following in zip(found, [*found[1:], None], strict=False):
         near = following is not None and following["language"] == "text"
         near = near and not text[match.end() : following.start()].strip()
+        body = match["body"]
         out.append(
             Block(
                 language=match["language"],
-                body=match["body"],
+                body=re.sub(r"--minutes [\d.]+", SHORT, body) if match["short"] else body,
                 run=match.group(0).startswith("<!-- run"),
                 full=bool(match["full"]),
                 status=int(match["exit"] or 0),
+                port=int(match["port"] or 0),
+                reason=match["reason"] or "",
                 printed=following["body"] if near else "",
             )
         )
@@ -63,10 +99,11 @@ def blocks(document):
 def commands(document):
     """All ``xfusion`` commands of a document, in blocks and in inline code, without what the shell reads behind them."""
     text = document.read_text(encoding="utf-8")
-    lines = [line for b in blocks(document) if b.language == "bash" for line in b.body.splitlines()]
-    lines += [re.sub(r"\s+", " ", code) for code in re.findall(r"`(xfusion [^`]+)`", BLOCK.sub("", text))]
-    lines = [re.split(r" (?:&|\d?>)(?: |$)", line)[0] for line in lines]
-    return [line for line in lines if (line.startswith("xfusion ") and line.count(" ") > 1) or line == "xfusion demo"]
+    code = [line for b in blocks(document) if b.language == "bash" for line in b.body.splitlines()]
+    lines = ["xfusion " + COMMAND.sub("", line, count=1) for line in code if COMMAND.match(line)]
+    inline = [re.sub(r"\s+", " ", code) for code in re.findall(r"`(xfusion [^`]+)`", BLOCK.sub("", text))]
+    lines += [line for line in inline if line.count(" ") > 1 or line == "xfusion demo"]
+    return [re.split(r" (?:&|\d?>)(?: |$)", line)[0] for line in lines]
 
 
 def ids(document):
@@ -75,10 +112,31 @@ def ids(document):
 
 def test_the_marks_are_found():
     """The other tests would pass on nothing."""
-    assert sum(b.run for d in DOCUMENTS for b in blocks(d)) >= 8
-    assert sum(len(commands(d)) for d in DOCUMENTS) >= 25
-    marks = sum(d.read_text(encoding="utf-8").count("<!-- run") for d in DOCUMENTS)
-    assert marks == sum(b.run for d in DOCUMENTS for b in blocks(d)), "a mark that no block follows"
+    assert sum(b.run for d in DOCUMENTS for b in blocks(d)) >= 30
+    assert sum(len(commands(d)) for d in DOCUMENTS) >= 100
+    assert all(commands(d) for d in DOCUMENTS if d.parent.name == "recipes" and d.stem != "index")
+    text = "".join(d.read_text(encoding="utf-8") for d in DOCUMENTS)
+    marked = [b for d in DOCUMENTS for b in blocks(d) if b.run or b.reason]
+    assert len(re.findall(r"^<!-- (?:not )?run\b", text, re.MULTILINE)) == len(marked), "a mark that no block follows"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=ids)
+def test_every_block_is_run_or_says_why_not(document):
+    for block in blocks(document):
+        if block.language not in ("bash", "python"):
+            assert not block.run and not block.reason, f"a mark of nothing that can be run:\n{block.body}"
+            continue
+        assert block.run or block.reason, f"neither <!-- run --> nor <!-- not run: REASON -->:\n{block.body}"
+        if block.reason:
+            assert any(word in block.reason for word in OBSTACLES), f"{block.reason}: none of {', '.join(OBSTACLES)}"
+            for path in re.findall(r"(?:tests|docs|benchmarks)/[\w/.]*\w", block.reason):
+                assert (ROOT / path).exists(), f"{block.reason}: there is no {path}"
+        for line in block.body.splitlines() if block.language == "bash" else ():
+            script = re.match(r"python (\w[\w/]*\.py)", line)
+            assert script is None or (ROOT / script[1]).is_file(), f"{line}: there is no {script[1]}"
+            target = re.match(r"make ([\w-]+)$", line)
+            makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+            assert target is None or f"\n{target[1]}:" in makefile, f"{line}: the Makefile has no {target[1]}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=ids)
@@ -115,25 +173,74 @@ def test_every_python_block_is_python(document):
             compile(block.body, str(document), "exec")
 
 
-def execute(document, folder, full):
+def surroundings():
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = os.environ | {
+    package = str(Path(xfusion.__file__).parents[1])
+    return os.environ | {
         "PATH": path,
-        "PYTHONPATH": os.pathsep.join(
-            [str(Path(xfusion.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-        ),
+        "PYTHONPATH": os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])]),
         "COLUMNS": "200",
         "NO_COLOR": "1",
         "PYTHONUNBUFFERED": "1",  # both streams in the order of a terminal
     }
-    for block in blocks(document):
-        if not block.run or (block.full and not full):
-            continue
-        program = ["bash", "-ec", block.body] if block.language == "bash" else [sys.executable, "-c", block.body]
-        out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        done = subprocess.run(program, cwd=folder, env=environment, **out, text=True, check=False)
-        assert done.returncode == block.status, f"{block.body}\n{done.stdout}"
-        must_print(block, done.stdout)
+
+
+def execute(document, folder, full):
+    with ExitStack() as served:
+        for block in blocks(document):
+            if not block.run or (block.full and not full):
+                continue
+            if block.port:
+                served.close()  # one at a time
+                served.enter_context(serve(block, folder))
+            else:
+                run(block, folder)
+
+
+@contextmanager
+def serve(block, folder):
+    """What the block starts, from when its port answers until Ctrl-C, which must be answered by an end without an error."""
+    assert not block.printed and not block.status and block.language == "bash"
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", block.port))  # else another's answers would be taken for ours
+    streams = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "start_new_session": True}
+    log = folder / f"served_{block.port}.log"
+    with log.open("w") as out:
+        server = subprocess.Popen(["bash", "-ec", block.body], cwd=folder, env=surroundings(), stdout=out, **streams)
+    try:
+        ended = time.monotonic() + 600
+        while not answers(block.port):
+            assert server.poll() is None, f"{block.body}\n{log.read_text()}"
+            assert time.monotonic() < ended, f"{block.body}\nport {block.port} never answered\n{log.read_text()}"
+            time.sleep(1)
+        yield
+        os.killpg(server.pid, signal.SIGINT)
+        assert server.wait(timeout=120) in (0, 130), f"{block.body}\n{log.read_text()}"
+        assert "Traceback" not in log.read_text(), log.read_text()
+    finally:
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+def answers(port):
+    """Whether HTTP is spoken there; a page that is not found is an answer, too."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30):
+            return True
+    except urllib.error.HTTPError as error:
+        return error.code < 500
+    except OSError:
+        return False
+
+
+def run(block, folder):
+    program = ["bash", "-ec", block.body] if block.language == "bash" else [sys.executable, "-c", block.body]
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run(program, cwd=folder, env=surroundings(), **streams, text=True, check=False)
+    assert done.returncode == block.status, f"{block.body}\n{done.stdout}"
+    must_print(block, done.stdout)
 
 
 def must_print(block, said):
@@ -149,14 +256,42 @@ def runnable(full):
     return [d for d in DOCUMENTS if any(b.run and (full or not b.full) for b in blocks(d))]
 
 
+def test_what_serves_is_awaited_and_stopped(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    page = tmp_path / "page.md"
+    page.write_text(f"<!-- run full serving={port} -->\n```bash\npython -m http.server --bind 127.0.0.1 {port}\n```\n")
+    (block,) = blocks(page)
+    with serve(block, tmp_path):
+        assert answers(port)
+    assert not answers(port) and "GET / " in (tmp_path / f"served_{port}.log").read_text()
+    page.write_text(page.read_text().replace("python -m http.server", "false"))
+    with pytest.raises(AssertionError, match="false --bind"), serve(blocks(page)[0], tmp_path):
+        pass
+
+
 @pytest.mark.parametrize("document", runnable(full=False), ids=ids)
 def test_marked_blocks_run(document, tmp_path):
     execute(document, tmp_path, full=False)
 
 
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """A folder with twenty pictures and a run of four steps, as docs/your_own_data.md makes them."""
+    folder = tmp_path_factory.mktemp("prepared")
+    making = [b for b in blocks(ROOT / "docs" / "your_own_data.md") if b.run]
+    run(next(b for b in making if 'Path("photos")' in b.body), folder)
+    run(next(b for b in making if b.body.endswith(" -o runs/photos\n")), folder)
+    return folder
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("document", [d for d in runnable(full=True) if any(b.full for b in blocks(d))], ids=ids)
-def test_all_marked_blocks_run(document, tmp_path):
+def test_all_marked_blocks_run(document, tmp_path, request):
+    for names in GIVEN.findall(document.read_text(encoding="utf-8")):
+        for name in names.split():
+            shutil.copytree(request.getfixturevalue("prepared") / name, tmp_path / name)
     execute(document, tmp_path, full=True)
 
 

@@ -19,7 +19,9 @@ from xfusion.generation import log_likelihoods
 
 __all__ = ["bases"]
 pytest.importorskip(
-    "lmms_eval", reason="lmms-eval is not installed (pip install --no-deps lmms-eval): its adapter is not tested"
+    "lmms_eval",
+    reason="lmms-eval is not installed: it wants an environment of its own, where pip install -e '.[lmms]' brings it;"
+    " its adapter is not tested",
 )
 from lmms_eval.api.instance import Instance
 from lmms_eval.models.registry_v2 import ModelRegistryV2

@@ -1,0 +1,61 @@
+"""The pages of the recipes are what docs/pages.py writes of them: a docstring that changes without its page fails."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from xfusion.backbone import SHAPES, Backbone
+from xfusion.recipes.base import names
+
+ROOT = Path(__file__).parents[2]
+HINT = "run: python docs/pages.py"
+
+
+@pytest.fixture(scope="module")
+def pages():
+    """The script, which imports its neighbours."""
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        spec = importlib.util.spec_from_file_location("pages", ROOT / "docs" / "pages.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(str(ROOT / "docs"))
+
+
+def committed(name):
+    return (ROOT / "docs" / "recipes" / f"{name}.md").read_text(encoding="utf-8")
+
+
+def test_every_recipe_has_a_page_and_every_page_a_recipe(pages):
+    assert {path.stem for path in (ROOT / "docs" / "recipes").glob("*.md")} == {*names(), "index"}
+    assert committed("index") == pages.recipe_index(), HINT
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_page_says_what_its_recipe_says(name, pages):
+    """All but the counted costs, which need every base."""
+    head, cost, rest = committed(name).partition("## Cost\n")
+    _, figures, measured = rest.partition("## Figures\n")
+    assert cost and figures
+    drawn = f"![{name}](../pictures/recipe_{name}.svg)\n\n"
+    if drawn in head:
+        assert (ROOT / "docs" / "pictures" / f"recipe_{name}.svg").is_file()
+    assert head.replace(drawn, "") == "\n".join([*pages.title_part(name), *pages.text_part(name), ""]), HINT
+    assert measured == "\n".join(["", *pages.figures(name), ""]), HINT
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["xfusion", "blip2", *(pytest.param(n, marks=pytest.mark.full) for n in names() if n not in ("xfusion", "blip2"))],
+)
+def test_costs_are_counted_again(name, pages):
+    shape = next(iter(SHAPES))
+    counted = pages.cost_part(name, [Backbone.of_shape(shape)])
+    page = committed(name).splitlines()
+    at = page.index("## Cost")
+    assert page[at : at + 6] == counted[:6], HINT
+    assert counted[6] in page[at:], f"{counted[6]}\n{HINT}"
