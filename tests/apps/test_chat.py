@@ -1,9 +1,12 @@
 """A conversation in the terminal."""
 
+import base64
 import io
 import json
 import os
 import pty
+import random
+import re
 import select
 import signal
 import subprocess
@@ -23,7 +26,7 @@ from apps.test_cli import SOURCE
 from contracts.table import SIDE, Noise
 
 from xfusion.apps import cli
-from xfusion.apps.chat import Chat, half_blocks
+from xfusion.apps.chat import COLUMNS, Chat, half_blocks, inline
 from xfusion.data.sequence import Text, XFusionError
 from xfusion.generation import conversation
 from xfusion.opening import Opening
@@ -206,6 +209,23 @@ def test_ctrl_c_at_the_prompt_drops_the_line_and_a_second_one_leaves(model, here
         assert json.loads(Path("talk.json").read_text()) == {"messages": []}
     finally:
         shown.end()
+
+
+def test_terminals_that_draw_pictures_are_sent_them_whole():
+    picture = PILImage.frombytes("RGB", (64, 64), random.Random(0).randbytes(3 * 64 * 64))
+    sent = inline(picture, {"TERM": "xterm-kitty"})
+    parts = re.findall(r"\033_G([^;]*);([^\033]*)\033\\", sent)
+    assert "".join(f"\033_G{keys};{data}\033\\" for keys, data in parts) == sent and len(parts) > 1
+    assert [keys for keys, _ in parts] == [f"a=T,f=100,c={COLUMNS},m=1", *["m=1"] * (len(parts) - 2), "m=0"]
+    assert all(len(data) <= 4096 for _, data in parts)
+    iterm = inline(picture, {"TERM_PROGRAM": "iTerm.app"})
+    head, _, data = iterm.removesuffix("\a").partition(":")
+    assert head == f"\033]1337;File=inline=1;size={len(base64.b64decode(data))};width={COLUMNS}"
+    for encoded in ("".join(data for _, data in parts), data):
+        with PILImage.open(io.BytesIO(base64.b64decode(encoded))) as shown:
+            assert shown.convert("RGB").tobytes() == picture.convert("RGB").tobytes()
+    assert inline(picture, {"TERM": "xterm-256color"}) is None
+    assert inline(picture, {"TERM": "xterm-kitty", "TMUX": "/tmp/tmux-0/default,1,0"}) is None
 
 
 def test_half_blocks():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from base64 import b64encode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -201,7 +203,12 @@ class Chat:
         self.console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
 
     def show(self, picture: Picture) -> bool:
-        """Show a picture where the terminal has colours; False where it has none."""
+        """Show a picture: by the terminal's own protocol, or in half blocks where it has colours; False where it has neither."""
+        sent = inline(picture, os.environ) if self.console.is_terminal else None
+        if sent is not None:
+            self.console.file.write(f"{sent}\n")
+            self.console.file.flush()
+            return True
         if self.console.color_system not in ("256", "truecolor"):
             return False
         self.console.print(half_blocks(picture, min(WIDEST, self.console.width)))
@@ -213,6 +220,37 @@ def added(messages: list[dict[str, Any]], segment: str | Picture | Sound) -> lis
     if messages and messages[-1]["role"] == "user":
         return [*messages[:-1], {"role": "user", "content": [*messages[-1]["content"], segment]}]
     return [*messages, {"role": "user", "content": [segment]}]
+
+
+COLUMNS = 32
+"""Columns that a picture takes where the terminal draws it."""
+CHUNK = 4096
+"""Characters that kitty takes at a time."""
+
+
+def inline(picture: Picture, environment: Mapping[str, str]) -> str | None:
+    """A picture as the terminal draws it itself: by kitty's graphics protocol, or iTerm2's inline images.
+
+    Args:
+        picture: sent as PNG.
+        environment: which terminal it is. Inside tmux or screen neither protocol passes.
+
+    Returns:
+        what is written, or None where the terminal names itself as neither.
+    """
+    if environment.get("TMUX") or environment.get("STY"):
+        return None
+    file = BytesIO()
+    picture.save(file, "PNG")
+    data = b64encode(file.getvalue()).decode("ascii")
+    if environment.get("KITTY_WINDOW_ID") or environment.get("TERM") in ("xterm-kitty", "xterm-ghostty"):
+        parts = [data[start : start + CHUNK] for start in range(0, len(data), CHUNK)]
+        more = [int(number < len(parts)) for number in range(1, len(parts) + 1)]
+        keys = [f"a=T,f=100,c={COLUMNS},m={more[0]}", *(f"m={value}" for value in more[1:])]
+        return "".join(f"\033_G{key};{part}\033\\" for key, part in zip(keys, parts, strict=True))
+    if environment.get("TERM_PROGRAM") in ("iTerm.app", "WezTerm") or environment.get("LC_TERMINAL") == "iTerm2":
+        return f"\033]1337;File=inline=1;size={len(file.getvalue())};width={COLUMNS}:{data}\a"
+    return None
 
 
 def half_blocks(picture: Picture, columns: int) -> Line:
