@@ -206,6 +206,8 @@ def serve(block, folder):
         probe.bind(("127.0.0.1", block.port))  # else another's answers would be taken for ours
     streams = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "start_new_session": True}
     log = folder / f"served_{block.port}.log"
+    # Where the tests themselves run behind a shell, Ctrl-C may be ignored, and what they start would inherit it.
+    streams["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     with log.open("w") as out:
         server = subprocess.Popen(["bash", "-ec", block.body], cwd=folder, env=surroundings(), stdout=out, **streams)
     try:

@@ -298,10 +298,10 @@ def _notes(summary: Mapping[str, Any], runs: Sequence[dict[str, Any]]) -> list[s
         out.append(f"Regime, or what of the base is trained: {told}. Recipes of different regimes are not ranked.")
     if not _reads_pixels(summary["settings"]["recipe"]["model"]):
         known = {row["encoder_flops"] for row in summary["cost"]} - {None}
-        each = f", {max(known) / 1e9:.2f} GFLOPs per picture," if known else ""
+        each = f", {max(known) / 1e9:.2f} GFLOPs per {summary['media'][:-1]}," if known else ""
         out.append(
-            f"FLOPs are counted behind the frozen encoder or codec, on what it made of the pictures: its own{each} are left"
-            " out, the same for all."
+            f"FLOPs are counted behind the frozen encoder or codec, on what it made of the {summary['media']}: its own{each} are"
+            " left out, the same for all."
         )
     if tuning["trials"] == 1:
         out.append("Rate and guidance are each recipe's own: nothing was tuned.")
