@@ -112,6 +112,7 @@ def test_a_break_in_a_batch_makes_the_same_file(llava, tmp_path):
         assert path.read_bytes() == (broken / path.name).read_bytes(), path.name
 
 
+@pytest.mark.full
 def test_the_command_asks_for_several_sentences(llava, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("old").mkdir()
