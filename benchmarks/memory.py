@@ -26,12 +26,14 @@ from xfusion.apps.commands.show import training_memory
 from xfusion.backbone import Backbone
 from xfusion.comparison.cost import activation_memory, peak_memory
 from xfusion.comparison.machine import origin
+from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import Source, open_source
 from xfusion.model import build
 from xfusion.recipes.base import find
 from xfusion.recipes.xfusion import demo
 from xfusion.storage import write_json
 from xfusion.training.memory import give_back_freed_memory
+from xfusion.training.processes import own_pages
 
 RESULT = Path(__file__).parent / "results" / "memory.json"
 SHAPES = ("Llama-3.2-1B", "Llama-3.1-8B")
@@ -53,8 +55,10 @@ def held() -> int:
     """Bytes of this process's own pages."""
     gc.collect()
     give_back_freed_memory()
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines())
-    return int(lines["RssAnon"].split()[0]) * 1024
+    pages = own_pages()
+    if pages is None:
+        raise XFusionError("this system does not tell a process's own pages from files': measure on Linux")
+    return pages
 
 
 def trained(recipe: str, source: Source, base: Backbone | None = None) -> Step:

@@ -193,9 +193,7 @@ class Processes:
         else:
             # Kilobytes on Linux, bytes on macOS.
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-            if (status := Path("/proc/self/status")).is_file():
-                lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-                held = int(lines["RssAnon"].split()[0]) * 1024 if "RssAnon" in lines else None
+            held = own_pages()
         measured = {"peak so far": peak} if held is None else {"held now": held, "peak so far": peak}
         rows = self.gather({**parts, "sum": sum(parts.values()), **measured})
         names = list(rows[0])
@@ -204,6 +202,14 @@ class Processes:
             cells = (f"{row[name] / 1e6:>{max(9, len(name)) - 3}.1f} MB" for name in names)
             table.append(f"{rank:<7}  " + "  ".join(cells))
         return table
+
+
+def own_pages() -> int | None:
+    """Bytes of this process's pages that are its own, not a file's; None where the system does not tell them apart."""
+    if not (status := Path("/proc/self/status")).is_file():
+        return None
+    lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    return int(lines["RssAnon"].split()[0]) * 1024 if "RssAnon" in lines else None
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:
