@@ -206,7 +206,7 @@ class _Run:
         self.attends = choose_attention(processes.device, self.attention)
         if processes.count == 1:
             self.shard = "none"
-        chosen, reason = (self.dtype, "as asked") if self.dtype else choose_compute_dtype(processes.device)
+        chosen, reason = processes.same(self._precision())
         if self.shard == "none":
             with processes.first_alone():
                 self._prepare()
@@ -218,6 +218,16 @@ class _Run:
                 self._prepare()
                 self.sharding = Sharding(self.model, self.shard, row, chosen, self.attends)
         self._share(chosen, reason)
+
+    def _precision(self) -> tuple[torch.dtype, str]:
+        """The compute type with the reason: what was asked for, what a resumed run had, or what is fastest here."""
+        if self.dtype is not None:
+            return self.dtype, "as asked"
+        if self.resume and states.found(self.out / "state"):
+            kept = states.newest_plan(self.out / "state").get("dtype")
+            if kept is not None:
+                return getattr(torch, kept), f"{kept}: as before"
+        return choose_compute_dtype(self.processes.device)
 
     def _prepare(self) -> None:
         """Model and data; the first process goes through it alone, so that the others find its indexes and files."""
@@ -685,6 +695,7 @@ class _Run:
             "minutes": self.minutes,
             "seconds": self.seconds_before + time.perf_counter() - self.started,
             "threads": torch.get_num_threads(),
+            "dtype": str(self.engine.dtype).removeprefix("torch."),
             "recent": self.recent,
             "loss": total / weight if weight else None,
             "examples": self._examples(),
