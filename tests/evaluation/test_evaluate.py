@@ -156,9 +156,18 @@ def test_a_model_is_asked_only_for_what_it_can_do():
     class Reader(Knower):
         capabilities = frozenset({"caption", "embed"})
 
+    class Matcher(Knower):
+        capabilities = frozenset({"match"})
+
+        def match(self, picture, names):
+            return [0.9 if name in self.names[picture.tobytes()] else 0.1 for name in names]
+
     class Writer(Knower):
         capabilities = frozenset({"text"})
 
+    matched = score(Matcher())
+    assert matched["held_caption_at_1"] == 1 > matched["held_caption_at_1_blind"]
+    assert not [name for name in matched if "exact" in name or "retrieval" in name]
     assert not [name for name in score(Painter()) if "caption" in name]
     assert not [name for name in score(Reader()) if "retrieval" in name or "codec" in name]
     with pytest.raises(XFusionError, match="only do: text"):

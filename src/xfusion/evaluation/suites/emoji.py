@@ -54,8 +54,8 @@ def run(
     """Scores of one model.
 
     Args:
-        model: draws, captions or embeds; what it cannot do is left out of the result. One that only embeds names a held-out
-            picture by the nearest of the names.
+        model: draws, captions, embeds or matches; what it cannot do is left out of the result. One that only embeds names a
+            held-out picture by the nearest of the names, one that only matches by the likeliest.
         progress: see `evaluate`.
         source: the trained pictures, a `Source` or a spec such as "emoji:128".
         held: the held-out pictures, likewise; None takes the held-out split of the same spec, where it has one.
@@ -77,7 +77,7 @@ def run(
     Raises:
         XFusionError: the model neither draws nor names, an empty source, an encoder that is not installed.
     """
-    abilities = {"draw", "caption", "embed"} & set(model.capabilities)
+    abilities = {"draw", "caption", "embed", "match"} & set(model.capabilities)
     if not abilities:
         able = ", ".join(sorted(model.capabilities))
         raise XFusionError(f"this suite scores drawing and naming, but the model can only do: {able}")
@@ -113,7 +113,7 @@ def run(
         wordings = captions.accepted([source.examples[i] for i in scored], source.examples)
         metrics |= _answers("fit_caption", answers, wordings)
         settings["num_captioned"] = len(scored)
-    if abilities & {"caption", "embed"}:
+    if abilities & {"caption", "embed", "match"}:
         held = held_split(source) if held is None else held
         held = open_source(held, split="held") if isinstance(held, str) else held
         scored = chosen(held.examples, max_held, part) if held else []
@@ -164,7 +164,14 @@ class Subject:
         return answers
 
     def score_names(self, source: Source, indices: Sequence[int], names: list[str]) -> Tensor:
-        """Pointwise scores [pictures, names]; cosines where the model embeds and does not caption."""
+        """Pointwise scores [pictures, names]; of a model that does not caption cosines, or how probably a pair matches."""
+        if not {"caption", "embed"} & set(self.model.capabilities):
+            found = [
+                self.model.match(source.picture(i, self.size), names)
+                for part in self.parts(indices, "match names", 1)
+                for i in part
+            ]
+            return torch.tensor(found)
         if "caption" not in self.model.capabilities:
             near = self.model.embed(names).T.cpu()
             parts = self.parts(indices, "embed pictures")
