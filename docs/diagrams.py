@@ -6,6 +6,8 @@ import re
 from collections import Counter
 from html import escape
 
+from xfusion.fusion.beside import Beside
+from xfusion.fusion.conditioned import Conditioned
 from xfusion.model import Model
 
 WIDTH, LEFT, TOP, TALL = 760, 150, 92, 58
@@ -26,14 +28,19 @@ def diagram(title: str, model: Model) -> str:
     parts = [
         _text(16, 24, title, 15, bold=True),
         _text(16, 43, _kept(model), 11.5),
-        _text(LEFT, TOP - 14, _trained(len(blocks), layers), 11.5),
+        _text(LEFT, TOP - 14, _trained(model, len(blocks)), 11.5),
         _box(16, bottom + 8, 104, 26, WORDS, "words", "base's table"),
         _box(16, TOP + 18, 104, 26, MEDIA, "picture", _count(others["port"])),
     ]
+    apart = isinstance(
+        model.fusion, Conditioned
+    )  # its blocks stand in a row of their own, which the last layer's words enter
+    gap = (layers - 1) / len(blocks) if apart else 1.0
     for layer in range(layers):
         x = LEFT + layer * step
         parts.append(_rect(x, bottom + 4, step * 0.82, 34, FROZEN))
         if layer in blocks:
+            x = LEFT + layer * gap * step
             tall = 6 + (TALL - 6) * blocks[layer] / heaviest
             parts.append(_rect(x, bottom - tall, step * 0.82, tall, NEW))
     end = LEFT + layers * step
@@ -44,11 +51,20 @@ def diagram(title: str, model: Model) -> str:
     if others["connector"]:
         parts.append(_box(16, TOP - 14, 104, 26, NEW, "connector", _count(others["connector"])))
     parts += [_arrow(122, bottom + 21, LEFT - 6), _arrow(end + 1, bottom + 21, end + 12)]
-    parts.append(_arrow(122, TOP + 31, LEFT - 6))
+    beside = isinstance(model.fusion, Beside)
+    parts.append(_arrow(122, TOP + 31, end + 12 if beside else LEFT - 6))
+    if beside:  # what joins words and pictures stands behind both
+        parts.append(_path(f"M{end - step * 0.6:.1f} {bottom + 2}V{TOP + 31}"))
+        parts.append(_box(end + 14, TOP + 18, 104, 26, NEW, "reads both", _count(others["objective"])))
+    if apart:
+        last = LEFT + max(blocks) * gap * step + step * 0.82
+        y, back = bottom - 8, f"M{last + 7:.1f} {bottom - 12}L{last + 2:.1f} {bottom - 8}L{last + 7:.1f} {bottom - 4}"
+        parts.append(_path(f"M{end - step * 0.6:.1f} {bottom + 2}V{y}H{last + 2:.1f}{back}"))
+        parts.append(_arrow(last + 2, TOP + 31, end + 12))
     legend = [(FROZEN, "frozen")]
     if blocks:
-        legend.append((NEW, f"new in layers: {_count(sum(blocks.values()))}"))
-    if others["objective"]:
+        legend.append((NEW, f"new {'beside' if apart else 'in'} layers: {_count(sum(blocks.values()))}"))
+    if others["objective"] and not beside:
         legend.append((MEDIA, f"of objectives: {_count(others['objective'])}"))
     x = LEFT + 190.0
     for colour, name in legend:
@@ -60,7 +76,12 @@ def diagram(title: str, model: Model) -> str:
     )
 
 
-def _trained(count: int, layers: int) -> str:
+def _trained(model: Model, count: int) -> str:
+    layers = model.backbone.num_layers
+    if isinstance(model.fusion, Beside):
+        return "no layer is trained, and no picture passes one"
+    if isinstance(model.fusion, Conditioned):
+        return f"{count} blocks beside the base; they read its states of the words, no picture passes its layers"
     if not count:
         return "no layer is trained: pictures pass the frozen ones, as words do"
     return f"trained in {count} of {layers} layers"
@@ -117,6 +138,10 @@ def _text(x: float, y: float, content: str, size: float, *, bold: bool = False) 
     return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="#222"{weight}>{escape(content)}</text>'
 
 
+def _path(drawn: str) -> str:
+    return f'<path d="{drawn}" stroke="#555" stroke-width="1.4" fill="none"/>'
+
+
 def _arrow(start: float, y: float, end: float) -> str:
     head = f"M{end - 5:.1f} {y - 4}L{end:.1f} {y}L{end - 5:.1f} {y + 4}"
-    return f'<path d="M{start:.1f} {y}H{end:.1f}{head}" stroke="#555" stroke-width="1.4" fill="none"/>'
+    return _path(f"M{start:.1f} {y}H{end:.1f}{head}")

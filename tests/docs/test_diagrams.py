@@ -46,3 +46,9 @@ def test_a_drawing_names_its_numbers(base):
     assert "2.63 M weights trained, text stays bit-identical" in svg
     assert "no layer is trained" in svg and "picture out" not in svg
     assert all(parameter.device == torch.device("meta") for parameter in base.model.parameters())
+
+
+def test_what_stands_beside_the_base_is_not_drawn_into_its_layers(base):
+    lxmert, imagen = (diagrams.diagram(name, build(find(name)().model, base)) for name in ("lxmert", "imagen"))
+    assert "no picture passes one" in lxmert and "reads both" in lxmert and "of objectives" not in lxmert
+    assert "6 blocks beside the base" in imagen and "new beside layers" in imagen and "trained in" not in imagen
