@@ -945,6 +945,21 @@ def test_a_name_that_was_made_to_lead_here_is_refused(models, server):
     assert not own_names("0.0.0.0") and not own_names("gpu.lan") and "127.0.0.2" in own_names("127.0.0.2")
 
 
+def test_what_is_wrong_with_a_field_is_one_line_about_it(server):
+    pdf = {"type": "file", "file": {"filename": "a.pdf", "file_data": "data:application/pdf;base64,JVBERi0xLjc="}}
+    for path, body, param, message in (
+        ("chat/completions", {"messages": [{"role": "user", "content": [pdf]}]}, "messages.0.content.0",
+         "Input tag 'file' found using 'type' does not match any of the expected tags: 'text', 'image_url', 'input_audio'"),
+        ("chat/completions", {"messages": [{"role": "user", "content": 3}]}, "messages.0.content", "valid string"),
+        ("chat/completions", {"messages": say("a"), "stop": 3}, "stop", "valid string"),
+        ("chat/completions", {"messages": say("a"), "stop": ["a", 3]}, "stop.1", "valid string"),
+        ("images/generations", {"prompt": "a", "quality": "hd"}, "quality", "Input should be 'auto', not 'hd'"),
+        ("embeddings", {"input": ["a", 3]}, "input.1", "valid string"),
+    ):  # fmt: skip
+        status, answer = post(server, f"/v1/{path}", json.dumps(body))
+        assert status == 400 and shape(answer)["param"] == param and message in shape(answer)["message"], answer
+
+
 def asked(server, method, path):
     """Status, headers and body of an answer to a request without a body."""
     parts = urllib.parse.urlsplit(server.address)
@@ -963,7 +978,11 @@ def test_what_is_no_route_is_told_as_other_errors_are(server):
             status, headers, body = asked(server, method, path)
             error = shape(json.loads(body))
             assert (status, error["code"]) == (404, "unknown_url"), (method, path)
-            assert "\n" not in error["message"] and headers["Content-Type"] == "application/json"
+            assert (
+                "\n" not in error["message"]
+                and "/v1/chat/completions" in error["message"]
+                and headers["Content-Type"] == "application/json"
+            )
     for method, path, allowed in (
         ("GET", "/v1/chat/completions", "POST"),
         ("DELETE", "/v1/models", "GET"),

@@ -585,7 +585,8 @@ async def _no_route(request: Request, error: Exception) -> Response:
             )
         )
     if error.status_code == 404:
-        return _answer(Refused(404, f"there is no {path} here: docs/serving.md lists the routes", code="unknown_url"))
+        known = ", ".join(sorted({route.path for route in request.app.routes if "{" not in route.path}))
+        return _answer(Refused(404, f"there is no {path} here, only {known}", code="unknown_url"))
     return _answer(Refused(error.status_code, f"{request.method} {path}: {error.detail}", headers=error.headers))
 
 
