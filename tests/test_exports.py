@@ -193,7 +193,9 @@ def listener(base, folder, fusion=None, *, whisper=None, width=24, cells=5, seco
     return model
 
 
-@pytest.mark.parametrize("kind", ["random Whisper", "real Whisper", "low-rank deltas"])
+@pytest.mark.parametrize(
+    "kind", ["random Whisper", pytest.param("real Whisper", marks=pytest.mark.full), "low-rank deltas"]
+)
 @torch.no_grad()
 def test_pooled_frames_at_the_input_are_voxtral(bases, tmp_path, kind, request, monkeypatch):
     low_rank = kind == "low-rank deltas"
