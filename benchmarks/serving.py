@@ -2,11 +2,12 @@
 
     python benchmarks/serving.py
 
-The server runs in a process of its own with the shipped pack; clients are OpenAI's own, in threads on the same machine, so
-that both share its cores. Capacity is what the server holds at once: its queue and a batch. Each client asks for a drawing,
-for what a picture shows, or for words, as often as it is answered; refused (429), it asks again within 0.15 s. Answers are
-held against the single calls in Python. Writes benchmarks/results/serving.json, which `python docs/pages.py speed` puts into
-docs/serving.md.
+The server runs in a process of its own with the shipped pack and, on the same base, a dual encoder of the recipe `clip`, whose
+new weights are fresh: what they hold changes no time. Clients are OpenAI's own, in threads on the same machine, so that both
+share its cores. Capacity is what the server holds at once: its queue and a batch. Each client asks for a drawing, for what a
+picture shows, for words, or for vectors of a picture and its words, as often as it is answered; refused (429), it asks again
+within 0.15 s. Answers are held against the single calls in Python. Five minutes as it stands. Writes
+benchmarks/results/serving.json, which `python docs/pages.py speed` puts into docs/serving.md.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
@@ -29,6 +31,7 @@ from typing import Annotated, Any
 import numpy
 import openai
 import psutil
+import torch
 import tyro
 from PIL import Image
 
@@ -36,6 +39,7 @@ import xfusion
 from xfusion.apps.commands.base import short_name
 from xfusion.comparison.machine import origin
 from xfusion.data.sequence import Text
+from xfusion.recipes.base import find
 from xfusion.storage import write_json
 
 RESULT = Path(__file__).parent / "results" / "serving.json"
@@ -43,6 +47,9 @@ PROMPTS = ("a red heart", "a yellow star", "a green tree", "a blue car")
 QUESTION = "What is the capital of France?"
 LEVELS = 2
 """Levels of 255 that a picture may differ by from that of a single call."""
+ROUNDING = 1e-4
+"""What a number of a vector may differ by from that of a single call."""
+KINDS = ("draw", "look", "say", "embed")
 
 
 @dataclass(frozen=True)
@@ -51,10 +58,12 @@ class Settings:
 
     pack: str = "emoji"
     """A model that draws and captions."""
-    seconds: float = 120.0
-    """How long each load lasts."""
+    pairs: str = "clip"
+    """The recipe of the dual encoder."""
     loads: tuple[float, ...] = (0.0, 1.0, 4.0)
     """Clients in units of the capacity; 0 is one client."""
+    seconds: tuple[float, ...] = (45.0, 45.0, 120.0)
+    """How long each load lasts; one number is for all."""
     queue: int = 16
     """Answers that may wait."""
     batch: int = 8
@@ -70,7 +79,7 @@ class Settings:
 class Asked:
     """The requests and their right answers."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, folder: Path) -> None:
         self.settings, model = settings, xfusion.load(settings.pack)
         self.name, self.fingerprint = short_name(settings.pack), model.fingerprint
         pictures = [model.draw([p], seed=i, steps=settings.steps)[0] for i, p in enumerate(PROMPTS)]
@@ -80,6 +89,12 @@ class Asked:
             (self.answers["look", i],) = model.generate([picture], max_tokens=settings.tokens)
         chat = Text(ids=model.backbone.chat([{"role": "user", "content": QUESTION}]))
         (self.answers["say", 0],) = model.generate([chat], max_tokens=settings.tokens)
+        # A picture comes back from its PNG as it was, and so its vector is that of the picture.
+        pairs = xfusion.build(find(settings.pairs)().model, model.backbone).eval()
+        for i, (prompt, picture) in enumerate(zip(PROMPTS, pictures, strict=True)):
+            self.answers["embed", i] = pairs.embed([prompt, picture])
+        pairs.save_pretrained(folder)
+        self.pairs = short_name(str(folder))
 
     def ask(self, client: openai.OpenAI, kind: str, number: int) -> tuple[bool, float | None]:
         """One request: whether its answer is right, and the seconds until its first word."""
@@ -91,6 +106,10 @@ class Asked:
             file = io.BytesIO(base64.b64decode((drawn.data or [])[0].b64_json or ""))
             both = [numpy.asarray(picture).astype(int) for picture in (Image.open(file), wanted)]
             return int(numpy.abs(both[0] - both[1]).max()) <= LEVELS, None
+        if kind == "embed":
+            found = client.embeddings.create(model=self.pairs, input=[PROMPTS[number], self.urls[number]])
+            vectors = torch.tensor([item.embedding for item in found.data])
+            return vectors.shape == wanted.shape and bool(((vectors - wanted).abs() <= ROUNDING).all()), None
         block = {"type": "image_url", "image_url": {"url": self.urls[number]}}
         content: Any = QUESTION if kind == "say" else [block]
         words = ""
@@ -112,17 +131,17 @@ def _as_url(picture: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def load(asked: Asked, address: str, server: psutil.Process, clients: int) -> list[dict[str, Any]]:
+def load(asked: Asked, address: str, server: psutil.Process, clients: int, lasts: float) -> list[dict[str, Any]]:
     """A number of clients for a while: a row per kind of request."""
     seconds, firsts = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-    lock, end = threading.Lock(), time.monotonic() + asked.settings.seconds
+    lock, end = threading.Lock(), time.monotonic() + lasts
 
     def visit(number: int) -> None:
         rng = random.Random(number)
         with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=600) as client:
             while time.monotonic() < end:
-                kind = rng.choice(("draw", "look", "say"))
+                kind = rng.choice(KINDS)
                 which = rng.choice([one for one in asked.answers if one[0] == kind])
                 began, first = time.perf_counter(), None
                 try:
@@ -150,8 +169,8 @@ def load(asked: Asked, address: str, server: psutil.Process, clients: int) -> li
         time.sleep(0.5)
     rows: list[dict[str, Any]] = []
     third = max(1, len(memory) // 3)
-    for kind in ("draw", "look", "say"):
-        row: dict[str, Any] = {"clients": clients, "request": kind, "answers": len(seconds[kind])}
+    for kind in KINDS:
+        row: dict[str, Any] = {"clients": clients, "seconds": lasts, "request": kind, "answers": len(seconds[kind])}
         row |= {name: counts[kind][name] for name in ("wrong", "refused", "late", "failed")}
         if len(seconds[kind]) > 1:
             cuts = statistics.quantiles(seconds[kind], n=100, method="inclusive")
@@ -167,10 +186,34 @@ def load(asked: Asked, address: str, server: psutil.Process, clients: int) -> li
 
 def main(settings: Settings) -> None:
     """Serve, ask, write."""
-    begun_on, asked = origin("benchmarks"), Asked(settings)
-    command = [sys.executable, "-m", "xfusion.apps.cli", "serve", settings.pack, "--port", "0"]
+    if len(settings.loads) != len(settings.seconds):
+        raise SystemExit(
+            f"--loads has {len(settings.loads)} numbers and --seconds {len(settings.seconds)}: give as many"
+        )
+    begun_on = origin("benchmarks")
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = Path(folder) / settings.pairs
+        asked = Asked(settings, pairs)
+        rows = served(asked, pairs)
+    result = {
+        **begun_on,
+        "pack": settings.pack,
+        "fingerprint": asked.fingerprint,
+        "pairs": settings.pairs,
+        "queue": settings.queue,
+        "batch": settings.batch,
+        "steps": settings.steps,
+        "tokens": settings.tokens,
+        "rows": rows,
+    }
+    write_json(settings.out, result)
+
+
+def served(asked: Asked, pairs: Path) -> list[dict[str, Any]]:
+    """All loads on a server of both packs."""
+    settings, rows = asked.settings, list[dict[str, Any]]()
+    command = [sys.executable, "-m", "xfusion.apps.cli", "serve", settings.pack, str(pairs), "--port", "0"]
     command += ["--limits.queue", str(settings.queue), "--limits.batch", str(settings.batch)]
-    rows: list[dict[str, Any]] = []
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as server:
         try:
             assert server.stderr is not None
@@ -181,23 +224,13 @@ def main(settings: Settings) -> None:
             with openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=600) as client:
                 for which in asked.answers:  # what first calls prepare is no load's
                     asked.ask(client, *which)
-            capacity = settings.queue + settings.batch
-            for times in settings.loads:
-                rows += load(asked, address, psutil.Process(server.pid), max(1, round(times * capacity)))
+            capacity, process = settings.queue + settings.batch, psutil.Process(server.pid)
+            lasting = settings.seconds * (len(settings.loads) if len(settings.seconds) == 1 else 1)
+            for times, seconds in zip(settings.loads, lasting, strict=True):
+                rows += load(asked, address, process, max(1, round(times * capacity)), seconds)
         finally:
             server.terminate()
-    result = {
-        **begun_on,
-        "pack": settings.pack,
-        "fingerprint": asked.fingerprint,
-        "seconds": settings.seconds,
-        "queue": settings.queue,
-        "batch": settings.batch,
-        "steps": settings.steps,
-        "tokens": settings.tokens,
-        "rows": rows,
-    }
-    write_json(settings.out, result)
+    return rows
 
 
 if __name__ == "__main__":

@@ -554,10 +554,10 @@ def serving_part() -> list[str]:
     found = measured("serving")
     if found is None:
         return ["Not measured yet: `python benchmarks/serving.py` on an idle machine.", ""]
-    columns = ("clients", "request", "answers", "wrong", "refused", "late", "failed", "p50", "p95", "p99")
+    columns = ("clients", "seconds", "request", "answers", "wrong", "refused", "late", "failed", "p50", "p95", "p99")
     about = (
-        f"{found['seconds']:g} seconds of each load, `--limits.queue {found['queue']} --limits.batch {found['batch']}`,"
-        f" {found['steps']} steps per drawing, words of at most {found['tokens']} tokens; p50, p95 and p99 are seconds."
+        f"`--limits.queue {found['queue']} --limits.batch {found['batch']}`, {found['steps']} steps per drawing, words of at"
+        f" most {found['tokens']} tokens; p50, p95 and p99 are seconds."
     )
     return [*origin(found), about, "", *table(found["rows"], (*columns, "first_word_p50", "megabytes_last_third"))]
 

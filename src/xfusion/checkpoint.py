@@ -352,6 +352,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     """A pack's config of any format version that is known, unaltered."""
     config = read_json(folder / CONFIG)
     version = config.get("format_version")
+    if version is None and "model_type" in config:
+        raise XFusionError(
+            f"{folder} is a model of transformers, not a pack: it may be the base of one, xfusion train"
+            " --model.backbone.source"
+        )
     if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
         raise XFusionError(f"{folder}: the pack has format version {version}, this xfusion reads 1 to {FORMAT_VERSION}")
     if version > 1 and not {SEAL, "weights_sha256"} <= set(config):

@@ -2,27 +2,34 @@
 
     [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What is this?"}]}]
 
-The base tokenizer's own chat template lays the turns out; pictures stand in it where their blocks stood. Words alone are
+A sound is a block too, ``{"type": "audio", "audio": "said.wav"}``. The base tokenizer's own chat template lays the turns out;
+pictures and sounds stand in it where their blocks stood. Words alone are
 then, token for token, what the base is asked. `xfusion.generation.conversation` is the other layout, without roles: how a
 picture and a question stood in the training of a pack that saw no conversations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import base64
+import binascii
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
+import numpy
+import torch
 from PIL import Image as PILImage
+from torch import Tensor
 
-from xfusion.data import pictures
-from xfusion.data.sequence import Image, Text, XFusionError
+from xfusion.data import pictures, sounds
+from xfusion.data.sequence import Audio, Image, Sound, Text, XFusionError
 from xfusion.generation import Message, Segment
 from xfusion.model import Model
 
 MARK = "\ue000"
-"""Where a picture stands in the text of a template: a private-use character, which no words may hold."""
+"""Where a picture or a sound stands in the text of a template: a private-use character, which no words may hold."""
+ADDRESSES = ("http://", "https://")
 Blocks = list[dict[str, Any]]
 
 
@@ -33,41 +40,46 @@ class Processor:
         self.model = model
 
     def messages(self, conversation: Seq[Mapping[str, Any]]) -> list[Message]:
-        """Turns as `Model.answer` takes them: words and opened pictures in the place of blocks.
+        """Turns as `Model.answer` takes them: words, opened pictures and sounds in the place of blocks.
 
         Args:
-            conversation: ``role``, and ``content``: words, or blocks ``{"type": "text", "text"}`` and ``{"type": "image",
-                "image"}``, the latter a picture or its file. ``{"type": "image"}`` alone is a picture to draw.
+            conversation: ``role``, and ``content``: words, or blocks ``{"type": "text", "text"}``, ``{"type": "image",
+                "image"}`` and ``{"type": "audio", "audio"}``. A picture is one of Pillow's, a sound a `Sound`, or floats
+                ``[n]`` from -1 to 1 at the rate that the model hears, as transformers' processors take them; either may be a
+                file or a data URL, and then the key may be ``path`` or ``url`` too. ``{"type": "image"}`` and ``{"type":
+                "audio"}`` alone are a picture to draw and a sound to make.
 
         Raises:
-            XFusionError: a block of another kind, or a picture that cannot be read.
+            XFusionError: a block of another kind, or a picture or a sound that cannot be read.
         """
         out: list[Message] = []
         for turn in conversation:
             content = turn["content"]
             blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            out.append({"role": turn["role"], "content": [_segment(block) for block in blocks]})
+            out.append({"role": turn["role"], "content": [self._segment(block) for block in blocks]})
         return out
 
     def __call__(self, conversation: Seq[Mapping[str, Any]]) -> list[Segment]:
         """A conversation as segments for `Model.generate`, in the base tokenizer's own chat template.
 
-        A picture to draw must stand in the last turn; it opens the answer, behind the template's own opening of it.
+        A picture to draw or a sound to make must stand in the last turn; it opens the answer, behind the template's own
+        opening of it.
 
         Raises:
-            XFusionError: see `messages`; or the template refuses the roles, or a picture to draw stands elsewhere.
+            XFusionError: see `messages`; or the template refuses the roles, or what is to be made stands elsewhere.
         """
         turns = self.messages(conversation)
         seen: list[Any] = []
-        drawn: list[Any] = []
+        made: list[Any] = []
         words: list[dict[str, str]] = []
         for number, turn in enumerate(turns):
             text = ""
             for segment in turn["content"]:
-                if isinstance(segment, Image):
+                if isinstance(segment, (Image, Audio)):
                     if number < len(turns) - 1:
-                        raise XFusionError("a picture to draw stands in the last turn alone: give the others as drawn")
-                    drawn.append(segment)
+                        what = "picture to draw" if isinstance(segment, Image) else "sound to make"
+                        raise XFusionError(f"a {what} stands in the last turn alone: give the others as they were made")
+                    made.append(segment)
                 elif isinstance(segment, str):
                     if MARK in segment:
                         raise XFusionError(
@@ -81,7 +93,7 @@ class Processor:
         parts = self.model.backbone.chat_text(words).split(MARK)
         if len(parts) != len(seen) + 1:
             raise XFusionError(
-                f"the chat template of {self.model.backbone.source} drops or repeats turns with pictures"
+                f"the chat template of {self.model.backbone.source} drops or repeats turns with pictures or sounds"
             )
         out: list[Segment] = []
         for number, part in enumerate(parts):
@@ -89,27 +101,62 @@ class Processor:
                 out.append(Text(ids=self.model.backbone.read_chat(part)))
             if number < len(seen):
                 out.append(seen[number])
-        return [*out, *drawn]
+        return [*out, *made]
 
-    def blocks(self, answer: Seq[str | PILImage.Image]) -> Blocks:
-        """Generated segments as blocks."""
-        return [
-            {"type": "text", "text": segment} if isinstance(segment, str) else {"type": "image", "image": segment}
-            for segment in answer
-        ]
+    def blocks(self, answer: Seq[str | PILImage.Image | Tensor]) -> Blocks:
+        """Generated segments as blocks; of a sound that was made the codec's frames, ``{"type": "audio", "frames"}``."""
+        out: Blocks = []
+        for segment in answer:
+            kind = "text" if isinstance(segment, str) else "image" if isinstance(segment, PILImage.Image) else "audio"
+            out.append({"type": kind, "frames" if kind == "audio" else kind: segment})
+        return out
 
     def reply(self, conversation: Seq[Mapping[str, Any]], **settings: Any) -> dict[str, Any]:
         """The assistant's next turn, to be put behind the conversation; settings are `Model.generate`'s."""
         return {"role": "assistant", "content": self.blocks(self.model.generate(self(conversation), **settings))}
 
+    def _segment(self, block: Mapping[str, Any]) -> Any:
+        kind = block.get("type")
+        if kind == "text" and isinstance(block.get("text"), str):
+            return block["text"]
+        if kind == "image":
+            shown = _given(block, "image")
+            if shown is None:
+                return Image(size=block.get("size"))
+            return (
+                shown if isinstance(shown, PILImage.Image) else _read(shown, "picture", pictures.read, pictures.decode)
+            )
+        if kind == "audio":
+            if "frames" in block:
+                raise XFusionError(
+                    "a sound that was made is frames of a codec, of which nothing makes one to be heard: leave it out"
+                )
+            heard = _given(block, "audio")
+            if heard is None:
+                return Audio(seconds=block.get("seconds"))
+            if isinstance(heard, (numpy.ndarray, Tensor)):
+                return Sound(samples=torch.as_tensor(heard), rate=self.model.audio.codec.rate)
+            return heard if isinstance(heard, Sound) else _read(heard, "sound", sounds.read_sound, sounds.decode)
+        raise XFusionError(f"a block of type {kind!r} is not one of text (with words), image and audio")
 
-def _segment(block: Mapping[str, Any]) -> Any:
-    kind = block.get("type")
-    if kind == "text" and isinstance(block.get("text"), str):
-        return block["text"]
-    if kind == "image":
-        picture = block.get("image")
-        if picture is None:
-            return Image(size=block.get("size"))
-        return picture if isinstance(picture, PILImage.Image) else pictures.read(Path(picture))
-    raise XFusionError(f"a block of type {kind!r} is not one of text (with words) and image")
+
+def _given(block: Mapping[str, Any], key: str) -> Any:
+    """What a block shows, under any of the names that transformers has for it."""
+    return next((block[name] for name in (key, "path", "url") if block.get(name) is not None), None)
+
+
+def _read(given: Any, what: str, read: Callable[[Path], Any], decode: Callable[[bytes, str], Any]) -> Any:
+    """A file or a data URL, opened."""
+    if not isinstance(given, (str, Path)):
+        raise XFusionError(
+            f"a {what} is given as {type(given).__name__}: give its file, a data URL, or the {what} itself"
+        )
+    text = str(given)
+    if text.startswith(ADDRESSES):
+        raise XFusionError(f"the {what} {text[:100]} is an address, and none is fetched: give a file or a data URL")
+    if not text.startswith("data:"):
+        return read(Path(given))
+    try:
+        return decode(base64.b64decode(text.partition(",")[2], validate=True), f"the data URL of a {what}")
+    except binascii.Error as error:
+        raise XFusionError(f"the data URL of a {what} is not base64: {error}") from error

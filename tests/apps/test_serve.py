@@ -938,11 +938,63 @@ def test_a_name_that_was_made_to_lead_here_is_refused(models, server):
             "",
             "a:b:c",
         ):
-            for path in ("/v1/models", "/health"):
+            for path in ("/v1/models", "/health", "/", "/v1/nothing", "/v1/chat/completions", "/health/"):
                 status, answer = as_called(guarded, name, path)
-                assert status == 403 and shape(answer)["code"] == "unknown_host", name
+                assert status == 403 and shape(answer)["code"] == "unknown_host", (name, path)
     assert as_called(server, "evil.example")[0] == 200  # whoever makes the application may take every name
     assert not own_names("0.0.0.0") and not own_names("gpu.lan") and "127.0.0.2" in own_names("127.0.0.2")
+
+
+def test_what_is_wrong_with_a_field_is_one_line_about_it(server):
+    pdf = {"type": "file", "file": {"filename": "a.pdf", "file_data": "data:application/pdf;base64,JVBERi0xLjc="}}
+    for path, body, param, message in (
+        ("chat/completions", {"messages": [{"role": "user", "content": [pdf]}]}, "messages.0.content.0",
+         "Input tag 'file' found using 'type' does not match any of the expected tags: 'text', 'image_url', 'input_audio'"),
+        ("chat/completions", {"messages": [{"role": "user", "content": 3}]}, "messages.0.content", "valid string"),
+        ("chat/completions", {"messages": say("a"), "stop": 3}, "stop", "valid string"),
+        ("chat/completions", {"messages": say("a"), "stop": ["a", 3]}, "stop.1", "valid string"),
+        ("images/generations", {"prompt": "a", "quality": "hd"}, "quality", "Input should be 'auto', not 'hd'"),
+        ("embeddings", {"input": ["a", 3]}, "input.1", "valid string"),
+    ):  # fmt: skip
+        status, answer = post(server, f"/v1/{path}", json.dumps(body))
+        assert status == 400 and shape(answer)["param"] == param and message in shape(answer)["message"], answer
+
+
+def asked(server, method, path):
+    """Status, headers and body of an answer to a request without a body."""
+    parts = urllib.parse.urlsplit(server.address)
+    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=30)
+    try:
+        connection.request(method, path)
+        answer = connection.getresponse()
+        return answer.status, answer.headers, answer.read()
+    finally:
+        connection.close()
+
+
+def test_what_is_no_route_is_told_as_other_errors_are(server):
+    for method in ("GET", "POST", "PUT", "OPTIONS"):
+        for path in ("/", "/v1", "/v1/audio/speech", "/health/", "/docs", "/v1//models", "/v1/%2e%2e/x"):
+            status, headers, body = asked(server, method, path)
+            error = shape(json.loads(body))
+            assert (status, error["code"]) == (404, "unknown_url"), (method, path)
+            assert (
+                "\n" not in error["message"]
+                and "/v1/chat/completions" in error["message"]
+                and headers["Content-Type"] == "application/json"
+            )
+    for method, path, allowed in (
+        ("GET", "/v1/chat/completions", "POST"),
+        ("DELETE", "/v1/models", "GET"),
+        ("POST", "/health", "GET"),
+        ("PATCH", "/v1/images/edits", "POST"),
+        ("OPTIONS", "/v1/embeddings", "POST"),
+    ):
+        status, headers, body = asked(server, method, path)
+        error = shape(json.loads(body))
+        assert (status, error["code"], headers["Allow"]) == (405, "method_not_allowed", allowed), (method, path)
+        assert error["message"] == f"{path} takes {allowed}, not {method}"
+    assert asked(server, "HEAD", "/nothing")[0] == 404 and asked(server, "HEAD", "/health")[0] == 405
 
 
 @pytest.mark.parametrize(

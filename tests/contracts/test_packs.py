@@ -113,6 +113,11 @@ def test_another_base_is_refused_with_both(pack, bases, tmp_path):
         assert value in str(error.value)
 
 
+def test_a_model_of_transformers_is_told_from_a_pack(tmp_path):
+    with pytest.raises(XFusionError, match=r"base is a model of transformers, not a pack: it may be the base of one"):
+        xfusion.load(make_base("llama", tmp_path / "base"))
+
+
 def test_one_changed_bit_of_the_base_is_another_base(pack, bases, tmp_path):
     _, folder = pack
     changed = Backbone.load(bases["llama"].source)

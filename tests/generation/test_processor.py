@@ -1,11 +1,15 @@
 """Typed blocks in and out, in the base tokenizer's own chat template."""
 
+import base64
+
+import numpy
 import pytest
+import soundfile
 import torch
-from contracts.table import Noise, make_model
+from contracts.table import SOUND_RATE, Noise, hearing_model, make_model
 
 import xfusion
-from xfusion.data.sequence import Image, Text, XFusionError
+from xfusion.data.sequence import Audio, Image, Sound, Text, XFusionError
 
 TEMPLATE = "{% for m in messages %}<|begin|>{{ m.role }} {{ m.content }}<|end|>{% endfor %}<|begin|>assistant "
 
@@ -59,11 +63,66 @@ def test_pictures_stand_where_their_blocks_stood(model, tmp_path):
     )
 
 
+@pytest.fixture
+def hearing(bases, monkeypatch):
+    made = hearing_model(bases["llama"], makes=True)
+    monkeypatch.setattr(made.backbone.tokenizer, "chat_template", TEMPLATE)
+    return made
+
+
+def test_sounds_stand_where_their_blocks_stood(hearing, tmp_path):
+    processor, file = xfusion.Processor(hearing), tmp_path / "a.wav"
+    samples = numpy.round(numpy.random.default_rng(1).uniform(-0.9, 0.9, 28) * 32767).astype("float32") / 32768
+    soundfile.write(file, samples, SOUND_RATE, subtype="PCM_16")
+    url = "data:audio/wav;base64," + base64.b64encode(file.read_bytes()).decode()
+    sound = Sound(samples=torch.from_numpy(samples), rate=SOUND_RATE)
+    answers = set()
+    # A sound, its file and a data URL, under transformers' names for them; samples alone are at the rate that the model hears.
+    for block in ({"audio": sound}, {"audio": file}, {"path": str(file)}, {"url": url}, {"audio": samples}):
+        asked = [{"role": "user", "content": [text("hear "), {"type": "audio", **block}, text("what?")]}]
+        first, heard, last = processor(asked)
+        read = hearing.backbone.tokenizer
+        assert first.ids == tuple(read("<|begin|>user hear ", add_special_tokens=False)["input_ids"])
+        assert last.ids == tuple(read("what?<|end|><|begin|>assistant ", add_special_tokens=False)["input_ids"])
+        assert torch.equal(heard.samples, sound.samples) and heard.rate == SOUND_RATE
+        (answer,) = processor.reply(asked, max_tokens=4)["content"]
+        answers.add(answer["text"])
+    assert answers == {hearing.generate([first, sound, last], max_tokens=4)[0]}
+    # A sound to make; what comes out is frames.
+    wanted = [{"role": "user", "content": [text("two birds"), {"type": "audio", "seconds": 0.015}]}]
+    assert processor(wanted)[-1] == Audio(seconds=0.015)
+    reply = processor.reply(wanted, steps=2)
+    (made,) = reply["content"]
+    assert made["type"] == "audio" and torch.equal(made["frames"], hearing.generate(processor(wanted), steps=2)[0])
+    with pytest.raises(XFusionError, match="a sound that was made is frames"):
+        processor([*wanted[:0], reply])
+
+
+@pytest.mark.parametrize(("block", "message"), [
+    ({"audio": "none.wav"}, "none.wav: no such file"),
+    ({"url": "https://example.org/a.wav"}, "the sound https://example.org/a.wav is an address, and none is fetched"),
+    ({"audio": "data:audio/wav;base64,%%"}, "the data URL of a sound is not base64"),
+    ({"audio": "data:audio/wav;base64,AAAA"}, "the data URL of a sound is not a sound"),
+    ({"audio": 7}, "a sound is given as int: give its file, a data URL, or the sound itself"),
+    ({"audio": numpy.zeros((2, 9), "float32")}, "a sound is a row of floats at a rate"),
+])  # fmt: skip
+def test_what_is_no_sound_is_refused(hearing, block, message):
+    with pytest.raises(XFusionError, match=message):
+        xfusion.Processor(hearing)([{"role": "user", "content": [{"type": "audio", **block}]}])
+
+
+def test_samples_alone_need_a_model_that_hears(model):
+    block = {"type": "audio", "audio": numpy.zeros(9, "float32")}
+    with pytest.raises(XFusionError, match="this model knows pictures, not sounds"):
+        xfusion.Processor(model)([{"role": "user", "content": [block]}])
+
+
 @pytest.mark.parametrize(("conversation", "message"), [
     ([{"role": "user", "content": [{"type": "video"}]}], "a block of type 'video'"),
     ([{"role": "user", "content": [{"type": "text"}]}], "a block of type 'text'"),
     ([{"role": "user", "content": "a \ue000"}], r"turn 1 hold the private character"),
     ([{"role": "user", "content": [{"type": "image"}]}, {"role": "user", "content": "b"}], "in the last turn alone"),
+    ([{"role": "user", "content": [{"type": "audio"}]}, {"role": "user", "content": "b"}], "a sound to make stands in"),
     ([{"role": "user", "content": [{"type": "image", "image": "none.png"}]}], "no such file"),
 ])  # fmt: skip
 def test_what_is_no_conversation_is_refused(model, conversation, message):

@@ -63,7 +63,7 @@ def create(
         hosts: whose pictures are fetched; with none, pictures come as data URLs alone.
         names: by which the server may be called, in lower case; with none, by any.
     """
-    server = _Server(models, limits, keys, hosts, names)
+    server = _Server(models, limits, keys, hosts)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -73,8 +73,10 @@ def create(
         server.readers.shutdown(wait=False, cancel_futures=True)
         await anyio.to_thread.run_sync(server.batches.close, limits.grace)
 
-    app = FastAPI(title="xfusion", openapi_url=None, lifespan=lifespan, dependencies=[Depends(server.called)])
+    # A path with a slash too many is one that is not there: nobody is led to an address that the request made up.
+    app = FastAPI(title="xfusion", openapi_url=None, lifespan=lifespan, redirect_slashes=False)
     app.state.server = app.state.stops = server
+    app.add_middleware(_Named, names=names)
     app.add_middleware(_Counted, server=server)
     allowed = [Depends(server.authorised)]
     app.add_api_route("/health", server.health, methods=["GET"])
@@ -101,9 +103,8 @@ class _Server:
         limits: Limits,
         keys: frozenset[str],
         hosts: frozenset[str],
-        names: frozenset[str],
     ):
-        self.models, self.limits, self.hosts, self.names = dict(models), limits, hosts, names
+        self.models, self.limits, self.hosts = dict(models), limits, hosts
         self.keys = [_digest(key) for key in keys]
         self.facts = {
             name: {"pack_fingerprint": model.fingerprint, "base_fingerprint": model.backbone.fingerprint}
@@ -149,16 +150,6 @@ class _Server:
         self.ended.set()
 
     # -- routes without a model
-
-    async def called(self, request: Request) -> None:
-        """Refuse a request that calls this server by a name that is not its own."""
-        name = called(request.scope)
-        if self.names and name not in self.names:
-            raise Refused(
-                403,
-                f"this server is not called {name[:100]!r}: xfusion serve --allowed-names takes names that it may be called by",
-                code="unknown_host",
-            )
 
     async def authorised(self, request: Request) -> None:
         """Refuse a request without one of the keys, comparing all of them in constant time."""
@@ -556,6 +547,22 @@ class _Counted:
             self.server.seconds.labels(route).observe(time.perf_counter() - began)
 
 
+class _Named:
+    """Refuses whatever calls this server by a name that is not its own, before it is asked which paths there are."""
+
+    def __init__(self, app: ASGIApp, names: frozenset[str]):
+        self.app, self.names = app, names
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self.names and (name := called(scope)) not in self.names:
+            message = (
+                f"this server is not called {name[:100]!r}: xfusion serve --allowed-names takes names that it may have"
+            )
+            await _answer(Refused(403, message, code="unknown_host"))(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+
 # ------------------------------------------------------------------------------------------------------------ errors
 
 
@@ -570,8 +577,17 @@ async def _refused(_: Request, error: Exception) -> Response:
 
 async def _no_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path[:200]}: {error.detail}"
-    return _answer(Refused(error.status_code, message, headers=error.headers))
+    path, allowed = request.url.path[:200], (error.headers or {}).get("Allow")
+    if error.status_code == 405 and allowed:
+        return _answer(
+            Refused(
+                405, f"{path} takes {allowed}, not {request.method}", code="method_not_allowed", headers=error.headers
+            )
+        )
+    if error.status_code == 404:
+        known = ", ".join(sorted({route.path for route in request.app.routes if "{" not in route.path}))
+        return _answer(Refused(404, f"there is no {path} here, only {known}", code="unknown_url"))
+    return _answer(Refused(error.status_code, f"{request.method} {path}: {error.detail}", headers=error.headers))
 
 
 async def _left(_: Request, error: Exception) -> Response:

@@ -216,11 +216,18 @@ def parse(kind: type[Kind], body: bytes | Mapping[str, Any]) -> Kind:
     try:
         return kind.model_validate_json(body) if isinstance(body, bytes) else kind.model_validate(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    param = ".".join(map(str, first["loc"])) or None
+        # Of a field that may be one of several kinds, that of the kind which it comes nearest to: the deepest.
+        first = max(error.errors(include_url=False, include_context=False), key=lambda found: len(found["loc"]))
+    param = ".".join(str(part) for part in first["loc"] if not _is_kind(part)) or None
     if first["type"] == "extra_forbidden":
         raise Refused(400, f"{param} is not a parameter of this server", param=param, code="unknown_parameter")
-    raise Refused(400, f"{param}: {first['msg']}" if param else first["msg"], param=param)
+    given = f", not {str(first['input'])[:50]!r}" if first["type"] == "literal_error" else ""
+    raise Refused(400, f"{param}: {first['msg']}{given}" if param else first["msg"], param=param)
+
+
+def _is_kind(part: str | int) -> bool:
+    """Whether a part of an error's place is none that was sent, but the kind that was tried."""
+    return isinstance(part, str) and (part in ("str", "int") or not part.isidentifier())
 
 
 def within(value: float, most: float, name: str) -> None:

@@ -1,0 +1,94 @@
+"""The decoder inside an exported class: the frozen one, low-rank deltas merged where there are any.
+
+The rows that open and close a medium become tokens of their own, ``<begin_of_media>`` and ``<end_of_media>``, around the class's
+placeholder: three rows more in the table of embeddings, which no word uses.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xfusion.exports.base import not_exact
+from xfusion.fusion.base import Fusion, by_path
+from xfusion.fusion.lora import Adapter, Lora
+from xfusion.model import Model
+
+BEGIN, END = "<begin_of_media>", "<end_of_media>"
+
+
+def mechanism(model: Model) -> Fusion:
+    """The fusion, without the low-rank deltas beside it: they are merged."""
+    return model.fusion.inner if isinstance(model.fusion, Lora) else model.fusion
+
+
+def num_words(model: Model) -> int:
+    """Rows of the base's table: the numbers of ``<begin_of_media>``, the placeholder and ``<end_of_media>`` follow."""
+    return len(model.backbone.model.get_input_embeddings().weight)
+
+
+def text_config(model: Model) -> Any:
+    """The base's configuration, with three words more.
+
+    Raises:
+        XFusionError: the base has what no class around a decoder has.
+    """
+    if model.backbone.model.get_output_embeddings().bias is not None:
+        raise not_exact(model, "transformers", "its base has a bias at the head, which no class around a decoder has")
+    config = copy.deepcopy(model.backbone.config)
+    config.vocab_size = num_words(model) + 3
+    return config
+
+
+@torch.no_grad()
+def filled(made: Any, model: Model) -> Any:
+    """A class around a decoder, with the weights of decoder and head; the three tokens are never said."""
+    base, port = model.backbone, model.port
+    table: Tensor = base.model.get_input_embeddings().weight
+    # A merged matrix is rounded in a narrow dtype, and then it is another one.
+    made = made.to(torch.float32 if isinstance(model.fusion, Lora) else base.dtype).eval()
+    state = dict(base.decoder.state_dict())
+    name = next(k for k, v in state.items() if v.shape == table.shape and v.data_ptr() == table.data_ptr())
+    rows = torch.stack([port.begin, torch.zeros_like(port.begin), port.end])
+    made.model.language_model.load_state_dict(state | merged(model) | {name: torch.cat([table, rows.to(table)])})
+    made.lm_head.weight[: len(table)] = base.model.get_output_embeddings().weight
+    made.generation_config = copy.deepcopy(base.model.generation_config)
+    made.generation_config.suppress_tokens = [len(table) + number for number in range(3)]
+    return made
+
+
+@torch.no_grad()
+def merged(model: Model) -> dict[str, Tensor]:
+    """Matrices with their deltas, by their names in the decoder; none where there are no deltas."""
+    if not isinstance(model.fusion, Lora):
+        return {}
+    base, out = model.backbone, {}
+    for index, block in model.fusion.blocks.items():
+        assert isinstance(block, nn.ModuleDict)
+        for path, adapter in by_path(block).items():
+            assert isinstance(adapter, Adapter)
+            frozen: Any = base.layers[int(index)].get_submodule(path)
+            delta = adapter.layer.get_delta_weight("default")
+            delta = delta if isinstance(frozen, nn.Linear) else delta.T  # GPT-2's matrices lie the other way
+            out[f"{base.layers_key}.{index}.{path}.weight"] = frozen.weight.float() + delta
+    return out
+
+
+def save(made: Any, model: Model, folder: Path, placeholder: str) -> None:
+    """The model, and the base's tokenizer with the three tokens at the rows behind its table, which may be the longer one.
+
+    Raises:
+        XFusionError: the tokenizer knows more words than the table has rows.
+    """
+    words, tokenizer = num_words(model), copy.deepcopy(model.backbone.tokenizer)
+    tokenizer.add_tokens([f"<unused_{number}>" for number in range(words - len(tokenizer))], special_tokens=True)
+    tokenizer.add_tokens([BEGIN, placeholder, END], special_tokens=True)
+    if len(tokenizer) != words + 3:
+        reason = f"the tokenizer of its base knows {len(tokenizer) - 3} words, and the table has {words}"
+        raise not_exact(model, "transformers", reason)
+    made.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,102 @@
+"""A vision transformer's features at the input of the decoder, behind one matrix or two, as LlavaForConditionalGeneration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from xfusion.exports.base import not_exact
+from xfusion.exports.transformers.decoder import BEGIN, END, filled, mechanism, num_words, save, text_config
+from xfusion.fusion.connectors.linear import Linear
+from xfusion.fusion.connectors.mlp import MLP
+from xfusion.fusion.prefix import Prefix
+from xfusion.modalities.codecs.features import Features
+from xfusion.modalities.encoders.vision_transformer import VisionTransformer
+from xfusion.modalities.image import ImageModality
+from xfusion.model import Model
+
+PLACEHOLDER = "<image>"
+
+
+def is_like(model: Model) -> bool:
+    """Whether LLaVA is the class to compare with."""
+    return (
+        isinstance(mechanism(model), Prefix)
+        and isinstance(model.port, (Linear, MLP))
+        and isinstance(model.modality, ImageModality)
+    )
+
+
+@torch.no_grad()
+def export(model: Model, folder: Path) -> list[str]:
+    """Write a model that ``LlavaForConditionalGeneration.from_pretrained(folder)`` loads, with its tokenizer."""
+    port, codec, image = model.port, model.image.codec, model.image
+    if not isinstance(codec, Features) or not isinstance(codec.encoder, VisionTransformer):
+        reason = "its encoder is not a vision transformer of transformers, which LlavaForConditionalGeneration needs"
+        raise not_exact(model, "transformers", reason)
+    if (
+        image.patch != 1
+        or image.patch_width != 1
+        or image.config.order != "causal"
+        or image.config.position != "running"
+    ):
+        raise not_exact(model, "transformers", "LLaVA has a token per feature, in causal order, at running positions")
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    encoder, words = codec.encoder, num_words(model)
+    cells = encoder.cells**2
+    images = torch.zeros(1, 3, encoder.side, encoder.side)
+    states = encoder.model(pixel_values=images, output_hidden_states=True).hidden_states[-1].shape[1]
+    if states not in (cells, cells + 1):
+        raise not_exact(
+            model, "transformers", f"its encoder has {states - cells} tokens besides its patches, LLaVA 0 or 1"
+        )
+    text = text_config(model)
+    if text.tie_word_embeddings and not hasattr(model.backbone.decoder, "embed_tokens"):
+        decoder = type(model.backbone.decoder).__name__
+        raise not_exact(model, "transformers", f"LLaVA ties its head to embed_tokens, which {decoder} does not have")
+    config = LlavaConfig(
+        vision_config=encoder.model.config,
+        text_config=text,
+        image_token_index=words + 1,
+        image_seq_length=cells,
+        projector_hidden_act="gelu" if isinstance(port, MLP) else "linear",
+        vision_feature_layer=encoder.config.layer,
+        vision_feature_select_strategy="full" if states == cells else "default",
+        tie_word_embeddings=bool(text.tie_word_embeddings),
+    )
+    made = filled(LlavaForConditionalGeneration(config), model)
+    made.model.vision_tower.load_state_dict(encoder.model.state_dict())
+    projector = made.model.multi_modal_projector
+    if isinstance(port, MLP):
+        projector.linear_1.load_state_dict(port.into.state_dict())
+        projector.linear_2.load_state_dict(port.out.state_dict())
+    else:
+        _one_matrix(projector, port)
+    save(made, model, folder, PLACEHOLDER)
+    steps = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": encoder.side},
+        "do_center_crop": True,
+        "crop_size": {"height": encoder.side, "width": encoder.side},
+        "image_mean": encoder.mean.flatten().tolist(),
+        "image_std": encoder.std.flatten().tolist(),
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(steps, indent=2) + "\n", encoding="utf-8")
+    return [
+        f"a picture is written {BEGIN}{cells} times {PLACEHOLDER}{END}; logits of the {words} words are this pack's"
+    ]
+
+
+def _one_matrix(projector: Any, port: nn.Module) -> None:
+    """LLaVA's first version: one matrix, and the identity behind it."""
+    (matrix,) = (module for module in port.modules() if isinstance(module, nn.Linear))
+    projector.linear_1.weight.copy_(matrix.weight)
+    projector.linear_1.bias.zero_() if matrix.bias is None else projector.linear_1.bias.copy_(matrix.bias)
+    nn.init.eye_(projector.linear_2.weight)
+    projector.linear_2.bias.zero_()
