@@ -291,9 +291,13 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(loop, "time", clock)
-    monkeypatch.setattr(progress, "time", clock)
+    return told_by(Clock(), monkeypatch)
+
+
+def told_by(clock, monkeypatch):
+    """A clock that runs go by."""
+    for module in (loop, progress):
+        monkeypatch.setattr(module, "time", clock)
     return clock
 
 
@@ -317,8 +321,7 @@ def test_a_budget_is_planned_once_steps_get_no_faster(bases, tmp_path, monkeypat
             if event["event"] == "step":
                 self.now += 1.0 if event["step"] < 30 else 0.1
 
-    clock = Filling()
-    monkeypatch.setattr(loop, "time", clock)
+    clock = told_by(Filling(), monkeypatch)
     train(bases["llama"], tmp_path, minutes=70.05 / 60, listener=clock)
     (plan,) = log(tmp_path, "plan")
     assert plan["step"] == 70 and plan["seconds_per_step"] == pytest.approx(0.1)
