@@ -291,6 +291,18 @@ def test_a_bug_is_not_hidden(run, monkeypatch):
         run("list")
 
 
+def test_what_another_process_tells_is_not_told_twice(run, monkeypatch, small):
+    def refuse(*_, **__):
+        error = xfusion.XFusionError("there is a run already")
+        error.told_elsewhere = True
+        raise error
+
+    monkeypatch.setattr("xfusion.recipes.base.train", refuse)
+    monkeypatch.setattr(cli, "TELLING", 0.0)
+    ran = run("train", "xfusion", *small)
+    assert (ran.code, ran.out, ran.err) == (2, "", "")
+
+
 @pytest.mark.parametrize("code", [130, 143])
 def test_ctrl_c_and_sigterm_say_how_to_resume(run, monkeypatch, small, code):
     def stop(*_, **__):

@@ -139,6 +139,14 @@ def test_a_process_that_is_killed_is_told_of_by_the_others(runs, request):
     assert said.startswith("process 0 of 2 lost another at step 4") and said.endswith("again with --resume")
 
 
+@pytest.mark.parametrize(("runs", "name"), [("ran", "of_2"), ("some_divided", "all_2")])
+def test_what_is_refused_before_the_first_step_is_told_once(runs, name, request):
+    folder = request.getfixturevalue(runs)
+    said = [(folder / f"{name}.{rank}.said").read_text() for rank in (0, 1)]
+    refused = f"{folder / name} already holds a run: pass --resume to go on, or name another folder"
+    assert said == [f"False {refused}", f"True {refused}"]
+
+
 def test_the_first_process_speaks_and_shows_the_memory_of_all(ran):
     said = (ran / "of_4.0.txt").read_text()
     assert "processes 4, each with all weights, and each with its share of every step" in said

@@ -14,6 +14,7 @@ import os
 import re
 import shlex
 import sys
+import time
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
@@ -38,6 +39,8 @@ from xfusion.apps.commands.show import List, Show
 from xfusion.apps.commands.training import Train, TrainOpening
 from xfusion.apps.commands.web import Web
 
+TELLING = 10.0
+"""Seconds that another process of a run has to tell what is wrong: torchrun stops it, too, as soon as this one has ended."""
 VERBS: dict[str, type[Verb]] = {
     "demo": Demo,
     "train": Train,
@@ -79,6 +82,9 @@ def main(argv: list[str] | None = None) -> int:
     except (UsageError, OSError, ValueError) as error:
         if not _is_expected(error):
             raise
+        if getattr(error, "told_elsewhere", False):
+            time.sleep(TELLING)
+            return 2
         print(f"xfusion: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 

@@ -363,10 +363,16 @@ class _Run:
         )
 
     def _diverged(self, what: str, number: int) -> XFusionError:
-        return XFusionError(
+        return self._of_all(
             f"{what}: training stopped; the last checkpoint in {self.out / 'state'} is intact, try a lower"
             f" --stages.{number}.rate than {self.recipe.stages[number].rate}"
         )
+
+    def _of_all(self, message: str) -> XFusionError:
+        """An error that all processes raise together, and the first one tells."""
+        error = XFusionError(message)
+        error.told_elsewhere = not self.processes.first
+        return error
 
     def _batches(self, step: int) -> list[Batch]:
         """What a step reads; nothing behind the last one."""
@@ -387,13 +393,12 @@ class _Run:
             return self.left_out.read(make, step, self.ahead, self.processes, self.track)
         except TooManyUnreadable as error:
             if not step:
-                raise
+                raise self._of_all(str(error)) from error
             self.saved_step = None  # what the state of this step says may be there without them
             self.save(error.broken)
             self.processes.meet()  # or a launcher that sees one process end would end the one that writes
-            raise XFusionError(
-                f"{error}; training stopped behind step {step}, its state is written: go on with --resume"
-            ) from error
+            stopped = f"{error}; training stopped behind step {step}, its state is written: go on with --resume"
+            raise self._of_all(stopped) from error
 
     def _losses(
         self, batch: Batch, generator: torch.Generator
