@@ -139,7 +139,7 @@ def test_a_process_that_is_killed_is_told_of_by_the_others(runs, request):
     assert said.startswith("process 0 of 2 lost another at step 4") and said.endswith("again with --resume")
 
 
-@pytest.mark.parametrize(("runs", "name"), [("ran", "of_2"), ("some_divided", "all_2")])
+@pytest.mark.parametrize(("runs", "name"), [("ran", "of_2_twice"), ("some_divided", "all_2_twice")])
 def test_what_is_refused_before_the_first_step_is_told_once(runs, name, request):
     folder = request.getfixturevalue(runs)
     said = [(folder / f"{name}.{rank}.said").read_text() for rank in (0, 1)]
