@@ -291,7 +291,7 @@ def test_a_bug_is_not_hidden(run, monkeypatch):
         run("list")
 
 
-def test_what_another_process_tells_is_not_told_twice(run, monkeypatch, small):
+def test_what_another_process_tells_is_not_told_twice(monkeypatch, small, capsys):
     def refuse(*_, **__):
         error = xfusion.XFusionError("there is a run already")
         error.told_elsewhere = True
@@ -299,8 +299,8 @@ def test_what_another_process_tells_is_not_told_twice(run, monkeypatch, small):
 
     monkeypatch.setattr("xfusion.recipes.base.train", refuse)
     monkeypatch.setattr(cli, "TELLING", 0.0)
-    ran = run("train", "xfusion", *small)
-    assert (ran.code, ran.out, ran.err) == (2, "", "")
+    assert cli.main(["train", "xfusion", *small]) == 2
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("code", [130, 143])
