@@ -30,9 +30,7 @@ from xfusion.objectives.base import Objective, Output
 from xfusion.objectives.flow_matching import FlowMatching
 from xfusion.objectives.next_token import NextToken
 from xfusion.opening import Opening
-
-TEXT_STATES_BYTES = 1 << 30
-"""Bytes of frozen states of texts that are kept."""
+from xfusion.text_states import KnownStates, at_layers, behind_norm, placed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,19 +76,6 @@ class ModelConfig:
     def regime(self) -> str:
         """What of the base is trained, one of `xfusion.fusion.base.REGIMES`; known before anything is loaded."""
         return self.fusion.build().regime
-
-
-class KnownStates(OrderedDict[tuple[int, ...], Tensor]):
-    """Frozen states of texts by their tokens, at most `TEXT_STATES_BYTES` of them: the oldest go first."""
-
-    num_bytes: int = 0
-
-    def __setitem__(self, ids: tuple[int, ...], states: Tensor) -> None:
-        known = self.pop(ids, None)
-        self.num_bytes += states.nbytes - (0 if known is None else known.nbytes)
-        super().__setitem__(ids, states)
-        while self.num_bytes > TEXT_STATES_BYTES and len(self) > 1:
-            self.num_bytes -= self.popitem(last=False)[1].nbytes
 
 
 @dataclass(kw_only=True)
@@ -595,37 +580,15 @@ class Model(nn.Module):
 
     # -- frozen text states
 
-    @torch.no_grad()
     def text_states(self, ids: tuple[int, ...]) -> Tensor:
-        """Input states ``[layers, n, D]`` of a text at the layers that the fusion reads, by the frozen tower alone.
+        """Input states ``[layers, n, D]`` of a text at the layers that the fusion reads, by the frozen tower alone."""
+        engine, layers = self._engine, self.fusion.state_layers
+        return engine.text_states.of(ids, lambda: at_layers(engine.backbone, layers, ids))
 
-        Always computed alone, in the shape of the text itself, so that an entry's bits never depend on the batch that
-        asked and a resumed run rebuilds the same ones.
-        """
-        known = self._engine.text_states
-        states = known.get(ids)
-        if states is None:
-            wanted, kept = set(self.fusion.state_layers), []
-
-            def act(index: int, frozen: nn.Module, x: Tensor, call: dict[str, Any]) -> Tensor:
-                if index in wanted:
-                    kept.append(x[0])
-                return frozen(x, **call) if index < max(wanted) else x
-
-            decoder = self._engine.backbone.shadow_decoder(act)
-            decoder(input_ids=torch.tensor([ids], device=self.device), use_cache=False)
-            states = torch.stack(kept)
-            known[ids] = states
-        return states
-
-    @torch.no_grad()
     def _final_states(self, ids: tuple[int, ...]) -> Tensor:
-        """States ``[1, n, D]`` of a text behind the last norm, by the frozen tower alone, as `text_states`."""
-        known = self._engine.final_states
-        if ids not in known:
-            asked = torch.tensor([ids], device=self.device)
-            known[ids] = self._engine.backbone.decoder(input_ids=asked, use_cache=False).last_hidden_state
-        return known[ids]
+        """States ``[1, n, D]`` of a text behind the last norm, by the frozen tower alone."""
+        engine = self._engine
+        return engine.final_states.of(ids, lambda: behind_norm(engine.backbone, ids))
 
     def text_bytes(self, tokens: float, dtype: torch.dtype) -> int:
         """Bytes that the kept states of a text of so many tokens take in a precision."""
@@ -639,17 +602,7 @@ class Model(nn.Module):
     def _looked_up(self, batch: Batch, states: Callable[[tuple[int, ...]], Tensor], layers: int) -> Tensor:
         """States ``[layers, n, D]`` of each text of a batch, at its place: ``[B, layers, n, D]``, zeros at padding."""
         shape = (batch.text.order.shape[0], layers, batch.text.count, self.backbone.hidden_size)
-        out = torch.zeros(shape, dtype=self._engine.dtype, device=self.device)
-        samples, ids = batch.text.sample.tolist(), batch.text_ids.tolist()
-        for row, (owners, tokens) in enumerate(zip(samples, ids, strict=True)):
-            start = 0
-            while start < len(owners) and owners[start] >= 0:
-                stop = start
-                while stop < len(owners) and owners[stop] == owners[start]:
-                    stop += 1
-                out[row, :, start:stop] = states(tuple(tokens[start:stop]))
-                start = stop
-        return out
+        return placed(batch, states, torch.zeros(shape, dtype=self._engine.dtype, device=self.device))
 
     # -- text
 

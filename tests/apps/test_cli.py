@@ -291,6 +291,18 @@ def test_a_bug_is_not_hidden(run, monkeypatch):
         run("list")
 
 
+def test_what_another_process_tells_is_not_told_twice(monkeypatch, small, capsys):
+    def refuse(*_, **__):
+        error = xfusion.XFusionError("there is a run already")
+        error.told_elsewhere = True
+        raise error
+
+    monkeypatch.setattr("xfusion.recipes.base.train", refuse)
+    monkeypatch.setattr(cli, "TELLING", 0.0)
+    assert cli.main(["train", "xfusion", *small]) == 2
+    assert capsys.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("code", [130, 143])
 def test_ctrl_c_and_sigterm_say_how_to_resume(run, monkeypatch, small, code):
     def stop(*_, **__):
@@ -301,6 +313,16 @@ def test_ctrl_c_and_sigterm_say_how_to_resume(run, monkeypatch, small, code):
     assert ran.code == code
     assert ran.err.startswith("xfusion: training stopped at step 3; go on with: xfusion train xfusion")
     assert "'my run' --resume" in ran.err and ran.err.count("\n") == 1
+    # Under torchrun the first process alone says so, and what it says starts as many again.
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    said = "; go on with: torchrun --standalone --nproc-per-node 4 -m xfusion.apps.cli train xfusion"
+    assert said in run("train", "xfusion", *small, "-o", "my run").err
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert "torchrun ... --nproc-per-node 2 -m" in run("train", "xfusion", *small, "-o", "my run").err
+    monkeypatch.setenv("RANK", "1")
+    ran = run("train", "xfusion", *small, "-o", "my run")
+    assert (ran.code, ran.err) == (code, "")
 
 
 # ---------------------------------------------------------------------------------------------------------- generate

@@ -221,7 +221,7 @@ def test_text_states_are_forgotten_oldest_first(bases, monkeypatch):
     model = make_model(bases["llama"])
     token = model.text_bytes(1, torch.float32)
     assert model.text_states((5,)).nbytes == token
-    monkeypatch.setattr("xfusion.model.TEXT_STATES_BYTES", 3 * token)
+    monkeypatch.setattr("xfusion.text_states.TEXT_STATES_BYTES", 3 * token)
     for ids in ((6, 7), (5,), (8,)):
         model.text_states(ids)
     assert list(model.engine.text_states) == [(6, 7), (8,)] and model.engine.text_states.num_bytes == 3 * token

@@ -9,16 +9,18 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import torch
 from PIL import Image
 from pyarrow import parquet
 
 from xfusion.data import shards
 from xfusion.data.kept import Kept
-from xfusion.data.mixture import Mixture, MixtureConfig
+from xfusion.data.mixture import Mixture, MixtureConfig, order_of
 from xfusion.data.order import Order
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import check, open_source
@@ -226,7 +228,7 @@ def test_columns_are_named_where_none_fits(tmp_path):
 
 
 def test_row_groups_are_shuffled_a_few_at_a_time(tmp_path):
-    """Each epoch holds every picture once; at most GROUPS_TOGETHER groups are open, and orders differ."""
+    """Each epoch holds every picture once; GROUPS_TOGETHER groups are open, side by side, and orders differ."""
     source = open_source(write_parquet(tmp_path / "a.parquet", range(60), group=3))
     assert source.blocks == tuple(range(n, n + 3) for n in range(0, 60, 3))
     order = Order(source, 0)
@@ -242,8 +244,9 @@ def test_row_groups_are_shuffled_a_few_at_a_time(tmp_path):
 
 @pytest.fixture
 def groups_read(monkeypatch):
-    """Row groups that were read, in order; none is in memory at first."""
+    """Row groups that were read, in order; none is in memory at first, and few stay."""
     read, real = [], shards._row_group.make
+    monkeypatch.setattr(shards._row_group, "most", 4)
     shards._row_group.clear()
     monkeypatch.setattr(shards._row_group, "make", lambda *key: read.append(key) or real(*key))
     return read
@@ -281,7 +284,7 @@ def test_threads_that_want_one_row_group_read_it_once(tmp_path, groups_read):
         assert len(groups_read) == 2
         assert found == [source.picture(index, 8).tobytes() for index in range(4)]
         list(pool.map(lambda index: source.picture(index, 8), range(60)))
-    assert len(groups_read) == 20 and len(shards._row_group._known) == shards._row_group.most == 10
+    assert len(groups_read) == 20 and len(shards._row_group._known) == shards._row_group.most == 4
 
 
 def test_what_cannot_be_read_is_tried_again_and_told_to_all_who_wait():
@@ -303,27 +306,83 @@ def test_what_cannot_be_read_is_tried_again_and_told_to_all_who_wait():
     assert one("a") == "a" and one("b") == "b" and one("c") == "c" and len(one._known) == 2
 
 
-def test_a_process_decodes_the_pictures_of_its_own_rows_and_reads_their_row_groups_alone(tmp_path, groups_read):
-    """Of four processes; of a step all read every picture once between them."""
-    source = open_source(write_parquet(tmp_path / "a.parquet", range(240), group=3))
-    decoded: list[set[int]] = []
-    groups: list[set[int]] = []
-    for rank in range(4):
+def mixture(source, rank=0, count=1, **settings):
+    """The batches of one of several processes: two epochs of 240 pictures in 15 steps, one to draw and one to caption."""
+    image = ImageModality.Config(patch=4, sizes=(8,)).build()
+    config = MixtureConfig(**{"draw": 16, "caption": 16, "pack": 2, **settings})
+
+    def share(rows):
+        return None if count == 1 else slice(rows * rank // count, rows * (rank + 1) // count)
+
+    return Mixture(source, image, (8,), lambda text: tuple(map(ord, text)), (1,), 2, config, 0, share, decoders=1)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_process_reads_its_share_of_the_row_groups_and_decodes_the_pictures_of_its_own_rows(
+    tmp_path, groups_read, count, monkeypatch
+):
+    """Twenty row groups; all processes read each of them once for either task between them."""
+    monkeypatch.setattr("xfusion.data.mixture.TOKENS_KEPT", 1)  # no picture is still known from the other task
+    source = open_source(write_parquet(tmp_path / "a.parquet", range(240), group=12))
+    decoded, read, look = [], [], source.picture
+    source.picture = lambda index, size: decoded.append(index) or look(index, size)
+    for rank in range(count):
         shards._row_group.clear()
         groups_read.clear()
-        image = ImageModality.Config(patch=4, sizes=(8,)).build()
-        settings = ((8,), lambda text: tuple(map(ord, text)), (1,), 2, MixtureConfig(draw=16, caption=8, pack=2), 0)
-        made = Mixture(
-            source, image, *settings, share=lambda rows, rank=rank: slice(rows * rank // 4, rows * (rank + 1) // 4)
-        )
-        made.batches(0)
-        decoded.append({index for index, _ in made._tokens})
-        groups.append({group for _, group, _ in groups_read})
-        assert groups[-1] == {source.places[index].group for index in decoded[-1]}
-    wanted = {*Order(source, 0).take("draw", 0, 16), *Order(source, 0).take("caption", 0, 8)}
-    assert set.union(*decoded) == wanted and max(map(len, decoded)) <= 6 < len(wanted)
-    # A step's pictures come from few groups, shuffled: so nearly every process needs nearly every one of them.
-    assert sum(map(len, groups)) > len(set.union(*groups))
+        made = mixture(source, rank, count)
+        assert shards._row_group.most == (4, 6, 12)[2 // count]
+        for step in range(15):
+            made.batches(step)
+        read.append(len(groups_read))
+    # Its share of both epochs, and nothing twice; fewer where one task finds a group that the other has just read.
+    assert max(read) <= 40 // count and sum(read) > 20
+    assert set(decoded) == set(range(240)) and 470 < len(decoded) <= 480
+
+
+def test_batches_do_not_depend_on_the_number_of_processes(tmp_path):
+    """Each process's own rows are those of the whole batch, pictures and words."""
+    source = open_source(write_parquet(tmp_path / "a.parquet", range(240), group=12))
+    whole = mixture(source).batches(7)
+    for rank in range(4):
+        own = mixture(source, rank, 4).batches(7)
+        for one, other in zip(whole, own, strict=True):
+            rows = torch.arange(len(one.text_ids))[len(one.text_ids) * rank // 4 : len(one.text_ids) * (rank + 1) // 4]
+            assert torch.equal(one.text_ids, other.text_ids)
+            mine, theirs = (batch.index(rows).media["image"].tokens for batch in (one, other))
+            assert torch.equal(mine, theirs) and bool(mine.abs().sum())
+
+
+@pytest.mark.parametrize(
+    "settings", [{"draw": 6, "caption": 10}, {"draw": 3, "caption": 0}, {"draw": 50, "caption": 6}]
+)
+def test_an_epoch_holds_every_picture_once_however_rows_are_dealt_to_lanes(tmp_path, settings):
+    source = open_source(write_parquet(tmp_path / "a.parquet", range(61), group=7))
+    order = order_of(source, MixtureConfig(pack=2, **settings), 0)
+    for task in ("draw", "caption"):
+        taken = list(order.take(task, 0, 183))
+        assert [sorted(taken[start : start + 61]) for start in (0, 61, 122)] == [list(range(61))] * 3
+        again = order_of(source, MixtureConfig(pack=2, **settings), 0)
+        assert list(again.take(task, 150, 20)) == taken[150:170] and list(again.take(task, 20, 20)) == taken[20:40]
+
+
+def test_sources_of_a_mixture_go_through_epochs_of_their_own_lane_by_lane(tmp_path, groups_read):
+    """Two files in row groups and a folder: exact shares, exact epochs, and a process reads its own lanes' groups."""
+    one = write_parquet(tmp_path / "one.parquet", range(48), group=4)
+    two = write_parquet(tmp_path / "two.parquet", range(48, 144), group=4)
+    three = write_folder(tmp_path / "three", range(144, 151))
+    source = open_source(f"{one}+{two}:weight=2+{three}")
+    order = order_of(source, MixtureConfig(draw=16, caption=0, pack=2), 0)
+    taken = list(order.take("draw", 0, 16 * 40))
+    for part, (start, end) in enumerate(pairwise(source.starts)):
+        own = [i for i in taken if start <= i < end]
+        assert len(own) == 16 * 40 * (1, 2, 1)[part] // 4
+        for epoch in range(len(own) // (end - start)):
+            assert sorted(own[epoch * (end - start) : (epoch + 1) * (end - start)]) == list(range(start, end))
+    assert list(order_of(source, MixtureConfig(draw=16, caption=0, pack=2), 0).take("draw", 333, 9)) == taken[333:342]
+    # The quarter of each step that a fourth process reads comes from its own groups.
+    quarters = [[taken[step * 16 + place] for step in range(12) for place in range(4 * q, 4 * q + 4)] for q in range(4)]
+    groups = [{source.part(i)[0].places[source.part(i)[1]].group for i in some if i < 48} for some in quarters]
+    assert sum(map(len, groups)) <= 12 + 3 and set.union(*groups) == set(range(12))
 
 
 def test_a_mixture_gives_each_source_its_exact_share(tmp_path):
@@ -333,10 +392,10 @@ def test_a_mixture_gives_each_source_its_exact_share(tmp_path):
     assert source.weights == (4, 1) and len(source) == 12
     assert [e.id for e in source.examples][4:6] == ["0/004.png", "1/two.parquet:0"]
     order = Order(source, 0)
-    first = list(order.take("draw", 0, 650))
-    for start in range(0, 650, 65):
-        assert Counter(i >= 5 for i in first[start : start + 65]) == {False: 52, True: 13}
-    assert [sorted(i for i in first if i < 5)[k * 104] for k in range(5)] == [0, 1, 2, 3, 4]  # 520 = 5 x 104
+    first = list(order.take("draw", 0, 800))
+    for start in range(0, 800, 80):  # a stretch of twenty in each of four lanes
+        assert Counter(i >= 5 for i in first[start : start + 80]) == {False: 64, True: 16}
+    assert Counter(i for i in first if i < 5) == dict.fromkeys(range(5), 128)
     assert list(Order(source, 0).take("draw", 333, 40)) == first[333:373]
     assert list(Order(source, 1).take("draw", 0, 40)) != first[:40]
     pictures = [source.picture(i, 8).tobytes() for i in (4, 5)]

@@ -195,6 +195,14 @@ def run_lost(folder: Path, name: str, shard: str) -> None:
         (folder / f"{name}.said").write_text(str(error))
 
 
+def run_twice(folder: Path, name: str, shard: str) -> None:
+    """A folder that holds a run is refused by the first process, and the second says nothing else."""
+    try:
+        run(folder, name, shard=shard)
+    except XFusionError as error:
+        (folder / f"{name}.{os.environ['RANK']}.said").write_text(f"{error.told_elsewhere} {error}")
+
+
 def whole(folder: Path) -> None:
     """Every process holds all weights."""
     make_base("llama", folder / "base")
@@ -209,6 +217,8 @@ def whole(folder: Path) -> None:
         name, extra = f"pairs_{count}", (Contrastive.Config(width=16),)
         together(count, lambda count=count, name=name, extra=extra: run(folder, name, extra=extra, **pairs))
     together(2, lambda: run(folder, "again_2", again=True))
+    shutil.copytree(folder / "of_2", folder / "of_2_twice")
+    together(2, lambda: run_twice(folder, "of_2_twice", "none"))
     together(2, lambda: run_late(folder, "late_2"))
     together(2, lambda: run_lost(folder, "lost_2", "none"), dies=1)
     together(2, lambda: run_told(folder, "told_2"))
@@ -226,6 +236,8 @@ def some_divided(folder: Path) -> None:
     make_base("llama", folder / "base")
     together(1, lambda: run(folder, "of_1"))
     together(2, lambda: run_told(folder, "all_2", 2, shard="all"))
+    shutil.copytree(folder / "all_2", folder / "all_2_twice")
+    together(2, lambda: run_twice(folder, "all_2_twice", "all"))
     together(2, lambda: run_lost(folder, "lost_2", "all"), dies=1)
     shutil.copytree(folder / "all_2", folder / "all_2_on_1")
     together(1, lambda: run(folder, "all_2_on_1", resume=True))

@@ -22,7 +22,7 @@ from xfusion.data.sequence import XFusionError
 from xfusion.data.templates import Templates
 from xfusion.model import Model, choose_compute_dtype
 from xfusion.objectives.flow_matching import FlowMatching
-from xfusion.training import loop, pace, states
+from xfusion.training import loop, pace, progress, setup, states
 from xfusion.training.loop import Interrupted
 from xfusion.training.optimizer import Optimizer
 from xfusion.training.stages import Stage
@@ -116,8 +116,8 @@ def test_a_resumed_run_reads_the_next_batches(bases, tmp_path, monkeypatch):
 
 def test_a_run_that_died_goes_on_from_its_last_checkpoint(straight, bases, tmp_path, monkeypatch):
     """Steps after the checkpoint are done again, and the log holds each step once."""
-    saves, save = [], loop._Run.save
-    monkeypatch.setattr(loop._Run, "save", lambda self: saves.append(self.step) or (self.step <= 4 and save(self)))
+    save = loop._Run.save
+    monkeypatch.setattr(loop._Run, "save", lambda self: self.progress.step <= 4 and save(self))
     with pytest.raises(RuntimeError, match="power cut"):
         train(bases["llama"], tmp_path, checkpoint_every=0, listener=StopAt(8, RuntimeError("power cut")))
     assert [e["step"] for e in log(tmp_path)] == list(range(9))
@@ -291,8 +291,13 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(loop, "time", clock)
+    return told_by(Clock(), monkeypatch)
+
+
+def told_by(clock, monkeypatch):
+    """A clock that runs go by."""
+    for module in (loop, progress):
+        monkeypatch.setattr(module, "time", clock)
     return clock
 
 
@@ -316,8 +321,7 @@ def test_a_budget_is_planned_once_steps_get_no_faster(bases, tmp_path, monkeypat
             if event["event"] == "step":
                 self.now += 1.0 if event["step"] < 30 else 0.1
 
-    clock = Filling()
-    monkeypatch.setattr(loop, "time", clock)
+    clock = told_by(Filling(), monkeypatch)
     train(bases["llama"], tmp_path, minutes=70.05 / 60, listener=clock)
     (plan,) = log(tmp_path, "plan")
     assert plan["step"] == 70 and plan["seconds_per_step"] == pytest.approx(0.1)
@@ -621,7 +625,7 @@ def test_other_failures_of_the_largest_step_are_not_called_memory(bases, tmp_pat
 def test_prompts_that_would_not_come_back_in_time_are_computed_in_each_step(bases, tmp_path, monkeypatch):
     train(bases["llama"], tmp_path / "kept", steps=3)
     said = io.StringIO()
-    monkeypatch.setattr(loop, "TEXT_STATES_BYTES", 0)
+    monkeypatch.setattr(setup, "TEXT_STATES_BYTES", 0)
     monkeypatch.setattr(Model, "text_states", lambda *_: pytest.fail("kept"))
     train(bases["llama"], tmp_path / "computed", steps=3, console=Console(file=said, width=200))
     assert "computed in each step instead of kept" in said.getvalue()

@@ -2,9 +2,12 @@
 
 import json
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -134,6 +137,14 @@ def test_a_wall_clock_budget_is_planned_behind_one_step_whatever_the_clocks_say(
 def test_a_process_that_is_killed_is_told_of_by_the_others(runs, request):
     said = (request.getfixturevalue(runs) / "lost_2.said").read_text()
     assert said.startswith("process 0 of 2 lost another at step 4") and said.endswith("again with --resume")
+
+
+@pytest.mark.parametrize(("runs", "name"), [("ran", "of_2_twice"), ("some_divided", "all_2_twice")])
+def test_what_is_refused_before_the_first_step_is_told_once(runs, name, request):
+    folder = request.getfixturevalue(runs)
+    said = [(folder / f"{name}.{rank}.said").read_text() for rank in (0, 1)]
+    refused = f"{folder / name} already holds a run: pass --resume to go on, or name another folder"
+    assert said == [f"False {refused}", f"True {refused}"]
 
 
 def test_the_first_process_speaks_and_shows_the_memory_of_all(ran):
@@ -305,6 +316,40 @@ def test_torchrun_runs_the_command_line(tmp_path):
         assert json.loads(done.stdout)["steps"] == 3  # one answer, whatever the number of processes
         logs.append(told(out))
     assert furthest(*logs) < 0.02  # compute is bfloat16 where the machine has it
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_torchrun_itself_writes_the_state_and_what_is_said_goes_on(tmp_path, number):
+    """It hands the signal to its processes, waits, and ends with 1 whatever they end with."""
+    make_base("llama", tmp_path / "base")
+    out = tmp_path / "run"
+    options = "--data emoji:12 --steps 40 --preview-every 0 --device cpu --json --stages.0.mixture.draw 4 --no-compile"
+    options += " --stages.0.mixture.caption 4 --model.fusion.stride 1 --model.fusion.mlp None"
+    options += f" --model.backbone.source {tmp_path / 'base'} -o {out}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "xfusion.apps.cli", "train", "xfusion", *options.split()]
+    launcher = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    until = time.monotonic() + 120
+    while not (out / "log.jsonl").is_file() or len(told(out)) < 3:
+        assert time.monotonic() < until and launcher.poll() is None
+        time.sleep(0.1)
+    launcher.send_signal(number)
+    _, said = launcher.communicate(timeout=60)
+    assert launcher.returncode == 1
+    plan, steps = states.newest_plan(out / "state"), [e["step"] for e in told(out)]
+    assert steps == list(range(plan["step"])) and 3 <= plan["step"] < 40 and (out / "pack" / "config.json").is_file()
+    (line,) = (line for line in said.splitlines() if line.startswith("xfusion: "))
+    stopped, _, again = line.partition("; go on with: ")
+    assert stopped == f"xfusion: training stopped at step {plan['step']}"
+    name, *arguments = shlex.split(again)
+    assert name == "torchrun"
+    command = [sys.executable, "-m", "torch.distributed.run", *arguments]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert not done.returncode, done.stderr[-3000:]
+    assert [e["step"] for e in told(out)] == list(range(40))
 
 
 # ------------------------------------------------------------------------------------------------------------- alone

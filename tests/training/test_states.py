@@ -17,7 +17,7 @@ from training.runs import StopAt, log, pack_of, plan_of, recipe, same, state_of,
 import xfusion
 from xfusion import checkpoint
 from xfusion.data.sequence import XFusionError
-from xfusion.training import loop, optimizer, states
+from xfusion.training import loop, optimizer, progress, states
 from xfusion.training.stopping import Interrupted, stopping
 
 resource = pytest.importorskip("resource")
@@ -121,7 +121,7 @@ def test_a_run_keeps_what_it_says(bases, tmp_path):
     losses, recent = [], []
     for event in log(tmp_path):
         losses.append(sum(o.weight * event["losses"][o.name] for o in objectives(base)))
-        shares = [loop.REMEMBERED**back for back in range(len(losses))]
+        shares = [progress.REMEMBERED**back for back in range(len(losses))]
         recent.append(sum(s * x for s, x in zip(shares, reversed(losses), strict=True)) / sum(shares))
     for step in kept:
         assert states.read_plan(tmp_path / "state" / f"step_{step:08d}")["loss"] == pytest.approx(recent[step - 1])

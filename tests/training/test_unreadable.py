@@ -12,8 +12,7 @@ from training.test_processes import TOLERANCE, furthest, several
 from training.test_processes import told as told_in
 
 from xfusion.data import shards as readers
-from xfusion.data.mixture import MixtureConfig
-from xfusion.data.order import Order
+from xfusion.data.mixture import MixtureConfig, order_of
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import open_source
 from xfusion.training.loop import Interrupted
@@ -30,9 +29,12 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XFUSION_CACHE", str(tmp_path / "cache"))
 
 
+MIXTURE = MixtureConfig(draw=4, caption=4, pack=2)
+
+
 def first_read_at(source, step, *, draw=4, caption=4):
     """An example that no earlier step reads, nor the trial of the widest step."""
-    order = Order(source, 0)
+    order = order_of(source, MIXTURE, 0)
     before = {*order.take("draw", 0, step * draw), *order.take("caption", 0, step * caption)}
     widest = {max(range(len(source)), key=lambda i: (len(c(source, i)), i, c(source, i))) for c in (first, longest)}
     return next(i for i in order.take("draw", step * draw, draw) if i not in before | widest)
@@ -61,7 +63,7 @@ def shards(folder, kind):
 
 
 def run(base, out, path, *, steps=STEPS, **settings):
-    chosen = recipe(base, steps=steps, mixture=MixtureConfig(draw=4, caption=4, pack=2))
+    chosen = recipe(base, steps=steps, mixture=MIXTURE)
     return train(base, out, recipe_=chosen, source=None, data=str(path), **settings)
 
 
@@ -157,7 +159,7 @@ def test_data_that_changed_while_a_run_stood_still_is_said(bases, tmp_path, capl
 def test_two_processes_leave_out_the_same_and_stop_together(tmp_path_factory, tmp_path):
     """The picture is in the rows of the second one alone: both put another into its place."""
     path, source = shards(tmp_path, "parquet")
-    order = Order(source, 0)
+    order = order_of(source, MixtureConfig(draw=6, caption=4, pack=2), 0)
     before = {*order.take("draw", 0, 6 * FOUND), *order.take("caption", 0, 4 * FOUND + 4), COUNT - 1}
     index = next(i for i in list(order.take("draw", 6 * FOUND, 6))[3:] if i not in before)
 

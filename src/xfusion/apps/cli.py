@@ -14,6 +14,7 @@ import os
 import re
 import shlex
 import sys
+import time
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
@@ -38,6 +39,8 @@ from xfusion.apps.commands.show import List, Show
 from xfusion.apps.commands.training import Train, TrainOpening
 from xfusion.apps.commands.web import Web
 
+TELLING = 10.0
+"""Seconds that another process of a run has to tell what is wrong: torchrun stops it, too, as soon as this one has ended."""
 VERBS: dict[str, type[Verb]] = {
     "demo": Demo,
     "train": Train,
@@ -79,6 +82,9 @@ def main(argv: list[str] | None = None) -> int:
     except (UsageError, OSError, ValueError) as error:
         if not _is_expected(error):
             raise
+        if getattr(error, "told_elsewhere", False):
+            time.sleep(TELLING)
+            return 2
         print(f"xfusion: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
@@ -123,10 +129,21 @@ def _is_expected(error: Exception) -> bool:
 def _stopped(stop: KeyboardInterrupt, argv: list[str]) -> int:
     if str(stop):  # training wrote its checkpoint
         again = argv if "--resume" in argv else [*argv, "--resume"]
-        print(f"xfusion: {str(stop).split(';')[0]}; go on with: xfusion {shlex.join(again)}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
+            print(f"xfusion: {str(stop).split(';')[0]}; go on with: {_launched()} {shlex.join(again)}", file=sys.stderr)
     else:
         print("xfusion: stopped", file=sys.stderr)
     return getattr(stop.__cause__ or stop, "code", 130)
+
+
+def _launched() -> str:
+    """How this command line was started: by itself, or by torchrun as several processes."""
+    here, count = (os.environ.get(name, "1") for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    if count == "1":
+        return "xfusion"
+    if here != count:  # several machines: how they find each other is known to who started them
+        return f"torchrun ... --nproc-per-node {here} -m xfusion.apps.cli"
+    return f"torchrun --standalone --nproc-per-node {count} -m xfusion.apps.cli"
 
 
 # ----------------------------------------------------------------------------------------------------------- reading

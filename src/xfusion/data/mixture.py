@@ -17,9 +17,10 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from xfusion.data import shards
 from xfusion.data.latents import tokens
 from xfusion.data.mixed import Mixed
-from xfusion.data.order import Order
+from xfusion.data.order import Lanes, Order, num_grouped
 from xfusion.data.pack import balance, pack, text_length
 from xfusion.data.sequence import Batch, Media, Sequence, Text, Unreadable, XFusionError
 from xfusion.data.sources import Source
@@ -113,7 +114,9 @@ class Mixture:
             raise XFusionError("draw and caption are both 0: there is nothing to learn")
         self.source, self.image, self.sizes, self.config, self.seed = source, image, sizes, config, seed
         self.encode, self.begin, self.end, self.share, self.left_out = encode, begin, end, share, left_out
-        self.order = Order(source, seed)
+        self.order = order_of(source, config, seed)
+        if grouped := num_grouped(source):
+            shards.make_room(grouped * self._groups_at_once())
         self._blank = {size: torch.zeros(math.prod(image.grid(size)), image.token_width) for size in sizes}
         self._tokens: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
         largest = max(map(len, self._blank.values()))
@@ -144,6 +147,19 @@ class Mixture:
             return tokens(self.source, index, self.image, size)
         except Unreadable as error:
             return error
+
+    def _groups_at_once(self) -> int:
+        """Row groups of one source that this process's own rows read by turns: one for each of their lanes in every task, and
+        beside these as many as may follow others at once.
+        """
+        captions, counts = self.config.caption // self.config.pack, [0]
+        for task, rows in (("draw", self.config.draw), ("caption", captions), ("shots", captions)):
+            if task == "shots" and not self.config.shots:
+                continue
+            lanes = self.order.lanes(task).of_place
+            own = (len(self.sizes) == 1 and self.share(rows)) or slice(None)
+            counts.append(len({lanes[row * (len(lanes) // rows)] for row in range(rows)[own]}))
+        return sum(counts) + max(counts)
 
     def _standing(self, index: int) -> int:
         """The example itself, or the one that takes its place where it is left out: of the same source of a mixture."""
@@ -267,12 +283,14 @@ class Mixture:
         return found
 
     def _rows(self, drawings: list[Sequence], captionings: list[Sequence]) -> tuple[list[list[Sequence]], ...]:
-        """Rows of both tasks: each drawing for itself in the order of the samples, unless smaller ones share a row."""
-        alone = len(self.sizes) == 1
-        return (
-            [[s] for s in drawings] if alone else balance(drawings, self._room),
-            balance(captionings, self.config.pack * (1 + self.config.shots) * self._room),
-        )
+        """Rows of both tasks: each drawing for itself in the order of the samples, unless smaller ones share a row; captions of
+        a lane with their like, so that a process finds them in the row groups that it reads.
+        """
+        budget = self.config.pack * (1 + self.config.shots) * self._room
+        if len(self.sizes) > 1:  # a lane's pictures may be of any size: how many rows they take would change by step
+            return balance(drawings, self._room), balance(captionings, budget)
+        parts = self.order.by_lane("caption", captionings)
+        return [[s] for s in drawings], [row for part in parts for row in balance(part, budget)]
 
     @cached_property
     def widths(self) -> tuple[int, int]:
@@ -332,6 +350,17 @@ class Mixture:
     def _packed(self, drawings: list[Sequence], captionings: list[Sequence]) -> list[Batch]:
         tasks = zip(self._rows(drawings, captionings), self.widths, strict=True)
         return [pack(self._filled(rows), text_width=_fit(width, _longest(rows))) for rows, width in tasks if rows]
+
+
+def order_of(source: Source, config: MixtureConfig, seed: int) -> Order:
+    """The order of a mixture's samples; where pictures come in row groups, its lanes go with the rows of a step."""
+    rows, each = config.caption // config.pack, config.pack
+    lanes = {
+        "draw": Lanes.of_rows(config.draw, 1),
+        "caption": Lanes.of_rows(rows, each),
+        "shots": Lanes.of_rows(rows, each * config.shots),
+    }
+    return Order(source, seed, lanes)
 
 
 class Ahead(Generic[T]):

@@ -1,15 +1,22 @@
 """Which example stands at a place of an endless order: a pure function of source, seed and place.
 
 Sources differ in how their order may be shuffled. Pictures that each lie for themselves are shuffled over the whole
-epoch. Where pictures come in row groups (parquet), the groups are shuffled, and then the pictures of every few groups that
-follow each other: what a shuffle buffer does, without its state. Of a mixture each source gets its exact share of every
-short stretch and goes through epochs of its own.
+epoch. Where pictures come in row groups (parquet), the places of a step belong to *lanes*: the row groups of an epoch are
+shuffled and dealt to the lanes, and each lane goes through its own, one group behind the other, the pictures of each shuffled.
+So a step's pictures come from as many groups as there are lanes, which is what a shuffle buffer does, without its state; and a
+process whose rows are those of some lanes reads the groups of these alone, whatever the number of processes. Of a mixture each
+source gets its exact share of every short stretch and goes through epochs of its own.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import accumulate, pairwise
+from types import MappingProxyType
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,8 +25,50 @@ from xfusion.data.mixed import Mixed
 from xfusion.data.shards import GROUPS_TOGETHER
 from xfusion.data.sources import Source
 
+T = TypeVar("T")
 STRETCH = 64
-"""A mixture's shares are exact over about so many samples, or over the sum of its weights."""
+"""A mixture's shares are exact over about so many samples, or over the sum of its weights: in each lane for itself."""
+Taken = Callable[[int], list[int]]
+"""How many examples of a source each lane has had before a place."""
+
+
+def num_grouped(source: Source) -> int:
+    """Sources among those of a mixture whose pictures come in row groups."""
+    if isinstance(source, Mixed):
+        return sum(map(num_grouped, source.sources))
+    return int(getattr(source, "blocks", None) is not None)
+
+
+class Lanes:
+    """The lanes of a task.
+
+    Args:
+        of_place: lane of each place of a step.
+    """
+
+    def __init__(self, of_place: Sequence[int]):
+        self.of_place = tuple(of_place)
+        self._taken = [[0] * (1 + max(self.of_place))]
+        for lane in self.of_place:
+            self._taken.append([count + (lane == number) for number, count in enumerate(self._taken[-1])])
+
+    @classmethod
+    def of_rows(cls, rows: int, each: int) -> Lanes | None:
+        """Lanes of a step of so many rows, each of so many places: rows follow each other in their lanes, as in the shares of
+        processes; None where there are no places.
+        """
+        edges = [rows * lane // GROUPS_TOGETHER for lane in range(GROUPS_TOGETHER + 1)]
+        places = [lane for lane, (start, end) in enumerate(pairwise(edges)) for _ in range((end - start) * each)]
+        return cls(places) if places else None
+
+    def find(self, place: int) -> int:
+        """The lane of a place of the endless order."""
+        return self.of_place[place % len(self.of_place)]
+
+    def taken(self, place: int) -> list[int]:
+        """Places that each lane has before this one."""
+        steps, inside = divmod(place, len(self.of_place))
+        return [steps * all_ + some for all_, some in zip(self._taken[-1], self._taken[inside], strict=True)]
 
 
 class Order:
@@ -28,39 +77,74 @@ class Order:
     Args:
         source: what is ordered.
         seed: of the permutations.
+        lanes: of the tasks, where pictures come in row groups; a task that is not named deals its places to all by turns.
         name: what tells the sources of a mixture apart.
     """
 
-    def __init__(self, source: Source, seed: int, name: str = ""):
+    def __init__(
+        self, source: Source, seed: int, lanes: Mapping[str, Lanes | None] = MappingProxyType({}), name: str = ""
+    ):
         self.source, self.seed, self.name = source, seed, name
-        self._known: dict[str, tuple[int, Tensor]] = {}
+        self.num_lanes = GROUPS_TOGETHER if num_grouped(source) else 1
+        self._lanes = lanes if self.num_lanes > 1 else {}
+        self._turns = Lanes(range(self.num_lanes))
+        self._known: dict[str, _Epoch] = {}
         if isinstance(source, Mixed):
-            self.parts = [Order(part, seed, f"{name}part {n}/") for n, part in enumerate(source.sources)]
+            self.parts = [Order(part, seed, name=f"{name}part {n}/") for n, part in enumerate(source.sources)]
             total = sum(source.weights)
-            times = -(-STRETCH // total)
+            times = -(-STRETCH // (total * self.num_lanes))
             self.stretch = [n for n, weight in enumerate(source.weights) for _ in range(weight * times)]
+            self._pattern = lru_cache(maxsize=4 * self.num_lanes)(self._shuffled)
+
+    def lanes(self, task: str) -> Lanes:
+        """The lanes of a task; one where no pictures come in row groups."""
+        return self._lanes.get(task) or self._turns
+
+    def by_lane(self, task: str, step: Sequence[T]) -> list[list[T]]:
+        """What stands at the places of a step, by lane."""
+        lanes = self._lanes.get(task)
+        if lanes is None:
+            return [list(step)]
+        parts: list[list[T]] = [[] for _ in range(self.num_lanes)]
+        for lane, one in zip(lanes.of_place, step, strict=True):
+            parts[lane].append(one)
+        return parts
 
     def take(self, task: str, start: int, count: int) -> Iterator[int]:
         """Examples ``start`` to ``start + count`` of a task's order."""
+        lanes = self.lanes(task)
         for place in range(start, start + count):
-            yield self._mixed(task, place) if isinstance(self.source, Mixed) else self._one(task, place)
+            yield self._at(task, place, lanes.find(place), lanes.taken)
 
-    def _one(self, task: str, place: int) -> int:
-        epoch, inside = divmod(place, len(self.source.examples))
-        known = self._known.get(task)
-        if known is None or known[0] != epoch:
-            known = self._known[task] = (epoch, self._permutation(f"{task}/{epoch}"))
-        return int(known[1][inside])
+    def _at(self, task: str, place: int, lane: int, taken: Taken) -> int:
+        """The example at a place, which is a lane's."""
+        if isinstance(self.source, Mixed):
+            number, inside = divmod(taken(place)[lane], len(self.stretch))
+            part = self._pattern(task, lane, number)[inside]
+            return self.source.starts[part] + self.parts[part]._at(task, place, lane, self._of_part(task, part, taken))
+        counts = taken(place)
+        number, epoch = sum(counts) // len(self.source.examples), self._known.get(task)
+        if epoch is None or epoch.number != number:
+            epoch = self._known[task] = _Epoch(number, place, taken, self._permutation(f"{task}/{number}"))
+        return epoch.at(lane, counts[lane])
 
-    def _mixed(self, task: str, place: int) -> int:
-        assert isinstance(self.source, Mixed)
-        number, inside = divmod(place, len(self.stretch))
-        pattern = random.Random(f"{self.seed}/{self.name}{task}/stretch {number}").sample(
-            self.stretch, len(self.stretch)
-        )
-        part = pattern[inside]
-        before = number * self.stretch.count(part) + pattern[:inside].count(part)
-        return self.source.starts[part] + next(self.parts[part].take(task, before, 1))
+    def _of_part(self, task: str, part: int, taken: Taken) -> Taken:
+        """Of a mixture's places those of one source."""
+        each = self.stretch.count(part)
+
+        def of_part(place: int) -> list[int]:
+            out = []
+            for lane, count in enumerate(taken(place)):
+                number, inside = divmod(count, len(self.stretch))
+                out.append(number * each + (self._pattern(task, lane, number)[:inside].count(part) if inside else 0))
+            return out
+
+        return of_part
+
+    def _shuffled(self, task: str, lane: int, number: int) -> list[int]:
+        """The sources at the places of a stretch of a lane."""
+        which = f"{task}/stretch {number}" if self.num_lanes == 1 else f"{task}/lane {lane}/stretch {number}"
+        return random.Random(f"{self.seed}/{self.name}{which}").sample(self.stretch, len(self.stretch))
 
     def _permutation(self, name: str) -> Tensor:
         # A string seeds Python's generator the same way on every run and platform.
@@ -69,9 +153,34 @@ class Order:
         blocks = getattr(self.source, "blocks", None)
         if blocks is None:
             return torch.randperm(len(self.source.examples), generator=generator)
-        shuffled = [blocks[int(i)] for i in torch.randperm(len(blocks), generator=generator)]
-        out = []
-        for first in range(0, len(shuffled), GROUPS_TOGETHER):
-            together = torch.tensor([i for block in shuffled[first : first + GROUPS_TOGETHER] for i in block])
-            out.append(together[torch.randperm(len(together), generator=generator)])
-        return torch.cat(out)
+        shuffled = (blocks[int(i)] for i in torch.randperm(len(blocks), generator=generator))
+        return torch.cat([block.start + torch.randperm(len(block), generator=generator) for block in shuffled])
+
+
+class _Epoch:
+    """One pass over a source: each lane goes through a stretch of the shuffled examples, as long as its places are many.
+
+    Args:
+        number: which.
+        place: one within the epoch.
+        taken: of the source.
+        shuffled: all examples.
+    """
+
+    def __init__(self, number: int, place: int, taken: Taken, shuffled: Tensor):
+        def first(examples: int, until: int) -> int:
+            """The place before which so many examples were taken."""
+            return bisect_left(range(until), examples, key=lambda place: sum(taken(place)))
+
+        until, total = place + 1, len(shuffled)
+        while sum(taken(until)) < (number + 1) * total:
+            until *= 2
+        self.number, self.shuffled = number, shuffled
+        self._begin = taken(first(number * total, place))
+        end = taken(first((number + 1) * total, until))
+        sizes = [after - before for before, after in zip(self._begin, end, strict=True)]
+        self._starts = [0, *accumulate(sizes)]
+
+    def at(self, lane: int, count: int) -> int:
+        """The example of a lane that has had so many."""
+        return int(self.shuffled[self._starts[lane] + count - self._begin[lane]])

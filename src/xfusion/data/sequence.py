@@ -30,6 +30,9 @@ IGNORE = -100
 class XFusionError(ValueError):
     """Bad input, said in one line: the thing, the values that disagree, and what to do."""
 
+    told_elsewhere = False
+    """Whether another process of the same run tells it, so that people read it once."""
+
 
 class Unreadable(XFusionError):
     """Examples that were sound when the data was opened, or not looked at, and cannot be read when they are needed.

@@ -40,7 +40,7 @@ INDEX_VERSION = 2
 ROW_GROUP_BYTES = 512 * 1024 * 1024
 """Largest row group that is read: a picture's row group comes into memory as a whole."""
 GROUPS_TOGETHER = 4
-"""Row groups of parquet files that are shuffled together: drawing and captioning then keep eight in memory, not all."""
+"""Row groups of parquet files that a step's pictures come from, side by side: what is in memory instead of all."""
 ROWS_TOGETHER = 1000
 """Rows of a saved data set whose words are read together."""
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -416,8 +416,13 @@ def _read_row_group(path: Path | str, group: int, column: str) -> Any:
         return file.read_row_group(group, columns=[column]).column(0)
 
 
-# Twice, for drawing and for captioning, and two more for the change from one window to the next.
-_row_group = Kept(_read_row_group, 2 * GROUPS_TOGETHER + 2)
+# As many as the threads that look at pictures in their order may be in.
+_row_group = Kept(_read_row_group, 4)
+
+
+def make_room(row_groups: int) -> None:
+    """Keep at least so many row groups in memory from now on: those that are read by turns."""
+    _row_group.most = max(_row_group.most, row_groups)
 
 
 @lru_cache(maxsize=8)

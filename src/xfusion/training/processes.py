@@ -81,25 +81,53 @@ class Processes:
 
     @contextmanager
     def one_by_one(self) -> Iterator[None]:
-        """A block that one process after the other goes through: what it takes for a while is taken once."""
+        """A block that one process after the other goes through: what it takes for a while is taken once.
+
+        Raises:
+            XFusionError: it failed in another process, which tells why.
+        """
         for _ in range(self.rank):
-            self.meet()
-        try:
+            self._raise_first(self.gather(None))
+        with self._telling(self.gather):
             yield
-        finally:
-            for _ in range(self.count - self.rank):
-                self.meet()
+        for _ in range(self.rank + 1, self.count):
+            self._raise_first(self.gather(None))
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
-        """A block that the first process goes through before the others: what it builds, they find."""
-        if self.count > 1 and not self.first:
-            dist.barrier()
+        """A block that the first process goes through before the others: what it builds, they find.
+
+        Raises:
+            XFusionError: it failed in the first process, which tells why.
+        """
+        if self.first:
+            with self._telling(self.same):
+                yield
+        else:
+            self._raise_first([self.same(None)])
+            yield
+
+    @staticmethod
+    @contextmanager
+    def _telling(tell: Callable[[str | None], Any]) -> Iterator[None]:
+        """A block behind which the others, who wait, are told how it failed, or that it did not."""
+        said: str | None = "it was stopped"
         try:
             yield
+            said = None
+        except Exception as error:
+            said = str(error)
+            raise
         finally:
-            if self.count > 1 and self.first:
-                dist.barrier()
+            tell(said)
+
+    @staticmethod
+    def _raise_first(told: Iterable[str | None]) -> None:
+        for said in told:
+            if said is not None:
+                error = XFusionError(said)
+                error.told_elsewhere = True
+                raise error
 
     @contextmanager
     def noticing(self, step: Callable[[], int]) -> Iterator[None]:

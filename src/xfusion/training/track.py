@@ -63,10 +63,11 @@ class Track:
             with named_in_errors(self.path):
                 os.fsync(self.file.fileno())
 
-    def say(self, line: str) -> None:
-        """A line for people."""
+    def say(self, *lines: str) -> None:
+        """Lines for people."""
         if self.console:
-            self.console.print(line, highlight=False, markup=False)
+            for line in lines:
+                self.console.print(line, highlight=False, markup=False)
 
     def event(self, **event: Any) -> None:
         """Write an event down and pass it on."""

@@ -1,0 +1,84 @@
+"""Frozen states of texts: computed once each, by the frozen tower alone, and looked up where a batch holds the text again.
+
+Shape legend: ``B`` batch row, ``n`` positions of a text or of all texts of a row, ``L`` layers, ``D`` model width.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xfusion.backbone import Backbone
+from xfusion.data.sequence import Batch
+
+TEXT_STATES_BYTES = 1 << 30
+"""Bytes of frozen states of texts that are kept."""
+
+
+class KnownStates(OrderedDict[tuple[int, ...], Tensor]):
+    """Frozen states of texts by their tokens, at most `TEXT_STATES_BYTES` of them: the oldest go first."""
+
+    num_bytes: int = 0
+
+    def __setitem__(self, ids: tuple[int, ...], states: Tensor) -> None:
+        known = self.pop(ids, None)
+        self.num_bytes += states.nbytes - (0 if known is None else known.nbytes)
+        super().__setitem__(ids, states)
+        while self.num_bytes > TEXT_STATES_BYTES and len(self) > 1:
+            self.num_bytes -= self.popitem(last=False)[1].nbytes
+
+    def of(self, ids: tuple[int, ...], compute: Callable[[], Tensor]) -> Tensor:
+        """The states of a text, computed where they are not known."""
+        states = self.get(ids)
+        if states is None:
+            states = self[ids] = compute()
+        return states
+
+
+# A text is always computed alone, in its own shape, so that the bits never depend on the batch that asked and a resumed run
+# rebuilds the same ones.
+
+
+@torch.no_grad()
+def at_layers(backbone: Backbone, layers: Sequence[int], ids: tuple[int, ...]) -> Tensor:
+    """Input states ``[L, n, D]`` of a text at some layers of the frozen tower; layers behind the last are not computed."""
+    kept: list[Tensor] = []
+
+    def act(index: int, frozen: nn.Module, x: Tensor, call: dict[str, Any]) -> Tensor:
+        if index in layers:
+            kept.append(x[0])
+        return frozen(x, **call) if index < max(layers) else x
+
+    backbone.shadow_decoder(act)(input_ids=torch.tensor([ids], device=backbone.device), use_cache=False)
+    return torch.stack(kept)
+
+
+@torch.no_grad()
+def behind_norm(backbone: Backbone, ids: tuple[int, ...]) -> Tensor:
+    """States ``[1, n, D]`` of a text behind the last norm of the frozen tower."""
+    asked = torch.tensor([ids], device=backbone.device)
+    return backbone.decoder(input_ids=asked, use_cache=False).last_hidden_state
+
+
+def placed(batch: Batch, states: Callable[[tuple[int, ...]], Tensor], out: Tensor) -> Tensor:
+    """States of each text of a batch at its place.
+
+    Args:
+        batch: several texts may stand in a row, each with a sample number of its own.
+        states: gives ``[L, n, D]`` of a text.
+        out: zeros ``[B, L, n, D]`` that are filled; they stay at padding.
+    """
+    samples, ids = batch.text.sample.tolist(), batch.text_ids.tolist()
+    for row, (owners, tokens) in enumerate(zip(samples, ids, strict=True)):
+        start = 0
+        while start < len(owners) and owners[start] >= 0:
+            stop = start
+            while stop < len(owners) and owners[stop] == owners[start]:
+                stop += 1
+            out[row, :, start:stop] = states(tuple(tokens[start:stop]))
+            start = stop
+    return out

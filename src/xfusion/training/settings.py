@@ -1,0 +1,65 @@
+"""What a run was asked for, refused where it cannot be before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import torch
+from rich.console import Console
+
+from xfusion.backbone import Backbone
+from xfusion.data.sequence import XFusionError
+from xfusion.data.sources import Source
+from xfusion.training.processes import Shard
+from xfusion.training.stages import Recipe
+from xfusion.training.track import Listener
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Settings:
+    """The arguments of `xfusion.training.loop.train`, which says what each is.
+
+    Raises:
+        XFusionError: a value that is not legal, or two that do not go together.
+    """
+
+    recipe: Recipe
+    out: Path
+    source: Source | None
+    """An opened source instead of the recipe's data."""
+    allow_bad: float
+    minutes: float | None
+    resume: bool
+    from_pack: str | None
+    backbone: Backbone | None
+    """An already loaded base."""
+    device: torch.device | str
+    compile: bool
+    dtype: torch.dtype | None
+    attention: str | None
+    """What layers attend by, where the device does not choose."""
+    preview_prompts: tuple[str, ...] | None
+    preview_every: float
+    checkpoint_every: float
+    keep: int
+    shard: Shard
+    decoders: int | None
+    """Threads that decode pictures, where it is not as many as usual."""
+    console: Console | None
+    listener: Listener | None
+
+    def __post_init__(self) -> None:
+        stages, licence = self.recipe.stages, self.recipe.licence
+        if self.minutes is not None and len(stages) != 1:
+            raise XFusionError(f"--minutes takes a recipe of one stage, this one has {len(stages)}: give steps instead")
+        if self.keep < 1:
+            raise XFusionError(f"keep is {self.keep}: at least 1 checkpoint stays")
+        if licence is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", licence):
+            raise XFusionError(f"licence {licence!r} is no name of a licence on a hub: write it as in cc-by-sa-4.0")
+        if self.decoders is not None and self.decoders < 1:
+            raise XFusionError(f"decoders is {self.decoders}: at least 1 thread decodes")
+        if self.shard not in get_args(Shard):
+            raise XFusionError(f"shard {self.shard!r} is not one of {', '.join(get_args(Shard))}")
