@@ -1,6 +1,7 @@
-"""What every test shares: repeatable examples, a fixed number of threads, and where the real test assets are."""
+"""What every test shares: repeatable examples, a fixed number of threads, tiny bases, and where the real test assets are."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ settings.register_profile("ci", deadline=None, derandomize=True, database=None, 
 settings.register_profile("local", deadline=None)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
+sys.path.insert(0, str(Path(__file__).parent))  # what tests share is imported as `contracts.table`
+
 if "OMP_NUM_THREADS" not in os.environ:
     # The order of a sum depends on it: the same on one core and on sixty. Most tests compute on tiny matrices, which one
     # thread multiplies several times faster than two that wait for each other.
@@ -19,6 +22,16 @@ if "OMP_NUM_THREADS" not in os.environ:
 
 def pytest_report_header() -> str:
     return f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory):
+    """One base of each family, shared by all tests: nothing may change them, and that is checked at the end."""
+    from contracts.table import Bases
+
+    made = Bases(tmp_path_factory.mktemp)
+    yield made
+    assert {family: base.compute_fingerprint() for family, base in made.items()} == made.before
 
 
 @pytest.fixture(scope="session")

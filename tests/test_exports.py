@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from contracts.table import bases, make_model, model_config, randomise, words
+from contracts.table import make_model, model_config, randomise, words
 from transformers import CLIPConfig, CLIPModel, LlavaForConditionalGeneration, SiglipVisionConfig, SiglipVisionModel
 
 from xfusion.apps import cli
@@ -29,7 +29,6 @@ from xfusion.modalities.image import ImageModality
 from xfusion.model import Model
 from xfusion.objectives.base import NoObjective
 
-__all__ = ["bases"]
 IDS = torch.tensor([words(11, 1).ids, words(11, 2).ids])
 
 
