@@ -406,7 +406,8 @@ def test_caption(run, here, pack):
     assert asked["question"] == "What is this?"
 
 
-def test_verify(run, here, pack):
+def test_verify(run, here, pack, monkeypatch):
+    monkeypatch.setattr("xfusion.evaluation.verify.NEW_TOKENS", 3)
     ran = run("verify", pack, "-o", "proof.json", "--json")
     assert ran.code == 0
     assert ran.json["text_identical"] is True and ran.json["passed"] is True
@@ -417,6 +418,7 @@ def test_verify(run, here, pack):
 
 def test_a_failed_proof_exits_with_1(run, here, pack, monkeypatch):
     monkeypatch.setattr("xfusion.evaluation.verify.bit_equal", lambda *_: False)
+    monkeypatch.setattr("xfusion.evaluation.verify.NEW_TOKENS", 3)
     ran = run("verify", pack, "--json")
     assert ran.code == 1
     assert ran.json["text_identical"] is False

@@ -300,6 +300,7 @@ def test_what_serves_is_awaited_and_stopped(tmp_path):
 def test_marked_blocks_run(document, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr("xfusion.evaluation.verify.NEW_TOKENS", 2)  # behind each prompt of a proof; 16 in the full tier
     for block in blocks(document):
         if block.run and not block.full:
             run_here(block, tmp_path)
