@@ -91,11 +91,26 @@ def plan(**settings):
     return Plan(**{"samples": 3 * STEP, "seeds": (0, 1), "compile": False, "evaluation": SCORED} | settings)
 
 
+@pytest.fixture(scope="module")
+def counted():
+    """`count_flops`, once for what several tests train on pictures of noise: it takes longer than their three steps."""
+    known = {}
+
+    def count(model, stage, source):
+        key = repr((model.config, stage, [example.captions for example in source.examples]))
+        if key not in known:
+            known[key] = count_flops(model, stage, source)
+        return known[key]
+
+    return count
+
+
 @pytest.fixture
-def go(base, tmp_path, monkeypatch):
+def go(base, counted, tmp_path, monkeypatch):
     """Compare recipes in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(verify, "PROMPTS", verify.PROMPTS[:3])
+    monkeypatch.setattr(walk, "count_flops", counted)
 
     def call(recipes, **settings):
         given = {k: settings.pop(k) for k in ("progress", "source", "out", "held", "encoder") if k in settings}

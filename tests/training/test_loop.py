@@ -324,11 +324,11 @@ def test_a_budget_is_planned_once_steps_get_no_faster(bases, tmp_path, monkeypat
     clock = Filling()
     monkeypatch.setattr(loop, "time", clock)
     few = recipe(bases["llama"], mixture=FEW)
-    train(bases["llama"], tmp_path, recipe_=few, minutes=52.05 / 60, listener=clock)
+    train(bases["llama"], tmp_path, recipe_=few, minutes=70.05 / 60, listener=clock)
     (plan,) = log(tmp_path, "plan")
     assert plan["step"] == 70 and plan["seconds_per_step"] == pytest.approx(0.1)
-    assert plan["steps"] == len(log(tmp_path)) == 250
-    assert clock.now == pytest.approx(52, abs=0.1)
+    assert plan["steps"] == len(log(tmp_path)) == 430
+    assert clock.now == pytest.approx(70, abs=0.1)
 
 
 @pytest.mark.parametrize("stop", [4, 15, 33])
