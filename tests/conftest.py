@@ -1,6 +1,8 @@
-"""What every test shares: repeatable examples, a fixed number of threads, and where the real test assets are."""
+"""What every test shares: repeatable examples, a fixed number of threads, tiny bases, and where the real test assets are."""
 
+import gc
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,14 +13,55 @@ settings.register_profile("ci", deadline=None, derandomize=True, database=None, 
 settings.register_profile("local", deadline=None)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
+sys.path.insert(0, str(Path(__file__).parent))  # what tests share is imported as `contracts.table`
+
 if "OMP_NUM_THREADS" not in os.environ:
     # The order of a sum depends on it: the same on one core and on sixty. Most tests compute on tiny matrices, which one
-    # thread multiplies several times faster than two that wait for each other.
+    # thread multiplies several times faster than two that wait for each other. What tests start has as many.
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_report_header() -> str:
     return f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+
+
+LONGEST = (
+    "contracts/test_paths.py",
+    "apps/test_serve.py",
+    "training/test_processes.py",
+    "apps/test_web.py",
+    "test_comparison.py",
+    "apps/test_cli.py",
+    "contracts/test_packs.py",
+    "recipes/test_sounds.py",
+    "training/test_loop.py",
+    "docs/test_docs.py",
+    "training/test_unreadable.py",
+)
+"""Files that take longest."""
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that no worker is left with one of them when the others are done."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+def pytest_collection_finish():
+    """What is imported stays: without this the garbage collector looks it all over again, a quarter of a second each time."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory):
+    """One base of each family, shared by all tests: nothing may change them, and that is checked at the end."""
+    from contracts.table import Bases
+
+    made = Bases(tmp_path_factory.mktemp)
+    yield made
+    assert {family: base.compute_fingerprint() for family, base in made.items()} == made.before
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import transformers
-from contracts.table import bases, make_model, model_config, randomise, words
+from contracts.table import make_model, model_config, randomise, words
 from transformers import CLIPConfig, CLIPModel, LlavaForConditionalGeneration, SiglipVisionConfig, SiglipVisionModel
 
 from xfusion.apps import cli
@@ -37,7 +37,6 @@ from xfusion.model import Model
 from xfusion.objectives.base import NoObjective
 from xfusion.recipes import base as recipes
 
-__all__ = ["bases"]
 IDS = torch.tensor([words(11, 1).ids, words(11, 2).ids])
 
 

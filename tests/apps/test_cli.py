@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from importlib import import_module
@@ -427,7 +428,8 @@ def test_caption(run, here, pack):
     assert asked["question"] == "What is this?"
 
 
-def test_verify(run, here, pack):
+def test_verify(run, here, pack, monkeypatch):
+    monkeypatch.setattr("xfusion.evaluation.verify.NEW_TOKENS", 3)
     ran = run("verify", pack, "-o", "proof.json", "--json")
     assert ran.code == 0
     assert ran.json["text_identical"] is True and ran.json["passed"] is True
@@ -438,6 +440,7 @@ def test_verify(run, here, pack):
 
 def test_a_failed_proof_exits_with_1(run, here, pack, monkeypatch):
     monkeypatch.setattr("xfusion.evaluation.verify.bit_equal", lambda *_: False)
+    monkeypatch.setattr("xfusion.evaluation.verify.NEW_TOKENS", 3)
     ran = run("verify", pack, "--json")
     assert ran.code == 1
     assert ran.json["text_identical"] is False
@@ -672,9 +675,31 @@ def test_a_codec_is_one_option(run, here, tmp_path, base):
     assert "codec" in ran.err and "no" in ran.err
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.full)]
-)
+def test_ctrl_c_in_mid_run(here, photos, small, capfd):
+    """In this process; what a shell sees of it: the test below."""
+    log, over = Path("run/log.jsonl"), threading.Event()
+
+    def interrupt():
+        while not over.wait(0.05):
+            if log.is_file() and '{"event": "step"' in log.read_text():
+                return os.kill(os.getpid(), signal.SIGINT)
+
+    before, other = signal.signal(signal.SIGINT, signal.default_int_handler), threading.Thread(target=interrupt)
+    other.start()
+    try:
+        argv = ["train", "xfusion", "--data", str(photos), "--steps", "100000", "-o", "run", *small]
+        assert cli.main(argv) == 130
+    finally:
+        over.set()
+        other.join()
+        signal.signal(signal.SIGINT, before)
+    out, err = capfd.readouterr()
+    assert "stopping behind this step" in err and err.rstrip().endswith("--resume") and out == ""
+    assert len(list(Path("run/state").glob("step_*/state.json"))) == 1 and Path("run/pack/config.json").is_file()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_and_sigterm_in_earnest(here, photos, small, run, number, code):
     process = start("train", "xfusion", "--data", photos, "--steps", "100000", "-o", "run", *small)
     log, until = Path("run/log.jsonl"), time.monotonic() + 60

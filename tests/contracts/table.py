@@ -301,13 +301,17 @@ def make_base(family: str, folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Backbone]]:
-    """One base of each family, shared by all tests: nothing may change them, and that is checked at the end."""
-    made = {name: Backbone.load(str(make_base(name, tmp_path_factory.mktemp(name)))) for name in FAMILIES}
-    before = {name: base.compute_fingerprint() for name, base in made.items()}
-    yield made
-    assert {name: base.compute_fingerprint() for name, base in made.items()} == before
+class Bases(dict[str, Backbone]):
+    """A base of each family, made when it is first asked for."""
+
+    def __init__(self, folder: Callable[[str], Path]):
+        super().__init__()
+        self.folder, self.before = folder, {}
+
+    def __missing__(self, family: str) -> Backbone:
+        self[family] = base = Backbone.load(str(make_base(family, self.folder(family))))
+        self.before[family] = base.compute_fingerprint()
+        return base
 
 
 def model_config(base: Backbone, fusion: str = "dual tower", **media: object) -> ModelConfig:

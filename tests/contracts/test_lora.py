@@ -135,7 +135,7 @@ def test_compiled_layers_agree(bases):
     assert distance(fast, look(model, batch)) <= 2e-4
 
 
-def test_twenty_steps_and_the_regime_everywhere(bases, tmp_path):
+def test_twenty_steps_and_the_regime_everywhere(bases, tmp_path, monkeypatch):
     base, losses = bases["llama"], []
     before = base.compute_fingerprint()
     plain = Recipe(
@@ -164,6 +164,7 @@ def test_twenty_steps_and_the_regime_everywhere(bases, tmp_path):
     assert '"regime": "LoRA"' in (pack / "config.json").read_text()
     card = (pack / "README.md").read_text()
     assert "| regime | LoRA |" in card and "Regime: LoRA. Low-rank deltas lie on the base's layers" in card
+    monkeypatch.setattr("xfusion.evaluation.verify.NEW_TOKENS", 3)
     found = verify(loaded)
     checks = {check["name"]: check["passed"] for check in found["checks"]}
     assert found["regime"] == "LoRA" and not found["passed"] and checks["base weights"]

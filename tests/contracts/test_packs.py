@@ -363,15 +363,15 @@ def test_one_batch_is_overfitted(bases, fusion, family):
     model = make_model(bases[family], fusion, randomised=False, prediction="velocity")
     # No new weight can change what the frozen model says of words alone.
     batch = pack_rows([[s] for name, s in mixed_sequences().items() if name != "words alone"])
+    # Where clean pictures take the frozen weights only the port can learn to be named.
+    share = {"flow_matching": 0.2, "next_token": 1.0 if fusion in ("bagel", "prefix") else 0.2}
     adamw, history = torch.optim.AdamW(model.new_parameters(), lr=4e-3), []
     for _ in range(240 if (fusion, family) in SLOW else 60):
         losses = model.losses(batch, torch.Generator().manual_seed(0))
         history.append({name: float(value.detach() / count) for name, (value, count) in losses.items()})
+        if all(history[-1][name] < part * history[0][name] for name, part in share.items()):
+            return
         sum(value / count for value, count in losses.values()).backward()
         adamw.step()
         adamw.zero_grad()
-    assert history[-1]["flow_matching"] < 0.2 * history[0]["flow_matching"], history[::10]
-    if fusion in ("bagel", "prefix"):  # clean pictures take the frozen weights: only the port can learn to be named
-        assert history[-1]["next_token"] < history[0]["next_token"]
-        return
-    assert history[-1]["next_token"] < 0.2 * history[0]["next_token"], history[::10]
+    pytest.fail(str(history[::10]))

@@ -31,6 +31,13 @@ from xfusion.data.sequence import Batch, MediaRows, Rows, Sequence
 FLOAT32, FLOAT64 = 2e-5, 1e-9
 """Largest differences: logits of these models lie within 6, predictions within 4."""
 SEQUENCES = mixed_sequences()
+MIXED = (
+    "words around picture",
+    "pictures between words",
+    "picture beside picture",
+    "noised copy beside clean one",
+)
+"""The sequences of which the others are parts."""
 
 
 def packings():
@@ -52,37 +59,42 @@ def losses(model, batch):
 
 
 def compare_paths(model, tolerance):
+    """Fast and reference path of every packing; what the fast one says of each."""
+    found = {}
     for name, (packed, _) in packings().items():
         batch = view(packed, model)
-        fast, fast_losses = look(model, batch), losses(model, batch)
+        found[name], fast_losses = look(model, batch), losses(model, batch)
         with model.using(model.reference_engine()):
             whole, whole_losses = look(model, batch), losses(model, batch)
-        assert distance(fast, whole) <= tolerance, name
+        assert distance(found[name], whole) <= tolerance, name
         assert fast_losses.keys() == whole_losses.keys() == {"next_token", "flow_matching"}
         for key, value in fast_losses.items():
             assert abs(float(value - whole_losses[key])) <= max(tolerance, 1e-6) * max(1, float(value)), (name, key)
+    return found
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("fusion", "family"), ROWS)
+@torch.no_grad()
+def test_fast_path_is_the_reference_path_in_float32(bases, fusion, family):
+    model = make_model(bases[family], fusion)
+    compare_paths(model, FLOAT32)
 
 
 @pytest.mark.parametrize(("fusion", "family"), on_every_family(ROWS))
-def test_fast_path_is_the_reference_path(bases, fusion, family, monkeypatch):
-    model, calls = make_model(bases[family], fusion), []
-    kind, reference = type(model.fusion), type(model.fusion).reference_layer
-    monkeypatch.setattr(kind, "reference_layer", lambda *a: calls.append(a[1]) or reference(*a))
-    with torch.no_grad():
-        compare_paths(model, FLOAT32)
-    assert set(calls) == set(range(LAYERS))  # otherwise the fast path was compared with itself
-
-
-@pytest.mark.parametrize(("fusion", "family"), ROWS)
 @torch.no_grad()
 def test_paths_and_packings_agree_in_float64(bases, fusion, family, monkeypatch):
+    """The fast path is the reference path, packed is unpacked, and a batch is its singles."""
+    calls = []
     with exact(monkeypatch):
         model = float64_model(bases[family], fusion)
-        compare_paths(model, FLOAT64)
-        alone = look(model, view([[s] for s in SEQUENCES.values()], model))
-        for name, (packed, order) in packings().items():
-            found = look(model, view(packed, model))
-            assert distance(found, [alone[i] for i in order]) <= FLOAT64, name
+        kind, reference = type(model.fusion), type(model.fusion).reference_layer
+        monkeypatch.setattr(kind, "reference_layer", lambda *a: calls.append(a[1]) or reference(*a))
+        found = compare_paths(model, FLOAT64)
+        alone = [look(model, view([[s]], model))[0] for s in SEQUENCES.values()]
+        for name, (_, order) in packings().items():
+            assert distance(found[name], [alone[i] for i in order]) <= FLOAT64, name
+    assert set(calls) == set(range(LAYERS))  # otherwise the fast path was compared with itself
 
 
 @pytest.mark.parametrize(("fusion", "family"), ROWS)
@@ -99,16 +111,7 @@ def test_gradients_of_fast_and_reference_path_agree(bases, fusion, family, monke
         assert max(float((a - b).abs().max()) for a, b in zip(*grads, strict=True)) < 1e-6
 
 
-@pytest.mark.parametrize(("fusion", "family"), on_every_family(ROWS))
-@torch.no_grad()
-def test_packed_is_unpacked_and_a_batch_is_its_singles(bases, fusion, family, monkeypatch):
-    with exact(monkeypatch):
-        model = float64_model(bases[family], fusion)
-        alone = [look(model, view([[s]], model))[0] for s in SEQUENCES.values()]
-        for name, (packed, order) in packings().items():
-            assert distance(look(model, view(packed, model)), [alone[i] for i in order]) <= FLOAT64, name
-
-
+@pytest.mark.full
 @pytest.mark.parametrize(("fusion", "family"), TOWERS)
 @torch.no_grad()
 def test_packed_is_unpacked_in_float32(bases, fusion, family):
@@ -278,6 +281,7 @@ def incremental(model, batch):
     return [(torch.cat(logits) if logits else none, torch.cat(media) if media else nothing)]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("fusion", "family"), TOWERS)
 @torch.no_grad()
 def test_two_caches_in_pieces_equal_one_full_pass(bases, fusion, family):
@@ -295,8 +299,8 @@ def test_two_caches_in_pieces_equal_one_full_pass(bases, fusion, family):
 def test_caches_agree_in_float64(bases, fusion, family, monkeypatch):
     with exact(monkeypatch):
         model = float64_model(bases[family], fusion)
-        for name, sequence in SEQUENCES.items():
-            batch = view([[sequence]], model)
+        for name in MIXED:
+            batch = view([[SEQUENCES[name]]], model)
             assert distance(incremental(model, batch), look(model, batch)) <= FLOAT64, name
 
 
@@ -366,6 +370,7 @@ def test_what_appears_later_changes_nothing_before(bases, fusion, family, monkey
                     assert float((short - long[: len(short)]).abs().max()) <= FLOAT64, stop
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("fusion", "family"), ROWS)
 @torch.no_grad()
 def test_appending_a_picture_changes_no_earlier_logit_in_float32(bases, fusion, family):

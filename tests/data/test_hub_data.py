@@ -1,17 +1,11 @@
 """Parquet files of the hub, by its own client from a stand-in on this machine: no file is fetched whole, each step exact."""
 
-import hashlib
 import io
-import json
 import random
-import re
-import threading
-import urllib.parse
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from data.hub_server import hub
 from data.test_shards import write_parquet
-from huggingface_hub import constants
 from PIL import Image
 
 from xfusion.data import hub as hub_files
@@ -20,93 +14,7 @@ from xfusion.data.order import Order
 from xfusion.data.sequence import Unreadable, XFusionError
 from xfusion.data.sources import open_source
 
-
-class Hub(ThreadingHTTPServer):
-    """What the client asks of a hub about data sets: by name, a commit and its files; and what of them was fetched."""
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), _Answers)
-        self.address = f"http://127.0.0.1:{self.server_address[1]}"
-        self.sets: dict[str, tuple[str, dict[str, bytes]]] = {}
-        self.fetched: list[tuple[str, int]] = []
-        self.out_of_order = False
-
-
-class _Answers(BaseHTTPRequestHandler):
-    server: Hub
-
-    def log_message(self, *_):
-        pass
-
-    def _send(self, content, status=200, **headers):
-        body = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        for key, value in {"Content-Length": len(body), **headers}.items():
-            self.send_header(key.replace("_", "-"), str(value))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def _entries(self, files, wanted=None):
-        return [
-            {"type": "file", "path": k, "size": len(v), "oid": hashlib.sha1(v).hexdigest()}
-            for k, v in files.items()
-            if wanted is None or k in wanted
-        ]
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
-        parts = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path).strip("/").split("/")
-        found = self.server.sets.get("/".join(parts[2:4]))
-        if found is None or parts[4] != "paths-info":
-            return self._send({"error": "not found"}, 404, X_Error_Code="RepoNotFound")
-        wanted = json.loads(body)["paths"] if body.startswith("{") else urllib.parse.parse_qs(body)["paths"]
-        return self._send(self._entries(found[1], wanted))
-
-    def do_GET(self):
-        if self.server.out_of_order:
-            return self._send({"error": "out of order"}, 403)
-        parts = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path).strip("/").split("/")
-        name = "/".join(parts[2:4] if parts[0] == "api" else parts[1:3])
-        found = self.server.sets.get(name)
-        if found is None:
-            return self._send({"error": "not found"}, 404, X_Error_Code="RepoNotFound")
-        commit, files = found
-        if parts[0] == "api" and "tree" in parts:
-            return self._send(self._entries(files))
-        if parts[0] == "api":
-            if parts[-1] not in ("main", commit, name.split("/")[1]):
-                return self._send({"error": "not found"}, 404, X_Error_Code="RevisionNotFound")
-            siblings = [{"rfilename": k} for k in files]
-            return self._send({"id": name, "sha": commit, "siblings": siblings, "tags": [], "downloads": 0, "likes": 0,
-                               "private": False})  # fmt: skip
-        data = files["/".join(parts[5:])]
-        if match := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
-            part = data[int(match[1]) : int(match[2]) + 1]
-            self.server.fetched.append(("/".join(parts[5:]), len(part)))
-            return self._send(part, 206, X_Repo_Commit=commit)
-        self.server.fetched.append(("/".join(parts[5:]), len(data)))
-        return self._send(data, X_Repo_Commit=commit, ETag=f'"{hashlib.sha1(data).hexdigest()}"')
-
-    do_HEAD = do_GET  # noqa: N815
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    server = Hub()
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    monkeypatch.setattr(constants, "ENDPOINT", server.address)
-    template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setenv("HF_TOKEN", "hf_none")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("XFUSION_CACHE", str(tmp_path / "cache"))
-    shards._row_group.clear()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join(10)
+__all__ = ["hub"]
 
 
 def large(number):
@@ -128,10 +36,8 @@ def contents(source):
 def test_a_data_set_of_the_hub_is_read_as_its_files_would_be_and_only_in_parts(hub, tmp_path):
     two = [rows(tmp_path, range(12)), rows(tmp_path, range(12, 24))]
     names = [f"data/train-{n:05d}-of-00002.parquet" for n in range(2)]
-    hub.sets["org/cards"] = (
-        "a" * 40,
-        {"data/test-00000-of-00001.parquet": b"no", **dict(zip(names, two, strict=True))},
-    )
+    files = {"data/test-00000-of-00001.parquet": b"no", **dict(zip(names, two, strict=True))}
+    hub.commits["datasets/org/cards"] = [("a" * 40, files)]
     source = open_source("hf:org/cards")
     assert source.spec == "hf:org/cards" and len(source) == 24
     fetched = {name: sum(size for one, size in hub.fetched if one == name) for name in names}
@@ -154,7 +60,7 @@ def test_a_data_set_of_the_hub_is_read_as_its_files_would_be_and_only_in_parts(h
 
 def test_a_step_fetches_the_row_groups_of_its_own_pictures(hub, tmp_path):
     content = rows(tmp_path, range(40))
-    hub.sets["org/cards"] = ("b" * 40, {"train.parquet": content})
+    hub.commits["datasets/org/cards"] = [("b" * 40, {"train.parquet": content})]
     source = open_source("hf:org/cards")
     hub.fetched.clear()
     for index in (8, 9, 11, 10):  # of one group
@@ -185,7 +91,7 @@ def test_configurations_splits_and_revisions_are_chosen_or_named(hub, tmp_path):
     content = {name: rows(tmp_path, numbers) for name, numbers in (("a", range(3)), ("b", range(3, 5)))}
     files = {"red/train/0000.parquet": content["a"], "blue/train/0000.parquet": content["a"],
              "blue/test/0000.parquet": content["b"]}  # fmt: skip
-    hub.sets |= {"org/cards": ("c" * 40, files), "org/other": ("d" * 40, {"a.csv": b""})}
+    hub.commits |= {"datasets/org/cards": [("c" * 40, files)], "datasets/org/other": [("d" * 40, {"a.csv": b""})]}
     assert [e.captions[0] for e in open_source("hf:org/cards:blue:test").examples] == ["card 3", "card 4"]
     assert len(open_source(f"hf:org/cards@{'c' * 40}:blue:train:weight=2+hf:org/cards:red:train")) == 6
     for spec, message in (
@@ -203,7 +109,7 @@ def test_configurations_splits_and_revisions_are_chosen_or_named(hub, tmp_path):
 
 def test_a_hub_that_does_not_answer_is_no_broken_picture(hub, tmp_path):
     """Nor is an index written of what was not fetched. What a run does: tests/training/test_unreadable.py."""
-    hub.sets["org/cards"] = ("e" * 40, {"train.parquet": rows(tmp_path, range(8))})
+    hub.commits["datasets/org/cards"] = [("e" * 40, {"train.parquet": rows(tmp_path, range(8))})]
     source = open_source("hf:org/cards")
     hub.out_of_order = True
     with pytest.raises(XFusionError, match=r"train\.parquet: cannot be fetched from the hub") as error:

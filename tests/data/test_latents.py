@@ -18,7 +18,7 @@ from PIL import Image as PILImage
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from contracts.table import Noise, bases, model_config
+from contracts.table import Noise, model_config
 from modalities.test_codecs import kl_model
 
 from xfusion.apps import cli
@@ -32,8 +32,6 @@ from xfusion.modalities.codecs.pixels import Pixels
 from xfusion.modalities.image import ImageModality
 from xfusion.training import loop
 from xfusion.training.stages import Recipe, Stage
-
-__all__ = ["bases"]
 
 
 class Counted(Noise):

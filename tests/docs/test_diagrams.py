@@ -20,7 +20,11 @@ def base():
     return Backbone.of_shape("Llama-3.2-1B")
 
 
-@pytest.mark.parametrize("name", names())
+KINDS = ("xfusion", "dual_projection", "flamingo", "llava", "llama_adapter", "moe_llava", "teal", "clip", "lora")
+"""One of each kind; all others are of the full tier."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in KINDS else pytest.mark.full) for n in names()])
 def test_every_new_weight_stands_in_one_place(name, base):
     try:
         model = build(find(name)().model, base)

@@ -7,8 +7,12 @@ Ctrl-C, before the next such block and at the end. A ``text`` block right behind
 output must have, in order; ``…`` stands for the rest of a line. ``<!-- not run: REASON -->`` says why it is not, and the
 test that stands in; its commands are parsed all the same. ``<!-- given: NAMES -->`` says what lies in the folder when the
 full tier begins: what a document before it made.
+
+The full tier runs each block as a reader does; the default one calls the command line in this process, where importing PyTorch
+for every command would take most of the time.
 """
 
+import io
 import os
 import re
 import shlex
@@ -20,7 +24,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, chdir, contextmanager, redirect_stderr, redirect_stdout
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -185,10 +190,10 @@ def surroundings():
     }
 
 
-def execute(document, folder, full):
+def execute(document, folder):
     with ExitStack() as served:
         for block in blocks(document):
-            if not block.run or (block.full and not full):
+            if not block.run:
                 continue
             if block.port:
                 served.close()  # one at a time
@@ -245,6 +250,24 @@ def run(block, folder):
     must_print(block, done.stdout)
 
 
+def run_here(block, folder):
+    """Commands of xfusion in this process, what stands between them in a shell."""
+    said, status = io.StringIO(), 0
+    with chdir(folder), redirect_stdout(said), redirect_stderr(said):
+        if block.language == "python":
+            exec(compile(block.body, "a block", "exec"), {"__name__": "__main__"})
+        for ours, lines in groupby(block.body.splitlines(), key=lambda line: line.startswith("xfusion ")):
+            for line in lines if ours else ():
+                assert not set("|&;<>$`") & set(line), f"{line}: a shell is needed"
+                status = status or cli.main(shlex.split(line, comments=True)[1:])
+            if not ours and not status and block.language == "bash":
+                done = subprocess.run(["bash", "-ec", "\n".join(lines)], capture_output=True, text=True, check=False)
+                status = done.returncode
+                said.write(done.stdout + done.stderr)
+    assert status == block.status, f"{block.body}\n{said.getvalue()}"
+    must_print(block, said.getvalue())
+
+
 def must_print(block, said):
     """The lines of the text block stand in the output, in order."""
     lines = iter(said.splitlines())
@@ -274,8 +297,13 @@ def test_what_serves_is_awaited_and_stopped(tmp_path):
 
 
 @pytest.mark.parametrize("document", runnable(full=False), ids=ids)
-def test_marked_blocks_run(document, tmp_path):
-    execute(document, tmp_path, full=False)
+def test_marked_blocks_run(document, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr("xfusion.evaluation.verify.NEW_TOKENS", 2)  # behind each prompt of a proof; 16 in the full tier
+    for block in blocks(document):
+        if block.run and not block.full:
+            run_here(block, tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -289,12 +317,12 @@ def prepared(tmp_path_factory):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("document", [d for d in runnable(full=True) if any(b.full for b in blocks(d))], ids=ids)
+@pytest.mark.parametrize("document", runnable(full=True), ids=ids)
 def test_all_marked_blocks_run(document, tmp_path, request):
     for names in GIVEN.findall(document.read_text(encoding="utf-8")):
         for name in names.split():
             shutil.copytree(request.getfixturevalue("prepared") / name, tmp_path / name)
-    execute(document, tmp_path, full=True)
+    execute(document, tmp_path)
 
 
 @pytest.mark.full

@@ -10,13 +10,11 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from contracts.table import bases, make_model, randomise
+from contracts.table import make_model, randomise
 
 from xfusion.apps import cli
 from xfusion.data.sequence import XFusionError
 from xfusion.evaluation import drawn
-
-__all__ = ["bases"]
 
 
 @pytest.fixture

@@ -8,12 +8,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from contracts.table import bases, make_model
+from contracts.table import make_model
 
 from xfusion.data.sequence import XFusionError
 from xfusion.evaluation.run import evaluate
 
-__all__ = ["bases"]
 TASK = """\
 task: colours
 dataset_path: json

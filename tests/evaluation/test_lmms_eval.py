@@ -10,14 +10,13 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from contracts.table import Noise, bases, make_model
+from contracts.table import Noise, make_model
 
 import xfusion
 from xfusion.data.sequence import Text, XFusionError
 from xfusion.data.sources import open_source
 from xfusion.generation import log_likelihoods
 
-__all__ = ["bases"]
 pytest.importorskip(
     "lmms_eval",
     reason="lmms-eval is not installed: it wants an environment of its own, where pip install -e '.[lmms]' brings it;"

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from contracts.table import SIDE, Noise, bases, hearing_model, make_model, picture, words
+from contracts.table import SIDE, Noise, hearing_model, make_model, picture, words
 
 from xfusion.data.sequence import Sound, Text
 from xfusion.generation import caption, turns
@@ -11,7 +11,6 @@ from xfusion.modalities.image import ImageModality
 from xfusion.together import together
 from xfusion.training.optimizer import Optimizer
 
-__all__ = ["bases"]
 SETTINGS = {"max_tokens": 5, "temperature": 0.0, "top_p": 1.0, "seeds": [0]}
 
 

@@ -246,6 +246,14 @@ def some_divided(folder: Path) -> None:
     together(2, lambda: run(folder, "few_2", shard="new", **few))
 
 
+def often(folder: Path) -> None:
+    """What the default tier asks for, in one program."""
+    for part in (whole, some_divided):
+        own = folder / part.__name__
+        own.mkdir()
+        part(own)
+
+
 def divided(folder: Path) -> None:
     """Both ways to divide, by two and four, with states that go over to the other."""
     make_base("llama", folder / "base")
@@ -318,9 +326,6 @@ def compiled(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[2] != "whole":  # here and not in each of the processes that are forked
-        importlib.import_module("torch.distributed.checkpoint")
-        importlib.import_module("xfusion.training.sharding")
-    {f.__name__: f for f in (whole, some_divided, divided, killed, unreadable, compiled)}[sys.argv[2]](
-        Path(sys.argv[1])
-    )
+    for module in ("torch.distributed.checkpoint", "xfusion.training.sharding"):
+        importlib.import_module(module)  # here and not in each of the processes that are forked
+    {f.__name__: f for f in (often, divided, killed, unreadable, compiled)}[sys.argv[2]](Path(sys.argv[1]))

@@ -31,7 +31,7 @@ def learned(model, dtype, again, *, compiled=False):
     return found, [p.grad for p in model.new_parameters()], len(calls)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.full)])
 @pytest.mark.parametrize("fusion", [*FUSIONS, "flamingo"])
 def test_losses_and_gradients_are_the_same_bits(bases, fusion, dtype):
     model = make_model(bases["llama"], fusion)

@@ -289,6 +289,10 @@ class Clock:
             self.now += 1.0
 
 
+FEW = MixtureConfig(draw=1, caption=0, pack=1)
+"""For runs of which the steps count and not what they learn."""
+
+
 @pytest.fixture
 def clock(monkeypatch):
     return told_by(Clock(), monkeypatch)
@@ -302,12 +306,13 @@ def told_by(clock, monkeypatch):
 
 
 def test_minutes_fix_the_number_of_steps_and_write_it_down(bases, tmp_path, clock):
-    train(bases["llama"], tmp_path, minutes=45.5 / 60, listener=clock)
+    few = recipe(bases["llama"], mixture=FEW)
+    train(bases["llama"], tmp_path, recipe_=few, minutes=45.5 / 60, listener=clock)
     (plan,) = log(tmp_path, "plan")
     assert plan["steps"] == 45 and plan["seconds_per_step"] == pytest.approx(1)
     assert plan["step"] == pace.WARM_STEPS + pace.MEASURED_STEPS
     assert [e["step"] for e in log(tmp_path)] == list(range(45))
-    stage = recipe(bases["llama"]).stages[0]
+    stage = few.stages[0]
     rates = [e["rate"] for e in log(tmp_path)]
     assert rates[plan["step"] :] == [stage.rate_at(i, 45) for i in range(plan["step"], 45)]
     assert plan_of(tmp_path)["totals"] == [45]
@@ -322,7 +327,8 @@ def test_a_budget_is_planned_once_steps_get_no_faster(bases, tmp_path, monkeypat
                 self.now += 1.0 if event["step"] < 30 else 0.1
 
     clock = told_by(Filling(), monkeypatch)
-    train(bases["llama"], tmp_path, minutes=70.05 / 60, listener=clock)
+    few = recipe(bases["llama"], mixture=FEW)
+    train(bases["llama"], tmp_path, recipe_=few, minutes=70.05 / 60, listener=clock)
     (plan,) = log(tmp_path, "plan")
     assert plan["step"] == 70 and plan["seconds_per_step"] == pytest.approx(0.1)
     assert plan["steps"] == len(log(tmp_path)) == 430
@@ -337,14 +343,15 @@ def test_a_budget_goes_on_after_a_break(bases, tmp_path, clock, stop):
         clock(event)
         StopAt(stop)(event)
 
+    few = recipe(bases["llama"], mixture=FEW)
     with pytest.raises(Interrupted):
-        train(bases["llama"], tmp_path, minutes=60.5 / 60, listener=listen)
+        train(bases["llama"], tmp_path, recipe_=few, minutes=60.5 / 60, listener=listen)
 
     def limit(event):
         clock(event)
         assert event["step"] < 70, "the run does not end"
 
-    train(bases["llama"], tmp_path, resume=True, listener=limit)  # the budget is remembered
+    train(bases["llama"], tmp_path, recipe_=few, resume=True, listener=limit)  # the budget is remembered
     assert [e["step"] for e in log(tmp_path)] == list(range(60))
     (plan,) = log(tmp_path, "plan")
     assert plan["steps"] == 60 and plan["step"] == (30 if stop == 33 else stop + 31)

@@ -54,13 +54,18 @@ def several(tmp_path_factory, what, prepare=lambda folder: None):
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory):
-    return several(tmp_path_factory, "whole")
+def often(tmp_path_factory):
+    return several(tmp_path_factory, "often")
 
 
 @pytest.fixture(scope="module")
-def some_divided(tmp_path_factory):
-    return several(tmp_path_factory, "some_divided")
+def ran(often):
+    return often / "whole"
+
+
+@pytest.fixture(scope="module")
+def some_divided(often):
+    return often / "some_divided"
 
 
 @pytest.fixture(scope="module")

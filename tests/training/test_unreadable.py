@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from data.test_hub_data import hub, rows
+from data.hub_server import hub
+from data.test_hub_data import rows
 from data.test_shards import png, write_parquet, write_tar
 from training.runs import StopAt, log, pack_of, plan_of, recipe, same, told, train
 from training.test_processes import TOLERANCE, furthest, several
@@ -129,7 +130,7 @@ def test_a_row_group_that_is_gone_takes_its_rows_with_it_one_by_one(bases, tmp_p
 
 def test_a_hub_that_does_not_answer_stops_the_run_with_its_state_and_it_goes_on_to_the_bit(bases, tmp_path, hub):
     """Nothing is left out, whatever is allowed: it may answer tomorrow."""
-    hub.sets["org/cards"] = ("a" * 40, {"train.parquet": rows(tmp_path, range(COUNT))})
+    hub.commits["datasets/org/cards"] = [("a" * 40, {"train.parquet": rows(tmp_path, range(COUNT))})]
     base, out = bases["llama"], tmp_path / "run"
     run(base, tmp_path / "straight", "hf:org/cards")
 
