@@ -9,7 +9,7 @@ import hashlib
 import os
 import queue
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +25,8 @@ from xfusion.apps.server import reading, requests
 from xfusion.apps.server.answers import Refused
 from xfusion.apps.server.batches import Batches, Job, Words, told
 from xfusion.apps.server.limits import Limits
+from xfusion.apps.web import brush
+from xfusion.data import pictures
 from xfusion.data.sequence import Text
 from xfusion.evaluation.attention import Attention, drawing_attention
 from xfusion.generation import draw_tokens
@@ -171,6 +173,30 @@ class Desk:
         file = Path(path)
         requests.within(file.stat().st_size, self.limits.body, "the file's size in bytes")
         return requests.as_seen(requests.decoded(file.read_bytes(), "the picture", self.limits), model)
+
+    def drawing(self, name: str | None) -> Model:
+        """A pack that draws pictures.
+
+        Raises:
+            Refused: this one does not.
+        """
+        model = self.model(name)
+        if "draw" not in model.capabilities:
+            raise requests.incapable(model, "draw")
+        return model
+
+    def painted(self, layers: Sequence[str | Path], side: int) -> Picture:
+        """The mask of a brush: white where files of paint on nothing cover a picture of ``side`` x ``side`` pixels.
+
+        Raises:
+            Refused: nothing is painted, or only thin lines.
+            XFusionError: a file is no picture, or a large one.
+        """
+        files = (Path(path).read_bytes() for path in layers)
+        mask = brush.mask((pictures.decode(file, "the paint", most_pixels=brush.MOST) for file in files), side)
+        if mask is None:
+            raise Refused(400, "nothing is painted: paint broadly over what is to be drawn anew, or choose a part")
+        return mask
 
     def say(
         self, who: str, name: str | None, messages: list[dict[str, Any]], **settings: Any

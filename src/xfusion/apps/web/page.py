@@ -26,7 +26,7 @@ from xfusion.apps import comparison_page
 from xfusion.apps.chat import added
 from xfusion.apps.server.answers import Refused
 from xfusion.apps.server.limits import Limits
-from xfusion.apps.web import heat
+from xfusion.apps.web import brush, heat
 from xfusion.apps.web.desk import Desk, Drawn, Preview, Stopped
 from xfusion.apps.web.guard import Guard
 from xfusion.comparison.results import SUMMARY, portable
@@ -42,6 +42,9 @@ FORM = 65_536
 """Bytes of a request beside the file that it brings."""
 HANDLERS = 16
 """Calls of one kind that may wait for the queue at once; gradio holds back the others."""
+PAINTED = "what I paint"
+PAINT = ("#ea5c14", 0.55)
+"""A colour, and how much it covers."""
 REGIONS = {
     "left half": (0, 0, 0.5, 1),
     "right half": (0.5, 0, 1, 1),
@@ -68,6 +71,9 @@ STYLE = """
 #conversation .message img { width: 9rem !important; height: 9rem !important; object-fit: contain !important; }
 #conversation [aria-label=Share], #conversation [title=Share] { display: none; }
 #redrawn img { width: 100%; height: 100%; object-fit: contain; }
+#sheet .toolbar-wrap { left: 2px; }
+#sheet [aria-label=Color] { display: none; }
+#sheet .empty { font-size: 0; } #sheet .empty::after { content: "drop a picture above first"; font-size: 1rem; }
 .scroll { overflow-x: auto; }
 .grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important; }
 table.heat { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .85rem; width: auto; }
@@ -228,9 +234,9 @@ class _Page:
     def _stop(self, request: gr.Request) -> None:
         self.desk.stop(_who(request))
 
-    def _wire(self, trigger: Any, call: Any, inputs: list[Any], outputs: list[Any], cancels: Any = None) -> Any:
+    def _wire(self, trigger: Any, call: Any, inputs: list[Any], outputs: list[Any], **more: Any) -> Any:
         """A call behind a button; the page alone may make it, and it waits in the bounded queue."""
-        return trigger(call, inputs, outputs, cancels=cancels, show_progress="hidden", api_visibility="private")
+        return trigger(call, inputs, outputs, show_progress="hidden", api_visibility="private", **more)
 
     def _stop_button(self) -> None:
         button = gr.Button("Stop", min_width=80)
@@ -398,33 +404,57 @@ class _Page:
     # -- a picture
 
     def _picture_tab(self) -> None:
+        captions, draws = "caption" in self.able, "draw" in self.able
         with gr.Row():
             given = gr.Image(
                 label="Your picture", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=280,
                 elem_id="given", buttons=[],
             )  # fmt: skip
             given.preprocess = _place  # the file is opened by us and not by gradio, within our limits
-            out = gr.Image(
-                label="Drawn anew", interactive=False, height=280, elem_classes="pixels", elem_id="redrawn",
-                format="png", buttons=["download"], type="filepath",
-            )  # fmt: skip
+            with gr.Column(visible=captions):
+                question = gr.Textbox(label="Question", placeholder="What is it?", max_lines=2, elem_id="question")
+                with gr.Row():
+                    ask = gr.Button("Caption", variant="primary", min_width=100, elem_id="caption")
+                    self._stop_button()
+                answer = gr.Textbox(label="It sees", interactive=False, elem_id="sees")
         line = gr.HTML(status(), elem_classes="status", elem_id="picture-status")
-        with gr.Row(visible="caption" in self.able):
-            question = gr.Textbox(label="Question", info="empty: what is it?", max_lines=2, scale=3)
-            ask = gr.Button("Caption", variant="primary", min_width=100, elem_id="caption")
-        answer = gr.Textbox(label="It sees", interactive=False, elem_id="sees", visible="caption" in self.able)
-        with gr.Group(visible="draw" in self.able):
-            region = gr.Radio(list(REGIONS), value="left half", label="Draw this part anew")
-            prompt = gr.Textbox(label="What the whole picture shall show", max_lines=2, elem_id="repaint-prompt")
-            settings = self._settings()
-            with gr.Row():
-                redraw = gr.Button("Draw anew", variant="primary", min_width=100)
-                self._stop_button()
         for trigger in (ask.click, question.submit):
             self._wire(trigger, self._caption, [self.pack, given, question], [answer, line])
-        inputs = [self.pack, given, region, prompt, *settings]
+        with gr.Column(visible=draws):
+            gr.Markdown("### Draw a part of it anew")
+            region = gr.Radio(
+                [PAINTED, *REGIONS], value=PAINTED, label="Which part", elem_id="region",
+                info="the picture is drawn in cells: those that your brush touches are drawn anew, the others stay",
+            )  # fmt: skip
+            with gr.Row():
+                sheet = gr.ImageEditor(
+                    label="Paint here", type="filepath", sources=(), transforms=(), layers=False, buttons=[],
+                    brush=gr.Brush(default_size=24, colors=[PAINT], color_mode="fixed"),
+                    eraser=gr.Eraser(default_size=24), canvas_size=(brush.SIDE, brush.SIDE), fixed_canvas=True,
+                    height=440, format="png", elem_id="sheet", elem_classes="pixels", interactive=True,
+                )  # fmt: skip
+                sheet.preprocess = _strokes  # as above
+                sheet.accept_blobs = None  # else anyone could have this process keep bytes that nobody asks for
+                out = gr.Image(
+                    label="Drawn anew", interactive=False, height=440, elem_classes="pixels", elem_id="redrawn",
+                    format="png", buttons=["download"], type="filepath",
+                )  # fmt: skip
+            prompt = gr.Textbox(
+                label="What the whole picture shall show", placeholder="a red heart", max_lines=2,
+                elem_id="repaint-prompt",
+            )  # fmt: skip
+            settings = self._settings()
+            with gr.Row():
+                redraw = gr.Button("Draw anew", variant="primary", min_width=100, elem_id="redraw")
+                self._stop_button()
+            told = gr.HTML(status(), elem_classes="status", elem_id="repaint-status")
+        inputs = [self.pack, given, region, sheet, prompt, *settings]
         for trigger in (redraw.click, prompt.submit):
-            self._wire(trigger, self._repaint, inputs, [out, line])
+            self._wire(trigger, self._repaint, inputs, [out, told])
+        self._wire(sheet.clear, self._wiped, [self.pack, given], [sheet], show_progress_on=[line])
+        for trigger in (given.change, self.pack.change):
+            # A browser sends what is painted whenever it shows the progress of something on the sheet: never, then.
+            self._wire(trigger, self._laid, [self.pack, given], [sheet, line], show_progress_on=[line])
 
     def _caption(self, pack: str, given: str | None, question: str, request: gr.Request) -> Iterator[tuple[Any, ...]]:
         try:
@@ -438,18 +468,39 @@ class _Page:
         except Exception as error:
             yield "", complaint(error)
 
+    def _laid(self, pack: str, given: str | None) -> tuple[Any, str]:
+        """The picture that was dropped, to paint on."""
+        try:
+            if not given:
+                return None, status()
+            picture, model = self._given(pack, given), self.desk.model(pack)
+            if "draw" not in model.capabilities:
+                return None, status()
+            laid = self.desk.shown(brush.sheet(picture, model.image.grid(picture.width)))
+            return {"background": laid, "layers": [], "composite": None}, status()
+        except Exception as error:
+            return None, complaint(error)
+
+    def _wiped(self, pack: str, given: str | None) -> Any:
+        """The picture again where all was wiped off; with none, another wiping would follow."""
+        return self._laid(pack, given)[0] if given else gr.skip()
+
     def _repaint(
-        self, pack: str, given: str | None, region: str, prompt: str, seed: str, steps: float, guidance: float,
-        request: gr.Request,
+        self, pack: str, given: str | None, region: str, painted: list[str], prompt: str, seed: str, steps: float,
+        guidance: float, request: gr.Request,
     ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
         try:
+            self.desk.drawing(pack)
             picture = self._given(pack, given)
-            if region not in REGIONS:
-                raise Refused(400, f"there is no part {region[:40]!r}, only {', '.join(REGIONS)}")
+            if region == PAINTED:
+                mask = self.desk.painted(painted, picture.width)
+            elif region in REGIONS:
+                mask = _mask(picture.size, REGIONS[region])
+            else:
+                raise Refused(400, f"there is no part {region[:40]!r}, only {', '.join([PAINTED, *REGIONS])}")
             yield gr.skip(), status("waiting …")
             settings = {"steps": steps, "guidance": guidance, **_seeded(seed)}
-            files = (_png(picture), _png(_mask(picture.size, REGIONS[region])))
-            for found in self.desk.repaint(_who(request), pack, *files, prompt, **settings):
+            for found in self.desk.repaint(_who(request), pack, _png(picture), _png(mask), prompt, **settings):
                 if isinstance(found, Preview):
                     yield self.desk.shown(found.picture), _progress(found)
                 else:
@@ -541,6 +592,11 @@ class _Page:
 def _place(payload: Any) -> str | None:
     """Where an uploaded file is."""
     return None if payload is None else payload.path
+
+
+def _strokes(payload: Any) -> list[str]:
+    """Where the layers of paint are."""
+    return [] if payload is None else [layer.path for layer in payload.layers]
 
 
 def _who(request: gr.Request) -> str:
