@@ -270,7 +270,7 @@ class Desk:
             words=Words(model.backbone.decode),
             tell=checked.tell,
         )
-        shown = {max(1, round(asked.steps * k / STRIP)) for k in range(1, STRIP + 1)}
+        shown = {round(1 + (asked.steps - 1) * k / (STRIP - 1)) for k in range(STRIP)}
         yield from (found for _, found in self._follow(who, [job], shown) if isinstance(found, Preview))
         if job.dropped:
             raise Stopped

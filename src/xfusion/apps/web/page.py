@@ -68,6 +68,7 @@ STYLE = """
 .thumbnail-lg img { height: auto !important; aspect-ratio: 1; }
 .caption-label { position: static !important; white-space: normal !important; max-width: 100% !important;
   font-size: .75rem !important; text-align: left; border: 0 !important; }
+.preview .caption { white-space: normal !important; }
 #conversation .message img { width: 9rem !important; height: 9rem !important; object-fit: contain !important; }
 #conversation [aria-label=Share], #conversation [title=Share] { display: none; }
 #redrawn img { width: 100%; height: 100%; object-fit: contain; }
@@ -76,15 +77,19 @@ STYLE = """
 #sheet .empty { font-size: 0; } #sheet .empty::after { content: "drop a picture above first"; font-size: 1rem; }
 .scroll { overflow-x: auto; }
 .grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important; }
-table.heat { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .85rem; width: auto; }
+table.heat { border-collapse: collapse; border: 0 !important; width: auto;
+  font-variant-numeric: tabular-nums; font-size: .85rem; }
 table.heat :is(thead, tbody, tr) { border: 0 !important; }
-table.heat :is(th, td) { padding: .15rem .4rem !important; text-align: right !important; border: 0 !important; }
-table.heat th[scope=row] { text-align: left !important; white-space: nowrap; position: sticky; left: 0;
+table.heat :is(th, td) { padding: .15rem .4rem !important; border: 0 !important; }
+table.heat :is(td, thead th + th) { text-align: right !important; }
+table.heat :is(th[scope=row], thead th:first-child) { text-align: left !important; }
+table.heat th[scope=row] { white-space: nowrap; position: sticky; left: 0;
   background: var(--body-background-fill); }
 table.heat caption { text-align: left; padding: .3rem 0; white-space: nowrap; color: var(--body-text-color); }
 iframe.comparison { width: 100%; height: 80vh; border: 1px solid var(--border-color-primary); border-radius: 8px; }
 :focus-visible { outline: 2px solid #c2571a; outline-offset: 2px; }
 @media (max-width: 34rem) {
+  #sheet { height: 350px !important; }
   .tab-container button { padding: 0 .45rem !important; font-size: .85rem !important; }
   .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; }
   table.heat { font-size: .75rem; }
@@ -422,32 +427,34 @@ class _Page:
             self._wire(trigger, self._caption, [self.pack, given, question], [answer, line])
         with gr.Column(visible=draws):
             gr.Markdown("### Draw a part of it anew")
-            region = gr.Radio(
-                [PAINTED, *REGIONS], value=PAINTED, label="Which part", elem_id="region",
-                info="the picture is drawn in cells: those that your brush touches are drawn anew, the others stay",
-            )  # fmt: skip
             with gr.Row():
-                sheet = gr.ImageEditor(
-                    label="Paint here", type="filepath", sources=(), transforms=(), layers=False, buttons=[],
-                    brush=gr.Brush(default_size=24, colors=[PAINT], color_mode="fixed"),
-                    eraser=gr.Eraser(default_size=24), canvas_size=(brush.SIDE, brush.SIDE), fixed_canvas=True,
-                    height=440, format="png", elem_id="sheet", elem_classes="pixels", interactive=True,
-                )  # fmt: skip
-                sheet.preprocess = _strokes  # as above
-                sheet.accept_blobs = None  # else anyone could have this process keep bytes that nobody asks for
-                out = gr.Image(
-                    label="Drawn anew", interactive=False, height=440, elem_classes="pixels", elem_id="redrawn",
-                    format="png", buttons=["download"], type="filepath",
-                )  # fmt: skip
-            prompt = gr.Textbox(
-                label="What the whole picture shall show", placeholder="a red heart", max_lines=2,
-                elem_id="repaint-prompt",
-            )  # fmt: skip
-            settings = self._settings()
-            with gr.Row():
-                redraw = gr.Button("Draw anew", variant="primary", min_width=100, elem_id="redraw")
-                self._stop_button()
-            told = gr.HTML(status(), elem_classes="status", elem_id="repaint-status")
+                with gr.Column():
+                    region = gr.Radio(
+                        [PAINTED, *REGIONS], value=PAINTED, label="Which part", elem_id="region",
+                        info="the picture is drawn in cells: those that your brush touches are drawn anew, the others stay",
+                    )  # fmt: skip
+                    sheet = gr.ImageEditor(
+                        label="Paint here", type="filepath", sources=(), transforms=(), layers=False, buttons=[],
+                        brush=gr.Brush(default_size=24, colors=[PAINT], color_mode="fixed"),
+                        eraser=gr.Eraser(default_size=24), canvas_size=(brush.SIDE, brush.SIDE), fixed_canvas=True,
+                        height=440, format="png", elem_id="sheet", elem_classes="pixels", interactive=True,
+                    )  # fmt: skip
+                    sheet.preprocess = _strokes  # as above
+                    sheet.accept_blobs = None  # else anyone could have this process keep bytes that nobody asks for
+                with gr.Column():
+                    prompt = gr.Textbox(
+                        label="What the whole picture shall show", placeholder="a red heart", max_lines=2,
+                        elem_id="repaint-prompt",
+                    )  # fmt: skip
+                    settings = self._settings()
+                    with gr.Row():
+                        redraw = gr.Button("Draw anew", variant="primary", min_width=100, elem_id="redraw")
+                        self._stop_button()
+                    told = gr.HTML(status(), elem_classes="status", elem_id="repaint-status")
+                    out = gr.Image(
+                        label="Drawn anew", interactive=False, height=280, elem_classes="pixels", elem_id="redrawn",
+                        format="png", buttons=["download"], type="filepath",
+                    )  # fmt: skip
         inputs = [self.pack, given, region, sheet, prompt, *settings]
         for trigger in (redraw.click, prompt.submit):
             self._wire(trigger, self._repaint, inputs, [out, told])
@@ -527,9 +534,12 @@ class _Page:
             self._stop_button()
         line = gr.HTML(status(), elem_classes="status", elem_id="look-status")
         gallery: dict[str, Any] = {"object_fit": "contain", "format": "png", "interactive": False, "buttons": []}
-        strip = gr.Gallery(label="On its way from noise", columns=4, elem_id="strip", elem_classes="pixels", **gallery)
+        strip = gr.Gallery(
+            label="On its way from noise: estimates of the picture", columns=9, elem_id="strip", elem_classes="pixels",
+            **gallery,
+        )  # fmt: skip
         word = gr.Dropdown([ALL_WORDS], value=ALL_WORDS, label="Heat maps: how much looks at", interactive=True)
-        maps = gr.Gallery(label="By layer", columns=5, elem_id="maps", **gallery)
+        maps = gr.Gallery(label="By layer", columns=6, elem_id="maps", **gallery)
         shares = gr.HTML(elem_id="shares")
         found = gr.State(None, time_to_live=3600)
         inputs = [self.pack, prompt, *settings]
@@ -547,7 +557,7 @@ class _Page:
             settings = {"steps": steps, "guidance": guidance, **_seeded(seed)}
             for found in self.desk.look(_who(request), pack, prompt, **settings):
                 if isinstance(found, Preview):
-                    strip = [*strip, (self.desk.shown(found.picture), f"step {found.done} of {found.total}")]
+                    strip = [*strip, (self.desk.shown(found.picture), f"step {found.done}")]
                     yield strip, *same, _progress(found)
                     continue
                 picture, attention = found
