@@ -5,6 +5,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -399,6 +400,30 @@ def test_a_pack_that_only_reads_says_so_and_not_what_to_paint(model, tmp_path):
     assert line == page.status() and Image.open(laid["background"]).size == (brush.SIDE, brush.SIDE)
 
 
+@pytest.mark.parametrize("tab", ["chat", "draw"])
+def test_what_was_cleared_away_says_no_more(desk, tab):
+    """A stop tells that it stopped; the same word after a clearing would stay on an empty page."""
+    page = pytest.importorskip("xfusion.apps.web.page", reason="gradio is not installed: pip install 'xfusion[web]'")
+    me = SimpleNamespace(session_hash="me")
+    shown = page._Page(desk, None)
+
+    def drawing():
+        settings = ("0", 30, 1)
+        if tab == "chat":
+            walk = shown._draw_in_chat("tiny", {"text": "a cat"}, [], *settings, me)
+        else:
+            walk = shown._draw("tiny", "a cat", 1, *settings, [], me)
+        next(walk)
+        assert "step" in next(walk)[-1]
+        return walk
+
+    for clear, said in ((shown._stop, "stopped"), (shown._forget if tab == "chat" else shown._clear, None)) * 2:
+        walk = drawing()
+        clear(me)
+        rest = [line for *_, line in walk]
+        assert said in rest[-1] if said else not any("stopped" in line for line in rest)
+
+
 @pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -546,6 +571,12 @@ def test_every_tab_on_a_phone_by_keyboard_alone(visit, tmp_path):
             says(page, "draw", "drawn")
         elif name == "Picture":
             page.wait_for_function("document.querySelector('#sees textarea, #sees input').value")
+            walk_to(page, "#region input[value='left half']")
+            page.keyboard.press("Space")
+            walk_to(page, "#redraw")
+            page.keyboard.press("Enter")
+            says(page, "repaint", "seed 0")
+            page.locator("#redrawn img").wait_for()
         elif name == "Inside":
             page.locator("#shares table").wait_for()
             page.locator("#strip .thumbnail-item").nth(8).wait_for()

@@ -182,6 +182,8 @@ class _Page:
         self.desk, self.limits, self.comparisons = desk, desk.limits, comparisons
         self.guidance: list[gr.Slider] = []
         """Of every tab; they follow the pack."""
+        self.cleared = set[tuple[str, str]]()
+        """Who cleared which tab since something was asked for there."""
         self.able = set[str]().union(*(model.capabilities for model in desk.models.values()))
         self.decides = any(model.opening is not None for model in desk.models.values())
 
@@ -238,6 +240,14 @@ class _Page:
 
     def _stop(self, request: gr.Request) -> None:
         self.desk.stop(_who(request))
+
+    def _clear_away(self, request: gr.Request, tab: str) -> None:
+        self.cleared.add((_who(request), tab))
+        self._stop(request)
+
+    def _was_cleared(self, error: Exception, request: gr.Request, tab: str) -> bool:
+        """Whether what failed was cleared away: its last word may come after the clearing, and would stay on the page."""
+        return isinstance(error, Stopped) and (_who(request), tab) in self.cleared
 
     def _wire(self, trigger: Any, call: Any, inputs: list[Any], outputs: list[Any], **more: Any) -> Any:
         """A call behind a button; the page alone may make it, and it waits in the bounded queue."""
@@ -305,7 +315,7 @@ class _Page:
             self._wire(trigger, self._forget, [], outputs, cancels=calls)
 
     def _forget(self, request: gr.Request) -> tuple[Any, ...]:
-        self._stop(request)
+        self._clear_away(request, "chat")
         return [], [], None, status()
 
     def _heard(self, pack: str, message: dict[str, Any] | None, said: list[Any]) -> tuple[str, list[Any]]:
@@ -323,6 +333,7 @@ class _Page:
         longest: float, temperature: float, request: gr.Request,
     ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
         try:
+            self.cleared.discard((_who(request), "chat"))
             _, messages = self._heard(pack, message, said)
             yield self._shown(messages), said, None, status("thinking …")
             settings: dict[str, Any] = {"max_tokens": longest, "temperature": temperature, **_seeded(seed)}
@@ -336,12 +347,14 @@ class _Page:
             messages = [*messages, _turn(*answer)]
             yield self._shown(messages), messages, gr.skip(), status()
         except Exception as error:
-            yield self._shown(said), said, message, complaint(error)
+            if not self._was_cleared(error, request, "chat"):
+                yield self._shown(said), said, message, complaint(error)
 
     def _draw_in_chat(
         self, pack: str, message: Any, said: Any, seed: str, steps: float, guidance: float, request: gr.Request
     ) -> Iterator[tuple[Any, ...]]:
         try:
+            self.cleared.discard((_who(request), "chat"))
             words, messages = self._heard(pack, message, said)
             yield self._shown(messages), said, None, status("drawing …")
             settings = {"steps": steps, "guidance": guidance, **_seeded(seed)}
@@ -352,7 +365,8 @@ class _Page:
                     messages = [*messages, _turn(found.picture)]
                     yield self._shown(messages), messages, gr.skip(), status(_caption(found))
         except Exception as error:
-            yield self._shown(said), said, message, complaint(error)
+            if not self._was_cleared(error, request, "chat"):
+                yield self._shown(said), said, message, complaint(error)
 
     # -- draw
 
@@ -376,7 +390,7 @@ class _Page:
         self._wire(clear.click, self._clear, [], outputs, cancels=calls)
 
     def _clear(self, request: gr.Request) -> tuple[Any, ...]:
-        self._stop(request)
+        self._clear_away(request, "draw")
         return [], [], status()
 
     def _draw(
@@ -388,6 +402,7 @@ class _Page:
         kept = [one for one in kept if Path(one[0]).exists()]  # old ones are swept away
         line = status("waiting …")
         try:
+            self.cleared.discard((_who(request), "draw"))
             yield gr.skip(), gr.skip(), line
             settings = {"n": number, "steps": steps, "guidance": guidance, **_seeded(seed)}
             for found in self.desk.draw(_who(request), pack, prompt, **settings):
@@ -402,6 +417,8 @@ class _Page:
             kept = [*_in_order(coming), *kept][:KEPT]
             yield kept, kept, line
         except Exception as error:
+            if self._was_cleared(error, request, "draw"):
+                return
             done = {i: coming[i] for i in whole}
             kept = [*_in_order(done), *kept][:KEPT]
             yield kept, kept, complaint(error)
