@@ -54,6 +54,7 @@ REGIONS = {
 }
 """Parts of a picture that may be drawn anew, as left, top, right and bottom."""
 ALL_WORDS = "all words"
+NOTHING: Any = None
 ABILITIES = {"text": "answers in words", "caption": "describes pictures", "draw": "draws pictures"}
 """What the page lets a pack do, in its words."""
 STYLE = """
@@ -457,7 +458,7 @@ class _Page:
                         height=440, format="png", elem_id="sheet", elem_classes="pixels", interactive=True,
                     )  # fmt: skip
                     sheet.preprocess = _strokes  # as above
-                    sheet.accept_blobs = None  # else anyone could have this process keep bytes that nobody asks for
+                    sheet.accept_blobs = NOTHING  # else anyone could have this process keep bytes that nobody asks for
                 with gr.Column():
                     prompt = gr.Textbox(
                         label="What the whole picture shall show", placeholder="a red heart", max_lines=2,
@@ -621,7 +622,7 @@ def _place(payload: Any) -> str | None:
     return None if payload is None else payload.path
 
 
-def _strokes(payload: Any) -> list[str]:
+def _strokes(payload: Any) -> Any:
     """Where the layers of paint are."""
     return [] if payload is None else [layer.path for layer in payload.layers]
 
