@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import logging
 import os
+import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from html import escape
@@ -27,7 +29,7 @@ from xfusion.apps.chat import added
 from xfusion.apps.server.answers import Refused
 from xfusion.apps.server.limits import Limits
 from xfusion.apps.web import brush, heat
-from xfusion.apps.web.desk import Desk, Drawn, Preview, Stopped
+from xfusion.apps.web.desk import LISTEN_SECONDS, Desk, Drawn, Preview, Stopped
 from xfusion.apps.web.guard import Guard
 from xfusion.comparison.results import SUMMARY, portable
 from xfusion.comparison.table import summarise
@@ -40,6 +42,8 @@ KEPT = 48
 """Pictures that a gallery keeps."""
 FORM = 65_536
 """Bytes of a request beside the file that it brings."""
+CLEARED = 200
+"""Looks whether what is cleared away has ended, each half of `LISTEN_SECONDS` after the last."""
 HANDLERS = 16
 """Calls of one kind that may wait for the queue at once; gradio holds back the others."""
 PAINTED = "what I paint"
@@ -185,6 +189,8 @@ class _Page:
         """Of every tab; they follow the pack."""
         self.cleared = set[tuple[str, str]]()
         """Who cleared which tab since something was asked for there."""
+        self.working = Counter[tuple[str, str]]()
+        """Whose answers in which tab are on their way."""
         self.able = set[str]().union(*(model.capabilities for model in desk.models.values()))
         self.decides = any(model.opening is not None for model in desk.models.values())
 
@@ -242,12 +248,26 @@ class _Page:
     def _stop(self, request: gr.Request) -> None:
         self.desk.stop(_who(request))
 
+    def _begin(self, request: gr.Request, tab: str) -> None:
+        self.cleared.discard((_who(request), tab))
+        self.working[_who(request), tab] += 1
+
+    def _end(self, request: gr.Request, tab: str) -> None:
+        self.working[_who(request), tab] -= 1
+        if not self.working[_who(request), tab]:
+            self.working.pop((_who(request), tab))
+
     def _clear_away(self, request: gr.Request, tab: str) -> None:
+        """Stop what a tab does, and wait for its last word: one that comes after the clearing would stay on the page."""
         self.cleared.add((_who(request), tab))
-        self._stop(request)
+        for _ in range(CLEARED):
+            self._stop(request)
+            if (_who(request), tab) not in self.working:
+                return
+            time.sleep(LISTEN_SECONDS / 2)
 
     def _was_cleared(self, error: Exception, request: gr.Request, tab: str) -> bool:
-        """Whether what failed was cleared away: its last word may come after the clearing, and would stay on the page."""
+        """Whether what failed was cleared away."""
         return isinstance(error, Stopped) and (_who(request), tab) in self.cleared
 
     def _wire(self, trigger: Any, call: Any, inputs: list[Any], outputs: list[Any], **more: Any) -> Any:
@@ -307,13 +327,11 @@ class _Page:
                 longest = gr.Slider(1, self.limits.tokens, min(128, self.limits.tokens), step=1, label="Longest answer")
                 temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature", info="0 takes the likeliest word")
         outputs, inputs = [talk, said, message, line], [self.pack, message, said, *settings]
-        calls = [
-            self._wire(say.click, self._say, [*inputs, asked, longest, temperature], outputs),
-            self._wire(message.submit, self._say, [*inputs, asked, longest, temperature], outputs),
-            self._wire(draw.click, self._draw_in_chat, inputs, outputs),
-        ]
+        for trigger in (say.click, message.submit):
+            self._wire(trigger, self._say, [*inputs, asked, longest, temperature], outputs)
+        self._wire(draw.click, self._draw_in_chat, inputs, outputs)
         for trigger in (new.click, talk.clear):  # an answer that is on its way must not bring the old talk back
-            self._wire(trigger, self._forget, [], outputs, cancels=calls)
+            self._wire(trigger, self._forget, [], outputs)
 
     def _forget(self, request: gr.Request) -> tuple[Any, ...]:
         self._clear_away(request, "chat")
@@ -333,8 +351,8 @@ class _Page:
         self, pack: str, message: Any, said: Any, seed: str, steps: float, guidance: float, asked: bool,
         longest: float, temperature: float, request: gr.Request,
     ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
+        self._begin(request, "chat")
         try:
-            self.cleared.discard((_who(request), "chat"))
             _, messages = self._heard(pack, message, said)
             yield self._shown(messages), said, None, status("thinking …")
             settings: dict[str, Any] = {"max_tokens": longest, "temperature": temperature, **_seeded(seed)}
@@ -350,12 +368,14 @@ class _Page:
         except Exception as error:
             if not self._was_cleared(error, request, "chat"):
                 yield self._shown(said), said, message, complaint(error)
+        finally:
+            self._end(request, "chat")
 
     def _draw_in_chat(
         self, pack: str, message: Any, said: Any, seed: str, steps: float, guidance: float, request: gr.Request
     ) -> Iterator[tuple[Any, ...]]:
+        self._begin(request, "chat")
         try:
-            self.cleared.discard((_who(request), "chat"))
             words, messages = self._heard(pack, message, said)
             yield self._shown(messages), said, None, status("drawing …")
             settings = {"steps": steps, "guidance": guidance, **_seeded(seed)}
@@ -368,6 +388,8 @@ class _Page:
         except Exception as error:
             if not self._was_cleared(error, request, "chat"):
                 yield self._shown(said), said, message, complaint(error)
+        finally:
+            self._end(request, "chat")
 
     # -- draw
 
@@ -387,8 +409,9 @@ class _Page:
         kept = gr.State([])
         inputs = [self.pack, prompt, number, *settings, kept]
         outputs = [gallery, kept, line]
-        calls = [self._wire(trigger, self._draw, inputs, outputs) for trigger in (draw.click, prompt.submit)]
-        self._wire(clear.click, self._clear, [], outputs, cancels=calls)
+        for trigger in (draw.click, prompt.submit):
+            self._wire(trigger, self._draw, inputs, outputs)
+        self._wire(clear.click, self._clear, [], outputs)
 
     def _clear(self, request: gr.Request) -> tuple[Any, ...]:
         self._clear_away(request, "draw")
@@ -402,8 +425,8 @@ class _Page:
         whole: set[int] = set()
         kept = [one for one in kept if Path(one[0]).exists()]  # old ones are swept away
         line = status("waiting …")
+        self._begin(request, "draw")
         try:
-            self.cleared.discard((_who(request), "draw"))
             yield gr.skip(), gr.skip(), line
             settings = {"n": number, "steps": steps, "guidance": guidance, **_seeded(seed)}
             for found in self.desk.draw(_who(request), pack, prompt, **settings):
@@ -423,6 +446,8 @@ class _Page:
             done = {i: coming[i] for i in whole}
             kept = [*_in_order(done), *kept][:KEPT]
             yield kept, kept, complaint(error)
+        finally:
+            self._end(request, "draw")
 
     # -- a picture
 
