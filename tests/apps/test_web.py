@@ -4,7 +4,9 @@ import io
 import shutil
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -14,16 +16,16 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from apps.serving import apart, draw_only, opens_always, png, tiny_models
-from contracts.table import SIDE, Noise, hearing_model, randomise
+from contracts.table import SIDE, Noise, hearing_model, make_model, randomise
 
 from xfusion.apps import cli
 from xfusion.apps.server import batches, reading, requests
 from xfusion.apps.server.answers import Refused
 from xfusion.apps.server.batches import Continue, told
 from xfusion.apps.server.limits import Limits
-from xfusion.apps.web import heat
+from xfusion.apps.web import brush, heat
 from xfusion.apps.web.desk import Desk, Drawn, Preview, Stopped
-from xfusion.data.sequence import Text
+from xfusion.data.sequence import Text, XFusionError
 from xfusion.evaluation.attention import drawing_attention
 from xfusion.model import Model
 
@@ -231,6 +233,55 @@ def test_a_pack_that_hears_answers_words_and_refuses_pictures(desk, model, tmp_p
     assert refused.value.code == "not_capable"
 
 
+def test_paint_says_what_is_drawn_anew(desk, model, tmp_path):
+    """Half of a pixel is enough, a slip of the brush over the line between two is not."""
+    scale = brush.SIDE // SIDE
+    layers = []
+    for number, box in enumerate(
+        ((0, 0, 3 * scale, 2 * scale), (8 * scale, 8 * scale, 10 * scale + scale // 2 - 1, 9 * scale))
+    ):
+        paint = Image.new("RGBA", (brush.SIDE, brush.SIDE))
+        paint.paste((234, 92, 20, 140), box)
+        paint.save(tmp_path / f"{number}.png")
+        layers.append(tmp_path / f"{number}.png")
+    expected = Image.new("L", (SIDE, SIDE))
+    expected.paste(255, (0, 0, 3, 2))
+    expected.paste(255, (8, 8, 10, 9))
+    assert apart(desk.painted(layers, SIDE), expected) == 0
+    *_, drawn = desk.repaint(
+        "me", "tiny", png(seen := Noise(1).picture(0, SIDE)), png(expected), "a house", steps=2, seed=0
+    )
+    assert apart(drawn.picture, model.inpaint(seen, expected, "a house", steps=2, seed=0)) == 0
+
+    nothing = Image.new("RGBA", (2 * brush.SIDE, 2 * brush.SIDE))
+    nothing.paste((234, 92, 20, 255), (0, 0, 2 * brush.SIDE, scale - 1))  # of a sharper screen, and too thin
+    nothing.save(tmp_path / "thin.png")
+    Image.new("RGBA", (4 * brush.SIDE + 1, 4 * brush.SIDE)).save(tmp_path / "large.png")
+    (tmp_path / "words.png").write_bytes(b"no picture")
+    for files, complaint in (
+        ([], "nothing is painted"),
+        ([tmp_path / "thin.png"], "nothing is painted"),
+        ([tmp_path / "large.png"], "the paint .*pixels"),
+        ([tmp_path / "words.png"], "the paint"),
+    ):
+        with pytest.raises((Refused, XFusionError), match=complaint):
+            desk.painted(files, SIDE)
+
+
+def test_a_sheet_shows_the_picture_and_its_cells(model):
+    seen = Noise(1).picture(0, SIDE)
+    shown = brush.sheet(seen, (4, 4))
+    small = numpy.asarray(shown)[
+        brush.SIDE // SIDE // 2 :: brush.SIDE // SIDE, brush.SIDE // SIDE // 2 :: brush.SIDE // SIDE
+    ]
+    assert (small == numpy.asarray(seen)).all()
+    changed = numpy.asarray(shown) != numpy.asarray(seen.resize(shown.size, Image.Resampling.NEAREST))
+    rows, columns = numpy.nonzero(changed.any(axis=2))
+    cell = brush.SIDE // 4
+    assert {int(row) for row in rows if (changed[row].any(axis=1)).mean() > 0.9} == {cell, 2 * cell, 3 * cell}
+    assert ((rows % cell == 0) | (columns % cell == 0)).all()
+
+
 # --------------------------------------------------------------------------------------------------------------- heat
 
 
@@ -305,15 +356,21 @@ def test_an_address_that_a_request_names_is_not_fetched(page_at, monkeypatch):
         sent = 0
         for event in config["dependencies"]:
             for place, component in enumerate(event["inputs"]):
-                if kinds[component] not in ("multimodaltextbox", "image", "textbox"):
+                if kinds[component] not in ("multimodaltextbox", "image", "imageeditor", "textbox"):
                     continue
                 data: list[object] = [None] * len(event["inputs"])
-                data[place] = {"text": "", "files": [file]} if kinds[component] == "multimodaltextbox" else file
+                data[place] = {
+                    "multimodaltextbox": {"text": "", "files": [file]},
+                    "imageeditor": {"background": None, "layers": [file], "composite": None},
+                }.get(kinds[component], file)
                 body = {"data": data, "fn_index": event["id"], "session_hash": f"hand{sent}"}
                 assert client.post("gradio_api/queue/join", json=body).status_code == 200
                 told = client.get("gradio_api/queue/data", params={"session_hash": f"hand{sent}"}).text
                 assert '"success":false' in told and '"process_generating"' not in told
                 sent += 1
+        sheet = next(one for one, kind in kinds.items() if kind == "imageeditor")
+        body = {"data": {}, "session_hash": "hand", "component_id": sheet, "fn_name": "accept_blobs"}
+        assert client.post("gradio_api/component_server", json=body).status_code == 404, "bytes are kept for nobody"
     assert sent > 10 and not asked
 
 
@@ -322,10 +379,57 @@ def test_guidance_follows_the_pack(model, tmp_path, monkeypatch):
     shown = page._Page(Desk({"one": model, "two": model}, TINY, tmp_path), None)
     blocks = shown.blocks()
     sliders = [one for one in blocks.blocks.values() if getattr(one, "label", None) == "Guidance"]
-    (event,) = [one for one in blocks.fns.values() if (shown.pack._id, "change") in one.targets]
-    assert len(sliders) == 4 and set(event.outputs) == set(sliders)
+    events = [one for one in blocks.fns.values() if (shown.pack._id, "change") in one.targets]
+    (event,) = [one for one in events if set(one.outputs) == set(sliders)]
+    assert len(sliders) == 4
     monkeypatch.setattr(Model, "guidance", 6.5)
     assert event.fn("two") == dict.fromkeys(sliders, 6.5)
+
+
+def test_a_pack_that_only_reads_says_so_and_not_what_to_paint(model, tmp_path):
+    page = pytest.importorskip("xfusion.apps.web.page", reason="gradio is not installed: pip install 'xfusion[web]'")
+    reads = make_model(model.backbone, "openflamingo, all previous")
+    assert reads.capabilities == {"text", "caption"}
+    shown = page._Page(Desk({"reads": reads, "draws": model}, TINY, tmp_path), None)
+    shown.blocks()
+    Noise(1).picture(0, 32).save(tmp_path / "a.png")
+    for given, region in ((None, page.PAINTED), (str(tmp_path / "a.png"), "left half")):
+        (*_, (_, line)) = shown._repaint("reads", given, region, [], "a house", "0", 2, 1, None)
+        assert "this model cannot draw: it can caption, text" in line
+    assert shown._laid("reads", str(tmp_path / "a.png")) == (None, page.status())
+    laid, line = shown._laid("draws", str(tmp_path / "a.png"))
+    assert line == page.status() and Image.open(laid["background"]).size == (brush.SIDE, brush.SIDE)
+
+
+@pytest.mark.parametrize("tab", ["chat", "draw"])
+def test_what_was_cleared_away_says_no_more(desk, tab):
+    """A stop tells that it stopped; the same word after a clearing would stay on an empty page."""
+    page = pytest.importorskip("xfusion.apps.web.page", reason="gradio is not installed: pip install 'xfusion[web]'")
+    me = SimpleNamespace(session_hash="me")
+    shown = page._Page(desk, None)
+
+    def drawing():
+        settings = ("0", 30, 1)
+        if tab == "chat":
+            walk = shown._draw_in_chat("tiny", {"text": "a cat"}, [], *settings, me)
+        else:
+            walk = shown._draw("tiny", "a cat", 1, *settings, [], me)
+        next(walk)
+        assert "step" in next(walk)[-1]
+        return walk
+
+    for _ in range(2):
+        walk = drawing()
+        shown._stop(me)
+        assert "stopped" in [*walk][-1][-1]
+        walk, said = drawing(), []
+        with ThreadPoolExecutor(1) as other:
+            cleared = other.submit(shown._forget if tab == "chat" else shown._clear, me)
+            with pytest.raises(TimeoutError):
+                cleared.result(0.3)  # an estimate may be on its way to the browser
+            said += [line for *_, line in walk]
+            assert cleared.result(10)[-1] == page.status()
+        assert not any("stopped" in line for line in said) and not shown.working
 
 
 @pytest.fixture(scope="module")
@@ -475,6 +579,12 @@ def test_every_tab_on_a_phone_by_keyboard_alone(visit, tmp_path):
             says(page, "draw", "drawn")
         elif name == "Picture":
             page.wait_for_function("document.querySelector('#sees textarea, #sees input').value")
+            walk_to(page, "#region input[value='left half']")
+            page.keyboard.press("Space")
+            walk_to(page, "#redraw")
+            page.keyboard.press("Enter")
+            says(page, "repaint", "seed 0")
+            page.locator("#redrawn img").wait_for()
         elif name == "Inside":
             page.locator("#shares table").wait_for()
             page.locator("#strip .thumbnail-item").nth(8).wait_for()
@@ -551,9 +661,75 @@ def test_a_picture_is_dropped_captioned_and_drawn_anew(visit, model, page_at, tm
     page.get_by_label("upper half").check()
     page.locator("#repaint-prompt textarea").fill("a house")
     page.get_by_role("button", name="Draw anew").click()
-    says(page, "picture", "seed 0")
+    says(page, "repaint", "seed 0")
     mask = Image.new("L", seen.size, "black")
     mask.paste("white", (0, 0, SIDE, SIDE // 2))
+    expected = model.inpaint(seen, mask, "a house", seed=0, steps=25)
+    assert apart(picture_of(page.locator("#redrawn img")), expected) == 0
+
+
+class Brush:
+    """The mouse over the sheet of a page, by cells of the picture."""
+
+    def __init__(self, page):
+        self.page = page
+        canvas = page.locator("#sheet canvas").first
+        canvas.scroll_into_view_if_needed()
+        self.box = canvas.bounding_box()
+        self.cell = brush.SIDE / 4 * int(page.locator("#sheet .zoom-number").inner_text().strip(" %\n")) / 100
+
+    def at(self, row, column):
+        """A place, in cells from the upper left corner."""
+        middle = self.box["x"] + self.box["width"] / 2, self.box["y"] + self.box["height"] / 2
+        return middle[0] + (column - 2) * self.cell, middle[1] + (row - 2) * self.cell
+
+    def stroke(self, start, end):
+        """Paint from one place to another."""
+        self.page.mouse.move(*self.at(*start))
+        self.page.mouse.down()
+        self.page.mouse.move(*self.at(*end), steps=8)
+        self.page.mouse.up()
+
+
+@pytest.mark.full
+def test_what_is_painted_is_drawn_anew_and_the_rest_is_kept(visit, model, page_at, tmp_path):
+    Noise(1).picture(0, 32).save(tmp_path / "a.png")
+    page = visit(viewport={"width": 1280, "height": 900}).page
+    page.get_by_role("tab", name="Picture").click()
+    again = page.locator("#redraw")
+    again.click()
+    says(page, "repaint", "drop a picture first")
+    page.locator("#given input[type=file]").set_input_files(tmp_path / "a.png")
+    page.locator("#sheet .toolbar-wrap [title='Brush Size']").wait_for()  # the brush is in the hand
+    again.click()
+    says(page, "repaint", "nothing is painted")
+
+    page.locator("#repaint-prompt textarea").fill("a house")
+    painter = Brush(page)
+    painter.stroke((0.3, 0.3), (0.7, 0.6))
+    painter.stroke((2.5, 1.5), (2.5, 2.5))
+    again.click()
+    says(page, "repaint", "seed 0")
+    seen = page_at[1].state.desk.opened(tmp_path / "a.png", "tiny")
+    mask = Image.new("L", (4, 4))
+    for column, row in ((0, 0), (1, 2), (2, 2)):
+        mask.putpixel((column, row), 255)
+    mask = mask.resize(seen.size, Image.Resampling.NEAREST)
+    shown = picture_of(page.locator("#redrawn img"))
+    assert apart(shown, model.inpaint(seen, mask, "a house", seed=0, steps=25)) == 0
+    kept = numpy.asarray(mask) == 0
+    assert (numpy.asarray(shown)[kept] == numpy.asarray(seen)[kept]).all()
+    assert (numpy.asarray(shown)[~kept] != numpy.asarray(seen)[~kept]).any()
+
+    page.locator("#sheet [title='Clear canvas']").click()  # takes the paint away, and not the picture
+    page.locator("#sheet .toolbar-wrap [title='Brush Size']").wait_for()
+    again.click()
+    says(page, "repaint", "nothing is painted")
+    Brush(page).stroke((3.5, 3.4), (3.5, 3.6))
+    again.click()
+    says(page, "repaint", "seed 0")
+    mask = Image.new("L", seen.size)
+    mask.paste(255, (3 * SIDE // 4, 3 * SIDE // 4, SIDE, SIDE))
     expected = model.inpaint(seen, mask, "a house", seed=0, steps=25)
     assert apart(picture_of(page.locator("#redrawn img")), expected) == 0
 

@@ -34,7 +34,7 @@ SHARES = "% of the pictures"
 TIMES = ("step_seconds", "draw_seconds_per_picture", "caption_seconds_per_picture")
 """What `measure_time` finds of a recipe's speed."""
 STYLE = """<style>
-main { max-width: 68rem; }
+main { max-width: 68rem; overflow-wrap: break-word; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(21rem, 1fr)); gap: .9rem; }
 .plots h3 { margin: 0 0 .1rem; font-size: .95rem; }
 .plots .card { padding: .9rem 1rem .6rem; min-width: 0; }

@@ -9,7 +9,7 @@ import hashlib
 import os
 import queue
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +25,8 @@ from xfusion.apps.server import reading, requests
 from xfusion.apps.server.answers import Refused
 from xfusion.apps.server.batches import Batches, Job, Words, told
 from xfusion.apps.server.limits import Limits
+from xfusion.apps.web import brush
+from xfusion.data import pictures
 from xfusion.data.sequence import Text
 from xfusion.evaluation.attention import Attention, drawing_attention
 from xfusion.generation import draw_tokens
@@ -172,6 +174,30 @@ class Desk:
         requests.within(file.stat().st_size, self.limits.body, "the file's size in bytes")
         return requests.as_seen(requests.decoded(file.read_bytes(), "the picture", self.limits), model)
 
+    def drawing(self, name: str | None) -> Model:
+        """A pack that draws pictures.
+
+        Raises:
+            Refused: this one does not.
+        """
+        model = self.model(name)
+        if "draw" not in model.capabilities:
+            raise requests.incapable(model, "draw")
+        return model
+
+    def painted(self, layers: Sequence[str | Path], side: int) -> Picture:
+        """The mask of a brush: white where files of paint on nothing cover a picture of ``side`` x ``side`` pixels.
+
+        Raises:
+            Refused: nothing is painted, or only thin lines.
+            XFusionError: a file is no picture, or a large one.
+        """
+        files = (Path(path).read_bytes() for path in layers)
+        mask = brush.mask((pictures.decode(file, "the paint", most_pixels=brush.MOST) for file in files), side)
+        if mask is None:
+            raise Refused(400, "nothing is painted: paint broadly over what is to be drawn anew, or choose a part")
+        return mask
+
     def say(
         self, who: str, name: str | None, messages: list[dict[str, Any]], **settings: Any
     ) -> Iterator[Preview | list[Any]]:
@@ -244,7 +270,7 @@ class Desk:
             words=Words(model.backbone.decode),
             tell=checked.tell,
         )
-        shown = {max(1, round(asked.steps * k / STRIP)) for k in range(1, STRIP + 1)}
+        shown = {round(1 + (asked.steps - 1) * k / (STRIP - 1)) for k in range(STRIP)}
         yield from (found for _, found in self._follow(who, [job], shown) if isinstance(found, Preview))
         if job.dropped:
             raise Stopped

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import logging
 import os
+import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from html import escape
@@ -26,8 +28,8 @@ from xfusion.apps import comparison_page
 from xfusion.apps.chat import added
 from xfusion.apps.server.answers import Refused
 from xfusion.apps.server.limits import Limits
-from xfusion.apps.web import heat
-from xfusion.apps.web.desk import Desk, Drawn, Preview, Stopped
+from xfusion.apps.web import brush, heat
+from xfusion.apps.web.desk import LISTEN_SECONDS, Desk, Drawn, Preview, Stopped
 from xfusion.apps.web.guard import Guard
 from xfusion.comparison.results import SUMMARY, portable
 from xfusion.comparison.table import summarise
@@ -40,8 +42,13 @@ KEPT = 48
 """Pictures that a gallery keeps."""
 FORM = 65_536
 """Bytes of a request beside the file that it brings."""
+CLEARED = 200
+"""Looks whether what is cleared away has ended, each half of `LISTEN_SECONDS` after the last."""
 HANDLERS = 16
 """Calls of one kind that may wait for the queue at once; gradio holds back the others."""
+PAINTED = "what I paint"
+PAINT = ("#ea5c14", 0.55)
+"""A colour, and how much it covers."""
 REGIONS = {
     "left half": (0, 0, 0.5, 1),
     "right half": (0.5, 0, 1, 1),
@@ -51,6 +58,7 @@ REGIONS = {
 }
 """Parts of a picture that may be drawn anew, as left, top, right and bottom."""
 ALL_WORDS = "all words"
+NOTHING: Any = None
 ABILITIES = {"text": "answers in words", "caption": "describes pictures", "draw": "draws pictures"}
 """What the page lets a pack do, in its words."""
 STYLE = """
@@ -65,20 +73,28 @@ STYLE = """
 .thumbnail-lg img { height: auto !important; aspect-ratio: 1; }
 .caption-label { position: static !important; white-space: normal !important; max-width: 100% !important;
   font-size: .75rem !important; text-align: left; border: 0 !important; }
+.preview .caption { white-space: normal !important; }
 #conversation .message img { width: 9rem !important; height: 9rem !important; object-fit: contain !important; }
 #conversation [aria-label=Share], #conversation [title=Share] { display: none; }
 #redrawn img { width: 100%; height: 100%; object-fit: contain; }
+#sheet .toolbar-wrap { left: 2px; }
+#sheet [aria-label=Color] { display: none; }
+#sheet .empty { font-size: 0; } #sheet .empty::after { content: "drop a picture above first"; font-size: 1rem; }
 .scroll { overflow-x: auto; }
 .grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important; }
-table.heat { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .85rem; width: auto; }
+table.heat { border-collapse: collapse; border: 0 !important; width: auto;
+  font-variant-numeric: tabular-nums; font-size: .85rem; }
 table.heat :is(thead, tbody, tr) { border: 0 !important; }
-table.heat :is(th, td) { padding: .15rem .4rem !important; text-align: right !important; border: 0 !important; }
-table.heat th[scope=row] { text-align: left !important; white-space: nowrap; position: sticky; left: 0;
+table.heat :is(th, td) { padding: .15rem .4rem !important; border: 0 !important; }
+table.heat :is(td, thead th + th) { text-align: right !important; }
+table.heat :is(th[scope=row], thead th:first-child) { text-align: left !important; }
+table.heat th[scope=row] { white-space: nowrap; position: sticky; left: 0;
   background: var(--body-background-fill); }
 table.heat caption { text-align: left; padding: .3rem 0; white-space: nowrap; color: var(--body-text-color); }
 iframe.comparison { width: 100%; height: 80vh; border: 1px solid var(--border-color-primary); border-radius: 8px; }
 :focus-visible { outline: 2px solid #c2571a; outline-offset: 2px; }
 @media (max-width: 34rem) {
+  #sheet { height: 350px !important; }
   .tab-container button { padding: 0 .45rem !important; font-size: .85rem !important; }
   .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; }
   table.heat { font-size: .75rem; }
@@ -171,6 +187,10 @@ class _Page:
         self.desk, self.limits, self.comparisons = desk, desk.limits, comparisons
         self.guidance: list[gr.Slider] = []
         """Of every tab; they follow the pack."""
+        self.cleared = set[tuple[str, str]]()
+        """Who cleared which tab since something was asked for there."""
+        self.working = Counter[tuple[str, str]]()
+        """Whose answers in which tab are on their way."""
         self.able = set[str]().union(*(model.capabilities for model in desk.models.values()))
         self.decides = any(model.opening is not None for model in desk.models.values())
 
@@ -228,9 +248,31 @@ class _Page:
     def _stop(self, request: gr.Request) -> None:
         self.desk.stop(_who(request))
 
-    def _wire(self, trigger: Any, call: Any, inputs: list[Any], outputs: list[Any], cancels: Any = None) -> Any:
+    def _begin(self, request: gr.Request, tab: str) -> None:
+        self.cleared.discard((_who(request), tab))
+        self.working[_who(request), tab] += 1
+
+    def _end(self, request: gr.Request, tab: str) -> None:
+        self.working[_who(request), tab] -= 1
+        if not self.working[_who(request), tab]:
+            self.working.pop((_who(request), tab))
+
+    def _clear_away(self, request: gr.Request, tab: str) -> None:
+        """Stop what a tab does, and wait for its last word: one that comes after the clearing would stay on the page."""
+        self.cleared.add((_who(request), tab))
+        for _ in range(CLEARED):
+            self._stop(request)
+            if (_who(request), tab) not in self.working:
+                return
+            time.sleep(LISTEN_SECONDS / 2)
+
+    def _was_cleared(self, error: Exception, request: gr.Request, tab: str) -> bool:
+        """Whether what failed was cleared away."""
+        return isinstance(error, Stopped) and (_who(request), tab) in self.cleared
+
+    def _wire(self, trigger: Any, call: Any, inputs: list[Any], outputs: list[Any], **more: Any) -> Any:
         """A call behind a button; the page alone may make it, and it waits in the bounded queue."""
-        return trigger(call, inputs, outputs, cancels=cancels, show_progress="hidden", api_visibility="private")
+        return trigger(call, inputs, outputs, show_progress="hidden", api_visibility="private", **more)
 
     def _stop_button(self) -> None:
         button = gr.Button("Stop", min_width=80)
@@ -285,16 +327,14 @@ class _Page:
                 longest = gr.Slider(1, self.limits.tokens, min(128, self.limits.tokens), step=1, label="Longest answer")
                 temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature", info="0 takes the likeliest word")
         outputs, inputs = [talk, said, message, line], [self.pack, message, said, *settings]
-        calls = [
-            self._wire(say.click, self._say, [*inputs, asked, longest, temperature], outputs),
-            self._wire(message.submit, self._say, [*inputs, asked, longest, temperature], outputs),
-            self._wire(draw.click, self._draw_in_chat, inputs, outputs),
-        ]
+        for trigger in (say.click, message.submit):
+            self._wire(trigger, self._say, [*inputs, asked, longest, temperature], outputs)
+        self._wire(draw.click, self._draw_in_chat, inputs, outputs)
         for trigger in (new.click, talk.clear):  # an answer that is on its way must not bring the old talk back
-            self._wire(trigger, self._forget, [], outputs, cancels=calls)
+            self._wire(trigger, self._forget, [], outputs)
 
     def _forget(self, request: gr.Request) -> tuple[Any, ...]:
-        self._stop(request)
+        self._clear_away(request, "chat")
         return [], [], None, status()
 
     def _heard(self, pack: str, message: dict[str, Any] | None, said: list[Any]) -> tuple[str, list[Any]]:
@@ -311,6 +351,7 @@ class _Page:
         self, pack: str, message: Any, said: Any, seed: str, steps: float, guidance: float, asked: bool,
         longest: float, temperature: float, request: gr.Request,
     ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
+        self._begin(request, "chat")
         try:
             _, messages = self._heard(pack, message, said)
             yield self._shown(messages), said, None, status("thinking …")
@@ -325,11 +366,15 @@ class _Page:
             messages = [*messages, _turn(*answer)]
             yield self._shown(messages), messages, gr.skip(), status()
         except Exception as error:
-            yield self._shown(said), said, message, complaint(error)
+            if not self._was_cleared(error, request, "chat"):
+                yield self._shown(said), said, message, complaint(error)
+        finally:
+            self._end(request, "chat")
 
     def _draw_in_chat(
         self, pack: str, message: Any, said: Any, seed: str, steps: float, guidance: float, request: gr.Request
     ) -> Iterator[tuple[Any, ...]]:
+        self._begin(request, "chat")
         try:
             words, messages = self._heard(pack, message, said)
             yield self._shown(messages), said, None, status("drawing …")
@@ -341,7 +386,10 @@ class _Page:
                     messages = [*messages, _turn(found.picture)]
                     yield self._shown(messages), messages, gr.skip(), status(_caption(found))
         except Exception as error:
-            yield self._shown(said), said, message, complaint(error)
+            if not self._was_cleared(error, request, "chat"):
+                yield self._shown(said), said, message, complaint(error)
+        finally:
+            self._end(request, "chat")
 
     # -- draw
 
@@ -361,11 +409,12 @@ class _Page:
         kept = gr.State([])
         inputs = [self.pack, prompt, number, *settings, kept]
         outputs = [gallery, kept, line]
-        calls = [self._wire(trigger, self._draw, inputs, outputs) for trigger in (draw.click, prompt.submit)]
-        self._wire(clear.click, self._clear, [], outputs, cancels=calls)
+        for trigger in (draw.click, prompt.submit):
+            self._wire(trigger, self._draw, inputs, outputs)
+        self._wire(clear.click, self._clear, [], outputs)
 
     def _clear(self, request: gr.Request) -> tuple[Any, ...]:
-        self._stop(request)
+        self._clear_away(request, "draw")
         return [], [], status()
 
     def _draw(
@@ -376,6 +425,7 @@ class _Page:
         whole: set[int] = set()
         kept = [one for one in kept if Path(one[0]).exists()]  # old ones are swept away
         line = status("waiting …")
+        self._begin(request, "draw")
         try:
             yield gr.skip(), gr.skip(), line
             settings = {"n": number, "steps": steps, "guidance": guidance, **_seeded(seed)}
@@ -391,40 +441,70 @@ class _Page:
             kept = [*_in_order(coming), *kept][:KEPT]
             yield kept, kept, line
         except Exception as error:
+            if self._was_cleared(error, request, "draw"):
+                return
             done = {i: coming[i] for i in whole}
             kept = [*_in_order(done), *kept][:KEPT]
             yield kept, kept, complaint(error)
+        finally:
+            self._end(request, "draw")
 
     # -- a picture
 
     def _picture_tab(self) -> None:
+        captions, draws = "caption" in self.able, "draw" in self.able
         with gr.Row():
             given = gr.Image(
                 label="Your picture", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=280,
                 elem_id="given", buttons=[],
             )  # fmt: skip
             given.preprocess = _place  # the file is opened by us and not by gradio, within our limits
-            out = gr.Image(
-                label="Drawn anew", interactive=False, height=280, elem_classes="pixels", elem_id="redrawn",
-                format="png", buttons=["download"], type="filepath",
-            )  # fmt: skip
+            with gr.Column(visible=captions):
+                question = gr.Textbox(label="Question", placeholder="What is it?", max_lines=2, elem_id="question")
+                with gr.Row():
+                    ask = gr.Button("Caption", variant="primary", min_width=100, elem_id="caption")
+                    self._stop_button()
+                answer = gr.Textbox(label="It sees", interactive=False, elem_id="sees")
         line = gr.HTML(status(), elem_classes="status", elem_id="picture-status")
-        with gr.Row(visible="caption" in self.able):
-            question = gr.Textbox(label="Question", info="empty: what is it?", max_lines=2, scale=3)
-            ask = gr.Button("Caption", variant="primary", min_width=100, elem_id="caption")
-        answer = gr.Textbox(label="It sees", interactive=False, elem_id="sees", visible="caption" in self.able)
-        with gr.Group(visible="draw" in self.able):
-            region = gr.Radio(list(REGIONS), value="left half", label="Draw this part anew")
-            prompt = gr.Textbox(label="What the whole picture shall show", max_lines=2, elem_id="repaint-prompt")
-            settings = self._settings()
-            with gr.Row():
-                redraw = gr.Button("Draw anew", variant="primary", min_width=100)
-                self._stop_button()
         for trigger in (ask.click, question.submit):
             self._wire(trigger, self._caption, [self.pack, given, question], [answer, line])
-        inputs = [self.pack, given, region, prompt, *settings]
+        with gr.Column(visible=draws):
+            gr.Markdown("### Draw a part of it anew")
+            with gr.Row():
+                with gr.Column():
+                    region = gr.Radio(
+                        [PAINTED, *REGIONS], value=PAINTED, label="Which part", elem_id="region",
+                        info="the picture is drawn in cells: those that your brush touches are drawn anew, the others stay",
+                    )  # fmt: skip
+                    sheet = gr.ImageEditor(
+                        label="Paint here", type="filepath", sources=(), transforms=(), layers=False, buttons=[],
+                        brush=gr.Brush(default_size=24, colors=[PAINT], color_mode="fixed"),
+                        eraser=gr.Eraser(default_size=24), canvas_size=(brush.SIDE, brush.SIDE), fixed_canvas=True,
+                        height=440, format="png", elem_id="sheet", elem_classes="pixels", interactive=True,
+                    )  # fmt: skip
+                    sheet.preprocess = _strokes  # as above
+                    sheet.accept_blobs = NOTHING  # else anyone could have this process keep bytes that nobody asks for
+                with gr.Column():
+                    prompt = gr.Textbox(
+                        label="What the whole picture shall show", placeholder="a red heart", max_lines=2,
+                        elem_id="repaint-prompt",
+                    )  # fmt: skip
+                    settings = self._settings()
+                    with gr.Row():
+                        redraw = gr.Button("Draw anew", variant="primary", min_width=100, elem_id="redraw")
+                        self._stop_button()
+                    told = gr.HTML(status(), elem_classes="status", elem_id="repaint-status")
+                    out = gr.Image(
+                        label="Drawn anew", interactive=False, height=280, elem_classes="pixels", elem_id="redrawn",
+                        format="png", buttons=["download"], type="filepath",
+                    )  # fmt: skip
+        inputs = [self.pack, given, region, sheet, prompt, *settings]
         for trigger in (redraw.click, prompt.submit):
-            self._wire(trigger, self._repaint, inputs, [out, line])
+            self._wire(trigger, self._repaint, inputs, [out, told])
+        self._wire(sheet.clear, self._wiped, [self.pack, given], [sheet], show_progress_on=[line])
+        for trigger in (given.change, self.pack.change):
+            # A browser sends what is painted whenever it shows the progress of something on the sheet: never, then.
+            self._wire(trigger, self._laid, [self.pack, given], [sheet, line], show_progress_on=[line])
 
     def _caption(self, pack: str, given: str | None, question: str, request: gr.Request) -> Iterator[tuple[Any, ...]]:
         try:
@@ -438,18 +518,39 @@ class _Page:
         except Exception as error:
             yield "", complaint(error)
 
+    def _laid(self, pack: str, given: str | None) -> tuple[Any, str]:
+        """The picture that was dropped, to paint on."""
+        try:
+            if not given:
+                return None, status()
+            picture, model = self._given(pack, given), self.desk.model(pack)
+            if "draw" not in model.capabilities:
+                return None, status()
+            laid = self.desk.shown(brush.sheet(picture, model.image.grid(picture.width)))
+            return {"background": laid, "layers": [], "composite": None}, status()
+        except Exception as error:
+            return None, complaint(error)
+
+    def _wiped(self, pack: str, given: str | None) -> Any:
+        """The picture again where all was wiped off; with none, another wiping would follow."""
+        return self._laid(pack, given)[0] if given else gr.skip()
+
     def _repaint(
-        self, pack: str, given: str | None, region: str, prompt: str, seed: str, steps: float, guidance: float,
-        request: gr.Request,
+        self, pack: str, given: str | None, region: str, painted: list[str], prompt: str, seed: str, steps: float,
+        guidance: float, request: gr.Request,
     ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
         try:
+            self.desk.drawing(pack)
             picture = self._given(pack, given)
-            if region not in REGIONS:
-                raise Refused(400, f"there is no part {region[:40]!r}, only {', '.join(REGIONS)}")
+            if region == PAINTED:
+                mask = self.desk.painted(painted, picture.width)
+            elif region in REGIONS:
+                mask = _mask(picture.size, REGIONS[region])
+            else:
+                raise Refused(400, f"there is no part {region[:40]!r}, only {', '.join([PAINTED, *REGIONS])}")
             yield gr.skip(), status("waiting …")
             settings = {"steps": steps, "guidance": guidance, **_seeded(seed)}
-            files = (_png(picture), _png(_mask(picture.size, REGIONS[region])))
-            for found in self.desk.repaint(_who(request), pack, *files, prompt, **settings):
+            for found in self.desk.repaint(_who(request), pack, _png(picture), _png(mask), prompt, **settings):
                 if isinstance(found, Preview):
                     yield self.desk.shown(found.picture), _progress(found)
                 else:
@@ -476,9 +577,12 @@ class _Page:
             self._stop_button()
         line = gr.HTML(status(), elem_classes="status", elem_id="look-status")
         gallery: dict[str, Any] = {"object_fit": "contain", "format": "png", "interactive": False, "buttons": []}
-        strip = gr.Gallery(label="On its way from noise", columns=4, elem_id="strip", elem_classes="pixels", **gallery)
+        strip = gr.Gallery(
+            label="On its way from noise: estimates of the picture", columns=9, elem_id="strip", elem_classes="pixels",
+            **gallery,
+        )  # fmt: skip
         word = gr.Dropdown([ALL_WORDS], value=ALL_WORDS, label="Heat maps: how much looks at", interactive=True)
-        maps = gr.Gallery(label="By layer", columns=5, elem_id="maps", **gallery)
+        maps = gr.Gallery(label="By layer", columns=6, elem_id="maps", **gallery)
         shares = gr.HTML(elem_id="shares")
         found = gr.State(None, time_to_live=3600)
         inputs = [self.pack, prompt, *settings]
@@ -496,7 +600,7 @@ class _Page:
             settings = {"steps": steps, "guidance": guidance, **_seeded(seed)}
             for found in self.desk.look(_who(request), pack, prompt, **settings):
                 if isinstance(found, Preview):
-                    strip = [*strip, (self.desk.shown(found.picture), f"step {found.done} of {found.total}")]
+                    strip = [*strip, (self.desk.shown(found.picture), f"step {found.done}")]
                     yield strip, *same, _progress(found)
                     continue
                 picture, attention = found
@@ -541,6 +645,11 @@ class _Page:
 def _place(payload: Any) -> str | None:
     """Where an uploaded file is."""
     return None if payload is None else payload.path
+
+
+def _strokes(payload: Any) -> Any:
+    """Where the layers of paint are."""
+    return [] if payload is None else [layer.path for layer in payload.layers]
 
 
 def _who(request: gr.Request) -> str:

@@ -1,0 +1,37 @@
+"""A picture to paint on, and the mask that the paint makes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from PIL import Image as PILImage
+from PIL import ImageChops, ImageDraw
+
+SIDE = 512
+"""Pixels of a sheet."""
+MOST = (4 * SIDE) ** 2
+"""Pixels of what is painted on one: screens have up to four to a point."""
+LINE = (128, 128, 128, 110)
+"""Between two cells: seen on white and on black."""
+
+
+def sheet(picture: PILImage.Image, grid: tuple[int, int]) -> PILImage.Image:
+    """A picture as a model sees it, enlarged, with lines between its ``grid`` of tokens: a token is drawn anew as a whole."""
+    large = picture.convert("RGB").resize((SIDE, SIDE), PILImage.Resampling.NEAREST)
+    lines = ImageDraw.Draw(large, "RGBA")
+    rows, columns = grid
+    for row in range(1, rows):
+        lines.line((0, row * SIDE // rows, SIDE, row * SIDE // rows), fill=LINE)
+    for column in range(1, columns):
+        lines.line((column * SIDE // columns, 0, column * SIDE // columns, SIDE), fill=LINE)
+    return large
+
+
+def mask(layers: Iterable[PILImage.Image], side: int) -> PILImage.Image | None:
+    """White where layers of paint cover at least half of a pixel of a ``side`` x ``side`` picture; None if nowhere."""
+    painted = PILImage.new("L", (side, side))
+    for layer in layers:
+        cover = layer.convert("RGBA").getchannel("A").point([0] + [255] * 255)
+        share = cover.resize((side, side), PILImage.Resampling.BOX)
+        painted = ImageChops.lighter(painted, share.point([0] * 128 + [255] * 128))
+    return painted if painted.getbbox() else None
