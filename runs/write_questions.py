@@ -1,5 +1,4 @@
-"""Write questions about pictures, with their answers, for training: how many there are, whether a sentence is true, or where a
-thing stands.
+"""Write questions about pictures, with their answers, to train on: how many, whether a sentence is true, or where a thing stands.
 
     python runs/write_questions.py counting -o runs/counting --count 4000
     python runs/write_questions.py nlvr --source nlvr_dev.parquet -o runs/nlvr

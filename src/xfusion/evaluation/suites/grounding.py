@@ -35,8 +35,8 @@ from xfusion.evaluation.metrics.overlap import HIT, constant, overlap
 from xfusion.evaluation.suites.understanding import COLOURS, SCENE, Part, nlvr_rows, part
 
 SHAPES = ("disc", "square", "triangle")
-SIDE, SMALLEST, LARGEST = 112, 28, 48
-"""Pixels of a drawn picture, and of the sides of its things."""
+SIDE, SMALLEST, LARGEST = 100, 25, 43
+"""Pixels of a drawn picture, so that edges are hundredths, and of the sides of its things: 1.8 to 3 cells of a map of 7 x 7."""
 APART = 3
 """Pixels between things, and to the edge."""
 NLVR_SIDE, NLVR_BOXES = 100, (0, 150, 300)
