@@ -681,6 +681,20 @@ def questions_part(name: str) -> list[str]:
     return lines
 
 
+def json_part() -> list[str]:
+    """How right counting is in JSON, of a reader that never learned it and of one that did."""
+    rows = []
+    for name, trained in (("counting", "no"), ("counting_json", "yes")):
+        file = RESULTS / "understanding" / f"{name}.json"
+        if file.is_file():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            shares = ("accuracy", "accuracy_json", "json_valid", "accuracy_blind")
+            said = [f"{found[key]:.3f}" for key in shares]
+            told = ("right", "right in JSON", "valid JSON", "blind")
+            rows.append({"JSON in training": trained} | dict(zip(told, said, strict=True)))
+    return table(rows, ("JSON in training", "right", "right in JSON", "valid JSON", "blind"))
+
+
 def boxes_part(name: str) -> list[str]:
     """Where a trained model finds things, by the suite ``grounding``."""
     file = RESULTS / "understanding" / f"{name}.json"
@@ -739,7 +753,8 @@ PARTS = {
     "training_log.md": {"codecs": codecs_part, "sound codes": sound_codes_part},
     "questions.md": {
         **{name: partial(questions_part, name) for name in ("counting", "nlvr")},
-        **{name: partial(boxes_part, name) for name in ("boxes", "nlvr_boxes")},
+        "json": json_part,
+        "boxes": partial(boxes_part, "boxes"),
     },
 }
 """What is measured, by page."""
