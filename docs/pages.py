@@ -681,6 +681,65 @@ def questions_part(name: str) -> list[str]:
     return lines
 
 
+def json_part() -> list[str]:
+    """How right counting is in JSON, of a reader that never learned it and of one that did."""
+    rows = []
+    for name, trained in (("counting", "no"), ("counting_json", "yes")):
+        file = RESULTS / "understanding" / f"{name}.json"
+        if file.is_file():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            shares = ("accuracy", "accuracy_json", "json_valid", "accuracy_blind")
+            said = [f"{found[key]:.3f}" for key in shares]
+            told = ("right", "right in JSON", "valid JSON", "blind")
+            rows.append({"JSON in training": trained} | dict(zip(told, said, strict=True)))
+    return table(rows, ("JSON in training", "right", "right in JSON", "valid JSON", "blind"))
+
+
+def boxes_part(name: str) -> list[str]:
+    """Where a trained model finds things, by the suite ``grounding``."""
+    file = RESULTS / "understanding" / f"{name}.json"
+    if not file.is_file():
+        return ["Not measured yet: `xfusion evaluate runs/boxes --suite grounding`.", ""]
+    found = json.loads(file.read_text(encoding="utf-8"))
+    settings, over = found["settings"], found["hit_over_blind_interval"]
+    verdict = "above the blind rate" if over and over[0] > 0 else "not above the blind rate"
+    told = [
+        ("its picture", found["hit"], found["hit_interval"], found["overlap"], found["overlap_interval"]),
+        ("blind: pictures permuted, mean of five", found["hit_blind"], None, found["overlap_blind"], None),
+        ("the best box for all", found["chance_hit"], None, found["chance_overlap"], None),
+        (
+            "its picture, less blind",
+            found["hit_over_blind"],
+            over,
+            found["overlap_over_blind"],
+            found["overlap_over_blind_interval"],
+        ),
+    ]
+    rows = [
+        {
+            "what is seen": what,
+            "overlap of 0.5 or more": f"{hit:.3f}",
+            "95 % interval": f"{span[0]:.3f} to {span[1]:.3f}" if span else "-",
+            "mean overlap": f"{mean:.3f}",
+            "95 % interval ": f"{spread[0]:.3f} to {spread[1]:.3f}" if spread else "-",
+        }
+        for what, hit, span, mean, spread in told
+    ]
+    sizes = ", ".join(f"{size:.2f}: {hit:.3f}" for size, hit in found["curves"]["hit_by_size"])
+    named = (
+        f" Of {settings['num_with_others']} pictures with other things, {found['named']:.3f} of the answers overlap the asked"
+        f" thing most, {found['named_chance']:.3f} by chance."
+        if found["named"] is not None
+        else ""
+    )
+    return [
+        f"{settings['num_scenes']} pictures were tested. **{verdict.capitalize()}.** {found['valid']:.3f} of the answers are one"
+        f" box.{named} Share of hits by the things' size, thirds by their side as a share of the picture's: {sizes}.",
+        "",
+        *table(rows, tuple(rows[0])),
+    ]
+
+
 PARTS = {
     "speed.md": {
         "bench": bench_part,
@@ -692,7 +751,11 @@ PARTS = {
     },
     "serving.md": {"serving": serving_part},
     "training_log.md": {"codecs": codecs_part, "sound codes": sound_codes_part},
-    "questions.md": {name: partial(questions_part, name) for name in ("counting", "nlvr")},
+    "questions.md": {
+        **{name: partial(questions_part, name) for name in ("counting", "nlvr")},
+        "json": json_part,
+        "boxes": partial(boxes_part, "boxes"),
+    },
 }
 """What is measured, by page."""
 

@@ -1,56 +1,75 @@
-"""Write questions about pictures, with their answers, for training: how many there are, or whether a sentence is true.
+"""Write questions about pictures, with their answers, to train on: how many, whether a sentence is true, or where a thing stands.
 
     python runs/write_questions.py counting -o runs/counting --count 4000
     python runs/write_questions.py nlvr --source nlvr_dev.parquet -o runs/nlvr
+    python runs/write_questions.py boxes -o runs/boxes --count 12000
+    python runs/write_questions.py boxes --source nlvr_dev.parquet -o runs/nlvr_boxes
 
-writes ``train.jsonl``, ``validation.jsonl`` and ``test.jsonl`` and their pictures beside them: the questions of the suite
-``understanding``, by its own parts, so that what is trained on is never asked there. No picture is in two parts, nor are
-NLVR's with their boxes in another order, nor two spellings of a sentence. ``--count`` pictures are drawn to train on, and a
-tenth as many for each other part; NLVR (Suhr et al. 2017, CC-BY-4.0) has what its parquet file holds, with the columns
-image (bytes), sentence, label and structured_rep.
+writes ``train.jsonl``, ``validation.jsonl`` and ``test.jsonl`` and their pictures beside them: the questions of the suites
+``understanding`` and ``grounding`` (``boxes``), by their own parts, so that what is trained on is never asked there. No picture
+is in two parts, nor are NLVR's with their boxes in another order, nor two spellings of a sentence. ``--count`` pictures are
+drawn to train on, and a tenth as many for each other part; NLVR (Suhr et al. 2017, CC-BY-4.0) has what its parquet file holds,
+with the columns image (bytes), sentence, label and structured_rep.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
 
+from xfusion.evaluation.suites.grounding import Scene, drawn, nlvr_scenes
 from xfusion.evaluation.suites.understanding import ASKED, Part, Question, counting, nlvr
 
+MOST = {"counting": 5, "boxes": 2}
 PARTS: tuple[Part, ...] = ("train", *ASKED)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("kind", choices=("counting", "nlvr"))
+    parser.add_argument("kind", choices=("counting", "nlvr", "boxes"))
     parser.add_argument("-o", "--out", type=Path, required=True)
     parser.add_argument("--source", type=Path, help="NLVR's parquet file")
     parser.add_argument("--count", type=int, default=4000)
-    parser.add_argument("--most", type=int, default=5)
+    parser.add_argument("--most", type=int, help="things of a drawn picture, at most (5 to count, 2 to find)")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    if (asked.kind == "nlvr") != (asked.source is not None):
+    if asked.kind != "boxes" and (asked.kind == "nlvr") != (asked.source is not None):
         parser.error("nlvr needs --source, a parquet file; counting draws its own pictures")
+    most = asked.most or MOST.get(asked.kind, 0)
     (asked.out / "pictures").mkdir(parents=True)
     for part in PARTS:
-        if asked.source:
-            made = nlvr(asked.source, seed=asked.seed, parts=(part,))
+        many = asked.count if part == "train" else max(1, asked.count // 10)
+        if asked.kind == "boxes":
+            scenes = (
+                nlvr_scenes(asked.source, seed=asked.seed, parts=(part,))
+                if asked.source
+                else drawn(many, most, asked.seed, parts=(part,))
+            )
+            made, answers = list(map(as_question, scenes)), Counter(scene.name for scene in scenes)
         else:
-            many = asked.count if part == "train" else max(1, asked.count // 10)
-            made = counting(many, asked.most, asked.seed, parts=(part,))
+            made = (
+                nlvr(asked.source, seed=asked.seed, parts=(part,))
+                if asked.source
+                else counting(many, most, asked.seed, parts=(part,))
+            )
+            answers = Counter(question.answer for question in made)
         write(asked.out, part, made)
-        answers = Counter(question.answer for question in made)
         told = ", ".join(f"{answer} {count}" for answer, count in sorted(answers.items()))
         print(f"{part}: {len(made)} questions, {len({question.id for question in made})} ids, {told}")
 
 
+def as_question(scene: Scene) -> Question:
+    return Question(id=scene.id, picture=scene.picture, text=scene.question, answer=scene.answer)
+
+
 def write(out: Path, part: str, questions: list[Question]) -> None:
     """A manifest and its pictures; the same picture with the same question is written once."""
-    lines: dict[str, str] = {}
+    lines: dict[tuple[str, bytes], str] = {}
     for number, question in enumerate(questions):
-        key = json.dumps([question.text, question.picture.tobytes().hex()])
+        key = question.text, hashlib.sha256(question.picture.tobytes()).digest()
         if key in lines:
             continue
         name = f"pictures/{part}_{number:05d}.png"

@@ -10,7 +10,16 @@ from PIL import Image as PILImage
 
 from xfusion.data.mixture import LOOKED_AT, Mixture, MixtureConfig
 from xfusion.data.sequence import END_OF_MEDIA, IGNORE, Example, Media, Text, XFusionError
-from xfusion.data.templates import QUESTIONS, Templates, captioning, drawing, question_text, with_article
+from xfusion.data.templates import (
+    QUESTIONS,
+    Templates,
+    as_json,
+    captioning,
+    drawing,
+    in_json,
+    question_text,
+    with_article,
+)
 from xfusion.modalities.image import ImageModality
 from xfusion.objectives.flow_matching import FlowMatching
 
@@ -275,6 +284,45 @@ def test_the_largest_step_holds_the_longest_question_with_its_answer():
     labels = caption.labels[caption.labels != IGNORE].tolist()
     assert labels == [*encode("yes"), END] * 4 and caption.text.count > 91
     assert max(b.text.count for step in range(20) for b in m.batches(step)) <= caption.text.count
+
+
+def test_a_share_of_the_questions_of_the_data_is_asked_in_json():
+    source = Squares(7)
+    source.examples = tuple(
+        replace(e, question="How many?", captions=(str(i),)) if i < 4 else e for i, e in enumerate(source.examples)
+    )
+    plain, asking = (
+        mixture(source, caption=8, pack=1, templates=Templates(json_share=share, question_share=0.5))
+        for share in (0.0, 0.5)
+    )
+    in_braces, own = 0, 0
+    for step in range(40):
+        for before, now in zip(plain.captionings(step), asking.captionings(step), strict=True):
+            index = now.segments[0].index
+            own += index < 4
+            if index < 4 and now.segments[1:] != before.segments[1:]:
+                in_braces += 1
+                said = Text(ids=(*encode(f'{{"answer": {index}}}'), END), has_loss=True)
+                assert now.segments[1:] == (Text(ids=encode("How many? Answer in JSON.\n")), said)
+            else:  # what the data does not ask is never in JSON, and what is drawn of questions stays
+                assert now.segments[1:] == before.segments[1:]
+    assert own > 100 and in_braces / own == pytest.approx(0.5, abs=0.15)
+    _, largest = asking.largest()
+    assert largest.text.count == max(b.text.count for step in range(20) for b in asking.batches(step)[1:])
+
+
+def test_an_answer_in_json_keeps_its_kind():
+    said = {
+        "3": "3",
+        "-12": "-12",
+        "true": "true",
+        "null": "null",
+        "red disc": '"red disc"',
+        "0.5": '"0.5"',
+        "03": '"03"',
+    }
+    assert {answer: as_json(answer) for answer in said} == {a: f'{{"answer": {v}}}' for a, v in said.items()}
+    assert in_json(" How many? ") == "How many? Answer in JSON."
 
 
 def test_looking_at_lengths_opens_no_picture_and_a_share_opens_its_own():

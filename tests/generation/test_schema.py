@@ -8,7 +8,8 @@ import torch
 from contracts.table import Noise, make_model
 
 from xfusion.data.sequence import XFusionError
-from xfusion.generation import answer_json, generate, schema_answers
+from xfusion.data.templates import in_json
+from xfusion.generation import answer_json, generate, log_likelihoods, schema_answers
 from xfusion.generation.schema import going_on
 
 SCHEMA = {
@@ -76,3 +77,30 @@ def test_the_choice_is_greedy_among_what_is_allowed(bases):
     logits = model.backbone.model(torch.tensor([prompt])).logits[0, -1]
     wanted = max(range(10), key=lambda n: float(logits[ids[n][0]]))
     assert generate(model, ["two blue birds"], schema={"enum": list(range(10))}) == [str(wanted)]
+
+
+@torch.no_grad()
+def test_a_question_is_asked_in_json_where_its_answer_is(bases):
+    """The value is what stands behind the question as it was trained, and not behind a plain one."""
+    model = make_model(bases["llama"])
+    values = list(range(10))
+    schema = {"type": "object", "properties": {"answer": {"enum": values}}}
+    begun = [f'{{"answer": {value}' for value in values]
+    whole = [model.backbone.encode(text) for text in schema_answers(schema)]
+    assert [one[:-1] for one in whole] == [
+        model.backbone.encode(text) for text in begun
+    ]  # the last token closes the brace
+    differ = 0
+    for seed in range(8):
+        shown = Noise().picture(seed, 32)
+
+        def best(question, answers, shown=shown):
+            likely = [likelihood for likelihood, _ in log_likelihoods(model, [shown, question], answers)]
+            return max(values, key=likely.__getitem__)
+
+        asked = best(in_json("how many?"), begun)
+        differ += asked != best("how many?", begun)
+        assert answer_json(model, [shown], "how many?", schema) == [{"answer": asked}]
+        bare = best("how many?", [str(value) for value in values])
+        assert generate(model, [shown, "how many?"], schema={"enum": values}) == [str(bare)]
+    assert differ

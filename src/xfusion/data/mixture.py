@@ -24,7 +24,7 @@ from xfusion.data.order import Lanes, Order, num_grouped
 from xfusion.data.pack import balance, pack, text_length
 from xfusion.data.sequence import Batch, Media, Sequence, Text, Unreadable, XFusionError
 from xfusion.data.sources import Source
-from xfusion.data.templates import Encode, Templates, captioning, drawing, with_article
+from xfusion.data.templates import Encode, Templates, as_json, captioning, drawing, in_json, with_article
 from xfusion.modalities.base import Modality
 
 T = TypeVar("T")
@@ -257,20 +257,16 @@ class Mixture:
             self.source.examples,
         )
         # Drawn for every sample, so that what is asked of one does not depend on whether the data asks of another.
-        drawn = [self.config.templates.question(rng) for _ in range(count)]
-        chosen = zip(self._chosen("caption", step, count), drawn, strict=True)
-        return [
-            captioning(
-                self.ids,
-                self.end,
-                self.shown(i, size),
-                examples[i].captions[0],
-                examples[i].question or question,
-                self.begin,
-                [(self.shown(j, size), examples[j].captions[0]) for j in self._shots(i, step * count + place)],
-            )
-            for place, ((i, size), question) in enumerate(chosen)
-        ]
+        templates = self.config.templates
+        drawn = [templates.question(rng) for _ in range(count)]
+        wording = random.Random(f"{self.seed}/caption/json/{step}")
+        out = []
+        for place, ((i, size), question) in enumerate(zip(self._chosen("caption", step, count), drawn, strict=True)):
+            answer, own = examples[i].captions[0], examples[i].question
+            question, answer = templates.asked(own, answer, wording) if own else (question, answer)
+            solved = [(self.shown(j, size), examples[j].captions[0]) for j in self._shots(i, step * count + place)]
+            out.append(captioning(self.ids, self.end, self.shown(i, size), answer, question, self.begin, solved))
+        return out
 
     def _shots(self, asked: int, place: int) -> list[int]:
         """Solved examples before a captioning sample: the next of an order of their own whose groups are all different."""
@@ -325,7 +321,12 @@ class Mixture:
         drawn = self._standing(drawn)
         words = with_article(words) if templates.article_share else words
         drawable = max(templates.questions, key=len) if templates.question_share else ""
-        asked = [(e.question or drawable, e.captions[0]) for e in examples]
+        asked = [
+            (in_json(e.question), as_json(e.captions[0]))
+            if e.question and templates.json_share
+            else (e.question or drawable, e.captions[0])
+            for e in examples
+        ]
         _, named = max((len(question) + len(answer), i) for i, (question, answer) in enumerate(asked))
         question, answer = asked[named]
         named = self._standing(named)

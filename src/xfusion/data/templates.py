@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -12,6 +13,9 @@ from xfusion.data.sequence import Example, Media, Sequence, Text
 QUESTIONS = ("What is this?", "What is in the picture?", "Name this picture.")
 """Questions that a part of the captioning samples asks; the others ask nothing."""
 
+IN_JSON = " Answer in JSON."
+"""What a question ends in whose answer shall be JSON."""
+
 
 def with_article(words: str) -> str:
     """``red apple`` -> ``a red apple``."""
@@ -21,6 +25,21 @@ def with_article(words: str) -> str:
 def question_text(question: str) -> str:
     """What stands between a picture and its answer."""
     return f"{question.strip()}\n" if question.strip() else ""
+
+
+def in_json(question: str) -> str:
+    """A question as it is asked where the answer shall be JSON."""
+    return f"{question.strip()}{IN_JSON}"
+
+
+def as_json(answer: str) -> str:
+    """``3`` -> ``{"answer": 3}``: the answer as a whole number, true, false or null where it is one, else as a string."""
+    try:
+        value = json.loads(answer)
+    except ValueError:
+        value = answer
+    plain = value is None or isinstance(value, int)  # True and False, too
+    return json.dumps({"answer": value if plain else answer}, ensure_ascii=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +56,9 @@ class Templates:
     """Share of captioning samples that ask a question between the picture and the answer."""
     questions: tuple[str, ...] = QUESTIONS
     """What is asked."""
+    json_share: float = 0.0
+    """Share of the data's own questions that are asked in JSON, as ``{"answer": 3}``: a reader that never was knows no values
+    behind the braces that a schema makes it write."""
 
     def drawing_words(self, example: Example, rng: random.Random) -> str:
         """The prompt of a drawing sample; empty where it is dropped."""
@@ -50,6 +72,12 @@ class Templates:
     def question(self, rng: random.Random) -> str:
         """The question of a captioning sample; mostly empty."""
         return rng.choice(self.questions) if rng.random() < self.question_share else ""
+
+    def asked(self, question: str, answer: str, rng: random.Random) -> tuple[str, str]:
+        """A question of the data and its answer as they are put: plainly or in JSON."""
+        if self.json_share and rng.random() < self.json_share:
+            return in_json(question), as_json(answer)
+        return question, answer
 
 
 Encode = Callable[[str], tuple[int, ...]]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Audio, Image, Media, Sequence, Sound, Text, XFusionError
-from xfusion.data.templates import opened
+from xfusion.data.templates import IN_JSON, opened
 from xfusion.generation import base
 from xfusion.generation.base import (
     Listener,
@@ -69,7 +69,9 @@ def generate(
         max_tokens: longest answer in tokens.
         temperature: 0 is greedy.
         top_p: nucleus sampling.
-        schema: answers in words are JSON texts of this schema and no others (`schema_answers`).
+        schema: answers in words are JSON texts of this schema and no others (`schema_answers`). A question behind a picture
+            that is answered by an object is put as training put it (`xfusion.data.templates.in_json`): readers that were
+            trained with ``json_share`` know the value behind the braces, others don't.
         progress: told while drawing.
         listen: told every token of an answer in words as it is chosen.
 
@@ -88,7 +90,8 @@ def generate(
     single = not isinstance(items[0], (list, tuple))
     lists = [cast("Seq[Segment]", item) for item in ([items] if single else items)]
     chosen = seeds_of(seed, seeds, len(lists), "lists")
-    allowed = None if schema is None else [model.backbone.encode(text) for text in schema_answers(schema)]
+    texts = None if schema is None else schema_answers(schema)
+    allowed = None if texts is None else [model.backbone.encode(text) for text in texts]
     if allowed is not None and (longest := 1 + max(map(len, allowed))) > max_tokens:
         raise XFusionError(f"max_tokens {max_tokens} is too few for the schema's longest answer: give {longest}")
     settings = _Settings(
@@ -99,6 +102,7 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         allowed=allowed,
+        in_json=texts is not None and all(text.startswith("{") for text in texts),
         progress=progress,
     )
     alike: dict[tuple[Any, ...], list[int]] = {}
@@ -129,6 +133,8 @@ class _Settings:
     top_p: float
     allowed: Seq[tuple[int, ...]] | None
     """The answers in words that there are, as tokens; None allows all."""
+    in_json: bool
+    """Whether all of them are JSON objects, which a question has to ask for."""
     progress: Progress | None
 
 
@@ -222,7 +228,7 @@ def _generate_batch(
     if any(isinstance(segment, Media) for segment in contexts[0]):
         ids = answer_tokens(
             model,
-            [_asked(model, context, item) for context, item in zip(contexts, lists, strict=True)],
+            [_asked(model, context, item, settings.in_json) for context, item in zip(contexts, lists, strict=True)],
             max_tokens=settings.max_tokens,
             temperature=settings.temperature,
             top_p=settings.top_p,
@@ -240,10 +246,13 @@ def _generate_batch(
     return out
 
 
-def _asked(model: Model, context: tuple[Text | Media, ...], item: Seq[Segment]) -> tuple[Text | Media, ...]:
+def _asked(
+    model: Model, context: tuple[Text | Media, ...], item: Seq[Segment], json_wanted: bool = False
+) -> tuple[Text | Media, ...]:
     """A context with media once its list is over: a question behind a picture ends as it did in training."""
     asks = isinstance(item[-1], (str, Text)) and item[-1]
-    return (*context, Text(ids=model.backbone.encode("\n"))) if asks else context
+    ending = f"{IN_JSON}\n" if json_wanted else "\n"
+    return (*context, Text(ids=model.backbone.encode(ending))) if asks else context
 
 
 @torch.no_grad()

@@ -5,14 +5,17 @@ arXiv 2308.12966.
 
 Faithful: the adapter, a single cross-attention layer with 2-D absolute positions on queries and keys, always as many tokens
 as queries; trainable rows before and behind a picture (the paper's ``<img>`` and ``</img>``); the first stage's frozen
-language model.
+language model; boxes as plain text, ``<ref>red disc</ref><box>(x1,y1),(x2,y2)</box>`` with whole numbers from 0 to 999 of the
+base's own tokens (`xfusion.data.boxes`), and a loss on answers alone.
 
 Adapted: the encoder is frozen too, where the paper trains it (ViT-bigG); 7 queries instead of 256 on the encoder's map of
-7 x 7; no stages 2 and 3, which train the language model. Boxes are plain text in the paper, ``<box>(x1,y1),(x2,y2)</box>``
-with coordinates from 0 to 999: captions of user data may hold them as they are.
+7 x 7; no stages 2 and 3, which train the language model, so that boxes are learned by the adapter alone, where the paper learns
+them in stage 2; a name asks for one box, and captions with boxes in them, boxes with names as answers and ``Picture 1:`` before a
+picture are left to the data.
 
 Data: of the paper's, CC12M (``pixparse/cc12m-wds``), ``--data 'cc12m-wds/*.tar'``. Our figures: ``--data
-runs/clothing/photos.jsonl:held=0.1`` (`runs/write_clothing.py`).
+runs/clothing/photos.jsonl:held=0.1`` (`runs/write_clothing.py`), and of boxes ``--data runs/boxes/train.jsonl``
+(`runs/write_questions.py`, docs/questions.md).
 """
 
 from __future__ import annotations

@@ -7,9 +7,10 @@ writes them) and are never asked here; no picture, no arrangement of its boxes a
 An answer is the likeliest of the allowed ones (two that are equally likely are no answer), and its confidence the share of
 its likelihood among them. On the validation part the lowest confidence is chosen at which answers are right as often as
 asked (`threshold`); below it a model that may refuse does. Beside accuracy stand ``chance_`` (the commonest answer) and
-``_blind`` (pictures permuted, mean of five), and ``_json``: the model writes ``{"answer": ...}`` by a schema, token after
-token, instead of having given answers scored. ``_interval`` is one of 95 %, of resampled sentences (of counting: pictures).
-``robustness`` scores the same questions on pictures that were compressed, cropped and made small.
+``_blind`` (pictures permuted, mean of five), and ``_json``: asked in JSON, the model writes ``{"answer": ...}`` by a schema,
+token after token, instead of having given answers scored; one that was never trained on JSON (``Templates.json_share``) is
+then hardly right. ``_interval`` is one of 95 %, of resampled sentences (of counting: pictures). ``robustness`` scores the same
+questions on pictures that were compressed, cropped and made small.
 """
 
 from __future__ import annotations
@@ -252,17 +253,7 @@ def nlvr(path: Path, count: int | None = None, seed: int = 0, parts: Sequence[Pa
     Raises:
         XFusionError: it cannot be read, or a column is missing.
     """
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise XFusionError("NLVR's parquet file needs pyarrow: pip install 'xfusion[train]'") from error
-    try:
-        table = parquet.read_table(path)
-    except (OSError, ArrowException) as error:
-        raise XFusionError(f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else 'empty'}") from error
-    if missing := [name for name in ("image", "sentence", "label") if name not in table.column_names]:
-        raise XFusionError(f"{path} has no column {missing[0]!r}; it has {', '.join(table.column_names)}")
-    rows = table.select([n for n in ("image", "sentence", "label", SCENE) if n in table.column_names]).to_pylist()
+    rows = nlvr_rows(path, ("image", "sentence", "label"), (SCENE,))
     wordings = [re.sub(r"[^a-z0-9]+", " ", row["sentence"].lower()).strip() for row in rows]
     scenes = [_scene(row) for row in rows]
     called = _together(wordings, scenes)
@@ -292,6 +283,25 @@ def nlvr(path: Path, count: int | None = None, seed: int = 0, parts: Sequence[Pa
 
 SCENE = "structured_rep"
 """NLVR's column of what stands in each box."""
+
+
+def nlvr_rows(path: Path, columns: Sequence[str], others: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Rows of a parquet file of NLVR: ``columns``, and those of ``others`` that it has.
+
+    Raises:
+        XFusionError: it cannot be read, or a column is missing.
+    """
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise XFusionError("NLVR's parquet file needs pyarrow: pip install 'xfusion[train]'") from error
+    try:
+        table = parquet.read_table(path)
+    except (OSError, ArrowException) as error:
+        raise XFusionError(f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else 'empty'}") from error
+    if missing := [name for name in columns if name not in table.column_names]:
+        raise XFusionError(f"{path} has no column {missing[0]!r}; it has {', '.join(table.column_names)}")
+    return table.select([n for n in (*columns, *others) if n in table.column_names]).to_pylist()
 
 
 def _scene(row: dict[str, Any]) -> str:

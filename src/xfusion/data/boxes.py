@@ -1,0 +1,131 @@
+"""Boxes as text, as Qwen-VL writes them (arXiv 2308.12966, section 3.1): ``<ref>red disc</ref><box>(120,340),(560,780)</box>``.
+
+A box is plain words of the base's own tokenizer: no token is new. Its corners, upper left and lower right, are whole numbers
+from 0 to 999: thousandths of the width and of the height of the picture as a model sees it, which is the middle square of a
+picture that is none.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from xfusion.data.sequence import XFusionError
+
+SCALE = 1000
+"""Coordinates are whole numbers below it."""
+_MARKS = re.compile(r"<ref>(?P<name>[^<>]*)</ref>|<box>(?P<corners>[^<>]*)</box>|(?P<stray></?(?:ref|box)>)")
+_CORNERS = re.compile(r"\s*\(\s*(\d+)\s*,\s*(\d+)\s*\)\s*,\s*\(\s*(\d+)\s*,\s*(\d+)\s*\)\s*", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Box:
+    """A box by shares of the width and of the height of the square that a model sees, from 0 to 1.
+
+    Raises:
+        XFusionError: an edge is outside, or the box has no area.
+    """
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.left < self.right <= 1 and 0 <= self.top < self.bottom <= 1):
+            raise XFusionError(
+                f"a box goes from left to right and from top to bottom within 0 to 1, but this one from"
+                f" ({self.left:g}, {self.top:g}) to ({self.right:g}, {self.bottom:g})"
+            )
+
+    @classmethod
+    def of_pixels(cls, left: float, top: float, right: float, bottom: float, size: tuple[int, int]) -> Box:
+        """The box of a part of a picture of ``(width, height)`` pixels; what the middle square does not hold is cut away.
+
+        Raises:
+            XFusionError: nothing is left of it.
+        """
+        side = min(size)
+        beside, above = ((length - side) / 2 for length in size)
+        edges = [
+            (place - off) / side for place, off in ((left, beside), (top, above), (right, beside), (bottom, above))
+        ]
+        kept = [min(max(edge, 0.0), 1.0) for edge in edges]
+        if kept[0] >= kept[2] or kept[1] >= kept[3]:
+            raise XFusionError(
+                f"the box ({left:g}, {top:g}) to ({right:g}, {bottom:g}) has no area in the middle square of a picture of"
+                f" {size[0]} x {size[1]} pixels, which is all that a model sees"
+            )
+        return cls(*kept)
+
+    def pixels(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom edge on a picture of ``(width, height)`` pixels: `of_pixels` back."""
+        side = min(size)
+        beside, above = ((length - side) / 2 for length in size)
+        return (
+            beside + self.left * side,
+            above + self.top * side,
+            beside + self.right * side,
+            above + self.bottom * side,
+        )
+
+    def text(self, name: str = "") -> str:
+        """The box as a model says it, behind what it is the box of, where that is named.
+
+        Raises:
+            XFusionError: it has no thousandth of area, or the name holds a mark.
+        """
+        left, top, right, bottom = (
+            min(math.floor(edge * SCALE + 1e-6), SCALE - 1) for edge in (self.left, self.top, self.right, self.bottom)
+        )
+        if left == right or top == bottom:
+            raise XFusionError(f"{self} is thinner than a thousandth of the picture: it cannot be said")
+        return f"{reference(name) if name else ''}<box>({left},{top}),({right},{bottom})</box>"
+
+
+def reference(name: str) -> str:
+    """A name as it stands before its box, and asks for it alone.
+
+    Raises:
+        XFusionError: the name is empty or holds a mark.
+    """
+    if not name.strip() or "<" in name or ">" in name:
+        raise XFusionError(f"{name!r} cannot be the name of a box: it needs words, without < and >")
+    return f"<ref>{name.strip()}</ref>"
+
+
+def boxes_of(text: str) -> list[tuple[str, Box]]:
+    """The boxes that a text holds, in order, each with the name that stands before it; several may follow one name.
+
+    Raises:
+        XFusionError: a mark stands alone, or a box is not two corners of whole numbers from 0 to 999, the first on the upper
+            left of the second.
+    """
+    found: list[tuple[str, Box]] = []
+    name, until = "", 0
+    for mark in _MARKS.finditer(text):
+        if text[until : mark.start()].strip():
+            name = ""  # words stand between: the next box is not of what was named before
+        until = mark.end()
+        if mark["stray"]:
+            raise XFusionError(f"{mark['stray']} stands alone at character {mark.start()} of {_short(text)}")
+        if mark["name"] is not None:
+            name = mark["name"].strip()
+            continue
+        corners = _CORNERS.fullmatch(mark["corners"])
+        if corners is None:
+            raise XFusionError(f"{_short(mark[0])} is no box: write <box>(x1,y1),(x2,y2)</box> in whole numbers")
+        numbers = [int(number) for number in corners.groups()]
+        if max(numbers) >= SCALE:
+            raise XFusionError(f"{_short(mark[0])} has a coordinate {max(numbers)}: they go from 0 to {SCALE - 1}")
+        if numbers[0] >= numbers[2] or numbers[1] >= numbers[3]:
+            raise XFusionError(
+                f"{_short(mark[0])} has no area: the first corner is the upper left, the second the lower right"
+            )
+        found.append((name, Box(*(number / SCALE for number in numbers))))
+    return found
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 80 else f"{text[:80]}…")

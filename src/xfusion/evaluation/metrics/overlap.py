@@ -1,0 +1,51 @@
+"""Boxes against boxes: how much of both they share (intersection over union), and the best that one box for all can do."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xfusion.data.sequence import XFusionError
+
+HIT = 0.5
+"""The overlap from which a box counts as found, as on RefCOCO."""
+GRID = 20
+"""Edges of the constant boxes that are tried stand at multiples of a side divided by it."""
+
+
+def overlap(boxes: Tensor, others: Tensor) -> Tensor:
+    """Intersection over union of boxes ``[..., 4]``, left, top, right and bottom, which broadcast: ``[...]`` from 0 to 1.
+
+    A box without area overlaps none, which is how an answer that is no box is scored.
+
+    Raises:
+        XFusionError: what is given has no four edges.
+    """
+    if boxes.shape[-1:] != (4,) or others.shape[-1:] != (4,):
+        raise XFusionError(
+            f"boxes have four edges [..., 4], but these are {list(boxes.shape)} and {list(others.shape)}"
+        )
+    boxes, others = boxes.double(), others.double()
+    corners = torch.maximum(boxes[..., :2], others[..., :2]), torch.minimum(boxes[..., 2:], others[..., 2:])
+    shared = (corners[1] - corners[0]).clamp(min=0).prod(dim=-1)
+    areas = [(one[..., 2:] - one[..., :2]).clamp(min=0).prod(dim=-1) for one in (boxes, others)]
+    return torch.where(shared > 0, shared / (areas[0] + areas[1] - shared), 0.0)
+
+
+def constant(boxes: Tensor) -> dict[str, float]:
+    """``hit`` and ``mean``: the best share with an overlap of `HIT`, and the best mean overlap, of one box for all ``[N, 4]``.
+
+    Each is of the box that suits it best, chosen by the very boxes that it is scored on: no answer that does not look can do
+    better, but for the steps of the grid.
+    """
+    edges = torch.arange(GRID + 1, dtype=torch.float64) / GRID
+    low, high = torch.triu_indices(GRID + 1, GRID + 1, offset=1)
+    spans = torch.stack([edges[low], edges[high]], dim=1)
+    best = {"hit": 0.0, "mean": 0.0}
+    tried = spans[:, [0, 0, 1, 1]]
+    for span in spans:  # all boxes of a left and a right edge at a time: all at once are some hundred million numbers
+        tried[:, 0], tried[:, 2] = span
+        found = overlap(tried[:, None], boxes[None])
+        best["hit"] = max(best["hit"], float((found >= HIT).double().mean(dim=1).max()))
+        best["mean"] = max(best["mean"], float(found.mean(dim=1).max()))
+    return best
