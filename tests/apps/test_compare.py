@@ -139,7 +139,8 @@ def test_a_file_is_one_module_until_it_changes(here):
     one, two = find("mine.py:plain"), find("mine.py:twisted")
     assert one.__globals__ is two.__globals__ is vars(sys.modules["mine"])
     Path("mine.py").write_text(RECIPES.replace("mlp=24", "mlp=16"))
-    assert find("mine.py:twisted")().model.fusion.mlp == 16
+    assert find("mine.py:twisted")().model.fusion.mlp == 16, "within the second, at the same length"
+    assert not Path("__pycache__").exists(), "nothing is left beside a user's file"
     Path("json.py").write_text("def plain():\n    return 1\n")
     assert find("json.py:plain")() == 1
     assert sys.modules["json"] is json, "a module of the same name keeps it"

@@ -109,15 +109,15 @@ def _module(path: Path, content: bytes) -> ModuleType:
     """The module of a file, run once as long as the file stays.
 
     It is known by its name, as an imported one: a run that goes on reads the classes of its configuration by it. An
-    imported module of that name keeps it.
+    imported module of that name keeps it. It is run as read: what Python keeps compiled beside a file it takes for fresh
+    where the file was changed within a second to another of its length.
     """
-    del content
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
     module = importlib.util.module_from_spec(spec)
     if path.stem not in sys.modules or sys.modules[path.stem] is _FILES.get(path.stem):
         sys.modules[path.stem] = _FILES[path.stem] = module
-    spec.loader.exec_module(module)
+    exec(compile(content, str(path), "exec"), vars(module))
     return module
 
 
