@@ -186,9 +186,9 @@ def load(asked: Asked, address: str, server: psutil.Process, clients: int, lasts
 
 def main(settings: Settings) -> None:
     """Serve, ask, write."""
-    if len(settings.loads) != len(settings.seconds):
+    if len(settings.seconds) not in (1, len(settings.loads)):
         raise SystemExit(
-            f"--loads has {len(settings.loads)} numbers and --seconds {len(settings.seconds)}: give as many"
+            f"--loads has {len(settings.loads)} numbers and --seconds {len(settings.seconds)}: give one, or as many"
         )
     begun_on = origin("benchmarks")
     with tempfile.TemporaryDirectory() as folder:

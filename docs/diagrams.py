@@ -32,9 +32,8 @@ def diagram(title: str, model: Model) -> str:
         _box(16, bottom + 8, 104, 26, WORDS, "words", "base's table"),
         _box(16, TOP + 18, 104, 26, MEDIA, "picture", _count(others["port"])),
     ]
-    apart = isinstance(
-        model.fusion, Conditioned
-    )  # its blocks stand in a row of their own, which the last layer's words enter
+    # Its blocks stand in a row of their own, which the last layer's words enter.
+    apart = isinstance(model.fusion, Conditioned)
     gap = (layers - 1) / len(blocks) if apart else 1.0
     for layer in range(layers):
         x = LEFT + layer * step

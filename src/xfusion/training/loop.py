@@ -159,7 +159,9 @@ class _Run:
         self.processes = processes = Processes(device)
         self.shard: Shard = settings.shard if processes.count > 1 else "none"
         self.attends = choose_attention(processes.device, settings.attention)
-        chosen, reason = processes.same(self._precision())
+        with processes.first_alone():  # rates are measured where nothing else computes, and what is wrong is told once
+            own = self._precision()
+        chosen, reason = processes.same(own)
         if self.shard == "none":
             with processes.first_alone():
                 self._open()
