@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import anyio
 from fastapi import FastAPI
@@ -58,7 +58,6 @@ REGIONS = {
 }
 """Parts of a picture that may be drawn anew, as left, top, right and bottom."""
 ALL_WORDS = "all words"
-NOTHING: Any = None
 ABILITIES = {"text": "answers in words", "caption": "describes pictures", "draw": "draws pictures"}
 """What the page lets a pack do, in its words."""
 STYLE = """
@@ -483,7 +482,8 @@ class _Page:
                         height=440, format="png", elem_id="sheet", elem_classes="pixels", interactive=True,
                     )  # fmt: skip
                     sheet.preprocess = _strokes  # as above
-                    sheet.accept_blobs = NOTHING  # else anyone could have this process keep bytes that nobody asks for
+                    # Else anyone could have this process keep bytes that nobody asks for.
+                    sheet.accept_blobs = cast("Any", None)
                 with gr.Column():
                     prompt = gr.Textbox(
                         label="What the whole picture shall show", placeholder="a red heart", max_lines=2,
