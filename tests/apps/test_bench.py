@@ -88,6 +88,14 @@ def test_a_step_learns_and_texts_that_are_kept_change_nothing(bench):
     torch.testing.assert_close(losses[True], losses[False], rtol=0, atol=1e-3)
 
 
+def test_a_step_takes_fewer_names_than_fill_a_row(bench):
+    step = Step(bench, bench.model(), draw=4, caption=2)
+    assert step.samples == 6 and bench.stage.mixture.pack == 4
+    drawn, named = step.mixture.batches(0)
+    assert len(drawn.text_ids) == 4 and len(named.text_ids) * step.mixture.config.pack == 2
+    step()
+
+
 @pytest.mark.full
 def test_training(bench):
     found = training.measure(bench)

@@ -145,10 +145,12 @@ class Step:
         activation_checkpointing: bool = False,
     ):
         self.model, mixture = model, bench.stage.mixture
+        names = mixture.caption if caption is None else caption
         mixture = replace(
             mixture,
             draw=mixture.draw if draw is None else draw,
-            caption=mixture.caption if caption is None else caption,
+            caption=names,
+            pack=math.gcd(mixture.pack, names),  # rows of names are filled: fewer names, shorter rows
         )
         base = model.backbone
         self.mixture = Mixture(

@@ -245,8 +245,10 @@ class List(Verb):
         from xfusion.recipes.base import names
 
         recipes, packs = [_recipe(name) for name in names()], [_pack(name) for name in shipped()]
+        columns = ("status", "kind", "regime", "paper")
+        widths = {column: max(len(recipe[column]) for recipe in recipes) for column in columns}
         rows = [
-            (r["name"], f"{r['status']:<10}  {r['kind']:<16}  {r['regime']:<15}  {r['paper']:<18}  {r['summary']}")
+            (r["name"], "  ".join([*(r[column].ljust(widths[column]) for column in columns), r["summary"]]))
             for r in recipes
         ]
         lines = ["recipes (xfusion train NAME):", table(rows, "  "), "packs (xfusion generate NAME PROMPT):"]
