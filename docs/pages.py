@@ -277,12 +277,8 @@ def share_part(summary: dict[str, Any], name: str, folder: str) -> list[str]:
     if not found:
         return []
     title, file = tables[0]["title"], HERE / "pictures" / f"{folder}_shares_{name}.svg"
-    colours = [COLOURS[summary["recipes"].index(label) % len(COLOURS)] for label in found]
-    named = (
-        f'<text class="name" x="400" y="{26 + 16 * i}" text-anchor="end" style="fill:{colour}">{label}</text>'
-        for i, (label, colour) in enumerate(zip(found, colours, strict=True))
-    )
-    file.write_text(standalone(curves(summary, found, SHARES), "".join(named)), encoding="utf-8")
+    colours = {label: COLOURS[summary["recipes"].index(label) % len(COLOURS)] for label in found}
+    file.write_text(standalone(curves(summary, found, SHARES), colours), encoding="utf-8")
     lines = [f"**{title}, by share of the pictures** (same budget on fewer pictures)", ""]
     lines += [f"![{title} by share]({file.relative_to(HERE)})", ""]
     lines += [f"| recipe | share | mean | 95 % interval | paired difference to {summary['first']} | verdict |"]
@@ -309,7 +305,7 @@ def few_shot_part(folder: Path) -> list[str]:
     }
     drawn = curves({"recipes": list(lines)}, lines, "solved examples before the picture")
     file = HERE / "pictures" / f"{folder.name}.svg"
-    file.write_text(standalone(drawn, _named(lines)), encoding="utf-8")
+    file.write_text(standalone(drawn, legend(lines)), encoding="utf-8")
     rows = [
         " | ".join([title, *(f"{v:.2f}" if (v := dict(line).get(float(n))) is not None else "-" for n in numbers)])
         for title, line in lines.items()
@@ -380,18 +376,13 @@ def plot(
 ) -> list[str]:
     """A plot beside the page, and the words that show it."""
     drawn = curves({"recipes": list(lines)}, lines, along, logarithmic=log)
-    (HERE / "pictures" / f"speed_{name}.svg").write_text(standalone(drawn, _named(lines)), encoding="utf-8")
+    (HERE / "pictures" / f"speed_{name}.svg").write_text(standalone(drawn, legend(lines)), encoding="utf-8")
     return [f"![{title}](pictures/speed_{name}.svg)", ""]
 
 
-def _named(lines: dict[str, Any]) -> str:
-    """A legend, where there is more than one line."""
-    if len(lines) < 2:
-        return ""
-    return "".join(
-        f'<text class="name" x="400" y="{150 + 16 * i}" text-anchor="end" style="fill:{COLOURS[i]}">{label}</text>'
-        for i, label in enumerate(lines)
-    )
+def legend(lines: dict[str, Any]) -> dict[str, str]:
+    """Names and colours, where there is more than one line."""
+    return dict(zip(lines, COLOURS, strict=False)) if len(lines) > 1 else {}
 
 
 def bench_part() -> list[str]:
@@ -675,7 +666,7 @@ def questions_part(name: str) -> list[str]:
         title = f"Share right against {DAMAGES[damage]}"
         svg = HERE / "pictures" / f"questions_{name}_{damage}.svg"
         plotted = curves({"recipes": list(drawn)}, drawn, DAMAGES[damage])
-        svg.write_text(standalone(plotted, _named(drawn)), encoding="utf-8")
+        svg.write_text(standalone(plotted, legend(drawn)), encoding="utf-8")
         said = ", ".join(f"{x:g}: {y:.3f}" for x, y in reversed(points))
         lines += [f"**{title}** ({said})", "", f"![{title}](pictures/{svg.name})", ""]
     return lines

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from string import Template
+from types import MappingProxyType
 from typing import Any
 
 from PIL import Image as PILImage
@@ -334,12 +335,25 @@ ALONE = """<style>text{font:13px sans-serif;fill:#555}text.name{fill:#222}text.e
 """Of a plot that stands in a file of its own, without the page's style."""
 
 
-def standalone(svg: str, more: str = "") -> str:
-    """A plot as a file of its own, with its style and a size, else pages stretch it; ``more`` is drawn over it."""
+def standalone(svg: str, legend: Mapping[str, str] = MappingProxyType({})) -> str:
+    """A plot as a file of its own, with its style and a size, else pages stretch it.
+
+    Args:
+        svg: the plot.
+        legend: names and their colours, written below it, where no line can meet them.
+    """
     head, rest = svg.split(">", 1)
-    width, height = (1.3 * float(side) for side in head.split('"')[1].split()[2:])
-    rest = rest.replace("</svg>", f"{more}</svg>")
-    head = f'{head} width="{width:g}" height="{height:g}" xmlns="http://www.w3.org/2000/svg"'
+    box = head.split('"')[1]
+    width, height = (float(side) for side in box.split()[2:])
+    names = (
+        f'<text class="name" x="46" y="{height + 16 * i + 12:g}" style="fill:{colour}">{text(name)}</text>'
+        for i, (name, colour) in enumerate(legend.items())
+    )
+    rest = rest.replace("</svg>", f"{''.join(names)}</svg>")
+    if legend:
+        height += 16 * len(legend) + 4
+        head = head.replace(box, f"0 0 {width:g} {height:g}")
+    head = f'{head} width="{1.3 * width:g}" height="{1.3 * height:g}" xmlns="http://www.w3.org/2000/svg"'
     return f'{head}>{ALONE}<rect width="100%" height="100%" fill="white"/>{rest}\n'
 
 
