@@ -29,8 +29,9 @@ from xfusion.data.pack import pack
 from xfusion.data.sequence import Batch, Sequence, Text
 from xfusion.fusion.dual_tower import DualTower
 from xfusion.modalities.image import ImageModality
-from xfusion.model import Model, ModelConfig, build, choose_attention, choose_compute_dtype, compiled_graphs
+from xfusion.model import Model, ModelConfig, build, compiled_graphs
 from xfusion.storage import write_json
+from xfusion.training.compute import choose_attention, choose_compute_dtype
 from xfusion.training.memory import keep_freed_memory
 from xfusion.training.optimizer import Optimizer
 

@@ -12,7 +12,8 @@ import xfusion.fusion.base as fusion_base
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Media, Rows, Sequence, Text, XFusionError, visible
 from xfusion.layers import BLOCK, block_mask
-from xfusion.model import choose_attention, compiled_graphs
+from xfusion.model import compiled_graphs
+from xfusion.training.compute import choose_attention
 
 SEQUENCES = list(mixed_sequences().values())
 

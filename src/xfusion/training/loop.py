@@ -30,8 +30,9 @@ from xfusion.data.mixture import Ahead
 from xfusion.data.sequence import Batch, XFusionError
 from xfusion.data.sources import Source, stated_licence
 from xfusion.modalities.image import ImageModality
-from xfusion.model import Model, choose_attention, choose_compute_dtype, compiled_graphs
+from xfusion.model import Model, compiled_graphs
 from xfusion.training import outputs, resuming, setup, states, summary
+from xfusion.training.compute import choose_attention, choose_compute_dtype
 from xfusion.training.memory import keep_freed_memory
 from xfusion.training.optimizer import Optimizer
 from xfusion.training.pace import Pace
@@ -92,7 +93,7 @@ def train(
         device: where the base is loaded to, where none is given.
         compile: compile the per-layer work.
         dtype: compute type; None chooses by device and says why.
-        attention: what layers attend by, of `xfusion.model.ATTENTIONS`; None chooses by device.
+        attention: what layers attend by, of `xfusion.training.compute.ATTENTIONS`; None chooses by device.
         preview_prompts: what previews draw (None: the first captions of the data).
         preview_every: seconds between previews; 0 makes none.
         checkpoint_every: seconds between checkpoints.
