@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xfusion.backbone import EMBEDDED, Backbone, Cache
+from xfusion.backbone.attention import choose_attention
 from xfusion.data.sequence import END_OF_MEDIA, IGNORE, Batch, Sound, XFusionError, fingerprint
 from xfusion.fusion.base import Fusion, Pass
 from xfusion.fusion.dual_tower import DualTower
@@ -151,6 +152,7 @@ class Model(nn.Module):
         self._pass: Pass | None = None
         # How the weights of a layer come together where processes divide them (`xfusion.training.sharding`).
         self.gather: Gather | None = None
+        self._drawing: tuple[Engine, Engine] | None = None
         self._engine: Engine
         self.use(self.plain_engine())
 
@@ -287,6 +289,21 @@ class Model(nn.Module):
             yield
         finally:
             self.use(before)
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Inside the block a CPU attends by plain products, over the same weights: the rows of a picture behind few words are
+        short (docs/speed.md). An engine over other weights than the base's own stays.
+        """
+        engine, attention = self._engine, choose_attention(self.device)
+        if engine.backbone is not self.backbone or self.backbone.attention != "sdpa":
+            yield
+            return
+        if self._drawing is None or self._drawing[0] is not engine:
+            same = self.backbone.working_copy(self.backbone.dtype, attention)
+            self._drawing = engine, replace(engine, backbone=same, decoder=None)
+        with self.using(self._drawing[1]):
+            yield
 
     def plain_engine(self) -> Engine:
         """The base as it is; new modules compute in its type, where that is half as wide as their own."""

@@ -117,7 +117,7 @@ class Together(Model):
         self.modality, self.port = self.known[artist], drawn.port
         self.text_objective, self.media_objective = drawn.text_objective, drawn.media_objective
         self.opening, self.extra, self.needs = drawn.opening, nn.ModuleList(), frozenset()
-        self._pass, self.gather = None, None
+        self._pass, self.gather, self._drawing = None, None, None
         self.fusion = SideBySide({owner: m.fusion for owner, m in members.items()}, first.backbone)
         self.use(self.plain_engine())
 

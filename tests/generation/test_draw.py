@@ -125,6 +125,24 @@ def test_guidance_1_asks_only_once_per_step_and_text_is_computed_once(model, mon
     assert passes == [(4, longest, 1), *[(4, 0, 16)] * 3]
 
 
+def test_steps_attend_by_plain_products_and_what_stands_before_by_the_bases_own_attention(model, monkeypatch):
+    attends, run_pass, own = [], Model.run_pass, model.engine
+
+    def spy(self, batch, **settings):
+        out = run_pass(self, batch, **settings)
+        attends.append((out[1].attention, self.fusion.block_config._attn_implementation))
+        return out
+
+    monkeypatch.setattr(Model, "run_pass", spy)
+    for _ in range(2):
+        model.draw(["a cat"], steps=2)
+    assert attends == [("sdpa", "sdpa"), *[("grouped", "grouped")] * 2] * 2
+    assert model.engine is own and model.fusion.block_config._attn_implementation == "sdpa"
+    with model.drawing():
+        theirs = model.engine.backbone.model.parameters()
+        assert all(one is other for one, other in zip(model.backbone.model.parameters(), theirs, strict=True))
+
+
 def test_an_empty_prompt_is_the_same_at_any_guidance(model):
     one, other = (model.draw([""], steps=3, guidance=g)[0] for g in (1, 4))
     assert apart(one, other) <= 2

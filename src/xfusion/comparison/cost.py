@@ -37,7 +37,7 @@ from xfusion.data.sources import Sounds, Source
 from xfusion.evaluation.suites.emoji import chosen
 from xfusion.model import Engine, Model, ModelConfig
 from xfusion.text_states import TEXT_STATES_BYTES
-from xfusion.training.compute import choose_compute_dtype
+from xfusion.training.precision import choose_compute_dtype
 from xfusion.training.speed import short_run
 from xfusion.training.stages import Recipe, Stage
 

@@ -67,8 +67,8 @@ from xfusion.modalities.image import ImageModality
 from xfusion.model import Model, build
 from xfusion.storage import named_in_errors, read_json, write_json
 from xfusion.training import states
-from xfusion.training.compute import choose_compute_dtype
 from xfusion.training.loop import train
+from xfusion.training.precision import choose_compute_dtype
 from xfusion.training.stages import Recipe
 
 NEAREST = 0.02

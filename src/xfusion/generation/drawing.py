@@ -95,10 +95,11 @@ def draw_tokens(
         asked |= {"known": known.to(device), "keep": keep.to(device)}
     walk = model.media_objective.sample(predict, noise, steps=steps, **asked)
     total = model.media_objective.num_steps(steps, count)
-    for done, (current, estimate) in enumerate(walk, start=1):
-        x = current
-        if progress:
-            progress(done, total, estimate)
+    with model.drawing():
+        for done, (current, estimate) in enumerate(walk, start=1):
+            x = current
+            if progress:
+                progress(done, total, estimate)
     return x
 
 

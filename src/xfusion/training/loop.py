@@ -26,16 +26,17 @@ from rich.console import Console
 
 from xfusion import checkpoint
 from xfusion.backbone import Backbone
+from xfusion.backbone.attention import choose_attention
 from xfusion.data.mixture import Ahead
 from xfusion.data.sequence import Batch, XFusionError
 from xfusion.data.sources import Source, stated_licence
 from xfusion.modalities.image import ImageModality
 from xfusion.model import Model, compiled_graphs
 from xfusion.training import outputs, resuming, setup, states, summary
-from xfusion.training.compute import choose_attention, choose_compute_dtype
 from xfusion.training.memory import keep_freed_memory
 from xfusion.training.optimizer import Optimizer
 from xfusion.training.pace import Pace
+from xfusion.training.precision import choose_compute_dtype
 from xfusion.training.processes import Processes, Shard, is_divided
 from xfusion.training.progress import Progress, all_examples
 from xfusion.training.settings import Settings
@@ -93,7 +94,7 @@ def train(
         device: where the base is loaded to, where none is given.
         compile: compile the per-layer work.
         dtype: compute type; None chooses by device and says why.
-        attention: what layers attend by, of `xfusion.training.compute.ATTENTIONS`; None chooses by device.
+        attention: what layers attend by, of `xfusion.backbone.attention.ATTENTIONS`; None chooses by device.
         preview_prompts: what previews draw (None: the first captions of the data).
         preview_every: seconds between previews; 0 makes none.
         checkpoint_every: seconds between checkpoints.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from xfusion.data.requests import Request
 from xfusion.data.sequence import XFusionError
 from xfusion.opening import Opening, answer_state, word_states
-from xfusion.training.compute import choose_compute_dtype
+from xfusion.training.precision import choose_compute_dtype
 
 PENALTY = 1e-2
 """Weight of the squared coefficients (of standardised states) beside the mean loss."""

@@ -1,4 +1,4 @@
-"""How training computes on a device: in which precision, and by which attention."""
+"""In which precision training computes on a device."""
 
 from __future__ import annotations
 
@@ -6,12 +6,6 @@ import time
 from functools import cache
 
 import torch
-
-from xfusion.data.sequence import XFusionError
-
-ATTENTIONS = ("grouped", "eager", "sdpa", "flex_attention")
-"""What layers can attend by: products of grouped queries, for long rows the fused kernel (`xfusion.layers.grouped_attention`);
-the family's own plain products; torch's fused kernel; FlexAttention over block masks."""
 
 
 def choose_compute_dtype(device: torch.device) -> tuple[torch.dtype, str]:
@@ -51,25 +45,3 @@ def product_rates(size: int = 1024, turns: int = 4) -> tuple[float, float]:
             best[place] = min(best[place], time.perf_counter() - begun)
     half, single = (2 * size**3 / seconds / 1e9 for seconds in best)
     return half, single
-
-
-def choose_attention(device: torch.device, asked: str | None = None) -> str:
-    """What layers attend by in training: on a CPU grouped queries, for the fused kernel's backward is slow on short sequences.
-
-    Args:
-        device: where the run computes.
-        asked: one of `ATTENTIONS` instead.
-
-    Raises:
-        XFusionError: it is none of them, or torch has no backward pass of it on this device.
-    """
-    if asked is not None and asked not in ATTENTIONS:
-        raise XFusionError(f"attention {asked!r} is not one of {', '.join(ATTENTIONS)}")
-    if asked == "flex_attention" and device.type != "cuda":
-        raise XFusionError(
-            f"attention 'flex_attention': torch {torch.__version__} has no backward pass of it on {device.type}, only on a GPU:"
-            " take sdpa or eager"
-        )
-    if asked is not None:
-        return asked
-    return "grouped" if device.type == "cpu" else "sdpa"
