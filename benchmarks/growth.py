@@ -24,15 +24,17 @@ import tyro
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from xfusion.backbone import Backbone
+from xfusion.backbone.attention import choose_attention
 from xfusion.comparison.machine import origin
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Batch, Sequence, Text
 from xfusion.fusion.dual_tower import DualTower
 from xfusion.modalities.image import ImageModality
-from xfusion.model import Model, ModelConfig, build, choose_attention, choose_compute_dtype, compiled_graphs
+from xfusion.model import Model, ModelConfig, build, compiled_graphs
 from xfusion.storage import write_json
 from xfusion.training.memory import keep_freed_memory
 from xfusion.training.optimizer import Optimizer
+from xfusion.training.precision import choose_compute_dtype
 
 RESULT = Path(__file__).parent / "results" / "growth.json"
 PATCH, WORDS = 8, 12

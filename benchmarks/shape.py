@@ -25,12 +25,13 @@ import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
 from xfusion.backbone import Backbone
+from xfusion.backbone.attention import choose_attention
 from xfusion.comparison.machine import origin
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Batch, Sequence, Text
 from xfusion.fusion.dual_tower import DualTower
 from xfusion.modalities.image import ImageModality
-from xfusion.model import Model, ModelConfig, build, choose_attention
+from xfusion.model import Model, ModelConfig, build
 from xfusion.storage import write_json
 from xfusion.training.optimizer import Optimizer
 
@@ -58,7 +59,7 @@ class Settings:
     square: int = 8192
     """Side of the matrices whose product is the yardstick."""
     attention: str | None = None
-    """What layers attend by, of `xfusion.model.ATTENTIONS`; None is the device's own."""
+    """What layers attend by, of `xfusion.backbone.attention.ATTENTIONS`; None is the device's own."""
     packed: int = 1
     """Samples in a row; they do not see each other."""
     keep_text: bool = True

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from xfusion.apps.comparison_page import COLOURS
+from xfusion.apps.plots import COLOURS
 from xfusion.comparison.results import REAL, run_name
 from xfusion.storage import whole_file
 

@@ -23,20 +23,8 @@ from grids import samples
 from overview import contents, overview
 
 from xfusion.apps.commands.base import size_text
-from xfusion.apps.comparison_page import (
-    COLOURS,
-    CONTRIBUTION,
-    SHARES,
-    TIMES,
-    bars,
-    by_share,
-    curves,
-    dots,
-    numbered,
-    over_numbers,
-    scatter,
-    standalone,
-)
+from xfusion.apps.comparison_page import CONTRIBUTION, SHARES, TIMES, by_share
+from xfusion.apps.plots import COLOURS, bars, curves, dots, numbered, over_numbers, scatter, standalone
 from xfusion.backbone import SHAPES, Backbone
 from xfusion.comparison import summarise
 from xfusion.comparison.cost import flops_of_encoder, flops_of_shape
@@ -278,7 +266,7 @@ def share_part(summary: dict[str, Any], name: str, folder: str) -> list[str]:
         return []
     title, file = tables[0]["title"], HERE / "pictures" / f"{folder}_shares_{name}.svg"
     colours = {label: COLOURS[summary["recipes"].index(label) % len(COLOURS)] for label in found}
-    file.write_text(standalone(curves(summary, found, SHARES), colours), encoding="utf-8")
+    file.write_text(standalone(curves(summary["recipes"], found, SHARES), colours), encoding="utf-8")
     lines = [f"**{title}, by share of the pictures** (same budget on fewer pictures)", ""]
     lines += [f"![{title} by share]({file.relative_to(HERE)})", ""]
     lines += [f"| recipe | share | mean | 95 % interval | paired difference to {summary['first']} | verdict |"]
@@ -303,7 +291,7 @@ def few_shot_part(folder: Path) -> list[str]:
         title: [(float(n), found[key]) for n in numbers if (key := f"held_exact_{n}_shots{suffix}") in found]
         for suffix, title in titles.items()
     }
-    drawn = curves({"recipes": list(lines)}, lines, "solved examples before the picture")
+    drawn = curves(list(lines), lines, "solved examples before the picture")
     file = HERE / "pictures" / f"{folder.name}.svg"
     file.write_text(standalone(drawn, legend(lines)), encoding="utf-8")
     rows = [
@@ -375,7 +363,7 @@ def plot(
     name: str, lines: dict[str, list[tuple[float, float]]], along: str, title: str, *, log: bool = False
 ) -> list[str]:
     """A plot beside the page, and the words that show it."""
-    drawn = curves({"recipes": list(lines)}, lines, along, logarithmic=log)
+    drawn = curves(list(lines), lines, along, logarithmic=log)
     (HERE / "pictures" / f"speed_{name}.svg").write_text(standalone(drawn, legend(lines)), encoding="utf-8")
     return [f"![{title}](pictures/speed_{name}.svg)", ""]
 
@@ -665,7 +653,7 @@ def questions_part(name: str) -> list[str]:
         }
         title = f"Share right against {DAMAGES[damage]}"
         svg = HERE / "pictures" / f"questions_{name}_{damage}.svg"
-        plotted = curves({"recipes": list(drawn)}, drawn, DAMAGES[damage])
+        plotted = curves(list(drawn), drawn, DAMAGES[damage])
         svg.write_text(standalone(plotted, legend(drawn)), encoding="utf-8")
         said = ", ".join(f"{x:g}: {y:.3f}" for x, y in reversed(points))
         lines += [f"**{title}** ({said})", "", f"![{title}](pictures/{svg.name})", ""]

@@ -465,7 +465,7 @@ def test_show_a_pack(run, here, pack):
 def test_the_copy_of_the_base_that_show_tells_is_the_one_that_training_makes(pack, monkeypatch, dtype):
     """None in the base's own precision: the engine then computes with the base's very weights."""
     model = xfusion.load(pack)
-    monkeypatch.setattr("xfusion.model.choose_compute_dtype", lambda device: (dtype, "as asked"))
+    monkeypatch.setattr("xfusion.training.precision.choose_compute_dtype", lambda device: (dtype, "as asked"))
     copy = model.training_engine(dtype, "as asked", "eager", False).backbone.model
     own = {p.data_ptr() for p in model.backbone.model.parameters()}
     held = sum(p.numel() * p.element_size() for p in copy.parameters() if p.data_ptr() not in own)

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from contracts.table import Noise, make_base
 
-from xfusion.apps import cli, comparison_page
+from xfusion.apps import cli, comparison_page, plots
 from xfusion.apps.commands.compare import Compare, summary_text
 from xfusion.comparison import run as walk
 from xfusion.comparison.table import contributions
@@ -191,7 +191,7 @@ def score(low, high, **more):
 
 
 def test_dots_stand_where_their_values_are():
-    drawn = comparison_page.dots(score(0.0, 1.0, chance=0.5), lambda _: "#123456")
+    drawn = plots.dots(score(0.0, 1.0, chance=0.5), lambda _: "#123456")
     # 0 to 1 lies between x = 118 and x = 400.
     large = re.findall(r'<circle cx="([\d.]+)" cy="[\d.]+" r="5.5"', drawn)
     small = re.findall(r'<circle cx="([\d.]+)" cy="[\d.]+" r="2.8"', drawn)
@@ -201,23 +201,21 @@ def test_dots_stand_where_their_values_are():
     assert 'stroke-width="3"' not in drawn, "no interval, no bar"
     many = score(0.0, 1.0)
     many["rows"][0]["interval"] = [0.5, 0.75]
-    bar = re.search(
-        r'<line x1="([\d.]+)" x2="([\d.]+)"[^>]*stroke-width="3"', comparison_page.dots(many, lambda _: "#1")
-    )
+    bar = re.search(r'<line x1="([\d.]+)" x2="([\d.]+)"[^>]*stroke-width="3"', plots.dots(many, lambda _: "#1"))
     assert (float(bar[1]), float(bar[2])) == (pytest.approx(259, abs=0.06), pytest.approx(329.5, abs=0.06))
 
 
 def test_recipes_that_a_number_tells_apart_are_points_of_one_line():
     labels = ["batch_32", "batch_8", "batch_128"]
-    assert comparison_page.numbered(labels) == ("batch", {"batch_32": 32, "batch_8": 8, "batch_128": 128})
-    assert comparison_page.numbered(["rate_0.5", "rate_1", "rate_2.5"])[1]["rate_2.5"] == 2.5
+    assert plots.numbered(labels) == ("batch", {"batch_32": 32, "batch_8": 8, "batch_128": 128})
+    assert plots.numbered(["rate_0.5", "rate_1", "rate_2.5"])[1]["rate_2.5"] == 2.5
     for others in (labels[:2], [*labels, "xfusion"], [*labels, "rate_3"], [*labels, "batch_0"]):
-        assert comparison_page.numbered(others) is None
+        assert plots.numbered(others) is None
     found = score(0.0, 1.0, chance=0.5)
     (row,) = found["rows"]
     found["rows"] = [row | {"recipe": name, "mean": mean} for name, mean in zip(labels, (0.5, 0.25, 1.0), strict=True)]
     found["rows"][0]["interval"] = [0.25, 0.75]
-    drawn = comparison_page.over_numbers(found, *comparison_page.numbered(labels))
+    drawn = plots.over_numbers(found, *plots.numbered(labels))
     (line,) = re.findall(r'<polyline[^>]*points="([^"]*)"', drawn)
     (x8, y8), (x32, y32), (x128, y128) = (map(float, point.split(",")) for point in line.split())
     # By logarithms, whatever the order of the recipes.
@@ -235,7 +233,7 @@ def test_shares_of_a_folder_are_means_and_bars_begin_at_zero(tmp_path):
     means = contributions(tmp_path)
     assert means == {"layer 5": {"word": pytest.approx(-0.1)}, "layer 15": {"begin of picture": 0.5}}
     assert contributions(tmp_path / "none") == {}
-    drawn = comparison_page.bars(means, "share")
+    drawn = plots.bars(means, "share")
     rects = [tuple(map(float, r)) for r in re.findall(r'<rect x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', drawn)]
     (zero,) = re.findall(r'<line class="zero" x1="([\d.]+)"', drawn)
     (x1, w1), (x2, w2) = rects
@@ -245,7 +243,7 @@ def test_shares_of_a_folder_are_means_and_bars_begin_at_zero(tmp_path):
 
 @pytest.mark.parametrize("values", [[0.0, 0.0], [1.0], [-3e-7, 2e-7], [0.31, 0.74], [12.0, 5310.0]])
 def test_an_axis_holds_its_values(values):
-    low, high, ticks = comparison_page._axis(values)
+    low, high, ticks = plots._axis(values)
     assert low <= min(values) and max(values) <= high and low < high
     assert 2 <= len(ticks) <= 7
     assert ticks == sorted(ticks) and ticks[0] == pytest.approx(low) and ticks[-1] == pytest.approx(high)

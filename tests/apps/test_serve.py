@@ -41,7 +41,7 @@ from contracts.table import SIDE, SOUND_RATE, Noise, hearing_model, make_model
 
 import xfusion
 from xfusion.apps import cli
-from xfusion.apps.server import requests
+from xfusion.apps.server import reading, requests
 from xfusion.apps.server.answers import Refused
 from xfusion.apps.server.batches import Batches, Continue, Job, Words
 from xfusion.apps.server.limits import Limits
@@ -757,6 +757,17 @@ def shape(answer):
     return answer["error"]
 
 
+def test_a_mistake_in_here_is_a_line_that_tells_nothing(server, monkeypatch):
+    def mistaken(*_):
+        raise ZeroDivisionError("what nobody elsewhere should read")
+
+    monkeypatch.setattr(reading, "images", mistaken)
+    status, answer = post(server, "/v1/images/generations", json.dumps({"prompt": "a cat"}))
+    assert status == 500 and shape(answer)["code"] == "internal_error"
+    assert "nobody elsewhere" not in json.dumps(answer)
+    assert server.app.state.server.held == 0
+
+
 def begun(server, body, length=None, path="/v1/chat/completions"):
     """A connection on which a request's head and the beginning of its body were sent."""
     parts = urllib.parse.urlsplit(server.address)
@@ -774,9 +785,9 @@ def answered(connection):
 
 
 def test_a_body_that_does_not_come_is_given_up(server, monkeypatch):
-    from xfusion.apps.server import app
+    from xfusion.apps.server import tickets
 
-    monkeypatch.setattr(app, "BODY_SECONDS", 0.5)
+    monkeypatch.setattr(tickets, "BODY_SECONDS", 0.5)
     with begun(server, b'{"messages": [', 1000) as slow:
         status, _, body = answered(slow)
     assert status == 408 and shape(json.loads(body))["code"] == "too_slow"

@@ -376,10 +376,10 @@ def test_an_address_that_a_request_names_is_not_fetched(page_at, monkeypatch):
 
 def test_guidance_follows_the_pack(model, tmp_path, monkeypatch):
     page = pytest.importorskip("xfusion.apps.web.page", reason="gradio is not installed: pip install 'xfusion[web]'")
-    shown = page._Page(Desk({"one": model, "two": model}, TINY, tmp_path), None)
-    blocks = shown.blocks()
+    blocks = page.blocks(Desk({"one": model, "two": model}, TINY, tmp_path), None)
+    (pack,) = [one for one in blocks.blocks.values() if getattr(one, "elem_id", None) == "pack"]
     sliders = [one for one in blocks.blocks.values() if getattr(one, "label", None) == "Guidance"]
-    events = [one for one in blocks.fns.values() if (shown.pack._id, "change") in one.targets]
+    events = [one for one in blocks.fns.values() if (pack._id, "change") in one.targets]
     (event,) = [one for one in events if set(one.outputs) == set(sliders)]
     assert len(sliders) == 4
     monkeypatch.setattr(Model, "guidance", 6.5)
@@ -387,49 +387,57 @@ def test_guidance_follows_the_pack(model, tmp_path, monkeypatch):
 
 
 def test_a_pack_that_only_reads_says_so_and_not_what_to_paint(model, tmp_path):
-    page = pytest.importorskip("xfusion.apps.web.page", reason="gradio is not installed: pip install 'xfusion[web]'")
+    controls = pytest.importorskip(
+        "xfusion.apps.web.controls", reason="gradio is not installed: pip install 'xfusion[web]'"
+    )
+    from xfusion.apps.web import picture
+
     reads = make_model(model.backbone, "openflamingo, all previous")
     assert reads.capabilities == {"text", "caption"}
-    shown = page._Page(Desk({"reads": reads, "draws": model}, TINY, tmp_path), None)
-    shown.blocks()
+    shown = picture.Picture(controls.Controls(Desk({"reads": reads, "draws": model}, TINY, tmp_path)))
     Noise(1).picture(0, 32).save(tmp_path / "a.png")
-    for given, region in ((None, page.PAINTED), (str(tmp_path / "a.png"), "left half")):
-        (*_, (_, line)) = shown._repaint("reads", given, region, [], "a house", "0", 2, 1, None)
+    for given, region in ((None, picture.PAINTED), (str(tmp_path / "a.png"), "left half")):
+        (*_, (_, line)) = shown.inpaint("reads", given, region, [], "a house", "0", 2, 1, None)
         assert "this model cannot draw: it can caption, text" in line
-    assert shown._laid("reads", str(tmp_path / "a.png")) == (None, page.status())
-    laid, line = shown._laid("draws", str(tmp_path / "a.png"))
-    assert line == page.status() and Image.open(laid["background"]).size == (brush.SIDE, brush.SIDE)
+    assert shown.canvas("reads", str(tmp_path / "a.png")) == (None, controls.status())
+    laid, line = shown.canvas("draws", str(tmp_path / "a.png"))
+    assert line == controls.status() and Image.open(laid["background"]).size == (brush.SIDE, brush.SIDE)
 
 
 @pytest.mark.parametrize("tab", ["chat", "draw"])
 def test_what_was_cleared_away_says_no_more(desk, tab):
     """A stop tells that it stopped; the same word after a clearing would stay on an empty page."""
-    page = pytest.importorskip("xfusion.apps.web.page", reason="gradio is not installed: pip install 'xfusion[web]'")
+    controls = pytest.importorskip(
+        "xfusion.apps.web.controls", reason="gradio is not installed: pip install 'xfusion[web]'"
+    )
     me = SimpleNamespace(session_hash="me")
-    shown = page._Page(desk, None)
+    from xfusion.apps.web.chat import Chat
+    from xfusion.apps.web.gallery import Gallery
+
+    shown = (Chat if tab == "chat" else Gallery)(controls.Controls(desk))
 
     def drawing():
         settings = ("0", 30, 1)
         if tab == "chat":
-            walk = shown._draw_in_chat("tiny", {"text": "a cat"}, [], *settings, me)
+            walk = shown.draw("tiny", {"text": "a cat"}, [], *settings, me)
         else:
-            walk = shown._draw("tiny", "a cat", 1, *settings, [], me)
+            walk = shown.draw("tiny", "a cat", 1, *settings, [], me)
         next(walk)
         assert "step" in next(walk)[-1]
         return walk
 
     for _ in range(2):
         walk = drawing()
-        shown._stop(me)
+        shown.controls.stop(me)
         assert "stopped" in [*walk][-1][-1]
         walk, said = drawing(), []
         with ThreadPoolExecutor(1) as other:
-            cleared = other.submit(shown._forget if tab == "chat" else shown._clear, me)
+            cleared = other.submit(shown.forget if tab == "chat" else shown.clear, me)
             with pytest.raises(TimeoutError):
                 cleared.result(0.3)  # an estimate may be on its way to the browser
             said += [line for *_, line in walk]
-            assert cleared.result(10)[-1] == page.status()
-        assert not any("stopped" in line for line in said) and not shown.working
+            assert cleared.result(10)[-1] == controls.status()
+        assert not any("stopped" in line for line in said) and not shown.clearing.working
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,11 @@ from contracts.table import distance, look, make_model, mixed_sequences, view
 from torch.nn.attention.flex_attention import flex_attention
 
 import xfusion.fusion.base as fusion_base
+from xfusion.backbone.attention import choose_attention
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Media, Rows, Sequence, Text, XFusionError, visible
 from xfusion.layers import BLOCK, block_mask
-from xfusion.model import choose_attention, compiled_graphs
+from xfusion.model import compiled_graphs
 
 SEQUENCES = list(mixed_sequences().values())
 

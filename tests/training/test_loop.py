@@ -20,7 +20,7 @@ from xfusion.backbone import Backbone
 from xfusion.data.mixture import Ahead, Mixture, MixtureConfig
 from xfusion.data.sequence import XFusionError
 from xfusion.data.templates import Templates
-from xfusion.model import Model, choose_compute_dtype
+from xfusion.model import Model
 from xfusion.objectives.flow_matching import FlowMatching
 from xfusion.training import loop, pace, progress, setup, states
 from xfusion.training.loop import Interrupted
@@ -498,19 +498,6 @@ def test_bfloat16_training_keeps_float32_masters(bases, tmp_path):
     for one, other in zip(log(tmp_path), log(tmp_path / "float32"), strict=True):
         assert one["losses"] == pytest.approx(other["losses"], rel=0.05)
     assert reference.num_new_parameters == model.num_new_parameters
-
-
-@pytest.mark.parametrize(("half", "single", "chosen"), [(900.0, 300.0, "bfloat16"), (150.0, 250.0, "float32")])
-def test_a_processor_with_bfloat16_and_no_tiles_is_asked_which_is_faster(monkeypatch, half, single, chosen):
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    monkeypatch.setattr("xfusion.model.product_rates", lambda: (half, single))
-    dtype, reason = choose_compute_dtype(torch.device("cpu"))
-    assert dtype == getattr(torch, chosen)
-    assert reason == f"{chosen}: products ran at {half:.0f} GFLOP/s in bfloat16 and {single:.0f} in float32"
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert choose_compute_dtype(torch.device("cpu"))[0] == torch.bfloat16
 
 
 def test_a_resumed_run_keeps_its_precision_whatever_the_machine_is_good_at(bases, tmp_path, monkeypatch):

@@ -6,27 +6,20 @@ Every word that comes from outside is escaped, and every number is read from wha
 from __future__ import annotations
 
 import json
-import math
-import re
-from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from string import Template
-from types import MappingProxyType
 from typing import Any
 
 from PIL import Image as PILImage
 
 from xfusion.apps.commands.base import size_text, written
 from xfusion.apps.commands.compare import text_text
+from xfusion.apps.plots import bars, colour, curves, dots, numbered, over_numbers, scatter
 from xfusion.apps.report import TEMPLATE, number, picture, text
 from xfusion.comparison.intervals import FEWEST_RUNS
 from xfusion.comparison.results import REAL, run_name
 
-COLOURS = ("#c2571a", "#2f73c8", "#1c8a55", "#9355bd", "#c43f52", "#0f8f95", "#a3800a", "#7a7468")
-"""Of the recipes, in order; they start again where there are more."""
-LEFT, RIGHT, TOP, BOTTOM = 56, 18, 10, 40
-"""Room around what is drawn between two axes."""
 LOSSES = {"flow_matching": "drawing", "next_token": "naming"}
 """Loss -> its name for people."""
 CONTRIBUTION = "learned share of the other tower"
@@ -87,12 +80,8 @@ def render(summary: dict[str, Any], folder: Path) -> str:
     return template.substitute(title=text(f"xfusion compare: {summary['name']}"), body=body)
 
 
-def _colour(summary: dict[str, Any], label: str) -> str:
-    return COLOURS[summary["recipes"].index(label) % len(COLOURS)]
-
-
 def _chip(summary: dict[str, Any], label: str) -> str:
-    return f'<span class="chip" style="background:{_colour(summary, label)}"></span>{text(label)}'
+    return f'<span class="chip" style="background:{colour(summary["recipes"], label)}"></span>{text(label)}'
 
 
 def _legend(summary: dict[str, Any]) -> str:
@@ -161,7 +150,7 @@ def _plots(summary: dict[str, Any]) -> str:
     shown, numbers = _at(summary, summary["shares"][0]), numbered(summary["recipes"])
 
     def paint(label: str) -> str:
-        return _colour(summary, label)
+        return colour(summary["recipes"], label)
 
     def plotted(score: dict[str, Any]) -> str:
         return dots(score, paint) if numbers is None else over_numbers(score, *numbers)
@@ -181,236 +170,6 @@ def _plots(summary: dict[str, Any]) -> str:
     return f"""{out}<section><h2>Paired differences to {text(summary["first"])}</h2><p>Small dots are pairs of runs of the
 same seed. A bar that does not reach the line at 0 decides; anything else does not.</p>
 <div class="plots">{cards}</div></section>"""
-
-
-def dots(score: dict[str, Any], colour: Callable[[str], str]) -> str:
-    """One score of all recipes as dots and intervals.
-
-    Args:
-        score: an entry of ``summary["scores"]``.
-        colour: of a recipe.
-    """
-    width, left, right, top, step = 420, 118, 20, 8, 34
-    rows = [row for row in score["rows"] if row["mean"] is not None]
-    beside = {kind: score[kind] for kind in ("zero", "chance", "blind", "ceiling") if kind in score}
-    values = [v for row in rows for v in row["values"].values()] + list(beside.values())
-    values += [v for row in rows for v in row["interval"] or ()]
-    low, high, ticks = _axis(values)
-    height = top + step * len(rows) + 40
-
-    def x(value: float) -> float:
-        return left + (width - left - right) * (value - low) / (high - low)
-
-    parts = []
-    bottom = height - 32
-    for tick in ticks:
-        parts.append(f'<line class="grid-line" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{top}" y2="{bottom}"/>')
-        parts.append(f'<text class="end" x="{x(tick):.1f}" y="{bottom + 14}" text-anchor="middle">{tick:g}</text>')
-    labels: list[tuple[float, str]] = []
-    for kind, value in sorted(beside.items(), key=lambda item: item[1]):
-        line = "zero" if kind == "zero" else "beside"
-        parts.append(f'<line class="{line}" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{top}" y2="{bottom}"/>')
-        if labels and x(value) - labels[-1][0] < 42:  # lines this near share one label
-            labels[-1] = ((labels[-1][0] + x(value)) / 2, f"{labels[-1][1]}, {kind}")
-        elif kind != "zero":
-            labels.append((x(value), kind))
-    for at, words in labels:
-        parts.append(f'<text class="end" x="{at:.1f}" y="{bottom + 27}" text-anchor="middle">{words}</text>')
-    for number_, row in enumerate(rows):
-        y, paint = top + step * (number_ + 0.5), colour(row["recipe"])
-        parts.append(
-            f'<text class="name" x="{left - 10}" y="{y + 4:.1f}" text-anchor="end">{text(_cut(row["recipe"]))}</text>'
-        )
-        if row["interval"]:
-            a, b = (x(v) for v in row["interval"])
-            parts.append(f'<line x1="{a:.1f}" x2="{b:.1f}" y1="{y}" y2="{y}" stroke="{paint}" stroke-width="3"/>')
-        for k, value in enumerate(row["values"].values()):
-            at = y + (-7 if k % 2 else 7)
-            parts.append(f'<circle cx="{x(value):.1f}" cy="{at}" r="2.8" fill="{paint}" opacity=".6"/>')
-        parts.append(f'<circle cx="{x(row["mean"]):.1f}" cy="{y}" r="5.5" fill="{paint}"/>')
-    said = "; ".join(f"{row['recipe']} {row['mean']:.3g}" for row in rows)
-    return _svg(width, height, f"{score['title']}: {said}", parts)
-
-
-def numbered(labels: Sequence[str]) -> tuple[str, dict[str, float]] | None:
-    """What one number tells recipes apart that are called after it, and each one's: ``batch_8``, ``batch_16`` -> ``batch``.
-
-    None where there are fewer than three, where one is called otherwise, or a number is not above 0.
-    """
-    found = [re.fullmatch(r"(\w+?)_(\d+(?:\.\d+)?)", label) for label in labels]
-    if len(labels) < 3 or not all(found) or len({match[1] for match in found if match}) > 1:
-        return None
-    numbers = {label: float(match[2]) for label, match in zip(labels, found, strict=True) if match}
-    return (found[0][1], numbers) if found[0] and min(numbers.values()) > 0 else None
-
-
-def over_numbers(score: dict[str, Any], along: str, numbers: Mapping[str, float]) -> str:
-    """One score as a line through the means of recipes that one number tells apart, with every run and the intervals.
-
-    Args:
-        score: an entry of ``summary["scores"]``.
-        along: what the number is.
-        numbers: recipe -> its number, above 0; they are spread by their logarithms.
-    """
-    rows = sorted((r for r in score["rows"] if r["mean"] is not None), key=lambda row: numbers[row["recipe"]])
-    places = {row["recipe"]: math.log10(numbers[row["recipe"]]) for row in rows}
-    beside = {kind: score[kind] for kind in ("chance", "blind", "ceiling") if kind in score}
-    values = [v for row in rows for v in (*row["values"].values(), *(row["interval"] or ()))]
-    width, height, paint = 420, 250, COLOURS[0]
-    x, y, parts = _axes(
-        width,
-        height,
-        along,
-        list(places.values()),
-        [*values, *beside.values()],
-        lambda tick: "",
-        lambda tick: f"{tick:g}",
-    )
-    for kind, value in beside.items():
-        at = y(value)
-        parts.append(f'<line class="beside" x1="{LEFT}" x2="{width - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text class="end" x="{width - RIGHT}" y="{at - 3:.1f}" text-anchor="end">{kind}</text>')
-    path = " ".join(f"{x(places[row['recipe']]):.1f},{y(row['mean']):.1f}" for row in rows)
-    parts.append(f'<polyline class="curve" stroke="{paint}" points="{path}"/>')
-    for row in rows:
-        at, label = x(places[row["recipe"]]), f"{numbers[row['recipe']]:g}"
-        parts.append(f'<text class="end" x="{at:.1f}" y="{height - BOTTOM + 16}" text-anchor="middle">{label}</text>')
-        if row["interval"]:
-            low, high = (y(v) for v in row["interval"])
-            parts.append(
-                f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{low:.1f}" y2="{high:.1f}" stroke="{paint}" stroke-width="3"/>'
-            )
-        for k, value in enumerate(row["values"].values()):
-            aside = at + (-6 if k % 2 else 6)
-            parts.append(f'<circle cx="{aside:.1f}" cy="{y(value):.1f}" r="2.8" fill="{paint}" opacity=".6"/>')
-        parts.append(f'<circle cx="{at:.1f}" cy="{y(row["mean"]):.1f}" r="5.5" fill="{paint}"/>')
-    said = "; ".join(f"{numbers[row['recipe']]:g} {row['mean']:.3g}" for row in rows)
-    return _svg(width, height, f"{score['title']} by {along}: {said}", parts)
-
-
-def bars(groups: Mapping[str, Mapping[str, float]], along: str) -> str:
-    """Named values in groups, as bars from zero.
-
-    Args:
-        groups: group -> name -> value.
-        along: what the values are.
-    """
-    width, left, right, top, step = 420, 178, 20, 8, 18
-    names = list(dict.fromkeys(name for group in groups.values() for name in group))
-    low, high, ticks = _axis([0.0, *(v for group in groups.values() for v in group.values())])
-    height = top + sum(step * (len(group) + 1) for group in groups.values()) + 40
-
-    def x(value: float) -> float:
-        return left + (width - left - right) * (value - low) / (high - low)
-
-    bottom, at, parts = height - 34, float(top), []
-    for tick in ticks:
-        parts.append(f'<line class="grid-line" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{top}" y2="{bottom}"/>')
-        parts.append(f'<text class="end" x="{x(tick):.1f}" y="{bottom + 14}" text-anchor="middle">{tick:g}</text>')
-    for group, values in groups.items():
-        at += step
-        parts.append(f'<text class="name" x="4" y="{at:.1f}">{text(group)}</text>')
-        for name, value in values.items():
-            at += step
-            near, far = sorted((x(0), x(value)))
-            paint = COLOURS[names.index(name) % len(COLOURS)]
-            parts.append(f'<text class="end" x="{left - 8}" y="{at:.1f}" text-anchor="end">{text(name)}</text>')
-            parts.append(
-                f'<rect x="{near:.1f}" y="{at - 10:.1f}" width="{max(far - near, 0.5):.1f}" height="11" fill="{paint}"/>'
-            )
-    parts.append(f'<line class="zero" x1="{x(0):.1f}" x2="{x(0):.1f}" y1="{top}" y2="{bottom}"/>')
-    parts.append(
-        f'<text class="end" x="{(left + width - right) / 2}" y="{height - 4}" text-anchor="middle">{text(along)}</text>'
-    )
-    return _svg(width, height, along, parts)
-
-
-def _cut(label: str) -> str:
-    return label if len(label) <= 17 else label[:16] + "…"
-
-
-ALONE = """<style>text{font:13px sans-serif;fill:#555}text.name{fill:#222}text.end{font-size:10.5px}
-.curve{fill:none;stroke-width:2}
-.grid-line{stroke:#ddd}.beside{stroke:#888;stroke-dasharray:3 3}.zero{stroke:#888;stroke-width:1.2}</style>"""
-"""Of a plot that stands in a file of its own, without the page's style."""
-
-
-def standalone(svg: str, legend: Mapping[str, str] = MappingProxyType({})) -> str:
-    """A plot as a file of its own, with its style and a size, else pages stretch it.
-
-    Args:
-        svg: the plot.
-        legend: names and their colours, written below it, where no line can meet them.
-    """
-    head, rest = svg.split(">", 1)
-    box = head.split('"')[1]
-    width, height = (float(side) for side in box.split()[2:])
-    names = (
-        f'<text class="name" x="46" y="{height + 16 * i + 12:g}" style="fill:{colour}">{text(name)}</text>'
-        for i, (name, colour) in enumerate(legend.items())
-    )
-    rest = rest.replace("</svg>", f"{''.join(names)}</svg>")
-    if legend:
-        height += 16 * len(legend) + 4
-        head = head.replace(box, f"0 0 {width:g} {height:g}")
-    head = f'{head} width="{1.3 * width:g}" height="{1.3 * height:g}" xmlns="http://www.w3.org/2000/svg"'
-    return f'{head}>{ALONE}<rect width="100%" height="100%" fill="white"/>{rest}\n'
-
-
-def _axis(values: Sequence[float]) -> tuple[float, float, list[float]]:
-    """Ends and round ticks of an axis that holds the values."""
-    low, high = min(values), max(values)
-    if high - low < 1e-12:
-        margin = abs(high) / 10 or 0.05
-        low, high = low - margin, high + margin
-    raw = (high - low) / 4
-    unit = 10 ** math.floor(math.log10(raw))
-    step = next(unit * f for f in (1, 2, 2.5, 5, 10) if unit * f >= raw * 0.999)
-    low, high = step * math.floor(low / step + 1e-9), step * math.ceil(high / step - 1e-9)
-    count = round((high - low) / step)
-    return low, high, [float(f"{low + i * step:.6g}") for i in range(count + 1)]
-
-
-def _axes(
-    width: int,
-    height: int,
-    along: str,
-    across: Sequence[float],
-    up: Sequence[float],
-    across_text: Callable[[float], str],
-    up_text: Callable[[float], str],
-    margin: int = RIGHT,
-) -> tuple[Callable[[float], float], Callable[[float], float], list[str]]:
-    """Where a value stands on the x axis, where on the y axis, and both as drawn.
-
-    ``across`` and ``up`` are the values that they hold, ``along`` says what the x axis is, two functions write a tick;
-    ``margin`` is left free on the right.
-    """
-    near, far, columns = _axis(across)
-    low, high, lines = _axis(up)
-    right, bottom = width - margin, height - BOTTOM
-
-    def x(value: float) -> float:
-        return LEFT + (right - LEFT) * (value - near) / (far - near)
-
-    def y(value: float) -> float:
-        return TOP + (bottom - TOP) * (high - value) / (high - low)
-
-    parts = []
-    for tick in lines:
-        at = y(tick)
-        parts.append(f'<line class="grid-line" x1="{LEFT}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text class="end" x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{up_text(tick)}</text>')
-    for tick in columns:
-        label = across_text(tick)
-        parts.append(f'<text class="end" x="{x(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{label}</text>')
-    parts.append(f'<text class="end" x="{(LEFT + right) / 2}" y="{height - 6}" text-anchor="middle">{along}</text>')
-    return x, y, parts
-
-
-def _svg(width: float, height: float, title: str, parts: Sequence[str]) -> str:
-    said = text(title)
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{said}"><title>{said}</title>{"".join(parts)}</svg>'
 
 
 def _samples(summary: dict[str, Any], folder: Path) -> str:
@@ -471,7 +230,7 @@ def _data_needed(summary: dict[str, Any]) -> str:
     for name in dict.fromkeys(score["score"] for score in summary["scores"]):
         title = next(score["title"] for score in summary["scores"] if score["score"] == name)
         lines = by_share(summary, name)
-        cards += f'<div class="card"><h3>{text(title)}</h3>{curves(summary, lines, SHARES)}</div>'
+        cards += f'<div class="card"><h3>{text(title)}</h3>{curves(summary["recipes"], lines, SHARES)}</div>'
     return f"""<section><h2>How much data each needs</h2><p>The same budget on fewer pictures; a smaller share is part of a
 larger one. Scores of trained pictures are on those that were trained on, so that fewer are easier.</p>{_legend(summary)}
 <div class="plots">{cards}</div></section>"""
@@ -482,50 +241,12 @@ def _learning(summary: dict[str, Any]) -> str:
     cards = ""
     for name in names:
         lines = {r: [(s, v) for s, v in summary["learning"].get(r, {}).get(name, [])] for r in summary["recipes"]}
-        drawn = curves(summary, lines, "samples", logarithmic=True)
+        drawn = curves(summary["recipes"], lines, "samples", logarithmic=True)
         cards += f'<div class="card"><h3>loss of {text(LOSSES.get(name, name))}</h3>{drawn}</div>' if drawn else ""
     if not cards:
         return ""
     return f"""<section><h2>What learning costs</h2><p>Training loss, mean over seeds; what a sample
 costs stands in the table of costs.</p>{_legend(summary)}<div class="plots">{cards}</div></section>"""
-
-
-def curves(
-    summary: dict[str, Any], lines: dict[str, list[tuple[float, float]]], along: str, *, logarithmic: bool = False
-) -> str:
-    """One line per recipe.
-
-    Args:
-        summary: for the recipes' colours.
-        lines: recipe -> points.
-        along: what the x axis is.
-        logarithmic: take a logarithmic y axis where the values span much; points at 0 and below are then left out.
-    """
-    width, height = 420, 250
-    values = [b for line in lines.values() for _, b in line if b > 0]
-    logarithmic = logarithmic and bool(values) and max(values) > 8 * min(values)  # else round ticks are easier to read
-    lines = {
-        k: [(a, math.log10(b) if logarithmic else b) for a, b in v if not logarithmic or b > 0]
-        for k, v in lines.items()
-    }
-    lines = {k: v for k, v in lines.items() if v}
-    if not lines:
-        return ""
-    points = [point for line in lines.values() for point in line]
-    x, y, parts = _axes(
-        width,
-        height,
-        along,
-        [0.0, *(a for a, _ in points)],
-        [b for _, b in points],
-        lambda tick: f"{tick / 1000:g}k" if tick >= 1000 else f"{tick:g}",
-        lambda tick: f"{10**tick:.3g}" if logarithmic else f"{tick:g}",
-    )
-    for label, line in lines.items():
-        paint, path = _colour(summary, label), " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in line)
-        parts.append(f'<polyline class="curve" stroke="{paint}" points="{path}"/>')
-        parts += [f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="3.4" fill="{paint}"/>' for a, b in line if len(line) < 8]
-    return _svg(width, height, f"{', '.join(lines)} by {along}", parts)
 
 
 def _text_side(summary: dict[str, Any]) -> str:
@@ -541,42 +262,6 @@ drawing ({text(drawing["title"])}), large ones means. The dashed line is the bas
 <div class="card" style="max-width:44rem">{scatter(summary, drawing)}</div>"""
     return f"""<section><h2>The base's own text</h2><p>The bundled texts of <code>xfusion verify</code> through the base and
 through the fused stack after training.</p><div class="scroll"><table><tbody>{rows}</tbody></table></div>{drawn}</section>"""
-
-
-def scatter(summary: dict[str, Any], score: dict[str, Any]) -> str:
-    """Perplexity of the fused stack (logarithmic) against a score: a small dot per run, a large one per mean."""
-    width, margin = 640, 150
-    height = max(300, TOP + 20 * len(summary["recipes"]) + BOTTOM)
-    base = math.log10(next(iter(summary["text"].values()))["perplexity_base"])
-    points = [
-        (row["recipe"], math.log10(summary["text"][row["recipe"]]["perplexity_fused"][seed]), value)
-        for row in score["rows"]
-        for seed, value in row["values"].items()
-        if seed in summary["text"][row["recipe"]]["perplexity_fused"]
-    ]
-    x, y, parts = _axes(
-        width,
-        height,
-        "perplexity of the text",
-        [base, *(p for _, p, _ in points)],
-        [v for _, _, v in points],
-        lambda tick: f"{10**tick:.4g}",
-        lambda tick: f"{tick:g}",
-        margin,
-    )
-    parts.append(f'<line class="beside" x1="{x(base):.1f}" x2="{x(base):.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>')
-    for number_, label in enumerate(summary["recipes"]):
-        own, paint = [(p, v) for found, p, v in points if found == label], _colour(summary, label)
-        if not own:
-            continue
-        for perplexity, value in own:
-            parts.append(f'<circle cx="{x(perplexity):.1f}" cy="{y(value):.1f}" r="3" fill="{paint}" opacity=".6"/>')
-        across, up = (sum(values) / len(own) for values in zip(*own, strict=True))
-        parts.append(f'<circle cx="{x(across):.1f}" cy="{y(up):.1f}" r="6.5" fill="{paint}"/>')
-        at = TOP + 20 * number_ + 10
-        parts.append(f'<circle cx="{width - margin + 16}" cy="{at}" r="5" fill="{paint}"/>')
-        parts.append(f'<text class="name" x="{width - margin + 26}" y="{at + 4}">{text(_cut(label))}</text>')
-    return _svg(width, height, "perplexity of the text against drawing, one small dot per run", parts)
 
 
 def _contributions(summary: dict[str, Any]) -> str:

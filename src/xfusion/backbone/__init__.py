@@ -1,6 +1,6 @@
 """The frozen decoder LLM. With encoders, exports and adapters this is all that imports transformers.
 
-`decoder` is the base itself, `sources` where it is found, `cache` what it has read.
+`decoder` is the base itself, `attention` what its layers attend by, `sources` where it is found, `cache` what it has read.
 """
 
 from xfusion.backbone.cache import Cache

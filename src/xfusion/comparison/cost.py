@@ -35,8 +35,9 @@ from xfusion.data.sequence import IGNORE, Audio, Batch, Text
 from xfusion.data.sequence import Sequence as Sample
 from xfusion.data.sources import Sounds, Source
 from xfusion.evaluation.suites.emoji import chosen
-from xfusion.model import Engine, Model, ModelConfig, choose_compute_dtype
+from xfusion.model import Engine, Model, ModelConfig
 from xfusion.text_states import TEXT_STATES_BYTES
+from xfusion.training.precision import choose_compute_dtype
 from xfusion.training.speed import short_run
 from xfusion.training.stages import Recipe, Stage
 

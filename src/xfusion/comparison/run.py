@@ -64,10 +64,11 @@ from xfusion.evaluation.run import Progress, check, evaluate, silent
 from xfusion.evaluation.suites.emoji import chosen
 from xfusion.modalities.audio import AudioModality
 from xfusion.modalities.image import ImageModality
-from xfusion.model import Model, build, choose_compute_dtype
+from xfusion.model import Model, build
 from xfusion.storage import named_in_errors, read_json, write_json
 from xfusion.training import states
 from xfusion.training.loop import train
+from xfusion.training.precision import choose_compute_dtype
 from xfusion.training.stages import Recipe
 
 NEAREST = 0.02

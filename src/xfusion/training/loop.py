@@ -1,8 +1,9 @@
 """The only training loop: stages, budgets, previews, checkpoints that a crash cannot break.
 
-A run is asked for (`settings`), set up (`setup`), says what it is (`saying`) and walks: each step reads its batches, of which
-what turns out unreadable is left out (`unreadable`), takes all losses, and moves the weights (`optimizer`). Between two steps it
-may plan its length (`progress`), draw a preview, write a state (`states`), or be stopped (`stopping`).
+A run is asked for (`settings`), set up (`setup`), prints its `summary` and walks: each step reads its batches, of which what
+turns out unreadable is left out (`unreadable`), takes all losses, and moves the weights (`optimizer`). Between two steps it may
+plan its length (`progress`), draw a preview, write a state (`states`), or be stopped (`stopping`). A preview and the pack are its
+`outputs`.
 """
 
 from __future__ import annotations
@@ -25,15 +26,17 @@ from rich.console import Console
 
 from xfusion import checkpoint
 from xfusion.backbone import Backbone
+from xfusion.backbone.attention import choose_attention
 from xfusion.data.mixture import Ahead
 from xfusion.data.sequence import Batch, XFusionError
 from xfusion.data.sources import Source, stated_licence
 from xfusion.modalities.image import ImageModality
-from xfusion.model import Model, choose_attention, choose_compute_dtype, compiled_graphs
-from xfusion.training import leaving, resuming, saying, setup, states
+from xfusion.model import Model, compiled_graphs
+from xfusion.training import outputs, resuming, setup, states, summary
 from xfusion.training.memory import keep_freed_memory
 from xfusion.training.optimizer import Optimizer
 from xfusion.training.pace import Pace
+from xfusion.training.precision import choose_compute_dtype
 from xfusion.training.processes import Processes, Shard, is_divided
 from xfusion.training.progress import Progress, all_examples
 from xfusion.training.settings import Settings
@@ -91,7 +94,7 @@ def train(
         device: where the base is loaded to, where none is given.
         compile: compile the per-layer work.
         dtype: compute type; None chooses by device and says why.
-        attention: what layers attend by, of `xfusion.model.ATTENTIONS`; None chooses by device.
+        attention: what layers attend by, of `xfusion.backbone.attention.ATTENTIONS`; None chooses by device.
         preview_prompts: what previews draw (None: the first captions of the data).
         preview_every: seconds between previews; 0 makes none.
         checkpoint_every: seconds between checkpoints.
@@ -222,10 +225,10 @@ class _Run:
         self.closing.callback(self.ahead.close)
         computed = None if self.engine.keep_text or sharding is not None else prompts
         self.track.say(
-            *saying.beginning(model, self.recipe, self.source, self.engine, computed, keeps_memory=keeps_memory)
+            *summary.lines(model, self.recipe, self.source, self.engine, computed, keeps_memory=keeps_memory)
         )
         if processes.count > 1:
-            self.track.say(*saying.expected_memory(processes, self.shard, model, self.engine, self.optimizer))
+            self.track.say(*summary.expected_memory(processes, self.shard, model, self.engine, self.optimizer))
         self.track.event(
             event="start",
             step=self.progress.step,
@@ -434,7 +437,7 @@ class _Run:
         self.preview_seconds = time.perf_counter() - begun
         if self.processes.first:
             path = self.out / "previews" / f"step_{self.progress.step:06d}.png"
-            self.track.image(leaving.write_sheet(path, pictures, self.model.image.sizes[0]), self.progress.step)
+            self.track.image(outputs.write_sheet(path, pictures, self.model.image.sizes[0]), self.progress.step)
             self.track.event(event="preview", step=self.progress.step, path=str(path), prompts=prompts)
 
     def _drawn(self, prompts: list[str]) -> list[PILImage.Image]:
@@ -454,15 +457,15 @@ class _Run:
         plan = {
             "recipe": checkpoint.to_json(self.recipe),
             "base_fingerprint": self.model.backbone.fingerprint,
-            **self.progress.facts(),
+            **self.progress.state_dict(),
             "threads": torch.get_num_threads(),
             "dtype": str(self.engine.dtype).removeprefix("torch."),
             "examples": self._examples,
-            "left_out": self.left_out.by_id(),
+            "left_out": self.left_out.state_dict(),
             "broken": self.left_out.by_id(broken or {}),
         }
         self.track.to_disk()
-        folder, tensors, keep = self.out / "state", self.optimizer.state(), self.settings.keep
+        folder, tensors, keep = self.out / "state", self.optimizer.state_dict(), self.settings.keep
         if self.sharding is None:
             states.write(folder, tensors, plan, keep)
         else:
@@ -479,21 +482,21 @@ class _Run:
         plan, tensors = resuming.read(self.out / "state", self.optimizer, self.processes, divided=divided)
         fingerprint = self.model.backbone.fingerprint
         resuming.check(plan, self.out, self.recipe, fingerprint, self.source.spec, self._examples)
-        self.progress.go_on(plan)
-        self.left_out.go_on(plan.get("left_out", {}))
-        self.optimizer.load(tensors)
+        self.progress.load_state_dict(plan)
+        self.left_out.load_state_dict(plan.get("left_out", {}))
+        self.optimizer.load_state_dict(tensors)
         self.saved_step = self.progress.step
 
     def _leave_pack(self, *, wait: bool) -> None:
         if self.recipe.stages[-1].ema > 0:
             self.optimizer.use_average()  # the model that is returned and saved holds the averaged weights
-        facts = leaving.pack_facts(self.recipe, self.progress, self.source, self.data_licence)
-        self.model = leaving.write_pack(self.out / "pack", self.model, facts, self.sharding, self.processes, wait=wait)
+        facts = outputs.pack_facts(self.recipe, self.progress, self.source, self.data_licence)
+        self.model = outputs.write_pack(self.out / "pack", self.model, facts, self.sharding, self.processes, wait=wait)
         if self.sharding is not None and not self.processes.first:
             self.preview_every = 0.0
         self.sharding = None
 
     def _tell_memory(self) -> None:
         """What the processes hold behind the last step."""
-        held = saying.held_memory(self.processes, self.shard, self.model, self.engine, self.optimizer)
+        held = summary.held_memory(self.processes, self.shard, self.model, self.engine, self.optimizer)
         self.track.say(f"memory behind step {self.progress.step}", *held)

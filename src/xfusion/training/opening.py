@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from xfusion.data.requests import Request
 from xfusion.data.sequence import XFusionError
-from xfusion.model import choose_compute_dtype
 from xfusion.opening import Opening, answer_state, word_states
+from xfusion.training.precision import choose_compute_dtype
 
 PENALTY = 1e-2
 """Weight of the squared coefficients (of standardised states) beside the mean loss."""

@@ -98,7 +98,7 @@ class Optimizer:
         for parameter, value in zip(self.list, values, strict=True):
             parameter.copy_(value)
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, as flat tensors, divided as the parameters are."""
         out: dict[str, Tensor] = {}
         for name, parameter, own, average in self._rows():
@@ -117,8 +117,8 @@ class Optimizer:
                     out[f"{key}.{name}"] = room if key == "step" else divided_like(room.detach(), parameter)
         return out
 
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Restore what `state` gave."""
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` gave."""
         with torch.no_grad():
             for name, _, own, average in self._rows():
                 own.copy_(share(state[f"weight.{name}"]))

@@ -95,8 +95,8 @@ class Progress:
         """Everything from here on is by step."""
         self.totals, self.planned = [total], True
 
-    def facts(self) -> dict[str, Any]:
-        """What a state says of it."""
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands, in JSON's types; ``stage`` and ``loss`` are not read back."""
         total, weight = self._recent
         return {
             "step": self.step,
@@ -110,12 +110,12 @@ class Progress:
             "loss": total / weight if weight else None,
         }
 
-    def go_on(self, facts: dict[str, Any]) -> None:
-        """Stand where a state says."""
-        self.step, self.samples, self.totals = facts["step"], facts["samples"], facts["totals"]
-        self.planned, self._seconds_before = facts["planned"], facts["seconds"]
-        self.minutes = facts["minutes"] if self.minutes is None else self.minutes
-        self._recent = tuple(facts.get("recent", self._recent))
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Stand where `state_dict` said; other keys are passed over."""
+        self.step, self.samples, self.totals = state["step"], state["samples"], state["totals"]
+        self.planned, self._seconds_before = state["planned"], state["seconds"]
+        self.minutes = state["minutes"] if self.minutes is None else self.minutes
+        self._recent = tuple(state.get("recent", self._recent))
 
 
 def all_examples(source: Source) -> list[Any]:

@@ -78,13 +78,16 @@ class LeftOut(dict[int, str]):
                     logger.warning("%s: left out from step %d on; another takes its place", what, step)
                 track.event(event="left_out", step=step, example=self.source.examples[index].id, reason=what)
 
-    def by_id(self, unreadable: Mapping[int, str] | None = None) -> dict[str, dict[str, str]]:
-        """As a state holds them, or some others: the group of each, and what is wrong with it, by its id."""
-        chosen = self if unreadable is None else unreadable
-        examples = [(self.source.examples[index], what) for index, what in chosen.items()]
+    def by_id(self, unreadable: Mapping[int, str]) -> dict[str, dict[str, str]]:
+        """The group of each, and what is wrong with it, by its id: numbers mean nothing to another source."""
+        examples = [(self.source.examples[index], what) for index, what in unreadable.items()]
         return {example.id: {"group": example.group, "reason": what} for example, what in examples}
 
-    def go_on(self, by_id: Mapping[str, dict[str, str]]) -> None:
-        """Leave out what a state holds."""
+    def state_dict(self) -> dict[str, dict[str, str]]:
+        """What is left out, `by_id`."""
+        return self.by_id(self)
+
+    def load_state_dict(self, by_id: Mapping[str, dict[str, str]]) -> None:
+        """Leave out what `state_dict` gave, as far as the source still has it."""
         numbers = {example.id: index for index, example in enumerate(self.source.examples) if example.id in by_id}
         self.update({numbers[i]: facts["reason"] for i, facts in by_id.items() if i in numbers})

@@ -22,12 +22,14 @@ import torch
 from torch import Tensor
 
 from xfusion.backbone import Backbone
+from xfusion.backbone.attention import choose_attention
 from xfusion.data.mixture import Mixture
 from xfusion.data.sources import Source, open_source
-from xfusion.model import Engine, Model, ModelConfig, build, choose_attention, choose_compute_dtype
+from xfusion.model import Engine, Model, ModelConfig, build
 from xfusion.recipes.xfusion import demo
 from xfusion.training.memory import keep_freed_memory
 from xfusion.training.optimizer import Optimizer
+from xfusion.training.precision import choose_compute_dtype
 from xfusion.training.stages import Stage
 
 Work = Callable[[], object]

@@ -64,7 +64,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     from xfusion import __version__
     from xfusion.backbone import cache_folder, embedded_file
     from xfusion.checkpoint import shipped
-    from xfusion.model import choose_compute_dtype
+    from xfusion.training.precision import choose_compute_dtype
 
     dtype, reason = choose_compute_dtype(torch.device(device))
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

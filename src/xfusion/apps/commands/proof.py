@@ -114,14 +114,14 @@ class Evaluate(Verb):
 
     def plots(self, curves: dict[str, list[list[float]]]) -> list[tuple[str, str]]:
         """Draw a suite's curves beside the result, ``FILE.NAME.svg`` each, and say where they are."""
-        from xfusion.apps import comparison_page
+        from xfusion.apps import plots
 
         rows = []
         for name, points in curves.items() if self.out else ():
             path = self.out.with_suffix(f".{name}.svg")  # type: ignore[union-attr]
             line = {name: [(float(x), float(y)) for x, y in points]}
-            drawn = comparison_page.curves({"recipes": [name]}, line, name)
-            path.write_text(comparison_page.standalone(drawn), encoding="utf-8")
+            drawn = plots.curves([name], line, name)
+            path.write_text(plots.standalone(drawn), encoding="utf-8")
             rows.append((f"plot of {name}", str(path)))
         return rows
 

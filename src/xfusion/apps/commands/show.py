@@ -148,7 +148,7 @@ def _parts(model: Model) -> dict[str, int]:
 
 def training_memory(model: Model) -> dict[str, int | str]:
     """Bytes of weights and optimiser in training; activations come on top and grow with the samples per step."""
-    from xfusion.model import choose_compute_dtype
+    from xfusion.training.precision import choose_compute_dtype
 
     base = model.backbone.model
     dtype, reason = choose_compute_dtype(model.backbone.device)
@@ -171,7 +171,7 @@ def training_memory(model: Model) -> dict[str, int | str]:
 def activations(model: Model, stage: Stage, dtype: torch.dtype | None = None) -> dict[str, Any]:
     """Bytes that a stage's step needs besides, with and without activation checkpointing; None where it is not predicted."""
     from xfusion.comparison.cost import activation_memory
-    from xfusion.model import choose_compute_dtype
+    from xfusion.training.precision import choose_compute_dtype
 
     dtype = dtype or choose_compute_dtype(model.backbone.device)[0]
     try:

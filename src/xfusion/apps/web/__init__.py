@@ -1,1 +1,6 @@
 """The page: chat, gallery, pictures dropped on it, a look inside, and comparisons, in a browser."""
+
+import os
+
+# Read when gradio is imported: no word to its makers, no share links, no history of runs.
+os.environ.update({"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_SHARE": "False"})

@@ -1,4 +1,4 @@
-"""What a run leaves beside its states: previews on the way, and the pack of its learned weights at the end."""
+"""What a run writes beside its states: previews on the way, and the pack of its learned weights at the end."""
 
 from __future__ import annotations
 

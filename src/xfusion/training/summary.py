@@ -1,4 +1,4 @@
-"""What a run says of itself: what is trained on what before its first step, and the memory that each process holds."""
+"""What a run prints of itself: what is trained on what before its first step, and the memory that each process holds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DIVIDED = {
 """What processes hold, by what they divide."""
 
 
-def beginning(
+def lines(
     model: Model, recipe: Recipe, source: Source, engine: Engine, prompts: Prompts | None, *, keeps_memory: bool
 ) -> Iterator[str]:
     """Lines about base, new weights, data, step, and what was chosen with its reason.

@@ -1,0 +1,100 @@
+"""Chat completions in OpenAI's shape: in one piece, or as server-sent events."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi.responses import StreamingResponse
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from xfusion.apps.server.answers import data_url, now, usage
+from xfusion.apps.server.batches import Continue, Job
+from xfusion.apps.server.reading import as_refused
+from xfusion.apps.server.tickets import Ticket
+
+
+class Completion:
+    """A ticket's answers in the shape of a chat completion."""
+
+    def __init__(self, ticket: Ticket, name: str, prompt: int, *, counted: bool):
+        self.ticket, self.name, self.prompt = ticket, name, prompt
+        self.counted = counted
+        """Whether a stream ends with its usage."""
+        self.head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": now(), "model": name}
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer in one piece."""
+        async for _ in self.ticket.follow():
+            pass
+        choices = []
+        for job in self.ticket.jobs:
+            words = [segment for segment in job.answer if isinstance(segment, str)]
+            content = job.words.sent if job.words.stopped else "".join(words)
+            message: dict[str, Any] = {"role": "assistant", "content": content if words else None}
+            if images := self._images(job):
+                message["images"] = images
+            choices.append(
+                {"index": job.index, "message": message, "finish_reason": self._reason(job), "logprobs": None}
+            )
+        seed = {"seed": self.ticket.jobs[0].seed}
+        return {**self.head, "object": "chat.completion", "choices": choices, "usage": self._usage(), **seed}
+
+    async def events(self) -> AsyncIterator[str]:
+        """The answer as server-sent events."""
+        for job in self.ticket.jobs:
+            yield self._event(job.index, {"role": "assistant", "content": ""})
+        try:
+            async for job, new in self.ticket.follow():
+                if new is not None:
+                    yield self._event(job.index, {"content": new})
+                    continue
+                if images := self._images(job):
+                    yield self._event(job.index, {"images": images})
+                yield self._event(job.index, {}, self._reason(job))
+        except ClientDisconnect:
+            return
+        except Exception as error:
+            yield f"data: {json.dumps(as_refused(error).body)}\n\n"
+            return
+        if self.counted:
+            yield self._chunk(choices=[], usage=self._usage())
+        yield "data: [DONE]\n\n"
+
+    def _event(self, index: int, delta: dict[str, Any], reason: str | None = None) -> str:
+        return self._chunk(choices=[{"index": index, "delta": delta, "finish_reason": reason}])
+
+    def _chunk(self, **parts: Any) -> str:
+        chunk = {**self.head, "object": "chat.completion.chunk", **parts}
+        return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+
+    def _images(self, job: Job) -> list[dict[str, Any]]:
+        facts = self.ticket.service.picture_facts(self.name, job)
+        drawn = [segment for segment in job.answer if not isinstance(segment, str)]
+        return [{"type": "image_url", "image_url": {"url": data_url(picture, facts)}} for picture in drawn]
+
+    def _reason(self, job: Job) -> str:
+        work = job.work
+        full = isinstance(work, Continue) and len(job.words.ids) >= work.max_tokens
+        return "length" if full and not job.words.stopped else "stop"
+
+    def _usage(self) -> dict[str, int]:
+        return usage(self.prompt, sum(len(job.words.ids) for job in self.ticket.jobs))
+
+
+class Events(StreamingResponse):
+    """Server-sent events; however the stream ends, the ticket's places are given back."""
+
+    def __init__(self, events: AsyncIterator[str], ticket: Ticket):
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self.ticket = ticket
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.ticket.drop()

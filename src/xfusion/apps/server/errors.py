@@ -1,0 +1,51 @@
+"""What clients read when something fails: a refusal, a path that is not there, a mistake in here."""
+
+from __future__ import annotations
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from xfusion.apps.server.answers import Refused
+from xfusion.apps.server.reading import as_refused
+
+CLOSED = 499
+"""Status, in the metrics, of a request whose client went away."""
+
+
+def answer(error: Refused) -> JSONResponse:
+    """A refusal as clients read it."""
+    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
+
+
+async def refused(_: Request, error: Exception) -> Response:
+    """What a route refused."""
+    assert isinstance(error, Refused)
+    return answer(error)
+
+
+async def no_route(request: Request, error: Exception) -> Response:
+    """A path that is not there, or one that takes another method."""
+    assert isinstance(error, HTTPException)
+    path, allowed = request.url.path[:200], (error.headers or {}).get("Allow")
+    if error.status_code == 405 and allowed:
+        return answer(
+            Refused(
+                405, f"{path} takes {allowed}, not {request.method}", code="method_not_allowed", headers=error.headers
+            )
+        )
+    if error.status_code == 404:
+        known = ", ".join(sorted({route.path for route in request.app.routes if "{" not in route.path}))
+        return answer(Refused(404, f"there is no {path} here, only {known}", code="unknown_url"))
+    return answer(Refused(error.status_code, f"{request.method} {path}: {error.detail}", headers=error.headers))
+
+
+async def left(_: Request, error: Exception) -> Response:
+    """The client went away."""
+    del error
+    return Response(status_code=CLOSED)  # nobody reads it but the metrics
+
+
+async def broken(_: Request, error: Exception) -> Response:
+    """A mistake in here: the log says what, the client does not hear it."""
+    return answer(as_refused(error))

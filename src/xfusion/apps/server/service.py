@@ -1,0 +1,73 @@
+"""What all requests of a server share: its models, its limits, its queue, its readers, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from xfusion.apps.server.answers import Refused, now
+from xfusion.apps.server.batches import Batches, Job
+from xfusion.apps.server.limits import Limits
+from xfusion.apps.server.metrics import Metrics
+from xfusion.model import Model
+
+READERS = 2
+"""Requests that are read (pictures decoded, words cut into tokens) at the same time, beside the event loop."""
+
+
+class Service:
+    """Models behind one queue.
+
+    Args:
+        models: what is served, by name; the first answers requests that name none.
+        limits: what a request may ask for.
+        hosts: whose pictures are fetched.
+    """
+
+    def __init__(self, models: Mapping[str, Model], limits: Limits, hosts: frozenset[str]):
+        self.models, self.limits, self.hosts = dict(models), limits, hosts
+        self.facts = {
+            name: {"pack_fingerprint": model.fingerprint, "base_fingerprint": model.backbone.fingerprint}
+            for name, model in self.models.items()
+        }
+        self.since = now()
+        self.metrics = Metrics()
+        self.batches = Batches(limits.queue, limits.batch, self.metrics.computed)
+        self.metrics.watch(self.batches)
+        # Threads of their own: one whose request nobody awaits any more still takes a reader's place until it ends.
+        self.readers = ThreadPoolExecutor(READERS, thread_name_prefix="xfusion-reader")
+        self.arriving = set[asyncio.Timeout]()
+        self.held = 0
+        """Bytes of the requests on their way into the queue."""
+        self.ended = asyncio.Event()
+
+    def begin_stop(self) -> None:
+        """Take no more, and tell those that wait; what runs goes on."""
+        self.batches.refuse()
+        for limit in self.arriving:
+            if not limit.expired():
+                limit.reschedule(0)
+
+    def end_stop(self) -> None:
+        """End what runs, and tell those who wait for it."""
+        self.ended.set()
+
+    def model(self, name: str | None) -> tuple[str, Model]:
+        """A model that is served, and its name.
+
+        Raises:
+            Refused: there is none of this name.
+        """
+        name = next(iter(self.models)) if name is None else name
+        if name not in self.models:
+            known = ", ".join(self.models)
+            raise Refused(404, f"there is no model {name[:100]!r} here, only {known}", code="model_not_found")
+        return name, self.models[name]
+
+    def picture_facts(self, name: str, job: Job) -> dict[str, Any]:
+        """What a PNG remembers."""
+        work: Any = job.work
+        guidance = work.model.guidance if work.guidance is None else work.guidance
+        return {"seed": job.seed, "steps": work.steps, "guidance": guidance, **self.facts[name]}

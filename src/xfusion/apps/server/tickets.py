@@ -1,0 +1,145 @@
+"""A request's way: it arrives within its limits, is read, and its jobs wait in the queue until all are done or nobody waits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+from fastapi import Request
+from starlette.requests import ClientDisconnect
+
+from xfusion.apps.server.answers import Refused
+from xfusion.apps.server.batches import Job, stopping
+from xfusion.apps.server.reading import as_refused
+from xfusion.apps.server.service import Service
+
+BODY_SECONDS = 30.0
+"""How long a client may take to send a request."""
+Value = TypeVar("Value")
+
+
+class Arrival:
+    """A request on its way into the queue: its clock runs, its bytes are counted, and a stop of the server ends it."""
+
+    def __init__(self, service: Service, request: Request):
+        self.service, self.request, self.size = service, request, 0
+        self.deadline = asyncio.get_running_loop().time() + service.limits.seconds
+
+    def __enter__(self) -> Arrival:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.service.held -= self.size
+
+    async def body(self) -> bytes:
+        """The request's body, refused as soon as it is too long, or too slow, or there are too many."""
+        most, parts = self.service.limits.body, []
+        too_long = Refused(413, f"the request has more than the {most} bytes that this server allows", code="too_large")
+        length = self.request.headers.get("content-length", "0")
+        if length.isascii() and length.isdigit() and int(length[:20]) > most:
+            raise too_long
+        seconds = min(BODY_SECONDS, self.service.limits.seconds)
+        slow = Refused(408, f"the request was not sent within {seconds:g} seconds", code="too_slow")
+        async with self._until(self.deadline - self.service.limits.seconds + seconds, slow):
+            async for part in self.request.stream():
+                self._hold(len(part))
+                if self.size > most:
+                    raise too_long
+                parts.append(part)
+        return b"".join(parts)
+
+    async def read(self, read: Callable[[], Value]) -> Value:
+        """Read it in a thread, so that a large picture does not hold up the others."""
+        async with self._until(self.deadline, _late(self.service)):
+            return await asyncio.get_running_loop().run_in_executor(self.service.readers, read)
+
+    def _hold(self, size: int) -> None:
+        most, others = self.service.limits.bodies, self.service.held - self.size
+        self.size += size
+        self.service.held += size
+        if others and self.service.held > most:
+            raise Refused(
+                429,
+                f"requests of more than the {most} bytes that this server allows are on their way: try again later",
+                code="bodies_full",
+                headers={"Retry-After": "1"},
+            )
+
+    @asynccontextmanager
+    async def _until(self, when: float, late: Refused) -> AsyncIterator[None]:
+        """What is done here ends at a time, or when the server is told to stop."""
+        if not self.service.batches.open:
+            raise stopping()
+        arriving, limit = self.service.arriving, asyncio.timeout_at(when)
+        try:
+            async with limit:
+                arriving.add(limit)
+                yield
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise (late if self.service.batches.open else stopping()) from error
+        finally:
+            arriving.discard(limit)
+
+
+def _late(service: Service) -> Refused:
+    seconds = service.limits.seconds
+    return Refused(504, f"there is no answer within {seconds:g} seconds: ask for less", code="deadline")
+
+
+class Ticket:
+    """The jobs of a request in the queue, and what is heard of them."""
+
+    def __init__(self, service: Service, request: Request, jobs: list[Job], deadline: float):
+        self.service, self.request, self.jobs, self.deadline = service, request, jobs, deadline
+        self.loop = asyncio.get_running_loop()
+        self.heard: asyncio.Queue[tuple[Job, str | None]] = asyncio.Queue()
+        for job in jobs:
+            job.tell = self._tell
+        service.batches.put(jobs)
+
+    def _tell(self, job: Job, new: str | None) -> None:
+        try:
+            self.loop.call_soon_threadsafe(self.heard.put_nowait, (job, new))
+        except RuntimeError:  # the loop is closed: the server stopped before the batch did
+            job.dropped = True
+
+    def drop(self) -> None:
+        """Nobody waits any more."""
+        self.service.batches.forget(self.jobs)
+
+    async def follow(self) -> AsyncIterator[tuple[Job, str | None]]:
+        """What is heard until all jobs are done: new words of one, or None for one that is done.
+
+        Raises:
+            ClientDisconnect: the client went away.
+            Refused: the deadline passed, a job failed, or the server stopped.
+        """
+        gone, ended = asyncio.ensure_future(self._gone()), asyncio.ensure_future(self.service.ended.wait())
+        left = len(self.jobs)
+        try:
+            while left:
+                next_one = asyncio.ensure_future(self.heard.get())
+                seconds = max(0.0, self.deadline - self.loop.time())
+                await asyncio.wait({next_one, gone, ended}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+                if not next_one.done():
+                    next_one.cancel()
+                    if gone.done():
+                        raise ClientDisconnect
+                    raise stopping() if ended.done() else _late(self.service)
+                job, new = next_one.result()
+                if new is None:
+                    left -= 1
+                    if job.error is not None:
+                        raise as_refused(job.error) from job.error
+                yield job, new
+        finally:
+            gone.cancel()
+            ended.cancel()
+
+    async def _gone(self) -> None:
+        while (await self.request.receive())["type"] != "http.disconnect":
+            pass

@@ -1,0 +1,76 @@
+"""The tab that looks inside: a picture on its way out of noise, and what its parts look at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from xfusion.apps.web import heat
+from xfusion.apps.web.controls import Controls, complaint, progress, seeded, status, who
+from xfusion.apps.web.desk import Preview
+
+ALL_WORDS = "all words"
+
+
+class Denoising:
+    """Estimates of a picture, step by step, and heat maps of its attention."""
+
+    def __init__(self, controls: Controls):
+        self.controls, self.desk = controls, controls.desk
+
+    def lay_out(self) -> None:
+        """The components, inside the tab."""
+        gr.Markdown(
+            "How a picture comes out of noise, and how much its parts look at each word, layer by layer "
+            "(the weights of the attention, a mean over its heads)."
+        )
+        prompt = gr.Textbox(label="Prompt", placeholder="a red heart", max_lines=3, elem_id="look-prompt")
+        settings = self.controls.settings(steps=16)
+        with gr.Row():
+            look = gr.Button("Look", variant="primary", min_width=80, elem_id="look")
+            self.controls.stop_button()
+        line = gr.HTML(status(), elem_classes="status", elem_id="look-status")
+        gallery: dict[str, Any] = {"object_fit": "contain", "format": "png", "interactive": False, "buttons": []}
+        strip = gr.Gallery(
+            label="On its way from noise: estimates of the picture", columns=9, elem_id="strip", elem_classes="pixels",
+            **gallery,
+        )  # fmt: skip
+        word = gr.Dropdown([ALL_WORDS], value=ALL_WORDS, label="Heat maps: how much looks at", interactive=True)
+        maps = gr.Gallery(label="By layer", columns=6, elem_id="maps", **gallery)
+        shares = gr.HTML(elem_id="shares")
+        found = gr.State(None, time_to_live=3600)
+        inputs = [self.controls.pack, prompt, *settings]
+        for trigger in (look.click, prompt.submit):
+            self.controls.wire(trigger, self.look, inputs, [strip, word, maps, shares, found, line])
+        self.controls.wire(word.input, self.maps, [found, word], [maps])
+
+    def look(
+        self, pack: str, prompt: str, seed: str, steps: float, guidance: float, request: gr.Request
+    ) -> Iterator[tuple[Any, ...]]:
+        """Estimates as they come, then the words, the maps of all of them, the table of shares, what was found, and a line."""
+        strip: list[Any] = []
+        same = [gr.skip()] * 4
+        try:
+            yield [], *same, status("waiting …")
+            settings = {"steps": steps, "guidance": guidance, **seeded(seed)}
+            for found in self.desk.look(who(request), pack, prompt, **settings):
+                if isinstance(found, Preview):
+                    strip = [*strip, (self.desk.shown(found.picture), f"step {found.done}")]
+                    yield strip, *same, progress(found)
+                    continue
+                picture, attention = found
+                strip = [*strip, (self.desk.shown(picture), "the picture")]
+                words = gr.Dropdown([ALL_WORDS, *heat.names(attention)], value=ALL_WORDS)
+                maps = self.maps(found, ALL_WORDS)
+                yield strip, words, maps, heat.table(attention), found, status()
+        except Exception as error:
+            yield strip, *same, complaint(error)
+
+    def maps(self, found: Any, word: str) -> list[tuple[str, str]]:
+        """How much each part looks at a word, by layer: files with captions."""
+        if found is None:
+            return []
+        picture, attention = found
+        return [(self.desk.shown(over), text) for over, text in heat.maps(picture, attention, word)]

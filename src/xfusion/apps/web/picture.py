@@ -1,0 +1,178 @@
+"""The tab of a picture of one's own: asked about, and drawn anew in part."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import Any, cast
+
+import gradio as gr
+from PIL import Image as PILImage
+from PIL import ImageDraw
+
+from xfusion.apps.chat import added
+from xfusion.apps.server.answers import Refused
+from xfusion.apps.web import brush
+from xfusion.apps.web.controls import Controls, complaint, drawn_as, progress, seeded, status, who
+from xfusion.apps.web.desk import Preview
+
+PAINTED = "what I paint"
+PAINT = ("#ea5c14", 0.55)
+"""A colour, and how much it covers."""
+REGIONS = {
+    "left half": (0, 0, 0.5, 1),
+    "right half": (0.5, 0, 1, 1),
+    "upper half": (0, 0, 1, 0.5),
+    "lower half": (0, 0.5, 1, 1),
+    "middle": (0.25, 0.25, 0.75, 0.75),
+}
+"""Parts of a picture that may be drawn anew, as left, top, right and bottom."""
+
+
+class Picture:
+    """A picture that was dropped on the page, its captions, and the sheet to paint on."""
+
+    def __init__(self, controls: Controls):
+        self.controls, self.desk, self.limits = controls, controls.desk, controls.limits
+
+    def lay_out(self) -> None:
+        """The components, inside the tab."""
+        captions, draws = "caption" in self.controls.able, "draw" in self.controls.able
+        with gr.Row():
+            given = gr.Image(
+                label="Your picture", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=280,
+                elem_id="given", buttons=[],
+            )  # fmt: skip
+            given.preprocess = _place  # the file is opened by us and not by gradio, within our limits
+            with gr.Column(visible=captions):
+                question = gr.Textbox(label="Question", placeholder="What is it?", max_lines=2, elem_id="question")
+                with gr.Row():
+                    ask = gr.Button("Caption", variant="primary", min_width=100, elem_id="caption")
+                    self.controls.stop_button()
+                answer = gr.Textbox(label="It sees", interactive=False, elem_id="sees")
+        line = gr.HTML(status(), elem_classes="status", elem_id="picture-status")
+        for trigger in (ask.click, question.submit):
+            self.controls.wire(trigger, self.caption, [self.controls.pack, given, question], [answer, line])
+        with gr.Column(visible=draws):
+            gr.Markdown("### Draw a part of it anew")
+            with gr.Row():
+                with gr.Column():
+                    region = gr.Radio(
+                        [PAINTED, *REGIONS], value=PAINTED, label="Which part", elem_id="region",
+                        info="the picture is drawn in cells: those that your brush touches are drawn anew, the others stay",
+                    )  # fmt: skip
+                    sheet = gr.ImageEditor(
+                        label="Paint here", type="filepath", sources=(), transforms=(), layers=False, buttons=[],
+                        brush=gr.Brush(default_size=24, colors=[PAINT], color_mode="fixed"),
+                        eraser=gr.Eraser(default_size=24), canvas_size=(brush.SIDE, brush.SIDE), fixed_canvas=True,
+                        height=440, format="png", elem_id="sheet", elem_classes="pixels", interactive=True,
+                    )  # fmt: skip
+                    sheet.preprocess = _strokes  # as above
+                    # Else anyone could have this process keep bytes that nobody asks for.
+                    sheet.accept_blobs = cast("Any", None)
+                with gr.Column():
+                    prompt = gr.Textbox(
+                        label="What the whole picture shall show", placeholder="a red heart", max_lines=2,
+                        elem_id="repaint-prompt",
+                    )  # fmt: skip
+                    settings = self.controls.settings()
+                    with gr.Row():
+                        redraw = gr.Button("Draw anew", variant="primary", min_width=100, elem_id="redraw")
+                        self.controls.stop_button()
+                    told = gr.HTML(status(), elem_classes="status", elem_id="repaint-status")
+                    out = gr.Image(
+                        label="Drawn anew", interactive=False, height=280, elem_classes="pixels", elem_id="redrawn",
+                        format="png", buttons=["download"], type="filepath",
+                    )  # fmt: skip
+        inputs = [self.controls.pack, given, region, sheet, prompt, *settings]
+        for trigger in (redraw.click, prompt.submit):
+            self.controls.wire(trigger, self.inpaint, inputs, [out, told])
+        self.controls.wire(sheet.clear, self.wiped, [self.controls.pack, given], [sheet], show_progress_on=[line])
+        for trigger in (given.change, self.controls.pack.change):
+            # A browser sends what is painted whenever it shows the progress of something on the sheet: never, then.
+            self.controls.wire(
+                trigger, self.canvas, [self.controls.pack, given], [sheet, line], show_progress_on=[line]
+            )
+
+    def caption(self, pack: str, given: str | None, question: str, request: gr.Request) -> Iterator[tuple[Any, ...]]:
+        """What a pack says of the picture, or answers to a question about it, as it comes; and a line."""
+        try:
+            picture = self._given(pack, given)
+            yield "", status("looking …")
+            messages = added(added([], picture), question) if question.strip() else added([], picture)
+            for found in self.desk.say(who(request), pack, messages, max_tokens=min(64, self.limits.tokens)):
+                if isinstance(found, list):
+                    yield found[-1].strip(), status("answering …")
+            yield gr.skip(), status()
+        except Exception as error:
+            yield "", complaint(error)
+
+    def canvas(self, pack: str, given: str | None) -> tuple[Any, str]:
+        """The picture that was dropped, to paint on, and a line."""
+        try:
+            if not given:
+                return None, status()
+            picture, model = self._given(pack, given), self.desk.model(pack)
+            if "draw" not in model.capabilities:
+                return None, status()
+            laid = self.desk.shown(brush.sheet(picture, model.image.grid(picture.width)))
+            return {"background": laid, "layers": [], "composite": None}, status()
+        except Exception as error:
+            return None, complaint(error)
+
+    def wiped(self, pack: str, given: str | None) -> Any:
+        """The picture again where all was wiped off; with none, another wiping would follow."""
+        return self.canvas(pack, given)[0] if given else gr.skip()
+
+    def inpaint(
+        self, pack: str, given: str | None, region: str, painted: list[str], prompt: str, seed: str, steps: float,
+        guidance: float, request: gr.Request,
+    ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
+        """The picture with a part of it drawn anew, with previews; and a line."""
+        try:
+            self.desk.drawing(pack)
+            picture = self._given(pack, given)
+            if region == PAINTED:
+                mask = self.desk.painted(painted, picture.width)
+            elif region in REGIONS:
+                mask = _mask(picture.size, REGIONS[region])
+            else:
+                raise Refused(400, f"there is no part {region[:40]!r}, only {', '.join([PAINTED, *REGIONS])}")
+            yield gr.skip(), status("waiting …")
+            settings = {"steps": steps, "guidance": guidance, **seeded(seed)}
+            for found in self.desk.repaint(who(request), pack, _png(picture), _png(mask), prompt, **settings):
+                if isinstance(found, Preview):
+                    yield self.desk.shown(found.picture), progress(found)
+                else:
+                    yield str(found.path), status(drawn_as(found))
+        except Exception as error:
+            yield gr.skip(), complaint(error)
+
+    def _given(self, pack: str, given: str | None) -> PILImage.Image:
+        if not given:
+            raise Refused(400, "drop a picture first")
+        return self.desk.opened(given, pack)
+
+
+def _place(payload: Any) -> str | None:
+    """Where an uploaded file is."""
+    return None if payload is None else payload.path
+
+
+def _strokes(payload: Any) -> Any:
+    """Where the layers of paint are."""
+    return [] if payload is None else [layer.path for layer in payload.layers]
+
+
+def _png(picture: PILImage.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, format="PNG")
+    return file.getvalue()
+
+
+def _mask(size: tuple[int, int], part: tuple[float, float, float, float]) -> PILImage.Image:
+    """White where to draw anew, within these shares of the sides."""
+    mask = PILImage.new("L", size, "black")
+    left, top, right, bottom = (round(share * size[i % 2]) for i, share in enumerate(part))
+    ImageDraw.Draw(mask).rectangle((left, top, right - 1, bottom - 1), fill="white")
+    return mask

@@ -1,0 +1,19 @@
+"""The precision that training takes of a device."""
+
+import pytest
+import torch
+
+from xfusion.training.precision import choose_compute_dtype
+
+
+@pytest.mark.parametrize(("half", "single", "chosen"), [(900.0, 300.0, "bfloat16"), (150.0, 250.0, "float32")])
+def test_a_processor_with_bfloat16_and_no_tiles_is_asked_which_is_faster(monkeypatch, half, single, chosen):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr("xfusion.training.precision.product_rates", lambda: (half, single))
+    dtype, reason = choose_compute_dtype(torch.device("cpu"))
+    assert dtype == getattr(torch, chosen)
+    assert reason == f"{chosen}: products ran at {half:.0f} GFLOP/s in bfloat16 and {single:.0f} in float32"
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert choose_compute_dtype(torch.device("cpu"))[0] == torch.bfloat16
