@@ -240,7 +240,9 @@ def test_pooled_frames_at_the_input_are_voxtral(bases, tmp_path, kind, request, 
     ids = torch.tensor([[*before.ids, size, *[size + 1] * count, size + 2, *behind.ids]])
     logits = theirs(input_ids=ids, input_features=features).logits[..., :size]
     found = torch.cat([logits[:, :3], logits[:, 4 + count :]], dim=1)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        found, expected, rtol=0, atol=2e-4 if low_rank else 1e-4
+    )  # merged sums are rounded elsewhere
     deaf = theirs(input_ids=ids, input_features=torch.zeros_like(features)).logits[:, 4 + count :, :size]
     assert float((deaf - found[:, 3:]).abs().max()) > 1e-3
     assert theirs.generation_config.suppress_tokens == [size, size + 1, size + 2]
