@@ -4,10 +4,13 @@ import json
 import re
 import sys
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image as PILImage
+from tokenizers import normalizers, pre_tokenizers, processors
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -20,7 +23,7 @@ from xfusion.backbone import Backbone
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Sequence, Sound, Text, XFusionError
 from xfusion.exports.base import export
-from xfusion.exports.transformers import decoder, nearest
+from xfusion.exports.transformers import decoder, layout, nearest
 from xfusion.fusion.adaption_prompt import AdaptionPrompt
 from xfusion.fusion.connectors.linear import Linear
 from xfusion.fusion.connectors.mlp import MLP
@@ -28,6 +31,7 @@ from xfusion.fusion.connectors.pooling import Pooling
 from xfusion.fusion.connectors.resampler import Resampler
 from xfusion.fusion.lora import Lora
 from xfusion.fusion.prefix import Prefix
+from xfusion.generation import conversation
 from xfusion.modalities.audio import AudioModality
 from xfusion.modalities.codecs.features import Features
 from xfusion.modalities.encoders.vision_transformer import VisionTransformer
@@ -236,10 +240,133 @@ def test_pooled_frames_at_the_input_are_voxtral(bases, tmp_path, kind, request, 
     ids = torch.tensor([[*before.ids, size, *[size + 1] * count, size + 2, *behind.ids]])
     logits = theirs(input_ids=ids, input_features=features).logits[..., :size]
     found = torch.cat([logits[:, :3], logits[:, 4 + count :]], dim=1)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        found, expected, rtol=0, atol=2e-4 if low_rank else 1e-4
+    )  # merged sums are rounded elsewhere
     deaf = theirs(input_ids=ids, input_features=torch.zeros_like(features)).logits[:, 4 + count :, :size]
     assert float((deaf - found[:, 3:]).abs().max()) > 1e-3
     assert theirs.generation_config.suppress_tokens == [size, size + 1, size + 2]
+
+
+def opening(raw):
+    """A sentence piece of a kind: a beginning of text before all that is read, a space before words wherever they begin."""
+    raw.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 0)])
+    raw.normalizer = normalizers.Sequence([normalizers.Prepend("_"), normalizers.Replace(" ", "_")])
+
+
+def spaced(raw):
+    """The newer kind: a space before words at the beginning of all alone."""
+    first = pre_tokenizers.Metaspace(replacement="_", prepend_scheme="first", split=False)
+    raw.pre_tokenizer = pre_tokenizers.Sequence([first, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+
+
+TOKENIZERS = {"plain": None, "opens every text": opening, "a space at the beginning": spaced}
+
+
+@pytest.fixture(params=TOKENIZERS)
+def own_ways(bases, request, monkeypatch):
+    """A base whose tokenizer and settings of generation are the least like a plain one's."""
+    base, tokenizer = bases["llama"], transformers.AutoTokenizer.from_pretrained(bases["llama"].source)
+    if change := TOKENIZERS[request.param]:
+        change(tokenizer.backend_tokenizer)
+        tokenizer.pad_token = None
+    tokenizer.chat_template = "{% for m in messages %}\n {{ m.role }}:{{ m.content }}{% endfor %}{{ eos_token }}\n"
+    settings = transformers.GenerationConfig(
+        do_sample=True, repetition_penalty=1.9, no_repeat_ngram_size=2, eos_token_id=[7, 8], bos_token_id=0
+    )
+    monkeypatch.setattr(base, "tokenizer", tokenizer)
+    monkeypatch.setattr(base.model, "generation_config", settings)
+    return base
+
+
+def asked(kind, shown):
+    """Conversations about one medium or two, as processors take them."""
+
+    def user(*content):
+        blocks = [{"type": "text", "text": c} if isinstance(c, str) else {"type": kind, kind: c} for c in content]
+        return {"role": "user", "content": blocks}
+
+    first, second = shown
+    return [
+        [user(first)],
+        [user(second, "What is this?")],
+        [user("Name it: ", first)],
+        [user(second, "What is this?"), {"role": "assistant", "content": "a cat"}, user(first, "and this?")],
+    ]
+
+
+def said_by(theirs, processor, inputs):
+    made = theirs.generate(**inputs, max_new_tokens=12)[:, inputs["input_ids"].shape[1] :].tolist()
+    ends = theirs.generation_config.eos_token_id  # some are words to this tokenizer, which would decode them
+    return [
+        processor.tokenizer.decode(list(takewhile(lambda i: i not in ends, one)), skip_special_tokens=True)
+        for one in made
+    ]
+
+
+@torch.no_grad()
+def test_an_exported_listener_says_the_same_words(own_ways, tmp_path):
+    model = listener(own_ways, tmp_path / "whisper", seconds=1.0, window=1.0)
+    export(model, tmp_path / "voxtral", "transformers")
+    theirs = transformers.VoxtralForConditionalGeneration.from_pretrained(tmp_path / "voxtral").eval()
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "voxtral")
+    tokenizer = processor.tokenizer
+    waves = [0.3 * torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (9_000, 15_000)]
+    sounds = [Sound(samples=wave, rate=RATE) for wave in waves]
+    ours, found, alone = [], [], []
+    for heard, turns in zip(asked("audio", sounds), asked("audio", [wave.numpy() for wave in waves]), strict=True):
+        segments = [{**t, "content": [b.get("text", b.get("audio")) for b in t["content"]]} for t in heard[::2]]
+        segments = [*segments[:1], *heard[1:2], *segments[1:]]
+        ours.append(model.generate(conversation(model, segments), max_tokens=12)[0])
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        audio = [b["audio"] for t in turns[::2] for b in t["content"] if "audio" in b]
+        found += said_by(theirs, processor, processor(text=text, audio=audio, sampling_rate=RATE, return_tensors="pt"))
+        alone += [(text, audio)] * (len(audio) == 1)
+    assert found == ours and len(set(ours)) == 4
+    assert ours[1].strip() == model.caption([sounds[1]], question="What is this?", max_tokens=12)[0]
+    together = processor(
+        text=[text for text, _ in alone],
+        audio=[audio[0] for _, audio in alone],
+        sampling_rate=RATE,
+        text_kwargs={"padding": True},
+        return_tensors="pt",
+    )
+    assert said_by(theirs, processor, together) == ours[:3]
+    assert theirs.generation_config.eos_token_id == list(own_ways.end_ids) and 7 in own_ways.end_ids
+    words_alone = [{"role": "user", "content": "hello"}]
+    assert tokenizer.apply_chat_template(words_alone, tokenize=False) == own_ways.chat_text(words_alone)
+    assert tuple(tokenizer.apply_chat_template(words_alone)["input_ids"]) == own_ways.chat(words_alone)
+    with pytest.raises(Exception, match="a block of type image is neither text nor audio"):
+        tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}])
+
+
+@pytest.mark.parametrize("encoder", ["clip", "siglip"])
+@torch.no_grad()
+def test_an_exported_looker_says_the_same_words(own_ways, encoder, tmp_path):
+    model = reader(own_ways, tmp_path / "encoder", encoder, MLP.Config(), Prefix.Config())
+    export(model, tmp_path / "llava", "transformers")
+    theirs = LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava").eval()
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "llava")
+    levels = torch.randint(256, (2, 40, 40, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    pictures = [PILImage.fromarray(one.numpy()) for one in levels]
+    ours, found = [], []
+    for turns in asked("image", pictures):
+        blocks = [t["content"] if isinstance(t["content"], str) else
+                  [b.get("text", b.get("image")) for b in t["content"]] for t in turns]  # fmt: skip
+        messages = [{**turn, "content": content} for turn, content in zip(turns, blocks, strict=True)]
+        ours.append(model.generate(conversation(model, messages), max_tokens=12)[0])
+        inputs = processor.apply_chat_template(turns, tokenize=True, return_dict=True, return_tensors="pt")
+        found += said_by(theirs, processor, inputs)
+    assert found == ours and len(set(ours)) == 4
+    assert ours[1].strip() == model.caption([pictures[1]], question="What is this?", max_tokens=12)[0]
+
+
+@torch.no_grad()
+def test_words_that_no_template_can_put_behind_a_medium_are_refused(bases, tmp_path, monkeypatch):
+    model = listener(bases["llama"], tmp_path / "whisper")
+    monkeypatch.setattr(layout, "_as_read", lambda *_: False)
+    with pytest.raises(XFusionError, match="reads words behind a special token otherwise than alone"):
+        export(model, tmp_path / "out", "transformers")
 
 
 @pytest.mark.parametrize(
@@ -247,7 +374,8 @@ def test_pooled_frames_at_the_input_are_voxtral(bases, tmp_path, kind, request, 
     [
         (
             {"seconds": 0.3},
-            "tokens of all 0.4 s that its encoder hears, this pack of the first 0.3 s: train with seconds",
+            "tokens of all 0.4 s that its encoder hears, this pack of the first 0.3 s: train one with "
+            "--model.audio.seconds 0.4, or with --model.audio.codec.window 0.3",
         ),
         ({"cells": 2}, "a token of 5 frames or more of this Whisper, this pack of 2"),
     ],

@@ -250,9 +250,15 @@ def _asked(
     model: Model, context: tuple[Text | Media, ...], item: Seq[Segment], json_wanted: bool = False
 ) -> tuple[Text | Media, ...]:
     """A context with media once its list is over: a question behind a picture ends as it did in training."""
-    asks = isinstance(item[-1], (str, Text)) and item[-1]
+    last = item[-1]
+    if not (isinstance(last, (str, Text)) and last):
+        return context
     ending = f"{IN_JSON}\n" if json_wanted else "\n"
-    return (*context, Text(ids=model.backbone.encode(ending))) if asks else context
+    if isinstance(last, Text):
+        return (*context, Text(ids=model.backbone.encode(ending)))
+    # In one piece, as training reads it: tokenizers join a question mark and the new line, or put a space before either part.
+    before = context[: len(context) - len(text_segment(model, last))]
+    return (*before, Text(ids=model.backbone.encode(f"{last}{ending}")))
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ class Export(Verb):
     """Write a pack in the format of another library, with the same logits; what it has no class for is refused.
 
     peft: the tower of xfusion_lora (stride 1) as LoRA, the prompts of llama_adapter. transformers: llava and llava_1_5 with
-    a vision transformer as LlavaForConditionalGeneration.
+    a vision transformer as LlavaForConditionalGeneration, qwen_audio as VoxtralForConditionalGeneration.
     """
 
     pack: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PACK")]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from xfusion.exports.base import not_exact
+from xfusion.exports.transformers.layout import generation_settings, lay_out
 from xfusion.fusion.base import Fusion, by_path
 from xfusion.fusion.lora import Adapter, Lora
 from xfusion.model import Model
@@ -56,8 +57,7 @@ def filled(made: Any, model: Model) -> Any:
     rows = torch.stack([port.begin, torch.zeros_like(port.begin), port.end])
     made.model.language_model.load_state_dict(state | merged(model) | {name: torch.cat([table, rows.to(table)])})
     made.lm_head.weight[: len(table)] = base.model.get_output_embeddings().weight
-    made.generation_config = copy.deepcopy(base.model.generation_config)
-    made.generation_config.suppress_tokens = [len(table) + number for number in range(3)]
+    made.generation_config = generation_settings(model, [len(table) + number for number in range(3)])
     return made
 
 
@@ -78,11 +78,19 @@ def merged(model: Model) -> dict[str, Tensor]:
     return out
 
 
-def save(made: Any, model: Model, folder: Path, placeholder: str) -> None:
+def save(made: Any, model: Model, folder: Path, kind: str, placeholder: str, count: int = 1) -> None:
     """The model, and the base's tokenizer with the three tokens at the rows behind its table, which may be the longer one.
 
+    Args:
+        made: the class around the decoder.
+        model: what it is made of.
+        folder: where.
+        kind: what a conversation calls a medium, ``image`` or ``audio``.
+        placeholder: the class's token for one state of it.
+        count: placeholders that the chat template writes; 1 where a processor repeats it.
+
     Raises:
-        XFusionError: the tokenizer knows more words than the table has rows.
+        XFusionError: the tokenizer knows more words than the table has rows, or reads words otherwise behind a medium.
     """
     words, tokenizer = num_words(model), copy.deepcopy(model.backbone.tokenizer)
     tokenizer.add_tokens([f"<unused_{number}>" for number in range(words - len(tokenizer))], special_tokens=True)
@@ -90,5 +98,6 @@ def save(made: Any, model: Model, folder: Path, placeholder: str) -> None:
     if len(tokenizer) != words + 3:
         reason = f"the tokenizer of its base knows {len(tokenizer) - 3} words, and the table has {words}"
         raise not_exact(model, "transformers", reason)
+    lay_out(tokenizer, model, kind, f"{BEGIN}{placeholder * count}{END}")
     made.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

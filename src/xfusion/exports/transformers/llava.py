@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image as PILImage
 from torch import nn
 
 from xfusion.exports.base import not_exact
 from xfusion.exports.transformers.decoder import BEGIN, END, filled, mechanism, num_words, save, text_config
+from xfusion.exports.transformers.layout import save_processor
 from xfusion.fusion.connectors.linear import Linear
 from xfusion.fusion.connectors.mlp import MLP
 from xfusion.fusion.prefix import Prefix
@@ -77,10 +79,19 @@ def export(model: Model, folder: Path) -> list[str]:
         projector.linear_2.load_state_dict(port.out.state_dict())
     else:
         _one_matrix(projector, port)
-    save(made, model, folder, PLACEHOLDER)
+    save(made, model, folder, "image", PLACEHOLDER)
+    save_processor(
+        folder,
+        processor_class="LlavaProcessor",
+        image_token=PLACEHOLDER,
+        patch_size=encoder.config.shape.patch_size,
+        num_additional_image_tokens=states - cells,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+    )
     steps = {
-        "image_processor_type": "CLIPImageProcessor",
+        "image_processor_type": "CLIPImageProcessorPil",
         "do_resize": True,
+        "resample": int(PILImage.Resampling.LANCZOS),
         "size": {"shortest_edge": encoder.side},
         "do_center_crop": True,
         "crop_size": {"height": encoder.side, "width": encoder.side},
@@ -89,7 +100,10 @@ def export(model: Model, folder: Path) -> list[str]:
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(steps, indent=2) + "\n", encoding="utf-8")
     return [
-        f"a picture is written {BEGIN}{cells} times {PLACEHOLDER}{END}; logits of the {words} words are this pack's"
+        f"a picture is written {BEGIN}{cells} times {PLACEHOLDER}{END}, and a question behind it ends in a new line: the"
+        f" processor's chat template writes both; logits of the {words} words are this pack's",
+        f"its processor resizes a picture to {encoder.side} px before it cuts the middle square, and this pack behind it (read"
+        f" at {image.sizes[0]} px): the pixels are the same where it is square, opaque and {encoder.side} px are read",
     ]
 
 

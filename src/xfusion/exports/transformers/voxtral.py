@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from xfusion.exports.base import not_exact
 from xfusion.exports.transformers.decoder import BEGIN, END, filled, mechanism, num_words, save, text_config
+from xfusion.exports.transformers.layout import save_processor
 from xfusion.fusion.connectors.pooling import Pooling
 from xfusion.fusion.prefix import Prefix
 from xfusion.modalities.audio import AudioModality
@@ -56,9 +57,12 @@ def export(model: Model, folder: Path) -> list[str]:
     if audio.config.order != "causal" or audio.config.position != "running":
         raise not_exact(model, "transformers", "Voxtral's tokens stand in causal order, at running positions")
     if audio.sizes[0] != codec.longest:
-        seconds = (codec.longest * HOP / RATE, audio.sizes[0] * HOP / RATE)
-        reason = "Voxtral makes tokens of all {:g} s that its encoder hears, this pack of the first {:g} s: train with"
-        raise not_exact(model, "transformers", f"{reason} seconds and window alike".format(*seconds))
+        hears, reads = codec.longest * HOP / RATE, audio.sizes[0] * HOP / RATE
+        reason = (
+            f"Voxtral makes tokens of all {hears:g} s that its encoder hears, this pack of the first {reads:g} s: train one with"
+            f" --model.audio.seconds {hears:g}, or with --model.audio.codec.window {reads:g}"
+        )
+        raise not_exact(model, "transformers", reason)
     codec.load()
     whisper = codec.network.config
     if whisper.encoder_ffn_dim > cells * codec.width:
@@ -94,7 +98,9 @@ def export(model: Model, folder: Path) -> list[str]:
     made.model.audio_tower.load_state_dict(_wider(codec.network.state_dict(), cells * codec.width))
     _one_matrix(made.model.multi_modal_projector, made.model.audio_tower.layer_norm, port)
     _check(model, codec, port, made)
-    save(filled(made, model), model, folder, PLACEHOLDER)
+    save(filled(made, model), model, folder, "audio", PLACEHOLDER, tokens)
+    # Any plain pair of spectra and tokenizer: VoxtralProcessor reads Mistral's own tokenizer and whole 30 s alone.
+    save_processor(folder, processor_class="ClapProcessor")
     samples = codec.longest * HOP
     spectra = copy.deepcopy(codec.spectra)
     if samples % RATE == 0:
@@ -102,7 +108,8 @@ def export(model: Model, folder: Path) -> list[str]:
         spectra.nb_max_frames = samples // spectra.hop_length
     spectra.save_pretrained(folder)
     return [
-        f"a sound is written {BEGIN}{tokens} times {PLACEHOLDER}{END}; logits of the {words} words are this pack's",
+        f"a sound is written {BEGIN}{tokens} times {PLACEHOLDER}{END}, and a question behind it ends in a new line: the"
+        f" tokenizer's chat template writes both; logits of the {words} words are this pack's",
         f"its spectra are WhisperFeatureExtractor's of {samples} samples at {RATE} Hz, silence behind: padding='max_length',"
         f" max_length={samples}",
     ]
