@@ -79,9 +79,8 @@ def lay_out(tokenizer: Any, model: Model, kind: str, medium: str) -> None:
     Raises:
         XFusionError: words behind a medium are read as other tokens than `generate` reads.
     """
-    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = (
-        "left"  # an answer follows its prompt; the latter is saved
-    )
+    # An answer follows its prompt, so padding stands before it; what is saved are the arguments.
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.add_bos_token = tokenizer.add_eos_token = False
