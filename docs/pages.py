@@ -2,7 +2,7 @@
 tables and plots of docs/speed.md, docs/serving.md and docs/training_log.md from benchmarks/results/, those of
 docs/questions.md from comparison/understanding/.
 
-    python docs/pages.py [speed | comparison]
+    python docs/pages.py [speed | comparison | RECIPE ...]
 
 Weights and FLOPs are counted on the embedded base and on shapes of larger ones; nothing is trained.
 """
@@ -753,20 +753,23 @@ def write_measured() -> None:
 
 
 def main() -> None:
-    """Write all pages, or the comparisons alone, or the measured parts of those that are written by hand."""
-    asked = sys.argv[1:]
-    if asked != ["comparison"]:
+    """Write all pages, or those that are named: the measured parts of hand-written ones, the comparisons, or some recipes."""
+    known = ["speed", "comparison", *names()]
+    asked = sys.argv[1:] or known
+    if unknown := [name for name in asked if name not in known]:
+        sys.exit(f"{unknown[0]!r} is none of the pages: {', '.join(known)}")
+    if "speed" in asked:
         write_measured()
-    if asked == ["speed"]:
+    if "comparison" in asked:
+        (HERE / "comparison.md").write_text(comparison_page(), encoding="utf-8")
+        print("docs/comparison.md")
+    recipes = [name for name in names() if name in asked]
+    if not recipes:
         return
-    (HERE / "comparison.md").write_text(comparison_page(), encoding="utf-8")
-    print("docs/comparison.md")
-    if asked == ["comparison"]:
-        return
-    bases = [Backbone.load(), *(Backbone.of_shape(shape) for shape in SHAPES)]
     (HERE / "recipes").mkdir(exist_ok=True)
     (HERE / "recipes" / "index.md").write_text(recipe_index(), encoding="utf-8")
-    for name in names():
+    bases = [Backbone.load(), *(Backbone.of_shape(shape) for shape in SHAPES)]
+    for name in recipes:
         (HERE / "recipes" / f"{name}.md").write_text(recipe_page(name, bases), encoding="utf-8")
         print(f"docs/recipes/{name}.md")
 
