@@ -20,16 +20,23 @@ def base():
     return Backbone.of_shape("Llama-3.2-1B")
 
 
+@pytest.fixture(scope="module")
+def deep():
+    return Backbone.of_shape("Llama-3.1-8B")
+
+
+DEEP = ("hybrid",)
+"""They name layers that only a deeper base has."""
+
+
 KINDS = ("xfusion", "dual_projection", "flamingo", "llava", "llama_adapter", "moe_llava", "teal", "clip", "lora")
 """One of each kind; all others are of the full tier."""
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in KINDS else pytest.mark.full) for n in names()])
-def test_every_new_weight_stands_in_one_place(name, base):
-    try:
-        model = build(find(name)().model, base)
-    except ValueError as error:
-        pytest.skip(f"{name} is not for this shape: {error}")
+def test_every_new_weight_stands_in_one_place(name, request):
+    base = request.getfixturevalue("deep" if name in DEEP else "base")
+    model = build(find(name)().model, base)
     blocks, others = diagrams.weights(model)
     assert sum(blocks.values()) + others.total() == model.num_new_parameters
     assert set(blocks) <= set(range(base.num_layers))
