@@ -78,7 +78,7 @@ def by_hand(model, context, *, seed, steps, guidance):
 
 
 def by_rounding(model, walk, expected):
-    """How far a walk goes astray by new weights in whose last two bits float32 errs: one random model is that sensitive."""
+    """How far a walk goes astray by new weights in whose last two bits float32 errs: some random models are that sensitive."""
     made, kept = torch.Generator().manual_seed(0), {p: p.clone() for p in model.new_parameters()}
     for p in kept:
         p.mul_(1 + 4 * torch.finfo(p.dtype).eps * torch.randn(p.shape, generator=made))
@@ -105,7 +105,7 @@ def test_the_cached_walk_is_the_uncached_one(bases, fusion, family, guidance):
         walk = functools.partial(by_hand, model, context, seed=11 + k, steps=3, guidance=guidance)
         expected = walk()
         astray = float((found[k] - expected).abs().max())
-        ill = (fusion, family) == ("wide tower", "gpt2")
+        ill = fusion.startswith("wide tower") and family == "gpt2"
         assert astray < 1e-4 or (ill and astray < by_rounding(model, walk, expected))
 
 
