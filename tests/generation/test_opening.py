@@ -79,6 +79,7 @@ def test_a_picture_opens_with_words_behind_it(model, monkeypatch):
     model.opening = head(-9.0)
     called = [*ASK, {"role": "assistant", "content": f"(picture)\n{words}"}, {"role": "user", "content": "once more"}]
     assert model.answer(more, **SETTINGS) == model.generate(conversation(model, called), **SETTINGS)
+    model.opening = head(9.0)
     shown = [{"role": "user", "content": [Noise(1).picture(0, 32), "what is this"]}]
     assert model.answer(shown, **SETTINGS) == model.generate(conversation(model, shown), **SETTINGS)
 

@@ -19,6 +19,7 @@ from xfusion.apps.plots import bars, colour, curves, dots, numbered, over_number
 from xfusion.apps.report import TEMPLATE, number, picture, text
 from xfusion.comparison.intervals import FEWEST_RUNS
 from xfusion.comparison.results import REAL, run_name
+from xfusion.comparison.table import difference_notes
 
 LOSSES = {"flow_matching": "drawing", "next_token": "naming"}
 """Loss -> its name for people."""
@@ -28,8 +29,8 @@ SHARES = "% of the pictures"
 TIMES = ("step_seconds", "draw_seconds_per_picture", "caption_seconds_per_picture")
 """What `measure_time` finds of a recipe's speed."""
 STYLE = """<style>
-main { max-width: 68rem; overflow-wrap: break-word; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(21rem, 1fr)); gap: .9rem; }
+main { max-width: 76rem; overflow-wrap: break-word; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: .9rem; }
 .plots h3 { margin: 0 0 .1rem; font-size: .95rem; }
 .plots .card { padding: .9rem 1rem .6rem; min-width: 0; }
 svg .zero { stroke: var(--soft); stroke-width: 1.2; }
@@ -37,13 +38,24 @@ svg .beside { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 3 3; }
 svg text.name { fill: var(--ink); }
 svg text.end { font-size: 10.5px; }
 .chip { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .4em; }
+.named { white-space: nowrap; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; font-size: .88rem; margin: .2rem 0 .8rem; }
 .better { color: var(--good); font-weight: 650; } .worse { color: var(--bad); font-weight: 650; }
+.scores :is(th, td) { min-width: 9.5rem; } .scores td span { white-space: nowrap; }
+.scores :is(th, td):first-child { position: sticky; left: 0; background: var(--page); min-width: 8rem; max-width: 12rem; }
+.costs th.num { white-space: normal; min-width: 5rem; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 td small { color: var(--soft); }
-.strips { display: grid; gap: .4rem; align-items: center; min-width: 36rem; }
+.strips { display: grid; gap: .4rem; align-items: center; min-width: 40rem; }
+.wide svg { min-width: 36rem; }
 .strips .what { font-size: .74rem; color: var(--soft); text-align: center; line-height: 1.15; align-self: end; }
-.strips .who { font-size: .86rem; overflow-wrap: anywhere; }
-@media (max-width: 34rem) { svg text { font-size: 12px; } svg text.end { font-size: 10.5px; } }
+.strips .who { font-size: .86rem; white-space: nowrap; position: sticky; left: 0; align-self: stretch; background: var(--card);
+  display: flex; align-items: center; }
+@media (max-width: 34rem) {
+  svg text { font-size: 13.5px; } svg text.end { font-size: 12.5px; }
+  .plots .card { padding: .7rem .4rem .4rem; } .plots h3 { padding: 0 .4rem; }
+  .scores :is(th, td):first-child { min-width: 6.5rem; max-width: 6.5rem; }
+}
 .strips .rule { grid-column: 1 / -1; border-top: 1px dashed var(--line); }
 </style>"""
 
@@ -81,7 +93,8 @@ def render(summary: dict[str, Any], folder: Path) -> str:
 
 
 def _chip(summary: dict[str, Any], label: str) -> str:
-    return f'<span class="chip" style="background:{colour(summary["recipes"], label)}"></span>{text(label)}'
+    dot = f'<span class="chip" style="background:{colour(summary["recipes"], label)}"></span>'
+    return f'<span class="named">{dot}{text(label)}</span>'
 
 
 def _legend(summary: dict[str, Any]) -> str:
@@ -97,12 +110,16 @@ def _head(summary: dict[str, Any]) -> str:
     what = f"the executed FLOPs of {number(budget['samples'])} samples" if budget["kind"] == "flops" else ""
     what = what or f"{number(budget['samples'])} samples"
     against = f" against {', '.join(others)}" if others else ""
-    notes = "".join(f"<li>{text(note)}</li>" for note in summary["notes"])
+    differing = difference_notes(summary)
+    notes = "".join(f"<li>{text(note)}</li>" for note in summary["notes"] if note not in differing)
+    more = "".join(f"<li>{text(note)}</li>" for note in differing)
+    if more:
+        more = f'<details class="small"><summary>What differs besides the mechanism</summary><ul>{more}</ul></details>'
     return f"""<header><h1>{text(first)}{text(against)}</h1>
 <p class="lead">Each trained on {what}, {len(summary["seeds"])} seed{"s" if len(summary["seeds"]) != 1 else ""}, on the
 same frozen {text(settings["base"]["source"])} and the same {number(settings["num_pictures"])} {summary["media"]} of
 {text(settings["data"])}: same order, wordings, noise and sampling noise for the same seed.</p>
-<ul class="small">{notes}</ul></header>"""
+<ul class="small">{notes}</ul>{more}</header>"""
 
 
 def _scores(summary: dict[str, Any]) -> str:
@@ -116,19 +133,19 @@ def _scores(summary: dict[str, Any]) -> str:
         rows += f"<tr><td>{text(score['title'])} {arrow}<br><small>{beside}</small></td>{cells}</tr>"
     return f"""<section><h2>Scores</h2><p>Mean over seeds with its 95 % interval; below, the paired difference to
 {text(summary["first"])} with its own. {"↑ higher is better, ↓ lower is better."}</p>
-<div class="scroll"><table><thead><tr><th>score</th>{head}</tr></thead><tbody>{rows}</tbody></table></div></section>"""
+<div class="scroll scores"><table><thead><tr><th>score</th>{head}</tr></thead><tbody>{rows}</tbody></table></div></section>"""
 
 
 def _cell(row: dict[str, Any]) -> str:
     if row["mean"] is None:
         return "–"
-    out = f"<b>{_short(row['mean'])}</b> {_interval(row['interval'])} <small>n = {row['num_runs']}</small>"
+    out = f"<span><b>{_short(row['mean'])}</b> {_interval(row['interval'])}</span> <small>n = {row['num_runs']}</small>"
     difference = row["difference"]
     if difference is None:
         return out
     kind = {"better": "better", "worse": "worse"}.get(difference["verdict"], "soft")
     found = f" {_interval(difference['interval'])}" if difference["interval"] else ""
-    out += f'<br>{difference["mean"]:+.3g}{found} <span class="{kind}">{difference["verdict"]}</span>'
+    out += f'<br><span>{difference["mean"]:+.3f}{found}</span><br><span class="{kind}">{difference["verdict"]}</span>'
     if difference["seeds_needed"] and difference["verdict"] == "not decidable":
         out += f"<br><small>{difference['seeds_needed']} seeds would find a difference this large</small>"
     return out
@@ -185,7 +202,7 @@ def _samples(summary: dict[str, Any], folder: Path) -> str:
                 found.setdefault(seed, {})[label] = strip
     if not found:
         return ""
-    columns = f"grid-template-columns: minmax(5rem, 9rem) repeat({len(real)}, minmax(2.5rem, 6rem))"
+    columns = f"grid-template-columns: minmax(8.5rem, max-content) repeat({len(real)}, minmax(2.5rem, 6rem))"
     blocks = []
     for seed, strips in found.items():
         cells = ["<div></div>", *(f'<div class="what">{text(prompt)}</div>' for prompt in summary["prompts"])]
@@ -259,7 +276,7 @@ def _text_side(summary: dict[str, Any]) -> str:
     if drawing and any(facts["bit_equal"] < facts["num_runs"] for facts in summary["text"].values()):
         drawn = f"""<h3>What drawing cost the text</h3><p>Every run: perplexity of the bundled texts against the score in
 drawing ({text(drawing["title"])}), large ones means. The dashed line is the base.</p>
-<div class="card" style="max-width:44rem">{scatter(summary, drawing)}</div>"""
+<div class="card scroll wide" style="max-width:44rem">{scatter(summary, drawing)}</div>"""
     return f"""<section><h2>The base's own text</h2><p>The bundled texts of <code>xfusion verify</code> through the base and
 through the fused stack after training.</p><div class="scroll"><table><tbody>{rows}</tbody></table></div>{drawn}</section>"""
 
@@ -294,7 +311,7 @@ def _cost(summary: dict[str, Any]) -> str:
     titles = "".join(f"<th{' class=num' if i else ''}>{text(t)}</th>" for i, t in enumerate(head))
     what = summary["cost"][0]["peak_memory"]["what"]
     return f"""<section><h2>What each costs</h2><p>FLOPs are executed ones, forward and backward, counted by torch on a real
-uncompiled step. Peak memory: {text(what)}.</p><div class="scroll"><table><thead><tr>{titles}</tr></thead>
+uncompiled step. Peak memory: {text(what)}.</p><div class="scroll costs"><table><thead><tr>{titles}</tr></thead>
 <tbody>{rows}</tbody></table></div></section>"""
 
 

@@ -108,10 +108,16 @@ def over_numbers(score: dict[str, Any], along: str, numbers: Mapping[str, float]
         lambda tick: "",
         lambda tick: f"{tick:g}",
     )
-    for kind, value in beside.items():
+    labels: list[tuple[float, str]] = []
+    for kind, value in sorted(beside.items(), key=lambda item: -item[1]):
         at = y(value)
         parts.append(f'<line class="beside" x1="{LEFT}" x2="{width - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text class="end" x="{width - RIGHT}" y="{at - 3:.1f}" text-anchor="end">{kind}</text>')
+        if labels and at - labels[-1][0] < 16:  # lines this near share one label
+            labels[-1] = (labels[-1][0], f"{labels[-1][1]}, {kind}")
+        else:
+            labels.append((at, kind))
+    for at, words in labels:
+        parts.append(f'<text class="end" x="{width - RIGHT}" y="{at - 3:.1f}" text-anchor="end">{words}</text>')
     path = " ".join(f"{x(places[row['recipe']]):.1f},{y(row['mean']):.1f}" for row in rows)
     parts.append(f'<polyline class="curve" stroke="{paint}" points="{path}"/>')
     for row in rows:

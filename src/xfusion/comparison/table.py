@@ -288,6 +288,17 @@ def _reads_pixels(model: Mapping[str, Any]) -> bool:
     return kind in ("", "xfusion.modalities.codecs.pixels:Pixels.Config")
 
 
+def difference_notes(summary: Mapping[str, Any]) -> list[str]:
+    """What of each recipe differs from the first beside the mechanism: those of the summary's notes that are long."""
+    out: list[str] = []
+    for label, found in summary["differences"].items():
+        if found:
+            listed = "; ".join(f"{d['where']} {d['first']!r} -> {d['this']!r}" for d in found[:6])
+            more = f"; and {len(found) - 6} more" if len(found) > 6 else ""
+            out.append(f"Besides the mechanism, {label} differs from {summary['first']}: {listed}{more}.")
+    return out
+
+
 def _notes(summary: Mapping[str, Any], runs: Sequence[dict[str, Any]]) -> list[str]:
     """What a reader must know beside the numbers."""
     budget, tuning, regimes = summary["budget"], summary["settings"]["tuning"], summary["regimes"]
@@ -321,11 +332,7 @@ def _notes(summary: Mapping[str, Any], runs: Sequence[dict[str, Any]]) -> list[s
         "Intervals are 95 % t-intervals over runs, one by one: of twenty true ties one looks decided. fit_ is memory of"
         f" trained {summary['media']}, held_ is on groups that no training saw."
     )
-    for label, found in summary["differences"].items():
-        if found:
-            listed = "; ".join(f"{d['where']} {d['first']!r} -> {d['this']!r}" for d in found[:6])
-            more = f"; and {len(found) - 6} more" if len(found) > 6 else ""
-            out.append(f"Besides the mechanism, {label} differs from {summary['first']}: {listed}{more}.")
+    out += difference_notes(summary)
     taught = [
         label
         for label in summary["recipes"]

@@ -71,7 +71,7 @@ def answer(
     pack's opening head reads the base's last hidden state, beside the vocabulary, and an answer that opens with a picture
     draws what the user's last words name; words behind it name the finished picture, by a pack that can. Pictures that
     the pack drew itself are then called ``(picture)`` among the words that follow, so that the base goes on answering;
-    pictures that the user shows are looked at.
+    pictures that the user shows are looked at, and the head is not asked behind one.
 
     Args:
         model: a model.
@@ -124,13 +124,18 @@ def opens(model: Model, messages: Seq[Message], draw: DrawMode = "auto") -> str 
                 "this pack has no opening head, which decides whether to draw: make one with xfusion train opening PACK,"
                 " or take draw='never' or 'always'"
             )
-        if head.probability(model.backbone, words) <= 0.5:
+        if any(_shows(message) for message in messages[-1:]) or head.probability(model.backbone, words) <= 0.5:
             return None
     asked = [message["content"] for message in words if message["role"] == "user"]
     if not asked:
         raise XFusionError("there is no turn of the user that could say what to draw")
     found = (head.what(model.backbone, turn) for turn in reversed(asked)) if head else ()
     return next(filter(None, found), asked[-1])
+
+
+def _shows(message: Message) -> bool:
+    """Whether a turn holds media: it is then looked at, and the head, which reads words alone, is not asked."""
+    return not isinstance(message["content"], str) and not all(isinstance(s, str) for s in message["content"])
 
 
 def _as_words(message: Message) -> str:

@@ -44,10 +44,10 @@ class Controls:
         """Seed, steps and guidance."""
         with gr.Row():
             seed = gr.Textbox(label="Seed", value="0", info="empty: a random one", max_lines=1, min_width=100)
-            count = gr.Slider(1, self.limits.steps, min(steps, self.limits.steps), step=1, label="Steps", min_width=140)
+            count = gr.Slider(1, self.limits.steps, min(steps, self.limits.steps), step=1, label="Steps", min_width=200)
             first = next(iter(self.desk.models.values())).guidance
             says = "how closely to follow the words; 1 is off"
-            guidance = gr.Slider(0, 12, first, step=0.5, label="Guidance", info=says, min_width=140)
+            guidance = gr.Slider(0, 12, first, step=0.5, label="Guidance", info=says, min_width=200)
         self.guidance.append(guidance)
         return [seed, count, guidance]
 

@@ -44,9 +44,12 @@ STYLE = """
 .caption-label { position: static !important; white-space: normal !important; max-width: 100% !important;
   font-size: .75rem !important; text-align: left; border: 0 !important; }
 .preview .caption { white-space: normal !important; }
+.preview .media-button { flex: 1; height: auto !important; min-height: 0; }
+.preview .thumbnails { position: static !important; flex: none; }
 #conversation .message img { width: 9rem !important; height: 9rem !important; object-fit: contain !important; }
-#conversation [aria-label=Share], #conversation [title=Share] { display: none; }
-#redrawn img { width: 100%; height: 100%; object-fit: contain; }
+#conversation [aria-label=Share], #conversation [title=Share], #conversation .message-buttons ::after { display: none; }
+#given .image-frame { width: 100%; height: 100%; }
+#given img, #redrawn img { width: 100%; height: 100%; object-fit: contain; }
 #sheet .toolbar-wrap { left: 2px; }
 #sheet [aria-label=Color] { display: none; }
 #sheet .empty { font-size: 0; } #sheet .empty::after { content: "drop a picture above first"; font-size: 1rem; }

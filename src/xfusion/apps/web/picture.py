@@ -17,8 +17,8 @@ from xfusion.apps.web.controls import Controls, complaint, drawn_as, progress, s
 from xfusion.apps.web.desk import Preview
 
 PAINTED = "what I paint"
-PAINT = ("#ea5c14", 0.55)
-"""A colour, and how much it covers."""
+PAINT = ("#1f6feb", 0.6)
+"""A colour, and how much it covers: blue is seen on the reds and yellows of most emoji."""
 REGIONS = {
     "left half": (0, 0, 0.5, 1),
     "right half": (0.5, 0, 1, 1),
