@@ -242,16 +242,21 @@ class List(Verb):
     def run(self, people: Console) -> Answer:
         del people
         from xfusion.checkpoint import shipped
+        from xfusion.fusion.base import REGIMES
         from xfusion.recipes.base import names
 
         recipes, packs = [_recipe(name) for name in names()], [_pack(name) for name in shipped()]
-        columns = ("status", "kind", "regime", "paper")
-        widths = {column: max(len(recipe[column]) for recipe in recipes) for column in columns}
-        rows = [
-            (r["name"], "  ".join([*(r[column].ljust(widths[column]) for column in columns), r["summary"]]))
-            for r in recipes
+        width = max(len(recipe["name"]) for recipe in recipes)
+        lines = [
+            "recipes (xfusion train NAME), by how the modality enters; in brackets what of the base is trained, if any is:"
         ]
-        lines = ["recipes (xfusion train NAME):", table(rows, "  "), "packs (xfusion generate NAME PROMPT):"]
+        for kind in sorted({recipe["kind"] for recipe in recipes}):
+            lines.append(f"  {kind}")
+            for recipe in recipes:
+                if recipe["kind"] == kind:
+                    trains = "" if recipe["regime"] == REGIMES[0] else f" [{recipe['regime']}]"
+                    lines.append(f"    {recipe['name']:<{width}}  {recipe['summary']}{trains}")
+        lines.append("packs (xfusion generate NAME PROMPT):")
         found = [
             (p["name"], f"{size_text(p['bytes'])}, can {', '.join(p['capabilities'])}, {p['regime']}, on {p['base']}")
             for p in packs
