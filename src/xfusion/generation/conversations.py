@@ -124,7 +124,8 @@ def opens(model: Model, messages: Seq[Message], draw: DrawMode = "auto") -> str 
                 "this pack has no opening head, which decides whether to draw: make one with xfusion train opening PACK,"
                 " or take draw='never' or 'always'"
             )
-        if any(_shows(message) for message in messages[-1:]) or head.probability(model.backbone, words) <= 0.5:
+        shows = bool(messages) and _shows(messages[-1])
+        if shows or head.probability(model.backbone, words) <= 0.5:
             return None
     asked = [message["content"] for message in words if message["role"] == "user"]
     if not asked:
