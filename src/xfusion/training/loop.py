@@ -190,6 +190,8 @@ class _Run:
     def _open(self) -> None:
         """Model and data; the first process goes through it alone, so that the others find its indexes and files."""
         settings, base = self.settings, self.recipe.model.backbone
+        if not self.out.exists():
+            self.closing.callback(setup.leave_no_empty, self.out)
         setup.take_folder(self.out, resume=settings.resume)
         # A base that will be divided stays where it is mapped: in the file.
         device = "cpu" if self.shard == "all" else self.processes.device
