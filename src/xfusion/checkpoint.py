@@ -320,7 +320,8 @@ def shipped() -> list[str]:
 def find(name: str) -> Path:
     """The folder of a pack: a folder, a shipped pack's name, or a hub id, in this order.
 
-    The folder of a training run stands for the pack in it. Behind a hub id may stand a branch, a tag or a commit, as in ``org/name@1f3a9c0``.
+    The folder of a training run stands for the pack in it.
+    Behind a hub id may stand a branch, a tag or a commit, as in ``org/name@1f3a9c0``.
     """
     path = Path(name).expanduser()
     if path.is_dir():
