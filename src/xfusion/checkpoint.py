@@ -320,13 +320,16 @@ def shipped() -> list[str]:
 def find(name: str) -> Path:
     """The folder of a pack: a folder, a shipped pack's name, or a hub id, in this order.
 
+    The folder of a training run stands for the pack in it.
     Behind a hub id may stand a branch, a tag or a commit, as in ``org/name@1f3a9c0``.
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / CONFIG).is_file():
-            raise XFusionError(f"{name} is not a pack: it has no {CONFIG}")
-        return path
+        if (path / CONFIG).is_file():
+            return path
+        if (path / "pack" / CONFIG).is_file():
+            return path / "pack"
+        raise XFusionError(f"{name} is not a pack: it has no {CONFIG}, and neither has {path / 'pack'}")
     if name in shipped():
         return Path(str(resources.files("xfusion") / "packs" / name))
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -376,7 +379,8 @@ def load(
     """Load a pack on its base.
 
     Args:
-        name: a folder, a shipped pack's name, or a hub id (perhaps ``org/name@revision``), in this order.
+        name: a folder (a training run's stands for the pack in it), a shipped pack's name, or a hub id (perhaps
+            ``org/name@revision``), in this order.
         backbone: an already loaded base to share; its fingerprint must match, its device stays.
         device: where the base is loaded to, and the pack with it.
         trust: allow classes outside xfusion that the pack names.

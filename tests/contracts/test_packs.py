@@ -244,6 +244,9 @@ def test_broken_and_missing_packs_are_refused(pack, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(XFusionError, match=r"is not a pack: it has no config\.json"):
         xfusion.load(tmp_path / "empty")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "pack").symlink_to(folder)
+    assert xfusion.load(tmp_path / "run").fingerprint == xfusion.load(folder).fingerprint  # a run's folder
     (folder / "config.json").write_text("{")
     with pytest.raises(XFusionError, match="cannot be read"):
         xfusion.load(folder)

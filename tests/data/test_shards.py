@@ -204,6 +204,7 @@ def test_broken_parquet_is_named(tmp_path):
         ("https://host/a.tar", "streams have no random access"),
         ("a.tar.gz", "a compressed tar has no random access: unpack it"),
         ("org/name", "hf download org/name --repo-type dataset"),
+        ("photos:weight=2", "photos:weight=2: a weight is for one of several sources: write photos:weight=2"),
         ("photos:weight=0+emoji", "'photos:weight=0' is no source with a weight"),
         ("photos:weight=many+emoji", "is no source with a weight"),
         ("emoji:weight=1.0001+emoji:weight=0.3333", "weights stand as 10001 : 3333"),

@@ -250,8 +250,8 @@ def test_drawing_in_a_list_is_drawing_and_what_follows_reads_the_clean_picture(m
         ([""], "the prompt is empty"),
         ([[""]], "the prompt is empty"),
         ([xfusion.Audio()], "makes no sound: it can caption, draw, text"),
-        ([3], "a int is not a segment"),
-        (["a", None], "a NoneType is not a segment"),
+        ([3], r"3 \(int\) is not a segment"),
+        (["a", None], r"None \(NoneType\) is not a segment"),
         (["a" * 2000], "the prompt has .* tokens, more than the 512"),
     ],
 )

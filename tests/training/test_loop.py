@@ -21,6 +21,7 @@ from xfusion.data.mixture import Ahead, Mixture, MixtureConfig
 from xfusion.data.sequence import XFusionError
 from xfusion.data.templates import Templates
 from xfusion.model import Model
+from xfusion.objectives.base import NoObjective
 from xfusion.objectives.flow_matching import FlowMatching
 from xfusion.training import loop, pace, progress, setup, states
 from xfusion.training.loop import Interrupted
@@ -335,6 +336,22 @@ def test_a_budget_is_planned_once_steps_get_no_faster(bases, tmp_path, monkeypat
     assert clock.now == pytest.approx(70, abs=0.1)
 
 
+def test_a_budget_of_few_slow_steps_is_kept(bases, tmp_path, monkeypatch):
+    """Steps of ten seconds behind one that compiles for twenty: three quarters of a minute are over before thirty of them."""
+
+    class Slow(Clock):
+        def __call__(self, event):
+            if event["event"] == "step":
+                self.now += 10.0 if event["step"] else 20.0
+
+    clock = told_by(Slow(), monkeypatch)
+    train(bases["llama"], tmp_path, recipe_=recipe(bases["llama"], mixture=FEW), minutes=71 / 60, listener=clock)
+    (plan,) = log(tmp_path, "plan")
+    assert plan["step"] == 5 and plan["seconds_per_step"] == pytest.approx(10)
+    assert plan["steps"] == len(log(tmp_path)) == 6
+    assert clock.now == pytest.approx(70)
+
+
 @pytest.mark.parametrize("stop", [4, 15, 33])
 def test_a_budget_goes_on_after_a_break(bases, tmp_path, clock, stop):
     """Before the warm-up is over, while steps are measured, and after the plan was made."""
@@ -470,6 +487,10 @@ def test_from_pack_adapts_and_refuses_another_shape(straight, bases, tmp_path):
     strided = dataclasses.replace(frozen, model=model_config(base, "dual tower, strided"))
     with pytest.raises(XFusionError, match=r"built otherwise than this recipe: fusion\.stride was 1 and is now 2"):
         train(base, tmp_path / "x", recipe_=strided, from_pack=str(tmp_path / "start"))
+    Model(dataclasses.replace(pack.config, media=NoObjective.Config()), base).save_pretrained(tmp_path / "reader")
+    with pytest.raises(XFusionError, match=r"reader can caption, text, the recipe draws: name the recipe that trained"):
+        train(base, tmp_path / "x", recipe_=frozen, from_pack=str(tmp_path / "reader"))
+    assert not (tmp_path / "x").exists()  # a run that was refused leaves no folder
 
 
 # ----------------------------------------------------------------------------------------------------- the frozen base

@@ -57,6 +57,8 @@ def file_problem(path: Path, remedy: str) -> str | None:
     try:
         if not path.exists():
             return "no such file" + _near_name(path)
+        if path.is_dir():
+            return "is a folder: name the files in it"
         if not path.is_file():
             return "is not a file"
         if path.stat().st_size == 0:

@@ -241,7 +241,11 @@ def _emoji(spec: str, split: str) -> Emoji | None:
 def _held_share(spec: str) -> tuple[Path, float]:
     """Path and share of ``photos:held=0.1``."""
     match = re.fullmatch(r"(.+):held=(.*)", spec)
-    if match is None or Path(spec).exists():
+    if Path(spec).exists():
+        return Path(spec), 0.0
+    if ":weight=" in spec:
+        raise XFusionError(f"{spec}: a weight is for one of several sources: write photos:weight=2+emoji:weight=1")
+    if match is None:
         return Path(spec), 0.0
     if not re.fullmatch(r"0?\.[0-9]+", match[2]) or not 0 < float(match[2]) < 1:
         raise XFusionError(f"{spec}: the held-out share is {match[2]!r}: write one between 0 and 1, such as held=0.1")

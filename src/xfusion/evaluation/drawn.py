@@ -20,6 +20,7 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
+from xfusion.data.pictures import one_reason
 from xfusion.data.sequence import XFusionError
 from xfusion.evaluation import metrics
 from xfusion.evaluation.metrics import naming
@@ -39,7 +40,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise XFusionError(f"{path} cannot be read: {error}") from error
+        raise XFusionError(f"{path} cannot be read: {one_reason(error)}") from error
     found: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -162,7 +162,8 @@ def _kind(model: Model, segment: Segment) -> Any:
     if isinstance(segment, Audio):
         return ("sound", *_sound_size(model, segment))
     raise XFusionError(
-        f"a {type(segment).__name__} is not a segment: give str, PIL.Image.Image, xfusion.Sound, xfusion.Image or xfusion.Audio"
+        f"{segment!r:.80} ({type(segment).__name__}) is not a segment: give str, PIL.Image.Image, xfusion.Sound, xfusion.Image"
+        " or xfusion.Audio"
     )
 
 

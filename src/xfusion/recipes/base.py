@@ -71,7 +71,7 @@ def _arguments(name: str) -> tuple[str, dict[str, Any]]:
             raise ValueError(rest)
         return plain, {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
     except (SyntaxError, ValueError) as error:
-        raise XFusionError(f"recipe {name!r}: write arguments as NAME=VALUE, such as {plain}(stride=3)") from error
+        raise XFusionError(f"recipe {name!r}: write {plain}(NAME=VALUE), such as single_tower(stride=3)") from error
 
 
 def _function(name: str) -> Callable[..., Recipe]:

@@ -2,17 +2,17 @@
 
 Paper: Alayrac et al., "Flamingo: a Visual Language Model for Few-Shot Learning", arXiv 2204.14198.
 
-Faithful: a Perceiver resampler whose keys and values hold its latents too; blocks before every n-th layer from the first
-one on (n need not divide the depth), with tanh gates, layer norms of words and of media, squared ReLU;
-each word attends to the last picture before it and hears of older ones through the words; picture and text may alternate;
-the language model is frozen throughout; loss on the text.
+Faithful: a Perceiver resampler, whose keys and values hold its latents too, makes 16 rows (``latents``) of a picture; blocks
+before every n-th layer from the first one on (``every``, which need not divide the depth), with tanh gates, layer norms of
+words and of media, squared ReLU; each word attends to the last picture before it and hears of older ones through the
+words; picture and text may alternate; the language model is frozen throughout; loss on the text.
 
 Adapted: EfficientNet-Lite0's map of 7 x 7 x 1280 instead of a frozen NFNet's, another encoder by ``encoder``; a matrix brings
-it to the model's width; widths for two cores (D is the model's, heads of 64, 2 layers instead of 6); gate and MLP act only on
-words that see a picture, so that text alone stays bit-equal after training, which the paper's does not; text is never linked
-to the next picture instead of the last (half of the paper's samples), because nothing later may change what came before;
-[EOI], a trained row, in the place of the tag and of the end of chunk; one data set; gates begin open (``gate=0`` closes them,
-as in the paper).
+it to the model's width; sizes for two cores (the resampler is as wide as the model, with heads of 64 and ``depth=2`` layers
+instead of 6); gate and MLP act only on words that see a picture, so that text alone stays bit-equal after training, which the
+paper's does not; text is never linked to the next picture instead of the last (half of the paper's samples), because nothing
+later may change what came before; [EOI], a trained row, in the place of the tag and of the end of chunk; one data set; gates
+begin open (``gate=0`` closes them, as in the paper).
 
 Few-shot prompts: samples hold one picture unless ``--stages.0.mixture.shots 4`` puts four solved examples before each, of which
 all answers are learned, as the paper learns all text of a page. A prompt then alternates too,

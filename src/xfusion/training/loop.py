@@ -190,6 +190,8 @@ class _Run:
     def _open(self) -> None:
         """Model and data; the first process goes through it alone, so that the others find its indexes and files."""
         settings, base = self.settings, self.recipe.model.backbone
+        if not self.out.exists():
+            self.closing.callback(setup.leave_no_empty, self.out)
         setup.take_folder(self.out, resume=settings.resume)
         # A base that will be divided stays where it is mapped: in the file.
         device = "cpu" if self.shard == "all" else self.processes.device
@@ -227,6 +229,8 @@ class _Run:
         self.track.say(
             *summary.lines(model, self.recipe, self.source, self.engine, computed, keeps_memory=keeps_memory)
         )
+        if self.progress.step:
+            self.track.say(f"resumed   behind step {self.progress.step}, {self.progress.samples} samples")
         if processes.count > 1:
             self.track.say(*summary.expected_memory(processes, self.shard, model, self.engine, self.optimizer))
         self.track.event(
@@ -246,7 +250,8 @@ class _Run:
 
     def go(self) -> Model:
         progress = self.progress
-        self.track.start_bar(progress.total if progress.planned else 0, progress.step)
+        first = "compiling ..." if self.settings.compile else "first step ..."
+        self.track.start_bar(progress.total if progress.planned else 0, progress.step, first)
         with stopping(tell=self.track.console is not None and self.processes.first) as stop:
             together = True
             try:

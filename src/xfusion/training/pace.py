@@ -19,17 +19,23 @@ class Pace:
     def __init__(self, step: int):
         self.next, self.since = step + WARM_STEPS, 0.0
         self.before: float | None = None
+        self.first: tuple[int, float] | None = None
 
     def seconds_per_step(self, step: int, now: float, until: float) -> float | None:
         """Seconds per step of the last stretch of `MEASURED_STEPS`; None while that says nothing yet.
+
+        Steps so slow that no stretch ends in time are measured from the first one on, which is left out: it compiles.
 
         Args:
             step: steps done.
             now: when.
             until: what is known has to do where one more stretch like the last would end later.
         """
+        if self.first is None:
+            self.first = (step, now)
         if step < self.next:
-            return None
+            begun, since = self.first
+            return (now - since) / (step - begun) if now > until and step > begun else None
         self.next, since, self.since = step + MEASURED_STEPS, self.since, now
         if not since:
             return None

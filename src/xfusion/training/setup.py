@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -45,6 +45,12 @@ def take_folder(out: Path, *, resume: bool) -> None:
     states.remove_rests(out)
 
 
+def leave_no_empty(folder: Path) -> None:
+    """Remove the folder that `take_folder` made for a run that was then refused: it holds nothing."""
+    with suppress(OSError):
+        folder.rmdir()
+
+
 def open_model(settings: Settings, backbone: Backbone) -> Model:
     """The recipe's model, with fresh weights or those of the pack that it starts from."""
     wanted = settings.recipe.model
@@ -56,7 +62,13 @@ def open_model(settings: Settings, backbone: Backbone) -> Model:
         raise XFusionError(
             f"the pack {settings.from_pack} was built otherwise than this recipe: {said}; give the same settings to adapt it"
         )
+    had = model.capabilities
     model.set_objectives(wanted.text, wanted.media)
+    if "draw" in model.capabilities - had:  # it has no head that draws
+        raise XFusionError(
+            f"the pack {settings.from_pack} can {', '.join(sorted(had))}, the recipe draws: name the recipe that trained the"
+            " pack, or start without it"
+        )
     return model
 
 

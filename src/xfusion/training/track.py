@@ -80,8 +80,8 @@ class Track:
         if self.listener:
             self.listener(event)
 
-    def start_bar(self, total: int, done: int) -> None:
-        """Show the live bar."""
+    def start_bar(self, total: int, done: int, first: str) -> None:
+        """Show the live bar; ``first`` stands in it until the first step is done."""
         if self.console:
             columns = (
                 TextColumn("training"),
@@ -91,7 +91,7 @@ class Track:
                 TimeRemainingColumn(),
             )
             self.bar = Progress(*columns, console=self.console, refresh_per_second=2)
-            self.task = self.bar.add_task("training", total=total, completed=done, text="compiling ...")
+            self.task = self.bar.add_task("training", total=total, completed=done, text=first)
             self.bar.start()
 
     def set_total(self, total: int) -> None:

@@ -152,10 +152,14 @@ def as_folder(path: Path) -> Path:
 
 
 def written(path: Path, write: Callable[[Path], object]) -> Path:
-    """Let ``write`` fill a temporary file beside ``path``, then give it its name: no reader ever sees half of it."""
-    from xfusion.storage import whole_file
+    """Let ``write`` fill a temporary file beside ``path``, then give it its name: no reader ever sees half of it.
 
-    with whole_file(path) as temporary:
+    Raises:
+        XFusionError: the file system refuses, named by ``path``.
+    """
+    from xfusion.storage import named_in_errors, whole_file
+
+    with named_in_errors(path), whole_file(path) as temporary:
         write(temporary)
     return path
 

@@ -66,7 +66,7 @@ class Draw(Verb):
             )
         count = len(manifest["pictures"])
         rows = [
-            ("pictures", f"{count} of {len(prompts)} prompts in {self.out}"),
+            ("pictures", f"{count} in {self.out}, of {len(prompts)} prompts"),
             ("judge", f"xfusion judge {self.out} --by PACK|METRIC:OF"),
         ]
         return Answer(data={"out": str(self.out), "pictures": count, "prompts": len(prompts)}, text=table(rows))

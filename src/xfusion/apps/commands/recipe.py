@@ -18,6 +18,7 @@ from xfusion.apps.commands.base import Answer, pack_folder
 from xfusion.apps.commands.training import Train
 from xfusion.data.sequence import XFusionError
 from xfusion.modalities.base import Codec, Encoder
+from xfusion.model import ModelConfig
 from xfusion.recipes.base import find
 from xfusion.training import states
 from xfusion.training.stages import Recipe
@@ -60,6 +61,7 @@ def parse_train(parse: Callable[..., Any], name: str, args: list[str]) -> TrainR
     elif first.from_pack:
         folder = checkpoint.find(pack_folder(first.from_pack))
         model = checkpoint.from_json(checkpoint.read_config(folder)["model"], where=str(folder))
+        _same_fusion(f"the pack {first.from_pack}", model, name, settings.model)
         # How a run trains (noise levels, weights of losses) is the recipe's; what the weights mean is the pack's.
         wanted = settings.model
         model = dataclasses.replace(model, text=wanted.text, media=wanted.media.adapted(model.media))
@@ -92,10 +94,16 @@ def _saved(train: Train, recipe: Recipe) -> Recipe:
         saved = checkpoint.from_json(states.newest_plan(folder)["recipe"], trust=True, where=str(folder))
     except (KeyError, TypeError) as error:
         raise XFusionError(f"{folder} cannot be read: {error}") from error
-    kinds = [type(r.model.fusion).__qualname__ for r in (saved, recipe)]
-    if kinds[0] != kinds[1]:
-        raise XFusionError(f"{train.folder()} was trained with {kinds[0]}, the recipe {train.recipe} has {kinds[1]}")
+    _same_fusion(str(train.folder()), saved.model, train.recipe, recipe.model)
     return saved
+
+
+def _same_fusion(name: str, trained: ModelConfig, recipe: str, wanted: ModelConfig) -> None:
+    kinds = [type(model.fusion).__qualname__.removesuffix(".Config") for model in (trained, wanted)]
+    if kinds[0] != kinds[1]:
+        raise XFusionError(
+            f"{name} was trained with {kinds[0]}, the recipe {recipe} has {kinds[1]}: name the recipe that trained it"
+        )
 
 
 # -------------------------------------------------------------------------------------------- codecs as one option

@@ -84,7 +84,7 @@ class Search(Verb):
     def run(self, people: Console) -> Answer:
         from safetensors import SafetensorError, safe_open
 
-        from xfusion.data.sequence import first_line
+        from xfusion.data.pictures import one_reason
 
         if self.num < 1:
             raise UsageError(f"-n {self.num}: at least 1")
@@ -94,7 +94,10 @@ class Search(Verb):
             with safe_open(str(self.index), "pt") as file:
                 facts, vectors = file.metadata() or {}, file.get_tensor("vectors")
         except (OSError, SafetensorError) as error:
-            raise UsageError(f"{self.index} cannot be read: {first_line(error)}") from error
+            raise UsageError(
+                f"{self.index} cannot be read as an index ({one_reason(error)}): make one with xfusion index FOLDER MODEL -o"
+                f" {self.index}"
+            ) from error
         if facts.get("format") != FORMAT:
             raise UsageError(f"{self.index} is not an index: make one with xfusion index FOLDER MODEL -o {self.index}")
         model = load_model(self.model or facts["model"], device=self.device, trust=self.trust)
