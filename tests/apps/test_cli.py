@@ -229,7 +229,10 @@ COMPLAINTS = [
     ("train xfusion --steps 0", "--steps 0"),
     ("train xfusion --resume -o nothing", "holds no run to resume"),
     ("train xfusion --from nothing", "there is no pack 'nothing'"),
-    ("train flamingo --from PACK", "was trained with DualTower, the recipe flamingo has CrossAttention: name the recipe"),
+    (
+        "train flamingo --from PACK",
+        "was trained with DualTower, the recipe flamingo has CrossAttention: name the recipe",
+    ),
     ("train flamingo(every", "recipe 'flamingo(every': write flamingo(NAME=VALUE), such as single_tower(stride=3)"),
     ("train xfusion --device cuda:99 --steps 1", "leave --device out"),
     ("demo --minutes 0", "--minutes 0"),
