@@ -238,7 +238,7 @@ def grouped_attention(
     scores = scores.view(batch, heads, rows, keys)
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = functional.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     read = weights.view(batch, own, -1, keys) @ value
     return read.view(batch, heads, rows, -1).transpose(1, 2).contiguous(), weights
 

@@ -175,10 +175,11 @@ def run_told(folder: Path, name: str, step: int = 4, **settings) -> None:
 
 
 class LatePace(Pace):
-    """A clock by which the speed is known a few steps later than by the others'."""
+    """A clock by which the speed is known a few steps later than by the others'; what else the machine does is not on it."""
 
     def seconds_per_step(self, step, now, until):
-        return super().seconds_per_step(step - 3 * int(os.environ["RANK"]), now, until)
+        own = step - 3 * int(os.environ["RANK"])
+        return super().seconds_per_step(own, 0.05 * own, float("inf"))
 
 
 def run_late(folder: Path, name: str) -> None:

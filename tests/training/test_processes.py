@@ -135,8 +135,7 @@ def test_a_signal_to_one_process_stops_all_behind_one_step(ran):
 def test_a_wall_clock_budget_is_planned_behind_one_step_whatever_the_clocks_say(ran):
     lines = [json.loads(line) for line in (ran / "late_2" / "log.jsonl").read_text().splitlines()]
     (plan,) = (line for line in lines if line["event"] == "plan")
-    # Behind a stretch, or behind any step once three quarters of the time are over: the first process's clock says so.
-    assert 1 < plan["step"] <= 90 and told(ran / "late_2")[-1]["step"] == plan["steps"] - 1
+    assert plan["step"] in (30, 50, 70, 90) and told(ran / "late_2")[-1]["step"] == plan["steps"] - 1
 
 
 @pytest.mark.parametrize("runs", ["ran", "some_divided"])
