@@ -317,6 +317,12 @@ def shipped() -> list[str]:
     return sorted(p.name for p in root.iterdir() if (p / WEIGHTS).is_file() and (p / CONFIG).is_file())
 
 
+def pack_in(folder: Path) -> Path:
+    """The pack that a folder stands for: the one in it where it is that of a training run, else itself."""
+    inside = folder / "pack"
+    return inside if not (folder / CONFIG).is_file() and (inside / CONFIG).is_file() else folder
+
+
 def find(name: str) -> Path:
     """The folder of a pack: a folder, a shipped pack's name, or a hub id, in this order.
 
@@ -325,11 +331,10 @@ def find(name: str) -> Path:
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        if (path / CONFIG).is_file():
-            return path
-        if (path / "pack" / CONFIG).is_file():
-            return path / "pack"
-        raise XFusionError(f"{name} is not a pack: it has no {CONFIG}, and neither has {path / 'pack'}")
+        found = pack_in(path)
+        if not (found / CONFIG).is_file():
+            raise XFusionError(f"{name} is not a pack: it has no {CONFIG}, and neither has {path / 'pack'}")
+        return found
     if name in shipped():
         return Path(str(resources.files("xfusion") / "packs" / name))
     if name.count("/") != 1 or name.startswith((".", "/", "~")):

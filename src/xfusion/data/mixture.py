@@ -107,8 +107,7 @@ class Mixture:
         if config.caption % config.pack:
             fits = -(-config.caption // config.pack) * config.pack
             raise XFusionError(
-                f"caption {config.caption} is not a multiple of pack {config.pack}: set --stages.0.mixture.caption {fits}, or"
-                " --stages.0.mixture.pack 1"
+                f"caption {config.caption} is not a multiple of pack {config.pack}: give the mixture caption {fits}, or pack 1"
             )
         if not 0 <= config.largest_noise <= 1:
             raise XFusionError(f"largest_noise {config.largest_noise:g} is not within 0 and 1, the clean and the noise")

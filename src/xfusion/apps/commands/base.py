@@ -107,10 +107,11 @@ def short_name(name: str) -> str:
 
 def pack_folder(name: str) -> str:
     """The name of a pack, where the folder of a training run stands for the pack in it."""
-    inside = Path(name).expanduser() / "pack"
-    if not (inside.parent / "config.json").is_file() and (inside / "config.json").is_file():
-        return str(inside)
-    return name
+    from xfusion.checkpoint import pack_in
+
+    folder = Path(name).expanduser()
+    inside = pack_in(folder)
+    return name if inside == folder else str(inside)
 
 
 def choose_device(name: str) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -250,12 +252,12 @@ class List(Verb):
         lines = [
             "recipes (xfusion train NAME), by how the modality enters; in brackets what of the base is trained, if any is:"
         ]
-        for kind in sorted({recipe["kind"] for recipe in recipes}):
+        by_kind = itemgetter("kind")
+        for kind, group in groupby(sorted(recipes, key=by_kind), by_kind):
             lines.append(f"  {kind}")
-            for recipe in recipes:
-                if recipe["kind"] == kind:
-                    trains = "" if recipe["regime"] == REGIMES[0] else f" [{recipe['regime']}]"
-                    lines.append(f"    {recipe['name']:<{width}}  {recipe['summary']}{trains}")
+            for recipe in group:
+                trains = "" if recipe["regime"] == REGIMES[0] else f" [{recipe['regime']}]"
+                lines.append(f"    {recipe['name']:<{width}}  {recipe['summary']}{trains}")
         lines.append("packs (xfusion generate NAME PROMPT):")
         found = [
             (p["name"], f"{size_text(p['bytes'])}, can {', '.join(p['capabilities'])}, {p['regime']}, on {p['base']}")

@@ -8,7 +8,6 @@ base's own template.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from xfusion.exports.base import not_exact
@@ -122,8 +121,3 @@ def generation_settings(model: Model, unsaid: list[int]) -> Any:
         pad_token_id=base.end_ids[0] if padding is None else padding,
         suppress_tokens=unsaid,
     )
-
-
-def save_processor(folder: Path, **settings: Any) -> None:
-    """Write which of transformers' processors reads the folder, and its settings."""
-    (folder / "processor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from torch import nn
 
 from xfusion.exports.base import not_exact
 from xfusion.exports.transformers.decoder import BEGIN, END, filled, mechanism, num_words, save, text_config
-from xfusion.exports.transformers.layout import save_processor
 from xfusion.fusion.connectors.linear import Linear
 from xfusion.fusion.connectors.mlp import MLP
 from xfusion.fusion.prefix import Prefix
@@ -20,6 +18,7 @@ from xfusion.modalities.codecs.features import Features
 from xfusion.modalities.encoders.vision_transformer import VisionTransformer
 from xfusion.modalities.image import ImageModality
 from xfusion.model import Model
+from xfusion.storage import write_json
 
 PLACEHOLDER = "<image>"
 
@@ -80,14 +79,14 @@ def export(model: Model, folder: Path) -> list[str]:
     else:
         _one_matrix(projector, port)
     save(made, model, folder, "image", PLACEHOLDER)
-    save_processor(
-        folder,
-        processor_class="LlavaProcessor",
-        image_token=PLACEHOLDER,
-        patch_size=encoder.config.shape.patch_size,
-        num_additional_image_tokens=states - cells,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-    )
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "image_token": PLACEHOLDER,
+        "patch_size": encoder.config.shape.patch_size,
+        "num_additional_image_tokens": states - cells,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+    }
+    write_json(folder / "processor_config.json", processor)
     steps = {
         "image_processor_type": "CLIPImageProcessorPil",
         "do_resize": True,
@@ -98,7 +97,7 @@ def export(model: Model, folder: Path) -> list[str]:
         "image_mean": encoder.mean.flatten().tolist(),
         "image_std": encoder.std.flatten().tolist(),
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(steps, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "preprocessor_config.json", steps)
     return [
         f"a picture is written {BEGIN}{cells} times {PLACEHOLDER}{END}, and a question behind it ends in a new line: the"
         f" processor's chat template writes both; logits of the {words} words are this pack's",

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from xfusion.exports.base import not_exact
 from xfusion.exports.transformers.decoder import BEGIN, END, filled, mechanism, num_words, save, text_config
-from xfusion.exports.transformers.layout import save_processor
 from xfusion.fusion.connectors.pooling import Pooling
 from xfusion.fusion.prefix import Prefix
 from xfusion.modalities.audio import AudioModality
 from xfusion.modalities.encoders.whisper import HOP, RATE, Whisper
 from xfusion.model import Model
+from xfusion.storage import write_json
 
 PLACEHOLDER = "<audio>"
 NEAR = 1e-4
@@ -100,7 +100,7 @@ def export(model: Model, folder: Path) -> list[str]:
     _check(model, codec, port, made)
     save(filled(made, model), model, folder, "audio", PLACEHOLDER, tokens)
     # Any plain pair of spectra and tokenizer: VoxtralProcessor reads Mistral's own tokenizer and whole 30 s alone.
-    save_processor(folder, processor_class="ClapProcessor")
+    write_json(folder / "processor_config.json", {"processor_class": "ClapProcessor"})
     samples = codec.longest * HOP
     spectra = copy.deepcopy(codec.spectra)
     if samples % RATE == 0:
