@@ -597,9 +597,9 @@ def sound_codes_part() -> list[str]:
 
 
 DAMAGES = {
-    "jpeg": "quality of the JPEG",
-    "crop": "share of the side that a crop leaves",
-    "resolution": "share of the pixels of the side",
+    "jpeg": "JPEG quality",
+    "crop": "share of the side kept by a crop",
+    "resolution": "resolution (share of the side)",
 }
 """What the strength of a damage is."""
 
@@ -616,18 +616,18 @@ def questions_part(name: str) -> list[str]:
     settings, over = found["settings"], found["accuracy_over_blind_interval"]
     verdict = "above the blind rate" if over and over[0] > 0 else "not above the blind rate"
     told = [
-        ("right", found["accuracy"], found["accuracy_interval"]),
+        ("accuracy", found["accuracy"], found["accuracy_interval"]),
         ("blind: pictures permuted, mean of five", found["accuracy_blind"], None),
-        ("the commonest answer", found["chance_accuracy"], None),
-        ("right, less blind", found["accuracy_over_blind"], over),
-        ("right in JSON by a schema", found["accuracy_json"], None),
+        ("most frequent answer", found["chance_accuracy"], None),
+        ("accuracy minus blind", found["accuracy_over_blind"], over),
+        ("accuracy in JSON, with a schema", found["accuracy_json"], None),
         ("valid JSON", found["json_valid"], None),
-        ("answered, where it may refuse", found["answered"], None),
-        ("right of what is then answered", found["accuracy_answered"], None),
+        ("answered, if refusal is allowed", found["answered"], None),
+        ("accuracy on those", found["accuracy_answered"], None),
     ]
     rows = [
         {
-            "of the test part": what,
+            "test part": what,
             "share": "-" if value is None else f"{value:.3f}",
             "95 % interval": f"{span[0]:.3f} to {span[1]:.3f}" if span else "-",
         }
@@ -635,23 +635,23 @@ def questions_part(name: str) -> list[str]:
     ]
     bound = found["refusal_threshold"]
     refused = (
-        f"no confidence is right in {settings['wanted']:g} of its answers there, so that all is refused"
+        f"no confidence reaches an accuracy of {settings['wanted']:g} there, so all questions are refused"
         if bound is None
-        else f"from a confidence of {bound:.3f} on, answers are right in {settings['wanted']:g} there"
+        else f"there, answers with a confidence of {bound:.3f} or more reach an accuracy of {settings['wanted']:g}"
     )
     lines = [
-        f"{settings['num_test']} questions of {settings['num_test_clusters']} clusters were tested, {settings['num_validation']}"
-        f" others chose the threshold: {refused}. **{verdict.capitalize()}.**",
+        f"{settings['num_test']} questions of {settings['num_test_clusters']} clusters were tested."
+        f" The threshold was chosen on {settings['num_validation']} others: {refused}. **{verdict.capitalize()}.**",
         "",
-        *table(rows, ("of the test part", "share", "95 % interval")),
+        *table(rows, ("test part", "share", "95 % interval")),
     ]
     for damage, points in found["curves"].items():
         ends = [points[0][0], points[-1][0]]
         drawn = {
-            "right": [(x, y) for x, y in points],
+            "accuracy": [(x, y) for x, y in points],
             "blind": [(x, found["accuracy_blind"]) for x in ends],
         }
-        title = f"Share right against {DAMAGES[damage]}"
+        title = f"Accuracy against {DAMAGES[damage]}"
         svg = HERE / "pictures" / f"questions_{name}_{damage}.svg"
         plotted = curves(list(drawn), drawn, DAMAGES[damage])
         svg.write_text(standalone(plotted, legend(drawn)), encoding="utf-8")
@@ -661,7 +661,7 @@ def questions_part(name: str) -> list[str]:
 
 
 def json_part() -> list[str]:
-    """How right counting is in JSON, of a reader that never learned it and of one that did."""
+    """Accuracy of counting in JSON, of a reader that never learned it and of one that did."""
     rows = []
     for name, trained in (("counting", "no"), ("counting_json", "yes")):
         file = RESULTS / "understanding" / f"{name}.json"
@@ -669,9 +669,9 @@ def json_part() -> list[str]:
             found = json.loads(file.read_text(encoding="utf-8"))
             shares = ("accuracy", "accuracy_json", "json_valid", "accuracy_blind")
             said = [f"{found[key]:.3f}" for key in shares]
-            told = ("right", "right in JSON", "valid JSON", "blind")
+            told = ("accuracy", "accuracy in JSON", "valid JSON", "blind")
             rows.append({"JSON in training": trained} | dict(zip(told, said, strict=True)))
-    return table(rows, ("JSON in training", "right", "right in JSON", "valid JSON", "blind"))
+    return table(rows, ("JSON in training", "accuracy", "accuracy in JSON", "valid JSON", "blind"))
 
 
 def boxes_part(name: str) -> list[str]:
@@ -685,9 +685,9 @@ def boxes_part(name: str) -> list[str]:
     told = [
         ("its picture", found["hit"], found["hit_interval"], found["overlap"], found["overlap_interval"]),
         ("blind: pictures permuted, mean of five", found["hit_blind"], None, found["overlap_blind"], None),
-        ("the best box for all", found["chance_hit"], None, found["chance_overlap"], None),
+        ("best single box for all", found["chance_hit"], None, found["chance_overlap"], None),
         (
-            "its picture, less blind",
+            "its picture minus blind",
             found["hit_over_blind"],
             over,
             found["overlap_over_blind"],
@@ -696,7 +696,7 @@ def boxes_part(name: str) -> list[str]:
     ]
     rows = [
         {
-            "what is seen": what,
+            "input": what,
             "overlap of 0.5 or more": f"{hit:.3f}",
             "95 % interval": f"{span[0]:.3f} to {span[1]:.3f}" if span else "-",
             "mean overlap": f"{mean:.3f}",
@@ -706,14 +706,14 @@ def boxes_part(name: str) -> list[str]:
     ]
     sizes = ", ".join(f"{size:.2f}: {hit:.3f}" for size, hit in found["curves"]["hit_by_size"])
     named = (
-        f" Of {settings['num_with_others']} pictures with other things, {found['named']:.3f} of the answers overlap the asked"
-        f" thing most, {found['named_chance']:.3f} by chance."
+        f" In {settings['num_with_others']} pictures with other things, {found['named']:.3f} of the answers overlap most with the"
+        f" requested thing (chance {found['named_chance']:.3f})."
         if found["named"] is not None
         else ""
     )
     return [
-        f"{settings['num_scenes']} pictures were tested. **{verdict.capitalize()}.** {found['valid']:.3f} of the answers are one"
-        f" box.{named} Share of hits by the things' size, thirds by their side as a share of the picture's: {sizes}.",
+        f"{settings['num_scenes']} pictures were tested. **{verdict.capitalize()}.** {found['valid']:.3f} of the answers are a single"
+        f" box.{named} Hit rate by size of the thing (thirds, by its side as a share of the picture's): {sizes}.",
         "",
         *table(rows, tuple(rows[0])),
     ]
