@@ -64,15 +64,15 @@ def recipe_index() -> str:
     lines = [
         "# Recipes",
         "",
-        "One short file per published system, on the same frozen LLM. A status says what was seen: `sketch` was trained a few",
-        "steps in the tests, `runs` on real data, `reproduced` has committed runs beside the paper's figures.",
+        "One short file per published system, on the same frozen LLM. The status says how far it was tested: `sketch` was trained",
+        "for a few steps in the tests, `runs` on real data, and `reproduced` has committed runs that confirm a finding of the paper.",
         "",
         "| recipe | mechanism | paper | status |",
         "| --- | --- | --- | --- |",
     ]
     for name, module in sorted(modules.items(), key=lambda pair: (pair[1].KIND, pair[0])):
         lines.append(f"| [{name}]({name}.md) | {module.KIND} | {module.PAPER} | {module.STATUS} |")
-    return "\n".join([*lines, "", "Systems that are not here, and the part that each lacks: [ideas](../ideas.md).", ""])
+    return "\n".join([*lines, "", "For systems that are missing, and what each would need, see [ideas](../ideas.md).", ""])
 
 
 def picture(name: str, base: Backbone) -> Path | None:
@@ -104,7 +104,7 @@ def figures(name: str) -> list[str]:
             lines.append(f"- [{folder.name}](../comparison.md#{folder.name}), {len(runs)} runs: {', '.join(scores)}")
     if re.search(rf"xfusion train [\"']?{name}\b", (HERE / "training_log.md").read_text(encoding="utf-8")):
         lines.append("- [training log](../training_log.md): its runs and scores")
-    return lines or ["Nothing was measured yet."]
+    return lines or ["Nothing has been measured yet."]
 
 
 def title_part(name: str) -> list[str]:
@@ -135,14 +135,14 @@ def cost_part(name: str, bases: list[Backbone]) -> list[str]:
     """What a recipe costs on some bases."""
     item = "a sound" if find(name)().model.audio else "a picture"
     what = (
-        f"Trained weights, and GFLOPs (forward and backward, nothing looked up) of a sample of 12 words and {item} of"
-        " the recipe's size; - stands where the recipe does not learn it."
+        f"Trained weights, and GFLOPs (forward and backward, without cached text states) for a sample of 12 words and {item} of"
+        " the recipe's size. A dash means that the recipe does not learn the task."
     )
     encoder = flops_of_encoder(find(name)().model)
     if encoder != 0:
         each = f" ({encoder / 1e9:.2f} GFLOPs per picture)" if encoder else ""
-        what += f" The frozen encoder or codec{each} is left out."
-    table = ["| base | trained | to learn a drawing | to learn a name |", "| --- | --- | --- | --- |"]
+        what += f" The frozen encoder or codec{each} is not included."
+    table = ["| base | trained | per drawing sample | per captioning sample |", "| --- | --- | --- | --- |"]
     return ["## Cost", "", what, "", *table, *(cost(name, base) for base in bases), ""]
 
 
