@@ -64,8 +64,9 @@ def recipe_index() -> str:
     lines = [
         "# Recipes",
         "",
-        "One short file per published system, on the same frozen LLM. The status says how far it was tested: `sketch` was trained",
-        "for a few steps in the tests, `runs` on real data, and `reproduced` has committed runs that confirm a finding of the paper.",
+        "One short file per published system, on the same frozen LLM. The status says how far it was tested:",
+        "`sketch` was trained for a few steps in the tests, `runs` on real data, and `reproduced` has committed runs that",
+        "confirm a finding of the paper.",
         "",
         "| recipe | mechanism | paper | status |",
         "| --- | --- | --- | --- |",
@@ -712,8 +713,8 @@ def boxes_part(name: str) -> list[str]:
         else ""
     )
     return [
-        f"{settings['num_scenes']} pictures were tested. **{verdict.capitalize()}.** {found['valid']:.3f} of the answers are a single"
-        f" box.{named} Hit rate by size of the thing (thirds, by its side as a share of the picture's): {sizes}.",
+        f"{settings['num_scenes']} pictures were tested. **{verdict.capitalize()}.** {found['valid']:.3f} of the answers are a"
+        f" single box.{named} Hit rate by size of the thing (thirds, by its side as a share of the picture's): {sizes}.",
         "",
         *table(rows, tuple(rows[0])),
     ]
