@@ -187,7 +187,7 @@ def comparison_part(folder: Path) -> list[str]:
     if drawing and not kept:
         file = HERE / "pictures" / f"{folder.name}_text.svg"
         file.write_text(standalone(scatter(summary, drawing)), encoding="utf-8")
-        lines += ["**What drawing cost the text**: perplexity against the score in drawing, a small dot per run", ""]
+        lines += ["**What drawing cost the text**: perplexity against the drawing score, one small dot per run", ""]
         lines += [f"![perplexity of the text against drawing](pictures/{file.name})", ""]
     rest += [share_part(summary, name, folder.name) for name in SHOWN_BY_SHARE if len(summary["shares"]) > 1]
     if summary["contributions"]:
@@ -207,8 +207,8 @@ def comparison_page() -> str:
         "# Comparisons",
         "",
         "Every figure is read from the files in `comparison/`, which `xfusion compare` wrote; `python docs/pages.py comparison`",
-        "makes this page of them. Dots are runs, bars 95 % intervals; nothing is decided by fewer than five runs. In words:",
-        "[which fusion should I use?](choosing.md)",
+        "generates this page from them. Dots are runs and bars are 95 % confidence intervals. Fewer than five runs decide",
+        "nothing. For a summary, see [which fusion should I use?](choosing.md)",
         "",
         *overview(folders),
         *contents(folders),
@@ -268,7 +268,7 @@ def share_part(summary: dict[str, Any], name: str, folder: str) -> list[str]:
     title, file = tables[0]["title"], HERE / "pictures" / f"{folder}_shares_{name}.svg"
     colours = {label: COLOURS[summary["recipes"].index(label) % len(COLOURS)] for label in found}
     file.write_text(standalone(curves(summary["recipes"], found, SHARES), colours), encoding="utf-8")
-    lines = [f"**{title}, by share of the pictures** (same budget on fewer pictures)", ""]
+    lines = [f"**{title}, by share of the pictures** (the same budget on fewer pictures)", ""]
     lines += [f"![{title} by share]({file.relative_to(HERE)})", ""]
     lines += [f"| recipe | share | mean | 95 % interval | paired difference to {summary['first']} | verdict |"]
     lines += ["| --- | --- | --- | --- | --- | --- |"]
@@ -318,7 +318,7 @@ def _beside(score: dict[str, Any], media: str) -> list[str]:
     real = {"pictures": "the real picture", "sounds": "unheard recordings"}[media]
     titles = {"chance": "a random order", "blind": f"{media} permuted (mean of all)", "ceiling": real}
     found = [f"{title} {score[key]:.3f}" for key, title in titles.items() if key in score]
-    return [f"Beside it: {', '.join(found)}.", ""] if found else []
+    return [f"For reference: {', '.join(found)}.", ""] if found else []
 
 
 def _row(row: dict[str, Any]) -> str:
