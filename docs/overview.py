@@ -195,9 +195,7 @@ def overview(folders: Sequence[Path]) -> list[str]:
     """The part of the page on all systems."""
     found = rows(folders)
     missing = [f"[{name}](recipes/{name}.md)" for name in names() if name not in {row.recipe for row in found}]
-    absent = (
-        f"In no comparison yet (see their own pages for figures): {', '.join(missing)}." if missing else ""
-    )
+    absent = f"In no comparison yet (see their own pages for figures): {', '.join(missing)}." if missing else ""
     table = [f"| {' | '.join(HEAD)} |", f"|{' --- |' * len(HEAD)}"]
     before = None
     for row in found:

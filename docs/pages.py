@@ -73,7 +73,9 @@ def recipe_index() -> str:
     ]
     for name, module in sorted(modules.items(), key=lambda pair: (pair[1].KIND, pair[0])):
         lines.append(f"| [{name}]({name}.md) | {module.KIND} | {module.PAPER} | {module.STATUS} |")
-    return "\n".join([*lines, "", "For systems that are missing, and what each would need, see [ideas](../ideas.md).", ""])
+    return "\n".join(
+        [*lines, "", "For systems that are missing, and what each would need, see [ideas](../ideas.md).", ""]
+    )
 
 
 def picture(name: str, base: Backbone) -> Path | None:
