@@ -142,8 +142,8 @@ def read(path: Path | str, *, decode: bool = True) -> list[Record]:
     records = list(_of_hub(path) if isinstance(path, str) else _checked(path, decode))
     try:
         _write(index, records)
-    except OSError as error:
-        logger.warning("%s: its index cannot be kept in %s (%s): it is built at every start", path, index.parent, error)
+    except XFusionError as error:
+        logger.warning("%s: its index cannot be kept (%s): it is built at every start", path, error)
     return records
 
 
