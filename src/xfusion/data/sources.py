@@ -267,7 +267,7 @@ def _inspect(
     """Read all records and open every picture once."""
     kind = files.PICTURES
     if found := shards.find(path):
-        records, notes = [record for shard in found for record in shards.read(shard, decode=decode)], []
+        records, notes = shards.read_all(found, decode=decode), []
         if not records:
             raise XFusionError(f"{spec}: {len(found)} shards without an example; see xfusion data check --help")
         files.check(records, special_tokens)
