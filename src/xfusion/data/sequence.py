@@ -35,7 +35,8 @@ class XFusionError(ValueError):
 
 
 class Unreadable(XFusionError):
-    """Examples that were sound when the data was opened, or not looked at, and cannot be read when they are needed.
+    """Examples that were sound when the data was opened, or not looked at, and cannot be read when they are needed, or are more
+    than the model takes.
 
     Args:
         message: what is wrong with the first of them.

@@ -30,7 +30,7 @@ from xfusion.data.latents import Latents
 from xfusion.data.mixed import Mixed, parts
 from xfusion.data.pictures import Place
 from xfusion.data.report import CaptionStats, Problem, Report
-from xfusion.data.sequence import Example, Sound, XFusionError
+from xfusion.data.sequence import Example, Sound, Unreadable, XFusionError
 from xfusion.data.sounds import read_sound
 from xfusion.modalities.image import middle_square
 from xfusion.storage import file_hash
@@ -128,12 +128,19 @@ class Sounds(Files):
         return read_sound(cast("Path", self.places[index]), self.examples[index].origin)
 
     def tokens(self, index: int, image: Modality, size: int) -> Tensor:
-        """Tokens ``[M, P]`` of an example, as `xfusion.data.latents.tokens`."""
+        """Tokens ``[M, P]`` of an example, as `xfusion.data.latents.tokens`.
+
+        Raises:
+            Unreadable: its file has changed or gone, or lasts longer than the model hears.
+            XFusionError: the model takes no sounds.
+        """
         sound = self.sound(index)
         try:
             return image.encode([sound], size)[0].cpu()
         except XFusionError as error:
-            raise XFusionError(f"{self.examples[index].origin}: {error}") from error
+            # One that is too long may be left out; that the model takes no sounds is said of all of them.
+            kind = Unreadable if isinstance(error, Unreadable) else XFusionError
+            raise kind(f"{self.examples[index].origin}: {error}") from error
 
 
 def open_source(
