@@ -310,8 +310,9 @@ class _Task:
 
 
 def _key(codec: dict[str, Any], size: int, batch: int, examples: Sequence[Example]) -> str:
-    """What a shard was made of; the group of a user's picture is the hash of its file."""
-    facts = [codec, size, batch, [[e.id, e.group] for e in examples]]
+    """What a shard was made of. A picture's group is the hash of its file, where nobody gave it another."""
+    pictures = [[e.id, e.group] if e.content in ("", e.group) else [e.id, e.group, e.content] for e in examples]
+    facts = [codec, size, batch, pictures]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

@@ -67,6 +67,8 @@ class Example:
     """Where it stands, for messages: ``file.jsonl:12`` or ``folder/a.png``."""
     question: str = ""
     """What is asked behind it, to which ``captions[0]`` is the answer; empty where the data asks nothing."""
+    content: str = ""
+    """Hash of its file, or of its address with the commit where nobody reads that ahead; empty where the source never changes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -150,7 +150,7 @@ def open_source(
     allow_bad: float = 0.0,
     special_tokens: tuple[str, ...] = (),
     decode: bool = True,
-    unreadable: Mapping[str, str] = MappingProxyType({}),
+    unreadable: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
 ) -> Source:
     """Open a data source, having looked at every example.
 
@@ -269,7 +269,7 @@ def _inspect(
     path: Path,
     special_tokens: tuple[str, ...],
     decode: bool,
-    unreadable: Mapping[str, str] = MappingProxyType({}),
+    unreadable: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
 ) -> Report:
     """Read all records and open every picture once."""
     kind = files.PICTURES
@@ -296,12 +296,22 @@ def _inspect(
                 f"{trouble} {kind.noun}", what if record.origin == str(place) else f"{place.name[:100]} {what}"
             )
         if record.id in unreadable and place is not None and record.captions:
+            known = unreadable[record.id]
             record.problems.clear()
-            record.group = unreadable[record.id]
+            # What its file holds now is no word on which picture it was. States from before it was asked do not say it.
+            record.group, record.content = known["group"], known.get("content") or known["group"]
         if place is not None and not record.problems:
-            group = record.group or record.content or contents[cast("Path", place)]
-            captions, asked = tuple(record.captions), record.question
-            examples.append(Example(id=record.id, captions=captions, group=group, origin=record.origin, question=asked))
+            content = record.content or contents[cast("Path", place)]
+            examples.append(
+                Example(
+                    id=record.id,
+                    captions=tuple(record.captions),
+                    group=record.group or content,
+                    origin=record.origin,
+                    question=record.question,
+                    content=content,
+                )
+            )
             kept.append(place)
     problems = [problem for record in records for problem in record.problems]
     num_bad = sum(bool(record.problems) for record in records)
