@@ -489,3 +489,23 @@ def test_shards_of_pictures_that_changed_under_their_names_are_not_kept(tmp_path
     # Of a picture whose group is the hash of its file no more is written than before: such shards are kept.
     one = Example(id="0", captions=("card",), group="0123", origin="0.png", content="0123")
     assert latents._key({}, 16, 1, [one]) == latents._key({}, 16, 1, [replace(one, content="")])
+
+
+def test_captions_are_searched_for_the_special_tokens_of_the_base_that_trains_on_them(tmp_path, caplog):
+    """They may have been encoded for another."""
+    spec = pictures_in(tmp_path / "pictures")
+    (spec / "2.txt").write_text("a <|im_end|> b")
+    encode(open_source(spec), Pixels.Config(), 16, tmp_path / "x")
+    whole = open_source(tmp_path / "x", special_tokens=("<eos>",))
+    assert len(whole) == 5 and check(tmp_path / "x").num_bad == 0
+    told = (
+        r"1 of 5 examples are bad: .*2\.png: caption contains '<\|im_end\|>', a special token of the model's tokenizer"
+    )
+    with pytest.raises(XFusionError, match=told):
+        open_source(tmp_path / "x", special_tokens=("<|im_end|>",))
+    report = check(tmp_path / "x", special_tokens=("<|im_end|>",))
+    assert (report.num_examples, report.num_bad, report.counts) == (5, 1, {"special token": 1})
+    some = open_source(tmp_path / "x", special_tokens=("<|im_end|>",), allow_bad=0.2)
+    assert [e.id for e in some.examples] == ["0.png", "1.png", "3.png", "4.png"] and "left out 1 of 5" in caplog.text
+    image = ImageModality.Config(patch=4, sizes=(16,)).build()
+    assert torch.equal(some.tokens(2, image, 16), whole.tokens(3, image, 16))

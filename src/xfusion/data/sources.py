@@ -160,8 +160,8 @@ def open_source(
         allow_bad: share of bad examples, from 0 to below 1, that may be left out. More is an error.
         special_tokens: texts that must not stand in a caption, since the tokenizer would read them as commands.
         decode: decode every picture in full. Off, only headers are read, and damage is found when a picture is used.
-        unreadable: ids of examples that a run has left out when it found them broken, with their groups. They keep
-            their place among the examples, or a resumed run would read others than before.
+        unreadable: ids of examples that a run has left out when it found them broken, with the ``group`` and the
+            ``content`` that they had. They keep their place among the examples, or a resumed run would read others than before.
 
     Raises:
         XFusionError: an unknown spec or split, too many bad examples, an empty split.
@@ -188,17 +188,14 @@ def open_source(
     spec = os.fspath(spec)
     path, held_share = _held_share(spec)
     if latents.is_folder(path):
-        encoded = Latents(path, spec)
-        kept = [i for i, e in enumerate(encoded.examples) if split == "all" or _split_of(e.group, held_share) == split]
-        if not kept:
-            raise XFusionError(_empty_split(spec, split, held_share, len({e.group for e in encoded.examples})))
-        return encoded.some(kept)
-    report = _inspect(spec, path, special_tokens, decode, unreadable)
+        report = _inspect_latents(Latents(path, spec), special_tokens)
+    else:
+        report = _inspect(spec, path, special_tokens, decode, unreadable)
     if report.num_bad and (report.share_bad > allow_bad or report.num_bad == report.num_examples):
         raise XFusionError(_too_many(report, allow_bad))
     if report.num_bad:
         logger.warning("%s: left out %d of %d examples: %s", spec, report.num_bad, report.num_examples, _first(report))
-    assert isinstance(report.source, Files)
+    assert isinstance(report.source, (Files, Latents))
     kept = [
         index
         for index, example in enumerate(report.source.examples)
@@ -206,8 +203,9 @@ def open_source(
     ]
     if not kept:
         raise XFusionError(_empty_split(spec, split, held_share, report.num_groups))
-    found = report.source
-    return type(found)(spec, [found.examples[i] for i in kept], [found.places[i] for i in kept], report)
+    chosen = report.source.some(kept)
+    chosen.report = report
+    return chosen
 
 
 def check(spec: str | os.PathLike[str], *, special_tokens: tuple[str, ...] = ()) -> Report:
@@ -223,8 +221,7 @@ def check(spec: str | os.PathLike[str], *, special_tokens: tuple[str, ...] = ())
         spec = os.fspath(spec)
         if latents.is_folder(_held_share(spec)[0]):
             encoded = Latents(_held_share(spec)[0], spec)
-            broken = encoded.problems()
-            return _report(encoded, len(encoded), len(broken), broken, [])
+            return _inspect_latents(encoded, special_tokens, encoded.problems())
         return _inspect(spec, _held_share(spec)[0], special_tokens, decode=True)
     problems: list[Problem] = []
     for index, example in enumerate(emoji.examples):
@@ -319,6 +316,21 @@ def _inspect(
     return _report(holder(spec, examples, kept), len(records), num_bad, problems, notes)
 
 
+def _inspect_latents(encoded: Latents, special_tokens: tuple[str, ...], broken: Sequence[Problem] = ()) -> Report:
+    """Look at the words of encoded pictures, which may have been checked for another base; and what is broken beside them."""
+    if not encoded.examples:
+        raise XFusionError(f"{encoded.spec}: no examples found: encode a source that has some")
+    records = [
+        files.Record(id=e.id, origin=e.origin, place=None, captions=list(e.captions), question=e.question)
+        for e in encoded.examples
+    ]
+    for record in records:
+        files.check_special_tokens(record, special_tokens)
+    kept = [index for index, record in enumerate(records) if not record.problems]
+    problems = [*broken, *(problem for record in records for problem in record.problems)]
+    return _report(encoded.some(kept), len(records), len(broken) + len(records) - len(kept), problems, [])
+
+
 def _report(
     source: Files | Emoji | Latents, number: int, num_bad: int, problems: Sequence[Problem], notes: Sequence[str]
 ) -> Report:
@@ -360,7 +372,7 @@ def too_many(source: Source, unreadable: Mapping[int, str], allow_bad: float) ->
         own = [{i - a: w for i, w in unreadable.items() if a <= i < b} for a, b in pairwise(starts)]
         said = (too_many(part, found, allow_bad) for part, found in zip(source.sources, own, strict=True))
         return next(filter(None, said), None)
-    report = source.report if isinstance(source, Files) else None
+    report = source.report if isinstance(source, (Files, Latents)) else None
     bad = len(unreadable) + (report.num_bad if report else 0)
     total = report.num_examples if report else len(source.examples)
     if not unreadable or (bad <= allow_bad * total and len(unreadable) < len(source.examples)):
