@@ -295,7 +295,7 @@ def _inspect(
         if record.id in unreadable and place is not None and record.captions:
             known = unreadable[record.id]
             record.problems.clear()
-            # What its file holds now is no word on which picture it was. States from before it was asked do not say it.
+            # Its file is broken now: the state says what it held, if it is not one from before that was asked.
             record.group, record.content = known["group"], known.get("content") or known["group"]
         if place is not None and not record.problems:
             content = record.content or contents[cast("Path", place)]
