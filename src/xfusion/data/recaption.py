@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from xfusion.data.files import MAX_CAPTION, METADATA
 from xfusion.data.sequence import XFusionError, first_line
 from xfusion.data.sources import Source
-from xfusion.storage import whole_file
+from xfusion.storage import named_in_errors, whole_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -93,9 +93,10 @@ def recaption(
                     picture.save(temporary, format="PNG")
                 line = {"index": index, "id": example.id, "caption": words, "model": asking.model}
                 line |= {"prompt": asking.prompt, "source": source.spec, "size": asking.size}
-                journal.write(json.dumps(line, ensure_ascii=False) + "\n")
-                journal.flush()
-                os.fsync(journal.fileno())
+                with named_in_errors(folder / JOURNAL):
+                    journal.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    journal.flush()
+                    os.fsync(journal.fileno())
                 known[index], asked = words, asked + 1
     lines = [
         {"file_name": _name(i), "captions": [known[i], *(c for c in e.captions if c != known[i])], "group": e.group}

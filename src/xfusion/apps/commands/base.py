@@ -158,9 +158,9 @@ def written(path: Path, write: Callable[[Path], object]) -> Path:
     Raises:
         XFusionError: the file system refuses, named by ``path``.
     """
-    from xfusion.storage import named_in_errors, whole_file
+    from xfusion.storage import whole_file
 
-    with named_in_errors(path), whole_file(path) as temporary:
+    with whole_file(path) as temporary:
         write(temporary)
     return path
 
