@@ -169,7 +169,7 @@ def test_words_alone_are_the_bases_own(client, model):
     for i, choice in enumerate(sampled.choices):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(5 + i)
-            expected = base_answer(model, messages, 12, do_sample=True, temperature=0.9, top_p=0.8)
+            expected = base_answer(model, messages, 12, do_sample=True, temperature=0.9, top_p=0.8, top_k=0)
         assert choice.message.content == expected
 
 
@@ -450,6 +450,10 @@ def test_images_edits(client, model, picture):
         ({"image": png(picture)}, "no mask"),
         ({"image": png(picture), "mask": png(mask.resize((8, 8)))}, "8 x 8"),
         ({"image": b"%PDF-1.7", "mask": png(mask)}, "PDF"),
+        (
+            {"image": png(picture), "mask": png(Image.new("L", picture.size))},
+            "nothing to draw anew in its middle square",
+        ),
         ({"image": [png(picture), png(picture)], "mask": png(mask)}, "one picture"),
     ):
         with pytest.raises(openai.BadRequestError, match=complaint):

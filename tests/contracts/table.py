@@ -6,6 +6,7 @@ so that no norm is 1 and no attention is flat. `exact` keeps float64 where a fam
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -547,6 +548,13 @@ class Noise:
         generator = torch.Generator().manual_seed(index)
         coarse = torch.randint(0, 256, (4, 4, 3), generator=generator, dtype=torch.uint8)
         return PILImage.fromarray(coarse.numpy()).resize((size, size), PILImage.Resampling.NEAREST)
+
+
+def of_other_groups(source: Any) -> Any:
+    """The same examples as if they were not those that are trained on."""
+    other = copy.copy(source)
+    other.examples = tuple(replace(example, group=f"other {example.group}") for example in source.examples)
+    return other
 
 
 # ---------------------------------------------------------------------------------------------------------- training

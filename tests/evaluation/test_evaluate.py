@@ -184,9 +184,13 @@ def test_a_model_that_names_its_teachers_is_not_scored_by_them():
     class Aligned(Knower):
         teachers = frozenset({Averages.fingerprint})
 
+    class Deeper(Knower):
+        teachers = frozenset({f"{Averages.fingerprint}@main#-3"})  # another layer of the same encoder
+
     class Other(Knower):
         teachers = frozenset({"another"})
 
+    assert not [name for name in score(Deeper()) if "feature" in name]
     result, other = score(Aligned()), score(Other())
     assert not [name for name in result if "feature" in name] and result["settings"]["encoder"] is None
     assert result["settings"]["features"] == "none: the encoder averages took part in training, it may not score"

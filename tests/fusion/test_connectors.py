@@ -82,10 +82,17 @@ def make(base, name, *, randomised=True, exactly=False):
     return (model.double() if exactly else model).eval()
 
 
-def read_only():
-    """Every way in which words and pictures stand together, with pictures to read alone."""
+def read_only(name):
+    """Every way in which words and pictures stand together, with pictures to read alone; of one size where a connector has places
+    of one map.
+    """
+
+    def shown(s, number):
+        s = picture((4, 4), number) if name == "positional resampler" else s
+        return replace(s, state="clean", has_loss=False)
+
     return [
-        Sequence(segments=tuple(replace(s, state="clean", has_loss=False) if isinstance(s, Media) else s for s in q))
+        Sequence(segments=tuple(shown(s, i) if isinstance(s, Media) else s for i, s in enumerate(q)))
         for q in (sequence.segments for sequence in mixed_sequences().values())
     ]
 
@@ -378,7 +385,7 @@ def test_queries_read_all_features_of_their_own_item_and_no_others(bases):
     """Whatever else the batch holds: items of other sizes, other rows, words between."""
     for name in ("queries", "positional resampler", "prefix mapper"):
         port = make(bases["llama"], name).port
-        one, other = picture((2, 3), 1), picture((4, 4), 2)
+        one, other = picture((4, 4) if name == "positional resampler" else (2, 3), 1), picture((4, 4), 2)
         alone = port(pack([[Sequence(segments=(one,))]]).media["image"])
         both = pack([[Sequence(segments=(words(3, 1), other, words(2, 2), one))], [Sequence(segments=(other,))]])
         media = both.media["image"]
@@ -400,6 +407,14 @@ def test_sizes_that_do_not_fit_are_refused_in_one_line(bases):
     media = pack([[Sequence(segments=(picture((5, 5), 1),))]]).media["image"]
     with pytest.raises(XFusionError, match="an item has 25 rows, but the connector makes 16 states"):
         port(media)
+    port = make(bases["llama"], "positional resampler").port
+    for grid in ((2, 3), (3, 4), (5, 5)):  # fewer features would stand at the places of others
+        media = pack([[Sequence(segments=(picture((4, 4), 1), words(2, 1), picture(grid, 2)))]]).media["image"]
+        count = 16 * grid[0] * grid[1]
+        with pytest.raises(
+            XFusionError, match=rf"an item has {count} features, the map \(16, 16\) has 256 places: set map"
+        ):
+            port(media)
     with pytest.raises(XFusionError, match="stride 2, offset None, layers None, but it has no blocks to place"):
         Prefix.Config(stride=2).build()
 
@@ -422,12 +437,12 @@ def test_text_is_bit_equal_whatever_the_connector_holds(bases, name):
 def test_whole_packed_and_in_pieces_say_the_same(bases, name, monkeypatch):
     with exact(monkeypatch):
         model = make(bases["llama"], name, exactly=True)
-        alone = [look(model, view([[s]], model))[0] for s in read_only()]
-        for rows in ([read_only()], [read_only()[:3], read_only()[3:]]):
+        alone = [look(model, view([[s]], model))[0] for s in read_only(name)]
+        for rows in ([read_only(name)], [read_only(name)[:3], read_only(name)[3:]]):
             assert apart(look(model, view(rows, model)), alone) <= FLOAT64
         with model.using(model.reference_engine()):
-            assert apart(look(model, view([read_only()], model)), alone) <= FLOAT64
-        for sequence, expected in zip(read_only(), alone, strict=True):
+            assert apart(look(model, view([read_only(name)], model)), alone) <= FLOAT64
+        for sequence, expected in zip(read_only(name), alone, strict=True):
             assert apart(incremental(model, view([[sequence]], model)), [expected]) <= FLOAT64
 
 
@@ -451,7 +466,7 @@ def test_gradients_reach_every_weight_and_the_base_stays(bases, name):
     base = bases["llama"]
     before = base.compute_fingerprint()
     model = make(base, name)
-    found = model.losses(view([[s] for s in read_only()], model), torch.Generator())
+    found = model.losses(view([[s] for s in read_only(name)], model), torch.Generator())
     assert set(found) == {"next_token"}
     found["next_token"][0].backward()
     grads = {n: 0.0 if p.grad is None else float(p.grad.abs().max()) for n, p in model.named_new_parameters().items()}

@@ -228,7 +228,8 @@ def test_contrast_beside_drawing_and_naming(bases, tmp_path):
     model = Model(config, base)
     randomise(model)
     answered = Sequence(segments=(picture((2, 2), 9), words(4, 9, loss=True)))
-    found = model.losses(pack([[s] for s in (pair(0), pair(1), answered)]), torch.Generator().manual_seed(0))
+    found = model.losses(pack([[s] for s in (pair(0), pair(1))]), torch.Generator().manual_seed(0))
+    found |= model.losses(pack([[answered]]), torch.Generator().manual_seed(0))
     assert set(found) == names
     sum(value / count for value, count in found.values()).backward()
     grads = {n: 0.0 if p.grad is None else float(p.grad.abs().max()) for n, p in model.named_new_parameters().items()}
@@ -239,6 +240,14 @@ def test_contrast_beside_drawing_and_naming(bases, tmp_path):
     model, losses = trained(recipe, base, tmp_path / "run")
     assert set(losses[0]) == names and share_left(losses, "contrastive") < 0.8
     assert model.capabilities == {"text", "caption", "draw", "embed"}
+
+
+def test_words_that_are_said_behind_a_picture_are_no_pair(bases):
+    """The language model's samples: what is asked there is the same of every picture."""
+    (objective,) = make(bases["llama"]).extra
+    asked = [Sequence(segments=(picture((2, 2), i), words(3, 5), words(4, i, loss=True))) for i in range(3)]
+    batch = pack([[s] for s in asked])
+    assert batch.text_reads_media and objective.count(batch) == {} and objective.loss(None, batch) == {}
 
 
 def test_a_loss_over_a_batch_is_not_accumulated(bases, tmp_path):

@@ -65,9 +65,16 @@ def test_sampling_follows_the_probabilities():
     nucleus = torch.bincount(NextToken.choose(logits, 1.0, 0.7, generators(6000)), minlength=3) / 6000
     torch.testing.assert_close(nucleus, torch.tensor([2 / 3, 1 / 3, 0.0]), rtol=0, atol=0.03)
     assert set(NextToken.choose(logits, 1.0, 0.5, generators(6000)).tolist()) == {0}
+    two = torch.bincount(NextToken.choose(logits, 1.0, 1.0, generators(6000), 2), minlength=3) / 6000
+    torch.testing.assert_close(two, torch.tensor([2 / 3, 1 / 3, 0.0]), rtol=0, atol=0.03)
+    assert set(NextToken.choose(logits, 1.0, 0.6, generators(6000), 2).tolist()) == {0}  # the nucleus of these two
+    one, whole = (NextToken.choose(logits[:9], 1.0, 1.0, generators(9), k) for k in (50, 0))
+    assert torch.equal(one, whole)
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(-0.1, 1.0), (1.0, 0.0), (1.0, 1.1)])
 def test_impossible_sampling_is_refused(temperature, top_p):
     with pytest.raises(XFusionError, match=f"temperature {temperature} must be >= 0 and top_p {top_p}"):
         NextToken.choose(torch.zeros(1, 3), temperature, top_p, generators(1))
+    with pytest.raises(XFusionError, match="top_k -1 0 or more"):
+        NextToken.choose(torch.zeros(1, 3), 1.0, 1.0, generators(1), -1)

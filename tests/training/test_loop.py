@@ -639,6 +639,12 @@ def test_compiled_steps_of_many_widths_and_models_stay_within_the_graphs(bases, 
         torch.compiler.reset()
 
 
+def test_float16_is_refused_before_anything_is_made(bases, tmp_path):
+    with pytest.raises(XFusionError, match="cannot compute in torch.float16: gradients in float16 vanish"):
+        train(bases["llama"], tmp_path / "run", dtype=torch.float16)
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_empty_source_is_refused_rather_than_replaced(bases, tmp_path):
     with pytest.raises(XFusionError, match="noise: no pictures to train on"):
         train(bases["llama"], tmp_path, source=Noise(0))

@@ -29,7 +29,8 @@ from xfusion.data.sequence import Example
 from xfusion.data.sources import Source, open_source
 from xfusion.evaluation.metrics import captions, naming, retrieval
 from xfusion.evaluation.run import evaluate
-from xfusion.evaluation.suites.emoji import chosen, held_split
+from xfusion.evaluation.suites.emoji import chosen
+from xfusion.evaluation.unseen import held_split
 from xfusion.evaluation.verify import PROMPTS, bit_equal, verify
 from xfusion.modalities.encoders.efficientnet_lite import EfficientNetLite
 from xfusion.model import Model

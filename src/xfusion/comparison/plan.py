@@ -12,7 +12,7 @@ from PIL import Image as PILImage
 
 from xfusion import checkpoint
 from xfusion.data.sequence import Example, XFusionError
-from xfusion.data.sources import Sounds, Source, open_source
+from xfusion.data.sources import Sounds, Source
 from xfusion.recipes.base import find
 from xfusion.training.stages import Recipe
 
@@ -110,26 +110,6 @@ def share_of(source: Source, share: float) -> Source:
     """A share of a source's examples, as `Part` chooses them."""
     some = Part(source=source, share=share)
     return source.some(some.indices) if isinstance(source, Sounds) else cast(Source, some)
-
-
-def held_out(spec: str, trained: Source) -> Source:
-    """What a plan holds out: the held-out split of a spec that has one, else all of it.
-
-    Raises:
-        XFusionError: it cannot be opened, or some of it is trained on.
-    """
-    try:
-        found = open_source(spec, split="held")
-    except XFusionError:
-        found = open_source(spec, split="all")
-    groups = {example.group for example in trained.examples}
-    known = [example.origin for example in found.examples if example.group in groups]
-    if known:
-        raise XFusionError(
-            f"{spec}: {len(known)} of {len(found.examples)} held-out examples are trained on in {trained.spec}, such as"
-            f" {known[0]}: name others"
-        )
-    return found
 
 
 def _hash(text: str) -> bytes:

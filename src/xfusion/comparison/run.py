@@ -37,7 +37,6 @@ from xfusion.comparison.plan import (
     TRIAL_SEED,
     Entry,
     Plan,
-    held_out,
     named,
     refuse_unlike,
     share_of,
@@ -62,6 +61,7 @@ from xfusion.data.sources import Sounds, Source, open_source
 from xfusion.evaluation import verify
 from xfusion.evaluation.run import Progress, check, evaluate, silent
 from xfusion.evaluation.suites.emoji import chosen
+from xfusion.evaluation.unseen import held_out
 from xfusion.modalities.audio import AudioModality
 from xfusion.modalities.image import ImageModality
 from xfusion.model import Model, build

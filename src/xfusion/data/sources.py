@@ -187,6 +187,8 @@ def open_source(
         return emoji
     spec = os.fspath(spec)
     path, held_share = _held_share(spec)
+    if split == "held" and not held_share and path.exists():  # all of it trains, whatever it is
+        raise XFusionError(_empty_split(spec, split, held_share, 0))
     if latents.is_folder(path):
         report = _inspect_latents(Latents(path, spec), special_tokens)
     else:

@@ -102,6 +102,14 @@ class Objective(nn.Module):
     def install(self, width: int, modality: Any) -> None:
         """Make the objective's own weights for a model of this width and its modality; most have none."""
 
+    def check(self, modality: Any) -> None:
+        """Refuse a modality that cannot be learned with these settings; asked before training, and not of a pack that is loaded.
+
+        Raises:
+            XFusionError: it cannot.
+        """
+        del modality
+
     def corrupt(self, batch: Batch, generator: torch.Generator) -> Batch:
         """The batch as the model shall see it in training; by default unchanged."""
         return batch

@@ -5,7 +5,8 @@
 
 with ``h`` the states behind the decoder's last norm, the last word's and the mean of a picture's tokens. Words are read as if
 no picture stood beside them and pictures, clean, as if no words did. Two items are no negatives of each other where their
-pictures are near-identical (one group) or their words are equal: such columns are left out of a row's softmax.
+pictures are near-identical (one group) or their words are equal: such columns are left out of a row's softmax. Samples in which
+words are said behind a picture are the language model's and left out: what such words ask says nothing of the picture.
 
 Processes that share a step hand each other their vectors: every pair is contrasted with those of all, and the gradient
 of a vector is the sum over all processes that were given it.
@@ -82,6 +83,8 @@ class Contrastive(Objective):
 
     def count(self, batch: Batch) -> dict[str, int]:
         """Pairs."""
+        if batch.text_reads_media:
+            return {}
         count = sum(len(media.noised) for media in batch.media.values())
         return {self.name: count} if count else {}
 
@@ -92,6 +95,8 @@ class Contrastive(Objective):
             XFusionError: a picture stands without words.
         """
         out: Losses = {}
+        if batch.text_reads_media:
+            return out
         for media in batch.media.values():
             row, sample = pair_places(media)
             if len(row) and bool((batch.text.sample[row] != sample[:, None]).all(dim=1).any()):

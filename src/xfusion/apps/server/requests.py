@@ -19,6 +19,7 @@ from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from PIL import Image as PILImage
+from PIL import ImageOps
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from xfusion.apps.server.answers import Refused
@@ -26,7 +27,7 @@ from xfusion.apps.server.limits import Limits
 from xfusion.data import pictures, sounds
 from xfusion.data.requests import PICTURE
 from xfusion.data.sequence import XFusionError
-from xfusion.modalities.image import on_white, square_picture
+from xfusion.modalities.image import on_white, square_picture, touched
 
 if TYPE_CHECKING:
     from xfusion.model import Model
@@ -446,10 +447,13 @@ def picture_and_mask(
     """An uploaded picture and its mask, white where it is to be drawn anew.
 
     A mask, or a picture without one, says so by its transparent parts, as OpenAI's do; a mask that knows no
-    transparency, by its white ones.
+    transparency, by its white ones. Tokens are white or black as a whole, by what their parts hold before anything is shrunk.
+
+    Raises:
+        Refused: it is no picture, they differ in size, or nothing of what is drawn is to be drawn anew.
     """
-    picture = decoded(image, "image", limits)
-    holes = picture if mask is None else decoded(mask, "mask", limits)
+    picture = ImageOps.exif_transpose(decoded(image, "image", limits))
+    holes = picture if mask is None else ImageOps.exif_transpose(decoded(mask, "mask", limits))
     if holes.size != picture.size:
         raise Refused(
             400,
@@ -465,4 +469,10 @@ def picture_and_mask(
     else:
         holes = on_white(holes).convert("L").point([0] * 128 + [255] * 128)
     side = trained_side(model)
-    return _of_side(picture, side), _of_side(holes, side)
+    grid = model.image.grid(side)
+    found = touched(holes, grid)
+    if not bool(found.any()):
+        what = "the mask" if mask is not None else "the picture"
+        raise Refused(400, f"{what} leaves nothing to draw anew in its middle square: mark some of it", param="mask")
+    tokens = PILImage.fromarray(found.view(grid).byte().mul(255).numpy())
+    return _of_side(picture, side), tokens.resize((side, side), PILImage.Resampling.NEAREST)

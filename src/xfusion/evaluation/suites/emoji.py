@@ -21,6 +21,8 @@ from xfusion.data.sources import Source, open_source
 from xfusion.evaluation.metrics import captions, naming, retrieval
 from xfusion.evaluation.metrics.blind import blind
 from xfusion.evaluation.metrics.psnr import not_white, psnr
+from xfusion.evaluation.teachers import taught
+from xfusion.evaluation.unseen import held_out
 from xfusion.modalities.encoders.efficientnet_lite import EfficientNetLite
 
 VALIDATION_SHARE = 0.2
@@ -58,7 +60,8 @@ def run(
             held-out picture by the nearest of the names, one that only matches by the likeliest.
         progress: see `evaluate`.
         source: the trained pictures, a `Source` or a spec such as "emoji:128".
-        held: the held-out pictures, likewise; None takes the held-out split of the same spec, where it has one.
+        held: the held-out pictures, likewise, none of them trained on; None takes the held-out split of the same spec, where it
+            has one.
         size: side in pixels of what the model draws and reads; None takes the first that it was trained at.
         gallery_size: side at which drawn and real pictures are compared; None takes `size`.
         seed: picture number i of the source is drawn with the seed ``seed + i``.
@@ -96,7 +99,7 @@ def run(
         if features and encoder is None:
             encoder = EfficientNetLite()
         seen_by = getattr(encoder, "fingerprint", type(encoder).__name__)
-        if features and seen_by in getattr(model, "teachers", ()):
+        if features and taught(seen_by, getattr(model, "teachers", ())):
             features = False
             settings["features"] = f"none: the encoder {seen_by[:16]} took part in training, it may not score"
         drawn = chosen(source.examples, max_drawn, part)
@@ -114,8 +117,7 @@ def run(
         metrics |= _answers("fit_caption", answers, wordings)
         settings["num_captioned"] = len(scored)
     if abilities & {"caption", "embed", "match"}:
-        held = held_split(source) if held is None else held
-        held = open_source(held, split="held") if isinstance(held, str) else held
+        held = held_out(held, source)
         scored = chosen(held.examples, max_held, part) if held else []
         if held and scored:
             metrics |= _held_captions(subject, held, scored, source.examples if candidates == "all" else ())
@@ -242,14 +244,6 @@ def _drawing(
 
 def _through_codec(image: Any, images: Tensor, size: int) -> Tensor:
     return image.decode(image.encode(images.to(image.device), size), size).float().cpu()
-
-
-def held_split(source: Source) -> Source | None:
-    """The held-out split of the same spec; None where all of it trains."""
-    try:
-        return open_source(source.spec, split="held")
-    except XFusionError:
-        return None
 
 
 def _held_captions(

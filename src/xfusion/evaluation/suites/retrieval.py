@@ -15,7 +15,8 @@ import torch
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import Source, open_source
 from xfusion.evaluation.metrics import naming
-from xfusion.evaluation.suites.emoji import Part, chosen, held_split
+from xfusion.evaluation.suites.emoji import Part, chosen
+from xfusion.evaluation.unseen import held_out
 
 
 def run(
@@ -72,8 +73,7 @@ def parts(
     out = {"fit": (source, chosen(source.examples, max_fit, part))}
     if not out["fit"][1]:
         raise XFusionError(f"{source.spec}: none of {len(source.examples)} pictures can be scored")
-    held = held_split(source) if held is None else held
-    held = open_source(held, split="held") if isinstance(held, str) else held
+    held = held_out(held, source)
     scored = chosen(held.examples, max_held, part) if held else []
     if held and scored:
         out["held"] = (held, scored)

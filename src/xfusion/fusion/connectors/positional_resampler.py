@@ -82,15 +82,16 @@ class PositionalResampler(Connector):
         """All features of an item at once.
 
         Raises:
-            XFusionError: an item has more features than the map has places.
+            XFusionError: an item has another number of features than the map has places: they would stand at wrong ones.
         """
         found = gathered(self, media)
         count = found.features.shape[1]
-        if count > len(self.key_places):
-            raise XFusionError(
-                f"positional resampler: an item has {count} features, the map {self.map} has"
-                f" {len(self.key_places)} places: set map to the rows and columns of the encoder's map"
-            )
+        for number in () if found.there.is_meta else found.there.sum(dim=1).unique().tolist():
+            if number not in (0, len(self.key_places)):
+                raise XFusionError(
+                    f"positional resampler: an item has {number} features, the map {self.map} has"
+                    f" {len(self.key_places)} places: set map to the rows and columns of the encoder's map"
+                )
         there = found.there | ~found.there.any(dim=1, keepdim=True)
         values = self.key_norm(self.project(found.features))
         query = (self.query_norm(self.queries) + self.query_places).expand(len(values), -1, -1)
