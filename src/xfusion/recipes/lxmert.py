@@ -4,15 +4,16 @@ Paper: Tan and Bansal, "LXMERT: Learning Cross-Modality Encoder Representations 
 arXiv 1908.07490.
 
 Faithful: the cross-modality layer (cross-attention both ways with one set of weights, as in the released code, then
-self-attention and a feed-forward network for each side, norms behind); places enter with their boxes; 15 % of the tokens
-masked and said from both sides, through the word table; half of the pairs that are matched are wrong; all losses alike.
+self-attention and a feed-forward network for each side, norms behind); the picture encoder, features and boxes each through a
+matrix and a norm, their mean read both ways by layers with norms behind; 15 % of the tokens masked and said from both sides,
+through the word table; half of the pairs that are matched are wrong; all losses alike.
 
 Adapted: the language encoder is the frozen language model, causal, so that what stands behind a masked word is heard of in the
 cross-modal layers alone; every masked token is a trained row (the paper leaves or replaces one in five), and of a short name at
-least one is masked; matching reads its words unmasked. The picture encoder is a small transformer over the 7 x 7 map of a frozen
-EfficientNet-Lite0 instead of five layers over 36 detected objects, and [BOI] stands for the whole picture. Two cross-modal
-layers of width 256 instead of five of 768. Not there: masked objects (features and labels) and question answering as tasks of
-pretraining.
+least one is masked; matching reads its words unmasked. The places of the 7 x 7 map of a frozen EfficientNet-Lite0 stand for 36
+detected objects, and [BOI], a trained row, beside them; two picture layers and two cross-modal ones of width 256 instead of five
+of 768 each, with a matrix to the base's width and one back between them. Not there: masked objects (features and labels) and
+question answering as tasks of pretraining.
 
 Data: of the paper's, COCO captions (``jxie/coco_captions``), ``--data 'coco_captions/data/train-*.parquet'``. Our
 figures: ``--data emoji:128``.
@@ -23,7 +24,7 @@ from __future__ import annotations
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.templates import Templates
 from xfusion.fusion.beside import Beside
-from xfusion.fusion.connectors.frame_transformer import FrameTransformer
+from xfusion.fusion.connectors.object_encoder import ObjectEncoder
 from xfusion.modalities.codecs.features import Features
 from xfusion.modalities.image import ImageModality
 from xfusion.model import ModelConfig
@@ -59,7 +60,7 @@ def lxmert(
     return Recipe(
         model=ModelConfig(
             image=ImageModality.Config(codec=Features.Config.of(encoder), patch=1, sizes=(side,), behind_begin=True),
-            port=FrameTransformer.Config(inner_width=width, depth=picture_depth, mlp=4 * width),
+            port=ObjectEncoder.Config(inner_width=width, depth=picture_depth, mlp=4 * width),
             fusion=Beside.Config(),
             text=NextToken.Config(weight=0.0),
             media=NoObjective.Config(),
