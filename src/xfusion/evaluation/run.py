@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from xfusion.data.sequence import XFusionError
 from xfusion.evaluation import suites
+from xfusion.evaluation.machine import commit, machine
 from xfusion.storage import write_json
 
 Progress = Callable[[str, int, int], None]
@@ -40,7 +41,7 @@ def evaluate(
     Args:
         model: a `Model`.
         suite: a name of `suite_names()`.
-        out: a JSON file to write the result to; it appears whole or not at all.
+        out: a JSON file to write the result to, with the commit and the machine; it appears whole or not at all.
         progress: told how far each part is.
         settings: keyword arguments of the suite's ``run``, e.g. ``source="emoji:128"``.
 
@@ -60,7 +61,8 @@ def evaluate(
         "versions": _versions(),
         "seconds": round(time.perf_counter() - started, 2),
     }
-    if out is not None:
+    if out is not None:  # a file outlives the checkout and the machine that it is of
+        result["settings"] |= {"commit": commit(), "machine": machine()}
         write_json(Path(out), result)
     return result
 
