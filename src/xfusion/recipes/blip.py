@@ -5,13 +5,14 @@ ICML 2022, arXiv 2201.12086.
 
 Faithful: three losses added alike - contrast of a picture and its words, matching of pairs with hard negatives by the
 contrast's likeness, and the language model's on captions; one text tower that reads words alone for the first, and the
-picture by cross-attention for the others; a trained [Encode] row for matching; a head of two classes.
+picture by cross-attention for the others; a trained row behind the words for matching; a head of two classes.
 
-Adapted: the text tower is the frozen language model, causal in all three modes, so [Encode] stands behind the words and sees
-them all, where the paper has a bidirectional encoder with self-attention of its own, which a frozen host cannot have; gated
-cross-attention before every n-th layer instead of within every one; a resampler over the features of a frozen
-EfficientNet-Lite0 instead of a trained ViT; no momentum encoder, no queue and no label smoothing; the hardest negative of a
-batch of 16 instead of one drawn by likeness; captions are not bootstrapped (CapFilt).
+Adapted: the text tower is the frozen language model, causal in all three modes, where the paper has a bidirectional encoder
+with self-attention of its own, which a frozen host cannot have; so the paper's [Encode], which opens the words, stands behind
+them and sees them all, and it is no row of its own but [EOI], which captions have behind a picture, too; gated cross-attention
+before every n-th layer instead of within every one; a resampler over the features of a frozen EfficientNet-Lite0 instead of a
+trained ViT; no momentum encoder, no queue and no label smoothing; the hardest negative of a batch of 16 instead of one drawn
+by likeness; captions are not bootstrapped (CapFilt).
 
 Data: of the paper's, CC3M (``pixparse/cc3m-wds``), ``--data 'cc3m-wds/cc3m-train-*.tar'``; or COCO captions
 (``jxie/coco_captions``), ``--data 'coco_captions/data/train-*.parquet'``. Our figures: ``--data

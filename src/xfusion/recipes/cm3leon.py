@@ -10,7 +10,8 @@ from left to right completes pictures from both sides; no run crosses the bounda
 Adapted: the paper trains from scratch; here the language model is frozen, with rows in and out for codes and sentinels.
 Runs are cut from pictures alone: a name is learned behind its picture, which is what their caption infilling comes to.
 The other side of guidance is no words instead of ``<mask>`` in their place; no retrieved neighbours stand before a
-picture; one sentinel serves all runs. Pictures and schedule are the recipe `teal`'s.
+picture; one sentinel serves all runs; no token stands between modalities (the paper's ``<break>``), for [BOI] and [EOI] do.
+Pictures and schedule are the recipe `teal`'s.
 
 Data: the paper's Shutterstock pictures are not public; pairs that are: CC3M (``pixparse/cc3m-wds``), ``--data
 'cc3m-wds/cc3m-train-*.tar'``. Our figures: ``--data emoji:64``.

@@ -5,7 +5,8 @@ Paper: Wang et al., "CogVLM: Visual Expert for Pretrained Language Models", arXi
 Faithful: the expert, copied from the language model; all patches of a picture at one rotary position; causal order
 among patches (their ablation prefers it).
 
-Adapted: linear patches instead of EVA2-CLIP with a SwiGLU adapter; it also draws, which the paper's model does not.
+Adapted: linear patches instead of EVA2-CLIP with a SwiGLU adapter; one stage, without the paper's tuning on instructions; it also
+draws, which the paper's model does not.
 
 Everything around the layer (pictures, port, objectives, data, schedule) is the recipe `xfusion`'s, so that a
 comparison compares the layer alone.

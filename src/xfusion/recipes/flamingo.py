@@ -11,8 +11,8 @@ Adapted: EfficientNet-Lite0's map of 7 x 7 x 1280 instead of a frozen NFNet's, a
 it to the model's width; sizes for two cores (the resampler is as wide as the model, with heads of 64 and ``depth=2`` layers
 instead of 6); gate and MLP act only on words that see a picture, so that text alone stays bit-equal after training, which the
 paper's does not; text is never linked to the next picture instead of the last (half of the paper's samples), because nothing
-later may change what came before; [EOI], a trained row, in the place of the tag and of the end of chunk; one data set; gates
-begin open (``gate=0`` closes them, as in the paper).
+later may change what came before; [EOI], a trained row, in the place of the tag and of the end of chunk; one data set;
+no video, so no time embeddings of frames; gates begin open (``gate=0`` closes them, as in the paper).
 
 Few-shot prompts: samples hold one picture unless ``--stages.0.mixture.shots 4`` puts four solved examples before each, of which
 all answers are learned, as the paper learns all text of a page. A prompt then alternates too,

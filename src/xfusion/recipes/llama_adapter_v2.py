@@ -7,8 +7,9 @@ are never mixed), prompts behind a gate per head, ``s (W x + b)`` for every matr
 the released code does instead, the picture added to the prompt of every layer, is ``released=True``.
 
 Adapted: rows of the picture from EfficientNet-Lite0's map through a small resampler instead of CLIP through eight layers with
-queries, another encoder by ``encoder``; scale, bias and norms are copies that act on words behind a picture and on no others,
-so text alone is kept; the base's last norm, which no layer owns, stays as it is; one data set, so there are no two groups of
+queries, another encoder by ``encoder``; the picture is the prompt of the first eight layers (``early``), of the paper's one
+little is heard in a short run; scale, bias and norms are copies that act on words behind a picture and on no others, so text
+alone is kept; the base's last norm, which no layer owns, stays as it is; one data set, so there are no two groups of
 parameters by data; gates begin at 0.1 instead of 0, so that they open in a short run.
 
 Data: the paper's COCO captions (``jxie/coco_captions``), ``--data 'coco_captions/data/train-*.parquet'``. Our figures:

@@ -5,8 +5,9 @@ Paper: Liu et al., "Improved Baselines with Visual Instruction Tuning", CVPR 202
 Faithful: the connector (Linear, GELU, Linear, as wide as the language model), on the encoder's features behind the layer
 before its last; pictures in front of the words; the first stage, in which the connector alone is trained, at rate 1e-3.
 
-Adapted: as in the recipe `llava`; besides, no padding to a square (pictures are cut to their middle) and no second stage on
-the paper's 665 K instructions, which trains the language model.
+Adapted: as in the recipe `llava`; besides, no padding to a square (pictures are cut to their middle), no words that ask for a
+form of the answer ("Answer the question using a single word or phrase.") and no second stage on the paper's 665 K instructions,
+which trains the language model.
 
 Data: the paper's 558 K pairs (``liuhaotian/LLaVA-Pretrain``), ``--data images/blip_laion_cc_sbu_558k.jsonl``, its
 ``blip_laion_cc_sbu_558k.json`` as lines beside the pictures. Our figures: ``--data

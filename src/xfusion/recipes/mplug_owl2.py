@@ -5,7 +5,8 @@ Paper: Ye et al., "mPLUG-Owl2: Revolutionizing Multi-modal Large Language Model 
 
 Faithful: the module, initialised from the language model, ordinary positions.
 
-Adapted: linear patches instead of a visual abstractor over CLIP; it also draws, which the paper's model does not.
+Adapted: linear patches instead of a visual abstractor with 64 queries over CLIP; one stage with the language model frozen, as the
+paper's first, where its second trains all; it also draws, which the paper's model does not.
 
 Everything around the layer (pictures, port, objectives, data, schedule) is the recipe `xfusion`'s, so that a
 comparison compares the layer alone.

@@ -9,9 +9,10 @@ language model; boxes as plain text, ``<ref>red disc</ref><box>(x1,y1),(x2,y2)</
 base's own tokens (`xfusion.data.boxes`), and a loss on answers alone.
 
 Adapted: the encoder is frozen too, where the paper trains it (ViT-bigG); 7 queries instead of 256 on the encoder's map of
-7 x 7; no stages 2 and 3, which train the language model, so that boxes are learned by the adapter alone, where the paper learns
-them in stage 2; a name asks for one box, and captions with boxes in them, boxes with names as answers and ``Picture 1:`` before a
-picture are left to the data.
+7 x 7, whose positions are those of the map's top row, so that rows are told apart by what queries learn (256 queries on 16 x 16
+stand at the places themselves, as the paper's); no stages 2 and 3, which train the language model, so that boxes are learned by
+the adapter alone, where the paper learns them in stage 2; a name asks for one box, and captions with boxes in them, boxes with
+names as answers and ``Picture 1:`` before a picture are left to the data.
 
 Data: of the paper's, CC12M (``pixparse/cc12m-wds``), ``--data 'cc12m-wds/*.tar'``. Our figures: ``--data
 runs/clothing/photos.jsonl:held=0.1`` (`runs/write_clothing.py`), and of boxes ``--data runs/boxes/train.jsonl``

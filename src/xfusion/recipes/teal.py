@@ -6,10 +6,11 @@ Faithful: an off-the-shelf tokenizer's codes; a trainable non-text embedding mat
 beside the frozen ones; the language model itself frozen (the paper's first stage); next-token cross-entropy, and a
 de-tokenizer that draws.
 
-Adapted: the emoji's own quantiser, 4 x 4 codes of 512 at 32 px (`runs/train_emoji_codes.py`), instead of SEED's or
-BEiT's; segment masks, so that codes and words each have a softmax of their own; row and column vectors beside the codes' rows;
-a norm of its own before the output matrix; 10 % empty captions for guidance. The second stage, which also tunes a few
-parameters of the language model, is left out. Data and schedule are the recipe `xfusion`'s.
+Adapted: the emoji's own quantiser, 4 x 4 codes of 512 at 32 px (`runs/train_emoji_codes.py`), instead of SEED's or BEiT's;
+segment masks, so that codes and words each have a softmax of their own; row and column vectors beside the codes' rows; a norm
+of its own before the output matrix; 10 % empty captions for guidance; pictures alone, where the paper reads sound by codes,
+too (`audiopalm` does). The second stage, which also tunes a few parameters of the language model, is left out. Data and
+schedule are the recipe `xfusion`'s.
 
 Data: of the paper's, COCO captions (``jxie/coco_captions``), ``--data 'coco_captions/data/train-*.parquet'``. Our
 figures: ``--data emoji:64``.
