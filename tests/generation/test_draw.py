@@ -56,7 +56,7 @@ def test_seeds_may_be_given_one_by_one(model):
         model.draw(["a", "b"], seeds=[1])
 
 
-def by_hand(model, context, *, seed, steps, guidance):
+def by_hand(model, context, *, seed, steps, guidance, interval=(0.0, 1.0)):
     """Euler steps with a full pass over [context | picture] each, by the reference path, without any cache."""
     x = torch.randn(16, TOKEN_WIDTH, generator=torch.Generator().manual_seed(seed))
 
@@ -72,8 +72,9 @@ def by_hand(model, context, *, seed, steps, guidance):
     with model.using(model.reference_engine()):
         for step in range(steps):
             t = 1 - step / steps
-            without = velocity((), x, t) if guidance != 1 else 0
-            x = x - (without + guidance * (velocity(context, x, t) - without)) / steps
+            scale = guidance if interval[0] < t <= interval[1] else 1
+            without = velocity((), x, t) if scale != 1 else 0
+            x = x - (without + scale * (velocity(context, x, t) - without)) / steps
     return x
 
 
@@ -111,7 +112,27 @@ def test_the_cached_walk_is_the_uncached_one(bases, fusion, family, guidance, mo
     found = draw_tokens(model, contexts, SIDE, seeds=[11, 12, 13, 14, 15], steps=3, guidance=guidance)
     for k, context in enumerate(contexts):
         expected = by_hand(model, context, seed=11 + k, steps=3, guidance=guidance)
-        assert float((found[k] - expected).abs().max()) < 1e-4
+        assert float((found[k] - expected).detach().abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("interval", [(0.5, 1.0), (0.0, 0.6), (0.2, 0.8)])
+def test_guidance_acts_within_its_interval_alone(bases, monkeypatch, interval):
+    """Levels of four steps are 1, 0.75, 0.5, 0.25; outside of the interval no row stands behind an empty context."""
+    model = make_model(bases["gemma3"], guidance_interval=interval, **VELOCITY)
+    contexts = [(words(2, 2), picture((2, 3), 2), words(3, 3)), (words(4, 1),), ()]
+    rows, run_pass = [], Model.run_pass
+
+    def counted(self, batch, **settings):
+        rows.extend(len(media.rows.order) for media in batch.media.values() if not settings["update"])
+        return run_pass(self, batch, **settings)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Model, "run_pass", counted)
+        found = draw_tokens(model, contexts, SIDE, seeds=[11, 12, 13], steps=4, guidance=2.5)
+    assert rows == [6 if interval[0] < level <= interval[1] else 3 for level in (1, 0.75, 0.5, 0.25)]
+    for k, context in enumerate(contexts):
+        expected = by_hand(model, context, seed=11 + k, steps=4, guidance=2.5, interval=interval)
+        assert float((found[k] - expected).detach().abs().max()) < 1e-4
 
 
 def test_guidance_1_asks_only_once_per_step_and_text_is_computed_once(model, monkeypatch):

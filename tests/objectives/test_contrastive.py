@@ -110,7 +110,7 @@ def test_near_identical_pictures_and_equal_words_are_no_negatives(bases):
 
 
 def test_a_scale_beyond_the_bound_is_brought_back_to_it_and_learns_on(bases):
-    """The paper clips the parameter. Clipped at its use alone, above the bound it has no gradient: one step too far is for good."""
+    """The paper clips the parameter. Clipped at its use, it has no gradient above the bound: one step too far is for good."""
     model, sequences = make(bases["llama"]), [pair(i) for i in range(4)]
     scale, bound = model.extra[0].log_scale, math.log(100.0)
     with torch.no_grad():

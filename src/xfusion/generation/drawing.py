@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -124,7 +125,24 @@ class _Drawing:
 
     def __call__(self, x: Tensor, time: float) -> Tensor:
         """The head at all tokens ``[N, M, P]`` at a noise level -> ``[N, M, Q]``; the cache stays."""
+        first, last = self.model.media_objective.guidance_interval
+        if self.scale != 1 and not first < time <= last:
+            return self.unguided(x, time)
         return self._guided(self._states(self.target, x, time))
+
+    @cached_property
+    def unguided(self) -> _Drawing:
+        """The same behind the contexts alone: the first half of the rows."""
+        rows = torch.arange(len(self.begin) // 2, device=self.begin.device)
+        return replace(
+            self,
+            step=self.step.index(rows),
+            target=self.target.index(rows),
+            cache=self.cache.index(rows),
+            begin=self.begin[rows],
+            scale=1,
+            denoised=None,
+        )
 
     def following(self, tokens: Tensor, places: Tensor | None = None) -> Tensor:
         """The head at the last position, ``[N, Q]``, once finished tokens ``[N, k, P]`` stand behind the others."""

@@ -62,6 +62,8 @@ class Objective(nn.Module):
     """Factor of its loss in the sum."""
     guidance: float = 1.0
     """Strength of classifier-free guidance that sampling takes where the caller names none; 1 is off."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Noise levels above the first and up to the second at which guidance acts."""
     needs: tuple[str, ...] = ()
     """States that a forward pass must keep: ``text`` and ``media`` behind the last norm, ``text.8`` and ``media.8`` behind
     the eighth layer."""

@@ -1,21 +1,21 @@
-"""LXMERT: a cross-modal encoder above a language encoder and a picture encoder, learned by masked words and matching.
+"""LXMERT: a cross-modal encoder above a language encoder and a picture encoder, trained on masked words and matching.
 
 Paper: Tan and Bansal, "LXMERT: Learning Cross-Modality Encoder Representations from Transformers", EMNLP 2019,
 arXiv 1908.07490.
 
 Faithful: the cross-modality layer (cross-attention both ways with one set of weights, as in the released code, then
-self-attention and a feed-forward network for each side, norms behind); the picture encoder, features and boxes each through a
-matrix and a norm, their mean read both ways by layers with norms behind; 15 % of the tokens masked and said from both sides,
-through the word table; half of the pairs that are matched are wrong; all losses alike.
+self-attention and a feed-forward network for each side, post-norm); the picture encoder, in which features and boxes each pass
+a matrix and a norm, and post-norm layers read their mean both ways; 15 % of the tokens are masked and predicted from both sides,
+through the word table; half of the pairs for matching are wrong; all losses have equal weight.
 
-Adapted: the language encoder is the frozen language model, causal, so that what stands behind a masked word is heard of in the
-cross-modal layers alone; every masked token is a trained row (the paper leaves or replaces one in five), and of a short name at
-least one is masked; matching reads its words unmasked. The places of the 7 x 7 map of a frozen EfficientNet-Lite0 stand for 36
-detected objects, and [BOI], a trained row, beside them; two picture layers and two cross-modal ones of width 256 instead of five
-of 768 each, with a matrix to the base's width and one back between them. Not there: masked objects (features and labels) and
-question answering as tasks of pretraining.
+Adapted: the language encoder is the frozen, causal language model, so only the cross-modal layers see the words after a
+masked one; every masked token becomes a trained row (the paper keeps or replaces one in five), and a short name has at
+least one masked token; matching reads its words unmasked. The places of a frozen EfficientNet-Lite0's 7 x 7 map replace 36
+detected objects, with [BOI], a trained row, as one more; two picture layers and two cross-modal layers of width 256 instead of
+five of 768 each, with one matrix to the base's width and one back between them. Masked objects (features and labels) and
+question answering are not included as pretraining tasks.
 
-Data: of the paper's, COCO captions (``jxie/coco_captions``), ``--data 'coco_captions/data/train-*.parquet'``. Our
+Data: from the paper, COCO captions (``jxie/coco_captions``), ``--data 'coco_captions/data/train-*.parquet'``. Our
 figures: ``--data emoji:128``.
 """
 

@@ -3,15 +3,15 @@
 Paper: Ye et al., "mPLUG-Owl2: Revolutionizing Multi-modal Large Language Model with Modality Collaboration", arXiv
 2311.04257.
 
-Faithful: the module, initialised from the language model, ordinary positions.
+Faithful: the module, initialised from the language model; ordinary positions.
 
-Adapted: linear patches instead of a visual abstractor with 64 queries over CLIP; one stage with the language model frozen, as the
-paper's first, where its second trains all; it also draws, which the paper's model does not.
+Adapted: linear patches instead of a visual abstractor with 64 queries over CLIP; one stage with the language model frozen,
+like the paper's first, without its second, which trains everything; it also draws, which the paper's model does not.
 
-Everything around the layer (pictures, port, objectives, data, schedule) is the recipe `xfusion`'s, so that a
-comparison compares the layer alone.
+Everything except the layer (pictures, port, objectives, data, schedule) is shared with the recipe `xfusion`, so a
+comparison isolates the layer.
 
-Data: of the paper's, CC3M (``pixparse/cc3m-wds``), ``--data 'cc3m-wds/cc3m-train-*.tar'``. Our figures: ``--data
+Data: from the paper, CC3M (``pixparse/cc3m-wds``), ``--data 'cc3m-wds/cc3m-train-*.tar'``. Our figures: ``--data
 emoji:64``.
 """
 
