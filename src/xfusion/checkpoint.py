@@ -497,7 +497,9 @@ def _load_strictly(own: dict[str, torch.Tensor], state: dict[str, torch.Tensor],
             for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
             if names
         ]
-        raise XFusionError(f"{path} does not fit the model: {'; '.join(parts)}")
+        raise XFusionError(
+            f"{path} does not fit the model: {'; '.join(parts)}; take the version of xfusion that wrote it, or train it anew"
+        )
     with torch.no_grad():
         for key, value in own.items():
             value.copy_(state[key])

@@ -566,7 +566,7 @@ def twenty_steps(mixture: MixtureConfig, rate: float = 2e-2) -> Stage:
 
 
 def trained(recipe: Recipe, base: Backbone, out: Path, **settings: Any) -> tuple[Model, list[dict[str, float]]]:
-    """A recipe through the real loop on pictures of noise: the model, and the losses of each step.
+    """A recipe through the real loop, by default on pictures of noise: the model, and the losses of each step.
 
     Behind it the base is as it was, and text bit-equal wherever the fusion declares so. The run is in ``out``.
     """
@@ -575,10 +575,9 @@ def trained(recipe: Recipe, base: Backbone, out: Path, **settings: Any) -> tuple
     model = train(
         recipe,
         out=out,
-        source=Noise(),
         backbone=base,
         listener=lambda e: losses.append(e["losses"]) if e["event"] == "step" else None,
-        **{"compile": False, "dtype": torch.float32, "preview_every": 0, **settings},
+        **{"source": Noise(), "compile": False, "dtype": torch.float32, "preview_every": 0, **settings},
     )
     assert len(losses) == settings.get("steps", sum(stage.steps for stage in recipe.stages))
     assert base.compute_fingerprint() == before

@@ -57,6 +57,17 @@ def test_a_model_that_matches_is_scored_by_that():
     assert "fit_match" not in evaluate(Known(source), "retrieval", source=source)
 
 
+def test_a_model_that_embeds_and_matches_is_scored_by_both_apart():
+    source = Noise(6)
+    both = Matcher(source)
+    both.capabilities = frozenset({"text", "caption", "embed", "match"})
+    both.embed = Known(source, shift=1).embed  # the head is right, the vectors are not
+    found = evaluate(both, "retrieval", source=source)
+    assert found["fit_naming_at_1"] == found["fit_search_at_1"] == 0
+    assert found["fit_match"] == found["fit_match_naming_at_1"] == found["fit_match_search_at_1"] == 1
+    assert found["fit_match_naming_at_1_blind"] < 1 and found["chance_fit_match_search_at_1"] == pytest.approx(1 / 6)
+
+
 def test_a_model_that_cannot_embed_is_refused():
     source = Noise(6)
     model = Known(source)

@@ -109,17 +109,23 @@ def test_near_identical_pictures_and_equal_words_are_no_negatives(bases):
     assert not same(pack([lone]), pack([lone]).media["image"]).any()  # no group is no kinship
 
 
-def test_a_scale_beyond_the_bound_counts_as_the_bound(bases):
+def test_a_scale_beyond_the_bound_is_brought_back_to_it_and_learns_on(bases):
+    """The paper clips the parameter. Clipped at its use, it has no gradient above the bound: one step too far is for good."""
     model, sequences = make(bases["llama"]), [pair(i) for i in range(4)]
-    scale = model.extra[0].log_scale
+    scale, bound = model.extra[0].log_scale, math.log(100.0)
     with torch.no_grad():
-        scale.fill_(math.log(100.0))
+        scale.fill_(bound)
         at_bound = value(model, sequences)
         scale.fill_(9.0)
+        assert float(value(model, sequences)) == pytest.approx(float(at_bound), rel=1e-6)
+        assert float(scale) == 9.0  # looking changes no weight
     beyond = value(model, sequences)
     assert float(beyond.detach()) == pytest.approx(float(at_bound), rel=1e-6)
+    assert float(scale.detach()) == pytest.approx(bound)
     beyond.backward()
-    assert float(scale.grad) == 0
+    assert float(scale.grad) > 0  # of random pairs: less certainty would cost less
+    torch.optim.SGD([scale], lr=1e-3).step()
+    assert float(scale.detach()) < bound and float(value(model, sequences).detach()) < float(at_bound)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
@@ -140,6 +141,22 @@ def labelled(name: str) -> tuple[str, str]:
     """What a recipe is called in a comparison, and its name: ``slow=single_tower(rate=1e-3)`` says both."""
     given = re.match(r"([\w.]+)=(.+)", name)
     return (given[1], given[2]) if given else (name.partition("(")[0].rpartition(":")[2], name)
+
+
+def asked(command: str | None) -> dict[str, str]:
+    """Label -> the recipe that was asked for, with its arguments, by the command of a comparison."""
+    found = {}
+    for word in shlex.split(command or "")[2:]:
+        if word.startswith("-"):
+            break
+        label, name = labelled(word)
+        found[label] = name
+    return found
+
+
+def called(label: str, name: str) -> str:
+    """What a recipe's figures stand under: its name with its arguments, or the label that was given to it."""
+    return name if labelled(name)[0] == label else label
 
 
 def _recipe(name: str) -> Recipe:

@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from xfusion.data.sequence import XFusionError
 from xfusion.evaluation import suites
+from xfusion.evaluation.machine import commit, machine
 from xfusion.evaluation.unseen import checked
 from xfusion.storage import write_json
 
@@ -42,7 +43,7 @@ def evaluate(
     Args:
         model: a `Model`.
         suite: a name of `suite_names()`.
-        out: a JSON file to write the result to; it appears whole or not at all.
+        out: a JSON file to write the result to, with the commit and the machine; it appears whole or not at all.
         progress: told how far each part is.
         trained_on: specs of the data that the model was trained on (`xfusion.evaluation.unseen.trained_on` of its pack): they are
             the ``source`` of a suite that is given none, and none of their examples is scored as held out.
@@ -67,7 +68,8 @@ def evaluate(
         "versions": _versions(),
         "seconds": round(time.perf_counter() - started, 2),
     }
-    if out is not None:
+    if out is not None:  # a file outlives the checkout and the machine that it is of
+        result["settings"] |= {"commit": commit(), "machine": machine()}
         write_json(Path(out), result)
     return result
 

@@ -57,7 +57,8 @@ def run(
 
     Args:
         model: draws, captions, embeds or matches; what it cannot do is left out of the result. One that only embeds names a
-            held-out picture by the nearest of the names, one that only matches by the likeliest.
+            held-out picture by the nearest of the names, one that only matches by the likeliest; where it does several, the
+            ranks by cosines are ``held_embed_`` and those by the matching head ``held_match_``, beside ``held_caption_``.
         progress: see `evaluate`.
         source: the trained pictures, a `Source` or a spec such as "emoji:128".
         held: the held-out pictures, likewise, none of them trained on; None takes the held-out split of the same spec, where it
@@ -165,16 +166,21 @@ class Subject:
             answers += self.model.caption([source.picture(i, self.size) for i in part])
         return answers
 
-    def score_names(self, source: Source, indices: Sequence[int], names: list[str]) -> Tensor:
-        """Pointwise scores [pictures, names]; of a model that does not caption cosines, or how probably a pair matches."""
-        if not {"caption", "embed"} & set(self.model.capabilities):
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """How the model scores names; by the first of them it is held to be naming."""
+        return tuple(way for way in ("caption", "embed", "match") if way in self.model.capabilities)
+
+    def score_names(self, source: Source, indices: Sequence[int], names: list[str], way: str) -> Tensor:
+        """Scores [pictures, names] by one of `ways`: pointwise likelihoods, cosines, or how probably a pair matches."""
+        if way == "match":
             found = [
                 self.model.match(source.picture(i, self.size), names)
                 for part in self.parts(indices, "match names", 1)
                 for i in part
             ]
             return torch.tensor(found)
-        if "caption" not in self.model.capabilities:
+        if way == "embed":
             near = self.model.embed(names).T.cpu()
             parts = self.parts(indices, "embed pictures")
             return torch.cat(
@@ -251,13 +257,16 @@ def _held_captions(
 ) -> dict[str, float]:
     """Rank of the true name, and exact match and token F1 of the greedy answer, each beside its blind base rate.
 
-    A model that does not caption has no answer.
+    A model that does not caption has no answer. One that scores names in several ways has a rank by each, under their own names
+    from the second on.
     """
     examples = [held.examples[i] for i in scored]
     names = list(dict.fromkeys(example.captions[0] for example in [*examples, *others]))
     hit = naming.hits(examples, names, held.examples)
-    scores = subject.score_names(held, scored, names)
-    metrics = naming.beside("held_caption_", scores, hit)
+    metrics = {}
+    for place, way in enumerate(subject.ways):
+        scores = subject.score_names(held, scored, names, way)
+        metrics |= naming.beside(f"held_{way}_" if place else "held_caption_", scores, hit)
     if "caption" not in subject.model.capabilities:
         return metrics
     answers = subject.caption(held, scored, "caption held-out pictures")

@@ -2,8 +2,11 @@
 
     H = Attention(n_q(Q) + p_q,  n_k(W Z) + p_k,  n_k(W Z))
 
-with 2-D sine positions ``p_k`` of the features' places on the encoder's map and ``p_q`` of the queries' on a square of
-their own, laid over the same map.
+with 2-D sine positions ``p_k`` of the features' places on the encoder's map and ``p_q`` of the queries' on the squarest grid
+of as many, laid over the same map: row r of R is at r T / R of the map's T rows, columns alike. As many queries as features
+stand at the features' own places, as Qwen-VL's 256 on 16 x 16; fewer stand at the beginnings of their parts of the map, where
+Qwen-VL, which interpolates, has their middles; and a prime number of them, such as 7, stands along the top row, apart by
+columns alone.
 
 Shape legend: ``N`` media items, ``M`` features of an item, ``F`` width of a feature, ``K`` queries, ``D`` model width.
 """
@@ -66,7 +69,7 @@ class PositionalResampler(Connector):
         if width % config.heads:
             raise XFusionError(f"positional resampler: width {width} is not a multiple of its {config.heads} heads")
         self.map = config.map
-        # The squarest grid of as many queries: 256 are 16 x 16, 7 are 1 x 7.
+        # The squarest grid of as many queries: 256 are 16 x 16, 7 are 1 x 7, the map's top row.
         tall = next(n for n in range(math.isqrt(config.queries), 0, -1) if config.queries % n == 0)
         grid = (tall, config.queries // tall)
         self.register_buffer("key_places", places(*config.map, width), persistent=False)
