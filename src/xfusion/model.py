@@ -122,6 +122,9 @@ class Model(nn.Module):
     The backbone is not a submodule: `parameters()` and `state_dict()` hold learned weights only.
     """
 
+    recorded: Any = None
+    """What the pack says that the weights were loaded from or saved in (`xfusion.checkpoint.Record`)."""
+
     def __init__(self, config: ModelConfig, backbone: Backbone | None = None, *, fresh: bool = True):
         """``fresh`` reads the weights that new modules start from (`Fusion.begin`); a pack brings all of them itself."""
         super().__init__()
@@ -652,13 +655,13 @@ class Model(nn.Module):
         return embed(self, items, **settings)
 
     def save_pretrained(self, folder: Any, **facts: Any) -> None:
-        """Write a modality pack; see `xfusion.checkpoint.save`."""
+        """Write a modality pack, with what is recorded of its weights; see `xfusion.checkpoint.save`."""
         from xfusion.checkpoint import save
 
         save(self, folder, **facts)
 
     def push_to_hub(self, repository: str, **settings: Any) -> str:
-        """Put a pack of this model on a model hub; see `xfusion.checkpoint.push`."""
+        """Put a pack of this model on a model hub, with what is recorded of it; see `xfusion.checkpoint.push`."""
         from xfusion.checkpoint import push
 
         return push(self, repository, **settings)
