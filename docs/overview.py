@@ -195,9 +195,7 @@ def overview(folders: Sequence[Path]) -> list[str]:
     """The part of the page on all systems."""
     found = rows(folders)
     missing = [f"[{name}](recipes/{name}.md)" for name in names() if name not in {row.recipe for row in found}]
-    absent = (
-        f"In no comparison yet, what was measured stands on their own pages: {', '.join(missing)}." if missing else ""
-    )
+    absent = f"In no comparison yet (see their own pages for figures): {', '.join(missing)}." if missing else ""
     table = [f"| {' | '.join(HEAD)} |", f"|{' --- |' * len(HEAD)}"]
     before = None
     for row in found:
@@ -208,21 +206,21 @@ def overview(folders: Sequence[Path]) -> list[str]:
     return [
         "## All systems",
         "",
-        "By kind of mechanism; nothing is ranked here. **Set only rows of one comparison beside each other** (last column):",
-        "pictures, encoders and budgets differ between them, and what is decided stands in their sections.",
+        "Rows are ordered by kind of mechanism, not ranked. **Compare only rows of the same comparison** (last column), because",
+        "pictures, encoders and budgets differ between comparisons. Their sections state what is decided.",
         "",
         *table,
         "",
-        "- **unseen**: items of groups that no training saw. *memory*: trained items, where no others were scored; drawings",
-        "  only ever are. Brackets hold 95 % intervals over runs; fewer than five runs have none, and decide nothing.",
-        "- *names*: share of exact answers, any text allowed; *ranked first* is another score, the true name before the others",
-        "  that are given. *draws*: share of drawings whose nearest real picture, in pixels, is the right one.",
-        "- → reads, ← makes, ⇄ both, ~ tells how near a picture and words are, and says nothing.",
+        "- **unseen**: items of groups that training never saw. *memory*: trained items, if no others were scored (always so for",
+        "  drawings). Parentheses hold 95 % intervals over runs; fewer than five runs have none and decide nothing.",
+        "- *names*: share of exact answers, any text allowed; *ranked first*: the true name ranks before the other given names.",
+        "  *draws*: share of drawings whose nearest real picture, in pixels, is the right one.",
+        "- → reads, ← generates, ⇄ both, ~ scores how close a picture and words are, and generates nothing.",
         "- *blind*: the same with pictures permuted. *chance*: a random order. *ceiling*: real pictures through the codec.",
-        "- *GFLOPs*: forward and backward of a training sample; seconds of a step where they were measured. *trained*: weights.",
-        "- *text*: what the base says without pictures, bit-identical or by how much the perplexity of the bundled texts rose.",
-        "- A system has a row per data set, of the comparison with unseen items, then the most runs, then the most samples.",
-        "  Its variants (rates, noise) stand in the sections.",
+        "- *GFLOPs*: forward and backward pass of a training sample, with seconds per step if measured. *trained*: weights.",
+        "- *text*: the base's output without pictures: bit-identical, or the rise in perplexity of the bundled texts.",
+        "- Each system has one row per dataset: the comparison with unseen items, then most runs, then most samples.",
+        "  Its variants (rates, noise) are in the sections.",
         "",
         *([absent, ""] if absent else []),
     ]
@@ -233,9 +231,9 @@ def contents(folders: Sequence[Path]) -> list[str]:
     lines = [
         "## The comparisons",
         "",
-        "Recipes of different regimes (`single_tower` or `lora` and the others) have differences with intervals and no verdict.",
-        "`xfusion compare --out comparison/kinds` makes a page of one from its files, with",
-        "the drawings of all seeds: `index.html` beside them.",
+        "Between recipes of different regimes (`single_tower` or `lora` and the others) there are differences with intervals,",
+        "but no verdicts. `xfusion compare --out comparison/kinds` makes a page of one comparison from its files,",
+        "`index.html` in the same folder, with the drawings of all seeds.",
         "",
     ]
     for folder in folders:

@@ -67,15 +67,18 @@ def recipe_index() -> str:
     lines = [
         "# Recipes",
         "",
-        "One short file per published system, on the same frozen LLM. A status says what was seen: `sketch` was trained a few",
-        "steps in the tests, `runs` on real data, `reproduced` has committed runs beside the paper's figures.",
+        "One short file per published system, on the same frozen LLM. The status says how far it was tested:",
+        "`sketch` was trained for a few steps in the tests, `runs` on real data, and `reproduced` has committed runs that",
+        "confirm a finding of the paper.",
         "",
         "| recipe | mechanism | paper | status |",
         "| --- | --- | --- | --- |",
     ]
     for name, module in sorted(modules.items(), key=lambda pair: (pair[1].KIND, pair[0])):
         lines.append(f"| [{name}]({name}.md) | {module.KIND} | {module.PAPER} | {module.STATUS} |")
-    return "\n".join([*lines, "", "Systems that are not here, and the part that each lacks: [ideas](../ideas.md).", ""])
+    return "\n".join(
+        [*lines, "", "For systems that are missing, and what each would need, see [ideas](../ideas.md).", ""]
+    )
 
 
 def picture(name: str, base: Backbone) -> Path | None:
@@ -107,7 +110,7 @@ def figures(name: str) -> list[str]:
             lines.append(f"- [{folder.name}](../comparison.md#{folder.name}), {len(runs)} runs: {', '.join(scores)}")
     if re.search(rf"xfusion train [\"']?{name}\b", (HERE / "training_log.md").read_text(encoding="utf-8")):
         lines.append("- [training log](../training_log.md): its runs and scores")
-    return lines or ["Nothing was measured yet."]
+    return lines or ["Nothing has been measured yet."]
 
 
 def title_part(name: str) -> list[str]:
@@ -140,14 +143,14 @@ def cost_part(name: str, bases: list[Backbone]) -> list[str]:
     """What a recipe costs on some bases."""
     item = "a sound" if find(name)().model.audio else "a picture"
     what = (
-        f"Trained weights, and GFLOPs (forward and backward, nothing looked up) of a sample of 12 words and {item} of"
-        " the recipe's size; - stands where the recipe does not learn it."
+        f"Trained weights, and GFLOPs (forward and backward, without cached text states) for a sample of 12 words and {item} of"
+        " the recipe's size. A dash means that the recipe does not learn the task."
     )
     encoder = flops_of_encoder(find(name)().model)
     if encoder != 0:
         each = f" ({encoder / 1e9:.2f} GFLOPs per picture)" if encoder else ""
-        what += f" The frozen encoder or codec{each} is left out."
-    table = ["| base | trained | to learn a drawing | to learn a name |", "| --- | --- | --- | --- |"]
+        what += f" The frozen encoder or codec{each} is not included."
+    table = ["| base | trained | per drawing sample | per captioning sample |", "| --- | --- | --- | --- |"]
     return ["## Cost", "", what, "", *table, *(cost(name, base) for base in bases), ""]
 
 
@@ -191,7 +194,7 @@ def comparison_part(folder: Path) -> list[str]:
     if drawing and not kept:
         file = HERE / "pictures" / f"{folder.name}_text.svg"
         file.write_text(standalone(scatter(summary, drawing)), encoding="utf-8")
-        lines += ["**What drawing cost the text**: perplexity against the score in drawing, a small dot per run", ""]
+        lines += ["**What drawing cost the text**: perplexity against the drawing score, one small dot per run", ""]
         lines += [f"![perplexity of the text against drawing](pictures/{file.name})", ""]
     rest += [share_part(summary, name, folder.name) for name in SHOWN_BY_SHARE if len(summary["shares"]) > 1]
     if summary["contributions"]:
@@ -211,8 +214,8 @@ def comparison_page() -> str:
         "# Comparisons",
         "",
         "Every figure is read from the files in `comparison/`, which `xfusion compare` wrote; `python docs/pages.py comparison`",
-        "makes this page of them. Dots are runs, bars 95 % intervals; nothing is decided by fewer than five runs. In words:",
-        "[which fusion should I use?](choosing.md)",
+        "generates this page from them. Dots are runs and bars are 95 % confidence intervals. Fewer than five runs decide",
+        "nothing. For a summary, see [which fusion should I use?](choosing.md)",
         "",
         *overview(folders),
         *contents(folders),
@@ -272,7 +275,7 @@ def share_part(summary: dict[str, Any], name: str, folder: str) -> list[str]:
     title, file = tables[0]["title"], HERE / "pictures" / f"{folder}_shares_{name}.svg"
     colours = {label: COLOURS[summary["recipes"].index(label) % len(COLOURS)] for label in found}
     file.write_text(standalone(curves(summary["recipes"], found, SHARES), colours), encoding="utf-8")
-    lines = [f"**{title}, by share of the pictures** (same budget on fewer pictures)", ""]
+    lines = [f"**{title}, by share of the pictures** (the same budget on fewer pictures)", ""]
     lines += [f"![{title} by share]({file.relative_to(HERE)})", ""]
     lines += [f"| recipe | share | mean | 95 % interval | paired difference to {summary['first']} | verdict |"]
     lines += ["| --- | --- | --- | --- | --- | --- |"]
@@ -322,7 +325,7 @@ def _beside(score: dict[str, Any], media: str) -> list[str]:
     real = {"pictures": "the real picture", "sounds": "unheard recordings"}[media]
     titles = {"chance": "a random order", "blind": f"{media} permuted (mean of all)", "ceiling": real}
     found = [f"{title} {score[key]:.3f}" for key, title in titles.items() if key in score]
-    return [f"Beside it: {', '.join(found)}.", ""] if found else []
+    return [f"For reference: {', '.join(found)}.", ""] if found else []
 
 
 def _row(row: dict[str, Any]) -> str:
@@ -602,9 +605,9 @@ def sound_codes_part() -> list[str]:
 
 
 DAMAGES = {
-    "jpeg": "quality of the JPEG",
-    "crop": "share of the side that a crop leaves",
-    "resolution": "share of the pixels of the side",
+    "jpeg": "JPEG quality",
+    "crop": "share of the side kept by a crop",
+    "resolution": "resolution (share of the side)",
 }
 """What the strength of a damage is."""
 
@@ -621,18 +624,18 @@ def questions_part(name: str) -> list[str]:
     settings, over = found["settings"], found["accuracy_over_blind_interval"]
     verdict = "above the blind rate" if over and over[0] > 0 else "not above the blind rate"
     told = [
-        ("right", found["accuracy"], found["accuracy_interval"]),
+        ("accuracy", found["accuracy"], found["accuracy_interval"]),
         ("blind: pictures permuted, mean of five", found["accuracy_blind"], None),
-        ("the commonest answer", found["chance_accuracy"], None),
-        ("right, less blind", found["accuracy_over_blind"], over),
-        ("right in JSON by a schema", found["accuracy_json"], None),
+        ("most frequent answer", found["chance_accuracy"], None),
+        ("accuracy minus blind", found["accuracy_over_blind"], over),
+        ("accuracy in JSON, with a schema", found["accuracy_json"], None),
         ("valid JSON", found["json_valid"], None),
-        ("answered, where it may refuse", found["answered"], None),
-        ("right of what is then answered", found["accuracy_answered"], None),
+        ("answered, if refusal is allowed", found["answered"], None),
+        ("accuracy on those", found["accuracy_answered"], None),
     ]
     rows = [
         {
-            "of the test part": what,
+            "test part": what,
             "share": "-" if value is None else f"{value:.3f}",
             "95 % interval": f"{span[0]:.3f} to {span[1]:.3f}" if span else "-",
         }
@@ -640,23 +643,23 @@ def questions_part(name: str) -> list[str]:
     ]
     bound = found["refusal_threshold"]
     refused = (
-        f"no confidence is right in {settings['wanted']:g} of its answers there, so that all is refused"
+        f"no confidence reaches an accuracy of {settings['wanted']:g} there, so all questions are refused"
         if bound is None
-        else f"from a confidence of {bound:.3f} on, answers are right in {settings['wanted']:g} there"
+        else f"there, answers with a confidence of {bound:.3f} or more reach an accuracy of {settings['wanted']:g}"
     )
     lines = [
-        f"{settings['num_test']} questions of {settings['num_test_clusters']} clusters were tested, {settings['num_validation']}"
-        f" others chose the threshold: {refused}. **{verdict.capitalize()}.**",
+        f"{settings['num_test']} questions of {settings['num_test_clusters']} clusters were tested."
+        f" The threshold was chosen on {settings['num_validation']} others: {refused}. **{verdict.capitalize()}.**",
         "",
-        *table(rows, ("of the test part", "share", "95 % interval")),
+        *table(rows, ("test part", "share", "95 % interval")),
     ]
     for damage, points in found["curves"].items():
         ends = [points[0][0], points[-1][0]]
         drawn = {
-            "right": [(x, y) for x, y in points],
+            "accuracy": [(x, y) for x, y in points],
             "blind": [(x, found["accuracy_blind"]) for x in ends],
         }
-        title = f"Share right against {DAMAGES[damage]}"
+        title = f"Accuracy against {DAMAGES[damage]}"
         svg = HERE / "pictures" / f"questions_{name}_{damage}.svg"
         plotted = curves(list(drawn), drawn, DAMAGES[damage])
         svg.write_text(standalone(plotted, legend(drawn)), encoding="utf-8")
@@ -666,7 +669,7 @@ def questions_part(name: str) -> list[str]:
 
 
 def json_part() -> list[str]:
-    """How right counting is in JSON, of a reader that never learned it and of one that did."""
+    """Accuracy of counting in JSON, of a reader that never learned it and of one that did."""
     rows = []
     for name, trained in (("counting", "no"), ("counting_json", "yes")):
         file = RESULTS / "understanding" / f"{name}.json"
@@ -674,9 +677,9 @@ def json_part() -> list[str]:
             found = json.loads(file.read_text(encoding="utf-8"))
             shares = ("accuracy", "accuracy_json", "json_valid", "accuracy_blind")
             said = [f"{found[key]:.3f}" for key in shares]
-            told = ("right", "right in JSON", "valid JSON", "blind")
+            told = ("accuracy", "accuracy in JSON", "valid JSON", "blind")
             rows.append({"JSON in training": trained} | dict(zip(told, said, strict=True)))
-    return table(rows, ("JSON in training", "right", "right in JSON", "valid JSON", "blind"))
+    return table(rows, ("JSON in training", "accuracy", "accuracy in JSON", "valid JSON", "blind"))
 
 
 def boxes_part(name: str) -> list[str]:
@@ -690,9 +693,9 @@ def boxes_part(name: str) -> list[str]:
     told = [
         ("its picture", found["hit"], found["hit_interval"], found["overlap"], found["overlap_interval"]),
         ("blind: pictures permuted, mean of five", found["hit_blind"], None, found["overlap_blind"], None),
-        ("the best box for all", found["chance_hit"], None, found["chance_overlap"], None),
+        ("best single box for all", found["chance_hit"], None, found["chance_overlap"], None),
         (
-            "its picture, less blind",
+            "its picture minus blind",
             found["hit_over_blind"],
             over,
             found["overlap_over_blind"],
@@ -701,7 +704,7 @@ def boxes_part(name: str) -> list[str]:
     ]
     rows = [
         {
-            "what is seen": what,
+            "input": what,
             "overlap of 0.5 or more": f"{hit:.3f}",
             "95 % interval": f"{span[0]:.3f} to {span[1]:.3f}" if span else "-",
             "mean overlap": f"{mean:.3f}",
@@ -711,14 +714,14 @@ def boxes_part(name: str) -> list[str]:
     ]
     sizes = ", ".join(f"{size:.2f}: {hit:.3f}" for size, hit in found["curves"]["hit_by_size"])
     named = (
-        f" Of {settings['num_with_others']} pictures with other things, {found['named']:.3f} of the answers overlap the asked"
-        f" thing most, {found['named_chance']:.3f} by chance."
+        f" In {settings['num_with_others']} pictures with other things, {found['named']:.3f} of the answers overlap most with the"
+        f" requested thing (chance {found['named_chance']:.3f})."
         if found["named"] is not None
         else ""
     )
     return [
-        f"{settings['num_scenes']} pictures were tested. **{verdict.capitalize()}.** {found['valid']:.3f} of the answers are one"
-        f" box.{named} Share of hits by the things' size, thirds by their side as a share of the picture's: {sizes}.",
+        f"{settings['num_scenes']} pictures were tested. **{verdict.capitalize()}.** {found['valid']:.3f} of the answers are a"
+        f" single box.{named} Hit rate by size of the thing (thirds, by its side as a share of the picture's): {sizes}.",
         "",
         *table(rows, tuple(rows[0])),
     ]

@@ -1,4 +1,4 @@
-"""Give a frozen language model a new sense, and prove that it lost none of its words.
+"""Give a frozen language model a new modality, and check that its text stays bit-identical.
 
 The public names are imported when they are first used, so ``import xfusion`` costs nothing.
 """

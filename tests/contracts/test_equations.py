@@ -1,4 +1,5 @@
-"""Contract: every mechanism is its published equation, and all of them begin as the same function (spec 1.2 to 1.4).
+"""Contract: every mechanism is its published equation, and all of them begin as the same function
+(X-Fusion, arXiv 2504.20996, section 3.2 and figure 3).
 
 The equations are written here once more, in NumPy, one position after another: a Llama layer, who may see whom, and what
 each system makes of the two. They share no code with the library but the weights and the port's input states.

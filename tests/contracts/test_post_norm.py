@@ -40,7 +40,7 @@ def from_scratch(base: Backbone, dtype: torch.dtype | None = None, *, randomised
 
 
 class PostNormLlama(Llama):
-    """``h = x + norm(O attention(x))``, ``y = h + norm'(MLP(h))`` (spec 1.11)."""
+    """``h = x + norm(O attention(x))``, ``y = h + norm'(MLP(h))`` (arXiv 2411.04996)."""
 
     def read(self, w: Weights, norm: str, x: Vector) -> Vector:
         return x

@@ -156,7 +156,7 @@ def overview() -> str:
     lines = [
         "usage: xfusion VERB ... [--json] [-o OUT]",
         "",
-        "Give a frozen language model a new sense, and prove that it lost none of its words.",
+        "Give a frozen language model a new modality, and check that its text stays bit-identical.",
         "",
         *(f"  {name:<{width}}  {text}" for name, text in rows),
         "",

@@ -238,7 +238,7 @@ class DualTower(Fusion):
         return super().media_block(index, frozen) if self.config.fuse is not None else self.block(index, frozen)
 
     def layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
-        """Fast path: kept outputs only, each tower's keys and values for all rows (spec 1.2)."""
+        """Fast path: kept outputs only, each tower's keys and values for all rows (X-Fusion, section 3.2)."""
         block, media = self.block(index, frozen), set(run.states) - {"text"}
         on_text, on_media = (self.mix(side, index) for side in ("text", "media"))
         by_text = self.tower(0, index, frozen, run.states if on_media else {"text"}, call, run)

@@ -21,7 +21,7 @@ TIME_FREQUENCIES = 128
 
 
 class MediaPort(nn.Module):
-    """Linear patches in, noise level, positions, boundary rows, head out (spec 1.1 and 1.5).
+    """Linear patches in (X-Fusion, arXiv 2504.20996), noise level, positions, boundary rows, head out.
 
     The noise level is a vector MLP(sinusoid(t)) with t = 0 for clean items. It is added to item tokens, or it modulates
     them before every layer with new modules, or the branches inside every new block; [BOI] has none, so that its keys and

@@ -1,7 +1,8 @@
 """Flow matching (rectified flow) with logit-normal time: corrupt, loss and sample.
 
 Convention everywhere: t = 0 is clean, t = 1 is noise; ``x_t = (1 - t) x_0 + t eps``, velocity ``v = dx/dt = eps - x_0``
-(Esser et al. 2024, arXiv 2403.03206, equations 13 and 19). X-Fusion trains with this scheduler (spec 1.5).
+(Esser et al. 2024, arXiv 2403.03206, equations 13 and 19). X-Fusion (arXiv 2504.20996) trains
+with this scheduler.
 
 Shape legend: ``B`` batch row, ``n`` media rows, ``P`` token width, ``N`` media items, ``M`` tokens of an item.
 """

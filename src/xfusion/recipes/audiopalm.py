@@ -1,17 +1,17 @@
-"""AudioPaLM: speech as codes that a language model reads and says as it does words.
+"""AudioPaLM: speech as discrete codes that a language model reads and generates like words.
 
 Paper: Rubenstein et al., "AudioPaLM: A Large Language Model That Can Speak and Listen", arXiv 2306.12925.
 
-Faithful: codes are k-means clusters of a speech encoder's features; the table of words is extended by rows for codes, which
-start from scratch, and codes are predicted by the rows that they enter with; one next-token loss in both directions, speech
-to words and words to speech.
+Faithful: codes are k-means clusters of a speech encoder's features; the embedding table is extended by rows for codes, which
+are trained from scratch and also used to predict codes; one next-token loss in both directions, speech to words and words to
+speech.
 
-Adapted: the language model is frozen and only the new rows are trained, where the paper tunes all of it; 128 clusters of
-Whisper tiny.en's features at 12.5 per second (`runs/fit_sound_codes.py` fits them) instead of 1024 of USM's; segment masks,
-so that codes and words each have a softmax of their own; a place's vector beside a code's row; no tags that name the task,
-for what stands first tells it; no later stages that turn codes into a voice: what it says stays codes.
+Adapted: the language model is frozen and only the new rows are trained (the paper tunes the whole model); 128 clusters of
+Whisper tiny.en's features at 12.5 per second (fitted by `runs/fit_sound_codes.py`) instead of 1024 of USM's; segment masks,
+so codes and words have separate softmaxes; a position vector is added to each code's row; no task tags, because the first
+segment determines the task; no later stages that turn codes into a waveform: the output remains codes.
 
-Data: of the paper's tasks, LibriSpeech (https://www.openslr.org/12), cut to what the recipe hears, in lines with their
+Data: from the paper's tasks, LibriSpeech (https://www.openslr.org/12), cut to the recipe's length, as JSON lines with the
 words, ``--data librispeech/train.jsonl``. Our figures: ``--data digits/train.jsonl`` (`runs/write_digits.py`).
 """
 

@@ -1,15 +1,15 @@
-"""BAGEL: two experts in one attention; only noised pictures take the generation expert.
+"""BAGEL: two experts in one attention; only noised pictures use the generation expert.
 
 Paper: Deng et al., "Emerging Properties in Unified Multimodal Pretraining", arXiv 2505.14683.
 
-Faithful: the generation expert is a full copy that handles noised picture tokens alone; noise level added to their
-embeddings; row and column positions; a noised copy is never read by what comes later.
+Faithful: the generation expert is a full copy that handles only noised picture tokens; the noise level is added to their
+embeddings; row and column positions; later positions never read a noised copy.
 
 Adapted: the understanding expert is the frozen language model, which the paper trains; clean pictures come from the
-same patches instead of a SigLIP encoder. Everything around the layer (pictures, port, objectives, data, schedule) is
-the recipe `xfusion`'s, so that a comparison compares the layer alone.
+same patches instead of a SigLIP encoder. Everything except the layer (pictures, port, objectives, data, schedule) is
+shared with the recipe `xfusion`, so a comparison isolates the layer.
 
-Data: any captioned pictures; public ones: CC3M (``pixparse/cc3m-wds``), ``--data 'cc3m-wds/cc3m-train-*.tar'``. Our
+Data: any captioned pictures, such as the public CC3M (``pixparse/cc3m-wds``), ``--data 'cc3m-wds/cc3m-train-*.tar'``. Our
 figures: ``--data emoji:64``.
 """
 

@@ -1,19 +1,19 @@
-"""BLIP: contrast, matching and captions by one decoder whose words may read the picture.
+"""BLIP: contrastive, matching and captioning losses on one decoder whose words may attend to the picture.
 
 Paper: Li et al., "BLIP: Bootstrapping Language-Image Pre-training for Unified Vision-Language Understanding and Generation",
 ICML 2022, arXiv 2201.12086.
 
-Faithful: three losses added alike - contrast of a picture and its words, matching of pairs with hard negatives by the
-contrast's likeness, and the language model's on captions; one text tower that reads words alone for the first, and the
-picture by cross-attention for the others; a trained [Encode] row for matching; a head of two classes.
+Faithful: three equally weighted losses - contrastive between picture and text, matching with hard negatives chosen by
+contrastive similarity, and language modelling on captions; one text tower, which reads only words for the first loss and
+also the picture, by cross-attention, for the others; a trained [Encode] row for matching; a two-class head.
 
-Adapted: the text tower is the frozen language model, causal in all three modes, so [Encode] stands behind the words and sees
-them all, where the paper has a bidirectional encoder with self-attention of its own, which a frozen host cannot have; gated
+Adapted: the text tower is the frozen language model, causal in all three modes, so [Encode] follows the words to see them
+all (the paper's text encoder has its own bidirectional self-attention, which a frozen base cannot have); gated
 cross-attention before every n-th layer instead of within every one; a resampler over the features of a frozen
-EfficientNet-Lite0 instead of a trained ViT; no momentum encoder, no queue and no label smoothing; the hardest negative of a
-batch of 16 instead of one drawn by likeness; captions are not bootstrapped (CapFilt).
+EfficientNet-Lite0 instead of a trained ViT; no momentum encoder, queue or label smoothing; the hardest negative of a
+batch of 16 instead of one sampled by similarity; captions are not bootstrapped (CapFilt).
 
-Data: of the paper's, CC3M (``pixparse/cc3m-wds``), ``--data 'cc3m-wds/cc3m-train-*.tar'``; or COCO captions
+Data: from the paper, CC3M (``pixparse/cc3m-wds``), ``--data 'cc3m-wds/cc3m-train-*.tar'``; or COCO captions
 (``jxie/coco_captions``), ``--data 'coco_captions/data/train-*.parquet'``. Our figures: ``--data
 runs/clothing/photos.jsonl:held=0.1`` (`runs/write_clothing.py`).
 """

@@ -1,18 +1,18 @@
-"""BLIP-2: learned queries read a frozen encoder, and their few states stand before the words.
+"""BLIP-2: learned queries read a frozen encoder, and their few states precede the words.
 
 Paper: Li et al., "BLIP-2: Bootstrapping Language-Image Pre-training with Frozen Image Encoders and Large Language Models",
 ICML 2023, arXiv 2301.12597.
 
 Faithful: the query transformer (shared self-attention, cross-attention in every second block, post-norm, a fixed number of
-queries whatever the picture), one matrix to the language model's width, both ends frozen: the paper's stage 2, generative
-learning from a frozen decoder. The three masks of stage 1 and the words' own feed-forward networks are in
+queries for any picture); one matrix to the language model's width; both ends frozen. This is the paper's stage 2, generative
+learning with a frozen decoder. The three masks of stage 1 and the words' own feed-forward networks are in
 `xfusion.fusion.connectors.query_transformer`, equal to transformers' `Blip2QFormerModel`.
 
 Adapted: stage 1 (contrast, generation and matching inside the query transformer) is not trained; 4 blocks of width 256 from
-random weights instead of BERT's 12 of 768; 7 queries instead of 32; EfficientNet-Lite0 instead of ViT-g, another encoder
-by ``encoder``; trainable rows before and behind the queries.
+random weights instead of BERT's 12 of 768; 7 queries instead of 32; EfficientNet-Lite0 instead of ViT-g (``encoder`` sets
+another); trainable rows before and after the queries.
 
-Data: of the paper's, CC3M (``pixparse/cc3m-wds``), ``--data 'cc3m-wds/cc3m-train-*.tar'``. Our figures: ``--data
+Data: from the paper, CC3M (``pixparse/cc3m-wds``), ``--data 'cc3m-wds/cc3m-train-*.tar'``. Our figures: ``--data
 runs/clothing/photos.jsonl:held=0.1`` (`runs/write_clothing.py`).
 """
 

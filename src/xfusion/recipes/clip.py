@@ -2,18 +2,18 @@
 
 Paper: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", ICML 2021, arXiv 2103.00020.
 
-Faithful: linear projections without non-linearity, cosines times a learned scale that begins at 1 / 0.07 and is clipped at
-100, the mean of both cross-entropies over the pairs of a batch, the text feature at the last word of a causal transformer.
+Faithful: linear projections without non-linearity; cosines times a learned scale, initialised at 1 / 0.07 and clipped at
+100; the mean of both cross-entropies over the pairs of a batch; the text feature at the last word of a causal transformer.
 
-Adapted: the text tower is the language model and frozen, the paper trains its own; the picture tower is a matrix and copied
-blocks over the mean feature of a frozen EfficientNet-Lite0, the paper trains a ViT on pixels; batches of 64 instead of 32,768,
-in which pictures of one group and equal captions are no negatives.
+Adapted: the text tower is the frozen language model (the paper trains its own); the picture tower is a matrix and copied
+blocks over the mean feature of a frozen EfficientNet-Lite0 (the paper trains a ViT on pixels); batches of 64 instead of 32,768,
+in which pictures of one group and equal captions are not negatives.
 
-Zero-shot naming, any names, the nearest first: ``xfusion caption PACK photo.jpg --names shirt boot "a red hat"``, or in Python
-``model.embed([picture]) @ model.embed(["shirt", "boot", "a red hat"]).T``. Names are wordings of the picture alone in training,
-so no template ("a photo of a ...") stands around them.
+Zero-shot naming with any names, nearest first: ``xfusion caption PACK photo.jpg --names shirt boot "a red hat"``, or in Python
+``model.embed([picture]) @ model.embed(["shirt", "boot", "a red hat"]).T``. Training uses bare names,
+so give them without a template ("a photo of a ...").
 
-Data: the paper's 400 M pairs are not public; pairs that are: CC12M (``pixparse/cc12m-wds``), ``--data
+Data: the paper's 400 M pairs are not public; a public alternative is CC12M (``pixparse/cc12m-wds``), ``--data
 'cc12m-wds/*.tar'``. Our figures: ``--data runs/clothing/photos.jsonl:held=0.1`` (`runs/write_clothing.py`).
 """
 

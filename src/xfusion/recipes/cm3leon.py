@@ -1,18 +1,18 @@
-"""CM3Leon: one stream of words and codes, learned from left to right and by infilling.
+"""CM3Leon: one stream of words and codes, trained left to right and by infilling.
 
 Paper: Yu et al., "Scaling Autoregressive Multi-Modal Models: Pretraining and Instruction Tuning", arXiv 2309.02591; the
 objective is that of CM3 (Aghajanyan et al., arXiv 2201.07520).
 
-Faithful: runs of codes are cut out, leave ``<mask>`` and stand behind ``<infill>`` at the end, so that a decoder that reads
-from left to right completes pictures from both sides; no run crosses the boundary of a modality; guidance on scores,
-``l_u + s (l_c - l_u)``, without training for it beyond empty captions.
+Faithful: spans of codes are replaced by ``<mask>`` and moved after ``<infill>`` at the end, so a left-to-right decoder
+completes pictures from both sides; no span crosses a modality boundary; guidance on logits,
+``l_u + s (l_c - l_u)``, with no special training except empty captions.
 
-Adapted: the paper trains from scratch; here the language model is frozen, with rows in and out for codes and sentinels.
-Runs are cut from pictures alone: a name is learned behind its picture, which is what their caption infilling comes to.
-The other side of guidance is no words instead of ``<mask>`` in their place; no retrieved neighbours stand before a
-picture; one sentinel serves all runs. Pictures and schedule are the recipe `teal`'s.
+Adapted: the paper trains from scratch; here the language model is frozen, with input and output rows for codes and sentinels.
+Spans are cut only from pictures: a name is learned after its picture, which is equivalent to the paper's caption infilling.
+The unconditional side of guidance has no words instead of ``<mask>``; no retrieved neighbours precede a
+picture; one sentinel serves all spans. Pictures and schedule are those of the recipe `teal`.
 
-Data: the paper's Shutterstock pictures are not public; pairs that are: CC3M (``pixparse/cc3m-wds``), ``--data
+Data: the paper's Shutterstock pictures are not public; a public alternative is CC3M (``pixparse/cc3m-wds``), ``--data
 'cc3m-wds/cc3m-train-*.tar'``. Our figures: ``--data emoji:64``.
 """
 

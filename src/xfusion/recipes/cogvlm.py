@@ -1,16 +1,16 @@
-"""CogVLM's visual expert: queries, keys, values, output and MLP of their own for picture positions, norms shared.
+"""CogVLM's visual expert: separate queries, keys, values, output and MLP for picture positions, with shared norms.
 
 Paper: Wang et al., "CogVLM: Visual Expert for Pretrained Language Models", arXiv 2311.03079.
 
 Faithful: the expert, copied from the language model; all patches of a picture at one rotary position; causal order
-among patches (their ablation prefers it).
+among patches (preferred by the paper's ablation).
 
 Adapted: linear patches instead of EVA2-CLIP with a SwiGLU adapter; it also draws, which the paper's model does not.
 
-Everything around the layer (pictures, port, objectives, data, schedule) is the recipe `xfusion`'s, so that a
-comparison compares the layer alone.
+Everything except the layer (pictures, port, objectives, data, schedule) is shared with the recipe `xfusion`, so a
+comparison isolates the layer.
 
-Data: of the paper's, LAION (``laion/relaion2B-en-research-safe``, links that img2dataset makes shards of), ``--data
+Data: from the paper, LAION (``laion/relaion2B-en-research-safe``, links to download with img2dataset), ``--data
 'laion/*.tar'``. Our figures: ``--data emoji:64``.
 """
 

@@ -2,13 +2,13 @@
 
 Paper: Mo et al., arXiv 2504.20996, figure 3 (c) and table 1.
 
-Faithful: one set of keys and values, words' made by the frozen weights, pictures' by trained copies.
+Faithful: one set of keys and values; the frozen weights make those of words, trained copies those of pictures.
 
-Adapted: norms and output projections are the pictures' own too, as in LMFusion; the paper does not say. Copies at
-every fifth layer only. Everything around the layer (pictures, port, objectives, data, schedule) is the recipe
-`xfusion`'s, so that a comparison compares the layer alone.
+Adapted: pictures also have their own norms and output projections, as in LMFusion; the paper does not say. Copies only at
+every fifth layer. Everything except the layer (pictures, port, objectives, data, schedule) is shared with the recipe
+`xfusion`, so a comparison isolates the layer.
 
-Data: the paper's pictures are not public; pairs that are: CC3M (``pixparse/cc3m-wds``), ``--data
+Data: the paper's pictures are not public; a public alternative is CC3M (``pixparse/cc3m-wds``), ``--data
 'cc3m-wds/cc3m-train-*.tar'``. Our figures: ``--data emoji:64`` and ``emoji:128``.
 """
 

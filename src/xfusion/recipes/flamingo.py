@@ -1,25 +1,25 @@
-"""Flamingo: gated cross-attention before frozen layers, to a fixed number of rows that a resampler makes of each picture.
+"""Flamingo: gated cross-attention before frozen layers, to a fixed number of rows that a resampler makes from each picture.
 
 Paper: Alayrac et al., "Flamingo: a Visual Language Model for Few-Shot Learning", arXiv 2204.14198.
 
-Faithful: a Perceiver resampler, whose keys and values hold its latents too, makes 16 rows (``latents``) of a picture; blocks
-before every n-th layer from the first one on (``every``, which need not divide the depth), with tanh gates, layer norms of
-words and of media, squared ReLU; each word attends to the last picture before it and hears of older ones through the
-words; picture and text may alternate; the language model is frozen throughout; loss on the text.
+Faithful: a Perceiver resampler, whose keys and values include its latents, makes 16 rows (``latents``) from a picture; blocks
+before every n-th layer from the first one on (``every``, which need not divide the depth), with tanh gates, layer norms for
+words and for media, and squared ReLU; each word attends to the last picture before it and to older ones only through the
+words; pictures and text may alternate; the language model is frozen throughout; loss on the text.
 
-Adapted: EfficientNet-Lite0's map of 7 x 7 x 1280 instead of a frozen NFNet's, another encoder by ``encoder``; a matrix brings
+Adapted: EfficientNet-Lite0's 7 x 7 x 1280 map instead of a frozen NFNet's (``encoder`` sets another); a matrix maps
 it to the model's width; sizes for two cores (the resampler is as wide as the model, with heads of 64 and ``depth=2`` layers
-instead of 6); gate and MLP act only on words that see a picture, so that text alone stays bit-equal after training, which the
-paper's does not; text is never linked to the next picture instead of the last (half of the paper's samples), because nothing
-later may change what came before; [EOI], a trained row, in the place of the tag and of the end of chunk; one data set; gates
-begin open (``gate=0`` closes them, as in the paper).
+instead of 6); gate and MLP act only on words that see a picture, so text alone stays bit-equal after training, unlike in the
+paper; text is never linked to the next picture instead of the last (as in half of the paper's samples), because nothing
+later may change what came before; [EOI], a trained row, replaces the tag and the end of chunk; one dataset; gates
+start open (``gate=0`` closes them, as in the paper).
 
-Few-shot prompts: samples hold one picture unless ``--stages.0.mixture.shots 4`` puts four solved examples before each, of which
-all answers are learned, as the paper learns all text of a page. A prompt then alternates too,
-``model.generate([a, "shirt", b, "shoes", c, "What is this?"])``. Trained so on photographs of ten kinds, examples changed
-nothing: [few_shot](../comparison.md#few_shot).
+Few-shot prompts: samples have one picture unless ``--stages.0.mixture.shots 4`` puts four solved examples before each. All
+answers are then trained on, as the paper trains on all text of a page. Prompts then alternate too:
+``model.generate([a, "shirt", b, "shoes", c, "What is this?"])``. In a model trained this way on photographs of ten kinds, the
+examples changed nothing: [few_shot](../comparison.md#few_shot).
 
-Data: the paper's M3W, ALIGN and LTIP are not public; pairs that are: CC3M (``pixparse/cc3m-wds``), ``--data
+Data: the paper's M3W, ALIGN and LTIP are not public; a public alternative is CC3M (``pixparse/cc3m-wds``), ``--data
 'cc3m-wds/cc3m-train-*.tar'``. Our figures: ``--data runs/clothing/photos.jsonl:held=0.1`` (`runs/write_clothing.py`).
 """
 

@@ -1,15 +1,15 @@
 """X-Fusion's gated tower: the frozen layer plus a gated trainable copy of it.
 
-Paper: Mo et al., arXiv 2504.20996, figure 3 (b) and table 1; the gate is Flamingo's (arXiv 2204.14198), zero at the
-start.
+Paper: Mo et al., arXiv 2504.20996, figure 3 (b) and table 1; the gate is Flamingo's (arXiv 2204.14198), initialised
+at zero.
 
 Faithful: both blocks see the whole sequence, ``H_txt + gamma H_gate``.
 
-Adapted: the paper reports unchanged text but not how; here the gate acts from the first media token of a sequence on.
-Copies at every fifth layer only. Everything around the layer (pictures, port, objectives, data, schedule) is the
-recipe `xfusion`'s, so that a comparison compares the layer alone.
+Adapted: the paper reports unchanged text but not how; here the gate acts only from the first media token of a sequence on.
+Copies only at every fifth layer. Everything except the layer (pictures, port, objectives, data, schedule) is shared with
+the recipe `xfusion`, so a comparison isolates the layer.
 
-Data: the paper's pictures are not public; pairs that are: CC3M (``pixparse/cc3m-wds``), ``--data
+Data: the paper's pictures are not public; a public alternative is CC3M (``pixparse/cc3m-wds``), ``--data
 'cc3m-wds/cc3m-train-*.tar'``. Our figures: ``--data emoji:64`` and ``emoji:128``.
 """
 

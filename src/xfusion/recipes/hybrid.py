@@ -1,12 +1,12 @@
 """A hybrid: modality experts in the lower layers, a dual tower in the upper ones.
 
-Not published. It asks whether one joint set of keys and values is enough where pictures and words are still apart, and
-where the second set of the dual tower (arXiv 2504.20996, section 3.2) is worth its cost.
+Not published. It tests whether one joint set of keys and values is enough in the layers where pictures and words are still
+apart, and where the second set of the dual tower (arXiv 2504.20996, section 3.2) is worth its cost.
 
-Everything around the layer (pictures, port, objectives, data, schedule) is the recipe `xfusion`'s, so that a comparison
-compares the layer alone.
+Everything except the layer (pictures, port, objectives, data, schedule) is shared with the recipe `xfusion`, so a
+comparison isolates the layer.
 
-Data: any captioned pictures; public ones: CC3M (``pixparse/cc3m-wds``), ``--data 'cc3m-wds/cc3m-train-*.tar'``. Our
+Data: any captioned pictures, such as the public CC3M (``pixparse/cc3m-wds``), ``--data 'cc3m-wds/cc3m-train-*.tar'``. Our
 figures: ``--data emoji:64``.
 """
 

@@ -2,17 +2,17 @@
 
 Paper: Laurençon et al., "OBELICS: An Open Web-Scale Filtered Dataset of Interleaved Image-Text Documents", arXiv 2306.16527.
 
-Faithful: blocks before every n-th layer from the first one on, with RMS norms, as many heads as the base, norms of queries
-and keys per head, no rotary embedding, SwiGLU of the base's width, tanh gates; a resampler with ReLU
-and norms per head; each word attends to the last picture before it; the first stage, in which the language model is
-frozen. Block and resampler are held to transformers' to 1e-5.
+Faithful: blocks before every n-th layer from the first one on, with RMS norms, as many heads as the base, per-head norms of
+queries and keys, no rotary embedding, SwiGLU of the base's width, tanh gates; a resampler with ReLU
+and per-head norms; each word attends to the last picture before it; the first stage, in which the language model is
+frozen. Tests compare block and resampler with transformers' to 1e-5.
 
-Adapted: EfficientNet-Lite0 instead of CLIP ViT-H/14, another encoder by ``encoder``; widths for two cores; n need not divide
+Adapted: EfficientNet-Lite0 instead of CLIP ViT-H/14 (``encoder`` sets another); widths for two cores; n need not divide
 the depth (theirs must); the gated MLP acts only on words that see a picture (theirs acts on all, ``--model.fusion.text-only
-mlp``); no loss on the size of the logits; [EOI] in the place of the two added tokens. The second stage unfreezes everything
-and is not here; gates begin open (``gate=0`` closes them, as in the paper).
+mlp``); no loss on the size of the logits; [EOI] replaces the two added tokens; the second stage, which unfreezes everything,
+is not included; gates start open (``gate=0`` closes them, as in the paper).
 
-Data: of the paper's, LAION (``laion/relaion2B-en-research-safe``, links that img2dataset makes shards of), ``--data
+Data: from the paper, LAION (``laion/relaion2B-en-research-safe``, links to download with img2dataset), ``--data
 'laion/*.tar'``; OBELICS' interleaved pages are not read. Our figures: ``--data runs/clothing/photos.jsonl:held=0.1``
 (`runs/write_clothing.py`).
 """

@@ -4,15 +4,15 @@ Paper: Saharia et al., "Photorealistic Text-to-Image Diffusion Models with Deep 
 arXiv 2205.11487.
 
 Faithful: the language model is frozen and reads each prompt once; the denoiser reads the whole sequence of its states by
-cross-attention, and their mean beside the noise level; pixels, a cosine schedule, a share of prompts dropped for
-classifier-free guidance, and dynamic thresholding of the clean estimate.
+cross-attention, and their mean together with the noise level; pixels; a cosine schedule; a share of prompts dropped for
+classifier-free guidance; dynamic thresholding of the clean estimate.
 
-Adapted: a decoder language model instead of the T5-XXL encoder, its penultimate states; a small transformer over patches
-instead of the Efficient U-Net; it predicts velocity, where the paper's base model predicts noise (of patches a short run learns
-little by that, docs/training_log.md); 32 pixels and no super-resolution stages, so no noise-conditioning augmentation; DDIM
-steps. Pictures are only drawn: no word reads one.
+Adapted: the penultimate states of a decoder language model instead of the T5-XXL encoder; a small transformer over patches
+instead of the Efficient U-Net; velocity prediction, where the paper's base model predicts noise (with which a short run on
+patches learns little, docs/training_log.md); 32 pixels and no super-resolution stages, so no noise-conditioning
+augmentation; DDIM steps. Pictures are only drawn: no word reads one.
 
-Data: of the paper's, LAION (``laion/relaion2B-en-research-safe``, links that img2dataset makes shards of), ``--data
+Data: from the paper, LAION (``laion/relaion2B-en-research-safe``, links to download with img2dataset), ``--data
 'laion/*.tar'``. Our figures: ``--data emoji:64``.
 """
 

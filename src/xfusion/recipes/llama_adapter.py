@@ -1,14 +1,14 @@
-"""LLaMA-Adapter: learned prompts in the attention of the upper layers, behind a gate that is closed at the start.
+"""LLaMA-Adapter: learned prompts in the attention of the upper layers, behind a zero-initialised gate.
 
 Paper: Zhang et al., "LLaMA-Adapter: Efficient Fine-tuning of Language Models with Zero-init Attention", arXiv 2303.16199.
 
-Faithful: ten prompt rows in all layers but the first two; their keys and values by the frozen matrices, without positions;
-a softmax of their own; a tanh gate per head, 0 at the start; one vector of the picture added to every row at every layer;
-the language model frozen; one stage. The read of a prompt is held to peft's AdaptionPrompt to 1e-5.
+Faithful: ten prompt rows in all layers but the first two; the frozen matrices make their keys and values, without positions;
+a separate softmax; a tanh gate per head, initialised at 0; one vector of the picture added to every row at every layer;
+the language model is frozen; one stage. Tests compare the attention to a prompt with peft's AdaptionPrompt to 1e-5.
 
 Adapted: the picture's vector comes from EfficientNet-Lite0's map through one latent of a small resampler instead of from
-CLIP's global features through an MLP, another encoder by ``encoder``; prompts act on words behind a picture and on no
-others, so text alone is kept; pictures and their names instead of instructions.
+CLIP's global features through an MLP (``encoder`` sets another encoder); prompts act only on words after a picture,
+so text alone is unchanged; pictures and their names instead of instructions.
 
 Data: the paper's ScienceQA (``derek-thomas/ScienceQA``), as lines with ``conversations``, ``--data
 scienceqa/train.jsonl``. Our figures: ``--data runs/clothing/photos.jsonl:held=0.1`` (`runs/write_clothing.py`).

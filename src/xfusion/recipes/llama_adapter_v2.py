@@ -1,15 +1,15 @@
-"""LLaMA-Adapter V2: the picture is the prompt of the first layers alone; matrices get scale and bias, norms train.
+"""LLaMA-Adapter V2: the picture is the prompt of the first layers only; matrices get scale and bias, norms are trained.
 
 Paper: Gao et al., "LLaMA-Adapter V2: Parameter-Efficient Visual Instruction Model", arXiv 2304.15010.
 
-Faithful: early fusion (the picture's rows are the prompt of the first layers, learned prompts stand in all others, the two
-are never mixed), prompts behind a gate per head, ``s (W x + b)`` for every matrix of a layer, trained norms. What
-the released code does instead, the picture added to the prompt of every layer, is ``released=True``.
+Faithful: early fusion (the picture's rows are the prompt of the first layers, learned prompts are in all others, and the two
+are never mixed); a gate per head on prompts; ``s (W x + b)`` for every matrix of a layer; trained norms.
+``released=True`` follows the released code instead, which adds the picture to the prompt of every layer.
 
-Adapted: rows of the picture from EfficientNet-Lite0's map through a small resampler instead of CLIP through eight layers with
-queries, another encoder by ``encoder``; scale, bias and norms are copies that act on words behind a picture and on no others,
-so text alone is kept; the base's last norm, which no layer owns, stays as it is; one data set, so there are no two groups of
-parameters by data; gates begin at 0.1 instead of 0, so that they open in a short run.
+Adapted: the picture's rows come from EfficientNet-Lite0's map through a small resampler instead of CLIP through eight layers
+with queries (``encoder`` sets another encoder); scale, bias and norms are copies that act only on words after a picture,
+so text alone is unchanged; the base's last norm, which no layer owns, is unchanged; one dataset, so there are no two groups of
+parameters by data; gates start at 0.1 instead of 0, so that they open in a short run.
 
 Data: the paper's COCO captions (``jxie/coco_captions``), ``--data 'coco_captions/data/train-*.parquet'``. Our figures:
 ``--data runs/clothing/photos.jsonl:held=0.1`` (`runs/write_clothing.py`).

@@ -1,15 +1,15 @@
-"""LLaVA-1.5: LLaVA with a perceptron of two layers in the matrix's place.
+"""LLaVA-1.5: LLaVA with a two-layer MLP instead of the matrix.
 
 Paper: Liu et al., "Improved Baselines with Visual Instruction Tuning", CVPR 2024, arXiv 2310.03744.
 
-Faithful: the connector (Linear, GELU, Linear, as wide as the language model), on the encoder's features behind the layer
-before its last; pictures in front of the words; the first stage, in which the connector alone is trained, at rate 1e-3.
+Faithful: the connector (Linear, GELU, Linear, as wide as the language model), on the output of the encoder's second-to-last
+layer; pictures before the words; the first stage, which trains only the connector, at rate 1e-3.
 
-Adapted: as in the recipe `llava`; besides, no padding to a square (pictures are cut to their middle) and no second stage on
+Adapted: as in the recipe `llava`; also, no padding to a square (pictures are centre-cropped) and no second stage on
 the paper's 665 K instructions, which trains the language model.
 
 Data: the paper's 558 K pairs (``liuhaotian/LLaVA-Pretrain``), ``--data images/blip_laion_cc_sbu_558k.jsonl``, its
-``blip_laion_cc_sbu_558k.json`` as lines beside the pictures. Our figures: ``--data
+``blip_laion_cc_sbu_558k.json`` as JSON lines next to the pictures. Our figures: ``--data
 runs/clothing/photos.jsonl:held=0.1`` (`runs/write_clothing.py`).
 """
 

@@ -2,14 +2,14 @@
 
 Paper: Shi et al., "LMFusion: Adapting Pretrained Language Models for Multimodal Generation", arXiv 2412.15188.
 
-Faithful: the layer (norms, Q, K, V, O and MLP copied, text modules frozen), attention both ways inside a picture; latents of a
-VAE, DDPM on a cosine schedule, five times the weight of the words' loss.
+Faithful: the layer (norms, Q, K, V, O and MLP copied, text modules frozen); bidirectional attention inside a picture; latents of
+a VAE, and DDPM on a cosine schedule with five times the weight of the text loss.
 
-Adapted: velocity is predicted, where the paper predicts noise (by which little is learned in minutes, docs/training_log.md);
-linear patches of 2 x 2 latents instead of a U-Net down- and upsampler; the small VAE of emoji, another by ``codec``. Data and
-schedule are the recipe `xfusion`'s; to compare the layer alone take `dual_projection`, which also has its objective.
+Adapted: velocity prediction, where the paper predicts noise (with which little is learned in minutes, docs/training_log.md);
+linear patches of 2 x 2 latents instead of a U-Net down- and upsampler; the small VAE of emoji (``codec`` sets another). Data and
+schedule are those of the recipe `xfusion`; to compare only the layer use `dual_projection`, which also has its objective.
 
-Data: the paper's pictures are not public; pairs that are: CC3M (``pixparse/cc3m-wds``), ``--data
+Data: the paper's pictures are not public; a public alternative is CC3M (``pixparse/cc3m-wds``), ``--data
 'cc3m-wds/cc3m-train-*.tar'``. Our figures: ``--data emoji:64``.
 """
 

@@ -1,17 +1,17 @@
-"""LoRA: any recipe, with low-rank deltas on the base's own layers beside its mechanism.
+"""LoRA: any recipe, with low-rank deltas on the base's own layers in addition to its mechanism.
 
 Paper: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, arXiv 2106.09685.
 
-Faithful: ``h = W x + (alpha / r) B A x`` on queries and values, B = 0 at the start, by peft's own layers; the matrices
-themselves stay frozen, and the deltas can be left out again.
+Faithful: ``h = W x + (alpha / r) B A x`` on queries and values, with B initialised at 0, in peft's own layers; the matrices
+themselves stay frozen, and the deltas can be switched off.
 
 Adapted: the deltas are trained together with the recipe's own new weights, in its stages and at its rates; papers that use
-LoRA (SEED-LLaMA, VL-GPT, LLaVA's LoRA variant) choose rank and targets of their own. Text alone goes through the deltas and
-is another than the base's: the regime is LoRA, which packs, cards, `show`, `list` and `verify` say, and `compare` ranks it
-with no strictly frozen recipe.
+LoRA (SEED-LLaMA, VL-GPT, LLaVA's LoRA variant) choose their own rank and targets. Text alone goes through the deltas, so it
+differs from the base's. The regime is therefore LoRA; packs, cards, `show`, `list` and `verify` say so, and `compare` does not
+rank it against strictly frozen recipes.
 
-Data: that of the recipe inside, by default `llava`'s: the paper's CC3M of 595 K pairs
-(``liuhaotian/LLaVA-CC3M-Pretrain-595K``), ``--data images/chat.jsonl``, its ``chat.json`` as lines beside the pictures.
+Data: that of the wrapped recipe, by default `llava`: the paper's CC3M of 595 K pairs
+(``liuhaotian/LLaVA-CC3M-Pretrain-595K``), ``--data images/chat.jsonl``, its ``chat.json`` as JSON lines next to the pictures.
 Our figures: ``--data runs/clothing/photos.jsonl:held=0.1`` (`runs/write_clothing.py`).
 """
 

@@ -1,20 +1,21 @@
-"""LXMERT: a cross-modal encoder above a language encoder and a picture encoder, learned by masked words and matching.
+"""LXMERT: a cross-modal encoder above a language encoder and a picture encoder, trained on masked words and matching.
 
 Paper: Tan and Bansal, "LXMERT: Learning Cross-Modality Encoder Representations from Transformers", EMNLP 2019,
 arXiv 1908.07490.
 
 Faithful: the cross-modality layer (cross-attention both ways with one set of weights, as in the released code, then
-self-attention and a feed-forward network for each side, norms behind); places enter with their boxes; 15 % of the tokens
-masked and said from both sides, through the word table; half of the pairs that are matched are wrong; all losses alike.
+self-attention and a feed-forward network for each side, post-norm); picture features enter with their boxes; 15 % of the
+tokens are masked and predicted from both sides, through the word table; half of the pairs for matching are wrong; all losses
+have equal weight.
 
-Adapted: the language encoder is the frozen language model, causal, so that what stands behind a masked word is heard of in the
-cross-modal layers alone; every masked token is a trained row (the paper leaves or replaces one in five), and of a short name at
-least one is masked; matching reads its words unmasked. The picture encoder is a small transformer over the 7 x 7 map of a frozen
-EfficientNet-Lite0 instead of five layers over 36 detected objects, and [BOI] stands for the whole picture. Two cross-modal
-layers of width 256 instead of five of 768. Not there: masked objects (features and labels) and question answering as tasks of
-pretraining.
+Adapted: the language encoder is the frozen, causal language model, so only the cross-modal layers see the words after a
+masked one; every masked token becomes a trained row (the paper keeps or replaces one in five), and a short name has at
+least one masked token; matching reads its words unmasked. The picture encoder is a small transformer over the 7 x 7 map of a
+frozen EfficientNet-Lite0 instead of five layers over 36 detected objects, and [BOI] represents the whole picture. Two
+cross-modal layers of width 256 instead of five of 768. Masked objects (features and labels) and question answering are not
+included as pretraining tasks.
 
-Data: of the paper's, COCO captions (``jxie/coco_captions``), ``--data 'coco_captions/data/train-*.parquet'``. Our
+Data: from the paper, COCO captions (``jxie/coco_captions``), ``--data 'coco_captions/data/train-*.parquet'``. Our
 figures: ``--data emoji:128``.
 """
 

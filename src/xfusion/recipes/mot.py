@@ -1,22 +1,21 @@
-"""Mixture-of-Transformers: all weights but the embeddings by modality, one global attention.
+"""Mixture-of-Transformers: separate weights by modality for everything but the embeddings, with one global attention.
 
 Paper: Liang et al., "Mixture-of-Transformers: A Sparse and Scalable Architecture for Multi-Modal Foundation Models",
 arXiv 2411.04996.
 
 Faithful: norms, Q, K, V, O and MLP by modality, one softmax over all positions.
 
-Adapted: the paper trains both modalities from scratch with norms behind each branch; on a frozen base the text
-weights stay, and its own order of norms is kept: on a frozen base this is LMFusion's layer. Everything around the
-layer (pictures, port, objectives, data, schedule) is the recipe `xfusion`'s, so that a comparison compares the layer
-alone.
+Adapted: the paper trains both modalities from scratch with norms after each branch; on a frozen base the text
+weights and the base's order of norms are kept, which makes it LMFusion's layer. Everything except the
+layer (pictures, port, objectives, data, schedule) is shared with the recipe `xfusion`, so a comparison isolates the
+layer.
 
 The paper's own layer is `xfusion.recipes.mot:from_scratch`: `h = x + norm(O attention(x))`, `y = h + norm(MLP(h))`, with
-weights of both modalities trained, on a base of the same shape with random weights (`scratch:` before its source). It
-is refused on a base that was trained, whose function it would change. Still adapted: embeddings, last norm and head stay
-as they were drawn, where the paper trains them, and the words that it learns are those of the captions alone: nobody
-shall expect a language model of it.
+trained weights for both modalities, on a base of the same shape with random weights (`scratch:` before its source). It
+is refused on a trained base, whose function it would change. Still adapted: embeddings, last norm and head keep their
+random values, where the paper trains them. It learns only the words of the captions, so do not expect a language model.
 
-Data: the paper's pictures are not public; pairs that are: CC3M (``pixparse/cc3m-wds``), ``--data
+Data: the paper's pictures are not public; a public alternative is CC3M (``pixparse/cc3m-wds``), ``--data
 'cc3m-wds/cc3m-train-*.tar'``. Our figures: ``--data emoji:64``.
 """
 

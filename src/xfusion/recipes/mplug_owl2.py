@@ -3,14 +3,14 @@
 Paper: Ye et al., "mPLUG-Owl2: Revolutionizing Multi-modal Large Language Model with Modality Collaboration", arXiv
 2311.04257.
 
-Faithful: the module, initialised from the language model, ordinary positions.
+Faithful: the module, initialised from the language model; ordinary positions.
 
 Adapted: linear patches instead of a visual abstractor over CLIP; it also draws, which the paper's model does not.
 
-Everything around the layer (pictures, port, objectives, data, schedule) is the recipe `xfusion`'s, so that a
-comparison compares the layer alone.
+Everything except the layer (pictures, port, objectives, data, schedule) is shared with the recipe `xfusion`, so a
+comparison isolates the layer.
 
-Data: of the paper's, CC3M (``pixparse/cc3m-wds``), ``--data 'cc3m-wds/cc3m-train-*.tar'``. Our figures: ``--data
+Data: from the paper, CC3M (``pixparse/cc3m-wds``), ``--data 'cc3m-wds/cc3m-train-*.tar'``. Our figures: ``--data
 emoji:64``.
 """
 

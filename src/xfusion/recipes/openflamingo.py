@@ -3,15 +3,15 @@
 Paper: Awadalla et al., "OpenFlamingo: An Open-Source Framework for Training Large Autoregressive Vision-Language Models",
 arXiv 2308.01390.
 
-Faithful: as `flamingo`, and after its code: layer norm of words alone, attention of 8 heads of 64 whatever the model's,
-GELU, blocks before layers i with (i + 1) % n = 0, no learned time or media embeddings, loss on the text behind a picture.
+Faithful: as `flamingo`, with the released code's layer norm on words only, attention with 8 heads of 64 for any model,
+GELU, blocks before layers i with (i + 1) % n = 0, no learned time or media embeddings, and loss on the text after a picture.
 
-Adapted: EfficientNet-Lite0 instead of CLIP ViT-L/14, another encoder by ``encoder``; widths for two cores; the gated MLP acts
-only on words that see a picture (the published one acts on all, ``--model.fusion.text-only mlp``), new words are placed by
-their order and not taken to follow the last picture; [EOI] in the place of the two added tokens; one data set instead of two
-losses of weights 1 and 0.2; gates begin open (``gate=0`` closes them, as in the paper).
+Adapted: EfficientNet-Lite0 instead of CLIP ViT-L/14 (``encoder`` sets another); widths for two cores; the gated MLP acts
+only on words that see a picture (the published one acts on all, ``--model.fusion.text-only mlp``); new words are placed by
+their order, not assumed to follow the last picture; [EOI] replaces the two added tokens; one dataset instead of two
+losses of weights 1 and 0.2; gates start open (``gate=0`` closes them, as in the paper).
 
-Data: of the paper's, LAION (``laion/relaion2B-en-research-safe``, links that img2dataset makes shards of), ``--data
+Data: from the paper, LAION (``laion/relaion2B-en-research-safe``, links to download with img2dataset), ``--data
 'laion/*.tar'``; MMC4's interleaved pages are not read. Our figures: ``--data runs/clothing/photos.jsonl:held=0.1``
 (`runs/write_clothing.py`).
 """

@@ -2,14 +2,14 @@
 
 Paper: Deshmukh et al., "Pengi: An Audio Language Model for Audio Tasks", NeurIPS 2023, arXiv 2305.11834.
 
-Faithful: the pooled vector of unit length, a linear map to as many rows as the prefix has, learned constants beside them, a
-pre-norm transformer whose last rows are the prefix; a frozen decoder, a loss on the answer alone.
+Faithful: the pooled vector with unit length; a linear map to as many rows as the prefix has, next to learned constants; a
+pre-norm transformer whose last rows are the prefix; a frozen decoder; a loss on the answer only.
 
 Adapted: Whisper's frozen encoder, pooled over time, instead of HTS-AT, which the paper trains; the question's words
-enter as words, where the paper maps them through CLIP's text tower and a mapper of its own; 10 rows and 2 layers instead of
+are ordinary input, where the paper maps them through CLIP's text tower and a second mapper; 10 rows and 2 layers instead of
 40 and 4; spoken digits instead of 3.4 M pairs in eight templates.
 
-Data: of the paper's, Clotho (https://zenodo.org/records/4783391), cut to what the recipe hears, in lines with their
+Data: from the paper, Clotho (https://zenodo.org/records/4783391), cut to the recipe's length, as JSON lines with the
 captions, ``--data clotho/train.jsonl``. Our figures: ``--data digits/train.jsonl`` (`runs/write_digits.py`).
 """
 

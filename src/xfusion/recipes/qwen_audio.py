@@ -1,18 +1,18 @@
-"""Qwen-Audio: pooled frames of Whisper's encoder stand before the words.
+"""Qwen-Audio: pooled frames of Whisper's encoder precede the words.
 
 Paper: Chu et al., "Qwen-Audio: Advancing Universal Audio Understanding via Unified Large-Scale Audio-Language Models", arXiv
 2311.07919.
 
-Faithful: Whisper's encoder on log-mel spectra of 80 bands at 16 kHz, the mean of neighbouring frames, one matrix to the
-language model's width (as transformers' Qwen2-Audio has it, of which tests hold it to be equal), frames as ordinary
-embeddings in causal order, a frozen language model with a loss on its answer alone: the paper's first stage.
+Faithful: Whisper's encoder on log-mel spectra of 80 bands at 16 kHz; the mean of neighbouring frames; one matrix to the
+language model's width (as in transformers' Qwen2-Audio, to which tests find it equal); frames as ordinary
+embeddings in causal order; a frozen language model with a loss on its answer only. This is the paper's first stage.
 
-Adapted: the encoder is frozen too, where the paper trains it, and it is tiny.en's of 8 M weights instead of large-v2's 640
-M; 5 frames to a token instead of 2 (``frames=2`` is the paper's); the encoder hears 2 s with silence behind instead of 30
-s (``window=30``), which costs a fifteenth; the hierarchy of task and language tags is left out, for there is one task; one
-data set of spoken digits (`runs/write_digits.py` writes it) instead of thirty tasks.
+Adapted: the encoder is frozen too, where the paper trains it, and it is that of tiny.en with 8 M weights instead of large-v2's
+640 M; 5 frames per token instead of 2 (``frames=2`` is the paper's); the encoder's window is 2 s, padded with silence, instead of
+30 s (``window=30``), at a fifteenth of the cost; no hierarchy of task and language tags, because there is one task; one
+dataset of spoken digits (written by `runs/write_digits.py`) instead of thirty tasks.
 
-Data: of the paper's tasks, LibriSpeech (https://www.openslr.org/12), cut to what the recipe hears, in lines with their
+Data: from the paper's tasks, LibriSpeech (https://www.openslr.org/12), cut to the recipe's length, as JSON lines with the
 words, ``--data librispeech/train.jsonl``. Our figures: ``--data digits/train.jsonl`` (`runs/write_digits.py`).
 """
 

@@ -1,20 +1,20 @@
-"""Qwen-VL: one cross-attention from queries that know where on the picture they look.
+"""Qwen-VL: one cross-attention layer from position-aware queries to the picture.
 
 Paper: Bai et al., "Qwen-VL: A Versatile Vision-Language Model for Understanding, Localization, Text Reading, and Beyond",
 arXiv 2308.12966.
 
-Faithful: the adapter, a single cross-attention layer with 2-D absolute positions on queries and keys, always as many tokens
-as queries; trainable rows before and behind a picture (the paper's ``<img>`` and ``</img>``); the first stage's frozen
-language model; boxes as plain text, ``<ref>red disc</ref><box>(x1,y1),(x2,y2)</box>`` with whole numbers from 0 to 999 of the
-base's own tokens (`xfusion.data.boxes`), and a loss on answers alone.
+Faithful: the adapter, a single cross-attention layer with 2-D absolute positions on queries and keys, with as many tokens
+as queries; trainable rows before and after a picture (the paper's ``<img>`` and ``</img>``); the first stage's frozen
+language model; boxes as plain text, ``<ref>red disc</ref><box>(x1,y1),(x2,y2)</box>`` with integers from 0 to 999 in the
+base's own tokens (`xfusion.data.boxes`); a loss on answers only.
 
-Adapted: the encoder is frozen too, where the paper trains it (ViT-bigG); 7 queries instead of 256 on the encoder's map of
-7 x 7; no stages 2 and 3, which train the language model, so that boxes are learned by the adapter alone, where the paper learns
-them in stage 2; a name asks for one box, and captions with boxes in them, boxes with names as answers and ``Picture 1:`` before a
+Adapted: the encoder is frozen too, where the paper trains it (ViT-bigG); 7 queries instead of 256 on the encoder's 7 x 7
+map; no stages 2 and 3, which train the language model, so the adapter alone learns boxes, where the paper learns
+them in stage 2; a name asks for one box. Captions that contain boxes, boxes with names as answers, and ``Picture 1:`` before a
 picture are left to the data.
 
-Data: of the paper's, CC12M (``pixparse/cc12m-wds``), ``--data 'cc12m-wds/*.tar'``. Our figures: ``--data
-runs/clothing/photos.jsonl:held=0.1`` (`runs/write_clothing.py`), and of boxes ``--data runs/boxes/train.jsonl``
+Data: from the paper, CC12M (``pixparse/cc12m-wds``), ``--data 'cc12m-wds/*.tar'``. Our figures: ``--data
+runs/clothing/photos.jsonl:held=0.1`` (`runs/write_clothing.py`), and for boxes ``--data runs/boxes/train.jsonl``
 (`runs/write_questions.py`, docs/questions.md).
 """
 

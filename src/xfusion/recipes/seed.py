@@ -1,19 +1,19 @@
-"""SEED: codes in causal order, read and said by a frozen language model as new words.
+"""SEED: codes in causal order, which a frozen language model reads and generates as new words.
 
 Papers: Ge et al., "Planting a SEED of Vision in Large Language Model", arXiv 2307.08041, and "Making LLaMA SEE and Draw
 with SEED Tokenizer", arXiv 2310.01218.
 
 Faithful: causal queries over the features of a frozen encoder, cross-attention in every second layer, ``Linear-Tanh-Linear``
-and a table of codes; a transformer that makes features of codes and a frozen decoder that makes a picture of these; codes are
-new words with one next-word loss.
+and a codebook; a transformer that turns codes into features and a frozen decoder that turns these into a picture; codes are
+new words with one next-token loss.
 
-Adapted: the frozen encoder and decoder are those of the emoji's autoencoder, not a vision transformer and unCLIP, so that
-codes are of looks and not of meaning; the tokenizer learns to restore features, without the paper's contrastive loss to
+Adapted: the frozen encoder and decoder are those of the emoji autoencoder, not a vision transformer and unCLIP, so
+codes describe appearance, not meaning; the tokenizer learns to reconstruct features, without the paper's contrastive loss to
 captions; 16 codes of 512 instead of 32 of 8192. The codec is shipped as `emoji-seed`;
 `runs/train_emoji_causal_codes.py` trains another. The language model is frozen without low-rank deltas. Data and schedule
-are the recipe `teal`'s.
+are those of the recipe `teal`.
 
-Data: of the paper's, CC3M (``pixparse/cc3m-wds``), ``--data 'cc3m-wds/cc3m-train-*.tar'``. Our figures: ``--data
+Data: from the paper, CC3M (``pixparse/cc3m-wds``), ``--data 'cc3m-wds/cc3m-train-*.tar'``. Our figures: ``--data
 emoji:64``.
 """
 

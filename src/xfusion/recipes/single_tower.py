@@ -1,14 +1,14 @@
 """X-Fusion's single tower: one decoder for words and pictures, initialised from the language model and trained.
 
-Paper: Mo et al., arXiv 2504.20996, figure 3 (a) and table 1: the comparison layer that loses its text.
+Paper: Mo et al., arXiv 2504.20996, figure 3 (a) and table 1: the baseline that does not keep its text.
 
-Faithful: every position passes the same trained block; text is not preserved.
+Faithful: every position goes through the same trained block; text is not preserved.
 
-Adapted: trained copies at every fifth layer only, so that it has as many trainable weights as the other layers;
-embeddings and head stay frozen. Everything around the layer (pictures, port, objectives, data, schedule) is the
-recipe `xfusion`'s, so that a comparison compares the layer alone.
+Adapted: trained copies only at every fifth layer, so that it has as many trainable weights as the other layers;
+embeddings and head stay frozen. Everything except the layer (pictures, port, objectives, data, schedule) is shared with
+the recipe `xfusion`, so a comparison isolates the layer.
 
-Data: the paper's pictures are not public; pairs that are: CC3M (``pixparse/cc3m-wds``), ``--data
+Data: the paper's pictures are not public; a public alternative is CC3M (``pixparse/cc3m-wds``), ``--data
 'cc3m-wds/cc3m-train-*.tar'``. Our figures: ``--data emoji:64`` and ``emoji:128``.
 """
 

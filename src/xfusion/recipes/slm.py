@@ -2,15 +2,15 @@
 
 Paper: Wang et al., "SLM: Bridge the thin gap between speech and text foundation models", ASRU 2023, arXiv 2310.00230.
 
-Faithful: both ends frozen, the adapter alone trained; three of four frames dropped, then two transformer layers both ways
-and a matrix to the language model's width; speech before the words of an instruction, a loss on the answer alone.
+Faithful: both ends frozen, only the adapter trained; three of four frames dropped, then two bidirectional transformer layers
+and a matrix to the language model's width; speech before the words of an instruction; a loss on the answer only.
 
-Adapted: Whisper tiny.en's encoder instead of one of 2 B weights, a decoder of 135 M instead of mT0 XXL; layers of width 256;
-the frame that stays is the first of each five, always, instead of one by chance (``frames=4`` drops three of four); one
-task, spoken digits, with an instruction for a tenth of the sounds in one of two wordings. No public code is known to
+Adapted: Whisper tiny.en's encoder instead of one with 2 B weights; a decoder of 135 M instead of mT0 XXL; layers of width 256;
+always the first of every five frames is kept, instead of a random one (``frames=4`` drops three of four); one
+task, spoken digits, with an instruction for a tenth of the sounds in one of two wordings. We know of no public code to
 compare with.
 
-Data: of the paper's tasks, LibriSpeech (https://www.openslr.org/12), cut to what the recipe hears, in lines with their
+Data: from the paper's tasks, LibriSpeech (https://www.openslr.org/12), cut to the recipe's length, as JSON lines with the
 words, ``--data librispeech/train.jsonl``. Our figures: ``--data digits/train.jsonl`` (`runs/write_digits.py`).
 """
 

@@ -1,17 +1,17 @@
-"""TEAL: any modality as codes, with rows of their own in and out of a frozen language model.
+"""TEAL: any modality as codes, with their own input and output rows on a frozen language model.
 
 Paper: Yang et al., "TEAL: Tokenize and Embed ALL for Multi-modal Large Language Models", arXiv 2311.04589.
 
 Faithful: an off-the-shelf tokenizer's codes; a trainable non-text embedding matrix and a trainable non-text output matrix
-beside the frozen ones; the language model itself frozen (the paper's first stage); next-token cross-entropy, and a
+next to the frozen ones; a frozen language model (the paper's first stage); next-token cross-entropy, and a
 de-tokenizer that draws.
 
-Adapted: the emoji's own quantiser, 4 x 4 codes of 512 at 32 px (`runs/train_emoji_codes.py`), instead of SEED's or
-BEiT's; segment masks, so that codes and words each have a softmax of their own; row and column vectors beside the codes' rows;
-a norm of its own before the output matrix; 10 % empty captions for guidance. The second stage, which also tunes a few
-parameters of the language model, is left out. Data and schedule are the recipe `xfusion`'s.
+Adapted: the emoji quantiser, 4 x 4 codes of 512 at 32 px (`runs/train_emoji_codes.py`), instead of SEED's or
+BEiT's; segment masks, so codes and words have separate softmaxes; row and column vectors added to the codes' rows;
+a separate norm before the output matrix; 10 % empty captions for guidance. The second stage, which also tunes a few
+parameters of the language model, is left out. Data and schedule are those of the recipe `xfusion`.
 
-Data: of the paper's, COCO captions (``jxie/coco_captions``), ``--data 'coco_captions/data/train-*.parquet'``. Our
+Data: from the paper, COCO captions (``jxie/coco_captions``), ``--data 'coco_captions/data/train-*.parquet'``. Our
 figures: ``--data emoji:64``.
 """
 

@@ -1,17 +1,17 @@
-"""Transfusion: one transformer for next tokens and denoised pictures.
+"""Transfusion: one transformer for next-token prediction and picture denoising.
 
 Paper: Zhou et al., "Transfusion: Predict the Next Token and Diffuse Images with One Multi-Modal Model", arXiv
 2408.11039.
 
-Faithful: shared weights for all positions, causal over the sequence and both ways inside a picture, linear patches of a VAE's
-latents; DDPM on a cosine schedule, five times the weight of the words' loss; pictures that stand before their words are
-noised by half at most, and then carry the loss of the noise, too.
+Faithful: shared weights for all positions; attention is causal over the sequence and bidirectional inside a picture; linear
+patches of a VAE's latents; DDPM on a cosine schedule with five times the weight of the text loss; pictures before their words
+are noised by at most half, and then also have the diffusion loss.
 
-Adapted: the paper trains from scratch; here the blocks start as copies of the language model's, so that it is the
-single tower at every layer. What is predicted, the VAE and the rest are the recipe `lmfusion`'s; to compare the layer alone
-take `single_tower`, which has the objective of `xfusion`.
+Adapted: the paper trains from scratch; here the blocks start as copies of the language model's, so it is the
+single tower at every layer. The prediction target, the VAE and the rest are those of the recipe `lmfusion`; to compare only the
+layer use `single_tower`, which has the objective of `xfusion`.
 
-Data: the paper's pictures are not public; pairs that are: CC3M (``pixparse/cc3m-wds``), ``--data
+Data: the paper's pictures are not public; a public alternative is CC3M (``pixparse/cc3m-wds``), ``--data
 'cc3m-wds/cc3m-train-*.tar'``. Our figures: ``--data emoji:64``.
 """
 

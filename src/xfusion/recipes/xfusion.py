@@ -3,16 +3,16 @@
 Paper: Mo et al., "X-Fusion: Introducing New Modality to Frozen Large Language Models", ICCV 2025, arXiv 2504.20996.
 
 Faithful: the dual-tower layer of section 3.2 (each tower makes keys and values for all positions, outputs are kept by
-modality, copy initialisation), linear patches, flow matching with logit-normal time, next-token loss on answers, weights
-0.2 and 1, drawing to captioning 2 : 1, clean pictures for understanding, AdamW (0.9, 0.95) with warm-up.
+modality, copy initialisation); linear patches; flow matching with logit-normal time; next-token loss on answers; weights
+0.2 and 1; drawing to captioning 2 : 1; clean pictures for understanding; AdamW (0.9, 0.95) with warm-up.
 
-Adapted, because the paper leaves it open or the default must run on two cores: attention both ways inside a picture,
-noise level added to the picture tokens, [BOI] and [EOI] as trainable rows beside the frozen table; a media block at every
+Adapted, because the paper leaves it open or the default must run on two cores: bidirectional attention inside a picture;
+noise level added to the picture tokens; [BOI] and [EOI] as trainable rows next to the frozen table; a media block at every
 fifth layer with an MLP of 512 instead of a full copy; 32 px pixels in 8 x 8 patches instead of a VAE; clean-picture
-prediction, with more and heavier noisy levels than logit-normal (0, 1), and sampling that lingers there; 10 % empty
-captions for guidance.
+prediction, with more frequent and more heavily weighted high noise levels than logit-normal (0, 1), and sampling that takes
+more steps there; 10 % empty captions for guidance.
 
-Data: the paper's pictures are not public; pairs that are: CC3M (``pixparse/cc3m-wds``), ``--data
+Data: the paper's pictures are not public; a public alternative is CC3M (``pixparse/cc3m-wds``), ``--data
 'cc3m-wds/cc3m-train-*.tar'``. Our figures: ``--data emoji``, and ``emoji:64`` to ``emoji:128`` in comparisons.
 """
 

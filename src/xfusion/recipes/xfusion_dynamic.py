@@ -1,13 +1,13 @@
 """A dual tower in which each position decides how much of the other tower's output it takes.
 
-Not published. It is X-Fuse (arXiv 2504.20996, section 3.2) with the share made from the position's own state,
-``tanh(w . norm(x) + b)``, per layer and side; zero at the start, so that training begins as the plain dual tower.
-`xfusion.fusion.dual_tower.Mix.gate` gives the shares to plot.
+Not published. It is X-Fuse (arXiv 2504.20996, section 3.2) with the share computed from the position's own state,
+``tanh(w . norm(x) + b)``, per layer and side; initialised at zero, so training starts as the plain dual tower.
+`xfusion.fusion.dual_tower.Mix.gate` returns the shares for plotting.
 
-Everything around the layer (pictures, port, objectives, data, schedule) is the recipe `xfusion`'s, so that a
-comparison compares the layer alone.
+Everything except the layer (pictures, port, objectives, data, schedule) is shared with the recipe `xfusion`, so a
+comparison isolates the layer.
 
-Data: any captioned pictures; public ones: CC3M (``pixparse/cc3m-wds``), ``--data 'cc3m-wds/cc3m-train-*.tar'``. Our
+Data: any captioned pictures, such as the public CC3M (``pixparse/cc3m-wds``), ``--data 'cc3m-wds/cc3m-train-*.tar'``. Our
 figures: ``--data emoji:64``.
 """
 
