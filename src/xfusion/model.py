@@ -125,6 +125,9 @@ class Model(nn.Module):
     computes where its base lies, with new weights in float32 or in the base's float64: it is neither moved nor cast.
     """
 
+    recorded: Any = None
+    """What the pack says that the weights were loaded from or saved in (`xfusion.checkpoint.Record`)."""
+
     def __init__(self, config: ModelConfig, backbone: Backbone | None = None, *, fresh: bool = True):
         """``fresh`` reads the weights that new modules start from (`Fusion.begin`); a pack brings all of them itself."""
         super().__init__()
@@ -715,14 +718,14 @@ class Model(nn.Module):
         proof: dict[str, Any] | None = None,
         licence: str | None = None,
     ) -> None:
-        """Write a modality pack; see `xfusion.checkpoint.save`."""
+        """Write a modality pack, with what is recorded of its weights; see `xfusion.checkpoint.save`."""
         from xfusion.checkpoint import save
 
         facts: dict[str, Any] = {"recipe": recipe, "training": training, "scores": scores, "proof": proof}
         save(self, folder, dtype=dtype, licence=licence, **facts)
 
     def push_to_hub(self, repository: str, **settings: Any) -> str:
-        """Put a pack of this model on a model hub; see `xfusion.checkpoint.push`."""
+        """Put a pack of this model on a model hub, with what is recorded of it; see `xfusion.checkpoint.push`."""
         from xfusion.checkpoint import push
 
         return push(self, repository, **settings)

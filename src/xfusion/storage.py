@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from safetensors import SafetensorError
@@ -126,6 +127,29 @@ def sealed(facts: dict[str, Any]) -> dict[str, Any]:
     plain = json.loads(json.dumps({k: v for k, v in facts.items() if k != SEAL}))  # as whoever reads them will see them
     text = json.dumps(plain, sort_keys=True)
     return {**facts, SEAL: hashlib.sha256(text.encode()).hexdigest()}
+
+
+_PATH = re.compile(r"(?<![\w.:~/\\-])(?:~?/|[A-Za-z]:[\\/])[^\s\"'`|;,+()\[\]{}]+")
+"""A path from the root, a drive or somebody's home, in the middle of words; no part of an address or of a hub id."""
+_ALONE = re.compile(r"(?:~?/|[A-Za-z]:[\\/])[^\n\"'`|;,+]+")
+"""The same with nothing around it; its folders may have spaces in their names."""
+
+
+def without_folders(content: Any) -> Any:
+    """JSON values in which whole paths of this machine are the names of what they lead to: ``/home/me/photos`` is ``photos``."""
+    if isinstance(content, dict):
+        return {key: without_folders(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [without_folders(value) for value in content]
+    if not isinstance(content, str):
+        return content
+    if _ALONE.fullmatch(content) and " /" not in content:
+        return _name(content)
+    return _PATH.sub(lambda found: _name(found[0]), content)
+
+
+def _name(path: str) -> str:
+    return PureWindowsPath(path).name if "\\" in path else PurePosixPath(path).name
 
 
 def read_json(path: Path) -> dict[str, Any]:

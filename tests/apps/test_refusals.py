@@ -132,3 +132,19 @@ def test_a_server_refuses_before_anything_is_computed(here, monkeypatch):
             with pytest.raises(openai.BadRequestError, match=message) as error:
                 client.chat.completions.create(model=model, messages=messages, extra_body=more)
             assert error.value.code == "not_capable"
+
+
+def test_a_prompt_that_is_too_long_has_openais_code(here, monkeypatch):
+    """Also where words stand with a picture, which are refused before the places of the base are counted."""
+    model = xfusion.load(here / "draws")
+    monkeypatch.setattr("xfusion.generation.base.MAX_PROMPT_TOKENS", 64)
+    with running({"draws": model}) as server, server.client() as client:
+        for length, more in ((600, {}), (100, {"modalities": ["image"]})):
+            messages = [{"role": "user", "content": "я" * length}]
+            with pytest.raises(openai.BadRequestError, match="the prompt has .* more than the|places") as error:
+                client.chat.completions.create(model="draws", messages=messages, extra_body=more, max_tokens=4)
+            assert error.value.code == "context_length_exceeded" and error.value.type == "invalid_request_error"
+        said = client.chat.completions.create(  # of words alone the base reads more
+            model="draws", messages=[{"role": "user", "content": "я" * 100}], max_tokens=4
+        )
+        assert said.usage.prompt_tokens > 64

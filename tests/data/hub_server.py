@@ -1,4 +1,8 @@
-"""A stand-in for the Hugging Face hub on this machine: models that are pushed and loaded, data sets that are read in parts."""
+"""A stand-in for the Hugging Face hub on this machine: models that are pushed and loaded, data sets that are read in parts.
+
+As the real one it takes tensors by the batch API of Git LFS, and sends whoever wants them to where they lie. Its third way, xet,
+is switched off in the client, by what the client documents for that.
+"""
 
 import base64
 import hashlib
@@ -25,13 +29,17 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Answers)
         self.address = f"http://127.0.0.1:{self.server_address[1]}"
         self.commits: dict[str, list[tuple[str, dict[str, bytes]]]] = {}
+        self.large: dict[str, bytes] = {}
+        """Contents that came by LFS, by their SHA-256."""
         self.fetched: list[tuple[str, int]] = []
         self.out_of_order = False
+        self.takes_no_uploads = False
 
     def at(self, repository, revision):
-        """A commit by its name, or the last one; None where there is none of this name."""
+        """A commit by its name or the beginning of it, or the last one; None where there is none of this name."""
         commits = self.commits[repository]
-        return next((c for c in commits if c[0] == revision), commits[-1] if revision == "main" and commits else None)
+        known = (c for c in commits if c[0] == revision or (len(revision) >= 7 and c[0].startswith(revision)))
+        return next(known, commits[-1] if revision == "main" and commits else None)
 
 
 class _Answers(BaseHTTPRequestHandler):
@@ -74,24 +82,62 @@ class _Answers(BaseHTTPRequestHandler):
             value = line["value"]
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.server.large[value["oid"]]
             elif line["key"] == "deletedFile":
                 del files[value["path"]]
         oid = hashlib.sha1(body).hexdigest()
         commits.append((oid, files))
         self._send({"commitUrl": f"{self.server.address}/{name}/commit/{oid}", "commitOid": oid, "hookOutput": ""})
 
+    def _body(self):
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def _batch(self, body):
+        asked = json.loads(body)
+        assert asked["operation"] == "upload" and "basic" in asked["transfers"] and asked["hash_algo"] == "sha256"
+        objects = []
+        for one in asked["objects"]:
+            told = {"oid": one["oid"], "size": one["size"]}
+            if one["oid"] not in self.server.large:
+                to = {"href": f"{self.server.address}/lfs/{one['oid']}"}
+                told["actions"] = {"upload": to, "verify": {"href": f"{self.server.address}/lfs-verify"}}
+            objects.append(told)
+        self._send({"transfer": "basic", "objects": objects})
+
+    def do_PUT(self):
+        body, oid = self._body(), self.path.rpartition("/")[2]
+        if self.server.takes_no_uploads:
+            return self._send({"error": "no room"}, 403)
+        assert hashlib.sha256(body).hexdigest() == oid
+        self.server.large[oid] = body
+        return self._send({})
+
     def do_POST(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = self._body()
         if self.path == "/api/repos/create":
             return self._create(body)
         if self.path == "/api/validate-yaml":
             return self._send({"errors": [], "warnings": []})
+        if self.path == "/lfs-verify":
+            asked = json.loads(body)
+            return self._send({}, 200 if len(self.server.large[asked["oid"]]) == asked["size"] else 404)
+        if self.path.endswith(".git/info/lfs/objects/batch"):
+            return self._batch(body)
         _, name, (verb, revision) = self._asked()
         if name not in self.server.commits:
             return self._missing("Repo")
         if verb == "preupload":
             asked = json.loads(body)["files"]
-            files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in asked]
+            modes = {f["path"]: "lfs" if f["path"].endswith(".safetensors") else "regular" for f in asked}
+            files = [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()]
             return self._send({"files": files})
         if verb == "commit":
             return self._commit(name, body)
@@ -105,6 +151,8 @@ class _Answers(BaseHTTPRequestHandler):
     def do_GET(self):
         if self.server.out_of_order:
             return self._send({"error": "out of order"}, 403)
+        if self.path.startswith("/lfs/"):
+            return self._send(self.server.large[self.path.rpartition("/")[2]])
         api, name, rest = self._asked()
         if name not in self.server.commits:
             return self._missing("Repo")
@@ -122,6 +170,10 @@ class _Answers(BaseHTTPRequestHandler):
         if verb != "resolve" or path not in files:
             return self._missing("Entry")
         data, headers = files[path], {"X_Repo_Commit": commit}
+        if (oid := hashlib.sha256(data).hexdigest()) in self.server.large:
+            self.server.fetched.append((path, len(data)))
+            place = f"http://localhost:{self.server.server_address[1]}/lfs/{oid}"  # of another host, as the real one's
+            return self._send({}, 302, Location=place, X_Linked_Etag=f'"{oid}"', X_Linked_Size=len(data), **headers)
         if match := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
             data, status = data[int(match[1]) : int(match[2]) + 1], 206
         else:
@@ -147,9 +199,10 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", server.address)
     template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # as the variable of this name in the environment
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("HF_TOKEN", "hf_none")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     monkeypatch.setenv("XFUSION_CACHE", str(tmp_path / "cache"))
     shards._row_group.clear()
     yield server

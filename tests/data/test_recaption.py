@@ -5,6 +5,7 @@ import json
 import sys
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,7 +17,8 @@ from apps.serving import running, tiny_models
 from contracts.table import Noise
 
 from xfusion.apps import cli
-from xfusion.data.recaption import JOURNAL, Asking, endpoint, recaption
+from xfusion.data.files import MAX_CAPTION
+from xfusion.data.recaption import JOURNAL, MOST_RUNNING, Asking, Busy, endpoint, recaption
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import open_source
 
@@ -43,7 +45,7 @@ def test_a_break_loses_nothing_and_asks_nothing_twice(tmp_path):
     assert not (folder / "metadata.jsonl").exists()
     with (folder / JOURNAL).open("a") as journal:
         journal.write('{"index": 3, "capt')  # cut by a crash
-    assert recaption(source, lambda *_: ["new words"], ASKING, folder, progress=silent) == (5, 2)
+    assert recaption(source, lambda *_: ["new words"], ASKING, folder, progress=silent) == (5, 2, [])
     made = open_source(str(folder), split="all")
     assert [e.captions[0] for e in made.examples] == ["caption 1", "caption 2", "caption 3", "new words", "new words"]
     assert made.examples[0].captions[1:] == source.examples[0].captions
@@ -57,7 +59,7 @@ def test_a_break_loses_nothing_and_asks_nothing_twice(tmp_path):
     def never(*_):
         raise AssertionError("asked again")
 
-    assert recaption(source, never, ASKING, folder, progress=silent) == (5, 0)
+    assert recaption(source, never, ASKING, folder, progress=silent) == (5, 0, [])
     other = Asking(model="another", prompt="what is this?", size=32)
     with pytest.raises(XFusionError, match="was made with model 'someone', this call has 'another'"):
         recaption(source, never, other, folder, progress=silent)
@@ -72,8 +74,55 @@ def test_a_break_loses_nothing_and_asks_nothing_twice(tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("")
     with pytest.raises(XFusionError, match="holds other files"):
         recaption(source, never, ASKING, tmp_path / "mine", progress=silent)
-    with pytest.raises(XFusionError, match="answered 0 characters"):
-        recaption(source, lambda *_: [" "], ASKING, tmp_path / "empty", progress=silent)
+
+
+def test_a_picture_without_a_caption_is_left_out_told_and_asked_for_again(tmp_path):
+    source, folder = Noise(5), tmp_path / "out"
+    answers = iter(["one", " ", "three", "x" * (MAX_CAPTION + 1), "five"])
+    made = recaption(source, lambda *_: [next(answers)], ASKING, folder, progress=silent)
+    assert made[:2] == (3, 3) and [line.partition(" answered ")[2].split()[0] for line in made.skipped] == ["0", "4001"]
+    assert all(source.examples[i].origin in line for i, line in zip((1, 3), made.skipped, strict=True))
+    found = open_source(str(folder), split="all")
+    assert [e.captions[0] for e in found.examples] == ["one", "three", "five"]
+    assert found.picture(1, 32).tobytes() == source.picture(2, 32).tobytes()
+    lines = [json.loads(line) for line in (folder / JOURNAL).read_text().splitlines()]
+    assert [line["index"] for line in lines if "skipped" in line] == [1, 3] and len(lines) == 5
+    again = recaption(source, lambda *_: ["now"], ASKING, folder, progress=silent)
+    assert again == (5, 2, [])
+    captions = [e.captions[0] for e in open_source(str(folder), split="all").examples]
+    assert captions == ["one", "now", "three", "now", "five"]
+
+
+def test_answers_that_are_never_captions_end_it_before_all_are_paid_for(tmp_path):
+    asked = []
+
+    def ask(*_):
+        asked.append(1)
+        return [""]
+
+    with pytest.raises(XFusionError, match="none of the first 20 answers is a caption, .*another folder"):
+        recaption(Noise(30), ask, ASKING, tmp_path / "out", progress=silent)
+    assert len(asked) == MOST_RUNNING == 20
+
+
+def test_a_request_that_is_made_again_counts_and_waits_longer(tmp_path, monkeypatch):
+    now, times = [100.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+
+    def ask(*_):
+        times.append(now[0])
+        if len(times) <= 3:
+            raise Busy("later", 9.0 if len(times) == 2 else None)
+        return ["words"]
+
+    asking = Asking(model="someone", prompt="", size=8, per_minute=30, retries=3)
+    assert recaption(Noise(2), ask, asking, tmp_path / "out", progress=silent) == (2, 2, [])
+    assert times == [100.0, 102.0, 111.0, 113.0, 115.0]  # two seconds apart, or as many as were named
+    times.clear()
+    with pytest.raises(Busy, match="later"):
+        recaption(Noise(2), ask, Asking(model="x", prompt="", size=8, retries=2), tmp_path / "other", progress=silent)
+    assert [b - a for a, b in pairwise(times)] == [0.5, 9.0]
 
 
 def test_no_more_requests_than_the_rate_allows(tmp_path, monkeypatch):
@@ -97,8 +146,10 @@ def test_no_more_requests_than_the_rate_allows(tmp_path, monkeypatch):
     assert times == [100.0, 102.0, 104.0, 106.0] and slept == [0.0, 1.5, 1.5, 1.5]
 
 
-class Busy(http.server.BaseHTTPRequestHandler):
-    """Too busy twice, then an answer; and a picture in every request."""
+class Overrun(http.server.BaseHTTPRequestHandler):
+    """Too busy twice, then an answer, then answers without one, then a refusal; and a picture in every request."""
+
+    nothing: ClassVar[list] = [None, [], [{"index": 0, "finish_reason": "content_filter"}]]
 
     seen: ClassVar[list[dict]] = []
 
@@ -107,31 +158,40 @@ class Busy(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         self.seen.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-        status = 429 if len(self.seen) <= 2 else 200 if len(self.seen) == 3 else 400
+        number = len(self.seen)
+        status = 429 if number <= 2 else 200 if number <= 7 else 400
         message = {"role": "assistant", "content": "a red apple"}
         body = {"id": "1", "object": "chat.completion", "created": 0, "model": "m",
                 "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}  # fmt: skip
+        body["choices"] = self.nothing[number - 4] if 4 <= number <= 6 else body["choices"]
+        kind = "text/html" if number == 7 else "application/json"
         body = json.dumps(body if status == 200 else {"error": {"message": "no", "type": "x"}}).encode()
+        body = b"<html>a page for people</html>" if number == 7 else body
         self.send_response(status)
-        for key, value in (("Content-Type", "application/json"), ("Content-Length", len(body)), ("Retry-After-Ms", 1)):
+        for key, value in (("Content-Type", kind), ("Content-Length", len(body)), ("Retry-After-Ms", 1)):
             self.send_header(key, str(value))
         self.end_headers()
         self.wfile.write(body)
 
 
-def test_a_busy_server_is_asked_again_and_a_refusal_ends_it():
+def test_a_busy_server_is_asked_again_and_a_refusal_ends_it(tmp_path):
     pytest.importorskip("openai", reason="openai is not installed (extra dev): no endpoint can be asked")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Busy)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Overrun)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-        ask = endpoint(url, "m", key="none", retries=2, max_tokens=9)
-        assert ask([Noise(1).picture(0, 8)], "what?") == ["a red apple"] and len(Busy.seen) == 3
-        content = Busy.seen[0]["messages"][0]["content"]
+        ask, pictures = endpoint(url, "m", key="none", max_tokens=9), [Noise(1).picture(0, 8)]
+        asking = Asking(model="m", prompt="what?", size=8, retries=2)
+        assert recaption(Noise(1), ask, asking, tmp_path / "out", progress=silent) == (1, 1, [])
+        assert len(Overrun.seen) == 3 and "a red apple" in (tmp_path / "out" / "metadata.jsonl").read_text()
+        content = Overrun.seen[0]["messages"][0]["content"]
         assert content[0]["image_url"]["url"].startswith("data:image/png;base64,") and content[1]["text"] == "what?"
-        assert Busy.seen[0]["max_tokens"] == 9
+        assert Overrun.seen[0]["max_tokens"] == 9
+        assert [ask(pictures, "") for _ in Overrun.nothing] == [[""]] * 3
+        with pytest.raises(XFusionError, match="which is no chat completion"):
+            ask(pictures, "")
         with pytest.raises(XFusionError, match="refuses: .*400"):
-            ask([Noise(1).picture(0, 8)], "")
+            ask(pictures, "")
     finally:
         server.shutdown()
         server.server_close()

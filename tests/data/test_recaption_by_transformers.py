@@ -94,7 +94,7 @@ def test_a_break_in_a_batch_makes_the_same_file(llava, tmp_path):
     name, ask = captioner(f"{llava}", device="cpu", max_tokens=12)
     asking = Asking(model=name, prompt=LONG, size=32, batch=2)
     source, whole, broken = Noise(5), tmp_path / "whole", tmp_path / "broken"
-    assert recaption(source, ask, asking, whole, progress=silent) == (5, 5)
+    assert recaption(source, ask, asking, whole, progress=silent) == (5, 5, [])
     calls = []
 
     def stops(pictures, prompt):
@@ -107,7 +107,7 @@ def test_a_break_in_a_batch_makes_the_same_file(llava, tmp_path):
         recaption(source, stops, asking, broken, progress=silent)
     journal = (broken / JOURNAL).read_text().splitlines(keepends=True)
     (broken / JOURNAL).write_text("".join(journal[:3]))  # the second batch was cut in its middle
-    assert calls == [2, 2, 1] and recaption(source, ask, asking, broken, progress=silent) == (5, 2)
+    assert calls == [2, 2, 1] and recaption(source, ask, asking, broken, progress=silent) == (5, 2, [])
     for path in whole.iterdir():
         assert path.read_bytes() == (broken / path.name).read_bytes(), path.name
 

@@ -1,15 +1,16 @@
 """What the documents say is true: their commands parse, their links lead somewhere, their marked blocks run and print.
 
 Every bash and python block stands under a mark. ``<!-- run -->`` executes it, in the order of its document and in one folder
-per document; ``full`` leaves it to the full tier, ``exit=N`` is the exit status that it must have, ``short`` trains two small
-steps where a budget of minutes stands, and ``serving=PORT`` starts it and goes on once the port answers: it is stopped, as by
-Ctrl-C, before the next such block and at the end. A ``text`` block right behind a block that was run holds lines that the
-output must have, in order; ``…`` stands for the rest of a line. ``<!-- not run: REASON -->`` says why it is not, and the
-test that stands in; its commands are parsed all the same. ``<!-- given: NAMES -->`` says what lies in the folder when the
-full tier begins: what a document before it made.
+per document; ``full`` leaves it to the full tier, ``exit=N`` is the exit status that it must have, ``short`` runs its commands
+within the bounds of `short.py` where the printed ones take minutes or hours, and ``serving=PORT`` starts it and goes on once the
+port answers: it is stopped, as by Ctrl-C, before the next such block and at the end. A ``text`` block right behind a block that
+was run holds lines that the output must have, in order; ``…`` stands for the rest of a line. ``<!-- not run: REASON -->`` says
+why it is not, and the test that stands in; its commands are parsed all the same. ``<!-- given: NAMES -->`` says what lies in the
+folder when the full tier begins: what a document before it made, or what a reader has (`give`).
 
-The full tier runs each block as a reader does; the default one calls the command line in this process, where importing PyTorch
-for every command would take most of the time.
+The full tier runs each block as a reader does; where one asks the hub, `hub_server` answers for it with what the documents name.
+The default one calls the command line in this process, where importing PyTorch for every command would take most of the time. So
+does the full one with the commands of the pages of recipes, on one loaded base.
 """
 
 import io
@@ -21,10 +22,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from contextlib import ExitStack, chdir, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, chdir, contextmanager, redirect_stderr, redirect_stdout, suppress
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -44,22 +46,11 @@ BLOCK = re.compile(
     rf"(?:<!-- (?:{RUN}|not run: (?P<reason>[^\n]+)) -->\n)?^```(?P<language>\w+)\n(?P<body>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
-SHORT = "--steps 2 --no-compile --stages.0.mixture.draw 8 --stages.0.mixture.caption 4"
-"""What stands for a budget of minutes."""
 GIVEN = re.compile(r"^<!-- given: (.+) -->$", re.MULTILINE)
 COMMAND = re.compile(r"^(?:[A-Z]\w*=\S+ |.*\| )?xfusion |^torchrun .*-m xfusion\.apps\.cli ")
 """What stands before a verb: nothing, a variable or a pipe; or several processes."""
-OBSTACLES = (
-    "minutes",
-    "hours",
-    "the hub",
-    "an idle machine",
-    "a second machine",
-    "a GPU",
-    "installs",
-    "a server of yours",
-)
-"""What may keep a block from being run."""
+OBSTACLES = ("installs", "of the hub", "an idle machine", "a GPU", "hours", "several processes", "runs this")
+"""What may keep a block from being run: time alone does not, for a block may be ``short``."""
 
 
 class Block(NamedTuple):
@@ -69,6 +60,7 @@ class Block(NamedTuple):
     body: str
     run: bool
     full: bool
+    short: bool
     status: int
     port: int
     """Where it serves, or 0."""
@@ -76,6 +68,15 @@ class Block(NamedTuple):
     """Why it is not run, or nothing."""
     printed: str
     """The text block right behind it, or nothing."""
+
+    @property
+    def commands(self):
+        """What is run of it."""
+        if not self.short:
+            return self.body
+        from docs.short import shortened
+
+        return shortened(self.body)
 
 
 def blocks(document):
@@ -85,13 +86,13 @@ def blocks(document):
     for match, following in zip(found, [*found[1:], None], strict=False):
         near = following is not None and following["language"] == "text"
         near = near and not text[match.end() : following.start()].strip()
-        body = match["body"]
         out.append(
             Block(
                 language=match["language"],
-                body=re.sub(r"--minutes [\d.]+", SHORT, body) if match["short"] else body,
+                body=match["body"],
                 run=match.group(0).startswith("<!-- run"),
                 full=bool(match["full"]),
+                short=bool(match["short"]),
                 status=int(match["exit"] or 0),
                 port=int(match["port"] or 0),
                 reason=match["reason"] or "",
@@ -115,9 +116,14 @@ def ids(document):
     return str(document.relative_to(ROOT))
 
 
-def test_the_marks_are_found():
+def test_the_marks_are_found(capsys):
     """The other tests would pass on nothing."""
-    assert sum(b.run for d in DOCUMENTS for b in blocks(d)) >= 30
+    found = [block for document in DOCUMENTS for block in blocks(document) if block.run or block.reason]
+    ran = [block for block in found if block.run]
+    assert len(ran) >= 110
+    with capsys.disabled():
+        short = sum(block.short for block in ran)
+        print(f"\nthe documents: {len(ran)} blocks are run, {short} of them short, {len(found) - len(ran)} are not")
     assert sum(len(commands(d)) for d in DOCUMENTS) >= 100
     assert all(commands(d) for d in DOCUMENTS if d.parent.name == "recipes" and d.stem != "index")
     text = "".join(d.read_text(encoding="utf-8") for d in DOCUMENTS)
@@ -178,32 +184,36 @@ def test_every_python_block_is_python(document):
             compile(block.body, str(document), "exec")
 
 
-def surroundings():
+def surroundings(further):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     package = str(Path(xfusion.__file__).parents[1])
-    return os.environ | {
-        "PATH": path,
-        "PYTHONPATH": os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "COLUMNS": "200",
-        "NO_COLOR": "1",
-        "PYTHONUNBUFFERED": "1",  # both streams in the order of a terminal
-    }
+    return (
+        os.environ
+        | further
+        | {
+            "PATH": path,
+            "PYTHONPATH": os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "COLUMNS": "200",
+            "NO_COLOR": "1",
+            "PYTHONUNBUFFERED": "1",  # both streams in the order of a terminal
+        }
+    )
 
 
-def execute(document, folder):
+def execute(document, folder, further):
     with ExitStack() as served:
         for block in blocks(document):
             if not block.run:
                 continue
             if block.port:
                 served.close()  # one at a time
-                served.enter_context(serve(block, folder))
+                served.enter_context(serve(block, folder, further))
             else:
-                run(block, folder)
+                run(block, folder, further)
 
 
 @contextmanager
-def serve(block, folder):
+def serve(block, folder, further):
     """What the block starts, from when its port answers until Ctrl-C, which must be answered by an end without an error."""
     assert not block.printed and not block.status and block.language == "bash"
     with socket.socket() as probe:
@@ -214,7 +224,9 @@ def serve(block, folder):
     # Where the tests themselves run behind a shell, Ctrl-C may be ignored, and what they start would inherit it.
     streams["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     with log.open("w") as out:
-        server = subprocess.Popen(["bash", "-ec", block.body], cwd=folder, env=surroundings(), stdout=out, **streams)
+        server = subprocess.Popen(
+            ["bash", "-ec", block.commands], cwd=folder, env=surroundings(further), stdout=out, **streams
+        )
     try:
         ended = time.monotonic() + 600
         while not answers(block.port):
@@ -242,11 +254,13 @@ def answers(port):
         return False
 
 
-def run(block, folder):
-    program = ["bash", "-ec", block.body] if block.language == "bash" else [sys.executable, "-c", block.body]
+def run(block, folder, further):
+    program = ["bash", "-ec"] if block.language == "bash" else [sys.executable, "-c"]
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    done = subprocess.run(program, cwd=folder, env=surroundings(), **streams, text=True, check=False)
-    assert done.returncode == block.status, f"{block.body}\n{done.stdout}"
+    done = subprocess.run(
+        [*program, block.commands], cwd=folder, env=surroundings(further), **streams, text=True, check=False
+    )
+    assert done.returncode == block.status, f"{block.commands}\n{done.stdout}"
     must_print(block, done.stdout)
 
 
@@ -256,7 +270,7 @@ def run_here(block, folder):
     with chdir(folder), redirect_stdout(said), redirect_stderr(said):
         if block.language == "python":
             exec(compile(block.body, "a block", "exec"), {"__name__": "__main__"})
-        for ours, lines in groupby(block.body.splitlines(), key=lambda line: line.startswith("xfusion ")):
+        for ours, lines in groupby(block.commands.splitlines(), key=lambda line: line.startswith("xfusion ")):
             for line in lines if ours else ():
                 assert not set("|&;<>$`") & set(line), f"{line}: a shell is needed"
                 status = status or cli.main(shlex.split(line, comments=True)[1:])
@@ -264,7 +278,7 @@ def run_here(block, folder):
                 done = subprocess.run(["bash", "-ec", "\n".join(lines)], capture_output=True, text=True, check=False)
                 status = done.returncode
                 said.write(done.stdout + done.stderr)
-    assert status == block.status, f"{block.body}\n{said.getvalue()}"
+    assert status == block.status, f"{block.commands}\n{said.getvalue()}"
     must_print(block, said.getvalue())
 
 
@@ -288,11 +302,11 @@ def test_what_serves_is_awaited_and_stopped(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"<!-- run full serving={port} -->\n```bash\npython -m http.server --bind 127.0.0.1 {port}\n```\n")
     (block,) = blocks(page)
-    with serve(block, tmp_path):
+    with serve(block, tmp_path, {}):
         assert answers(port)
     assert not answers(port) and "GET / " in (tmp_path / f"served_{port}.log").read_text()
     page.write_text(page.read_text().replace("python -m http.server", "false"))
-    with pytest.raises(AssertionError, match="false --bind"), serve(blocks(page)[0], tmp_path):
+    with pytest.raises(AssertionError, match="false --bind"), serve(blocks(page)[0], tmp_path, {}):
         pass
 
 
@@ -311,18 +325,160 @@ def prepared(tmp_path_factory):
     """A folder with twenty pictures and a run of four steps, as docs/your_own_data.md makes them."""
     folder = tmp_path_factory.mktemp("prepared")
     making = [b._replace(printed="") for b in blocks(ROOT / "docs" / "your_own_data.md") if b.run]
-    run(next(b for b in making if 'Path("photos")' in b.body), folder)
-    run(next(b for b in making if b.body.endswith(" -o runs/photos\n")), folder)
+    run(next(b for b in making if 'Path("photos")' in b.body), folder, {})
+    run(next(b for b in making if b.body.endswith(" -o runs/photos\n")), folder, {})
     return folder
 
 
+@pytest.fixture(scope="session")
+def heard(tmp_path_factory, assets, hub_of_documents):
+    """A folder with spoken digits, a reader of them and their codes, as docs/sounds.md makes them."""
+    folder = tmp_path_factory.mktemp("heard")
+    for name in ("fsdd_train.parquet", "runs/write_digits.py", "runs/fit_sound_codes.py"):
+        reader_has(name, folder, assets)
+    lines = [
+        line
+        for b in blocks(ROOT / "docs" / "sounds.md")
+        if b.run and b.language == "bash"
+        for line in b.body.splitlines()
+    ]
+    for start in ("python runs/write_digits.py ", "xfusion train qwen_audio ", "python runs/fit_sound_codes.py "):
+        line = next(line for line in lines if line.startswith(start))
+        run(Block("bash", line, True, True, True, 0, 0, "", ""), folder, hub_of_documents)
+    import soundfile
+
+    samples, rate = soundfile.read(folder / "digits" / "wav" / "7_theo_0.wav")
+    soundfile.write(folder / "seven.wav", samples.repeat(16000 // rate), 16000)
+    return folder
+
+
+SUBSETS = {
+    "fsdd_train.parquet": ("audio", 200),
+    "nlvr_dev.parquet": ("images", 600),
+    "clothing_160_train.parquet": ("images", 4000),
+}
+"""Files of the real test assets that readers have, and how many of their rows at most, evenly chosen."""
+
+
+def reader_has(name, folder, assets):
+    """Put into a folder what a reader brings: a file of `SUBSETS`, a script of this repository, a GGUF file."""
+    place = folder / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if name in SUBSETS:
+        from pyarrow import parquet
+
+        kind, wanted = SUBSETS[name]
+        rows = parquet.read_table(assets / kind / name)
+        parquet.write_table(rows.take(list(range(0, len(rows), max(1, len(rows) // wanted)))), place)
+    elif name == "models":
+        from xfusion.backbone import EMBEDDED, sources
+
+        place.mkdir()
+        file = sources._gguf_file(EMBEDDED)
+        (place / file.name).symlink_to(file)
+    else:
+        shutil.copyfile(ROOT / name, place)
+
+
+MADE = {
+    "prepared": {"photos": "photos", "runs/photos": "runs/photos", "pizza.png": "photos/pizza.png"},
+    "heard": {
+        "digits": "digits",
+        "runs/qwen_audio": "runs/qwen_audio",
+        "codes": "codes",
+        "seven.wav": "seven.wav",
+    },
+}
+"""What documents make that others are given, by the fixture that has it: its name there."""
+
+
+def give(document, folder, request):
+    """What a document's marks say that it is given."""
+    names = " ".join(GIVEN.findall(document.read_text(encoding="utf-8"))).split()
+    for name in names:
+        maker = next((maker for maker, made in MADE.items() if name in made), None)
+        if name == "runs/clothing":
+            for needed in ("clothing_160_train.parquet", "runs/write_clothing.py"):
+                reader_has(needed, folder, request.getfixturevalue("assets"))
+            command = "python runs/write_clothing.py clothing_160_train.parquet -o runs/clothing"
+            run(Block("bash", command, True, True, False, 0, 0, "", ""), folder, {})
+        elif maker is None:
+            reader_has(name, folder, request.getfixturevalue("assets") if name in SUBSETS else None)
+        else:
+            source, target = request.getfixturevalue(maker) / MADE[maker][name], folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
+
+
+@pytest.fixture(scope="session")
+def hub_of_documents(tmp_path_factory, request):
+    """A stand-in for the hub with all that the documents name there, made small; what a process has to be told to ask it."""
+    from contracts.table import make_base
+    from data.hub_server import Hub
+    from data.test_shards import write_parquet
+    from diffusers import AutoencoderKL
+
+    folder = tmp_path_factory.mktemp("hub")
+    make_base("qwen3", folder / "qwen3")
+    channels = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1, "latent_channels": 4}
+    blocks_of = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    AutoencoderKL(**channels, **blocks_of).save_pretrained(folder / "diffusion" / "vae")
+    write_parquet(folder / "rows" / "train.parquet", range(4), group=4)
+    pack = request.getfixturevalue("prepared") / "runs" / "photos" / "pack"
+    places = {"Qwen/Qwen3-0.6B": folder / "qwen3", "stable-diffusion-v1-5/stable-diffusion-v1-5": folder / "diffusion",
+              "datasets/ORG/NAME": folder / "rows", "org/photos": pack, "org/sketches": pack}  # fmt: skip
+    with suppress(pytest.skip.Exception):  # what needs the assets is skipped elsewhere
+        places["openai/whisper-tiny.en"] = request.getfixturevalue("assets") / "whisper_tiny_en_encoder"
+    server = Hub()
+    for name, place in places.items():
+        files = {str(path.relative_to(place)): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+        server.commits[name] = [("1f3a9c0" + "0" * 33, files)]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield {
+        "HF_ENDPOINT": server.address,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(folder / "home"),
+        "HF_TOKEN": "hf_none",
+        "NO_PROXY": "127.0.0.1,localhost",
+    }
+    server.shutdown()
+    server.server_close()
+
+
+PAGES = [document for document in DOCUMENTS if document.parent.name == "recipes"]
+ALONE = [document for document in PAGES if not GIVEN.search(document.read_text(encoding="utf-8"))]
+"""Pages of recipes that need nothing but the package."""
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("document", runnable(full=True), ids=ids)
-def test_all_marked_blocks_run(document, tmp_path, request):
-    for names in GIVEN.findall(document.read_text(encoding="utf-8")):
-        for name in names.split():
-            shutil.copytree(request.getfixturevalue("prepared") / name, tmp_path / name)
-    execute(document, tmp_path)
+@pytest.mark.parametrize("document", [d for d in runnable(full=True) if d not in ALONE], ids=ids)
+def test_all_marked_blocks_run(document, tmp_path, request, hub_of_documents):
+    give(document, tmp_path, request)
+    execute(document, tmp_path, hub_of_documents)
+
+
+@pytest.fixture(scope="session")
+def embedded():
+    """The embedded base, loaded once: recipes only read it."""
+    from xfusion.backbone import EMBEDDED, Backbone
+
+    base = Backbone.load(EMBEDDED)
+    yield base
+    assert base.compute_fingerprint() == base.fingerprint
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("document", [d for d in runnable(full=True) if d in ALONE], ids=ids)
+def test_a_recipe_trains_by_the_command_of_its_page(document, tmp_path, monkeypatch, embedded):
+    from xfusion.backbone import Backbone
+
+    load = Backbone.load
+    monkeypatch.setattr(
+        Backbone, "load", lambda source, **how: embedded if source == embedded.source else load(source, **how)
+    )
+    (block,) = (b for b in blocks(document) if b.run)
+    run_here(block, tmp_path)
+    assert (tmp_path / "runs" / document.stem / "pack" / "README.md").is_file()
 
 
 @pytest.mark.full

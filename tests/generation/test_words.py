@@ -11,7 +11,7 @@ import xfusion
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Media, Sequence, Text, XFusionError
 from xfusion.data.templates import opened, question_text
-from xfusion.generation import PLAIN, PLAIN_SAMPLING, log_likelihoods
+from xfusion.generation import PLAIN, PLAIN_SAMPLING, TooLong, log_likelihoods, prompt_length
 from xfusion.generation import segments as generation
 
 PICTURES = [Noise().picture(i, 16) for i in range(4)]
@@ -326,6 +326,24 @@ def test_drawing_in_a_list_is_drawing_and_what_follows_reads_the_clean_picture(m
 def test_what_cannot_be_continued_is_refused(model, items, message):
     with pytest.raises(XFusionError, match=message):
         model.generate(items)
+
+
+def test_words_alone_are_read_as_far_as_the_base_can(model, monkeypatch):
+    """Among media there is a bound of our own; the base's own places bound both."""
+    monkeypatch.setattr("xfusion.generation.base.MAX_PROMPT_TOKENS", 8)
+    words, places = "a red apple on a white table", model.backbone.context_length
+    ids = torch.tensor([model.backbone.encode(words)])
+    assert 8 < ids.shape[1] < places
+    whole = model.backbone.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
+    expected = model.backbone.decode(whole[0, ids.shape[1] :].tolist())
+    assert model.generate([words], max_tokens=3) == model.generate([words[:5], words[5:]], max_tokens=3) == [expected]
+    assert prompt_length(model, [words]) == ids.shape[1]
+    half = "я" * (places // 4 + 1)  # of two bytes, a token each
+    for items, limit in (([PICTURES[0], words], 8), ([words, xfusion.Image()], 8), ([half, half], places)):
+        with pytest.raises(TooLong, match=f"tokens, more than the {limit} that are allowed"):
+            model.generate(items, max_tokens=3)
+        with pytest.raises(TooLong, match=f"tokens, more than the {limit} that are allowed"):
+            prompt_length(model, items)
 
 
 def test_special_tokens_in_a_prompt_stay_text(model):

@@ -1,7 +1,8 @@
 """New captions for the pictures of a source, by whatever can name them; a folder of pictures and words comes out.
 
 Every answer goes at once into a journal, ``recaption.jsonl``, with the model and the prompt that made it; a call after a
-break goes on behind it. ``metadata.jsonl``, which makes the folder a data source, is written last.
+break goes on behind it. An answer that is no caption is noted there too, and its picture left out; a later call asks for it
+again. ``metadata.jsonl``, which makes the folder a data source, is written last.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from xfusion.data.files import MAX_CAPTION, METADATA
 from xfusion.data.sequence import XFusionError, first_line
@@ -28,8 +29,38 @@ LONG = (
     " background and the style."
 )
 """What a vision-language model is asked, where nobody says otherwise."""
+MOST_RUNNING = 20
+"""Answers that are no captions, from the first on: then the prompt or the model is at fault, not a picture."""
+PASSING = (408, 409, 429)
+"""Statuses of a refusal of the moment, besides those from 500 on."""
+LONGEST_WAIT = 60.0
+"""Seconds between two tries, where the server names no time."""
 Ask = Callable[[list["Image"], str], list[str]]
 """Pictures and a prompt -> words for each."""
+
+
+class Busy(XFusionError):
+    """Who is asked takes nothing at the moment.
+
+    Args:
+        message: what it says.
+        seconds: when it may be asked again; None is not known.
+    """
+
+    def __init__(self, message: str, seconds: float | None = None):
+        super().__init__(message)
+        self.seconds = seconds
+
+
+class Recaptioned(NamedTuple):
+    """What `recaption` made."""
+
+    captions: int
+    """How many there are."""
+    asked: int
+    """How many of them were asked for in this call."""
+    skipped: list[str]
+    """Pictures without one, and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +77,13 @@ class Asking:
     """Requests per minute at most; None is no limit."""
     batch: int = 1
     """Pictures of a request."""
+    retries: int = 0
+    """Times that a request is made again when who is asked is `Busy`, waiting longer each time."""
 
 
 def recaption(
     source: Source, ask: Ask, asking: Asking, folder: Path, *, progress: Callable[[int, int], None]
-) -> tuple[int, int]:
+) -> Recaptioned:
     """Caption all pictures of a source anew.
 
     Args:
@@ -61,14 +94,16 @@ def recaption(
         progress: told pictures done and in all.
 
     Returns:
-        how many captions there are, and how many of them were asked for in this call.
+        how many captions there are and were asked for in this call, and which pictures have none.
 
     Raises:
-        XFusionError: the folder holds captions of another source, model or prompt; an answer is empty or too long.
+        XFusionError: the folder holds captions of another source, model or prompt; the first answers are all empty or too
+            long.
+        Busy: of all tries none was taken.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    known = _journal(folder, asking, source.spec)
-    asked, next_time = 0, time.monotonic()
+    known, turns = _journal(folder, asking, source.spec), _Turns(asking)
+    asked, skipped = 0, dict[int, str]()
     with (folder / JOURNAL).open("a", encoding="utf-8") as journal:
         # The same pictures stand together whenever a call begins: neighbours in a batch may change the rounding.
         for start in range(0, len(source.examples), asking.batch):
@@ -77,34 +112,60 @@ def recaption(
             if all(index in known for index in part):
                 continue
             shown = [source.picture(index, asking.size) for index in part]
-            if asking.per_minute:
-                time.sleep(max(0.0, next_time - time.monotonic()))
-                next_time = max(next_time, time.monotonic()) + 60 / asking.per_minute
-            for index, picture, answer in zip(part, shown, ask(shown, asking.prompt), strict=True):
+            for index, picture, answer in zip(part, shown, turns.answers(ask, shown), strict=True):
                 if index in known:
                     continue
                 example, words = source.examples[index], " ".join(answer.split())
-                if not words or len(words) > MAX_CAPTION:
-                    raise XFusionError(
-                        f"{example.origin}: {asking.model} answered {len(words)} characters, from 1 to {MAX_CAPTION} are"
-                        " legal: change the prompt; the captions so far are kept"
-                    )
-                with whole_file(folder / _name(index)) as temporary:
-                    picture.save(temporary, format="PNG")
                 line = {"index": index, "id": example.id, "caption": words, "model": asking.model}
                 line |= {"prompt": asking.prompt, "source": source.spec, "size": asking.size}
+                if words and len(words) <= MAX_CAPTION:
+                    with whole_file(folder / _name(index)) as temporary:
+                        picture.save(temporary, format="PNG")
+                    known[index], asked = words, asked + 1
+                else:
+                    said = f"{len(words)} characters, from 1 to {MAX_CAPTION} are legal"
+                    line |= {"caption": words[:MAX_CAPTION], "skipped": said}
+                    skipped[index] = f"{example.origin}: {asking.model} answered {said}"
                 with named_in_errors(folder / JOURNAL):
                     journal.write(json.dumps(line, ensure_ascii=False) + "\n")
                     journal.flush()
                     os.fsync(journal.fileno())
-                known[index], asked = words, asked + 1
+            if not known and len(skipped) >= min(MOST_RUNNING, len(source.examples)):
+                raise XFusionError(
+                    f"none of the first {len(skipped)} answers is a caption, {next(iter(skipped.values()))}: give another"
+                    " prompt or model, and another folder"
+                )
     lines = [
         {"file_name": _name(i), "captions": [known[i], *(c for c in e.captions if c != known[i])], "group": e.group}
         for i, e in enumerate(source.examples)
+        if i in known
     ]
     with whole_file(folder / METADATA) as temporary:
         temporary.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines), encoding="utf-8")
-    return len(known), asked
+    return Recaptioned(len(known), asked, list(skipped.values()))
+
+
+class _Turns:
+    """When requests are made: no more than so many in a minute, tries of one that was not taken included."""
+
+    def __init__(self, asking: Asking):
+        self.asking, self.next = asking, time.monotonic()
+
+    def answers(self, ask: Ask, shown: list[Image]) -> list[str]:
+        """What is answered, in the end."""
+        for tried in range(self.asking.retries):
+            self._wait()
+            try:
+                return ask(shown, self.asking.prompt)
+            except Busy as busy:
+                time.sleep(min(LONGEST_WAIT, 0.5 * 2**tried) if busy.seconds is None else busy.seconds)
+        self._wait()
+        return ask(shown, self.asking.prompt)
+
+    def _wait(self) -> None:
+        if self.asking.per_minute:
+            time.sleep(max(0.0, self.next - time.monotonic()))
+            self.next = max(self.next, time.monotonic()) + 60 / self.asking.per_minute
 
 
 def _name(index: int) -> str:
@@ -138,21 +199,24 @@ def _journal(folder: Path, asking: Asking, spec: str) -> dict[int, str]:
                 raise XFusionError(
                     f"{path} was made with {key} {line[key]!r}, this call has {own!r}: name another folder"
                 )
-        found[line["index"]] = line["caption"]
+        if "skipped" not in line:
+            found[line["index"]] = line["caption"]
     return found
 
 
-def endpoint(url: str, model: str, *, key: str, retries: int, max_tokens: int, seconds: float = 60.0) -> Ask:
-    """A server that speaks OpenAI's API; refusals of the moment (429, 5xx, a lost line) are tried again, ever later.
+def endpoint(url: str, model: str, *, key: str, max_tokens: int, seconds: float = 60.0) -> Ask:
+    """A server that speaks OpenAI's API. What it answers without words, as where a filter held them back, is an empty answer.
 
     Raises:
-        XFusionError: the package openai is missing; when asked, the server refuses for good.
+        XFusionError: the package openai is missing; when asked, the server refuses for good, or speaks another language.
+        Busy: when asked, it refuses for the moment (408, 409, 429, 5xx, a lost line).
     """
     try:
         import openai
+        from openai.types.chat import ChatCompletion
     except ImportError as error:
         raise XFusionError("an endpoint is asked through the package openai: pip install openai") from error
-    client = openai.OpenAI(base_url=url, api_key=key, max_retries=retries, timeout=seconds)
+    client = openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=seconds)
 
     def ask_one(picture: Image, prompt: str) -> str:
         import base64
@@ -172,10 +236,29 @@ def endpoint(url: str, model: str, *, key: str, retries: int, max_tokens: int, s
                 seed=0,
             )
         except openai.OpenAIError as error:
-            raise XFusionError(f"{url} refuses: {first_line(error)}; the captions so far are kept") from error
-        return found.choices[0].message.content or ""
+            said = f"{url} refuses: {first_line(error)}; the captions so far are kept"
+            status = error.status_code if isinstance(error, openai.APIStatusError) else None
+            if isinstance(error, openai.APIConnectionError) or (status and (status in PASSING or status >= 500)):
+                raise Busy(said, _named_wait(error)) from error
+            raise XFusionError(said) from error
+        if not isinstance(found, ChatCompletion):
+            raise XFusionError(f"{url} answers {str(found)[:60]!r}, which is no chat completion: name a server's /v1")
+        choices = getattr(found, "choices", None) or [None]  # the client checks no field of what it is sent
+        words = getattr(getattr(choices[0], "message", None), "content", None)
+        return words if isinstance(words, str) else ""
 
     def ask(pictures: list[Image], prompt: str) -> list[str]:
         return [ask_one(picture, prompt) for picture in pictures]
 
     return ask
+
+
+def _named_wait(error: Exception) -> float | None:
+    """Seconds until a server may be asked again, where its refusal names them; a date is not read."""
+    headers = getattr(getattr(error, "response", None), "headers", {})
+    for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+        try:
+            return max(0.0, float(headers[name]) * unit)
+        except (KeyError, ValueError):
+            continue
+    return None

@@ -162,6 +162,11 @@ class AdaptionPrompt(Outside):
         """Rows of a prompt."""
         return self.config.prompts
 
+    @property
+    def exports(self) -> tuple[str, ...]:
+        """Its first version."""
+        return () if self.config.affine or self.config.picture != "added" else ("peft",)
+
     def connected(self, x: Tensor, present: Tensor) -> Tensor:
         """Media ``[N, P, D]``, which tokens there are, bool ``[N, P]`` -> prompt rows of a picture ``[N, M, D]``."""
         return self.connector(x, present).expand(-1, self.config.prompts, -1)

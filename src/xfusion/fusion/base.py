@@ -417,6 +417,13 @@ class Fusion(nn.Module):
         """One of `REGIMES`; models of different regimes are never ranked together."""
         return REGIMES[0] if self.preserves_text else REGIMES[-1]
 
+    @property
+    def exports(self) -> tuple[str, ...]:
+        """Names in `xfusion.exports` of the libraries that have such a mechanism; whether a whole model can go there, the
+        export says.
+        """
+        return ()
+
     def keeps(self, index: int) -> bool:
         """Whether the frozen layer itself computes words at a layer; else a trained copy stands in its place."""
         del index

@@ -180,6 +180,12 @@ class DualTower(Fusion):
             }
         )
 
+    @property
+    def exports(self) -> tuple[str, ...]:
+        """As LoRA where the tower is deltas at every layer, and the towers' outputs are not mixed."""
+        whole = len(self.blocks) == len(self.windows)
+        return ("peft",) if self.config.rank is not None and self.config.fuse is None and whole else ()
+
     def make_config(self, backbone: Backbone) -> Any:
         """The base's configuration, in the sizes of the tower where its width is another."""
         if self.config.width is None:

@@ -95,6 +95,11 @@ class Lora(Fusion):
         """LoRA; that of the mechanism where it trains more of the base."""
         return max("LoRA", self.inner.regime, key=REGIMES.index)
 
+    @property
+    def exports(self) -> tuple[str, ...]:
+        """Where the mechanism goes with merged deltas."""
+        return tuple(name for name in self.inner.exports if name == "transformers")
+
     def install(self, backbone: Backbone) -> None:
         """The mechanism, and deltas at every placed layer in which the base's own matrices compute.
 

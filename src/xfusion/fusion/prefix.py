@@ -38,6 +38,11 @@ class Prefix(WithoutBlocks):
         """All of them: media rows go through every frozen layer."""
         return tuple(range(len(self.windows)))
 
+    @property
+    def exports(self) -> tuple[str, ...]:
+        """Its models of vision and of sound."""
+        return ("transformers",)
+
     def layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
         """Fast path: text that is given is looked up, all other rows are computed at once."""
         return run.states | self.tower(0, index, frozen, run.states, call, run)

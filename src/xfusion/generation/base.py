@@ -19,7 +19,8 @@ Listener = Callable[[int, int], bool]
 """Called with the number of a list and each token of its answer as it is chosen; False ends that answer."""
 
 MAX_PROMPT_TOKENS = 2048
-"""Longest words that a prompt may have, where the base could read more."""
+"""Longest words among media, where the base could read more: who sees whom is then a mask of all pairs of positions, made for
+every list of a batch, and no recipe trains at such a length. Words alone go to the base itself, as long as it can read them."""
 BATCH = 64
 """Items per forward pass when many are asked for."""
 
@@ -28,17 +29,36 @@ Shown = PILImage.Image | Sound
 """What a model is shown: a picture or a sound, whichever it knows."""
 
 
-def encode_prompt(model: Model, text: str | Text) -> tuple[int, ...]:
+class TooLong(XFusionError):
+    """A prompt of more tokens than can be read."""
+
+
+def encode_prompt(model: Model, text: str | Text, *, alone: bool = False) -> tuple[int, ...]:
     """Token ids of words.
 
+    Args:
+        model: whose base reads them.
+        text: the words.
+        alone: whether no media stand among them, so that the base alone reads them.
+
     Raises:
-        XFusionError: they are too long.
+        TooLong: there are more than are read.
     """
     ids = text.ids if isinstance(text, Text) else model.backbone.encode(text)
-    limit = min(MAX_PROMPT_TOKENS, model.backbone.context_length or MAX_PROMPT_TOKENS)
-    if len(ids) > limit:
-        raise XFusionError(f"the prompt has {len(ids)} tokens, more than the {limit} that are allowed: shorten it")
+    refuse_too_long(model, len(ids), alone=alone)
     return ids
+
+
+def refuse_too_long(model: Model, count: int, *, alone: bool) -> None:
+    """Refuse more tokens of words than are read; `encode_prompt` says what ``alone`` is.
+
+    Raises:
+        TooLong: there are more.
+    """
+    limits = [model.backbone.context_length, None if alone else MAX_PROMPT_TOKENS]
+    limit = min((found for found in limits if found is not None), default=count)
+    if count > limit:
+        raise TooLong(f"the prompt has {count} tokens, more than the {limit} that are allowed: shorten it")
 
 
 def refuse_to_draw(model: Model) -> None:
@@ -99,9 +119,9 @@ def draw_size(model: Model, size: int | None) -> tuple[int, int]:
     return native, size
 
 
-def text_segment(model: Model, text: str | Text) -> tuple[Text, ...]:
-    """Words as a part of a sequence; none where there are no words."""
-    ids = encode_prompt(model, text)
+def text_segment(model: Model, text: str | Text, *, alone: bool = False) -> tuple[Text, ...]:
+    """Words as a part of a sequence; none where there are no words. ``alone`` as `encode_prompt` takes it."""
+    ids = encode_prompt(model, text, alone=alone)
     return (Text(ids=ids),) if ids else ()
 
 

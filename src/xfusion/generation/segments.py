@@ -24,6 +24,7 @@ from xfusion.generation.base import (
     encode_prompt,
     media_segment,
     refuse_to_read,
+    refuse_too_long,
     seeds_of,
     text_segment,
 )
@@ -152,6 +153,11 @@ class _Settings:
     progress: Progress | None
 
 
+def _words_alone(kinds: Seq[Any]) -> bool:
+    """Whether a list holds words and nothing else, which the base alone reads."""
+    return all(kind == "text" for kind in kinds)
+
+
 def _for_part(listen: Listener | None, part: Seq[int]) -> Listener | None:
     """A listener that is told the numbers of a part of the lists."""
     return None if listen is None else lambda row, token: listen(part[row], token)
@@ -211,10 +217,10 @@ def _generate_batch(
     """What lists of the same kinds of segments are continued by."""
     contexts: list[tuple[Text | Media, ...]] = [() for _ in lists]
     out: list[list[Any]] = [[] for _ in lists]
-    num_made = 0
+    num_made, alone = 0, _words_alone(kinds)
     for place, kind in enumerate(kinds):
         if kind == "text":
-            new = [text_segment(model, cast("str | Text", item[place])) for item in lists]
+            new = [text_segment(model, cast("str | Text", item[place]), alone=alone) for item in lists]
             contexts = [(*context, *segment) for context, segment in zip(contexts, new, strict=True)]
         elif isinstance(kind, str):
             shown = media_segment(model, [cast("Shown", item[place]) for item in lists])
@@ -310,7 +316,7 @@ def log_likelihoods(model: Model, items: Seq[Segment], answers: Seq[str]) -> lis
     for segment, kind in zip(items, kinds, strict=True):
         if isinstance(kind, tuple):
             raise XFusionError("what is still to be made has no answers that could be likely: generate it first")
-        new = text_segment(model, cast("str | Text", segment)) if kind == "text" else None
+        new = text_segment(model, cast("str | Text", segment), alone=_words_alone(kinds)) if kind == "text" else None
         context = (*context, *(media_segment(model, [cast("Shown", segment)]) if new is None else new))
     if not context:
         raise XFusionError("there is nothing to answer: the prompt is empty")
@@ -375,6 +381,7 @@ def _base_generate(
     ids = [i for segment in context if isinstance(segment, Text) for i in segment.ids]
     if not ids:
         raise XFusionError("there is nothing to continue: the prompt is empty")
+    refuse_too_long(model, len(ids), alone=True)
     prompt = torch.tensor([ids], device=model.backbone.device)
     sampling: dict[str, Any] = {"do_sample": False, **PLAIN}
     if settings.temperature > 0:
@@ -404,14 +411,18 @@ def prompt_length(model: Model, items: Seq[Segment]) -> int:
     """Tokens of a list of segments: of its words, and of its pictures and sounds, given ones and those to draw.
 
     Raises:
-        XFusionError: some words are too long, or a picture's size is out of reach.
+        TooLong: there are more words than are read.
+        XFusionError: a picture's size is out of reach.
     """
-    total = 0
-    for segment, kind in zip(items, kinds_of(model, items), strict=True):
+    total, kinds = 0, kinds_of(model, items)
+    alone = _words_alone(kinds)
+    for segment, kind in zip(items, kinds, strict=True):
         if kind == "text":
-            total += len(encode_prompt(model, cast("str | Text", segment)))
+            total += len(encode_prompt(model, cast("str | Text", segment), alone=alone))
         else:
             media = model.modality if isinstance(kind, tuple) else model.reads(segment)
             rows, columns = media.grid(kind[1] if isinstance(kind, tuple) else media.sizes[0])
             total += rows * columns
+    if alone:
+        refuse_too_long(model, total, alone=True)
     return total

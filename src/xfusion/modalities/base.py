@@ -135,6 +135,11 @@ class Encoder(Frozen, ABC):
         def fingerprint(self) -> str:
             """Which weights it has."""
 
+        @property
+        def licence(self) -> str:
+            """Licence of the weights, as far as it is known."""
+            return "unknown"
+
         @abstractmethod
         def build(self) -> Encoder:
             """The encoder that this config names, loaded, frozen and in eval mode."""

@@ -58,7 +58,7 @@ class Alignment(Objective):
         super().__init__()
         self.config, self.weight = config, config.weight
         self.needs = (f"media.{config.layer}",)
-        self.teachers = frozenset({config.encoder.fingerprint})
+        self.encoders = (config.encoder,)
         self._encoder: list[Encoder] = []  # not a submodule: it is neither trained nor saved
         self._known: OrderedDict[bytes, Tensor] = OrderedDict()
 

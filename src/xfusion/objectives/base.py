@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from xfusion.data.sequence import Batch
+from xfusion.modalities.base import Encoder
 from xfusion.objectives.solvers import Solver
 
 
@@ -73,10 +74,15 @@ class Objective(nn.Module):
     across_processes: bool = False
     """Whether a loss of scope ``batch`` compares the items of all processes that share a step: `loss` then waits for the
     others, and is called for a process without items, too."""
-    teachers: frozenset[str] = frozenset()
-    """Fingerprints of frozen encoders that it learns from: they may not score the model."""
+    encoders: tuple[Encoder.Config, ...] = ()
+    """Frozen encoders that it learns from."""
     gives: frozenset[str] = frozenset()
     """What a model can do that was trained by it, of ``caption``, ``draw``, ``embed``, ``fill``, ``match``."""
+
+    @property
+    def teachers(self) -> frozenset[str]:
+        """Fingerprints of the encoders that it learns from: they may not score the model."""
+        return frozenset(encoder.fingerprint for encoder in self.encoders)
 
     @property
     def weights(self) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -11,6 +10,7 @@ import torch
 from rich.console import Console
 
 from xfusion.backbone import Backbone
+from xfusion.card import check_licence
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import Source
 from xfusion.training.processes import Shard
@@ -57,8 +57,8 @@ class Settings:
             raise XFusionError(f"--minutes takes a recipe of one stage, this one has {len(stages)}: give steps instead")
         if self.keep < 1:
             raise XFusionError(f"keep is {self.keep}: at least 1 checkpoint stays")
-        if licence is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", licence):
-            raise XFusionError(f"licence {licence!r} is no name of a licence on a hub: write it as in cc-by-sa-4.0")
+        if licence is not None:
+            check_licence(licence)
         if self.decoders is not None and self.decoders < 1:
             raise XFusionError(f"decoders is {self.decoders}: at least 1 thread decodes")
         if self.shard not in get_args(Shard):

@@ -184,7 +184,7 @@ class DataRecaption(Verb):
             if self.model is None:
                 raise UsageError("--with a server: name its model, by --model")
             name, key = f"{self.model} at {self.by}", os.environ.get("OPENAI_API_KEY", "none")
-            ask = endpoint(self.by, self.model, key=key, retries=self.retries, max_tokens=max_tokens)
+            ask = endpoint(self.by, self.model, key=key, max_tokens=max_tokens)
         elif local:
             from xfusion.evaluation.adapters.transformers import captioner
 
@@ -200,17 +200,35 @@ class DataRecaption(Verb):
             ask = by_pack
 
         source = open_source(self.spec, split=self.split)
-        asking = Asking(model=name, prompt=prompt, size=self.size, per_minute=self.per_minute, batch=self.batch)
+        pace = {"per_minute": self.per_minute, "retries": self.retries}
+        asking = Asking(model=name, prompt=prompt, size=self.size, batch=self.batch, **pace)
         with progress(people) as told:
-            count, asked = recaption(
+            made = recaption(
                 source, ask, asking, self.out, progress=lambda done, total: told("captioning", done, total)
             )
         rows = [
-            ("captions", f"{self.out}: {count}, of which {asked} were asked for now"),
+            ("captions", f"{self.out}: {made.captions}, of which {made.asked} were asked for now"),
+            *_skipped(made.skipped),
             ("record", str(self.out / JOURNAL)),
             ("train", f"xfusion train RECIPE --data {self.out}"),
         ]
-        return Answer(data={"out": str(self.out), "captions": count, "asked": asked, "model": name}, text=table(rows))
+        data = {
+            "out": str(self.out),
+            "captions": made.captions,
+            "asked": made.asked,
+            "skipped": made.skipped,
+            "model": name,
+        }
+        return Answer(data=data, text=table(rows))
+
+
+def _skipped(skipped: list[str]) -> list[tuple[str, str]]:
+    """What is said of pictures without a caption."""
+    if not skipped:
+        return []
+    rows = [("left out", f"{len(skipped)} without a caption; the same command asks for them again")]
+    rows += [("", line) for line in skipped[:SHOWN]]
+    return rows + ([("", f"... and {len(skipped) - SHOWN} more (--json has all)")] if len(skipped) > SHOWN else [])
 
 
 def _special_tokens(base: str | None) -> tuple[tuple[str, ...], str]:

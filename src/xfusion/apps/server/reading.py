@@ -11,7 +11,7 @@ from xfusion.apps.server.answers import Refused
 from xfusion.apps.server.batches import Continue, Embed, Job, Repaint, Words
 from xfusion.apps.server.limits import Limits
 from xfusion.data.sequence import Image, Text, XFusionError
-from xfusion.generation import conversation, draw_size, kinds_of, prompt_length
+from xfusion.generation import TooLong, conversation, draw_size, kinds_of, prompt_length
 from xfusion.model import Model
 
 
@@ -183,5 +183,5 @@ def as_refused(error: Exception) -> Refused:
     if isinstance(error, Refused):
         return error
     if isinstance(error, XFusionError):
-        return Refused(400, str(error))
+        return Refused(400, str(error), code="context_length_exceeded" if isinstance(error, TooLong) else None)
     return Refused(500, "the server failed to answer; its log says why", code="internal_error")

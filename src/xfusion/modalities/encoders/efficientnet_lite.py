@@ -50,6 +50,11 @@ class EfficientNetLite(Encoder):
             """SHA-256 of the weights."""
             return SHA256
 
+        @property
+        def licence(self) -> str:
+            """Of the weights."""
+            return EfficientNetLite.licence
+
         def build(self) -> EfficientNetLite:
             """The frozen encoder."""
             return EfficientNetLite(self)

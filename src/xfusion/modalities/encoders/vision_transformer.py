@@ -36,7 +36,7 @@ class VisionTransformer(Encoder):
         """Whose hidden states: -1 is the last layer, -2 the one before it, which LLaVA takes."""
         batch_size: int = 16
         """Pictures per forward pass; memory only."""
-        licence: str = "unknown"
+        licence: str = "unknown"  # type: ignore[assignment]
         """Licence of the weights."""
 
         @cached_property
