@@ -358,7 +358,7 @@ def push(
 
     if isinstance(what, Model):
         with tempfile.TemporaryDirectory() as folder:
-            made = save(what, Path(folder) / "pack", **({} if licence is None else {"licence": licence}))
+            made = save(what, Path(folder) / "pack", licence=licence)
             return push(made, repository, revision=revision, private=private, message=message)
     path = find(os.fspath(what))
     if licence is not None:

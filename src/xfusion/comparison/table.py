@@ -107,7 +107,7 @@ def summarise(folder: str | os.PathLike[str]) -> dict[str, Any]:
         "media": "sounds" if _inside(first["settings"], "recipe.model.audio") else "pictures",
         "first": recipes[0],
         "recipes": recipes,
-        "called": {label: called(label, given.get(label, label)) for label in recipes},
+        "called": {label: called(label, given.get(label) or label) for label in recipes},
         "shares": shares,
         "seeds": sorted({run["seed"] for run in runs}),
         "num_runs": len(runs),

@@ -329,7 +329,8 @@ def encode(
         for t in tasks
     ]
     for task, shard in zip(tasks, shards, strict=True):
-        if task not in left and (said := before.get(task.path.name, shard["sha256"])) != shard["sha256"]:
+        said = before.get(task.path.name)
+        if task not in left and said is not None and said != shard["sha256"]:
             raise XFusionError(f"{task.path}: {_altered(shard['sha256'], said)}")
     index = {
         "format_version": FORMAT_VERSION,
