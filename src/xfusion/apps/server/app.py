@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import hmac
@@ -128,7 +129,7 @@ class _Routes:
     async def embeddings(self, request: Request) -> Response:
         """Vectors of texts and pictures."""
         with Arrival(self.service, request) as arrival:
-            asked = requests.parse(requests.Embeddings, await arrival.body())
+            asked = await arrival.parsed(requests.Embeddings)
             name, model = self.service.model(asked.model)
             if "embed" not in model.capabilities:
                 raise requests.incapable(model, "embed")
@@ -163,7 +164,7 @@ class _Routes:
     async def chat(self, request: Request) -> Response:
         """The next turn of a conversation, in words, in a picture, or in both."""
         with Arrival(self.service, request) as arrival:
-            asked = requests.parse(requests.Chat, await arrival.body())
+            asked = await arrival.parsed(requests.Chat)
             name, model = self.service.model(asked.model)
             jobs, prompt = await arrival.read(partial(reading.chat, asked, model, self.limits, self.hosts))
             counted = asked.stream_options is not None and asked.stream_options.include_usage
@@ -183,7 +184,7 @@ class _Routes:
     async def images(self, request: Request) -> Response:
         """Pictures of a prompt."""
         with Arrival(self.service, request) as arrival:
-            asked = requests.parse(requests.Images, await arrival.body())
+            asked = await arrival.parsed(requests.Images)
             name, model = self.service.model(asked.model)
             jobs = await arrival.read(partial(reading.images, asked, model, self.limits))
             ticket = Ticket(self.service, request, jobs, arrival.deadline)
@@ -192,7 +193,9 @@ class _Routes:
     async def edits(self, request: Request) -> Response:
         """A part of a picture drawn anew."""
         with Arrival(self.service, request) as arrival:
-            asked, files = await self._form(request, await arrival.body())
+            if arrival.kind != "multipart/form-data":
+                raise Refused(400, "send a form (multipart/form-data) with image, mask and prompt")
+            asked, files = await arrival.read(partial(self._form, request, await arrival.body()))
             name, model = self.service.model(asked.model)
             image = files.get("image", files.get("image[]", b""))
             read = partial(reading.edit, asked, model, self.limits, image, files.get("mask"))
@@ -201,17 +204,19 @@ class _Routes:
             ticket = Ticket(self.service, request, jobs, arrival.deadline)
         return await self._pictures(ticket, asked, name, model)
 
-    async def _form(self, request: Request, body: bytes) -> tuple[requests.Images, dict[str, bytes]]:
-        """The fields of a form, and its files."""
-        if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-            raise Refused(400, "send a form (multipart/form-data) with image, mask and prompt")
-        form = Request(request.scope, receive=_of(body)).form(
-            max_files=4, max_fields=32, max_part_size=self.limits.body
-        )
-        async with form as parts:
-            files = {key: await value.read() for key, value in parts.items() if isinstance(value, UploadFile)}
-            fields = {key: value for key, value in parts.items() if isinstance(value, str)}
-            sent = [key for key, value in parts.multi_items() if isinstance(value, UploadFile)]
+    def _form(self, request: Request, body: bytes) -> tuple[requests.Images, dict[str, bytes]]:
+        """The fields of a form, and its files; in a thread, since the parser looks at each byte."""
+
+        async def parsed() -> tuple[dict[str, bytes], dict[str, str], list[str]]:
+            form = Request(request.scope, receive=_of(body)).form(
+                max_files=4, max_fields=32, max_part_size=self.limits.body
+            )
+            async with form as parts:
+                files = {key: await value.read() for key, value in parts.items() if isinstance(value, UploadFile)}
+                fields = {key: value for key, value in parts.items() if isinstance(value, str)}
+                return files, fields, [key for key, value in parts.multi_items() if isinstance(value, UploadFile)]
+
+        files, fields, sent = asyncio.run(parsed())
         asked = requests.parse(requests.Images, fields)
         self.service.model(asked.model)
         if sorted(sent) not in (["image"], ["image", "mask"], ["image[]"], ["image[]", "mask"]):

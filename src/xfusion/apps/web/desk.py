@@ -262,15 +262,16 @@ class Desk:
         model = self.model(name)
         asked = requests.parse(requests.Images, {"prompt": prompt, **settings})
         (checked,) = reading.images(asked, model, self.limits)
+        steps = asked.drawing_steps(self.limits)
         job = Job(
-            work=Look(model=model, steps=asked.steps, guidance=asked.guidance),
+            work=Look(model=model, steps=steps, guidance=asked.guidance),
             given=asked.prompt,
             seed=checked.seed,
             index=0,
             words=Words(model.backbone.decode),
             tell=checked.tell,
         )
-        shown = {round(1 + (asked.steps - 1) * k / (STRIP - 1)) for k in range(STRIP)}
+        shown = {round(1 + (steps - 1) * k / (STRIP - 1)) for k in range(STRIP)}
         yield from (found for _, found in self._follow(who, [job], shown) if isinstance(found, Preview))
         if job.dropped:
             raise Stopped
@@ -282,11 +283,12 @@ class Desk:
     def _drawn(self, who: str, name: str | None, asked: requests.Images, jobs: list[Job]) -> Iterator[Preview | Drawn]:
         model = self.model(name)
         guidance = model.guidance if asked.guidance is None else asked.guidance
+        steps = asked.drawing_steps(self.limits)
         for job, found in self._follow(who, jobs):
             if isinstance(found, Preview):
                 yield found
             elif job.answer:
-                facts = {"prompt": asked.prompt, "seed": job.seed, "steps": asked.steps, "guidance": guidance}
+                facts = {"prompt": asked.prompt, "seed": job.seed, "steps": steps, "guidance": guidance}
                 path = unused(self.folder / f"{file_name(asked.prompt)}-seed{job.seed}.png")
                 save(job.answer[0], path, facts | self.facts[str(name)])
                 yield Drawn(index=job.index, path=path, picture=job.answer[0], facts=facts)
