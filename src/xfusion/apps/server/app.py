@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -25,7 +26,7 @@ from xfusion.apps.server.answers import Refused, base64_png, data_url, now
 from xfusion.apps.server.completions import Completion, Events
 from xfusion.apps.server.limits import Limits
 from xfusion.apps.server.metrics import Counted
-from xfusion.apps.server.names import called
+from xfusion.apps.server.names import called, foreign
 from xfusion.apps.server.service import Service
 from xfusion.apps.server.tickets import Arrival, Ticket
 from xfusion.generation import draw_size
@@ -39,6 +40,7 @@ def create(
     keys: frozenset[str] = frozenset(),
     hosts: frozenset[str] = frozenset(),
     names: frozenset[str] = frozenset(),
+    origins: frozenset[str] = frozenset(),
 ) -> FastAPI:
     """The server as an ASGI application.
 
@@ -48,6 +50,7 @@ def create(
         keys: API keys; with none, everyone may ask.
         hosts: whose pictures are fetched; with none, pictures come as data URLs alone.
         names: by which the server may be called, in lower case; with none, by any.
+        origins: of pages elsewhere that may use the server in a browser, such as ``http://localhost:3000``.
     """
     service = Service(models, limits, hosts)
     routes = _Routes(service, keys)
@@ -63,7 +66,11 @@ def create(
     # A path with a slash too many is one that is not there: nobody is led to an address that the request made up.
     app = FastAPI(title="xfusion", openapi_url=None, lifespan=lifespan, redirect_slashes=False)
     app.state.server = app.state.stops = service
-    app.add_middleware(_Named, names=names)
+    if origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=sorted(origins), allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
+    app.add_middleware(_Door, names=names, origins=origins)
     app.add_middleware(Counted, metrics=service.metrics)
     allowed = [Depends(routes.authorised)]
     app.add_api_route("/health", routes.health, methods=["GET"])
@@ -243,20 +250,27 @@ class _Routes:
         return JSONResponse(body | {"drawn_at": f"{native}x{native}"})
 
 
-class _Named:
-    """Refuses whatever calls this server by a name that is not its own, before it is asked which paths there are."""
+class _Door:
+    """Refuses whatever calls this server by a name that is not its own, or comes of a page elsewhere, before it is asked which
+    paths there are."""
 
-    def __init__(self, app: ASGIApp, names: frozenset[str]):
-        self.app, self.names = app, names
+    def __init__(self, app: ASGIApp, names: frozenset[str], origins: frozenset[str]):
+        self.app, self.names, self.origins = app, names, origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self.names and (name := called(scope)) not in self.names:
-            message = (
-                f"this server is not called {name[:100]!r}: xfusion serve --allowed-names takes names that it may have"
-            )
-            await errors.answer(Refused(403, message, code="unknown_host"))(scope, receive, send)
+        if scope["type"] == "http" and (refusal := self._refusal(scope)) is not None:
+            await errors.answer(refusal)(scope, receive, send)
             return
         await self.app(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> Refused | None:
+        if self.names and (name := called(scope)) not in self.names:
+            takes = "xfusion serve --allowed-names takes names that it may have"
+            return Refused(403, f"this server is not called {name[:100]!r}: {takes}", code="unknown_host")
+        if (page := foreign(scope, self.origins)) is not None:
+            takes = "xfusion serve --allowed-origins takes pages elsewhere that may"
+            return Refused(403, f"{page[:100]!r} may not use this server: {takes}", code="foreign_origin")
+        return None
 
 
 def _of(body: bytes) -> Receive:

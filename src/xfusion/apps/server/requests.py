@@ -368,7 +368,8 @@ def _said(block: Words | Picture | Heard, model: Model, limits: Limits, hosts: f
     except XFusionError as error:
         raise Refused(400, str(error), code="not_capable", param="model") from error
     try:
-        sound = sounds.decode(_of_base64(block.input_audio.data, "input_audio", "invalid_audio"), "input_audio")
+        data = _of_base64(block.input_audio.data, "input_audio", "invalid_audio")
+        sound = sounds.decode(data, "input_audio", most_samples=min(limits.samples, sounds.MAX_SAMPLES))
         return heard.as_heard(sound, heard.sizes[0])
     except XFusionError as error:
         raise Refused(400, str(error), param="input_audio", code="invalid_audio") from error

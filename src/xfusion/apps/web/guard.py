@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from xfusion.apps.server.names import called
+from xfusion.apps.server.names import called, foreign
 
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline';"
@@ -34,7 +34,8 @@ _routes.secure_url_stream_response = _fetch_nothing
 class Guard:
     """Says what a browser may load, ends a request that is too long, and answers to its own names alone.
 
-    A page elsewhere whose name is made to lead to this machine could else use this one (DNS rebinding).
+    A page elsewhere whose name is made to lead to this machine could else use this one (DNS rebinding), or have a browser send
+    something to it.
     """
 
     def __init__(self, app: ASGIApp, most: int, hosts: frozenset[str]):
@@ -46,6 +47,9 @@ class Guard:
             return
         if self.hosts and called(scope) not in self.hosts:
             await PlainTextResponse("this page has another name here", 403)(scope, receive, send)
+            return
+        if foreign(scope) is not None:
+            await PlainTextResponse("a page elsewhere may not use this one", 403)(scope, receive, send)
             return
         size = 0
 
