@@ -32,6 +32,7 @@ from xfusion.generation.schema import going_on, schema_answers
 from xfusion.generation.words import answer_tokens
 from xfusion.modalities.audio import AudioModality
 from xfusion.model import Model
+from xfusion.objectives.next_token import GREEDY
 from xfusion.objectives.solvers import Solver
 
 
@@ -67,7 +68,7 @@ def generate(
         guidance: classifier-free guidance scale; None takes the model's own.
         solver: takes the steps (`xfusion.objectives.solvers`); None takes the model's own.
         max_tokens: longest answer in tokens.
-        temperature: 0 is greedy.
+        temperature: 0 is greedy, and so is less than 1e-5.
         top_p: nucleus sampling.
         schema: answers in words are JSON texts of this schema and no others (`schema_answers`). A question behind a picture
             that is answered by an object is put as training put it (`xfusion.data.templates.in_json`): readers that were
@@ -352,7 +353,7 @@ def _base_generate(
         raise XFusionError("there is nothing to continue: the prompt is empty")
     prompt = torch.tensor([ids], device=model.backbone.device)
     sampling: dict[str, Any] = {"do_sample": False}
-    if settings.temperature > 0:
+    if settings.temperature >= GREEDY:
         sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p}
     if (allowed := settings.allowed) is not None:
         end = model.backbone.end_ids[0]

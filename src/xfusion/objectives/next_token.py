@@ -12,6 +12,10 @@ from xfusion.data.sequence import IGNORE, Batch, XFusionError
 from xfusion.objectives.base import Losses, Objective, Run
 
 
+GREEDY = 1e-5
+"""A lower temperature takes the likeliest token, as 0 does: divided by still less, logits are beyond what numbers hold."""
+
+
 class NextToken(Objective):
     """L_AR: mean negative log-likelihood of the tokens that have a loss; the head runs on these positions only."""
 
@@ -56,7 +60,7 @@ class NextToken(Objective):
 
         Args:
             logits: ``[B, V]``.
-            temperature: 0 is greedy.
+            temperature: below `GREEDY` the likeliest is chosen.
             top_p: nucleus sampling: the smallest set of tokens whose probabilities reach this sum.
             generators: one per row, so that a batch says what its singles would.
 
@@ -65,7 +69,7 @@ class NextToken(Objective):
         """
         if temperature < 0 or not 0 < top_p <= 1:
             raise XFusionError(f"temperature {temperature} must be >= 0 and top_p {top_p} within (0, 1]")
-        if temperature == 0:
+        if temperature < GREEDY:
             return logits.argmax(dim=-1)
         probability, token = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
         before = probability.cumsum(dim=-1) - probability

@@ -7,7 +7,7 @@ import base64
 import hashlib
 import hmac
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -93,7 +93,8 @@ class _Routes:
 
     def __init__(self, service: Service, keys: frozenset[str]):
         self.service, self.models, self.limits, self.hosts = service, service.models, service.limits, service.hosts
-        self.keys = [_digest(key) for key in keys]
+        # Headers are bytes, and clients do not agree on those of letters beyond ASCII.
+        self.keys = [_digest(spelled) for key in keys for spelled in _spelled(key)]
 
     # -- routes without a model
 
@@ -102,7 +103,8 @@ class _Routes:
         if not self.keys:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        found = [hmac.compare_digest(_digest(given.strip()), key) for key in self.keys]
+        sent = _digest(given.encode("latin-1").strip())
+        found = [hmac.compare_digest(sent, key) for key in self.keys]
         if scheme.lower() != "bearer" or not any(found):
             raise Refused(
                 401,
@@ -282,6 +284,14 @@ def _of(body: bytes) -> Receive:
     return receive
 
 
-def _digest(key: str) -> bytes:
+def _spelled(key: str) -> set[bytes]:
+    """A key as clients may send it."""
+    spelled = {key.encode("utf-8", "surrogateescape")}
+    with suppress(UnicodeEncodeError):
+        spelled.add(key.encode("latin-1"))
+    return spelled
+
+
+def _digest(key: bytes) -> bytes:
     """Keys are compared by their digests, which have one length."""
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+    return hashlib.sha256(key).digest()

@@ -42,6 +42,8 @@ FIELDS = 64
 """Fields of any object of a request."""
 BESIDE_WORDS = 20_000
 """Commas and brackets that a request may hold beside those of its words."""
+DATA_HEAD = 200
+"""Characters within which the head of a data URL ends."""
 TOLD = 300
 """Characters of what was sent that an error repeats."""
 STEPS = 25
@@ -339,13 +341,13 @@ def _in_lines(content: list[Any]) -> list[Any]:
 
 
 def embedded(request: Embeddings, model: Model, limits: Limits, hosts: frozenset[str]) -> list[str | PILImage.Image]:
-    """The inputs as `Model.embed` takes them: a data URL is a picture, all else is words.
+    """The inputs as `Model.embed` takes them: a data URL in base64 is a picture, all else is words.
 
     Raises:
         Refused: more than the limits, something empty, or a picture that cannot be read.
     """
     given = request.inputs()
-    shown = [text[:5].lower() == "data:" for text in given]
+    shown = [_is_file(text) for text in given]
     within(len(given), limits.inputs, "input")
     within(sum(shown), limits.pictures, "pictures")
     within(sum(len(text) for text, is_picture in zip(given, shown, strict=True) if not is_picture), limits.characters,
@@ -434,13 +436,18 @@ def _of_base64(data: str, name: str, code: str) -> bytes:
         raise Refused(400, f"{name} is not base64: {error}", code=code) from error
 
 
+def _is_file(url: str) -> bool:
+    """Whether a text is a data URL in base64: words may begin with ``data:`` too."""
+    head, comma, _ = url[:DATA_HEAD].lower().partition(",")
+    return bool(comma) and head.startswith("data:") and head.endswith(";base64") and not any(map(str.isspace, head))
+
+
 def _fetched(url: str, limits: Limits, hosts: frozenset[str]) -> bytes:
     """The bytes behind an address."""
     if url[:5].lower() == "data:":
-        head, comma, data = url.partition(",")
-        if not comma or not head.lower().endswith(";base64"):
+        if not _is_file(url):
             raise Refused(400, "image_url: a data URL looks like data:image/png;base64,...", code="invalid_image")
-        return _of_base64(data, "image_url", "invalid_image")
+        return _of_base64(url.partition(",")[2], "image_url", "invalid_image")
     try:
         parts = urllib.parse.urlsplit(url)
         host = parts.hostname or ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import queue
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -107,7 +108,8 @@ class Desk:
         self.batches = Batches(limits.queue, limits.batch)
         self._swept = time.time()
         self.open: dict[str, list[Job]] = {}
-        """Who -> the jobs that are awaited."""
+        """Who -> the jobs that are awaited; each request is a thread of its own."""
+        self._opening = threading.Lock()
 
     def model(self, name: str | None) -> Model:
         """A pack that is here.
@@ -129,7 +131,9 @@ class Desk:
 
     def stop(self, who: str) -> None:
         """End all that somebody waits for: words at the next one, drawing at the next step."""
-        self.batches.forget(self.open.get(who, []))
+        with self._opening:
+            jobs = list(self.open.get(who, []))
+        self.batches.forget(jobs)
 
     def shown(self, picture: Picture) -> str:
         """A file of a picture, the same one for the same picture: browsers may read it while others are written."""
@@ -307,11 +311,11 @@ class Desk:
             job.tell = lambda job, new: heard.put((job, new))
             job.watch = _watcher(job, heard, shown)
         deadline = time.monotonic() + self.limits.seconds
-        self.batches.put(jobs)
-        mine = self.open.setdefault(who, [])
-        mine += jobs
         left = len(jobs)
+        with self._opening:  # before they are queued, so that a stop finds them
+            self.open.setdefault(who, []).extend(jobs)
         try:
+            self.batches.put(jobs)
             while left:
                 if time.monotonic() > deadline:
                     seconds = self.limits.seconds
@@ -330,10 +334,12 @@ class Desk:
         finally:
             if left:  # whoever listened went away, or it failed: nobody waits for the rest
                 self.batches.forget(jobs)
-            for job in jobs:
-                mine.remove(job)
-            if not mine:
-                self.open.pop(who, None)
+            with self._opening:
+                mine = self.open[who]
+                for job in jobs:
+                    mine.remove(job)
+                if not mine:
+                    self.open.pop(who)
 
 
 def _watcher(job: Job, heard: queue.SimpleQueue[Any], shown: set[int] | None) -> Any:
