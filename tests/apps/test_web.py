@@ -218,8 +218,14 @@ def test_fewer_steps_than_usual_refuse_nothing_that_names_none(model, tmp_path):
 
 def test_what_is_asked_for_while_something_else_ends_is_stopped_too(desk, monkeypatch):
     """Two tabs of one user: the second's jobs must not go with the first's list."""
-    held = threading.Event()
-    monkeypatch.setattr(Continue, "run", lambda work, jobs: held.wait(20) and [["a"]] * len(jobs))
+    gates, runs = [threading.Event(), threading.Event()], []
+
+    def run(work, jobs):
+        runs.append(jobs)
+        assert gates[len(runs) - 1].wait(20)
+        return [["a"]] * len(jobs)
+
+    monkeypatch.setattr(Continue, "run", run)
 
     def ask():
         with suppress(Stopped):
@@ -231,23 +237,23 @@ def test_what_is_asked_for_while_something_else_ends_is_stopped_too(desk, monkey
         def setdefault(self, who, jobs):
             found = super().setdefault(who, jobs)
             if threading.current_thread() is second:  # just now the first one ends, if it can
-                held.set()
+                gates[0].set()
                 first.join(1)
-                held.clear()
             return found
 
     desk.open = Open()
     first.start()
-    while not desk.batches.running:
+    end = time.monotonic() + 20
+    while not runs:
+        assert time.monotonic() < end
         time.sleep(0.01)
     second.start()
-    end = time.monotonic() + 10
-    while not (jobs := [*desk.batches.running, *desk.batches.waiting]) or first.is_alive():
+    while len(runs) < 2 or first.is_alive():
         assert time.monotonic() < end
         time.sleep(0.01)
     desk.stop("me")
-    assert all(job.dropped for job in jobs)
-    held.set()
+    assert [job.dropped for job in runs[1]] == [True]
+    gates[1].set()
     second.join(10)
     assert not desk.open
 
