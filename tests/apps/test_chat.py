@@ -134,8 +134,8 @@ def test_a_model_cannot_tell_the_terminal_what_to_do(model, here, monkeypatch, c
     plain = "]0;a titlered[31m2J apple\n\tand more"
     monkeypatch.setattr(model.backbone, "decode", lambda ids: answer)
     said, made = talk(model, "what is this?", "/draw", "/\x1b[31mdraw")
-    assert said.startswith(f"{plain}\n".expandtabs()) or said.startswith(f"{plain}\n")
-    assert not any(ord(letter) < 32 and letter not in "\n\t" or 127 <= ord(letter) < 160 for letter in said)
+    assert said.startswith(f"{plain.expandtabs()}\n")
+    assert not any(ord(letter) < 32 or 127 <= ord(letter) < 160 for letter in said.replace("\n", ""))
     assert made.messages[1]["content"] == [answer], "what was said stays as it is"
     monkeypatch.undo()
     monkeypatch.chdir(here)

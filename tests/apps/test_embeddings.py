@@ -45,7 +45,12 @@ def test_vectors_of_texts_and_pictures_are_the_models_own(tmp_path, monkeypatch)
             assert [item.index for item in found.data] == [0, 1, 2, 3] and found.model == "clip"
             torch.testing.assert_close(torch.tensor([item.embedding for item in found.data]), expected)
         assert found.usage.prompt_tokens == found.usage.total_tokens > 4
-        words = ["data: the new oil", "data:text/plain,hello", "data:a b;base64,", "DATA:;BASE64 is how it begins, he said"]
+        words = [
+            "data: the new oil",
+            "data:text/plain,hello",
+            "data:a b;base64,",
+            "DATA:;BASE64 is how it begins, he said",
+        ]
         for text, item in zip(words, client.embeddings.create(model="clip", input=words).data, strict=True):
             torch.testing.assert_close(torch.tensor(item.embedding), model.embed([text])[0])
         (single,) = client.embeddings.create(model="clip", input="tree", dimensions=256).data

@@ -917,7 +917,7 @@ def test_keys(models):
                 server.client(key).models.list()
             assert caught.value.code == "invalid_api_key"
         # What the client itself would not send.
-        for sent in (b"Bearer ", b"Bearer", b"", b"right", "Bearer clé".encode(), "Bearer clé".encode("latin-1"),
+        for sent in (b"Bearer", b"", b"right", "Bearer clé".encode(), "Bearer clé".encode("latin-1"),
                      b"Bearer right other", b"Basic right"):  # fmt: skip
             answer = httpx.get(f"{server.address}/v1/models", headers={b"Authorization": sent}, trust_env=False)
             assert answer.status_code == 401 and shape(answer.json())["code"] == "invalid_api_key", sent

@@ -876,7 +876,7 @@ def files(page, tmp_path, model, **limits):
 
 def test_a_page_elsewhere_cannot_use_this_one(tmp_path, model):
     page = pytest.importorskip("xfusion.apps.web.page", reason="gradio is not installed: pip install 'xfusion[web]'")
-    client, folder = files(page, tmp_path, model)
+    client, _ = files(page, tmp_path, model)
     sent = {"files": {"files": ("a.txt", b"words")}}
     for headers, status in (
         ({}, 200),
@@ -906,7 +906,7 @@ def test_uploads_are_bounded_in_all(tmp_path, model):
     assert [upload(letter)[0] for letter in "ab"] == [200, 200]
     status, said = upload("c")
     assert status == 413 and "300000 bytes" in said
-    (old,) = [path for path in folder.rglob("a.txt")]
+    (old,) = folder.rglob("a.txt")
     os.utime(old, (0, time.time() - 3601))
     assert upload("d")[0] == 200 and not old.exists() and (folder / "drawn" / "a.png").exists()
 

@@ -46,7 +46,9 @@ def _problem(file: str | io.BytesIO, most_samples: int = MAX_SAMPLES) -> str | N
     if found.frames > MAX_SECONDS * found.samplerate:
         return f"lasts {found.frames / found.samplerate:.0f} s, at most {MAX_SECONDS} are legal: cut it"
     if (samples := found.frames * found.channels) > most_samples:
-        return f"holds {samples:,} samples in all its channels, at most {most_samples:,} are allowed: cut it, or mix them"
+        return (
+            f"holds {samples:,} samples in all its channels, at most {most_samples:,} are allowed: cut it, or mix them"
+        )
     return None
 
 

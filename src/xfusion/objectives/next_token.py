@@ -11,7 +11,6 @@ from torch.nn.functional import cross_entropy
 from xfusion.data.sequence import IGNORE, Batch, XFusionError
 from xfusion.objectives.base import Losses, Objective, Run
 
-
 GREEDY = 1e-5
 """A lower temperature takes the likeliest token, as 0 does: divided by still less, logits are beyond what numbers hold."""
 

@@ -253,8 +253,7 @@ class _Routes:
 
 
 class _Door:
-    """Refuses whatever calls this server by a name that is not its own, or comes of a page elsewhere, before it is asked which
-    paths there are."""
+    """Refuses what calls this server by another name, or for a page elsewhere, before it is asked which paths there are."""
 
     def __init__(self, app: ASGIApp, names: frozenset[str], origins: frozenset[str]):
         self.app, self.names, self.origins = app, names, origins

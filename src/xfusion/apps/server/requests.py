@@ -156,7 +156,9 @@ class Message(_Strict):
     """A turn."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Annotated[Words | Picture | Heard, Field(discriminator="type")]], Bounded] | None = None
+    content: str | Annotated[list[Annotated[Words | Picture | Heard, Field(discriminator="type")]], Bounded] | None = (
+        None
+    )
     images: Annotated[list[Picture], Bounded] = []
     """Pictures that this server drew in an earlier turn, as it sent them."""
     name: str | None = None

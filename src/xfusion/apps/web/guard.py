@@ -73,7 +73,9 @@ class Guard:
             if size > self.most:
                 raise HTTPException(413, f"more than the {self.most} bytes that this page takes")
             if brings and uploads.coming > room:
-                raise HTTPException(413, f"uploads fill the {uploads.most} bytes that this page keeps: try again in an hour")
+                raise HTTPException(
+                    413, f"uploads fill the {uploads.most} bytes that this page keeps: try again in an hour"
+                )
             return message
 
         async def sending(message: Message) -> None:
