@@ -27,6 +27,7 @@ from contracts.table import SIDE, Noise
 
 from xfusion.apps import cli
 from xfusion.apps.chat import COLUMNS, Chat, half_blocks, inline
+from xfusion.apps.commands.base import readable
 from xfusion.data.sequence import Text, XFusionError
 from xfusion.generation import conversation
 from xfusion.opening import Opening
@@ -60,7 +61,7 @@ def test_words_are_answered_by_the_base_with_what_was_said_before(model):
     history = [("user", "a red apple"), ("assistant", first), ("user", "what is this?")]
     ids = model.backbone.chat([{"role": role, "content": words} for role, words in history])
     second = model.generate([Text(ids=ids)], max_tokens=8)[0]
-    assert said == f"{first}\n{second}\n"
+    assert said == f"{readable(first)}\n{readable(second)}\n"
     assert [m["content"] for m in made.messages] == [["a red apple"], [first], ["what is this?"], [second]]
 
 

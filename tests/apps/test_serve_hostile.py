@@ -30,7 +30,7 @@ from apps.test_serve import TINY, answered, base_answer, begun, get, hear, look,
 from contracts.table import SOUND_RATE, Noise, hearing_model
 
 from xfusion.apps import cli
-from xfusion.apps.server import reading, requests, stopping
+from xfusion.apps.server import reading, requests, stopping, tickets
 from xfusion.apps.server.batches import Continue, Words
 from xfusion.data.sequence import Sound
 from xfusion.data.sounds import as_wav
@@ -298,6 +298,36 @@ def test_no_more_are_read_than_the_queue_has_room_for(models, monkeypatch):
         assert server.app.state.server.reading == 0
         assert post(server, "/v1/chat/completions", b"{")[0] == 400 and server.app.state.server.reading == 0
         assert post(server, "/v1/chat/completions", body)[0] == 200
+
+
+def test_a_place_that_becomes_free_soon_is_waited_for(models, held, monkeypatch):
+    monkeypatch.setattr(tickets, "PATIENCE", 3.0)
+    with running(models, replace(TINY, queue=1)) as server:
+        body = json.dumps({"model": "dual-tower", "messages": say("a"), "max_tokens": 2}).encode()
+
+        def three():
+            """One that is computed, one that waits, and one more."""
+            made = [begun(server, body)]
+            until(lambda: server.batches.running)
+            made.append(begun(server, body))
+            until(lambda: server.batches.waiting)
+            made.append(begun(server, body))
+            until(lambda: server.app.state.server.arriving)
+            return made
+
+        open_ones = three()
+        held.set()
+        assert [answered(one)[0] for one in open_ones] == [200] * 3
+        until(lambda: not server.batches.running)
+        held.clear()
+        open_ones += three()
+        began = time.monotonic()
+        server.server.should_exit = True  # a stop does not wait for it
+        assert [answered(one)[0] for one in open_ones[4:]] == [503] * 2 and time.monotonic() - began < 2.5
+        held.set()
+        assert answered(open_ones[3])[0] == 200
+        for one in open_ones:
+            one.close()
 
 
 def test_a_client_that_leaves_its_stream_leaves_no_task_behind(models, held, caplog):

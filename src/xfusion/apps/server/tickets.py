@@ -20,6 +20,8 @@ from xfusion.apps.server.service import Service
 
 BODY_SECONDS = 30.0
 """How long a client may take to send a request."""
+PATIENCE = 0.5
+"""Seconds in which a place may become free for a request that finds the queue full."""
 Value = TypeVar("Value")
 Asked = TypeVar("Asked", bound=BaseModel)
 
@@ -57,7 +59,7 @@ class Arrival:
         Where the queue is full already, or will be once what is being read is in it, nothing is received or read: whoever asks
         again and again must not take the time that answers take.
         """
-        self.service.batches.check(self.service.reading)
+        await self._place()
         most, parts = self.service.limits.body, []
         too_long = Refused(413, f"the request has more than the {most} bytes that this server allows", code="too_large")
         length = self.request.headers.get("content-length", "0")
@@ -80,6 +82,15 @@ class Arrival:
         """Read it in a thread, so that a large picture does not hold up the others."""
         async with self._until(self.deadline, _late(self.service)):
             return await asyncio.get_running_loop().run_in_executor(self.service.readers, read)
+
+    async def _place(self) -> None:
+        """Refuse where the queue is full and stays so for `PATIENCE` seconds: so often, and no oftener, may one ask again."""
+        try:
+            self.service.batches.check(self.service.reading)
+        except Refused as full:
+            async with self._until(self.deadline, full):
+                await asyncio.sleep(PATIENCE)
+            self.service.batches.check(self.service.reading)
 
     def _hold(self, size: int) -> None:
         most, others = self.service.limits.bodies, self.service.held - self.size
