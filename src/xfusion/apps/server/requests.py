@@ -49,7 +49,7 @@ TOLD = 300
 STEPS = 25
 """Steps of drawing where a request names none, or as many as the server allows."""
 MOST_GUIDANCE = 100.0
-"""Beyond it numbers overflow, and a picture is noise long before."""
+"""Largest guidance either way; what is far beyond it overflows."""
 
 
 class _Strict(BaseModel):
@@ -152,13 +152,15 @@ class Heard(_Strict):
     input_audio: Recording
 
 
+Block = Annotated[Words | Picture | Heard, Field(discriminator="type")]
+"""A part of a message."""
+
+
 class Message(_Strict):
     """A turn."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Annotated[Words | Picture | Heard, Field(discriminator="type")]], Bounded] | None = (
-        None
-    )
+    content: str | Annotated[list[Block], Bounded] | None = None
     images: Annotated[list[Picture], Bounded] = []
     """Pictures that this server drew in an earlier turn, as it sent them."""
     name: str | None = None
@@ -248,9 +250,7 @@ Kind = TypeVar("Kind", bound=BaseModel)
 
 
 def received(kind: type[Kind], body: bytes, limits: Limits) -> Kind:
-    """A request's body, which no server has looked at yet.
-
-    Each value of a JSON text takes far more memory than the text, and so they are counted before any is made.
+    """A request's body as JSON; its values are counted before they are made, since each takes far more memory than its text.
 
     Raises:
         Refused: as `parse`, or it holds more values than a request within the limits.
