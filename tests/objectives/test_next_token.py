@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Sequence, Text, XFusionError
 from xfusion.objectives.base import Output
-from xfusion.objectives.next_token import NextToken
+from xfusion.objectives.next_token import GREEDY, NextToken
 
 
 def generator(seed=0):
@@ -43,6 +43,13 @@ def test_the_loss_of_words_is_summed_over_labels_only():
 def test_greedy_is_the_largest(rows, seed):
     logits = torch.randn(rows, 12, generator=generator(seed))
     assert torch.equal(NextToken.choose(logits, 0.0, 0.5, generators(rows)), logits.argmax(-1))
+
+
+@given(st.integers(1, 5), st.integers(0, 1000), st.floats(0, GREEDY, exclude_max=True), st.sampled_from([1, 1e4]))
+def test_next_to_no_temperature_takes_the_largest_too(rows, seed, temperature, scale):
+    logits = scale * torch.randn(rows, 12, generator=generator(seed))
+    assert torch.equal(NextToken.choose(logits, temperature, 1.0, generators(rows)), logits.argmax(-1))
+    assert bool(((logits / GREEDY).softmax(-1).sum(-1) - 1).abs().max() < 1e-5), "what is divided by it is finite"
 
 
 @settings(max_examples=60)

@@ -33,6 +33,7 @@ from xfusion.generation.schema import going_on, schema_answers
 from xfusion.generation.words import answer_tokens
 from xfusion.modalities.audio import AudioModality
 from xfusion.model import Model
+from xfusion.objectives.next_token import GREEDY
 from xfusion.objectives.solvers import Solver
 from xfusion.seeding import seeded
 
@@ -79,7 +80,7 @@ def generate(
         guidance: classifier-free guidance scale; None takes the model's own.
         solver: takes the steps (`xfusion.objectives.solvers`); None takes the model's own.
         max_tokens: longest answer in tokens.
-        temperature: 0 is greedy.
+        temperature: 0 is greedy, and so is less than 1e-5.
         top_p: nucleus sampling.
         top_k: sample among the so many likeliest tokens; 0 is all, whatever the base's generation_config says.
         schema: answers in words are JSON texts of this schema and no others (`schema_answers`). A question behind a picture
@@ -384,7 +385,7 @@ def _base_generate(
     refuse_too_long(model, len(ids), alone=True)
     prompt = torch.tensor([ids], device=model.backbone.device)
     sampling: dict[str, Any] = {"do_sample": False, **PLAIN}
-    if settings.temperature > 0:
+    if settings.temperature >= GREEDY:
         sampling |= {"do_sample": True, "temperature": settings.temperature, **PLAIN_SAMPLING}
         sampling |= {"top_p": settings.top_p, "top_k": settings.top_k}
     if (allowed := settings.allowed) is not None:

@@ -120,7 +120,7 @@ def caption(
         question: what to ask, or nothing.
         size: side in pixels that pictures are read at, one that the model was made for (None: the first).
         max_tokens: longest answer.
-        temperature: 0 is greedy.
+        temperature: 0 is greedy, and so is less than 1e-5.
         top_p: nucleus sampling.
         top_k: sample among the so many likeliest tokens; 0 is all.
         seed: answer i has the seed ``seed + i``.
