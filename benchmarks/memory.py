@@ -82,7 +82,7 @@ def measure(recipe: str, data: str) -> dict[str, Any]:
     kept = held() - empty
     with peak_memory(base.device) as most:
         step()
-    predicted = training_memory(step.model)
+    predicted = training_memory(step.model, source)
     model = step.model
     return {
         "base": with_base - empty,

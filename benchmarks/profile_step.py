@@ -28,7 +28,7 @@ KINDS = {
     "compiled, beside the products": ("## Call CompiledFxGraph",),
     "AdamW": ("aten::_fused_adamw_",),
     "moving average": ("aten::lerp_",),
-    "norm of the gradient": ("aten::linalg_vector_norm", "aten::_foreach_norm"),
+    "norm of the gradient": ("aten::dot",),
     "copies and casts": ("aten::copy_",),
     "filling": ("aten::fill_", "aten::zero_"),
 }

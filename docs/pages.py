@@ -45,6 +45,13 @@ NOT_RUN = "<!-- not run: {} -->"
 """What tests/docs/test_docs.py wants above a block that it does not run."""
 SHORT = "<!-- run full short -->"
 """Above one of which it trains two steps."""
+WANTED = (
+    ("share_of_shape_peak", "0.70"),
+    ("share_of_peak", "-"),
+    ("graphs_after_warm_up", "0"),
+    ("graphs_in_unseen_steps", "0"),
+)
+"""Figures of the bench for a training step, and what was wanted of each."""
 SHOWN_BY_SHARE = ("fit_retrieval_pixel_at_1", "fit_caption_exact", "held_caption_mrr")
 
 
@@ -411,7 +418,7 @@ def bench_table(found: dict[str, Any]) -> list[str]:
     rows: list[dict[str, Any]] = []
 
     def add(question: str, value: Any, wanted: str = "-") -> None:
-        if isinstance(value, float) and wanted != "-":
+        if isinstance(value, (int, float)) and wanted != "-":
             bound = float(wanted.removeprefix("at most "))
             short = value > bound if wanted.startswith("at most") or not bound else value < bound
             value = f"{value} (short)" if short else value
@@ -421,7 +428,7 @@ def bench_table(found: dict[str, Any]) -> list[str]:
         name = tower.replace("_", " ")
         for kind in ("drawing", "joint"):
             part = found.get("training", {}).get(tower, {}).get(kind, {})
-            for key, wanted in (("share_of_shape_peak", "0.70"), ("share_of_peak", "-"), ("graphs_after_warm_up", "0")):
+            for key, wanted in WANTED:
                 if key in part:
                     add(f"`{key}`, {kind}, {name}", part[key], wanted)
             if "samples_per_second" in part:

@@ -5,12 +5,17 @@ import errno
 import json
 import math
 import os
+import signal
+import sys
 from pathlib import Path
 
 import pytest
 
+from xfusion import checkpoint
 from xfusion.data.sequence import XFusionError
-from xfusion.storage import whole_file, write_json
+from xfusion.storage import put_back, remove_rests, whole_file, whole_folder, write_json
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="a process that uses torch is forked safely on Linux alone")
 
 
 def test_an_object_is_written_whole_or_not_at_all(tmp_path):
@@ -52,3 +57,96 @@ def test_a_disk_that_is_full_is_told_with_the_name(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(XFusionError, match="a file stands where a folder is needed"):
         write_json(tmp_path / "file" / "metrics.json", {})
+
+
+# ------------------------------------------------------------------------------------------------------------ folders
+
+
+def fill(folder, content):
+    with whole_folder(folder) as so_far:
+        (so_far / "config.json").write_text(content)
+
+
+def content(folder):
+    return (folder / "config.json").read_text()
+
+
+def after_the_first_rename(monkeypatch, then):
+    """What happens in the moment in which one folder has lost its name and the other has none."""
+    rename, calls = Path.rename, []
+
+    def renamed(self, target):
+        calls.append(target)
+        found = rename(self, target)
+        if len(calls) == 1:
+            then()
+        return found
+
+    monkeypatch.setattr(Path, "rename", renamed)
+
+
+@pytest.mark.parametrize("error", [OSError("I/O error"), KeyboardInterrupt()])
+def test_an_error_between_two_names_gives_the_old_one_back(tmp_path, monkeypatch, error):
+    fill(tmp_path / "pack", "old")
+
+    def fail():
+        raise error
+
+    after_the_first_rename(monkeypatch, fail)
+    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else XFusionError):
+        fill(tmp_path / "pack", "new")
+    assert content(tmp_path / "pack") == "old" and [p.name for p in tmp_path.iterdir()] == ["pack"]
+
+
+@linux
+@pytest.mark.parametrize(
+    "reads",
+    [
+        lambda pack: put_back(pack),
+        lambda pack: checkpoint.find(str(pack)),
+        lambda pack: checkpoint.find(str(pack.parent)),
+        lambda pack: remove_rests(pack.parent, "p*"),
+    ],
+    ids=["put back", "a pack", "a run", "rests"],
+)
+def test_a_kill_between_two_names_loses_nothing(tmp_path, reads):
+    pack = tmp_path / "pack"
+    fill(pack, "old")
+    killed_between_two_names(lambda: fill(pack, "new"))
+    assert not pack.exists() and len(list(tmp_path.iterdir())) == 2  # the old one aside, the new one without its name
+    reads(pack)
+    assert content(pack) == "old"
+    remove_rests(tmp_path, "pack")
+    assert [p.name for p in tmp_path.iterdir()] == ["pack"]
+
+
+@linux
+def test_what_a_kill_left_without_its_name_is_replaced_like_any_other(tmp_path, monkeypatch):
+    pack = tmp_path / "pack"
+    fill(pack, "old")
+    killed_between_two_names(lambda: fill(pack, "new"))
+    with pytest.raises(RuntimeError, match="no more"), whole_folder(pack):
+        raise RuntimeError("no more")
+    assert content(pack) == "old"
+    fill(pack, "newer")
+    assert content(pack) == "newer"
+
+
+def killed_between_two_names(work):
+    """A process that works and kills itself there."""
+    child = os.fork()
+    if not child:
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                after_the_first_rename(patch, lambda: os.kill(os.getpid(), signal.SIGKILL))
+                work()
+        finally:
+            os._exit(1)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def test_a_reader_in_that_moment_does_not_stop_the_writer(tmp_path, monkeypatch):
+    fill(tmp_path / "pack", "old")
+    after_the_first_rename(monkeypatch, lambda: put_back(tmp_path / "pack"))
+    fill(tmp_path / "pack", "new")
+    assert content(tmp_path / "pack") == "new" and [p.name for p in tmp_path.iterdir()] == ["pack"]

@@ -21,7 +21,7 @@ from xfusion.card import card, check_licence
 from xfusion.data.sequence import XFusionError, fingerprint, first_line
 from xfusion.model import Model, ModelConfig
 from xfusion.opening import Opening
-from xfusion.storage import SEAL, file_hash, read_json, read_tensors, sealed, whole_folder, without_folders
+from xfusion.storage import SEAL, file_hash, put_back, read_json, read_tensors, sealed, whole_folder, without_folders
 
 FORMAT_VERSION = 2
 """Version 1 had no hashes of the files: its weights are checked by their fingerprint, its config is taken as it stands."""
@@ -414,6 +414,7 @@ def shipped() -> list[str]:
 def pack_in(folder: Path) -> Path:
     """The pack that a folder stands for: the one in it where it is that of a training run, else itself."""
     inside = folder / "pack"
+    put_back(inside)
     return inside if not (folder / CONFIG).is_file() and (inside / CONFIG).is_file() else folder
 
 
@@ -424,6 +425,7 @@ def find(name: str) -> Path:
     Behind a hub id may stand a branch, a tag or a commit, as in ``org/name@1f3a9c0``.
     """
     path = Path(name).expanduser()
+    put_back(path)
     if path.is_dir():
         found = pack_in(path)
         if not (found / CONFIG).is_file():

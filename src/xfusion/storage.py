@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -25,6 +25,8 @@ from xfusion.data.sequence import XFusionError, first_line
 
 SEAL = "sha256"
 """Field of a JSON file that holds a hash over all of its other fields."""
+ASIDE = "-aside"
+"""End of the hidden name that a folder has while another takes its place."""
 
 
 @contextmanager
@@ -66,13 +68,16 @@ def whole_folder(target: Path) -> Iterator[Path]:
     """A folder to fill that takes the name ``target`` when the block ends well; until then what stood there stays.
 
     The files are on the disk before they get the name, so that neither a killed process nor a machine that dies leaves
-    half of one under it.
+    half of one under it. Two folders cannot exchange their names at once: for a moment what stood there has none. An error
+    or a signal in that moment gives it back; where the process is killed there, `put_back` does, which writing it again,
+    reading a pack and resuming a run begin with.
 
     Raises:
         XFusionError: the disk is full, the folder read-only, ...; then nothing is left of it.
     """
     with named_in_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
+        put_back(target)
         temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
         try:
             yield temporary
@@ -81,14 +86,62 @@ def whole_folder(target: Path) -> Iterator[Path]:
                 _to_disk(file)
             temporary.chmod(0o755)
             _to_disk(temporary)
-            old = temporary.with_name(temporary.name + "-old")
-            if target.exists():
-                target.rename(old)
-            temporary.rename(target)
-            _to_disk(target.parent)
-            shutil.rmtree(old, ignore_errors=True)
+            _replace(target, temporary)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace(target: Path, made: Path) -> None:
+    """Give the folder ``made`` the name of another one, if there is one, and remove that."""
+    aside = _aside(target)
+    try:
+        while True:
+            if target.exists():
+                _remove(aside)  # of a process that died when its own had the name
+                target.rename(aside)
+            try:
+                made.rename(target)
+                break
+            except OSError:
+                if not target.exists():  # else a reader took this process for a dead one, and put back what stood there
+                    raise
+    finally:
+        put_back(target)
+    _to_disk(target.parent)
+    _remove(aside)
+
+
+def put_back(target: Path) -> None:
+    """Give a folder its name again, if a process died in the moment in which `whole_folder` had taken it for another."""
+    aside = _aside(target)
+    with suppress(OSError):  # who may not write here will say that the folder is missing
+        if aside.is_dir() and not target.exists():
+            aside.rename(target)
+
+
+def put_all_back(folder: Path, name: str) -> None:
+    """`put_back` for the names of a pattern."""
+    for aside in folder.glob(f".{name}{ASIDE}"):
+        put_back(folder / aside.name[1:].removesuffix(ASIDE))
+
+
+def remove_rests(folder: Path, name: str) -> None:
+    """Remove what killed processes left of folders whose name was to be of a pattern; see `put_back` for the others."""
+    put_all_back(folder, name)
+    for rest in folder.glob(f".{name}-*"):
+        if not rest.name.endswith(ASIDE) or (folder / rest.name[1:].removesuffix(ASIDE)).exists():
+            _remove(rest)
+
+
+def _aside(target: Path) -> Path:
+    return target.parent / f".{target.name}{ASIDE}"
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, or what points to one, as far as it can be."""
+    if folder.is_symlink():
+        folder.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

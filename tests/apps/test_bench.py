@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from contracts.table import Noise, make_base
 
+import xfusion.fusion.base as fusion_base
 from xfusion.apps import cli
 from xfusion.apps.bench import activation_checkpointing, denoising, llama, memory, training, transfusion
 from xfusion.apps.bench import base as bench_base
 from xfusion.apps.bench.base import Bench, Product, Step, alone, no_new_graphs, products
 from xfusion.backbone import Backbone
 from xfusion.backbone.decoder import SHAPES
+from xfusion.data import mixture
+from xfusion.training.optimizer import Optimizer
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +108,7 @@ def test_training(bench):
     for tower in ("demo_tower", "full_tower"):
         for kind in ("drawing", "joint"):
             figures = found[tower][kind]
-            assert figures["graphs_after_warm_up"] == 0
+            assert figures["graphs_after_warm_up"] == figures["graphs_in_unseen_steps"] == 0  # nothing is compiled here
             assert figures["share_of_shape_peak"] == figures["products_seconds"] / figures["step_seconds"]
             rate = figures["flops"] / figures["step_seconds"] / figures["peak_flops_per_second"]
             assert figures["share_of_peak"] == pytest.approx(rate)
@@ -189,10 +195,60 @@ def test_no_graph_is_new_where_nothing_is_compiled():
     assert graphs() == 0
 
 
+def test_graphs_are_counted_over_batches_that_were_not_read_before(bench, monkeypatch):
+    """Those of the warm-up, again and again, would hide a shape that changes with every step."""
+    monkeypatch.setattr(fusion_base.torch, "compile", partial(torch.compile, backend="eager"))
+    counted = {}
+    try:
+        for name, fit in (("as it is", mixture._fit), ("each its own width", lambda width, longest: longest)):
+            torch.compiler.reset()
+            fusion_base.compiled.cache_clear()
+            monkeypatch.setattr(mixture, "_fit", fit)
+            step = Step(replace(bench, source=Long(40), compile=True), bench.model(), draw=2, caption=2)
+            step.warm()
+            with no_new_graphs() as seen:
+                step()
+            with no_new_graphs() as unseen:
+                step.unseen(12)
+            counted[name] = seen(), unseen()
+            assert step.period == bench_base.PERIOD
+    finally:
+        fusion_base.compiled.cache_clear()
+        torch.compiler.reset()
+    assert counted["as it is"][0] == counted["each its own width"][0] == 0
+    assert counted["as it is"][1] <= 6 < counted["each its own width"][1]
+
+
+class Long(Noise):
+    """Captions of very different lengths."""
+
+    def __init__(self, count):
+        super().__init__(count)
+        self.examples = tuple(replace(e, captions=("cat " * (1 + i),)) for i, e in enumerate(self.examples))
+
+
+def test_the_profile_of_a_step_knows_its_optimiser(monkeypatch):
+    """By the names of what runs now: a kind that matches nothing would be a row of zeros."""
+    spec = importlib.util.spec_from_file_location("profile_step", BENCHMARKS / "profile_step.py")
+    study = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "profile_step", study)
+    spec.loader.exec_module(study)
+    weights = {str(n): torch.nn.Parameter(torch.ones(300)) for n in range(7)}
+    optimizer = Optimizer(weights)
+    for weight in weights.values():
+        weight.grad = torch.ones(300)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.step(0.1, 1e9, 0.9)
+    ran = {event.key: event.count for event in profile.key_averages()}
+    times = {kind: sum(n for key, n in ran.items() if key.startswith(starts)) for kind, starts in study.KINDS.items()}
+    assert times["norm of the gradient"] == 7 and times["AdamW"] and times["moving average"]
+    assert not [key for key in ran if "norm" in key], "a norm that the row leaves out"
+
+
 def test_the_study_of_a_real_shape_runs_on_a_tiny_one(tmp_path, monkeypatch):
     tiny = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     monkeypatch.setitem(SHAPES, "tiny", SHAPES["Llama-3.2-1B"] | tiny | {"num_attention_heads": 8})
-    spec = importlib.util.spec_from_file_location("shape", Path(__file__).parents[2] / "benchmarks" / "shape.py")
+    spec = importlib.util.spec_from_file_location("shape", BENCHMARKS / "shape.py")
     study = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "shape", study)
     spec.loader.exec_module(study)

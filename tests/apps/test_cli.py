@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import tomllib
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -23,13 +24,19 @@ from transformers import MambaConfig, MambaForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from contracts.table import WINDOW, Noise, make_base, make_model, tokenizer
+from training import runs
 
 import xfusion
+import xfusion.fusion.base as fusion_base
 from xfusion import checkpoint
 from xfusion.apps import cli
 from xfusion.apps.commands.pictures import file_name
 from xfusion.apps.commands.show import training_memory
 from xfusion.backbone import Backbone
+from xfusion.data.mixture import MixtureConfig
+from xfusion.data.templates import Templates
+from xfusion.model import Model
+from xfusion.objectives.base import NoObjective
 from xfusion.recipes.base import find, names
 from xfusion.training.loop import Interrupted
 
@@ -299,6 +306,21 @@ def test_a_bug_is_not_hidden(run, monkeypatch):
         run("list")
 
 
+def test_a_compiled_run_says_how_often_it_compiled(run, here, photos, small, monkeypatch):
+    """Graphs, not machine code."""
+    monkeypatch.setattr(fusion_base.torch, "compile", partial(torch.compile, backend="eager"))
+    fusion_base.compiled.cache_clear()
+    try:
+        call = ["train", "xfusion", "--data", photos, "--steps", "2", *small, "--compile"]
+        assert re.search(
+            r"graphs +[1-9]\d* compiled, 0 of them behind the first 10 steps\n", run(*call, "-o", "one").out
+        )
+        assert run(*call, "--no-compile", "-o", "other", "--json").json["graphs"] == 0
+    finally:
+        fusion_base.compiled.cache_clear()
+        torch.compiler.reset()
+
+
 def test_what_another_process_tells_is_not_told_twice(monkeypatch, small, capsys):
     def refuse(*_, **__):
         error = xfusion.XFusionError("there is a run already")
@@ -464,6 +486,7 @@ def test_show_a_pack(run, here, pack):
     assert shown["image"]["grid"] == [4, 4] and shown["image"]["tokens_per_item"] == 16
     assert shown["image"]["token_width"] == 48
     assert shown["memory"]["total"] > 5 * 4 * shown["new_parameters"]
+    assert "besides up to 1.1 GB states of prompts, kept" in run("show", pack).out
     assert set(shown["licences"]) == {"base", "codec", "data"}
     assert "frozen" in run("show", pack).out
 
@@ -478,6 +501,29 @@ def test_the_copy_of_the_base_that_show_tells_is_the_one_that_training_makes(pac
     held = sum(p.numel() * p.element_size() for p in copy.parameters() if p.data_ptr() not in own)
     assert training_memory(model)["base_copy_for_training"] == held
     assert bool(held) == (dtype != model.backbone.dtype)
+
+
+def test_the_states_of_prompts_that_show_tells_are_those_that_training_keeps(bases, tmp_path, monkeypatch):
+    base, engines, make = bases["llama"], [], Model.training_engine
+    monkeypatch.setattr("xfusion.training.precision.choose_compute_dtype", lambda device: (torch.float32, "as asked"))
+    monkeypatch.setattr(Model, "training_engine", lambda self, *a: engines.append(make(self, *a)) or engines[-1])
+    source = Noise(40)
+    source.examples = tuple(dataclasses.replace(e, captions=(f"{e.captions[0]} {e.id}",)) for e in source.examples)
+    plain = Templates(caption_dropout=0, article_share=0, other_wordings=0, question_share=0)
+    mixture = MixtureConfig(draw=20, caption=4, pack=2, templates=plain)
+    model = runs.train(base, tmp_path, recipe_=runs.recipe(base, steps=4, mixture=mixture), source=source)
+    held, without = engines[-1].text_states.num_bytes, training_memory(model)
+    found = training_memory(model, source)
+    assert len(engines[-1].text_states) == 40
+    assert found["text_states"] == pytest.approx(held, rel=0.01)
+    assert found["total"] == without["total"] + found["text_states"]
+    assert without["text_states"] == 1 << 30  # of texts that are not known, what there is room for
+    monkeypatch.setattr("xfusion.training.setup.TEXT_STATES_BYTES", held // 3)
+    assert training_memory(model, source)["text_states"] == held // 3
+    monkeypatch.setattr("xfusion.training.setup.TEXT_STATES_BYTES", held // 5)  # they would not come back in time
+    assert training_memory(model, source)["text_states"] == 0
+    model.set_objectives(model.config.text, NoObjective.Config())  # who does not draw looks no text up
+    assert training_memory(model)["text_states"] == 0
 
 
 def test_show_a_recipe_of_ones_own(run, here, base):

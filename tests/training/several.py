@@ -3,6 +3,7 @@
 import importlib
 import os
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -22,10 +23,12 @@ from xfusion.data.mixture import MixtureConfig
 from xfusion.data.sequence import XFusionError
 from xfusion.data.templates import Templates
 from xfusion.objectives.contrastive import Contrastive
+from xfusion.objectives.flow_matching import FlowMatching
 from xfusion.training import loop, states
 from xfusion.training.pace import Pace
 from xfusion.training.stages import Recipe, Stage
 from xfusion.training.stopping import Interrupted
+from xfusion.training.track import Track
 
 GOES_ON = (
     ("new_on_2", "new", 2, "new"),
@@ -204,6 +207,46 @@ def run_twice(folder: Path, name: str, shard: str) -> None:
         (folder / f"{name}.{os.environ['RANK']}.said").write_text(f"{error.told_elsewhere} {error}")
 
 
+def run_spoilt(folder: Path, name: str, spoil, rank: int, **settings) -> None:
+    """A run of which one process is spoilt; what each says when it stops."""
+    own = int(os.environ["RANK"])
+    if own == rank:
+        spoil(folder / name)
+    try:
+        run(folder, name, steps=6, often=True, **settings)
+    except XFusionError as error:
+        (folder / f"{name}.{own}.said").write_text(f"{error.told_elsewhere} {error}")
+
+
+def full(out: Path) -> None:
+    """No file may become large: what a test may set without a disk of its own; the writes fail for real."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+
+def full_log(out: Path) -> None:
+    """The disk of the log takes nothing."""
+    Track._open = lambda *_: Path("/dev/full").open("a", buffering=1)  # noqa: SIM115 - as the log is
+
+
+def blocked(out: Path) -> None:
+    """No folder of states can be made."""
+    out.mkdir()
+    (out / "state").touch()
+
+
+def not_finite(out: Path) -> None:
+    """From step 3 on."""
+    loss, calls = FlowMatching.loss, []
+
+    def broken(self, run, batch):
+        found = loss(self, run, batch)
+        calls.append(1)
+        late = len(calls) > 2 * (1 + 3)  # one more: the largest step was tried
+        return {name: (total * float("nan"), n) for name, (total, n) in found.items()} if late else found
+
+    FlowMatching.loss = broken
+
+
 def whole(folder: Path) -> None:
     """Every process holds all weights."""
     make_base("llama", folder / "base")
@@ -225,6 +268,8 @@ def whole(folder: Path) -> None:
     together(2, lambda: run_told(folder, "told_2"))
     shutil.copytree(folder / "told_2", folder / "told_2_on_1")
     together(1, lambda: run(folder, "told_2_on_1", resume=True))
+    for name, spoil, rank in SPOILT:
+        together(2, partial(run_spoilt, folder, name, spoil, rank))
     # All of them die at step 7; others go on.
     together(2, lambda: run(folder, "died_2", stop=6))
     for count in (1, 4):
@@ -240,11 +285,23 @@ def some_divided(folder: Path) -> None:
     shutil.copytree(folder / "all_2", folder / "all_2_twice")
     together(2, lambda: run_twice(folder, "all_2_twice", "all"))
     together(2, lambda: run_lost(folder, "lost_2", "all"), dies=1)
+    for name, spoil, rank in SPOILT_DIVIDED:
+        together(2, partial(run_spoilt, folder, name, spoil, rank, shard="new"))
     shutil.copytree(folder / "all_2", folder / "all_2_on_1")
     together(1, lambda: run(folder, "all_2_on_1", resume=True))
     few = {"draw": 1, "caption": 2, "pack": 2, "steps": 2}
     together(1, lambda: run(folder, "few_1", **few))
     together(2, lambda: run(folder, "few_2", shard="new", **few))
+
+
+SPOILT = (
+    ("full_2", full, 0),
+    ("full_log_2", full_log, 0),
+    ("blocked_2", blocked, 0),
+    ("not_finite_2", not_finite, 1),
+)
+"""Name of a run, what spoils a process of it, and which."""
+SPOILT_DIVIDED = (("full_2", full, 1), ("blocked_2", blocked, 0))
 
 
 def often(folder: Path) -> None:
@@ -297,6 +354,35 @@ def killed(folder: Path) -> None:
             together(2, partial(command, resume=bool(states.found(folder / name / "state"))))
 
 
+def killed_writing(folder: Path) -> None:
+    """A single process that is killed when half of its third state is on the disk."""
+    from training.test_kills import waited
+
+    make_base("llama", folder / "base")
+    together(1, partial(run, folder, "straight", steps=6))
+    child = os.fork()
+    if not child:
+        written, save = [], states.save_file
+
+        def dying(tensors, path):
+            save(tensors, path)
+            written.append(path)
+            if len(written) == 3:
+                os.truncate(path, os.path.getsize(path) // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        states.save_file = dying
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}
+        run(folder, "run", steps=6, often=True)
+        os._exit(1)
+    assert os.WIFSIGNALED(waited(child))
+
+
+def resumed(folder: Path) -> None:
+    """One of the processes that go on from there."""
+    run(folder, "run", steps=6, resume=True)
+
+
 def unreadable(folder: Path) -> None:
     """A picture that turns out broken in the rows of one process, and is left out by both; and one too many for both."""
     make_base("llama", folder / "base")
@@ -329,4 +415,5 @@ def compiled(folder: Path) -> None:
 if __name__ == "__main__":
     for module in ("torch.distributed.checkpoint", "xfusion.training.sharding"):
         importlib.import_module(module)  # here and not in each of the processes that are forked
-    {f.__name__: f for f in (often, divided, killed, unreadable, compiled)}[sys.argv[2]](Path(sys.argv[1]))
+    works = (often, divided, killed, killed_writing, resumed, unreadable, compiled)
+    {f.__name__: f for f in works}[sys.argv[2]](Path(sys.argv[1]))

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from training.runs import pack_of, same, state_of, told, train
+from training.runs import StopAt, pack_of, same, state_of, told, train
 
 import xfusion
 from xfusion import checkpoint
 from xfusion.data.sequence import XFusionError
 from xfusion.training import states
+from xfusion.training.stopping import Interrupted
 
 STEPS = 8
 WRITES = (
@@ -162,4 +163,30 @@ def test_a_killed_run_goes_on_to_the_same_losses(bases, straight, tmp_path, kind
     assert told(out) == told(straight.out)
     assert same(state_of(out), state_of(straight.out))
     assert same(pack_of(out), pack_of(straight.out))
+    assert [path for path in out.rglob(".*") if path.is_dir()] == []
+
+
+def test_a_kill_between_two_packs_loses_neither(bases, straight, tmp_path):
+    """The run of a pack goes on, and is killed when the old pack has lost its name and the new one has none."""
+    base, out = bases["llama"], tmp_path / "run"
+    with pytest.raises(Interrupted):
+        run(base, out, listener=StopAt(3))
+    before, child = pack_of(out), os.fork()
+    if not child:
+        try:
+            rename = Path.rename
+
+            def dying(self, target):
+                rename(self, target)
+                if self == out / "pack":
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            Path.rename = dying
+            run(base, out, resume=True)
+        finally:
+            os._exit(1)
+    assert os.WIFSIGNALED(waited(child)) and not (out / "pack").exists()
+    assert same(xfusion.load(out, backbone=base).learned_state(), before)
+    run(base, out, resume=True)
+    assert told(out) == told(straight.out) and same(pack_of(out), pack_of(straight.out))
     assert [path for path in out.rglob(".*") if path.is_dir()] == []

@@ -20,7 +20,8 @@ import xfusion.fusion.base as fusion_base
 from xfusion.backbone import Backbone
 from xfusion.data.latents import encode
 from xfusion.data.mixture import Ahead, Mixture, MixtureConfig
-from xfusion.data.sequence import XFusionError
+from xfusion.data.mixture import _fit as fit_
+from xfusion.data.sequence import Batch, XFusionError
 from xfusion.data.sources import open_source
 from xfusion.data.templates import Templates
 from xfusion.modalities.codecs.pixels import Pixels
@@ -77,6 +78,35 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(straight, bases, tmp_
     assert told(tmp_path) == told(straight[0])
     assert same(pack_of(tmp_path), pack_of(straight[0]))
     assert same(state_of(tmp_path), state_of(straight[0]))
+
+
+@pytest.mark.full
+def test_a_compiled_run_in_bfloat16_resumes_to_the_bit(bases, tmp_path):
+    """As users run it, by inductor; each part of the run compiles for itself, as a process of its own does."""
+    base = bases["llama"]
+    settings = {"compile": True, "dtype": torch.bfloat16, "steps": 16}
+
+    def part(out, **more):
+        torch.compiler.reset()
+        fusion_base.compiled.cache_clear()
+        train(base, out, **settings, **more)
+
+    try:
+        part(tmp_path / "straight")
+        with pytest.raises(Interrupted):
+            part(tmp_path / "run", listener=StopAt(5))
+        with pytest.raises(Interrupted):
+            part(tmp_path / "run", listener=StopAt(11), resume=True)
+        part(tmp_path / "run", resume=True)
+    finally:
+        torch.compiler.reset()
+        fusion_base.compiled.cache_clear()
+    assert len(told(tmp_path / "run")) == 16 and told(tmp_path / "run") == told(tmp_path / "straight")
+    for what in (pack_of, state_of):
+        assert same(what(tmp_path / "run"), what(tmp_path / "straight"))
+    (end,) = log(tmp_path / "straight", "end")
+    assert end["graphs"] > 0 and end["graphs_behind_warm_up"] == 0
+    assert {event["dtype"] for event in log(tmp_path / "run", "start")} == {"bfloat16"}
 
 
 def test_a_resumed_run_over_a_weighted_mixture_of_shards_is_the_uninterrupted_one_to_the_bit(
@@ -423,6 +453,25 @@ def test_a_budget_goes_on_after_a_break(bases, tmp_path, clock, stop):
     assert plan["steps"] == 60 and plan["step"] == (30 if stop == 33 else stop + 31)
 
 
+def test_a_plan_outlives_a_break_behind_the_very_step_it_was_made_at(bases, tmp_path, clock):
+    """The state of that step knows it, and it is not made again."""
+
+    def listen(event):
+        clock(event)
+        if event["event"] == "plan":
+            raise KeyboardInterrupt
+
+    few = recipe(bases["llama"], mixture=FEW)
+    with pytest.raises(Interrupted):
+        train(bases["llama"], tmp_path, recipe_=few, minutes=45.5 / 60, listener=listen)
+    (plan,) = log(tmp_path, "plan")
+    assert plan["step"] == plan_of(tmp_path)["step"] == 30
+    with pytest.raises(Interrupted):
+        train(bases["llama"], tmp_path, recipe_=few, resume=True, listener=StopAt(30))
+    train(bases["llama"], tmp_path, recipe_=few, resume=True)
+    assert log(tmp_path, "plan") == [plan] and len(log(tmp_path)) == plan["steps"] == 45
+
+
 # --------------------------------------------------------------------------------------------------- sums, averages
 
 
@@ -643,6 +692,55 @@ def test_float16_is_refused_before_anything_is_made(bases, tmp_path):
     with pytest.raises(XFusionError, match="cannot compute in torch.float16: gradients in float16 vanish"):
         train(bases["llama"], tmp_path / "run", dtype=torch.float16)
     assert not (tmp_path / "run").exists()
+
+
+class Even(Noise):
+    """Captions of one length."""
+
+    def __init__(self):
+        super().__init__(40)
+        words = [f"a {colour} {thing}" for colour in ("red", "blue") for thing in ("cat", "house", "tree")]
+        self.examples = tuple(replace(e, captions=(words[i % 6],)) for i, e in enumerate(self.examples))
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Compiled layers without machine code: graphs are made, and counted, as they are with it."""
+    torch.compiler.reset()
+    monkeypatch.setattr(fusion_base.torch, "compile", partial(torch.compile, backend="eager"))
+    fusion_base.compiled.cache_clear()
+    yield
+    fusion_base.compiled.cache_clear()
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("graphs")
+def test_steps_behind_the_warm_up_are_not_compiled(bases, tmp_path):
+    """Batches that were not read before, of pictures and words in another order."""
+    whole = recipe(bases["llama"], steps=25, mixture=MixtureConfig(draw=4, caption=4, pack=2, templates=PLAIN))
+    train(bases["llama"], tmp_path, recipe_=whole, source=Even(), compile=True)
+    (end,) = log(tmp_path, "end")
+    assert end["graphs"] > 0 and end["graphs_behind_warm_up"] == 0
+    train(bases["llama"], tmp_path / "plain", steps=2)
+    assert [log(tmp_path / "plain", "end")[0][name] for name in ("graphs", "graphs_behind_warm_up")] == [0, 0]
+
+
+@pytest.mark.usefixtures("graphs")
+def test_a_caption_longer_than_was_looked_at_makes_graphs_once_and_they_are_counted(bases, tmp_path, monkeypatch):
+    """Widths double, so there are few; were each length a width of its own, a graph a step would be counted."""
+    base, mixture, take, late, new = bases["llama"], MixtureConfig(draw=2, caption=2, pack=1), Ahead.take, [], []
+    monkeypatch.setattr("xfusion.data.mixture.LOOKED_AT", 1)
+    for number, fit in enumerate((fit_, lambda width, longest: longest)):
+        taken: list[list[Batch]] = []
+        monkeypatch.setattr("xfusion.data.mixture._fit", fit)
+        monkeypatch.setattr(Ahead, "take", lambda self, step, to=taken: to.append(take(self, step)) or to[-1])
+        whole, out = recipe(base, mixture=mixture, steps=40), tmp_path / str(number)
+        train(base, out, recipe_=whole, source=Long(), compile=True)
+        late.append(log(out, "end")[0]["graphs_behind_warm_up"])
+        widths = [{(task, batch.text.count) for task, batch in enumerate(step)} for step in taken]
+        new.append(len(set().union(*widths[10:]) - set().union(*widths[:10])))
+    assert new[0] < 6 and late[0] <= 3 * new[0]
+    assert new[1] > 20 and late[1] > 20
 
 
 def test_an_empty_source_is_refused_rather_than_replaced(bases, tmp_path):

@@ -152,6 +152,33 @@ def test_what_is_refused_before_the_first_step_is_told_once(runs, name, request)
     assert said == [f"False {refused}", f"True {refused}"]
 
 
+@pytest.mark.parametrize(
+    ("runs", "name", "said", "written"),
+    [
+        ("ran", "full_2", ("/state/step_00000001 cannot be written: ", "File too large"), 0),
+        ("ran", "full_log_2", ("/log.jsonl cannot be written: ", "No space left on device"), 0),
+        ("ran", "blocked_2", ("/state/step_00000001 cannot be written: a file stands where a folder is needed",), 0),
+        ("ran", "not_finite_2", ("the loss flow_matching is nan at step 3: training stopped; the last checkpoint",), 3),
+        ("some_divided", "full_2", ("/state/step_00000001 cannot be written: ", "File too large"), 0),
+        (
+            "some_divided",
+            "blocked_2",
+            ("/state/step_00000001 cannot be written: a file stands where a folder is needed",),
+            0,
+        ),
+    ],
+)
+def test_what_stops_one_process_stops_both_with_one_line(runs, name, said, written, request):
+    """Neither waits for the other, nor takes it for killed; the line is told once, and no half of a state is left."""
+    folder = request.getfixturevalue(runs)
+    (told, one), (told_by_other, other) = ((folder / f"{name}.{r}.said").read_text().split(" ", 1) for r in (0, 1))
+    assert {told, told_by_other} == {"False", "True"}
+    assert one == other and all(words in one for words in said) and "\n" not in one
+    assert not [*(folder / name).glob("state/.*")] and not (folder / name / "pack").exists()
+    found = states.found(folder / name / "state")
+    assert [states.read(state)[0]["step"] for state in found[:1]] == [written] * bool(written)
+
+
 def test_the_first_process_speaks_and_shows_the_memory_of_all(ran):
     said = (ran / "of_4.0.txt").read_text()
     assert "processes 4, each with all weights, and each with its share of every step" in said
@@ -291,6 +318,24 @@ def test_divided_runs_of_which_a_process_is_killed_go_on_to_the_same_bits(tmp_pa
             one, other = (states.newest(path / "state")[1] for path in (straight, run))
             assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
             assert not [*run.glob("state/.step_*")] and not [*run.glob(".pack-*")]
+
+
+@pytest.mark.full
+def test_a_process_that_is_killed_while_it_writes_is_gone_on_with_by_two(tmp_path_factory):
+    folder = several(tmp_path_factory, "killed_writing")
+    out = folder / "run"
+    assert [path.name[:15] for path in out.glob("state/.*")] == [".step_00000003-"]  # half of it, without its name
+    assert states.newest_plan(out / "state")["step"] == 2
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(HERE / "several.py"), str(folder), "resumed"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert not done.returncode, done.stderr[-3000:]
+    assert furthest(told(out), told(folder / "straight")) < TOLERANCE
+    (*_, start) = (e for e in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if e["event"] == "start")
+    assert (start["step"], start["processes"]) == (2, 2)
+    one, other = (load_file(path / "pack" / "model.safetensors") for path in (out, folder / "straight"))
+    assert max(float((one[k] - other[k]).abs().max()) for k in one) < 1e-4
+    assert not [*out.glob("state/.*")]
 
 
 @pytest.mark.full

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -25,8 +26,8 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="a process that uses 
 TENSORS = {"weight.a": torch.arange(6.0), "average.a": torch.ones(6)}
 
 
-def write(folder, step, *, loss=1.0, stage=0, keep=2):
-    return states.write(folder, TENSORS, {"step": step, "stage": stage, "loss": loss}, keep)
+def write(folder, step, *, loss=1.0, stage=0, keep=2, **settings):
+    return states.write(folder, TENSORS, {"step": step, "stage": stage, "loss": loss}, keep, **settings)
 
 
 def steps(folder):
@@ -65,6 +66,27 @@ def test_the_best_is_of_the_furthest_stage(tmp_path):
         write(tmp_path, step, stage=stage, loss=loss, keep=1)
     assert steps(tmp_path) == [3, 2]
     assert states.best(tmp_path).name == "step_00000002"
+
+
+@pytest.mark.parametrize(
+    ("keep", "losses", "kept"),
+    [
+        (1, [3.0, 1.0, 2.0], [450]),  # the damaged one was the best
+        (1, [1.0, 3.0, 2.0], [450, 300]),
+        (2, [3.0, 1.0, 2.0], [450, 300]),
+        (2, [1.0, 3.0, 2.0], [450, 300]),
+        (2, [None, None, None], [450, 300]),
+    ],
+)
+def test_states_that_were_left_out_count_for_nothing(tmp_path, keep, losses, kept):
+    """600 is damaged, the run goes on from 300 and writes 450: what is intact stays."""
+    for step, loss in zip((300, 600), losses, strict=False):
+        write(tmp_path, step, loss=loss)
+    damaged = tmp_path / "step_00000600" / "state.safetensors"
+    flip(damaged, damaged.stat().st_size - 1, 0)
+    went_on_from = states.newest(tmp_path)[0]["step"]
+    write(tmp_path, 450, loss=losses[2], keep=keep, behind=went_on_from)
+    assert steps(tmp_path) == kept and states.newest(tmp_path)[0]["step"] == 450
 
 
 def test_one_flipped_bit_is_refused_and_the_state_before_is_taken(tmp_path, caplog):
@@ -154,6 +176,75 @@ def test_a_damaged_state_is_named_and_the_run_goes_on_from_the_one_before(bases,
     with pytest.raises(XFusionError, match="holds no intact state: .*; start the run again") as error:
         train(base, tmp_path / "run", steps=8, resume=True)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_run_that_went_on_before_a_damaged_state_keeps_what_it_writes(bases, tmp_path, monkeypatch, keep):
+    """It dies again before it is as far as the damaged state was."""
+    base, out, save = bases["llama"], tmp_path / "run", loop._Run.save
+    train(base, tmp_path / "straight", steps=8)
+    for saved, dies, kept, resume in (((3, 6), 6, 2, False), ((5,), 5, keep, True)):
+        monkeypatch.setattr(loop._Run, "save", lambda self, saved=saved: self.progress.step in saved and save(self))
+        listener = StopAt(dies, RuntimeError("power cut"))
+        with pytest.raises(RuntimeError, match="power cut"):
+            train(base, out, steps=8, checkpoint_every=0, keep=kept, resume=resume, listener=listener)
+        if not resume:
+            assert steps(out / "state") == [6, 3]
+            damaged = out / "state" / "step_00000006" / "state.safetensors"
+            flip(damaged, damaged.stat().st_size // 2, 3)
+    monkeypatch.undo()
+    found = states.found(out / "state")
+    assert [states.read(state)[0]["step"] for state in found] == steps(out / "state") and steps(out / "state")[0] == 5
+    train(base, out, steps=8, resume=True)
+    assert told(out) == told(tmp_path / "straight")
+    assert same(state_of(out), state_of(tmp_path / "straight"))
+
+
+@linux
+@pytest.mark.parametrize("every", [0.0, 300.0])
+def test_a_folder_is_of_one_run_at_a_time(bases, tmp_path, every):
+    """Whoever comes second changes nothing; who is killed holds nothing."""
+    base, out = bases["llama"], tmp_path / "run"
+    reading, writing = os.pipe()
+
+    def wait(event):
+        if event["event"] == "step" and event["step"] == 2:
+            os.write(writing, b".")
+            time.sleep(600)
+
+    child = os.fork()
+    if not child:
+        try:
+            train(base, out, steps=4, checkpoint_every=every, listener=wait)
+        finally:
+            os._exit(1)
+    try:
+        assert select.select([reading], [], [], 120)[0], "it hangs"
+        half, before = out / "state" / ".step_00000003-abcdefgh", (out / "log.jsonl").read_bytes()
+        half.mkdir(parents=True)
+        for resume in (False, True):
+            with pytest.raises(XFusionError) as error:
+                train(base, out, steps=4, resume=resume)
+            assert str(error.value) == (
+                f"{out} is being written by another run (run.lock is held): wait for its end, stop it, or name another folder"
+            )
+        assert half.is_dir() and (out / "log.jsonl").read_bytes() == before
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    train(base, out, steps=4, resume=not every)
+    assert [event["step"] for event in log(out)] == [0, 1, 2, 3]
+    assert not half.exists()
+
+
+def test_a_folder_that_was_made_for_a_run_that_is_refused_goes_again(bases, tmp_path):
+    with pytest.raises(XFusionError, match="there is no pack"):
+        train(bases["llama"], tmp_path / "run", from_pack=str(tmp_path / "nothing"))
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(XFusionError, match="holds no run to resume"):
+        train(bases["llama"], tmp_path / "mine", resume=True)
+    assert list((tmp_path / "mine").iterdir()) == []
 
 
 def test_a_run_of_an_earlier_xfusion_goes_on(bases, tmp_path):

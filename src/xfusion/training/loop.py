@@ -14,7 +14,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -31,11 +31,11 @@ from xfusion.data.mixture import Ahead
 from xfusion.data.sequence import Batch, XFusionError
 from xfusion.data.sources import Source, stated_licence
 from xfusion.modalities.image import ImageModality
-from xfusion.model import Model, compiled_graphs
+from xfusion.model import Model
 from xfusion.training import outputs, resuming, setup, states, summary
 from xfusion.training.memory import keep_freed_memory
 from xfusion.training.optimizer import Optimizer
-from xfusion.training.pace import Pace
+from xfusion.training.pace import Graphs, Pace
 from xfusion.training.precision import check_compute_dtype, choose_compute_dtype
 from xfusion.training.processes import Processes, Shard, is_divided
 from xfusion.training.progress import Progress, all_examples
@@ -151,6 +151,7 @@ class _Run:
         self.closing = ExitStack()
         self.sharding: Sharding | None = None
         self.saved_step: int | None = None
+        """Of the newest intact state: written last, or gone on from."""
         self.preview_every = settings.preview_every
         self.preview_seconds = 3.0
         """What the last preview took; a guess before the first."""
@@ -164,6 +165,8 @@ class _Run:
         self.shard: Shard = settings.shard if processes.count > 1 else "none"
         self.attends = choose_attention(processes.device, settings.attention)
         with processes.first_alone():  # rates are measured where nothing else computes, and what is wrong is told once
+            if processes.first:
+                self.closing.enter_context(setup.taken_folder(self.out, resume=settings.resume))
             own = self._precision()
         chosen, reason = processes.same(own)
         if self.shard == "none":
@@ -191,9 +194,6 @@ class _Run:
     def _open(self) -> None:
         """Model and data; the first process goes through it alone, so that the others find its indexes and files."""
         settings, base = self.settings, self.recipe.model.backbone
-        if not self.out.exists():
-            self.closing.callback(setup.leave_no_empty, self.out)
-        setup.take_folder(self.out, resume=settings.resume)
         # A base that will be divided stays where it is mapped: in the file.
         device = "cpu" if self.shard == "all" else self.processes.device
         backbone = settings.backbone or Backbone.load(base.source, revision=base.revision, device=device)
@@ -201,8 +201,7 @@ class _Run:
         setup.check_losses(model, self.recipe.stages, self.processes.count, self.shard)
         self.source = source = setup.open_data(settings, backbone.special_tokens)
         self.data_licence = stated_licence(source.licence, self.recipe.data_licence, source.spec)
-        drawn = "draw" in model.capabilities and isinstance(model.modality, ImageModality)
-        if not drawn or (self.shard == "none" and not self.processes.first):
+        if "draw" not in model.capabilities or not isinstance(model.modality, ImageModality):
             self.preview_every = 0.0
 
     def _share(self, chosen: torch.dtype, reason: str) -> None:
@@ -213,8 +212,10 @@ class _Run:
         self.left_out = LeftOut(self.source, settings.allow_bad)
         if settings.resume:
             self._resume()
+        self.graphs = Graphs(self.progress.step)
         told = (self.out, settings.console) if processes.first else (None, None)
-        self.track = Track(*told, settings.listener, self.progress.step)
+        with processes.first_alone():
+            self.track = Track(*told, settings.listener, self.progress.step, self.left_out.state_dict())
         self.closing.callback(self.track.close)
         keeps_memory = processes.device.type == "cpu" and keep_freed_memory()
         divided = None if sharding is None else sharding.backbone
@@ -222,7 +223,7 @@ class _Run:
         self.mixtures = [
             setup.mixture(stage, self.source, model, settings, processes, self.left_out) for stage in self.recipe.stages
         ]
-        prompts = setup.Prompts.of(self.source, model, self.engine)
+        prompts = setup.Prompts.of(self.source, model, self.engine.dtype)
         self.engine.keep_text &= not model.fusion.prefix_is_constant or prompts.come_back
         self.ahead = Ahead(self._batches, in_thread=processes.device.type != "cpu")
         self.closing.callback(self.ahead.close)
@@ -265,47 +266,61 @@ class _Run:
                 stop.signal, together = signal.SIGINT, False
             if together and self.processes.count > 1:
                 self._tell_memory()
-            self.save()
-            self._leave_pack(wait=together)
-        if stop.signal is not None:
+            self.save(together=together)
+            self._leave_pack(together=together)
+            # All end alike, though a signal may have reached one of them behind the last step.
+            number = self.processes.largest(stop.signal or 0)[0] if together else stop.signal
+            stop.signal = number or None
+        if number:
             self.track.say(f"stopped at step {progress.step}; go on with --resume")
             raise Interrupted(f"training stopped at step {progress.step}; go on with --resume", stop.code)
         if self.preview_every:
             self.preview()
         facts = {"step": progress.step, "samples": progress.samples, "seconds": progress.seconds}
-        self.track.event(event="end", **facts, graphs=compiled_graphs())
+        self.track.event(event="end", **facts, **self.graphs.facts())
+        self._check_track()
         return self.model
 
     def _walk(self, stop: Stop) -> None:
         """Steps, previews and checkpoints until the run is done or asked to stop."""
         last_checkpoint = last_preview = time.perf_counter()
-        pace = Pace(self.progress.step)
+        pace, due = Pace(self.progress.step), (False, False)
         if not self.progress.step:
             self._try_largest()
-        # All processes stop behind the same step, whichever of them the signal reached.
-        while not self._stopped(stop) and not self.progress.over:
+        while True:
+            # One message a step: all processes stop, draw and write behind the same one, whichever asks for it.
+            asked = stop.signal or 0, *due, self.track.failure is not None
+            number, preview, save, failed = self.processes.largest(*map(int, asked))
+            if failed:
+                self._check_track()
+            if preview:
+                self.preview()
+                last_preview = time.perf_counter()
+            if save:
+                self.save()
+                last_checkpoint = time.perf_counter()
+            if preview or save:
+                due = False, False
+                continue  # these take their time, in which a signal may have come
+            stop.signal = number or stop.signal  # one that came since then is told with the next step
+            if number or self.progress.over:
+                return
             self._one_step()
             now = time.perf_counter()
             if not self.progress.planned:  # the first process's clock says when: all plan behind the same step
                 measured = pace.seconds_per_step(self.progress.step, now, self.progress.planned_by())
                 if (per_step := self.processes.same(measured)) is not None:
                     self._plan(per_step, now)
-            due = [
+            due = (
                 bool(self.preview_every) and now - last_preview >= self.preview_every,
                 now - last_checkpoint >= self.settings.checkpoint_every,
-            ]
-            if self.sharding is not None:  # all draw and write together
-                due = self.processes.largest(*map(int, due))
-            if due[0]:
-                self.preview()
-                last_preview = time.perf_counter()
-            if due[1]:
-                self.save()
-                last_checkpoint = time.perf_counter()
+            )
 
-    def _stopped(self, stop: Stop) -> bool:
-        stop.signal = self.processes.largest(stop.signal or 0)[0] or None
-        return stop.signal is not None
+    def _check_track(self) -> None:
+        """Raise what kept the first process from writing the log, in all."""
+        with self.processes.first_alone():
+            if self.track.failure is not None:
+                raise self.track.failure
 
     def _plan(self, seconds_per_step: float, now: float) -> None:
         progress = self.progress
@@ -325,8 +340,10 @@ class _Run:
             for number, mixture in enumerate(self.mixtures):
                 engine.activation_checkpointing = self.recipe.stages[number].activation_checkpointing
                 batches = self._readable(mixture.largest)
+                # Processes that gather layers exchange messages in between: one that fails is noticed by its end.
+                alike = self.processes.all_or_none() if self.sharding is None else nullcontext()
                 try:
-                    with setup.fitting(number, batches, self.processes.device):
+                    with alike, setup.fitting(number, batches, self.processes.device):
                         for batch in batches:
                             found, zero = self._losses(batch, torch.Generator().manual_seed(0))
                             loss = sum((value for value, _ in found.values()), zero)
@@ -372,6 +389,7 @@ class _Run:
         samples = sum(batch.num_sequences for batch in batches)
         # Counted before anybody is told: whoever listens may end the run here.
         progress.take(sum(weights[name] * value for name, value in losses.items()), samples)
+        self.graphs.take(step, inside)
         self.track.event(
             event="step",
             step=step,
@@ -415,9 +433,7 @@ class _Run:
         except TooManyUnreadable as error:
             if not step:
                 raise self._of_all(str(error)) from error
-            self.saved_step = None  # what the state of this step says may be there without them
             self.save(error.broken)
-            self.processes.meet()  # or a launcher that sees one process end would end the one that writes
             stopped = f"{error}; training stopped behind step {step}, its state is written: go on with --resume"
             raise self._of_all(stopped) from error
 
@@ -436,31 +452,52 @@ class _Run:
 
     def preview(self) -> None:
         """Draw some prompts with the averaged weights by the very same `generate` that users call."""
-        begun = time.perf_counter()
+        begun, first = time.perf_counter(), self.processes.first
         prompts = list(self.settings.preview_prompts or (e.captions[0] for e in self.source.examples[:8]))
-        with self.optimizer.averaged():
-            pictures = self._drawn(prompts)
-        self.preview_seconds = time.perf_counter() - begun
-        if self.processes.first:
-            path = self.out / "previews" / f"step_{self.progress.step:06d}.png"
-            self.track.image(outputs.write_sheet(path, pictures, self.model.image.sizes[0]), self.progress.step)
-            self.track.event(event="preview", step=self.progress.step, path=str(path), prompts=prompts)
+        pictures = [] if self.sharding is None else self._drawn(prompts)
+        with self.processes.first_alone():
+            if first and self.sharding is None:
+                pictures = self._drawn(prompts)
+            self.preview_seconds = time.perf_counter() - begun
+            if first:
+                path = self.out / "previews" / f"step_{self.progress.step:06d}.png"
+                self.track.image(outputs.write_sheet(path, pictures, self.model.image.sizes[0]), self.progress.step)
+                self.track.event(event="preview", step=self.progress.step, path=str(path), prompts=prompts)
 
     def _drawn(self, prompts: list[str]) -> list[PILImage.Image]:
-        if self.sharding is None:
-            return self.model.draw(prompts, seed=0)
-        with self.model.using(replace(self.engine, compiled=False)):
-            return self.sharding.passes(lambda: self.model.draw(prompts, seed=0))
+        with self.optimizer.averaged():
+            if self.sharding is None:
+                return self.model.draw(prompts, seed=0)
+            with self.model.using(replace(self.engine, compiled=False)):
+                return self.sharding.passes(lambda: self.model.draw(prompts, seed=0))
 
-    def save(self, broken: dict[int, str] | None = None) -> None:
+    def save(self, broken: dict[int, str] | None = None, *, together: bool = True) -> None:
         """The state that `resume` needs; it appears whole or not at all, and the old one stays until then.
 
         Args:
             broken: examples that cannot be read and are not left out: a resumed run keeps their places, and tries them again.
+                A state of this step is written anew, for what it says may be there without them.
+            together: whether all processes call it; else this one alone does, with whole weights.
+
+        Raises:
+            XFusionError: it cannot be written; the same in all processes.
         """
-        if self.saved_step == self.progress.step or (self.sharding is None and not self.processes.first):
+        if self.saved_step == self.progress.step and broken is None:
             return
-        plan = {
+        folder, keep, behind = self.out / "state", self.settings.keep, self.saved_step
+        with self.processes.first_alone() if together else nullcontext():
+            if self.processes.first:
+                self.track.to_disk()
+                if self.sharding is None:
+                    states.write(folder, self.optimizer.state_dict(), self._plan_of_state(broken), keep, behind)
+        if self.sharding is not None:
+            plan = self._plan_of_state(broken)
+            states.write_divided(folder, self.optimizer.state_dict(), plan, keep, self.processes, behind)
+        self.saved_step = self.progress.step
+
+    def _plan_of_state(self, broken: dict[int, str] | None) -> dict[str, Any]:
+        """What a state says of its run."""
+        return {
             "recipe": checkpoint.to_json(self.recipe),
             "base_fingerprint": self.model.backbone.fingerprint,
             **self.progress.state_dict(),
@@ -470,13 +507,6 @@ class _Run:
             "left_out": self.left_out.state_dict(),
             "broken": self.left_out.by_id(broken or {}),
         }
-        self.track.to_disk()
-        folder, tensors, keep = self.out / "state", self.optimizer.state_dict(), self.settings.keep
-        if self.sharding is None:
-            states.write(folder, tensors, plan, keep)
-        else:
-            states.write_divided(folder, tensors, plan, keep, self.processes)
-        self.saved_step = self.progress.step
 
     @cached_property
     def _examples(self) -> list[Any]:
@@ -487,19 +517,19 @@ class _Run:
         divided = self.sharding is not None
         plan, tensors = resuming.read(self.out / "state", self.optimizer, self.processes, divided=divided)
         fingerprint = self.model.backbone.fingerprint
-        resuming.check(plan, self.out, self.recipe, fingerprint, self.source.spec, self._examples)
+        with self.processes.first_alone():
+            resuming.check(plan, self.out, self.recipe, fingerprint, self.source.spec, self._examples)
         self.progress.load_state_dict(plan)
         self.left_out.load_state_dict(plan.get("left_out", {}))
         self.optimizer.load_state_dict(tensors)
         self.saved_step = self.progress.step
 
-    def _leave_pack(self, *, wait: bool) -> None:
+    def _leave_pack(self, *, together: bool) -> None:
         if self.recipe.stages[-1].ema > 0:
             self.optimizer.use_average()  # the model that is returned and saved holds the averaged weights
         facts = outputs.pack_facts(self.recipe, self.progress, self.source, self.data_licence)
-        self.model = outputs.write_pack(self.out / "pack", self.model, facts, self.sharding, self.processes, wait=wait)
-        if self.sharding is not None and not self.processes.first:
-            self.preview_every = 0.0
+        pack = self.out / "pack"
+        self.model = outputs.write_pack(pack, self.model, facts, self.sharding, self.processes, together=together)
         self.sharding = None
 
     def _tell_memory(self) -> None:

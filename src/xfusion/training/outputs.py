@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,13 @@ def pack_facts(recipe: Recipe, progress: Progress, source: Source, data_licence:
 
 
 def write_pack(
-    folder: Path, model: Model, facts: dict[str, Any], sharding: Sharding | None, processes: Processes, *, wait: bool
+    folder: Path,
+    model: Model,
+    facts: dict[str, Any],
+    sharding: Sharding | None,
+    processes: Processes,
+    *,
+    together: bool,
 ) -> Model:
     """Write the pack; the other processes wait for it, unless they may have been stopped elsewhere.
 
@@ -55,23 +62,25 @@ def write_pack(
         model: what was trained.
         facts: as `pack_facts`.
         sharding: how its weights are divided, if they are.
-        processes: all of which call it, where weights are divided or they ``wait``.
-        wait: until it is written.
+        processes: of the run.
+        together: whether all of them call it, as they have to where weights are divided.
 
     Returns:
         the model, with all its weights in every process.
+
+    Raises:
+        XFusionError: it cannot be written; the same in all processes.
     """
     first = processes.first
     if sharding is None:
-        if first:
-            checkpoint.save(model, folder, **facts)
-        if wait:
-            processes.meet()
+        with processes.first_alone() if together else nullcontext():
+            if first:
+                checkpoint.save(model, folder, **facts)
         return model
     from xfusion.training.sharding import whole_state
 
     weights = whole_state(model, keep=first)
-    if first:
-        checkpoint.save(model, folder, weights=weights, **facts)
-    processes.meet()
+    with processes.first_alone():
+        if first:
+            checkpoint.save(model, folder, weights=weights, **facts)
     return checkpoint.load(folder, backbone=model.backbone, trust=True)

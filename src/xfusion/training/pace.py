@@ -1,6 +1,8 @@
-"""How fast a run is, as soon as that can be known: what a wall-clock budget plans its steps by."""
+"""How fast a run is, as soon as that can be known, what a wall-clock budget plans its steps by; and what compiles later."""
 
 from __future__ import annotations
+
+from xfusion.model import compiled_graphs
 
 WARM_STEPS = 10
 """Steps that a wall-clock budget does not measure: compiling and first encodings happen there."""
@@ -43,3 +45,33 @@ class Pace:
         self.before = found
         steady = before is not None and found > STEADY * before
         return found if steady or now + MEASURED_STEPS * found > until else None
+
+
+class Graphs:
+    """Graphs that a run compiles, and which of them came late, behind the warm-up: each holds up the step that asks for it.
+
+    A step that is wider than nine tenths of those that were looked at (`xfusion.data.mixture.Mixture.widths`) may make some.
+
+    Args:
+        step: at which the run begins, or goes on: a process that goes on compiles anew.
+    """
+
+    def __init__(self, step: int):
+        self.begun, self.first = step, compiled_graphs()
+        self.before, self.late = self.first, 0
+
+    def take(self, step: int, inside: int) -> None:
+        """A step is done.
+
+        Args:
+            step: which.
+            inside: its number within its stage, which warms up for itself.
+        """
+        found = compiled_graphs()
+        if min(step - self.begun, inside) >= WARM_STEPS:
+            self.late += found - self.before
+        self.before = found
+
+    def facts(self) -> dict[str, int]:
+        """Graphs in all and behind the warm-up, for the log."""
+        return {"graphs": self.before - self.first, "graphs_behind_warm_up": self.late}

@@ -107,6 +107,23 @@ class Processes:
             self._raise_first([self.same(None)])
             yield
 
+    @contextmanager
+    def all_or_none(self) -> Iterator[None]:
+        """A block, without messages between them, that fails in all processes where it fails in one.
+
+        Raises:
+            XFusionError: it failed here, or in another process, which tells why.
+        """
+        failed: XFusionError | None = None
+        try:
+            yield
+        except XFusionError as error:
+            failed = error
+        told = self.gather(None if failed is None else str(failed))
+        if failed is not None and all(said is None for said in told[: self.rank]):
+            raise failed
+        self._raise_first(told)
+
     @staticmethod
     @contextmanager
     def _telling(tell: Callable[[str | None], Any]) -> Iterator[None]:
@@ -148,11 +165,6 @@ class Processes:
                 f"process {self.rank} of {self.count} lost another at step {step()}, which died or was killed"
                 f" ({first_line(error)}): start the same command again with --resume"
             ) from error
-
-    def meet(self) -> None:
-        """Wait until all are here."""
-        if self.count > 1:
-            dist.barrier()
 
     def same(self, value: T) -> T:
         """The first process's value."""

@@ -28,10 +28,16 @@ def read(
         optimizer: whose tensors these will be.
         processes: of the run.
         divided: whether they divide weights.
+
+    Raises:
+        XFusionError: none is intact, or a process cannot read it; the same in all.
     """
     if not divided:
-        return states.newest(folder)
-    state, plan = processes.same(states.newest_intact(folder) if processes.first else (Path(), {}))
+        with processes.all_or_none():
+            return states.newest(folder)
+    with processes.first_alone():
+        newest = states.newest_intact(folder) if processes.first else (Path(), {})
+    state, plan = processes.same(newest)
     tensors = optimizer.state_like(states.entries(state))
     states.fill(state, tensors)
     return plan, tensors

@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from xfusion import checkpoint
 from xfusion.backbone import Backbone
 from xfusion.data.mixture import Mixture
 from xfusion.data.sequence import Batch, XFusionError
 from xfusion.data.sources import Source, open_source
-from xfusion.model import Engine, Model, build
+from xfusion.model import Model, build
 from xfusion.storage import named_in_errors
 from xfusion.text_states import TEXT_STATES_BYTES
 from xfusion.training import states
@@ -25,30 +26,54 @@ from xfusion.training.settings import Settings
 from xfusion.training.stages import Stage
 from xfusion.training.unreadable import LeftOut
 
+LOCK = "run.lock"
+"""File in a run's folder that the run holds as long as it goes on; it stays behind, and means nothing then."""
 TEXT_ROOM = 4
 """Times `TEXT_STATES_BYTES` that the states of all prompts may take and still be kept for when they come back."""
 
 
-def take_folder(out: Path, *, resume: bool) -> None:
-    """Refuse a folder that holds a run, or none to resume, and one that cannot be written to: now, not when the base is
-    loaded and the first step done. What a killed run had half written is removed.
+@contextmanager
+def taken_folder(out: Path, *, resume: bool) -> Iterator[None]:
+    """A block that has a run's folder for itself, against other processes; the system frees what a dead one held.
+
+    Refused now, and not when the base is loaded and the first step done: a folder that another run is writing, that holds a
+    run, or none to resume, or that cannot be written to. What a killed run had half written is removed. A folder that is
+    made here and stays empty, because the run was refused, goes again.
+
+    Raises:
+        XFusionError: it is refused.
     """
-    found = states.found(out / "state")
-    if resume and not found:
-        raise XFusionError(f"{out} holds no run to resume (nothing in state/); leave --resume out to start one")
-    if not resume and found:
-        raise XFusionError(f"{out} already holds a run: pass --resume to go on, or name another folder")
+    made, nothing = (
+        not out.exists(),
+        f"{out} holds no run to resume (nothing in state/); leave --resume out to start one",
+    )
+    if resume and not (out / "state").is_dir():  # perhaps the folder of something else: nothing is written into it
+        raise XFusionError(nothing)
     with named_in_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
-    checkpoint.refuse_other_files(out / "pack")  # or the pack would be refused when all is learned
-    states.remove_rests(out)
-
-
-def leave_no_empty(folder: Path) -> None:
-    """Remove the folder that `take_folder` made for a run that was then refused: it holds nothing."""
-    with suppress(OSError):
-        folder.rmdir()
+        lock = FileLock(out / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise XFusionError(
+                f"{out} is being written by another run ({LOCK} is held): wait for its end, stop it, or name another folder"
+            ) from None
+    try:
+        states.remove_rests(out)
+        found = states.found(out / "state")
+        if resume and not found:
+            raise XFusionError(nothing)
+        if not resume and found:
+            raise XFusionError(f"{out} already holds a run: pass --resume to go on, or name another folder")
+        checkpoint.refuse_other_files(out / "pack")  # or the pack would be refused when all is learned
+        yield
+    finally:
+        with suppress(OSError):
+            if made and [path.name for path in out.iterdir()] == [LOCK]:
+                (out / LOCK).unlink()
+                out.rmdir()
+        lock.release()
 
 
 def open_model(settings: Settings, backbone: Backbone) -> Model:
@@ -158,14 +183,14 @@ class Prompts:
     num_bytes: int
 
     @classmethod
-    def of(cls, source: Source, model: Model, engine: Engine) -> Prompts:
-        """Estimated from some two hundred examples."""
+    def of(cls, source: Source, model: Model, dtype: torch.dtype) -> Prompts:
+        """Estimated from some two hundred examples, in the precision of training."""
         examples = source.examples
         some = [examples[i] for i in range(0, len(examples), max(1, len(examples) // 200))]
         words = [caption for example in some for caption in example.captions]
         tokens = sum(len(model.backbone.encode(caption)) for caption in words) / max(1, len(words))
         number = len(examples) * len(words) // max(1, len(some))
-        return cls(number, model.text_bytes(tokens, engine.dtype) * number)
+        return cls(number, model.text_bytes(tokens, dtype) * number)
 
     @property
     def come_back(self) -> bool:
@@ -173,3 +198,10 @@ class Prompts:
         again, and each had been computed by itself. It depends on data and settings alone, so that a resumed run does the same.
         """
         return self.num_bytes <= TEXT_ROOM * TEXT_STATES_BYTES
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of states that a run keeps once it has seen all texts; the same texts in other words come on top, up to
+        `TEXT_STATES_BYTES`.
+        """
+        return min(self.num_bytes, TEXT_STATES_BYTES) if self.come_back else 0

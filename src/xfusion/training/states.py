@@ -12,8 +12,8 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,40 +35,57 @@ logger = logging.getLogger(__name__)
 
 def found(folder: Path) -> list[Path]:
     """A run's states, the newest first, intact or not; none where there is no such folder."""
+    storage.put_all_back(folder, "step_*")
     states = sorted((path for path in folder.glob("step_*") if path.is_dir()), reverse=True)
     # Before states were numbered there was one, in the folder itself.
     return states + ([folder] if (folder / PLAN).is_file() else [])
 
 
-def write(folder: Path, tensors: dict[str, Tensor], plan: dict[str, Any], keep: int) -> Path:
+def write(folder: Path, tensors: dict[str, Tensor], plan: dict[str, Any], keep: int, behind: int | None = None) -> Path:
     """Write the state of ``plan["step"]``, then remove all but the newest ``keep`` and the best.
+
+    Args:
+        folder: of the states.
+        tensors: by name.
+        plan: what the state says of its run.
+        keep: how many of the newest stay.
+        behind: step of the state that the run wrote last or went on from, None where there is none. What is further was left
+            out when the run went on, being damaged: it counts for nothing, and goes.
 
     Raises:
         XFusionError: it cannot be written; the states that were there stay.
     """
-    target = folder / f"step_{plan['step']:08d}"
+    target = folder / _name(plan["step"])
     with storage.whole_folder(target) as state:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(state / STATE))
         _seal(state, plan | {"state_sha256": storage.file_hash(state / STATE)})
-    _drop(folder, keep)
+    _drop(folder, keep, target, behind)
     return target
 
 
 def write_divided(
-    folder: Path, tensors: dict[str, Tensor], plan: dict[str, Any], keep: int, processes: Processes
+    folder: Path,
+    tensors: dict[str, Tensor],
+    plan: dict[str, Any],
+    keep: int,
+    processes: Processes,
+    behind: int | None = None,
 ) -> Path:
     """`write`, together with all processes: each writes its shares, the first makes the folder and gives it its name.
 
     Raises:
-        XFusionError: it cannot be written; the states that were there stay.
+        XFusionError: one of them cannot write; the states that were there stay.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    target = folder / f"step_{plan['step']:08d}"
-    with _with_first(storage.whole_folder(target), processes) as state:
-        with storage.named_in_errors(target):
+    target = folder / _name(plan["step"])
+    with ExitStack() as closing, storage.named_in_errors(target):
+        with processes.first_alone():
+            made = closing.enter_context(storage.whole_folder(target)) if processes.first else target
+        state = processes.same(made)
+        with processes.all_or_none():
             try:
                 save(tensors, storage_writer=HuggingFaceStorageWriter(str(state), save_distributed=True))
             except CheckpointException as error:  # of any process, told to all
@@ -76,47 +93,49 @@ def write_divided(
                 raise XFusionError(
                     f"{target} cannot be written: {reason}; make room, or name another folder"
                 ) from error
+        with processes.all_or_none(), storage.named_in_errors(target):
             own = {file.name: storage.file_hash(file) for file in state.glob(f"shard-{processes.rank + 1:05d}-*")}
         hashes = {name: found for part in processes.gather(own) for name, found in part.items()}
-        if processes.first:
-            _seal(state, plan | {PARTS: hashes})
-    if processes.first:
-        _drop(folder, keep)
+        with processes.first_alone():
+            if processes.first:
+                with storage.named_in_errors(target):
+                    _seal(state, plan | {PARTS: hashes})
+                closing.close()
+                _drop(folder, keep, target, behind)
     return target
 
 
-@contextmanager
-def _with_first(folder: Any, processes: Processes) -> Iterator[Path]:
-    """A folder of the first process's, which all fill."""
-    if not processes.first:
-        yield processes.same(Path())
-        processes.meet()
-        return
-    with folder as path:
-        processes.same(path)
-        yield path
-        processes.meet()
+def _name(step: int) -> str:
+    """Of a state's folder; names are ordered as steps are."""
+    return f"step_{step:08d}"
 
 
 def _seal(state: Path, plan: dict[str, Any]) -> None:
     (state / PLAN).write_text(json.dumps(storage.sealed(plan), indent=2) + "\n", encoding="utf-8")
 
 
-def _drop(folder: Path, keep: int) -> None:
-    """Remove all states but the newest ``keep`` and the best."""
-    kept = {*found(folder)[:keep], best(folder)}
-    for state in found(folder):
-        if state == folder:
-            (state / STATE).unlink(missing_ok=True)
-            (state / PLAN).unlink()
-        elif state not in kept:  # without its name first, or a kill in between would leave half of a state under it
-            shutil.rmtree(state.rename(folder / f".{state.name}-old"), ignore_errors=True)
+def _drop(folder: Path, keep: int, written: Path, behind: int | None) -> None:
+    """Remove all states but the newest ``keep`` and the best; what is further than ``behind`` and not just written goes."""
+    last = written.name if behind is None else _name(behind)
+    counted = [state for state in found(folder) if state in (written, folder) or state.name <= last]
+    kept = {*counted[:keep], _best(counted)}
+    with storage.named_in_errors(folder):
+        for state in found(folder):
+            if state == folder:
+                (state / STATE).unlink(missing_ok=True)
+                (state / PLAN).unlink()
+            elif state not in kept:  # without its name first, or a kill in between would leave half of a state under it
+                shutil.rmtree(state.rename(folder / f".{state.name}-dropped"), ignore_errors=True)
 
 
 def best(folder: Path) -> Path | None:
     """The state with the lowest loss among those of the furthest stage: losses of two stages have no common measure."""
+    return _best(found(folder))
+
+
+def _best(states: list[Path]) -> Path | None:
     ranked = []
-    for state in found(folder):
+    for state in states:
         try:
             plan = read_plan(state)
         except XFusionError:
@@ -255,6 +274,6 @@ def newest_plan(folder: Path) -> dict[str, Any]:
 
 
 def remove_rests(run: Path) -> None:
-    """Remove what a killed run had half written: folders that never got their name."""
-    for rest in (*run.glob("state/.step_*-*"), *run.glob(".pack-*")):
-        shutil.rmtree(rest, ignore_errors=True)
+    """Remove what a killed run had half written; a state or pack that it was replacing in that moment is there again."""
+    storage.remove_rests(run / "state", "step_*")
+    storage.remove_rests(run, "pack")

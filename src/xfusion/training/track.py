@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from xfusion.data.sequence import XFusionError
 from xfusion.storage import named_in_errors, whole_file
 
 Event = dict[str, Any]
@@ -27,10 +28,20 @@ class Track:
         console: where people read; None is silent.
         listener: called with every event.
         resume_at: steps of the log that stay; later lines belong to a run that was cut off.
+        left_out: ids of the examples that a resumed run leaves out from its start.
     """
 
-    def __init__(self, folder: Path | None, console: Console | None, listener: Listener | None, resume_at: int):
+    def __init__(
+        self,
+        folder: Path | None,
+        console: Console | None,
+        listener: Listener | None,
+        resume_at: int,
+        left_out: Container[str] = (),
+    ):
         self.console, self.listener = console, listener
+        self.failure: XFusionError | None = None
+        """What kept an event from being written, the first time; whoever tells events looks for it, and stops the run."""
         self.board: Any = None
         self.bar: Progress | None = None
         self.task: Any = None
@@ -40,7 +51,7 @@ class Track:
         self.path = folder / "log.jsonl"
         with named_in_errors(self.path):
             folder.mkdir(parents=True, exist_ok=True)
-            self.file = self._open(resume_at)
+            self.file = self._open(resume_at, left_out)
         try:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -49,12 +60,13 @@ class Track:
         except ImportError:
             self.say("TensorBoard is not installed: curves go to log.jsonl only (pip install 'xfusion[train]')")
 
-    def _open(self, resume_at: int) -> TextIO:
+    def _open(self, resume_at: int, left_out: Container[str]) -> TextIO:
         """The log, without what a run that was cut off had told of steps that will be taken again."""
         lines = self.path.read_text(encoding="utf-8").splitlines() if resume_at and self.path.exists() else []
         # Under another name first: a run that is killed here shall find the whole log when it goes on.
         with whole_file(self.path) as rewritten:
-            rewritten.write_text("".join(f"{line}\n" for line in lines if _step_of(line) < resume_at), encoding="utf-8")
+            kept = (line for line in lines if _stays(line, resume_at, left_out))
+            rewritten.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         return self.path.open("a", encoding="utf-8", buffering=1)
 
     def to_disk(self) -> None:
@@ -70,13 +82,16 @@ class Track:
                 self.console.print(line, highlight=False, markup=False)
 
     def event(self, **event: Any) -> None:
-        """Write an event down and pass it on."""
-        if self.file:
-            with named_in_errors(self.path):
-                if event["event"] != "preview":
-                    self.file.write(json.dumps(event) + "\n")
-                if event["event"] == "step":
-                    self._step(event)
+        """Write an event down, unless that has failed before, and pass it on."""
+        if self.file and self.failure is None:
+            try:
+                with named_in_errors(self.path):
+                    if event["event"] != "preview":
+                        self.file.write(json.dumps(event) + "\n")
+                    if event["event"] == "step":
+                        self._step(event)
+            except XFusionError as error:  # not raised: the other processes would not know
+                self.failure = error
         if self.listener:
             self.listener(event)
 
@@ -131,9 +146,14 @@ class Track:
                 self.file.close()
 
 
-def _step_of(line: str) -> float:
-    """The step that a line of a log tells of; none, so an endless one, where the line was cut off."""
+def _stays(line: str, resume_at: int, left_out: Container[str]) -> bool:
+    """Whether a line tells of what a state of this step holds: steps before it, what was planned behind the last of them, and
+    what is left out. A line that was cut off tells of nothing.
+    """
     try:
-        return json.loads(line).get("step", 0)
+        event = json.loads(line)
+        kind, step = event.get("event"), event.get("step", 0)
     except (ValueError, AttributeError):
-        return float("inf")
+        return False
+    at = kind == "plan" or (kind == "left_out" and event.get("example") in left_out)
+    return step < resume_at or (at and step == resume_at)

@@ -195,6 +195,13 @@ class Step:
         for _ in range(PERIOD):
             self()
 
+    def unseen(self, steps: int) -> None:
+        """Steps of batches that were not read before: other examples in other words, as the steps of a run are."""
+        self.period, before = None, self.period
+        for _ in range(steps):
+            self()
+        self.period = before
+
 
 # --------------------------------------------------------------------------------------------------- matrix products
 

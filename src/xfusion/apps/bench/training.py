@@ -2,7 +2,8 @@
 
 ``share_of_shape_peak``: time of the step's own matrix products alone (forward and backward, same shapes, precision and
 threads) over the time of the step. ``share_of_peak``: FLOPs that the step executes per second over those of a 4096-cubed
-product. Cold start is the first step with nothing compiled, and with what an earlier process left on disk.
+product. Cold start is the first step with nothing compiled, and with what an earlier process left on disk. Timed steps repeat
+the batches of the warm-up, so that no graph is new in them; ``graphs_in_unseen_steps`` counts those of batches that were not.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import torch
 from torch._inductor.utils import fresh_cache
 
 from xfusion.apps.bench.base import Bench, Step, alone, no_new_graphs, products
+
+UNSEEN = 16
+"""Steps in which new graphs are counted."""
 
 
 def measure(bench: Bench) -> dict[str, Any]:
@@ -32,6 +36,9 @@ def _tower(bench: Bench, *, full: bool) -> dict[str, Any]:
         with no_new_graphs() as graphs:
             seconds = bench.in_turn({f"{kind} step": step, "its products": alone(executed), "a large product": square})
             found[kind]["graphs_after_warm_up"] = graphs()
+        with no_new_graphs() as graphs:
+            step.unseen(UNSEEN)
+            found[kind]["graphs_in_unseen_steps"] = graphs()
         taken, matrices, large = seconds.values()
         done = sum(product.flops for product in executed)
         found[kind] |= {

@@ -17,6 +17,7 @@ from xfusion.apps.commands.base import Answer, UsageError, Verb, load_model, pac
 if TYPE_CHECKING:
     import torch
 
+    from xfusion.data.sources import Source
     from xfusion.model import Model
     from xfusion.training.stages import Recipe, Stage
 
@@ -47,7 +48,7 @@ class Show(Verb):
             recipe = find(self.name)()
             model = build(recipe.model)
             data = {"name": self.name, "kind": "recipe"} | describe(model)
-            data["memory"] |= activations(model, recipe.stages[-1])
+            data["memory"] = training_memory(model, built_in(recipe)) | activations(model, recipe.stages[-1])
             data["licences"]["data"] = data_licence(recipe)
             data["training"] = {"data": recipe.data, "steps": [stage.steps for stage in recipe.stages]}
         elif Path(folder).expanduser().is_dir() or folder in checkpoint.shipped() or folder.count("/") == 1:
@@ -148,9 +149,17 @@ def _parts(model: Model) -> dict[str, int]:
     return counts
 
 
-def training_memory(model: Model) -> dict[str, int | str]:
-    """Bytes of weights and optimiser in training; activations come on top and grow with the samples per step."""
+def training_memory(model: Model, source: Source | None = None) -> dict[str, Any]:
+    """Bytes of weights, optimiser and kept states of prompts in training; activations come on top and grow with the samples
+    per step.
+
+    Args:
+        model: what is trained.
+        source: on what; None knows of no texts, so that ``text_states`` is the most that may be kept, and not in ``total``.
+    """
+    from xfusion.text_states import TEXT_STATES_BYTES
     from xfusion.training.precision import choose_compute_dtype
+    from xfusion.training.setup import Prompts
 
     base = model.backbone.model
     dtype, reason = choose_compute_dtype(model.backbone.device)
@@ -158,6 +167,9 @@ def training_memory(model: Model) -> dict[str, int | str]:
     # In the base's own precision training computes with its very weights (`Backbone.working_copy`).
     copy = 0 if dtype == model.backbone.dtype else model.backbone.num_parameters * dtype.itemsize
     new = model.num_new_parameters * 4
+    texts = 0
+    if model.fusion.prefix_is_constant and "draw" in model.capabilities:  # else no text is looked up
+        texts = TEXT_STATES_BYTES if source is None else Prompts.of(source, model, dtype).kept_bytes
     return {
         "base": frozen,
         "base_copy_for_training": copy,
@@ -165,9 +177,18 @@ def training_memory(model: Model) -> dict[str, int | str]:
         "gradients": new,
         "optimizer": 2 * new,
         "average": new,
-        "total": frozen + copy + 5 * new,
+        "text_states": texts,
+        "texts_known": source is not None,
+        "total": frozen + copy + 5 * new + (0 if source is None else texts),
         "precision": reason,
     }
+
+
+def built_in(recipe: Recipe) -> Source | None:
+    """A recipe's data where they come with the package; others are not opened to be shown."""
+    from xfusion.data.sources import open_source
+
+    return open_source(recipe.data) if recipe.data.partition(":")[0] == "emoji" else None
 
 
 def activations(model: Model, stage: Stage, dtype: torch.dtype | None = None) -> dict[str, Any]:
@@ -194,6 +215,13 @@ def _activations(memory: dict[str, Any]) -> str:
     return (
         f"activations {kept}, with activation checkpointing {again} (predicted, uncompiled, at {memory['samples_per_step']}"
         " samples a step)"
+    )
+
+
+def _text_states(memory: dict[str, Any]) -> str:
+    held = size_text(memory["text_states"])
+    return (
+        f"{held} states of prompts, kept" if memory["texts_known"] else f"besides up to {held} states of prompts, kept"
     )
 
 
@@ -230,6 +258,7 @@ def _text(data: dict[str, Any]) -> str:
             (f"{size_text(copy)} copy of it, " if (copy := memory["base_copy_for_training"]) else "")
             + f"{size_text(5 * memory['new_weights'])} new weights, gradients, optimiser and average",
         ),
+        *([("", _text_states(memory))] if memory["text_states"] else []),
         ("", _activations(memory)),
         ("", f"compute {memory['precision']}"),
         ("licences", "; ".join(f"{part}: {licence}" for part, licence in data["licences"].items())),

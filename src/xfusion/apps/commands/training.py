@@ -104,6 +104,7 @@ class Train(Verb):
             ("pack", f"{pack} ({size_text((pack / 'model.safetensors').stat().st_size)})"),
             ("steps", f"{data['steps']} with {data['samples']} samples in {data['seconds'] / 60:.1f} minutes"),
             ("losses", ", ".join(f"{k} {v:.4f}" for k, v in data["losses"].items()) or "no step was left to take"),
+            *([("graphs", _graphs(data))] if data["graphs"] else []),
             ("try", _first_use(model, pack, self.recipe)),
         ]
         return Answer(data=data, text=table(rows))
@@ -202,6 +203,13 @@ def _first_use(model: Model, pack: Path, recipe: str) -> str:
     return f"{found_by}{use}{trust}"
 
 
+def _graphs(data: dict[str, Any]) -> str:
+    """How often a run compiled, and how often when it should be done with that."""
+    from xfusion.training.pace import WARM_STEPS
+
+    return f"{data['graphs']} compiled, {data['graphs_behind_warm_up']} of them behind the first {WARM_STEPS} steps"
+
+
 class _Ends:
     """Listens for what the answer says about a run."""
 
@@ -226,4 +234,6 @@ class _Ends:
             "seconds": round(self.end["seconds"], 2),
             "losses": self.step.get("losses", {}),
             "samples_per_second": round(rates[len(rates) // 2], 2) if rates else None,
+            "graphs": self.end["graphs"],
+            "graphs_behind_warm_up": self.end["graphs_behind_warm_up"],
         }
