@@ -82,7 +82,8 @@ class Server(uvicorn.Server):
         """
         now, before, idle = time.monotonic(), self._silent, list[tuple[float, Any]]()
         self._silent = {}
-        for connection in list(self.server_state.connections):
+        connections: list[Any] = list(self.server_state.connections)
+        for connection in connections:
             transport = getattr(connection, "transport", None)
             if transport is None or not hasattr(connection, "cycle"):  # no HTTP
                 continue
@@ -126,6 +127,7 @@ class Server(uvicorn.Server):
         asyncio.get_running_loop().call_later(SENDING, self._cut)
 
     def _cut(self) -> None:
-        for connection in list(self.server_state.connections):
+        connections: list[Any] = list(self.server_state.connections)
+        for connection in connections:
             if (transport := getattr(connection, "transport", None)) is not None:
                 transport.abort()
