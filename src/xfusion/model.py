@@ -129,7 +129,7 @@ class Model(nn.Module):
     """Record of the pack that the weights were loaded from or saved in (`xfusion.checkpoint.Record`)."""
 
     def __init__(self, config: ModelConfig, backbone: Backbone | None = None, *, fresh: bool = True):
-        """``fresh`` loads the weights that new modules start from (`Fusion.begin`); a pack supplies all of them itself."""
+        """``fresh`` loads the weights that new modules start from (`Fusion.begin`); a pack supplies all of them."""
         super().__init__()
         self.config = config
         self.__dict__["backbone"] = backbone or Backbone.load(config.backbone.source, revision=config.backbone.revision)
@@ -238,7 +238,8 @@ class Model(nn.Module):
         return self.media_objective.guidance
 
     def set_objectives(self, text: NextToken.Config, media: Objective.Config) -> None:
-        """Train and sample with these from now on. Weights stay; a new objective takes over its predecessor's if they match.
+        """Train and sample with these from now on. The model's weights stay; a new objective takes over its predecessor's
+        weights if their names and shapes match.
 
         Raises:
             XFusionError: an objective cannot be trained on this modality.
@@ -307,7 +308,7 @@ class Model(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where passes are computed."""
+        """The device that passes run on."""
         return self._engine.backbone.device
 
     @property
@@ -374,7 +375,7 @@ class Model(nn.Module):
     def training_engine(
         self, dtype: torch.dtype, reason: str, attention: str, compiled: bool, divided: Backbone | None = None
     ) -> Engine:
-        """The frozen weights cast once to the compute dtype; or a copy (``divided``) whose weights are sharded across processes.
+        """The frozen weights cast once to the compute dtype, or a copy sharded across processes (``divided``).
 
         With a sharded copy text states are not looked up: processes see different texts, yet gather layers together.
         """
@@ -419,7 +420,7 @@ class Model(nn.Module):
 
     @staticmethod
     def _behind(run: Pass, x: Tensor, last: bool) -> Tensor:
-        """What a layer returns to the decoder: states live in the pass; after the last layer the decoder norms those needed."""
+        """What a layer returns to the decoder: states live in the pass; after the last layer the decoder norms those read."""
         if not last:
             return x
         return torch.cat(list(run.states.values()), dim=1) if run.final else x[:, :0]
@@ -586,7 +587,7 @@ class Model(nn.Module):
     # -- frozen text states
 
     def text_states(self, ids: tuple[int, ...]) -> Tensor:
-        """Hidden states ``[layers, n, D]`` of a text at the inputs of the layers the fusion reads, from the frozen tower alone."""
+        """Input states ``[layers, n, D]`` of a text at the layers that the fusion reads, from the frozen tower alone."""
         engine, layers = self._engine, self.fusion.state_layers
         return engine.text_states.of(ids, lambda: at_layers(engine.backbone, layers, ids))
 
@@ -605,7 +606,7 @@ class Model(nn.Module):
         return dict(zip(layers, self._looked_up(batch, self.text_states, len(layers)).unbind(1), strict=True))
 
     def _looked_up(self, batch: Batch, states: Callable[[tuple[int, ...]], Tensor], layers: int) -> Tensor:
-        """States ``[layers, n, D]`` of each text of a batch, placed at its positions: ``[B, layers, n, D]``, zeros at padding."""
+        """States ``[layers, n, D]`` of each text of a batch, at its positions: ``[B, layers, n, D]``, zeros at padding."""
         shape = (batch.text.order.shape[0], layers, batch.text.count, self.backbone.hidden_size)
         return placed(batch, states, torch.zeros(shape, dtype=self._engine.dtype, device=self.device))
 
