@@ -162,7 +162,7 @@ def block_mask(query: Rows, key: Rows, window: int | None = None) -> Any:
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Number of key blocks for each query block, ``[B, 1, rows]``, and their indices, listed first: ``[B, 1, rows, columns]``."""
+    """Number of key blocks per query block, ``[B, 1, rows]``, and their indices, put first, ``[B, 1, rows, columns]``."""
     blocks = blocks[:, None].to(torch.int32)
     return blocks.sum(-1, dtype=torch.int32), blocks.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
 
@@ -333,7 +333,7 @@ class Projected(nn.Module):
 
 
 class Delta(nn.Module):
-    """A new module that modifies the output of a frozen one; `assembled` binds the two without owning the frozen one."""
+    """A new module that modifies what a frozen one computes; `assembled` binds the two without owning the frozen one."""
 
     def forward(self, frozen: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The replacement for ``frozen(*args, **kwargs)``."""
