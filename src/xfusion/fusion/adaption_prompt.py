@@ -136,11 +136,11 @@ class AdaptionPrompt(Outside):
         connector: Resampler.Config | None = Resampler.Config(latents=1, depth=1)
         """Connector from a picture's tokens to rows: one for all rows of a prompt, or as many as a prompt has."""
         picture: Literal["added", "early"] = "added"
-        """Whether the picture is added to every layer's learned prompt (added) or is the prompt of the first layers (early)."""
+        """Whether the picture is added to every layer's learned prompt, or is itself the prompt of the first layers."""
         early: int = 1
         """Number of first layers whose prompt is the picture, with ``picture="early"``."""
         gate: float = 0.0
-        """Initial value of the gates, before tanh. The papers' 0 closes them; they open by about one learning rate per step."""
+        """Initial value of the gates, before tanh. The papers' 0 closes them; they open by about a learning rate per step."""
         affine: bool = False
         """Whether matrices get a trainable scale and bias, and norms are trained."""
 

@@ -42,7 +42,7 @@ class Attention(nn.Module):
         return k, v
 
     def forward(self, x: Tensor, kv: KeysValues, reads: Tensor) -> Tensor:
-        """Rows ``[B, n, W]``, keys and values, attention mask, bool ``[B, n, k]``; the output is 0 for a row that reads nothing."""
+        """Rows ``[B, n, W]``, keys and values, bool mask ``[B, n, k]``; the output is 0 for a row that reads nothing."""
         sees = reads.any(-1, keepdim=True)
         q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k, v = (t.to(q.dtype) for t in kv)

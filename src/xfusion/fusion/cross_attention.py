@@ -8,7 +8,7 @@ for text tokens x that read media rows m. The published code zeroes the attentio
 mode that attends to all earlier media), yet its gated MLP acts on all text: training changes text-only output. Here both act
 only on text that sees a medium, as in Mllama; ``text_only="mlp"`` is the published form. What a token sees is determined
 from the order tables, so tokens generated after an earlier picture see that picture, whereas the published code assumes that
-every new token follows the last one.
+every new token follows the last picture.
 
 =====================  ==================  ===================  ======================  ============
 system                 norms               heads                MLP                     placed at
