@@ -1,4 +1,4 @@
-"""Media tokens at the input of the frozen decoder, as if they were words (features: LLaVA, BLIP-2, Qwen-VL; codes: TEAL).
+"""Media tokens at the input of the frozen decoder, treated like text (features: LLaVA, BLIP-2, Qwen-VL; codes: TEAL).
 
     X = [Emb(words); C(Enc(m)); Emb(words)],  H_out = F(X)    with every layer F frozen
 

@@ -1,4 +1,4 @@
-"""One decoder for words and media: X-Fusion's single tower (arXiv 2504.20996, figure 3 a), Transfusion (2408.11039).
+"""One decoder for text and media: X-Fusion's single tower (arXiv 2504.20996, figure 3 a), Transfusion (2408.11039).
 
     H_out = F(E)    with F initialised from the language model and trained
 

@@ -25,7 +25,7 @@ EPSILON = 1e-12
 
 
 class ObjectEncoder(Connector):
-    """Features and boxes, summed and processed by bidirectional post-norm layers."""
+    """Features and boxes, averaged and processed by bidirectional post-norm layers."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Connector.Config):
