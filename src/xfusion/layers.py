@@ -1,7 +1,7 @@
-"""Taking the decoder layers of any family apart, and putting them together anew; nothing here imports transformers.
+"""Taking decoder layers of any model family apart and reassembling them; nothing here imports transformers.
 
-Each layer computes by its own ``forward``; what is ours stands in the place of its cache, of some of its submodules, or of
-the whole. A base's own layer is never changed: `narrow_mlp` is for copies.
+Each layer runs its own ``forward``; our code replaces its cache, some of its submodules, or the whole layer. A base's own
+layer is never changed: `narrow_mlp` is for copies.
 
 Shape legend: ``B`` batch row, ``n`` rows of one tower, ``D`` model width, ``W`` another width, ``H`` key heads, ``K`` head
 width.
@@ -22,15 +22,15 @@ from torch.nn import functional
 from xfusion.data.sequence import Rows, XFusionError, never_blind, seen, sees, visible
 
 KeysValues = tuple[Tensor, Tensor]
-"""Keys and values of one tower at one layer, each ``[B, H, n, K]``, after norm and rotary embedding."""
+"""Keys and values of one tower at one layer, each ``[B, H, n, K]``, after the norm and the rotary embedding."""
 
 
 class _Stop(Exception):
-    """Leaves a layer once its keys and values are known."""
+    """Raised to leave a layer once its keys and values are computed."""
 
 
 class _Grab:
-    """Stands where a cache stands; ends the layer at its keys and values."""
+    """Replaces a layer's cache; records the keys and values and stops the layer there."""
 
     def get_seq_length(self, *_: Any) -> int:
         return 0
@@ -41,7 +41,7 @@ class _Grab:
 
 
 class _Splice:
-    """Stands where a cache stands; puts the keys and values of other rows around a layer's own."""
+    """Replaces a layer's cache; places the keys and values of other rows before and after the layer's own."""
 
     def __init__(self, before: list[KeysValues], after: list[KeysValues], own: bool = True):
         self.before, self.after, self.with_own = before, after, own
@@ -56,7 +56,7 @@ class _Splice:
 
 
 def _arguments(module: nn.Module) -> tuple[str, ...]:
-    # A signature takes a quarter of a millisecond to read, in every layer of every denoising step.
+    # Faster than inspect.signature, which would cost a quarter of a millisecond per layer and denoising step.
     code = inspect.unwrap(type(module).forward).__code__
     return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
 
@@ -66,12 +66,12 @@ def _cache_name(layer: nn.Module) -> str:
 
 
 def takes_cache(module: nn.Module) -> bool:
-    """Whether a module takes a cache of keys and values (state-space layers name theirs otherwise)."""
+    """Whether a module accepts a KV cache (state-space layers use other argument names)."""
     return not {"past_key_values", "layer_past"}.isdisjoint(_arguments(module))
 
 
 def slice_call(call: dict[str, Any], rows: slice) -> dict[str, Any]:
-    """The per-position arguments of a layer call, cut to some rows of the pass."""
+    """The per-position arguments of a layer call, sliced to some rows of the pass."""
     embeddings, position = call.get("position_embeddings"), call.get("position_ids")
     out: dict[str, Any] = {"position_ids": None if position is None else position[..., rows]}
     if embeddings is not None:
@@ -80,9 +80,9 @@ def slice_call(call: dict[str, Any], rows: slice) -> dict[str, Any]:
 
 
 def keys_values(layer: nn.Module, x: Tensor, call: dict[str, Any]) -> KeysValues:
-    """Keys and values that ``layer`` makes of the states ``x`` ``[B, n, D]``, by the family's own code.
+    """Keys and values that ``layer`` computes from the states ``x`` ``[B, n, D]``, by the family's own code.
 
-    The query projection of these rows is dead code and vanishes when compiled.
+    The query projection of these rows is dead code, which compilation removes.
     """
     grab = _Grab()
     try:
@@ -108,10 +108,10 @@ def run_rows(
         layer: a decoder layer of any softmax-attention family.
         x: states of the tower's own rows.
         call: per-position arguments of these rows (`slice_call`).
-        mask: ``[B, 1, n, before + n + after]`` in the form that the layer's attention takes (`attention_mask`).
-        before: keys and values that stand before the own ones along the key axis.
-        after: the same behind them.
-        splice_own: False leaves out the keys and values that the layer itself makes of these rows.
+        mask: ``[B, 1, n, before + n + after]`` in the format of the layer's attention (`attention_mask`).
+        before: keys and values placed before the rows' own along the key axis.
+        after: keys and values placed after them.
+        splice_own: False leaves out the keys and values that the layer itself computes for these rows.
 
     Returns:
         the new states ``[B, n, D]`` and the rows' own keys and values.
@@ -122,19 +122,19 @@ def run_rows(
 
 
 BLOCK = 128
-"""Queries, and keys, to a block of a block mask."""
+"""Queries per block of a block mask, and keys per block."""
 
 
 def block_mask(query: Rows, key: Rows, window: int | None = None) -> Any:
-    """`visible` as FlexAttention takes it (Dong et al. 2024, arXiv 2412.05496): which blocks of `BLOCK` x `BLOCK` pairs hold
-    nothing, some or all, and the rule itself for those that hold some.
+    """`visible` in the format of FlexAttention (Dong et al. 2024, arXiv 2412.05496): which blocks of `BLOCK` x `BLOCK` pairs
+    are empty, partial or full, and the rule itself for the partial ones.
 
-    What stays is the position tables; the pairs are laid out once, to sort the blocks.
+    Only the position tables are kept; all pairs are materialized once, to classify the blocks.
 
     Args:
         query: tables ``[B, q]``.
         key: tables ``[B, k]``.
-        window: a sliding window, as `seen` takes it.
+        window: a sliding window, as in `seen`.
 
     Returns:
         ``torch.nn.attention.flex_attention.BlockMask`` of shape ``[B, 1, q, k]``.
@@ -162,22 +162,22 @@ def block_mask(query: Rows, key: Rows, window: int | None = None) -> Any:
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks of keys a block of queries takes, ``[B, 1, rows]``, and which, those first ``[B, 1, rows, columns]``."""
+    """Number of key blocks per query block, ``[B, 1, rows]``, and their indices, put first, ``[B, 1, rows, columns]``."""
     blocks = blocks[:, None].to(torch.int32)
     return blocks.sum(-1, dtype=torch.int32), blocks.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
 
 
 def rows_mask(query: Rows, key: Rows, window: int | None, implementation: str, dtype: torch.dtype) -> Any:
-    """Who sees whom in the form that an attention implementation takes: `block_mask`, or `attention_mask` of `visible`."""
+    """The mask in the format of an attention implementation: `block_mask`, or `attention_mask` of `visible`."""
     if implementation == "flex_attention":
         return block_mask(query, key, window)
     return attention_mask(visible(query, key, window), implementation, dtype)
 
 
 class _Scores(torch.autograd.Function):
-    """``q @ k^T``, whose gradients lie as q and k do.
+    """``q @ k^T``, whose gradients have the memory layout of q and k.
 
-    Autograd's own lays that of k out across, and what stands behind it (sums, rotary positions) reads it so.
+    Autograd's own gradient of k is transposed in memory, which later operations (sums, rotary positions) then have to read.
     """
 
     @staticmethod
@@ -192,7 +192,7 @@ class _Scores(torch.autograd.Function):
 
 
 LONG = 512
-"""Queries by keys, each, from which attention by torch's fused kernel is the faster one on a CPU (docs/speed.md)."""
+"""Number of queries and of keys above which torch's fused attention kernel is faster on a CPU (docs/speed.md)."""
 
 
 def grouped_attention(
@@ -204,26 +204,26 @@ def grouped_attention(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention as plain products in which the queries of a group stand under their key in one matrix (Ainslie et al. 2023,
-    arXiv 2305.13245): keys and values are not copied for every query head, and their gradients need no sum. Scores of long
-    rows, beyond `LONG`, do not stay in a processor's cache, so these go through torch's fused kernel, which makes no weights.
+    """Grouped-query attention as plain matrix products: the queries of a group are stacked into one matrix per key head
+    (Ainslie et al. 2023, arXiv 2305.13245). Keys and values are not copied for every query head, and their gradients need no
+    sum. Scores of long sequences (beyond `LONG`) overflow the CPU cache, so they use torch's fused kernel, without weights.
 
-    A function as transformers registers them. Nothing is dropped out, and as in its ``eager`` no mask hides nothing.
+    The signature is the one transformers registers. There is no dropout; without a mask nothing is masked, as in ``eager``.
 
     Args:
         module: the layer's attention; not read.
-        query: ``[B, G H, n, K]``, G of them to a key head.
+        query: ``[B, G H, n, K]``, G query heads per key head.
         key: ``[B, H, k, K]``.
-        value: as the keys.
+        value: same shape as the keys.
         attention_mask: added to the scores, ``[B, 1, n, k]``, or None.
-        scaling: of the scores; None is one over the root of the head's width.
-        others: what else a family hands to its attention.
+        scaling: factor on the scores; None means one over the square root of the head width.
+        others: further arguments that a family passes to its attention.
 
     Returns:
-        ``[B, n, G H, K]`` and the weights ``[B, G H, n, k]``, or None where rows are long.
+        ``[B, n, G H, K]`` and the weights ``[B, G H, n, k]``, or None instead of weights for long sequences.
 
     Raises:
-        XFusionError: the family caps scores, adds sinks, or adds a bias by position, which are not known here.
+        XFusionError: the family uses score capping, attention sinks or a position bias, which are not supported here.
     """
     for unknown in ("softcap", "s_aux", "position_bias"):
         if others.get(unknown) is not None:
@@ -244,9 +244,9 @@ def grouped_attention(
 
 
 def attention_mask(found: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
-    """A 4-D mask ``[B, 1, q, k]`` from bool ``[B, q, k]`` in the form that an attention implementation takes.
+    """A 4-D mask ``[B, 1, q, k]`` from bool ``[B, q, k]`` in the format of an attention implementation.
 
-    sdpa takes bool; eager and grouped add the mask to the scores and take nothing else.
+    sdpa takes a bool mask; eager and grouped take only an additive mask.
     """
     if implementation in ("eager", "grouped"):
         blocked = torch.zeros(found.shape, dtype=dtype, device=found.device)
@@ -260,14 +260,14 @@ def narrow_mlp(layer: nn.Module, config: Any, width: int) -> None:
     """Keep the first ``width`` hidden units of a layer's MLP: first rows of gate and up, first columns of down.
 
     Raises:
-        XFusionError: the MLP is not made of plain matrices (a mixture of experts, say), or is not that wide.
+        XFusionError: the MLP does not consist of plain matrices (for example a mixture of experts), or is narrower.
     """
     size = config.hidden_size
-    # Projections of attention may have the same shapes; every attention of transformers carries its layer's number.
+    # Attention projections may have the same shapes; every attention module of transformers has a ``layer_idx``.
     inner = [m for m in layer.modules() if m is not layer and hasattr(m, "layer_idx")]
     attention = {id(m) for module in inner for m in module.modules()}
     matrices = [m for m in layer.modules() if _is_linear(m) and id(m) not in attention]
-    # The matrix that comes back to the model's width tells how many units there are: a configuration may not.
+    # Read the number of hidden units from the matrix that maps back to the model width: the config may not state it.
     widths = {wide for wide, out in map(linear_shape, matrices) if out == size != wide}
     if len(widths) != 1 or any(p.dim() > 2 for p in layer.parameters()):
         raise XFusionError(
@@ -285,7 +285,7 @@ def narrow_mlp(layer: nn.Module, config: Any, width: int) -> None:
 
 
 def _keep(matrix: nn.Module, units: Tensor, *, outputs: bool) -> None:
-    """Cut a linear layer, in place, to some of its outputs (with their bias) or inputs."""
+    """Cut a linear layer in place to some of its outputs (with their biases) or inputs."""
     linear, bias = isinstance(matrix, nn.Linear), matrix.bias
     units = units.to(matrix.get_parameter("weight").device)
     matrix.weight = nn.Parameter(matrix.get_parameter("weight").data.index_select(int(outputs != linear), units))
@@ -296,20 +296,20 @@ def _keep(matrix: nn.Module, units: Tensor, *, outputs: bool) -> None:
 
 
 class Projected(nn.Module):
-    """A decoder layer of another width between two projections, as a residual of the states ``[B, n, D]``:
+    """A decoder layer of another width between two projections, added as a residual to the states ``[B, n, D]``:
 
         h = x + P_out (F(P_in x) - P_in x)
 
-    Row ``j`` of P_in ``[W, D]`` is at the start the unit vector of feature ``j mod D``: a wider layer reads every feature
-    at least once, a narrower one the first ``W``. P_out ``[D, W]`` is its transpose, in which a feature that was read
-    ``r`` times takes the mean of its ``r`` copies, times ``scale``. What a fresh layer adds does not depend on how large
-    its normed input was; with a scale that is small beside the states the whole starts near the identity.
+    Row ``j`` of P_in ``[W, D]`` is initialized to the unit vector of feature ``j mod D``: a wider layer reads every feature
+    at least once, a narrower one the first ``W``. P_out ``[D, W]`` starts as its transpose, where a feature that was read
+    ``r`` times gets the mean of its ``r`` copies, times ``scale``. What a fresh layer adds does not depend on the magnitude
+    of its normed input, so with a scale that is small relative to the states the module starts near the identity.
 
     Args:
         layer: a decoder layer of width W.
-        width: the states' D.
+        width: D, the width of the states.
         inner: W.
-        scale: share of the layer's change that comes back at the start.
+        scale: initial share of the layer's change that is added back.
     """
 
     def __init__(self, layer: nn.Module, width: int, inner: int, scale: float):
@@ -326,21 +326,21 @@ class Projected(nn.Module):
             self.out.weight.copy_(scale * (read / read.sum(0).clamp(min=1)).t())
 
     def forward(self, x: Tensor, past_key_values: Any = None, **call: Any) -> Tensor:
-        """``[B, n, D]`` -> ``[B, n, D]``; keys and values are the inner layer's."""
+        """``[B, n, D]`` -> ``[B, n, D]``; keys and values are those of the inner layer."""
         inner = self.into(x)
         h = self.layer(inner, **call, **{_cache_name(self.layer): past_key_values})
         return x + self.out((h[0] if isinstance(h, tuple) else h) - inner)
 
 
 class Delta(nn.Module):
-    """A new module that works on what a frozen one makes; `assembled` binds the two without owning the frozen one."""
+    """A new module that modifies what a frozen one computes; `assembled` binds the two without owning the frozen one."""
 
     def forward(self, frozen: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """What stands in the place of ``frozen(*args, **kwargs)``."""
+        """The replacement for ``frozen(*args, **kwargs)``."""
         raise NotImplementedError(type(self).__name__)
 
     def bound(self, frozen: nn.Module) -> nn.Module:
-        """The two as one module, for a layer that is put together."""
+        """The two as one module, for use in an assembled layer."""
         return _Bound(self, frozen)
 
 
@@ -354,12 +354,12 @@ class _Bound(nn.Module):
 
 
 def assembled(layer: nn.Module, parts: Mapping[str, nn.Module]) -> Any:
-    """A shadow of a layer in which some submodules are others; all the rest is the layer's own, and it is not changed.
+    """A shadow of a layer with some submodules replaced; it shares the rest with the layer, which is not changed.
 
     Args:
         layer: a decoder layer.
-        parts: path of a submodule (``self_attn.q_proj``) -> what stands in its place. A `Delta` is bound to the layer's
-            own submodule.
+        parts: path of a submodule (``self_attn.q_proj``) -> its replacement. A `Delta` is bound to the layer's own
+            submodule.
     """
     out, shadows = shadow(layer), {}
     for path, part in parts.items():
@@ -377,11 +377,11 @@ def assembled(layer: nn.Module, parts: Mapping[str, nn.Module]) -> Any:
 
 @dataclass(frozen=True)
 class Piece:
-    """A submodule of a layer, or some output rows of one."""
+    """A submodule of a layer, or some of its output rows."""
 
     path: str
     rows: Tensor | None = None
-    """Output features, int64, where the submodule holds several roles in one matrix; None is all of it."""
+    """Output features, int64, if the submodule combines several roles in one matrix; None means all of it."""
 
 
 _SPLIT = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "q_norm": "query", "k_norm": "key"}
@@ -390,7 +390,7 @@ _OUTPUT = ("o_proj", "out_proj", "dense", "c_proj")
 
 
 def attention_path(layer: nn.Module) -> str:
-    """Name of a layer's attention: the child that carries the layer's number, as every cache needs."""
+    """Name of a layer's attention: the child with a ``layer_idx``, which every cache needs."""
     for name, child in layer.named_children():
         if hasattr(child, "layer_idx"):
             return name
@@ -398,7 +398,7 @@ def attention_path(layer: nn.Module) -> str:
 
 
 def _beside_attention(layer: nn.Module) -> tuple[list[str], list[str]]:
-    """Names of a layer's norms and of what else stands beside its attention, also where deltas work on some of them."""
+    """Names of a layer's norms and of its other children except attention, even if deltas are bound to some of them."""
     norms: list[str] = []
     others: list[str] = []
     inside = attention_path(layer)
@@ -412,10 +412,10 @@ def _beside_attention(layer: nn.Module) -> tuple[list[str], list[str]]:
 def layer_pieces(layer: nn.Module) -> dict[str, list[Piece]]:
     """The parts of a layer by role: ``norm``, ``query``, ``key``, ``value``, ``output``, ``mlp``.
 
-    Norms of queries and keys go with these. Where one matrix makes queries, keys and values, a role is some of its rows.
+    Query and key norms count as query and key. If one matrix makes queries, keys and values, a role is some of its rows.
 
     Raises:
-        XFusionError: the attention has a projection that is not known.
+        XFusionError: the attention has an unknown projection.
     """
     found: dict[str, list[Piece]] = {r: [] for r in ("norm", "query", "key", "value", "output", "mlp")}
     inside = attention_path(layer)
@@ -466,27 +466,27 @@ def mlp_path(layer: nn.Module) -> str:
 
 
 def norms_behind(layer: nn.Module) -> tuple[str | None, str | None]:
-    """Names of the norms through which the attention's and the MLP's outputs pass before they are added to the states;
-    None where a branch has none, as most families.
+    """Names of the norms applied to the outputs of attention and MLP before they are added to the residual stream; None if
+    a branch has none, as in most families.
     """
     norms = _beside_attention(layer)[0]
     of_mlp = next((name for name in ("post_feedforward_layernorm", "post_mlp_layernorm") if name in norms), None)
-    if of_mlp is None:  # then a `post_attention_layernorm` stands before the MLP
+    if of_mlp is None:  # then a `post_attention_layernorm` is applied before the MLP
         return None, None
     of_attention = ("post_self_attn_layernorm", "post_attention_layernorm")
     return next((name for name in of_attention if name in norms), None), of_mlp
 
 
 def post_normed(layer: nn.Module, parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Parts of a layer with their norms behind the branches, ``h = x + norm(attention(x))``, ``y = h + norm(MLP(h))``:
-    each norm before a branch goes behind it; where a family has norms behind its branches, those before are left out.
+    """Parts of a layer converted to post-norm, ``h = x + norm(attention(x))``, ``y = h + norm(MLP(h))``: each norm before
+    a branch moves after it; if a family already has norms after its branches, those before them are removed.
 
     Args:
-        layer: of the family.
-        parts: all norms, the attention's output and the MLP, by path, with other parts or without.
+        layer: a layer of the family.
+        parts: all norms, the attention's output projection and the MLP, by path; may include other parts.
 
     Raises:
-        XFusionError: the layer does not have a norm for each branch, or its branches stand beside each other.
+        XFusionError: the layer does not have a norm for each branch, or its branches run in parallel.
     """
     norms, behind = _beside_attention(layer)[0], norms_behind(layer)
     before = [name for name in norms if name not in behind]
@@ -501,14 +501,14 @@ def post_normed(layer: nn.Module, parts: Mapping[str, nn.Module]) -> dict[str, n
 
 
 class Modulated(Delta):
-    """A branch of a layer as a condition changes it: ``(1 + gate) f((1 + scale) x + shift)``, each ``[B, n, D]`` or None."""
+    """A branch of a layer modulated by a condition: ``(1 + gate) f((1 + scale) x + shift)``, each ``[B, n, D]`` or None."""
 
     def __init__(self, shift: Tensor | None, scale: Tensor | None, gate: Tensor | None):
         super().__init__()
         self.shift, self.scale, self.gate = shift, scale, gate
 
     def forward(self, frozen: nn.Module, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """The branch's own answer, of which the first part, or all, is states ``[B, n, D]``."""
+        """The branch's output: states ``[B, n, D]``, or a tuple that starts with them."""
         x, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
         if self.scale is not None and self.shift is not None:
             x = x * (1 + self.scale) + self.shift
@@ -521,16 +521,16 @@ class Modulated(Delta):
 
 
 def modulated(layer: nn.Module, by: Tensor) -> Any:
-    """A shadow of a layer whose branches a condition changes (adaptive layer norm of DiT, arXiv 2212.09748, figure 3):
+    """A shadow of a layer whose branches are modulated by a condition (DiT's adaptive layer norm, arXiv 2212.09748, figure 3):
 
         h = x + (1 + g_1) attention((1 + s_1) norm(x) + b_1)        y = h + (1 + g_2) MLP((1 + s_2) norm(h) + b_2)
 
-    All that the families put behind a branch, norms too, is part of it, so that gates stand on what is added. Zeros leave
-    the layer as it is. Of a layer between projections (`Projected`) the inner one is changed.
+    Whatever a family applies after a branch, including norms, counts as part of it, so gates scale what is added to the
+    residual stream. Zeros leave the layer unchanged. For a `Projected` layer the inner layer is modulated.
 
     Args:
         layer: a decoder layer.
-        by: ``[B, n, 6, W]``, b_1, s_1, g_1, b_2, s_2, g_2 of each row, W the layer's own model width.
+        by: ``[B, n, 6, W]``: b_1, s_1, g_1, b_2, s_2, g_2 of each row; W is the layer's own model width.
     """
     if isinstance(layer, Projected):
         return assembled(layer, {"layer": modulated(layer.layer, by)})
@@ -545,10 +545,10 @@ def modulated(layer: nn.Module, by: Tensor) -> Any:
 
 
 def matrix_pieces(layer: nn.Module) -> dict[str, Piece]:
-    """The matrices of a layer by role: ``query``, ``key``, ``value``, ``output``, and of its MLP ``in`` and ``out``.
+    """The matrices of a layer by role: ``query``, ``key``, ``value``, ``output``, and for its MLP ``in`` and ``out``.
 
-    Of a gated MLP (SwiGLU), ``in`` is what the gate multiplies; the gate itself has no role. A role that the layer does
-    not have as a matrix, or that xfusion does not recognise, is left out.
+    In a gated MLP (SwiGLU), ``in`` is the projection that the gate multiplies; the gate itself has no role. A role for which
+    the layer has no matrix, or none that xfusion recognises, is left out.
     """
     found: dict[str, Piece] = {}
     for role, pieces in layer_pieces(layer).items():
@@ -580,7 +580,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """Inputs and outputs of a matrix; GPT-2's Conv1D lies the other way round."""
+    """Number of inputs and outputs of a linear layer; GPT-2's Conv1D stores its weight transposed."""
     shape = module.get_parameter("weight").shape
     return (shape[1], shape[0]) if isinstance(module, nn.Linear) else (shape[0], shape[1])
 
@@ -592,7 +592,7 @@ def linear_weight(module: nn.Module) -> Tensor:
 
 
 class Slot(nn.Module):
-    """Takes the place of one decoder layer in a shadow and hands the call to whoever drives."""
+    """Replaces one decoder layer in a shadow and forwards the call to ``act``."""
 
     def __init__(self, layer: nn.Module, index: int, act: Callable[[int, nn.Module, Tensor, dict[str, Any]], Tensor]):
         super().__init__()
@@ -611,7 +611,7 @@ class Slot(nn.Module):
 
 
 def shadow(module: nn.Module) -> Any:
-    """A shallow copy: the same parameters, its own table of children, no instance-level forward."""
+    """A shallow copy: same parameters, its own dict of children, no instance-level ``forward``."""
     out = copy.copy(module)
     out._modules = dict(module._modules)
     out.__dict__.pop("forward", None)

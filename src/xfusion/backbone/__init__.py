@@ -1,6 +1,7 @@
-"""The frozen decoder LLM. With encoders, exports and adapters this is all that imports transformers.
+"""The frozen decoder LLM. Only this package, the encoders, the exports and the adapters import transformers.
 
-`decoder` is the base itself, `attention` what its layers attend by, `sources` where it is found, `cache` what it has read.
+`decoder` holds the base itself, `attention` the attention implementations, `sources` finding and loading a base, `cache` the
+KV cache.
 """
 
 from xfusion.backbone.cache import Cache

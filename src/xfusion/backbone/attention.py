@@ -1,4 +1,4 @@
-"""What a base's layers can attend by, and which of it a device takes."""
+"""The attention implementations of a base's layers, and the choice for a device."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import torch
 from xfusion.data.sequence import XFusionError
 
 ATTENTIONS = ("grouped", "eager", "sdpa", "flex_attention")
-"""What layers can attend by: products of grouped queries, for long rows the fused kernel (`xfusion.layers.grouped_attention`);
-the family's own plain products; torch's fused kernel; FlexAttention over block masks."""
+"""Attention implementations: grouped-query matrix products, with the fused kernel for long sequences
+(`xfusion.layers.grouped_attention`); the family's own plain products; torch's fused kernel; FlexAttention over block masks."""
 
 
 def choose_attention(device: torch.device, asked: str | None = None) -> str:
-    """What layers attend by in training and drawing: on a CPU grouped queries, the faster on short sequences (docs/speed.md).
+    """The attention for training and drawing: on a CPU ``grouped``, which is faster on short sequences (docs/speed.md).
 
     Args:
-        device: where the run computes.
-        asked: one of `ATTENTIONS` instead.
+        device: the device of the run.
+        asked: one of `ATTENTIONS`, to override the default.
 
     Raises:
-        XFusionError: it is none of them, or torch has no backward pass of it on this device.
+        XFusionError: ``asked`` is not one of them, or torch has no backward pass for it on this device.
     """
     if asked is not None and asked not in ATTENTIONS:
         raise XFusionError(f"attention {asked!r} is not one of {', '.join(ATTENTIONS)}")

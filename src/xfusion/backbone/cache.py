@@ -1,4 +1,4 @@
-"""Keys and values of what was read before, for the frozen decoder and the towers beside it."""
+"""The KV cache of earlier positions, for the frozen decoder and the towers beside it."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ from xfusion.layers import KeysValues
 
 @dataclass
 class Cache:
-    """Keys and values of one or more towers over the same positions, with the table of these positions."""
+    """Keys and values of one or more towers over the same positions, with the position table."""
 
     rows: Rows
     slots: list[dict[int, KeysValues]] = field(default_factory=list)
     """Per tower: layer index -> keys and values. Slot 0 is the frozen decoder's."""
     owners: list[str] = field(default_factory=list)
-    """Owner of each position, since a slot may hold the positions of one owner alone."""
+    """Owner of each position; needed because a slot may hold only one owner's positions."""
 
     def grow(self, rows: Mapping[str, Rows]) -> None:
-        """Put the position tables of a pass behind those that are held."""
+        """Append the position tables of a pass."""
         self.rows = Rows.cat([self.rows, *rows.values()])
         self.owners += [owner for owner, table in rows.items() for _ in range(table.count)]
 
     def columns(self, of: str) -> Tensor:
-        """Which positions are words (``text``) or media (``media``), int64 ``[k]``."""
+        """Indices of the text (``text``) or media (``media``) positions, int64 ``[k]``."""
         chosen = [i for i, owner in enumerate(self.owners) if (owner == "text") == (of == "text")]
         return torch.tensor(chosen, dtype=torch.int64, device=self.rows.order.device)
 
     def past(self, slot: int, layer: int) -> list[KeysValues]:
-        """What a tower holds at a layer, as a list of none or one."""
+        """A tower's cached keys and values at a layer, as a list of zero or one."""
         kv = self.slots[slot].get(layer)
         return [] if kv is None else [kv]
 
     def append(self, slot: int, layer: int, new: list[KeysValues]) -> None:
-        """Put keys and values behind those that a tower holds at a layer."""
+        """Append keys and values to a tower's cache at a layer."""
         parts = self.past(slot, layer) + new
         self.slots[slot][layer] = (torch.cat([p[0] for p in parts], dim=2), torch.cat([p[1] for p in parts], dim=2))
 
     def copy(self) -> Cache:
-        """Another cache that begins with the same, of which neither grows with the other."""
+        """A copy with the same contents that grows independently."""
         return Cache(self.rows, [dict(slot) for slot in self.slots], list(self.owners))
 
     def index(self, rows: Tensor) -> Cache:
-        """The batch rows ``rows`` (int64), as a new cache."""
+        """A new cache with the batch rows ``rows`` (int64)."""
         slots = [{i: (k[rows], v[rows]) for i, (k, v) in slot.items()} for slot in self.slots]
         return Cache(self.rows.index(rows), slots, list(self.owners))

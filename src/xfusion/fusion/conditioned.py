@@ -1,13 +1,13 @@
-"""A denoiser that reads what a frozen language model made of the words (Imagen, arXiv 2205.11487, section 2.1).
+"""A denoiser that reads a frozen language model's hidden states of the text (Imagen, arXiv 2205.11487, section 2.1).
 
-    x = x + MHA(n(x)) ;  x = x + MHA(n(x), c) ;  x = x + MLP(n(x))          c = frozen states of the words
+    x = x + MHA(n(x)) ;  x = x + MHA(n(x), c) ;  x = x + MLP(n(x))          c = frozen states of the text
 
-for the tokens x of one picture, at every block; a projection of the mean of c is added to the tokens beside the noise level.
-The language model reads words alone, once per prompt, and nothing of a picture goes through it, so no gradient does
-either. c is the input of its last layer, the penultimate states: those behind the last are bent towards the next token.
+for the tokens x of one picture, at every block; a projection of the mean of c is added to the tokens besides the noise
+level. The language model reads only text, once per prompt. No picture passes through it, so no gradient does either. c is
+the input of its last layer (the penultimate states): the last layer's output is specialized for predicting the next token.
 
-Shape legend: ``B`` batch row, ``n`` media rows, ``k`` words, ``N`` media items, ``D`` model width, ``W`` denoiser width,
-``H`` heads.
+Shape legend: ``B`` batch row, ``n`` media rows, ``k`` text tokens, ``N`` media items, ``D`` model width,
+``W`` denoiser width, ``H`` heads.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from xfusion.layers import KeysValues, run_rows
 
 
 class Attention(nn.Module):
-    """Multi-head attention of rows to other rows, or to themselves."""
+    """Multi-head cross-attention to other rows, or self-attention."""
 
     def __init__(self, width: int, other: int, heads: int):
         super().__init__()
@@ -42,7 +42,7 @@ class Attention(nn.Module):
         return k, v
 
     def forward(self, x: Tensor, kv: KeysValues, reads: Tensor) -> Tensor:
-        """Rows ``[B, n, W]``, keys and values, who reads whom, bool ``[B, n, k]``; 0 for a row that reads nothing."""
+        """Rows ``[B, n, W]``, keys and values, bool mask ``[B, n, k]``; the output is 0 for a row that reads nothing."""
         sees = reads.any(-1, keepdim=True)
         q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k, v = (t.to(q.dtype) for t in kv)
@@ -51,7 +51,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Tokens of a picture read each other, then the words."""
+    """Tokens of a picture read each other, then the text."""
 
     def __init__(self, width: int, words: int, heads: int):
         super().__init__()
@@ -60,7 +60,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor, alike: Tensor, words: KeysValues | None, reads: Tensor) -> Tensor:
-        """Tokens ``[B, n, W]``, which are of one picture ``[B, n, n]``, the words' keys and values, who reads them."""
+        """Tokens ``[B, n, W]``, same-picture mask ``[B, n, n]``, the text's keys and values, and the mask for reading them."""
         h = self.norm(x)
         x = x + self.own(h, self.own.keys_values(h), alike)
         if words is not None:
@@ -69,7 +69,7 @@ class Block(nn.Module):
 
 
 class Conditioned(WithoutBlocks):
-    """Frozen layers for words alone, and beside them a denoiser that reads their states."""
+    """Frozen layers for text only, and a separate denoiser that reads their states."""
 
     preserves_text = True
     prefix_is_constant = True
@@ -80,14 +80,14 @@ class Conditioned(WithoutBlocks):
         """Size of the denoiser."""
 
         width: int = 256
-        """W."""
+        """Width W of the denoiser."""
         depth: int = 6
-        """Blocks."""
+        """Number of blocks."""
         heads: int = 4
         """Attention heads."""
 
         def sizes(self, num_layers: int) -> Iterator[Conditioned.Config]:
-            """By width."""
+            """Sizes by width."""
             del num_layers
             for width in range(self.heads * 16, 4097, self.heads * 16):
                 yield replace(self, width=width)
@@ -103,7 +103,7 @@ class Conditioned(WithoutBlocks):
             return Conditioned(self)
 
     def install(self, backbone: Backbone) -> None:
-        """The denoiser; no layer of the base gets anything new."""
+        """Create the denoiser; no layer of the base gets new modules."""
         super().install(backbone)
         config, width = self.config, backbone.hidden_size
         self.into, self.out = nn.Linear(width, config.width), nn.Linear(config.width, width)
@@ -112,11 +112,11 @@ class Conditioned(WithoutBlocks):
 
     @property
     def state_layers(self) -> tuple[int, ...]:
-        """The last, whose input is read."""
+        """The last layer, whose input is read."""
         return (len(self.windows) - 1,)
 
     def layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
-        """Words through the frozen layer; at the last one the denoiser on media."""
+        """The frozen layer on text; at the last layer also the denoiser on media."""
         states = run.states | self.words_alone(0, index, frozen, call, run)
         if index != self.state_layers[0]:
             return states
@@ -138,11 +138,11 @@ class Conditioned(WithoutBlocks):
         for block, kv in zip(self.denoiser, blocks, strict=True):
             x = block(x, alike, kv, reads)
         made = self.out(x).to(states[run.media].dtype)
-        # [BOI] is no part of a picture, and the same at every noise level.
+        # [BOI] is not part of a picture; it is the same at every noise level.
         return states | {run.media: torch.where((media.item >= 0)[..., None], made, states[run.media])}
 
     def _read(self, run: Pass, words: Tensor | None) -> list[KeysValues | None]:
-        """Keys and values of all words for each block, cached ones first, and of each word its share of the pooled vector."""
+        """Keys and values of all text for each block, cached ones first; last, each token's share of the pooled vector."""
         made: list[KeysValues | None] = [None] * (self.config.depth + 1)
         if words is not None:
             blocks: Any = self.denoiser
@@ -151,7 +151,7 @@ class Conditioned(WithoutBlocks):
         return [run.all_keys_values(1, number, new) for number, new in enumerate(made)]
 
     def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
-        """Each picture by itself with the words before it."""
+        """Each picture by itself with the text before it."""
         states = dict(run.states)
         if "text" in states:
             mask = run.mask("text", self.windows[index], of="text")

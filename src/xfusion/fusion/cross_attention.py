@@ -4,11 +4,11 @@
     y = y + tanh(b) MLP(n'(y))                    a = b = ``gate`` at first, 0 in the papers;
                                                   then the frozen layer on y
 
-for words x that read media rows m. The published code zeroes the attention of words that see no medium, and in the mode
-that attends to all earlier media not even that, but the gated MLP acts on all words: once trained, text alone comes out
-changed. Here both act on words that see a medium and no others, as in Mllama; ``text_only="mlp"`` is the published form.
-What a word sees is read from tables of order, so words that are generated behind an earlier picture see that one, where
-the published code takes every new word to stand behind the last.
+for text tokens x that read media rows m. The published code zeroes the attention of text that sees no medium (but not in the
+mode that attends to all earlier media), yet its gated MLP acts on all text: training changes text-only output. Here both act
+only on text that sees a medium, as in Mllama; ``text_only="mlp"`` is the published form. What a token sees is determined
+from the order tables, so tokens generated after an earlier picture see that picture, whereas the published code assumes that
+every new token follows the last picture.
 
 =====================  ==================  ===================  ======================  ============
 system                 norms               heads                MLP                     placed at
@@ -18,7 +18,7 @@ OpenFlamingo           layer               8 of 64              GELU, 4 D       
 Idefics, Mllama        RMS, also per head  the base's           SwiGLU, the base's      i % n = 0
 =====================  ==================  ===================  ======================  ============
 
-Shape legend: ``B`` batch row, ``n`` rows of one owner, ``k`` media positions that words may read, ``H`` heads,
+Shape legend: ``B`` batch row, ``n`` rows of one owner, ``k`` media positions that text may read, ``H`` heads,
 ``K`` head width, ``D`` model width.
 """
 
@@ -54,7 +54,7 @@ class GatedLinearUnit(nn.Module):
 
 
 class GatedCrossAttention(nn.Module):
-    """One block: words read media rows, both sub-blocks behind a gate."""
+    """One block: text reads media rows; attention and MLP are gated."""
 
     def __init__(self, config: CrossAttention.Config, width: int):
         super().__init__()
@@ -92,16 +92,16 @@ class GatedCrossAttention(nn.Module):
         return self.key_norm(k), v
 
     def queries(self, x: Tensor) -> Tensor:
-        """Words ``[B, n, D]`` -> ``[B, H, n, K]``."""
+        """Text states ``[B, n, D]`` -> ``[B, H, n, K]``."""
         return self.query_norm(self.query(self.norm(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2))
 
     def forward(self, x: Tensor, kv: KeysValues | None, reads: Tensor) -> Tensor:
-        """Words ``[B, n, D]``, keys and values of media or None, which each word reads, bool ``[B, n, k]``."""
+        """Text states ``[B, n, D]``, keys and values of media or None, and which of them each token reads, ``[B, n, k]``."""
         sees = reads.any(-1, keepdim=True)
         y = x
         if kv is not None:
             k, v = kv
-            # A word that reads nothing has no softmax: it is given one, and what it reads is thrown away.
+            # A softmax needs a key: a token that reads nothing gets an open mask, and its result is discarded.
             mask = (reads | ~sees)[:, None]
             q = self.queries(x)
             read = functional.scaled_dot_product_attention(
@@ -114,7 +114,7 @@ class GatedCrossAttention(nn.Module):
 
 
 def gated_rows(block: GatedCrossAttention, x: Tensor, k: Tensor, v: Tensor, reads: Tensor) -> Tensor:
-    """A block on words that may read media."""
+    """A block on text that may read media."""
     return block(x, (k, v), reads)
 
 
@@ -123,29 +123,29 @@ class CrossAttention(Outside):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Outside.Config):
-        """Sizes of the blocks; ``stride`` and ``offset`` say before which layers they stand."""
+        """Sizes of the blocks; ``stride`` and ``offset`` choose the layers that they precede."""
 
         heads: int = 8
         """Attention heads."""
         key_heads: int | None = None
-        """Heads of keys and values; None takes as many as there are heads."""
+        """Key/value heads; None means as many as there are heads."""
         head_width: int = 64
-        """Width of a head, whatever the base's."""
+        """Width of a head, independent of the base's."""
         norm: Literal["layer", "rms"] = "layer"
         """Norm before attention and MLP."""
         media_norm: bool = False
-        """Whether media rows pass a norm too (Flamingo's figure 4; a resampler's are normed already)."""
+        """Whether media rows are normed too (Flamingo's figure 4; a resampler's output is already normed)."""
         head_norm: bool = False
-        """Norms of queries and keys per head (Idefics, Mllama)."""
+        """Whether queries and keys are normed per head (Idefics, Mllama)."""
         mlp: int | None = None
-        """Hidden units of the MLP; None takes 4 D."""
+        """Hidden units of the MLP; None means 4 D."""
         activation: Literal["gelu", "relu", "squared relu", "swiglu"] = "gelu"
-        """Activation of the MLP: swiglu has three matrices."""
+        """Activation of the MLP; swiglu has three matrices."""
         gate: float = 0.0
-        """What both gates hold at the start, before tanh. The papers' 0 closes them, and a base answers as it did until they
-        open, at about a rate's size a step; a short run takes 1, which changes nothing for words that see no medium."""
+        """Initial value of both gates, before tanh. The papers' 0 closes them: the base answers as before until they open, by
+        about one learning rate per step. Use 1 for a short run; text that sees no medium is unaffected."""
         text_only: Literal["skip", "mlp"] = "skip"
-        """What a block does to words that see no medium: nothing, or its gated MLP, as published. Text is then not kept."""
+        """What a block does to text that sees no medium: nothing, or its gated MLP, as published (text is then not kept)."""
 
         def build(self) -> CrossAttention:
             """The fusion, not yet installed."""
@@ -162,7 +162,7 @@ class CrossAttention(Outside):
         return GatedCrossAttention(self.config, backbone.hidden_size).to(backbone.device)
 
     def layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
-        """The block on words, then the frozen layer on words alone; media rows stay as they are."""
+        """The block on text, then the frozen layer on text alone; media rows stay unchanged."""
         block, states = self.block(index, frozen), self.with_rows(index, run)
         x = run.inputs(index)["text"] if "text" in run.states else None
         if block is not None:
@@ -174,7 +174,7 @@ class CrossAttention(Outside):
         return states | self.words_alone(0, index, frozen, call, run, x)
 
     def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
-        """Each word by itself over the rows that it reads; then the frozen layer on words alone."""
+        """Each text token by itself over the rows that it reads; then the frozen layer on text alone."""
         block, states = self.block(index, frozen), dict(self.with_rows(index, run, reference=True))
         if "text" not in states:
             return states
@@ -183,7 +183,7 @@ class CrossAttention(Outside):
         return states | {"text": run_rows(frozen, x, run.calls(call)["text"], mask, [], [])[0]}
 
     def _by_word(self, block: GatedCrossAttention, states: dict[str, Tensor], run: Pass) -> Tensor:
-        """The equation for one word after the other, ``[B, n, D]``; which rows a word reads is looked up in the tables."""
+        """The equation for one token at a time, ``[B, n, D]``; the rows that a token reads are looked up in the tables."""
         text, out = states["text"], states["text"].clone()
         for b in range(text.shape[0]):
             for i in range(text.shape[1]):
@@ -200,7 +200,7 @@ class CrossAttention(Outside):
         return out
 
     def text_layer(self, index: int, frozen: nn.Module, x: Tensor, call: Call) -> Tensor:
-        """A text-only layer: the block is called with no medium to read, and leaves all words as they were."""
+        """A text-only layer: the block is called without media and leaves text unchanged, unless ``text_only`` is "mlp"."""
         block = self.block(index, frozen)
         if block is not None:
             nothing = torch.zeros(*x.shape[:2], 0, dtype=torch.bool, device=x.device)

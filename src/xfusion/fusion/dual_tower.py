@@ -1,37 +1,39 @@
 """X-Fusion's dual tower (arXiv 2504.20996, section 3.2): a frozen text tower and a trainable copy of it for media.
 
-Both towers apply to the same mixed sequence and each position keeps the output of the tower that owns it:
+Both towers process the same mixed sequence, and each position keeps the output of the tower that owns it:
 
     H_txt = F_txt(E)    H_img = F_img(E)    h_i = H_txt[i] if i is text else H_img[i]
 
-Only kept outputs are computed on the fast path: a tower makes queries and MLP for its own positions, keys and values for
-all of them (the text tower from media states by the frozen W_K, W_V; the media tower from text states by its own).
-The towers may be asymmetric: with ``stride`` k a media block stands at every k-th layer and media states pass the others
-unchanged, while the frozen tower still makes keys and values from them at every layer. With ``rank`` a media block is the
-frozen one with low-rank deltas (Hu et al., arXiv 2106.09685), so that the memory holds one language model.
+The fast path computes only the kept outputs: a tower computes queries and MLP for its own positions, but keys and values for
+all positions (the text tower from media states with the frozen W_K, W_V; the media tower from text states with its own).
+The towers may be asymmetric: with ``stride`` k only every k-th layer has a media block. Media states pass the other layers
+unchanged, while the frozen tower still computes keys and values from them at every layer. With ``rank`` a media block is
+the frozen one with low-rank deltas (Hu et al., arXiv 2106.09685), so that memory holds only one language model.
 
-With ``width`` W the media blocks are of another width than the base's D, as a pretrained image model's are (section 5 of
+With ``width`` W the media blocks have another width than the base's D, like those of a pretrained image model (section 5 of
 the paper joins Llama-3.1-8B and a diffusion transformer). Media states stay D wide between layers, so the frozen tower
-still reads them at every layer, and a block stands between two projections as a residual (`xfusion.layers.Projected`):
+still reads them at every layer. A block is placed between two projections as a residual (`xfusion.layers.Projected`):
 
-    F_img(x) = x + P_out (G(P_in x) - P_in x)          x: all rows, words too; G a block of width W
+    F_img(x) = x + P_out (G(P_in x) - P_in x)          x: all rows, including text; G: a block of width W
 
-G is fresh, and P_out P_in starts as a tenth of the scale of the base's embeddings, so F_img starts near the identity.
+G is randomly initialized, and P_out P_in starts at a tenth of the scale of the base's embeddings, so F_img starts near the
+identity.
 
-This is our reading. The paper says that different widths need "linear projections inside X-Fuse" and no more; it leaves
-open whether media states stay W wide between layers and meet the frozen tower through a projection, whether P_out brings
-back the block's whole output instead of its change, and whether projections are shared by layers. With `fuse` mixing
-happens at width D, behind P_out, and ``fuse_projection`` is one more matrix there.
+This is our reading. The paper only says that different widths need "linear projections inside X-Fuse". It leaves open
+whether media states stay W wide between layers and reach the frozen tower through a projection, whether P_out projects the
+block's whole output instead of its change, and whether layers share projections. With `fuse`, mixing happens at width D,
+after P_out, and ``fuse_projection`` is one more matrix there.
 
-With ``start`` blocks of width W take over what fits of a pretrained diffusion transformer (`xfusion.fusion.pretrained`).
+With ``start``, blocks of width W copy the matching weights of a pretrained diffusion transformer
+(`xfusion.fusion.pretrained`).
 
 X-Fuse (section 3.2) also computes the other tower's queries and mixes, per position:
 
     h_i = alpha h_i^own + beta P(h_i^other)
 
-with alpha = 1, beta = 0 at the start, one pair per layer and side; P is a linear projection (``X-Fuse-proj``) or nothing.
-With ``fuse_by="token"``, which no paper has, the share is a learned function of the position's own state:
-``h_i = h_i^own + tanh(w . norm(x_i) + b) P(h_i^other - h_i^own)``, again starting as the plain dual tower. Words are mixed
+with alpha = 1, beta = 0 at the start, one pair per layer and side; P is a linear projection (``X-Fuse-proj``) or absent.
+With ``fuse_by="token"``, which is in no paper, the share is a learned function of the position's own state:
+``h_i = h_i^own + tanh(w . norm(x_i) + b) P(h_i^other - h_i^own)``, again starting as the plain dual tower. Text is mixed
 only from the first media token on.
 
 Shape legend: ``B`` batch row, ``n`` rows of one owner, ``S`` all rows of a pass, ``D`` model width.
@@ -56,7 +58,7 @@ from xfusion.layers import Delta, Projected, linear_paths, linear_shape, narrow_
 
 
 class LowRank(Delta):
-    """``W x + B A x``: a frozen matrix with a trainable delta of low rank, zero at the start."""
+    """``W x + B A x``: a frozen matrix plus a trainable low-rank delta, zero at the start."""
 
     def __init__(self, inputs: int, outputs: int, rank: int):
         super().__init__()
@@ -69,7 +71,7 @@ class LowRank(Delta):
 
 
 class Mix(nn.Module):
-    """X-Fuse of one side at one layer: the own tower's output and the other's, ``[B, n, D]`` each."""
+    """X-Fuse of one side at one layer: mixes the own tower's output with the other's, ``[B, n, D]`` each."""
 
     def __init__(self, width: int, by: Literal["layer", "token"], projected: bool):
         super().__init__()
@@ -88,7 +90,7 @@ class Mix(nn.Module):
         return torch.tanh((x * self.weight).sum(-1, keepdim=True) + self.bias)
 
     def forward(self, x: Tensor, own: Tensor, other: Tensor) -> Tensor:
-        """The mixed states; ``x`` are the layer's input states of the same rows."""
+        """The mixed states; ``x`` is the layer's input for the same rows."""
         projected = (lambda h: h) if self.projection is None else self.projection
         if self.by == "layer":
             return (self.alpha * own + self.beta * projected(other)).to(own.dtype)
@@ -96,7 +98,7 @@ class Mix(nn.Module):
 
 
 class DualTower(Fusion):
-    """Frozen text tower, trainable media tower; text is bit-identical whatever the media tower holds."""
+    """Frozen text tower, trainable media tower; text-only output is bit-identical whatever the media tower's weights are."""
 
     preserves_text = True
     prefix_is_constant = True
@@ -108,27 +110,27 @@ class DualTower(Fusion):
         """Shape of the media tower, and whether the towers' outputs are mixed."""
 
         mlp: int | None = None
-        """Width of the media blocks' MLP: the first rows of gate and up, the first columns of down. None keeps all. Blocks
-        of a `width` have an MLP of this width; None takes the base's in proportion.
+        """Width of the media blocks' MLP: keeps the first rows of gate and up and the first columns of down; None keeps all.
+        For blocks with a `width`: the width of their MLP; None scales the base's in proportion.
         """
         width: int | None = None
-        """Model width of the media blocks, a multiple of the base's head width; they are then fresh, between projections.
-        None copies the base's blocks.
+        """Model width of the media blocks, a multiple of the base's head width; they are then randomly initialized and
+        placed between projections. None copies the base's blocks.
         """
         start: str | None = None
-        """Folder or hub id of a diffusers transformer, or of a pipeline with one, that fresh blocks of its width take what
-        fits from; every head then has keys of its own. Read only where no pack brings the weights.
+        """Folder or hub id of a diffusers transformer, or of a pipeline with one, whose matching weights initialize new
+        blocks of its width; every head then has its own keys and values. Not read if a pack supplies the weights.
         """
         start_revision: str | None = None
-        """Hub revision of it (a commit for exact reproduction)."""
+        """Hub revision of `start` (a commit for exact reproduction)."""
         rank: int | None = None
         """Media blocks are the frozen ones with deltas of this rank on every matrix; None copies the blocks."""
         fuse: Literal["image", "text", "both"] | None = None
-        """X-Fuse: whose positions also take the other tower's output."""
+        """X-Fuse: whose positions also use the other tower's output."""
         fuse_by: Literal["layer", "token"] = "layer"
-        """Learn one pair of shares per layer and side, or a share for each position from its state."""
+        """Learn one pair of mixing weights per layer and side, or a share for each position from its state."""
         fuse_projection: bool = False
-        """X-Fuse-proj: the other tower's output passes a linear projection, the identity at the start."""
+        """X-Fuse-proj: the other tower's output passes a linear projection, initially the identity."""
 
         def build(self) -> DualTower:
             """The fusion, not yet installed."""
@@ -160,14 +162,14 @@ class DualTower(Fusion):
             return DualTower(self)
 
         def sizes(self, num_layers: int) -> Iterator[DualTower.Config]:
-            """By rank, or by the width of the MLP."""
+            """Sizes by rank, or by the width of the MLP."""
             del num_layers
             steps = range(1, 1025) if self.rank is not None else range(16, 65537, 16)
             for step in steps:
                 yield replace(self, rank=step) if self.rank is not None else replace(self, mlp=step)
 
     def install(self, backbone: Backbone) -> None:
-        """Copy the frozen blocks at the tower's layers, make fresh ones of another width, or lay deltas beside them."""
+        """Copy the frozen blocks at the tower's layers, create new ones of another width, or add deltas to them."""
         self._scale = 0.1 * backbone.embedding_scale if self.config.width else 1.0
         super().install(backbone)
         fuse, config = self.config.fuse, self.config
@@ -182,21 +184,21 @@ class DualTower(Fusion):
 
     @property
     def exports(self) -> tuple[str, ...]:
-        """As LoRA where the tower is deltas at every layer, and the towers' outputs are not mixed."""
+        """peft (as LoRA) if the tower has deltas at every layer and the towers' outputs are not mixed."""
         whole = len(self.blocks) == len(self.windows)
         return ("peft",) if self.config.rank is not None and self.config.fuse is None and whole else ()
 
     def make_config(self, backbone: Backbone) -> Any:
-        """The base's configuration, in the sizes of the tower where its width is another."""
+        """The base's configuration, with the tower's sizes if its width differs."""
         if self.config.width is None:
             return backbone.tower_config()
         return backbone.tower_config(self.config.width, self.config.mlp, all_keys=self.config.start is not None)
 
     def begin(self, backbone: Backbone) -> None:
-        """Take over what fits of a pretrained diffusion transformer; `taken` says what that was.
+        """Copy the matching weights of a pretrained diffusion transformer; `taken` records which.
 
         Raises:
-            XFusionError: it cannot be read, or its width or the width of its heads is another.
+            XFusionError: it cannot be read, or its width or head width differs.
         """
         if self.config.start is None or backbone.device.type == "meta":
             return
@@ -211,7 +213,7 @@ class DualTower(Fusion):
         self.taken = taken
 
     def make(self, index: int, backbone: Backbone) -> nn.Module:
-        """A copy of the frozen block, narrowed if asked; a fresh one of another width; or the deltas of a low-rank one."""
+        """A copy of the frozen block, optionally narrowed; a new block of another width; or the deltas of a low-rank one."""
         if self.config.width is not None:
             fresh = backbone.fresh_layer(index, self.block_config)
             return Projected(fresh, backbone.hidden_size, self.config.width, self._scale)
@@ -225,15 +227,15 @@ class DualTower(Fusion):
         return block
 
     def mix(self, side: str, index: int) -> Mix | None:
-        """The learned mix of a side, ``text`` or ``media``, at a layer; None where its positions keep their tower's."""
+        """The learned mix of a side, ``text`` or ``media``, at a layer; None if its positions keep their tower's output."""
         name = f"{side}_{index}"
         return self.mixes[name] if name in self.mixes else None  # type: ignore[return-value]  # noqa: SIM401
 
     def media_block(self, index: int, frozen: nn.Module) -> Any:
-        """The tower's.
+        """The media tower's block.
 
         Raises:
-            XFusionError: the towers are mixed, so that words meet the tower.
+            XFusionError: the towers are mixed, so text also uses the media tower.
         """
         return super().media_block(index, frozen) if self.config.fuse is not None else self.block(index, frozen)
 
@@ -245,7 +247,7 @@ class DualTower(Fusion):
         new = run.states | {o: h for o, h in by_text.items() if o == "text"}
         if block is None:
             return new
-        # Mixing acts on words only behind a picture: where none is read, the other tower has nothing to add.
+        # Mixing acts only on text after a picture: if no text reads one, the other tower has nothing to add.
         mixes_text = on_text is not None and "text" in run.states and run.mixes("text")
         by_media = self.tower(1, index, block, run.states if mixes_text else media, call, run, by_noise=True)
         new |= {o: h for o, h in by_media.items() if o != "text"}
@@ -262,7 +264,7 @@ class DualTower(Fusion):
         return new
 
     def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
-        """Reference path: both whole blocks on the whole sequence, then each position keeps its tower's output."""
+        """Reference path: both whole blocks run on the whole sequence; each position keeps its tower's output."""
         block, by_text = self.block(index, frozen), self.whole(index, frozen, call, run)
         by_media = run.states if block is None else self.whole(index, block, call, run, by_noise=True)
         new = {owner: (by_text if owner == "text" else by_media)[owner] for owner in run.states}

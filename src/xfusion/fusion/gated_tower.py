@@ -1,10 +1,10 @@
-"""X-Fusion's gated tower (arXiv 2504.20996, figure 3 b): a trainable copy of a layer whose output is added by a gate.
+"""X-Fusion's gated tower (arXiv 2504.20996, figure 3 b): a trainable copy of a layer whose output is added through a gate.
 
     H_out = F_txt(E) + gamma F_gate(E)    with gamma = 0 at the start (after Flamingo, arXiv 2204.14198)
 
-Both blocks see the whole mixed sequence. The paper reports unchanged text scores, so the gate cannot act on words alone:
-here it acts from the first media token of a sequence on. With ``stride`` k a gated block stands at every k-th layer; at
-the others media states pass unchanged, as in the other mechanisms.
+Both blocks see the whole mixed sequence. The paper reports unchanged text scores, so the gate cannot act on text alone:
+here it acts from the first media token of a sequence on. With ``stride`` k every k-th layer has a gated block; media
+states pass the other layers unchanged, as in the other mechanisms.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ class GatedTower(Fusion):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Fusion.Config):
-        """Where gated layers stand."""
+        """Which layers have a gated copy."""
 
         def build(self) -> GatedTower:
             """The fusion, not yet installed."""
             return GatedTower(self)
 
     def install(self, backbone: Backbone) -> None:
-        """Copy the frozen layers; one closed gate each."""
+        """Copy the frozen layers, each with a closed gate."""
         super().install(backbone)
         self.gates = nn.ParameterDict({str(index): nn.Parameter(torch.zeros(())) for index in self.state_layers})
 
     def layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
-        """Both blocks for every row, but the gated one for words only where a picture stands before some."""
+        """Both blocks for every row; the gated one computes text only if some of it comes after a picture."""
         block = self.block(index, frozen)
         if block is None:
             return run.states | self.tower(0, index, frozen, {"text"}, call, run)

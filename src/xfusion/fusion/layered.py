@@ -1,7 +1,7 @@
-"""Several mechanisms in one model, each at layers of its own: hybrids are recipes.
+"""Several mechanisms in one model, each at its own layers, so that a recipe can define a hybrid.
 
-Every layer belongs to one mechanism, so they can share the slots of the cache. At layers that belong to none, text is the
-frozen layer's and media states pass unchanged.
+Every layer belongs to at most one mechanism, so they can share cache slots. At layers that belong to none, the frozen layer
+computes text and media states pass unchanged.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ class Layered(Fusion):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Fusion.Config):
-        """Which mechanisms, each with its own ``layers``."""
+        """The mechanisms, each with its own ``layers``."""
 
         parts: tuple[Fusion.Config, ...] = ()
-        """Mechanisms with disjoint ``layers``; stride and offset count within a range."""
+        """Mechanisms with disjoint ``layers``; stride and offset count within each range."""
 
         def sizes(self, num_layers: int) -> Iterator[Layered.Config]:
-            """None: its parts have sizes of their own."""
+            """None: its parts have their own sizes."""
             del num_layers
             yield from ()
 
@@ -65,7 +65,7 @@ class Layered(Fusion):
             self.owner |= dict.fromkeys(range(first, end), part)
 
     def begin(self, backbone: Backbone) -> None:
-        """Each mechanism reads what it starts from."""
+        """Load the weights that each mechanism starts from."""
         for part in self._fusions():
             part.begin(backbone)
         self.taken = {index: found for part in self._fusions() for index, found in part.taken.items()}
@@ -75,16 +75,16 @@ class Layered(Fusion):
 
     @property
     def regime(self) -> str:
-        """That of the mechanism which trains most of the base."""
+        """The regime of the mechanism that trains most of the base."""
         return max((part.regime for part in self._fusions()), key=REGIMES.index)
 
     def keeps(self, index: int) -> bool:
-        """As the mechanism that owns the layer."""
+        """Answered by the mechanism that owns the layer."""
         return index not in self.owner or self.owner[index].keeps(index)
 
     @contextmanager
     def unadapted(self) -> Iterator[None]:
-        """Without the deltas of any mechanism inside the block."""
+        """Inside the ``with`` block no mechanism's deltas apply."""
         with ExitStack() as stack:
             for part in self._fusions():
                 stack.enter_context(part.unadapted())
@@ -96,7 +96,7 @@ class Layered(Fusion):
             part.set_attention(implementation)
 
     def block_widths(self) -> dict[int, int]:
-        """The widths of all mechanisms' blocks; each must have some."""
+        """Block widths of all mechanisms; each must have blocks."""
         return {index: width for part in self._fusions() for index, width in part.block_widths().items()}
 
     @property
@@ -109,7 +109,7 @@ class Layered(Fusion):
         return self.owner[index].new_modules(index) if index in self.owner else []
 
     def layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
-        """The layer of the mechanism that owns it."""
+        """Computed by the mechanism that owns the layer."""
         if index in self.owner:
             return self.owner[index].layer(index, frozen, call, run)
         return run.states | self.tower(0, index, frozen, {"text"}, call, run)
@@ -121,5 +121,5 @@ class Layered(Fusion):
         return run.states | {o: h for o, h in self.whole(index, frozen, call, run).items() if o == "text"}
 
     def text_layer(self, index: int, frozen: nn.Module, x: Tensor, call: Call) -> Tensor:
-        """The text-only layer of the mechanism that owns it."""
+        """The text-only layer of the mechanism that owns the layer."""
         return self.owner[index].text_layer(index, frozen, x, call) if index in self.owner else frozen(x, **call)

@@ -1,10 +1,10 @@
-"""LoRA on the base's own layers beside any mechanism (Hu et al., arXiv 2106.09685), by peft's own layers.
+"""LoRA on the base's own layers, combined with any mechanism (Hu et al., arXiv 2106.09685), using peft's layers.
 
     h = W x + (alpha / r) B A x    with B = 0 at the start, W frozen
 
-The mechanism inside is handed layers whose matrices carry deltas, and does with them what it does with frozen ones. Words go
-through the deltas too, so text is another once they are trained: such a model is of the regime ``LoRA`` and never ranked
-beside strictly frozen ones. The base's weights are not touched, and `Lora.unadapted` computes without the deltas.
+The inner mechanism gets layers whose matrices have deltas and treats them like frozen ones. Text passes through the deltas
+too, so training changes text-only output: such a model has the regime ``LoRA`` and is never ranked against strictly frozen
+ones. The base's weights are not modified, and `Lora.unadapted` computes without the deltas.
 
 Shape legend: ``B`` batch row, ``n`` rows of one owner, ``D`` model width, ``r`` rank.
 """
@@ -26,7 +26,7 @@ from xfusion.layers import Delta, linear_paths, matrix_pieces, shadow
 
 
 class Adapter(Delta):
-    """A peft layer without the matrix that it stands on; `bound` gives it one."""
+    """A peft layer without its base matrix; `bound` adds one."""
 
     def __init__(self, matrix: nn.Module, rank: int, alpha: float):
         super().__init__()
@@ -38,35 +38,35 @@ class Adapter(Delta):
         config = LoraConfig(r=rank, lora_alpha=alpha)  # type: ignore[arg-type]  # peft takes fractions too
         conv = not isinstance(matrix, nn.Linear)
         self.layer = Linear(matrix, "default", config=config, r=rank, lora_alpha=alpha, is_target_conv_1d_layer=conv)  # type: ignore[arg-type]
-        del self.layer._modules["base_layer"]  # the frozen matrix is not ours: it is in no pack and never trained
+        del self.layer._modules["base_layer"]  # the frozen matrix is not ours: not stored in packs and never trained
         self.layer.float().requires_grad_(True)
 
     def bound(self, frozen: nn.Module) -> nn.Module:
-        """peft's layer on a frozen matrix, which it does not own."""
+        """peft's layer around a frozen matrix, which it does not own."""
         out = shadow(self.layer)
         out._modules["base_layer"] = frozen
         return out
 
 
 class Lora(Fusion):
-    """Another mechanism over layers with low-rank deltas."""
+    """Another mechanism on top of layers with low-rank deltas."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Fusion.Config):
-        """Which mechanism, and the deltas; ``stride``, ``offset`` and ``layers`` say which layers carry some."""
+        """The inner mechanism and the deltas; ``stride``, ``offset`` and ``layers`` choose the layers with deltas."""
 
         inner: Fusion.Config = field(default_factory=Prefix.Config)
-        """The mechanism."""
+        """The inner mechanism."""
         rank: int = 8
-        """r."""
+        """Rank r of the deltas."""
         alpha: float = 16.0
         """Deltas are multiplied by ``alpha / r``."""
         targets: tuple[str, ...] | None = ("query", "value")
-        """Matrices that carry a delta, of query, key, value, output, in and out (of the MLP); None takes all of a layer.
-        Where the family holds several in one matrix, the whole of it does."""
+        """Matrices with a delta: some of query, key, value, output, in and out (of the MLP); None means all of a layer.
+        If the family fuses several in one matrix, the delta covers the whole matrix."""
 
         def sizes(self, num_layers: int) -> Iterator[Lora.Config]:
-            """By rank."""
+            """Sizes by rank."""
             del num_layers
             yield from (replace(self, rank=rank) for rank in range(1, 1025))
 
@@ -92,19 +92,19 @@ class Lora(Fusion):
 
     @property
     def regime(self) -> str:
-        """LoRA; that of the mechanism where it trains more of the base."""
+        """LoRA, or the regime of the inner mechanism if that trains more of the base."""
         return max("LoRA", self.inner.regime, key=REGIMES.index)
 
     @property
     def exports(self) -> tuple[str, ...]:
-        """Where the mechanism goes with merged deltas."""
+        """The inner mechanism's exports that accept merged deltas."""
         return tuple(name for name in self.inner.exports if name == "transformers")
 
     def install(self, backbone: Backbone) -> None:
-        """The mechanism, and deltas at every placed layer in which the base's own matrices compute.
+        """Install the inner mechanism, and deltas at every placed layer that uses the base's own matrices.
 
         Raises:
-            XFusionError: there is none.
+            XFusionError: there is no such layer.
         """
         self.inner.install(backbone)
         super().install(backbone)
@@ -117,7 +117,7 @@ class Lora(Fusion):
             )
 
     def begin(self, backbone: Backbone) -> None:
-        """The mechanism reads what it starts from."""
+        """Load the weights that the inner mechanism starts from."""
         self.inner.begin(backbone)
         self.taken = self.inner.taken
 
@@ -125,7 +125,7 @@ class Lora(Fusion):
         """The deltas of a layer, by path.
 
         Raises:
-            XFusionError: it has none of the matrices.
+            XFusionError: the layer has none of the target matrices.
         """
         layer, targets = backbone.layers[index], self.config.targets
         found = matrix_pieces(layer)
@@ -138,12 +138,12 @@ class Lora(Fusion):
         return of_paths({path: Adapter(layer.get_submodule(path), rank, alpha) for path in paths})
 
     def set_attention(self, implementation: str) -> None:
-        """Choose the attention implementation of the mechanism's blocks."""
+        """Choose the attention implementation of the inner mechanism's blocks."""
         self.inner.set_attention(implementation)
 
     @contextmanager
     def unadapted(self) -> Iterator[None]:
-        """The base's own layers inside the block."""
+        """Inside the ``with`` block the base's own layers compute, without deltas."""
         before, self.adapts = self.adapts, False
         try:
             yield
@@ -151,20 +151,20 @@ class Lora(Fusion):
             self.adapts = before
 
     def keeps(self, index: int) -> bool:
-        """As the mechanism inside."""
+        """Answered by the inner mechanism."""
         return self.inner.keeps(index)
 
     @property
     def state_layers(self) -> tuple[int, ...]:
-        """The mechanism's."""
+        """Those of the inner mechanism."""
         return self.inner.state_layers
 
     def block_widths(self) -> dict[int, int]:
-        """The mechanism's."""
+        """Those of the inner mechanism."""
         return self.inner.block_widths()
 
     def new_modules(self, index: int) -> list[nn.Module]:
-        """The deltas of a layer, and what the mechanism has there."""
+        """The deltas of a layer, and the inner mechanism's modules there."""
         return super().new_modules(index) + self.inner.new_modules(index)
 
     def adapted(self, index: int, frozen: nn.Module) -> nn.Module:
@@ -173,13 +173,13 @@ class Lora(Fusion):
         return frozen if block is None else block
 
     def layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
-        """The mechanism's layer on the adapted one."""
+        """The inner mechanism's layer over the adapted one."""
         return self.inner.layer(index, self.adapted(index, frozen), call, run)
 
     def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
-        """The mechanism's reference path on the adapted layer."""
+        """The inner mechanism's reference path over the adapted layer."""
         return self.inner.reference_layer(index, self.adapted(index, frozen), call, run)
 
     def text_layer(self, index: int, frozen: nn.Module, x: Tensor, call: Call) -> Tensor:
-        """The mechanism's text-only layer on the adapted one."""
+        """The inner mechanism's text-only layer over the adapted one."""
         return self.inner.text_layer(index, self.adapted(index, frozen), x, call)

@@ -2,26 +2,25 @@
 
     q_i, k_i, v_i = W_m(i) n_m(i)(x_i)      softmax over all positions      h_i = MLP_m(i)(O_m(i) attention_i)
 
-where m(i) is the modality of position i. Words keep the frozen weights; what a media position shares with them and what
-it has of its own is a setting, so that these are one mechanism:
+where m(i) is the modality of position i. Text uses the frozen weights. Which weights media positions share with text and
+which are their own is configurable, so that one mechanism covers these systems:
 
 =========================================  =================================  ========================================
-system                                     of its own                         else
+system                                     own weights of media               otherwise
 =========================================  =================================  ========================================
-dual projection, LMFusion (2412.15188)     norms, Q, K, V, O, MLP             both ways inside a picture
-Mixture-of-Transformers (2411.04996)       all, and words too (`post_norm`)   from scratch, norms behind the branches
-BAGEL (2505.14683)                         all, for noised pictures only      clean pictures take the frozen weights
+dual projection, LMFusion (2412.15188)     norms, Q, K, V, O, MLP             bidirectional inside a picture
+Mixture-of-Transformers (2411.04996)       all, and text's (`post_norm`)      from scratch, norms after the branches
+BAGEL (2505.14683)                         all, for noised pictures only      clean pictures use the frozen weights
 CogVLM (2311.03079)                        Q, K, V, O, MLP                    one rotary position per picture, causal
 mPLUG-Owl2 (2311.04257)                    norms, K, V
 =========================================  =================================  ========================================
 
-There is one set of keys and values: words made theirs by the frozen weights, media theirs by their own. A dual tower makes
-two.
+There is one set of keys and values: text's come from the frozen weights, media's from their own. A dual tower has two.
 
-On a base that was trained, Mixture-of-Transformers is LMFusion's layer: norms of its own stand behind the branches,
-``h_i = x_i + norm_m(i)(O_m(i) attention_i)`` and ``y_i = h_i + norm'_m(i)(MLP_m(i)(h_i))``, which is another function than
-the base's. With ``post_norm`` it is the paper's, on a base from scratch: words have trained copies, too, and of the base
-there remain the embeddings, the last norm and the head, frozen as they were drawn (the paper trains them).
+On a pretrained base, Mixture-of-Transformers reduces to LMFusion's layer: its own norms come after the branches,
+``h_i = x_i + norm_m(i)(O_m(i) attention_i)`` and ``y_i = h_i + norm'_m(i)(MLP_m(i)(h_i))``, which is not the function the
+base was trained for. ``post_norm`` is the paper's form, on a base from scratch: text has trained copies too, and only the
+base's embeddings, last norm and head remain, frozen at their random initialization (the paper trains them).
 
 Shape legend: ``B`` batch row, ``n`` rows of one owner, ``S`` all rows of a pass, ``D`` model width.
 """
@@ -57,7 +56,7 @@ PARTS: tuple[Part, ...] = ("norm", "query", "key", "value", "output", "mlp")
 
 
 class OwnRows(Delta):
-    """Some output rows of a matrix, where one matrix of the base makes queries, keys and values together."""
+    """Trainable replacements for some output rows of a matrix, for bases that fuse queries, keys and values in one matrix."""
 
     def __init__(self, linear: nn.Module, rows: Tensor):
         super().__init__()
@@ -73,7 +72,7 @@ class OwnRows(Delta):
 
 
 class Routed(Delta):
-    """A part of a layer on all positions by both weights, each position keeping its own: the reference path."""
+    """A part of a layer computed at all positions with both weights; each position keeps its own: the reference path."""
 
     def __init__(self, own: nn.Module, is_own: Tensor):
         super().__init__()
@@ -85,7 +84,7 @@ class Routed(Delta):
         out = frozen(x)
         shape = (*self.is_own.shape, *([1] * (out.ndim - 2)))
         mine = self.is_own.view(shape)
-        if out.shape[:2] != self.is_own.shape:  # norms behind the cut into heads, [B, heads, S, width]
+        if out.shape[:2] != self.is_own.shape:  # norms after the split into heads, [B, heads, S, width]
             mine = self.is_own[:, None, :, None]
         return torch.where(mine, own.to(out.dtype), out)
 
@@ -105,21 +104,21 @@ def joint_rows(
     given: bool,
     keep: bool,
 ) -> tuple[Tensor | None, Tensor | None, list[KeysValues]]:
-    """One layer: text by the frozen weights, media by the expert's, over one set of keys and values.
+    """One layer: text with the frozen weights, media with the expert's, over one set of keys and values.
 
     Args:
-        frozen: the layer that words take: the base's, or from scratch one of their own.
-        expert: the layer that media positions take.
-        text: states ``[B, n, D]`` or None; ``given`` says that they are only read.
+        frozen: the layer for text: the base's, or, from scratch, a trained one.
+        expert: the layer for media positions.
+        text: states ``[B, n, D]`` or None; with ``given`` they are only read.
         media: states ``[B, m, D]`` or None.
-        is_own: which media positions take the expert, bool ``[B, m, 1]``; None is all of them, others take ``frozen``.
-        past: cached keys and values (none or one).
-        text_mask: queries of text over [past | text | media], or over [past | text] where text reads no media.
-        media_mask: queries of media over [past | text | media].
+        is_own: which media positions use the expert, bool ``[B, m, 1]``; the others use ``frozen``. None means all.
+        past: cached keys and values (zero or one).
+        text_mask: mask of text queries over [past | text | media], or over [past | text] if text reads no media.
+        media_mask: mask of media queries over [past | text | media].
         keep: whether the pass `appends` keys and values (`xfusion.fusion.base.tower_rows`).
 
     Returns:
-        new text states, new media states, and if they are kept keys and values of text and of media.
+        new text states, new media states, and, with ``keep``, the keys and values of text and of media.
     """
     media_kv = text_kv = new_text = new_media = None
     if media is not None:
@@ -143,7 +142,7 @@ def joint_rows(
 
 
 class ModalityExperts(Fusion):
-    """Media positions have weights of their own in one joint attention; words keep the frozen ones, but from scratch."""
+    """Media positions have their own weights in one joint attention; text keeps the frozen ones, except from scratch."""
 
     preserves_text = True
     prefix_is_constant = True
@@ -151,25 +150,25 @@ class ModalityExperts(Fusion):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Fusion.Config):
-        """What media positions have of their own."""
+        """Which weights media positions have of their own."""
 
         own: tuple[Part, ...] = PARTS
-        """Parts of a layer that media positions have of their own, copied from the base's; the rest is the frozen one."""
+        """Parts of a layer for which media positions have their own weights, copied from the base; the rest is frozen."""
         noised_only: bool = False
-        """Only noised pictures take the new weights; clean ones and [BOI] take the frozen ones (BAGEL)."""
+        """Only noised pictures use the new weights; clean ones and [BOI] use the frozen ones (BAGEL)."""
         post_norm: bool = False
-        """Norms behind the branches and trained weights for words, too (Mixture-of-Transformers as in its paper): only on
-        a base from scratch, `model.backbone.source` scratch:SOURCE."""
+        """Norms after the branches, and trained weights for text too (Mixture-of-Transformers as in its paper): only on a
+        base from scratch, `model.backbone.source` scratch:SOURCE."""
 
         def sizes(self, num_layers: int) -> Iterator[Fusion.Config]:
-            """By the layers with new weights; from scratch there is one size."""
+            """Sizes by the number of layers with new weights; from scratch there is one size."""
             return iter(()) if self.post_norm else super().sizes(num_layers)
 
         def build(self) -> ModalityExperts:
             """The fusion, not yet installed.
 
             Raises:
-                XFusionError: parts that are not known, or left out with ``post_norm``.
+                XFusionError: unknown parts, or settings that ``post_norm`` does not allow.
             """
             unknown = [part for part in self.own if part not in PARTS]
             if unknown or not self.own:
@@ -184,14 +183,14 @@ class ModalityExperts(Fusion):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        if config.post_norm:  # words are trained, too
+        if config.post_norm:  # text weights are trained too
             self.preserves_text = self.prefix_is_constant = False
 
     def install(self, backbone: Backbone) -> None:
-        """Copy the parts of media, and with ``post_norm`` those of words.
+        """Copy the parts for media, and with ``post_norm`` those for text.
 
         Raises:
-            XFusionError: norms behind the branches of a base that was trained.
+            XFusionError: ``post_norm`` on a pretrained base.
         """
         if self.config.post_norm and backbone.pretrained:
             raise XFusionError(
@@ -204,12 +203,12 @@ class ModalityExperts(Fusion):
         self._words: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
     def new_modules(self, index: int) -> list[nn.Module]:
-        """The parts of media, and from scratch those of words."""
+        """The parts for media, and from scratch those for text."""
         own = [self.of_words[str(index)]] if str(index) in self.of_words else []
         return super().new_modules(index) + own
 
     def words(self, index: int, frozen: nn.Module) -> Any:
-        """The layer that words take: the frozen one, or from scratch one of their own."""
+        """The layer for text: the frozen one, or, from scratch, a trained one."""
         if not self.config.post_norm:
             return frozen
         if frozen not in self._words:
@@ -218,7 +217,7 @@ class ModalityExperts(Fusion):
         return self._words[frozen]
 
     def make(self, index: int, backbone: Backbone) -> nn.Module:
-        """The parts of a layer that are not shared, by path; some rows of a matrix where roles share one."""
+        """The parts of a layer that are not shared, by path; only some rows of a matrix if several roles share it."""
         copied, pieces = backbone.copy_layer(index, self.block_config), layer_pieces(backbone.layers[index])
         wanted = [piece for part in PARTS if part in self.config.own for piece in pieces[part]]
         together: dict[str, list[Piece]] = {}
@@ -235,14 +234,14 @@ class ModalityExperts(Fusion):
         return of_paths(parts).to(next(copied.parameters()).device)
 
     def _is_own(self, run: Pass) -> Tensor | None:
-        """Which media positions take the new weights, bool ``[B, n, 1]``; None is all of them."""
+        """Which media positions use the new weights, bool ``[B, n, 1]``; None means all."""
         if not self.config.noised_only or run.media is None:
             return None
         media = run.media_rows[run.media]
         return media.at(media.noised)[..., None]
 
     def layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
-        """Fast path: each position by its weights alone, one set of keys and values in slot 0."""
+        """Fast path: each position uses only its own weights; one set of keys and values in slot 0."""
         expert = self.block(index, frozen)
         if expert is None:
             return run.states | self.tower(0, index, frozen, {"text"}, call, run)
@@ -276,7 +275,7 @@ class ModalityExperts(Fusion):
         return new
 
     def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
-        """The whole frozen layer, in which each part of its own is computed by both weights and chosen by position."""
+        """The whole frozen layer, in which each unshared part is computed with both weights and selected by position."""
         if str(index) not in self.blocks:
             plain = self.whole(index, frozen, call, run)
             return run.states | {o: h for o, h in plain.items() if o == "text"}
@@ -284,12 +283,12 @@ class ModalityExperts(Fusion):
         own: Any = self.blocks[str(index)]
         routed = {path: Routed(part, is_own) for path, part in by_path(own).items()}
         chosen = self._is_own(run)
-        if chosen is not None and run.modulation is not None:  # the others take the frozen layer as it is
+        if chosen is not None and run.modulation is not None:  # the others use the frozen layer without modulation
             run = replace(run, modulation=torch.where(chosen[..., None], run.modulation, 0.0))
         return self.whole(index, assembled(self.words(index, frozen), routed), call, run, by_noise=True)
 
     def text_layer(self, index: int, frozen: nn.Module, x: Tensor, call: Call) -> Tensor:
-        """A text-only layer: the frozen one, or from scratch that of words."""
+        """A text-only layer: the frozen one, or, from scratch, that for text."""
         if not self.config.post_norm:
             return super().text_layer(index, frozen, x, call)
         own = x.to(next(self.of_words.parameters()).dtype)

@@ -1,13 +1,13 @@
-"""Media outside the decoder's self-attention: words read a few rows of each medium through something new.
+"""Media outside the decoder's self-attention: text reads a few rows of each medium through new modules.
 
-What cross-attention (Flamingo, arXiv 2204.14198) and adaption prompts (LLaMA-Adapter, 2303.16199) share. No media position
-goes through a frozen layer. The tokens of a medium, or the rows that a connector makes of them, are read by the words
-behind it; keys and values of these rows have slot 1 of the cache. A word that reads no medium is left as it was to the last
-bit, before a picture, behind a hidden one and in text alone.
+This is shared by cross-attention (Flamingo, arXiv 2204.14198) and adaption prompts (LLaMA-Adapter, 2303.16199). No media
+position passes through a frozen layer. Text after a medium reads the medium's tokens, or the rows that a connector makes
+from them; the keys and values of these rows use cache slot 1. A text token that reads no medium is bit-identical to the
+base's: before a picture, after a hidden one and in text alone.
 
-Rows that a connector makes lie at the first positions of their medium, so that tables, packing and caches need nothing new.
+A connector's rows are placed at the first positions of their medium, so that tables, packing and caches need no changes.
 
-Shape legend: ``B`` batch row, ``n`` rows of one owner, ``k`` media positions that words may read, ``N`` media items,
+Shape legend: ``B`` batch row, ``n`` rows of one owner, ``k`` media positions that text may read, ``N`` media items,
 ``P`` tokens of an item, ``M`` rows that a connector makes, ``D`` model width.
 """
 
@@ -26,16 +26,16 @@ from xfusion.fusion.connectors.resampler import Resampler
 
 
 def places(rows: Rows) -> Tensor:
-    """Place of each position within its segment, int64 ``[B, n]``: [BOI] has 0, the tokens of a medium 1 to P."""
+    """Index of each position within its segment, int64 ``[B, n]``: 0 for [BOI], 1 to P for the tokens of a medium."""
     same = rows.segment[:, :, None] == rows.segment[:, None, :]
     before = (rows.order[:, None, :] < rows.order[:, :, None]) & (rows.order[:, None, :] >= 0)
     return (same & before).sum(-1)
 
 
 def token_places(media: MediaRows) -> Tensor:
-    """The same of a pass's own tokens, counted from 0, int64 ``[B, n]``; -1 where there is none ([BOI] and padding).
+    """Index of each token of a pass within its medium, from 0, int64 ``[B, n]``; -1 for non-tokens ([BOI] and padding).
 
-    A pass may hold a medium without its [BOI], which then lies in the cache.
+    A pass may contain a medium without its [BOI], which is then in the cache.
     """
     order, item = media.rows.order, media.item
     before = (item[:, :, None] == item[:, None, :]) & (order[:, None, :] < order[:, :, None])
@@ -43,26 +43,26 @@ def token_places(media: MediaRows) -> Tensor:
 
 
 def gathered(x: Tensor, media: MediaRows) -> tuple[Tensor, Tensor]:
-    """Rows ``[B, n, D]`` by item: tokens ``[N, P, D]`` in reading order, and which there are, bool ``[N, P]``."""
+    """Regroup rows ``[B, n, D]`` by item: tokens ``[N, P, D]`` in reading order, and which exist, bool ``[N, P]``."""
     place, count = token_places(media), len(media.noised)
-    # Without values any row may be a token; a pass of a [BOI] alone has none.
+    # On meta tensors any row may be a token; a pass with only a [BOI] has no tokens.
     longest = x.shape[1] if place.is_meta else max(1, int(place.max()) + 1)
     out = x.new_zeros(count + 1, longest, x.shape[-1])
     present = torch.zeros(out.shape[:2], dtype=torch.bool, device=x.device)
-    # What is no token goes to an item more, which is dropped.
+    # Non-tokens go to an extra item, which is dropped.
     where = (torch.where(place >= 0, media.item, count), place.clamp(min=0))
     return out.index_put(where, x)[:count], present.index_put(where, place >= 0)[:count]
 
 
 def scattered(rows: Tensor, media: MediaRows) -> Tensor:
-    """Rows ``[N, M, D]`` at the first tokens of their items, zeros elsewhere, ``[B, n, D]``."""
+    """Place rows ``[N, M, D]`` at the first tokens of their items, with zeros elsewhere, ``[B, n, D]``."""
     place = token_places(media)
     found = rows[media.item.clamp(min=0), place.clamp(0, rows.shape[1] - 1)]
     return torch.where(((place >= 0) & (place < rows.shape[1]))[..., None], found, 0)
 
 
 class Outside(Fusion):
-    """Words read rows of media through new modules; the frozen layers see words alone."""
+    """Text reads media rows through new modules; the frozen layers see text only."""
 
     preserves_text = True
     prefix_is_constant = True
@@ -70,13 +70,13 @@ class Outside(Fusion):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Fusion.Config):
-        """Which rows of media words read."""
+        """Which media rows text reads."""
 
         mask: Literal["immediate", "all previous", "none"] = "immediate"
-        """Media that a word reads: the last before it (Flamingo), all before it, or all of its sequence, wherever they
-        stand. With the last, words of a prompt also hear of later pictures, so a prompt must be given whole."""
+        """Media that a text token reads: the last before it (Flamingo), all before it, or all of its sequence. With none,
+        text in a prompt also sees later pictures, so a prompt must be given whole."""
         connector: Resampler.Config | None = None
-        """What makes rows of a medium's tokens; None takes the tokens as they are."""
+        """Connector that makes rows from a medium's tokens; None uses the tokens themselves."""
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -84,22 +84,22 @@ class Outside(Fusion):
             self.prefix_is_constant = False
 
     def install(self, backbone: Backbone) -> None:
-        """The connector, and the new modules of every placed layer."""
+        """Create the connector and the new modules of every placed layer."""
         if self.config.connector is not None:
             self.connector = self.config.connector.build(backbone.hidden_size).to(backbone.device)
         super().install(backbone)
 
     @property
     def num_rows(self) -> int | None:
-        """Rows of a medium that words read; None is all of its tokens."""
+        """Number of rows of a medium that text reads; None means all of its tokens."""
         return None if self.config.connector is None else self.config.connector.latents
 
     def connected(self, x: Tensor, present: Tensor) -> Tensor:
-        """Media ``[N, P, D]``, which tokens there are, bool ``[N, P]`` -> rows ``[N, M, D]`` that words read."""
+        """Media ``[N, P, D]`` and which tokens exist, bool ``[N, P]`` -> rows ``[N, M, D]`` that text reads."""
         return self.connector(x, present)
 
     def with_rows(self, index: int, run: Pass, *, reference: bool = False) -> dict[str, Tensor]:
-        """States of a pass, in which media are what the connector made of them, from the first layer with a block on.
+        """States of a pass; at the first layer with a block, media are replaced by the connector's output.
 
         Raises:
             XFusionError: a medium has fewer tokens than the connector makes rows.
@@ -124,7 +124,7 @@ class Outside(Fusion):
         return run.states | {run.media: scattered(made, media).to(x.dtype)}
 
     def reads(self, run: Pass) -> Tensor:
-        """Which media positions each word reads, bool ``[B, n, k]``; the same at every layer of a pass."""
+        """Which media positions each text token reads, bool ``[B, n, k]``; the same at every layer of a pass."""
         return run.once((self, "reads"), lambda: self._table(run))
 
     def _table(self, run: Pass) -> Tensor:
@@ -144,7 +144,7 @@ class Outside(Fusion):
         return found & row[:, None, :]
 
     def _read(self, run: Pass, row: int, column: int) -> list[int]:
-        """Which media positions of a pass one word reads: `reads` without a tensor, for reference paths."""
+        """Which media positions of a pass one text token reads: `reads` without tensor operations, for reference paths."""
         if run.media is None or run.rows["text"].order[row, column] < 0:
             return []
         word, media = run.rows["text"], run.rows[run.media]

@@ -1,10 +1,9 @@
-"""Media tokens at the input of the frozen decoder, as if they were words (features: LLaVA, BLIP-2, Qwen-VL; codes: TEAL).
+"""Media tokens at the input of the frozen decoder, treated like text (features: LLaVA, BLIP-2, Qwen-VL; codes: TEAL).
 
     X = [Emb(words); C(Enc(m)); Emb(words)],  H_out = F(X)    with every layer F frozen
 
-All that is new stands in the media port: a connector C from the features of a frozen encoder to the model's width, or
-rows for codes. The
-frozen layers compute media rows as they compute words, so training goes back through all of them.
+All new weights are in the media port: a connector C from the features of a frozen encoder to the model's width, or an
+embedding table for codes. The frozen layers process media rows like text, so training backpropagates through all of them.
 
 Shape legend: ``B`` batch row, ``n`` rows of one owner, ``D`` model width.
 """
@@ -19,14 +18,14 @@ from xfusion.fusion.base import Call, Pass, WithoutBlocks
 
 
 class Prefix(WithoutBlocks):
-    """Frozen layers for all rows, and nothing beside them."""
+    """All rows pass through the frozen layers; there are no other modules."""
 
     preserves_text = True
     prefix_is_constant = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config(WithoutBlocks.Config):
-        """Nothing to set: the mechanism has no blocks."""
+        """No settings: the mechanism has no blocks."""
 
         def build(self) -> Prefix:
             """The fusion, not yet installed."""
@@ -35,20 +34,20 @@ class Prefix(WithoutBlocks):
 
     @property
     def state_layers(self) -> tuple[int, ...]:
-        """All of them: media rows go through every frozen layer."""
+        """All layers: media rows pass through every frozen layer."""
         return tuple(range(len(self.windows)))
 
     @property
     def exports(self) -> tuple[str, ...]:
-        """Its models of vision and of sound."""
+        """transformers, for vision and audio models."""
         return ("transformers",)
 
     def layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
-        """Fast path: text that is given is looked up, all other rows are computed at once."""
+        """Fast path: given text is looked up; all other rows are computed at once."""
         return run.states | self.tower(0, index, frozen, run.states, call, run)
 
     def media_block(self, index: int, frozen: nn.Module) -> nn.Module:
-        """The frozen one."""
+        """The frozen layer."""
         del index
         return frozen
 

@@ -1,23 +1,23 @@
-"""What a tower takes over from a pretrained diffusion transformer (X-Fusion, arXiv 2504.20996, section 5).
+"""The weights that a tower copies from a pretrained diffusion transformer (X-Fusion, arXiv 2504.20996, section 5).
 
-The paper joins a language model and an in-house diffusion transformer. Its blocks are modulated by noise level and read
-words by cross-attention; a tower's blocks are decoder layers of the base's family, whose noise level is in the states and
-whose words are in the sequence. So only these matrices go over, each where its shape fits:
+The paper joins a language model and an in-house diffusion transformer. The latter's blocks are modulated by the noise level
+and read text by cross-attention; a tower's blocks are decoder layers of the base's family, whose noise level is in the
+states and whose text is in the sequence. So only these matrices are copied, each if its shape fits:
 
 ==============================  ===============================================================
 diffusers' block                decoder layer
 ==============================  ===============================================================
-attn1 / attn: to_q, to_k, to_v  queries, keys, values (rows of one matrix where the family has one)
+attn1 / attn: to_q, to_k, to_v  queries, keys, values (rows of one matrix if the family fuses them)
 attn1 / attn: to_out.0          output of attention
 ff: net.0.proj, net.2           into the MLP (SwiGLU: what the gate multiplies), out of the MLP
 ==============================  ===============================================================
 
-Biases go with their matrix where the layer has one too, else they are left. Left are norms and their modulation, the
-attention to words (attn2, add_q_proj ...), norms of queries and keys, patches, positions, classes, the head; and of the
-layer its norms and the gate of SwiGLU, which stay fresh. A gated feed-forward (GEGLU) does not fit and is left.
+A bias is copied with its matrix if the layer has a bias too. Not copied are norms and their modulation, cross-attention to
+text (attn2, add_q_proj ...), query and key norms, patch, position and class embeddings, and the head. The layer's own norms
+and SwiGLU gate keep their fresh initialization. A gated feed-forward (GEGLU) does not fit and is not copied.
 
-Rotary positions are new to such a block, and so is causal attention to words: this is a beginning for training, not a
-function that is kept.
+Rotary positions and causal attention to text are new to such a block: this is an initialization for training and does not
+preserve the block's function.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _FEED_FORWARD = {"in": "ff.net.0.proj", "out": "ff.net.2"}
 
 
 def load(source: str, revision: str | None = None) -> list[nn.Module]:
-    """The blocks of a transformer that diffusers reads, from safetensors only.
+    """The blocks of a transformer that diffusers can load, from safetensors only.
 
     Args:
-        source: a folder or hub id of a model, or of a pipeline, whose folder ``transformer`` is then taken.
+        source: a folder or hub id of a model, or of a pipeline, whose subfolder ``transformer`` is then used.
         revision: hub revision; only for hub ids.
 
     Raises:
-        XFusionError: there is none, its weights are not all there, or it has no blocks with attention.
+        XFusionError: there is no such model, weights are missing, or it has no blocks with attention.
     """
     import diffusers
     from diffusers.configuration_utils import ConfigMixin
@@ -87,16 +87,16 @@ def _line(error: BaseException) -> str:
 
 
 def _attention(block: nn.Module) -> str | None:
-    """Name of the first attention of a block, which is its attention to itself."""
+    """Name of the first attention of a block, which is its self-attention."""
     wanted = ("to_q", "to_k", "to_v", "to_out")
     return next((n for n, m in block.named_children() if all(hasattr(m, w) for w in wanted)), None)
 
 
 def check(blocks: list[nn.Module], source: str, width: int, backbone: Backbone) -> None:
-    """Raise where a tower of ``width`` on a base cannot take anything from these blocks.
+    """Raise if a tower of ``width`` on a base cannot use these blocks.
 
     Raises:
-        XFusionError: the width or the heads are others.
+        XFusionError: the width or the head width differs.
     """
     attention: Any = blocks[0].get_submodule(_attention(blocks[0]) or "")
     outputs, inputs = attention.to_q.weight.shape
@@ -111,25 +111,25 @@ def check(blocks: list[nn.Module], source: str, width: int, backbone: Backbone) 
 
 
 def choose(source: int, tower: int) -> list[int]:
-    """Which block each of a tower's takes from: the k-th takes number round(k source / tower).
+    """Which source block each of a tower's blocks copies: the k-th copies number round(k source / tower).
 
     Args:
-        source: number of the source's blocks.
-        tower: number of the tower's.
+        source: number of blocks in the source.
+        tower: number of blocks in the tower.
     """
     return [min(round(k * source / tower), source - 1) for k in range(tower)]
 
 
 @torch.no_grad()
 def take(layer: nn.Module, block: nn.Module) -> dict[str, str]:
-    """Copy what fits of a diffusion transformer's block into a decoder layer, in place.
+    """Copy the matching weights of a diffusion transformer's block into a decoder layer, in place.
 
     Args:
-        layer: the tower's, of any family.
-        block: diffusers'.
+        layer: the tower's layer, of any family.
+        block: the diffusers block.
 
     Returns:
-        what was copied: parameter of the layer (with the role, where a matrix holds several) -> parameter of the block.
+        what was copied: parameter of the layer (with the role, if a matrix combines several) -> parameter of the block.
     """
     attention, given = _attention(block), dict(block.named_parameters())
     names = {role: f"{attention}.{name}" for role, name in _ATTENTION.items()} | _FEED_FORWARD

@@ -1,10 +1,10 @@
-"""One decoder for words and media: X-Fusion's single tower (arXiv 2504.20996, figure 3 a), Transfusion (2408.11039).
+"""One decoder for text and media: X-Fusion's single tower (arXiv 2504.20996, figure 3 a), Transfusion (2408.11039).
 
     H_out = F(E)    with F initialised from the language model and trained
 
-The trained blocks are copies: the frozen model itself is never changed, and a pack holds the copies. Text goes through
-them too, so it is not preserved; that is what this layer is compared for. With ``stride`` k a trained block stands at every
-k-th layer; at the others text is the frozen layer's and media states pass unchanged, as in the other mechanisms.
+The trained blocks are copies: the frozen model itself is never changed, and a pack stores the copies. Text passes through
+them too, so it is not preserved; this mechanism is there for comparison. With ``stride`` k every k-th layer has a trained
+block; at the other layers the frozen layer computes text and media states pass unchanged, as in the other mechanisms.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class SharedDecoder(Fusion):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Fusion.Config):
-        """Where trained layers stand."""
+        """Which layers are trained."""
 
         def build(self) -> SharedDecoder:
             """The fusion, not yet installed."""
             return SharedDecoder(self)
 
     def keeps(self, index: int) -> bool:
-        """Not where a trained copy stands."""
+        """False at layers with a trained copy."""
         return str(index) not in self.blocks
 
     def layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
@@ -47,6 +47,6 @@ class SharedDecoder(Fusion):
         return found if block is not None else run.states | {o: h for o, h in found.items() if o == "text"}
 
     def text_layer(self, index: int, frozen: nn.Module, x: Tensor, call: Call) -> Tensor:
-        """A text-only layer: the trained block, where there is one."""
+        """A text-only layer: the trained block if there is one, else the frozen layer."""
         block = self.block(index, frozen)
         return frozen(x, **call) if block is None else block(x.to(next(block.parameters()).dtype), **call).to(x.dtype)

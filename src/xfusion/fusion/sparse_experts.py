@@ -1,13 +1,14 @@
-"""Sparse experts in the place of a layer's MLP (MoE-LLaVA, arXiv 2401.15947).
+"""Sparse experts instead of a layer's MLP (MoE-LLaVA, arXiv 2401.15947).
 
     p = softmax(W x)        y = sum over the k largest p_i of p_i / (their sum) MLP_i(x)        MLP_i = MLP at the start
 
-Every position goes to its k experts; none is dropped and nothing is drawn, so that a token's way does not depend on its
-batch (the paper's code has a capacity and noise on the second choice). Media go through all frozen layers, as in LLaVA.
+Every position goes to its k experts. None is dropped and routing is deterministic, so a token's routing does not depend on
+its batch (the paper's code has a capacity limit and noise on the second choice). Media pass through all frozen layers, as in
+LLaVA.
 
-The paper routes every token, text alone too, and trains all experts: text is then not kept. With ``frozen_expert`` the
-first expert is the base's own MLP, only the others train, and routing begins with the first media token of a sequence:
-before it, and in text alone, words take the first expert by itself.
+The paper routes every token, also in text-only input, and trains all experts, so text is not preserved. With
+``frozen_expert`` the first expert is the base's own MLP, only the others train, and routing starts at the first media token
+of a sequence: before it, and in text-only input, text uses only the first expert.
 
 Shape legend: ``B`` batch row, ``n`` rows, ``r`` routed rows, ``D`` model width, ``E`` experts.
 """
@@ -27,7 +28,7 @@ from xfusion.layers import Delta, assembled, mlp_path
 
 
 class Experts(nn.Module):
-    """The router of a layer and its experts; with a frozen expert, that one is not among them."""
+    """The router of a layer and its experts, excluding a frozen expert."""
 
     def __init__(self, config: SparseExperts.Config, width: int, experts: list[nn.Module]):
         super().__init__()
@@ -40,7 +41,7 @@ class Experts(nn.Module):
         return [frozen, *self.experts] if self.frozen_expert else list(self.experts)
 
     def weights(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows ``[r, D]`` -> probabilities ``[r, E]`` in float32 or more, and the weights of those that are taken."""
+        """Rows ``[r, D]`` -> probabilities ``[r, E]`` in at least float32, and normalized weights of the chosen experts."""
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # costs are counted on meta
             exact = x.to(torch.promote_types(x.dtype, torch.float32))
             probability = torch.softmax(nn.functional.linear(exact, self.router.weight.to(exact.dtype)), dim=-1)
@@ -50,12 +51,12 @@ class Experts(nn.Module):
 
 
 class Routed(Delta):
-    """An MLP, or for rows that are routed the experts in its place; made for one pass.
+    """An MLP, replaced by the experts for routed rows; created for one pass.
 
     Args:
-        experts: of the layer.
-        acts: rows that are routed, bool ``[B, n]``.
-        seen: told the router's probabilities ``[r, E]``.
+        experts: the layer's experts.
+        acts: which rows are routed, bool ``[B, n]``.
+        seen: a list to which the router's probabilities ``[r, E]`` are appended.
     """
 
     def __init__(self, experts: Experts, acts: Tensor, seen: list[Tensor]):
@@ -78,7 +79,7 @@ class Routed(Delta):
         return whole.masked_scatter(self.acts[..., None], out.to(whole.dtype))
 
     def evenly(self, frozen: nn.Module, x: Tensor) -> Tensor:
-        """The same on tensors without values, to count what it costs: all rows are routed, each expert has its share."""
+        """The same on meta tensors, to count costs: all rows are routed, with an equal share for each expert."""
         rows = x.flatten(0, 1)
         probability, weight = self.experts.weights(rows)
         self.seen.append(probability)
@@ -100,32 +101,32 @@ class RoutedByAll(Routed):
 
 
 class SparseExperts(Fusion):
-    """Experts in the place of MLPs, with a router that sends every token to a few of them."""
+    """Experts instead of MLPs, with a router that sends every token to a few of them."""
 
     preserves_text = True
     prefix_is_constant = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Fusion.Config):
-        """How many experts; ``stride`` and ``offset`` say at which layers."""
+        """Number of experts; ``stride`` and ``offset`` choose the layers that have them."""
 
         stride: int = 2
-        """Experts stand at every stride-th layer; the paper takes every second."""
+        """Put experts at every stride-th layer; the paper uses every second."""
         offset: int | None = 0
         """First layer with experts."""
         experts: int = 4
-        """Experts of a layer, a frozen one included."""
+        """Experts per layer, including a frozen one."""
         active: int = 2
-        """Experts that a token takes."""
+        """Experts per token."""
         frozen_expert: bool = True
-        """Whether the first expert is the base's own MLP and routing begins with the first media token, so that text is
-        kept; else as in the paper."""
+        """Whether the first expert is the base's own MLP and routing starts at the first media token, so that text is
+        preserved; otherwise as in the paper."""
 
         def build(self) -> SparseExperts:
             """The fusion, not yet installed.
 
             Raises:
-                XFusionError: a token takes more experts than there are.
+                XFusionError: ``active`` is not between 1 and ``experts``, or there are fewer than 2 experts.
             """
             if not 1 <= self.active <= self.experts or self.experts < 2:
                 raise XFusionError(
@@ -141,11 +142,11 @@ class SparseExperts(Fusion):
 
     @property
     def state_layers(self) -> tuple[int, ...]:
-        """All: media go through the frozen layers."""
+        """All layers: media pass through the frozen layers."""
         return tuple(range(len(self.windows)))
 
     def make(self, index: int, backbone: Backbone) -> Experts:
-        """Router and copies of a layer's MLP.
+        """The router and copies of a layer's MLP.
 
         Raises:
             XFusionError: the layer has no single MLP.
@@ -160,37 +161,37 @@ class SparseExperts(Fusion):
         return assembled(frozen, {mlp_path(frozen): kind(experts, acts, seen)})
 
     def _acts(self, run: Pass, owner: str) -> Tensor:
-        """Which rows are routed, bool ``[B, n]``; [BOI] is not, so that a picture's noise does not move its bits."""
+        """Which rows are routed, bool ``[B, n]``; not [BOI], so that it stays bit-identical whatever a picture's noise is."""
         rows = run.rows[owner]
         acts = rows.after_media if self.config.frozen_expert else rows.order >= 0
         return acts if owner == "text" else acts & ~run.media_rows[owner].boundary
 
     def _computed(self, index: int, frozen: nn.Module, run: Pass, kind: type[Routed], seen: list[Tensor]) -> Any:
-        """The layer of this pass, for the rows that it computes: text that is given is not among them."""
+        """The layer of this pass, for the rows that it computes (given text is not computed)."""
         computed = [owner for owner in run.states if owner != "text" or run.given is None]
         if str(index) not in self.blocks or not computed:
             return frozen
         return self._routed(index, frozen, torch.cat([self._acts(run, o) for o in computed], dim=1), kind, seen)
 
     def layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
-        """All rows through the layer; the router's probabilities are kept for its loss as ``router.`` and the layer."""
+        """All rows through the layer; the router's probabilities are kept for its loss as ``router.`` plus the layer index."""
         seen: list[Tensor] = []
         block = self._computed(index, frozen, run, Routed, seen)
-        # How many rows an expert gets is known only then: such a layer is not compiled.
+        # The number of rows per expert depends on the data, so such a layer is not compiled.
         work = run if block is frozen else replace(run, compiled=False)
         states = run.states | self.tower(0, index, block, run.states, call, work)
         run.kept |= {f"router.{index}": probability for probability in seen}
         return states
 
     def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
-        """The whole layer, every expert on every row."""
+        """The whole layer, with every expert on every row."""
         seen: list[Tensor] = []
         states = self.whole(index, self._computed(index, frozen, run, RoutedByAll, seen), call, run)
         run.kept |= {f"router.{index}": probability for probability in seen}
         return states
 
     def text_layer(self, index: int, frozen: nn.Module, x: Tensor, call: Call) -> Tensor:
-        """A text-only layer: routed as in the paper, or by the first expert alone."""
+        """A text-only layer: routed as in the paper, or with only the first expert."""
         if str(index) not in self.blocks:
             return frozen(x, **call)
         acts = torch.full(x.shape[:2], not self.config.frozen_expert, device=x.device)

@@ -1,1 +1,1 @@
-"""Connectors: from the tokens of a medium, or features of a frozen encoder, to rows of the model's width; a file each."""
+"""Connectors, one per file: map a medium's tokens, or features of a frozen encoder, to rows of the model's width."""

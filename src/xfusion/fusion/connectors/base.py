@@ -1,4 +1,4 @@
-"""What every connector is: the media port of a model that only reads.
+"""The base class of connectors: the media port of a model that only reads media.
 
 Shape legend: ``B`` batch row, ``n`` media rows, ``P`` width of a media token, ``F`` width of a feature, ``D`` model width,
 ``N`` media items, ``M`` features of an item, ``K`` rows of an item.
@@ -16,17 +16,17 @@ from xfusion.modalities.port import MediaPort
 
 
 class Connector(MediaPort):
-    """Features in, between trainable [BOI] and [EOI]; no noise level, no positions of its own, nothing read out."""
+    """Feature inputs between trainable [BOI] and [EOI]; no noise level, no position embeddings of its own, no readout."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(MediaPort.Config):
-        """How many features a token carries."""
+        """How many features a token holds."""
 
         cells: int = 1
-        """Features to a token: the image modality's `patch_width`, at a `patch` of 1."""
+        """Features per token: the image modality's `patch_width`, for a `patch` of 1."""
 
     def __init__(self, config: Config, width: int, token_width: int, scale: float):
-        nn.Module.__init__(self)  # a model that only reads needs neither noise levels nor a head
+        nn.Module.__init__(self)  # a model that only reads media needs neither noise levels nor a head
         if config.cells < 1 or token_width % config.cells:
             raise XFusionError(
                 f"connector: tokens of {token_width} numbers do not hold {config.cells} features: set cells to the"
@@ -41,7 +41,7 @@ class Connector(MediaPort):
         self.end = nn.Parameter(torch.randn(width) * scale)
 
     def connect(self, media: MediaRows) -> Tensor:
-        """Media rows -> states ``[B, n, D]`` at tokens; what it says elsewhere is not kept."""
+        """Media rows -> states ``[B, n, D]`` at tokens; values elsewhere are ignored."""
         raise NotImplementedError(type(self).__name__)
 
     def forward(self, media: MediaRows) -> Tensor:
@@ -50,15 +50,15 @@ class Connector(MediaPort):
         return torch.where(media.boundary[..., None], self.begin.to(x.dtype), x)
 
     def check_grid(self, rows: int, columns: int) -> None:
-        """Any number of tokens: they have no positions of their own."""
+        """Accept any number of tokens: they have no position embeddings."""
 
     def before_layer(self, index: int, x: Tensor, media: MediaRows) -> Tensor:
-        """States as a layer sees them: as they are."""
+        """The input states of a layer, unchanged."""
         del index, media
         return x
 
     def readout(self, hidden: Tensor) -> Tensor:
-        """The states themselves: nothing is predicted of media."""
+        """The states themselves: media are not predicted."""
         return hidden
 
     def split(self, tokens: Tensor) -> Tensor:
@@ -68,24 +68,24 @@ class Connector(MediaPort):
 
 @dataclass(frozen=True)
 class Gathered:
-    """The features of each item, and where its rows stand."""
+    """The features of each item, and the positions of its rows."""
 
     features: Tensor
-    """``[N, M, F]``, zeros where an item has fewer."""
+    """``[N, M, F]``, zero-padded."""
     there: Tensor
-    """Which of them an item has, bool ``[N, M]``."""
+    """Which features exist (are not padding), bool ``[N, M]``."""
     place: Tensor
-    """Number of each row in its item, int64 ``[B, n]``; 0 at [BOI] and padding."""
+    """Index of each row within its item, int64 ``[B, n]``; 0 at [BOI] and padding."""
 
 
 def gathered(connector: Connector, media: MediaRows) -> Gathered:
-    """The rows of a batch by item, for connectors that look at a whole item at once."""
+    """The rows of a batch grouped by item, for connectors that process a whole item at once."""
     order, count = media.rows.order, len(media.noised)
-    item = torch.where(media.item >= 0, media.item, count)  # what belongs to none is put behind all others, and dropped
+    item = torch.where(media.item >= 0, media.item, count)  # rows of no item go to an extra one, which is dropped
     first = torch.full((count + 1,), torch.iinfo(torch.int64).max, device=order.device)
     first = first.scatter_reduce(0, item.flatten(), order.flatten(), "amin")
     place = torch.where(media.item >= 0, order - first[item], 0)
-    # Tensors without values, by which costs are counted, do not say how many rows the largest item has: as many as all others.
+    # Meta tensors, used to count costs, do not hold the size of the largest item: assume that all items have equal sizes.
     rows = order.numel() // max(count, 1) - 1 if place.is_meta else int(place.max()) + 1 if place.numel() else 0
     tokens = media.tokens.new_zeros(count + 1, rows, media.tokens.shape[-1]).index_put((item, place), media.tokens)[:-1]
     there = torch.zeros(count + 1, rows, dtype=torch.bool, device=order.device)
@@ -95,7 +95,7 @@ def gathered(connector: Connector, media: MediaRows) -> Gathered:
 
 
 def spread(states: Tensor, found: Gathered, media: MediaRows) -> Tensor:
-    """States ``[N, K, D]`` of the items at their rows, ``[B, n, D]``.
+    """Place the items' states ``[N, K, D]`` at their rows, ``[B, n, D]``.
 
     Raises:
         XFusionError: an item has more rows than there are states.

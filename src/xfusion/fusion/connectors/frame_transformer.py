@@ -1,9 +1,9 @@
-"""SLM's adapter: most frames are dropped, and a small transformer reads the others both ways (arXiv 2310.00230, section 3).
+"""SLM's adapter: most frames are dropped; a small bidirectional transformer reads the rest (arXiv 2310.00230, section 3).
 
     H = W T(z_0, z_c, z_2c, ...)
 
-with every c-th feature z, pre-norm layers T over all of an item's, and a matrix W to the model's width. The paper drops
-frames at random; here the first of each strip stays, so that a sound has the same states each time.
+with every c-th feature z, pre-norm layers T over all of an item's kept features, and a matrix W to the model's width. The
+paper drops frames at random; here the first of every c is kept, so that a sound always gets the same states.
 
 Shape legend: ``N`` media items, ``M`` features of an item, ``K`` rows of an item, ``D`` model width.
 """
@@ -24,14 +24,14 @@ class FrameTransformer(Connector):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Connector.Config):
-        """Size of the transformer; `cells` says how many features there are to the one that is kept."""
+        """Size of the transformer; one of every `cells` features is kept."""
 
         inner_width: int = 256
         """Width of the layers."""
         heads: int = 4
         """Attention heads."""
         depth: int = 2
-        """Layers; two are the paper's fewest."""
+        """Number of layers; the paper uses at least two."""
         mlp: int = 1024
         """Width of the feed-forward networks."""
 
@@ -59,7 +59,7 @@ class FrameTransformer(Connector):
         found = gathered(self, media)
         x = self.into(found.features[:, :: self.config.cells])
         there = found.there[:, :: self.config.cells]
-        there = there | ~there.any(dim=1, keepdim=True)  # an item without rows in this pass: a softmax needs one key
+        there = there | ~there.any(dim=1, keepdim=True)  # a softmax needs a key, even for an item without rows here
         for layer in self.layers:
             x = layer(x, src_key_padding_mask=~there)
         return spread(self.project(self.norm(x)), found, media)

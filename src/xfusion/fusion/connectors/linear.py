@@ -16,7 +16,7 @@ class Linear(Connector):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Connector.Config):
-        """Nothing more to set."""
+        """No further settings."""
 
         def build(self, width: int, token_width: int, scale: float, num_layers: int) -> Linear:
             """The connector of a model."""
@@ -26,10 +26,10 @@ class Linear(Connector):
     def __init__(self, config: Config, width: int, token_width: int, scale: float):
         super().__init__(config, width, token_width, scale)
         self.project = nn.Linear(token_width, width)
-        # Features of about unit size come out as large as the frozen embeddings.
+        # Features of about unit scale are mapped to the scale of the frozen embeddings.
         nn.init.normal_(self.project.weight, std=scale / math.sqrt(token_width))
         nn.init.zeros_(self.project.bias)
 
     def connect(self, media: MediaRows) -> Tensor:
-        """Each token by itself."""
+        """Each token separately."""
         return self.project(media.tokens)

@@ -13,11 +13,11 @@ from xfusion.fusion.connectors.base import Connector
 
 
 class MLP(Connector):
-    """A perceptron of each token, as wide inside as the model (`mlp2x_gelu`)."""
+    """An MLP on each token, with the model's width as hidden width (`mlp2x_gelu`)."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Connector.Config):
-        """Nothing more to set."""
+        """No further settings."""
 
         def build(self, width: int, token_width: int, scale: float, num_layers: int) -> MLP:
             """The connector of a model."""
@@ -33,5 +33,5 @@ class MLP(Connector):
             nn.init.zeros_(bias)
 
     def connect(self, media: MediaRows) -> Tensor:
-        """Each token by itself."""
+        """Each token separately."""
         return self.out(functional.gelu(self.into(media.tokens)))

@@ -1,10 +1,10 @@
-"""LXMERT's way in for pictures (arXiv 1908.07490, sections 2.1 and 2.2): places enter with their boxes, then hear of each other.
+"""LXMERT's picture encoder (arXiv 1908.07490, sections 2.1 and 2.2): features with their boxes, then self-attention layers.
 
     v_j = (n(F f_j) + n(P p_j)) / 2;    v <- n(v + S(v)),  v <- n(v + M(v)) in each layer;    H = W v
 
-with f_j the feature of place j, p_j its box (left, top, right and bottom as shares of the picture), S self-attention, M a
-feed-forward network, n layer norms, each one of its own, and W a matrix to the model's width. F, P and W have biases. In the
-paper, where all is of one width, there is no W.
+with f_j the feature of place j, p_j its box (left, top, right and bottom as fractions of the picture), S self-attention, M a
+feed-forward network, n layer norms (each a separate one), and W a matrix to the model's width. F, P and W have biases. The
+paper, where all widths are equal, has no W.
 
 Shape legend: ``N`` media items, ``M`` features of an item.
 """
@@ -21,11 +21,11 @@ from xfusion.data.sequence import MediaRows, XFusionError
 from xfusion.fusion.connectors.base import Connector, gathered, spread
 
 EPSILON = 1e-12
-"""Of the layer norms, as in BERT."""
+"""Epsilon of the layer norms, as in BERT."""
 
 
 class ObjectEncoder(Connector):
-    """Features and boxes, brought together and read both ways by layers with norms behind."""
+    """Features and boxes, averaged and processed by bidirectional post-norm layers."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Connector.Config):
@@ -36,7 +36,7 @@ class ObjectEncoder(Connector):
         heads: int = 4
         """Attention heads."""
         depth: int = 2
-        """Layers; LXMERT has 5."""
+        """Number of layers; LXMERT has 5."""
         mlp: int = 1024
         """Width of the feed-forward networks."""
 
@@ -71,28 +71,28 @@ class ObjectEncoder(Connector):
         return spread(self.project(x), found, media)
 
     def read(self, features: Tensor, places: Tensor, there: Tensor) -> Tensor:
-        """Features ``[N, M, F]`` and boxes ``[N, M, 4]`` -> states behind the layers, ``[N, M, inner_width]``.
+        """Features ``[N, M, F]`` and boxes ``[N, M, 4]`` -> output states of the layers, ``[N, M, inner_width]``.
 
         Args:
-            features: of an encoder's map, or of regions.
+            features: from an encoder's feature map, or of regions.
             places: left, top, right and bottom.
-            there: which of them an item has, bool ``[N, M]``.
+            there: which features exist (are not padding), bool ``[N, M]``.
         """
         x = (self.norm(self.into(features)) + self.box_norm(self.box_into(places))) / 2
-        there = there | ~there.any(dim=1, keepdim=True)  # an item without rows in this pass: a softmax needs one key
+        there = there | ~there.any(dim=1, keepdim=True)  # a softmax needs a key, even for an item without rows here
         for layer in self.layers:
             x = layer(x, src_key_padding_mask=~there)
         return x
 
 
 def boxes(media: MediaRows, count: int) -> Tensor:
-    """Left, top, right and bottom of the first places of each item in reading order, as shares of its picture,
-    ``[N, count, 4]``; anything where an item has fewer.
+    """Left, top, right and bottom of the first ``count`` places of each item in reading order, as fractions of its picture,
+    ``[N, count, 4]``; arbitrary values if an item has fewer.
     """
     items = len(media.noised)
     item = torch.where(
         media.item >= 0, media.item, items
-    ).flatten()  # what belongs to none is counted apart, and dropped
+    ).flatten()  # rows of no item go to an extra one, which is dropped
     tall, wide = (
         torch.ones(items + 1, dtype=torch.int64, device=item.device).scatter_reduce(
             0, item, place.flatten() + 1, "amax"

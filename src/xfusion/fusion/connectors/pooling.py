@@ -16,7 +16,7 @@ class Pooling(Connector):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Connector.Config):
-        """Nothing more to set; `cells` counts all features of a token, those of a square patch too."""
+        """No further settings; `cells` counts all features of a token, including those of a square patch."""
 
         def build(self, width: int, token_width: int, scale: float, num_layers: int) -> Pooling:
             """The connector of a model."""
@@ -30,5 +30,5 @@ class Pooling(Connector):
         nn.init.zeros_(self.project.bias)
 
     def connect(self, media: MediaRows) -> Tensor:
-        """Each token by itself."""
+        """Each token separately."""
         return self.project(self.split(media.tokens).mean(dim=-2))

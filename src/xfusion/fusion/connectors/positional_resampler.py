@@ -1,12 +1,12 @@
-"""Qwen-VL's adapter (arXiv 2308.12966, section 2.1): one cross-attention from learned queries that know places.
+"""Qwen-VL's adapter (arXiv 2308.12966, section 2.1): one cross-attention from learned queries with positions.
 
     H = Attention(n_q(Q) + p_q,  n_k(W Z) + p_k,  n_k(W Z))
 
-with 2-D sine positions ``p_k`` of the features' places on the encoder's map and ``p_q`` of the queries' on the squarest grid
-of as many, laid over the same map: row r of R is at r T / R of the map's T rows, columns alike. As many queries as features
-stand at the features' own places, as Qwen-VL's 256 on 16 x 16; fewer stand at the beginnings of their parts of the map, where
-Qwen-VL, which interpolates, has their middles; and a prime number of them, such as 7, stands along the top row, apart by
-columns alone.
+with 2-D sinusoidal positions: ``p_k`` of the features on the encoder's map, and ``p_q`` of the queries on the squarest grid of
+that many queries, laid over the same map: row r of R is at r T / R of the map's T rows, and likewise for columns. If there
+are as many queries as features, they have the features' positions, like Qwen-VL's 256 on 16 x 16. Fewer queries are at the
+start of their part of the map, where Qwen-VL, which interpolates, uses the middle. A prime number of queries, such as 7, lies
+along the top row, so they differ only by column.
 
 Shape legend: ``N`` media items, ``M`` features of an item, ``F`` width of a feature, ``K`` queries, ``D`` model width.
 """
@@ -27,10 +27,10 @@ def places(rows: int, columns: int, width: int, over: tuple[int, int] | None = N
     """Sine and cosine of row and column, ``[rows * columns, width]``: a quarter of the width each.
 
     Args:
-        rows: of the grid.
-        columns: of the grid.
+        rows: rows of the grid.
+        columns: columns of the grid.
         width: a multiple of 4.
-        over: rows and columns of the grid whose places these ones are measured in; None is the grid itself.
+        over: rows and columns of the grid in whose units positions are measured; None means the grid itself.
     """
     if width % 4:
         raise XFusionError(f"positional resampler: 2-D positions need a width that is a multiple of 4, not {width}")
@@ -47,12 +47,12 @@ class PositionalResampler(Connector):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Connector.Config):
-        """How many queries read how large a map."""
+        """Number of queries and size of the feature map."""
 
         queries: int = 7
-        """Learned queries: the tokens of a picture."""
+        """Number of learned queries: the tokens of a picture."""
         map: tuple[int, int] = (7, 7)
-        """Rows and columns of the encoder's features."""
+        """Rows and columns of the encoder's feature map."""
         heads: int = 4
         """Attention heads."""
 
@@ -69,7 +69,7 @@ class PositionalResampler(Connector):
         if width % config.heads:
             raise XFusionError(f"positional resampler: width {width} is not a multiple of its {config.heads} heads")
         self.map = config.map
-        # The squarest grid of as many queries: 256 are 16 x 16, 7 are 1 x 7, the map's top row.
+        # The squarest grid with this many queries: 256 give 16 x 16; 7 give 1 x 7, the map's top row.
         tall = next(n for n in range(math.isqrt(config.queries), 0, -1) if config.queries % n == 0)
         grid = (tall, config.queries // tall)
         self.register_buffer("key_places", places(*config.map, width), persistent=False)
@@ -85,7 +85,7 @@ class PositionalResampler(Connector):
         """All features of an item at once.
 
         Raises:
-            XFusionError: an item has another number of features than the map has places: they would stand at wrong ones.
+            XFusionError: an item's number of features differs from the map's size, so positions would be wrong.
         """
         found = gathered(self, media)
         count = found.features.shape[1]

@@ -1,9 +1,9 @@
-"""Pengi's mapper: one vector of a sound becomes a prefix of many (arXiv 2305.11834, section 3; ClipCap's, arXiv 2111.09734).
+"""Pengi's mapper: one vector per sound becomes a prefix of K rows (arXiv 2305.11834, section 3; ClipCap's, arXiv 2111.09734).
 
     p = T([reshape(W a / |a|); c])[-K:]
 
-with a the mean of an item's features, W a map to K rows of the model's width, K learned rows c, and pre-norm layers T of
-which only what stands at c is kept.
+with a the mean of an item's features, W a linear map to K rows of the model's width, K learned rows c, and pre-norm layers
+T, of whose output only the rows of c are kept.
 
 Shape legend: ``N`` media items, ``K`` rows of an item, ``D`` model width.
 """
@@ -21,7 +21,7 @@ from xfusion.fusion.connectors.base import Connector, gathered, spread
 
 
 class MapperLayer(nn.Module):
-    """Pre-norm attention without bias on queries, keys and values, and a ReLU perceptron."""
+    """Pre-norm attention without bias on queries, keys and values, and a ReLU MLP."""
 
     def __init__(self, width: int, heads: int, mlp: int):
         super().__init__()
@@ -32,7 +32,7 @@ class MapperLayer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, mlp), nn.ReLU(), nn.Linear(mlp, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, 2K, D]`` -> ``[N, 2K, D]``, all rows seeing all."""
+        """``[N, 2K, D]`` -> ``[N, 2K, D]``, with full attention."""
         y = self.norm(x)
         q, k, v = (
             part(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.query, self.key, self.value)
@@ -42,7 +42,7 @@ class MapperLayer(nn.Module):
 
 
 class PrefixMapper(Connector):
-    """As many rows as asked, of the mean of an item's features."""
+    """A fixed number of rows from the mean of an item's features."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Connector.Config):
@@ -53,9 +53,9 @@ class PrefixMapper(Connector):
         heads: int = 8
         """Attention heads, a divisor of the model's width."""
         depth: int = 2
-        """Layers."""
+        """Number of layers."""
         mlp: int = 2
-        """Width of the perceptron, in widths of the model."""
+        """Hidden width of the MLP, as a multiple of the model's width."""
 
         def build(self, width: int, token_width: int, scale: float, num_layers: int) -> PrefixMapper:
             """The connector of a model."""
@@ -69,9 +69,9 @@ class PrefixMapper(Connector):
         self.into = nn.Linear(self.feature_width, config.rows * width)
         self.constants = nn.Parameter(torch.randn(config.rows, width))
         self.layers = nn.ModuleList(MapperLayer(width, config.heads, config.mlp * width) for _ in range(config.depth))
-        # Constants of about unit size come out as large as the frozen embeddings.
+        # Constants of about unit scale are mapped to the scale of the frozen embeddings.
         self.gain = nn.Parameter(torch.tensor(scale))
-        # A vector of unit length comes out with rows of about unit size.
+        # A unit-length vector is mapped to rows of about unit scale.
         nn.init.normal_(self.into.weight, std=1.0)
         nn.init.zeros_(self.into.bias)
 

@@ -1,16 +1,15 @@
 """BLIP-2's query transformer (Q-Former, arXiv 2301.12597, section 3.1): learned queries read a frozen encoder's features.
 
-A block is post-norm, with a cross-attention to the features in every second one; queries and words share the self-attention
-and have feed-forward networks of their own:
+A block is post-norm; every second one has cross-attention to the features. Queries and text share the self-attention and
+have separate feed-forward networks:
 
     x = n1(x + SelfAttention(x));  q = n2(q + CrossAttention(q, Z));  q = n3(q + FFN_q(q)),  w = n4(w + FFN_w(w))
 
-for queries q and words w in ``x = [q; w]``. Which of them see each other is one of three masks (`sees`): ``apart`` for
-contrast, ``causal`` for text generation, ``together`` for matching. Behind the last block each query is mapped to the
-model's width.
+for queries q and text w in ``x = [q; w]``. The attention mask is one of three (`sees`): ``apart`` for the contrastive loss,
+``causal`` for text generation, ``together`` for matching. After the last block each query is projected to the model's width.
 
 Shape legend: ``N`` media items, ``M`` features of an item, ``F`` width of a feature, ``K`` queries, ``W`` width of the
-queries, ``D`` model width, ``n`` words.
+queries, ``D`` model width, ``n`` text tokens.
 """
 
 from __future__ import annotations
@@ -26,17 +25,17 @@ from xfusion.data.sequence import MediaRows, XFusionError
 from xfusion.fusion.connectors.base import Connector, gathered, spread
 
 EPSILON = 1e-12
-"""Of the layer norms, as in BERT."""
+"""Epsilon of the layer norms, as in BERT."""
 
 
 def sees(kind: Literal["apart", "causal", "together"], queries: int, words: int) -> Tensor:
-    """Which positions of [queries; words] see which, bool ``[K + n, K + n]`` (figure 2, right).
+    """Which positions of [queries; text] see which, bool ``[K + n, K + n]`` (figure 2, right).
 
     Args:
-        kind: ``apart``: queries and words see their own kind; ``causal``: queries see queries, a word sees all queries and
-            the words up to itself; ``together``: all see all.
+        kind: ``apart``: queries and text see their own kind; ``causal``: queries see queries, a text token sees all queries
+            and the text up to itself; ``together``: full attention.
         queries: number of queries.
-        words: number of words.
+        words: number of text tokens.
     """
     is_word = torch.arange(queries + words) >= queries
     if kind == "together":
@@ -52,7 +51,7 @@ def _perceptron(width: int, inner: int) -> nn.Sequential:
 
 
 class Block(nn.Module):
-    """One layer over [queries; words]."""
+    """One layer over [queries; text]."""
 
     def __init__(self, width: int, heads: int, mlp: int, feature_width: int | None, words: bool):
         super().__init__()
@@ -67,7 +66,7 @@ class Block(nn.Module):
             self.word_mlp, self.word_norm = _perceptron(width, mlp), nn.LayerNorm(width, eps=EPSILON)
 
     def forward(self, x: Tensor, features: Tensor, there: Tensor | None, queries: int, seen: Tensor | None) -> Tensor:
-        """``[N, K + n, W]`` -> ``[N, K + n, W]``; ``there`` says which features an item has, ``seen`` as `sees` does."""
+        """``[N, K + n, W]`` -> ``[N, K + n, W]``; ``there``: which features exist; ``seen``: a mask as from `sees`."""
         blocked = None if seen is None else ~seen
         x = self.norm(x + self.attention(x, x, x, attn_mask=blocked, need_weights=False)[0])
         q, words = x[:, :queries], x[:, queries:]
@@ -80,7 +79,7 @@ class Block(nn.Module):
 
 
 class QueryTransformer(nn.Module):
-    """Queries, perhaps with words beside them, and the blocks."""
+    """Learned queries, optionally followed by text, and the blocks."""
 
     def __init__(
         self, *, queries: int, width: int, heads: int, layers: int, mlp: int, feature_width: int, words: bool = False
@@ -97,13 +96,13 @@ class QueryTransformer(nn.Module):
     def forward(
         self, features: Tensor, there: Tensor | None = None, words: Tensor | None = None, seen: Tensor | None = None
     ) -> Tensor:
-        """Features ``[N, M, F]`` -> queries ``[N, K, W]``, behind them the words where these are given.
+        """Features ``[N, M, F]`` -> queries ``[N, K, W]``, followed by the text if given.
 
         Args:
-            features: of the frozen encoder.
-            there: which features an item has, bool ``[N, M]``; None is all.
-            words: embedded words ``[N, n, W]``.
-            seen: one of the three masks, `sees`; None lets all see all.
+            features: features from the frozen encoder.
+            there: which features exist (are not padding), bool ``[N, M]``; None means all.
+            words: text embeddings ``[N, n, W]``.
+            seen: one of the three masks of `sees`; None means full attention.
         """
         x = self.queries.expand(len(features), -1, -1)
         x = self.norm(x if words is None else torch.cat([x, words.to(x.dtype)], dim=1))
@@ -113,20 +112,20 @@ class QueryTransformer(nn.Module):
 
 
 class Queries(Connector):
-    """The query transformer in front of a frozen model: one state per query, whatever the number of features."""
+    """The query transformer in front of a frozen model: one state per query, for any number of features."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Connector.Config):
         """Size of the query transformer."""
 
         queries: int = 7
-        """Learned queries: the tokens of a picture."""
+        """Number of learned queries: the tokens of a picture."""
         query_width: int = 256
         """Width of the queries; BLIP-2's is 768."""
         heads: int = 4
         """Attention heads."""
         depth: int = 4
-        """Blocks; every second one, from the first on, reads the features."""
+        """Number of blocks; every second one, starting with the first, reads the features."""
         mlp: int = 1024
         """Width of the feed-forward networks."""
 
@@ -152,6 +151,6 @@ class Queries(Connector):
     def connect(self, media: MediaRows) -> Tensor:
         """All features of an item at once."""
         found = gathered(self, media)
-        # An item without rows in this pass has nothing to read: a softmax needs one key.
+        # A softmax needs a key, even for an item without rows in this pass.
         there = found.there | ~found.there.any(dim=1, keepdim=True)
         return spread(self.project(self.transformer(found.features, there)), found, media)

@@ -1,11 +1,11 @@
-"""The Perceiver resampler: any number of media tokens to a fixed number of latents (Flamingo, arXiv 2204.14198).
+"""The Perceiver resampler: maps any number of media tokens to a fixed number of latents (Flamingo, arXiv 2204.14198).
 
     z <- z + O softmax(Q n(z) (K [m(x); n(z)])^T / sqrt(K)) V [m(x); n(z)]
     z <- z + W_2 act(W_1 n'(z))                                              depth times; at last n''(z)
 
-with learned latents z, layer norms n and linear maps without bias. Keys and values are made of the medium and of the
-latents themselves. The paper's activation is the squared ReLU, OpenFlamingo's GELU; Idefics takes ReLU and norms queries
-and keys per head.
+with learned latents z, layer norms n and linear maps without bias. Keys and values come from the medium and from the latents
+themselves. The paper's activation is the squared ReLU, OpenFlamingo's is GELU; Idefics uses ReLU and norms queries and keys
+per head.
 
 Shape legend: ``N`` media items, ``P`` tokens of an item, ``M`` latents, ``D`` width, ``H`` heads, ``K`` head width.
 """
@@ -25,7 +25,7 @@ Activation = Literal["gelu", "relu", "squared relu"]
 
 
 class Activated(nn.Module):
-    """One of the activations that the papers take."""
+    """One of the papers' activations."""
 
     def __init__(self, kind: Activation):
         super().__init__()
@@ -55,7 +55,7 @@ class ResamplerAttention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def forward(self, x: Tensor, z: Tensor, present: Tensor) -> Tensor:
-        """Media ``[N, P, D]``, latents ``[N, M, D]``, which tokens there are, bool ``[N, P]`` -> ``[N, M, D]``."""
+        """Media ``[N, P, D]``, latents ``[N, M, D]`` and which tokens exist, bool ``[N, P]`` -> ``[N, M, D]``."""
         z = self.latent_norm(z)
         both = torch.cat([self.media_norm(x), z], dim=1)
         q = self.query_norm(self._heads(self.query(z)))
@@ -66,29 +66,29 @@ class ResamplerAttention(nn.Module):
 
 
 class Resampler(nn.Module):
-    """A fixed number of latents of each medium."""
+    """A fixed number of latents for each medium."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
         """Sizes of the resampler; the defaults are OpenFlamingo's."""
 
         latents: int = 64
-        """Rows that a medium becomes."""
+        """Number of rows (latents) per medium."""
         depth: int = 6
-        """Layers."""
+        """Number of layers."""
         heads: int = 8
         """Attention heads."""
         head_width: int = 64
-        """Width of a head, whatever the model's."""
+        """Width of a head, independent of the model's."""
         mlp: int = 4
-        """Width of the MLP, in widths of the model."""
+        """Hidden width of the MLP, as a multiple of the model's width."""
         activation: Activation = "gelu"
         """Activation of the MLP: squared relu is the paper's, gelu OpenFlamingo's, relu that of Idefics."""
         head_norm: bool = False
-        """Norms of queries and keys per head (Idefics)."""
+        """Whether queries and keys are normed per head (Idefics)."""
 
         def build(self, width: int) -> Resampler:
-            """The resampler of media of this width.
+            """The resampler for media of this width.
 
             Raises:
                 XFusionError: a size is not positive.
@@ -117,7 +117,7 @@ class Resampler(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, present: Tensor) -> Tensor:
-        """Media ``[N, P, D]``, which tokens there are, bool ``[N, P]`` -> latents ``[N, M, D]``."""
+        """Media ``[N, P, D]`` and which tokens exist, bool ``[N, P]`` -> latents ``[N, M, D]``."""
         z = self.latents.expand(len(x), -1, -1)
         for attention, mlp in zip(self.attentions, self.mlps, strict=True):
             z = z + attention(x, z, present)
