@@ -140,7 +140,7 @@ def _shows(message: Message) -> bool:
 
 
 def _as_words(message: Message) -> str:
-    """The content of a turn, its pictures by what they are called."""
+    """The content of a turn as text, with `PICTURE` in place of each picture."""
     content = message["content"]
     segments = [content] if isinstance(content, str) else content
     return "\n".join(segment if isinstance(segment, str) else PICTURE for segment in segments)
