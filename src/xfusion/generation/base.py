@@ -16,10 +16,10 @@ from xfusion.model import Model
 Progress = Callable[[int, int, Tensor | None], None]
 """Called while drawing with the steps done, the total steps, and the current clean estimate ``[N, M, P]``."""
 Listener = Callable[[int, int], bool]
-"""Called with the index of a list and each token of its answer as it is generated; returning False ends that answer."""
+"""Called with the index of a list and each token of its answer as it is generated; False ends that answer."""
 
 MAX_PROMPT_TOKENS = 2048
-"""Longest prompt text, in tokens, when media are present, even if the base has a longer context: the attention mask then covers
+"""Longest prompt text in tokens if there are media, even if the base has a longer context. The attention mask then covers
 all pairs of positions for every list of a batch, and no recipe trains at such a length. Text-only prompts go to the base
 itself and are limited only by its context length."""
 BATCH = 64

@@ -17,8 +17,8 @@ LARGEST_SCHEMA = 4096
 
 
 def schema_answers(schema: dict[str, Any]) -> list[str]:
-    """All JSON texts that a schema allows: an object of required properties, each ``enum``, ``const``, ``boolean``, ``null`` or
-    an ``integer`` from ``minimum`` to ``maximum``; objects may be nested.
+    """All JSON texts that a schema allows: an object of required properties, each ``enum``, ``const``, ``boolean``, ``null``
+    or an ``integer`` from ``minimum`` to ``maximum``; objects may be nested.
 
     Raises:
         XFusionError: the schema uses anything else, allows nothing, or allows more than `LARGEST_SCHEMA` texts.

@@ -1,7 +1,7 @@
 """Prefix cache for conversations with media: keys and values of what was read, and tokens of the media.
 
-The next turn of a conversation starts with everything before it, so only the new part has to be read. A prefix is identified by
-its tokens, its media and the weights that read it. Text-only conversations are answered by the base itself and are not
+The next turn of a conversation starts with everything before it, so only the new part has to be read. A prefix is identified
+by its tokens, its media and the weights that read it. Text-only conversations are answered by the base itself and are not
 cached here: its bits must not depend on earlier requests.
 """
 
