@@ -109,7 +109,7 @@ class Objective(nn.Module):
         """Create the objective's own weights for a model of this width and its modality; most have none."""
 
     def check(self, modality: Any) -> None:
-        """Refuse a modality that cannot be trained with these settings. Called before training, not when a pack is loaded.
+        """Refuse a modality that cannot be trained with these settings; called before training, not on loading a pack.
 
         Raises:
             XFusionError: it cannot be trained.

@@ -2,11 +2,11 @@
 
     L = - sum_i log p(c_i | c_<i, what stands before)        p(c_0 | ...) is read from [BOI]
 
-(DALL-E, arXiv 2102.12092; TEAL, arXiv 2311.04589.) The weight of a modality is its objective's weight. With guidance the logits
-are ``l = l_u + s (l_c - l_u)``, where the unconditional pass omits the text (CM3Leon, arXiv 2309.02591, section 3.2).
+(DALL-E, arXiv 2102.12092; TEAL, arXiv 2311.04589.) The weight of a modality is its objective's weight. With guidance the
+logits are ``l = l_u + s (l_c - l_u)``, where the unconditional pass omits the text (CM3Leon, arXiv 2309.02591, section 3.2).
 
-With ``infill``, a share of the pictures is trained with some runs of codes cut out and moved to the end (CM3, arXiv 2201.07520).
-Each run leaves a sentinel in its place and starts with another:
+With ``infill``, a share of the pictures is trained with some runs of codes cut out and moved to the end (CM3,
+arXiv 2201.07520). Each run leaves a sentinel in its place and starts with another:
 
     a b c d e f   ->   a <mask> e f <infill> b c d
 
@@ -139,8 +139,8 @@ class NextCode(Objective):
         return tokens
 
     def choose(self, scores: Tensor, noise: Tensor) -> Tensor:
-        """Sample codes ``[N, P]`` from scores ``[N, P * K]`` by inverse CDF: the noise, mapped to (0, 1) by the normal CDF, picks
-        a code from the cumulative probabilities. The noise ``[N, P]`` is the only randomness.
+        """Sample codes ``[N, P]`` from scores ``[N, P * K]`` by inverse CDF: the noise, mapped to (0, 1) by the normal CDF,
+        picks a code from the cumulative probabilities. The noise ``[N, P]`` is the only randomness.
         """
         scores = scores.unflatten(-1, (noise.shape[-1], -1))
         if not self.config.temperature:
