@@ -101,7 +101,7 @@ class Objective(nn.Module):
             raise TypeError(f"{type(self).__qualname__} does not say which objective it builds")
 
         def adapted(self, trained: Any) -> Self:
-            """These settings for weights trained with ``trained``: settings that define what the weights mean come from there."""
+            """These settings, except that those that define the meaning of trained weights come from ``trained``."""
             del trained
             return self
 
