@@ -2,8 +2,8 @@
 
     L = sum over layers of  E sum_i F_i G_i
 
-where F_i is the share of tokens whose first choice is expert i and G_i the mean probability of i. It is 1 per layer if both are
-uniform, and E if all tokens go to one expert. Only G has a gradient.
+where F_i is the share of tokens whose first choice is expert i and G_i the mean probability of i. It is 1 per layer if both
+are uniform, and E if all tokens go to one expert. Only G has a gradient.
 """
 
 from __future__ import annotations

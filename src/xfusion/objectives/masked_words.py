@@ -7,14 +7,14 @@ directions (as in the released code), S and F are self-attention and feed-forwar
 
     h, v <- n(h + A(h, v)), n(v + A(v, h));    h <- n(h + S_h(h));    h <- n(h + F_h(h));    v likewise.
 
-Text enters as the frozen causal decoder's hidden states after its last norm; E is its LM head. A masked token is replaced at the
-decoder's input by a trained row ([MASK], the row used for [EOI] elsewhere), so the token itself never enters. Text after it is
-visible only in these layers, whose attention is bidirectional. A picture enters as the pass's media states, which include
+Text enters as the frozen causal decoder's hidden states after its last norm; E is its LM head. A masked token is replaced at
+the decoder's input by a trained row ([MASK], the row used for [EOI] elsewhere), so the token itself never enters. Text after
+it is visible only in these layers, whose attention is bidirectional. A picture enters as the pass's media states, which include
 positions (`xfusion.fusion.connectors.object_encoder`), after [BOI]. The first position of a text, the base's BOS token, is
 never masked; matching is read from it, as from LXMERT's [CLS].
 
-Shape legend: ``B`` batch row, ``n`` positions of one owner, ``N`` pairs of a batch, ``k`` pairs to score, ``w`` text tokens and
-``m`` rows of a picture, ``W`` width of the encoder, ``D`` model width, ``V`` vocabulary.
+Shape legend: ``B`` batch row, ``n`` positions of one owner, ``N`` pairs of a batch, ``k`` pairs to score, ``w`` text tokens
+and ``m`` rows of a picture, ``W`` width of the encoder, ``D`` model width, ``V`` vocabulary.
 """
 
 from __future__ import annotations

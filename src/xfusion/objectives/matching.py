@@ -5,8 +5,8 @@
 with ``h_p`` the hidden state after the decoder's last norm at an [EOI] appended to the text, which is read after the picture.
 This trained row, which follows a picture in captioning, replaces BLIP's [Encode]. Every pair gives three: itself, its picture
 with the most similar other text, and its text with the most similar other picture, by the contrastive cosines. Pairs excluded
-as contrastive negatives (one group of pictures, equal texts) are excluded here too. BLIP samples negatives by similarity (ALBEF,
-arXiv 2107.07651, section 3.3); here the hardest are taken, so that nothing is random.
+as contrastive negatives (one group of pictures, equal texts) are excluded here too. BLIP samples negatives by similarity
+(ALBEF, arXiv 2107.07651, section 3.3); here the hardest are taken, so that nothing is random.
 
 Shape legend: ``N`` pairs of a batch, ``k`` pairs to score, ``D`` model width, ``n`` positions of one owner.
 """

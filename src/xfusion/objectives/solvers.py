@@ -74,7 +74,7 @@ class Heun(Solver):
 
 @dataclass(frozen=True, kw_only=True)
 class Multistep(Solver):
-    """DPM-Solver++ of diffusers (Lu et al. 2022, arXiv 2211.01095): uses earlier clean estimates; one forward pass per step."""
+    """DPM-Solver++ of diffusers (Lu et al. 2022, arXiv 2211.01095): uses earlier clean estimates; one pass per step."""
 
     order: int = 2
     """Number of clean estimates used per step, including its own: 1 to 3."""
