@@ -105,7 +105,7 @@ class AudioModality(Modality):
         return Sound(samples=samples, rate=self.codec.rate)
 
     def decode(self, tokens: Tensor, size: int) -> Tensor:
-        """The inverse of `tokens`: tokens [N, size / patch, token_width] -> frames [N, size, F]. No codec decodes to sound yet."""
+        """The inverse of `tokens`: tokens [N, size / patch, token_width] -> frames [N, size, F]. No codec makes sounds yet."""
         if tokens.shape[1:] != (self.grid(size)[0], self.token_width):
             raise XFusionError(f"tokens of shape {list(tokens.shape)} are not sounds of {size} frames")
         return tokens.unflatten(-1, (self.codec.width, self.patch)).transpose(-1, -2).flatten(1, 2)

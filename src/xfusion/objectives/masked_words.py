@@ -9,9 +9,9 @@ directions (as in the released code), S and F are self-attention and feed-forwar
 
 Text enters as the frozen causal decoder's hidden states after its last norm; E is its LM head. A masked token is replaced at
 the decoder's input by a trained row ([MASK], the row used for [EOI] elsewhere), so the token itself never enters. Text after
-it is visible only in these layers, whose attention is bidirectional. A picture enters as the pass's media states, which include
-positions (`xfusion.fusion.connectors.object_encoder`), after [BOI]. The first position of a text, the base's BOS token, is
-never masked; matching is read from it, as from LXMERT's [CLS].
+it is visible only in these layers, whose attention is bidirectional. A picture enters as the pass's media states, which
+include positions (`xfusion.fusion.connectors.object_encoder`), after [BOI]. The first position of a text, the base's BOS
+token, is never masked; matching is read from it, as from LXMERT's [CLS].
 
 Shape legend: ``B`` batch row, ``n`` positions of one owner, ``N`` pairs of a batch, ``k`` pairs to score, ``w`` text tokens
 and ``m`` rows of a picture, ``W`` width of the encoder, ``D`` model width, ``V`` vocabulary.
@@ -157,7 +157,7 @@ class MaskedWords(Objective):
         return replace(batch, text_ids=ids, clean_ids=batch.unmasked().text_ids)
 
     def masked(self, batch: Batch, score: Tensor) -> Tensor:
-        """Which tokens to mask, bool ``[B, n]``: in each text with a picture, the `share` with the lowest scores ``[B, n]``."""
+        """Which tokens to mask, bool ``[B, n]``: in each text with a picture, the `share` with the lowest ``score``."""
         text = batch.text
         alike = (text.sample[:, :, None] == text.sample[:, None, :]) & (text.order >= 0)[:, None, :]
         may = (alike & (text.order[:, None, :] < text.order[:, :, None])).any(-1) & (text.order >= 0)  # not the first
