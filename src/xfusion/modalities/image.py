@@ -174,7 +174,7 @@ def touched(mask: Image.Image, grid: tuple[int, int]) -> Tensor:
 
 
 def on_white(picture: Image.Image) -> Image.Image:
-    """A picture of any Pillow mode as RGB; 16- and 32-bit grey is scaled instead of clipped, transparent parts become white."""
+    """A picture of any Pillow mode as RGB; deep grey is scaled down instead of clipped, transparent parts become white."""
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
         picture = _eight_bits(picture)
     if picture.mode == "LAB":

@@ -35,11 +35,11 @@ class MediaPort(nn.Module):
         largest_grid: int = 64
         """Number of row and of column position embeddings."""
         time: Literal["add", "modulate", "adaln", "adaln single"] = "add"
-        """How the noise level enters. ``add`` adds it to the tokens. ``modulate`` scales and shifts them before each new block,
-        ``x + s norm(x) + b``, with s and b from one projection and a row per layer. The others scale and shift the inputs of
-        attention and MLP in each new block and scale their outputs (`xfusion.layers.modulated`): ``adaln`` with a projection
-        per layer (AdaLN-Zero of DiT, arXiv 2212.09748), ``adaln single`` with one projection and a row per layer (PixArt,
-        arXiv 2310.00426). All start at zero; a gate is then 1, not 0 as in DiT, so that copied blocks work unchanged."""
+        """How the noise level enters. ``add`` adds it to the tokens. ``modulate`` scales and shifts them before each new
+        block, ``x + s norm(x) + b``, with s and b from one projection and a row per layer. The others scale and shift the
+        inputs of attention and MLP in each new block and scale their outputs (`xfusion.layers.modulated`): ``adaln`` with a
+        projection per layer (AdaLN-Zero of DiT, arXiv 2212.09748), ``adaln single`` with one projection and a row per layer
+        (PixArt, arXiv 2310.00426). All start at zero; a gate is then 1, not 0 as in DiT, so copied blocks work unchanged."""
 
         def build(self, width: int, token_width: int, scale: float, num_layers: int) -> MediaPort:
             """The port of a model.
