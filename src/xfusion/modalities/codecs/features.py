@@ -28,7 +28,7 @@ class Features(Codec):
 
         @classmethod
         def of(cls, source: str | None) -> Self:
-            """Features of the vision transformer at ``source`` (a folder or hub id), or of EfficientNet-Lite0 if it is None."""
+            """Features of the vision transformer at ``source`` (a folder or hub id); None uses EfficientNet-Lite0."""
             return cls(encoder=EfficientNetLite.Config() if source is None else VisionTransformer.Config(source=source))
 
         def build(self) -> Features:

@@ -80,7 +80,7 @@ def _download(source: str, subfolder: str, revision: str | None) -> Path:
 
 
 def load(kind: Any, folder: Path) -> Any:
-    """Load a diffusers class strictly: no key may be missing, unexpected or of another shape. Old attention keys are read too."""
+    """Load a diffusers class (old attention keys too), strictly: no key may be missing, unexpected or of another shape."""
     settings = {"use_safetensors": True, "low_cpu_mem_usage": False, "output_loading_info": True}
     try:
         model, report = kind.from_pretrained(str(folder), **settings)
