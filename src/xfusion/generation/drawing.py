@@ -123,7 +123,7 @@ class _Drawing:
     done: int = 0
     """Tokens of each item that are already in the cache."""
     denoised: Pass | None = None
-    """The first denoising pass; later ones attend to the same positions and reuse its layout."""
+    """The first denoising pass; later ones attend to the same positions and reuse its attention masks."""
 
     def __call__(self, x: Tensor, time: float) -> Tensor:
         """Head output at all tokens ``[N, M, P]`` at a noise level -> ``[N, M, Q]``; the cache is unchanged."""
