@@ -1,6 +1,7 @@
 """Sampling: lists of segments in, generated segments out; drawing, captioning, scoring, conversations.
 
-`segments.generate` joins the others: what is drawn (`drawing`) and what is said (`words`, within a `schema` if asked).
+`segments.generate` combines the others: media generation (`drawing`) and text generation (`words`, optionally constrained to a
+`schema`).
 """
 
 from xfusion.generation.base import (

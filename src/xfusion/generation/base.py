@@ -1,4 +1,4 @@
-"""What all of sampling shares: the kinds of segments, how a prompt and a picture that is shown become parts of a sequence."""
+"""Shared by all sampling code: the kinds of segments, and how prompts and input pictures become parts of a sequence."""
 
 from __future__ import annotations
 
@@ -14,35 +14,36 @@ from xfusion.generation.turns import tokens_of
 from xfusion.model import Model
 
 Progress = Callable[[int, int, Tensor | None], None]
-"""Called with steps done, steps in all, and the current clean estimate ``[N, M, P]`` while drawing."""
+"""Called while drawing with the steps done, the total steps, and the current clean estimate ``[N, M, P]``."""
 Listener = Callable[[int, int], bool]
-"""Called with the number of a list and each token of its answer as it is chosen; False ends that answer."""
+"""Called with the index of a list and each token of its answer as it is generated; False ends that answer."""
 
 MAX_PROMPT_TOKENS = 2048
-"""Longest words among media, where the base could read more: who sees whom is then a mask of all pairs of positions, made for
-every list of a batch, and no recipe trains at such a length. Words alone go to the base itself, as long as it can read them."""
+"""Longest prompt text in tokens if there are media, even if the base has a longer context. The attention mask then covers
+all pairs of positions for every list of a batch, and no recipe trains at such a length. Text-only prompts go to the base
+itself and are limited only by its context length."""
 BATCH = 64
-"""Items per forward pass when many are asked for."""
+"""Largest number of items per forward pass."""
 
 Segment = str | Text | PILImage.Image | Image | Sound | Audio
 Shown = PILImage.Image | Sound
-"""What a model is shown: a picture or a sound, whichever it knows."""
+"""A model's media input: a picture or a sound, depending on what it supports."""
 
 
 class TooLong(XFusionError):
-    """A prompt of more tokens than can be read."""
+    """The prompt has more tokens than the model can read."""
 
 
 def encode_prompt(model: Model, text: str | Text, *, alone: bool = False) -> tuple[int, ...]:
-    """Token ids of words.
+    """Token ids of a text.
 
     Args:
-        model: whose base reads them.
-        text: the words.
-        alone: whether no media stand among them, so that the base alone reads them.
+        model: the model whose base reads the text.
+        text: the text.
+        alone: whether the prompt has no media, so that only the base reads it.
 
     Raises:
-        TooLong: there are more than are read.
+        TooLong: the text has more tokens than allowed.
     """
     ids = text.ids if isinstance(text, Text) else model.backbone.encode(text)
     refuse_too_long(model, len(ids), alone=alone)
@@ -50,7 +51,7 @@ def encode_prompt(model: Model, text: str | Text, *, alone: bool = False) -> tup
 
 
 def refuse_too_long(model: Model, count: int, *, alone: bool) -> None:
-    """Refuse more tokens of words than are read; `encode_prompt` says what ``alone`` is.
+    """Refuse a text with more tokens than allowed; ``alone`` is as in `encode_prompt`.
 
     Raises:
         TooLong: there are more.
@@ -65,25 +66,25 @@ def refuse_to_draw(model: Model) -> None:
     """Refuse a model that cannot draw.
 
     Raises:
-        XFusionError: it learned something else.
+        XFusionError: the model was not trained to draw.
     """
     model.require("draw", "train one with a media objective, such as the recipe xfusion")
 
 
 def refuse_to_read(model: Model) -> None:
-    """Refuse a model that says no words behind pictures or sounds: what it would say was never learned.
+    """Refuse a model that was not trained to generate text after pictures or sounds.
 
     Raises:
-        XFusionError: it learned something else.
+        XFusionError: the model was not trained to caption.
     """
     model.require("caption", "take one that answers in words, of a recipe such as llava_1_5, or qwen_audio for sounds")
 
 
 def refuse_one(shown: Any) -> None:
-    """Refuse one picture or sound where a list of them is expected.
+    """Refuse a single picture or sound where a list of them is expected.
 
     Raises:
-        XFusionError: it is one.
+        XFusionError: a single one was given.
     """
     if isinstance(shown, (PILImage.Image, Sound)):
         what = "sound" if isinstance(shown, Sound) else "picture"
@@ -91,10 +92,10 @@ def refuse_one(shown: Any) -> None:
 
 
 def seeds_of(seed: int, seeds: Seq[int] | None, count: int, what: str) -> list[int]:
-    """A seed for each of ``count`` items: ``seeds``, or from ``seed`` on.
+    """A seed for each of ``count`` items: ``seeds``, or ``seed``, ``seed + 1``, ...
 
     Raises:
-        XFusionError: ``seeds`` are not as many.
+        XFusionError: the number of ``seeds`` is not ``count``.
     """
     chosen = list(seeds) if seeds is not None else [seed + i for i in range(count)]
     if len(chosen) != count:
@@ -103,9 +104,9 @@ def seeds_of(seed: int, seeds: Seq[int] | None, count: int, what: str) -> list[i
 
 
 def draw_size(model: Model, size: int | None) -> tuple[int, int]:
-    """The size that a picture is drawn at and the size that it is returned at.
+    """The size at which a picture is drawn and the size at which it is returned.
 
-    A picture is drawn at the nearest size that the model was made for and resized; beyond 4 times that is refused.
+    A picture is drawn at the nearest size that the model supports, then resized. A factor of more than 4 is refused.
     """
     sizes = model.image.sizes
     if size is None:
@@ -120,17 +121,17 @@ def draw_size(model: Model, size: int | None) -> tuple[int, int]:
 
 
 def text_segment(model: Model, text: str | Text, *, alone: bool = False) -> tuple[Text, ...]:
-    """Words as a part of a sequence; none where there are no words. ``alone`` as `encode_prompt` takes it."""
+    """Text as a part of a sequence; empty if the text has no tokens. ``alone`` is as in `encode_prompt`."""
     ids = encode_prompt(model, text, alone=alone)
     return (Text(ids=ids),) if ids else ()
 
 
 def media_segment(model: Model, shown: Seq[Shown], size: int | None = None) -> list[Media]:
-    """Pictures, or sounds, as clean parts of a sequence; ``size`` is one of the modality's (None: the first).
+    """Pictures or sounds as clean parts of a sequence; ``size`` is one of the modality's sizes (None: the first).
 
     Raises:
-        XFusionError: the model was not made for this size, or not for what is shown; or one thing is shown instead of a list, or
-            a list as one thing.
+        XFusionError: the model does not support this size or this kind of media; or a single item was given instead of a list,
+            or a list instead of a single item.
     """
     refuse_one(shown)
     if any(isinstance(item, (list, tuple)) for item in shown):

@@ -1,4 +1,4 @@
-"""Conversations: how turns are laid out for a model, and whether the next one is a picture."""
+"""Conversations: how turns are formatted for a model, and whether the next turn is a picture."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from xfusion.generation.segments import generate
 from xfusion.model import Model
 
 DrawMode = Literal["never", "auto", "always"]
-"""Whether answers open with a picture: not at all, where one is asked for, at every turn."""
+"""When answers start with a picture: never, if one is requested, or at every turn."""
 Message = dict[str, Any]
-"""A turn of a conversation: ``role``, and ``content``, words or a list of words, pictures and sounds."""
+"""A turn of a conversation: ``role``, and ``content``, which is a text or a list of texts, pictures and sounds."""
 
 
 def conversation(model: Model, messages: Seq[Message], *, own_pictures: bool = True) -> list[Segment]:
     """A conversation as a list of segments, to be continued by `generate`.
 
-    Words alone stand in the base's own chat template, and the base answers them as it answers everyone. With a picture
-    among them, or one to draw (`Image`), the turns stand in reading order, a line each and without roles: that is how a
-    picture and a question stood in training, and no template knows pictures.
+    A text-only conversation is formatted with the base's own chat template, and the base answers it as usual. If it contains
+    a picture, or one to draw (`Image`), the turns are concatenated in reading order, one per line and without roles: that is
+    how pictures and questions were laid out in training, and no template supports pictures.
 
     Args:
         model: a model.
-        messages: ``{"role": ..., "content": words or a list of segments}``, the oldest first.
-        own_pictures: whether the assistant's pictures are looked at, by a model that can caption; else they are called
-            ``(picture)``, and the base answers where the user shows none.
+        messages: ``{"role": ..., "content": text or a list of segments}``, oldest first.
+        own_pictures: whether a model that can caption reads the assistant's pictures. Otherwise they are replaced by the text
+            ``(picture)``, and the base answers if the user shows no pictures.
 
     Raises:
-        XFusionError: the base's template refuses these roles.
+        XFusionError: the base's template rejects these roles.
     """
     looked_at = own_pictures and "caption" in model.capabilities
     turns = [
@@ -65,26 +65,26 @@ def answer(
     size: int | None = None,
     **settings: Any,
 ) -> list[Any]:
-    """The next turn of a conversation, in words or in a picture with words behind it.
+    """The next turn of a conversation: text, or a picture optionally followed by text.
 
-    In words it is `generate`'s answer to `conversation`; where all words are, that is the base's own. Under ``auto`` the
-    pack's opening head reads the base's last hidden state, beside the vocabulary, and an answer that opens with a picture
-    draws what the user's last words name; words behind it name the finished picture, by a pack that can. Pictures that
-    the pack drew itself are then called ``(picture)`` among the words that follow, so that the base goes on answering;
-    pictures that the user shows are looked at, and the head is not asked behind one.
+    A text answer is `generate`'s answer to `conversation`; for a text-only conversation it is the base's own. Under ``auto``
+    the pack's opening head reads the base's last hidden state, alongside the LM head, and decides whether the answer starts
+    with a picture. Such an answer draws what the user's last message describes; a pack that can caption then adds a text
+    describing the finished picture. Pictures drawn by the pack itself are replaced by the text ``(picture)`` in later turns,
+    so that the base keeps answering. Pictures shown by the user are read, and the head is not used after one.
 
     Args:
         model: a model.
-        messages: as `conversation` takes them.
-        draw: ``never`` runs nothing of this, ``always`` draws at every turn.
-        size: side of pictures in pixels; None takes the trained one.
-        settings: of `generate`: ``seed``, ``steps``, ``guidance``, ``max_tokens``, ``listen``, ...
+        messages: as in `conversation`.
+        draw: ``never`` skips all of this, ``always`` draws at every turn.
+        size: side of pictures in pixels; None uses the trained size.
+        settings: settings of `generate`: ``seed``, ``steps``, ``guidance``, ``max_tokens``, ``listen``, ...
 
     Returns:
-        ``[words]``, ``[picture]`` or ``[picture, words]``.
+        ``[text]``, ``[picture]`` or ``[picture, text]``.
 
     Raises:
-        XFusionError: the model cannot draw, or ``auto`` is asked of a pack without an opening head.
+        XFusionError: the model cannot draw, or ``auto`` is used with a pack without an opening head.
     """
     what = opens(model, messages, draw)
     if what is None:
@@ -95,18 +95,18 @@ def answer(
 
 
 _DRAWING = {"seed", "seeds", "steps", "guidance", "solver", "progress"}
-"""Settings of `generate` that a picture takes."""
+"""Settings of `generate` that apply to drawing."""
 
 
 def opens(model: Model, messages: Seq[Message], draw: DrawMode = "auto") -> str | None:
-    """What the next turn of a conversation draws; None where it is words.
+    """What the next turn of a conversation draws, as a prompt; None if the turn is text.
 
-    It is what the last turn of the user names, or the one before where that names nothing ("another one"); all of the
-    last words where the pack has no opening head, or finds nothing.
+    The prompt is what the user's last turn describes, or an earlier turn if the last describes nothing ("another one"). It is
+    the whole last turn if the pack has no opening head or the head finds nothing.
 
     Args:
         model: a model.
-        messages: as `conversation` takes them.
+        messages: as in `conversation`.
         draw: see `answer`.
 
     Raises:
@@ -135,12 +135,12 @@ def opens(model: Model, messages: Seq[Message], draw: DrawMode = "auto") -> str 
 
 
 def _shows(message: Message) -> bool:
-    """Whether a turn holds media: it is then looked at, and the head, which reads words alone, is not asked."""
+    """Whether a turn contains media: the model then reads it, and the text-only opening head is not used."""
     return not isinstance(message["content"], str) and not all(isinstance(s, str) for s in message["content"])
 
 
 def _as_words(message: Message) -> str:
-    """The content of a turn, its pictures by what they are called."""
+    """The content of a turn as text, with `PICTURE` in place of each picture."""
     content = message["content"]
     segments = [content] if isinstance(content, str) else content
     return "\n".join(segment if isinstance(segment, str) else PICTURE for segment in segments)

@@ -1,7 +1,7 @@
-"""Drawing: from noise, or code after code, to pictures and codes of sounds, behind whatever stands before them.
+"""Drawing: generates pictures and sound codes after a context, by denoising or autoregressively code by code.
 
-Text before a picture is computed once per prompt and kept as keys and values; a denoising step then runs the media
-tower's rows of the picture alone. Every item has a generator of its own, so a batch gives the pictures of its singles.
+The text before a picture is computed once per prompt and stored in the KV cache. A denoising step then runs only the picture's
+rows through the media tower. Every item has its own random generator, so a batch gives the same pictures as single calls.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ def draw_tokens(
     solver: Solver | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Draw one picture behind each context, or make one sound's codes.
+    """Draw one picture, or generate the codes of one sound, after each context.
 
     Args:
         model: a model that can draw.
-        contexts: what stands before each picture.
-        size: one that the model was made for: a side in pixels, or a number of frames.
+        contexts: the segments before each picture.
+        size: a size that the model supports: a side in pixels, or a number of frames.
         seeds: one per picture; the noise of a picture depends on nothing else.
         steps: steps from noise to picture.
-        guidance: classifier-free guidance; 1 is off, None takes the model's own. The other end is no context.
-        known: clean tokens ``[N, M, P]`` of which some are kept.
+        guidance: classifier-free guidance scale, against an empty context; 1 is off, None uses the model's own.
+        known: clean tokens ``[N, M, P]``, of which those in ``keep`` are kept.
         keep: which tokens are kept, bool ``[N, M]``.
-        solver: takes the steps; None takes the model's own.
-        progress: told after every step.
+        solver: the solver to sample with; None uses the model's own.
+        progress: called after every step.
 
     Returns:
         tokens ``[N, M, P]``.
@@ -63,7 +63,7 @@ def draw_tokens(
     grid, name = model.modality.grid(size), model.modality.name
     count, width = grid[0] * grid[1], model.modality.token_width
     device = model.device
-    # Drawn on the CPU, so that a seed means the same picture on every device.
+    # Sampled on the CPU, so that a seed gives the same picture on every device.
     noise = torch.stack([torch.randn(count, width, generator=torch.Generator().manual_seed(s)) for s in seeds])
     blank = model.modality.segment(torch.zeros(count, width), grid, state="noised")
     scale = model.guidance if guidance is None else guidance
@@ -75,7 +75,7 @@ def draw_tokens(
     media = batch.media[name]
     cache = model.backbone.new_cache(model.fusion.num_towers, len(prompts))
 
-    # The target's tokens are the last of each row; what lies before them (context pictures, [BOI]) goes in first.
+    # The target's tokens are the last of each row; the media rows before them (context pictures, [BOI]) are run first.
     is_target = media.item == media.item.amax(dim=1, keepdim=True)
     columns = is_target.int().argsort(dim=1, stable=True)
     before, columns = _pick(media, columns[:, :-count]), columns[:, -count:]
@@ -86,7 +86,7 @@ def draw_tokens(
     )
 
     target = _pick(media, columns)
-    # What belongs to an item is counted anew: context pictures are no longer among them.
+    # Items are renumbered, since context pictures are no longer among them.
     item = torch.arange(len(prompts), device=device)
     target = replace(target, item=item[:, None].expand(-1, count).contiguous(), noised=item >= 0)
     step = replace(batch, text=batch.text.none(), text_ids=batch.text_ids[:, :0])
@@ -108,25 +108,25 @@ def draw_tokens(
 
 @dataclass(kw_only=True)
 class _Drawing:
-    """The model as an objective draws with it (`xfusion.objectives.base.Drawer`), behind cached contexts."""
+    """The model as the `xfusion.objectives.base.Drawer` of an objective, after cached contexts."""
 
     model: Model
     step: Batch
     """A batch without text."""
     target: MediaRows
-    """The items that are drawn; under guidance once behind their contexts and once behind none."""
+    """The items being drawn; with guidance, once after their contexts and once without context."""
     cache: Cache
     begin: Tensor
-    """Final states ``[B, 1, D]`` of [BOI]."""
+    """Final hidden states ``[B, 1, D]`` of [BOI]."""
     scale: float
-    """Strength of guidance; 1 is off."""
+    """Guidance scale; 1 is off."""
     done: int = 0
-    """Tokens of each item that stand in the cache."""
+    """Tokens of each item that are already in the cache."""
     denoised: Pass | None = None
-    """The first denoising pass: those behind it see the same."""
+    """The first denoising pass; later ones attend to the same positions and reuse its attention masks."""
 
     def __call__(self, x: Tensor, time: float) -> Tensor:
-        """The head at all tokens ``[N, M, P]`` at a noise level -> ``[N, M, Q]``; the cache stays."""
+        """Head output at all tokens ``[N, M, P]`` at a noise level -> ``[N, M, Q]``; the cache is unchanged."""
         first, last = self.model.media_objective.guidance_interval
         if self.scale != 1 and not first < time <= last:
             return self.unguided(x, time)
@@ -134,7 +134,7 @@ class _Drawing:
 
     @cached_property
     def unguided(self) -> _Drawing:
-        """The same behind the contexts alone: the first half of the rows."""
+        """This drawer without guidance: only the rows with contexts, which are the first half."""
         rows = torch.arange(len(self.begin) // 2, device=self.begin.device)
         return replace(
             self,
@@ -147,13 +147,13 @@ class _Drawing:
         )
 
     def following(self, tokens: Tensor, places: Tensor | None = None) -> Tensor:
-        """The head at the last position, ``[N, Q]``, once finished tokens ``[N, k, P]`` stand behind the others."""
+        """Head output at the last position, ``[N, Q]``, after appending finished tokens ``[N, k, P]`` to the cache."""
         if not tokens.shape[1]:
             return self._guided(self.begin)[:, 0]
         behind = torch.arange(self.done, self.done + tokens.shape[1], device=tokens.device)
         columns = behind if places is None else places.clamp(min=0)
         rows = _pick(self.target, columns.expand(self.begin.shape[0], -1))
-        if places is not None:  # where a token lies in the grid is its place's, when it is read is its turn's
+        if places is not None:  # grid coordinates follow the token's place, order and position follow its turn
             first, both = self.target.rows, self.target.rows.columns(slice(0, 2)).position
             step = both[:, -1:] - both[:, :1]
             turn = replace(rows.rows, order=first.order[:, :1] + behind, position=both[:, :1] + step * behind)
@@ -180,7 +180,7 @@ class _Drawing:
 
 
 def _pick(media: MediaRows, columns: Tensor) -> MediaRows:
-    """Chosen columns ``[B, k]`` of each row."""
+    """The given columns ``[B, k]`` of each row."""
 
     def take(t: Tensor) -> Tensor:
         return t.gather(1, columns) if t.ndim == 2 else t.gather(1, columns[..., None].expand(-1, -1, t.shape[2]))
@@ -206,14 +206,14 @@ def draw(
 
     Args:
         model: a model that can draw.
-        prompts: words; an empty prompt draws without guidance.
+        prompts: texts; an empty prompt draws without guidance.
         size: output side in pixels (None: the trained size).
-        seed: picture i has the seed ``seed + i``.
+        seed: picture i uses the seed ``seed + i``.
         seeds: one seed per picture instead.
         steps: steps from noise to picture.
-        guidance: classifier-free guidance scale; None takes the model's own.
-        solver: takes the steps (`xfusion.objectives.solvers`); None takes the model's own.
-        progress: told after every step of every batch.
+        guidance: classifier-free guidance scale; None uses the model's own.
+        solver: the solver to sample with (`xfusion.objectives.solvers`); None uses the model's own.
+        progress: called after every step of every batch.
     """
     chosen = seeds_of(seed, seeds, len(prompts), "prompts")
     native, wanted = draw_size(model, size)
@@ -246,21 +246,21 @@ def inpaint(
     guidance: float | None = None,
     progress: Progress | None = None,
 ) -> PILImage.Image:
-    """Draw a part of a picture anew and keep the rest.
+    """Redraw a part of a picture and keep the rest.
 
     Args:
         model: a model that can draw.
-        picture: what to change; cut to its middle square at the trained size.
-        mask: white where to draw anew, of the picture's size, either as its EXIF tag turns it; a token is redrawn if any of its
-            pixels is white.
-        prompt: what the whole picture shall show.
-        seed: of the noise.
+        picture: the picture to change; cropped to its middle square and resized to the trained size.
+        mask: white where to redraw, of the same size as the picture, each after its own EXIF rotation; a token is redrawn if
+            any of its pixels is white.
+        prompt: describes the whole resulting picture.
+        seed: seed of the noise.
         steps: steps from noise to picture.
-        guidance: classifier-free guidance scale; None takes the model's own.
-        progress: told after every step.
+        guidance: classifier-free guidance scale; None uses the model's own.
+        progress: called after every step.
 
     Raises:
-        XFusionError: picture and mask differ in size, or nothing of what is drawn is white.
+        XFusionError: picture and mask differ in size, or the mask has no white pixel in the middle square.
     """
     return inpaint_batch(
         model, [(picture, mask, prompt)], seeds=[seed], steps=steps, guidance=guidance, progress=progress
@@ -276,7 +276,7 @@ def inpaint_batch(
     guidance: float | None = None,
     progress: Progress | None = None,
 ) -> list[PILImage.Image]:
-    """`inpaint` for many: a picture, a mask and a prompt each, with a seed each."""
+    """`inpaint` for a batch of (picture, mask, prompt), with one seed each."""
     size = model.image.sizes[0]
     redrawn = torch.stack([_redrawn(picture, mask, model.image.grid(size)) for picture, mask, _ in items])
     known = model.image.encode([picture for picture, _, _ in items], size)
@@ -295,7 +295,7 @@ def inpaint_batch(
 
 
 def _redrawn(picture: PILImage.Image, mask: PILImage.Image, grid: tuple[int, int]) -> Tensor:
-    """Which tokens of a picture a mask says to draw anew, bool ``[M]``."""
+    """Which tokens of a picture the mask marks for redrawing, bool ``[M]``."""
     picture, mask = ImageOps.exif_transpose(picture), ImageOps.exif_transpose(mask)
     if picture.size != mask.size:
         raise XFusionError(f"the picture has {picture.size} pixels, the mask {mask.size}: give both the same size")
@@ -315,5 +315,5 @@ def pictures_of(model: Model, tokens: Tensor, native: int, wanted: int) -> list[
 
 
 def codes(model: Model, tokens: Tensor, frames: int) -> list[Tensor]:
-    """The codes of sounds, int64 ``[frames]`` each: there is nothing that would make waves of them."""
+    """The codes of sounds, int64 ``[frames]`` each; there is no decoder that turns them into waveforms."""
     return list(model.modality.decode(tokens, frames)[..., 0].round().long().cpu())

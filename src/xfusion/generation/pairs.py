@@ -1,4 +1,4 @@
-"""Texts and pictures against each other: vectors in one space, whether a text says what a picture shows, words that it lacks."""
+"""Comparing texts and pictures: joint embeddings, image-text matching, and filling blanks in a text about a picture."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from xfusion.generation.words import score_names
 from xfusion.model import Model
 
 BLANK = "___"
-"""What stands for a word that is to be found."""
+"""The placeholder for a word to be filled in."""
 
 
 @torch.no_grad()
@@ -29,12 +29,12 @@ def embed(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Vectors of texts and pictures in one space: those of a picture and of its words have a large product.
+    """Embeddings of texts and pictures in one space; a picture and a text that describes it have a large dot product.
 
     Args:
         model: a model that can embed, such as one of the recipe clip.
         items: texts and pictures, in any order.
-        progress: told items done and in all.
+        progress: called with the items done and the total.
 
     Returns:
         float32 ``[items, width]``, each of unit length.
@@ -65,18 +65,18 @@ def embed(
 
 
 def score(model: Model, picture: Shown | None, texts: Seq[str]) -> list[float]:
-    """How well each text fits a picture; larger is better. Only scores of one model can be compared.
+    """How well each text fits a picture; larger is better. Scores of different models are not comparable.
 
-    A model that captions gives the mean log-likelihood per token of the text behind the picture (`score_names`), in nats and
-    below 0; one that only embeds the cosine of text and picture (`embed`), in [-1, 1].
+    For a model that captions, the score is the mean log-likelihood per token of the text after the picture (`score_names`), in
+    nats and below 0. For a model that only embeds, it is the cosine of text and picture (`embed`), in [-1, 1].
 
     Args:
         model: a model that can caption or embed.
-        picture: any size; or a sound, for a model that hears; None scores the texts by themselves, where the model captions.
-        texts: in any number.
+        picture: any size; or a sound, for a model that reads sounds. None scores the texts alone, if the model captions.
+        texts: any number of texts.
 
     Raises:
-        XFusionError: the model can do neither, or it embeds and there is no picture.
+        XFusionError: the model can do neither, or it only embeds and there is no picture.
     """
     if isinstance(texts, str):
         raise XFusionError("score takes a list of texts: write [text]")
@@ -91,12 +91,12 @@ def score(model: Model, picture: Shown | None, texts: Seq[str]) -> list[float]:
 
 @torch.no_grad()
 def match(model: Model, pictures: Seq[PILImage.Image], texts: Seq[str]) -> Tensor:
-    """Probability that a text says what a picture shows, by the head that learned to tell pairs.
+    """Probability that a text describes a picture, according to the model's matching head.
 
     Args:
         model: a model that can match, such as one of the recipes blip and lxmert.
         pictures: any size.
-        texts: each is read behind each picture.
+        texts: each is paired with each picture.
 
     Returns:
         float32 ``[pictures, texts]`` in [0, 1].
@@ -122,20 +122,20 @@ def match(model: Model, pictures: Seq[PILImage.Image], texts: Seq[str]) -> Tenso
 def fill(
     model: Model, picture: PILImage.Image, texts: Seq[str], *, most: int = 5
 ) -> list[list[list[tuple[str, float]]]]:
-    """Likeliest words at the blanks of texts that say what a picture shows.
+    """Most likely words for the blanks in texts that describe a picture.
 
     Args:
         model: a model that can fill, such as one of the recipe lxmert.
         picture: any size.
-        texts: with a ``___`` for each token of the base's vocabulary that is to be found: a common word is one.
-        most: how many words for each blank.
+        texts: texts with a ``___`` for each missing token of the base's vocabulary; a common word is one token.
+        most: number of words to return for each blank.
 
     Returns:
-        For each text and each of its blanks the words with their probabilities, the likeliest first. Blanks of one text are
+        For each text and each of its blanks, the words with their probabilities, most likely first. Blanks of one text are
         filled independently of each other.
 
     Raises:
-        XFusionError: a text has no blank, or the model cannot fill any.
+        XFusionError: a text has no blank, or the model cannot fill blanks.
     """
     if isinstance(texts, str):
         raise XFusionError("fill takes a list of texts: write [text]")
@@ -151,15 +151,15 @@ def fill(
 
 @torch.no_grad()
 def fill_tokens(model: Model, pictures: Seq[Media], texts: Seq[tuple[int, ...]]) -> list[Tensor]:
-    """Log-probabilities of every token at the blanks of each text, read beside its own picture.
+    """Log-probabilities of every token at the blanks of each text, given the text's own picture.
 
     Args:
         model: a model that can fill.
-        pictures: one for each text, as `media_segment` makes them.
+        pictures: one for each text, as returned by `media_segment`.
         texts: token ids, with `END_OF_MEDIA` at each blank.
 
     Returns:
-        For each text float32 ``[blanks, V]``.
+        For each text, float32 ``[blanks, V]``.
     """
     if "fill" not in model.capabilities:
         raise XFusionError(
@@ -178,7 +178,7 @@ def fill_tokens(model: Model, pictures: Seq[Media], texts: Seq[tuple[int, ...]])
 
 
 def _with_blanks(model: Model, text: str) -> tuple[int, ...]:
-    """Token ids of a text with `END_OF_MEDIA` at each blank, which takes the space before it as a word's token does."""
+    """Token ids of a text with `END_OF_MEDIA` at each blank. A blank absorbs the space before it, as a word's token does."""
     first, *others = text.split(BLANK)
     if not others:
         raise XFusionError(f"{text!r} has no blank: write {BLANK} where a word is to be found")

@@ -1,4 +1,4 @@
-"""Answers that are JSON texts of a schema and no others: all of them are written out, so that decoding is exact."""
+"""Answers restricted to the JSON texts of a schema. All of them are enumerated, so that constrained decoding is exact."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor
 from xfusion.data.sequence import XFusionError
 
 LARGEST_SCHEMA = 4096
-"""Answers that a schema may allow: they are written out, so that decoding is exact."""
+"""Maximum number of answers that a schema may allow, since all are enumerated."""
 
 
 def schema_answers(schema: dict[str, Any]) -> list[str]:
-    """All JSON texts that a schema allows: an object of required properties, each ``enum``, ``const``, ``boolean``, ``null`` or
-    an ``integer`` from ``minimum`` to ``maximum``; objects may stand in objects.
+    """All JSON texts that a schema allows: an object of required properties, each ``enum``, ``const``, ``boolean``, ``null``
+    or an ``integer`` from ``minimum`` to ``maximum``; objects may be nested.
 
     Raises:
-        XFusionError: the schema says something else, allows nothing, or more than `LARGEST_SCHEMA` texts.
+        XFusionError: the schema uses anything else, allows nothing, or allows more than `LARGEST_SCHEMA` texts.
     """
     known = {"type", "enum", "const", "minimum", "maximum", "properties", "required", "additionalProperties", "title"}
     known |= {"description", "$schema"}
@@ -64,14 +64,14 @@ def _small(count: int) -> None:
 
 
 def going_on(so_far: Seq[int], allowed: Seq[tuple[int, ...]], end: int) -> list[int]:
-    """Tokens with which an answer so far becomes the beginning of one that is allowed; ``end`` where it is one."""
+    """Next tokens that keep a partial answer a prefix of an allowed one; includes ``end`` if it is already complete."""
     done, begun = len(so_far), tuple(so_far)
     further = {one[done] for one in allowed if len(one) > done and one[:done] == begun}
     return sorted(further | ({end} if not further or begun in allowed else set()))
 
 
 def restricted(logits: Tensor, answers: Seq[Seq[int]], allowed: Seq[tuple[int, ...]], end: int) -> Tensor:
-    """Logits ``[B, V]`` in which only tokens stand with which an answer so far becomes one of those that are allowed."""
+    """Logits ``[B, V]``, set to -inf except at tokens that keep a partial answer a prefix of an allowed one."""
     out = torch.full_like(logits, -torch.inf)
     for row, so_far in enumerate(answers):
         chosen = torch.tensor(going_on(so_far, allowed, end), device=logits.device)

@@ -38,10 +38,10 @@ from xfusion.objectives.solvers import Solver
 from xfusion.seeding import seeded
 
 PLAIN: dict[str, Any] = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-"""What the base's own ``generate`` is told besides, whatever its generation_config says: answers behind pictures know
-nothing else than temperature, `top_k` and `top_p`, and words alone shall mean the same by them."""
+"""Settings forced on the base's own ``generate``, overriding its generation_config. Answers after pictures support only
+temperature, `top_k` and `top_p`, and these must mean the same for text-only prompts."""
 PLAIN_SAMPLING: dict[str, Any] = {"typical_p": 1.0, "min_p": None, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
-"""The same, where it samples."""
+"""Further forced settings if it samples."""
 
 
 def generate(
@@ -63,39 +63,39 @@ def generate(
 ) -> list[Any]:
     """Continue a list of segments, or a batch of such lists.
 
-    Each `Image` is a picture to draw where it stands, each `Audio` a sound to make, of which the codes are given; a list
-    that ends in text, a picture or a sound is answered in words.
-    Text-only lists are continued by the base model's own ``generate``: they say what its
-    ``generate(prompt, max_new_tokens=max_tokens, do_sample=temperature > 0, temperature=..., top_p=..., top_k=...)`` says with
-    `PLAIN` and, where it samples, `PLAIN_SAMPLING` besides, behind ``torch.manual_seed(seed)``.
+    Each `Image` is a picture to draw at its place in the list, each `Audio` a sound to generate, returned as codes. A list
+    that ends in text, a picture or a sound gets a text answer.
+    Text-only lists are continued by the base model's own ``generate``, with the same result as
+    ``generate(prompt, max_new_tokens=max_tokens, do_sample=temperature > 0, temperature=..., top_p=..., top_k=...)`` with
+    `PLAIN`, and `PLAIN_SAMPLING` if it samples, after ``torch.manual_seed(seed)``.
 
     Args:
         model: a model.
-        items: ``[str | PIL.Image | Sound | Image | Audio, ...]`` or a list of such lists; `Text` stands for words
-            that are token ids.
-        seed: list i uses ``seed + i``; the first thing that is drawn or made in it has this seed itself, each further one a seed
-            derived from it.
+        items: ``[str | PIL.Image | Sound | Image | Audio, ...]`` or a list of such lists; `Text` is a text given as
+            token ids.
+        seed: list i uses ``seed + i``. The first item generated in it uses this seed itself, each further one a seed derived
+            from it.
         seeds: one seed per list instead.
         steps: steps from noise to picture.
-        guidance: classifier-free guidance scale; None takes the model's own.
-        solver: takes the steps (`xfusion.objectives.solvers`); None takes the model's own.
+        guidance: classifier-free guidance scale; None uses the model's own.
+        solver: the solver to sample with (`xfusion.objectives.solvers`); None uses the model's own.
         max_tokens: longest answer in tokens.
-        temperature: 0 is greedy, and so is less than 1e-5.
+        temperature: sampling temperature; 0, or anything below 1e-5, is greedy.
         top_p: nucleus sampling.
-        top_k: sample among the so many likeliest tokens; 0 is all, whatever the base's generation_config says.
-        schema: answers in words are JSON texts of this schema and no others (`schema_answers`). A question behind a picture
-            that is answered by an object is put as training put it (`xfusion.data.templates.in_json`): readers that were
-            trained with ``json_share`` know the value behind the braces, others don't.
-        progress: told while drawing.
-        listen: told every token of an answer in words as it is chosen.
+        top_k: sample from the k most likely tokens; 0 is all, whatever the base's generation_config says.
+        schema: restrict text answers to the JSON texts of this schema (`schema_answers`). If the answers are objects, a
+            question after a picture is phrased as in training (`xfusion.data.templates.in_json`). Models trained with
+            ``json_share`` know which value belongs inside the braces, others do not.
+        progress: called while drawing.
+        listen: called with every token of a text answer as it is generated.
 
     Returns:
         the generated segments (``str``, ``PIL.Image``, or codes of a sound, int64) of the list, or a list of such lists for a
         batch.
 
     Raises:
-        XFusionError: pictures or sounds are shown, or words are to stand behind drawn ones, and the model cannot caption;
-            something is to be drawn and it cannot draw; a list is empty or holds what is no segment.
+        XFusionError: the input has pictures or sounds, or asks for text after generated ones, and the model cannot caption;
+            something is to be drawn and it cannot draw; a list is empty or contains something that is not a segment.
     """
     if isinstance(items, str) or not isinstance(items, (list, tuple)) or not items:
         raise XFusionError(
@@ -126,7 +126,7 @@ def generate(
         _refuse_unread(model, kinds)
         alike.setdefault(kinds, []).append(i)
     out: list[Any] = [None] * len(lists)
-    for kinds, members in alike.items():  # lists of the same kinds of segments go through together
+    for kinds, members in alike.items():  # lists with the same kinds of segments run as one batch
         for start in range(0, len(members), base.BATCH):
             part = members[start : start + base.BATCH]
             own = [lists[i] for i in part]
@@ -138,7 +138,7 @@ def generate(
 
 @dataclass(frozen=True, kw_only=True)
 class _Settings:
-    """Settings of `generate` that all of its lists share."""
+    """Settings of `generate` shared by all of its lists."""
 
     steps: int
     guidance: float | None
@@ -148,27 +148,27 @@ class _Settings:
     top_p: float
     top_k: int
     allowed: Seq[tuple[int, ...]] | None
-    """The answers in words that there are, as tokens; None allows all."""
+    """The allowed text answers, as tokens; None allows all."""
     in_json: bool
-    """Whether all of them are JSON objects, which a question has to ask for."""
+    """Whether all allowed answers are JSON objects, which the question then has to ask for."""
     progress: Progress | None
 
 
 def _words_alone(kinds: Seq[Any]) -> bool:
-    """Whether a list holds words and nothing else, which the base alone reads."""
+    """Whether a list is text-only, so that only the base reads it."""
     return all(kind == "text" for kind in kinds)
 
 
 def _for_part(listen: Listener | None, part: Seq[int]) -> Listener | None:
-    """A listener that is told the numbers of a part of the lists."""
+    """The listener with rows of a batch mapped to indices of the lists."""
     return None if listen is None else lambda row, token: listen(part[row], token)
 
 
 def kinds_of(model: Model, items: Seq[Segment]) -> tuple[Any, ...]:
-    """The kinds of a list's segments: lists of equal kinds go through `generate` in one batch.
+    """The kinds of a list's segments; `generate` batches lists of equal kinds.
 
     Raises:
-        XFusionError: something that is no segment, or a picture of a size out of reach.
+        XFusionError: something is not a segment, or a picture has a size out of reach.
     """
     return tuple(_kind(model, segment) for segment in items)
 
@@ -189,7 +189,7 @@ def _kind(model: Model, segment: Segment) -> Any:
 
 
 def _refuse_unread(model: Model, kinds: Seq[Any]) -> None:
-    """Refuse media that are shown, and words behind media that are made, where the model learned to read none."""
+    """Refuse media input, and text after generated media, if the model cannot read media."""
     shown = any(isinstance(kind, str) and kind != "text" for kind in kinds)
     made = any(isinstance(kind, tuple) for kind in kinds) and not isinstance(kinds[-1], tuple)
     if shown or made:
@@ -197,7 +197,7 @@ def _refuse_unread(model: Model, kinds: Seq[Any]) -> None:
 
 
 def _sound_size(model: Model, asked: Audio) -> tuple[int, int]:
-    """Frames of a sound that is made, twice: sounds come at the length that the model was made for."""
+    """Frames of a generated sound, twice (native and wanted size): sounds always have the model's trained length."""
     audio = model.modality
     if not isinstance(audio, AudioModality) or "draw" not in model.capabilities:
         raise XFusionError("this model makes no sound: it can " + ", ".join(sorted(model.capabilities)))
@@ -215,7 +215,7 @@ def _generate_batch(
     settings: _Settings,
     listen: Listener | None,
 ) -> list[list[Any]]:
-    """What lists of the same kinds of segments are continued by."""
+    """Continuations of lists that have the same kinds of segments."""
     contexts: list[tuple[Text | Media, ...]] = [() for _ in lists]
     out: list[list[Any]] = [[] for _ in lists]
     num_made, alone = 0, _words_alone(kinds)
@@ -243,7 +243,7 @@ def _generate_batch(
                 answer.append(item)
             num_made += 1
             grid = model.modality.grid(native)
-            # The finished item stands clean before anything later.
+            # The finished item is clean context for everything later.
             contexts = [
                 (*context, model.modality.segment(t, grid)) for context, t in zip(contexts, tokens.cpu(), strict=True)
             ]
@@ -272,7 +272,7 @@ def _generate_batch(
 
 
 def _seed_of(seed: int, place: int) -> int:
-    """The seed of what is made at a place of a list, counted from 0: two pictures of one noise would be one drawn twice."""
+    """The seed of the generated item number ``place`` (from 0) of a list. With equal noise, two pictures would be the same."""
     if not place:
         return seed
     digest = hashlib.sha256(f"{seed}/made/{place}".encode()).digest()
@@ -282,34 +282,34 @@ def _seed_of(seed: int, place: int) -> int:
 def _asked(
     model: Model, context: tuple[Text | Media, ...], item: Seq[Segment], json_wanted: bool = False
 ) -> tuple[Text | Media, ...]:
-    """A context with media once its list is over: a question behind a picture ends as it did in training."""
+    """A context with media, completed at the end of its list: a question after a picture gets the ending used in training."""
     last = item[-1]
     if not (isinstance(last, (str, Text)) and last):
         return context
     ending = f"{IN_JSON}\n" if json_wanted else "\n"
     if isinstance(last, Text):
         return (*context, Text(ids=model.backbone.encode(ending)))
-    # In one piece, as training reads it: tokenizers join a question mark and the new line, or put a space before either part.
+    # Encoded in one piece, as in training: tokenizers merge "?" with the newline, or put a space before either part.
     before = context[: len(context) - len(text_segment(model, last))]
     return (*before, Text(ids=model.backbone.encode(f"{last}{ending}")))
 
 
 @torch.no_grad()
 def log_likelihoods(model: Model, items: Seq[Segment], answers: Seq[str]) -> list[tuple[float, bool]]:
-    """How likely answers in words are behind a list of segments, and whether greedy choosing opens with them.
+    """Log-likelihoods of text answers after a list of segments, and whether greedy decoding would start with them.
 
     Args:
-        model: a model; it captions, if a picture or a sound is among the segments.
-        items: words, pictures and sounds as `generate` takes them; none that are to be made.
-        answers: each is taken for itself.
+        model: a model; it must caption if there is a picture or a sound among the segments.
+        items: texts, pictures and sounds as in `generate`, but none to be generated.
+        answers: texts, each scored independently.
 
     Returns:
-        of each answer the sum of its tokens' log-likelihoods (natural logarithm, no end token behind them), and True where
-        each of them is the likeliest token of all.
+        for each answer the sum of its tokens' log-likelihoods (natural logarithm, without an end token), and whether every
+        token is the most likely one.
 
     Raises:
-        XFusionError: there is nothing to answer, an answer without tokens, something is to be made, or media are shown to a
-            model that cannot caption.
+        XFusionError: there is nothing to answer, an answer has no tokens, something is to be generated, or there are media and
+            the model cannot caption.
     """
     context: tuple[Text | Media, ...] = ()
     kinds = kinds_of(model, items)
@@ -335,7 +335,7 @@ def log_likelihoods(model: Model, items: Seq[Segment], answers: Seq[str]) -> lis
 def _answer_logits(
     model: Model, context: tuple[Text | Media, ...], items: Seq[Segment], ids: tuple[int, ...]
 ) -> Tensor:
-    """Logits ``[n, V]`` that each token of an answer is read from."""
+    """Logits ``[n, V]`` that predict the tokens of an answer."""
     if not any(isinstance(segment, Media) for segment in context):
         whole = [*(i for segment in context if isinstance(segment, Text) for i in segment.ids), *ids]
         logits = model.text_model()(torch.tensor([whole], device=model.backbone.device)).logits[0]
@@ -347,12 +347,12 @@ def _answer_logits(
 
 
 class _Ended(Exception):
-    """A listener wants no more words."""
+    """A listener ended the answer."""
 
 
 @dataclass
 class _Streamer:
-    """What the base's own ``generate`` tells a listener by: it puts the prompt first, then token after token."""
+    """Passes tokens from the base's own ``generate`` to a listener; `put` gets the prompt first, then token by token."""
 
     listen: Listener
     ends: set[int]
@@ -368,7 +368,7 @@ class _Streamer:
                 raise _Ended
 
     def end(self) -> None:
-        """Nothing is held back that would have to be told now."""
+        """Does nothing: there is no buffer to flush."""
 
 
 def _base_generate(
@@ -378,7 +378,7 @@ def _base_generate(
     settings: _Settings,
     listen: Listener | None,
 ) -> list[int]:
-    """Words alone, by the base's own ``generate``."""
+    """Continue a text-only prompt with the base's own ``generate``."""
     ids = [i for segment in context if isinstance(segment, Text) for i in segment.ids]
     if not ids:
         raise XFusionError("there is nothing to continue: the prompt is empty")
@@ -409,10 +409,10 @@ def _base_generate(
 
 
 def prompt_length(model: Model, items: Seq[Segment]) -> int:
-    """Tokens of a list of segments: of its words, and of its pictures and sounds, given ones and those to draw.
+    """Number of tokens of a list of segments: its texts, pictures and sounds, both given and to be generated.
 
     Raises:
-        TooLong: there are more words than are read.
+        TooLong: a text has more tokens than allowed.
         XFusionError: a picture's size is out of reach.
     """
     total, kinds = 0, kinds_of(model, items)

@@ -1,8 +1,8 @@
-"""What conversations with media left behind: keys and values of what was read, and tokens of what was shown.
+"""Prefix cache for conversations with media: keys and values of what was read, and tokens of the media.
 
-The next turn of a conversation begins with all that came before, so only what is new of it is read. A beginning is known by its
-tokens and by what its media are, and by the weights that read it. Words alone are the base's own to answer and are not
-kept here: its bits shall not depend on what was asked before.
+The next turn of a conversation starts with everything before it, so only the new part has to be read. A prefix is identified
+by its tokens, its media and the weights that read it. Text-only conversations are answered by the base itself and are not
+cached here: its bits must not depend on earlier requests.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from xfusion.modalities.base import Modality
 from xfusion.model import Model
 
 KEPT_TURNS = 8
-"""Beginnings that are kept, the last ones."""
+"""How many prefixes are cached; the least recently used are dropped."""
 KEPT_SHOWN = 64
-"""Pictures and sounds whose tokens are kept, the last ones."""
+"""How many pictures and sounds have their tokens cached; the oldest are dropped."""
 Unit = int | bytes
-"""A token, or what a medium is."""
+"""A token id, or a hash that identifies a picture or sound."""
 
 
 @dataclass(frozen=True)
 class Beginning:
-    """What was read, and by which weights."""
+    """The KV cache of a prefix, and the weights that computed it."""
 
     cache: Cache
     weights: tuple[tuple[int, int], ...]
 
 
 def units(prompt: tuple[Text | Media, ...]) -> tuple[Unit, ...]:
-    """What a prompt holds in reading order; the end of a medium is a token of its own."""
+    """The units of a prompt in reading order; the end of a medium is a token of its own."""
     out: list[Unit] = []
     for segment in prompt:
         if isinstance(segment, Text):
@@ -50,8 +50,8 @@ def units(prompt: tuple[Text | Media, ...]) -> tuple[Unit, ...]:
 
 
 def begun(model: Model, prompt: tuple[Text | Media, ...], asked: tuple[Unit, ...]) -> tuple[Cache, Batch]:
-    """Keys and values of as much of a prompt, which holds what is asked, as was read before, and the rest of it: all, where
-    nothing was.
+    """The KV cache of the longest prefix of a prompt that was read before, and a batch of the rest (all of it if there is
+    none). ``asked`` are the prompt's `units`.
     """
     whole, known = pack([[Sequence(segments=prompt)]]), model.engine.turns
     weights = _weights(model)
@@ -66,7 +66,7 @@ def begun(model: Model, prompt: tuple[Text | Media, ...], asked: tuple[Unit, ...
 
 
 def remember(model: Model, read: tuple[Unit, ...], cache: Cache) -> None:
-    """Keep what a cache holds, which is what was read."""
+    """Store a copy of a KV cache under the units ``read`` that it covers."""
     known = model.engine.turns
     known[read] = Beginning(cache.copy(), _weights(model))
     known.move_to_end(read)
@@ -75,7 +75,7 @@ def remember(model: Model, read: tuple[Unit, ...], cache: Cache) -> None:
 
 
 def tokens_of(model: Model, media: Modality, shown: PILImage.Image | Sound, size: int) -> Tensor:
-    """Tokens ``[1, M, P]`` of one medium, encoded alone and kept, so that its bits never depend on who else was shown."""
+    """Tokens ``[1, M, P]`` of one medium, encoded alone and cached, so that its bits never depend on other inputs."""
     if isinstance(shown, Sound):
         what: object = (shown.rate, hashlib.sha256(_bytes(shown.samples)).digest())
     elif isinstance(shown, PILImage.Image):
@@ -94,7 +94,7 @@ def tokens_of(model: Model, media: Modality, shown: PILImage.Image | Sound, size
 
 
 def _behind(batch: Batch, last: int) -> Batch:
-    """The positions of a batch of one row behind a place in its reading order."""
+    """The positions of a one-row batch that come after ``last`` in reading order."""
 
     def later(order: Tensor) -> Tensor:
         return (order[0] > last).nonzero()[:, 0]
@@ -103,13 +103,13 @@ def _behind(batch: Batch, last: int) -> Batch:
     left = {name: later(rows.rows.order) for name, rows in batch.media.items()}
     media = {name: batch.media[name].columns(places) for name, places in left.items() if len(places)}
     ids = batch.text_ids[:, words]
-    for number, name in enumerate(media):  # ends of media are numbered by the modalities that are there
+    for number, name in enumerate(media):  # ends of media are numbered by the modalities present
         ids = torch.where(ids == END_OF_MEDIA - names.index(name), END_OF_MEDIA - number, ids)
     return replace(batch, text=batch.text.columns(words), text_ids=ids, labels=batch.labels[:, words], media=media)
 
 
 def _weights(model: Model) -> tuple[tuple[int, int], ...]:
-    """What changes whenever a learned weight does."""
+    """A fingerprint that changes whenever a trained weight does."""
     return tuple((p.data_ptr(), p._version) for p in model.new_parameters())
 
 

@@ -1,4 +1,4 @@
-"""Words behind pictures and sounds: answers, and how likely given ones are."""
+"""Text after pictures and sounds: generating answers and scoring given ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from xfusion.generation.turns import begun, remember, units
 from xfusion.model import Model
 
 LENGTH_GROUPS = 4
-"""Groups of like length that candidate answers are scored in, at most: there are no more than lengths."""
+"""Maximum number of groups of similar length in which candidate answers are scored; never more than distinct lengths."""
 
 
 @torch.no_grad()
@@ -36,16 +36,16 @@ def answer_tokens(
     allowed: Seq[tuple[int, ...]] | None = None,
     listen: Listener | None = None,
 ) -> list[list[int]]:
-    """Continue contexts that hold media with text, with keys and values kept per tower.
+    """Generate text after contexts that contain media, with a KV cache per tower.
 
-    With ``allowed`` every answer is one of these token sequences: at each step no token can be chosen but those with which one
-    of them goes on. An answer ends where it is one of them and the end token is chosen, or none goes on.
+    With ``allowed``, every answer is one of these token sequences: each step is restricted to tokens that continue one of
+    them. An answer ends when it is complete and the end token is chosen, or when no allowed sequence continues it.
     """
-    # An empty text behind the media makes [EOI] appear: the first word is read from it.
+    # An empty text after the media adds [EOI], from which the first token is predicted.
     prompts = [c if isinstance(c[-1], Text) else (*c, Text(ids=())) for c in contexts]
     prompts = [opened(model.backbone.begin_ids, prompt) for prompt in prompts]
     asked = units(prompts[0]) if len(prompts) == 1 else None
-    if asked is not None:  # a conversation goes on where it was left
+    if asked is not None:  # continue a conversation from its cached prefix
         cache, batch = begun(model, prompts[0], asked)
     else:
         batch = pack([[Sequence(segments=segments)] for segments in prompts]).to(model.device)
@@ -86,7 +86,7 @@ def answer_tokens(
 
 
 def _following(ids: Tensor, order: Tensor, position: Tensor) -> Batch:
-    """Words ``[B, n]`` behind a cached beginning with media; where the order is -1 is nothing."""
+    """A batch of text tokens ``[B, n]`` after a cached prefix with media; an order of -1 is padding."""
     words = order >= 0
     table = Rows(
         order=order,
@@ -112,21 +112,21 @@ def caption(
     top_k: int = 0,
     seed: int = 0,
 ) -> list[str]:
-    """Say what pictures show, or sounds say.
+    """Describe pictures or sounds, or answer a question about them.
 
     Args:
         model: a model that can caption.
-        pictures: any size; cut to the middle square and resized as in training. Or sounds, for a model that hears.
-        question: what to ask, or nothing.
-        size: side in pixels that pictures are read at, one that the model was made for (None: the first).
-        max_tokens: longest answer.
-        temperature: 0 is greedy, and so is less than 1e-5.
+        pictures: any size; cropped to the middle square and resized as in training. Or sounds, for a model that reads sounds.
+        question: the question; may be empty.
+        size: side in pixels at which pictures are read, one that the model supports (None: the first).
+        max_tokens: longest answer in tokens.
+        temperature: sampling temperature; 0, or anything below 1e-5, is greedy.
         top_p: nucleus sampling.
-        top_k: sample among the so many likeliest tokens; 0 is all.
-        seed: answer i has the seed ``seed + i``.
+        top_k: sample from the k most likely tokens; 0 is all.
+        seed: answer i uses the seed ``seed + i``.
 
     Raises:
-        XFusionError: the model cannot caption, was not made for this size, or not for what is shown.
+        XFusionError: the model cannot caption, or does not support this size or this kind of media.
     """
     refuse_to_read(model)
     refuse_one(pictures)
@@ -158,25 +158,25 @@ def score_names(
 
     Args:
         model: a model that can caption.
-        pictures: or sounds; None scores the names behind an empty picture slot: [EOI] alone.
+        pictures: pictures or sounds; None scores the names after an empty picture slot, [EOI] alone.
         names: candidate answers.
-        size: side in pixels that pictures are read at, one that the model was made for (None: the first).
-        question: what stands between picture and answer, or nothing.
-        summed: the log-likelihood of the whole name instead, of which `exp` is a probability.
-        progress: told pictures done and in all.
+        size: side in pixels at which pictures are read, one that the model supports (None: the first).
+        question: the text between picture and answer; may be empty.
+        summed: return the log-likelihood of the whole name instead; its `exp` is a probability.
+        progress: called with the pictures done and the total.
 
     Returns:
         float32 ``[pictures, names]``, one row without pictures.
 
     Raises:
-        XFusionError: the model cannot caption, was not made for this size, or not for what is shown.
+        XFusionError: the model cannot caption, or does not support this size or this kind of media.
     """
     refuse_to_read(model)
     asked, end = model.backbone.encode(question_text(question)), model.backbone.end_ids[0]
     answers = [(*model.backbone.encode(name), end) for name in names]
     ranked = sorted(range(len(answers)), key=lambda i: len(answers[i]))
     num_groups = min(LENGTH_GROUPS, len(set(map(len, answers))))
-    width = -(-len(ranked) // num_groups)  # names of like length go through together: less padding
+    width = -(-len(ranked) // num_groups)  # batches names of similar length: less padding
     groups = [ranked[start : start + width] for start in range(0, len(ranked), width)]
     media = media_segment(model, pictures, size) if pictures is not None else [None]
     out = torch.empty(len(media), len(names))
@@ -192,11 +192,11 @@ def score_names(
 
 
 def _before_answers(model: Model, item: Media | None, asked: tuple[int, ...] = ()) -> tuple[Cache, Tensor]:
-    """Keys and values of a picture, its [EOI] and a question, and the log-probabilities ``[V]`` of the first token behind it."""
+    """KV cache of a picture, its [EOI] and a question, and the log-probabilities ``[V]`` of the first token after them."""
     blank = model.modality.segment(torch.zeros(1, model.modality.token_width), (1, 1))
     prompt = opened(model.backbone.begin_ids, (item or blank, Text(ids=asked)))
     batch = pack([[Sequence(segments=prompt)]]).to(model.device)
-    if item is None:  # the end-of-media row without what stands before it, as if the picture were not there
+    if item is None:  # the end-of-media row without anything before it, as if there were no picture
         place = torch.arange(batch.text.count, device=model.device)[None]
         batch = replace(batch, media={}, text=replace(batch.text, order=place, position=place))
     cache = model.backbone.new_cache(model.fusion.num_towers, 1)
@@ -206,7 +206,7 @@ def _before_answers(model: Model, item: Media | None, asked: tuple[int, ...] = (
 
 
 def _mean_likelihood(model: Model, cache: Cache, first: Tensor, answers: Seq[tuple[int, ...]]) -> Tensor:
-    """Mean log-likelihood per token of each answer behind a cached beginning, ``[answers]``."""
+    """Mean log-likelihood per token of each answer after a cached prefix, ``[answers]``."""
     device, count, length = model.device, len(answers), max(map(len, answers))
     ids = torch.tensor([[*a[:-1], *[0] * (length - len(a))] for a in answers], dtype=torch.int64, device=device)
     labels = torch.tensor([[*a, *[-1] * (length - len(a))] for a in answers], device=device)

@@ -1,4 +1,4 @@
-"""Raw media <-> latents <-> tokens: one file per modality, codecs beside it. Nothing here knows a language model."""
+"""Raw media <-> latents <-> tokens: one file per modality, plus codecs. Nothing here depends on a language model."""
 
 from xfusion.modalities.base import Codec, Modality
 from xfusion.modalities.image import ImageModality, square_picture

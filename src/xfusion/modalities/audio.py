@@ -18,21 +18,21 @@ from xfusion.modalities.encoders.whisper import Whisper
 class AudioModality(Modality):
     """Sounds of one length as tokens. F = width of a frame, h = samples per frame, p = patch:
 
-    sound of n samples -> silence behind it up to the size -> frames [size, F] -> size / p tokens of F * p numbers.
+    sound of n samples -> padded with silence to the size -> frames [size, F] -> size / p tokens of F * p numbers.
 
-    A size is a number of frames. What lies behind a sound's end is silence, which the codec hears too, as Whisper did when
-    it was trained; a longer sound is refused, for a part of it would not be heard.
+    A size is a number of frames. A shorter sound is padded with silence, which the codec encodes too, as Whisper did in
+    training. A longer sound is refused, because a part of it would be ignored.
     """
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Modality.Config):
-        """Sounds."""
+        """Settings of the sound modality."""
 
         media, suite = "sounds", "sounds"
         codec: SoundCodec.Config = field(default_factory=Whisper.Config)
-        """What turns sounds into frames."""
+        """The codec that turns sounds into frames."""
         seconds: float = 2.0
-        """Longest sound."""
+        """Longest sound in seconds."""
         patch: int = 1
         """Frames per token."""
 
@@ -58,11 +58,11 @@ class AudioModality(Modality):
 
     @property
     def described(self) -> str:
-        """As `Modality.described`."""
+        """See `Modality.described`."""
         return f"sounds of up to {self.config.seconds:g} s"
 
     def grid(self, size: int) -> tuple[int, int]:
-        """(tokens, 1) of a sound of ``size`` frames; XFusionError for a length that does not divide or is too long."""
+        """(tokens, 1) for a sound of ``size`` frames; XFusionError for a length that does not divide or is too long."""
         longest, frame = self.codec.longest, self.codec.hop / self.codec.rate
         if size < self.patch or size % self.patch or size > longest:
             raise XFusionError(
@@ -75,7 +75,7 @@ class AudioModality(Modality):
         """Sounds of any rate, none longer than ``size`` frames -> tokens [N, size / patch, token_width], float32.
 
         Raises:
-            XFusionError: something that is no sound, or one that is too long.
+            XFusionError: something is not a sound, or is too long.
         """
         self.grid(size)
         waves = torch.zeros(len(media), size * self.codec.hop)
@@ -88,7 +88,7 @@ class AudioModality(Modality):
         """A sound at the codec's rate.
 
         Raises:
-            XFusionError: it is no sound.
+            XFusionError: it is not a sound.
             Unreadable: it is longer than ``size`` frames.
         """
         if not isinstance(sound, Sound):
@@ -111,12 +111,12 @@ class AudioModality(Modality):
         return tokens.unflatten(-1, (self.codec.width, self.patch)).transpose(-1, -2).flatten(1, 2)
 
     def tokens(self, frames: Tensor) -> Tensor:
-        """Strips of frames, channels first as patches are: [N, size, F] -> [N, size / patch, F * patch]."""
+        """Groups frames into strips, channels first as in patches: [N, size, F] -> [N, size / patch, F * patch]."""
         return frames.unflatten(1, (-1, self.patch)).transpose(-1, -2).flatten(2)
 
 
 def resampled(sound: Sound, rate: int) -> Tensor:
-    """Samples of a sound at another rate, float32, by soxr's band-limited filter."""
+    """Samples of a sound resampled to ``rate``, float32, by soxr's band-limited filter."""
     if sound.rate == rate:
         return sound.samples.float()
     try:

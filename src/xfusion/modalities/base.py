@@ -1,4 +1,4 @@
-"""What every modality and every codec is: raw <-> latents <-> tokens, and nothing that knows a language model."""
+"""Base classes of modalities and codecs: raw media <-> latents <-> tokens, independent of any language model."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from torch import Tensor, nn
 
 from xfusion.data.sequence import Media, XFusionError
 
-# Pictures per call of an autoencoder: bounds memory when a whole data set is encoded at once.
+# Pictures per call of an autoencoder; bounds memory when a whole data set is encoded at once.
 _CHUNK = 64
-# Resampling and reduced precision overshoot by less than this; more than this is a picture in another range.
+# Resampling and reduced precision overshoot [-1, 1] by less than this; more means that a picture has another range.
 _RANGE_TOLERANCE = 1e-3
 
 
 class Frozen(nn.Module):
-    """A module whose weights never train; it stays in eval mode, also inside a model that is set to train."""
+    """A module whose weights never train; it stays in eval mode even if its parent is set to train mode."""
 
     def freeze(self) -> Self:
-        """Turns gradients off and eval mode on, once the weights are there."""
+        """Turn gradients off and eval mode on; call after the weights are loaded."""
         self.requires_grad_(False)
         return self.eval()
 
     def train(self, mode: bool = True) -> Self:
-        """Stays in eval mode."""
+        """Stay in eval mode."""
         del mode
         return super().train(False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CodecConfig:
-    """Names one codec, of pictures or of sounds."""
+    """Settings of one codec, of pictures or of sounds."""
 
     @property
     def weights(self) -> Path | None:
-        """The file that decides what its codes and latents mean; None where its name says it, or nothing is learned."""
+        """The file that defines what its codes and latents mean; None if its name does, or if nothing is learned."""
         return None
 
 
@@ -51,27 +51,27 @@ class Codec(Frozen, ABC):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(CodecConfig):
-        """Names one codec; `build()` makes it."""
+        """Settings of one codec; `build()` creates it."""
 
         def build(self) -> Codec:
-            """The codec that this config names, loaded, frozen and in eval mode."""
+            """The codec of this config, loaded, frozen and in eval mode."""
             raise NotImplementedError(f"{type(self).__qualname__} must define build()")
 
     channels: int
-    """Channels of a latent."""
+    """Latent channels."""
     factor: int
     """Pixels per latent cell, in each direction."""
     bounded: bool = False
-    """Whether latents lie in [-1, 1], as pixels do; others have no largest value."""
+    """Whether latents lie in [-1, 1], as pixels do; otherwise they are unbounded."""
     licence: str = "unknown"
     """Licence of the weights."""
     psnr: dict[str, float] | None = None
-    """Measured peak signal-to-noise ratios in dB, by name of what was measured; None where nobody measured."""
+    """Measured peak signal-to-noise ratios in dB, by name of the measured data; None if not measured."""
     encoders: frozenset[str] = frozenset()
-    """Fingerprints of frozen encoders that it looks through: none of them may score a model of its latents."""
+    """Fingerprints of frozen encoders that it uses; none of them may score a model of its latents."""
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(channels, rows, columns) of the latent of one height x width image; XFusionError when it does not divide."""
+        """(channels, rows, columns) of the latent of one height x width image; XFusionError if it does not divide."""
         if height < self.factor or width < self.factor or height % self.factor or width % self.factor:
             raise XFusionError(
                 f"an image of {height}x{width} pixels does not fit a codec of factor {self.factor}: "
@@ -108,32 +108,32 @@ class Codec(Frozen, ABC):
 
     @abstractmethod
     def _encode(self, images: Tensor) -> Tensor:
-        """`encode` after the checks, on a bounded number of images."""
+        """`encode` without the checks, on a bounded number of images."""
 
     @abstractmethod
     def _decode(self, latents: Tensor) -> Tensor:
-        """`decode` before the clip, on a bounded number of latents."""
+        """`decode` without clipping, on a bounded number of latents."""
 
 
 class Encoder(Frozen, ABC):
-    """A frozen map from images to features: what scores drawings, or what a model is aligned with (never both).
+    """A frozen map from images to features, used to score drawings or to align a model with (never both).
 
-    Images are [N, 3, H, W] floats in [-1, 1] of any size, and no gradient reaches them.
+    Images are [N, 3, H, W] floats in [-1, 1] of any size and receive no gradient.
     """
 
     @dataclass(frozen=True, kw_only=True)
     class Config(ABC):
-        """Names one encoder; what a pack must know of it is known before its weights are loaded."""
+        """Settings of one encoder; everything that a pack stores about it is available before its weights are loaded."""
 
         @property
         @abstractmethod
         def width(self) -> int:
-            """Numbers per feature."""
+            """Feature width."""
 
         @property
         @abstractmethod
         def fingerprint(self) -> str:
-            """Which weights it has."""
+            """Identifies its weights."""
 
         @property
         def licence(self) -> str:
@@ -142,20 +142,20 @@ class Encoder(Frozen, ABC):
 
         @abstractmethod
         def build(self) -> Encoder:
-            """The encoder that this config names, loaded, frozen and in eval mode."""
+            """The encoder of this config, loaded, frozen and in eval mode."""
 
     name: str
     """Short name, for tables."""
     fingerprint: str
-    """Which weights it has."""
+    """Identifies its weights."""
     licence: str = "unknown"
     """Licence of the weights."""
     width: int
-    """Numbers per feature."""
+    """Feature width."""
     side: int
-    """Pixels of the side that every picture is resized to."""
+    """Side in pixels to which every picture is resized."""
     cells: int
-    """Rows, and columns, of its map."""
+    """Rows, and columns, of its feature map."""
 
     @abstractmethod
     def features(self, images: Tensor) -> Tensor:
@@ -163,37 +163,37 @@ class Encoder(Frozen, ABC):
 
     @abstractmethod
     def maps(self, images: Tensor) -> Tensor:
-        """Images [N, 3, H, W] -> features by place [N, width, rows, columns], float32."""
+        """Images [N, 3, H, W] -> feature maps [N, width, rows, columns], float32."""
 
 
 class SoundCodec(Frozen, ABC):
-    """A frozen map from sounds to frames: features of an encoder, or codes. It only reads, and it is loaded when it first does.
+    """A frozen map from sounds to frames: encoder features or codes. It only encodes, and is loaded at its first use.
 
     Sounds are [N, samples] floats in [-1, 1] at `rate`; frames are [N, frames, width], one for each `hop` samples.
     """
 
     @dataclass(frozen=True, kw_only=True)
     class Config(CodecConfig):
-        """Names one codec of sounds; `build()` makes it."""
+        """Settings of one codec of sounds; `build()` creates it."""
 
         def build(self) -> SoundCodec:
-            """The codec that this config names, not yet loaded."""
+            """The codec of this config, not yet loaded."""
             raise NotImplementedError(f"{type(self).__qualname__} must define build()")
 
     rate: int
-    """Samples per second that it hears."""
+    """Sample rate of its input, per second."""
     hop: int
     """Samples per frame."""
     width: int
-    """Numbers per frame."""
+    """Width of a frame."""
     longest: int
-    """Frames of the longest sound that it takes."""
+    """Frames of the longest sound that it accepts."""
     bounded: bool = False
-    """Whether frames lie in [-1, 1]; others have no largest value."""
+    """Whether frames lie in [-1, 1]; otherwise they are unbounded."""
     licence: str = "unknown"
     """Licence of the weights."""
     encoders: frozenset[str] = frozenset()
-    """Fingerprints of frozen encoders that it listens through: none of them may score a model of its frames."""
+    """Fingerprints of frozen encoders that it uses; none of them may score a model of its frames."""
 
     @abstractmethod
     def encode(self, sounds: Tensor) -> Tensor:
@@ -201,54 +201,54 @@ class SoundCodec(Frozen, ABC):
 
 
 class Modality(ABC):
-    """Raw media <-> latents <-> tokens. A modality never knows the language model's width."""
+    """Raw media <-> latents <-> tokens. A modality does not depend on the language model's width."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """Names one modality; `build()` makes it."""
+        """Settings of one modality; `build()` creates it."""
 
         media: ClassVar[str]
-        """What it is of, for people: ``pictures``."""
+        """Human-readable name of its media: ``pictures``."""
         suite: ClassVar[str]
-        """The suite of `xfusion.evaluation` by which comparisons score recipes of it."""
+        """The suite of `xfusion.evaluation` that scores its recipes in comparisons."""
         position: Literal["running", "shared"] = "running"
-        """Rotary positions of an item's tokens: the running index, or one for all of them (CogVLM); rows and columns
-        are told apart by the port."""
+        """Rotary positions of an item's tokens: the running index, or one shared by all of them (CogVLM). The port's
+        embeddings distinguish rows and columns."""
         order: Literal["both ways", "causal"] = "both ways"
-        """Whether the tokens of an item see each other both ways or in reading order."""
+        """Attention among the tokens of an item: bidirectional, or causal in reading order."""
         behind_begin: bool = False
-        """Whether the base's own beginning of text stands before an item that opens a sequence: for mechanisms in which
-        media are no positions of the base, whose first position is an attention sink that nothing can be read from."""
+        """Whether the base's BOS token is put before an item that starts a sequence. For mechanisms in which media are not
+        positions of the base, whose first position is an attention sink that nothing can be read from."""
 
         def build(self) -> Modality:
-            """The modality that this config names."""
+            """The modality of this config."""
             raise NotImplementedError(f"{type(self).__qualname__} must define build()")
 
     config: Config
     name: str
     """The name by which segments of a sequence refer to the modality."""
     token_width: int
-    """Numbers per token."""
+    """Width of a media token."""
     patch: int
-    """Latent cells per token, in each direction; frames per token."""
+    """Latent cells per token, in each direction; for sounds, frames per token."""
     sizes: tuple[int, ...]
-    """Sizes that the model is made for; the first is the default."""
+    """Sizes that the model supports; the first is the default."""
     codec: Any
-    """What turns raw media into latents: a `Codec`, or a `SoundCodec`."""
+    """Turns raw media into latents: a `Codec` or a `SoundCodec`."""
 
     def to(self, device: torch.device | str) -> Self:
-        """Moves the codec; `encode` and `decode` then expect their tensors there, and raw media are moved."""
+        """Move the codec to a device; `encode` and `decode` then expect tensors there, and move raw media themselves."""
         self.codec.to(device)
         return self
 
     @property
     @abstractmethod
     def described(self) -> str:
-        """The media that the model is made for, for the log: ``pictures, 32 px``."""
+        """The media that the model supports, for the log: ``pictures, 32 px``."""
 
     @abstractmethod
     def grid(self, size: int) -> tuple[int, int]:
-        """Rows and columns of tokens of media of this size; XFusionError for an illegal size."""
+        """Rows and columns of tokens for media of this size; XFusionError for an illegal size."""
 
     @abstractmethod
     def encode(self, media: Any, size: int) -> Tensor:
@@ -259,7 +259,7 @@ class Modality(ABC):
         """Tokens [N, M, token_width] -> raw media as a tensor."""
 
     def segment(self, tokens: Tensor, grid: tuple[int, int], **how: Any) -> Media:
-        """An item's tokens ``[rows * columns, token_width]`` as a segment of a sequence; ``how`` as `Media` takes it."""
+        """An item's tokens ``[rows * columns, token_width]`` as a segment of a sequence; ``how`` is passed to `Media`."""
         return Media(
             tokens=tokens,
             grid=grid,

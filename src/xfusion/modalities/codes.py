@@ -1,11 +1,11 @@
-"""How codes enter and leave a model: rows of their own beside the frozen embedding and the frozen head.
+"""Input and output of codes: their own rows next to the frozen embedding and the frozen LM head.
 
     E' = [E_text (frozen); E_codes]        logits = h [O_text (frozen); O_codes]^T
 
-(TEAL, arXiv 2311.04589; DALL-E, arXiv 2102.12092). A place of the sequence belongs to words or to a medium, and it may only
-predict what belongs to its segment: the logits of the others count as minus infinity (DALL-E's segment masks). The joint
-softmax is then the softmax over the own rows, which is what is computed; words cannot be predicted inside a picture, nor codes
-among words, and the frozen tables are neither copied nor touched.
+(TEAL, arXiv 2311.04589; DALL-E, arXiv 2102.12092). Each position of the sequence belongs to text or to a medium and may only
+predict tokens of its own kind: the other logits are minus infinity (DALL-E's segment masks). The joint softmax is then the
+softmax over the position's own rows, and only this is computed. Text cannot be predicted inside a picture, nor codes inside
+text, and the frozen tables are neither copied nor changed.
 
 Shape legend: ``B`` batch row, ``n`` media rows, ``D`` model width, ``P`` codes per token, ``K`` entries of a table.
 """
@@ -23,23 +23,23 @@ from xfusion.modalities.port import MediaPort
 
 
 class CodePort(MediaPort):
-    """A table of codes in, a score per code out, row and column vectors (DALL-E's axial positions), boundary rows.
+    """Code embedding in, logits per code out, row and column embeddings (DALL-E's axial positions), boundary rows.
 
-    A token of ``P`` codes (levels of a residual quantiser, cells of a patch) enters as the sum of their rows, each slot with a
-    table of its own, and its codes are predicted beside each other: given what stands before, they are independent. Numbers
-    below 0 are sentinels (-1 the first): rows without a place in the picture, which nothing predicts.
+    A token of ``P`` codes (levels of a residual quantiser, cells of a patch) enters as the sum of their embeddings, with a
+    table per slot. Its codes are predicted in parallel, independent of each other given the preceding tokens. Negative codes
+    are sentinels (-1 is the first): rows without a position in the picture, which are never predicted.
     """
 
     @dataclass(frozen=True, kw_only=True)
     class Config(MediaPort.Config):
-        """Rows of codes."""
+        """Embedding and output rows of codes."""
 
         entries: int = 512
-        """Codes of the codec."""
+        """Number of codes of the codec."""
         tied: bool = False
-        """Predict codes by the rows that they enter with (AudioPaLM, arXiv 2306.12925); else by rows of their own (TEAL)."""
+        """Tie the output rows to the input embedding (AudioPaLM, arXiv 2306.12925); otherwise use separate ones (TEAL)."""
         sentinels: int = 0
-        """Rows in for marks that an objective puts among codes (`xfusion.objectives.codes.NextCode`: 2 for infilling)."""
+        """Number of sentinel embeddings that the objective needs (`xfusion.objectives.codes.NextCode`: 2 for infilling)."""
 
         def build(self, width: int, token_width: int, scale: float, num_layers: int) -> CodePort:
             """The port of a model."""
@@ -78,7 +78,7 @@ class CodePort(MediaPort):
         return torch.where(media.boundary[..., None], self.begin.to(x.dtype), x)
 
     def readout(self, hidden: Tensor) -> Tensor:
-        """States of media rows ``[B, n, D]`` -> scores of the codes of the token behind each, ``[B, n, P * K]``."""
+        """Hidden states of media rows ``[B, n, D]`` -> logits of the next token's codes, ``[B, n, P * K]``."""
         x = self.norm(hidden.to(self.norm.weight.dtype))
         if not self.tied:
             return self.head(x)

@@ -24,18 +24,18 @@ class ImageModality(Modality):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Modality.Config):
-        """Images."""
+        """Settings of the image modality."""
 
         media, suite = "pictures", "emoji"
         codec: Codec.Config = field(default_factory=Pixels.Config)
-        """What turns pixels into latents and back."""
+        """The codec that turns pixels into latents and back."""
         patch: int = 8
         """Latent cells per token, in each direction."""
         patch_width: int | None = None
-        """Latent cells per token from left to right; None takes `patch`. A connector that makes fewer tokens than there are
-        cells is given strips of them: patch 1, and as many cells to a strip."""
+        """Latent cells per token from left to right; None uses `patch`. A connector that outputs fewer tokens than cells is
+        given strips: patch 1, and this many cells per strip."""
         sizes: tuple[int, ...] = (32,)
-        """Sides in pixels of the pictures that the model is made for; the first is the default."""
+        """Picture sides in pixels that the model supports; the first is the default."""
 
         def build(self) -> ImageModality:
             return ImageModality(self)
@@ -58,17 +58,17 @@ class ImageModality(Modality):
 
     @property
     def described(self) -> str:
-        """As `Modality.described`."""
+        """See `Modality.described`."""
         return f"pictures, {', '.join(map(str, self.sizes))} px"
 
     @property
     def device(self) -> torch.device | None:
-        """Where the codec's weights are; None for a codec without weights, which works anywhere."""
+        """Device of the codec's weights; None for a codec without weights, which works on any device."""
         weight = next(self.codec.parameters(), None)
         return None if weight is None else weight.device
 
     def grid(self, size: int) -> tuple[int, int]:
-        """(rows, columns) of tokens of a size x size picture; XFusionError naming legal sizes for any other."""
+        """(rows, columns) of tokens of a size x size picture; XFusionError with legal sizes if ``size`` is illegal."""
         step = self.codec.factor * math.lcm(self.patch, self.patch_width)
         if size < step or size % step:
             below = max(size // step, 1) * step
@@ -134,19 +134,19 @@ class ImageModality(Modality):
         """Images [N, 3, H, W] in [-1, 1] -> PIL pictures in RGB; values outside are clipped."""
         if images.ndim != 4 or images.shape[1] != 3:
             raise XFusionError(f"images must have the shape [N, 3, H, W], but this is {list(images.shape)}")
-        # Scaling in float32 and rounding makes from_pil and to_pil exact inverses for all 256 values.
+        # Scaling in float32 and rounding make from_pil and to_pil exact inverses for all 256 values.
         levels = ((images.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return [Image.fromarray(array) for array in levels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def square_picture(picture: Image.Image, size: int) -> Image.Image:
-    """`picture` as a model sees it: upright by its EXIF tag, on white, its middle square, size x size, RGB."""
+    """`picture` as a model sees it: rotated by its EXIF tag, on white, cropped to the middle square, size x size, RGB."""
     return middle_square(on_white(ImageOps.exif_transpose(picture)), size)
 
 
 def middle_square(picture: Image.Image, size: int) -> Image.Image:
     """The middle square of a picture, resized to ``size`` x ``size``."""
-    middle = _middle(picture)  # first, so that nothing outside bleeds in
+    middle = _middle(picture)  # crop first, so that nothing outside bleeds in
     return middle if middle.width == size else middle.resize((size, size), Image.Resampling.LANCZOS)
 
 
@@ -157,11 +157,11 @@ def _middle(picture: Image.Image) -> Image.Image:
 
 
 def touched(mask: Image.Image, grid: tuple[int, int]) -> Tensor:
-    """Which tokens of a picture a mask of its size touches, bool ``[rows * columns]``: those in whose part of the middle square
-    any pixel is white (above half in any channel), however thin the stroke.
+    """Which tokens of a picture a mask touches, bool ``[rows * columns]``: those with any white pixel (above half in any
+    channel) in their part of the middle square, however thin the stroke.
 
     Args:
-        mask: upright, as large as the picture.
+        mask: upright, of the picture's size.
         grid: rows and columns of the picture's tokens.
     """
     white = (numpy.asarray(_middle(mask.convert("RGB"))) > 127).any(axis=2)
@@ -174,7 +174,7 @@ def touched(mask: Image.Image, grid: tuple[int, int]) -> Tensor:
 
 
 def on_white(picture: Image.Image) -> Image.Image:
-    """Any of Pillow's modes as RGB; deep grey is scaled down instead of clipped, transparent parts show white."""
+    """A picture of any Pillow mode as RGB; deep grey is scaled down instead of clipped, transparent parts become white."""
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
         picture = _eight_bits(picture)
     if picture.mode == "LAB":
@@ -189,13 +189,13 @@ def on_white(picture: Image.Image) -> Image.Image:
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
-    """Grey of 16 or 32 bits or floats as 8 bits. Pillow's own conversion clips: all but the darkest turns white."""
+    """16-bit, 32-bit or float grey as 8 bits. Pillow's own conversion clips: all but the darkest turns white."""
     values = numpy.nan_to_num(numpy.asarray(picture, dtype=numpy.float64), posinf=0, neginf=0)
     largest = float(values.max(initial=0))
     if picture.mode == "F":
         full = 1.0 if largest <= 1 else max(largest, 255.0)
     elif picture.mode.startswith("I;16"):
         full = 65535.0
-    else:  # mode "I" says 32 bits, whatever the file meant: take the smallest usual range that holds the values
+    else:  # mode "I" is always 32 bits, whatever the file had: assume the smallest usual range that holds the values
         full = next((float(limit) for limit in (255, 65535) if largest <= limit), largest)
     return Image.fromarray(numpy.clip(numpy.rint(values * (255 / full)), 0, 255).astype(numpy.uint8))

@@ -1,4 +1,4 @@
-"""How media tokens enter and leave a model: the same for every fusion, so that compared fusions share all but themselves.
+"""Input and output of media tokens: the same for every fusion, so that compared fusions differ only in the fusion itself.
 
 Shape legend: ``B`` batch row, ``n`` media rows, ``D`` model width, ``P`` width of a media token, ``N`` media items.
 """
@@ -17,15 +17,15 @@ from torch.nn import functional
 from xfusion.data.sequence import MediaRows, XFusionError
 
 TIME_FREQUENCIES = 128
-"""Sine and cosine pairs that a noise level is expanded to."""
+"""Number of sine and cosine pairs in the embedding of a noise level."""
 
 
 class MediaPort(nn.Module):
-    """Linear patches in (X-Fusion, arXiv 2504.20996), noise level, positions, boundary rows, head out.
+    """Linear patch embedding in (X-Fusion, arXiv 2504.20996), noise level, positions, boundary rows, head out.
 
-    The noise level is a vector MLP(sinusoid(t)) with t = 0 for clean items. It is added to item tokens, or it modulates
-    them before every layer with new modules, or the branches inside every new block; [BOI] has none, so that its keys and
-    values stay the same while an item is denoised. Row and column embeddings are added.
+    The noise level is embedded as MLP(sinusoid(t)), with t = 0 for clean items. It is added to item tokens, or modulates them
+    before every layer with new modules, or modulates the branches inside every new block. [BOI] gets none, so that its keys
+    and values stay the same while an item is denoised. Row and column embeddings are added.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -33,22 +33,22 @@ class MediaPort(nn.Module):
         """Positions and noise levels of media tokens."""
 
         largest_grid: int = 64
-        """Rows and columns of tokens for which there are position embeddings."""
+        """Number of row and of column position embeddings."""
         time: Literal["add", "modulate", "adaln", "adaln single"] = "add"
-        """Add the noise level to the tokens; or let it scale and shift them before each new block, ``x + s norm(x) + b``,
-        with s and b from one projection and a row per layer; or let it scale and shift what attention and MLP of each new
-        block read, and scale what they add (`xfusion.layers.modulated`), by a projection per layer (``adaln``: AdaLN-Zero
-        of DiT, arXiv 2212.09748) or one projection and a row per layer (``adaln single``: PixArt, arXiv 2310.00426). All
-        are zero at the start, and a gate's factor is then 1, where DiT's is 0: blocks are copies that shall work as such."""
+        """How the noise level enters. ``add`` adds it to the tokens. ``modulate`` scales and shifts them before each new
+        block, ``x + s norm(x) + b``, with s and b from one projection and a row per layer. The others scale and shift the
+        inputs of attention and MLP in each new block and scale their outputs (`xfusion.layers.modulated`): ``adaln`` with a
+        projection per layer (AdaLN-Zero of DiT, arXiv 2212.09748), ``adaln single`` with one projection and a row per layer
+        (PixArt, arXiv 2310.00426). All start at zero; a gate is then 1, not 0 as in DiT, so copied blocks work unchanged."""
 
         def build(self, width: int, token_width: int, scale: float, num_layers: int) -> MediaPort:
             """The port of a model.
 
             Args:
-                width: of the model.
-                token_width: numbers of a media token.
+                width: model width.
+                token_width: width of a media token.
                 scale: standard deviation of the base's own embeddings.
-                num_layers: of the base.
+                num_layers: number of layers of the base.
             """
             return MediaPort(self, width, token_width, scale, num_layers)
 
@@ -63,7 +63,7 @@ class MediaPort(nn.Module):
         self.end = nn.Parameter(torch.empty(width))
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.head = nn.Linear(width, token_width)
-        # New rows start as large as the frozen embedding's, so that the copied blocks meet what they know.
+        # New rows start at the scale of the frozen embedding, which the copied blocks are used to.
         nn.init.normal_(self.project.weight, std=scale / math.sqrt(token_width))
         nn.init.zeros_(self.project.bias)
         for table in (self.row.weight, self.column.weight, self.begin, self.end):
@@ -77,10 +77,10 @@ class MediaPort(nn.Module):
             nn.init.zeros_(self.modulation.bias)
 
     def check_grid(self, rows: int, columns: int) -> None:
-        """Whether a picture of so many tokens can be told apart by place.
+        """Check that there are enough position embeddings for a picture of so many tokens.
 
         Raises:
-            XFusionError: there are fewer position embeddings.
+            XFusionError: there are fewer.
         """
         if max(rows, columns) > self.config.largest_grid:
             raise XFusionError(
@@ -94,7 +94,7 @@ class MediaPort(nn.Module):
         return self.config.time in ("adaln", "adaln single")
 
     def reach_blocks(self, widths: Mapping[int, int]) -> None:
-        """Make what modulates blocks inside (`modulates_blocks`), behind a fusion's `install`.
+        """Create the modulation inside blocks (`modulates_blocks`); call after a fusion's `install`.
 
         Args:
             widths: layer -> model width of its block.
@@ -125,7 +125,7 @@ class MediaPort(nn.Module):
         return torch.where(media.boundary[..., None], self.begin.to(x.dtype), x)
 
     def before_layer(self, index: int, x: Tensor, media: MediaRows) -> Tensor:
-        """States ``[B, n, D]`` as a layer with new modules sees them."""
+        """Input states ``[B, n, D]`` of a layer with new modules, modulated if configured."""
         if self.config.time != "modulate":
             return x
         both = self.modulation(functional.silu(self.embed_time(media.time))) + self.by_layer[index]
@@ -134,8 +134,8 @@ class MediaPort(nn.Module):
         return torch.where((media.item >= 0)[..., None], changed, x)
 
     def in_block(self, index: int, media: MediaRows, dtype: torch.dtype) -> Tensor | None:
-        """What modulates the block of a layer at media rows (`xfusion.layers.modulated`), ``[B, n, 6, W]``: zeros at [BOI]
-        and padding. None where the noise level does not act inside blocks.
+        """Modulation of a layer's block at media rows (`xfusion.layers.modulated`), ``[B, n, 6, W]``: zeros at [BOI] and
+        padding. None if the noise level does not act inside blocks.
         """
         if not self.modulates_blocks:
             return None
@@ -146,11 +146,11 @@ class MediaPort(nn.Module):
         return torch.where((media.item >= 0)[..., None, None], rows, 0.0)
 
     def readout(self, hidden: Tensor) -> Tensor:
-        """States of media rows ``[B, n, D]`` -> what the media objective predicts ``[B, n, P]``."""
+        """Hidden states of media rows ``[B, n, D]`` -> the media objective's prediction ``[B, n, P]``."""
         return self.head(self.norm(hidden.to(self.norm.weight.dtype)))
 
 
 def _of_items(values: Tensor, media: MediaRows) -> Tensor:
-    """What belongs to items ``[N, W]`` at their rows ``[B, n, W]``; the first item's at rows of none."""
-    # The gradient of an embedding is a kernel, that of an index a walk from entry to entry.
+    """Values of items ``[N, W]`` gathered at their rows ``[B, n, W]``; rows without an item get the first item's."""
+    # The backward pass of an embedding is one kernel; that of indexing goes entry by entry.
     return functional.embedding(media.item.clamp(min=0), values)

@@ -1,1 +1,1 @@
-"""One file per objective: corrupt, loss and sample together, so that time and signs are defined once."""
+"""One file per objective, with corrupt, loss and sample together, so that time and signs are defined once."""

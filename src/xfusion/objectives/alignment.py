@@ -1,11 +1,11 @@
-"""Representation alignment: media states are drawn towards a frozen encoder's features of the clean picture.
+"""Representation alignment: media hidden states are pulled towards a frozen encoder's features of the clean picture.
 
     L = 1 - cos(W h, f(x_0))
 
-with ``h`` the states behind a layer of the media tower and ``W`` one trainable matrix (X-Fusion, arXiv 2504.20996; after
-REPA, arXiv 2410.06940, whose projector is a perceptron). ``h`` is the mean of a picture's tokens and
-``f`` the encoder's global feature; or, patchwise as in REPA, each token is held to its place in the encoder's last map.
-``W`` is saved with a pack, so that training can go on; drawing and captioning do not use it, nor the encoder.
+with ``h`` the hidden states after a layer of the media tower and ``W`` one trainable matrix (X-Fusion, arXiv 2504.20996; after
+REPA, arXiv 2410.06940, whose projector is an MLP). ``h`` is the mean over a picture's tokens and ``f`` the encoder's global
+feature; or, patchwise as in REPA, each token is aligned with its place in the encoder's last feature map.
+``W`` is saved with a pack, so that training can resume; drawing and captioning use neither ``W`` nor the encoder.
 
 Shape legend: ``B`` batch row, ``n`` media rows, ``N`` media items, ``M`` tokens of an item, ``F`` width of a feature.
 """
@@ -27,26 +27,26 @@ from xfusion.modalities.encoders.efficientnet_lite import EfficientNetLite
 from xfusion.objectives.base import Losses, Objective, Run, noised_targets
 
 FEATURES_KEPT = 256 * 1024 * 1024
-"""Bytes of features that are kept in memory; the oldest go first."""
+"""Size of the in-memory feature cache in bytes; the least recently used features are evicted."""
 
 
 class Alignment(Objective):
-    """L_align: one minus a cosine per noised picture that is learned to be drawn."""
+    """L_align: one minus a cosine, for each noised picture with a drawing loss."""
 
     name = "alignment"
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Objective.Config):
-        """Which states are held to which features."""
+        """Which hidden states are aligned with which features."""
 
         weight: float = 0.5
-        """Factor of this loss in the sum; the paper states none."""
+        """Weight of this loss in the sum; the paper states none."""
         layer: int = 8
-        """States behind this layer of the media tower, counted from 1."""
+        """Use the hidden states after this layer of the media tower, counted from 1."""
         encoder: Encoder.Config = field(default_factory=EfficientNetLite.Config)
-        """The frozen encoder. It may then not score the model."""
+        """The frozen encoder. It must then not be used to score the model."""
         patchwise: bool = False
-        """Hold each token to its place in the encoder's last map instead of their mean to the global feature."""
+        """Align each token with its place in the encoder's last feature map, not their mean with the global feature."""
 
         def build(self) -> Alignment:
             """The objective."""
@@ -63,7 +63,7 @@ class Alignment(Objective):
         self._known: OrderedDict[bytes, Tensor] = OrderedDict()
 
     def install(self, width: int, modality: Any) -> None:
-        """Make W. The encoder is loaded with the first loss, so that a pack is used without it."""
+        """Create W. The encoder is loaded at the first loss, so a pack can be used without it."""
         self.projection = nn.Linear(width, self.config.encoder.width, bias=False)
         self.modality = modality
 
@@ -87,9 +87,7 @@ class Alignment(Objective):
         return functional.adaptive_avg_pool2d(maps, grid).flatten(2).transpose(1, 2)
 
     def features(self, media: MediaRows) -> dict[int, Tensor]:
-        """The encoder's features of the clean pictures that are learned to be drawn, ``[F]`` or ``[M, F]`` by number of the
-        item; looked up where they are known.
-        """
+        """The encoder's features of the clean pictures with a drawing loss, ``[F]`` or ``[M, F]`` by item number; cached."""
         clean, found = media.restored().tokens.float(), {}
         for number in (media.has_loss & media.noised).nonzero()[:, 0].tolist():
             inside = media.item == number
@@ -107,11 +105,11 @@ class Alignment(Objective):
     # -- loss
 
     def count(self, batch: Batch) -> dict[str, int]:
-        """Pictures that are learned to be drawn."""
+        """Pictures with a drawing loss."""
         return noised_targets(self.name, batch)
 
     def loss(self, run: Run, batch: Batch) -> Losses:
-        """Summed distances, one mean per picture, and the number of pictures."""
+        """Sum of the distances (one mean per picture) and the number of pictures."""
         out: Losses = {}
         for media in batch.media.values():
             wanted = media.has_loss & media.noised

@@ -1,4 +1,4 @@
-"""The contract of an objective: corrupt, loss and sample in one file."""
+"""The interface of an objective: corrupt, loss and sample in one file."""
 
 from __future__ import annotations
 
@@ -16,116 +16,116 @@ from xfusion.objectives.solvers import Solver
 
 @dataclass(kw_only=True)
 class Output:
-    """What a forward pass gives the objectives."""
+    """Output of a forward pass, as seen by the objectives."""
 
     logits: Callable[[Tensor], Tensor]
-    """Vocabulary logits of chosen text positions: bool ``[B, n]`` in, ``[k, V]`` out. Nothing else is multiplied by the head."""
+    """Vocabulary logits of selected text positions: bool ``[B, n]`` in, ``[k, V]`` out. The LM head runs on these only."""
     vocabulary: Callable[[Tensor], Tensor]
-    """The same head on states that an objective made itself, as behind the last norm: ``[k, D]`` in, ``[k, V]`` out."""
+    """The same LM head on an objective's own states, in place of final hidden states: ``[k, D]`` in, ``[k, V]`` out."""
     media: dict[str, Tensor]
     """Per modality, the media head's prediction at every media row, ``[B, n, Q]``; empty for a model that cannot draw."""
     states: dict[str, Tensor] = field(default_factory=dict)
-    """What objectives asked for by `Objective.needs`, ``[B, n, D]`` by name."""
+    """Hidden states requested by `Objective.needs`, ``[B, n, D]`` by name."""
 
 
 Run = Callable[[Batch], Output]
-"""One forward pass on a batch; the same batch object is run once."""
+"""Runs a forward pass on a batch; the same batch object is run only once."""
 
 Losses = dict[str, tuple[Tensor, Tensor]]
 """Name -> sum and count. The training loop divides by the global count."""
 
 
 class Drawer(Protocol):
-    """What an objective draws with: one item per context, guidance included. An objective walks one of two ways.
+    """The model as used for sampling: one item per context, guidance included. An objective uses one of the two methods.
 
     ``N`` items of ``M`` tokens; ``Q`` is the width of the port's head.
     """
 
     def __call__(self, x: Tensor, time: float) -> Tensor:
-        """The head at all tokens ``[N, M, P]`` of the items at a noise level -> ``[N, M, Q]``; leaves no trace."""
+        """Head output at all tokens ``[N, M, P]`` of the items at a noise level -> ``[N, M, Q]``; changes no state."""
         ...
 
     def following(self, tokens: Tensor, places: Tensor | None = None) -> Tensor:
-        """The head at the last position once ``tokens`` ``[N, k, P]`` stand behind those given before -> ``[N, Q]``.
+        """Head output at the last position after appending ``tokens`` ``[N, k, P]`` to the earlier ones -> ``[N, Q]``.
 
-        With ``k`` of 0, the first call, it is what [BOI] says of the first token. Tokens come in reading order, or
-        ``places`` ``[k]`` says which of an item's tokens each is, below 0 none.
+        The first call has ``k`` = 0 and gives the prediction of the first token at [BOI]. Tokens come in reading order, unless
+        ``places`` ``[k]`` gives each token's index in its item; an index below 0 is none.
         """
         ...
 
 
 class Objective(nn.Module):
-    """What is learned from a batch, and how it is sampled. It may own weights, which are trained and saved."""
+    """A training loss on a batch and the matching sampler. It may own weights, which are trained and saved."""
 
     name: str
     """Name of its loss."""
     weight: float
-    """Factor of its loss in the sum."""
+    """Weight of its loss in the sum."""
     guidance: float = 1.0
-    """Strength of classifier-free guidance that sampling takes where the caller names none; 1 is off."""
+    """Default classifier-free guidance scale for sampling; 1 is off."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Noise levels above the first and up to the second at which guidance acts."""
+    """Guidance applies at noise levels above the first value and up to the second."""
     needs: tuple[str, ...] = ()
-    """States that a forward pass must keep: ``text`` and ``media`` behind the last norm, ``text.8`` and ``media.8`` behind
-    the eighth layer."""
+    """Hidden states that a forward pass must return: ``text`` and ``media`` after the last norm, ``text.8`` and ``media.8``
+    after the eighth layer."""
     scope: Literal["item", "batch"] = "item"
-    """Whether the loss of an item depends on the other items of its batch; such a loss cannot be accumulated. A step's
-    drawings are one batch and its captionings another."""
+    """Whether the loss of an item depends on the other items of its batch; if so, gradients cannot be accumulated. The
+    drawing samples of a step are one batch and its captioning samples another."""
     across_processes: bool = False
-    """Whether a loss of scope ``batch`` compares the items of all processes that share a step: `loss` then waits for the
-    others, and is called for a process without items, too."""
+    """Whether a loss of scope ``batch`` compares the items of all processes in a step. `loss` then waits for the other
+    processes and is also called on a process without items."""
     encoders: tuple[Encoder.Config, ...] = ()
     """Frozen encoders that it learns from."""
     gives: frozenset[str] = frozenset()
-    """What a model can do that was trained by it, of ``caption``, ``draw``, ``embed``, ``fill``, ``match``."""
+    """Capabilities of a model trained with it, from ``caption``, ``draw``, ``embed``, ``fill``, ``match``."""
 
     @property
     def teachers(self) -> frozenset[str]:
-        """Fingerprints of the encoders that it learns from: they may not score the model."""
+        """Fingerprints of the encoders that it learns from; these must not score the model."""
         return frozenset(encoder.fingerprint for encoder in self.encoders)
 
     @property
     def weights(self) -> dict[str, float]:
-        """Factors of its losses in the sum, by name; most objectives have one."""
+        """Weights of its losses in the sum, by name; most objectives have one loss."""
         return {self.name: self.weight}
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """Settings of an objective; `build` makes it."""
+        """Settings of an objective; `build` creates it."""
 
         weight: float = 1.0
-        """Factor of this loss in the sum."""
+        """Weight of this loss in the sum."""
 
         def build(self) -> Objective:
             """The objective."""
             raise TypeError(f"{type(self).__qualname__} does not say which objective it builds")
 
         def adapted(self, trained: Any) -> Self:
-            """These settings for weights that were trained by others: what the weights mean is theirs."""
+            """These settings, except that those that define the meaning of trained weights come from ``trained``."""
             del trained
             return self
 
     def install(self, width: int, modality: Any) -> None:
-        """Make the objective's own weights for a model of this width and its modality; most have none."""
+        """Create the objective's own weights for a model of this width and its modality; most have none."""
 
     def check(self, modality: Any) -> None:
-        """Refuse a modality that cannot be learned with these settings; asked before training, and not of a pack that is loaded.
+        """Refuse a modality that cannot be trained with these settings; called before training, not on loading a pack.
 
         Raises:
-            XFusionError: it cannot.
+            XFusionError: it cannot be trained.
         """
         del modality
 
     def corrupt(self, batch: Batch, generator: torch.Generator) -> Batch:
-        """The batch as the model shall see it in training; by default unchanged."""
+        """The batch as the model sees it in training, such as with noise; unchanged by default."""
         return batch
 
     def count(self, batch: Batch) -> dict[str, int]:
-        """How many targets a batch holds, by name of loss: known before any forward pass."""
+        """Number of targets in a batch, by name of loss; available before any forward pass."""
         raise NotImplementedError(type(self).__name__)
 
     def loss(self, run: Run, batch: Batch) -> Losses:
-        """Sums and counts by name; an objective without a target in the batch returns nothing."""
+        """Sums and counts by name; empty if the batch has no target for this objective."""
         raise NotImplementedError(type(self).__name__)
 
     def sample(
@@ -138,15 +138,15 @@ class Objective(nn.Module):
         keep: Tensor | None = None,
         solver: Solver | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Draw items; every objective that gives ``draw`` has it.
+        """Draw items; every objective that gives ``draw`` implements it.
 
         Args:
             predict: the model.
-            noise: standard normal ``[N, M, P]``, each item's from its own seed: the only chance that a walk takes.
-            steps: how many steps to take, where the objective leaves a choice.
-            known: clean tokens ``[N, M, P]`` of which some are kept.
-            keep: bool ``[N, M]``, True where ``known`` stands.
-            solver: takes the steps; only given where the caller names one, to objectives that walk a flow.
+            noise: standard normal ``[N, M, P]``, each item's from its own seed: the only randomness in sampling.
+            steps: number of steps, if the objective leaves a choice.
+            known: clean tokens ``[N, M, P]``, used where ``keep`` is True.
+            keep: bool ``[N, M]``, True where the token of ``known`` is kept.
+            solver: the solver, for objectives that integrate a flow; only passed if the caller names one.
 
         Yields:
             after every step the tokens ``[N, M, P]`` and the current clean estimate; the last tokens are the sample.
@@ -154,18 +154,18 @@ class Objective(nn.Module):
         raise NotImplementedError(type(self).__name__)
 
     def num_steps(self, steps: int, tokens: int) -> int:
-        """How many steps `sample` yields for items of so many tokens, when so many are asked for."""
+        """How many steps `sample` yields for items of ``tokens`` tokens when ``steps`` are requested."""
         del tokens
         return steps
 
 
 class Denoising(Objective):
-    """Squared error of the prediction at noised items that have a loss: a mean per item, weighed by its noise level."""
+    """Squared error of the prediction at noised items that have a loss: a mean per item, weighted by its noise level."""
 
     gives = frozenset({"draw"})
 
     def weigh(self, time: Tensor) -> Tensor:
-        """Factors ``[N]`` of the items' errors at noise levels ``[N]``."""
+        """Weights ``[N]`` of the items' errors at noise levels ``[N]``."""
         raise NotImplementedError(type(self).__name__)
 
     def count(self, batch: Batch) -> dict[str, int]:
@@ -173,7 +173,7 @@ class Denoising(Objective):
         return noised_targets(self.name, batch)
 
     def loss(self, run: Run, batch: Batch) -> Losses:
-        """Summed per-item mean squared errors and the number of items."""
+        """Sum of the per-item mean squared errors, and the number of items."""
         out: Losses = {}
         for modality, media in batch.media.items():
             wanted = media.has_loss & media.noised
@@ -186,13 +186,13 @@ class Denoising(Objective):
 
 
 def noised_targets(name: str, batch: Batch) -> dict[str, int]:
-    """How many noised items have a loss, under the name of the loss; nothing where there are none."""
+    """The number of noised items that have a loss, under the name of the loss; empty if there are none."""
     count = sum(int((media.has_loss & media.noised).sum()) for media in batch.media.values())
     return {name: count} if count else {}
 
 
 class NoObjective(Objective):
-    """Nothing is learned: the media objective of a model that only reads pictures. The port needs no head."""
+    """No loss: the media objective of a model that only reads pictures. The port needs no head."""
 
     name = "none"
 

@@ -1,17 +1,17 @@
-"""Next token over codes: loss, drawing one code after the other, and infilling.
+"""Next-token prediction over codes: loss, autoregressive sampling, and infilling.
 
     L = - sum_i log p(c_i | c_<i, what stands before)        p(c_0 | ...) is read from [BOI]
 
-(DALL-E, arXiv 2102.12092; TEAL, arXiv 2311.04589.) Weights by modality are the objectives' weights. Under guidance the scores
-are ``l = l_u + s (l_c - l_u)``, with the words left out on the other side (CM3Leon, arXiv 2309.02591, section 3.2).
+(DALL-E, arXiv 2102.12092; TEAL, arXiv 2311.04589.) The weight of a modality is its objective's weight. With guidance the
+logits are ``l = l_u + s (l_c - l_u)``, where the unconditional pass omits the text (CM3Leon, arXiv 2309.02591, section 3.2).
 
-With ``infill`` a share of the pictures is learned with some runs of codes cut out and put to the end (CM3, arXiv 2201.07520),
-each leaving a sentinel and opening with another:
+With ``infill``, a share of the pictures is trained with some runs of codes cut out and moved to the end (CM3,
+arXiv 2201.07520). Each run leaves a sentinel in its place and starts with another:
 
     a b c d e f   ->   a <mask> e f <infill> b c d
 
-Each code is predicted once, by the row before it; sentinels are not. A picture with known parts is completed in this order,
-so that what is drawn hears of what stands behind it.
+Each code is predicted once, by the row before it; sentinels are not predicted. A picture with known parts is completed in this
+order, so that new codes can attend to the known codes after them.
 
 Shape legend: ``B`` batch row, ``n`` media rows, ``N`` media items, ``M`` tokens of an item, ``P`` codes per token, ``K``
 entries of a table.
@@ -32,7 +32,7 @@ from xfusion.objectives.base import Drawer, Losses, Objective, Run
 from xfusion.objectives.solvers import Solver
 
 MASK, INFILL = -1, -2
-"""Sentinels: a run was cut out here; a run that was cut out follows."""
+"""Sentinels: a run was cut out here; a cut-out run follows."""
 
 
 class NextCode(Objective):
@@ -43,18 +43,18 @@ class NextCode(Objective):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Objective.Config):
-        """How codes are learned and drawn."""
+        """How codes are trained and sampled."""
 
         weight: float = 1.0
-        """Factor of this loss in the sum."""
+        """Weight of this loss in the sum."""
         guidance: float = 1.5
-        """Strength of classifier-free guidance where the caller names none; 1 is off."""
+        """Default classifier-free guidance scale; 1 is off."""
         temperature: float = 1.0
-        """Scores are divided by this before a code is drawn; 0 takes the likeliest."""
+        """Sampling temperature of codes; 0 takes the most likely."""
         infill: float = 0.0
-        """Share of pictures that are learned with a run of codes at the end; the port then needs 2 sentinels."""
+        """Share of pictures trained with runs of codes moved to the end; above 0 the port needs 2 sentinels."""
         runs: int = 1
-        """Runs that are cut out of such a picture at most; sampling fills any number."""
+        """Maximum number of runs cut out of such a picture in training; sampling fills any number."""
 
         def build(self) -> NextCode:
             """The objective."""
@@ -72,7 +72,7 @@ class NextCode(Objective):
     # -- corrupt
 
     def corrupt(self, batch: Batch, generator: torch.Generator) -> Batch:
-        """Some pictures that are learned to be drawn, the last of their sequences, with runs of codes at the end."""
+        """Moves runs of codes to the end in some pictures that have a loss and are the last of their sequence."""
         if not self.config.infill:
             return batch
         for modality, media in batch.media.items():
@@ -82,14 +82,14 @@ class NextCode(Objective):
                 if _is_last(batch, media, number)
             ]
             if last:
-                # Every row gets room for sentinels, used or not: shapes stay fixed.
+                # Every row gets room for sentinels, used or not, so that shapes stay fixed.
                 keep = {number: self._drawn_keep(media, number, generator) for number in last}
                 most = max(len({n for n in row if n in keep}) for row in media.item.tolist())
                 batch = replace(batch, media={**batch.media, modality: moved(media, keep, 2 * self.config.runs * most)})
         return batch
 
     def _drawn_keep(self, media: MediaRows, number: int, generator: torch.Generator) -> Tensor:
-        """Which tokens of a picture stay where they are, bool ``[M]``."""
+        """Which tokens of a picture stay in place, bool ``[M]``, at random."""
         keep = torch.ones(int((media.item == number).sum()), dtype=torch.bool)
         if torch.rand((), generator=generator) < self.config.infill:
             for _ in range(int(torch.randint(1, self.config.runs + 1, (), generator=generator))):
@@ -100,10 +100,10 @@ class NextCode(Objective):
     # -- loss
 
     def labels(self, media: MediaRows) -> Tensor:
-        """The codes that each row predicts, those of the row behind it, ``[B, n, P]``; `IGNORE` where none.
+        """The codes that each row predicts, those of the next row, ``[B, n, P]``; `IGNORE` if none.
 
         Raises:
-            XFusionError: a picture to learn sees its codes both ways, where each would read itself.
+            XFusionError: a picture with a loss has bidirectional attention, so that each code would see itself.
         """
         wanted = media.at(media.has_loss)
         if bool((wanted & media.rows.bidirectional).any()):
@@ -139,8 +139,8 @@ class NextCode(Objective):
         return tokens
 
     def choose(self, scores: Tensor, noise: Tensor) -> Tensor:
-        """Codes ``[N, P]`` by scores ``[N, P * K]``: each number's noise, as a share of one, says where in the cumulated
-        probabilities its code lies, so that noise ``[N, P]`` is all the chance there is.
+        """Sample codes ``[N, P]`` from scores ``[N, P * K]`` by inverse CDF: the noise, mapped to (0, 1) by the normal CDF,
+        picks a code from the cumulative probabilities. The noise ``[N, P]`` is the only randomness.
         """
         scores = scores.unflatten(-1, (noise.shape[-1], -1))
         if not self.config.temperature:
@@ -159,18 +159,18 @@ class NextCode(Objective):
         keep: Tensor | None = None,
         solver: Solver | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """One token after the other, those to be infilled last; ``steps`` is not a choice.
+        """Sample token by token, infilled tokens last.
 
         Args:
             predict: the model.
             noise: standard normal ``[N, M, P]``.
-            steps: of no meaning here.
-            known: codes ``[N, M, P]`` of which some are kept.
-            keep: bool ``[N, M]``; a model that infills reads all kept codes first, another those before each code.
+            steps: ignored.
+            known: codes ``[N, M, P]``, used where ``keep`` is True.
+            keep: bool ``[N, M]``; a model that infills reads all kept codes first, other models only those before each code.
             solver: must be None.
 
         Yields:
-            after every token the codes ``[N, M, P]``, zeros where none is yet.
+            after every token the codes ``[N, M, P]``, zeros where there is none yet.
         """
         del steps
         if solver is not None:
@@ -203,8 +203,7 @@ class NextCode(Objective):
 
 
 def infilled(keep: Tensor) -> list[int]:
-    """Places in the order of infilling: the kept ones with a `MASK` for each run between them, then each run behind an
-    `INFILL`.
+    """Places in infilling order: the kept ones with a `MASK` for each missing run, then each run after an `INFILL`.
 
     Args:
         keep: bool ``[M]``.
@@ -223,12 +222,12 @@ def infilled(keep: Tensor) -> list[int]:
 
 
 def moved(media: MediaRows, keep: dict[int, Tensor], room: int) -> MediaRows:
-    """Rows in which the tokens of some items, each the last of its sequence, stand in the order of infilling.
+    """Rows with the tokens of some items, each the last of its sequence, put in infilling order.
 
     Args:
         media: rows of a modality.
-        keep: which tokens of an item stay where they are, bool ``[M]`` by number of the item.
-        room: rows for the sentinels of a batch row, used or not.
+        keep: which tokens of an item stay in place, bool ``[M]`` by item number.
+        room: rows reserved for the sentinels of a batch row, used or not.
     """
     width, empty = media.rows.count + room, (-1, 0, -1, 0)
     filled = []
@@ -239,7 +238,7 @@ def moved(media: MediaRows, keep: dict[int, Tensor], room: int) -> MediaRows:
             if number not in keep:
                 row += [(column, 0, order[column], position[column])] * (order[column] >= 0)
             elif number != items[column - 1]:
-                step = position[column] - position[column - 1]  # 1 behind [BOI], also where all have one position
+                step = position[column] - position[column - 1]  # 1 after [BOI], also if all tokens share one position
                 step = position[column + 1] - position[column] if len(keep[number]) > 1 else step
                 for rank, place in enumerate(infilled(keep[number])):
                     row.append(
@@ -270,7 +269,7 @@ def moved(media: MediaRows, keep: dict[int, Tensor], room: int) -> MediaRows:
 
 
 def _is_last(batch: Batch, media: MediaRows, number: int) -> bool:
-    """Whether nothing stands behind an item in its sequence."""
+    """Whether an item is the last in its sequence."""
     row, column = (media.item == number).nonzero()[-1].tolist()
     sample, order = media.rows.sample[row, column], media.rows.order[row, column]
     tables = [batch.text, *(rows.rows for rows in batch.media.values())]

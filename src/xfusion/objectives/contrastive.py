@@ -1,15 +1,15 @@
-"""Contrast of pictures and words: symmetric InfoNCE of CLIP (arXiv 2103.00020, figure 3), the frozen decoder as text tower.
+"""Contrastive loss of pictures and texts: CLIP's symmetric InfoNCE (arXiv 2103.00020, figure 3), frozen decoder as text tower.
 
     u_i = norm(W_t h(words_i)),  v_i = norm(W_m h(picture_i)),  s = exp(a),  a <= ln 100
     L = -1/2 sum_i [log softmax_j(s u_i . v_j)_(j=i) + log softmax_j(s v_i . u_j)_(j=i)]
 
-with ``h`` the states behind the decoder's last norm, the last word's and the mean of a picture's tokens. Words are read as if
-no picture stood beside them and pictures, clean, as if no words did. Two items are no negatives of each other where their
-pictures are near-identical (one group) or their words are equal: such columns are left out of a row's softmax. Samples in which
-words are said behind a picture are the language model's and left out: what such words ask says nothing of the picture.
+with ``h`` the hidden states after the decoder's last norm: the last text token's, and the mean over a picture's tokens. Texts
+are read without pictures, and pictures, clean, without text. Two items are not negatives of each other if their pictures are
+near-identical (one group) or their texts are equal: such columns are excluded from a row's softmax. Samples with text after a
+picture belong to the language-model loss and are skipped: a question there does not describe the picture.
 
-Processes that share a step hand each other their vectors: every pair is contrasted with those of all, and the gradient
-of a vector is the sum over all processes that were given it.
+The processes of a step exchange their vectors: every pair is contrasted with the pairs of all processes, and the gradient
+of a vector is the sum over all processes.
 
 Shape legend: ``B`` batch row, ``n`` rows of one owner, ``D`` model width, ``N`` pairs, ``E`` width of a vector.
 """
@@ -29,11 +29,11 @@ from xfusion.data.sequence import Batch, MediaRows, XFusionError
 from xfusion.objectives.base import Losses, Objective, Run
 
 FIRST_SCALE, LARGEST_SCALE = 1 / 0.07, 100.0
-"""The factor of the cosines, as CLIP begins and as it is clipped."""
+"""CLIP's initial and maximum scale (inverse temperature) of the cosines."""
 
 
 class Contrastive(Objective):
-    """InfoNCE over the pairs of a batch, both ways."""
+    """InfoNCE over the pairs of a batch, in both directions."""
 
     name = "contrastive"
     needs = ("text", "media")
@@ -43,10 +43,10 @@ class Contrastive(Objective):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Objective.Config):
-        """The common space."""
+        """The joint embedding space."""
 
         width: int = 256
-        """Numbers of a vector."""
+        """Embedding width."""
 
         def build(self) -> Contrastive:
             """The objective."""
@@ -57,7 +57,7 @@ class Contrastive(Objective):
         self.config, self.weight, self.embedding_width = config, config.weight, config.width
 
     def install(self, width: int, modality: Any) -> None:
-        """The two projections and the scale."""
+        """Create the two projections and the scale."""
         del modality
         self.words = nn.Linear(width, self.config.width, bias=False)
         self.media = nn.Linear(width, self.config.width, bias=False)
@@ -66,7 +66,7 @@ class Contrastive(Objective):
     # -- vectors
 
     def of_words(self, run: Run, batch: Batch) -> Tensor:
-        """The vector of the last word of each row, ``[B, E]``, for rows of one sequence each."""
+        """The vector of each row's last text token, ``[B, E]``; each row must hold one sequence."""
         return self._words(run, batch, torch.arange(len(batch.text_ids), device=batch.text_ids.device), None)
 
     def of_media(self, run: Run, batch: Batch) -> Tensor:
@@ -80,8 +80,8 @@ class Contrastive(Objective):
         return _unit(self.words, read[row, _last_word(batch, row, sample)].float())
 
     def _scale(self) -> Tensor:
-        """The factor of the cosines. Where it is learned the parameter itself is brought back to the bound, as the paper clips
-        it: clipped at its use alone, it had no gradient above the bound and would stay there for good.
+        """The scale of the cosines. In training the parameter itself is clipped, as in the paper. If only its use were
+        clipped, it would have no gradient above the bound and stay there forever.
         """
         bound = math.log(LARGEST_SCALE)
         if not torch.is_grad_enabled():
@@ -100,10 +100,10 @@ class Contrastive(Objective):
         return {self.name: count} if count else {}
 
     def loss(self, run: Run, batch: Batch) -> Losses:
-        """Summed nats, the mean of both ways, and the number of pairs.
+        """Summed loss in nats, the mean of both directions, and the number of pairs.
 
         Raises:
-            XFusionError: a picture stands without words.
+            XFusionError: a picture has no text.
         """
         out: Losses = {}
         if batch.text_reads_media:
@@ -116,7 +116,7 @@ class Contrastive(Objective):
                 )
             if len(row):
                 own = torch.stack([self._words(run, batch, row, sample), self.of_media(run, batch)], dim=1)
-            else:  # of a process without a pair; the others wait for it
+            else:  # this process has no pair, but the others wait for it
                 nothing = self.words.weight.new_zeros(0, self.words.in_features)
                 own = torch.stack([_unit(self.words, nothing), _unit(self.media, nothing)], dim=1)
             known = identities(batch, media)
@@ -124,7 +124,7 @@ class Contrastive(Objective):
             aim = first + torch.arange(len(own), device=own.device)
             excluded = alike(known, others)
             excluded[torch.arange(len(own), device=own.device), aim] = False
-            # Cosines times 100 need their digits.
+            # Cosines times 100 need float32 precision.
             with torch.autocast("cpu" if own.is_meta else own.device.type, enabled=False):
                 scale = self._scale()
                 both = [
@@ -140,7 +140,7 @@ class Contrastive(Objective):
 
 
 def identities(batch: Batch, media: MediaRows) -> Tensor:
-    """What tells pairs apart, int64 ``[N, 2]``: a number of the words, in all processes the same, and the group."""
+    """Identity of each pair, int64 ``[N, 2]``: a hash of its text, equal in all processes, and the picture's group."""
     row, sample = pair_places(media)
     inside = (batch.text.sample[row] == sample[:, None]) & (batch.text.order[row] >= 0)
     words = batch.unmasked().text_ids[row]
@@ -149,19 +149,19 @@ def identities(batch: Batch, media: MediaRows) -> Tensor:
 
 
 def alike(one: Tensor, other: Tensor) -> Tensor:
-    """Which pairs have equal words or pictures of one group, bool ``[n, m]``, by their `identities`."""
+    """Which pairs have equal texts or pictures of one group, bool ``[n, m]``, by their `identities`."""
     words = one[:, None, 0] == other[:, 0]
     return words | ((one[:, None, 1] == other[:, 1]) & (one[:, None, 1] >= 0))
 
 
 def same(batch: Batch, media: MediaRows) -> Tensor:
-    """Which other items are no negatives of an item, bool ``[N, N]``: of its group, or with its words."""
+    """Which other items are not negatives of an item, bool ``[N, N]``: those of its group or with the same text."""
     known = identities(batch, media)
     return alike(known, known).fill_diagonal_(False)
 
 
 class _Gathered(torch.autograd.Function):
-    """Rows of all processes, in the order of their ranks; the gradient of a row is what all processes found for it."""
+    """All-gather of rows in rank order; the gradient of a row is summed over all processes."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, first: int, total: int) -> Tensor:
@@ -179,7 +179,7 @@ class _Gathered(torch.autograd.Function):
 
 
 def _of_all(own: Tensor, known: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Vectors and `identities` of the pairs of all processes, and where the own ones begin; some may have none."""
+    """Vectors and `identities` of the pairs of all processes, and where this process's start; a process may have none."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return own, known, 0
     rank = dist.get_rank()
@@ -199,7 +199,7 @@ def pair_places(media: MediaRows) -> tuple[Tensor, Tensor]:
 
 
 def _last_word(batch: Batch, row: Tensor, sample: Tensor | None) -> Tensor:
-    """Column of the last word of a packed sequence of each row; of any sequence where there is but one."""
+    """Column of the last text token of a packed sequence in each row; ``sample`` is None if each row has one sequence."""
     order = batch.text.order[row]
     return (order if sample is None else order.masked_fill(batch.text.sample[row] != sample[:, None], -1)).argmax(1)
 

@@ -1,11 +1,11 @@
-"""Denoising diffusion (DDPM) beside flow matching: corrupt, loss and sample, on diffusers' noise schedule.
+"""Denoising diffusion (DDPM), an alternative to flow matching: corrupt, loss and sample, on diffusers' noise schedule.
 
     x_k = sqrt(abar_k) x_0 + sqrt(1 - abar_k) eps        k = 0 ... 999
 
 (Ho et al. 2020, arXiv 2006.11239, equation 4); loss on ``eps`` (equation 14), weighted by min-SNR (Hang et al. 2023,
-arXiv 2303.09556) if asked; sampling by DDIM (Song et al. 2020, arXiv 2010.02502, equation 12, eta = 0), so
-that an item's noise decides what is drawn. diffusers' own DDIM stops short of the clean picture where the steps do not divide
-the levels, so its equation stands here. The port is told ``t = (k + 1) / 1000``: 0 is clean, 1 is noise, as everywhere.
+arXiv 2303.09556) if configured; sampling by DDIM (Song et al. 2020, arXiv 2010.02502, equation 12, eta = 0), so that
+an item's noise determines the result. DDIM is implemented here because diffusers' own stops short of the clean picture if the
+steps do not divide the levels. The port receives ``t = (k + 1) / 1000``: 0 is clean, 1 is noise, as everywhere.
 
 Shape legend: ``B`` batch row, ``n`` media rows, ``P`` token width, ``N`` media items, ``M`` tokens of an item.
 """
@@ -28,10 +28,10 @@ from xfusion.objectives.solvers import Solver
 LEVELS = 1000
 """Noise levels of a schedule."""
 LEAST_BOUND = 3.0
-"""Least value that latents of about unit variance may be clipped to: beyond it lie 0.3 % of a normal's numbers, beyond 1 a
-third."""
+"""Smallest allowed clipping bound for latents of about unit variance: 0.3 % of a normal distribution lies beyond it, a third
+beyond 1."""
 LEAST_SIGNAL = 1e-3
-"""Share of the clean picture at the first level below which an estimate by its noise is nothing but rounding."""
+"""Smallest ``sqrt(abar)`` at the first level; below it, a clean estimate from predicted noise is only rounding error."""
 _SCHEDULES = {"cosine": "squaredcos_cap_v2", "linear": "linear"}
 
 
@@ -45,31 +45,31 @@ class Diffusion(Denoising):
         """What the media head predicts, and the noise schedule."""
 
         prediction: Literal["noise", "clean", "velocity"] = "noise"
-        """What the head's output means; velocity is ``sqrt(abar) eps - sqrt(1 - abar) x_0`` (Salimans and Ho 2022,
+        """Meaning of the head's output; velocity is ``sqrt(abar) eps - sqrt(1 - abar) x_0`` (Salimans and Ho 2022,
         arXiv 2202.00512)."""
         schedule: Literal["cosine", "linear"] = "cosine"
-        """How the noise grows: by a cosine (Nichol and Dhariwal 2021, arXiv 2102.09672, equation 17), or betas from 1e-4
+        """Noise schedule: cosine (Nichol and Dhariwal 2021, arXiv 2102.09672, equation 17), or linear betas from 1e-4
         to 0.02."""
         weighting: Literal["none", "min_snr"] = "none"
-        """Weigh all noise levels alike, or by the signal-to-noise ratio up to `largest_snr`."""
+        """Weight all noise levels equally, or by the signal-to-noise ratio up to `largest_snr`."""
         largest_snr: float = 5.0
         """gamma of min-SNR."""
         largest_value: float | None = 1.0
-        """Clean estimates are clipped to this while sampling; None clips nothing. Pixels lie within 1; latents of about unit
-        variance take None, or at least 3. With ``prediction="noise"`` and the cosine schedule there must be one: the first
+        """Clip clean estimates to this while sampling; None does not clip. Pixels lie within 1; for latents of about unit
+        variance use None, or at least 3. ``prediction="noise"`` with the cosine schedule requires a value, because the first
         estimate is divided by ``sqrt(abar)`` of 5e-5."""
         threshold: float | None = None
-        """Dynamic thresholding (Imagen, arXiv 2205.11487, section 2.3): the percentile of a picture's values, such as 0.995;
-        where it lies above `largest_value`, its estimate is clipped to it and scaled back. None clips at `largest_value`."""
+        """Dynamic thresholding (Imagen, arXiv 2205.11487, section 2.3): a percentile of a picture's values, such as 0.995. If
+        it exceeds `largest_value`, the estimate is clipped to it and scaled back. None clips at `largest_value`."""
         guidance: float = 3.0
-        """Strength of classifier-free guidance where the caller names none; 1 is off."""
+        """Default classifier-free guidance scale; 1 is off."""
 
         def build(self) -> Diffusion:
             """The objective."""
             return Diffusion(self)
 
         def adapted(self, trained: Any) -> Diffusion.Config:
-            """Weights of the loss are a run's own choice; what the head's output and a level mean is the weights'."""
+            """Prediction type and noise schedule come from the trained model; the other settings are the run's own."""
             if not isinstance(trained, Diffusion.Config):
                 return self
             return replace(self, prediction=trained.prediction, schedule=trained.schedule)
@@ -91,10 +91,10 @@ class Diffusion(Denoising):
         self.scheduler: Any = DDPMScheduler(num_train_timesteps=LEVELS, beta_schedule=schedule)
 
     def check(self, modality: Any) -> None:
-        """Refuse a largest value that would cut off what the modality's latents hold, and none where the walk cannot begin.
+        """Refuse a `largest_value` that would clip the modality's latents, and None where sampling cannot start without one.
 
         Raises:
-            XFusionError: it does.
+            XFusionError: it is one of these.
         """
         largest, first = self.config.largest_value, self.shares(LEVELS - 1)[0]
         if largest is not None and largest < LEAST_BOUND and not modality.codec.bounded:
@@ -111,13 +111,13 @@ class Diffusion(Denoising):
     # -- corrupt
 
     def draw_level(self, largest: Tensor, generator: torch.Generator) -> Tensor:
-        """Levels k, int64 ``[N]``: even among those with ``t <= largest``, the first one at least."""
+        """Levels k, int64 ``[N]``, uniform over those with ``t <= largest``, which always include the first."""
         count = (largest.cpu() * LEVELS).floor().clamp(min=1)
-        # Drawn on the CPU, so that a seed means the same on every device.
+        # Sampled on the CPU, so that a seed gives the same result on every device.
         return (torch.rand(len(largest), generator=generator) * count).long().to(largest.device)
 
     def corrupt(self, batch: Batch, generator: torch.Generator) -> Batch:
-        """Noise the items whose state is ``noised``; the clean tokens and the target stay beside them."""
+        """Noise the items whose state is ``noised``; the batch also keeps the clean tokens and the target."""
         for modality, media in batch.media.items():
             if not bool(media.noised.any()):
                 continue
@@ -142,7 +142,7 @@ class Diffusion(Denoising):
     # -- loss
 
     def weigh(self, time: Tensor) -> Tensor:
-        """Factors ``[N]`` of the items' errors at noise levels ``[N]``."""
+        """Weights ``[N]`` of the items' errors at noise levels ``[N]``."""
         if self.config.weighting == "none":
             return torch.ones_like(time)
         level = (time * LEVELS).round().long().clamp(min=1) - 1
@@ -159,7 +159,7 @@ class Diffusion(Denoising):
         return math.sqrt(kept), math.sqrt(1 - kept)
 
     def clean(self, prediction: Tensor, x: Tensor, level: int) -> Tensor:
-        """The clean estimate from what the head predicts at ``x_k``."""
+        """The clean estimate from the head's prediction at ``x_k``."""
         signal, share = self.shares(level)
         if self.config.prediction == "clean":
             return prediction
@@ -168,7 +168,7 @@ class Diffusion(Denoising):
         return (x - share * prediction) / signal
 
     def bounded(self, clean: Tensor) -> Tensor:
-        """Clean estimates ``[N, M, P]`` within `largest_value`, each picture by its own percentile if asked."""
+        """Clean estimates ``[N, M, P]`` clipped to `largest_value`, or by each picture's own percentile (`threshold`)."""
         largest = self.config.largest_value
         if largest is None:
             return clean
@@ -187,14 +187,14 @@ class Diffusion(Denoising):
         keep: Tensor | None = None,
         solver: Solver | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Walk from noise to clean by DDIM steps.
+        """Denoise by DDIM steps.
 
         Args:
             predict: head output at ``(x_t [N, M, P], t)``, guidance included.
             noise: ``x_1 [N, M, P]``.
             steps: number of steps, 1 to 1000.
-            known: clean tokens ``[N, M, P]`` of which some are kept (inpainting).
-            keep: bool ``[N, M]``, True where ``known`` stands; these are put back at each noise level.
+            known: clean tokens ``[N, M, P]``, used where ``keep`` is True (inpainting).
+            keep: bool ``[N, M]``, True where ``known`` is kept; these tokens are put back at each noise level.
             solver: must be None.
 
         Yields:
@@ -204,14 +204,14 @@ class Diffusion(Denoising):
             raise XFusionError(f"diffusion is sampled by DDIM, not by {type(solver).__name__.lower()}: name no solver")
         if not 1 <= steps <= LEVELS:
             raise XFusionError(f"steps {steps} are not within 1 and the {LEVELS} levels of the schedule")
-        # Trailing levels: the first one holds nothing but noise (Lin et al. 2023, arXiv 2305.08891, section 3.3).
+        # Trailing levels: the first one is pure noise (Lin et al. 2023, arXiv 2305.08891, section 3.3).
         levels = [*(round(LEVELS * (1 - step / steps)) - 1 for step in range(steps)), -1]
         x = noise
         for level, following in pairwise(levels):
             clean = self.clean(predict(x, (level + 1) / LEVELS), x, level)
             clean = self.bounded(clean)
             signal, share = self.shares(level)
-            # Where the estimate is clipped its noise is told anew: the two shall agree.
+            # Recompute the noise from the possibly clipped estimate, so that both are consistent.
             eps = (x - signal * clean) / share
             signal, share = self.shares(following)
             x = signal * clean + share * eps

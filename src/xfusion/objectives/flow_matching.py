@@ -1,8 +1,7 @@
 """Flow matching (rectified flow) with logit-normal time: corrupt, loss and sample.
 
 Convention everywhere: t = 0 is clean, t = 1 is noise; ``x_t = (1 - t) x_0 + t eps``, velocity ``v = dx/dt = eps - x_0``
-(Esser et al. 2024, arXiv 2403.03206, equations 13 and 19). X-Fusion (arXiv 2504.20996) trains
-with this scheduler.
+(Esser et al. 2024, arXiv 2403.03206, equations 13 and 19). X-Fusion (arXiv 2504.20996) trains with this scheduler.
 
 Shape legend: ``B`` batch row, ``n`` media rows, ``P`` token width, ``N`` media items, ``M`` tokens of an item.
 """
@@ -21,7 +20,7 @@ from xfusion.objectives.base import Denoising
 from xfusion.objectives.solvers import Euler, Solver
 
 SMALLEST_TIME = 1e-3
-"""Division by t or 1 - t stops here."""
+"""Lower bound of the divisors t and 1 - t."""
 
 
 class FlowMatching(Denoising):
@@ -31,32 +30,32 @@ class FlowMatching(Denoising):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Denoising.Config):
-        """What the media head predicts and how noise levels are drawn."""
+        """What the media head predicts and how noise levels are sampled."""
 
         weight: float = 1.0
         """lambda_DM of X-Fusion."""
         prediction: Literal["velocity", "noise", "clean"] = "clean"
-        """What the head's output means. Clean-picture prediction draws best where a token is wide (8 x 8 pixels)."""
+        """Meaning of the head's output. Clean-picture prediction draws best with wide tokens (8 x 8 pixels)."""
         time_mean: float = 0.0
         """Mean of the normal whose sigmoid is the noise level."""
         time_std: float = 1.0
         """Standard deviation of that normal."""
         largest_weight: float = 100.0
-        """Clean prediction is weighted by t^-2 (that makes it a velocity error), at most by this."""
+        """Upper bound of the weight t^-2 of clean prediction, which makes its error a velocity error."""
 
         sampling_shift: float = 1.0
-        """Sampling takes equal steps in s and visits t = shift s / (1 + (shift - 1) s): above 1 it lingers at noisy levels
-        (Esser et al. 2024, equation 23). A model that was trained with a mean above 0 knows little of clean levels."""
+        """Sampling takes equal steps in s and visits t = shift s / (1 + (shift - 1) s): above 1 it spends more steps at noisy
+        levels (Esser et al. 2024, equation 23). A model trained with a `time_mean` above 0 has seen few clean levels."""
 
         solver: Solver = Euler()
-        """Takes the steps of sampling where the caller names none."""
+        """Default solver for sampling."""
 
         guidance: float = 3.0
-        """Strength of classifier-free guidance where the caller names none; 1 is off."""
+        """Default classifier-free guidance scale; 1 is off."""
 
         guidance_interval: tuple[float, float] = (0.0, 1.0)
-        """Noise levels above the first and up to the second at which guidance acts (Kynkäänniemi et al. 2024,
-        arXiv 2404.07724). Words decide what a picture shows at high levels; at low ones guidance only adds specks, and a step
+        """Guidance applies at noise levels above the first value and up to the second (Kynkäänniemi et al. 2024,
+        arXiv 2404.07724). The prompt decides the content at high levels. At low levels guidance only adds specks, and a step
         without it takes half the time."""
 
         def build(self) -> FlowMatching:
@@ -64,7 +63,7 @@ class FlowMatching(Denoising):
             return FlowMatching(self)
 
         def adapted(self, trained: Any) -> FlowMatching.Config:
-            """Noise levels and weights are a run's own choice; what the head's output means is the weights'."""
+            """The prediction type comes from the trained model; noise levels and loss weights are the run's own."""
             return replace(self, prediction=trained.prediction) if isinstance(trained, FlowMatching.Config) else self
 
     def __init__(self, config: Config):
@@ -91,11 +90,11 @@ class FlowMatching(Denoising):
         return (1 - time) * clean + time * noise
 
     def corrupt(self, batch: Batch, generator: torch.Generator) -> Batch:
-        """Noise the items whose state is ``noised``; the clean tokens stay beside them as the target."""
+        """Noise the items whose state is ``noised``; the batch also keeps the clean tokens and the target."""
         for modality, media in batch.media.items():
             if not bool(media.noised.any()):
                 continue
-            # Drawn on the CPU, so that a seed means the same on every device.
+            # Sampled on the CPU, so that a seed gives the same result on every device.
             drawn = self.draw_time(len(media.noised), generator).to(media.time.device) * media.largest_noise
             time = torch.where(media.noised, drawn, torch.zeros_like(drawn))
             noise = torch.randn(media.tokens.shape, generator=generator).to(media.tokens.device)
@@ -113,7 +112,7 @@ class FlowMatching(Denoising):
     # -- loss
 
     def weigh(self, time: Tensor) -> Tensor:
-        """``t^-2`` up to the largest weight for clean prediction, which makes it a velocity error; else 1."""
+        """For clean prediction ``t^-2`` up to `largest_weight`, which makes it a velocity error; otherwise 1."""
         if self.config.prediction != "clean":
             return torch.ones_like(time)
         return time.clamp(min=SMALLEST_TIME).pow(-2).clamp(max=self.config.largest_weight)
@@ -121,12 +120,12 @@ class FlowMatching(Denoising):
     # -- sample
 
     def shifted(self, time: float) -> float:
-        """Where a walk of equal steps stands at ``time``; 0 and 1 stay."""
+        """The noise level for ``time`` on the grid of equal steps (`sampling_shift`); 0 and 1 are unchanged."""
         shift = self.config.sampling_shift
         return shift * time / (1 + (shift - 1) * time)
 
     def velocity(self, prediction: Tensor, x: Tensor, time: float) -> Tensor:
-        """``v`` from what the head predicts at ``x_t``."""
+        """``v`` from the head's prediction at ``x_t``."""
         if self.config.prediction == "velocity":
             return prediction
         if self.config.prediction == "noise":
@@ -134,7 +133,7 @@ class FlowMatching(Denoising):
         return (x - prediction) / max(time, SMALLEST_TIME)
 
     def clean(self, prediction: Tensor, x: Tensor, time: float) -> Tensor:
-        """The clean estimate from what the head predicts at ``x_t``."""
+        """The clean estimate from the head's prediction at ``x_t``."""
         return prediction if self.config.prediction == "clean" else x - time * self.velocity(prediction, x, time)
 
     def sample(
@@ -147,15 +146,15 @@ class FlowMatching(Denoising):
         keep: Tensor | None = None,
         solver: Solver | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Walk from noise to clean, by steps as dense as ``sampling_shift`` says.
+        """Integrate from noise to clean, with steps spaced by `sampling_shift`.
 
         Args:
             predict: head output at ``(x_t [N, M, P], t)``, guidance included.
             noise: ``x_1 [N, M, P]``.
             steps: number of steps.
-            known: clean tokens ``[N, M, P]`` of which some are kept (inpainting).
-            keep: bool ``[N, M]``, True where ``known`` stands; these are put back at each noise level.
-            solver: takes the steps; None is the configuration's.
+            known: clean tokens ``[N, M, P]``, used where ``keep`` is True (inpainting).
+            keep: bool ``[N, M]``, True where ``known`` is kept; these tokens are put back at each noise level.
+            solver: the solver; None uses the configuration's.
 
         Yields:
             after every step ``x_t`` and the current clean estimate; the last ``x_t`` is the sample.

@@ -1,9 +1,9 @@
-"""The balance loss of sparse experts (Switch, arXiv 2101.03961; MoE-LLaVA, 2401.15947).
+"""The load-balancing loss of sparse experts (Switch, arXiv 2101.03961; MoE-LLaVA, 2401.15947).
 
     L = sum over layers of  E sum_i F_i G_i
 
-where F_i is the share of tokens whose first choice is expert i and G_i the mean probability of i: 1 per layer when both are
-even, E when all go to one expert. Only G has a gradient.
+where F_i is the share of tokens whose first choice is expert i and G_i the mean probability of i. It is 1 per layer if both
+are uniform, and E if all tokens go to one expert. Only G has a gradient.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from xfusion.objectives.base import Losses, Objective, Run
 
 
 class LoadBalance(Objective):
-    """Tokens spread evenly over the experts of each layer."""
+    """Spreads tokens evenly over the experts of each layer."""
 
     name = "load_balance"
     scope = "batch"
@@ -29,7 +29,7 @@ class LoadBalance(Objective):
         """Weight of the loss."""
 
         weight: float = 0.01
-        """MoE-LLaVA's."""
+        """Weight of this loss in the sum; the default is MoE-LLaVA's."""
 
         def build(self) -> LoadBalance:
             """The objective."""
@@ -40,7 +40,7 @@ class LoadBalance(Objective):
         self.config, self.weight = config, config.weight
 
     def count(self, batch: Batch) -> dict[str, int]:
-        """One per batch: shares are those of a batch."""
+        """One per batch, since shares are computed over a batch."""
         return {self.name: 1} if batch.media else {}
 
     def loss(self, run: Run, batch: Batch) -> Losses:

@@ -1,20 +1,20 @@
-"""Masked words and matching by a cross-modal encoder above frozen states: LXMERT (arXiv 1908.07490, sections 2 and 3.1).
+"""Masked language modelling and matching with a cross-modal encoder on frozen states: LXMERT (arXiv 1908.07490, 2 and 3.1).
 
     L_words = -mean_i log softmax(E n(gelu(G h_i)))_(w_i)        L_match = -mean_p log softmax(C tanh(P h_0))_(y_p)
 
-with h the words and v the places of a picture behind layers of, A being one set of weights for both directions (as in the
-released code), S and F self-attentions and feed-forward networks of either kind, n layer norms,
+with h the states of the text and v those of the picture. In each layer A is cross-attention with one set of weights for both
+directions (as in the released code), S and F are self-attention and feed-forward networks of each stream, n layer norms:
 
     h, v <- n(h + A(h, v)), n(v + A(v, h));    h <- n(h + S_h(h));    h <- n(h + F_h(h));    v likewise.
 
-Words enter as states of the frozen causal decoder behind its last norm, E is its vocabulary head. A masked word is a trained
-row at its input ([MASK], the row that stands for [EOI] elsewhere), so that the word itself never enters; what stands behind it
-is heard of in these layers alone, where all see all. A picture enters as the pass's media states, which know their places
-(`xfusion.fusion.connectors.object_encoder`), behind [BOI]. The first position of a text, the base's beginning of text, is never
-masked, and matching is read from it, as from LXMERT's [CLS].
+Text enters as the frozen causal decoder's hidden states after its last norm; E is its LM head. A masked token is replaced at
+the decoder's input by a trained row ([MASK], the row used for [EOI] elsewhere), so the token itself never enters. Text after
+it is visible only in these layers, whose attention is bidirectional. A picture enters as the pass's media states, which
+include positions (`xfusion.fusion.connectors.object_encoder`), after [BOI]. The first position of a text, the base's BOS
+token, is never masked; matching is read from it, as from LXMERT's [CLS].
 
-Shape legend: ``B`` batch row, ``n`` positions of one owner, ``N`` pairs of a batch, ``k`` pairs that are read, ``w`` words and
-``m`` rows of a picture, ``W`` width of the encoder, ``D`` model width, ``V`` vocabulary.
+Shape legend: ``B`` batch row, ``n`` positions of one owner, ``N`` pairs of a batch, ``k`` pairs to score, ``w`` text tokens
+and ``m`` rows of a picture, ``W`` width of the encoder, ``D`` model width, ``V`` vocabulary.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from xfusion.objectives.contrastive import pair_places, same
 from xfusion.objectives.matching import members
 
 EPSILON = 1e-12
-"""Of the layer norms, as in BERT."""
+"""Epsilon of the layer norms, as in BERT."""
 
 Stream = tuple[Tensor, Tensor]
-"""States ``[k, w, W]`` and which of them there are, bool ``[k, w]``."""
+"""Hidden states ``[k, w, W]`` and their mask, bool ``[k, w]``, False at padding."""
 
 
 def _norm(width: int) -> nn.LayerNorm:
@@ -51,7 +51,7 @@ def _read(attention: nn.Module, x: Tensor, y: Tensor, there: Tensor) -> Tensor:
 
 
 class OwnLayer(nn.Module):
-    """Self-attention and a feed-forward network of one kind of states, norms behind each."""
+    """Self-attention and a feed-forward network of one stream, post-norm."""
 
     def __init__(self, width: int, heads: int, mlp: int):
         super().__init__()
@@ -60,14 +60,14 @@ class OwnLayer(nn.Module):
         self.mlp_norm = _norm(width)
 
     def forward(self, x: Tensor, there: Tensor) -> Tensor:
-        """``[k, w, W]`` -> ``[k, w, W]``; ``there`` says which states there are."""
+        """``[k, w, W]`` -> ``[k, w, W]``; ``there`` is False at padding."""
         x = self.attention_norm(x + _read(self.attention, x, x, there))
         return self.mlp_norm(x + self.mlp(x))
 
 
 class CrossLayer(nn.Module):
-    """One layer over words and pictures (LXMERT, section 2.2, "Cross-Modality Encoder"); the last one, behind which nothing is
-    read of pictures, is for words alone.
+    """One layer over text and pictures (LXMERT, section 2.2, "Cross-Modality Encoder"). The last layer updates only the text,
+    because nothing reads the picture states after it.
     """
 
     def __init__(self, width: int, heads: int, mlp: int, *, last: bool = False):
@@ -77,7 +77,7 @@ class CrossLayer(nn.Module):
         self.media = None if last else OwnLayer(width, heads, mlp)
 
     def forward(self, words: Stream, media: Stream) -> tuple[Stream, Stream]:
-        """Both streams behind the layer."""
+        """Both streams after the layer."""
         (h, said), (v, shown) = words, media
         spoken = self.words(self.cross_norm(h + _read(self.cross, h, v, shown)), said)
         if self.media is not None:
@@ -86,10 +86,11 @@ class CrossLayer(nn.Module):
 
 
 class MaskedWords(Objective):
-    """Words that are masked are said, and true pairs are told from wrong ones, by what stands above words and pictures.
+    """Predicts masked tokens and tells true pairs from wrong ones, with a cross-modal encoder above text and picture states.
 
-    Words stand before their picture, as in samples that are drawn; others are left out. Matching reads all words: their states
-    are the frozen decoder's and looked up. The wrong words of a picture are those of the next pair of the batch that is no twin.
+    Text comes before its picture, as in drawing samples; other samples are skipped. Matching reads the unmasked text, whose
+    states come from the frozen decoder and are looked up. The wrong text for a picture is that of the next pair of the batch
+    whose picture group and text both differ.
     """
 
     name = "masked_words"
@@ -99,18 +100,18 @@ class MaskedWords(Objective):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Objective.Config):
-        """Size of the cross-modal encoder, and what it learns."""
+        """Size of the cross-modal encoder, and its losses."""
 
         matching: float = 1.0
-        """Factor of the matching loss in the sum; LXMERT adds all losses alike."""
+        """Weight of the matching loss in the sum; LXMERT weights all losses equally."""
         share: float = 0.15
-        """Share of a text's tokens that are masked; at least one is."""
+        """Share of a text's tokens to mask; at least one is masked."""
         width: int = 256
         """Width of the encoder; LXMERT's is 768."""
         heads: int = 4
         """Attention heads."""
         depth: int = 2
-        """Layers; LXMERT has 5."""
+        """Number of layers; LXMERT has 5."""
         mlp: int = 1024
         """Width of the feed-forward networks."""
 
@@ -129,11 +130,11 @@ class MaskedWords(Objective):
 
     @property
     def weights(self) -> dict[str, float]:
-        """Of both losses."""
+        """Weights of both losses."""
         return {self.name: self.weight, "matching": self.config.matching}
 
     def install(self, width: int, modality: Any) -> None:
-        """The encoder with its ways in, and the heads."""
+        """Create the encoder, its input projections, and the heads."""
         del modality
         own = self.config.width
         self.words_in, self.words_norm = nn.Linear(width, own), _norm(own)
@@ -148,7 +149,7 @@ class MaskedWords(Objective):
     # -- masks
 
     def corrupt(self, batch: Batch, generator: torch.Generator) -> Batch:
-        """Some words of each pair masked, chosen by chance."""
+        """Masks some text tokens of each pair, chosen at random."""
         if not _learns(batch):
             return batch
         score = torch.rand(batch.text_ids.shape, generator=generator).to(batch.text_ids.device)
@@ -156,7 +157,7 @@ class MaskedWords(Objective):
         return replace(batch, text_ids=ids, clean_ids=batch.unmasked().text_ids)
 
     def masked(self, batch: Batch, score: Tensor) -> Tensor:
-        """Which words are masked, bool ``[B, n]``: of each text with a picture the share whose scores ``[B, n]`` are lowest."""
+        """Which tokens to mask, bool ``[B, n]``: in each text with a picture, the `share` with the lowest ``score``."""
         text = batch.text
         alike = (text.sample[:, :, None] == text.sample[:, None, :]) & (text.order >= 0)[:, None, :]
         may = (alike & (text.order[:, None, :] < text.order[:, :, None])).any(-1) & (text.order >= 0)  # not the first
@@ -172,11 +173,11 @@ class MaskedWords(Objective):
     # -- what is read
 
     def judged(self, run: Run, batch: Batch, pictures: Tensor, words: Tensor) -> Tensor:
-        """Logits ``[k, 2]`` (no match, match) of pictures and words by the numbers of their pairs, int64 ``[k]`` each."""
+        """Logits ``[k, 2]`` (no match, match) of pictures and texts, given by their pairs' indices, int64 ``[k]`` each."""
         return self._judged(self._said(run(batch.words_alone()), batch), self._shown(run, batch), pictures, words)
 
     def guessed(self, run: Run, batch: Batch) -> Tensor:
-        """Vocabulary logits ``[k, V]`` of the masked words of a batch, pair by pair in reading order."""
+        """Vocabulary logits ``[k, V]`` at the masked tokens of a batch, pair by pair in reading order."""
         return self._guessed(run, batch, self._shown(run, batch))
 
     def _judged(self, said: Stream, shown: Stream, pictures: Tensor, words: Tensor) -> Tensor:
@@ -189,16 +190,16 @@ class MaskedWords(Objective):
         return out.vocabulary(self.guess(h[_at_words(batch, batch.text_ids <= END_OF_MEDIA)]))
 
     def fused(self, words: Stream, media: Stream) -> tuple[Stream, Stream]:
-        """Both streams behind all layers."""
+        """Both streams after all layers."""
         for layer in self.layers:
             words, media = layer(words, media)
         return words, media
 
     def _said(self, out: Output, batch: Batch) -> Stream:
-        """The words of each picture, of a pass over words alone.
+        """The text of each picture as a stream, from a text-only pass.
 
         Raises:
-            XFusionError: a picture stands without words.
+            XFusionError: a picture has no text.
         """
         row, columns, there = _words(batch)
         if not bool(there.any(dim=1).all()):
@@ -209,7 +210,7 @@ class MaskedWords(Objective):
         return self.words_norm(self.words_in(states)), there
 
     def _shown(self, run: Run, batch: Batch) -> Stream:
-        """The places of each picture behind [BOI], a trained row."""
+        """Each picture as a stream: [BOI], a trained row, then its tokens."""
         (media,) = batch.media.values()
         inside = media.item >= 0
         row, sample = pair_places(media)
@@ -221,7 +222,7 @@ class MaskedWords(Objective):
     # -- loss
 
     def count(self, batch: Batch) -> dict[str, int]:
-        """Masked words, and pairs that are judged: two for each picture that has a wrong partner, else one."""
+        """Masked tokens, and scored pairs: two for each picture that has a wrong partner, otherwise one."""
         if not _learns(batch):
             return {}
         (media,) = batch.media.values()
@@ -230,10 +231,10 @@ class MaskedWords(Objective):
         return {"matching": pairs} | ({self.name: masked} if masked else {})
 
     def loss(self, run: Run, batch: Batch) -> Losses:
-        """Both, in summed nats.
+        """Both losses, summed in nats.
 
         Raises:
-            XFusionError: a picture stands without words.
+            XFusionError: a picture has no text.
         """
         if not _learns(batch):
             return {}
@@ -256,31 +257,31 @@ class MaskedWords(Objective):
 
 
 def _learns(batch: Batch) -> bool:
-    """Whether a batch is pairs of words and the picture behind them."""
+    """Whether a batch has pairs of a text followed by its picture."""
     return bool(batch.media) and not batch.text_reads_media and batch.text.count > 0
 
 
 def _words(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Batch row ``[N, 1]`` and columns ``[N, w]`` of the words of each picture, and which there are, bool ``[N, w]``."""
+    """Batch row ``[N, 1]`` and columns ``[N, w]`` of each picture's text, and their mask, bool ``[N, w]``."""
     (media,) = batch.media.values()
     row, sample = pair_places(media)
     return row[:, None], *members(batch.text, row, sample)
 
 
 def _at_words(batch: Batch, chosen: Tensor) -> Tensor:
-    """Chosen words ``[B, n]`` by pair, bool ``[N, w]``."""
+    """A selection of text positions, bool ``[B, n]``, regrouped by pair, ``[N, w]``."""
     row, columns, there = _words(batch)
     return chosen[row, columns] & there
 
 
 def _excluded(batch: Batch) -> Tensor:
-    """Which pairs have no wrong words for a pair, itself among them, bool ``[N, N]``."""
+    """Which pairs cannot give the wrong text for a pair, including itself, bool ``[N, N]``."""
     (media,) = batch.media.values()
     return same(batch, media).fill_diagonal_(True)
 
 
 def following(excluded: Tensor) -> Tensor:
-    """For each pair the next one behind it, the first being behind the last, that is not excluded: int64 ``[N]``, -1 for none.
+    """For each pair the next one that is not excluded, in cyclic order: int64 ``[N]``, -1 for none.
 
     Args:
         excluded: bool ``[N, N]``.

@@ -1,14 +1,14 @@
-"""Contrast and matching of BLIP (arXiv 2201.12086, section 3.2): ITC as in `contrastive`, ITM on the pairs that it confuses.
+"""BLIP's contrastive and matching losses (arXiv 2201.12086, section 3.2): ITC as in `contrastive`, ITM with hard negatives.
 
     L_itm = -mean_p log softmax(W h_p)_(y_p)        y = 1 for a true pair, 0 for a negative
 
-with ``h_p`` the state behind the decoder's last norm at [EOI] behind the words, which are read behind the picture: the trained
-row that captions have behind a picture stands for BLIP's [Encode]. Every pair gives three: itself, its picture with the words,
-and its words with the picture, that are most alike by the contrast's cosines. What is no negative of the contrast (one group
-of pictures, equal words) is none here. BLIP draws the negatives by likeness (ALBEF, arXiv 2107.07651, section 3.3), here the
-hardest are taken, so that nothing is left to chance.
+with ``h_p`` the hidden state after the decoder's last norm at an [EOI] appended to the text, which is read after the picture.
+This trained row, which follows a picture in captioning, replaces BLIP's [Encode]. Every pair gives three: itself, its picture
+with the most similar other text, and its text with the most similar other picture, by the contrastive cosines. Pairs excluded
+as contrastive negatives (one group of pictures, equal texts) are excluded here too. BLIP samples negatives by similarity
+(ALBEF, arXiv 2107.07651, section 3.3); here the hardest are taken, so that nothing is random.
 
-Shape legend: ``N`` pairs of a batch, ``k`` pairs that are judged, ``D`` model width, ``n`` positions of one owner.
+Shape legend: ``N`` pairs of a batch, ``k`` pairs to score, ``D`` model width, ``n`` positions of one owner.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from xfusion.objectives.contrastive import Contrastive, pair_places, same
 class Matching(Contrastive):
     """InfoNCE over the pairs of a batch, and a head that tells true pairs from hard negatives.
 
-    Words stand before their picture, as `Model.embed` reads them. Samples in which words are said behind a picture are the
-    language model's and left out.
+    Text comes before its picture, as `Model.embed` reads it. Samples with text after a picture belong to the language-model
+    loss and are skipped.
     """
 
-    across_processes = False  # a hard negative is read once more, so it must be a process's own
+    across_processes = False  # a hard negative is run through the model again, so it must be in the same process
     gives = frozenset({"embed", "match"})
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Contrastive.Config):
-        """The common space, and the weight of the head's loss."""
+        """The joint embedding space, and the weight of the head's loss."""
 
         matching: float = 1.0
-        """Factor of the matching loss in the sum; BLIP adds all losses alike."""
+        """Weight of the matching loss in the sum; BLIP weights all losses equally."""
 
         def build(self) -> Matching:
             """The objective."""
@@ -53,18 +53,18 @@ class Matching(Contrastive):
 
     @property
     def weights(self) -> dict[str, float]:
-        """Of both losses."""
+        """Weights of both losses."""
         return {self.name: self.weight, "matching": self.matching}
 
     def install(self, width: int, modality: Any) -> None:
-        """The contrast's projections, and the head: no match, match."""
+        """Create the contrastive projections and the matching head (no match, match)."""
         super().install(width, modality)
         self.head = nn.Linear(width, 2)
 
     # -- pairs
 
     def judged(self, run: Run, batch: Batch, pictures: Tensor, words: Tensor) -> Tensor:
-        """Logits ``[k, 2]`` (no match, match) of pictures and words by the numbers of their pairs, int64 ``[k]`` each."""
+        """Logits ``[k, 2]`` (no match, match) of pictures and texts, given by their pairs' indices, int64 ``[k]`` each."""
         view = rearranged(batch, pictures, words)
         states = run(view).states["text"]
         last = states[torch.arange(len(pictures), device=states.device), view.text.order.argmax(dim=1)]
@@ -72,7 +72,7 @@ class Matching(Contrastive):
             return self.head(last.to(self.head.weight.dtype))
 
     def count(self, batch: Batch) -> dict[str, int]:
-        """Pairs, and pairs that are judged: three for each that has a negative, else one."""
+        """Pairs, and scored pairs: three for each pair that has a negative, otherwise one."""
         if batch.text_reads_media or not batch.media:
             return {}
         found = super().count(batch)
@@ -80,17 +80,17 @@ class Matching(Contrastive):
         return found | ({"matching": found[self.name] + 2 * hard} if found else {})
 
     def loss(self, run: Run, batch: Batch) -> Losses:
-        """Both, in summed nats.
+        """Both losses, summed in nats.
 
         Raises:
-            XFusionError: a picture stands without words.
+            XFusionError: a picture has no text.
         """
         if batch.text_reads_media or not batch.media:
             return {}
         once: dict[str, Any] = {}
 
         def remembered(view: Batch) -> Any:
-            """The views of words alone and of media alone are run once for both losses."""
+            """Runs the text-only and media-only views once for both losses."""
             kind = "both" if view.media and view.text.count else "media" if view.media else "words"
             if kind == "both":
                 return run(view)
@@ -120,16 +120,16 @@ class Matching(Contrastive):
 
 
 def _excluded(batch: Batch, media: MediaRows) -> Tensor:
-    """Which items are no negatives of an item, itself among them, bool ``[N, N]``."""
+    """Which items are not negatives of an item, including itself, bool ``[N, N]``."""
     return same(batch, media).fill_diagonal_(True)
 
 
 def hardest(alike: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
-    """For each picture the words, for each words the picture, that are no match and most alike: int64 ``[N]`` each, -1 for none.
+    """Hardest negatives: the most similar text for each picture and picture for each text, int64 ``[N]`` each, -1 for none.
 
     Args:
-        alike: cosines ``[N words, N pictures]``.
-        excluded: bool ``[N, N]``, symmetric: what is no negative.
+        alike: cosines ``[N texts, N pictures]``.
+        excluded: bool ``[N, N]``, symmetric: which pairs are not negatives.
     """
     scores = alike.masked_fill(excluded, -math.inf)
     none = excluded.all(dim=1)
@@ -137,7 +137,7 @@ def hardest(alike: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def members(rows: Rows, row: Tensor, sample: Tensor, segment: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Columns of each item's positions in reading order ``[N, w]``, and which of them there are, bool ``[N, w]``."""
+    """Columns of each item's positions in reading order ``[N, w]``, and their mask, bool ``[N, w]``, False at padding."""
     inside = (rows.sample[row] == sample[:, None]) & (rows.order[row] >= 0)
     if segment is not None:
         inside &= rows.segment[row] == segment[:, None]
@@ -147,7 +147,7 @@ def members(rows: Rows, row: Tensor, sample: Tensor, segment: Tensor | None = No
 
 
 def rearranged(batch: Batch, pictures: Tensor, words: Tensor) -> Batch:
-    """A row for each pair ``[k]`` of a picture and of words that may be another's: picture, words, [EOI]."""
+    """A batch with a row (picture, text, [EOI]) for each of ``k`` pairings of a picture with its own or another's text."""
     ((modality, media),) = batch.media.items()
     row, sample = pair_places(media)
     inside = media.item >= 0
@@ -185,7 +185,7 @@ def rearranged(batch: Batch, pictures: Tensor, words: Tensor) -> Batch:
     length = there.sum(1, keepdim=True)
     place = torch.arange(said.shape[1] + 1, device=device)
     ids = functional.pad(torch.where(there, batch.unmasked().text_ids[row[words][:, None], said], 0), (0, 1))
-    ids = ids.masked_fill(place == length, END_OF_MEDIA)  # for [Encode]
+    ids = ids.masked_fill(place == length, END_OF_MEDIA)  # in place of [Encode]
     present = place <= length
     order = torch.where(present, kept.sum(1, keepdim=True) + place, -1)
     position = torch.where(present, position.amax(1, keepdim=True) + 1 + place, 0)

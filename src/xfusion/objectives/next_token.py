@@ -1,4 +1,4 @@
-"""Next-token cross-entropy on answers, and greedy or sampled choice of the next token."""
+"""Next-token cross-entropy on answers, and greedy or sampled decoding."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from xfusion.data.sequence import IGNORE, Batch, XFusionError
 from xfusion.objectives.base import Losses, Objective, Run
 
 GREEDY = 1e-5
-"""A lower temperature takes the likeliest token, as 0 does: divided by still less, logits are beyond what numbers hold."""
+"""A temperature below this is greedy, like 0: dividing logits by a smaller number would overflow."""
 
 
 class NextToken(Objective):
-    """L_AR: mean negative log-likelihood of the tokens that have a loss; the head runs on these positions only."""
+    """L_AR: mean negative log-likelihood of the tokens that have a loss; the LM head runs on these positions only."""
 
     name = "next_token"
     gives = frozenset({"caption"})
@@ -36,7 +36,7 @@ class NextToken(Objective):
         super().__init__()
         self.config = config
         self.weight = config.weight
-        if not self.weight:  # nothing is learned of saying what pictures show
+        if not self.weight:  # captioning is not trained
             self.gives = frozenset()
 
     def count(self, batch: Batch) -> dict[str, int]:
@@ -61,10 +61,10 @@ class NextToken(Objective):
 
         Args:
             logits: ``[B, V]``.
-            temperature: below `GREEDY` the likeliest is chosen.
+            temperature: sampling temperature; below `GREEDY` the most likely token is chosen.
             top_p: nucleus sampling: the smallest set of tokens whose probabilities reach this sum.
-            generators: one per row, so that a batch says what its singles would.
-            top_k: only so many of the likeliest tokens, before the nucleus is taken of them; 0 is all.
+            generators: one per row, so that a batch gives the same tokens as single calls.
+            top_k: keep only the k most likely tokens, before `top_p` is applied; 0 is all.
 
         Returns:
             int64 ``[B]``.

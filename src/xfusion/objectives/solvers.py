@@ -1,4 +1,4 @@
-"""How a flow is walked from noise to clean: the levels are the objective's, the steps between them a solver's.
+"""Solvers that integrate a flow from noise to clean: the objective sets the noise levels, the solver steps between them.
 
 Shape legend: ``N`` media items, ``M`` tokens of an item, ``P`` token width.
 """
@@ -16,23 +16,23 @@ from torch import Tensor
 from xfusion.data.sequence import XFusionError
 
 Field = Callable[[Tensor, float], tuple[Tensor, Tensor]]
-"""Velocity and clean estimate at ``(x_t [N, M, P], t)``; each call is one pass of the model."""
+"""Velocity and clean estimate at ``(x_t [N, M, P], t)``; each call is one forward pass of the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Solver:
-    """Takes steps of ``dx/dt = v``."""
+    """Integrates ``dx/dt = v``."""
 
     def walk(
         self, field: Field, x: Tensor, times: Seq[float], put_back: Callable[[Tensor, float], Tensor]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Walk from the first level to the last.
+        """Integrate from the first level to the last.
 
         Args:
             field: velocity and clean estimate.
             x: tokens ``[N, M, P]`` at the first level.
-            times: falling noise levels, 1 to 0.
-            put_back: known tokens in their place, given tokens and their level.
+            times: decreasing noise levels, 1 to 0.
+            put_back: restores known tokens, given tokens and their level.
 
         Yields:
             after every step the tokens and the clean estimate.
@@ -42,7 +42,7 @@ class Solver:
 
 @dataclass(frozen=True, kw_only=True)
 class Euler(Solver):
-    """First order; a pass per step."""
+    """First order; one forward pass per step."""
 
     def walk(
         self, field: Field, x: Tensor, times: Seq[float], put_back: Callable[[Tensor, float], Tensor]
@@ -56,12 +56,12 @@ class Euler(Solver):
 
 @dataclass(frozen=True, kw_only=True)
 class Heun(Solver):
-    """Second order (Karras et al. 2022, arXiv 2206.00364, algorithm 1); two passes per step, one for the last."""
+    """Second order (Karras et al. 2022, arXiv 2206.00364, algorithm 1); two forward passes per step, one for the last."""
 
     def walk(
         self, field: Field, x: Tensor, times: Seq[float], put_back: Callable[[Tensor, float], Tensor]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """``x + dt (v + v') / 2``, where v' is the velocity behind Euler's step; at level 0 there is none."""
+        """``x + dt (v + v') / 2``, where v' is the velocity after Euler's step; a step to level 0 has none."""
         for time, following in pairwise(times):
             velocity, clean = field(x, time)
             moved = put_back(x + (following - time) * velocity, following)
@@ -74,22 +74,22 @@ class Heun(Solver):
 
 @dataclass(frozen=True, kw_only=True)
 class Multistep(Solver):
-    """DPM-Solver++ of diffusers (Lu et al. 2022, arXiv 2211.01095): reads earlier clean estimates; a pass per step."""
+    """DPM-Solver++ of diffusers (Lu et al. 2022, arXiv 2211.01095): uses earlier clean estimates; one pass per step."""
 
     order: int = 2
-    """Clean estimates that a step reads, its own included: 1 to 3."""
+    """Number of clean estimates used per step, including its own: 1 to 3."""
 
     def walk(
         self, field: Field, x: Tensor, times: Seq[float], put_back: Callable[[Tensor, float], Tensor]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """diffusers' steps between our levels."""
+        """diffusers' steps between the levels in ``times``."""
         from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
         scheduler = DPMSolverMultistepScheduler(
             solver_order=self.order, prediction_type="sample", use_flow_sigmas=True, final_sigmas_type="zero"
         )
         scheduler.set_timesteps(len(times) - 1)
-        # Its own levels are evenly spaced; the steps read nothing else of them.
+        # Its own levels are evenly spaced; its steps use only these sigmas.
         scheduler.sigmas = torch.tensor(times)
         scheduler.set_begin_index(0)
         for level, (time, following) in zip(scheduler.timesteps, pairwise(times), strict=True):
@@ -104,7 +104,7 @@ def names() -> list[str]:
 
 
 def find(name: str) -> Solver:
-    """The solver of a name.
+    """The solver with this name.
 
     Raises:
         XFusionError: there is none.

@@ -1,1 +1,1 @@
-"""One file per codec. Import a codec from its own file, so that only what is used is loaded."""
+"""One file per codec. Import a codec from its own file, so that only the codecs in use are loaded."""

@@ -18,8 +18,8 @@ _CLASS = "AutoencoderKL"
 class AutoencoderKL(Codec):
     """A KL autoencoder (Rombach et al., arXiv 2112.10752) with deterministic latents: the mode of the posterior.
 
-    The model itself applies neither scale nor shift; here a latent is (z - shift) * scale, with both from the model's
-    config (`scaling_factor`, `shift_factor`, and per channel `latents_mean`, `latents_std` where it has them).
+    The model itself applies neither scale nor shift. Here a latent is (z - shift) * scale, with both from the model's
+    config: `scaling_factor` and `shift_factor`, and per channel `latents_mean` and `latents_std` if present.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class AutoencoderKL(Codec):
     shift: Tensor
 
     def __init__(self, model: Any, *, licence: str | None = None, psnr: dict[str, float] | None = None):
-        """`model` is a diffusers AutoencoderKL; it is frozen, and held in float32."""
+        """`model` is a diffusers AutoencoderKL; it is frozen and converted to float32."""
         super().__init__()
         config = model.config
         if config.in_channels != 3 or config.out_channels != 3:
@@ -52,7 +52,7 @@ class AutoencoderKL(Codec):
         self.factor = 2 ** (len(config.block_out_channels) - 1)
         self.licence = licence or "unknown"
         self.psnr = psnr
-        # The reading of diffusers' own pipelines: statistics per channel, where there are any, come before the scalars.
+        # As in diffusers' own pipelines: per-channel statistics, if present, take precedence over the scalars.
         per_channel = config.get("latents_mean") is not None and config.get("latents_std") is not None
         shift = config.latents_mean if per_channel else config.get("shift_factor") or 0.0
         spread = config.latents_std if per_channel else 1.0

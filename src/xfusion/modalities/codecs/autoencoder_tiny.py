@@ -1,4 +1,4 @@
-"""Diffusers' AutoencoderTiny as a codec (TAESD and its kin), with TAEF2's pool branch, which diffusers' class lacks."""
+"""Diffusers' AutoencoderTiny as a codec (TAESD and similar), with TAEF2's pool branch, which diffusers' class lacks."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _POOL_KEY = re.compile(r"(encoder|decoder)\.layers\.(\d+)\.pool\.0\.weight")
 
 
 class AutoencoderTiny(Codec):
-    """A small autoencoder without a posterior. A latent is (z - shift) * scale: per channel from `latent_stats.json`
-    (mean and std) where the folder has it, else from the config's `shift_factor` and `scaling_factor`.
+    """A small autoencoder without a posterior. A latent is (z - shift) * scale, with both per channel from the folder's
+    `latent_stats.json` (mean and std) if present, otherwise from the config's `shift_factor` and `scaling_factor`.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -29,9 +29,9 @@ class AutoencoderTiny(Codec):
         """A tiny autoencoder of diffusers, with or without TAEF2's pool branch."""
 
         source: str | None = None
-        """A folder, a shipped codec's name, or a hub id such as madebyollin/taesd; None makes random weights."""
+        """A folder, a shipped codec's name, or a hub id such as madebyollin/taesd; None uses random weights."""
         latent_channels: int = 4
-        """Channels of a latent, for random weights."""
+        """Latent channels, for random weights."""
         seed: int = 0
         """Seed of random weights."""
 
@@ -94,7 +94,7 @@ def _random(latent_channels: int, seed: int) -> Any:
 
 
 def _load(folder: Path) -> Any:
-    """The model of a folder, strictly: pool branches are made where the weights have them, and every key must match.
+    """Load the model of a folder strictly: pool branches are created where the weights have them, and every key must match.
 
     `AutoencoderTiny.from_pretrained` is not used, because it drops keys that its class does not know.
     """
@@ -123,7 +123,7 @@ def _load(folder: Path) -> Any:
 
 
 def _add_pool(block: Any, *, channels: int, hidden: int, groups: int) -> None:
-    """Gives a block x + pool(x) in the place of its input x; the block's own forward stays diffusers'."""
+    """Feed a block x + pool(x) instead of its input x; its forward stays that of diffusers."""
     block.pool = nn.Sequential(
         nn.Conv2d(channels, hidden, kernel_size=1, bias=False),
         nn.GroupNorm(groups, hidden),

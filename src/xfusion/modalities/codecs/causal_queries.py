@@ -1,16 +1,16 @@
-"""SEED's tokenizer: codes that depend on each other from left to right, not from the top left to the bottom right.
+"""SEED's tokenizer: codes with a 1D causal dependency, from left to right, instead of a 2D one in raster order.
 
-Learned queries read the features of a frozen encoder, each query seeing the features and the queries before it; a perceptron
-and a table make codes of them (Ge et al., "Planting a SEED of Vision in Large Language Model", arXiv 2307.08041, section 3.1;
-the network of SEED-LLaMA, arXiv 2310.01218):
+Learned queries attend to the features of a frozen encoder and to the queries before them. An MLP and a codebook turn them
+into codes (Ge et al., "Planting a SEED of Vision in Large Language Model", arXiv 2307.08041, section 3.1; the network of
+SEED-LLaMA, arXiv 2310.01218):
 
     z = W_2 tanh(W_1 Q(q; f(x)))        k_i = argmin_j |z_i - e_j|^2        f'(x) = D(W_4 tanh(W_3 e_k) + p)
 
-Here f is the encoder of a frozen `AutoencoderKL` whose decoder makes a picture of f'(x), in the place of a vision
-transformer and unCLIP. A picture of ``side x side`` codes is laid out row by row, so that reading order is the causal order;
-a place of that grid is not a place of the picture.
+Here f is the encoder of a frozen `AutoencoderKL`, whose decoder turns f'(x) into a picture; SEED uses a vision transformer
+and unCLIP. The ``side x side`` codes of a picture are laid out row by row, so that reading order is the causal order. A place
+in that grid is not a place in the picture.
 
-Shape legend: ``N`` pictures, ``c`` feature cells of ``F`` numbers, ``m`` codes, ``d`` width of an entry, ``D`` width inside.
+Shape legend: ``N`` pictures, ``c`` feature cells of width ``F``, ``m`` codes, ``d`` width of an entry, ``D`` inner width.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ class Shape:
     base: str = "emoji-kl"
     """An `AutoencoderKL`: a shipped codec, a folder or a hub id."""
     size: int = 32
-    """Side of the pictures in pixels; other sizes have another number of cells."""
+    """Side of the pictures in pixels; fixed, because other sizes have a different number of cells."""
     side: int = 4
-    """Rows and columns that the codes are laid out in."""
+    """Rows, and columns, of the code grid."""
     entries: int = 512
-    """Codes of the table."""
+    """Number of codes in the codebook."""
     code_width: int = 16
-    """Numbers per entry."""
+    """Width of a codebook entry."""
     width: int = 128
     """Width of both transformers."""
     layers: int = 4
-    """Layers of each; of the queries' every second one reads the features."""
+    """Layers of each transformer; every second layer of the query transformer attends to the features."""
     heads: int = 4
-    """Heads of attention."""
+    """Attention heads."""
 
 
 class CausalTokenizer(nn.Module):
@@ -98,7 +98,7 @@ class CausalTokenizer(nn.Module):
 
 
 class CausalQueries(Codec):
-    """A `CausalTokenizer` behind its frozen autoencoder: a latent cell holds the number of a code."""
+    """A `CausalTokenizer` on its frozen autoencoder; a latent cell holds a code's index."""
 
     channels = 1
 
@@ -107,7 +107,7 @@ class CausalQueries(Codec):
         """Codes in causal order."""
 
         source: str
-        """A folder of `runs/train_emoji_causal_codes.py`, a shipped codec's name, or a hub id."""
+        """A folder written by `runs/train_emoji_causal_codes.py`, a shipped codec's name, or a hub id."""
 
         def build(self) -> CausalQueries:
             from safetensors.torch import load_file
@@ -126,7 +126,7 @@ class CausalQueries(Codec):
             return codec
 
     def __init__(self, shape: Shape):
-        """With random weights; the autoencoder is loaded, and all of it is frozen."""
+        """Create the tokenizer with random weights and load the autoencoder; everything is frozen."""
         super().__init__()
         if shape.size % shape.side:
             raise XFusionError(f"pictures of {shape.size} pixels do not divide into {shape.side} rows of codes")
@@ -138,7 +138,7 @@ class CausalQueries(Codec):
         self.freeze()
 
     def features(self, images: Tensor) -> Tensor:
-        """What the frozen encoder says of pictures, ``[N, c, F]``."""
+        """Features of pictures from the frozen encoder, ``[N, c, F]``."""
         if tuple(images.shape[2:]) != (self.shape.size, self.shape.size):
             height, width = images.shape[2:]
             raise XFusionError(f"a picture of {height}x{width} pixels: this codec knows {self.shape.size} pixels alone")

@@ -1,4 +1,4 @@
-"""A frozen encoder as a codec that only reads: the latents of a picture are its features by place."""
+"""A frozen encoder as an encode-only codec: the latents of a picture are its feature map."""
 
 from __future__ import annotations
 
@@ -14,23 +14,21 @@ from xfusion.modalities.encoders.vision_transformer import VisionTransformer
 
 
 class Features(Codec):
-    """Features of a frozen encoder, [N, width, cells, cells]; for models that are shown pictures and draw none.
+    """Features of a frozen encoder, [N, width, cells, cells]; for models that read pictures but do not draw.
 
-    Pictures have the encoder's own side in pixels. Features are as the encoder makes them, without scale or shift.
+    Pictures must have the encoder's own side in pixels. Features are the encoder's output, without scale or shift.
     """
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Codec.Config):
-        """Which encoder looks at the pictures."""
+        """Which encoder reads the pictures."""
 
         encoder: Encoder.Config = field(default_factory=EfficientNetLite.Config)
-        """The frozen encoder. It may then not score the model."""
+        """The frozen encoder. It must then not be used to score the model."""
 
         @classmethod
         def of(cls, source: str | None) -> Self:
-            """Features of the vision transformer that ``source`` names (a folder or hub id); of EfficientNet-Lite0 where it is
-            None.
-            """
+            """Features of the vision transformer at ``source`` (a folder or hub id); None uses EfficientNet-Lite0."""
             return cls(encoder=EfficientNetLite.Config() if source is None else VisionTransformer.Config(source=source))
 
         def build(self) -> Features:
@@ -45,7 +43,7 @@ class Features(Codec):
         self.freeze()
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """As `Codec.latent_shape`, for the encoder's own side alone."""
+        """As `Codec.latent_shape`, but only for the encoder's own side."""
         if (height, width) != (self.encoder.side, self.encoder.side):
             raise XFusionError(
                 f"an image of {height}x{width} pixels is not what {self.encoder.name} looks at: set sizes to"

@@ -1,4 +1,4 @@
-"""Where a codec's weights are: a local folder, a codec shipped with the package, or a hub id. Safetensors only."""
+"""Locating a codec's weights: a local folder, a codec shipped with the package, or a hub id. Safetensors only."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True, kw_only=True)
 class FolderConfig(Codec.Config):
-    """A codec whose weights stand in a folder. The order of the fields is that of an option (``NAME:SOURCE:SUBFOLDER``)."""
+    """A codec whose weights are in a folder. The fields are in the order of the option ``NAME:SOURCE:SUBFOLDER``."""
 
     source: str
     """A folder, a shipped codec's name, or a hub id."""
     subfolder: str = ""
     """Folder inside the source, for example vae."""
     revision: str | None = None
-    """Commit or tag of a hub id; None takes the newest."""
+    """Commit or tag of a hub id; None uses the newest."""
     licence: str | None = None
     """Licence of the weights; None reads the folder's card."""
 
     @property
     def weights(self) -> Path:
-        """The codec's own weights."""
+        """The codec's own weights file."""
         return locate(self.source, subfolder=self.subfolder, revision=self.revision) / WEIGHTS
 
     def folder(self, class_name: str) -> Path:
-        """The folder with the weights of a class (`locate`)."""
+        """The folder with the weights, checked to be of this class (`locate`)."""
         return locate(self.source, class_name=class_name, subfolder=self.subfolder, revision=self.revision)
 
 
 def locate(source: str, *, class_name: str | None = None, subfolder: str = "", revision: str | None = None) -> Path:
-    """The folder that `source` means: itself, a codec shipped with the package, or the cached copy of a hub id.
+    """The folder of `source`: a local folder, a codec shipped with the package, or the cached copy of a hub id.
 
-    The folder is checked: a config.json of diffusers' `class_name`, if one is asked for, and weights as safetensors.
+    The folder must have weights as safetensors and a config.json, of diffusers' class `class_name` if one is given.
     """
     shipped = Path(str(files("xfusion"))) / "packs"
     if Path(source).expanduser().is_dir():
@@ -71,7 +71,7 @@ def _download(source: str, subfolder: str, revision: str | None) -> Path:
     names = ["config.json", WEIGHTS, "latent_stats.json", "README.md"]
     try:
         folder = snapshot_download(source, revision=revision, allow_patterns=[prefix + name for name in names])
-    except Exception as error:  # the hub's client raises many kinds; all of them mean that the codec is not here
+    except Exception as error:  # the hub client raises many kinds of errors; all mean that the codec is unavailable
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise XFusionError(
             f"codec {source!r} is no folder here and the hub did not give it ({reason}); a local folder works offline"
@@ -80,7 +80,7 @@ def _download(source: str, subfolder: str, revision: str | None) -> Path:
 
 
 def load(kind: Any, folder: Path) -> Any:
-    """diffusers' loader of a class (it also reads old attention keys), strict: no key may be missing, left over or misshapen."""
+    """Load a diffusers class (old attention keys too), strictly: no key may be missing, unexpected or of another shape."""
     settings = {"use_safetensors": True, "low_cpu_mem_usage": False, "output_loading_info": True}
     try:
         model, report = kind.from_pretrained(str(folder), **settings)
@@ -97,7 +97,7 @@ def load(kind: Any, folder: Path) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, with one-line errors."""
+    """Read a JSON object from a file, with one-line errors."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -110,7 +110,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def card(folder: Path) -> dict[str, Any]:
-    """The metadata block of the folder's README.md; empty when there is none."""
+    """The metadata block of the folder's README.md; empty if there is none."""
     from huggingface_hub import metadata_load
 
     path = folder / "README.md"

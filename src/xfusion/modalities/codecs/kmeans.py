@@ -1,8 +1,8 @@
-"""Sounds as codes: the number of the k-means cluster that a frozen encoder's features fall into (AudioPaLM, arXiv 2306.12925).
+"""Sounds as codes: the index of a frozen encoder's features' nearest k-means cluster (AudioPaLM, arXiv 2306.12925).
 
-    k = argmin_j |z - e_j|^2,  z the mean of ``pooled`` neighbouring features        e_j the mean of what falls on j
+    k = argmin_j |z - e_j|^2,  z the mean of ``pooled`` neighbouring features        e_j the mean of features assigned to j
 
-Clusters are of meaning rather than of sound: nothing here turns them back into a wave.
+Clusters capture meaning rather than sound: nothing here decodes them to a waveform.
 
 Shape legend: ``n`` features, ``F`` width of a feature, ``K`` clusters.
 """
@@ -26,7 +26,7 @@ CLUSTERS = "clusters.safetensors"
 
 
 class KMeans(SoundCodec):
-    """Frames of one number each, the cluster of the features there."""
+    """Frames of one number each: the cluster index of the features there."""
 
     width = 1
 
@@ -35,19 +35,19 @@ class KMeans(SoundCodec):
         """Which features, and which clusters of them."""
 
         source: str
-        """A folder of `runs/fit_sound_codes.py`."""
+        """A folder written by `runs/fit_sound_codes.py`."""
         encoder: SoundCodec.Config = field(default_factory=Whisper.Config)
-        """The features that were clustered."""
+        """The encoder whose features were clustered."""
         pooled: int = 4
-        """Neighbouring features whose mean is one code: 4 of Whisper's are 12.5 codes per second."""
+        """Number of neighbouring features averaged per code: 4 of Whisper's give 12.5 codes per second."""
 
         @property
         def weights(self) -> Path:
-            """The clusters."""
+            """The file of the clusters."""
             return Path(self.source) / CLUSTERS
 
         def build(self) -> KMeans:
-            """The codec; its clusters are read at its first use."""
+            """The codec; its clusters are loaded at its first use."""
             return KMeans(self)
 
     def __init__(self, config: Config):
@@ -62,19 +62,19 @@ class KMeans(SoundCodec):
         self.register_buffer("clusters", torch.empty(0, self.features.width))
 
     clusters: Tensor
-    """``[K, F]``; none before the first use."""
+    """``[K, F]``; empty before the first use."""
 
     def encode(self, sounds: Tensor) -> Tensor:
-        """Sounds [N, frames * hop] in [-1, 1] -> numbers of clusters [N, frames, 1], float32."""
+        """Sounds [N, frames * hop] in [-1, 1] -> cluster indices [N, frames, 1], float32."""
         self.load()
         return nearest(self.means(sounds), self.clusters)[..., None].float()
 
     def means(self, sounds: Tensor) -> Tensor:
-        """The features that are clustered, [N, frames, F]."""
+        """The pooled features to be clustered, [N, frames, F]."""
         return self.features.encode(sounds).unflatten(1, (-1, self.config.pooled)).mean(2)
 
     def load(self) -> None:
-        """Reads the clusters, once."""
+        """Load the clusters, once."""
         if len(self.clusters):
             return
         from safetensors.torch import load_file
@@ -93,7 +93,7 @@ class KMeans(SoundCodec):
         self.clusters = load_file(folder / CLUSTERS)["clusters"].to(self.clusters.device)
 
     def save(self, folder: Path) -> None:
-        """Write the clusters and what they are clusters of."""
+        """Write the clusters and the settings that they depend on."""
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True)
@@ -103,31 +103,31 @@ class KMeans(SoundCodec):
 
 
 def settings(codec: KMeans) -> dict[str, object]:
-    """What clusters depend on."""
+    """The settings that clusters depend on."""
     return {"encoders": sorted(codec.encoders), "pooled": codec.config.pooled, "longest": codec.longest}
 
 
 def fit(x: Tensor, entries: int, *, seed: int = 0, steps: int = 100) -> tuple[Tensor, float]:
-    """Clusters of features by Lloyd's steps from k-means++ (Arthur and Vassilvitskii, 2007) until none changes.
+    """Cluster features by Lloyd's algorithm from k-means++ (Arthur and Vassilvitskii, 2007) until no assignment changes.
 
     Args:
         x: ``[n, F]``.
         entries: K.
-        seed: of the first clusters.
-        steps: at most so many.
+        seed: seed of the initial clusters.
+        steps: maximum number of steps.
 
     Returns:
-        clusters ``[K, F]`` and the mean squared distance of a feature to its own.
+        clusters ``[K, F]`` and the mean squared distance of a feature to its cluster.
 
     Raises:
-        XFusionError: fewer different features than clusters.
+        XFusionError: there are fewer distinct features than clusters.
     """
     if len(torch.unique(x, dim=0)) < entries:
         raise XFusionError(f"{len(torch.unique(x, dim=0))} different features do not make {entries} clusters")
     generator = torch.Generator().manual_seed(seed)
     clusters = x[torch.randint(len(x), (1,), generator=generator)]
     distance = (x - clusters).square().sum(-1)
-    while len(clusters) < entries:  # each next one with a chance in proportion to its squared distance
+    while len(clusters) < entries:  # choose the next with probability proportional to squared distance
         chosen = x[torch.multinomial(distance.clamp(min=0), 1, generator=generator)]
         clusters = torch.cat([clusters, chosen])
         distance = torch.minimum(distance, (x - chosen).square().sum(-1))
@@ -144,11 +144,11 @@ def fit(x: Tensor, entries: int, *, seed: int = 0, steps: int = 100) -> tuple[Te
 
 
 def explained(x: Tensor, clusters: Tensor) -> float:
-    """Share of the variance of features ``[n, F]`` that their clusters ``[K, F]`` account for: 1 where each is its own.
+    """Share of the variance of features ``[n, F]`` explained by their clusters ``[K, F]``; 1 if each feature is a cluster.
 
         1 - mean |x - e_k|^2 / mean |x - mean x|^2
 
-    Of features that the clusters were not fitted to it can be below 0.
+    It can be below 0 for features that the clusters were not fitted to.
     """
     error = (x - clusters[nearest(x, clusters)]).square().sum(-1).mean()
     return 1 - (error / (x - x.mean(0)).square().sum(-1).mean()).item()

@@ -10,7 +10,7 @@ from xfusion.modalities.base import Codec
 
 
 class Pixels(Codec):
-    """The identity: 3 channels, factor 1, no loss. White pictures sit at +1; their variance is that of the data."""
+    """The identity: 3 channels, factor 1, lossless. White is +1; the variance is that of the data."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Codec.Config):

@@ -1,22 +1,22 @@
-"""Pictures as codes: diffusers' VQModel as a codec, and the quantisers that one is trained with.
+"""Pictures as codes: diffusers' VQModel as a codec, and the quantisers to train one.
 
-A code is the number of the entry of a table that lies nearest to what the encoder says of a place (VQ-VAE, van den Oord et
-al., arXiv 1711.00937, equations 1 and 2):
+A code is the index of the codebook entry nearest to the encoder's output at a place (VQ-VAE, van den Oord et al., arXiv
+1711.00937, equations 1 and 2):
 
     k = argmin_j |z - e_j|^2        z_q = z + sg(e_k - z)
 
-Three ways to train the table, one way to store it:
+Three ways to train the codebook (table), one way to store it:
 
-- `Quantizer`: by gradient (equation 3), or as moving averages of what falls on an entry (appendix A.1); by distance or by
-  cosine (ViT-VQGAN, arXiv 2110.04627: all of unit length); with ``levels`` tables of which each quantises what the one
-  before has left (RQ-VAE, arXiv 2203.01941, equation 3).
-- `relaxed`: the dVAE of DALL-E (arXiv 2102.12092, section 2.1). Its encoder says a score per code and its decoder reads one
-  of K; that is a VQModel whose table is the identity, since ``argmin |z - 1_k|`` is ``argmax z_k``.
+- `Quantizer`: by gradient (equation 3), or as moving averages of the vectors assigned to an entry (appendix A.1); by distance
+  or by cosine (ViT-VQGAN, arXiv 2110.04627: unit-length vectors); with ``levels`` tables, each quantising the residual of
+  the one before (RQ-VAE, arXiv 2203.01941, equation 3).
+- `relaxed`: the dVAE of DALL-E (arXiv 2102.12092, section 2.1). Its encoder outputs a logit per code and its decoder reads a
+  one-hot vector of K. That is a VQModel whose table is the identity, since ``argmin |z - 1_k|`` is ``argmax z_k``.
 
-A latent of the codec is the code's number, not a vector of about unit variance: it belongs to a port that knows codes
+A latent of this codec is a code's index, not a vector of about unit variance: use it with a port for codes
 (`xfusion.modalities.codes.CodePort`).
 
-Shape legend: ``N`` pictures, ``L`` levels, ``K`` entries of a table, ``d`` their width, ``h`` and ``w`` latent cells.
+Shape legend: ``N`` pictures, ``L`` levels, ``K`` entries of a table, ``d`` width of an entry, ``h`` and ``w`` latent cells.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _CLASS = "VQModel"
 
 
 class VectorQuantized(Codec):
-    """A VQModel as a codec: a latent cell holds the number of its entry, one channel per level."""
+    """A VQModel as a codec: a latent cell holds the index of its entry, one channel per level."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(files.FolderConfig):
@@ -57,7 +57,7 @@ class VectorQuantized(Codec):
     def __init__(
         self, model: Any, levels: int = 1, *, licence: str | None = None, psnr: dict[str, float] | None = None
     ):
-        """`model` is a diffusers VQModel, frozen here; the tables of its levels stand one below the other."""
+        """`model` is a diffusers VQModel, frozen here; its codebook is the concatenation of the levels' tables."""
         super().__init__()
         rows, width = model.quantize.embedding.weight.shape
         if levels < 1 or rows % levels:
@@ -81,13 +81,13 @@ class VectorQuantized(Codec):
 
 
 def nearest(x: Tensor, table: Tensor) -> Tensor:
-    """The entry of ``[K, d]`` nearest to each ``[..., d]``."""
+    """The index of the entry of ``[K, d]`` nearest to each vector of ``[..., d]``."""
     distance = table.square().sum(-1) - 2 * x @ table.T  # |x|^2 is the same for all entries
     return distance.argmin(-1)
 
 
 def quantise(z: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
-    """``z [N, d, h, w]`` by ``L`` tables, each of what is left -> codes ``[N, L, h, w]`` and partial sums ``[L, N, d, h, w]``."""
+    """Residual quantisation of ``z [N, d, h, w]`` -> codes ``[N, L, h, w]`` and partial sums ``[L, N, d, h, w]``."""
     x, codes, sums = z.movedim(1, -1), [], []
     total = torch.zeros_like(x)
     for table in tables:
@@ -98,7 +98,7 @@ def quantise(z: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def looked_up(codes: Tensor, tables: Tensor) -> Tensor:
-    """Codes ``[N, L, h, w]`` -> the sum of their entries ``[N, d, h, w]``; XFusionError for one that no table has."""
+    """Codes ``[N, L, h, w]`` -> the sum of their entries ``[N, d, h, w]``; XFusionError for a code out of range."""
     if ((low := int(codes.min())) < 0) | ((high := int(codes.max())) >= tables.shape[1]):
         bad, last = low if low < 0 else high, tables.shape[1] - 1
         raise XFusionError(f"{bad} is none of the codec's codes, 0 to {last}: set the port's entries to the codec's")
@@ -107,51 +107,51 @@ def looked_up(codes: Tensor, tables: Tensor) -> Tensor:
 
 
 def code_use(codes: Tensor, entries: int) -> tuple[float, float]:
-    """Share of the entries that occur, and the perplexity ``exp(-sum p log p)`` of the codes' shares: at most ``entries``."""
+    """Share of entries in use, and the perplexity ``exp(-sum p log p)`` of the code frequencies: at most ``entries``."""
     share = torch.bincount(codes.flatten().long(), minlength=entries).double() / codes.numel()
     return (share > 0).double().mean().item(), torch.special.entr(share).sum().exp().item()
 
 
 class Quantizer(nn.Module):
-    """The table in training: codes, straight-through vectors, and what it costs to lie apart.
+    """The codebook in training: codes, straight-through vectors, and the commitment and codebook losses.
 
-        loss = beta |z - sg(e)|^2  (+ |sg(z) - e|^2 where the table learns by gradient)
+        loss = beta |z - sg(e)|^2  (+ |sg(z) - e|^2 if the table learns by gradient)
 
-    a mean over levels of the partial sums' errors. Moving averages count what falls on an entry,
+    as a mean over levels of the partial sums' errors. Moving averages track the vectors Z_k assigned to an entry,
 
         n_k <- g n_k + (1 - g) |Z_k|    m_k <- g m_k + (1 - g) sum Z_k    e_k = m_k / n_k
 
-    and an entry with a count below ``revive_below`` starts again at one of the batch's own vectors (Jukebox, arXiv
-    2005.00341, section 3.1); the first batch gives all of them.
+    and an entry with a count below ``revive_below`` is reset to one of the batch's vectors (Jukebox, arXiv 2005.00341,
+    section 3.1); the first batch sets all of them.
     """
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """A table of codes."""
+        """Settings of a codebook."""
 
         entries: int = 512
         """Codes per level."""
         width: int = 16
-        """Numbers per entry."""
+        """Width of an entry."""
         levels: int = 1
-        """Tables, each for what the one before has left."""
+        """Number of tables, each quantising the residual of the one before."""
         distance: Literal["l2", "cosine"] = "l2"
-        """Nearest by distance, or by angle: vectors and entries then have unit length."""
+        """Nearest by distance, or by cosine with vectors and entries of unit length."""
         decay: float = 0.99
-        """g of the moving averages; 0 learns the table by gradient."""
+        """g of the moving averages; 0 trains the table by gradient."""
         commitment: float = 0.25
-        """beta: how strongly the encoder is held to its entry."""
+        """beta, the weight of the commitment loss."""
         revive_below: float = 0.1
-        """Average uses per batch below which an entry is placed anew; 0 lets it be."""
+        """Entries with fewer average uses per batch are reset; 0 never resets."""
 
         def build(self) -> Quantizer:
-            """The table, at random."""
+            """The codebook, randomly initialised."""
             return Quantizer(self)
 
     size: Tensor
-    """Uses of an entry per batch, a moving average ``[L, K]``."""
+    """Moving average of an entry's uses per batch, ``[L, K]``."""
     total: Tensor
-    """Moving average of the sums of what fell on an entry, ``[L, K, d]``."""
+    """Moving average of the sum of vectors assigned to an entry, ``[L, K, d]``."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -164,7 +164,7 @@ class Quantizer(nn.Module):
         self.register_buffer("total", torch.zeros(shape))
 
     def scaled(self, x: Tensor, dim: int) -> Tensor:
-        """Of unit length where angles decide."""
+        """Normalised to unit length if the distance is cosine."""
         return functional.normalize(x, dim=dim) if self.config.distance == "cosine" else x
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,10 +180,10 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def follow(self, z: Tensor, codes: Tensor, sums: Tensor) -> None:
-        """Move the averages by a batch, and place entries anew that nothing falls on."""
+        """Update the moving averages with a batch, and reset unused entries."""
         config = self.config
         decay = config.decay or 0.99
-        left = torch.cat([z[None], z - sums[:-1]])  # what each level was given
+        left = torch.cat([z[None], z - sums[:-1]])  # the input of each level
         for level, table in enumerate(self.tables):
             x, code = left[level].movedim(1, -1).flatten(0, -2), codes[:, level].flatten()
             size, total = self.size[level], self.total[level]
@@ -195,24 +195,24 @@ class Quantizer(nn.Module):
             dead = size < config.revive_below
             if count := int(dead.sum()):
                 table[dead] = x[torch.randint(len(x), (count,), device=x.device)]
-                size[dead] = 2 * config.revive_below  # some batches' grace
+                size[dead] = 2 * config.revive_below  # keeps it from being reset for some batches
                 total[dead] = 2 * config.revive_below * table[dead]
 
 
 def relaxed(scores: Tensor, temperature: float, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """Codes that gradients can pass (Gumbel-softmax, arXiv 1611.01144), and what they may say.
+    """Differentiable codes (Gumbel-softmax, arXiv 1611.01144), and their KL divergence from uniform.
 
         y = softmax((l + g) / tau),  g = -log(-log u)        KL(q || uniform) = log K + sum q log q,  q = softmax(l)
 
     Args:
         scores: ``l [N, K, h, w]``.
-        temperature: tau; towards 0 ``y`` is one of K.
-        generator: of ``u``.
+        temperature: tau; as it goes to 0, ``y`` becomes one-hot.
+        generator: random generator of ``u``.
 
     Returns:
         ``y [N, K, h, w]`` and the mean divergence per cell.
     """
-    # By hand: torch's `gumbel_softmax` takes no generator, and a codec is made again from its seed.
+    # By hand: torch's `gumbel_softmax` accepts no generator, and a codec must be reproducible from its seed.
     uniform = torch.rand(scores.shape, generator=generator, device=scores.device, dtype=scores.dtype)
     gumbel = -torch.log(-torch.log(uniform.clamp(1e-9, 1 - 1e-6)))
     log_q = scores.log_softmax(1)

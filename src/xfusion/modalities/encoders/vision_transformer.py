@@ -1,4 +1,4 @@
-"""Vision transformers of transformers by folder or hub id, frozen: the picture towers of CLIP and SigLIP, DINOv2, ViT."""
+"""Frozen vision transformers of transformers, by folder or hub id: the image towers of CLIP and SigLIP, DINOv2, ViT."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from xfusion.modalities.base import Encoder
 
 
 class VisionTransformer(Encoder):
-    """Hidden states of the patches behind a layer; class and register tokens are left out of the map.
+    """Hidden states of the patches after a layer; class and register tokens are excluded from the map.
 
-    Pictures are [N, 3, H, W] floats in [-1, 1] of any size; they are resized bicubically to the side that the model was
-    made for and normalised with the mean and deviation of its own preprocessor.
+    Pictures are [N, 3, H, W] floats in [-1, 1] of any size; they are resized bicubically to the model's own side and
+    normalised with the mean and standard deviation of its own preprocessor.
 
     Raises:
-        XFusionError: the source cannot be loaded, or weights of its picture tower are missing.
+        XFusionError: the source cannot be loaded, or weights of its image tower are missing.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -33,15 +33,15 @@ class VisionTransformer(Encoder):
         revision: str | None = None
         """Hub revision (a commit for exact reproduction)."""
         layer: int = -2
-        """Whose hidden states: -1 is the last layer, -2 the one before it, which LLaVA takes."""
+        """Layer whose hidden states are used: -1 is the last, -2 the one before it, as in LLaVA."""
         batch_size: int = 16
-        """Pictures per forward pass; memory only."""
+        """Pictures per forward pass; affects memory only."""
         licence: str = "unknown"  # type: ignore[assignment]
         """Licence of the weights."""
 
         @cached_property
         def shape(self) -> Any:
-            """Its configuration in transformers; weights are not read."""
+            """Its transformers configuration; weights are not loaded."""
             from transformers import AutoConfig
 
             found = _loaded(self, AutoConfig.from_pretrained)
@@ -49,7 +49,7 @@ class VisionTransformer(Encoder):
 
         @property
         def width(self) -> int:
-            """Numbers per feature."""
+            """Feature width."""
             return self.shape.hidden_size
 
         @property
@@ -83,7 +83,7 @@ class VisionTransformer(Encoder):
         self.freeze()
 
     def features(self, images: Tensor) -> Tensor:
-        """Images [N, 3, H, W] in [-1, 1] -> [N, width] float32, mean over the map, then of unit length."""
+        """Images [N, 3, H, W] in [-1, 1] -> [N, width] float32, mean over the map, then normalised to unit length."""
         return F.normalize(self.maps(images).mean(dim=(2, 3)), dim=-1)
 
     @torch.no_grad()
@@ -99,12 +99,12 @@ class VisionTransformer(Encoder):
             images = F.interpolate(images, (self.side, self.side), mode="bicubic", align_corners=False, antialias=True)
         pixels = ((images.clamp(-1, 1) + 1) / 2 - self.mean) / self.std
         states = self.model(pixel_values=pixels, output_hidden_states=True).hidden_states[self.config.layer]
-        patches = states[:, -(self.cells**2) :]  # whatever else there is stands before them
+        patches = states[:, -(self.cells**2) :]  # all other tokens come before them
         return patches.transpose(1, 2).unflatten(2, (self.cells, self.cells)).float()
 
 
 def _loaded(encoder: VisionTransformer.Config, load: Any, **options: Any) -> Any:
-    """What one of transformers' loaders gives for the source, with its errors in one line."""
+    """The result of a transformers loader for the source, with one-line errors."""
     try:
         return load(encoder.source, **({"revision": encoder.revision} if encoder.revision else {}), **options)
     except (OSError, ValueError, KeyError) as error:

@@ -1,4 +1,4 @@
-"""Whisper's encoder, frozen, by folder or hub id: sounds -> a feature every 20 ms (Radford et al., arXiv 2212.04356)."""
+"""Whisper's frozen encoder, by folder or hub id: sounds -> a feature every 20 ms (Radford et al., arXiv 2212.04356)."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from xfusion.data.sequence import XFusionError, first_line
 from xfusion.modalities.base import SoundCodec
 
 RATE = 16_000
-"""Samples per second of all of Whisper's models."""
+"""Sample rate of all Whisper models, per second."""
 HOP = 320
-"""Samples per feature: a spectrum every 160, and a convolution of stride 2."""
+"""Samples per feature: a spectrum every 160 samples, then a convolution of stride 2."""
 LONGEST = 1500
-"""Features of the 30 s that it was trained on."""
+"""Number of features in 30 s, the length it was trained on."""
 
 
 class Whisper(SoundCodec):
-    """States behind the encoder's last layer, with its final norm, of log-mel spectra as transformers makes them.
+    """Hidden states after the encoder's last layer and final norm, from log-mel spectra as computed by transformers.
 
-    The encoder was trained on 30 s, with silence behind shorter sounds. ``window`` says how much of that silence it hears:
-    a shorter one costs as much less, and its features differ a little from those of 30 s.
+    The encoder was trained on 30 s, with shorter sounds padded with silence. ``window`` sets the padded length: a shorter one
+    costs proportionally less, and its features differ slightly from those at 30 s.
 
     Raises:
-        XFusionError: the source cannot be loaded, is no Whisper, or has another width.
+        XFusionError: the source cannot be loaded, is not a Whisper model, or has another width.
     """
 
     @dataclass(frozen=True, kw_only=True)
     class Config(SoundCodec.Config):
-        """Which Whisper."""
+        """Which Whisper model."""
 
         source: str = "openai/whisper-tiny.en"
         """Folder or hub id of a Whisper model, or of its encoder alone."""
         revision: str | None = None
         """Hub revision (a commit for exact reproduction)."""
         width: int = 384
-        """Numbers per feature: 384 is tiny's, 512 base's, 768 small's. A model can so be described before it is loaded."""
+        """Feature width: 384 for tiny, 512 for base, 768 for small. Set here so that it is known before loading."""
         window: float = 30.0
-        """Seconds that the encoder hears, silence included; 30 is what it was trained on."""
+        """Seconds of input, padding included; it was trained on 30."""
         batch_size: int = 16
-        """Sounds per forward pass; memory only."""
+        """Sounds per forward pass; affects memory only."""
         licence: str = "MIT"
         """Licence of the weights."""
 
@@ -60,14 +60,14 @@ class Whisper(SoundCodec):
         self.rate, self.hop, self.width, self.longest = RATE, HOP, config.width, round(frames)
         self.licence = config.licence
         self.encoders = frozenset({f"{config.source}@{config.revision}"})
-        # The network is found at its first use, and a module that moves takes it along from then on.
+        # The network is loaded at its first use and then moves with this module.
         self.network: Any = None
         self.spectra: Any = None
         self._loading = Lock()  # sounds are encoded by several threads
         self.register_buffer("place", torch.empty(0), persistent=False)
 
     place: Tensor
-    """Empty; where it lies, the network is loaded to."""
+    """Empty tensor whose device is where the network is loaded."""
 
     @torch.no_grad()
     def encode(self, sounds: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class Whisper(SoundCodec):
         return self.network(mel.to(self.place.device)).last_hidden_state.float()
 
     def load(self) -> None:
-        """Reads the weights, once."""
+        """Load the weights, once."""
         with self._loading:
             if self.network is None:
                 self._load()
@@ -101,7 +101,7 @@ class Whisper(SoundCodec):
         from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
         encoder, report = _loaded(self.config, WhisperEncoder.from_pretrained, output_loading_info=True)
-        if report["missing_keys"]:  # a whole model: its encoder stands one level deeper
+        if report["missing_keys"]:  # a whole model, whose encoder is one level deeper
             whole, report = _loaded(self.config, WhisperModel.from_pretrained, output_loading_info=True)
             encoder = whole.encoder
         if missing := [name for name in report["missing_keys"] if "decoder" not in name]:
@@ -111,7 +111,7 @@ class Whisper(SoundCodec):
                 f"encoder {self.config.source!r} has features of {encoder.config.d_model} numbers, not {self.width}: set"
                 " width"
             )
-        if self.longest < encoder.config.max_source_positions:  # it insists on as many frames as it has positions
+        if self.longest < encoder.config.max_source_positions:  # it requires exactly as many frames as positions
             encoder.config.max_source_positions = encoder.max_source_positions = self.longest
             encoder.embed_positions = torch.nn.Embedding.from_pretrained(
                 encoder.embed_positions.weight[: self.longest].clone()
@@ -121,7 +121,7 @@ class Whisper(SoundCodec):
 
 
 def _loaded(config: Whisper.Config, load: Any, **options: Any) -> Any:
-    """What one of transformers' loaders gives for the source, with its errors in one line."""
+    """The result of a transformers loader for the source, with one-line errors."""
     try:
         return load(config.source, **({"revision": config.revision} if config.revision else {}), **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
