@@ -18,7 +18,7 @@ class Optimizer:
     """AdamW (0.9, 0.95) with clipping and a moving average, over learned weights only.
 
     Weight decay applies to all weights, including norms, biases, gates and boundary rows, which are often exempt elsewhere. Which
-    weights to exempt would depend on the mechanism (a gate starts at 0, a norm at 1), and every recipe uses a decay of 0.
+    weights to exempt would depend on the mechanism (a gate starts at 0, a norm at 1); every recipe uses a decay of 0.
 
     Args:
         parameters: float32 master weights by name; sharded ones are `DTensor`.
