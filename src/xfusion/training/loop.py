@@ -1,9 +1,8 @@
-"""The only training loop: stages, budgets, previews, checkpoints that a crash cannot break.
+"""The training loop: stages, wall-clock budgets, previews, and checkpoints that survive a crash.
 
-A run is asked for (`settings`), set up (`setup`), prints its `summary` and walks: each step reads its batches, of which what
-turns out unreadable is left out (`unreadable`), takes all losses, and moves the weights (`optimizer`). Between two steps it may
-plan its length (`progress`), draw a preview, write a state (`states`), or be stopped (`stopping`). A preview and the pack are its
-`outputs`.
+A run checks its `settings`, is prepared (`setup`) and prints its `summary`. Each step reads its batches, skips unreadable
+examples (`unreadable`), computes all losses and updates the weights (`optimizer`). Between steps the run may plan its length
+(`progress`), draw a preview, write a state (`states`), or be stopped (`stopping`). Previews and the pack are its `outputs`.
 """
 
 from __future__ import annotations
@@ -76,38 +75,38 @@ def train(
     console: Console | None = None,
     listener: Listener | None = None,
 ) -> Model:
-    """Train a recipe; the result is a pack in ``out/pack``. Under torchrun the processes share every step's samples.
+    """Train a recipe and write a pack to ``out/pack``. Under torchrun the processes share the samples of every step.
 
     Args:
         recipe: what to build and how to train it.
         out: the run's folder: ``log.jsonl``, ``tensorboard/``, ``previews/``, ``state/``, ``pack/``.
         data: overrides the recipe's data.
         source: an opened source instead of ``data``.
-        allow_bad: share of unreadable pictures that is left out instead of stopping; it counts those that turn out so in
-            mid-run, too, whose places other examples take, in all processes alike. One more stops the run with its state.
+        allow_bad: share of unreadable examples that is skipped. It includes those that become unreadable during the run, which
+            other examples replace, in all processes alike. One more stops the run and writes its state.
         steps: overrides the number of steps of the last stage.
-        minutes: wall-clock budget, compiling included: once steps get no faster it fixes their number, writes it down, and
-            everything after is by step. Takes one stage.
-        resume: go on where the run of this folder stopped, with the next batch.
+        minutes: wall-clock budget, compilation included. Once the pace is steady the number of steps is fixed and logged. Only for
+            recipes with one stage.
+        resume: continue the run in this folder with its next batch.
         from_pack: start from this pack's weights.
         backbone: an already loaded base; its device is the run's.
-        device: where the base is loaded to, where none is given.
-        compile: compile the per-layer work.
+        device: where to load the base, if none is given.
+        compile: compile the work of each layer.
         dtype: compute type, any but torch.float16; None chooses by device and says why.
-        attention: what layers attend by, of `xfusion.backbone.attention.ATTENTIONS`; None chooses by device.
-        preview_prompts: what previews draw (None: the first captions of the data).
+        attention: one of `xfusion.backbone.attention.ATTENTIONS`; None chooses by device.
+        preview_prompts: prompts of the previews (None: the first captions of the data).
         preview_every: seconds between previews; 0 makes none.
         checkpoint_every: seconds between checkpoints.
-        keep: newest checkpoints that stay; besides stays the best, by the mean training loss of some fifty steps.
-        shard: what several processes divide: nothing, the new weights, or the frozen ones too (`training.sharding`).
-        decoders: threads of each process that read and decode pictures; None takes four, or as many as there are cores.
-        console: where progress is shown; None is silent.
+        keep: how many of the newest checkpoints to keep, besides the best by the mean training loss of some fifty steps.
+        shard: what the processes shard: nothing, the new weights, or also the frozen ones (`training.sharding`).
+        decoders: threads per process that read and decode pictures; None uses four, or one per core if there are fewer.
+        console: where to show progress; None is silent.
         listener: called with every event.
 
     Raises:
-        XFusionError: bad data, a precision without gradients, a loss that is not finite, a resumed run of another recipe, a
-            folder that takes no more.
-        Interrupted: Ctrl-C or SIGTERM; the step was finished, state and pack were written.
+        XFusionError: bad data, a dtype that cannot train, a loss that is not finite, another recipe on resume, or a folder that
+            cannot be written.
+        Interrupted: Ctrl-C or SIGTERM; the step was finished, and state and pack were written.
     """
     if data is not None:
         recipe = replace(recipe, data=data, data_licence=None)
@@ -151,10 +150,10 @@ class _Run:
         self.closing = ExitStack()
         self.sharding: Sharding | None = None
         self.saved_step: int | None = None
-        """Of the newest intact state: written last, or gone on from."""
+        """Step of the newest intact state, which was written last or resumed from."""
         self.preview_every = settings.preview_every
         self.preview_seconds = 3.0
-        """What the last preview took; a guess before the first."""
+        """Duration of the last preview; a guess before the first."""
 
     # -- before the first step
 
@@ -164,7 +163,7 @@ class _Run:
         self.processes = processes = Processes(device)
         self.shard: Shard = settings.shard if processes.count > 1 else "none"
         self.attends = choose_attention(processes.device, settings.attention)
-        with processes.first_alone():  # rates are measured where nothing else computes, and what is wrong is told once
+        with processes.first_alone():  # product rates need an idle machine, and an error is reported once
             if processes.first:
                 self.closing.enter_context(setup.taken_folder(self.out, resume=settings.resume))
             own = self._precision()
@@ -176,13 +175,13 @@ class _Run:
             from xfusion.training.sharding import Sharding, mesh
 
             row = mesh(processes.device)
-            with processes.one_by_one():  # each holds all new weights until it has divided them
+            with processes.one_by_one():  # each process holds all new weights until it has sharded them
                 self._open()
                 self.sharding = Sharding(self.model, self.shard, row, chosen, self.attends)
         self._share(chosen, reason)
 
     def _precision(self) -> tuple[torch.dtype, str]:
-        """The compute type with the reason: what was asked for, what a resumed run had, or what is fastest here."""
+        """The compute dtype and the reason: as requested, as before the resume, or the fastest here."""
         if self.settings.dtype is not None:
             return check_compute_dtype(self.settings.dtype), "as asked"
         if self.settings.resume and states.found(self.out / "state"):
@@ -192,9 +191,9 @@ class _Run:
         return choose_compute_dtype(self.processes.device)
 
     def _open(self) -> None:
-        """Model and data; the first process goes through it alone, so that the others find its indexes and files."""
+        """Open model and data; the first process does so alone, so that the others find its indexes and files."""
         settings, base = self.settings, self.recipe.model.backbone
-        # A base that will be divided stays where it is mapped: in the file.
+        # A base that will be sharded stays memory-mapped.
         device = "cpu" if self.shard == "all" else self.processes.device
         backbone = settings.backbone or Backbone.load(base.source, revision=base.revision, device=device)
         self.model = model = setup.open_model(settings, backbone)
@@ -205,7 +204,7 @@ class _Run:
             self.preview_every = 0.0
 
     def _share(self, chosen: torch.dtype, reason: str) -> None:
-        """What all processes do together: equal weights, the state, batches, and what the first one tells."""
+        """What all processes prepare together: equal weights, the resumed state, batches, and the log of the first process."""
         settings, model, processes, sharding = self.settings, self.model, self.processes, self.sharding
         processes.same_weights([p for p in model.new_parameters() if not is_divided(p)])
         self.optimizer = Optimizer(model.named_new_parameters(), None if sharding is None else processes.total)
@@ -258,17 +257,17 @@ class _Run:
             together = True
             try:
                 self._walk(stop)
-            except KeyboardInterrupt:  # by a listener, between two steps
-                if stop.signal is not None:  # the second signal, in the middle of anything
+            except KeyboardInterrupt:  # raised by a listener, between two steps
+                if stop.signal is not None:  # a second signal may come at any point
                     raise
-                if self.sharding is not None:  # what is divided cannot be written by one
+                if self.sharding is not None:  # one process cannot write sharded weights
                     raise
                 stop.signal, together = signal.SIGINT, False
             if together and self.processes.count > 1:
                 self._tell_memory()
             self.save(together=together)
             self._leave_pack(together=together)
-            # All end alike, though a signal may have reached one of them behind the last step.
+            # All processes exit alike, even if a signal reached only one of them after the last step.
             number = self.processes.largest(stop.signal or 0)[0] if together else stop.signal
             stop.signal = number or None
         if number:
@@ -282,13 +281,13 @@ class _Run:
         return self.model
 
     def _walk(self, stop: Stop) -> None:
-        """Steps, previews and checkpoints until the run is done or asked to stop."""
+        """Take steps, draw previews and write checkpoints until the run is finished or stopped."""
         last_checkpoint = last_preview = time.perf_counter()
         pace, due = Pace(self.progress.step), (False, False)
         if not self.progress.step:
             self._try_largest()
         while True:
-            # One message a step: all processes stop, draw and write behind the same one, whichever asks for it.
+            # One message per step: all processes stop, draw or write after the same step, whichever of them asks.
             asked = stop.signal or 0, *due, self.track.failure is not None
             number, preview, save, failed = self.processes.largest(*map(int, asked))
             if failed:
@@ -301,13 +300,13 @@ class _Run:
                 last_checkpoint = time.perf_counter()
             if preview or save:
                 due = False, False
-                continue  # these take their time, in which a signal may have come
-            stop.signal = number or stop.signal  # one that came since then is told with the next step
+                continue  # a signal may have arrived in the meantime
+            stop.signal = number or stop.signal  # a later one is shared with the next step
             if number or self.progress.over:
                 return
             self._one_step()
             now = time.perf_counter()
-            if not self.progress.planned:  # the first process's clock says when: all plan behind the same step
+            if not self.progress.planned:  # by the first process's clock, so that all plan after the same step
                 measured = pace.seconds_per_step(self.progress.step, now, self.progress.planned_by())
                 if (per_step := self.processes.same(measured)) is not None:
                     self._plan(per_step, now)
@@ -317,7 +316,7 @@ class _Run:
             )
 
     def _check_track(self) -> None:
-        """Raise what kept the first process from writing the log, in all."""
+        """Raise in all processes what kept the first one from writing the log."""
         with self.processes.first_alone():
             if self.track.failure is not None:
                 raise self.track.failure
@@ -333,14 +332,14 @@ class _Run:
         )
 
     def _try_largest(self) -> None:
-        """The widest step of every stage forth and back, thrown away: what does not fit in memory fails now, not at night."""
-        # Not compiled: that needs the more memory, and a graph that nobody uses again would take half a minute.
+        """Run the widest step of every stage forward and backward and discard it: what does not fit in memory fails now."""
+        # Uncompiled: this needs more memory, and compiling a graph that is not used again would take half a minute.
         engine = replace(self.engine, compiled=False)
         with self.model.using(engine):
             for number, mixture in enumerate(self.mixtures):
                 engine.activation_checkpointing = self.recipe.stages[number].activation_checkpointing
                 batches = self._readable(mixture.largest)
-                # Processes that gather layers exchange messages in between: one that fails is noticed by its end.
+                # With sharding there are messages in between; a failed process is then noticed when it exits.
                 alike = self.processes.all_or_none() if self.sharding is None else nullcontext()
                 try:
                     with alike, setup.fitting(number, batches, self.processes.device):
@@ -387,7 +386,7 @@ class _Run:
         if not norm < float("inf"):
             raise self._diverged(f"the gradient's norm is {norm} at step {step}, although the loss is finite", number)
         samples = sum(batch.num_sequences for batch in batches)
-        # Counted before anybody is told: whoever listens may end the run here.
+        # Recorded before the event is sent: a listener may end the run there.
         progress.take(sum(weights[name] * value for name, value in losses.items()), samples)
         self.graphs.take(step, inside)
         self.track.event(
@@ -408,13 +407,13 @@ class _Run:
         )
 
     def _of_all(self, message: str) -> XFusionError:
-        """An error that all processes raise together, and the first one tells."""
+        """An error that all processes raise together and the first one reports."""
         error = XFusionError(message)
         error.told_elsewhere = not self.processes.first
         return error
 
     def _batches(self, step: int) -> list[Batch]:
-        """What a step reads; nothing behind the last one."""
+        """Batches of a step; none after the last one."""
         if self.progress.planned and step >= self.progress.total:
             return []
         number, inside, _ = self.progress.stage(step)
@@ -422,10 +421,10 @@ class _Run:
         return [b for k in range(times) for b in self.mixtures[number].batches(inside * times + k)]
 
     def _readable(self, make: Callable[[], T]) -> T:
-        """What is made of examples that can be read.
+        """The result of ``make`` over readable examples.
 
         Raises:
-            XFusionError: too many cannot. No weight has moved since the last step; its state is written.
+            XFusionError: too many are unreadable. No weight has changed since the last step, whose state is written.
         """
         step = self.progress.step
         try:
@@ -440,7 +439,7 @@ class _Run:
     def _losses(
         self, batch: Batch, generator: torch.Generator
     ) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], torch.Tensor | int]:
-        """Losses of this process's rows, and a 0 that belongs into their sum."""
+        """Losses of this process's rows, and a 0 to add to their sum."""
 
         def work() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
             with torch.autocast(self.processes.device.type, self.engine.dtype, enabled=bool(self.engine.autocast)):
@@ -451,7 +450,7 @@ class _Run:
     # -- what is written
 
     def preview(self) -> None:
-        """Draw some prompts with the averaged weights by the very same `generate` that users call."""
+        """Draw some prompts with the averaged weights, by the same `draw` that users call."""
         begun, first = time.perf_counter(), self.processes.first
         prompts = list(self.settings.preview_prompts or (e.captions[0] for e in self.source.examples[:8]))
         pictures = [] if self.sharding is None else self._drawn(prompts)
@@ -472,15 +471,15 @@ class _Run:
                 return self.sharding.passes(lambda: self.model.draw(prompts, seed=0))
 
     def save(self, broken: dict[int, str] | None = None, *, together: bool = True) -> None:
-        """The state that `resume` needs; it appears whole or not at all, and the old one stays until then.
+        """Write the state that a resumed run needs, atomically.
 
         Args:
-            broken: examples that cannot be read and are not left out: a resumed run keeps their places, and tries them again.
-                A state of this step is written anew, for what it says may be there without them.
-            together: whether all processes call it; else this one alone does, with whole weights.
+            broken: unreadable examples that are not skipped: a resumed run keeps their places and tries them again. A state
+                of this step that exists already is written again with them.
+            together: whether all processes call it; otherwise only this one does, with unsharded weights.
 
         Raises:
-            XFusionError: it cannot be written; the same in all processes.
+            XFusionError: it cannot be written; raised in all processes.
         """
         if self.saved_step == self.progress.step and broken is None:
             return
@@ -496,7 +495,7 @@ class _Run:
         self.saved_step = self.progress.step
 
     def _plan_of_state(self, broken: dict[int, str] | None) -> dict[str, Any]:
-        """What a state says of its run."""
+        """The plan of a state: the facts about its run."""
         return {
             "recipe": checkpoint.to_json(self.recipe),
             "base_fingerprint": self.model.backbone.fingerprint,
@@ -513,7 +512,7 @@ class _Run:
         return all_examples(self.source)
 
     def _resume(self) -> None:
-        """Go on from the newest intact state."""
+        """Restore the newest intact state."""
         divided = self.sharding is not None
         plan, tensors = resuming.read(self.out / "state", self.optimizer, self.processes, divided=divided)
         fingerprint = self.model.backbone.fingerprint
@@ -526,13 +525,13 @@ class _Run:
 
     def _leave_pack(self, *, together: bool) -> None:
         if self.recipe.stages[-1].ema > 0:
-            self.optimizer.use_average()  # the model that is returned and saved holds the averaged weights
+            self.optimizer.use_average()  # the returned and saved model has the averaged weights
         facts = outputs.pack_facts(self.recipe, self.progress, self.source, self.data_licence)
         pack = self.out / "pack"
         self.model = outputs.write_pack(pack, self.model, facts, self.sharding, self.processes, together=together)
         self.sharding = None
 
     def _tell_memory(self) -> None:
-        """What the processes hold behind the last step."""
+        """Log the memory that the processes hold after the last step."""
         held = summary.held_memory(self.processes, self.shard, self.model, self.engine, self.optimizer)
         self.track.say(f"memory behind step {self.progress.step}", *held)

@@ -1,4 +1,4 @@
-"""AdamW over the new weights, and their moving average; of weights that processes divide, over this one's shares."""
+"""AdamW over the new weights, and their moving average. With sharded weights it works on this process's shards."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 class Optimizer:
     """AdamW (0.9, 0.95) with clipping and a moving average, over learned weights only.
 
-    A weight decay is taken of all of them, norms, biases, gates and boundary rows too, where many leave these out: which weights
-    would be exempt is a mechanism's own matter (a gate begins at 0 and a norm at 1), and no recipe has a decay but 0.
+    Weight decay applies to all weights, including norms, biases, gates and boundary rows, which are often exempt elsewhere. Which
+    weights to exempt would depend on the mechanism (a gate starts at 0, a norm at 1); every recipe uses a decay of 0.
 
     Args:
-        parameters: float32 masters by name; divided ones are `DTensor`.
-        add: adds a number up over all processes; asked only where weights are divided.
+        parameters: float32 master weights by name; sharded ones are `DTensor`.
+        add: sums a tensor over all processes; called only if weights are sharded.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], add: Callable[[Tensor], Tensor] | None = None):
@@ -33,40 +33,40 @@ class Optimizer:
 
     @property
     def whole(self) -> list[nn.Parameter]:
-        """The parameters that this process holds whole."""
+        """The parameters that this process holds unsharded."""
         return [own for own, parameter in zip(self.list, self.parameters.values(), strict=True) if own is parameter]
 
     @property
     def moments(self) -> list[Tensor]:
-        """What AdamW remembers so far."""
+        """AdamW's moments so far."""
         return [value for state in self.adamw.state.values() for value in state.values() if value.dim()]
 
     def step(self, rate: float, clip: float, ema: float, weight_decay: float = 0.0) -> float:
-        """One step; returns the norm of the gradient before clipping. Without a finite norm nothing is changed.
+        """Take one step and return the gradient norm before clipping. If the norm is not finite, nothing is changed.
 
         Args:
-            rate: the learning rate.
-            clip: largest norm of the gradient.
-            ema: decay of the average.
-            weight_decay: AdamW's.
+            rate: learning rate.
+            clip: norm to which the gradient is clipped.
+            ema: decay of the moving average.
+            weight_decay: AdamW's decoupled decay.
         """
         norm = self._norm()
         if not bool(norm.isfinite()):
             return float(norm)
-        if bool(norm > clip):  # else every gradient would be read and written to be multiplied by 1
+        if bool(norm > clip):  # otherwise every gradient would be read and written only to be multiplied by 1
             torch.nn.utils.clip_grads_with_norm_(self.list, clip, norm)
         for group in self.adamw.param_groups:
             group["lr"] = rate
             group["weight_decay"] = weight_decay
         self.adamw.step()
-        # The fused kernel leaves the version as it was, by which others know that what they made of the weights is old.
+        # The fused kernel does not bump the version counter, by which caches of derived tensors notice that weights changed.
         torch.autograd.graph.increment_version(self.list)
         self.forget_gradients()
         get_ema_multi_avg_fn(ema)(self.average, [p.detach() for p in self.list], None)
         return float(norm)
 
     def _norm(self) -> Tensor:
-        """Norm of the whole gradient; a share's own gradient is laid beside it."""
+        """Norm of the whole gradient; sets the gradients of this process's shards on the way."""
         shares = []
         for own, parameter in zip(self.list, self.parameters.values(), strict=True):
             if own is not parameter:
@@ -78,7 +78,7 @@ class Optimizer:
         return square.sqrt().float()
 
     def forget_gradients(self) -> None:
-        """Drop what backward passes left."""
+        """Drop all gradients."""
         for parameter in (*self.list, *self.parameters.values()):
             parameter.grad = None
 
@@ -93,7 +93,7 @@ class Optimizer:
             self._put(kept)
 
     def use_average(self) -> None:
-        """Put the moving average in the parameters' place for good."""
+        """Replace the parameters by their moving average for good."""
         self._put(self.average)
 
     @torch.no_grad()
@@ -102,7 +102,7 @@ class Optimizer:
             parameter.copy_(value)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that a resumed run needs, as flat tensors, divided as the parameters are."""
+        """Everything that a resumed run needs, as flat tensors, sharded like the parameters."""
         out: dict[str, Tensor] = {}
         for name, parameter, own, average in self._rows():
             out[f"weight.{name}"], out[f"average.{name}"] = parameter.detach(), divided_like(average, parameter)
@@ -111,7 +111,7 @@ class Optimizer:
         return out
 
     def state_like(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Room for a state of these names; parameters that are not trained yet have no moments."""
+        """Empty tensors to load a state with these names into; parameters not trained yet have no moments."""
         known, out = set(names), {}
         for name, parameter, own, _ in self._rows():
             for key in ("weight", "average", *MOMENTS):
@@ -121,7 +121,7 @@ class Optimizer:
         return out
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore a `state_dict`."""
         with torch.no_grad():
             for name, _, own, average in self._rows():
                 own.copy_(share(state[f"weight.{name}"]))
@@ -133,14 +133,14 @@ class Optimizer:
                     self.adamw.state[own] = dict(kept)
 
     def _rows(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter, Tensor]]:
-        """Name, parameter, what this process holds of it, and its average."""
+        """Name, parameter, this process's part of it, and the average of that part."""
         for (name, parameter), own, average in zip(self.parameters.items(), self.list, self.average, strict=True):
             yield name, parameter, own, average
 
 
 def _square_sum(gradients: list[Tensor]) -> Tensor:
-    """Sum of the squares of all numbers, float64. A dot product reads them once, at the memory's own rate, which torch's
-    norm of a tensor does not reach on a CPU (docs/speed.md).
+    """Sum of the squares of all elements, float64. A dot product reads them once at full memory bandwidth, which torch's norm
+    of a tensor does not reach on a CPU (docs/speed.md).
     """
     if not gradients:
         return torch.zeros((), dtype=torch.float64)
@@ -148,6 +148,6 @@ def _square_sum(gradients: list[Tensor]) -> Tensor:
 
 
 def _own(parameter: nn.Parameter) -> nn.Parameter:
-    """A parameter over this process's share; the parameter itself where it is whole."""
+    """A parameter over this process's shard; the parameter itself if it is not sharded."""
     own = share(parameter)
     return parameter if own is parameter else nn.Parameter(own)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def write_sheet(path: Path, pictures: Sequence[PILImage.Image], size: int) -> PILImage.Image:
-    """Pictures of a preview in a row, as a file; returns the row."""
+    """Write the pictures of a preview in a row and return that picture."""
     sheet = PILImage.new("RGB", (size * len(pictures), size), "white")
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (i * size, 0))
@@ -32,7 +32,7 @@ def write_sheet(path: Path, pictures: Sequence[PILImage.Image], size: int) -> PI
 
 
 def pack_facts(recipe: Recipe, progress: Progress, source: Source, data_licence: str) -> dict[str, Any]:
-    """How a pack was trained, for its config and card."""
+    """Facts about the training of a pack, for its config and card."""
     training = {
         "steps": progress.step,
         "samples": progress.samples,
@@ -55,21 +55,21 @@ def write_pack(
     *,
     together: bool,
 ) -> Model:
-    """Write the pack; the other processes wait for it, unless they may have been stopped elsewhere.
+    """Write the pack in the first process; the others wait for it.
 
     Args:
-        folder: of the pack.
-        model: what was trained.
-        facts: as `pack_facts`.
-        sharding: how its weights are divided, if they are.
-        processes: of the run.
-        together: whether all of them call it, as they have to where weights are divided.
+        folder: the pack's.
+        model: the trained model.
+        facts: from `pack_facts`.
+        sharding: how its weights are sharded, if they are.
+        processes: the run's.
+        together: whether all processes call it, as they must with sharded weights.
 
     Returns:
-        the model, with all its weights in every process.
+        the model with unsharded weights, in every process.
 
     Raises:
-        XFusionError: it cannot be written; the same in all processes.
+        XFusionError: it cannot be written; raised in all processes.
     """
     first = processes.first
     if sharding is None:

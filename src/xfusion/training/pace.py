@@ -1,21 +1,21 @@
-"""How fast a run is, as soon as that can be known, what a wall-clock budget plans its steps by; and what compiles later."""
+"""The pace of a run, by which a wall-clock budget plans its steps, and the graphs that were compiled after the warm-up."""
 
 from __future__ import annotations
 
 from xfusion.model import compiled_graphs
 
 WARM_STEPS = 10
-"""Steps that a wall-clock budget does not measure: compiling and first encodings happen there."""
+"""Steps that a wall-clock budget does not measure: they compile, and encode texts and pictures for the first time."""
 MEASURED_STEPS = 20
-"""Steps from which a wall-clock budget derives the number of steps."""
+"""Steps per measurement of the pace."""
 STEADY = 0.9
-"""A stretch that takes less than this share of the one before is not the last that gets faster."""
+"""The pace counts as steady once a measurement takes at least this share of the one before."""
 
 
 class Pace:
-    """When the speed of a run is known: not while first steps compile, and not while each stretch is faster than the last.
+    """Measures the pace of a run, once it is steady.
 
-    A recipe may look things up that its first steps compute: states of words, features of pictures.
+    The first steps compile, and later ones get faster as texts and pictures come back whose states or features are cached.
     """
 
     def __init__(self, step: int):
@@ -24,14 +24,14 @@ class Pace:
         self.first: tuple[int, float] | None = None
 
     def seconds_per_step(self, step: int, now: float, until: float) -> float | None:
-        """Seconds per step of the last stretch of `MEASURED_STEPS`; None while that says nothing yet.
+        """Seconds per step over the last `MEASURED_STEPS`; None while the pace is not steady.
 
-        Steps so slow that no stretch ends in time are measured from the first one on, which is left out: it compiles.
+        If steps are so slow that no measurement would end in time, all steps but the first, which compiles, are measured.
 
         Args:
-            step: steps done.
-            now: when.
-            until: what is known has to do where one more stretch like the last would end later.
+            step: number of finished steps.
+            now: the current time.
+            until: the pace known so far is returned if another measurement like the last would end after this time.
         """
         if self.first is None:
             self.first = (step, now)
@@ -48,12 +48,12 @@ class Pace:
 
 
 class Graphs:
-    """Graphs that a run compiles, and which of them came late, behind the warm-up: each holds up the step that asks for it.
+    """Counts the graphs that a run compiles, and those compiled after the warm-up, each of which delays a step.
 
-    A step that is wider than nine tenths of those that were looked at (`xfusion.data.mixture.Mixture.widths`) may make some.
+    A batch wider than 90 % of those that were sampled (`xfusion.data.mixture.Mixture.widths`) may compile new ones.
 
     Args:
-        step: at which the run begins, or goes on: a process that goes on compiles anew.
+        step: where the run starts or resumes; a resumed process compiles again.
     """
 
     def __init__(self, step: int):
@@ -61,11 +61,11 @@ class Graphs:
         self.before, self.late = self.first, 0
 
     def take(self, step: int, inside: int) -> None:
-        """A step is done.
+        """Record a finished step.
 
         Args:
-            step: which.
-            inside: its number within its stage, which warms up for itself.
+            step: its number.
+            inside: its number within its stage; each stage has its own warm-up.
         """
         found = compiled_graphs()
         if min(step - self.begun, inside) >= WARM_STEPS:
@@ -73,5 +73,5 @@ class Graphs:
         self.before = found
 
     def facts(self) -> dict[str, int]:
-        """Graphs in all and behind the warm-up, for the log."""
+        """Number of graphs in total and after the warm-up, for the log."""
         return {"graphs": self.before - self.first, "graphs_behind_warm_up": self.late}

@@ -1,12 +1,12 @@
-"""Several processes that train one model together, under torchrun; alone, all of this does nothing.
+"""Data-parallel training by several processes under torchrun; with one process all of this is a no-op.
 
-Every process lays out the whole batch of a step, reads the pictures of its own rows, and draws the noise of all: what a
-row is does not depend on who computes it. Losses are divided by the counts of the whole step, which each process knows
-without asking, and gradients are added. So 1, 2 and 4 processes follow one curve but for the order of float sums. All keep
-the same weights, optimiser and average; the first writes the log, previews, state and pack, and a state of any number of
-processes loads on any other.
+Every process lays out the whole batch of a step, reads the pictures of its own rows and draws the noise of all rows, so a row
+does not depend on which process computes it. Losses are divided by the counts of the whole step, which every process knows
+without communication, and gradients are summed. So 1, 2 and 4 processes follow the same curve up to the order of float
+sums. All have the same weights, optimizer and average. The first process writes log, previews, states and pack, and a state
+loads on any number of processes.
 
-Nothing waits for a particular picture or loss: a process whose rows hold none adds zeros to the same sums.
+No process waits for a particular picture or loss: one whose rows have none adds zeros to the same sums.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from xfusion.data.sequence import XFusionError, first_line
 
 T = TypeVar("T")
 Shard = Literal["none", "new", "all"]
-"""What processes divide among them (`xfusion.training.sharding`)."""
+"""What the processes shard (`xfusion.training.sharding`)."""
 BUCKET_BYTES = 64 * 1024 * 1024
-"""Gradients that are added in one message: memory that the sum needs beside them."""
+"""Size of an all-reduce bucket, which is also the extra memory that it needs."""
 PATIENCE = timedelta(hours=6)
-"""How long a process waits for the others, which may be building an index; one that dies is noticed at once."""
+"""Timeout for the other processes, which may be building an index; one that dies is noticed at once."""
 
 
 LOST = re.compile(r"onnection (closed|reset|refused)|[Bb]roken pipe|[Tt]imed out|remote process (exited|has)", re.ASCII)
-"""What gloo and nccl say where another process is gone."""
+"""Error messages of gloo and nccl for a process that is gone."""
 
 
 class Processes:
     """The processes of a run.
 
     Args:
-        device: where the run computes; ``cuda`` alone is the GPU of this process's local rank.
+        device: the run's device; plain ``cuda`` is the GPU of this process's local rank.
 
     Raises:
         XFusionError: torchrun's settings are incomplete.
@@ -70,21 +70,21 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes."""
+        """Whether this is rank 0, which writes all files."""
         return self.rank == 0
 
     def share(self, rows: int) -> slice | None:
-        """Rows of a batch that this process computes; None where it computes all. Some may get none."""
+        """Rows of a batch that this process computes, possibly none; None if it computes all."""
         if self.count == 1:
             return None
         return slice(rows * self.rank // self.count, rows * (self.rank + 1) // self.count)
 
     @contextmanager
     def one_by_one(self) -> Iterator[None]:
-        """A block that one process after the other goes through: what it takes for a while is taken once.
+        """Run the block in one process after the other, so that what it needs temporarily is needed only once.
 
         Raises:
-            XFusionError: it failed in another process, which tells why.
+            XFusionError: it failed in another process, which reports why.
         """
         for _ in range(self.rank):
             self._raise_first(self.gather(None))
@@ -95,10 +95,10 @@ class Processes:
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
-        """A block that the first process goes through before the others: what it builds, they find.
+        """Run the block in the first process before the others, which then find what it built.
 
         Raises:
-            XFusionError: it failed in the first process, which tells why.
+            XFusionError: it failed in the first process, which reports why.
         """
         if self.first:
             with self._telling(self.same):
@@ -109,10 +109,10 @@ class Processes:
 
     @contextmanager
     def all_or_none(self) -> Iterator[None]:
-        """A block, without messages between them, that fails in all processes where it fails in one.
+        """Fail in all processes if the block, which must not communicate, fails in one.
 
         Raises:
-            XFusionError: it failed here, or in another process, which tells why.
+            XFusionError: it failed here, or in another process, which reports why.
         """
         failed: XFusionError | None = None
         try:
@@ -127,7 +127,7 @@ class Processes:
     @staticmethod
     @contextmanager
     def _telling(tell: Callable[[str | None], Any]) -> Iterator[None]:
-        """A block behind which the others, who wait, are told how it failed, or that it did not."""
+        """Tell the waiting processes after the block how it failed, or that it succeeded."""
         said: str | None = "it was stopped"
         try:
             yield
@@ -148,10 +148,10 @@ class Processes:
 
     @contextmanager
     def noticing(self, step: Callable[[], int]) -> Iterator[None]:
-        """A block in which a process that dies is told of in a line by those that wait for it.
+        """Turn the loss of another process inside the block into one clear error.
 
         Args:
-            step: how far the run is.
+            step: gives the current step.
 
         Raises:
             XFusionError: another process is gone.
@@ -167,7 +167,7 @@ class Processes:
             ) from error
 
     def same(self, value: T) -> T:
-        """The first process's value."""
+        """Broadcast the first process's value."""
         if self.count == 1:
             return value
         values = [value]
@@ -183,7 +183,7 @@ class Processes:
         return values
 
     def largest(self, *values: int) -> list[int]:
-        """The largest of each value among all processes."""
+        """The maximum of each value over all processes."""
         if self.count == 1:
             return [*values]
         found = torch.tensor(values)
@@ -197,16 +197,16 @@ class Processes:
         return value
 
     def same_weights(self, parameters: Sequence[Tensor]) -> None:
-        """Put the first process's weights into all."""
+        """Broadcast the first process's weights."""
         if self.count > 1:
             for parameter in parameters:
                 dist.broadcast(parameter.detach(), src=0)
 
     def add(self, losses: dict[str, float], parameters: Sequence[nn.Parameter]) -> dict[str, float]:
-        """Add up gradients in place, and losses; the same names and parameters everywhere.
+        """Sum gradients in place, and losses; names and parameters must be the same everywhere.
 
-        A parameter that got a gradient in any process has one in all behind it; one that got none anywhere stays without,
-        as it would in a single process.
+        A parameter with a gradient in any process then has one in all; a parameter without any stays without, as in a single
+        process.
         """
         if self.count == 1:
             return losses
@@ -222,10 +222,10 @@ class Processes:
         return dict(zip(losses, facts[: len(losses)].tolist(), strict=True))
 
     def memory(self, parts: dict[str, int]) -> list[str]:
-        """A table of bytes by process: parts, their sum, and what the process holds now and has held at the most.
+        """A table of memory by process: the parts, their sum, current use and peak use.
 
-        On a CPU, "held now" are pages of its own (Linux tells them apart); "peak so far" counts those of files too, which
-        the processes of a machine share.
+        On a CPU, "held now" counts anonymous pages only (on Linux); "peak so far" includes mapped files, which the processes
+        of a machine share.
         """
         held: int | None = None
         if self.device.type == "cuda":
@@ -245,7 +245,7 @@ class Processes:
 
 
 def own_pages() -> int | None:
-    """Bytes of this process's pages that are its own, not a file's; None where the system does not tell them apart."""
+    """Bytes of this process's anonymous pages; None if the system does not report them."""
     if not (status := Path("/proc/self/status")).is_file():
         return None
     lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
@@ -253,22 +253,22 @@ def own_pages() -> int | None:
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes that tensors take in this process: of a divided one its share."""
+    """Bytes of tensors in this process; of a sharded tensor only its shard."""
     return sum(own.numel() * own.element_size() for own in map(share, tensors))
 
 
 def share(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor: all of it, unless it is divided."""
+    """This process's shard of a tensor; the tensor itself if it is not sharded."""
     return tensor.detach().to_local() if is_divided(tensor) else tensor  # type: ignore[operator]
 
 
 def is_divided(tensor: Tensor) -> bool:
-    """Whether a tensor is a `DTensor`; asked without that import, which takes seconds."""
+    """Whether a tensor is a `DTensor`, without that import, which takes seconds."""
     return hasattr(tensor, "to_local")
 
 
 def divided_like(own: Tensor, pattern: Tensor) -> Tensor:
-    """A share as part of a tensor that is divided as ``pattern`` is; itself where that is not divided."""
+    """A shard as a `DTensor` that is sharded like ``pattern``; unchanged if that is not sharded."""
     if not is_divided(pattern):
         return own
     from torch.distributed.tensor import DTensor
@@ -280,7 +280,7 @@ def divided_like(own: Tensor, pattern: Tensor) -> Tensor:
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Parameters in their order, some of one type at a time."""
+    """Consecutive parameters of one dtype, up to `BUCKET_BYTES` at a time."""
     bucket: list[nn.Parameter] = []
     size = 0
     for parameter in parameters:

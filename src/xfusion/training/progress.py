@@ -1,4 +1,4 @@
-"""How far a run is, and how far it goes: what its states say of it, and what a resumed run takes up."""
+"""Where a run is and how far it will go; saved with its states and restored on resume."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from xfusion.data.sources import Source
 from xfusion.training.stages import Stage
 
 LATEST_PLAN = 0.75
-"""Share of a wall-clock budget behind which no further stretch is waited for."""
+"""Share of a wall-clock budget after which the plan is made with the pace known so far."""
 LARGEST_STEPS = 10_000_000
-"""Steps of a stage whose length is not planned yet: its rate is warming up."""
+"""Assumed length of a stage that is not planned yet: its learning rate is still warming up."""
 REMEMBERED = 0.98
-"""Share of the mean loss that stays at each step: it looks back over some fifty. Its lowest value is the best state's."""
+"""Decay of the running mean of the loss, which looks back over some fifty steps. The best state has its lowest value."""
 
 
 class Progress:
-    """Steps, samples, seconds and the mean loss of a run, from its start on.
+    """Steps, samples, seconds and mean loss of a run since its start.
 
     Args:
-        stages: of the recipe.
-        minutes: wall-clock budget, which fixes the number of steps later (`plan`); None takes that of the stages.
+        stages: the recipe's.
+        minutes: wall-clock budget, which sets the number of steps later (`plan`); None uses that of the stages.
     """
 
     def __init__(self, stages: Sequence[Stage], minutes: float | None):
@@ -36,11 +36,11 @@ class Progress:
         self._started = time.perf_counter()
         self._seconds_before = 0.0
         self._recent = (0.0, 0.0)
-        """Sum and weight of the mean loss; `REMEMBERED`."""
+        """Sum and weight of the running mean of the loss (`REMEMBERED`)."""
 
     @property
     def total(self) -> int:
-        """Steps of all stages, as far as they are known."""
+        """Steps of all stages, as far as known."""
         return sum(self.totals)
 
     @property
@@ -50,11 +50,11 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Since the run began, without the breaks."""
+        """Training time since the run began, without interruptions."""
         return self._seconds_before + time.perf_counter() - self._started
 
     def stage(self, step: int) -> tuple[int, int, int]:
-        """Stage of a step, the step within it, and the stage's steps."""
+        """The stage of a step, the step within that stage, and the stage's number of steps."""
         for number, total in enumerate(self.totals):
             if step < total:
                 return number, step, total
@@ -67,25 +67,25 @@ class Progress:
         return self.stages[number].rate_at(inside, total if self.planned else LARGEST_STEPS)
 
     def take(self, loss: float, samples: int) -> None:
-        """A step is done: the weighted sum of its losses, and how many samples it read."""
-        total, weight = self._recent if self.stage(self.step)[1] else (0.0, 0.0)  # another stage is another loss
+        """Record a finished step: the weighted sum of its losses and its number of samples."""
+        total, weight = self._recent if self.stage(self.step)[1] else (0.0, 0.0)  # losses of two stages are not comparable
         self._recent = (REMEMBERED * total + (1 - REMEMBERED) * loss, REMEMBERED * weight + (1 - REMEMBERED))
         self.samples += samples
         self.step += 1
 
     def planned_by(self) -> float:
-        """When a plan has to be there: three quarters into the wall-clock budget."""
+        """The time by which the steps must be planned: three quarters into the wall-clock budget."""
         assert self.minutes is not None
         return self._started - self._seconds_before + LATEST_PLAN * 60 * self.minutes
 
     def steps_in_budget(self, seconds_per_step: float, now: float, preview_every: float, preview_seconds: float) -> int:
-        """Steps that the run has in all, if the rest goes on at this pace.
+        """Total number of steps of the run at this pace.
 
         Args:
-            seconds_per_step: as measured, at the moment ``now``.
-            now: when.
-            preview_every: seconds from one preview to the next; 0 makes none.
-            preview_seconds: what one takes.
+            seconds_per_step: as measured.
+            now: the current time.
+            preview_every: seconds between previews; 0 makes none.
+            preview_seconds: seconds that a preview takes.
         """
         assert self.minutes is not None
         left = self.minutes * 60 - (now - self._started) - self._seconds_before
@@ -93,11 +93,11 @@ class Progress:
         return self.step + max(1, int((left - previews) / seconds_per_step))
 
     def plan(self, total: int) -> None:
-        """Everything from here on is by step."""
+        """Fix the total number of steps."""
         self.totals, self.planned = [total], True
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands, in JSON's types; ``stage`` and ``loss`` are not read back."""
+        """The position as JSON types; ``stage`` and ``loss`` are informative and not read back."""
         total, weight = self._recent
         return {
             "step": self.step,
@@ -112,7 +112,7 @@ class Progress:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Stand where `state_dict` said; other keys are passed over."""
+        """Restore a `state_dict`; unknown keys are ignored."""
         self.step, self.samples, self.totals = state["step"], state["samples"], state["totals"]
         self.planned, self._seconds_before = state["planned"], state["seconds"]
         self.minutes = state["minutes"] if self.minutes is None else self.minutes
@@ -120,9 +120,7 @@ class Progress:
 
 
 def all_examples(source: Source) -> list[Any]:
-    """How many examples there are, a hash over which, for the order of a run goes over all of them, and one over what they
-    hold.
-    """
+    """The number of examples, a hash of their ids (the order of a run depends on all of them), and a hash of their content."""
     which, held = hashlib.sha256(), hashlib.sha256()
     for number, e in enumerate(source.examples):
         which.update(("\n" * bool(number) + e.id).encode(errors="surrogatepass"))

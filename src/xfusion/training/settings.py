@@ -1,4 +1,4 @@
-"""What a run was asked for, refused where it cannot be before anything is loaded."""
+"""The settings of a run; illegal ones are refused before anything is loaded."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from xfusion.training.track import Listener
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Settings:
-    """The arguments of `xfusion.training.loop.train`, which says what each is.
+    """The arguments of `xfusion.training.loop.train`, which documents them.
 
     Raises:
-        XFusionError: a value that is not legal, or two that do not go together.
+        XFusionError: an illegal value, or two values that exclude each other.
     """
 
     recipe: Recipe
@@ -40,14 +40,14 @@ class Settings:
     compile: bool
     dtype: torch.dtype | None
     attention: str | None
-    """What layers attend by, where the device does not choose."""
+    """Attention implementation; None chooses by device."""
     preview_prompts: tuple[str, ...] | None
     preview_every: float
     checkpoint_every: float
     keep: int
     shard: Shard
     decoders: int | None
-    """Threads that decode pictures, where it is not as many as usual."""
+    """Threads that decode pictures; None uses the default number."""
     console: Console | None
     listener: Listener | None
 

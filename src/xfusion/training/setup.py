@@ -1,4 +1,4 @@
-"""What stands before the first step of a run: its folder, its model, its data, and what of these does not go together."""
+"""Preparation of a run before its first step: folder, model and data, and checks that they fit together."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ from xfusion.training.stages import Stage
 from xfusion.training.unreadable import LeftOut
 
 LOCK = "run.lock"
-"""File in a run's folder that the run holds as long as it goes on; it stays behind, and means nothing then."""
+"""Lock file in a run's folder, held while the run is alive; a leftover file without a holder means nothing."""
 TEXT_ROOM = 4
-"""Times `TEXT_STATES_BYTES` that the states of all prompts may take and still be kept for when they come back."""
+"""Prompt states are cached if those of all prompts take at most this many times `TEXT_STATES_BYTES`."""
 
 
 @contextmanager
 def taken_folder(out: Path, *, resume: bool) -> Iterator[None]:
-    """A block that has a run's folder for itself, against other processes; the system frees what a dead one held.
+    """Hold the lock on a run's folder inside the block; the system releases it if the process dies.
 
-    Refused now, and not when the base is loaded and the first step done: a folder that another run is writing, that holds a
-    run, or none to resume, or that cannot be written to. What a killed run had half written is removed. A folder that is
-    made here and stays empty, because the run was refused, goes again.
+    The checks run before the base is loaded. A folder is refused if another run is writing it, if it already has a run, if it
+    has none to resume, or if it cannot be written. What a killed run left half written is removed. A folder that was created
+    here is removed again if the run is refused.
 
     Raises:
-        XFusionError: it is refused.
+        XFusionError: the folder is refused.
     """
     made, nothing = (
         not out.exists(),
         f"{out} holds no run to resume (nothing in state/); leave --resume out to start one",
     )
-    if resume and not (out / "state").is_dir():  # perhaps the folder of something else: nothing is written into it
+    if resume and not (out / "state").is_dir():  # it may belong to something else, so write nothing into it
         raise XFusionError(nothing)
     with named_in_errors(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def taken_folder(out: Path, *, resume: bool) -> Iterator[None]:
             raise XFusionError(nothing)
         if not resume and found:
             raise XFusionError(f"{out} already holds a run: pass --resume to go on, or name another folder")
-        checkpoint.refuse_other_files(out / "pack")  # or the pack would be refused when all is learned
+        checkpoint.refuse_other_files(out / "pack")  # or the pack would be refused after training
         yield
     finally:
         with suppress(OSError):

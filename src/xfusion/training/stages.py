@@ -1,4 +1,4 @@
-"""A run is data: what is built, what it reads, and its stages, each with what it trains at which rate for how long."""
+"""Recipes and stages as data: the model, the training data, and per stage the mixture, learning rate and number of steps."""
 
 from __future__ import annotations
 
@@ -12,35 +12,34 @@ from xfusion.model import ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stretch of training."""
+    """One stage of training."""
 
     steps: int = 2000
     """Optimiser steps; a wall-clock budget (--minutes) replaces it."""
     rate: float = 2e-3
-    """Largest learning rate."""
+    """Peak learning rate."""
     warmup: int = 50
-    """Steps over which the rate rises from 0."""
+    """Steps over which the learning rate rises from 0."""
     schedule: Literal["cosine", "linear", "constant"] = "linear"
-    """How the rate falls to 0 behind the warm-up."""
+    """How the learning rate falls to 0 after the warm-up."""
     mixture: MixtureConfig = MixtureConfig()
-    """Samples per step and task."""
+    """Samples per step, by task."""
     accumulate: int = 1
-    """Times the mixture is read per optimiser step."""
+    """Gradient accumulation: how many times the mixture is read per optimiser step."""
     activation_checkpointing: bool = False
-    """Compute each layer once more in the backward pass instead of keeping what it made: the same losses and gradients, less
-    memory, more time. `xfusion show` predicts the memory, `xfusion bench --only activation_checkpointing` measures both."""
+    """Recompute each layer in the backward pass instead of storing its activations: same losses and gradients, less memory,
+    more time. `xfusion show` predicts the memory, `xfusion bench --only activation_checkpointing` measures both."""
     clip: float = 1.0
-    """Largest norm of the gradient."""
+    """Gradients are clipped to this norm."""
     weight_decay: float = 0.0
-    """AdamW's decoupled decay, of all new weights alike: norms, biases, gates and boundary rows too, which others often leave
-    out (`xfusion.training.optimizer`)."""
+    """AdamW's decoupled weight decay. It applies to all new weights, including norms, biases, gates and boundary rows, which
+    are often exempt elsewhere (`xfusion.training.optimizer`)."""
     ema: float = 0.999
-    """Decay of the averaged weights that are saved, warmed up as (1 + step) / (10 + step); 0 saves the raw ones. Steps are the
-    stage's own: within its first ones the average becomes that of this stage alone, and what was averaged before is gone, for
-    another mixture or rate makes other weights."""
+    """Decay of the exponential moving average of the weights, which is what is saved; 0 saves the raw weights. It warms up as
+    (1 + step) / (10 + step) with the stage's own steps, so each stage soon averages over itself alone."""
 
     def rate_at(self, step: int, steps: int) -> float:
-        """Learning rate of a step (from 0) of ``steps``."""
+        """Learning rate at a step, counted from 0, of ``steps`` in total."""
         if step < self.warmup:
             return self.rate * (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, steps - self.warmup)
@@ -51,7 +50,7 @@ class Stage:
         return self.rate
 
     def ema_at(self, step: int) -> float:
-        """EMA decay of a step."""
+        """EMA decay at a step."""
         return min(self.ema, (1 + step) / (10 + step)) if self.ema else 0.0
 
 
@@ -60,19 +59,19 @@ class Recipe:
     """One way to give a frozen LLM a modality: everything that `xfusion.train` needs."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    """What is built."""
+    """The model."""
     data: str = "emoji"
-    """Pictures with captions: emoji, emoji:128, a folder, a .jsonl file, shards, latents, or several with their weights, as
-    in photos:weight=2+emoji."""
+    """Pictures with captions: emoji, emoji:128, a folder, a .jsonl file, shards, latents, or a weighted mixture such as
+    photos:weight=2+emoji."""
     data_licence: str | None = None
-    """Licence of your own pictures, such as CC-BY-4.0, for the pack's card; sources that state theirs (emoji) keep it."""
+    """Licence of your own pictures, such as CC-BY-4.0, for the pack's card; sources that state their own (emoji) keep it."""
     licence: str | None = None
-    """Licence of the trained weights as a hub names it, such as cc-by-4.0; None states none."""
+    """Licence of the trained weights as the hub spells it, such as cc-by-4.0; None states none."""
     stages: tuple[Stage, ...] = (Stage(),)
-    """What is trained, in order."""
+    """The stages, in order."""
     seed: int = 0
-    """Seed of order, wordings and noise."""
+    """Seed of the data order, the wordings and the noise."""
 
     def with_model(self, **changes: Any) -> Recipe:
-        """The same recipe for a model in which some parts are others, such as ``fusion``."""
+        """The same recipe with some fields of its model config replaced, such as ``fusion``."""
         return replace(self, model=replace(self.model, **changes))

@@ -1,9 +1,9 @@
-"""The states of a run: the newest few and the best, each whole or not there, and read only as it was written.
+"""The states of a run (its checkpoints): the newest few and the best, written atomically and verified when read.
 
-``state/step_00000300/`` holds ``state.safetensors`` (weights, their average, the optimizer's moments) and ``state.json``
-(the recipe, where the run stands, a hash of the tensors' file and one over itself). Where processes divide the weights each
-writes a file of its own shares instead, by `torch.distributed.checkpoint` as safetensors too, and ``state.json`` has the hash
-of each. Either kind is read whole or divided, by any number of processes.
+``state/step_00000300/`` has ``state.safetensors`` (weights, their average, the optimizer's moments) and ``state.json`` (the
+recipe, the position of the run, a hash of the tensor file and one of itself). With sharded weights each process writes a
+safetensors file of its own shards through `torch.distributed.checkpoint`, and ``state.json`` has the hash of each. Both kinds
+can be read whole or sharded, by any number of processes.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from xfusion.training.processes import Processes
 T = TypeVar("T", bound=tuple[Any, ...])
 STATE, PLAN = "state.safetensors", "state.json"
 PARTS = "state_files"
-"""Field of the plan: file of a process -> hash."""
+"""Field of the plan that maps the file of each process to its hash."""
 logger = logging.getLogger(__name__)
 
 
 def found(folder: Path) -> list[Path]:
-    """A run's states, the newest first, intact or not; none where there is no such folder."""
+    """A run's states, newest first, intact or not; empty if there is no such folder."""
     storage.put_all_back(folder, "step_*")
     states = sorted((path for path in folder.glob("step_*") if path.is_dir()), reverse=True)
-    # Before states were numbered there was one, in the folder itself.
+    # Before states were numbered there was a single one, in the folder itself.
     return states + ([folder] if (folder / PLAN).is_file() else [])
 
 
@@ -45,15 +45,15 @@ def write(folder: Path, tensors: dict[str, Tensor], plan: dict[str, Any], keep: 
     """Write the state of ``plan["step"]``, then remove all but the newest ``keep`` and the best.
 
     Args:
-        folder: of the states.
-        tensors: by name.
-        plan: what the state says of its run.
-        keep: how many of the newest stay.
-        behind: step of the state that the run wrote last or went on from, None where there is none. What is further was left
-            out when the run went on, being damaged: it counts for nothing, and goes.
+        folder: folder of the states.
+        tensors: tensors by name.
+        plan: facts about the run.
+        keep: how many of the newest states to keep.
+        behind: step of the state that the run wrote last or resumed from; None if there is none. States of later steps were
+            damaged and skipped on resume: they do not count and are removed.
 
     Raises:
-        XFusionError: it cannot be written; the states that were there stay.
+        XFusionError: it cannot be written; existing states stay.
     """
     target = folder / _name(plan["step"])
     with storage.whole_folder(target) as state:
@@ -71,10 +71,10 @@ def write_divided(
     processes: Processes,
     behind: int | None = None,
 ) -> Path:
-    """`write`, together with all processes: each writes its shares, the first makes the folder and gives it its name.
+    """`write` by all processes together: each writes its shards, and the first creates the folder and renames it.
 
     Raises:
-        XFusionError: one of them cannot write; the states that were there stay.
+        XFusionError: one of them cannot write; existing states stay.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
@@ -88,7 +88,7 @@ def write_divided(
         with processes.all_or_none():
             try:
                 save(tensors, storage_writer=HuggingFaceStorageWriter(str(state), save_distributed=True))
-            except CheckpointException as error:  # of any process, told to all
+            except CheckpointException as error:  # raised in all processes if any of them fails
                 reason = next(iter(error.failures.values()))[0]
                 raise XFusionError(
                     f"{target} cannot be written: {reason}; make room, or name another folder"
@@ -106,7 +106,7 @@ def write_divided(
 
 
 def _name(step: int) -> str:
-    """Of a state's folder; names are ordered as steps are."""
+    """Name of a state's folder; names sort like steps."""
     return f"step_{step:08d}"
 
 
@@ -115,7 +115,7 @@ def _seal(state: Path, plan: dict[str, Any]) -> None:
 
 
 def _drop(folder: Path, keep: int, written: Path, behind: int | None) -> None:
-    """Remove all states but the newest ``keep`` and the best; what is further than ``behind`` and not just written goes."""
+    """Remove all states but the newest ``keep`` and the best, and those later than ``behind`` except the one just written."""
     last = written.name if behind is None else _name(behind)
     counted = [state for state in found(folder) if state in (written, folder) or state.name <= last]
     kept = {*counted[:keep], _best(counted)}
@@ -124,12 +124,12 @@ def _drop(folder: Path, keep: int, written: Path, behind: int | None) -> None:
             if state == folder:
                 (state / STATE).unlink(missing_ok=True)
                 (state / PLAN).unlink()
-            elif state not in kept:  # without its name first, or a kill in between would leave half of a state under it
+            elif state not in kept:  # renamed first, so that a kill in between leaves no half-deleted state under this name
                 shutil.rmtree(state.rename(folder / f".{state.name}-dropped"), ignore_errors=True)
 
 
 def best(folder: Path) -> Path | None:
-    """The state with the lowest loss among those of the furthest stage: losses of two stages have no common measure."""
+    """The state with the lowest loss in the latest stage: losses of different stages are not comparable."""
     return _best(found(folder))
 
 
@@ -146,10 +146,10 @@ def _best(states: list[Path]) -> Path | None:
 
 
 def read_plan(state: Path) -> dict[str, Any]:
-    """What a state says of its run.
+    """The plan of a state: the facts about its run.
 
     Raises:
-        XFusionError: it is missing, half there or altered.
+        XFusionError: it is missing, incomplete or altered.
     """
     plan = storage.read_json(state / PLAN)
     numbered = state.name.startswith("step_")
@@ -159,10 +159,10 @@ def read_plan(state: Path) -> dict[str, Any]:
 
 
 def read(state: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A state's plan and tensors, whole.
+    """Plan and unsharded tensors of a state.
 
     Raises:
-        XFusionError: it is missing, half there or altered.
+        XFusionError: it is missing, incomplete or altered.
     """
     plan = read_plan(state)
     if PARTS not in plan:
@@ -174,16 +174,16 @@ def read(state: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def intact(state: Path) -> dict[str, Any]:
-    """A state's plan, if its tensors are those that were written.
+    """Plan of a state whose tensors were verified against their hashes.
 
     Raises:
-        XFusionError: it is missing, half there or altered.
+        XFusionError: it is missing, incomplete or altered.
     """
     plan = read_plan(state)
     if PARTS in plan:
         _check_parts(state, plan)
     else:
-        storage.read_tensors(state / STATE, plan.get("state_sha256"))  # mapped, not held
+        storage.read_tensors(state / STATE, plan.get("state_sha256"))  # memory-mapped, not loaded
     return plan
 
 
@@ -195,7 +195,7 @@ def _check_parts(state: Path, plan: dict[str, Any]) -> None:
 
 
 def entries(state: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Shape and type of each tensor of a state, as if it were whole."""
+    """Unsharded shape and dtype of each tensor of a state."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
     found: Any = HuggingFaceStorageReader(str(state)).read_metadata().state_dict_metadata
@@ -203,12 +203,12 @@ def entries(state: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 
 def fill(state: Path, tensors: dict[str, Tensor], *, alone: bool = False) -> None:
-    """Read a state into tensors that are there, whole or divided; of divided ones each process reads its shares alone.
+    """Read a state into existing tensors; of sharded ones each process reads only its shards.
 
     Args:
         state: the state's folder.
-        tensors: by the state's names.
-        alone: this process reads by itself; else all do it together.
+        tensors: tensors by their names in the state.
+        alone: whether this process reads alone instead of together with all others.
 
     Raises:
         XFusionError: a tensor is missing or of another shape.
@@ -218,7 +218,7 @@ def fill(state: Path, tensors: dict[str, Tensor], *, alone: bool = False) -> Non
     from torch.distributed.checkpoint.state_dict_loader import load
 
     try:
-        with warnings.catch_warnings():  # of a process group that is not there, which is what `alone` says
+        with warnings.catch_warnings():  # about the missing process group, which `alone` implies
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             load(tensors, storage_reader=HuggingFaceStorageReader(str(state)), no_dist=alone)
     except (OSError, SafetensorError, ValueError, RuntimeError, CheckpointException) as error:
@@ -226,7 +226,7 @@ def fill(state: Path, tensors: dict[str, Tensor], *, alone: bool = False) -> Non
 
 
 def newest(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The newest intact state; damaged ones are named in a warning.
+    """The newest intact state; warns about damaged ones.
 
     Raises:
         XFusionError: none is intact.
@@ -235,7 +235,7 @@ def newest(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def newest_intact(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Where the newest intact state is, and its plan; damaged ones are named in a warning.
+    """Path and plan of the newest intact state; warns about damaged ones.
 
     Raises:
         XFusionError: none is intact.
@@ -259,10 +259,10 @@ def _newest(folder: Path, how: Callable[[Path], T]) -> tuple[Path, T]:
 
 
 def newest_plan(folder: Path) -> dict[str, Any]:
-    """The plan of the newest state that can be read, without its tensors.
+    """The plan of the newest readable state, without its tensors.
 
     Raises:
-        XFusionError: none can.
+        XFusionError: none is readable.
     """
     damage: list[str] = []
     for state in found(folder):
@@ -274,6 +274,6 @@ def newest_plan(folder: Path) -> dict[str, Any]:
 
 
 def remove_rests(run: Path) -> None:
-    """Remove what a killed run had half written; a state or pack that it was replacing in that moment is there again."""
+    """Remove what a killed run left half written, and restore a state or pack that it was just replacing."""
     storage.remove_rests(run / "state", "step_*")
     storage.remove_rests(run, "pack")
