@@ -1,4 +1,4 @@
-"""The sample (an ordered list of segments), its batch of position tables, and who may see whom.
+"""Samples (ordered lists of segments), batches as tables of positions, and the attention mask rule.
 
 Shape legend: ``B`` batch row (one row may hold several packed sequences), ``n`` positions of one kind in a row,
 ``M`` tokens of one media item, ``P`` width of a media token, ``N`` media items in the batch.
@@ -22,25 +22,24 @@ from torch import Tensor
 END_OF_MEDIA = -1
 """Entry of `Batch.text_ids` that stands for [EOI]: a text position whose embedding is a trainable row of the media port."""
 Seeing = Seq[Tensor]
-"""Order, sample, segment, whether seen both ways and whether visible to later: of positions, in any shape."""
+"""Five tables of positions, in any shape: order, sample, segment, bidirectional, visible to later ones."""
 IGNORE = -100
 """Label of a text position without a loss."""
 
 
 class XFusionError(ValueError):
-    """Bad input, said in one line: the thing, the values that disagree, and what to do."""
+    """Bad input, in one line: the thing, the conflicting values, and what to do."""
 
     told_elsewhere = False
-    """Whether another process of the same run tells it, so that people read it once."""
+    """Whether another process of the run reports it, so that it is printed once."""
 
 
 class Unreadable(XFusionError):
-    """Examples that were sound when the data was opened, or not looked at, and cannot be read when they are needed, or are more
-    than the model takes.
+    """Examples that turn out to be unreadable, or too long for the model, after the data was opened.
 
     Args:
         message: what is wrong with the first of them.
-        examples: for each its number in the source, and what is wrong, where whoever raises it knows the numbers.
+        examples: number in the source -> what is wrong, if the numbers are known.
     """
 
     def __init__(self, message: str, examples: Mapping[int, str] | None = None) -> None:
@@ -49,7 +48,7 @@ class Unreadable(XFusionError):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, in one line."""
+    """First line of another library's error message."""
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
@@ -60,36 +59,36 @@ class Example:
     id: str
     """Unique within the source."""
     captions: tuple[str, ...]
-    """``captions[0]`` is the name (the answer when captioning); the others are wordings that mean the same picture."""
+    """``captions[0]`` is the name, which is the answer when captioning; the others are alternative wordings."""
     group: str
-    """Near-identical pictures share a group: a split never divides one, a hit on any member counts."""
+    """Near-identical pictures share a group: a split never separates them, and a hit on any member counts."""
     origin: str
-    """Where it stands, for messages: ``file.jsonl:12`` or ``folder/a.png``."""
+    """Where it comes from, for messages: ``file.jsonl:12`` or ``folder/a.png``."""
     question: str = ""
-    """What is asked behind it, to which ``captions[0]`` is the answer; empty where the data asks nothing."""
+    """The question after the picture or sound, to which ``captions[0]`` is the answer; empty if there is none."""
     content: str = ""
-    """Hash of its file, or of its address with the commit where nobody reads that ahead; empty where the source never changes."""
+    """Hash of its file, or of its address and commit if the file is not read ahead; empty if the source never changes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Image:
-    """A picture to draw, in a list given to ``generate``: the place and the output size in pixels."""
+    """A request to draw a picture at this place of a list given to ``generate``."""
 
     size: int | None = None
-    """Side in pixels; None takes the size that the model was trained at."""
+    """Side in pixels; None uses the trained size."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Audio:
-    """A sound to make, in a list given to ``generate``: the place and the length."""
+    """A request to generate a sound at this place of a list given to ``generate``."""
 
     seconds: float | None = None
-    """Length in seconds; None takes the length that the model was trained at."""
+    """Length in seconds; None uses the trained length."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sound:
-    """A sound that is shown to a model, one channel; `xfusion.read_sound` makes one of a file."""
+    """A mono sound as input to a model; `xfusion.read_sound` reads one from a file."""
 
     samples: Tensor
     """Float32 ``[n]``, from -1 to 1."""
@@ -116,38 +115,38 @@ class Text:
     ids: tuple[int, ...]
     """Ids of the base's own tokenizer."""
     has_loss: bool = False
-    """Whether the model is trained to say these tokens."""
+    """Whether the model is trained to predict these tokens."""
     unread_end: bool = False
-    """Whether the last token of an answer is only learned, and read by nothing behind it. It is so at the end of a sequence,
-    too; before another picture it lets an answer end that a prompt would give without its end token."""
+    """Whether the last token is a target only and hidden from later positions, as at the end of a sequence. Before another
+    picture this trains an answer to end although prompts contain answers without their end token."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Media:
-    """One media item: its tokens, and what is done with them."""
+    """One media item: its tokens and how they are used."""
 
     tokens: Tensor
     """Linear patches of the clean item, float ``[M, P]``."""
     grid: tuple[int, int]
     """Rows and columns of tokens; their product is ``M``."""
     modality: str = "image"
-    """Name of the modality that made the tokens."""
+    """Name of the modality of the tokens."""
     state: Literal["clean", "noised"] = "clean"
     """Clean items are context; noised ones are corrupted by the media objective."""
     has_loss: bool = False
     """Whether the model is trained to produce this item."""
     visible_to_later: bool = True
-    """Whether positions after the item may see it (a noised copy beside a clean one is not)."""
+    """Whether later positions may attend to the item; False for a noised copy next to a clean one."""
     largest_noise: float = 1.0
-    """Noise levels of a noised item go from 0 to this."""
+    """Largest noise level of a noised item."""
     bidirectional: bool = True
-    """Whether the item's tokens see each other both ways; else in reading order."""
+    """Whether attention within the item is bidirectional; otherwise it is causal in reading order."""
     shared_position: bool = False
-    """Whether all tokens of the item have one rotary position; rows and columns tell them apart."""
+    """Whether all tokens of the item share one rotary position and differ by row and column only."""
     behind_begin: bool = False
-    """Whether the base's own beginning of text stands before the item where it opens a sequence."""
+    """Whether the base's BOS token comes before the item if it opens a sequence."""
     group: int = -1
-    """Items of one group are near-identical: none is a wrong answer for another. -1 is like no other."""
+    """Items of one group are near-identical, so none is a negative for another; -1 has no group."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,13 +168,13 @@ class Rows:
     position: Tensor
     """Position id given to the rotary (or learned) position code, int64."""
     segment: Tensor
-    """Number of the segment within the row, int64."""
+    """Index of the segment within the row, int64."""
     bidirectional: Tensor
-    """True where the positions of one segment see each other both ways, bool."""
+    """True if attention within the segment is bidirectional, bool."""
     visible_to_later: Tensor
-    """False where only the position's own segment may see it, bool."""
+    """False if only the position's own segment may attend to it, bool."""
     after_media: Tensor
-    """True from the first media token ([BOI]) of a sequence on, bool: only there may anything new act on words."""
+    """True from the first media token ([BOI]) of a sequence on, bool: only there may new weights act on text."""
 
     @property
     def count(self) -> int:
@@ -183,12 +182,12 @@ class Rows:
 
     @property
     def seeing(self) -> Seeing:
-        """The tables that say who sees whom, as `sees` takes them."""
+        """The tables that `sees` needs."""
         return self.order, self.sample, self.segment, self.bidirectional, self.visible_to_later
 
     @classmethod
     def empty(cls, batch: int, device: torch.device | str = "cpu") -> Rows:
-        """Tables without positions for ``batch`` rows."""
+        """Empty tables for ``batch`` rows."""
         whole = torch.empty(batch, 0, dtype=torch.int64, device=device)
         flag = torch.empty(batch, 0, dtype=torch.bool, device=device)
         return cls(
@@ -211,7 +210,7 @@ class Rows:
         return Rows(**{f.name: getattr(self, f.name)[:, chosen] for f in fields(self)})
 
     def none(self) -> Rows:
-        """Tables of the same rows without positions."""
+        """Empty tables of the same rows."""
         return self.columns(slice(0, 0))
 
     def index(self, rows: Tensor) -> Rows:
@@ -232,14 +231,14 @@ def seen(query: Rows, key: Rows, window: int | None = None) -> Tensor:
         window: a sliding window: keys ``order_q - window < order_k``; a media item stays whole.
 
     Returns:
-        bool ``[B, q, k]``; a padded query sees nothing, and so does one before all of the keys.
+        bool ``[B, q, k]``; all False for a padded query and for one before all keys.
     """
     queries, keys = [table[:, :, None] for table in query.seeing], [table[:, None, :] for table in key.seeing]
     return sees(queries, keys, window)
 
 
 def sees(query: Seeing, key: Seeing, window: int | None = None) -> Tensor:
-    """The rule itself, of `Rows.seeing` of queries and keys in any shapes that broadcast: who sees whom stands here alone."""
+    """The attention mask rule, for `Rows.seeing` of queries and keys in any shapes that broadcast. It is defined only here."""
     q_order, q_sample, q_segment, q_both, _ = query
     k_order, k_sample, k_segment, k_both, k_later = key
     same_segment = q_segment == k_segment
@@ -251,12 +250,12 @@ def sees(query: Seeing, key: Seeing, window: int | None = None) -> Tensor:
 
 
 def visible(query: Rows, key: Rows, window: int | None = None) -> Tensor:
-    """`seen`, but a query that sees nothing (padding) sees position 0 of the keys: no row of a softmax is empty."""
+    """`seen`, but a query that sees no key attends to the first one, so that no row of the softmax is empty."""
     return never_blind(seen(query, key, window))
 
 
 def never_blind(found: Tensor) -> Tensor:
-    """Bool ``[..., q, k]`` in which a query that sees nothing sees the first key."""
+    """A mask ``[..., q, k]`` in which a query without visible keys attends to the first key."""
     first = torch.zeros_like(found)
     first[..., 0] = True
     return torch.where(found.any(dim=-1, keepdim=True), found, first)
@@ -286,11 +285,11 @@ class MediaRows:
     largest_noise: Tensor
     """Noise levels of an item go from 0 to this, float ``[N]``."""
     group: Tensor
-    """Which items are near-identical, int64 ``[N]``; those of -1 are like no other."""
+    """Group of near-identical items, int64 ``[N]``; -1 is none."""
     clean: Tensor | None = None
     """The clean tokens ``[B, n, P]`` once an objective has corrupted `tokens`."""
     target: Tensor | None = None
-    """What the head shall predict, once an objective has corrupted `tokens`; it alone knows what that means."""
+    """The head's target once an objective has corrupted `tokens`; only the objective knows its meaning."""
 
     def mean(self, per_row: Tensor) -> Tensor:
         """Means over the tokens of each item, ``[B, n, ...]`` -> ``[N, ...]``."""
@@ -308,13 +307,13 @@ class MediaRows:
         return replace(self, tokens=self.clean, time=torch.zeros_like(self.time), clean=None, target=None)
 
     def columns(self, chosen: Tensor) -> MediaRows:
-        """Some positions of every row, by int64 ``[k]``, with their items alone."""
+        """Some positions of every row, by int64 ``[k]``, with only their items."""
         per_row = ("tokens", "item", "boundary", "grid_row", "grid_column", "clean", "target")
         cut = {name: None if (t := getattr(self, name)) is None else t[:, chosen] for name in per_row}
         return replace(self, rows=self.rows.columns(chosen), **cut).index(torch.arange(len(self.item)))
 
     def index(self, rows: Tensor) -> MediaRows:
-        """The batch rows ``rows`` (int64 ``[k]``), with their items alone."""
+        """The batch rows ``rows`` (int64 ``[k]``), with only their items."""
         chosen = self.item[rows]
         kept, number = torch.unique(chosen, return_inverse=True)  # the place of an item among those that stay
         first = int((kept < 0).sum())  # -1, [BOI] and padding, comes first where there is any
@@ -348,15 +347,15 @@ class Batch:
     text_ids: Tensor
     """int64 ``[B, n]``; `END_OF_MEDIA` at [EOI], 0 at padding."""
     labels: Tensor
-    """The token that each text position must predict, int64 ``[B, n]``; `IGNORE` where there is no loss."""
+    """Target token of each text position, int64 ``[B, n]``; `IGNORE` where there is no loss."""
     media: dict[str, MediaRows] = field(default_factory=dict)
     text_reads_media: bool = True
-    """Whether any text position comes after a media item. Where False, the text states do not depend on the media."""
+    """Whether any text position comes after a media item. If not, text states do not depend on media."""
     media_reads_text: bool = True
-    """Whether any media position comes after text. Where False, the media states do not depend on the text."""
+    """Whether any media position comes after text. If not, media states do not depend on text."""
     num_sequences: int = 0
     clean_ids: Tensor | None = None
-    """The words ``[B, n]`` once an objective has masked some in `text_ids`, where `END_OF_MEDIA` then stands."""
+    """The original ids ``[B, n]`` once an objective has masked some of `text_ids` by `END_OF_MEDIA`."""
 
     def with_media(self, modality: str, **changes) -> Batch:
         """A derived batch in which some fields of one modality's rows are replaced."""
@@ -378,16 +377,16 @@ class Batch:
         )
 
     def unmasked(self) -> Batch:
-        """The batch with all of its words."""
+        """The batch with its original text ids."""
         return self if self.clean_ids is None else replace(self, text_ids=self.clean_ids, clean_ids=None)
 
     def words_alone(self) -> Batch:
-        """The text positions, unmasked, as if no media stood among them."""
+        """The unmasked text positions, as if the batch had no media."""
         text = replace(self.text, after_media=torch.zeros_like(self.text.after_media))
         return replace(self.unmasked(), text=text, media={}, text_reads_media=False, media_reads_text=False)
 
     def media_alone(self) -> Batch:
-        """The media positions, clean, as if no words stood among them."""
+        """The clean media positions, as if the batch had no text."""
         return replace(
             self,
             text=self.text.none(),
@@ -406,7 +405,7 @@ class Batch:
 
 
 def _moved(tables: Any, device: torch.device | str) -> Any:
-    """A copy of a dataclass whose tensors and tables lie on a device."""
+    """A copy of a dataclass with its tensors and tables on a device."""
     values = ((f.name, getattr(tables, f.name)) for f in fields(tables))
     return replace(tables, **{name: v.to(device) for name, v in values if isinstance(v, (Tensor, Rows))})
 
