@@ -183,6 +183,8 @@ class Model(nn.Module):
         """
         wide = {torch.float32} | ({torch.float64} & {self.backbone.dtype})
         for weight in self.new_parameters():
+            if weight.is_meta:  # a shape without values, which is only counted
+                continue
             found = fn(torch.empty(0, dtype=weight.dtype, device=weight.device))
             if found.device != weight.device:
                 raise XFusionError(

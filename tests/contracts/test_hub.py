@@ -70,14 +70,9 @@ TRAINING = {"data": "emoji", "data_licence": "CC-BY-SA-4.0", "runs": [{"command"
 def test_what_a_pack_recorded_goes_along_with_its_weights(bases, hub, tmp_path):
     model = make_model(bases["llama"])
     model.opening = Opening(64)
-    facts = {
-        "scores": SCORES,
-        "training": TRAINING,
-        "proof": PROOF,
-        "licence": "mit",
-        "opening": {"scores": {"recall": 0.5}},
-    }
-    model.save_pretrained(tmp_path / "pack", **facts)
+    pack = tmp_path / "pack"
+    model.save_pretrained(pack, scores=SCORES, training=TRAINING, proof=PROOF, licence="mit")
+    checkpoint.add_opening(pack, model, model.opening, pack, scores={"recall": 0.5})
     written = (tmp_path / "pack" / "README.md").read_text()
 
     def pushed(model, **settings):

@@ -725,6 +725,7 @@ def test_steps_behind_the_warm_up_are_not_compiled(bases, tmp_path):
     assert [log(tmp_path / "plain", "end")[0][name] for name in ("graphs", "graphs_behind_warm_up")] == [0, 0]
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("graphs")
 def test_a_caption_longer_than_was_looked_at_makes_graphs_once_and_they_are_counted(bases, tmp_path, monkeypatch):
     """Widths double, so there are few; were each length a width of its own, a graph a step would be counted."""

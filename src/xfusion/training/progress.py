@@ -68,7 +68,9 @@ class Progress:
 
     def take(self, loss: float, samples: int) -> None:
         """Record a finished step: the weighted sum of its losses and its number of samples."""
-        total, weight = self._recent if self.stage(self.step)[1] else (0.0, 0.0)  # losses of two stages are not comparable
+        total, weight = (
+            self._recent if self.stage(self.step)[1] else (0.0, 0.0)
+        )  # losses of two stages are not comparable
         self._recent = (REMEMBERED * total + (1 - REMEMBERED) * loss, REMEMBERED * weight + (1 - REMEMBERED))
         self.samples += samples
         self.step += 1

@@ -189,6 +189,7 @@ class Prompts:
         some = [examples[i] for i in range(0, len(examples), max(1, len(examples) // 200))]
         words = [caption for example in some for caption in example.captions]
         tokens = sum(len(model.backbone.encode(caption)) for caption in words) / max(1, len(words))
+        tokens += len(model.backbone.begin_ids)  # before the words of every prompt
         number = len(examples) * len(words) // max(1, len(some))
         return cls(number, model.text_bytes(tokens, dtype) * number)
 

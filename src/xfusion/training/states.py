@@ -124,7 +124,9 @@ def _drop(folder: Path, keep: int, written: Path, behind: int | None) -> None:
             if state == folder:
                 (state / STATE).unlink(missing_ok=True)
                 (state / PLAN).unlink()
-            elif state not in kept:  # renamed first, so that a kill in between leaves no half-deleted state under this name
+            elif (
+                state not in kept
+            ):  # renamed first, so that a kill in between leaves no half-deleted state under this name
                 shutil.rmtree(state.rename(folder / f".{state.name}-dropped"), ignore_errors=True)
 
 
