@@ -25,9 +25,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from xfusion.backbone import Backbone
 from xfusion.backbone.attention import choose_attention
-from xfusion.comparison.machine import origin
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Batch, Sequence, Text
+from xfusion.evaluation.machine import origin
 from xfusion.fusion.dual_tower import DualTower
 from xfusion.modalities.image import ImageModality
 from xfusion.model import Model, ModelConfig, build, compiled_graphs

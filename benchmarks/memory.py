@@ -25,9 +25,9 @@ from xfusion.apps.bench.base import Bench, Step
 from xfusion.apps.commands.show import training_memory
 from xfusion.backbone import Backbone
 from xfusion.comparison.cost import activation_memory, peak_memory
-from xfusion.comparison.machine import origin
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import Source, open_source
+from xfusion.evaluation.machine import origin
 from xfusion.model import build
 from xfusion.recipes.base import find
 from xfusion.recipes.xfusion import demo

@@ -19,7 +19,7 @@ import torch
 import tyro
 
 from xfusion.apps.bench.base import PERIOD, Bench, Step
-from xfusion.comparison.machine import origin
+from xfusion.evaluation.machine import origin
 from xfusion.storage import write_json
 
 RESULT = Path(__file__).parent / "results" / "profile.json"

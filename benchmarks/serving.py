@@ -37,8 +37,8 @@ from PIL import Image
 
 import xfusion
 from xfusion.apps.commands.base import short_name
-from xfusion.comparison.machine import origin
 from xfusion.data.sequence import Text
+from xfusion.evaluation.machine import origin
 from xfusion.recipes.base import find
 from xfusion.storage import write_json
 

@@ -21,8 +21,8 @@ import torch
 import tyro
 
 import xfusion
-from xfusion.comparison.machine import origin
 from xfusion.data.sources import open_source
+from xfusion.evaluation.machine import origin
 from xfusion.evaluation.metrics.retrieval import retrieval
 from xfusion.evaluation.suites.emoji import chosen
 from xfusion.objectives import solvers

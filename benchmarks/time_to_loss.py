@@ -25,9 +25,9 @@ import tyro
 
 from xfusion.apps.bench.base import Bench, Step
 from xfusion.apps.bench.transfusion import Peer, peer_of
-from xfusion.comparison.machine import origin
 from xfusion.data.mixture import Mixture
 from xfusion.data.sources import open_source
+from xfusion.evaluation.machine import origin
 from xfusion.recipes.xfusion import demo
 from xfusion.storage import write_json
 

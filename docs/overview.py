@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from xfusion.comparison.intervals import interval
-from xfusion.comparison.plan import labelled
+from xfusion.comparison.plan import asked, called
 from xfusion.recipes.base import names
 
 NAMED = (
@@ -47,6 +46,8 @@ class Row:
     """A system in one comparison."""
 
     recipe: str
+    arguments: str
+    """That the recipe was given, in brackets."""
     label: str
     """What the comparison calls it."""
     folder: str
@@ -67,29 +68,23 @@ class Row:
         return self.label == self.recipe, unseen, len(self.runs), first["budget"]["samples"], self.folder
 
 
-def recipes_of(folder: Path) -> dict[str, str]:
-    """Label -> name of the recipe, as the command of a comparison says; a label that it lacks is a recipe's own name."""
+def asked_of(folder: Path) -> dict[str, str]:
+    """Label -> recipe with its arguments, as the command of a comparison says; a label that it lacks is a recipe's own name."""
     file = folder / "comparison.json"
-    command = json.loads(file.read_text(encoding="utf-8")).get("command") if file.is_file() else None
-    found = {}
-    for word in shlex.split(command or "")[2:]:
-        if word.startswith("-"):
-            break
-        label, name = labelled(word)
-        found[label] = name.partition("(")[0]
-    return found
+    return asked(json.loads(file.read_text(encoding="utf-8")).get("command") if file.is_file() else None)
 
 
 def rows(folders: Sequence[Path]) -> list[Row]:
     """The rows of the table, ordered by kind, then by comparison and system."""
     best: dict[tuple[str, str, str], Row] = {}
     for folder in folders:
-        known = recipes_of(folder)
+        known = asked_of(folder)
         runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*-seed*.json"))]
         for label in dict.fromkeys([*known, *(run["recipe"] for run in runs)]):
             own = [run for run in runs if run["recipe"] == label and run["settings"]["share"] == 1]
             if own:
-                row = Row(recipe=known.get(label, label), label=label, folder=folder.name, runs=own)
+                recipe, bracket, rest = known.get(label, label).partition("(")
+                row = Row(recipe=recipe, arguments=bracket + rest, label=label, folder=folder.name, runs=own)
                 before = best.get(row.setting)
                 if before is None or row.preference > before.preference:
                     best[row.setting] = row
@@ -182,6 +177,7 @@ def text_text(row: Row) -> str:
 def line(row: Row) -> str:
     """A row of the table."""
     system = f"[{row.recipe}](recipes/{row.recipe}.md)" if row.recipe in names() else row.recipe
+    system += f" `{row.arguments}`" if row.arguments else ""
     system += "" if row.label == row.recipe else f" as `{row.label}`"
     first, count = row.runs[0], len(row.runs)
     scores = [score_text(row, score) for score in shown(first)]
@@ -215,6 +211,7 @@ def overview(folders: Sequence[Path]) -> list[str]:
         "  drawings). Parentheses hold 95 % intervals over runs; fewer than five runs have none and decide nothing.",
         "- *names*: share of exact answers, any text allowed; *ranked first*: the true name ranks before the other given names.",
         "  *draws*: share of drawings whose nearest real picture, in pixels, is the right one.",
+        "- After a system come the arguments that its recipe was given; without them it is the recipe as it stands.",
         "- → reads, ← generates, ⇄ both, ~ scores how close a picture and words are, and generates nothing.",
         "- *blind*: the same with pictures permuted. *chance*: a random order. *ceiling*: real pictures through the codec.",
         "- *GFLOPs*: forward and backward pass of a training sample, with seconds per step if measured. *trained*: weights.",
@@ -239,13 +236,14 @@ def contents(folders: Sequence[Path]) -> list[str]:
     for folder in folders:
         runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*-seed*.json"))]
         present = {run["recipe"] for run in runs}
-        labels = [label for label in dict.fromkeys([*recipes_of(folder), *sorted(present)]) if label in present]
+        known = asked_of(folder)
+        labels = [label for label in dict.fromkeys([*known, *sorted(present)]) if label in present]
         note = folder / "README.md"
         about = note.read_text(encoding="utf-8").strip() if note.is_file() else ""
         about = re.split(r"[.:;](?:\s|$)", re.sub(r"\s+", " ", about.partition("\n\n")[0]), maxsplit=1)[0]
         about = f"{about}. " if about else ""
         data = "/".join(re.sub(r":held=.*", "", runs[0]["settings"]["data"]).split("/")[-2:])
         budget = f"{runs[0]['budget']['samples']:,} samples, {len(runs)} run{'s' if len(runs) > 1 else ''}"
-        systems = ", ".join(f"`{label}`" for label in labels)
+        systems = ", ".join(f"`{called(label, known.get(label, label))}`" for label in labels)
         lines.append(f"- [{folder.name}](#{folder.name}): {about}`{data}` ({through(runs[0])}), {budget}: {systems}.")
     return [*lines, ""]

@@ -20,7 +20,7 @@ from typing import Any
 
 from diagrams import diagram
 from grids import samples
-from overview import contents, overview
+from overview import asked_of, contents, overview
 
 from xfusion.apps.commands.base import size_text
 from xfusion.apps.comparison_page import CONTRIBUTION, SHARES, TIMES, by_share
@@ -28,6 +28,7 @@ from xfusion.apps.plots import COLOURS, bars, curves, dots, numbered, over_numbe
 from xfusion.backbone import SHAPES, Backbone
 from xfusion.comparison import summarise
 from xfusion.comparison.cost import flops_of_encoder, flops_of_shape
+from xfusion.comparison.plan import called
 from xfusion.modalities.codecs.kmeans import KMeans
 from xfusion.model import build
 from xfusion.recipes.base import find, names
@@ -55,10 +56,10 @@ def cost(name: str, base: Backbone) -> str:
     try:
         model = build(find(name)().model, base)
     except ValueError as error:
-        return f"| {_called(base)} | cannot be built: {error} | | |"
+        return f"| {_named(base)} | cannot be built: {error} | | |"
     flops = flops_of_shape(model)
     each = " | ".join(f"{flops[task]['training'] / 1e9:,.1f}" if task in flops else "-" for task in ("draw", "caption"))
-    return f"| {_called(base)} | {model.num_new_parameters / 1e6:,.1f} M | {each} |"
+    return f"| {_named(base)} | {model.num_new_parameters / 1e6:,.1f} M | {each} |"
 
 
 def recipe_index() -> str:
@@ -88,26 +89,32 @@ def picture(name: str, base: Backbone) -> Path | None:
     except ValueError:
         return None
     file = HERE / "pictures" / f"recipe_{name}.svg"
-    file.write_text(diagram(f"{name} on {_called(base)}", model), encoding="utf-8")
+    file.write_text(diagram(f"{name} on {_named(base)}", model), encoding="utf-8")
     return file
 
 
-def _called(base: Backbone) -> str:
+def _named(base: Backbone) -> str:
     return "SmolLM2-135M-Instruct" if base.source.startswith("wheel:") else base.source
 
 
 def figures(name: str) -> list[str]:
-    """What committed comparisons say of a recipe, the mean over its runs, and whether the training log has it."""
+    """What committed comparisons say of a recipe with the arguments that it had there, the mean over its runs, and whether the
+    training log has it.
+    """
     lines = []
     for folder in comparisons():
         runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"{name}-seed*.json"))]
+        given = called(name, asked_of(folder).get(name, name))
         if runs:
             scores = [
                 f"{score} {sum(r['scores'][score] for r in runs) / len(runs):.3f}"
                 for score in dict.fromkeys((*SHOWN[:-1], *SHOWN_NAMING[:-1]))
                 if all(score in r["scores"] for r in runs)
             ]
-            lines.append(f"- [{folder.name}](../comparison.md#{folder.name}), {len(runs)} runs: {', '.join(scores)}")
+            many = "one run" if len(runs) == 1 else f"{len(runs)} runs"
+            lines.append(
+                f"- [{folder.name}](../comparison.md#{folder.name}), as `{given}`, {many}: {', '.join(scores)}"
+            )
     if re.search(rf"xfusion train [\"']?{name}\b", (HERE / "training_log.md").read_text(encoding="utf-8")):
         lines.append("- [training log](../training_log.md): its runs and scores")
     return lines or ["Nothing has been measured yet."]
@@ -215,7 +222,8 @@ def comparison_page() -> str:
         "",
         "Every figure is read from the files in `comparison/`, which `xfusion compare` wrote; `python docs/pages.py comparison`",
         "generates this page from them. Dots are runs and bars are 95 % confidence intervals. Fewer than five runs decide",
-        "nothing. For a summary, see [which fusion should I use?](choosing.md)",
+        "nothing. A verdict between recipes at one rate each, with no equal trials of other rates, is marked *untuned*. For a",
+        "summary, see [which fusion should I use?](choosing.md)",
         "",
         *overview(folders),
         *contents(folders),
@@ -239,8 +247,8 @@ def score_part(summary: dict[str, Any], score: dict[str, Any]) -> list[str]:
     file.write_text(standalone(drawn), encoding="utf-8")
     lines = [f"**{score['title']}** ({score['better']} is better)", ""]
     lines += [f"![{score['title']}](pictures/{file.name})", ""]
-    lines += [f"| recipe | mean | 95 % interval | paired difference to {summary['first']} | verdict |"]
-    lines += ["| --- | --- | --- | --- | --- |", *(_row(row) for row in score["rows"]), ""]
+    lines += [f"| recipe | mean | 95 % interval | paired difference to {_first(summary)} | verdict |"]
+    lines += ["| --- | --- | --- | --- | --- |", *(_row(row, summary) for row in score["rows"]), ""]
     return lines + _beside(score, summary["media"])
 
 
@@ -259,7 +267,13 @@ def cost_table(summary: dict[str, Any], draws: bool) -> list[str]:
         text: dict[str, Any] = summary["text"][row["recipe"]]
         kept = "bit-identical" if text["bit_equal"] == text["num_runs"] else "changed"
         peak = row["peak_memory"]["bytes"]
-        cells = [row["recipe"], f"{row['trainable_parameters']:,}", flops, size_text(peak) if peak else "-", kept]
+        cells = [
+            summary["called"][row["recipe"]],
+            f"{row['trainable_parameters']:,}",
+            flops,
+            size_text(peak) if peak else "-",
+            kept,
+        ]
         if timed:
             times = row["time"] or {}
             cells.append(", ".join(f"{times[key]:.3g}" if times.get(key) else "-" for key in TIMES))
@@ -277,12 +291,11 @@ def share_part(summary: dict[str, Any], name: str, folder: str) -> list[str]:
     file.write_text(standalone(curves(summary["recipes"], found, SHARES), colours), encoding="utf-8")
     lines = [f"**{title}, by share of the pictures** (the same budget on fewer pictures)", ""]
     lines += [f"![{title} by share]({file.relative_to(HERE)})", ""]
-    lines += [f"| recipe | share | mean | 95 % interval | paired difference to {summary['first']} | verdict |"]
+    lines += [f"| recipe | share | mean | 95 % interval | paired difference to {_first(summary)} | verdict |"]
     lines += ["| --- | --- | --- | --- | --- | --- |"]
     for each in tables:
-        share = f" | {100 * each['share']:g} % |"
-        rows = [row for row in each["rows"] if row["recipe"] in found]
-        lines += [_row(row).replace(f"| {row['recipe']} |", f"| {row['recipe']}{share}", 1) for row in rows]
+        share = f" | {100 * each['share']:g} %"
+        lines += [_row(row, summary, share) for row in each["rows"] if row["recipe"] in found]
     return [*lines, ""]
 
 
@@ -328,7 +341,11 @@ def _beside(score: dict[str, Any], media: str) -> list[str]:
     return [f"For reference: {', '.join(found)}.", ""] if found else []
 
 
-def _row(row: dict[str, Any]) -> str:
+def _first(summary: dict[str, Any]) -> str:
+    return summary["called"][summary["first"]]
+
+
+def _row(row: dict[str, Any], summary: dict[str, Any], share: str = "") -> str:
     def span(found: list[float] | None) -> str:
         return f"{found[0]:.3f} to {found[1]:.3f}" if found else "-"
 
@@ -336,7 +353,7 @@ def _row(row: dict[str, Any]) -> str:
     beside = f"{difference['mean']:+.3f} ({span(difference['interval'])})" if difference else "-"
     verdict = difference["verdict"] if difference else "-"
     mean = "not measured" if row["mean"] is None else f"{row['mean']:.3f}"
-    return f"| {row['recipe']} | {mean} | {span(row['interval'])} | {beside} | {verdict} |"
+    return f"| {summary['called'][row['recipe']]}{share} | {mean} | {span(row['interval'])} | {beside} | {verdict} |"
 
 
 # -------------------------------------------------------------------------------------------------------------- speed

@@ -19,7 +19,7 @@ import tyro
 from train_emoji_codec import load
 from train_emoji_codes import Options, figures_of, saved, trained_on
 
-from xfusion.comparison.machine import origin
+from xfusion.evaluation.machine import origin
 from xfusion.modalities.codecs.vq import Quantizer
 from xfusion.storage import write_json
 

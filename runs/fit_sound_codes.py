@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from xfusion.comparison.machine import origin
 from xfusion.data.sources import Sounds, open_source
+from xfusion.evaluation.machine import origin
 from xfusion.modalities.audio import resampled
 from xfusion.modalities.codecs.kmeans import KMeans, explained, fit
 from xfusion.modalities.codecs.vq import code_use, nearest

@@ -36,7 +36,6 @@ from xfusion.comparison.cost import (
     trainable_parameters,
 )
 from xfusion.comparison.intervals import interval, paired, seeds_needed, t_quantile
-from xfusion.comparison.machine import commit
 from xfusion.comparison.plan import GUIDANCES, RATE_FACTORS, TRIAL_SEED, Part, labelled, named, share_of
 from xfusion.comparison.results import portable
 from xfusion.comparison.run import text_keeping
@@ -45,6 +44,7 @@ from xfusion.data.mixture import MixtureConfig
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import open_source
 from xfusion.evaluation import verify
+from xfusion.evaluation.machine import commit
 from xfusion.evaluation.suites import emoji
 from xfusion.evaluation.suites.emoji import chosen, part_of
 from xfusion.fusion.connectors.query_transformer import Queries
@@ -735,9 +735,15 @@ def test_intervals_from_files(go, base):
     # deviations of the differences from 0.202: four of -0.002, one of 0.008
     half = 2.776445 * math.sqrt((4 * 0.002**2 + 0.008**2) / 4 / 5)
     assert two["difference"]["interval"] == pytest.approx([0.202 - half, 0.202 + half])
-    assert two["difference"]["verdict"] == "better"
+    assert two["difference"]["verdict"] == "better, untuned"
     assert two["difference"]["seeds_needed"] == 5
     assert not any("n < 5" in note for note in table["notes"])
+    for path in Path("comparison/test").glob("*-seed*.json"):
+        run = json.loads(path.read_text())
+        run["settings"]["tuning"] |= {"trials": 3, "guidance": 1.5}
+        path.write_text(json.dumps(run))
+    f1 = next(s for s in summarise("comparison/test")["scores"] if s["score"] == "fit_caption_f1")
+    assert f1["rows"][1]["difference"]["verdict"] == "better"  # of rates that were tried alike
 
 
 def test_results_older_than_the_label_are_not_ranked_between_regimes(go, base):
@@ -757,9 +763,9 @@ def test_results_older_than_the_label_are_not_ranked_between_regimes(go, base):
     for score in table["scores"]:
         _, two, tower = (row["difference"] for row in score["rows"])
         assert tower["verdict"] == "another regime, not ranked" and tower["seeds_needed"] is None
-        assert two["verdict"] in ("better", "worse", "not decidable")
+        assert two["verdict"] in ("better, untuned", "worse, untuned", "not decidable")
     f1 = next(s for s in table["scores"] if s["score"] == "fit_caption_f1")
-    assert f1["rows"][1]["difference"]["verdict"] == "better"
+    assert f1["rows"][1]["difference"]["verdict"] == "better, untuned"
     assert f1["rows"][2]["difference"]["mean"] == pytest.approx(0.42) and f1["rows"][2]["difference"]["interval"]
     told = "Regime, or what of the base is trained: one: strictly frozen; two: strictly frozen; tower: as in the paper."
     assert any(note.startswith(told) for note in table["notes"])

@@ -1,11 +1,15 @@
 """What is written appears whole or not at all."""
 
 import contextlib
+import errno
 import json
 import math
+import os
+from pathlib import Path
 
 import pytest
 
+from xfusion.data.sequence import XFusionError
 from xfusion.storage import whole_file, write_json
 
 
@@ -28,3 +32,23 @@ def test_a_file_that_cannot_be_filled_leaves_what_stood_there(tmp_path):
         raise RuntimeError("power cut")
     assert path.read_text() == "whole"
     assert [p.name for p in path.parent.iterdir()] == ["page.html"]
+
+
+def test_a_file_has_its_bytes_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """Else a power cut may leave the name with nothing in it. Then the name itself."""
+    done, sync, replace = [], os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append(os.fstat(handle).st_ino) or sync(handle))
+    monkeypatch.setattr(Path, "replace", lambda self, target: done.append("named") or replace(self, target))
+    with whole_file(tmp_path / "page.html") as temporary:
+        temporary.write_text("whole")
+    assert done == [(tmp_path / "page.html").stat().st_ino, "named", tmp_path.stat().st_ino]
+
+
+def test_a_disk_that_is_full_is_told_with_the_name(tmp_path):
+    path = tmp_path / "page.html"
+    told = r"page\.html cannot be written: No space left on device; make room, or name another folder$"
+    with pytest.raises(XFusionError, match=told), whole_file(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    (tmp_path / "file").touch()
+    with pytest.raises(XFusionError, match="a file stands where a folder is needed"):
+        write_json(tmp_path / "file" / "metrics.json", {})

@@ -35,6 +35,7 @@ MADE = frozenset(
         "format_version",
         "library_version",
         "base",
+        "base_function",
         "weights_fingerprint",
         "weights_sha256",
         "capabilities",
@@ -132,7 +133,11 @@ def save(
     *,
     dtype: torch.dtype | None = None,
     weights: dict[str, torch.Tensor] | None = None,
-    **facts: Any,
+    recipe: Any = None,
+    training: dict[str, Any] | None = None,
+    scores: dict[str, Any] | None = None,
+    proof: dict[str, Any] | None = None,
+    licence: str | None = None,
 ) -> Path:
     """Write a pack; the folder appears whole or not at all.
 
@@ -144,8 +149,11 @@ def save(
         folder: where; an existing pack is replaced.
         dtype: store the learned weights in this type (None: as they are).
         weights: the learned weights, where the model's own are divided among processes; None takes the model's.
-        facts: what the config shall remember (recipe, data, steps, scores, ...), JSON values; of files on this machine it
-            remembers the names alone. ``licence`` is that of the weights, as a hub names it; a card without it states none.
+        recipe: how it was trained, as `to_json` gives it; of this and the following the config remembers what is given.
+        training: on what and for how long: ``data``, ``data_licence``, ``steps``, ``samples``, ...
+        scores: as `evaluate` gives them.
+        proof: as `verify` gives it.
+        licence: of the weights, as a hub names it; a card without it states none.
 
     Raises:
         XFusionError: the folder holds other files or cannot be written, or the licence is no name.
@@ -154,15 +162,17 @@ def save(
 
     target = Path(folder)
     refuse_other_files(target)
-    if facts.get("licence") is not None:
-        check_licence(facts["licence"])
+    if licence is not None:
+        check_licence(licence)
     learned = model.learned_state() if weights is None else weights
     state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in learned.items()}
-    facts = _still_true(model, state) | facts
+    given = {"recipe": recipe, "training": training, "scores": scores, "proof": proof, "licence": licence}
+    facts = _still_true(model, state) | {name: value for name, value in given.items() if value is not None}
     config = {
         "format_version": FORMAT_VERSION,
         "library_version": __version__,
         "base": model.backbone.identity,
+        "base_function": model.backbone.function,
         "weights_fingerprint": fingerprint(state),
         "capabilities": sorted(model.capabilities),
         "regime": model.regime,
@@ -348,7 +358,7 @@ def push(
 
     if isinstance(what, Model):
         with tempfile.TemporaryDirectory() as folder:
-            made = save(what, Path(folder) / "pack", **({} if licence is None else {"licence": licence}))
+            made = save(what, Path(folder) / "pack", licence=licence)
             return push(made, repository, revision=revision, private=private, message=message)
     path = find(os.fspath(what))
     if licence is not None:
@@ -374,8 +384,10 @@ def push(
     return str(found.commit_url)
 
 
-def add_facts(folder: Path, model: Model, **facts: Any) -> None:
-    """Record facts (``proof``, ``scores``, ...) in a pack that is a folder of one's own, and write its card anew.
+def add_facts(
+    folder: Path, model: Model, *, scores: dict[str, Any] | None = None, proof: dict[str, Any] | None = None
+) -> None:
+    """Record ``scores`` or a ``proof`` in a pack that is a folder of one's own, and write its card anew.
 
     Raises:
         XFusionError: the model is not the pack's, or the folder holds other files, too.
@@ -386,7 +398,7 @@ def add_facts(folder: Path, model: Model, **facts: Any) -> None:
         for name in (WEIGHTS, OPENING):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, folder_so_far / name)
-        config = config | facts
+        config |= {name: found for name, found in (("scores", scores), ("proof", proof)) if found is not None}
         _describe(folder_so_far, config, model)
     model.recorded = Record.of(config, model, state)
 
@@ -438,6 +450,24 @@ def find(name: str) -> Path:
         raise XFusionError(f"the hub pack {name!r} cannot be fetched: {first_line(error)}") from error
 
 
+def _at_revision(name: str, revision: str) -> str:
+    """A hub id with its revision behind it."""
+    if Path(name).expanduser().is_dir() or name in shipped() or "@" in name:
+        raise XFusionError(f"revision {revision!r} is of a hub id without one, and {name!r} is none: leave it out")
+    return f"{name}@{revision}"
+
+
+def _unlike(before: Any, now: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where two JSON values differ, as `differing`; what one of them does not name, as older packs or other versions of
+    transformers may not, is no difference.
+    """
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted(before.keys() & now.keys()):
+            yield from _unlike(before[name], now[name], f"{where}.{name}" if where else name)
+    elif before != now:
+        yield where, before, now
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """A pack's config of any format version that is known, unaltered."""
     config = read_json(folder / CONFIG)
@@ -462,6 +492,7 @@ def load(
     backbone: Backbone | None = None,
     device: torch.device | str = "cpu",
     trust: bool = False,
+    revision: str | None = None,
 ) -> Model:
     """Load a pack on its base.
 
@@ -471,11 +502,12 @@ def load(
         backbone: an already loaded base to share; its fingerprint must match, its device stays.
         device: where the base is loaded to, and the pack with it.
         trust: allow classes outside xfusion that the pack names.
+        revision: a branch, a tag or a commit of a hub id that has none behind it.
 
     Raises:
         XFusionError: no such pack, another base, or weights that do not fit or were altered.
     """
-    folder = find(os.fspath(name))
+    folder = find(os.fspath(name) if revision is None else _at_revision(os.fspath(name), revision))
     config = read_config(folder)
     model_config = from_json(config["model"], trust=trust, where=str(folder / CONFIG))
     if not isinstance(model_config, ModelConfig):
@@ -486,6 +518,11 @@ def load(
         raise XFusionError(
             f"{name} belongs to the base {base['source']} with fingerprint {base['fingerprint'][:16]}, but"
             f" {backbone.source} has {backbone.fingerprint[:16]}: load the base that the pack was trained on"
+        )
+    for what, before, now in _unlike(config.get("base_function", {}), backbone.function):
+        raise XFusionError(
+            f"{name} was trained on {base['source']} with {what} {before!r:.60}, but {backbone.source} has the same weights with"
+            f" {now!r:.60}: what it computes is another base; load that of the training"
         )
     found = _codec_facts(model_config).get("codec_sha256") if "codec_sha256" in config else None
     if found is not None and found != config["codec_sha256"]:
@@ -550,7 +587,9 @@ def _load_strictly(own: dict[str, torch.Tensor], state: dict[str, torch.Tensor],
             for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
             if names
         ]
-        raise XFusionError(f"{path} does not fit the model: {'; '.join(parts)}")
+        raise XFusionError(
+            f"{path} does not fit the model: {'; '.join(parts)}; take the version of xfusion that wrote it, or train it anew"
+        )
     with torch.no_grad():
         for key, value in own.items():
             value.copy_(state[key])

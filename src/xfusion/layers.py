@@ -432,6 +432,13 @@ def layer_pieces(layer: nn.Module) -> dict[str, list[Piece]]:
             width = attention.head_dim if hasattr(attention, "head_dim") else attention.head_size
             total, out = linear_shape(child)[1], {}
             if name == "query_key_value":  # per head: queries, keys, values
+                heads = attention.config.num_attention_heads
+                if total != 3 * heads * width:
+                    raise XFusionError(
+                        f"{type(attention).__name__}.{name}: {total} outputs are not queries, keys and values of {heads} heads of"
+                        f" {width}, {3 * heads * width} in all: its heads share keys, and xfusion cannot take it apart; take a"
+                        " mechanism that copies whole layers"
+                    )
                 rows = torch.arange(total).view(-1, 3, width)
                 out = {role: rows[:, i].reshape(-1) for i, role in enumerate(("query", "key", "value"))}
             else:

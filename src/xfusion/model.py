@@ -29,6 +29,7 @@ from xfusion.objectives.base import Objective, Output
 from xfusion.objectives.flow_matching import FlowMatching
 from xfusion.objectives.next_token import NextToken
 from xfusion.opening import Opening
+from xfusion.seeding import seeded
 from xfusion.text_states import KnownStates, at_layers, behind_norm, placed
 
 
@@ -119,7 +120,9 @@ Gather = Callable[[int, Callable[[States], States], States], States]
 class Model(nn.Module):
     """A frozen decoder LLM with a new modality.
 
-    The backbone is not a submodule: `parameters()` and `state_dict()` hold learned weights only.
+    The backbone is not a submodule: `parameters()` and `state_dict()` hold learned weights only, those of an opening head among
+    them. `learned_state` names them as a pack's file does, in which the head's have no place (`xfusion.opening`). The model
+    computes where its base lies, with new weights in float32 or in the base's float64: it is neither moved nor cast.
     """
 
     recorded: Any = None
@@ -131,8 +134,7 @@ class Model(nn.Module):
         self.config = config
         self.__dict__["backbone"] = backbone or Backbone.load(config.backbone.source, revision=config.backbone.revision)
         self.modality: Modality = config.modality.build().to(self.backbone.device)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.init_seed)
+        with seeded(config.init_seed, self.backbone.device):
             scale = self.backbone.embedding_scale
             width, layers = self.backbone.hidden_size, self.backbone.num_layers
             self.port = config.port.build(width, self.modality.token_width, scale, layers)
@@ -145,11 +147,16 @@ class Model(nn.Module):
             if fresh:
                 self.fusion.begin(self.backbone)
             self.extra = nn.ModuleList(further.build() for further in config.extra)
-            for objective in self._extra():
+            self.text_objective: Any = config.text.build()
+            self.media_objective: Any = config.media.build()
+            for objective in (*self._extra(), self.text_objective, self.media_objective):
                 objective.install(width, self.modality)
         for part in self._learned.values():
             part.to(self.backbone.device)
-        self.set_objectives(config.text, config.media)
+        self._note_needs()
+        if fresh:
+            for objective in self.objectives:
+                objective.check(self.modality)
         self.opening: Opening | None = None
         """Decides whether an answer opens with a picture; fitted beside the rest, and kept in a file of its own."""
         self._pass: Pass | None = None
@@ -160,6 +167,34 @@ class Model(nn.Module):
         self.use(self.plain_engine())
 
     backbone: Backbone
+
+    @classmethod
+    def from_pretrained(cls, name: Any, *, revision: str | None = None, **settings: Any) -> Model:
+        """Load a pack on its base; see `xfusion.load`."""
+        from xfusion.checkpoint import load
+
+        return load(name, revision=revision, **settings)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Model:
+        """What `to`, `half`, `cuda` and the like do to the weights.
+
+        Raises:
+            XFusionError: it would take them from the base's device, or out of the precision that a pass computes in.
+        """
+        wide = {torch.float32} | ({torch.float64} & {self.backbone.dtype})
+        for weight in self.new_parameters():
+            found = fn(torch.empty(0, dtype=weight.dtype, device=weight.device))
+            if found.device != weight.device:
+                raise XFusionError(
+                    f"this model computes on {weight.device}, where its base and its codec lie, which others may share: load"
+                    f" it on {found.device} instead, xfusion.load(pack, device='{found.device}')"
+                )
+            if found.dtype not in {weight.dtype, *wide}:
+                raise XFusionError(
+                    f"new weights in {found.dtype} beside a base in {self.backbone.dtype}: leave them in {weight.dtype}, a pass"
+                    " computes in the base's precision; save_pretrained(folder, dtype=...) stores them in fewer bits"
+                )
+        return super()._apply(fn, recurse)
 
     # -- facts
 
@@ -203,10 +238,27 @@ class Model(nn.Module):
         return self.media_objective.guidance
 
     def set_objectives(self, text: NextToken.Config, media: Objective.Config) -> None:
-        """Train and sample by these from now on; the weights stay."""
+        """Train and sample by these from now on. The weights stay, an objective's own where the one before it had the same.
+
+        Raises:
+            XFusionError: one cannot be trained on this modality.
+        """
+        made = self._in_place_of(self.text_objective, text), self._in_place_of(self.media_objective, media)
+        self.text_objective, self.media_objective = made
         self.config = replace(self.config, text=text, media=media)
-        self.text_objective: Any = text.build()
-        self.media_objective: Any = media.build()
+        self._note_needs()
+
+    def _in_place_of(self, before: Objective, config: Objective.Config) -> Objective:
+        made = config.build()
+        made.check(self.modality)
+        with seeded(self.config.init_seed, self.backbone.device):
+            made.install(self.backbone.hidden_size, self.modality)
+        own, known = made.state_dict(), before.state_dict()
+        if {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in known.items()}:
+            made.load_state_dict(known)
+        return made.to(self.backbone.device)
+
+    def _note_needs(self) -> None:
         self.needs = frozenset(name for objective in self.objectives for name in objective.needs)
 
     @property
@@ -241,7 +293,8 @@ class Model(nn.Module):
     @property
     def _learned(self) -> dict[str, nn.Module]:
         """What holds learned weights, by the beginning of their names."""
-        return {"port": self.port, "fusion": self.fusion, "extra": self.extra}
+        parts = {"port": self.port, "fusion": self.fusion, "extra": self.extra}
+        return parts | {"text": self.text_objective, "media": self.media_objective}
 
     def new_parameters(self) -> Iterator[nn.Parameter]:
         """What training may change: the weights of the port, the fusion and the objectives."""
@@ -654,11 +707,22 @@ class Model(nn.Module):
 
         return embed(self, items, **settings)
 
-    def save_pretrained(self, folder: Any, **facts: Any) -> None:
+    def save_pretrained(
+        self,
+        folder: Any,
+        *,
+        dtype: torch.dtype | None = None,
+        recipe: Any = None,
+        training: dict[str, Any] | None = None,
+        scores: dict[str, Any] | None = None,
+        proof: dict[str, Any] | None = None,
+        licence: str | None = None,
+    ) -> None:
         """Write a modality pack, with what is recorded of its weights; see `xfusion.checkpoint.save`."""
         from xfusion.checkpoint import save
 
-        save(self, folder, **facts)
+        facts: dict[str, Any] = {"recipe": recipe, "training": training, "scores": scores, "proof": proof}
+        save(self, folder, dtype=dtype, licence=licence, **facts)
 
     def push_to_hub(self, repository: str, **settings: Any) -> str:
         """Put a pack of this model on a model hub, with what is recorded of it; see `xfusion.checkpoint.push`."""

@@ -31,15 +31,22 @@ SEAL = "sha256"
 def whole_file(target: Path) -> Iterator[Path]:
     """A file to fill that takes the name ``target``, in the place of what stood there, when the block ends well.
 
-    Its temporary name has the same suffix, for writers that go by it.
+    Its bytes are on the disk before it gets the name: else a power cut may leave the name with nothing in it. Its temporary
+    name has the same suffix, for writers that go by it.
+
+    Raises:
+        XFusionError: the disk is full, the folder read-only, ...; what stood there stays.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.stem}.{os.getpid()}.tmp{target.suffix}")
-    try:
-        yield temporary
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with named_in_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.stem}.{os.getpid()}.tmp{target.suffix}")
+        try:
+            yield temporary
+            _to_disk(temporary)
+            temporary.replace(target)
+            _to_disk(target.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -47,6 +54,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
     Raises:
         ValueError: it holds a number that is not finite.
+        XFusionError: it cannot be written.
     """
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with whole_file(path) as temporary:

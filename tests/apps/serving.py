@@ -88,7 +88,7 @@ def listening_at(made, listener):
 
 @contextlib.contextmanager
 def _served(made, listener, limits):
-    server = Server(made, (limits or Limits()).grace)
+    server = Server(made, (limits or Limits()).grace, (limits or Limits()).connections)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

@@ -27,6 +27,7 @@ from contracts.table import SIDE, Noise
 
 from xfusion.apps import cli
 from xfusion.apps.chat import COLUMNS, Chat, half_blocks, inline
+from xfusion.apps.commands.base import readable
 from xfusion.data.sequence import Text, XFusionError
 from xfusion.generation import conversation
 from xfusion.opening import Opening
@@ -60,7 +61,7 @@ def test_words_are_answered_by_the_base_with_what_was_said_before(model):
     history = [("user", "a red apple"), ("assistant", first), ("user", "what is this?")]
     ids = model.backbone.chat([{"role": role, "content": words} for role, words in history])
     second = model.generate([Text(ids=ids)], max_tokens=8)[0]
-    assert said == f"{first}\n{second}\n"
+    assert said == f"{readable(first)}\n{readable(second)}\n"
     assert [m["content"] for m in made.messages] == [["a red apple"], [first], ["what is this?"], [second]]
 
 
@@ -126,6 +127,23 @@ def test_mistakes_are_one_line_each(model, here, monkeypatch):
     assert "/image PATH" in said and not made.messages
     monkeypatch.setattr(type(model), "capabilities", {"text"})
     assert "cannot draw" in talk(model, "/draw a")[0] and "cannot read pictures" in talk(model, "/image a.png")[0]
+
+
+def test_a_model_cannot_tell_the_terminal_what_to_do(model, here, monkeypatch, capsys):
+    """Titles, colours, the clipboard, what is written over: control characters of an answer are not shown."""
+    answer = "\x1b]0;a title\x07red\x1b[31m\r\x08\x9b2J\x7f apple\n\tand more"
+    plain = "]0;a titlered[31m2J apple\n\tand more"
+    monkeypatch.setattr(model.backbone, "decode", lambda ids: answer)
+    said, made = talk(model, "what is this?", "/draw", "/\x1b[31mdraw")
+    assert said.startswith(f"{plain.expandtabs()}\n")
+    assert not any(ord(letter) < 32 or 127 <= ord(letter) < 160 for letter in said.replace("\n", ""))
+    assert made.messages[1]["content"] == [answer], "what was said stays as it is"
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    model.save_pretrained("tiny")
+    monkeypatch.setattr(type(model), "caption", lambda *_, **__: [answer])
+    assert cli.main(["caption", "tiny", "a picture.png", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == f"a picture.png: {plain}\n"
 
 
 def test_ctrl_c_ends_an_answer_and_not_the_conversation(model, monkeypatch):

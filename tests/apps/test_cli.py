@@ -537,6 +537,15 @@ def test_evaluate(run, here, pack, monkeypatch):
     assert run("evaluate", "emoji", "--record").code == 2  # not a folder of one's own
 
 
+def test_evaluate_scores_what_the_pack_was_trained_on(run, photos, base):
+    make_model(Backbone.load(str(base))).save_pretrained("mine", training={"data": "photos"})
+    few = ("evaluate", "mine", "--json", "--set", "max_drawn=1", "steps=1", "max_captioned=1", "features=false")
+    assert run(*few).json["settings"]["data"] == run(*few, "source=photos").json["settings"]["trained_on"] == "photos"
+    held = run(*few, "source=photos:held=0.5", "--record")
+    assert held.code == 2 and "held-out examples are trained on in photos, such as" in held.err
+    assert "photos:held=0.5" in held.err and "scores" not in checkpoint.read_config(Path("mine"))
+
+
 def test_data_check(run, photos):
     ran = run("data", "check", photos, "--sheet", "sheet.png", "--json")
     assert ran.code == 0

@@ -254,14 +254,18 @@ def test_a_decided_and_an_open_difference_read_differently():
     still_open = {"mean": -0.1, "interval": None, "verdict": "not decidable", "seeds_needed": 44}
     row = {"recipe": "two", "num_runs": 5, "mean": 0.5, "interval": [0.4, 0.6]}
     assert 'class="better">better' in comparison_page._cell(row | {"difference": decided})
+    untuned = decided | {"verdict": "better, untuned"}
+    assert 'class="better">better, untuned' in comparison_page._cell(row | {"difference": untuned})
     assert "44 seeds would find" in comparison_page._cell(row | {"difference": still_open})
     table = {
         "recipes": ["two"],
+        "called": {"two": "two(rank=2)"},
         "scores": [score(0, 1) | {"rows": [row | {"difference": decided}, row | {"difference": still_open}]}],
         "cost": [],
         "text": {"two": {"declared": True, "bit_equal": 4, "num_runs": 5}},
         "notes": ["a note"],
     }
     said = summary_text(table)
+    assert "  two(rank=2)  0.5 [0.4, 0.6], n = 5" in said
     assert "+0.2 [0.1, 0.3]: better" in said and "-0.1: not decidable; 44 seeds" in said
     assert "changed in 1 of 5 runs, ALTHOUGH IT IS DECLARED" in said and "- a note" in said

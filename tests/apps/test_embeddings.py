@@ -45,13 +45,21 @@ def test_vectors_of_texts_and_pictures_are_the_models_own(tmp_path, monkeypatch)
             assert [item.index for item in found.data] == [0, 1, 2, 3] and found.model == "clip"
             torch.testing.assert_close(torch.tensor([item.embedding for item in found.data]), expected)
         assert found.usage.prompt_tokens == found.usage.total_tokens > 4
+        words = [
+            "data: the new oil",
+            "data:text/plain,hello",
+            "data:a b;base64,",
+            "DATA:;BASE64 is how it begins, he said",
+        ]
+        for text, item in zip(words, client.embeddings.create(model="clip", input=words).data, strict=True):
+            torch.testing.assert_close(torch.tensor(item.embedding), model.embed([text])[0])
         (single,) = client.embeddings.create(model="clip", input="tree", dimensions=256).data
         torch.testing.assert_close(torch.tensor(single.embedding), expected[2])
         # Vectors are no pictures, whatever they are of; a metric is counted behind the batch.
-        until(lambda: "xfusion_batch_size_count 3.0" in get(server, "/metrics"))
+        until(lambda: "xfusion_batch_size_count 4.0" in get(server, "/metrics"))
         assert "xfusion_pictures_total 0.0" in get(server, "/metrics")
         client.images.generate(model="draws", prompt="a", n=2, extra_body={"steps": 1})
-        until(lambda: "xfusion_batch_size_count 4.0" in get(server, "/metrics"))
+        until(lambda: "xfusion_batch_size_count 5.0" in get(server, "/metrics"))
         assert "xfusion_pictures_total 2.0" in get(server, "/metrics")
         refused = (
             ({"model": "draws", "input": "a"}, "this model cannot embed: it can caption, draw, text"),
@@ -60,6 +68,7 @@ def test_vectors_of_texts_and_pictures_are_the_models_own(tmp_path, monkeypatch)
             ({"model": "clip", "input": ["a", ""]}, "input: a text is empty"),
             ({"model": "clip", "input": "a", "dimensions": 3}, "dimensions is 3, but this model's vectors have 256"),
             ({"model": "clip", "input": "data:image/png;base64,%%"}, "image_url is not base64"),
+            ({"model": "clip", "input": "data:application/pdf;base64,JVBERi0xLjc="}, "PDF"),
         )
         monkeypatch.setattr(Embed, "run", None)  # what is refused is refused before anything is computed
         for body, message in refused:

@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 import torch
@@ -169,7 +170,7 @@ def test_words_alone_are_the_bases_own(client, model):
     for i, choice in enumerate(sampled.choices):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(5 + i)
-            expected = base_answer(model, messages, 12, do_sample=True, temperature=0.9, top_p=0.8)
+            expected = base_answer(model, messages, 12, do_sample=True, temperature=0.9, top_p=0.8, top_k=0)
         assert choice.message.content == expected
 
 
@@ -450,6 +451,10 @@ def test_images_edits(client, model, picture):
         ({"image": png(picture)}, "no mask"),
         ({"image": png(picture), "mask": png(mask.resize((8, 8)))}, "8 x 8"),
         ({"image": b"%PDF-1.7", "mask": png(mask)}, "PDF"),
+        (
+            {"image": png(picture), "mask": png(Image.new("L", picture.size))},
+            "nothing to draw anew in its middle square",
+        ),
         ({"image": [png(picture), png(picture)], "mask": png(mask)}, "one picture"),
     ):
         with pytest.raises(openai.BadRequestError, match=complaint):
@@ -747,7 +752,8 @@ def test_bodies_are_bounded(server):
     parts = urllib.parse.urlsplit(server.address)
     before = get(server, "/metrics").count('status="499"')
     with socket.create_connection((parts.hostname, parts.port)) as half:
-        half.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 100"
+        half.sendall(head + b"\r\n\r\n{")
     until(lambda: get(server, "/metrics").count('status="499"') > before)
 
 
@@ -768,11 +774,11 @@ def test_a_mistake_in_here_is_a_line_that_tells_nothing(server, monkeypatch):
     assert server.app.state.server.held == 0
 
 
-def begun(server, body, length=None, path="/v1/chat/completions"):
+def begun(server, body, length=None, path="/v1/chat/completions", kind="application/json"):
     """A connection on which a request's head and the beginning of its body were sent."""
     parts = urllib.parse.urlsplit(server.address)
     connection = socket.create_connection((parts.hostname, parts.port), timeout=30)
-    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {length or len(body)}"
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {kind}\r\nContent-Length: {length or len(body)}"
     connection.sendall(head.encode() + b"\r\n\r\n" + body)
     return connection
 
@@ -814,7 +820,8 @@ def test_large_bodies_are_bounded_together(models):
         ones = [begun(server, b"a" * 90_000, 100_000) for _ in range(2)]
         until(lambda: held.held == 180_000)
         for path in ("chat/completions", "images/generations", "images/edits", "embeddings"):
-            with begun(server, b"a" * 90_000, 100_000, f"/v1/{path}") as third:
+            kind = "multipart/form-data; boundary=x" if path == "images/edits" else "application/json"
+            with begun(server, b"a" * 90_000, 100_000, f"/v1/{path}", kind) as third:
                 status, headers, body = answered(third)
             assert status == 429 and shape(json.loads(body))["code"] == "bodies_full" and headers["Retry-After"] == "1"
         assert held.held == 180_000
@@ -909,11 +916,16 @@ def test_keys(models):
     with running(models, keys=frozenset({"right", "other"})) as server:
         for key in ("right", "other"):
             assert server.client(key).models.list().data
-        for key in ("wrong", "", "righ", "right2", "clé"):
-            with pytest.raises((openai.AuthenticationError, openai.OpenAIError, UnicodeEncodeError)) as caught:
+        for key in ("wrong", "righ", "right2"):
+            with pytest.raises(openai.AuthenticationError) as caught:
                 server.client(key).models.list()
-            if isinstance(caught.value, openai.APIStatusError):
-                assert caught.value.status_code == 401
+            assert caught.value.code == "invalid_api_key"
+        # What the client itself would not send.
+        for sent in (b"Bearer", b"", b"right", "Bearer clé".encode(), "Bearer clé".encode("latin-1"),
+                     b"Bearer right other", b"Basic right"):  # fmt: skip
+            answer = httpx.get(f"{server.address}/v1/models", headers={b"Authorization": sent}, trust_env=False)
+            assert answer.status_code == 401 and shape(answer.json())["code"] == "invalid_api_key", sent
+        assert httpx.get(f"{server.address}/v1/models", trust_env=False).status_code == 401
         assert post(server, "/v1/chat/completions", b"{}")[0] == 401
         assert post(server, "/v1/chat/completions", b"{}", {"Authorization": "Basic right"})[0] == 401
         assert json.loads(get(server, "/health"))["status"] == "ok"

@@ -1,10 +1,14 @@
 """The page in a browser that nobody sees: clicked, typed into, given files, and looked at; and its desk without one."""
 
 import io
+import os
 import shutil
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -192,6 +196,66 @@ def test_what_is_beyond_the_limits_is_refused_in_a_line(desk, tmp_path, monkeypa
     monkeypatch.setattr(desk, "limits", Limits(seconds=0.1))
     with pytest.raises(Refused, match="no answer within 0.1 seconds"):
         list(desk.draw("me", "tiny", "a cat"))
+
+
+def test_fewer_steps_than_usual_refuse_nothing_that_names_none(model, tmp_path):
+    made = Desk({"tiny": model}, replace(TINY, steps=5), tmp_path)
+    made.batches.start()
+    try:
+        picture = Noise(1).picture(0, 32)
+        for content in ([picture], [picture, "what is this?"], ["a red apple"]):
+            *_, answer = made.say("me", "tiny", [{"role": "user", "content": content}], max_tokens=4)
+            assert isinstance(answer[0], str)
+        *_, drawn = made.draw("me", "tiny", "a cat", seed=1)
+        assert drawn.facts["steps"] == 5
+        *strip, _ = made.look("me", "tiny", "a cat")
+        assert [one.done for one in strip] == [1, 2, 3, 4, 5]
+        *_, redrawn = made.repaint("me", "tiny", png(picture), png(Image.new("L", (32, 32), "white")), "a cat")
+        assert redrawn.facts["steps"] == 5
+    finally:
+        made.batches.close(10)
+
+
+def test_what_is_asked_for_while_something_else_ends_is_stopped_too(desk, monkeypatch):
+    """Two tabs of one user: the second's jobs must not go with the first's list."""
+    gates, runs = [threading.Event(), threading.Event()], []
+
+    def run(work, jobs):
+        runs.append(jobs)
+        assert gates[len(runs) - 1].wait(20)
+        return [["a"]] * len(jobs)
+
+    monkeypatch.setattr(Continue, "run", run)
+
+    def ask():
+        with suppress(Stopped):
+            list(desk.say("me", "tiny", [{"role": "user", "content": ["go on"]}]))
+
+    first, second = threading.Thread(target=ask), threading.Thread(target=ask)
+
+    class Open(dict):
+        def setdefault(self, who, jobs):
+            found = super().setdefault(who, jobs)
+            if threading.current_thread() is second:  # just now the first one ends, if it can
+                gates[0].set()
+                first.join(1)
+            return found
+
+    desk.open = Open()
+    first.start()
+    end = time.monotonic() + 20
+    while not runs:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    second.start()
+    while len(runs) < 2 or first.is_alive():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    desk.stop("me")
+    assert [job.dropped for job in runs[1]] == [True]
+    gates[1].set()
+    second.join(10)
+    assert not desk.open
 
 
 def test_the_deadline_holds_for_an_answer_that_never_pauses(desk, monkeypatch):
@@ -800,6 +864,51 @@ def test_a_name_of_somebody_else_is_not_answered(tmp_path, model):
     answer = client.TestClient(app).get("/", headers={"host": "localhost"})
     assert "connect-src 'self'" in answer.headers["content-security-policy"]
     assert "googleapis" not in answer.text
+
+
+def files(page, tmp_path, model, **limits):
+    """A client of a page, and the folder."""
+    client = pytest.importorskip("starlette.testclient")
+    folder = tmp_path / "web"
+    folder.mkdir()
+    return client.TestClient(page.create({"tiny": model}, replace(TINY, **limits), folder, None)), folder
+
+
+def test_a_page_elsewhere_cannot_use_this_one(tmp_path, model):
+    page = pytest.importorskip("xfusion.apps.web.page", reason="gradio is not installed: pip install 'xfusion[web]'")
+    client, _ = files(page, tmp_path, model)
+    sent = {"files": {"files": ("a.txt", b"words")}}
+    for headers, status in (
+        ({}, 200),
+        ({"Origin": "http://testserver"}, 200),
+        ({"Origin": "https://gpu.lan", "Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+    ):
+        assert client.post("/gradio_api/upload", headers=headers, **sent).status_code == status, headers
+        assert client.post("/gradio_api/queue/join", headers=headers, content="{}").status_code in (
+            (403,) if status == 403 else (400, 422, 500)
+        )
+    assert client.get("/gradio_api/deep_link", params={"session_hash": "a"}).status_code == 404
+
+
+def test_uploads_are_bounded_in_all(tmp_path, model):
+    page = pytest.importorskip("xfusion.apps.web.page", reason="gradio is not installed: pip install 'xfusion[web]'")
+    client, folder = files(page, tmp_path, model, bodies=300_000)
+
+    def upload(letter):
+        answer = client.post("/gradio_api/upload", files={"files": (f"{letter}.txt", letter.encode() * 100_000)})
+        return answer.status_code, answer.text
+
+    (folder / "drawn").mkdir()
+    (folder / "drawn" / "a.png").write_bytes(bytes(300_000))  # is not an upload
+    assert [upload(letter)[0] for letter in "ab"] == [200, 200]
+    status, said = upload("c")
+    assert status == 413 and "300000 bytes" in said
+    (old,) = folder.rglob("a.txt")
+    os.utime(old, (0, time.time() - 3601))
+    assert upload("d")[0] == 200 and not old.exists() and (folder / "drawn" / "a.png").exists()
 
 
 def test_the_verb_refuses_in_a_line(capsys, monkeypatch):

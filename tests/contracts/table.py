@@ -6,6 +6,7 @@ so that no norm is 1 and no attention is flat. `exact` keeps float64 where a fam
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -549,6 +550,13 @@ class Noise:
         return PILImage.fromarray(coarse.numpy()).resize((size, size), PILImage.Resampling.NEAREST)
 
 
+def of_other_groups(source: Any) -> Any:
+    """The same examples as if they were not those that are trained on."""
+    other = copy.copy(source)
+    other.examples = tuple(replace(example, group=f"other {example.group}") for example in source.examples)
+    return other
+
+
 # ---------------------------------------------------------------------------------------------------------- training
 
 
@@ -558,7 +566,7 @@ def twenty_steps(mixture: MixtureConfig, rate: float = 2e-2) -> Stage:
 
 
 def trained(recipe: Recipe, base: Backbone, out: Path, **settings: Any) -> tuple[Model, list[dict[str, float]]]:
-    """A recipe through the real loop on pictures of noise: the model, and the losses of each step.
+    """A recipe through the real loop, by default on pictures of noise: the model, and the losses of each step.
 
     Behind it the base is as it was, and text bit-equal wherever the fusion declares so. The run is in ``out``.
     """
@@ -567,10 +575,9 @@ def trained(recipe: Recipe, base: Backbone, out: Path, **settings: Any) -> tuple
     model = train(
         recipe,
         out=out,
-        source=Noise(),
         backbone=base,
         listener=lambda e: losses.append(e["losses"]) if e["event"] == "step" else None,
-        **{"compile": False, "dtype": torch.float32, "preview_every": 0, **settings},
+        **{"source": Noise(), "compile": False, "dtype": torch.float32, "preview_every": 0, **settings},
     )
     assert len(losses) == settings.get("steps", sum(stage.steps for stage in recipe.stages))
     assert base.compute_fingerprint() == before

@@ -7,11 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 from contracts.table import FAMILIES, LAYERS, WINDOW, look, make_base, make_model, picture, tokenizer, view, words
-from transformers import MistralConfig, MistralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from xfusion.backbone import Backbone
 from xfusion.data.sequence import Sequence, XFusionError
-from xfusion.layers import linear_paths, linear_shape, narrow_mlp, run_rows, slice_call
+from xfusion.layers import layer_pieces, linear_paths, linear_shape, narrow_mlp, run_rows, slice_call
 
 WINDOWS = {
     "gemma2": [WINDOW, None, WINDOW, None],
@@ -71,6 +78,27 @@ def test_a_mixture_of_experts_is_not_narrowed_but_fused():
         make_model(base, "dual tower, strided")
     model, ids = make_model(base), torch.tensor([[5, 6, 7]])
     assert torch.equal(model.text_logits(ids, stack="fused"), model.text_logits(ids))
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    [
+        ({"new_decoder_architecture": True, "num_kv_heads": 2}, 128),  # two groups of two queries, a key and a value
+        ({"new_decoder_architecture": False, "multi_query": True}, 96),  # four queries, then a key and a value for all
+    ],
+)
+def test_heads_that_share_keys_in_one_matrix_are_not_cut_as_if_they_did_not(shape, rows):
+    base = backbone_of(FalconForCausalLM(FalconConfig(**TINY, **shape)))
+    message = rf"query_key_value: {rows} outputs are not queries, keys and values of 4 heads of 16, 192 in all"
+    with pytest.raises(XFusionError, match=message):
+        layer_pieces(base.layers[0])
+    with pytest.raises(XFusionError, match=message):
+        make_model(base, "dual projection")
+    own = {"new_decoder_architecture": False, "multi_query": False}
+    found = layer_pieces(FalconForCausalLM(FalconConfig(**TINY, **own)).transformer.h[0])
+    assert torch.equal(
+        found["key"][0].rows[:18], torch.tensor([*range(16, 32), 64, 65])
+    )  # of the first head, then the second
 
 
 @pytest.mark.parametrize("family", ["phi3", "gpt_neox", "gpt2", "mistral"])

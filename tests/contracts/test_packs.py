@@ -1,5 +1,6 @@
 """Contract: a pack holds learned weights only, says the same after loading, belongs to one base, and refuses the rest."""
 
+import copy
 import json
 import random
 import shutil
@@ -41,7 +42,7 @@ def pack(bases, tmp_path):
     """A saved pack on the Llama base, and its folder."""
     model = make_model(bases["llama"])
     folder = tmp_path / "pack"
-    model.save_pretrained(folder, steps=7)
+    model.save_pretrained(folder, training={"steps": 7})
     return model, folder
 
 
@@ -82,7 +83,7 @@ def test_the_file_holds_learned_weights_only(pack, bases):
 def test_the_config_says_which_base_and_what_was_built(pack, bases):
     model, folder = pack
     config = json.loads((folder / "config.json").read_text())
-    assert config["format_version"] == 2 and config["steps"] == 7
+    assert config["format_version"] == 2 and config["training"] == {"steps": 7}
     assert config["base"] == {
         "source": bases["llama"].source,
         "revision": None,
@@ -128,6 +129,114 @@ def test_one_changed_bit_of_the_base_is_another_base(pack, bases, tmp_path):
         xfusion.load(folder, backbone=Backbone(changed.model, changed.tokenizer, changed.source))
 
 
+def on_another_function(base, folder, change=lambda config: None, retoken=lambda tokenizer: None):
+    """A base of the same weights, saved with other settings or another tokenizer."""
+    model, own = copy.deepcopy(base.model), copy.deepcopy(base.tokenizer)
+    change(model.config)
+    retoken(own)
+    model.save_pretrained(folder)
+    own.save_pretrained(folder)
+    return Backbone.load(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [
+        ("settings.rms_norm_eps 1e-06, .* with 0.1:", lambda c: setattr(c, "rms_norm_eps", 0.1)),
+        (
+            "settings.rope_parameters.rope_theta 10000.0, .* with 500.0:",
+            lambda c: c.rope_parameters.update(rope_theta=500.0),
+        ),
+        ("settings.hidden_act 'silu', .* with 'gelu':", lambda c: setattr(c, "hidden_act", "gelu")),
+        ("settings.windows .*, .* with .*:", lambda c: setattr(c, "sliding_window", 3)),
+    ],
+)
+def test_the_same_weights_under_other_settings_are_another_base(bases, tmp_path, what, change):
+    family = "mistral" if "windows" in what else "llama"
+    make_model(bases[family]).save_pretrained(tmp_path / "pack")
+    other = on_another_function(bases[family], tmp_path / "other", change)
+    assert other.fingerprint == bases[family].fingerprint
+    with pytest.raises(XFusionError, match=f"was trained on .* with {what} what it computes is another base") as error:
+        xfusion.load(tmp_path / "pack", backbone=other)
+    assert "\n" not in str(error.value)
+    same = on_another_function(bases[family], tmp_path / "same")
+    assert xfusion.load(tmp_path / "pack", backbone=same).backbone is same
+
+
+def test_another_tokenizer_is_another_base(pack, bases, tmp_path):
+    _, folder = pack
+    for number, retoken in enumerate((lambda t: t.add_tokens(["new"]), lambda t: setattr(t, "eos_token", "<|pad|>"))):
+        other = on_another_function(bases["llama"], tmp_path / str(number), retoken=retoken)
+        with pytest.raises(
+            XFusionError, match=r"with tokenizer '[0-9a-f]+, but .* the same weights with '[0-9a-f]+: what it"
+        ):
+            xfusion.load(folder, backbone=other)
+
+
+def test_a_pack_from_before_settings_were_recorded_loads(pack, bases, tmp_path):
+    _, folder = pack
+    edit(folder, lambda c: c.pop("base_function"))
+    other = on_another_function(bases["llama"], tmp_path / "other", lambda c: setattr(c, "rms_norm_eps", 0.1))
+    assert xfusion.load(folder, backbone=other).backbone is other
+
+
+def test_what_a_pack_does_not_record_is_refused(pack, tmp_path):
+    model, _ = pack
+    for unknown in ({"push_to_hub": True}, {"base": {}}, {"capabilities": []}, {"steps": 7}):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument {next(iter(unknown))!r}"):
+            model.save_pretrained(tmp_path / "new", **unknown)
+        with pytest.raises(TypeError, match=f"unexpected keyword argument {next(iter(unknown))!r}"):
+            checkpoint.save(model, tmp_path / "new", **unknown)
+    assert not (tmp_path / "new").exists()
+    model.save_pretrained(tmp_path / "new", dtype=torch.bfloat16, licence="cc0-1.0", scores={"fit": 0.5})
+    config = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert config["licence"] == "cc0-1.0" and config["scores"] == {"fit": 0.5} and "recipe" not in config
+
+
+def test_from_pretrained_is_load(pack, bases):
+    model, folder = pack
+    loaded = Model.from_pretrained(folder, backbone=bases["llama"])
+    assert type(loaded) is Model and loaded.fingerprint == model.fingerprint
+    for name in (folder, "emoji", "org/name@main"):
+        with pytest.raises(
+            XFusionError, match="revision 'v1' is of a hub id without one, and .* is none: leave it out"
+        ):
+            Model.from_pretrained(name, revision="v1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "find", lambda name: {"org/name@v1": folder}[name])
+        assert (
+            Model.from_pretrained("org/name", revision="v1", backbone=bases["llama"]).fingerprint == model.fingerprint
+        )
+
+
+def test_a_model_is_neither_moved_nor_cast_away_from_its_base(bases):
+    model = make_model(bases["llama"])
+    before = model.fingerprint
+    for away in (lambda: model.to("meta"), lambda: model.to_empty(device="meta")):
+        with pytest.raises(
+            XFusionError, match=r"computes on cpu, .*: load it on meta instead, xfusion.load\(pack, device="
+        ):
+            away()
+    for cast in (model.half, model.bfloat16, model.double, lambda: model.to(torch.float16)):
+        with pytest.raises(
+            XFusionError, match=r"new weights in torch\.\w+ beside a base in torch.float32: leave them in"
+        ):
+            cast()
+    assert model.fingerprint == before
+    assert model.to("cpu").float().train().eval() is model and model.fingerprint == before
+    wide = Model(model_config(bases["llama"]), Backbone.load(bases["llama"].source, dtype=torch.float64))
+    assert {p.dtype for p in wide.double().new_parameters()} == {torch.float64}
+
+
+def test_state_dict_has_the_opening_head_and_learned_state_has_not(bases):
+    model = make_model(bases["llama"])
+    learned = sum(value.numel() for value in model.learned_state().values())
+    assert sum(value.numel() for value in model.state_dict().values()) == learned
+    model.opening = Opening(64)
+    assert sum(value.numel() for value in model.state_dict().values()) == learned + 2 * 65
+    assert sum(value.numel() for value in model.learned_state().values()) == learned
+
+
 def test_altered_weights_are_refused(pack, bases):
     _, folder = pack
     path = folder / "model.safetensors"
@@ -145,7 +254,7 @@ def test_altered_weights_are_refused(pack, bases):
 def test_one_flipped_bit_is_refused(bases, tmp_path, name):
     """Every bit of the first bytes and of some in the middle, wherever a format might look away: names, spaces, shapes."""
     folder = tmp_path / "pack"
-    make_model(bases["llama"], "low-rank tower").save_pretrained(folder, score=0.5)
+    make_model(bases["llama"], "low-rank tower").save_pretrained(folder, scores={"fit": 0.5})
     path, rng = folder / name, random.Random(0)
     whole = path.read_bytes()
     places = [(place, rng.randrange(8)) for place in rng.sample(range(len(whole)), 24)]

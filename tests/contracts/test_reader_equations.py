@@ -30,6 +30,7 @@ from xfusion.data.mixture import Mixture, MixtureConfig
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Sequence, Text, XFusionError
 from xfusion.data.templates import Templates, captioning
+from xfusion.fusion import cross_attention
 from xfusion.fusion.adaption_prompt import AdaptionPrompt, Prompted
 from xfusion.fusion.connectors.resampler import Resampler
 from xfusion.fusion.cross_attention import CrossAttention, GatedCrossAttention
@@ -221,15 +222,41 @@ def test_a_word_behind_cached_pictures_reads_those_before_it(bases, fusion, monk
         assert min(apart()) > 1e-2
 
 
-@torch.no_grad()
-def test_gates_move_before_what_they_gate(bases):
-    """While a gate is closed nothing behind it has a gradient: it opens first."""
+def test_gates_move_before_what_they_gate():
+    """While a gate is closed nothing behind it has a gradient: it opens first, and all else learns from the second step on."""
+    torch.manual_seed(0)
     block = GatedCrossAttention(READERS["flamingo"], 16)
-    with torch.enable_grad():
-        x, media = torch.randn(1, 3, 16), torch.randn(1, 4, 16)
+    x, media = torch.randn(1, 3, 16), torch.randn(1, 4, 16)
+
+    def reached():
+        block.zero_grad()
         block(x, block.keys_values(media), torch.ones(1, 3, 4).bool()).square().sum().backward()
-    moved = {n for n, p in block.named_parameters() if p.grad.abs().max() > 0}
-    assert moved == {"gate", "mlp_gate"}
+        return {name for name, p in block.named_parameters() if p.grad.abs().max() > 0}
+
+    assert reached() == {"gate", "mlp_gate"}
+    torch.optim.SGD(block.parameters(), lr=1e-2).step()
+    assert reached() == {name for name, _ in block.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["flamingo", "openflamingo, all previous"])
+@torch.no_grad()
+def test_a_path_that_ignores_the_mask_is_noticed(bases, name, monkeypatch):
+    """Otter's fast path reads all media whatever the mask says: words then hear of a picture that stands behind them."""
+    model = make_model(bases["llama"], name)
+    randomise(model, by=0.5)
+
+    def before_the_second(seed):
+        """Logits of two words, of [EOI] and of four words, behind which the second picture stands."""
+        segments = (words(2, 1), picture((2, 3), 1), words(4, 2), picture((2, 3), seed), words(3, 3))
+        return look(model, view([[Sequence(segments=segments)]], model))[0][0][:7]
+
+    assert torch.equal(before_the_second(2), before_the_second(3))
+    read = functional.scaled_dot_product_attention
+    careless = SimpleNamespace(scaled_dot_product_attention=lambda q, k, v, attn_mask, **more: read(q, k, v, **more))
+    monkeypatch.setattr(cross_attention, "functional", careless)
+    one, other = before_the_second(2), before_the_second(3)
+    assert torch.equal(one[:2], other[:2])  # words that see no picture throw away what they read
+    assert float((one - other)[2:].abs().amax(-1).min()) > 1e-3
 
 
 # ---------------------------------------------------------------------------------------------------- adaption prompts

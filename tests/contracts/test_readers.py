@@ -39,6 +39,7 @@ from xfusion.data.mixture import MixtureConfig
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Sequence, Text, XFusionError
 from xfusion.data.templates import Templates
+from xfusion.fusion.outside import Outside
 from xfusion.model import BackboneConfig, Model, compiled_graphs
 from xfusion.training.stages import Recipe
 
@@ -62,6 +63,18 @@ def apart(one: Found, other: Found) -> float:
     """Largest difference of what is said about words."""
     pairs = [(a[0], b[0]) for a, b in zip(one, other, strict=True) if len(a[0])]
     return max(float((a - b).abs().max()) for a, b in pairs)
+
+
+@pytest.mark.parametrize("fusion", ["idefics", "llama-adapter"])
+def test_who_reads_what_is_laid_out_once_a_pass(bases, fusion, monkeypatch):
+    """Not at every layer: it is a table of all words and media, and a walk over what the cache holds."""
+    model, laid = make_model(bases["llama"], fusion), []
+    table = Outside._table
+    monkeypatch.setattr(Outside, "_table", lambda self, run: laid.append(run) or table(self, run))
+    model.run_pass(view([[s] for s in SEQUENCES.values()], model))
+    assert len(model.fusion.blocks) > 1 and len(laid) == 1
+    model.caption([Noise().picture(0, SIDE)], max_tokens=3)
+    assert len(laid) == len({id(run) for run in laid})
 
 
 @pytest.mark.parametrize(("fusion", "family"), READER_ROWS)

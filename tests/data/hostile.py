@@ -244,22 +244,29 @@ def names_and_words() -> Iterator[Case]:
 
 
 def damaged(number: int) -> Case:
-    """A picture that is cut off, or in which bytes are others; which, is decided by the number."""
-    rng = random.Random(number)
-    kind = KINDS[number % len(KINDS)]
-    size = rng.choice([(40, 30), (1, 300), (300, 1), (64, 64)])
-    if number % 3 == 0 and kind != "JPEG":
+    """A picture that is cut off, or in which bytes are others: format, size and damage are drawn apart from each other.
+
+    One that is cut before its last tenth has lost pixels, whatever its format, and must be reported. Of an animation the first
+    frame counts, which may be whole.
+    """
+    rng = random.Random(f"damaged {number}")
+    kind, size = rng.choice(KINDS), rng.choice([(40, 30), (1, 300), (300, 1), (64, 64)])
+    moves, cut = kind != "JPEG" and rng.random() < 1 / 3, rng.random() < 1 / 2
+    if moves:
         frames = [Image.new("RGB", size, (80 * i, 0, 0)) for i in range(3)]
         content = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
     else:
-        content = picture(kind, rng, size)
-    if number % 2:
+        how = {"progressive": True} if kind == "JPEG" and rng.random() < 1 / 3 else {}
+        content = picture(kind, rng, size, **how)
+    name = f"{number}: {'animated ' * moves}{kind}"
+    if cut:
         place = rng.randrange(len(content))
-        return Case(f"{number}: {kind} cut at {place} of {len(content)}", EITHER, beside(content[:place]))
+        expected = EITHER if moves or place >= 0.9 * len(content) else BAD
+        return Case(f"{name} cut at {place} of {len(content)}", expected, beside(content[:place]))
     changed = bytearray(content)
     for _ in range(rng.choice([1, 4, 40])):
         changed[rng.randrange(len(changed) if rng.random() < 0.5 else min(64, len(changed)))] = rng.randrange(256)
-    return Case(f"{number}: {kind} damaged", EITHER, beside(bytes(changed)))
+    return Case(f"{name} damaged", EITHER, beside(bytes(changed)))
 
 
 def garbled(number: int) -> Case:

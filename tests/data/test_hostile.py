@@ -16,6 +16,7 @@ from data.hostile import (
     BAD,
     EITHER,
     GOOD,
+    KINDS,
     SPECIAL,
     Case,
     beside,
@@ -38,6 +39,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:::PIL")
 SECONDS = 60
 """That one case may take on a busy machine; a hang takes for ever."""
 NUM_DAMAGED, NUM_GARBLED = 600, 240
+PARTS = 21
+"""Of which the default tier tries the first."""
 
 FIXED = [*pictures_of_all_kinds(), *names_and_words()]
 
@@ -100,12 +103,11 @@ def test_fixed_cases(tmp_path, part):
     try_all(FIXED[part::4], tmp_path)
 
 
-@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.full) for part in range(1, 20))])
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.full) for part in range(1, PARTS))])
 def test_damaged_pictures_and_lines(tmp_path, part):
-    """A twentieth of them in the default tier."""
-    try_all([damaged(n) for n in range(part, NUM_DAMAGED, 20)], tmp_path)
+    try_all([damaged(n) for n in range(part, NUM_DAMAGED, PARTS)], tmp_path)
     (tmp_path / "lines").mkdir()
-    try_all([garbled(n) for n in range(part, NUM_GARBLED, 20)], tmp_path / "lines")
+    try_all([garbled(n) for n in range(part, NUM_GARBLED, PARTS)], tmp_path / "lines")
 
 
 def shard_of(folder: Path, kind: str) -> Path:
@@ -157,7 +159,7 @@ def in_shards(cases, tmp_path, kind):
 def test_all_of_it_in_shards(tmp_path, monkeypatch, kind, part):
     """The fixed cases and a part of the damaged ones, through the readers of shards: a twelfth in the default tier."""
     monkeypatch.setenv("XFUSION_CACHE", str(tmp_path / "cache"))
-    cases = [*FIXED[part::12], *(damaged(n) for n in range(part, NUM_DAMAGED, 120))]
+    cases = [*FIXED[part::12], *(damaged(n) for n in range(part, NUM_DAMAGED, 121))]
     (tmp_path / "made").mkdir()
     (tmp_path / "tried").mkdir()
     try_all(list(in_shards(cases, tmp_path / "made", kind)), tmp_path / "tried")
@@ -166,6 +168,14 @@ def test_all_of_it_in_shards(tmp_path, monkeypatch, kind, part):
 def test_there_are_a_thousand():
     assert len(FIXED) + NUM_DAMAGED + NUM_GARBLED >= 1000
     assert len({case.name for case in FIXED}) == len(FIXED)
+
+
+def test_the_first_part_holds_every_format_cut_off_and_changed():
+    """Of each format one that has lost pixels is among them, which has to be reported."""
+    cases = [damaged(n) for n in range(0, NUM_DAMAGED, PARTS)]
+    found = {(next(kind for kind in KINDS if kind in case.name), "cut" in case.name) for case in cases}
+    assert found == {(kind, cut) for kind in KINDS for cut in (True, False)}
+    assert {next(kind for kind in KINDS if kind in case.name) for case in cases if case.expected == BAD} == {*KINDS}
 
 
 TEXTS = st.text(max_size=40) | st.text(st.characters(codec=None), max_size=40) | st.sampled_from(["../a.png", SPECIAL])

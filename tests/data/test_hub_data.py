@@ -13,6 +13,7 @@ from xfusion.data import shards
 from xfusion.data.order import Order
 from xfusion.data.sequence import Unreadable, XFusionError
 from xfusion.data.sources import open_source
+from xfusion.training.progress import all_examples
 
 __all__ = ["hub"]
 
@@ -119,3 +120,15 @@ def test_a_hub_that_does_not_answer_is_no_broken_picture(hub, tmp_path):
         shards.read(f"hf://datasets/org/cards@{'f' * 40}/train.parquet")
     hub.out_of_order = False
     assert source.picture(0, 8).size == (8, 8)
+
+
+def test_another_commit_holds_other_examples_of_the_same_names_and_groups(hub, tmp_path):
+    """So that a resumed run says so, and a split stays as it is; pinned by its commit the data is the same."""
+    files = [{"train.parquet": rows(tmp_path, numbers)} for numbers in (range(8), range(8, 16))]
+    hub.commits["datasets/org/cards"] = [("a" * 40, files[0])]
+    one = open_source("hf:org/cards")
+    hub.commits["datasets/org/cards"].append(("b" * 40, files[1]))
+    two, pinned = open_source("hf:org/cards"), open_source(f"hf:org/cards@{'a' * 40}")
+    assert [(e.id, e.group) for e in one.examples] == [(e.id, e.group) for e in two.examples]
+    assert all_examples(one)[:2] == all_examples(two)[:2] and all_examples(one)[2] != all_examples(two)[2]
+    assert all_examples(pinned) == all_examples(one)

@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,12 +22,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from contracts.table import Noise, model_config
 from modalities.test_codecs import kl_model
+from training.test_states import in_a_child, linux, resource
 
 from xfusion.apps import cli
 from xfusion.data import latents
 from xfusion.data.latents import Latents, encode
 from xfusion.data.mixture import MixtureConfig
-from xfusion.data.sequence import XFusionError
+from xfusion.data.sequence import Example, XFusionError
 from xfusion.data.sources import check, open_source
 from xfusion.modalities.codecs.autoencoder_kl import AutoencoderKL
 from xfusion.modalities.codecs.pixels import Pixels
@@ -341,6 +344,7 @@ def test_questions_are_encoded_with_their_pictures(tmp_path):
     examples = tmp_path / "x" / "examples.jsonl"
     old = [{k: v for k, v in json.loads(line).items() if k != "question"} for line in examples.read_text().splitlines()]
     examples.write_text("\n".join(map(json.dumps, old)) + "\n", encoding="utf-8")
+    as_before(tmp_path / "x")
     assert [e.question for e in open_source(tmp_path / "x").examples] == ["", ""]  # written before there were any
 
 
@@ -352,3 +356,156 @@ def test_the_command(tmp_path, capsys):
     assert cli.main(["data", "check", str(tmp_path / "x")]) == 0
     assert cli.main(["data", "encode", "emoji:12", "-o", str(tmp_path / "x"), "--codec", "vae"]) == 2
     assert "codec 'vae' is not one of" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------- sealed, or refused
+
+
+def as_before(folder):
+    """The index as it was before files had hashes: of the shards alone."""
+    path = folder / "index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in index.items() if k not in ("examples", "sha256")}, indent=2))
+
+
+def swap(path, old, new):
+    content = path.read_bytes()
+    assert content.count(old) >= 1
+    path.write_bytes(content.replace(old, new, 1))
+
+
+def without_line(path, number):
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:number] + lines[number + 1 :]))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message", "before"),
+    [
+        (lambda f: without_line(f / "examples.jsonl", 2), r"examples\.jsonl was altered: its hash is", "has 5 examples"),
+        (lambda f: swap(f / "examples.jsonl", b"a picture", b"a pasture"), r"examples\.jsonl was altered: its hash", None),
+        (lambda f: (f / "examples.jsonl").unlink(), r"examples\.jsonl cannot be read: No such file", "cannot be read"),
+        (lambda f: swap(f / "examples.jsonl", b'"id"', b'"id'), r"examples\.jsonl was altered", r"jsonl:1: is no example \("),
+        (lambda f: swap(f / "examples.jsonl", b'"group"', b'"grope"'), "was altered", r"jsonl:1: is no example \('group'\)"),
+        (lambda f: swap(f / "index.json", b'"size": 16', b'"size": 61'), r"index\.json was altered: its hash is", None),
+        (lambda f: swap(f / "index.json", b'"bytes"', b'"bites"'), r"index\.json was altered", r"it has no field bytes"),
+        (lambda f: swap(f / "index.json", b"{", b""), r"index\.json cannot be read: Extra data", "cannot be read: Extra"),
+        (lambda f: (f / "index.json").write_bytes(b""), r"index\.json cannot be read: Expecting", "cannot be read: Exp"),
+    ],
+    ids=["lost line", "other words", "no words", "no JSON", "no group", "other size", "no bytes", "no brace", "empty index"],
+)  # fmt: skip
+def test_an_index_or_words_that_are_not_what_was_written_are_named(tmp_path, capsys, damage, message, before):
+    """A line that is lost would give all pictures behind it the words of others. Folders from before there were hashes are
+    read as far as their words fit the shards.
+    """
+    encode(Noise(), Pixels.Config(), 16, tmp_path / "x")
+    shutil.copytree(tmp_path / "x", tmp_path / "old")
+    as_before(tmp_path / "old")
+    whole = bytes_of(tmp_path / "x")
+    assert open_source(tmp_path / "old").examples == open_source(tmp_path / "x").examples == Noise().examples
+    for folder, told in ((tmp_path / "x", message), (tmp_path / "old", before)):
+        damage(folder)
+        if told is None:
+            assert len(open_source(folder)) == 6  # what nobody can know
+            continue
+        with pytest.raises(
+            XFusionError, match=f"{told}.*: take an intact copy, or delete index.json and give"
+        ) as error:
+            open_source(folder)
+        assert "\n" not in str(error.value)
+        assert cli.main(["data", "check", str(folder)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+        encode(Noise(), Pixels.Config(), 16, folder)  # as it says; the shards are kept
+        assert bytes_of(folder) == whole
+
+
+def test_a_seal_is_not_taken_off(tmp_path):
+    encode(Noise(), Pixels.Config(), 16, tmp_path / "x")
+    swap(tmp_path / "x" / "index.json", b'"sha256": "', b'"sha265": "')
+    with pytest.raises(XFusionError, match=r"index\.json was altered"):
+        open_source(tmp_path / "x")
+
+
+def test_a_damaged_shard_is_not_sealed_anew(tmp_path):
+    """Given again beside its index the command says what it says when it reads."""
+    encode(Noise(), Pixels.Config(), 16, tmp_path / "x")
+    before = (tmp_path / "x" / "index.json").read_bytes()
+    shard = tmp_path / "x" / "latents-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(
+        XFusionError, match=r"latents-00000\.safetensors: its hash is .*: delete both, and encode again"
+    ):
+        encode(Noise(), Pixels.Config(), 16, tmp_path / "x")
+    assert (tmp_path / "x" / "index.json").read_bytes() == before
+    shard.unlink()
+    encode(Noise(), Pixels.Config(), 16, tmp_path / "x")
+    assert (tmp_path / "x" / "index.json").read_bytes() == before
+
+
+@linux
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_a_disk_that_takes_no_more_is_told_with_the_file_and_the_same_command_goes_on(tmp_path, monkeypatch, workers):
+    """A limit on the size of a file is what a test may set without a disk of its own; the writes fail for real."""
+    monkeypatch.setattr(latents, "PER_SHARD", 3)
+    spec, out = pictures_in(tmp_path / "pictures"), tmp_path / "x"
+
+    def limited(limit):
+        def work():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            encode(open_source(spec), Pixels.Config(), 16, out, workers=workers)
+
+        return in_a_child(work)
+
+    told = (
+        rf"^XFusionError: {out}/latents-0000[01]\.safetensors cannot be written: .*File too large.*; make room, or name"
+    )
+    assert re.search(told, said := limited(5000)) and "\n" not in said, said
+    assert list(out.iterdir()) == []
+    encode(open_source(spec), Pixels.Config(), 16, out)
+    whole = bytes_of(out)
+    (out / "index.json").unlink()
+    assert limited(100) == (
+        f"XFusionError: {out}/examples.jsonl cannot be written: File too large; make room, or name another folder"
+    )
+    assert {**whole, "index.json": b""} == {**bytes_of(out), "index.json": b""}  # what stood there, and no more
+    encode(open_source(spec), Pixels.Config(), 16, out)
+    assert bytes_of(out) == whole
+
+
+def test_shards_of_pictures_that_changed_under_their_names_are_not_kept(tmp_path, monkeypatch):
+    """Also where the data's own groups stay as they are."""
+    monkeypatch.setattr(latents, "PER_SHARD", 2)
+    pictures_in(tmp_path / "pictures")
+    rows = [{"image": f"pictures/{n}.png", "caption": f"card {n}", "group": f"suit {n % 2}"} for n in range(5)]
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    encode(open_source(path), Pixels.Config(), 16, tmp_path / "x")
+    rows[4]["caption"] = "a card"  # other words need no other latents
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert encode(open_source(path), Pixels.Config(), 16, tmp_path / "x").examples[4].captions == ("a card",)
+    PILImage.new("RGB", (20, 16), "blue").save(tmp_path / "pictures" / "3.png")
+    with pytest.raises(XFusionError, match=r"latents-00001\.safetensors: was made by .*, or of other pictures"):
+        encode(open_source(path), Pixels.Config(), 16, tmp_path / "x")
+    # Of a picture whose group is the hash of its file no more is written than before: such shards are kept.
+    one = Example(id="0", captions=("card",), group="0123", origin="0.png", content="0123")
+    assert latents._key({}, 16, 1, [one]) == latents._key({}, 16, 1, [replace(one, content="")])
+
+
+def test_captions_are_searched_for_the_special_tokens_of_the_base_that_trains_on_them(tmp_path, caplog):
+    """They may have been encoded for another."""
+    spec = pictures_in(tmp_path / "pictures")
+    (spec / "2.txt").write_text("a <|im_end|> b")
+    encode(open_source(spec), Pixels.Config(), 16, tmp_path / "x")
+    whole = open_source(tmp_path / "x", special_tokens=("<eos>",))
+    assert len(whole) == 5 and check(tmp_path / "x").num_bad == 0
+    told = (
+        r"1 of 5 examples are bad: .*2\.png: caption contains '<\|im_end\|>', a special token of the model's tokenizer"
+    )
+    with pytest.raises(XFusionError, match=told):
+        open_source(tmp_path / "x", special_tokens=("<|im_end|>",))
+    report = check(tmp_path / "x", special_tokens=("<|im_end|>",))
+    assert (report.num_examples, report.num_bad, report.counts) == (5, 1, {"special token": 1})
+    some = open_source(tmp_path / "x", special_tokens=("<|im_end|>",), allow_bad=0.2)
+    assert [e.id for e in some.examples] == ["0.png", "1.png", "3.png", "4.png"] and "left out 1 of 5" in caplog.text
+    image = ImageModality.Config(patch=4, sizes=(16,)).build()
+    assert torch.equal(some.tokens(2, image, 16), whole.tokens(3, image, 16))

@@ -149,6 +149,47 @@ def test_an_index_that_cannot_be_kept_is_said(tmp_path, monkeypatch, caplog):
     assert "its index cannot be kept" in caplog.text
 
 
+@pytest.mark.parametrize("damage", ["empty", "first line", "half", "zeros", "no records"])
+def test_an_index_that_a_power_cut_left_is_built_anew(tmp_path, cache, caplog, damage):
+    """Else its examples would be gone, without a word, for as long as the index stays."""
+    path = write_tar(tmp_path / "a.tar", range(3))
+    expected = contents(open_source(path))
+    (index,) = cache.iterdir()
+    whole = index.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    index.write_bytes(
+        {
+            "empty": b"",
+            "first line": lines[0],
+            "half": b"".join(lines[:3]),
+            "zeros": whole[:50] + bytes(len(whole) - 50),
+            "no records": b"[]\n" * len(lines),
+        }[damage]
+    )
+    assert contents(open_source(path)) == expected
+    assert f"its index {index} cannot be read" in caplog.text and index.read_bytes() == whole
+
+
+def test_shards_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    """With the same keys and the same words; ids of shards that share no name stay as they are."""
+    for folder, numbers in (("a", range(2)), ("b/c", range(2, 4))):
+        write_tar(
+            tmp_path / "shards" / folder / "000.tar",
+            range(2),
+            pictures=lambda n, own=numbers: png(own[n]),
+            as_json=lambda n: {"caption": "a card"},
+        )
+    write_tar(tmp_path / "shards" / "b" / "001.tar", [0])
+    source = open_source(tmp_path / "shards")
+    two = ["a/000.tar/000", "a/000.tar/001", "001.tar/000", "b/c/000.tar/000", "b/c/000.tar/001"]
+    assert sorted(e.id for e in source.examples) == sorted(two)
+    at = {e.id: i for i, e in enumerate(source.examples)}
+    with Image.open(io.BytesIO(png(3))) as picture:
+        assert (
+            source.picture(at["b/c/000.tar/001"], 12).tobytes() == picture.convert("RGB").crop((2, 0, 14, 12)).tobytes()
+        )
+
+
 # -------------------------------------------------------------------------------------------------------------- broken
 
 
@@ -195,6 +236,27 @@ def test_broken_parquet_is_named(tmp_path):
     with pytest.raises(XFusionError, match=r"1 of 11 .*b\.parquet: cannot be read as parquet"):
         open_source(tmp_path / "p")
     assert len(open_source(tmp_path / "p", allow_bad=0.1)) == 10
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "gone", "no state"])
+def test_a_broken_saved_data_set_is_named(tmp_path, damage):
+    path = write_dataset(tmp_path / "saved", range(40))
+    (arrow,) = path.glob("*.arrow")
+    if damage == "no state":
+        (path / "state.json").write_text("{")
+    elif damage == "gone":
+        arrow.unlink()
+    else:
+        arrow.write_bytes(arrow.read_bytes()[: arrow.stat().st_size // 2] if damage == "cut" else b"")
+    with pytest.raises(
+        XFusionError, match=r"1 of 1 examples are bad: .*saved: cannot be read as a saved data set"
+    ) as error:
+        open_source(path)
+    assert "\n" not in str(error.value)
+    assert check(path).counts == {"broken shard": 1}
+    (path / "dataset_dict.json").write_text("{")
+    with pytest.raises(XFusionError, match=r"dataset_dict\.json cannot be read"):
+        open_source(path)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import soundfile
 import torch
 
 import xfusion
+from xfusion.data import sounds
 from xfusion.data.sequence import Sound, XFusionError
 from xfusion.data.sources import Sounds, check, open_source
 from xfusion.modalities.image import ImageModality
@@ -61,6 +62,21 @@ def test_what_is_no_sound_is_told_in_one_line(tmp_path, name, what):
     with pytest.raises(XFusionError, match=what) as error:
         xfusion.read_sound(tmp_path / name)
     assert "\n" not in str(error.value) and name in str(error.value)
+
+
+def test_a_sound_of_many_channels_is_refused_undecoded(tmp_path, monkeypatch):
+    """Ten minutes of 32 channels at the highest rate are 29 GB in memory, and silence a small file."""
+    soundfile.write(tmp_path / "bomb.flac", numpy.zeros((4096, 8)), 48_000, subtype="PCM_16")
+    data = (tmp_path / "bomb.flac").read_bytes()
+    frames = sounds.MAX_SAMPLES // 8 + 1
+    assert frames < 600 * 48_000
+    head = int.from_bytes(data[18:26], "big")  # rate, channels, depth, and 36 bits of frames
+    (tmp_path / "bomb.flac").write_bytes(data[:18] + (head >> 36 << 36 | frames).to_bytes(8, "big") + data[26:])
+    monkeypatch.setattr(sounds, "_decode", lambda file: 1 / 0)
+    with pytest.raises(XFusionError, match="bomb.flac: holds 120,000,008 samples in all its channels, at most 120,0"):
+        xfusion.read_sound(tmp_path / "bomb.flac")
+    with pytest.raises(XFusionError, match="it holds 32,768 samples in all its channels, at most 1,000"):
+        sounds.decode(data, "it", most_samples=1000)
 
 
 def test_a_sound_is_a_row_of_floats():

@@ -39,7 +39,7 @@ def table(text):
 
 def link(cell):
     """What a cell shows and where it leads."""
-    return re.match(r"\[([^]]+)\]\(([^)]+)\)(?: as `([^`]+)`)?", cell).groups()
+    return re.match(r"\[([^]]+)\]\(([^)]+)\)(?: `\([^`]+\)`)?(?: as `([^`]+)`)?", cell).groups()
 
 
 def results(folder, label):
@@ -121,6 +121,25 @@ def test_a_system_of_one_data_set_has_one_row():
     assert single == {"four_layers", "four_layers_tuned"}, "in rates it has other rates than its own"
 
 
+def test_figures_stand_under_the_arguments_that_they_are_of():
+    systems = [row["system"] for row in table(PAGE)]
+    assert any(s.startswith("[dall_e](recipes/dall_e.md) `(rank=16)`<br>") for s in systems)
+    part = PAGE.partition("\n## tokens\n")[2].partition("\n## ")[0]
+    assert re.search(r"^\| dall_e\(rank=16\) \| 0\.93", part, re.MULTILINE) and "\n| dall_e |" not in part
+
+
+def test_a_verdict_without_equal_trials_says_so():
+    seen = set()
+    for folder in FOLDERS:
+        part = PAGE.partition(f"\n## {folder.name}\n")[2].partition("\n## ")[0]
+        runs = [json.loads(path.read_text()) for path in folder.glob("*-seed*.json")]
+        trials = {run["settings"]["tuning"]["trials"] for run in runs}
+        marks = set(re.findall(r"\| (?:better|worse)(, untuned)? \|", part))
+        assert marks <= {"" if min(trials) > 1 else ", untuned"}, folder.name
+        seen |= marks
+    assert ", untuned" in seen
+
+
 def write(folder, runs, command):
     folder.mkdir(parents=True)
     for run in runs:
@@ -143,7 +162,7 @@ def test_new_folders_appear_by_themselves(tmp_path):
     other = sound | {"recipe": "slm", "scored": {"suite": "new"}, "scores": {"fit_new": 0.5, "held_new": 0.25}}
     write(tmp_path / "other", [other], "xfusion compare slm --samples 10")
     new, heard = table("\n".join(overview.overview([tmp_path / "sounds", tmp_path / "other"])).replace("\u00a0", " "))
-    assert heard["system"] == "[slm](recipes/slm.md) as `heard`<br>sound → words"
+    assert heard["system"] == "[slm](recipes/slm.md) `(stride=2)` as `heard`<br>sound → words"
     assert heard["names"] == "0.75 (one run)<br>**unseen**, blind 0.12"
     assert heard["text"] == "perplexity +2.0<br>regime: LoRA"
     assert heard["comparison"] == "[sounds](#sounds)<br>**one run**"

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from xfusion.data.sequence import Example, XFusionError
+from xfusion.evaluation.machine import commit
 from xfusion.evaluation.run import evaluate, suite_names
 from xfusion.modalities.codecs.pixels import Pixels
 from xfusion.modalities.image import ImageModality
@@ -141,12 +142,16 @@ def test_the_settings_say_how_to_get_the_same_numbers(tmp_path):
     assert (settings["num_drawn"], settings["num_captioned"], settings["num_held"]) == (5, 4, 3)
     assert (settings["seed"], settings["steps"], settings["guidance"]) == (7, 2, 1.5)
     assert settings["encoder"] == "averages" and settings["versions"]["torch"] == torch.__version__
+    assert (
+        settings["commit"] == commit() and settings["machine"]["cores"] > 0
+    )  # of a file; what is only returned lacks them
     prompts = [prompt for call in model.calls for prompt in call[0]]
     seeds = [seed for call in model.calls for seed in call[1]]
     assert len(prompts) == 5 and seeds == [7 + int(prompt.split()[1]) for prompt in prompts]
     assert {call[2:] for call in model.calls} == {(2, 1.5)}
     assert [event for event in events if event[0] == "draw"] == [("draw", n, 5) for n in (0, 2, 4, 5)]
-    assert score(Knower(), max_drawn=5)["settings"]["num_drawn"] == 5
+    again = score(Knower(), max_drawn=5)["settings"]
+    assert again["num_drawn"] == 5 and "commit" not in again
 
 
 def test_a_model_is_asked_only_for_what_it_can_do():
@@ -154,7 +159,7 @@ def test_a_model_is_asked_only_for_what_it_can_do():
         capabilities = frozenset({"draw"})
 
     class Reader(Knower):
-        capabilities = frozenset({"caption", "embed"})
+        capabilities = frozenset({"caption"})
 
     class Matcher(Knower):
         capabilities = frozenset({"match"})
@@ -174,6 +179,29 @@ def test_a_model_is_asked_only_for_what_it_can_do():
         score(Writer())
 
 
+def test_each_way_to_score_names_is_told_apart():
+    class Blip(Knower):
+        """Says and matches the right name; its vectors are those of another picture."""
+
+        capabilities = frozenset({"caption", "embed", "match"})
+
+        def embed(self, items):
+            first = sorted({names[0] for names in self.names.values()})
+            said = [x if isinstance(x, str) else self.names[x.tobytes()][0] for x in items]
+            place = [first.index(s) + 2 * (not isinstance(x, str)) for s, x in zip(said, items, strict=True)]
+            return torch.eye(len(first))[torch.tensor(place) % len(first)]
+
+        def match(self, picture, names):
+            return [0.9 if name in self.names[picture.tobytes()] else 0.1 for name in names]
+
+    found = score(Blip())
+    assert found["held_caption_at_1"] == found["held_match_at_1"] == 1 > found["held_match_at_1_blind"]
+    assert found["held_embed_at_1"] == 0 and found["chance_held_embed_at_1"] == found["chance_held_caption_at_1"]
+    Blip.capabilities = frozenset({"embed", "match"})
+    found = score(Blip())
+    assert found["held_caption_at_1"] == 0 and found["held_match_at_1"] == 1 and "held_embed_at_1" not in found
+
+
 def test_an_encoder_that_taught_does_not_score():
     result = score(Knower(), features=False)
     assert not [name for name in result if "feature" in name]
@@ -184,9 +212,13 @@ def test_a_model_that_names_its_teachers_is_not_scored_by_them():
     class Aligned(Knower):
         teachers = frozenset({Averages.fingerprint})
 
+    class Deeper(Knower):
+        teachers = frozenset({f"{Averages.fingerprint}@main#-3"})  # another layer of the same encoder
+
     class Other(Knower):
         teachers = frozenset({"another"})
 
+    assert not [name for name in score(Deeper()) if "feature" in name]
     result, other = score(Aligned()), score(Other())
     assert not [name for name in result if "feature" in name] and result["settings"]["encoder"] is None
     assert result["settings"]["features"] == "none: the encoder averages took part in training, it may not score"

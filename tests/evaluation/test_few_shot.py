@@ -1,7 +1,7 @@
 """The suite `few_shot`: known answers by models that read nothing but the picture, or nothing but their examples."""
 
 import pytest
-from contracts.table import Noise
+from contracts.table import Noise, of_other_groups
 from PIL import Image as PILImage
 
 from xfusion.data.sequence import XFusionError
@@ -37,6 +37,10 @@ class Copying(Knowing):
 
 class Later(Noise):
     """Pictures of which none is among the first."""
+
+    def __init__(self, count, spec):
+        super().__init__(count, spec)
+        self.examples = of_other_groups(self).examples
 
     def picture(self, index, size):
         return super().picture(100 + index, size)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from contracts.table import Noise
+from contracts.table import Noise, of_other_groups
 
 from xfusion.data.sequence import XFusionError
 from xfusion.evaluation.run import evaluate
@@ -30,7 +30,7 @@ def test_a_model_that_knows_scores_one_and_one_that_is_wrong_scores_nothing():
     assert all(found[f"fit_{task}_at_1"] == found[f"fit_{task}_mrr"] == 1 for task in ("naming", "search"))
     assert found["chance_fit_naming_at_1"] == pytest.approx(1 / 6)
     assert found["settings"]["num_fit"] == 6 and not any(key.startswith("held") for key in found)
-    wrong = evaluate(Known(source, shift=1), "retrieval", source=source, held=source)
+    wrong = evaluate(Known(source, shift=1), "retrieval", source=source, held=of_other_groups(source))
     assert wrong["fit_naming_at_1"] == wrong["held_search_at_1"] == 0
 
 
@@ -55,6 +55,17 @@ def test_a_model_that_matches_is_scored_by_that():
     found = evaluate(careless, "retrieval", source=source)
     assert found["fit_match"] == 0.5 and found["fit_naming_at_1"] == 1  # the order is right all the same
     assert "fit_match" not in evaluate(Known(source), "retrieval", source=source)
+
+
+def test_a_model_that_embeds_and_matches_is_scored_by_both_apart():
+    source = Noise(6)
+    both = Matcher(source)
+    both.capabilities = frozenset({"text", "caption", "embed", "match"})
+    both.embed = Known(source, shift=1).embed  # the head is right, the vectors are not
+    found = evaluate(both, "retrieval", source=source)
+    assert found["fit_naming_at_1"] == found["fit_search_at_1"] == 0
+    assert found["fit_match"] == found["fit_match_naming_at_1"] == found["fit_match_search_at_1"] == 1
+    assert found["fit_match_naming_at_1_blind"] < 1 and found["chance_fit_match_search_at_1"] == pytest.approx(1 / 6)
 
 
 def test_a_model_that_cannot_embed_is_refused():

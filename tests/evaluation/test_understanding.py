@@ -17,7 +17,7 @@ from xfusion.evaluation.metrics.clusters import interval
 from xfusion.evaluation.metrics.refusal import refusal, threshold
 from xfusion.evaluation.run import evaluate
 from xfusion.evaluation.suites.understanding import COLOURS, counting, nlvr, part, right
-from xfusion.generation import answer_json
+from xfusion.generation import generate
 
 
 class Oracle:
@@ -97,7 +97,7 @@ def test_a_model_is_asked_and_its_curves_are_drawn(bases, tmp_path):
     assert json.loads((tmp_path / "found.json").read_text())["curves"] == result["curves"]
     schema = {"type": "object", "properties": {"answer": {"type": "integer", "minimum": 1, "maximum": 2}}}
     asked = [q for q in counting(20, 2) if part(q.id) == "test"]
-    said = [answer_json(model, [q.picture], q.text, schema)[0]["answer"] for q in asked]
+    said = [json.loads(generate(model, [q.picture, q.text], schema=schema)[0])["answer"] for q in asked]
     assert result["accuracy_json"] == sum(a == int(q.answer) for a, q in zip(said, asked, strict=True)) / len(asked)
     drawn = Evaluate(model="none", out=tmp_path / "found.json").plots(result["curves"])
     assert [name for name, _ in drawn] == ["plot of jpeg", "plot of crop", "plot of resolution"]

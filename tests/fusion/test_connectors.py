@@ -32,11 +32,13 @@ from transformers import (
     InstructBlipQFormerConfig,
     LlamaConfig,
     LlavaConfig,
+    LxmertConfig,
     Qwen2AudioConfig,
     Qwen2AudioEncoderConfig,
 )
 from transformers.models.instructblip.modeling_instructblip import InstructBlipQFormerModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+from transformers.models.lxmert.modeling_lxmert import LxmertLayer, LxmertVisualFeatureEncoder
 from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioMultiModalProjector
 
 import xfusion
@@ -48,6 +50,7 @@ from xfusion.data.templates import Templates
 from xfusion.fusion.connectors.frame_transformer import FrameTransformer
 from xfusion.fusion.connectors.linear import Linear
 from xfusion.fusion.connectors.mlp import MLP
+from xfusion.fusion.connectors.object_encoder import ObjectEncoder
 from xfusion.fusion.connectors.pooling import Pooling
 from xfusion.fusion.connectors.positional_resampler import PositionalResampler, places
 from xfusion.fusion.connectors.prefix_mapper import PrefixMapper
@@ -67,6 +70,7 @@ CONNECTORS = {
     "queries": Queries.Config(queries=16, cells=PATCH * PATCH, **SMALL),
     "positional resampler": PositionalResampler.Config(queries=16, cells=PATCH * PATCH, map=(16, 16), heads=2),
     "frame transformer": FrameTransformer.Config(cells=PATCH * PATCH, inner_width=16, heads=2, mlp=24),
+    "object encoder": ObjectEncoder.Config(inner_width=16, heads=2, mlp=24),
     "prefix mapper": PrefixMapper.Config(rows=16, cells=PATCH * PATCH, heads=2, depth=1, mlp=1),
 }
 """Of tokens that hold 4 x 4 features of 3 numbers; items have up to 16 rows."""
@@ -82,10 +86,17 @@ def make(base, name, *, randomised=True, exactly=False):
     return (model.double() if exactly else model).eval()
 
 
-def read_only():
-    """Every way in which words and pictures stand together, with pictures to read alone."""
+def read_only(name):
+    """Every way in which words and pictures stand together, with pictures to read alone; of one size where a connector has places
+    of one map.
+    """
+
+    def shown(s, number):
+        s = picture((4, 4), number) if name == "positional resampler" else s
+        return replace(s, state="clean", has_loss=False)
+
     return [
-        Sequence(segments=tuple(replace(s, state="clean", has_loss=False) if isinstance(s, Media) else s for s in q))
+        Sequence(segments=tuple(shown(s, i) if isinstance(s, Media) else s for i, s in enumerate(q)))
         for q in (sequence.segments for sequence in mixed_sequences().values())
     ]
 
@@ -127,6 +138,37 @@ def test_pooled_frames_are_qwen_audios_pooling_and_projector():
     expected = theirs(nn.AvgPool1d(2, stride=2)(frames.T).T)  # as Qwen2AudioEncoder pools
     found = own(shown(frames.unflatten(0, (5, 2)), (5, 1)))
     torch.testing.assert_close(found[0, 1:], expected, rtol=0, atol=PARITY)
+
+
+@torch.no_grad()
+def test_an_object_encoder_is_lxmerts():
+    """Its features and boxes, and its object-relationship layers; 1 to 7 regions of two pictures are there."""
+    torch.manual_seed(0)
+    config = LxmertConfig(
+        hidden_size=16, num_attention_heads=2, intermediate_size=24, visual_feat_dim=10, visual_pos_dim=4
+    )
+    enters, layers = perturbed(LxmertVisualFeatureEncoder(config)), [perturbed(LxmertLayer(config)) for _ in range(2)]
+    own = ObjectEncoder.Config(inner_width=16, heads=2, depth=2, mlp=24).build(20, 10, 0.1, 1).eval()
+    for ours, theirs in (("into", "visn_fc"), ("norm", "visn_layer_norm")):
+        getattr(own, ours).load_state_dict(getattr(enters, theirs).state_dict())
+        getattr(own, f"box_{ours}").load_state_dict(getattr(enters, theirs.replace("visn", "box")).state_dict())
+    for ours, theirs in zip(own.layers, layers, strict=True):
+        parts = [getattr(theirs.attention.self, name) for name in ("query", "key", "value")]
+        ours.self_attn.in_proj_weight.copy_(torch.cat([part.weight for part in parts]))
+        ours.self_attn.in_proj_bias.copy_(torch.cat([part.bias for part in parts]))
+        ours.self_attn.out_proj.load_state_dict(theirs.attention.output.dense.state_dict())
+        ours.norm1.load_state_dict(theirs.attention.output.LayerNorm.state_dict())
+        ours.linear1.load_state_dict(theirs.intermediate.dense.state_dict())
+        ours.linear2.load_state_dict(theirs.output.dense.state_dict())
+        ours.norm2.load_state_dict(theirs.output.LayerNorm.state_dict())
+    features, places = torch.randn(2, 7, 10), torch.rand(2, 7, 4)
+    there = torch.arange(7) < torch.tensor([[7], [1]])
+    expected = enters(features, places)
+    for layer in layers:
+        (expected,) = layer(expected, torch.where(there, 0.0, -1e9)[:, None, None])
+    for train in (False, True):  # attention has a kernel of its own for each
+        found = own.train(train).read(features, places, there)
+        torch.testing.assert_close(found[there], expected[there], rtol=0, atol=PARITY)
 
 
 QFORMER = {
@@ -345,6 +387,41 @@ def test_a_frame_transformer_is_its_equation_in_float64():
 
 
 @torch.no_grad()
+def test_an_object_encoder_is_its_equation_in_float64():
+    """Boxes enter before the layers, so that each place hears where the others lie, and not behind them."""
+    torch.manual_seed(0)
+    own = ObjectEncoder.Config(inner_width=8, heads=2, depth=2, mlp=12).build(10, 5, 0.1, 1).double().eval()
+    for parameter in own.parameters():
+        parameter.add_(0.3 * torch.randn(parameter.shape, dtype=torch.float64))
+    pictures = {grid: torch.randn(grid[0] * grid[1], 5).double() for grid in ((2, 3), (1, 4), (3, 1))}
+
+    def behind_layers(x):
+        for layer in own.layers:
+            matrix, bias = layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias
+            parts = [(matrix[o : o + 8], bias[o : o + 8]) for o in (0, 8, 16)]
+            read = attended(x, *parts, 2)
+            x = [normed(row + layer.self_attn.out_proj(r), layer.norm1) for row, r in zip(x, read, strict=True)]
+            gelu = torch.nn.functional.gelu
+            x = [normed(row + layer.linear2(gelu(layer.linear1(row))), layer.norm2) for row in x]
+        return torch.stack(x)
+
+    expected, trapped = [], []
+    for (tall, wide), features in pictures.items():
+        seen = [normed(own.into.weight @ f + own.into.bias, own.norm) for f in features]
+        boxes = [(c / wide, r / tall, (c + 1) / wide, (r + 1) / tall) for r in range(tall) for c in range(wide)]
+        at = [normed(own.box_into.weight @ torch.tensor(b).double() + own.box_into.bias, own.box_norm) for b in boxes]
+        expected.append(own.project(behind_layers([(f + p) / 2 for f, p in zip(seen, at, strict=True)])))
+        trapped.append(own.project((behind_layers(seen) + torch.stack(at)) / 2))
+    items = [Sequence(segments=(Media(tokens=t, grid=grid),)) for grid, t in pictures.items()]
+    media = pack([[items[0], items[1]], [items[2]]]).media["image"]  # of several grids, in one row and in two
+    found = own(replace(media, tokens=media.tokens.double()))
+    for number, (one, other) in enumerate(zip(expected, trapped, strict=True)):
+        mine = found[media.item == number]
+        torch.testing.assert_close(mine, one, rtol=0, atol=1e-6)  # boxes are float32
+        assert float((mine - other).abs().max()) > 1e-2
+
+
+@torch.no_grad()
 def test_a_prefix_mapper_is_its_equation_in_float64():
     torch.manual_seed(0)
     own = PrefixMapper.Config(rows=3, cells=2, heads=2, depth=2, mlp=2).build(8, 2 * 5, 0.1, 1).double()
@@ -378,7 +455,7 @@ def test_queries_read_all_features_of_their_own_item_and_no_others(bases):
     """Whatever else the batch holds: items of other sizes, other rows, words between."""
     for name in ("queries", "positional resampler", "prefix mapper"):
         port = make(bases["llama"], name).port
-        one, other = picture((2, 3), 1), picture((4, 4), 2)
+        one, other = picture((4, 4) if name == "positional resampler" else (2, 3), 1), picture((4, 4), 2)
         alone = port(pack([[Sequence(segments=(one,))]]).media["image"])
         both = pack([[Sequence(segments=(words(3, 1), other, words(2, 2), one))], [Sequence(segments=(other,))]])
         media = both.media["image"]
@@ -396,10 +473,22 @@ def test_sizes_that_do_not_fit_are_refused_in_one_line(bases):
         Linear.Config(cells=3).build(8, 10, 0.1, 1)
     with pytest.raises(XFusionError, match="width 10 is not a multiple of its 4 heads"):
         Queries.Config(query_width=10).build(8, 12, 0.1, 1)
+    with pytest.raises(XFusionError, match="object encoder: width 10 is not a multiple of its 4 heads"):
+        ObjectEncoder.Config(inner_width=10).build(8, 12, 0.1, 1)
+    with pytest.raises(XFusionError, match="object encoder: a token is one place, not 3: set cells to 1"):
+        ObjectEncoder.Config(cells=3).build(8, 12, 0.1, 1)
     port = make(bases["llama"], "queries").port
     media = pack([[Sequence(segments=(picture((5, 5), 1),))]]).media["image"]
     with pytest.raises(XFusionError, match="an item has 25 rows, but the connector makes 16 states"):
         port(media)
+    port = make(bases["llama"], "positional resampler").port
+    for grid in ((2, 3), (3, 4), (5, 5)):  # fewer features would stand at the places of others
+        media = pack([[Sequence(segments=(picture((4, 4), 1), words(2, 1), picture(grid, 2)))]]).media["image"]
+        count = 16 * grid[0] * grid[1]
+        with pytest.raises(
+            XFusionError, match=rf"an item has {count} features, the map \(16, 16\) has 256 places: set map"
+        ):
+            port(media)
     with pytest.raises(XFusionError, match="stride 2, offset None, layers None, but it has no blocks to place"):
         Prefix.Config(stride=2).build()
 
@@ -422,12 +511,12 @@ def test_text_is_bit_equal_whatever_the_connector_holds(bases, name):
 def test_whole_packed_and_in_pieces_say_the_same(bases, name, monkeypatch):
     with exact(monkeypatch):
         model = make(bases["llama"], name, exactly=True)
-        alone = [look(model, view([[s]], model))[0] for s in read_only()]
-        for rows in ([read_only()], [read_only()[:3], read_only()[3:]]):
+        alone = [look(model, view([[s]], model))[0] for s in read_only(name)]
+        for rows in ([read_only(name)], [read_only(name)[:3], read_only(name)[3:]]):
             assert apart(look(model, view(rows, model)), alone) <= FLOAT64
         with model.using(model.reference_engine()):
-            assert apart(look(model, view([read_only()], model)), alone) <= FLOAT64
-        for sequence, expected in zip(read_only(), alone, strict=True):
+            assert apart(look(model, view([read_only(name)], model)), alone) <= FLOAT64
+        for sequence, expected in zip(read_only(name), alone, strict=True):
             assert apart(incremental(model, view([[sequence]], model)), [expected]) <= FLOAT64
 
 
@@ -451,7 +540,7 @@ def test_gradients_reach_every_weight_and_the_base_stays(bases, name):
     base = bases["llama"]
     before = base.compute_fingerprint()
     model = make(base, name)
-    found = model.losses(view([[s] for s in read_only()], model), torch.Generator())
+    found = model.losses(view([[s] for s in read_only(name)], model), torch.Generator())
     assert set(found) == {"next_token"}
     found["next_token"][0].backward()
     grads = {n: 0.0 if p.grad is None else float(p.grad.abs().max()) for n, p in model.named_new_parameters().items()}

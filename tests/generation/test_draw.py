@@ -56,7 +56,7 @@ def test_seeds_may_be_given_one_by_one(model):
         model.draw(["a", "b"], seeds=[1])
 
 
-def by_hand(model, context, *, seed, steps, guidance):
+def by_hand(model, context, *, seed, steps, guidance, interval=(0.0, 1.0)):
     """Euler steps with a full pass over [context | picture] each, by the reference path, without any cache."""
     x = torch.randn(16, TOKEN_WIDTH, generator=torch.Generator().manual_seed(seed))
 
@@ -72,8 +72,9 @@ def by_hand(model, context, *, seed, steps, guidance):
     with model.using(model.reference_engine()):
         for step in range(steps):
             t = 1 - step / steps
-            without = velocity((), x, t) if guidance != 1 else 0
-            x = x - (without + guidance * (velocity(context, x, t) - without)) / steps
+            scale = guidance if interval[0] < t <= interval[1] else 1
+            without = velocity((), x, t) if scale != 1 else 0
+            x = x - (without + scale * (velocity(context, x, t) - without)) / steps
     return x
 
 
@@ -111,7 +112,27 @@ def test_the_cached_walk_is_the_uncached_one(bases, fusion, family, guidance, mo
     found = draw_tokens(model, contexts, SIDE, seeds=[11, 12, 13, 14, 15], steps=3, guidance=guidance)
     for k, context in enumerate(contexts):
         expected = by_hand(model, context, seed=11 + k, steps=3, guidance=guidance)
-        assert float((found[k] - expected).abs().max()) < 1e-4
+        assert float((found[k] - expected).detach().abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("interval", [(0.5, 1.0), (0.0, 0.6), (0.2, 0.8)])
+def test_guidance_acts_within_its_interval_alone(bases, monkeypatch, interval):
+    """Levels of four steps are 1, 0.75, 0.5, 0.25; outside of the interval no row stands behind an empty context."""
+    model = make_model(bases["gemma3"], guidance_interval=interval, **VELOCITY)
+    contexts = [(words(2, 2), picture((2, 3), 2), words(3, 3)), (words(4, 1),), ()]
+    rows, run_pass = [], Model.run_pass
+
+    def counted(self, batch, **settings):
+        rows.extend(len(media.rows.order) for media in batch.media.values() if not settings["update"])
+        return run_pass(self, batch, **settings)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Model, "run_pass", counted)
+        found = draw_tokens(model, contexts, SIDE, seeds=[11, 12, 13], steps=4, guidance=2.5)
+    assert rows == [6 if interval[0] < level <= interval[1] else 3 for level in (1, 0.75, 0.5, 0.25)]
+    for k, context in enumerate(contexts):
+        expected = by_hand(model, context, seed=11 + k, steps=4, guidance=2.5, interval=interval)
+        assert float((found[k] - expected).detach().abs().max()) < 1e-4
 
 
 def test_guidance_1_asks_only_once_per_step_and_text_is_computed_once(model, monkeypatch):
@@ -241,8 +262,66 @@ def test_a_part_is_drawn_anew_and_the_rest_keeps_its_pixels(model):
     assert changed[8:12, 4:8].any()
     changed[8:12, 4:8] = False
     assert not changed.any()
-    nothing = model.inpaint(known, PILImage.new("L", (SIDE, SIDE), 0), "a red apple", steps=2)
-    assert nothing.tobytes() == known.tobytes()
+    with pytest.raises(XFusionError, match=r"the mask of \(16, 16\) pixels has no white one in the middle square"):
+        model.inpaint(known, PILImage.new("L", (SIDE, SIDE), 0), "a red apple", steps=2)
+
+
+def kept_tokens(model, picture, mask, monkeypatch):
+    """Which of the 4 x 4 tokens are kept when a picture is painted over."""
+    seen = []
+
+    def spy(model, contexts, size, *, keep, known, **_):
+        seen.append(keep.view(4, 4))
+        return known
+
+    monkeypatch.setattr("xfusion.generation.drawing.draw_tokens", spy)
+    model.inpaint(picture, mask, "a cat")
+    return seen[0]
+
+
+def test_a_stroke_of_one_pixel_of_a_large_mask_marks_its_tokens(model, monkeypatch):
+    """At full size: shrunk 25 times it would be darker than half. What lies outside of the middle square marks nothing."""
+    picture, mask = PILImage.new("RGB", (600, 400), "red"), PILImage.new("L", (600, 400))
+    mask.paste(255, (0, 250, 600, 251))  # a line across, in the third row of tokens
+    mask.paste(255, (50, 0, 51, 400))  # left of the middle square
+    expected = torch.ones(4, 4, dtype=torch.bool)
+    expected[2] = False
+    assert torch.equal(kept_tokens(model, picture, mask, monkeypatch), expected)
+    point = PILImage.new("RGB", (600, 400))
+    point.putpixel((100 + 399, 399), (0, 0, 130))
+    expected = torch.ones(4, 4, dtype=torch.bool)
+    expected[3, 3] = False
+    assert torch.equal(kept_tokens(model, picture, point, monkeypatch), expected)
+    outside = PILImage.new("L", (600, 400))
+    outside.paste(255, (0, 0, 100, 400))
+    with pytest.raises(XFusionError, match="no white one in the middle square"):
+        model.inpaint(picture, outside, "a cat")
+
+
+def test_a_pixel_between_two_tokens_marks_both(model, monkeypatch):
+    mask = PILImage.new("L", (30, 30))
+    mask.putpixel((7, 1), 255)  # a token is 7.5 pixels wide
+    kept = kept_tokens(model, PILImage.new("RGB", (30, 30)), mask, monkeypatch)
+    assert (~kept).nonzero().tolist() == [[0, 0], [0, 1]]
+
+
+def test_picture_and_mask_lie_as_their_tags_turn_them(model, monkeypatch):
+    """A photograph taken upright, as cameras store it, and a mask painted on it as it is shown; and the other way round."""
+    shown = Noise().picture(1, 64).resize((40, 60))
+    mask = PILImage.new("L", (40, 60))
+    mask.paste(255, (0, 10, 5, 15))  # the first token of the middle square
+    expected = torch.ones(4, 4, dtype=torch.bool)
+    expected[0, 0] = False
+
+    def as_stored(upright):
+        stored = upright.transpose(PILImage.Transpose.ROTATE_90)
+        stored.getexif()[0x0112] = 6  # turned by 90 degrees clockwise when it is shown
+        return stored
+
+    for given, paint in ((as_stored(shown), mask), (shown, as_stored(mask)), (as_stored(shown), as_stored(mask))):
+        assert torch.equal(kept_tokens(model, given, paint, monkeypatch), expected)
+    with pytest.raises(XFusionError, match=r"the picture has \(40, 60\) pixels, the mask \(60, 40\)"):
+        model.inpaint(as_stored(shown), mask.transpose(PILImage.Transpose.ROTATE_90), "a cat")
 
 
 def test_a_mask_of_another_size_is_refused(model):

@@ -9,7 +9,7 @@ from contracts.table import Noise, make_model
 
 from xfusion.data.sequence import XFusionError
 from xfusion.data.templates import in_json
-from xfusion.generation import answer_json, generate, log_likelihoods, schema_answers
+from xfusion.generation import generate, log_likelihoods, schema_answers
 from xfusion.generation.schema import going_on
 
 SCHEMA = {
@@ -21,6 +21,11 @@ SCHEMA = {
     },
     "required": ["colour", "count", "seen"],
 }
+
+
+def answer_json(model, pictures, question, schema):
+    """The answers to a question about each picture, as values."""
+    return [json.loads(answer) for (answer,) in generate(model, [[p, question] for p in pictures], schema=schema)]
 
 
 def test_all_texts_of_a_schema_are_written_out():

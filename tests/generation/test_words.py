@@ -11,7 +11,8 @@ import xfusion
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Media, Sequence, Text, XFusionError
 from xfusion.data.templates import opened, question_text
-from xfusion.generation import TooLong, log_likelihoods, prompt_length
+from xfusion.generation import PLAIN, PLAIN_SAMPLING, TooLong, log_likelihoods, prompt_length
+from xfusion.generation import segments as generation
 
 PICTURES = [Noise().picture(i, 16) for i in range(4)]
 
@@ -74,6 +75,22 @@ def test_sampled_captions_depend_on_their_seed_only(model):
     together = model.caption(PICTURES, seed=5, **settings)
     assert [model.caption([p], seed=5 + k, **settings)[0] for k, p in enumerate(PICTURES)] == together
     assert model.caption(PICTURES, seed=50, **settings) != together
+
+
+def test_one_picture_where_a_list_is_expected_is_said_in_one_line(model):
+    one, names = PICTURES[0], ["red apple", "tree"]
+    for call in (
+        lambda: model.caption(one),
+        lambda: model.score_names(one, names),
+        lambda: log_likelihoods(model, [[one], "what?"], names),
+        lambda: model.score([one], names),
+    ):
+        with pytest.raises(XFusionError, match=r"write \[picture\]|a list was given|is not a segment"):
+            call()
+    with pytest.raises(
+        XFusionError, match=r"one picture was given where a list of them is expected: write \[picture\]"
+    ):
+        model.caption(one)
 
 
 def test_captions_in_parts(model, monkeypatch):
@@ -183,6 +200,57 @@ def test_text_alone_is_continued_by_the_base(bases, family):
             )[0, len(model.backbone.encode("a red")) + len(model.backbone.encode(" apple")) :].tolist()
         )
     ]
+
+
+def test_sampling_means_the_same_with_and_without_pictures(bases, monkeypatch):
+    """What the base's generation_config adds by itself holds for neither; what is asked for holds for both."""
+    model = make_model(bases["llama"])
+    base, text = model.backbone.model, "a red apple"
+    ids = torch.tensor([model.backbone.encode(text)])
+
+    def by_the_base(seed, **sampling):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            out = base.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, pad_token_id=1, **PLAIN, **sampling
+            )
+        return model.backbone.decode(out[0, ids.shape[1] :].tolist())
+
+    wide = {"max_tokens": 12, "temperature": 3.0}
+    free = [model.generate([text], seed=seed, **wide)[0] for seed in range(4)]
+    asked = {"do_sample": True, "temperature": 3.0, "top_p": 1.0, "top_k": 0, **PLAIN_SAMPLING}
+    assert free == [by_the_base(seed, **asked) for seed in range(4)] and len(set(free)) == 4
+    greedy_answer, of_pictures = model.generate([text], max_tokens=12), model.generate([PICTURES[0], "what?"], **wide)
+    with monkeypatch.context() as patch:  # what a vendor may have written beside the weights
+        patch.setattr(base.generation_config, "top_k", 1)
+        patch.setattr(base.generation_config, "repetition_penalty", 1.9)
+        patch.setattr(base.generation_config, "no_repeat_ngram_size", 1)
+        patch.setattr(base.generation_config, "min_p", 0.9)
+        assert [model.generate([text], seed=seed, **wide)[0] for seed in range(4)] == free
+        assert model.generate([text], max_tokens=12) == greedy_answer == [by_the_base(0, do_sample=False)]
+        assert model.generate([PICTURES[0], "what?"], **wide) == of_pictures
+    assert model.generate([text], top_k=1, **wide) == greedy_answer
+    assert model.generate([PICTURES[0]], top_k=1, **wide) == model.generate([PICTURES[0]], max_tokens=12)
+    assert model.caption(PICTURES, top_k=1, temperature=2.0, max_tokens=6) == model.caption(PICTURES, max_tokens=6)
+
+
+def test_two_pictures_of_one_list_have_noise_of_their_own(model):
+    items = ["a red apple", xfusion.Image(), xfusion.Image(), xfusion.Image()]
+    settings = {"steps": 1, "guidance": 1.0}
+    seeds, draw_tokens = [], generation.draw_tokens
+
+    def spy(*given, **known):
+        seeds.append(known["seeds"])
+        return draw_tokens(*given, **known)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "draw_tokens", spy)
+        drawn = model.generate(items, seed=3, **settings)
+        model.generate([items, items], seed=3, **settings)
+    assert seeds[0] == [3] and seeds[3] == [3, 4]
+    assert len({seed for batch in seeds[3:] for seed in batch}) == 6
+    assert [batch[0] for batch in seeds[3:]] == [seed for (seed,) in seeds[:3]]  # a batch is its singles
+    assert drawn[0].tobytes() == model.draw(["a red apple"], seed=3, **settings)[0].tobytes()
 
 
 def test_sampled_text_depends_on_its_seed_and_leaves_the_global_generator(model):

@@ -3,10 +3,12 @@
 import math
 
 import pytest
+import soundfile
 import torch
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
-from xfusion.data.sequence import Sound, XFusionError
+from xfusion.data.sequence import Sound, Unreadable, XFusionError
+from xfusion.data.sources import open_source
 from xfusion.modalities.audio import AudioModality, resampled
 from xfusion.modalities.codecs.kmeans import KMeans, fit
 from xfusion.modalities.encoders.whisper import Whisper
@@ -132,3 +134,19 @@ def test_clusters_are_found_and_named_by_the_nearest(whisper, tmp_path):
     other = KMeans.Config(source=str(tmp_path / "codes"), encoder=encoder, pooled=2).build()
     with pytest.raises(XFusionError, match="were fitted with pooled 4, the model says 2"):
         other.encode(wave)
+
+
+def test_a_sound_that_is_too_long_for_the_model_is_one_that_a_run_may_leave_out(whisper, tmp_path):
+    """By its name; what no sound of the source could mend is not."""
+    for name, seconds in (("long", 0.6), ("short", 0.3)):
+        soundfile.write(tmp_path / f"{name}.wav", noise(seconds).samples.numpy(), 16_000)
+        (tmp_path / f"{name}.txt").write_text(name)
+    source = open_source(tmp_path)
+    folder = str(whisper[1] / "encoder")
+    audio = AudioModality.Config(codec=Whisper.Config(source=folder, width=16), seconds=0.5, patch=5).build()
+    assert source.tokens(1, audio, 25).shape == (5, 80)
+    with pytest.raises(Unreadable, match=rf"^{tmp_path}/long\.wav: a sound of 0.60 s is longer than the 0.5 s"):
+        source.tokens(0, audio, 25)
+    with pytest.raises(XFusionError, match=rf"^{tmp_path}/short\.wav: a length of 0.52 s is not legal") as error:
+        source.tokens(1, audio, 26)
+    assert not isinstance(error.value, Unreadable)

@@ -109,17 +109,23 @@ def test_near_identical_pictures_and_equal_words_are_no_negatives(bases):
     assert not same(pack([lone]), pack([lone]).media["image"]).any()  # no group is no kinship
 
 
-def test_a_scale_beyond_the_bound_counts_as_the_bound(bases):
+def test_a_scale_beyond_the_bound_is_brought_back_to_it_and_learns_on(bases):
+    """The paper clips the parameter. Clipped at its use, it has no gradient above the bound: one step too far is for good."""
     model, sequences = make(bases["llama"]), [pair(i) for i in range(4)]
-    scale = model.extra[0].log_scale
+    scale, bound = model.extra[0].log_scale, math.log(100.0)
     with torch.no_grad():
-        scale.fill_(math.log(100.0))
+        scale.fill_(bound)
         at_bound = value(model, sequences)
         scale.fill_(9.0)
+        assert float(value(model, sequences)) == pytest.approx(float(at_bound), rel=1e-6)
+        assert float(scale) == 9.0  # looking changes no weight
     beyond = value(model, sequences)
     assert float(beyond.detach()) == pytest.approx(float(at_bound), rel=1e-6)
+    assert float(scale.detach()) == pytest.approx(bound)
     beyond.backward()
-    assert float(scale.grad) == 0
+    assert float(scale.grad) > 0  # of random pairs: less certainty would cost less
+    torch.optim.SGD([scale], lr=1e-3).step()
+    assert float(scale.detach()) < bound and float(value(model, sequences).detach()) < float(at_bound)
 
 
 @torch.no_grad()
@@ -228,7 +234,8 @@ def test_contrast_beside_drawing_and_naming(bases, tmp_path):
     model = Model(config, base)
     randomise(model)
     answered = Sequence(segments=(picture((2, 2), 9), words(4, 9, loss=True)))
-    found = model.losses(pack([[s] for s in (pair(0), pair(1), answered)]), torch.Generator().manual_seed(0))
+    found = model.losses(pack([[s] for s in (pair(0), pair(1))]), torch.Generator().manual_seed(0))
+    found |= model.losses(pack([[answered]]), torch.Generator().manual_seed(0))
     assert set(found) == names
     sum(value / count for value, count in found.values()).backward()
     grads = {n: 0.0 if p.grad is None else float(p.grad.abs().max()) for n, p in model.named_new_parameters().items()}
@@ -239,6 +246,14 @@ def test_contrast_beside_drawing_and_naming(bases, tmp_path):
     model, losses = trained(recipe, base, tmp_path / "run")
     assert set(losses[0]) == names and share_left(losses, "contrastive") < 0.8
     assert model.capabilities == {"text", "caption", "draw", "embed"}
+
+
+def test_words_that_are_said_behind_a_picture_are_no_pair(bases):
+    """The language model's samples: what is asked there is the same of every picture."""
+    (objective,) = make(bases["llama"]).extra
+    asked = [Sequence(segments=(picture((2, 2), i), words(3, 5), words(4, i, loss=True))) for i in range(3)]
+    batch = pack([[s] for s in asked])
+    assert batch.text_reads_media and objective.count(batch) == {} and objective.loss(None, batch) == {}
 
 
 def test_a_loss_over_a_batch_is_not_accumulated(bases, tmp_path):

@@ -1,20 +1,23 @@
 """Diffusion: schedules, noise and steps are diffusers', told in the library's time (t = 0 is clean, t = 1 is noise)."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from contracts.table import Noise, mixed_sequences, model_config
 from diffusers import DDIMScheduler, DDPMScheduler
 
+import xfusion
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Media, Sequence, Text, XFusionError
 from xfusion.generation import draw_tokens
+from xfusion.modalities.codecs.pixels import Pixels
 from xfusion.model import Model
 from xfusion.objectives.base import Output
 from xfusion.objectives.diffusion import LEVELS, Diffusion
+from xfusion.objectives.next_token import NextToken
 from xfusion.training.loop import train
 from xfusion.training.stages import Recipe, Stage
 
@@ -189,6 +192,49 @@ def test_impossible_settings_are_refused():
             list(build().sample(lambda x, _: x, torch.zeros(1, 1, 1), steps=steps))
     with pytest.raises(XFusionError, match="largest_snr 0 must be above 0"):
         build(largest_snr=0.0)
+
+
+class Wide(Pixels):
+    """A codec whose latents have no largest value."""
+
+    bounded = False
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Pixels.Config):
+        """Nothing to set."""
+
+        def build(self):
+            """The codec."""
+            return Wide()
+
+
+def test_settings_that_latents_cannot_be_drawn_by_are_refused_before_training_and_not_in_a_pack(bases, tmp_path):
+    base = bases["llama"]
+
+    def model(media, codec=Wide.Config(), fresh=True):
+        plain = model_config(base)
+        return Model(replace(plain, media=media, image=replace(plain.image, codec=codec)), base, fresh=fresh)
+
+    latents = [Diffusion.Config(prediction="velocity", largest_value=None), Diffusion.Config(largest_value=4.0)]
+    for media in (*latents, Diffusion.Config(schedule="linear", largest_value=None)):
+        model(media)
+    model(Diffusion.Config(), Pixels.Config())
+    cut = Diffusion.Config(prediction="velocity", threshold=0.995)
+    refused = {
+        cut: "largest_value 1 cuts off what latents of Wide hold, .* set it to None, or to 3 or more",
+        Diffusion.Config(
+            largest_value=None
+        ): r"sqrt\(abar\) = 5e-05 of the schedule 'cosine'; predict 'velocity' or 'clean'",
+    }
+    for media, message in refused.items():
+        with pytest.raises(XFusionError, match=message):
+            model(media)
+        with pytest.raises(XFusionError, match=message):  # a pack that is trained on
+            model(latents[0]).set_objectives(NextToken.Config(), media)
+    with pytest.raises(XFusionError, match="with largest_value None"):
+        model(Diffusion.Config(largest_value=None), Pixels.Config())
+    model(cut, fresh=False).save_pretrained(tmp_path / "old")
+    assert xfusion.load(tmp_path / "old", backbone=base, trust=True).config.media == cut
 
 
 def test_what_a_level_means_belongs_to_the_weights():

@@ -227,6 +227,12 @@ def test_a_shift_that_walks_nowhere_is_refused():
         build(sampling_shift=0.0)
 
 
+@pytest.mark.parametrize("interval", [(0.5, 0.5), (-0.1, 1.0), (0.0, 1.1), (0.8, 0.2)])
+def test_an_interval_of_guidance_that_holds_no_level_is_refused(interval):
+    with pytest.raises(XFusionError, match="guidance_interval"):
+        FlowMatching.Config(guidance_interval=interval).build()
+
+
 def test_no_steps_are_refused():
     with pytest.raises(XFusionError, match="steps 0 must be at least 1"):
         walk(build(), lambda x, _: x, torch.zeros(1, 1, 1), steps=0)

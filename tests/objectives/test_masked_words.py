@@ -6,7 +6,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from contracts.table import Noise, make_model, model_config, picture, randomise, trained, twenty_steps, words
+from contracts.table import (
+    Noise,
+    make_model,
+    model_config,
+    of_other_groups,
+    picture,
+    randomise,
+    trained,
+    twenty_steps,
+    words,
+)
+from torch import nn
 from transformers.models.lxmert.configuration_lxmert import LxmertConfig
 from transformers.models.lxmert.modeling_lxmert import LxmertXLayer
 
@@ -210,15 +221,10 @@ def test_the_losses_are_those_of_their_equations(bases):
         media = pack([[Sequence(segments=(shown,))]])
         rows = media.media["image"]
         v = model(media.media_alone()).states["media"][0].double()
-        tall, wide = shown.grid
-        boxes = [(0, 0, 1, 1)]
-        for r in range(tall):
-            boxes += [(c / wide, r / tall, (c + 1) / wide, (r + 1) / tall) for c in range(wide)]
-        assert rows.boundary[0].tolist() == [True] + [False] * (tall * wide)
+        assert rows.boundary[0].tolist() == [True] + [False] * len(shown.tokens)
         own = objective.double()
         h = own.words_norm(own.words_in(states))[None]
-        v = (own.media_norm(own.media_in(v)) + own.box_norm(own.box_in(torch.tensor(boxes).double()))) / 2
-        v = v[None]
+        v = own.media_norm(own.media_in(v))[None]
         for layer in own.layers:
             a, b = layer.cross(h, v, v)[0], layer.cross(v, h, h)[0]
             h, v = layer.cross_norm(h + a), layer.cross_norm(v + b)
@@ -312,7 +318,7 @@ def test_the_recipe_learns_to_use_the_picture(bases, tmp_path, monkeypatch):
     assert set(losses[0]) == {"masked_words", "matching"}
     assert model.capabilities == {"text", "fill", "match"} and model.fusion.preserves_text
     loaded = xfusion.load(tmp_path / "run" / "pack", backbone=base)
-    found = evaluate(loaded, "masked_words", source=source, held=source)
+    found = evaluate(loaded, "masked_words", source=source, held=of_other_groups(source))
     names = [base.encode(e.captions[0]) for e in source.examples]
     assert found["settings"]["num_fit_tokens"] == sum(map(len, names))
     assert found["fit_nats"] < 0.6 * found["fit_nats_blind"]
@@ -343,6 +349,17 @@ def test_the_recipe_learns_to_use_the_picture(bases, tmp_path, monkeypatch):
     best = scores[0].topk(3)
     assert [p for _, p in one[0]] == pytest.approx(best.values.exp().tolist(), rel=1e-5)
     assert [w for w, _ in one[0]] == [base.decode([i]).strip() for i in best.indices.tolist()]
+
+
+def test_a_pack_whose_boxes_entered_behind_the_picture_encoder_is_refused(bases, tmp_path):
+    model = make(bases["llama"])
+    (objective,) = model.extra
+    objective.box_in, objective.box_norm = nn.Linear(4, SIZES["width"]), nn.LayerNorm(SIZES["width"])  # as they were
+    model.save_pretrained(tmp_path / "old")
+    with pytest.raises(
+        XFusionError, match=r"does not fit the model: 4 unexpected \(first: extra.0.box_in.bias\); take"
+    ):
+        xfusion.load(tmp_path / "old", backbone=bases["llama"])
 
 
 def test_what_is_known_by_heart():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Sequence, Text, XFusionError
 from xfusion.objectives.base import Output
-from xfusion.objectives.next_token import NextToken
+from xfusion.objectives.next_token import GREEDY, NextToken
 
 
 def generator(seed=0):
@@ -45,6 +45,13 @@ def test_greedy_is_the_largest(rows, seed):
     assert torch.equal(NextToken.choose(logits, 0.0, 0.5, generators(rows)), logits.argmax(-1))
 
 
+@given(st.integers(1, 5), st.integers(0, 1000), st.floats(0, GREEDY, exclude_max=True), st.sampled_from([1, 1e4]))
+def test_next_to_no_temperature_takes_the_largest_too(rows, seed, temperature, scale):
+    logits = scale * torch.randn(rows, 12, generator=generator(seed))
+    assert torch.equal(NextToken.choose(logits, temperature, 1.0, generators(rows)), logits.argmax(-1))
+    assert bool(((logits / GREEDY).softmax(-1).sum(-1) - 1).abs().max() < 1e-5), "what is divided by it is finite"
+
+
 @settings(max_examples=60)
 @given(st.integers(0, 1000), st.floats(0.05, 1), st.floats(0.3, 3))
 def test_sampling_stays_within_the_nucleus_and_a_row_does_not_depend_on_its_batch(seed, top_p, temperature):
@@ -65,9 +72,16 @@ def test_sampling_follows_the_probabilities():
     nucleus = torch.bincount(NextToken.choose(logits, 1.0, 0.7, generators(6000)), minlength=3) / 6000
     torch.testing.assert_close(nucleus, torch.tensor([2 / 3, 1 / 3, 0.0]), rtol=0, atol=0.03)
     assert set(NextToken.choose(logits, 1.0, 0.5, generators(6000)).tolist()) == {0}
+    two = torch.bincount(NextToken.choose(logits, 1.0, 1.0, generators(6000), 2), minlength=3) / 6000
+    torch.testing.assert_close(two, torch.tensor([2 / 3, 1 / 3, 0.0]), rtol=0, atol=0.03)
+    assert set(NextToken.choose(logits, 1.0, 0.6, generators(6000), 2).tolist()) == {0}  # the nucleus of these two
+    one, whole = (NextToken.choose(logits[:9], 1.0, 1.0, generators(9), k) for k in (50, 0))
+    assert torch.equal(one, whole)
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(-0.1, 1.0), (1.0, 0.0), (1.0, 1.1)])
 def test_impossible_sampling_is_refused(temperature, top_p):
     with pytest.raises(XFusionError, match=f"temperature {temperature} must be >= 0 and top_p {top_p}"):
         NextToken.choose(torch.zeros(1, 3), temperature, top_p, generators(1))
+    with pytest.raises(XFusionError, match="top_k -1 0 or more"):
+        NextToken.choose(torch.zeros(1, 3), 1.0, 1.0, generators(1), -1)

@@ -9,6 +9,7 @@ from contracts.table import Noise, trained
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 import xfusion
+from xfusion.modalities.codecs.autoencoder_kl import AutoencoderKL
 from xfusion.model import BackboneConfig
 from xfusion.recipes.base import find
 
@@ -52,6 +53,23 @@ def test_a_recipe_trains_reads_and_comes_back_from_its_pack(name, bases, encoder
     shown = [Noise().picture(i, 32) for i in range(2)]
     assert loaded.caption(shown, max_tokens=3) == model.caption(shown, max_tokens=3)
     assert model.fusion.preserves_text
+
+
+def test_a_prefix_reads_the_latents_of_our_own_codec(bases, tmp_path):
+    """As ``--model.image.codec autoencoder_kl:emoji-kl --model.image.sizes 32`` asks for: a token is one cell of 8 numbers."""
+    base, recipe = bases["llama"], find("llava")()
+    image = replace(recipe.model.image, codec=AutoencoderKL.Config(source="emoji-kl"), sizes=(32,))
+    recipe = recipe.with_model(image=image, backbone=BackboneConfig(source=base.source))
+    stage = replace(recipe.stages[0], mixture=replace(recipe.stages[0].mixture, caption=8))
+    model, losses = trained(replace(recipe, stages=(stage,)), base, tmp_path / "run", steps=4)
+    assert [set(step) for step in losses] == [{"next_token"}] * 4
+    assert model.image.grid(32) == (8, 8) and model.port.project.weight.shape == (base.hidden_size, 8)
+    assert model.capabilities == {"text", "caption"} and model.fusion.preserves_text and not model.teachers
+    shown = [Noise().picture(i, 32) for i in range(2)]
+    latents = model.image.codec.encode(model.image.from_pil(shown, 32))
+    assert torch.equal(model.image.encode(shown, 32), latents.flatten(2).transpose(1, 2))
+    loaded = xfusion.load(tmp_path / "run" / "pack", backbone=base)
+    assert loaded.caption(shown, max_tokens=3) == model.caption(shown, max_tokens=3)
 
 
 def test_clip_trains_embeds_and_comes_back_from_its_pack(bases, encoder, tmp_path):

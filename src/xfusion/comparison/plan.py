@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
@@ -12,7 +13,7 @@ from PIL import Image as PILImage
 
 from xfusion import checkpoint
 from xfusion.data.sequence import Example, XFusionError
-from xfusion.data.sources import Sounds, Source, open_source
+from xfusion.data.sources import Sounds, Source
 from xfusion.recipes.base import find
 from xfusion.training.stages import Recipe
 
@@ -112,26 +113,6 @@ def share_of(source: Source, share: float) -> Source:
     return source.some(some.indices) if isinstance(source, Sounds) else cast(Source, some)
 
 
-def held_out(spec: str, trained: Source) -> Source:
-    """What a plan holds out: the held-out split of a spec that has one, else all of it.
-
-    Raises:
-        XFusionError: it cannot be opened, or some of it is trained on.
-    """
-    try:
-        found = open_source(spec, split="held")
-    except XFusionError:
-        found = open_source(spec, split="all")
-    groups = {example.group for example in trained.examples}
-    known = [example.origin for example in found.examples if example.group in groups]
-    if known:
-        raise XFusionError(
-            f"{spec}: {len(known)} of {len(found.examples)} held-out examples are trained on in {trained.spec}, such as"
-            f" {known[0]}: name others"
-        )
-    return found
-
-
 def _hash(text: str) -> bytes:
     return hashlib.sha256(f"xfusion share: {text}".encode()).digest()
 
@@ -160,6 +141,22 @@ def labelled(name: str) -> tuple[str, str]:
     """What a recipe is called in a comparison, and its name: ``slow=single_tower(rate=1e-3)`` says both."""
     given = re.match(r"([\w.]+)=(.+)", name)
     return (given[1], given[2]) if given else (name.partition("(")[0].rpartition(":")[2], name)
+
+
+def asked(command: str | None) -> dict[str, str]:
+    """Label -> the recipe that was asked for, with its arguments, by the command of a comparison."""
+    found = {}
+    for word in shlex.split(command or "")[2:]:
+        if word.startswith("-"):
+            break
+        label, name = labelled(word)
+        found[label] = name
+    return found
+
+
+def called(label: str, name: str) -> str:
+    """What a recipe's figures stand under: its name with its arguments, or the label that was given to it."""
+    return name if labelled(name)[0] == label else label
 
 
 def _recipe(name: str) -> Recipe:

@@ -30,14 +30,12 @@ from xfusion.comparison.cost import (
     tokens_added,
     trainable_parameters,
 )
-from xfusion.comparison.machine import commit, machine
 from xfusion.comparison.plan import (
     GUIDANCES,
     RATE_FACTORS,
     TRIAL_SEED,
     Entry,
     Plan,
-    held_out,
     named,
     refuse_unlike,
     share_of,
@@ -60,8 +58,10 @@ from xfusion.comparison.table import summarise
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import Sounds, Source, open_source
 from xfusion.evaluation import verify
+from xfusion.evaluation.machine import commit, machine
 from xfusion.evaluation.run import Progress, check, evaluate, silent
 from xfusion.evaluation.suites.emoji import chosen
+from xfusion.evaluation.unseen import held_out
 from xfusion.modalities.audio import AudioModality
 from xfusion.modalities.image import ImageModality
 from xfusion.model import Model, build

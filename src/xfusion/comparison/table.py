@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from xfusion.checkpoint import differing, from_json
 from xfusion.comparison.intervals import FEWEST_RUNS, interval, paired
-from xfusion.comparison.plan import TRIAL_SEED
+from xfusion.comparison.plan import TRIAL_SEED, asked, called
 from xfusion.comparison.results import SUMMARY, refuse_unequal
 from xfusion.data.sequence import XFusionError
 from xfusion.storage import read_json
@@ -35,6 +35,8 @@ SCORES: dict[str, Score] = {
     "held_caption_mrr": Score(title="naming, unseen pictures: rank of the true name, MRR"),
     "held_caption_at_1": Score(title="naming, unseen pictures: true name first, R@1"),
     "held_caption_at_10": Score(title="naming, unseen pictures: true name among ten, R@10"),
+    "held_embed_at_1": Score(title="naming, unseen pictures: true name first by cosine, R@1"),
+    "held_match_at_1": Score(title="naming, unseen pictures: true name first by the matching head, R@1"),
     "held_caption_exact": Score(title="naming, unseen pictures: exact answer"),
     "held_caption_f1": Score(title="naming, unseen pictures: token F1"),
     "fit_at_1": Score(title="naming, trained sounds: true name first, R@1"),
@@ -70,10 +72,10 @@ def summarise(folder: str | os.PathLike[str]) -> dict[str, Any]:
         folder: where the runs' JSON files stand.
 
     Returns:
-        JSON values: ``name``, ``media`` (pictures or sounds), ``first``, ``recipes``, ``regimes``, ``shares``, ``budget``,
-        ``scores`` (per share and score: a row per recipe with ``mean``, ``interval``, ``values`` by seed and the paired
-        ``difference`` to the first), ``cost`` per recipe, ``learning``, ``contributions``, ``prompts``, ``differences``,
-        ``notes``, ``command``, ``settings``.
+        JSON values: ``name``, ``media`` (pictures or sounds), ``first``, ``recipes``, ``called`` (recipe -> its name with the
+        arguments that it was given), ``regimes``, ``shares``, ``budget``, ``scores`` (per share and score: a row per recipe with
+        ``mean``, ``interval``, ``values`` by seed and the paired ``difference`` to the first), ``cost`` per recipe,
+        ``learning``, ``contributions``, ``prompts``, ``differences``, ``notes``, ``command``, ``settings``.
 
     Raises:
         XFusionError: no runs, or runs that cannot stand in one table (budget, base, codec, data, scoring).
@@ -98,11 +100,14 @@ def summarise(folder: str | os.PathLike[str]) -> dict[str, Any]:
     regimes = {label: regime_of(next(r for r in runs if r["recipe"] == label)) for label in recipes}
     _never_ranked(scores, regimes)
     first = next(r for r in runs if r["recipe"] == recipes[0] and r["settings"]["share"] == shares[0])
+    _marked_untuned(scores, first["settings"]["tuning"])
+    given = asked(plan.get("command"))
     summary = {
         "name": folder.name,
         "media": "sounds" if _inside(first["settings"], "recipe.model.audio") else "pictures",
         "first": recipes[0],
         "recipes": recipes,
+        "called": {label: called(label, given.get(label) or label) for label in recipes},
         "shares": shares,
         "seeds": sorted({run["seed"] for run in runs}),
         "num_runs": len(runs),
@@ -229,6 +234,15 @@ def _never_ranked(scores: Sequence[dict[str, Any]], regimes: Mapping[str, str | 
             row["difference"] |= {"verdict": "another regime, not ranked", "seeds_needed": None}
 
 
+def _marked_untuned(scores: Sequence[dict[str, Any]], tuning: Mapping[str, Any]) -> None:
+    """A verdict between recipes whose rates were not tried alike is of one rate each, and says so."""
+    if tuning["trials"] > 1:
+        return
+    for row in (row for score in scores for row in score["rows"]):
+        if row["difference"] and row["difference"]["verdict"] in ("better", "worse"):
+            row["difference"]["verdict"] += ", untuned"
+
+
 def _text_facts(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "declared": all(r.get("preserves_text") for r in runs),
@@ -315,7 +329,9 @@ def _notes(summary: Mapping[str, Any], runs: Sequence[dict[str, Any]]) -> list[s
             " left out, the same for all."
         )
     if tuning["trials"] == 1:
-        out.append("Rate and guidance are each recipe's own: nothing was tuned.")
+        out.append(
+            "Rate and guidance are each recipe's own: nothing was tuned, so that a verdict holds at one rate each (untuned)."
+        )
     else:
         chosen = "; ".join(
             f"{row['recipe']}: rate times {row['tuning']['rate_factor']:g}, guidance {row['tuning']['guidance']:g}"

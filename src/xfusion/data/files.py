@@ -373,15 +373,26 @@ def _find_duplicates(records: Iterable[Record]) -> None:
             record.id = f"{identity}#{record.origin.rpartition(':')[2]}"
 
 
-def _check_captions(record: Record, special_tokens: tuple[str, ...]) -> None:
-    said = [("caption", caption) for caption in record.captions]
-    for what, words in [*said, ("question", record.question)] if record.question else said:
-        if not words:
-            record.complain("empty caption", "empty caption")
+def check_special_tokens(record: Record, special_tokens: tuple[str, ...]) -> None:
+    """Note texts in captions and question that a tokenizer would read as commands."""
+    for what, words in _said(record):
         for token in special_tokens:
             if token and token in words:
                 problem = f"{what} contains {token!r}, a special token of the model's tokenizer: reword it"
                 record.complain("special token", problem)
+
+
+def _said(record: Record) -> Iterator[tuple[str, str]]:
+    yield from (("caption", caption) for caption in record.captions)
+    if record.question:
+        yield "question", record.question
+
+
+def _check_captions(record: Record, special_tokens: tuple[str, ...]) -> None:
+    check_special_tokens(record, special_tokens)
+    for what, words in _said(record):
+        if not words:
+            record.complain("empty caption", "empty caption")
         if character := _control_character(words):
             record.complain("control character", f"{what} contains the character U+{ord(character):04X}: remove it")
     record.captions = list(dict.fromkeys(record.captions))

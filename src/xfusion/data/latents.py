@@ -1,13 +1,14 @@
 """Pictures that a codec encoded ahead: a folder of latents, which trains as the pictures would, to the bit.
 
 The folder holds ``latents-00000.safetensors`` and so on (float32 ``[n, channels, rows, columns]``), ``examples.jsonl`` and
-``index.json``, which names the codec by the hash of its weights, the side in pixels, and each shard with its hash. The
-index is written last: a folder without one is not finished, and the same command goes on with it. Latents are kept, not
-tokens, so that the patch is the model's own choice.
+``index.json``, which names the codec by the hash of its weights, the side in pixels, and each file with its hash, and has one
+over itself. The index is written last: a folder without one is not finished, and the same command goes on with it. Latents
+are kept, not tokens, so that the patch is the model's own choice.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import signal
@@ -27,11 +28,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from xfusion.data.kept import Kept
-from xfusion.data.report import Problem
-from xfusion.data.sequence import Example, Unreadable, XFusionError, fingerprint
+from xfusion.data.report import Problem, Report
+from xfusion.data.sequence import Example, Unreadable, XFusionError, fingerprint, first_line
 from xfusion.modalities.base import Codec, Modality
 from xfusion.modalities.image import ImageModality
-from xfusion.storage import file_hash, whole_file
+from xfusion.storage import SEAL, file_hash, named_in_errors, read_json, sealed, whole_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,6 +43,7 @@ FORMAT_VERSION = 1
 INDEX, EXAMPLES = "index.json", "examples.jsonl"
 PER_SHARD = 1024
 """Pictures in a shard: what a run that is cut off does again at most."""
+AGAIN = f"take an intact copy, or delete {INDEX} and give the same xfusion data encode again"
 
 
 @runtime_checkable
@@ -83,7 +85,7 @@ class Latents:
         spec: as the user wrote it.
 
     Raises:
-        XFusionError: it is not finished, of another format, or lacks a shard.
+        XFusionError: it is not finished, of another format, lacks a shard, or its index or examples are not what was written.
     """
 
     def __init__(self, folder: Path, spec: str | None = None) -> None:
@@ -92,11 +94,7 @@ class Latents:
                 f"{folder}: the latents are not finished (no {INDEX}): give the same xfusion data encode again, it goes on"
             )
         self.folder, self.spec = folder, spec or str(folder)
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        if index["format_version"] != FORMAT_VERSION:
-            raise XFusionError(
-                f"{folder}: its format is {index['format_version']}, this version reads {FORMAT_VERSION}: encode it again"
-            )
+        index = _index(folder)
         self.codec, self.size, self.licence = index["codec"], index["size"], index["licence"]
         self.shards = index["shards"]
         self._starts = tuple(accumulate((shard["count"] for shard in self.shards), initial=0))
@@ -106,22 +104,17 @@ class Latents:
             if found != shard["bytes"]:
                 raise XFusionError(
                     f"{path}: has {'gone' if found is None else f'{found} bytes'}, {INDEX} says {shard['bytes']} bytes:"
-                    " delete index.json and give the same xfusion data encode again"
+                    f" {AGAIN}"
                 )
-        with (folder / EXAMPLES).open(encoding="utf-8") as file:
-            rows = (json.loads(line) for line in file)
-            self.examples: Sequence[Example] = tuple(
-                Example(
-                    id=r["id"],
-                    captions=tuple(r["captions"]),
-                    group=r["group"],
-                    origin=r["origin"],
-                    question=r.get("question", ""),  # folders from before there were questions
-                )
-                for r in rows
+        self.examples: Sequence[Example] = _examples(folder / EXAMPLES, index.get("examples"))
+        if len(self.examples) != self._starts[-1]:
+            raise XFusionError(
+                f"{folder / EXAMPLES}: has {len(self.examples)} examples, the shards hold {self._starts[-1]}: {AGAIN}"
             )
         self.indices: Sequence[int] = range(len(self.examples))
         """Places of the examples in the folder, of which a split takes some."""
+        self.report: Report | None = None
+        """What the check of its words found; its problems are the examples that were left out."""
         self._agrees: tuple[Modality, int] | None = None
 
     def __len__(self) -> int:
@@ -129,9 +122,10 @@ class Latents:
 
     def some(self, kept: Sequence[int]) -> Self:
         """These examples alone."""
-        self.examples = tuple(self.examples[i] for i in kept)
-        self.indices = tuple(self.indices[i] for i in kept)
-        return self
+        found = copy.copy(self)
+        found.examples = tuple(self.examples[i] for i in kept)
+        found.indices = tuple(self.indices[i] for i in kept)
+        return found
 
     def picture(self, index: int, size: int) -> Image:
         """Refused: there are no pictures."""
@@ -187,6 +181,58 @@ class Latents:
             if (found := file_hash(path)) != shard["sha256"]:
                 out.append(Problem(kind="broken shard", where=str(path), what=_altered(found, shard["sha256"])))
         return out
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    """What an index says, as far as it is what was written."""
+    path = folder / INDEX
+    try:
+        index = read_json(path)
+    except XFusionError as error:
+        raise XFusionError(f"{str(error).removesuffix('; take an intact copy')}: {AGAIN}") from error
+    if index.get("format_version") != FORMAT_VERSION:
+        found = index.get("format_version")
+        raise XFusionError(f"{folder}: its format is {found}, this version reads {FORMAT_VERSION}: encode it again")
+    needed = {"codec", "size", "licence", "shards"}
+    if "examples" in index:  # folders from before there were hashes of all files have neither
+        needed.add(SEAL)
+    missing = sorted(needed - index.keys())
+    for shard in index.get("shards", []):
+        missing += sorted({"file", "count", "bytes", "sha256"} - set(shard))
+    if missing:
+        raise XFusionError(f"{path} was altered: it has no field {missing[0]}: {AGAIN}")
+    return index
+
+
+def _examples(path: Path, expected: dict[str, Any] | None) -> tuple[Example, ...]:
+    """All examples of a folder, in the order of their latents; ``expected`` is what the index says of their file."""
+    out: list[Example] = []
+    try:
+        if expected is not None and (found := file_hash(path)) != expected["sha256"]:
+            raise XFusionError(
+                f"{path} was altered: its hash is {found[:16]}, {INDEX} says {expected['sha256'][:16]}: {AGAIN}"
+            )
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                out.append(_example(line, f"{path}:{number}"))
+    except OSError as error:
+        raise XFusionError(f"{path} cannot be read: {error.strerror or error}: {AGAIN}") from error
+    return tuple(out)
+
+
+def _example(line: bytes, where: str) -> Example:
+    try:
+        row = json.loads(line)
+        return Example(
+            id=row["id"],
+            captions=tuple(row["captions"]),
+            group=row["group"],
+            origin=row["origin"],
+            question=row.get("question", ""),  # folders from before there were questions, or hashes of pictures
+            content=row.get("content", ""),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise XFusionError(f"{where}: is no example ({first_line(error)}): {AGAIN}") from error
 
 
 def _altered(found: str, expected: str) -> str:
@@ -258,13 +304,15 @@ def encode(
     _remove_rests(out)
     if out.is_dir() and not is_folder(out) and any(out.iterdir()):
         raise XFusionError(f"{out}: holds other files: name a new folder")
-    out.mkdir(parents=True, exist_ok=True)
+    with named_in_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(source.examples), PER_SHARD)
     tasks = [_Task(out, start, min(PER_SHARD, len(source.examples) - start)) for start in starts]
     for task in tasks:
         task.key = _key(who, size, batch, source.examples[task.start : task.start + task.count])
     _refuse_others(out, tasks, who, size)
     left = [task for task in tasks if not task.path.is_file()]
+    before = _known_hashes(out)
     done = len(source.examples) - sum(task.count for task in left)
     told = progress or (lambda done, total: None)
     told(done, len(source.examples))
@@ -272,13 +320,18 @@ def encode(
         for number in _walk(left, source, codec, built, size, batch, workers, device):
             done += number
             told(done, len(source.examples))
-    with whole_file(out / EXAMPLES) as temporary, temporary.open("w", encoding="utf-8") as file:
+    # A folder's name, which stands in what messages call an example, need not be text.
+    with whole_file(out / EXAMPLES) as temporary, temporary.open("w", encoding="utf-8", errors="surrogatepass") as file:
         for example in source.examples:
             file.write(json.dumps(asdict(example), ensure_ascii=False) + "\n")
     shards = [
         {"file": t.path.name, "count": t.count, "bytes": t.path.stat().st_size, "sha256": file_hash(t.path)}
         for t in tasks
     ]
+    for task, shard in zip(tasks, shards, strict=True):
+        said = before.get(task.path.name)
+        if task not in left and said is not None and said != shard["sha256"]:
+            raise XFusionError(f"{task.path}: {_altered(shard['sha256'], said)}")
     index = {
         "format_version": FORMAT_VERSION,
         "spec": source.spec,
@@ -288,10 +341,19 @@ def encode(
         "codec": who,
         "codec_licence": built.licence,
         "shards": shards,
+        "examples": {"file": EXAMPLES, "sha256": file_hash(out / EXAMPLES)},
     }
     with whole_file(out / INDEX) as temporary:
-        temporary.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(sealed(index), indent=2) + "\n", encoding="utf-8")
     return Latents(out)
+
+
+def _known_hashes(out: Path) -> dict[str, str]:
+    """Hash of each shard, as far as an index of an earlier call says it."""
+    try:
+        return {shard["file"]: shard["sha256"] for shard in _index(out)["shards"]}
+    except XFusionError:
+        return {}
 
 
 def _remove_rests(out: Path) -> None:
@@ -310,8 +372,9 @@ class _Task:
 
 
 def _key(codec: dict[str, Any], size: int, batch: int, examples: Sequence[Example]) -> str:
-    """What a shard was made of; the group of a user's picture is the hash of its file."""
-    facts = [codec, size, batch, [[e.id, e.group] for e in examples]]
+    """What a shard was made of. A picture's group is the hash of its file, where nobody gave it another."""
+    pictures = [[e.id, e.group] if e.content in ("", e.group) else [e.id, e.group, e.content] for e in examples]
+    facts = [codec, size, batch, pictures]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Sequences -> `Batch`: boundary rows, position tables, labels, and packing under two budgets."""
+"""Sequences -> `Batch`: boundary rows, position tables, labels, and packing under a budget of media positions."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from xfusion.data.files import MAX_CAPTION, METADATA
 from xfusion.data.sequence import XFusionError, first_line
 from xfusion.data.sources import Source
-from xfusion.storage import whole_file
+from xfusion.storage import named_in_errors, whole_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -126,9 +126,10 @@ def recaption(
                     said = f"{len(words)} characters, from 1 to {MAX_CAPTION} are legal"
                     line |= {"caption": words[:MAX_CAPTION], "skipped": said}
                     skipped[index] = f"{example.origin}: {asking.model} answered {said}"
-                journal.write(json.dumps(line, ensure_ascii=False) + "\n")
-                journal.flush()
-                os.fsync(journal.fileno())
+                with named_in_errors(folder / JOURNAL):
+                    journal.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    journal.flush()
+                    os.fsync(journal.fileno())
             if not known and len(skipped) >= min(MOST_RUNNING, len(source.examples)):
                 raise XFusionError(
                     f"none of the first {len(skipped)} answers is a caption, {next(iter(skipped.values()))}: give another"

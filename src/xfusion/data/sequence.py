@@ -35,7 +35,8 @@ class XFusionError(ValueError):
 
 
 class Unreadable(XFusionError):
-    """Examples that were sound when the data was opened, or not looked at, and cannot be read when they are needed.
+    """Examples that were sound when the data was opened, or not looked at, and cannot be read when they are needed, or are more
+    than the model takes.
 
     Args:
         message: what is wrong with the first of them.
@@ -66,6 +67,8 @@ class Example:
     """Where it stands, for messages: ``file.jsonl:12`` or ``folder/a.png``."""
     question: str = ""
     """What is asked behind it, to which ``captions[0]`` is the answer; empty where the data asks nothing."""
+    content: str = ""
+    """Hash of its file, or of its address with the commit where nobody reads that ahead; empty where the source never changes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,12 +18,13 @@ import json
 import logging
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -33,9 +34,9 @@ from xfusion.data.files import CAPTION_FIELDS, MAX_LINE, QUESTION, Record, take_
 from xfusion.data.kept import Kept
 from xfusion.data.report import Problem
 from xfusion.data.sequence import XFusionError
-from xfusion.storage import whole_file
+from xfusion.storage import read_json, whole_file
 
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 """Changes with what an index holds or what a check finds."""
 ROW_GROUP_BYTES = 512 * 1024 * 1024
 """Largest row group that is read: a picture's row group comes into memory as a whole."""
@@ -117,7 +118,7 @@ def find(path: Path) -> Sequence[Path | str]:
     if path.is_file():
         return [path] if path.suffix in (".tar", ".parquet") else []
     if (path / "dataset_dict.json").is_file():
-        splits = ", ".join(json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"])
+        splits = ", ".join(read_json(path / "dataset_dict.json").get("splits", []))
         raise XFusionError(f"{text}: holds the splits {splits} of a data set: name the folder of one of them")
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
         return [path]
@@ -129,6 +130,22 @@ def find(path: Path) -> Sequence[Path | str]:
     return [shard for one in sorted(found) for shard in find(one)]
 
 
+def read_all(found: Sequence[Path | str], *, decode: bool = True) -> list[Record]:
+    """All examples of several shards, as `read`. Where shards share a name their folders stand before their examples' ids."""
+    places = [PurePosixPath(shard) for shard in found]
+    names = Counter(place.name for place in places)
+    levels = zip(*(place.parent.parts for place in places), strict=False)
+    shared = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
+    out = []
+    for shard, place in zip(found, places, strict=True):
+        records = read(shard, decode=decode)
+        if names[place.name] > 1:
+            for record in records:
+                record.id = "/".join((*place.parent.parts[shared:], record.id))
+        out += records
+    return out
+
+
 def read(path: Path | str, *, decode: bool = True) -> list[Record]:
     """All examples of a shard, with their pictures checked (not those of the hub); out of the index where it is kept."""
     key = (
@@ -137,22 +154,31 @@ def read(path: Path | str, *, decode: bool = True) -> list[Record]:
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     index = cache_folder() / "shards" / f"{PurePosixPath(path).stem}-{digest}.jsonl"
     if index.is_file():
-        with index.open(encoding="utf-8") as file:
-            return [_record(json.loads(line), path) for line in file]
+        try:
+            return _read_index(index, path)
+        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            logger.warning("%s: its index %s cannot be read (%s): it is built anew", path, index, _line(error))
     records = list(_of_hub(path) if isinstance(path, str) else _checked(path, decode))
     try:
         _write(index, records)
-    except OSError as error:
-        logger.warning("%s: its index cannot be kept in %s (%s): it is built at every start", path, index.parent, error)
+    except XFusionError as error:
+        logger.warning("%s: its index cannot be kept (%s): it is built at every start", path, error)
     return records
 
 
 def _of_hub(address: str) -> Iterator[Record]:
-    """Records whose pictures are not looked at: each counts as the same as no other, unless the data says so."""
+    """Records whose pictures are not looked at: each counts as the same as no other, unless the data says so, and as another
+    when the data set gets another commit.
+    """
     for record in _parquet(address):
         if record.place is not None:
-            record.content = hashlib.sha256(hub.without_commit(record.origin).encode()).hexdigest()[:16]
+            record.group = record.group or _short_hash(hub.without_commit(record.origin))
+            record.content = _short_hash(record.origin)
         yield record
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _checked(path: Path, decode: bool) -> Iterator[Record]:
@@ -172,6 +198,9 @@ def _checked(path: Path, decode: bool) -> Iterator[Record]:
                 content = record.place.read_bytes()
             except (TypeError, KeyError):
                 record.complain("missing picture", "holds no bytes: only pictures inside of a shard are read")
+                return record
+            except Exception as error:  # what lies in a shard may be broken in any way
+                record.complain("broken picture", f"cannot be read ({_line(error)})")
                 return record
             if what := pictures.bytes_problem(content, decode=decode):
                 record.complain("broken picture", what)
@@ -345,13 +374,26 @@ def _row_groups(path: Path | str, file: Any) -> Iterator[Record]:
 
 
 def _dataset(path: Path) -> Iterator[Record]:
-    """A record for each row of a saved data set."""
-    table = _load(path)
+    """A record for each row of a saved data set; rows that cannot be read together are one problem."""
+    import pyarrow
+
+    try:
+        table = _load(path)
+    except XFusionError:
+        raise
+    except Exception as error:  # Arrow's, the system's, or of a JSON file that is none
+        yield _broken(path, path.name, f"cannot be read as a saved data set: {_line(error)}")
+        return
     picture, words = _columns(path, table.data.schema)
     chosen = table.select_columns(words)
     for start in range(0, len(chosen), ROWS_TOGETHER):
-        some = chosen.with_format("arrow")[start : start + ROWS_TOGETHER]
-        for number, values in enumerate(_rows(some), start=start):
+        end = min(start + ROWS_TOGETHER, len(chosen))
+        try:
+            rows = _rows(chosen.with_format("arrow")[start:end])
+        except (pyarrow.ArrowException, OSError) as error:
+            yield _broken(path, f"{path.name}#row {start}", f"rows {start} to {end} cannot be read: {_line(error)}")
+            continue
+        for number, values in enumerate(rows, start=start):
             name = f"{path.name}:{number}"
             yield _of_row(name, f"{path}:{number}", Row(path, number, picture, name), values)
 
@@ -472,10 +514,22 @@ def _stamp(path: Path) -> Iterator[int]:
         yield from (stat.st_size, stat.st_mtime_ns)
 
 
-def _write(index: Path, records: Iterable[Record]) -> None:
+def _write(index: Path, records: Sequence[Record]) -> None:
+    """How many records there are, then each in a line of its own."""
     with whole_file(index) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.write(json.dumps({"records": len(records)}) + "\n")
         for record in records:
             file.write(json.dumps(_line_of(record)) + "\n")
+
+
+def _read_index(index: Path, path: Path | str) -> list[Record]:
+    """What `_write` wrote; an error of some kind where that is not there, as a power cut may leave a part of it, or nothing."""
+    with index.open(encoding="utf-8") as file:
+        expected = json.loads(file.readline())["records"]
+        records = [_record(json.loads(line), path) for line in file]
+    if len(records) != expected:
+        raise ValueError(f"{len(records)} of {expected} records")
+    return records
 
 
 def _line_of(record: Record) -> dict[str, Any]:

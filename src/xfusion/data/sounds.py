@@ -17,6 +17,8 @@ RATES = (2_000, 384_000)
 """Smallest and largest legal number of samples per second."""
 MAX_CHANNELS = 32
 """They are mixed to one."""
+MAX_SAMPLES = 120_000_000
+"""Of all channels together, each 4 bytes once it is decoded: ten minutes of two channels at 96,000 samples per second."""
 SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".m4a", ".aac", ".wma"})
 """Files that mean to be sounds; one in a format that we do not read is a problem to name, not a file to pass over."""
 READABLE = "WAV, FLAC, Ogg, Opus, MP3, AIFF or AU"
@@ -29,7 +31,7 @@ def header_problem(path: Path) -> str | None:
     return _problem(str(path))
 
 
-def _problem(file: str | io.BytesIO) -> str | None:
+def _problem(file: str | io.BytesIO, most_samples: int = MAX_SAMPLES) -> str | None:
     soundfile = _soundfile()
     try:
         found = soundfile.info(file)
@@ -43,6 +45,10 @@ def _problem(file: str | io.BytesIO) -> str | None:
         return "holds no samples"
     if found.frames > MAX_SECONDS * found.samplerate:
         return f"lasts {found.frames / found.samplerate:.0f} s, at most {MAX_SECONDS} are legal: cut it"
+    if (samples := found.frames * found.channels) > most_samples:
+        return (
+            f"holds {samples:,} samples in all its channels, at most {most_samples:,} are allowed: cut it, or mix them"
+        )
     return None
 
 
@@ -69,17 +75,18 @@ def read_sound(path: str | Path, origin: str | None = None) -> Sound:
     raise Unreadable(f"{origin}: {path.name} {found}" if origin else f"{path}: {found}")
 
 
-def decode(data: bytes, name: str) -> Sound:
+def decode(data: bytes, name: str, *, most_samples: int = MAX_SAMPLES) -> Sound:
     """The whole sound of a file's bytes, its channels mixed to one.
 
     Args:
         data: of one of `READABLE`.
         name: what to call it in messages.
+        most_samples: one that holds more, all its channels together, is refused from its header, undecoded.
 
     Raises:
         XFusionError: it is broken, too long or no sound.
     """
-    found = _problem(io.BytesIO(data)) or _decoded(io.BytesIO(data))
+    found = _problem(io.BytesIO(data), most_samples) or _decoded(io.BytesIO(data))
     if isinstance(found, Sound):
         return found
     raise XFusionError(f"{name} {found}")

@@ -30,7 +30,7 @@ from xfusion.data.latents import Latents
 from xfusion.data.mixed import Mixed, parts
 from xfusion.data.pictures import Place
 from xfusion.data.report import CaptionStats, Problem, Report
-from xfusion.data.sequence import Example, Sound, XFusionError
+from xfusion.data.sequence import Example, Sound, Unreadable, XFusionError
 from xfusion.data.sounds import read_sound
 from xfusion.modalities.image import middle_square
 from xfusion.storage import file_hash
@@ -128,12 +128,19 @@ class Sounds(Files):
         return read_sound(cast("Path", self.places[index]), self.examples[index].origin)
 
     def tokens(self, index: int, image: Modality, size: int) -> Tensor:
-        """Tokens ``[M, P]`` of an example, as `xfusion.data.latents.tokens`."""
+        """Tokens ``[M, P]`` of an example, as `xfusion.data.latents.tokens`.
+
+        Raises:
+            Unreadable: its file has changed or gone, or lasts longer than the model hears.
+            XFusionError: the model takes no sounds.
+        """
         sound = self.sound(index)
         try:
             return image.encode([sound], size)[0].cpu()
         except XFusionError as error:
-            raise XFusionError(f"{self.examples[index].origin}: {error}") from error
+            # One that is too long may be left out; that the model takes no sounds is said of all of them.
+            kind = Unreadable if isinstance(error, Unreadable) else XFusionError
+            raise kind(f"{self.examples[index].origin}: {error}") from error
 
 
 def open_source(
@@ -143,7 +150,7 @@ def open_source(
     allow_bad: float = 0.0,
     special_tokens: tuple[str, ...] = (),
     decode: bool = True,
-    unreadable: Mapping[str, str] = MappingProxyType({}),
+    unreadable: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
 ) -> Source:
     """Open a data source, having looked at every example.
 
@@ -153,8 +160,8 @@ def open_source(
         allow_bad: share of bad examples, from 0 to below 1, that may be left out. More is an error.
         special_tokens: texts that must not stand in a caption, since the tokenizer would read them as commands.
         decode: decode every picture in full. Off, only headers are read, and damage is found when a picture is used.
-        unreadable: ids of examples that a run has left out when it found them broken, with their groups. They keep
-            their place among the examples, or a resumed run would read others than before.
+        unreadable: ids of examples that a run has left out when it found them broken, with the ``group`` and the
+            ``content`` that they had. They keep their place among the examples, or a resumed run would read others than before.
 
     Raises:
         XFusionError: an unknown spec or split, too many bad examples, an empty split.
@@ -180,18 +187,17 @@ def open_source(
         return emoji
     spec = os.fspath(spec)
     path, held_share = _held_share(spec)
+    if split == "held" and not held_share and path.exists():  # all of it trains, whatever it is
+        raise XFusionError(_empty_split(spec, split, held_share, 0))
     if latents.is_folder(path):
-        encoded = Latents(path, spec)
-        kept = [i for i, e in enumerate(encoded.examples) if split == "all" or _split_of(e.group, held_share) == split]
-        if not kept:
-            raise XFusionError(_empty_split(spec, split, held_share, len({e.group for e in encoded.examples})))
-        return encoded.some(kept)
-    report = _inspect(spec, path, special_tokens, decode, unreadable)
+        report = _inspect_latents(Latents(path, spec), special_tokens)
+    else:
+        report = _inspect(spec, path, special_tokens, decode, unreadable)
     if report.num_bad and (report.share_bad > allow_bad or report.num_bad == report.num_examples):
         raise XFusionError(_too_many(report, allow_bad))
     if report.num_bad:
         logger.warning("%s: left out %d of %d examples: %s", spec, report.num_bad, report.num_examples, _first(report))
-    assert isinstance(report.source, Files)
+    assert isinstance(report.source, (Files, Latents))
     kept = [
         index
         for index, example in enumerate(report.source.examples)
@@ -199,8 +205,9 @@ def open_source(
     ]
     if not kept:
         raise XFusionError(_empty_split(spec, split, held_share, report.num_groups))
-    found = report.source
-    return type(found)(spec, [found.examples[i] for i in kept], [found.places[i] for i in kept], report)
+    chosen = report.source.some(kept)
+    chosen.report = report
+    return chosen
 
 
 def check(spec: str | os.PathLike[str], *, special_tokens: tuple[str, ...] = ()) -> Report:
@@ -216,8 +223,7 @@ def check(spec: str | os.PathLike[str], *, special_tokens: tuple[str, ...] = ())
         spec = os.fspath(spec)
         if latents.is_folder(_held_share(spec)[0]):
             encoded = Latents(_held_share(spec)[0], spec)
-            broken = encoded.problems()
-            return _report(encoded, len(encoded), len(broken), broken, [])
+            return _inspect_latents(encoded, special_tokens, encoded.problems())
         return _inspect(spec, _held_share(spec)[0], special_tokens, decode=True)
     problems: list[Problem] = []
     for index, example in enumerate(emoji.examples):
@@ -262,12 +268,12 @@ def _inspect(
     path: Path,
     special_tokens: tuple[str, ...],
     decode: bool,
-    unreadable: Mapping[str, str] = MappingProxyType({}),
+    unreadable: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
 ) -> Report:
     """Read all records and open every picture once."""
     kind = files.PICTURES
     if found := shards.find(path):
-        records, notes = [record for shard in found for record in shards.read(shard, decode=decode)], []
+        records, notes = shards.read_all(found, decode=decode), []
         if not records:
             raise XFusionError(f"{spec}: {len(found)} shards without an example; see xfusion data check --help")
         files.check(records, special_tokens)
@@ -289,17 +295,42 @@ def _inspect(
                 f"{trouble} {kind.noun}", what if record.origin == str(place) else f"{place.name[:100]} {what}"
             )
         if record.id in unreadable and place is not None and record.captions:
+            known = unreadable[record.id]
             record.problems.clear()
-            record.group = unreadable[record.id]
+            # Its file is broken now: the state says what it held, if it is not one from before that was asked.
+            record.group, record.content = known["group"], known.get("content") or known["group"]
         if place is not None and not record.problems:
-            group = record.group or record.content or contents[cast("Path", place)]
-            captions, asked = tuple(record.captions), record.question
-            examples.append(Example(id=record.id, captions=captions, group=group, origin=record.origin, question=asked))
+            content = record.content or contents[cast("Path", place)]
+            examples.append(
+                Example(
+                    id=record.id,
+                    captions=tuple(record.captions),
+                    group=record.group or content,
+                    origin=record.origin,
+                    question=record.question,
+                    content=content,
+                )
+            )
             kept.append(place)
     problems = [problem for record in records for problem in record.problems]
     num_bad = sum(bool(record.problems) for record in records)
     holder = Sounds if kind is files.SOUNDS else Files
     return _report(holder(spec, examples, kept), len(records), num_bad, problems, notes)
+
+
+def _inspect_latents(encoded: Latents, special_tokens: tuple[str, ...], broken: Sequence[Problem] = ()) -> Report:
+    """Look at the words of encoded pictures, which may have been checked for another base; and what is broken beside them."""
+    if not encoded.examples:
+        raise XFusionError(f"{encoded.spec}: no examples found: encode a source that has some")
+    records = [
+        files.Record(id=e.id, origin=e.origin, place=None, captions=list(e.captions), question=e.question)
+        for e in encoded.examples
+    ]
+    for record in records:
+        files.check_special_tokens(record, special_tokens)
+    kept = [index for index, record in enumerate(records) if not record.problems]
+    problems = [*broken, *(problem for record in records for problem in record.problems)]
+    return _report(encoded.some(kept), len(records), len(broken) + len(records) - len(kept), problems, [])
 
 
 def _report(
@@ -343,7 +374,7 @@ def too_many(source: Source, unreadable: Mapping[int, str], allow_bad: float) ->
         own = [{i - a: w for i, w in unreadable.items() if a <= i < b} for a, b in pairwise(starts)]
         said = (too_many(part, found, allow_bad) for part, found in zip(source.sources, own, strict=True))
         return next(filter(None, said), None)
-    report = source.report if isinstance(source, Files) else None
+    report = source.report if isinstance(source, (Files, Latents)) else None
     bad = len(unreadable) + (report.num_bad if report else 0)
     total = report.num_examples if report else len(source.examples)
     if not unreadable or (bad <= allow_bad * total and len(unreadable) < len(source.examples)):

@@ -8,7 +8,7 @@ import os
 import pkgutil
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module, metadata
 from pathlib import Path
 from types import NoneType, UnionType
@@ -16,6 +16,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from xfusion.data.sequence import XFusionError
 from xfusion.evaluation import suites
+from xfusion.evaluation.machine import commit, machine
+from xfusion.evaluation.unseen import checked
 from xfusion.storage import write_json
 
 Progress = Callable[[str, int, int], None]
@@ -33,6 +35,7 @@ def evaluate(
     *,
     out: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    trained_on: Sequence[str] = (),
     **settings: Any,
 ) -> dict[str, Any]:
     """Scores `model` with a suite.
@@ -40,27 +43,33 @@ def evaluate(
     Args:
         model: a `Model`.
         suite: a name of `suite_names()`.
-        out: a JSON file to write the result to; it appears whole or not at all.
+        out: a JSON file to write the result to, with the commit and the machine; it appears whole or not at all.
         progress: told how far each part is.
+        trained_on: specs of the data that the model was trained on (`xfusion.evaluation.unseen.trained_on` of its pack): they are
+            the ``source`` of a suite that is given none, and none of their examples is scored as held out.
         settings: keyword arguments of the suite's ``run``, e.g. ``source="emoji:128"``.
 
     Returns:
         The suite's metrics by name, and under "settings" all that is needed to get the same numbers again.
 
     Raises:
-        XFusionError: what `check` refuses, or a model that cannot do anything that the suite scores.
+        XFusionError: what `check` refuses, held-out examples that were trained on, or a model that cannot do anything that the
+            suite scores.
     """
     run = check(suite, settings)
+    settings, noted = checked(settings, inspect.signature(run).parameters, trained_on)
     started = time.perf_counter()
     result = run(model, progress=progress or silent, **settings)
     result["settings"] = {
         "suite": suite,
         **result.get("settings", {}),
+        **noted,
         "model": _facts(model),
         "versions": _versions(),
         "seconds": round(time.perf_counter() - started, 2),
     }
-    if out is not None:
+    if out is not None:  # a file outlives the checkout and the machine that it is of
+        result["settings"] |= {"commit": commit(), "machine": machine()}
         write_json(Path(out), result)
     return result
 

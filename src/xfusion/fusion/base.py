@@ -66,6 +66,7 @@ class Pass:
     """States that objectives asked for, by name (`Objective.needs`)."""
     _masks: dict[tuple[str, bool, int | None, str | None], Tensor] = field(default_factory=dict)
     _calls: dict[int, tuple[Any, dict[str, Call]]] = field(default_factory=dict)
+    _tables: dict[Any, Tensor] = field(default_factory=dict)
 
     @property
     def slices(self) -> dict[str, slice]:
@@ -93,6 +94,12 @@ class Pass:
     def take_masks(self, other: Pass) -> None:
         """Share the masks of a pass over the same positions with the same keys and values behind them."""
         self._masks = other._masks
+
+    def once(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        """A table of this pass's positions that is the same at every layer, made when it is first asked for."""
+        if key not in self._tables:
+            self._tables[key] = make()
+        return self._tables[key]
 
     def inputs(self, index: int) -> dict[str, Tensor]:
         """States before a layer; text that is given instead of computed in its place."""

@@ -87,7 +87,7 @@ class Conditioned(WithoutBlocks):
         """Attention heads."""
 
         def sizes(self, num_layers: int) -> Iterator[Conditioned.Config]:
-            """By depth, then by width."""
+            """By width."""
             del num_layers
             for width in range(self.heads * 16, 4097, self.heads * 16):
                 yield replace(self, width=width)

@@ -124,7 +124,10 @@ class Outside(Fusion):
         return run.states | {run.media: scattered(made, media).to(x.dtype)}
 
     def reads(self, run: Pass) -> Tensor:
-        """Which media positions each word reads, bool ``[B, n, k]``."""
+        """Which media positions each word reads, bool ``[B, n, k]``; the same at every layer of a pass."""
+        return run.once((self, "reads"), lambda: self._table(run))
+
+    def _table(self, run: Pass) -> Tensor:
         key, query = run.keys("media"), run.rows["text"]
         found = run.seen("text", of="media")
         if not key.count:

@@ -19,11 +19,13 @@ from xfusion.generation.conversations import DrawMode, Message, answer, conversa
 from xfusion.generation.drawing import draw, draw_tokens, inpaint, inpaint_batch
 from xfusion.generation.pairs import embed, fill, fill_tokens, match, score
 from xfusion.generation.schema import schema_answers
-from xfusion.generation.segments import answer_json, generate, kinds_of, log_likelihoods, prompt_length
+from xfusion.generation.segments import PLAIN, PLAIN_SAMPLING, generate, kinds_of, log_likelihoods, prompt_length
 from xfusion.generation.words import answer_tokens, caption, score_names
 
 __all__ = [
     "BATCH",
+    "PLAIN",
+    "PLAIN_SAMPLING",
     "DrawMode",
     "Listener",
     "Message",
@@ -32,7 +34,6 @@ __all__ = [
     "Shown",
     "TooLong",
     "answer",
-    "answer_json",
     "answer_tokens",
     "caption",
     "conversation",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from typing import Any
 
 from PIL import Image as PILImage
 from torch import Tensor
@@ -78,6 +79,17 @@ def refuse_to_read(model: Model) -> None:
     model.require("caption", "take one that answers in words, of a recipe such as llava_1_5, or qwen_audio for sounds")
 
 
+def refuse_one(shown: Any) -> None:
+    """Refuse one picture or sound where a list of them is expected.
+
+    Raises:
+        XFusionError: it is one.
+    """
+    if isinstance(shown, (PILImage.Image, Sound)):
+        what = "sound" if isinstance(shown, Sound) else "picture"
+        raise XFusionError(f"one {what} was given where a list of them is expected: write [{what}]")
+
+
 def seeds_of(seed: int, seeds: Seq[int] | None, count: int, what: str) -> list[int]:
     """A seed for each of ``count`` items: ``seeds``, or from ``seed`` on.
 
@@ -117,8 +129,12 @@ def media_segment(model: Model, shown: Seq[Shown], size: int | None = None) -> l
     """Pictures, or sounds, as clean parts of a sequence; ``size`` is one of the modality's (None: the first).
 
     Raises:
-        XFusionError: the model was not made for this size, or not for what is shown.
+        XFusionError: the model was not made for this size, or not for what is shown; or one thing is shown instead of a list, or
+            a list as one thing.
     """
+    refuse_one(shown)
+    if any(isinstance(item, (list, tuple)) for item in shown):
+        raise XFusionError("a list was given where one picture or sound is expected: ask about each of them")
     if not shown:
         return []
     media = model.reads(shown[0])

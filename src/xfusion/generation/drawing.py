@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from PIL import Image as PILImage
+from PIL import ImageOps
 from torch import Tensor
 
 from xfusion.backbone import Cache
@@ -21,6 +23,7 @@ from xfusion.data.templates import opened
 from xfusion.fusion.base import Pass
 from xfusion.generation import base
 from xfusion.generation.base import Progress, draw_size, refuse_to_draw, seeds_of, text_segment
+from xfusion.modalities.image import touched
 from xfusion.model import Model
 from xfusion.objectives.solvers import Solver
 
@@ -124,7 +127,24 @@ class _Drawing:
 
     def __call__(self, x: Tensor, time: float) -> Tensor:
         """The head at all tokens ``[N, M, P]`` at a noise level -> ``[N, M, Q]``; the cache stays."""
+        first, last = self.model.media_objective.guidance_interval
+        if self.scale != 1 and not first < time <= last:
+            return self.unguided(x, time)
         return self._guided(self._states(self.target, x, time))
+
+    @cached_property
+    def unguided(self) -> _Drawing:
+        """The same behind the contexts alone: the first half of the rows."""
+        rows = torch.arange(len(self.begin) // 2, device=self.begin.device)
+        return replace(
+            self,
+            step=self.step.index(rows),
+            target=self.target.index(rows),
+            cache=self.cache.index(rows),
+            begin=self.begin[rows],
+            scale=1,
+            denoised=None,
+        )
 
     def following(self, tokens: Tensor, places: Tensor | None = None) -> Tensor:
         """The head at the last position, ``[N, Q]``, once finished tokens ``[N, k, P]`` stand behind the others."""
@@ -231,7 +251,8 @@ def inpaint(
     Args:
         model: a model that can draw.
         picture: what to change; cut to its middle square at the trained size.
-        mask: white where to draw anew, of the picture's size; a token is redrawn if any of its pixels is white.
+        mask: white where to draw anew, of the picture's size, either as its EXIF tag turns it; a token is redrawn if any of its
+            pixels is white.
         prompt: what the whole picture shall show.
         seed: of the noise.
         steps: steps from noise to picture.
@@ -239,7 +260,7 @@ def inpaint(
         progress: told after every step.
 
     Raises:
-        XFusionError: picture and mask differ in size.
+        XFusionError: picture and mask differ in size, or nothing of what is drawn is white.
     """
     return inpaint_batch(
         model, [(picture, mask, prompt)], seeds=[seed], steps=steps, guidance=guidance, progress=progress
@@ -256,15 +277,9 @@ def inpaint_batch(
     progress: Progress | None = None,
 ) -> list[PILImage.Image]:
     """`inpaint` for many: a picture, a mask and a prompt each, with a seed each."""
-    for picture, mask, _ in items:
-        if picture.size != mask.size:
-            raise XFusionError(f"the picture has {picture.size} pixels, the mask {mask.size}: give both the same size")
     size = model.image.sizes[0]
+    redrawn = torch.stack([_redrawn(picture, mask, model.image.grid(size)) for picture, mask, _ in items])
     known = model.image.encode([picture for picture, _, _ in items], size)
-    masks = model.image.from_pil([mask.convert("RGB") for _, mask, _ in items], size)
-    white = masks.amax(dim=1) > 0  # [N, size, size]
-    rows, columns = model.image.grid(size)
-    redrawn = white.view(-1, rows, size // rows, columns, size // columns).any(dim=4).any(dim=2).flatten(1)
     tokens = draw_tokens(
         model,
         [text_segment(model, prompt) for _, _, prompt in items],
@@ -277,6 +292,19 @@ def inpaint_batch(
         progress=progress,
     )
     return pictures_of(model, tokens, size, size)
+
+
+def _redrawn(picture: PILImage.Image, mask: PILImage.Image, grid: tuple[int, int]) -> Tensor:
+    """Which tokens of a picture a mask says to draw anew, bool ``[M]``."""
+    picture, mask = ImageOps.exif_transpose(picture), ImageOps.exif_transpose(mask)
+    if picture.size != mask.size:
+        raise XFusionError(f"the picture has {picture.size} pixels, the mask {mask.size}: give both the same size")
+    found = touched(mask, grid)
+    if not bool(found.any()):
+        raise XFusionError(
+            f"the mask of {mask.size} pixels has no white one in the middle square that is drawn: make white what to draw anew"
+        )
+    return found
 
 
 def pictures_of(model: Model, tokens: Tensor, native: int, wanted: int) -> list[PILImage.Image]:

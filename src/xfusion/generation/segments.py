@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, cast
@@ -33,7 +33,15 @@ from xfusion.generation.schema import going_on, schema_answers
 from xfusion.generation.words import answer_tokens
 from xfusion.modalities.audio import AudioModality
 from xfusion.model import Model
+from xfusion.objectives.next_token import GREEDY
 from xfusion.objectives.solvers import Solver
+from xfusion.seeding import seeded
+
+PLAIN: dict[str, Any] = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+"""What the base's own ``generate`` is told besides, whatever its generation_config says: answers behind pictures know
+nothing else than temperature, `top_k` and `top_p`, and words alone shall mean the same by them."""
+PLAIN_SAMPLING: dict[str, Any] = {"typical_p": 1.0, "min_p": None, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+"""The same, where it samples."""
 
 
 def generate(
@@ -48,6 +56,7 @@ def generate(
     max_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    top_k: int = 0,
     schema: dict[str, Any] | None = None,
     progress: Progress | None = None,
     listen: Listener | None = None,
@@ -56,20 +65,24 @@ def generate(
 
     Each `Image` is a picture to draw where it stands, each `Audio` a sound to make, of which the codes are given; a list
     that ends in text, a picture or a sound is answered in words.
-    Text-only lists are continued by the base model's own ``generate``.
+    Text-only lists are continued by the base model's own ``generate``: they say what its
+    ``generate(prompt, max_new_tokens=max_tokens, do_sample=temperature > 0, temperature=..., top_p=..., top_k=...)`` says with
+    `PLAIN` and, where it samples, `PLAIN_SAMPLING` besides, behind ``torch.manual_seed(seed)``.
 
     Args:
         model: a model.
         items: ``[str | PIL.Image | Sound | Image | Audio, ...]`` or a list of such lists; `Text` stands for words
             that are token ids.
-        seed: list i uses ``seed + i``.
+        seed: list i uses ``seed + i``; the first thing that is drawn or made in it has this seed itself, each further one a seed
+            derived from it.
         seeds: one seed per list instead.
         steps: steps from noise to picture.
         guidance: classifier-free guidance scale; None takes the model's own.
         solver: takes the steps (`xfusion.objectives.solvers`); None takes the model's own.
         max_tokens: longest answer in tokens.
-        temperature: 0 is greedy.
+        temperature: 0 is greedy, and so is less than 1e-5.
         top_p: nucleus sampling.
+        top_k: sample among the so many likeliest tokens; 0 is all, whatever the base's generation_config says.
         schema: answers in words are JSON texts of this schema and no others (`schema_answers`). A question behind a picture
             that is answered by an object is put as training put it (`xfusion.data.templates.in_json`): readers that were
             trained with ``json_share`` know the value behind the braces, others don't.
@@ -102,6 +115,7 @@ def generate(
         max_tokens=max_tokens,
         temperature=temperature,
         top_p=top_p,
+        top_k=top_k,
         allowed=allowed,
         in_json=texts is not None and all(text.startswith("{") for text in texts),
         progress=progress,
@@ -132,6 +146,7 @@ class _Settings:
     max_tokens: int
     temperature: float
     top_p: float
+    top_k: int
     allowed: Seq[tuple[int, ...]] | None
     """The answers in words that there are, as tokens; None allows all."""
     in_json: bool
@@ -203,7 +218,7 @@ def _generate_batch(
     """What lists of the same kinds of segments are continued by."""
     contexts: list[tuple[Text | Media, ...]] = [() for _ in lists]
     out: list[list[Any]] = [[] for _ in lists]
-    alone = _words_alone(kinds)
+    num_made, alone = 0, _words_alone(kinds)
     for place, kind in enumerate(kinds):
         if kind == "text":
             new = [text_segment(model, cast("str | Text", item[place]), alone=alone) for item in lists]
@@ -217,7 +232,7 @@ def _generate_batch(
                 model,
                 contexts,
                 native,
-                seeds=seeds,
+                seeds=[_seed_of(seed, num_made) for seed in seeds],
                 steps=settings.steps,
                 guidance=settings.guidance,
                 solver=settings.solver,
@@ -226,6 +241,7 @@ def _generate_batch(
             made = pictures_of(model, tokens, native, wanted) if what == "draw" else codes(model, tokens, native)
             for answer, item in zip(out, made, strict=True):
                 answer.append(item)
+            num_made += 1
             grid = model.modality.grid(native)
             # The finished item stands clean before anything later.
             contexts = [
@@ -240,6 +256,7 @@ def _generate_batch(
             max_tokens=settings.max_tokens,
             temperature=settings.temperature,
             top_p=settings.top_p,
+            top_k=settings.top_k,
             seeds=seeds,
             allowed=settings.allowed,
             listen=listen,
@@ -252,6 +269,14 @@ def _generate_batch(
     for answer, tokens in zip(out, ids, strict=True):
         answer.append(model.backbone.decode(tokens))
     return out
+
+
+def _seed_of(seed: int, place: int) -> int:
+    """The seed of what is made at a place of a list, counted from 0: two pictures of one noise would be one drawn twice."""
+    if not place:
+        return seed
+    digest = hashlib.sha256(f"{seed}/made/{place}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
 
 
 def _asked(
@@ -359,15 +384,15 @@ def _base_generate(
         raise XFusionError("there is nothing to continue: the prompt is empty")
     refuse_too_long(model, len(ids), alone=True)
     prompt = torch.tensor([ids], device=model.backbone.device)
-    sampling: dict[str, Any] = {"do_sample": False}
-    if settings.temperature > 0:
-        sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p}
+    sampling: dict[str, Any] = {"do_sample": False, **PLAIN}
+    if settings.temperature >= GREEDY:
+        sampling |= {"do_sample": True, "temperature": settings.temperature, **PLAIN_SAMPLING}
+        sampling |= {"top_p": settings.top_p, "top_k": settings.top_k}
     if (allowed := settings.allowed) is not None:
         end = model.backbone.end_ids[0]
         sampling["prefix_allowed_tokens_fn"] = lambda _, so_far: going_on(so_far[len(ids) :].tolist(), allowed, end)
     streamer = None if listen is None else _Streamer(listen, set(model.backbone.end_ids))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed, prompt.device):
         try:
             whole = model.text_model().generate(
                 prompt,
@@ -381,24 +406,6 @@ def _base_generate(
             assert streamer is not None
             return streamer.answer or []
     return whole[0, len(ids) :].tolist()
-
-
-def answer_json(
-    model: Model,
-    pictures: Seq[PILImage.Image],
-    question: str,
-    schema: dict[str, Any],
-) -> list[dict[str, Any]]:
-    """Answers about pictures as JSON values of a schema (`schema_answers`), greedily: no other text can be said.
-
-    Args:
-        model: a model that can caption.
-        pictures: any size.
-        question: what to ask, or nothing.
-        schema: which answers there are.
-    """
-    given = [[picture, question.strip()] if question.strip() else [picture] for picture in pictures]
-    return [json.loads(answer[-1]) for answer in generate(model, given, schema=schema)]
 
 
 def prompt_length(model: Model, items: Seq[Segment]) -> int:

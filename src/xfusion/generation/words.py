@@ -14,7 +14,7 @@ from xfusion.data.pack import pack
 from xfusion.data.sequence import Batch, Media, Rows, Sequence, Text
 from xfusion.data.templates import opened, question_text
 from xfusion.generation import base
-from xfusion.generation.base import Listener, Shown, media_segment, refuse_to_read
+from xfusion.generation.base import Listener, Shown, media_segment, refuse_one, refuse_to_read
 from xfusion.generation.schema import restricted
 from xfusion.generation.turns import begun, remember, units
 from xfusion.model import Model
@@ -32,6 +32,7 @@ def answer_tokens(
     temperature: float,
     top_p: float,
     seeds: Seq[int],
+    top_k: int = 0,
     allowed: Seq[tuple[int, ...]] | None = None,
     listen: Listener | None = None,
 ) -> list[list[int]]:
@@ -65,7 +66,7 @@ def answer_tokens(
     for done in range(max_tokens):
         if allowed is not None:
             logits = restricted(logits, answers, allowed, model.backbone.end_ids[0])
-        token = model.text_objective.choose(logits.cpu(), temperature, top_p, generators)
+        token = model.text_objective.choose(logits.cpu(), temperature, top_p, generators, top_k)
         for i in sorted(open_rows):
             if int(token[i]) in ends:
                 open_rows.discard(i)
@@ -108,6 +109,7 @@ def caption(
     max_tokens: int = 32,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    top_k: int = 0,
     seed: int = 0,
 ) -> list[str]:
     """Say what pictures show, or sounds say.
@@ -118,21 +120,25 @@ def caption(
         question: what to ask, or nothing.
         size: side in pixels that pictures are read at, one that the model was made for (None: the first).
         max_tokens: longest answer.
-        temperature: 0 is greedy.
+        temperature: 0 is greedy, and so is less than 1e-5.
         top_p: nucleus sampling.
+        top_k: sample among the so many likeliest tokens; 0 is all.
         seed: answer i has the seed ``seed + i``.
 
     Raises:
         XFusionError: the model cannot caption, was not made for this size, or not for what is shown.
     """
     refuse_to_read(model)
+    refuse_one(pictures)
     asked = model.backbone.encode(question_text(question))
     tail: tuple[Text, ...] = (Text(ids=asked),) if asked else ()
     out: list[str] = []
     for start in range(0, len(pictures), base.BATCH):
         contexts = [(media, *tail) for media in media_segment(model, pictures[start : start + base.BATCH], size)]
         seeds = [seed + start + i for i in range(len(contexts))]
-        ids = answer_tokens(model, contexts, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seeds=seeds)
+        ids = answer_tokens(
+            model, contexts, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seeds=seeds
+        )
         out += [model.backbone.decode(i).strip() for i in ids]
     return out
 

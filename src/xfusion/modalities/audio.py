@@ -10,7 +10,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from xfusion.data.sequence import Sound, XFusionError
+from xfusion.data.sequence import Sound, Unreadable, XFusionError
 from xfusion.modalities.base import Modality, SoundCodec
 from xfusion.modalities.encoders.whisper import Whisper
 
@@ -88,7 +88,8 @@ class AudioModality(Modality):
         """A sound at the codec's rate.
 
         Raises:
-            XFusionError: it is no sound, or longer than ``size`` frames.
+            XFusionError: it is no sound.
+            Unreadable: it is longer than ``size`` frames.
         """
         if not isinstance(sound, Sound):
             raise XFusionError(
@@ -97,7 +98,7 @@ class AudioModality(Modality):
             )
         samples, longest = resampled(sound, self.codec.rate), size * self.codec.hop
         if len(samples) > longest:
-            raise XFusionError(
+            raise Unreadable(
                 f"a sound of {sound.seconds:.2f} s is longer than the {longest / self.codec.rate:g} s that this model"
                 " hears: cut it, or train a model with --model.audio.seconds"
             )

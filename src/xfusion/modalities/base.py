@@ -61,6 +61,8 @@ class Codec(Frozen, ABC):
     """Channels of a latent."""
     factor: int
     """Pixels per latent cell, in each direction."""
+    bounded: bool = False
+    """Whether latents lie in [-1, 1], as pixels do; others have no largest value."""
     licence: str = "unknown"
     """Licence of the weights."""
     psnr: dict[str, float] | None = None
@@ -186,6 +188,8 @@ class SoundCodec(Frozen, ABC):
     """Numbers per frame."""
     longest: int
     """Frames of the longest sound that it takes."""
+    bounded: bool = False
+    """Whether frames lie in [-1, 1]; others have no largest value."""
     licence: str = "unknown"
     """Licence of the weights."""
     encoders: frozenset[str] = frozenset()

@@ -146,10 +146,31 @@ def square_picture(picture: Image.Image, size: int) -> Image.Image:
 
 def middle_square(picture: Image.Image, size: int) -> Image.Image:
     """The middle square of a picture, resized to ``size`` x ``size``."""
+    middle = _middle(picture)  # first, so that nothing outside bleeds in
+    return middle if middle.width == size else middle.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def _middle(picture: Image.Image) -> Image.Image:
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    middle = picture.crop((left, top, left + side, top + side))  # first, so that nothing outside bleeds in
-    return middle if side == size else middle.resize((size, size), Image.Resampling.LANCZOS)
+    return picture.crop((left, top, left + side, top + side))
+
+
+def touched(mask: Image.Image, grid: tuple[int, int]) -> Tensor:
+    """Which tokens of a picture a mask of its size touches, bool ``[rows * columns]``: those in whose part of the middle square
+    any pixel is white (above half in any channel), however thin the stroke.
+
+    Args:
+        mask: upright, as large as the picture.
+        grid: rows and columns of the picture's tokens.
+    """
+    white = (numpy.asarray(_middle(mask.convert("RGB"))) > 127).any(axis=2)
+    for axis, count in enumerate(grid):
+        side = white.shape[axis]
+        # A pixel that lies in two tokens touches both.
+        parts = (range(n * side // count, -(-(n + 1) * side // count)) for n in range(count))
+        white = numpy.stack([white.take(part, axis).any(axis=axis) for part in parts], axis=axis)
+    return torch.from_numpy(white).flatten()
 
 
 def on_white(picture: Image.Image) -> Image.Image:

@@ -63,6 +63,8 @@ class Objective(nn.Module):
     """Factor of its loss in the sum."""
     guidance: float = 1.0
     """Strength of classifier-free guidance that sampling takes where the caller names none; 1 is off."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Noise levels above the first and up to the second at which guidance acts."""
     needs: tuple[str, ...] = ()
     """States that a forward pass must keep: ``text`` and ``media`` behind the last norm, ``text.8`` and ``media.8`` behind
     the eighth layer."""
@@ -105,6 +107,14 @@ class Objective(nn.Module):
 
     def install(self, width: int, modality: Any) -> None:
         """Make the objective's own weights for a model of this width and its modality; most have none."""
+
+    def check(self, modality: Any) -> None:
+        """Refuse a modality that cannot be learned with these settings; asked before training, and not of a pack that is loaded.
+
+        Raises:
+            XFusionError: it cannot.
+        """
+        del modality
 
     def corrupt(self, batch: Batch, generator: torch.Generator) -> Batch:
         """The batch as the model shall see it in training; by default unchanged."""

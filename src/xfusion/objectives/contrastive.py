@@ -1,11 +1,12 @@
 """Contrast of pictures and words: symmetric InfoNCE of CLIP (arXiv 2103.00020, figure 3), the frozen decoder as text tower.
 
-    u_i = norm(W_t h(words_i)),  v_i = norm(W_m h(picture_i)),  s = exp(min(a, ln 100))
+    u_i = norm(W_t h(words_i)),  v_i = norm(W_m h(picture_i)),  s = exp(a),  a <= ln 100
     L = -1/2 sum_i [log softmax_j(s u_i . v_j)_(j=i) + log softmax_j(s v_i . u_j)_(j=i)]
 
 with ``h`` the states behind the decoder's last norm, the last word's and the mean of a picture's tokens. Words are read as if
 no picture stood beside them and pictures, clean, as if no words did. Two items are no negatives of each other where their
-pictures are near-identical (one group) or their words are equal: such columns are left out of a row's softmax.
+pictures are near-identical (one group) or their words are equal: such columns are left out of a row's softmax. Samples in which
+words are said behind a picture are the language model's and left out: what such words ask says nothing of the picture.
 
 Processes that share a step hand each other their vectors: every pair is contrasted with those of all, and the gradient
 of a vector is the sum over all processes that were given it.
@@ -78,10 +79,23 @@ class Contrastive(Objective):
         read = run(batch.words_alone()).states["text"]
         return _unit(self.words, read[row, _last_word(batch, row, sample)].float())
 
+    def _scale(self) -> Tensor:
+        """The factor of the cosines. Where it is learned the parameter itself is brought back to the bound, as the paper clips
+        it: clipped at its use alone, it had no gradient above the bound and would stay there for good.
+        """
+        bound = math.log(LARGEST_SCALE)
+        if not torch.is_grad_enabled():
+            return self.log_scale.clamp(max=bound).exp()
+        with torch.no_grad():
+            self.log_scale.clamp_(max=bound)
+        return self.log_scale.exp()
+
     # -- loss
 
     def count(self, batch: Batch) -> dict[str, int]:
         """Pairs."""
+        if batch.text_reads_media:
+            return {}
         count = sum(len(media.noised) for media in batch.media.values())
         return {self.name: count} if count else {}
 
@@ -92,6 +106,8 @@ class Contrastive(Objective):
             XFusionError: a picture stands without words.
         """
         out: Losses = {}
+        if batch.text_reads_media:
+            return out
         for media in batch.media.values():
             row, sample = pair_places(media)
             if len(row) and bool((batch.text.sample[row] != sample[:, None]).all(dim=1).any()):
@@ -110,8 +126,7 @@ class Contrastive(Objective):
             excluded[torch.arange(len(own), device=own.device), aim] = False
             # Cosines times 100 need their digits.
             with torch.autocast("cpu" if own.is_meta else own.device.type, enabled=False):
-                # Clipped where it is used: above the bound it gets no gradient and stays.
-                scale = self.log_scale.clamp(max=math.log(LARGEST_SCALE)).exp()
+                scale = self._scale()
                 both = [
                     functional.cross_entropy(
                         (scale * own[:, one] @ vectors[:, other].T).masked_fill(excluded, -math.inf),

@@ -27,6 +27,11 @@ from xfusion.objectives.solvers import Solver
 
 LEVELS = 1000
 """Noise levels of a schedule."""
+LEAST_BOUND = 3.0
+"""Least value that latents of about unit variance may be clipped to: beyond it lie 0.3 % of a normal's numbers, beyond 1 a
+third."""
+LEAST_SIGNAL = 1e-3
+"""Share of the clean picture at the first level below which an estimate by its noise is nothing but rounding."""
 _SCHEDULES = {"cosine": "squaredcos_cap_v2", "linear": "linear"}
 
 
@@ -50,7 +55,9 @@ class Diffusion(Denoising):
         largest_snr: float = 5.0
         """gamma of min-SNR."""
         largest_value: float | None = 1.0
-        """Clean estimates are clipped to this while sampling; None clips nothing. Pixels lie within 1, latents do not."""
+        """Clean estimates are clipped to this while sampling; None clips nothing. Pixels lie within 1; latents of about unit
+        variance take None, or at least 3. With ``prediction="noise"`` and the cosine schedule there must be one: the first
+        estimate is divided by ``sqrt(abar)`` of 5e-5."""
         threshold: float | None = None
         """Dynamic thresholding (Imagen, arXiv 2205.11487, section 2.3): the percentile of a picture's values, such as 0.995;
         where it lies above `largest_value`, its estimate is clipped to it and scaled back. None clips at `largest_value`."""
@@ -82,6 +89,24 @@ class Diffusion(Denoising):
         self.weight, self.guidance = config.weight, config.guidance
         schedule: Any = _SCHEDULES[config.schedule]
         self.scheduler: Any = DDPMScheduler(num_train_timesteps=LEVELS, beta_schedule=schedule)
+
+    def check(self, modality: Any) -> None:
+        """Refuse a largest value that would cut off what the modality's latents hold, and none where the walk cannot begin.
+
+        Raises:
+            XFusionError: it does.
+        """
+        largest, first = self.config.largest_value, self.shares(LEVELS - 1)[0]
+        if largest is not None and largest < LEAST_BOUND and not modality.codec.bounded:
+            raise XFusionError(
+                f"largest_value {largest:g} cuts off what latents of {type(modality.codec).__name__} hold, which have no largest"
+                f" value: set it to None, or to {LEAST_BOUND:g} or more"
+            )
+        if largest is None and self.config.prediction == "noise" and first < LEAST_SIGNAL:
+            raise XFusionError(
+                f"prediction 'noise' with largest_value None: the first estimate is divided by sqrt(abar) = {first:.1g} of the"
+                f" schedule '{self.config.schedule}'; predict 'velocity' or 'clean', or set a largest value"
+            )
 
     # -- corrupt
 

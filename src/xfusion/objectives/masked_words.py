@@ -9,8 +9,9 @@ released code), S and F self-attentions and feed-forward networks of either kind
 
 Words enter as states of the frozen causal decoder behind its last norm, E is its vocabulary head. A masked word is a trained
 row at its input ([MASK], the row that stands for [EOI] elsewhere), so that the word itself never enters; what stands behind it
-is heard of in these layers alone, where all see all. A picture enters as the pass's media states, each place with its box. The
-first position of a text, the base's beginning of text, is never masked, and matching is read from it, as from LXMERT's [CLS].
+is heard of in these layers alone, where all see all. A picture enters as the pass's media states, which know their places
+(`xfusion.fusion.connectors.object_encoder`), behind [BOI]. The first position of a text, the base's beginning of text, is never
+masked, and matching is read from it, as from LXMERT's [CLS].
 
 Shape legend: ``B`` batch row, ``n`` positions of one owner, ``N`` pairs of a batch, ``k`` pairs that are read, ``w`` words and
 ``m`` rows of a picture, ``W`` width of the encoder, ``D`` model width, ``V`` vocabulary.
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from xfusion.data.sequence import END_OF_MEDIA, Batch, MediaRows, XFusionError
+from xfusion.data.sequence import END_OF_MEDIA, Batch, XFusionError
 from xfusion.objectives.base import Losses, Objective, Output, Run
 from xfusion.objectives.contrastive import pair_places, same
 from xfusion.objectives.matching import members
@@ -137,7 +138,6 @@ class MaskedWords(Objective):
         own = self.config.width
         self.words_in, self.words_norm = nn.Linear(width, own), _norm(own)
         self.media_in, self.media_norm = nn.Linear(width, own), _norm(own)
-        self.box_in, self.box_norm = nn.Linear(4, own), _norm(own)
         self.layers = nn.ModuleList(
             CrossLayer(own, self.config.heads, self.config.mlp, last=number == self.config.depth - 1)
             for number in range(self.config.depth)
@@ -209,15 +209,14 @@ class MaskedWords(Objective):
         return self.words_norm(self.words_in(states)), there
 
     def _shown(self, run: Run, batch: Batch) -> Stream:
-        """The places of each picture behind [BOI], which stands for the whole of it."""
+        """The places of each picture behind [BOI], a trained row."""
         (media,) = batch.media.values()
         inside = media.item >= 0
         row, sample = pair_places(media)
         segment = torch.zeros_like(row).scatter(0, media.item[inside], media.rows.segment[inside])
         columns, there = members(media.rows, row, sample, segment)
         states = run(batch.media_alone()).states["media"][row[:, None], columns].to(self.media_in.weight.dtype)
-        boxes = _boxes(media, row[:, None], columns, there).to(states.dtype)
-        return (self.media_norm(self.media_in(states)) + self.box_norm(self.box_in(boxes))) / 2, there
+        return self.media_norm(self.media_in(states)), there
 
     # -- loss
 
@@ -272,14 +271,6 @@ def _at_words(batch: Batch, chosen: Tensor) -> Tensor:
     """Chosen words ``[B, n]`` by pair, bool ``[N, w]``."""
     row, columns, there = _words(batch)
     return chosen[row, columns] & there
-
-
-def _boxes(media: MediaRows, row: Tensor, columns: Tensor, there: Tensor) -> Tensor:
-    """Left, top, right and bottom of each place as shares of its picture, ``[N, m, 4]``; of [BOI] those of the whole."""
-    top, left = (torch.where(there, grid[row, columns], 0) for grid in (media.grid_row, media.grid_column))
-    tall, wide = (place.amax(dim=1, keepdim=True) + 1 for place in (top, left))
-    boxes = torch.stack([left / wide, top / tall, (left + 1) / wide, (top + 1) / tall], dim=-1)
-    return torch.where(media.boundary[row, columns][..., None], boxes.new_tensor([0.0, 0.0, 1.0, 1.0]), boxes)
 
 
 def _excluded(batch: Batch) -> Tensor:

@@ -2,10 +2,11 @@
 
     L_itm = -mean_p log softmax(W h_p)_(y_p)        y = 1 for a true pair, 0 for a negative
 
-with ``h_p`` the state behind the decoder's last norm at a trained row ([Encode]) behind the words, which are read behind the
-picture. Every pair gives three: itself, its picture with the words, and its words with the picture, that are most alike by the
-contrast's cosines. What is no negative of the contrast (one group of pictures, equal words) is none here. BLIP draws the
-negatives by likeness (ALBEF, arXiv 2107.07651, section 3.3), here the hardest are taken, so that nothing is left to chance.
+with ``h_p`` the state behind the decoder's last norm at [EOI] behind the words, which are read behind the picture: the trained
+row that captions have behind a picture stands for BLIP's [Encode]. Every pair gives three: itself, its picture with the words,
+and its words with the picture, that are most alike by the contrast's cosines. What is no negative of the contrast (one group
+of pictures, equal words) is none here. BLIP draws the negatives by likeness (ALBEF, arXiv 2107.07651, section 3.3), here the
+hardest are taken, so that nothing is left to chance.
 
 Shape legend: ``N`` pairs of a batch, ``k`` pairs that are judged, ``D`` model width, ``n`` positions of one owner.
 """
@@ -146,7 +147,7 @@ def members(rows: Rows, row: Tensor, sample: Tensor, segment: Tensor | None = No
 
 
 def rearranged(batch: Batch, pictures: Tensor, words: Tensor) -> Batch:
-    """A row for each pair ``[k]`` of a picture and of words that may be another's: picture, words, [Encode]."""
+    """A row for each pair ``[k]`` of a picture and of words that may be another's: picture, words, [EOI]."""
     ((modality, media),) = batch.media.items()
     row, sample = pair_places(media)
     inside = media.item >= 0
@@ -184,7 +185,7 @@ def rearranged(batch: Batch, pictures: Tensor, words: Tensor) -> Batch:
     length = there.sum(1, keepdim=True)
     place = torch.arange(said.shape[1] + 1, device=device)
     ids = functional.pad(torch.where(there, batch.unmasked().text_ids[row[words][:, None], said], 0), (0, 1))
-    ids = ids.masked_fill(place == length, END_OF_MEDIA)  # [Encode] is the row that stands behind media
+    ids = ids.masked_fill(place == length, END_OF_MEDIA)  # for [Encode]
     present = place <= length
     order = torch.where(present, kept.sum(1, keepdim=True) + place, -1)
     position = torch.where(present, position.amax(1, keepdim=True) + 1 + place, 0)

@@ -11,6 +11,9 @@ from torch.nn.functional import cross_entropy
 from xfusion.data.sequence import IGNORE, Batch, XFusionError
 from xfusion.objectives.base import Losses, Objective, Run
 
+GREEDY = 1e-5
+"""A lower temperature takes the likeliest token, as 0 does: divided by still less, logits are beyond what numbers hold."""
+
 
 class NextToken(Objective):
     """L_AR: mean negative log-likelihood of the tokens that have a loss; the head runs on these positions only."""
@@ -51,23 +54,30 @@ class NextToken(Objective):
         return {self.name: (total, chosen.sum())}
 
     @staticmethod
-    def choose(logits: Tensor, temperature: float, top_p: float, generators: list[torch.Generator]) -> Tensor:
+    def choose(
+        logits: Tensor, temperature: float, top_p: float, generators: list[torch.Generator], top_k: int = 0
+    ) -> Tensor:
         """The next token of each row.
 
         Args:
             logits: ``[B, V]``.
-            temperature: 0 is greedy.
+            temperature: below `GREEDY` the likeliest is chosen.
             top_p: nucleus sampling: the smallest set of tokens whose probabilities reach this sum.
             generators: one per row, so that a batch says what its singles would.
+            top_k: only so many of the likeliest tokens, before the nucleus is taken of them; 0 is all.
 
         Returns:
             int64 ``[B]``.
         """
-        if temperature < 0 or not 0 < top_p <= 1:
-            raise XFusionError(f"temperature {temperature} must be >= 0 and top_p {top_p} within (0, 1]")
-        if temperature == 0:
+        if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
+            raise XFusionError(
+                f"temperature {temperature} must be >= 0 and top_p {top_p} within (0, 1], top_k {top_k} 0 or more"
+            )
+        if temperature < GREEDY:
             return logits.argmax(dim=-1)
         probability, token = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+        if top_k:
+            probability = probability[:, :top_k] / probability[:, :top_k].sum(dim=-1, keepdim=True)
         before = probability.cumsum(dim=-1) - probability
         probability = probability.masked_fill(before >= top_p, 0.0)
         picked = [torch.multinomial(p, 1, generator=g) for p, g in zip(probability, generators, strict=True)]

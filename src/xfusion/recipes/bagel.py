@@ -5,8 +5,9 @@ Paper: Deng et al., "Emerging Properties in Unified Multimodal Pretraining", arX
 Faithful: the generation expert is a full copy that handles only noised picture tokens; the noise level is added to their
 embeddings; row and column positions; later positions never read a noised copy.
 
-Adapted: the understanding expert is the frozen language model, which the paper trains; clean pictures come from the
-same patches instead of a SigLIP encoder. Everything except the layer (pictures, port, objectives, data, schedule) is
+Adapted: the understanding expert is the frozen language model, which the paper trains, without the query and key norms that the
+paper adds; clean pictures come from the same patches instead of a SigLIP encoder; for guidance only captions are dropped, not
+pictures; one stage instead of four. Everything except the layer (pictures, port, objectives, data, schedule) is
 shared with the recipe `xfusion`, so a comparison isolates the layer.
 
 Data: any captioned pictures, such as the public CC3M (``pixparse/cc3m-wds``), ``--data 'cc3m-wds/cc3m-train-*.tar'``. Our

@@ -7,8 +7,9 @@ Faithful: three equally weighted losses - contrastive between picture and text, 
 contrastive similarity, and language modelling on captions; one text tower, which reads only words for the first loss and
 also the picture, by cross-attention, for the others; a trained [Encode] row for matching; a two-class head.
 
-Adapted: the text tower is the frozen language model, causal in all three modes, so [Encode] follows the words to see them
-all (the paper's text encoder has its own bidirectional self-attention, which a frozen base cannot have); gated
+Adapted: the text tower is the frozen language model, causal in all three modes (the paper's text encoder has its own
+bidirectional self-attention, which a frozen base cannot have); so the paper's [Encode], which precedes the words, follows them
+to see them all, and it is no row of its own but [EOI], which also follows a picture before its caption; gated
 cross-attention before every n-th layer instead of within every one; a resampler over the features of a frozen
 EfficientNet-Lite0 instead of a trained ViT; no momentum encoder, queue or label smoothing; the hardest negative of a
 batch of 16 instead of one sampled by similarity; captions are not bootstrapped (CapFilt).

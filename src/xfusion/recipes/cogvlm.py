@@ -5,7 +5,8 @@ Paper: Wang et al., "CogVLM: Visual Expert for Pretrained Language Models", arXi
 Faithful: the expert, copied from the language model; all patches of a picture at one rotary position; causal order
 among patches (preferred by the paper's ablation).
 
-Adapted: linear patches instead of EVA2-CLIP with a SwiGLU adapter; it also draws, which the paper's model does not.
+Adapted: linear patches instead of EVA2-CLIP with a SwiGLU adapter; one stage, without the paper's instruction tuning; it also
+draws, which the paper's model does not.
 
 Everything except the layer (pictures, port, objectives, data, schedule) is shared with the recipe `xfusion`, so a
 comparison isolates the layer.

@@ -11,8 +11,8 @@ Adapted: EfficientNet-Lite0's 7 x 7 x 1280 map instead of a frozen NFNet's (``en
 it to the model's width; sizes for two cores (the resampler is as wide as the model, with heads of 64 and ``depth=2`` layers
 instead of 6); gate and MLP act only on words that see a picture, so text alone stays bit-equal after training, unlike in the
 paper; text is never linked to the next picture instead of the last (as in half of the paper's samples), because nothing
-later may change what came before; [EOI], a trained row, replaces the tag and the end of chunk; one dataset; gates
-start open (``gate=0`` closes them, as in the paper).
+later may change what came before; [EOI], a trained row, replaces the tag and the end of chunk; one dataset; no video,
+so no time embeddings of frames; gates start open (``gate=0`` closes them, as in the paper).
 
 Few-shot prompts: samples have one picture unless ``--stages.0.mixture.shots 4`` puts four solved examples before each. All
 answers are then trained on, as the paper trains on all text of a page. Prompts then alternate too:

@@ -7,7 +7,8 @@ are never mixed); a gate per head on prompts; ``s (W x + b)`` for every matrix o
 ``released=True`` follows the released code instead, which adds the picture to the prompt of every layer.
 
 Adapted: the picture's rows come from EfficientNet-Lite0's map through a small resampler instead of CLIP through eight layers
-with queries (``encoder`` sets another encoder); scale, bias and norms are copies that act only on words after a picture,
+with queries (``encoder`` sets another encoder); the picture is the prompt of the first eight layers (``early``), because a short
+run learns little through the paper's one; scale, bias and norms are copies that act only on words after a picture,
 so text alone is unchanged; the base's last norm, which no layer owns, is unchanged; one dataset, so there are no two groups of
 parameters by data; gates start at 0.1 instead of 0, so that they open in a short run.
 

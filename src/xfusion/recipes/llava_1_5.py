@@ -5,8 +5,9 @@ Paper: Liu et al., "Improved Baselines with Visual Instruction Tuning", CVPR 202
 Faithful: the connector (Linear, GELU, Linear, as wide as the language model), on the output of the encoder's second-to-last
 layer; pictures before the words; the first stage, which trains only the connector, at rate 1e-3.
 
-Adapted: as in the recipe `llava`; also, no padding to a square (pictures are centre-cropped) and no second stage on
-the paper's 665 K instructions, which trains the language model.
+Adapted: as in the recipe `llava`; also, no padding to a square (pictures are centre-cropped), no prompts for
+the answer's format ("Answer the question using a single word or phrase.") and no second stage on the paper's 665 K instructions,
+which trains the language model.
 
 Data: the paper's 558 K pairs (``liuhaotian/LLaVA-Pretrain``), ``--data images/blip_laion_cc_sbu_558k.jsonl``, its
 ``blip_laion_cc_sbu_558k.json`` as JSON lines next to the pictures. Our figures: ``--data

@@ -4,16 +4,16 @@ Paper: Tan and Bansal, "LXMERT: Learning Cross-Modality Encoder Representations 
 arXiv 1908.07490.
 
 Faithful: the cross-modality layer (cross-attention both ways with one set of weights, as in the released code, then
-self-attention and a feed-forward network for each side, post-norm); picture features enter with their boxes; 15 % of the
-tokens are masked and predicted from both sides, through the word table; half of the pairs for matching are wrong; all losses
-have equal weight.
+self-attention and a feed-forward network for each side, post-norm); the picture encoder, in which features and boxes each pass
+a matrix and a norm, and post-norm layers read their mean both ways; 15 % of the tokens are masked and predicted from both sides,
+through the word table; half of the pairs for matching are wrong; all losses have equal weight.
 
 Adapted: the language encoder is the frozen, causal language model, so only the cross-modal layers see the words after a
 masked one; every masked token becomes a trained row (the paper keeps or replaces one in five), and a short name has at
-least one masked token; matching reads its words unmasked. The picture encoder is a small transformer over the 7 x 7 map of a
-frozen EfficientNet-Lite0 instead of five layers over 36 detected objects, and [BOI] represents the whole picture. Two
-cross-modal layers of width 256 instead of five of 768. Masked objects (features and labels) and question answering are not
-included as pretraining tasks.
+least one masked token; matching reads its words unmasked. The places of a frozen EfficientNet-Lite0's 7 x 7 map replace 36
+detected objects, with [BOI], a trained row, as one more; two picture layers and two cross-modal layers of width 256 instead of
+five of 768 each, with one matrix to the base's width and one back between them. Masked objects (features and labels) and
+question answering are not included as pretraining tasks.
 
 Data: from the paper, COCO captions (``jxie/coco_captions``), ``--data 'coco_captions/data/train-*.parquet'``. Our
 figures: ``--data emoji:128``.
@@ -24,7 +24,7 @@ from __future__ import annotations
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.templates import Templates
 from xfusion.fusion.beside import Beside
-from xfusion.fusion.connectors.frame_transformer import FrameTransformer
+from xfusion.fusion.connectors.object_encoder import ObjectEncoder
 from xfusion.modalities.codecs.features import Features
 from xfusion.modalities.image import ImageModality
 from xfusion.model import ModelConfig
@@ -60,7 +60,7 @@ def lxmert(
     return Recipe(
         model=ModelConfig(
             image=ImageModality.Config(codec=Features.Config.of(encoder), patch=1, sizes=(side,), behind_begin=True),
-            port=FrameTransformer.Config(inner_width=width, depth=picture_depth, mlp=4 * width),
+            port=ObjectEncoder.Config(inner_width=width, depth=picture_depth, mlp=4 * width),
             fusion=Beside.Config(),
             text=NextToken.Config(weight=0.0),
             media=NoObjective.Config(),

@@ -1,16 +1,17 @@
-"""MoE-LLaVA: a few experts instead of every second layer's MLP, and a router that sends each token to two of them.
+"""MoE-LLaVA: a few experts instead of some layers' MLPs, and a router that sends each token to two of them.
 
 Paper: Lin et al., "MoE-LLaVA: Mixture of Experts for Large Vision-Language Models", arXiv 2401.15947.
 
 Faithful: experts are copies of the layer's MLP; a float32 router without bias, with the two largest probabilities normalised
-to a sum of 1 (as in its code), at every second layer from the first; a balance loss of weight 0.01; picture tokens go through
+to a sum of 1 (as in its code), at equally spaced layers from the first; a balance loss of weight 0.01; picture tokens go through
 the language model's layers like words; only experts, router and connector are trained.
 
-Adapted: the paper tunes the whole language model before it adds experts; here it is frozen throughout. The first expert is
-the base's own MLP, and routing starts at the first picture, so text alone is unchanged; ``paper=True`` routes every token
-among experts that are all trained, as published. No capacity limit and no noise on the second choice, so a token's routing
-does not depend on its batch; EfficientNet-Lite0 instead of CLIP before the two linear layers (``encoder`` sets another
-encoder); three experts at every fifth layer, for two cores.
+Adapted: the paper trains first the connector, then the whole language model, then experts and routers; here one stage trains
+connector, experts and routers together, and the language model is frozen throughout. The first expert is the base's own MLP,
+and routing starts at the first picture, so text alone is unchanged; ``paper=True`` routes every token among experts that are
+all trained, as published. No capacity limit and no noise on the second choice, so a token's routing does not depend on its
+batch; EfficientNet-Lite0 instead of CLIP before the two linear layers (``encoder`` sets another encoder); three experts at
+every fifth layer, for two cores, instead of the paper's four at every second (``every=2, experts=4``).
 
 Data: the paper's 558 K pairs (``liuhaotian/LLaVA-Pretrain``), ``--data images/blip_laion_cc_sbu_558k.jsonl``, its
 ``blip_laion_cc_sbu_558k.json`` as JSON lines next to the pictures. Our figures: ``--data

@@ -81,7 +81,12 @@ def pack(part: int = 1) -> Recipe:
         raise XFusionError(f"the pack's part {part} is not one of 1 to {len(parts)}")
     steps, rate, warmup, caption, mean, deviation, largest = parts[part - 1]
     media = FlowMatching.Config(
-        time_mean=mean, time_std=deviation, largest_weight=largest, sampling_shift=6.0, guidance=1.5
+        time_mean=mean,
+        time_std=deviation,
+        largest_weight=largest,
+        sampling_shift=6.0,
+        guidance=1.5,
+        guidance_interval=(0.5, 1.0),
     )
     stage = Stage(steps=steps, rate=rate, warmup=warmup, mixture=MixtureConfig(draw=64, caption=caption))
     return replace(xfusion().with_model(media=media), stages=(stage,))

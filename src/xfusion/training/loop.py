@@ -36,7 +36,7 @@ from xfusion.training import outputs, resuming, setup, states, summary
 from xfusion.training.memory import keep_freed_memory
 from xfusion.training.optimizer import Optimizer
 from xfusion.training.pace import Pace
-from xfusion.training.precision import choose_compute_dtype
+from xfusion.training.precision import check_compute_dtype, choose_compute_dtype
 from xfusion.training.processes import Processes, Shard, is_divided
 from xfusion.training.progress import Progress, all_examples
 from xfusion.training.settings import Settings
@@ -93,7 +93,7 @@ def train(
         backbone: an already loaded base; its device is the run's.
         device: where the base is loaded to, where none is given.
         compile: compile the per-layer work.
-        dtype: compute type; None chooses by device and says why.
+        dtype: compute type, any but torch.float16; None chooses by device and says why.
         attention: what layers attend by, of `xfusion.backbone.attention.ATTENTIONS`; None chooses by device.
         preview_prompts: what previews draw (None: the first captions of the data).
         preview_every: seconds between previews; 0 makes none.
@@ -105,7 +105,8 @@ def train(
         listener: called with every event.
 
     Raises:
-        XFusionError: bad data, a loss that is not finite, a resumed run of another recipe, a folder that takes no more.
+        XFusionError: bad data, a precision without gradients, a loss that is not finite, a resumed run of another recipe, a
+            folder that takes no more.
         Interrupted: Ctrl-C or SIGTERM; the step was finished, state and pack were written.
     """
     if data is not None:
@@ -180,7 +181,7 @@ class _Run:
     def _precision(self) -> tuple[torch.dtype, str]:
         """The compute type with the reason: what was asked for, what a resumed run had, or what is fastest here."""
         if self.settings.dtype is not None:
-            return self.settings.dtype, "as asked"
+            return check_compute_dtype(self.settings.dtype), "as asked"
         if self.settings.resume and states.found(self.out / "state"):
             kept = states.newest_plan(self.out / "state").get("dtype")
             if kept is not None:

@@ -17,6 +17,9 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 class Optimizer:
     """AdamW (0.9, 0.95) with clipping and a moving average, over learned weights only.
 
+    A weight decay is taken of all of them, norms, biases, gates and boundary rows too, where many leave these out: which weights
+    would be exempt is a mechanism's own matter (a gate begins at 0 and a norm at 1), and no recipe has a decay but 0.
+
     Args:
         parameters: float32 masters by name; divided ones are `DTensor`.
         add: adds a number up over all processes; asked only where weights are divided.

@@ -11,7 +11,7 @@ from PIL import Image as PILImage
 from xfusion import checkpoint
 from xfusion.data.sources import Source
 from xfusion.model import Model
-from xfusion.storage import named_in_errors, whole_file
+from xfusion.storage import whole_file
 from xfusion.training.processes import Processes
 from xfusion.training.progress import Progress
 from xfusion.training.stages import Recipe
@@ -25,7 +25,7 @@ def write_sheet(path: Path, pictures: Sequence[PILImage.Image], size: int) -> PI
     sheet = PILImage.new("RGB", (size * len(pictures), size), "white")
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (i * size, 0))
-    with named_in_errors(path), whole_file(path) as so_far:
+    with whole_file(path) as so_far:
         sheet.save(so_far, format="PNG")
     return sheet
 

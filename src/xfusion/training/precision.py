@@ -7,6 +7,22 @@ from functools import cache
 
 import torch
 
+from xfusion.data.sequence import XFusionError
+
+
+def check_compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """A precision that was asked for.
+
+    Raises:
+        XFusionError: gradients would be lost in it.
+    """
+    if dtype == torch.float16:
+        raise XFusionError(
+            f"training cannot compute in {dtype}: gradients in float16 vanish without a scaled loss, which there is none of; take"
+            " torch.bfloat16 or torch.float32"
+        )
+    return dtype
+
 
 def choose_compute_dtype(device: torch.device) -> tuple[torch.dtype, str]:
     """The training precision of a device, with the reason.

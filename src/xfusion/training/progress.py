@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -119,6 +120,11 @@ class Progress:
 
 
 def all_examples(source: Source) -> list[Any]:
-    """How many examples there are, and a hash over which: the order of a run goes over all of them."""
-    ids = "\n".join(example.id for example in source.examples)
-    return [len(source.examples), hashlib.sha256(ids.encode(errors="surrogatepass")).hexdigest()]
+    """How many examples there are, a hash over which, for the order of a run goes over all of them, and one over what they
+    hold.
+    """
+    which, held = hashlib.sha256(), hashlib.sha256()
+    for number, e in enumerate(source.examples):
+        which.update(("\n" * bool(number) + e.id).encode(errors="surrogatepass"))
+        held.update(json.dumps([e.id, e.group, e.captions, e.question, e.content]).encode())
+    return [len(source.examples), which.hexdigest(), held.hexdigest()]

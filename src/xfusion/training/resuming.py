@@ -46,7 +46,7 @@ def check(plan: dict[str, Any], out: Path, recipe: Recipe, fingerprint: str, dat
         recipe: as it is now.
         fingerprint: of the base.
         data: spec of the source.
-        examples: how many there are and which (`xfusion.training.progress.all_examples`).
+        examples: how many there are, which, and what is in them (`xfusion.training.progress.all_examples`).
 
     Raises:
         XFusionError: another base or other settings.
@@ -64,10 +64,17 @@ def check(plan: dict[str, Any], out: Path, recipe: Recipe, fingerprint: str, dat
             "%s ran on %d threads and goes on with %d: sums round otherwise, so its losses agree but not to the bit",
             *(out, plan["threads"], torch.get_num_threads()),
         )
-    if (before := plan.get("examples")) is not None and before != examples:
+    before = plan.get("examples", examples)
+    if before[:2] != examples[:2]:
         logger.warning(
             "%s held %d examples when %s began and holds %d, not all the same, now: its batches from here on are others",
             *(data, before[0], out, examples[0]),
+        )
+    elif before != examples[: len(before)]:  # states from before it was asked do not say what was in them
+        logger.warning(
+            "%s holds %d examples of the same names as when %s began, but not the same pictures, words or groups (of the hub:"
+            " another commit): its batches from here on are others",
+            *(data, before[0], out),
         )
 
 

@@ -106,9 +106,8 @@ def open_data(settings: Settings, special_tokens: tuple[str, ...]) -> Source:
         return settings.source
     plan = states.newest_plan(settings.out / "state") if settings.resume else {}
     known = plan.get("left_out", {}) | plan.get("broken", {})
-    groups = {identity: facts["group"] for identity, facts in known.items()}
     return open_source(
-        settings.recipe.data, allow_bad=settings.allow_bad, special_tokens=special_tokens, unreadable=groups
+        settings.recipe.data, allow_bad=settings.allow_bad, special_tokens=special_tokens, unreadable=known
     )
 
 

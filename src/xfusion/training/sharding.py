@@ -118,7 +118,8 @@ class Sharding:
                 )
                 taken.update(unit.parameters())
             copies.clear()  # the share is taken: nothing holds the whole layer any more
-        others: list[nn.Module] = [model.port, model.fusion, model.extra]
+        objectives = [model.text_objective, model.media_objective]
+        others: list[nn.Module] = [model.port, model.fusion, model.extra, *objectives]
         if self.backbone is not None:
             _put_copies(self.backbone.model, dtype, self.device, copies, but=taken)
             others.append(self.backbone.model)

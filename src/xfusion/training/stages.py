@@ -32,9 +32,12 @@ class Stage:
     clip: float = 1.0
     """Largest norm of the gradient."""
     weight_decay: float = 0.0
-    """AdamW's decoupled decay."""
+    """AdamW's decoupled decay, of all new weights alike: norms, biases, gates and boundary rows too, which others often leave
+    out (`xfusion.training.optimizer`)."""
     ema: float = 0.999
-    """Decay of the averaged weights that are saved, warmed up as (1 + step) / (10 + step); 0 saves the raw ones."""
+    """Decay of the averaged weights that are saved, warmed up as (1 + step) / (10 + step); 0 saves the raw ones. Steps are the
+    stage's own: within its first ones the average becomes that of this stage alone, and what was averaged before is gone, for
+    another mixture or rate makes other weights."""
 
     def rate_at(self, step: int, steps: int) -> float:
         """Learning rate of a step (from 0) of ``steps``."""

@@ -79,9 +79,9 @@ class LeftOut(dict[int, str]):
                 track.event(event="left_out", step=step, example=self.source.examples[index].id, reason=what)
 
     def by_id(self, unreadable: Mapping[int, str]) -> dict[str, dict[str, str]]:
-        """The group of each, and what is wrong with it, by its id: numbers mean nothing to another source."""
+        """Group and content of each, and what is wrong with it, by its id: numbers mean nothing to another source."""
         examples = [(self.source.examples[index], what) for index, what in unreadable.items()]
-        return {example.id: {"group": example.group, "reason": what} for example, what in examples}
+        return {e.id: {"group": e.group, "content": e.content, "reason": what} for e, what in examples}
 
     def state_dict(self) -> dict[str, dict[str, str]]:
         """What is left out, `by_id`."""

@@ -47,6 +47,14 @@ class Verb:
         raise NotImplementedError(type(self).__name__)
 
 
+_COMMANDS = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n"), ord("\t")})
+
+
+def readable(text: str) -> str:
+    """What a model says, without the control characters by which a terminal is told to do something else than to show it."""
+    return text.translate(_COMMANDS)
+
+
 @contextmanager
 def progress(people: Console) -> Iterator[Callable[[str, int, int], None]]:
     """A bar with the time left, on a terminal, nothing elsewhere; told the name of a part, items done and items in all."""
@@ -158,9 +166,9 @@ def written(path: Path, write: Callable[[Path], object]) -> Path:
     Raises:
         XFusionError: the file system refuses, named by ``path``.
     """
-    from xfusion.storage import named_in_errors, whole_file
+    from xfusion.storage import whole_file
 
-    with named_in_errors(path), whole_file(path) as temporary:
+    with whole_file(path) as temporary:
         write(temporary)
     return path
 

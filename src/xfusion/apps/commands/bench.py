@@ -45,8 +45,8 @@ class Bench(Verb):
 
     def run(self, people: Console) -> Answer:
         from xfusion.apps.bench import base
-        from xfusion.comparison.machine import commit, machine
         from xfusion.data.sequence import XFusionError
+        from xfusion.evaluation.machine import commit, machine
         from xfusion.storage import write_json
 
         for name in self.only:

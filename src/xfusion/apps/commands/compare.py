@@ -134,7 +134,8 @@ def summary_text(summary: dict[str, Any]) -> str:
     regimes = summary.get("regimes") or dict.fromkeys(summary["recipes"])
     several = len(set(regimes.values())) > 1
     called = {
-        label: f"{label} ({regime or 'regime not recorded'})" if several else label for label, regime in regimes.items()
+        label: f"{name} ({regimes[label] or 'regime not recorded'})" if several else name
+        for label, name in summary["called"].items()
     }
     lines, wide = [], max(map(len, called.values()))
     for score in summary["scores"]:
@@ -145,8 +146,8 @@ def summary_text(summary: dict[str, Any]) -> str:
             lines.append(
                 f"  {called[row['recipe']]:<{wide}}  {mean_text(row):<36}  {difference_text(row['difference'])}".rstrip()
             )
-    costs = [(row["recipe"], cost_text(row, summary["media"])) for row in summary["cost"]]
-    text = [(label, text_text(facts)) for label, facts in summary["text"].items()]
+    costs = [(summary["called"][row["recipe"]], cost_text(row, summary["media"])) for row in summary["cost"]]
+    text = [(summary["called"][label], text_text(facts)) for label, facts in summary["text"].items()]
     return "\n".join(
         [*lines, "cost", table(costs, "  "), "text", table(text, "  "), *map("- {}".format, summary["notes"])]
     )

@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from rich.console import Console
 
-from xfusion.apps.commands.base import Answer, UsageError, Verb, as_folder, choose_device, load_model, progress, written
+from xfusion.apps.commands.base import (
+    Answer,
+    UsageError,
+    Verb,
+    as_folder,
+    choose_device,
+    load_model,
+    progress,
+    readable,
+    written,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -247,7 +257,7 @@ class Caption(Verb):
         found = [{model.modality.name: i, "caption": a} for i, a in zip(self.images, answers, strict=True)]
         data = {"captions": found, "question": self.question, "size": self.size or model.modality.sizes[0]}
         data |= {"pack_fingerprint": model.fingerprint}
-        text = "\n".join(f"{file}: {answer}" for file, answer in zip(self.images, answers, strict=True))
+        text = "\n".join(f"{file}: {readable(answer)}" for file, answer in zip(self.images, answers, strict=True))
         return Answer(data=data | {"seconds": round(time.perf_counter() - begun, 3)}, text=text)
 
     def _ranked(self, model: Any, opened: list[Any], people: Console) -> Answer:

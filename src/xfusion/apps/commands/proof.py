@@ -10,7 +10,17 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from xfusion.apps.commands.base import Answer, UsageError, Verb, choose_device, load_model, pack_folder, progress, table
+from xfusion.apps.commands.base import (
+    Answer,
+    UsageError,
+    Verb,
+    choose_device,
+    load_model,
+    pack_folder,
+    parts,
+    progress,
+    table,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +87,19 @@ def verdict(result: dict[str, Any]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Verb):
-    """Score a model with a suite, and say with which settings, seeds and versions."""
+    """Score a model with a suite, and say with which settings, seeds and versions.
+
+    What a suite holds to be trained on is what the pack says that it was; pictures that it was trained on are not scored as held
+    out.
+    """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A folder, a shipped pack's name, or a hub id."""
     suite: str = "emoji"
     """Name of the suite."""
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE...")] = ()
-    """Settings of the suite, such as source=emoji:128 max_drawn=64 features=false."""
+    """Settings of the suite, such as source=emoji:128 max_drawn=64 features=false. Without a source the suite takes the data that
+    the pack was trained on, where it recorded them."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
     """Write the result to this JSON file, too."""
     record: bool = False
@@ -97,15 +112,17 @@ class Evaluate(Verb):
     def run(self, people: Console) -> Answer:
         from xfusion import checkpoint
         from xfusion.evaluation.run import check, evaluate
+        from xfusion.evaluation.unseen import trained_on
 
         folder = _to_record_in(self.model) if self.record else None
-
         settings = dict(read_setting(text) for text in self.set)
         choose_device(self.device)
         check(self.suite, settings)  # before a model is loaded
         model = load_model(self.model, device=self.device, trust=self.trust)
+        configs = [checkpoint.read_config(checkpoint.find(pack_folder(name))) for name in parts(self.model)]
+        known = [spec for config in configs if (spec := trained_on(config)) is not None]
         with progress(people) as tell:
-            result = evaluate(model, self.suite, out=self.out, progress=tell, **settings)
+            result = evaluate(model, self.suite, out=self.out, progress=tell, trained_on=known, **settings)
         if folder:
             checkpoint.add_facts(folder, model, scores={k: v for k, v in result.items() if k != "curves"})
         told = {k: v for k, v in result.items() if k not in ("settings", "curves")}

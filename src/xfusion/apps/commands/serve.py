@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import time
@@ -41,6 +42,9 @@ class Serve(Verb):
     allowed_names: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")] = ()
     """Names that requests may call this server by (their Host), besides those of this machine to itself. Without one, a
     server without keys at a loopback address takes only the latter, and any other server takes every name."""
+    allowed_origins: Annotated[tuple[str, ...], tyro.conf.arg(metavar="ORIGIN...")] = ()
+    """Pages elsewhere that may use this server in a browser (their Origin), such as http://localhost:3000. Without one, no page
+    may; programs say no Origin and need none."""
     limits: Limits = field(default_factory=Limits)
     """What a request may ask for."""
     device: str = "auto"
@@ -68,13 +72,20 @@ class Serve(Verb):
             names = frozenset() if keys else own_names(self.host)
             if self.allowed_names:
                 names |= LOOPBACK | {self.host} | {name.lower() for name in self.allowed_names}
-            served = app.create(models, self.limits, keys=keys, hosts=frozenset(self.picture_hosts), names=names)
-            minutes = serve_until_stopped(served, listener, self.limits.grace)
+            hosts, origins = frozenset(self.picture_hosts), frozenset(self.allowed_origins)
+            served = app.create(models, self.limits, keys=keys, hosts=hosts, names=names, origins=origins)
+            minutes = serve_until_stopped(served, listener, self.limits)
         return Answer(data={"address": where, "models": list(models)}, text=f"served for {minutes:.1f} minutes")
 
     def _check(self) -> None:
         if not self.packs:
             raise UsageError("name at least one pack to serve, such as emoji")
+        for origin in self.allowed_origins:
+            if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s]+", origin):
+                raise UsageError(
+                    f"--allowed-origins {origin}: an origin is a scheme, a name and perhaps a port, such as"
+                    " http://localhost:3000"
+                )
         check_limits(self.limits)
 
     def _keys(self) -> frozenset[str]:
@@ -118,13 +129,13 @@ def address_of(host: str, listener: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
 
-def serve_until_stopped(app: Any, listener: socket.socket, grace: int) -> float:
-    """Answer until SIGINT or SIGTERM; open requests then get ``grace`` seconds. Returns the minutes that it went."""
+def serve_until_stopped(app: Any, listener: socket.socket, limits: Limits) -> float:
+    """Answer until SIGINT or SIGTERM; open requests then get `Limits.grace` seconds. Returns the minutes that it went."""
     from xfusion.apps.server.stopping import Server
 
     began = time.perf_counter()
     # Having stopped, uvicorn raises the signal once more for whoever had set a handler: for us it was answered.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    Server(app, grace).run(sockets=[listener])
+    Server(app, limits.grace, limits.connections).run(sockets=[listener])
     return (time.perf_counter() - began) / 60

@@ -53,5 +53,5 @@ class Web(Verb):
             app = page.create(models, self.limits, Path(folder), comparisons, own_names(self.host))
             where = address_of(self.host, listener)
             people.print(f"open {where} in a browser; Ctrl-C stops", markup=False, soft_wrap=True)
-            minutes = serve_until_stopped(app, listener, self.limits.grace)
+            minutes = serve_until_stopped(app, listener, self.limits)
         return Answer(data={"address": where, "models": list(models)}, text=f"shown for {minutes:.1f} minutes")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import hmac
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -24,7 +26,7 @@ from xfusion.apps.server.answers import Refused, base64_png, data_url, now
 from xfusion.apps.server.completions import Completion, Events
 from xfusion.apps.server.limits import Limits
 from xfusion.apps.server.metrics import Counted
-from xfusion.apps.server.names import called
+from xfusion.apps.server.names import called, foreign
 from xfusion.apps.server.service import Service
 from xfusion.apps.server.tickets import Arrival, Ticket
 from xfusion.generation import draw_size
@@ -38,6 +40,7 @@ def create(
     keys: frozenset[str] = frozenset(),
     hosts: frozenset[str] = frozenset(),
     names: frozenset[str] = frozenset(),
+    origins: frozenset[str] = frozenset(),
 ) -> FastAPI:
     """The server as an ASGI application.
 
@@ -47,6 +50,7 @@ def create(
         keys: API keys; with none, everyone may ask.
         hosts: whose pictures are fetched; with none, pictures come as data URLs alone.
         names: by which the server may be called, in lower case; with none, by any.
+        origins: of pages elsewhere that may use the server in a browser, such as ``http://localhost:3000``.
     """
     service = Service(models, limits, hosts)
     routes = _Routes(service, keys)
@@ -62,7 +66,11 @@ def create(
     # A path with a slash too many is one that is not there: nobody is led to an address that the request made up.
     app = FastAPI(title="xfusion", openapi_url=None, lifespan=lifespan, redirect_slashes=False)
     app.state.server = app.state.stops = service
-    app.add_middleware(_Named, names=names)
+    if origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=sorted(origins), allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
+    app.add_middleware(_Door, names=names, origins=origins)
     app.add_middleware(Counted, metrics=service.metrics)
     allowed = [Depends(routes.authorised)]
     app.add_api_route("/health", routes.health, methods=["GET"])
@@ -85,7 +93,8 @@ class _Routes:
 
     def __init__(self, service: Service, keys: frozenset[str]):
         self.service, self.models, self.limits, self.hosts = service, service.models, service.limits, service.hosts
-        self.keys = [_digest(key) for key in keys]
+        # Headers are bytes, and clients do not agree on those of letters beyond ASCII.
+        self.keys = [_digest(spelled) for key in keys for spelled in _spelled(key)]
 
     # -- routes without a model
 
@@ -94,7 +103,8 @@ class _Routes:
         if not self.keys:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        found = [hmac.compare_digest(_digest(given.strip()), key) for key in self.keys]
+        sent = _digest(given.encode("latin-1").strip())
+        found = [hmac.compare_digest(sent, key) for key in self.keys]
         if scheme.lower() != "bearer" or not any(found):
             raise Refused(
                 401,
@@ -128,7 +138,7 @@ class _Routes:
     async def embeddings(self, request: Request) -> Response:
         """Vectors of texts and pictures."""
         with Arrival(self.service, request) as arrival:
-            asked = requests.parse(requests.Embeddings, await arrival.body())
+            asked = await arrival.parsed(requests.Embeddings)
             name, model = self.service.model(asked.model)
             if "embed" not in model.capabilities:
                 raise requests.incapable(model, "embed")
@@ -163,7 +173,7 @@ class _Routes:
     async def chat(self, request: Request) -> Response:
         """The next turn of a conversation, in words, in a picture, or in both."""
         with Arrival(self.service, request) as arrival:
-            asked = requests.parse(requests.Chat, await arrival.body())
+            asked = await arrival.parsed(requests.Chat)
             name, model = self.service.model(asked.model)
             jobs, prompt = await arrival.read(partial(reading.chat, asked, model, self.limits, self.hosts))
             counted = asked.stream_options is not None and asked.stream_options.include_usage
@@ -183,7 +193,7 @@ class _Routes:
     async def images(self, request: Request) -> Response:
         """Pictures of a prompt."""
         with Arrival(self.service, request) as arrival:
-            asked = requests.parse(requests.Images, await arrival.body())
+            asked = await arrival.parsed(requests.Images)
             name, model = self.service.model(asked.model)
             jobs = await arrival.read(partial(reading.images, asked, model, self.limits))
             ticket = Ticket(self.service, request, jobs, arrival.deadline)
@@ -192,7 +202,9 @@ class _Routes:
     async def edits(self, request: Request) -> Response:
         """A part of a picture drawn anew."""
         with Arrival(self.service, request) as arrival:
-            asked, files = await self._form(request, await arrival.body())
+            if arrival.kind != "multipart/form-data":
+                raise Refused(400, "send a form (multipart/form-data) with image, mask and prompt")
+            asked, files = await arrival.read(partial(self._form, request, await arrival.body()))
             name, model = self.service.model(asked.model)
             image = files.get("image", files.get("image[]", b""))
             read = partial(reading.edit, asked, model, self.limits, image, files.get("mask"))
@@ -201,17 +213,19 @@ class _Routes:
             ticket = Ticket(self.service, request, jobs, arrival.deadline)
         return await self._pictures(ticket, asked, name, model)
 
-    async def _form(self, request: Request, body: bytes) -> tuple[requests.Images, dict[str, bytes]]:
-        """The fields of a form, and its files."""
-        if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-            raise Refused(400, "send a form (multipart/form-data) with image, mask and prompt")
-        form = Request(request.scope, receive=_of(body)).form(
-            max_files=4, max_fields=32, max_part_size=self.limits.body
-        )
-        async with form as parts:
-            files = {key: await value.read() for key, value in parts.items() if isinstance(value, UploadFile)}
-            fields = {key: value for key, value in parts.items() if isinstance(value, str)}
-            sent = [key for key, value in parts.multi_items() if isinstance(value, UploadFile)]
+    def _form(self, request: Request, body: bytes) -> tuple[requests.Images, dict[str, bytes]]:
+        """The fields of a form, and its files; in a thread, since the parser looks at each byte."""
+
+        async def parsed() -> tuple[dict[str, bytes], dict[str, str], list[str]]:
+            form = Request(request.scope, receive=_of(body)).form(
+                max_files=4, max_fields=32, max_part_size=self.limits.body
+            )
+            async with form as parts:
+                files = {key: await value.read() for key, value in parts.items() if isinstance(value, UploadFile)}
+                fields = {key: value for key, value in parts.items() if isinstance(value, str)}
+                return files, fields, [key for key, value in parts.multi_items() if isinstance(value, UploadFile)]
+
+        files, fields, sent = asyncio.run(parsed())
         asked = requests.parse(requests.Images, fields)
         self.service.model(asked.model)
         if sorted(sent) not in (["image"], ["image", "mask"], ["image[]"], ["image[]", "mask"]):
@@ -238,20 +252,26 @@ class _Routes:
         return JSONResponse(body | {"drawn_at": f"{native}x{native}"})
 
 
-class _Named:
-    """Refuses whatever calls this server by a name that is not its own, before it is asked which paths there are."""
+class _Door:
+    """Refuses what calls this server by another name, or for a page elsewhere, before it is asked which paths there are."""
 
-    def __init__(self, app: ASGIApp, names: frozenset[str]):
-        self.app, self.names = app, names
+    def __init__(self, app: ASGIApp, names: frozenset[str], origins: frozenset[str]):
+        self.app, self.names, self.origins = app, names, origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self.names and (name := called(scope)) not in self.names:
-            message = (
-                f"this server is not called {name[:100]!r}: xfusion serve --allowed-names takes names that it may have"
-            )
-            await errors.answer(Refused(403, message, code="unknown_host"))(scope, receive, send)
+        if scope["type"] == "http" and (refusal := self._refusal(scope)) is not None:
+            await errors.answer(refusal)(scope, receive, send)
             return
         await self.app(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> Refused | None:
+        if self.names and (name := called(scope)) not in self.names:
+            takes = "xfusion serve --allowed-names takes names that it may have"
+            return Refused(403, f"this server is not called {name[:100]!r}: {takes}", code="unknown_host")
+        if (page := foreign(scope, self.origins)) is not None:
+            takes = "xfusion serve --allowed-origins takes pages elsewhere that may"
+            return Refused(403, f"{page[:100]!r} may not use this server: {takes}", code="foreign_origin")
+        return None
 
 
 def _of(body: bytes) -> Receive:
@@ -263,6 +283,14 @@ def _of(body: bytes) -> Receive:
     return receive
 
 
-def _digest(key: str) -> bytes:
+def _spelled(key: str) -> set[bytes]:
+    """A key as clients may send it."""
+    spelled = {key.encode("utf-8", "surrogateescape")}
+    with suppress(UnicodeEncodeError):
+        spelled.add(key.encode("latin-1"))
+    return spelled
+
+
+def _digest(key: bytes) -> bytes:
     """Keys are compared by their digests, which have one length."""
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+    return hashlib.sha256(key).digest()

@@ -49,7 +49,8 @@ class Words:
             return self._send(text[: min(found)])
         # Not yet: a letter whose bytes are still to come, and what may become a stop sequence.
         text = text.rstrip("\N{REPLACEMENT CHARACTER}")
-        held = [k for stop in self.stop for k in range(1, len(stop)) if text.endswith(stop[:k])]
+        most = len(text) + 1
+        held = [k for stop in self.stop for k in range(1, min(len(stop), most)) if text.endswith(stop[:k])]
         return self._send(text[: len(text) - max(held, default=0)])
 
     def rest(self) -> str:
@@ -278,18 +279,30 @@ class Batches:
             Refused: the queue is full, or the server is stopping.
         """
         with self._changed:
-            if not self.open:
-                raise stopping()
-            if len(self.waiting) + len(jobs) > self.most:
-                seconds = min(60.0, self._seconds * len(self.waiting))
-                raise Refused(
-                    429,
-                    f"{len(self.waiting)} answers wait, and no more than {self.most} may: try again later",
-                    code="queue_full",
-                    headers={"Retry-After": str(max(1, math.ceil(seconds)))},
-                )
+            self._check(len(self.waiting), len(jobs))
             self.waiting.extend(jobs)
             self._changed.notify_all()
+
+    def check(self, coming: int) -> None:
+        """Refuse a request before anything is done for it, with ``coming`` others being read that will wait for one answer each.
+
+        Raises:
+            Refused: as `put`.
+        """
+        with self._changed:
+            self._check(len(self.waiting) + coming, 1)
+
+    def _check(self, taken: int, wanted: int) -> None:
+        if not self.open:
+            raise stopping()
+        if taken + wanted > self.most:
+            seconds = min(60.0, self._seconds * taken)
+            raise Refused(
+                429,
+                f"{taken} answers wait, and no more than {self.most} may: try again later",
+                code="queue_full",
+                headers={"Retry-After": str(max(1, math.ceil(seconds)))},
+            )
 
     def forget(self, jobs: list[Job]) -> None:
         """Nobody waits for these any more: their places are free at once, and what runs ends at its next step."""

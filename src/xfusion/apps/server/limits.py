@@ -25,6 +25,8 @@ class Limits:
     """Pictures that the user shows in one request; the assistant's own beyond them are called ``(picture)``."""
     sounds: int = 8
     """Sounds in one request."""
+    samples: int = 16_000_000
+    """Samples of a sound that is sent, those of all its channels; a larger one is refused undecoded."""
     inputs: int = 256
     """Texts and pictures in one request for embeddings."""
     pixels: int = 16_000_000
@@ -35,5 +37,7 @@ class Limits:
     """Bytes of all requests on their way into the queue; beyond it 429 with Retry-After, but one alone is taken."""
     characters: int = 100_000
     """Characters of a request's words."""
+    connections: int = 512
+    """Connections at the same time; a request beyond them gets a 503, and connections that ask nothing make room."""
     grace: int = 10
     """Seconds that open requests get when the server is told to stop."""

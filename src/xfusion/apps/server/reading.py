@@ -23,6 +23,8 @@ def chat(asked: requests.Chat, model: Model, limits: Limits, hosts: frozenset[st
     """
     _bounded(asked, limits)
     decides = asked.draw == "auto" and "image" not in asked.modalities
+    draws = decides or "image" in asked.modalities
+    steps = asked.drawing_steps(limits) if draws else 1
     given = requests.messages(asked, model, limits, hosts, own_pictures=not decides)
     if decides and model.opening is None:
         message = (
@@ -50,8 +52,8 @@ def chat(asked: requests.Chat, model: Model, limits: Limits, hosts: frozenset[st
     work = Continue(
         model=model,
         kinds=kinds,
-        steps=asked.steps,
-        guidance=asked.guidance,
+        steps=steps,
+        guidance=asked.guidance if draws else None,
         max_tokens=_max_tokens(asked, model, limits, prompt),
         temperature=asked.temperature or 0.0,
         top_p=1.0 if asked.top_p is None else asked.top_p,
@@ -81,7 +83,7 @@ def images(asked: requests.Images, model: Model, limits: Limits) -> list[Job]:
     Raises:
         Refused: they are beyond the limits, or this model cannot draw.
     """
-    _drawn(asked, model, limits)
+    steps = _drawn(asked, model, limits)
     with _as_refusal():
         segments = [asked.prompt, Image(size=asked.side())]
         prompt_length(model, segments)
@@ -89,7 +91,7 @@ def images(asked: requests.Images, model: Model, limits: Limits) -> list[Job]:
     work = Continue(
         model=model,
         kinds=kinds,
-        steps=asked.steps,
+        steps=steps,
         guidance=asked.guidance,
         max_tokens=1,
         temperature=0.0,
@@ -104,14 +106,14 @@ def edit(asked: requests.Images, model: Model, limits: Limits, image: bytes, mas
     Raises:
         Refused: it is beyond the limits, picture and mask do not fit, or this model cannot draw.
     """
-    _drawn(asked, model, limits)
+    steps = _drawn(asked, model, limits)
     trained = requests.trained_side(model)
     if asked.side() not in (None, trained):
         raise Refused(400, f"size: pictures are edited at {trained}x{trained}, the trained size", param="size")
     picture, holes = requests.picture_and_mask(image, mask, model, limits)
     with _as_refusal():
         prompt_length(model, [asked.prompt])
-    work = Repaint(model=model, steps=asked.steps, guidance=asked.guidance)
+    work = Repaint(model=model, steps=steps, guidance=asked.guidance)
     return _jobs(asked, model, work, (picture, holes, asked.prompt))
 
 
@@ -134,17 +136,19 @@ def embeddings(asked: requests.Embeddings, model: Model, limits: Limits, hosts: 
     return Job(work=work, given=items, seed=0, index=0, words=words, tell=lambda job, new: None), prompt
 
 
-def _drawn(asked: requests.Images, model: Model, limits: Limits) -> None:
+def _drawn(asked: requests.Images, model: Model, limits: Limits) -> int:
+    """Whether pictures may be asked for so; their steps."""
     _bounded(asked, limits)
+    steps = asked.drawing_steps(limits)
     requests.within(len(asked.prompt), limits.characters, "characters")
     if "draw" not in model.capabilities:
         raise requests.incapable(model, "draw")
     requests.trained_side(model)
+    return steps
 
 
 def _bounded(asked: requests.Chat | requests.Images, limits: Limits) -> None:
     requests.within(asked.n, min(limits.n, limits.queue), "n")
-    requests.within(asked.steps, limits.steps, "steps")
 
 
 def _jobs(

@@ -19,20 +19,38 @@ from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from PIL import Image as PILImage
+from PIL import ImageOps
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from xfusion.apps.server.answers import Refused
 from xfusion.apps.server.limits import Limits
 from xfusion.data import pictures, sounds
 from xfusion.data.requests import PICTURE
 from xfusion.data.sequence import XFusionError
-from xfusion.modalities.image import on_white, square_picture
+from xfusion.modalities.image import on_white, square_picture, touched
 
 if TYPE_CHECKING:
     from xfusion.model import Model
 
 FETCH_SECONDS = 10.0
 """How long the host of a picture may take, from the call to the last byte."""
+STOP_CHARACTERS = 256
+"""Longest sequence that ends an answer: every word of the answer is held against it."""
+LONGEST = 2048
+"""Entries of any list of a request."""
+FIELDS = 64
+"""Fields of any object of a request."""
+BESIDE_WORDS = 20_000
+"""Commas and brackets that a request may hold beside those of its words."""
+DATA_HEAD = 200
+"""Characters within which the head of a data URL ends."""
+TOLD = 300
+"""Characters of what was sent that an error repeats."""
+STEPS = 25
+"""Steps of drawing where a request names none, or as many as the server allows."""
+MOST_GUIDANCE = 100.0
+"""Largest guidance either way; what is far beyond it overflows."""
 
 
 class _Strict(BaseModel):
@@ -42,11 +60,20 @@ class _Strict(BaseModel):
     @classmethod
     def _without_null(cls, given: Any) -> Any:
         """Null is what a field is where it is left out, known or not."""
-        return {key: value for key, value in given.items() if value is not None} if isinstance(given, dict) else given
+        if not isinstance(given, dict):
+            return given
+        if len(given) > FIELDS:  # each that is not known would be an error of its own
+            count = {"count": len(given), "most": FIELDS}
+            raise PydanticCustomError("too_many_fields", "an object has {count} fields, more than {most}", count)
+        return {key: value for key, value in given.items() if value is not None}
 
 
 Empty = Annotated[list[Any], Field(max_length=0)]
 """A list that a client sends although nothing is in it."""
+Bounded = Field(max_length=LONGEST, fail_fast=True)
+"""A list whose first mistake is told, and which is not read behind that."""
+Stop = Annotated[str, Field(min_length=1, max_length=STOP_CHARACTERS)]
+"""What ends an answer."""
 
 
 class _Request(_Strict):
@@ -62,10 +89,21 @@ class _Request(_Strict):
 
 
 class _Drawing(_Request):
-    steps: Annotated[int, Field(ge=1)] = 25
-    guidance: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    steps: Annotated[int, Field(ge=1)] | None = None
+    guidance: Annotated[float, Field(allow_inf_nan=False, ge=-MOST_GUIDANCE, le=MOST_GUIDANCE)] | None = None
     size: str | int | None = None
     """Output side: ``64``, ``64x64`` or ``auto``."""
+
+    def drawing_steps(self, limits: Limits) -> int:
+        """Steps of what is drawn.
+
+        Raises:
+            Refused: more than the server allows.
+        """
+        if self.steps is None:
+            return min(STEPS, limits.steps)
+        within(self.steps, limits.steps, "steps")
+        return self.steps
 
     def side(self) -> int | None:
         """The output side in pixels; None for the trained one."""
@@ -115,12 +153,16 @@ class Heard(_Strict):
     input_audio: Recording
 
 
+Block = Annotated[Words | Picture | Heard, Field(discriminator="type")]
+"""A part of a message."""
+
+
 class Message(_Strict):
     """A turn."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Annotated[Words | Picture | Heard, Field(discriminator="type")]] | None = None
-    images: list[Picture] = []
+    content: str | Annotated[list[Block], Bounded] | None = None
+    images: Annotated[list[Picture], Bounded] = []
     """Pictures that this server drew in an earlier turn, as it sent them."""
     name: str | None = None
     annotations: Empty = []
@@ -143,8 +185,8 @@ class StreamOptions(_Strict):
 class Chat(_Drawing):
     """A request for the next turn of a conversation."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
-    modalities: Annotated[list[Literal["text", "image"]], Field(min_length=1)] = ["text"]
+    messages: Annotated[list[Message], Field(min_length=1), Bounded]
+    modalities: Annotated[list[Literal["text", "image"]], Field(min_length=1), Bounded] = ["text"]
     """``image`` draws a picture; with ``text`` beside it, words follow the picture."""
     draw: Literal["never", "auto"] = "never"
     """``auto`` lets the pack's opening head decide whether the answer opens with a picture; ``modalities`` says so itself."""
@@ -152,16 +194,17 @@ class Chat(_Drawing):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    stop: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] | None = None
+    stop: Stop | Annotated[list[Stop], Bounded] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, Any], Field(max_length=16)] | None = None
+    """Taken and not used."""
     store: bool | None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     logprobs: Literal[False] | None = None
     top_logprobs: Literal[0] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
     response_format: PlainText | None = None
     tool_choice: Literal["none", "auto"] | None = None
     """Without tools there is nothing to choose."""
@@ -193,7 +236,7 @@ class Embeddings(_Strict):
     """A request for vectors of texts and of pictures, which are given as data URLs."""
 
     model: str | None = None
-    input: str | Annotated[list[str], Field(min_length=1)]
+    input: str | Annotated[list[str], Field(min_length=1, fail_fast=True)]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Field(ge=1)] | None = None
     user: str | None = None
@@ -207,6 +250,20 @@ class Embeddings(_Strict):
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
+def received(kind: type[Kind], body: bytes, limits: Limits) -> Kind:
+    """A request's body as JSON; its values are counted before they are made, since each takes far more memory than its text.
+
+    Raises:
+        Refused: as `parse`, or it holds more values than a request within the limits.
+    """
+    most = limits.characters + limits.inputs + BESIDE_WORDS
+    count = sum(map(body.count, (b",", b"[", b"{")))
+    if count > most:
+        message = f"the request holds {count} commas and opening brackets, more than the {most} that this server reads"
+        raise Refused(400, message, code="too_many_values")
+    return parse(kind, body)
+
+
 def parse(kind: type[Kind], body: bytes | Mapping[str, Any]) -> Kind:
     """A request's body as JSON, or the fields of its form.
 
@@ -218,11 +275,12 @@ def parse(kind: type[Kind], body: bytes | Mapping[str, Any]) -> Kind:
     except ValidationError as error:
         # Of a field that may be one of several kinds, that of the kind which it comes nearest to: the deepest.
         first = max(error.errors(include_url=False, include_context=False), key=lambda found: len(found["loc"]))
-    param = ".".join(str(part) for part in first["loc"] if not _is_kind(part)) or None
+    param = ".".join(str(part) for part in first["loc"] if not _is_kind(part))[:TOLD] or None
     if first["type"] == "extra_forbidden":
         raise Refused(400, f"{param} is not a parameter of this server", param=param, code="unknown_parameter")
     given = f", not {str(first['input'])[:50]!r}" if first["type"] == "literal_error" else ""
-    raise Refused(400, f"{param}: {first['msg']}{given}" if param else first["msg"], param=param)
+    told = first["msg"][:TOLD]
+    raise Refused(400, f"{param}: {told}{given}" if param else told, param=param)
 
 
 def _is_kind(part: str | int) -> bool:
@@ -286,13 +344,13 @@ def _in_lines(content: list[Any]) -> list[Any]:
 
 
 def embedded(request: Embeddings, model: Model, limits: Limits, hosts: frozenset[str]) -> list[str | PILImage.Image]:
-    """The inputs as `Model.embed` takes them: a data URL is a picture, all else is words.
+    """The inputs as `Model.embed` takes them: a data URL in base64 is a picture, all else is words.
 
     Raises:
         Refused: more than the limits, something empty, or a picture that cannot be read.
     """
     given = request.inputs()
-    shown = [text[:5].lower() == "data:" for text in given]
+    shown = [_is_file(text) for text in given]
     within(len(given), limits.inputs, "input")
     within(sum(shown), limits.pictures, "pictures")
     within(sum(len(text) for text, is_picture in zip(given, shown, strict=True) if not is_picture), limits.characters,
@@ -315,7 +373,8 @@ def _said(block: Words | Picture | Heard, model: Model, limits: Limits, hosts: f
     except XFusionError as error:
         raise Refused(400, str(error), code="not_capable", param="model") from error
     try:
-        sound = sounds.decode(_of_base64(block.input_audio.data, "input_audio", "invalid_audio"), "input_audio")
+        data = _of_base64(block.input_audio.data, "input_audio", "invalid_audio")
+        sound = sounds.decode(data, "input_audio", most_samples=min(limits.samples, sounds.MAX_SAMPLES))
         return heard.as_heard(sound, heard.sizes[0])
     except XFusionError as error:
         raise Refused(400, str(error), param="input_audio", code="invalid_audio") from error
@@ -380,13 +439,18 @@ def _of_base64(data: str, name: str, code: str) -> bytes:
         raise Refused(400, f"{name} is not base64: {error}", code=code) from error
 
 
+def _is_file(url: str) -> bool:
+    """Whether a text is a data URL in base64: words may begin with ``data:`` too."""
+    head, comma, _ = url[:DATA_HEAD].lower().partition(",")
+    return bool(comma) and head.startswith("data:") and head.endswith(";base64") and not any(map(str.isspace, head))
+
+
 def _fetched(url: str, limits: Limits, hosts: frozenset[str]) -> bytes:
     """The bytes behind an address."""
     if url[:5].lower() == "data:":
-        head, comma, data = url.partition(",")
-        if not comma or not head.lower().endswith(";base64"):
+        if not _is_file(url):
             raise Refused(400, "image_url: a data URL looks like data:image/png;base64,...", code="invalid_image")
-        return _of_base64(data, "image_url", "invalid_image")
+        return _of_base64(url.partition(",")[2], "image_url", "invalid_image")
     try:
         parts = urllib.parse.urlsplit(url)
         host = parts.hostname or ""
@@ -446,10 +510,13 @@ def picture_and_mask(
     """An uploaded picture and its mask, white where it is to be drawn anew.
 
     A mask, or a picture without one, says so by its transparent parts, as OpenAI's do; a mask that knows no
-    transparency, by its white ones.
+    transparency, by its white ones. Tokens are white or black as a whole, by what their parts hold before anything is shrunk.
+
+    Raises:
+        Refused: it is no picture, they differ in size, or nothing of what is drawn is to be drawn anew.
     """
-    picture = decoded(image, "image", limits)
-    holes = picture if mask is None else decoded(mask, "mask", limits)
+    picture = ImageOps.exif_transpose(decoded(image, "image", limits))
+    holes = picture if mask is None else ImageOps.exif_transpose(decoded(mask, "mask", limits))
     if holes.size != picture.size:
         raise Refused(
             400,
@@ -465,4 +532,10 @@ def picture_and_mask(
     else:
         holes = on_white(holes).convert("L").point([0] * 128 + [255] * 128)
     side = trained_side(model)
-    return _of_side(picture, side), _of_side(holes, side)
+    grid = model.image.grid(side)
+    found = touched(holes, grid)
+    if not bool(found.any()):
+        what = "the mask" if mask is not None else "the picture"
+        raise Refused(400, f"{what} leaves nothing to draw anew in its middle square: mark some of it", param="mask")
+    tokens = PILImage.fromarray(found.view(grid).byte().mul(255).numpy())
+    return _of_side(picture, side), tokens.resize((side, side), PILImage.Resampling.NEAREST)

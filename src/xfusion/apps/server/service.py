@@ -41,6 +41,8 @@ class Service:
         self.arriving = set[asyncio.Timeout]()
         self.held = 0
         """Bytes of the requests on their way into the queue."""
+        self.reading = 0
+        """Requests that are received, and not yet in the queue."""
         self.ended = asyncio.Event()
 
     def begin_stop(self) -> None:

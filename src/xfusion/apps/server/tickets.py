@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TypeVar
 
 from fastapi import Request
+from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 
+from xfusion.apps.server import requests
 from xfusion.apps.server.answers import Refused
 from xfusion.apps.server.batches import Job, stopping
 from xfusion.apps.server.reading import as_refused
@@ -17,24 +20,46 @@ from xfusion.apps.server.service import Service
 
 BODY_SECONDS = 30.0
 """How long a client may take to send a request."""
+PATIENCE = 0.5
+"""Seconds in which a place may become free for a request that finds the queue full."""
 Value = TypeVar("Value")
+Asked = TypeVar("Asked", bound=BaseModel)
 
 
 class Arrival:
     """A request on its way into the queue: its clock runs, its bytes are counted, and a stop of the server ends it."""
 
     def __init__(self, service: Service, request: Request):
-        self.service, self.request, self.size = service, request, 0
+        self.service, self.request, self.size, self.reading = service, request, 0, False
         self.deadline = asyncio.get_running_loop().time() + service.limits.seconds
+        self.kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        """What it says to be, such as application/json."""
 
     def __enter__(self) -> Arrival:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.service.held -= self.size
+        self.service.reading -= self.reading
+
+    async def parsed(self, kind: type[Asked]) -> Asked:
+        """The request as JSON, parsed in a thread.
+
+        Raises:
+            Refused: it is no JSON, or none of this kind; or as `body`.
+        """
+        if self.kind != "application/json":
+            said = f"not {self.kind[:100]}" if self.kind else "which this request does not say"
+            raise Refused(415, f"send JSON with Content-Type: application/json, {said}", code="unsupported_media_type")
+        return await self.read(partial(requests.received, kind, await self.body(), self.service.limits))
 
     async def body(self) -> bytes:
-        """The request's body, refused as soon as it is too long, or too slow, or there are too many."""
+        """The request's body, refused as soon as it is too long, or too slow, or there are too many.
+
+        Where the queue is full already, or will be once what is being read is in it, nothing is received or read: whoever asks
+        again and again must not take the time that answers take.
+        """
+        await self._place()
         most, parts = self.service.limits.body, []
         too_long = Refused(413, f"the request has more than the {most} bytes that this server allows", code="too_large")
         length = self.request.headers.get("content-length", "0")
@@ -48,12 +73,24 @@ class Arrival:
                 if self.size > most:
                     raise too_long
                 parts.append(part)
+        self.service.batches.check(self.service.reading)
+        self.service.reading += 1
+        self.reading = True
         return b"".join(parts)
 
     async def read(self, read: Callable[[], Value]) -> Value:
         """Read it in a thread, so that a large picture does not hold up the others."""
         async with self._until(self.deadline, _late(self.service)):
             return await asyncio.get_running_loop().run_in_executor(self.service.readers, read)
+
+    async def _place(self) -> None:
+        """Refuse where the queue is full and stays so for `PATIENCE` seconds: so often, and no oftener, may one ask again."""
+        try:
+            self.service.batches.check(self.service.reading)
+        except Refused as full:
+            async with self._until(self.deadline, full):
+                await asyncio.sleep(PATIENCE)
+            self.service.batches.check(self.service.reading)
 
     def _hold(self, size: int) -> None:
         most, others = self.service.limits.bodies, self.service.held - self.size
@@ -119,14 +156,13 @@ class Ticket:
             Refused: the deadline passed, a job failed, or the server stopped.
         """
         gone, ended = asyncio.ensure_future(self._gone()), asyncio.ensure_future(self.service.ended.wait())
-        left = len(self.jobs)
+        left, next_one = len(self.jobs), None
         try:
             while left:
                 next_one = asyncio.ensure_future(self.heard.get())
                 seconds = max(0.0, self.deadline - self.loop.time())
                 await asyncio.wait({next_one, gone, ended}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
                 if not next_one.done():
-                    next_one.cancel()
                     if gone.done():
                         raise ClientDisconnect
                     raise stopping() if ended.done() else _late(self.service)
@@ -137,8 +173,8 @@ class Ticket:
                         raise as_refused(job.error) from job.error
                 yield job, new
         finally:
-            gone.cancel()
-            ended.cancel()
+            for waiting in filter(None, (gone, ended, next_one)):
+                waiting.cancel()
 
     async def _gone(self) -> None:
         while (await self.request.receive())["type"] != "http.disconnect":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import queue
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -107,7 +108,8 @@ class Desk:
         self.batches = Batches(limits.queue, limits.batch)
         self._swept = time.time()
         self.open: dict[str, list[Job]] = {}
-        """Who -> the jobs that are awaited."""
+        """Who -> the jobs that are awaited; each request is a thread of its own."""
+        self._opening = threading.Lock()
 
     def model(self, name: str | None) -> Model:
         """A pack that is here.
@@ -129,7 +131,9 @@ class Desk:
 
     def stop(self, who: str) -> None:
         """End all that somebody waits for: words at the next one, drawing at the next step."""
-        self.batches.forget(self.open.get(who, []))
+        with self._opening:
+            jobs = list(self.open.get(who, []))
+        self.batches.forget(jobs)
 
     def shown(self, picture: Picture) -> str:
         """A file of a picture, the same one for the same picture: browsers may read it while others are written."""
@@ -262,15 +266,16 @@ class Desk:
         model = self.model(name)
         asked = requests.parse(requests.Images, {"prompt": prompt, **settings})
         (checked,) = reading.images(asked, model, self.limits)
+        steps = asked.drawing_steps(self.limits)
         job = Job(
-            work=Look(model=model, steps=asked.steps, guidance=asked.guidance),
+            work=Look(model=model, steps=steps, guidance=asked.guidance),
             given=asked.prompt,
             seed=checked.seed,
             index=0,
             words=Words(model.backbone.decode),
             tell=checked.tell,
         )
-        shown = {round(1 + (asked.steps - 1) * k / (STRIP - 1)) for k in range(STRIP)}
+        shown = {round(1 + (steps - 1) * k / (STRIP - 1)) for k in range(STRIP)}
         yield from (found for _, found in self._follow(who, [job], shown) if isinstance(found, Preview))
         if job.dropped:
             raise Stopped
@@ -282,11 +287,12 @@ class Desk:
     def _drawn(self, who: str, name: str | None, asked: requests.Images, jobs: list[Job]) -> Iterator[Preview | Drawn]:
         model = self.model(name)
         guidance = model.guidance if asked.guidance is None else asked.guidance
+        steps = asked.drawing_steps(self.limits)
         for job, found in self._follow(who, jobs):
             if isinstance(found, Preview):
                 yield found
             elif job.answer:
-                facts = {"prompt": asked.prompt, "seed": job.seed, "steps": asked.steps, "guidance": guidance}
+                facts = {"prompt": asked.prompt, "seed": job.seed, "steps": steps, "guidance": guidance}
                 path = unused(self.folder / f"{file_name(asked.prompt)}-seed{job.seed}.png")
                 save(job.answer[0], path, facts | self.facts[str(name)])
                 yield Drawn(index=job.index, path=path, picture=job.answer[0], facts=facts)
@@ -305,11 +311,11 @@ class Desk:
             job.tell = lambda job, new: heard.put((job, new))
             job.watch = _watcher(job, heard, shown)
         deadline = time.monotonic() + self.limits.seconds
-        self.batches.put(jobs)
-        mine = self.open.setdefault(who, [])
-        mine += jobs
         left = len(jobs)
+        with self._opening:  # before they are queued, so that a stop finds them
+            self.open.setdefault(who, []).extend(jobs)
         try:
+            self.batches.put(jobs)
             while left:
                 if time.monotonic() > deadline:
                     seconds = self.limits.seconds
@@ -328,10 +334,12 @@ class Desk:
         finally:
             if left:  # whoever listened went away, or it failed: nobody waits for the rest
                 self.batches.forget(jobs)
-            for job in jobs:
-                mine.remove(job)
-            if not mine:
-                self.open.pop(who, None)
+            with self._opening:
+                mine = self.open[who]
+                for job in jobs:
+                    mine.remove(job)
+                if not mine:
+                    self.open.pop(who)
 
 
 def _watcher(job: Job, heard: queue.SimpleQueue[Any], shown: set[int] | None) -> Any:

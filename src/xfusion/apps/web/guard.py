@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+import anyio
 from gradio import processing_utils, routes
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from xfusion.apps.server.names import called
+from xfusion.apps.server.names import called, foreign
+from xfusion.apps.web.uploads import Uploads
 
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline';"
@@ -18,6 +20,10 @@ POLICY = (
     " media-src 'self' blob:; frame-ancestors 'self'; form-action 'self'; base-uri 'self'; object-src 'none'"
 )
 """What a browser may load for the page: nothing from another host."""
+UPLOAD = "/gradio_api/upload"
+"""Where files come in."""
+LINK = "/gradio_api/deep_link"
+"""Where gradio would write down what a user did, for good, and whoever asks for it may."""
 
 
 async def _fetch_nothing(address: str, *_: Any, **__: Any) -> NoReturn:
@@ -32,13 +38,14 @@ _routes.secure_url_stream_response = _fetch_nothing
 
 
 class Guard:
-    """Says what a browser may load, ends a request that is too long, and answers to its own names alone.
+    """Says what a browser may load, ends a request or all uploads that are too long, and answers to its own names alone.
 
-    A page elsewhere whose name is made to lead to this machine could else use this one (DNS rebinding).
+    A page elsewhere whose name is made to lead to this machine could else use this one (DNS rebinding), or have a browser send
+    something to it.
     """
 
-    def __init__(self, app: ASGIApp, most: int, hosts: frozenset[str]):
-        self.app, self.most, self.hosts = app, most, hosts
+    def __init__(self, app: ASGIApp, most: int, hosts: frozenset[str], uploads: Uploads):
+        self.app, self.most, self.hosts, self.uploads = app, most, hosts, uploads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -47,14 +54,28 @@ class Guard:
         if self.hosts and called(scope) not in self.hosts:
             await PlainTextResponse("this page has another name here", 403)(scope, receive, send)
             return
-        size = 0
+        if foreign(scope) is not None:
+            await PlainTextResponse("a page elsewhere may not use this one", 403)(scope, receive, send)
+            return
+        if scope["path"].rstrip("/") == LINK:
+            await PlainTextResponse("this page keeps nothing to come back to", 404)(scope, receive, send)
+            return
+        size, uploads = 0, self.uploads
+        brings = scope["path"].rstrip("/") == UPLOAD
+        room = await anyio.to_thread.run_sync(uploads.room) if brings else 0
 
         async def receiving() -> Message:
             nonlocal size
             message = await receive()
-            size += len(message.get("body", b""))
+            part = len(message.get("body", b""))
+            size += part
+            uploads.coming += part if brings else 0
             if size > self.most:
                 raise HTTPException(413, f"more than the {self.most} bytes that this page takes")
+            if brings and uploads.coming > room:
+                raise HTTPException(
+                    413, f"uploads fill the {uploads.most} bytes that this page keeps: try again in an hour"
+                )
             return message
 
         async def sending(message: Message) -> None:
@@ -65,4 +86,7 @@ class Guard:
                 headers["X-Content-Type-Options"] = "nosniff"
             await send(message)
 
-        await self.app(scope, receiving, sending)
+        try:
+            await self.app(scope, receiving, sending)
+        finally:
+            uploads.coming -= size if brings else 0

@@ -22,6 +22,7 @@ from xfusion.apps.web.desk import Desk
 from xfusion.apps.web.gallery import Gallery
 from xfusion.apps.web.guard import Guard
 from xfusion.apps.web.picture import Picture
+from xfusion.apps.web.uploads import Uploads
 from xfusion.comparison.results import portable
 from xfusion.model import Model
 
@@ -104,7 +105,8 @@ def create(
     app = FastAPI(openapi_url=None, lifespan=lifespan)
     app.state.desk = app.state.stops = desk
 
-    app.add_middleware(Guard, most=limits.body + FORM, hosts=hosts)
+    uploads = Uploads(folder, desk.folder, limits.bodies)
+    app.add_middleware(Guard, most=limits.body + FORM, hosts=hosts, uploads=uploads)
     font = ("system-ui", "sans-serif")  # gradio's own themes fetch theirs from Google
     theme = Default(primary_hue="orange", font=font, font_mono=("ui-monospace", "monospace"))
     deep, grey = "*primary_700", "*neutral_500"  # white on gradio's orange, and its grey on white, are hard to read

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -12,6 +11,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from xfusion.data.sequence import XFusionError
+from xfusion.evaluation.teachers import refuse_taught
 from xfusion.modalities.base import Encoder
 
 if TYPE_CHECKING:
@@ -45,10 +45,7 @@ def judge(
     if encoder is not None:
         raise XFusionError("a CLIP score has no other encoder: leave --encoder out")
     source, revision = named(argument)
-    for teacher in drawn.teachers or ():
-        taught = teacher.partition("#")[0].rpartition("@")[0]
-        if taught and (taught == source or Path(taught).expanduser().resolve() == Path(source).resolve()):
-            raise XFusionError(f"the scoring encoder {source!r} took part in training what drew: it may not score it")
+    refuse_taught(f"{source}@{revision}", drawn.teachers)
     metric = _metric()
     towers, reader = clip(source, revision, device=device)
     own, blind = (metric(lambda: (towers, reader)) for _ in range(2))

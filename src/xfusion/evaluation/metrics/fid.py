@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from xfusion.data.pictures import SUFFIXES, read
 from xfusion.data.sequence import XFusionError, first_line
 from xfusion.evaluation.metrics.clip_score import levels
+from xfusion.evaluation.teachers import refuse_taught
 from xfusion.modalities.base import Encoder
 
 if TYPE_CHECKING:
@@ -89,11 +90,8 @@ def compare(
     Raises:
         XFusionError: the encoder took part in training, or cannot be had.
     """
-    same = {teacher.partition("#")[0] for teacher in drawn.teachers or ()}  # of whatever layer
-    if encoder is not None and encoder.fingerprint.partition("#")[0] in same:
-        raise XFusionError(
-            f"the scoring encoder {encoder.fingerprint[:60]!r} took part in training what drew: it may not score it"
-        )
+    if encoder is not None:
+        refuse_taught(encoder.fingerprint, drawn.teachers)
     try:
         with warnings.catch_warnings():  # that it keeps features in memory: a few thousand rows
             warnings.simplefilter("ignore", UserWarning)

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from xfusion.data.sequence import XFusionError
 from xfusion.evaluation.metrics.fid import compare, reference, seen_by
 from xfusion.modalities.base import Encoder
+from xfusion.seeding import seeded
 
 if TYPE_CHECKING:
     from xfusion.evaluation.drawn import Drawn
@@ -64,8 +63,7 @@ def judge(
         subsets=SUBSETS,
         subset_size=size,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):  # subsets are drawn on the CPU, wherever features are
         mean, spread = metric.compute()
     counts = {"num_pictures": len(drawn), "num_reference": len(files)}
     settings = seen_by(encoder) | {"subsets": SUBSETS, "subset_size": size}

@@ -21,6 +21,8 @@ from xfusion.data.sources import Source, open_source
 from xfusion.evaluation.metrics import captions, naming, retrieval
 from xfusion.evaluation.metrics.blind import blind
 from xfusion.evaluation.metrics.psnr import not_white, psnr
+from xfusion.evaluation.teachers import taught
+from xfusion.evaluation.unseen import held_out
 from xfusion.modalities.encoders.efficientnet_lite import EfficientNetLite
 
 VALIDATION_SHARE = 0.2
@@ -55,10 +57,12 @@ def run(
 
     Args:
         model: draws, captions, embeds or matches; what it cannot do is left out of the result. One that only embeds names a
-            held-out picture by the nearest of the names, one that only matches by the likeliest.
+            held-out picture by the nearest of the names, one that only matches by the likeliest; where it does several, the
+            ranks by cosines are ``held_embed_`` and those by the matching head ``held_match_``, beside ``held_caption_``.
         progress: see `evaluate`.
         source: the trained pictures, a `Source` or a spec such as "emoji:128".
-        held: the held-out pictures, likewise; None takes the held-out split of the same spec, where it has one.
+        held: the held-out pictures, likewise, none of them trained on; None takes the held-out split of the same spec, where it
+            has one.
         size: side in pixels of what the model draws and reads; None takes the first that it was trained at.
         gallery_size: side at which drawn and real pictures are compared; None takes `size`.
         seed: picture number i of the source is drawn with the seed ``seed + i``.
@@ -96,7 +100,7 @@ def run(
         if features and encoder is None:
             encoder = EfficientNetLite()
         seen_by = getattr(encoder, "fingerprint", type(encoder).__name__)
-        if features and seen_by in getattr(model, "teachers", ()):
+        if features and taught(seen_by, getattr(model, "teachers", ())):
             features = False
             settings["features"] = f"none: the encoder {seen_by[:16]} took part in training, it may not score"
         drawn = chosen(source.examples, max_drawn, part)
@@ -114,8 +118,7 @@ def run(
         metrics |= _answers("fit_caption", answers, wordings)
         settings["num_captioned"] = len(scored)
     if abilities & {"caption", "embed", "match"}:
-        held = held_split(source) if held is None else held
-        held = open_source(held, split="held") if isinstance(held, str) else held
+        held = held_out(held, source)
         scored = chosen(held.examples, max_held, part) if held else []
         if held and scored:
             metrics |= _held_captions(subject, held, scored, source.examples if candidates == "all" else ())
@@ -163,16 +166,21 @@ class Subject:
             answers += self.model.caption([source.picture(i, self.size) for i in part])
         return answers
 
-    def score_names(self, source: Source, indices: Sequence[int], names: list[str]) -> Tensor:
-        """Pointwise scores [pictures, names]; of a model that does not caption cosines, or how probably a pair matches."""
-        if not {"caption", "embed"} & set(self.model.capabilities):
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """How the model scores names; by the first of them it is held to be naming."""
+        return tuple(way for way in ("caption", "embed", "match") if way in self.model.capabilities)
+
+    def score_names(self, source: Source, indices: Sequence[int], names: list[str], way: str) -> Tensor:
+        """Scores [pictures, names] by one of `ways`: pointwise likelihoods, cosines, or how probably a pair matches."""
+        if way == "match":
             found = [
                 self.model.match(source.picture(i, self.size), names)
                 for part in self.parts(indices, "match names", 1)
                 for i in part
             ]
             return torch.tensor(found)
-        if "caption" not in self.model.capabilities:
+        if way == "embed":
             near = self.model.embed(names).T.cpu()
             parts = self.parts(indices, "embed pictures")
             return torch.cat(
@@ -244,26 +252,21 @@ def _through_codec(image: Any, images: Tensor, size: int) -> Tensor:
     return image.decode(image.encode(images.to(image.device), size), size).float().cpu()
 
 
-def held_split(source: Source) -> Source | None:
-    """The held-out split of the same spec; None where all of it trains."""
-    try:
-        return open_source(source.spec, split="held")
-    except XFusionError:
-        return None
-
-
 def _held_captions(
     subject: Subject, held: Source, scored: Sequence[int], others: Sequence[Example]
 ) -> dict[str, float]:
     """Rank of the true name, and exact match and token F1 of the greedy answer, each beside its blind base rate.
 
-    A model that does not caption has no answer.
+    A model that does not caption has no answer. One that scores names in several ways has a rank by each, under their own names
+    from the second on.
     """
     examples = [held.examples[i] for i in scored]
     names = list(dict.fromkeys(example.captions[0] for example in [*examples, *others]))
     hit = naming.hits(examples, names, held.examples)
-    scores = subject.score_names(held, scored, names)
-    metrics = naming.beside("held_caption_", scores, hit)
+    metrics = {}
+    for place, way in enumerate(subject.ways):
+        scores = subject.score_names(held, scored, names, way)
+        metrics |= naming.beside(f"held_{way}_" if place else "held_caption_", scores, hit)
     if "caption" not in subject.model.capabilities:
         return metrics
     answers = subject.caption(held, scored, "caption held-out pictures")

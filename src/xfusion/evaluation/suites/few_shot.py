@@ -17,7 +17,8 @@ from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import Source, open_source
 from xfusion.evaluation.metrics import captions
 from xfusion.evaluation.metrics.blind import blind
-from xfusion.evaluation.suites.emoji import chosen, held_split
+from xfusion.evaluation.suites.emoji import chosen
+from xfusion.evaluation.unseen import held_out
 
 
 def run(
@@ -55,8 +56,7 @@ def run(
         able = ", ".join(sorted(model.capabilities))
         raise XFusionError(f"this suite has pictures named, but the model can only do: {able}")
     source = open_source(source, split="train") if isinstance(source, str) else source
-    held = held_split(source) if held is None else held
-    held = open_source(held, split="held") if isinstance(held, str) else held
+    held = held_out(held, source)
     scored = chosen(held.examples, max_held) if held else []
     if not held or not scored:
         raise XFusionError(

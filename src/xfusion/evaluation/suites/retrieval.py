@@ -1,7 +1,7 @@
 """Pictures and words against each other: naming by the nearest words, search by the nearest pictures.
 
-How near they are says `Model.embed`; where a model does not embed, `Model.match`. It works on any `Source`. ``fit_`` scores are
-on trained pictures and measure memory, ``held_`` scores on pictures of groups that no training has seen. Beside a score stand
+How near they are says `Model.embed`, `Model.match`, or each of them apart. It works on any `Source`. ``fit_`` scores are on
+trained pictures and measure memory, ``held_`` scores on pictures of groups that no training has seen. Beside a score stand
 ``chance_`` (a random order) and ``_blind`` (pictures permuted).
 """
 
@@ -11,11 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import Source, open_source
 from xfusion.evaluation.metrics import naming
-from xfusion.evaluation.suites.emoji import Part, chosen, held_split
+from xfusion.evaluation.suites.emoji import Part, chosen
+from xfusion.evaluation.unseen import held_out
 
 
 def run(
@@ -41,8 +43,9 @@ def run(
 
     Returns:
         ``at_1``, ``at_10`` and ``mrr`` of ``naming`` (the true name among the names of all scored pictures) and of
-        ``search`` (a picture of the name's group among all scored pictures). Of a model that matches and does not embed also
-        ``match``: the mean of the shares of true and of wrong pairs that it takes for such, chance being 0.5.
+        ``search`` (a picture of the name's group among all scored pictures), by cosines or, of a model that only matches, by its
+        probabilities; of one that does both those of the latter are ``match_naming`` and ``match_search``. Of a model that
+        matches also ``match``: the mean of the shares of true and of wrong pairs that it takes for such, chance being 0.5.
 
     Raises:
         XFusionError: the model neither embeds nor matches, or there is nothing to score.
@@ -72,8 +75,7 @@ def parts(
     out = {"fit": (source, chosen(source.examples, max_fit, part))}
     if not out["fit"][1]:
         raise XFusionError(f"{source.spec}: none of {len(source.examples)} pictures can be scored")
-    held = held_split(source) if held is None else held
-    held = open_source(held, split="held") if isinstance(held, str) else held
+    held = held_out(held, source)
     scored = chosen(held.examples, max_held, part) if held else []
     if held and scored:
         out["held"] = (held, scored)
@@ -86,19 +88,23 @@ def _scores(
     """All scores of some pictures of a source among themselves, and how many there were."""
     examples = [source.examples[i] for i in scored]
     names = list(dict.fromkeys(example.captions[0] for example in examples))
-    rows, size, hit = [], model.image.sizes[0], naming.hits(examples, names)
-    embeds = "embed" in model.capabilities
-    near = model.embed(names).T if embeds else None
-    step = 64 if embeds else 1  # a few at a time: pictures of a large encoder are many megabytes
+    size, hit = model.image.sizes[0], naming.hits(examples, names)
+    rows: dict[str, list[Tensor]] = {way: [] for way in ("embed", "match") if way in model.capabilities}
+    near = model.embed(names).T if "embed" in rows else None
+    step = 1 if "match" in rows else 64  # a few at a time: pictures of a large encoder are many megabytes
     for start in range(0, len(scored), step):
         progress(f"{name} pictures", start, len(scored))
         pictures = [source.picture(i, size) for i in scored[start : start + step]]
-        rows.append(model.embed(pictures) @ near if embeds else torch.tensor([model.match(pictures[0], names)]))
-    found = torch.cat(rows)
+        if near is not None:
+            rows["embed"].append(model.embed(pictures) @ near)
+        if "match" in rows:
+            rows["match"].append(torch.tensor([model.match(pictures[0], names)]))
     metrics: dict[str, float] = {}
-    for task, scores, right in (("naming", found, hit), ("search", found.T, hit.T)):
-        metrics |= naming.beside(f"{name}_{task}_", scores, right)
-    if not embeds:
-        true, wrong = found[hit] > 0.5, found[~hit] <= 0.5
-        metrics[f"{name}_match"] = float(true.double().mean() + wrong.double().mean()) / 2
+    for way, each in rows.items():
+        found, prefix = torch.cat(each), f"{name}_match_" if way == "match" and len(rows) > 1 else f"{name}_"
+        for task, scores, right in (("naming", found, hit), ("search", found.T, hit.T)):
+            metrics |= naming.beside(f"{prefix}{task}_", scores, right)
+        if way == "match":
+            true, wrong = found[hit] > 0.5, found[~hit] <= 0.5
+            metrics[f"{name}_match"] = float(true.double().mean() + wrong.double().mean()) / 2
     return metrics, {f"num_{name}": len(scored), f"num_{name}_names": len(names)}

@@ -22,7 +22,8 @@ from xfusion.data.sequence import Audio, XFusionError
 from xfusion.data.sources import Sounds, Source, open_source
 from xfusion.evaluation.metrics import captions, naming
 from xfusion.evaluation.metrics.blind import blind
-from xfusion.evaluation.suites.emoji import Part, chosen, held_split
+from xfusion.evaluation.suites.emoji import Part, chosen
+from xfusion.evaluation.unseen import held_out
 from xfusion.generation import BATCH
 from xfusion.objectives.codes import NextCode
 
@@ -50,8 +51,9 @@ def run(
         model: hears, and captions.
         progress: see `evaluate`.
         source: the trained sounds, opened or a spec; their names are the candidates.
-        held: sounds to name that were not trained on, of other recordings or speakers, likewise; None takes the held-out split
-            of the same spec, and names the trained ones alone where it has none.
+        held: sounds to name that were not trained on, of other recordings or speakers, likewise: of a spec the held-out split, or
+            all where it has none; None takes the held-out split of the same spec, and names the trained ones alone where there is
+            none.
         part: name only the groups of one part, as the suite ``emoji`` has them.
         seed: of the first made sounds.
         max_fit: name only so many of the trained sounds (always the same ones).
@@ -68,8 +70,8 @@ def run(
     if len(names) > LARGEST_NAMES:
         raise XFusionError(f"{trained.spec}: {len(names)} different names, at most {LARGEST_NAMES} are ranked")
     metrics: dict[str, Any] = {"num_names": len(names)}
-    held = held_split(trained) if held is None else held
-    others = None if held is None else _sounds(held, "all")
+    unheard = held_out(held, trained)
+    others = None if unheard is None else _sounds(unheard, "held")
     parts = {"fit": (trained, max_fit)} | ({"held": (others, max_held)} if others else {})
     alone = model.score_names(None, names)
     for kind, (sounds, most) in parts.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from xfusion.fusion.adaption_prompt import AdaptionPrompt
 from xfusion.fusion.conditioned import Conditioned
 from xfusion.fusion.connectors.frame_transformer import FrameTransformer
+from xfusion.fusion.connectors.object_encoder import ObjectEncoder
 from xfusion.fusion.connectors.pooling import Pooling
 from xfusion.fusion.connectors.positional_resampler import PositionalResampler
 from xfusion.fusion.connectors.prefix_mapper import PrefixMapper
@@ -46,6 +47,7 @@ NEAREST: dict[type, tuple[str, str]] = {
         "AriaForConditionalGeneration",
         "which has no places in the attention of its queries, and a norm and a perceptron behind it",
     ),
+    ObjectEncoder.Config: ("LxmertModel", "whose words go through an encoder of its own and read what its layers made"),
     FrameTransformer.Config: ("VoxtralForConditionalGeneration", "which has two matrices in the transformer's place"),
     PrefixMapper.Config: (
         "VoxtralForConditionalGeneration",

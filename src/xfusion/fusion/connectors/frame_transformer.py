@@ -11,7 +11,7 @@ Shape legend: ``N`` media items, ``M`` features of an item, ``K`` rows of an ite
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -62,4 +62,4 @@ class FrameTransformer(Connector):
         there = there | ~there.any(dim=1, keepdim=True)  # an item without rows in this pass: a softmax needs one key
         for layer in self.layers:
             x = layer(x, src_key_padding_mask=~there)
-        return spread(self.project(self.norm(x)), replace(found, there=there), media)
+        return spread(self.project(self.norm(x)), found, media)

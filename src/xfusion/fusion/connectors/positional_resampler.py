@@ -2,8 +2,11 @@
 
     H = Attention(n_q(Q) + p_q,  n_k(W Z) + p_k,  n_k(W Z))
 
-with 2-D sine positions ``p_k`` of the features' places on the encoder's map and ``p_q`` of the queries' on a square of
-their own, laid over the same map.
+with 2-D sine positions ``p_k`` of the features' places on the encoder's map and ``p_q`` of the queries' on the squarest grid
+of as many, laid over the same map: row r of R is at r T / R of the map's T rows, columns alike. As many queries as features
+stand at the features' own places, as Qwen-VL's 256 on 16 x 16; fewer stand at the beginnings of their parts of the map, where
+Qwen-VL, which interpolates, has their middles; and a prime number of them, such as 7, stands along the top row, apart by
+columns alone.
 
 Shape legend: ``N`` media items, ``M`` features of an item, ``F`` width of a feature, ``K`` queries, ``D`` model width.
 """
@@ -66,7 +69,7 @@ class PositionalResampler(Connector):
         if width % config.heads:
             raise XFusionError(f"positional resampler: width {width} is not a multiple of its {config.heads} heads")
         self.map = config.map
-        # The squarest grid of as many queries: 256 are 16 x 16, 7 are 1 x 7.
+        # The squarest grid of as many queries: 256 are 16 x 16, 7 are 1 x 7, the map's top row.
         tall = next(n for n in range(math.isqrt(config.queries), 0, -1) if config.queries % n == 0)
         grid = (tall, config.queries // tall)
         self.register_buffer("key_places", places(*config.map, width), persistent=False)
@@ -82,15 +85,16 @@ class PositionalResampler(Connector):
         """All features of an item at once.
 
         Raises:
-            XFusionError: an item has more features than the map has places.
+            XFusionError: an item has another number of features than the map has places: they would stand at wrong ones.
         """
         found = gathered(self, media)
         count = found.features.shape[1]
-        if count > len(self.key_places):
-            raise XFusionError(
-                f"positional resampler: an item has {count} features, the map {self.map} has"
-                f" {len(self.key_places)} places: set map to the rows and columns of the encoder's map"
-            )
+        for number in () if found.there.is_meta else found.there.sum(dim=1).unique().tolist():
+            if number not in (0, len(self.key_places)):
+                raise XFusionError(
+                    f"positional resampler: an item has {number} features, the map {self.map} has"
+                    f" {len(self.key_places)} places: set map to the rows and columns of the encoder's map"
+                )
         there = found.there | ~found.there.any(dim=1, keepdim=True)
         values = self.key_norm(self.project(found.features))
         query = (self.query_norm(self.queries) + self.query_places).expand(len(values), -1, -1)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from xfusion.data.sequence import XFusionError
 from xfusion.modalities.base import Codec
 from xfusion.modalities.codecs import files
+from xfusion.seeding import seeded
 
 _CLASS = "AutoencoderTiny"
 _POOL_KEY = re.compile(r"(encoder|decoder)\.layers\.(\d+)\.pool\.0\.weight")
@@ -88,8 +89,7 @@ class AutoencoderTiny(Codec):
 def _random(latent_channels: int, seed: int) -> Any:
     from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny as Model
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return Model(latent_channels=latent_channels)
 
 

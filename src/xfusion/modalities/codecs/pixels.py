@@ -21,6 +21,7 @@ class Pixels(Codec):
 
     channels = 3
     factor = 1
+    bounded = True
     licence = "none needed"
 
     def _encode(self, images: Tensor) -> Tensor:

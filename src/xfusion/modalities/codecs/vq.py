@@ -212,6 +212,7 @@ def relaxed(scores: Tensor, temperature: float, generator: torch.Generator | Non
     Returns:
         ``y [N, K, h, w]`` and the mean divergence per cell.
     """
+    # By hand: torch's `gumbel_softmax` takes no generator, and a codec is made again from its seed.
     uniform = torch.rand(scores.shape, generator=generator, device=scores.device, dtype=scores.dtype)
     gumbel = -torch.log(-torch.log(uniform.clamp(1e-9, 1 - 1e-6)))
     log_q = scores.log_softmax(1)

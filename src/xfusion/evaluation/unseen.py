@@ -1,0 +1,110 @@
+"""What a model has not seen: the held-out examples of a suite, and that none of them was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from xfusion.data.sequence import XFusionError
+from xfusion.data.sources import Source, open_source
+
+
+def trained_on(config: Mapping[str, Any]) -> str | None:
+    """Spec of the data that a pack was trained on, as its config records it; None where it does not."""
+    for facts in (config.get("training"), config.get("recipe")):
+        if isinstance(facts, Mapping) and isinstance(facts.get("data"), str):
+            return facts["data"]
+    return None
+
+
+def held_split(source: Source) -> Source | None:
+    """The held-out split of the same spec; None where all of it trains."""
+    try:
+        return open_source(source.spec, split="held")
+    except XFusionError:
+        return None
+
+
+def held_out(held: Source | str | None, trained: Source) -> Source | None:
+    """What is held out of a source.
+
+    Args:
+        held: opened, or a spec, of which the held-out split is taken, or all where it has none; None is the held-out split of the
+            source's own spec.
+        trained: the source.
+
+    Returns:
+        the held-out examples; None where ``held`` is, and all of the source trains.
+
+    Raises:
+        XFusionError: they cannot be opened, or some of them are trained on.
+    """
+    if held is None:
+        held = held_split(trained)
+    elif isinstance(held, str):
+        try:
+            held = open_source(held, split="held")
+        except XFusionError:
+            held = open_source(held, split="all")
+    if held is not None:
+        refuse_trained(held, [trained])
+    return held
+
+
+def refuse_trained(held: Source, trained: Iterable[Source]) -> None:
+    """Refuse held-out examples of groups that are trained on.
+
+    Raises:
+        XFusionError: there are some.
+    """
+    for source in trained:
+        groups = {example.group for example in source.examples}
+        known = [example.origin for example in held.examples if example.group in groups]
+        if known:
+            raise XFusionError(
+                f"{held.spec}: {len(known)} of {len(held.examples)} held-out examples are trained on in {source.spec}, such as"
+                f" {known[0]}: name others, or train anew on data that hold them out"
+            )
+
+
+def checked(
+    settings: Mapping[str, Any], takes: Collection[str], recorded: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings of a suite that scores trained and held-out examples, for a model whose training data are recorded.
+
+    Args:
+        settings: as the user gave them; without a ``source`` it is the recorded data.
+        takes: names of the suite's settings; one that holds nothing out is left alone.
+        recorded: specs of what was trained on.
+
+    Returns:
+        the settings, sources opened, and what is to be noted of them.
+
+    Raises:
+        XFusionError: held-out examples are trained on; or there is no ``source``, and the recorded data are not one that can be
+            opened.
+    """
+    specs, source = list(dict.fromkeys(recorded)), settings.get("source")
+    if not {"source", "held"} <= set(takes) or not specs:
+        return dict(settings), {}
+    if source is None and len(specs) > 1:
+        raise XFusionError(f"these packs were trained on {' and '.join(specs)}: name one of them as source")
+    trained, lost = [], []
+    for spec in specs:
+        try:  # what training left out is left out here; pictures that nobody looks at are not decoded
+            trained.append(open_source(spec, allow_bad=0.99, decode=source is None))
+        except XFusionError as error:
+            lost.append(str(error))
+    if source is None and lost:
+        raise XFusionError(f"{lost[0]}; the pack was trained on {specs[0]}: name that as source, where it stands now")
+    if source is None:
+        source = trained[0]
+    elif isinstance(source, str):
+        source = open_source(source, split="train")
+    held = held_out(settings.get("held"), source)
+    if held is not None:
+        refuse_trained(held, trained)
+    noted = {"trained_on": " and ".join(specs)}
+    if lost:
+        noted["trained_on"] += f", where nobody could look for what is held out: {lost[0]}"
+    return {**settings, "source": source} | ({} if held is None else {"held": held}), noted
