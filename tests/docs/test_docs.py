@@ -13,6 +13,7 @@ The default one calls the command line in this process, where importing PyTorch 
 does the full one with the commands of the pages of recipes, on one loaded base.
 """
 
+import gc
 import io
 import os
 import re
@@ -479,6 +480,7 @@ def test_a_recipe_trains_by_the_command_of_its_page(document, tmp_path, monkeypa
     (block,) = (b for b in blocks(document) if b.run)
     run_here(block, tmp_path)
     assert (tmp_path / "runs" / document.stem / "pack" / "README.md").is_file()
+    gc.collect()  # a model holds itself, and the next one needs its room
 
 
 @pytest.mark.full
