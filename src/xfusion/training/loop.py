@@ -85,8 +85,8 @@ def train(
         allow_bad: share of unreadable examples that is skipped. It includes those that become unreadable during the run, which
             other examples replace, in all processes alike. One more stops the run and writes its state.
         steps: overrides the number of steps of the last stage.
-        minutes: wall-clock budget, compilation included. Once the pace is steady the number of steps is fixed and logged. Only for
-            recipes with one stage.
+        minutes: wall-clock budget, compilation included. Once the pace is steady the number of steps is fixed and logged. Only
+            for recipes with one stage.
         resume: continue the run in this folder with its next batch.
         from_pack: start from this pack's weights.
         backbone: an already loaded base; its device is the run's.
