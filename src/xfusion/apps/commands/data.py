@@ -58,7 +58,7 @@ class DataCheck(Verb):
 
 @dataclass(frozen=True, kw_only=True)
 class DataEncode(Verb):
-    """Encode all pictures of a data source ahead of training; the folder is a data source that replaces the pictures.
+    """Encode all pictures of a data source ahead of training; the folder is a data source that trains like the pictures.
 
     Repeat the command after an interruption: finished shards are kept.
     """
