@@ -146,7 +146,7 @@ class TrainOpening(Verb):
     chats: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Further prompts that request no picture, to count false alarms: one per line, or FILE.parquet:COLUMN."""
     max_chats: int | None = None
-    """Use only this many of --chats."""
+    """Use only the first this many of --chats."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
     trust: bool = False
