@@ -270,7 +270,7 @@ def _commands(folder: Path, shipped: bool, minutes: float, out: Path) -> list[tu
 
 
 class Asked:
-    """A model that caches its answers, so that nothing is drawn or captioned twice.
+    """A model that records its answers, so that the page can reuse them and nothing is drawn or captioned twice.
 
     All other attributes are the model's own.
     """
@@ -287,19 +287,19 @@ class Asked:
         return getattr(self.model, name)
 
     def draw(self, prompts: list[str], *, seeds: Sequence[int], **settings: Any) -> list[PILImage.Image]:
-        """As the model's `draw`, cached."""
+        """The model's `draw`, recorded."""
         pictures = self.model.draw(prompts, seeds=seeds, **settings)
         self.drawn.update(zip(zip(prompts, seeds, strict=True), pictures, strict=True))
         return pictures
 
     def caption(self, pictures: list[PILImage.Image], **settings: Any) -> list[str]:
-        """As the model's `caption`, cached."""
+        """The model's `caption`, recorded."""
         answers = self.model.caption(pictures, **settings)
         self.said.update(zip([p.tobytes() for p in pictures], answers, strict=True))
         return answers
 
     def score_names(self, pictures: list[PILImage.Image] | None, names: list[str], **settings: Any) -> Tensor:
-        """As the model's `score_names`, cached."""
+        """The model's `score_names`, recorded."""
         scores = self.model.score_names(pictures, names, **settings)
         self.names = list(names)
         if pictures is None:

@@ -1,4 +1,4 @@
-"""Limits of a server. Nothing heavy is imported here: the command line shows these fields as its help."""
+"""Limits of a server. Nothing is imported here: the command line shows these fields as its help."""
 
 from __future__ import annotations
 
