@@ -27,7 +27,7 @@ PART = 16
 
 
 def measure(bench: Bench) -> dict[str, Any]:
-    """Measure the demo's tower and the full copied one against the peer at the LLM's shape and at the demo's size."""
+    """Measure the demo's tower and the full copied one against the peer at the LLM's shape and at the demo's weight count."""
     steps = {tower: Step(bench, bench.model(full=tower == "full")) for tower in ("demo", "full")}
     peer = peer_of(bench, steps["demo"], bench.backbone.hidden_size)
     small = matched_peer(bench, steps["demo"])

@@ -304,7 +304,7 @@ class Desk:
     ) -> Iterator[tuple[Job, str | Preview | None]]:
         """Events of jobs until all are done or stopped: text, previews, and None for a job that is done.
 
-        ``shown`` names the steps whose estimates are wanted; without it, they are limited to a viewable rate.
+        ``shown`` names the steps whose estimates are wanted; without it, at most one comes every `PREVIEW_SECONDS`.
         """
         heard: queue.SimpleQueue[tuple[Job, str | Preview | None]] = queue.SimpleQueue()
         for job in jobs:
