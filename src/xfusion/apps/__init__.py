@@ -1,1 +1,1 @@
-"""Thin shells over the library: nothing imports them."""
+"""Thin applications on top of the library: the library does not import them."""

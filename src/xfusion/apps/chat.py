@@ -1,4 +1,4 @@
-"""A conversation in the terminal: words as they come, pictures in and out, commands that begin with a slash."""
+"""A conversation in the terminal: streamed text, pictures in and out, commands that start with a slash."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ HELP = """\
 /quit         leave (so do Ctrl-D, and Ctrl-C twice; once it ends an answer, or drops the line)
 Anything else is said to the model."""
 WIDEST = 64
-"""Columns that a picture takes at most."""
+"""Maximum width of a picture in columns."""
 
 
 @dataclass(kw_only=True)
@@ -47,21 +47,21 @@ class Chat:
     model: Model
     console: Console
     seed: int = 0
-    """Seed of the first answer; the next one has the next."""
+    """Seed of the first answer; each further answer adds 1."""
     steps: int = 25
     guidance: float | None = None
     max_tokens: int = 256
     temperature: float = 0.0
     draw: DrawMode = "never"
-    """Whether an answer may open with a picture."""
+    """Whether an answer may start with a picture."""
     messages: list[dict[str, Any]] = field(default_factory=list)
-    """What was said and shown, as `xfusion.generation.conversation` takes it."""
+    """The conversation so far, as `xfusion.generation.conversation` accepts it."""
     answers: int = 0
     last: tuple[Picture, dict[str, Any]] | None = None
-    """The last picture, and what a PNG of it remembers."""
+    """The last picture, and the facts to store in its PNG."""
 
     def run(self, lines: Iterator[str]) -> None:
-        """Answer lines until they end or one of them says so."""
+        """Answer lines until they end or one of them quits."""
         for line in lines:
             if not line.strip():
                 continue
@@ -76,7 +76,7 @@ class Chat:
                 self.console.print("(stopped)")
 
     def answer(self, line: str) -> None:
-        """Do what one line says."""
+        """Answer one line or run its command."""
         if not line.startswith("/"):
             self._say(line)
             return
@@ -96,7 +96,7 @@ class Chat:
     # -- commands
 
     def _say(self, words: str) -> None:
-        """The model's answer: words, printed while they grow, or a picture with words behind it."""
+        """The model's answer: streamed text, or a picture followed by text."""
         messages = added(self.messages, words)
         if (what := opens(self.model, messages, self.draw)) is not None:
             picture = self._picture(what)
@@ -108,7 +108,7 @@ class Chat:
         self.messages = [*messages, {"role": "assistant", "content": answer}]
 
     def _words(self, segments: list[Any]) -> str:
-        """What the model says behind some segments, printed while it grows; Ctrl-C ends it."""
+        """The model's text after some segments, streamed to the console; Ctrl-C ends it."""
         heard: list[int] = []
         shown = ""
 
@@ -130,37 +130,37 @@ class Chat:
         return answer
 
     def _image(self, path: str) -> None:
-        """A picture for the next turn."""
+        """Add a picture to the next turn."""
         if not path:
             raise UsageError("/image PATH: name a picture file")
         self._able("caption", "read pictures")
-        draw_size(self.model, None)  # a pack that hears says so
+        draw_size(self.model, None)  # refuses an audio pack
         name = Path(_unquoted(path)).expanduser()
         picture = pictures.read(name)
         self.messages = added(self.messages, picture)
         self.show(picture)
 
     def _sound(self, path: str) -> None:
-        """A sound for the next turn."""
+        """Add a sound to the next turn."""
         if not path:
             raise UsageError("/sound PATH: name a sound file")
-        heard = self.model.audio  # a pack that sees says so
+        heard = self.model.audio  # refuses an image pack
         self._able("caption", "hear")
         sound = sounds.read_sound(Path(_unquoted(path)).expanduser())
-        heard.as_heard(sound, heard.sizes[0])  # one that is too long is told now
+        heard.as_heard(sound, heard.sizes[0])  # a sound that is too long is refused now
         self.messages = added(self.messages, sound)
 
     def _draw(self, words: str) -> None:
-        """A picture of words; it stands in the conversation from now on."""
+        """Draw a picture of a prompt and add it to the conversation."""
         if not words:
             raise UsageError("/draw WORDS: say what to draw")
         self._able("draw", "draw")
-        draw_size(self.model, None)  # a pack that hears says so
+        draw_size(self.model, None)  # refuses an audio pack
         picture = self._picture(words)
         self.messages = [*added(self.messages, words), {"role": "assistant", "content": [picture]}]
 
     def _picture(self, words: str) -> Picture:
-        """A picture of words, shown or written."""
+        """Draw a picture of a prompt, and show it or write it to a file."""
         seed = self._next_seed()
         (picture,) = self.model.generate([words, Image()], seed=seed, steps=self.steps, guidance=self.guidance)
         guidance = self.model.guidance if self.guidance is None else self.guidance
@@ -171,7 +171,7 @@ class Chat:
         return picture
 
     def _save(self, name: str) -> None:
-        """The last picture or the conversation, by the file's ending."""
+        """Save the last picture or the conversation, depending on the file's suffix."""
         path = Path(_unquoted(name)).expanduser()
         if path.suffix.lower() == ".json":
             text = json.dumps({"messages": [as_sent(m) for m in self.messages]}, ensure_ascii=False, indent=1)
@@ -204,7 +204,7 @@ class Chat:
         self.console.print(readable(text), end="", markup=False, highlight=False, soft_wrap=True)
 
     def show(self, picture: Picture) -> bool:
-        """Show a picture: by the terminal's own protocol, or in half blocks where it has colours; False where it has neither."""
+        """Show a picture by the terminal's graphics protocol, or as half blocks if it has colours; False if it has neither."""
         sent = inline(picture, os.environ) if self.console.is_terminal else None
         if sent is not None:
             self.console.file.write(f"{sent}\n")
@@ -217,27 +217,27 @@ class Chat:
 
 
 def added(messages: list[dict[str, Any]], segment: str | Picture | Sound) -> list[dict[str, Any]]:
-    """A conversation with a segment more on the user's side."""
+    """A conversation with one more segment from the user."""
     if messages and messages[-1]["role"] == "user":
         return [*messages[:-1], {"role": "user", "content": [*messages[-1]["content"], segment]}]
     return [*messages, {"role": "user", "content": [segment]}]
 
 
 COLUMNS = 32
-"""Columns that a picture takes where the terminal draws it."""
+"""Width in columns of a picture that the terminal draws."""
 CHUNK = 4096
-"""Characters that kitty takes at a time."""
+"""Most characters per chunk of kitty's protocol."""
 
 
 def inline(picture: Picture, environment: Mapping[str, str]) -> str | None:
-    """A picture as the terminal draws it itself: by kitty's graphics protocol, or iTerm2's inline images.
+    """A picture as escape sequences of kitty's graphics protocol or iTerm2's inline images.
 
     Args:
         picture: sent as PNG.
-        environment: which terminal it is. Inside tmux or screen neither protocol passes.
+        environment: environment variables that identify the terminal. Neither protocol works inside tmux or screen.
 
     Returns:
-        what is written, or None where the terminal names itself as neither.
+        the text to write, or None if the terminal identifies itself as neither.
     """
     if environment.get("TMUX") or environment.get("STY"):
         return None
@@ -275,7 +275,7 @@ def _colour(pixel: Any) -> str:
 
 
 def _unquoted(path: str) -> str:
-    """A path as a shell would read it, since people drop files into terminals."""
+    """A path unquoted as by a shell, since terminals quote dropped files."""
     try:
         parts = shlex.split(path)
     except ValueError:
@@ -284,7 +284,7 @@ def _unquoted(path: str) -> str:
 
 
 def as_sent(message: dict[str, Any]) -> dict[str, Any]:
-    """A turn as `xfusion serve` takes it."""
+    """A turn in the format of `xfusion serve`."""
     from xfusion.apps.server.answers import data_url
 
     def block(segment: Any) -> dict[str, Any]:

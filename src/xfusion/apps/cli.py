@@ -1,7 +1,7 @@
-"""The command line: finds the verb, lets tyro read its options, prints its answer, turns errors into one line.
+"""The command line: finds the verb, parses its options with tyro, prints its answer, and reports errors in one line.
 
-Exit status: 0 done, 1 the answer is no (a failed proof, bad data), 2 bad arguments or input, or a disk that takes no
-more, 130 stopped by Ctrl-C, 143 stopped by SIGTERM.
+Exit status: 0 success, 1 negative result (a failed proof, bad data), 2 bad arguments, bad input or a full disk,
+130 stopped by Ctrl-C, 143 stopped by SIGTERM.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from xfusion.apps.commands.training import Train, TrainOpening
 from xfusion.apps.commands.web import Web
 
 TELLING = 10.0
-"""Seconds that another process of a run has to tell what is wrong: torchrun stops it, too, as soon as this one has ended."""
+"""Seconds to wait so that another process of the run can report the error: torchrun kills it once this one exits."""
 VERBS: dict[str, type[Verb]] = {
     "demo": Demo,
     "train": Train,
@@ -107,11 +107,11 @@ def _run(argv: list[str]) -> int:
 
 
 def _print(answer: Answer, as_json: bool) -> int:
-    if os.environ.get("RANK", "0") != "0":  # of several processes the first one answers
+    if os.environ.get("RANK", "0") != "0":  # with several processes only rank 0 answers
         return answer.code
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a file's name may hold bytes that are no text
+            stream.reconfigure(errors="backslashreplace")  # a file name may hold bytes that are not valid text
     if as_json:
         print(json.dumps(answer.data, ensure_ascii=False, allow_nan=False))
     print(answer.text, file=sys.stderr if as_json else sys.stdout, flush=True)
@@ -119,17 +119,17 @@ def _print(answer: Answer, as_json: bool) -> int:
 
 
 def _is_expected(error: Exception) -> bool:
-    """Whether an error is the user's to mend: ours, or the file system's."""
+    """Whether the user can fix an error: it is one of ours, or the file system's."""
     if isinstance(error, (UsageError, OSError)):
         return True
-    sequence = sys.modules.get("xfusion.data.sequence")  # where it is not imported, nothing raised its error
+    sequence = sys.modules.get("xfusion.data.sequence")  # not imported: nothing can have raised its error
     return sequence is not None and isinstance(error, sequence.XFusionError)
 
 
 def _stopped(stop: KeyboardInterrupt, argv: list[str]) -> int:
     if str(stop):  # training wrote its checkpoint
         again = argv if "--resume" in argv else [*argv, "--resume"]
-        if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
+        if os.environ.get("RANK", "0") == "0":  # with several processes only rank 0 prints
             print(f"xfusion: {str(stop).split(';')[0]}; go on with: {_launched()} {shlex.join(again)}", file=sys.stderr)
     else:
         print("xfusion: stopped", file=sys.stderr)
@@ -137,11 +137,11 @@ def _stopped(stop: KeyboardInterrupt, argv: list[str]) -> int:
 
 
 def _launched() -> str:
-    """How this command line was started: by itself, or by torchrun as several processes."""
+    """How this command line was started: directly, or by torchrun as several processes."""
     here, count = (os.environ.get(name, "1") for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     if count == "1":
         return "xfusion"
-    if here != count:  # several machines: how they find each other is known to who started them
+    if here != count:  # several machines: only the user knows how they find each other
         return f"torchrun ... --nproc-per-node {here} -m xfusion.apps.cli"
     return f"torchrun --standalone --nproc-per-node {count} -m xfusion.apps.cli"
 
@@ -150,7 +150,7 @@ def _launched() -> str:
 
 
 def overview() -> str:
-    """What ``xfusion --help`` says."""
+    """The text of ``xfusion --help``."""
     rows = [(name, (kind.__doc__ or "").split("\n")[0]) for name, kind in VERBS.items()]
     width = max(len(name) for name, _ in rows)
     lines = [
@@ -166,7 +166,7 @@ def overview() -> str:
 
 
 def read(argv: list[str]) -> Verb | None:
-    """The verb with its options; None where help was asked for and printed."""
+    """The verb with its options; None if help was requested and printed."""
     name, rest = _verb(argv)
     if any(token in ("-h", "--help") for token in rest) and name != "train":
         return parse(VERBS[name], ["--help"], name)
@@ -211,7 +211,7 @@ def nearest(word: str, known: list[str]) -> str:
 
 
 def parse(kind: Any, args: list[str], name: str, **options: Any) -> Any:
-    """tyro's reading of a dataclass, with its errors in one line; None where help was printed."""
+    """Parse a dataclass with tyro, with its errors in one line; None if help was printed."""
     settings: dict[str, Any] = {
         "prog": f"xfusion {name}",
         "config": (tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands),
@@ -228,13 +228,13 @@ def parse(kind: Any, args: list[str], name: str, **options: Any) -> Any:
 
 
 def _complaint(box: str, kind: Any, name: str, settings: dict[str, Any]) -> str:
-    """One line from the box that tyro draws around an error, with drawn lines or, where stdout is ASCII, with hyphens."""
+    """One line from tyro's error box, which is drawn with box characters or, if stdout is ASCII, with hyphens."""
     plain = (re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│╭╮╰╯ ") for line in box.splitlines())
     title, *rest = [line for line in plain if line] or ["bad arguments"]
     title = title.strip("─ ")
     while rest and not rest[0].strip("─-"):
         rest.pop(0)
-    body = itertools.takewhile(lambda line: line.strip("─-"), rest)  # a rule divides the error from help texts
+    body = itertools.takewhile(lambda line: line.strip("─-"), rest)  # a rule separates the error from help texts
     text = " ".join(body)
     if title.startswith("Unrecognized"):
         tokens = text.partition(":")[2].replace(",", " ").split()

@@ -1,6 +1,6 @@
 """The page of a comparison: one file with its tables, plots and pictures inside; no script, and nothing is fetched.
 
-Every word that comes from outside is escaped, and every number is read from what `xfusion.comparison.summarise` gives.
+All outside text is escaped, and every number is read from the result of `xfusion.comparison.summarise`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from xfusion.comparison.results import REAL, run_name
 from xfusion.comparison.table import difference_notes
 
 LOSSES = {"flow_matching": "drawing", "next_token": "naming"}
-"""Loss -> its name for people."""
+"""Loss -> its display name."""
 CONTRIBUTION = "learned share of the other tower"
 """What the plot of contributions shows."""
 SHARES = "% of the pictures"
 TIMES = ("step_seconds", "draw_seconds_per_picture", "caption_seconds_per_picture")
-"""What `measure_time` finds of a recipe's speed."""
+"""Times that `measure_time` measures for a recipe."""
 STYLE = """<style>
 main { max-width: 76rem; overflow-wrap: break-word; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: .9rem; }
@@ -61,12 +61,12 @@ td small { color: var(--soft); }
 
 
 def write(path: Path, summary: dict[str, Any], folder: Path) -> Path:
-    """Write the page; it appears whole or not at all.
+    """Write the page atomically.
 
     Args:
         path: the file.
-        summary: what `summarise` gave.
-        folder: where the sample grids stand.
+        summary: the result of `summarise`.
+        folder: folder of the sample grids.
     """
     page = render(summary, folder)
     return written(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
@@ -98,7 +98,7 @@ def _chip(summary: dict[str, Any], label: str) -> str:
 
 
 def _arguments(summary: dict[str, Any], label: str) -> str:
-    """What a recipe was given, below its name; nothing where it stands as it is, or under a label of its own."""
+    """A recipe's arguments, shown below its name; empty if it has none, or has its own label."""
     _, bracket, rest = summary["called"][label].partition("(")
     return f"<br><small>{text(bracket + rest)}</small>" if bracket else ""
 
@@ -225,7 +225,7 @@ hash of their ids, not by eye. All were trained on these pictures. Seed {seed}:<
 
 
 def _strip(path: Path, count: int) -> list[PILImage.Image]:
-    """The pictures of a strip; none where it is missing or another length."""
+    """The pictures of a strip; empty if it is missing or has another length."""
     if not path.is_file() or not count:
         return []
     with PILImage.open(path) as sheet:
@@ -236,7 +236,7 @@ def _strip(path: Path, count: int) -> list[PILImage.Image]:
 
 
 def by_share(summary: dict[str, Any], name: str) -> dict[str, list[tuple[float, float]]]:
-    """Recipe -> percent of the pictures and the mean of a score, for those that were trained on more than one share."""
+    """Recipe -> (percent of the pictures, mean score) pairs, for recipes trained on more than one share."""
     tables = sorted((s for s in summary["scores"] if s["score"] == name), key=lambda s: s["share"])
     found: dict[str, list[tuple[float, float]]] = {}
     for table in tables:

@@ -1,7 +1,7 @@
-"""`demo`: minutes from nothing to a model that draws and names emoji, with a proof and a page to look at.
+"""`demo`: in minutes from scratch to a model that draws and names emoji, with a proof and a report page.
 
-Everything goes through the same doors that users have: `train`, `draw`, `caption`, `evaluate`, `verify`. The pictures
-and answers on the page are the very ones that were scored.
+Everything uses the public functions: `train`, `draw`, `caption`, `evaluate`, `verify`. The pictures and answers on the
+page are the same ones that were scored.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ from xfusion.training.stages import Recipe
 from xfusion.training.track import Event
 
 RECIPE = "xfusion.recipes.xfusion:demo"
-"""The recipe of the fresh tower, as `xfusion train` takes it."""
+"""The recipe of the fresh tower, as `xfusion train` accepts it."""
 SHIPPED = "emoji"
-"""The pack that is asked beside it."""
+"""The shipped pack that is compared with it."""
 FIRST = "red apple"
-"""What is drawn first, where there is a shipped pack."""
+"""The first prompt, drawn by the shipped pack if there is one."""
 PREVIEWS = ("red apple", "pizza", "cat face", "penguin", "rainbow", "rocket", "house", "red heart")
-"""What is drawn again and again while the tower learns."""
+"""Prompts of the previews during training."""
 NUM_SHOWN = 12
-"""Concepts that stand in full on the page: chosen by the hash of their ids, not by eye."""
+"""Concepts shown in full on the page: chosen by the hash of their ids, not by eye."""
 MAX_HELD = 50
-"""Held-out pictures of the fresh tower's score, and their names the candidates; `xfusion evaluate` takes 100."""
+"""Held-out pictures that the fresh tower is scored on; their names are the candidates. `xfusion evaluate` uses 100."""
 SHIPPED_DRAWN, SHIPPED_CAPTIONED = 64, 128
-"""Size of the shipped pack's spot check; its full scores take many minutes and are committed with it."""
+"""Size of the shipped pack's spot check; its full scores take many minutes and are shipped with it."""
 
 
 def run(
@@ -66,22 +66,22 @@ def run(
     recipe: Recipe | None = None,
     encoder: Any = None,
 ) -> dict[str, Any]:
-    """Train a fresh tower, look at it and at the shipped pack, prove the text unchanged, write the page.
+    """Train a fresh tower, evaluate it and the shipped pack, prove the text unchanged, write the page.
 
     Args:
-        out: folder of ``report.html``, ``metrics.json`` and of the run, ``fresh/``.
-        minutes: training time, compiling included.
+        out: folder of ``report.html``, ``metrics.json`` and the run, ``fresh/``.
+        minutes: training time, including compilation.
         console: where progress is shown; None is silent.
-        seed: of the new weights, the order of the data and the noise.
-        recipe: what to train instead of the demo's own.
-        encoder: what the feature metrics look through; None takes EfficientNet-Lite0.
+        seed: seed of the new weights, the data order and the noise.
+        recipe: recipe to train instead of the demo's own.
+        encoder: encoder of the feature metrics; None uses EfficientNet-Lite0.
 
     Returns:
-        what is in ``metrics.json``.
+        the content of ``metrics.json``.
 
     Raises:
         XFusionError: a package of the extra ``demo`` or the embedded base is missing, or training failed.
-        Interrupted: Ctrl-C while training; the run's state and pack are in ``out/fresh``.
+        Interrupted: Ctrl-C during training; the run's state and pack are in ``out/fresh``.
     """
     started = time.perf_counter()
     told = _Told(console or Console(quiet=True))
@@ -89,7 +89,7 @@ def run(
     recipe = replace(recipe.with_model(init_seed=seed), seed=seed)
     told.say(_plan(out, minutes, recipe))
 
-    # What could fail for want of a package fails now, not behind the training.
+    # A missing package must fail now, not after training.
     with told.part("loading the base, the pictures and the encoder"):
         backbone = Backbone.load(recipe.model.backbone.source, revision=recipe.model.backbone.revision)
         source = open_source(recipe.data, special_tokens=backbone.special_tokens)
@@ -180,7 +180,7 @@ def run(
 
 
 class _Told:
-    """What people read on the way."""
+    """Progress output for people."""
 
     def __init__(self, console: Console):
         self.console = console
@@ -190,21 +190,21 @@ class _Told:
 
     @contextmanager
     def part(self, title: str) -> Iterator[Any]:
-        """A part with a bar where there is a terminal, and a line with its time behind it."""
+        """One part of the demo: a progress bar on a terminal, then a line with its time."""
         begun = time.perf_counter()
         with progress(self.console) as tell:
             yield tell
         self.say(f"{title}: {time.perf_counter() - begun:.0f} s")
 
     def show(self, pictures: Sequence[PILImage.Image], side: int = 16) -> None:
-        """Pictures side by side in coloured half blocks, where the terminal has colours and room."""
+        """Print pictures side by side as coloured half blocks, if the terminal has colours and is wide enough."""
         room = max(1, (self.console.width - 2) // (side + 2))
         if self.console.is_terminal and self.console.color_system:
             self.console.print(half_blocks(pictures[:room], side), soft_wrap=True)
 
 
 def half_blocks(pictures: Sequence[PILImage.Image], side: int) -> Text:
-    """Pictures as text, two pixels to a character."""
+    """Pictures as text, two pixels per character."""
     small = [p.convert("RGB").resize((side, side), PILImage.Resampling.BOX) for p in pictures]
     text = Text()
     for y in range(0, side - side % 2, 2):
@@ -270,9 +270,9 @@ def _commands(folder: Path, shipped: bool, minutes: float, out: Path) -> list[tu
 
 
 class Asked:
-    """A model that remembers what it was asked and what it answered, so that nothing is drawn or said twice.
+    """A model that records its answers, so that the page can reuse them and nothing is drawn or captioned twice.
 
-    Everything else is the model's own.
+    All other attributes are the model's own.
     """
 
     def __init__(self, model: Model):
@@ -287,19 +287,19 @@ class Asked:
         return getattr(self.model, name)
 
     def draw(self, prompts: list[str], *, seeds: Sequence[int], **settings: Any) -> list[PILImage.Image]:
-        """As the model draws."""
+        """The model's `draw`, recorded."""
         pictures = self.model.draw(prompts, seeds=seeds, **settings)
         self.drawn.update(zip(zip(prompts, seeds, strict=True), pictures, strict=True))
         return pictures
 
     def caption(self, pictures: list[PILImage.Image], **settings: Any) -> list[str]:
-        """As the model answers."""
+        """The model's `caption`, recorded."""
         answers = self.model.caption(pictures, **settings)
         self.said.update(zip([p.tobytes() for p in pictures], answers, strict=True))
         return answers
 
     def score_names(self, pictures: list[PILImage.Image] | None, names: list[str], **settings: Any) -> Tensor:
-        """As the model scores."""
+        """The model's `score_names`, recorded."""
         scores = self.model.score_names(pictures, names, **settings)
         self.names = list(names)
         if pictures is None:
@@ -310,7 +310,7 @@ class Asked:
 
 
 def _shipped(backbone: Backbone) -> Model | None:
-    """The shipped pack on the base of the demo, where there is one and it belongs to this base."""
+    """The shipped pack on the demo's base, if there is one that was trained on this base."""
     if SHIPPED not in checkpoint.shipped():
         return None
     belongs = checkpoint.read_config(checkpoint.find(SHIPPED))["base"]["fingerprint"]
@@ -333,7 +333,7 @@ def _preview_prompts(source: Source) -> tuple[str, ...]:
 
 
 def _make_room(folder: Path, told: _Told) -> None:
-    """A run of before moves aside; the one before that goes."""
+    """Move an earlier run aside; the one moved aside before is deleted."""
     if folder.exists():
         old = folder.with_name(f"{folder.name}.before")
         shutil.rmtree(old, ignore_errors=True)
@@ -342,7 +342,7 @@ def _make_room(folder: Path, told: _Told) -> None:
 
 
 def _spot_check(asked: Asked, seed: int, tell: Any) -> dict[str, Any]:
-    """A sample of the shipped pack's own concepts, small enough to be drawn while somebody waits."""
+    """Scores on a sample of the shipped pack's own concepts, small enough to draw while the user waits."""
     return evaluate(
         asked,
         "emoji",
@@ -350,20 +350,20 @@ def _spot_check(asked: Asked, seed: int, tell: Any) -> dict[str, Any]:
         max_drawn=SHIPPED_DRAWN,
         max_captioned=SHIPPED_CAPTIONED,
         max_held=0,
-        features=False,  # features of the whole gallery alone take minutes
+        features=False,  # the features of the whole gallery alone take minutes
         seed=seed,
         progress=tell,
     )
 
 
 def _trained_on() -> str:
-    """What the shipped pack learned."""
+    """The shipped pack's training data."""
     facts = checkpoint.read_config(checkpoint.find(SHIPPED)).get("training", {})
     return str(facts.get("data", "emoji"))
 
 
 def _ask_the_same(asked: Asked, source: Source, seed: int) -> None:
-    """The shipped pack draws and names what the page shows of the fresh one."""
+    """Let the shipped pack draw and name what the page shows of the fresh one."""
     shown = chosen(source.examples, NUM_SHOWN)
     size = asked.model.image.sizes[0]
     asked.draw([source.examples[i].captions[0] for i in shown], seeds=[seed + i for i in shown])
@@ -375,10 +375,10 @@ def _ask_the_same(asked: Asked, source: Source, seed: int) -> None:
 
 @torch.no_grad()
 def quick_proof(model: Model) -> dict[str, Any]:
-    """The bit-exact heart of `verify`, without the base loaded anew, greedy tokens and noise: seconds.
+    """The bit-exact core of `verify`, in seconds: without reloading the base, greedy tokens and noise.
 
     Returns:
-        ``text_identical`` and ``checks``, as `verify` gives them.
+        ``text_identical`` and ``checks``, as in `verify`.
     """
     backbone, unequal, positions = model.backbone, [], 0
     for name, text in PROMPTS:
@@ -435,11 +435,11 @@ class _Watcher:
             self.seconds, self.ended = event["seconds"], time.perf_counter()
 
     def curve(self) -> list[tuple[float, dict[str, float]]]:
-        """Seconds and losses."""
+        """Pairs of seconds and losses."""
         return [(event["seconds"], event["losses"]) for event in self.steps]
 
     def frames(self) -> list[report.Frame]:
-        """The previews; of two at one step the first."""
+        """The previews; if two have the same step, the first."""
         seen: dict[int, report.Frame] = {}
         for seconds, step, path in self.shots:
             frame = report.Frame(seconds=seconds, step=step, pictures=cut(PILImage.open(path)))
@@ -447,7 +447,7 @@ class _Watcher:
         return list(seen.values())
 
     def facts(self) -> dict[str, Any]:
-        """What became of the budget."""
+        """How the budget was spent."""
         last = self.steps[-1] if self.steps else {}
         return {
             "steps": len(self.steps),
@@ -462,7 +462,7 @@ class _Watcher:
 
 
 def cut(sheet: PILImage.Image) -> list[PILImage.Image]:
-    """The square pictures of a sheet of one row."""
+    """The square pictures of a one-row sheet."""
     side = sheet.height
     return [sheet.convert("RGB").crop((x, 0, x + side, side)) for x in range(0, sheet.width - side + 1, side)]
 
@@ -473,7 +473,7 @@ def _scores(result: dict[str, Any], how: str) -> dict[str, Any]:
 
 
 def _shipped_scores(spot_check: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The scores committed with the shipped pack; the spot check where there are none."""
+    """The scores recorded with the shipped pack, or the spot check if there are none."""
     if spot_check is None:
         return None
     committed = checkpoint.read_config(checkpoint.find(SHIPPED)).get("scores")
@@ -507,7 +507,7 @@ def _real(source: Source, names: Sequence[str], size: int) -> list[PILImage.Imag
 
 
 def _concepts(asked: Asked, shipped: Asked | None, source: Source, size: int, seed: int) -> list[report.Concept]:
-    """Every trained picture with what was drawn and said; the ones that stand in full first."""
+    """Every training picture with the drawings and answers; the ones shown in full first."""
     examples = source.examples
     everything = range(len(examples))
     names = [example.captions[0] for example in examples]
@@ -532,7 +532,7 @@ def _concepts(asked: Asked, shipped: Asked | None, source: Source, size: int, se
 
 
 def _all_of(shipped: Asked | None) -> Sequence[Example]:
-    """Pictures whose wordings the shipped pack may answer with."""
+    """Pictures whose wordings the shipped pack may use as answers."""
     return open_source(_trained_on()).examples if shipped is not None else ()
 
 
@@ -545,7 +545,7 @@ def _answer(said: str, accepted: Sequence[str]) -> report.Answer:
 
 
 def _held(asked: Asked, shipped: Asked | None, source: Source, size: int) -> list[report.HeldOut]:
-    """The scored held-out pictures with what was said and the rank of the true name; the shown ones first."""
+    """The scored held-out pictures with the answers and the rank of the true name; the shown ones first."""
     held = held_split(source)
     if held is None or asked.alone is None:
         return []

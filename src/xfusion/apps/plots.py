@@ -1,4 +1,4 @@
-"""Plots as SVG, without a script: dots with intervals, lines, bars and points; the style is the page's that they stand on."""
+"""Plots as SVG, without a script: dots with intervals, lines, bars and points; their style comes from the page."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 from xfusion.apps.report import text
 
 COLOURS = ("#c2571a", "#2f73c8", "#1c8a55", "#9355bd", "#c43f52", "#0f8f95", "#a3800a", "#7a7468")
-"""Of the recipes, in order; they start again where there are more."""
+"""Colours of the recipes, in order; repeated if there are more recipes."""
 LEFT, RIGHT, TOP, BOTTOM = 56, 18, 10, 40
-"""Room around what is drawn between two axes."""
+"""Margins around the area between the axes."""
 ALONE = """<style>text{font:13px sans-serif;fill:#555}text.name{fill:#222}text.end{font-size:10.5px}
 .curve{fill:none;stroke-width:2}
 .grid-line{stroke:#ddd}.beside{stroke:#888;stroke-dasharray:3 3}.zero{stroke:#888;stroke-width:1.2}</style>"""
-"""Of a plot that stands in a file of its own, without the page's style."""
+"""Style of a plot in its own file, without the page's style."""
 
 
 def colour(recipes: Sequence[str], label: str) -> str:
-    """Of a recipe, by its place among all of them."""
+    """A recipe's colour, by its position among all of them."""
     return COLOURS[recipes.index(label) % len(COLOURS)]
 
 
@@ -30,7 +30,7 @@ def dots(score: dict[str, Any], colour_of: Callable[[str], str]) -> str:
 
     Args:
         score: an entry of ``summary["scores"]``.
-        colour_of: of a recipe, by its name.
+        colour_of: gives a recipe's colour by its name.
     """
     width, left, right, top, step = 420, 118, 20, 8, 34
     rows = [row for row in score["rows"] if row["mean"] is not None]
@@ -75,9 +75,9 @@ def dots(score: dict[str, Any], colour_of: Callable[[str], str]) -> str:
 
 
 def numbered(labels: Sequence[str]) -> tuple[str, dict[str, float]] | None:
-    """What one number tells recipes apart that are called after it, and each one's: ``batch_8``, ``batch_16`` -> ``batch``.
+    """The number by which recipes differ, and each one's value: ``batch_8``, ``batch_16`` -> ``batch``, 8 and 16.
 
-    None where there are fewer than three, where one is called otherwise, or a number is not above 0.
+    None if there are fewer than three recipes, one is named differently, or a number is not above 0.
     """
     found = [re.fullmatch(r"(\w+?)_(\d+(?:\.\d+)?)", label) for label in labels]
     if len(labels) < 3 or not all(found) or len({match[1] for match in found if match}) > 1:
@@ -87,12 +87,12 @@ def numbered(labels: Sequence[str]) -> tuple[str, dict[str, float]] | None:
 
 
 def over_numbers(score: dict[str, Any], along: str, numbers: Mapping[str, float]) -> str:
-    """One score as a line through the means of recipes that one number tells apart, with every run and the intervals.
+    """One score as a line through the means of recipes that differ in one number, with every run and the intervals.
 
     Args:
         score: an entry of ``summary["scores"]``.
-        along: what the number is.
-        numbers: recipe -> its number, above 0; they are spread by their logarithms.
+        along: the name of the number.
+        numbers: recipe -> its number, above 0; the axis is logarithmic.
     """
     rows = sorted((r for r in score["rows"] if r["mean"] is not None), key=lambda row: numbers[row["recipe"]])
     places = {row["recipe"]: math.log10(numbers[row["recipe"]]) for row in rows}
@@ -141,7 +141,7 @@ def bars(groups: Mapping[str, Mapping[str, float]], along: str) -> str:
 
     Args:
         groups: group -> name -> value.
-        along: what the values are.
+        along: the name of the values.
     """
     width, left, right, top, step = 420, 178, 20, 8, 18
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
@@ -181,12 +181,12 @@ def curves(
     Args:
         recipes: all of them, in the order of their colours; lines may be fewer.
         lines: recipe -> points.
-        along: what the x axis is.
-        logarithmic: take a logarithmic y axis where the values span much; points at 0 and below are then left out.
+        along: the label of the x axis.
+        logarithmic: use a logarithmic y axis if the range of values is large; points at 0 and below are then left out.
     """
     width, height = 420, 250
     values = [b for line in lines.values() for _, b in line if b > 0]
-    logarithmic = logarithmic and bool(values) and max(values) > 8 * min(values)  # else round ticks are easier to read
+    logarithmic = logarithmic and bool(values) and max(values) > 8 * min(values)  # otherwise round ticks are easier to read
     lines = {
         k: [(a, math.log10(b) if logarithmic else b) for a, b in v if not logarithmic or b > 0]
         for k, v in lines.items()
@@ -248,11 +248,11 @@ def scatter(summary: dict[str, Any], score: dict[str, Any]) -> str:
 
 
 def standalone(svg: str, legend: Mapping[str, str] = MappingProxyType({})) -> str:
-    """A plot as a file of its own, with its style and a size, else pages stretch it.
+    """A plot as its own file, with its style and a size, without which pages stretch it.
 
     Args:
         svg: the plot.
-        legend: names and their colours, written below it, where no line can meet them.
+        legend: names and their colours, written below the plot, where no line crosses them.
     """
     head, rest = svg.split(">", 1)
     box = head.split('"')[1]
@@ -273,7 +273,7 @@ def standalone(svg: str, legend: Mapping[str, str] = MappingProxyType({})) -> st
 
 
 def _axis(values: Sequence[float]) -> tuple[float, float, list[float]]:
-    """Ends and round ticks of an axis that holds the values."""
+    """Ends and round ticks of an axis that covers the values."""
     low, high = min(values), max(values)
     if high - low < 1e-12:
         margin = abs(high) / 10 or 0.05
@@ -296,10 +296,10 @@ def _axes(
     up_text: Callable[[float], str],
     margin: int = RIGHT,
 ) -> tuple[Callable[[float], float], Callable[[float], float], list[str]]:
-    """Where a value stands on the x axis, where on the y axis, and both as drawn.
+    """Functions that map a value to its x and to its y position, and both axes as SVG.
 
-    ``across`` and ``up`` are the values that they hold, ``along`` says what the x axis is, two functions write a tick;
-    ``margin`` is left free on the right.
+    ``across`` and ``up`` are the values that the axes cover, ``along`` is the label of the x axis, and two functions format
+    ticks; ``margin`` is left free on the right.
     """
     near, far, columns = _axis(across)
     low, high, lines = _axis(up)

@@ -1,6 +1,6 @@
-"""The page of the demo: one file with its style, curves and pictures inside; no script, and nothing is fetched.
+"""The demo's page: one file with its style, curves and pictures inside; no script, and nothing is fetched.
 
-Every word that comes from outside is escaped, and every number is read from the content of ``metrics.json``.
+All outside text is escaped, and every number is read from the content of ``metrics.json``.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from xfusion.apps.commands.base import written
 
 TEMPLATE = "report.html"
 BINS = 160
-"""Points of a curve; each is the geometric mean of the steps in its stretch of time."""
+"""Points of a curve; each is the geometric mean of the steps in its time interval."""
 SMALLEST = 1e-6
-"""Losses below this are drawn at it: the axis is logarithmic."""
+"""Smallest loss drawn, since the axis is logarithmic; smaller ones are clipped to it."""
 SCORES = (
     "num_concepts",
     "fit_retrieval_pixel_at_1",
@@ -35,16 +35,16 @@ SCORES = (
     "held_caption_mrr",
     "held_caption_mrr_blind",
 )
-"""What `metrics.json` has for a pack, in any case; chance and ceiling come beside."""
+"""Scores that `metrics.json` always has for a pack; chance and ceiling are separate."""
 LOSSES = {"flow_matching": ("draw", "drawing"), "next_token": ("say", "naming")}
-"""Loss -> class of its line, and its name for people."""
+"""Loss -> CSS class of its line, and its display name."""
 
 # ----------------------------------------------------------------------------------------------- what the page shows
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a model said to a picture, and whether that is one of its names."""
+    """A model's answer to a picture, and whether it is one of the picture's names."""
 
     said: str
     right: bool
@@ -52,7 +52,7 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """Previews of one moment."""
+    """Previews of one point in time."""
 
     seconds: float
     step: int
@@ -61,13 +61,13 @@ class Frame:
 
 @dataclass(frozen=True, kw_only=True)
 class Concept:
-    """A trained picture, what was drawn from its name, and what was said to it."""
+    """A training picture, the drawing from its name, and the answers to it."""
 
     name: str
     real: PILImage.Image
     drawn: PILImage.Image
     rank: int
-    """Place of the real picture among all trained ones, by distance in pixels to the drawn one."""
+    """Rank of the real picture among all training pictures, by pixel distance to the drawn one."""
     answer: Answer
     shipped: PILImage.Image | None = None
     shipped_answer: Answer | None = None
@@ -75,19 +75,19 @@ class Concept:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """A picture that no training saw."""
+    """A held-out picture."""
 
     name: str
     picture: PILImage.Image
     answer: Answer
     rank: float
-    """Place of the true name among the candidates."""
+    """Rank of the true name among the candidates."""
     shipped_answer: Answer | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Story:
-    """All that the page tells."""
+    """All content of the page."""
 
     metrics: dict[str, Any]
     """The content of ``metrics.json``."""
@@ -95,20 +95,20 @@ class Story:
     """Seconds and losses of every step."""
     frames: Sequence[Frame]
     frame_names: Sequence[str]
-    """What the previews are to show."""
+    """Prompts of the previews."""
     frame_real: Sequence[PILImage.Image]
-    """The real pictures of the same."""
+    """The real pictures for these prompts."""
     concepts: Sequence[Concept]
-    """All trained pictures."""
+    """All training pictures."""
     num_shown: int
     """How many of them, from the first, are shown in full."""
     held: Sequence[HeldOut]
     commands: Sequence[tuple[str, str]]
-    """Command and what it does."""
+    """Commands and what they do."""
 
 
 def write(path: Path, story: Story) -> Path:
-    """Write the page; it appears whole or not at all."""
+    """Write the page atomically."""
     page = render(story)
     return written(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
 
@@ -124,12 +124,12 @@ def render(story: Story) -> str:
 
 
 def text(value: Any) -> str:
-    """Anything as text that cannot be markup."""
+    """Any value as escaped text."""
     return escape(str(value), quote=True)
 
 
 def number(value: float | int | None) -> str:
-    """A score or count for people; a dash where nobody measured."""
+    """A formatted score or count; a dash if it was not measured."""
     if value is None:
         return "–"
     if isinstance(value, int):
@@ -138,7 +138,7 @@ def number(value: float | int | None) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A share for people."""
+    """A fraction as percent."""
     return "–" if value is None else f"{100 * value:.0f} %"
 
 
@@ -148,7 +148,7 @@ def clock(seconds: float) -> str:
 
 
 def picture(image: PILImage.Image, words: str) -> str:
-    """A picture inside the page, its pixels shown as squares."""
+    """An embedded picture, with its pixels shown as squares."""
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "PNG", optimize=True)
     data = base64.b64encode(buffer.getvalue()).decode()
@@ -157,7 +157,7 @@ def picture(image: PILImage.Image, words: str) -> str:
 
 
 def mark(right: bool) -> str:
-    """A tick or a cross, in words too for those who do not see it."""
+    """A tick or a cross, with text for screen readers."""
     sign, word = ("✓", "right") if right else ("✗", "wrong")
     return f'<i class="{"yes" if right else "no"}" role="img" aria-label="{word}">{sign}</i>'
 
@@ -314,7 +314,7 @@ def _ticks(longest: float) -> list[tuple[float, str]]:
 
 
 def _apart(places: list[tuple[float, str]], least: float) -> dict[str, float]:
-    """Labels that do not lie on each other."""
+    """Label positions that do not overlap."""
     out: dict[str, float] = {}
     before = -math.inf
     for at, name in sorted(places):

@@ -1,1 +1,1 @@
-"""What `xfusion bench` measures: a file per question, each with ``measure(bench)``; all against a peer in the same run."""
+"""The measurements of `xfusion bench`: one file per question with ``measure(bench)``, each against a peer in the same run."""

@@ -1,8 +1,7 @@
-"""What it costs and saves that layers are computed once more in the backward pass: seconds and memory of a step, in turn.
+"""The cost and saving of activation checkpointing: seconds and memory of a step with and without it, taking turns.
 
-Memory is what the process comes to hold in a turn beyond what it held before, by the system's high-water mark, with freed
-blocks given back before; on a GPU what its allocator handed out. Beside it stands what `xfusion show` predicts for a step
-that is not compiled.
+Memory is the growth of the process in a turn, by the system's high-water mark, with freed blocks returned to the system
+before; on a GPU, what its allocator handed out. The prediction of `xfusion show` for an uncompiled step is reported, too.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from xfusion.comparison.cost import activation_memory, peak_memory
 from xfusion.training.memory import give_back_freed_memory
 
 STEPS = 3
-"""Steps of a turn, behind one in which memory is taken anew."""
+"""Steps of a turn, after one in which memory is allocated again."""
 
 
 def measure(bench: Bench) -> dict[str, Any]:
-    """Joint steps of the demo's tower and of the full copied one."""
+    """Measure joint steps of the demo's tower and of the full copied one."""
     return {f"{tower}_tower": _turns(bench, full=tower == "full") for tower in ("demo", "full")}
 
 
@@ -55,7 +54,7 @@ def _turns(bench: Bench, *, full: bool) -> dict[str, Any]:
 
 
 def _turn(step: Step, device: torch.device) -> tuple[float, float | None]:
-    """Seconds of a step, and the bytes that a turn comes to need."""
+    """Seconds of a step, and the bytes that a turn needs."""
     give_back_freed_memory()
     before = _held(device)
     with peak_memory(device) as most:
@@ -68,7 +67,7 @@ def _turn(step: Step, device: torch.device) -> tuple[float, float | None]:
 
 
 def _held(device: torch.device) -> int | None:
-    """Bytes that are held now."""
+    """Bytes held now."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     with peak_memory(device) as now:

@@ -1,4 +1,4 @@
-"""What all questions share: a training step as the loop takes it, the matrix products of any work, and taking turns."""
+"""What all questions share: a training step as in the training loop, the matrix products of a work, and taking turns."""
 
 from __future__ import annotations
 
@@ -35,34 +35,34 @@ from xfusion.training.stages import Stage
 Work = Callable[[], object]
 Tell = Callable[[str], None]
 PERIOD = 8
-"""Batches that steps repeat: few, so that texts and pictures are soon at hand."""
+"""Batches that steps repeat: few, so that texts and pictures are soon cached."""
 TURN = 1.0
-"""Seconds that a turn of a work takes at least."""
+"""Minimum seconds of a turn of a work."""
 SQUARE = 4096
-"""Side of the matrices whose product is the yardstick."""
+"""Side of the matrices in the reference product."""
 
 
 def names() -> list[str]:
-    """The questions: files of this folder."""
+    """The questions: the modules of this folder."""
     return sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.name != "base")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """What is measured, and how long."""
+    """What is measured, and for how long."""
 
     backbone: Backbone
     source: Source
     compile: bool = True
     quick: bool = False
-    """Few and small rounds: for tests, the figures mean nothing."""
+    """A few small rounds: for tests, the figures mean nothing."""
     tell: Tell = print
-    """Told what is being measured."""
+    """Called with what is being measured."""
 
     @classmethod
     def of(cls, base: str | None, data: str, **settings: Any) -> Bench:
         """Load a base and open pictures."""
-        keep_freed_memory()  # as training and the verbs do; peers of this run have it, too
+        keep_freed_memory()  # as training and the verbs do; applies to the peers of this run, too
         backbone = Backbone.load(base) if base else Backbone.load()
         return cls(backbone=backbone, source=open_source(data, special_tokens=backbone.special_tokens), **settings)
 
@@ -73,7 +73,7 @@ class Bench:
         return replace(stage, mixture=replace(stage.mixture, draw=8, caption=4)) if self.quick else stage
 
     def model(self, *, full: bool = False) -> Model:
-        """The demo's model, or the same with a full copy of every layer, as the paper has it."""
+        """The demo's model, or the same with a full copy of every layer, as in the paper."""
         config: ModelConfig = demo().model
         stride = max(1, min(config.fusion.stride, self.backbone.num_layers // 2))
         fusion: Any = replace(config.fusion, stride=1 if full else stride)
@@ -83,19 +83,19 @@ class Bench:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The precision that training takes here."""
+        """The precision of training on this machine."""
         return choose_compute_dtype(self.backbone.device)[0]
 
     @cached_property
     def rounds(self) -> int:
-        """Turns of everybody."""
+        """Turns of each work."""
         return 2 if self.quick else 7
 
     def in_turn(self, works: dict[str, Work], *, warm: int = 2, rounds: int | None = None) -> dict[str, float]:
-        """Median seconds of each work; all take turns, A B A B, so that what disturbs the machine disturbs all.
+        """Median seconds of each work; all take turns, A B A B, so that disturbances of the machine affect all.
 
-        A turn repeats its work until `TURN` has passed, as training repeats its step: a single call behind another's would
-        find a cache full of the other's matrices.
+        A turn repeats its work until `TURN` has passed, as training repeats its step: a single call after another work
+        would find the CPU cache full of that work's matrices.
         """
         for name, work in works.items():
             self.tell(f"warming up {name}")
@@ -125,15 +125,15 @@ class Bench:
 
 
 class Step:
-    """One optimiser step after another, as `xfusion.training.loop` takes them: batches, losses, gradients, AdamW, average.
+    """Successive optimiser steps as in `xfusion.training.loop`: batches, losses, gradients, AdamW, average.
 
     Args:
         bench: base, pictures, samples per step.
-        model: what is trained.
+        model: the model to train.
         draw: drawing samples per step; None is the stage's.
         caption: captioning samples per step; None is the stage's.
-        keep_text: whether frozen states of texts before pictures are computed once and looked up.
-        activation_checkpointing: whether layers are computed once more in the backward pass.
+        keep_text: whether the frozen states of texts before pictures are cached.
+        activation_checkpointing: whether layers are recomputed in the backward pass.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class Step:
             mixture,
             draw=mixture.draw if draw is None else draw,
             caption=names,
-            pack=math.gcd(mixture.pack, names),  # rows of names are filled: fewer names, shorter rows
+            pack=math.gcd(mixture.pack, names),  # captions are packed into rows: fewer captions, shorter rows
         )
         base = model.backbone
         self.mixture = Mixture(
@@ -169,7 +169,7 @@ class Step:
         self.weights = {name: weight for o in model.objectives for name, weight in o.weights.items()}
 
     def __call__(self) -> None:
-        """The next step."""
+        """Run the next step."""
         number = next(self.numbers)
         batches = self.mixture.batches(number % self.period if self.period else number)
         counts: Counter[str] = Counter()
@@ -191,12 +191,12 @@ class Step:
         self.optimizer.step(self.rate, 1.0, 0.999)
 
     def warm(self) -> None:
-        """Every batch once: texts are then known and all shapes compiled."""
+        """Run every batch once: texts are then cached and all shapes compiled."""
         for _ in range(PERIOD):
             self()
 
     def unseen(self, steps: int) -> None:
-        """Steps of batches that were not read before: other examples in other words, as the steps of a run are."""
+        """Run steps on unread batches: other examples with other wordings, as in a real run."""
         self.period, before = None, self.period
         for _ in range(steps):
             self()
@@ -210,13 +210,13 @@ PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 
 @dataclass(frozen=True)
 class Product:
-    """A matrix product as it was executed: ``[.., m, k] @ [.., k, n]``."""
+    """An executed matrix product: ``[.., m, k] @ [.., k, n]``."""
 
     shapes: tuple[tuple[int, ...], tuple[int, ...]]
     strides: tuple[tuple[int, ...], tuple[int, ...]]
     dtype: torch.dtype
     places: tuple[tuple[int, int], tuple[int, int], tuple[int, int]] = ((-1, 0), (-2, 0), (-3, 0))
-    """Where both operands and the result lay: a number of the memory, and how many elements into it."""
+    """Location of both operands and the result: the number of the storage, and the offset in elements."""
 
     @property
     def flops(self) -> int:
@@ -225,7 +225,7 @@ class Product:
 
     @property
     def extents(self) -> tuple[int, int, int]:
-        """Elements that both operands and the result span."""
+        """Elements spanned by both operands and the result."""
         one, two = (
             1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
             for shape, stride in zip(self.shapes, self.strides, strict=True)
@@ -234,9 +234,9 @@ class Product:
 
 
 def products(work: Work) -> list[Product]:
-    """The matrix products that a call executes, compiled code included, in their order.
+    """The matrix products that a call executes, in order, including compiled code.
 
-    Work that compiling dropped is not among them; sums that a product adds to are not counted.
+    Products that compilation removed are not included; sums that a product adds to are not counted.
     """
     with tempfile.TemporaryDirectory(prefix="xfusion-bench-") as folder:
         file = str(Path(folder) / "trace.json")
@@ -252,7 +252,7 @@ def products(work: Work) -> list[Product]:
     found, inside = [], set()
     for node in sorted(nodes, key=lambda n: n["id"]):
         kind = node["name"].removeprefix("aten::")
-        if node["ctrl_deps"] in inside:  # a product that another one calls
+        if node["ctrl_deps"] in inside:  # a product called by another product
             inside.add(node["id"])
         elif kind in PRODUCTS:
             inside.add(node["id"])
@@ -267,15 +267,16 @@ def _product(node: dict[str, Any], first: int) -> Product:
     inputs, pair = node["inputs"], slice(first, first + 2)
     kind = inputs["types"][first].removeprefix("Tensor(").rstrip(")").removeprefix("c10::")
     shapes, strides = (tuple(map(tuple, inputs[name][pair])) for name in ("shapes", "strides"))
-    # A tensor of a trace: its number, that of its memory, elements before it, and more.
+    # A tensor of a trace: its number, its storage's number, its offset in elements, and more.
     places = tuple((value[1], value[2]) for value in (*inputs["values"][pair], node["outputs"]["values"][0]))
     return Product(shapes, strides, _DTYPES[kind], places)  # type: ignore[arg-type]
 
 
 def alone(found: list[Product]) -> Work:
-    """The same products with nothing around them: same shapes, strides, precision and order, over memory that is shared as
-    the work shares it. Weights of several layers are several matrices, queries and keys read the same states, and what a
-    product leaves in a cache the next one finds there.
+    """The same products alone: same shapes, strides, precision and order, with memory shared as in the work.
+
+    Layers have separate weight matrices, queries and keys read the same states, and each product finds in the CPU cache
+    what the previous one left there.
     """
     sizes: dict[tuple[int, torch.dtype], int] = {}
     for product in found:
@@ -298,7 +299,7 @@ def alone(found: list[Product]) -> Work:
 
 @contextmanager
 def no_new_graphs() -> Iterator[Callable[[], int]]:
-    """Counts the graphs that are compiled inside the block."""
+    """Count the graphs that are compiled inside the block."""
     from xfusion.model import compiled_graphs
 
     before = compiled_graphs()

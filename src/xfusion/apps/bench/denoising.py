@@ -1,6 +1,6 @@
-"""Time of a guided denoising step over the time of the tower's own matrix products in it, at the demo's size.
+"""Time of a guided denoising step relative to the time of the tower's own matrix products in it, at the demo's size.
 
-Scores and their sums are made inside the fused attention and are not among the products: the measure is strict.
+Attention scores and weighted sums are computed inside the fused attention and do not count as products: the measure is strict.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from xfusion.model import Model
 
 
 def measure(bench: Bench) -> dict[str, Any]:
-    """One picture, and as many as are drawn together, of both towers; the demo's also compiled, which sampling is not."""
+    """Measure one picture and a full batch, for both towers; the demo's also compiled, although sampling is not."""
     found: dict[str, Any] = {}
     for tower in ("demo", "full"):
         model = bench.model(full=tower == "full")
@@ -36,7 +36,7 @@ def _step(bench: Bench, model: Model, pictures: int) -> dict[str, Any]:
         draw_tokens(model, texts, model.image.sizes[0], seeds=range(pictures), steps=steps, guidance=3.0)
 
     draw(few)
-    # What a walk does beyond a shorter one is denoising steps and nothing else.
+    # A longer sampling run differs from a shorter one only in its number of denoising steps.
     step = products(lambda: draw(few + 1))[len(products(lambda: draw(few))) :]
     works = {"few steps": lambda: draw(few), "many steps": lambda: draw(many), "its products": alone(step)}
     short, long, matrices = bench.in_turn(works).values()

@@ -1,4 +1,4 @@
-"""How fast text alone is continued: the fused model's ``generate`` against the base's, the same tokens."""
+"""Speed of text-only generation: the fused model's ``generate`` against the base's, for the same tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PROMPT = "A short story about a small robot who wanted to paint:"
 
 
 def measure(bench: Bench) -> dict[str, Any]:
-    """Through the public method, and through the fused stack that proves bit-equality."""
+    """Measure the public method, and the fused stack that proves bit-equality."""
     model, base = bench.model(), bench.backbone
     ids = torch.tensor([base.encode(PROMPT)])
     tokens = 8 if bench.quick else 96

@@ -1,7 +1,7 @@
 """How a joint step compares with plain transformers training of the base on as many text tokens, per executed FLOP.
 
-The peer is the base itself, all of it trained on next tokens at all positions, as transformers makes it: its own attention,
-uncompiled, the same precision and optimiser. FLOPs of both are counted with plain products in the attention.
+The peer is the base itself in plain transformers, fully trained on next-token prediction at all positions: its own attention,
+uncompiled, the same precision and optimiser. FLOPs of both are counted with plain matrix products in the attention.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from xfusion.training.optimizer import Optimizer
 
 
 def measure(bench: Bench) -> dict[str, Any]:
-    """The demo's tower and the full copied one."""
+    """Measure the demo's tower and the full copied one."""
     found: dict[str, Any] = {}
     for full in (False, True):
         step = Step(bench, bench.model(full=full))
@@ -25,7 +25,7 @@ def measure(bench: Bench) -> dict[str, Any]:
         batches = step.mixture.batches(0)
         media = [m.rows for batch in batches for m in batch.media.values()]
         positions = [int((rows.order >= 0).sum()) for rows in (*(b.text for b in batches), *media)]
-        # Rows as long as ours on average, as many as give the same number of tokens.
+        # Rows as long as ours on average, and enough of them for the same number of tokens.
         length = max(2, round(sum(positions) / step.samples))
         ids = torch.randint(3, bench.backbone.config.vocab_size, (round(sum(positions) / length), length))
         peer, train = _text_training(bench, ids)

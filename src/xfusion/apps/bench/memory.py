@@ -1,4 +1,4 @@
-"""What it saves that freed memory stays with the process: seconds and page faults of a step, in turn with giving it back."""
+"""The saving from keeping freed memory in the process: seconds and page faults of a step, in turn with returning it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from xfusion.apps.bench.base import Bench, Step
 from xfusion.training.memory import ALL, keep_freed_memory
 
 GIVEN_BACK = 1 << 26
-"""What glibc comes to keep by itself where large blocks are freed."""
+"""Bytes that glibc keeps by itself after large blocks were freed."""
 STEPS = 3
-"""Steps of a turn, behind one that the other way disturbed."""
+"""Steps of a turn, after one that the other setting disturbed."""
 
 
 def measure(bench: Bench) -> dict[str, Any]:
-    """Drawing and joint steps of the demo's tower."""
+    """Measure drawing and joint steps of the demo's tower."""
     return {kind: _turns(bench, kind) for kind in ("drawing", "joint")}
 
 

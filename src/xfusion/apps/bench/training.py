@@ -1,9 +1,10 @@
-"""How near a training step is to its own matrix products, and to the rate of a large one.
+"""How close a training step comes to the time of its own matrix products, and to the rate of a large one.
 
 ``share_of_shape_peak``: time of the step's own matrix products alone (forward and backward, same shapes, precision and
 threads) over the time of the step. ``share_of_peak``: FLOPs that the step executes per second over those of a 4096-cubed
-product. Cold start is the first step with nothing compiled, and with what an earlier process left on disk. Timed steps repeat
-the batches of the warm-up, so that no graph is new in them; ``graphs_in_unseen_steps`` counts those of batches that were not.
+product. Cold start is the first step, once with nothing compiled and once with an earlier process's compile cache on disk.
+Timed steps repeat the batches of the warm-up, so that they compile no new graph; ``graphs_in_unseen_steps`` counts new graphs
+on unseen batches.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ UNSEEN = 16
 
 
 def measure(bench: Bench) -> dict[str, Any]:
-    """Drawing and joint steps of the demo's tower and of the full copied one."""
+    """Measure drawing and joint steps of the demo's tower and of the full copied one."""
     return {f"{tower}_tower": _tower(bench, full=tower == "full") for tower in ("demo", "full")}
 
 
@@ -56,7 +57,7 @@ def _tower(bench: Bench, *, full: bool) -> dict[str, Any]:
 
 
 def _cold(bench: Bench, step: Step) -> dict[str, float]:
-    """Seconds of a first step: nothing is compiled; then what was compiled before lies on disk."""
+    """Seconds of a first step: with nothing compiled, then with the compile cache on disk."""
 
     def first() -> float:
         torch.compiler.reset()

@@ -1,11 +1,11 @@
 """Joint training against ``transfusion-pytorch`` from its wheel: samples per second, text caching off and on.
 
-The peer has the transformer's shape of the LLM (depth, width, heads, width of the MLP), all of it trained, as its design has
-it; the same pictures' tokens and words, batch, precision, optimiser and number of samples to draw and to name, the flow
-loss on pictures to draw and the text loss on names. What it has beyond the LLM's shape and cannot leave out: norms, shifts
-and gates from the noise level in every layer and for every position, U-Net skips (without them release 0.20.0 fails),
-attention over earlier layers' outputs, gates on values, norms of queries and keys, a soft cap on scores. It runs
-uncompiled, as it comes, and a few samples at a time: what a pass of all of a step's would keep is more than 24 GB.
+The peer has the LLM's transformer shape (depth, width, heads, MLP width) and is fully trained, as designed. It gets the same
+picture tokens, text, batch, precision, optimiser and numbers of drawing and captioning samples, with the flow loss on
+drawings and the text loss on captions. It has some parts beyond the LLM's shape that cannot be left out: norms, shifts and
+gates from the noise level in every layer and for every position, U-Net skips (without them release 0.20.0 fails), attention
+over earlier layers' outputs, gates on values, norms of queries and keys, a soft cap on scores. It runs uncompiled, as
+released, and a few samples at a time: the activations of a whole step in one pass would take more than 24 GB.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from xfusion.data.sequence import Media, Sequence, Text, XFusionError
 from xfusion.training.optimizer import Optimizer
 
 PART = 16
-"""Samples of a pass of the peer, whose gradients add up to a step's."""
+"""Samples per pass of the peer; the passes' gradients add up to a step's."""
 
 
 def measure(bench: Bench) -> dict[str, Any]:
-    """The demo's tower and the full copied one against the peer at the LLM's shape and at the demo's number of weights."""
+    """Measure the demo's tower and the full copied one against the peer at the LLM's shape and at the demo's weight count."""
     steps = {tower: Step(bench, bench.model(full=tower == "full")) for tower in ("demo", "full")}
     peer = peer_of(bench, steps["demo"], bench.backbone.hidden_size)
     small = matched_peer(bench, steps["demo"])
@@ -78,13 +78,13 @@ def peer_of(bench: Bench, step: Step, width: int) -> Peer:
         modality_default_shape=step.model.image.grid(step.model.image.sizes[0]),
         modality_num_dim=2,
         add_pos_emb=True,
-        prob_uncond=0.0,  # the captions that our mixture empties are empty here, too
+        prob_uncond=0.0,  # captions that our mixture drops are already empty here
         transformer={
             "dim": width,
             "depth": bench.backbone.num_layers,
             "dim_head": head,
             "heads": max(1, width // head),
-            # Its MLP is two thirds of this wide.
+            # Its MLP has two thirds of this width.
             "ff_expansion_factor": 1.5 * config.intermediate_size / config.hidden_size,
         },
     )
@@ -92,7 +92,7 @@ def peer_of(bench: Bench, step: Step, width: int) -> Peer:
 
 
 def matched_peer(bench: Bench, step: Step) -> Peer:
-    """The peer of the LLM's depth whose width, in whole heads, brings its weights nearest to ours."""
+    """The peer with the LLM's depth whose width, in whole heads, gives the number of weights nearest to ours."""
     wanted, head = step.model.num_new_parameters, bench.backbone.head_width
     best = peer_of(bench, step, head)
     for width in range(2 * head, bench.backbone.hidden_size + 1, head):
@@ -104,7 +104,7 @@ def matched_peer(bench: Bench, step: Step) -> Peer:
 
 
 class Peer:
-    """One optimiser step after another of the peer, on our samples."""
+    """Successive optimiser steps of the peer, on our samples."""
 
     def __init__(self, bench: Bench, model: Any, step: Step, width: int):
         self.model, self.mixture, self.bench, self.numbers = model, step.mixture, bench, count()
@@ -122,7 +122,7 @@ class Peer:
         number = next(self.numbers)
         samples = self.mixture.samples(number % self.period if self.period else number)
         parts = math.ceil(len(samples) / PART)
-        for first in range(parts):  # each part holds drawings and names as the whole does
+        for first in range(parts):  # each part mixes drawings and captions as the whole batch does
             part = samples[first::parts]
             loss = self._losses(part).total * (len(part) / len(samples))
             loss.backward()
@@ -130,17 +130,17 @@ class Peer:
         self.optimizer.step(self.rate, 1.0, 0.999)
 
     def _losses(self, samples: list[Sequence]) -> Any:
-        """What the peer calls a breakdown, ``total`` and ``text`` among it."""
+        """What the peer calls a breakdown, including ``total`` and ``text``."""
         kind = self.bench.dtype
         with torch.autocast("cpu", kind, enabled=kind != torch.float32):
             return self.model([list(self._items(sample)) for sample in samples], return_breakdown=True)[1]
 
     @torch.no_grad()
     def nats(self, samples: list[Sequence]) -> float:
-        """Next-token loss per token that has one, in nats.
+        """Mean next-token loss over the tokens that have one, in nats.
 
-        The peer divides by a number of tokens that it does not tell; the same loss of a head that knows nothing, the
-        logarithm of the vocabulary's size, does tell.
+        The peer divides by a number of tokens that it does not report. The same loss of an uninformed head, which must be
+        the logarithm of the vocabulary's size, reveals it.
         """
         found = float(self._losses(samples).text)
         sizes = []
@@ -156,12 +156,12 @@ class Peer:
             hook.remove()
 
     def warm(self) -> None:
-        """Every batch once: the peer tries its ways to lay out a batch on each kind of batch, and keeps the fastest."""
+        """Run every batch once: for each kind of batch, the peer tries its batch layouts and keeps the fastest."""
         for _ in range(PERIOD):
             self()
 
     def _items(self, sample: Sequence) -> Iterator[tuple[Any, ...]]:
-        """A sample as the peer takes it: a weight of 0 is read without a loss."""
+        """A sample in the peer's format; parts with weight 0 are read without a loss."""
         for segment in sample.segments:
             if isinstance(segment, Text) and segment.ids:
                 yield torch.tensor(segment.ids), float(segment.has_loss)

@@ -1,1 +1,1 @@
-"""The verbs of the command line, one small class each; torch is imported when a verb runs, not for its help."""
+"""The verbs of the command line, one small class each; torch is imported only when a verb runs, not for its help."""

@@ -1,4 +1,4 @@
-"""What all verbs share: their answer, their progress, how they find a model, a device and an output file."""
+"""What all verbs share: the answer, the progress bar, and how to find a model, a device and an output file."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 
 class UsageError(Exception):
-    """Bad arguments, said in one line. The library's own errors are `XFusionError`, which needs torch to be imported."""
+    """Bad arguments, reported in one line. The library's own error, `XFusionError`, needs torch to be imported."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a verb found."""
+    """The result of a verb."""
 
     data: dict[str, Any]
     """For programs: what ``--json`` prints."""
     text: str
     """For people."""
     code: int = 0
-    """Exit status: 1 where the answer is no (a failed proof, bad data)."""
+    """Exit status: 1 for a negative result (a failed proof, bad data)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +39,10 @@ class Verb:
     """Print one JSON object on stdout; text for people goes to stderr."""
 
     def run(self, people: Console) -> Answer:
-        """Do it.
+        """Run the verb.
 
         Args:
-            people: where progress is told (stderr).
+            people: where progress is shown (stderr).
         """
         raise NotImplementedError(type(self).__name__)
 
@@ -51,13 +51,13 @@ _COMMANDS = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n"), ord("\t")
 
 
 def readable(text: str) -> str:
-    """What a model says, without the control characters by which a terminal is told to do something else than to show it."""
+    """A model's output without the control characters that a terminal would interpret instead of showing."""
     return text.translate(_COMMANDS)
 
 
 @contextmanager
 def progress(people: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar with the time left, on a terminal, nothing elsewhere; told the name of a part, items done and items in all."""
+    """A progress bar with the time left, only on a terminal; yields a function of (part's name, items done, items in all)."""
     left = TimeRemainingColumn(elapsed_when_finished=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), left)
     with Progress(*columns, console=people, transient=True, disable=not people.is_terminal) as bar:
@@ -66,13 +66,13 @@ def progress(people: Console) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def load_model(name: str, *, device: str = "auto", trust: bool = False) -> Model:
-    """A pack on its base; the folder of a training run stands for the pack in it, ``a+b`` for two packs together."""
+    """Load a pack on its base. The folder of a training run means the pack in it, ``a+b`` two packs together."""
     (model,) = load_models([name], device=device, trust=trust).values()
     return model
 
 
 def load_models(names: Sequence[str], *, device: str = "auto", trust: bool = False) -> dict[str, Model]:
-    """Packs by the names that people know them by, ``a+b`` being two together; those of one base share it, loaded once.
+    """Load packs, keyed by their short names; ``a+b`` means two together. Packs of one base share it, loaded once.
 
     Raises:
         UsageError: two packs have the same name.
@@ -100,12 +100,12 @@ def load_models(names: Sequence[str], *, device: str = "auto", trust: bool = Fal
 
 
 def parts(name: str) -> list[str]:
-    """The packs that a name stands for: several where ``+`` stands between them."""
+    """The packs that a name means: several if they are joined by ``+``."""
     return name.split("+") if "+" in name and not Path(name).expanduser().exists() else [name]
 
 
 def short_name(name: str) -> str:
-    """What a pack is called: a folder's own name, the run's where the folder is a run's pack, else the name itself."""
+    """A pack's short name: the folder's name, the run's name if the folder is a run's pack, else the name itself."""
     path = Path(name).expanduser()
     if not path.is_dir():
         return name
@@ -114,7 +114,7 @@ def short_name(name: str) -> str:
 
 
 def pack_folder(name: str) -> str:
-    """The name of a pack, where the folder of a training run stands for the pack in it."""
+    """The name of a pack; the folder of a training run is resolved to the pack in it."""
     from xfusion.checkpoint import pack_in
 
     folder = Path(name).expanduser()
@@ -123,7 +123,7 @@ def pack_folder(name: str) -> str:
 
 
 def choose_device(name: str) -> str:
-    """The device that a name stands for; auto is a CUDA GPU where there is one, else the CPU.
+    """The device that a name means; auto is a CUDA GPU if there is one, else the CPU.
 
     Raises:
         UsageError: an unknown device, or one that this machine lacks.
@@ -149,10 +149,10 @@ def choose_device(name: str) -> str:
 
 
 def as_folder(path: Path) -> Path:
-    """A path that a verb is going to fill as a folder, asked before anything is computed.
+    """A path that a verb will fill as a folder, checked before anything is computed.
 
     Raises:
-        UsageError: a file stands there, or where a folder above it would.
+        UsageError: the path or one of its parents is a file.
     """
     for above in (path, *path.parents):
         if above.exists() and not above.is_dir():
@@ -161,10 +161,10 @@ def as_folder(path: Path) -> Path:
 
 
 def written(path: Path, write: Callable[[Path], object]) -> Path:
-    """Let ``write`` fill a temporary file beside ``path``, then give it its name: no reader ever sees half of it.
+    """Let ``write`` fill a temporary file beside ``path``, then rename it: no reader ever sees a partial file.
 
     Raises:
-        XFusionError: the file system refuses, named by ``path``.
+        XFusionError: the file system refuses; the error names ``path``.
     """
     from xfusion.storage import whole_file
 
@@ -180,7 +180,7 @@ def table(rows: list[tuple[str, str]], indent: str = "") -> str:
 
 
 def size_text(count: float) -> str:
-    """Bytes for people: ``12.3 MB``."""
+    """A human-readable number of bytes: ``12.3 MB``."""
     unit, *larger = ("bytes", "kB", "MB", "GB", "TB")
     while count >= 1000 and larger:
         count, unit = count / 1000, larger.pop(0)

@@ -1,4 +1,4 @@
-"""`bench`: how fast ours is, against the machine's own rate and against peers, all in turn in one run."""
+"""`bench`: how fast xfusion is, against the machine's own rate and against peers, taking turns in one run."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from xfusion.apps.commands.base import Answer, UsageError, Verb
 class Bench(Verb):
     """Measure how fast training and sampling are, against the machine's matrix rate and against peers.
 
-    Ours and the peers take turns, A B A B; figures are medians. Run it on an idle machine: the load before and after stands
-    in the answer. Peers that are not installed are left out with their reason. Each question has a process of its own, and a
-    file is written after each.
+    xfusion and the peers take turns, A B A B; figures are medians. Run it on an idle machine: the answer records the
+    load before and after. Peers that are not installed are left out with the reason. Each question runs in its own
+    process, and the file is written after each.
     """
 
     only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")] = ()
-    """Questions to answer: activation_checkpointing, denoising, generate, llama, memory, training, transfusion; none takes
+    """Questions to answer: activation_checkpointing, denoising, generate, llama, memory, training, transfusion; default:
     all."""
     base: Annotated[str | None, tyro.conf.arg(metavar="SOURCE")] = None
-    """The frozen LLM: hub id, folder or .gguf file; None takes the embedded one."""
+    """The frozen LLM: hub id, folder or .gguf file; None uses the embedded one."""
     data: Annotated[str, tyro.conf.arg(metavar="SPEC")] = "emoji:128"
     """Pictures with captions."""
     compile: bool = True
-    """Compile the per-layer work, as training does."""
+    """Compile the per-layer computation, as training does."""
     quick: bool = False
-    """Few and small rounds, to see that everything runs: the figures mean nothing."""
+    """A few small rounds, to check that everything runs: the figures mean nothing."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
     """Also write the answer to this file."""
 
@@ -70,15 +70,15 @@ class Bench(Verb):
                 data[name] = {"left_out": str(error)}
             data |= {"load_after": _load(), "seconds": round(time.perf_counter() - begun, 1)}
             data = _rounded(data)
-            if self.out is not None:  # after every question: the next may take the machine with it
+            if self.out is not None:  # after every question: the next may crash the machine
                 write_json(self.out, data)
         return Answer(data=data, text=_text(data))
 
     def _alone(self, name: str) -> dict[str, Any]:
-        """The answer of a process of its own: what one question leaves in memory is gone for the next.
+        """Answer a question in its own process, so that nothing it leaves in memory affects the next.
 
         Raises:
-            XFusionError: the question's own, or its process was killed.
+            XFusionError: raised by the question itself, or its process was killed.
         """
         from xfusion.data.sequence import XFusionError
 
@@ -110,14 +110,14 @@ def _load() -> float | None:
 
 
 def _rounded(value: Any) -> Any:
-    """Four digits of every float."""
+    """Every float rounded to four significant digits."""
     if isinstance(value, dict):
         return {name: _rounded(item) for name, item in value.items()}
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def _text(data: dict[str, Any], indent: str = "") -> str:
-    """Names and figures, one a line, parts below their name."""
+    """Names and figures, one per line, parts indented below their name."""
     lines = []
     for name, value in data.items():
         if isinstance(value, dict):

@@ -16,28 +16,28 @@ from xfusion.apps.commands.base import Answer, UsageError, Verb, choose_device, 
 
 @dataclass(frozen=True, kw_only=True)
 class Chat(Verb):
-    """Talk with a pack: words, pictures or sounds that you show, pictures that it draws.
+    """Talk with a pack: text, pictures or sounds that you show, pictures that it draws.
 
-    Lines come from the terminal, or from a file or pipe. /help lists the commands: /image PATH, /sound PATH, /draw WORDS,
+    Lines are read from the terminal, a file or a pipe. /help lists the commands: /image PATH, /sound PATH, /draw WORDS,
     /save FILE.
-    Pictures are shown where the terminal has colours, and written to a file where it has none.
+    Pictures are shown if the terminal has colours, and written to a file if it has none.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PACK")]
     """A folder, a shipped pack's name, or a hub id."""
     seed: int = 0
-    """Seed of the first answer; the next one has the next."""
+    """Seed of the first answer; each further answer adds 1."""
     steps: int = 25
-    """Steps of drawing."""
+    """Sampling steps of a picture."""
     guidance: float | None = None
-    """How strongly words are followed in drawing; None takes the pack's own."""
+    """Classifier-free guidance of drawing; None uses the pack's own."""
     max_tokens: int = 256
     """Longest answer in tokens."""
     draw: Literal["never", "auto", "always"] | None = None
-    """Whether an answer opens with a picture: auto asks the pack's opening head, never is the base model. None takes auto
-    where the pack has that head, else never."""
+    """Whether an answer starts with a picture: auto lets the pack's opening head decide, never is the base model. None
+    means auto if the pack has that head, else never."""
     temperature: float = 0.0
-    """0 takes the likeliest word each time; more is livelier."""
+    """Sampling temperature of text; 0 is greedy."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
     trust: bool = False
@@ -85,16 +85,16 @@ class Chat(Verb):
 
 
 def _shown(segment: object) -> str:
-    """A segment in words: pictures and sounds are named."""
+    """A segment as text: pictures and sounds are only named."""
     return segment if isinstance(segment, str) else f"({'sound' if hasattr(segment, 'samples') else 'picture'})"
 
 
 def _lines() -> Iterator[str]:
-    """What the user types, with the terminal's own line editing; or the lines of a pipe."""
+    """The lines that the user types, with the terminal's line editing, or the lines of a pipe."""
     if not sys.stdin.isatty():
         yield from (line.rstrip("\n") for line in sys.stdin)
         return
-    with suppress(ImportError):  # input() gets arrows and history by it, where the system has it
+    with suppress(ImportError):  # gives input() arrow keys and history, if available
         import readline  # noqa: F401
     cancelled = False
     while True:

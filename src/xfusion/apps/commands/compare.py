@@ -1,4 +1,4 @@
-"""`compare`: recipes against each other at equal budget, with paired seeds and intervals."""
+"""`compare`: recipes against each other at equal budget, with paired seeds and confidence intervals."""
 
 from __future__ import annotations
 
@@ -19,46 +19,46 @@ class Compare(Verb):
     """Compare recipes at equal budget: paired seeds, intervals, costs, one page.
 
     Trains every recipe once per seed, scores it, and writes one JSON file per run, a table and index.html to the folder.
-    The others are compared with the first. Stop with Ctrl-C; the same command goes on where it stopped. Several processes
-    may be given the same command: each takes runs that no other is at. Without a recipe, the table and the page are made
-    from the files that are there.
+    The first recipe is the baseline. Stop with Ctrl-C; the same command resumes where it stopped. Several processes can
+    run the same command: each takes runs that no other is working on. Without a recipe, the table and the page are made
+    from the existing files.
     """
 
     recipes: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE...")] = ()
-    """Names of `xfusion list`, file.py:function or package.module:function; arguments stand in brackets, a name for the
-    results before =, as in slow=single_tower(rate=1e-3)."""
+    """Names of `xfusion list`, file.py:function or package.module:function; optionally with arguments in parentheses and a
+    label for the results before =, as in slow=single_tower(rate=1e-3)."""
     samples: int = 60_000
-    """Training samples of a run, drawing and naming together."""
+    """Training samples per run, drawing and captioning together."""
     seeds: int = 5
-    """Runs of a recipe, with the seeds 0, 1, ...; below five no interval is printed."""
+    """Runs per recipe, with the seeds 0, 1, ...; below five no interval is printed."""
     budget: Literal["samples", "flops"] = "samples"
-    """What is equal: samples, or the executed FLOPs that the first recipe needs for them."""
+    """What is held equal: samples, or the executed FLOPs that the first recipe needs for them."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")] = None
-    """Folder of the results; None takes comparison/RECIPE-RECIPE...."""
+    """Folder of the results; None means comparison/RECIPE-RECIPE...."""
     backbone: Annotated[str | None, tyro.conf.arg(metavar="SOURCE")] = None
-    """The base of all recipes: hub id, folder or .gguf file; None takes their own."""
+    """The base of all recipes: hub id, folder or .gguf file; None uses each recipe's own."""
     data: Annotated[str | None, tyro.conf.arg(metavar="SPEC")] = None
-    """The pictures, or sounds, of all recipes: emoji, emoji:128, a folder, a .jsonl file; None takes their own."""
+    """The data of all recipes: emoji, emoji:128, a folder, a .jsonl file; None uses each recipe's own."""
     held: Annotated[str | None, tyro.conf.arg(metavar="SPEC")] = None
-    """Pictures, or sounds, to score by that were not trained on; None takes the held-out split of the data."""
+    """Held-out pictures or sounds for scoring; None uses the held-out split of the data."""
     size: int | None = None
-    """Side of the pictures in pixels, for all recipes; None takes their own."""
+    """Side of the pictures in pixels, for all recipes; None uses each recipe's own."""
     share: Annotated[tuple[float, ...], tyro.conf.arg(metavar="SHARE...")] = (1.0,)
-    """Shares of the pictures that are trained on, such as 0.1 0.3 1.0: how much data a recipe needs."""
+    """Fractions of the data to train on, such as 0.1 0.3 1.0, to see how much data a recipe needs."""
     trials: int = 1
-    """Rates and strengths of guidance tried per recipe on the validation part; 1 tunes nothing, and the page says so."""
+    """Learning rates and guidance values tried per recipe on the validation part; 1 tunes nothing, and the page says so."""
     match_parameters: bool = False
-    """Take of every mechanism's sizes the one that trains as many parameters as the first recipe, to within 2 %."""
+    """Choose for every mechanism the size that trains as many parameters as the first recipe, within 2 %."""
     draw: int | None = None
-    """Drawing samples per step, for all recipes; None takes their own."""
+    """Drawing samples per step, for all recipes; None uses each recipe's own."""
     caption: int | None = None
-    """Naming samples per step, for all recipes; None takes their own."""
+    """Captioning samples per step, for all recipes; None uses each recipe's own."""
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE...")] = ()
     """Settings of the scoring, such as max_drawn=64 max_captioned=64 max_held=100 features=false."""
     measure_time: bool = False
-    """Measure the time of a step and of sampling, too; only where the machine does nothing else."""
+    """Also measure the time of a step and of sampling; only on an otherwise idle machine."""
     compile: bool = True
-    """Whether the per-layer work is compiled in training."""
+    """Compile the per-layer computation in training."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
 
@@ -110,7 +110,7 @@ class Compare(Verb):
         return as_folder(self.out or Path("comparison") / "-".join(labelled(name)[0] for name in self.recipes))
 
     def command(self) -> str:
-        """The command that makes it again; of files only the names are told."""
+        """The command that reproduces the comparison; absolute paths are reduced to file names."""
 
         def plain(text: str) -> str:
             return Path(text).name if Path(text).is_absolute() else text
@@ -166,7 +166,7 @@ def interval_text(interval: list[float] | None) -> str:
 
 
 def difference_text(difference: dict[str, Any] | None) -> str:
-    """A paired difference with its verdict, and the seeds that it would take."""
+    """A paired difference with its verdict, and the number of seeds needed to detect it."""
     if difference is None:
         return ""
     needed = difference["seeds_needed"]
@@ -176,7 +176,7 @@ def difference_text(difference: dict[str, Any] | None) -> str:
 
 
 def cost_text(row: dict[str, Any], media: str) -> str:
-    """What a recipe costs, in a line."""
+    """What a recipe costs, in one line."""
     flops = ", ".join(f"{v / 1e9:.4g} GFLOPs to learn a {_TASK[k]}" for k, v in row["flops_per_sample"].items())
     peak = row["peak_memory"]["bytes"]
     parts = [
@@ -194,7 +194,7 @@ _TASK = {"draw": "drawing", "caption": "name"}
 
 
 def text_text(facts: dict[str, Any]) -> str:
-    """What became of the base's text, in words."""
+    """Whether the base's text changed, as a sentence."""
     if facts["bit_equal"] == facts["num_runs"]:
         declared = "as declared" if facts["declared"] else "although not declared"
         return f"bit-identical to the base's in {facts['num_runs']} of {facts['num_runs']} runs, {declared}"

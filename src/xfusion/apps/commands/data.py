@@ -1,5 +1,5 @@
-"""`data check`: look at pictures and captions before training does. `data encode`: let a codec do its part ahead. `data
-recaption`: other captions for the same pictures.
+"""`data check`: check pictures and captions before training. `data encode`: run the codec ahead of training. `data
+recaption`: new captions for the same pictures.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from xfusion.apps.commands.base import (
 )
 
 SHOWN = 20
-"""Problems that people are told; programs get all."""
+"""Problems printed as text; JSON has all."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataCheck(Verb):
-    """Look at every picture and caption of a data source and name what is wrong, with file and line.
+    """Check every picture and caption of a data source and report problems, with file and line.
 
-    Exits with 1 where anything is.
+    Exits with 1 if there are any.
     """
 
     spec: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SPEC")]
     """emoji, emoji:128, a folder of pictures with captions, a .jsonl file, shards, hf:ORG/NAME, or a folder of latents."""
     sheet: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png")] = None
-    """Draw a contact sheet as a model will see the pictures."""
+    """Write a contact sheet of the pictures as a model will see them."""
     size: int = 32
-    """Side in pixels of the model that the sheet is drawn for."""
+    """Side in pixels of the pictures on the sheet: the model's size."""
     base: Annotated[str | None, tyro.conf.arg(metavar="SOURCE")] = None
-    """The base whose control tokens no caption may contain; None takes the embedded one, where it is installed."""
+    """The base whose control tokens no caption may contain; None uses the embedded one, if installed."""
 
     def run(self, people: Console) -> Answer:
         from xfusion.data.sources import check
@@ -58,9 +58,9 @@ class DataCheck(Verb):
 
 @dataclass(frozen=True, kw_only=True)
 class DataEncode(Verb):
-    """Encode all pictures of a data source ahead; the folder is a data source that trains as the pictures do.
+    """Encode all pictures of a data source ahead of training; the folder is a data source that trains like the pictures.
 
-    Give the same command again after a break: finished shards are kept.
+    Repeat the command after an interruption: finished shards are kept.
     """
 
     spec: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SPEC")]
@@ -68,21 +68,21 @@ class DataEncode(Verb):
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")]
     """Folder of the latents."""
     codec: Annotated[str, tyro.conf.arg(metavar="NAME[:SOURCE[:SUBFOLDER]]")] = "pixels"
-    """What encodes, as --model.image.codec of train names it."""
+    """The codec, as in --model.image.codec of train."""
     size: int = 32
     """Side in pixels."""
     split: Literal["train", "held", "all"] = "train"
-    """Which pictures, where some are held out."""
+    """Which pictures, if some are held out."""
     allow_bad: float = 0.0
-    """Share of bad examples that is left out instead of stopping, such as 0.05."""
+    """Fraction of bad examples that is skipped instead of stopping, such as 0.05."""
     batch: int = 1
-    """Pictures per call of the codec: 1 gives the bits that training itself would make, more is faster on a GPU."""
+    """Pictures per call of the codec: 1 gives bit for bit what training would compute, more is faster on a GPU."""
     workers: int = 1
     """Processes that share the work."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
     base: Annotated[str | None, tyro.conf.arg(metavar="SOURCE")] = None
-    """The base whose control tokens no caption may contain; None takes the embedded one, where it is installed."""
+    """The base whose control tokens no caption may contain; None uses the embedded one, if installed."""
 
     def run(self, people: Console) -> Answer:
         from xfusion.apps.commands.recipe import read_codec
@@ -129,10 +129,10 @@ class DataEncode(Verb):
 
 @dataclass(frozen=True, kw_only=True)
 class DataRecaption(Verb):
-    """Caption the pictures of a data source anew, by a pack, a vision-language model, or a server that speaks OpenAI's API.
+    """Recaption the pictures of a data source with a pack, a vision-language model, or a server with OpenAI's API.
 
-    The folder is a data source: the new caption first, the old ones as further wordings. Its recaption.jsonl says for every
-    caption which model and prompt made it. Give the same command again after a break: what was answered is kept.
+    The folder is a data source: the new caption first, the old ones as further wordings. Its recaption.jsonl records which
+    model and prompt wrote every caption. Repeat the command after an interruption: finished captions are kept.
     """
 
     spec: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SPEC")]
@@ -145,21 +145,21 @@ class DataRecaption(Verb):
     model: str | None = None
     """Which of the server's models."""
     prompt: str | None = None
-    """What is asked of each picture, empty asks nothing; None asks hf: for several sentences, and others for one."""
+    """Prompt for each picture, may be empty; None asks hf: for several sentences, others for one."""
     size: int = 256
-    """Side in pixels that pictures are shown, and kept, at."""
+    """Side in pixels at which pictures are shown to the model and stored."""
     max_tokens: int | None = None
     """Longest caption in tokens; None is 256 for hf:, and 64 for others."""
     batch: int = 1
     """Pictures per call of hf:; more is faster on a GPU."""
     per_minute: float | None = None
-    """Requests per minute at most."""
+    """Maximum requests per minute."""
     retries: int = 5
-    """Times that a request is tried again when the server is busy or the line is lost, waiting longer each time."""
+    """Retries of a request when the server is busy or the connection fails, waiting longer each time."""
     split: Literal["train", "held", "all"] = "all"
-    """Which pictures, where some are held out."""
+    """Which pictures, if some are held out."""
     device: str = "auto"
-    """auto, cpu, cuda, ..., for a pack or hf:."""
+    """auto, cpu, cuda, ...; for a pack or hf:."""
     trust: bool = False
     """Import packages outside xfusion that the pack names."""
 
@@ -223,7 +223,7 @@ class DataRecaption(Verb):
 
 
 def _skipped(skipped: list[str]) -> list[tuple[str, str]]:
-    """What is said of pictures without a caption."""
+    """Rows about pictures without a caption."""
     if not skipped:
         return []
     rows = [("left out", f"{len(skipped)} without a caption; the same command asks for them again")]

@@ -1,4 +1,4 @@
-"""`demo`: five minutes from nothing to a model that draws and names emoji."""
+"""`demo`: in five minutes from scratch to a model that draws and names emoji."""
 
 from __future__ import annotations
 

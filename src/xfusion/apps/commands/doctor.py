@@ -29,10 +29,10 @@ CORE = ("torch", "transformers", "diffusers", "safetensors", "huggingface-hub", 
 
 @dataclass(frozen=True, kw_only=True)
 class Doctor(Verb):
-    """Say what this machine offers and what is missing; with a base, whether it can be fused.
+    """Report what this machine offers and what is missing; with a base, whether it can be fused.
 
-    With a base it is loaded and the contracts are tried on it with a small dual tower: layers taken apart, text bit-equal,
-    words before a picture, fast path against reference path, drawing with a cache. Exits with 1 where one fails.
+    A given base is loaded and the contracts are checked on it with a small dual tower: layers taken apart, text bit-equal,
+    text before a picture, fast path against reference path, drawing with a cache. Exits with 1 if one fails.
     """
 
     base: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="HF_MODEL")] = None

@@ -1,4 +1,4 @@
-"""`draw` and `judge`: a folder of pictures for a list of prompts, and its scores, apart from each other."""
+"""`draw` and `judge`: draw a folder of pictures for a list of prompts, and score it separately."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from xfusion.apps.commands.base import Answer, UsageError, Verb, as_folder, choo
 class Draw(Verb):
     """Draw pictures of all prompts of a file, for a judge to score later.
 
-    The folder has GenEval's layout and a manifest of seeds, settings and hashes. Give the same command again after a break:
-    what is there stays.
+    The folder has GenEval's layout and a manifest of seeds, settings and hashes. Repeat the command after an interruption:
+    finished pictures are kept.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A folder, a shipped pack's name, or a hub id."""
     prompts: Annotated[Path, tyro.conf.arg(metavar="FILE")]
-    """A prompt a line (.txt), or objects with the field prompt (.jsonl), as GenEval's."""
+    """One prompt per line (.txt), or objects with the field prompt (.jsonl), as in GenEval."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")]
-    """Where to."""
+    """Output folder."""
     num: Annotated[int, tyro.conf.arg(name="num", aliases=["-n"])] = 4
-    """Pictures of each prompt."""
+    """Pictures per prompt."""
     seed: int = 0
     """Seed of the first picture; the others count up."""
     steps: int = 25
     """Steps from noise to picture."""
     guidance: float | None = None
-    """How strongly the words are followed; None takes the pack's own."""
+    """Classifier-free guidance; None uses the pack's own."""
     size: int | None = None
-    """Side in pixels; None takes the size that the pack was trained at."""
+    """Side in pixels; None uses the size that the pack was trained at."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
     trust: bool = False
@@ -74,10 +74,10 @@ class Draw(Verb):
 
 @dataclass(frozen=True, kw_only=True)
 class Judge(Verb):
-    """Score a folder that `xfusion draw` made, with a pack that embeds or captions and did not draw it, or with a metric.
+    """Score a folder of `xfusion draw`, with a pack that embeds or captions and did not draw it, or with a metric.
 
     Metrics need the extra xfusion[eval], and weights from a hub or a folder: clip-score:ORG/MODEL[@REVISION], fid:FOLDER and
-    kernel-distance:FOLDER, whose folder holds the pictures to compare with.
+    kernel-distance:FOLDER, whose folder holds the reference pictures.
     """
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
@@ -85,9 +85,9 @@ class Judge(Verb):
     by: Annotated[str, tyro.conf.arg(metavar="PACK|METRIC:OF")]
     """The judge: a pack by its folder, name or hub id; or a metric."""
     encoder: Annotated[str | None, tyro.conf.arg(metavar="NAME[:SOURCE[:REVISION]]")] = None
-    """What fid and kernel-distance look through, such as efficientnet_lite; None takes Inception v3."""
+    """Feature encoder of fid and kernel-distance, such as efficientnet_lite; None uses Inception v3."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
-    """Write the result to this JSON file, too."""
+    """Also write the result to this JSON file."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
     trust: bool = False

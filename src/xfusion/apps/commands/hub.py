@@ -1,4 +1,4 @@
-"""`push` and `export`: a pack to a model hub, and to other libraries."""
+"""`push` and `export`: upload a pack to a model hub, and convert it for other libraries."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from xfusion.apps.commands.base import Answer, UsageError, Verb, as_folder, load
 
 @dataclass(frozen=True, kw_only=True)
 class Push(Verb):
-    """Put a pack on a model hub, in one commit; its card says what was recorded of it.
+    """Upload a pack to a model hub, in one commit; its card says what was recorded about it.
 
-    The hub and the token are the hub client's own: HF_ENDPOINT, HF_TOKEN, or `hf auth login`.
+    Set the hub and the token as for the hub client: HF_ENDPOINT, HF_TOKEN, or `hf auth login`.
     """
 
     pack: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PACK")]
     """A folder, or a shipped pack's name."""
     repository: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ORG/NAME")]
-    """Where to; made if it is not there."""
+    """Target repository; created if missing."""
     revision: str | None = None
-    """Branch; None takes the main one."""
+    """Branch; None is the main one."""
     private: bool = False
-    """A new repository is private."""
+    """Make a new repository private."""
     message: str = "xfusion pack"
-    """Message of the commit."""
+    """Commit message."""
 
     def run(self, people: Console) -> Answer:
         if self.repository.count("/") != 1:
@@ -50,7 +50,7 @@ class Push(Verb):
 
 @dataclass(frozen=True, kw_only=True)
 class Export(Verb):
-    """Write a pack in the format of another library, with the same logits; what it has no class for is refused.
+    """Write a pack in the format of another library, with the same logits; unsupported models are refused.
 
     peft: the tower of xfusion_lora (stride 1) as LoRA, the prompts of llama_adapter. transformers: llava and llava_1_5 with
     a vision transformer as LlavaForConditionalGeneration, qwen_audio as VoxtralForConditionalGeneration.
@@ -61,7 +61,7 @@ class Export(Verb):
     to: str
     """peft or transformers."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")]
-    """Folder of what is written; it must be empty or not there."""
+    """Output folder; it must be empty or missing."""
     trust: bool = False
     """Import packages outside xfusion that the pack names."""
 

@@ -1,4 +1,4 @@
-"""`generate` and `caption`: words to pictures, pictures and sounds to words, pictures to the nearest of given names."""
+"""`generate` and `caption`: text to pictures, pictures and sounds to text, pictures to the nearest of given names."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
     from PIL.PngImagePlugin import PngInfo
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-"""What pictures are written as; only PNG carries the prompt and the settings."""
+"""File formats of pictures; only PNG stores the prompt and the settings."""
 LARGEST_NUMBER = 4096
-"""Pictures of one call."""
+"""Most pictures of one call."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(Verb):
     """Draw pictures of a prompt.
 
-    -o x.png writes one picture, or one grid of several; -o folder/ writes one file per picture. A PNG remembers prompt,
+    -o x.png writes one picture, or one grid of several; -o folder/ writes one file per picture. A PNG stores prompt,
     seed, steps, guidance and the pack's fingerprint.
     """
 
@@ -52,15 +52,15 @@ class Generate(Verb):
     steps: int = 25
     """Steps from noise to picture."""
     solver: str | None = None
-    """What takes the steps: euler, heun (two passes per step) or multistep; None takes the pack's own."""
+    """Sampler: euler, heun (two passes per step) or multistep; None uses the pack's own."""
     guidance: float | None = None
-    """How strongly the words are followed (classifier-free guidance); 1 is off. None takes the pack's own."""
+    """Classifier-free guidance: how strongly the prompt is followed; 1 is off. None uses the pack's own."""
     seed: int = 0
     """Seed of the first picture."""
     size: int | None = None
-    """Side in pixels; None takes the size that the pack was trained at. Others are drawn at the nearest and resized."""
+    """Side in pixels; None uses the trained size. Other sizes are drawn at the nearest trained one and resized."""
     out: Annotated[str | None, tyro.conf.arg(aliases=["-o"], metavar="FILE|FOLDER/")] = None
-    """Where to; None makes a file in this folder that is named after the prompt."""
+    """Output file or folder; None writes a file named after the prompt to the current folder."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
     trust: bool = False
@@ -78,7 +78,7 @@ class Generate(Verb):
         guidance = model.guidance if self.guidance is None else self.guidance
         native, wanted = draw_size(model, self.size)
         if model.backbone.device.type == "cpu":
-            keep_freed_memory()  # each step asks for the same buffers; this process does nothing else
+            keep_freed_memory()  # each step allocates the same buffers; this process does nothing else
         begun = time.perf_counter()
         with progress(people) as tell:
             pictures = model.draw(
@@ -137,7 +137,7 @@ class _Target:
 
     @classmethod
     def of(cls, out: str | None, prompt: str) -> _Target:
-        """Read ``-o``, and refuse before anything is computed what cannot be written after it."""
+        """Parse ``-o``; a target that could not be written is refused before anything is computed."""
         name = file_name(prompt)
         if out is None:
             return cls(unused(Path(f"{name}.png")), False, name)
@@ -162,12 +162,12 @@ class _Target:
 
 
 def file_name(prompt: str) -> str:
-    """A prompt as a file's name: letters and digits of any script, at most 40 of them."""
+    """A file name from a prompt: letters and digits of any script, at most 40 characters."""
     return re.sub(r"[\W_]+", "-", prompt.lower())[:40].strip("-") or "picture"
 
 
 def unused(path: Path) -> Path:
-    """The path itself, or with a number, so that a default name never overwrites anything."""
+    """The path, with a number if it exists, so that a default name never overwrites anything."""
     number, free = 2, path
     while free.exists():
         free, number = path.with_name(f"{path.stem}-{number}{path.suffix}"), number + 1
@@ -188,7 +188,7 @@ def grid(pictures: list[Image]) -> Image:
 
 
 def save(picture: Image, path: Path, facts: dict[str, Any]) -> Path:
-    """Write a picture in the format of its name; a PNG gets the facts as text."""
+    """Write a picture in the format of its suffix; a PNG stores the facts as text."""
     kind = FORMATS[path.suffix.lower()]
     options: dict[str, Any] = {"quality": 95} if kind in ("JPEG", "WEBP") else {}
     if kind == "PNG":
@@ -197,7 +197,7 @@ def save(picture: Image, path: Path, facts: dict[str, Any]) -> Path:
 
 
 def png_facts(facts: Mapping[str, Any]) -> PngInfo:
-    """Facts as a PNG carries them."""
+    """Facts as text chunks of a PNG."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
@@ -208,19 +208,19 @@ def png_facts(facts: Mapping[str, Any]) -> PngInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Caption(Verb):
-    """Say what pictures show, or sounds say; with --names, which of some names is nearest."""
+    """Caption pictures or sounds; with --names, rank some names for them."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A folder, a shipped pack's name, or a hub id."""
     images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE...")]
-    """Picture files, of which what is not square is cut to its middle; or sound files, for a pack that hears."""
+    """Picture files (cropped to their central square), or sound files for a pack with audio."""
     question: str = ""
-    """What to ask about each picture; nothing asks for its name."""
+    """Question about each picture; an empty one asks for its name."""
     names: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")] = ()
-    """Rank these for each picture instead of answering (zero-shot naming), for packs that embed (recipe clip), by cosine, or
-    that match (lxmert), by probability."""
+    """Rank these names for each picture instead of answering (zero-shot classification): by cosine for packs that embed
+    (recipe clip), by probability for packs that match (lxmert)."""
     size: int | None = None
-    """Side in pixels that pictures are read at, one of the pack's; None takes its first."""
+    """Side in pixels at which pictures are read, one of the pack's sizes; None uses its first."""
     max_tokens: int = 32
     """Longest answer in tokens."""
     device: str = "auto"
@@ -261,7 +261,7 @@ class Caption(Verb):
         return Answer(data=data | {"seconds": round(time.perf_counter() - begun, 3)}, text=text)
 
     def _ranked(self, model: Any, opened: list[Any], people: Console) -> Answer:
-        """The names for each picture, the nearest first."""
+        """The names for each picture, nearest first."""
         names, embeds = list(self.names), "embed" in model.capabilities
         if not embeds and "match" not in model.capabilities:
             able = ", ".join(sorted(model.capabilities))

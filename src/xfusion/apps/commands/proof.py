@@ -1,4 +1,4 @@
-"""`verify` and `evaluate`: is the text unchanged, and how good is the rest."""
+"""`verify` and `evaluate`: whether the text is unchanged, and how good the rest is."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Verify(Verb):
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A folder, a shipped pack's name, or a hub id."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
-    """Write the result to this JSON file, too."""
+    """Also write the result to this JSON file."""
     record: bool = False
     """Record the result in the pack, which must be a folder: its card then shows the proof."""
     device: str = "auto"
@@ -61,7 +61,7 @@ class Verify(Verb):
 
 
 def _to_record_in(name: str) -> Path:
-    """The folder of a pack that results are recorded in; asked before they are made."""
+    """The folder of the pack in which results are recorded; checked before they are computed."""
     from xfusion import checkpoint
 
     folder = Path(pack_folder(name)).expanduser()
@@ -87,10 +87,9 @@ def verdict(result: dict[str, Any]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Verb):
-    """Score a model with a suite, and say with which settings, seeds and versions.
+    """Score a model with a suite, and record settings, seeds and versions.
 
-    What a suite holds to be trained on is what the pack says that it was; pictures that it was trained on are not scored as held
-    out.
+    The pack's record says which data it was trained on; training pictures are never scored as held out.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -98,12 +97,12 @@ class Evaluate(Verb):
     suite: str = "emoji"
     """Name of the suite."""
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE...")] = ()
-    """Settings of the suite, such as source=emoji:128 max_drawn=64 features=false. Without a source the suite takes the data that
-    the pack was trained on, where it recorded them."""
+    """Settings of the suite, such as source=emoji:128 max_drawn=64 features=false. Without a source the suite uses the
+    data that the pack was trained on, if recorded."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
-    """Write the result to this JSON file, too."""
+    """Also write the result to this JSON file."""
     record: bool = False
-    """Record the scores in the pack, which must be a folder, in place of those there: its card then shows them."""
+    """Record the scores in the pack, which must be a folder, replacing earlier ones: its card then shows them."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
     trust: bool = False
@@ -130,7 +129,7 @@ class Evaluate(Verb):
         return Answer(data=result, text=table(rows + self.plots(result.get("curves", {}))))
 
     def plots(self, curves: dict[str, list[list[float]]]) -> list[tuple[str, str]]:
-        """Draw a suite's curves beside the result, ``FILE.NAME.svg`` each, and say where they are."""
+        """Plot a suite's curves beside the result as ``FILE.NAME.svg``; returns table rows with their paths."""
         from xfusion.apps import plots
 
         rows = []
@@ -144,7 +143,7 @@ class Evaluate(Verb):
 
 
 def read_setting(text: str) -> tuple[str, Any]:
-    """``NAME=VALUE`` of ``--set``; a value that is no JSON is a string."""
+    """Parse ``NAME=VALUE`` of ``--set``; a value that is not JSON is a string."""
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise UsageError(f"--set {text}: write NAME=VALUE, such as max_drawn=64")

@@ -28,29 +28,29 @@ from xfusion.training.stages import Recipe
 class TrainRecipe(Train):
     """Train a recipe; the result is a pack.
 
-    Ctrl-C and SIGTERM finish the step, write state and pack, and exit with 130 and 143; go on with --resume, also after
-    a crash.
+    Ctrl-C and SIGTERM finish the step, write state and pack, and exit with 130 and 143; continue with --resume, also
+    after a crash.
     """
 
     recipe: tyro.conf.SuppressFixed[tyro.conf.Fixed[str]]
     """A name of `xfusion list`, file.py:function or package.module:function."""
     settings: Annotated[Recipe, tyro.conf.arg(name="")]
-    """What the recipe sets."""
+    """Settings of the recipe."""
 
     def run(self, people: Console) -> Answer:
         return self.start(self.settings, people)
 
 
 def parse_train(parse: Callable[..., Any], name: str, args: list[str]) -> TrainRecipe:
-    """The options behind ``xfusion train NAME``.
+    """Parse the options after ``xfusion train NAME``.
 
-    A resumed run takes the settings that are written in its folder, and an adapted pack those of its model but for the
-    objectives; what the command line says wins over both.
+    A resumed run uses the settings saved in its folder. An adapted pack uses those of its model, except for the
+    objectives. Options on the command line override both.
 
     Args:
         parse: as `xfusion.apps.cli.parse`.
         name: the recipe.
-        args: what stands behind it.
+        args: the arguments after it.
     """
     settings = _recipe(name)
     first: TrainRecipe = parse(
@@ -62,7 +62,7 @@ def parse_train(parse: Callable[..., Any], name: str, args: list[str]) -> TrainR
         folder = checkpoint.find(pack_folder(first.from_pack))
         model = checkpoint.from_json(checkpoint.read_config(folder)["model"], where=str(folder))
         _same_fusion(f"the pack {first.from_pack}", model, name, settings.model)
-        # How a run trains (noise levels, weights of losses) is the recipe's; what the weights mean is the pack's.
+        # The recipe says how to train (noise levels, loss weights); the pack says what the weights mean.
         wanted = settings.model
         model = dataclasses.replace(model, text=wanted.text, media=wanted.media.adapted(model.media))
         settings = dataclasses.replace(settings, model=model)
@@ -129,14 +129,14 @@ def registry() -> ConstructorRegistry:
 
 
 def codec_names() -> list[str]:
-    """The files of the folder ``modalities/codecs`` that hold a codec."""
+    """The modules of the folder ``modalities/codecs`` that define a codec."""
     from xfusion.modalities import codecs
 
     return _names_in(codecs, Codec)
 
 
 def _names_in(folder: ModuleType, kind: type) -> list[str]:
-    """The files of a folder that hold a class of a kind."""
+    """The modules of a package that define a class of a kind."""
     import pkgutil
 
     names = sorted(m.name for m in pkgutil.iter_modules(folder.__path__))
@@ -150,7 +150,7 @@ def _class_in(folder: ModuleType, name: str, kind: type) -> Any:
 
 
 def read_encoder(text: str) -> Encoder.Config:
-    """``NAME[:SOURCE[:REVISION]]``, a file of the folder ``modalities/encoders`` that looks at pictures."""
+    """Parse ``NAME[:SOURCE[:REVISION]]``; NAME is a picture encoder's module in the folder ``modalities/encoders``."""
     from xfusion.modalities import encoders
 
     name, *values = text.split(":")
@@ -166,7 +166,7 @@ def read_encoder(text: str) -> Encoder.Config:
 
 
 def read_codec(text: str) -> Codec.Config:
-    """``NAME[:FIELD...]``, the fields in the order of the codec's configuration."""
+    """Parse ``NAME[:FIELD...]``, with the fields in the order of the codec's configuration."""
     name, *values = text.split(":")
     if name not in codec_names():
         raise ValueError(f"codec {name!r} is not one of {', '.join(codec_names())}")

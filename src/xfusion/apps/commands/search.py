@@ -1,4 +1,4 @@
-"""`index` and `search`: a folder of pictures by words."""
+"""`index` and `search`: find pictures of a folder by text."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from rich.console import Console
 from xfusion.apps.commands.base import Answer, UsageError, Verb, choose_device, load_model, progress, table, written
 
 FORMAT = "xfusion index 1"
-"""What the file says that it is."""
+"""The format name stored in the file."""
 CHUNK = 64
-"""Pictures that are read at once."""
+"""Pictures that are embedded at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Index(Verb):
-    """Make a folder of pictures searchable by words: one vector per picture, in one file."""
+    """Make a folder of pictures searchable by text: one vector per picture, in one file."""
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    """Pictures, in folders below it too. What is not square is cut to its middle."""
+    """Folder of pictures, searched recursively. Pictures are cropped to their central square."""
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A folder, a shipped pack's name, or a hub id, of a model that can embed (recipe clip)."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="INDEX")] = Path("pictures.index")
-    """The index."""
+    """Index file to write."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
     trust: bool = False
@@ -66,16 +66,16 @@ class Index(Verb):
 
 @dataclass(frozen=True, kw_only=True)
 class Search(Verb):
-    """Find pictures of an index by words, nearest first."""
+    """Find pictures of an index by text, nearest first."""
 
     index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
-    """What `xfusion index` wrote."""
+    """Index file of `xfusion index`."""
     words: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WORDS")]
-    """What to look for."""
+    """Text to search for."""
     num: Annotated[int, tyro.conf.arg(name="num", aliases=["-n"])] = 10
     """Number of pictures."""
     model: str | None = None
-    """Where the model is, if no longer where the index was made with it."""
+    """The model, if it has moved since the index was made."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
     trust: bool = False

@@ -1,4 +1,4 @@
-"""`serve`: packs behind routes that OpenAI's clients know."""
+"""`serve`: serve packs through an OpenAI-compatible API."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ KEY_VARIABLE = "XFUSION_API_KEY"
 
 @dataclass(frozen=True, kw_only=True)
 class Serve(Verb):
-    """Serve packs over HTTP, for OpenAI's clients and all that speak like them.
+    """Serve packs over HTTP, for OpenAI's clients and compatible ones.
 
-    Packs on the same base share it. The key in the environment variable XFUSION_API_KEY, or the file of --keys, closes
-    the server to all others. Ctrl-C or SIGTERM: no new requests, those that run get --limits.grace seconds, a second one
-    ends them.
+    Packs on the same base share it. With a key in the environment variable XFUSION_API_KEY or in the file of --keys, all
+    requests need a key. Ctrl-C or SIGTERM stops new requests and gives running ones --limits.grace seconds; a second
+    one ends them.
     """
 
     packs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PACK...")]
     """Folders, shipped packs' names, or hub ids; the first answers requests that name no model."""
     host: str = "127.0.0.1"
-    """Address to listen at; 0.0.0.0 is every network that this machine is in."""
+    """Address to listen on; 0.0.0.0 means all network interfaces."""
     port: int = 8000
-    """Port to listen at; 0 takes a free one."""
+    """Port to listen on; 0 picks a free one."""
     keys: Path | None = None
-    """File with an API key per line."""
+    """File with one API key per line."""
     picture_hosts: Annotated[tuple[str, ...], tyro.conf.arg(metavar="HOST...")] = ()
-    """Hosts whose pictures may be named by address; without one, pictures come as data URLs alone."""
+    """Hosts from which picture URLs may be fetched; by default pictures are accepted as data URLs only."""
     allowed_names: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")] = ()
-    """Names that requests may call this server by (their Host), besides those of this machine to itself. Without one, a
-    server without keys at a loopback address takes only the latter, and any other server takes every name."""
+    """Names accepted in the Host header, besides the loopback names. By default, a server without keys on a loopback
+    address accepts only loopback names, and any other server accepts every name."""
     allowed_origins: Annotated[tuple[str, ...], tyro.conf.arg(metavar="ORIGIN...")] = ()
-    """Pages elsewhere that may use this server in a browser (their Origin), such as http://localhost:3000. Without one, no page
-    may; programs say no Origin and need none."""
+    """Origins of other sites' pages that may use this server in a browser, such as http://localhost:3000. By default none
+    may; programs send no Origin and need none."""
     limits: Limits = field(default_factory=Limits)
-    """What a request may ask for."""
+    """Limits of requests."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
     trust: bool = False
@@ -55,7 +55,7 @@ class Serve(Verb):
     def run(self, people: Console) -> Answer:
         self._check()
         keys = self._keys()
-        # Listening comes first: a port that is taken is known before anything is loaded, and early clients wait.
+        # Listen first: a port in use is reported before anything is loaded, and early clients wait.
         with listen(self.host, self.port) as listener:
             try:
                 from xfusion.apps.server import app
@@ -98,7 +98,7 @@ class Serve(Verb):
 
 
 def check_limits(limits: Limits) -> None:
-    """Refuse limits that let nothing through.
+    """Refuse limits that would reject every request.
 
     Raises:
         UsageError: one is below 1.
@@ -109,10 +109,10 @@ def check_limits(limits: Limits) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; clients that come before anything answers wait.
+    """A listening socket; clients that connect before the server answers wait.
 
     Raises:
-        UsageError: there is no such port, or it is taken.
+        UsageError: there is no such port, or it is in use.
     """
     if not 0 <= port < 65536:
         raise UsageError(f"--port {port}: choose 0 to 65535")
@@ -125,16 +125,16 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def address_of(host: str, listener: socket.socket) -> str:
-    """Where a browser or a client finds a listener."""
+    """The URL of a listener."""
     return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
 
 def serve_until_stopped(app: Any, listener: socket.socket, limits: Limits) -> float:
-    """Answer until SIGINT or SIGTERM; open requests then get `Limits.grace` seconds. Returns the minutes that it went."""
+    """Serve until SIGINT or SIGTERM; open requests then get `Limits.grace` seconds. Returns the minutes served."""
     from xfusion.apps.server.stopping import Server
 
     began = time.perf_counter()
-    # Having stopped, uvicorn raises the signal once more for whoever had set a handler: for us it was answered.
+    # After stopping, uvicorn raises the signal again for earlier handlers: we have already handled it.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     Server(app, limits.grace, limits.connections).run(sockets=[listener])

@@ -1,4 +1,4 @@
-"""`show` and `list`: what there is, what is frozen, what is new, what it needs, under which licences."""
+"""`show` and `list`: available recipes and packs; what is frozen and what is new, memory, licences."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Show(Verb):
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE_OR_MODEL")]
     """A recipe of `xfusion list`, file.py:function, a folder, a shipped pack's name, or a hub id."""
     backbone: Annotated[str | None, tyro.conf.arg(metavar="SHAPE")] = None
-    """What a recipe would cost on a base that is not here: Llama-3.2-1B or Llama-3.1-8B, by shape alone."""
+    """Estimate a recipe's cost on a base from its shape alone, without weights: Llama-3.2-1B or Llama-3.1-8B."""
     trust: bool = False
     """Import packages outside xfusion that a pack names."""
 
@@ -102,7 +102,7 @@ class Show(Verb):
 
 
 def describe(model: Model) -> dict[str, Any]:
-    """What a model is made of, as JSON values."""
+    """A model's parts, as JSON values."""
     backbone, media = model.backbone, model.modality
     frozen = backbone.num_parameters
     rows, columns = media.grid(media.sizes[0])
@@ -150,12 +150,12 @@ def _parts(model: Model) -> dict[str, int]:
 
 
 def training_memory(model: Model, source: Source | None = None) -> dict[str, Any]:
-    """Bytes of weights, optimiser and kept states of prompts in training; activations come on top and grow with the samples
+    """Bytes of weights, optimiser and cached prompt states in training; activations are extra and grow with the samples
     per step.
 
     Args:
-        model: what is trained.
-        source: on what; None knows of no texts, so that ``text_states`` is the most that may be kept, and not in ``total``.
+        model: the model to train.
+        source: the training data; if None, ``text_states`` is the largest size the cache may have, and not in ``total``.
     """
     from xfusion.text_states import TEXT_STATES_BYTES
     from xfusion.training.precision import choose_compute_dtype
@@ -164,11 +164,11 @@ def training_memory(model: Model, source: Source | None = None) -> dict[str, Any
     base = model.backbone.model
     dtype, reason = choose_compute_dtype(model.backbone.device)
     frozen = sum(p.numel() * p.element_size() for p in base.parameters())
-    # In the base's own precision training computes with its very weights (`Backbone.working_copy`).
+    # In the base's own precision, training uses the base's weights without a copy (`Backbone.working_copy`).
     copy = 0 if dtype == model.backbone.dtype else model.backbone.num_parameters * dtype.itemsize
     new = model.num_new_parameters * 4
     texts = 0
-    if model.fusion.prefix_is_constant and "draw" in model.capabilities:  # else no text is looked up
+    if model.fusion.prefix_is_constant and "draw" in model.capabilities:  # otherwise no prompt states are cached
         texts = TEXT_STATES_BYTES if source is None else Prompts.of(source, model, dtype).kept_bytes
     return {
         "base": frozen,
@@ -185,7 +185,7 @@ def training_memory(model: Model, source: Source | None = None) -> dict[str, Any
 
 
 def built_in(recipe: Recipe) -> Source | None:
-    """A recipe's data where they come with the package; others are not opened to be shown."""
+    """A recipe's data if they ship with the package; others are not opened."""
     from xfusion.data.sources import open_source
 
     return open_source(recipe.data) if recipe.data.partition(":")[0] == "emoji" else None
@@ -199,7 +199,7 @@ def activations(model: Model, stage: Stage, dtype: torch.dtype | None = None) ->
     dtype = dtype or choose_compute_dtype(model.backbone.device)[0]
     try:
         kept, again = (activation_memory(model, stage, dtype, checkpointing=way) for way in (False, True))
-    except (NotImplementedError, RuntimeError):  # a mechanism that looks at values, which a shape alone does not have
+    except (NotImplementedError, RuntimeError):  # a mechanism that reads tensor values, which shapes alone do not have
         kept = again = None
     return {
         "activations": kept,

@@ -1,4 +1,4 @@
-"""`train`: any recipe, with all of its settings on the command line."""
+"""`train`: any recipe, with all its settings as options."""
 
 from __future__ import annotations
 
@@ -31,46 +31,46 @@ if TYPE_CHECKING:
 class Train(Verb):
     """Train a recipe; the result is a pack.
 
-    Ctrl-C and SIGTERM finish the step, write state and pack, and exit with 130 and 143; go on with --resume, also after
-    a crash. `xfusion train RECIPE --help` also shows the settings of that recipe, such as --data, --model.fusion.stride
-    and --stages.0.rate.
+    Ctrl-C and SIGTERM finish the step, write state and pack, and exit with 130 and 143; continue with --resume, also
+    after a crash. `xfusion train RECIPE --help` also shows the settings of that recipe, such as --data,
+    --model.fusion.stride and --stages.0.rate.
     """
 
     recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
     """A name of `xfusion list`, file.py:function or package.module:function."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")] = None
-    """Folder of the run: log, previews, state, and the pack in FOLDER/pack; None takes runs/RECIPE."""
+    """Folder of the run: log, previews, state, and the pack in FOLDER/pack; None means runs/RECIPE."""
     minutes: float | None = None
     """Wall-clock budget; the number of steps follows from the measured speed."""
     steps: int | None = None
     """Optimiser steps of the last stage, instead of a budget in minutes."""
     resume: bool = False
-    """Go on where the run in the folder stopped, with its settings and its next batch."""
+    """Resume the run in the folder where it stopped, with its settings and its next batch."""
     from_pack: Annotated[str | None, tyro.conf.arg(name="from", metavar="PACK")] = None
-    """Adapt this pack: start from its weights, with its model's settings."""
+    """Adapt this pack: start from its weights and its model's settings."""
     allow_bad: float = 0.0
-    """Share of bad examples that is left out instead of stopping, such as 0.05."""
+    """Fraction of bad examples that is skipped instead of stopping, such as 0.05."""
     preview: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PROMPT...")] = ()
-    """What previews draw; nothing takes the first captions of the data."""
+    """Prompts of the previews; by default the first captions of the data."""
     preview_every: float = 60.0
     """Seconds between previews; 0 makes none."""
     checkpoint_every: float = 300.0
     """Seconds between checkpoints."""
     keep: int = 2
-    """Newest checkpoints that stay in FOLDER/state. Besides stays the best: the one with the lowest training loss, as a
-    running mean over some fifty steps, of the last stage that was reached. It says nothing of pictures held out."""
+    """Number of newest checkpoints to keep in FOLDER/state. The best is kept, too: the one with the lowest training loss,
+    as a running mean over some fifty steps, of the last stage reached. It says nothing about held-out pictures."""
     compile: bool = True
-    """Whether the per-layer work is compiled: a minute at the start, two to three times the speed behind it."""
+    """Compile the per-layer computation: costs a minute at the start, then runs two to three times as fast."""
     shard: Literal["none", "new", "all"] = "none"
-    """What several processes divide among them (torchrun): nothing, the new weights with their gradients, moments and
-    average, or the frozen base too. One process divides nothing."""
+    """What is sharded across processes (torchrun): nothing, the new weights with their gradients, moments and average, or
+    the frozen base too. A single process shards nothing."""
     decoders: int | None = None
-    """Threads of each process that read and decode pictures; None takes four, or as many as there are cores."""
+    """Threads per process that read and decode pictures; None means four, or the number of cores."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
     attention: str | None = None
-    """What layers attend by: grouped, eager, sdpa, or flex_attention (block masks, on a GPU; its speed is not measured).
-    None chooses by device."""
+    """Attention implementation: grouped, eager, sdpa, or flex_attention (block masks, on a GPU; its speed is not
+    measured). None chooses by device."""
 
     def start(self, recipe: Recipe, people: Console) -> Answer:
         """Train a recipe with all settings resolved."""
@@ -110,7 +110,7 @@ class Train(Verb):
         return Answer(data=data, text=table(rows))
 
     def folder(self) -> Path:
-        """Where the run is."""
+        """Folder of the run."""
         return as_folder(self.out or Path("runs") / self.recipe.rpartition(":")[2])
 
     def _check(self) -> None:
@@ -129,10 +129,10 @@ class Train(Verb):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOpening(Verb):
-    """Fit the head that opens a picture by itself to a pack, on requests in chat wording and ordinary chat.
+    """Train a pack's opening head, which decides when to draw, on chat requests for pictures and on ordinary chat.
 
-    Two rows of numbers on the frozen base's states, in minutes on a CPU; the pack's other weights are not touched. It is
-    scored on wordings and chat that it did not learn from.
+    The head is two rows of weights on the frozen base's hidden states; training takes minutes on a CPU and does not change
+    the pack's other weights. The head is scored on held-out wordings and chat.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PACK")]
@@ -140,13 +140,13 @@ class TrainOpening(Verb):
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")] = None
     """Folder of the pack with the head; None adds it to PACK, which must be a folder."""
     wordings: Annotated[str | None, tyro.conf.arg(metavar="FILE.json")] = None
-    """Requests and chat in the form of xfusion/data/requests.json; None takes these."""
+    """Requests and chat in the format of xfusion/data/requests.json; None uses that file."""
     repeat: int = 6
-    """How often a wording appears, each time with another subject."""
+    """How often each wording appears, each time with another subject."""
     chats: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """Further prompts that ask for no picture, to count false alarms among: a line each, or FILE.parquet:COLUMN."""
+    """Further prompts that request no picture, to count false alarms: one per line, or FILE.parquet:COLUMN."""
     max_chats: int | None = None
-    """Only the first of them."""
+    """Use only the first this many of --chats."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
     trust: bool = False
@@ -184,7 +184,7 @@ class TrainOpening(Verb):
 
 
 def _first_use(model: Model, pack: Path, recipe: str) -> str:
-    """A command that shows what the model has learned; classes of a file of one's own are found by its folder."""
+    """A command that shows what the model has learned; PYTHONPATH is added for classes of the user's own file."""
     from xfusion.checkpoint import modules_outside, to_json
 
     outside, file = modules_outside(to_json(model.config)), Path(recipe.partition(":")[0])
@@ -204,14 +204,14 @@ def _first_use(model: Model, pack: Path, recipe: str) -> str:
 
 
 def _graphs(data: dict[str, Any]) -> str:
-    """How often a run compiled, and how often when it should be done with that."""
+    """How many graphs a run compiled, and how many of them after the warm-up."""
     from xfusion.training.pace import WARM_STEPS
 
     return f"{data['graphs']} compiled, {data['graphs_behind_warm_up']} of them behind the first {WARM_STEPS} steps"
 
 
 class _Ends:
-    """Listens for what the answer says about a run."""
+    """Listens to a run and collects the facts for the answer."""
 
     def __init__(self) -> None:
         self.step: dict[str, Any] = {}
@@ -226,7 +226,7 @@ class _Ends:
             self.end = event
 
     def facts(self) -> dict[str, Any]:
-        """Steps, samples, seconds, the last losses, and the median rate of this call."""
+        """Steps, samples, seconds, the last losses, and this call's median rate."""
         rates = sorted(self.rates)
         return {
             "steps": self.end["step"],

@@ -1,4 +1,4 @@
-"""`web`: packs in a browser."""
+"""`web`: use packs in a browser."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ from xfusion.apps.server.limits import Limits
 class Web(Verb):
     """Show packs in a browser: chat, a gallery, pictures dropped on the page, a look inside, comparisons.
 
-    Nothing is fetched from elsewhere and nothing is told to anyone. What is uploaded and drawn lies in a temporary folder
-    that goes when the page is stopped, by Ctrl-C or SIGTERM. There are no keys: who reaches the port may ask.
+    The page fetches nothing from other hosts and sends nothing to them. Uploads and drawings are stored in a temporary
+    folder that is deleted when the page stops, by Ctrl-C or SIGTERM. There are no keys: anyone who reaches the port can
+    use it.
     """
 
     packs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PACK...")]
     """Folders, shipped packs' names, or hub ids."""
     host: str = "127.0.0.1"
-    """Address to listen at; 0.0.0.0 is every network that this machine is in."""
+    """Address to listen on; 0.0.0.0 means all network interfaces."""
     port: int = 7860
-    """Port to listen at; 0 takes a free one."""
+    """Port to listen on; 0 picks a free one."""
     comparisons: Path = Path("comparison")
-    """Folder of comparisons to show, where there is one."""
+    """Folder of comparisons to show, if it exists."""
     limits: Limits = field(default_factory=Limits)
-    """What may be asked for."""
+    """Limits of requests."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
     trust: bool = False

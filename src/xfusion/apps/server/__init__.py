@@ -1,1 +1,1 @@
-"""The server: packs behind routes that OpenAI's clients know."""
+"""The server: packs behind an OpenAI-compatible API."""

@@ -1,4 +1,4 @@
-"""What clients receive: errors and pictures in the shapes of OpenAI's API."""
+"""Responses to clients: errors and pictures in the formats of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Refused(Exception):
-    """A request that gets an error: its status, and one line."""
+    """A request that is answered with an error: its status, and one line."""
 
     def __init__(
         self,
@@ -31,26 +31,26 @@ class Refused(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The error as OpenAI's clients read it."""
+        """The error in OpenAI's format."""
         kind = "invalid_request_error" if self.status < 500 and self.status != 429 else "server_error"
         kind = "rate_limit_error" if self.status == 429 else kind
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
 def base64_png(picture: Image, facts: Mapping[str, Any]) -> str:
-    """A picture as the base64 text of a PNG that remembers how it was drawn."""
+    """A picture as a base64 PNG that stores how it was drawn."""
     file = io.BytesIO()
     picture.save(file, format="PNG", pnginfo=png_facts(facts))
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 
 def data_url(picture: Image, facts: Mapping[str, Any]) -> str:
-    """The same as a data URL."""
+    """The same PNG as a data URL."""
     return f"data:image/png;base64,{base64_png(picture, facts)}"
 
 
 def usage(prompt: int, completion: int) -> dict[str, int]:
-    """Counts of tokens."""
+    """Token counts."""
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 

@@ -45,12 +45,12 @@ def create(
     """The server as an ASGI application.
 
     Args:
-        models: what is served, by name; the first answers requests that name none.
-        limits: what a request may ask for.
-        keys: API keys; with none, everyone may ask.
-        hosts: whose pictures are fetched; with none, pictures come as data URLs alone.
-        names: by which the server may be called, in lower case; with none, by any.
-        origins: of pages elsewhere that may use the server in a browser, such as ``http://localhost:3000``.
+        models: models to serve, by name; the first answers requests that name none.
+        limits: limits of requests.
+        keys: API keys; if empty, everyone may send requests.
+        hosts: hosts from which pictures are fetched; if empty, pictures are accepted as data URLs only.
+        names: names accepted in the Host header, in lower case; if empty, any.
+        origins: origins of other sites' pages that may use the server in a browser, such as ``http://localhost:3000``.
     """
     service = Service(models, limits, hosts)
     routes = _Routes(service, keys)
@@ -63,7 +63,7 @@ def create(
         service.readers.shutdown(wait=False, cancel_futures=True)
         await anyio.to_thread.run_sync(service.batches.close, limits.grace)
 
-    # A path with a slash too many is one that is not there: nobody is led to an address that the request made up.
+    # A path with an extra slash is a 404: no client is redirected to an address that the request made up.
     app = FastAPI(title="xfusion", openapi_url=None, lifespan=lifespan, redirect_slashes=False)
     app.state.server = app.state.stops = service
     if origins:
@@ -89,17 +89,17 @@ def create(
 
 
 class _Routes:
-    """What answers at each path."""
+    """The handlers of the paths."""
 
     def __init__(self, service: Service, keys: frozenset[str]):
         self.service, self.models, self.limits, self.hosts = service, service.models, service.limits, service.hosts
-        # Headers are bytes, and clients do not agree on those of letters beyond ASCII.
+        # Headers are bytes, and clients encode letters beyond ASCII differently.
         self.keys = [_digest(spelled) for key in keys for spelled in _spelled(key)]
 
     # -- routes without a model
 
     async def authorised(self, request: Request) -> None:
-        """Refuse a request without one of the keys, comparing all of them in constant time."""
+        """Refuse a request without one of the keys; all are compared in constant time."""
         if not self.keys:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
@@ -114,19 +114,19 @@ class _Routes:
             )
 
     async def health(self) -> dict[str, Any]:
-        """Whether requests are taken."""
+        """Whether requests are accepted."""
         return {"status": "ok", "models": list(self.models), "waiting": len(self.service.batches.waiting)}
 
     async def metrics(self) -> Response:
-        """For Prometheus."""
+        """Metrics for Prometheus."""
         return Response(self.service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     async def list_models(self) -> dict[str, Any]:
-        """What is served."""
+        """All served models."""
         return {"object": "list", "data": [self._shown(name) for name in self.models]}
 
     async def show_model(self, name: str) -> dict[str, Any]:
-        """One of them."""
+        """One served model."""
         self.service.model(name)
         return self._shown(name)
 
@@ -136,7 +136,7 @@ class _Routes:
         return {"id": name, "object": "model", "created": self.service.since, "owned_by": "xfusion", **facts}
 
     async def embeddings(self, request: Request) -> Response:
-        """Vectors of texts and pictures."""
+        """Embeddings of texts and pictures."""
         with Arrival(self.service, request) as arrival:
             asked = await arrival.parsed(requests.Embeddings)
             name, model = self.service.model(asked.model)
@@ -144,7 +144,7 @@ class _Routes:
                 raise requests.incapable(model, "embed")
             job, prompt = await arrival.read(partial(reading.embeddings, asked, model, self.limits, self.hosts))
             as_text = asked.encoding_format == "base64"
-            del asked  # it is as large as what was sent, and the queue is long
+            del asked  # as large as the request, and the queue may be long
             ticket = Ticket(self.service, request, [job], arrival.deadline)
         try:
             async for _ in ticket.follow():
@@ -171,14 +171,14 @@ class _Routes:
     # -- conversations
 
     async def chat(self, request: Request) -> Response:
-        """The next turn of a conversation, in words, in a picture, or in both."""
+        """The next turn of a conversation: text, a picture, or both."""
         with Arrival(self.service, request) as arrival:
             asked = await arrival.parsed(requests.Chat)
             name, model = self.service.model(asked.model)
             jobs, prompt = await arrival.read(partial(reading.chat, asked, model, self.limits, self.hosts))
             counted = asked.stream_options is not None and asked.stream_options.include_usage
             stream = asked.stream
-            del asked  # its pictures are as large as they were sent, and the queue is long
+            del asked  # its pictures are as large as they were sent, and the queue may be long
             ticket = Ticket(self.service, request, jobs, arrival.deadline)
         answer = Completion(ticket, name, prompt, counted=counted)
         if stream:
@@ -200,7 +200,7 @@ class _Routes:
         return await self._pictures(ticket, asked, name, model)
 
     async def edits(self, request: Request) -> Response:
-        """A part of a picture drawn anew."""
+        """Inpaint a part of a picture."""
         with Arrival(self.service, request) as arrival:
             if arrival.kind != "multipart/form-data":
                 raise Refused(400, "send a form (multipart/form-data) with image, mask and prompt")
@@ -209,12 +209,12 @@ class _Routes:
             image = files.get("image", files.get("image[]", b""))
             read = partial(reading.edit, asked, model, self.limits, image, files.get("mask"))
             jobs = await arrival.read(read)
-            del image, files, read  # they are as large as they were sent, and the queue is long
+            del image, files, read  # they are as large as they were sent, and the queue may be long
             ticket = Ticket(self.service, request, jobs, arrival.deadline)
         return await self._pictures(ticket, asked, name, model)
 
     def _form(self, request: Request, body: bytes) -> tuple[requests.Images, dict[str, bytes]]:
-        """The fields of a form, and its files; in a thread, since the parser looks at each byte."""
+        """The fields of a form, and its files; run in a thread, since the parser reads every byte."""
 
         async def parsed() -> tuple[dict[str, bytes], dict[str, str], list[str]]:
             form = Request(request.scope, receive=_of(body)).form(
@@ -253,7 +253,7 @@ class _Routes:
 
 
 class _Door:
-    """Refuses what calls this server by another name, or for a page elsewhere, before it is asked which paths there are."""
+    """Refuses requests with a foreign Host name or from another site's page, before any route is matched."""
 
     def __init__(self, app: ASGIApp, names: frozenset[str], origins: frozenset[str]):
         self.app, self.names, self.origins = app, names, origins
@@ -275,7 +275,7 @@ class _Door:
 
 
 def _of(body: bytes) -> Receive:
-    """A body that was received, to be received once more."""
+    """An ASGI receive function that replays a received body."""
 
     async def receive() -> Message:
         return {"type": "http.request", "body": body, "more_body": False}
@@ -284,7 +284,7 @@ def _of(body: bytes) -> Receive:
 
 
 def _spelled(key: str) -> set[bytes]:
-    """A key as clients may send it."""
+    """The encodings in which clients may send a key."""
     spelled = {key.encode("utf-8", "surrogateescape")}
     with suppress(UnicodeEncodeError):
         spelled.add(key.encode("latin-1"))
@@ -292,5 +292,5 @@ def _spelled(key: str) -> set[bytes]:
 
 
 def _digest(key: bytes) -> bytes:
-    """Keys are compared by their digests, which have one length."""
+    """A key's digest; keys are compared by digests, since these have equal length."""
     return hashlib.sha256(key).digest()

@@ -1,6 +1,6 @@
-"""The queue in front of the model: bounded, first come first served, jobs of one kind computed together.
+"""The queue in front of the model: bounded, first come first served, jobs of one kind computed as one batch.
 
-One thread computes, since a model has one engine; the event loop of the server only hands jobs over and hears of them.
+One thread computes, since a model has one engine; the server's event loop only submits jobs and receives their results.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ log = logging.getLogger("xfusion.server")
 
 
 class _Gone(Exception):
-    """Nobody waits for a batch any more."""
+    """No client waits for a batch any more."""
 
 
 class Words:
-    """An answer in words while it grows: cut at a stop sequence, sent as soon as nothing can change it."""
+    """A streamed text answer: cut at a stop sequence, and sent as soon as later tokens cannot change it."""
 
     def __init__(self, decode: Callable[[list[int]], str], stop: tuple[str, ...] = ()):
         self.decode, self.stop = decode, stop
@@ -40,25 +40,25 @@ class Words:
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """What may be sent once a token more is known."""
+        """The text that may be sent after one more token."""
         self.ids.append(token)
         text = self.decode(self.ids)
         found = [place for place in (text.find(stop) for stop in self.stop) if place >= 0]
         if found:
             self.stopped = True
             return self._send(text[: min(found)])
-        # Not yet: a letter whose bytes are still to come, and what may become a stop sequence.
+        # Hold back an incomplete character, and text that may become a stop sequence.
         text = text.rstrip("\N{REPLACEMENT CHARACTER}")
         most = len(text) + 1
         held = [k for stop in self.stop for k in range(1, min(len(stop), most)) if text.endswith(stop[:k])]
         return self._send(text[: len(text) - max(held, default=0)])
 
     def rest(self) -> str:
-        """What is left to be sent when the answer is over."""
+        """The text still to be sent at the end of the answer."""
         return "" if self.stopped else self._send(self.decode(self.ids))
 
     def _send(self, text: str) -> str:
-        if not text.startswith(self.sent):  # a tokenizer that tidies up spaces may yet change its mind
+        if not text.startswith(self.sent):  # a tokenizer that cleans up spaces may change earlier text
             return ""
         new, self.sent = text[len(self.sent) :], text
         return new
@@ -66,7 +66,7 @@ class Words:
 
 @dataclass(frozen=True, kw_only=True)
 class Continue:
-    """A call of `generate`: jobs for which it is equal go through together."""
+    """A call of `generate`; jobs whose call is equal are computed together."""
 
     model: Model
     kinds: tuple[Any, ...]
@@ -76,13 +76,13 @@ class Continue:
     temperature: float
     top_p: float
     decides: bool = False
-    """Whether the answer may open with a picture; jobs are then given conversations, not segments."""
+    """Whether the answer may start with a picture; jobs are then given conversations, not segments."""
     size: int | None = None
-    """Side of a picture that opens so."""
+    """Side of such a first picture."""
 
     @property
     def together(self) -> bool:
-        """Whether jobs share a pass: words alone are answered one by one, as the base answers them to everyone."""
+        """Whether jobs share a pass: text alone is answered one by one, so that it is exactly the base's."""
         return not self.decides and any(kind != "text" for kind in self.kinds)
 
     def run(self, jobs: list[Job]) -> list[list[Any]]:
@@ -127,7 +127,7 @@ class Repaint:
 
     @property
     def together(self) -> bool:
-        """Jobs share a pass."""
+        """True: jobs share a pass."""
         return True
 
     def run(self, jobs: list[Job]) -> list[list[Any]]:
@@ -145,18 +145,18 @@ class Embed:
 
     @property
     def together(self) -> bool:
-        """Jobs share a pass: each item is a row of its own."""
+        """True: jobs share a pass, with one row per item."""
         return True
 
     def run(self, jobs: list[Job]) -> list[list[Any]]:
-        """The vectors of each job, ``[items, width]``."""
+        """The embeddings of each job, ``[items, width]``."""
         items = [item for job in jobs for item in job.given]
         vectors = self.model.embed(items, progress=_awaited(jobs))
         return [list(part) for part in vectors.split([len(job.given) for job in jobs])]
 
 
 class Work(Protocol):
-    """What jobs are computed by; jobs whose work is equal may go through together."""
+    """The computation of jobs; jobs whose work is equal may be computed together."""
 
     @property
     def model(self) -> Model:
@@ -174,7 +174,7 @@ class Work(Protocol):
 
 
 def _awaited(jobs: list[Job]) -> Callable[[int, int], None]:
-    """A progress that ends between two groups of items once all who asked are gone."""
+    """A progress callback that stops between two groups of items once all clients are gone."""
 
     def progress(done: int, total: int) -> None:
         del done, total
@@ -185,7 +185,7 @@ def _awaited(jobs: list[Job]) -> Callable[[int, int], None]:
 
 
 def told(jobs: list[Job]) -> Progress:
-    """A progress of drawing that shows each job its estimate, and ends between two steps once all who asked are gone."""
+    """A progress callback of drawing: passes each job its estimate, and stops between two steps once all clients are gone."""
 
     def progress(done: int, total: int, estimate: Tensor | None) -> None:
         if all(job.dropped for job in jobs):
@@ -199,28 +199,28 @@ def told(jobs: list[Job]) -> Progress:
 
 @dataclass(eq=False, kw_only=True)
 class Job:
-    """One answer that is to be computed."""
+    """One answer to compute."""
 
     work: Work
     given: Any
-    """What it is computed from, as the work takes it."""
+    """The input, in the format of the work."""
     seed: int
     index: int
-    """Which of a request's answers it is."""
+    """Index of the answer within its request."""
     words: Words
     tell: Callable[[Job, str | None], None]
-    """Called by the computing thread with new words, and with None when the answer is there or cannot be had."""
+    """Called by the computing thread with new text, and with None when the answer is done or has failed."""
     watch: Callable[[int, int, Tensor], None] | None = None
-    """Called by the computing thread after each step of drawing: steps done, steps in all, the clean estimate ``[M, P]``."""
+    """Called by the computing thread after each sampling step: steps done, total steps, the clean estimate ``[M, P]``."""
     answer: list[Any] = field(default_factory=list)
     error: Exception | None = None
     dropped: bool = False
-    """Nobody waits for it any more."""
+    """No client waits for it any more."""
     ended: bool = False
-    """The answer is there, or cannot be had."""
+    """The answer is done or has failed."""
 
     def hear(self, token: int) -> bool:
-        """Take a token of the answer; False where no more is wanted."""
+        """Accept a token of the answer; False if no more are wanted."""
         if self.dropped:
             return False
         new = self.words.add(token)
@@ -229,7 +229,7 @@ class Job:
         return not self.words.stopped
 
     def end(self, answer: list[Any] | None = None, error: Exception | None = None) -> None:
-        """Say that it is over; what is over stays as it ended."""
+        """End the job with an answer or an error; ending it again has no effect."""
         if self.ended:
             return
         self.answer, self.error = answer or [], error
@@ -244,21 +244,21 @@ class Batches:
     """The queue and the thread that empties it."""
 
     def __init__(self, queue: int, batch: int, watch: Callable[[list[Job], float], None] = lambda jobs, seconds: None):
-        """``watch`` is told the jobs and the seconds of every batch."""
+        """``watch`` is called with the jobs and the seconds of every batch."""
         self.most, self.batch, self.watch = queue, batch, watch
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
         self.open = True
-        self._seconds = 1.0  # per answer, as it went lately
+        self._seconds = 1.0  # recent time per answer
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="xfusion-batches", daemon=True)
 
     def start(self) -> None:
-        """Begin to compute."""
+        """Start the computing thread."""
         self._thread.start()
 
     def refuse(self) -> None:
-        """Take no more jobs, and end those that wait; what runs goes on."""
+        """Accept no more jobs, and end the waiting ones; running ones continue."""
         with self._changed:
             self.open = False
             waiting = list(self.waiting)
@@ -268,7 +268,7 @@ class Batches:
             job.end(error=stopping())
 
     def close(self, seconds: float) -> None:
-        """Refuse, and let the batch that runs end, if it does in this time."""
+        """Refuse new jobs, and wait at most this long for the running batch."""
         self.refuse()
         self._thread.join(seconds)
 
@@ -284,7 +284,7 @@ class Batches:
             self._changed.notify_all()
 
     def check(self, coming: int) -> None:
-        """Refuse a request before anything is done for it, with ``coming`` others being read that will wait for one answer each.
+        """Refuse a request before any work on it; ``coming`` others are being read and will need one place each.
 
         Raises:
             Refused: as `put`.
@@ -305,7 +305,7 @@ class Batches:
             )
 
     def forget(self, jobs: list[Job]) -> None:
-        """Nobody waits for these any more: their places are free at once, and what runs ends at its next step."""
+        """Drop jobs that no client waits for: their places are free at once, and running ones stop at their next step."""
         with self._changed:
             for job in jobs:
                 job.dropped = True
@@ -313,7 +313,7 @@ class Batches:
                 self.waiting = deque(job for job in self.waiting if not job.dropped)
 
     def _next(self) -> list[Job]:
-        """The oldest job and those that go through with it; none once the queue is closed."""
+        """The oldest job and those that are batched with it; empty once the queue is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self.waiting or not self.open)
             if not self.open:
@@ -333,7 +333,7 @@ class Batches:
                 seconds = time.perf_counter() - began
                 self._seconds += 0.2 * (seconds / len(jobs) - self._seconds)
                 self.watch(jobs, seconds)
-            except Exception as error:  # without this thread nobody would ever be answered again
+            except Exception as error:  # without this thread no request would ever be answered again
                 log.exception("the end of a batch of %d failed", len(jobs))
                 for job in jobs:
                     job.end(error=error)
@@ -344,9 +344,9 @@ class Batches:
             answers = jobs[0].work.run(jobs)
         except _Gone:
             return
-        except Exception as error:  # whatever it is, those who wait must hear of it and the next batch must run
+        except Exception as error:  # whatever it is, clients must be notified and the next batch must run
             if len(jobs) > 1 and not any(job.words.ids for job in jobs):
-                for job in jobs:  # one of them must not take the others with it
+                for job in jobs:  # one job must not fail the others
                     self._run([job])
                 return
             if not isinstance(error, XFusionError):
@@ -359,5 +359,5 @@ class Batches:
 
 
 def stopping() -> Refused:
-    """What a request hears that is not answered any more."""
+    """The error for a request that is no longer answered."""
     return Refused(503, "the server is stopping", code="stopping", headers={"Retry-After": "5"})

@@ -1,4 +1,4 @@
-"""Chat completions in OpenAI's shape: in one piece, or as server-sent events."""
+"""Chat completions in OpenAI's format: as one response, or as server-sent events."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from xfusion.apps.server.tickets import Ticket
 
 
 class Completion:
-    """A ticket's answers in the shape of a chat completion."""
+    """A ticket's answers as a chat completion."""
 
     def __init__(self, ticket: Ticket, name: str, prompt: int, *, counted: bool):
         self.ticket, self.name, self.prompt = ticket, name, prompt
         self.counted = counted
-        """Whether a stream ends with its usage."""
+        """Whether the stream ends with its token usage."""
         self.head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": now(), "model": name}
 
     async def whole(self) -> dict[str, Any]:
-        """The answer in one piece."""
+        """The complete answer."""
         async for _ in self.ticket.follow():
             pass
         choices = []
@@ -86,7 +86,7 @@ class Completion:
 
 
 class Events(StreamingResponse):
-    """Server-sent events; however the stream ends, the ticket's places are given back."""
+    """Server-sent events; however the stream ends, the ticket's places in the queue are released."""
 
     def __init__(self, events: AsyncIterator[str], ticket: Ticket):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

@@ -1,4 +1,4 @@
-"""What clients read when something fails: a refusal, a path that is not there, a mistake in here."""
+"""Error responses: a refused request, an unknown path, an internal error."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from xfusion.apps.server.answers import Refused
 from xfusion.apps.server.reading import as_refused
 
 CLOSED = 499
-"""Status, in the metrics, of a request whose client went away."""
+"""Status, in the metrics, of a request whose client disconnected."""
 
 
 def answer(error: Refused) -> JSONResponse:
-    """A refusal as clients read it."""
+    """The response to a refused request."""
     return JSONResponse(error.body, status_code=error.status, headers=error.headers)
 
 
 async def refused(_: Request, error: Exception) -> Response:
-    """What a route refused."""
+    """A route refused the request."""
     assert isinstance(error, Refused)
     return answer(error)
 
 
 async def no_route(request: Request, error: Exception) -> Response:
-    """A path that is not there, or one that takes another method."""
+    """An unknown path, or one that needs another method."""
     assert isinstance(error, HTTPException)
     path, allowed = request.url.path[:200], (error.headers or {}).get("Allow")
     if error.status_code == 405 and allowed:
@@ -41,11 +41,11 @@ async def no_route(request: Request, error: Exception) -> Response:
 
 
 async def left(_: Request, error: Exception) -> Response:
-    """The client went away."""
+    """The client disconnected."""
     del error
-    return Response(status_code=CLOSED)  # nobody reads it but the metrics
+    return Response(status_code=CLOSED)  # only the metrics read it
 
 
 async def broken(_: Request, error: Exception) -> Response:
-    """A mistake in here: the log says what, the client does not hear it."""
+    """An internal error: it is logged, and its details are not sent to the client."""
     return answer(as_refused(error))

@@ -1,4 +1,4 @@
-"""What `/metrics` says: requests by route and status, batches, tokens, pictures, and the queue."""
+"""The metrics of `/metrics`: requests by route and status, batches, tokens, pictures, and the queue."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ class Metrics:
         self.pictures = Counter("pictures", "Pictures drawn.", **named)
 
     def watch(self, batches: Batches) -> None:
-        """Show a queue's lengths."""
+        """Export a queue's lengths."""
         named = {"registry": self.registry, "namespace": "xfusion"}
         Gauge("waiting", "Answers in the queue.", **named).set_function(lambda: len(batches.waiting))
         Gauge("running", "Answers being computed.", **named).set_function(lambda: len(batches.running))
 
     def computed(self, jobs: list[Job], seconds: float) -> None:
-        """A batch is done."""
+        """Count a finished batch."""
         self.batch_size.observe(len(jobs))
         self.batch_seconds.observe(seconds)
         self.tokens.inc(sum(len(job.words.ids) for job in jobs))
-        drawn = sum(isinstance(segment, PILImage.Image) for job in jobs for segment in job.answer)  # not vectors
+        drawn = sum(isinstance(segment, PILImage.Image) for job in jobs for segment in job.answer)  # not embeddings
         self.pictures.inc(drawn)
 
     def text(self) -> bytes:
-        """As Prometheus reads it."""
+        """The metrics in Prometheus' format."""
         return generate_latest(self.registry)
 
 
 class Counted:
-    """Counts requests by route and status, without holding back what is streamed."""
+    """Middleware that counts requests by route and status, without buffering streams."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics):
         self.app, self.metrics = app, metrics

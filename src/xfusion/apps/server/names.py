@@ -1,7 +1,7 @@
-"""By which names a server may be called, and for which pages.
+"""Which Host names and which origins a server accepts.
 
-A page elsewhere whose name is made to lead here could else use the server (DNS rebinding), and so could any page that has the
-browser send something here, whose answer it cannot read (cross-site requests).
+Otherwise, another site's page whose name is made to resolve to this machine could use the server (DNS rebinding). So could any
+page that makes the browser send something here, even if it cannot read the answer (cross-site requests).
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from starlette.datastructures import Headers
 from starlette.types import Scope
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1", "[::1]"})
-"""Names of this machine to itself."""
+"""Loopback names."""
 
 
 def own_names(host: str) -> frozenset[str]:
-    """The names of a server that listens at an address: this machine's to itself where only it can reach the server.
+    """The names of a server that listens on an address: the loopback names if only this machine can reach the server.
 
-    Elsewhere none is known, and every name is taken (an empty set).
+    Otherwise the names are unknown, and every name is accepted (an empty set).
     """
     try:
         loopback = ipaddress.ip_address(host).is_loopback
@@ -28,15 +28,15 @@ def own_names(host: str) -> frozenset[str]:
 
 
 def foreign(scope: Scope, allowed: frozenset[str] = frozenset()) -> str | None:
-    """The page elsewhere for which a browser sends a request, or None where there is none, or an allowed one.
+    """The other site's origin for which a browser sends a request; None if there is none, or an allowed one.
 
-    Browsers say themselves whether a page is the server's own (``Sec-Fetch-Site``), to servers of this machine and behind TLS;
-    else its origin is compared with the name by which the server is called. What only reads is nobody's harm: browsers show its
-    answer to no page elsewhere.
+    For loopback servers and over TLS, browsers say whether a page is the server's own (``Sec-Fetch-Site``). Otherwise the
+    page's origin is compared with the request's Host name. Requests that only read are harmless: browsers do not show the
+    answer to other sites' pages.
 
     Args:
-        scope: of a request.
-        allowed: origins of pages elsewhere, such as ``http://localhost:3000``.
+        scope: ASGI scope of a request.
+        allowed: allowed origins of other sites, such as ``http://localhost:3000``.
     """
     headers = Headers(scope=scope)
     origin, site = headers.get("origin"), headers.get("sec-fetch-site")
@@ -50,6 +50,6 @@ def foreign(scope: Scope, allowed: frozenset[str] = frozenset()) -> str | None:
 
 
 def called(scope: Scope) -> str:
-    """The name, without a port, by which a request calls this server; empty where it names none."""
+    """The Host name of a request, without the port; empty if there is none."""
     asked = Headers(scope=scope).get("host", "").lower().rpartition(":")
     return (asked[0] if asked[2].isdigit() else "".join(asked)).removesuffix(".")

@@ -1,4 +1,4 @@
-"""A request as jobs: what is asked for is held against the limits, read, and laid out for the queue."""
+"""Turn a request into jobs: check it against the limits, read it, and prepare it for the queue."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def chat(asked: requests.Chat, model: Model, limits: Limits, hosts: frozenset[st
     """The next turn of a conversation: its jobs, and the tokens of its prompt.
 
     Raises:
-        Refused: it is beyond the limits, or nothing that this model can do.
+        Refused: it is beyond the limits, or this model cannot do it.
     """
     _bounded(asked, limits)
     decides = asked.draw == "auto" and "image" not in asked.modalities
@@ -41,7 +41,7 @@ def chat(asked: requests.Chat, model: Model, limits: Limits, hosts: frozenset[st
         requests.trained_side(model)
         given[-1]["content"].append(Image(size=asked.side()))
         if "text" in asked.modalities:
-            given[-1]["content"].append("")  # behind the picture stand words
+            given[-1]["content"].append("")  # text follows the picture
     with _as_refusal():
         segments = conversation(model, given, own_pictures=not decides)
         if decides:
@@ -67,7 +67,7 @@ def _max_tokens(asked: requests.Chat, model: Model, limits: Limits, prompt: int)
     wanted = asked.max_completion_tokens or asked.max_tokens
     requests.within(wanted or 1, limits.tokens, "max_tokens")
     places = getattr(model.backbone.config, "max_position_embeddings", None) or 1 << 30
-    room = places - prompt - 8  # what opens a text, and the rows around pictures
+    room = places - prompt - 8  # the start of a text, and the rows around pictures
     if (wanted or 1) > room:
         raise Refused(
             400,
@@ -101,10 +101,10 @@ def images(asked: requests.Images, model: Model, limits: Limits) -> list[Job]:
 
 
 def edit(asked: requests.Images, model: Model, limits: Limits, image: bytes, mask: bytes | None) -> list[Job]:
-    """A part of a picture drawn anew.
+    """Inpainting of a part of a picture.
 
     Raises:
-        Refused: it is beyond the limits, picture and mask do not fit, or this model cannot draw.
+        Refused: it is beyond the limits, picture and mask do not match, or this model cannot draw.
     """
     steps = _drawn(asked, model, limits)
     trained = requests.trained_side(model)
@@ -118,10 +118,10 @@ def edit(asked: requests.Images, model: Model, limits: Limits, image: bytes, mas
 
 
 def embeddings(asked: requests.Embeddings, model: Model, limits: Limits, hosts: frozenset[str]) -> tuple[Job, int]:
-    """Vectors of texts and pictures: the job, and the tokens of the words.
+    """Embeddings of texts and pictures: the job, and the number of text tokens.
 
     Raises:
-        Refused: they are beyond the limits, or nothing that this model can read; its vectors have another width.
+        Refused: they are beyond the limits, this model cannot read them, or its embeddings have another width.
     """
     objective: Any = next(one for one in model.objectives if "embed" in one.gives)
     width = objective.embedding_width
@@ -137,7 +137,7 @@ def embeddings(asked: requests.Embeddings, model: Model, limits: Limits, hosts: 
 
 
 def _drawn(asked: requests.Images, model: Model, limits: Limits) -> int:
-    """Whether pictures may be asked for so; their steps."""
+    """Check a request for pictures; returns its sampling steps."""
     _bounded(asked, limits)
     steps = asked.drawing_steps(limits)
     requests.within(len(asked.prompt), limits.characters, "characters")
@@ -175,7 +175,7 @@ def _jobs(
 
 @contextmanager
 def _as_refusal() -> Iterator[None]:
-    """The library's errors about what was asked, as answers."""
+    """Turn the library's errors about a request into `Refused`."""
     try:
         yield
     except XFusionError as error:
@@ -183,7 +183,7 @@ def _as_refusal() -> Iterator[None]:
 
 
 def as_refused(error: Exception) -> Refused:
-    """An error as an answer; what went wrong in here is logged, and not told."""
+    """An error as `Refused`; internal errors are logged, and their details are not sent."""
     if isinstance(error, Refused):
         return error
     if isinstance(error, XFusionError):

@@ -1,7 +1,7 @@
-"""What clients send: the fields of OpenAI's requests that mean something here, checked before anything is computed.
+"""Requests of clients: the supported fields of OpenAI's requests, validated before anything is computed.
 
-A field that would change the answer and is not known is refused instead of passed over; one that is null, or says what
-is so anyway, is taken: clients send such fields unasked, and turns come back as they were sent.
+An unknown field that would change the answer is refused, not ignored. A field that is null or states the default is
+accepted, since clients send such fields by themselves and send earlier turns back as they received them.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ if TYPE_CHECKING:
     from xfusion.model import Model
 
 FETCH_SECONDS = 10.0
-"""How long the host of a picture may take, from the call to the last byte."""
+"""How long fetching a picture may take, from the connection to the last byte."""
 STOP_CHARACTERS = 256
-"""Longest sequence that ends an answer: every word of the answer is held against it."""
+"""Longest stop sequence: all of the answer is compared with it."""
 LONGEST = 2048
-"""Entries of any list of a request."""
+"""Most entries of any list of a request."""
 FIELDS = 64
-"""Fields of any object of a request."""
+"""Most fields of any object of a request."""
 BESIDE_WORDS = 20_000
-"""Commas and brackets that a request may hold beside those of its words."""
+"""Commas and brackets that a request may contain besides those of its text."""
 DATA_HEAD = 200
-"""Characters within which the head of a data URL ends."""
+"""Longest header of a data URL, in characters."""
 TOLD = 300
-"""Characters of what was sent that an error repeats."""
+"""Characters of the request that an error may quote."""
 STEPS = 25
-"""Steps of drawing where a request names none, or as many as the server allows."""
+"""Default number of sampling steps, or the server's limit if that is smaller."""
 MOST_GUIDANCE = 100.0
-"""Largest guidance either way; what is far beyond it overflows."""
+"""Largest absolute guidance; far larger values overflow."""
 
 
 class _Strict(BaseModel):
@@ -59,21 +59,21 @@ class _Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_null(cls, given: Any) -> Any:
-        """Null is what a field is where it is left out, known or not."""
+        """Treat null fields, known or not, as left out."""
         if not isinstance(given, dict):
             return given
-        if len(given) > FIELDS:  # each that is not known would be an error of its own
+        if len(given) > FIELDS:  # each unknown field would be a separate error
             count = {"count": len(given), "most": FIELDS}
             raise PydanticCustomError("too_many_fields", "an object has {count} fields, more than {most}", count)
         return {key: value for key, value in given.items() if value is not None}
 
 
 Empty = Annotated[list[Any], Field(max_length=0)]
-"""A list that a client sends although nothing is in it."""
+"""A list that clients send although it is empty."""
 Bounded = Field(max_length=LONGEST, fail_fast=True)
-"""A list whose first mistake is told, and which is not read behind that."""
+"""A list that is validated up to its first error."""
 Stop = Annotated[str, Field(min_length=1, max_length=STOP_CHARACTERS)]
-"""What ends an answer."""
+"""A stop sequence."""
 
 
 class _Request(_Strict):
@@ -81,10 +81,10 @@ class _Request(_Strict):
     n: Annotated[int, Field(ge=1)] = 1
     seed: Annotated[int, Field(ge=0, lt=2**62)] | None = None
     user: str | None = None
-    """Taken and not used."""
+    """Accepted and ignored."""
 
     def first_seed(self) -> int:
-        """The seed of the first answer: a random one where the request names none."""
+        """The seed of the first answer; random if the request names none."""
         return secrets.randbelow(2**31) if self.seed is None else self.seed
 
 
@@ -95,7 +95,7 @@ class _Drawing(_Request):
     """Output side: ``64``, ``64x64`` or ``auto``."""
 
     def drawing_steps(self, limits: Limits) -> int:
-        """Steps of what is drawn.
+        """The number of sampling steps.
 
         Raises:
             Refused: more than the server allows.
@@ -116,18 +116,18 @@ class _Drawing(_Request):
 
 
 class Words(_Strict):
-    """Words of a message."""
+    """Text of a message."""
 
     type: Literal["text"]
     text: str
 
 
 class Address(_Strict):
-    """Where a picture is."""
+    """URL of a picture."""
 
     url: str
     detail: str | None = None
-    """Taken and not used: a picture is seen at the size that the pack was trained at."""
+    """Accepted and ignored: pictures are read at the size that the pack was trained at."""
 
 
 class Picture(_Strict):
@@ -141,9 +141,9 @@ class Recording(_Strict):
     """A sound file."""
 
     data: str
-    """In base64."""
+    """Base64."""
     format: Literal["wav", "mp3", "flac", "ogg"]
-    """Taken, but what the file itself says is what counts."""
+    """Accepted, but the format is read from the file itself."""
 
 
 class Heard(_Strict):
@@ -163,20 +163,20 @@ class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[Block], Bounded] | None = None
     images: Annotated[list[Picture], Bounded] = []
-    """Pictures that this server drew in an earlier turn, as it sent them."""
+    """Pictures that this server drew in an earlier turn, sent back unchanged."""
     name: str | None = None
     annotations: Empty = []
     tool_calls: Empty = []
 
 
 class PlainText(_Strict):
-    """How an answer is laid out: as the model says it."""
+    """Response format: plain text only."""
 
     type: Literal["text"]
 
 
 class StreamOptions(_Strict):
-    """What a stream says besides the answer."""
+    """What a stream contains besides the answer."""
 
     include_usage: bool = False
     include_obfuscation: bool = False
@@ -187,9 +187,9 @@ class Chat(_Drawing):
 
     messages: Annotated[list[Message], Field(min_length=1), Bounded]
     modalities: Annotated[list[Literal["text", "image"]], Field(min_length=1), Bounded] = ["text"]
-    """``image`` draws a picture; with ``text`` beside it, words follow the picture."""
+    """``image`` draws a picture; together with ``text``, text follows the picture."""
     draw: Literal["never", "auto"] = "never"
-    """``auto`` lets the pack's opening head decide whether the answer opens with a picture; ``modalities`` says so itself."""
+    """``auto`` lets the pack's opening head decide whether the answer starts with a picture; ``modalities`` decides itself."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -198,7 +198,7 @@ class Chat(_Drawing):
     stream: bool = False
     stream_options: StreamOptions | None = None
     metadata: Annotated[dict[str, Any], Field(max_length=16)] | None = None
-    """Taken and not used."""
+    """Accepted and ignored."""
     store: bool | None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
@@ -207,7 +207,7 @@ class Chat(_Drawing):
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
     response_format: PlainText | None = None
     tool_choice: Literal["none", "auto"] | None = None
-    """Without tools there is nothing to choose."""
+    """Accepted and ignored: there are no tools."""
     function_call: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
     service_tier: Literal["auto", "default"] | None = None
@@ -221,7 +221,7 @@ class Chat(_Drawing):
 
 
 class Images(_Drawing):
-    """A request for pictures of a prompt, or, with a picture in the form, for a part of it drawn anew."""
+    """A request for pictures of a prompt or, with a picture in the form, for inpainting a part of it."""
 
     prompt: str
     response_format: Literal["b64_json", "url"] | None = None
@@ -233,17 +233,17 @@ class Images(_Drawing):
 
 
 class Embeddings(_Strict):
-    """A request for vectors of texts and of pictures, which are given as data URLs."""
+    """A request for embeddings of texts and of pictures; pictures are given as data URLs."""
 
     model: str | None = None
     input: str | Annotated[list[str], Field(min_length=1, fail_fast=True)]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Field(ge=1)] | None = None
     user: str | None = None
-    """Taken and not used."""
+    """Accepted and ignored."""
 
     def inputs(self) -> list[str]:
-        """What is embedded, in order."""
+        """The inputs to embed, in order."""
         return [self.input] if isinstance(self.input, str) else self.input
 
 
@@ -251,10 +251,10 @@ Kind = TypeVar("Kind", bound=BaseModel)
 
 
 def received(kind: type[Kind], body: bytes, limits: Limits) -> Kind:
-    """A request's body as JSON; its values are counted before they are made, since each takes far more memory than its text.
+    """Parse a JSON body; its values are counted first, since each parsed value takes far more memory than its text.
 
     Raises:
-        Refused: as `parse`, or it holds more values than a request within the limits.
+        Refused: as `parse`, or it has more values than a request within the limits.
     """
     most = limits.characters + limits.inputs + BESIDE_WORDS
     count = sum(map(body.count, (b",", b"[", b"{")))
@@ -265,15 +265,15 @@ def received(kind: type[Kind], body: bytes, limits: Limits) -> Kind:
 
 
 def parse(kind: type[Kind], body: bytes | Mapping[str, Any]) -> Kind:
-    """A request's body as JSON, or the fields of its form.
+    """Parse a JSON body, or the fields of a form.
 
     Raises:
-        Refused: 400 with the first thing that is wrong with it.
+        Refused: 400 with the first error.
     """
     try:
         return kind.model_validate_json(body) if isinstance(body, bytes) else kind.model_validate(body)
     except ValidationError as error:
-        # Of a field that may be one of several kinds, that of the kind which it comes nearest to: the deepest.
+        # For a field of several possible kinds, report the error of the kind that matches best: the deepest.
         first = max(error.errors(include_url=False, include_context=False), key=lambda found: len(found["loc"]))
     param = ".".join(str(part) for part in first["loc"] if not _is_kind(part))[:TOLD] or None
     if first["type"] == "extra_forbidden":
@@ -284,7 +284,7 @@ def parse(kind: type[Kind], body: bytes | Mapping[str, Any]) -> Kind:
 
 
 def _is_kind(part: str | int) -> bool:
-    """Whether a part of an error's place is none that was sent, but the kind that was tried."""
+    """Whether a part of an error's location is not from the request, but the kind that was tried."""
     return isinstance(part, str) and (part in ("str", "int") or not part.isidentifier())
 
 
@@ -300,18 +300,18 @@ def within(value: float, most: float, name: str) -> None:
 def messages(
     request: Chat, model: Model, limits: Limits, hosts: frozenset[str], *, own_pictures: bool = True
 ) -> list[dict[str, Any]]:
-    """The turns of a conversation as `xfusion.generation.conversation` takes them, with their pictures and sounds opened.
+    """The turns of a conversation as `xfusion.generation.conversation` accepts them, with pictures and sounds decoded.
 
-    The assistant's pictures are opened where they are looked at: by a pack that reads pictures, the newest ones, as many as
-    the user's leave room for among those that the server allows. The others are called ``(picture)``.
+    The assistant's pictures are decoded if the pack reads pictures: the newest ones, as many as the server's limit allows
+    besides the user's. The others are replaced by ``(picture)``.
 
     Args:
-        own_pictures: whether the assistant's pictures are looked at.
+        own_pictures: whether the assistant's pictures are read.
 
     Raises:
-        Refused: more than the limits, or a picture or a sound that cannot be had.
+        Refused: it is beyond the limits, or a picture or a sound cannot be fetched or decoded.
     """
-    turns = [(m.role, [*m.images, *_blocks(m)]) for m in request.messages]  # what is drawn stands before its words
+    turns = [(m.role, [*m.images, *_blocks(m)]) for m in request.messages]  # a drawn picture precedes its text
     blocks = [block for _, turn in turns for block in turn]
     own = [block for role, turn in turns if role == "assistant" for block in turn if isinstance(block, Picture)]
     heard = sum(isinstance(block, Heard) for block in blocks)
@@ -336,7 +336,7 @@ def messages(
 
 
 def _in_lines(content: list[Any]) -> list[Any]:
-    """What is said on a line each, as turns with pictures that are called so stand elsewhere."""
+    """The texts of a turn, one per line, as turns with ``(picture)`` are written elsewhere."""
     said = [segment for segment in content if segment != ""]
     if all(isinstance(segment, str) for segment in said):
         return ["\n".join(said)]
@@ -344,10 +344,10 @@ def _in_lines(content: list[Any]) -> list[Any]:
 
 
 def embedded(request: Embeddings, model: Model, limits: Limits, hosts: frozenset[str]) -> list[str | PILImage.Image]:
-    """The inputs as `Model.embed` takes them: a data URL in base64 is a picture, all else is words.
+    """The inputs as `Model.embed` accepts them: a base64 data URL is a picture, everything else is text.
 
     Raises:
-        Refused: more than the limits, something empty, or a picture that cannot be read.
+        Refused: they are beyond the limits, one is empty, or a picture cannot be read.
     """
     given = request.inputs()
     shown = [_is_file(text) for text in given]
@@ -387,7 +387,7 @@ def _blocks(message: Message) -> list[Words | Picture | Heard]:
 
 
 def incapable(model: Model, verb: str) -> Refused:
-    """The refusal of what a model cannot do."""
+    """The error for something that a model cannot do."""
     able = ", ".join(sorted(model.capabilities))
     return Refused(400, f"this model cannot {verb}: it can {able}", code="not_capable", param="model")
 
@@ -397,7 +397,7 @@ def _opened(url: str, model: Model, limits: Limits, hosts: frozenset[str]) -> PI
 
 
 def decoded(data: bytes, name: str, limits: Limits) -> PILImage.Image:
-    """The picture of a file that was sent; ``name`` is what messages call it."""
+    """Decode a picture that was sent; error messages call it ``name``."""
     try:
         return pictures.decode(data, name, most_pixels=limits.pixels)
     except XFusionError as error:
@@ -405,7 +405,7 @@ def decoded(data: bytes, name: str, limits: Limits) -> PILImage.Image:
 
 
 def as_seen(picture: PILImage.Image, model: Model) -> PILImage.Image:
-    """A picture in the size that the model sees it in, so that what waits in the queue is small."""
+    """A picture resized to the model's input size, so that waiting jobs are small."""
     try:
         side = model.reads(picture).sizes[0]
     except XFusionError as error:
@@ -416,15 +416,15 @@ def as_seen(picture: PILImage.Image, model: Model) -> PILImage.Image:
 def _of_side(picture: PILImage.Image, side: int) -> PILImage.Image:
     try:
         return square_picture(picture, side)
-    except Exception as error:  # modes that Pillow reads and cannot convert
+    except Exception as error:  # modes that Pillow can read but not convert
         raise Refused(400, f"a picture of mode {picture.mode} cannot be read", code="invalid_image") from error
 
 
 def trained_side(model: Model) -> int:
-    """The side of the pictures that a model draws, and sees where it is one pack.
+    """The side of the pictures that a model draws, and, if it is a single pack, reads.
 
     Raises:
-        Refused: it hears instead.
+        Refused: it is an audio model.
     """
     try:
         return model.image.sizes[0]
@@ -440,13 +440,13 @@ def _of_base64(data: str, name: str, code: str) -> bytes:
 
 
 def _is_file(url: str) -> bool:
-    """Whether a text is a data URL in base64: words may begin with ``data:`` too."""
+    """Whether a text is a base64 data URL: plain text may start with ``data:``, too."""
     head, comma, _ = url[:DATA_HEAD].lower().partition(",")
     return bool(comma) and head.startswith("data:") and head.endswith(";base64") and not any(map(str.isspace, head))
 
 
 def _fetched(url: str, limits: Limits, hosts: frozenset[str]) -> bytes:
-    """The bytes behind an address."""
+    """The bytes at a URL."""
     if url[:5].lower() == "data:":
         if not _is_file(url):
             raise Refused(400, "image_url: a data URL looks like data:image/png;base64,...", code="invalid_image")
@@ -465,13 +465,13 @@ def _fetched(url: str, limits: Limits, hosts: frozenset[str]) -> bytes:
 
 
 def _got(parts: urllib.parse.SplitResult, most: int) -> bytes:
-    """What a host answers, without redirects and proxies, up to one byte more than ``most``, within `FETCH_SECONDS` in all."""
+    """A host's response, without redirects and proxies, up to one byte more than ``most``, within `FETCH_SECONDS` in all."""
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     late = threading.Event()
 
     def end(opened: socket.socket) -> None:
         late.set()
-        with suppress(OSError):  # of the bare socket, since TLS would wait for the other side
+        with suppress(OSError):  # the bare socket, since TLS would wait for the other side
             socket.socket.shutdown(opened, socket.SHUT_RDWR)
 
     try:
@@ -479,7 +479,7 @@ def _got(parts: urllib.parse.SplitResult, most: int) -> bytes:
         connection = kind(parts.hostname or "", parts.port, timeout=FETCH_SECONDS)
         with closing(connection):
             connection.connect()
-            # A timeout of the socket is one of each byte that comes, and a host that drips would hold a reader for hours.
+            # A socket timeout applies to each read, so a slow host could hold a reader for hours.
             timer = threading.Timer(max(0.0, began + FETCH_SECONDS - time.monotonic()), end, [connection.sock])
             timer.daemon = True
             timer.start()
@@ -507,13 +507,13 @@ def _unfetched(reason: str) -> Refused:
 def picture_and_mask(
     image: bytes, mask: bytes | None, model: Model, limits: Limits
 ) -> tuple[PILImage.Image, PILImage.Image]:
-    """An uploaded picture and its mask, white where it is to be drawn anew.
+    """An uploaded picture and its mask, white where it is to be inpainted.
 
-    A mask, or a picture without one, says so by its transparent parts, as OpenAI's do; a mask that knows no
-    transparency, by its white ones. Tokens are white or black as a whole, by what their parts hold before anything is shrunk.
+    As with OpenAI, the transparent parts of the mask, or of a picture without one, are inpainted; in a mask without
+    transparency, the white parts. Each token is white or black as a whole, decided at full resolution before resizing.
 
     Raises:
-        Refused: it is no picture, they differ in size, or nothing of what is drawn is to be drawn anew.
+        Refused: it is not a picture, the sizes differ, or no part of the drawn area is to be inpainted.
     """
     picture = ImageOps.exif_transpose(decoded(image, "image", limits))
     holes = picture if mask is None else ImageOps.exif_transpose(decoded(mask, "mask", limits))

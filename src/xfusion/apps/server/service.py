@@ -1,4 +1,4 @@
-"""What all requests of a server share: its models, its limits, its queue, its readers, and its end."""
+"""What all requests of a server share: models, limits, queue, reader threads, and shutdown."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from xfusion.apps.server.metrics import Metrics
 from xfusion.model import Model
 
 READERS = 2
-"""Requests that are read (pictures decoded, words cut into tokens) at the same time, beside the event loop."""
+"""Threads that read requests (decode pictures, tokenize text) outside the event loop."""
 
 
 class Service:
     """Models behind one queue.
 
     Args:
-        models: what is served, by name; the first answers requests that name none.
-        limits: what a request may ask for.
-        hosts: whose pictures are fetched.
+        models: models to serve, by name; the first answers requests that name none.
+        limits: limits of requests.
+        hosts: hosts from which pictures are fetched.
     """
 
     def __init__(self, models: Mapping[str, Model], limits: Limits, hosts: frozenset[str]):
@@ -36,31 +36,31 @@ class Service:
         self.metrics = Metrics()
         self.batches = Batches(limits.queue, limits.batch, self.metrics.computed)
         self.metrics.watch(self.batches)
-        # Threads of their own: one whose request nobody awaits any more still takes a reader's place until it ends.
+        # A dedicated pool: a thread whose request was abandoned still occupies a reader until it ends.
         self.readers = ThreadPoolExecutor(READERS, thread_name_prefix="xfusion-reader")
         self.arriving = set[asyncio.Timeout]()
         self.held = 0
-        """Bytes of the requests on their way into the queue."""
+        """Bytes of the requests that are not yet in the queue."""
         self.reading = 0
-        """Requests that are received, and not yet in the queue."""
+        """Number of requests that are not yet in the queue."""
         self.ended = asyncio.Event()
 
     def begin_stop(self) -> None:
-        """Take no more, and tell those that wait; what runs goes on."""
+        """Accept no more requests, and end the waiting ones; running ones continue."""
         self.batches.refuse()
         for limit in self.arriving:
             if not limit.expired():
                 limit.reschedule(0)
 
     def end_stop(self) -> None:
-        """End what runs, and tell those who wait for it."""
+        """End running requests, and notify their clients."""
         self.ended.set()
 
     def model(self, name: str | None) -> tuple[str, Model]:
-        """A model that is served, and its name.
+        """A served model, and its name.
 
         Raises:
-            Refused: there is none of this name.
+            Refused: no model has this name.
         """
         name = next(iter(self.models)) if name is None else name
         if name not in self.models:
@@ -69,7 +69,7 @@ class Service:
         return name, self.models[name]
 
     def picture_facts(self, name: str, job: Job) -> dict[str, Any]:
-        """What a PNG remembers."""
+        """The facts stored in a PNG."""
         work: Any = job.work
         guidance = work.model.guidance if work.guidance is None else work.guidance
         return {"seed": job.seed, "steps": work.steps, "guidance": guidance, **self.facts[name]}

@@ -1,6 +1,6 @@
-"""What a server does to its connections: those that neither ask nor read are cut, and its end is told to everybody who waits.
+"""Connection handling of a server: it cuts connections that neither send nor read, and notifies waiting clients when it stops.
 
-At the end no more is taken at once, and what runs gets its grace.
+On a stop, new requests are refused at once, and running ones get the grace period.
 """
 
 from __future__ import annotations
@@ -12,55 +12,55 @@ from typing import Any, Protocol
 import uvicorn
 
 SENDING = 2
-"""Seconds behind the grace in which the last answers are sent; then connections are cut whose clients do not read."""
+"""Seconds after the grace period for sending the last answers; then connections whose clients do not read are cut."""
 CANCELLING = 3
-"""Seconds behind that until what still runs is cancelled, with a traceback in the log."""
+"""Seconds after that until running tasks are cancelled, with a traceback in the log."""
 HEAD_SECONDS = 10.0
-"""How long a connection may be open before a request's head is there."""
+"""How long a connection may be open before a request's headers have arrived."""
 HEAD_BYTES = 16_384
-"""Longest head of a request."""
+"""Most bytes of a request's headers."""
 UNREAD_SECONDS = 30.0
-"""How long a client may read nothing of an answer that is being sent."""
+"""How long a client may stop reading while an answer is sent."""
 IDLE_SECONDS = 5
-"""How long a connection is kept open behind an answer."""
+"""Keep-alive: how long a connection stays open after an answer."""
 CONNECTIONS = 512
-"""Connections at the same time."""
+"""Simultaneous connections."""
 
 
 class Stops(Protocol):
-    """What answers requests, while it stops."""
+    """An application that can be stopped."""
 
     def begin_stop(self) -> None:
-        """Take no more, and tell those that wait; what runs goes on."""
+        """Accept no more requests, and end the waiting ones; running ones continue."""
         ...
 
     def end_stop(self) -> None:
-        """End what runs, and tell those who wait for it."""
+        """End running requests, and notify their clients."""
         ...
 
 
 class Server(uvicorn.Server):
-    """Uvicorn's server, whose open requests are answered before it ends.
+    """Uvicorn's server, which answers open requests before it exits.
 
-    Uvicorn itself cancels what is open, and a request that is cancelled gets no answer in OpenAI's shape.
+    Uvicorn itself cancels open requests, and a cancelled request gets no answer in OpenAI's format.
 
     Args:
-        app: an ASGI application; its ``state.stops`` is told in the event loop.
-        grace: seconds that what runs gets. A second Ctrl-C or SIGTERM ends it.
-        connections: at the same time. Beyond them a request gets a 503, and connections without one make room.
+        app: an ASGI application; its ``state.stops`` is called in the event loop.
+        grace: seconds that running requests get. A second Ctrl-C or SIGTERM ends the grace period.
+        connections: simultaneous connections. A request beyond them gets a 503, and idle connections are closed.
     """
 
     def __init__(self, app: Any, grace: int, connections: int = CONNECTIONS):
         super().__init__(
             uvicorn.Config(
                 app,
-                http="h11",  # the other one, where it is installed, bounds no heads
+                http="h11",  # httptools, if installed, does not limit headers
                 log_level="warning",
                 access_log=False,
                 server_header=False,
                 timeout_keep_alive=IDLE_SECONDS,
                 timeout_graceful_shutdown=grace + SENDING + CANCELLING,
-                limit_concurrency=connections + 1,  # it counts the one that asks
+                limit_concurrency=connections + 1,  # uvicorn counts the requesting connection, too
                 h11_max_incomplete_event_size=HEAD_BYTES,
             )
         )
@@ -68,28 +68,28 @@ class Server(uvicorn.Server):
         self.grace, self.connections = grace, connections
         self._loop: asyncio.AbstractEventLoop | None = None
         self._silent: dict[Any, tuple[Any, float]] = {}
-        """Connections on which nothing happens: what they wait in, and since when."""
+        """Silent connections: the state in which they wait, and since when."""
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: cut what is silent for too long."""
+        """Ten times a second: cut connections that were silent for too long."""
         self._cut_silent()
         return await super().on_tick(counter)
 
     def _cut_silent(self) -> None:
-        """Cut connections that sent no request's head in time, or read nothing of their answer.
+        """Cut connections that did not send a request's headers in time, or do not read their answer.
 
-        Uvicorn has a clock for a connection that is kept open behind an answer, and none for these two.
+        Uvicorn has a timeout for keep-alive, and none for these two.
         """
         now, before, idle = time.monotonic(), self._silent, list[tuple[float, Any]]()
         self._silent = {}
         connections: list[Any] = list(self.server_state.connections)
         for connection in connections:
             transport = getattr(connection, "transport", None)
-            if transport is None or not hasattr(connection, "cycle"):  # no HTTP
+            if transport is None or not hasattr(connection, "cycle"):  # not HTTP
                 continue
             cycle, unread = connection.cycle, transport.get_write_buffer_size()
             if not unread and cycle is not None and not cycle.response_complete:
-                continue  # it is being answered
+                continue  # its answer is being computed
             known = before.get(connection)
             since = known[1] if known is not None and known[0] == (cycle, unread) else now
             self._silent[connection] = ((cycle, unread), since)
@@ -102,7 +102,7 @@ class Server(uvicorn.Server):
             transport.abort()
 
     async def shutdown(self, sockets: Any = None) -> None:
-        """Answer what is open, and end."""
+        """Answer open requests, and shut down."""
         self._loop = asyncio.get_running_loop()
         self.stops.begin_stop()
         timers = [
@@ -116,7 +116,7 @@ class Server(uvicorn.Server):
                 timer.cancel()
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """A signal: the first one stops, the second one ends the grace."""
+        """Handle a signal: the first one stops the server, the second one ends the grace period."""
         if not self.should_exit:
             super().handle_exit(sig, frame)
         elif self._loop is not None:

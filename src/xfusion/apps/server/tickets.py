@@ -1,4 +1,4 @@
-"""A request's way: it arrives within its limits, is read, and its jobs wait in the queue until all are done or nobody waits."""
+"""A request's life: it is received within its limits, read, and its jobs wait in the queue until done or abandoned."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from xfusion.apps.server.service import Service
 BODY_SECONDS = 30.0
 """How long a client may take to send a request."""
 PATIENCE = 0.5
-"""Seconds in which a place may become free for a request that finds the queue full."""
+"""Seconds that a request waits for a free place in a full queue."""
 Value = TypeVar("Value")
 Asked = TypeVar("Asked", bound=BaseModel)
 
 
 class Arrival:
-    """A request on its way into the queue: its clock runs, its bytes are counted, and a stop of the server ends it."""
+    """A request being received: it has a deadline, its bytes are counted, and stopping the server ends it."""
 
     def __init__(self, service: Service, request: Request):
         self.service, self.request, self.size, self.reading = service, request, 0, False
         self.deadline = asyncio.get_running_loop().time() + service.limits.seconds
         self.kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        """What it says to be, such as application/json."""
+        """Its content type, such as application/json."""
 
     def __enter__(self) -> Arrival:
         return self
@@ -46,7 +46,7 @@ class Arrival:
         """The request as JSON, parsed in a thread.
 
         Raises:
-            Refused: it is no JSON, or none of this kind; or as `body`.
+            Refused: it is not JSON, or not of this kind; or as `body`.
         """
         if self.kind != "application/json":
             said = f"not {self.kind[:100]}" if self.kind else "which this request does not say"
@@ -54,10 +54,10 @@ class Arrival:
         return await self.read(partial(requests.received, kind, await self.body(), self.service.limits))
 
     async def body(self) -> bytes:
-        """The request's body, refused as soon as it is too long, or too slow, or there are too many.
+        """The request's body, refused as soon as it is too long or too slow, or there are too many.
 
-        Where the queue is full already, or will be once what is being read is in it, nothing is received or read: whoever asks
-        again and again must not take the time that answers take.
+        If the queue is full, or will be once the requests being read are in it, nothing is received or read: repeated
+        requests must not take time from the computation of answers.
         """
         await self._place()
         most, parts = self.service.limits.body, []
@@ -79,12 +79,12 @@ class Arrival:
         return b"".join(parts)
 
     async def read(self, read: Callable[[], Value]) -> Value:
-        """Read it in a thread, so that a large picture does not hold up the others."""
+        """Read it in a thread, so that a large picture does not block other requests."""
         async with self._until(self.deadline, _late(self.service)):
             return await asyncio.get_running_loop().run_in_executor(self.service.readers, read)
 
     async def _place(self) -> None:
-        """Refuse where the queue is full and stays so for `PATIENCE` seconds: so often, and no oftener, may one ask again."""
+        """Refuse if the queue stays full for `PATIENCE` seconds, which also limits how often a client can retry."""
         try:
             self.service.batches.check(self.service.reading)
         except Refused as full:
@@ -106,7 +106,7 @@ class Arrival:
 
     @asynccontextmanager
     async def _until(self, when: float, late: Refused) -> AsyncIterator[None]:
-        """What is done here ends at a time, or when the server is told to stop."""
+        """End the block at a time, or when the server stops."""
         if not self.service.batches.open:
             raise stopping()
         arriving, limit = self.service.arriving, asyncio.timeout_at(when)
@@ -128,7 +128,7 @@ def _late(service: Service) -> Refused:
 
 
 class Ticket:
-    """The jobs of a request in the queue, and what is heard of them."""
+    """The jobs of a request in the queue, and their events."""
 
     def __init__(self, service: Service, request: Request, jobs: list[Job], deadline: float):
         self.service, self.request, self.jobs, self.deadline = service, request, jobs, deadline
@@ -141,18 +141,18 @@ class Ticket:
     def _tell(self, job: Job, new: str | None) -> None:
         try:
             self.loop.call_soon_threadsafe(self.heard.put_nowait, (job, new))
-        except RuntimeError:  # the loop is closed: the server stopped before the batch did
+        except RuntimeError:  # the loop is closed: the server stopped before the batch finished
             job.dropped = True
 
     def drop(self) -> None:
-        """Nobody waits any more."""
+        """Abandon the jobs: no client waits any more."""
         self.service.batches.forget(self.jobs)
 
     async def follow(self) -> AsyncIterator[tuple[Job, str | None]]:
-        """What is heard until all jobs are done: new words of one, or None for one that is done.
+        """Events until all jobs are done: new text of a job, or None for a job that is done.
 
         Raises:
-            ClientDisconnect: the client went away.
+            ClientDisconnect: the client disconnected.
             Refused: the deadline passed, a job failed, or the server stopped.
         """
         gone, ended = asyncio.ensure_future(self._gone()), asyncio.ensure_future(self.service.ended.wait())

@@ -2,5 +2,5 @@
 
 import os
 
-# Read when gradio is imported: no word to its makers, no share links, no history of runs.
+# Read when gradio is imported: no analytics, no share links, no run history.
 os.environ.update({"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_SHARE": "False"})

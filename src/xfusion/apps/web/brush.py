@@ -1,4 +1,4 @@
-"""A picture to paint on, and the mask that the paint makes."""
+"""A picture to paint on, and the mask from the paint."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from PIL import Image as PILImage
 from PIL import ImageChops, ImageDraw
 
 SIDE = 512
-"""Pixels of a sheet."""
+"""Side of a sheet in pixels."""
 MOST = (4 * SIDE) ** 2
-"""Pixels of what is painted on one: screens have up to four to a point."""
+"""Most pixels of a painted layer: screens have up to four pixels per CSS pixel along a side."""
 LINE = (128, 128, 128, 110)
-"""Between two cells: seen on white and on black."""
+"""Colour between two cells: visible on white and on black."""
 
 
 def sheet(picture: PILImage.Image, grid: tuple[int, int]) -> PILImage.Image:
-    """A picture as a model sees it, enlarged, with lines between its ``grid`` of tokens: a token is drawn anew as a whole."""
+    """A picture as a model sees it, enlarged, with lines between the tokens of ``grid``: tokens are inpainted as a whole."""
     large = picture.convert("RGB").resize((SIDE, SIDE), PILImage.Resampling.NEAREST)
     lines = ImageDraw.Draw(large, "RGBA")
     rows, columns = grid

@@ -1,4 +1,4 @@
-"""The tab of a conversation: words and pictures in, words and pictures out."""
+"""The chat tab: text and pictures in, text and pictures out."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from xfusion.apps.web.desk import Preview
 
 
 class Chat:
-    """A conversation. What its calls give: what is shown, what was said, the message that is written, and a line."""
+    """A conversation. Its handlers return: what is shown, the messages so far, the input box, and a status line."""
 
     def __init__(self, controls: Controls):
         self.controls, self.desk, self.limits = controls, controls.desk, controls.limits
         self.clearing = Clearing(controls.desk)
 
     def lay_out(self) -> None:
-        """The components, inside the tab."""
+        """Create the tab's components."""
         decides = any(model.opening is not None for model in self.desk.models.values())
         talk = gr.Chatbot(
             height=420,
@@ -62,16 +62,16 @@ class Chat:
         for trigger in (say.click, message.submit):
             self.controls.wire(trigger, self.say, [*inputs, asked, longest, temperature], outputs)
         self.controls.wire(draw.click, self.draw, inputs, outputs)
-        for trigger in (new.click, talk.clear):  # an answer that is on its way must not bring the old talk back
+        for trigger in (new.click, talk.clear):  # an answer in progress must not restore the old conversation
             self.controls.wire(trigger, self.forget, [], outputs)
 
     def forget(self, request: gr.Request) -> tuple[Any, ...]:
-        """A new conversation."""
+        """Start a new conversation."""
         self.clearing.clear(request)
         return [], [], None, status()
 
     def _heard(self, pack: str, message: dict[str, Any] | None, said: list[Any]) -> tuple[str, list[Any]]:
-        """The words of a message, and the conversation with the message behind it."""
+        """The text of a message, and the conversation with the message appended."""
         words = str((message or {}).get("text") or "").strip()
         files = (message or {}).get("files") or []
         if not words and not files:
@@ -84,7 +84,7 @@ class Chat:
         self, pack: str, message: Any, said: Any, seed: str, steps: float, guidance: float, asked: bool,
         longest: float, temperature: float, request: gr.Request,
     ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
-        """The answer to a message, as it comes: words, or a picture where it is asked for."""
+        """The streamed answer to a message: text, or a picture if one is requested."""
         with self.clearing.answering(request):
             try:
                 _, messages = self._heard(pack, message, said)
@@ -106,7 +106,7 @@ class Chat:
     def draw(
         self, pack: str, message: Any, said: Any, seed: str, steps: float, guidance: float, request: gr.Request
     ) -> Iterator[tuple[Any, ...]]:
-        """A picture of a message's words, with previews."""
+        """A picture of a message's text, with previews."""
         with self.clearing.answering(request):
             try:
                 words, messages = self._heard(pack, message, said)
@@ -123,7 +123,7 @@ class Chat:
                     yield self._shown(said), said, message, complaint(error)
 
     def _shown(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """A conversation as gradio's Chatbot takes it."""
+        """A conversation in the format of gradio's Chatbot."""
         return [
             {"role": turn["role"], "content": segment if isinstance(segment, str) else self._image(segment)}
             for turn in messages

@@ -1,4 +1,4 @@
-"""The tab of comparisons: their pages, each in a frame that may run nothing."""
+"""The comparisons tab: their pages, each in a sandboxed frame."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Comparisons:
     """The pages of a folder of comparisons.
 
     Args:
-        controls: of the page.
-        folder: of comparisons.
+        controls: the page's controls.
+        folder: folder of comparisons.
     """
 
     def __init__(self, controls: Controls, folder: Path):
@@ -27,7 +27,7 @@ class Comparisons:
         self.names = sorted(path.parent.name for path in folder.glob(f"*/{SUMMARY}"))
 
     def lay_out(self) -> None:
-        """The components, inside the tab."""
+        """Create the tab's components."""
         chosen = gr.Dropdown(
             self.names, value=None, label="Comparison", elem_id="comparison", interactive=True,
             info="choose one: ways of teaching a language model to see and draw, side by side",
@@ -37,7 +37,7 @@ class Comparisons:
         self.controls.wire(chosen.input, self.show, [chosen], [page, line])
 
     def show(self, name: str | None) -> tuple[str, str]:
-        """The page of a comparison, in a frame, and a line."""
+        """The page of a comparison in a frame, and a status line."""
         try:
             if name not in self.names:
                 raise Refused(404, "there is no such comparison")

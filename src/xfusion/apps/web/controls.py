@@ -1,4 +1,4 @@
-"""What tabs share: seed, steps and guidance, a stop, calls behind buttons, what was cleared away, and lines for people."""
+"""What tabs share: seed, steps and guidance, a stop button, event handlers, clearing, and status lines."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from xfusion.data.sequence import XFusionError
 log = logging.getLogger("xfusion.web")
 
 CLEARED = 200
-"""Looks whether what is cleared away has ended, each half of `LISTEN_SECONDS` after the last."""
+"""Number of checks whether cleared answers have ended, each half of `LISTEN_SECONDS` after the last."""
 
 
 class Controls:
-    """The list of packs, which stands where this is made, and what every tab lays out.
+    """The list of packs, placed where this is created, and the components that every tab uses.
 
     Args:
-        desk: takes what is asked for.
+        desk: accepts the requests.
     """
 
     def __init__(self, desk: Desk):
         self.desk, self.limits = desk, desk.limits
         self.able = set[str]().union(*(model.capabilities for model in desk.models.values()))
-        """What some pack can do."""
+        """Capabilities that at least one pack has."""
         names = list(desk.models)
         self.pack = gr.Dropdown(
             names, value=names[0], label="Pack", visible=len(names) > 1, elem_id="pack", interactive=True
         )
         self.guidance: list[gr.Slider] = []
-        """Of every tab; they follow the pack."""
+        """The guidance sliders of all tabs; they follow the selected pack."""
 
     def settings(self, *, steps: int = 25) -> list[Any]:
         """Seed, steps and guidance."""
@@ -52,40 +52,40 @@ class Controls:
         return [seed, count, guidance]
 
     def default_guidance(self, pack: str) -> dict[gr.Slider, float]:
-        """Of a pack, for every tab."""
+        """A pack's default guidance, for the slider of every tab."""
         return dict.fromkeys(self.guidance, self.desk.model(pack).guidance)
 
     def wire(self, trigger: Any, call: Any, inputs: list[Any], outputs: list[Any], **more: Any) -> Any:
-        """A call behind a button; the page alone may make it, and it waits in the bounded queue."""
+        """Attach an event handler; it is private to the page, and its calls wait in the bounded queue."""
         return trigger(call, inputs, outputs, show_progress="hidden", api_visibility="private", **more)
 
     def stop_button(self) -> None:
-        """Ends what its user asked for, in any tab."""
+        """A button that stops its user's requests, in any tab."""
         button = gr.Button("Stop", min_width=80)
         button.click(self.stop, None, None, queue=False, show_progress="hidden", api_visibility="private")
 
     def stop(self, request: gr.Request) -> None:
-        """End what a user asked for."""
+        """Stop a user's requests."""
         self.desk.stop(who(request))
 
 
 class Clearing:
-    """Clears a tab away, so that no answer on its way writes on the empty tab.
+    """Clears a tab, so that no answer in progress writes to the empty tab.
 
     Args:
-        desk: stops what is computed.
+        desk: stops the computation.
     """
 
     def __init__(self, desk: Desk):
         self.desk = desk
         self._cleared = set[str]()
-        """Who cleared the tab since something was asked for there."""
+        """Users who cleared the tab since their last request there."""
         self.working = Counter[str]()
-        """Whose answers are on their way."""
+        """Users with answers in progress."""
 
     @contextmanager
     def answering(self, request: gr.Request) -> Iterator[None]:
-        """Inside the block an answer is on its way."""
+        """Mark an answer as in progress inside the block."""
         user = who(request)
         self._cleared.discard(user)
         self.working[user] += 1
@@ -97,7 +97,7 @@ class Clearing:
                 self.working.pop(user)
 
     def clear(self, request: gr.Request) -> None:
-        """Stop what the tab does, and wait for its last word: one that comes after the clearing would stay on the page."""
+        """Stop the tab's answers, and wait for their last update: one that comes after clearing would stay on the page."""
         self._cleared.add(who(request))
         for _ in range(CLEARED):
             self.desk.stop(who(request))
@@ -106,20 +106,20 @@ class Clearing:
             time.sleep(LISTEN_SECONDS / 2)
 
     def cleared(self, error: Exception, request: gr.Request) -> bool:
-        """Whether what failed was cleared away."""
+        """Whether the failed answer had been cleared."""
         return isinstance(error, Stopped) and who(request) in self._cleared
 
 
 def who(request: gr.Request) -> str:
-    """The name of a user, as the desk knows it."""
+    """The name by which the desk identifies a user."""
     return str(request.session_hash)
 
 
 def seeded(text: str | None) -> dict[str, Any]:
-    """The seed that was written, or none.
+    """The seed that was entered, or none.
 
     Raises:
-        Refused: it is no whole number.
+        Refused: it is not a whole number.
     """
     text = (text or "").strip()
     if text and not (text.isascii() and text.isdigit() and len(text) < 20):
@@ -128,13 +128,13 @@ def seeded(text: str | None) -> dict[str, Any]:
 
 
 def status(text: str = "", *, problem: bool = False) -> str:
-    """A line for people, read out by screen readers when it changes."""
+    """A status line, read out by screen readers when it changes."""
     kind = ' class="problem"' if problem else ""
     return f'<div role="status" aria-live="polite"><span{kind}>{escape(" ".join(text.split()))}</span></div>'
 
 
 def complaint(error: Exception) -> str:
-    """An error in one line; what went wrong in here is logged, and not told."""
+    """An error in one line; internal errors are logged, and their details are not shown."""
     if isinstance(error, Stopped):
         return status("stopped")
     if isinstance(error, (Refused, XFusionError)):
@@ -144,7 +144,7 @@ def complaint(error: Exception) -> str:
 
 
 def progress(found: Preview) -> str:
-    """How far a picture is."""
+    """The progress of a picture."""
     return status(f"step {found.done} of {found.total}")
 
 

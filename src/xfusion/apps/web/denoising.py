@@ -1,4 +1,4 @@
-"""The tab that looks inside: a picture on its way out of noise, and what its parts look at."""
+"""The tab that looks inside: the denoising of a picture, and what its tokens attend to."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ ALL_WORDS = "all words"
 
 
 class Denoising:
-    """Estimates of a picture, step by step, and heat maps of its attention."""
+    """Clean estimates of a picture, step by step, and heat maps of its attention."""
 
     def __init__(self, controls: Controls):
         self.controls, self.desk = controls, controls.desk
 
     def lay_out(self) -> None:
-        """The components, inside the tab."""
+        """Create the tab's components."""
         gr.Markdown(
             "How a picture comes out of noise, and how much its parts look at each word, layer by layer "
             "(the weights of the attention, a mean over its heads)."
@@ -49,7 +49,7 @@ class Denoising:
     def look(
         self, pack: str, prompt: str, seed: str, steps: float, guidance: float, request: gr.Request
     ) -> Iterator[tuple[Any, ...]]:
-        """Estimates as they come, then the words, the maps of all of them, the table of shares, what was found, and a line."""
+        """Streamed estimates, then the words, the maps over all words, the table of shares, the result, and a status line."""
         strip: list[Any] = []
         same = [gr.skip()] * 4
         try:
@@ -69,7 +69,7 @@ class Denoising:
             yield strip, *same, complaint(error)
 
     def maps(self, found: Any, word: str) -> list[tuple[str, str]]:
-        """How much each part looks at a word, by layer: files with captions."""
+        """How much each token attends to a word, by layer: files with captions."""
         if found is None:
             return []
         picture, attention = found

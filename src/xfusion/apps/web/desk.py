@@ -1,6 +1,6 @@
-"""What the page asks for, as jobs of the server's queue: words and previews as they come, an end between two steps.
+"""The page's requests as jobs of the server's queue: streamed text and previews, stoppable between two steps.
 
-Nothing here knows how the page looks. Whoever sits at it is named by a string, so that one may stop one's own work.
+Nothing here depends on the page's layout. A user is identified by a string, so that users can stop their own work.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ from xfusion.generation import draw_tokens
 from xfusion.model import Model
 
 PREVIEW_SECONDS = 0.2
-"""Between two previews of a picture: decoding and sending one takes time from drawing."""
+"""Time between two previews of a picture: decoding and sending one slows down drawing."""
 LISTEN_SECONDS = 0.1
-"""How soon a stop is noticed by who listens."""
+"""How soon a listener notices a stop."""
 KEPT_SECONDS = 3600.0
-"""How long a file lies after it was written."""
+"""How long a file is kept after it was written."""
 STRIP = 8
-"""Estimates that a look at the denoising shows."""
+"""Estimates shown for one denoising."""
 
 
 class Stopped(Exception):
-    """The user wants no more of it."""
+    """The user stopped the request."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preview:
-    """A picture while it is drawn: what the model takes it to be after some steps."""
+    """A picture while it is drawn: the model's clean estimate after some steps."""
 
     index: int
-    """Which of the pictures that were asked for."""
+    """Index among the requested pictures."""
     done: int
     total: int
     picture: Picture
@@ -60,18 +60,18 @@ class Preview:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """A picture that is done."""
+    """A finished picture."""
 
     index: int
     path: Path
-    """A PNG that remembers `facts`."""
+    """A PNG that stores `facts`."""
     picture: Picture
     facts: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """Draws one picture from ``job.given``, its prompt, and asks where its tokens look."""
+    """Draws one picture from its prompt, ``job.given``, and computes what its tokens attend to."""
 
     model: Model
     steps: int
@@ -79,7 +79,7 @@ class Look:
 
     @property
     def together(self) -> bool:
-        """Each look is alone."""
+        """False: each is computed alone."""
         return False
 
     def run(self, jobs: list[Job]) -> list[list[Any]]:
@@ -95,11 +95,11 @@ class Look:
 
 
 class Desk:
-    """Takes what the page asks for, and gives what comes of it piece by piece.
+    """Accepts the page's requests and streams their results.
 
     Args:
         models: packs by name.
-        limits: what may be asked for.
+        limits: limits of requests.
         folder: where drawn pictures are written.
     """
 
@@ -108,14 +108,14 @@ class Desk:
         self.batches = Batches(limits.queue, limits.batch)
         self._swept = time.time()
         self.open: dict[str, list[Job]] = {}
-        """Who -> the jobs that are awaited; each request is a thread of its own."""
+        """User -> awaited jobs; each request runs in its own thread."""
         self._opening = threading.Lock()
 
     def model(self, name: str | None) -> Model:
-        """A pack that is here.
+        """A loaded pack.
 
         Raises:
-            Refused: there is none of this name.
+            Refused: no pack has this name.
         """
         if name not in self.models:
             raise Refused(404, f"there is no pack {str(name)[:100]!r} here, only {', '.join(self.models)}")
@@ -123,20 +123,20 @@ class Desk:
 
     @cached_property
     def facts(self) -> dict[str, dict[str, str]]:
-        """What every picture of a pack remembers."""
+        """The facts stored in every picture of a pack."""
         return {
             name: {"pack_fingerprint": model.fingerprint, "base_fingerprint": model.backbone.fingerprint}
             for name, model in self.models.items()
         }
 
     def stop(self, who: str) -> None:
-        """End all that somebody waits for: words at the next one, drawing at the next step."""
+        """Stop all requests of a user: text at the next token, drawing at the next step."""
         with self._opening:
             jobs = list(self.open.get(who, []))
         self.batches.forget(jobs)
 
     def shown(self, picture: Picture) -> str:
-        """A file of a picture, the same one for the same picture: browsers may read it while others are written."""
+        """A file of a picture, the same file for the same picture: browsers may read it while others are written."""
         digest = hashlib.sha256(f"{picture.mode}{picture.size}".encode() + picture.tobytes()).hexdigest()
         path = self.folder / "shown" / f"{digest[:24]}.png"
         if path.exists():
@@ -147,7 +147,7 @@ class Desk:
         return str(path)
 
     def _sweep(self) -> None:
-        """Drop files that nobody looks at any more, so that a page that stays open does not fill the disk."""
+        """Delete old files, so that a page that stays open does not fill the disk."""
         now = time.time()
         if now < self._swept + KEPT_SECONDS / 6:
             return
@@ -158,11 +158,11 @@ class Desk:
                     path.unlink()
 
     def begin_stop(self) -> None:
-        """Take no more, and tell those that wait; what runs goes on."""
+        """Accept no more requests, and end the waiting ones; running ones continue."""
         self.batches.refuse()
 
     def end_stop(self) -> None:
-        """End what runs."""
+        """End running requests."""
         self.batches.forget(list(self.batches.running))
 
     # -- what may be asked for
@@ -171,7 +171,7 @@ class Desk:
         """An uploaded file as the model sees it.
 
         Raises:
-            Refused: it is no picture, or beyond the limits.
+            Refused: it is not a picture, or beyond the limits.
         """
         model = self.model(name)
         file = Path(path)
@@ -182,7 +182,7 @@ class Desk:
         """A pack that draws pictures.
 
         Raises:
-            Refused: this one does not.
+            Refused: this pack does not.
         """
         model = self.model(name)
         if "draw" not in model.capabilities:
@@ -190,11 +190,11 @@ class Desk:
         return model
 
     def painted(self, layers: Sequence[str | Path], side: int) -> Picture:
-        """The mask of a brush: white where files of paint on nothing cover a picture of ``side`` x ``side`` pixels.
+        """The mask of a brush: white where the painted layers (files) cover a picture of ``side`` x ``side`` pixels.
 
         Raises:
             Refused: nothing is painted, or only thin lines.
-            XFusionError: a file is no picture, or a large one.
+            XFusionError: a file is not a picture, or too large.
         """
         files = (Path(path).read_bytes() for path in layers)
         mask = brush.mask((pictures.decode(file, "the paint", most_pixels=brush.MOST) for file in files), side)
@@ -205,17 +205,17 @@ class Desk:
     def say(
         self, who: str, name: str | None, messages: list[dict[str, Any]], **settings: Any
     ) -> Iterator[Preview | list[Any]]:
-        """The answer to a conversation, as far as it is known: a picture on its way, or segments; what came last is all of it.
+        """Stream the answer to a conversation: previews of a picture, or all segments so far; the last item is complete.
 
         Args:
-            who: for `stop`.
+            who: the user, for `stop`.
             name: the pack.
-            messages: as `xfusion.generation.conversation` takes them.
+            messages: as `xfusion.generation.conversation` accepts them.
             settings: fields of a chat request: ``seed``, ``max_tokens``, ``temperature``, ``draw``, ``steps``, ``guidance``.
 
         Raises:
-            Refused: the request is, or the queue is full, or it takes too long.
-            Stopped: while it drew, by who asked; words stay as far as they came.
+            Refused: the request is refused, the queue is full, or it takes too long.
+            Stopped: the user stopped it while it drew; stopped text stays as it is.
         """
         body = {"messages": [as_sent(message) for message in messages], **settings}
         asked = requests.parse(requests.Chat, body)
@@ -232,11 +232,11 @@ class Desk:
         yield list(job.answer) if job.answer and not job.dropped else [job.words.sent]
 
     def draw(self, who: str, name: str | None, prompt: str, **settings: Any) -> Iterator[Preview | Drawn]:
-        """Pictures of a prompt; settings are fields of a request for pictures: ``n``, ``seed``, ``steps``, ``guidance``.
+        """Draw pictures of a prompt; settings are fields of an image request: ``n``, ``seed``, ``steps``, ``guidance``.
 
         Raises:
             Refused: as `say`.
-            Stopped: by who asked.
+            Stopped: by the user.
         """
         asked = requests.parse(requests.Images, {"prompt": prompt, **settings})
         yield from self._drawn(who, name, asked, reading.images(asked, self.model(name), self.limits))
@@ -244,11 +244,11 @@ class Desk:
     def repaint(
         self, who: str, name: str | None, picture: bytes, mask: bytes, prompt: str, **settings: Any
     ) -> Iterator[Preview | Drawn]:
-        """A part of a picture drawn anew: a file, and a mask of its size, white there.
+        """Inpaint a part of a picture, given a file and a mask of its size, white in that part.
 
         Raises:
             Refused: as `say`.
-            Stopped: by who asked.
+            Stopped: by the user.
         """
         asked = requests.parse(requests.Images, {"prompt": prompt, **settings})
         jobs = reading.edit(asked, self.model(name), self.limits, picture, mask)
@@ -257,11 +257,11 @@ class Desk:
     def look(
         self, who: str, name: str | None, prompt: str, **settings: Any
     ) -> Iterator[Preview | tuple[Picture, Attention]]:
-        """All estimates of a picture on its way from noise, then the picture and where its tokens look.
+        """The clean estimates of a picture during denoising, then the picture and what its tokens attend to.
 
         Raises:
             Refused: as `say`.
-            Stopped: by who asked.
+            Stopped: by the user.
         """
         model = self.model(name)
         asked = requests.parse(requests.Images, {"prompt": prompt, **settings})
@@ -302,9 +302,9 @@ class Desk:
     def _follow(
         self, who: str, jobs: list[Job], shown: set[int] | None = None
     ) -> Iterator[tuple[Job, str | Preview | None]]:
-        """What is heard of jobs until all are done or stopped: words, previews, and None for one that is done.
+        """Events of jobs until all are done or stopped: text, previews, and None for a job that is done.
 
-        ``shown`` names the steps whose estimates are wanted; without it they come as fast as one can look.
+        ``shown`` names the steps whose estimates are wanted; without it, at most one comes every `PREVIEW_SECONDS`.
         """
         heard: queue.SimpleQueue[tuple[Job, str | Preview | None]] = queue.SimpleQueue()
         for job in jobs:
@@ -312,7 +312,7 @@ class Desk:
             job.watch = _watcher(job, heard, shown)
         deadline = time.monotonic() + self.limits.seconds
         left = len(jobs)
-        with self._opening:  # before they are queued, so that a stop finds them
+        with self._opening:  # registered before they are queued, so that a stop finds them
             self.open.setdefault(who, []).extend(jobs)
         try:
             self.batches.put(jobs)
@@ -332,7 +332,7 @@ class Desk:
                         raise reading.as_refused(job.error) from job.error
                 yield job, found
         finally:
-            if left:  # whoever listened went away, or it failed: nobody waits for the rest
+            if left:  # the listener went away or failed: nobody waits for the rest
                 self.batches.forget(jobs)
             with self._opening:
                 mine = self.open[who]
@@ -343,7 +343,7 @@ class Desk:
 
 
 def _watcher(job: Job, heard: queue.SimpleQueue[Any], shown: set[int] | None) -> Any:
-    """Tells of a job's estimates, in the thread that computes."""
+    """A callback that reports a job's estimates, called in the computing thread."""
     last = -PREVIEW_SECONDS
 
     def watch(done: int, total: int, estimate: Tensor) -> None:
@@ -351,7 +351,7 @@ def _watcher(job: Job, heard: queue.SimpleQueue[Any], shown: set[int] | None) ->
         due = time.monotonic() - last >= PREVIEW_SECONDS if shown is None else done in shown
         if not due or job.dropped:
             return
-        image = job.work.model.image  # asked where something is drawn: a pack of sounds has none, and answers in words
+        image = job.work.model.image  # read only when drawing: an audio pack has none, and answers in text
         (picture,) = image.to_pil(image.decode(estimate[None], image.sizes[0]))
         last = time.monotonic()
         heard.put((job, Preview(index=job.index, done=done, total=total, picture=picture)))

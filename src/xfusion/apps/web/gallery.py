@@ -1,4 +1,4 @@
-"""The tab that draws: a prompt, and a gallery of what was drawn, newest first."""
+"""The drawing tab: a prompt, and a gallery of drawn pictures, newest first."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from xfusion.apps.web.controls import Clearing, Controls, complaint, drawn_as, p
 from xfusion.apps.web.desk import Preview
 
 KEPT = 48
-"""Pictures that a gallery keeps."""
+"""Most pictures in a gallery."""
 
 
 class Gallery:
-    """Pictures of prompts. What its calls give: what is shown, what is kept, and a line."""
+    """Pictures of prompts. Its handlers return: what is shown, what is kept, and a status line."""
 
     def __init__(self, controls: Controls):
         self.controls, self.desk, self.limits = controls, controls.desk, controls.limits
         self.clearing = Clearing(controls.desk)
 
     def lay_out(self) -> None:
-        """The components, inside the tab."""
+        """Create the tab's components."""
         prompt = gr.Textbox(label="Prompt", placeholder="a red heart", max_lines=3, elem_id="prompt")
         settings = self.controls.settings()
         number = gr.Slider(1, self.limits.n, min(4, self.limits.n), step=1, label="Pictures")
@@ -44,7 +44,7 @@ class Gallery:
         self.controls.wire(clear.click, self.clear, [], outputs)
 
     def clear(self, request: gr.Request) -> tuple[Any, ...]:
-        """An empty gallery."""
+        """Empty the gallery."""
         self.clearing.clear(request)
         return [], [], status()
 
@@ -52,10 +52,10 @@ class Gallery:
         self, pack: str, prompt: str, number: float, seed: str, steps: float, guidance: float, kept: list[Any],
         request: gr.Request,
     ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
-        """Pictures of a prompt before those that are kept, with previews."""
+        """Draw pictures of a prompt, with previews, and show them before the kept ones."""
         coming: dict[int, Any] = {}
         whole: set[int] = set()
-        kept = [one for one in kept if Path(one[0]).exists()]  # old ones are swept away
+        kept = [one for one in kept if Path(one[0]).exists()]  # old ones are deleted
         line = status("waiting …")
         with self.clearing.answering(request):
             try:

@@ -1,4 +1,4 @@
-"""What a browser may load for the page and who may ask for it; gradio itself is kept from reaching out."""
+"""What a browser may load for the page and who may request it; gradio itself is kept from fetching anything."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ POLICY = (
 )
 """What a browser may load for the page: nothing from another host."""
 UPLOAD = "/gradio_api/upload"
-"""Where files come in."""
+"""Path of uploads."""
 LINK = "/gradio_api/deep_link"
-"""Where gradio would write down what a user did, for good, and whoever asks for it may."""
+"""Path at which gradio would let anyone store a user's session permanently."""
 
 
 async def _fetch_nothing(address: str, *_: Any, **__: Any) -> NoReturn:
-    """Stands where gradio would fetch an address that a request made by hand names in place of an uploaded file."""
+    """Replaces gradio's fetching of a URL that a hand-made request names instead of an uploaded file."""
     raise HTTPException(403, f"this page fetches nothing from elsewhere, and not {address[:100]!r}")
 
 
-# Every component's files go through the first of these, whatever its kind, and the second answers `file=http://...`.
+# The files of every component go through the first of these; the second answers `file=http://...`.
 processing_utils.async_ssrf_protected_get = _fetch_nothing
-_routes: Any = routes  # where it is imported, and so a private name to checkers
+_routes: Any = routes  # imported there, and so a private name to type checkers
 _routes.secure_url_stream_response = _fetch_nothing
 
 
 class Guard:
-    """Says what a browser may load, ends a request or all uploads that are too long, and answers to its own names alone.
+    """Middleware: restricts what a browser may load, limits the size of requests and uploads, and checks the Host name.
 
-    A page elsewhere whose name is made to lead to this machine could else use this one (DNS rebinding), or have a browser send
-    something to it.
+    Otherwise, another site's page whose name is made to resolve to this machine could use this page (DNS rebinding), or make
+    a browser send something to it.
     """
 
     def __init__(self, app: ASGIApp, most: int, hosts: frozenset[str], uploads: Uploads):

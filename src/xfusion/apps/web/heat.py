@@ -1,4 +1,4 @@
-"""Weights of attention as pictures and as a table."""
+"""Attention weights as pictures and as a table."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from xfusion.evaluation.attention import Attention
 
 SIDE = 192
-"""Pixels of a heat map."""
+"""Side of a heat map in pixels."""
 HOT = numpy.array([235.0, 92.0, 20.0])
 """The colour of the largest weight."""
 BEGIN, PICTURE = "(start of the picture)", "(the picture itself)"
 
 
 def overlay(picture: PILImage.Image, weights: Tensor, grid: tuple[int, int], most: float) -> PILImage.Image:
-    """Weights ``[M]`` of a picture's tokens over it in grey: no colour is 0, full colour is ``most``."""
+    """Weights ``[M]`` of a picture's tokens, drawn over the picture in grey: no colour is 0, full colour is ``most``."""
     rows, columns = grid
     cells = numpy.clip(weights.reshape(rows, columns).numpy() / max(most, 1e-12), 0, 1)
     share = PILImage.fromarray((255 * cells).round().astype(numpy.uint8)).resize((SIDE, SIDE), PILImage.Resampling.BOX)
@@ -29,12 +29,12 @@ def overlay(picture: PILImage.Image, weights: Tensor, grid: tuple[int, int], mos
 
 
 def names(attention: Attention) -> list[str]:
-    """What a picture's token may look at, as people read it; words are numbered, for one may stand twice."""
+    """Readable names of what a picture's token may attend to; words are numbered, since one may occur twice."""
     return [f"{i + 1}: {word.strip() or repr(word)}" for i, word in enumerate(attention.words)]
 
 
 def maps(picture: PILImage.Image, attention: Attention, word: str | None) -> list[tuple[PILImage.Image, str]]:
-    """A heat map per layer: how much each token of the picture looks at a word of `names`, or at all words."""
+    """A heat map per layer: how much each token of the picture attends to a word of `names`, or to all words."""
     known = names(attention)
     weights = attention.on_words[..., known.index(word)] if word in known else attention.on_words.sum(-1)  # [L, M]
     found = zip(attention.layers, weights, strict=True)

@@ -1,4 +1,4 @@
-"""The page: its tabs over a `Desk`, its style, and an application of our own that fetches nothing from elsewhere."""
+"""The page: its tabs on top of a `Desk`, its style, and our own application, which fetches nothing from other hosts."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from xfusion.comparison.results import portable
 from xfusion.model import Model
 
 FORM = 65_536
-"""Bytes of a request beside the file that it brings."""
+"""Bytes of a request besides its uploaded file."""
 HANDLERS = 16
-"""Calls of one kind that may wait for the queue at once; gradio holds back the others."""
+"""Calls of one kind that may wait for the queue at the same time; gradio delays the others."""
 ABILITIES = {"text": "answers in words", "caption": "describes pictures", "draw": "draws pictures"}
-"""What the page lets a pack do, in its words."""
+"""Capability of a pack -> its description on the page."""
 STYLE = """
 .gradio-container { width: 100% !important; max-width: 62rem !important; margin: 0 auto !important; }
 .html-container { padding: 0 !important; }
@@ -88,10 +88,10 @@ def create(
 
     Args:
         models: packs by name.
-        limits: what may be asked for.
-        folder: for uploads and drawn pictures; nothing is written elsewhere.
+        limits: limits of requests.
+        folder: folder of uploads and drawn pictures; nothing is written elsewhere.
         comparisons: a folder of comparisons, or None.
-        hosts: names that a browser may know this machine by; with none, any.
+        hosts: names accepted in the Host header; if empty, any.
     """
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
     desk = Desk(models, limits, folder / "drawn")
@@ -109,7 +109,7 @@ def create(
     app.add_middleware(Guard, most=limits.body + FORM, hosts=hosts, uploads=uploads)
     font = ("system-ui", "sans-serif")  # gradio's own themes fetch theirs from Google
     theme = Default(primary_hue="orange", font=font, font_mono=("ui-monospace", "monospace"))
-    deep, grey = "*primary_700", "*neutral_500"  # white on gradio's orange, and its grey on white, are hard to read
+    deep, grey = "*primary_700", "*neutral_500"  # gradio's white on orange, and its grey on white, are hard to read
     theme.set(
         **{f"button_primary_background_fill{of}": deep for of in ("", "_dark")},
         **{f"button_primary_background_fill_hover{of}": "*primary_800" for of in ("", "_dark")},
@@ -140,7 +140,7 @@ def create(
 
 
 def blocks(desk: Desk, comparisons: Path | None) -> gr.Blocks:
-    """The components, a tab for each kind of thing that some pack can do.
+    """Create the components, with a tab for each capability that some pack has.
 
     Args:
         desk: takes what is asked for.
@@ -170,7 +170,7 @@ def blocks(desk: Desk, comparisons: Path | None) -> gr.Blocks:
 
 
 def _facts(models: Mapping[str, Model]) -> str:
-    """What each pack is, in a line."""
+    """One line about each pack."""
     lines = []
     for name, model in models.items():
         able = ", ".join(said for ability, said in ABILITIES.items() if ability in model.capabilities)

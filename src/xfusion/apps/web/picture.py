@@ -1,4 +1,4 @@
-"""The tab of a picture of one's own: asked about, and drawn anew in part."""
+"""The tab for the user's own picture: ask about it, and inpaint a part of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from xfusion.apps.web.desk import Preview
 
 PAINTED = "what I paint"
 PAINT = ("#1f6feb", 0.6)
-"""A colour, and how much it covers: blue is seen on the reds and yellows of most emoji."""
+"""A colour and its opacity: blue is visible on the reds and yellows of most emoji."""
 REGIONS = {
     "left half": (0, 0, 0.5, 1),
     "right half": (0.5, 0, 1, 1),
@@ -26,24 +26,24 @@ REGIONS = {
     "lower half": (0, 0.5, 1, 1),
     "middle": (0.25, 0.25, 0.75, 0.75),
 }
-"""Parts of a picture that may be drawn anew, as left, top, right and bottom."""
+"""Parts of a picture that can be inpainted, as left, top, right and bottom."""
 
 
 class Picture:
-    """A picture that was dropped on the page, its captions, and the sheet to paint on."""
+    """An uploaded picture, its captions, and the sheet to paint on."""
 
     def __init__(self, controls: Controls):
         self.controls, self.desk, self.limits = controls, controls.desk, controls.limits
 
     def lay_out(self) -> None:
-        """The components, inside the tab."""
+        """Create the tab's components."""
         captions, draws = "caption" in self.controls.able, "draw" in self.controls.able
         with gr.Row():
             given = gr.Image(
                 label="Your picture", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=280,
                 elem_id="given", buttons=[],
             )  # fmt: skip
-            given.preprocess = _place  # the file is opened by us and not by gradio, within our limits
+            given.preprocess = _place  # we open the file, not gradio, within our limits
             with gr.Column(visible=captions):
                 question = gr.Textbox(label="Question", placeholder="What is it?", max_lines=2, elem_id="question")
                 with gr.Row():
@@ -68,7 +68,7 @@ class Picture:
                         height=440, format="png", elem_id="sheet", elem_classes="pixels", interactive=True,
                     )  # fmt: skip
                     sheet.preprocess = _strokes  # as above
-                    # Else anyone could have this process keep bytes that nobody asks for.
+                    # Otherwise anyone could make this process store bytes that are never used.
                     sheet.accept_blobs = cast("Any", None)
                 with gr.Column():
                     prompt = gr.Textbox(
@@ -89,13 +89,13 @@ class Picture:
             self.controls.wire(trigger, self.inpaint, inputs, [out, told])
         self.controls.wire(sheet.clear, self.wiped, [self.controls.pack, given], [sheet], show_progress_on=[line])
         for trigger in (given.change, self.controls.pack.change):
-            # A browser sends what is painted whenever it shows the progress of something on the sheet: never, then.
+            # A browser sends the painting whenever it shows progress on the sheet, so progress is never shown there.
             self.controls.wire(
                 trigger, self.canvas, [self.controls.pack, given], [sheet, line], show_progress_on=[line]
             )
 
     def caption(self, pack: str, given: str | None, question: str, request: gr.Request) -> Iterator[tuple[Any, ...]]:
-        """What a pack says of the picture, or answers to a question about it, as it comes; and a line."""
+        """A pack's streamed caption of the picture, or answer to a question about it; and a status line."""
         try:
             picture = self._given(pack, given)
             yield "", status("looking …")
@@ -108,7 +108,7 @@ class Picture:
             yield "", complaint(error)
 
     def canvas(self, pack: str, given: str | None) -> tuple[Any, str]:
-        """The picture that was dropped, to paint on, and a line."""
+        """The uploaded picture, to paint on, and a status line."""
         try:
             if not given:
                 return None, status()
@@ -121,14 +121,14 @@ class Picture:
             return None, complaint(error)
 
     def wiped(self, pack: str, given: str | None) -> Any:
-        """The picture again where all was wiped off; with none, another wiping would follow."""
+        """The picture again after the sheet was cleared; without one, another clear event would follow."""
         return self.canvas(pack, given)[0] if given else gr.skip()
 
     def inpaint(
         self, pack: str, given: str | None, region: str, painted: list[str], prompt: str, seed: str, steps: float,
         guidance: float, request: gr.Request,
     ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
-        """The picture with a part of it drawn anew, with previews; and a line."""
+        """The picture with a part of it inpainted, with previews; and a status line."""
         try:
             self.desk.drawing(pack)
             picture = self._given(pack, given)
@@ -155,12 +155,12 @@ class Picture:
 
 
 def _place(payload: Any) -> str | None:
-    """Where an uploaded file is."""
+    """The path of an uploaded file."""
     return None if payload is None else payload.path
 
 
 def _strokes(payload: Any) -> Any:
-    """Where the layers of paint are."""
+    """The paths of the painted layers."""
     return [] if payload is None else [layer.path for layer in payload.layers]
 
 
@@ -171,7 +171,7 @@ def _png(picture: PILImage.Image) -> bytes:
 
 
 def _mask(size: tuple[int, int], part: tuple[float, float, float, float]) -> PILImage.Image:
-    """White where to draw anew, within these shares of the sides."""
+    """A mask, white in the part to inpaint, which is given as fractions of the sides."""
     mask = PILImage.new("L", size, "black")
     left, top, right, bottom = (round(share * size[i % 2]) for i, share in enumerate(part))
     ImageDraw.Draw(mask).rectangle((left, top, right - 1, bottom - 1), fill="white")
