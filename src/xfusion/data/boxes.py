@@ -1,4 +1,4 @@
-"""Boxes as text, as Qwen-VL writes them (arXiv 2308.12966, section 3.1): ``<ref>red disc</ref><box>(120,340),(560,780)</box>``.
+"""Boxes as text, as in Qwen-VL (arXiv 2308.12966, section 3.1): ``<ref>red disc</ref><box>(120,340),(560,780)</box>``.
 
 A box is plain text for the base's own tokenizer: there are no new tokens. Its corners, upper left and lower right, are
 integers from 0 to 999: thousandths of the width and height of the picture as the model sees it, which is the center crop if
