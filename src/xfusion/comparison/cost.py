@@ -1,8 +1,8 @@
 """Costs of a recipe: executed FLOPs, parameters, tokens, memory, time.
 
 FLOPs of a step and of a sample are those of the model alone. They exclude the frozen encoder or codec, which runs once per
-picture: pictures are encoded before counting, or are blank. The encoder's cost is the same for all recipes that use it, and may
-exceed all others (`flops_of_encoder`).
+picture: pictures are encoded before counting, or are blank. The encoder's cost is the same for all recipes that use it, and
+may exceed all others (`flops_of_encoder`).
 """
 
 from __future__ import annotations
