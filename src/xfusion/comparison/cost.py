@@ -216,8 +216,8 @@ def activation_memory(
     """Peak bytes of a stage's step besides weights, gradients, optimizer states and average.
 
     Predicted by an uncompiled forward and backward pass of the same model without weights (`Backbone.without_weights`), with
-    pictures of the largest size. A step computes its batches one after another, so the largest one counts. The prediction is
-    on the high side: compiled layers need less, the frozen hidden states of texts are computed here rather than looked up, and
+    pictures of the largest size. A step computes its batches one after another, so the largest one counts. Unlike in training,
+    layers are not compiled, which would need less, the frozen hidden states of texts are computed rather than looked up, and
     rows that a mechanism skips by their values are counted.
 
     Args:

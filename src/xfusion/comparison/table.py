@@ -73,7 +73,7 @@ def summarise(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
     Returns:
         JSON values: ``name``, ``media`` (pictures or sounds), ``first``, ``recipes``, ``called`` (recipe -> its name with the
-        arguments that it was given), ``regimes``, ``shares``, ``budget``, ``scores`` (per share and score: a row per recipe with
+        given arguments), ``regimes``, ``shares``, ``budget``, ``scores`` (per share and score: a row per recipe with
         ``mean``, ``interval``, ``values`` by seed and the paired ``difference`` to the first), ``cost`` per recipe,
         ``learning``, ``contributions``, ``prompts``, ``differences``, ``notes``, ``command``, ``settings``.
 

@@ -45,8 +45,8 @@ def evaluate(
         suite: a name from `suite_names()`.
         out: a JSON file to write the result to, with the commit and the machine; it is written atomically.
         progress: called with the progress of each part.
-        trained_on: specs of the model's training data (`xfusion.evaluation.unseen.trained_on` of its pack). They are the default
-            ``source`` of the suite, and none of their examples is scored as held out.
+        trained_on: specs of the model's training data (`xfusion.evaluation.unseen.trained_on` of its pack). They are the
+            default ``source`` of the suite, and none of their examples is scored as held out.
         settings: keyword arguments of the suite's ``run``, e.g. ``source="emoji:128"``.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Examples that turn out unreadable in mid-run: left out as far as allowed, by all processes alike, or the run stops."""
+"""Examples found unreadable during a run: all processes leave out the same ones as far as allowed, or the run stops."""
 
 from __future__ import annotations
 
