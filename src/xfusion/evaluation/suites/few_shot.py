@@ -1,4 +1,4 @@
-"""Naming behind solved examples: pictures and their names, then a picture to name, all in one prompt (as Flamingo is asked).
+"""Few-shot naming: pictures with their names, then a picture to name, all in one prompt (as in Flamingo).
 
 ``held_`` scores are on pictures of groups that no training has seen; the examples are trained pictures, a few of them the first
 of the more. Beside the exact answer stand ``_blind`` (the answers permuted among the pictures) and ``_misnamed``: each example
