@@ -126,7 +126,7 @@ def run(
 
 
 def chosen(examples: Sequence[Example], limit: int | None = None, part: Part = "all") -> list[int]:
-    """Indices, in order, of the `limit` examples with the lowest id hashes: a fixed, unbiased choice."""
+    """Indices, in order, of the `limit` examples with the lowest id hashes: always the same, of no kind in particular."""
     inside = [i for i, example in enumerate(examples) if part in ("all", part_of(example.group))]
     by_hash = sorted(inside, key=lambda i: hashlib.sha256(examples[i].id.encode()).digest())
     return sorted(by_hash[:limit])
