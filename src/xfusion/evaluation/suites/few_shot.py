@@ -1,7 +1,7 @@
 """Few-shot naming: pictures with their names, then a picture to name, all in one prompt (as in Flamingo).
 
-``held_`` scores are on pictures of groups that were never trained on. The examples are trained pictures; fewer examples are the
-first of the larger set. Exact scores come with ``_blind`` (the answers permuted among the pictures) and ``_misnamed``: each
+``held_`` scores are on pictures of groups that were never trained on. The examples are trained pictures; fewer examples are
+the first of the larger set. Exact scores come with ``_blind`` (the answers permuted among the pictures) and ``_misnamed``: each
 example has the name of another picture, so a model that reads its examples answers differently.
 """
 
