@@ -1,4 +1,4 @@
-"""A pack's README on a model hub: what it is, how it was made, what it scores, and under which licences it stands."""
+"""A pack's README on a model hub: what it is, how it was trained, its scores and its licences."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TEXT_OF = {
     "LoRA": "Low-rank deltas lie on the base's layers: text alone is another than the base's, and the base's without them.",
     "as in the paper": "Trained parts stand where the base's own computed words: text alone is another than the base's.",
 }
-"""What a card says of a regime."""
+"""The text of the card about each regime."""
 TASKS = {
     "image": (
         ({"caption", "draw"}, "any-to-any"),
@@ -32,7 +32,7 @@ TASKS = {
         ({"embed"}, "feature-extraction"),
     ),
 }
-"""What a hub calls a task, by modality and by what a model of it can do; the first that it can do stands on its card."""
+"""Task names of the hub, by modality and required capabilities; a card names the first that the model can do."""
 CONDITIONS = (
     (
         "permissive",
@@ -41,23 +41,23 @@ CONDITIONS = (
     ("share alike", r"cc[ -]by-sa[ -]\d\.\d|odbl(-1\.0)?"),
     ("not for commercial use", r"cc[ -]by-nc(-sa|-nd)?[ -]\d\.\d"),
 )
-"""What licences ask, the least first; those of one maker alone are in no such order."""
+"""Licence conditions, the least restrictive first; vendor-specific licences are not ranked."""
 
 
 def check_licence(name: str) -> None:
-    """Refuse what a hub does not take for a licence's name.
+    """Refuse a name that a hub does not accept as a licence.
 
     Raises:
-        XFusionError: it is no such name.
+        XFusionError: it is not a valid name.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", name):
         raise XFusionError(f"licence {name!r} is no name of a licence on a hub: write it as in cc-by-sa-4.0")
 
 
 def card(config: dict[str, Any], model: Model) -> str:
-    """The card as Markdown, from a pack's config alone and the licences that the model's parts state.
+    """The card as Markdown, from only a pack's config and the licences that the model's parts state.
 
-    Nothing stands in it that was not recorded: a pack without scores says so, and so does one whose text was not proven.
+    It states only recorded facts: a card without scores or without a proof of its text says so.
     """
     config = without_folders(config)
     base, chain = config["base"], licences(model, config)
@@ -88,7 +88,7 @@ def card(config: dict[str, Any], model: Model) -> str:
 
 
 def licences(model: Model, config: dict[str, Any]) -> dict[str, str]:
-    """The chain of licences: these weights, base, codec, encoders that features or alignment came from, data."""
+    """The chain of licences: these weights, base, codec, encoders used for features or alignment, data."""
     training, codec = config.get("training") or {}, model.modality.codec
     return without_folders(
         {
@@ -103,14 +103,14 @@ def licences(model: Model, config: dict[str, Any]) -> dict[str, str]:
 
 
 def _called(fingerprint: str) -> str:
-    """An encoder by its fingerprint, which is where it came from or a hash."""
+    """A readable name for an encoder's fingerprint, which is its source or a hash."""
     if fingerprint == EfficientNetLite.fingerprint:
         return EfficientNetLite.name
     return fingerprint[:16] if re.fullmatch(r"[0-9a-f]{64}", fingerprint) else without_folders(fingerprint)
 
 
 def most_restrictive(chain: dict[str, str]) -> str:
-    """Which link of the chain asks most of a user, where each of them can be placed."""
+    """A sentence that names the most restrictive licence of the chain, if all of them can be ranked."""
     ranks = {part: _rank(licence) for part, licence in chain.items() if part != "these weights"}
     unknown = [part for part, rank in ranks.items() if rank is None]
     if unknown:
@@ -122,23 +122,23 @@ def most_restrictive(chain: dict[str, str]) -> str:
 
 
 def _rank(licence: str) -> int | None:
-    """Place in `CONDITIONS` of a licence, or of the strictest of several, ``photos: MIT; emoji:16: CC-BY-SA-4.0``."""
+    """Index in `CONDITIONS` of a licence, or of the strictest of several, as in ``photos: MIT; emoji:16: CC-BY-SA-4.0``."""
     names = [one.rpartition(": ")[2].strip().lower() for one in licence.split("; ")]
     places = [next((i for i, (_, known) in enumerate(CONDITIONS) if re.fullmatch(known, name)), None) for name in names]
     return None if None in places else max(place for place in places if place is not None)
 
 
 def task(model: Model) -> str:
-    """What a hub calls the task that a model is for."""
+    """The hub's name for a model's task."""
     known = TASKS["audio" if model.modality.name == "audio" else "image"]
     return next((name for able, name in known if able <= model.capabilities), "text-generation")
 
 
 def _front(config: dict[str, Any], model: Model) -> str:
-    """The metadata that a hub reads."""
+    """The metadata block that a hub reads."""
     source = config["base"]["source"]
     lines = ["library_name: xfusion", f"pipeline_tag: {task(model)}"]
-    lines += [f"license: {config['licence']}"] if config.get("licence") else []  # the data's may forbid any
+    lines += [f"license: {config['licence']}"] if config.get("licence") else []  # the data's licence may forbid any
     lines += ["tags:", "- frozen-base"]
     if source.count("/") == 1 and ":" not in source and not source.startswith((".", "~")):
         lines += [f"base_model: {source}", "base_model_relation: adapter"]
@@ -146,7 +146,7 @@ def _front(config: dict[str, Any], model: Model) -> str:
 
 
 def _elsewhere(model: Model) -> str:
-    """Which other libraries may read it."""
+    """Which other libraries can load the pack."""
     if not model.fusion.exports:
         return "It loads with xfusion only: no other library has this mechanism."
     names = " or ".join(f"`xfusion export PACK --to {name}`" for name in model.fusion.exports)
@@ -190,7 +190,7 @@ def _proof(config: dict[str, Any], model: Model) -> str:
 
 
 def _limits(config: dict[str, Any], model: Model) -> str:
-    """What follows from how it was made, a line each."""
+    """The limits that follow from the training, one per line."""
     training, scores = config.get("training") or {}, config.get("scores") or {}
     lines = [f"It was made for {model.modality.described}; others are resized or refused."]
     if "pictures" in training:

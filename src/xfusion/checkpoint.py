@@ -24,12 +24,12 @@ from xfusion.opening import Opening
 from xfusion.storage import SEAL, file_hash, put_back, read_json, read_tensors, sealed, whole_folder, without_folders
 
 FORMAT_VERSION = 2
-"""Version 1 had no hashes of the files: its weights are checked by their fingerprint, its config is taken as it stands."""
+"""Version 1 had no file hashes: its weights are checked by their fingerprint, and its config is not checked."""
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 OPENING = "opening.safetensors"
-"""The opening head, in a pack that has one: fitted behind the rest, so that the weights' file stays as it is."""
+"""File of the opening head, in a pack that has one. It is fitted after the rest, so it does not change the weights file."""
 FILES = (CONFIG, WEIGHTS, OPENING, CARD)
-"""All that a pack may hold."""
+"""All files that a pack may contain."""
 MADE = frozenset(
     {
         "format_version",
@@ -47,14 +47,14 @@ MADE = frozenset(
         SEAL,
     }
 )
-"""What of a config is made of the model itself; all else are facts that somebody recorded of it."""
+"""Config fields that are derived from the model itself; all others are facts recorded about it."""
 
 
 # ---------------------------------------------------------------------------------------------- configs as JSON
 
 
 def to_json(config: Any) -> Any:
-    """A nested dataclass as JSON, each with the import path of its class."""
+    """Convert a nested dataclass to JSON; each object stores the import path of its class."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         kind = type(config)
         fields = {f.name: to_json(getattr(config, f.name)) for f in dataclasses.fields(config)}
@@ -67,7 +67,7 @@ def to_json(config: Any) -> Any:
 
 
 def modules_outside(data: Any) -> set[str]:
-    """Modules that are not xfusion's and that hold classes of a configuration, given as `to_json` writes it."""
+    """Modules outside xfusion that define classes of a configuration, which is given as `to_json` writes it."""
     if isinstance(data, list):
         return set().union(*map(modules_outside, data))
     if not isinstance(data, dict):
@@ -78,7 +78,7 @@ def modules_outside(data: Any) -> set[str]:
 
 
 def differing(one: Any, other: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Where two JSON values differ: path, and both values; None stands for what one of them lacks."""
+    """Where two JSON values differ: the path and both values, with None for a missing one."""
     pairs: list[tuple[str, Any, Any]]
     if isinstance(one, dict) and isinstance(other, dict) and one.get("type") == other.get("type"):
         pairs = [(str(k), one.get(k), other.get(k)) for k in dict.fromkeys([*one, *other])]
@@ -141,22 +141,22 @@ def save(
 ) -> Path:
     """Write a pack; the folder appears whole or not at all.
 
-    What a pack recorded of a model stays with it as long as its weights are the same numbers: it is written again, but for
-    what is given anew.
+    Facts recorded in the pack that the model was loaded from are written again as long as the weights are unchanged.
+    Facts given here replace them.
 
     Args:
-        model: what was trained.
-        folder: where; an existing pack is replaced.
+        model: the trained model.
+        folder: where to write; an existing pack is replaced.
         dtype: store the learned weights in this type (None: as they are).
-        weights: the learned weights, where the model's own are divided among processes; None takes the model's.
-        recipe: how it was trained, as `to_json` gives it; of this and the following the config remembers what is given.
-        training: on what and for how long: ``data``, ``data_licence``, ``steps``, ``samples``, ...
-        scores: as `evaluate` gives them.
-        proof: as `verify` gives it.
-        licence: of the weights, as a hub names it; a card without it states none.
+        weights: the learned weights, if the model's own are sharded across processes; None uses the model's.
+        recipe: how the model was trained, as `to_json` returns it. This and the following are stored in the config if given.
+        training: the data and the length of the training: ``data``, ``data_licence``, ``steps``, ``samples``, ...
+        scores: as `evaluate` returns them.
+        proof: as `verify` returns it.
+        licence: licence of the weights, by its name on a hub; without it the card states none.
 
     Raises:
-        XFusionError: the folder holds other files or cannot be written, or the licence is no name.
+        XFusionError: the folder contains other files or cannot be written, or the licence is not a valid name.
     """
     from xfusion import __version__
 
@@ -192,22 +192,22 @@ def save(
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a pack says of a model, and of which weights it says so."""
+    """The facts that a pack records about a model, and the weights that they apply to."""
 
     facts: dict[str, Any]
-    """What was recorded: recipe, training, scores, proof, licence, ..."""
+    """The recorded facts: recipe, training, scores, proof, licence, ..."""
     model: ModelConfig
-    """How the weights are used."""
+    """Configuration of the model that uses the weights."""
     weights: str | None
-    """Fingerprint of the weights as the pack holds them."""
+    """Fingerprint of the weights as the pack stores them."""
     dtypes: dict[str, torch.dtype]
-    """In which types it holds them."""
+    """The types in which the pack stores them."""
     opening: str | None
     """Fingerprint of the opening head."""
 
     @classmethod
     def of(cls, config: dict[str, Any], model: Model, state: dict[str, torch.Tensor]) -> Record:
-        """By a pack's config, the model that is in it, and its weights as it holds them."""
+        """Build the record from a pack's config, its model, and its weights as stored."""
         return cls(
             facts={key: value for key, value in config.items() if key not in MADE},
             model=model.config,
@@ -218,7 +218,7 @@ class Record:
 
 
 def _still_true(model: Model, state: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """The facts recorded of a model whose weights are about to be written, where these are the numbers they were recorded of."""
+    """The recorded facts that still hold for weights about to be written: none if the weights have changed."""
     record = model.recorded
     if record is None or record.model != model.config or set(record.dtypes) != set(state):
         return {}
@@ -235,13 +235,13 @@ def _opening_fingerprint(model: Model) -> str | None:
 
 
 def _codec_facts(config: ModelConfig) -> dict[str, Any]:
-    """The hash of the codec's weights: other weights of the same name would mean something else by the same numbers."""
+    """Hash of the codec's weights: with other weights of the same name, the same latents would decode differently."""
     file = config.modality.codec.weights
     return {"codec_sha256": file_hash(file)} if file is not None and file.is_file() else {}
 
 
 def _write_opening(head: Opening | None, folder: Path) -> dict[str, Any]:
-    """The file of an opening head, where there is one, and what the config says of it."""
+    """Write the file of an opening head, if there is one, and return its config entry."""
     if head is None:
         return {}
     state = {k: v.detach().cpu().contiguous() for k, v in head.state_dict().items()}
@@ -250,17 +250,17 @@ def _write_opening(head: Opening | None, folder: Path) -> dict[str, Any]:
 
 
 def add_opening(folder: Path, model: Model, head: Opening, out: Path, **facts: Any) -> Path:
-    """A pack once more, with an opening head; its weights stay as they are, to the bit, and its card is written anew.
+    """Copy a pack and add an opening head; the weights stay bit-identical, and the card is rewritten.
 
     Args:
-        folder: a pack of any format version; its weights are checked, and the result is of the present version.
-        model: the pack's.
-        head: replaces the pack's, if it has one.
-        out: where; may be the same folder.
-        facts: what the config shall remember of the head (scores, ...), under ``opening``.
+        folder: a pack of any format version; its weights are checked, and the result has the current version.
+        model: the model of the pack.
+        head: the opening head; it replaces the pack's, if there is one.
+        out: where to write; may be the same folder.
+        facts: facts about the head (scores, ...) to store in the config under ``opening``.
 
     Raises:
-        XFusionError: the pack was altered, the model is not the pack's, or ``out`` holds other files.
+        XFusionError: the pack was altered, the model is not the pack's, or ``out`` contains other files.
     """
     config, state = _own_pack(folder, model)
     refuse_other_files(out)
@@ -275,7 +275,7 @@ def add_opening(folder: Path, model: Model, head: Opening, out: Path, **facts: A
 
 
 def _describe(folder: Path, config: dict[str, Any], model: Model) -> None:
-    """The config of a pack, and the card that says it in words; what facts say of folders here is of no use elsewhere."""
+    """Write a pack's config and its card; paths of this machine are shortened, as they are of no use elsewhere."""
     config = {key: value if key in MADE else without_folders(value) for key, value in config.items()}
     config = sealed(config) if config["format_version"] > 1 else config
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
@@ -284,16 +284,16 @@ def _describe(folder: Path, config: dict[str, Any], model: Model) -> None:
 
 
 def _own_pack(folder: Path, model: Model) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Config and weights of an intact pack, which must be a model's."""
+    """Config and weights of an intact pack, which must match the model."""
     config, state = _intact(folder)
-    own = model.learned_state()  # a pack may hold them in half precision
+    own = model.learned_state()  # a pack may store them in half precision
     if set(own) != set(state) or not all(torch.equal(own[k].cpu().to(v.dtype), v) for k, v in state.items()):
         raise XFusionError(f"{folder} holds other weights than this model: load it and try again")
     return config, state
 
 
 def _intact(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Config and weights of a pack, none of its files altered."""
+    """Config and weights of a pack, after checking that no file was altered."""
     config = read_config(folder)
     state = read_tensors(folder / WEIGHTS, config.get("weights_sha256"))
     if "weights_sha256" not in config and fingerprint(state) != config["weights_fingerprint"]:
@@ -304,10 +304,10 @@ def _intact(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 
 def refuse_other_files(target: Path) -> None:
-    """Refuse to replace a folder that is no pack, or that holds more than one: its other files would be lost.
+    """Refuse to replace a folder that is not a pack or contains other files, which would be lost.
 
     Raises:
-        XFusionError: it holds other files, or is a file itself.
+        XFusionError: the folder contains other files, or is a file itself.
     """
     if target.exists() and not target.is_dir():
         raise XFusionError(f"{target} is a file: name an empty folder or an existing pack")
@@ -320,7 +320,7 @@ def refuse_other_files(target: Path) -> None:
 
 
 def _config_if_any(folder: Path) -> dict[str, Any]:
-    """What stands in a folder's config, intact or not; nothing where it is not even JSON."""
+    """The content of a folder's config, intact or not; empty if it is missing or not JSON."""
     try:
         facts = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -337,21 +337,21 @@ def push(
     message: str = "xfusion pack",
     licence: str | None = None,
 ) -> str:
-    """Put a pack on a model hub, all of its files in one commit, made where it does not stand there yet.
+    """Upload a pack to a model hub, all files in one commit; the repository and branch are created if missing.
 
     Args:
-        what: an intact pack, or a model that a pack is made of, with what its own pack recorded of its weights.
+        what: an intact pack, or a model, which is saved as a pack together with the facts recorded about its weights.
         repository: ``organisation/name``.
         revision: branch; None is the main one.
-        private: whether a new repository is; None takes the account's own setting.
-        message: of the commit.
-        licence: of a model's weights, as a hub names it; None takes the one recorded. A pack's files state their own.
+        private: whether a new repository is private; None uses the account's own setting.
+        message: commit message.
+        licence: licence of a model's weights, by its name on a hub; None uses the recorded one. A pack states its own.
 
     Returns:
-        the address of the commit.
+        the URL of the commit.
 
     Raises:
-        XFusionError: the pack was altered, the licence is no name or given for files, or the hub refuses it.
+        XFusionError: the pack was altered, the licence is not a valid name or is given for a pack, or the hub refuses.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -374,11 +374,11 @@ def push(
             folder_path=path,
             revision=revision,
             allow_patterns=list(FILES),
-            delete_patterns=[OPENING],  # of an earlier pack, where this one has none
+            delete_patterns=[OPENING],  # left by an earlier pack, if this one has no opening head
             commit_message=message,
         )
     except (OSError, ValueError, RuntimeError, HFValidationError, HfHubHTTPError) as error:
-        behind = error.__cause__ if isinstance(error, RuntimeError) else None  # which file; why, says the one before it
+        behind = error.__cause__ if isinstance(error, RuntimeError) else None  # names the file; the error before it says why
         reason = first_line(error) + (f" {first_line(behind)}" if behind else "")
         raise XFusionError(f"{path} cannot be put on the hub as {repository!r}: {reason}") from error
     return str(found.commit_url)
@@ -387,10 +387,10 @@ def push(
 def add_facts(
     folder: Path, model: Model, *, scores: dict[str, Any] | None = None, proof: dict[str, Any] | None = None
 ) -> None:
-    """Record ``scores`` or a ``proof`` in a pack that is a folder of one's own, and write its card anew.
+    """Record ``scores`` or a ``proof`` in a pack that has a folder of its own, and rewrite its card.
 
     Raises:
-        XFusionError: the model is not the pack's, or the folder holds other files, too.
+        XFusionError: the model is not the pack's, or the folder also contains other files.
     """
     config, state = _own_pack(folder, model)
     refuse_other_files(folder)
@@ -412,17 +412,17 @@ def shipped() -> list[str]:
 
 
 def pack_in(folder: Path) -> Path:
-    """The pack that a folder stands for: the one in it where it is that of a training run, else itself."""
+    """The pack in a folder: the one inside if it is the folder of a training run, else the folder itself."""
     inside = folder / "pack"
     put_back(inside)
     return inside if not (folder / CONFIG).is_file() and (inside / CONFIG).is_file() else folder
 
 
 def find(name: str) -> Path:
-    """The folder of a pack: a folder, a shipped pack's name, or a hub id, in this order.
+    """The folder of a pack, given by a folder, a shipped pack's name, or a hub id, in this order.
 
-    The folder of a training run stands for the pack in it.
-    Behind a hub id may stand a branch, a tag or a commit, as in ``org/name@1f3a9c0``.
+    The folder of a training run means the pack in it.
+    A hub id may end with a branch, a tag or a commit, as in ``org/name@1f3a9c0``.
     """
     path = Path(name).expanduser()
     put_back(path)
@@ -453,15 +453,15 @@ def find(name: str) -> Path:
 
 
 def _at_revision(name: str, revision: str) -> str:
-    """A hub id with its revision behind it."""
+    """A hub id followed by its revision."""
     if Path(name).expanduser().is_dir() or name in shipped() or "@" in name:
         raise XFusionError(f"revision {revision!r} is of a hub id without one, and {name!r} is none: leave it out")
     return f"{name}@{revision}"
 
 
 def _unlike(before: Any, now: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Where two JSON values differ, as `differing`; what one of them does not name, as older packs or other versions of
-    transformers may not, is no difference.
+    """Where two JSON values differ, as `differing`, but a field that one of them lacks is no difference: older packs or
+    other versions of transformers may lack it.
     """
     if isinstance(before, dict) and isinstance(now, dict):
         for name in sorted(before.keys() & now.keys()):
@@ -471,7 +471,7 @@ def _unlike(before: Any, now: Any, where: str = "") -> Iterator[tuple[str, Any, 
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A pack's config of any format version that is known, unaltered."""
+    """Read a pack's config, of any known format version, and check that it was not altered."""
     config = read_json(folder / CONFIG)
     version = config.get("format_version")
     if version is None and "model_type" in config:
@@ -499,15 +499,15 @@ def load(
     """Load a pack on its base.
 
     Args:
-        name: a folder (a training run's stands for the pack in it), a shipped pack's name, or a hub id (perhaps
+        name: a folder (that of a training run means the pack in it), a shipped pack's name, or a hub id (perhaps
             ``org/name@revision``), in this order.
-        backbone: an already loaded base to share; its fingerprint must match, its device stays.
-        device: where the base is loaded to, and the pack with it.
+        backbone: an already loaded base to share; its fingerprint must match, and it stays on its device.
+        device: device to load the base and the pack to.
         trust: allow classes outside xfusion that the pack names.
-        revision: a branch, a tag or a commit of a hub id that has none behind it.
+        revision: a branch, a tag or a commit, for a hub id that does not include one.
 
     Raises:
-        XFusionError: no such pack, another base, or weights that do not fit or were altered.
+        XFusionError: there is no such pack, the base is another one, or the weights do not fit or were altered.
     """
     folder = find(os.fspath(name) if revision is None else _at_revision(os.fspath(name), revision))
     config = read_config(folder)
@@ -540,10 +540,10 @@ def load(
 
 
 def _read_opening(folder: Path, config: dict[str, Any], backbone: Backbone) -> Opening | None:
-    """The opening head that a pack's config names; a file that it does not name is not read.
+    """The opening head that a pack's config names; without that entry no file is read.
 
     Raises:
-        XFusionError: it is missing, was altered, or belongs to another width.
+        XFusionError: the file is missing, was altered, or is for another model width.
     """
     if "opening_sha256" not in config:
         return None
@@ -558,13 +558,13 @@ def load_weights(
     """Load a pack's learned weights strictly into a model of the same configuration.
 
     Args:
-        model: whose weights are replaced.
+        model: the model whose weights are replaced.
         folder: the pack.
-        expected: fingerprint of the weights; it is asked only where there is no hash of the file.
+        expected: fingerprint of the weights; checked only if there is no hash of the file.
         expected_hash: hash of the file.
 
     Returns:
-        the weights as the file holds them.
+        the weights as stored in the file.
 
     Raises:
         XFusionError: the file is missing, was altered, or does not fit.
@@ -580,7 +580,7 @@ def load_weights(
 
 
 def _load_strictly(own: dict[str, torch.Tensor], state: dict[str, torch.Tensor], path: Path) -> None:
-    """Replace all tensors by those of a file, which must hold them and no others."""
+    """Replace all tensors by those of a file, which must contain exactly the same names and shapes."""
     missing, unexpected = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     wrong = [k for k in own if k in state and own[k].shape != state[k].shape]
     if missing or unexpected or wrong:

@@ -1,8 +1,8 @@
-"""The head that opens a picture by itself: beside the vocabulary, on states of the frozen base, and never in its way.
+"""The opening head: decides from hidden states of the frozen base whether an answer starts with a picture.
 
-Two rows of numbers. One reads the base's last hidden state where an answer begins and says whether it is a picture; the
-other reads the states of the user's words and says which of them name what to draw. The base's own logits stay as they
-are: where no picture opens, the base answers as it answers everyone.
+It consists of two linear probes. One reads the base's last hidden state at the start of the answer and predicts whether the
+answer is a picture. The other reads the hidden states of the user's text and predicts which tokens name what to draw. The
+base's own logits are unchanged: without a picture, the base answers as it always does.
 
 Shape legend: ``n`` tokens, ``D`` model width.
 """
@@ -18,11 +18,11 @@ from xfusion.backbone import Backbone
 from xfusion.data.sequence import XFusionError
 
 TURNS = 3
-"""User turns that are read, the last ones."""
+"""Number of last user turns that are read."""
 
 
 class Opening(nn.Module):
-    """Decides whether an answer opens with a picture, and of what."""
+    """Decides whether an answer starts with a picture, and of what."""
 
     def __init__(self, width: int):
         """``width`` is the base's ``D``."""
@@ -32,14 +32,14 @@ class Opening(nn.Module):
 
     @torch.no_grad()
     def probability(self, backbone: Backbone, messages: Seq[dict[str, str]]) -> float:
-        """How likely the last turn of a conversation, in words alone, asks for a picture."""
+        """Probability that the last turn of a text conversation asks for a picture."""
         return float(self.opens(answer_state(backbone, messages)).sigmoid())
 
     @torch.no_grad()
     def what(self, backbone: Backbone, words: str) -> str:
-        """The part of some words that says what to draw; empty where nothing does.
+        """The part of a text that says what to draw; empty if there is none.
 
-        It is the stretch of tokens whose logits have the largest sum, so it never falls apart.
+        It is the contiguous span of tokens whose logits have the largest sum.
         """
         states, spans = word_states(backbone, words)
         best, (first, last) = 0.0, (0, 0)
@@ -54,7 +54,7 @@ class Opening(nn.Module):
 
 
 def recent(messages: Seq[dict[str, str]]) -> list[dict[str, str]]:
-    """The last user turns of a conversation and what was answered between them; instructions stay out."""
+    """The last user turns of a conversation and the answers between them, without system messages."""
     turns = [i for i, message in enumerate(messages) if message["role"] == "user"]
     if not turns or turns[-1] != len(messages) - 1:
         raise XFusionError("whether to draw is decided behind a turn of the user: the conversation ends otherwise")
@@ -63,16 +63,16 @@ def recent(messages: Seq[dict[str, str]]) -> list[dict[str, str]]:
 
 @torch.no_grad()
 def answer_state(backbone: Backbone, messages: Seq[dict[str, str]]) -> Tensor:
-    """The base's last hidden state ``[D]``, float32, where the answer to a conversation begins."""
+    """The base's last hidden state ``[D]``, float32, at the start of the answer to a conversation."""
     ids = torch.tensor([backbone.chat(recent(messages))], device=backbone.device)
     return backbone.decoder(input_ids=ids, use_cache=False).last_hidden_state[0, -1].float()
 
 
 @torch.no_grad()
 def word_states(backbone: Backbone, words: str) -> tuple[Tensor, list[tuple[int, int]]]:
-    """States ``[n, D]``, float32, of the tokens of some words, and the characters of each.
+    """Hidden states ``[n, D]``, float32, of the tokens of a text, and the character span of each.
 
-    The words are read twice and the second reading's states are taken: in the first a token knows only what stands
+    The text is given twice, and the states of the second copy are used: in the first copy a token sees only what comes
     before it, and "a cat, please draw it" begins with the cat (Springer et al., arXiv 2402.15449).
     """
     ids, spans = backbone.encode_spans(words)

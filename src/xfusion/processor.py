@@ -1,11 +1,11 @@
-"""Conversations of typed blocks, as transformers' processors and OpenAI's clients write them, to segments and back.
+"""Convert conversations of typed blocks, as in transformers' processors and OpenAI's clients, to segments and back.
 
     [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What is this?"}]}]
 
-A sound is a block too, ``{"type": "audio", "audio": "said.wav"}``. The base tokenizer's own chat template lays the turns out;
-pictures and sounds stand in it where their blocks stood. Words alone are
-then, token for token, what the base is asked. `xfusion.generation.conversation` is the other layout, without roles: how a
-picture and a question stood in the training of a pack that saw no conversations.
+A sound is a block too, ``{"type": "audio", "audio": "said.wav"}``. The base tokenizer's own chat template formats the turns,
+with pictures and sounds at the places of their blocks. A conversation of text alone therefore has exactly the tokens of the
+base's own prompt. `xfusion.generation.conversation` is the other layout, without roles: the layout of a picture and a
+question in the training of a pack that saw no conversations.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from xfusion.generation import Message, Segment
 from xfusion.model import Model
 
 MARK = "\ue000"
-"""Where a picture or a sound stands in the text of a template: a private-use character, which no words may hold."""
+"""Placeholder of a picture or a sound in the text of a template: a private-use character, which text must not contain."""
 ADDRESSES = ("http://", "https://")
 Blocks = list[dict[str, Any]]
 
 
 class Processor:
-    """Typed blocks in and out, for one model."""
+    """Accepts and returns typed blocks, for one model."""
 
     def __init__(self, model: Model):
         self.model = model
 
     def messages(self, conversation: Seq[Mapping[str, Any]]) -> list[Message]:
-        """Turns as `Model.answer` takes them: words, opened pictures and sounds in the place of blocks.
+        """Convert turns to the form that `Model.answer` accepts: blocks become text, opened pictures and sounds.
 
         Args:
-            conversation: ``role``, and ``content``: words, or blocks ``{"type": "text", "text"}``, ``{"type": "image",
-                "image"}`` and ``{"type": "audio", "audio"}``. A picture is one of Pillow's, a sound a `Sound`, or floats
-                ``[n]`` from -1 to 1 at the rate that the model hears, as transformers' processors take them; either may be a
-                file or a data URL, and then the key may be ``path`` or ``url`` too. ``{"type": "image"}`` and ``{"type":
-                "audio"}`` alone are a picture to draw and a sound to make.
+            conversation: turns with ``role`` and ``content``. The content is text, or blocks ``{"type": "text", "text"}``,
+                ``{"type": "image", "image"}`` and ``{"type": "audio", "audio"}``. A picture is a Pillow image. A sound is a
+                `Sound`, or floats ``[n]`` from -1 to 1 at the model's sample rate, as transformers' processors accept them.
+                Either may be a file or a data URL, and then the key may also be ``path`` or ``url``. ``{"type": "image"}``
+                and ``{"type": "audio"}`` alone request a picture to draw and a sound to generate.
 
         Raises:
-            XFusionError: a block of another kind, or a picture or a sound that cannot be read.
+            XFusionError: a block has another type, or a picture or a sound cannot be read.
         """
         out: list[Message] = []
         for turn in conversation:
@@ -62,11 +62,11 @@ class Processor:
     def __call__(self, conversation: Seq[Mapping[str, Any]]) -> list[Segment]:
         """A conversation as segments for `Model.generate`, in the base tokenizer's own chat template.
 
-        A picture to draw or a sound to make must stand in the last turn; it opens the answer, behind the template's own
-        opening of it.
+        A request for a picture or a sound must be in the last turn. It starts the answer, after the template's own
+        generation prompt.
 
         Raises:
-            XFusionError: see `messages`; or the template refuses the roles, or what is to be made stands elsewhere.
+            XFusionError: see `messages`; or the template refuses the roles, or a request is in another turn.
         """
         turns = self.messages(conversation)
         seen: list[Any] = []
@@ -104,7 +104,7 @@ class Processor:
         return [*out, *made]
 
     def blocks(self, answer: Seq[str | PILImage.Image | Tensor]) -> Blocks:
-        """Generated segments as blocks; of a sound that was made the codec's frames, ``{"type": "audio", "frames"}``."""
+        """Generated segments as blocks; a generated sound is given as the codec's frames, ``{"type": "audio", "frames"}``."""
         out: Blocks = []
         for segment in answer:
             kind = "text" if isinstance(segment, str) else "image" if isinstance(segment, PILImage.Image) else "audio"
@@ -112,7 +112,7 @@ class Processor:
         return out
 
     def reply(self, conversation: Seq[Mapping[str, Any]], **settings: Any) -> dict[str, Any]:
-        """The assistant's next turn, to be put behind the conversation; settings are `Model.generate`'s."""
+        """Generate the assistant's next turn, to append to the conversation; settings are those of `Model.generate`."""
         return {"role": "assistant", "content": self.blocks(self.model.generate(self(conversation), **settings))}
 
     def _segment(self, block: Mapping[str, Any]) -> Any:
@@ -141,12 +141,12 @@ class Processor:
 
 
 def _given(block: Mapping[str, Any], key: str) -> Any:
-    """What a block shows, under any of the names that transformers has for it."""
+    """The content of a block, under any of the keys that transformers uses for it."""
     return next((block[name] for name in (key, "path", "url") if block.get(name) is not None), None)
 
 
 def _read(given: Any, what: str, read: Callable[[Path], Any], decode: Callable[[bytes, str], Any]) -> Any:
-    """A file or a data URL, opened."""
+    """Read a file or a data URL."""
     if not isinstance(given, (str, Path)):
         raise XFusionError(
             f"a {what} is given as {type(given).__name__}: give its file, a data URL, or the {what} itself"

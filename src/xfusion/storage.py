@@ -1,7 +1,6 @@
-"""Files that appear whole or not at all, and that are known to be what was written.
+"""Atomic writes of files and folders, and hashes that show whether they were altered later.
 
-A file or a folder is filled under a temporary name beside its own and then renamed, so that no reader ever sees half of it;
-hashes tell afterwards whether its bytes are still the same.
+A file or a folder is written under a temporary name next to its own and then renamed, so no reader ever sees half of it.
 """
 
 from __future__ import annotations
@@ -24,20 +23,20 @@ from torch import Tensor
 from xfusion.data.sequence import XFusionError, first_line
 
 SEAL = "sha256"
-"""Field of a JSON file that holds a hash over all of its other fields."""
+"""Field of a JSON file that stores a hash of all other fields."""
 ASIDE = "-aside"
-"""End of the hidden name that a folder has while another takes its place."""
+"""Suffix of the hidden name of a folder that is being replaced."""
 
 
 @contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
-    """A file to fill that takes the name ``target``, in the place of what stood there, when the block ends well.
+    """Yield a temporary file to write, which replaces ``target`` when the block ends without an error.
 
-    Its bytes are on the disk before it gets the name: else a power cut may leave the name with nothing in it. Its temporary
-    name has the same suffix, for writers that go by it.
+    Its bytes are flushed to disk before the rename: otherwise a power cut may leave an empty file. The temporary name has
+    the same suffix, for writers that choose the format by it.
 
     Raises:
-        XFusionError: the disk is full, the folder read-only, ...; what stood there stays.
+        XFusionError: the disk is full, the folder read-only, ...; the previous file stays.
     """
     with named_in_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -55,8 +54,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON object; the file appears whole or not at all.
 
     Raises:
-        ValueError: it holds a number that is not finite.
-        XFusionError: it cannot be written.
+        ValueError: it contains a number that is not finite.
+        XFusionError: the file cannot be written.
     """
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with whole_file(path) as temporary:
@@ -65,15 +64,15 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill that takes the name ``target`` when the block ends well; until then what stood there stays.
+    """Yield a temporary folder to fill, which replaces ``target`` when the block ends without an error.
 
-    The files are on the disk before they get the name, so that neither a killed process nor a machine that dies leaves
-    half of one under it. Two folders cannot exchange their names at once: for a moment what stood there has none. An error
-    or a signal in that moment gives it back; where the process is killed there, `put_back` does, which writing it again,
-    reading a pack and resuming a run begin with.
+    The files are flushed to disk before the rename, so neither a killed process nor a crashed machine leaves half of the
+    folder. Two folders cannot swap names atomically: for a moment the previous folder has a hidden name. An error or a
+    signal in that moment restores it. If the process is killed there, `put_back` restores it, which runs at the start of
+    writing it again, of reading a pack and of resuming a run.
 
     Raises:
-        XFusionError: the disk is full, the folder read-only, ...; then nothing is left of it.
+        XFusionError: the disk is full, the folder read-only, ...; then the temporary folder is removed.
     """
     with named_in_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +81,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
         try:
             yield temporary
             for file in temporary.iterdir():
-                file.chmod(0o644)  # temporary folders, and safetensors' own files, are for their owner alone
+                file.chmod(0o644)  # temporary folders and safetensors files are readable by their owner only
                 _to_disk(file)
             temporary.chmod(0o755)
             _to_disk(temporary)
@@ -92,18 +91,18 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 
 def _replace(target: Path, made: Path) -> None:
-    """Give the folder ``made`` the name of another one, if there is one, and remove that."""
+    """Rename the folder ``made`` to ``target``, and remove the folder that had this name, if any."""
     aside = _aside(target)
     try:
         while True:
             if target.exists():
-                _remove(aside)  # of a process that died when its own had the name
+                _remove(aside)  # left by a process that died after its rename
                 target.rename(aside)
             try:
                 made.rename(target)
                 break
             except OSError:
-                if not target.exists():  # else a reader took this process for a dead one, and put back what stood there
+                if not target.exists():  # else a reader took this process for a dead one and restored the old folder
                     raise
     finally:
         put_back(target)
@@ -112,21 +111,21 @@ def _replace(target: Path, made: Path) -> None:
 
 
 def put_back(target: Path) -> None:
-    """Give a folder its name again, if a process died in the moment in which `whole_folder` had taken it for another."""
+    """Restore a folder's name if a process died while `whole_folder` was replacing it."""
     aside = _aside(target)
-    with suppress(OSError):  # who may not write here will say that the folder is missing
+    with suppress(OSError):  # without write access, the caller reports that the folder is missing
         if aside.is_dir() and not target.exists():
             aside.rename(target)
 
 
 def put_all_back(folder: Path, name: str) -> None:
-    """`put_back` for the names of a pattern."""
+    """`put_back` for all names that match a pattern."""
     for aside in folder.glob(f".{name}{ASIDE}"):
         put_back(folder / aside.name[1:].removesuffix(ASIDE))
 
 
 def remove_rests(folder: Path, name: str) -> None:
-    """Remove what killed processes left of folders whose name was to be of a pattern; see `put_back` for the others."""
+    """Remove temporary folders left by killed processes, for names that match a pattern; `put_back` restores the others."""
     put_all_back(folder, name)
     for rest in folder.glob(f".{name}-*"):
         if not rest.name.endswith(ASIDE) or (folder / rest.name[1:].removesuffix(ASIDE)).exists():
@@ -138,7 +137,7 @@ def _aside(target: Path) -> Path:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder, or what points to one, as far as it can be."""
+    """Remove a folder, or a symbolic link to one, as far as possible."""
     if folder.is_symlink():
         folder.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
@@ -146,10 +145,10 @@ def _remove(folder: Path) -> None:
 
 @contextmanager
 def named_in_errors(path: Path) -> Iterator[None]:
-    """Inside the block an error of the file system names what it is about: a full disk's own says only that it is full.
+    """Make file system errors in the block name the path: the error of a full disk, for example, does not.
 
     Raises:
-        XFusionError: in place of that error.
+        XFusionError: instead of the file system's error.
     """
     try:
         yield
@@ -161,7 +160,7 @@ def named_in_errors(path: Path) -> Iterator[None]:
 
 
 def _to_disk(path: Path) -> None:
-    """Wait until a file, or the names in a folder, would outlive a power cut."""
+    """Flush a file, or the entries of a folder, to disk, so that they survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -170,26 +169,26 @@ def _to_disk(path: Path) -> None:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 over the bytes of a file."""
+    """SHA-256 of the bytes of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sealed(facts: dict[str, Any]) -> dict[str, Any]:
-    """The facts with a hash over them; a seal that they have already is renewed."""
-    plain = json.loads(json.dumps({k: v for k, v in facts.items() if k != SEAL}))  # as whoever reads them will see them
+    """The facts with a hash over them; an existing seal is replaced."""
+    plain = json.loads(json.dumps({k: v for k, v in facts.items() if k != SEAL}))  # as a reader will see them
     text = json.dumps(plain, sort_keys=True)
     return {**facts, SEAL: hashlib.sha256(text.encode()).hexdigest()}
 
 
 _PATH = re.compile(r"(?<![\w.:~/\\-])(?:~?/|[A-Za-z]:[\\/])[^\s\"'`|;,+()\[\]{}]+")
-"""A path from the root, a drive or somebody's home, in the middle of words; no part of an address or of a hub id."""
+"""A path from the root, a drive or a home folder, inside other text; never a part of a URL or a hub id."""
 _ALONE = re.compile(r"(?:~?/|[A-Za-z]:[\\/])[^\n\"'`|;,+]+")
-"""The same with nothing around it; its folders may have spaces in their names."""
+"""Such a path as the whole string; its folders may have spaces in their names."""
 
 
 def without_folders(content: Any) -> Any:
-    """JSON values in which whole paths of this machine are the names of what they lead to: ``/home/me/photos`` is ``photos``."""
+    """JSON values with absolute paths of this machine shortened to their last part: ``/home/me/photos`` to ``photos``."""
     if isinstance(content, dict):
         return {key: without_folders(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
@@ -206,10 +205,10 @@ def _name(path: str) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, its seal checked where it has one.
+    """Read a JSON object and check its seal, if it has one.
 
     Raises:
-        XFusionError: it cannot be read, or is not what was written.
+        XFusionError: it cannot be read, or was altered.
     """
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
@@ -225,7 +224,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path, expected_hash: str | None) -> dict[str, Tensor]:
-    """The tensors of a file, read only if its bytes are those that were written.
+    """The tensors of a file, returned only if its bytes match the expected hash.
 
     Raises:
         XFusionError: it cannot be read, or was altered.

@@ -1,4 +1,4 @@
-"""Frozen states of texts: computed once each, by the frozen tower alone, and looked up where a batch holds the text again.
+"""Hidden states of texts from the frozen tower alone: computed once per text, and looked up when a batch repeats it.
 
 Shape legend: ``B`` batch row, ``n`` positions of a text or of all texts of a row, ``L`` layers, ``D`` model width.
 """
@@ -16,11 +16,11 @@ from xfusion.backbone import Backbone
 from xfusion.data.sequence import Batch
 
 TEXT_STATES_BYTES = 1 << 30
-"""Bytes of frozen states of texts that are kept."""
+"""Bytes of frozen hidden states to cache."""
 
 
 class KnownStates(OrderedDict[tuple[int, ...], Tensor]):
-    """Frozen states of texts by their tokens, at most `TEXT_STATES_BYTES` of them: the oldest go first."""
+    """Cache of frozen hidden states by a text's tokens, of at most `TEXT_STATES_BYTES`: the oldest are removed first."""
 
     num_bytes: int = 0
 
@@ -32,20 +32,20 @@ class KnownStates(OrderedDict[tuple[int, ...], Tensor]):
             self.num_bytes -= self.popitem(last=False)[1].nbytes
 
     def of(self, ids: tuple[int, ...], compute: Callable[[], Tensor]) -> Tensor:
-        """The states of a text, computed where they are not known."""
+        """The hidden states of a text, computed if they are not cached."""
         states = self.get(ids)
         if states is None:
             states = self[ids] = compute()
         return states
 
 
-# A text is always computed alone, in its own shape, so that the bits never depend on the batch that asked and a resumed run
-# rebuilds the same ones.
+# A text is always computed alone, in its own shape: so its bits do not depend on the batch, and a resumed run computes the
+# same ones.
 
 
 @torch.no_grad()
 def at_layers(backbone: Backbone, layers: Sequence[int], ids: tuple[int, ...]) -> Tensor:
-    """Input states ``[L, n, D]`` of a text at some layers of the frozen tower; layers behind the last are not computed."""
+    """Layer inputs ``[L, n, D]`` of a text at some layers of the frozen tower; layers after the last are not computed."""
     kept: list[Tensor] = []
 
     def act(index: int, frozen: nn.Module, x: Tensor, call: dict[str, Any]) -> Tensor:
@@ -59,18 +59,18 @@ def at_layers(backbone: Backbone, layers: Sequence[int], ids: tuple[int, ...]) -
 
 @torch.no_grad()
 def behind_norm(backbone: Backbone, ids: tuple[int, ...]) -> Tensor:
-    """States ``[1, n, D]`` of a text behind the last norm of the frozen tower."""
+    """Hidden states ``[1, n, D]`` of a text after the final norm of the frozen tower."""
     asked = torch.tensor([ids], device=backbone.device)
     return backbone.decoder(input_ids=asked, use_cache=False).last_hidden_state
 
 
 def placed(batch: Batch, states: Callable[[tuple[int, ...]], Tensor], out: Tensor) -> Tensor:
-    """States of each text of a batch at its place.
+    """Fill in the hidden states of each text of a batch at its positions.
 
     Args:
-        batch: several texts may stand in a row, each with a sample number of its own.
-        states: gives ``[L, n, D]`` of a text.
-        out: zeros ``[B, L, n, D]`` that are filled; they stay at padding.
+        batch: a row may contain several texts, each with its own sample number.
+        states: returns ``[L, n, D]`` of a text.
+        out: zeros ``[B, L, n, D]`` to fill; padding stays zero.
     """
     samples, ids = batch.text.sample.tolist(), batch.text_ids.tolist()
     for row, (owners, tokens) in enumerate(zip(samples, ids, strict=True)):

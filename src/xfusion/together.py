@@ -1,12 +1,12 @@
-"""Several packs on one base, active in the same pass: each medium goes through the pack that it was given to.
+"""Several packs on one base, active in the same pass: each media item goes through the pack that owns it.
 
-    h_i = F(E)_i          where i is a word
-    h_i = F_p(E)_i        where i belongs to a medium of pack p          F_p: what media of p go through at the layer
+    h_i = F(E)_i          if i is a text position
+    h_i = F_p(E)_i        if i is a position of media of pack p          F_p: the block that media of p go through
 
-Each F_p makes keys and values of all positions, words and other packs' media too, and holds them in a slot of the cache of
-its own; where F_p is the frozen layer, the decoder's slot is its own. So words stay the base's wherever no medium stands
-before them, and a conversation with the media of one pack alone is that pack's. What a pack makes of another's media it never
-learned: that is for the user to try.
+Each F_p computes keys and values of all positions, including text and the media of other packs, and stores them in its own
+slot of the KV cache. If F_p is the frozen layer, it uses the decoder's slot. So text equals the base's as long as no media
+come before it, and a conversation with media of only one pack equals that pack's own. No pack was trained on the media of
+another: how well they combine is for the user to try.
 
 Shape legend: ``B`` batch row, ``n`` rows of one owner, ``D`` model width.
 """
@@ -31,16 +31,16 @@ Kind = TypeVar("Kind", bound=Modality)
 
 
 class SideBySide(Fusion):
-    """Mechanisms that send media through blocks of their own, and words through the frozen layers."""
+    """Combines mechanisms that send media through blocks of their own, and text through the frozen layers."""
 
     preserves_text = True
     prefix_is_constant = True
 
     def __init__(self, members: dict[str, Fusion], backbone: Backbone):
-        """Installed mechanisms, by the name of the modality whose rows are theirs.
+        """``members`` are installed mechanisms, by the name of the modality whose rows they compute.
 
         Raises:
-            XFusionError: one does more, or trains the base.
+            XFusionError: one of them does more, or trains the base.
         """
         super().__init__(None)
         self.members = nn.ModuleDict(members)
@@ -58,25 +58,25 @@ class SideBySide(Fusion):
         self.num_towers = slot + 1
 
     def member(self, owner: str) -> Fusion:
-        """Whose rows these are."""
+        """The mechanism that computes the rows of ``owner``."""
         return self.members[owner]  # type: ignore[return-value]
 
     @property
     def state_layers(self) -> tuple[int, ...]:
-        """All that any of them names."""
+        """All layers that any member names."""
         return tuple(sorted({index for owner in self.slots for index in self.layers_of(owner)}))
 
     def layers_of(self, owner: str) -> tuple[int, ...]:
-        """As the modality's own mechanism says."""
+        """The layers of the modality's own mechanism."""
         return self.member(owner).state_layers
 
     def set_attention(self, implementation: str) -> None:
-        """Of all copied blocks."""
+        """Set the attention implementation of all copied blocks."""
         for owner in self.slots:
             self.member(owner).set_attention(implementation)
 
     def layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
-        """Fast path: each block computes the rows of its own media, and keys and values of all rows for its slot."""
+        """Fast path: each block computes the rows of its own media, and the keys and values of all rows for its slot."""
         new = run.states | self.tower(0, index, frozen, {"text", *self._on(0)}, call, run)
         for owner, slot in self.slots.items():
             block = self.member(owner).media_block(index, frozen) if slot else None
@@ -85,7 +85,7 @@ class SideBySide(Fusion):
         return new
 
     def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
-        """Every block on the whole sequence, of which each position keeps its own's."""
+        """Reference path: run every block on the whole sequence; each position keeps the output of its own block."""
         blocks = {owner: self.member(owner).media_block(index, frozen) for owner in self.slots} | {"text": frozen}
         return {
             owner: x if blocks[owner] is None else self.whole(index, blocks[owner], call, run)[owner]
@@ -93,7 +93,7 @@ class SideBySide(Fusion):
         }
 
     def text_layer(self, index: int, frozen: nn.Module, x: Tensor, call: Call) -> Tensor:
-        """The frozen one: what media's blocks make of words, words do not read."""
+        """The frozen layer: text never reads what the media blocks compute from text."""
         del index
         return frozen(x, **call)
 
@@ -102,7 +102,7 @@ class SideBySide(Fusion):
 
 
 class Together(Model):
-    """Packs beside each other, made by `together`: a model to talk with, which is neither trained nor saved."""
+    """Several packs as one model for inference, built by `together`; it can be neither trained nor saved."""
 
     def __init__(self, members: dict[str, Model]):
         nn.Module.__init__(self)
@@ -123,7 +123,7 @@ class Together(Model):
 
     @property
     def config(self) -> Any:  # type: ignore[override]
-        """There is none.
+        """Several packs have no common configuration.
 
         Raises:
             XFusionError: always.
@@ -133,30 +133,30 @@ class Together(Model):
         )
 
     def model(self, owner: str) -> Model:
-        """The pack whose media these are."""
+        """The pack that owns the media named ``owner``."""
         return self.members[owner]  # type: ignore[return-value]
 
     @property
     def capabilities(self) -> set[str]:
-        """What any of them can do in a conversation, of {"text", "caption", "draw"}."""
+        """What any of the packs can do in a conversation, out of {"text", "caption", "draw"}."""
         return {"text"}.union(*(self.model(owner).capabilities & {"caption", "draw"} for owner in self.known))
 
     @property
     def image(self) -> ImageModality:
-        """Of the pack that draws, or of the first that sees."""
+        """The image modality of the pack that draws, or else of the first pack that reads pictures."""
         found = self.modality if isinstance(self.modality, ImageModality) else self._first(ImageModality)
         return super().image if found is None else found
 
     @property
     def audio(self) -> AudioModality:
-        """Of the first pack that says what sounds are, or else of the first that hears."""
+        """The audio modality of the first pack that captions sounds, or else of the first pack that reads them."""
         return self._first(AudioModality) or super().audio
 
     def reads(self, shown: Any) -> Modality:
-        """Of the first pack of its kind that says what media are, or else of the first of its kind.
+        """The modality that reads an input: of the first pack of that kind that captions, or else of the first of that kind.
 
         Raises:
-            XFusionError: no pack is of its kind.
+            XFusionError: no pack reads this kind of input.
         """
         found = self._first(AudioModality if isinstance(shown, Sound) else ImageModality)
         if found is None:
@@ -170,32 +170,32 @@ class Together(Model):
         return able[next(iter([*best, *able]))] if able else None
 
     def port_of(self, owner: str) -> MediaPort:
-        """Its pack's."""
+        """The media port of the owner's pack."""
         return self.model(owner).port
 
     @property
     def teachers(self) -> frozenset[str]:
-        """Of all packs."""
+        """The teachers of all packs."""
         return frozenset().union(*(self.model(owner).teachers for owner in self.known))
 
     @property
     def _learned(self) -> dict[str, nn.Module]:
-        """Of all packs."""
+        """The learned modules of all packs."""
         return {f"{owner}.{name}": part for owner in self.known for name, part in self.model(owner)._learned.items()}
 
 
 def together(*models: Model) -> Model:
-    """Packs on one loaded base as one model, whose conversations may hold the media of all of them.
+    """Combine packs on one loaded base into one model, whose conversations may contain media of all of them.
 
-    A picture that is shown is read by the first pack that names pictures, a sound by the first that names sounds. The first pack
-    that draws pictures draws, and where none does the first that makes sounds makes them; what was drawn stands among what
-    follows as its own.
+    An input picture is read by the first pack that captions pictures, an input sound by the first that captions sounds. The
+    first pack that draws pictures generates; if none does, the first that generates sounds. Generated media stay in the
+    conversation as media of that pack.
 
     Args:
         models: packs whose media go through the frozen layers (`prefix`) or through blocks of their own (`dual tower`).
 
     Raises:
-        XFusionError: they do not share one loaded base, or one of them changes what words go through.
+        XFusionError: the packs do not share one loaded base, or one of them changes the layers that text goes through.
     """
     bases = {id(model.backbone): model.backbone for model in models}
     if len({base.fingerprint for base in bases.values()}) != 1:
@@ -222,7 +222,7 @@ def together(*models: Model) -> Model:
 
 
 def _named(modality: Modality, owner: str) -> Modality:
-    """The same modality, whose segments go by another name."""
+    """A copy of the modality whose segments have another name."""
     other = copy.copy(modality)
     other.name = owner
     return other

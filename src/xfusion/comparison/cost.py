@@ -1,8 +1,8 @@
-"""What a recipe costs: executed FLOPs, parameters, tokens, memory, time.
+"""Costs of a recipe: executed FLOPs, parameters, tokens, memory, time.
 
-FLOPs of a step and of a sample are those of the model alone. What a frozen encoder or codec takes to make tokens of a picture,
-once for each that is read, is not among them: pictures are encoded outside of what is counted, or blank. It is the same for all
-recipes with that encoder, and may be more than all else (`flops_of_encoder`).
+FLOPs of a step and of a sample are those of the model alone. They exclude the frozen encoder or codec, which runs once per
+picture: pictures are encoded before counting, or are blank. The encoder's cost is the same for all recipes that use it, and
+may exceed all others (`flops_of_encoder`).
 """
 
 from __future__ import annotations
@@ -46,23 +46,23 @@ from xfusion.training.stages import Recipe, Stage
 class StageCost:
     """Executed FLOPs of a stage's step, by torch's counter on a real forward and backward pass, uncompiled.
 
-    The frozen encoder of pictures is not among them (`flops_of_encoder`). Compiling drops work whose result nobody reads
-    (queries of rows that only give keys and values), so that a compiled step executes a little less.
+    The frozen picture encoder is excluded (`flops_of_encoder`). Compilation removes unused work (queries of rows that only
+    provide keys and values), so a compiled step executes a little less.
     """
 
     step: int
-    """One optimiser step, with the states of texts at hand that are computed once."""
+    """One optimizer step, if the cached hidden states of texts are available."""
     training: dict[str, int]
     """Task -> forward and backward, per sample."""
     forward: dict[str, int]
-    """Task -> forward alone, per sample."""
+    """Task -> forward only, per sample."""
     text: int
-    """The frozen states of one text, where they are computed once and looked up later."""
+    """The frozen hidden states of one text, if they are computed once and cached."""
     texts: Callable[[int], int]
-    """Steps -> how many texts are computed in them."""
+    """Number of steps -> number of texts computed in them."""
 
     def total(self, steps: int) -> int:
-        """FLOPs of so many steps."""
+        """FLOPs of this many steps."""
         return steps * self.step + (self.texts(steps) * self.text if self.text else 0)
 
 
@@ -70,13 +70,13 @@ def count_flops(model: Model, stage: Stage, source: Source, seed: int = 0) -> St
     """Count one step of a stage.
 
     Args:
-        model: what is trained; its weights stay.
-        stage: whose mixture is read.
+        model: the model to train; its weights are unchanged.
+        stage: the stage, with its mixture.
         source: the pictures.
-        seed: of the mixture.
+        seed: seed of the mixture.
     """
     dtype, reason = choose_compute_dtype(model.backbone.device)
-    # The counter does not know the CPU's fused attention; plain products are what training takes there anyway.
+    # The counter does not know the CPU's fused attention; training uses eager attention there anyway.
     engine = model.training_engine(dtype, reason, "eager", False)
     base, media = model.backbone, model.modality
     made = Mixture(source, media, media.sizes, base.encode, base.begin_ids, base.end_ids[0], stage.mixture, seed)
@@ -120,7 +120,7 @@ def count_flops(model: Model, stage: Stage, source: Source, seed: int = 0) -> St
 
 
 def flops_of_shape(model: Model, words: int = 12) -> dict[str, dict[str, int]]:
-    """FLOPs of one sample of each task that a model can learn, on a base that may have no weights; nothing is looked up.
+    """FLOPs of one sample of each task that a model can learn, on a base that may have no weights, without caching.
 
     Args:
         model: built on `Backbone.of_shape` or on a real base.
@@ -128,8 +128,7 @@ def flops_of_shape(model: Model, words: int = 12) -> dict[str, dict[str, int]]:
 
     Returns:
         Task (``draw``, ``caption``) -> ``forward`` and ``training`` (forward and backward). A task that none of the
-        model's objectives gives is left out; a loss over pairs is not counted, nor is the frozen encoder
-        (`flops_of_encoder`).
+        model's objectives provides is left out. Losses over pairs and the frozen encoder (`flops_of_encoder`) are not counted.
     """
     samples = {task: made(words) for task, made in _samples(model).items()}
     found: dict[str, dict[str, int]] = {}
@@ -155,8 +154,8 @@ def flops_of_shape(model: Model, words: int = 12) -> dict[str, dict[str, int]]:
 
 
 def flops_of_encoder(config: ModelConfig) -> int | None:
-    """FLOPs in which the frozen encoder or codec makes tokens of one picture of the largest size; all other counts leave it
-    out. None for sounds, whose encoder is loaded when it first hears one.
+    """FLOPs of the frozen encoder or codec for one picture of the largest size, which all other counts exclude. None for
+    sounds, whose encoder is loaded on first use.
     """
     if config.audio is not None:
         return None
@@ -166,7 +165,7 @@ def flops_of_encoder(config: ModelConfig) -> int | None:
 
 
 def _samples(model: Model) -> dict[str, Callable[[int], Sample]]:
-    """Task -> a sample of so many words and a blank picture, or sound, of the largest size."""
+    """Task -> a sample with the given number of text tokens and a blank picture, or sound, of the largest size."""
     image = model.modality
     grid = image.grid(max(image.sizes))
     tokens = torch.zeros(math.prod(grid), image.token_width)
@@ -182,9 +181,9 @@ def _samples(model: Model) -> dict[str, Callable[[int], Sample]]:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors that a block makes and still holds; those that it is given do not count.
+    """Bytes of the live tensors that were allocated inside the block; existing tensors do not count.
 
-    It counts what is asked for, on tensors without values, too: no allocator's rounding, no buffers inside kernels.
+    It counts requested sizes, also on meta tensors: without allocator rounding and buffers inside kernels.
     """
 
     def __init__(self) -> None:
@@ -193,7 +192,7 @@ class LiveBytes(TorchDispatchMode):
         self._seen = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call it, and note what it was given and what it made."""
+        """Call the function, and record its inputs and outputs."""
         for given in tree_leaves((args, kwargs)):
             if isinstance(given, Tensor):
                 self._seen.setdefault(given.untyped_storage(), True)
@@ -214,22 +213,22 @@ class LiveBytes(TorchDispatchMode):
 def activation_memory(
     model: Model, stage: Stage, dtype: torch.dtype, *, words: int = 12, checkpointing: bool | None = None
 ) -> int | None:
-    """Most bytes that a step of a stage holds at once besides weights, gradients, optimiser and average.
+    """Peak bytes of a stage's step besides weights, gradients, optimizer states and average.
 
-    Predicted by a forward and backward pass, uncompiled, of the same model without weights (`Backbone.without_weights`), with
-    pictures of the largest size. Of a step's batches, which are computed one after the other, the largest counts. Compiled
-    layers need less, the frozen states of texts, which training looks up, are computed here, and rows that a mechanism
-    leaves out by their values are counted.
+    Predicted by an uncompiled forward and backward pass of the same model without weights (`Backbone.without_weights`), with
+    pictures of the largest size. A step computes its batches one after another, so the largest one counts. Unlike in training,
+    layers are not compiled, which would need less, the frozen hidden states of texts are computed rather than looked up, and
+    rows that a mechanism skips by their values are counted.
 
     Args:
-        model: what is trained; it stays as it is.
-        stage: its samples per step.
+        model: the model to train; it is unchanged.
+        stage: the stage, with its samples per step.
         dtype: the training precision.
         words: text positions of a prompt, and of an answer.
-        checkpointing: whether layers are computed once more in the backward pass; None is the stage's setting.
+        checkpointing: whether to use activation checkpointing; None uses the stage's setting.
 
     Returns:
-        None for a model that learns neither to draw nor to caption.
+        the bytes; None for a model that learns neither to draw nor to caption.
     """
     shape = Model(model.config, model.backbone.without_weights(), fresh=False).to(dtype)
     frozen = shape.backbone.working_copy(dtype, "eager")
@@ -238,7 +237,7 @@ def activation_memory(
     mixture, most = stage.mixture, 0
     rows = {"draw": (mixture.draw, 1), "caption": (mixture.caption // mixture.pack, mixture.pack)}
     for parameter in shape.new_parameters():
-        parameter.grad = torch.zeros_like(parameter)  # they are counted with the weights
+        parameter.grad = torch.zeros_like(parameter)  # gradients are counted with the weights
     with shape.using(engine):
         for task, made in _samples(shape).items():
             count, per_row = rows[task]
@@ -253,7 +252,7 @@ def activation_memory(
 
 
 def _loss(model: Model, batch: Batch, task: str) -> Tensor:
-    """A loss of a task as large as training's, of tensors that may have no values."""
+    """A loss of a task with the shapes of training, on tensors that may have no values."""
     hidden, run = model.run_pass(batch)
     if task == "draw":
         return model.port.readout(run.states[model.modality.name]).float().square().mean()
@@ -265,7 +264,7 @@ def _loss(model: Model, batch: Batch, task: str) -> Tensor:
 
 @contextmanager
 def _without_gradients(model: Model) -> Iterator[None]:
-    """No weight asks for a gradient inside the block: the counter takes a view of one that does for a node of a graph."""
+    """Disable gradients of all weights in the block: the counter mistakes a view of one that requires them for a node."""
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         with torch.no_grad():
@@ -284,17 +283,17 @@ def _flops(function: Callable[[], Any]) -> int:
 
 
 def _texts_computed(mixture: Mixture, reads: int, text_bytes: Callable[[int], int]) -> int:
-    """How many texts of drawing samples are not at hand when they are asked for: the oldest go first.
+    """Number of cache misses for texts of drawing samples, if the oldest are evicted first.
 
     Args:
-        mixture: gives the samples.
-        reads: how often it does.
-        text_bytes: what is kept of a text of so many tokens.
+        mixture: provides the samples.
+        reads: how often it is read.
+        text_bytes: bytes cached for a text of a given number of tokens.
     """
     known: OrderedDict[tuple[int, ...], int] = OrderedDict()
     computed = kept = 0
     for read in range(reads):
-        for sample in mixture.drawings(read):  # pictures are blank in it: nothing is encoded
+        for sample in mixture.drawings(read):  # its pictures are blank: nothing is encoded
             text = sample.segments[0]
             if isinstance(text, Text) and text.ids not in known:
                 known[text.ids] = text_bytes(len(text.ids))
@@ -305,17 +304,17 @@ def _texts_computed(mixture: Mixture, reads: int, text_bytes: Callable[[int], in
 
 
 def samples_per_step(stage: Stage) -> int:
-    """Drawing and naming samples of one optimiser step."""
+    """Drawing and captioning samples of one optimizer step."""
     return (stage.mixture.draw + stage.mixture.caption) * stage.accumulate
 
 
 def trainable_parameters(model: Model) -> int:
-    """How many numbers training may change."""
+    """Number of trainable parameters."""
     return sum(p.numel() for p in model.new_parameters() if p.requires_grad)
 
 
 def tokens_added(model: Model) -> int:
-    """Positions that one picture, or sound, adds to a sequence of words, boundaries included."""
+    """Positions that one picture, or sound, adds to a text sequence, boundaries included."""
     grid = model.modality.grid(model.modality.sizes[0])
     blank = model.modality.segment(torch.zeros(grid[0] * grid[1], model.modality.token_width), grid)
     words = Text(ids=model.backbone.end_ids[:1])
@@ -326,14 +325,14 @@ def tokens_added(model: Model) -> int:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[dict[str, Any]]:
-    """Largest memory inside the block: ``bytes`` (None where it cannot be known) and ``what`` it is."""
+    """Peak memory inside the block: ``bytes`` (None if unknown) and ``what`` it measures."""
     found: dict[str, Any] = {"bytes": None, "what": "not measured on this system"}
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
         try:
-            reset.write_text("5", encoding="ascii")  # the high-water mark starts anew
+            reset.write_text("5", encoding="ascii")  # resets the high-water mark
         except OSError:
             yield found
             return
@@ -348,14 +347,14 @@ def peak_memory(device: torch.device) -> Iterator[dict[str, Any]]:
 
 
 def measure_time(recipe: Recipe, source: Source, backbone: Backbone, *, steps: int, compile: bool) -> dict[str, Any]:
-    """Seconds of a training step and of sampling, by a `short_run`; ``_per_picture`` is per sound where it is of sounds.
+    """Seconds of a training step and of sampling, by a `short_run`; for sounds, ``_per_picture`` means per sound.
 
     Args:
-        recipe: its last stage is measured.
+        recipe: the recipe, whose last stage is measured.
         source: the pictures, or sounds.
         backbone: the base.
-        steps: Euler steps of a drawing.
-        compile: as in training.
+        steps: Euler steps per drawing.
+        compile: compile as in training.
     """
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     model, rate = short_run(recipe, source=source, backbone=backbone, compile=compile)

@@ -1,4 +1,4 @@
-"""Student's t: intervals, paired differences, and how many seeds a difference needs."""
+"""Student's t: intervals, paired differences, and the number of seeds that a difference needs."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 FEWEST_RUNS = 5
-"""An interval over fewer runs is not printed."""
+"""Fewest runs for which an interval is given."""
 MOST_SEEDS = 1000
-"""Nobody runs more; a difference that needs them is not told a number."""
+"""Largest number of seeds to report as needed."""
 POWER = 0.8
-"""Chance of finding a difference that is there, for which the number of seeds is computed."""
+"""Statistical power for which the number of seeds is computed."""
 
 
 def t_quantile(probability: float, degrees: int) -> float:
-    """The quantile of Student's t-distribution, for whole degrees of freedom, to 1e-12.
+    """Quantile of Student's t-distribution, for integer degrees of freedom, to 1e-12.
 
-    The probability of a range around 0 is a finite sum (Abramowitz and Stegun 26.7.3 and 26.7.4); it is inverted by
-    halving.
+    The probability of a range around 0 is a finite sum (Abramowitz and Stegun 26.7.3 and 26.7.4), inverted by bisection.
     """
     if degrees < 1 or not 0 < probability < 1:
         raise ValueError(f"t_quantile({probability}, {degrees}): a probability within 0 to 1, and 1 degree or more")
@@ -83,11 +82,11 @@ def seeds_needed(difference: float, deviation: float, power: float = POWER) -> i
 
 
 def paired(values: Mapping[int, float], first: Mapping[int, float], better: str = "higher") -> dict[str, Any] | None:
-    """The difference of two recipes over the seeds that both ran; None where there is no such seed.
+    """The difference of two recipes over the seeds that both ran; None if there is no such seed.
 
     Args:
         values: seed -> score.
-        first: the same of the recipe that it is compared with.
+        first: the same for the reference recipe.
         better: whether a higher or a lower score is better.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What is done with every recipe alike, and which recipes may be compared at all."""
+"""The settings shared by all recipes of a comparison, and which recipes can be compared at all."""
 
 from __future__ import annotations
 
@@ -18,61 +18,61 @@ from xfusion.recipes.base import find
 from xfusion.training.stages import Recipe
 
 RATE_FACTORS = (1.0, 0.5, 2.0, 0.25, 4.0)
-"""What a recipe's own rate is multiplied by, in the order in which trials take them."""
+"""Factors for a recipe's own learning rate, in the order of the trials."""
 GUIDANCES = (3.0, 1.5, 1.0, 5.0, 2.0)
-"""Strengths of guidance, in the order in which trials take them."""
+"""Guidance strengths, in the order of the trials."""
 TRIAL_SEED = 1_000_003
-"""Seed of every trial run; no test run may have it."""
+"""Seed of every trial run; test runs must not use it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is done with every recipe alike."""
+    """Settings shared by all recipes of a comparison."""
 
     samples: int
-    """Training samples of a run, drawing and naming together."""
+    """Training samples per run, drawing and captioning together."""
     budget: Literal["samples", "flops"] = "samples"
-    """What is equal: samples, or the executed FLOPs that the first recipe needs for ``samples``."""
+    """What is equal across recipes: samples, or the executed FLOPs that the first recipe needs for ``samples``."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Runs of a recipe; the same seed means the same order, wordings, noise and sampling noise for every recipe."""
+    """Seeds of the runs; a seed gives every recipe the same data order, wordings, noise and sampling noise."""
     shares: tuple[float, ...] = (1.0,)
-    """Shares of the pictures that are trained on; a smaller share is part of a larger one."""
+    """Shares of the pictures to train on; a smaller share is part of a larger one."""
     trials: int = 1
-    """Rates and strengths of guidance tried per recipe on the validation part; 1 tunes nothing."""
+    """Learning rates and guidance strengths to try per recipe on the validation part; 1 tunes nothing."""
     choose_by: tuple[str, ...] = ("fit_retrieval_pixel_at_10", "fit_caption_f1")
-    """Scores whose mean on the validation part chooses."""
+    """Scores whose mean on the validation part decides the tuning."""
     match_parameters: bool = False
-    """Take of every mechanism's sizes the one that trains as many parameters as the first recipe."""
+    """Choose each mechanism's size so that it trains as many parameters as the first recipe."""
     backbone: str | None = None
-    """The base of all recipes; None takes their own."""
+    """The base of all recipes; None uses their own."""
     data: str | None = None
-    """The pictures, or sounds, of all recipes; None takes their own."""
+    """The pictures, or sounds, of all recipes; None uses their own."""
     held: str | None = None
-    """Unseen pictures, or unheard sounds, to score by; None takes the held-out split of the data, where it has one."""
+    """Held-out pictures, or sounds, to score on; None uses the held-out split of the data, if it has one."""
     size: int | None = None
-    """Side in pixels for all recipes of pictures; None takes their own."""
+    """Side in pixels for all picture recipes; None uses their own."""
     draw: int | None = None
-    """Drawing samples per step for all recipes; None takes their own."""
+    """Drawing samples per step for all recipes; None uses their own."""
     caption: int | None = None
-    """Naming samples per step for all recipes; None takes their own."""
+    """Captioning samples per step for all recipes; None uses their own."""
     evaluation: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of the modality's suite: of ``emoji``, such as ``max_drawn`` and ``steps``, or of ``sounds``."""
+    """Settings of the modality's suite: ``emoji``, such as ``max_drawn`` and ``steps``, or ``sounds``."""
     num_shown: int = 8
-    """Pictures of a sample grid."""
+    """Pictures per sample grid."""
     measure_time: bool = False
-    """Measure the time of a step and of sampling; only on a machine that does nothing else."""
+    """Measure the time of a step and of sampling; only on an otherwise idle machine."""
     compile: bool = True
-    """Whether the per-layer work is compiled in training."""
+    """Compile the work of each layer in training."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A recipe under its label, with all that the plan sets."""
+    """A recipe with its label and the plan's settings applied."""
 
     label: str
     recipe: Recipe
     matched: dict[str, int] | None = None
-    """Trainable parameters as the recipe says, as matched, and the first recipe's."""
+    """Trainable parameters of the recipe as given, as matched, and of the first recipe."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,13 +138,13 @@ def named(recipes: Sequence[str] | Mapping[str, Recipe]) -> dict[str, Recipe]:
 
 
 def labelled(name: str) -> tuple[str, str]:
-    """What a recipe is called in a comparison, and its name: ``slow=single_tower(rate=1e-3)`` says both."""
+    """Label of a recipe in a comparison, and its name: ``slow=single_tower(rate=1e-3)`` gives both."""
     given = re.match(r"([\w.]+)=(.+)", name)
     return (given[1], given[2]) if given else (name.partition("(")[0].rpartition(":")[2], name)
 
 
 def asked(command: str | None) -> dict[str, str]:
-    """Label -> the recipe that was asked for, with its arguments, by the command of a comparison."""
+    """Label -> the recipe with its arguments, from the command of a comparison."""
     found = {}
     for word in shlex.split(command or "")[2:]:
         if word.startswith("-"):
@@ -155,7 +155,7 @@ def asked(command: str | None) -> dict[str, str]:
 
 
 def called(label: str, name: str) -> str:
-    """What a recipe's figures stand under: its name with its arguments, or the label that was given to it."""
+    """Heading of a recipe's figures: its name with its arguments, or its label if one was given."""
     return name if labelled(name)[0] == label else label
 
 
@@ -167,7 +167,7 @@ def _recipe(name: str) -> Recipe:
 
 
 def with_plan(recipe: Recipe, plan: Plan) -> Recipe:
-    """A recipe with what the plan sets for all."""
+    """A recipe with the plan's settings applied."""
     model, stages = recipe.model, recipe.stages
     if plan.backbone is not None:
         model = replace(model, backbone=replace(model.backbone, source=plan.backbone, revision=None))
@@ -190,8 +190,8 @@ SAME = {
     "model.audio.codec": "codec or encoder",
     "model.audio.seconds": "length of sounds",
 }
-"""Parts of a recipe that must be equal, and what to do where they are not. How a picture or a sound becomes rows of
-the sequence (patch, place, order) belongs to a system: it is written down as a difference, and its price is in the costs."""
+"""Parts of a recipe that must be equal, and what to do if they are not. How a picture or a sound becomes rows of the
+sequence (patch, place, order) may differ: it is recorded as a difference, and the costs include it."""
 
 
 def refuse_unlike(entries: Sequence[Entry], open_data: bool) -> None:
@@ -212,7 +212,7 @@ def refuse_unlike(entries: Sequence[Entry], open_data: bool) -> None:
 
 
 def _at(value: Any, path: str) -> Any:
-    """A part of a recipe; None where it has no such modality."""
+    """A part of a recipe; None if it has no such modality."""
     for name in path.split("."):
         value = None if value is None else getattr(value, name)
     return value

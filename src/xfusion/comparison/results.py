@@ -1,4 +1,4 @@
-"""The files of a comparison: their names, what they may hold, and when they may stand beside each other."""
+"""The files of a comparison: their names, their content, and when they can be compared."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from xfusion.data.sequence import XFusionError
 from xfusion.storage import whole_file
 
 BUDGET_TOLERANCE = 0.01
-"""How near counted FLOPs must be to the first recipe's: budgets are whole steps."""
+"""Largest relative difference of counted FLOPs from the first recipe's: budgets are whole steps."""
 LEARNING_POINTS = 40
 """Points of a learning curve."""
 SUMMARY = "comparison.json"
-"""What was compared with what, and how; it stands beside the runs' files."""
+"""File that records what was compared and how, next to the runs' files."""
 REAL = "real.png"
-"""The real pictures of the sample grids."""
+"""File with the real pictures of the sample grids."""
 
 
 def run_name(label: str, seed: int, share: float = 1.0) -> str:
@@ -39,7 +39,7 @@ def refuse_changed(path: Path, found: Any, asked: Any) -> None:
 
 
 def refuse_unequal(name: str, budget: Mapping[str, Any], other: str, wanted: Mapping[str, Any]) -> None:
-    """Budgets that are not equal are never set beside each other."""
+    """Refuse to compare unequal budgets."""
     kinds = [b["kind"] for b in (budget, wanted)]
     if kinds[0] != kinds[1]:
         raise XFusionError(f"{name} has a budget in {kinds[0]}, {other} one in {kinds[1]}: they cannot be compared")
@@ -54,7 +54,7 @@ def refuse_unequal(name: str, budget: Mapping[str, Any], other: str, wanted: Map
 
 
 def portable(value: Any) -> Any:
-    """A JSON value in which no absolute path stands: of a file or folder only its name is written."""
+    """A JSON value with absolute paths shortened to the name of the file or folder."""
     if isinstance(value, Mapping):
         return {str(k): portable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -65,13 +65,13 @@ def portable(value: Any) -> Any:
 
 
 def numbers(scores: Mapping[str, Any]) -> dict[str, Any]:
-    """The scores of a suite as JSON values; what is not finite is None."""
+    """The scores of a suite as JSON values, with None for values that are not finite."""
     kept = {k: v for k, v in scores.items() if k != "settings"}
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in kept.items()}
 
 
 def logged(log: Path) -> list[dict[str, Any]]:
-    """Events of a run's log, but for a last line that a killed process left unfinished."""
+    """Events of a run's log, without an incomplete last line left by a killed process."""
     return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
 
 
@@ -97,7 +97,7 @@ def seconds_trained(events: Sequence[dict[str, Any]]) -> float:
 
 
 def write_strip(path: Path, pictures: Sequence[PILImage.Image], size: int) -> None:
-    """Pictures side by side in one file; it appears whole or not at all."""
+    """Write pictures side by side into one file, atomically."""
     sheet = PILImage.new("RGB", (size * max(len(pictures), 1), size), "white")
     for i, picture in enumerate(pictures):
         sheet.paste(picture.convert("RGB").resize((size, size)), (i * size, 0))

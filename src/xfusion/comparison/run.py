@@ -1,4 +1,4 @@
-"""The walk: every recipe tuned alike, trained by the one loop and scored, once per seed and share."""
+"""Run a comparison: every recipe is tuned in the same way, trained by the same loop and scored, per seed and share."""
 
 from __future__ import annotations
 
@@ -72,9 +72,9 @@ from xfusion.training.precision import choose_compute_dtype
 from xfusion.training.stages import Recipe
 
 NEAREST = 0.02
-"""How near a matched number of parameters must be to the first recipe's."""
+"""Largest relative difference of a matched number of parameters from the first recipe's."""
 SEEDS_APART = 100_000
-"""Run s draws picture i from the noise of the seed ``s * SEEDS_APART + i``."""
+"""Run s draws picture i with the noise seed ``s * SEEDS_APART + i``."""
 
 
 def compare(
@@ -91,30 +91,30 @@ def compare(
     command: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Train and score recipes alike, and say what can be said about their difference.
+    """Train and score recipes under equal conditions, and report whether they differ.
 
-    What was finished before is not done again, and a run that was cut off goes on: call it again with the same settings.
-    Several processes that share ``out`` and ``work`` may do so at once: each takes runs that no other is at.
+    Finished runs are not repeated, and interrupted ones resume: call it again with the same settings. Several processes that
+    share ``out`` and ``work`` may run at once: each takes runs that no other process is working on.
 
     Args:
-        recipes: names as `xfusion.recipes.base.find` takes them, or recipes by name. The others are compared with the first.
-        plan: what is done with every recipe.
+        recipes: names as accepted by `xfusion.recipes.base.find`, or recipes by name. The first is the reference.
+        plan: settings shared by all recipes.
         out: folder of the results: ``RECIPE-seedS.json`` and ``.png``, ``RECIPE-trials.json``, ``comparison.json``.
-        work: folder of the training runs; None takes ``runs/compare/NAME``.
+        work: folder of the training runs; None uses ``runs/compare/NAME``.
         backbone: an already loaded base.
-        device: where the base is loaded to, where none is given.
+        device: device to load the base to, if none is given.
         source: the opened training pictures, or sounds, instead of a spec.
         held: the held-out pictures, or sounds, of ``source``.
-        encoder: pictures to features, for feature scores; None takes the suite's own. A model that it taught has none.
-        command: how a person makes it again; written down.
-        progress: told how far each part is.
+        encoder: picture encoder for feature scores; None uses the suite's own. Models trained with it get no such scores.
+        command: the command that reproduces the comparison, to be recorded.
+        progress: called with the progress of each part.
 
     Returns:
         what `summarise` returns.
 
     Raises:
-        XFusionError: recipes that cannot be compared (modality, base, data, codec, size, budget), a number of
-            parameters that cannot be matched, results in ``out`` that were made otherwise.
+        XFusionError: recipes cannot be compared (modality, base, data, codec, size, budget), a number of parameters cannot be
+            matched, or ``out`` has results made with other settings.
     """
     run = _Comparison(recipes, plan, Path(out), work, backbone, device, source, held, encoder, command, progress)
     run.go()
@@ -123,7 +123,7 @@ def compare(
 
 @torch.no_grad()
 def text_keeping(model: Model) -> dict[str, float | bool]:
-    """What became of the base's text: the texts of `verify` through the base and through the fused stack.
+    """Whether the base's text is preserved: the texts of `verify` through the base and through the fused stack.
 
     Returns:
         ``text_bit_equal``, ``text_perplexity_base``, ``text_perplexity_fused`` and ``text_perplexity_change`` (fused minus
@@ -154,7 +154,7 @@ def _at_rate(recipe: Recipe, factor: float, seed: int) -> Recipe:
 
 
 class _Comparison:
-    """What `compare` prepares and walks through."""
+    """The state of one call of `compare`."""
 
     def __init__(
         self,
@@ -176,7 +176,7 @@ class _Comparison:
         self.encoder, self.held = encoder, held
         self._check()
         entries = [Entry(label=label, recipe=with_plan(recipe, plan)) for label, recipe in named(recipes).items()]
-        if backbone is not None:  # the base that is given is the base of all, as the plan's is
+        if backbone is not None:  # a given base is used by all recipes, like the plan's
             entries = [replace(e, recipe=with_plan(e.recipe, replace(plan, backbone=backbone.source))) for e in entries]
         refuse_unlike(entries, source is not None)
         self.modality = entries[0].recipe.model.modality
@@ -198,7 +198,7 @@ class _Comparison:
             self.held = held_out(plan.held, self.source)
         if source is not None:
             entries = [replace(e, recipe=replace(e.recipe, data=source.spec)) for e in entries]
-        for entry in entries:  # a recipe that cannot be built is refused before another is trained
+        for entry in entries:  # refuse a recipe that cannot be built before training another
             try:
                 build(entry.recipe.model, self.backbone)
             except XFusionError as error:
@@ -208,7 +208,7 @@ class _Comparison:
         self.costs: dict[tuple[str, float], tuple[list[StageCost], dict[str, Any]]] = {}
         self.planned: dict[tuple[str, float], tuple[Recipe, dict[str, Any]]] = {}
         for share in plan.shares:
-            for entry in self.entries:  # the first one's budget is what the others are held to
+            for entry in self.entries:  # the others must match the first one's budget
                 self.planned[entry.label, share] = self._planned(entry, share)
 
     def _check(self) -> None:
@@ -234,7 +234,7 @@ class _Comparison:
     # -- equal parameters, equal budget
 
     def _matched(self, entries: list[Entry]) -> list[Entry]:
-        """Every mechanism in the size whose number of trainable parameters is nearest to the first one's."""
+        """Every mechanism at the size whose number of trainable parameters is closest to the first one's."""
 
         def count(recipe: Recipe) -> int:
             return trainable_parameters(build(recipe.model, self.backbone))
@@ -253,7 +253,7 @@ class _Comparison:
                     break
                 if abs(size - wanted) < abs(best - wanted):
                     best, best_recipe = size, recipe
-                if size > wanted:  # smallest first: the next are farther
+                if size > wanted:  # smallest first: the next ones are farther away
                     break
             if abs(best - wanted) > NEAREST * wanted:
                 raise XFusionError(
@@ -294,12 +294,12 @@ class _Comparison:
         return recipe, budget
 
     def _steps_for(self, entry: Entry, share: float, flops: int) -> int:
-        """Steps of the last stage that come nearest to so many FLOPs."""
+        """Steps of the last stage that come closest to this many FLOPs."""
         costs, _ = self._cost(entry, share)
         left = flops - sum(c.total(s.steps) for c, s in zip(costs[:-1], entry.recipe.stages[:-1], strict=True))
         last = costs[-1]
         steps = left // last.step
-        for _ in range(4):  # texts that are computed once are dearer at the beginning
+        for _ in range(4):  # cached texts cost more at the beginning
             steps = round((left - (last.total(steps) - steps * last.step)) / last.step)
         return steps
 
@@ -339,7 +339,7 @@ class _Comparison:
             return self._done(entry, share, seed, settings[entry.label])
 
         def do(entry: Entry, share: float, seed: int) -> bool:
-            """Make a run, unless it is there or another process is at it."""
+            """Do a run, unless it is finished or another process is working on it."""
             with self._taken(run_name(entry.label, seed, share)) as mine:
                 if not mine or done(entry, share, seed):
                     return False
@@ -347,10 +347,10 @@ class _Comparison:
                 self._run(entry, share, seed, settings[entry.label], number)
                 return True
 
-        for run in walk:  # what was made otherwise is refused before anything is written
+        for run in walk:  # refuse results made with other settings before writing anything
             done(*run)
         self._write_plan(labels)
-        while sum(do(*run) for run in walk):  # all are tried; once more, since a process may have died with a run
+        while sum(do(*run) for run in walk):  # repeat until nothing was done, since another process may have died during a run
             pass
         if self.plan.measure_time:
             for done_before, entry in enumerate(self.entries):
@@ -359,9 +359,9 @@ class _Comparison:
 
     @contextmanager
     def _taken(self, name: str, *, wait: bool = False) -> Iterator[bool]:
-        """Hold a part of the work against other processes of the same comparison; the system frees what a dead one held.
+        """Lock a part of the work against other processes of the same comparison; the system frees the locks of a dead one.
 
-        Gives whether it is ours: without ``wait`` another process may be at it.
+        Yields whether the lock was obtained: without ``wait`` another process may hold it.
         """
         with named_in_errors(self.work):
             self.work.mkdir(parents=True, exist_ok=True)
@@ -388,7 +388,7 @@ class _Comparison:
         return list(dict.fromkeys([*before, *labels]))
 
     def _write_plan(self, labels: list[str]) -> None:
-        """What was compared with what."""
+        """Write the file that records what is compared."""
         path = self.out / SUMMARY
         with named_in_errors(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
@@ -402,7 +402,7 @@ class _Comparison:
                         for e in (self.entries[0], entry)
                     )
                 )
-                if not re.match(r"model\.fusion|stages\.\d+\.steps", where)  # steps are the budget's
+                if not re.match(r"model\.fusion|stages\.\d+\.steps", where)  # the budget determines the steps
             ]
             for entry in self.entries[1:]
         }
@@ -420,9 +420,9 @@ class _Comparison:
         write_json(path, portable(content))
 
     def _shown(self) -> tuple[list[str], list[PILImage.Image]]:
-        """Names and real pictures of the sample grids: of the smallest share, never of the validation part.
+        """Names and real pictures of the sample grids: from the smallest share, never from the validation part.
 
-        Of sounds names alone.
+        For sounds, only names.
         """
         part = self.parts[min(self.plan.shares)]
         indices = chosen(part.examples, self.plan.num_shown, self._test_part)
@@ -472,7 +472,7 @@ class _Comparison:
     # -- tuning
 
     def _all_tuned(self) -> dict[str, dict[str, Any]]:
-        """Every recipe's rate and guidance; what another process is at comes last."""
+        """Every recipe's learning rate and guidance; those that another process is tuning come last."""
         found: dict[str, dict[str, Any]] = {}
         for wait in (False, True):
             for entry in (e for e in self.entries if e.label not in found):
@@ -482,7 +482,7 @@ class _Comparison:
         return found
 
     def _tuned(self, entry: Entry) -> dict[str, Any]:
-        """Rate and guidance of a recipe, chosen once on the validation part and written down."""
+        """Learning rate and guidance of a recipe, chosen once on the validation part and recorded."""
         plan, trials = self.plan, self.plan.trials
         if trials == 1:
             return {"trials": 1, "rate_factor": 1.0, "guidance": plan.evaluation.get("guidance")}
@@ -510,7 +510,7 @@ class _Comparison:
             scores = self._evaluate(model, self.parts[share], title, **common)
             content["rates"].append({"factor": factor, "score": self._choice(scores), "scores": numbers(scores)})
             write_json(path, content)
-        # The first of equals is taken, and the recipe's own rate comes first.
+        # Among equals the first is chosen, and the recipe's own rate comes first.
         factor = max(content["rates"], key=lambda trial: trial["score"])["factor"]
         if len(content["guidances"]) < trials:
             title = f"{entry.label}: guidance"
@@ -541,7 +541,7 @@ class _Comparison:
     # -- one run
 
     def _measure_time(self, entry: Entry) -> None:
-        """Time a recipe once all runs stand, when nothing else computes, and add it to those of its largest share."""
+        """Time a recipe after all runs, when nothing else computes, and add it to the runs of its largest share."""
         share = max(self.plan.shares)
         with self._taken(f"{entry.label}-time", wait=True):
             paths = [self.out / f"{run_name(entry.label, seed, share)}.json" for seed in self.plan.seeds]
@@ -575,14 +575,14 @@ class _Comparison:
         } | ({} if self.plan.held is None else {"held": self.plan.held})
 
     def _asked(self, entry: Entry, share: float, seed: int, tuning: dict[str, Any]) -> tuple[Recipe, dict[str, Any]]:
-        """The recipe of a run, and what its file says about how it was made."""
+        """The recipe of a run, and the settings that its file records."""
         recipe, budget = self.planned[entry.label, share]
         recipe = _at_rate(recipe, tuning["rate_factor"], seed)
         settings = self._settings(recipe, share, tuning) | {"matched_parameters": entry.matched}
         return recipe, portable({"recipe": entry.label, "seed": seed, "budget": budget, "settings": settings})
 
     def _done(self, entry: Entry, share: float, seed: int, tuning: dict[str, Any]) -> bool:
-        """Whether a run is in the folder already, made the same way; made otherwise it is refused."""
+        """Whether a run is already in the folder; one made with other settings is refused."""
         path = self.out / f"{run_name(entry.label, seed, share)}.json"
         if not path.exists():
             return False

@@ -19,7 +19,7 @@ from xfusion.storage import read_json
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """What a score is called, and which way is better."""
+    """Title of a score, and which direction is better."""
 
     title: str
     better: Literal["higher", "lower"] = "higher"
@@ -46,7 +46,7 @@ SCORES: dict[str, Score] = {
     "made_at_1": Score(title="saying codes: nearest to those of the asked word, R@1"),
     "text_perplexity_change": Score(title="text: perplexity of the fused stack minus the base's", better="lower"),
 }
-"""The scores that recipes are compared by. Other numbers of a suite (chance, ceiling, blind rates) stand in the files."""
+"""The scores that recipes are compared by. The files also have a suite's other numbers (chance, ceiling, blind rates)."""
 EQUAL = ("kind", "asked_samples")
 """Fields of a budget that all runs of a comparison share."""
 ALIKE = (
@@ -69,16 +69,16 @@ def summarise(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The table of a comparison, from its committed files alone.
 
     Args:
-        folder: where the runs' JSON files stand.
+        folder: folder of the runs' JSON files.
 
     Returns:
         JSON values: ``name``, ``media`` (pictures or sounds), ``first``, ``recipes``, ``called`` (recipe -> its name with the
-        arguments that it was given), ``regimes``, ``shares``, ``budget``, ``scores`` (per share and score: a row per recipe with
+        given arguments), ``regimes``, ``shares``, ``budget``, ``scores`` (per share and score: a row per recipe with
         ``mean``, ``interval``, ``values`` by seed and the paired ``difference`` to the first), ``cost`` per recipe,
         ``learning``, ``contributions``, ``prompts``, ``differences``, ``notes``, ``command``, ``settings``.
 
     Raises:
-        XFusionError: no runs, or runs that cannot stand in one table (budget, base, codec, data, scoring).
+        XFusionError: there are no runs, or runs that cannot share a table (budget, base, codec, data, scoring).
     """
     folder = Path(folder)
     paths = sorted(folder.glob("*-seed*.json"))
@@ -148,7 +148,7 @@ def _is(run: Mapping[str, Any], label: str, share: float) -> bool:
 
 
 def _refuse_mixed(paths: Sequence[Path], runs: Sequence[dict[str, Any]]) -> None:
-    """Runs that were made under other conditions never stand in one table."""
+    """Refuse runs that were made under different conditions."""
     first: dict[float, int] = {}
     for number, (path, run) in enumerate(zip(paths, runs, strict=True)):
         for key in ("recipe", "seed", "budget", "settings", "scores", "cost", "machine", "commit"):
@@ -183,7 +183,7 @@ def _inside(value: Any, path: str) -> Any:
 def _score_table(
     name: str, recipes: Sequence[str], share: float, runs: Sequence[dict[str, Any]]
 ) -> dict[str, Any] | None:
-    """One score of all recipes at one share."""
+    """One score of all recipes for one share."""
     values = {
         label: {
             r["seed"]: r["scores"][name] for r in runs if r["recipe"] == label and r["scores"].get(name) is not None
@@ -215,8 +215,8 @@ def _score_table(
 
 
 def regime_of(run: Mapping[str, Any]) -> str | None:
-    """What of the base a run trained, one of `xfusion.fusion.base.REGIMES`: as it was recorded, or, of results older than the
-    label, as the recorded mechanism says; None where that is not of xfusion or no longer there.
+    """How much of the base a run trained, one of `xfusion.fusion.base.REGIMES`, as recorded. For results older than this field
+    it is derived from the recorded mechanism; None if that is not xfusion's or no longer exists.
     """
     if run.get("regime") is not None:
         return run["regime"]
@@ -227,7 +227,7 @@ def regime_of(run: Mapping[str, Any]) -> str | None:
 
 
 def _never_ranked(scores: Sequence[dict[str, Any]], regimes: Mapping[str, str | None]) -> None:
-    """No verdict between recipes of which one trains more of the base than the other, or may do so."""
+    """Remove verdicts between recipes if one trains more of the base than the other, or may do so."""
     for row in (row for score in scores for row in score["rows"]):
         row["regime"], first = regimes[row["recipe"]], next(iter(regimes.values()))
         if row["difference"] and row["regime"] != first:
@@ -235,7 +235,7 @@ def _never_ranked(scores: Sequence[dict[str, Any]], regimes: Mapping[str, str | 
 
 
 def _marked_untuned(scores: Sequence[dict[str, Any]], tuning: Mapping[str, Any]) -> None:
-    """A verdict between recipes whose rates were not tried alike is of one rate each, and says so."""
+    """Mark verdicts between recipes whose learning rates were not tuned alike: they hold for one rate each."""
     if tuning["trials"] > 1:
         return
     for row in (row for score in scores for row in score["rows"]):
@@ -258,7 +258,7 @@ def _full(run: Mapping[str, Any]) -> bool:
 
 
 def _cost_row(label: str, runs: Sequence[dict[str, Any]], share: float) -> dict[str, Any]:
-    """What a recipe costs, from its runs at the largest share; what varies by run is a median or the largest."""
+    """Costs of a recipe, from its runs at the largest share; values that vary by run are a median or the maximum."""
     runs = [r for r in runs if r["settings"]["share"] == share] or list(runs)
     cost = runs[0]["cost"]
     peaks = [r["cost"]["peak_memory"]["bytes"] for r in runs if r["cost"]["peak_memory"]["bytes"]]
@@ -297,13 +297,13 @@ def _mean_curve(runs: Sequence[dict[str, Any]]) -> dict[str, list[list[float]]]:
 
 
 def _reads_pixels(model: Mapping[str, Any]) -> bool:
-    """Whether media are tokens as they are, with no frozen network before them."""
+    """Whether media become tokens directly, without a frozen network before them."""
     kind = _inside(model, "audio.codec.type") or _inside(model, "image.codec.type") or ""
     return kind in ("", "xfusion.modalities.codecs.pixels:Pixels.Config")
 
 
 def difference_notes(summary: Mapping[str, Any]) -> list[str]:
-    """What of each recipe differs from the first beside the mechanism: those of the summary's notes that are long."""
+    """How each recipe differs from the first besides the mechanism: the long ones of the summary's notes."""
     out: list[str] = []
     for label, found in summary["differences"].items():
         if found:
@@ -314,7 +314,7 @@ def difference_notes(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _notes(summary: Mapping[str, Any], runs: Sequence[dict[str, Any]]) -> list[str]:
-    """What a reader must know beside the numbers."""
+    """Notes that a reader needs besides the numbers."""
     budget, tuning, regimes = summary["budget"], summary["settings"]["tuning"], summary["regimes"]
     equal = "executed FLOPs" if budget["kind"] == "flops" else "samples"
     out = [f"Equal budget in {equal}; every difference is to {summary['first']}, over runs of the same seed."]

@@ -1,8 +1,8 @@
-"""Boxes as text, as Qwen-VL writes them (arXiv 2308.12966, section 3.1): ``<ref>red disc</ref><box>(120,340),(560,780)</box>``.
+"""Boxes as text, as in Qwen-VL (arXiv 2308.12966, section 3.1): ``<ref>red disc</ref><box>(120,340),(560,780)</box>``.
 
-A box is plain words of the base's own tokenizer: no token is new. Its corners, upper left and lower right, are whole numbers
-from 0 to 999: thousandths of the width and of the height of the picture as a model sees it, which is the middle square of a
-picture that is none.
+A box is plain text for the base's own tokenizer: there are no new tokens. Its corners, upper left and lower right, are
+integers from 0 to 999: thousandths of the width and height of the picture as the model sees it, which is the center crop if
+the picture is not square.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from xfusion.data.sequence import XFusionError
 
 SCALE = 1000
-"""Coordinates are whole numbers below it."""
+"""Coordinates are integers below this."""
 _MARKS = re.compile(r"<ref>(?P<name>[^<>]*)</ref>|<box>(?P<corners>[^<>]*)</box>|(?P<stray></?(?:ref|box)>)")
 _CORNERS = re.compile(r"\s*\(\s*(\d+)\s*,\s*(\d+)\s*\)\s*,\s*\(\s*(\d+)\s*,\s*(\d+)\s*\)\s*", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Box:
-    """A box by shares of the width and of the height of the square that a model sees, from 0 to 1.
+    """A box in relative coordinates, from 0 to 1, of the square that a model sees.
 
     Raises:
         XFusionError: an edge is outside, or the box has no area.
@@ -41,10 +41,10 @@ class Box:
 
     @classmethod
     def of_pixels(cls, left: float, top: float, right: float, bottom: float, size: tuple[int, int]) -> Box:
-        """The box of a part of a picture of ``(width, height)`` pixels; what the middle square does not hold is cut away.
+        """The box of a region of a picture of ``(width, height)`` pixels, clipped to the middle square.
 
         Raises:
-            XFusionError: nothing is left of it.
+            XFusionError: nothing is left of the box.
         """
         side = min(size)
         beside, above = ((length - side) / 2 for length in size)
@@ -60,7 +60,7 @@ class Box:
         return cls(*kept)
 
     def pixels(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
-        """Left, top, right and bottom edge on a picture of ``(width, height)`` pixels: `of_pixels` back."""
+        """Left, top, right and bottom edge on a picture of ``(width, height)`` pixels: the inverse of `of_pixels`."""
         side = min(size)
         beside, above = ((length - side) / 2 for length in size)
         return (
@@ -71,10 +71,10 @@ class Box:
         )
 
     def text(self, name: str = "") -> str:
-        """The box as a model says it, behind what it is the box of, where that is named.
+        """The box as a model writes it, after the name of its object if one is given.
 
         Raises:
-            XFusionError: it has no thousandth of area, or the name holds a mark.
+            XFusionError: the box is thinner than a thousandth of the picture, or the name contains a mark.
         """
         left, top, right, bottom = (
             min(math.floor(edge * SCALE + 1e-6), SCALE - 1) for edge in (self.left, self.top, self.right, self.bottom)
@@ -85,10 +85,10 @@ class Box:
 
 
 def reference(name: str) -> str:
-    """A name as it stands before its box, and asks for it alone.
+    """A name as written before its box; on its own, it asks for the box.
 
     Raises:
-        XFusionError: the name is empty or holds a mark.
+        XFusionError: the name is empty or contains a mark.
     """
     if not name.strip() or "<" in name or ">" in name:
         raise XFusionError(f"{name!r} cannot be the name of a box: it needs words, without < and >")
@@ -96,17 +96,17 @@ def reference(name: str) -> str:
 
 
 def boxes_of(text: str) -> list[tuple[str, Box]]:
-    """The boxes that a text holds, in order, each with the name that stands before it; several may follow one name.
+    """The boxes in a text, in order, each with the name before it; several boxes may follow one name.
 
     Raises:
-        XFusionError: a mark stands alone, or a box is not two corners of whole numbers from 0 to 999, the first on the upper
-            left of the second.
+        XFusionError: a mark has no partner, or a box is not two corners of integers from 0 to 999 with the first one on the
+            upper left of the second.
     """
     found: list[tuple[str, Box]] = []
     name, until = "", 0
     for mark in _MARKS.finditer(text):
         if text[until : mark.start()].strip():
-            name = ""  # words stand between: the next box is not of what was named before
+            name = ""  # other text in between: the next box does not belong to the last name
         until = mark.end()
         if mark["stray"]:
             raise XFusionError(f"{mark['stray']} stands alone at character {mark.start()} of {_short(text)}")

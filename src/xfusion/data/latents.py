@@ -1,9 +1,9 @@
-"""Pictures that a codec encoded ahead: a folder of latents, which trains as the pictures would, to the bit.
+"""Pictures encoded in advance by a codec: a folder of latents, whose training is bit-identical to training on the pictures.
 
-The folder holds ``latents-00000.safetensors`` and so on (float32 ``[n, channels, rows, columns]``), ``examples.jsonl`` and
-``index.json``, which names the codec by the hash of its weights, the side in pixels, and each file with its hash, and has one
-over itself. The index is written last: a folder without one is not finished, and the same command goes on with it. Latents
-are kept, not tokens, so that the patch is the model's own choice.
+The folder contains ``latents-00000.safetensors`` and so on (float32 ``[n, channels, rows, columns]``), ``examples.jsonl`` and
+``index.json``. The index stores the hash of the codec's weights, the side in pixels, the hash of each file, and a hash of
+itself. It is written last: a folder without it is unfinished, and the same command resumes it. The files store latents rather
+than tokens, so the model can choose its patch size.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 INDEX, EXAMPLES = "index.json", "examples.jsonl"
 PER_SHARD = 1024
-"""Pictures in a shard: what a run that is cut off does again at most."""
+"""Pictures per shard: at most these are encoded again after an interruption."""
 AGAIN = f"take an intact copy, or delete {INDEX} and give the same xfusion data encode again"
 
 
 @runtime_checkable
 class Encoded(Protocol):
-    """A source that may give tokens without a picture."""
+    """A source that can return tokens without a picture."""
 
     def tokens(self, index: int, image: Modality, size: int) -> Tensor:
         """Tokens ``[M, P]`` of an example."""
@@ -56,14 +56,14 @@ class Encoded(Protocol):
 
 
 def tokens(source: Source, index: int, image: Modality, size: int) -> Tensor:
-    """Tokens ``[M, P]`` of an example of any source, on the CPU; each picture is encoded for itself."""
+    """Tokens ``[M, P]`` of an example of any source, on the CPU; each picture is encoded on its own."""
     if isinstance(source, Encoded):
         return source.tokens(index, image, size)
     return image.encode([source.picture(index, size)], size)[0].cpu()
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a folder holds latents, finished or not."""
+    """Whether a folder contains latents, finished or not."""
     return (path / INDEX).is_file() or any(path.glob("latents-*.safetensors"))
 
 
@@ -81,11 +81,11 @@ class Latents:
     """A folder of latents as a `Source`; it has no pictures.
 
     Args:
-        folder: what `encode` wrote.
+        folder: a folder written by `encode`.
         spec: as the user wrote it.
 
     Raises:
-        XFusionError: it is not finished, of another format, lacks a shard, or its index or examples are not what was written.
+        XFusionError: the folder is unfinished, has another format, lacks a shard, or its index or examples were altered.
     """
 
     def __init__(self, folder: Path, spec: str | None = None) -> None:
@@ -112,31 +112,31 @@ class Latents:
                 f"{folder / EXAMPLES}: has {len(self.examples)} examples, the shards hold {self._starts[-1]}: {AGAIN}"
             )
         self.indices: Sequence[int] = range(len(self.examples))
-        """Places of the examples in the folder, of which a split takes some."""
+        """Index of each example in the folder; a split uses only some of them."""
         self.report: Report | None = None
-        """What the check of its words found; its problems are the examples that were left out."""
+        """Result of the check of its texts; its problems are the examples that were left out."""
         self._agrees: tuple[Modality, int] | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def some(self, kept: Sequence[int]) -> Self:
-        """These examples alone."""
+        """A source of only these examples."""
         found = copy.copy(self)
         found.examples = tuple(self.examples[i] for i in kept)
         found.indices = tuple(self.indices[i] for i in kept)
         return found
 
     def picture(self, index: int, size: int) -> Image:
-        """Refused: there are no pictures."""
+        """Always raises: there are no pictures."""
         raise XFusionError(f"{self.spec}: holds latents, not pictures: name the pictures that they were encoded from")
 
     def tokens(self, index: int, image: Modality, size: int) -> Tensor:
         """Tokens ``[M, P]`` of an example.
 
         Raises:
-            XFusionError: the model's codec or size is not the one that made the latents.
-            Unreadable: its shard is not what was written.
+            XFusionError: the latents were made with another codec or size than the model's.
+            Unreadable: its shard was altered.
         """
         if not isinstance(image, ImageModality):
             raise XFusionError(f"{self.spec}: holds latents of pictures, but the model hears sounds: name sounds")
@@ -150,7 +150,7 @@ class Latents:
         return image.tokens(stored)[0]
 
     def _shard(self, number: int) -> Any:
-        """A shard, opened; its hash is compared when this process reads it for the first time."""
+        """An open shard; its hash is checked when this process first reads it."""
         path, expected = self.folder / self.shards[number]["file"], self.shards[number]["sha256"]
         try:
             stat = path.stat()
@@ -174,7 +174,7 @@ class Latents:
             )
 
     def problems(self) -> list[Problem]:
-        """Shards whose bytes are not those that were written; reads all of them."""
+        """Shards that were altered; reads all of them."""
         out = []
         for shard in self.shards:
             path = self.folder / shard["file"]
@@ -184,7 +184,7 @@ class Latents:
 
 
 def _index(folder: Path) -> dict[str, Any]:
-    """What an index says, as far as it is what was written."""
+    """Read an index and check that it was not altered."""
     path = folder / INDEX
     try:
         index = read_json(path)
@@ -194,7 +194,7 @@ def _index(folder: Path) -> dict[str, Any]:
         found = index.get("format_version")
         raise XFusionError(f"{folder}: its format is {found}, this version reads {FORMAT_VERSION}: encode it again")
     needed = {"codec", "size", "licence", "shards"}
-    if "examples" in index:  # folders from before there were hashes of all files have neither
+    if "examples" in index:  # folders older than the hashes of all files have neither
         needed.add(SEAL)
     missing = sorted(needed - index.keys())
     for shard in index.get("shards", []):
@@ -205,7 +205,7 @@ def _index(folder: Path) -> dict[str, Any]:
 
 
 def _examples(path: Path, expected: dict[str, Any] | None) -> tuple[Example, ...]:
-    """All examples of a folder, in the order of their latents; ``expected`` is what the index says of their file."""
+    """All examples of a folder, in the order of their latents; ``expected`` is the index entry of their file."""
     out: list[Example] = []
     try:
         if expected is not None and (found := file_hash(path)) != expected["sha256"]:
@@ -228,7 +228,7 @@ def _example(line: bytes, where: str) -> Example:
             captions=tuple(row["captions"]),
             group=row["group"],
             origin=row["origin"],
-            question=row.get("question", ""),  # folders from before there were questions, or hashes of pictures
+            question=row.get("question", ""),  # missing in folders older than questions, or hashes of pictures
             content=row.get("content", ""),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -259,7 +259,7 @@ def _unreadable(path: Path, error: Exception) -> Unreadable:
     return Unreadable(f"{path}: cannot be read ({error}): delete it and {INDEX}, and encode again")
 
 
-# Of a file of one size and date.
+# Both are cached by path, size and date.
 _opened = Kept(_open, 256)
 _hash = Kept(_file_hash, 1_000_000)
 
@@ -282,21 +282,21 @@ def encode(
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Latents:
-    """Encode all pictures of a source; what is there from an earlier run of the same is kept.
+    """Encode all pictures of a source; finished shards of an earlier run with the same arguments are kept.
 
     Args:
         source: pictures with captions.
-        codec: what encodes them.
+        codec: configuration of the codec that encodes them.
         size: side in pixels.
         out: folder to write.
-        batch: pictures per call of the codec. One at a time is what training does, so that its losses are the same to
-            the bit; more are faster on a GPU and agree to rounding.
-        workers: processes that share the shards; each loads the codec and divides the threads.
-        device: where the codec runs.
-        progress: told pictures done and pictures in all.
+        batch: pictures per call of the codec. Training encodes one at a time, so with 1 its losses are bit-identical; more
+            are faster on a GPU and agree up to rounding.
+        workers: processes that share the shards; each loads the codec and uses its share of the threads.
+        device: device of the codec.
+        progress: called with the number of pictures done and in total.
 
     Raises:
-        XFusionError: the folder holds something else, or latents of another source, codec or size.
+        XFusionError: the folder contains other files, or latents of another source, codec or size.
     """
     built = codec.build()
     built.latent_shape(size, size)
@@ -320,7 +320,7 @@ def encode(
         for number in _walk(left, source, codec, built, size, batch, workers, device):
             done += number
             told(done, len(source.examples))
-    # A folder's name, which stands in what messages call an example, need not be text.
+    # An example's origin contains the folder's name, which need not be valid UTF-8.
     with whole_file(out / EXAMPLES) as temporary, temporary.open("w", encoding="utf-8", errors="surrogatepass") as file:
         for example in source.examples:
             file.write(json.dumps(asdict(example), ensure_ascii=False) + "\n")
@@ -349,7 +349,7 @@ def encode(
 
 
 def _known_hashes(out: Path) -> dict[str, str]:
-    """Hash of each shard, as far as an index of an earlier call says it."""
+    """Hash of each shard in the index of an earlier call, if there is one."""
     try:
         return {shard["file"]: shard["sha256"] for shard in _index(out)["shards"]}
     except XFusionError:
@@ -357,14 +357,14 @@ def _known_hashes(out: Path) -> dict[str, str]:
 
 
 def _remove_rests(out: Path) -> None:
-    """Remove what a killed run had half written: files that never got their name."""
+    """Remove the temporary files of a killed run."""
     for name in ("latents-*", Path(EXAMPLES).stem, Path(INDEX).stem):
         for rest in out.glob(f".{name}.*.tmp.*"):
             rest.unlink(missing_ok=True)
 
 
 class _Task:
-    """A shard to make."""
+    """A shard to encode."""
 
     def __init__(self, out: Path, start: int, count: int) -> None:
         self.start, self.count, self.key = start, count, ""
@@ -372,7 +372,7 @@ class _Task:
 
 
 def _key(codec: dict[str, Any], size: int, batch: int, examples: Sequence[Example]) -> str:
-    """What a shard was made of. A picture's group is the hash of its file, where nobody gave it another."""
+    """Hash of a shard's inputs. A picture's group is the hash of its file, unless the data names another."""
     pictures = [[e.id, e.group] if e.content in ("", e.group) else [e.id, e.group, e.content] for e in examples]
     facts = [codec, size, batch, pictures]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -395,7 +395,7 @@ def _refuse_others(out: Path, tasks: Sequence[_Task], codec: dict[str, Any], siz
 def _metadata(path: Path) -> dict[str, Any]:
     try:
         with safe_open(str(path), "pt") as file:
-            # One entry: of several, safetensors writes them in no fixed order, and a shard's hash would change.
+            # A single entry: safetensors writes several in no fixed order, so a shard's hash would change.
             return json.loads((file.metadata() or {}).get("made_of", "{}"))
     except (SafetensorError, OSError) as error:
         raise XFusionError(f"{path}: cannot be read ({error}): delete it and give the same command again") from error
@@ -411,7 +411,7 @@ def _walk(
     workers: int,
     device: str,
 ) -> Iterator[int]:
-    """Make the shards, here or in processes; yields how many pictures each held."""
+    """Encode the shards, in this process or in workers; yields the number of pictures of each."""
     if workers == 1:
         _Worker.set_up(source, built.to(device), size, batch, torch.get_num_threads())
         for task in left:
@@ -422,7 +422,7 @@ def _walk(
     try:
         for hand in pool:
             hand.start()
-        for hand in pool:  # behind all starts: a hand takes this only when it has imported what it needs
+        for hand in pool:  # after all starts: a worker receives this only once its imports are done
             hand.send((source, config, size, batch, device, threads), waiting[-1])
             hand.send(waiting.pop())
         while busy := [hand for hand in pool if hand.task is not None]:
@@ -438,10 +438,10 @@ def _walk(
 
 
 class _Hand:
-    """A process that makes shards, one at a time.
+    """A worker process that encodes shards, one at a time.
 
-    A pipe each and not an executor of `concurrent.futures`: that one waits for ever where a process dies before it has taken
-    a source that is larger than a pipe's buffer, and its processes do where theirs is killed.
+    Each has its own pipe. An executor of `concurrent.futures` would hang if a worker dies before it has received a source
+    larger than a pipe's buffer, and its workers would hang if their parent is killed.
     """
 
     def __init__(self) -> None:
@@ -452,18 +452,18 @@ class _Hand:
 
     def start(self) -> None:
         self.process.start()
-        self._theirs.close()  # the end that stays open is the process's alone: where it dies, the pipe does
+        self._theirs.close()  # only the worker keeps this end open: if it dies, the pipe closes
 
     def send(self, what: Any, task: _Task | None = None) -> None:
         self.task = task or (what if isinstance(what, _Task) else None)
         try:
             self.pipe.send(what)
         except OSError as error:
-            if self.task is not None:  # else nothing is missing
+            if self.task is not None:  # else no work is lost
                 raise self._died() from error
 
     def answer(self) -> int:
-        """How many pictures the shard held."""
+        """Number of pictures of the finished shard."""
         try:
             found = self.pipe.recv()
         except (EOFError, OSError) as error:
@@ -489,8 +489,8 @@ class _Hand:
 
 
 def _work(pipe: Connection) -> None:
-    """What a process does: take what it encodes with, then shards, until there is none or nobody who would give one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who started it, and ends this one
+    """Main loop of a worker: receive the settings, then shards, until there are no more or the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends this process
     try:
         source, config, size, batch, device, threads = pipe.recv()
         task = pipe.recv()
@@ -509,7 +509,7 @@ def _work(pipe: Connection) -> None:
 
 
 class _Worker:
-    """What a process encodes with."""
+    """The settings and the codec of a worker process."""
 
     source: Source
     codec: Codec

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from xfusion.data.sources import Source
 
 LARGEST_WEIGHT = 1000
-"""Weights as whole numbers stay within this, so that shares are exact over a short stretch of samples."""
+"""Largest weight as an integer, so that shares are exact over a short stretch of samples."""
 
 
 def parts(spec: str) -> list[tuple[str, Fraction]]:
-    """``photos:weight=2+emoji`` -> ``[("photos", 2), ("emoji", 1)]``; nothing where the spec is one source.
+    """``photos:weight=2+emoji`` -> ``[("photos", 2), ("emoji", 1)]``; empty if the spec is a single source.
 
     Raises:
-        XFusionError: a weight that is no number above 0.
+        XFusionError: a weight is not a number above 0.
     """
     if "+" not in spec or Path(spec).exists():
         return []
@@ -46,15 +46,15 @@ def parts(spec: str) -> list[tuple[str, Fraction]]:
 
 
 class Mixed:
-    """Sources one behind the other as a `Source`; `xfusion.data.order` gives each its share of every step.
+    """Several sources concatenated into one `Source`; `xfusion.data.order` gives each its share of every step.
 
     Args:
         spec: as the user wrote it.
-        sources: what is mixed.
+        sources: the sources to mix.
         weights: shares, of any sum.
 
     Raises:
-        XFusionError: weights that are no ratio of small numbers.
+        XFusionError: the weights are not a ratio of small integers.
     """
 
     def __init__(self, spec: str, sources: Sequence[Source], weights: Sequence[Fraction]) -> None:
@@ -64,7 +64,7 @@ class Mixed:
         whole = [int(weight * common) for weight in weights]
         shared = math.gcd(*whole)
         self.weights = tuple(weight // shared for weight in whole)
-        """Samples of each source in a stretch of their sum."""
+        """Samples of each source among every ``sum(weights)`` samples."""
         if max(self.weights) > LARGEST_WEIGHT:
             raise XFusionError(
                 f"{spec}: the weights stand as {' : '.join(map(str, self.weights))}, at most {LARGEST_WEIGHT} is legal:"
@@ -72,7 +72,7 @@ class Mixed:
             )
         self.starts = tuple(accumulate((len(source.examples) for source in sources), initial=0))
         self.examples: Sequence[Example] = tuple(
-            replace(example, id=f"{number}/{example.id}")  # two sources may both hold 1.png
+            replace(example, id=f"{number}/{example.id}")  # two sources may both contain 1.png
             for number, source in enumerate(sources)
             for example in source.examples
         )
@@ -81,7 +81,7 @@ class Mixed:
         return len(self.examples)
 
     def part(self, index: int) -> tuple[Source, int]:
-        """The source of an example, and its number there."""
+        """The source of an example, and its index there."""
         number = bisect_right(self.starts, index) - 1
         return self.sources[number], index - self.starts[number]
 

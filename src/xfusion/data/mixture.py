@@ -1,4 +1,4 @@
-"""Which examples make up step k: a pure function of seed and step, so that a resumed run goes on with the next batch."""
+"""Which examples make up step k: a pure function of seed and step, so a resumed run continues with the next batch."""
 
 from __future__ import annotations
 
@@ -29,40 +29,40 @@ from xfusion.modalities.base import Modality
 
 T = TypeVar("T")
 TOKENS_KEPT = 512 * 1024 * 1024
-"""Bytes of picture tokens that are kept in memory; the oldest go first."""
+"""Bytes of picture tokens to cache in memory; the oldest are removed first."""
 TEXTS_KEPT = 200_000
-"""Texts whose token ids are kept; the oldest go first."""
+"""Number of texts whose token ids are cached; the oldest are removed first."""
 LOOKED_AT = 40
-"""Steps whose lengths are looked at before the first one, to fix the shapes of a run."""
+"""Steps whose lengths are measured before the first one, to fix the shapes of a run."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Awaited(Media):
-    """A picture whose tokens are zeros until its row is known to be needed here."""
+    """A picture whose tokens are zeros until this process turns out to need its row."""
 
     index: int
-    """The example that it is."""
+    """Index of the example."""
     size: int
-    """Its side in pixels."""
+    """Side in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureConfig:
-    """What one optimiser step reads."""
+    """The samples of one optimizer step."""
 
     draw: int = 64
     """Drawing samples per step."""
     caption: int = 32
     """Captioning samples per step (the paper's ratio is 2 : 1)."""
     pack: int = 4
-    """Captioning sequences packed into one row; with pictures of several sizes a row has room for so many of the
-    largest, and holds more of the others."""
+    """Captioning sequences packed into one row; with several picture sizes, a row fits this many of the largest and more
+    of the others."""
     shots: int = 0
-    """Solved examples, pictures with their answers, before the picture of every captioning sample (Flamingo's interleaved
-    prompts). All answers are learned, so that fewer examples will do as well; no two pictures are of one group."""
+    """Few-shot examples, pictures with their answers, before the picture of every captioning sample (Flamingo's interleaved
+    prompts). All answers are learned, so prompts with fewer examples work as well; all pictures are from different groups."""
     largest_noise: float = 0.0
-    """Noise levels of pictures in captioning samples go from 0 to this; 0 keeps them clean, as the paper finds best.
-    Noised ones also carry the media loss (Transfusion caps at 0.5)."""
+    """Largest noise level of pictures in captioning samples; 0 keeps them clean, which the paper finds best. Noised
+    ones also get the media loss (Transfusion caps at 0.5)."""
     templates: Templates = Templates()
     """How examples are worded."""
 
@@ -72,20 +72,20 @@ class Mixture:
 
     Args:
         source: pictures with captions.
-        image: turns pictures, or sounds, into tokens.
-        sizes: its sizes; a step holds as many pictures of each, which pictures chance says.
+        image: converts pictures, or sounds, to tokens.
+        sizes: its sizes; a step has equally many pictures of each, assigned at random.
         encode: the base's tokenizer.
-        begin: the base's beginning of text, which stands before words that open a sequence.
+        begin: the base's BOS tokens, which precede text at the start of a sequence.
         end: the base's end token.
         config: samples per step.
-        seed: of order and wordings.
-        share: which of a batch's rows this process reads pictures for; None reads all.
-        left_out: examples that cannot be read, which may become more: the next one of the source that can be read takes
-            the place of each, so that a batch stays a function of the step and of what the data holds.
-        decoders: threads that read and decode; None takes four, or as many as there are cores.
+        seed: seed of order and wordings.
+        share: returns the rows of a batch whose pictures this process reads; None reads all.
+        left_out: examples that cannot be read; more may be added during a run. Each is replaced by the next readable one
+            of the source, so a batch stays a function of the step and of the data.
+        decoders: threads that read and decode; None uses four, or the number of cores if that is less.
 
     Raises:
-        XFusionError: the source is empty, or the captioning batch does not fill rows.
+        XFusionError: the source is empty, or the captioning batch does not fill its rows.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class Mixture:
             )
 
     def tokens(self, index: int, size: int) -> Tensor:
-        """Tokens ``[M, P]`` of a picture in a size, encoded once."""
+        """Tokens ``[M, P]`` of a picture at a size, encoded once."""
         if (index, size) not in self._tokens:
             made = self._encoded((index, size))
             if isinstance(made, Unreadable):
@@ -152,8 +152,8 @@ class Mixture:
             return error
 
     def _groups_at_once(self) -> int:
-        """Row groups of one source that this process's own rows read by turns: one for each of their lanes in every task, and
-        beside these as many as may follow others at once.
+        """Row groups of one source that this process's rows read concurrently: one per lane and task, plus as many as may be
+        replaced by their successors at the same time.
         """
         captions, counts = self.config.caption // self.config.pack, [0]
         for task, rows in (("draw", self.config.draw), ("caption", captions), ("shots", captions)):
@@ -165,7 +165,7 @@ class Mixture:
         return sum(counts) + max(counts)
 
     def _standing(self, index: int) -> int:
-        """The example itself, or the one that takes its place where it is left out: of the same source of a mixture."""
+        """The example itself or, if it is left out, its replacement from the same source of a mixture."""
         start, end = 0, len(self.source.examples)
         if isinstance(self.source, Mixed):
             part = bisect_right(self.source.starts, index) - 1
@@ -181,11 +181,11 @@ class Mixture:
             self._tokens.popitem(last=False)
 
     def drawn(self, index: int, size: int) -> Media:
-        """A picture to learn to draw."""
+        """A picture as target for drawing."""
         return self._awaited(index, size, state="noised", has_loss=True)
 
     def shown(self, index: int, size: int) -> Media:
-        """A picture to learn to read: clean, or up to a noise level, and then it is also learned to be drawn."""
+        """A picture as input: clean, or noised up to a noise level and then also with a media loss."""
         cap = self.config.largest_noise
         how: dict[str, Any] = {"state": "noised", "has_loss": True, "largest_noise": cap} if cap else {}
         return self._awaited(index, size, **how)
@@ -195,19 +195,19 @@ class Mixture:
         return Awaited(**vars(blank), index=index, size=size)
 
     def _sizes(self, task: str, step: int, count: int) -> list[int]:
-        """Sizes of a task's samples in a step: the same multiset in every step, so that shapes stay fixed, shuffled; the first
-        sizes have one sample more where their number does not divide the task's.
+        """Sizes of a task's samples in a step, shuffled. The multiset is the same in every step, so shapes stay fixed; the
+        first sizes get one more sample if the samples do not divide evenly.
         """
         even = [self.sizes[place % len(self.sizes)] for place in range(count)]
         random.Random(f"{self.seed}/{task}/sizes/{step}").shuffle(even)
         return even
 
     def _filled(self, rows: list[list[Sequence]]) -> list[list[Sequence]]:
-        """The rows with the pictures of this process's own; all other pictures stay blank."""
+        """The rows with the pictures of this process's own rows filled in; all other pictures stay blank."""
         own = set(range(len(rows))[self.share(len(rows)) or slice(None)])
         media = (s for n in sorted(own) for q in rows[n] for s in q.segments if isinstance(s, Awaited))
         missing = [i for i in dict.fromkeys((m.index, m.size) for m in media) if i not in self._tokens]
-        # Pillow decodes outside Python's lock. Kept beside the bounded store, which may be smaller than one batch.
+        # Pillow decodes without the GIL. Results are kept outside the bounded cache, which may be smaller than one batch.
         made = dict(zip(missing, self._pool.map(self._encoded, missing), strict=True))
         fresh = {which: found for which, found in made.items() if not isinstance(found, Unreadable)}
         if broken := {which[0]: str(found) for which, found in made.items() if isinstance(found, Unreadable)}:
@@ -230,7 +230,7 @@ class Mixture:
         return filled
 
     def ids(self, text: str) -> tuple[int, ...]:
-        """Token ids of a text; known ones are looked up."""
+        """Token ids of a text, cached."""
         found = self._ids.get(text)
         if found is None:
             found = self._ids[text] = self.encode(text)
@@ -259,7 +259,7 @@ class Mixture:
             self.config.caption,
             self.source.examples,
         )
-        # Drawn for every sample, so that what is asked of one does not depend on whether the data asks of another.
+        # Sampled for every sample, so that one sample's question does not depend on whether the data has one for another.
         templates = self.config.templates
         drawn = [templates.question(rng) for _ in range(count)]
         wording = random.Random(f"{self.seed}/caption/json/{step}")
@@ -272,7 +272,7 @@ class Mixture:
         return out
 
     def _shots(self, asked: int, place: int) -> list[int]:
-        """Solved examples before a captioning sample: the next of an order of their own whose groups are all different."""
+        """Few-shot examples before a captioning sample: the next ones, in their own order, whose groups all differ."""
         groups, found = {self._groups[asked]}, list[int]()
         following = map(self._standing, self.order.take("shots", place * self.config.shots, sys.maxsize))
         while len(found) < self.config.shots:
@@ -282,20 +282,21 @@ class Mixture:
         return found
 
     def _rows(self, drawings: list[Sequence], captionings: list[Sequence]) -> tuple[list[list[Sequence]], ...]:
-        """Rows of both tasks: each drawing for itself in the order of the samples, unless smaller ones share a row; captions of
-        a lane with their like, so that a process finds them in the row groups that it reads.
+        """Rows of both tasks. Each drawing has its own row, in the order of the samples, unless smaller ones share a row.
+        Captions are packed with others of their lane, so that a process finds them in the row groups that it reads.
         """
         budget = self.config.pack * (1 + self.config.shots) * self._room
-        if len(self.sizes) > 1:  # a lane's pictures may be of any size: how many rows they take would change by step
+        if len(self.sizes) > 1:  # a lane's pictures may have any size, so their number of rows would vary by step
             return balance(drawings, self._room), balance(captionings, budget)
         parts = self.order.by_lane("caption", captionings)
         return [[s] for s in drawings], [row for part in parts for row in balance(part, budget)]
 
     @cached_property
     def widths(self) -> tuple[int, int]:
-        """Text positions of a drawing and of a packed captioning row that nearly all steps fit: shapes stay fixed.
+        """Text widths of a drawing row and of a packed captioning row that fit nearly all steps, so shapes stay fixed.
 
-        Of all examples, also those that are left out: a resumed run, which knows them from its start, has the same.
+        They are computed over all examples, including those left out: a resumed run, which knows these from its start, gets
+        the same widths.
         """
         known, self.left_out = self.left_out, frozenset()
         steps = [self._rows(self.drawings(step), self.captionings(step)) for step in range(LOOKED_AT)]
@@ -304,7 +305,7 @@ class Mixture:
         return _up(_most(draw), 4), _up(_most(caption), 4)
 
     def samples(self, step: int) -> list[Sequence]:
-        """The samples of a step with their pictures, each for itself, drawings first: for those who lay them out otherwise."""
+        """The samples of a step with their pictures, unpacked, drawings first: for callers with another layout."""
         alone = [[sample] for sample in (*self.drawings(step), *self.captionings(step))]
         return [sample for (sample,) in self._filled(alone)]
 
@@ -313,10 +314,10 @@ class Mixture:
         return self._packed(self.drawings(step), self.captionings(step))
 
     def largest(self) -> list[Batch]:
-        """A step in which every sample has the longest words of the source, counted in characters.
+        """A step in which every sample has the longest text of the source, counted in characters.
 
-        Tokenising a whole data set to count tokens would hold up its start; only a wording that is shorter in
-        characters and longer in tokens can make a wider step.
+        Tokenizing a whole data set to count tokens would delay the start. Only a wording with fewer characters but more
+        tokens can make a wider step.
         """
         templates, examples = self.config.templates, self.source.examples
         wordings = [(len(c), i, c) for i, e in enumerate(examples) for c in e.captions]
@@ -357,7 +358,7 @@ class Mixture:
 
 
 def order_of(source: Source, config: MixtureConfig, seed: int) -> Order:
-    """The order of a mixture's samples; where pictures come in row groups, its lanes go with the rows of a step."""
+    """The order of a mixture's samples; if pictures come in row groups, its lanes follow the rows of a step."""
     rows, each = config.caption // config.pack, config.pack
     lanes = {
         "draw": Lanes.of_rows(config.draw, 1),
@@ -368,12 +369,12 @@ def order_of(source: Source, config: MixtureConfig, seed: int) -> Order:
 
 
 class Ahead(Generic[T]):
-    """Makes what the next step reads while this one computes; it is the same, being a function of the step.
+    """Prepares the data of the next step while this one computes; the result is a function of the step either way.
 
     Args:
-        make: what a step reads.
-        in_thread: in a thread beside the step. Where the processor computes the step itself, the thread only takes cores from
-            it: drawing then trained a fifth slower on two (docs/speed.md).
+        make: returns the data of a step.
+        in_thread: prepare in a background thread. If the CPU computes the step itself, the thread only takes cores from it:
+            drawing then trained a fifth slower on two cores (docs/speed.md).
     """
 
     def __init__(self, make: Callable[[int], T], *, in_thread: bool = True):
@@ -382,23 +383,23 @@ class Ahead(Generic[T]):
         self._next: tuple[int, Future[T]] | None = None
 
     def take(self, step: int) -> T:
-        """What a step reads; an error of its making is raised here."""
+        """The data of a step; an error of its preparation is raised here."""
         if not self.in_thread:
             return self.make(step)
         known = self._next is not None and self._next[0] == step
-        # One thread makes everything: what makes it need not be safe for several.
+        # A single thread prepares everything, so `make` need not be thread-safe.
         made = (self._next[1] if known and self._next else self._pool.submit(self.make, step)).result()
         self._next = (step + 1, self._pool.submit(self.make, step + 1))
         return made
 
     def forget(self) -> None:
-        """Make the next step anew when it is asked for: what it depends on has changed, or changes now."""
+        """Drop the prepared step, because what it depends on has changed or is about to change."""
         if self._next is not None:
             wait([self._next[1]])
             self._next = None
 
     def close(self) -> None:
-        """Make nothing further."""
+        """Stop preparing."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -408,17 +409,17 @@ def default_decoders() -> int:
 
 
 def _longest(rows: list[list[Sequence]]) -> int:
-    """Text positions of the row that has most."""
+    """Text positions of the longest row."""
     return max((sum(map(text_length, row)) for row in rows), default=0)
 
 
 def _most(values: list[int]) -> int:
-    """The value that nine tenths do not exceed: one rare long caption shall not make every step wide."""
+    """The 90th percentile: one rare long caption should not make every step wide."""
     return sorted(values)[(9 * len(values) - 1) // 10]
 
 
 def _fit(width: int, longest: int) -> int:
-    """The width, doubled until the longest row fits: each width is another compiled graph, so there are few of them."""
+    """The width, doubled until the longest row fits: each width needs another compiled graph, so there should be few."""
     while width < longest:
         width = max(8, 2 * width)
     return width

@@ -1,11 +1,11 @@
-"""Which example stands at a place of an endless order: a pure function of source, seed and place.
+"""The example at a place of an endless order: a pure function of source, seed and place.
 
-Sources differ in how their order may be shuffled. Pictures that each lie for themselves are shuffled over the whole
-epoch. Where pictures come in row groups (parquet), the places of a step belong to *lanes*: the row groups of an epoch are
-shuffled and dealt to the lanes, and each lane goes through its own, one group behind the other, the pictures of each shuffled.
-So a step's pictures come from as many groups as there are lanes, which is what a shuffle buffer does, without its state; and a
-process whose rows are those of some lanes reads the groups of these alone, whatever the number of processes. Of a mixture each
-source gets its exact share of every short stretch and goes through epochs of its own.
+Sources differ in how they can be shuffled. Pictures that are stored individually are shuffled over the whole epoch. If
+pictures come in row groups (parquet), the places of a step belong to *lanes*: the row groups of an epoch are shuffled and
+dealt to the lanes. Each lane goes through its own groups one after another, with the pictures of each group shuffled. So a
+step's pictures come from as many groups as there are lanes, like with a shuffle buffer, but without its state. A process that
+owns the rows of some lanes reads only the groups of these lanes, whatever the number of processes. In a mixture, each source
+gets its exact share of every short stretch and has its own epochs.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from xfusion.data.sources import Source
 
 T = TypeVar("T")
 STRETCH = 64
-"""A mixture's shares are exact over about so many samples, or over the sum of its weights: in each lane for itself."""
+"""A mixture's shares are exact over about this many samples, or over the sum of its weights, in each lane separately."""
 Taken = Callable[[int], list[int]]
-"""How many examples of a source each lane has had before a place."""
+"""Returns how many examples of a source each lane has used before a place."""
 
 
 def num_grouped(source: Source) -> int:
-    """Sources among those of a mixture whose pictures come in row groups."""
+    """Number of sources of a mixture whose pictures come in row groups."""
     if isinstance(source, Mixed):
         return sum(map(num_grouped, source.sources))
     return int(getattr(source, "blocks", None) is not None)
@@ -43,7 +43,7 @@ class Lanes:
     """The lanes of a task.
 
     Args:
-        of_place: lane of each place of a step.
+        of_place: the lane of each place of a step.
     """
 
     def __init__(self, of_place: Sequence[int]):
@@ -54,8 +54,8 @@ class Lanes:
 
     @classmethod
     def of_rows(cls, rows: int, each: int) -> Lanes | None:
-        """Lanes of a step of so many rows, each of so many places: rows follow each other in their lanes, as in the shares of
-        processes; None where there are no places.
+        """Lanes of a step of ``rows`` rows with ``each`` places per row: lanes take consecutive rows, like the shares of
+        processes; None if there are no places.
         """
         edges = [rows * lane // GROUPS_TOGETHER for lane in range(GROUPS_TOGETHER + 1)]
         places = [lane for lane, (start, end) in enumerate(pairwise(edges)) for _ in range((end - start) * each)]
@@ -66,7 +66,7 @@ class Lanes:
         return self.of_place[place % len(self.of_place)]
 
     def taken(self, place: int) -> list[int]:
-        """Places that each lane has before this one."""
+        """Number of places of each lane before this one."""
         steps, inside = divmod(place, len(self.of_place))
         return [steps * all_ + some for all_, some in zip(self._taken[-1], self._taken[inside], strict=True)]
 
@@ -75,10 +75,10 @@ class Order:
     """The orders of a source, one for each task.
 
     Args:
-        source: what is ordered.
-        seed: of the permutations.
-        lanes: of the tasks, where pictures come in row groups; a task that is not named deals its places to all by turns.
-        name: what tells the sources of a mixture apart.
+        source: the source to order.
+        seed: seed of the permutations.
+        lanes: lanes of the tasks, if pictures come in row groups; a task without an entry deals its places to all in turn.
+        name: distinguishes the sources of a mixture.
     """
 
     def __init__(
@@ -97,11 +97,11 @@ class Order:
             self._pattern = lru_cache(maxsize=4 * self.num_lanes)(self._shuffled)
 
     def lanes(self, task: str) -> Lanes:
-        """The lanes of a task; one where no pictures come in row groups."""
+        """The lanes of a task; a single one if no pictures come in row groups."""
         return self._lanes.get(task) or self._turns
 
     def by_lane(self, task: str, step: Sequence[T]) -> list[list[T]]:
-        """What stands at the places of a step, by lane."""
+        """The items at the places of a step, by lane."""
         lanes = self._lanes.get(task)
         if lanes is None:
             return [list(step)]
@@ -117,7 +117,7 @@ class Order:
             yield self._at(task, place, lanes.find(place), lanes.taken)
 
     def _at(self, task: str, place: int, lane: int, taken: Taken) -> int:
-        """The example at a place, which is a lane's."""
+        """The example at a place, which belongs to ``lane``."""
         if isinstance(self.source, Mixed):
             number, inside = divmod(taken(place)[lane], len(self.stretch))
             part = self._pattern(task, lane, number)[inside]
@@ -129,7 +129,7 @@ class Order:
         return epoch.at(lane, counts[lane])
 
     def _of_part(self, task: str, part: int, taken: Taken) -> Taken:
-        """Of a mixture's places those of one source."""
+        """Counts only the places of one source of a mixture."""
         each = self.stretch.count(part)
 
         def of_part(place: int) -> list[int]:
@@ -158,18 +158,18 @@ class Order:
 
 
 class _Epoch:
-    """One pass over a source: each lane goes through a stretch of the shuffled examples, as long as its places are many.
+    """One pass over a source: each lane gets a stretch of the shuffled examples, as long as its number of places.
 
     Args:
-        number: which.
-        place: one within the epoch.
-        taken: of the source.
+        number: number of the epoch.
+        place: a place within the epoch.
+        taken: counts examples of the source.
         shuffled: all examples.
     """
 
     def __init__(self, number: int, place: int, taken: Taken, shuffled: Tensor):
         def first(examples: int, until: int) -> int:
-            """The place before which so many examples were taken."""
+            """The first place before which this many examples were used."""
             return bisect_left(range(until), examples, key=lambda place: sum(taken(place)))
 
         until, total = place + 1, len(shuffled)
@@ -182,5 +182,5 @@ class _Epoch:
         self._starts = [0, *accumulate(sizes)]
 
     def at(self, lane: int, count: int) -> int:
-        """The example of a lane that has had so many."""
+        """The next example of a lane that has used ``count`` examples."""
         return int(self.shuffled[self._starts[lane] + count - self._begin[lane]])

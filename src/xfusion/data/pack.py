@@ -1,4 +1,4 @@
-"""Sequences -> `Batch`: boundary rows, position tables, labels, and packing under a budget of media positions."""
+"""Convert sequences to a `Batch`: boundary rows, position tables, labels, and packing under a budget of media positions."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from xfusion.data.sequence import END_OF_MEDIA, IGNORE, Batch, Media, MediaRows, Rows, Sequence, Text, XFusionError
 
 _Table = list[tuple[int, int, int, int, bool, bool, bool]]
-"""Positions of one owner in one row: order, sample, position, segment, both ways, seen later, behind media."""
+"""Positions of one owner in one row: order, sample, position, segment, bidirectional, visible to later, after media."""
 
 
 def text_length(sequence: Sequence) -> int:
-    """Text positions of a sequence, [EOI] included, the last token of an answer where it is only a label not."""
+    """Text positions of a sequence, including [EOI], but not the last token of an answer if it is only a label."""
     total, last = 0, len(sequence.segments) - 1
     for i, segment in enumerate(sequence.segments):
         if isinstance(segment, Text):
@@ -24,25 +24,24 @@ def text_length(sequence: Sequence) -> int:
 
 
 def _end_is_label(segment: Text, last: bool) -> bool:
-    """Whether the last token of a text is no position."""
+    """Whether the last token of a text is only a label and has no position."""
     return segment.has_loss and (last or segment.unread_end)
 
 
 def media_length(sequence: Sequence) -> int:
-    """Media positions of a sequence, [BOI] included."""
+    """Media positions of a sequence, including [BOI]."""
     return sum(len(s.tokens) + 1 for s in sequence.segments if isinstance(s, Media))
 
 
 def balance(sequences: Seq[Sequence], budget: int) -> list[list[Sequence]]:
-    """Put sequences into as few rows of ``budget`` media positions as first fit needs, and even these out: the largest
-    media first, each to the row with the fewest media positions, among those with as many to the one with the least text.
+    """Pack sequences into as few rows of ``budget`` media positions as first fit needs, evenly: the largest media first,
+    each into the row with the fewest media positions, and among equal rows into the one with the least text.
 
-    How many rows there are and how many media positions each has depends on the sizes of the media alone: steps that
-    hold the same sizes have the same shapes. Text comes out even as well, the longest with the shortest, so that
-    padding is small.
+    The number of rows and the media positions of each depend only on the sizes of the media: steps with the same sizes
+    have the same shapes. Text is balanced too, the longest with the shortest, so there is little padding.
 
     Raises:
-        XFusionError: a sequence alone has more media positions.
+        XFusionError: a single sequence has more media positions than the budget.
     """
     ordered = sorted(sequences, key=lambda s: (media_length(s), text_length(s)), reverse=True)
     if ordered and media_length(ordered[0]) > budget:
@@ -60,7 +59,7 @@ def balance(sequences: Seq[Sequence], budget: int) -> list[list[Sequence]]:
     for sequence in ordered:
         media, text = media_length(sequence), text_length(sequence)
         room = [n for n, (used, _, _) in enumerate(rows) if used + media <= budget]
-        if not room:  # evened out, they may need more rows than filled one by one
+        if not room:  # balanced rows may need one more than first fit
             room = [len(rows)]
             rows.append((0, 0, []))
         n = min(room, key=lambda n: rows[n][:2])
@@ -72,12 +71,12 @@ def balance(sequences: Seq[Sequence], budget: int) -> list[list[Sequence]]:
 def pack(rows: Seq[Seq[Sequence]], *, text_width: int | None = None) -> Batch:
     """Lay out sequences as a `Batch`, several to a row if asked.
 
-    [BOI] is put before each media item, in the item's own tower; [EOI] behind it, in the text tower, if anything
-    follows. The token that a text position predicts is the next text token of its sequence where that token
-    ``has_loss``; the first word after a picture is read from [EOI].
+    [BOI] is added before each media item, in the item's own tower, and [EOI] after it, in the text tower, if anything
+    follows. A text position predicts the next text token of its sequence if that token ``has_loss``; the first token
+    after a picture is predicted at [EOI].
 
     Args:
-        rows: per batch row, the sequences packed into it; they do not see each other.
+        rows: the sequences packed into each batch row; they cannot attend to each other.
         text_width: pad text positions to this width (None: the longest row).
 
     Raises:

@@ -1,4 +1,4 @@
-"""From a picture file to a picture: upright, RGB, on white. Decoding is Pillow's job."""
+"""Read a picture file with Pillow: upright, RGB, on white."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_PIXELS = 64_000_000
-"""A larger picture is refused from its header, undecoded: a small file can hold a picture that fills the memory."""
+"""Larger pictures are refused by their header, without decoding: a small file can contain one that fills the memory."""
 MAX_SIDE = 131_072
-"""Pixels of the longest legal side: decoders of some formats make whole rows out of a few bytes."""
+"""Largest side in pixels: decoders of some formats expand a few bytes into whole rows."""
 MAX_BYTES = 600_000_000
-"""Of a legal file, some more than 64 million pixels in four channels of 16 bits: some plug-ins read all of a file first."""
+"""Largest file, a little more than 64 million pixels of four 16-bit channels: some plug-ins read the whole file first."""
 MAX_SCANS = 100
-"""Of a legal JPEG: a progressive one holds about ten, and each costs a walk over all pixels."""
+"""Largest number of scans of a JPEG: a progressive one has about ten, and each costs a pass over all pixels."""
 LARGE = 4_000_000
-"""Pixels from which on pictures are decoded one at a time, however many threads there are."""
+"""Pictures with more pixels are decoded one at a time, whatever the number of threads."""
 _one_large = threading.Lock()
 # fmt: off
 SUFFIXES = frozenset({
@@ -33,9 +33,9 @@ SUFFIXES = frozenset({
     ".heic", ".heif", ".svg", ".jxl", ".jp2", ".psd", ".ico",
 })
 # fmt: on
-"""Files that mean to be pictures; one in a format that we do not read is a problem to name, not a file to pass over."""
+"""Suffixes of picture files; a file in a format that cannot be read is reported, not ignored."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
-"""What we read, whatever the file is called. A closed list: Pillow hands some formats to outside programs."""
+"""Formats that are read, whatever the file's name. The list is closed: Pillow runs outside programs for some formats."""
 READABLE = "PNG, JPEG, WebP, AVIF, GIF, BMP, TIFF or PPM"
 
 
@@ -44,16 +44,16 @@ class Place(Protocol):
 
     @property
     def name(self) -> str:
-        """Of the picture, for messages."""
+        """Name of the picture, for messages."""
         ...
 
     def read_bytes(self) -> bytes:
-        """The picture's file."""
+        """The bytes of the picture's file."""
         ...
 
 
 def file_problem(path: Path, remedy: str) -> str | None:
-    """What is wrong with a user's file before it is opened, or None; ``remedy`` is what to do where it is too large."""
+    """What is wrong with a user's file before it is opened, or None; ``remedy`` is the advice if it is too large."""
     try:
         if not path.exists():
             return "no such file" + _near_name(path)
@@ -65,18 +65,18 @@ def file_problem(path: Path, remedy: str) -> str | None:
             return "is empty (0 bytes)"
         if path.stat().st_size > MAX_BYTES:
             return f"has {path.stat().st_size:,} bytes, more than {MAX_BYTES // 1_000_000} million: {remedy}"
-    except (OSError, ValueError) as error:  # a name too long, a zero byte in it, a folder that may not be entered
+    except (OSError, ValueError) as error:  # a name too long, a null byte in it, a folder without permission
         return f"cannot be opened ({one_reason(error)})"
     return None
 
 
 def header_problem(path: Path) -> str | None:
-    """What is wrong with a picture file as far as its first bytes tell, or None. Cheap, decodes nothing."""
+    """What is wrong with a picture file by its header, or None. Cheap: decodes nothing."""
     return file_problem(path, "make it smaller") or _header_problem(path)
 
 
 def bytes_problem(content: bytes, *, decode: bool) -> str | None:
-    """What is wrong with a picture that was read from a shard, or None; its header alone, or all of it."""
+    """What is wrong with a picture from a shard, or None; checks only its header, or all of it."""
     if not content:
         return "is empty (0 bytes)"
     return _header_problem(io.BytesIO(content)) or (decode_problem(io.BytesIO(content)) if decode else None)
@@ -94,7 +94,7 @@ def _header_problem(file: Path | io.BytesIO, most_pixels: int = MAX_PIXELS) -> s
         return f"is not a picture: {_content(file)}; save it as {READABLE}"
     except Image.DecompressionBombError:
         return f"has more than {most_pixels / 1_000_000:g} million pixels: make it smaller"
-    except Exception as error:  # a broken header may fail in any way: Pillow's plug-ins raise what they please
+    except Exception as error:  # a broken header may raise anything in Pillow's plug-ins
         return f"cannot be opened ({one_reason(error)})"
     if width * height > most_pixels:
         return f"has {width} x {height} pixels, more than {most_pixels / 1_000_000:g} million: make it smaller"
@@ -104,7 +104,7 @@ def _header_problem(file: Path | io.BytesIO, most_pixels: int = MAX_PIXELS) -> s
 
 
 def decode_problem(file: Path | io.BytesIO) -> str | None:
-    """What is wrong with the rest of a file whose header is sound, or None. Decodes all of it; safe in threads."""
+    """What is wrong with the rest of a file whose header is valid, or None. Decodes all of it; thread-safe."""
     try:
         _decode(file)
     except Exception as error:  # as above
@@ -118,7 +118,7 @@ def read(place: Place, origin: str | None = None) -> Image:
     Colour profiles are not applied.
 
     Raises:
-        Unreadable: the file is missing, broken, too large or no picture, with ``origin`` in front.
+        Unreadable: the file is missing, broken, too large or not a picture; the message starts with ``origin``.
     """
     if isinstance(place, Path):
         file, problem = place, header_problem(place)
@@ -139,15 +139,15 @@ def read(place: Place, origin: str | None = None) -> Image:
 
 
 def decode(data: bytes, origin: str, *, most_pixels: int = MAX_PIXELS) -> Image:
-    """The picture that a file's bytes hold: first frame, EXIF rotation applied, in the mode of the file.
+    """Decode a picture from a file's bytes: first frame, EXIF rotation applied, in the mode of the file.
 
     Args:
-        data: the file.
-        origin: what to call it in messages.
-        most_pixels: a larger one is refused from its header, undecoded.
+        data: content of the file.
+        origin: its name in messages.
+        most_pixels: a larger picture is refused by its header, without decoding.
 
     Raises:
-        XFusionError: broken, too large or no picture.
+        XFusionError: it is broken, too large or not a picture.
     """
     problem = _header_problem(io.BytesIO(data), most_pixels) if data else "is empty (0 bytes)"
     if problem is None:
@@ -182,7 +182,7 @@ def _loaded(image: Image) -> Image:
 
 
 def _num_scans(file: Path | io.BytesIO) -> int:
-    """Start-of-scan marks of a JPEG; in what lies between marks these two bytes never follow each other."""
+    """Number of start-of-scan markers of a JPEG; these two bytes never occur in the data between markers."""
     if isinstance(file, io.BytesIO):
         return _marks(file.getvalue())
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -202,7 +202,7 @@ def _decoding_failed(error: Exception) -> str:
 
 
 def _content(file: Path | io.BytesIO) -> str:
-    """What the start of an unreadable file looks like."""
+    """The kind of an unreadable file's content, guessed from its start."""
     if isinstance(file, Path):
         with file.open("rb") as stream:
             start = stream.read(512)
@@ -224,7 +224,7 @@ def _content(file: Path | io.BytesIO) -> str:
 
 
 def _near_name(path: Path) -> str:
-    """A hint where only the case of the name differs: such a data set works on one system and breaks on another."""
+    """A hint if a file's name differs only in case: such a data set works on one system and breaks on another."""
     if path.parent.is_dir():
         there = _lower_names(path.parent, path.parent.stat().st_mtime_ns).get(path.name.lower())
         if there is not None:
@@ -234,12 +234,12 @@ def _near_name(path: Path) -> str:
 
 @lru_cache(maxsize=4)
 def _lower_names(folder: Path, modified: int) -> dict[str, str]:
-    """The names of a folder by their lower case, read once and not for each of a thousand missing pictures."""
+    """The names in a folder by their lower case, read once rather than for each of a thousand missing pictures."""
     del modified
     return {entry.name.lower(): entry.name for entry in folder.iterdir()}
 
 
 def one_reason(error: Exception) -> str:
-    """What an error says, in one line."""
+    """An error's message, in one line."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(reason.split())[:200] or type(error).__name__

@@ -1,8 +1,8 @@
-"""New captions for the pictures of a source, by whatever can name them; a folder of pictures and words comes out.
+"""Write new captions for the pictures of a source with any captioning model, as a folder of pictures and captions.
 
-Every answer goes at once into a journal, ``recaption.jsonl``, with the model and the prompt that made it; a call after a
-break goes on behind it. An answer that is no caption is noted there too, and its picture left out; a later call asks for it
-again. ``metadata.jsonl``, which makes the folder a data source, is written last.
+Every answer is written at once to a journal, ``recaption.jsonl``, with its model and prompt; a later call resumes after it. An
+invalid answer is recorded there too, and its picture left out; a later call asks for it again. ``metadata.jsonl``, which makes
+the folder a data source, is written last.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ LONG = (
     "Describe this picture in several sentences: what it shows, the colours, shapes and numbers of things, where they are, the"
     " background and the style."
 )
-"""What a vision-language model is asked, where nobody says otherwise."""
+"""Default prompt for a vision-language model."""
 MOST_RUNNING = 20
-"""Answers that are no captions, from the first on: then the prompt or the model is at fault, not a picture."""
+"""Number of invalid answers at the start after which to stop: the prompt or the model is at fault, not a picture."""
 PASSING = (408, 409, 429)
-"""Statuses of a refusal of the moment, besides those from 500 on."""
+"""HTTP statuses of temporary refusals, besides those from 500 on."""
 LONGEST_WAIT = 60.0
-"""Seconds between two tries, where the server names no time."""
+"""Longest wait in seconds between two tries, if the server names no time."""
 Ask = Callable[[list["Image"], str], list[str]]
-"""Pictures and a prompt -> words for each."""
+"""Pictures and a prompt -> a text for each."""
 
 
 class Busy(XFusionError):
-    """Who is asked takes nothing at the moment.
+    """The server refuses requests at the moment.
 
     Args:
-        message: what it says.
-        seconds: when it may be asked again; None is not known.
+        message: the server's message.
+        seconds: seconds until the next try; None if unknown.
     """
 
     def __init__(self, message: str, seconds: float | None = None):
@@ -53,59 +53,59 @@ class Busy(XFusionError):
 
 
 class Recaptioned(NamedTuple):
-    """What `recaption` made."""
+    """Result of `recaption`."""
 
     captions: int
-    """How many there are."""
+    """Number of captions."""
     asked: int
-    """How many of them were asked for in this call."""
+    """Number of captions that this call requested."""
     skipped: list[str]
-    """Pictures without one, and why."""
+    """Pictures without a caption, and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asking:
-    """How captions are asked for."""
+    """Settings of the caption requests."""
 
     model: str
-    """Who answers, for the record."""
+    """Name of the model, for the record."""
     prompt: str
-    """What is asked of each picture."""
+    """Prompt for each picture."""
     size: int
-    """Side in pixels of the pictures that are shown, and kept."""
+    """Side in pixels of the pictures that are sent and saved."""
     per_minute: float | None = None
-    """Requests per minute at most; None is no limit."""
+    """Largest number of requests per minute; None is no limit."""
     batch: int = 1
-    """Pictures of a request."""
+    """Pictures per request."""
     retries: int = 0
-    """Times that a request is made again when who is asked is `Busy`, waiting longer each time."""
+    """How often to retry a request if the server is `Busy`, waiting longer each time."""
 
 
 def recaption(
     source: Source, ask: Ask, asking: Asking, folder: Path, *, progress: Callable[[int, int], None]
 ) -> Recaptioned:
-    """Caption all pictures of a source anew.
+    """Write new captions for all pictures of a source.
 
     Args:
-        source: whose pictures; its own captions are kept as further wordings.
-        ask: answers for the pictures of a request.
-        asking: what is asked, of whom, and how often.
-        folder: pictures, journal and the new captions.
-        progress: told pictures done and in all.
+        source: the pictures; its own captions are kept as further wordings.
+        ask: returns the answers for the pictures of a request.
+        asking: settings of the requests.
+        folder: folder for the pictures, the journal and the new captions.
+        progress: called with the number of pictures done and in total.
 
     Returns:
-        how many captions there are and were asked for in this call, and which pictures have none.
+        the number of captions, how many of them this call requested, and the pictures without one.
 
     Raises:
-        XFusionError: the folder holds captions of another source, model or prompt; the first answers are all empty or too
-            long.
-        Busy: of all tries none was taken.
+        XFusionError: the folder contains captions of another source, model or prompt, or the first answers are all empty or
+            too long.
+        Busy: the server refused all tries.
     """
     folder.mkdir(parents=True, exist_ok=True)
     known, turns = _journal(folder, asking, source.spec), _Turns(asking)
     asked, skipped = 0, dict[int, str]()
     with (folder / JOURNAL).open("a", encoding="utf-8") as journal:
-        # The same pictures stand together whenever a call begins: neighbours in a batch may change the rounding.
+        # Batches have the same pictures wherever a call resumes: neighbours in a batch may change the rounding.
         for start in range(0, len(source.examples), asking.batch):
             part = range(start, min(start + asking.batch, len(source.examples)))
             progress(start, len(source.examples))
@@ -146,13 +146,13 @@ def recaption(
 
 
 class _Turns:
-    """When requests are made: no more than so many in a minute, tries of one that was not taken included."""
+    """Limits the rate of requests, retries included."""
 
     def __init__(self, asking: Asking):
         self.asking, self.next = asking, time.monotonic()
 
     def answers(self, ask: Ask, shown: list[Image]) -> list[str]:
-        """What is answered, in the end."""
+        """The answers, after retries."""
         for tried in range(self.asking.retries):
             self._wait()
             try:
@@ -173,7 +173,7 @@ def _name(index: int) -> str:
 
 
 def _journal(folder: Path, asking: Asking, spec: str) -> dict[int, str]:
-    """What was answered so far, by the picture's number; a last line that a crash cut is dropped."""
+    """Answers so far, by the picture's number; an incomplete last line, left by a crash, is dropped."""
     path = folder / JOURNAL
     if not path.is_file():
         if any(folder.iterdir()):
@@ -185,7 +185,7 @@ def _journal(folder: Path, asking: Asking, spec: str) -> dict[int, str]:
         path.write_bytes(kept)
     found: dict[int, str] = {}
     asked = {"model": asking.model, "prompt": asking.prompt, "source": spec, "size": asking.size}
-    for number, text in enumerate(kept.splitlines(), start=1):  # of bytes: words may hold other ends of lines
+    for number, text in enumerate(kept.splitlines(), start=1):  # split as bytes: text may contain other line separators
         try:
             line = json.loads(text)
         except ValueError as error:  # undecodable, too
@@ -205,11 +205,11 @@ def _journal(folder: Path, asking: Asking, spec: str) -> dict[int, str]:
 
 
 def endpoint(url: str, model: str, *, key: str, max_tokens: int, seconds: float = 60.0) -> Ask:
-    """A server that speaks OpenAI's API. What it answers without words, as where a filter held them back, is an empty answer.
+    """A server with OpenAI's API. A response without text, for example because of a filter, is an empty answer.
 
     Raises:
-        XFusionError: the package openai is missing; when asked, the server refuses for good, or speaks another language.
-        Busy: when asked, it refuses for the moment (408, 409, 429, 5xx, a lost line).
+        XFusionError: the package openai is missing; on a request, the server refuses for good or does not speak this API.
+        Busy: on a request, it refuses temporarily (408, 409, 429, 5xx, a lost connection).
     """
     try:
         import openai
@@ -243,7 +243,7 @@ def endpoint(url: str, model: str, *, key: str, max_tokens: int, seconds: float 
             raise XFusionError(said) from error
         if not isinstance(found, ChatCompletion):
             raise XFusionError(f"{url} answers {str(found)[:60]!r}, which is no chat completion: name a server's /v1")
-        choices = getattr(found, "choices", None) or [None]  # the client checks no field of what it is sent
+        choices = getattr(found, "choices", None) or [None]  # the client does not validate the fields of a response
         words = getattr(getattr(choices[0], "message", None), "content", None)
         return words if isinstance(words, str) else ""
 
@@ -254,7 +254,7 @@ def endpoint(url: str, model: str, *, key: str, max_tokens: int, seconds: float 
 
 
 def _named_wait(error: Exception) -> float | None:
-    """Seconds until a server may be asked again, where its refusal names them; a date is not read."""
+    """Seconds until the next try, if the server's refusal names them; a date is not read."""
     headers = getattr(getattr(error, "response", None), "headers", {})
     for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         try:

@@ -1,4 +1,4 @@
-"""What a check of a data source found, for people, for programs and as a contact sheet."""
+"""The result of checking a data source, as text, as JSON and as a contact sheet."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 LONGEST_LINE = 600
-"""Characters of the longest line that a report shows: a name or a value from a file may be as long as the file."""
+"""Longest line of a report in characters: a name or a value from a file may be as long as the file."""
 
 
 def one_line(text: str) -> str:
-    """A text that may hold anything, such as a file's name, as one line that any terminal takes and that ends."""
+    """Arbitrary text, such as a file name, as one line of bounded length that any terminal can show."""
     shown = text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]} ..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in shown)
 
@@ -32,11 +32,11 @@ class Problem:
     """One thing wrong with one example."""
 
     kind: str
-    """Short and countable: ``"missing picture"``, ``"empty caption"``, ..."""
+    """Short category, for counting: ``"missing picture"``, ``"empty caption"``, ..."""
     where: str
-    """``file:line``, or the file where it has no lines."""
+    """``file:line``, or the file if it has no lines."""
     what: str
-    """The rest of the sentence."""
+    """Description of the problem."""
 
     def __str__(self) -> str:
         return one_line(f"{self.where}: {self.what}")
@@ -57,7 +57,7 @@ class CaptionStats:
 
     @staticmethod
     def of(examples: Iterable[Example]) -> CaptionStats:
-        """Over every wording of the examples; all zero where there is none."""
+        """Statistics over all wordings of the examples; all zero if there are none."""
         lengths = [len(caption) for example in examples for caption in example.captions] or [0]
         count = len(lengths) if any(lengths) else 0
         return CaptionStats(
@@ -76,7 +76,7 @@ class Report:
     num_examples: int
     """Examples found, good and bad."""
     num_bad: int
-    """Examples with at least one problem: they are left out where the user allows their share."""
+    """Examples with at least one problem: they are left out if the user allows their share."""
     num_groups: int
     """Groups of pictures that count as the same, among the good ones."""
     problems: tuple[str, ...]
@@ -84,19 +84,19 @@ class Report:
     counts: Mapping[str, int]
     """Number of problems of each kind."""
     notes: tuple[str, ...]
-    """What was set aside without being an error, such as files that are no pictures."""
+    """What was ignored without being an error, such as files that are not pictures."""
     captions: CaptionStats
-    """Over the good examples."""
+    """Statistics over the good examples."""
     source: Source | None = field(default=None, repr=False, compare=False)
-    """The good examples, for the contact sheet; None where there are none."""
+    """The good examples, for the contact sheet; None if there are none."""
 
     @property
     def share_bad(self) -> float:
-        """Bad examples among all."""
+        """Share of bad examples."""
         return self.num_bad / max(1, self.num_examples)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the pictures, as what `json.dumps` takes."""
+        """Everything but the pictures, for `json.dumps`."""
         shown = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("source", "captions")}
         shown |= {"problems": list(self.problems), "notes": list(self.notes), "counts": dict(self.counts)}
         return shown | {"share_bad": self.share_bad, "captions": asdict(self.captions)}
@@ -149,7 +149,7 @@ def _font() -> FreeTypeFont | ImageFont:
 
 
 def _wrap(text: str, font: FreeTypeFont | ImageFont, width: int, num_lines: int = 3) -> list[str]:
-    """Break a caption into lines that fit, the last one with dots where there is more."""
+    """Break a caption into lines that fit; the last one ends with an ellipsis if the text is cut."""
     lines = [""]
     text = " ".join(text.split())[:200]
     for word in text.split():

@@ -1,7 +1,7 @@
-"""Requests for a picture in chat wording, and ordinary chat beside them: what the opening head learns from.
+"""Requests for a picture in chat wording, and ordinary chat: the training data of the opening head.
 
-``requests.json`` holds wordings, subjects, answers and chat in two parts that share nothing: what is measured on ``held``
-was learned from other words. A conversation ends with the turn that is to be judged.
+``requests.json`` has wordings, subjects, answers and chat in two disjoint parts, so ``held`` measures generalisation to new
+wordings. A conversation ends with the turn to classify.
 """
 
 from __future__ import annotations
@@ -16,37 +16,37 @@ from typing import Any, Literal
 from xfusion.data.sequence import XFusionError
 
 PICTURE = "(picture)"
-"""What a picture is called where a conversation is read as words alone."""
+"""Stands for a picture in a conversation that is read as text only."""
 _FIELDS = ("requests", "subjects", "follow_ups", "chats", "about_subjects", "answers")
 LONGEST_HISTORY = 2
-"""Turns, with their answers, before the one that is judged."""
+"""Largest number of turns, with their answers, before the one to classify."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A conversation and what its last turn asks for."""
+    """A conversation, and whether its last turn asks for a picture."""
 
     messages: tuple[dict[str, str], ...]
-    """``role`` and ``content``, the oldest first; the last is the user's."""
+    """Messages with ``role`` and ``content``, the oldest first; the last is the user's."""
     draws: bool
     """Whether it asks for a picture."""
     subject: tuple[int, int] | None = None
-    """Characters of the last content that say what to draw; None where it does not say so."""
+    """Character span of the last message that says what to draw; None if there is none."""
 
 
 def read(
     split: Literal["train", "held"], path: str | Path | None = None, *, repeat: int = 6, seed: int = 0
 ) -> list[Request]:
-    """All wordings of a part, each ``repeat`` times with other subjects, half of them behind other turns.
+    """All wordings of a part, each ``repeat`` times with different subjects, half of them after earlier turns.
 
     Args:
         split: which part.
-        path: a JSON file of the form of ``requests.json``; None takes that one.
+        path: a JSON file in the format of ``requests.json``; None uses that one.
         repeat: how often a wording with a subject appears; plain chat appears a third as often.
-        seed: of subjects and of what was said before.
+        seed: seed of the subjects and the earlier turns.
 
     Raises:
-        XFusionError: the file cannot be read, or lacks something.
+        XFusionError: the file cannot be read, or a field is missing.
     """
     part = _part(split, path)
     rng = random.Random(f"{split} {seed}")
@@ -108,7 +108,7 @@ def _chat_turn(part: dict[str, list[str]], rng: random.Random) -> tuple[dict[str
 
 
 def _history(part: dict[str, list[str]], rng: random.Random) -> list[dict[str, str]]:
-    """Nothing, half of the time; else one or two turns of either kind."""
+    """Empty half of the time; otherwise one or two turns of either kind."""
     if rng.random() < 0.5:
         return []
     turns = [

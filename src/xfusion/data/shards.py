@@ -1,13 +1,13 @@
-"""Reads shards: webdataset's tars, parquet files, and folders that Hugging Face's `datasets` saved.
+"""Reads shards: webdataset's tars, parquet files, and folders saved by Hugging Face's `datasets`.
 
-A shard is read by random access behind an *index*: where each picture is, its captions, and what its check found. The
-index is built once, with every picture decoded, and kept in the cache folder under the shard's path, size and date. So a
-step needs no iterator's state, and a resumed run goes on exactly.
+A shard is read by random access through an *index* of each picture's position, its captions, and the problems found. The
+index is built once, decoding every picture, and cached by the shard's path, size and date. So a step needs no iterator state,
+and a resumed run continues exactly.
 
-- ``.tar``: members of one name are an example: a picture, and its captions in ``.txt`` (one wording a line) or ``.json``;
-- ``.parquet``: one column of pictures (bytes, or a struct that holds ``bytes``), captions in a column of their name;
+- ``.tar``: members of the same name are an example: a picture, and captions in ``.txt`` (one wording per line) or ``.json``;
+- ``.parquet``: one column of pictures (bytes, or a struct with ``bytes``), and captions in a column of that name;
 - a folder of ``Dataset.save_to_disk``: the same columns;
-- ``hf:ORG/NAME``: parquet files of the hub (`xfusion.data.hub`), whose pictures nobody looks at before a step needs them.
+- ``hf:ORG/NAME``: parquet files of the hub (`xfusion.data.hub`), whose pictures are not checked until a step needs them.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from xfusion.data.sequence import XFusionError
 from xfusion.storage import read_json, whole_file
 
 INDEX_VERSION = 3
-"""Changes with what an index holds or what a check finds."""
+"""Changes when the content of an index or the checks change."""
 ROW_GROUP_BYTES = 512 * 1024 * 1024
-"""Largest row group that is read: a picture's row group comes into memory as a whole."""
+"""Largest row group that is read: a picture's row group is loaded as a whole."""
 GROUPS_TOGETHER = 4
-"""Row groups of parquet files that a step's pictures come from, side by side: what is in memory instead of all."""
+"""Row groups that a step's pictures come from: only these are in memory, not the whole file."""
 ROWS_TOGETHER = 1000
-"""Rows of a saved data set whose words are read together."""
+"""Rows of a saved data set whose texts are read together."""
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 STREAMS = ("hf://", "http://", "https://", "s3://", "gs://", "pipe:")
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class Member:
     name: str
 
     def read_bytes(self) -> bytes:
-        """The member's content, as far as the file goes."""
+        """The member's content, up to the end of the file."""
         with self.path.open("rb") as file:
             file.seek(self.offset)
             return file.read(self.size)
@@ -67,7 +67,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Cell:
-    """A picture in a parquet file, of this machine or of the hub."""
+    """A picture in a parquet file, local or on the hub."""
 
     path: Path | str
     group: int
@@ -76,13 +76,13 @@ class Cell:
     name: str
 
     def read_bytes(self) -> bytes:
-        """The cell's bytes; its row group stays in memory."""
+        """The cell's bytes; its row group is cached."""
         return _picture_bytes(_row_group(self.path, self.group, self.column)[self.row].as_py())
 
 
 @dataclass(frozen=True)
 class Row:
-    """A picture in a folder that `datasets` saved, which maps it into memory."""
+    """A picture in a folder saved by `datasets`, which memory-maps it."""
 
     path: Path
     row: int
@@ -98,11 +98,11 @@ KINDS: tuple[type, ...] = (Member, Cell, Row)
 
 
 def find(path: Path) -> Sequence[Path | str]:
-    """The shards that a path names: a file, all of a folder, a pattern such as ``shards/{000..099}.tar``, those of a data set
-    of the hub (``hf:ORG/NAME``) by their addresses; else none.
+    """The shards that a path names: a file, all of a folder, a pattern such as ``shards/{000..099}.tar``, or the addresses of
+    a data set of the hub (``hf:ORG/NAME``); empty if it names none.
 
     Raises:
-        XFusionError: a stream or a compressed tar, neither of which has random access.
+        XFusionError: it is a stream or a compressed tar, which have no random access.
     """
     text = str(path)
     if text.startswith(tuple(start.replace("//", "/") for start in STREAMS)):  # a Path has single slashes
@@ -131,7 +131,7 @@ def find(path: Path) -> Sequence[Path | str]:
 
 
 def read_all(found: Sequence[Path | str], *, decode: bool = True) -> list[Record]:
-    """All examples of several shards, as `read`. Where shards share a name their folders stand before their examples' ids."""
+    """All examples of several shards, as `read`. If shards share a name, their examples' ids start with the folder."""
     places = [PurePosixPath(shard) for shard in found]
     names = Counter(place.name for place in places)
     levels = zip(*(place.parent.parts for place in places), strict=False)
@@ -147,7 +147,7 @@ def read_all(found: Sequence[Path | str], *, decode: bool = True) -> list[Record
 
 
 def read(path: Path | str, *, decode: bool = True) -> list[Record]:
-    """All examples of a shard, with their pictures checked (not those of the hub); out of the index where it is kept."""
+    """All examples of a shard, with their pictures checked (except on the hub); from the index if it is cached."""
     key = (
         [INDEX_VERSION, path] if isinstance(path, str) else [INDEX_VERSION, str(path.resolve()), decode, *_stamp(path)]
     )
@@ -167,8 +167,8 @@ def read(path: Path | str, *, decode: bool = True) -> list[Record]:
 
 
 def _of_hub(address: str) -> Iterator[Record]:
-    """Records whose pictures are not looked at: each counts as the same as no other, unless the data says so, and as another
-    when the data set gets another commit.
+    """Records whose pictures are not checked: each is its own group unless the data says otherwise, and its content counts
+    as changed when the data set gets another commit.
     """
     for record in _parquet(address):
         if record.place is not None:
@@ -182,7 +182,7 @@ def _short_hash(text: str) -> str:
 
 
 def _checked(path: Path, decode: bool) -> Iterator[Record]:
-    """Records with the picture of each looked at and hashed."""
+    """Records with each picture checked and hashed."""
     if path.suffix == ".tar":
         records = _tar(path)
     elif path.suffix == ".parquet":
@@ -192,14 +192,14 @@ def _checked(path: Path, decode: bool) -> Iterator[Record]:
 
     def look(record: Record) -> Record:
         if any(problem.kind in ("broken member", "broken picture") for problem in record.problems):
-            return record  # told already, from its header
+            return record  # already reported, from its header
         if record.place is not None:
             try:
                 content = record.place.read_bytes()
             except (TypeError, KeyError):
                 record.complain("missing picture", "holds no bytes: only pictures inside of a shard are read")
                 return record
-            except Exception as error:  # what lies in a shard may be broken in any way
+            except Exception as error:  # the content of a shard may be broken in any way
                 record.complain("broken picture", f"cannot be read ({_line(error)})")
                 return record
             if what := pictures.bytes_problem(content, decode=decode):
@@ -207,9 +207,9 @@ def _checked(path: Path, decode: bool) -> Iterator[Record]:
             record.content = hashlib.sha256(content).hexdigest()[:16]
         return record
 
-    # Pillow decodes outside Python's lock; few threads, since each may hold a whole picture.
+    # Pillow decodes without the GIL; few threads, since each may hold a whole picture.
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        # Some at a time: a row group is then looked at while it is in memory.
+        # In small chunks, so that a row group is checked while it is in memory.
         while some := list(islice(records, 64)):
             yield from pool.map(look, some)
 
@@ -218,7 +218,7 @@ def _checked(path: Path, decode: bool) -> Iterator[Record]:
 
 
 def _tar(path: Path) -> Iterator[Record]:
-    """Members of one name are a record; what no member holds is a problem with its place in bytes."""
+    """Members of the same name form a record; bytes that belong to no member are reported as a problem."""
     split = _webdataset().tariterators.base_plus_ext
     members, problems = _members(path)
     by_key: dict[str, list[tuple[str, tarfile.TarInfo]]] = {}
@@ -263,7 +263,7 @@ def _tar(path: Path) -> Iterator[Record]:
 
 
 def _members(path: Path) -> tuple[list[tarfile.TarInfo], list[str]]:
-    """The files of a tar; behind a broken header reading goes on at the next sound one, and the gap is told."""
+    """The files of a tar; after a broken header, reading continues at the next valid one, and the gap is reported."""
     members: list[tarfile.TarInfo] = []
     problems: list[str] = []
     try:
@@ -289,7 +289,7 @@ def _members(path: Path) -> tuple[list[tarfile.TarInfo], list[str]]:
 
 
 def _ends_inside(members: Sequence[tarfile.TarInfo], file: Any) -> bool:
-    """Whether the file ends inside its last member, which is then told for itself."""
+    """Whether the file ends inside its last member, which is then reported separately."""
     return bool(members) and members[-1].offset_data + members[-1].size > file.seek(0, os.SEEK_END)
 
 
@@ -320,7 +320,7 @@ def _take_json(text: str, record: Record) -> None:
 
 @contextmanager
 def _opened(path: Path | str) -> Iterator[Any]:
-    """A parquet file, wherever it is."""
+    """Open a parquet file, local or on the hub."""
     from pyarrow import parquet
 
     if isinstance(path, str):
@@ -332,7 +332,7 @@ def _opened(path: Path | str) -> Iterator[Any]:
 
 
 def _parquet(path: Path | str) -> Iterator[Record]:
-    """A record for each row; a row group that cannot be read is one problem."""
+    """One record per row; a row group that cannot be read is one problem."""
     import pyarrow
 
     with ExitStack() as closing:
@@ -348,7 +348,7 @@ def _row_groups(path: Path | str, file: Any) -> Iterator[Record]:
     import pyarrow
 
     title = PurePosixPath(path).name
-    # A hub that does not answer is no broken file: that goes through.
+    # A hub that does not answer is not a broken file: that error passes through.
     failures = (pyarrow.ArrowException, OSError) if isinstance(path, Path) else (pyarrow.ArrowException,)
     picture, words = _columns(path, file.schema_arrow)
     number = 0
@@ -374,14 +374,14 @@ def _row_groups(path: Path | str, file: Any) -> Iterator[Record]:
 
 
 def _dataset(path: Path) -> Iterator[Record]:
-    """A record for each row of a saved data set; rows that cannot be read together are one problem."""
+    """One record per row of a saved data set; a chunk of rows that cannot be read is one problem."""
     import pyarrow
 
     try:
         table = _load(path)
     except XFusionError:
         raise
-    except Exception as error:  # Arrow's, the system's, or of a JSON file that is none
+    except Exception as error:  # of Arrow, the system, or an invalid JSON file
         yield _broken(path, path.name, f"cannot be read as a saved data set: {_line(error)}")
         return
     picture, words = _columns(path, table.data.schema)
@@ -399,7 +399,7 @@ def _dataset(path: Path) -> Iterator[Record]:
 
 
 def _rows(table: Any) -> list[dict[str, Any] | UnicodeDecodeError]:
-    """The rows of a table of words; what Parquet holds as text need not be UTF-8, and then stands for its row."""
+    """The rows of a table of texts. Strings in Parquet need not be valid UTF-8; the error then replaces the row."""
     try:
         return table.to_pylist()
     except UnicodeDecodeError:
@@ -423,7 +423,7 @@ def _of_row(name: str, origin: str, place: Cell | Row, values: dict[str, Any] | 
 
 
 def _columns(path: Path | str, schema: Any) -> tuple[str, list[str]]:
-    """The column of pictures, and those of words."""
+    """The column of pictures, and the columns of text."""
     import pyarrow
 
     def holds_bytes(kind: Any) -> bool:
@@ -458,12 +458,12 @@ def _read_row_group(path: Path | str, group: int, column: str) -> Any:
         return file.read_row_group(group, columns=[column]).column(0)
 
 
-# As many as the threads that look at pictures in their order may be in.
+# As many as the threads that check pictures in order may use at once.
 _row_group = Kept(_read_row_group, 4)
 
 
 def make_room(row_groups: int) -> None:
-    """Keep at least so many row groups in memory from now on: those that are read by turns."""
+    """Cache at least this many row groups from now on: those that are read concurrently."""
     _row_group.most = max(_row_group.most, row_groups)
 
 
@@ -478,7 +478,7 @@ def _load(path: Path) -> Any:
 
 @lru_cache(maxsize=8)
 def _saved(path: Path, column: str) -> Any:
-    """The column alone, its pictures as bytes."""
+    """Only this column, with its pictures as bytes."""
     import datasets
 
     table = _load(path).select_columns([column])
@@ -508,14 +508,14 @@ def _webdataset() -> Any:
 
 
 def _stamp(path: Path) -> Iterator[int]:
-    """Size and date of the shard's files."""
+    """Sizes and dates of the shard's files."""
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         stat = file.stat()
         yield from (stat.st_size, stat.st_mtime_ns)
 
 
 def _write(index: Path, records: Sequence[Record]) -> None:
-    """How many records there are, then each in a line of its own."""
+    """Write the number of records, then one record per line."""
     with whole_file(index) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write(json.dumps({"records": len(records)}) + "\n")
         for record in records:
@@ -523,7 +523,7 @@ def _write(index: Path, records: Sequence[Record]) -> None:
 
 
 def _read_index(index: Path, path: Path | str) -> list[Record]:
-    """What `_write` wrote; an error of some kind where that is not there, as a power cut may leave a part of it, or nothing."""
+    """Read what `_write` wrote. Raises some error if it is incomplete, for example after a power cut."""
     with index.open(encoding="utf-8") as file:
         expected = json.loads(file.readline())["records"]
         records = [_record(json.loads(line), path) for line in file]
@@ -546,7 +546,7 @@ def _record(line: dict[str, Any], path: Path | str) -> Record:
 
 
 def blocks(places: Sequence[pictures.Place]) -> tuple[range, ...] | None:
-    """Stretches of examples that are read together, where pictures lie in row groups; None where each lies for itself."""
+    """Ranges of examples that are read together, if pictures come in row groups; None if each is stored on its own."""
     starts = [0]
     for index in range(1, len(places)):
         one, other = places[index - 1], places[index]

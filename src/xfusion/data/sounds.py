@@ -1,4 +1,4 @@
-"""From a sound file to a sound: one channel, at the file's own rate. Decoding is libsndfile's job, through soundfile."""
+"""Read a sound file with soundfile (libsndfile): mixed to mono, at the file's own sample rate."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from xfusion.data.pictures import file_problem, one_reason
 from xfusion.data.sequence import Sound, Unreadable, XFusionError
 
 MAX_SECONDS = 600
-"""A longer sound is refused from its header, undecoded: a small file can hold hours of silence."""
+"""Longer sounds are refused by their header, without decoding: a small file can contain hours of silence."""
 RATES = (2_000, 384_000)
-"""Smallest and largest legal number of samples per second."""
+"""Smallest and largest sample rate."""
 MAX_CHANNELS = 32
-"""They are mixed to one."""
+"""Largest number of channels; they are mixed to one."""
 MAX_SAMPLES = 120_000_000
-"""Of all channels together, each 4 bytes once it is decoded: ten minutes of two channels at 96,000 samples per second."""
+"""Largest number of samples over all channels, each 4 bytes when decoded: ten minutes of stereo at 96 kHz."""
 SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".m4a", ".aac", ".wma"})
-"""Files that mean to be sounds; one in a format that we do not read is a problem to name, not a file to pass over."""
+"""Suffixes of sound files; a file in a format that cannot be read is reported, not ignored."""
 READABLE = "WAV, FLAC, Ogg, Opus, MP3, AIFF or AU"
 
 
 def header_problem(path: Path) -> str | None:
-    """What is wrong with a sound file as far as its header tells, or None. Cheap, decodes nothing."""
+    """What is wrong with a sound file by its header, or None. Cheap: decodes nothing."""
     if (problem := file_problem(path, "cut it")) is not None:
         return problem
     return _problem(str(path))
@@ -53,20 +53,20 @@ def _problem(file: str | io.BytesIO, most_samples: int = MAX_SAMPLES) -> str | N
 
 
 def decode_problem(path: Path) -> str | None:
-    """What is wrong with the rest of a file whose header is sound, or None. Decodes all of it; safe in threads."""
+    """What is wrong with the rest of a file whose header is valid, or None. Decodes all of it; thread-safe."""
     found = _decoded(str(path))
     return found if isinstance(found, str) else None
 
 
 def read_sound(path: str | Path, origin: str | None = None) -> Sound:
-    """The whole sound, its channels mixed to one.
+    """Read a whole sound, mixed to mono.
 
     Args:
-        path: a file of one of `READABLE`.
-        origin: what to call it in messages.
+        path: a file in one of the formats of `READABLE`.
+        origin: its name in messages.
 
     Raises:
-        Unreadable: the file is missing, broken, too long or no sound, with ``origin`` in front.
+        Unreadable: the file is missing, broken, too long or not a sound; the message starts with ``origin``.
     """
     path = Path(path)
     found = header_problem(path) or _decoded(str(path))
@@ -76,15 +76,15 @@ def read_sound(path: str | Path, origin: str | None = None) -> Sound:
 
 
 def decode(data: bytes, name: str, *, most_samples: int = MAX_SAMPLES) -> Sound:
-    """The whole sound of a file's bytes, its channels mixed to one.
+    """Decode a whole sound from a file's bytes, mixed to mono.
 
     Args:
-        data: of one of `READABLE`.
-        name: what to call it in messages.
-        most_samples: one that holds more, all its channels together, is refused from its header, undecoded.
+        data: content of a file in one of the formats of `READABLE`.
+        name: its name in messages.
+        most_samples: a sound with more samples, over all channels, is refused by its header, without decoding.
 
     Raises:
-        XFusionError: it is broken, too long or no sound.
+        XFusionError: it is broken, too long or not a sound.
     """
     found = _problem(io.BytesIO(data), most_samples) or _decoded(io.BytesIO(data))
     if isinstance(found, Sound):
@@ -93,7 +93,7 @@ def decode(data: bytes, name: str, *, most_samples: int = MAX_SAMPLES) -> Sound:
 
 
 def as_wav(sound: Sound) -> bytes:
-    """A sound as a WAV file of 16 bits."""
+    """A sound as a 16-bit WAV file."""
     file = io.BytesIO()
     _soundfile().write(file, sound.samples.numpy(), sound.rate, format="WAV", subtype="PCM_16")
     return file.getvalue()

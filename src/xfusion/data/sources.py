@@ -1,13 +1,13 @@
 """Where examples come from: the built-in emoji, a folder of pictures or sounds, a file of JSON lines, shards, encoded latents.
 
 A *spec* names a source: ``emoji``, ``emoji:128``, a folder, a ``.jsonl`` file, shards (`xfusion.data.shards`), a folder of
-latents (`xfusion.data.latents`), ``hf:ORG/NAME`` (`xfusion.data.hub`). A folder that is called ``emoji`` is ``./emoji``, or a
-`pathlib.Path`. Several are joined by ``+``, each with its weight: ``photos:weight=2+emoji:weight=1`` gives two of three samples
-from photos.
+latents (`xfusion.data.latents`), ``hf:ORG/NAME`` (`xfusion.data.hub`). Write a folder named ``emoji`` as ``./emoji``, or pass
+a `pathlib.Path`. Several specs are joined by ``+``, each with its weight: with ``photos:weight=2+emoji:weight=1``, two of
+three samples come from photos.
 
-User data all trains unless the spec ends in a share, ``photos:held=0.1``: then groups are held out by the hash of their
-name, so that adding pictures later moves none across. A group is what the file's field ``group`` says, else all copies
-of the same picture file.
+All user data is used for training unless the spec ends in a held-out share, as in ``photos:held=0.1``. Groups are then held
+out by the hash of their name, so adding pictures later moves none to the other split. A group is given by the file's field
+``group``; otherwise it is all copies of the same picture file.
 """
 
 from __future__ import annotations
@@ -54,29 +54,29 @@ class Source(Protocol):
     licence: str
     """Licence of the pictures."""
     examples: Sequence[Example]
-    """What there is, without pixels."""
+    """Its examples, without pixels."""
 
     def __len__(self) -> int: ...
 
     def picture(self, index: int, size: int) -> Image:
-        """Example ``index`` as RGB, exactly ``size`` x ``size``, upright, on white, cropped to its middle square."""
+        """Example ``index`` as RGB, exactly ``size`` x ``size``, upright, on white, center-cropped to a square."""
         ...
 
 
 UNSTATED = "as the owner of the files says"
-"""Licence of pictures that come without one."""
+"""Licence of pictures that state none."""
 
 
 def stated_licence(known: str, given: str | None, spec: str) -> str:
-    """The licence of a source's pictures: what the source knows, and its owner's word where it knows nothing.
+    """The licence of a source's pictures: the source's own, or the one stated by the user if the source has none.
 
     Args:
-        known: the source's own; of several sources all.
-        given: what the owner of the pictures states, or None.
-        spec: the source, as messages call it.
+        known: licence of the source; of several sources, all of them.
+        given: licence stated by the owner of the pictures, or None.
+        spec: the source, for messages.
 
     Raises:
-        XFusionError: the source knows another licence, or what is given is no line of words.
+        XFusionError: the source has another licence, or ``given`` is not a line of text.
     """
     if given is None:
         return known
@@ -89,7 +89,7 @@ def stated_licence(known: str, given: str | None, spec: str) -> str:
 
 
 class Files:
-    """A user's folder, JSON lines or shards as a `Source`; every picture was decoded once when it was opened."""
+    """A user's folder, JSON lines or shards as a `Source`; every picture was decoded once on opening."""
 
     licence = UNSTATED
 
@@ -100,45 +100,45 @@ class Files:
         self.examples: Sequence[Example] = tuple(examples)
         self.places = tuple(places)
         self.blocks = shards.blocks(self.places)
-        """Stretches of examples that are read together and shuffled as such (`xfusion.data.order`), where there are any."""
+        """Ranges of examples that are read and shuffled together (`xfusion.data.order`), if there are any."""
         self.report = report
-        """What the check at opening found; its problems are the examples that were left out."""
+        """Result of the check on opening; its problems are the examples that were left out."""
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def some(self, kept: Sequence[int]) -> Self:
-        """These examples alone."""
+        """A source of only these examples."""
         return type(self)(self.spec, [self.examples[i] for i in kept], [self.places[i] for i in kept], self.report)
 
     def picture(self, index: int, size: int) -> Image:
-        """As `Source.picture`. Raises `XFusionError` where the file has changed or gone since it was opened."""
+        """As `Source.picture`. Raises `XFusionError` if the file has changed or disappeared since opening."""
         return middle_square(pictures.read(self.places[index], self.examples[index].origin), size)
 
 
 class Sounds(Files):
-    """A user's folder or JSON lines of sounds; every sound was decoded once when it was opened."""
+    """A user's folder or JSON lines of sounds; every sound was decoded once on opening."""
 
     def picture(self, index: int, size: int) -> Image:
-        """Refused: there are no pictures."""
+        """Always raises: there are no pictures."""
         raise XFusionError(f"{self.spec}: holds sounds, not pictures: name pictures, or take a recipe of sounds")
 
     def sound(self, index: int) -> Sound:
-        """Example ``index``. Raises `XFusionError` where the file has changed or gone since it was opened."""
+        """Example ``index``. Raises `XFusionError` if the file has changed or disappeared since opening."""
         return read_sound(cast("Path", self.places[index]), self.examples[index].origin)
 
     def tokens(self, index: int, image: Modality, size: int) -> Tensor:
         """Tokens ``[M, P]`` of an example, as `xfusion.data.latents.tokens`.
 
         Raises:
-            Unreadable: its file has changed or gone, or lasts longer than the model hears.
-            XFusionError: the model takes no sounds.
+            Unreadable: its file has changed or disappeared, or is longer than the model accepts.
+            XFusionError: the model does not accept sounds.
         """
         sound = self.sound(index)
         try:
             return image.encode([sound], size)[0].cpu()
         except XFusionError as error:
-            # One that is too long may be left out; that the model takes no sounds is said of all of them.
+            # A sound that is too long may be left out; a model that accepts no sounds fails for all of them.
             kind = Unreadable if isinstance(error, Unreadable) else XFusionError
             raise kind(f"{self.examples[index].origin}: {error}") from error
 
@@ -152,19 +152,19 @@ def open_source(
     decode: bool = True,
     unreadable: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
 ) -> Source:
-    """Open a data source, having looked at every example.
+    """Open a data source and check every example.
 
     Args:
         spec: see the top of this file.
         split: ``"train"``, ``"held"`` or ``"all"``.
         allow_bad: share of bad examples, from 0 to below 1, that may be left out. More is an error.
-        special_tokens: texts that must not stand in a caption, since the tokenizer would read them as commands.
-        decode: decode every picture in full. Off, only headers are read, and damage is found when a picture is used.
-        unreadable: ids of examples that a run has left out when it found them broken, with the ``group`` and the
-            ``content`` that they had. They keep their place among the examples, or a resumed run would read others than before.
+        special_tokens: texts that captions must not contain, since the tokenizer would read them as special tokens.
+        decode: decode every picture in full. If off, only headers are read, and damage is found when a picture is used.
+        unreadable: ids of examples that a run found broken and left out, with their former ``group`` and ``content``. They
+            keep their place among the examples; otherwise a resumed run would read others than before.
 
     Raises:
-        XFusionError: an unknown spec or split, too many bad examples, an empty split.
+        XFusionError: the spec or split is unknown, there are too many bad examples, or the split is empty.
     """
     if split not in SPLITS:
         raise XFusionError(f"unknown split {split!r}: use {', '.join(map(repr, SPLITS))}")
@@ -187,7 +187,7 @@ def open_source(
         return emoji
     spec = os.fspath(spec)
     path, held_share = _held_share(spec)
-    if split == "held" and not held_share and path.exists():  # all of it trains, whatever it is
+    if split == "held" and not held_share and path.exists():  # all of it is used for training, whatever it contains
         raise XFusionError(_empty_split(spec, split, held_share, 0))
     if latents.is_folder(path):
         report = _inspect_latents(Latents(path, spec), special_tokens)
@@ -211,10 +211,10 @@ def open_source(
 
 
 def check(spec: str | os.PathLike[str], *, special_tokens: tuple[str, ...] = ()) -> Report:
-    """Look at every example of a source, of all its splits, and report instead of raising.
+    """Check every example of a source, of all its splits, and report problems instead of raising.
 
     Raises:
-        XFusionError: there is no such source, or nothing in it.
+        XFusionError: there is no such source, or it is empty.
     """
     if several := parts(os.fspath(spec)):
         raise XFusionError(f"{spec}: check its sources one by one: {', '.join(one for one, _ in several)}")
@@ -297,7 +297,7 @@ def _inspect(
         if record.id in unreadable and place is not None and record.captions:
             known = unreadable[record.id]
             record.problems.clear()
-            # Its file is broken now: the state says what it held, if it is not one from before that was asked.
+            # Its file is broken now: the state has its former content, unless it is older than that field.
             record.group, record.content = known["group"], known.get("content") or known["group"]
         if place is not None and not record.problems:
             content = record.content or contents[cast("Path", place)]
@@ -319,7 +319,7 @@ def _inspect(
 
 
 def _inspect_latents(encoded: Latents, special_tokens: tuple[str, ...], broken: Sequence[Problem] = ()) -> Report:
-    """Look at the words of encoded pictures, which may have been checked for another base; and what is broken beside them."""
+    """Check the texts of encoded pictures, which may have been checked for another base; ``broken`` adds broken shards."""
     if not encoded.examples:
         raise XFusionError(f"{encoded.spec}: no examples found: encode a source that has some")
     records = [
@@ -351,7 +351,7 @@ def _report(
 
 
 def _in_threads(function: Callable[[Path], T], paths: Iterable[Path]) -> list[tuple[Path, T]]:
-    """Results in order. Pillow decodes outside Python's lock; few threads, since each may hold a whole picture."""
+    """Results in order. Pillow decodes without the GIL; few threads, since each may hold a whole picture."""
     paths = list(paths)
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         return list(zip(paths, pool.map(function, paths), strict=True))
@@ -362,12 +362,12 @@ def _content_hash(path: Path) -> str:
 
 
 def too_many(source: Source, unreadable: Mapping[int, str], allow_bad: float) -> str | None:
-    """Why a run that found these examples unreadable stops, in one line; None where so many may be left out.
+    """Why a run that found these examples unreadable must stop, in one line; None if they may be left out.
 
     Args:
-        source: what the run reads.
+        source: the run's data source.
         unreadable: numbers of the examples, and what is wrong with each.
-        allow_bad: share of bad examples, those at opening included, that may be left out of each of its sources.
+        allow_bad: share of bad examples that may be left out of each source, including those found on opening.
     """
     if isinstance(source, Mixed):
         starts = source.starts

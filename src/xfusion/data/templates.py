@@ -1,4 +1,4 @@
-"""Examples -> sequences: how a picture and its words become a drawing sample, a captioning sample or a prompt."""
+"""Convert examples to sequences: a picture and its text become a drawing sample, a captioning sample or a prompt."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from xfusion.data.sequence import Example, Media, Sequence, Text
 
 QUESTIONS = ("What is this?", "What is in the picture?", "Name this picture.")
-"""Questions that a part of the captioning samples asks; the others ask nothing."""
+"""Questions of a part of the captioning samples; the others have none."""
 
 IN_JSON = " Answer in JSON."
-"""What a question ends in whose answer shall be JSON."""
+"""Suffix of a question whose answer should be JSON."""
 
 
 def with_article(words: str) -> str:
@@ -23,17 +23,17 @@ def with_article(words: str) -> str:
 
 
 def question_text(question: str) -> str:
-    """What stands between a picture and its answer."""
+    """The text between a picture and its answer."""
     return f"{question.strip()}\n" if question.strip() else ""
 
 
 def in_json(question: str) -> str:
-    """A question as it is asked where the answer shall be JSON."""
+    """A question that asks for an answer in JSON."""
     return f"{question.strip()}{IN_JSON}"
 
 
 def as_json(answer: str) -> str:
-    """``3`` -> ``{"answer": 3}``: the answer as a whole number, true, false or null where it is one, else as a string."""
+    """``3`` -> ``{"answer": 3}``: the answer as an integer, true, false or null if it is one, else as a string."""
     try:
         value = json.loads(answer)
     except ValueError:
@@ -47,21 +47,21 @@ class Templates:
     """How examples are worded in training."""
 
     caption_dropout: float = 0.1
-    """Share of drawing samples without words, for classifier-free guidance."""
+    """Share of drawing samples without a prompt, for classifier-free guidance."""
     article_share: float = 0.1
     """Share of drawing samples that say ``a red apple`` instead of ``red apple``."""
     other_wordings: float = 0.1
-    """Share of drawing samples that use another wording than the first, where there is one."""
+    """Share of drawing samples that use another wording than the first, if there is one."""
     question_share: float = 0.1
     """Share of captioning samples that ask a question between the picture and the answer."""
     questions: tuple[str, ...] = QUESTIONS
-    """What is asked."""
+    """The questions to choose from."""
     json_share: float = 0.0
-    """Share of the data's own questions that are asked in JSON, as ``{"answer": 3}``: a reader that never was knows no values
-    behind the braces that a schema makes it write."""
+    """Share of the data's own questions to ask in JSON, as ``{"answer": 3}``. A model never trained on JSON cannot fill in
+    the values when a schema forces it to write JSON."""
 
     def drawing_words(self, example: Example, rng: random.Random) -> str:
-        """The prompt of a drawing sample; empty where it is dropped."""
+        """The prompt of a drawing sample; empty if it is dropped."""
         if rng.random() < self.caption_dropout:
             return ""
         words = example.captions[0]
@@ -74,7 +74,7 @@ class Templates:
         return rng.choice(self.questions) if rng.random() < self.question_share else ""
 
     def asked(self, question: str, answer: str, rng: random.Random) -> tuple[str, str]:
-        """A question of the data and its answer as they are put: plainly or in JSON."""
+        """A question of the data and its answer, either plain or in JSON."""
         if self.json_share and rng.random() < self.json_share:
             return in_json(question), as_json(answer)
         return question, answer
@@ -85,12 +85,12 @@ Encode = Callable[[str], tuple[int, ...]]
 
 
 def opened(begin: tuple[int, ...], context: tuple[Text | Media, ...]) -> tuple[Text | Media, ...]:
-    """A context whose first words stand behind the base's own beginning of text.
+    """Put the base's BOS tokens before a context that starts with text.
 
-    A decoder makes its first position an attention sink: from the middle layers on, all first tokens have nearly the
-    same state, so that a word which stood there could not be told from another (docs/training_log.md). A context that
-    opens with a picture has its trainable [BOI] there, or the beginning of text where the picture is no position of the
-    base; nothing at all stays nothing.
+    A decoder uses its first position as an attention sink: from the middle layers on, all first tokens have nearly the
+    same hidden state, so a word at that position could not be told from another (docs/training_log.md). A context that
+    starts with a picture has its trainable [BOI] there, or BOS if the picture has no position in the base. An empty
+    context stays empty.
     """
     if not context:
         return context
@@ -100,7 +100,7 @@ def opened(begin: tuple[int, ...], context: tuple[Text | Media, ...]) -> tuple[T
 
 
 def drawing(encode: Encode, begin: tuple[int, ...], words: str, picture: Media) -> Sequence:
-    """Words, then the noised picture to learn; without words the picture alone."""
+    """A prompt, then the noised target picture; without a prompt, only the picture."""
     ids = encode(words)
     return Sequence(segments=(*opened(begin, (Text(ids=ids),) if ids else ()), picture))
 
@@ -114,10 +114,10 @@ def captioning(
     begin: tuple[int, ...] = (),
     solved: Seq[tuple[Media, str]] = (),
 ) -> Sequence:
-    """A picture, perhaps a question, and the answer to learn, closed by the base's own end token.
+    """A picture, an optional question, and the target answer, ended by the base's own end token.
 
-    Solved examples may stand before it, each a picture and its answer. They are learned too, as in OpenFlamingo's interleaved
-    pages: what stands behind fewer pictures is then learned as well. Their end is learned and not read.
+    Few-shot examples, each a picture and its answer, may come first. Their answers are targets too, as in OpenFlamingo's
+    interleaved pages, so prompts with fewer examples are also learned. Their end tokens are targets but not inputs.
     """
     asked = encode(question_text(question))
     before = [(shown, Text(ids=(*encode(said), end), has_loss=True, unread_end=True)) for shown, said in solved]

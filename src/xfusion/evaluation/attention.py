@@ -1,9 +1,9 @@
-"""Where the tokens of a drawn picture look: attention by layer, taken from the reference path.
+"""What the tokens of a drawn picture attend to: attention weights by layer, from the reference path.
 
-A picture's row of the softmax says how much each token of the picture takes from every word, from [BOI] and from every
-token of the picture itself. Where a mechanism has two blocks at a layer, the new one is asked, since its output is what
-the picture's rows keep (``H_img`` of X-Fusion, arXiv 2504.20996, section 3.2). Weights say what was read, not what it
-was good for (Jain and Wallace, arXiv 1902.10186).
+For each picture token, the softmax weights show its attention to every prompt token, to [BOI] and to every token of the
+picture itself. If a mechanism has two blocks at a layer, the weights are those of the new one, since the picture's rows keep
+its output (``H_img`` of X-Fusion, arXiv 2504.20996, section 3.2). Attention weights show what was read, not what it was used
+for (Jain and Wallace, arXiv 1902.10186).
 
 Shape legend: ``L`` layers, ``M`` tokens of the picture, ``W`` tokens of the prompt.
 """
@@ -26,10 +26,10 @@ from xfusion.model import Model
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
-    """Mean weights over the heads; of a token at a layer all of them add up to 1."""
+    """Attention weights averaged over heads; for each token and layer they sum to 1."""
 
     words: tuple[str, ...]
-    """The prompt's tokens as text, the base's own beginning of text included."""
+    """The prompt's tokens as text, including BOS."""
     layers: tuple[int, ...]
     """The layers at which pictures are computed."""
     grid: tuple[int, int]
@@ -44,16 +44,16 @@ class Attention:
 
 @torch.no_grad()
 def drawing_attention(model: Model, prompt: str, tokens: Tensor, grid: tuple[int, int]) -> Attention:
-    """Attention of a drawn picture's tokens, as they stand at the end of drawing: noise level 0, behind the prompt.
+    """Attention of a drawn picture's tokens after the last step of drawing: noise level 0, after the prompt.
 
     Args:
         model: a model that can draw.
-        prompt: what the picture was drawn from; may be empty.
+        prompt: the prompt of the picture; may be empty.
         tokens: the picture, ``[M, P]``.
         grid: its rows and columns of tokens.
 
     Raises:
-        XFusionError: the model cannot draw, or its pictures take no part in the self-attention.
+        XFusionError: the model cannot draw, or its pictures take no part in self-attention.
     """
     refuse_to_draw(model)
     ids = model.backbone.encode(prompt)
@@ -64,10 +64,10 @@ def drawing_attention(model: Model, prompt: str, tokens: Tensor, grid: tuple[int
     found: dict[int, Tensor] = {}
 
     def keep(module: nn.Module, _: Any, output: Any) -> None:
-        # Every attention of transformers carries its layer's number; the plain one also gives its weights.
+        # Every attention module of transformers has its layer's index; the eager one also returns its weights.
         index = getattr(module, "layer_idx", None)
         if index is not None and isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor):
-            found[index] = output[1][0].float().mean(0).cpu()  # of two blocks at a layer the new one comes last
+            found[index] = output[1][0].float().mean(0).cpu()  # if a layer has two blocks, the new one runs last
 
     plain = model.training_engine(model.backbone.dtype, "plain products give their weights", "eager", False)
     with model.using(replace(plain, reference=True)):
@@ -97,5 +97,5 @@ def drawing_attention(model: Model, prompt: str, tokens: Tensor, grid: tuple[int
 
 
 def _positions(slices: dict[str, slice]) -> int:
-    """Positions of a pass, from the rows of its owners."""
+    """Number of positions of a pass, from the rows of its owners."""
     return max(rows.stop for rows in slices.values())

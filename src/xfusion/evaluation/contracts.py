@@ -1,4 +1,4 @@
-"""Whether a base keeps the contracts: a small dual tower is put on it and tried, as `doctor` does."""
+"""Check whether a base satisfies the contracts, by testing a small dual tower on it, as `doctor` does."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from xfusion.modalities.image import ImageModality
 from xfusion.model import BackboneConfig, Model, ModelConfig
 
 TOLERANCE = 1e-4
-"""Largest difference of two paths, as a share of the largest value, in float32."""
+"""Largest difference between two paths, relative to the largest value, in float32."""
 WORDS = ("a red apple", "The quick brown fox jumps over the lazy dog.", "Зимой и летом одним цветом")
 SIDE, PATCH, STEPS = 16, 4, 3
 
 
 @torch.no_grad()
 def check_base(backbone: Backbone, progress: Progress) -> dict[str, Any]:
-    """Try the contracts on a base.
+    """Check the contracts on a base.
 
     Args:
         backbone: the base; it is not changed.
-        progress: told which check runs.
+        progress: called with the name of the current check.
 
     Returns:
-        ``passed`` and ``checks``, each with ``name``, ``passed``, ``detail``. What raises counts as failed, with the
-        reason; behind a layer that cannot be shared, or a tower that cannot be built, nothing more is tried.
+        ``passed`` and ``checks``, each with ``name``, ``passed``, ``detail``. A check that raises counts as failed, with the
+        reason. After a layer that cannot be shared, or a tower that cannot be built, no further checks run.
     """
     found: list[dict[str, Any]] = []
     models: list[Model] = []
@@ -66,7 +66,7 @@ def _tried(check: Callable[[], tuple[bool, str]]) -> tuple[bool, str]:
         return check()
     except XFusionError as error:
         return False, str(error)
-    except Exception as error:  # a family that nobody has tried may fail anywhere; the report names where
+    except Exception as error:  # an untested model family may fail anywhere; the report names the place
         return False, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
@@ -76,7 +76,7 @@ def _shared(backbone: Backbone) -> tuple[bool, str]:
     def act(index: int, frozen: nn.Module, x: Tensor, call: dict[str, Any]) -> Tensor:
         try:
             keys_values(frozen, x, slice_call(call, slice(None)))
-        except Exception as error:  # a state-space layer asks our stand-in for another kind of cache
+        except Exception as error:  # a state-space layer expects another kind of cache
             refused[index] = f"{type(frozen).__name__}, {type(error).__name__}"
         return x
 
@@ -123,7 +123,7 @@ def _before(model: Model) -> tuple[bool, str]:
 
 
 def _in_float32(model: Model) -> Model:
-    """The same model over float32 weights, where rounding does not hide what differs."""
+    """The same model with float32 weights, so that rounding does not hide differences."""
     base = model.backbone
     if base.dtype == torch.float32:
         return model
@@ -156,7 +156,7 @@ def _paths(model: Model) -> tuple[bool, str]:
 
 
 def _said(model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Logits of all words and predictions of all picture tokens, without padding."""
+    """Logits of all text tokens and predictions of all picture tokens, without padding."""
     hidden, run = model.run_pass(batch)
     logits = model.backbone.logits(hidden[:, run.slices["text"]])
     pictures = model.port.readout(run.states["image"])

@@ -1,8 +1,8 @@
 """Suites in two phases: a model draws a folder of pictures with a manifest, then a judge scores the folder.
 
-The two never meet, so a judge may need other packages, another machine or people. The layout is GenEval's (Ghosh et al.,
-arXiv 2310.11513): ``00000/metadata.jsonl`` with the prompt's own line, ``00000/samples/0000.png``; beside them stands
-``manifest.json`` with prompts, seeds, settings and the hash of every picture.
+The phases are independent, so a judge may use other packages, another machine or people. The layout is GenEval's (Ghosh et
+al., arXiv 2310.11513): ``00000/metadata.jsonl`` with the prompt's own line, ``00000/samples/0000.png``; in addition,
+``manifest.json`` has prompts, seeds, settings and the hash of every picture.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MANIFEST = "manifest.json"
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
-    """The lines of a prompt file: objects with ``prompt`` (.jsonl), else a prompt a line.
+    """The lines of a prompt file: objects with ``prompt`` (.jsonl), otherwise one prompt per line.
 
     Raises:
         XFusionError: it cannot be read, or a line has no prompt.
@@ -67,25 +67,25 @@ def draw_folder(
     progress: Callable[[str, int, int], None],
     batch: int = 16,
 ) -> dict[str, Any]:
-    """The first phase. Given again after a break it draws what is missing, and the pictures are those of an unbroken call.
+    """The first phase. Called again after an interruption, it draws the missing pictures, the same as without interruption.
 
     Args:
         model: a model that can draw.
-        prompts: of `read_prompts`.
-        folder: where to.
-        num: pictures of each prompt; picture i of prompt p has the seed ``seed + p * num + i``.
-        seed: of the first.
-        settings: of `generation.draw`: steps, guidance, size.
-        save: writes a picture with what it remembers.
-        progress: told pictures done and in all.
+        prompts: from `read_prompts`.
+        folder: output folder.
+        num: pictures per prompt; picture i of prompt p has the seed ``seed + p * num + i``.
+        seed: seed of the first picture.
+        settings: settings of `generation.draw`: steps, guidance, size.
+        save: writes a picture with its metadata.
+        progress: called with the number of pictures done and in total.
         batch: pictures per call.
 
     Returns:
         the manifest.
 
     Raises:
-        XFusionError: the folder holds pictures of another pack, of other prompts or settings; or the model cannot draw, or not
-            at this size: then nothing is written.
+        XFusionError: the folder contains pictures of another pack, prompts or settings; or the model cannot draw, or not at
+            this size, and then nothing is written.
     """
     refuse_to_draw(model)
     draw_size(model, settings.get("size"))
@@ -95,7 +95,7 @@ def draw_folder(
         "settings": {**settings, "num": num, "seed": seed},
         "prompts": [item["prompt"] for item in prompts],
     }
-    begun = folder / "begun.json"  # the manifest itself is written last: a judge never meets half a folder
+    begun = folder / "begun.json"  # the manifest itself is written last, so a judge never sees half a folder
     for known in (folder / MANIFEST, begun):
         if known.is_file() and any(read_json(known).get(key) != facts[key] for key in facts):
             raise XFusionError(f"{folder} holds pictures of another pack, prompts or settings: name an empty folder")
@@ -136,14 +136,14 @@ def _file(folder: Path, prompt: int, index: int) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """A folder of `draw_folder`, as a judge sees it."""
+    """A folder written by `draw_folder`, as input of a judge."""
 
     folder: Path
     manifest: dict[str, Any]
 
     @classmethod
     def read(cls, folder: Path) -> Drawn:
-        """The folder's manifest; pictures are read when they are looked at.
+        """Read the folder's manifest; pictures are read on demand.
 
         Raises:
             XFusionError: the manifest cannot be read, or was altered.
@@ -155,12 +155,12 @@ class Drawn:
 
     @property
     def prompts(self) -> list[str]:
-        """Each picture's own."""
+        """The prompt of each picture."""
         return [self.manifest["prompts"][item["prompt"]] for item in self.manifest["pictures"]]
 
     @property
     def teachers(self) -> frozenset[str] | None:
-        """Fingerprints of the encoders that what drew had learned from (`Model.teachers`); None where nobody noted them."""
+        """Fingerprints of the encoders that trained the drawing model (`Model.teachers`); None if they are not recorded."""
         known = self.manifest.get("teachers")
         return None if known is None else frozenset(known)
 
@@ -168,7 +168,7 @@ class Drawn:
         """Some of the pictures, in RGB.
 
         Raises:
-            XFusionError: one is missing, or is not what was drawn.
+            XFusionError: a picture is missing or was altered.
         """
         for item in self.manifest["pictures"][start:stop]:
             path = self.folder / item["file"]
@@ -179,7 +179,7 @@ class Drawn:
 
 
 def judge_names() -> list[str]:
-    """Judges that are no pack: the files of the folder ``evaluation/metrics`` that have a ``judge``."""
+    """Judges that are not packs: the files of the folder ``evaluation/metrics`` with a ``judge``."""
     names = sorted(module.name for module in pkgutil.iter_modules(metrics.__path__))
     return [name for name in names if hasattr(import_module(f"{metrics.__name__}.{name}"), "judge")]
 
@@ -195,17 +195,18 @@ def judge_by(
     """The second phase, with a metric as the judge.
 
     Args:
-        folder: of `draw_folder`.
-        by: ``clip-score:ORG/MODEL``, ``fid:FOLDER``, ``kernel-distance:FOLDER``; whatever `judge_names` has.
-        encoder: what the distances see pictures through; None is Inception v3.
-        device: where it computes.
-        progress: told pictures done and in all.
+        folder: written by `draw_folder`.
+        by: ``clip-score:ORG/MODEL``, ``fid:FOLDER``, ``kernel-distance:FOLDER``, or any other of `judge_names`.
+        encoder: the encoder of the distances; None uses Inception v3.
+        device: device of the metric.
+        progress: called with the number of pictures done and in total.
 
     Returns:
-        the metric's scores, and under "settings" who judged whom; None where ``by`` is no metric, so that it names a pack.
+        the metric's scores, and under "settings" the judge and the drawing model; None if ``by`` is not a metric and so
+        names a pack.
 
     Raises:
-        XFusionError: an unknown metric, or what the metric refuses.
+        XFusionError: the metric is unknown, or it refuses the input.
     """
     name, colon, argument = by.partition(":")
     names = judge_names()
@@ -223,21 +224,21 @@ def judge_by(
 
 
 def judge(folder: Path, model: Any, *, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
-    """The second phase, with a pack as the judge: does a picture's own prompt stand first among all prompts of the folder?
+    """The second phase, with a pack as the judge: does a picture's own prompt rank first among all prompts of the folder?
 
-    By the cosine of a pack that embeds, else by the likelihood that a pack which captions gives to the words, less the same
-    without the picture. The judge's mistakes are in the score.
+    A pack that embeds ranks by cosine; otherwise a pack that captions ranks by the prompt's log-likelihood minus the same
+    without the picture. The judge's mistakes affect the score.
 
     Args:
-        folder: of `draw_folder`.
-        model: a pack that embeds or captions, and not the one that drew.
-        progress: told pictures done and in all.
+        folder: written by `draw_folder`.
+        model: a pack that embeds or captions, other than the one that drew.
+        progress: called with the number of pictures done and in total.
 
     Returns:
-        ``at_1``, ``at_10``, ``mrr`` with chance and blind values (pictures permuted), and who judged whom.
+        ``at_1``, ``at_10``, ``mrr`` with chance and blind values (pictures permuted), and the judge and the drawing model.
 
     Raises:
-        XFusionError: the folder was altered, or the judge drew it itself or can do neither.
+        XFusionError: the folder was altered, or the judge drew it itself or can neither embed nor caption.
     """
     drawn = Drawn.read(folder)
     if drawn.manifest["pack_fingerprint"] == model.fingerprint:

@@ -1,4 +1,4 @@
-"""What numbers were measured on: the machine, and the commit of the code."""
+"""Facts about a measurement: the machine, and the commit of the code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import xfusion
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """Facts about this machine and the versions of the packages."""
     affinity = getattr(os, "sched_getaffinity", None)
     return {
         "processor": _processor(),
@@ -52,9 +52,9 @@ def _memory_gb() -> float | None:
 
 
 def commit() -> dict[str, Any] | None:
-    """The commit of the checkout that runs, and whether files differ from it; None outside of one.
+    """The commit of the running checkout, and the number of changed files; None outside a checkout.
 
-    A copy without its history, in a container say, is told by the variable ``XFUSION_COMMIT``.
+    For a copy without history, in a container for example, set the variable ``XFUSION_COMMIT``.
     """
     if told := os.environ.get("XFUSION_COMMIT"):
         return {"id": told, "changed_files": None}
@@ -73,10 +73,10 @@ def commit() -> dict[str, Any] | None:
 
 
 def origin(folder: str) -> dict[str, Any]:
-    """What a script's results begin with: its command as it was given, commit, machine and load.
+    """The header of a script's results: its command, commit, machine and load.
 
     Args:
-        folder: where in the checkout the script lies. Of absolute paths only the names are told.
+        folder: the script's folder in the checkout. Absolute paths in the command are shortened to their names.
     """
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     return {

@@ -1,4 +1,4 @@
-"""`evaluate`: run a suite by name, write down with which settings, seeds and versions."""
+"""`evaluate`: run a suite by name, and record its settings, seeds and versions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from xfusion.evaluation.unseen import checked
 from xfusion.storage import write_json
 
 Progress = Callable[[str, int, int], None]
-"""Called with the name of a part, how many items of it are done, and how many there are."""
+"""Called with the name of a part, and its number of items done and in total."""
 
 
 def suite_names() -> list[str]:
@@ -38,22 +38,22 @@ def evaluate(
     trained_on: Sequence[str] = (),
     **settings: Any,
 ) -> dict[str, Any]:
-    """Scores `model` with a suite.
+    """Score `model` with a suite.
 
     Args:
         model: a `Model`.
-        suite: a name of `suite_names()`.
-        out: a JSON file to write the result to, with the commit and the machine; it appears whole or not at all.
-        progress: told how far each part is.
-        trained_on: specs of the data that the model was trained on (`xfusion.evaluation.unseen.trained_on` of its pack): they are
-            the ``source`` of a suite that is given none, and none of their examples is scored as held out.
+        suite: a name from `suite_names()`.
+        out: a JSON file to write the result to, with the commit and the machine; it is written atomically.
+        progress: called with the progress of each part.
+        trained_on: specs of the model's training data (`xfusion.evaluation.unseen.trained_on` of its pack). They are the
+            default ``source`` of the suite, and none of their examples is scored as held out.
         settings: keyword arguments of the suite's ``run``, e.g. ``source="emoji:128"``.
 
     Returns:
-        The suite's metrics by name, and under "settings" all that is needed to get the same numbers again.
+        The suite's metrics by name, and under "settings" everything needed to reproduce the numbers.
 
     Raises:
-        XFusionError: what `check` refuses, held-out examples that were trained on, or a model that cannot do anything that the
+        XFusionError: `check` refuses the settings, held-out examples were trained on, or the model can do nothing that the
             suite scores.
     """
     run = check(suite, settings)
@@ -68,17 +68,17 @@ def evaluate(
         "versions": _versions(),
         "seconds": round(time.perf_counter() - started, 2),
     }
-    if out is not None:  # a file outlives the checkout and the machine that it is of
+    if out is not None:  # a file outlives the checkout and the machine
         result["settings"] |= {"commit": commit(), "machine": machine()}
         write_json(Path(out), result)
     return result
 
 
 def check(suite: str, settings: Mapping[str, Any]) -> Callable[..., dict[str, Any]]:
-    """The suite's ``run``, if it takes these settings: to be asked before anything is loaded or trained.
+    """The suite's ``run``, if it accepts these settings; call this before anything is loaded or trained.
 
     Raises:
-        XFusionError: unknown suite or setting, or a value of another kind than the setting's.
+        XFusionError: the suite or a setting is unknown, or a value has the wrong type.
     """
     run = _find(suite)
     typed, known = get_type_hints(run), inspect.signature(run).parameters
@@ -102,7 +102,7 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
 
 
 def _is(value: Any, hint: Any) -> bool:
-    """Whether a value is of a kind that a setting may have; an object that no command line can write is not judged."""
+    """Whether a value has a type that the setting accepts; objects that a command line cannot express are not checked."""
     if isinstance(hint, UnionType):
         return any(_is(value, kind) for kind in get_args(hint))
     if get_origin(hint) is Literal:
@@ -127,7 +127,7 @@ def _nearest(name: str, known: list[str]) -> str:
 
 
 def _facts(model: Any) -> dict[str, Any]:
-    """Which weights were scored; None where the model does not say."""
+    """Facts about the scored weights; None for what the model does not state."""
     backbone = getattr(model, "backbone", None)
     return {
         "fingerprint": getattr(model, "fingerprint", None),
@@ -148,5 +148,5 @@ def _versions() -> dict[str, str | None]:
 
 
 def silent(part: str, done: int, total: int) -> None:
-    """A `Progress` that nobody hears."""
+    """A `Progress` that does nothing."""
     del part, done, total

@@ -1,4 +1,4 @@
-"""Who may score: an encoder that what is scored had learned from, or looks through, may not."""
+"""Which encoders may score a model: not those that it was trained with or uses itself."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from xfusion.data.sequence import XFusionError
 
 
 def taught(encoder: str, teachers: Iterable[str] | None) -> bool:
-    """Whether an encoder is one of the teachers, through whatever layer, of whatever revision, by whatever path.
+    """Whether an encoder is one of the teachers, whatever its layer, revision or path.
 
-    A copy of one under another name is not recognised.
+    A copy under another name is not recognised.
 
     Args:
-        encoder: the fingerprint of one: a hash of its weights, or ``SOURCE[@revision][#layer]``.
-        teachers: `Model.teachers`; None where nobody noted them.
+        encoder: fingerprint of the encoder: a hash of its weights, or ``SOURCE[@revision][#layer]``.
+        teachers: `Model.teachers`; None if they are not recorded.
     """
     known = set(map(_source, teachers or ()))
     return _source(encoder) in known or _path(encoder) in {_path(teacher) for teacher in known}
@@ -26,7 +26,7 @@ def refuse_taught(encoder: str, teachers: Iterable[str] | None) -> None:
     """Refuse an encoder that is one of the teachers.
 
     Raises:
-        XFusionError: it is.
+        XFusionError: it is one.
     """
     if taught(encoder, teachers):
         raise XFusionError(

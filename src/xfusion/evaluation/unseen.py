@@ -1,4 +1,4 @@
-"""What a model has not seen: the held-out examples of a suite, and that none of them was trained on."""
+"""Held-out examples of a suite, and the check that none of them was trained on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from xfusion.data.sources import Source, open_source
 
 
 def trained_on(config: Mapping[str, Any]) -> str | None:
-    """Spec of the data that a pack was trained on, as its config records it; None where it does not."""
+    """Spec of a pack's training data, as recorded in its config; None if it is not."""
     for facts in (config.get("training"), config.get("recipe")):
         if isinstance(facts, Mapping) and isinstance(facts.get("data"), str):
             return facts["data"]
@@ -18,7 +18,7 @@ def trained_on(config: Mapping[str, Any]) -> str | None:
 
 
 def held_split(source: Source) -> Source | None:
-    """The held-out split of the same spec; None where all of it trains."""
+    """The held-out split of the same spec; None if all of it is used for training."""
     try:
         return open_source(source.spec, split="held")
     except XFusionError:
@@ -26,18 +26,18 @@ def held_split(source: Source) -> Source | None:
 
 
 def held_out(held: Source | str | None, trained: Source) -> Source | None:
-    """What is held out of a source.
+    """The held-out examples for a source.
 
     Args:
-        held: opened, or a spec, of which the held-out split is taken, or all where it has none; None is the held-out split of the
-            source's own spec.
-        trained: the source.
+        held: an opened source, or a spec, whose held-out split is used, or all of it if it has none; None uses the held-out
+            split of the source's own spec.
+        trained: the training source.
 
     Returns:
-        the held-out examples; None where ``held`` is, and all of the source trains.
+        the held-out examples; None if ``held`` is None and all of the source is used for training.
 
     Raises:
-        XFusionError: they cannot be opened, or some of them are trained on.
+        XFusionError: they cannot be opened, or some of them were trained on.
     """
     if held is None:
         held = held_split(trained)
@@ -52,10 +52,10 @@ def held_out(held: Source | str | None, trained: Source) -> Source | None:
 
 
 def refuse_trained(held: Source, trained: Iterable[Source]) -> None:
-    """Refuse held-out examples of groups that are trained on.
+    """Refuse held-out examples whose groups were trained on.
 
     Raises:
-        XFusionError: there are some.
+        XFusionError: there are such examples.
     """
     for source in trained:
         groups = {example.group for example in source.examples}
@@ -73,16 +73,16 @@ def checked(
     """Settings of a suite that scores trained and held-out examples, for a model whose training data are recorded.
 
     Args:
-        settings: as the user gave them; without a ``source`` it is the recorded data.
-        takes: names of the suite's settings; one that holds nothing out is left alone.
-        recorded: specs of what was trained on.
+        settings: as given by the user; the default ``source`` is the recorded data.
+        takes: names of the suite's settings; a suite without held-out data is left alone.
+        recorded: specs of the training data.
 
     Returns:
-        the settings, sources opened, and what is to be noted of them.
+        the settings with opened sources, and facts to record about them.
 
     Raises:
-        XFusionError: held-out examples are trained on; or there is no ``source``, and the recorded data are not one that can be
-            opened.
+        XFusionError: held-out examples were trained on; or there is no ``source``, and the recorded data are several or cannot
+            be opened.
     """
     specs, source = list(dict.fromkeys(recorded)), settings.get("source")
     if not {"source", "held"} <= set(takes) or not specs:
@@ -91,7 +91,7 @@ def checked(
         raise XFusionError(f"these packs were trained on {' and '.join(specs)}: name one of them as source")
     trained, lost = [], []
     for spec in specs:
-        try:  # what training left out is left out here; pictures that nobody looks at are not decoded
+        try:  # leave out what training left out; pictures that are not used need no decoding
             trained.append(open_source(spec, allow_bad=0.99, decode=source is None))
         except XFusionError as error:
             lost.append(str(error))

@@ -1,8 +1,8 @@
 """`verify`: the proof that a model's text is its base's, bit for bit.
 
-Four ways to read the same text are compared: the base loaded afresh by transformers alone, the model's text path, and
+Four computations of the same text are compared: the base freshly loaded by transformers alone, the model's text path, and
 the fused stack forced on, before and after every new weight is replaced by noise. Logits and greedy tokens must be
-bit-equal. Text before a picture goes through other tensor shapes, where low bits move: it is held to a tolerance.
+bit-equal. Text before a picture is computed in other tensor shapes, where rounding differs, so it is checked with a tolerance.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from xfusion.evaluation.run import Progress, silent
 from xfusion.model import Model
 
 NEW_TOKENS = 16
-"""Greedy tokens behind each prompt."""
+"""Greedy tokens after each prompt."""
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest difference of a logit before a picture, as a share of the largest logit, by precision of the base."""
+"""Largest difference of a logit before a picture, relative to the largest logit, by precision of the base."""
 NOISE = 0.1
-"""Standard deviation of the noise that takes the place of every new weight."""
+"""Standard deviation of the noise that replaces every new weight."""
 
 STORY = (
     "Long before the sun came over the hill, the keeper of the lighthouse had swept the stairs, oiled the great lamp and"
@@ -45,7 +45,7 @@ STORY = (
     " turned, and went slowly round the point towards the open sea. Then she went inside, made tea, and wrote the second"
     " line of the day: fog from four o'clock, one ship, all well."
 )
-"""Written for this check and free for any use; the long prompt, and the text of which the perplexity is taken."""
+"""Written for this check and free for any use; the long prompt, and the text for the perplexity."""
 
 PROMPTS = (
     ("one token", "The"),
@@ -58,13 +58,13 @@ PROMPTS = (
     ("numbers and signs", "3.14159 * 2 = 6.28318; x² + y² = z² \U0001f600 → \t\"quoted\" <tag/> {'key': [1, 2]}"),
     ("long", STORY),
 )
-"""What is read: several languages and lengths. A chat turn and a left-padded batch are made from them."""
+"""The prompts, in several languages and lengths. A chat turn and a left-padded batch are added."""
 QUESTION = "Name three things that one can see in the sky."
 """The chat turn, in the tokenizer's own template."""
 PADDED = ("English", "Russian", "code")
-"""The prompts that are also read together, padded on the left."""
+"""The prompts that are also run as one left-padded batch."""
 BEFORE_A_PICTURE = ("English", "Russian", "code")
-"""The prompts that are also read in front of a picture."""
+"""The prompts that are also run before a picture."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Reading:
-    """What one stack says about a prompt."""
+    """Output of one stack for a prompt."""
 
     logits: Tensor
     tokens: Tensor
@@ -90,15 +90,15 @@ def verify(model: Model, progress: Progress | None = None) -> dict[str, Any]:
 
     Args:
         model: any model; its weights are as before when this returns.
-        progress: told how far each part is.
+        progress: called with the progress of each part.
 
     Returns:
-        JSON values: ``text_identical`` (every bit-exact check), ``passed`` (the tolerance too), ``checks`` (each with
-        ``name``, ``passed``, ``detail``), ``perplexity`` of base and fused stack, and under ``settings`` all that the
-        equality depends on.
+        JSON values: ``text_identical`` (every bit-exact check passed), ``passed`` (those with a tolerance too), ``checks``
+        (each with ``name``, ``passed``, ``detail``), ``perplexity`` of base and fused stack, and under ``settings``
+        everything that the equality depends on.
 
     Raises:
-        XFusionError: the base's source is gone.
+        XFusionError: the base's source no longer exists.
     """
     started, backbone = time.perf_counter(), model.backbone
     prompts, tell = _prompts(model), progress or silent
@@ -143,7 +143,7 @@ def verify(model: Model, progress: Progress | None = None) -> dict[str, Any]:
 
 @contextmanager
 def randomised(model: Model, seed: int = 0) -> Iterator[None]:
-    """Every learned weight is noise inside the block and what it was, to the bit, behind it."""
+    """Replace every learned weight by noise inside the block, and restore it bit-identically afterwards."""
     state = {name: value for name, value in model.learned_state().items() if value.is_floating_point()}
     kept = {name: value.detach().clone() for name, value in state.items()}
     generator = torch.Generator().manual_seed(seed)
@@ -162,7 +162,7 @@ def randomised(model: Model, seed: int = 0) -> Iterator[None]:
 
 
 def _prompts(model: Model) -> list[Prompt]:
-    """The bundled prompts as this base's tokens; what its tokenizer has no tokens for is left out."""
+    """The bundled prompts as this base's tokens, without those for which its tokenizer has no tokens."""
     backbone, device = model.backbone, model.backbone.device
     longest = backbone.context_length or 1 << 20
     ids = {name: backbone.encode(text)[: longest - NEW_TOKENS] for name, text in PROMPTS}
@@ -197,12 +197,12 @@ def _read(
     """Logits and greedy tokens of all prompts.
 
     Args:
-        part: for the progress.
-        model: whose prompts they are.
-        stack: what generates.
-        prompts: what is read.
-        tell: the progress.
-        path: which stack of ``model.text_logits`` makes the logits; None: ``stack`` itself.
+        part: name for the progress.
+        model: the model of the prompts.
+        stack: the model that generates.
+        prompts: the prompts.
+        tell: the progress callback.
+        path: the stack of ``model.text_logits`` that computes the logits; None uses ``stack`` itself.
     """
     out = []
     for done, prompt in enumerate(prompts):
@@ -247,7 +247,7 @@ def _check(name: str, passed: bool, detail: str) -> dict[str, Any]:
 
 
 def _base_weights(model: Model, fresh: Any) -> dict[str, Any]:
-    """The weights in memory now, those recorded when the model was built, and those that transformers loads."""
+    """Compare the weights in memory with those recorded when the model was built, and those that transformers loads."""
     recorded, now = model.backbone.fingerprint, model.backbone.compute_fingerprint()
     theirs = dict(fresh.named_parameters())
     changed = [n for n, p in model.backbone.model.named_parameters() if n not in theirs or not bit_equal(p, theirs[n])]
@@ -289,11 +289,11 @@ def _largest(one: Tensor, other: Tensor) -> float:
 
 
 def _before_a_picture(name: str, model: Model, prompts: list[Prompt], expected: list[Reading]) -> dict[str, Any]:
-    """Logits of words in front of a picture and more words, against the base's for these words alone."""
+    """Compare logits of text before a picture and more text with the base's logits for the text alone."""
     tolerance = TOLERANCE[model.backbone.dtype]
     media, generator = model.modality, torch.Generator().manual_seed(0)
     grid = media.grid(media.sizes[0])
-    # From 0 to 1, which codes are too, once rounded.
+    # From 0 to 1, so that rounding also gives valid codes.
     picture = media.segment(torch.rand(grid[0] * grid[1], media.token_width, generator=generator), grid)
     behind = Text(ids=model.backbone.encode("What is this?\n"))
     dtype = next(model.port.parameters()).dtype
@@ -312,7 +312,7 @@ def _before_a_picture(name: str, model: Model, prompts: list[Prompt], expected: 
             size = float(wanted.abs().max())
             worst = max(worst, float((found - wanted).abs().max()) / size)
             top = wanted.topk(2, dim=-1).values
-            clear = top[..., 0] - top[..., 1] > 2 * tolerance * size  # nearer ones may swap by rounding alone
+            clear = top[..., 0] - top[..., 1] > 2 * tolerance * size  # closer ones may swap by rounding alone
             if not torch.equal(found.argmax(-1)[clear], wanted.argmax(-1)[clear]):
                 other_word.append(prompt.name)
     detail = f"largest difference {worst:.2g} of the largest logit, {tolerance:g} allowed"

@@ -1,5 +1,5 @@
 """Packs in the formats of other libraries: a file or folder per target, each with ``export(model, folder) -> notes``.
 
-What is exported computes as it does in the pack, or it is not made; for peft that is the tower or the prompts alone. What
-another library has no class for is refused in one line that says so.
+An export computes exactly what the pack computes, or it is refused; for peft this covers only the tower or the prompts. If
+another library has no class for a pack, a one-line error says so.
 """

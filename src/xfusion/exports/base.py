@@ -1,4 +1,4 @@
-"""Finds the targets, and says in one line what cannot be exported."""
+"""Finds the export targets, and explains in one line what cannot be exported."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def export(model: Model, folder: Path, target: str) -> list[str]:
 
     Args:
         model: a pack on its base.
-        folder: where; it must be empty or not there.
-        target: a name of `names`.
+        folder: output folder; it must be empty or not exist.
+        target: a name from `names`.
 
     Returns:
-        what a user of the result has to know, a line each.
+        notes for users of the result, one per line.
 
     Raises:
-        XFusionError: the other library has nothing that computes the same, or is not installed; the folder is not empty.
+        XFusionError: the other library has no equivalent, or is not installed; or the folder is not empty.
     """
     if target not in names():
         raise XFusionError(f"there is no export to {target!r}, only to {', '.join(names())}")
@@ -43,5 +43,5 @@ def export(model: Model, folder: Path, target: str) -> list[str]:
 
 
 def not_exact(model: Model, target: str, reason: str) -> XFusionError:
-    """What is said where nothing of the other library computes the same."""
+    """The error if the other library has nothing that computes the same."""
     return XFusionError(f"{type(model.fusion).__name__} cannot be exported to {target}: {reason}")

@@ -1,6 +1,6 @@
-"""To peft: the media tower of a low-rank dual tower as a LoRA adapter, adaption prompts as an AdaptionPrompt adapter.
+"""Export to peft: the media tower of a low-rank dual tower as a LoRA adapter, adaption prompts as an AdaptionPrompt adapter.
 
-peft knows nothing of pictures: what is exported is the tower or the prompts, for tokens and states that the user brings.
+peft does not handle pictures: only the tower or the prompts are exported, for tokens and states that the user provides.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def export(model: Model, folder: Path) -> list[str]:
 
 
 def _lora(model: Model, fusion: DualTower, folder: Path, layers: str) -> list[str]:
-    """The media tower as it computes its own rows: every frozen block with its deltas."""
+    """The media tower as it computes its own rows: every frozen block with its low-rank deltas."""
     config, count = fusion.config, model.backbone.num_layers
     if config.rank is None:
         raise not_exact(model, "peft", "its blocks are copies, and LoRA is deltas: the recipe xfusion_lora has these")
@@ -73,7 +73,7 @@ def _lora(model: Model, fusion: DualTower, folder: Path, layers: str) -> list[st
 
 
 def _prompts(model: Model, fusion: AdaptionPrompt, folder: Path, layers: str) -> list[str]:
-    """Learned rows and gates; peft's act on all words, ours on words behind a picture."""
+    """Learned rows and gates; in peft they act on all text, here on text after a picture."""
     config, count = fusion.config, model.backbone.num_layers
     if config.affine or config.picture != "added":
         raise not_exact(model, "peft", "its version 2 (tuned matrices, pictures as prompts) has no place in peft")

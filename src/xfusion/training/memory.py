@@ -1,4 +1,4 @@
-"""What the system's allocator does with the memory of a step, between steps."""
+"""Settings of the system's allocator: what happens to the memory of a step between steps."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ ALL = 2**31 - 1
 
 
 def give_back_freed_memory() -> None:
-    """Hand all freed blocks back to the system, so that what a process holds is what it needs; nothing without glibc."""
+    """Return all freed blocks to the system, so that a process holds only what it needs; no-op without glibc."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def keep_freed_memory(up_to: int = ALL) -> bool:
-    """Keep freed blocks with this process, so that the next step finds its buffers mapped.
+    """Keep freed blocks in this process, so that the next step reuses its buffers.
 
-    glibc hands large freed blocks back to the system at once and takes new ones for the next gradient or activation; the
-    system then clears every page of them again, which costs several times the copy that they are for. Results do not
-    change; memory that a run once needed stays its own until it ends.
+    glibc returns large freed blocks to the system at once and requests new ones for the next gradient or activation. The
+    system then clears every page again, which costs several times the copy that they are for. Results do not change;
+    memory that a run once needed stays allocated until it ends.
 
     Args:
-        up_to: bytes at the end of the heap that are kept; what lies beyond is given back.
+        up_to: bytes at the end of the heap to keep; the rest is returned.
 
     Returns:
         whether the allocator took the settings; False on systems without glibc.

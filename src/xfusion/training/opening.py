@@ -1,4 +1,4 @@
-"""Fits the opening head: two logistic regressions on states of the frozen base, in seconds once these are computed."""
+"""Fits the opening head: two logistic regressions on hidden states of the frozen base; takes seconds once these exist."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from xfusion.opening import Opening, answer_state, word_states
 from xfusion.training.precision import choose_compute_dtype
 
 PENALTY = 1e-2
-"""Weight of the squared coefficients (of standardised states) beside the mean loss."""
+"""Weight of the L2 penalty on the coefficients (of standardised states) relative to the mean loss."""
 
 
 def fit(model: Any, examples: Seq[Request], *, progress: Callable[[str, int, int], None]) -> Opening:
-    """An opening head for a model's base; nothing of the model changes.
+    """Fit an opening head for a model's base; the model itself is unchanged.
 
     Args:
         model: a model that can draw.
         examples: conversations that ask for a picture and others.
-        progress: told the name of a part, items done and in all.
+        progress: called with the name of a part, and its items done and in total.
 
     Raises:
-        XFusionError: one kind is missing.
+        XFusionError: one kind of example is missing.
     """
     dtype, _ = choose_compute_dtype(model.backbone.device)
     backbone = model.backbone.working_copy(dtype, model.backbone.attention)  # as in all training
@@ -49,7 +49,7 @@ def fit(model: Any, examples: Seq[Request], *, progress: Callable[[str, int, int
 
 
 def _logistic(layer: nn.Linear, x: Tensor, y: Tensor) -> None:
-    """Fit a row to states ``[n, D]`` and answers of 0 or 1 ``[n]``: convex, so that no seed takes part."""
+    """Fit one row to states ``[n, D]`` and labels of 0 or 1 ``[n]``; the problem is convex, so there is no seed."""
     x, y = x.double().cpu(), y.double()
     mean, deviation = x.mean(dim=0), x.std(dim=0).clamp(min=1e-6)
     z = (x - mean) / deviation

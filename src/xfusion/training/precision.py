@@ -1,4 +1,4 @@
-"""In which precision training computes on a device."""
+"""The precision of training on a device."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from xfusion.data.sequence import XFusionError
 
 
 def check_compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """A precision that was asked for.
+    """Check a requested precision.
 
     Raises:
-        XFusionError: gradients would be lost in it.
+        XFusionError: gradients would underflow in it.
     """
     if dtype == torch.float16:
         raise XFusionError(
@@ -27,8 +27,8 @@ def check_compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def choose_compute_dtype(device: torch.device) -> tuple[torch.dtype, str]:
     """The training precision of a device, with the reason.
 
-    A processor with tiles (AMX) takes bfloat16. One with AVX-512's bfloat16 alone is asked once: some multiply it at twice
-    the rate of float32, some, whose tiles a virtual machine hides, at half of it.
+    A CPU with AMX tiles uses bfloat16. One with only AVX-512's bfloat16 is measured once: some multiply it at twice the rate
+    of float32; others, whose tiles a virtual machine hides, at half of it.
     """
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported():
@@ -49,8 +49,8 @@ def choose_compute_dtype(device: torch.device) -> tuple[torch.dtype, str]:
 
 @cache
 def product_rates(size: int = 1024, turns: int = 4) -> tuple[float, float]:
-    """GFLOP/s of square products of `size` on the CPU in bfloat16 and in float32: the best of `turns` each, in turns, some
-    tens of milliseconds in all; measured once a process.
+    """GFLOP/s of square matrix products of `size` on the CPU in bfloat16 and in float32: the best of `turns` each,
+    alternating, some tens of milliseconds in total; measured once per process.
     """
     operands = [torch.ones(size, size, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
     best = [float("inf")] * len(operands)

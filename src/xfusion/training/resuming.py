@@ -1,4 +1,4 @@
-"""The state that a run goes on from: read as its weights are divided, and refused where the run would be another."""
+"""Resume a run from a state: read it with the run's sharding, and refuse it if the run's settings differ."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ logger = logging.getLogger(__name__)
 def read(
     folder: Path, optimizer: Optimizer, processes: Processes, *, divided: bool
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Plan and tensors of the newest intact state, divided as the run's weights are; all processes call it together.
+    """Plan and tensors of the newest intact state, sharded like the run's weights; all processes call it together.
 
     Args:
-        folder: of states.
-        optimizer: whose tensors these will be.
-        processes: of the run.
-        divided: whether they divide weights.
+        folder: folder of the states.
+        optimizer: the optimizer that will load the tensors.
+        processes: the run's processes.
+        divided: whether weights are sharded.
 
     Raises:
-        XFusionError: none is intact, or a process cannot read it; the same in all.
+        XFusionError: no state is intact, or a process cannot read it; raised in all processes.
     """
     if not divided:
         with processes.all_or_none():
@@ -44,18 +44,18 @@ def read(
 
 
 def check(plan: dict[str, Any], out: Path, recipe: Recipe, fingerprint: str, data: str, examples: list[Any]) -> None:
-    """Whether a run goes on as it began; what alone makes its numbers others is a warning.
+    """Check that a run continues as it began; a difference that only changes its numbers is a warning.
 
     Args:
-        plan: of the state.
-        out: the run's folder, for the messages.
-        recipe: as it is now.
-        fingerprint: of the base.
+        plan: plan of the state.
+        out: the run's folder, for messages.
+        recipe: the current recipe.
+        fingerprint: fingerprint of the base.
         data: spec of the source.
-        examples: how many there are, which, and what is in them (`xfusion.training.progress.all_examples`).
+        examples: number, ids and content of the examples (`xfusion.training.progress.all_examples`).
 
     Raises:
-        XFusionError: another base or other settings.
+        XFusionError: the base or the settings differ.
     """
     if plan["base_fingerprint"] != fingerprint:
         raise XFusionError(
@@ -76,7 +76,7 @@ def check(plan: dict[str, Any], out: Path, recipe: Recipe, fingerprint: str, dat
             "%s held %d examples when %s began and holds %d, not all the same, now: its batches from here on are others",
             *(data, before[0], out, examples[0]),
         )
-    elif before != examples[: len(before)]:  # states from before it was asked do not say what was in them
+    elif before != examples[: len(before)]:  # older states do not record the content
         logger.warning(
             "%s holds %d examples of the same names as when %s began, but not the same pictures, words or groups (of the hub:"
             " another commit): its batches from here on are others",
@@ -85,7 +85,7 @@ def check(plan: dict[str, Any], out: Path, recipe: Recipe, fingerprint: str, dat
 
 
 def difference(one: Any, other: Any) -> str | None:
-    """The first field in which two configurations differ, with both values; None where there is none."""
+    """The first field in which two configurations differ, with both values; None if they are equal."""
     for where, was, now in checkpoint.differing(*map(checkpoint.to_json, (one, other))):
         return f"{where} was {was!r} and is now {now!r}"
     return None

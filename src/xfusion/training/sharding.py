@@ -1,23 +1,23 @@
-"""Weights that processes divide among them (FSDP2): each keeps a share, and a layer's are gathered while it computes.
+"""Sharded weights (FSDP2): each process stores a shard, and a layer's weights are gathered while it computes.
 
 One policy, ``--shard``:
 
 ========  ==============================================================================================================
 none      every process holds all weights (`xfusion.training.processes`); nothing of this file is used
-new       the new weights are divided, with their gradients, moments and average; the frozen base is whole in each process
-all       the copy of the frozen base that training computes with is divided too
+new       the new weights are sharded, with their gradients, moments and average; each process has the whole frozen base
+all       the copy of the frozen base that training computes with is sharded too
 ========  ==============================================================================================================
 
-A layer is one unit of ``fully_shard``: what a layer of a pass needs, the new modules and for ``all`` the frozen layer, comes
-together before it computes and is let go behind it, forth and back. Ports, heads, embeddings and whatever else stands outside
-the layers is one more unit, whole as long as a batch is learned from. Single numbers cannot be divided and stay whole.
+A layer is one unit of ``fully_shard``: its new modules and, for ``all``, the frozen layer are gathered before it computes and
+freed after it, in forward and backward. Ports, heads, embeddings and everything else outside the layers form one more unit,
+which stays gathered during a batch. Scalars cannot be sharded and stay whole.
 
-The base itself is never touched: what is divided is a copy of its module objects, filled layer by layer from its weights,
-which lie in a file that the system maps and all processes of a machine share.
+The base itself is never changed: a copy of its module objects is sharded, filled layer by layer from its weights, which are
+in a memory-mapped file that all processes of a machine share.
 
-All processes must gather the same units in the same order, whatever stands in their rows. So each call of a unit hands on a
-number besides its states, and the loss contains all of these numbers, times nothing: backward comes through every unit in
-every process, also where no row needs it. A parameter without a gradient counts as one with zeros.
+All processes must gather the same units in the same order, whatever their rows contain. So each call of a unit also passes on
+a number, and the loss contains all of these numbers times zero: backward goes through every unit in every process, even if no
+row needs it. A parameter without a gradient counts as one with a zero gradient.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ T = TypeVar("T")
 
 
 class _Unit(nn.Module):
-    """Modules whose weights are gathered together while some work of theirs is done."""
+    """Modules whose weights are gathered together while they compute."""
 
     def __init__(self, modules: Iterable[nn.Module]):
         super().__init__()
         self.parts = nn.ModuleList(modules)
 
     def forward(self, work: Callable[[States], States], states: States, zero: Tensor) -> tuple[States, Tensor]:
-        """States behind the work, and a number 0 that backward comes through."""
-        # Hooks of backward stand on the states, and a view's would be lost with what is written into it.
+        """States after the work, and a 0 that backward goes through."""
+        # Backward hooks are on the states; a view's hook would be lost by an in-place write.
         found = {owner: x.clone() if x._is_view() else x for owner, x in work(states).items()}
         return found, zero.clone()
 
 
 class _Root(nn.Module):
-    """All of a model: units of layers, and what stands outside them."""
+    """The whole model: the units of its layers, and everything outside them."""
 
     def __init__(self, units: dict[int, _Unit], others: Iterable[nn.Module]):
         super().__init__()
@@ -63,7 +63,7 @@ class _Root(nn.Module):
         self.zeros: list[Tensor] = []
 
     def forward(self, work: Callable[[], Any], zero: Tensor) -> tuple[Any, Tensor]:
-        """What the work gives, and the sum of the numbers that its units handed on."""
+        """The result of the work, and the sum of the numbers that its units passed on."""
         self.zeros = [zero]
         try:
             return work(), torch.stack(self.zeros).sum()
@@ -71,7 +71,7 @@ class _Root(nn.Module):
             self.zeros = []
 
     def layer(self, index: int, work: Callable[[States], States], states: States) -> States:
-        """A `Gather`: the work of a layer with its weights at hand."""
+        """A `Gather`: the work of a layer with its weights gathered."""
         if str(index) not in self.units:
             return work(states)
         found, zero = self.units[str(index)](work, states, self.zeros[0])
@@ -80,14 +80,14 @@ class _Root(nn.Module):
 
 
 class Sharding:
-    """A model whose weights are divided among processes.
+    """A model whose weights are sharded across processes.
 
     Args:
-        model: its new parameters become shares, in place; they have the names that they had.
+        model: its new parameters become shards, in place, under the same names.
         what: "new" or "all".
         mesh: the processes (`mesh`).
-        dtype: compute type; a layer's new weights are gathered in it where it is narrower than their own.
-        attention: implementation of the divided copy of the base.
+        dtype: compute type; a layer's new weights are gathered in it if it is narrower than their own.
+        attention: attention implementation of the sharded copy of the base.
 
     Raises:
         XFusionError: this version of torch lacks what is needed.
@@ -136,24 +136,24 @@ class Sharding:
         model.gather = self.root.layer
 
     def losses(self, work: Callable[[], T]) -> tuple[T, Tensor]:
-        """What some passes give, and a number 0 that belongs into the sum that is walked back from."""
+        """The result of some passes, and a 0 to add to the loss before backward."""
         return self.root(work, torch.zeros((), device=self.device, requires_grad=True))
 
     @torch.no_grad()
     def passes(self, work: Callable[[], T]) -> T:
-        """What some passes give that nothing is learned from; all processes do them together."""
+        """The result of some passes without gradients; all processes run them together."""
         found, _ = self.root(work, torch.zeros((), device=self.device))
         self.root.reshard()
         return found
 
 
 def mesh(device: torch.device) -> DeviceMesh:
-    """All processes of the run in a row."""
+    """A one-dimensional mesh of all processes of the run."""
     return init_device_mesh(device.type, (dist.get_world_size(),))
 
 
 def whole_state(model: Model, *, keep: bool) -> dict[str, Tensor]:
-    """The learned weights of a model, gathered one by one on the CPU; nothing where they are not to be kept.
+    """The learned weights of a model, gathered one by one on the CPU; empty unless ``keep`` is set.
 
     All processes call it together.
     """

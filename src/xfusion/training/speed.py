@@ -1,4 +1,4 @@
-"""How fast a recipe trains: a short run of the one training loop, whose files are thrown away afterwards."""
+"""Training speed of a recipe: a short run of the training loop, whose files are deleted afterwards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from xfusion.training.stages import Recipe
 from xfusion.training.track import Event
 
 TIMED_STEPS = 20
-"""Steps over which the speed of training is measured, behind the warm-up."""
+"""Steps over which the training speed is measured, after the warm-up."""
 
 
 def samples_per_second(steps: Iterable[Event], *, warm: int = WARM_STEPS) -> float | None:

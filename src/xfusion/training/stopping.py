@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a run stops behind its step, with a checkpoint; told once more it stops at once, without one."""
+"""Ctrl-C and SIGTERM: a run stops after its step, with a checkpoint; a second signal stops it at once, without one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run prints of itself: what is trained on what before its first step, and the memory that each process holds."""
+"""The summary that a run prints before its first step, and the memory that each process holds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DIVIDED = {
     "new": "the new weights divided among them, the base whole in each",
     "all": "new weights and base divided among them",
 }
-"""What processes hold, by what they divide."""
+"""What processes hold, by what they shard."""
 
 
 def lines(

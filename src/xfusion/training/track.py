@@ -1,4 +1,4 @@
-"""What a run tells: one JSON line per step, TensorBoard where it is installed, a live bar, and whoever listens."""
+"""Reports of a run: one JSON line per step, TensorBoard if it is installed, a live progress bar, and a listener."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Track:
     ):
         self.console, self.listener = console, listener
         self.failure: XFusionError | None = None
-        """What kept an event from being written, the first time; whoever tells events looks for it, and stops the run."""
+        """First error of writing an event; the caller checks it and stops the run."""
         self.board: Any = None
         self.bar: Progress | None = None
         self.task: Any = None

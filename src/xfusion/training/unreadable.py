@@ -1,4 +1,4 @@
-"""Examples that turn out unreadable in mid-run: left out as far as allowed, by all processes alike, or the run stops."""
+"""Examples found unreadable during a run: all processes leave out the same ones as far as allowed, or the run stops."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ class LeftOut(dict[int, str]):
         self.source, self.allow_bad = source, allow_bad
 
     def read(self, make: Callable[[], T], step: int, ahead: Ahead[Any], processes: Processes, track: Track) -> T:
-        """What is made of examples that can be read: those that cannot are left out first, in all processes alike.
+        """The result of ``make`` over readable examples; all processes leave out the same unreadable ones first.
 
         Args:
-            make: makes it, of the examples that are not left out; called until it can.
-            step: how far the run is, for the messages.
-            ahead: what was made of the next step is forgotten.
-            processes: which all call this together.
-            track: told of each that is left out.
+            make: computes the result from the examples that are not left out; called until it succeeds.
+            step: current step, for messages.
+            ahead: its prepared next step is dropped.
+            processes: the run's processes, which all call this together.
+            track: gets an event for each example that is left out.
 
         Raises:
             TooManyUnreadable: there are more of them than allowed, or the data fails as a whole.

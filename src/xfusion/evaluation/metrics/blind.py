@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 PERMUTATIONS = 5
-"""How many seeded permutations the base rate is the mean of."""
+"""Number of seeded permutations that the base rate averages over."""
 
 
 def blind(score: Callable[[Tensor], float], count: int, *, seed: int = 0) -> float:

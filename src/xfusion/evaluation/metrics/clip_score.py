@@ -29,14 +29,14 @@ def judge(
     device: str,
     progress: Callable[[str, int, int], None],
 ) -> dict[str, Any]:
-    """``--by clip-score:ORG/MODEL[@revision]``, or a folder: how well the pictures fit their prompts.
+    """``--by clip-score:ORG/MODEL[@revision]``, or a folder: how well the pictures match their prompts.
 
     Returns:
-        ``clip_score`` in [0, 100]; ``clip_score_blind``, the same of every picture with the next prompt of the folder, where
-        there is another; and how many prompts were too long for CLIP.
+        ``clip_score`` in [0, 100]; ``clip_score_blind``, the same for every picture with the next prompt of the folder, if
+        there is another; and the number of prompts that were too long for CLIP.
 
     Raises:
-        XFusionError: CLIP took part in training what drew, or cannot be loaded; torchmetrics is not installed.
+        XFusionError: this CLIP was used to train the drawing model, or cannot be loaded; or torchmetrics is not installed.
     """
     from xfusion.evaluation.adapters.transformers import clip, named
 
@@ -66,7 +66,7 @@ def judge(
 
 
 def levels(picture: Image) -> Tensor:
-    """A picture in RGB -> its levels, bytes [3, H, W]."""
+    """A picture in RGB -> uint8 [3, H, W]."""
     return torch.from_numpy(numpy.array(picture)).permute(2, 0, 1)
 
 

@@ -1,4 +1,4 @@
-"""How sure a share is when questions come in clusters, such as pictures with one sentence: an interval by resampling clusters."""
+"""Confidence interval of a share whose questions come in clusters, such as pictures with one sentence: a cluster bootstrap."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 RESAMPLES = 2000
-"""Samples of the clusters, with replacement."""
+"""Number of bootstrap samples of the clusters, with replacement."""
 
 
 def interval(values: Tensor, clusters: Sequence[Hashable], *, seed: int = 0) -> list[float] | None:
     """The 95 % interval of the mean of ``values`` (float ``[N]``): quantiles of the means over resampled clusters.
 
-    Items of a cluster go together, for they are right or wrong together; of clusters of one item each this is the bootstrap
-    of the items. A mean of resampled clusters is the sum of their values over the number of their items.
+    Items of a cluster are resampled together, because their results are correlated; with one item per cluster this is the
+    ordinary bootstrap. A mean of resampled clusters is the sum of their values over the number of their items.
 
     Returns:
-        lower and upper end, or None where there are fewer than five clusters.
+        lower and upper end, or None if there are fewer than five clusters.
     """
     numbers: dict[Hashable, int] = {}
     which = torch.tensor([numbers.setdefault(cluster, len(numbers)) for cluster in clusters])

@@ -1,6 +1,6 @@
 """Fréchet distance of drawings and pictures (Heusel et al., arXiv 1706.08500), by torchmetrics; with Inception it is the FID.
 
-It is biased where pictures are few (Bińkowski et al., arXiv 1801.01401), so fewer than 5,000 on a side are refused.
+It is biased for few pictures (Bińkowski et al., arXiv 1801.01401), so fewer than 5,000 on a side are refused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from xfusion.evaluation.drawn import Drawn
 
 FEWEST = 5000
-"""Pictures on either side."""
+"""Fewest pictures on either side."""
 BATCH = 32
 """Pictures per forward pass; memory only."""
 INCEPTION = "Inception v3 of torch-fidelity"
@@ -39,14 +39,14 @@ def judge(
     device: str,
     progress: Callable[[str, int, int], None],
 ) -> dict[str, Any]:
-    """``--by fid:FOLDER``: how far the drawings, as a whole, are from the pictures of a folder.
+    """``--by fid:FOLDER``: distance between the distributions of the drawings and of a folder's pictures.
 
     Returns:
-        ``fid`` by Inception, ``frechet_distance`` by another encoder; 0 or more, lower is better.
+        ``fid`` with Inception, ``frechet_distance`` with another encoder; 0 or more, lower is better.
 
     Raises:
-        XFusionError: fewer than 5,000 pictures on a side, an encoder that took part in training what drew or that cannot be
-            had, or torchmetrics is not installed.
+        XFusionError: there are fewer than 5,000 pictures on a side, the encoder was used to train the drawing model or is not
+            available, or torchmetrics is not installed.
     """
     files = reference(argument, "fid")
     if min(len(drawn), len(files)) < FEWEST:
@@ -64,7 +64,7 @@ def judge(
 
 
 def reference(folder: str, judge: str) -> list[Path]:
-    """The pictures of a folder, however deep.
+    """The pictures of a folder and its subfolders.
 
     Raises:
         XFusionError: there are none.
@@ -85,10 +85,10 @@ def compare(
     progress: Callable[[str, int, int], None],
     **settings: Any,
 ) -> Any:
-    """One of torchmetrics' distances of two sets, having seen both.
+    """Feed both sets to one of torchmetrics' distances.
 
     Raises:
-        XFusionError: the encoder took part in training, or cannot be had.
+        XFusionError: the encoder was used in training, or is not available.
     """
     if encoder is not None:
         refuse_taught(encoder.fingerprint, drawn.teachers)
@@ -113,19 +113,19 @@ def compare(
 
 
 def seen_by(encoder: Encoder.Config | None) -> dict[str, Any]:
-    """Which encoder looked, for the record."""
+    """Name of the encoder, for the record."""
     return {"encoder": INCEPTION if encoder is None else encoder.fingerprint}
 
 
 def batches(pictures: Iterator[Image]) -> Iterator[Tensor]:
-    """Pictures -> bytes [n, 3, H, W], neighbours of one size together."""
+    """Pictures -> uint8 [n, 3, H, W]; consecutive pictures of equal size share a batch."""
     for _, alike in groupby(pictures, key=lambda picture: picture.size):
         while part := list(islice(alike, BATCH)):
             yield torch.stack([levels(picture) for picture in part])
 
 
 class Eyes(nn.Module):
-    """An encoder as torchmetrics wants one."""
+    """Adapts an encoder to the interface of torchmetrics."""
 
     def __init__(self, encoder: Encoder):
         super().__init__()
@@ -133,5 +133,5 @@ class Eyes(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Bytes [N, 3, H, W] -> features [N, num_features], of unit length as the encoder gives them."""
+        """uint8 [N, 3, H, W] -> features [N, num_features], of unit length as the encoder returns them."""
         return self.encoder.features(images.float() / 127.5 - 1)

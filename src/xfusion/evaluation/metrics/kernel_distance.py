@@ -1,7 +1,7 @@
 """Kernel distance of drawings and pictures (KID, Bińkowski et al., arXiv 1801.01401), by torchmetrics.
 
-The unbiased estimate of the squared maximum mean discrepancy under (x y / width + 1)^3: its expectation does not depend on how
-many pictures there are, so it may be negative where both sides are alike.
+The unbiased estimate of the squared maximum mean discrepancy under (x y / width + 1)^3: its expectation does not depend on the
+number of pictures, so it may be negative if both sides are alike.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ def judge(
     device: str,
     progress: Callable[[str, int, int], None],
 ) -> dict[str, Any]:
-    """``--by kernel-distance:FOLDER``: how far the drawings, as a whole, are from the pictures of a folder.
+    """``--by kernel-distance:FOLDER``: distance between the distributions of the drawings and of a folder's pictures.
 
     Returns:
         ``kernel_distance``, the mean over 100 subsets of half the smaller side (at most 1,000 pictures), lower is better, and
         ``kernel_distance_spread``, the standard deviation of these.
 
     Raises:
-        XFusionError: fewer than 4 pictures on a side, an encoder that took part in training what drew or that cannot be had,
-            or torchmetrics is not installed.
+        XFusionError: there are fewer than 4 pictures on a side, the encoder was used to train the drawing model or is not
+            available, or torchmetrics is not installed.
     """
     files = reference(argument, "kernel-distance")
     fewer = min(len(drawn), len(files))
@@ -63,7 +63,7 @@ def judge(
         subsets=SUBSETS,
         subset_size=size,
     )
-    with seeded(0):  # subsets are drawn on the CPU, wherever features are
+    with seeded(0):  # subsets are sampled on the CPU, on whatever device the features are
         mean, spread = metric.compute()
     counts = {"num_pictures": len(drawn), "num_reference": len(files)}
     settings = seen_by(encoder) | {"subsets": SUBSETS, "subset_size": size}

@@ -1,7 +1,7 @@
-"""Naming: where does the true name of a picture stand among candidate names?
+"""Naming: the rank of a picture's true name among candidate names.
 
 The score of a name is its mean log-likelihood per token given the picture minus the same without the picture (pointwise
-mutual information per token), so that neither short nor common names win by being so.
+mutual information per token), so that neither short nor common names have an advantage.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def ranks(scores: Tensor, hit: Tensor) -> Tensor:
     """Rank of the best true name of every picture, float64 [pictures]; 1 is first.
 
     scores: [pictures, names], higher is better; not a number counts as minus infinity. hit: bool of the same shape.
-    Ties stand at the mean rank: the expected place of the best true name if the tied names were shuffled.
+    Ties get the mean rank: the expected rank of the best true name if the tied names were shuffled.
     """
     if scores.shape != hit.shape or scores.ndim != 2 or not scores.numel():
         raise XFusionError(
@@ -60,7 +60,7 @@ def naming(scores: Tensor, hit: Tensor, *, ks: Sequence[int] = (1, 10)) -> dict[
 
 
 def blind(scores: Tensor, hit: Tensor, *, ks: Sequence[int] = (1, 10), seed: int = 0) -> dict[str, float]:
-    """`naming` with the pictures permuted among the items, mean of five: what the names alone give away."""
+    """`naming` with the pictures permuted among the items, mean of five: what the names alone reveal."""
     keys = naming(scores, hit, ks=ks)
     return {
         key: permuted.blind(lambda p, key=key: naming(scores[p], hit, ks=ks)[key], len(hit), seed=seed) for key in keys
@@ -79,7 +79,7 @@ def chance(hit: Tensor, *, ks: Sequence[int] = (1, 10)) -> dict[str, float]:
 
 
 def beside(prefix: str, scores: Tensor, hit: Tensor, *, ks: Sequence[int] = (1, 10)) -> dict[str, float]:
-    """`naming` with its blind rate and chance beside it: ``PREFIXat_1``, ``PREFIXat_1_blind``, ``chance_PREFIXat_1``, ..."""
+    """`naming` together with its blind rate and chance: ``PREFIXat_1``, ``PREFIXat_1_blind``, ``chance_PREFIXat_1``, ..."""
     real, base, floor = naming(scores, hit, ks=ks), blind(scores, hit, ks=ks), chance(hit, ks=ks)
     out: dict[str, float] = {}
     for key in real:

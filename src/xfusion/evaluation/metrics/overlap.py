@@ -1,4 +1,4 @@
-"""Boxes against boxes: how much of both they share (intersection over union), and the best that one box for all can do."""
+"""Intersection over union of boxes, and the best score that one constant box can get."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from torch import Tensor
 from xfusion.data.sequence import XFusionError
 
 HIT = 0.5
-"""The overlap from which a box counts as found, as on RefCOCO."""
+"""Smallest overlap at which a box counts as found, as on RefCOCO."""
 GRID = 20
-"""Edges of the constant boxes that are tried stand at multiples of a side divided by it."""
+"""Edges of the constant boxes to try are at multiples of the side divided by this."""
 
 
 def overlap(boxes: Tensor, others: Tensor) -> Tensor:
     """Intersection over union of boxes ``[..., 4]``, left, top, right and bottom, which broadcast: ``[...]`` from 0 to 1.
 
-    A box without area overlaps none, which is how an answer that is no box is scored.
+    A box without area overlaps none; this is how an answer that is not a box is scored.
 
     Raises:
-        XFusionError: what is given has no four edges.
+        XFusionError: the input does not have four edges.
     """
     if boxes.shape[-1:] != (4,) or others.shape[-1:] != (4,):
         raise XFusionError(
@@ -35,15 +35,15 @@ def overlap(boxes: Tensor, others: Tensor) -> Tensor:
 def constant(boxes: Tensor) -> dict[str, float]:
     """``hit`` and ``mean``: the best share with an overlap of `HIT`, and the best mean overlap, of one box for all ``[N, 4]``.
 
-    Each is of the box that suits it best, chosen by the very boxes that it is scored on: no answer that does not look can do
-    better, but for the steps of the grid.
+    Each uses its own best box, chosen on the boxes that it is scored on: up to the steps of the grid, no answer that ignores
+    the picture can do better.
     """
     edges = torch.arange(GRID + 1, dtype=torch.float64) / GRID
     low, high = torch.triu_indices(GRID + 1, GRID + 1, offset=1)
     spans = torch.stack([edges[low], edges[high]], dim=1)
     best = {"hit": 0.0, "mean": 0.0}
     tried = spans[:, [0, 0, 1, 1]]
-    for span in spans:  # all boxes of a left and a right edge at a time: all at once are some hundred million numbers
+    for span in spans:  # one left and right edge at a time: all boxes at once are some hundred million numbers
         tried[:, 0], tried[:, 2] = span
         found = overlap(tried[:, None], boxes[None])
         best["hit"] = max(best["hit"], float((found >= HIT).double().mean(dim=1).max()))

@@ -32,5 +32,5 @@ def psnr(images: Tensor, reference: Tensor, mask: Tensor | None = None) -> Tenso
 
 
 def not_white(reference: Tensor) -> Tensor:
-    """bool [N, 1, H, W]: where the reference picture is not white, which is where a drawing on white has its content."""
+    """bool [N, 1, H, W]: where the reference picture is not white, so where a drawing on white has its content."""
     return (reference < _WHITE).any(dim=1, keepdim=True)

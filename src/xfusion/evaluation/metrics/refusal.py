@@ -1,4 +1,4 @@
-"""When to refuse: the lowest confidence at which answers are right as often as asked, chosen on other questions."""
+"""When to refuse: the lowest confidence at which answers reach a wanted accuracy, chosen on other questions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def threshold(confidence: Tensor, right: Tensor, wanted: float) -> float:
-    """The lowest bound such that answers of at least this confidence are right in a share of ``wanted`` or more.
+    """The lowest bound such that answers of at least this confidence have an accuracy of ``wanted`` or more.
 
     Args:
         confidence: float ``[N]`` in [0, 1].
@@ -16,7 +16,7 @@ def threshold(confidence: Tensor, right: Tensor, wanted: float) -> float:
         wanted: accuracy, in [0, 1].
 
     Returns:
-        one of the confidences, or infinity where no bound does: then everything is refused.
+        one of the confidences, or infinity if there is no such bound: then everything is refused.
     """
     fitting = [
         bound for bound in confidence.unique().tolist() if float(right[confidence >= bound].float().mean()) >= wanted
@@ -25,10 +25,10 @@ def threshold(confidence: Tensor, right: Tensor, wanted: float) -> float:
 
 
 def refusal(confidence: Tensor, right: Tensor, bound: float) -> dict[str, float | None]:
-    """Share of questions that are answered under a bound, and how often these answers are right.
+    """Share of questions that are answered at a bound, and the accuracy of these answers.
 
     Returns:
-        ``answered`` in [0, 1] and ``accuracy_answered``, None where nothing is answered.
+        ``answered`` in [0, 1] and ``accuracy_answered``, None if nothing is answered.
     """
     kept = confidence >= bound
     share = float(kept.float().mean())

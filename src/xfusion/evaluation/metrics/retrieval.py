@@ -34,7 +34,7 @@ def retrieval(
         gallery: [G, ...] the same of the real pictures.
         target: int [N], the index in the gallery of what was to be drawn.
         groups: the group of every real picture; any member of the target's group is a hit.
-        ks: how many neighbours to look at.
+        ks: numbers of nearest neighbours.
         distance: "euclidean" for pixels, "cosine" for features.
 
     Returns:
@@ -52,8 +52,8 @@ def first_hit(
 ) -> Tensor:
     """Rank (1 is nearest) of the best member of each target's group, int64 [N]; arguments as in `retrieval`.
 
-    Ties are pessimistic: strangers as near as the best member stand before it, so that a model that draws the same
-    picture everywhere gains nothing by it. A picture that is not finite is as far from everything as can be.
+    Ties are pessimistic: non-members as close as the best member rank before it, so a model that draws the same picture
+    everywhere gains nothing. A picture that is not finite is infinitely far from everything.
     """
     drawn, gallery, target = drawn.flatten(1).double().cpu(), gallery.flatten(1).double().cpu(), target.cpu()
     _check(drawn, gallery, target, groups)

@@ -1,4 +1,4 @@
-"""How much of the other tower's output positions take in a tower that mixes by position, by layer and kind of position."""
+"""Share of the other tower's output in a tower that mixes by position, by layer and kind of position."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def shares(model: Any, batch: Batch) -> dict[int, dict[str, float]]:
     """Mean share of the other tower, in -1 to 1.
 
     Args:
-        model: any; where its fusion learns no share per position, nothing is found.
+        model: any model; the result is empty if its fusion learns no share per position.
         batch: packed sequences; only positions from the first picture of a sequence on are counted.
 
     Returns:

@@ -1,7 +1,7 @@
-"""Drawing and naming on a set of named pictures: what was remembered (``fit_``), what is understood (``held_``).
+"""Drawing and naming on a set of named pictures: memorisation (``fit_``) and generalisation (``held_``).
 
 It works on any `Source`; the built-in emoji are the default. ``fit_`` scores are on trained pictures and measure memory
-only. ``held_`` scores are on pictures of groups that no training has seen. Beside a score stand ``chance_`` (a random
+only. ``held_`` scores are on pictures of groups that were never trained on. Scores come with ``chance_`` (a random
 answer), ``ceiling_`` (the real picture through codec and resizing) or ``_blind`` (pictures permuted among the items).
 """
 
@@ -26,9 +26,9 @@ from xfusion.evaluation.unseen import held_out
 from xfusion.modalities.encoders.efficientnet_lite import EfficientNetLite
 
 VALIDATION_SHARE = 0.2
-"""Share of groups that settings may be chosen by, where a suite is run in two parts."""
+"""Share of groups for choosing settings, if a suite is run in two parts."""
 LOSSLESS_DB = 100.0
-"""What the PSNR metrics say where nothing is lost (the ratio is infinite, which JSON cannot write)."""
+"""Value of the PSNR metrics if nothing is lost (the ratio is infinite, which JSON cannot represent)."""
 
 Part = Literal["all", "validation", "test"]
 
@@ -56,30 +56,29 @@ def run(
     """Scores of one model.
 
     Args:
-        model: draws, captions, embeds or matches; what it cannot do is left out of the result. One that only embeds names a
-            held-out picture by the nearest of the names, one that only matches by the likeliest; where it does several, the
-            ranks by cosines are ``held_embed_`` and those by the matching head ``held_match_``, beside ``held_caption_``.
+        model: draws, captions, embeds or matches; what it cannot do is left out of the result. A model that only embeds names
+            a held-out picture by the nearest name, one that only matches by the likeliest. If it does several, the ranks by
+            cosine are ``held_embed_`` and those by the matching head ``held_match_``, in addition to ``held_caption_``.
         progress: see `evaluate`.
         source: the trained pictures, a `Source` or a spec such as "emoji:128".
-        held: the held-out pictures, likewise, none of them trained on; None takes the held-out split of the same spec, where it
-            has one.
-        size: side in pixels of what the model draws and reads; None takes the first that it was trained at.
-        gallery_size: side at which drawn and real pictures are compared; None takes `size`.
+        held: held-out pictures, likewise, none of them trained on; None uses the held-out split of the same spec, if any.
+        size: side in pixels of drawn and input pictures; None uses the first that the model was trained at.
+        gallery_size: side at which drawn and real pictures are compared; None uses `size`.
         seed: picture number i of the source is drawn with the seed ``seed + i``.
         steps: Euler steps.
-        guidance: strength of classifier-free guidance; None takes the model's own.
-        max_drawn: draw only so many of the concepts (always the same ones); the gallery stays whole.
-        max_captioned: caption only so many of the trained pictures (always the same ones).
-        max_held: name only so many of the held-out pictures (always the same ones); their names are the candidates.
+        guidance: strength of classifier-free guidance; None uses the model's own.
+        max_drawn: draw at most this many concepts (always the same ones); the gallery stays whole.
+        max_captioned: caption at most this many trained pictures (always the same ones).
+        max_held: name at most this many held-out pictures (always the same ones); their names are the candidates.
         part: draw, caption and name only the groups of one part, "validation" (a fifth, to choose settings by) or "test"
             (the rest); the gallery stays whole. No group is in both.
-        candidates: "held", or "all" for the names of the trained pictures besides.
-        features: False where the encoder took part in training or ranking: it may not score what it taught.
-        encoder: pictures to features; None takes EfficientNet-Lite0.
+        candidates: "held", or "all" to add the names of the trained pictures.
+        features: False if the encoder was used in training or ranking: it must not score what it taught.
+        encoder: picture encoder; None uses EfficientNet-Lite0.
         batch_size: pictures per call of the model.
 
     Raises:
-        XFusionError: the model neither draws nor names, an empty source, an encoder that is not installed.
+        XFusionError: the model neither draws nor names, the source is empty, or the encoder is not installed.
     """
     abilities = {"draw", "caption", "embed", "match"} & set(model.capabilities)
     if not abilities:
@@ -127,21 +126,21 @@ def run(
 
 
 def chosen(examples: Sequence[Example], limit: int | None = None, part: Part = "all") -> list[int]:
-    """Indices, in order, of the `limit` examples whose ids hash lowest: always the same, of no kind in particular."""
+    """Indices, in order, of the `limit` examples with the lowest id hashes: always the same, of no kind in particular."""
     inside = [i for i, example in enumerate(examples) if part in ("all", part_of(example.group))]
     by_hash = sorted(inside, key=lambda i: hashlib.sha256(examples[i].id.encode()).digest())
     return sorted(by_hash[:limit])
 
 
 def part_of(group: str) -> Literal["validation", "test"]:
-    """The part of a group; a function of its name alone, so that look-alikes stay together."""
+    """The part of a group; it depends only on the name, so look-alikes stay together."""
     digest = hashlib.sha256(f"xfusion validation: {group}".encode()).digest()
     return "validation" if int.from_bytes(digest[:8], "big") < VALIDATION_SHARE * 2**64 else "test"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """The model under test, asked in batches."""
+    """The model under test, called in batches."""
 
     model: Any
     size: int
@@ -168,7 +167,7 @@ class Subject:
 
     @property
     def ways(self) -> tuple[str, ...]:
-        """How the model scores names; by the first of them it is held to be naming."""
+        """The ways in which the model scores names; the first one is its naming score."""
         return tuple(way for way in ("caption", "embed", "match") if way in self.model.capabilities)
 
     def score_names(self, source: Source, indices: Sequence[int], names: list[str], way: str) -> Tensor:
@@ -219,7 +218,7 @@ def _drawing(
     real = image.from_pil([source.picture(i, subject.size) for i in everything], subject.size)
     shown = torch.cat([_through_codec(image, part, subject.size) for part in real.split(64)])
     gallery = image.from_pil([source.picture(i, side) for i in everything], side)
-    # As a user gets them: rounded to 256 levels, then resized.
+    # As users get them: rounded to 256 levels, then resized.
     best = image.from_pil(image.to_pil(shown), side)
     views = {"pixel": (image.from_pil(pictures, side), best, gallery)}
     if encoder is not None:
@@ -227,7 +226,7 @@ def _drawing(
             subject.features(encoder, images, f"features of {what} pictures")
             for images, what in ((views["pixel"][0], "drawn"), (gallery, "real"))
         )
-        # A codec that loses nothing need not be looked at twice.
+        # A lossless codec needs no second evaluation.
         same = torch.equal(best, gallery)
         best_seen = gallery_seen if same else subject.features(encoder, best, "features of the ceiling")
         views["feature"] = (drawn_seen, best_seen, gallery_seen)

@@ -1,8 +1,8 @@
-"""Naming behind solved examples: pictures and their names, then a picture to name, all in one prompt (as Flamingo is asked).
+"""Few-shot naming: pictures with their names, then a picture to name, all in one prompt (as in Flamingo).
 
-``held_`` scores are on pictures of groups that no training has seen; the examples are trained pictures, a few of them the first
-of the more. Beside the exact answer stand ``_blind`` (the answers permuted among the pictures) and ``_misnamed``: each example
-has the name of a picture that is called otherwise, so that a model which reads its examples answers otherwise.
+``held_`` scores are on pictures of groups that were never trained on. The examples are trained pictures; fewer examples are
+the first of the larger set. Exact scores come with ``_blind`` (the answers permuted among the pictures) and ``_misnamed``: each
+example has the name of another picture, so a model that reads its examples answers differently.
 """
 
 from __future__ import annotations

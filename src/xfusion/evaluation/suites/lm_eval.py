@@ -1,6 +1,6 @@
-"""Tasks of EleutherAI's lm-evaluation-harness on a pack's text: what its base scores, it must score.
+"""Tasks of EleutherAI's lm-evaluation-harness on a pack's text, whose scores should equal the base's.
 
-Where the fusion keeps text, the two stacks give the same logits to the bit (`xfusion verify`), so their scores are equal.
+If the fusion preserves text, both stacks give bit-identical logits (`xfusion verify`), so their scores are equal.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Words of names that are masked, one token at a time: are they found, and how much of that is the picture's doing?
+"""Masked tokens of names, one at a time: are they predicted, and how much does the picture contribute?
 
 It works on any `Source`. ``fit_`` scores are on trained pictures and measure memory, ``held_`` scores on pictures of groups that
 no training has seen. Beside a score stands ``_blind``, the same beside other pictures, and beside a ``fit_`` score ``by_heart_``,

@@ -1,7 +1,7 @@
-"""Does a picture open when one is asked for, and only then: the opening head on wordings that it did not learn from.
+"""Does a picture start exactly when one is requested? Tests the opening head on wordings that it was not trained on.
 
-Precision and recall are of conversations of `xfusion.data.requests`, part ``held``; further prompts that ask for no picture,
-from a file, give a rate of false alarms of their own.
+Precision and recall are over conversations of `xfusion.data.requests`, part ``held``. Further prompts from a file, which ask
+for no picture, give a separate rate of false alarms.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Pictures and words against each other: naming by the nearest words, search by the nearest pictures.
+"""Retrieval between pictures and text: naming by the nearest text, search by the nearest pictures.
 
-How near they are says `Model.embed`, `Model.match`, or each of them apart. It works on any `Source`. ``fit_`` scores are on
-trained pictures and measure memory, ``held_`` scores on pictures of groups that no training has seen. Beside a score stand
+Similarity comes from `Model.embed`, `Model.match`, or each of them separately. It works on any `Source`. ``fit_`` scores are
+on trained pictures and measure memory, ``held_`` scores on pictures of groups that were never trained on. Scores come with
 ``chance_`` (a random order) and ``_blind`` (pictures permuted).
 """
 

@@ -1,4 +1,4 @@
-"""Naming sounds: what was remembered (``fit_``), and what is understood of recordings that no training has heard (``held_``).
+"""Naming sounds: memorisation (``fit_``), and generalisation to recordings that were never trained on (``held_``).
 
 The answer is one of the names of the trained sounds. ``at_1`` is how often the true one has the best score (its mean
 log-likelihood per token with the sound, less that without), ``exact`` how often the greedy answer is the name. Beside a
@@ -28,9 +28,9 @@ from xfusion.generation import BATCH
 from xfusion.objectives.codes import NextCode
 
 LARGEST_NAMES = 100
-"""Names that may be candidates: each is scored behind each sound."""
+"""Largest number of candidate names: each is scored after each sound."""
 PER_NAME = 20
-"""Trained recordings of a name, at most, whose codes say how it sounds."""
+"""Largest number of trained recordings per name whose codes describe its sound."""
 
 
 def run(

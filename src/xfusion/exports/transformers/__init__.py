@@ -1,6 +1,4 @@
-"""To transformers: the classes that some packs are, a file each; for all others, which class is nearest and what keeps it from
-being the same.
-"""
+"""Export to transformers: one file per class that some packs match; for other packs, the nearest class and how it differs."""
 
 from __future__ import annotations
 

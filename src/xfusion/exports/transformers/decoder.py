@@ -1,7 +1,7 @@
-"""The decoder inside an exported class: the frozen one, low-rank deltas merged where there are any.
+"""The decoder inside an exported class: the frozen one, with low-rank deltas merged if there are any.
 
-The rows that open and close a medium become tokens of their own, ``<begin_of_media>`` and ``<end_of_media>``, around the class's
-placeholder: three rows more in the table of embeddings, which no word uses.
+The boundary rows of a media item become tokens, ``<begin_of_media>`` and ``<end_of_media>``, around the class's placeholder:
+three more rows in the embedding table, which no text uses.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ def mechanism(model: Model) -> Fusion:
 
 
 def num_words(model: Model) -> int:
-    """Rows of the base's table: the numbers of ``<begin_of_media>``, the placeholder and ``<end_of_media>`` follow."""
+    """Rows of the base's embedding table; the ids of ``<begin_of_media>``, the placeholder and ``<end_of_media>`` follow."""
     return len(model.backbone.model.get_input_embeddings().weight)
 
 
 def text_config(model: Model) -> Any:
-    """The base's configuration, with three words more.
+    """The base's configuration, with three more tokens.
 
     Raises:
-        XFusionError: the base has what no class around a decoder has.
+        XFusionError: the base has features that no class around a decoder supports.
     """
     if model.backbone.model.get_output_embeddings().bias is not None:
         raise not_exact(model, "transformers", "its base has a bias at the head, which no class around a decoder has")
@@ -47,10 +47,10 @@ def text_config(model: Model) -> Any:
 
 @torch.no_grad()
 def filled(made: Any, model: Model) -> Any:
-    """A class around a decoder, with the weights of decoder and head; the three tokens are never said."""
+    """Fill a class around a decoder with the weights of decoder and head; the three tokens are never generated."""
     base, port = model.backbone, model.port
     table: Tensor = base.model.get_input_embeddings().weight
-    # A merged matrix is rounded in a narrow dtype, and then it is another one.
+    # A narrow dtype would round a merged matrix and so change it.
     made = made.to(torch.float32 if isinstance(model.fusion, Lora) else base.dtype).eval()
     state = dict(base.decoder.state_dict())
     name = next(k for k, v in state.items() if v.shape == table.shape and v.data_ptr() == table.data_ptr())
@@ -63,7 +63,7 @@ def filled(made: Any, model: Model) -> Any:
 
 @torch.no_grad()
 def merged(model: Model) -> dict[str, Tensor]:
-    """Matrices with their deltas, by their names in the decoder; none where there are no deltas."""
+    """Matrices with their deltas merged, by their names in the decoder; empty if there are no deltas."""
     if not isinstance(model.fusion, Lora):
         return {}
     base, out = model.backbone, {}
@@ -73,7 +73,7 @@ def merged(model: Model) -> dict[str, Tensor]:
             assert isinstance(adapter, Adapter)
             frozen: Any = base.layers[int(index)].get_submodule(path)
             delta = adapter.layer.get_delta_weight("default")
-            delta = delta if isinstance(frozen, nn.Linear) else delta.T  # GPT-2's matrices lie the other way
+            delta = delta if isinstance(frozen, nn.Linear) else delta.T  # GPT-2's matrices are transposed
             out[f"{base.layers_key}.{index}.{path}.weight"] = frozen.weight.float() + delta
     return out
 
