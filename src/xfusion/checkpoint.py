@@ -378,7 +378,7 @@ def push(
             commit_message=message,
         )
     except (OSError, ValueError, RuntimeError, HFValidationError, HfHubHTTPError) as error:
-        behind = error.__cause__ if isinstance(error, RuntimeError) else None  # names the file; the error before it says why
+        behind = error.__cause__ if isinstance(error, RuntimeError) else None  # the file; the error says why
         reason = first_line(error) + (f" {first_line(behind)}" if behind else "")
         raise XFusionError(f"{path} cannot be put on the hub as {repository!r}: {reason}") from error
     return str(found.commit_url)

@@ -186,7 +186,7 @@ def curves(
     """
     width, height = 420, 250
     values = [b for line in lines.values() for _, b in line if b > 0]
-    logarithmic = logarithmic and bool(values) and max(values) > 8 * min(values)  # otherwise round ticks are easier to read
+    logarithmic = logarithmic and bool(values) and max(values) > 8 * min(values)  # else round ticks read better
     lines = {
         k: [(a, math.log10(b) if logarithmic else b) for a, b in v if not logarithmic or b > 0]
         for k, v in lines.items()

@@ -350,7 +350,7 @@ class _Comparison:
         for run in walk:  # refuse results made with other settings before writing anything
             done(*run)
         self._write_plan(labels)
-        while sum(do(*run) for run in walk):  # repeat until nothing was done, since another process may have died during a run
+        while sum(do(*run) for run in walk):  # another process may have died during a run
             pass
         if self.plan.measure_time:
             for done_before, entry in enumerate(self.entries):
