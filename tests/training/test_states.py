@@ -354,6 +354,7 @@ def in_a_child(work) -> str:
     child = os.fork()
     if not child:
         try:
+            torch.set_num_threads(1)  # makes torch's pool anew; of threads that did so at once, one would find none
             work()
             told = "nothing"
         except BaseException as error:
