@@ -89,12 +89,13 @@ def captioner(text: str, *, device: str, max_tokens: int) -> tuple[str, Ask]:
         its name for the record, with the commit or, of a folder, a hash of its files; and who to ask.
 
     Raises:
-        XFusionError: it cannot be loaded, lacks weights, or has no chat template.
+        XFusionError: it cannot be loaded, lacks weights, has no chat template, or reads pictures through torchvision, which is
+            not installed.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     source, revision = named(text)
-    processor = _loaded(source, revision, AutoProcessor)
+    processor = _processor(source, revision)
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None or not getattr(processor, "chat_template", None):
         raise XFusionError(f"{source!r} has no chat template for pictures: name a vision-language model that was tuned")
@@ -125,6 +126,44 @@ def captioner(text: str, *, device: str, max_tokens: int) -> tuple[str, Ask]:
 
     commit = getattr(model.config, "_commit_hash", None) or revision
     return f"{source}@{_files_hash(Path(source)) if Path(source).is_dir() else commit}", ask
+
+
+def _processor(source: str, revision: str | None) -> Any:
+    """The processor of a vision-language model: chat template, tokenizer and image processor.
+
+    Those of Qwen-VL and InternVL also have a video processor, which exists only where torchvision is installed. Without
+    torchvision the processor is loaded without it; the image processor is then transformers' Pillow version.
+
+    Raises:
+        XFusionError: it cannot be loaded, or only with torchvision.
+    """
+    from transformers import PROCESSOR_MAPPING, AutoConfig, AutoProcessor
+    from transformers.utils import is_torchvision_available
+
+    if is_torchvision_available():
+        return _loaded(source, revision, AutoProcessor)
+    config = type(_loaded(source, revision, AutoConfig))
+    kind = PROCESSOR_MAPPING.get(config, AutoProcessor)
+    has_videos = kind is not AutoProcessor and "video_processor" in kind.get_attributes()
+    try:
+        return _loaded(source, revision, _without_videos(kind) if has_videos else AutoProcessor)
+    except (XFusionError, TypeError) as error:  # TypeError: the constructor's arguments are in another order
+        if isinstance(error, XFusionError) and "torchvision" not in str(error).lower():
+            raise
+        raise XFusionError(
+            f"model {source!r} reads pictures through torchvision, which is not installed: pip install torchvision"
+        ) from error
+
+
+def _without_videos(kind: Any) -> Any:
+    """A processor class without its video processor."""
+
+    class PictureProcessor(kind):
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return [name for name in super().get_attributes() if name != "video_processor"]
+
+    return PictureProcessor
 
 
 def _pooled(found: Any) -> Tensor:
