@@ -465,6 +465,18 @@ def test_caption(run, here, pack):
     assert asked["question"] == "What is this?"
 
 
+PARTS_OF_A_PROOF = [
+    "loading the base afresh",
+    "base weights",
+    "base alone",
+    "text path",
+    "fused stack",
+    "text before a picture",
+    "fused stack, new weights randomised",
+    "text before a picture, new weights randomised",
+]
+
+
 def test_verify(run, here, pack, monkeypatch):
     monkeypatch.setattr("xfusion.evaluation.verify.NEW_TOKENS", 3)
     ran = run("verify", pack, "-o", "proof.json", "--json")
@@ -473,6 +485,9 @@ def test_verify(run, here, pack, monkeypatch):
     assert all(set(check) == {"name", "passed", "detail"} for check in ran.json["checks"])
     assert json.loads(Path("proof.json").read_text()) == ran.json
     assert "bit for bit" in ran.err
+    assert ran.err.splitlines()[: len(PARTS_OF_A_PROOF)] == PARTS_OF_A_PROOF  # without a terminal, a line each
+    plain = run("verify", pack)
+    assert plain.err.splitlines() == PARTS_OF_A_PROOF and plain.out.splitlines()[0].startswith("ok")
 
 
 def test_a_failed_proof_exits_with_1(run, here, pack, monkeypatch):

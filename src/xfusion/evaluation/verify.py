@@ -105,7 +105,9 @@ def verify(model: Model, progress: Progress | None = None) -> dict[str, Any]:
     tell("loading the base afresh", 0, 1)
     fresh = backbone.fresh()
     tell("loading the base afresh", 1, 1)
+    tell("base weights", 0, 1)
     exact = [_base_weights(model, fresh)]
+    tell("base weights", 1, 1)
     expected = _read("base alone", model, fresh, prompts, tell)
     perplexity = {"base": _perplexity(model, fresh)}
     del fresh
@@ -114,7 +116,7 @@ def verify(model: Model, progress: Progress | None = None) -> dict[str, Any]:
     found = _read("fused stack", model, model.fused_text_model(), prompts, tell, "fused")
     exact += _compare("fused stack", prompts, expected, found)
     perplexity["fused"] = _perplexity(model, model.fused_text_model())
-    near = [_before_a_picture("text before a picture", model, prompts, expected)]
+    near = [_before_a_picture("text before a picture", model, prompts, expected, tell)]
     if model.regime == "LoRA":
         name = "fused stack, adapters off"
         with model.fusion.unadapted():
@@ -125,7 +127,8 @@ def verify(model: Model, progress: Progress | None = None) -> dict[str, Any]:
         name = "fused stack, new weights randomised"
         found = _read(name, model, model.fused_text_model(), prompts, tell, "fused")
         exact += _compare(name, prompts, expected, found)
-        near.append(_before_a_picture("text before a picture, new weights randomised", model, prompts, expected))
+        name = "text before a picture, new weights randomised"
+        near.append(_before_a_picture(name, model, prompts, expected, tell))
     exact.append(_check("new weights restored", model.fingerprint == fingerprint, f"fingerprint {fingerprint[:16]}"))
     same = "{base:.6f} (base), {fused:.6f} (fused), over {n} tokens".format(**perplexity, n=_long(prompts).shape[1])
     exact.append(_check("perplexity", perplexity["base"] == perplexity["fused"], same))
@@ -288,7 +291,9 @@ def _largest(one: Tensor, other: Tensor) -> float:
     return float((one.double() - other.double()).abs().max()) if one.shape == other.shape else math.inf
 
 
-def _before_a_picture(name: str, model: Model, prompts: list[Prompt], expected: list[Reading]) -> dict[str, Any]:
+def _before_a_picture(
+    name: str, model: Model, prompts: list[Prompt], expected: list[Reading], tell: Progress
+) -> dict[str, Any]:
     """Compare logits of text before a picture and more text with the base's logits for the text alone."""
     tolerance = TOLERANCE[model.backbone.dtype]
     media, generator = model.modality, torch.Generator().manual_seed(0)
@@ -298,10 +303,10 @@ def _before_a_picture(name: str, model: Model, prompts: list[Prompt], expected: 
     behind = Text(ids=model.backbone.encode("What is this?\n"))
     dtype = next(model.port.parameters()).dtype
     worst, other_word = 0.0, []
+    pairs = [pair for pair in zip(prompts, expected, strict=True) if pair[0].name in BEFORE_A_PICTURE]
     with model.using(model.plain_engine()):
-        for prompt, base in zip(prompts, expected, strict=True):
-            if prompt.name not in BEFORE_A_PICTURE:
-                continue
+        for done, (prompt, base) in enumerate(pairs):
+            tell(name, done, len(pairs))
             words = tuple(prompt.ids[0].tolist())
             batch = pack([[Sequence(segments=(Text(ids=words), picture, behind))]])
             rows = batch.media[media.name]
@@ -315,6 +320,7 @@ def _before_a_picture(name: str, model: Model, prompts: list[Prompt], expected: 
             clear = top[..., 0] - top[..., 1] > 2 * tolerance * size  # closer ones may swap by rounding alone
             if not torch.equal(found.argmax(-1)[clear], wanted.argmax(-1)[clear]):
                 other_word.append(prompt.name)
+    tell(name, len(pairs), len(pairs))
     detail = f"largest difference {worst:.2g} of the largest logit, {tolerance:g} allowed"
     if other_word:
         detail += f"; another likeliest token for {', '.join(other_word)}"

@@ -56,13 +56,27 @@ def readable(text: str) -> str:
 
 
 @contextmanager
-def progress(people: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar with the time left, only on a terminal; yields a function of (part's name, items done, items in all)."""
+def progress(people: Console, *, lines: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar with the time left, only on a terminal; yields a function of (part's name, items done, items in all).
+
+    Args:
+        people: where it is shown.
+        lines: without a terminal, print the name of each part on a line of its own as it begins.
+    """
     left = TimeRemainingColumn(elapsed_when_finished=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), left)
     with Progress(*columns, console=people, transient=True, disable=not people.is_terminal) as bar:
         task = bar.add_task("loading", total=None)
-        yield lambda part, done, total: bar.update(task, description=part, completed=done, total=total)
+        current = ""
+
+        def tell(part: str, done: int, total: int) -> None:
+            nonlocal current
+            if lines and part != current and not people.is_terminal:
+                people.print(part, markup=False, soft_wrap=True)
+            current = part
+            bar.update(task, description=part, completed=done, total=total)
+
+        yield tell
 
 
 def load_model(name: str, *, device: str = "auto", trust: bool = False) -> Model:

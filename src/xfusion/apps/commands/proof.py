@@ -50,7 +50,7 @@ class Verify(Verb):
         folder = _to_record_in(self.model) if self.record else None
         choose_device(self.device)
         model = load_model(self.model, device=self.device, trust=self.trust)
-        with progress(people) as tell:
+        with progress(people, lines=True) as tell:
             result: dict[str, Any] = {"model": self.model} | verify(model, tell)
         if self.out:
             write_json(self.out, result)
