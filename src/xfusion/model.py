@@ -652,8 +652,8 @@ class Model(nn.Module):
 
         return generate(self, items, **settings)
 
-    def answer(self, messages: list[dict[str, Any]], **settings: Any) -> list[Any]:
-        """The next turn of a conversation; see `xfusion.generation.answer`."""
+    def answer(self, messages: Any, **settings: Any) -> list[Any]:
+        """The next turn of a conversation, or of each of several; see `xfusion.generation.answer`."""
         from xfusion.generation import answer
 
         return answer(self, messages, **settings)

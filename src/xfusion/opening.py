@@ -19,6 +19,8 @@ from xfusion.data.sequence import XFusionError
 
 TURNS = 3
 """Number of last user turns that are read."""
+UNCLEAR = 0.05
+"""Distance of a probability from a half below which a batch's rounding could change the decision."""
 
 
 class Opening(nn.Module):
@@ -34,6 +36,21 @@ class Opening(nn.Module):
     def probability(self, backbone: Backbone, messages: Seq[dict[str, str]]) -> float:
         """Probability that the last turn of a text conversation asks for a picture."""
         return float(self.opens(answer_state(backbone, messages)).sigmoid())
+
+    @torch.no_grad()
+    def probabilities(self, backbone: Backbone, conversations: Seq[Seq[dict[str, str]]]) -> list[float]:
+        """`probability` of several conversations in one pass.
+
+        A batch's rounding differs from a single pass's. A probability within `UNCLEAR` of a half is therefore computed again
+        alone, so that the decisions are those of `probability`.
+        """
+        if len(conversations) < 2:
+            return [self.probability(backbone, messages) for messages in conversations]
+        together = self.opens(answer_states(backbone, conversations)).sigmoid()[:, 0].tolist()
+        return [
+            self.probability(backbone, messages) if abs(value - 0.5) < UNCLEAR else value
+            for value, messages in zip(together, conversations, strict=True)
+        ]
 
     @torch.no_grad()
     def what(self, backbone: Backbone, words: str) -> str:
@@ -64,8 +81,19 @@ def recent(messages: Seq[dict[str, str]]) -> list[dict[str, str]]:
 @torch.no_grad()
 def answer_state(backbone: Backbone, messages: Seq[dict[str, str]]) -> Tensor:
     """The base's last hidden state ``[D]``, float32, at the start of the answer to a conversation."""
-    ids = torch.tensor([backbone.chat(recent(messages))], device=backbone.device)
-    return backbone.decoder(input_ids=ids, use_cache=False).last_hidden_state[0, -1].float()
+    return answer_states(backbone, [messages])[0]
+
+
+@torch.no_grad()
+def answer_states(backbone: Backbone, conversations: Seq[Seq[dict[str, str]]]) -> Tensor:
+    """`answer_state` of several conversations in one pass, ``[N, D]``."""
+    prompts = [backbone.chat(recent(messages)) for messages in conversations]
+    longest = max(map(len, prompts))
+    # Padded on the right, where no token of a causal model sees it: no mask is needed.
+    rows = [(*prompt, *[prompt[-1]] * (longest - len(prompt))) for prompt in prompts]
+    states = backbone.decoder(input_ids=torch.tensor(rows, device=backbone.device), use_cache=False).last_hidden_state
+    last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=states.device)
+    return states[torch.arange(len(prompts), device=states.device), last].float()
 
 
 @torch.no_grad()

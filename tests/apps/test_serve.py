@@ -38,7 +38,7 @@ from apps.serving import (
     tiny_models,
 )
 from apps.test_cli import start
-from contracts.table import SIDE, SOUND_RATE, Noise, hearing_model, make_model
+from contracts.table import SIDE, SOUND_RATE, Noise, hearing_model, make_model, opening_head
 
 import xfusion
 from xfusion.apps import cli
@@ -345,6 +345,55 @@ def test_the_opening_head_decides_where_a_request_asks_it_to(client, model, monk
     found = from_url(message.images[0]["image_url"]["url"])
     assert found.size == (32, 32) and apart(found, picture) == 0 and message.content == words
     assert client.chat.completions.create(**call).choices[0].message.content == plain.choices[0].message.content
+
+
+def test_what_the_head_opens_is_drawn_as_one_batch_and_text_is_answered_one_by_one(model, monkeypatch):
+    subjects = ["draw a red apple", "who are you", "paint two blue birds", "a cat as a picture", "what is it"]
+    draws = [True, False, True, True, False]
+    talks = [say(words) for words in subjects]
+    monkeypatch.setattr(model, "opening", opening_head(model.backbone, talks, draws))
+    heard, sizes = [], []
+    call = {"draw": "auto", "steps": 3, "max_tokens": 6, "temperature": 0.5}
+    jobs = []
+    for i, talk in enumerate(talks):
+        asked = requests.parse(requests.Chat, {"messages": talk, "seed": 30 + i, **call})
+        (job,), _ = reading.chat(asked, model, TINY, frozenset())
+        job.tell = lambda job, new: heard.append(job.seed) if new is None else None
+        jobs.append(job)
+    queue = Batches(8, 8, lambda done, seconds: sizes.append([job.seed for job in done]))
+    queue.put(jobs)
+    queue.start()
+    until(lambda: len(heard) == 5)
+    queue.close(10)
+    assert sizes == [[30, 32, 33], [31], [34]] and heard == [30, 32, 33, 31, 34]
+    for job, talk in zip(jobs, talks, strict=True):
+        expected = model.answer(talk, seed=job.seed, steps=3, max_tokens=6, temperature=0.5)
+        assert job.error is None and job.answer[-1] == expected[-1]
+        assert len(job.answer) == len(expected) and (len(expected) == 1 or apart(job.answer[0], expected[0]) <= 2)
+
+
+def test_a_conversation_that_cannot_be_decided_fails_alone(model):
+    with opens_always(model):
+        first, second, third = (
+            reading.chat(
+                requests.parse(requests.Chat, {"messages": say("a cat"), "draw": "auto", "steps": 1, "max_tokens": 2}),
+                model,
+                TINY,
+                frozenset(),
+            )[0][0]
+            for _ in range(3)
+        )
+        second.given = [*second.given, {"role": "assistant", "content": "no"}]
+        heard = []
+        queue = Batches(8, 8)
+        for job in (first, second, third):
+            job.tell = lambda job, new: heard.append(job) if new is None else None
+        queue.put([first, second, third])
+        queue.start()
+        until(lambda: len(heard) == 3)
+        queue.close(10)
+    assert "behind a turn of the user" in str(second.error)
+    assert [(job.error, len(job.answer)) for job in (first, third)] == [(None, 2)] * 2
 
 
 def test_own_pictures_are_read_as_far_as_the_limit_goes_and_called_so_beyond(client, model, picture):

@@ -80,6 +80,7 @@ from xfusion.modalities.port import MediaPort
 from xfusion.model import BackboneConfig, Model, ModelConfig
 from xfusion.objectives.base import NoObjective
 from xfusion.objectives.flow_matching import FlowMatching
+from xfusion.opening import Opening, answer_state
 from xfusion.training.loop import train
 from xfusion.training.stages import Recipe, Stage
 
@@ -548,6 +549,16 @@ class Noise:
         generator = torch.Generator().manual_seed(index)
         coarse = torch.randint(0, 256, (4, 4, 3), generator=generator, dtype=torch.uint8)
         return PILImage.fromarray(coarse.numpy()).resize((size, size), PILImage.Resampling.NEAREST)
+
+
+def opening_head(backbone: Backbone, conversations: list[Any], draws: list[bool]) -> Opening:
+    """A head that is sure about text conversations, each in its own way, and takes all of the last turn as what to draw."""
+    head = Opening(backbone.hidden_size).requires_grad_(False)
+    for parameter in head.parameters():
+        parameter.zero_()
+    states = torch.stack([answer_state(backbone, conversation) for conversation in conversations])
+    head.opens.weight[0] = torch.linalg.pinv(states) @ (6.0 * (2.0 * torch.tensor(draws).float() - 1.0))
+    return head
 
 
 def of_other_groups(source: Any) -> Any:

@@ -3,9 +3,10 @@
 import json
 import shutil
 
+import numpy
 import pytest
 import torch
-from contracts.table import Noise, make_model
+from contracts.table import Noise, make_model, opening_head
 from contracts.test_packs import VERSION_1
 from safetensors.torch import load_file, save_file
 
@@ -14,8 +15,8 @@ from xfusion import checkpoint
 from xfusion.data import requests
 from xfusion.data.sequence import XFusionError
 from xfusion.evaluation.run import evaluate
-from xfusion.generation import conversation, opens
-from xfusion.opening import Opening, answer_state, recent, word_states
+from xfusion.generation import conversation, openings, opens, segments
+from xfusion.opening import Opening, answer_state, answer_states, recent, word_states
 from xfusion.training.opening import PENALTY, _logistic, fit
 
 ASK = [{"role": "user", "content": "draw a red apple"}]
@@ -100,6 +101,71 @@ def test_what_cannot_be_decided_is_refused(model, monkeypatch):
     monkeypatch.setattr(type(model), "capabilities", {"text", "caption"})
     with pytest.raises(XFusionError, match="cannot draw"):
         model.answer(ASK)
+
+
+TALKS = [
+    ASK,
+    [{"role": "user", "content": "what is two and two?"}],
+    [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "good day"},
+        {"role": "user", "content": "a cat on a table, please, as a picture"},
+    ],
+    [{"role": "user", "content": "paint two blue birds"}],
+    [{"role": "user", "content": "who are you"}],
+]
+DRAWS = [True, False, True, True, False]
+LOOKS = [{"role": "user", "content": [Noise(1).picture(0, 32), "what is this"]}]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])  # gemma3's layers slide
+def test_several_conversations_are_answered_as_each_alone_and_drawn_as_one_batch(bases, family, monkeypatch):
+    model = make_model(bases[family])
+    model.opening = opening_head(model.backbone, TALKS, DRAWS)
+    talks = [*TALKS[:3], LOOKS, *TALKS[3:]]
+    settings = {"steps": 3, "max_tokens": 5, "temperature": 0.7}
+    alone = [model.answer(talk, seed=40 + i, **settings) for i, talk in enumerate(talks)]
+    assert [len(turn) for turn in alone] == [2, 1, 2, 1, 2, 1]
+    drawn, draws = [], segments.draw_tokens
+
+    def counted(model, contexts, size, **options):
+        drawn.append(options["seeds"])
+        return draws(model, contexts, size, **options)
+
+    monkeypatch.setattr(segments, "draw_tokens", counted)
+    heard: dict[int, list[int]] = {}
+    listen = lambda i, token: heard.setdefault(i, []).append(token) or True  # noqa: E731
+    together = model.answer(talks, seed=40, listen=listen, **settings)
+    assert drawn == [[40, 42, 44]]
+    for i, (turn, expected) in enumerate(zip(together, alone, strict=True)):
+        assert turn[-1] == expected[-1] == model.backbone.decode(heard[i])
+        if len(expected) == 2:
+            difference = numpy.abs(numpy.asarray(turn[0]).astype(int) - numpy.asarray(expected[0]))
+            assert difference.max() <= 2  # as for any batch of pictures
+    with pytest.raises(XFusionError, match="2 seeds for 6 conversations"):
+        model.answer(talks, seeds=[1, 2])
+
+
+def test_a_batch_decides_as_single_calls_do(model, monkeypatch):
+    """Also where a decision is so close that the rounding of a batch could turn it: those are asked alone."""
+    model.opening = opening_head(model.backbone, TALKS, DRAWS)
+    alone, probability = [], Opening.probability
+
+    def asked(self, backbone, messages):
+        alone.append(messages)
+        return probability(self, backbone, messages)
+
+    monkeypatch.setattr(Opening, "probability", asked)
+    expected = ["draw a red apple", None, "a cat on a table, please, as a picture", "paint two blue birds", None]
+    assert openings(model, TALKS) == expected
+    assert alone == []
+    model.opening.opens.bias[0] -= 6.0  # requests for pictures now have a logit of 0
+    found = openings(model, TALKS)
+    assert alone == [talk for talk, draws in zip(TALKS, DRAWS, strict=True) if draws]
+    assert found == [opens(model, talk) for talk in TALKS]
+    states = answer_states(model.backbone, TALKS)
+    for state, talk in zip(states, TALKS, strict=True):
+        assert torch.allclose(state, answer_state(model.backbone, talk), rtol=1e-4, atol=1e-5)
 
 
 def test_the_subject_is_the_stretch_with_the_largest_sum(bases):

@@ -16,7 +16,15 @@ from xfusion.generation.base import (
     refuse_to_draw,
     refuse_to_read,
 )
-from xfusion.generation.conversations import DrawMode, Message, answer, conversation, opens
+from xfusion.generation.conversations import (
+    DrawMode,
+    Message,
+    answer,
+    answer_with_pictures,
+    conversation,
+    openings,
+    opens,
+)
 from xfusion.generation.drawing import draw, draw_tokens, inpaint, inpaint_batch
 from xfusion.generation.pairs import embed, fill, fill_tokens, match, score
 from xfusion.generation.schema import schema_answers
@@ -36,6 +44,7 @@ __all__ = [
     "TooLong",
     "answer",
     "answer_tokens",
+    "answer_with_pictures",
     "caption",
     "conversation",
     "draw",
@@ -51,6 +60,7 @@ __all__ = [
     "log_likelihoods",
     "match",
     "media_segment",
+    "openings",
     "opens",
     "prompt_length",
     "refuse_to_draw",

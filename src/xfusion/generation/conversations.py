@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from xfusion.data.requests import PICTURE
 from xfusion.data.sequence import Image, Text, XFusionError
-from xfusion.generation.base import Segment
-from xfusion.generation.segments import generate
+from xfusion.generation import base
+from xfusion.generation.base import Listener, Segment, seeds_of
+from xfusion.generation.segments import for_part, generate
 from xfusion.model import Model
 
 DrawMode = Literal["never", "auto", "always"]
@@ -59,13 +60,16 @@ def conversation(model: Model, messages: Seq[Message], *, own_pictures: bool = T
 
 def answer(
     model: Model,
-    messages: Seq[Message],
+    messages: Seq[Message] | Seq[Seq[Message]],
     *,
     draw: DrawMode = "auto",
     size: int | None = None,
+    seed: int = 0,
+    seeds: Seq[int] | None = None,
+    listen: Listener | None = None,
     **settings: Any,
 ) -> list[Any]:
-    """The next turn of a conversation: text, or a picture optionally followed by text.
+    """The next turn of a conversation, or of each of several: text, or a picture optionally followed by text.
 
     A text answer is `generate`'s answer to `conversation`; for a text-only conversation it is the base's own. Under ``auto``
     the pack's opening head reads the base's last hidden state, alongside the LM head, and decides whether the answer starts
@@ -73,65 +77,119 @@ def answer(
     describing the finished picture. Pictures drawn by the pack itself are replaced by the text ``(picture)`` in later turns,
     so that the base keeps answering. Pictures shown by the user are read, and the head is not used after one.
 
+    Of several conversations, the head decides in one pass, and all pictures are drawn as one batch. The answers are those of
+    single calls with the same seeds: text by the base alone is computed conversation by conversation, so that its tokens are
+    the same; pictures and text about them agree as a batch of `generate` does.
+
     Args:
         model: a model.
-        messages: as in `conversation`.
+        messages: as in `conversation`; or a list of such conversations.
         draw: ``never`` skips all of this, ``always`` draws at every turn.
         size: side of pictures in pixels; None uses the trained size.
-        settings: settings of `generate`: ``seed``, ``steps``, ``guidance``, ``max_tokens``, ``listen``, ...
+        seed: conversation i uses ``seed + i``.
+        seeds: one seed per conversation instead.
+        listen: called with the index of a conversation and every token of its text as it is generated.
+        settings: other settings of `generate`: ``steps``, ``guidance``, ``max_tokens``, ...
 
     Returns:
-        ``[text]``, ``[picture]`` or ``[picture, text]``.
+        ``[text]``, ``[picture]`` or ``[picture, text]``; a list of these for several conversations.
 
     Raises:
         XFusionError: the model cannot draw, or ``auto`` is used with a pack without an opening head.
     """
-    what = opens(model, messages, draw)
-    if what is None:
-        return generate(model, conversation(model, messages, own_pictures=draw == "never"), **settings)
-    drawing = {name: settings[name] for name in _DRAWING & set(settings)}
-    (picture,) = generate(model, [what, Image(size=size)], **drawing)
-    return [picture, *(generate(model, [picture], **settings) if "caption" in model.capabilities else [])]
+    single = not messages or isinstance(messages[0], dict)
+    conversations = cast("Seq[Seq[Message]]", [messages] if single else messages)
+    chosen = seeds_of(seed, seeds, len(conversations), "conversations")
+    prompts = openings(model, conversations, draw)
+    out: list[Any] = [None] * len(conversations)
+    for draws in (False, True):
+        members = [i for i, prompt in enumerate(prompts) if (prompt is not None) == draws]
+        if not members:
+            continue
+        shared = {"seeds": [chosen[i] for i in members], "listen": for_part(listen, members), **settings}
+        if draws:
+            answers = answer_with_pictures(model, [cast("str", prompts[i]) for i in members], size=size, **shared)
+        else:
+            own = draw == "never"
+            answers = generate(
+                model, [conversation(model, conversations[i], own_pictures=own) for i in members], **shared
+            )
+        for i, turn in zip(members, answers, strict=True):
+            out[i] = turn
+    return out[0] if single else out
 
 
-_DRAWING = {"seed", "seeds", "steps", "guidance", "solver", "progress"}
+_DRAWING = {"seeds", "steps", "guidance", "solver", "progress"}
 """Settings of `generate` that apply to drawing."""
 
 
+def answer_with_pictures(model: Model, prompts: Seq[str], *, size: int | None = None, **settings: Any) -> list[Any]:
+    """Answers that start with a picture: drawn of a prompt each, then described by a pack that can caption.
+
+    Args:
+        model: a model that can draw.
+        prompts: what to draw, as from `openings`.
+        size: see `answer`.
+        settings: settings of `generate`.
+
+    Returns:
+        ``[picture]`` or ``[picture, text]`` of each prompt.
+    """
+    drawing = {name: settings[name] for name in _DRAWING & set(settings)}
+    drawn = generate(model, [[prompt, Image(size=size)] for prompt in prompts], **drawing)
+    if "caption" not in model.capabilities:
+        return drawn
+    texts = generate(model, drawn, **settings)
+    return [[*picture, *text] for picture, text in zip(drawn, texts, strict=True)]
+
+
 def opens(model: Model, messages: Seq[Message], draw: DrawMode = "auto") -> str | None:
-    """What the next turn of a conversation draws, as a prompt; None if the turn is text.
+    """`openings` of one conversation."""
+    return openings(model, [messages], draw)[0]
+
+
+def openings(model: Model, conversations: Seq[Seq[Message]], draw: DrawMode = "auto") -> list[str | None]:
+    """What the next turn of each conversation draws, as a prompt; None where the turn is text.
 
     The prompt is what the user's last turn describes, or an earlier turn if the last describes nothing ("another one"). It is
     the whole last turn if the pack has no opening head or the head finds nothing.
 
     Args:
         model: a model.
-        messages: as in `conversation`.
+        conversations: each as in `conversation`.
         draw: see `answer`.
 
     Raises:
-        XFusionError: see `answer`; or the conversation does not end with the user.
+        XFusionError: see `answer`; or a conversation does not end with the user.
     """
     if draw not in get_args(DrawMode):
         raise XFusionError(f"draw {draw!r} is not one of {', '.join(get_args(DrawMode))}")
     if draw == "never":
-        return None
+        return [None] * len(conversations)
     model.require("draw", "take draw='never'")
-    head, words = model.opening, [{"role": m["role"], "content": _as_words(m)} for m in messages]
+    head = model.opening
+    texts = [[{"role": m["role"], "content": _as_words(m)} for m in messages] for messages in conversations]
+    draws = list(range(len(conversations)))
     if draw == "auto":
         if head is None:
             raise XFusionError(
                 "this pack has no opening head, which decides whether to draw: make one with xfusion train opening PACK,"
                 " or take draw='never' or 'always'"
             )
-        shows = bool(messages) and _shows(messages[-1])
-        if shows or head.probability(model.backbone, words) <= 0.5:
-            return None
-    asked = [message["content"] for message in words if message["role"] == "user"]
-    if not asked:
-        raise XFusionError("there is no turn of the user that could say what to draw")
-    found = (head.what(model.backbone, turn) for turn in reversed(asked)) if head else ()
-    return next(filter(None, found), asked[-1])
+        undecided = [i for i in draws if not (conversations[i] and _shows(conversations[i][-1]))]
+        draws = []
+        for start in range(0, len(undecided), base.BATCH):
+            part = undecided[start : start + base.BATCH]
+            probabilities = head.probabilities(model.backbone, [texts[i] for i in part])
+            draws += [i for i, probability in zip(part, probabilities, strict=True) if probability > 0.5]
+    out: list[str | None] = [None] * len(conversations)
+    for i in draws:
+        asked = [message["content"] for message in texts[i] if message["role"] == "user"]
+        if not asked:
+            raise XFusionError("there is no turn of the user that could say what to draw")
+        found = (head.what(model.backbone, turn) for turn in reversed(asked)) if head else ()
+        out[i] = next(filter(None, found), asked[-1])
+    return out
 
 
 def _shows(message: Message) -> bool:

@@ -130,7 +130,7 @@ def generate(
         for start in range(0, len(members), base.BATCH):
             part = members[start : start + base.BATCH]
             own = [lists[i] for i in part]
-            answers = _generate_batch(model, own, kinds, [chosen[i] for i in part], settings, _for_part(listen, part))
+            answers = _generate_batch(model, own, kinds, [chosen[i] for i in part], settings, for_part(listen, part))
             for i, answer in zip(part, answers, strict=True):
                 out[i] = answer
     return out[0] if single else out
@@ -159,7 +159,7 @@ def _words_alone(kinds: Seq[Any]) -> bool:
     return all(kind == "text" for kind in kinds)
 
 
-def _for_part(listen: Listener | None, part: Seq[int]) -> Listener | None:
+def for_part(listen: Listener | None, part: Seq[int]) -> Listener | None:
     """The listener with rows of a batch mapped to indices of the lists."""
     return None if listen is None else lambda row, token: listen(part[row], token)
 
@@ -263,7 +263,7 @@ def _generate_batch(
         )
     else:
         ids = [
-            _base_generate(model, context, s, settings, _for_part(listen, [i]))
+            _base_generate(model, context, s, settings, for_part(listen, [i]))
             for i, (context, s) in enumerate(zip(contexts, seeds, strict=True))
         ]
     for answer, tokens in zip(out, ids, strict=True):

@@ -11,12 +11,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from xfusion.apps.server.answers import Refused
 from xfusion.data.sequence import XFusionError
-from xfusion.generation import Progress, inpaint_batch
+from xfusion.generation import Progress, answer_with_pictures, conversation, inpaint_batch, openings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,46 +75,62 @@ class Continue:
     max_tokens: int
     temperature: float
     top_p: float
-    decides: bool = False
-    """Whether the answer may start with a picture; jobs are then given conversations, not segments."""
+    opens: bool = False
+    """Whether the answer starts with a picture that the opening head asked for; jobs are then given its prompt, not segments."""
     size: int | None = None
     """Side of such a first picture."""
 
     @property
     def together(self) -> bool:
         """Whether jobs share a pass: text alone is answered one by one, so that it is exactly the base's."""
-        return not self.decides and any(kind != "text" for kind in self.kinds)
+        return self.opens or any(kind != "text" for kind in self.kinds)
 
     def run(self, jobs: list[Job]) -> list[list[Any]]:
         """The generated segments of each job."""
-        if self.decides:
-            (job,) = jobs
-            return [
-                self.model.answer(
-                    job.given,
-                    draw="auto",
-                    size=self.size,
-                    seed=job.seed,
-                    steps=self.steps,
-                    guidance=self.guidance,
-                    max_tokens=self.max_tokens,
-                    temperature=self.temperature,
-                    top_p=self.top_p,
-                    progress=told(jobs),
-                    listen=lambda _, token: job.hear(token),
-                )
-            ]
-        return self.model.generate(
-            [job.given for job in jobs],
-            seeds=[job.seed for job in jobs],
-            steps=self.steps,
-            guidance=self.guidance,
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            progress=told(jobs),
-            listen=lambda row, token: jobs[row].hear(token),
-        )
+        settings: dict[str, Any] = {
+            "seeds": [job.seed for job in jobs],
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "progress": told(jobs),
+            "listen": lambda row, token: jobs[row].hear(token),
+        }
+        given = [job.given for job in jobs]
+        if self.opens:
+            return answer_with_pictures(self.model, given, size=self.size, **settings)
+        return self.model.generate(given, **settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decide:
+    """Decide whether the answers to conversations start with a picture. Each job then gets its call, and waits for it."""
+
+    answer: Continue
+    """The call of a text answer; that of a picture has the same settings."""
+    size: int | None
+    """Side of a first picture."""
+
+    @property
+    def model(self) -> Model:
+        """The model that decides."""
+        return self.answer.model
+
+    @property
+    def together(self) -> bool:
+        """True: the head decides about all jobs in one pass."""
+        return True
+
+    def run(self, jobs: list[Job]) -> None:
+        """Give each job the work and the input of its answer."""
+        prompts = openings(self.model, [job.given for job in jobs], "auto")
+        for job, prompt in zip(jobs, prompts, strict=True):
+            if prompt is None:
+                job.given = conversation(self.model, job.given, own_pictures=False)
+                job.work = self.answer
+            else:
+                job.given, job.work = prompt, replace(self.answer, kinds=(), opens=True, size=self.size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,8 +184,8 @@ class Work(Protocol):
         """Whether jobs share a pass."""
         ...
 
-    def run(self, jobs: list[Job]) -> list[list[Any]]:
-        """The answer of each job."""
+    def run(self, jobs: list[Job]) -> list[list[Any]] | None:
+        """The answer of each job; None if the jobs were given other work instead."""
         ...
 
 
@@ -327,9 +343,12 @@ class Batches:
 
     def _work(self) -> None:
         while jobs := self._next():
-            began = time.perf_counter()
+            began, work = time.perf_counter(), jobs[0].work
             try:
                 self._run(jobs)
+                if again := [job for job in jobs if job.work != work and not job.ended]:
+                    self._put_back(again)
+                    continue
                 seconds = time.perf_counter() - began
                 self._seconds += 0.2 * (seconds / len(jobs) - self._seconds)
                 self.watch(jobs, seconds)
@@ -338,6 +357,15 @@ class Batches:
                 for job in jobs:
                     job.end(error=error)
             self.running = []
+
+    def _put_back(self, jobs: list[Job]) -> None:
+        """Let jobs wait for their new work, where they were: in front of the others."""
+        with self._changed:
+            if self.open:
+                self.waiting.extendleft(job for job in reversed(jobs) if not job.dropped)
+                return
+        for job in jobs:
+            job.end(error=stopping())
 
     def _run(self, jobs: list[Job]) -> None:
         try:
@@ -354,7 +382,7 @@ class Batches:
             for job in jobs:
                 job.end(error=error)
             return
-        for job, answer in zip(jobs, answers, strict=True):
+        for job, answer in zip(jobs, answers or (), strict=answers is not None):
             job.end(answer)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from xfusion.apps.server import requests
 from xfusion.apps.server.answers import Refused
-from xfusion.apps.server.batches import Continue, Embed, Job, Repaint, Words
+from xfusion.apps.server.batches import Continue, Decide, Embed, Job, Repaint, Words
 from xfusion.apps.server.limits import Limits
 from xfusion.data.sequence import Image, Text, XFusionError
 from xfusion.generation import TooLong, conversation, draw_size, kinds_of, prompt_length
@@ -57,10 +57,10 @@ def chat(asked: requests.Chat, model: Model, limits: Limits, hosts: frozenset[st
         max_tokens=_max_tokens(asked, model, limits, prompt),
         temperature=asked.temperature or 0.0,
         top_p=1.0 if asked.top_p is None else asked.top_p,
-        decides=decides,
-        size=asked.side() if decides else None,
     )
-    return _jobs(asked, model, work, given if decides else segments, asked.stops()), prompt
+    if decides:
+        return _jobs(asked, model, Decide(answer=work, size=asked.side()), given, asked.stops()), prompt
+    return _jobs(asked, model, work, segments, asked.stops()), prompt
 
 
 def _max_tokens(asked: requests.Chat, model: Model, limits: Limits, prompt: int) -> int:
@@ -154,7 +154,7 @@ def _bounded(asked: requests.Chat | requests.Images, limits: Limits) -> None:
 def _jobs(
     asked: requests.Chat | requests.Images,
     model: Model,
-    work: Continue | Repaint,
+    work: Continue | Decide | Repaint,
     given: Any,
     stops: tuple[str, ...] = (),
 ) -> list[Job]:
