@@ -13,7 +13,7 @@ import pytest
 
 from xfusion import checkpoint
 from xfusion.data.sequence import XFusionError
-from xfusion.storage import put_back, remove_rests, whole_file, whole_folder, write_json
+from xfusion.storage import check_writable, put_back, remove_rests, whole_file, whole_folder, write_json
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="a process that uses torch is forked safely on Linux alone")
 
@@ -57,6 +57,26 @@ def test_a_disk_that_is_full_is_told_with_the_name(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(XFusionError, match="a file stands where a folder is needed"):
         write_json(tmp_path / "file" / "metrics.json", {})
+
+
+def test_whether_a_place_can_be_written_is_known_before_and_leaves_nothing(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    check_writable(tmp_path / "file")  # would be replaced
+    check_writable(tmp_path / "new" / "deeper" / "page.html")
+    check_writable(tmp_path / "folder", folder=True)
+    check_writable(tmp_path / "new" / "folder", folder=True)
+    needs_a_folder = "cannot be written: a file stands where a folder is needed"
+    for path, is_folder, told in (
+        (tmp_path / "folder", False, "folder cannot be written: a folder stands where a file is needed; make room"),
+        (tmp_path / "file", True, needs_a_folder),
+        (tmp_path / "file" / "deeper" / "page.html", False, needs_a_folder),
+        (Path("/proc/new/page.html"), False, "/proc/new/page.html cannot be written: "),
+        (Path("/proc/new"), True, "/proc/new cannot be written: "),
+    ):
+        with pytest.raises(XFusionError, match=told):
+            check_writable(path, folder=is_folder)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
 
 
 # ------------------------------------------------------------------------------------------------------------ folders

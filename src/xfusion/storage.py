@@ -156,7 +156,34 @@ def named_in_errors(path: Path) -> Iterator[None]:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         if isinstance(error, (FileExistsError, NotADirectoryError)):
             reason = "a file stands where a folder is needed"
+        elif isinstance(error, IsADirectoryError):
+            reason = "a folder stands where a file is needed"
         raise XFusionError(f"{path} cannot be written: {reason}; make room, or name another folder") from error
+
+
+def check_writable(path: Path, *, folder: bool = False) -> None:
+    """Check that a file can be written, or files in a folder, before anything is computed for them.
+
+    A temporary file is created and removed in the folder, or in the nearest one above that exists; missing folders are not
+    created.
+
+    Args:
+        path: the file or folder, existing or not.
+        folder: whether it is a folder that gets files.
+
+    Raises:
+        XFusionError: the file system refuses, or a file stands where a folder is needed or the other way round.
+    """
+    with named_in_errors(path):
+        if not folder and path.is_dir():
+            raise IsADirectoryError
+        place = path if folder else path.parent
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir():
+            raise NotADirectoryError
+        with tempfile.TemporaryFile(dir=place):
+            pass
 
 
 def _to_disk(path: Path) -> None:

@@ -1,6 +1,7 @@
 """The command line as people and programs meet it."""
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -284,6 +285,47 @@ def test_a_file_where_a_folder_would_be_is_named_before_anything_is_computed(run
         "red.png",
         "text.png",
     ]
+
+
+WRITTEN = {
+    "verify": "PACK -o",
+    "evaluate": "PACK -o",
+    "judge": "drawn --by PACK -o",
+    "index": "photos PACK -o",
+    "bench": "-o",
+    "data check": "photos --sheet",
+}
+"""Verbs that write a file at their end, up to its name."""
+
+
+@pytest.mark.parametrize("verb", [*FILLED, *WRITTEN, "generate to a file"])
+def test_a_place_that_cannot_be_written_is_named_before_anything_is_computed(run, photos, pack, monkeypatch, verb):
+    Path("drawn").mkdir()
+    Path("drawn/manifest.json").write_text("{}")
+    for name in (
+        *("checkpoint.load", "recipes.base.train", "comparison.compare", "apps.demo.run", "data.latents.encode"),
+        *("data.sources.check", "apps.commands.bench.Bench._alone"),
+    ):
+        monkeypatch.setattr(f"xfusion.{name}", None)
+    if verb == "generate to a file":
+        line, out = "generate PACK apple -o", "/proc/new/apple.png"
+    elif verb in WRITTEN:
+        line, out = f"{verb} {WRITTEN[verb]}", "/proc/new/result.json"
+    else:
+        line, out = f"{verb} {FILLED[verb]} -o", "/proc/new"
+    ran = run(*(pack if word == "PACK" else word for word in line.split()), out)
+    assert ran.code == 2 and f"{out} cannot be written: " in ran.err
+
+
+@pytest.mark.parametrize("line", ["verify PACK --record", "evaluate PACK --record", "train opening PACK"])
+def test_a_pack_that_cannot_be_replaced_is_named_before_anything_is_computed(run, pack, monkeypatch, line):
+    def refused(dir):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(dir))
+
+    monkeypatch.setattr("xfusion.storage.tempfile.TemporaryFile", refused)
+    monkeypatch.setattr("xfusion.checkpoint.load", None)
+    ran = run(*(pack if word == "PACK" else word for word in line.split()))
+    assert ran.code == 2 and f"{Path(pack).parent} cannot be written: Permission denied; make room" in ran.err
 
 
 def test_bad_input_is_one_line_for_programs_too(run, here, pack):

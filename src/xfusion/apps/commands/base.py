@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,11 +167,33 @@ def as_folder(path: Path) -> Path:
 
     Raises:
         UsageError: the path or one of its parents is a file.
+        XFusionError: the file system refuses to write there.
     """
-    for above in (path, *path.parents):
-        if above.exists() and not above.is_dir():
-            raise UsageError(f"-o {path}: {above} is a file, not a folder")
+    from xfusion.storage import check_writable
+
+    _refuse_file(path, (path, *path.parents))
+    check_writable(path, folder=True)
     return path
+
+
+def as_file(path: Path) -> Path:
+    """A path that a verb will write as a file, checked before anything is computed.
+
+    Raises:
+        UsageError: one of its parents is a file.
+        XFusionError: the file system refuses to write it, or it is a folder.
+    """
+    from xfusion.storage import check_writable
+
+    _refuse_file(path, path.parents)
+    check_writable(path)
+    return path
+
+
+def _refuse_file(path: Path, folders: Iterable[Path]) -> None:
+    for folder in folders:
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"-o {path}: {folder} is a file, not a folder")
 
 
 def written(path: Path, write: Callable[[Path], object]) -> Path:

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from xfusion.apps.commands.base import Answer, UsageError, Verb
+from xfusion.apps.commands.base import Answer, UsageError, Verb, as_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,8 @@ class Bench(Verb):
         for name in self.only:
             if name not in base.names():
                 raise UsageError(f"--only {name}: not one of {', '.join(base.names())}")
+        if self.out:
+            as_file(self.out)
         begun = time.perf_counter()
         data: dict[str, Any] = {
             "command": self._command(),

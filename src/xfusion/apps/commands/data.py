@@ -15,6 +15,7 @@ from xfusion.apps.commands.base import (
     Answer,
     UsageError,
     Verb,
+    as_file,
     as_folder,
     choose_device,
     load_model,
@@ -46,6 +47,8 @@ class DataCheck(Verb):
     def run(self, people: Console) -> Answer:
         from xfusion.data.sources import check
 
+        if self.sheet:
+            as_file(self.sheet)
         tokens, note = _special_tokens(self.base)
         with people.status(f"looking at {self.spec}") if people.is_terminal else _nothing():
             report = check(self.spec, special_tokens=tokens)

@@ -9,7 +9,17 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from xfusion.apps.commands.base import Answer, UsageError, Verb, as_folder, choose_device, load_model, progress, table
+from xfusion.apps.commands.base import (
+    Answer,
+    UsageError,
+    Verb,
+    as_file,
+    as_folder,
+    choose_device,
+    load_model,
+    progress,
+    table,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +114,8 @@ class Judge(Verb):
             encoder = read_encoder(self.encoder) if self.encoder else None
         except ValueError as error:
             raise UsageError(str(error)) from error
+        if self.out:
+            as_file(self.out)
         device = choose_device(self.device)
         with progress(people) as tell:
             result = judge_by(self.folder, self.by, encoder=encoder, device=device, progress=tell)

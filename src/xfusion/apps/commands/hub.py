@@ -68,8 +68,10 @@ class Export(Verb):
     def run(self, people: Console) -> Answer:
         del people
         from xfusion.exports.base import export
+        from xfusion.storage import check_writable
 
         as_folder(self.out)
+        check_writable(self.out.absolute().parent, folder=True)  # the folder appears as a whole
         notes = export(load_model(self.pack, device="cpu", trust=self.trust), self.out, self.to)
         rows = [("written", str(self.out)), *(("note", note) for note in notes)]
         return Answer(data={"out": str(self.out), "to": self.to, "notes": notes}, text=table(rows))

@@ -17,6 +17,7 @@ from xfusion.apps.commands.base import (
     Answer,
     UsageError,
     Verb,
+    as_file,
     as_folder,
     choose_device,
     load_model,
@@ -140,15 +141,14 @@ class _Target:
         """Parse ``-o``; a target that could not be written is refused before anything is computed."""
         name = file_name(prompt)
         if out is None:
-            return cls(unused(Path(f"{name}.png")), False, name)
+            return cls(as_file(unused(Path(f"{name}.png"))), False, name)
         path = Path(out).expanduser()
         is_folder = path.is_dir() or out.endswith("/") or not path.suffix
         if not is_folder and path.suffix.lower() not in FORMATS:
             raise UsageError(
                 f"-o {out}: cannot write {path.suffix} files, only {', '.join(FORMATS)}; a folder ends in /"
             )
-        as_folder(path if is_folder else path.parent)
-        return cls(path, is_folder, name)
+        return cls(as_folder(path) if is_folder else as_file(path), is_folder, name)
 
     def write(self, pictures: list[Image], seeds: list[int], facts: dict[str, Any]) -> list[Path]:
         """The files, in the order of the pictures."""

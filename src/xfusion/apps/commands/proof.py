@@ -14,6 +14,7 @@ from xfusion.apps.commands.base import (
     Answer,
     UsageError,
     Verb,
+    as_file,
     choose_device,
     load_model,
     pack_folder,
@@ -48,6 +49,8 @@ class Verify(Verb):
         from xfusion.storage import write_json
 
         folder = _to_record_in(self.model) if self.record else None
+        if self.out:
+            as_file(self.out)
         choose_device(self.device)
         model = load_model(self.model, device=self.device, trust=self.trust)
         with progress(people, lines=True) as tell:
@@ -63,11 +66,13 @@ class Verify(Verb):
 def _to_record_in(name: str) -> Path:
     """The folder of the pack in which results are recorded; checked before they are computed."""
     from xfusion import checkpoint
+    from xfusion.storage import check_writable
 
     folder = Path(pack_folder(name)).expanduser()
     if not folder.is_dir():
         raise UsageError(f"--record: {name} is not a folder")
     checkpoint.refuse_other_files(folder)
+    check_writable(folder.absolute().parent, folder=True)  # the pack is replaced as a whole
     return folder
 
 
@@ -114,6 +119,8 @@ class Evaluate(Verb):
         from xfusion.evaluation.unseen import trained_on
 
         folder = _to_record_in(self.model) if self.record else None
+        if self.out:
+            as_file(self.out)
         settings = dict(read_setting(text) for text in self.set)
         choose_device(self.device)
         check(self.suite, settings)  # before a model is loaded

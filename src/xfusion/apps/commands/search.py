@@ -11,7 +11,17 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from xfusion.apps.commands.base import Answer, UsageError, Verb, choose_device, load_model, progress, table, written
+from xfusion.apps.commands.base import (
+    Answer,
+    UsageError,
+    Verb,
+    as_file,
+    choose_device,
+    load_model,
+    progress,
+    table,
+    written,
+)
 
 FORMAT = "xfusion index 1"
 """The format name stored in the file."""
@@ -43,6 +53,7 @@ class Index(Verb):
         if not files:
             raise UsageError(f"{self.folder} holds no picture: {pictures.READABLE} are read")
         choose_device(self.device)
+        as_file(self.out)
         begun, model = time.perf_counter(), load_model(self.model, device=self.device, trust=self.trust)
         import torch
         from safetensors.torch import save_file

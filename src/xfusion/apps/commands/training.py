@@ -156,6 +156,7 @@ class TrainOpening(Verb):
         from xfusion import checkpoint
         from xfusion.data import requests
         from xfusion.evaluation.run import evaluate
+        from xfusion.storage import check_writable
         from xfusion.training.opening import fit
 
         choose_device(self.device)
@@ -168,6 +169,7 @@ class TrainOpening(Verb):
             raise UsageError(f"{self.model} is not a folder: name another one for the pack with the head, by -o FOLDER")
         folder = checkpoint.find(name)
         checkpoint.refuse_other_files(self.out or folder)
+        check_writable((self.out or folder).absolute().parent, folder=True)  # the pack is written as a whole
         model = load_model(self.model, device=self.device, trust=self.trust)
         if "draw" not in model.capabilities:
             raise UsageError(f"{self.model} cannot draw: it can {', '.join(sorted(model.capabilities))}")
