@@ -206,12 +206,12 @@ def ids_of(words: Any) -> dict[str, Any]:
     return {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
 
 
-def qwen_vl(kind: Any, config: Any, **vision: Any) -> Any:
+def qwen_vl(kind: Any, config: Any, text: dict[str, Any], vision: dict[str, Any]) -> Any:
     words = AutoTokenizer.from_pretrained(located(EMBEDDED))
     words.add_tokens(list(QWEN_TOKENS), special_tokens=True)
     start, end, image, video = (words.convert_tokens_to_ids(token) for token in QWEN_TOKENS)
     sizes = config(
-        text_config={**TEXT, **ids_of(words), "vocab_size": len(words), "rope_parameters": MROPE},
+        text_config={**TEXT, **ids_of(words), "vocab_size": len(words), "rope_parameters": MROPE, **text},
         vision_config={**QWEN_VISION, "hidden_size": 32, **vision},
         image_token_id=image,
         video_token_id=video,
@@ -237,10 +237,13 @@ def internvl() -> Any:
 
 MAKERS = {
     "qwen2_5_vl": lambda: qwen_vl(
-        Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig, window_size=16, fullatt_block_indexes=[1]
+        Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig, {}, {"window_size": 16, "fullatt_block_indexes": [1]}
     ),
     "qwen3_vl": lambda: qwen_vl(
-        Qwen3VLForConditionalGeneration, Qwen3VLConfig, num_position_embeddings=16, deepstack_visual_indexes=[0]
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLConfig,
+        {"head_dim": 16},
+        {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
     ),
     "internvl": internvl,
 }

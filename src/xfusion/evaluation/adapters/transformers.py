@@ -143,8 +143,8 @@ def _processor(source: str, revision: str | None) -> Any:
     if is_torchvision_available():
         return _loaded(source, revision, AutoProcessor)
     config = type(_loaded(source, revision, AutoConfig))
-    kind = PROCESSOR_MAPPING.get(config, AutoProcessor)
-    has_videos = kind is not AutoProcessor and "video_processor" in kind.get_attributes()
+    kind = PROCESSOR_MAPPING.get(config, None)
+    has_videos = "video_processor" in getattr(kind, "get_attributes", list)()
     try:
         return _loaded(source, revision, _without_videos(kind) if has_videos else AutoProcessor)
     except (XFusionError, TypeError) as error:  # TypeError: the constructor's arguments are in another order
