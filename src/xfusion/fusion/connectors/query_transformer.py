@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from xfusion.data.sequence import MediaRows, XFusionError
-from xfusion.fusion.connectors.base import Connector, gathered, spread
+from xfusion.fusion.connectors.base import Connector, gather_features, scatter_states
 
 EPSILON = 1e-12
 """Epsilon of the layer norms, as in BERT."""
@@ -60,20 +60,22 @@ class Block(nn.Module):
         if feature_width is not None:
             self.cross = nn.MultiheadAttention(width, heads, kdim=feature_width, vdim=feature_width, batch_first=True)
             self.cross_norm = nn.LayerNorm(width, eps=EPSILON)
-        self.reads = feature_width is not None
+        self.has_cross_attention = feature_width is not None
         self.query_mlp, self.query_norm = _perceptron(width, mlp), nn.LayerNorm(width, eps=EPSILON)
         if words:
             self.word_mlp, self.word_norm = _perceptron(width, mlp), nn.LayerNorm(width, eps=EPSILON)
 
-    def forward(self, x: Tensor, features: Tensor, there: Tensor | None, queries: int, seen: Tensor | None) -> Tensor:
-        """``[N, K + n, W]`` -> ``[N, K + n, W]``; ``there``: which features exist; ``seen``: a mask as from `sees`."""
-        blocked = None if seen is None else ~seen
-        x = self.norm(x + self.attention(x, x, x, attn_mask=blocked, need_weights=False)[0])
+    def forward(
+        self, x: Tensor, features: Tensor, present: Tensor | None, queries: int, visible: Tensor | None
+    ) -> Tensor:
+        """``[N, K + n, W]`` -> ``[N, K + n, W]``; ``present``: which features exist; ``visible``: a mask as from `sees`."""
+        blocked_mask = None if visible is None else ~visible
+        x = self.norm(x + self.attention(x, x, x, attn_mask=blocked_mask, need_weights=False)[0])
         q, words = x[:, :queries], x[:, queries:]
-        if self.reads:
-            hidden = None if there is None else ~there
-            read = self.cross(q, features, features, key_padding_mask=hidden, need_weights=False)[0]
-            q = self.cross_norm(q + read)
+        if self.has_cross_attention:
+            padding_mask = None if present is None else ~present
+            attended = self.cross(q, features, features, key_padding_mask=padding_mask, need_weights=False)[0]
+            q = self.cross_norm(q + attended)
         q = self.query_norm(q + self.query_mlp(q))
         return torch.cat([q, self.word_norm(words + self.word_mlp(words))], dim=1) if words.shape[1] else q
 
@@ -94,20 +96,24 @@ class QueryTransformer(nn.Module):
         )
 
     def forward(
-        self, features: Tensor, there: Tensor | None = None, words: Tensor | None = None, seen: Tensor | None = None
+        self,
+        features: Tensor,
+        present: Tensor | None = None,
+        words: Tensor | None = None,
+        visible: Tensor | None = None,
     ) -> Tensor:
         """Features ``[N, M, F]`` -> queries ``[N, K, W]``, followed by the text if given.
 
         Args:
             features: features from the frozen encoder.
-            there: which features exist (are not padding), bool ``[N, M]``; None means all.
+            present: which features exist (are not padding), bool ``[N, M]``; None means all.
             words: text embeddings ``[N, n, W]``.
-            seen: one of the three masks of `sees`; None means full attention.
+            visible: one of the three masks of `sees`; None means full attention.
         """
         x = self.queries.expand(len(features), -1, -1)
         x = self.norm(x if words is None else torch.cat([x, words.to(x.dtype)], dim=1))
         for block in self.blocks:
-            x = block(x, features, there, len(self.queries), seen)
+            x = block(x, features, present, len(self.queries), visible)
         return x
 
 
@@ -150,7 +156,7 @@ class Queries(Connector):
 
     def connect(self, media: MediaRows) -> Tensor:
         """All features of an item at once."""
-        found = gathered(self, media)
+        items = gather_features(self, media)
         # A softmax needs a key, even for an item without rows in this pass.
-        there = found.there | ~found.there.any(dim=1, keepdim=True)
-        return spread(self.project(self.transformer(found.features, there)), found, media)
+        present = items.present | ~items.present.any(dim=1, keepdim=True)
+        return scatter_states(self.project(self.transformer(items.features, present)), items, media)
