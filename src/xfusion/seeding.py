@@ -18,10 +18,10 @@ def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
         seed: of both.
         device: where else numbers are drawn; the generators of all others are not touched.
     """
-    where = torch.device(device)
-    with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
+    second_device = torch.device(device)
+    with torch.random.fork_rng(devices=[second_device] if second_device.type == "cuda" else []):
         torch.default_generator.manual_seed(seed)
-        if where.type == "cuda":
-            with torch.cuda.device(where):
+        if second_device.type == "cuda":
+            with torch.cuda.device(second_device):
                 torch.cuda.manual_seed(seed)
         yield

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from xfusion.exports.base import not_exact
 from xfusion.fusion.adaption_prompt import AdaptionPrompt
-from xfusion.fusion.base import by_path
+from xfusion.fusion.base import parts_from_module
 from xfusion.fusion.dual_tower import DualTower
 from xfusion.fusion.lora import Lora
 from xfusion.model import Model
@@ -53,7 +53,7 @@ def _lora(model: Model, fusion: DualTower, folder: Path, layers: str) -> list[st
     state: dict[str, Tensor] = {}
     targets: list[str] = []
     for index, block in fusion.blocks.items():
-        parts: dict[str, Any] = by_path(block)  # type: ignore[arg-type]
+        parts: dict[str, Any] = parts_from_module(block)  # type: ignore[arg-type]
         for path, part in parts.items():
             name = f"{layers}.{index}.{path}"
             targets.append(name)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from xfusion.exports.base import not_exact
 from xfusion.exports.transformers.layout import generation_settings, lay_out
-from xfusion.fusion.base import Fusion, by_path
+from xfusion.fusion.base import Fusion, parts_from_module
 from xfusion.fusion.lora import Adapter, Lora
 from xfusion.model import Model
 
@@ -69,7 +69,7 @@ def merged(model: Model) -> dict[str, Tensor]:
     base, out = model.backbone, {}
     for index, block in model.fusion.blocks.items():
         assert isinstance(block, nn.ModuleDict)
-        for path, adapter in by_path(block).items():
+        for path, adapter in parts_from_module(block).items():
             assert isinstance(adapter, Adapter)
             frozen: Any = base.layers[int(index)].get_submodule(path)
             delta = adapter.layer.get_delta_weight("default")
