@@ -143,7 +143,7 @@ class Model(nn.Module):
             self.fusion = config.fusion.build()
             self.fusion.install(self.backbone)
             if self.port.modulates_blocks:
-                self.port.reach_blocks(self.fusion.block_widths())
+                self.port.add_block_modulation(self.fusion.block_widths())
             if fresh:
                 self.fusion.begin(self.backbone)
             self.extra = nn.ModuleList(objective_config.build() for objective_config in config.extra)
@@ -401,7 +401,7 @@ class Model(nn.Module):
             if index in self.fusion.layers_of(owner):
                 port, media = self.port_of(owner), run.states[owner]
                 run.states = run.states | {owner: port.before_layer(index, media, rows)}
-                run.modulation = port.in_block(index, rows, media.dtype)
+                run.modulation = port.modulation_in_block(index, rows, media.dtype)
         recompute = self._engine.activation_checkpointing and torch.is_grad_enabled() and run.cache is None
 
         def work(states: States) -> States:

@@ -150,7 +150,7 @@ def _block_content(block: Mapping[str, Any], key: str) -> Any:
 
 
 def _read_source(
-    source: Any, description: str, read: Callable[[Path], Any], decode: Callable[[bytes, str], Any]
+    source: Any, description: str, read_file: Callable[[Path], Any], decode: Callable[[bytes, str], Any]
 ) -> Any:
     """Read a file or a data URL."""
     if not isinstance(source, (str, Path)):
@@ -163,7 +163,7 @@ def _read_source(
             f"the {description} {text[:100]} is an address, and none is fetched: give a file or a data URL"
         )
     if not text.startswith("data:"):
-        return read(Path(source))
+        return read_file(Path(source))
     try:
         return decode(base64.b64decode(text.partition(",")[2], validate=True), f"the data URL of a {description}")
     except binascii.Error as error:

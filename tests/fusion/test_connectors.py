@@ -54,7 +54,7 @@ from xfusion.fusion.connectors.object_encoder import ObjectEncoder
 from xfusion.fusion.connectors.pooling import Pooling
 from xfusion.fusion.connectors.positional_resampler import PositionalResampler, sincos_positions
 from xfusion.fusion.connectors.prefix_mapper import PrefixMapper
-from xfusion.fusion.connectors.query_transformer import Queries, QueryTransformer, sees
+from xfusion.fusion.connectors.query_transformer import Queries, QueryTransformer, attention_pattern
 from xfusion.fusion.prefix import Prefix
 from xfusion.model import Model
 from xfusion.objectives.base import NoObjective
@@ -246,7 +246,7 @@ def test_queries_beside_words_are_blip2s_under_each_of_the_three_masks(kind):
     theirs = perturbed(Blip2QFormerModel(Blip2QFormerConfig(**QFORMER, use_qformer_text_input=True)))
     own = copied(query_transformer(True), theirs)
     features, read = torch.randn(2, 7, 10), torch.randn(2, 4, 16)
-    seen = sees(kind, 5, 4)
+    seen = attention_pattern(kind, 5, 4)
     both = torch.cat([own.queries.expand(2, -1, -1), read], dim=1)
     # A ready 4-D mask is taken as it is: added to the scores.
     added = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None, None].expand(2, 1, -1, -1)
@@ -280,7 +280,7 @@ def test_the_three_masks_written_out():
     apart = [[1, 1, 0, 0, 0]] * 2 + [[0, 0, 1, 1, 1]] * 3
     causal = [[1, 1, 0, 0, 0]] * 2 + [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     for kind, rows in {"apart": apart, "causal": causal, "together": [[1] * 5] * 5}.items():
-        assert torch.equal(sees(kind, 2, 3), torch.tensor(rows).bool()), kind
+        assert torch.equal(attention_pattern(kind, 2, 3), torch.tensor(rows).bool()), kind
 
 
 @torch.no_grad()
@@ -292,7 +292,7 @@ def test_under_each_mask_who_must_not_be_seen_changes_nothing():
     changed[:, 2, 0] += 1.0
     moved = {}
     for kind in ("apart", "causal", "together"):
-        one, other = (own(features, words=w, visible=sees(kind, 5, 4)) for w in (read, changed))
+        one, other = (own(features, words=w, visible=attention_pattern(kind, 5, 4)) for w in (read, changed))
         moved[kind] = ((one - other)[0].abs().amax(-1) > 1e-6).tolist()
     assert moved == {
         "apart": [False] * 5 + [True] * 4,

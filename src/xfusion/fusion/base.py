@@ -95,7 +95,7 @@ class Pass:
         """Share the masks of a pass over the same positions with the same cached keys and values."""
         self._masks = other._masks
 
-    def once(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+    def cached_table(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
         """A table over this pass's positions that is the same at every layer, computed on first use."""
         if key not in self._tables:
             self._tables[key] = make()
@@ -109,7 +109,7 @@ class Pass:
         """Whether any position of an owner comes after positions of the others."""
         return self.text_reads_media if owner == "text" else self.media_reads_text
 
-    def cut(self, x: Tensor) -> dict[str, Tensor]:
+    def split_by_owner(self, x: Tensor) -> dict[str, Tensor]:
         """Split the states of all rows, ``[B, S, D]``, by owner."""
         return {owner: x[:, rows] for owner, rows in self.slices.items()}
 
@@ -131,7 +131,7 @@ class Pass:
         ]
         return modulated(block, torch.cat(rows, dim=1))
 
-    def mixes(self, owner: str) -> bool:
+    def has_rows_after_media(self, owner: str) -> bool:
         """Whether new modules act on any of an owner's rows; assumed True on meta tensors."""
         after_media = self.after_media(owner)
         return after_media.is_meta or bool(after_media.any())
@@ -238,8 +238,8 @@ def tower_rows(
         return_keys_values: whether the pass `appends` keys and values.
     """
     other_kv = [] if other_states is None else [keys_values(other_layer, other_states, other_call)]
-    before, after = (past, other_kv) if query_first else (past + other_kv, [])
-    output, query_kv = run_rows(layer, query_states, query_call, mask, before, after)
+    keys_before, keys_after = (past, other_kv) if query_first else (past + other_kv, [])
+    output, query_kv = run_rows(layer, query_states, query_call, mask, keys_before, keys_after)
     new_kv = [query_kv, *other_kv] if query_first else [*other_kv, query_kv]
     return output, new_kv if return_keys_values else []
 
@@ -498,7 +498,7 @@ class Fusion(nn.Module):
             mask, layer = run.mask("" if len(computed_owners) > 1 else computed_owners[0], window), block_for(*states)
             output, new_kv = compute_rows(layer, x, calls[""], layer, None, {}, past, mask, True, run.appends)
             run.append(slot, index, *new_kv)
-            return run.cut(output)
+            return run.split_by_owner(output)
         if len(states) > 2 or "text" not in states:  # media of several modalities
             new_kv = keys_values(block, torch.cat(list(states.values()), dim=1), calls[""])
             run.append(slot, index, new_kv)
@@ -564,7 +564,7 @@ class Fusion(nn.Module):
         """A whole block over the whole sequence, by owner: the building block of reference paths."""
         x = torch.cat(list(run.states.values()), dim=1)
         block = run.by_noise(block, run.states) if by_noise else block
-        return run.cut(run_rows(block, x, run.calls(call)[""], run.mask("", self.windows[index]), [], [])[0])
+        return run.split_by_owner(run_rows(block, x, run.calls(call)[""], run.mask("", self.windows[index]), [], [])[0])
 
 
 class WithoutBlocks(Fusion):
@@ -579,7 +579,7 @@ class WithoutBlocks(Fusion):
             del num_layers
             yield from ()
 
-        def refuse_places(self, name: str) -> None:
+        def reject_block_placement(self, name: str) -> None:
             """Reject settings that would place blocks.
 
             Args:

@@ -30,7 +30,7 @@ class Beside(WithoutBlocks):
 
         def build(self) -> Beside:
             """The fusion, not yet installed."""
-            self.refuse_places("beside")
+            self.reject_block_placement("beside")
             return Beside(self)
 
     @property

@@ -29,11 +29,11 @@ from xfusion.layers import KeysValues, run_rows
 class Attention(nn.Module):
     """Multi-head cross-attention to other rows, or self-attention."""
 
-    def __init__(self, width: int, other: int, heads: int):
+    def __init__(self, width: int, context_width: int, heads: int):
         super().__init__()
         self.heads = heads
         self.query = nn.Linear(width, width, bias=False)
-        self.key, self.value = (nn.Linear(other, width, bias=False) for _ in range(2))
+        self.key, self.value = (nn.Linear(context_width, width, bias=False) for _ in range(2))
         self.out = nn.Linear(width, width)
 
     def keys_values(self, rows: Tensor) -> KeysValues:
@@ -101,7 +101,7 @@ class Conditioned(WithoutBlocks):
                     f"conditioned: width {self.width}, depth {self.depth}, {self.heads} heads: take positive sizes, and a"
                     " width that the heads divide"
                 )
-            self.refuse_places("conditioned")
+            self.reject_block_placement("conditioned")
             return Conditioned(self)
 
     def install(self, backbone: Backbone) -> None:

@@ -88,7 +88,7 @@ class Lora(Fusion):
         super().__init__(config)
         self.inner: Any = config.inner.build()
         self.num_towers = self.inner.num_towers
-        self.adapts = True
+        self.deltas_active = True
 
     @property
     def regime(self) -> str:
@@ -148,11 +148,11 @@ class Lora(Fusion):
     @contextmanager
     def unadapted(self) -> Iterator[None]:
         """Inside the ``with`` block the base's own layers compute, without deltas."""
-        previous, self.adapts = self.adapts, False
+        previous, self.deltas_active = self.deltas_active, False
         try:
             yield
         finally:
-            self.adapts = previous
+            self.deltas_active = previous
 
     def keeps(self, index: int) -> bool:
         """Answered by the inner mechanism."""
@@ -173,7 +173,7 @@ class Lora(Fusion):
 
     def adapted(self, index: int, frozen: nn.Module) -> nn.Module:
         """A frozen layer with its deltas."""
-        block = self.block(index, frozen) if self.adapts else None
+        block = self.block(index, frozen) if self.deltas_active else None
         return frozen if block is None else block
 
     def layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:

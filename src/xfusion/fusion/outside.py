@@ -125,7 +125,7 @@ class Outside(Fusion):
 
     def reads(self, run: Pass) -> Tensor:
         """Which media positions each text token reads, bool ``[B, n, k]``; the same at every layer of a pass."""
-        return run.once((self, "reads"), lambda: self._media_mask(run))
+        return run.cached_table((self, "reads"), lambda: self._media_mask(run))
 
     def _media_mask(self, run: Pass) -> Tensor:
         keys, queries = run.keys("media"), run.rows["text"]

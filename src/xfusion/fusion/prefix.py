@@ -29,7 +29,7 @@ class Prefix(WithoutBlocks):
 
         def build(self) -> Prefix:
             """The fusion, not yet installed."""
-            self.refuse_places("prefix")
+            self.reject_block_placement("prefix")
             return Prefix(self)
 
     @property

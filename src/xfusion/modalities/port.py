@@ -93,7 +93,7 @@ class MediaPort(nn.Module):
         """Whether the noise level acts inside the new blocks."""
         return self.config.time in ("adaln", "adaln single")
 
-    def reach_blocks(self, widths: Mapping[int, int]) -> None:
+    def add_block_modulation(self, widths: Mapping[int, int]) -> None:
         """Create the modulation inside blocks (`modulates_blocks`); call after a fusion's `install`.
 
         Args:
@@ -139,7 +139,7 @@ class MediaPort(nn.Module):
         modulated_states = x + scale * functional.rms_norm(x, x.shape[-1:]) + shift
         return torch.where((media.item >= 0)[..., None], modulated_states, x)
 
-    def in_block(self, index: int, media: MediaRows, dtype: torch.dtype) -> Tensor | None:
+    def modulation_in_block(self, index: int, media: MediaRows, dtype: torch.dtype) -> Tensor | None:
         """Modulation of a layer's block at media rows (`xfusion.layers.modulated`), ``[B, n, 6, W]``: zeros at [BOI] and
         padding. None if the noise level does not act inside blocks.
         """

@@ -5,8 +5,9 @@ have separate feed-forward networks:
 
     x = n1(x + SelfAttention(x));  q = n2(q + CrossAttention(q, Z));  q = n3(q + FFN_q(q)),  w = n4(w + FFN_w(w))
 
-for queries q and text w in ``x = [q; w]``. The attention mask is one of three (`sees`): ``apart`` for the contrastive loss,
-``causal`` for text generation, ``together`` for matching. After the last block each query is projected to the model's width.
+for queries q and text w in ``x = [q; w]``. The attention mask is one of three (`attention_pattern`): ``apart`` for the
+contrastive loss, ``causal`` for text generation, ``together`` for matching. After the last block each query is projected to
+the model's width.
 
 Shape legend: ``N`` media items, ``M`` features of an item, ``F`` width of a feature, ``K`` queries, ``W`` width of the
 queries, ``D`` model width, ``n`` text tokens.
@@ -28,19 +29,19 @@ EPSILON = 1e-12
 """Epsilon of the layer norms, as in BERT."""
 
 
-def sees(kind: Literal["apart", "causal", "together"], queries: int, words: int) -> Tensor:
+def attention_pattern(pattern: Literal["apart", "causal", "together"], queries: int, words: int) -> Tensor:
     """Which positions of [queries; text] see which, bool ``[K + n, K + n]`` (figure 2, right).
 
     Args:
-        kind: ``apart``: queries and text see their own kind; ``causal``: queries see queries, a text token sees all queries
+        pattern: ``apart``: queries and text see their own kind; ``causal``: queries see queries, a text token sees all queries
             and the text up to itself; ``together``: full attention.
         queries: number of queries.
         words: number of text tokens.
     """
     is_word = torch.arange(queries + words) >= queries
-    if kind == "together":
+    if pattern == "together":
         return torch.ones(len(is_word), len(is_word), dtype=torch.bool)
-    if kind == "apart":
+    if pattern == "apart":
         return is_word[:, None] == is_word
     order = torch.where(is_word, torch.arange(queries + words), 0)
     return order[None, :] <= order[:, None]
@@ -68,7 +69,15 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, features: Tensor, present: Tensor | None, queries: int, visible: Tensor | None
     ) -> Tensor:
-        """``[N, K + n, W]`` -> ``[N, K + n, W]``; ``present``: which features exist; ``visible``: a mask as from `sees`."""
+        """``[N, K + n, W]`` -> ``[N, K + n, W]``.
+
+        Args:
+            x: queries, followed by the text if there is any.
+            features: features from the frozen encoder, ``[N, M, F]``.
+            present: which features exist (are not padding), bool ``[N, M]``; None means all.
+            queries: number of queries.
+            visible: a mask from `attention_pattern`; None means full attention.
+        """
         blocked_mask = None if visible is None else ~visible
         x = self.norm(x + self.attention(x, x, x, attn_mask=blocked_mask, need_weights=False)[0])
         q, words = x[:, :queries], x[:, queries:]
@@ -108,7 +117,7 @@ class QueryTransformer(nn.Module):
             features: features from the frozen encoder.
             present: which features exist (are not padding), bool ``[N, M]``; None means all.
             words: text embeddings ``[N, n, W]``.
-            visible: one of the three masks of `sees`; None means full attention.
+            visible: one of the three masks of `attention_pattern`; None means full attention.
         """
         x = self.queries.expand(len(features), -1, -1)
         x = self.norm(x if words is None else torch.cat([x, words.to(x.dtype)], dim=1))
