@@ -56,7 +56,7 @@ def embed(
                 else [(media,) for media in media_segment(model, cast("list[PILImage.Image]", chosen))]
             )
             batch = pack([[Sequence(segments=s)] for s in segments]).to(model.device)
-            vectors = objective.of_words(model, batch) if of_words else objective.of_media(model, batch)
+            vectors = objective.embed_text(model, batch) if of_words else objective.embed_media(model, batch)
             out[part] = vectors.float().cpu()
             done += len(part)
             if progress:
@@ -113,7 +113,7 @@ def match(model: Model, pictures: Seq[PILImage.Image], texts: Seq[str]) -> Tenso
         part = pairs[start : start + base.BATCH]
         rows = [[Sequence(segments=(*said[j], media[i]))] for i, j in part]
         batch, own = pack(rows).to(model.device), torch.arange(len(part), device=model.device)
-        probability = objective.judged(model, batch, own, own).float().softmax(dim=-1)[:, 1].cpu()
+        probability = objective.match_logits(model, batch, own, own).float().softmax(dim=-1)[:, 1].cpu()
         for (i, j), value in zip(part, probability, strict=True):
             out[i, j] = value
     return out
@@ -172,7 +172,7 @@ def fill_tokens(model: Model, pictures: Seq[Media], texts: Seq[tuple[int, ...]])
         part, shown = texts[start : start + base.BATCH], pictures[start : start + base.BATCH]
         said = [opened(begin, (Text(ids=ids),)) for ids in part]
         rows = [[Sequence(segments=(*words, media))] for words, media in zip(said, shown, strict=True)]
-        scores = objective.guessed(model, pack(rows).to(model.device)).float().log_softmax(dim=-1).cpu()
+        scores = objective.masked_logits(model, pack(rows).to(model.device)).float().log_softmax(dim=-1).cpu()
         out += scores.split([ids.count(END_OF_MEDIA) for ids in part])
     return out
 

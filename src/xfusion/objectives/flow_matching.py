@@ -95,8 +95,8 @@ class FlowMatching(Denoising):
             if not bool(media.noised.any()):
                 continue
             # Sampled on the CPU, so that a seed gives the same result on every device.
-            drawn = self.draw_time(len(media.noised), generator).to(media.time.device) * media.largest_noise
-            time = torch.where(media.noised, drawn, torch.zeros_like(drawn))
+            levels = self.draw_time(len(media.noised), generator).to(media.time.device) * media.largest_noise
+            time = torch.where(media.noised, levels, torch.zeros_like(levels))
             noise = torch.randn(media.tokens.shape, generator=generator).to(media.tokens.device)
             level = media.at(time)[:, :, None]
             tokens = self.mix(media.tokens, noise, level)
