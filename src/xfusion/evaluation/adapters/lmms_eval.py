@@ -18,7 +18,7 @@ from lmms_eval.api.model import lmms
 from PIL import Image as PILImage
 
 from xfusion.data.sequence import Sound, XFusionError
-from xfusion.generation import Segment, Shown, conversation, log_likelihoods
+from xfusion.generation import MediaInput, Segment, conversation, log_likelihoods
 from xfusion.model import Model
 
 MARK = "<image>"
@@ -160,7 +160,7 @@ def _flat(found: Any) -> Iterator[Any]:
         yield found
 
 
-def _shown(one: Any) -> Shown:
+def _shown(one: Any) -> MediaInput:
     """A picture or a sound, as the harness's data sets give them."""
     if isinstance(one, PILImage.Image):
         return one
