@@ -118,7 +118,7 @@ def test_kernel_distance_is_unbiased_and_sees_a_shift(tmp_path):
     # The estimate itself, of one subset that is all there is but for its order: sums without the diagonals.
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    metric = KernelInceptionDistance(feature=fid.Eyes(RedAndGreen()), subsets=1, subset_size=40)
+    metric = KernelInceptionDistance(feature=fid.EncoderFeatures(RedAndGreen()), subsets=1, subset_size=40)
     for real, folder in ((True, other), (False, near)):
         for images in fid.batches(map(Image.open, fid.reference(str(folder), "x"))):
             metric.update(images, real=real)

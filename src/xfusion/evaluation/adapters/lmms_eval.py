@@ -42,28 +42,31 @@ class _Settings:
     until: tuple[str, ...]
 
     @classmethod
-    def of(cls, given: dict[str, Any]) -> _Settings:
+    def of(cls, generation_kwargs: dict[str, Any]) -> _Settings:
         """Read them.
 
         Raises:
             XFusionError: one that would change the answer is not known.
         """
-        left = {k: v for k, v in given.items() if v is not None and k != "image_aspect_ratio"}  # pictures are squares
-        until, tokens = left.pop("until", ()), left.pop("max_new_tokens", 1024)  # as the harness's own models
-        samples = left.pop("do_sample", left.get("temperature", 0) > 0)
-        temperature, top_p = left.pop("temperature", 1.0), left.pop("top_p", 1.0)
-        if left.pop("num_beams", 1) != 1 or left:
-            name = next(iter(left), "num_beams")
+        # image_aspect_ratio has no effect: pictures are squares.
+        options = {k: v for k, v in generation_kwargs.items() if v is not None and k != "image_aspect_ratio"}
+        until, tokens = options.pop("until", ()), options.pop("max_new_tokens", 1024)  # as the harness's own models
+        samples = options.pop("do_sample", options.get("temperature", 0) > 0)
+        temperature, top_p = options.pop("temperature", 1.0), options.pop("top_p", 1.0)
+        if options.pop("num_beams", 1) != 1 or options:
+            name = next(iter(options), "num_beams")
             raise XFusionError(
-                f"the task sets {name} to {given[name]}, which a pack does not know: --gen_kwargs overrides it"
+                f"the task sets {name} to {generation_kwargs[name]}, which a pack does not know: --gen_kwargs overrides it"
             )
-        stops = (until,) if isinstance(until, str) else tuple(until)
-        return cls(int(tokens), float(temperature) if samples else 0.0, float(top_p), tuple(filter(None, stops)))
+        stop_sequences = (until,) if isinstance(until, str) else tuple(until)
+        return cls(
+            int(tokens), float(temperature) if samples else 0.0, float(top_p), tuple(filter(None, stop_sequences))
+        )
 
     def cut(self, text: str) -> str:
         """A text up to its first stop sequence."""
-        found = [place for place in map(text.find, self.until) if place >= 0]
-        return text[: min(found, default=len(text))]
+        ends = [end for end in map(text.find, self.until) if end >= 0]
+        return text[: min(ends, default=len(text))]
 
 
 class PackMedia(lmms):
@@ -88,35 +91,37 @@ class PackMedia(lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answers in words, each up to its first stop sequence."""
-        out: list[str] = []
+        answers: list[str] = []
         for settings, group in groupby(requests, key=lambda request: _Settings.of(request.args[1])):
             members = list(group)
             for start in range(0, len(members), self.batch):
                 part = members[start : start + self.batch]
-                out += self._answers([self._given(*_parts(request.args)) for request in part], settings, len(out))
-        return out
+                answers += self._answers(
+                    [self._segments(*_parts(request.args)) for request in part], settings, len(answers)
+                )
+        return answers
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Log-likelihoods of answers, and whether each is the greedy one.
 
         An answer opens a turn or a line of its own, so that the space which a task puts before it is dropped.
         """
-        out = []
-        for words, answer, *where in (request.args for request in requests):
-            text: Any = answer(self._document(*where[1:])) if callable(answer) else answer
-            out += log_likelihoods(self.pack, self._given(words, *where), [text.lstrip()])
-        return out
+        results = []
+        for words, answer, *document in (request.args for request in requests):
+            text: Any = answer(self._document(*document[1:])) if callable(answer) else answer
+            results += log_likelihoods(self.pack, self._segments(words, *document), [text.lstrip()])
+        return results
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         """Refused: a pack is asked once per document."""
         raise XFusionError("a pack answers tasks of one round; this one has several")
 
     def _answers(self, lists: list[list[Segment]], settings: _Settings, number: int) -> list[str]:
-        said: list[list[int]] = [[] for _ in lists]
+        token_ids: list[list[int]] = [[] for _ in lists]
 
-        def goes_on(row: int, token: int) -> bool:
-            said[row].append(token)
-            text = self.pack.backbone.decode(said[row]) if settings.until else ""
+        def is_unfinished(row: int, token: int) -> bool:
+            token_ids[row].append(token)
+            text = self.pack.backbone.decode(token_ids[row]) if settings.until else ""
             return settings.cut(text) == text
 
         answers = self.pack.generate(
@@ -125,20 +130,28 @@ class PackMedia(lmms):
             max_tokens=settings.max_tokens,
             temperature=settings.temperature,
             top_p=settings.top_p,
-            listen=goes_on,
+            listen=is_unfinished,
         )
         return [settings.cut(answer[-1]) for answer in answers]
 
-    def _given(self, words: str, to_visual: Callable[[Any], Any] | None = None, *where: Any) -> list[Segment]:
+    def _segments(self, words: str, to_visual: Callable[[Any], Any] | None = None, *document: Any) -> list[Segment]:
         """The segments of a request: its pictures or sounds, and its words."""
-        shown = [] if to_visual is None else [_shown(one) for one in _flat(to_visual(self._document(*where)))]
-        if shown and "caption" not in self.pack.capabilities:
+        media = (
+            []
+            if to_visual is None
+            else [_to_media(visual) for visual in _flatten(to_visual(self._document(*document)))]
+        )
+        if media and "caption" not in self.pack.capabilities:
             raise XFusionError(f"this pack cannot answer questions: it can {', '.join(sorted(self.pack.capabilities))}")
-        first, *rest = words.split(MARK) if shown else (words,)
-        if len(rest) not in (0, len(shown)):
-            raise XFusionError(f"the question names {len(rest)} pictures by {MARK}, but the document has {len(shown)}")
+        first_part, *other_parts = words.split(MARK) if media else (words,)
+        if len(other_parts) not in (0, len(media)):
+            raise XFusionError(
+                f"the question names {len(other_parts)} pictures by {MARK}, but the document has {len(media)}"
+            )
         content = (
-            [first, *(part for pair in zip(shown, rest, strict=True) for part in pair)] if rest else [*shown, words]
+            [first_part, *(part for pair in zip(media, other_parts, strict=True) for part in pair)]
+            if other_parts
+            else [*media, words]
         )
         return conversation(self.pack, [{"role": "user", "content": [part for part in content if part != ""]}])
 
@@ -151,19 +164,21 @@ def _parts(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return (arguments[0], *arguments[2:])
 
 
-def _flat(found: Any) -> Iterator[Any]:
+def _flatten(visuals: Any) -> Iterator[Any]:
     """What a task shows of a document, out of lists of lists; None is nothing."""
-    if isinstance(found, (list, tuple)):
-        for one in found:
-            yield from _flat(one)
-    elif found is not None:
-        yield found
+    if isinstance(visuals, (list, tuple)):
+        for visual in visuals:
+            yield from _flatten(visual)
+    elif visuals is not None:
+        yield visuals
 
 
-def _shown(one: Any) -> MediaInput:
+def _to_media(visual: Any) -> MediaInput:
     """A picture or a sound, as the harness's data sets give them."""
-    if isinstance(one, PILImage.Image):
-        return one
-    if isinstance(one, dict) and {"array", "sampling_rate"} <= set(one):
-        return Sound(samples=torch.as_tensor(one["array"]).float(), rate=int(one["sampling_rate"]))
-    raise XFusionError(f"the task shows a {type(one).__name__} ({str(one)[:80]}): a pack takes pictures and sounds")
+    if isinstance(visual, PILImage.Image):
+        return visual
+    if isinstance(visual, dict) and {"array", "sampling_rate"} <= set(visual):
+        return Sound(samples=torch.as_tensor(visual["array"]).float(), rate=int(visual["sampling_rate"]))
+    raise XFusionError(
+        f"the task shows a {type(visual).__name__} ({str(visual)[:80]}): a pack takes pictures and sounds"
+    )

@@ -19,7 +19,7 @@ from xfusion.data.sequence import XFusionError, first_line
 from xfusion.storage import file_hash
 
 
-def named(text: str) -> tuple[str, str | None]:
+def parse_source(text: str) -> tuple[str, str | None]:
     """``ORG/MODEL[@revision]`` or a folder -> source and revision; a folder has none, whatever it is called."""
     if Path(text).expanduser().exists():
         return str(Path(text).expanduser()), None
@@ -68,11 +68,11 @@ def clip(source: str, revision: str | None, *, device: str) -> tuple[CLIPTowers,
     """
     from transformers import AutoConfig, AutoProcessor, CLIPModel
 
-    config = _loaded(source, revision, AutoConfig)
+    config = _load(source, revision, AutoConfig)
     if config.model_type != "clip":
         raise XFusionError(f"{source!r} is a {config.model_type}, not a CLIP: a CLIP score is another model's to give")
-    model = _whole(source, revision, CLIPModel, dtype=torch.float32)
-    processor = _loaded(source, revision, AutoProcessor)
+    model = _load_complete(source, revision, CLIPModel, dtype=torch.float32)
+    processor = _load(source, revision, AutoProcessor)
     longest = config.text_config.max_position_embeddings
     return CLIPTowers(model.to(device)).requires_grad_(False).eval(), CLIPReader(processor, longest)
 
@@ -93,15 +93,15 @@ def captioner(text: str, *, device: str, max_tokens: int) -> tuple[str, Ask]:
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    source, revision = named(text)
-    processor = _loaded(source, revision, AutoProcessor)
+    source, revision = parse_source(text)
+    processor = _load(source, revision, AutoProcessor)
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None or not getattr(processor, "chat_template", None):
         raise XFusionError(f"{source!r} has no chat template for pictures: name a vision-language model that was tuned")
     tokenizer.padding_side = "left"  # answers go on behind the prompt, also of the shorter one
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = _whole(source, revision, AutoModelForImageTextToText, dtype="auto").to(device)
+    model = _load_complete(source, revision, AutoModelForImageTextToText, dtype="auto").to(device)
     model = model.requires_grad_(False).eval()
 
     options: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
@@ -127,25 +127,25 @@ def captioner(text: str, *, device: str, max_tokens: int) -> tuple[str, Ask]:
     return f"{source}@{_files_hash(Path(source)) if Path(source).is_dir() else commit}", ask
 
 
-def _pooled(found: Any) -> Tensor:
-    return found if isinstance(found, Tensor) else found.pooler_output
+def _pooled(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.pooler_output
 
 
 def _files_hash(folder: Path) -> str:
     """A hash over the files of a model: their names and contents."""
-    listed = [f"{path.name} {file_hash(path)}" for path in sorted(folder.iterdir()) if path.is_file()]
-    return hashlib.sha256("\n".join(listed).encode()).hexdigest()
+    lines = [f"{path.name} {file_hash(path)}" for path in sorted(folder.iterdir()) if path.is_file()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _whole(source: str, revision: str | None, kind: Any, **options: Any) -> Any:
+def _load_complete(source: str, revision: str | None, kind: Any, **options: Any) -> Any:
     """A model none of whose weights would be made up."""
-    model, report = _loaded(source, revision, kind, output_loading_info=True, use_safetensors=True, **options)
+    model, report = _load(source, revision, kind, output_loading_info=True, use_safetensors=True, **options)
     if report["missing_keys"]:
         raise XFusionError(f"model {source!r} lacks weights: {sorted(report['missing_keys'])[0]}")
     return model
 
 
-def _loaded(source: str, revision: str | None, kind: Any, **options: Any) -> Any:
+def _load(source: str, revision: str | None, kind: Any, **options: Any) -> Any:
     """What one of transformers' loaders gives, with its errors in one line."""
     try:
         return kind.from_pretrained(source, revision=revision, trust_remote_code=False, **options)

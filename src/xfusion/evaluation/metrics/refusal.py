@@ -18,10 +18,10 @@ def threshold(confidence: Tensor, right: Tensor, wanted: float) -> float:
     Returns:
         one of the confidences, or infinity if there is no such bound: then everything is refused.
     """
-    fitting = [
+    bounds = [
         bound for bound in confidence.unique().tolist() if float(right[confidence >= bound].float().mean()) >= wanted
     ]
-    return min(fitting, default=math.inf)
+    return min(bounds, default=math.inf)
 
 
 def refusal(confidence: Tensor, right: Tensor, bound: float) -> dict[str, float | None]:
@@ -30,6 +30,6 @@ def refusal(confidence: Tensor, right: Tensor, bound: float) -> dict[str, float 
     Returns:
         ``answered`` in [0, 1] and ``accuracy_answered``, None if nothing is answered.
     """
-    kept = confidence >= bound
-    share = float(kept.float().mean())
-    return {"answered": share, "accuracy_answered": float(right[kept].float().mean()) if share else None}
+    is_answered = confidence >= bound
+    share = float(is_answered.float().mean())
+    return {"answered": share, "accuracy_answered": float(right[is_answered].float().mean()) if share else None}

@@ -59,11 +59,12 @@ def run(
         include_path=[str(path.resolve().parent) for path in files] or None, include_defaults=len(files) < len(names)
     )
     progress("tasks of lm-eval", 0, len(names))
-    run: Any = lm_eval.simple_evaluate  # loaded lazily, and so is what PackText is: checkers know no signature
-    text: Any = PackText
+    # lm_eval loads both lazily, so type checkers know neither signature.
+    simple_evaluate: Any = lm_eval.simple_evaluate
+    adapter: Any = PackText
     try:
-        found = run(
-            model=text(model, stack=stack, batch_size=batch),
+        output = simple_evaluate(
+            model=adapter(model, stack=stack, batch_size=batch),
             tasks=[path.stem if path in files else name for name, path in ((n, Path(n)) for n in names)],
             num_fewshot=shots,
             limit=limit,
@@ -79,8 +80,8 @@ def run(
             f"lm-eval cannot run {tasks!r}: {(str(error).strip() or repr(error)).splitlines()[0]}"
         ) from error
     scores: dict[str, Any] = {}
-    assert found is not None, "only other processes than the first get nothing"
-    for task, metrics in found["results"].items():
+    assert output is not None, "only other processes than the first get nothing"
+    for task, metrics in output["results"].items():
         for key, value in metrics.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool) and "," in key:
                 scores[f"{task}_{key.partition(',')[0]}"] = value

@@ -42,32 +42,36 @@ def run(
     """
     if model.opening is None:
         raise XFusionError("this pack has no opening head: make one with xfusion train opening PACK")
-    held = requests.read("held", wordings, repeat=repeat)
-    opened, exact = [], []
-    for done, example in enumerate(held):
-        progress("held requests", done, len(held))
-        opened.append(model.opening.probability(model.backbone, example.messages) > 0.5)
+    examples = requests.read("held", wordings, repeat=repeat)
+    predicted, subject_matches = [], []
+    for done, example in enumerate(examples):
+        progress("held requests", done, len(examples))
+        predicted.append(model.opening.probability(model.backbone, example.messages) > 0.5)
         if example.subject is not None:
-            words = example.messages[-1]["content"]
-            exact.append(model.opening.what(model.backbone, words) == words[slice(*example.subject)])
-    hits = sum(o and e.draws for o, e in zip(opened, held, strict=True))
-    asked, found = sum(e.draws for e in held), sum(opened)
-    out: dict[str, Any] = {
-        "precision": hits / found if found else 0.0,
-        "recall": hits / asked,
-        "false_alarms": (found - hits) / (len(held) - asked),
-        "subject_exact": sum(exact) / len(exact),
+            text = example.messages[-1]["content"]
+            subject_matches.append(model.opening.what(model.backbone, text) == text[slice(*example.subject)])
+    true_positives = sum(o and e.draws for o, e in zip(predicted, examples, strict=True))
+    num_requests, num_predicted = sum(e.draws for e in examples), sum(predicted)
+    metrics: dict[str, Any] = {
+        "precision": true_positives / num_predicted if num_predicted else 0.0,
+        "recall": true_positives / num_requests,
+        "false_alarms": (num_predicted - true_positives) / (len(examples) - num_requests),
+        "subject_exact": sum(subject_matches) / len(subject_matches),
     }
-    settings: dict[str, Any] = {"num_requests": asked, "num_chats": len(held) - asked, "repeat": repeat}
+    settings: dict[str, Any] = {
+        "num_requests": num_requests,
+        "num_chats": len(examples) - num_requests,
+        "repeat": repeat,
+    }
     if chats is not None:
         prompts = _prompts(chats)[:max_chats]
-        alarms = 0
+        num_alarms = 0
         for done, prompt in enumerate(prompts):
             progress("chats", done, len(prompts))
-            alarms += model.opening.probability(model.backbone, [{"role": "user", "content": prompt}]) > 0.5
-        out["chats_false_alarms"] = alarms / len(prompts)
+            num_alarms += model.opening.probability(model.backbone, [{"role": "user", "content": prompt}]) > 0.5
+        metrics["chats_false_alarms"] = num_alarms / len(prompts)
         settings |= {"chats": Path(chats).name, "num_further_chats": len(prompts)}
-    return {**out, "settings": {"wordings": wordings and Path(wordings).name, **settings}}
+    return {**metrics, "settings": {"wordings": wordings and Path(wordings).name, **settings}}
 
 
 def _prompts(spec: str) -> list[str]:
@@ -76,12 +80,12 @@ def _prompts(spec: str) -> list[str]:
         if column:
             from pyarrow import parquet
 
-            found = parquet.read_table(f"{name}.parquet", columns=[column]).column(column).to_pylist()
+            lines = parquet.read_table(f"{name}.parquet", columns=[column]).column(column).to_pylist()
         else:
-            found = Path(spec).read_text(encoding="utf-8").splitlines()
+            lines = Path(spec).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError, KeyError) as error:
         raise XFusionError(f"{spec}: prompts cannot be read: {error}") from error
-    found = [line for line in found if line and line.strip()]
-    if not found:
+    lines = [line for line in lines if line and line.strip()]
+    if not lines:
         raise XFusionError(f"{spec} holds no prompt")
-    return found
+    return lines

@@ -54,14 +54,14 @@ def run(
         able = ", ".join(sorted(model.capabilities))
         raise XFusionError(f"this suite scores embedding and matching, but the model can only do: {able}")
     metrics: dict[str, float] = {}
-    found, settings = parts(source, held, max_fit, max_held, part)
-    for name, (pictures, scored) in found.items():
-        more, numbers = _scores(model, name, pictures, scored, progress)
-        metrics, settings = metrics | more, settings | numbers
+    sets, settings = scored_sets(source, held, max_fit, max_held, part)
+    for name, (pictures, scored) in sets.items():
+        set_metrics, set_settings = _scores(model, name, pictures, scored, progress)
+        metrics, settings = metrics | set_metrics, settings | set_settings
     return {**metrics, "settings": settings}
 
 
-def parts(
+def scored_sets(
     source: Source | str, held: Source | str | None, max_fit: int | None, max_held: int | None, part: Part
 ) -> tuple[dict[str, tuple[Source, list[int]]], dict[str, Any]]:
     """What is scored: ``fit`` and, where there is any, ``held``, each a source and numbers of pictures; and the settings to note.
@@ -72,14 +72,14 @@ def parts(
         XFusionError: there is nothing to score.
     """
     source = open_source(source, split="train") if isinstance(source, str) else source
-    out = {"fit": (source, chosen(source.examples, max_fit, part))}
-    if not out["fit"][1]:
+    sets = {"fit": (source, chosen(source.examples, max_fit, part))}
+    if not sets["fit"][1]:
         raise XFusionError(f"{source.spec}: none of {len(source.examples)} pictures can be scored")
     held = held_out(held, source)
     scored = chosen(held.examples, max_held, part) if held else []
     if held and scored:
-        out["held"] = (held, scored)
-    return out, {"data": source.spec, "held": held.spec if held else None, "part": part}
+        sets["held"] = (held, scored)
+    return sets, {"data": source.spec, "held": held.spec if held else None, "part": part}
 
 
 def _scores(
@@ -89,22 +89,22 @@ def _scores(
     examples = [source.examples[i] for i in scored]
     names = list(dict.fromkeys(example.captions[0] for example in examples))
     size, hit = model.image.sizes[0], naming.hits(examples, names)
-    rows: dict[str, list[Tensor]] = {way: [] for way in ("embed", "match") if way in model.capabilities}
-    near = model.embed(names).T if "embed" in rows else None
+    rows: dict[str, list[Tensor]] = {method: [] for method in ("embed", "match") if method in model.capabilities}
+    name_embeddings = model.embed(names).T if "embed" in rows else None
     step = 1 if "match" in rows else 64  # a few at a time: pictures of a large encoder are many megabytes
     for start in range(0, len(scored), step):
         progress(f"{name} pictures", start, len(scored))
         pictures = [source.picture(i, size) for i in scored[start : start + step]]
-        if near is not None:
-            rows["embed"].append(model.embed(pictures) @ near)
+        if name_embeddings is not None:
+            rows["embed"].append(model.embed(pictures) @ name_embeddings)
         if "match" in rows:
             rows["match"].append(torch.tensor([model.match(pictures[0], names)]))
     metrics: dict[str, float] = {}
-    for way, each in rows.items():
-        found, prefix = torch.cat(each), f"{name}_match_" if way == "match" and len(rows) > 1 else f"{name}_"
-        for task, scores, right in (("naming", found, hit), ("search", found.T, hit.T)):
-            metrics |= naming.beside(f"{prefix}{task}_", scores, right)
-        if way == "match":
-            true, wrong = found[hit] > 0.5, found[~hit] <= 0.5
-            metrics[f"{name}_match"] = float(true.double().mean() + wrong.double().mean()) / 2
+    for method, batches in rows.items():
+        similarity, prefix = torch.cat(batches), f"{name}_match_" if method == "match" and len(rows) > 1 else f"{name}_"
+        for task, scores, hits in (("naming", similarity, hit), ("search", similarity.T, hit.T)):
+            metrics |= naming.with_baselines(f"{prefix}{task}_", scores, hits)
+        if method == "match":
+            true_accepted, wrong_rejected = similarity[hit] > 0.5, similarity[~hit] <= 0.5
+            metrics[f"{name}_match"] = float(true_accepted.double().mean() + wrong_rejected.double().mean()) / 2
     return metrics, {f"num_{name}": len(scored), f"num_{name}_names": len(names)}

@@ -45,24 +45,24 @@ def run(
     pictures = open_source(source) if isinstance(source, str) else source
     backbone, side = model.backbone, model.image.sizes[0] if size is None else size
     config = MixtureConfig(draw=num_samples, caption=num_samples, pack=1)
-    made = Mixture(
+    batches = Mixture(
         pictures, model.image, (side,), backbone.encode, backbone.begin_ids, backbone.end_ids[0], config, seed
     ).batches(0)
     generator, sums = torch.Generator().manual_seed(seed), dict[str, list[float]]()
-    for number, batch in enumerate(made):
-        progress("shares", number, len(made))
+    for index, batch in enumerate(batches):
+        progress("shares", index, len(batches))
         batch = batch.to(backbone.device)
         for objective in model.objectives:
             batch = objective.corrupt(batch, generator)
         for layer, kinds in shares(model, batch).items():
             for kind, value in kinds.items():
                 sums.setdefault(f"share_layer{layer}_{kind.replace(' ', '_')}", []).append(value)
-    progress("shares", len(made), len(made))
+    progress("shares", len(batches), len(batches))
     if not sums:
         raise XFusionError(
             f"the suite 'shares' needs a tower that learns a share per position; this model's fusion is"
             f" {type(model.fusion).__name__} without one: train the recipe xfusion_dynamic"
         )
-    found = {name: sum(values) / len(values) for name, values in sums.items()}
+    metrics = {name: sum(values) / len(values) for name, values in sums.items()}
     settings = {"source": pictures.spec, "size": side, "num_samples": num_samples, "seed": seed}
-    return {**found, "settings": settings}
+    return {**metrics, "settings": settings}

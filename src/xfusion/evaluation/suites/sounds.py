@@ -65,60 +65,66 @@ def run(
     """
     if model.modality.name != "audio" or "caption" not in model.capabilities:
         raise XFusionError(f"this suite names sounds, but the model is of {model.modality.described}")
-    trained = _sounds(source, "train")
+    trained = _open_sounds(source, "train")
     names = list(dict.fromkeys(example.captions[0] for example in trained.examples))
     if len(names) > LARGEST_NAMES:
         raise XFusionError(f"{trained.spec}: {len(names)} different names, at most {LARGEST_NAMES} are ranked")
     metrics: dict[str, Any] = {"num_names": len(names)}
-    unheard = held_out(held, trained)
-    others = None if unheard is None else _sounds(unheard, "held")
-    parts = {"fit": (trained, max_fit)} | ({"held": (others, max_held)} if others else {})
-    alone = model.score_names(None, names)
-    for kind, (sounds, most) in parts.items():
-        indices = chosen(sounds.examples, most, part)
+    held_set = held_out(held, trained)
+    held_sounds = None if held_set is None else _open_sounds(held_set, "held")
+    parts = {"fit": (trained, max_fit)} | ({"held": (held_sounds, max_held)} if held_sounds else {})
+    prior = model.score_names(None, names)
+    for kind, (sounds, limit) in parts.items():
+        indices = chosen(sounds.examples, limit, part)
         if not indices:
             raise XFusionError(f"{sounds.spec}: none of {len(sounds)} sounds falls into the part {part!r}")
         unknown = [sounds.examples[i] for i in indices if sounds.examples[i].captions[0] not in names]
         if unknown:
             raise XFusionError(f"{unknown[0].origin}: {unknown[0].captions[0]!r} is no name of {trained.spec}")
-        metrics |= {f"num_{kind}": len(indices)} | _named(model, sounds, indices, names, alone, kind, progress)
+        metrics |= {f"num_{kind}": len(indices)} | _naming_scores(model, sounds, indices, names, prior, kind, progress)
     if isinstance(model.media_objective, NextCode) and num_made:
-        unheard = (others, chosen(others.examples, max_held, part)) if others else None
-        metrics |= _made(model, trained, unheard, names, num_made, seed, progress)
-    settings = {"data": trained.spec, "held": others and others.spec, "part": part, "seed": seed, "names": names}
+        held_set = (held_sounds, chosen(held_sounds.examples, max_held, part)) if held_sounds else None
+        metrics |= _generation_scores(model, trained, held_set, names, num_made, seed, progress)
+    settings = {
+        "data": trained.spec,
+        "held": held_sounds and held_sounds.spec,
+        "part": part,
+        "seed": seed,
+        "names": names,
+    }
     return {**metrics, "settings": settings}
 
 
-def _sounds(source: Source | str, split: str) -> Sounds:
-    opened = open_source(source, split=split) if isinstance(source, str) else source
-    if not isinstance(opened, Sounds):
-        raise XFusionError(f"{opened.spec}: holds no sounds, and this suite names sounds")
-    return opened
+def _open_sounds(source: Source | str, split: str) -> Sounds:
+    sounds = open_source(source, split=split) if isinstance(source, str) else source
+    if not isinstance(sounds, Sounds):
+        raise XFusionError(f"{sounds.spec}: holds no sounds, and this suite names sounds")
+    return sounds
 
 
-def _named(
+def _naming_scores(
     model: Any,
     sounds: Sounds,
     indices: list[int],
     names: list[str],
-    alone: Tensor,
+    prior: Tensor,
     part: str,
     progress: Callable[[str, int, int], None],
 ) -> dict[str, float]:
     """Rank of the true name, and exact match of the greedy answer, each beside its blind base rate."""
-    truth = [sounds.examples[i].captions[0] for i in indices]
-    scores, answers, what = [], [], f"name {part} sounds"
-    progress(what, 0, len(indices))
+    true_names = [sounds.examples[i].captions[0] for i in indices]
+    scores, answers, label = [], [], f"name {part} sounds"
+    progress(label, 0, len(indices))
     for start in range(0, len(indices), BATCH):
-        heard = [sounds.sound(i) for i in indices[start : start + BATCH]]
-        scores.append(model.score_names(heard, names))
-        answers += model.caption(heard, max_tokens=8)
-        progress(what, min(start + BATCH, len(indices)), len(indices))
-    pointwise = naming.pointwise(torch.cat(scores), alone)
+        batch_sounds = [sounds.sound(i) for i in indices[start : start + BATCH]]
+        scores.append(model.score_names(batch_sounds, names))
+        answers += model.caption(batch_sounds, max_tokens=8)
+        progress(label, min(start + BATCH, len(indices)), len(indices))
+    pointwise = naming.pointwise(torch.cat(scores), prior)
     # By name and not by group: two speakers say the same word.
-    hit = torch.tensor([[name == true for name in names] for true in truth])
-    metrics = naming.beside(f"{part}_", pointwise, hit, ks=(1,))
-    wordings = [(true,) for true in truth]
+    hit = torch.tensor([[name == true for name in names] for true in true_names])
+    metrics = naming.with_baselines(f"{part}_", pointwise, hit, ks=(1,))
+    wordings = [(true,) for true in true_names]
     metrics[f"{part}_exact"] = captions.exact_match(answers, wordings)
     metrics[f"{part}_exact_blind"] = blind(
         lambda order: captions.exact_match([answers[i] for i in order.tolist()], wordings), len(answers)
@@ -126,35 +132,40 @@ def _named(
     return metrics
 
 
-def _made(
+def _generation_scores(
     model: Any,
     trained: Sounds,
-    others: tuple[Sounds, list[int]] | None,
+    held_sounds: tuple[Sounds, list[int]] | None,
     names: list[str],
     num_made: int,
-    first: int,
+    first_seed: int,
     progress: Callable[[str, int, int], None],
 ) -> dict[str, float]:
     """Rank of the asked name among all by the codes that were made; and of the true one by those of other recordings."""
-    learned = [[i for i, e in enumerate(trained.examples) if e.captions[0] == name][:PER_NAME] for name in names]
-    known = [_codes(model, trained, indices) for indices in learned]
-    made: list[Tensor] = []
-    for number in range(num_made):
-        progress("make sounds", number, num_made)
-        seed = first + len(names) * number
-        made += [codes for (codes,) in model.generate([[name, Audio()] for name in names], seed=seed)]
+    trained_indices = [
+        [i for i, e in enumerate(trained.examples) if e.captions[0] == name][:PER_NAME] for name in names
+    ]
+    trained_codes = [_codes(model, trained, indices) for indices in trained_indices]
+    generated: list[Tensor] = []
+    for index in range(num_made):
+        progress("make sounds", index, num_made)
+        seed = first_seed + len(names) * index
+        generated += [codes for (codes,) in model.generate([[name, Audio()] for name in names], seed=seed)]
     progress("make sounds", num_made, num_made)
-    judged = {"made_": (torch.stack(made), names * num_made)}
-    if others is not None:
-        sounds, indices = others
-        judged["ceiling_made_"] = (_codes(model, sounds, indices), [sounds.examples[i].captions[0] for i in indices])
-    entries = 1 + max(int(codes.max()) for codes in [*known, *(codes for codes, _ in judged.values())])
-    means = functional.normalize(torch.stack([_counts(codes, entries).mean(0) for codes in known]), dim=1)
-    found: dict[str, float] = {"num_made": len(made)}
-    for prefix, (codes, truth) in judged.items():
-        hit = torch.tensor([[name == true for name in names] for true in truth])
-        found |= naming.beside(prefix, _counts(codes, entries) @ means.T, hit, ks=(1,))
-    return found
+    codes_by_prefix = {"made_": (torch.stack(generated), names * num_made)}
+    if held_sounds is not None:
+        sounds, indices = held_sounds
+        codes_by_prefix["ceiling_made_"] = (
+            _codes(model, sounds, indices),
+            [sounds.examples[i].captions[0] for i in indices],
+        )
+    entries = 1 + max(int(codes.max()) for codes in [*trained_codes, *(codes for codes, _ in codes_by_prefix.values())])
+    means = functional.normalize(torch.stack([_counts(codes, entries).mean(0) for codes in trained_codes]), dim=1)
+    metrics: dict[str, float] = {"num_made": len(generated)}
+    for prefix, (codes, true_names) in codes_by_prefix.items():
+        hit = torch.tensor([[name == true for name in names] for true in true_names])
+        metrics |= naming.with_baselines(prefix, _counts(codes, entries) @ means.T, hit, ks=(1,))
+    return metrics
 
 
 def _codes(model: Any, sounds: Sounds, indices: list[int]) -> Tensor:

@@ -97,42 +97,44 @@ def run(
         raise XFusionError(f"this suite asks questions about pictures, but the model can only do: {able}")
     if questions not in ("counting", "nlvr") or (questions == "nlvr") != (source is not None):
         raise XFusionError(f"questions {questions!r} with source {source!r}: counting has none, nlvr a parquet file")
-    made = counting(count, most, seed) if source is None else nlvr(Path(source), count, seed)
+    all_questions = counting(count, most, seed) if source is None else nlvr(Path(source), count, seed)
     answers = [str(n) for n in range(1, most + 1)] if source is None else ["true", "false"]
-    validation = [q for q in made if part(q.id) == "validation"]
-    test = [q for q in made if part(q.id) == "test"]
+    validation = [q for q in all_questions if part(q.id) == "validation"]
+    test = [q for q in all_questions if part(q.id) == "test"]
     if not validation or not test:
         raise XFusionError(
-            f"{len(made)} questions leave {len(validation)} to choose by and {len(test)} to test: ask more"
+            f"{len(all_questions)} questions leave {len(validation)} to choose by and {len(test)} to test: ask more"
         )
 
-    def told(what: str) -> Callable[[int, int], None]:
-        return lambda done, total: progress(what, done, total)
+    def reporter(label: str) -> Callable[[int, int], None]:
+        return lambda done, total: progress(label, done, total)
 
-    chosen_by = answered(model, validation, answers, told("validation"))
-    bound = threshold(*right(chosen_by, validation, answers), wanted)
-    found = answered(model, test, answers, told("test"))
-    confidence, is_right = right(found, test, answers)
-    unseen: list[Tensor] = []
+    validation_probabilities = answer_probabilities(model, validation, answers, reporter("validation"))
+    bound = threshold(*grade(validation_probabilities, validation, answers), wanted)
+    test_probabilities = answer_probabilities(model, test, answers, reporter("test"))
+    confidence, is_correct = grade(test_probabilities, test, answers)
+    blind_rounds: list[Tensor] = []
 
-    def of_others(order: Tensor) -> float:
-        others = [replace(q, picture=test[i].picture) for q, i in zip(test, order.tolist(), strict=True)]
-        what = told(f"blind {len(unseen) + 1}")
-        unseen.append(right(answered(model, others, answers, what), others, answers)[1].double())
-        return float(unseen[-1].mean())
+    def permuted_accuracy(order: Tensor) -> float:
+        permuted = [replace(q, picture=test[i].picture) for q, i in zip(test, order.tolist(), strict=True)]
+        report = reporter(f"blind {len(blind_rounds) + 1}")
+        blind_rounds.append(
+            grade(answer_probabilities(model, permuted, answers, report), permuted, answers)[1].double()
+        )
+        return float(blind_rounds[-1].mean())
 
-    blind_rate, sentences = blind(of_others, len(test), seed=seed), [q.id for q in test]
-    over = is_right.double() - torch.stack(unseen).mean(dim=0)
+    blind_rate, clusters = blind(permuted_accuracy, len(test), seed=seed), [q.id for q in test]
+    over_blind = is_correct.double() - torch.stack(blind_rounds).mean(dim=0)
     metrics: dict[str, Any] = {
-        "accuracy": float(is_right.float().mean()),
-        "accuracy_interval": interval(is_right, sentences, seed=seed),
+        "accuracy": float(is_correct.float().mean()),
+        "accuracy_interval": interval(is_correct, clusters, seed=seed),
         "chance_accuracy": Counter(q.answer for q in test).most_common(1)[0][1] / len(test),
         "accuracy_blind": blind_rate,
-        "accuracy_over_blind": float(over.mean()),
-        "accuracy_over_blind_interval": interval(over, sentences, seed=seed),
-        **written(model, test, answers),
+        "accuracy_over_blind": float(over_blind.mean()),
+        "accuracy_over_blind_interval": interval(over_blind, clusters, seed=seed),
+        **json_scores(model, test, answers),
         "refusal_threshold": bound if math.isfinite(bound) else None,
-        **refusal(confidence, is_right, bound),
+        **refusal(confidence, is_correct, bound),
     }
     curves: dict[str, list[list[float]]] = {}
     if robustness:
@@ -144,9 +146,11 @@ def run(
         for name, (strengths, damage) in damages.items():
             points = [[100.0 if name == "jpeg" else 1.0, metrics["accuracy"]]]
             for strength in strengths:
-                hurt = [replace(q, picture=damage(q.picture, strength)) for q in test]
-                _, still = right(answered(model, hurt, answers, told(f"{name} {strength:g}")), hurt, answers)
-                points.append([float(strength), float(still.float().mean())])
+                damaged = [replace(q, picture=damage(q.picture, strength)) for q in test]
+                _, is_still_correct = grade(
+                    answer_probabilities(model, damaged, answers, reporter(f"{name} {strength:g}")), damaged, answers
+                )
+                points.append([float(strength), float(is_still_correct.float().mean())])
                 metrics[f"accuracy_{name}_{strength:g}"] = points[-1][1]
             curves[name] = sorted(points)
     settings = {
@@ -157,39 +161,44 @@ def run(
         "wanted": wanted,
         "num_validation": len(validation),
         "num_test": len(test),
-        "num_test_clusters": len(set(sentences)),
+        "num_test_clusters": len(set(clusters)),
     }
     return {**metrics, "curves": curves, "settings": settings}
 
 
-def answered(model: Any, questions: Sequence[Question], answers: list[str], tell: Callable[[int, int], None]) -> Tensor:
+def answer_probabilities(
+    model: Any, questions: Sequence[Question], answers: list[str], report: Callable[[int, int], None]
+) -> Tensor:
     """Shares of the likelihood of each allowed answer ``[questions, answers]``, each row summing to 1."""
-    out = torch.empty(len(questions), len(answers))
+    probabilities = torch.empty(len(questions), len(answers))
     for done, question in enumerate(questions):
-        tell(done, len(questions))
-        found = model.score_names([question.picture], answers, question=question.text, summed=True)[0]
-        out[done] = found.float().softmax(dim=-1)
-    tell(len(questions), len(questions))
-    return out
+        report(done, len(questions))
+        log_likelihoods = model.score_names([question.picture], answers, question=question.text, summed=True)[0]
+        probabilities[done] = log_likelihoods.float().softmax(dim=-1)
+    report(len(questions), len(questions))
+    return probabilities
 
 
-def right(shares: Tensor, questions: Sequence[Question], answers: list[str]) -> tuple[Tensor, Tensor]:
+def grade(probabilities: Tensor, questions: Sequence[Question], answers: list[str]) -> tuple[Tensor, Tensor]:
     """Confidence, and whether the right answer alone is the likeliest: float and bool ``[questions]``."""
     hit = torch.tensor([[answer == question.answer for answer in answers] for question in questions])
-    return shares.amax(dim=-1), ranks(shares, hit) <= 1
+    return probabilities.amax(dim=-1), ranks(probabilities, hit) <= 1
 
 
-def written(model: Any, questions: Sequence[Question], answers: list[str]) -> dict[str, float]:
+def json_scores(model: Any, questions: Sequence[Question], answers: list[str]) -> dict[str, float]:
     """Shares of questions answered in JSON by a schema of the allowed values: validly, and rightly."""
     schema = {"type": "object", "properties": {"answer": {"enum": [json.loads(answer) for answer in answers]}}}
     texts = model.generate([[question.picture, question.text] for question in questions], schema=schema)
     allowed = {json.dumps({"answer": json.loads(answer)}): answer for answer in answers}
-    said = [allowed.get(_as_written(text)) for (text,) in texts]
-    rightly = sum(one == q.answer for one, q in zip(said, questions, strict=True))
-    return {"accuracy_json": rightly / len(said), "json_valid": sum(one is not None for one in said) / len(said)}
+    parsed = [allowed.get(_canonical_json(text)) for (text,) in texts]
+    num_correct = sum(value == q.answer for value, q in zip(parsed, questions, strict=True))
+    return {
+        "accuracy_json": num_correct / len(parsed),
+        "json_valid": sum(value is not None for value in parsed) / len(parsed),
+    }
 
 
-def _as_written(text: str) -> str:
+def _canonical_json(text: str) -> str:
     """JSON in one spelling; empty where it is none."""
     try:
         return json.dumps(json.loads(text))
@@ -219,14 +228,14 @@ def counting(count: int, most: int, seed: int = 0, side: int = 96, parts: Sequen
     cells = 4
     if not 1 <= most <= cells**2:
         raise XFusionError(f"most is {most}: from 1 to {cells**2} things can be counted")
-    out = []
-    for number in range(count):
-        rng, how_many, identity = random.Random(f"{seed}/counting/{number}"), number % most + 1, None
+    questions = []
+    for index in range(count):
+        rng, num_discs, identity = random.Random(f"{seed}/counting/{index}"), index % most + 1, None
         while identity is None or part(identity) not in parts:
             colour = rng.choice(list(COLOURS))
             picture = Image.new("RGB", (side, side), "white")
             draw, cell = ImageDraw.Draw(picture), side // cells
-            for place in rng.sample(range(cells**2), how_many):
+            for place in rng.sample(range(cells**2), num_discs):
                 radius = rng.randint(cell // 4, cell // 2 - 2)
                 reach = cell // 2 - 2 - radius  # from the middle of its cell; no neighbour is touched
                 x = place % cells * cell + cell // 2 + rng.randint(-reach, reach)
@@ -234,8 +243,8 @@ def counting(count: int, most: int, seed: int = 0, side: int = 96, parts: Sequen
                 draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=COLOURS[colour])
             identity = hashlib.sha256(picture.tobytes()).hexdigest()[:16]
         text = f"How many {colour} discs are there?"
-        out.append(Question(id=identity, picture=picture, text=text, answer=str(how_many)))
-    return out
+        questions.append(Question(id=identity, picture=picture, text=text, answer=str(num_discs)))
+    return questions
 
 
 def nlvr(path: Path, count: int | None = None, seed: int = 0, parts: Sequence[Part] = ASKED) -> list[Question]:
@@ -255,21 +264,23 @@ def nlvr(path: Path, count: int | None = None, seed: int = 0, parts: Sequence[Pa
     """
     rows = nlvr_rows(path, ("image", "sentence", "label"), (SCENE,))
     wordings = [re.sub(r"[^a-z0-9]+", " ", row["sentence"].lower()).strip() for row in rows]
-    scenes = [_scene(row) for row in rows]
-    called = _together(wordings, scenes)
+    scenes = [_scene_key(row) for row in rows]
+    cluster_of = _wording_clusters(wordings, scenes)
     by_sentence: dict[str, list[int]] = {}
     for index in random.Random(f"{seed}/nlvr").sample(range(len(rows)), len(rows)):
-        if part(called[wordings[index]]) in parts:
+        if part(cluster_of[wordings[index]]) in parts:
             by_sentence.setdefault(wordings[index], []).append(index)
     turns: list[tuple[int, int, int]] = []
-    for number, indices in enumerate(by_sentence.values()):
-        seen: Counter[str] = Counter()
-        again = []
+    for sentence_index, indices in enumerate(by_sentence.values()):
+        times_seen: Counter[str] = Counter()
+        ranked = []
         for index in indices:
-            again.append((seen[scenes[index]], index))
-            seen[scenes[index]] += 1
-        turns += [(turn, number, index) for turn, (_, index) in enumerate(sorted(again, key=lambda pair: pair[0]))]
-    out = []
+            ranked.append((times_seen[scenes[index]], index))
+            times_seen[scenes[index]] += 1
+        turns += [
+            (turn, sentence_index, index) for turn, (_, index) in enumerate(sorted(ranked, key=lambda pair: pair[0]))
+        ]
+    questions = []
     for _, _, index in sorted(turns)[:count]:
         row = rows[index]
         picture = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
@@ -277,16 +288,18 @@ def nlvr(path: Path, count: int | None = None, seed: int = 0, parts: Sequence[Pa
         square = Image.new("RGB", (side, side), "white")  # a model sees squares; nothing is cut away
         square.paste(picture, ((square.width - picture.width) // 2, (square.height - picture.height) // 2))
         text = f"{row['sentence']} True or false?"
-        out.append(Question(id=called[wordings[index]], picture=square, text=text, answer=str(row["label"]).lower()))
-    return out
+        questions.append(
+            Question(id=cluster_of[wordings[index]], picture=square, text=text, answer=str(row["label"]).lower())
+        )
+    return questions
 
 
 SCENE = "structured_rep"
 """NLVR's column of what stands in each box."""
 
 
-def nlvr_rows(path: Path, columns: Sequence[str], others: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Rows of a parquet file of NLVR: ``columns``, and those of ``others`` that it has.
+def nlvr_rows(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Rows of a parquet file of NLVR: ``columns``, and those of ``optional`` that it has.
 
     Raises:
         XFusionError: it cannot be read, or a column is missing.
@@ -301,10 +314,10 @@ def nlvr_rows(path: Path, columns: Sequence[str], others: Sequence[str] = ()) ->
         raise XFusionError(f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else 'empty'}") from error
     if missing := [name for name in columns if name not in table.column_names]:
         raise XFusionError(f"{path} has no column {missing[0]!r}; it has {', '.join(table.column_names)}")
-    return table.select([n for n in (*columns, *others) if n in table.column_names]).to_pylist()
+    return table.select([n for n in (*columns, *optional) if n in table.column_names]).to_pylist()
 
 
-def _scene(row: dict[str, Any]) -> str:
+def _scene_key(row: dict[str, Any]) -> str:
     """What a picture shows, in whatever order its boxes stand; the hash of its file where the data does not say."""
     if not row.get(SCENE):
         return hashlib.sha256(row["image"]["bytes"]).hexdigest()
@@ -312,20 +325,20 @@ def _scene(row: dict[str, Any]) -> str:
     return json.dumps(sorted(boxes))
 
 
-def _together(wordings: Sequence[str], scenes: Sequence[str]) -> dict[str, str]:
+def _wording_clusters(wordings: Sequence[str], scenes: Sequence[str]) -> dict[str, str]:
     """Wording -> the first, by the alphabet, of all wordings that share a scene with it, or one with one that does."""
-    first = {wording: wording for wording in wordings}
+    parent = {wording: wording for wording in wordings}
 
-    def of(wording: str) -> str:
-        while first[wording] != wording:
-            wording = first[wording]
+    def root(wording: str) -> str:
+        while parent[wording] != wording:
+            wording = parent[wording]
         return wording
 
-    shown: dict[str, str] = {}
+    wording_of_scene: dict[str, str] = {}
     for wording, scene in zip(wordings, scenes, strict=True):
-        one, other = sorted((of(wording), of(shown.setdefault(scene, wording))))
-        first[other] = one
-    return {wording: of(wording) for wording in first}
+        first, second = sorted((root(wording), root(wording_of_scene.setdefault(scene, wording))))
+        parent[second] = first
+    return {wording: root(wording) for wording in parent}
 
 
 # ------------------------------------------------------------------------------------------------------------ damage
