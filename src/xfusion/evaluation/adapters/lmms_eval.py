@@ -1,8 +1,8 @@
-"""LMMs-Lab's lmms-eval: a pack that reads pictures, or hears, under its tasks.
+"""Adapter for LMMs-Lab's lmms-eval: its tasks on a pack that reads pictures or sounds.
 
-From its own command line, which finds the class by an entry point of this package: ``lmms-eval --model xfusion --model_args
-pack=emoji --tasks mme``. A question stands behind its pictures as the chat and the server put it
-(`xfusion.generation.conversation`), and words alone in the base's own chat template.
+The harness finds the class by an entry point of this package: ``lmms-eval --model xfusion --model_args pack=emoji --tasks mme``.
+A question follows its pictures as in the chat and the server (`xfusion.generation.conversation`); a text-only request is
+formatted with the base's own chat template.
 """
 
 from __future__ import annotations
@@ -22,35 +22,39 @@ from xfusion.generation import MediaInput, Segment, conversation, log_likelihood
 from xfusion.model import Model
 
 MARK = "<image>"
-"""Where a picture stands among a task's words; without a mark all pictures stand before them."""
+"""Place of a picture in a task's text. If a text has no mark, all its pictures come before it."""
 
 
 def manifest() -> Any:
-    """What the entry point tells the harness."""
-    from lmms_eval.models.registry_v2 import ModelManifest  # it asks for this while it is imported itself
+    """The registration of this adapter, for the harness's entry point."""
+    from lmms_eval.models.registry_v2 import ModelManifest  # the harness calls this while it is being imported
 
     return ModelManifest(model_id="xfusion", simple_class_path=f"{__name__}.{PackMedia.__name__}")
 
 
 @dataclass(frozen=True)
 class _Settings:
-    """A task's settings of generating, those that mean something here."""
+    """The generation settings of a task that a pack supports."""
 
     max_tokens: int
     temperature: float
     top_p: float
     until: tuple[str, ...]
+    """Stop sequences."""
 
     @classmethod
     def of(cls, generation_kwargs: dict[str, Any]) -> _Settings:
-        """Read them.
+        """Read a task's ``generation_kwargs``.
 
         Raises:
-            XFusionError: one that would change the answer is not known.
+            XFusionError: a setting that would change the answer is not supported.
         """
         # image_aspect_ratio has no effect: pictures are squares.
         options = {k: v for k, v in generation_kwargs.items() if v is not None and k != "image_aspect_ratio"}
-        until, tokens = options.pop("until", ()), options.pop("max_new_tokens", 1024)  # as the harness's own models
+        until, tokens = (
+            options.pop("until", ()),
+            options.pop("max_new_tokens", 1024),
+        )  # the default of the harness's own models
         samples = options.pop("do_sample", options.get("temperature", 0) > 0)
         temperature, top_p = options.pop("temperature", 1.0), options.pop("top_p", 1.0)
         if options.pop("num_beams", 1) != 1 or options:
@@ -64,13 +68,13 @@ class _Settings:
         )
 
     def cut(self, text: str) -> str:
-        """A text up to its first stop sequence."""
+        """The text before its first stop sequence."""
         ends = [end for end in map(text.find, self.until) if end >= 0]
         return text[: min(ends, default=len(text))]
 
 
 class PackMedia(lmms):
-    """A pack as the harness's model, over `Model.generate` and `log_likelihoods`."""
+    """A pack as a model of the harness, by `Model.generate` and `log_likelihoods`."""
 
     def __init__(
         self,
@@ -80,17 +84,25 @@ class PackMedia(lmms):
         max_batch_size: int | None = None,
         seed: int = 0,
     ) -> None:
-        """``pack`` is a name or a loaded model; answer i of a call has the seed ``seed + i``, where a task samples."""
+        """Load a pack.
+
+        Args:
+            pack: name of a pack, or a loaded model.
+            device: device to load on; ignored for a loaded model.
+            batch_size: requests per call of the model.
+            max_batch_size: ignored; the harness passes it to models that choose their batch size.
+            seed: if a task samples, answer i of a call uses the seed ``seed + i``.
+        """
         super().__init__()
         if isinstance(pack, str):
             from xfusion.checkpoint import load
 
             pack = load(pack, device=device)
-        del max_batch_size  # for batches that the harness would find the size of
+        del max_batch_size
         self.pack, self.batch, self.seed = pack, int(batch_size), int(seed)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Answers in words, each up to its first stop sequence."""
+        """Text answers, each cut before its first stop sequence."""
         answers: list[str] = []
         for settings, group in groupby(requests, key=lambda request: _Settings.of(request.args[1])):
             members = list(group)
@@ -102,9 +114,9 @@ class PackMedia(lmms):
         return answers
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Log-likelihoods of answers, and whether each is the greedy one.
+        """Log-likelihood in nats of each answer, and whether greedy decoding would start with it.
 
-        An answer opens a turn or a line of its own, so that the space which a task puts before it is dropped.
+        An answer starts a turn or a line, so spaces that a task puts before it are removed.
         """
         results = []
         for words, answer, *document in (request.args for request in requests):
@@ -113,7 +125,7 @@ class PackMedia(lmms):
         return results
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        """Refused: a pack is asked once per document."""
+        """Refused: multi-round tasks are not supported."""
         raise XFusionError("a pack answers tasks of one round; this one has several")
 
     def _answers(self, lists: list[list[Segment]], settings: _Settings, number: int) -> list[str]:
@@ -135,7 +147,7 @@ class PackMedia(lmms):
         return [settings.cut(answer[-1]) for answer in answers]
 
     def _segments(self, words: str, to_visual: Callable[[Any], Any] | None = None, *document: Any) -> list[Segment]:
-        """The segments of a request: its pictures or sounds, and its words."""
+        """The conversation of a request: its pictures or sounds, and its text."""
         media = (
             []
             if to_visual is None
@@ -160,12 +172,12 @@ class PackMedia(lmms):
 
 
 def _parts(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of a request to generate without the settings: words, pictures of a document, and which it is."""
+    """The arguments of a generation request without its settings: the text, the function for its media, and the document."""
     return (arguments[0], *arguments[2:])
 
 
 def _flatten(visuals: Any) -> Iterator[Any]:
-    """What a task shows of a document, out of lists of lists; None is nothing."""
+    """The pictures and sounds of a document, from nested lists; None stands for nothing."""
     if isinstance(visuals, (list, tuple)):
         for visual in visuals:
             yield from _flatten(visual)
@@ -174,7 +186,7 @@ def _flatten(visuals: Any) -> Iterator[Any]:
 
 
 def _to_media(visual: Any) -> MediaInput:
-    """A picture or a sound, as the harness's data sets give them."""
+    """A picture or sound of the harness as input of a model."""
     if isinstance(visual, PILImage.Image):
         return visual
     if isinstance(visual, dict) and {"array", "sampling_rate"} <= set(visual):

@@ -1,15 +1,16 @@
-"""Where a named thing stands: boxes as text (`xfusion.data.boxes`), asked of pictures that were not trained on.
+"""Grounding: where a named thing is in a picture. Boxes are written as text (`xfusion.data.boxes`).
 
-``<ref>red disc</ref>`` asks, ``<box>(120,340),(560,780)</box>`` answers, written greedily and free: what is no single box
-overlaps nothing. ``drawn`` draws its own scenes of discs, squares and triangles, each of another name, so that which one is
-meant matters; ``nlvr`` cuts the three boxes of NLVR's pictures (Suhr et al. 2017) apart and asks for things that its scene
-description places, where only one of the name is there. A scene belongs to a part for good, as in `understanding`;
-``runs/write_questions.py`` writes those of ``train``.
+The question is ``<ref>red disc</ref>``, the answer ``<box>(120,340),(560,780)</box>``. The model writes it greedily and without
+a constraint; an answer that is not exactly one box has no overlap with anything. ``drawn`` draws its own scenes of discs,
+squares and triangles with different names, so the name decides which one is meant. ``nlvr`` cuts NLVR's pictures
+(Suhr et al. 2017) into their three boxes and asks for a thing whose name occurs once in its box; the positions come from the
+data set's scene description. The part of a scene never changes, as in `understanding`: scenes of ``train`` may be trained on
+(``runs/write_questions.py`` writes them) and are never asked here.
 
-Beside the scores stand ``_blind`` (pictures permuted among the questions, mean of five) and ``chance_`` (the best that one box
-does for all). ``named`` is the share of answers that overlap the asked thing more than any other of the picture. An answer can
-be no sharper than the encoder's map, of which EfficientNet-Lite0 has 7 x 7 cells: drawn things are 1.8 to 3 cells wide, and
-``hit_by_size`` says what their size is worth.
+Scores come with ``_blind`` (pictures permuted among the questions, mean of five) and ``chance_`` (the best single box for all
+scenes). ``named`` is the share of answers that overlap the named thing more than any other thing in the picture. An answer
+can be no finer than the encoder's feature map, which has 7 x 7 cells for EfficientNet-Lite0. Drawn things are 1.8 to 3
+cells wide; ``hit_by_size`` shows the effect of their size.
 """
 
 from __future__ import annotations
@@ -36,35 +37,39 @@ from xfusion.evaluation.suites.understanding import COLOURS, SCENE, Part, nlvr_r
 
 SHAPES = ("disc", "square", "triangle")
 SIDE, SMALLEST, LARGEST = 100, 25, 43
-"""Pixels of a drawn picture, so that edges are hundredths, and of the sides of its things: 1.8 to 3 cells of a map of 7 x 7."""
+"""In pixels: side of a drawn picture (its edges are then hundredths), smallest and largest side of a thing (1.8 to 3 cells of a
+7 x 7 map)."""
 APART = 3
-"""Pixels between things, and to the edge."""
+"""Least distance in pixels between two things, and between a thing and the edge."""
 NLVR_SIDE, NLVR_BOXES = 100, (0, 150, 300)
-"""Pixels of a box of NLVR's pictures, and where the three begin."""
+"""Side in pixels of a box of an NLVR picture, and the left edges of its three boxes."""
 NLVR_NAMES = {"circle": "disc", "square": "square", "triangle": "triangle", "#0099ff": "blue"}
 NLVR_SMALLEST = 20
-"""Things of NLVR of fewer pixels, 0.7 cells of the encoder's map, are not asked for."""
+"""Smallest side in pixels of an NLVR thing to ask for: 0.7 cells of the encoder's map."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """A picture, the thing that is asked for, and what else is there."""
+    """A picture, the thing to find in it, and its other things."""
 
     id: str
-    """Decides the part: the hash of what is there."""
+    """Hash of the scene's contents, which decides its part."""
     picture: Image.Image
     name: str
+    """Name of the thing to find; no other thing of the picture has it."""
     box: Box
+    """The true box of this thing."""
     others: tuple[Box, ...] = ()
+    """Boxes of the other things."""
 
     @property
     def question(self) -> str:
-        """What a model is asked."""
+        """The prompt after the picture."""
         return reference(self.name)
 
     @property
     def answer(self) -> str:
-        """What is right."""
+        """The true box as text."""
         return self.box.text()
 
 
@@ -79,26 +84,27 @@ def run(
     seed: int = 0,
     asked_of: Literal["validation", "test"] = "test",
 ) -> dict[str, Any]:
-    """Scores of one model.
+    """Grounding scores of one model.
 
     Args:
         model: a model that can caption.
         progress: see `evaluate`.
-        things: which scenes.
-        source: parquet file of NLVR; ``drawn`` has none.
-        most: largest number of things of a drawn scene.
-        count: how many scenes.
-        seed: of the scenes and of permutations.
-        asked_of: ``validation`` to choose settings by, ``test`` to report.
+        things: the source of scenes.
+        source: NLVR's parquet file; None for ``drawn``.
+        most: largest number of things in a drawn scene, 1 to 3.
+        count: number of scenes.
+        seed: seed of the scenes, of their order and of the permutations.
+        asked_of: the part to score: ``validation`` to choose settings, ``test`` to report.
 
     Returns:
-        ``hit``, the share of answers with an overlap (intersection over union) of at least 0.5, and ``overlap``, the mean of
-        it, each also ``_blind``, ``_over_blind`` and ``chance_``, with intervals; ``valid``, the share of answers that are one
-        box; ``named`` and ``named_chance``; ``curves``: ``hit_by_size``, of each third of the things by size, its mean side
-        as a share of the picture's and its share of hits.
+        ``hit``, the share of answers with an overlap (intersection over union) of at least 0.5, and ``overlap``, the mean
+        overlap, each in [0, 1] and also as ``_blind``, ``_over_blind`` (the difference) and ``chance_``, with 95 % intervals
+        ``_interval`` (resampled scenes); ``valid``, the share of answers that are exactly one box; ``named`` and its chance
+        ``named_chance``, None if no scene has another thing; ``curves`` with ``hit_by_size``: for each third of the things by
+        size, the mean side as a share of the picture's side, and the share of hits.
 
     Raises:
-        XFusionError: the model cannot caption, or there is nothing to ask.
+        XFusionError: the model cannot caption, ``things`` and ``source`` do not fit together, or no scene is in the part.
     """
     if "caption" not in model.capabilities:
         able = ", ".join(sorted(model.capabilities))
@@ -172,7 +178,7 @@ def run(
 
 
 def predict_boxes(model: Any, scenes: Sequence[Scene], report: Callable[[int, int], None]) -> list[tuple[float, ...]]:
-    """Edges of the one box that each answer is; zeros where it is none, or several."""
+    """Left, top, right and bottom edge in [0, 1] of each answered box; zeros if an answer is not exactly one box."""
     boxes: list[tuple[float, ...]] = []
     for start in range(0, len(scenes), BATCH):
         report(start, len(scenes))
@@ -184,7 +190,7 @@ def predict_boxes(model: Any, scenes: Sequence[Scene], report: Callable[[int, in
 
 
 BATCH, MAX_TOKENS = 50, 40
-"""Questions of a batch, and tokens of an answer: a box has about 25."""
+"""Questions per batch, and longest answer in tokens: a box has about 25."""
 
 
 def _parse_box(text: str) -> tuple[float, ...]:
@@ -203,12 +209,16 @@ def _edges(box: Box) -> tuple[float, float, float, float]:
 
 
 def drawn_scenes(count: int, most: int, seed: int = 0, parts: Sequence[Part] = ("test",)) -> list[Scene]:
-    """Scenes of 1 to ``most`` things on white that do not touch, no two of one name; all numbers alike often.
+    """Scenes of 1 to ``most`` things on white that do not touch and have different names. All numbers are equally frequent.
 
-    A scene's part is the hash of its picture's pixels; of other parts than ``parts`` none is kept.
+    Args:
+        count: number of scenes.
+        most: largest number of things, 1 to 3.
+        seed: seed of the scenes.
+        parts: the allowed parts. The hash of its pixels decides a scene's part; scenes of other parts are drawn again.
 
     Raises:
-        XFusionError: so many do not fit.
+        XFusionError: ``most`` is not 1 to 3.
     """
     if not 1 <= most <= 3:
         raise XFusionError(f"most is {most}: from 1 to 3 things fit on a scene")
@@ -224,7 +234,7 @@ def drawn_scenes(count: int, most: int, seed: int = 0, parts: Sequence[Part] = (
 
 
 def _draw_scene(rng: random.Random, count: int) -> tuple[Image.Image, list[tuple[str, tuple[int, int, int, int]]]]:
-    """A picture and its things, the asked one first: name and edges, the right and the lower one behind the last pixel."""
+    """A picture with ``count`` things, and their names and edges in pixels (left, top, right, bottom; the last two exclusive)."""
     names = rng.sample([(colour, shape) for colour in COLOURS for shape in SHAPES], count)
     edges: list[tuple[int, int, int, int]] = []
     while len(edges) < count:
@@ -240,7 +250,7 @@ def _draw_scene(rng: random.Random, count: int) -> tuple[Image.Image, list[tuple
         ):
             edges.append(box)
         elif rng.random() < 0.02:
-            edges.clear()  # what stands there may leave no room for another
+            edges.clear()  # the things placed so far may leave no room for another
     picture = Image.new("RGB", (SIDE, SIDE), "white")
     draw = ImageDraw.Draw(picture)
     for (colour, shape), (left, top, right, bottom) in zip(names, edges, strict=True):
@@ -255,15 +265,15 @@ def _draw_scene(rng: random.Random, count: int) -> tuple[Image.Image, list[tuple
 
 
 def nlvr_scenes(path: Path, count: int | None = None, seed: int = 0, parts: Sequence[Part] = ("test",)) -> list[Scene]:
-    """Boxes of NLVR's pictures, cut apart, with a thing of each that alone has its name there.
+    """Single boxes of NLVR's pictures, each with a thing to find whose name occurs once in the box.
 
-    The same things at the same places are one scene, wherever they stand and whatever sentence is about them.
+    Equal things at equal positions are one scene, whichever picture, box and sentence they belong to.
 
     Args:
         path: parquet file with columns ``image`` and ``structured_rep``.
-        count: how many; None takes all of the parts.
-        seed: of the order, and of the thing that is asked for.
-        parts: which parts.
+        count: number of scenes; None takes all.
+        seed: seed of the order, and of the choice of the thing to find.
+        parts: the parts to take scenes from.
 
     Raises:
         XFusionError: the file cannot be read, or a column is missing.

@@ -1,8 +1,9 @@
-"""Masked tokens of names, one at a time: are they predicted, and how much does the picture contribute?
+"""Prediction of masked tokens of names, one at a time, and how much the picture contributes to it.
 
-It works on any `Source`. ``fit_`` scores are on trained pictures and measure memory, ``held_`` scores on pictures of groups that
-no training has seen. Beside a score stands ``_blind``, the same beside other pictures, and beside a ``fit_`` score ``by_heart_``,
-what one would score who knows all names of the source and sees no picture: what lies above it is the picture's doing.
+It works on any `Source`. ``fit_`` scores are on trained pictures and measure memory; ``held_`` scores are on pictures of groups
+that were never trained on. Scores come with ``_blind``, the same with pictures permuted among the names. ``fit_`` scores also
+come with ``by_heart_``, the score of a guesser that knows all names of the source but sees no picture; only what exceeds it
+comes from the picture.
 """
 
 from __future__ import annotations
@@ -33,20 +34,20 @@ def run(
     max_held: int | None = None,
     part: Part = "all",
 ) -> dict[str, Any]:
-    """Scores of one model.
+    """Masked word scores of one model.
 
     Args:
         model: a model that can fill, such as one of the recipe lxmert.
         progress: see `evaluate`.
-        source: the trained pictures, a `Source` or a spec such as "emoji:128".
-        held: the held-out pictures, likewise; None takes the held-out split of the same spec, where it has one.
-        max_fit: only so many of the trained pictures (always the same ones).
-        max_held: only so many of the held-out ones; None is all.
-        part: only groups of one part, "validation" (a fifth, to choose settings by) or "test" (the rest).
+        source: the trained pictures: a `Source`, or a spec such as "emoji:128".
+        held: the held-out pictures, likewise; None uses the held-out split of the same spec, if it has one.
+        max_fit: score at most this many trained pictures (always the same ones); None is all.
+        max_held: score at most this many held-out pictures; None is all.
+        part: score only groups of one part, "validation" (a fifth, for choosing settings) or "test" (the rest).
 
     Returns:
-        ``at_1``, the share of tokens that come first among all of the vocabulary, and ``nats``, the mean of -log p of the true
-        one; each beside its ``_blind``, the mean over five orders of the pictures, and its ``by_heart_``.
+        ``at_1``, the share of masked tokens that rank first in the whole vocabulary, and ``nats``, the mean of -log p of the true
+        token; each with ``_blind``, the mean over five permutations of the pictures, and for trained pictures ``by_heart_``.
 
     Raises:
         XFusionError: the model cannot fill, or there is nothing to score.
@@ -83,13 +84,13 @@ def run(
 
 
 Blank = tuple[int, tuple[int, ...], int]
-"""Number of a name, its token ids with `END_OF_MEDIA` at one, and that one."""
+"""A masked token: the index of its name, the name's token ids with `END_OF_MEDIA` in its place, and its id."""
 ScoreByOrder = Callable[[Tensor], Tensor]
-"""An order of the pictures, int64 ``[pictures]`` -> of each masked token -log p and whether it came first, ``[2, tokens]``."""
+"""Order of the pictures, int64 ``[pictures]`` -> for each masked token -log p, and 1 if it ranks first, ``[2, tokens]``."""
 
 
 def _score_by_order(model: Any, blanks: list[Blank], media: list[Media], report: Callable[[int], None]) -> ScoreByOrder:
-    """Each order is computed once."""
+    """Scores of all masked tokens as a function of the order of the pictures; each order is computed only once."""
     cache: dict[tuple[int, ...], Tensor] = {}
 
     def score_order(order: Tensor) -> Tensor:
@@ -109,8 +110,10 @@ def _score_by_order(model: Any, blanks: list[Blank], media: list[Media], report:
 
 
 def by_heart(blanks: list[Blank], all_blanks: list[Blank]) -> dict[str, float]:
-    """``nats`` and ``at_1`` of masked tokens by how often each stands at the same blank of the names that are known, of which the
-    scored ones are some; of the tokens that stand there most often one is taken by chance.
+    """``nats`` and ``at_1`` of a guesser that knows all names but sees no picture.
+
+    Its probability of a token is the token's relative frequency at the same blank among ``all_blanks``, which include
+    ``blanks``. For ``at_1`` it guesses the most frequent token, at random if several are equally frequent.
     """
     counts: defaultdict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
     for _, ids, token in all_blanks:
@@ -125,7 +128,7 @@ def by_heart(blanks: list[Blank], all_blanks: list[Blank]) -> dict[str, float]:
 
 
 def _mask_each_token(model: Any, names: list[str]) -> list[Blank]:
-    """Every token of every name masked once; the first position of a text never is."""
+    """All names with each token masked once. The first position of a text is never masked."""
     blanks = []
     for number, name in enumerate(names):
         ids = model.backbone.encode(name)

@@ -1,7 +1,7 @@
-"""Does a picture start exactly when one is requested? Tests the opening head on wordings that it was not trained on.
+"""Does the model start a picture exactly when one is requested? Tests the opening head on wordings not used in training.
 
-Precision and recall are over conversations of `xfusion.data.requests`, part ``held``. Further prompts from a file, which ask
-for no picture, give a separate rate of false alarms.
+Precision and recall are over the conversations of `xfusion.data.requests`, part ``held``. A file of further prompts that do not
+ask for a picture gives a separate false alarm rate.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ def run(
     chats: str | None = None,
     max_chats: int | None = None,
 ) -> dict[str, Any]:
-    """Scores of one model.
+    """Scores of the opening head of one model.
 
     Args:
         model: a model with an opening head.
         progress: see `evaluate`.
-        wordings: a JSON file of the form of ``requests.json``; None takes that one.
-        repeat: how often a wording with a subject appears, each time with another one.
-        chats: a text file with a prompt a line that asks for no picture, or ``FILE.parquet:COLUMN``.
-        max_chats: only the first of them.
+        wordings: a JSON file in the format of ``requests.json``; None uses ``requests.json``.
+        repeat: how often each wording with a subject is used, every time with another subject.
+        chats: prompts that do not ask for a picture: a text file with one per line, or ``FILE.parquet:COLUMN``.
+        max_chats: use at most this many of them, from the start of the file.
 
     Returns:
-        ``precision``, ``recall``; ``false_alarms`` among the held chats and, with a file, ``chats_false_alarms`` among
-        its prompts; ``subject_exact``, the share of requests whose subject is found to the letter.
+        shares in [0, 1]: ``precision`` and ``recall`` of opening a picture; ``false_alarms``, the share of conversations without
+        a request in which a picture is opened, and ``chats_false_alarms``, the same for the prompts of ``chats``;
+        ``subject_exact``, the share of requests whose subject is extracted exactly.
 
     Raises:
         XFusionError: the model has no opening head, or a file cannot be read.
@@ -75,6 +76,7 @@ def run(
 
 
 def _prompts(spec: str) -> list[str]:
+    """Non-empty prompts of a text file or of a column of a parquet file."""
     name, _, column = spec.partition(".parquet:")
     try:
         if column:

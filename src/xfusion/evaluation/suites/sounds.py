@@ -1,12 +1,12 @@
 """Naming sounds: memorisation (``fit_``), and generalisation to recordings that were never trained on (``held_``).
 
-The answer is one of the names of the trained sounds. ``at_1`` is how often the true one has the best score (its mean
-log-likelihood per token with the sound, less that without), ``exact`` how often the greedy answer is the name. Beside a
-score stand ``chance_`` (a random order) and ``_blind`` (the sounds permuted among the items).
+The candidates are the names of the trained sounds. ``at_1`` is the share of sounds whose true name has the best score, its mean
+log-likelihood per token with the sound minus the same without it. ``exact`` is the share of greedy answers that equal the
+name. Scores come with ``chance_`` (a random order) and ``_blind`` (the sounds permuted among the items).
 
-Of a model that says codes ``made_`` is how well these are those of the word that was asked for: the names are ordered by the
-cosine between the codes that a sound is made of, counted without their order, and the mean of such counts over trained
-recordings of the name. No model judges; ``ceiling_made_`` is the same of the recordings that no training has heard.
+For a model that generates sound codes, ``made_`` measures whether the codes are those of the requested word. A generated sound
+is represented by the counts of its codes, a name by the mean counts of trained recordings, and names are ranked by cosine.
+No model is used as a judge. ``ceiling_made_`` is the same score for real held-out recordings.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from xfusion.generation import BATCH
 from xfusion.objectives.codes import NextCode
 
 LARGEST_NAMES = 100
-"""Largest number of candidate names: each is scored after each sound."""
+"""Largest number of candidate names, since each is scored after each sound."""
 PER_NAME = 20
-"""Largest number of trained recordings per name whose codes describe its sound."""
+"""Largest number of trained recordings per name that are averaged."""
 
 
 def run(
@@ -48,20 +48,25 @@ def run(
     """Scores of one model.
 
     Args:
-        model: hears, and captions.
+        model: a model that reads sounds and captions.
         progress: see `evaluate`.
-        source: the trained sounds, opened or a spec; their names are the candidates.
-        held: sounds to name that were not trained on, of other recordings or speakers, likewise: of a spec the held-out split, or
-            all where it has none; None takes the held-out split of the same spec, and names the trained ones alone where there is
+        source: the trained sounds: an open source, or a spec. Their names are the candidates.
+        held: held-out sounds, of other recordings or speakers, likewise. A spec stands for its held-out split, or for all of it
+            if it has none. None uses the held-out split of ``source``; without one, only trained sounds are named.
+        part: name only the groups of one part, as in the suite ``emoji``.
+        seed: seed of the first generated sound.
+        max_fit: name at most this many trained sounds (always the same ones); None is all.
+        max_held: name at most this many held-out sounds; None is all.
+        num_made: number of sounds to generate for each name, each with its own seed, if the model generates codes; 0 is
             none.
-        part: name only the groups of one part, as the suite ``emoji`` has them.
-        seed: of the first made sounds.
-        max_fit: name only so many of the trained sounds (always the same ones).
-        max_held: name only so many of the others.
-        num_made: sounds made of each name, one seed each, by a model that says codes; 0 makes none.
+
+    Returns:
+        for each of ``fit`` and ``held`` the scores ``at_1``, ``mrr`` and ``exact`` with their baselines, the scores ``made_`` if
+        the model generates codes, and numbers of sounds and names.
 
     Raises:
-        XFusionError: a model of pictures, data that are no sounds, a held-out sound of another name.
+        XFusionError: the model does not name sounds, a source has no sounds or none in the part, a held-out sound has a name that
+            was not trained, or there are more than `LARGEST_NAMES` names.
     """
     if model.modality.name != "audio" or "caption" not in model.capabilities:
         raise XFusionError(f"this suite names sounds, but the model is of {model.modality.described}")
@@ -96,6 +101,7 @@ def run(
 
 
 def _open_sounds(source: Source | str, split: str) -> Sounds:
+    """The source, opened if it is a spec; refused if it has no sounds."""
     sounds = open_source(source, split=split) if isinstance(source, str) else source
     if not isinstance(sounds, Sounds):
         raise XFusionError(f"{sounds.spec}: holds no sounds, and this suite names sounds")
@@ -111,7 +117,7 @@ def _naming_scores(
     part: str,
     progress: Callable[[str, int, int], None],
 ) -> dict[str, float]:
-    """Rank of the true name, and exact match of the greedy answer, each beside its blind base rate."""
+    """Rank of the true name, and exact match of the greedy answer, each with its blind base rate."""
     true_names = [sounds.examples[i].captions[0] for i in indices]
     scores, answers, label = [], [], f"name {part} sounds"
     progress(label, 0, len(indices))
@@ -121,7 +127,7 @@ def _naming_scores(
         answers += model.caption(batch_sounds, max_tokens=8)
         progress(label, min(start + BATCH, len(indices)), len(indices))
     pointwise = naming.pointwise(torch.cat(scores), prior)
-    # By name and not by group: two speakers say the same word.
+    # A hit is an equal name, not an equal group: several speakers say one word.
     hit = torch.tensor([[name == true for name in names] for true in true_names])
     metrics = naming.with_baselines(f"{part}_", pointwise, hit, ks=(1,))
     wordings = [(true,) for true in true_names]
@@ -141,7 +147,7 @@ def _generation_scores(
     first_seed: int,
     progress: Callable[[str, int, int], None],
 ) -> dict[str, float]:
-    """Rank of the asked name among all by the codes that were made; and of the true one by those of other recordings."""
+    """Rank of the requested name by the generated codes, and of the true name by the codes of held-out recordings."""
     trained_indices = [
         [i for i, e in enumerate(trained.examples) if e.captions[0] == name][:PER_NAME] for name in names
     ]
@@ -179,5 +185,5 @@ def _codes(model: Any, sounds: Sounds, indices: list[int]) -> Tensor:
 
 
 def _counts(codes: Tensor, entries: int) -> Tensor:
-    """How often each code occurs, at length one: ``[N, frames]`` -> ``[N, entries]``."""
+    """Counts of the codes of each sound, normalised to length 1: int64 ``[N, frames]`` -> float32 ``[N, entries]``."""
     return functional.normalize(functional.one_hot(codes, entries).sum(1).float(), dim=1)

@@ -1,16 +1,19 @@
-"""What is understood of pictures, by questions whose answers can be checked: how many there are, and whether a sentence is true.
+"""Understanding of pictures, by questions whose answers can be checked: counting, and whether a sentence is true.
 
-``counting`` draws its own pictures, so that the truth is known exactly; ``nlvr`` reads those of NLVR (Suhr et al. 2017), true
-or false. A question belongs to a part for good (`part`): those of ``train`` may be learned from (``runs/write_questions.py``
-writes them) and are never asked here; no picture, no arrangement of its boxes and no wording of a sentence is in two parts.
+``counting`` draws its own pictures, so the true number is known; ``nlvr`` asks whether NLVR's sentences (Suhr et al. 2017) are
+true or false of their pictures. The part of a question never changes (`part`): questions of ``train`` may be trained on
+(``runs/write_questions.py`` writes them) and are never asked here. No picture, no set of boxes in any order, and no wording of
+a sentence is in two parts.
 
-An answer is the likeliest of the allowed ones (two that are equally likely are no answer), and its confidence the share of
-its likelihood among them. On the validation part the lowest confidence is chosen at which answers are right as often as
-asked (`threshold`); below it a model that may refuse does. Beside accuracy stand ``chance_`` (the commonest answer) and
-``_blind`` (pictures permuted, mean of five), and ``_json``: asked in JSON, the model writes ``{"answer": ...}`` by a schema,
-token after token, instead of having given answers scored; one that was never trained on JSON (``Templates.json_share``) is
-then hardly right. ``_interval`` is one of 95 %, of resampled sentences (of counting: pictures). ``robustness`` scores the same
-questions on pictures that were compressed, cropped and made small.
+The answer is the most likely of the allowed ones; a tie for the first place counts as wrong. Its confidence is its share of
+the summed likelihood of the allowed answers. On the validation part the lowest confidence is chosen at which answers reach
+a wanted accuracy (`threshold`); below it, a model that may refuse refuses.
+
+Accuracy comes with ``chance_`` (the most frequent answer), ``_blind`` (pictures permuted, mean of five) and ``_json``: the model
+is asked for JSON and writes ``{"answer": ...}`` token by token, restricted by a schema, instead of scoring given answers. A
+model that was never trained on JSON (``Templates.json_share``) is then hardly ever right. ``_interval`` is a 95 % interval over
+resampled sentences, or pictures for counting. ``robustness`` repeats the questions on pictures that are compressed, cropped
+or reduced in resolution.
 """
 
 from __future__ import annotations
@@ -39,20 +42,20 @@ from xfusion.evaluation.metrics.refusal import refusal, threshold
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220)}
 JPEG, CROP, RESOLUTION = (75, 30, 10, 5), (0.9, 0.75, 0.5), (0.5, 0.25, 0.125)
-"""Quality; share of the side that stays; share of the pixels of the side."""
+"""Strengths of the damages: JPEG quality; share of each side that is kept; share of the resolution that is kept."""
 Part = Literal["train", "validation", "test"]
 ASKED: tuple[Part, ...] = ("validation", "test")
-"""Parts that this suite asks about."""
+"""The parts that this suite asks questions from."""
 TRAINED, VALIDATED = 0.6, 0.2
-"""Shares of the parts; the rest is tested."""
+"""Shares of the parts ``train`` and ``validation``; the rest is ``test``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A picture, what is asked, and what is right."""
+    """A picture, a question about it, and the right answer."""
 
     id: str
-    """Decides the part, and is the cluster of intervals: the picture's hash, or what its sentence is called."""
+    """Decides the part, and is the cluster for intervals: the hash of the picture, or the name of its sentence's cluster."""
     picture: Image.Image
     text: str
     answer: str
@@ -75,22 +78,22 @@ def run(
     Args:
         model: a model that can caption.
         progress: see `evaluate`.
-        questions: which questions.
-        source: parquet file of NLVR; ``counting`` has none.
-        most: largest number of things to count.
-        count: how many questions, validation and test together.
-        seed: of the pictures that are drawn, of the questions that are chosen, and of permutations.
-        wanted: accuracy that the threshold shall reach on the validation part.
-        robustness: score damaged pictures, too.
+        questions: the kind of questions.
+        source: NLVR's parquet file; None for ``counting``.
+        most: largest number of things to count, 1 to 16.
+        count: number of questions, validation and test together.
+        seed: seed of the pictures, of the choice of questions and of the permutations.
+        wanted: accuracy in [0, 1] that answers above the threshold have on the validation part.
+        robustness: also score damaged pictures.
 
     Returns:
-        ``accuracy``, ``chance_accuracy``, ``accuracy_blind``, ``accuracy_over_blind``, ``accuracy_json`` and ``json_valid``,
-        ``refusal_threshold``, ``answered`` and ``accuracy_answered`` of the test part (the threshold is None where all is
-        refused); ``accuracy_interval`` and ``accuracy_over_blind_interval``, None of fewer than five sentences or pictures;
-        ``curves``: damage -> points of its strength and accuracy.
+        for the test part ``accuracy``, ``chance_accuracy``, ``accuracy_blind``, ``accuracy_over_blind`` (the difference),
+        ``accuracy_json`` and ``json_valid``; ``refusal_threshold`` (None if everything is refused), ``answered`` and
+        ``accuracy_answered``; ``accuracy_interval`` and ``accuracy_over_blind_interval``, None for fewer than five sentences or
+        pictures; ``accuracy_DAMAGE_STRENGTH``; ``curves``: for each damage, points of strength and accuracy.
 
     Raises:
-        XFusionError: the model cannot caption, or there is nothing to ask.
+        XFusionError: the model cannot caption, ``questions`` and ``source`` do not fit together, or a part has no question.
     """
     if "caption" not in model.capabilities:
         able = ", ".join(sorted(model.capabilities))
@@ -169,7 +172,7 @@ def run(
 def answer_probabilities(
     model: Any, questions: Sequence[Question], answers: list[str], report: Callable[[int, int], None]
 ) -> Tensor:
-    """Shares of the likelihood of each allowed answer ``[questions, answers]``, each row summing to 1."""
+    """Probabilities of the allowed answers ``[questions, answers]``; each row sums to 1."""
     probabilities = torch.empty(len(questions), len(answers))
     for done, question in enumerate(questions):
         report(done, len(questions))
@@ -180,13 +183,13 @@ def answer_probabilities(
 
 
 def grade(probabilities: Tensor, questions: Sequence[Question], answers: list[str]) -> tuple[Tensor, Tensor]:
-    """Confidence, and whether the right answer alone is the likeliest: float and bool ``[questions]``."""
+    """Confidence of the most likely answer, float ``[questions]``, and whether it is right and no other is as likely, bool."""
     hit = torch.tensor([[answer == question.answer for answer in answers] for question in questions])
     return probabilities.amax(dim=-1), ranks(probabilities, hit) <= 1
 
 
 def json_scores(model: Any, questions: Sequence[Question], answers: list[str]) -> dict[str, float]:
-    """Shares of questions answered in JSON by a schema of the allowed values: validly, and rightly."""
+    """Share of questions answered rightly and share answered by valid JSON, under a schema of the allowed values."""
     schema = {"type": "object", "properties": {"answer": {"enum": [json.loads(answer) for answer in answers]}}}
     texts = model.generate([[question.picture, question.text] for question in questions], schema=schema)
     allowed = {json.dumps({"answer": json.loads(answer)}): answer for answer in answers}
@@ -199,7 +202,7 @@ def json_scores(model: Any, questions: Sequence[Question], answers: list[str]) -
 
 
 def _canonical_json(text: str) -> str:
-    """JSON in one spelling; empty where it is none."""
+    """JSON in a unique spelling; empty if the text is not JSON."""
     try:
         return json.dumps(json.loads(text))
     except ValueError:
@@ -210,20 +213,25 @@ def _canonical_json(text: str) -> str:
 
 
 def part(name: str) -> Part:
-    """The part of all questions of an id; a function of it alone, so that what is added moves none."""
+    """The part of all questions of an id. It depends on the id alone, so new questions never move others to another part."""
     digest = hashlib.sha256(f"xfusion question: {name}".encode()).digest()
     place = int.from_bytes(digest[:8], "big") / 2**64
     return "train" if place < TRAINED else "validation" if place < TRAINED + VALIDATED else "test"
 
 
 def counting(count: int, most: int, seed: int = 0, side: int = 96, parts: Sequence[Part] = ASKED) -> list[Question]:
-    """Pictures of 1 to ``most`` discs of one colour on white that do not touch, all numbers alike often.
+    """Pictures of 1 to ``most`` discs of one colour on white that do not touch. All numbers are equally frequent.
 
-    A picture's part is the hash of its pixels', so that the same one, drawn again, is in the same part; of other parts than
-    ``parts`` none is kept.
+    Args:
+        count: number of questions.
+        most: largest number of discs, 1 to 16.
+        seed: seed of the pictures.
+        side: side of the pictures in pixels.
+        parts: the allowed parts. The hash of its pixels decides a picture's part, so equal pictures are in one part; pictures
+            of other parts are drawn again.
 
     Raises:
-        XFusionError: so many do not fit.
+        XFusionError: ``most`` is not 1 to 16.
     """
     cells = 4
     if not 1 <= most <= cells**2:
@@ -237,7 +245,7 @@ def counting(count: int, most: int, seed: int = 0, side: int = 96, parts: Sequen
             draw, cell = ImageDraw.Draw(picture), side // cells
             for place in rng.sample(range(cells**2), num_discs):
                 radius = rng.randint(cell // 4, cell // 2 - 2)
-                reach = cell // 2 - 2 - radius  # from the middle of its cell; no neighbour is touched
+                reach = cell // 2 - 2 - radius  # from the middle of its cell, so that it touches no neighbour
                 x = place % cells * cell + cell // 2 + rng.randint(-reach, reach)
                 y = place // cells * cell + cell // 2 + rng.randint(-reach, reach)
                 draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=COLOURS[colour])
@@ -250,14 +258,15 @@ def counting(count: int, most: int, seed: int = 0, side: int = 96, parts: Sequen
 def nlvr(path: Path, count: int | None = None, seed: int = 0, parts: Sequence[Part] = ASKED) -> list[Question]:
     """Questions of a parquet file with columns ``image``, ``sentence`` and ``label`` (true or false).
 
-    Sentences take turns in a seeded order, so that few questions are of many sentences, and of a sentence each picture comes
-    once before any comes again with its boxes in another order (column ``structured_rep``, where there is one).
+    Sentences take turns in a seeded order, so that a small ``count`` still covers many sentences. For each sentence all its
+    scenes come once before a scene comes again with its boxes in another order (known from the column ``structured_rep``,
+    if there is one).
 
     Args:
         path: the file.
-        count: how many questions; None takes all of the parts.
-        seed: of the order.
-        parts: which parts.
+        count: number of questions; None takes all.
+        seed: seed of the order.
+        parts: the parts to take questions from.
 
     Raises:
         XFusionError: it cannot be read, or a column is missing.
@@ -285,7 +294,7 @@ def nlvr(path: Path, count: int | None = None, seed: int = 0, parts: Sequence[Pa
         row = rows[index]
         picture = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
         side = max(picture.size)
-        square = Image.new("RGB", (side, side), "white")  # a model sees squares; nothing is cut away
+        square = Image.new("RGB", (side, side), "white")  # models crop to a square, which would cut the sides off
         square.paste(picture, ((square.width - picture.width) // 2, (square.height - picture.height) // 2))
         text = f"{row['sentence']} True or false?"
         questions.append(
@@ -295,11 +304,11 @@ def nlvr(path: Path, count: int | None = None, seed: int = 0, parts: Sequence[Pa
 
 
 SCENE = "structured_rep"
-"""NLVR's column of what stands in each box."""
+"""NLVR's column with the things in each box, as JSON."""
 
 
 def nlvr_rows(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Rows of a parquet file of NLVR: ``columns``, and those of ``optional`` that it has.
+    """Rows of an NLVR parquet file: ``columns``, and those of ``optional`` that the file has.
 
     Raises:
         XFusionError: it cannot be read, or a column is missing.
@@ -318,7 +327,7 @@ def nlvr_rows(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) 
 
 
 def _scene_key(row: dict[str, Any]) -> str:
-    """What a picture shows, in whatever order its boxes stand; the hash of its file where the data does not say."""
+    """The contents of a picture, whatever the order of its boxes; the hash of its file if the data does not state them."""
     if not row.get(SCENE):
         return hashlib.sha256(row["image"]["bytes"]).hexdigest()
     boxes = (sorted(json.dumps(thing, sort_keys=True) for thing in box) for box in json.loads(row[SCENE]))
@@ -326,7 +335,7 @@ def _scene_key(row: dict[str, Any]) -> str:
 
 
 def _wording_clusters(wordings: Sequence[str], scenes: Sequence[str]) -> dict[str, str]:
-    """Wording -> the first, by the alphabet, of all wordings that share a scene with it, or one with one that does."""
+    """Wording -> name of its cluster. Wordings that share a scene are in one cluster, named by its first in the alphabet."""
     parent = {wording: wording for wording in wordings}
 
     def root(wording: str) -> str:
@@ -345,20 +354,20 @@ def _wording_clusters(wordings: Sequence[str], scenes: Sequence[str]) -> dict[st
 
 
 def compressed(picture: Image.Image, quality: float) -> Image.Image:
-    """A picture through JPEG of a quality."""
+    """A picture after JPEG compression with a quality from 1 to 100."""
     file = io.BytesIO()
     picture.convert("RGB").save(file, format="JPEG", quality=int(quality))
     return Image.open(io.BytesIO(file.getvalue())).convert("RGB")
 
 
 def cropped(picture: Image.Image, share: float) -> Image.Image:
-    """The middle of a picture: a share of each side."""
+    """The middle of a picture: the given share of each side."""
     width, height = (max(1, round(side * share)) for side in picture.size)
     left, top = (picture.width - width) // 2, (picture.height - height) // 2
     return picture.crop((left, top, left + width, top + height))
 
 
 def coarse(picture: Image.Image, share: float) -> Image.Image:
-    """A picture that has lost its detail: made smaller by a share, and large again."""
+    """A picture without detail: reduced to a share of its resolution, then enlarged again."""
     small = [max(1, round(side * share)) for side in picture.size]
     return picture.resize((small[0], small[1]), Image.Resampling.BOX).resize(picture.size, Image.Resampling.BICUBIC)
