@@ -84,10 +84,10 @@ def _check_shared_layers(backbone: Backbone) -> tuple[bool, str]:
     backbone.drive(backbone.shadow_decoder(act), x, torch.zeros(1, 1, dtype=torch.long, device=backbone.device))
     if not failures:
         return True, f"{backbone.num_layers} layers taken apart: the fast path"
-    first = next(iter(failures))
+    first_layer = next(iter(failures))
     return (
         False,
-        f"{len(failures)} of {backbone.num_layers} have none to share, first layer {first} ({failures[first]})",
+        f"{len(failures)} of {backbone.num_layers} have none to share, first layer {first_layer} ({failures[first_layer]})",
     )
 
 
@@ -154,7 +154,7 @@ def _check_paths(model: Model) -> tuple[bool, str]:
         fast_outputs = _outputs(model, batch)
         with model.using(model.reference_engine()):
             reference_outputs = _outputs(model, batch)
-    comparisons = [_compare(one, other) for one, other in zip(fast_outputs, reference_outputs, strict=True)]
+    comparisons = [_compare(fast, reference) for fast, reference in zip(fast_outputs, reference_outputs, strict=True)]
     return all(passed for passed, _ in comparisons), f"words: {comparisons[0][1]}; pictures: {comparisons[1][1]}"
 
 
@@ -187,8 +187,8 @@ def _check_cache(model: Model) -> tuple[bool, str]:
     return _compare(cached_tokens, uncached_tokens)
 
 
-def _compare(one: Tensor, other: Tensor) -> tuple[bool, str]:
-    if not (one.isfinite().all() and other.isfinite().all()):
+def _compare(actual: Tensor, expected: Tensor) -> tuple[bool, str]:
+    if not (actual.isfinite().all() and expected.isfinite().all()):
         return False, "not all values are finite"
-    difference = float((one - other).abs().max() / other.abs().max())
+    difference = float((actual - expected).abs().max() / expected.abs().max())
     return difference <= TOLERANCE, f"{difference:.2g} of the largest value apart, {TOLERANCE:g} allowed"

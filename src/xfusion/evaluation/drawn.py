@@ -109,11 +109,11 @@ def draw_folder(
         line = json.dumps(prompts[p], ensure_ascii=False) + "\n"
         (folder / f"{p:05}" / "metadata.jsonl").write_text(line, encoding="utf-8")
     for start in range(0, len(missing), batch):
-        part = missing[start : start + batch]
+        batch_places = missing[start : start + batch]
         progress("drawing", len(places) - len(missing) + start, len(places))
-        seeds = [seed + p * num + i for p, i in part]
-        pictures = model.draw([prompts[p]["prompt"] for p, _ in part], seeds=seeds, **settings)
-        for (p, i), picture, picture_seed in zip(part, pictures, seeds, strict=True):
+        seeds = [seed + p * num + i for p, i in batch_places]
+        pictures = model.draw([prompts[p]["prompt"] for p, _ in batch_places], seeds=seeds, **settings)
+        for (p, i), picture, picture_seed in zip(batch_places, pictures, seeds, strict=True):
             save(picture, _file(folder, p, i), {"prompt": prompts[p]["prompt"], "seed": picture_seed, **settings})
     items = [
         {

@@ -174,15 +174,17 @@ def _prompts(model: Model) -> list[Prompt]:
     ids = {name: backbone.encode(text)[: longest - NEW_TOKENS] for name, text in PROMPTS}
     ids["one token"] = ids["one token"][:1]
     ids["chat"] = backbone.chat(QUESTION)[: longest - NEW_TOKENS]
-    out = [Prompt(name, torch.tensor([tokens], device=device)) for name, tokens in ids.items() if tokens]
+    prompts = [Prompt(name, torch.tensor([tokens], device=device)) for name, tokens in ids.items() if tokens]
     batch_ids = [ids[name] for name in PADDED if ids[name]]
     width = max(map(len, batch_ids), default=0)
     if len({len(tokens) for tokens in batch_ids}) > 1:
         pad_id = _pad_id(model)
         rows = [[pad_id] * (width - len(tokens)) + list(tokens) for tokens in batch_ids]
         mask = [[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in batch_ids]
-        out.append(Prompt("left-padded batch", torch.tensor(rows, device=device), torch.tensor(mask, device=device)))
-    return out
+        prompts.append(
+            Prompt("left-padded batch", torch.tensor(rows, device=device), torch.tensor(mask, device=device))
+        )
+    return prompts
 
 
 def _pad_id(model: Model) -> int:
@@ -238,11 +240,11 @@ def _perplexity(model: Model, stack: Any) -> float:
     return math.exp(torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item())
 
 
-def bit_equal(one: Tensor, other: Tensor) -> bool:
+def bit_equal(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors have the same shape, type and bits; unlike `torch.equal`, NaN equals itself and -0 is not 0."""
-    if one.shape != other.shape or one.dtype != other.dtype:
+    if first.shape != second.shape or first.dtype != second.dtype:
         return False
-    return torch.equal(*(t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (one, other)))
+    return torch.equal(*(t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (first, second)))
 
 
 # ------------------------------------------------------------------------------------------------------------- checks
@@ -276,10 +278,10 @@ def _compare(
     part: str, prompts: list[Prompt], expected: list[Reading], readings: list[Reading]
 ) -> list[dict[str, Any]]:
     logits, tokens = [], []
-    for prompt, one, other in zip(prompts, expected, readings, strict=True):
-        if not bit_equal(one.logits, other.logits):
-            logits.append(f"{prompt.name} by {_largest_difference(one.logits, other.logits):.3g}")
-        if not bit_equal(one.tokens, other.tokens):
+    for prompt, base_reading, reading in zip(prompts, expected, readings, strict=True):
+        if not bit_equal(base_reading.logits, reading.logits):
+            logits.append(f"{prompt.name} by {_largest_difference(base_reading.logits, reading.logits):.3g}")
+        if not bit_equal(base_reading.tokens, reading.tokens):
             tokens.append(prompt.name)
     positions, num_tokens = sum(p.ids.numel() for p in prompts), sum(r.tokens.numel() for r in expected)
     return [
@@ -298,8 +300,8 @@ def _compare(
     ]
 
 
-def _largest_difference(one: Tensor, other: Tensor) -> float:
-    return float((one.double() - other.double()).abs().max()) if one.shape == other.shape else math.inf
+def _largest_difference(first: Tensor, second: Tensor) -> float:
+    return float((first.double() - second.double()).abs().max()) if first.shape == second.shape else math.inf
 
 
 def _before_a_picture(name: str, model: Model, prompts: list[Prompt], expected: list[Reading]) -> dict[str, Any]:

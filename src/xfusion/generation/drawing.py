@@ -127,8 +127,8 @@ class _Drawing:
 
     def __call__(self, x: Tensor, time: float) -> Tensor:
         """Head output at all tokens ``[N, M, P]`` at a noise level -> ``[N, M, Q]``; the cache is unchanged."""
-        first, last = self.model.media_objective.guidance_interval
-        if self.scale != 1 and not first < time <= last:
+        low, high = self.model.media_objective.guidance_interval
+        if self.scale != 1 and not low < time <= high:
             return self.unguided(x, time)
         return self._guided_prediction(self._states(self.target, x, time))
 
@@ -154,10 +154,10 @@ class _Drawing:
         columns = offsets if places is None else places.clamp(min=0)
         rows = _select_columns(self.target, columns.expand(self.begin.shape[0], -1))
         if places is not None:  # grid coordinates follow the token's place, order and position follow its turn
-            first, first_positions = self.target.rows, self.target.rows.columns(slice(0, 2)).position
+            target_rows, first_positions = self.target.rows, self.target.rows.columns(slice(0, 2)).position
             step = first_positions[:, -1:] - first_positions[:, :1]
             shifted_rows = replace(
-                rows.rows, order=first.order[:, :1] + offsets, position=first_positions[:, :1] + step * offsets
+                rows.rows, order=target_rows.order[:, :1] + offsets, position=first_positions[:, :1] + step * offsets
             )
             rows = replace(rows, rows=shifted_rows)
         self.done += tokens.shape[1]
@@ -222,12 +222,12 @@ def draw(
     contexts = [text_segment(model, prompt) for prompt in prompts]
     pictures: list[PILImage.Image] = []
     for start in range(0, len(prompts), base.BATCH):
-        part = slice(start, start + base.BATCH)
+        batch_slice = slice(start, start + base.BATCH)
         tokens = draw_tokens(
             model,
-            contexts[part],
+            contexts[batch_slice],
             native,
-            seeds=picture_seeds[part],
+            seeds=picture_seeds[batch_slice],
             steps=steps,
             guidance=guidance,
             solver=solver,

@@ -48,8 +48,8 @@ def embed(
     embeddings, done = torch.empty(len(items), objective.embedding_width), 0
     for indices, is_text in ((texts, True), (pictures, False)):
         for start in range(0, len(indices), base.BATCH):
-            part = indices[start : start + base.BATCH]
-            batch_items = [items[i] for i in part]
+            batch_indices = indices[start : start + base.BATCH]
+            batch_items = [items[i] for i in batch_indices]
             segments = (
                 [opened(model.backbone.begin_ids, (Text(ids=encode_prompt(model, cast(str, t))),)) for t in batch_items]
                 if is_text
@@ -57,8 +57,8 @@ def embed(
             )
             batch = pack([[Sequence(segments=s)] for s in segments]).to(model.device)
             vectors = objective.embed_text(model, batch) if is_text else objective.embed_media(model, batch)
-            embeddings[part] = vectors.float().cpu()
-            done += len(part)
+            embeddings[batch_indices] = vectors.float().cpu()
+            done += len(batch_indices)
             if progress:
                 progress(done, len(items))
     return embeddings
@@ -110,11 +110,11 @@ def match(model: Model, pictures: Seq[PILImage.Image], texts: Seq[str]) -> Tenso
     pairs = [(i, j) for i in range(len(media)) for j in range(len(text_segments))]
     probabilities = torch.empty(len(media), len(text_segments))
     for start in range(0, len(pairs), base.BATCH):
-        part = pairs[start : start + base.BATCH]
-        rows = [[Sequence(segments=(*text_segments[j], media[i]))] for i, j in part]
-        batch, row_index = pack(rows).to(model.device), torch.arange(len(part), device=model.device)
+        batch_pairs = pairs[start : start + base.BATCH]
+        rows = [[Sequence(segments=(*text_segments[j], media[i]))] for i, j in batch_pairs]
+        batch, row_index = pack(rows).to(model.device), torch.arange(len(batch_pairs), device=model.device)
         probability = objective.match_logits(model, batch, row_index, row_index).float().softmax(dim=-1)[:, 1].cpu()
-        for (i, j), value in zip(part, probability, strict=True):
+        for (i, j), value in zip(batch_pairs, probability, strict=True):
             probabilities[i, j] = value
     return probabilities
 
@@ -171,23 +171,23 @@ def fill_tokens(model: Model, pictures: Seq[Media], texts: Seq[tuple[int, ...]])
     objective: Any = next(o for o in model.objectives if "fill" in o.gives)
     begin, log_probs = model.backbone.begin_ids, []
     for start in range(0, len(texts), base.BATCH):
-        part, part_pictures = texts[start : start + base.BATCH], pictures[start : start + base.BATCH]
-        text_segments = [opened(begin, (Text(ids=ids),)) for ids in part]
+        batch_texts, batch_pictures = texts[start : start + base.BATCH], pictures[start : start + base.BATCH]
+        text_segments = [opened(begin, (Text(ids=ids),)) for ids in batch_texts]
         rows = [
             [Sequence(segments=(*segments, media))]
-            for segments, media in zip(text_segments, part_pictures, strict=True)
+            for segments, media in zip(text_segments, batch_pictures, strict=True)
         ]
         scores = objective.masked_logits(model, pack(rows).to(model.device)).float().log_softmax(dim=-1).cpu()
-        log_probs += scores.split([ids.count(END_OF_MEDIA) for ids in part])
+        log_probs += scores.split([ids.count(END_OF_MEDIA) for ids in batch_texts])
     return log_probs
 
 
 def _with_blanks(model: Model, text: str) -> tuple[int, ...]:
     """Token ids of a text with `END_OF_MEDIA` at each blank. A blank absorbs the space before it, as a word's token does."""
-    first, *others = text.split(BLANK)
-    if not others:
+    first_part, *other_parts = text.split(BLANK)
+    if not other_parts:
         raise XFusionError(f"{text!r} has no blank: write {BLANK} where a word is to be found")
-    ids = list(encode_prompt(model, first.removesuffix(" ")))
-    for number, part in enumerate(others, start=1):
-        ids += [END_OF_MEDIA, *encode_prompt(model, part if number == len(others) else part.removesuffix(" "))]
+    ids = list(encode_prompt(model, first_part.removesuffix(" ")))
+    for index, part in enumerate(other_parts, start=1):
+        ids += [END_OF_MEDIA, *encode_prompt(model, part if index == len(other_parts) else part.removesuffix(" "))]
     return tuple(ids)

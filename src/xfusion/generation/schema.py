@@ -45,10 +45,10 @@ def schema_answers(schema: dict[str, Any]) -> list[str]:
         if missing := sorted(set(properties) - set(schema.get("required", properties))):
             raise XFusionError(f"schema: property {missing[0]!r} is optional: name it in required, or leave it out")
         texts = ["{"]
-        for number, (name, property_schema) in enumerate(properties.items()):
+        for index, (name, property_schema) in enumerate(properties.items()):
             values = schema_answers(property_schema)
             _refuse_count(len(texts) * len(values))
-            key = f"{', ' if number else ''}{json.dumps(name, ensure_ascii=False)}: "
+            key = f"{', ' if index else ''}{json.dumps(name, ensure_ascii=False)}: "
             texts = [f"{text}{key}{value}" for text in texts for value in values]
         texts = [f"{text}}}" for text in texts]
     else:
@@ -63,9 +63,9 @@ def _refuse_count(count: int) -> None:
         raise XFusionError(f"schema: it allows {count} answers, from 1 to {LARGEST_SCHEMA} can be written out")
 
 
-def next_tokens(so_far: Seq[int], allowed: Seq[tuple[int, ...]], end: int) -> list[int]:
+def next_tokens(generated: Seq[int], allowed: Seq[tuple[int, ...]], end: int) -> list[int]:
     """Next tokens that keep a partial answer a prefix of an allowed one; includes ``end`` if it is already complete."""
-    length, prefix = len(so_far), tuple(so_far)
+    length, prefix = len(generated), tuple(generated)
     continuations = {answer[length] for answer in allowed if len(answer) > length and answer[:length] == prefix}
     return sorted(continuations | ({end} if not continuations or prefix in allowed else set()))
 
@@ -73,7 +73,7 @@ def next_tokens(so_far: Seq[int], allowed: Seq[tuple[int, ...]], end: int) -> li
 def restrict_logits(logits: Tensor, answers: Seq[Seq[int]], allowed: Seq[tuple[int, ...]], end: int) -> Tensor:
     """Logits ``[B, V]``, set to -inf except at tokens that keep a partial answer a prefix of an allowed one."""
     restricted_logits = torch.full_like(logits, -torch.inf)
-    for row, so_far in enumerate(answers):
-        token_ids = torch.tensor(next_tokens(so_far, allowed, end), device=logits.device)
+    for row, generated in enumerate(answers):
+        token_ids = torch.tensor(next_tokens(generated, allowed, end), device=logits.device)
         restricted_logits[row, token_ids] = logits[row, token_ids]
     return restricted_logits

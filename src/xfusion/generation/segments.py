@@ -128,12 +128,17 @@ def generate(
     results: list[Any] = [None] * len(lists)
     for kinds, members in by_kinds.items():  # lists with the same kinds of segments run as one batch
         for start in range(0, len(members), base.BATCH):
-            part = members[start : start + base.BATCH]
-            part_lists = [lists[i] for i in part]
+            batch_indices = members[start : start + base.BATCH]
+            batch_lists = [lists[i] for i in batch_indices]
             answers = _generate_batch(
-                model, part_lists, kinds, [list_seeds[i] for i in part], settings, _listener_for(listen, part)
+                model,
+                batch_lists,
+                kinds,
+                [list_seeds[i] for i in batch_indices],
+                settings,
+                _listener_for(listen, batch_indices),
             )
-            for i, answer in zip(part, answers, strict=True):
+            for i, answer in zip(batch_indices, answers, strict=True):
                 results[i] = answer
     return results[0] if single else results
 
@@ -161,9 +166,9 @@ def _is_text_only(kinds: Seq[Any]) -> bool:
     return all(kind == "text" for kind in kinds)
 
 
-def _listener_for(listen: Listener | None, part: Seq[int]) -> Listener | None:
+def _listener_for(listen: Listener | None, list_indices: Seq[int]) -> Listener | None:
     """The listener with rows of a batch mapped to indices of the lists."""
-    return None if listen is None else lambda row, token: listen(part[row], token)
+    return None if listen is None else lambda row, token: listen(list_indices[row], token)
 
 
 def kinds_of(model: Model, items: Seq[Segment]) -> tuple[Any, ...]:
@@ -292,15 +297,15 @@ def _with_question_ending(
     model: Model, context: tuple[Text | Media, ...], item: Seq[Segment], in_json: bool = False
 ) -> tuple[Text | Media, ...]:
     """A context with media, completed at the end of its list: a question after a picture gets the ending used in training."""
-    last = item[-1]
-    if not (isinstance(last, (str, Text)) and last):
+    last_segment = item[-1]
+    if not (isinstance(last_segment, (str, Text)) and last_segment):
         return context
     ending = f"{IN_JSON}\n" if in_json else "\n"
-    if isinstance(last, Text):
+    if isinstance(last_segment, Text):
         return (*context, Text(ids=model.backbone.encode(ending)))
     # Encoded in one piece, as in training: tokenizers merge "?" with the newline, or put a space before either part.
-    before = context[: len(context) - len(text_segment(model, last))]
-    return (*before, Text(ids=model.backbone.encode(f"{last}{ending}")))
+    prefix = context[: len(context) - len(text_segment(model, last_segment))]
+    return (*prefix, Text(ids=model.backbone.encode(f"{last_segment}{ending}")))
 
 
 @torch.no_grad()
@@ -404,7 +409,9 @@ def _base_generate(
         sampling |= {"top_p": settings.top_p, "top_k": settings.top_k}
     if (allowed := settings.allowed) is not None:
         end = model.backbone.end_ids[0]
-        sampling["prefix_allowed_tokens_fn"] = lambda _, so_far: next_tokens(so_far[len(ids) :].tolist(), allowed, end)
+        sampling["prefix_allowed_tokens_fn"] = lambda _, generated: next_tokens(
+            generated[len(ids) :].tolist(), allowed, end
+        )
     streamer = None if listen is None else _Streamer(listen, set(model.backbone.end_ids))
     with seeded(seed, prompt.device):
         try:

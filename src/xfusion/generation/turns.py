@@ -39,14 +39,14 @@ class CachedPrefix:
 
 def units(prompt: tuple[Text | Media, ...]) -> tuple[Unit, ...]:
     """The units of a prompt in reading order; the end of a medium is a token of its own."""
-    out: list[Unit] = []
+    prompt_units: list[Unit] = []
     for segment in prompt:
         if isinstance(segment, Text):
-            out += segment.ids
+            prompt_units += segment.ids
         else:
             facts = (segment.modality, segment.grid, segment.state, segment.bidirectional, segment.shared_position)
-            out += [hashlib.sha256(repr(facts).encode() + _bytes(segment.tokens)).digest(), END_OF_MEDIA]
-    return tuple(out)
+            prompt_units += [hashlib.sha256(repr(facts).encode() + _bytes(segment.tokens)).digest(), END_OF_MEDIA]
+    return tuple(prompt_units)
 
 
 def resume_prefix(

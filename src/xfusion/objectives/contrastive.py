@@ -122,8 +122,8 @@ class Contrastive(Objective):
                 no_states = self.words.weight.new_zeros(0, self.words.in_features)
                 local_vectors = torch.stack([_project(self.words, no_states), _project(self.media, no_states)], dim=1)
             local_identities = identities(batch, media)
-            all_vectors, all_identities, first = _gather_pairs(local_vectors, local_identities)
-            targets = first + torch.arange(len(local_vectors), device=local_vectors.device)
+            all_vectors, all_identities, offset = _gather_pairs(local_vectors, local_identities)
+            targets = offset + torch.arange(len(local_vectors), device=local_vectors.device)
             excluded = is_duplicate(local_identities, all_identities)
             excluded[torch.arange(len(local_vectors), device=local_vectors.device), targets] = False
             # Cosines times 100 need float32 precision.
@@ -131,11 +131,11 @@ class Contrastive(Objective):
                 scale = self._scale()
                 directions = [
                     functional.cross_entropy(
-                        (scale * local_vectors[:, one] @ all_vectors[:, other].T).masked_fill(excluded, -math.inf),
+                        (scale * local_vectors[:, query] @ all_vectors[:, key].T).masked_fill(excluded, -math.inf),
                         targets,
                         reduction="sum",
                     )
-                    for one, other in ((0, 1), (1, 0))
+                    for query, key in ((0, 1), (1, 0))
                 ]
             losses[self.name] = (
                 (directions[0] + directions[1]) / 2,
@@ -153,10 +153,10 @@ def identities(batch: Batch, media: MediaRows) -> Tensor:
     return torch.stack([torch.tensor(hashes, dtype=torch.int64, device=row.device), media.group.to(torch.int64)], dim=1)
 
 
-def is_duplicate(one: Tensor, other: Tensor) -> Tensor:
+def is_duplicate(rows: Tensor, columns: Tensor) -> Tensor:
     """Which pairs have equal texts or pictures of one group, bool ``[n, m]``, by their `identities`."""
-    same_text = one[:, None, 0] == other[:, 0]
-    return same_text | ((one[:, None, 1] == other[:, 1]) & (one[:, None, 1] >= 0))
+    same_text = rows[:, None, 0] == columns[:, 0]
+    return same_text | ((rows[:, None, 1] == columns[:, 1]) & (rows[:, None, 1] >= 0))
 
 
 def duplicates(batch: Batch, media: MediaRows) -> Tensor:
@@ -169,12 +169,12 @@ class _AllGather(torch.autograd.Function):
     """All-gather of rows in rank order; the gradient of a row is summed over all processes."""
 
     @staticmethod
-    def forward(ctx: Any, local: Tensor, first: int, total: int) -> Tensor:
-        ctx.place = slice(first, first + len(local))
-        out = local.new_zeros(total, *local.shape[1:])
-        out[ctx.place] = local
-        dist.all_reduce(out)
-        return out
+    def forward(ctx: Any, local: Tensor, offset: int, total: int) -> Tensor:
+        ctx.place = slice(offset, offset + len(local))
+        gathered = local.new_zeros(total, *local.shape[1:])
+        gathered[ctx.place] = local
+        dist.all_reduce(gathered)
+        return gathered
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -191,8 +191,8 @@ def _gather_pairs(vectors: Tensor, pair_identities: Tensor) -> tuple[Tensor, Ten
     counts = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=vectors.device)
     counts[rank] = len(vectors)
     dist.all_reduce(counts)
-    first, total = int(counts[:rank].sum()), int(counts.sum())
-    return _AllGather.apply(vectors, first, total), _AllGather.apply(pair_identities, first, total), first
+    offset, total = int(counts[:rank].sum()), int(counts.sum())
+    return _AllGather.apply(vectors, offset, total), _AllGather.apply(pair_identities, offset, total), offset
 
 
 def pair_places(media: MediaRows) -> tuple[Tensor, Tensor]:

@@ -69,9 +69,9 @@ class FlowMatching(Denoising):
     def __init__(self, config: Config):
         if not config.sampling_shift > 0:
             raise XFusionError(f"sampling_shift {config.sampling_shift:g} must be above 0; 1 takes equal steps of t")
-        first, last = config.guidance_interval
-        if not 0 <= first < last <= 1:
-            raise XFusionError(f"guidance_interval {first:g} to {last:g} must rise within 0 to 1, such as 0.5 to 1")
+        low, high = config.guidance_interval
+        if not 0 <= low < high <= 1:
+            raise XFusionError(f"guidance_interval {low:g} to {high:g} must rise within 0 to 1, such as 0.5 to 1")
         super().__init__()
         self.config = config
         self.weight, self.guidance = config.weight, config.guidance

@@ -67,9 +67,9 @@ class Matching(Contrastive):
         """Logits ``[k, 2]`` (no match, match) of pictures and texts, given by their pairs' indices, int64 ``[k]`` each."""
         view = pairings_batch(batch, pictures, words)
         states = run(view).states["text"]
-        last = states[torch.arange(len(pictures), device=states.device), view.text.order.argmax(dim=1)]
-        with torch.autocast("cpu" if last.is_meta else last.device.type, enabled=False):
-            return self.head(last.to(self.head.weight.dtype))
+        last_states = states[torch.arange(len(pictures), device=states.device), view.text.order.argmax(dim=1)]
+        with torch.autocast("cpu" if last_states.is_meta else last_states.device.type, enabled=False):
+            return self.head(last_states.to(self.head.weight.dtype))
 
     def count(self, batch: Batch) -> dict[str, int]:
         """Pairs, and scored pairs: three for each pair that has a negative, otherwise one."""

@@ -105,11 +105,11 @@ class PackMedia(lmms):
         """Text answers, each cut before its first stop sequence."""
         answers: list[str] = []
         for settings, group in groupby(requests, key=lambda request: _Settings.of(request.args[1])):
-            members = list(group)
-            for start in range(0, len(members), self.batch):
-                part = members[start : start + self.batch]
+            group_requests = list(group)
+            for start in range(0, len(group_requests), self.batch):
+                batch = group_requests[start : start + self.batch]
                 answers += self._answers(
-                    [self._segments(*_parts(request.args)) for request in part], settings, len(answers)
+                    [self._segments(*_parts(request.args)) for request in batch], settings, len(answers)
                 )
         return answers
 
@@ -128,7 +128,7 @@ class PackMedia(lmms):
         """Refused: multi-round tasks are not supported."""
         raise XFusionError("a pack answers tasks of one round; this one has several")
 
-    def _answers(self, lists: list[list[Segment]], settings: _Settings, number: int) -> list[str]:
+    def _answers(self, lists: list[list[Segment]], settings: _Settings, offset: int) -> list[str]:
         token_ids: list[list[int]] = [[] for _ in lists]
 
         def is_unfinished(row: int, token: int) -> bool:
@@ -138,7 +138,7 @@ class PackMedia(lmms):
 
         answers = self.pack.generate(
             lists,
-            seeds=[self.seed + number + i for i in range(len(lists))],
+            seeds=[self.seed + offset + i for i in range(len(lists))],
             max_tokens=settings.max_tokens,
             temperature=settings.temperature,
             top_p=settings.top_p,
@@ -167,8 +167,8 @@ class PackMedia(lmms):
         )
         return conversation(self.pack, [{"role": "user", "content": [part for part in content if part != ""]}])
 
-    def _document(self, number: int, task: str, split: str) -> Any:
-        return self.task_dict[task][split][number]
+    def _document(self, index: int, task: str, split: str) -> Any:
+        return self.task_dict[task][split][index]
 
 
 def _parts(arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -120,8 +120,8 @@ def encoder_settings(encoder: Encoder.Config | None) -> dict[str, Any]:
 def batches(pictures: Iterator[Image]) -> Iterator[Tensor]:
     """Pictures -> uint8 [n, 3, H, W]; consecutive pictures of equal size share a batch."""
     for _, same_size in groupby(pictures, key=lambda picture: picture.size):
-        while part := list(islice(same_size, BATCH)):
-            yield torch.stack([levels(picture) for picture in part])
+        while batch := list(islice(same_size, BATCH)):
+            yield torch.stack([levels(picture) for picture in batch])
 
 
 class EncoderFeatures(nn.Module):

@@ -49,10 +49,10 @@ def ranks(scores: Tensor, hit: Tensor) -> Tensor:
         raise XFusionError(f"picture {int((~hit.any(dim=1)).nonzero()[0])} has no true name among the candidates")
     scores = scores.double().nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     best = scores.masked_fill(~hit, -math.inf).amax(dim=1, keepdim=True)
-    before = ((scores > best) & ~hit).sum(dim=1)
+    num_above = ((scores > best) & ~hit).sum(dim=1)
     tied_false = ((scores == best) & ~hit).sum(dim=1)
     tied_true = ((scores == best) & hit).sum(dim=1)
-    return before + (tied_false + tied_true + 1).double() / (tied_true + 1)
+    return num_above + (tied_false + tied_true + 1).double() / (tied_true + 1)
 
 
 def naming(scores: Tensor, hit: Tensor, *, ks: Sequence[int] = (1, 10)) -> dict[str, float]:

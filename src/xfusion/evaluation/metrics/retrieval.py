@@ -73,8 +73,8 @@ def first_hit(
 def chance(target: Tensor, groups: Sequence[str], *, ks: Sequence[int] = (1, 10)) -> dict[str, float]:
     """What a random order of the gallery scores in `retrieval`: mean of 1 - C(G - m, k) / C(G, k), m members."""
     sizes = Counter(groups)
-    members = [sizes[groups[int(index)]] for index in target]
-    return {f"at_{k}": sum(hit_by_chance(len(groups), m, k) for m in members) / len(members) for k in ks}
+    group_sizes = [sizes[groups[int(index)]] for index in target]
+    return {f"at_{k}": sum(hit_by_chance(len(groups), size, k) for size in group_sizes) / len(group_sizes) for k in ks}
 
 
 def hit_by_chance(total: int, hits: int, k: int) -> float:

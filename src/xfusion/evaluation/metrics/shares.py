@@ -39,18 +39,18 @@ def shares(model: Any, batch: Batch) -> dict[int, dict[str, float]]:
         for hook in hooks:
             hook.remove()
     masks = {"text": _words(batch), "media": _pictures(batch)}
-    out: dict[int, dict[str, float]] = {}
+    means: dict[int, dict[str, float]] = {}
     for name, share in gates.items():
         side, _, layer = name.rpartition("_")
         for kind, mask in masks[side].items():
             if mask.any():
-                out.setdefault(int(layer), {})[kind] = float(share[mask].mean())
-    return dict(sorted(out.items()))
+                means.setdefault(int(layer), {})[kind] = float(share[mask].mean())
+    return dict(sorted(means.items()))
 
 
 def _words(batch: Batch) -> dict[str, Tensor]:
-    is_end, counted = batch.text_ids <= END_OF_MEDIA, batch.text.after_media & (batch.text.order >= 0)
-    return {"word": counted & ~is_end, "end of picture": counted & is_end}
+    is_end, is_counted = batch.text_ids <= END_OF_MEDIA, batch.text.after_media & (batch.text.order >= 0)
+    return {"word": is_counted & ~is_end, "end of picture": is_counted & is_end}
 
 
 def _pictures(batch: Batch) -> dict[str, Tensor]:

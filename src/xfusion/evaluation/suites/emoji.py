@@ -158,17 +158,17 @@ class Subject:
 
     def draw(self, source: Source, indices: Sequence[int], **settings: Any) -> list[Image.Image]:
         """One picture per index, from its name; the seed is the index plus ``settings["seed"]``."""
-        pictures, first = [], settings.pop("seed")
-        for part in self.parts(indices, "draw"):
-            prompts, seeds = [source.examples[i].captions[0] for i in part], [first + i for i in part]
+        pictures, first_seed = [], settings.pop("seed")
+        for batch in self.batches(indices, "draw"):
+            prompts, seeds = [source.examples[i].captions[0] for i in batch], [first_seed + i for i in batch]
             pictures += self.model.draw(prompts, size=self.size, seeds=seeds, **settings)
         return pictures
 
     def caption(self, source: Source, indices: Sequence[int], title: str) -> list[str]:
         """The greedy answer to each picture."""
         answers = []
-        for part in self.parts(indices, title):
-            answers += self.model.caption([source.picture(i, self.size) for i in part])
+        for batch in self.batches(indices, title):
+            answers += self.model.caption([source.picture(i, self.size) for i in batch])
         return answers
 
     @property
@@ -181,33 +181,33 @@ class Subject:
         if method == "match":
             scores = [
                 self.model.match(source.picture(i, self.size), names)
-                for part in self.parts(indices, "match names", 1)
-                for i in part
+                for batch in self.batches(indices, "match names", 1)
+                for i in batch
             ]
             return torch.tensor(scores)
         if method == "embed":
             name_embeddings = self.model.embed(names).T.cpu()
-            parts = self.parts(indices, "embed pictures")
+            batches = self.batches(indices, "embed pictures")
             return torch.cat(
                 [
-                    self.model.embed([source.picture(i, self.size) for i in part]).cpu() @ name_embeddings
-                    for part in parts
+                    self.model.embed([source.picture(i, self.size) for i in batch]).cpu() @ name_embeddings
+                    for batch in batches
                 ]
             )
         prior = self.model.score_names(None, names).float().cpu()
         # Every picture meets every name, so that few pictures make a large batch.
-        parts = self.parts(indices, "score names", max(self.batch_size // 8, 1))
+        batches = self.batches(indices, "score names", max(self.batch_size // 8, 1))
         likelihoods = [
-            self.model.score_names([source.picture(i, self.size) for i in part], names).cpu() for part in parts
+            self.model.score_names([source.picture(i, self.size) for i in batch], names).cpu() for batch in batches
         ]
         return naming.pointwise(torch.cat(likelihoods).float(), prior)
 
     def features(self, encoder: Any, images: Tensor, title: str) -> Tensor:
         """Features [N, D] of images [N, 3, H, W]."""
-        parts = self.parts(range(len(images)), title, 32)
-        return torch.cat([encoder.features(images[part[0] : part[-1] + 1]).cpu() for part in parts])
+        batches = self.batches(range(len(images)), title, 32)
+        return torch.cat([encoder.features(images[batch[0] : batch[-1] + 1]).cpu() for batch in batches])
 
-    def parts(self, items: Sequence[int], title: str, length: int | None = None) -> Iterator[Sequence[int]]:
+    def batches(self, items: Sequence[int], title: str, length: int | None = None) -> Iterator[Sequence[int]]:
         """Batches of `items`; progress is told before the first and after each."""
         length = length or self.batch_size
         self.progress(title, 0, len(items))
@@ -227,7 +227,7 @@ def _drawing(
     """Retrieval of the drawn pictures among all trained ones, its chance and ceiling, and what the codec loses."""
     image, all_indices = subject.model.image, range(len(source.examples))
     real = image.from_pil([source.picture(i, subject.size) for i in all_indices], subject.size)
-    reconstructed = torch.cat([_through_codec(image, part, subject.size) for part in real.split(64)])
+    reconstructed = torch.cat([_through_codec(image, batch, subject.size) for batch in real.split(64)])
     gallery = image.from_pil([source.picture(i, side) for i in all_indices], side)
     # As users get them: rounded to 256 levels, then resized.
     ceiling_images = image.from_pil(image.to_pil(reconstructed), side)

@@ -280,15 +280,15 @@ def nlvr_scenes(path: Path, count: int | None = None, seed: int = 0, parts: Sequ
     """
     boxes_by_id: dict[str, tuple[dict[str, Any], int]] = {}
     for row in nlvr_rows(path, ("image", SCENE)):
-        for place, things in enumerate(json.loads(row[SCENE])):
+        for box_index, things in enumerate(json.loads(row[SCENE])):
             scene = json.dumps(sorted(json.dumps(thing, sort_keys=True) for thing in things))
             identity = hashlib.sha256(scene.encode()).hexdigest()[:16]
             if part(identity) in parts:
-                boxes_by_id.setdefault(identity, (row, place))
+                boxes_by_id.setdefault(identity, (row, box_index))
     scenes = []
     for identity in random.Random(f"{seed}/nlvr boxes").sample(sorted(boxes_by_id), len(boxes_by_id)):
-        row, place = boxes_by_id[identity]
-        things = json.loads(row[SCENE])[place]
+        row, box_index = boxes_by_id[identity]
+        things = json.loads(row[SCENE])[box_index]
         names = [_nlvr_name(thing) for thing in things]
         candidates = [
             i for i, name in enumerate(names) if names.count(name) == 1 and things[i]["size"] >= NLVR_SMALLEST
@@ -297,7 +297,7 @@ def nlvr_scenes(path: Path, count: int | None = None, seed: int = 0, parts: Sequ
             continue
         target = random.Random(f"{seed}/{identity}").choice(candidates)
         image = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
-        left = NLVR_BOXES[place]
+        left = NLVR_BOXES[box_index]
         picture = image.crop((left, 0, left + NLVR_SIDE, NLVR_SIDE))
         boxes = [_nlvr_box(thing) for thing in things]
         others = tuple(box for i, box in enumerate(boxes) if i != target)

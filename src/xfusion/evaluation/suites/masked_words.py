@@ -130,8 +130,8 @@ def by_heart(blanks: list[Blank], all_blanks: list[Blank]) -> dict[str, float]:
 def _mask_each_token(model: Any, names: list[str]) -> list[Blank]:
     """All names with each token masked once. The first position of a text is never masked."""
     blanks = []
-    for number, name in enumerate(names):
+    for name_index, name in enumerate(names):
         ids = model.backbone.encode(name)
-        for place in range(0 if model.backbone.begin_ids else 1, len(ids)):
-            blanks.append((number, (*ids[:place], END_OF_MEDIA, *ids[place + 1 :]), ids[place]))
+        for position in range(0 if model.backbone.begin_ids else 1, len(ids)):
+            blanks.append((name_index, (*ids[:position], END_OF_MEDIA, *ids[position + 1 :]), ids[position]))
     return blanks

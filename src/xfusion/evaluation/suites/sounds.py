@@ -114,12 +114,12 @@ def _naming_scores(
     indices: list[int],
     names: list[str],
     prior: Tensor,
-    part: str,
+    kind: str,
     progress: Callable[[str, int, int], None],
 ) -> dict[str, float]:
     """Rank of the true name, and exact match of the greedy answer, each with its blind base rate."""
     true_names = [sounds.examples[i].captions[0] for i in indices]
-    scores, answers, label = [], [], f"name {part} sounds"
+    scores, answers, label = [], [], f"name {kind} sounds"
     progress(label, 0, len(indices))
     for start in range(0, len(indices), BATCH):
         batch_sounds = [sounds.sound(i) for i in indices[start : start + BATCH]]
@@ -129,10 +129,10 @@ def _naming_scores(
     pointwise = naming.pointwise(torch.cat(scores), prior)
     # A hit is an equal name, not an equal group: several speakers say one word.
     hit = torch.tensor([[name == true for name in names] for true in true_names])
-    metrics = naming.with_baselines(f"{part}_", pointwise, hit, ks=(1,))
+    metrics = naming.with_baselines(f"{kind}_", pointwise, hit, ks=(1,))
     wordings = [(true,) for true in true_names]
-    metrics[f"{part}_exact"] = captions.exact_match(answers, wordings)
-    metrics[f"{part}_exact_blind"] = blind(
+    metrics[f"{kind}_exact"] = captions.exact_match(answers, wordings)
+    metrics[f"{kind}_exact_blind"] = blind(
         lambda order: captions.exact_match([answers[i] for i in order.tolist()], wordings), len(answers)
     )
     return metrics
@@ -177,9 +177,10 @@ def _generation_scores(
 def _codes(model: Any, sounds: Sounds, indices: list[int]) -> Tensor:
     """Codes of recordings, int64 ``[N, frames]``."""
     size = model.modality.sizes[0]
-    parts = (indices[start : start + BATCH] for start in range(0, len(indices), BATCH))
+    batches = (indices[start : start + BATCH] for start in range(0, len(indices), BATCH))
     frames = [
-        model.modality.decode(model.modality.encode([sounds.sound(i) for i in part], size), size) for part in parts
+        model.modality.decode(model.modality.encode([sounds.sound(i) for i in batch_indices], size), size)
+        for batch_indices in batches
     ]
     return torch.cat(frames)[..., 0].round().long()
 

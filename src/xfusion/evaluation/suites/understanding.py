@@ -215,8 +215,8 @@ def _canonical_json(text: str) -> str:
 def part(name: str) -> Part:
     """The part of all questions of an id. It depends on the id alone, so new questions never move others to another part."""
     digest = hashlib.sha256(f"xfusion question: {name}".encode()).digest()
-    place = int.from_bytes(digest[:8], "big") / 2**64
-    return "train" if place < TRAINED else "validation" if place < TRAINED + VALIDATED else "test"
+    fraction = int.from_bytes(digest[:8], "big") / 2**64
+    return "train" if fraction < TRAINED else "validation" if fraction < TRAINED + VALIDATED else "test"
 
 
 def counting(count: int, most: int, seed: int = 0, side: int = 96, parts: Sequence[Part] = ASKED) -> list[Question]:
@@ -243,11 +243,11 @@ def counting(count: int, most: int, seed: int = 0, side: int = 96, parts: Sequen
             colour = rng.choice(list(COLOURS))
             picture = Image.new("RGB", (side, side), "white")
             draw, cell = ImageDraw.Draw(picture), side // cells
-            for place in rng.sample(range(cells**2), num_discs):
+            for cell_index in rng.sample(range(cells**2), num_discs):
                 radius = rng.randint(cell // 4, cell // 2 - 2)
                 reach = cell // 2 - 2 - radius  # from the middle of its cell, so that it touches no neighbour
-                x = place % cells * cell + cell // 2 + rng.randint(-reach, reach)
-                y = place // cells * cell + cell // 2 + rng.randint(-reach, reach)
+                x = cell_index % cells * cell + cell // 2 + rng.randint(-reach, reach)
+                y = cell_index // cells * cell + cell // 2 + rng.randint(-reach, reach)
                 draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=COLOURS[colour])
             identity = hashlib.sha256(picture.tobytes()).hexdigest()[:16]
         text = f"How many {colour} discs are there?"
