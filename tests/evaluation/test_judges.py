@@ -202,7 +202,9 @@ def test_judges_are_found_by_their_files(tiny_clip, tmp_path):
     (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(XFusionError, match="is a llama, not a CLIP"):
         drawn.judge_by(folder, f"clip-score:{tmp_path / 'llama'}", progress=silent)
-    assert adapter.named("org/model@abc") == ("org/model", "abc") and adapter.named(str(tmp_path))[1] is None
+    assert (
+        adapter.parse_source("org/model@abc") == ("org/model", "abc") and adapter.parse_source(str(tmp_path))[1] is None
+    )
     Path(folder / "0000.png").write_bytes(b"")
     with pytest.raises(XFusionError, match="is not the picture that was drawn"):
         drawn.judge_by(folder, f"clip-score:{tiny_clip}", progress=silent)

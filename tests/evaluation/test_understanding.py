@@ -79,16 +79,16 @@ def test_what_is_drawn_is_what_is_said():
 
 def test_the_threshold_is_the_lowest_that_fits():
     confidence = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5])
-    grade = torch.tensor([True, True, False, True, False])
-    assert threshold(confidence, grade, 1.0) == pytest.approx(0.8)
-    assert threshold(confidence, grade, 0.75) == pytest.approx(0.6)
-    assert threshold(confidence, grade, 0.6) == pytest.approx(0.5)
-    assert threshold(confidence, ~grade & (confidence < 0), 0.5) == math.inf
-    assert refusal(confidence, grade, 0.65) == {
+    is_right = torch.tensor([True, True, False, True, False])
+    assert threshold(confidence, is_right, 1.0) == pytest.approx(0.8)
+    assert threshold(confidence, is_right, 0.75) == pytest.approx(0.6)
+    assert threshold(confidence, is_right, 0.6) == pytest.approx(0.5)
+    assert threshold(confidence, ~is_right & (confidence < 0), 0.5) == math.inf
+    assert refusal(confidence, is_right, 0.65) == {
         "answered": pytest.approx(0.6),
         "accuracy_answered": pytest.approx(2 / 3),
     }
-    assert refusal(confidence, grade, math.inf) == {"answered": 0.0, "accuracy_answered": None}
+    assert refusal(confidence, is_right, math.inf) == {"answered": 0.0, "accuracy_answered": None}
 
 
 def test_a_model_is_asked_and_its_curves_are_drawn(bases, tmp_path):
