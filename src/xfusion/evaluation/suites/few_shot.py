@@ -33,24 +33,24 @@ def run(
     seed: int = 0,
     batch_size: int = 16,
 ) -> dict[str, Any]:
-    """Scores of one model.
+    """Few-shot scores of one model.
 
     Args:
         model: a model that can caption.
         progress: see `evaluate`.
-        source: the trained pictures, of which examples are taken, a `Source` or a spec such as "emoji:128".
-        held: the held-out pictures, likewise; None takes the held-out split of the same spec.
+        source: the trained pictures, from which examples are taken: a `Source`, or a spec such as "emoji:128".
+        held: the held-out pictures, likewise; None uses the held-out split of the same spec.
         most: largest number of examples; 0, 1, 2, 4, ... up to it are scored.
-        question: what stands behind the asked picture.
-        max_held: only so many of the held-out pictures (always the same ones).
-        seed: of the choice of examples.
+        question: text after the picture to name; may be empty.
+        max_held: name at most this many held-out pictures (always the same ones); None is all.
+        seed: seed of the choice of examples.
         batch_size: prompts per call of the model.
 
     Returns:
-        ``held_exact_N_shots`` for each number of examples: share of greedy answers that are the picture's name.
+        ``held_exact_N_shots`` for each number N of examples: share in [0, 1] of greedy answers that are a name of the picture.
 
     Raises:
-        XFusionError: the model cannot caption, nothing is held out, or there are too few pictures to take examples of.
+        XFusionError: the model cannot caption, nothing is held out, or there are too few groups or names for the examples.
     """
     if "caption" not in model.capabilities:
         able = ", ".join(sorted(model.capabilities))
@@ -93,12 +93,12 @@ def run(
 
 
 def _shot_counts(most: int) -> list[int]:
-    """0, 1, 2, 4, ... up to ``most``, which is among them."""
+    """Numbers of examples to score: 0, the powers of 2 up to ``most``, and ``most`` itself."""
     return sorted({0, most, *(2**exponent for exponent in range(most.bit_length()) if 2**exponent <= most)})
 
 
 def _sample_shots(source: Source, count: int, seed: str) -> list[tuple[int, str, str]]:
-    """Examples of different groups: number, name, and the name of another picture."""
+    """``count`` examples of different groups: index of the picture, its name, and the name of another picture."""
     rng, examples = random.Random(seed), source.examples
     shots: dict[str, tuple[int, str, str]] = {}
     while len(shots) < count:
