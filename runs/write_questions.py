@@ -20,7 +20,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from xfusion.evaluation.suites.grounding import Scene, drawn, nlvr_scenes
+from xfusion.evaluation.suites.grounding import Scene, drawn_scenes, nlvr_scenes
 from xfusion.evaluation.suites.understanding import ASKED, Part, Question, counting, nlvr
 
 MOST = {"counting": 5, "boxes": 2}
@@ -46,7 +46,7 @@ def main() -> None:
             scenes = (
                 nlvr_scenes(asked.source, seed=asked.seed, parts=(part,))
                 if asked.source
-                else drawn(many, most, asked.seed, parts=(part,))
+                else drawn_scenes(many, most, asked.seed, parts=(part,))
             )
             made, answers = list(map(as_question, scenes)), Counter(scene.name for scene in scenes)
         else:
