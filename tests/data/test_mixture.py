@@ -333,7 +333,7 @@ def test_looking_at_lengths_opens_no_picture_and_a_share_opens_its_own():
     assert set(source.opened.values()) == {1} and len(source.opened) > 8
     own = Squares(40)
     half = mixture(own, draw=8, caption=8)
-    half.share = lambda rows: slice(0, rows // 2)
+    half.row_slice = lambda rows: slice(0, rows // 2)
     for batch, all_rows in zip(half.batches(0), whole, strict=True):
         rows = len(batch.text_ids) // 2
         assert torch.equal(batch.text_ids, all_rows.text_ids)

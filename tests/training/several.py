@@ -180,7 +180,7 @@ def run_told(folder: Path, name: str, step: int = 4, **settings) -> None:
 class LatePace(Pace):
     """A clock by which the speed is known a few steps later than by the others'; what else the machine does is not on it."""
 
-    def seconds_per_step(self, step, now, until):
+    def seconds_per_step(self, step, now, deadline):
         own = step - 3 * int(os.environ["RANK"])
         return super().seconds_per_step(own, 0.05 * own, float("inf"))
 

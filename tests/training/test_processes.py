@@ -417,12 +417,12 @@ def test_settings_that_are_incomplete_are_named(monkeypatch):
 
 def test_shares_divide_all_rows_once(monkeypatch):
     alone = Processes()
-    assert alone.share(5) is None and alone.first and alone.same(3) == 3 and alone.gather(3) == [3]
+    assert alone.row_slice(5) is None and alone.is_first and alone.broadcast(3) == 3 and alone.gather(3) == [3]
     for rows in (0, 1, 5, 8):
         parts = []
         for rank in range(4):
             alone.count, alone.rank = 4, rank
-            parts.append(list(range(rows))[alone.share(rows)])
+            parts.append(list(range(rows))[alone.row_slice(rows)])
         assert [row for part in parts for row in part] == list(range(rows)) and max(map(len, parts)) - min(
             map(len, parts)
         ) <= 1

@@ -325,7 +325,7 @@ class _Comparison:
             self.costs[key] = stages, facts
         return self.costs[key]
 
-    # -- the walk
+    # -- all runs
 
     def run(self) -> None:
         labels = self._labels()

@@ -79,7 +79,7 @@ class Mixture:
         end: the base's end token.
         config: samples per step.
         seed: seed of order and wordings.
-        share: returns the rows of a batch whose pictures this process reads; None reads all.
+        row_slice: returns the rows of a batch whose pictures this process reads; None reads all.
         left_out: examples that cannot be read; more may be added during a run. Each is replaced by the next readable one
             of the source, so a batch stays a function of the step and of the data.
         decoders: threads that read and decode; None uses four, or the number of cores if that is less.
@@ -98,7 +98,7 @@ class Mixture:
         end: int,
         config: MixtureConfig,
         seed: int,
-        share: Callable[[int], slice | None] = lambda rows: None,
+        row_slice: Callable[[int], slice | None] = lambda rows: None,
         left_out: Container[int] = frozenset(),
         decoders: int | None = None,
     ):
@@ -117,7 +117,7 @@ class Mixture:
         if config.draw + config.caption == 0:
             raise XFusionError("draw and caption are both 0: there is nothing to learn")
         self.source, self.image, self.sizes, self.config, self.seed = source, image, sizes, config, seed
-        self.encode, self.begin, self.end, self.share, self.left_out = encode, begin, end, share, left_out
+        self.encode, self.begin, self.end, self.row_slice, self.left_out = encode, begin, end, row_slice, left_out
         self.order = order_of(source, config, seed)
         if num_grouped_sources := num_grouped(source):
             shards.make_room(num_grouped_sources * self._groups_at_once())
@@ -161,7 +161,7 @@ class Mixture:
             if task == "shots" and not self.config.shots:
                 continue
             lanes = self.order.lanes(task).of_place
-            own_rows = (len(self.sizes) == 1 and self.share(rows)) or slice(None)
+            own_rows = (len(self.sizes) == 1 and self.row_slice(rows)) or slice(None)
             counts.append(len({lanes[row * (len(lanes) // rows)] for row in range(rows)[own_rows]}))
         return sum(counts) + max(counts)
 
@@ -205,7 +205,7 @@ class Mixture:
 
     def _fill_pictures(self, rows: list[list[Sequence]]) -> list[list[Sequence]]:
         """The rows with the pictures of this process's own rows filled in; all other pictures stay blank."""
-        own_rows = set(range(len(rows))[self.share(len(rows)) or slice(None)])
+        own_rows = set(range(len(rows))[self.row_slice(len(rows)) or slice(None)])
         media = (
             segment
             for row_number in sorted(own_rows)

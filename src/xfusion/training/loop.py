@@ -247,7 +247,7 @@ class _Run:
             taken={str(index): dict(origins) for index, origins in model.fusion.taken.items()},
         )
 
-    # -- the walk
+    # -- the steps
 
     def train(self) -> Model:
         progress = self.progress

@@ -98,7 +98,11 @@ def open_model(settings: Settings, backbone: Backbone) -> Model:
 
 
 def check_losses(model: Model, stages: Sequence[Stage], num_processes: int, shard: Shard) -> None:
-    """Losses over a whole batch take neither parts of one nor, some of them, parts of it in other processes."""
+    """Check that losses over a whole batch are not combined with settings that divide a batch.
+
+    Raises:
+        XFusionError: a stage accumulates gradients, several processes or shards divide the batch, or samples have shots.
+    """
     for stage_number, stage in enumerate(stages):
         batch_losses = [o.name for o in model.objectives if o.scope == "batch"]
         if batch_losses and stage.accumulate > 1:
@@ -126,7 +130,7 @@ def check_losses(model: Model, stages: Sequence[Stage], num_processes: int, shar
 
 
 def open_data(settings: Settings, special_tokens: tuple[str, ...]) -> Source:
-    """The run's source. What an earlier part of it found unreadable keeps its place among the examples."""
+    """Open the run's source. Examples that were unreadable before a resume keep their place among the examples."""
     if settings.source is not None:
         return settings.source
     plan = states.newest_plan(settings.out / "state") if settings.resume else {}
@@ -139,7 +143,7 @@ def open_data(settings: Settings, special_tokens: tuple[str, ...]) -> Source:
 def mixture(
     stage: Stage, source: Source, model: Model, settings: Settings, processes: Processes, left_out: LeftOut
 ) -> Mixture:
-    """The batches of a stage, of which this process reads its share."""
+    """The batches of a stage; this process reads the pictures of its own rows only."""
     return Mixture(
         source,
         model.modality,
@@ -157,7 +161,7 @@ def mixture(
 
 @contextmanager
 def naming_out_of_memory(stage_number: int, batches: Sequence[Batch], device: torch.device) -> Iterator[None]:
-    """A block that a step of a stage is computed in.
+    """Turn an out-of-memory error of a stage's step inside the block into one that names the settings to change.
 
     Raises:
         XFusionError: it does not fit in memory.
@@ -179,14 +183,14 @@ def naming_out_of_memory(stage_number: int, batches: Sequence[Batch], device: to
 
 @dataclass(frozen=True)
 class Prompts:
-    """The texts of a source, and what keeping the states of all of them would take."""
+    """Number of texts of a source, and the memory that caching the hidden states of all of them would need."""
 
     number: int
     num_bytes: int
 
     @classmethod
     def of(cls, source: Source, model: Model, dtype: torch.dtype) -> Prompts:
-        """Estimated from some two hundred examples, in the precision of training."""
+        """Estimate both from some two hundred examples, in the precision of training."""
         examples = source.examples
         sampled = [examples[i] for i in range(0, len(examples), max(1, len(examples) // 200))]
         captions = [caption for example in sampled for caption in example.captions]
@@ -197,14 +201,16 @@ class Prompts:
 
     @property
     def worth_caching(self) -> bool:
-        """Whether states are worth keeping: where a quarter of them has room. Else most would be gone when they are asked for
-        again, and each had been computed by itself. It depends on data and settings alone, so that a resumed run does the same.
+        """Whether to cache the hidden states of texts: if the cache has room for at least a quarter of them.
+
+        Otherwise most would be evicted before they are used again. It depends only on data and settings, so a resumed run
+        decides the same.
         """
         return self.num_bytes <= CACHEABLE_RATIO * TEXT_STATES_BYTES
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of states that a run keeps once it has seen all texts; the same texts in other words come on top, up to
-        `TEXT_STATES_BYTES`.
+        """Bytes of cached states once a run has read all texts. Other wordings of the same examples add to this, up to
+        `TEXT_STATES_BYTES` in total.
         """
         return min(self.num_bytes, TEXT_STATES_BYTES) if self.worth_caching else 0

@@ -99,7 +99,7 @@ class Sharding:
         self.backbone = model.backbone.over_same_weights(attention) if shard == "all" else None
         frozen_layers = None if self.backbone is None else self.backbone.layers
         scalars: set[nn.Parameter] = {p for p in model.new_parameters() if not p.dim()}
-        for parameter in scalars:  # what is not divided is not moved either
+        for parameter in scalars:  # what is not sharded is not moved either
             parameter.data = parameter.data.to(self.device)
         gather_dtype = None if dtype == torch.float32 else dtype
         policy = MixedPrecisionPolicy(param_dtype=gather_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -117,7 +117,7 @@ class Sharding:
                     unit, mesh=mesh, reshard_after_forward=True, mp_policy=policy, ignored_params=scalars
                 )
                 assigned.update(unit.parameters())
-            copies.clear()  # the share is taken: nothing holds the whole layer any more
+            copies.clear()  # the shards exist: nothing may hold the whole layer any longer
         objectives = [model.text_objective, model.media_objective]
         outer_modules: list[nn.Module] = [model.port, model.fusion, model.extra, *objectives]
         if self.backbone is not None:
