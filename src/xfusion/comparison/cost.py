@@ -101,16 +101,12 @@ def count_flops(model: Model, stage: Stage, source: Source, seed: int = 0) -> St
         for batch in mixture.batches(0):
             task = "caption" if bool((batch.labels != IGNORE).any()) else "draw"
             num_known = len(engine.text_states)
-            first_flops, training_flops = (
-                _flops(lambda b=batch: forward_and_backward(b)),
-                _flops(lambda b=batch: forward_and_backward(b)),
-            )
+            first_flops = _flops(lambda b=batch: forward_and_backward(b))
+            training_flops = _flops(lambda b=batch: forward_and_backward(b))
             with _without_gradients(model):
                 forward_flops = _flops(lambda b=batch: total_loss(b))
-            text_flops, num_texts = (
-                text_flops + first_flops - training_flops,
-                num_texts + len(engine.text_states) - num_known,
-            )
+            text_flops += first_flops - training_flops
+            num_texts += len(engine.text_states) - num_known
             training[task] = training.get(task, 0) + training_flops
             forward[task] = forward.get(task, 0) + forward_flops
             samples[task] = samples.get(task, 0) + batch.num_sequences

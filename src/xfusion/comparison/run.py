@@ -116,8 +116,8 @@ def compare(
         XFusionError: recipes cannot be compared (modality, base, data, codec, size, budget), a number of parameters cannot be
             matched, or ``out`` has results made with other settings.
     """
-    run = _Comparison(recipes, plan, Path(out), work, backbone, device, source, held, encoder, command, progress)
-    run.run()
+    comparison = _Comparison(recipes, plan, Path(out), work, backbone, device, source, held, encoder, command, progress)
+    comparison.run()
     return summarise(out)
 
 

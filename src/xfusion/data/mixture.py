@@ -263,11 +263,8 @@ class Mixture:
 
     def captionings(self, step: int) -> list[Sequence]:
         """The captioning sequences of a step."""
-        rng, count, examples = (
-            random.Random(f"{self.seed}/caption/words/{step}"),
-            self.config.caption,
-            self.source.examples,
-        )
+        rng = random.Random(f"{self.seed}/caption/words/{step}")
+        count, examples = self.config.caption, self.source.examples
         # Sampled for every sample, so that one sample's question does not depend on whether the data has one for another.
         templates = self.config.templates
         questions = [templates.question(rng) for _ in range(count)]

@@ -126,10 +126,8 @@ def pack(rows: Seq[Seq[Sequence]], *, text_width: int | None = None) -> Batch:
                         raise XFusionError(
                             f"a media item has {segment.tokens.shape[0]} tokens but its grid is {segment.grid}"
                         )
-                    media_table, item_table = (
-                        media_tables[segment.modality][row_number],
-                        item_tables[segment.modality][row_number],
-                    )
+                    media_table = media_tables[segment.modality][row_number]
+                    item_table = item_tables[segment.modality][row_number]
                     number, count = len(items[segment.modality]), len(segment.tokens)
                     bidirectional, visible_to_later = segment.bidirectional, segment.visible_to_later
                     media_table.append((order, sample, position, segment_number, False, visible_to_later, True))

@@ -185,9 +185,8 @@ def _journal(folder: Path, asking: Asking, spec: str) -> dict[int, str]:
         path.write_bytes(complete)
     answers: dict[int, str] = {}
     settings = {"model": asking.model, "prompt": asking.prompt, "source": spec, "size": asking.size}
-    for number, line_bytes in enumerate(
-        complete.splitlines(), start=1
-    ):  # split as bytes: text may contain other line separators
+    # Split as bytes: text may contain other line separators.
+    for number, line_bytes in enumerate(complete.splitlines(), start=1):
         try:
             line = json.loads(line_bytes)
         except ValueError as error:  # undecodable, too

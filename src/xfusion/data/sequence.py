@@ -233,10 +233,8 @@ def seen(query: Rows, key: Rows, window: int | None = None) -> Tensor:
     Returns:
         bool ``[B, q, k]``; all False for a padded query and for one before all keys.
     """
-    query_tables, key_tables = (
-        [table[:, :, None] for table in query.seeing],
-        [table[:, None, :] for table in key.seeing],
-    )
+    query_tables = [table[:, :, None] for table in query.seeing]
+    key_tables = [table[:, None, :] for table in key.seeing]
     return sees(query_tables, key_tables, window)
 
 

@@ -68,9 +68,8 @@ class Progress:
 
     def record(self, loss: float, samples: int) -> None:
         """Record a finished step: the weighted sum of its losses and its number of samples."""
-        total, weight = (
-            self._recent if self.stage(self.step)[1] else (0.0, 0.0)
-        )  # losses of two stages are not comparable
+        # Losses of two stages are not comparable.
+        total, weight = self._recent if self.stage(self.step)[1] else (0.0, 0.0)
         self._recent = (LOSS_DECAY * total + (1 - LOSS_DECAY) * loss, LOSS_DECAY * weight + (1 - LOSS_DECAY))
         self.samples += samples
         self.step += 1

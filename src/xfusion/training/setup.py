@@ -43,10 +43,8 @@ def locked_folder(out: Path, *, resume: bool) -> Iterator[None]:
     Raises:
         XFusionError: the folder is refused.
     """
-    created, no_run = (
-        not out.exists(),
-        f"{out} holds no run to resume (nothing in state/); leave --resume out to start one",
-    )
+    created = not out.exists()
+    no_run = f"{out} holds no run to resume (nothing in state/); leave --resume out to start one"
     if resume and not (out / "state").is_dir():  # it may belong to something else, so write nothing into it
         raise XFusionError(no_run)
     with named_in_errors(out):

@@ -130,9 +130,8 @@ def _remove_old(folder: Path, keep: int, written: Path, previous_step: int | Non
             if state == folder:
                 (state / STATE).unlink(missing_ok=True)
                 (state / PLAN).unlink()
-            elif (
-                state not in retained
-            ):  # renamed first, so that a kill in between leaves no half-deleted state under this name
+            elif state not in retained:
+                # Renamed first, so that a kill in between leaves no half-deleted state under this name.
                 shutil.rmtree(state.rename(folder / f".{state.name}-dropped"), ignore_errors=True)
 
 
