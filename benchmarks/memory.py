@@ -33,7 +33,7 @@ from xfusion.recipes.base import find
 from xfusion.recipes.xfusion import demo
 from xfusion.storage import write_json
 from xfusion.training.memory import give_back_freed_memory
-from xfusion.training.processes import own_pages
+from xfusion.training.processes import anonymous_bytes
 
 RESULT = Path(__file__).parent / "results" / "memory.json"
 SHAPES = ("Llama-3.2-1B", "Llama-3.1-8B")
@@ -55,7 +55,7 @@ def held() -> int:
     """Bytes of this process's own pages."""
     gc.collect()
     give_back_freed_memory()
-    pages = own_pages()
+    pages = anonymous_bytes()
     if pages is None:
         raise XFusionError("this system does not tell a process's own pages from files': measure on Linux")
     return pages

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from xfusion.apps.plots import COLOURS
 from xfusion.comparison.results import REAL, run_name
-from xfusion.storage import whole_file
+from xfusion.storage import atomic_file
 
 CELL, GAP, LABEL = 128, 8, 40
 """Pixels of a picture, between pictures, and of the line above a row."""
@@ -90,5 +90,5 @@ def save(sheet: Image.Image, path: Path) -> None:
         sheet.save(data, format="PNG", optimize=True)
     else:
         sheet.save(data, format="JPEG", quality=85)
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_bytes(data.getvalue())

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from xfusion.comparison.intervals import interval
-from xfusion.comparison.plan import asked, called
+from xfusion.comparison.plan import heading, recipes_in_command
 from xfusion.recipes.base import names
 
 NAMED = (
@@ -71,7 +71,7 @@ class Row:
 def asked_of(folder: Path) -> dict[str, str]:
     """Label -> recipe with its arguments, as the command of a comparison says; a label that it lacks is a recipe's own name."""
     file = folder / "comparison.json"
-    return asked(json.loads(file.read_text(encoding="utf-8")).get("command") if file.is_file() else None)
+    return recipes_in_command(json.loads(file.read_text(encoding="utf-8")).get("command") if file.is_file() else None)
 
 
 def rows(folders: Sequence[Path]) -> list[Row]:
@@ -244,6 +244,6 @@ def contents(folders: Sequence[Path]) -> list[str]:
         about = f"{about}. " if about else ""
         data = "/".join(re.sub(r":held=.*", "", runs[0]["settings"]["data"]).split("/")[-2:])
         budget = f"{runs[0]['budget']['samples']:,} samples, {len(runs)} run{'s' if len(runs) > 1 else ''}"
-        systems = ", ".join(f"`{called(label, known.get(label, label))}`" for label in labels)
+        systems = ", ".join(f"`{heading(label, known.get(label, label))}`" for label in labels)
         lines.append(f"- [{folder.name}](#{folder.name}): {about}`{data}` ({through(runs[0])}), {budget}: {systems}.")
     return [*lines, ""]

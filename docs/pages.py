@@ -28,7 +28,7 @@ from xfusion.apps.plots import COLOURS, bars, curves, dots, numbered, over_numbe
 from xfusion.backbone import SHAPES, Backbone
 from xfusion.comparison import summarise
 from xfusion.comparison.cost import flops_of_encoder, flops_of_shape
-from xfusion.comparison.plan import called
+from xfusion.comparison.plan import heading
 from xfusion.modalities.codecs.kmeans import KMeans
 from xfusion.model import build
 from xfusion.recipes.base import find, names
@@ -111,7 +111,7 @@ def figures(name: str) -> list[str]:
     lines = []
     for folder in comparisons():
         runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"{name}-seed*.json"))]
-        given = called(name, asked_of(folder).get(name, name))
+        given = heading(name, asked_of(folder).get(name, name))
         if runs:
             scores = [
                 f"{score} {sum(r['scores'][score] for r in runs) / len(runs):.3f}"

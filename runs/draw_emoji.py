@@ -14,7 +14,7 @@ from PIL import Image
 
 import xfusion
 from xfusion.data.sources import open_source
-from xfusion.storage import whole_file
+from xfusion.storage import atomic_file
 
 PROMPTS = (
     "red heart", "flag of Japan", "red apple", "cat face", "pizza", "sunflower",
@@ -35,7 +35,7 @@ def main(out: str) -> None:
         for column, picture in enumerate(pictures):
             large = picture.convert("RGB").resize((SIDE * SCALE,) * 2, Image.Resampling.NEAREST)
             sheet.paste(large, (column * cell + MARGIN, row * cell + MARGIN))
-    with whole_file(Path(out)) as temporary:
+    with atomic_file(Path(out)) as temporary:
         sheet.save(temporary, format="PNG", optimize=True)
 
 

@@ -332,7 +332,7 @@ def test_a_compiled_run_says_how_often_it_compiled(run, here, photos, small, mon
 def test_what_another_process_tells_is_not_told_twice(monkeypatch, small, capsys):
     def refuse(*_, **__):
         error = xfusion.XFusionError("there is a run already")
-        error.told_elsewhere = True
+        error.reported_elsewhere = True
         raise error
 
     monkeypatch.setattr("xfusion.recipes.base.train", refuse)

@@ -206,10 +206,10 @@ def test_a_mixture_numbers_the_groups_of_its_source(bases):
     (batch,) = mixture.batches(0)
     assert duplicates(batch, batch.media["image"]).sum() == 2
     assert (
-        mixture.drawn(0, SIDE).group
-        == mixture.drawn(1, SIDE).group
-        != mixture.drawn(2, SIDE).group
-        == mixture.shown(2, SIDE).group
+        mixture.drawing_target(0, SIDE).group
+        == mixture.drawing_target(1, SIDE).group
+        != mixture.drawing_target(2, SIDE).group
+        == mixture.input_picture(2, SIDE).group
     )
 
 

@@ -180,7 +180,7 @@ def run_told(folder: Path, name: str, step: int = 4, **settings) -> None:
 class LatePace(Pace):
     """A clock by which the speed is known a few steps later than by the others'; what else the machine does is not on it."""
 
-    def seconds_per_step(self, step, now, until):
+    def seconds_per_step(self, step, now, deadline):
         own = step - 3 * int(os.environ["RANK"])
         return super().seconds_per_step(own, 0.05 * own, float("inf"))
 
@@ -204,7 +204,7 @@ def run_twice(folder: Path, name: str, shard: str) -> None:
     try:
         run(folder, name, shard=shard)
     except XFusionError as error:
-        (folder / f"{name}.{os.environ['RANK']}.said").write_text(f"{error.told_elsewhere} {error}")
+        (folder / f"{name}.{os.environ['RANK']}.said").write_text(f"{error.reported_elsewhere} {error}")
 
 
 def run_spoilt(folder: Path, name: str, spoil, rank: int, **settings) -> None:
@@ -215,7 +215,7 @@ def run_spoilt(folder: Path, name: str, spoil, rank: int, **settings) -> None:
     try:
         run(folder, name, steps=6, often=True, **settings)
     except XFusionError as error:
-        (folder / f"{name}.{own}.said").write_text(f"{error.told_elsewhere} {error}")
+        (folder / f"{name}.{own}.said").write_text(f"{error.reported_elsewhere} {error}")
 
 
 def full(out: Path) -> None:
@@ -351,7 +351,7 @@ def killed(folder: Path) -> None:
                 shutil.rmtree(folder / name)
             else:
                 sys.exit(f"{name}: six runs were over before one could be killed")
-            together(2, partial(command, resume=bool(states.found(folder / name / "state"))))
+            together(2, partial(command, resume=bool(states.list_states(folder / name / "state"))))
 
 
 def killed_writing(folder: Path) -> None:

@@ -57,7 +57,7 @@ def straight(bases, tmp_path_factory):
         begun = time.perf_counter()
         run(bases["llama"], out, keep=STEPS)
         seconds = time.perf_counter() - begun
-    assert len(states.found(out / "state")) == STEPS
+    assert len(states.list_states(out / "state")) == STEPS
     return Straight(out, seconds, len(calls))
 
 
@@ -143,7 +143,7 @@ def check_what_is_left(base, out, straight) -> None:
         except XFusionError:
             continue
         assert same(model.learned_state(), pack_of(straight.out))
-    for state in states.found(out / "state"):  # what has its name is whole
+    for state in states.list_states(out / "state"):  # what has its name is whole
         states.read(state)
 
 
@@ -159,7 +159,7 @@ def test_a_killed_run_goes_on_to_the_same_losses(bases, straight, tmp_path, kind
     base, out = bases["llama"], tmp_path / "run"
     killed(base, out, straight, random.Random(f"{kind}/{seed}"), kind)
     check_what_is_left(base, out, straight)
-    run(base, out, resume=bool(states.found(out / "state")))
+    run(base, out, resume=bool(states.list_states(out / "state")))
     assert told(out) == told(straight.out)
     assert same(state_of(out), state_of(straight.out))
     assert same(pack_of(out), pack_of(straight.out))

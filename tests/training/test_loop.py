@@ -19,7 +19,7 @@ import xfusion
 import xfusion.fusion.base as fusion_base
 from xfusion.backbone import Backbone
 from xfusion.data.latents import encode
-from xfusion.data.mixture import Ahead, Mixture, MixtureConfig
+from xfusion.data.mixture import Mixture, MixtureConfig, Prefetcher
 from xfusion.data.mixture import _fit as fit_
 from xfusion.data.sequence import Batch, XFusionError
 from xfusion.data.sources import open_source
@@ -178,9 +178,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit_whatever_reads_its_pi
 
 def test_a_resumed_run_reads_the_next_batches(bases, tmp_path, monkeypatch):
     """The same pictures, wordings and order as without a break, over accumulated parts and past the end of an epoch."""
-    base, real, read = bases["llama"], Ahead.take, []
+    base, real, read = bases["llama"], Prefetcher.take, []
     whole = recipe(base, steps=5, accumulate=2, weight_decay=0.1)
-    monkeypatch.setattr(Ahead, "take", lambda self, step: read.append((step, real(self, step))) or read[-1][1])
+    monkeypatch.setattr(Prefetcher, "take", lambda self, step: read.append((step, real(self, step))) or read[-1][1])
     train(base, tmp_path / "straight", recipe_=whole)
     straight, read[:] = list(read), []
     with pytest.raises(Interrupted):
@@ -729,12 +729,12 @@ def test_steps_behind_the_warm_up_are_not_compiled(bases, tmp_path):
 @pytest.mark.usefixtures("graphs")
 def test_a_caption_longer_than_was_looked_at_makes_graphs_once_and_they_are_counted(bases, tmp_path, monkeypatch):
     """Widths double, so there are few; were each length a width of its own, a graph a step would be counted."""
-    base, mixture, take, late, new = bases["llama"], MixtureConfig(draw=2, caption=2, pack=1), Ahead.take, [], []
+    base, mixture, take, late, new = bases["llama"], MixtureConfig(draw=2, caption=2, pack=1), Prefetcher.take, [], []
     monkeypatch.setattr("xfusion.data.mixture.LOOKED_AT", 1)
     for number, fit in enumerate((fit_, lambda width, longest: longest)):
         taken: list[list[Batch]] = []
         monkeypatch.setattr("xfusion.data.mixture._fit", fit)
-        monkeypatch.setattr(Ahead, "take", lambda self, step, to=taken: to.append(take(self, step)) or to[-1])
+        monkeypatch.setattr(Prefetcher, "take", lambda self, step, to=taken: to.append(take(self, step)) or to[-1])
         whole, out = recipe(base, mixture=mixture, steps=40), tmp_path / str(number)
         train(base, out, recipe_=whole, source=Long(), compile=True)
         late.append(log(out, "end")[0]["graphs_behind_warm_up"])

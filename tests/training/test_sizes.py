@@ -36,7 +36,9 @@ def test_a_step_is_the_sum_of_its_samples_alone(bases, fusion):
     model = Model(of_sizes(base, fusion=fusion), base)
     randomise(model)
     made = Mixture(Noise(), model.image, SIZES, base.encode, base.begin_ids, base.end_ids[0], MIXTURE, 0)
-    rows = [row for task in made._rows(made.drawings(1), made.captionings(1)) for row in made._filled(list(task))]
+    rows = [
+        row for task in made._rows(made.drawings(1), made.captionings(1)) for row in made._fill_pictures(list(task))
+    ]
     assert len(rows) < 12 and len({len(row) for row in rows}) > 1
 
     def summed(batches):

@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     except (UsageError, OSError, ValueError) as error:
         if not _is_expected(error):
             raise
-        if getattr(error, "told_elsewhere", False):
+        if getattr(error, "reported_elsewhere", False):
             time.sleep(TELLING)
             return 2
         print(f"xfusion: {' '.join(str(error).split())}", file=sys.stderr)

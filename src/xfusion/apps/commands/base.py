@@ -166,9 +166,9 @@ def written(path: Path, write: Callable[[Path], object]) -> Path:
     Raises:
         XFusionError: the file system refuses; the error names ``path``.
     """
-    from xfusion.storage import whole_file
+    from xfusion.storage import atomic_file
 
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         write(temporary)
     return path
 

@@ -105,9 +105,9 @@ class Compare(Verb):
 
     def folder(self) -> Path:
         """Where the results are."""
-        from xfusion.comparison.plan import labelled
+        from xfusion.comparison.plan import split_label
 
-        return as_folder(self.out or Path("comparison") / "-".join(labelled(name)[0] for name in self.recipes))
+        return as_folder(self.out or Path("comparison") / "-".join(split_label(name)[0] for name in self.recipes))
 
     def command(self) -> str:
         """The command that reproduces the comparison; absolute paths are reduced to file names."""

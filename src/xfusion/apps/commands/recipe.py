@@ -86,7 +86,7 @@ def _recipe(name: str) -> Recipe:
 
 def _saved(train: Train, recipe: Recipe) -> Recipe:
     folder = train.folder() / "state"
-    if not states.found(folder):
+    if not states.list_states(folder):
         raise XFusionError(
             f"{train.folder()} holds no run to resume (nothing in state/); leave --resume out to start one"
         )
