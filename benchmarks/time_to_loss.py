@@ -24,7 +24,7 @@ import torch
 import tyro
 
 from xfusion.apps.bench.base import Bench, Step
-from xfusion.apps.bench.transfusion import Peer, peer_of
+from xfusion.apps.bench.transfusion import Peer, build_peer
 from xfusion.data.mixture import Mixture
 from xfusion.data.sources import open_source
 from xfusion.evaluation.machine import origin
@@ -92,7 +92,7 @@ def in_turns(bench: Bench, settings: Settings, rate: float) -> dict[str, tuple[C
     """Ours and the peer at a rate: the curve and the steps of each."""
     ours = Step(bench, bench.model(), draw=settings.draw, caption=settings.draw // 2)
     names = names_of(bench, ours, settings.names)
-    peer = peer_of(bench, ours, bench.backbone.hidden_size)
+    peer = build_peer(bench, ours, bench.backbone.hidden_size)
     works: dict[str, tuple[Step | Peer, float, Callable[[], float]]] = {
         "xfusion": (ours, demo().stages[0].rate, lambda: our_loss(ours, names)),
         "transfusion-pytorch": (peer, rate, lambda: peer.nats(names.samples(0))),

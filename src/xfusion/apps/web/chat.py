@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image as PILImage
 
-from xfusion.apps.chat import added
+from xfusion.apps.chat import with_segment
 from xfusion.apps.server.answers import Refused
 from xfusion.apps.web.controls import Clearing, Controls, complaint, drawn_as, progress, seeded, status, who
 from xfusion.apps.web.desk import Preview
@@ -77,8 +77,8 @@ class Chat:
         if not words and not files:
             raise Refused(400, "say something first")
         for file in files:
-            said = added(said, self.desk.opened(file, pack))
-        return words, added(said, words) if words else said
+            said = with_segment(said, self.desk.opened(file, pack))
+        return words, with_segment(said, words) if words else said
 
     def say(
         self, pack: str, message: Any, said: Any, seed: str, steps: float, guidance: float, asked: bool,

@@ -20,8 +20,8 @@ from typing import Any
 from PIL.Image import Image as Picture
 from torch import Tensor
 
-from xfusion.apps.chat import as_sent
-from xfusion.apps.commands.pictures import file_name, save, unused
+from xfusion.apps.chat import request_message
+from xfusion.apps.commands.pictures import file_name, save, unused_path
 from xfusion.apps.server import reading, requests
 from xfusion.apps.server.answers import Refused
 from xfusion.apps.server.batches import Batches, Job, Words, told
@@ -217,7 +217,7 @@ class Desk:
             Refused: the request is refused, the queue is full, or it takes too long.
             Stopped: the user stopped it while it drew; stopped text stays as it is.
         """
-        body = {"messages": [as_sent(message) for message in messages], **settings}
+        body = {"messages": [request_message(message) for message in messages], **settings}
         asked = requests.parse(requests.Chat, body)
         (job,), _ = reading.chat(asked, self.model(name), self.limits, frozenset())
         picture: list[Any] = []
@@ -293,7 +293,7 @@ class Desk:
                 yield found
             elif job.answer:
                 facts = {"prompt": asked.prompt, "seed": job.seed, "steps": steps, "guidance": guidance}
-                path = unused(self.folder / f"{file_name(asked.prompt)}-seed{job.seed}.png")
+                path = unused_path(self.folder / f"{file_name(asked.prompt)}-seed{job.seed}.png")
                 save(job.answer[0], path, facts | self.facts[str(name)])
                 yield Drawn(index=job.index, path=path, picture=job.answer[0], facts=facts)
         if any(job.dropped for job in jobs):

@@ -10,7 +10,7 @@ import gradio as gr
 from PIL import Image as PILImage
 from PIL import ImageDraw
 
-from xfusion.apps.chat import added
+from xfusion.apps.chat import with_segment
 from xfusion.apps.server.answers import Refused
 from xfusion.apps.web import brush
 from xfusion.apps.web.controls import Controls, complaint, drawn_as, progress, seeded, status, who
@@ -99,7 +99,9 @@ class Picture:
         try:
             picture = self._given(pack, given)
             yield "", status("looking …")
-            messages = added(added([], picture), question) if question.strip() else added([], picture)
+            messages = (
+                with_segment(with_segment([], picture), question) if question.strip() else with_segment([], picture)
+            )
             for found in self.desk.say(who(request), pack, messages, max_tokens=min(64, self.limits.tokens)):
                 if isinstance(found, list):
                     yield found[-1].strip(), status("answering …")
