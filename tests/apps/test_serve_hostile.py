@@ -503,7 +503,7 @@ def test_the_follower_of_a_ticket_is_cancelled_whole(models):
             ticket = object.__new__(Ticket)
             ticket.service, ticket.request, ticket.jobs = service, Quiet(), [None]
             ticket.loop = asyncio.get_running_loop()
-            ticket.deadline, ticket.heard = ticket.loop.time() + 30, asyncio.Queue()
+            ticket.deadline, ticket.events = ticket.loop.time() + 30, asyncio.Queue()
 
             async def walk():
                 async for _ in ticket.follow():
