@@ -99,7 +99,7 @@ def pictures_of_all_kinds() -> Iterator[Case]:
     exif[0x0112] = 6
     nonsense = Image.Exif()
     nonsense[0x0112] = 77
-    sound = {
+    readable = {
         "cmyk": encoded(Image.new("CMYK", (40, 30), (0, 255, 255, 0)), "JPEG"),
         "cmyk tiff": encoded(Image.new("CMYK", (40, 30)), "TIFF"),
         "16 bits": encoded(Image.fromarray(grey), "PNG"),
@@ -116,10 +116,10 @@ def pictures_of_all_kinds() -> Iterator[Case]:
         "large in rows": encoded(Image.new("RGB", (60_000, 100)), "GIF"),
         "more behind its end": picture("JPEG", rng) + bytes(100_000),
     }
-    sound |= {
+    readable |= {
         f"animated {kind}": encoded(frames[0], kind, save_all=True, append_images=frames[1:]) for kind in KINDS[1:]
     }
-    for name, content in sound.items():
+    for name, content in readable.items():
         yield Case(name, GOOD, beside(content))
     lines = b"P3 30000 30000 255\n"
     broken = {
@@ -251,18 +251,18 @@ def damaged(number: int) -> Case:
     """
     rng = random.Random(f"damaged {number}")
     kind, size = rng.choice(KINDS), rng.choice([(40, 30), (1, 300), (300, 1), (64, 64)])
-    moves, cut = kind != "JPEG" and rng.random() < 1 / 3, rng.random() < 1 / 2
-    if moves:
+    is_animated, is_cut = kind != "JPEG" and rng.random() < 1 / 3, rng.random() < 1 / 2
+    if is_animated:
         frames = [Image.new("RGB", size, (80 * i, 0, 0)) for i in range(3)]
         content = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
     else:
-        how = {"progressive": True} if kind == "JPEG" and rng.random() < 1 / 3 else {}
-        content = picture(kind, rng, size, **how)
-    name = f"{number}: {'animated ' * moves}{kind}"
-    if cut:
-        place = rng.randrange(len(content))
-        expected = EITHER if moves or place >= 0.9 * len(content) else BAD
-        return Case(f"{name} cut at {place} of {len(content)}", expected, beside(content[:place]))
+        options = {"progressive": True} if kind == "JPEG" and rng.random() < 1 / 3 else {}
+        content = picture(kind, rng, size, **options)
+    name = f"{number}: {'animated ' * is_animated}{kind}"
+    if is_cut:
+        position = rng.randrange(len(content))
+        expected = EITHER if is_animated or position >= 0.9 * len(content) else BAD
+        return Case(f"{name} cut at {position} of {len(content)}", expected, beside(content[:position]))
     changed = bytearray(content)
     for _ in range(rng.choice([1, 4, 40])):
         changed[rng.randrange(len(changed) if rng.random() < 0.5 else min(64, len(changed)))] = rng.randrange(256)

@@ -43,8 +43,8 @@ def state_of(out):
     return states.newest(out / "state")[1]
 
 
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
 class StopAt:

@@ -45,9 +45,9 @@ WRITES_OF_A_RUN = 30
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def together(count: int, function, *, dies: int | None = None) -> None:
@@ -79,31 +79,31 @@ def killed_together(count: int, function, rng: random.Random, seconds: float, wr
     from training.test_kills import kill_at
 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
-    writing, victim = rng.random() < 0.5, rng.randrange(count)
-    number, delay, children = rng.randint(1, writes), rng.uniform(0.2 * seconds, seconds), {}
+    dies_writing, victim = rng.random() < 0.5, rng.randrange(count)
+    write_number, delay, children = rng.randint(1, writes), rng.uniform(0.2 * seconds, seconds), {}
     for rank in range(count):
         if child := os.fork():
             children[child] = rank
             continue
         os.environ["RANK"] = str(rank)
         try:
-            if writing and rank == victim:
-                kill_at(number, rng)
+            if dies_writing and rank == victim:
+                kill_at(write_number, rng)
             function()
         except BaseException:
             os._exit(1)
         os._exit(0)
-    begun, killed, sent = time.monotonic(), False, False
+    start, killed, is_sent = time.monotonic(), False, False
     while children:
-        assert time.monotonic() - begun < 180, "a process waits for one that was killed"
-        if not writing and not sent and time.monotonic() - begun > delay:
-            sent = True
+        assert time.monotonic() - start < 180, "a process waits for one that was killed"
+        if not dies_writing and not is_sent and time.monotonic() - start > delay:
+            is_sent = True
             for child, rank in children.items():
                 if rank == victim:
                     os.kill(child, signal.SIGKILL)
         for child in list(children):
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if ended:
+            finished_child, status = os.waitpid(child, os.WNOHANG)
+            if finished_child:
                 killed |= os.WIFSIGNALED(status)
                 del children[child]
         time.sleep(0.01)
@@ -181,8 +181,8 @@ class LatePace(Pace):
     """A clock by which the speed is known a few steps later than by the others'; what else the machine does is not on it."""
 
     def seconds_per_step(self, step, now, until):
-        own = step - 3 * int(os.environ["RANK"])
-        return super().seconds_per_step(own, 0.05 * own, float("inf"))
+        own_step = step - 3 * int(os.environ["RANK"])
+        return super().seconds_per_step(own_step, 0.05 * own_step, float("inf"))
 
 
 def run_late(folder: Path, name: str) -> None:
@@ -209,13 +209,13 @@ def run_twice(folder: Path, name: str, shard: str) -> None:
 
 def run_spoilt(folder: Path, name: str, spoil, rank: int, **settings) -> None:
     """A run of which one process is spoilt; what each says when it stops."""
-    own = int(os.environ["RANK"])
-    if own == rank:
+    own_rank = int(os.environ["RANK"])
+    if own_rank == rank:
         spoil(folder / name)
     try:
         run(folder, name, steps=6, often=True, **settings)
     except XFusionError as error:
-        (folder / f"{name}.{own}.said").write_text(f"{error.told_elsewhere} {error}")
+        (folder / f"{name}.{own_rank}.said").write_text(f"{error.told_elsewhere} {error}")
 
 
 def full(out: Path) -> None:
@@ -238,13 +238,13 @@ def not_finite(out: Path) -> None:
     """From step 3 on."""
     loss, calls = FlowMatching.loss, []
 
-    def broken(self, run, batch):
-        found = loss(self, run, batch)
+    def broken_loss(self, run, batch):
+        losses = loss(self, run, batch)
         calls.append(1)
-        late = len(calls) > 2 * (1 + 3)  # one more: the largest step was tried
-        return {name: (total * float("nan"), n) for name, (total, n) in found.items()} if late else found
+        is_late = len(calls) > 2 * (1 + 3)  # one more: the largest step was tried
+        return {name: (total * float("nan"), n) for name, (total, n) in losses.items()} if is_late else losses
 
-    FlowMatching.loss = broken
+    FlowMatching.loss = broken_loss
 
 
 def whole(folder: Path) -> None:
@@ -307,9 +307,9 @@ SPOILT_DIVIDED = (("full_2", full, 1), ("blocked_2", blocked, 0))
 def often(folder: Path) -> None:
     """What the default tier asks for, in one program."""
     for part in (whole, some_divided):
-        own = folder / part.__name__
-        own.mkdir()
-        part(own)
+        part_folder = folder / part.__name__
+        part_folder.mkdir()
+        part(part_folder)
 
 
 def divided(folder: Path) -> None:
@@ -326,11 +326,11 @@ def divided(folder: Path) -> None:
         together(2, lambda shard=shard: run(folder, f"{shard}_gates", shard=shard, **gates))
         together(4, lambda shard=shard: run(folder, f"{shard}_few", shard=shard, **few))
     together(2, lambda: run(folder, "none_died", steps=6, stop=3))
-    for name, first, count, then in GOES_ON:
-        shutil.copytree(folder / f"{first}_died", folder / name)
+    for name, first_shard, count, next_shard in GOES_ON:
+        shutil.copytree(folder / f"{first_shard}_died", folder / name)
         together(
             count,
-            lambda name=name, then=then: run(folder, name, steps=6, shard=then, resume=True),
+            lambda name=name, next_shard=next_shard: run(folder, name, steps=6, shard=next_shard, resume=True),
         )
 
 
@@ -338,9 +338,9 @@ def killed(folder: Path) -> None:
     """Two processes that divide weights; one dies by SIGKILL at a random moment, and the same command goes on."""
     make_base("llama", folder / "base")
     for shard in ("new", "all"):
-        begun = time.monotonic()
+        start = time.monotonic()
         together(2, partial(run, folder, f"{shard}_straight", shard=shard, steps=6, often=True))
-        seconds = time.monotonic() - begun
+        seconds = time.monotonic() - start
         for number in range(KILLS):
             name, rng = f"{shard}_killed_{number}", random.Random(f"{shard}/{number}")
             command = partial(run, folder, name, shard=shard, steps=6, often=True)
@@ -362,16 +362,16 @@ def killed_writing(folder: Path) -> None:
     together(1, partial(run, folder, "straight", steps=6))
     child = os.fork()
     if not child:
-        written, save = [], states.save_file
+        paths, save = [], states.save_file
 
-        def dying(tensors, path):
+        def save_and_die(tensors, path):
             save(tensors, path)
-            written.append(path)
-            if len(written) == 3:
+            paths.append(path)
+            if len(paths) == 3:
                 os.truncate(path, os.path.getsize(path) // 2)
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        states.save_file = dying
+        states.save_file = save_and_die
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}
         run(folder, "run", steps=6, often=True)
         os._exit(1)
