@@ -26,7 +26,7 @@ def log(out, kind="step"):
     return [line for line in lines if line["event"] == kind]
 
 
-def told(out):
+def step_records(out):
     """What a run says of its steps, without wall-clock times."""
     return [(e["step"], e["losses"], e["rate"], e["gradient_norm"], e["samples"]) for e in log(out)]
 

@@ -116,17 +116,17 @@ def run(
     *,
     resume=False,
     steps=12,
-    stop=None,
-    told=None,
+    exit_step=None,
+    sigterm_at=None,
     shard="none",
     fusion="dual tower",
     preview=False,
     dtype=torch.float32,
     compile=False,
-    again=False,
-    often=False,
+    activation_checkpointing=False,
+    always_save=False,
     minutes=None,
-    killed=None,
+    sigkill_step=None,
     extra=(),
     data=None,
     allow_bad=0.0,
@@ -134,15 +134,15 @@ def run(
 ) -> None:
     base = Backbone.load(str(folder / "base"))
     config = MixtureConfig(**{"draw": 6, "caption": 4, "pack": 2, **mixture})
-    stage = Stage(steps=steps, warmup=3, mixture=config, activation_checkpointing=again)
+    stage = Stage(steps=steps, warmup=3, mixture=config, activation_checkpointing=activation_checkpointing)
     recipe = Recipe(model=replace(model_config(base, fusion), extra=extra), data=data or "noise", stages=(stage,))
 
     def listen(event):
-        if event["event"] == "step" and event["step"] == stop:
+        if event["event"] == "step" and event["step"] == exit_step:
             os._exit(0)  # as kill -9 would
-        if event["event"] == "step" and (event["step"], int(os.environ["RANK"])) == (killed, 1):
+        if event["event"] == "step" and (event["step"], int(os.environ["RANK"])) == (sigkill_step, 1):
             os.kill(os.getpid(), signal.SIGKILL)
-        if event["event"] == "step" and (event["step"], int(os.environ["RANK"])) == told:
+        if event["event"] == "step" and (event["step"], int(os.environ["RANK"])) == sigterm_at:
             os.kill(os.getpid(), signal.SIGTERM)
 
     before = base.compute_fingerprint()
@@ -156,7 +156,7 @@ def run(
         dtype=dtype,
         preview_every=1e-6 if preview else 0,
         preview_prompts=("a red square",) if preview else None,
-        checkpoint_every=0 if stop or often else 300,
+        checkpoint_every=0 if exit_step or always_save else 300,
         resume=resume,
         minutes=minutes,
         shard=shard,
@@ -172,7 +172,7 @@ def run(
 def run_told(folder: Path, name: str, step: int = 4, **settings) -> None:
     """The second process alone gets a signal, behind a step."""
     try:
-        run(folder, name, told=(step, 1), **settings)
+        run(folder, name, sigterm_at=(step, 1), **settings)
     except Interrupted as stop:
         (folder / f"{name}.{os.environ['RANK']}.code").write_text(str(stop.code))
 
@@ -194,7 +194,7 @@ def run_late(folder: Path, name: str) -> None:
 def run_lost(folder: Path, name: str, shard: str) -> None:
     """The second process is killed behind step 3; the first says so."""
     try:
-        run(folder, name, shard=shard, killed=3)
+        run(folder, name, shard=shard, sigkill_step=3)
     except XFusionError as error:
         (folder / f"{name}.said").write_text(str(error))
 
@@ -213,7 +213,7 @@ def run_spoilt(folder: Path, name: str, spoil, rank: int, **settings) -> None:
     if own_rank == rank:
         spoil(folder / name)
     try:
-        run(folder, name, steps=6, often=True, **settings)
+        run(folder, name, steps=6, always_save=True, **settings)
     except XFusionError as error:
         (folder / f"{name}.{own_rank}.said").write_text(f"{error.told_elsewhere} {error}")
 
@@ -260,7 +260,7 @@ def whole(folder: Path) -> None:
     for count in (1, 2, 4):
         name, extra = f"pairs_{count}", (Contrastive.Config(width=16),)
         together(count, lambda count=count, name=name, extra=extra: run(folder, name, extra=extra, **pairs))
-    together(2, lambda: run(folder, "again_2", again=True))
+    together(2, lambda: run(folder, "again_2", activation_checkpointing=True))
     shutil.copytree(folder / "of_2", folder / "of_2_twice")
     together(2, lambda: run_twice(folder, "of_2_twice", "none"))
     together(2, lambda: run_late(folder, "late_2"))
@@ -271,7 +271,7 @@ def whole(folder: Path) -> None:
     for name, spoil, rank in SPOILT:
         together(2, partial(run_spoilt, folder, name, spoil, rank))
     # All of them die at step 7; others go on.
-    together(2, lambda: run(folder, "died_2", stop=6))
+    together(2, lambda: run(folder, "died_2", exit_step=6))
     for count in (1, 4):
         shutil.copytree(folder / "died_2", folder / f"died_2_on_{count}")
         together(count, lambda count=count: run(folder, f"died_2_on_{count}", resume=True))
@@ -322,10 +322,10 @@ def divided(folder: Path) -> None:
     together(1, lambda: run(folder, "few_1", **few))
     for shard in ("new", "all"):
         together(2, lambda shard=shard: run(folder, f"{shard}_2", steps=6, shard=shard))
-        together(2, lambda shard=shard: run(folder, f"{shard}_died", steps=6, shard=shard, stop=3))
+        together(2, lambda shard=shard: run(folder, f"{shard}_died", steps=6, shard=shard, exit_step=3))
         together(2, lambda shard=shard: run(folder, f"{shard}_gates", shard=shard, **gates))
         together(4, lambda shard=shard: run(folder, f"{shard}_few", shard=shard, **few))
-    together(2, lambda: run(folder, "none_died", steps=6, stop=3))
+    together(2, lambda: run(folder, "none_died", steps=6, exit_step=3))
     for name, first_shard, count, next_shard in GOES_ON:
         shutil.copytree(folder / f"{first_shard}_died", folder / name)
         together(
@@ -339,11 +339,11 @@ def killed(folder: Path) -> None:
     make_base("llama", folder / "base")
     for shard in ("new", "all"):
         start = time.monotonic()
-        together(2, partial(run, folder, f"{shard}_straight", shard=shard, steps=6, often=True))
+        together(2, partial(run, folder, f"{shard}_straight", shard=shard, steps=6, always_save=True))
         seconds = time.monotonic() - start
         for number in range(KILLS):
             name, rng = f"{shard}_killed_{number}", random.Random(f"{shard}/{number}")
-            command = partial(run, folder, name, shard=shard, steps=6, often=True)
+            command = partial(run, folder, name, shard=shard, steps=6, always_save=True)
             # The first process writes most, the others a file of shares at a time: who was done tries an earlier write.
             for writes in (WRITES_OF_A_RUN, WRITES_OF_A_RUN, 12, 6, 3, 1):
                 if killed_together(2, command, rng, seconds, writes):
@@ -373,7 +373,7 @@ def killed_writing(folder: Path) -> None:
 
         states.save_file = save_and_die
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}
-        run(folder, "run", steps=6, often=True)
+        run(folder, "run", steps=6, always_save=True)
         os._exit(1)
     assert os.WIFSIGNALED(waited(child))
 
