@@ -64,7 +64,7 @@ def resident_bytes() -> int:
 def train_two_steps(recipe: str, source: Source, base: Backbone | None = None) -> Step:
     """A recipe behind two steps."""
     base = base or Backbone.load(dtype=torch.bfloat16)
-    bench = Bench(backbone=base, source=source, compile=False, tell=lambda _: None)
+    bench = Bench(backbone=base, source=source, compile=False, report=lambda _: None)
     step = Step(bench, build(find(recipe)().model, base))
     step()
     step()

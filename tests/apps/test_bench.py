@@ -30,7 +30,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     backbone = Backbone.load(str(make_base("llama", tmp_path_factory.mktemp("base"))))
-    return Bench(backbone=backbone, source=Noise(6), compile=False, quick=True, tell=lambda _: None)
+    return Bench(backbone=backbone, source=Noise(6), compile=False, quick=True, report=lambda _: None)
 
 
 def test_the_folder_is_the_list():

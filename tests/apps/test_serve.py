@@ -270,7 +270,7 @@ def test_the_thread_outlives_whatever_fails_behind_a_batch(model):
         settings = {"steps": 1, "guidance": None, "max_tokens": 2, "temperature": 0.0, "top_p": 1.0}
         work = Continue(model=model, kinds=kinds, **settings)
         return Job(
-            work=work, inputs=["a cat"], seed=0, index=0, words=Words(decode), tell=lambda j, new: heard.append(new)
+            work=work, inputs=["a cat"], seed=0, index=0, words=Words(decode), notify=lambda j, new: heard.append(new)
         )
 
     def broken(ids):
@@ -579,7 +579,7 @@ def test_a_failing_job_takes_no_other_of_its_batch_with_it(caplog):
             seed=0,
             index=0,
             words=Words(lambda ids: ""),
-            tell=lambda job, new: ended.release(),
+            notify=lambda job, new: ended.release(),
         )
         for given in ("a", "poison", "b")
     ]
@@ -600,7 +600,7 @@ def test_a_server_that_stops_answers_everyone(models, picture, monkeypatch, caps
     held, run = threading.Semaphore(0), Continue.run
 
     def waiting(work, jobs):
-        jobs[0].tell(jobs[0], "begun ")
+        jobs[0].notify(jobs[0], "begun ")
         assert held.acquire(timeout=60)
         return run(work, jobs)
 
@@ -655,7 +655,7 @@ def test_a_client_that_does_not_read_holds_up_no_stop(models, monkeypatch, capsy
 
     def much(work, jobs):
         for _ in range(30):
-            jobs[0].tell(jobs[0], "much " * 200_000)
+            jobs[0].notify(jobs[0], "much " * 200_000)
         return [["much"]]
 
     monkeypatch.setattr(Continue, "run", much)

@@ -262,7 +262,7 @@ def test_the_deadline_holds_for_an_answer_that_never_pauses(desk, monkeypatch):
     def talk(work, jobs):
         end = time.monotonic() + 1
         while time.monotonic() < end:
-            jobs[0].tell(jobs[0], "on and on ")
+            jobs[0].notify(jobs[0], "on and on ")
             time.sleep(0.01)
         return [["on and on"]]
 

@@ -62,14 +62,14 @@ def row(line: object, file: str = "data.jsonl") -> Callable[[Path], None]:
     return write
 
 
-def png(width: int, height: int, body: bytes = b"", more: bytes = b"") -> bytes:
+def png(width: int, height: int, body: bytes = b"", text_data: bytes = b"") -> bytes:
     """A PNG of RGB that says it is of this size."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    text = chunk(b"zTXt", more) if more else b""
+    text = chunk(b"zTXt", text_data) if text_data else b""
     return (
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + text + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b"")
     )
@@ -148,9 +148,9 @@ def pictures_of_all_kinds() -> Iterator[Case]:
 
 def many_scans() -> bytes:
     """A progressive JPEG whose last scan stands there a thousand times: each would cost a walk over all pixels."""
-    whole = encoded(Image.new("RGB", (64, 64), "red"), "JPEG", progressive=True)
-    last = whole.rindex(b"\xff\xda")
-    return whole[:last] + whole[last:-2] * 1000 + whole[-2:]
+    jpeg = encoded(Image.new("RGB", (64, 64), "red"), "JPEG", progressive=True)
+    last_scan = jpeg.rindex(b"\xff\xda")
+    return jpeg[:last_scan] + jpeg[last_scan:-2] * 1000 + jpeg[-2:]
 
 
 def names_and_words() -> Iterator[Case]:
@@ -181,9 +181,9 @@ def names_and_words() -> Iterator[Case]:
         "backspaces": "a\b\b\b",
     }
     for name, text in words.items():
-        for how in ("text", "captions", "conversations"):
-            value = {"text": text, "captions": [text], "conversations": [{"from": "gpt", "value": text}]}[how]
-            yield Case(f"caption {name} as {how}", BAD, row({"image": "a.png", how: value}))
+        for key in ("text", "captions", "conversations"):
+            value = {"text": text, "captions": [text], "conversations": [{"from": "gpt", "value": text}]}[key]
+            yield Case(f"caption {name} as {key}", BAD, row({"image": "a.png", key: value}))
         if name != "half a pair":
             yield Case(f"caption {name} in a file", BAD, beside(sound, text.encode()))
     paths = {

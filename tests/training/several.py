@@ -145,7 +145,7 @@ def run(
         if event["event"] == "step" and (event["step"], int(os.environ["RANK"])) == sigterm_at:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    before = base.compute_fingerprint()
+    fingerprint = base.compute_fingerprint()
     model = loop.train(
         recipe,
         out=folder / name,
@@ -164,7 +164,7 @@ def run(
         console=Console(file=(folder / f"{name}.{os.environ['RANK']}.txt").open("w"), width=200),
     )
     # Whatever was divided: the base and its storage are as they were, and words go through it to the bit as before.
-    assert base.compute_fingerprint() == before and model.backbone is base
+    assert base.compute_fingerprint() == fingerprint and model.backbone is base
     ids = torch.tensor([[5, 6, 7, 8]])
     assert torch.equal(model.text_logits(ids, stack="fused"), base.model(ids).logits)
 
@@ -289,9 +289,9 @@ def some_divided(folder: Path) -> None:
         together(2, partial(run_spoilt, folder, name, spoil, rank, shard="new"))
     shutil.copytree(folder / "all_2", folder / "all_2_on_1")
     together(1, lambda: run(folder, "all_2_on_1", resume=True))
-    few = {"draw": 1, "caption": 2, "pack": 2, "steps": 2}
-    together(1, lambda: run(folder, "few_1", **few))
-    together(2, lambda: run(folder, "few_2", shard="new", **few))
+    few_samples = {"draw": 1, "caption": 2, "pack": 2, "steps": 2}
+    together(1, lambda: run(folder, "few_1", **few_samples))
+    together(2, lambda: run(folder, "few_2", shard="new", **few_samples))
 
 
 SPOILT = (
@@ -316,15 +316,15 @@ def divided(folder: Path) -> None:
     """Both ways to divide, by two and four, with states that go over to the other."""
     make_base("llama", folder / "base")
     gates = {"steps": 2, "fusion": "flamingo", "draw": 0}  # single numbers among its weights
-    few = {"draw": 1, "caption": 2, "pack": 2, "steps": 2, "preview": True}
+    few_samples = {"draw": 1, "caption": 2, "pack": 2, "steps": 2, "preview": True}
     together(1, lambda: run(folder, "of_1", steps=6))
     together(1, lambda: run(folder, "gates_1", **gates))
-    together(1, lambda: run(folder, "few_1", **few))
+    together(1, lambda: run(folder, "few_1", **few_samples))
     for shard in ("new", "all"):
         together(2, lambda shard=shard: run(folder, f"{shard}_2", steps=6, shard=shard))
         together(2, lambda shard=shard: run(folder, f"{shard}_died", steps=6, shard=shard, exit_step=3))
         together(2, lambda shard=shard: run(folder, f"{shard}_gates", shard=shard, **gates))
-        together(4, lambda shard=shard: run(folder, f"{shard}_few", shard=shard, **few))
+        together(4, lambda shard=shard: run(folder, f"{shard}_few", shard=shard, **few_samples))
     together(2, lambda: run(folder, "none_died", steps=6, exit_step=3))
     for name, first_shard, count, next_shard in GOES_ON:
         shutil.copytree(folder / f"{first_shard}_died", folder / name)

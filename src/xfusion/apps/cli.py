@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(argv)
     except KeyboardInterrupt as stop:
-        return _stopped(stop, argv)
+        return _report_interrupt(stop, argv)
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -126,7 +126,7 @@ def _is_expected(error: Exception) -> bool:
     return sequence is not None and isinstance(error, sequence.XFusionError)
 
 
-def _stopped(stop: KeyboardInterrupt, argv: list[str]) -> int:
+def _report_interrupt(stop: KeyboardInterrupt, argv: list[str]) -> int:
     if str(stop):  # training wrote its checkpoint
         restart = argv if "--resume" in argv else [*argv, "--resume"]
         if os.environ.get("RANK", "0") == "0":  # with several processes only rank 0 prints

@@ -123,17 +123,17 @@ def run(
 
     reporter.say("\nThe tower has learned. Now it is looked at.")
     recorder = RecordingModel(fresh)
-    with reporter.part("scoring the fresh tower") as tell:
+    with reporter.part("scoring the fresh tower") as report_progress:
         scores = evaluate(
-            recorder, "emoji", source=source, max_held=MAX_HELD, encoder=encoder, seed=seed, progress=tell
+            recorder, "emoji", source=source, max_held=MAX_HELD, encoder=encoder, seed=seed, progress=report_progress
         )
-    with reporter.part("proving the fresh tower's text unchanged") as tell:
-        proof = {"fresh": verify(fresh, progress=tell)}
+    with reporter.part("proving the fresh tower's text unchanged") as report_progress:
+        proof = {"fresh": verify(fresh, progress=report_progress)}
     shipped_recorder, spot_check = None, None
     if shipped is not None:
         shipped_recorder = RecordingModel(shipped)
-        with reporter.part("asking the shipped pack the same, and a sample of its own") as tell:
-            spot_check = _spot_check(shipped_recorder, seed, tell)
+        with reporter.part("asking the shipped pack the same, and a sample of its own") as report_progress:
+            spot_check = _spot_check(shipped_recorder, seed, report_progress)
             _ask_the_same(shipped_recorder, source, seed)
             proof["shipped"] = quick_proof(shipped)
     with reporter.part("measuring the speed of drawing alone"):
@@ -194,8 +194,8 @@ class _Reporter:
     def part(self, title: str) -> Iterator[Any]:
         """One part of the demo: a progress bar on a terminal, then a line with its time."""
         start = time.perf_counter()
-        with progress(self.console) as tell:
-            yield tell
+        with progress(self.console) as report_progress:
+            yield report_progress
         self.say(f"{title}: {time.perf_counter() - start:.0f} s")
 
     def show(self, pictures: Sequence[PILImage.Image], side: int = 16) -> None:
@@ -343,7 +343,7 @@ def _move_aside(folder: Path, reporter: _Reporter) -> None:
         reporter.say(f"The run of last time is now in {backup}.")
 
 
-def _spot_check(recorder: RecordingModel, seed: int, tell: Any) -> dict[str, Any]:
+def _spot_check(recorder: RecordingModel, seed: int, report_progress: Any) -> dict[str, Any]:
     """Scores on a sample of the shipped pack's own concepts, small enough to draw while the user waits."""
     return evaluate(
         recorder,
@@ -354,7 +354,7 @@ def _spot_check(recorder: RecordingModel, seed: int, tell: Any) -> dict[str, Any
         max_held=0,
         features=False,  # the features of the whole gallery alone take minutes
         seed=seed,
-        progress=tell,
+        progress=report_progress,
     )
 
 

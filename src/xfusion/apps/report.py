@@ -258,7 +258,9 @@ def curve_svg(curve: Sequence[tuple[float, dict[str, float]]], shots: Sequence[f
     """The losses over time; the y axis is logarithmic."""
     width, height, left, right, top, bottom = 720, 320, 72, 108, 14, 40
     duration = max(seconds for seconds, _ in curve) or 1.0
-    lines = {name: _binned(curve, name, duration) for name in dict.fromkeys(k for _, losses in curve for k in losses)}
+    lines = {
+        name: _bin_losses(curve, name, duration) for name in dict.fromkeys(k for _, losses in curve for k in losses)
+    }
     lines = {name: points for name, points in lines.items() if points}
     if not lines:
         return ""
@@ -295,7 +297,9 @@ def curve_svg(curve: Sequence[tuple[float, dict[str, float]]], shots: Sequence[f
     )
 
 
-def _binned(curve: Sequence[tuple[float, dict[str, float]]], name: str, duration: float) -> list[tuple[float, float]]:
+def _bin_losses(
+    curve: Sequence[tuple[float, dict[str, float]]], name: str, duration: float
+) -> list[tuple[float, float]]:
     bins: dict[int, list[tuple[float, float]]] = {}
     for seconds, losses in curve:
         value = losses.get(name)

@@ -34,7 +34,7 @@ def _measure_tower(bench: Bench, *, full: bool) -> dict[str, Any]:
         step.warm()
     device = bench.backbone.device
     for round_index in range(bench.rounds):
-        bench.tell(f"round {round_index + 1} of {bench.rounds}: {', '.join(modes)}")
+        bench.report(f"round {round_index + 1} of {bench.rounds}: {', '.join(modes)}")
         for mode, checkpointing in modes.items():
             step.engine.activation_checkpointing = checkpointing
             measurements[mode].append(_measure_turn(step, device))

@@ -33,7 +33,7 @@ from xfusion.training.precision import choose_compute_dtype
 from xfusion.training.stages import Stage
 
 Work = Callable[[], object]
-Tell = Callable[[str], None]
+Report = Callable[[str], None]
 PERIOD = 8
 """Batches that steps repeat: few, so that texts and pictures are soon cached."""
 TURN = 1.0
@@ -56,7 +56,7 @@ class Bench:
     compile: bool = True
     quick: bool = False
     """A few small rounds: for tests, the figures mean nothing."""
-    tell: Tell = print
+    report: Report = print
     """Called with what is being measured."""
 
     @classmethod
@@ -98,12 +98,12 @@ class Bench:
         would find the CPU cache full of that work's matrices.
         """
         for name, work in works.items():
-            self.tell(f"warming up {name}")
+            self.report(f"warming up {name}")
             for _ in range(warm):
                 work()
         timings: dict[str, list[float]] = {name: [] for name in works}
         for round_index in range(rounds or self.rounds):
-            self.tell(f"round {round_index + 1} of {rounds or self.rounds}: {', '.join(works)}")
+            self.report(f"round {round_index + 1} of {rounds or self.rounds}: {', '.join(works)}")
             for name, work in works.items():
                 gc.collect()
                 start, calls = time.perf_counter(), 0

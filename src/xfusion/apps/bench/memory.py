@@ -26,7 +26,7 @@ def _measure_steps(bench: Bench, kind: str) -> dict[str, Any]:
     step.warm()
     measurements: dict[str, list[tuple[float, float, float]]] = {"given_back": [], "kept": []}
     for round_index in range(bench.rounds):
-        bench.tell(f"round {round_index + 1} of {bench.rounds}: {', '.join(measurements)}")
+        bench.report(f"round {round_index + 1} of {bench.rounds}: {', '.join(measurements)}")
         for mode, limit in (("given_back", GIVEN_BACK), ("kept", ALL)):
             keep_freed_memory(limit)
             step()

@@ -67,6 +67,6 @@ def _cold_start(bench: Bench, step: Step) -> dict[str, float]:
         step()
         return time.perf_counter() - start
 
-    bench.tell("cold start")
+    bench.report("cold start")
     with fresh_cache():
         return {"nothing_compiled": first_step(), "compiled_before": first_step()}

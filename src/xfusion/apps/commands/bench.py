@@ -98,10 +98,10 @@ def _measure(name: str, base: str | None, data: str, compile: bool, quick: bool)
     """The answer to a question."""
     from xfusion.apps.bench.base import Bench
 
-    def tell(text: str) -> None:
+    def report(text: str) -> None:
         print(f"{name}: {text}", file=sys.stderr, flush=True)
 
-    bench = Bench.of(base, data, compile=compile, quick=quick, tell=tell)
+    bench = Bench.of(base, data, compile=compile, quick=quick, report=report)
     return importlib.import_module(f"xfusion.apps.bench.{name}").measure(bench)
 
 

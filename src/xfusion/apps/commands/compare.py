@@ -94,8 +94,10 @@ class Compare(Verb):
             )
             device = choose_device(self.device)
             try:
-                with progress(console) as tell:
-                    summary = compare(self.recipes, plan, out=out, device=device, command=self.command(), progress=tell)
+                with progress(console) as report_progress:
+                    summary = compare(
+                        self.recipes, plan, out=out, device=device, command=self.command(), progress=report_progress
+                    )
             except Interrupted as stop:
                 console.print(f"{str(stop).split(';')[0]}; the same command goes on")
                 raise KeyboardInterrupt from stop

@@ -98,7 +98,7 @@ class DataEncode(Verb):
             raise UsageError(str(error)) from error
         device, tokens = choose_device(self.device), _special_tokens(self.base)[0]
         source = open_source(self.spec, split=self.split, allow_bad=self.allow_bad, special_tokens=tokens)
-        with progress(console) as tell:
+        with progress(console) as report_progress:
             latents = encode(
                 source,
                 codec,
@@ -107,7 +107,7 @@ class DataEncode(Verb):
                 batch=self.batch,
                 workers=self.workers,
                 device=device,
-                progress=lambda done, total: tell("encoding", done, total),
+                progress=lambda done, total: report_progress("encoding", done, total),
             )
         size = sum(shard["bytes"] for shard in latents.shards)
         data = {
@@ -202,9 +202,9 @@ class DataRecaption(Verb):
         source = open_source(self.spec, split=self.split)
         request_limits = {"per_minute": self.per_minute, "retries": self.retries}
         settings = Asking(model=name, prompt=prompt, size=self.size, batch=self.batch, **request_limits)
-        with progress(console) as tell:
+        with progress(console) as report_progress:
             result = recaption(
-                source, ask, settings, self.out, progress=lambda done, total: tell("captioning", done, total)
+                source, ask, settings, self.out, progress=lambda done, total: report_progress("captioning", done, total)
             )
         rows = [
             ("captions", f"{self.out}: {result.captions}, of which {result.asked} were asked for now"),

@@ -51,9 +51,9 @@ class Doctor(Verb):
         from xfusion.backbone import Backbone
         from xfusion.evaluation.contracts import check_base
 
-        with progress(console) as tell:
+        with progress(console) as report_progress:
             backbone = Backbone.load(self.base, revision=self.revision, device=device)
-            data["base"] = base_facts(backbone) | check_base(backbone, tell)
+            data["base"] = base_facts(backbone) | check_base(backbone, report_progress)
         return Answer(data=data, text=f"{text}\n{_base_text(data['base'])}", code=0 if data["base"]["passed"] else 1)
 
 

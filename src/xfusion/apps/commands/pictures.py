@@ -80,7 +80,7 @@ class Generate(Verb):
         if model.backbone.device.type == "cpu":
             keep_freed_memory()  # each step allocates the same buffers; this process does nothing else
         start = time.perf_counter()
-        with progress(console) as tell:
+        with progress(console) as report_progress:
             pictures = model.draw(
                 [self.prompt] * self.num,
                 size=self.size,
@@ -88,7 +88,7 @@ class Generate(Verb):
                 steps=self.steps,
                 guidance=guidance,
                 solver=solver,
-                progress=lambda done, total, _: tell("drawing", done, total),
+                progress=lambda done, total, _: report_progress("drawing", done, total),
             )
         seconds = time.perf_counter() - start
         facts: dict[str, Any] = {"prompt": self.prompt, "steps": self.steps, "guidance": guidance}
@@ -254,9 +254,9 @@ class Caption(Verb):
         if self.names:
             return self._rank_names(model, items, console)
         start_time, answers = time.perf_counter(), []
-        with progress(console) as tell:
+        with progress(console) as report_progress:
             for start in range(0, len(items), 16):
-                tell("reading", start, len(items))
+                report_progress("reading", start, len(items))
                 answers += model.caption(
                     items[start : start + 16], question=self.question, size=self.size, max_tokens=self.max_tokens
                 )
@@ -276,9 +276,9 @@ class Caption(Verb):
             )
         start_time, rows = time.perf_counter(), []
         name_vectors = model.embed(names).T if can_embed else None
-        with progress(console) as tell:
+        with progress(console) as report_progress:
             for index, item in enumerate(items):
-                tell("reading", index, len(items))
+                report_progress("reading", index, len(items))
                 rows.append(
                     model.match(item, names)
                     if name_vectors is None

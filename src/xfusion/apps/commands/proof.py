@@ -50,8 +50,8 @@ class Verify(Verb):
         folder = _record_folder(self.model) if self.record else None
         choose_device(self.device)
         model = load_model(self.model, device=self.device, trust=self.trust)
-        with progress(console) as tell:
-            result: dict[str, Any] = {"model": self.model} | verify(model, tell)
+        with progress(console) as report_progress:
+            result: dict[str, Any] = {"model": self.model} | verify(model, report_progress)
         if self.out:
             write_json(self.out, result)
         if folder:
@@ -122,8 +122,10 @@ class Evaluate(Verb):
         model = load_model(self.model, device=self.device, trust=self.trust)
         configs = [checkpoint.read_config(checkpoint.find(pack_folder(name))) for name in parts(self.model)]
         trained_specs = [spec for config in configs if (spec := trained_on(config)) is not None]
-        with progress(console) as tell:
-            result = evaluate(model, self.suite, out=self.out, progress=tell, trained_on=trained_specs, **settings)
+        with progress(console) as report_progress:
+            result = evaluate(
+                model, self.suite, out=self.out, progress=report_progress, trained_on=trained_specs, **settings
+            )
         if folder:
             checkpoint.add_facts(folder, model, scores={k: v for k, v in result.items() if k != "curves"})
         scores = {k: v for k, v in result.items() if k not in ("settings", "curves")}

@@ -48,9 +48,9 @@ class Index(Verb):
         from safetensors.torch import save_file
 
         vectors = []
-        with progress(console) as tell:
+        with progress(console) as report_progress:
             for start in range(0, len(files), CHUNK):
-                tell("pictures", start, len(files))
+                report_progress("pictures", start, len(files))
                 vectors.append(model.embed([pictures.read(file) for file in files[start : start + CHUNK]]))
         facts = {
             "format": FORMAT,

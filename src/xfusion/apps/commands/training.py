@@ -172,10 +172,10 @@ class TrainOpening(Verb):
         if "draw" not in model.capabilities:
             raise UsageError(f"{self.model} cannot draw: it can {', '.join(sorted(model.capabilities))}")
         examples = requests.read("train", self.wordings, repeat=self.repeat)
-        with progress(console) as tell:
-            model.opening = fit(model, examples, progress=tell)
+        with progress(console) as report_progress:
+            model.opening = fit(model, examples, progress=report_progress)
             settings = {"wordings": self.wordings, "chats": self.chats, "max_chats": self.max_chats}
-            scores = evaluate(model, "requests", progress=tell, repeat=self.repeat, **settings)
+            scores = evaluate(model, "requests", progress=report_progress, repeat=self.repeat, **settings)
         facts = {"examples": len(examples), "wordings": self.wordings and Path(self.wordings).name, "scores": scores}
         out = checkpoint.add_opening(folder, model, model.opening, self.out or folder, **facts)
         figures = {k: v for k, v in scores.items() if k != "settings"}

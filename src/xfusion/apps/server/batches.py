@@ -210,7 +210,7 @@ class Job:
     index: int
     """Index of the answer within its request."""
     words: Words
-    tell: Callable[[Job, str | None], None]
+    notify: Callable[[Job, str | None], None]
     """Called by the computing thread with new text, and with None when the answer is done or has failed."""
     watch: Callable[[int, int, Tensor], None] | None = None
     """Called by the computing thread after each sampling step: steps done, total steps, the clean estimate ``[M, P]``."""
@@ -227,7 +227,7 @@ class Job:
             return False
         new = self.words.add(token)
         if new:
-            self.tell(self, new)
+            self.notify(self, new)
         return not self.words.stopped
 
     def end(self, answer: list[Any] | None = None, error: Exception | None = None) -> None:
@@ -237,9 +237,9 @@ class Job:
         self.answer, self.error = answer or [], error
         rest = self.words.rest() if error is None else ""
         if rest:
-            self.tell(self, rest)
+            self.notify(self, rest)
         self.ended = True
-        self.tell(self, None)
+        self.notify(self, None)
 
 
 class Batches:

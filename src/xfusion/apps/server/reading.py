@@ -134,7 +134,7 @@ def embeddings(params: requests.Embeddings, model: Model, limits: Limits, hosts:
         prompt = sum(prompt_length(model, [item]) for item in items)
     words = Words(model.backbone.decode)
     work = Embed(model=model)
-    return Job(work=work, inputs=items, seed=0, index=0, words=words, tell=lambda job, new: None), prompt
+    return Job(work=work, inputs=items, seed=0, index=0, words=words, notify=lambda job, new: None), prompt
 
 
 def _check_drawing(params: requests.Images, model: Model, limits: Limits) -> int:
@@ -168,7 +168,7 @@ def _jobs(
             seed=first_seed + i,
             index=i,
             words=Words(model.backbone.decode, stops),
-            tell=lambda job, new: None,
+            notify=lambda job, new: None,
         )
         for i in range(params.n)
     ]

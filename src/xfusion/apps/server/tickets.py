@@ -141,10 +141,10 @@ class Ticket:
         self.loop = asyncio.get_running_loop()
         self.events: asyncio.Queue[tuple[Job, str | None]] = asyncio.Queue()
         for job in jobs:
-            job.tell = self._tell
+            job.notify = self._put_event
         service.batches.put(jobs)
 
-    def _tell(self, job: Job, new: str | None) -> None:
+    def _put_event(self, job: Job, new: str | None) -> None:
         try:
             self.loop.call_soon_threadsafe(self.events.put_nowait, (job, new))
         except RuntimeError:  # the loop is closed: the server stopped before the batch finished

@@ -273,7 +273,7 @@ class Desk:
             seed=checked_job.seed,
             index=0,
             words=Words(model.backbone.decode),
-            tell=checked_job.tell,
+            notify=checked_job.notify,
         )
         preview_steps = {round(1 + (steps - 1) * k / (STRIP - 1)) for k in range(STRIP)}
         yield from (event for _, event in self._follow(user, [job], preview_steps) if isinstance(event, Preview))
@@ -310,7 +310,7 @@ class Desk:
         """
         events: queue.SimpleQueue[tuple[Job, str | Preview | None]] = queue.SimpleQueue()
         for job in jobs:
-            job.tell = lambda job, new: events.put((job, new))
+            job.notify = lambda job, new: events.put((job, new))
             job.watch = _watcher(job, events, preview_steps)
         deadline = time.monotonic() + self.limits.seconds
         remaining = len(jobs)
