@@ -118,8 +118,8 @@ def score_text(row: Row, score: ShownScore | None) -> str:
     name, mark, title = score
 
     def mean(key: str) -> float | None:
-        values_of_key = [run["scores"][key] for run in row.runs if run["scores"].get(key) is not None]
-        return statistics.fmean(values_of_key) if values_of_key else None
+        scores = [run["scores"][key] for run in row.runs if run["scores"].get(key) is not None]
+        return statistics.fmean(scores) if scores else None
 
     values = [run["scores"][name] for run in row.runs if run["scores"].get(name) is not None]
     bounds, runs = interval(values), "one run" if len(values) == 1 else f"{len(values)} runs"
@@ -154,9 +154,8 @@ def through(run: dict[str, Any]) -> str:
 def cost_text(row: Row) -> str:
     """GFLOPs of a training sample by task, and seconds of a step where they were measured."""
     flops = row.runs[0]["cost"]["flops_per_sample"]
-    drawing_label = (
-        "to draw" if shown_scores(row.runs[0])[1] else "per pair"
-    )  # both are samples in which words stand before pictures
+    # Both are samples in which words stand before pictures.
+    drawing_label = "to draw" if shown_scores(row.runs[0])[1] else "per pair"
     labels = {"draw": drawing_label, "caption": "to name"} if len(flops) > 1 else {}
     text = "<br>".join(f"{value / 1e9:.2f} {labels.get(task, '')}".strip() for task, value in flops.items())
     times = [run["cost"]["time"]["step_seconds"] for run in row.runs if run["cost"]["time"]]

@@ -557,7 +557,7 @@ def _shipped_view(shipped_recorder: RecordingModel, source: Source, index: int) 
 
 
 def _answer(caption: str, accepted: Sequence[str]) -> report.Answer:
-    return report.Answer(said=caption, right=captions.exact_match([caption], [accepted]) == 1)
+    return report.Answer(text=caption, right=captions.exact_match([caption], [accepted]) == 1)
 
 
 def _held_out(

@@ -46,7 +46,7 @@ LOSSES = {"flow_matching": ("draw", "drawing"), "next_token": ("say", "naming")}
 class Answer:
     """A model's answer to a picture, and whether it is one of the picture's names."""
 
-    said: str
+    text: str
     right: bool
 
 
@@ -369,7 +369,7 @@ def _figure(image: PILImage.Image, caption: str, words: str) -> str:
 
 
 def _answer_line(tower: str, answer: Answer) -> str:
-    caption = text(answer.said) if answer.said else "<em>nothing</em>"
+    caption = text(answer.text) if answer.text else "<em>nothing</em>"
     return f'<p class="says"><span>{tower}</span> {mark(answer.right)} {caption}</p>'
 
 
@@ -386,7 +386,7 @@ def _answers(story: Story) -> str:
         )
     wrong = [concept for concept in story.concepts if not concept.answer.right]
     all_wrong = "".join(
-        f"<div>{picture(concept.real, concept.name)}{mark(False)} {text(concept.answer.said)}"
+        f"<div>{picture(concept.real, concept.name)}{mark(False)} {text(concept.answer.text)}"
         f" <span class=soft>({text(concept.name)})</span></div>"
         for concept in wrong
     )

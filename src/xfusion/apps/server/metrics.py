@@ -35,9 +35,8 @@ class Metrics:
         self.batch_size.observe(len(jobs))
         self.batch_seconds.observe(seconds)
         self.tokens.inc(sum(len(job.words.ids) for job in jobs))
-        num_pictures = sum(
-            isinstance(segment, PILImage.Image) for job in jobs for segment in job.answer
-        )  # not embeddings
+        # Answers may also hold texts and embeddings.
+        num_pictures = sum(isinstance(segment, PILImage.Image) for job in jobs for segment in job.answer)
         self.pictures.inc(num_pictures)
 
     def text(self) -> bytes:

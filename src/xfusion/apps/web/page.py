@@ -109,10 +109,8 @@ def create(
     app.add_middleware(Guard, max_bytes=limits.body + FORM, hosts=hosts, uploads=uploads)
     font = ("system-ui", "sans-serif")  # gradio's own themes fetch theirs from Google
     theme = Default(primary_hue="orange", font=font, font_mono=("ui-monospace", "monospace"))
-    dark_orange, grey = (
-        "*primary_700",
-        "*neutral_500",
-    )  # gradio's white on orange, and its grey on white, are hard to read
+    # Gradio's own white on orange and grey on white are hard to read.
+    dark_orange, grey = "*primary_700", "*neutral_500"
     theme.set(
         **{f"button_primary_background_fill{suffix}": dark_orange for suffix in ("", "_dark")},
         **{f"button_primary_background_fill_hover{suffix}": "*primary_800" for suffix in ("", "_dark")},
