@@ -336,7 +336,7 @@ def test_what_another_process_tells_is_not_told_twice(monkeypatch, small, capsys
         raise error
 
     monkeypatch.setattr("xfusion.recipes.base.train", refuse)
-    monkeypatch.setattr(cli, "TELLING", 0.0)
+    monkeypatch.setattr(cli, "REPORT_WAIT", 0.0)
     assert cli.main(["train", "xfusion", *small]) == 2
     assert capsys.readouterr() == ("", "")
 

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from contracts.table import FUSIONS, LAYERS, make_model, mixed_sequences, view
-from training.runs import StopAt, log, pack_of, recipe, same, state_of, told, train
+from training.runs import StopAt, log, pack_of, recipe, same, state_of, step_records, train
 
 import xfusion.fusion.base as fusion_base
 from xfusion.comparison.cost import LiveBytes, _loss, _sample_makers, activation_memory
@@ -71,7 +71,7 @@ def test_a_run_is_the_same_to_the_bit_and_resumes(bases, tmp_path):
         train(base, tmp_path / "broken", recipe_=recipe(base, stages=stages), listener=StopAt(1))
     train(base, tmp_path / "broken", recipe_=recipe(base, stages=stages), resume=True)
     for name in ("again", "broken"):
-        assert told(tmp_path / name) == told(tmp_path / "plain") and len(log(tmp_path / name)) == 8
+        assert step_records(tmp_path / name) == step_records(tmp_path / "plain") and len(log(tmp_path / name)) == 8
         assert same(pack_of(tmp_path / name), pack_of(tmp_path / "plain"))
         assert same(state_of(tmp_path / name), state_of(tmp_path / "plain"))
 

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from contracts.table import Noise, model_config, randomise, view
-from training.runs import StopAt, log, pack_of, recipe, same, told, train
+from training.runs import StopAt, log, pack_of, recipe, same, step_records, train
 
 import xfusion
 import xfusion.fusion.base as fusion_base
@@ -68,7 +68,7 @@ def test_a_run_of_several_sizes_resumes_and_its_pack_draws_and_names_at_each(bas
     with pytest.raises(Interrupted):
         train(base, tmp_path / "broken", recipe_=run(base), listener=StopAt(5))
     train(base, tmp_path / "broken", recipe_=run(base), resume=True)
-    assert told(tmp_path / "whole") == told(tmp_path / "broken")
+    assert step_records(tmp_path / "whole") == step_records(tmp_path / "broken")
     assert same(pack_of(tmp_path / "whole"), pack_of(tmp_path / "broken"))
     model = xfusion.load(tmp_path / "whole" / "pack", backbone=base)
     randomise(model)

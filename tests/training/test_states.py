@@ -13,7 +13,7 @@ import time
 
 import pytest
 import torch
-from training.runs import StopAt, log, pack_of, plan_of, recipe, same, state_of, told, train
+from training.runs import StopAt, log, pack_of, plan_of, recipe, same, state_of, step_records, train
 
 import xfusion
 from xfusion import checkpoint
@@ -167,7 +167,7 @@ def test_a_damaged_state_is_named_and_the_run_goes_on_from_the_one_before(bases,
     with caplog.at_level(logging.WARNING):
         train(base, tmp_path / "run", steps=8, checkpoint_every=0, resume=True)
     assert f"{damaged} was altered" in caplog.text and "goes on from step 5" in caplog.text
-    assert told(tmp_path / "run") == told(tmp_path / "straight")
+    assert step_records(tmp_path / "run") == step_records(tmp_path / "straight")
     assert same(state_of(tmp_path / "run"), state_of(tmp_path / "straight"))
     for state in states.list_states(tmp_path / "run" / "state"):  # the damaged one was written again, or has gone
         states.read(state)
@@ -196,7 +196,7 @@ def test_a_run_that_went_on_before_a_damaged_state_keeps_what_it_writes(bases, t
     found = states.list_states(out / "state")
     assert [states.read(state)[0]["step"] for state in found] == steps(out / "state") and steps(out / "state")[0] == 5
     train(base, out, steps=8, resume=True)
-    assert told(out) == told(tmp_path / "straight")
+    assert step_records(out) == step_records(tmp_path / "straight")
     assert same(state_of(out), state_of(tmp_path / "straight"))
 
 
@@ -262,7 +262,7 @@ def test_a_run_of_an_earlier_xfusion_goes_on(bases, tmp_path):
     shutil.move(state / "state.safetensors", folder)
     shutil.rmtree(state)
     train(base, tmp_path / "run", steps=6, resume=True)
-    assert told(tmp_path / "run") == told(tmp_path / "straight")
+    assert step_records(tmp_path / "run") == step_records(tmp_path / "straight")
     assert [path.name for path in folder.iterdir()] == ["step_00000006"]
 
 
@@ -282,7 +282,7 @@ def test_a_log_that_was_cut_off_is_mended(bases, tmp_path):
         file.write('{"event": "step", "step": 1, "losses": {"next_token": 1.0}')
     train(bases["llama"], tmp_path / "run", steps=4, resume=True)
     train(bases["llama"], tmp_path / "straight", steps=4)
-    assert told(tmp_path / "run") == told(tmp_path / "straight")
+    assert step_records(tmp_path / "run") == step_records(tmp_path / "straight")
 
 
 # ------------------------------------------------------------------------------------------------------------ signals
@@ -313,7 +313,7 @@ def test_a_signal_in_the_middle_of_a_step_waits_for_its_end(bases, tmp_path, mon
     assert plan_of(tmp_path / "run")["step"] == 3
     train(base, tmp_path / "run", steps=6, resume=True)
     train(base, tmp_path / "straight", steps=6)
-    assert told(tmp_path / "run") == told(tmp_path / "straight")
+    assert step_records(tmp_path / "run") == step_records(tmp_path / "straight")
     assert same(state_of(tmp_path / "run"), state_of(tmp_path / "straight"))
     assert same(pack_of(tmp_path / "run"), pack_of(tmp_path / "straight"))
 

@@ -36,8 +36,8 @@ def export(model: Model, folder: Path, target: str) -> list[str]:
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise XFusionError(f"{folder} is not empty: name an empty folder, or one that is not there")
     try:
-        with atomic_folder(folder) as folder_so_far:
-            return import_module(f"xfusion.exports.{target}").export(model, folder_so_far)
+        with atomic_folder(folder) as temporary:
+            return import_module(f"xfusion.exports.{target}").export(model, temporary)
     except ImportError as error:
         raise XFusionError(f"export to {target} needs the package {error.name}: pip install {error.name}") from error
 
