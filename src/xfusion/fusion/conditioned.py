@@ -187,8 +187,8 @@ class Conditioned(WithoutBlocks):
                 tokens = tokens + self.pooled(text_states).mean(1, keepdim=True)
             text_mask = torch.ones(1, len(columns), len(text_columns), dtype=torch.bool, device=tokens.device)
             for block in self.denoiser:
-                tokens = block(  # type: ignore[operator]
-                    tokens, full_mask, None if text_states is None else block.cross.keys_values(text_states), text_mask
-                )
+                cross: Any = block.cross
+                keys_values = None if text_states is None else cross.keys_values(text_states)
+                tokens = block(tokens, full_mask, keys_values, text_mask)
             x[b, columns] = self.out(tokens)[0].to(x.dtype)
         return states | {run.media: x}

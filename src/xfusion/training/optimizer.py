@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from xfusion.training.processes import local_shard, sharded_like
+from xfusion.training.processes import row_slice, sharded_like
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -72,7 +72,7 @@ class Optimizer:
         sharded = []
         for shard, parameter in zip(self.shards, self.parameters.values(), strict=True):
             if shard is not parameter:
-                shard.grad = None if parameter.grad is None else local_shard(parameter.grad)
+                shard.grad = None if parameter.grad is None else row_slice(parameter.grad)
                 sharded.append(shard)
         square_sum = _square_sum([p.grad for p in self.unsharded if p.grad is not None])
         if self.all_reduce is not None:
@@ -126,10 +126,10 @@ class Optimizer:
         """Restore a `state_dict`."""
         with torch.no_grad():
             for name, _, shard, average in self._entries():
-                shard.copy_(local_shard(state[f"weight.{name}"]))
-                average.copy_(local_shard(state[f"average.{name}"]))
+                shard.copy_(row_slice(state[f"weight.{name}"]))
+                average.copy_(row_slice(state[f"average.{name}"]))
                 moments = {
-                    key: local_shard(state[f"{key}.{name}"]).to(shard.device)
+                    key: row_slice(state[f"{key}.{name}"]).to(shard.device)
                     for key in MOMENTS
                     if f"{key}.{name}" in state
                 }
@@ -153,5 +153,5 @@ def _square_sum(gradients: list[Tensor]) -> Tensor:
 
 def _shard_of(parameter: nn.Parameter) -> nn.Parameter:
     """A parameter over this process's shard; the parameter itself if it is not sharded."""
-    shard = local_shard(parameter)
+    shard = row_slice(parameter)
     return parameter if shard is parameter else nn.Parameter(shard)

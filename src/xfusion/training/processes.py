@@ -75,7 +75,7 @@ class Processes:
         """Whether this is rank 0, which writes all files."""
         return self.rank == 0
 
-    def local_shard(self, rows: int) -> slice | None:
+    def row_slice(self, rows: int) -> slice | None:
         """Rows of a batch that this process computes, possibly none; None if it computes all."""
         if self.count == 1:
             return None
@@ -256,10 +256,10 @@ def anonymous_bytes() -> int | None:
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of tensors in this process; of a sharded tensor only its shard."""
-    return sum(shard.numel() * shard.element_size() for shard in map(local_shard, tensors))
+    return sum(shard.numel() * shard.element_size() for shard in map(row_slice, tensors))
 
 
-def local_shard(tensor: Tensor) -> Tensor:
+def row_slice(tensor: Tensor) -> Tensor:
     """This process's shard of a tensor; the tensor itself if it is not sharded."""
     return tensor.detach().to_local() if is_sharded(tensor) else tensor  # type: ignore[operator]
 

@@ -23,7 +23,7 @@ BODY_SECONDS = 30.0
 PATIENCE = 0.5
 """Seconds that a request waits for a free place in a full queue."""
 Value = TypeVar("Value")
-Parameters = TypeVar("Asked", bound=BaseModel)
+Parameters = TypeVar("Parameters", bound=BaseModel)
 
 
 class Arrival:
