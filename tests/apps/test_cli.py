@@ -304,7 +304,7 @@ def test_a_place_that_cannot_be_written_is_named_before_anything_is_computed(run
     Path("drawn/manifest.json").write_text("{}")
     for name in (
         *("checkpoint.load", "recipes.base.train", "comparison.compare", "apps.demo.run", "data.latents.encode"),
-        *("data.sources.check", "apps.commands.bench.Bench._alone"),
+        *("data.sources.check", "apps.commands.bench.Bench._run_in_own_process"),
     ):
         monkeypatch.setattr(f"xfusion.{name}", None)
     if verb == "generate to a file":
@@ -374,11 +374,11 @@ def test_a_compiled_run_says_how_often_it_compiled(run, here, photos, small, mon
 def test_what_another_process_tells_is_not_told_twice(monkeypatch, small, capsys):
     def refuse(*_, **__):
         error = xfusion.XFusionError("there is a run already")
-        error.told_elsewhere = True
+        error.reported_elsewhere = True
         raise error
 
     monkeypatch.setattr("xfusion.recipes.base.train", refuse)
-    monkeypatch.setattr(cli, "TELLING", 0.0)
+    monkeypatch.setattr(cli, "REPORT_WAIT", 0.0)
     assert cli.main(["train", "xfusion", *small]) == 2
     assert capsys.readouterr() == ("", "")
 

@@ -59,22 +59,22 @@ def refuse_trained(held: Source, trained: Iterable[Source]) -> None:
     """
     for source in trained:
         groups = {example.group for example in source.examples}
-        known = [example.origin for example in held.examples if example.group in groups]
-        if known:
+        leaked = [example.origin for example in held.examples if example.group in groups]
+        if leaked:
             raise XFusionError(
-                f"{held.spec}: {len(known)} of {len(held.examples)} held-out examples are trained on in {source.spec}, such as"
-                f" {known[0]}: name others, or train anew on data that hold them out"
+                f"{held.spec}: {len(leaked)} of {len(held.examples)} held-out examples are trained on in {source.spec}, such as"
+                f" {leaked[0]}: name others, or train anew on data that hold them out"
             )
 
 
-def checked(
-    settings: Mapping[str, Any], takes: Collection[str], recorded: Sequence[str]
+def check_settings(
+    settings: Mapping[str, Any], setting_names: Collection[str], recorded: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Settings of a suite that scores trained and held-out examples, for a model whose training data are recorded.
 
     Args:
         settings: as given by the user; the default ``source`` is the recorded data.
-        takes: names of the suite's settings; a suite without held-out data is left alone.
+        setting_names: names of the suite's settings; a suite without held-out data is left alone.
         recorded: specs of the training data.
 
     Returns:
@@ -85,18 +85,18 @@ def checked(
             be opened.
     """
     specs, source = list(dict.fromkeys(recorded)), settings.get("source")
-    if not {"source", "held"} <= set(takes) or not specs:
+    if not {"source", "held"} <= set(setting_names) or not specs:
         return dict(settings), {}
     if source is None and len(specs) > 1:
         raise XFusionError(f"these packs were trained on {' and '.join(specs)}: name one of them as source")
-    trained, lost = [], []
+    trained, errors = [], []
     for spec in specs:
         try:  # leave out what training left out; pictures that are not used need no decoding
             trained.append(open_source(spec, allow_bad=0.99, decode=source is None))
         except XFusionError as error:
-            lost.append(str(error))
-    if source is None and lost:
-        raise XFusionError(f"{lost[0]}; the pack was trained on {specs[0]}: name that as source, where it stands now")
+            errors.append(str(error))
+    if source is None and errors:
+        raise XFusionError(f"{errors[0]}; the pack was trained on {specs[0]}: name that as source, where it stands now")
     if source is None:
         source = trained[0]
     elif isinstance(source, str):
@@ -104,7 +104,7 @@ def checked(
     held = held_out(settings.get("held"), source)
     if held is not None:
         refuse_trained(held, trained)
-    noted = {"trained_on": " and ".join(specs)}
-    if lost:
-        noted["trained_on"] += f", where nobody could look for what is held out: {lost[0]}"
-    return {**settings, "source": source} | ({} if held is None else {"held": held}), noted
+    facts = {"trained_on": " and ".join(specs)}
+    if errors:
+        facts["trained_on"] += f", where nobody could look for what is held out: {errors[0]}"
+    return {**settings, "source": source} | ({} if held is None else {"held": held}), facts

@@ -9,7 +9,7 @@ from xfusion.data.requests import PICTURE
 from xfusion.data.sequence import Image, Text, XFusionError
 from xfusion.generation import base
 from xfusion.generation.base import Listener, Segment, seeds_of
-from xfusion.generation.segments import for_part, generate
+from xfusion.generation.segments import generate, listener_for
 from xfusion.model import Model
 
 DrawMode = Literal["never", "auto", "always"]
@@ -34,28 +34,28 @@ def conversation(model: Model, messages: Seq[Message], *, own_pictures: bool = T
     Raises:
         XFusionError: the base's template rejects these roles.
     """
-    looked_at = own_pictures and "caption" in model.capabilities
+    reads_own_pictures = own_pictures and "caption" in model.capabilities
     turns = [
         [m["content"]]
         if isinstance(m["content"], str)
-        else [_as_words(m)]
-        if m["role"] == "assistant" and not looked_at
+        else [_as_text(m)]
+        if m["role"] == "assistant" and not reads_own_pictures
         else list(m["content"])
         for m in messages
     ]
     if all(isinstance(segment, str) for turn in turns for segment in turn):
-        words = [
+        text_turns = [
             {"role": message["role"], "content": "".join(turn)} for message, turn in zip(messages, turns, strict=True)
         ]
-        return [Text(ids=model.backbone.chat(words))]
-    out: list[Segment] = []
-    for number, turn in enumerate(turns):
-        for segment in ["\n", *turn] if number else turn:
-            if isinstance(segment, str) and out and isinstance(out[-1], str):
-                out[-1] += segment
+        return [Text(ids=model.backbone.chat(text_turns))]
+    segments: list[Segment] = []
+    for index, turn in enumerate(turns):
+        for segment in ["\n", *turn] if index else turn:
+            if isinstance(segment, str) and segments and isinstance(segments[-1], str):
+                segments[-1] += segment
             else:
-                out.append(segment)
-    return out
+                segments.append(segment)
+    return segments
 
 
 def answer(
@@ -99,27 +99,25 @@ def answer(
     """
     single = not messages or isinstance(messages[0], dict)
     conversations = cast("Seq[Seq[Message]]", [messages] if single else messages)
-    chosen = seeds_of(seed, seeds, len(conversations), "conversations")
+    answer_seeds = seeds_of(seed, seeds, len(conversations), "conversations")
     prompts = openings(model, conversations, draw)
-    out: list[Any] = [None] * len(conversations)
+    results: list[Any] = [None] * len(conversations)
     for draws in (False, True):
         members = [i for i, prompt in enumerate(prompts) if (prompt is not None) == draws]
         if not members:
             continue
-        shared = {"seeds": [chosen[i] for i in members], "listen": for_part(listen, members), **settings}
+        shared = {"seeds": [answer_seeds[i] for i in members], "listen": listener_for(listen, members), **settings}
         if draws:
             answers = answer_with_pictures(model, [cast("str", prompts[i]) for i in members], size=size, **shared)
         else:
-            own = draw == "never"
-            answers = generate(
-                model, [conversation(model, conversations[i], own_pictures=own) for i in members], **shared
-            )
+            lists = [conversation(model, conversations[i], own_pictures=draw == "never") for i in members]
+            answers = generate(model, lists, **shared)
         for i, turn in zip(members, answers, strict=True):
-            out[i] = turn
-    return out[0] if single else out
+            results[i] = turn
+    return results[0] if single else results
 
 
-_DRAWING = {"seeds", "steps", "guidance", "solver", "progress"}
+_DRAWING_SETTINGS = {"seeds", "steps", "guidance", "solver", "progress"}
 """Settings of `generate` that apply to drawing."""
 
 
@@ -135,8 +133,8 @@ def answer_with_pictures(model: Model, prompts: Seq[str], *, size: int | None = 
     Returns:
         ``[picture]`` or ``[picture, text]`` of each prompt.
     """
-    drawing = {name: settings[name] for name in _DRAWING & set(settings)}
-    drawn = generate(model, [[prompt, Image(size=size)] for prompt in prompts], **drawing)
+    drawing_settings = {name: settings[name] for name in _DRAWING_SETTINGS & set(settings)}
+    drawn = generate(model, [[prompt, Image(size=size)] for prompt in prompts], **drawing_settings)
     if "caption" not in model.capabilities:
         return drawn
     texts = generate(model, drawn, **settings)
@@ -168,36 +166,36 @@ def openings(model: Model, conversations: Seq[Seq[Message]], draw: DrawMode = "a
         return [None] * len(conversations)
     model.require("draw", "take draw='never'")
     head = model.opening
-    texts = [[{"role": m["role"], "content": _as_words(m)} for m in messages] for messages in conversations]
-    draws = list(range(len(conversations)))
+    text_conversations = [[{"role": m["role"], "content": _as_text(m)} for m in messages] for messages in conversations]
+    drawing = list(range(len(conversations)))
     if draw == "auto":
         if head is None:
             raise XFusionError(
                 "this pack has no opening head, which decides whether to draw: make one with xfusion train opening PACK,"
                 " or take draw='never' or 'always'"
             )
-        undecided = [i for i in draws if not (conversations[i] and _shows(conversations[i][-1]))]
-        draws = []
+        undecided = [i for i in drawing if not (conversations[i] and _has_media(conversations[i][-1]))]
+        drawing = []
         for start in range(0, len(undecided), base.BATCH):
-            part = undecided[start : start + base.BATCH]
-            probabilities = head.probabilities(model.backbone, [texts[i] for i in part])
-            draws += [i for i, probability in zip(part, probabilities, strict=True) if probability > 0.5]
-    out: list[str | None] = [None] * len(conversations)
-    for i in draws:
-        asked = [message["content"] for message in texts[i] if message["role"] == "user"]
-        if not asked:
+            indices = undecided[start : start + base.BATCH]
+            probabilities = head.probabilities(model.backbone, [text_conversations[i] for i in indices])
+            drawing += [i for i, probability in zip(indices, probabilities, strict=True) if probability > 0.5]
+    prompts: list[str | None] = [None] * len(conversations)
+    for i in drawing:
+        user_turns = [message["content"] for message in text_conversations[i] if message["role"] == "user"]
+        if not user_turns:
             raise XFusionError("there is no turn of the user that could say what to draw")
-        found = (head.what(model.backbone, turn) for turn in reversed(asked)) if head else ()
-        out[i] = next(filter(None, found), asked[-1])
-    return out
+        descriptions = (head.what(model.backbone, turn) for turn in reversed(user_turns)) if head else ()
+        prompts[i] = next(filter(None, descriptions), user_turns[-1])
+    return prompts
 
 
-def _shows(message: Message) -> bool:
+def _has_media(message: Message) -> bool:
     """Whether a turn contains media: the model then reads it, and the text-only opening head is not used."""
     return not isinstance(message["content"], str) and not all(isinstance(s, str) for s in message["content"])
 
 
-def _as_words(message: Message) -> str:
+def _as_text(message: Message) -> str:
     """The content of a turn as text, with `PICTURE` in place of each picture."""
     content = message["content"]
     segments = [content] if isinstance(content, str) else content
