@@ -34,7 +34,7 @@ from transformers import (
 
 from xfusion.apps import cli
 from xfusion.backbone import EMBEDDED
-from xfusion.backbone.sources import located
+from xfusion.backbone.sources import resolve_source
 from xfusion.data.recaption import JOURNAL, LONG, Asking, recaption
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import open_source
@@ -207,7 +207,7 @@ def ids_of(words: Any) -> dict[str, Any]:
 
 
 def qwen_vl(kind: Any, config: Any, text: dict[str, Any], vision: dict[str, Any]) -> Any:
-    words = AutoTokenizer.from_pretrained(located(EMBEDDED))
+    words = AutoTokenizer.from_pretrained(resolve_source(EMBEDDED))
     words.add_tokens(list(QWEN_TOKENS), special_tokens=True)
     start, end, image, video = (words.convert_tokens_to_ids(token) for token in QWEN_TOKENS)
     sizes = config(
@@ -223,7 +223,7 @@ def qwen_vl(kind: Any, config: Any, text: dict[str, Any], vision: dict[str, Any]
 
 
 def internvl() -> Any:
-    words = AutoTokenizer.from_pretrained(located(EMBEDDED), extra_special_tokens=INTERNVL_TOKENS)
+    words = AutoTokenizer.from_pretrained(resolve_source(EMBEDDED), extra_special_tokens=INTERNVL_TOKENS)
     vision = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes = InternVLConfig(
         text_config={"model_type": "qwen2", **TEXT, **ids_of(words), "vocab_size": len(words)},
