@@ -358,7 +358,7 @@ def test_what_the_head_opens_is_drawn_as_one_batch_and_text_is_answered_one_by_o
     for i, talk in enumerate(talks):
         asked = requests.parse(requests.Chat, {"messages": talk, "seed": 30 + i, **call})
         (job,), _ = reading.chat(asked, model, TINY, frozenset())
-        job.tell = lambda job, new: heard.append(job.seed) if new is None else None
+        job.notify = lambda job, new: heard.append(job.seed) if new is None else None
         jobs.append(job)
     queue = Batches(8, 8, lambda done, seconds: sizes.append([job.seed for job in done]))
     queue.put(jobs)
@@ -387,7 +387,7 @@ def test_a_conversation_that_cannot_be_decided_fails_alone(model):
         heard = []
         queue = Batches(8, 8)
         for job in (first, second, third):
-            job.tell = lambda job, new: heard.append(job) if new is None else None
+            job.notify = lambda job, new: heard.append(job) if new is None else None
         queue.put([first, second, third])
         queue.start()
         until(lambda: len(heard) == 3)
