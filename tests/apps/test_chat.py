@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from PIL import Image as PILImage
 from rich.console import Console
 
@@ -50,7 +51,7 @@ def talk(model, *lines, terminal=False, **settings):
     screen = io.StringIO()
     colours = {"force_terminal": True, "color_system": "truecolor"} if terminal else {}
     console = Console(file=screen, width=80, highlight=False, **colours)
-    made = Chat(model=model, console=console, steps=3, max_tokens=8, **settings)
+    made = Chat(model=model, console=console, **{"steps": 3, "max_tokens": 8, **settings})
     made.run(iter(lines))
     return screen.getvalue(), made
 
@@ -89,6 +90,21 @@ def test_pictures_in_and_out(model, here):
     # What was drawn stands in the conversation.
     assert [m["role"] for m in made.messages] == ["user", "assistant"] * 3
     assert apart(made.messages[3]["content"][0], expected) == 0
+
+
+def test_a_line_break_ends_an_answer_about_a_picture_behind_words(model, here, monkeypatch):
+    ids = model.backbone.encode("red apple\nred apple")
+
+    script = iter([*ids, *ids])
+    monkeypatch.setattr(
+        type(model.text_objective),
+        "choose",
+        staticmethod(lambda logits, *_: torch.tensor([next(script)] * len(logits))),
+    )
+    _, alone = talk(model, "/image 'a picture.png'", "what is this?", max_tokens=len(ids))
+    said, behind = talk(model, "hello", "/image 'a picture.png'", "what is this?", max_tokens=len(ids))
+    assert alone.messages[-1]["content"] == [model.backbone.decode(ids)] != ["red apple"]
+    assert behind.messages[-1]["content"] == ["red apple"] and said.endswith("red apple\n")
 
 
 def test_a_pack_that_only_draws_goes_on_in_words(model, here):

@@ -372,6 +372,27 @@ def test_what_the_head_opens_is_drawn_as_one_batch_and_text_is_answered_one_by_o
         assert len(job.answer) == len(expected) and (len(expected) == 1 or apart(job.answer[0], expected[0]) <= 2)
 
 
+def test_a_line_break_ends_an_answer_about_a_picture_behind_words(client, model, picture, monkeypatch):
+    ids = model.backbone.encode("red apple\nred apple")
+    script = iter(())
+    monkeypatch.setattr(
+        type(model.text_objective),
+        "choose",
+        staticmethod(lambda logits, *_: torch.tensor([next(script)] * len(logits))),
+    )
+
+    def ask(*messages):
+        nonlocal script
+        script = iter(ids)
+        call = {"model": "dual-tower", "messages": messages, "max_tokens": len(ids)}
+        choice = client.chat.completions.create(**call).choices[0]
+        return choice.message.content, choice.finish_reason
+
+    assert ask(*look(picture, "what is this?")) == ("red apple\nred apple", "length")
+    turns = [*say("hello"), {"role": "assistant", "content": "good day"}]
+    assert ask(*turns, *look(picture, "what is this?")) == ("red apple", "stop")
+
+
 def test_a_conversation_that_cannot_be_decided_fails_alone(model):
     with opens_always(model):
         first, second, third = (

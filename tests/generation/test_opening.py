@@ -146,6 +146,34 @@ def test_several_conversations_are_answered_as_each_alone_and_drawn_as_one_batch
         model.answer(talks, seeds=[1, 2])
 
 
+def test_a_line_break_ends_an_answer_where_turns_are_lines(model, monkeypatch):
+    """And nowhere else: not in an answer to the only turn if that starts with its picture, nor in `generate`."""
+    ids = model.backbone.encode("red apple\nred apple\nred")
+    script = iter(())
+    monkeypatch.setattr(
+        type(model.text_objective),
+        "choose",
+        staticmethod(lambda logits, *_: torch.tensor([next(script)] * len(logits))),
+    )
+
+    def answers(*talks):
+        nonlocal script
+        script, heard = iter(ids), {}
+        listen = lambda i, token: heard.setdefault(i, []).append(token) or True  # noqa: E731
+        turns = model.answer([*talks], draw="never", max_tokens=len(ids), listen=listen)
+        assert [model.backbone.decode(heard[i]) for i in range(len(talks))] == [turn[0] for turn in turns]
+        return [turn[0] for turn in turns]
+
+    picture = Noise(1).picture(0, 32)
+    behind_words = [{"role": "user", "content": ["look at this", picture]}]
+    second_turn = [*ASK, {"role": "assistant", "content": "here"}, {"role": "user", "content": [picture, "and this?"]}]
+    assert answers(LOOKS) == ["red apple\nred apple\nred"]
+    assert answers(behind_words) == answers(second_turn) == ["red apple"]
+    assert answers(behind_words, behind_words) == ["red apple"] * 2
+    script = iter(ids)
+    assert model.generate(["look at this", picture], max_tokens=len(ids)) == ["red apple\nred apple\nred"]
+
+
 def test_a_batch_decides_as_single_calls_do(model, monkeypatch):
     """Also where a decision is so close that the rounding of a batch could turn it: those are asked alone."""
     model.opening = opening_head(model.backbone, TALKS, DRAWS)

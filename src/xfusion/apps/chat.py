@@ -20,7 +20,7 @@ from xfusion.apps.commands.base import UsageError, readable, write_whole
 from xfusion.apps.commands.pictures import FORMATS, file_name, save, unused_path
 from xfusion.data import pictures, sounds
 from xfusion.data.sequence import Image, Sound, XFusionError
-from xfusion.generation import DrawMode, conversation, draw_size, opens
+from xfusion.generation import DrawMode, conversation, draw_size, ends_at_line, opens
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -104,10 +104,11 @@ class Chat:
             answer = [picture] if caption is None else [picture, caption]
         else:
             reads_own = self.draw == "never" and "caption" in self.model.capabilities
-            answer = [self._stream_text(conversation(self.model, messages, own_pictures=reads_own))]
+            segments = conversation(self.model, messages, own_pictures=reads_own)
+            answer = [self._stream_text(segments, one_line=ends_at_line(messages))]
         self.messages = [*messages, {"role": "assistant", "content": answer}]
 
-    def _stream_text(self, segments: list[Any]) -> str:
+    def _stream_text(self, segments: list[Any], *, one_line: bool = False) -> str:
         """The model's text after some segments, streamed to the console; Ctrl-C ends it."""
         token_ids: list[int] = []
         printed = ""
@@ -121,7 +122,7 @@ class Chat:
                 printed = text
             return True
 
-        settings = {"max_tokens": self.max_tokens, "temperature": self.temperature}
+        settings = {"max_tokens": self.max_tokens, "temperature": self.temperature, "one_line": one_line}
         try:
             (answer,) = self.model.generate(segments, seed=self._next_seed(), listen=print_token, **settings)
         except KeyboardInterrupt:

@@ -22,6 +22,7 @@ from xfusion.generation.conversations import (
     answer,
     answer_with_pictures,
     conversation,
+    ends_at_line,
     openings,
     opens,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "draw_size",
     "draw_tokens",
     "embed",
+    "ends_at_line",
     "fill",
     "fill_tokens",
     "generate",

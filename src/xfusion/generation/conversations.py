@@ -71,7 +71,8 @@ def answer(
 ) -> list[Any]:
     """The next turn of a conversation, or of each of several: text, or a picture optionally followed by text.
 
-    A text answer is `generate`'s answer to `conversation`; for a text-only conversation it is the base's own. Under ``auto``
+    A text answer is `generate`'s answer to `conversation`; for a text-only conversation it is the base's own. An answer about
+    pictures is one line, unless they start the only turn (`ends_at_line`). Under ``auto``
     the pack's opening head reads the base's last hidden state, alongside the LM head, and decides whether the answer starts
     with a picture. Such an answer draws what the user's last message describes; a pack that can caption then adds a text
     describing the finished picture. Pictures drawn by the pack itself are replaced by the text ``(picture)`` in later turns,
@@ -102,11 +103,17 @@ def answer(
     answer_seeds = seeds_of(seed, seeds, len(conversations), "conversations")
     prompts = openings(model, conversations, draw)
     results: list[Any] = [None] * len(conversations)
-    for draws in (False, True):
-        members = [i for i, prompt in enumerate(prompts) if (prompt is not None) == draws]
+    lines = [ends_at_line(messages) for messages in conversations]
+    for draws, one_line in ((False, False), (False, True), (True, False)):
+        members = [i for i, p in enumerate(prompts) if (p is not None) == draws and (draws or lines[i] == one_line)]
         if not members:
             continue
-        shared = {"seeds": [answer_seeds[i] for i in members], "listen": listener_for(listen, members), **settings}
+        shared = {
+            "one_line": one_line,
+            "seeds": [answer_seeds[i] for i in members],
+            "listen": listener_for(listen, members),
+            **settings,
+        }
         if draws:
             answers = answer_with_pictures(model, [cast("str", prompts[i]) for i in members], size=size, **shared)
         else:
@@ -115,6 +122,17 @@ def answer(
         for i, turn in zip(members, answers, strict=True):
             results[i] = turn
     return results[0] if single else results
+
+
+def ends_at_line(messages: Seq[Message]) -> bool:
+    """Whether a line break ends the answer to a conversation, if it contains media.
+
+    Such a conversation has one turn per line (`conversation`), so a line break ends the answer like any other turn: after
+    text before a picture, packs that were trained on pictures alone predict it instead of the end token, and then go on with
+    further turns. A single turn that starts with its media is what packs are trained on. Its answer may have several lines.
+    """
+    content = messages[0]["content"] if messages else ""
+    return len(messages) != 1 or isinstance(content, str) or not content or isinstance(content[0], str)
 
 
 _DRAWING_SETTINGS = {"seeds", "steps", "guidance", "solver", "progress"}

@@ -58,6 +58,7 @@ def generate(
     top_p: float = 1.0,
     top_k: int = 0,
     schema: dict[str, Any] | None = None,
+    one_line: bool = False,
     progress: Progress | None = None,
     listen: Listener | None = None,
 ) -> list[Any]:
@@ -86,6 +87,7 @@ def generate(
         schema: restrict text answers to the JSON texts of this schema (`schema_answers`). If the answers are objects, a
             question after a picture is phrased as in training (`xfusion.data.templates.in_json`). Models trained with
             ``json_share`` know which value belongs inside the braces, others do not.
+        one_line: end a text answer that comes after media at its first line break. Text-only lists are not affected.
         progress: called while drawing.
         listen: called with every token of a text answer as it is generated.
 
@@ -118,6 +120,7 @@ def generate(
         top_k=top_k,
         allowed=allowed,
         in_json=texts is not None and all(text.startswith("{") for text in texts),
+        one_line=one_line,
         progress=progress,
     )
     by_kinds: dict[tuple[Any, ...], list[int]] = {}
@@ -158,6 +161,8 @@ class _Settings:
     """The allowed text answers, as tokens; None allows all."""
     in_json: bool
     """Whether all allowed answers are JSON objects, which the question then has to ask for."""
+    one_line: bool
+    """Whether a line break ends a text answer after media."""
     progress: Progress | None
 
 
@@ -273,6 +278,7 @@ def _generate_batch(
             top_k=settings.top_k,
             seeds=seeds,
             allowed=settings.allowed,
+            one_line=settings.one_line,
             listen=listen,
         )
     else:

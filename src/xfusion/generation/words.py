@@ -34,12 +34,14 @@ def answer_tokens(
     seeds: Seq[int],
     top_k: int = 0,
     allowed: Seq[tuple[int, ...]] | None = None,
+    one_line: bool = False,
     listen: Listener | None = None,
 ) -> list[list[int]]:
     """Generate text after contexts that contain media, with a KV cache per tower.
 
     With ``allowed``, every answer is one of these token sequences: each step is restricted to tokens that continue one of
-    them. An answer ends when it is complete and the end token is chosen, or when no allowed sequence continues it.
+    them. An answer ends when it is complete and the end token is chosen, or when no allowed sequence continues it. With
+    ``one_line``, a token with a line break ends an answer, too, unless it is the answer's first.
     """
     # An empty text after the media adds [EOI], from which the first token is predicted.
     prompts = [c if isinstance(c[-1], Text) else (*c, Text(ids=())) for c in contexts]
@@ -68,7 +70,8 @@ def answer_tokens(
             logits = restrict_logits(logits, answers, allowed, model.backbone.end_ids[0])
         token = model.text_objective.choose(logits.cpu(), temperature, top_p, generators, top_k)
         for i in sorted(active_rows):
-            if int(token[i]) in ends:
+            ends_line = one_line and answers[i] and "\n" in model.backbone.decode([int(token[i])])
+            if int(token[i]) in ends or ends_line:
                 active_rows.discard(i)
             else:
                 answers[i].append(int(token[i]))

@@ -77,6 +77,8 @@ class Continue:
     max_tokens: int
     temperature: float
     top_p: float
+    one_line: bool = False
+    """Whether a line break ends the answer, if there are pictures or sounds."""
     opens: bool = False
     """Whether the answer starts with a picture that the opening head asked for; jobs are then given its prompt, not segments."""
     size: int | None = None
@@ -96,6 +98,7 @@ class Continue:
             "max_tokens": self.max_tokens,
             "temperature": self.temperature,
             "top_p": self.top_p,
+            "one_line": self.one_line,
             "progress": drawing_progress(jobs),
             "listen": lambda row, token: jobs[row].hear(token),
         }
@@ -132,7 +135,10 @@ class Decide:
                 job.inputs = conversation(self.model, job.inputs, own_pictures=False)
                 job.work = self.answer
             else:
-                job.inputs, job.work = prompt, replace(self.answer, kinds=(), opens=True, size=self.size)
+                job.inputs, job.work = (
+                    prompt,
+                    replace(self.answer, kinds=(), one_line=False, opens=True, size=self.size),
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

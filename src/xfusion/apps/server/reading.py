@@ -11,7 +11,7 @@ from xfusion.apps.server.answers import Refused
 from xfusion.apps.server.batches import Continue, Decide, Embed, Job, Repaint, Words
 from xfusion.apps.server.limits import Limits
 from xfusion.data.sequence import Image, Text, XFusionError
-from xfusion.generation import TooLong, conversation, draw_size, kinds_of, prompt_length
+from xfusion.generation import TooLong, conversation, draw_size, ends_at_line, kinds_of, prompt_length
 from xfusion.model import Model
 
 
@@ -57,6 +57,7 @@ def chat(params: requests.Chat, model: Model, limits: Limits, hosts: frozenset[s
         max_tokens=_max_tokens(params, model, limits, prompt),
         temperature=params.temperature or 0.0,
         top_p=1.0 if params.top_p is None else params.top_p,
+        one_line=ends_at_line(turns),
     )
     if decides:
         return _jobs(params, model, Decide(answer=work, size=params.side()), turns, params.stops()), prompt

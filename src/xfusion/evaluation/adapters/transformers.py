@@ -139,7 +139,7 @@ def _processor(source: str, revision: str | None) -> Any:
         XFusionError: it cannot be loaded, or only with torchvision.
     """
     from transformers import PROCESSOR_MAPPING, AutoConfig, AutoProcessor
-    from transformers.utils import is_torchvision_available
+    from transformers.utils.import_utils import is_torchvision_available
 
     if is_torchvision_available():
         return _load(source, revision, AutoProcessor)
