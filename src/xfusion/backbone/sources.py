@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any, Literal
 
@@ -174,7 +176,9 @@ def _dequantised_folder(file: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".partial-"))
     try:
-        with _quiet_transformers():
+        # transformers counts the tensors on a bar that no setting turns off; in a pipe or a log it would be noise.
+        bar = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
+        with _quiet_transformers(), bar:
             model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
             model.hf_quantizer = None
             model.is_quantized = False
