@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from xfusion.backbone import Backbone
-from xfusion.card import card, check_licence
+from xfusion.card import card, check_licence, training_runs
 from xfusion.data.sequence import XFusionError, fingerprint, first_line
 from xfusion.model import Model, ModelConfig
 from xfusion.opening import Opening
@@ -205,6 +205,11 @@ class Record:
     opening: str | None
     """Fingerprint of the opening head."""
 
+    @property
+    def teachers(self) -> frozenset[str]:
+        """Fingerprints of the encoders that any of the recorded training runs learned from."""
+        return frozenset(teacher for run in training_runs(self.facts) for teacher in run.get("teachers", ()))
+
     @classmethod
     def of(cls, config: dict[str, Any], model: Model, state: dict[str, torch.Tensor]) -> Record:
         """Build the record from a pack's config, its model, and its weights as stored."""
@@ -220,14 +225,24 @@ class Record:
 def _still_true(model: Model, state: dict[str, torch.Tensor]) -> dict[str, Any]:
     """The recorded facts that still hold for weights about to be written: none if the weights have changed."""
     record = model.recorded
-    if record is None or record.model != model.config or set(record.dtypes) != set(state):
-        return {}
-    held = {name: tensor.to(record.dtypes[name]) for name, tensor in state.items()}
-    same = all(torch.equal(held[name].to(tensor.dtype), tensor) for name, tensor in state.items())
-    if not same or fingerprint(held) != record.weights:
+    if record is None or not _has_recorded_weights(model, state):
         return {}
     other_head = record.opening != _opening_fingerprint(model)
     return {key: value for key, value in record.facts.items() if key != "opening" or not other_head}
+
+
+def has_recorded_weights(model: Model) -> bool:
+    """Whether a model's weights are those that its record is about; False if it has no record, or was changed since."""
+    return _has_recorded_weights(model, {name: tensor.detach().cpu() for name, tensor in model.learned_state().items()})
+
+
+def _has_recorded_weights(model: Model, state: dict[str, torch.Tensor]) -> bool:
+    record = model.recorded
+    if record is None or record.model != model.config or set(record.dtypes) != set(state):
+        return False
+    held = {name: tensor.to(record.dtypes[name]) for name, tensor in state.items()}
+    same = all(torch.equal(held[name].to(tensor.dtype), tensor) for name, tensor in state.items())
+    return same and fingerprint(held) == record.weights
 
 
 def _opening_fingerprint(model: Model) -> str | None:

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from xfusion.card import training_runs
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import Source, open_source
 
 
-def trained_on(config: Mapping[str, Any]) -> str | None:
-    """Spec of a pack's training data, as recorded in its config; None if it is not."""
-    for facts in (config.get("training"), config.get("recipe")):
-        if isinstance(facts, Mapping) and isinstance(facts.get("data"), str):
-            return facts["data"]
-    return None
+@dataclass(frozen=True)
+class TrainingData:
+    """Data that a model was trained on."""
+
+    spec: str | None
+    """Spec of the data; None for a run whose data are not recorded."""
+    latest: bool = field(default=True, compare=False)
+    """Whether they are of a pack's last run: then they are the default source of a suite."""
+
+
+def recorded_data(facts: Mapping[str, Any]) -> list[TrainingData]:
+    """The data of all training runs behind a pack, the first run first, as recorded in its config."""
+    runs = training_runs(facts)
+    specs = (run["data"] if isinstance(run.get("data"), str) else None for run in runs)
+    return [TrainingData(spec, latest=number == len(runs)) for number, spec in enumerate(specs, start=1)]
 
 
 def held_split(source: Source) -> Source | None:
@@ -68,14 +79,14 @@ def refuse_trained(held: Source, trained: Iterable[Source]) -> None:
 
 
 def checked(
-    settings: Mapping[str, Any], takes: Collection[str], recorded: Sequence[str]
+    settings: Mapping[str, Any], takes: Collection[str], trained: Sequence[TrainingData]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Settings of a suite that scores trained and held-out examples, for a model whose training data are recorded.
 
     Args:
-        settings: as given by the user; the default ``source`` is the recorded data.
+        settings: as given by the user; the default ``source`` is the recorded data of the last run.
         takes: names of the suite's settings; a suite without held-out data is left alone.
-        recorded: specs of the training data.
+        trained: the training data, of all runs.
 
     Returns:
         the settings with opened sources, and facts to record about them.
@@ -84,27 +95,36 @@ def checked(
         XFusionError: held-out examples were trained on; or there is no ``source``, and the recorded data are several or cannot
             be opened.
     """
-    specs, source = list(dict.fromkeys(recorded)), settings.get("source")
-    if not {"source", "held"} <= set(takes) or not specs:
+    source, known = settings.get("source"), list(dict.fromkeys(data for data in trained if data.spec is not None))
+    if not {"source", "held"} <= set(takes) or not known:
         return dict(settings), {}
-    if source is None and len(specs) > 1:
-        raise XFusionError(f"these packs were trained on {' and '.join(specs)}: name one of them as source")
-    trained, lost = [], []
-    for spec in specs:
+    latest = list(dict.fromkeys(data.spec for data in trained if data.latest and data.spec is not None))
+    if source is None and len(latest) > 1:
+        raise XFusionError(f"these packs were trained on {' and '.join(latest)}: name one of them as source")
+    if source is None and not latest:
+        raise XFusionError(
+            f"the pack was first trained on {known[0].spec}, but the data of its last run are not recorded: name a source"
+        )
+    opened, lost = dict[str, Source](), list[str]()
+    for data in known:
         try:  # leave out what training left out; pictures that are not used need no decoding
-            trained.append(open_source(spec, allow_bad=0.99, decode=source is None))
+            decode = source is None and data.spec in latest
+            opened[str(data.spec)] = open_source(str(data.spec), allow_bad=0.99, decode=decode)
         except XFusionError as error:
             lost.append(str(error))
-    if source is None and lost:
-        raise XFusionError(f"{lost[0]}; the pack was trained on {specs[0]}: name that as source, where it stands now")
+            if source is None and data.spec in latest:
+                message = f"{error}; the pack was trained on {data.spec}: name that as source, where it stands now"
+                raise XFusionError(message) from error
     if source is None:
-        source = trained[0]
+        source = opened[latest[0]]
     elif isinstance(source, str):
         source = open_source(source, split="train")
     held = held_out(settings.get("held"), source)
     if held is not None:
-        refuse_trained(held, trained)
-    noted = {"trained_on": " and ".join(specs)}
+        refuse_trained(held, opened.values())
+    noted = " and ".join(str(data.spec) for data in known)
     if lost:
-        noted["trained_on"] += f", where nobody could look for what is held out: {lost[0]}"
-    return {**settings, "source": source} | ({} if held is None else {"held": held}), noted
+        noted += f", where nobody could look for what is held out: {'; '.join(lost)}"
+    if any(data.spec is None for data in trained):
+        noted += "; a further run recorded no data"
+    return {**settings, "source": source} | ({} if held is None else {"held": held}), {"trained_on": noted}

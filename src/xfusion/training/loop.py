@@ -26,6 +26,7 @@ from rich.console import Console
 from xfusion import checkpoint
 from xfusion.backbone import Backbone
 from xfusion.backbone.attention import choose_attention
+from xfusion.card import training_runs
 from xfusion.data.mixture import Ahead
 from xfusion.data.sequence import Batch, XFusionError
 from xfusion.data.sources import Source, stated_licence
@@ -149,6 +150,8 @@ class _Run:
         self.progress = Progress(self.recipe.stages, settings.minutes)
         self.closing = ExitStack()
         self.sharding: Sharding | None = None
+        self.earlier: list[dict[str, Any]] = []
+        """Records of the runs behind the pack that this run started from."""
         self.saved_step: int | None = None
         """Step of the newest intact state, which was written last or resumed from."""
         self.preview_every = settings.preview_every
@@ -197,6 +200,7 @@ class _Run:
         device = "cpu" if self.shard == "all" else self.processes.device
         backbone = settings.backbone or Backbone.load(base.source, revision=base.revision, device=device)
         self.model = model = setup.open_model(settings, backbone)
+        self.earlier = [] if settings.from_pack is None else training_runs(model.recorded.facts)
         setup.check_losses(model, self.recipe.stages, self.processes.count, self.shard)
         self.source = source = setup.open_data(settings, backbone.special_tokens)
         self.data_licence = stated_licence(source.licence, self.recipe.data_licence, source.spec)
@@ -503,6 +507,7 @@ class _Run:
             "threads": torch.get_num_threads(),
             "dtype": str(self.engine.dtype).removeprefix("torch."),
             "examples": self._examples,
+            "earlier": self.earlier,
             "left_out": self.left_out.state_dict(),
             "broken": self.left_out.by_id(broken or {}),
         }
@@ -520,13 +525,21 @@ class _Run:
             resuming.check(plan, self.out, self.recipe, fingerprint, self.source.spec, self._examples)
         self.progress.load_state_dict(plan)
         self.left_out.load_state_dict(plan.get("left_out", {}))
+        self.earlier = plan.get("earlier", self.earlier)  # a run is resumed without the pack that it started from
         self.optimizer.load_state_dict(tensors)
         self.saved_step = self.progress.step
 
     def _leave_pack(self, *, together: bool) -> None:
         if self.recipe.stages[-1].ema > 0:
             self.optimizer.use_average()  # the returned and saved model has the averaged weights
-        facts = outputs.pack_facts(self.recipe, self.progress, self.source, self.data_licence)
+        facts = outputs.pack_facts(
+            self.recipe,
+            self.progress,
+            self.source,
+            self.data_licence,
+            teachers=self.model.teachers,
+            earlier=self.earlier,
+        )
         pack = self.out / "pack"
         self.model = outputs.write_pack(pack, self.model, facts, self.sharding, self.processes, together=together)
         self.sharding = None

@@ -89,7 +89,8 @@ def verdict(result: dict[str, Any]) -> str:
 class Evaluate(Verb):
     """Score a model with a suite, and record settings, seeds and versions.
 
-    The pack's record says which data it was trained on; training pictures are never scored as held out.
+    The pack's record says which data it was trained on, also before `train --from`; training pictures are never scored as
+    held out.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -98,7 +99,7 @@ class Evaluate(Verb):
     """Name of the suite."""
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE...")] = ()
     """Settings of the suite, such as source=emoji:128 max_drawn=64 features=false. Without a source the suite uses the
-    data that the pack was trained on, if recorded."""
+    data of the pack's last training run, if recorded."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
     """Also write the result to this JSON file."""
     record: bool = False
@@ -111,7 +112,7 @@ class Evaluate(Verb):
     def run(self, people: Console) -> Answer:
         from xfusion import checkpoint
         from xfusion.evaluation.run import check, evaluate
-        from xfusion.evaluation.unseen import trained_on
+        from xfusion.evaluation.unseen import recorded_data
 
         folder = _to_record_in(self.model) if self.record else None
         settings = dict(read_setting(text) for text in self.set)
@@ -119,7 +120,7 @@ class Evaluate(Verb):
         check(self.suite, settings)  # before a model is loaded
         model = load_model(self.model, device=self.device, trust=self.trust)
         configs = [checkpoint.read_config(checkpoint.find(pack_folder(name))) for name in parts(self.model)]
-        known = [spec for config in configs if (spec := trained_on(config)) is not None]
+        known = [data for config in configs for data in recorded_data(config)]
         with progress(people) as tell:
             result = evaluate(model, self.suite, out=self.out, progress=tell, trained_on=known, **settings)
         if folder:

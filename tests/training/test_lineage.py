@@ -1,0 +1,149 @@
+"""A pack that started from another one knows what all of its runs were trained on, and none of it is scored as held out."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from contracts.table import Noise, make_model
+from training.runs import StopAt, recipe, train
+
+import xfusion
+from xfusion.apps import cli
+from xfusion.card import data_licences, run_summary, training_runs
+from xfusion.data.mixture import MixtureConfig
+from xfusion.data.sequence import XFusionError
+from xfusion.evaluation.run import evaluate
+from xfusion.evaluation.unseen import TrainingData, recorded_data
+from xfusion.training.loop import Interrupted
+
+QUICK = {"max_drawn": 1, "max_captioned": 1, "steps": 1, "features": False}
+FOLDERS = {"photos": range(6), "cards": range(6, 10), "signs": range(10, 15)}
+"""Folders of pictures by name, and which of the noise pictures each has."""
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    noise = Noise(16)
+    for folder, numbers in FOLDERS.items():
+        write(tmp_path / folder, numbers, noise)
+
+
+def write(folder, numbers, noise=None):
+    folder.mkdir(parents=True)
+    noise = noise or Noise(max(numbers) + 1)
+    for i in numbers:
+        noise.picture(i, 32).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(noise.examples[i].captions[0].strip())
+
+
+def run(base, out, data, *, start=None, licence=None, **settings):
+    small = recipe(base, steps=1, rate=0.0, mixture=MixtureConfig(draw=2, caption=2, pack=1))
+    settings = {"from_pack": start and f"{start}/pack", "data": data, "source": None} | settings
+    if licence is not None:
+        small, settings["data"] = replace(small, data=data, data_licence=licence), None
+    return train(base, out, recipe_=small, **settings)
+
+
+def config_of(name):
+    return json.loads(open(f"{name}/pack/config.json").read())
+
+
+@pytest.fixture
+def chain(bases, tmp_path):
+    """Three runs, each from the pack of the one before."""
+    base = bases["llama"]
+    run(base, tmp_path / "one", "photos", licence="MIT")
+    run(base, tmp_path / "two", "cards", start="one", licence="CC-BY-4.0")
+    run(base, tmp_path / "three", "signs", start="two", licence="CC-BY-4.0")
+    return base
+
+
+def test_a_pack_records_the_data_of_all_runs_of_its_chain(chain, tmp_path, capsys):
+    one, two, three = (config_of(name)["training"] for name in ("one", "two", "three"))
+    assert "earlier" not in one and one["data"] == "photos"
+    assert two["earlier"] == [one] and two["data"] == "cards" and two["steps"] == 1
+    first = {key: value for key, value in two.items() if key != "earlier"}
+    assert three["earlier"] == [one, first] and three["data"] == "signs"
+    runs = training_runs(config_of("three"))
+    assert [run["data"] for run in runs] == ["photos", "cards", "signs"] and "earlier" not in runs[-1]
+    assert [data.spec for data in recorded_data(config_of("three"))] == ["photos", "cards", "signs"]
+    assert [data.latest for data in recorded_data(config_of("three"))] == [False, False, True]
+    card = (tmp_path / "three" / "pack" / "README.md").read_text()
+    for part in ("| earlier run 1 | photos, 6 examples, 1 steps |", "| earlier run 2 | cards, 4 examples, 1 steps |",
+                 "| data | signs |", "| data | photos: MIT; cards: CC-BY-4.0; signs: CC-BY-4.0 |"):  # fmt: skip
+        assert part in card, part
+    capsys.readouterr()
+    assert cli.main(["show", "three", "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["training"] == three
+    assert json.loads(shown.out)["licences"]["data"] == "photos: MIT; cards: CC-BY-4.0; signs: CC-BY-4.0"
+    lines = [" ".join(line.split()) for line in shown.err.splitlines()]
+    start = lines.index("trained on photos, 6 examples, 1 steps")
+    assert lines[start + 1 : start + 3] == ["cards, 4 examples, 1 steps", "signs, 5 examples, 1 steps"]
+
+
+@pytest.mark.parametrize("data", ["photos", "cards"])
+def test_what_an_earlier_run_was_trained_on_is_not_held_out(chain, capsys, data):
+    call = [
+        "evaluate",
+        "three",
+        "--set",
+        f"held={data}",
+        *(f"{name}={json.dumps(value)}" for name, value in QUICK.items()),
+    ]
+    assert cli.main(call) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert f"{data}: {len(FOLDERS[data])} of {len(FOLDERS[data])} held-out examples " in told
+    assert f" trained on in {data}" in told
+
+
+def test_the_last_run_is_the_source_and_lost_data_are_noted(chain, tmp_path):
+    write(tmp_path / "others", range(20, 23))
+    model = xfusion.load("three", backbone=chain)
+    known = recorded_data(config_of("three"))
+    settings = evaluate(model, trained_on=known, held="others", **QUICK)["settings"]
+    assert settings["data"] == "signs" and settings["num_held"] == 3
+    assert settings["trained_on"].startswith("photos and cards and signs")
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    settings = evaluate(model, trained_on=known, held="others", **QUICK)["settings"]
+    assert "where nobody could look for what is held out: photos" in settings["trained_on"]
+    with pytest.raises(XFusionError, match="are trained on in cards"):
+        evaluate(model, trained_on=known, held="cards", **QUICK)
+
+
+def test_a_resumed_run_keeps_what_it_started_from(chain, tmp_path):
+    """It is resumed without naming the pack again."""
+    with pytest.raises(Interrupted):
+        run(chain, tmp_path / "four", "photos", start="three", steps=3, listener=StopAt(0))
+    run(chain, tmp_path / "four", "photos", steps=3, resume=True)
+    assert [run["data"] for run in training_runs(config_of("four"))] == ["photos", "cards", "signs", "photos"]
+
+
+def test_a_pack_without_a_record_leaves_a_run_of_unknown_data(bases, tmp_path):
+    base = bases["llama"]
+    make_model(base).save_pretrained(tmp_path / "bare" / "pack")
+    run(base, tmp_path / "adapted", "photos", start="bare")
+    assert config_of("adapted")["training"]["earlier"] == [{}]
+    assert "| earlier run 1 | data not recorded |" in (tmp_path / "adapted" / "pack" / "README.md").read_text()
+    known = recorded_data(config_of("adapted"))
+    assert known == [TrainingData(None), TrainingData("photos")]
+    model = xfusion.load("adapted", backbone=base)
+    settings = evaluate(model, trained_on=known, held="cards", **QUICK)["settings"]
+    assert settings["trained_on"].endswith("; a further run recorded no data")
+
+
+def test_packs_of_before_are_read_as_one_run():
+    emoji = {"training": {"data": "emoji", "steps": 11100, "pictures": 1746, "runs": [{"command": "xfusion train"}]}}
+    assert training_runs(emoji) == [emoji["training"]] and recorded_data(emoji) == [TrainingData("emoji")]
+    assert run_summary(emoji["training"]) == "emoji, 1,746 examples, 11,100 steps"
+    assert training_runs({}) == [{}] and run_summary({}) == "data not recorded" and data_licences({}) == "not recorded"
+    assert recorded_data({"recipe": {"data": "emoji"}, "training": {"steps": 3}}) == [TrainingData("emoji")]
+    assert data_licences({"training": {"data": "emoji", "data_licence": "CC0"}}) == "CC0"
+
+
+def test_encoders_that_taught_an_earlier_run_are_teachers(bases, tmp_path):
+    model = make_model(bases["llama"])
+    earlier = [{"data": "photos", "teachers": ["org/clip@1f3a"]}]
+    model.save_pretrained(tmp_path / "pack", training={"data": "cards", "earlier": earlier})
+    assert xfusion.load(tmp_path / "pack", backbone=bases["llama"]).teachers == {"org/clip@1f3a"}
