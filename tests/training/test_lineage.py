@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from contracts.table import Noise, make_model
 from training.runs import StopAt, recipe, train
 
@@ -13,7 +14,8 @@ from xfusion.card import data_licences, run_summary, training_runs
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.sequence import XFusionError
 from xfusion.evaluation.run import evaluate
-from xfusion.evaluation.unseen import TrainingData, recorded_data
+from xfusion.evaluation.unseen import TrainingData, data_of, recorded_data
+from xfusion.together import together
 from xfusion.training.loop import Interrupted
 
 QUICK = {"max_drawn": 1, "max_captioned": 1, "steps": 1, "features": False}
@@ -101,15 +103,50 @@ def test_what_an_earlier_run_was_trained_on_is_not_held_out(chain, capsys, data)
 def test_the_last_run_is_the_source_and_lost_data_are_noted(chain, tmp_path):
     write(tmp_path / "others", range(20, 23))
     model = xfusion.load("three", backbone=chain)
-    known = recorded_data(config_of("three"))
-    settings = evaluate(model, trained_on=known, held="others", **QUICK)["settings"]
+    settings = evaluate(model, held="others", **QUICK)["settings"]
     assert settings["data"] == "signs" and settings["num_held"] == 3
     assert settings["trained_on"].startswith("photos and cards and signs")
     (tmp_path / "photos").rename(tmp_path / "moved")
-    settings = evaluate(model, trained_on=known, held="others", **QUICK)["settings"]
+    settings = evaluate(model, held="others", **QUICK)["settings"]
     assert "where nobody could look for what is held out: photos" in settings["trained_on"]
     with pytest.raises(XFusionError, match="are trained on in cards"):
-        evaluate(model, trained_on=known, held="cards", **QUICK)
+        evaluate(model, held="cards", **QUICK)
+
+
+def test_a_model_knows_from_its_record_what_it_was_trained_on(chain, tmp_path):
+    """Without being told, loaded or just trained; what is told goes before the record."""
+    model = xfusion.load("three", backbone=chain)
+    for held in ("photos", "cards", "signs"):
+        with pytest.raises(XFusionError, match=rf"{held}: .* held-out examples .* trained on in {held}"):
+            evaluate(model, held=held, **QUICK)
+    trained = run(chain, tmp_path / "four", "signs", start="one")
+    assert [data.spec for data in data_of(trained)] == ["photos", "signs"]
+    with pytest.raises(XFusionError, match="photos: .* held-out examples .* trained on in photos"):
+        evaluate(trained, held="photos", **QUICK)
+    told = evaluate(model, trained_on=["signs"], held="photos", **QUICK)["settings"]
+    assert (told["trained_on"], told["held"], told["num_held"]) == ("signs", "photos", 6)
+
+
+def test_a_model_without_a_record_is_scored_and_the_result_says_so(chain):
+    fresh = make_model(chain)
+    unknown = "not recorded: nobody could look for what is held out"
+    assert data_of(fresh) == [TrainingData(None)]
+    assert evaluate(fresh, source="photos", held="cards", **QUICK)["settings"]["trained_on"] == unknown
+    model = xfusion.load("one", backbone=chain)
+    assert data_of(model) == [TrainingData("photos")]
+    with torch.no_grad():
+        next(model.new_parameters()).mul_(2)
+    assert data_of(model) == [TrainingData("photos"), TrainingData(None)]
+    assert evaluate(model, held="cards", **QUICK)["settings"]["trained_on"].endswith(
+        "on further data that nobody recorded"
+    )
+
+
+def test_packs_together_were_trained_on_the_data_of_all(chain):
+    one, three = (xfusion.load(name, backbone=chain) for name in ("one", "three"))
+    assert [data.spec for data in data_of(together(one, three))] == ["photos", "photos", "cards", "signs"]
+    with pytest.raises(XFusionError, match="these packs were trained on photos and signs: name one of them as source"):
+        evaluate(together(one, three), held="cards", **QUICK)
 
 
 def test_a_resumed_run_keeps_what_it_started_from(chain, tmp_path):
@@ -129,8 +166,8 @@ def test_a_pack_without_a_record_leaves_a_run_of_unknown_data(bases, tmp_path):
     known = recorded_data(config_of("adapted"))
     assert known == [TrainingData(None), TrainingData("photos")]
     model = xfusion.load("adapted", backbone=base)
-    settings = evaluate(model, trained_on=known, held="cards", **QUICK)["settings"]
-    assert settings["trained_on"].endswith("; a further run recorded no data")
+    settings = evaluate(model, held="cards", **QUICK)["settings"]
+    assert settings["trained_on"].endswith("; and on further data that nobody recorded")
 
 
 def test_packs_of_before_are_read_as_one_run():

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from xfusion.data.sequence import XFusionError
 from xfusion.evaluation import suites
 from xfusion.evaluation.machine import commit, machine
-from xfusion.evaluation.unseen import TrainingData, checked
+from xfusion.evaluation.unseen import TrainingData, checked, data_of
 from xfusion.storage import write_json
 
 Progress = Callable[[str, int, int], None]
@@ -35,7 +35,7 @@ def evaluate(
     *,
     out: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
-    trained_on: Sequence[str | TrainingData] = (),
+    trained_on: Sequence[str | TrainingData] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Score `model` with a suite.
@@ -45,8 +45,9 @@ def evaluate(
         suite: a name from `suite_names()`.
         out: a JSON file to write the result to, with the commit and the machine; it is written atomically.
         progress: called with the progress of each part.
-        trained_on: the model's training data, as specs or as `xfusion.evaluation.unseen.recorded_data` of its pack gives them.
-            Those of the last run are the default ``source`` of the suite, and no example of any is scored as held out.
+        trained_on: specs of the model's training data, the default ``source`` of the suite; none of their examples is scored as
+            held out. None uses what the model's pack records of all its runs; a model without a record is not checked, and the
+            result says so.
         settings: keyword arguments of the suite's ``run``, e.g. ``source="emoji:128"``.
 
     Returns:
@@ -57,7 +58,8 @@ def evaluate(
             suite scores.
     """
     run = check(suite, settings)
-    trained = [TrainingData(data) if isinstance(data, str) else data for data in trained_on]
+    known = data_of(model) if trained_on is None else trained_on
+    trained = [TrainingData(data) if isinstance(data, str) else data for data in known]
     settings, noted = checked(settings, inspect.signature(run).parameters, trained)
     started = time.perf_counter()
     result = run(model, progress=progress or silent, **settings)

@@ -7,8 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from xfusion.card import training_runs
+from xfusion.checkpoint import has_recorded_weights
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import Source, open_source
+from xfusion.together import Together
+
+NOT_RECORDED = "not recorded: nobody could look for what is held out"
+"""What a result says of a model without a record of its training data."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,21 @@ def recorded_data(facts: Mapping[str, Any]) -> list[TrainingData]:
     runs = training_runs(facts)
     specs = (run["data"] if isinstance(run.get("data"), str) else None for run in runs)
     return [TrainingData(spec, latest=number == len(runs)) for number, spec in enumerate(specs, start=1)]
+
+
+def data_of(model: Any) -> list[TrainingData]:
+    """The data that a model was trained on, as the record that it carries says; of several packs together, those of all.
+
+    A model without a record, such as a fresh one, or one whose weights have changed since, has a run of unknown data.
+    """
+    packs: Iterable[Any] = model.members.values() if isinstance(model, Together) else [model]
+    return [data for pack in packs for data in _data_of_pack(pack)]
+
+
+def _data_of_pack(model: Any) -> list[TrainingData]:
+    record = getattr(model, "recorded", None)
+    known = [] if record is None else recorded_data(record.facts)
+    return known if record is not None and has_recorded_weights(model) else [*known, TrainingData(None, latest=False)]
 
 
 def held_split(source: Source) -> Source | None:
@@ -96,8 +116,10 @@ def checked(
             be opened.
     """
     source, known = settings.get("source"), list(dict.fromkeys(data for data in trained if data.spec is not None))
-    if not {"source", "held"} <= set(takes) or not known:
+    if not {"source", "held"} <= set(takes):
         return dict(settings), {}
+    if not known:
+        return dict(settings), {"trained_on": NOT_RECORDED}
     latest = list(dict.fromkeys(data.spec for data in trained if data.latest and data.spec is not None))
     if source is None and len(latest) > 1:
         raise XFusionError(f"these packs were trained on {' and '.join(latest)}: name one of them as source")
@@ -126,5 +148,5 @@ def checked(
     if lost:
         noted += f", where nobody could look for what is held out: {'; '.join(lost)}"
     if any(data.spec is None for data in trained):
-        noted += "; a further run recorded no data"
+        noted += "; and on further data that nobody recorded"
     return {**settings, "source": source} | ({} if held is None else {"held": held}), {"trained_on": noted}

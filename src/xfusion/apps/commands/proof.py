@@ -17,7 +17,6 @@ from xfusion.apps.commands.base import (
     choose_device,
     load_model,
     pack_folder,
-    parts,
     progress,
     table,
 )
@@ -112,17 +111,14 @@ class Evaluate(Verb):
     def run(self, people: Console) -> Answer:
         from xfusion import checkpoint
         from xfusion.evaluation.run import check, evaluate
-        from xfusion.evaluation.unseen import recorded_data
 
         folder = _to_record_in(self.model) if self.record else None
         settings = dict(read_setting(text) for text in self.set)
         choose_device(self.device)
         check(self.suite, settings)  # before a model is loaded
         model = load_model(self.model, device=self.device, trust=self.trust)
-        configs = [checkpoint.read_config(checkpoint.find(pack_folder(name))) for name in parts(self.model)]
-        known = [data for config in configs for data in recorded_data(config)]
         with progress(people) as tell:
-            result = evaluate(model, self.suite, out=self.out, progress=tell, trained_on=known, **settings)
+            result = evaluate(model, self.suite, out=self.out, progress=tell, **settings)
         if folder:
             checkpoint.add_facts(folder, model, scores={k: v for k, v in result.items() if k != "curves"})
         told = {k: v for k, v in result.items() if k not in ("settings", "curves")}
