@@ -1,6 +1,7 @@
 """A pack that started from another one knows what all of its runs were trained on, and none of it is scored as held out."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from xfusion.apps import cli
 from xfusion.card import data_licences, run_summary, training_runs
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.sequence import XFusionError
+from xfusion.data.sources import content_fingerprint, open_source
 from xfusion.evaluation.run import evaluate
 from xfusion.evaluation.unseen import TrainingData, data_of, recorded_data
 from xfusion.together import together
@@ -133,10 +135,10 @@ def test_a_model_without_a_record_is_scored_and_the_result_says_so(chain):
     assert data_of(fresh) == [TrainingData(None)]
     assert evaluate(fresh, source="photos", held="cards", **QUICK)["settings"]["trained_on"] == unknown
     model = xfusion.load("one", backbone=chain)
-    assert data_of(model) == [TrainingData("photos")]
+    assert [data.spec for data in data_of(model)] == ["photos"]
     with torch.no_grad():
         next(model.new_parameters()).mul_(2)
-    assert data_of(model) == [TrainingData("photos"), TrainingData(None)]
+    assert [data.spec for data in data_of(model)] == ["photos", None]
     assert evaluate(model, held="cards", **QUICK)["settings"]["trained_on"].endswith(
         "on further data that nobody recorded"
     )
@@ -163,8 +165,7 @@ def test_a_pack_without_a_record_leaves_a_run_of_unknown_data(bases, tmp_path):
     run(base, tmp_path / "adapted", "photos", start="bare")
     assert config_of("adapted")["training"]["earlier"] == [{}]
     assert "| earlier run 1 | data not recorded |" in (tmp_path / "adapted" / "pack" / "README.md").read_text()
-    known = recorded_data(config_of("adapted"))
-    assert known == [TrainingData(None), TrainingData("photos")]
+    assert [data.spec for data in recorded_data(config_of("adapted"))] == [None, "photos"]
     model = xfusion.load("adapted", backbone=base)
     settings = evaluate(model, held="cards", **QUICK)["settings"]
     assert settings["trained_on"].endswith("; and on further data that nobody recorded")
@@ -184,3 +185,71 @@ def test_encoders_that_taught_an_earlier_run_are_teachers(bases, tmp_path):
     earlier = [{"data": "photos", "teachers": ["org/clip@1f3a"]}]
     model.save_pretrained(tmp_path / "pack", training={"data": "cards", "earlier": earlier})
     assert xfusion.load(tmp_path / "pack", backbone=bases["llama"]).teachers == {"org/clip@1f3a"}
+
+
+# ----------------------------------------------------------------------------------------- which data of the same name
+
+
+@pytest.fixture
+def elsewhere(bases, tmp_path):
+    """A run on a folder named ``photos`` of another place; a folder of that name and of other pictures is here."""
+    write(tmp_path / "disk" / "photos", range(20, 25))
+    write(tmp_path / "others", range(30, 33))
+    run(bases["llama"], tmp_path / "run", str(tmp_path / "disk" / "photos"))
+    return xfusion.load("run", backbone=bases["llama"]), tmp_path / "disk" / "photos"
+
+
+def test_data_are_recognised_by_content_wherever_they_are(elsewhere, bases, tmp_path):
+    model, photos = elsewhere
+    text = json.dumps(config_of("run")).replace(bases["llama"].source, "")
+    assert str(tmp_path) not in text and config_of("run")["training"]["data"] == "photos"
+    assert config_of("run")["training"]["data_fingerprint"] == content_fingerprint(open_source(photos))
+    with pytest.raises(
+        XFusionError,
+        match="^photos is not what the pack was trained on: its content is [0-9a-f]+, the pack recorded [0-9a-f]+; name",
+    ):
+        evaluate(model, **QUICK)
+    settings = evaluate(model, source=str(photos), held="photos", **QUICK)[
+        "settings"
+    ]  # other pictures of the same name
+    assert (settings["trained_on"], settings["held"], settings["num_held"]) == ("photos", "photos", 6)
+    with pytest.raises(XFusionError, match="5 of 5 held-out examples are trained on in"):
+        evaluate(model, source=str(photos), held=str(photos), **QUICK)
+    photos.rename(tmp_path / "moved")
+    assert evaluate(model, source="moved", held="photos", **QUICK)["settings"]["trained_on"] == "photos"
+
+
+def test_data_that_only_have_the_name_may_be_those_of_the_training(elsewhere, tmp_path):
+    """Such as when pictures were added: what is in them is not scored as held out, and the result says what is not certain."""
+    model, photos = elsewhere
+    settings = evaluate(model, source="cards", held="others", **QUICK)["settings"]
+    assert settings["trained_on"].startswith("photos; perhaps other data of that name: photos: its content is ")
+    with pytest.raises(
+        XFusionError,
+        match=r"^photos: 6 of 6 held-out examples may be trained on in photos \(its content is .*\), such as .*: name others",
+    ):
+        evaluate(model, source="cards", held="photos", **QUICK)
+    shutil.rmtree("photos")
+    shutil.copytree(photos, "photos")
+    assert evaluate(model, held="others", **QUICK)["settings"]["trained_on"] == "photos"
+
+
+def test_examples_that_training_left_out_make_no_other_data(bases, tmp_path):
+    """Damage is found only by decoding, which training did."""
+    write(tmp_path / "some", range(20, 25))
+    broken = tmp_path / "some" / "23.png"
+    broken.write_bytes(broken.read_bytes()[:-30])
+    run(bases["llama"], tmp_path / "run", "some", allow_bad=0.3)
+    model = xfusion.load("run", backbone=bases["llama"])
+    assert config_of("run")["training"]["pictures"] == 4
+    settings = evaluate(model, source="cards", held="signs", **QUICK)["settings"]
+    assert settings["trained_on"] == "some" and settings["num_held"] == 5
+
+
+def test_a_folder_named_as_the_built_in_set_is_not_taken_for_it(bases, tmp_path):
+    write(tmp_path / "disk" / "emoji", range(20, 25))
+    run(bases["llama"], tmp_path / "run", str(tmp_path / "disk" / "emoji"))
+    model = xfusion.load("run", backbone=bases["llama"])
+    assert [data.spec for data in data_of(model)] == ["emoji"]
+    with pytest.raises(XFusionError, match="^emoji is not what the pack was trained on"):
+        evaluate(model, **QUICK)

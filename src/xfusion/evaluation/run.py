@@ -60,7 +60,8 @@ def evaluate(
     run = check(suite, settings)
     known = data_of(model) if trained_on is None else trained_on
     trained = [TrainingData(data) if isinstance(data, str) else data for data in known]
-    settings, noted = checked(settings, inspect.signature(run).parameters, trained)
+    special_tokens = getattr(getattr(model, "backbone", None), "special_tokens", ())
+    settings, noted = checked(settings, inspect.signature(run).parameters, trained, special_tokens)
     started = time.perf_counter()
     result = run(model, progress=progress or silent, **settings)
     result["settings"] = {

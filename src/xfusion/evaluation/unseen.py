@@ -9,7 +9,7 @@ from typing import Any
 from xfusion.card import training_runs
 from xfusion.checkpoint import has_recorded_weights
 from xfusion.data.sequence import XFusionError
-from xfusion.data.sources import Source, open_source
+from xfusion.data.sources import Source, content_fingerprint, open_source
 from xfusion.together import Together
 
 NOT_RECORDED = "not recorded: nobody could look for what is held out"
@@ -21,16 +21,23 @@ class TrainingData:
     """Data that a model was trained on."""
 
     spec: str | None
-    """Spec of the data; None for a run whose data are not recorded."""
-    latest: bool = field(default=True, compare=False)
+    """Spec of the data; None for a run whose data are not recorded. A pack has it without the folders of the machine that it
+    was trained on, so other data may have the same spec."""
+    fingerprint: str | None = None
+    """`xfusion.data.sources.content_fingerprint` of the data, which tells them from others; None if it is not recorded."""
+    from_pack: bool = field(default=False, compare=False, kw_only=True)
+    """Whether the spec was read from a pack, so that without a fingerprint only its name is known."""
+    latest: bool = field(default=True, compare=False, kw_only=True)
     """Whether they are of a pack's last run: then they are the default source of a suite."""
 
 
 def recorded_data(facts: Mapping[str, Any]) -> list[TrainingData]:
     """The data of all training runs behind a pack, the first run first, as recorded in its config."""
-    runs = training_runs(facts)
-    specs = (run["data"] if isinstance(run.get("data"), str) else None for run in runs)
-    return [TrainingData(spec, latest=number == len(runs)) for number, spec in enumerate(specs, start=1)]
+    runs, data = training_runs(facts), list[TrainingData]()
+    for number, run in enumerate(runs, start=1):
+        spec, known = (run[key] if isinstance(run.get(key), str) else None for key in ("data", "data_fingerprint"))
+        data.append(TrainingData(spec, known, from_pack=spec is not None, latest=number == len(runs)))
+    return data
 
 
 def data_of(model: Any) -> list[TrainingData]:
@@ -82,8 +89,13 @@ def held_out(held: Source | str | None, trained: Source) -> Source | None:
     return held
 
 
-def refuse_trained(held: Source, trained: Iterable[Source]) -> None:
+def refuse_trained(held: Source, trained: Iterable[Source], *, doubt: str = "") -> None:
     """Refuse held-out examples whose groups were trained on.
+
+    Args:
+        held: the held-out examples.
+        trained: the training data.
+        doubt: why the training data may have been others of the same name; empty if it is certain that they are these.
 
     Raises:
         XFusionError: there are such examples.
@@ -92,14 +104,19 @@ def refuse_trained(held: Source, trained: Iterable[Source]) -> None:
         groups = {example.group for example in source.examples}
         known = [example.origin for example in held.examples if example.group in groups]
         if known:
+            are = f"may be trained on in {source.spec} ({doubt})" if doubt else f"are trained on in {source.spec}"
+            todo = "name the data of the training as source" if doubt else "train anew on data that hold them out"
             raise XFusionError(
-                f"{held.spec}: {len(known)} of {len(held.examples)} held-out examples are trained on in {source.spec}, such as"
-                f" {known[0]}: name others, or train anew on data that hold them out"
+                f"{held.spec}: {len(known)} of {len(held.examples)} held-out examples {are}, such as {known[0]}: name others, or"
+                f" {todo}"
             )
 
 
 def checked(
-    settings: Mapping[str, Any], takes: Collection[str], trained: Sequence[TrainingData]
+    settings: Mapping[str, Any],
+    takes: Collection[str],
+    trained: Sequence[TrainingData],
+    special_tokens: tuple[str, ...] = (),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Settings of a suite that scores trained and held-out examples, for a model whose training data are recorded.
 
@@ -107,46 +124,85 @@ def checked(
         settings: as given by the user; the default ``source`` is the recorded data of the last run.
         takes: names of the suite's settings; a suite without held-out data is left alone.
         trained: the training data, of all runs.
+        special_tokens: as for `open_source`.
 
     Returns:
         the settings with opened sources, and facts to record about them.
 
     Raises:
-        XFusionError: held-out examples were trained on; or there is no ``source``, and the recorded data are several or cannot
-            be opened.
+        XFusionError: held-out examples were trained on; or there is no ``source``, and the recorded data are several, cannot be
+            opened, or are others here.
     """
-    source, known = settings.get("source"), list(dict.fromkeys(data for data in trained if data.spec is not None))
     if not {"source", "held"} <= set(takes):
         return dict(settings), {}
+    known = list(dict.fromkeys(data for data in trained if data.spec is not None))
     if not known:
         return dict(settings), {"trained_on": NOT_RECORDED}
-    latest = list(dict.fromkeys(data.spec for data in trained if data.latest and data.spec is not None))
+    source: Any = settings.get("source")
+    latest = list(dict.fromkeys(data for data in trained if data.spec is not None and data.latest))
     if source is None and len(latest) > 1:
-        raise XFusionError(f"these packs were trained on {' and '.join(latest)}: name one of them as source")
+        specs = " and ".join(str(data.spec) for data in latest)
+        raise XFusionError(f"these packs were trained on {specs}: name one of them as source")
     if source is None and not latest:
         raise XFusionError(
             f"the pack was first trained on {known[0].spec}, but the data of its last run are not recorded: name a source"
         )
-    opened, lost = dict[str, Source](), list[str]()
-    for data in known:
-        try:  # leave out what training left out; pictures that are not used need no decoding
-            decode = source is None and data.spec in latest
-            opened[str(data.spec)] = open_source(str(data.spec), allow_bad=0.99, decode=decode)
-        except XFusionError as error:
-            lost.append(str(error))
-            if source is None and data.spec in latest:
-                message = f"{error}; the pack was trained on {data.spec}: name that as source, where it stands now"
-                raise XFusionError(message) from error
-    if source is None:
-        source = opened[latest[0]]
-    elif isinstance(source, str):
+    if isinstance(source, str):
         source = open_source(source, split="train")
+    named = None if source is None else content_fingerprint(source)
+    opened, lost, doubts = list[tuple[Source, str]](), list[str](), list[str]()
+    for data in known:
+        if data.fingerprint is not None and data.fingerprint == named:
+            continue  # the named source is this data, wherever it is now
+        is_source = source is None and data in latest
+        try:
+            found, doubt = _open(data, decode=is_source, special_tokens=special_tokens)
+        except XFusionError as error:
+            if is_source:
+                raise XFusionError(
+                    f"{error}; the pack was trained on {data.spec}: name that as source, where it stands now"
+                ) from error
+            lost.append(str(error))
+            continue
+        if is_source and doubt and data.fingerprint is not None:
+            raise XFusionError(
+                f"{data.spec} is not what the pack was trained on: {doubt}; name the data of its training as source, where they"
+                " stand now"
+            )
+        source = found if is_source else source
+        opened.append((found, doubt))
+        doubts += [f"{data.spec}: {doubt}"] if doubt else []
     held = held_out(settings.get("held"), source)
-    if held is not None:
-        refuse_trained(held, opened.values())
-    noted = " and ".join(str(data.spec) for data in known)
+    for trained_source, doubt in opened if held is not None else ():
+        refuse_trained(held, [trained_source], doubt=doubt)
+    noted = " and ".join(dict.fromkeys(str(data.spec) for data in known))
     if lost:
         noted += f", where nobody could look for what is held out: {'; '.join(lost)}"
+    if doubts:
+        noted += f"; perhaps other data of that name: {'; '.join(doubts)}"
     if any(data.spec is None for data in trained):
         noted += "; and on further data that nobody recorded"
     return {**settings, "source": source} | ({} if held is None else {"held": held}), {"trained_on": noted}
+
+
+def _open(data: TrainingData, *, decode: bool, special_tokens: tuple[str, ...]) -> tuple[Source, str]:
+    """The source that the spec of training data names here, and why it may be another one; empty if it is certainly not.
+
+    Pictures that are not used need no decoding, unless the content differs: training left out those that it could not decode.
+
+    Raises:
+        XFusionError: it cannot be opened.
+    """
+
+    def opened(*, decode: bool) -> Source:
+        """What training left out is left out."""
+        return open_source(str(data.spec), allow_bad=0.99, decode=decode, special_tokens=special_tokens)
+
+    source = opened(decode=decode)
+    if data.fingerprint is None:
+        return source, "the pack records its name alone" if data.from_pack else ""
+    if not decode and content_fingerprint(source) != data.fingerprint:
+        source = opened(decode=True)
+    content = content_fingerprint(source)
+    same = content == data.fingerprint
+    return source, "" if same else f"its content is {content[:16]}, the pack recorded {data.fingerprint[:16]}"

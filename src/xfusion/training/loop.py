@@ -537,6 +537,7 @@ class _Run:
             self.progress,
             self.source,
             self.data_licence,
+            data_fingerprint=self._examples[-1],
             teachers=self.model.teachers,
             earlier=self.earlier,
         )

@@ -37,6 +37,7 @@ def pack_facts(
     source: Source,
     data_licence: str,
     *,
+    data_fingerprint: str,
     teachers: Collection[str] = (),
     earlier: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
@@ -47,6 +48,8 @@ def pack_facts(
         progress: how long.
         source: on what.
         data_licence: licence of the data.
+        data_fingerprint: `xfusion.data.sources.content_fingerprint` of the source; a pack has no folders of this machine, so its
+            spec alone may name other data elsewhere.
         teachers: fingerprints of the encoders that it learned from.
         earlier: `xfusion.card.training_runs` of the pack that the run started from.
     """
@@ -55,6 +58,7 @@ def pack_facts(
         "samples": progress.samples,
         "seconds": round(progress.seconds, 1),
         "data": source.spec,
+        "data_fingerprint": data_fingerprint,
         "data_licence": data_licence,
         "pictures": len(source.examples),
         "averaged": recipe.stages[-1].ema > 0,

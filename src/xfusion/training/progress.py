@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from xfusion.data.sources import Source
+from xfusion.data.sources import Source, content_fingerprint
 from xfusion.training.stages import Stage
 
 LATEST_PLAN = 0.75
@@ -123,8 +122,7 @@ class Progress:
 
 def all_examples(source: Source) -> list[Any]:
     """The number of examples, a hash of their ids (the order of a run depends on all of them), and a hash of their content."""
-    which, held = hashlib.sha256(), hashlib.sha256()
+    which = hashlib.sha256()
     for number, e in enumerate(source.examples):
         which.update(("\n" * bool(number) + e.id).encode(errors="surrogatepass"))
-        held.update(json.dumps([e.id, e.group, e.captions, e.question, e.content]).encode())
-    return [len(source.examples), which.hexdigest(), held.hexdigest()]
+    return [len(source.examples), which.hexdigest(), content_fingerprint(source)]
