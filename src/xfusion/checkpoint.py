@@ -283,10 +283,25 @@ def add_opening(folder: Path, model: Model, head: Opening, out: Path, **facts: A
         shutil.copyfile(folder / WEIGHTS, folder_so_far / WEIGHTS)
         config |= {"format_version": FORMAT_VERSION, "weights_sha256": file_hash(folder_so_far / WEIGHTS)}
         config |= _write_opening(head, folder_so_far) | {"opening": facts}
+        config["base_function"] = _whole_function(config, model.backbone)
         _describe(folder_so_far, config, model)
     if head is model.opening:
         model.recorded = Record.of(config, model, state)
     return out
+
+
+def _whole_function(config: dict[str, Any], base: Backbone) -> dict[str, Any]:
+    """What a pack records about its base's function, with what packs of older versions lack. What is recorded stays.
+
+    Raises:
+        XFusionError: the base is another one.
+    """
+    if base.fingerprint != config["base"]["fingerprint"]:
+        raise XFusionError(
+            f"the pack belongs to the base {config['base']['fingerprint'][:16]}, the model stands on {base.fingerprint[:16]}:"
+            " load it on its own base"
+        )
+    return base.function | config.get("base_function", {})
 
 
 def _describe(folder: Path, config: dict[str, Any], model: Model) -> None:
@@ -404,8 +419,10 @@ def add_facts(
 ) -> None:
     """Record ``scores`` or a ``proof`` in a pack that has a folder of its own, and rewrite its card.
 
+    A pack of an older version also gets what it does not record of its base's function; without scores and proof, only this.
+
     Raises:
-        XFusionError: the model is not the pack's, or the folder also contains other files.
+        XFusionError: the model or its base is not the pack's, or the folder also contains other files.
     """
     config, state = _own_pack(folder, model)
     refuse_other_files(folder)
@@ -414,6 +431,7 @@ def add_facts(
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, folder_so_far / name)
         config |= {name: found for name, found in (("scores", scores), ("proof", proof)) if found is not None}
+        config["base_function"] = _whole_function(config, model.backbone)
         _describe(folder_so_far, config, model)
     model.recorded = Record.of(config, model, state)
 

@@ -54,6 +54,9 @@ FUNCTION = (
     "norm_topk_prob",
 )
 """Configuration settings that change what the same weights compute; a family has only some of them."""
+ENCODING = ("normalizer", "pre_tokenizer", "model", "added_tokens")
+"""Parts of a serialised tokenizer that decide which token ids a text becomes. Truncation, padding and the post-processor do not
+act here (`Backbone.encode` adds no special tokens), and the decoder only turns ids back into text."""
 _LLAMA3: dict[str, Any] = {"model_type": "llama", "vocab_size": 128_256, "num_key_value_heads": 8, "rms_norm_eps": 1e-5}
 SHAPES: dict[str, dict[str, Any]] = {
     "Llama-3.2-1B": _LLAMA3
@@ -264,7 +267,8 @@ class Backbone:
     @property
     def function(self) -> dict[str, Any]:
         """What determines a base's output besides its weights, as JSON to store in a pack: configuration settings, the layers'
-        windows, and a hash of the tokenizer's vocabulary and special tokens.
+        windows, a hash of the tokenizer's vocabulary and special tokens, and hashes of what else decides how text is encoded
+        (`encoding_hashes`).
         """
         settings = {name: getattr(self.config, name) for name in FUNCTION if hasattr(self.config, name)}
         facts: dict[str, Any] = {"settings": settings | {"windows": [self.window(i) for i in range(self.num_layers)]}}
@@ -272,6 +276,7 @@ class Backbone:
             own = self.tokenizer
             parts = sorted(own.get_vocab().items()), sorted(self.special_tokens), own.bos_token_id, own.eos_token_id
             facts["tokenizer"] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+            facts["tokenizer_parts"] = encoding_hashes(own)
         return json.loads(json.dumps(facts, default=str))
 
     def window(self, layer: int) -> int | None:
@@ -590,3 +595,34 @@ def _aligned_like(values: Tensor, pattern: Tensor) -> Tensor:
     room = torch.empty(size + 128, dtype=torch.uint8)
     start = (pattern.data_ptr() - room.data_ptr()) % 64
     return room[start : start + size].view(values.dtype).view(values.shape).copy_(values)
+
+
+def encoding_hashes(tokenizer: Any) -> dict[str, str | None]:
+    """SHA-256 of each part of a tokenizer in `ENCODING`, None for a part that it lacks: merges, normaliser, added tokens, ...
+
+    Two tokenizers of one vocabulary may split a text differently. What another version of the library writes differently but
+    means the same has no influence: fields that are off, the format of merges, and character offsets. A tokenizer without a
+    serialised form, which is one in Python, has no hashes.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        return {}
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {name: None if parts.get(name) is None else _hash_of_json(_plain(parts[name])) for name in ENCODING}
+
+
+def _plain(part: Any) -> Any:
+    """A part of a serialised tokenizer without what says nothing about token ids."""
+    if isinstance(part, list):
+        return [_plain(item) for item in part]
+    if not isinstance(part, dict):
+        return part
+    plain = {key: value if key == "vocab" else _plain(value) for key, value in part.items() if key != "trim_offsets"}
+    if isinstance(merges := plain.get("merges"), list):
+        plain["merges"] = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    return {
+        key: value for key, value in plain.items() if value is not None and value is not False and value not in ("", [])
+    }
+
+
+def _hash_of_json(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
