@@ -27,7 +27,7 @@ from xfusion import checkpoint
 from xfusion.backbone import Backbone
 from xfusion.backbone.attention import choose_attention
 from xfusion.card import training_runs
-from xfusion.data.mixture import Ahead
+from xfusion.data.mixture import Ahead, WeightedBatch
 from xfusion.data.sequence import Batch, XFusionError
 from xfusion.data.sources import Source, stated_licence
 from xfusion.modalities.image import ImageModality
@@ -202,10 +202,22 @@ class _Run:
         self.model = model = setup.open_model(settings, backbone)
         self.earlier = [] if settings.from_pack is None else training_runs(model.recorded.facts)
         setup.check_losses(model, self.recipe.stages, self.processes.count, self.shard)
+        self._check_loss_weights()
         self.source = source = setup.open_data(settings, backbone.special_tokens)
         self.data_licence = stated_licence(source.licence, self.recipe.data_licence, source.spec)
         if "draw" not in model.capabilities or not isinstance(model.modality, ImageModality):
             self.preview_every = 0.0
+
+    def _check_loss_weights(self) -> None:
+        """A loss over a whole batch would compare only samples of equal weight, which are a batch of their own."""
+        together = [objective.name for objective in self.model.objectives if objective.scope == "batch"]
+        for number, stage in enumerate(self.recipe.stages):
+            if together and stage.mixture.loss_weights:
+                raise XFusionError(
+                    f"stage {number} weighs the losses of each source, but the loss {together[0]} compares the items of all:"
+                    f" leave --stages.{number}.mixture.loss-weights out, or weigh the sources by their samples"
+                    " (--data a:weight=2+b)"
+                )
 
     def _share(self, chosen: torch.dtype, reason: str) -> None:
         """What all processes prepare together: equal weights, the resumed state, batches, and the log of the first process."""
@@ -447,7 +459,10 @@ class _Run:
 
         def work() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
             with torch.autocast(self.processes.device.type, self.engine.dtype, enabled=bool(self.engine.autocast)):
-                return self.model.losses(batch, generator, self.processes.share(len(batch.text_ids)))
+                losses = self.model.losses(batch, generator, self.processes.share(len(batch.text_ids)))
+            if not isinstance(batch, WeightedBatch):
+                return losses
+            return {name: (batch.loss_weight * total, count) for name, (total, count) in losses.items()}
 
         return (work(), 0) if self.sharding is None else self.sharding.losses(work)
 
