@@ -80,8 +80,8 @@ class Settings:
         for name in ("tokens", "batch", "depth", "pictures"):
             for value in getattr(self, name):
                 point = replace(self.start, **{name: value})
-                each = point.tokens * point.pictures
-                yield name, replace(point, batch=max(1, min(point.batch, self.most // each)))
+                tokens_per_sequence = point.tokens * point.pictures
+                yield name, replace(point, batch=max(1, min(point.batch, self.most // tokens_per_sequence)))
 
 
 def base_of(depth: int, width: int) -> Backbone:
@@ -99,15 +99,15 @@ def base_of(depth: int, width: int) -> Backbone:
 
 
 def batch_of(model: Model, point: Point) -> Batch:
-    side, made = math.isqrt(point.tokens), torch.Generator().manual_seed(0)
+    side, generator = math.isqrt(point.tokens), torch.Generator().manual_seed(0)
 
     def sample() -> Sequence:
         segments = []
         for _ in range(point.pictures):
-            ids = torch.randint(3, 1000, (WORDS,), generator=made).tolist()
-            tokens = torch.randn(point.tokens, model.image.token_width, generator=made)
-            drawn = model.image.segment(tokens, (side, side), state="noised", has_loss=True)
-            segments += [Text(ids=tuple(ids)), drawn]
+            ids = torch.randint(3, 1000, (WORDS,), generator=generator).tolist()
+            tokens = torch.randn(point.tokens, model.image.token_width, generator=generator)
+            segment = model.image.segment(tokens, (side, side), state="noised", has_loss=True)
+            segments += [Text(ids=tuple(ids)), segment]
         return Sequence(segments=tuple(segments))
 
     return pack([[sample()] for _ in range(point.batch)])
@@ -122,26 +122,28 @@ def measure(point: Point, base: Backbone, settings: Settings) -> dict:
     dtype, reason = choose_compute_dtype(base.device)
     engine = model.training_engine(dtype, reason, choose_attention(base.device), settings.compile)
     optimizer = Optimizer(model.named_new_parameters())
-    batch, taken, graphs = batch_of(model, point), [], 0
-    for number in range(2 + settings.steps):
-        begun = time.perf_counter()
+    batch, timings, graphs = batch_of(model, point), [], 0
+    for step_index in range(2 + settings.steps):
+        start = time.perf_counter()
         with model.using(engine), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             ((value, count),) = model.losses(batch, torch.Generator().manual_seed(0)).values()
         (value / count).backward()
         optimizer.step(1e-4, 1.0, 0.999)
-        if number >= 2:
-            taken.append(time.perf_counter() - begun)
+        if step_index >= 2:
+            timings.append(time.perf_counter() - start)
         else:
             graphs = compiled_graphs()
-    seconds = statistics.median(taken)
-    each = {"step_seconds": round(seconds, 5), "samples_per_second": round(point.batch / seconds, 3)}
+    seconds = statistics.median(timings)
+    rates = {"step_seconds": round(seconds, 5), "samples_per_second": round(point.batch / seconds, 3)}
     tokens = point.batch * point.pictures * point.tokens
-    return vars(point) | each | {"tokens_per_second": round(tokens / seconds), "new_graphs": compiled_graphs() - graphs}
+    return (
+        vars(point) | rates | {"tokens_per_second": round(tokens / seconds), "new_graphs": compiled_graphs() - graphs}
+    )
 
 
 def main(settings: Settings) -> None:
     """Measure and write."""
-    begun_on, rows, bases = origin("benchmarks"), [], {}
+    provenance, rows, bases = origin("benchmarks"), [], {}
     keep_freed_memory()  # as training does
     for name, point in settings.points():
         if point.depth not in bases:
@@ -149,7 +151,7 @@ def main(settings: Settings) -> None:
         torch.compiler.reset()
         rows.append({"varied": name} | measure(point, bases[point.depth], settings))
         print(json.dumps(rows[-1]), flush=True)
-    write_json(settings.out, begun_on | {"rows": rows})
+    write_json(settings.out, provenance | {"rows": rows})
 
 
 if __name__ == "__main__":

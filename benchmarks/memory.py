@@ -33,7 +33,7 @@ from xfusion.recipes.base import find
 from xfusion.recipes.xfusion import demo
 from xfusion.storage import write_json
 from xfusion.training.memory import give_back_freed_memory
-from xfusion.training.processes import own_pages
+from xfusion.training.processes import anonymous_bytes
 
 RESULT = Path(__file__).parent / "results" / "memory.json"
 SHAPES = ("Llama-3.2-1B", "Llama-3.1-8B")
@@ -51,20 +51,20 @@ class Settings:
     """Where the result goes."""
 
 
-def held() -> int:
+def resident_bytes() -> int:
     """Bytes of this process's own pages."""
     gc.collect()
     give_back_freed_memory()
-    pages = own_pages()
+    pages = anonymous_bytes()
     if pages is None:
         raise XFusionError("this system does not tell a process's own pages from files': measure on Linux")
     return pages
 
 
-def trained(recipe: str, source: Source, base: Backbone | None = None) -> Step:
+def train_two_steps(recipe: str, source: Source, base: Backbone | None = None) -> Step:
     """A recipe behind two steps."""
     base = base or Backbone.load(dtype=torch.bfloat16)
-    bench = Bench(backbone=base, source=source, compile=False, tell=lambda _: None)
+    bench = Bench(backbone=base, source=source, compile=False, report=lambda _: None)
     step = Step(bench, build(find(recipe)().model, base))
     step()
     step()
@@ -74,22 +74,22 @@ def trained(recipe: str, source: Source, base: Backbone | None = None) -> Step:
 def measure(recipe: str, data: str) -> dict[str, Any]:
     """A recipe on the embedded base, by a process that did nothing else before."""
     source = open_source(data)
-    trained(recipe, source)
-    empty = held()
+    train_two_steps(recipe, source)
+    empty_bytes = resident_bytes()
     base = Backbone.load(dtype=torch.bfloat16)
-    with_base = held()
-    step = trained(recipe, source, base)
-    kept = held() - empty
-    with peak_memory(base.device) as most:
+    base_bytes = resident_bytes()
+    step = train_two_steps(recipe, source, base)
+    resident = resident_bytes() - empty_bytes
+    with peak_memory(base.device) as peak:
         step()
     predicted = training_memory(step.model, source)
     model = step.model
     return {
-        "base": with_base - empty,
-        "held": kept,
-        "held_over_base": round(kept / (with_base - empty), 3),
+        "base": base_bytes - empty_bytes,
+        "held": resident,
+        "held_over_base": round(resident / (base_bytes - empty_bytes), 3),
         "held_predicted": predicted["total"] - predicted["gradients"],
-        "peak_of_a_step": most["bytes"],
+        "peak_of_a_step": peak["bytes"],
         "activations_predicted": activation_memory(model, demo().stages[0], torch.bfloat16),
         "new_weights": model.num_new_parameters,
     }
@@ -100,22 +100,22 @@ def predict(recipe: str, shape: str) -> dict[str, Any]:
     base = Backbone.of_shape(shape)
     model = build(find(recipe)().model, base)
     memory = training_memory(model)
-    kept = memory["base"] + 4 * memory["new_weights"]  # computed with in the checkpoint's own precision
+    predicted = memory["base"] + 4 * memory["new_weights"]  # computed with in the checkpoint's own precision
     return {
         "base": memory["base"],
-        "held_predicted": kept,
-        "held_over_base": round(kept / memory["base"], 3),
+        "held_predicted": predicted,
+        "held_over_base": round(predicted / memory["base"], 3),
         "new_weights": model.num_new_parameters,
     }
 
 
 def main(settings: Settings) -> None:
     """Measure each recipe in its own process, predict the larger ones, write."""
-    rows, spawned = [], multiprocessing.get_context("spawn")
+    rows, context = [], multiprocessing.get_context("spawn")
     for recipe in settings.recipes:
-        with spawned.Pool(1) as alone:
+        with context.Pool(1) as pool:
             rows.append(
-                {"base_model": "SmolLM2-135M", "recipe": recipe, **alone.apply(measure, (recipe, settings.data))}
+                {"base_model": "SmolLM2-135M", "recipe": recipe, **pool.apply(measure, (recipe, settings.data))}
             )
         print(json.dumps(rows[-1]), flush=True)
     for shape in SHAPES:

@@ -54,32 +54,32 @@ def main(settings: Settings) -> None:
     for kind in ("drawing", "joint"):
         step = Step(bench, bench.model(), caption=0 if kind == "drawing" else None)
         step.warm()
-        before, begun = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+        usage_before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
         for _ in range(settings.steps):
             step()
-        seconds = (time.perf_counter() - begun) / settings.steps
-        after = resource.getrusage(resource.RUSAGE_SELF)
-        begun = time.perf_counter()
-        for number in range(settings.steps):
-            step.mixture.batches(number % PERIOD)
-        batches = (time.perf_counter() - begun) / settings.steps
+        seconds = (time.perf_counter() - start) / settings.steps
+        usage_after = resource.getrusage(resource.RUSAGE_SELF)
+        start = time.perf_counter()
+        for step_index in range(settings.steps):
+            step.mixture.batches(step_index % PERIOD)
+        batches = (time.perf_counter() - start) / settings.steps
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             for _ in range(settings.steps):
                 step()
-        found = profile.key_averages()
-        total = sum(event.self_cpu_time_total for event in found)
+        averages = profile.key_averages()
+        total = sum(event.self_cpu_time_total for event in averages)
         shares = {
-            name: sum(e.self_cpu_time_total for e in found if e.key.startswith(starts)) / total
+            name: sum(e.self_cpu_time_total for e in averages if e.key.startswith(starts)) / total
             for name, starts in KINDS.items()
         }
         result[kind] = {
             "step_seconds": round(seconds, 5),
             "batches_seconds": round(batches, 5),
-            "system_seconds": round((after.ru_stime - before.ru_stime) / settings.steps, 5),
-            "page_faults": round((after.ru_minflt - before.ru_minflt) / settings.steps),
+            "system_seconds": round((usage_after.ru_stime - usage_before.ru_stime) / settings.steps, 5),
+            "page_faults": round((usage_after.ru_minflt - usage_before.ru_minflt) / settings.steps),
             "shares": {name: round(share, 4) for name, share in (shares | {"rest": 1 - sum(shares.values())}).items()},
         }
-        table = found.table(sort_by="self_cpu_time_total", row_limit=40, max_name_column_width=70)
+        table = averages.table(sort_by="self_cpu_time_total", row_limit=40, max_name_column_width=70)
         settings.out.with_name(f"profile_{kind}.txt").write_text(table + "\n", encoding="utf-8")
         print(json.dumps({kind: result[kind]}), flush=True)
     write_json(settings.out, result)

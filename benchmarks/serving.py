@@ -76,7 +76,7 @@ class Settings:
     """Where the result goes."""
 
 
-class Asked:
+class Workload:
     """The requests and their right answers."""
 
     def __init__(self, settings: Settings, folder: Path) -> None:
@@ -98,21 +98,21 @@ class Asked:
 
     def ask(self, client: openai.OpenAI, kind: str, number: int) -> tuple[bool, float | None]:
         """One request: whether its answer is right, and the seconds until its first word."""
-        began, first, wanted = time.perf_counter(), None, self.answers[kind, number]
+        start, first_word, expected = time.perf_counter(), None, self.answers[kind, number]
         if kind == "draw":
-            drawn = client.images.generate(
+            response = client.images.generate(
                 prompt=PROMPTS[number], extra_body={"seed": number, "steps": self.settings.steps}
             )
-            file = io.BytesIO(base64.b64decode((drawn.data or [])[0].b64_json or ""))
-            both = [numpy.asarray(picture).astype(int) for picture in (Image.open(file), wanted)]
-            return int(numpy.abs(both[0] - both[1]).max()) <= LEVELS, None
+            file = io.BytesIO(base64.b64decode((response.data or [])[0].b64_json or ""))
+            pixels = [numpy.asarray(picture).astype(int) for picture in (Image.open(file), expected)]
+            return int(numpy.abs(pixels[0] - pixels[1]).max()) <= LEVELS, None
         if kind == "embed":
-            found = client.embeddings.create(model=self.pairs, input=[PROMPTS[number], self.urls[number]])
-            vectors = torch.tensor([item.embedding for item in found.data])
-            return vectors.shape == wanted.shape and bool(((vectors - wanted).abs() <= ROUNDING).all()), None
+            embeddings = client.embeddings.create(model=self.pairs, input=[PROMPTS[number], self.urls[number]])
+            vectors = torch.tensor([item.embedding for item in embeddings.data])
+            return vectors.shape == expected.shape and bool(((vectors - expected).abs() <= ROUNDING).all()), None
         block = {"type": "image_url", "image_url": {"url": self.urls[number]}}
         content: Any = QUESTION if kind == "say" else [block]
-        words = ""
+        text = ""
         for chunk in client.chat.completions.create(
             model=self.name,
             messages=[{"role": "user", "content": content}],
@@ -120,9 +120,9 @@ class Asked:
             stream=True,
         ):
             new = chunk.choices[0].delta.content or ""
-            first = time.perf_counter() - began if new and first is None else first
-            words += new
-        return words == wanted, first
+            first_word = time.perf_counter() - start if new and first_word is None else first_word
+            text += new
+        return text == expected, first_word
 
 
 def _as_url(picture: Image.Image) -> str:
@@ -131,33 +131,35 @@ def _as_url(picture: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def load(asked: Asked, address: str, server: psutil.Process, clients: int, lasts: float) -> list[dict[str, Any]]:
+def load(
+    workload: Workload, address: str, server: psutil.Process, clients: int, duration: float
+) -> list[dict[str, Any]]:
     """A number of clients for a while: a row per kind of request."""
     seconds, firsts = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-    lock, end = threading.Lock(), time.monotonic() + lasts
+    lock, end = threading.Lock(), time.monotonic() + duration
 
     def visit(number: int) -> None:
         rng = random.Random(number)
         with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=600) as client:
             while time.monotonic() < end:
                 kind = rng.choice(KINDS)
-                which = rng.choice([one for one in asked.answers if one[0] == kind])
-                began, first = time.perf_counter(), None
+                request = rng.choice([key for key in workload.answers if key[0] == kind])
+                start, first = time.perf_counter(), None
                 try:
-                    fits, first = asked.ask(client, *which)
-                    found = "right" if fits else "wrong"
+                    is_right, first = workload.ask(client, *request)
+                    outcome = "right" if is_right else "wrong"
                 except openai.RateLimitError:
-                    found = "refused"
+                    outcome = "refused"
                 except openai.APIError as error:
-                    found = "late" if error.code == "deadline" else "failed"
-                took = time.perf_counter() - began
+                    outcome = "late" if error.code == "deadline" else "failed"
+                elapsed = time.perf_counter() - start
                 with lock:
-                    counts[kind][found] += 1
-                    if found in ("right", "wrong"):
-                        seconds[kind].append(took)
+                    counts[kind][outcome] += 1
+                    if outcome in ("right", "wrong"):
+                        seconds[kind].append(elapsed)
                         firsts[kind] += [] if first is None else [first]
-                if found not in ("right", "wrong"):
+                if outcome not in ("right", "wrong"):
                     time.sleep(0.05 + 0.1 * rng.random())
 
     visitors = [threading.Thread(target=visit, args=(i,)) for i in range(clients)]
@@ -170,7 +172,7 @@ def load(asked: Asked, address: str, server: psutil.Process, clients: int, lasts
     rows: list[dict[str, Any]] = []
     third = max(1, len(memory) // 3)
     for kind in KINDS:
-        row: dict[str, Any] = {"clients": clients, "seconds": lasts, "request": kind, "answers": len(seconds[kind])}
+        row: dict[str, Any] = {"clients": clients, "seconds": duration, "request": kind, "answers": len(seconds[kind])}
         row |= {name: counts[kind][name] for name in ("wrong", "refused", "late", "failed")}
         if len(seconds[kind]) > 1:
             cuts = statistics.quantiles(seconds[kind], n=100, method="inclusive")
@@ -190,15 +192,15 @@ def main(settings: Settings) -> None:
         raise SystemExit(
             f"--loads has {len(settings.loads)} numbers and --seconds {len(settings.seconds)}: give one, or as many"
         )
-    begun_on = origin("benchmarks")
+    provenance = origin("benchmarks")
     with tempfile.TemporaryDirectory() as folder:
         pairs = Path(folder) / settings.pairs
-        asked = Asked(settings, pairs)
-        rows = served(asked, pairs)
+        workload = Workload(settings, pairs)
+        rows = serve_loads(workload, pairs)
     result = {
-        **begun_on,
+        **provenance,
         "pack": settings.pack,
-        "fingerprint": asked.fingerprint,
+        "fingerprint": workload.fingerprint,
         "pairs": settings.pairs,
         "queue": settings.queue,
         "batch": settings.batch,
@@ -209,25 +211,25 @@ def main(settings: Settings) -> None:
     write_json(settings.out, result)
 
 
-def served(asked: Asked, pairs: Path) -> list[dict[str, Any]]:
+def serve_loads(workload: Workload, pairs: Path) -> list[dict[str, Any]]:
     """All loads on a server of both packs."""
-    settings, rows = asked.settings, list[dict[str, Any]]()
+    settings, rows = workload.settings, list[dict[str, Any]]()
     command = [sys.executable, "-m", "xfusion.apps.cli", "serve", settings.pack, str(pairs), "--port", "0"]
     command += ["--limits.queue", str(settings.queue), "--limits.batch", str(settings.batch)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as server:
         try:
             assert server.stderr is not None
-            said = (re.match(r"serving at (\S+)/v1", line) for line in server.stderr)
-            address = next((found[1] for found in said if found), None)
+            matches = (re.match(r"serving at (\S+)/v1", line) for line in server.stderr)
+            address = next((match[1] for match in matches if match), None)
             if address is None:
                 raise SystemExit("the server ended before it served")
             with openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=600) as client:
-                for which in asked.answers:  # what first calls prepare is no load's
-                    asked.ask(client, *which)
+                for request in workload.answers:  # what first calls prepare is no load's
+                    workload.ask(client, *request)
             capacity, process = settings.queue + settings.batch, psutil.Process(server.pid)
-            lasting = settings.seconds * (len(settings.loads) if len(settings.seconds) == 1 else 1)
-            for times, seconds in zip(settings.loads, lasting, strict=True):
-                rows += load(asked, address, process, max(1, round(times * capacity)), seconds)
+            durations = settings.seconds * (len(settings.loads) if len(settings.seconds) == 1 else 1)
+            for times, seconds in zip(settings.loads, durations, strict=True):
+                rows += load(workload, address, process, max(1, round(times * capacity)), seconds)
         finally:
             server.terminate()
     return rows

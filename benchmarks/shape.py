@@ -77,41 +77,41 @@ def synchronise(device: torch.device) -> None:
 
 def seconds(work: Callable[[], object], device: torch.device, times: int, warm: int = 3) -> float:
     """Median time of a call."""
-    taken = []
+    timings = []
     for number in range(warm + times):
         synchronise(device)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         work()
         synchronise(device)
         if number >= warm:
-            taken.append(time.perf_counter() - begun)
-    return statistics.median(taken)
+            timings.append(time.perf_counter() - start)
+    return statistics.median(timings)
 
 
 def matrix_rate(side: int, device: torch.device) -> float:
     """FLOP/s of a bf16 product of random matrices."""
-    one, two = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-    return 2 * side**3 / seconds(lambda: one @ two, device, 10)
+    left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * side**3 / seconds(lambda: left @ right, device, 10)
 
 
 def batches(model: Model, settings: Settings, *, joint: bool) -> list[Batch]:
     """Random words and pictures."""
-    made, patch = torch.Generator().manual_seed(0), model.image
+    generator, image = torch.Generator().manual_seed(0), model.image
     words = model.backbone.config.vocab_size
 
     def text(*, has_loss: bool = False) -> Text:
-        ids = torch.randint(3, words, (settings.words,), generator=made).tolist()
+        ids = torch.randint(3, words, (settings.words,), generator=generator).tolist()
         return Text(ids=tuple(ids), has_loss=has_loss)
 
     def tokens() -> torch.Tensor:
-        return torch.randn(settings.side**2, patch.token_width, generator=made)
+        return torch.randn(settings.side**2, image.token_width, generator=generator)
 
-    grid, named = (settings.side, settings.side), settings.batch // 3 if joint else 0
+    grid, num_captions = (settings.side, settings.side), settings.batch // 3 if joint else 0
     draw = [
-        Sequence(segments=(text(), patch.segment(tokens(), grid, state="noised", has_loss=True)))
-        for _ in range(settings.batch - named)
+        Sequence(segments=(text(), image.segment(tokens(), grid, state="noised", has_loss=True)))
+        for _ in range(settings.batch - num_captions)
     ]
-    caption = [Sequence(segments=(patch.segment(tokens(), grid), text(has_loss=True))) for _ in range(named)]
+    caption = [Sequence(segments=(image.segment(tokens(), grid), text(has_loss=True))) for _ in range(num_captions)]
     size, device = settings.packed, model.backbone.device
     return [
         pack([kind[start : start + size] for start in range(0, len(kind), size)]).to(device)
@@ -143,14 +143,14 @@ def main(settings: Settings) -> None:
         "keep_text": settings.keep_text,
     }
     for kind in ("drawing", "joint"):
-        made = batches(model, settings, joint=kind == "joint")
+        step_batches = batches(model, settings, joint=kind == "joint")
 
-        def learn(engine, made=made, *, update: bool = True) -> None:
+        def learn(engine, step_batches=step_batches, *, update: bool = True) -> None:
             generator = torch.Generator().manual_seed(0)
             with model.using(engine), torch.autocast(device.type, torch.bfloat16):
-                for batch in made:
-                    found = model.losses(batch, generator)
-                    torch.stack([value / count for value, count in found.values() if count]).sum().backward()
+                for batch in step_batches:
+                    losses = model.losses(batch, generator)
+                    torch.stack([value / count for value, count in losses.values() if count]).sum().backward()
             if update:
                 optimizer.step(1e-5, 1.0, 0.999)
 
@@ -164,10 +164,10 @@ def main(settings: Settings) -> None:
         engine = model.training_engine(torch.bfloat16, "measured", attention, settings.compile)
         engine.keep_text = settings.keep_text
         engine.text_states.update(plain.text_states)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         learn(engine)
         synchronise(device)
-        cold = time.perf_counter() - begun
+        first_step_seconds = time.perf_counter() - start
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         step = seconds(lambda engine=engine, learn=learn: learn(engine), device, settings.steps)
@@ -175,7 +175,7 @@ def main(settings: Settings) -> None:
         result[kind] = {
             "seconds_per_step": round(step, 4),
             "samples_per_second": round(settings.batch / step, 1),
-            "first_step_seconds": round(cold, 1),
+            "first_step_seconds": round(first_step_seconds, 1),
             "flops_per_step": flops,
             "flops_per_second": round(flops / step),
             "matrix_flops_per_second": round(rate),

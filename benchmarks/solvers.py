@@ -51,36 +51,44 @@ class Settings:
 
 def main(settings: Settings) -> None:
     """Draw, score, write."""
-    begun_on = origin("benchmarks")
+    provenance = origin("benchmarks")
     model, source = xfusion.load(settings.pack), open_source(settings.data, split="train")
     size, passes = model.image.sizes[0], 0
-    everything = range(len(source.examples))
-    gallery = model.image.from_pil([source.picture(i, size) for i in everything], size)
+    all_indices = range(len(source.examples))
+    gallery = model.image.from_pil([source.picture(i, size) for i in all_indices], size)
     groups = [example.group for example in source.examples]
-    drawn = chosen(source.examples, settings.pictures)
-    prompts = [source.examples[i].captions[0] for i in drawn]
+    indices = chosen(source.examples, settings.pictures)
+    prompts = [source.examples[i].captions[0] for i in indices]
     rows: list[dict] = []
     # It also prepares what a first call has to, which is no solver's.
-    end = model.image.from_pil(model.draw(prompts, seeds=drawn, steps=settings.fine, solver=solvers.find("heun")), size)
+    reference = model.image.from_pil(
+        model.draw(prompts, seeds=indices, steps=settings.fine, solver=solvers.find("heun")), size
+    )
     for name in solvers.names():
         for steps in settings.steps:
-            begun = time.perf_counter()
-            pictures = model.draw(prompts, seeds=drawn, steps=steps, solver=solvers.find(name))
-            seconds = time.perf_counter() - begun
+            start = time.perf_counter()
+            pictures = model.draw(prompts, seeds=indices, steps=steps, solver=solvers.find(name))
+            seconds = time.perf_counter() - start
             passes = 2 * steps - 1 if name == "heun" else steps
-            made = model.image.from_pil(pictures, size)
-            found = retrieval(made, gallery, torch.tensor(drawn), groups, ks=(1, 10))
-            error = round(127.5 * float((made - end).square().mean().sqrt()), 2)  # pixels lie in [-1, 1]
-            row = {"solver": name, "steps": steps, "passes": passes, "error": error, "pixel_at_1": found["at_1"]}
-            rows.append(row | {"pixel_at_10": found["at_10"], "seconds": round(seconds, 2)})
+            images = model.image.from_pil(pictures, size)
+            retrieval_scores = retrieval(images, gallery, torch.tensor(indices), groups, ks=(1, 10))
+            error = round(127.5 * float((images - reference).square().mean().sqrt()), 2)  # pixels lie in [-1, 1]
+            row = {
+                "solver": name,
+                "steps": steps,
+                "passes": passes,
+                "error": error,
+                "pixel_at_1": retrieval_scores["at_1"],
+            }
+            rows.append(row | {"pixel_at_10": retrieval_scores["at_10"], "seconds": round(seconds, 2)})
             print(json.dumps(rows[-1]), flush=True)
     result = {
-        **begun_on,
+        **provenance,
         "pack": settings.pack,
         "fingerprint": model.fingerprint,
         "guidance": model.guidance,
         "sampling_shift": model.config.media.sampling_shift,
-        "pictures": len(drawn),
+        "pictures": len(indices),
         "fine": settings.fine,
         "gallery": len(groups),
         "rows": rows,

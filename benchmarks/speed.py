@@ -31,9 +31,9 @@ def sampling_seconds(backbone: Backbone) -> float:
     model = build(recipe_function().model, backbone)
     times = []
     for _ in range(3):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         model.draw(PROMPTS, steps=25, guidance=3.0)
-        times.append(time.perf_counter() - begun)
+        times.append(time.perf_counter() - start)
     return statistics.median(times)
 
 

@@ -24,7 +24,7 @@ import torch
 import tyro
 
 from xfusion.apps.bench.base import Bench, Step
-from xfusion.apps.bench.transfusion import Peer, peer_of
+from xfusion.apps.bench.transfusion import Peer, build_peer
 from xfusion.data.mixture import Mixture
 from xfusion.data.sources import open_source
 from xfusion.evaluation.machine import origin
@@ -59,8 +59,8 @@ class Settings:
 def names_of(bench: Bench, step: Step, count: int) -> Mixture:
     """A mixture whose step 0 is so many names of held-out pictures."""
     base, mixture = step.model.backbone, replace(bench.stage.mixture, draw=0, caption=count)
-    image, held = step.model.image, open_source(bench.source.spec, split="held")
-    return Mixture(held, image, image.sizes, base.encode, base.begin_ids, base.end_ids[0], mixture, 1)
+    image, held_out = step.model.image, open_source(bench.source.spec, split="held")
+    return Mixture(held_out, image, image.sizes, base.encode, base.begin_ids, base.end_ids[0], mixture, 1)
 
 
 @torch.no_grad()
@@ -69,19 +69,19 @@ def our_loss(step: Step, names: Mixture) -> float:
     total, count, generator = 0.0, 0, torch.Generator().manual_seed(0)
     with step.model.using(step.engine):
         for batch in names.batches(0):
-            found, number = step.model.losses(batch, generator)["next_token"]
-            total, count = total + float(found), count + int(number)
+            loss, number = step.model.losses(batch, generator)["next_token"]
+            total, count = total + float(loss), count + int(number)
     return total / count
 
 
-def train(step: Step | Peer, done: int, rate: float, seconds: float) -> tuple[int, float]:
-    """Steps behind ``done`` others: how many there are then, and how long they took."""
-    begun = time.perf_counter()
-    while time.perf_counter() - begun < seconds:
-        done += 1
-        step.rate = rate * min(1.0, done / WARMUP)
+def train(step: Step | Peer, num_steps: int, rate: float, seconds: float) -> tuple[int, float]:
+    """Train for some seconds, after ``num_steps`` earlier steps; returns the steps so far and the seconds that it took."""
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        num_steps += 1
+        step.rate = rate * min(1.0, num_steps / WARMUP)
         step()
-    return done, time.perf_counter() - begun
+    return num_steps, time.perf_counter() - start
 
 
 Curve = list[tuple[float, float]]
@@ -92,7 +92,7 @@ def in_turns(bench: Bench, settings: Settings, rate: float) -> dict[str, tuple[C
     """Ours and the peer at a rate: the curve and the steps of each."""
     ours = Step(bench, bench.model(), draw=settings.draw, caption=settings.draw // 2)
     names = names_of(bench, ours, settings.names)
-    peer = peer_of(bench, ours, bench.backbone.hidden_size)
+    peer = build_peer(bench, ours, bench.backbone.hidden_size)
     works: dict[str, tuple[Step | Peer, float, Callable[[], float]]] = {
         "xfusion": (ours, demo().stages[0].rate, lambda: our_loss(ours, names)),
         "transfusion-pytorch": (peer, rate, lambda: peer.nats(names.samples(0))),
@@ -105,35 +105,38 @@ def in_turns(bench: Bench, settings: Settings, rate: float) -> dict[str, tuple[C
         step.period = None
         curves[name] = [(0.0, loss())]
     while min(curve[-1][0] for curve in curves.values()) < settings.seconds:
-        for name, (step, own, loss) in works.items():
-            steps[name], taken = train(step, steps[name], own, settings.turn)
-            curves[name].append((curves[name][-1][0] + taken, loss()))
-            seconds, reached = curves[name][-1]
-            print(json.dumps({"name": name, "rate": own, "seconds": round(seconds, 1), "loss": reached}), flush=True)
+        for name, (step, own_rate, loss) in works.items():
+            steps[name], elapsed = train(step, steps[name], own_rate, settings.turn)
+            curves[name].append((curves[name][-1][0] + elapsed, loss()))
+            seconds, last_loss = curves[name][-1]
+            print(
+                json.dumps({"name": name, "rate": own_rate, "seconds": round(seconds, 1), "loss": last_loss}),
+                flush=True,
+            )
     return {name: (curves[name], steps[name]) for name in works}
 
 
 def main(settings: Settings) -> None:
     """Train in turns, write."""
-    begun_on, bench, tried = origin("benchmarks"), Bench.of(None, settings.data), {}
+    provenance, bench, runs = origin("benchmarks"), Bench.of(None, settings.data), {}
     for rate in settings.rates:
-        tried[rate] = in_turns(bench, settings, rate)
+        runs[rate] = in_turns(bench, settings, rate)
         gc.collect()
-    rate = min(tried, key=lambda rate: tried[rate]["transfusion-pytorch"][0][-1][1])
-    curves = {name: curve for name, (curve, _) in tried[rate].items()}
-    seconds, reached = curves["transfusion-pytorch"][-1]
-    first = next((at for at, loss in curves["xfusion"] if loss <= reached), None)
+    rate = min(runs, key=lambda rate: runs[rate]["transfusion-pytorch"][0][-1][1])
+    curves = {name: curve for name, (curve, _) in runs[rate].items()}
+    seconds, peer_loss = curves["transfusion-pytorch"][-1]
+    first = next((at for at, loss in curves["xfusion"] if loss <= peer_loss), None)
     result = {
-        **begun_on,
+        **provenance,
         "data": settings.data,
         "samples_per_step": settings.draw + settings.draw // 2,
         "peer": f"transfusion-pytorch, rate {rate:g}",
-        "loss_reached_by_the_peer": reached,
+        "loss_reached_by_the_peer": peer_loss,
         "seconds_of_the_peer": seconds,
         "our_seconds_to_that_loss": first,
         "curves": {"xfusion": curves["xfusion"]}
-        | {f"transfusion-pytorch, rate {r:g}": one["transfusion-pytorch"][0] for r, one in tried.items()},
-        "steps": {name: count for name, (_, count) in tried[rate].items()},
+        | {f"transfusion-pytorch, rate {r:g}": run["transfusion-pytorch"][0] for r, run in runs.items()},
+        "steps": {name: count for name, (_, count) in runs[rate].items()},
     }
     write_json(settings.out, result)
 

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from xfusion.apps.plots import COLOURS
 from xfusion.comparison.results import REAL, run_name
-from xfusion.storage import whole_file
+from xfusion.storage import atomic_file
 
 CELL, GAP, LABEL = 128, 8, 40
 """Pixels of a picture, between pictures, and of the line above a row."""
@@ -24,8 +24,8 @@ def strip(path: Path, count: int) -> list[Image.Image]:
     with Image.open(path) as sheet:
         if sheet.width != sheet.height * count:
             raise ValueError(f"{path} is {sheet.width} x {sheet.height}, not {count} pictures side by side")
-        side, whole = sheet.height, sheet.convert("RGB")
-    return [whole.crop((i * side, 0, (i + 1) * side, side)) for i in range(count)]
+        side, image = sheet.height, sheet.convert("RGB")
+    return [image.crop((i * side, 0, (i + 1) * side, side)) for i in range(count)]
 
 
 def grid(rows: Sequence[tuple[str, str | None, Sequence[Image.Image]]]) -> Image.Image:
@@ -47,9 +47,9 @@ def grid(rows: Sequence[tuple[str, str | None, Sequence[Image.Image]]]) -> Image
             draw.text((left, top + 1), label, fill="#222", font=font)
             top += LABEL
         for i, picture in enumerate(pictures):
-            drawn = picture.height <= LARGEST_DRAWING
-            way = Image.Resampling.NEAREST if drawn else Image.Resampling.LANCZOS
-            sheet.paste(picture.resize((CELL, CELL), way), (GAP + i * (CELL + GAP), top))
+            is_drawing = picture.height <= LARGEST_DRAWING
+            resampling = Image.Resampling.NEAREST if is_drawing else Image.Resampling.LANCZOS
+            sheet.paste(picture.resize((CELL, CELL), resampling), (GAP + i * (CELL + GAP), top))
         top += CELL + GAP
     return sheet
 
@@ -61,34 +61,34 @@ def samples(folder: Path, pictures: Path) -> list[str]:
     prompts = plan.get("prompts", [])
     if not prompts or not (folder / REAL).is_file():
         return []
-    real, asked = strip(folder / REAL, len(prompts)), ", ".join(prompts)
-    made = [(label, folder / f"{run_name(label, 0)}.png") for label in plan["recipes"]]
-    made = [(label, path) for label, path in made if path.is_file()]
-    if not made:
+    real, names = strip(folder / REAL, len(prompts)), ", ".join(prompts)
+    strips = [(label, folder / f"{run_name(label, 0)}.png") for label in plan["recipes"]]
+    strips = [(label, path) for label, path in strips if path.is_file()]
+    if not strips:
         target = pictures / f"{folder.name}_samples.jpg"
         save(grid([("", None, real)]), target)
-        told = f"**Pictures that are to be named**, with their true names from left to right: {asked}. "
-        told += "What each system answered to single pictures is not in the result files; the scores are over many."
-        return [told, "", f"![{asked}](pictures/{target.name})", ""]
+        caption = f"**Pictures that are to be named**, with their true names from left to right: {names}. "
+        caption += "What each system answered to single pictures is not in the result files; the scores are over many."
+        return [caption, "", f"![{names}](pictures/{target.name})", ""]
     target = pictures / f"{folder.name}_samples.png"
     labels = list(plan["recipes"])
     colours = {label: COLOURS[labels.index(label) % len(COLOURS)] for label in labels}
-    save(grid([("real", None, real), *((n, colours[n], strip(p, len(prompts))) for n, p in made)]), target)
-    told = f"**Drawn by each** after training on these pictures: {asked}. The same words and noise for all, seed"
-    told += " 0; the pictures were chosen by the hash of their ids, not by eye."
-    return [told, "", f"![{asked}: real, {', '.join(n for n, _ in made)}](pictures/{target.name})", ""]
+    save(grid([("real", None, real), *((n, colours[n], strip(p, len(prompts))) for n, p in strips)]), target)
+    caption = f"**Drawn by each** after training on these pictures: {names}. The same words and noise for all, seed"
+    caption += " 0; the pictures were chosen by the hash of their ids, not by eye."
+    return [caption, "", f"![{names}: real, {', '.join(n for n, _ in strips)}](pictures/{target.name})", ""]
 
 
 def save(sheet: Image.Image, path: Path) -> None:
     """Write a sheet whole, and only where its pixels changed: another version of the library packs them otherwise."""
     if path.suffix == ".png" and path.is_file():
-        with Image.open(path) as before:
-            if before.size == sheet.size and before.convert("RGB").tobytes() == sheet.tobytes():
+        with Image.open(path) as committed:
+            if committed.size == sheet.size and committed.convert("RGB").tobytes() == sheet.tobytes():
                 return
     data = io.BytesIO()
     if path.suffix == ".png":
         sheet.save(data, format="PNG", optimize=True)
     else:
         sheet.save(data, format="JPEG", quality=85)
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_bytes(data.getvalue())

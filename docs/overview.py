@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from xfusion.comparison.intervals import interval
-from xfusion.comparison.plan import asked, called
+from xfusion.comparison.plan import heading, recipes_in_command
 from xfusion.recipes.base import names
 
 NAMED = (
@@ -37,7 +37,7 @@ BESIDE = ("blind", "chance")
 HEAD = ("system", "names", "draws", "GFLOPs", "trained", "text", "comparison")
 
 
-Shown = tuple[str, str, str]
+ShownScore = tuple[str, str, str]
 """Name of a score, mark of its part, what it is called."""
 
 
@@ -68,25 +68,25 @@ class Row:
         return self.label == self.recipe, unseen, len(self.runs), first["budget"]["samples"], self.folder
 
 
-def asked_of(folder: Path) -> dict[str, str]:
+def recipes_by_label(folder: Path) -> dict[str, str]:
     """Label -> recipe with its arguments, as the command of a comparison says; a label that it lacks is a recipe's own name."""
     file = folder / "comparison.json"
-    return asked(json.loads(file.read_text(encoding="utf-8")).get("command") if file.is_file() else None)
+    return recipes_in_command(json.loads(file.read_text(encoding="utf-8")).get("command") if file.is_file() else None)
 
 
 def rows(folders: Sequence[Path]) -> list[Row]:
     """The rows of the table, ordered by kind, then by comparison and system."""
     best: dict[tuple[str, str, str], Row] = {}
     for folder in folders:
-        known = asked_of(folder)
+        recipes = recipes_by_label(folder)
         runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*-seed*.json"))]
-        for label in dict.fromkeys([*known, *(run["recipe"] for run in runs)]):
-            own = [run for run in runs if run["recipe"] == label and run["settings"]["share"] == 1]
-            if own:
-                recipe, bracket, rest = known.get(label, label).partition("(")
-                row = Row(recipe=recipe, arguments=bracket + rest, label=label, folder=folder.name, runs=own)
-                before = best.get(row.setting)
-                if before is None or row.preference > before.preference:
+        for label in dict.fromkeys([*recipes, *(run["recipe"] for run in runs)]):
+            label_runs = [run for run in runs if run["recipe"] == label and run["settings"]["share"] == 1]
+            if label_runs:
+                recipe, bracket, rest = recipes.get(label, label).partition("(")
+                row = Row(recipe=recipe, arguments=bracket + rest, label=label, folder=folder.name, runs=label_runs)
+                previous = best.get(row.setting)
+                if previous is None or row.preference > previous.preference:
                     best[row.setting] = row
     return sorted(best.values(), key=lambda row: (kind(row.recipe), row.folder, row.setting))
 
@@ -96,47 +96,49 @@ def kind(recipe: str) -> str:
     return import_module(f"xfusion.recipes.{recipe}").KIND if recipe in names() else ""
 
 
-def shown(run: dict[str, Any]) -> tuple[Shown | None, Shown | None]:
+def shown_scores(run: dict[str, Any]) -> tuple[ShownScore | None, ShownScore | None]:
     """What is shown of a run's naming and of its drawing: the score of unseen items, or of trained ones where there is none."""
-    scores, found = run["scores"], []
-    for wanted in (NAMED, MADE):
-        known = ((part + name, mark, title) for part, mark in PARTS for name, title in wanted)
-        found.append(next((each for each in known if scores.get(each[0]) is not None), None))
-    if found == [None, None]:  # of a suite that is not listed above
-        plain = [name for name in scores if name.startswith(("held_", "fit_")) and not name.endswith("_blind")]
-        plain.sort(key=lambda name: name.startswith("fit_"))
-        found[0] = next(((name, dict(PARTS)[name.partition("_")[0] + "_"], f"`{name}`") for name in plain), None)
-    return found[0], found[1]
+    scores, scores_shown = run["scores"], []
+    for candidates in (NAMED, MADE):
+        choices = ((part + name, mark, title) for part, mark in PARTS for name, title in candidates)
+        scores_shown.append(next((choice for choice in choices if scores.get(choice[0]) is not None), None))
+    if scores_shown == [None, None]:  # of a suite that is not listed above
+        other_scores = [name for name in scores if name.startswith(("held_", "fit_")) and not name.endswith("_blind")]
+        other_scores.sort(key=lambda name: name.startswith("fit_"))
+        scores_shown[0] = next(
+            ((name, dict(PARTS)[name.partition("_")[0] + "_"], f"`{name}`") for name in other_scores), None
+        )
+    return scores_shown[0], scores_shown[1]
 
 
-def score_text(row: Row, score: Shown | None) -> str:
+def score_text(row: Row, score: ShownScore | None) -> str:
     """A score of a row, its interval over runs, and what stands beside it."""
     if score is None:
         return "-"
     name, mark, title = score
 
     def mean(key: str) -> float | None:
-        found = [run["scores"][key] for run in row.runs if run["scores"].get(key) is not None]
-        return statistics.fmean(found) if found else None
+        scores = [run["scores"][key] for run in row.runs if run["scores"].get(key) is not None]
+        return statistics.fmean(scores) if scores else None
 
     values = [run["scores"][name] for run in row.runs if run["scores"].get(name) is not None]
-    span, runs = interval(values), "one run" if len(values) == 1 else f"{len(values)} runs"
-    text = f"{statistics.fmean(values):.2f} " + (f"({span[0]:.2f} to {span[1]:.2f})" if span else f"({runs})")
+    bounds, runs = interval(values), "one run" if len(values) == 1 else f"{len(values)} runs"
+    text = f"{statistics.fmean(values):.2f} " + (f"({bounds[0]:.2f} to {bounds[1]:.2f})" if bounds else f"({runs})")
     floors = (("blind", mean(f"{name}_blind")), ("chance", mean(f"chance_{name}")))
-    told = [mark, "" if title in PLAIN else title]
-    told += [next((f"{word} {value:.2f}" for word, value in floors if value is not None), "")]
+    parts = [mark, "" if title in PLAIN else title]
+    parts += [next((f"{word} {value:.2f}" for word, value in floors if value is not None), "")]
     ceiling = mean(f"ceiling_{name}")
-    told += [f"ceiling {ceiling:.2f}" if ceiling is not None and ceiling < 1 else ""]
-    return f"{text}<br>{', '.join(filter(None, told))}".removesuffix("<br>").replace(" ", SPACE)
+    parts += [f"ceiling {ceiling:.2f}" if ceiling is not None and ceiling < 1 else ""]
+    return f"{text}<br>{', '.join(filter(None, parts))}".removesuffix("<br>").replace(" ", SPACE)
 
 
 def ways(run: dict[str, Any]) -> str:
     """What a system reads and what it makes of it."""
     medium = "sound" if run["settings"]["recipe"]["model"].get("audio") else "picture"
-    named, drawn = shown(run)
-    if named is not None and named[0].endswith(RANKED):
+    naming, drawing = shown_scores(run)
+    if naming is not None and naming[0].endswith(RANKED):
         return f"{medium} ~ words"
-    return f"{medium} {'⇄' if named and drawn else '←' if drawn else '→'} words"
+    return f"{medium} {'⇄' if naming and drawing else '←' if drawing else '→'} words"
 
 
 def through(run: dict[str, Any]) -> str:
@@ -152,9 +154,10 @@ def through(run: dict[str, Any]) -> str:
 def cost_text(row: Row) -> str:
     """GFLOPs of a training sample by task, and seconds of a step where they were measured."""
     flops = row.runs[0]["cost"]["flops_per_sample"]
-    drawn = "to draw" if shown(row.runs[0])[1] else "per pair"  # both are samples in which words stand before pictures
-    called = {"draw": drawn, "caption": "to name"} if len(flops) > 1 else {}
-    text = "<br>".join(f"{value / 1e9:.2f} {called.get(task, '')}".strip() for task, value in flops.items())
+    # Both are samples in which words stand before pictures.
+    drawing_label = "to draw" if shown_scores(row.runs[0])[1] else "per pair"
+    labels = {"draw": drawing_label, "caption": "to name"} if len(flops) > 1 else {}
+    text = "<br>".join(f"{value / 1e9:.2f} {labels.get(task, '')}".strip() for task, value in flops.items())
     times = [run["cost"]["time"]["step_seconds"] for run in row.runs if run["cost"]["time"]]
     return (text + (f"<br>{statistics.median(times):.2g} s per step" if times else "")).replace(" ", SPACE)
 
@@ -162,16 +165,16 @@ def cost_text(row: Row) -> str:
 def text_text(row: Row) -> str:
     """Whether the base's text is kept, and the regime where something of the base is trained."""
     regime = row.runs[0].get("regime")
-    told = f"<br>regime: {regime}" if regime not in (None, "strictly frozen") else ""
+    regime_note = f"<br>regime: {regime}" if regime not in (None, "strictly frozen") else ""
     equal = [run["scores"].get("text_bit_equal") for run in row.runs]
     if None in equal:
-        return f"not measured{told}"
+        return f"not measured{regime_note}"
     if all(equal):
-        return f"bit-identical{told}"
+        return f"bit-identical{regime_note}"
     change = [run["scores"]["text_perplexity_change"] for run in row.runs]
-    span = interval(change)
-    beside = f" ({span[0]:.1f} to {span[1]:.1f})" if span else ""
-    return f"perplexity {statistics.fmean(change):+.1f}{beside}{told}"
+    bounds = interval(change)
+    bounds_text = f" ({bounds[0]:.1f} to {bounds[1]:.1f})" if bounds else ""
+    return f"perplexity {statistics.fmean(change):+.1f}{bounds_text}{regime_note}"
 
 
 def line(row: Row) -> str:
@@ -180,7 +183,7 @@ def line(row: Row) -> str:
     system += f" `{row.arguments}`" if row.arguments else ""
     system += "" if row.label == row.recipe else f" as `{row.label}`"
     first, count = row.runs[0], len(row.runs)
-    scores = [score_text(row, score) for score in shown(first)]
+    scores = [score_text(row, score) for score in shown_scores(first)]
     runs = "**one run**" if count == 1 else f"{count} runs"
     weights = f"{first['cost']['trainable_parameters'] / 1e6:.1f} M".replace(" ", SPACE)
     cells = (f"{system}<br>{ways(first).replace(' ', SPACE)}", *scores, cost_text(row), weights, text_text(row))
@@ -189,15 +192,15 @@ def line(row: Row) -> str:
 
 def overview(folders: Sequence[Path]) -> list[str]:
     """The part of the page on all systems."""
-    found = rows(folders)
-    missing = [f"[{name}](recipes/{name}.md)" for name in names() if name not in {row.recipe for row in found}]
+    table_rows = rows(folders)
+    missing = [f"[{name}](recipes/{name}.md)" for name in names() if name not in {row.recipe for row in table_rows}]
     absent = f"In no comparison yet (see their own pages for figures): {', '.join(missing)}." if missing else ""
     table = [f"| {' | '.join(HEAD)} |", f"|{' --- |' * len(HEAD)}"]
-    before = None
-    for row in found:
-        if kind(row.recipe) != before:
-            before = kind(row.recipe)
-            table.append(f"| **{(before or 'others').replace(' ', SPACE)}** |{' |' * (len(HEAD) - 1)}")
+    previous_kind = None
+    for row in table_rows:
+        if kind(row.recipe) != previous_kind:
+            previous_kind = kind(row.recipe)
+            table.append(f"| **{(previous_kind or 'others').replace(' ', SPACE)}** |{' |' * (len(HEAD) - 1)}")
         table.append(line(row))
     return [
         "## All systems",
@@ -236,14 +239,14 @@ def contents(folders: Sequence[Path]) -> list[str]:
     for folder in folders:
         runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*-seed*.json"))]
         present = {run["recipe"] for run in runs}
-        known = asked_of(folder)
-        labels = [label for label in dict.fromkeys([*known, *sorted(present)]) if label in present]
+        recipes = recipes_by_label(folder)
+        labels = [label for label in dict.fromkeys([*recipes, *sorted(present)]) if label in present]
         note = folder / "README.md"
         about = note.read_text(encoding="utf-8").strip() if note.is_file() else ""
         about = re.split(r"[.:;](?:\s|$)", re.sub(r"\s+", " ", about.partition("\n\n")[0]), maxsplit=1)[0]
         about = f"{about}. " if about else ""
         data = "/".join(re.sub(r":held=.*", "", runs[0]["settings"]["data"]).split("/")[-2:])
         budget = f"{runs[0]['budget']['samples']:,} samples, {len(runs)} run{'s' if len(runs) > 1 else ''}"
-        systems = ", ".join(f"`{called(label, known.get(label, label))}`" for label in labels)
+        systems = ", ".join(f"`{heading(label, recipes.get(label, label))}`" for label in labels)
         lines.append(f"- [{folder.name}](#{folder.name}): {about}`{data}` ({through(runs[0])}), {budget}: {systems}.")
     return [*lines, ""]

@@ -20,7 +20,7 @@ from typing import Any
 
 from diagrams import diagram
 from grids import samples
-from overview import asked_of, contents, overview
+from overview import contents, overview, recipes_by_label
 
 from xfusion.apps.commands.base import size_text
 from xfusion.apps.comparison_page import CONTRIBUTION, SHARES, TIMES, by_share
@@ -28,7 +28,7 @@ from xfusion.apps.plots import COLOURS, bars, curves, dots, numbered, over_numbe
 from xfusion.backbone import SHAPES, Backbone
 from xfusion.comparison import summarise
 from xfusion.comparison.cost import flops_of_encoder, flops_of_shape
-from xfusion.comparison.plan import called
+from xfusion.comparison.plan import heading
 from xfusion.modalities.codecs.kmeans import KMeans
 from xfusion.model import build
 from xfusion.recipes.base import find, names
@@ -45,7 +45,7 @@ NOT_RUN = "<!-- not run: {} -->"
 """What tests/docs/test_docs.py wants above a block that it does not run."""
 SHORT = "<!-- run full short -->"
 """Above one of which it trains two steps."""
-WANTED = (
+TARGETS = (
     ("share_of_shape_peak", "0.70"),
     ("share_of_peak", "-"),
     ("graphs_after_warm_up", "0"),
@@ -63,10 +63,12 @@ def cost(name: str, base: Backbone) -> str:
     try:
         model = build(find(name)().model, base)
     except ValueError as error:
-        return f"| {_named(base)} | cannot be built: {error} | | |"
+        return f"| {_base_name(base)} | cannot be built: {error} | | |"
     flops = flops_of_shape(model)
-    each = " | ".join(f"{flops[task]['training'] / 1e9:,.1f}" if task in flops else "-" for task in ("draw", "caption"))
-    return f"| {_named(base)} | {model.num_new_parameters / 1e6:,.1f} M | {each} |"
+    gflops = " | ".join(
+        f"{flops[task]['training'] / 1e9:,.1f}" if task in flops else "-" for task in ("draw", "caption")
+    )
+    return f"| {_base_name(base)} | {model.num_new_parameters / 1e6:,.1f} M | {gflops} |"
 
 
 def recipe_index() -> str:
@@ -96,11 +98,11 @@ def picture(name: str, base: Backbone) -> Path | None:
     except ValueError:
         return None
     file = HERE / "pictures" / f"recipe_{name}.svg"
-    file.write_text(diagram(f"{name} on {_named(base)}", model), encoding="utf-8")
+    file.write_text(diagram(f"{name} on {_base_name(base)}", model), encoding="utf-8")
     return file
 
 
-def _named(base: Backbone) -> str:
+def _base_name(base: Backbone) -> str:
     return "SmolLM2-135M-Instruct" if base.source.startswith("wheel:") else base.source
 
 
@@ -111,16 +113,16 @@ def figures(name: str) -> list[str]:
     lines = []
     for folder in comparisons():
         runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"{name}-seed*.json"))]
-        given = called(name, asked_of(folder).get(name, name))
+        arguments = heading(name, recipes_by_label(folder).get(name, name))
         if runs:
             scores = [
                 f"{score} {sum(r['scores'][score] for r in runs) / len(runs):.3f}"
                 for score in dict.fromkeys((*SHOWN[:-1], *SHOWN_NAMING[:-1]))
                 if all(score in r["scores"] for r in runs)
             ]
-            many = "one run" if len(runs) == 1 else f"{len(runs)} runs"
+            runs_text = "one run" if len(runs) == 1 else f"{len(runs)} runs"
             lines.append(
-                f"- [{folder.name}](../comparison.md#{folder.name}), as `{given}`, {many}: {', '.join(scores)}"
+                f"- [{folder.name}](../comparison.md#{folder.name}), as `{arguments}`, {runs_text}: {', '.join(scores)}"
             )
     if re.search(rf"xfusion train [\"']?{name}\b", (HERE / "training_log.md").read_text(encoding="utf-8")):
         lines.append("- [training log](../training_log.md): its runs and scores")
@@ -147,31 +149,31 @@ def text_part(name: str) -> list[str]:
     body = (module.__doc__ or "").strip().partition("\n\n")[2]
     recipe = find(name)()
     codec = recipe.model.modality.codec
-    wanted = [recipe.data.partition("/")[0]] if recipe.data.endswith(".jsonl") else []
-    wanted += [codec.source] if isinstance(codec, KMeans.Config) else []
-    given = [f"<!-- given: {' '.join(wanted)} -->"] if wanted else []
-    return [body, "", "## Command", "", *given, SHORT, "```bash", f"xfusion train {name}", "```", ""]
+    files = [recipe.data.partition("/")[0]] if recipe.data.endswith(".jsonl") else []
+    files += [codec.source] if isinstance(codec, KMeans.Config) else []
+    given_note = [f"<!-- given: {' '.join(files)} -->"] if files else []
+    return [body, "", "## Command", "", *given_note, SHORT, "```bash", f"xfusion train {name}", "```", ""]
 
 
 def cost_part(name: str, bases: list[Backbone]) -> list[str]:
     """What a recipe costs on some bases."""
     item = "a sound" if find(name)().model.audio else "a picture"
-    what = (
+    note = (
         f"Trained weights, and GFLOPs (forward and backward, without cached text states) for a sample of 12 words and {item} of"
         " the recipe's size. A dash means that the recipe does not learn the task."
     )
     encoder = flops_of_encoder(find(name)().model)
     if encoder != 0:
-        each = f" ({encoder / 1e9:.2f} GFLOPs per picture)" if encoder else ""
-        what += f" The frozen encoder or codec{each} is not included."
+        encoder_note = f" ({encoder / 1e9:.2f} GFLOPs per picture)" if encoder else ""
+        note += f" The frozen encoder or codec{encoder_note} is not included."
     table = ["| base | trained | per drawing sample | per captioning sample |", "| --- | --- | --- | --- |"]
-    return ["## Cost", "", what, "", *table, *(cost(name, base) for base in bases), ""]
+    return ["## Cost", "", note, "", *table, *(cost(name, base) for base in bases), ""]
 
 
 def recipe_page(name: str, bases: list[Backbone]) -> str:
     """The page of a recipe."""
-    drawn = [] if (file := picture(name, bases[0])) is None else [f"![{name}](../{file.relative_to(HERE)})", ""]
-    lines = [*title_part(name), *drawn, *text_part(name), *cost_part(name, bases)]
+    drawing = [] if (file := picture(name, bases[0])) is None else [f"![{name}](../{file.relative_to(HERE)})", ""]
+    lines = [*title_part(name), *drawing, *text_part(name), *cost_part(name, bases)]
     return "\n".join([*lines, "## Figures", "", *figures(name), ""])
 
 
@@ -190,33 +192,33 @@ def comparison_part(folder: Path) -> list[str]:
     lines = [f"## {folder.name}", ""]
     if note.is_file():
         lines += [note.read_text(encoding="utf-8").strip(), ""]
-    why = NOT_RUN.format("minutes to hours; tests/test_comparison.py compares recipes on a tiny base")
-    lines += [*samples(folder, HERE / "pictures"), why, "```bash", str(summary["command"]), "```", ""]
+    not_run = NOT_RUN.format("minutes to hours; tests/test_comparison.py compares recipes on a tiny base")
+    lines += [*samples(folder, HERE / "pictures"), not_run, "```bash", str(summary["command"]), "```", ""]
     draws = any(score["score"] == SHOWN[0] for score in summary["scores"])
-    found = {score["score"]: score for score in summary["scores"] if score["share"] == 1}
-    wanted = list(SHOWN if draws else SHOWN_NAMING)
+    scores = {score["score"]: score for score in summary["scores"] if score["share"] == 1}
+    shown = list(SHOWN if draws else SHOWN_NAMING)
     # What another suite scores is shown before the text.
-    wanted[-1:-1] = [name for name in found if not EMOJI.match(name) and name not in wanted]
-    kept = all(text["bit_equal"] == text["num_runs"] for text in summary["text"].values())
-    if kept:
-        wanted.remove("text_perplexity_change")
+    shown[-1:-1] = [name for name in scores if not EMOJI.match(name) and name not in shown]
+    is_text_equal = all(text["bit_equal"] == text["num_runs"] for text in summary["text"].values())
+    if is_text_equal:
+        shown.remove("text_perplexity_change")
         lines += [f"The base's text is bit-identical in all {summary['num_runs']} runs.", ""]
-    parts = [score_part(summary, found[name]) for name in wanted if name in found]
-    first, rest = (parts[0], parts[1:]) if parts else ([], [])
-    lines += first
-    drawing = found.get(SHOWN[0])
-    if drawing and not kept:
+    parts = [score_part(summary, scores[name]) for name in shown if name in scores]
+    open_part, folded_parts = (parts[0], parts[1:]) if parts else ([], [])
+    lines += open_part
+    drawing = scores.get(SHOWN[0])
+    if drawing and not is_text_equal:
         file = HERE / "pictures" / f"{folder.name}_text.svg"
         file.write_text(standalone(scatter(summary, drawing)), encoding="utf-8")
         lines += ["**What drawing cost the text**: perplexity against the drawing score, one small dot per run", ""]
         lines += [f"![perplexity of the text against drawing](pictures/{file.name})", ""]
-    rest += [share_part(summary, name, folder.name) for name in SHOWN_BY_SHARE if len(summary["shares"]) > 1]
+    folded_parts += [share_part(summary, name, folder.name) for name in SHOWN_BY_SHARE if len(summary["shares"]) > 1]
     if summary["contributions"]:
         file = HERE / "pictures" / f"{folder.name}_shares.svg"
         file.write_text(standalone(bars(summary["contributions"], CONTRIBUTION)), encoding="utf-8")
-        rest.append([f"**{CONTRIBUTION.capitalize()}**, by layer and kind of position", ""])
-        rest.append([f"![learned shares](pictures/{file.name})", ""])
-    lines += folded("Other scores: every run, intervals, verdicts", [line for part in rest for line in part])
+        folded_parts.append([f"**{CONTRIBUTION.capitalize()}**, by layer and kind of position", ""])
+        folded_parts.append([f"![learned shares](pictures/{file.name})", ""])
+    lines += folded("Other scores: every run, intervals, verdicts", [line for part in folded_parts for line in part])
     costs = [*cost_table(summary, draws), "", *(f"- {note}" for note in summary["notes"]), ""]
     return [*lines, *folded("Costs, and what else differs", costs)]
 
@@ -250,38 +252,38 @@ def score_part(summary: dict[str, Any], score: dict[str, Any]) -> list[str]:
     colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(summary["recipes"])}
     file = HERE / "pictures" / f"{summary['name']}_{score['score']}.svg"
     number = numbered(summary["recipes"])
-    drawn = dots(score, colours.__getitem__) if number is None else over_numbers(score, *number)
-    file.write_text(standalone(drawn), encoding="utf-8")
+    svg = dots(score, colours.__getitem__) if number is None else over_numbers(score, *number)
+    file.write_text(standalone(svg), encoding="utf-8")
     lines = [f"**{score['title']}** ({score['better']} is better)", ""]
     lines += [f"![{score['title']}](pictures/{file.name})", ""]
-    lines += [f"| recipe | mean | 95 % interval | paired difference to {_first(summary)} | verdict |"]
+    lines += [f"| recipe | mean | 95 % interval | paired difference to {_baseline(summary)} | verdict |"]
     lines += ["| --- | --- | --- | --- | --- |", *(_row(row, summary) for row in score["rows"]), ""]
-    return lines + _beside(score, summary["media"])
+    return lines + _references(score, summary["media"])
 
 
 def cost_table(summary: dict[str, Any], draws: bool) -> list[str]:
     """What each recipe costs."""
-    timed = any(row["time"] for row in summary["cost"])
+    has_times = any(row["time"] for row in summary["cost"])
     # What a dual encoder draws and names is a pair.
-    learnt = "per drawing, per name" if draws else "per sample"
+    sample_text = "per drawing, per name" if draws else "per sample"
     if summary["media"] == "sounds" and any("draw" in row["flops_per_sample"] for row in summary["cost"]):
-        learnt = "per sound said, per name"
-    head = ["recipe", "trained weights", f"GFLOPs {learnt}", "peak memory", "text"]
-    head += ["seconds per step, per drawing, per name"] if timed else []
+        sample_text = "per sound said, per name"
+    head = ["recipe", "trained weights", f"GFLOPs {sample_text}", "peak memory", "text"]
+    head += ["seconds per step, per drawing, per name"] if has_times else []
     lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for row in summary["cost"]:
         flops = ", ".join(f"{value / 1e9:.2f}" for value in row["flops_per_sample"].values())
         text: dict[str, Any] = summary["text"][row["recipe"]]
-        kept = "bit-identical" if text["bit_equal"] == text["num_runs"] else "changed"
+        text_note = "bit-identical" if text["bit_equal"] == text["num_runs"] else "changed"
         peak = row["peak_memory"]["bytes"]
         cells = [
             summary["called"][row["recipe"]],
             f"{row['trainable_parameters']:,}",
             flops,
             size_text(peak) if peak else "-",
-            kept,
+            text_note,
         ]
-        if timed:
+        if has_times:
             times = row["time"] or {}
             cells.append(", ".join(f"{times[key]:.3g}" if times.get(key) else "-" for key in TIMES))
         lines.append(f"| {' | '.join(cells)} |")
@@ -290,38 +292,38 @@ def cost_table(summary: dict[str, Any], draws: bool) -> list[str]:
 
 def share_part(summary: dict[str, Any], name: str, folder: str) -> list[str]:
     """A score against the share of the pictures that were trained on."""
-    found, tables = by_share(summary, name), [s for s in summary["scores"] if s["score"] == name]
-    if not found:
+    lines_by_recipe, tables = by_share(summary, name), [s for s in summary["scores"] if s["score"] == name]
+    if not lines_by_recipe:
         return []
     title, file = tables[0]["title"], HERE / "pictures" / f"{folder}_shares_{name}.svg"
-    colours = {label: COLOURS[summary["recipes"].index(label) % len(COLOURS)] for label in found}
-    file.write_text(standalone(curves(summary["recipes"], found, SHARES), colours), encoding="utf-8")
+    colours = {label: COLOURS[summary["recipes"].index(label) % len(COLOURS)] for label in lines_by_recipe}
+    file.write_text(standalone(curves(summary["recipes"], lines_by_recipe, SHARES), colours), encoding="utf-8")
     lines = [f"**{title}, by share of the pictures** (the same budget on fewer pictures)", ""]
     lines += [f"![{title} by share]({file.relative_to(HERE)})", ""]
-    lines += [f"| recipe | share | mean | 95 % interval | paired difference to {_first(summary)} | verdict |"]
+    lines += [f"| recipe | share | mean | 95 % interval | paired difference to {_baseline(summary)} | verdict |"]
     lines += ["| --- | --- | --- | --- | --- | --- |"]
-    for each in tables:
-        share = f" | {100 * each['share']:g} %"
-        lines += [_row(row, summary, share) for row in each["rows"] if row["recipe"] in found]
+    for share_score in tables:
+        share = f" | {100 * share_score['share']:g} %"
+        lines += [_row(row, summary, share) for row in share_score["rows"] if row["recipe"] in lines_by_recipe]
     return [*lines, ""]
 
 
 def few_shot_part(folder: Path) -> list[str]:
     """A section on naming behind solved examples, from the results of the suite ``few_shot``: a plot, and a table below it."""
-    found = json.loads((folder / "few_shot.json").read_text(encoding="utf-8"))
+    result = json.loads((folder / "few_shot.json").read_text(encoding="utf-8"))
     titles = {
         "": "exact answer",
         "_misnamed": "the same, each example with another picture's name",
         "_blind": "pictures permuted",
     }
-    numbers = sorted(int(match[1]) for key in found if (match := re.fullmatch(r"held_exact_(\d+)_shots", key)))
+    numbers = sorted(int(match[1]) for key in result if (match := re.fullmatch(r"held_exact_(\d+)_shots", key)))
     lines = {
-        title: [(float(n), found[key]) for n in numbers if (key := f"held_exact_{n}_shots{suffix}") in found]
+        title: [(float(n), result[key]) for n in numbers if (key := f"held_exact_{n}_shots{suffix}") in result]
         for suffix, title in titles.items()
     }
-    drawn = curves(list(lines), lines, "solved examples before the picture")
+    svg = curves(list(lines), lines, "solved examples before the picture")
     file = HERE / "pictures" / f"{folder.name}.svg"
-    file.write_text(standalone(drawn, legend(lines)), encoding="utf-8")
+    file.write_text(standalone(svg, legend(lines)), encoding="utf-8")
     rows = [
         " | ".join([title, *(f"{v:.2f}" if (v := dict(line).get(float(n))) is not None else "-" for n in numbers)])
         for title, line in lines.items()
@@ -333,34 +335,37 @@ def few_shot_part(folder: Path) -> list[str]:
         "",
         f"![naming by number of solved examples](pictures/{file.name})",
         "",
-        f"| {found['settings']['num_held']} unseen pictures, examples: | {' | '.join(map(str, numbers))} |",
+        f"| {result['settings']['num_held']} unseen pictures, examples: | {' | '.join(map(str, numbers))} |",
         "| --- " * (1 + len(numbers)) + "|",
         *(f"| {row} |" for row in rows),
         "",
     ]
 
 
-def _beside(score: dict[str, Any], media: str) -> list[str]:
+def _references(score: dict[str, Any], media: str) -> list[str]:
     """What chance, the blind rate and the ceiling of a score are, where they were measured."""
     real = {"pictures": "the real picture", "sounds": "unheard recordings"}[media]
     titles = {"chance": "a random order", "blind": f"{media} permuted (mean of all)", "ceiling": real}
-    found = [f"{title} {score[key]:.3f}" for key, title in titles.items() if key in score]
-    return [f"For reference: {', '.join(found)}.", ""] if found else []
+    texts = [f"{title} {score[key]:.3f}" for key, title in titles.items() if key in score]
+    return [f"For reference: {', '.join(texts)}.", ""] if texts else []
 
 
-def _first(summary: dict[str, Any]) -> str:
+def _baseline(summary: dict[str, Any]) -> str:
     return summary["called"][summary["first"]]
 
 
 def _row(row: dict[str, Any], summary: dict[str, Any], share: str = "") -> str:
-    def span(found: list[float] | None) -> str:
-        return f"{found[0]:.3f} to {found[1]:.3f}" if found else "-"
+    def bounds_text(bounds: list[float] | None) -> str:
+        return f"{bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else "-"
 
     difference = row["difference"]
-    beside = f"{difference['mean']:+.3f} ({span(difference['interval'])})" if difference else "-"
+    difference_text = f"{difference['mean']:+.3f} ({bounds_text(difference['interval'])})" if difference else "-"
     verdict = difference["verdict"] if difference else "-"
     mean = "not measured" if row["mean"] is None else f"{row['mean']:.3f}"
-    return f"| {summary['called'][row['recipe']]}{share} | {mean} | {span(row['interval'])} | {beside} | {verdict} |"
+    return (
+        f"| {summary['called'][row['recipe']]}{share} | {mean} | {bounds_text(row['interval'])}"
+        f" | {difference_text} | {verdict} |"
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- speed
@@ -372,17 +377,20 @@ def measured(name: str) -> dict[str, Any] | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
-def origin(found: dict[str, Any]) -> list[str]:
+def origin(result: dict[str, Any]) -> list[str]:
     """What a figure was made by and on."""
-    machine, commit = found["machine"], found["commit"]
-    at = f"commit {commit['id'][:10]}" if commit else "no commit"
+    machine, commit = result["machine"], result["commit"]
+    commit_text = f"commit {commit['id'][:10]}" if commit else "no commit"
     if commit and commit.get("changed_files"):
-        at += f" and {commit['changed_files']} changed files"
-    load = found.get("load_before")
-    busy = "" if load is None else f", load {load:g} before"
-    on = f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, torch {machine['versions']['torch']}"
-    why = NOT_RUN.format("minutes to hours on an idle machine")
-    return [why, "```bash", found["command"], "```", "", f"{on}; {at}{busy}.", ""]
+        commit_text += f" and {commit['changed_files']} changed files"
+    load = result.get("load_before")
+    load_text = "" if load is None else f", load {load:g} before"
+    machine_text = (
+        f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads,"
+        f" torch {machine['versions']['torch']}"
+    )
+    not_run = NOT_RUN.format("minutes to hours on an idle machine")
+    return [not_run, "```bash", result["command"], "```", "", f"{machine_text}; {commit_text}{load_text}.", ""]
 
 
 def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> list[str]:
@@ -392,11 +400,11 @@ def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> list[str]:
 
 
 def plot(
-    name: str, lines: dict[str, list[tuple[float, float]]], along: str, title: str, *, log: bool = False
+    name: str, lines: dict[str, list[tuple[float, float]]], axis_label: str, title: str, *, log: bool = False
 ) -> list[str]:
     """A plot beside the page, and the words that show it."""
-    drawn = curves(list(lines), lines, along, logarithmic=log)
-    (HERE / "pictures" / f"speed_{name}.svg").write_text(standalone(drawn, legend(lines)), encoding="utf-8")
+    svg = curves(list(lines), lines, axis_label, logarithmic=log)
+    (HERE / "pictures" / f"speed_{name}.svg").write_text(standalone(svg, legend(lines)), encoding="utf-8")
     return [f"![{title}](pictures/speed_{name}.svg)", ""]
 
 
@@ -413,82 +421,82 @@ def bench_part() -> list[str]:
     return [line for file in files for line in bench_table(json.loads(file.read_text(encoding="utf-8")))]
 
 
-def bench_table(found: dict[str, Any]) -> list[str]:
+def bench_table(result: dict[str, Any]) -> list[str]:
     """A run of the bench."""
     rows: list[dict[str, Any]] = []
 
-    def add(question: str, value: Any, wanted: str = "-") -> None:
-        if isinstance(value, (int, float)) and wanted != "-":
-            bound = float(wanted.removeprefix("at most "))
-            short = value > bound if wanted.startswith("at most") or not bound else value < bound
-            value = f"{value} (short)" if short else value
-        rows.append({"figure": question, "value": value, "wanted": wanted})
+    def add(question: str, value: Any, target: str = "-") -> None:
+        if isinstance(value, (int, float)) and target != "-":
+            bound = float(target.removeprefix("at most "))
+            is_short = value > bound if target.startswith("at most") or not bound else value < bound
+            value = f"{value} (short)" if is_short else value
+        rows.append({"figure": question, "value": value, "wanted": target})
 
     for tower in ("demo_tower", "full_tower"):
         name = tower.replace("_", " ")
         for kind in ("drawing", "joint"):
-            part = found.get("training", {}).get(tower, {}).get(kind, {})
-            for key, wanted in WANTED:
+            part = result.get("training", {}).get(tower, {}).get(kind, {})
+            for key, target in TARGETS:
                 if key in part:
-                    add(f"`{key}`, {kind}, {name}", part[key], wanted)
+                    add(f"`{key}`, {kind}, {name}", part[key], target)
             if "samples_per_second" in part:
                 add(f"samples per second, {kind}, {name}", part["samples_per_second"])
             for state, seconds in part.get("cold_start_seconds", {}).items():
                 add(f"cold start in seconds, {state.replace('_', ' ')}, {kind}, {name}", seconds)
-        part = found.get("transfusion", {}).get(tower, {})
-        for key, wanted in (
+        part = result.get("transfusion", {}).get(tower, {})
+        for key, target in (
             ("ratio_to_transfusion_pytorch", "3"),
             ("ratio_to_transfusion_pytorch_cached", "5"),
             ("ratio_at_matched_parameters", "-"),
             ("ratio_at_matched_parameters_cached", "-"),
         ):
             if key in part:
-                add(f"`{key}`, {name}", part[key], wanted)
-        part = found.get("llama", {}).get(tower, {})
+                add(f"`{key}`, {name}", part[key], target)
+        part = result.get("llama", {}).get(tower, {})
         if part:
             add(f"`ratio_to_llama_text_training`, {name}", part["ratio_to_llama_text_training"], "0.8")
     for kind in ("drawing", "joint"):
-        if kind in found.get("memory", {}):
-            add(f"freed memory given back over kept, {kind} step", found["memory"][kind]["given_back_over_kept"])
+        if kind in result.get("memory", {}):
+            add(f"freed memory given back over kept, {kind} step", result["memory"][kind]["given_back_over_kept"])
     for tower in ("demo_tower", "full_tower"):
-        part = found.get("activation_checkpointing", {}).get(tower, {})
-        for key, wanted in (("memory_over_kept", "-"), ("time_over_kept", "-")):
-            what = key.replace("_over_kept", "")
+        part = result.get("activation_checkpointing", {}).get(tower, {})
+        for key, target in (("memory_over_kept", "-"), ("time_over_kept", "-")):
+            measure = key.replace("_over_kept", "")
             if part:
-                name = f"activation checkpointing: {what} over that of keeping, {tower.replace('_', ' ')}"
-                add(name, part.get(key, "not measured"), wanted)
-    for name, part in found.get("denoising", {}).items():
+                name = f"activation checkpointing: {measure} over that of keeping, {tower.replace('_', ' ')}"
+                add(name, part.get(key, "not measured"), target)
+    for name, part in result.get("denoising", {}).items():
         if isinstance(part, dict):
             figure = f"`denoising_step_over_tower_flops`, {name.replace('_', ' ')}"
             add(figure, part["denoising_step_over_tower_flops"], "at most 1.15")
-    if "generate" in found:
-        add("`ratio_to_base_generate`", found["generate"]["ratio_to_base_generate"], "0.98")
-        add("the same through the fused stack", found["generate"]["ratio_of_the_fused_stack"])
-    return [*origin(found), *table(rows, ("figure", "value", "wanted"))]
+    if "generate" in result:
+        add("`ratio_to_base_generate`", result["generate"]["ratio_to_base_generate"], "0.98")
+        add("the same through the fused stack", result["generate"]["ratio_of_the_fused_stack"])
+    return [*origin(result), *table(rows, ("figure", "value", "wanted"))]
 
 
 def time_to_loss_part() -> list[str]:
     """Loss against seconds, ours and the peer's."""
-    found = measured("time_to_loss")
-    if found is None:
+    result = measured("time_to_loss")
+    if result is None:
         return ["Not measured yet: `python benchmarks/time_to_loss.py`.", ""]
     title = "Loss of names against seconds of training"
-    ours = found["our_seconds_to_that_loss"]
-    reached, took = found["loss_reached_by_the_peer"], found["seconds_of_the_peer"]
-    said = "not within its own time" if ours is None else f"within {ours:.0f} s"
+    our_seconds = result["our_seconds_to_that_loss"]
+    peer_loss, peer_seconds = result["loss_reached_by_the_peer"], result["seconds_of_the_peer"]
+    comparison = "not within its own time" if our_seconds is None else f"within {our_seconds:.0f} s"
     return [
-        *origin(found),
-        f"The peer ({found['peer'].partition(', ')[2]}) reached {reached:.2f} nats per token in {took:.0f} s and"
-        f" {found['steps']['transfusion-pytorch']} steps; ours reached that {said}.",
+        *origin(result),
+        f"The peer ({result['peer'].partition(', ')[2]}) reached {peer_loss:.2f} nats per token in {peer_seconds:.0f} s and"
+        f" {result['steps']['transfusion-pytorch']} steps; ours reached that {comparison}.",
         "",
-        *plot("time_to_loss", found["curves"], "seconds of training", title),
+        *plot("time_to_loss", result["curves"], "seconds of training", title),
     ]
 
 
 def memory_part() -> list[str]:
     """What towers hold beside their base."""
-    found = measured("memory")
-    if found is None:
+    result = measured("memory")
+    if result is None:
         return ["Not measured yet: `python benchmarks/memory.py`.", ""]
     columns = {
         "base": "base alone",
@@ -498,90 +506,90 @@ def memory_part() -> list[str]:
         "peak_of_a_step": "peak of the process",
     }
     rows = []
-    for row in found["rows"]:
+    for row in result["rows"]:
         sizes = {name: f"{row[key] / 1e6:,.0f} MB" for key, name in columns.items() if key in row}
         rows.append(
             {"model": row["base_model"], "over the base": row["held_over_base"]}
             | sizes
             | {"recipe": f"`{row['recipe']}`"}
         )
-    return [*origin(found), *table(rows, ("model", "recipe", *columns.values(), "over the base"))]
+    return [*origin(result), *table(rows, ("model", "recipe", *columns.values(), "over the base"))]
 
 
 def profile_part() -> list[str]:
     """Where a step's time goes."""
-    found = measured("profile")
-    if found is None:
+    result = measured("profile")
+    if result is None:
         return ["Not measured yet: `python benchmarks/profile_step.py`.", ""]
     kinds = ("drawing", "joint")
     rows = [
-        {"work": name} | {k: f"{found[k]['shares'][name]:.1%}" for k in kinds} for name in found["drawing"]["shares"]
+        {"work": name} | {k: f"{result[k]['shares'][name]:.1%}" for k in kinds} for name in result["drawing"]["shares"]
     ]
     names = ("step_seconds", "batches_seconds", "system_seconds", "page_faults")
-    rows += [{"work": name.replace("_", " ")} | {k: found[k][name] for k in kinds} for name in names]
-    return [*origin(found), *table(rows, ("work", *kinds))]
+    rows += [{"work": name.replace("_", " ")} | {k: result[k][name] for k in kinds} for name in names]
+    return [*origin(result), *table(rows, ("work", *kinds))]
 
 
 def solvers_part() -> list[str]:
     """Quality against steps."""
-    found = measured("solvers")
-    if found is None:
+    result = measured("solvers")
+    if result is None:
         return ["Not measured yet: `python benchmarks/solvers.py`.", ""]
     lines: dict[str, list[tuple[float, float]]] = {}
-    for row in found["rows"]:
+    for row in result["rows"]:
         lines.setdefault(row["solver"], []).append((row["passes"], row["error"]))
     title = "Error of a drawing against passes of the model"
     return [
-        *origin(found),
+        *origin(result),
         *plot("solvers", lines, "passes of the model", title),
-        *table(found["rows"], ("solver", "steps", "passes", "error", "pixel_at_1", "seconds")),
+        *table(result["rows"], ("solver", "steps", "passes", "error", "pixel_at_1", "seconds")),
     ]
 
 
 def growth_part() -> list[str]:
     """Samples per second against what grows."""
-    found = measured("growth")
-    if found is None:
+    result = measured("growth")
+    if result is None:
         return ["Not measured yet: `python benchmarks/growth.py`.", ""]
-    out = origin(found)
+    out = origin(result)
     titles = {
         "tokens": "tokens per picture",
         "batch": "batch",
         "depth": "layers of the base",
         "pictures": "pictures per sequence",
     }
-    for name, along in titles.items():
-        rows = [row for row in found["rows"] if row["varied"] == name]
+    for name, axis_label in titles.items():
+        rows = [row for row in result["rows"] if row["varied"] == name]
         if rows:
             points = [(float(row[name]), row["samples_per_second"]) for row in rows]
-            title = f"Samples per second against {along}"
-            out += [f"**{title}**", "", *plot(f"growth_{name}", {"samples": points}, along, title, log=True)]
+            title = f"Samples per second against {axis_label}"
+            out += [f"**{title}**", "", *plot(f"growth_{name}", {"samples": points}, axis_label, title, log=True)]
             out += table(rows, ("tokens", "batch", "depth", "pictures", "samples_per_second", "tokens_per_second"))
     return out
 
 
 def serving_part() -> list[str]:
     """Seconds of answers of a server under load."""
-    found = measured("serving")
-    if found is None:
+    result = measured("serving")
+    if result is None:
         return ["Not measured yet: `python benchmarks/serving.py` on an idle machine.", ""]
     columns = ("clients", "seconds", "request", "answers", "wrong", "refused", "late", "failed", "p50", "p95", "p99")
     about = (
-        f"`--limits.queue {found['queue']} --limits.batch {found['batch']}`, {found['steps']} steps per drawing, words of at"
-        f" most {found['tokens']} tokens; p50, p95 and p99 are seconds."
+        f"`--limits.queue {result['queue']} --limits.batch {result['batch']}`, {result['steps']} steps per drawing, words of at"
+        f" most {result['tokens']} tokens; p50, p95 and p99 are seconds."
     )
-    return [*origin(found), about, "", *table(found["rows"], (*columns, "first_word_p50", "megabytes_last_third"))]
+    return [*origin(result), about, "", *table(result["rows"], (*columns, "first_word_p50", "megabytes_last_third"))]
 
 
 def codecs_part() -> list[str]:
     """What kinds of codes keep of a picture, and how they use their codes."""
-    found = measured("codecs")
-    if found is None:
+    result = measured("codecs")
+    if result is None:
         return ["Not measured yet: `python runs/compare_emoji_codes.py`.", ""]
-    counts = found["pictures"]
+    counts = result["pictures"]
     about = (
-        f"{found['steps']} steps of {found['batch']} pictures at rate {found['rate']:g}, widths {found['channels']},"
-        f" seed {found['seed']}, {found['entries']} codes a level;"
+        f"{result['steps']} steps of {result['batch']} pictures at rate {result['rate']:g}, widths {result['channels']},"
+        f" seed {result['seed']}, {result['entries']} codes a level;"
         f" {counts['train']:,} pictures trained and {counts['held']:,} held out."
     )
     head = [
@@ -591,13 +599,13 @@ def codecs_part() -> list[str]:
         "over pixels that are not white, dB",
         "codes used",
     ]
-    lines = [*origin(found), about, "", f"| {' | '.join([*head, 'perplexity'])} |", "|" + " --- |" * (len(head) + 1)]
+    lines = [*origin(result), about, "", f"| {' | '.join([*head, 'perplexity'])} |", "|" + " --- |" * (len(head) + 1)]
 
-    def pair(row: dict[str, Any], show: Any) -> str:
-        return ", ".join(show(row[split]) for split in ("train", "held"))
+    def pair(row: dict[str, Any], format_part: Any) -> str:
+        return ", ".join(format_part(row[split]) for split in ("train", "held"))
 
-    for row in found["rows"]:
-        cells = [row["codec"], f"{row['levels'] * row['places'] * math.log2(found['entries']):.0f}"]
+    for row in result["rows"]:
+        cells = [row["codec"], f"{row['levels'] * row['places'] * math.log2(result['entries']):.0f}"]
         cells += [pair(row, lambda part, name=name: f"{part[name]:.2f}") for name in ("all_pixels", "non_white")]
         cells += [pair(row, lambda part: f"{part['codes_used']:.0%}")]
         cells += [pair(row, lambda part: " + ".join(f"{level:.0f}" for level in part["perplexities"]))]
@@ -607,8 +615,8 @@ def codecs_part() -> list[str]:
 
 def sound_codes_part() -> list[str]:
     """What clusters keep of features, and how they are used."""
-    found = measured("sound_codes")
-    if found is None:
+    result = measured("sound_codes")
+    if result is None:
         return ["Not measured yet: `python runs/fit_sound_codes.py`.", ""]
     columns = ("sounds", "features", "variance explained", "codes used", "perplexity")
     rows = [
@@ -619,13 +627,13 @@ def sound_codes_part() -> list[str]:
             "codes used": f"{figures['codes_used']:.0%}",
             "perplexity": f"{figures['perplexity']:.1f}",
         }
-        for part, figures in found["parts"].items()
+        for part, figures in result["parts"].items()
     ]
     about = (
-        f"{found['entries']} clusters, {found['pooled']} features to a code, a window of {found['window']:g} s,"
-        f" seed {found['seed']}."
+        f"{result['entries']} clusters, {result['pooled']} features to a code, a window of {result['window']:g} s,"
+        f" seed {result['seed']}."
     )
-    return [*origin(found), about, "", *table(rows, columns)]
+    return [*origin(result), about, "", *table(rows, columns)]
 
 
 DAMAGES = {
@@ -644,65 +652,65 @@ def questions_part(name: str) -> list[str]:
             f"Not measured yet: `xfusion evaluate runs/understanding --suite understanding --set questions={name}`.",
             "",
         ]
-    found = json.loads(file.read_text(encoding="utf-8"))
-    settings, over = found["settings"], found["accuracy_over_blind_interval"]
-    verdict = "above the blind rate" if over and over[0] > 0 else "not above the blind rate"
-    told = [
-        ("accuracy", found["accuracy"], found["accuracy_interval"]),
-        ("blind: pictures permuted, mean of five", found["accuracy_blind"], None),
-        ("most frequent answer", found["chance_accuracy"], None),
-        ("accuracy minus blind", found["accuracy_over_blind"], over),
-        ("accuracy in JSON, with a schema", found["accuracy_json"], None),
-        ("valid JSON", found["json_valid"], None),
-        ("answered, if refusal is allowed", found["answered"], None),
-        ("accuracy on those", found["accuracy_answered"], None),
+    result = json.loads(file.read_text(encoding="utf-8"))
+    settings, difference = result["settings"], result["accuracy_over_blind_interval"]
+    verdict = "above the blind rate" if difference and difference[0] > 0 else "not above the blind rate"
+    measures = [
+        ("accuracy", result["accuracy"], result["accuracy_interval"]),
+        ("blind: pictures permuted, mean of five", result["accuracy_blind"], None),
+        ("most frequent answer", result["chance_accuracy"], None),
+        ("accuracy minus blind", result["accuracy_over_blind"], difference),
+        ("accuracy in JSON, with a schema", result["accuracy_json"], None),
+        ("valid JSON", result["json_valid"], None),
+        ("answered, if refusal is allowed", result["answered"], None),
+        ("accuracy on those", result["accuracy_answered"], None),
     ]
     rows = [
         {
-            "test part": what,
+            "test part": label,
             "share": "-" if value is None else f"{value:.3f}",
-            "95 % interval": f"{span[0]:.3f} to {span[1]:.3f}" if span else "-",
+            "95 % interval": f"{bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else "-",
         }
-        for what, value, span in told
+        for label, value, bounds in measures
     ]
-    bound = found["refusal_threshold"]
-    refused = (
+    bound = result["refusal_threshold"]
+    refusal_note = (
         f"no confidence reaches an accuracy of {settings['wanted']:g} there, so all questions are refused"
         if bound is None
         else f"there, answers with a confidence of {bound:.3f} or more reach an accuracy of {settings['wanted']:g}"
     )
     lines = [
         f"{settings['num_test']} questions of {settings['num_test_clusters']} clusters were tested."
-        f" The threshold was chosen on {settings['num_validation']} others: {refused}. **{verdict.capitalize()}.**",
+        f" The threshold was chosen on {settings['num_validation']} others: {refusal_note}. **{verdict.capitalize()}.**",
         "",
         *table(rows, ("test part", "share", "95 % interval")),
     ]
-    for damage, points in found["curves"].items():
+    for damage, points in result["curves"].items():
         ends = [points[0][0], points[-1][0]]
-        drawn = {
+        lines_by_name = {
             "accuracy": [(x, y) for x, y in points],
-            "blind": [(x, found["accuracy_blind"]) for x in ends],
+            "blind": [(x, result["accuracy_blind"]) for x in ends],
         }
         title = f"Accuracy against {DAMAGES[damage]}"
-        svg = HERE / "pictures" / f"questions_{name}_{damage}.svg"
-        plotted = curves(list(drawn), drawn, DAMAGES[damage])
-        svg.write_text(standalone(plotted, legend(drawn)), encoding="utf-8")
-        said = ", ".join(f"{x:g}: {y:.3f}" for x, y in reversed(points))
-        lines += [f"**{title}** ({said})", "", f"![{title}](pictures/{svg.name})", ""]
+        svg_file = HERE / "pictures" / f"questions_{name}_{damage}.svg"
+        svg = curves(list(lines_by_name), lines_by_name, DAMAGES[damage])
+        svg_file.write_text(standalone(svg, legend(lines_by_name)), encoding="utf-8")
+        points_text = ", ".join(f"{x:g}: {y:.3f}" for x, y in reversed(points))
+        lines += [f"**{title}** ({points_text})", "", f"![{title}](pictures/{svg_file.name})", ""]
     return lines
 
 
 def json_part() -> list[str]:
     """Accuracy of counting in JSON, of a reader that never learned it and of one that did."""
     rows = []
-    for name, trained in (("counting", "no"), ("counting_json", "yes")):
+    for name, in_training in (("counting", "no"), ("counting_json", "yes")):
         file = RESULTS / "understanding" / f"{name}.json"
         if file.is_file():
-            found = json.loads(file.read_text(encoding="utf-8"))
+            result = json.loads(file.read_text(encoding="utf-8"))
             shares = ("accuracy", "accuracy_json", "json_valid", "accuracy_blind")
-            said = [f"{found[key]:.3f}" for key in shares]
-            told = ("accuracy", "accuracy in JSON", "valid JSON", "blind")
-            rows.append({"JSON in training": trained} | dict(zip(told, said, strict=True)))
+            values = [f"{result[key]:.3f}" for key in shares]
+            columns = ("accuracy", "accuracy in JSON", "valid JSON", "blind")
+            rows.append({"JSON in training": in_training} | dict(zip(columns, values, strict=True)))
     return table(rows, ("JSON in training", "accuracy", "accuracy in JSON", "valid JSON", "blind"))
 
 
@@ -711,41 +719,41 @@ def boxes_part(name: str) -> list[str]:
     file = RESULTS / "understanding" / f"{name}.json"
     if not file.is_file():
         return ["Not measured yet: `xfusion evaluate runs/boxes --suite grounding`.", ""]
-    found = json.loads(file.read_text(encoding="utf-8"))
-    settings, over = found["settings"], found["hit_over_blind_interval"]
-    verdict = "above the blind rate" if over and over[0] > 0 else "not above the blind rate"
-    told = [
-        ("its picture", found["hit"], found["hit_interval"], found["overlap"], found["overlap_interval"]),
-        ("blind: pictures permuted, mean of five", found["hit_blind"], None, found["overlap_blind"], None),
-        ("best single box for all", found["chance_hit"], None, found["chance_overlap"], None),
+    result = json.loads(file.read_text(encoding="utf-8"))
+    settings, difference = result["settings"], result["hit_over_blind_interval"]
+    verdict = "above the blind rate" if difference and difference[0] > 0 else "not above the blind rate"
+    measures = [
+        ("its picture", result["hit"], result["hit_interval"], result["overlap"], result["overlap_interval"]),
+        ("blind: pictures permuted, mean of five", result["hit_blind"], None, result["overlap_blind"], None),
+        ("best single box for all", result["chance_hit"], None, result["chance_overlap"], None),
         (
             "its picture minus blind",
-            found["hit_over_blind"],
-            over,
-            found["overlap_over_blind"],
-            found["overlap_over_blind_interval"],
+            result["hit_over_blind"],
+            difference,
+            result["overlap_over_blind"],
+            result["overlap_over_blind_interval"],
         ),
     ]
     rows = [
         {
-            "input": what,
+            "input": label,
             "overlap of 0.5 or more": f"{hit:.3f}",
-            "95 % interval": f"{span[0]:.3f} to {span[1]:.3f}" if span else "-",
+            "95 % interval": f"{bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else "-",
             "mean overlap": f"{mean:.3f}",
-            "95 % interval ": f"{spread[0]:.3f} to {spread[1]:.3f}" if spread else "-",
+            "95 % interval ": f"{overlap_bounds[0]:.3f} to {overlap_bounds[1]:.3f}" if overlap_bounds else "-",
         }
-        for what, hit, span, mean, spread in told
+        for label, hit, bounds, mean, overlap_bounds in measures
     ]
-    sizes = ", ".join(f"{size:.2f}: {hit:.3f}" for size, hit in found["curves"]["hit_by_size"])
-    named = (
-        f" In {settings['num_with_others']} pictures with other things, {found['named']:.3f} of the answers overlap most with the"
-        f" requested thing (chance {found['named_chance']:.3f})."
-        if found["named"] is not None
+    sizes = ", ".join(f"{size:.2f}: {hit:.3f}" for size, hit in result["curves"]["hit_by_size"])
+    naming_note = (
+        f" In {settings['num_with_others']} pictures with other things, {result['named']:.3f} of the answers overlap most with"
+        f" the requested thing (chance {result['named_chance']:.3f})."
+        if result["named"] is not None
         else ""
     )
     return [
-        f"{settings['num_scenes']} pictures were tested. **{verdict.capitalize()}.** {found['valid']:.3f} of the answers are a"
-        f" single box.{named} Hit rate by size of the thing (thirds, by its side as a share of the picture's): {sizes}.",
+        f"{settings['num_scenes']} pictures were tested. **{verdict.capitalize()}.** {result['valid']:.3f} of the answers are a"
+        f" single box.{naming_note} Hit rate by size of the thing (thirds, by its side as a share of the picture's): {sizes}.",
         "",
         *table(rows, tuple(rows[0])),
     ]
@@ -776,26 +784,26 @@ def write_measured() -> None:
     for name, parts in PARTS.items():
         page = HERE / name
         text = page.read_text(encoding="utf-8")
-        for part, make in parts.items():
+        for part, make_lines in parts.items():
             marks = f"<!-- measured: {part} -->\n", f"<!-- end: {part} -->"
             pattern = re.compile(f"(?<={re.escape(marks[0])}).*?(?={re.escape(marks[1])})", re.DOTALL)
-            text = pattern.sub(lambda _, make=make: "\n" + "\n".join(make()) + "\n", text, count=1)
+            text = pattern.sub(lambda _, make_lines=make_lines: "\n" + "\n".join(make_lines()) + "\n", text, count=1)
         page.write_text(text, encoding="utf-8")
         print(f"docs/{name}")
 
 
 def main() -> None:
     """Write all pages, or those that are named: the measured parts of hand-written ones, the comparisons, or some recipes."""
-    known = ["speed", "comparison", *names()]
-    asked = sys.argv[1:] or known
-    if unknown := [name for name in asked if name not in known]:
-        sys.exit(f"{unknown[0]!r} is none of the pages: {', '.join(known)}")
-    if "speed" in asked:
+    choices = ["speed", "comparison", *names()]
+    selected = sys.argv[1:] or choices
+    if unknown := [name for name in selected if name not in choices]:
+        sys.exit(f"{unknown[0]!r} is none of the pages: {', '.join(choices)}")
+    if "speed" in selected:
         write_measured()
-    if "comparison" in asked:
+    if "comparison" in selected:
         (HERE / "comparison.md").write_text(comparison_page(), encoding="utf-8")
         print("docs/comparison.md")
-    recipes = [name for name in names() if name in asked]
+    recipes = [name for name in names() if name in selected]
     if not recipes:
         return
     (HERE / "recipes").mkdir(exist_ok=True)

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import tyro
 from train_emoji_codec import load
-from train_emoji_codes import Options, figures_of, saved, trained_on
+from train_emoji_codes import Options, figures_of, save_codec, train_codec
 
 from xfusion.evaluation.machine import origin
 from xfusion.modalities.codecs.vq import Quantizer
@@ -64,19 +64,19 @@ def kinds(settings: Settings) -> dict[str, Options]:
 
 def main(settings: Settings) -> None:
     """Train, measure, write after each."""
-    begun_on = origin("runs")
+    provenance = origin("runs")
     pictures = {split: load(split, Options.size) for split in ("train", "held")}
     rows: list[dict[str, Any]] = []
     common = {key: value for key, value in vars(settings).items() if key != "out"}
     for name, options in kinds(settings).items():
-        trained, _ = trained_on(pictures["train"], options)
+        trained, _ = train_codec(pictures["train"], options)
         with tempfile.TemporaryDirectory() as folder:
-            codec = saved(trained, Path(folder) / "codec")
+            codec = save_codec(trained, Path(folder) / "codec")
             figures = {split: figures_of(codec, images) for split, images in pictures.items()}
         rows.append({"codec": name, "levels": codec.channels, "places": (Options.size // codec.factor) ** 2, **figures})
         print(json.dumps(rows[-1]), flush=True)
         counts = {split: len(images) for split, images in pictures.items()}
-        write_json(settings.out, {**begun_on, **common, "pictures": counts, "rows": rows})
+        write_json(settings.out, {**provenance, **common, "pictures": counts, "rows": rows})
 
 
 if __name__ == "__main__":

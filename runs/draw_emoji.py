@@ -14,7 +14,7 @@ from PIL import Image
 
 import xfusion
 from xfusion.data.sources import open_source
-from xfusion.storage import whole_file
+from xfusion.storage import atomic_file
 
 PROMPTS = (
     "red heart", "flag of Japan", "red apple", "cat face", "pizza", "sunflower",
@@ -26,16 +26,16 @@ SIDE, SCALE, MARGIN = 32, 3, 4
 def main(out: str) -> None:
     """Draw, look up the emoji of the same names, and lay both in two rows."""
     source = open_source("emoji", split="train")
-    places = {example.captions[0]: i for i, example in enumerate(source.examples)}
-    drawn = xfusion.load("emoji").draw(list(PROMPTS), size=SIDE, seed=0)
-    rows = drawn, [source.picture(places[prompt], SIDE) for prompt in PROMPTS]
+    indices = {example.captions[0]: i for i, example in enumerate(source.examples)}
+    drawings = xfusion.load("emoji").draw(list(PROMPTS), size=SIDE, seed=0)
+    rows = drawings, [source.picture(indices[prompt], SIDE) for prompt in PROMPTS]
     cell = SIDE * SCALE + 2 * MARGIN
     sheet = Image.new("RGB", (cell * len(PROMPTS), cell * len(rows)), "white")
     for row, pictures in enumerate(rows):
         for column, picture in enumerate(pictures):
             large = picture.convert("RGB").resize((SIDE * SCALE,) * 2, Image.Resampling.NEAREST)
             sheet.paste(large, (column * cell + MARGIN, row * cell + MARGIN))
-    with whole_file(Path(out)) as temporary:
+    with atomic_file(Path(out)) as temporary:
         sheet.save(temporary, format="PNG", optimize=True)
 
 

@@ -38,48 +38,50 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--held", nargs="*", default=[], help="other sounds, which only measure the clusters")
     parser.add_argument("--result", type=Path, help="a JSON file to write the figures to")
-    asked = parser.parse_args()
-    if asked.out.exists():
-        parser.error(f"{asked.out} is there already: name another folder")
-    if len({"train", *(Path(name).stem for name in asked.held)}) <= len(asked.held):
+    options = parser.parse_args()
+    if options.out.exists():
+        parser.error(f"{options.out} is there already: name another folder")
+    if len({"train", *(Path(name).stem for name in options.held)}) <= len(options.held):
         parser.error(
-            f"--held {' '.join(asked.held)}: figures go by file names, which must differ from each other and from train"
+            f"--held {' '.join(options.held)}: figures go by file names, which must differ from each other and from train"
         )
     sources: dict[str, Sounds] = {}
-    for part, name in (("train", asked.data), *((Path(name).stem, name) for name in asked.held)):
+    for part, name in (("train", options.data), *((Path(name).stem, name) for name in options.held)):
         source = open_source(name)
         if not isinstance(source, Sounds):
             parser.error(f"{name} holds no sounds")
         sources[part] = source
-    begun_on = origin("runs")
-    encoder = Whisper.Config(source=asked.encoder, window=asked.window)
-    codec = KMeans.Config(source=str(asked.out), encoder=encoder, pooled=asked.pooled).build()
+    provenance = origin("runs")
+    encoder = Whisper.Config(source=options.encoder, window=options.window)
+    codec = KMeans.Config(source=str(options.out), encoder=encoder, pooled=options.pooled).build()
     features = {part: features_of(source, codec, part) for part, source in sources.items()}
-    codec.clusters, _ = fit(features["train"], asked.entries, seed=asked.seed)
-    codec.save(asked.out)
+    codec.clusters, _ = fit(features["train"], options.entries, seed=options.seed)
+    codec.save(options.out)
     parts = {part: figures_of(x, codec.clusters) for part, x in features.items()}
-    for part, found in parts.items():
+    for part, figures in parts.items():
         print(
-            f"{part}: {found['features']} features in {asked.entries} clusters explain {found['explained']:.3f} of the variance;"
-            f" {found['codes_used']:.0%} of the clusters in use, perplexity {found['perplexity']:.1f}"
+            f"{part}: {figures['features']} features in {options.entries} clusters explain {figures['explained']:.3f} of the"
+            f" variance; {figures['codes_used']:.0%} of the clusters in use, perplexity {figures['perplexity']:.1f}"
         )
-    if asked.result:
-        settings = {"encoder": Path(asked.encoder).name, "window": asked.window, "pooled": asked.pooled}
-        write_json(asked.result, {**begun_on, **settings, "entries": asked.entries, "seed": asked.seed, "parts": parts})
+    if options.result:
+        settings = {"encoder": Path(options.encoder).name, "window": options.window, "pooled": options.pooled}
+        write_json(
+            options.result, {**provenance, **settings, "entries": options.entries, "seed": options.seed, "parts": parts}
+        )
 
 
 def features_of(source: Sounds, codec: KMeans, name: str) -> Tensor:
     """What is clustered of some sounds, [n, F]."""
-    found = []
+    features = []
     for index in range(len(source)):
         samples = resampled(source.sound(index), codec.rate)
         frames = min(-(-len(samples) // codec.hop) + 1, codec.longest)
         wave = torch.zeros(1, frames * codec.hop)
         wave[0, : len(samples)] = samples[: wave.shape[1]]
-        found.append(codec.means(wave)[0])
+        features.append(codec.means(wave)[0])
         if index % 100 == 99:
             print(f"{name}: {index + 1} of {len(source)} sounds", flush=True)
-    return torch.cat(found)
+    return torch.cat(features)
 
 
 def figures_of(x: Tensor, clusters: Tensor) -> dict[str, float]:

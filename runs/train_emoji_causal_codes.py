@@ -40,7 +40,7 @@ class Options:
     """Peak learning rate of AdamW, cosine to zero."""
 
 
-class Trained(nn.Module):
+class TrainedTokenizer(nn.Module):
     """The tokenizer in training, its table by moving averages."""
 
     def __init__(self, codec: CausalQueries):
@@ -53,9 +53,9 @@ class Trained(nn.Module):
 
     codec: CausalQueries
 
-    def loss(self, images: Tensor, dtype: torch.dtype, done: float) -> tuple[Tensor, Tensor]:
+    def loss(self, images: Tensor, dtype: torch.dtype, progress: float) -> tuple[Tensor, Tensor]:
         """Squared error of the features and the codes' cost; the same error, of which the features' variance is one."""
-        del done
+        del progress
         features = self.codec.features(images)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             vectors, _, cost = self.quantizer(self.tokenizer.encode(features).float())
@@ -68,13 +68,13 @@ def main(options: Options) -> None:
         raise SystemExit(f"{options.out} holds other files; give an empty folder")
     torch.manual_seed(options.seed)
     pictures = {split: load(split, options.shape.size) for split in ("train", "held")}
-    trained = Trained(CausalQueries(options.shape))
-    done = train(trained, pictures["train"], options, trained.loss)
+    trained = TrainedTokenizer(CausalQueries(options.shape))
+    training = train(trained, pictures["train"], options, trained.loss)
     trained.tokenizer.table.data.copy_(trained.quantizer.tables[0])
     temporary = options.out.with_name(options.out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     trained.codec.save(temporary)
-    finish(options, CausalQueries.Config(source=str(temporary)).build(), temporary, pictures, done)
+    finish(options, CausalQueries.Config(source=str(temporary)).build(), temporary, pictures, training)
 
 
 if __name__ == "__main__":

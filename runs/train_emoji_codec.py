@@ -130,9 +130,9 @@ Loss = Callable[[Tensor, torch.dtype, float], tuple[Tensor, Tensor]]
 """Pictures, number format and share of training that is done -> what is minimised, and the mean squared error."""
 
 
-def loss_of(model: Any, kl_weight: float, images: Tensor, dtype: torch.dtype, done: float) -> tuple[Tensor, Tensor]:
+def loss_of(model: Any, kl_weight: float, images: Tensor, dtype: torch.dtype, progress: float) -> tuple[Tensor, Tensor]:
     """(loss, mean squared error): squared error for PSNR, a little absolute error for edges, KL per latent number."""
-    del done
+    del progress
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         posterior = model.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist
         restored = model.decode(posterior.sample()).sample
@@ -168,8 +168,8 @@ def train(
             optimizer.param_groups[0]["lr"] = options.rate * rate
             if len(order) < options.batch:
                 order = torch.cat([order, torch.randperm(len(images))])
-            chosen, order = order[: options.batch], order[options.batch :]
-            loss, squared = loss_of(augment(images[chosen]), dtype, step / steps)
+            batch, order = order[: options.batch], order[options.batch :]
+            loss, squared = loss_of(augment(images[batch]), dtype, step / steps)
             if not loss.isfinite():
                 raise SystemExit(f"the loss is {loss.item()} at step {step}; lower --rate")
             optimizer.zero_grad()
@@ -189,13 +189,13 @@ def faster_format(model: Any, images: Tensor, batch: int, loss_of: Loss) -> tupl
     for dtype in (torch.float32, torch.bfloat16):
         times = []
         for _ in range(8):
-            begin = time.monotonic()
+            start = time.monotonic()
             loss_of(augment(images[:batch]), dtype, 0.0)[0].backward()
-            times.append(time.monotonic() - begin)
+            times.append(time.monotonic() - start)
         seconds[dtype] = sorted(times[2:])[3]
     model.zero_grad()
-    best = min(seconds, key=lambda dtype: seconds[dtype])
-    return best, seconds[best] * 1.05  # the optimizer's share
+    fastest = min(seconds, key=lambda dtype: seconds[dtype])
+    return fastest, seconds[fastest] * 1.05  # the optimizer's share
 
 
 @torch.no_grad()
@@ -216,8 +216,8 @@ def measure(codec: Codec, images: Tensor) -> dict[str, float]:
 
 def save_sheet(codec: Codec, images: Tensor, path: Path) -> None:
     """Held-out pictures above what the codec makes of them."""
-    chosen = images[:: max(len(images) // 16, 1)][:16]
-    rows = [torch.cat(list(row), dim=-1) for row in (chosen, codec.decode(codec.encode(chosen)))]
+    samples = images[:: max(len(images) // 16, 1)][:16]
+    rows = [torch.cat(list(row), dim=-1) for row in (samples, codec.decode(codec.encode(samples)))]
     ImageModality.to_pil(torch.cat(rows, dim=-2)[None])[0].save(path)
 
 
@@ -230,9 +230,9 @@ def card(
     dtype: torch.dtype,
 ) -> str:
     channels, rows, columns = codec.latent_shape(options.size, options.size)
-    numbers = sum(parameter.numel() for parameter in codec.parameters())
+    num_parameters = sum(parameter.numel() for parameter in codec.parameters())
     metadata = "".join(
-        f"  {split}_{what}: {value:.2f}\n" for split, part in figures.items() for what, value in part.items()
+        f"  {split}_{measure}: {value:.2f}\n" for split, part in figures.items() for measure, value in part.items()
     )
     settings = " ".join(
         f"--{name} {value}"
@@ -259,7 +259,7 @@ psnr:
 {metadata}---
 # Small KL autoencoder of emoji
 
-diffusers' AutoencoderKL, {numbers:,} parameters in float16, trained on the train split of OpenMoji (CC-BY-SA-4.0) by
+diffusers' AutoencoderKL, {num_parameters:,} parameters in float16, trained on the train split of OpenMoji (CC-BY-SA-4.0) by
 
     python runs/train_emoji_codec.py --out FOLDER {settings}
 

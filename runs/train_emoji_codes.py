@@ -65,11 +65,11 @@ class Options:
     """Standard deviation over a batch that each of a dVAE's scores begins with, its mean at zero; 0 takes scores as they come."""
 
 
-Done = tuple[int, float, torch.dtype]
+Training = tuple[int, float, torch.dtype]
 """Steps, seconds and the number format of a training."""
 
 
-class Trained(nn.Module):
+class TrainedCodec(nn.Module):
     """A VQModel and the table that it is trained with, which is not yet its own."""
 
     def __init__(self, options: Options):
@@ -104,14 +104,14 @@ class Trained(nn.Module):
             nn.init.normal_(self.model.post_quant_conv.weight)  # one column is read at a time, as of an embedding
             nn.init.zeros_(self.model.post_quant_conv.bias)
 
-    def codes(self, images: Tensor, done: float) -> tuple[Tensor, Tensor]:
+    def codes(self, images: Tensor, progress: float) -> tuple[Tensor, Tensor]:
         """What the decoder reads, and what the codes cost, once a share of training is done."""
         latents = self.model.encode(images).latents.float()
         if self.quantizer is not None:
             vectors, _, loss = self.quantizer(latents)
             return vectors, loss
         last = self.options.last_temperature
-        temperature = last + (1 - last) * (0.5 + 0.5 * math.cos(math.pi * min(1.0, done / 0.8)))
+        temperature = last + (1 - last) * (0.5 + 0.5 * math.cos(math.pi * min(1.0, progress / 0.8)))
         vectors, divergence = relaxed(self.scores(latents), temperature, self.generator)
         return vectors, self.options.divergence_weight * divergence
 
@@ -130,10 +130,10 @@ class Trained(nn.Module):
         return self.model.half()
 
 
-def loss_of(trained: Trained, images: Tensor, dtype: torch.dtype, done: float) -> tuple[Tensor, Tensor]:
+def loss_of(trained: TrainedCodec, images: Tensor, dtype: torch.dtype, progress: float) -> tuple[Tensor, Tensor]:
     """(loss, mean squared error): squared error for PSNR, a little absolute error for edges, and the codes' cost."""
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        vectors, cost = trained.codes(images.contiguous(memory_format=torch.channels_last), done)
+        vectors, cost = trained.codes(images.contiguous(memory_format=torch.channels_last), progress)
         restored = trained.model.decode(vectors, force_not_quantize=True).sample
     error = restored.float() - images
     squared = error.square().mean()
@@ -146,22 +146,22 @@ def main(options: Options) -> None:
     if options.kind == "dvae" and options.table.levels > 1:
         raise SystemExit(f"a dVAE has one level, but --table.levels is {options.table.levels}")
     pictures = {split: load(split, options.size) for split in ("train", "held")}
-    trained, done = trained_on(pictures["train"], options)
+    trained, training = train_codec(pictures["train"], options)
     temporary = options.out.with_name(options.out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     # What is measured is what a user will load: half-precision weights.
-    finish(options, saved(trained, temporary), temporary, pictures, done)
+    finish(options, save_codec(trained, temporary), temporary, pictures, training)
 
 
-def trained_on(images: Tensor, options: Options) -> tuple[Trained, Done]:
+def train_codec(images: Tensor, options: Options) -> tuple[TrainedCodec, Training]:
     """A codec trained on pictures [N, 3, H, W] in [-1, 1]."""
     torch.manual_seed(options.seed)
-    trained = Trained(options)
+    trained = TrainedCodec(options)
     return trained, train(trained, images, options, partial(loss_of, trained), options.steps)
 
 
 @torch.no_grad()
-def saved(trained: Trained, folder: Path) -> VectorQuantized:
+def save_codec(trained: TrainedCodec, folder: Path) -> VectorQuantized:
     """Write a trained codec, and read it as a codec."""
     trained.finished().save_pretrained(folder)
     return VectorQuantized.Config(source=str(folder)).build()
@@ -174,10 +174,10 @@ def figures_of(codec: Codec, images: Tensor) -> dict[str, Any]:
     return measure(codec, images) | {"codes_used": sum(shares) / len(shares), "perplexities": list(perplexities)}
 
 
-def finish(options: Any, codec: Any, temporary: Path, pictures: dict[str, Tensor], done: Done) -> None:
+def finish(options: Any, codec: Any, temporary: Path, pictures: dict[str, Tensor], training: Training) -> None:
     """Measure a codec of codes that lies in a temporary folder, write its card and samples, and move it into place."""
     figures = {split: figures_of(codec, images) for split, images in pictures.items()}
-    (temporary / "README.md").write_text(card(options, codec, figures, pictures, *done), encoding="utf-8")
+    (temporary / "README.md").write_text(card(options, codec, figures, pictures, *training), encoding="utf-8")
     save_sheet(codec, pictures["held"], temporary / "held.png")
     shutil.rmtree(options.out, ignore_errors=True)
     temporary.rename(options.out)
@@ -195,12 +195,12 @@ def card(
 ) -> str:
     size = pictures["held"].shape[-1]
     levels, rows, columns = codec.latent_shape(size, size)
-    numbers = sum(parameter.numel() for parameter in codec.parameters())
+    num_parameters = sum(parameter.numel() for parameter in codec.parameters())
     names = ("all_pixels", "non_white")
     metadata = "".join(f"  {split}_{name}: {part[name]:.2f}\n" for split, part in figures.items() for name in names)
-    given = {key: value for key, value in vars(options).items() if key != "out" and value is not None}
-    flat = {key: value for key, value in given.items() if not is_dataclass(value)}
-    parts = {key: value for key, value in given.items() if is_dataclass(value)}
+    settings_given = {key: value for key, value in vars(options).items() if key != "out" and value is not None}
+    flat = {key: value for key, value in settings_given.items() if not is_dataclass(value)}
+    parts = {key: value for key, value in settings_given.items() if is_dataclass(value)}
     flat |= {f"{key}.{name}": value for key, part in parts.items() for name, value in vars(part).items()}
     settings = " ".join(
         f"--{key.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
@@ -218,7 +218,7 @@ psnr:
 {metadata}---
 # Codes of emoji
 
-{type(codec).__name__}, {numbers:,} parameters in float16, trained on the train split of OpenMoji (CC-BY-SA-4.0) by
+{type(codec).__name__}, {num_parameters:,} parameters in float16, trained on the train split of OpenMoji (CC-BY-SA-4.0) by
 
     python runs/{Path(sys.argv[0]).name} --out FOLDER {settings}
 

@@ -36,26 +36,26 @@ def main() -> None:
     parser.add_argument("place", type=Path)
     parser.add_argument("-o", "--out", type=Path, required=True)
     parser.add_argument("--side", type=int, default=160)
-    asked = parser.parse_args()
-    asked.out.mkdir(parents=True)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True)
     counts: Counter[str] = Counter()
     lines = []
-    for kind, content in photos(asked.place):
+    for kind, content in photos(options.place):
         name = f"{kind}_{counts[kind]:04d}.jpg"
         counts[kind] += 1
         picture = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
-        factor = asked.side / min(picture.size)
+        factor = options.side / min(picture.size)
         if factor < 1:
             picture = picture.resize(
-                [max(asked.side, round(side * factor)) for side in picture.size], Image.Resampling.LANCZOS
+                [max(options.side, round(side * factor)) for side in picture.size], Image.Resampling.LANCZOS
             )
-            picture.save(asked.out / name, quality=90)
+            picture.save(options.out / name, quality=90)
         else:
-            (asked.out / name).write_bytes(content)
+            (options.out / name).write_bytes(content)
         lines.append(json.dumps({"image": name, "caption": kind}))
     if not lines:
-        parser.error(f"{asked.place} holds no picture: name the folder train of the data set, or its parquet file")
-    (asked.out / "photos.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        parser.error(f"{options.place} holds no picture: name the folder train of the data set, or its parquet file")
+    (options.out / "photos.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(", ".join(f"{kind} {count}" for kind, count in sorted(counts.items())))
 
 

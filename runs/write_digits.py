@@ -27,26 +27,28 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, required=True)
     parser.add_argument("--held-speaker", default="theo")
     parser.add_argument("--longest", type=float, default=0.96)
-    asked = parser.parse_args()
-    rows = parquet.read_table(asked.parquet).to_pylist()
-    if asked.held_speaker not in {row["speaker"] for row in rows}:
-        parser.error(f"no speaker {asked.held_speaker!r}: there are {', '.join(sorted({r['speaker'] for r in rows}))}")
-    (asked.out / "wav").mkdir(parents=True)
+    options = parser.parse_args()
+    rows = parquet.read_table(options.parquet).to_pylist()
+    if options.held_speaker not in {row["speaker"] for row in rows}:
+        parser.error(
+            f"no speaker {options.held_speaker!r}: there are {', '.join(sorted({r['speaker'] for r in rows}))}"
+        )
+    (options.out / "wav").mkdir(parents=True)
     manifests: dict[str, list[str]] = {"train": [], "held_recordings": [], "held_speaker": []}
     left_out: Counter[str] = Counter()
     for row in rows:
         name = Path(row["source_path"]).name
         share = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
         part = "held_recordings" if share < HELD_SHARE else "train"
-        part = "held_speaker" if row["speaker"] == asked.held_speaker else part
-        if row["seconds"] > asked.longest:
+        part = "held_speaker" if row["speaker"] == options.held_speaker else part
+        if row["seconds"] > options.longest:
             left_out[part] += 1
             continue
-        (asked.out / "wav" / name).write_bytes(row["audio"]["bytes"])
+        (options.out / "wav" / name).write_bytes(row["audio"]["bytes"])
         manifests[part].append(json.dumps({"audio": f"wav/{name}", "caption": row["text"]}))
     for part, lines in manifests.items():
-        (asked.out / f"{part}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        print(f"{part}: {len(lines)} sounds, {left_out[part]} longer than {asked.longest:g} s left out")
+        (options.out / f"{part}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        print(f"{part}: {len(lines)} sounds, {left_out[part]} longer than {options.longest:g} s left out")
 
 
 if __name__ == "__main__":

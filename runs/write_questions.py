@@ -20,7 +20,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from xfusion.evaluation.suites.grounding import Scene, drawn, nlvr_scenes
+from xfusion.evaluation.suites.grounding import Scene, drawn_scenes, nlvr_scenes
 from xfusion.evaluation.suites.understanding import ASKED, Part, Question, counting, nlvr
 
 MOST = {"counting": 5, "boxes": 2}
@@ -35,30 +35,30 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=4000)
     parser.add_argument("--most", type=int, help="things of a drawn picture, at most (5 to count, 2 to find)")
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    if asked.kind != "boxes" and (asked.kind == "nlvr") != (asked.source is not None):
+    options = parser.parse_args()
+    if options.kind != "boxes" and (options.kind == "nlvr") != (options.source is not None):
         parser.error("nlvr needs --source, a parquet file; counting draws its own pictures")
-    most = asked.most or MOST.get(asked.kind, 0)
-    (asked.out / "pictures").mkdir(parents=True)
+    most = options.most or MOST.get(options.kind, 0)
+    (options.out / "pictures").mkdir(parents=True)
     for part in PARTS:
-        many = asked.count if part == "train" else max(1, asked.count // 10)
-        if asked.kind == "boxes":
+        num_pictures = options.count if part == "train" else max(1, options.count // 10)
+        if options.kind == "boxes":
             scenes = (
-                nlvr_scenes(asked.source, seed=asked.seed, parts=(part,))
-                if asked.source
-                else drawn(many, most, asked.seed, parts=(part,))
+                nlvr_scenes(options.source, seed=options.seed, parts=(part,))
+                if options.source
+                else drawn_scenes(num_pictures, most, options.seed, parts=(part,))
             )
-            made, answers = list(map(as_question, scenes)), Counter(scene.name for scene in scenes)
+            questions, answers = list(map(as_question, scenes)), Counter(scene.name for scene in scenes)
         else:
-            made = (
-                nlvr(asked.source, seed=asked.seed, parts=(part,))
-                if asked.source
-                else counting(many, most, asked.seed, parts=(part,))
+            questions = (
+                nlvr(options.source, seed=options.seed, parts=(part,))
+                if options.source
+                else counting(num_pictures, most, options.seed, parts=(part,))
             )
-            answers = Counter(question.answer for question in made)
-        write(asked.out, part, made)
-        told = ", ".join(f"{answer} {count}" for answer, count in sorted(answers.items()))
-        print(f"{part}: {len(made)} questions, {len({question.id for question in made})} ids, {told}")
+            answers = Counter(question.answer for question in questions)
+        write(options.out, part, questions)
+        counts = ", ".join(f"{answer} {count}" for answer, count in sorted(answers.items()))
+        print(f"{part}: {len(questions)} questions, {len({question.id for question in questions})} ids, {counts}")
 
 
 def as_question(scene: Scene) -> Question:

@@ -44,8 +44,8 @@ LONGEST = (
 
 def pytest_collection_modifyitems(items):
     """The longest files first, so that no worker is left with one of them when the others are done."""
-    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path, len(places)))
+    ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
 def pytest_collection_finish():
@@ -59,16 +59,16 @@ def bases(tmp_path_factory):
     """One base of each family, shared by all tests: nothing may change them, and that is checked at the end."""
     from contracts.table import Bases
 
-    made = Bases(tmp_path_factory.mktemp)
-    yield made
-    assert {family: base.compute_fingerprint() for family, base in made.items()} == made.before
+    bases_by_family = Bases(tmp_path_factory.mktemp)
+    yield bases_by_family
+    assert {family: base.compute_fingerprint() for family, base in bases_by_family.items()} == bases_by_family.before
 
 
 @pytest.fixture(scope="session")
 def assets() -> Path:
     """Folder of real test assets: ``$XFUSION_TEST_ASSETS``, else ``shared/assets`` beside the checkout."""
-    named = os.environ.get("XFUSION_TEST_ASSETS")
-    folder = Path(named) if named else Path(__file__).parents[2] / "shared" / "assets"
+    variable = os.environ.get("XFUSION_TEST_ASSETS")
+    folder = Path(variable) if variable else Path(__file__).parents[2] / "shared" / "assets"
     if not folder.is_dir():
         pytest.skip("real test assets not found: set XFUSION_TEST_ASSETS")
     return folder

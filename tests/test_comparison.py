@@ -36,7 +36,7 @@ from xfusion.comparison.cost import (
     trainable_parameters,
 )
 from xfusion.comparison.intervals import interval, paired, seeds_needed, t_quantile
-from xfusion.comparison.plan import GUIDANCES, RATE_FACTORS, TRIAL_SEED, Part, labelled, named, share_of
+from xfusion.comparison.plan import GUIDANCES, RATE_FACTORS, TRIAL_SEED, Part, recipes_by_label, share_of, split_label
 from xfusion.comparison.results import portable
 from xfusion.comparison.run import text_keeping
 from xfusion.comparison.table import regime_of
@@ -475,12 +475,12 @@ def test_processes_share_the_work(go, base):
 
 
 def test_two_recipes_of_one_name_are_told_apart():
-    both = named(["single_tower(stride=10)", "slow=single_tower(stride=10, rate=1e-3)"])
+    both = recipes_by_label(["single_tower(stride=10)", "slow=single_tower(stride=10, rate=1e-3)"])
     assert {label: recipe.stages[0].rate for label, recipe in both.items()} == {"single_tower": 4e-3, "slow": 1e-3}
-    assert labelled("folder/file.py:mine(a=1)") == ("mine", "folder/file.py:mine(a=1)")
-    assert labelled("b=folder/file.py:mine(a=1)") == ("b", "folder/file.py:mine(a=1)")
+    assert split_label("folder/file.py:mine(a=1)") == ("mine", "folder/file.py:mine(a=1)")
+    assert split_label("b=folder/file.py:mine(a=1)") == ("b", "folder/file.py:mine(a=1)")
     with pytest.raises(XFusionError, match=r"two of the recipes are called 'xfusion'.*write LABEL=RECIPE"):
-        named(["xfusion", "xfusion(stride=10)"])
+        recipes_by_label(["xfusion", "xfusion(stride=10)"])
 
 
 def test_a_copy_without_history_is_told_its_commit(monkeypatch):

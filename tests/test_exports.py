@@ -368,7 +368,7 @@ def test_an_exported_looker_says_the_same_words(own_ways, encoder, tmp_path):
 @torch.no_grad()
 def test_words_that_no_template_can_put_behind_a_medium_are_refused(bases, tmp_path, monkeypatch):
     model = listener(bases["llama"], tmp_path / "whisper")
-    monkeypatch.setattr(layout, "_as_read", lambda *_: False)
+    monkeypatch.setattr(layout, "_is_read_alike", lambda *_: False)
     with pytest.raises(XFusionError, match="reads words behind a special token otherwise than alone"):
         export(model, tmp_path / "out", "transformers")
 
@@ -398,7 +398,7 @@ def test_deltas_are_merged_into_matrices_that_lie_either_way(bases):
             replace(model_config(bases[family], "prefix"), fusion=Lora.Config(rank=3, targets=None)), bases[family]
         )
         randomise(model, by=0.3)
-        merged = decoder.merged(model)
+        merged = decoder.merged_weights(model)
         ids, layers = IDS, model.backbone.layers
         expected = model.text_logits(ids, stack="fused")
         before = {name: value.clone() for name, value in model.backbone.decoder.state_dict().items() if name in merged}

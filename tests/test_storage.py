@@ -13,7 +13,7 @@ import pytest
 
 from xfusion import checkpoint
 from xfusion.data.sequence import XFusionError
-from xfusion.storage import put_back, remove_rests, whole_file, whole_folder, write_json
+from xfusion.storage import atomic_file, atomic_folder, remove_leftovers, restore_folder, write_json
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="a process that uses torch is forked safely on Linux alone")
 
@@ -29,10 +29,10 @@ def test_an_object_is_written_whole_or_not_at_all(tmp_path):
 
 def test_a_file_that_cannot_be_filled_leaves_what_stood_there(tmp_path):
     path = tmp_path / "new" / "page.html"
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_text("whole")
         assert temporary.suffix == ".html" and not path.exists()
-    with contextlib.suppress(RuntimeError), whole_file(path) as temporary:
+    with contextlib.suppress(RuntimeError), atomic_file(path) as temporary:
         temporary.write_text("ha")
         raise RuntimeError("power cut")
     assert path.read_text() == "whole"
@@ -44,7 +44,7 @@ def test_a_file_has_its_bytes_on_the_disk_before_it_gets_its_name(tmp_path, monk
     done, sync, replace = [], os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda handle: done.append(os.fstat(handle).st_ino) or sync(handle))
     monkeypatch.setattr(Path, "replace", lambda self, target: done.append("named") or replace(self, target))
-    with whole_file(tmp_path / "page.html") as temporary:
+    with atomic_file(tmp_path / "page.html") as temporary:
         temporary.write_text("whole")
     assert done == [(tmp_path / "page.html").stat().st_ino, "named", tmp_path.stat().st_ino]
 
@@ -52,7 +52,7 @@ def test_a_file_has_its_bytes_on_the_disk_before_it_gets_its_name(tmp_path, monk
 def test_a_disk_that_is_full_is_told_with_the_name(tmp_path):
     path = tmp_path / "page.html"
     told = r"page\.html cannot be written: No space left on device; make room, or name another folder$"
-    with pytest.raises(XFusionError, match=told), whole_file(path):
+    with pytest.raises(XFusionError, match=told), atomic_file(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     (tmp_path / "file").touch()
     with pytest.raises(XFusionError, match="a file stands where a folder is needed"):
@@ -63,7 +63,7 @@ def test_a_disk_that_is_full_is_told_with_the_name(tmp_path):
 
 
 def fill(folder, content):
-    with whole_folder(folder) as so_far:
+    with atomic_folder(folder) as so_far:
         (so_far / "config.json").write_text(content)
 
 
@@ -102,10 +102,10 @@ def test_an_error_between_two_names_gives_the_old_one_back(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     "reads",
     [
-        lambda pack: put_back(pack),
+        lambda pack: restore_folder(pack),
         lambda pack: checkpoint.find(str(pack)),
         lambda pack: checkpoint.find(str(pack.parent)),
-        lambda pack: remove_rests(pack.parent, "p*"),
+        lambda pack: remove_leftovers(pack.parent, "p*"),
     ],
     ids=["put back", "a pack", "a run", "rests"],
 )
@@ -116,7 +116,7 @@ def test_a_kill_between_two_names_loses_nothing(tmp_path, reads):
     assert not pack.exists() and len(list(tmp_path.iterdir())) == 2  # the old one aside, the new one without its name
     reads(pack)
     assert content(pack) == "old"
-    remove_rests(tmp_path, "pack")
+    remove_leftovers(tmp_path, "pack")
     assert [p.name for p in tmp_path.iterdir()] == ["pack"]
 
 
@@ -125,7 +125,7 @@ def test_what_a_kill_left_without_its_name_is_replaced_like_any_other(tmp_path, 
     pack = tmp_path / "pack"
     fill(pack, "old")
     killed_between_two_names(lambda: fill(pack, "new"))
-    with pytest.raises(RuntimeError, match="no more"), whole_folder(pack):
+    with pytest.raises(RuntimeError, match="no more"), atomic_folder(pack):
         raise RuntimeError("no more")
     assert content(pack) == "old"
     fill(pack, "newer")
@@ -147,6 +147,6 @@ def killed_between_two_names(work):
 
 def test_a_reader_in_that_moment_does_not_stop_the_writer(tmp_path, monkeypatch):
     fill(tmp_path / "pack", "old")
-    after_the_first_rename(monkeypatch, lambda: put_back(tmp_path / "pack"))
+    after_the_first_rename(monkeypatch, lambda: restore_folder(tmp_path / "pack"))
     fill(tmp_path / "pack", "new")
     assert content(tmp_path / "pack") == "new" and [p.name for p in tmp_path.iterdir()] == ["pack"]

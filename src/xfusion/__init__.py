@@ -39,7 +39,7 @@ __all__ = [
     "train",
 ]
 
-_HOMES = {
+_MODULES = {
     "Audio": "xfusion.data.sequence",
     "Image": "xfusion.data.sequence",
     "Model": "xfusion.model",
@@ -60,9 +60,9 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'xfusion' has no attribute {name!r}; its public names are {', '.join(__all__)}")
-    value = getattr(import_module(_HOMES[name]), name)
+    value = getattr(import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 

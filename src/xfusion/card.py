@@ -61,14 +61,14 @@ def card(config: dict[str, Any], model: Model) -> str:
     It states only recorded facts: a card without scores or without a proof of its text says so.
     """
     config = without_folders(config)
-    base, chain = config["base"], licences(model, config)
+    base, licence_chain = config["base"], licences(model, config)
     parts = [
-        _front(config, model),
+        _front_matter(config, model),
         "# A modality pack for a frozen language model",
         f"Learned weights only ({config['num_new_parameters']:,} numbers); the base `{base['source']}` is not in here and is"
         " never changed. It can: " + ", ".join(sorted(model.capabilities)) + ".",
         "```python\nimport xfusion\n\nmodel = xfusion.load(FOLDER_OR_HUB_ID)  # brings its base\n```",
-        _elsewhere(model),
+        _other_libraries(model),
         "## Base",
         _table(base | {"revision": base.get("revision") or "none", "fingerprint": f"`{base['fingerprint']}`"}),
         "The pack belongs to the base with this fingerprint and to no other; loading refuses any other one.",
@@ -82,8 +82,8 @@ def card(config: dict[str, Any], model: Model) -> str:
         "## Limits",
         _limits(config, model),
         "## Licences",
-        _table(chain),
-        most_restrictive(chain),
+        _table(licence_chain),
+        most_restrictive(licence_chain),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -132,46 +132,52 @@ def licences(model: Model, config: dict[str, Any]) -> dict[str, str]:
             "these weights": config.get("licence") or "not recorded",
             "base": model.backbone.licence,
             "codec": codec.licence,
-            **{f"encoder {_called(encoder)}": codec.licence for encoder in sorted(codec.encoders)},
-            **{f"encoder {_called(e.fingerprint)}": e.licence for one in model.objectives for e in one.encoders},
+            **{f"encoder {_encoder_name(encoder)}": codec.licence for encoder in sorted(codec.encoders)},
+            **{
+                f"encoder {_encoder_name(used_encoder.fingerprint)}": used_encoder.licence
+                for objective in model.objectives
+                for used_encoder in objective.encoders
+            },
             "data": data_licences(config),
         }
     )
 
 
-def _called(fingerprint: str) -> str:
+def _encoder_name(fingerprint: str) -> str:
     """A readable name for an encoder's fingerprint, which is its source or a hash."""
     if fingerprint == EfficientNetLite.fingerprint:
         return EfficientNetLite.name
     return fingerprint[:16] if re.fullmatch(r"[0-9a-f]{64}", fingerprint) else without_folders(fingerprint)
 
 
-def most_restrictive(chain: dict[str, str]) -> str:
+def most_restrictive(licence_chain: dict[str, str]) -> str:
     """A sentence that names the most restrictive licence of the chain, if all of them can be ranked."""
-    ranks = {part: _rank(licence) for part, licence in chain.items() if part != "these weights"}
-    unknown = [part for part, rank in ranks.items() if rank is None]
-    if unknown:
-        return f"Which link asks most of you cannot be said: no known licence is named for {', '.join(unknown)}."
-    most = max(rank for rank in ranks.values() if rank is not None)
-    asks = CONDITIONS[most][0]
-    links = ", ".join(f"{part} ({chain[part]})" for part, rank in ranks.items() if rank == most)
-    return f"The most restrictive link: {links}, {asks}." if most else f"Every link is {asks}."
+    ranks = {part: _rank(licence) for part, licence in licence_chain.items() if part != "these weights"}
+    unranked = [part for part, rank in ranks.items() if rank is None]
+    if unranked:
+        return f"Which link asks most of you cannot be said: no known licence is named for {', '.join(unranked)}."
+    highest = max(rank for rank in ranks.values() if rank is not None)
+    condition = CONDITIONS[highest][0]
+    links = ", ".join(f"{part} ({licence_chain[part]})" for part, rank in ranks.items() if rank == highest)
+    return f"The most restrictive link: {links}, {condition}." if highest else f"Every link is {condition}."
 
 
 def _rank(licence: str) -> int | None:
     """Index in `CONDITIONS` of a licence, or of the strictest of several, as in ``photos: MIT; emoji:16: CC-BY-SA-4.0``."""
-    names = [one.rpartition(": ")[2].strip().lower() for one in licence.split("; ")]
-    places = [next((i for i, (_, known) in enumerate(CONDITIONS) if re.fullmatch(known, name)), None) for name in names]
-    return None if None in places else max(place for place in places if place is not None)
+    names = [part.rpartition(": ")[2].strip().lower() for part in licence.split("; ")]
+    ranks = [
+        next((i for i, (_, pattern) in enumerate(CONDITIONS) if re.fullmatch(pattern, name)), None) for name in names
+    ]
+    return None if None in ranks else max(rank for rank in ranks if rank is not None)
 
 
 def task(model: Model) -> str:
     """The hub's name for a model's task."""
-    known = TASKS["audio" if model.modality.name == "audio" else "image"]
-    return next((name for able, name in known if able <= model.capabilities), "text-generation")
+    tasks = TASKS["audio" if model.modality.name == "audio" else "image"]
+    return next((name for required, name in tasks if required <= model.capabilities), "text-generation")
 
 
-def _front(config: dict[str, Any], model: Model) -> str:
+def _front_matter(config: dict[str, Any], model: Model) -> str:
     """The metadata block that a hub reads."""
     source = config["base"]["source"]
     lines = ["library_name: xfusion", f"pipeline_tag: {task(model)}"]
@@ -182,7 +188,7 @@ def _front(config: dict[str, Any], model: Model) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
-def _elsewhere(model: Model) -> str:
+def _other_libraries(model: Model) -> str:
     """Which other libraries can load the pack."""
     if not model.fusion.exports:
         return "It loads with xfusion only: no other library has this mechanism."
@@ -210,11 +216,13 @@ def _scores(scores: dict[str, Any] | None) -> str:
     if not scores:
         return "Not measured."
     rows = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in scores.items() if k != "settings"}
-    used = scores.get("settings") or {}
-    settings = ", ".join(f"{k} {v}" for k, v in used.items() if v is not None and not isinstance(v, (dict, list)))
-    versions = ", ".join(f"{k} {v}" for k, v in (used.get("versions") or {}).items() if v)
-    behind = "\n\nSettings: " + "; ".join(filter(None, (settings, versions))) + "." if used else ""
-    return _table(rows) + behind
+    settings_used = scores.get("settings") or {}
+    settings = ", ".join(
+        f"{k} {v}" for k, v in settings_used.items() if v is not None and not isinstance(v, (dict, list))
+    )
+    versions = ", ".join(f"{k} {v}" for k, v in (settings_used.get("versions") or {}).items() if v)
+    settings_text = "\n\nSettings: " + "; ".join(filter(None, (settings, versions))) + "." if settings_used else ""
+    return _table(rows) + settings_text
 
 
 def _proof(config: dict[str, Any], model: Model) -> str:

@@ -21,7 +21,16 @@ from xfusion.card import card, check_licence, training_runs
 from xfusion.data.sequence import XFusionError, fingerprint, first_line
 from xfusion.model import Model, ModelConfig
 from xfusion.opening import Opening
-from xfusion.storage import SEAL, file_hash, put_back, read_json, read_tensors, sealed, whole_folder, without_folders
+from xfusion.storage import (
+    SEAL,
+    atomic_folder,
+    file_hash,
+    read_json,
+    read_tensors,
+    restore_folder,
+    sealed,
+    without_folders,
+)
 
 FORMAT_VERSION = 2
 """Version 1 had no file hashes: its weights are checked by their fingerprint, and its config is not checked."""
@@ -30,7 +39,7 @@ OPENING = "opening.safetensors"
 """File of the opening head, in a pack that has one. It is fitted after the rest, so it does not change the weights file."""
 FILES = (CONFIG, WEIGHTS, OPENING, CARD)
 """All files that a pack may contain."""
-MADE = frozenset(
+DERIVED_FIELDS = frozenset(
     {
         "format_version",
         "library_version",
@@ -73,23 +82,26 @@ def modules_outside(data: Any) -> set[str]:
     if not isinstance(data, dict):
         return set()
     module = data["type"].partition(":")[0]
-    own = set() if module.split(".")[0] == "xfusion" else {module}
-    return own.union(*map(modules_outside, data.values()))
+    modules = set() if module.split(".")[0] == "xfusion" else {module}
+    return modules.union(*map(modules_outside, data.values()))
 
 
-def differing(one: Any, other: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differing(first: Any, second: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Where two JSON values differ: the path and both values, with None for a missing one."""
     pairs: list[tuple[str, Any, Any]]
-    if isinstance(one, dict) and isinstance(other, dict) and one.get("type") == other.get("type"):
-        pairs = [(str(k), one.get(k), other.get(k)) for k in dict.fromkeys([*one, *other])]
-    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        pairs = [(str(i), a, b) for i, (a, b) in enumerate(zip(one, other, strict=True))]
+    if isinstance(first, dict) and isinstance(second, dict) and first.get("type") == second.get("type"):
+        pairs = [(str(k), first.get(k), second.get(k)) for k in dict.fromkeys([*first, *second])]
+    elif isinstance(first, list) and isinstance(second, list) and len(first) == len(second):
+        pairs = [
+            (str(i), first_value, second_value)
+            for i, (first_value, second_value) in enumerate(zip(first, second, strict=True))
+        ]
     else:
-        if one != other:
-            yield path, one, other
+        if first != second:
+            yield path, first, second
         return
-    for name, a, b in pairs:
-        yield from differing(a, b, f"{path}.{name}" if path else name)
+    for name, first_value, second_value in pairs:
+        yield from differing(first_value, second_value, f"{path}.{name}" if path else name)
 
 
 def from_json(data: Any, *, trust: bool = False, where: str = CONFIG) -> Any:
@@ -98,13 +110,13 @@ def from_json(data: Any, *, trust: bool = False, where: str = CONFIG) -> Any:
         return tuple(from_json(item, trust=trust, where=where) for item in data)
     if not isinstance(data, dict):
         return data
-    path = data.get("type", "")
-    module, _, name = path.partition(":")
+    class_path = data.get("type", "")
+    module, _, name = class_path.partition(":")
     if not name:
         raise XFusionError(f"{where}: an object without 'type' is not a configuration of xfusion")
     if module.split(".")[0] != "xfusion" and not trust:
         raise XFusionError(
-            f"{where} names the class {path!r}, which is not xfusion's: pass --trust to import that package"
+            f"{where} names the class {class_path!r}, which is not xfusion's: pass --trust to import that package"
         )
     try:
         kind: Any = importlib.import_module(module)
@@ -114,13 +126,17 @@ def from_json(data: Any, *, trust: bool = False, where: str = CONFIG) -> Any:
         hint = ""
         if module.split(".")[0] != "xfusion":
             hint = f"; install the package that has it, or put the folder of {module.split('.')[0]}.py on PYTHONPATH"
-        raise XFusionError(f"{where} names the class {path!r}, which cannot be imported: {error}{hint}") from error
+        raise XFusionError(
+            f"{where} names the class {class_path!r}, which cannot be imported: {error}{hint}"
+        ) from error
     if not isinstance(kind, type) or not dataclasses.is_dataclass(kind):
-        raise XFusionError(f"{where}: {path!r} is not a configuration class")
-    known = {f.name for f in dataclasses.fields(kind)}
-    unknown = sorted(set(data) - known - {"type"})
+        raise XFusionError(f"{where}: {class_path!r} is not a configuration class")
+    field_names = {f.name for f in dataclasses.fields(kind)}
+    unknown = sorted(set(data) - field_names - {"type"})
     if unknown:
-        raise XFusionError(f"{where}: {path} has no field {unknown[0]!r}; this pack needs another version of xfusion")
+        raise XFusionError(
+            f"{where}: {class_path} has no field {unknown[0]!r}; this pack needs another version of xfusion"
+        )
     return kind(**{k: from_json(v, trust=trust, where=where) for k, v in data.items() if k != "type"})
 
 
@@ -164,10 +180,10 @@ def save(
     refuse_other_files(target)
     if licence is not None:
         check_licence(licence)
-    learned = model.learned_state() if weights is None else weights
-    state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in learned.items()}
-    given = {"recipe": recipe, "training": training, "scores": scores, "proof": proof, "licence": licence}
-    facts = _still_true(model, state) | {name: value for name, value in given.items() if value is not None}
+    learned_state = model.learned_state() if weights is None else weights
+    state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in learned_state.items()}
+    given_facts = {"recipe": recipe, "training": training, "scores": scores, "proof": proof, "licence": licence}
+    facts = _unchanged_facts(model, state) | {name: value for name, value in given_facts.items() if value is not None}
     config = {
         "format_version": FORMAT_VERSION,
         "library_version": __version__,
@@ -181,11 +197,11 @@ def save(
         **_codec_facts(model.config),
         **facts,
     }
-    with whole_folder(target) as folder_so_far:
-        file = folder_so_far / WEIGHTS
+    with atomic_folder(target) as temporary:
+        file = temporary / WEIGHTS
         save_file(state, str(file), metadata={"format": "pt"})
-        config |= {"weights_sha256": file_hash(file)} | _write_opening(model.opening, folder_so_far)
-        _describe(folder_so_far, config, model)
+        config |= {"weights_sha256": file_hash(file)} | _write_opening(model.opening, temporary)
+        _write_config_and_card(temporary, config, model)
     model.recorded = Record.of(config, model, state)
     return target
 
@@ -214,7 +230,7 @@ class Record:
     def of(cls, config: dict[str, Any], model: Model, state: dict[str, torch.Tensor]) -> Record:
         """Build the record from a pack's config, its model, and its weights as stored."""
         return cls(
-            facts={key: value for key, value in config.items() if key not in MADE},
+            facts={key: value for key, value in config.items() if key not in DERIVED_FIELDS},
             model=model.config,
             weights=config.get("weights_fingerprint"),
             dtypes={name: tensor.dtype for name, tensor in state.items()},
@@ -222,13 +238,13 @@ class Record:
         )
 
 
-def _still_true(model: Model, state: dict[str, torch.Tensor]) -> dict[str, Any]:
+def _unchanged_facts(model: Model, state: dict[str, torch.Tensor]) -> dict[str, Any]:
     """The recorded facts that still hold for weights about to be written: none if the weights have changed."""
     record = model.recorded
     if record is None or not _has_recorded_weights(model, state):
         return {}
-    other_head = record.opening != _opening_fingerprint(model)
-    return {key: value for key, value in record.facts.items() if key != "opening" or not other_head}
+    head_changed = record.opening != _opening_fingerprint(model)
+    return {key: value for key, value in record.facts.items() if key != "opening" or not head_changed}
 
 
 def has_recorded_weights(model: Model) -> bool:
@@ -240,9 +256,9 @@ def _has_recorded_weights(model: Model, state: dict[str, torch.Tensor]) -> bool:
     record = model.recorded
     if record is None or record.model != model.config or set(record.dtypes) != set(state):
         return False
-    held = {name: tensor.to(record.dtypes[name]) for name, tensor in state.items()}
-    same = all(torch.equal(held[name].to(tensor.dtype), tensor) for name, tensor in state.items())
-    return same and fingerprint(held) == record.weights
+    stored = {name: tensor.to(record.dtypes[name]) for name, tensor in state.items()}
+    unchanged = all(torch.equal(stored[name].to(tensor.dtype), tensor) for name, tensor in state.items())
+    return unchanged and fingerprint(stored) == record.weights
 
 
 def _opening_fingerprint(model: Model) -> str | None:
@@ -277,20 +293,20 @@ def add_opening(folder: Path, model: Model, head: Opening, out: Path, **facts: A
     Raises:
         XFusionError: the pack was altered, the model is not the pack's, or ``out`` contains other files.
     """
-    config, state = _own_pack(folder, model)
+    config, state = _read_pack_of(folder, model)
     refuse_other_files(out)
-    with whole_folder(out) as folder_so_far:
-        shutil.copyfile(folder / WEIGHTS, folder_so_far / WEIGHTS)
-        config |= {"format_version": FORMAT_VERSION, "weights_sha256": file_hash(folder_so_far / WEIGHTS)}
-        config |= _write_opening(head, folder_so_far) | {"opening": facts}
-        config["base_function"] = _whole_function(config, model.backbone)
-        _describe(folder_so_far, config, model)
+    with atomic_folder(out) as temporary:
+        shutil.copyfile(folder / WEIGHTS, temporary / WEIGHTS)
+        config |= {"format_version": FORMAT_VERSION, "weights_sha256": file_hash(temporary / WEIGHTS)}
+        config |= _write_opening(head, temporary) | {"opening": facts}
+        config["base_function"] = _completed_function(config, model.backbone)
+        _write_config_and_card(temporary, config, model)
     if head is model.opening:
         model.recorded = Record.of(config, model, state)
     return out
 
 
-def _whole_function(config: dict[str, Any], base: Backbone) -> dict[str, Any]:
+def _completed_function(config: dict[str, Any], base: Backbone) -> dict[str, Any]:
     """What a pack records about its base's function, with what packs of older versions lack. What is recorded stays.
 
     Raises:
@@ -304,25 +320,27 @@ def _whole_function(config: dict[str, Any], base: Backbone) -> dict[str, Any]:
     return base.function | config.get("base_function", {})
 
 
-def _describe(folder: Path, config: dict[str, Any], model: Model) -> None:
+def _write_config_and_card(folder: Path, config: dict[str, Any], model: Model) -> None:
     """Write a pack's config and its card; paths of this machine are shortened, as they are of no use elsewhere."""
-    config = {key: value if key in MADE else without_folders(value) for key, value in config.items()}
+    config = {key: value if key in DERIVED_FIELDS else without_folders(value) for key, value in config.items()}
     config = sealed(config) if config["format_version"] > 1 else config
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
     (folder / CARD).write_text(card(config, model), encoding="utf-8")
 
 
-def _own_pack(folder: Path, model: Model) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def _read_pack_of(folder: Path, model: Model) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Config and weights of an intact pack, which must match the model."""
-    config, state = _intact(folder)
-    own = model.learned_state()  # a pack may store them in half precision
-    if set(own) != set(state) or not all(torch.equal(own[k].cpu().to(v.dtype), v) for k, v in state.items()):
+    config, state = _read_intact(folder)
+    model_state = model.learned_state()  # a pack may store them in half precision
+    if set(model_state) != set(state) or not all(
+        torch.equal(model_state[k].cpu().to(v.dtype), v) for k, v in state.items()
+    ):
         raise XFusionError(f"{folder} holds other weights than this model: load it and try again")
     return config, state
 
 
-def _intact(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def _read_intact(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Config and weights of a pack, after checking that no file was altered."""
     config = read_config(folder)
     state = read_tensors(folder / WEIGHTS, config.get("weights_sha256"))
@@ -341,12 +359,12 @@ def refuse_other_files(target: Path) -> None:
     """
     if target.exists() and not target.is_dir():
         raise XFusionError(f"{target} is a file: name an empty folder or an existing pack")
-    found = sorted(path.name for path in target.iterdir()) if target.exists() else []
-    other = next((name for name in found if name not in FILES), None)
-    if found and other is None and "format_version" not in _config_if_any(target):
-        other = found[0]
-    if other is not None:
-        raise XFusionError(f"{target} holds other files ({other}): name an empty folder or an existing pack")
+    names = sorted(path.name for path in target.iterdir()) if target.exists() else []
+    unexpected = next((name for name in names if name not in FILES), None)
+    if names and unexpected is None and "format_version" not in _config_if_any(target):
+        unexpected = names[0]
+    if unexpected is not None:
+        raise XFusionError(f"{target} holds other files ({unexpected}): name an empty folder or an existing pack")
 
 
 def _config_if_any(folder: Path) -> dict[str, Any]:
@@ -388,18 +406,18 @@ def push(
 
     if isinstance(what, Model):
         with tempfile.TemporaryDirectory() as folder:
-            made = save(what, Path(folder) / "pack", licence=licence)
-            return push(made, repository, revision=revision, private=private, message=message)
+            saved_folder = save(what, Path(folder) / "pack", licence=licence)
+            return push(saved_folder, repository, revision=revision, private=private, message=message)
     path = find(os.fspath(what))
     if licence is not None:
         raise XFusionError(f"{path} states its own licence: load it, and push the model with licence={licence!r}")
-    _intact(path)
+    _read_intact(path)
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         if revision:
             api.create_branch(repository, branch=revision, exist_ok=True)
-        found = api.upload_folder(
+        commit = api.upload_folder(
             repo_id=repository,
             folder_path=path,
             revision=revision,
@@ -408,10 +426,10 @@ def push(
             commit_message=message,
         )
     except (OSError, ValueError, RuntimeError, HFValidationError, HfHubHTTPError) as error:
-        behind = error.__cause__ if isinstance(error, RuntimeError) else None  # the file; the error says why
-        reason = first_line(error) + (f" {first_line(behind)}" if behind else "")
+        cause = error.__cause__ if isinstance(error, RuntimeError) else None  # the file; the error says why
+        reason = first_line(error) + (f" {first_line(cause)}" if cause else "")
         raise XFusionError(f"{path} cannot be put on the hub as {repository!r}: {reason}") from error
-    return str(found.commit_url)
+    return str(commit.commit_url)
 
 
 def add_facts(
@@ -424,15 +442,15 @@ def add_facts(
     Raises:
         XFusionError: the model or its base is not the pack's, or the folder also contains other files.
     """
-    config, state = _own_pack(folder, model)
+    config, state = _read_pack_of(folder, model)
     refuse_other_files(folder)
-    with whole_folder(folder) as folder_so_far:
+    with atomic_folder(folder) as temporary:
         for name in (WEIGHTS, OPENING):
             if (folder / name).is_file():
-                shutil.copyfile(folder / name, folder_so_far / name)
-        config |= {name: found for name, found in (("scores", scores), ("proof", proof)) if found is not None}
-        config["base_function"] = _whole_function(config, model.backbone)
-        _describe(folder_so_far, config, model)
+                shutil.copyfile(folder / name, temporary / name)
+        config |= {name: value for name, value in (("scores", scores), ("proof", proof)) if value is not None}
+        config["base_function"] = _completed_function(config, model.backbone)
+        _write_config_and_card(temporary, config, model)
     model.recorded = Record.of(config, model, state)
 
 
@@ -446,9 +464,9 @@ def shipped() -> list[str]:
 
 def pack_in(folder: Path) -> Path:
     """The pack in a folder: the one inside if it is the folder of a training run, else the folder itself."""
-    inside = folder / "pack"
-    put_back(inside)
-    return inside if not (folder / CONFIG).is_file() and (inside / CONFIG).is_file() else folder
+    inner = folder / "pack"
+    restore_folder(inner)
+    return inner if not (folder / CONFIG).is_file() and (inner / CONFIG).is_file() else folder
 
 
 def find(name: str) -> Path:
@@ -458,18 +476,18 @@ def find(name: str) -> Path:
     A hub id may end with a branch, a tag or a commit, as in ``org/name@1f3a9c0``.
     """
     path = Path(name).expanduser()
-    put_back(path)
+    restore_folder(path)
     if path.is_dir():
-        found = pack_in(path)
-        if not (found / CONFIG).is_file():
+        pack = pack_in(path)
+        if not (pack / CONFIG).is_file():
             raise XFusionError(f"{name} is not a pack: it has no {CONFIG}, and neither has {path / 'pack'}")
-        return found
+        return pack
     if name in shipped():
         return Path(str(resources.files("xfusion") / "packs" / name))
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        known = ", ".join(shipped()) or "none"
+        shipped_names = ", ".join(shipped()) or "none"
         raise XFusionError(
-            f"there is no pack {name!r}: name a folder, a shipped pack ({known}) or a hub id such as org/name"
+            f"there is no pack {name!r}: name a folder, a shipped pack ({shipped_names}) or a hub id such as org/name"
         )
     repository, _, revision = name.partition("@")
     from huggingface_hub import snapshot_download
@@ -492,15 +510,15 @@ def _at_revision(name: str, revision: str) -> str:
     return f"{name}@{revision}"
 
 
-def _unlike(before: Any, now: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
+def _differing_shared(recorded: Any, current: Any, field: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Where two JSON values differ, as `differing`, but a field that one of them lacks is no difference: older packs or
     other versions of transformers may lack it.
     """
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in sorted(before.keys() & now.keys()):
-            yield from _unlike(before[name], now[name], f"{where}.{name}" if where else name)
-    elif before != now:
-        yield where, before, now
+    if isinstance(recorded, dict) and isinstance(current, dict):
+        for name in sorted(recorded.keys() & current.keys()):
+            yield from _differing_shared(recorded[name], current[name], f"{field}.{name}" if field else name)
+    elif recorded != current:
+        yield field, recorded, current
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -554,16 +572,16 @@ def load(
             f"{name} belongs to the base {base['source']} with fingerprint {base['fingerprint'][:16]}, but"
             f" {backbone.source} has {backbone.fingerprint[:16]}: load the base that the pack was trained on"
         )
-    for what, before, now in _unlike(config.get("base_function", {}), backbone.function):
+    for setting, recorded, current in _differing_shared(config.get("base_function", {}), backbone.function):
         raise XFusionError(
-            f"{name} was trained on {base['source']} with {what} {before!r:.60}, but {backbone.source} has the same weights with"
-            f" {now!r:.60}: what it computes is another base; load that of the training"
+            f"{name} was trained on {base['source']} with {setting} {recorded!r:.60}, but {backbone.source} has the same weights"
+            f" with {current!r:.60}: what it computes is another base; load that of the training"
         )
-    found = _codec_facts(model_config).get("codec_sha256") if "codec_sha256" in config else None
-    if found is not None and found != config["codec_sha256"]:
+    codec_hash = _codec_facts(model_config).get("codec_sha256") if "codec_sha256" in config else None
+    if codec_hash is not None and codec_hash != config["codec_sha256"]:
         raise XFusionError(
             f"{name} was trained with a codec whose weights have the hash {config['codec_sha256'][:16]}, but those at"
-            f" {model_config.modality.codec.weights} have {found[:16]}: put back the one of its training"
+            f" {model_config.modality.codec.weights} have {codec_hash[:16]}: put back the one of its training"
         )
     model = Model(model_config, backbone, fresh=False)
     state = load_weights(model, folder, config.get("weights_fingerprint"), config.get("weights_sha256"))
@@ -612,19 +630,19 @@ def load_weights(
     return state
 
 
-def _load_strictly(own: dict[str, torch.Tensor], state: dict[str, torch.Tensor], path: Path) -> None:
+def _load_strictly(model_state: dict[str, torch.Tensor], state: dict[str, torch.Tensor], path: Path) -> None:
     """Replace all tensors by those of a file, which must contain exactly the same names and shapes."""
-    missing, unexpected = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-    wrong = [k for k in own if k in state and own[k].shape != state[k].shape]
-    if missing or unexpected or wrong:
+    missing, unexpected = sorted(set(model_state) - set(state)), sorted(set(state) - set(model_state))
+    reshaped = [k for k in model_state if k in state and model_state[k].shape != state[k].shape]
+    if missing or unexpected or reshaped:
         parts = [
-            f"{len(names)} {what} (first: {names[0]})"
-            for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
+            f"{len(names)} {problem} (first: {names[0]})"
+            for problem, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
             if names
         ]
         raise XFusionError(
             f"{path} does not fit the model: {'; '.join(parts)}; take the version of xfusion that wrote it, or train it anew"
         )
     with torch.no_grad():
-        for key, value in own.items():
+        for key, value in model_state.items():
             value.copy_(state[key])

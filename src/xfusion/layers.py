@@ -25,11 +25,11 @@ KeysValues = tuple[Tensor, Tensor]
 """Keys and values of one tower at one layer, each ``[B, H, n, K]``, after the norm and the rotary embedding."""
 
 
-class _Stop(Exception):
+class _CacheReached(Exception):
     """Raised to leave a layer once its keys and values are computed."""
 
 
-class _Grab:
+class _RecordingCache:
     """Replaces a layer's cache; records the keys and values and stops the layer there."""
 
     def get_seq_length(self, *_: Any) -> int:
@@ -37,21 +37,21 @@ class _Grab:
 
     def update(self, k: Tensor, v: Tensor, *_: Any, **__: Any) -> KeysValues:
         self.kv = (k, v)
-        raise _Stop
+        raise _CacheReached
 
 
-class _Splice:
+class _SplicingCache:
     """Replaces a layer's cache; places the keys and values of other rows before and after the layer's own."""
 
-    def __init__(self, before: list[KeysValues], after: list[KeysValues], own: bool = True):
-        self.before, self.after, self.with_own = before, after, own
+    def __init__(self, before: list[KeysValues], after: list[KeysValues], include_own: bool = True):
+        self.before, self.after, self.include_own = before, after, include_own
 
     def get_seq_length(self, *_: Any) -> int:
         return 0
 
     def update(self, k: Tensor, v: Tensor, *_: Any, **__: Any) -> KeysValues:
-        self.own = (k, v)
-        pairs = [*self.before, *([self.own] if self.with_own else []), *self.after]
+        self.own_kv = (k, v)
+        pairs = [*self.before, *([self.own_kv] if self.include_own else []), *self.after]
         return torch.cat([kv[0] for kv in pairs], dim=2), torch.cat([kv[1] for kv in pairs], dim=2)
 
 
@@ -72,11 +72,11 @@ def takes_cache(module: nn.Module) -> bool:
 
 def slice_call(call: dict[str, Any], rows: slice) -> dict[str, Any]:
     """The per-position arguments of a layer call, sliced to some rows of the pass."""
-    embeddings, position = call.get("position_embeddings"), call.get("position_ids")
-    out: dict[str, Any] = {"position_ids": None if position is None else position[..., rows]}
-    if embeddings is not None:
-        out["position_embeddings"] = tuple(t[:, rows].contiguous() for t in embeddings)
-    return out
+    position_embeddings, position_ids = call.get("position_embeddings"), call.get("position_ids")
+    arguments: dict[str, Any] = {"position_ids": None if position_ids is None else position_ids[..., rows]}
+    if position_embeddings is not None:
+        arguments["position_embeddings"] = tuple(t[:, rows].contiguous() for t in position_embeddings)
+    return arguments
 
 
 def keys_values(layer: nn.Module, x: Tensor, call: dict[str, Any]) -> KeysValues:
@@ -84,11 +84,11 @@ def keys_values(layer: nn.Module, x: Tensor, call: dict[str, Any]) -> KeysValues
 
     The query projection of these rows is dead code, which compilation removes.
     """
-    grab = _Grab()
+    cache = _RecordingCache()
     try:
-        layer(x, attention_mask=None, **call, **{_cache_name(layer): grab})
-    except _Stop:
-        return grab.kv
+        layer(x, attention_mask=None, **call, **{_cache_name(layer): cache})
+    except _CacheReached:
+        return cache.kv
     raise XFusionError(f"{type(layer).__name__} never updates a cache: it has no softmax attention to share")
 
 
@@ -116,9 +116,9 @@ def run_rows(
     Returns:
         the new states ``[B, n, D]`` and the rows' own keys and values.
     """
-    splice = _Splice(before, after, splice_own)
-    h = layer(x, attention_mask=mask, **call, **{_cache_name(layer): splice})
-    return (h[0] if isinstance(h, tuple) else h), splice.own
+    cache = _SplicingCache(before, after, splice_own)
+    output = layer(x, attention_mask=mask, **call, **{_cache_name(layer): cache})
+    return (output[0] if isinstance(output, tuple) else output), cache.own_kv
 
 
 BLOCK = 128
@@ -141,27 +141,27 @@ def block_mask(query: Rows, key: Rows, window: int | None = None) -> Any:
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    found = seen(query, key, window)
-    blind, found = ~found.any(dim=-1), never_blind(found)
+    allowed = seen(query, key, window)
+    sees_nothing, allowed = ~allowed.any(dim=-1), never_blind(allowed)
     queries, keys = query.seeing, key.seeing
 
-    def rule(b: Tensor, _: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        own = sees([table[b, i] for table in queries], [table[b, j] for table in keys], window)
-        return own | (blind[b, i] & (j == 0))
+    def mask_mod(b: Tensor, _: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        is_visible = sees([table[b, i] for table in queries], [table[b, j] for table in keys], window)
+        return is_visible | (sees_nothing[b, i] & (j == 0))
 
-    pad = (0, -found.shape[2] % BLOCK, 0, -found.shape[1] % BLOCK)
-    held = functional.pad(found, pad).unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK)).sum(dim=(2, 4))
-    whole = BLOCK * BLOCK
+    padding = (0, -allowed.shape[2] % BLOCK, 0, -allowed.shape[1] % BLOCK)
+    pair_counts = functional.pad(allowed, padding).unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK)).sum(dim=(2, 4))
+    block_area = BLOCK * BLOCK
     return BlockMask.from_kv_blocks(
-        *_listed((held > 0) & (held < whole)),
-        *_listed(held == whole),
+        *_block_table((pair_counts > 0) & (pair_counts < block_area)),
+        *_block_table(pair_counts == block_area),
         BLOCK_SIZE=BLOCK,
-        mask_mod=rule,
+        mask_mod=mask_mod,
         seq_lengths=(query.count, key.count),
     )
 
 
-def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+def _block_table(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Number of key blocks per query block, ``[B, 1, rows]``, and their indices, put first, ``[B, 1, rows, columns]``."""
     blocks = blocks[:, None].to(torch.int32)
     return blocks.sum(-1, dtype=torch.int32), blocks.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
@@ -202,7 +202,7 @@ def grouped_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    **others: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Grouped-query attention as plain matrix products: the queries of a group are stacked into one matrix per key head
     (Ainslie et al. 2023, arXiv 2305.13245). Keys and values are not copied for every query head, and their gradients need no
@@ -217,7 +217,7 @@ def grouped_attention(
         value: same shape as the keys.
         attention_mask: added to the scores, ``[B, 1, n, k]``, or None.
         scaling: factor on the scores; None means one over the square root of the head width.
-        others: further arguments that a family passes to its attention.
+        kwargs: further arguments that a family passes to its attention.
 
     Returns:
         ``[B, n, G H, K]`` and the weights ``[B, G H, n, k]``, or None instead of weights for long sequences.
@@ -225,34 +225,38 @@ def grouped_attention(
     Raises:
         XFusionError: the family uses score capping, attention sinks or a position bias, which are not supported here.
     """
-    for unknown in ("softcap", "s_aux", "position_bias"):
-        if others.get(unknown) is not None:
-            raise XFusionError(f"attention 'grouped' knows no {unknown}, which {type(module).__name__} has: take eager")
-    batch, heads, rows, width = query.shape
-    own, keys = key.shape[1], key.shape[2]
-    if rows * keys > LONG * LONG:
-        key, value = (t.repeat_interleave(heads // own, dim=1) for t in (key, value))
-        read = functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
-        return read.transpose(1, 2).contiguous(), None
-    scores = _Scores.apply(query.reshape(batch, own, -1, width), key) * (width**-0.5 if scaling is None else scaling)
-    scores = scores.view(batch, heads, rows, keys)
+    for argument in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(argument) is not None:
+            raise XFusionError(
+                f"attention 'grouped' knows no {argument}, which {type(module).__name__} has: take eager"
+            )
+    batch, query_heads, num_queries, width = query.shape
+    key_heads, num_keys = key.shape[1], key.shape[2]
+    if num_queries * num_keys > LONG * LONG:
+        key, value = (t.repeat_interleave(query_heads // key_heads, dim=1) for t in (key, value))
+        output = functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+        return output.transpose(1, 2).contiguous(), None
+    scores = _Scores.apply(query.reshape(batch, key_heads, -1, width), key) * (
+        width**-0.5 if scaling is None else scaling
+    )
+    scores = scores.view(batch, query_heads, num_queries, num_keys)
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = functional.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
-    read = weights.view(batch, own, -1, keys) @ value
-    return read.view(batch, heads, rows, -1).transpose(1, 2).contiguous(), weights
+    output = weights.view(batch, key_heads, -1, num_keys) @ value
+    return output.view(batch, query_heads, num_queries, -1).transpose(1, 2).contiguous(), weights
 
 
-def attention_mask(found: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
+def attention_mask(allowed: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
     """A 4-D mask ``[B, 1, q, k]`` from bool ``[B, q, k]`` in the format of an attention implementation.
 
     sdpa takes a bool mask; eager and grouped take only an additive mask.
     """
     if implementation in ("eager", "grouped"):
-        blocked = torch.zeros(found.shape, dtype=dtype, device=found.device)
-        return blocked.masked_fill(~found, torch.finfo(dtype).min)[:, None]
+        blocked = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+        return blocked.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
     if implementation == "sdpa":
-        return found[:, None]
+        return allowed[:, None]
     raise XFusionError(f"attention {implementation!r} is not supported for mixed sequences: use 'sdpa' or 'eager'")
 
 
@@ -262,37 +266,37 @@ def narrow_mlp(layer: nn.Module, config: Any, width: int) -> None:
     Raises:
         XFusionError: the MLP does not consist of plain matrices (for example a mixture of experts), or is narrower.
     """
-    size = config.hidden_size
+    hidden_size = config.hidden_size
     # Attention projections may have the same shapes; every attention module of transformers has a ``layer_idx``.
-    inner = [m for m in layer.modules() if m is not layer and hasattr(m, "layer_idx")]
-    attention = {id(m) for module in inner for m in module.modules()}
-    matrices = [m for m in layer.modules() if _is_linear(m) and id(m) not in attention]
+    attention_modules = [m for m in layer.modules() if m is not layer and hasattr(m, "layer_idx")]
+    attention_parts = {id(m) for module in attention_modules for m in module.modules()}
+    matrices = [m for m in layer.modules() if _is_linear(m) and id(m) not in attention_parts]
     # Read the number of hidden units from the matrix that maps back to the model width: the config may not state it.
-    widths = {wide for wide, out in map(linear_shape, matrices) if out == size != wide}
+    widths = {inputs for inputs, outputs in map(linear_shape, matrices) if outputs == hidden_size != inputs}
     if len(widths) != 1 or any(p.dim() > 2 for p in layer.parameters()):
         raise XFusionError(
             f"{type(layer).__name__}: its MLP is not made of plain Linear layers of one width; leave mlp at None"
         )
-    full = widths.pop()
-    if not 0 < width <= full:
-        raise XFusionError(f"MLP width {width} is not within 1 to {full}, the base's own")
+    full_width = widths.pop()
+    if not 0 < width <= full_width:
+        raise XFusionError(f"MLP width {width} is not within 1 to {full_width}, the base's own")
     for matrix in matrices:
-        wide, out = linear_shape(matrix)
-        if wide == size and out in (full, 2 * full):
-            _keep(matrix, torch.arange(out).view(-1, full)[:, :width].reshape(-1), outputs=True)
-        elif (wide, out) == (full, size):
-            _keep(matrix, torch.arange(width), outputs=False)
+        inputs, outputs = linear_shape(matrix)
+        if inputs == hidden_size and outputs in (full_width, 2 * full_width):
+            _select_units(matrix, torch.arange(outputs).view(-1, full_width)[:, :width].reshape(-1), outputs=True)
+        elif (inputs, outputs) == (full_width, hidden_size):
+            _select_units(matrix, torch.arange(width), outputs=False)
 
 
-def _keep(matrix: nn.Module, units: Tensor, *, outputs: bool) -> None:
+def _select_units(matrix: nn.Module, units: Tensor, *, outputs: bool) -> None:
     """Cut a linear layer in place to some of its outputs (with their biases) or inputs."""
-    linear, bias = isinstance(matrix, nn.Linear), matrix.bias
+    is_linear, bias = isinstance(matrix, nn.Linear), matrix.bias
     units = units.to(matrix.get_parameter("weight").device)
-    matrix.weight = nn.Parameter(matrix.get_parameter("weight").data.index_select(int(outputs != linear), units))
+    matrix.weight = nn.Parameter(matrix.get_parameter("weight").data.index_select(int(outputs != is_linear), units))
     if outputs and isinstance(bias, Tensor):
         matrix.bias = nn.Parameter(bias.data[units])
-    names = ("in_features", "out_features") if linear else ("nx", "nf")
-    setattr(matrix, names[outputs], len(units))
+    size_names = ("in_features", "out_features") if is_linear else ("nx", "nf")
+    setattr(matrix, size_names[outputs], len(units))
 
 
 class Projected(nn.Module):
@@ -318,18 +322,18 @@ class Projected(nn.Module):
         device = next(layer.parameters()).device
         self.into = nn.Linear(width, inner, bias=False, device=device)
         self.out = nn.Linear(inner, width, bias=False, device=device)
-        read = torch.zeros(inner, width, device=device)
-        rows = torch.arange(inner, device=device)
-        read[rows, rows % width] = 1.0
+        selection = torch.zeros(inner, width, device=device)
+        unit_rows = torch.arange(inner, device=device)
+        selection[unit_rows, unit_rows % width] = 1.0
         with torch.no_grad():
-            self.into.weight.copy_(read)
-            self.out.weight.copy_(scale * (read / read.sum(0).clamp(min=1)).t())
+            self.into.weight.copy_(selection)
+            self.out.weight.copy_(scale * (selection / selection.sum(0).clamp(min=1)).t())
 
     def forward(self, x: Tensor, past_key_values: Any = None, **call: Any) -> Tensor:
         """``[B, n, D]`` -> ``[B, n, D]``; keys and values are those of the inner layer."""
         inner = self.into(x)
-        h = self.layer(inner, **call, **{_cache_name(self.layer): past_key_values})
-        return x + self.out((h[0] if isinstance(h, tuple) else h) - inner)
+        output = self.layer(inner, **call, **{_cache_name(self.layer): past_key_values})
+        return x + self.out((output[0] if isinstance(output, tuple) else output) - inner)
 
 
 class Delta(nn.Module):
@@ -339,12 +343,12 @@ class Delta(nn.Module):
         """The replacement for ``frozen(*args, **kwargs)``."""
         raise NotImplementedError(type(self).__name__)
 
-    def bound(self, frozen: nn.Module) -> nn.Module:
+    def bind(self, frozen: nn.Module) -> nn.Module:
         """The two as one module, for use in an assembled layer."""
-        return _Bound(self, frozen)
+        return _BoundDelta(self, frozen)
 
 
-class _Bound(nn.Module):
+class _BoundDelta(nn.Module):
     def __init__(self, delta: Delta, frozen: nn.Module):
         super().__init__()
         self.delta, self.frozen = delta, frozen
@@ -358,21 +362,21 @@ def assembled(layer: nn.Module, parts: Mapping[str, nn.Module]) -> Any:
 
     Args:
         layer: a decoder layer.
-        parts: path of a submodule (``self_attn.q_proj``) -> its replacement. A `Delta` is bound to the layer's own
+        parts: path of a submodule (``self_attn.q_proj``) -> its replacement. A `Delta` is bind to the layer's own
             submodule.
     """
-    out, shadows = shadow(layer), {}
+    result, shadows = shadow(layer), {}
     for path, part in parts.items():
-        *above, name = path.split(".")
-        module, seen = out, ""
-        for step in above:
-            seen += f"{step}."
-            if seen not in shadows:
-                shadows[seen] = module._modules[step] = shadow(module._modules[step])
-            module = shadows[seen]
-        old = module._modules[name]
-        module._modules[name] = part.bound(old) if isinstance(part, Delta) else part
-    return out
+        *parents, name = path.split(".")
+        module, prefix = result, ""
+        for child in parents:
+            prefix += f"{child}."
+            if prefix not in shadows:
+                shadows[prefix] = module._modules[child] = shadow(module._modules[child])
+            module = shadows[prefix]
+        original = module._modules[name]
+        module._modules[name] = part.bind(original) if isinstance(part, Delta) else part
+    return result
 
 
 @dataclass(frozen=True)
@@ -397,14 +401,14 @@ def attention_path(layer: nn.Module) -> str:
     raise XFusionError(f"{type(layer).__name__}: no child is an attention with a number")
 
 
-def _beside_attention(layer: nn.Module) -> tuple[list[str], list[str]]:
-    """Names of a layer's norms and of its other children except attention, even if deltas are bound to some of them."""
+def _norms_and_others(layer: nn.Module) -> tuple[list[str], list[str]]:
+    """Names of a layer's norms and of its other children except attention, even if deltas are bind to some of them."""
     norms: list[str] = []
     others: list[str] = []
-    inside = attention_path(layer)
+    attention_name = attention_path(layer)
     for name, child in layer.named_children():
-        child = child.frozen if isinstance(child, _Bound) else child
-        if name != inside and not isinstance(child, (nn.Dropout, nn.Identity)):
+        child = child.frozen if isinstance(child, _BoundDelta) else child
+        if name != attention_name and not isinstance(child, (nn.Dropout, nn.Identity)):
             (norms if "Norm" in type(child).__name__ else others).append(name)
     return norms, others
 
@@ -417,40 +421,40 @@ def layer_pieces(layer: nn.Module) -> dict[str, list[Piece]]:
     Raises:
         XFusionError: the attention has an unknown projection.
     """
-    found: dict[str, list[Piece]] = {r: [] for r in ("norm", "query", "key", "value", "output", "mlp")}
-    inside = attention_path(layer)
-    norms, others = _beside_attention(layer)
-    found["norm"], found["mlp"] = [Piece(name) for name in norms], [Piece(name) for name in others]
-    attention: Any = layer.get_submodule(inside)
+    by_role: dict[str, list[Piece]] = {r: [] for r in ("norm", "query", "key", "value", "output", "mlp")}
+    attention_name = attention_path(layer)
+    norms, others = _norms_and_others(layer)
+    by_role["norm"], by_role["mlp"] = [Piece(name) for name in norms], [Piece(name) for name in others]
+    attention: Any = layer.get_submodule(attention_name)
     for name, child in attention.named_children():
-        path = f"{inside}.{name}"
+        path = f"{attention_name}.{name}"
         if name in _SPLIT:
-            found[_SPLIT[name]].append(Piece(path))
+            by_role[_SPLIT[name]].append(Piece(path))
         elif name in _OUTPUT:
-            found["output"].append(Piece(path))
+            by_role["output"].append(Piece(path))
         elif name in _FUSED:
             width = attention.head_dim if hasattr(attention, "head_dim") else attention.head_size
-            total, out = linear_shape(child)[1], {}
+            num_outputs, role_rows = linear_shape(child)[1], {}
             if name == "query_key_value":  # per head: queries, keys, values
                 heads = attention.config.num_attention_heads
-                if total != 3 * heads * width:
+                if num_outputs != 3 * heads * width:
                     raise XFusionError(
-                        f"{type(attention).__name__}.{name}: {total} outputs are not queries, keys and values of {heads} heads of"
-                        f" {width}, {3 * heads * width} in all: its heads share keys, and xfusion cannot take it apart; take a"
-                        " mechanism that copies whole layers"
+                        f"{type(attention).__name__}.{name}: {num_outputs} outputs are not queries, keys and values of"
+                        f" {heads} heads of {width}, {3 * heads * width} in all: its heads share keys, and xfusion cannot"
+                        " take it apart; take a mechanism that copies whole layers"
                     )
-                rows = torch.arange(total).view(-1, 3, width)
-                out = {role: rows[:, i].reshape(-1) for i, role in enumerate(("query", "key", "value"))}
+                rows = torch.arange(num_outputs).view(-1, 3, width)
+                role_rows = {role: rows[:, i].reshape(-1) for i, role in enumerate(("query", "key", "value"))}
             else:
                 config = attention.config
-                keys = width * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-                parts = torch.arange(total).split([total - 2 * keys, keys, keys])
-                out = dict(zip(("query", "key", "value"), parts, strict=True))
-            for role, rows in out.items():
-                found[role].append(Piece(path, rows))
+                key_width = width * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+                row_groups = torch.arange(num_outputs).split([num_outputs - 2 * key_width, key_width, key_width])
+                role_rows = dict(zip(("query", "key", "value"), row_groups, strict=True))
+            for role, rows in role_rows.items():
+                by_role[role].append(Piece(path, rows))
         elif any(True for _ in child.parameters()):
             raise XFusionError(f"{type(attention).__name__}.{name}: a projection that xfusion cannot take apart")
-    return found
+    return by_role
 
 
 def mlp_path(layer: nn.Module) -> str:
@@ -459,25 +463,25 @@ def mlp_path(layer: nn.Module) -> str:
     Raises:
         XFusionError: it has none, or several.
     """
-    paths = _beside_attention(layer)[1]
+    paths = _norms_and_others(layer)[1]
     if len(paths) != 1:
         raise XFusionError(f"{type(layer).__name__}: parts {paths} are no single MLP")
     return paths[0]
 
 
-def norms_behind(layer: nn.Module) -> tuple[str | None, str | None]:
+def branch_output_norms(layer: nn.Module) -> tuple[str | None, str | None]:
     """Names of the norms applied to the outputs of attention and MLP before they are added to the residual stream; None if
     a branch has none, as in most families.
     """
-    norms = _beside_attention(layer)[0]
-    of_mlp = next((name for name in ("post_feedforward_layernorm", "post_mlp_layernorm") if name in norms), None)
-    if of_mlp is None:  # then a `post_attention_layernorm` is applied before the MLP
+    norms = _norms_and_others(layer)[0]
+    mlp_norm = next((name for name in ("post_feedforward_layernorm", "post_mlp_layernorm") if name in norms), None)
+    if mlp_norm is None:  # then a `post_attention_layernorm` is applied before the MLP
         return None, None
-    of_attention = ("post_self_attn_layernorm", "post_attention_layernorm")
-    return next((name for name in of_attention if name in norms), None), of_mlp
+    attention_norms = ("post_self_attn_layernorm", "post_attention_layernorm")
+    return next((name for name in attention_norms if name in norms), None), mlp_norm
 
 
-def post_normed(layer: nn.Module, parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+def post_norm_parts(layer: nn.Module, parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Parts of a layer converted to post-norm, ``h = x + norm(attention(x))``, ``y = h + norm(MLP(h))``: each norm before
     a branch moves after it; if a family already has norms after its branches, those before them are removed.
 
@@ -488,16 +492,16 @@ def post_normed(layer: nn.Module, parts: Mapping[str, nn.Module]) -> dict[str, n
     Raises:
         XFusionError: the layer does not have a norm for each branch, or its branches run in parallel.
     """
-    norms, behind = _beside_attention(layer)[0], norms_behind(layer)
-    before = [name for name in norms if name not in behind]
-    moved = [name for name, other in zip(before, behind, strict=False) if other is None]
-    if getattr(layer, "use_parallel_residual", False) or len(moved) + len(norms) - len(before) != 2:
+    norms, output_norms = _norms_and_others(layer)[0], branch_output_norms(layer)
+    input_norms = [name for name in norms if name not in output_norms]
+    moved_norms = [name for name, output_norm in zip(input_norms, output_norms, strict=False) if output_norm is None]
+    if getattr(layer, "use_parallel_residual", False) or len(moved_norms) + len(norms) - len(input_norms) != 2:
         raise XFusionError(f"{type(layer).__name__}: norms {norms} are not one for each of two branches in turn")
-    (output,) = (piece.path for piece in layer_pieces(layer)["output"])
-    new = dict(parts) | {name: nn.Identity() for name in before}
-    for name, end in zip(moved, (output, mlp_path(layer)), strict=False):
-        new[end] = nn.Sequential(parts[end], parts[name])
-    return new
+    (attention_output,) = (piece.path for piece in layer_pieces(layer)["output"])
+    new_parts = dict(parts) | {name: nn.Identity() for name in input_norms}
+    for name, last_module in zip(moved_norms, (attention_output, mlp_path(layer)), strict=False):
+        new_parts[last_module] = nn.Sequential(parts[last_module], parts[name])
+    return new_parts
 
 
 class Modulated(Delta):
@@ -509,18 +513,18 @@ class Modulated(Delta):
 
     def forward(self, frozen: nn.Module, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """The branch's output: states ``[B, n, D]``, or a tuple that starts with them."""
-        x, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+        x, other_args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
         if self.scale is not None and self.shift is not None:
             x = x * (1 + self.scale) + self.shift
-        out = frozen(x, *rest, **kwargs)
+        output = frozen(x, *other_args, **kwargs)
         if self.gate is None:
-            return out
-        if isinstance(out, tuple):
-            return ((1 + self.gate) * out[0], *out[1:])
-        return (1 + self.gate) * out
+            return output
+        if isinstance(output, tuple):
+            return ((1 + self.gate) * output[0], *output[1:])
+        return (1 + self.gate) * output
 
 
-def modulated(layer: nn.Module, by: Tensor) -> Any:
+def modulated(layer: nn.Module, modulation: Tensor) -> Any:
     """A shadow of a layer whose branches are modulated by a condition (DiT's adaptive layer norm, arXiv 2212.09748, figure 3):
 
         h = x + (1 + g_1) attention((1 + s_1) norm(x) + b_1)        y = h + (1 + g_2) MLP((1 + s_2) norm(h) + b_2)
@@ -530,17 +534,19 @@ def modulated(layer: nn.Module, by: Tensor) -> Any:
 
     Args:
         layer: a decoder layer.
-        by: ``[B, n, 6, W]``: b_1, s_1, g_1, b_2, s_2, g_2 of each row; W is the layer's own model width.
+        modulation: ``[B, n, 6, W]``: b_1, s_1, g_1, b_2, s_2, g_2 of each row; W is the layer's own model width.
     """
     if isinstance(layer, Projected):
-        return assembled(layer, {"layer": modulated(layer.layer, by)})
+        return assembled(layer, {"layer": modulated(layer.layer, modulation)})
     parts: dict[str, nn.Module] = {}
     branches = (attention_path(layer), mlp_path(layer))
-    for branch, behind, own in zip(branches, norms_behind(layer), by.split(3, dim=-2), strict=True):
-        shift, scale, gate = own.unbind(-2)
-        parts[branch] = Modulated(shift, scale, gate if behind is None else None)
-        if behind is not None:
-            parts[behind] = Modulated(None, None, gate)
+    for branch, output_norm, branch_modulation in zip(
+        branches, branch_output_norms(layer), modulation.split(3, dim=-2), strict=True
+    ):
+        shift, scale, gate = branch_modulation.unbind(-2)
+        parts[branch] = Modulated(shift, scale, gate if output_norm is None else None)
+        if output_norm is not None:
+            parts[output_norm] = Modulated(None, None, gate)
     return assembled(layer, parts)
 
 
@@ -550,24 +556,24 @@ def matrix_pieces(layer: nn.Module) -> dict[str, Piece]:
     In a gated MLP (SwiGLU), ``in`` is the projection that the gate multiplies; the gate itself has no role. A role for which
     the layer has no matrix, or none that xfusion recognises, is left out.
     """
-    found: dict[str, Piece] = {}
+    by_role: dict[str, Piece] = {}
     for role, pieces in layer_pieces(layer).items():
         matrices = [piece for piece in pieces if _is_linear(layer.get_submodule(piece.path))]
         if role in ("query", "key", "value", "output") and len(matrices) == 1:
-            found[role] = matrices[0]
-    inside = attention_path(layer)
+            by_role[role] = matrices[0]
+    attention_name = attention_path(layer)
     for path in linear_paths(layer):
         name = path.rpartition(".")[2]
-        if path.startswith(f"{inside}."):
+        if path.startswith(f"{attention_name}."):
             continue
         if name in ("up_proj", "c_fc", "dense_h_to_4h"):
-            found["in"] = Piece(path)
+            by_role["in"] = Piece(path)
         elif name == "gate_up_proj":
-            total = linear_shape(layer.get_submodule(path))[1]
-            found["in"] = Piece(path, torch.arange(total // 2, total))
+            num_outputs = linear_shape(layer.get_submodule(path))[1]
+            by_role["in"] = Piece(path, torch.arange(num_outputs // 2, num_outputs))
         elif name in ("down_proj", "c_proj", "dense_4h_to_h"):
-            found["out"] = Piece(path)
-    return found
+            by_role["out"] = Piece(path)
+    return by_role
 
 
 def linear_paths(layer: nn.Module) -> list[str]:
@@ -592,12 +598,14 @@ def linear_weight(module: nn.Module) -> Tensor:
 
 
 class Slot(nn.Module):
-    """Replaces one decoder layer in a shadow and forwards the call to ``act``."""
+    """Replaces one decoder layer in a shadow and forwards the call to ``compute_layer``."""
 
-    def __init__(self, layer: nn.Module, index: int, act: Callable[[int, nn.Module, Tensor, dict[str, Any]], Tensor]):
+    def __init__(
+        self, layer: nn.Module, index: int, compute_layer: Callable[[int, nn.Module, Tensor, dict[str, Any]], Tensor]
+    ):
         super().__init__()
         self.__dict__["layer"] = layer  # not a submodule: the shadow owns no parameters
-        self.__dict__["act"] = act
+        self.__dict__["compute_layer"] = compute_layer
         self.index = index
         self.names = list(inspect.signature(type(layer).forward).parameters)[1:]
         for name in ("attention_type", "layer_type"):
@@ -606,13 +614,13 @@ class Slot(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         call = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        act: Callable[..., Tensor] = self.__dict__["act"]
-        return act(self.index, self.__dict__["layer"], call.pop("hidden_states"), call)
+        compute_layer: Callable[..., Tensor] = self.__dict__["compute_layer"]
+        return compute_layer(self.index, self.__dict__["layer"], call.pop("hidden_states"), call)
 
 
 def shadow(module: nn.Module) -> Any:
     """A shallow copy: same parameters, its own dict of children, no instance-level ``forward``."""
-    out = copy.copy(module)
-    out._modules = dict(module._modules)
-    out.__dict__.pop("forward", None)
-    return out
+    result = copy.copy(module)
+    result._modules = dict(module._modules)
+    result.__dict__.pop("forward", None)
+    return result

@@ -30,7 +30,7 @@ from xfusion.objectives.flow_matching import FlowMatching
 from xfusion.objectives.next_token import NextToken
 from xfusion.opening import Opening
 from xfusion.seeding import seeded
-from xfusion.text_states import KnownStates, at_layers, behind_norm, placed
+from xfusion.text_states import StatesCache, compute_final_states, compute_layer_inputs, fill_states
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +97,9 @@ class Engine:
     decoder: Any = None
     keep_text: bool = True
     """Whether hidden states of text that never change are computed once and then looked up."""
-    text_states: KnownStates = field(default_factory=KnownStates)
+    text_states: StatesCache = field(default_factory=StatesCache)
     """Frozen hidden states of texts, keyed by their tokens."""
-    final_states: KnownStates = field(default_factory=KnownStates)
+    final_states: StatesCache = field(default_factory=StatesCache)
     """Frozen hidden states of texts after the last norm, keyed by their tokens."""
     turns: OrderedDict[tuple[Any, ...], Any] = field(default_factory=OrderedDict)
     """State saved from earlier turns of conversations with media (`xfusion.generation.turns`)."""
@@ -143,17 +143,17 @@ class Model(nn.Module):
             self.fusion = config.fusion.build()
             self.fusion.install(self.backbone)
             if self.port.modulates_blocks:
-                self.port.reach_blocks(self.fusion.block_widths())
+                self.port.add_block_modulation(self.fusion.block_widths())
             if fresh:
                 self.fusion.begin(self.backbone)
-            self.extra = nn.ModuleList(further.build() for further in config.extra)
+            self.extra = nn.ModuleList(objective_config.build() for objective_config in config.extra)
             self.text_objective: Any = config.text.build()
             self.media_objective: Any = config.media.build()
             for objective in (*self._extra(), self.text_objective, self.media_objective):
                 objective.install(width, self.modality)
         for part in self._learned.values():
             part.to(self.backbone.device)
-        self._note_needs()
+        self._collect_needs()
         if fresh:
             for objective in self.objectives:
                 objective.check(self.modality)
@@ -181,19 +181,19 @@ class Model(nn.Module):
         Raises:
             XFusionError: it would move them off the base's device, or change the precision that a pass computes in.
         """
-        wide = {torch.float32} | ({torch.float64} & {self.backbone.dtype})
+        full_precision = {torch.float32} | ({torch.float64} & {self.backbone.dtype})
         for weight in self.new_parameters():
             if weight.is_meta:  # a shape without values, which is only counted
                 continue
-            found = fn(torch.empty(0, dtype=weight.dtype, device=weight.device))
-            if found.device != weight.device:
+            probe = fn(torch.empty(0, dtype=weight.dtype, device=weight.device))
+            if probe.device != weight.device:
                 raise XFusionError(
                     f"this model computes on {weight.device}, where its base and its codec lie, which others may share: load"
-                    f" it on {found.device} instead, xfusion.load(pack, device='{found.device}')"
+                    f" it on {probe.device} instead, xfusion.load(pack, device='{probe.device}')"
                 )
-            if found.dtype not in {weight.dtype, *wide}:
+            if probe.dtype not in {weight.dtype, *full_precision}:
                 raise XFusionError(
-                    f"new weights in {found.dtype} beside a base in {self.backbone.dtype}: leave them in {weight.dtype}, a pass"
+                    f"new weights in {probe.dtype} beside a base in {self.backbone.dtype}: leave them in {weight.dtype}, a pass"
                     " computes in the base's precision; save_pretrained(folder, dtype=...) stores them in fewer bits"
                 )
         return super()._apply(fn, recurse)
@@ -214,13 +214,13 @@ class Model(nn.Module):
             raise XFusionError("this model knows pictures, not sounds: take a model of sounds, or show it a picture")
         return self.modality
 
-    def reads(self, shown: Any) -> Modality:
+    def reads(self, media: Any) -> Modality:
         """The modality that turns a given picture or sound into tokens.
 
         Raises:
             XFusionError: the model has the other modality.
         """
-        return self.audio if isinstance(shown, Sound) else self.image
+        return self.audio if isinstance(media, Sound) else self.image
 
     def port_of(self, owner: str) -> MediaPort:
         """The port for a modality's rows, by the modality's name."""
@@ -246,22 +246,22 @@ class Model(nn.Module):
         Raises:
             XFusionError: an objective cannot be trained on this modality.
         """
-        made = self._in_place_of(self.text_objective, text), self._in_place_of(self.media_objective, media)
-        self.text_objective, self.media_objective = made
+        replacements = self._replacement(self.text_objective, text), self._replacement(self.media_objective, media)
+        self.text_objective, self.media_objective = replacements
         self.config = replace(self.config, text=text, media=media)
-        self._note_needs()
+        self._collect_needs()
 
-    def _in_place_of(self, before: Objective, config: Objective.Config) -> Objective:
-        made = config.build()
-        made.check(self.modality)
+    def _replacement(self, previous: Objective, config: Objective.Config) -> Objective:
+        objective = config.build()
+        objective.check(self.modality)
         with seeded(self.config.init_seed, self.backbone.device):
-            made.install(self.backbone.hidden_size, self.modality)
-        own, known = made.state_dict(), before.state_dict()
-        if {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in known.items()}:
-            made.load_state_dict(known)
-        return made.to(self.backbone.device)
+            objective.install(self.backbone.hidden_size, self.modality)
+        new_state, previous_state = objective.state_dict(), previous.state_dict()
+        if {k: v.shape for k, v in new_state.items()} == {k: v.shape for k, v in previous_state.items()}:
+            objective.load_state_dict(previous_state)
+        return objective.to(self.backbone.device)
 
-    def _note_needs(self) -> None:
+    def _collect_needs(self) -> None:
         self.needs = frozenset(name for objective in self.objectives for name in objective.needs)
 
     @property
@@ -280,8 +280,8 @@ class Model(nn.Module):
             XFusionError: the model cannot do it.
         """
         if ability not in self.capabilities:
-            able = ", ".join(sorted(self.capabilities))
-            raise XFusionError(f"this model cannot {ability}, only {able}: {instead}")
+            abilities = ", ".join(sorted(self.capabilities))
+            raise XFusionError(f"this model cannot {ability}, only {abilities}: {instead}")
 
     @property
     def regime(self) -> str:
@@ -343,12 +343,12 @@ class Model(nn.Module):
     @contextmanager
     def using(self, engine: Engine) -> Iterator[None]:
         """Compute with another engine inside the ``with`` block."""
-        before = self._engine
+        previous = self._engine
         self.use(engine)
         try:
             yield
         finally:
-            self.use(before)
+            self.use(previous)
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
@@ -360,8 +360,8 @@ class Model(nn.Module):
             yield
             return
         if self._drawing is None or self._drawing[0] is not engine:
-            same = self.backbone.working_copy(self.backbone.dtype, attention)
-            self._drawing = engine, replace(engine, backbone=same, decoder=None)
+            backbone = self.backbone.working_copy(self.backbone.dtype, attention)
+            self._drawing = engine, replace(engine, backbone=backbone, decoder=None)
         with self.using(self._drawing[1]):
             yield
 
@@ -376,16 +376,16 @@ class Model(nn.Module):
         return replace(self.plain_engine(), reason="reference path", reference=True)
 
     def training_engine(
-        self, dtype: torch.dtype, reason: str, attention: str, compiled: bool, divided: Backbone | None = None
+        self, dtype: torch.dtype, reason: str, attention: str, compiled: bool, sharded: Backbone | None = None
     ) -> Engine:
-        """The frozen weights cast once to the compute dtype, or a copy sharded across processes (``divided``).
+        """The frozen weights cast once to the compute dtype, or a copy sharded across processes (``sharded``).
 
         With a sharded copy text states are not looked up: processes see different texts, yet gather layers together.
         """
         autocast = None if dtype == torch.float32 else dtype
-        frozen = self.backbone.working_copy(dtype, attention) if divided is None else divided
-        keeps = divided is None
-        return Engine(backbone=frozen, autocast=autocast, reason=reason, compiled=compiled, keep_text=keeps)
+        frozen = self.backbone.working_copy(dtype, attention) if sharded is None else sharded
+        keep_text = sharded is None
+        return Engine(backbone=frozen, autocast=autocast, reason=reason, compiled=compiled, keep_text=keep_text)
 
     def _layer(self, index: int, frozen: nn.Module, x: Tensor, call: dict[str, Any]) -> Tensor:
         run = self._pass
@@ -395,34 +395,36 @@ class Model(nn.Module):
             run.states = {owner: x[:, rows].contiguous() for owner, rows in run.slices.items()}
         last = index == self.backbone.num_layers - 1
         if run.layers is not None and index not in run.layers:
-            return self._behind(run, x, last)
+            return self._layer_output(run, x, last)
         run.modulation = None
         compute = self.fusion.reference_layer if self._engine.reference else self.fusion.layer
         for owner, rows in run.media_rows.items():
             if index in self.fusion.layers_of(owner):
                 port, media = self.port_of(owner), run.states[owner]
                 run.states = run.states | {owner: port.before_layer(index, media, rows)}
-                run.modulation = port.in_block(index, rows, media.dtype)
-        again = self._engine.activation_checkpointing and torch.is_grad_enabled() and run.cache is None
+                run.modulation = port.modulation_in_block(index, rows, media.dtype)
+        recompute = self._engine.activation_checkpointing and torch.is_grad_enabled() and run.cache is None
 
         def work(states: States) -> States:
             run.states = states
-            if not again:
+            if not recompute:
                 return compute(index, frozen, call, run)
             # ``run.states`` changes as the pass proceeds, so a recomputed layer needs a copy of the pass with its own
             # states. No layer draws random numbers.
-            own = replace(run)
-            return checkpoint(lambda: compute(index, frozen, call, own), use_reentrant=False, preserve_rng_state=False)
+            run_copy = replace(run)
+            return checkpoint(
+                lambda: compute(index, frozen, call, run_copy), use_reentrant=False, preserve_rng_state=False
+            )
 
         run.states = work(run.states) if self.gather is None else self.gather(index, work, run.states)
         for owner, x in run.states.items():
             name = f"{owner if owner == 'text' else 'media'}.{index + 1}"
             if name in self.needs:
-                run.kept[name] = x
-        return self._behind(run, x, last)
+                run.intermediates[name] = x
+        return self._layer_output(run, x, last)
 
     @staticmethod
-    def _behind(run: Pass, x: Tensor, last: bool) -> Tensor:
+    def _layer_output(run: Pass, x: Tensor, last: bool) -> Tensor:
         """What a layer returns to the decoder: states live in the pass; after the last layer the decoder norms those read."""
         if not last:
             return x
@@ -436,7 +438,7 @@ class Model(nn.Module):
         *,
         cache: Cache | None = None,
         update: bool = False,
-        given: dict[int, Tensor] | None = None,
+        cached_text: dict[int, Tensor] | None = None,
         final: bool = True,
         like: Pass | None = None,
     ) -> tuple[Tensor, Pass]:
@@ -446,7 +448,7 @@ class Model(nn.Module):
             batch: text and media rows; with a cache, the positions after the cached ones.
             cache: keys and values of earlier positions.
             update: append this pass's keys and values to the cache.
-            given: text states by layer, if already known (`text_states`).
+            cached_text: text states by layer, if already known (`text_states`).
             final: whether final states are needed; if not, none are normed, and only the pass holds the last layer's states.
             like: an earlier pass over the same positions with the same cache, whose masks are reused.
 
@@ -457,10 +459,10 @@ class Model(nn.Module):
         engine, rows, states = self._engine, {}, {}
         if batch.text.count:
             rows["text"] = batch.text
-            if given is not None:
-                states["text"] = next(iter(given.values()))
+            if cached_text is not None:
+                states["text"] = next(iter(cached_text.values()))
             else:
-                states["text"] = self._embedded(batch).to(engine.dtype)
+                states["text"] = self._embed_text(batch).to(engine.dtype)
         for name, media in batch.media.items():
             rows[name] = media.rows
             states[name] = self.port_of(name)(media).to(engine.dtype)
@@ -471,16 +473,16 @@ class Model(nn.Module):
             dtype=engine.dtype,
             cache=cache,
             update=update,
-            given=given,
+            cached_text=cached_text,
             text_reads_media=batch.text_reads_media,
             media_reads_text=batch.media_reads_text,
             compiled=engine.compiled,
             media_rows=dict(batch.media),
             final=final,
-            layers=self._layers_at_work(batch, given, appends=cache is not None and update),
+            layers=self._active_layers(batch, cached_text, appends=cache is not None and update),
         )
         if like is not None:
-            run.take_masks(like)
+            run.share_masks(like)
         position = torch.cat([table.position for table in rows.values()], dim=1)
         self._pass = run
         try:
@@ -492,16 +494,18 @@ class Model(nn.Module):
             cache.grow(rows)
         return hidden, run
 
-    def _layers_at_work(self, batch: Batch, given: dict[int, Tensor] | None, *, appends: bool) -> frozenset[int] | None:
+    def _active_layers(
+        self, batch: Batch, cached_text: dict[int, Tensor] | None, *, appends: bool
+    ) -> frozenset[int] | None:
         """Layers at which a pass computes anything; None means all. If text is neither computed nor cached, a layer without
         new modules has nothing to do: media states pass it unchanged.
         """
-        words = bool(batch.text.count) and given is None
-        if words or appends or self.needs or self._engine.reference or self.gather is not None:
+        computes_text = bool(batch.text.count) and cached_text is None
+        if computes_text or appends or self.needs or self._engine.reference or self.gather is not None:
             return None
         return frozenset(index for owner in batch.media for index in self.fusion.layers_of(owner))
 
-    def _embedded(self, batch: Batch) -> Tensor:
+    def _embed_text(self, batch: Batch) -> Tensor:
         """Input embeddings of text tokens, and of end-of-media tokens, which come from each modality's port."""
         x = self._engine.backbone.embed(batch.text_ids.clamp(min=0))
         for number, name in enumerate(batch.media or (self.modality.name,)):
@@ -512,29 +516,29 @@ class Model(nn.Module):
     def forward(self, batch: Batch) -> Output:
         """One training pass: text states of prompts that precede all media are looked up instead of computed."""
         if self._is_frozen(batch):
-            return self._of_words(self._looked_up(batch, self._final_states, 1)[:, 0])
-        given = None
+            return self._text_output(self._look_up_states(batch, self._final_states, 1)[:, 0])
+        cached_text = None
         if self.fusion.prefix_is_constant and not self._engine.reference and batch.text.count:
             # Looked-up states skip the text tower, so nothing may be read from it: no text after media, no labels.
-            unread = not batch.text_reads_media and not bool((batch.labels != IGNORE).any())
-            unread = unread and not any(name.startswith("text") for name in self.needs)
-            given = self.given_states(batch) if unread and self._engine.keep_text else None
-        hidden, run = self.run_pass(batch, given=given, final=given is None or "media" in self.needs)
-        out = self._of_words(hidden[:, run.slices.get("text", slice(0, 0))])
+            text_is_unread = not batch.text_reads_media and not bool((batch.labels != IGNORE).any())
+            text_is_unread = text_is_unread and not any(name.startswith("text") for name in self.needs)
+            cached_text = self.cached_text_states(batch) if text_is_unread and self._engine.keep_text else None
+        hidden, run = self.run_pass(batch, cached_text=cached_text, final=cached_text is None or "media" in self.needs)
+        output = self._text_output(hidden[:, run.slices.get("text", slice(0, 0))])
         if self.media_objective.gives:
-            out.media = {name: self.port.readout(run.states[name]) for name in batch.media}
-        final = {"text" if owner == "text" else "media": hidden[:, rows] for owner, rows in run.slices.items()}
-        out.states = run.kept | {name: x for name, x in final.items() if name in self.needs}
-        return out
+            output.media = {name: self.port.readout(run.states[name]) for name in batch.media}
+        final_states = {"text" if owner == "text" else "media": hidden[:, rows] for owner, rows in run.slices.items()}
+        output.states = run.intermediates | {name: x for name, x in final_states.items() if name in self.needs}
+        return output
 
-    def _of_words(self, hidden: Tensor) -> Output:
+    def _text_output(self, hidden: Tensor) -> Output:
         """Output for text only, from its hidden states ``[B, n, D]`` after the last norm."""
 
         def vocabulary(states: Tensor) -> Tensor:
             return self._engine.backbone.logits(states[None])[0]
 
         return Output(
-            logits=lambda chosen: vocabulary(hidden[chosen]),
+            logits=lambda mask: vocabulary(hidden[mask]),
             vocabulary=vocabulary,
             media={},
             states={"text": hidden} if "text" in self.needs else {},
@@ -546,8 +550,8 @@ class Model(nn.Module):
             return False
         if self.gather is not None:  # other processes may hold other rows, and all must follow the same path
             return False
-        own_rows = bool((batch.text_ids <= END_OF_MEDIA).any() | batch.text.after_media.any())
-        return not own_rows and not any(name.startswith("text.") for name in self.needs)
+        has_new_rows = bool((batch.text_ids <= END_OF_MEDIA).any() | batch.text.after_media.any())
+        return not has_new_rows and not any(name.startswith("text.") for name in self.needs)
 
     def losses(
         self, batch: Batch, generator: torch.Generator, rows: slice | None = None
@@ -571,47 +575,47 @@ class Model(nn.Module):
         for objective in self.objectives:
             view = objective.corrupt(view, generator)
         if rows is not None:
-            own = torch.arange(len(batch.text_ids))[rows]
-            if not len(own) and self.gather is None:  # run only the losses that communicate across processes
-                view = view.index(own).to(self.device)
-                waited_for = (o.loss(run, view) for o in self.objectives if o.across_processes)
-                return {name: found for losses in waited_for for name, found in losses.items()}
+            row_indices = torch.arange(len(batch.text_ids))[rows]
+            if not len(row_indices) and self.gather is None:  # run only the losses that communicate across processes
+                view = view.index(row_indices).to(self.device)
+                collective_losses = (o.loss(run, view) for o in self.objectives if o.across_processes)
+                return {name: loss for losses in collective_losses for name, loss in losses.items()}
             # If layers are gathered, every process must run them; a process without rows of its own uses another's row.
-            view = view.index(own if len(own) else torch.zeros(1, dtype=torch.int64)).to(self.device)
+            view = view.index(row_indices if len(row_indices) else torch.zeros(1, dtype=torch.int64)).to(self.device)
             if self.gather is not None:
                 run(view)
-            if not len(own):
+            if not len(row_indices):
                 return {}
-        out: dict[str, tuple[Tensor, Tensor]] = {}
+        loss_sums: dict[str, tuple[Tensor, Tensor]] = {}
         for objective in self.objectives:
-            out |= objective.loss(run, view)
-        return out
+            loss_sums |= objective.loss(run, view)
+        return loss_sums
 
     # -- frozen text states
 
     def text_states(self, ids: tuple[int, ...]) -> Tensor:
         """Input states ``[layers, n, D]`` of a text at the layers that the fusion reads, from the frozen tower alone."""
         engine, layers = self._engine, self.fusion.state_layers
-        return engine.text_states.of(ids, lambda: at_layers(engine.backbone, layers, ids))
+        return engine.text_states.get_or_compute(ids, lambda: compute_layer_inputs(engine.backbone, layers, ids))
 
     def _final_states(self, ids: tuple[int, ...]) -> Tensor:
         """Hidden states ``[1, n, D]`` of a text after the last norm, from the frozen tower alone."""
         engine = self._engine
-        return engine.final_states.of(ids, lambda: behind_norm(engine.backbone, ids))
+        return engine.final_states.get_or_compute(ids, lambda: compute_final_states(engine.backbone, ids))
 
     def text_bytes(self, tokens: float, dtype: torch.dtype) -> int:
         """Bytes that the stored states of a text with this many tokens take in a dtype."""
         return int(tokens * len(self.fusion.state_layers) * self.backbone.hidden_size * dtype.itemsize)
 
-    def given_states(self, batch: Batch) -> dict[int, Tensor]:
+    def cached_text_states(self, batch: Batch) -> dict[int, Tensor]:
         """Text states by layer, ``[B, n, D]`` each, for a batch whose text precedes all media; zeros at padding."""
         layers = self.fusion.state_layers
-        return dict(zip(layers, self._looked_up(batch, self.text_states, len(layers)).unbind(1), strict=True))
+        return dict(zip(layers, self._look_up_states(batch, self.text_states, len(layers)).unbind(1), strict=True))
 
-    def _looked_up(self, batch: Batch, states: Callable[[tuple[int, ...]], Tensor], layers: int) -> Tensor:
+    def _look_up_states(self, batch: Batch, states: Callable[[tuple[int, ...]], Tensor], layers: int) -> Tensor:
         """States ``[layers, n, D]`` of each text of a batch, at its positions: ``[B, layers, n, D]``, zeros at padding."""
         shape = (batch.text.order.shape[0], layers, batch.text.count, self.backbone.hidden_size)
-        return placed(batch, states, torch.zeros(shape, dtype=self._engine.dtype, device=self.device))
+        return fill_states(batch, states, torch.zeros(shape, dtype=self._engine.dtype, device=self.device))
 
     # -- text
 
@@ -725,8 +729,8 @@ class Model(nn.Module):
         """Write a modality pack, with the record of its weights; see `xfusion.checkpoint.save`."""
         from xfusion.checkpoint import save
 
-        facts: dict[str, Any] = {"recipe": recipe, "training": training, "scores": scores, "proof": proof}
-        save(self, folder, dtype=dtype, licence=licence, **facts)
+        record: dict[str, Any] = {"recipe": recipe, "training": training, "scores": scores, "proof": proof}
+        save(self, folder, dtype=dtype, licence=licence, **record)
 
     def push_to_hub(self, repository: str, **settings: Any) -> str:
         """Upload a pack of this model, with its record, to a model hub; see `xfusion.checkpoint.push`."""

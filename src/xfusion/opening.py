@@ -42,23 +42,23 @@ class Opening(nn.Module):
         It is the contiguous span of tokens whose logits have the largest sum.
         """
         states, spans = word_states(backbone, words)
-        best, (first, last) = 0.0, (0, 0)
+        best_total, (first, end) = 0.0, (0, 0)
         total, start = 0.0, 0
         for i, value in enumerate(self.subject(states)[:, 0].tolist()):
             if total <= 0:
                 total, start = 0.0, i
             total += value
-            if total > best:
-                best, (first, last) = total, (start, i + 1)
-        return words[spans[first][0] : spans[last - 1][1]].strip() if last else ""
+            if total > best_total:
+                best_total, (first, end) = total, (start, i + 1)
+        return words[spans[first][0] : spans[end - 1][1]].strip() if end else ""
 
 
 def recent(messages: Seq[dict[str, str]]) -> list[dict[str, str]]:
     """The last user turns of a conversation and the answers between them, without system messages."""
-    turns = [i for i, message in enumerate(messages) if message["role"] == "user"]
-    if not turns or turns[-1] != len(messages) - 1:
+    user_turns = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    if not user_turns or user_turns[-1] != len(messages) - 1:
         raise XFusionError("whether to draw is decided behind a turn of the user: the conversation ends otherwise")
-    return [m for m in messages[turns[-TURNS:][0] :] if m["role"] in ("user", "assistant")]
+    return [m for m in messages[user_turns[-TURNS:][0] :] if m["role"] in ("user", "assistant")]
 
 
 @torch.no_grad()
@@ -78,6 +78,6 @@ def word_states(backbone: Backbone, words: str) -> tuple[Tensor, list[tuple[int,
     ids, spans = backbone.encode_spans(words)
     if not ids:
         return torch.zeros(0, backbone.hidden_size, device=backbone.device), []
-    twice = torch.tensor([(*backbone.begin_ids, *ids, *backbone.encode("\n"), *ids)], device=backbone.device)
-    states = backbone.decoder(input_ids=twice, use_cache=False).last_hidden_state[0]
+    input_ids = torch.tensor([(*backbone.begin_ids, *ids, *backbone.encode("\n"), *ids)], device=backbone.device)
+    states = backbone.decoder(input_ids=input_ids, use_cache=False).last_hidden_state[0]
     return states[-len(ids) :].float(), spans

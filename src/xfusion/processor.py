@@ -27,7 +27,7 @@ from xfusion.data.sequence import Audio, Image, Sound, Text, XFusionError
 from xfusion.generation import Message, Segment
 from xfusion.model import Model
 
-MARK = "\ue000"
+PLACEHOLDER = "\ue000"
 """Placeholder of a picture or a sound in the text of a template: a private-use character, which text must not contain."""
 ADDRESSES = ("http://", "https://")
 Blocks = list[dict[str, Any]]
@@ -52,12 +52,12 @@ class Processor:
         Raises:
             XFusionError: a block has another type, or a picture or a sound cannot be read.
         """
-        out: list[Message] = []
+        converted_turns: list[Message] = []
         for turn in conversation:
             content = turn["content"]
             blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            out.append({"role": turn["role"], "content": [self._segment(block) for block in blocks]})
-        return out
+            converted_turns.append({"role": turn["role"], "content": [self._segment(block) for block in blocks]})
+        return converted_turns
 
     def __call__(self, conversation: Seq[Mapping[str, Any]]) -> list[Segment]:
         """A conversation as segments for `Model.generate`, in the base tokenizer's own chat template.
@@ -69,47 +69,49 @@ class Processor:
             XFusionError: see `messages`; or the template refuses the roles, or a request is in another turn.
         """
         turns = self.messages(conversation)
-        seen: list[Any] = []
-        made: list[Any] = []
-        words: list[dict[str, str]] = []
+        media_inputs: list[Any] = []
+        requests: list[Any] = []
+        text_turns: list[dict[str, str]] = []
         for number, turn in enumerate(turns):
             text = ""
             for segment in turn["content"]:
                 if isinstance(segment, (Image, Audio)):
                     if number < len(turns) - 1:
-                        what = "picture to draw" if isinstance(segment, Image) else "sound to make"
-                        raise XFusionError(f"a {what} stands in the last turn alone: give the others as they were made")
-                    made.append(segment)
+                        description = "picture to draw" if isinstance(segment, Image) else "sound to make"
+                        raise XFusionError(
+                            f"a {description} stands in the last turn alone: give the others as they were made"
+                        )
+                    requests.append(segment)
                 elif isinstance(segment, str):
-                    if MARK in segment:
+                    if PLACEHOLDER in segment:
                         raise XFusionError(
                             f"the words of turn {number + 1} hold the private character U+E000: leave it out"
                         )
                     text += segment
                 else:
-                    seen.append(segment)
-                    text += MARK
-            words.append({"role": turn["role"], "content": text})
-        parts = self.model.backbone.chat_text(words).split(MARK)
-        if len(parts) != len(seen) + 1:
+                    media_inputs.append(segment)
+                    text += PLACEHOLDER
+            text_turns.append({"role": turn["role"], "content": text})
+        parts = self.model.backbone.chat_text(text_turns).split(PLACEHOLDER)
+        if len(parts) != len(media_inputs) + 1:
             raise XFusionError(
                 f"the chat template of {self.model.backbone.source} drops or repeats turns with pictures or sounds"
             )
-        out: list[Segment] = []
+        segments: list[Segment] = []
         for number, part in enumerate(parts):
             if part:
-                out.append(Text(ids=self.model.backbone.read_chat(part)))
-            if number < len(seen):
-                out.append(seen[number])
-        return [*out, *made]
+                segments.append(Text(ids=self.model.backbone.read_chat(part)))
+            if number < len(media_inputs):
+                segments.append(media_inputs[number])
+        return [*segments, *requests]
 
     def blocks(self, answer: Seq[str | PILImage.Image | Tensor]) -> Blocks:
         """Generated segments as blocks; a generated sound is given as the codec's frames, ``{"type": "audio", "frames"}``."""
-        out: Blocks = []
+        segment_blocks: Blocks = []
         for segment in answer:
             kind = "text" if isinstance(segment, str) else "image" if isinstance(segment, PILImage.Image) else "audio"
-            out.append({"type": kind, "frames" if kind == "audio" else kind: segment})
-        return out
+            segment_blocks.append({"type": kind, "frames" if kind == "audio" else kind: segment})
+        return segment_blocks
 
     def reply(self, conversation: Seq[Mapping[str, Any]], **settings: Any) -> dict[str, Any]:
         """Generate the assistant's next turn, to append to the conversation; settings are those of `Model.generate`."""
@@ -120,43 +122,49 @@ class Processor:
         if kind == "text" and isinstance(block.get("text"), str):
             return block["text"]
         if kind == "image":
-            shown = _given(block, "image")
-            if shown is None:
+            picture = _block_content(block, "image")
+            if picture is None:
                 return Image(size=block.get("size"))
             return (
-                shown if isinstance(shown, PILImage.Image) else _read(shown, "picture", pictures.read, pictures.decode)
+                picture
+                if isinstance(picture, PILImage.Image)
+                else _read_source(picture, "picture", pictures.read, pictures.decode)
             )
         if kind == "audio":
             if "frames" in block:
                 raise XFusionError(
                     "a sound that was made is frames of a codec, of which nothing makes one to be heard: leave it out"
                 )
-            heard = _given(block, "audio")
-            if heard is None:
+            sound = _block_content(block, "audio")
+            if sound is None:
                 return Audio(seconds=block.get("seconds"))
-            if isinstance(heard, (numpy.ndarray, Tensor)):
-                return Sound(samples=torch.as_tensor(heard), rate=self.model.audio.codec.rate)
-            return heard if isinstance(heard, Sound) else _read(heard, "sound", sounds.read_sound, sounds.decode)
+            if isinstance(sound, (numpy.ndarray, Tensor)):
+                return Sound(samples=torch.as_tensor(sound), rate=self.model.audio.codec.rate)
+            return sound if isinstance(sound, Sound) else _read_source(sound, "sound", sounds.read_sound, sounds.decode)
         raise XFusionError(f"a block of type {kind!r} is not one of text (with words), image and audio")
 
 
-def _given(block: Mapping[str, Any], key: str) -> Any:
+def _block_content(block: Mapping[str, Any], key: str) -> Any:
     """The content of a block, under any of the keys that transformers uses for it."""
     return next((block[name] for name in (key, "path", "url") if block.get(name) is not None), None)
 
 
-def _read(given: Any, what: str, read: Callable[[Path], Any], decode: Callable[[bytes, str], Any]) -> Any:
+def _read_source(
+    source: Any, description: str, read_file: Callable[[Path], Any], decode: Callable[[bytes, str], Any]
+) -> Any:
     """Read a file or a data URL."""
-    if not isinstance(given, (str, Path)):
+    if not isinstance(source, (str, Path)):
         raise XFusionError(
-            f"a {what} is given as {type(given).__name__}: give its file, a data URL, or the {what} itself"
+            f"a {description} is given as {type(source).__name__}: give its file, a data URL, or the {description} itself"
         )
-    text = str(given)
+    text = str(source)
     if text.startswith(ADDRESSES):
-        raise XFusionError(f"the {what} {text[:100]} is an address, and none is fetched: give a file or a data URL")
+        raise XFusionError(
+            f"the {description} {text[:100]} is an address, and none is fetched: give a file or a data URL"
+        )
     if not text.startswith("data:"):
-        return read(Path(given))
+        return read_file(Path(source))
     try:
-        return decode(base64.b64decode(text.partition(",")[2], validate=True), f"the data URL of a {what}")
+        return decode(base64.b64decode(text.partition(",")[2], validate=True), f"the data URL of a {description}")
     except binascii.Error as error:
-        raise XFusionError(f"the data URL of a {what} is not base64: {error}") from error
+        raise XFusionError(f"the data URL of a {description} is not base64: {error}") from error

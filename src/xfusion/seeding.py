@@ -1,4 +1,4 @@
-"""Random numbers from a seed, behind which all generators go on where they were."""
+"""Random numbers from a seed, without changing the state of the generators afterwards."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ import torch
 
 @contextmanager
 def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
-    """A block in which torch's own generator of the CPU starts at a seed, and so does that of a device where it has one.
+    """Inside the ``with`` block torch's CPU generator, and that of a CUDA device, start at a seed; afterwards they go on where
+    they were.
 
-    `torch.manual_seed` seeds all devices there are, and `torch.random.fork_rng` puts back those alone that it is told of.
+    `torch.manual_seed` would seed every device, and `torch.random.fork_rng` restores only the devices that it is given.
 
     Args:
-        seed: of both.
-        device: where else numbers are drawn; the generators of all others are not touched.
+        seed: seed of the generators.
+        device: device whose generator is seeded besides the CPU's; the generators of all other devices are not touched.
     """
-    where = torch.device(device)
-    with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(seed)
-        if where.type == "cuda":
-            with torch.cuda.device(where):
+        if device.type == "cuda":
+            with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield

@@ -29,7 +29,7 @@ ASIDE = "-aside"
 
 
 @contextmanager
-def whole_file(target: Path) -> Iterator[Path]:
+def atomic_file(target: Path) -> Iterator[Path]:
     """Yield a temporary file to write, which replaces ``target`` when the block ends without an error.
 
     Its bytes are flushed to disk before the rename: otherwise a power cut may leave an empty file. The temporary name has
@@ -43,9 +43,9 @@ def whole_file(target: Path) -> Iterator[Path]:
         temporary = target.with_name(f".{target.stem}.{os.getpid()}.tmp{target.suffix}")
         try:
             yield temporary
-            _to_disk(temporary)
+            _sync(temporary)
             temporary.replace(target)
-            _to_disk(target.parent)
+            _sync(target.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -58,17 +58,17 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         XFusionError: the file cannot be written.
     """
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder to fill, which replaces ``target`` when the block ends without an error.
 
     The files are flushed to disk before the rename, so neither a killed process nor a crashed machine leaves half of the
     folder. Two folders cannot swap names atomically: for a moment the previous folder has a hidden name. An error or a
-    signal in that moment restores it. If the process is killed there, `put_back` restores it, which runs at the start of
+    signal in that moment restores it. If the process is killed there, `restore_folder` restores it, which runs at the start of
     writing it again, of reading a pack and of resuming a run.
 
     Raises:
@@ -76,22 +76,22 @@ def whole_folder(target: Path) -> Iterator[Path]:
     """
     with named_in_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        put_back(target)
+        restore_folder(target)
         temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
         try:
             yield temporary
             for file in temporary.iterdir():
                 file.chmod(0o644)  # temporary folders and safetensors files are readable by their owner only
-                _to_disk(file)
+                _sync(file)
             temporary.chmod(0o755)
-            _to_disk(temporary)
+            _sync(temporary)
             _replace(target, temporary)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _replace(target: Path, made: Path) -> None:
-    """Rename the folder ``made`` to ``target``, and remove the folder that had this name, if any."""
+def _replace(target: Path, replacement: Path) -> None:
+    """Rename the folder ``replacement`` to ``target``, and remove the folder that had this name, if any."""
     aside = _aside(target)
     try:
         while True:
@@ -99,37 +99,37 @@ def _replace(target: Path, made: Path) -> None:
                 _remove(aside)  # left by a process that died after its rename
                 target.rename(aside)
             try:
-                made.rename(target)
+                replacement.rename(target)
                 break
             except OSError:
                 if not target.exists():  # else a reader took this process for a dead one and restored the old folder
                     raise
     finally:
-        put_back(target)
-    _to_disk(target.parent)
+        restore_folder(target)
+    _sync(target.parent)
     _remove(aside)
 
 
-def put_back(target: Path) -> None:
-    """Restore a folder's name if a process died while `whole_folder` was replacing it."""
+def restore_folder(target: Path) -> None:
+    """Restore a folder's name if a process died while `atomic_folder` was replacing it."""
     aside = _aside(target)
     with suppress(OSError):  # without write access, the caller reports that the folder is missing
         if aside.is_dir() and not target.exists():
             aside.rename(target)
 
 
-def put_all_back(folder: Path, name: str) -> None:
-    """`put_back` for all names that match a pattern."""
+def restore_folders(folder: Path, name: str) -> None:
+    """`restore_folder` for all names that match a pattern."""
     for aside in folder.glob(f".{name}{ASIDE}"):
-        put_back(folder / aside.name[1:].removesuffix(ASIDE))
+        restore_folder(folder / aside.name[1:].removesuffix(ASIDE))
 
 
-def remove_rests(folder: Path, name: str) -> None:
-    """Remove temporary folders left by killed processes, for names that match a pattern; `put_back` restores the others."""
-    put_all_back(folder, name)
-    for rest in folder.glob(f".{name}-*"):
-        if not rest.name.endswith(ASIDE) or (folder / rest.name[1:].removesuffix(ASIDE)).exists():
-            _remove(rest)
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Remove temporary folders left by killed processes, for names that match a pattern; `restore_folder` restores the others."""
+    restore_folders(folder, name)
+    for leftover in folder.glob(f".{name}-*"):
+        if not leftover.name.endswith(ASIDE) or (folder / leftover.name[1:].removesuffix(ASIDE)).exists():
+            _remove(leftover)
 
 
 def _aside(target: Path) -> Path:
@@ -159,7 +159,7 @@ def named_in_errors(path: Path) -> Iterator[None]:
         raise XFusionError(f"{path} cannot be written: {reason}; make room, or name another folder") from error
 
 
-def _to_disk(path: Path) -> None:
+def _sync(path: Path) -> None:
     """Flush a file, or the entries of a folder, to disk, so that they survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -176,14 +176,14 @@ def file_hash(path: Path) -> str:
 
 def sealed(facts: dict[str, Any]) -> dict[str, Any]:
     """The facts with a hash over them; an existing seal is replaced."""
-    plain = json.loads(json.dumps({k: v for k, v in facts.items() if k != SEAL}))  # as a reader will see them
-    text = json.dumps(plain, sort_keys=True)
+    content = json.loads(json.dumps({k: v for k, v in facts.items() if k != SEAL}))  # as a reader will see them
+    text = json.dumps(content, sort_keys=True)
     return {**facts, SEAL: hashlib.sha256(text.encode()).hexdigest()}
 
 
 _PATH = re.compile(r"(?<![\w.:~/\\-])(?:~?/|[A-Za-z]:[\\/])[^\s\"'`|;,+()\[\]{}]+")
 """A path from the root, a drive or a home folder, inside other text; never a part of a URL or a hub id."""
-_ALONE = re.compile(r"(?:~?/|[A-Za-z]:[\\/])[^\n\"'`|;,+]+")
+_WHOLE_PATH = re.compile(r"(?:~?/|[A-Za-z]:[\\/])[^\n\"'`|;,+]+")
 """Such a path as the whole string; its folders may have spaces in their names."""
 
 
@@ -195,9 +195,9 @@ def without_folders(content: Any) -> Any:
         return [without_folders(value) for value in content]
     if not isinstance(content, str):
         return content
-    if _ALONE.fullmatch(content) and " /" not in content:
+    if _WHOLE_PATH.fullmatch(content) and " /" not in content:
         return _name(content)
-    return _PATH.sub(lambda found: _name(found[0]), content)
+    return _PATH.sub(lambda match: _name(match[0]), content)
 
 
 def _name(path: str) -> str:
@@ -216,9 +216,9 @@ def read_json(path: Path) -> dict[str, Any]:
         raise XFusionError(f"{path} cannot be read: {first_line(error)}") from error
     if not isinstance(facts, dict):
         raise XFusionError(f"{path} cannot be read: it holds a {type(facts).__name__}, not an object in braces")
-    if SEAL in facts and (found := sealed(facts)[SEAL]) != facts[SEAL]:
+    if SEAL in facts and (digest := sealed(facts)[SEAL]) != facts[SEAL]:
         raise XFusionError(
-            f"{path} was altered: its hash is {found[:16]}, it says {str(facts[SEAL])[:16]}; take an intact copy"
+            f"{path} was altered: its hash is {digest[:16]}, it says {str(facts[SEAL])[:16]}; take an intact copy"
         )
     return facts
 
@@ -231,12 +231,12 @@ def read_tensors(path: Path, expected_hash: str | None) -> dict[str, Tensor]:
     """
     try:
         tensors = load_file(str(path))
-        found = None if expected_hash is None else file_hash(path)
+        digest = None if expected_hash is None else file_hash(path)
     except (OSError, SafetensorError) as error:
         raise XFusionError(f"{path} cannot be read: {first_line(error)}") from error
-    if found != expected_hash:
+    if digest != expected_hash:
         raise XFusionError(
-            f"{path} was altered: its hash is {str(found)[:16]}, {str(expected_hash)[:16]} was written;"
+            f"{path} was altered: its hash is {str(digest)[:16]}, {str(expected_hash)[:16]} was written;"
             " take an intact copy"
         )
     return tensors

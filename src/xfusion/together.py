@@ -77,12 +77,12 @@ class SideBySide(Fusion):
 
     def layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
         """Fast path: each block computes the rows of its own media, and the keys and values of all rows for its slot."""
-        new = run.states | self.tower(0, index, frozen, {"text", *self._on(0)}, call, run)
+        new_states = run.states | self.tower(0, index, frozen, {"text", *self._owners_in_slot(0)}, call, run)
         for owner, slot in self.slots.items():
             block = self.member(owner).media_block(index, frozen) if slot else None
             if block is not None:
-                new |= self.tower(slot, index, block, {owner}, call, run)
-        return new
+                new_states |= self.tower(slot, index, block, {owner}, call, run)
+        return new_states
 
     def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
         """Reference path: run every block on the whole sequence; each position keeps the output of its own block."""
@@ -97,8 +97,8 @@ class SideBySide(Fusion):
         del index
         return frozen(x, **call)
 
-    def _on(self, slot: int) -> set[str]:
-        return {owner for owner, own in self.slots.items() if own == slot}
+    def _owners_in_slot(self, slot: int) -> set[str]:
+        return {owner for owner, owner_slot in self.slots.items() if owner_slot == slot}
 
 
 class Together(Model):
@@ -109,14 +109,14 @@ class Together(Model):
         first = next(iter(members.values()))
         self.__dict__["backbone"] = first.backbone
         self.members = nn.ModuleDict(members)
-        self.known = {owner: _named(model.modality, owner) for owner, model in members.items()}
-        making = [owner for owner, model in members.items() if "draw" in model.capabilities]
-        pictures = [owner for owner in making if isinstance(self.known[owner], ImageModality)]
-        artist = next(iter([*pictures, *making, *members]))
-        drawn = members[artist]
-        self.modality, self.port = self.known[artist], drawn.port
-        self.text_objective, self.media_objective = drawn.text_objective, drawn.media_objective
-        self.opening, self.extra, self.needs = drawn.opening, nn.ModuleList(), frozenset()
+        self.modalities = {owner: _renamed_copy(model.modality, owner) for owner, model in members.items()}
+        drawing_owners = [owner for owner, model in members.items() if "draw" in model.capabilities]
+        picture_owners = [owner for owner in drawing_owners if isinstance(self.modalities[owner], ImageModality)]
+        drawing_owner = next(iter([*picture_owners, *drawing_owners, *members]))
+        drawing_model = members[drawing_owner]
+        self.modality, self.port = self.modalities[drawing_owner], drawing_model.port
+        self.text_objective, self.media_objective = drawing_model.text_objective, drawing_model.media_objective
+        self.opening, self.extra, self.needs = drawing_model.opening, nn.ModuleList(), frozenset()
         self._pass, self.gather, self._drawing = None, None, None
         self.fusion = SideBySide({owner: m.fusion for owner, m in members.items()}, first.backbone)
         self.use(self.plain_engine())
@@ -139,35 +139,37 @@ class Together(Model):
     @property
     def capabilities(self) -> set[str]:
         """What any of the packs can do in a conversation, out of {"text", "caption", "draw"}."""
-        return {"text"}.union(*(self.model(owner).capabilities & {"caption", "draw"} for owner in self.known))
+        return {"text"}.union(*(self.model(owner).capabilities & {"caption", "draw"} for owner in self.modalities))
 
     @property
     def image(self) -> ImageModality:
         """The image modality of the pack that draws, or else of the first pack that reads pictures."""
-        found = self.modality if isinstance(self.modality, ImageModality) else self._first(ImageModality)
-        return super().image if found is None else found
+        modality = (
+            self.modality if isinstance(self.modality, ImageModality) else self._preferred_modality(ImageModality)
+        )
+        return super().image if modality is None else modality
 
     @property
     def audio(self) -> AudioModality:
         """The audio modality of the first pack that captions sounds, or else of the first pack that reads them."""
-        return self._first(AudioModality) or super().audio
+        return self._preferred_modality(AudioModality) or super().audio
 
-    def reads(self, shown: Any) -> Modality:
+    def reads(self, media: Any) -> Modality:
         """The modality that reads an input: of the first pack of that kind that captions, or else of the first of that kind.
 
         Raises:
             XFusionError: no pack reads this kind of input.
         """
-        found = self._first(AudioModality if isinstance(shown, Sound) else ImageModality)
-        if found is None:
-            what = "hears sounds" if isinstance(shown, Sound) else "sees pictures"
-            raise XFusionError(f"none of these packs {what}: add one that does")
-        return found
+        modality = self._preferred_modality(AudioModality if isinstance(media, Sound) else ImageModality)
+        if modality is None:
+            ability = "hears sounds" if isinstance(media, Sound) else "sees pictures"
+            raise XFusionError(f"none of these packs {ability}: add one that does")
+        return modality
 
-    def _first(self, kind: type[Kind]) -> Kind | None:
-        able = {owner: modality for owner, modality in self.known.items() if isinstance(modality, kind)}
-        best = [owner for owner in able if "caption" in self.model(owner).capabilities]
-        return able[next(iter([*best, *able]))] if able else None
+    def _preferred_modality(self, kind: type[Kind]) -> Kind | None:
+        candidates = {owner: modality for owner, modality in self.modalities.items() if isinstance(modality, kind)}
+        captioning = [owner for owner in candidates if "caption" in self.model(owner).capabilities]
+        return candidates[next(iter([*captioning, *candidates]))] if candidates else None
 
     def port_of(self, owner: str) -> MediaPort:
         """The media port of the owner's pack."""
@@ -176,12 +178,14 @@ class Together(Model):
     @property
     def teachers(self) -> frozenset[str]:
         """The teachers of all packs."""
-        return frozenset().union(*(self.model(owner).teachers for owner in self.known))
+        return frozenset().union(*(self.model(owner).teachers for owner in self.modalities))
 
     @property
     def _learned(self) -> dict[str, nn.Module]:
         """The learned modules of all packs."""
-        return {f"{owner}.{name}": part for owner in self.known for name, part in self.model(owner)._learned.items()}
+        return {
+            f"{owner}.{name}": part for owner in self.modalities for name, part in self.model(owner)._learned.items()
+        }
 
 
 def together(*models: Model) -> Model:
@@ -221,8 +225,8 @@ def together(*models: Model) -> Model:
     return Together(members).eval()
 
 
-def _named(modality: Modality, owner: str) -> Modality:
+def _renamed_copy(modality: Modality, owner: str) -> Modality:
     """A copy of the modality whose segments have another name."""
-    other = copy.copy(modality)
-    other.name = owner
-    return other
+    renamed = copy.copy(modality)
+    renamed.name = owner
+    return renamed

@@ -74,21 +74,21 @@ def opens_always(model):
 @contextlib.contextmanager
 def running(models, limits=None, **options):
     """A server while the block runs."""
-    made = app.create(models, limits or Limits(), **options)
-    with socket.create_server(("127.0.0.1", 0)) as listener, _served(made, listener, limits) as server:
-        yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", made, server)
+    application = app.create(models, limits or Limits(), **options)
+    with socket.create_server(("127.0.0.1", 0)) as listener, _serving(application, listener, limits) as server:
+        yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", application, server)
 
 
 @contextlib.contextmanager
-def listening_at(made, listener):
+def listening_at(application, listener):
     """The address of an application that answers at a socket while the block runs."""
-    with listener, _served(made, listener, None):
+    with listener, _serving(application, listener, None):
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
 @contextlib.contextmanager
-def _served(made, listener, limits):
-    server = Server(made, (limits or Limits()).grace, (limits or Limits()).connections)
+def _serving(application, listener, limits):
+    server = Server(application, (limits or Limits()).grace, (limits or Limits()).connections)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
@@ -119,7 +119,7 @@ def from_url(url):
     return from_base64(data)
 
 
-def apart(one, other):
+def apart(first, second):
     """Largest difference of two pictures in levels of 255."""
-    assert one.size == other.size
-    return int(numpy.abs(numpy.asarray(one).astype(int) - numpy.asarray(other)).max())
+    assert first.size == second.size
+    return int(numpy.abs(numpy.asarray(first).astype(int) - numpy.asarray(second)).max())

@@ -18,7 +18,7 @@ import xfusion.fusion.base as fusion_base
 from xfusion.apps import cli
 from xfusion.apps.bench import activation_checkpointing, denoising, llama, memory, training, transfusion
 from xfusion.apps.bench import base as bench_base
-from xfusion.apps.bench.base import Bench, Product, Step, alone, no_new_graphs, products
+from xfusion.apps.bench.base import Bench, Product, Step, count_new_graphs, products, replay
 from xfusion.backbone import Backbone
 from xfusion.backbone.decoder import SHAPES
 from xfusion.data import mixture
@@ -30,7 +30,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     backbone = Backbone.load(str(make_base("llama", tmp_path_factory.mktemp("base"))))
-    return Bench(backbone=backbone, source=Noise(6), compile=False, quick=True, tell=lambda _: None)
+    return Bench(backbone=backbone, source=Noise(6), compile=False, quick=True, report=lambda _: None)
 
 
 def test_the_folder_is_the_list():
@@ -58,7 +58,7 @@ def test_products_are_those_that_are_executed():
     assert sum(p.flops for p in found) == 2 * (6 * 8 * 5 * 2 + 2 * 3 * 5 * 3 * 3 + 3 * 8 * 5 * 2)
     assert {p.dtype for p in found} == {torch.float32}
     assert products(lambda: one + one) == []
-    alone(found)()
+    replay(found)()
 
 
 def test_products_of_compiled_code_leave_out_what_nobody_reads():
@@ -164,7 +164,9 @@ def test_transfusion(bench):
 def test_the_verb_measures_generation_and_answers_in_json(capsys, bench, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_base.Bench, "of", lambda *_, **__: bench)
     verb = sys.modules[cli.VERBS["bench"].__module__]
-    monkeypatch.setattr(verb.Bench, "_alone", lambda self, name: verb._measured(name, None, "noise", False, True))
+    monkeypatch.setattr(
+        verb.Bench, "_run_in_own_process", lambda self, name: verb._measure(name, None, "noise", False, True)
+    )
     file = tmp_path / "bench.json"
     assert cli.main(["bench", "--only", "generate", "--quick", "--json", "-o", str(file)]) == 0
     answer = json.loads(capsys.readouterr().out)
@@ -190,7 +192,7 @@ def test_a_question_is_answered_in_a_process_of_its_own(bench, tmp_path, capsys)
 
 
 def test_no_graph_is_new_where_nothing_is_compiled():
-    with no_new_graphs() as graphs:
+    with count_new_graphs() as graphs:
         torch.ones(1)
     assert graphs() == 0
 
@@ -209,17 +211,16 @@ def test_graphs_are_counted_over_batches_that_were_not_read_before(bench, monkey
             monkeypatch.setattr(mixture, "_fit", fit)
             step = Step(replace(bench, source=Long(40), compile=True), bench.model(), draw=2, caption=2)
             step.warm()
-            with no_new_graphs() as seen:
+            with count_new_graphs() as seen:
                 step()
-            with no_new_graphs() as unseen:
-                step.unseen(6)
+            with count_new_graphs() as unseen:
+                step.run_unseen(6)
             counted[name] = seen(), unseen()
             assert step.period == bench_base.PERIOD
     finally:
         fusion_base.compiled.cache_clear()
         torch.compiler.reset()
     assert counted["as it is"][0] == counted["each its own width"][0] == 0
-    print(counted)
     assert counted["as it is"][1] <= 6 < counted["each its own width"][1]
 
 

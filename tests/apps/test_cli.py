@@ -332,11 +332,11 @@ def test_a_compiled_run_says_how_often_it_compiled(run, here, photos, small, mon
 def test_what_another_process_tells_is_not_told_twice(monkeypatch, small, capsys):
     def refuse(*_, **__):
         error = xfusion.XFusionError("there is a run already")
-        error.told_elsewhere = True
+        error.reported_elsewhere = True
         raise error
 
     monkeypatch.setattr("xfusion.recipes.base.train", refuse)
-    monkeypatch.setattr(cli, "TELLING", 0.0)
+    monkeypatch.setattr(cli, "REPORT_WAIT", 0.0)
     assert cli.main(["train", "xfusion", *small]) == 2
     assert capsys.readouterr() == ("", "")
 

@@ -39,9 +39,9 @@ def test_speed_leaves_the_warm_up_out():
 
 
 def test_the_run_of_before_moves_aside(tmp_path):
-    told = demo._Told(Console(quiet=True))
+    reporter = demo._Reporter(Console(quiet=True))
     for number in range(3):
-        demo._make_room(tmp_path / "fresh", told)
+        demo._move_aside(tmp_path / "fresh", reporter)
         (tmp_path / "fresh").mkdir()
         (tmp_path / "fresh" / "number").write_text(str(number))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fresh", "fresh.before"]
@@ -61,15 +61,15 @@ def test_what_is_asked_is_remembered():
         def score_names(self, pictures, names):
             return torch.zeros(len(pictures or [None]), len(names))
 
-    asked = demo.Asked(Known())
-    pictures = asked.draw(["a", "a", "b"], seeds=[1, 2, 3], size=4)
-    assert asked.drawn[("a", 2)] is pictures[1] and len(asked.drawn) == 3
-    asked.caption(pictures)
-    assert asked.said[pictures[2].tobytes()] == "3"
-    asked.score_names(None, ["x", "y"])
-    asked.score_names(pictures, ["x", "y"])
-    assert asked.alone.shape == (1, 2) and len(asked.given) == 3
-    assert asked.capabilities == Known.capabilities
+    recorder = demo.RecordingModel(Known())
+    pictures = recorder.draw(["a", "a", "b"], seeds=[1, 2, 3], size=4)
+    assert recorder.drawings[("a", 2)] is pictures[1] and len(recorder.drawings) == 3
+    recorder.caption(pictures)
+    assert recorder.answers[pictures[2].tobytes()] == "3"
+    recorder.score_names(None, ["x", "y"])
+    recorder.score_names(pictures, ["x", "y"])
+    assert recorder.blind_scores.shape == (1, 2) and len(recorder.name_scores) == 3
+    assert recorder.capabilities == Known.capabilities
 
 
 @pytest.mark.parametrize("scores", [None, {"fit_caption_exact": 0.9, "num_concepts": 1746, "settings": {}}])
@@ -87,8 +87,8 @@ def test_scores_of_the_shipped_pack_say_where_they_are_from(monkeypatch, scores)
 
 def test_no_shipped_pack_is_no_hindrance(monkeypatch, capsys):
     monkeypatch.setattr(checkpoint, "shipped", list)
-    assert demo._shipped(SimpleNamespace(fingerprint="x")) is None
-    demo._first_picture(demo._Told(Console(force_terminal=False)), None)
+    assert demo._load_shipped(SimpleNamespace(fingerprint="x")) is None
+    demo._first_picture(demo._Reporter(Console(force_terminal=False)), None)
     assert "the fresh tower alone" in capsys.readouterr().out
 
 
@@ -220,7 +220,7 @@ def recipe(number):
 @pytest.mark.parametrize("shipped", [False, True])
 def test_what_the_demo_writes(played, tmp_path, shipped):
     if shipped:
-        played.setattr(demo, "_shipped", lambda backbone: Knower(open_source("emoji:20")))
+        played.setattr(demo, "_load_shipped", lambda backbone: Knower(open_source("emoji:20")))
         played.setattr(checkpoint, "find", lambda name: name)
         played.setattr(checkpoint, "read_config", lambda folder: {"training": {"data": "emoji:20"}})
     told = io.StringIO()

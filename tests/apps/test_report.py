@@ -71,7 +71,7 @@ def metrics():
 
 
 def story(**other):
-    right, wrong = report.Answer(said="red apple", right=True), report.Answer(said=HOSTILE, right=False)
+    right, wrong = report.Answer(text="red apple", right=True), report.Answer(text=HOSTILE, right=False)
     concepts = [
         report.Concept(name="red apple", real=square("red"), drawn=square("orange"), rank=1, answer=right),
         report.Concept(
@@ -86,7 +86,7 @@ def story(**other):
     ]
     held = [
         report.HeldOut(name=HOSTILE, picture=square("green"), answer=wrong, rank=2.5, shipped_answer=wrong),
-        report.HeldOut(name="pear", picture=square("lime"), answer=report.Answer(said="", right=False), rank=1.0),
+        report.HeldOut(name="pear", picture=square("lime"), answer=report.Answer(text="", right=False), rank=1.0),
     ]
     made = report.Story(
         metrics=metrics(),
@@ -228,7 +228,7 @@ def test_the_fresh_tower_alone():
     ],
 )
 def test_the_verdict_on_unseen_pictures(score, blind, ranks, words):
-    answer = report.Answer(said="x", right=False)
+    answer = report.Answer(text="x", right=False)
     held = [report.HeldOut(name="x", picture=square("red"), answer=answer, rank=rank) for rank in ranks]
     assert words in report.verdict({"held_caption_mrr": score, "held_caption_mrr_blind": blind}, held)
 

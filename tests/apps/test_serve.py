@@ -270,7 +270,7 @@ def test_the_thread_outlives_whatever_fails_behind_a_batch(model):
         settings = {"steps": 1, "guidance": None, "max_tokens": 2, "temperature": 0.0, "top_p": 1.0}
         work = Continue(model=model, kinds=kinds, **settings)
         return Job(
-            work=work, given=["a cat"], seed=0, index=0, words=Words(decode), tell=lambda j, new: heard.append(new)
+            work=work, inputs=["a cat"], seed=0, index=0, words=Words(decode), notify=lambda j, new: heard.append(new)
         )
 
     def broken(ids):
@@ -564,22 +564,22 @@ def test_what_runs_ends_when_its_client_unplugs_in_the_middle(models, monkeypatc
 
 def test_a_failing_job_takes_no_other_of_its_batch_with_it(caplog):
     class Work:
-        together = True
+        batchable = True
 
         def run(self, jobs):
-            if any(job.given == "poison" for job in jobs):
+            if any(job.inputs == "poison" for job in jobs):
                 raise XFusionError("poison")
-            return [[job.given] for job in jobs]
+            return [[job.inputs] for job in jobs]
 
     work, ended = Work(), threading.Semaphore(0)
     jobs = [
         Job(
             work=work,
-            given=given,
+            inputs=given,
             seed=0,
             index=0,
             words=Words(lambda ids: ""),
-            tell=lambda job, new: ended.release(),
+            notify=lambda job, new: ended.release(),
         )
         for given in ("a", "poison", "b")
     ]
@@ -600,7 +600,7 @@ def test_a_server_that_stops_answers_everyone(models, picture, monkeypatch, caps
     held, run = threading.Semaphore(0), Continue.run
 
     def waiting(work, jobs):
-        jobs[0].tell(jobs[0], "begun ")
+        jobs[0].notify(jobs[0], "begun ")
         assert held.acquire(timeout=60)
         return run(work, jobs)
 
@@ -620,7 +620,7 @@ def test_a_server_that_stops_answers_everyone(models, picture, monkeypatch, caps
             until(lambda: server.batches.running)
             until(lambda: len(server.batches.waiting) == (0, 1, 2, 4, 5)[len(open_ones) - 1])
         open_ones.append(begun(server, b"{", 100))
-        until(lambda: server.app.state.server.held == 1)
+        until(lambda: server.app.state.server.held_bytes == 1)
         server.server.should_exit = True
         found = [answered(one) for one in open_ones[1:]]
         if in_time:
@@ -655,7 +655,7 @@ def test_a_client_that_does_not_read_holds_up_no_stop(models, monkeypatch, capsy
 
     def much(work, jobs):
         for _ in range(30):
-            jobs[0].tell(jobs[0], "much " * 200_000)
+            jobs[0].notify(jobs[0], "much " * 200_000)
         return [["much"]]
 
     monkeypatch.setattr(Continue, "run", much)
@@ -675,7 +675,7 @@ def test_what_breaks_inside_is_not_told(server, client, monkeypatch, caplog):
     run = Continue.run
 
     def failing(work, jobs):
-        if any(job.given[0] == "poison" for job in jobs):
+        if any(job.inputs[0] == "poison" for job in jobs):
             raise RuntimeError("secret: /etc/passwd")
         return run(work, jobs)
 
@@ -771,7 +771,7 @@ def test_a_mistake_in_here_is_a_line_that_tells_nothing(server, monkeypatch):
     status, answer = post(server, "/v1/images/generations", json.dumps({"prompt": "a cat"}))
     assert status == 500 and shape(answer)["code"] == "internal_error"
     assert "nobody elsewhere" not in json.dumps(answer)
-    assert server.app.state.server.held == 0
+    assert server.app.state.server.held_bytes == 0
 
 
 def begun(server, body, length=None, path="/v1/chat/completions", kind="application/json"):
@@ -798,7 +798,7 @@ def test_a_body_that_does_not_come_is_given_up(server, monkeypatch):
         status, _, body = answered(slow)
     assert status == 408 and shape(json.loads(body))["code"] == "too_slow"
     assert shape(json.loads(body))["message"] == "the request was not sent within 0.5 seconds"
-    assert server.app.state.server.held == 0
+    assert server.app.state.server.held_bytes == 0
 
 
 def test_the_deadline_counts_from_before_the_body(models, gate):
@@ -818,17 +818,17 @@ def test_large_bodies_are_bounded_together(models):
     with running(models, replace(TINY, bodies=250_000)) as server:
         held = server.app.state.server
         ones = [begun(server, b"a" * 90_000, 100_000) for _ in range(2)]
-        until(lambda: held.held == 180_000)
+        until(lambda: held.held_bytes == 180_000)
         for path in ("chat/completions", "images/generations", "images/edits", "embeddings"):
             kind = "multipart/form-data; boundary=x" if path == "images/edits" else "application/json"
             with begun(server, b"a" * 90_000, 100_000, f"/v1/{path}", kind) as third:
                 status, headers, body = answered(third)
             assert status == 429 and shape(json.loads(body))["code"] == "bodies_full" and headers["Retry-After"] == "1"
-        assert held.held == 180_000
+        assert held.held_bytes == 180_000
         assert post(server, "/v1/images/generations", json.dumps({"prompt": "a cat", "steps": 1}))[0] == 200
         for one in ones:
             one.close()
-        until(lambda: held.held == 0)
+        until(lambda: held.held_bytes == 0)
         assert post(server, "/v1/chat/completions", b"a" * 190_000)[0] == 400  # read whole, and no JSON
     with running(models, replace(TINY, bodies=1000)) as server:  # one alone is always taken
         assert post(server, "/v1/chat/completions", b"a" * 190_000)[0] == 400

@@ -375,7 +375,7 @@ def test_connections_that_ask_nothing_are_cut(models, held, monkeypatch):
 def test_a_client_that_does_not_read_its_answer_is_cut(models, monkeypatch, capsys):
     def much(work, jobs):
         for _ in range(30):
-            jobs[0].tell(jobs[0], "much " * 200_000)
+            jobs[0].notify(jobs[0], "much " * 200_000)
         return [["much"]]
 
     monkeypatch.setattr(Continue, "run", much)
@@ -503,7 +503,7 @@ def test_the_follower_of_a_ticket_is_cancelled_whole(models):
             ticket = object.__new__(Ticket)
             ticket.service, ticket.request, ticket.jobs = service, Quiet(), [None]
             ticket.loop = asyncio.get_running_loop()
-            ticket.deadline, ticket.heard = ticket.loop.time() + 30, asyncio.Queue()
+            ticket.deadline, ticket.events = ticket.loop.time() + 30, asyncio.Queue()
 
             async def walk():
                 async for _ in ticket.follow():

@@ -40,12 +40,12 @@ def test_a_refusal_ends_the_report(error_file, capsys):
 def test_a_process_that_says_nothing_reports_the_same(error_file, capsys, monkeypatch):
     """The first process printed it; whichever of them fails first, the report ends with it."""
     error = XFusionError("runs/one already holds a run:\npass --resume")
-    error.told_elsewhere = True
+    error.reported_elsewhere = True
 
     def refuse(argv):
         raise error
 
-    monkeypatch.setattr(cli, "TELLING", 0)
+    monkeypatch.setattr(cli, "REPORT_WAIT", 0)
     monkeypatch.setattr(cli, "_run", refuse)
     assert cli.main(["train", "xfusion"]) == 2 and capsys.readouterr() == ("", "")
     assert reported(error_file) == "traceback : xfusion: runs/one already holds a run: pass --resume"

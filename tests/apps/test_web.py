@@ -25,7 +25,7 @@ from contracts.table import SIDE, Noise, hearing_model, make_model, randomise
 from xfusion.apps import cli
 from xfusion.apps.server import batches, reading, requests
 from xfusion.apps.server.answers import Refused
-from xfusion.apps.server.batches import Continue, told
+from xfusion.apps.server.batches import Continue, drawing_progress
 from xfusion.apps.server.limits import Limits
 from xfusion.apps.web import brush, heat
 from xfusion.apps.web.desk import Desk, Drawn, Preview, Stopped
@@ -191,7 +191,7 @@ def test_what_is_beyond_the_limits_is_refused_in_a_line(desk, tmp_path, monkeypa
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(Refused, match=complaint):
-            desk.opened(tmp_path / name, "tiny")
+            desk.open_upload(tmp_path / name, "tiny")
     monkeypatch.setattr(Continue, "run", lambda work, jobs: time.sleep(0.3) or [[]] * len(jobs))
     monkeypatch.setattr(desk, "limits", Limits(seconds=0.1))
     with pytest.raises(Refused, match="no answer within 0.1 seconds"):
@@ -262,7 +262,7 @@ def test_the_deadline_holds_for_an_answer_that_never_pauses(desk, monkeypatch):
     def talk(work, jobs):
         end = time.monotonic() + 1
         while time.monotonic() < end:
-            jobs[0].tell(jobs[0], "on and on ")
+            jobs[0].notify(jobs[0], "on and on ")
             time.sleep(0.01)
         return [["on and on"]]
 
@@ -282,7 +282,7 @@ def test_a_pack_that_hears_answers_words_and_refuses_pictures(desk, model, tmp_p
     *_, answer = desk.say("me", "tiny", [{"role": "user", "content": ["hello"]}], max_tokens=8)
     assert answer == expected
     for ask in (
-        lambda: desk.opened(tmp_path / "a.png", "tiny"),
+        lambda: desk.open_upload(tmp_path / "a.png", "tiny"),
         lambda: next(desk.say("me", "tiny", shown)),
         lambda: next(desk.draw("me", "tiny", "a cat")),
         lambda: next(desk.repaint("me", "tiny", seen, mask, "a cat")),
@@ -311,7 +311,7 @@ def test_paint_says_what_is_drawn_anew(desk, model, tmp_path):
     expected = Image.new("L", (SIDE, SIDE))
     expected.paste(255, (0, 0, 3, 2))
     expected.paste(255, (8, 8, 10, 9))
-    assert apart(desk.painted(layers, SIDE), expected) == 0
+    assert apart(desk.painted_mask(layers, SIDE), expected) == 0
     *_, drawn = desk.repaint(
         "me", "tiny", png(seen := Noise(1).picture(0, SIDE)), png(expected), "a house", steps=2, seed=0
     )
@@ -329,7 +329,7 @@ def test_paint_says_what_is_drawn_anew(desk, model, tmp_path):
         ([tmp_path / "words.png"], "the paint"),
     ):
         with pytest.raises((Refused, XFusionError), match=complaint):
-            desk.painted(files, SIDE)
+            desk.painted_mask(files, SIDE)
 
 
 def test_a_sheet_shows_the_picture_and_its_cells(model):
@@ -673,7 +673,7 @@ def test_a_picture_is_asked_about_and_another_drawn_in_the_chat(visit, model, pa
     page.locator("#say").click()
     page.locator("#conversation .bot").first.wait_for()
     says(page, "chat", "")
-    seen = page_at[1].state.desk.opened(tmp_path / "a.png", "tiny")
+    seen = page_at[1].state.desk.open_upload(tmp_path / "a.png", "tiny")
     assert apart(picture_of(page.locator("#conversation .user img").first), seen) == 0
     (answer,) = model.generate([seen, "what is this?"], max_tokens=24)
     assert letters(answer) in letters(page.locator("#conversation .bot").first.inner_text())
@@ -726,7 +726,7 @@ def test_a_picture_is_dropped_captioned_and_drawn_anew(visit, model, page_at, tm
     page.get_by_role("button", name="Caption").click()
     page.wait_for_function("document.querySelector('#sees textarea, #sees input').value")
     says(page, "picture", "")
-    seen = page_at[1].state.desk.opened(tmp_path / "a.png", "tiny")
+    seen = page_at[1].state.desk.open_upload(tmp_path / "a.png", "tiny")
     said = page.locator("#sees textarea, #sees input").first.input_value()
     assert letters(said) == letters(model.generate([seen], max_tokens=24)[0])
 
@@ -782,7 +782,7 @@ def test_what_is_painted_is_drawn_anew_and_the_rest_is_kept(visit, model, page_a
     painter.stroke((2.5, 1.5), (2.5, 2.5))
     again.click()
     says(page, "repaint", "seed 0")
-    seen = page_at[1].state.desk.opened(tmp_path / "a.png", "tiny")
+    seen = page_at[1].state.desk.open_upload(tmp_path / "a.png", "tiny")
     mask = Image.new("L", (4, 4))
     for column, row in ((0, 0), (1, 2), (2, 2)):
         mask.putpixel((column, row), 255)
@@ -809,7 +809,7 @@ def test_what_is_painted_is_drawn_anew_and_the_rest_is_kept(visit, model, page_a
 @pytest.mark.full
 def test_drawing_is_stopped_looked_into_and_compared(visit, model, page_at, monkeypatch):
     def slowly(jobs):
-        progress = told(jobs)
+        progress = drawing_progress(jobs)
 
         def step(*facts):
             time.sleep(0.3)
@@ -819,7 +819,7 @@ def test_drawing_is_stopped_looked_into_and_compared(visit, model, page_at, monk
 
     page = visit(viewport={"width": 1280, "height": 900}).page
     with monkeypatch.context() as patch:
-        patch.setattr(batches, "told", slowly)
+        patch.setattr(batches, "drawing_progress", slowly)
         page.get_by_role("tab", name="Draw").click()
         page.locator("#prompt textarea").fill("a cat")
         page.locator("#draw").click()

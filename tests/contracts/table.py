@@ -248,19 +248,21 @@ ROWS = [_row(fusion, family) for fusion in FUSIONS for family in FAMILIES]
 READER_ROWS = [_row(fusion, family) for fusion in READERS for family in FAMILIES]
 
 
-def on_every_family(chosen: list[ParameterSet]) -> list[ParameterSet]:
+def on_every_family(parameter_sets: list[ParameterSet]) -> list[ParameterSet]:
     """Rows of a contract that shows whether a family fits: the fusions of EVERYWHERE stand in the default tier for all."""
-    return [pytest.param(*row.values, id=row.id) if row.values[0] in EVERYWHERE else row for row in chosen]
+    return [pytest.param(*row.values, id=row.id) if row.values[0] in EVERYWHERE else row for row in parameter_sets]
 
 
 def rows(*, preserves_text: bool | None = None, prefix_is_constant: bool | None = None) -> list[ParameterSet]:
     """The rows whose fusion declares this."""
-    wanted = {"preserves_text": preserves_text, "prefix_is_constant": prefix_is_constant}
-    made = {name: config.build() for name, config in FUSIONS.items()}
+    declarations = {"preserves_text": preserves_text, "prefix_is_constant": prefix_is_constant}
+    fusions = {name: config.build() for name, config in FUSIONS.items()}
     return [
         row
         for row in ROWS
-        if all(value is None or getattr(made[str(row.values[0])], key) == value for key, value in wanted.items())
+        if all(
+            value is None or getattr(fusions[str(row.values[0])], key) == value for key, value in declarations.items()
+        )
     ]
 
 
@@ -420,8 +422,8 @@ def mixed_sequences() -> dict[str, Sequence]:
 def corrupted(batch: Batch) -> Batch:
     """Noise that is a function of the picture alone, so that it does not depend on where in a batch the picture lies."""
     for modality, media in batch.media.items():
-        inside, count = media.item >= 0, len(media.noised)
-        total = torch.zeros(count).index_add(0, media.item[inside], media.tokens[inside].sum(-1))
+        is_media, count = media.item >= 0, len(media.noised)
+        total = torch.zeros(count).index_add(0, media.item[is_media], media.tokens[is_media].sum(-1))
         time = torch.where(media.noised, 0.2 + 0.7 * torch.sigmoid(total), 0.0)
         noise, level = torch.cos(37 * media.tokens), media.at(time)[:, :, None]
         tokens = (1 - level) * media.tokens + level * noise
@@ -449,32 +451,32 @@ Found = list[tuple[Tensor, Tensor]]
 def look(model: Model, batch: Batch) -> Found:
     """What a full pass says about every sequence of a batch."""
     hidden, run = model.run_pass(batch)
-    none, nothing = hidden.new_empty(0, VOCABULARY), hidden.new_empty(0, TOKEN_WIDTH)
-    logits = model.engine.backbone.logits(hidden[:, run.slices["text"]]) if "text" in run.slices else none
-    media = model.port.readout(run.states["image"]) if run.media else nothing
-    found: Found = []
+    no_logits, no_predictions = hidden.new_empty(0, VOCABULARY), hidden.new_empty(0, TOKEN_WIDTH)
+    logits = model.engine.backbone.logits(hidden[:, run.slices["text"]]) if "text" in run.slices else no_logits
+    media = model.port.readout(run.states["image"]) if run.media else no_predictions
+    answers: Found = []
     for row in range(batch.text.order.shape[0]):
         tables = [(batch.text, logits), *((m.rows, media) for m in batch.media.values())]
         for sample in range(1 + max(int(t.sample[row].max()) for t, _ in tables if t.count)):
             parts = []
             for table, values in tables:
-                mine = (table.sample[row] == sample) & (table.order[row] >= 0)
-                in_order = table.order[row][mine].argsort()
-                parts.append(values[row][mine][in_order] if table.count else none)
-            found.append((parts[0], parts[1] if len(parts) > 1 else nothing))
-    return found
+                is_row = (table.sample[row] == sample) & (table.order[row] >= 0)
+                in_order = table.order[row][is_row].argsort()
+                parts.append(values[row][is_row][in_order] if table.count else no_logits)
+            answers.append((parts[0], parts[1] if len(parts) > 1 else no_predictions))
+    return answers
 
 
-def distance(one: Found, other: Found) -> float:
+def distance(first: Found, second: Found) -> float:
     """Largest difference between two answers of the same shape."""
-    assert len(one) == len(other)
-    worst = 0.0
-    for a, b in zip(one, other, strict=True):
+    assert len(first) == len(second)
+    largest = 0.0
+    for a, b in zip(first, second, strict=True):
         for x, y in zip(a, b, strict=True):
             assert x.shape == y.shape
             if x.numel():
-                worst = max(worst, float((x - y).detach().abs().max()))
-    return worst
+                largest = max(largest, float((x - y).detach().abs().max()))
+    return largest
 
 
 # -------------------------------------------------------------------------------------------------------- precision
@@ -552,9 +554,9 @@ class Noise:
 
 def of_other_groups(source: Any) -> Any:
     """The same examples as if they were not those that are trained on."""
-    other = copy.copy(source)
-    other.examples = tuple(replace(example, group=f"other {example.group}") for example in source.examples)
-    return other
+    relabelled = copy.copy(source)
+    relabelled.examples = tuple(replace(example, group=f"other {example.group}") for example in source.examples)
+    return relabelled
 
 
 # ---------------------------------------------------------------------------------------------------------- training

@@ -78,14 +78,14 @@ def built(base: Backbone, fusion: Fusion.Config, *, randomised: bool = True) -> 
 def behind_layers(model: Model, batch: Batch) -> list[dict[str, Tensor]]:
     """The states behind each layer, by owner."""
     kept: list[dict[str, Tensor]] = []
-    behind = model._behind
+    behind = model._layer_output
 
     def watched(run: Any, *others: Any) -> Tensor:  # also behind a layer that is passed over
         kept.append(dict(run.states))
         return behind(run, *others)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "_behind", watched)
+        patch.setattr(model, "_layer_output", watched)
         model.run_pass(batch)
     assert len(kept) == LAYERS
     return kept

@@ -21,7 +21,7 @@ from contracts.test_paths import FLOAT64, incremental, packings
 
 import xfusion
 from xfusion.backbone import Backbone
-from xfusion.comparison.table import _never_ranked
+from xfusion.comparison.table import _remove_unranked_verdicts
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.sequence import XFusionError
 from xfusion.evaluation.verify import verify
@@ -179,7 +179,7 @@ def test_regimes_are_never_ranked_together():
 
     def ranked(one, other):
         rows = [{"recipe": "a", "difference": None}, {"recipe": "b", "difference": dict(decided)}]
-        _never_ranked([{"rows": rows}], {"a": one, "b": other})
+        _remove_unranked_verdicts([{"rows": rows}], {"a": one, "b": other})
         assert rows[1]["regime"] == other
         return rows[1]["difference"]
 

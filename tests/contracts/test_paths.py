@@ -191,8 +191,8 @@ def test_looked_up_text_states_give_the_same_drawing(bases, fusion, family):
         assert not batch.text_reads_media
         real = batch.media["image"].rows.order >= 0
         whole = model.port.readout(model.run_pass(batch)[1].states["image"])
-        for given in (model.given_states(batch), model.given_states(batch)):  # computed, then looked up
-            found = model.port.readout(model.run_pass(batch, given=given)[1].states["image"])
+        for given in (model.cached_text_states(batch), model.cached_text_states(batch)):  # computed, then looked up
+            found = model.port.readout(model.run_pass(batch, cached_text=given)[1].states["image"])
             torch.testing.assert_close(found[real], whole[real], rtol=0, atol=FLOAT32)
     assert len(model.engine.text_states) == 3
 

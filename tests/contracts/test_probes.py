@@ -369,7 +369,7 @@ def test_looked_up_text_states_serve_media_that_go_through_frozen_layers(bases):
     segments = (words(5, 1), coded(picture((3, 3), 1, noised=True, loss=True)))
     batch = pack([[Sequence(segments=segments)]])
     whole = model.run_pass(batch)[1].states["image"]
-    given = model.run_pass(batch, given=model.given_states(batch))[1].states["image"]
+    given = model.run_pass(batch, cached_text=model.cached_text_states(batch))[1].states["image"]
     torch.testing.assert_close(given, whole, rtol=0, atol=FLOAT32)
 
 

@@ -272,10 +272,10 @@ class Naive(Prompted):
         q, _ = apply_rotary_pos_emb(q, q, cos, sin)
         k, v = self.kv
         gate, out = self.gated.o_proj.delta.gate, out.clone()
-        for b, i in self.reads.any(-1).nonzero().tolist():
+        for b, i in self.media_mask.any(-1).nonzero().tolist():
             heads = []
             for head in range(q.shape[1]):
-                group, mine = head // frozen.num_key_value_groups, self.reads[b, i]
+                group, mine = head // frozen.num_key_value_groups, self.media_mask[b, i]
                 weight = (k[b, group][mine] @ q[b, head, i] / math.sqrt(frozen.head_dim)).softmax(-1)
                 heads.append(gate[head].tanh() * (weight @ v[b, group][mine]))
             out[b, i] += frozen.o_proj.weight @ torch.cat(heads)

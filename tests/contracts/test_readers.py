@@ -69,8 +69,8 @@ def apart(one: Found, other: Found) -> float:
 def test_who_reads_what_is_laid_out_once_a_pass(bases, fusion, monkeypatch):
     """Not at every layer: it is a table of all words and media, and a walk over what the cache holds."""
     model, laid = make_model(bases["llama"], fusion), []
-    table = Outside._table
-    monkeypatch.setattr(Outside, "_table", lambda self, run: laid.append(run) or table(self, run))
+    table = Outside._media_mask
+    monkeypatch.setattr(Outside, "_media_mask", lambda self, run: laid.append(run) or table(self, run))
     model.run_pass(view([[s] for s in SEQUENCES.values()], model))
     assert len(model.fusion.blocks) > 1 and len(laid) == 1
     model.caption([Noise().picture(0, SIDE)], max_tokens=3)

@@ -93,8 +93,8 @@ def test_a_picture_hears_of_its_words_and_no_word_of_a_picture(bases, fusion):
 def test_looked_up_words_give_the_same_drawing(bases, fusion):
     model = make_model(bases["llama"], fusion)
     batch = view([[SEQUENCES["picture behind words"]], [Sequence(segments=(words(3, 9), picture((4, 4), 9)))]], model)
-    given = model.given_states(batch)
+    given = model.cached_text_states(batch)
     assert set(given) == {LAYERS - 1}
-    _, run = model.run_pass(batch, given=given)
+    _, run = model.run_pass(batch, cached_text=given)
     _, whole = model.run_pass(batch)
     torch.testing.assert_close(run.states["image"], whole.states["image"], rtol=0, atol=2e-5)

@@ -62,14 +62,14 @@ def row(line: object, file: str = "data.jsonl") -> Callable[[Path], None]:
     return write
 
 
-def png(width: int, height: int, body: bytes = b"", more: bytes = b"") -> bytes:
+def png(width: int, height: int, body: bytes = b"", text_data: bytes = b"") -> bytes:
     """A PNG of RGB that says it is of this size."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    text = chunk(b"zTXt", more) if more else b""
+    text = chunk(b"zTXt", text_data) if text_data else b""
     return (
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + text + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b"")
     )
@@ -99,7 +99,7 @@ def pictures_of_all_kinds() -> Iterator[Case]:
     exif[0x0112] = 6
     nonsense = Image.Exif()
     nonsense[0x0112] = 77
-    sound = {
+    readable = {
         "cmyk": encoded(Image.new("CMYK", (40, 30), (0, 255, 255, 0)), "JPEG"),
         "cmyk tiff": encoded(Image.new("CMYK", (40, 30)), "TIFF"),
         "16 bits": encoded(Image.fromarray(grey), "PNG"),
@@ -116,10 +116,10 @@ def pictures_of_all_kinds() -> Iterator[Case]:
         "large in rows": encoded(Image.new("RGB", (60_000, 100)), "GIF"),
         "more behind its end": picture("JPEG", rng) + bytes(100_000),
     }
-    sound |= {
+    readable |= {
         f"animated {kind}": encoded(frames[0], kind, save_all=True, append_images=frames[1:]) for kind in KINDS[1:]
     }
-    for name, content in sound.items():
+    for name, content in readable.items():
         yield Case(name, GOOD, beside(content))
     lines = b"P3 30000 30000 255\n"
     broken = {
@@ -148,9 +148,9 @@ def pictures_of_all_kinds() -> Iterator[Case]:
 
 def many_scans() -> bytes:
     """A progressive JPEG whose last scan stands there a thousand times: each would cost a walk over all pixels."""
-    whole = encoded(Image.new("RGB", (64, 64), "red"), "JPEG", progressive=True)
-    last = whole.rindex(b"\xff\xda")
-    return whole[:last] + whole[last:-2] * 1000 + whole[-2:]
+    jpeg = encoded(Image.new("RGB", (64, 64), "red"), "JPEG", progressive=True)
+    last_scan = jpeg.rindex(b"\xff\xda")
+    return jpeg[:last_scan] + jpeg[last_scan:-2] * 1000 + jpeg[-2:]
 
 
 def names_and_words() -> Iterator[Case]:
@@ -181,9 +181,9 @@ def names_and_words() -> Iterator[Case]:
         "backspaces": "a\b\b\b",
     }
     for name, text in words.items():
-        for how in ("text", "captions", "conversations"):
-            value = {"text": text, "captions": [text], "conversations": [{"from": "gpt", "value": text}]}[how]
-            yield Case(f"caption {name} as {how}", BAD, row({"image": "a.png", how: value}))
+        for key in ("text", "captions", "conversations"):
+            value = {"text": text, "captions": [text], "conversations": [{"from": "gpt", "value": text}]}[key]
+            yield Case(f"caption {name} as {key}", BAD, row({"image": "a.png", key: value}))
         if name != "half a pair":
             yield Case(f"caption {name} in a file", BAD, beside(sound, text.encode()))
     paths = {
@@ -251,18 +251,18 @@ def damaged(number: int) -> Case:
     """
     rng = random.Random(f"damaged {number}")
     kind, size = rng.choice(KINDS), rng.choice([(40, 30), (1, 300), (300, 1), (64, 64)])
-    moves, cut = kind != "JPEG" and rng.random() < 1 / 3, rng.random() < 1 / 2
-    if moves:
+    is_animated, is_cut = kind != "JPEG" and rng.random() < 1 / 3, rng.random() < 1 / 2
+    if is_animated:
         frames = [Image.new("RGB", size, (80 * i, 0, 0)) for i in range(3)]
         content = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
     else:
-        how = {"progressive": True} if kind == "JPEG" and rng.random() < 1 / 3 else {}
-        content = picture(kind, rng, size, **how)
-    name = f"{number}: {'animated ' * moves}{kind}"
-    if cut:
-        place = rng.randrange(len(content))
-        expected = EITHER if moves or place >= 0.9 * len(content) else BAD
-        return Case(f"{name} cut at {place} of {len(content)}", expected, beside(content[:place]))
+        options = {"progressive": True} if kind == "JPEG" and rng.random() < 1 / 3 else {}
+        content = picture(kind, rng, size, **options)
+    name = f"{number}: {'animated ' * is_animated}{kind}"
+    if is_cut:
+        position = rng.randrange(len(content))
+        expected = EITHER if is_animated or position >= 0.9 * len(content) else BAD
+        return Case(f"{name} cut at {position} of {len(content)}", expected, beside(content[:position]))
     changed = bytearray(content)
     for _ in range(rng.choice([1, 4, 40])):
         changed[rng.randrange(len(changed) if rng.random() < 0.5 else min(64, len(changed)))] = rng.randrange(256)

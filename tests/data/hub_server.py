@@ -38,8 +38,8 @@ class Hub(ThreadingHTTPServer):
     def at(self, repository, revision):
         """A commit by its name or the beginning of it, or the last one; None where there is none of this name."""
         commits = self.commits[repository]
-        known = (c for c in commits if c[0] == revision or (len(revision) >= 7 and c[0].startswith(revision)))
-        return next(known, commits[-1] if revision == "main" and commits else None)
+        matches = (c for c in commits if c[0] == revision or (len(revision) >= 7 and c[0].startswith(revision)))
+        return next(matches, commits[-1] if revision == "main" and commits else None)
 
 
 class _Answers(BaseHTTPRequestHandler):
@@ -60,7 +60,7 @@ class _Answers(BaseHTTPRequestHandler):
     def _missing(self, what):
         self._send({"error": "not found"}, 404, X_Error_Code=f"{what}NotFound")
 
-    def _asked(self):
+    def _route(self):
         """The path in its parts, and the repository that it names."""
         parts = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path).strip("/").split("/")
         api = parts[0] == "api"
@@ -70,8 +70,8 @@ class _Answers(BaseHTTPRequestHandler):
         return api, "/".join(parts[:size]), parts[size:]
 
     def _create(self, body):
-        asked = json.loads(body)
-        name = f"{asked['organization']}/{asked['name']}"
+        request = json.loads(body)
+        name = f"{request['organization']}/{request['name']}"
         self.server.commits.setdefault(name, [("0" * 40, {".gitattributes": b""})])
         self._send({"url": f"{self.server.address}/{name}"})
 
@@ -101,15 +101,15 @@ class _Answers(BaseHTTPRequestHandler):
         return b"".join(parts)
 
     def _batch(self, body):
-        asked = json.loads(body)
-        assert asked["operation"] == "upload" and "basic" in asked["transfers"] and asked["hash_algo"] == "sha256"
+        request = json.loads(body)
+        assert request["operation"] == "upload" and "basic" in request["transfers"] and request["hash_algo"] == "sha256"
         objects = []
-        for one in asked["objects"]:
-            told = {"oid": one["oid"], "size": one["size"]}
-            if one["oid"] not in self.server.large:
-                to = {"href": f"{self.server.address}/lfs/{one['oid']}"}
-                told["actions"] = {"upload": to, "verify": {"href": f"{self.server.address}/lfs-verify"}}
-            objects.append(told)
+        for item in request["objects"]:
+            entry = {"oid": item["oid"], "size": item["size"]}
+            if item["oid"] not in self.server.large:
+                upload = {"href": f"{self.server.address}/lfs/{item['oid']}"}
+                entry["actions"] = {"upload": upload, "verify": {"href": f"{self.server.address}/lfs-verify"}}
+            objects.append(entry)
         self._send({"transfer": "basic", "objects": objects})
 
     def do_PUT(self):
@@ -127,53 +127,55 @@ class _Answers(BaseHTTPRequestHandler):
         if self.path == "/api/validate-yaml":
             return self._send({"errors": [], "warnings": []})
         if self.path == "/lfs-verify":
-            asked = json.loads(body)
-            return self._send({}, 200 if len(self.server.large[asked["oid"]]) == asked["size"] else 404)
+            request = json.loads(body)
+            return self._send({}, 200 if len(self.server.large[request["oid"]]) == request["size"] else 404)
         if self.path.endswith(".git/info/lfs/objects/batch"):
             return self._batch(body)
-        _, name, (verb, revision) = self._asked()
+        _, name, (verb, revision) = self._route()
         if name not in self.server.commits:
             return self._missing("Repo")
         if verb == "preupload":
-            asked = json.loads(body)["files"]
-            modes = {f["path"]: "lfs" if f["path"].endswith(".safetensors") else "regular" for f in asked}
+            request = json.loads(body)["files"]
+            modes = {f["path"]: "lfs" if f["path"].endswith(".safetensors") else "regular" for f in request}
             files = [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()]
             return self._send({"files": files})
         if verb == "commit":
             return self._commit(name, body)
-        found = self.server.at(name, revision)
-        if verb != "paths-info" or found is None:
+        commit = self.server.at(name, revision)
+        if verb != "paths-info" or commit is None:
             return self._missing("Revision")
         text = body.decode()
-        wanted = json.loads(text)["paths"] if text.startswith("{") else urllib.parse.parse_qs(text)["paths"]
-        return self._send(_entries({k: v for k, v in found[1].items() if k in wanted}))
+        paths = json.loads(text)["paths"] if text.startswith("{") else urllib.parse.parse_qs(text)["paths"]
+        return self._send(_entries({k: v for k, v in commit[1].items() if k in paths}))
 
     def do_GET(self):
         if self.server.out_of_order:
             return self._send({"error": "out of order"}, 403)
         if self.path.startswith("/lfs/"):
             return self._send(self.server.large[self.path.rpartition("/")[2]])
-        api, name, rest = self._asked()
+        api, name, rest = self._route()
         if name not in self.server.commits:
             return self._missing("Repo")
         verb, revision, *file = rest or ("revision", "main")
-        found = self.server.at(name, revision)
-        if found is None:
+        entry = self.server.at(name, revision)
+        if entry is None:
             return self._missing("Revision")
-        commit, files = found
+        commit, files = entry
         if api and verb == "tree":
             return self._send(_entries(files))
         if api:
-            told = {"id": name.removeprefix("datasets/"), "sha": commit, "siblings": [{"rfilename": k} for k in files]}
-            return self._send(told | {"tags": [], "downloads": 0, "likes": 0, "private": False})
+            facts = {"id": name.removeprefix("datasets/"), "sha": commit, "siblings": [{"rfilename": k} for k in files]}
+            return self._send(facts | {"tags": [], "downloads": 0, "likes": 0, "private": False})
         path = "/".join(file)
         if verb != "resolve" or path not in files:
             return self._missing("Entry")
         data, headers = files[path], {"X_Repo_Commit": commit}
         if (oid := hashlib.sha256(data).hexdigest()) in self.server.large:
             self.server.fetched.append((path, len(data)))
-            place = f"http://localhost:{self.server.server_address[1]}/lfs/{oid}"  # of another host, as the real one's
-            return self._send({}, 302, Location=place, X_Linked_Etag=f'"{oid}"', X_Linked_Size=len(data), **headers)
+            location = (
+                f"http://localhost:{self.server.server_address[1]}/lfs/{oid}"  # of another host, as the real one's
+            )
+            return self._send({}, 302, Location=location, X_Linked_Etag=f'"{oid}"', X_Linked_Size=len(data), **headers)
         if match := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
             data, status = data[int(match[1]) : int(match[2]) + 1], 206
         else:

@@ -138,10 +138,10 @@ def test_a_worker_that_dies_is_told_in_one_line_and_the_same_command_goes_on(tmp
 
     with monkeypatch.context() as patch:
         if when == "starting":
-            start = latents._Hand.start
-            patch.setattr(latents._Hand, "start", lambda hand: (start(hand), kill(hand)))
+            start = latents._WorkerProcess.start
+            patch.setattr(latents._WorkerProcess, "start", lambda hand: (start(hand), kill(hand)))
         else:
-            answer, answered = latents._Hand.answer, []
+            answer, answered = latents._WorkerProcess.answer, []
 
             def dying(hand):
                 answered.append(hand)
@@ -155,7 +155,7 @@ def test_a_worker_that_dies_is_told_in_one_line_and_the_same_command_goes_on(tmp
                             break
                 return answer(hand)
 
-            patch.setattr(latents._Hand, "answer", dying)
+            patch.setattr(latents._WorkerProcess, "answer", dying)
         signal.alarm(240)
         try:
             assert cli.main([*argv, str(tmp_path / "x")]) == 2

@@ -95,13 +95,13 @@ def test_a_drawing_is_words_then_a_noised_target_and_a_captioning_a_clean_pictur
     m = mixture(
         templates=Templates(caption_dropout=0, article_share=0, other_wordings=0, question_share=0), draw=7, caption=8
     )
-    for (sequence,) in m._filled([[sequence] for sequence in m.drawings(0)]):
+    for (sequence,) in m._fill_pictures([[sequence] for sequence in m.drawings(0)]):
         text, picture = sequence.segments
         assert isinstance(text, Text) and not text.has_loss
         assert isinstance(picture, Media) and picture.state == "noised" and picture.has_loss
         index = round(float((picture.tokens[0, 0] + 1) * 127.5))
         assert text.ids == (*BEGIN, *encode(m.source.examples[index].captions[0]))
-    for (sequence,) in m._filled([[sequence] for sequence in m.captionings(0)]):
+    for (sequence,) in m._fill_pictures([[sequence] for sequence in m.captionings(0)]):
         picture, text = sequence.segments
         assert picture.state == "clean" and not picture.has_loss
         index = round(float((picture.tokens[0, 0] + 1) * 127.5))
@@ -333,7 +333,7 @@ def test_looking_at_lengths_opens_no_picture_and_a_share_opens_its_own():
     assert set(source.opened.values()) == {1} and len(source.opened) > 8
     own = Squares(40)
     half = mixture(own, draw=8, caption=8)
-    half.share = lambda rows: slice(0, rows // 2)
+    half.row_slice = lambda rows: slice(0, rows // 2)
     for batch, all_rows in zip(half.batches(0), whole, strict=True):
         rows = len(batch.text_ids) // 2
         assert torch.equal(batch.text_ids, all_rows.text_ids)

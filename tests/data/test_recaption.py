@@ -18,7 +18,7 @@ from contracts.table import Noise
 
 from xfusion.apps import cli
 from xfusion.data.files import MAX_CAPTION
-from xfusion.data.recaption import JOURNAL, MOST_RUNNING, Asking, Busy, endpoint, recaption
+from xfusion.data.recaption import JOURNAL, MAX_INVALID, Asking, Busy, endpoint, recaption
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import open_source
 
@@ -102,7 +102,7 @@ def test_answers_that_are_never_captions_end_it_before_all_are_paid_for(tmp_path
 
     with pytest.raises(XFusionError, match="none of the first 20 answers is a caption, .*another folder"):
         recaption(Noise(30), ask, ASKING, tmp_path / "out", progress=silent)
-    assert len(asked) == MOST_RUNNING == 20
+    assert len(asked) == MAX_INVALID == 20
 
 
 def test_a_request_that_is_made_again_counts_and_waits_longer(tmp_path, monkeypatch):

@@ -19,9 +19,9 @@ from PIL import Image
 from pyarrow import parquet
 
 from xfusion.data import shards
-from xfusion.data.kept import Kept
 from xfusion.data.mixture import Mixture, MixtureConfig, order_of
 from xfusion.data.order import Order
+from xfusion.data.result_cache import ResultCache
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import check, open_source
 from xfusion.modalities.image import ImageModality
@@ -134,8 +134,8 @@ def test_questions_stand_in_shards_and_in_their_index(tmp_path, cache, kind):
 
 
 def test_an_index_is_built_once_and_again_when_the_shard_changes(tmp_path, cache, monkeypatch):
-    path, built, tar = write_tar(tmp_path / "a.tar", range(3)), [], shards._tar
-    monkeypatch.setattr(shards, "_tar", lambda p: built.append(p) or tar(p))
+    path, built, tar = write_tar(tmp_path / "a.tar", range(3)), [], shards._tar_records
+    monkeypatch.setattr(shards, "_tar_records", lambda p: built.append(p) or tar(p))
     for _ in range(3):
         assert len(open_source(path)) == 3
     assert len(built) == 1 and len(list(cache.iterdir())) == 1
@@ -309,7 +309,7 @@ def test_row_groups_are_shuffled_a_few_at_a_time(tmp_path):
 def groups_read(monkeypatch):
     """Row groups that were read, in order; none is in memory at first, and few stay."""
     read, real = [], shards._row_group.make
-    monkeypatch.setattr(shards._row_group, "most", 4)
+    monkeypatch.setattr(shards._row_group, "max_results", 4)
     shards._row_group.clear()
     monkeypatch.setattr(shards._row_group, "make", lambda *key: read.append(key) or real(*key))
     return read
@@ -347,7 +347,7 @@ def test_threads_that_want_one_row_group_read_it_once(tmp_path, groups_read):
         assert len(groups_read) == 2
         assert found == [source.picture(index, 8).tobytes() for index in range(4)]
         list(pool.map(lambda index: source.picture(index, 8), range(60)))
-    assert len(groups_read) == 20 and len(shards._row_group._known) == shards._row_group.most == 4
+    assert len(groups_read) == 20 and len(shards._row_group._futures) == shards._row_group.max_results == 4
 
 
 def test_what_cannot_be_read_is_tried_again_and_told_to_all_who_wait():
@@ -360,13 +360,13 @@ def test_what_cannot_be_read_is_tried_again_and_told_to_all_who_wait():
             raise OSError("gone")
         return key
 
-    one = Kept(make, 2)
+    one = ResultCache(make, 2)
     with ThreadPoolExecutor(2) as pool:
         calls = [pool.submit(one, "a"), pool.submit(one, "a")]
         errors = [call.exception() for call in calls]
     # The second came while the first waited, or behind it and read by itself.
     assert isinstance(errors[0], OSError) and len(asked) + sum(isinstance(e, OSError) for e in errors) == 3
-    assert one("a") == "a" and one("b") == "b" and one("c") == "c" and len(one._known) == 2
+    assert one("a") == "a" and one("b") == "b" and one("c") == "c" and len(one._futures) == 2
 
 
 def mixture(source, rank=0, count=1, **settings):
@@ -393,7 +393,7 @@ def test_a_process_reads_its_share_of_the_row_groups_and_decodes_the_pictures_of
         shards._row_group.clear()
         groups_read.clear()
         made = mixture(source, rank, count)
-        assert shards._row_group.most == (4, 6, 12)[2 // count]
+        assert shards._row_group.max_results == (4, 6, 12)[2 // count]
         for step in range(15):
             made.batches(step)
         read.append(len(groups_read))

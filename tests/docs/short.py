@@ -31,10 +31,10 @@ def shortened(body: str) -> str:
 def _line(line: str) -> str:
     if line.startswith("python runs/write_questions.py"):
         return re.sub(r"--count \d+", "--count 40", line)
-    found = COMMAND.match(line)
-    if found is None or "--resume" in line:
+    match = COMMAND.match(line)
+    if match is None or "--resume" in line:
         return line
-    code, comment, behind = line.partition("  #")
+    code, comment, remark = line.partition("  #")
     bounds = {
         "train": _train,
         "train opening": lambda line: f"{line} --repeat 1",
@@ -42,7 +42,7 @@ def _line(line: str) -> str:
         "evaluate": _evaluate,
         "data recaption": lambda line: f"{line} --max-tokens 8",
     }
-    return bounds[found["verb"]](code) + comment + behind
+    return bounds[match["verb"]](code) + comment + remark
 
 
 def _without(line: str, *options: str) -> str:
@@ -59,25 +59,25 @@ def _train(line: str) -> str:
         recipe = find(name)()
     except XFusionError:  # of a file that the block before it wrote: it is made of the recipe xfusion
         recipe = find("xfusion")()
-    few = [f"--steps {STEPS}", "--no-compile", "--preview-every 0"]
-    for number, stage in enumerate(recipe.stages):
-        few += [f"--stages.{number}.steps {STEPS}"] if number < len(recipe.stages) - 1 else []
-        for kind, most in (("draw", DRAWN), ("caption", NAMED)):
+    options = [f"--steps {STEPS}", "--no-compile", "--preview-every 0"]
+    for index, stage in enumerate(recipe.stages):
+        options += [f"--stages.{index}.steps {STEPS}"] if index < len(recipe.stages) - 1 else []
+        for kind, limit in (("draw", DRAWN), ("caption", NAMED)):
             count = getattr(stage.mixture, kind)
-            few += [f"--stages.{number}.mixture.{kind} {min(count, most)}"] if count else []
+            options += [f"--stages.{index}.mixture.{kind} {min(count, limit)}"] if count else []
     if " --data " not in line and recipe.data.partition(":")[0] == "emoji":
-        few.append("--data emoji:24")
-    return " ".join([line, *few])
+        options.append("--data emoji:24")
+    return " ".join([line, *options])
 
 
 def _compare(line: str) -> str:
     line = re.sub(r" --set( \w+=\S+)+", "", _without(line, "--samples", "--seeds", "--draw", "--caption", "--trials"))
-    few = ["--samples 8 --seeds 1 --draw 4 --caption 4 --no-compile"]
+    options = ["--samples 8 --seeds 1 --draw 4 --caption 4 --no-compile"]
     if " --data " not in line:
-        few.append("--data emoji:16")
+        options.append("--data emoji:16")
     of_sounds = " --data digits" in line
     return _with(
-        " ".join([line, *few]), "max_fit=2 max_held=2" if of_sounds else "max_drawn=2 max_captioned=2 max_held=2"
+        " ".join([line, *options]), "max_fit=2 max_held=2" if of_sounds else "max_drawn=2 max_captioned=2 max_held=2"
     )
 
 
@@ -92,7 +92,7 @@ def _evaluate(line: str) -> str:
 
 def _with(line: str, settings: str) -> str:
     """The line with further settings of a suite, which stand behind one ``--set``."""
-    found = re.search(r" --set(?: \w+=\S+)+", line)
-    if found is None:
+    match = re.search(r" --set(?: \w+=\S+)+", line)
+    if match is None:
         return f"{line} --set {settings}"
-    return f"{line[: found.end()]} {settings}{line[found.end() :]}"
+    return f"{line[: match.end()]} {settings}{line[match.end() :]}"

@@ -12,7 +12,7 @@ from xfusion.data.boxes import Box, boxes_of
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import open_source
 from xfusion.evaluation.run import evaluate
-from xfusion.evaluation.suites.grounding import COLOURS, SIDE, drawn, nlvr_scenes
+from xfusion.evaluation.suites.grounding import COLOURS, SIDE, drawn_scenes, nlvr_scenes
 from xfusion.evaluation.suites.understanding import part
 
 
@@ -36,7 +36,7 @@ class Oracle:
 
 
 def test_an_oracle_finds_all_and_the_blind_rate_is_far_below():
-    scenes = drawn(60, 2)
+    scenes = drawn_scenes(60, 2)
     result = evaluate(Oracle(scenes), "grounding", count=60)
     assert result["hit"] == 1 and result["overlap"] > 0.96 and result["valid"] == 1 and result["named"] == 1
     assert result["named_chance"] == 0.5 and result["settings"]["num_with_others"] == 30
@@ -49,7 +49,7 @@ def test_an_oracle_finds_all_and_the_blind_rate_is_far_below():
 
 
 def test_the_wrong_thing_and_what_is_no_box_are_told_apart():
-    scenes = drawn(30, 2)
+    scenes = drawn_scenes(30, 2)
     others = {scene.box: scene.others[0] for scene in scenes if scene.others}
     result = evaluate(Oracle(scenes, lambda box: others.get(box, box).text()), "grounding", count=30)
     assert result["hit"] == 0.5 and result["named"] == 0 and result["valid"] == 1
@@ -59,7 +59,7 @@ def test_the_wrong_thing_and_what_is_no_box_are_told_apart():
 
 
 def test_one_answer_for_all_is_no_better_than_the_best_box():
-    scenes = drawn(40, 1, seed=4)
+    scenes = drawn_scenes(40, 1, seed=4)
     middle = Box(0.33, 0.33, 0.67, 0.67)
     result = evaluate(Oracle(scenes, lambda _: middle.text()), "grounding", count=40, most=1, seed=4)
     assert result["hit"] == result["hit_blind"] <= result["chance_hit"] and result["named"] is None
@@ -69,7 +69,7 @@ def test_one_answer_for_all_is_no_better_than_the_best_box():
 
 def test_what_is_drawn_stands_where_it_is_said():
     """The asked thing's colour has pixels up to each edge of its box; no two things have one name or touch."""
-    for scene in drawn(24, 3, seed=2):
+    for scene in drawn_scenes(24, 3, seed=2):
         left, top, right, bottom = map(round, scene.box.pixels((SIDE, SIDE)))
         found = scene.picture.load()
         wanted = COLOURS[scene.name.split()[0]]
@@ -89,13 +89,17 @@ def test_what_is_drawn_stands_where_it_is_said():
         assert share == pytest.approx({"disc": 0.785, "square": 1.0, "triangle": 0.5}[shape], abs=0.06)
         assert boxes_of(scene.answer)[0][1].left == pytest.approx(scene.box.left, abs=0.0011)
     with pytest.raises(XFusionError, match="from 1 to 3 things fit"):
-        drawn(1, 4)
+        drawn_scenes(1, 4)
 
 
 def test_parts_share_no_scene():
-    parts = {name: drawn(40, 2, seed=1, parts=(name,)) for name in ("train", "validation", "test")}
+    parts = {name: drawn_scenes(40, 2, seed=1, parts=(name,)) for name in ("train", "validation", "test")}
     assert all({part(scene.id) for scene in scenes} == {name} for name, scenes in parts.items())
-    assert [s.answer for s in drawn(5, 2)] == [s.answer for s in drawn(5, 2)] != [s.answer for s in drawn(5, 2, seed=1)]
+    assert (
+        [s.answer for s in drawn_scenes(5, 2)]
+        == [s.answer for s in drawn_scenes(5, 2)]
+        != [s.answer for s in drawn_scenes(5, 2, seed=1)]
+    )
 
 
 def test_nlvr_is_asked_for_what_it_places(assets):
@@ -120,7 +124,7 @@ def test_nlvr_is_asked_for_what_it_places(assets):
 def test_a_model_is_asked(bases):
     model = make_model(bases["llama"])
     result = evaluate(model, "grounding", count=4, most=1)
-    scenes = drawn(4, 1)
+    scenes = drawn_scenes(4, 1)
     texts = [model.generate([scene.picture, scene.question], max_tokens=40)[0] for scene in scenes]
     assert result["valid"] == sum("</box>" in text for text in texts) / 4
     with pytest.raises(XFusionError, match="drawn has none, nlvr a parquet file"):
@@ -138,6 +142,6 @@ def test_boxes_are_written_to_train_on(tmp_path):
     assert told.splitlines()[0].startswith("train: 20 questions, 20 ids")
     source = open_source(tmp_path / "b" / "train.jsonl")
     line = json.loads((tmp_path / "b" / "train.jsonl").read_text().splitlines()[0])
-    scene = drawn(1, 2, parts=("train",))[0]
+    scene = drawn_scenes(1, 2, parts=("train",))[0]
     assert (line["question"], line["caption"]) == (f"<ref>{scene.name}</ref>", scene.box.text())
     assert all(part(e.group) == "train" and len(boxes_of(e.captions[0])) == 1 for e in source.examples)

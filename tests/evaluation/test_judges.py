@@ -118,7 +118,7 @@ def test_kernel_distance_is_unbiased_and_sees_a_shift(tmp_path):
     # The estimate itself, of one subset that is all there is but for its order: sums without the diagonals.
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    metric = KernelInceptionDistance(feature=fid.Eyes(RedAndGreen()), subsets=1, subset_size=40)
+    metric = KernelInceptionDistance(feature=fid.EncoderFeatures(RedAndGreen()), subsets=1, subset_size=40)
     for real, folder in ((True, other), (False, near)):
         for images in fid.batches(map(Image.open, fid.reference(str(folder), "x"))):
             metric.update(images, real=real)
@@ -202,7 +202,9 @@ def test_judges_are_found_by_their_files(tiny_clip, tmp_path):
     (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(XFusionError, match="is a llama, not a CLIP"):
         drawn.judge_by(folder, f"clip-score:{tmp_path / 'llama'}", progress=silent)
-    assert adapter.named("org/model@abc") == ("org/model", "abc") and adapter.named(str(tmp_path))[1] is None
+    assert (
+        adapter.parse_source("org/model@abc") == ("org/model", "abc") and adapter.parse_source(str(tmp_path))[1] is None
+    )
     Path(folder / "0000.png").write_bytes(b"")
     with pytest.raises(XFusionError, match="is not the picture that was drawn"):
         drawn.judge_by(folder, f"clip-score:{tiny_clip}", progress=silent)

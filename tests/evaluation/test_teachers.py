@@ -3,7 +3,7 @@
 import pytest
 
 from xfusion.data.sequence import XFusionError
-from xfusion.evaluation.teachers import refuse_taught, taught
+from xfusion.evaluation.teachers import is_teacher, refuse_teacher
 
 HASH = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
@@ -28,13 +28,13 @@ HASH = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 def test_layer_revision_and_path_make_no_other_encoder(tmp_path, monkeypatch, encoder, teacher, same):
     monkeypatch.chdir(tmp_path)
     encoder, teacher = (name.replace("FOLDER", str(tmp_path)) for name in (encoder, teacher))
-    assert taught(encoder, [teacher]) is taught(teacher, ["another", encoder]) is same
+    assert is_teacher(encoder, [teacher]) is is_teacher(teacher, ["another", encoder]) is same
     if same:
         with pytest.raises(XFusionError, match="took part in training what drew: it may not score it, name another"):
-            refuse_taught(encoder, [teacher])
+            refuse_teacher(encoder, [teacher])
     else:
-        refuse_taught(encoder, [teacher])
+        refuse_teacher(encoder, [teacher])
 
 
 def test_nobody_noted_is_nobody():
-    assert not taught("org/clip@None", None) and not taught("org/clip@None", ())
+    assert not is_teacher("org/clip@None", None) and not is_teacher("org/clip@None", ())

@@ -16,7 +16,7 @@ from xfusion.data.sources import open_source
 from xfusion.evaluation.metrics.clusters import interval
 from xfusion.evaluation.metrics.refusal import refusal, threshold
 from xfusion.evaluation.run import evaluate
-from xfusion.evaluation.suites.understanding import COLOURS, counting, nlvr, part, right
+from xfusion.evaluation.suites.understanding import COLOURS, counting, grade, nlvr, part
 from xfusion.generation import generate
 
 
@@ -79,16 +79,16 @@ def test_what_is_drawn_is_what_is_said():
 
 def test_the_threshold_is_the_lowest_that_fits():
     confidence = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5])
-    right = torch.tensor([True, True, False, True, False])
-    assert threshold(confidence, right, 1.0) == pytest.approx(0.8)
-    assert threshold(confidence, right, 0.75) == pytest.approx(0.6)
-    assert threshold(confidence, right, 0.6) == pytest.approx(0.5)
-    assert threshold(confidence, ~right & (confidence < 0), 0.5) == math.inf
-    assert refusal(confidence, right, 0.65) == {
+    is_right = torch.tensor([True, True, False, True, False])
+    assert threshold(confidence, is_right, 1.0) == pytest.approx(0.8)
+    assert threshold(confidence, is_right, 0.75) == pytest.approx(0.6)
+    assert threshold(confidence, is_right, 0.6) == pytest.approx(0.5)
+    assert threshold(confidence, ~is_right & (confidence < 0), 0.5) == math.inf
+    assert refusal(confidence, is_right, 0.65) == {
         "answered": pytest.approx(0.6),
         "accuracy_answered": pytest.approx(2 / 3),
     }
-    assert refusal(confidence, right, math.inf) == {"answered": 0.0, "accuracy_answered": None}
+    assert refusal(confidence, is_right, math.inf) == {"answered": 0.0, "accuracy_answered": None}
 
 
 def test_a_model_is_asked_and_its_curves_are_drawn(bases, tmp_path):
@@ -116,7 +116,7 @@ def test_what_is_not_json_is_no_answer():
 def test_two_answers_that_are_equally_likely_are_none():
     questions = counting(3, 3)
     shares = torch.tensor([[0.4, 0.4, 0.2], [0.2, 0.6, 0.2], [1 / 3, 1 / 3, 1 / 3]])
-    confidence, found = right(shares, questions, ["1", "2", "3"])
+    confidence, found = grade(shares, questions, ["1", "2", "3"])
     assert found.tolist() == [False, True, False] and confidence.tolist() == pytest.approx([0.4, 0.6, 1 / 3])
 
 

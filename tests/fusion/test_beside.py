@@ -61,9 +61,9 @@ def test_media_are_the_ports_and_no_word_hears_of_them(bases):
     said = [look(model, view([[Sequence(segments=(picture((2, 2), i), words(5, 1)))]], model))[0][0] for i in (1, 2)]
     assert torch.equal(*said)
     batch = view([[Sequence(segments=(words(4, 1), picture((2, 2), 3)))]], model)
-    given = model.given_states(batch)
+    given = model.cached_text_states(batch)
     assert set(given) == {0}
-    _, looked_up = model.run_pass(batch, given=given)
+    _, looked_up = model.run_pass(batch, cached_text=given)
     assert torch.equal(looked_up.states["image"], model.port(batch.media["image"]))
 
 

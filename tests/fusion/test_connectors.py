@@ -52,9 +52,9 @@ from xfusion.fusion.connectors.linear import Linear
 from xfusion.fusion.connectors.mlp import MLP
 from xfusion.fusion.connectors.object_encoder import ObjectEncoder
 from xfusion.fusion.connectors.pooling import Pooling
-from xfusion.fusion.connectors.positional_resampler import PositionalResampler, places
+from xfusion.fusion.connectors.positional_resampler import PositionalResampler, sincos_positions
 from xfusion.fusion.connectors.prefix_mapper import PrefixMapper
-from xfusion.fusion.connectors.query_transformer import Queries, QueryTransformer, sees
+from xfusion.fusion.connectors.query_transformer import Queries, QueryTransformer, attention_pattern
 from xfusion.fusion.prefix import Prefix
 from xfusion.model import Model
 from xfusion.objectives.base import NoObjective
@@ -205,8 +205,8 @@ def copied(own, theirs):
     for block, layer in zip(own.blocks, theirs.encoder.layer, strict=True):
         attention(block.attention, layer.attention.attention, layer.attention.output)
         block.norm.load_state_dict(layer.attention.output.LayerNorm.state_dict())
-        assert block.reads == layer.has_cross_attention
-        if block.reads:
+        assert block.has_cross_attention == layer.has_cross_attention
+        if block.has_cross_attention:
             attention(block.cross, layer.crossattention.attention, layer.crossattention.output)
             block.cross_norm.load_state_dict(layer.crossattention.output.LayerNorm.state_dict())
         mlp(block.query_mlp, block.query_norm, layer.intermediate_query, layer.output_query)
@@ -246,12 +246,12 @@ def test_queries_beside_words_are_blip2s_under_each_of_the_three_masks(kind):
     theirs = perturbed(Blip2QFormerModel(Blip2QFormerConfig(**QFORMER, use_qformer_text_input=True)))
     own = copied(query_transformer(True), theirs)
     features, read = torch.randn(2, 7, 10), torch.randn(2, 4, 16)
-    seen = sees(kind, 5, 4)
+    seen = attention_pattern(kind, 5, 4)
     both = torch.cat([own.queries.expand(2, -1, -1), read], dim=1)
     # A ready 4-D mask is taken as it is: added to the scores.
     added = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None, None].expand(2, 1, -1, -1)
     expected = theirs(query_embeds=both, query_length=5, attention_mask=added, encoder_hidden_states=features)
-    torch.testing.assert_close(own(features, words=read, seen=seen), expected.last_hidden_state, rtol=0, atol=PARITY)
+    torch.testing.assert_close(own(features, words=read, visible=seen), expected.last_hidden_state, rtol=0, atol=PARITY)
 
 
 @torch.no_grad()
@@ -280,7 +280,7 @@ def test_the_three_masks_written_out():
     apart = [[1, 1, 0, 0, 0]] * 2 + [[0, 0, 1, 1, 1]] * 3
     causal = [[1, 1, 0, 0, 0]] * 2 + [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     for kind, rows in {"apart": apart, "causal": causal, "together": [[1] * 5] * 5}.items():
-        assert torch.equal(sees(kind, 2, 3), torch.tensor(rows).bool()), kind
+        assert torch.equal(attention_pattern(kind, 2, 3), torch.tensor(rows).bool()), kind
 
 
 @torch.no_grad()
@@ -292,7 +292,7 @@ def test_under_each_mask_who_must_not_be_seen_changes_nothing():
     changed[:, 2, 0] += 1.0
     moved = {}
     for kind in ("apart", "causal", "together"):
-        one, other = (own(features, words=w, seen=sees(kind, 5, 4)) for w in (read, changed))
+        one, other = (own(features, words=w, visible=attention_pattern(kind, 5, 4)) for w in (read, changed))
         moved[kind] = ((one - other)[0].abs().amax(-1) > 1e-6).tolist()
     assert moved == {
         "apart": [False] * 5 + [True] * 4,
@@ -442,12 +442,12 @@ def test_a_prefix_mapper_is_its_equation_in_float64():
 
 
 def test_places_tell_rows_from_columns_and_queries_lie_over_the_map():
-    found = places(4, 6, 24).view(4, 6, 24)
+    found = sincos_positions(4, 6, 24).view(4, 6, 24)
     assert torch.equal(found[2, 0, :12], found[2, 5, :12]) and torch.equal(found[0, 3, 12:], found[3, 3, 12:])
-    assert torch.equal(places(2, 3, 24, (4, 6)), found[::2, ::2].flatten(0, 1))
+    assert torch.equal(sincos_positions(2, 3, 24, (4, 6)), found[::2, ::2].flatten(0, 1))
     assert len(found.flatten(0, 1).unique(dim=0)) == 24
     with pytest.raises(XFusionError, match="a width that is a multiple of 4, not 22"):
-        places(2, 2, 22)
+        sincos_positions(2, 2, 22)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from contracts.table import Noise, make_model
 from xfusion.data.sequence import XFusionError
 from xfusion.data.templates import in_json
 from xfusion.generation import generate, log_likelihoods, schema_answers
-from xfusion.generation.schema import going_on
+from xfusion.generation.schema import next_tokens
 
 SCHEMA = {
     "type": "object",
@@ -51,10 +51,10 @@ def test_all_texts_of_a_schema_are_written_out():
 
 def test_a_prefix_may_end_or_go_on():
     allowed = [(1, 2), (1, 2, 3), (4,)]
-    assert going_on([], allowed, 0) == [1, 4]
-    assert going_on([1], allowed, 0) == [2]
-    assert going_on([1, 2], allowed, 0) == [0, 3]
-    assert going_on([1, 2, 3], allowed, 0) == going_on([4], allowed, 0) == [0]
+    assert next_tokens([], allowed, 0) == [1, 4]
+    assert next_tokens([1], allowed, 0) == [2]
+    assert next_tokens([1, 2], allowed, 0) == [0, 3]
+    assert next_tokens([1, 2, 3], allowed, 0) == next_tokens([4], allowed, 0) == [0]
 
 
 @torch.no_grad()

@@ -91,11 +91,11 @@ def test_keys_and_values_that_go_on_are_those_of_the_whole(bases):
     context = (picture((4, 4), 1), words(4, 1))
     (answer,) = answer_tokens(model, [context], **SETTINGS)
     longer = (*context, Text(ids=tuple(answer)), picture((3, 3), 2), words(3, 2))
-    cache, rest = turns.begun(model, longer, turns.units(longer))
+    cache, rest = turns.resume_prefix(model, longer, turns.units(longer))
     known = cache.rows.count
     hidden, _ = model.run_pass(rest, cache=cache, update=True)
     model.use(model.plain_engine())
-    empty, whole = turns.begun(model, longer, turns.units(longer))
+    empty, whole = turns.resume_prefix(model, longer, turns.units(longer))
     assert empty.rows.count == 0 and known + rest.text.count + rest.media["image"].rows.count > known
     expected, _ = model.run_pass(whole, cache=empty, update=True)
     assert float((hidden[:, rest.text.count - 1] - expected[:, whole.text.count - 1]).abs().max()) < 1e-4
@@ -129,18 +129,18 @@ def test_other_weights_read_anew(bases):
 
     for change in (by_hand, by_a_step, optimizer.use_average, by_loading):
         answer_tokens(model, [context], **SETTINGS)
-        assert turns.begun(model, longer, turns.units(longer))[0].rows.count > 0
+        assert turns.resume_prefix(model, longer, turns.units(longer))[0].rows.count > 0
         change()
-        assert turns.begun(model, longer, turns.units(longer))[0].rows.count == 0, "old keys of new weights"
+        assert turns.resume_prefix(model, longer, turns.units(longer))[0].rows.count == 0, "old keys of new weights"
     assert not model.engine.turns
 
 
 @torch.no_grad()
 def test_only_the_last_conversations_are_kept(bases):
     model = make_model(bases["llama"])
-    for number in range(turns.KEPT_TURNS + 3):
+    for number in range(turns.MAX_PREFIXES + 3):
         answer_tokens(model, [(picture((2, 2), number), words(3, number))], **SETTINGS)
-    assert len(model.engine.turns) == turns.KEPT_TURNS
+    assert len(model.engine.turns) == turns.MAX_PREFIXES
     with pytest.raises(StopIteration):
         next(key for key in model.engine.turns if key[0] == turns.units((picture((2, 2), 0),))[0])
 

@@ -51,7 +51,7 @@ def trained(script, halves):
     def train(**changes):
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(train_emoji_codec, "augment", lambda images: images)
-            found, (steps, _, dtype) = script.trained_on(halves, options(script, **changes))
+            found, (steps, _, dtype) = script.train_codec(halves, options(script, **changes))
         assert (steps, dtype) == (40, torch.float32)
         return found
 
@@ -68,7 +68,7 @@ def trained(script, halves):
     ],
 )
 def test_forty_steps_lower_the_error_and_use_the_codes(script, halves, trained, tmp_path, changes):
-    codec = script.saved(trained(**changes), tmp_path / "codec")
+    codec = script.save_codec(trained(**changes), tmp_path / "codec")
     found = script.figures_of(codec, halves)
     assert float((codec.decode(codec.encode(halves)) - halves).square().mean()) < 0.85 * float(halves.square().mean())
     assert found["codes_used"] > 0.2 and min(found["perplexities"]) > 8
@@ -89,7 +89,7 @@ def test_scores_as_they_come_leave_a_dvae_with_few_codes(halves, trained):
 
 @torch.no_grad()
 def test_the_norm_of_scores_goes_into_the_last_convolution(script, halves):
-    trained = script.Trained(options(script, kind="dvae"))
+    trained = script.TrainedCodec(options(script, kind="dvae"))
     latents = trained.model.encode(halves).latents
     assert float(latents.std()) < 1.3 and float(trained.scores(latents).std()) == pytest.approx(8, rel=0.01)
     norm = trained.scores.eval()

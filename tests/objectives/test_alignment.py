@@ -139,9 +139,9 @@ def test_each_picture_is_looked_at_once_and_the_oldest_are_forgotten(bases, monk
     first, again = objective.features(media), objective.features(media)
     assert Corners.calls == [1] * 3
     assert first.keys() == again.keys() and all(torch.equal(first[k], again[k]) for k in first)
-    monkeypatch.setattr(alignment, "FEATURES_KEPT", 4 * 10 * 2)
+    monkeypatch.setattr(alignment, "CACHE_BYTES", 4 * 10 * 2)
     objective.features(pack([[Sequence(segments=(picture((2, 2), 50, noised=True, loss=True),))]]).media["image"])
-    assert len(objective._known) == 2
+    assert len(objective._cache) == 2
 
 
 @pytest.mark.parametrize("patchwise", [False, True])

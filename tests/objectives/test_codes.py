@@ -19,7 +19,7 @@ from xfusion.modalities.codes import CodePort
 from xfusion.modalities.image import ImageModality
 from xfusion.model import Model
 from xfusion.objectives.base import Output
-from xfusion.objectives.codes import INFILL, MASK, NextCode, infilled, moved
+from xfusion.objectives.codes import INFILL, MASK, NextCode, infill_order, reorder_for_infill
 from xfusion.objectives.solvers import Heun
 from xfusion.training.stages import Recipe
 
@@ -168,7 +168,7 @@ def test_noise_chooses_by_the_softmax_and_temperature_zero_takes_the_likeliest()
 
 def test_runs_go_to_the_end():
     def order(kept):
-        return infilled(torch.tensor([c == "1" for c in kept]))
+        return infill_order(torch.tensor([c == "1" for c in kept]))
 
     assert order("111") == [0, 1, 2]
     assert order("100011") == [0, MASK, 4, 5, INFILL, 1, 2, 3]
@@ -196,7 +196,7 @@ def test_infilling_moves_codes_with_their_places_and_predicts_each_once(bases):
         seen.add(tuple(int(p) for p in places))
         kept = torch.zeros(12, dtype=torch.bool)
         kept[[int(p) for p in places[: places.index(INFILL)] if p >= 0]] = True
-        assert [int(p) for p in places] == infilled(kept)
+        assert [int(p) for p in places] == infill_order(kept)
         for row, place in zip(media.tokens[0][mine], places, strict=True):
             assert place < 0 or torch.equal(row, drawn.tokens[int(place)])
         # Read one after the other, behind what stood before; the rest of the batch is as it was.
@@ -236,7 +236,7 @@ def test_a_picture_is_completed_as_whole_passes_would(bases):
     )
     assert told == [(i, 16) for i in range(1, 17)] and torch.equal(found[keep[0]], known[keep[0]])
     noise = torch.randn(16, 2, generator=torch.Generator().manual_seed(seed))
-    places, expected = infilled(keep[0]), known.clone()
+    places, expected = infill_order(keep[0]), known.clone()
     expected[~keep[0]] = 0
     for at, place in enumerate(places):
         if place < 0 or keep[0, place]:
@@ -245,7 +245,7 @@ def test_a_picture_is_completed_as_whole_passes_would(bases):
         for before in (opened(model.backbone.begin_ids, context), ()):
             drawn = Media(tokens=expected, grid=(4, 4), state="noised", has_loss=True, bidirectional=False)
             batch = batch_of((*before, drawn))
-            batch.media["image"] = moved(batch.media["image"], {0: keep[0]}, 4)
+            batch.media["image"] = reorder_for_infill(batch.media["image"], {0: keep[0]}, 4)
             states = model.run_pass(batch)[1].states["image"]
             scores.append(model.port.readout(states)[0, at])  # the row before: [BOI] stands first
         guided = scores[1] + scale * (scores[0] - scores[1])

@@ -26,7 +26,7 @@ from xfusion.data.sequence import Example, Sequence, XFusionError
 from xfusion.data.templates import Templates, opened
 from xfusion.model import Model
 from xfusion.objectives.base import NoObjective
-from xfusion.objectives.contrastive import Contrastive, same
+from xfusion.objectives.contrastive import Contrastive, duplicates
 from xfusion.objectives.flow_matching import FlowMatching
 from xfusion.objectives.next_token import NextToken
 from xfusion.training.loop import train
@@ -59,7 +59,7 @@ def vectors(model, sequences, per_row=1, noise=lambda batch: batch):
     from xfusion.objectives.contrastive import pair_places
 
     row, sample = pair_places(batch.media["image"])
-    return objective._words(model, batch, row, sample), objective.of_media(model, batch)
+    return objective._embed_text(model, batch, row, sample), objective.embed_media(model, batch)
 
 
 def value(model, sequences):
@@ -94,7 +94,7 @@ def test_near_identical_pictures_and_equal_words_are_no_negatives(bases):
     alike = torch.zeros(5, 5, dtype=torch.bool)
     for i, j in ((0, 1), (2, 3)):
         alike[i, j] = alike[j, i] = True
-    assert torch.equal(same(batch, batch.media["image"]), alike)
+    assert torch.equal(duplicates(batch, batch.media["image"]), alike)
     u, v = (x.double() for x in vectors(model, sequences))
     similarity = math.exp(float(model.extra[0].log_scale)) * u @ v.T
     expected = 0.0
@@ -106,7 +106,7 @@ def test_near_identical_pictures_and_equal_words_are_no_negatives(bases):
     trapped = image_text_contrastive_loss(similarity.float())
     assert abs(float(trapped) - expected / 5) > 1e-2  # counting them would be seen
     lone = [pair(i, group=-1) for i in range(2)]
-    assert not same(pack([lone]), pack([lone]).media["image"]).any()  # no group is no kinship
+    assert not duplicates(pack([lone]), pack([lone]).media["image"]).any()  # no group is no kinship
 
 
 def test_a_scale_beyond_the_bound_is_brought_back_to_it_and_learns_on(bases):
@@ -204,12 +204,12 @@ def test_a_mixture_numbers_the_groups_of_its_source(bases):
     base, config = model.backbone, MixtureConfig(draw=6, caption=0, templates=TEMPLATES)
     mixture = Mixture(Twins(), model.image, (SIDE,), base.encode, base.begin_ids, base.end_ids[0], config, 0)
     (batch,) = mixture.batches(0)
-    assert same(batch, batch.media["image"]).sum() == 2
+    assert duplicates(batch, batch.media["image"]).sum() == 2
     assert (
-        mixture.drawn(0, SIDE).group
-        == mixture.drawn(1, SIDE).group
-        != mixture.drawn(2, SIDE).group
-        == mixture.shown(2, SIDE).group
+        mixture.drawing_target(0, SIDE).group
+        == mixture.drawing_target(1, SIDE).group
+        != mixture.drawing_target(2, SIDE).group
+        == mixture.input_picture(2, SIDE).group
     )
 
 

@@ -84,7 +84,7 @@ def test_the_schedules_are_their_papers():
     for schedule, expected in (("cosine", cosine), ("linear", linear)):
         found = build(schedule=schedule).scheduler.alphas_cumprod
         torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-3, atol=1e-6)
-    assert build().shares(-1) == (1.0, 0.0)
+    assert build().scales(-1) == (1.0, 0.0)
 
 
 def test_levels_stay_below_an_items_cap_and_fill_it():
@@ -126,7 +126,7 @@ def oracle(objective, prediction, clean):
     """A head that knows the clean tokens."""
 
     def predict(x, time):
-        signal, share = objective.shares(round(time * LEVELS) - 1)
+        signal, share = objective.scales(round(time * LEVELS) - 1)
         noise = (x - signal * clean) / share
         return {"noise": noise, "clean": clean, "velocity": signal * noise - share * clean}[prediction]
 

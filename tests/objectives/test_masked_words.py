@@ -34,7 +34,7 @@ from xfusion.generation import fill_tokens, media_segment
 from xfusion.model import BackboneConfig, Model
 from xfusion.objectives.base import NoObjective
 from xfusion.objectives.contrastive import Contrastive, identities
-from xfusion.objectives.masked_words import CrossLayer, MaskedWords, following
+from xfusion.objectives.masked_words import CrossLayer, MaskedWords, next_partner
 from xfusion.objectives.next_token import NextToken
 from xfusion.recipes.base import find
 
@@ -155,10 +155,10 @@ def test_a_contrast_beside_it_reads_all_words(bases):
 
 def test_the_wrong_words_are_the_next_that_are_no_twins():
     excluded = torch.eye(5, dtype=torch.bool)
-    assert following(excluded).tolist() == [1, 2, 3, 4, 0]
+    assert next_partner(excluded).tolist() == [1, 2, 3, 4, 0]
     excluded[1, 2] = excluded[2, 1] = excluded[4, 0] = excluded[0, 4] = True
-    assert following(excluded).tolist() == [1, 3, 3, 4, 1]
-    assert following(torch.ones(2, 2, dtype=torch.bool)).tolist() == [-1, -1]
+    assert next_partner(excluded).tolist() == [1, 3, 3, 4, 1]
+    assert next_partner(torch.ones(2, 2, dtype=torch.bool)).tolist() == [-1, -1]
 
 
 # ----------------------------------------------------------------------------------------------- what is heard of
@@ -181,9 +181,9 @@ def test_the_masked_word_never_enters(bases, family):
     assert torch.equal(changed.text_ids == END_OF_MEDIA, hidden) and not torch.equal(
         changed.clean_ids, masked.clean_ids
     )
-    found = objective.guessed(model, masked)
+    found = objective.masked_logits(model, masked)
     assert found.shape == (int(hidden.sum()), 320)
-    assert torch.equal(objective.guessed(model, changed), found)
+    assert torch.equal(objective.masked_logits(model, changed), found)
     one, two = (objective.loss(model, b)["masked_words"][0] for b in (masked, changed))
     assert float((one - two).abs()) > 1e-3  # the labels are others
 
@@ -199,10 +199,10 @@ def test_what_stands_behind_a_masked_word_is_heard_of_above_the_frozen_states_al
     frozen = [model(replace(b.words_alone(), text_ids=b.text_ids)).states["text"][0] for b in batches]
     torch.testing.assert_close(frozen[0][:5], frozen[1][:5], rtol=0, atol=1e-6)
     assert float((frozen[0][5] - frozen[1][5]).abs().max()) > 1e-2
-    one, two = (objective.guessed(model, b) for b in batches)
+    one, two = (objective.masked_logits(model, b) for b in batches)
     assert float((one - two).abs().max()) > 1e-3
     shown = pack([[Sequence(segments=(blanked(ids, 2), picture((2, 2), 9)))]])
-    assert float((objective.guessed(model, shown) - one).abs().max()) > 1e-3  # another picture
+    assert float((objective.masked_logits(model, shown) - one).abs().max()) > 1e-3  # another picture
 
 
 @torch.no_grad()
@@ -268,17 +268,17 @@ def test_a_pair_is_judged_and_filled_by_nothing_else(bases):
     sequences = [pair(i, grid=(2, 2) if i % 2 else (2, 3)) for i in range(4)]
     whole, packed = pack([[s] for s in sequences]), pack([sequences[:2], sequences[2:]])
     pictures, said = torch.tensor([0, 1, 2, 3, 0]), torch.tensor([0, 2, 1, 3, 3])
-    found = objective.judged(model, whole, pictures, said)
-    torch.testing.assert_close(objective.judged(model, packed, pictures, said), found, rtol=0, atol=1e-5)
+    found = objective.match_logits(model, whole, pictures, said)
+    torch.testing.assert_close(objective.match_logits(model, packed, pictures, said), found, rtol=0, atol=1e-5)
     for k in range(5):
-        alone = objective.judged(model, whole, pictures[k : k + 1], said[k : k + 1])
+        alone = objective.match_logits(model, whole, pictures[k : k + 1], said[k : k + 1])
         torch.testing.assert_close(alone, found[k : k + 1], rtol=0, atol=1e-5)
     assert float((found[0] - found[4]).abs().max()) > 1e-3  # other words
     bare = pack([[pair(0)], [Sequence(segments=(picture((2, 2), 1),))]])
     with pytest.raises(
         XFusionError, match="masked words: a picture of the batch has no words: set .* caption_dropout to 0"
     ):
-        objective.judged(model, bare, torch.arange(2), torch.arange(2))
+        objective.match_logits(model, bare, torch.arange(2), torch.arange(2))
 
 
 def test_gradients_reach_all_that_is_new_and_nothing_else(bases):

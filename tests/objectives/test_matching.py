@@ -13,7 +13,7 @@ from xfusion.data.sequence import Sequence, XFusionError
 from xfusion.data.templates import Templates
 from xfusion.model import BackboneConfig, Model
 from xfusion.objectives.contrastive import pair_places
-from xfusion.objectives.matching import Matching, hardest, rearranged
+from xfusion.objectives.matching import Matching, hardest_negatives, pairings_batch
 from xfusion.objectives.next_token import NextToken
 from xfusion.recipes.base import find
 from xfusion.training.loop import train
@@ -37,12 +37,12 @@ def test_the_hardest_is_most_alike_and_no_twin():
     alike, excluded = torch.rand(6, 6, generator=generator), torch.eye(6, dtype=torch.bool)
     for i, j in ((0, 1), (2, 4)):
         excluded[i, j] = excluded[j, i] = True
-    found = hardest(alike, excluded)
+    found = hardest_negatives(alike, excluded)
     for i in range(6):
         allowed = [j for j in range(6) if not excluded[i, j]]
         assert int(found[0][i]) == max(allowed, key=lambda j, i=i: float(alike[j, i]))
         assert int(found[1][i]) == max(allowed, key=lambda j, i=i: float(alike[i, j]))
-    assert all(t.tolist() == [-1, -1] for t in hardest(alike[:2, :2], torch.ones(2, 2, dtype=torch.bool)))
+    assert all(t.tolist() == [-1, -1] for t in hardest_negatives(alike[:2, :2], torch.ones(2, 2, dtype=torch.bool)))
 
 
 @pytest.mark.parametrize("fusion", ["flamingo", "dual tower"])
@@ -59,8 +59,8 @@ def test_the_loss_is_that_of_its_equation(bases, fusion):
     ]
     batch = pack([[s] for s in sequences])
     twins = {(0, 1), (1, 0), (2, 3), (3, 2)}
-    u = objective._words(model, batch, *pair_places(batch.media["image"])).double()
-    v = objective.of_media(model, batch).double()
+    u = objective._embed_text(model, batch, *pair_places(batch.media["image"])).double()
+    v = objective.embed_media(model, batch).double()
     chosen = []
     for i in range(5):
         allowed = [j for j in range(5) if j != i and (i, j) not in twins]
@@ -71,7 +71,7 @@ def test_the_loss_is_that_of_its_equation(bases, fusion):
         alone = pack([[Sequence(segments=(sequences[w].segments[0], sequences[p].segments[1]))]])
         with model.using(model.reference_engine()):
             one = torch.zeros(1, dtype=torch.int64)
-            view = rearranged(alone, one, one)
+            view = pairings_batch(alone, one, one)
             state = model(view).states["text"][0, -1].double()
         logits = objective.head.weight.double() @ state + objective.head.bias.double()
         expected -= float(logits[truth] - logits.logsumexp(0))
@@ -88,7 +88,7 @@ def test_the_loss_is_that_of_its_equation(bases, fusion):
 def test_words_and_the_encode_row_are_the_bases_own_where_the_gates_are_closed(bases):
     model = Model(make(bases["llama"]).config, bases["llama"]).eval()
     batch, own = pack([[pair(0)], [pair(1, grid=(2, 3))]]), torch.arange(2)
-    states = model(rearranged(batch, own, own.flip(0))).states["text"]
+    states = model(pairings_batch(batch, own, own.flip(0))).states["text"]
     for row, sequence in enumerate([pair(1), pair(0)]):
         ids = torch.tensor([sequence.segments[0].ids])
         embedded = torch.cat([model.backbone.embed(ids), model.port.end[None, None]], dim=1)
@@ -103,10 +103,10 @@ def test_a_pair_is_judged_by_nothing_else(bases):
     sequences = [pair(i, grid=(2, 2) if i % 2 else (2, 3)) for i in range(4)]
     whole, packed = pack([[s] for s in sequences]), pack([sequences[:2], sequences[2:]])
     pictures, said = torch.tensor([0, 1, 2, 3, 0]), torch.tensor([0, 2, 1, 3, 3])
-    found = objective.judged(model, whole, pictures, said)
-    torch.testing.assert_close(objective.judged(model, packed, pictures, said), found, rtol=0, atol=1e-5)
+    found = objective.match_logits(model, whole, pictures, said)
+    torch.testing.assert_close(objective.match_logits(model, packed, pictures, said), found, rtol=0, atol=1e-5)
     for k in range(5):
-        alone = objective.judged(model, whole, pictures[k : k + 1], said[k : k + 1])
+        alone = objective.match_logits(model, whole, pictures[k : k + 1], said[k : k + 1])
         torch.testing.assert_close(alone, found[k : k + 1], rtol=0, atol=1e-5)
     assert float((found[0] - found[4]).abs().max()) > 1e-3  # other words
     caption = pack([[Sequence(segments=(picture((2, 2), 1), words(4, 1, loss=True)))]])

@@ -26,7 +26,7 @@ def log(out, kind="step"):
     return [line for line in lines if line["event"] == kind]
 
 
-def told(out):
+def step_records(out):
     """What a run says of its steps, without wall-clock times."""
     return [(e["step"], e["losses"], e["rate"], e["gradient_norm"], e["samples"]) for e in log(out)]
 
@@ -43,8 +43,8 @@ def state_of(out):
     return states.newest(out / "state")[1]
 
 
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
 class StopAt:

@@ -47,9 +47,9 @@ WRITES_OF_A_RUN = 30
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def together(count: int, function, *, dies: int | None = None) -> None:
@@ -81,31 +81,31 @@ def killed_together(count: int, function, rng: random.Random, seconds: float, wr
     from training.test_kills import kill_at
 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
-    writing, victim = rng.random() < 0.5, rng.randrange(count)
-    number, delay, children = rng.randint(1, writes), rng.uniform(0.2 * seconds, seconds), {}
+    dies_writing, victim = rng.random() < 0.5, rng.randrange(count)
+    write_number, delay, children = rng.randint(1, writes), rng.uniform(0.2 * seconds, seconds), {}
     for rank in range(count):
         if child := os.fork():
             children[child] = rank
             continue
         os.environ["RANK"] = str(rank)
         try:
-            if writing and rank == victim:
-                kill_at(number, rng)
+            if dies_writing and rank == victim:
+                kill_at(write_number, rng)
             function()
         except BaseException:
             os._exit(1)
         os._exit(0)
-    begun, killed, sent = time.monotonic(), False, False
+    start, killed, is_sent = time.monotonic(), False, False
     while children:
-        assert time.monotonic() - begun < 180, "a process waits for one that was killed"
-        if not writing and not sent and time.monotonic() - begun > delay:
-            sent = True
+        assert time.monotonic() - start < 180, "a process waits for one that was killed"
+        if not dies_writing and not is_sent and time.monotonic() - start > delay:
+            is_sent = True
             for child, rank in children.items():
                 if rank == victim:
                     os.kill(child, signal.SIGKILL)
         for child in list(children):
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if ended:
+            finished_child, status = os.waitpid(child, os.WNOHANG)
+            if finished_child:
                 killed |= os.WIFSIGNALED(status)
                 del children[child]
         time.sleep(0.01)
@@ -118,17 +118,17 @@ def run(
     *,
     resume=False,
     steps=12,
-    stop=None,
-    told=None,
+    exit_step=None,
+    sigterm_at=None,
     shard="none",
     fusion="dual tower",
     preview=False,
     dtype=torch.float32,
     compile=False,
-    again=False,
-    often=False,
+    activation_checkpointing=False,
+    always_save=False,
     minutes=None,
-    killed=None,
+    sigkill_step=None,
     extra=(),
     data=None,
     mixed=False,
@@ -137,19 +137,19 @@ def run(
 ) -> None:
     base = Backbone.load(str(folder / "base"))
     config = MixtureConfig(**{"draw": 6, "caption": 4, "pack": 2, **mixture})
-    stage = Stage(steps=steps, warmup=3, mixture=config, activation_checkpointing=again)
+    stage = Stage(steps=steps, warmup=3, mixture=config, activation_checkpointing=activation_checkpointing)
     recipe = Recipe(model=replace(model_config(base, fusion), extra=extra), data=data or "noise", stages=(stage,))
 
     def listen(event):
-        if event["event"] == "step" and event["step"] == stop:
+        if event["event"] == "step" and event["step"] == exit_step:
             os._exit(0)  # as kill -9 would
-        if event["event"] == "step" and (event["step"], int(os.environ["RANK"])) == (killed, 1):
+        if event["event"] == "step" and (event["step"], int(os.environ["RANK"])) == (sigkill_step, 1):
             os.kill(os.getpid(), signal.SIGKILL)
-        if event["event"] == "step" and (event["step"], int(os.environ["RANK"])) == told:
+        if event["event"] == "step" and (event["step"], int(os.environ["RANK"])) == sigterm_at:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    before = base.compute_fingerprint()
     source = Mixed("many+few", [Noise(6), Noise(4)], [Fraction(2), Fraction(1)]) if mixed else Noise()
+    fingerprint = base.compute_fingerprint()
     model = loop.train(
         recipe,
         out=folder / name,
@@ -160,7 +160,7 @@ def run(
         dtype=dtype,
         preview_every=1e-6 if preview else 0,
         preview_prompts=("a red square",) if preview else None,
-        checkpoint_every=0 if stop or often else 300,
+        checkpoint_every=0 if exit_step or always_save else 300,
         resume=resume,
         minutes=minutes,
         shard=shard,
@@ -168,7 +168,7 @@ def run(
         console=Console(file=(folder / f"{name}.{os.environ['RANK']}.txt").open("w"), width=200),
     )
     # Whatever was divided: the base and its storage are as they were, and words go through it to the bit as before.
-    assert base.compute_fingerprint() == before and model.backbone is base
+    assert base.compute_fingerprint() == fingerprint and model.backbone is base
     ids = torch.tensor([[5, 6, 7, 8]])
     assert torch.equal(model.text_logits(ids, stack="fused"), base.model(ids).logits)
 
@@ -176,7 +176,7 @@ def run(
 def run_told(folder: Path, name: str, step: int = 4, **settings) -> None:
     """The second process alone gets a signal, behind a step."""
     try:
-        run(folder, name, told=(step, 1), **settings)
+        run(folder, name, sigterm_at=(step, 1), **settings)
     except Interrupted as stop:
         (folder / f"{name}.{os.environ['RANK']}.code").write_text(str(stop.code))
 
@@ -184,9 +184,9 @@ def run_told(folder: Path, name: str, step: int = 4, **settings) -> None:
 class LatePace(Pace):
     """A clock by which the speed is known a few steps later than by the others'; what else the machine does is not on it."""
 
-    def seconds_per_step(self, step, now, until):
-        own = step - 3 * int(os.environ["RANK"])
-        return super().seconds_per_step(own, 0.05 * own, float("inf"))
+    def seconds_per_step(self, step, now, deadline):
+        own_step = step - 3 * int(os.environ["RANK"])
+        return super().seconds_per_step(own_step, 0.05 * own_step, float("inf"))
 
 
 def run_late(folder: Path, name: str) -> None:
@@ -198,7 +198,7 @@ def run_late(folder: Path, name: str) -> None:
 def run_lost(folder: Path, name: str, shard: str) -> None:
     """The second process is killed behind step 3; the first says so."""
     try:
-        run(folder, name, shard=shard, killed=3)
+        run(folder, name, shard=shard, sigkill_step=3)
     except XFusionError as error:
         (folder / f"{name}.said").write_text(str(error))
 
@@ -208,18 +208,18 @@ def run_twice(folder: Path, name: str, shard: str) -> None:
     try:
         run(folder, name, shard=shard)
     except XFusionError as error:
-        (folder / f"{name}.{os.environ['RANK']}.said").write_text(f"{error.told_elsewhere} {error}")
+        (folder / f"{name}.{os.environ['RANK']}.said").write_text(f"{error.reported_elsewhere} {error}")
 
 
 def run_spoilt(folder: Path, name: str, spoil, rank: int, **settings) -> None:
     """A run of which one process is spoilt; what each says when it stops."""
-    own = int(os.environ["RANK"])
-    if own == rank:
+    own_rank = int(os.environ["RANK"])
+    if own_rank == rank:
         spoil(folder / name)
     try:
-        run(folder, name, steps=6, often=True, **settings)
+        run(folder, name, steps=6, always_save=True, **settings)
     except XFusionError as error:
-        (folder / f"{name}.{own}.said").write_text(f"{error.told_elsewhere} {error}")
+        (folder / f"{name}.{own_rank}.said").write_text(f"{error.reported_elsewhere} {error}")
 
 
 def full(out: Path) -> None:
@@ -242,13 +242,13 @@ def not_finite(out: Path) -> None:
     """From step 3 on."""
     loss, calls = FlowMatching.loss, []
 
-    def broken(self, run, batch):
-        found = loss(self, run, batch)
+    def broken_loss(self, run, batch):
+        losses = loss(self, run, batch)
         calls.append(1)
-        late = len(calls) > 2 * (1 + 3)  # one more: the largest step was tried
-        return {name: (total * float("nan"), n) for name, (total, n) in found.items()} if late else found
+        is_late = len(calls) > 2 * (1 + 3)  # one more: the largest step was tried
+        return {name: (total * float("nan"), n) for name, (total, n) in losses.items()} if is_late else losses
 
-    FlowMatching.loss = broken
+    FlowMatching.loss = broken_loss
 
 
 def whole(folder: Path) -> None:
@@ -268,7 +268,7 @@ def whole(folder: Path) -> None:
     for count in (1, 2, 4):
         weights = {"mixed": True, "loss_weights": (1.0, 0.2), "steps": 4}
         together(count, lambda count=count, weights=weights: run(folder, f"weights_{count}", **weights))
-    together(2, lambda: run(folder, "again_2", again=True))
+    together(2, lambda: run(folder, "again_2", activation_checkpointing=True))
     shutil.copytree(folder / "of_2", folder / "of_2_twice")
     together(2, lambda: run_twice(folder, "of_2_twice", "none"))
     together(2, lambda: run_late(folder, "late_2"))
@@ -279,7 +279,7 @@ def whole(folder: Path) -> None:
     for name, spoil, rank in SPOILT:
         together(2, partial(run_spoilt, folder, name, spoil, rank))
     # All of them die at step 7; others go on.
-    together(2, lambda: run(folder, "died_2", stop=6))
+    together(2, lambda: run(folder, "died_2", exit_step=6))
     for count in (1, 4):
         shutil.copytree(folder / "died_2", folder / f"died_2_on_{count}")
         together(count, lambda count=count: run(folder, f"died_2_on_{count}", resume=True))
@@ -297,9 +297,9 @@ def some_divided(folder: Path) -> None:
         together(2, partial(run_spoilt, folder, name, spoil, rank, shard="new"))
     shutil.copytree(folder / "all_2", folder / "all_2_on_1")
     together(1, lambda: run(folder, "all_2_on_1", resume=True))
-    few = {"draw": 1, "caption": 2, "pack": 2, "steps": 2}
-    together(1, lambda: run(folder, "few_1", **few))
-    together(2, lambda: run(folder, "few_2", shard="new", **few))
+    few_samples = {"draw": 1, "caption": 2, "pack": 2, "steps": 2}
+    together(1, lambda: run(folder, "few_1", **few_samples))
+    together(2, lambda: run(folder, "few_2", shard="new", **few_samples))
 
 
 SPOILT = (
@@ -315,30 +315,30 @@ SPOILT_DIVIDED = (("full_2", full, 1), ("blocked_2", blocked, 0))
 def often(folder: Path) -> None:
     """What the default tier asks for, in one program."""
     for part in (whole, some_divided):
-        own = folder / part.__name__
-        own.mkdir()
-        part(own)
+        part_folder = folder / part.__name__
+        part_folder.mkdir()
+        part(part_folder)
 
 
 def divided(folder: Path) -> None:
     """Both ways to divide, by two and four, with states that go over to the other."""
     make_base("llama", folder / "base")
     gates = {"steps": 2, "fusion": "flamingo", "draw": 0}  # single numbers among its weights
-    few = {"draw": 1, "caption": 2, "pack": 2, "steps": 2, "preview": True}
+    few_samples = {"draw": 1, "caption": 2, "pack": 2, "steps": 2, "preview": True}
     together(1, lambda: run(folder, "of_1", steps=6))
     together(1, lambda: run(folder, "gates_1", **gates))
-    together(1, lambda: run(folder, "few_1", **few))
+    together(1, lambda: run(folder, "few_1", **few_samples))
     for shard in ("new", "all"):
         together(2, lambda shard=shard: run(folder, f"{shard}_2", steps=6, shard=shard))
-        together(2, lambda shard=shard: run(folder, f"{shard}_died", steps=6, shard=shard, stop=3))
+        together(2, lambda shard=shard: run(folder, f"{shard}_died", steps=6, shard=shard, exit_step=3))
         together(2, lambda shard=shard: run(folder, f"{shard}_gates", shard=shard, **gates))
-        together(4, lambda shard=shard: run(folder, f"{shard}_few", shard=shard, **few))
-    together(2, lambda: run(folder, "none_died", steps=6, stop=3))
-    for name, first, count, then in GOES_ON:
-        shutil.copytree(folder / f"{first}_died", folder / name)
+        together(4, lambda shard=shard: run(folder, f"{shard}_few", shard=shard, **few_samples))
+    together(2, lambda: run(folder, "none_died", steps=6, exit_step=3))
+    for name, first_shard, count, next_shard in GOES_ON:
+        shutil.copytree(folder / f"{first_shard}_died", folder / name)
         together(
             count,
-            lambda name=name, then=then: run(folder, name, steps=6, shard=then, resume=True),
+            lambda name=name, next_shard=next_shard: run(folder, name, steps=6, shard=next_shard, resume=True),
         )
 
 
@@ -346,12 +346,12 @@ def killed(folder: Path) -> None:
     """Two processes that divide weights; one dies by SIGKILL at a random moment, and the same command goes on."""
     make_base("llama", folder / "base")
     for shard in ("new", "all"):
-        begun = time.monotonic()
-        together(2, partial(run, folder, f"{shard}_straight", shard=shard, steps=6, often=True))
-        seconds = time.monotonic() - begun
+        start = time.monotonic()
+        together(2, partial(run, folder, f"{shard}_straight", shard=shard, steps=6, always_save=True))
+        seconds = time.monotonic() - start
         for number in range(KILLS):
             name, rng = f"{shard}_killed_{number}", random.Random(f"{shard}/{number}")
-            command = partial(run, folder, name, shard=shard, steps=6, often=True)
+            command = partial(run, folder, name, shard=shard, steps=6, always_save=True)
             # The first process writes most, the others a file of shares at a time: who was done tries an earlier write.
             for writes in (WRITES_OF_A_RUN, WRITES_OF_A_RUN, 12, 6, 3, 1):
                 if killed_together(2, command, rng, seconds, writes):
@@ -359,7 +359,7 @@ def killed(folder: Path) -> None:
                 shutil.rmtree(folder / name)
             else:
                 sys.exit(f"{name}: six runs were over before one could be killed")
-            together(2, partial(command, resume=bool(states.found(folder / name / "state"))))
+            together(2, partial(command, resume=bool(states.list_states(folder / name / "state"))))
 
 
 def killed_writing(folder: Path) -> None:
@@ -370,18 +370,18 @@ def killed_writing(folder: Path) -> None:
     together(1, partial(run, folder, "straight", steps=6))
     child = os.fork()
     if not child:
-        written, save = [], states.save_file
+        paths, save = [], states.save_file
 
-        def dying(tensors, path):
+        def save_and_die(tensors, path):
             save(tensors, path)
-            written.append(path)
-            if len(written) == 3:
+            paths.append(path)
+            if len(paths) == 3:
                 os.truncate(path, os.path.getsize(path) // 2)
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        states.save_file = dying
+        states.save_file = save_and_die
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}
-        run(folder, "run", steps=6, often=True)
+        run(folder, "run", steps=6, always_save=True)
         os._exit(1)
     assert os.WIFSIGNALED(waited(child))
 

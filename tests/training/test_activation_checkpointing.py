@@ -6,10 +6,10 @@ from functools import partial
 import pytest
 import torch
 from contracts.table import FUSIONS, LAYERS, make_model, mixed_sequences, view
-from training.runs import StopAt, log, pack_of, recipe, same, state_of, told, train
+from training.runs import StopAt, log, pack_of, recipe, same, state_of, step_records, train
 
 import xfusion.fusion.base as fusion_base
-from xfusion.comparison.cost import LiveBytes, _loss, _samples, activation_memory
+from xfusion.comparison.cost import LiveBytes, _loss, _sample_makers, activation_memory
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.pack import pack
 from xfusion.training.loop import Interrupted
@@ -71,7 +71,7 @@ def test_a_run_is_the_same_to_the_bit_and_resumes(bases, tmp_path):
         train(base, tmp_path / "broken", recipe_=recipe(base, stages=stages), listener=StopAt(1))
     train(base, tmp_path / "broken", recipe_=recipe(base, stages=stages), resume=True)
     for name in ("again", "broken"):
-        assert told(tmp_path / name) == told(tmp_path / "plain") and len(log(tmp_path / name)) == 8
+        assert step_records(tmp_path / name) == step_records(tmp_path / "plain") and len(log(tmp_path / name)) == 8
         assert same(pack_of(tmp_path / name), pack_of(tmp_path / "plain"))
         assert same(state_of(tmp_path / name), state_of(tmp_path / "plain"))
 
@@ -81,11 +81,11 @@ def test_live_bytes_are_those_of_tensors_that_are_held():
     w, x = torch.randn(16, 8, requires_grad=True), torch.randn(8, 100)
     with LiveBytes() as live:
         y = (w @ x).relu()  # 16 x 100 floats twice, then once
-        assert (live.now, live.most) == (6400, 12_800)
+        assert (live.current, live.peak) == (6400, 12_800)
         z = y[:4].t()  # views are nobody's
-        assert live.now == 6400
+        assert live.current == 6400
         y.sum().backward()
-    assert live.now == 6400 + 4 * 16 * 8 and z.shape == (100, 4)  # and the gradient of w
+    assert live.current == 6400 + 4 * 16 * 8 and z.shape == (100, 4)  # and the gradient of w
 
 
 @pytest.mark.parametrize(("fusion", "over"), [("dual tower", 1.02), ("single tower", 1.02), ("flamingo", 1.25)])
@@ -102,10 +102,10 @@ def test_predicted_memory_is_that_of_a_real_pass(bases, fusion, over):
             p.grad = torch.zeros_like(p)
         for task, rows in (("draw", [1] * 6), ("caption", [2] * 2)):
             if task in model.capabilities:
-                batch = pack([[_samples(model)[task](12)] * count for count in rows])
+                batch = pack([[_sample_makers(model)[task](12)] * count for count in rows])
                 with model.using(engine), LiveBytes() as live:
                     _loss(model, batch, task).backward()
-                most = max(most, live.most)
+                most = max(most, live.peak)
         assert 0.98 * most <= predicted <= over * most
     assert found[True] < 0.75 * found[False]
     assert all(torch.equal(a, b) for a, b in zip(before, model.new_parameters(), strict=True))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from training.runs import StopAt, pack_of, same, state_of, told, train
+from training.runs import StopAt, pack_of, same, state_of, step_records, train
 
 import xfusion
 from xfusion import checkpoint
@@ -57,7 +57,7 @@ def straight(bases, tmp_path_factory):
         begun = time.perf_counter()
         run(bases["llama"], out, keep=STEPS)
         seconds = time.perf_counter() - begun
-    assert len(states.found(out / "state")) == STEPS
+    assert len(states.list_states(out / "state")) == STEPS
     return Straight(out, seconds, len(calls))
 
 
@@ -143,7 +143,7 @@ def check_what_is_left(base, out, straight) -> None:
         except XFusionError:
             continue
         assert same(model.learned_state(), pack_of(straight.out))
-    for state in states.found(out / "state"):  # what has its name is whole
+    for state in states.list_states(out / "state"):  # what has its name is whole
         states.read(state)
 
 
@@ -159,8 +159,8 @@ def test_a_killed_run_goes_on_to_the_same_losses(bases, straight, tmp_path, kind
     base, out = bases["llama"], tmp_path / "run"
     killed(base, out, straight, random.Random(f"{kind}/{seed}"), kind)
     check_what_is_left(base, out, straight)
-    run(base, out, resume=bool(states.found(out / "state")))
-    assert told(out) == told(straight.out)
+    run(base, out, resume=bool(states.list_states(out / "state")))
+    assert step_records(out) == step_records(straight.out)
     assert same(state_of(out), state_of(straight.out))
     assert same(pack_of(out), pack_of(straight.out))
     assert [path for path in out.rglob(".*") if path.is_dir()] == []
@@ -188,5 +188,5 @@ def test_a_kill_between_two_packs_loses_neither(bases, straight, tmp_path):
     assert os.WIFSIGNALED(waited(child)) and not (out / "pack").exists()
     assert same(xfusion.load(out, backbone=base).learned_state(), before)
     run(base, out, resume=True)
-    assert told(out) == told(straight.out) and same(pack_of(out), pack_of(straight.out))
+    assert step_records(out) == step_records(straight.out) and same(pack_of(out), pack_of(straight.out))
     assert [path for path in out.rglob(".*") if path.is_dir()] == []

@@ -13,13 +13,13 @@ import torch
 from contracts.table import Noise, make_base, make_model, model_config, randomise
 from data.test_shards import write_dataset, write_folder, write_parquet, write_tar
 from rich.console import Console
-from training.runs import StopAt, log, pack_of, plan_of, recipe, same, state_of, told, train
+from training.runs import StopAt, log, pack_of, plan_of, recipe, same, state_of, step_records, train
 
 import xfusion
 import xfusion.fusion.base as fusion_base
 from xfusion.backbone import Backbone
 from xfusion.data.latents import encode
-from xfusion.data.mixture import Ahead, Mixture, MixtureConfig
+from xfusion.data.mixture import Mixture, MixtureConfig, Prefetcher
 from xfusion.data.mixture import _fit as fit_
 from xfusion.data.sequence import Batch, XFusionError
 from xfusion.data.sources import open_source
@@ -63,7 +63,7 @@ def test_a_run_writes_a_log_a_state_and_a_pack(straight, bases):
 def test_the_same_run_twice_is_the_same_to_the_bit(straight, bases, tmp_path):
     torch.manual_seed(123)
     train(bases["llama"], tmp_path)
-    assert told(tmp_path) == told(straight[0])
+    assert step_records(tmp_path) == step_records(straight[0])
     assert same(pack_of(tmp_path), pack_of(straight[0]))
 
 
@@ -75,7 +75,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(straight, bases, tmp_
     half = xfusion.load(tmp_path / "pack", backbone=bases["llama"])  # an interrupted run leaves a pack, too
     assert half.num_new_parameters == straight[1].num_new_parameters
     train(bases["llama"], tmp_path, resume=True)
-    assert told(tmp_path) == told(straight[0])
+    assert step_records(tmp_path) == step_records(straight[0])
     assert same(pack_of(tmp_path), pack_of(straight[0]))
     assert same(state_of(tmp_path), state_of(straight[0]))
 
@@ -101,7 +101,9 @@ def test_a_compiled_run_in_bfloat16_resumes_to_the_bit(bases, tmp_path):
     finally:
         torch.compiler.reset()
         fusion_base.compiled.cache_clear()
-    assert len(told(tmp_path / "run")) == 16 and told(tmp_path / "run") == told(tmp_path / "straight")
+    assert len(step_records(tmp_path / "run")) == 16 and step_records(tmp_path / "run") == step_records(
+        tmp_path / "straight"
+    )
     for what in (pack_of, state_of):
         assert same(what(tmp_path / "run"), what(tmp_path / "straight"))
     (end,) = log(tmp_path / "straight", "end")
@@ -123,8 +125,8 @@ def test_a_resumed_run_over_a_weighted_mixture_of_shards_is_the_uninterrupted_on
     with pytest.raises(Interrupted):
         train(base, tmp_path / "broken off", resume=True, listener=StopAt(6), **settings)
     train(base, tmp_path / "broken off", resume=True, decoders=3, **settings)
-    assert len(told(tmp_path / "straight")) == 9
-    assert told(tmp_path / "broken off") == told(tmp_path / "straight")
+    assert len(step_records(tmp_path / "straight")) == 9
+    assert step_records(tmp_path / "broken off") == step_records(tmp_path / "straight")
     for what in (pack_of, state_of):
         assert same(what(tmp_path / "broken off"), what(tmp_path / "straight"))
     with pytest.raises(XFusionError, match="decoders is 0: at least 1 thread decodes"):
@@ -171,16 +173,16 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit_whatever_reads_its_pi
     with pytest.raises(Interrupted):
         train(base, out, listener=StopAt(1), **settings)
     train(base, out, resume=True, **settings)
-    assert len(told(out)) == 4 and told(out) == told(straight)
+    assert len(step_records(out)) == 4 and step_records(out) == step_records(straight)
     for what in (pack_of, state_of):
         assert same(what(out), what(straight))
 
 
 def test_a_resumed_run_reads_the_next_batches(bases, tmp_path, monkeypatch):
     """The same pictures, wordings and order as without a break, over accumulated parts and past the end of an epoch."""
-    base, real, read = bases["llama"], Ahead.take, []
+    base, real, read = bases["llama"], Prefetcher.take, []
     whole = recipe(base, steps=5, accumulate=2, weight_decay=0.1)
-    monkeypatch.setattr(Ahead, "take", lambda self, step: read.append((step, real(self, step))) or read[-1][1])
+    monkeypatch.setattr(Prefetcher, "take", lambda self, step: read.append((step, real(self, step))) or read[-1][1])
     train(base, tmp_path / "straight", recipe_=whole)
     straight, read[:] = list(read), []
     with pytest.raises(Interrupted):
@@ -203,15 +205,15 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint(straight, bases, tmp_p
     assert [e["step"] for e in log(tmp_path)] == list(range(9))
     monkeypatch.undo()
     train(bases["llama"], tmp_path, resume=True)
-    assert told(tmp_path) == told(straight[0])
+    assert step_records(tmp_path) == step_records(straight[0])
     assert same(pack_of(tmp_path), pack_of(straight[0]))
 
 
 def test_resuming_a_finished_run_changes_nothing(bases, tmp_path):
     train(bases["llama"], tmp_path, steps=4)
-    before, lines = pack_of(tmp_path), told(tmp_path)
+    before, lines = pack_of(tmp_path), step_records(tmp_path)
     train(bases["llama"], tmp_path, steps=4, resume=True)
-    assert same(pack_of(tmp_path), before) and told(tmp_path) == lines
+    assert same(pack_of(tmp_path), before) and step_records(tmp_path) == lines
 
 
 @pytest.mark.parametrize(
@@ -261,7 +263,7 @@ def test_stages_follow_each_other_and_resume_within(bases, tmp_path):
             train(base, out, recipe_=two, listener=StopAt(stop))
         assert plan_of(out)["stage"] == (0 if stop < 3 else 1)
         train(base, out, recipe_=two, resume=True)
-        assert told(out) == told(tmp_path / "straight")
+        assert step_records(out) == step_records(tmp_path / "straight")
         assert same(pack_of(out), pack_of(tmp_path / "straight"))
         assert same(state_of(out), state_of(tmp_path / "straight"))  # weights, average and moments
         assert plan_of(out)["recent"] == plan_of(tmp_path / "straight")["recent"]
@@ -303,7 +305,7 @@ def test_a_state_is_never_half_written(straight, bases, tmp_path, monkeypatch):
     assert plan_of(tmp_path)["step"] == 2
     monkeypatch.undo()
     train(bases["llama"], tmp_path, resume=True)
-    assert told(tmp_path) == told(straight[0])
+    assert step_records(tmp_path) == step_records(straight[0])
     assert same(pack_of(tmp_path), pack_of(straight[0]))
 
 
@@ -479,7 +481,7 @@ def test_batches_of_a_run_are_a_pure_function_of_seed_and_step(straight, bases, 
     train(bases["llama"], tmp_path / "other", recipe_=recipe(bases["llama"], seed=1), steps=2)
     train(bases["llama"], tmp_path / "short", steps=2)
     rows = {
-        name: [(s, losses) for s, losses, *_ in told(out)]
+        name: [(s, losses) for s, losses, *_ in step_records(out)]
         for name, out in (("straight", straight[0]), ("other", tmp_path / "other"), ("short", tmp_path / "short"))
     }
     assert rows["short"][0] == rows["straight"][0]
@@ -643,7 +645,7 @@ def test_previews_are_drawn_by_the_averaged_weights_and_change_nothing(straight,
         listener=events.append,
         checkpoint_every=0,
     )
-    assert told(tmp_path) == told(straight[0])
+    assert step_records(tmp_path) == step_records(straight[0])
     assert same(pack_of(tmp_path), pack_of(straight[0]))
     previews = [e for e in events if e["event"] == "preview"]
     assert [e["step"] for e in previews] == [*range(1, 13), 12]
@@ -729,12 +731,12 @@ def test_steps_behind_the_warm_up_are_not_compiled(bases, tmp_path):
 @pytest.mark.usefixtures("graphs")
 def test_a_caption_longer_than_was_looked_at_makes_graphs_once_and_they_are_counted(bases, tmp_path, monkeypatch):
     """Widths double, so there are few; were each length a width of its own, a graph a step would be counted."""
-    base, mixture, take, late, new = bases["llama"], MixtureConfig(draw=2, caption=2, pack=1), Ahead.take, [], []
+    base, mixture, take, late, new = bases["llama"], MixtureConfig(draw=2, caption=2, pack=1), Prefetcher.take, [], []
     monkeypatch.setattr("xfusion.data.mixture.LOOKED_AT", 1)
     for number, fit in enumerate((fit_, lambda width, longest: longest)):
         taken: list[list[Batch]] = []
         monkeypatch.setattr("xfusion.data.mixture._fit", fit)
-        monkeypatch.setattr(Ahead, "take", lambda self, step, to=taken: to.append(take(self, step)) or to[-1])
+        monkeypatch.setattr(Prefetcher, "take", lambda self, step, to=taken: to.append(take(self, step)) or to[-1])
         whole, out = recipe(base, mixture=mixture, steps=40), tmp_path / str(number)
         train(base, out, recipe_=whole, source=Long(), compile=True)
         late.append(log(out, "end")[0]["graphs_behind_warm_up"])

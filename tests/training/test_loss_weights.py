@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 from contracts.table import Noise, make_model
-from training.runs import StopAt, log, recipe, told, train
+from training.runs import StopAt, log, recipe, step_records, train
 
 from xfusion.data.mixed import Mixed
 from xfusion.data.mixture import Mixture, MixtureConfig, WeightedBatch
@@ -133,7 +133,7 @@ def test_a_run_goes_on_with_its_weights_only(bases, tmp_path):
         with pytest.raises(XFusionError, match=rf"was started otherwise: stages\.0\.mixture\.{said}"):
             train(base, tmp_path / "run", recipe_=changed, source=both(), resume=True)
     train(base, tmp_path / "run", recipe_=weighted, source=both(), resume=True)
-    assert told(tmp_path / "run") == told(tmp_path / "straight")
+    assert step_records(tmp_path / "run") == step_records(tmp_path / "straight")
 
 
 @pytest.mark.parametrize(

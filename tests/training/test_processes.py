@@ -21,7 +21,7 @@ from training.runs import train
 from training.several import GOES_ON, KILLS
 
 import xfusion
-from xfusion.data.mixture import Ahead, Mixture, MixtureConfig
+from xfusion.data.mixture import Mixture, MixtureConfig, Prefetcher
 from xfusion.data.sequence import XFusionError
 from xfusion.training import states
 from xfusion.training.processes import Processes, _buckets
@@ -182,7 +182,7 @@ def test_what_stops_one_process_stops_both_with_one_line(runs, name, said, writt
     assert {told, told_by_other} == {"False", "True"}
     assert one == other and all(words in one for words in said) and "\n" not in one
     assert not [*(folder / name).glob("state/.*")] and not (folder / name / "pack").exists()
-    found = states.found(folder / name / "state")
+    found = states.list_states(folder / name / "state")
     assert [states.read(state)[0]["step"] for state in found[:1]] == [written] * bool(written)
 
 
@@ -241,7 +241,7 @@ def test_each_process_holds_and_writes_its_share(some_divided):
         assert row[:5] == pytest.approx([part / 2e6 for part in (base, new, new, 2 * new, new)], abs=0.06)
     for row in behind:  # measured: no gradients are left
         assert row[:4] == pytest.approx([part / 2e6 for part in (base, new, 2 * new, new)], abs=0.06)
-    (state,) = states.found(some_divided / "all_2" / "state")
+    (state,) = states.list_states(some_divided / "all_2" / "state")
     files = sorted(state.glob("*.safetensors"))
     assert len(files) == 2
     for file in files:  # weights, average and two moments, halved
@@ -255,7 +255,7 @@ def test_a_divided_state_is_read_whole_or_refused(some_divided, tmp_path):
     assert all(torch.equal(tensors[f"average.{name}"], value) for name, value in pack.items())
     for harm, said in ((flip, "was altered"), (Path.unlink, "cannot be read"), (double, "is not of this state")):
         shutil.copytree(some_divided / "all_2" / "state", tmp_path / harm.__name__)
-        (state,) = states.found(tmp_path / harm.__name__)
+        (state,) = states.list_states(tmp_path / harm.__name__)
         harm(state / "shard-00002-model-00001-of-00001.safetensors")
         with pytest.raises(XFusionError, match=said):
             states.newest(tmp_path / harm.__name__)
@@ -424,12 +424,12 @@ def test_settings_that_are_incomplete_are_named(monkeypatch):
 
 def test_shares_divide_all_rows_once(monkeypatch):
     alone = Processes()
-    assert alone.share(5) is None and alone.first and alone.same(3) == 3 and alone.gather(3) == [3]
+    assert alone.row_slice(5) is None and alone.is_first and alone.broadcast(3) == 3 and alone.gather(3) == [3]
     for rows in (0, 1, 5, 8):
         parts = []
         for rank in range(4):
             alone.count, alone.rank = 4, rank
-            parts.append(list(range(rows))[alone.share(rows)])
+            parts.append(list(range(rows))[alone.row_slice(rows)])
         assert [row for part in parts for row in part] == list(range(rows)) and max(map(len, parts)) - min(
             map(len, parts)
         ) <= 1
@@ -514,7 +514,7 @@ def test_batches_made_ahead_are_those_of_the_step_and_errors_come_with_their_ste
             raise XFusionError("step 3 cannot be made")
         return step * step
 
-    ahead = Ahead(make)
+    ahead = Prefetcher(make)
     assert [ahead.take(0), ahead.take(1), ahead.take(2)] == [0, 1, 4]
     with pytest.raises(XFusionError, match="step 3 cannot be made"):
         ahead.take(3)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 from contracts.table import SIDE, Noise, model_config
-from training.runs import StopAt, pack_of, same, state_of, told, train
+from training.runs import StopAt, pack_of, same, state_of, step_records, train
 
 import xfusion
 from xfusion.data.mixture import MixtureConfig
@@ -30,7 +30,7 @@ def test_a_resumed_run_with_shots_is_the_uninterrupted_one(fusion, bases, tmp_pa
     with pytest.raises(Interrupted):
         train(base, tmp_path / "run", recipe_=whole, listener=StopAt(3))
     train(base, tmp_path / "run", recipe_=whole, resume=True)
-    assert told(tmp_path / "run") == told(tmp_path / "straight")
+    assert step_records(tmp_path / "run") == step_records(tmp_path / "straight")
     assert same(pack_of(tmp_path / "run"), pack_of(tmp_path / "straight"))
     assert same(state_of(tmp_path / "run"), state_of(tmp_path / "straight"))
 

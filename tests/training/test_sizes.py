@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from contracts.table import Noise, model_config, randomise, view
-from training.runs import StopAt, log, pack_of, recipe, same, told, train
+from training.runs import StopAt, log, pack_of, recipe, same, step_records, train
 
 import xfusion
 import xfusion.fusion.base as fusion_base
@@ -36,7 +36,9 @@ def test_a_step_is_the_sum_of_its_samples_alone(bases, fusion):
     model = Model(of_sizes(base, fusion=fusion), base)
     randomise(model)
     made = Mixture(Noise(), model.image, SIZES, base.encode, base.begin_ids, base.end_ids[0], MIXTURE, 0)
-    rows = [row for task in made._rows(made.drawings(1), made.captionings(1)) for row in made._filled(list(task))]
+    rows = [
+        row for task in made._rows(made.drawings(1), made.captionings(1)) for row in made._fill_pictures(list(task))
+    ]
     assert len(rows) < 12 and len({len(row) for row in rows}) > 1
 
     def summed(batches):
@@ -66,7 +68,7 @@ def test_a_run_of_several_sizes_resumes_and_its_pack_draws_and_names_at_each(bas
     with pytest.raises(Interrupted):
         train(base, tmp_path / "broken", recipe_=run(base), listener=StopAt(5))
     train(base, tmp_path / "broken", recipe_=run(base), resume=True)
-    assert told(tmp_path / "whole") == told(tmp_path / "broken")
+    assert step_records(tmp_path / "whole") == step_records(tmp_path / "broken")
     assert same(pack_of(tmp_path / "whole"), pack_of(tmp_path / "broken"))
     model = xfusion.load(tmp_path / "whole" / "pack", backbone=base)
     randomise(model)

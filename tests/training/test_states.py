@@ -13,7 +13,7 @@ import time
 
 import pytest
 import torch
-from training.runs import StopAt, log, pack_of, plan_of, recipe, same, state_of, told, train
+from training.runs import StopAt, log, pack_of, plan_of, recipe, same, state_of, step_records, train
 
 import xfusion
 from xfusion import checkpoint
@@ -31,7 +31,7 @@ def write(folder, step, *, loss=1.0, stage=0, keep=2, **settings):
 
 
 def steps(folder):
-    return [int(state.name.removeprefix("step_")) for state in states.found(folder)]
+    return [int(state.name.removeprefix("step_")) for state in states.list_states(folder)]
 
 
 def flip(path, place, bit):
@@ -85,7 +85,7 @@ def test_states_that_were_left_out_count_for_nothing(tmp_path, keep, losses, kep
     damaged = tmp_path / "step_00000600" / "state.safetensors"
     flip(damaged, damaged.stat().st_size - 1, 0)
     went_on_from = states.newest(tmp_path)[0]["step"]
-    write(tmp_path, 450, loss=losses[2], keep=keep, behind=went_on_from)
+    write(tmp_path, 450, loss=losses[2], keep=keep, previous_step=went_on_from)
     assert steps(tmp_path) == kept and states.newest(tmp_path)[0]["step"] == 450
 
 
@@ -143,7 +143,7 @@ def test_a_run_keeps_what_it_says(bases, tmp_path):
     losses, recent = [], []
     for event in log(tmp_path):
         losses.append(sum(o.weight * event["losses"][o.name] for o in objectives(base)))
-        shares = [progress.REMEMBERED**back for back in range(len(losses))]
+        shares = [progress.LOSS_DECAY**back for back in range(len(losses))]
         recent.append(sum(s * x for s, x in zip(shares, reversed(losses), strict=True)) / sum(shares))
     for step in kept:
         assert states.read_plan(tmp_path / "state" / f"step_{step:08d}")["loss"] == pytest.approx(recent[step - 1])
@@ -167,11 +167,11 @@ def test_a_damaged_state_is_named_and_the_run_goes_on_from_the_one_before(bases,
     with caplog.at_level(logging.WARNING):
         train(base, tmp_path / "run", steps=8, checkpoint_every=0, resume=True)
     assert f"{damaged} was altered" in caplog.text and "goes on from step 5" in caplog.text
-    assert told(tmp_path / "run") == told(tmp_path / "straight")
+    assert step_records(tmp_path / "run") == step_records(tmp_path / "straight")
     assert same(state_of(tmp_path / "run"), state_of(tmp_path / "straight"))
-    for state in states.found(tmp_path / "run" / "state"):  # the damaged one was written again, or has gone
+    for state in states.list_states(tmp_path / "run" / "state"):  # the damaged one was written again, or has gone
         states.read(state)
-    for state in states.found(tmp_path / "run" / "state"):
+    for state in states.list_states(tmp_path / "run" / "state"):
         flip(state / "state.json", 40, 0)
     with pytest.raises(XFusionError, match="holds no intact state: .*; start the run again") as error:
         train(base, tmp_path / "run", steps=8, resume=True)
@@ -193,10 +193,10 @@ def test_a_run_that_went_on_before_a_damaged_state_keeps_what_it_writes(bases, t
             damaged = out / "state" / "step_00000006" / "state.safetensors"
             flip(damaged, damaged.stat().st_size // 2, 3)
     monkeypatch.undo()
-    found = states.found(out / "state")
+    found = states.list_states(out / "state")
     assert [states.read(state)[0]["step"] for state in found] == steps(out / "state") and steps(out / "state")[0] == 5
     train(base, out, steps=8, resume=True)
-    assert told(out) == told(tmp_path / "straight")
+    assert step_records(out) == step_records(tmp_path / "straight")
     assert same(state_of(out), state_of(tmp_path / "straight"))
 
 
@@ -254,7 +254,7 @@ def test_a_run_of_an_earlier_xfusion_goes_on(bases, tmp_path):
     with pytest.raises(Interrupted):
         train(base, tmp_path / "run", steps=6, listener=StopAt(2))
     folder = tmp_path / "run" / "state"
-    (state,) = states.found(folder)
+    (state,) = states.list_states(folder)
     plan = json.loads((state / "state.json").read_text())
     for name in ("sha256", "state_sha256", "stage", "recent", "loss"):
         del plan[name]
@@ -262,7 +262,7 @@ def test_a_run_of_an_earlier_xfusion_goes_on(bases, tmp_path):
     shutil.move(state / "state.safetensors", folder)
     shutil.rmtree(state)
     train(base, tmp_path / "run", steps=6, resume=True)
-    assert told(tmp_path / "run") == told(tmp_path / "straight")
+    assert step_records(tmp_path / "run") == step_records(tmp_path / "straight")
     assert [path.name for path in folder.iterdir()] == ["step_00000006"]
 
 
@@ -282,7 +282,7 @@ def test_a_log_that_was_cut_off_is_mended(bases, tmp_path):
         file.write('{"event": "step", "step": 1, "losses": {"next_token": 1.0}')
     train(bases["llama"], tmp_path / "run", steps=4, resume=True)
     train(bases["llama"], tmp_path / "straight", steps=4)
-    assert told(tmp_path / "run") == told(tmp_path / "straight")
+    assert step_records(tmp_path / "run") == step_records(tmp_path / "straight")
 
 
 # ------------------------------------------------------------------------------------------------------------ signals
@@ -313,7 +313,7 @@ def test_a_signal_in_the_middle_of_a_step_waits_for_its_end(bases, tmp_path, mon
     assert plan_of(tmp_path / "run")["step"] == 3
     train(base, tmp_path / "run", steps=6, resume=True)
     train(base, tmp_path / "straight", steps=6)
-    assert told(tmp_path / "run") == told(tmp_path / "straight")
+    assert step_records(tmp_path / "run") == step_records(tmp_path / "straight")
     assert same(state_of(tmp_path / "run"), state_of(tmp_path / "straight"))
     assert same(pack_of(tmp_path / "run"), pack_of(tmp_path / "straight"))
 
@@ -336,7 +336,7 @@ def test_only_the_main_thread_listens_to_signals():
     before, seen = signal.getsignal(signal.SIGTERM), []
 
     def elsewhere():
-        with stopping(tell=False) as stop:
+        with stopping(announce=False) as stop:
             seen.append((signal.getsignal(signal.SIGTERM), stop.signal))
 
     thread = threading.Thread(target=elsewhere)
@@ -388,7 +388,7 @@ def test_a_disk_that_takes_no_more_stops_in_one_line(bases, tmp_path, limit, eve
     assert said.startswith(f"XFusionError: {tmp_path}/{named} cannot be written: ") and "File too large" in said, said
     assert said.endswith("; make room, or name another folder") and "\n" not in said
     assert not list(out.rglob(".step*")) and not (out / "pack").exists()
-    assert states.found(out / "state") == []
+    assert states.list_states(out / "state") == []
     train(base, out, steps=2)  # room was made
     assert plan_of(out)["step"] == 2
 

@@ -9,7 +9,7 @@ import pytest
 from data.hub_server import hub
 from data.test_hub_data import rows
 from data.test_shards import png, write_folder, write_parquet, write_tar
-from training.runs import StopAt, log, pack_of, plan_of, recipe, same, told, train
+from training.runs import StopAt, log, pack_of, plan_of, recipe, same, step_records, train
 from training.test_processes import TOLERANCE, furthest, several
 from training.test_processes import told as told_in
 
@@ -84,7 +84,7 @@ def test_a_picture_that_turns_unreadable_stops_the_run_with_its_state_or_is_left
     with pytest.raises(XFusionError, match=stopped) as error:
         run(base, out, path)
     assert "\n" not in str(error.value)
-    assert plan_of(out)["step"] == FOUND == len(told(out))
+    assert plan_of(out)["step"] == FOUND == len(step_records(out))
     # Allowed, it is left out and named once; the run is the one that had allowed it from its start.
     caplog.clear()
     run(base, out, path, resume=True, allow_bad=0.05)
@@ -93,7 +93,7 @@ def test_a_picture_that_turns_unreadable_stops_the_run_with_its_state_or_is_left
     ]
     assert [(e["step"], e["example"]) for e in log(out, "left_out")] == [(FOUND, source.examples[index].id)]
     run(base, tmp_path / "straight", path, allow_bad=0.05)
-    assert len(told(out)) == STEPS and told(out) == told(tmp_path / "straight")
+    assert len(step_records(out)) == STEPS and step_records(out) == step_records(tmp_path / "straight")
     assert same(pack_of(out), pack_of(tmp_path / "straight"))
     # Broken off behind the damage, and with a shard whose date says that it changed: it keeps its place among the others.
     with pytest.raises(Interrupted):
@@ -101,7 +101,7 @@ def test_a_picture_that_turns_unreadable_stops_the_run_with_its_state_or_is_left
     path.touch()
     caplog.clear()
     run(base, tmp_path / "again", path, allow_bad=0.05, resume=True)
-    assert told(tmp_path / "again") == told(out) and same(pack_of(tmp_path / "again"), pack_of(out))
+    assert step_records(tmp_path / "again") == step_records(out) and same(pack_of(tmp_path / "again"), pack_of(out))
     assert not caplog.records and len(log(tmp_path / "again", "left_out")) == 1
 
 
@@ -146,7 +146,7 @@ def test_a_hub_that_does_not_answer_stops_the_run_with_its_state_and_it_goes_on_
         run(base, out, "hf:org/cards", allow_bad=0.5, listener=fails)
     hub.out_of_order = False
     run(base, out, "hf:org/cards", allow_bad=0.5, resume=True)
-    assert len(told(out)) == STEPS and told(out) == told(tmp_path / "straight")
+    assert len(step_records(out)) == STEPS and step_records(out) == step_records(tmp_path / "straight")
     assert same(pack_of(out), pack_of(tmp_path / "straight")) and not log(out, "left_out")
 
 

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text as Line
 
-from xfusion.apps.commands.base import UsageError, readable, written
-from xfusion.apps.commands.pictures import FORMATS, file_name, save, unused
+from xfusion.apps.commands.base import UsageError, readable, write_whole
+from xfusion.apps.commands.pictures import FORMATS, file_name, save, unused_path
 from xfusion.data import pictures, sounds
 from xfusion.data.sequence import Image, Sound, XFusionError
 from xfusion.generation import DrawMode, conversation, draw_size, opens
@@ -36,7 +36,7 @@ HELP = """\
 /help         this
 /quit         leave (so do Ctrl-D, and Ctrl-C twice; once it ends an answer, or drops the line)
 Anything else is said to the model."""
-WIDEST = 64
+MAX_COLUMNS = 64
 """Maximum width of a picture in columns."""
 
 
@@ -78,7 +78,7 @@ class Chat:
     def answer(self, line: str) -> None:
         """Answer one line or run its command."""
         if not line.startswith("/"):
-            self._say(line)
+            self._answer_message(line)
             return
         verb, _, rest = line.partition(" ")
         commands: dict[str, Callable[[str], None]] = {
@@ -95,69 +95,69 @@ class Chat:
 
     # -- commands
 
-    def _say(self, words: str) -> None:
+    def _answer_message(self, words: str) -> None:
         """The model's answer: streamed text, or a picture followed by text."""
-        messages = added(self.messages, words)
-        if (what := opens(self.model, messages, self.draw)) is not None:
-            picture = self._picture(what)
-            said = self._words([picture]) if "caption" in self.model.capabilities else None
-            answer = [picture] if said is None else [picture, said]
+        messages = with_segment(self.messages, words)
+        if (prompt := opens(self.model, messages, self.draw)) is not None:
+            picture = self._picture(prompt)
+            caption = self._stream_text([picture]) if "caption" in self.model.capabilities else None
+            answer = [picture] if caption is None else [picture, caption]
         else:
-            looks = self.draw == "never" and "caption" in self.model.capabilities
-            answer = [self._words(conversation(self.model, messages, own_pictures=looks))]
+            reads_own = self.draw == "never" and "caption" in self.model.capabilities
+            answer = [self._stream_text(conversation(self.model, messages, own_pictures=reads_own))]
         self.messages = [*messages, {"role": "assistant", "content": answer}]
 
-    def _words(self, segments: list[Any]) -> str:
+    def _stream_text(self, segments: list[Any]) -> str:
         """The model's text after some segments, streamed to the console; Ctrl-C ends it."""
-        heard: list[int] = []
-        shown = ""
+        token_ids: list[int] = []
+        printed = ""
 
-        def listen(_: int, token: int) -> bool:
-            nonlocal shown
-            heard.append(token)
-            text = self.model.backbone.decode(heard).rstrip("\N{REPLACEMENT CHARACTER}")
-            if text.startswith(shown):
-                self._print(text[len(shown) :])
-                shown = text
+        def print_token(_: int, token: int) -> bool:
+            nonlocal printed
+            token_ids.append(token)
+            text = self.model.backbone.decode(token_ids).rstrip("\N{REPLACEMENT CHARACTER}")
+            if text.startswith(printed):
+                self._print(text[len(printed) :])
+                printed = text
             return True
 
         settings = {"max_tokens": self.max_tokens, "temperature": self.temperature}
         try:
-            (answer,) = self.model.generate(segments, seed=self._next_seed(), listen=listen, **settings)
+            (answer,) = self.model.generate(segments, seed=self._next_seed(), listen=print_token, **settings)
         except KeyboardInterrupt:
-            answer = shown
-        self._print(answer.removeprefix(shown) + "\n")
+            answer = printed
+        self._print(answer.removeprefix(printed) + "\n")
         return answer
 
     def _image(self, path: str) -> None:
         """Add a picture to the next turn."""
         if not path:
             raise UsageError("/image PATH: name a picture file")
-        self._able("caption", "read pictures")
+        self._require("caption", "read pictures")
         draw_size(self.model, None)  # refuses an audio pack
-        name = Path(_unquoted(path)).expanduser()
-        picture = pictures.read(name)
-        self.messages = added(self.messages, picture)
+        file = Path(_unquote(path)).expanduser()
+        picture = pictures.read(file)
+        self.messages = with_segment(self.messages, picture)
         self.show(picture)
 
     def _sound(self, path: str) -> None:
         """Add a sound to the next turn."""
         if not path:
             raise UsageError("/sound PATH: name a sound file")
-        heard = self.model.audio  # refuses an image pack
-        self._able("caption", "hear")
-        sound = sounds.read_sound(Path(_unquoted(path)).expanduser())
-        heard.as_heard(sound, heard.sizes[0])  # a sound that is too long is refused now
-        self.messages = added(self.messages, sound)
+        audio = self.model.audio  # refuses an image pack
+        self._require("caption", "hear")
+        sound = sounds.read_sound(Path(_unquote(path)).expanduser())
+        audio.as_heard(sound, audio.sizes[0])  # a sound that is too long is refused now
+        self.messages = with_segment(self.messages, sound)
 
     def _draw(self, words: str) -> None:
         """Draw a picture of a prompt and add it to the conversation."""
         if not words:
             raise UsageError("/draw WORDS: say what to draw")
-        self._able("draw", "draw")
+        self._require("draw", "draw")
         draw_size(self.model, None)  # refuses an audio pack
         picture = self._picture(words)
-        self.messages = [*added(self.messages, words), {"role": "assistant", "content": [picture]}]
+        self.messages = [*with_segment(self.messages, words), {"role": "assistant", "content": [picture]}]
 
     def _picture(self, words: str) -> Picture:
         """Draw a picture of a prompt, and show it or write it to a file."""
@@ -167,15 +167,17 @@ class Chat:
         facts = {"prompt": words, "seed": seed, "steps": self.steps, "guidance": guidance}
         self.last = (picture, facts | {"pack_fingerprint": self.model.fingerprint})
         if not self.show(picture):
-            self.console.print(str(save(picture, unused(Path(f"{file_name(words)}.png")), self.last[1])), markup=False)
+            self.console.print(
+                str(save(picture, unused_path(Path(f"{file_name(words)}.png")), self.last[1])), markup=False
+            )
         return picture
 
     def _save(self, name: str) -> None:
         """Save the last picture or the conversation, depending on the file's suffix."""
-        path = Path(_unquoted(name)).expanduser()
+        path = Path(_unquote(name)).expanduser()
         if path.suffix.lower() == ".json":
-            text = json.dumps({"messages": [as_sent(m) for m in self.messages]}, ensure_ascii=False, indent=1)
-            written(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
+            text = json.dumps({"messages": [request_message(m) for m in self.messages]}, ensure_ascii=False, indent=1)
+            write_whole(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
         elif path.suffix.lower() not in FORMATS:
             raise UsageError(f"/save FILE: {', '.join(FORMATS)} for the last picture, .json for the conversation")
         elif self.last is None:
@@ -196,7 +198,7 @@ class Chat:
         self.answers += 1
         return self.seed + self.answers - 1
 
-    def _able(self, capability: str, verb: str) -> None:
+    def _require(self, capability: str, verb: str) -> None:
         if capability not in self.model.capabilities:
             raise UsageError(f"this pack cannot {verb}: it can {', '.join(sorted(self.model.capabilities))}")
 
@@ -205,18 +207,18 @@ class Chat:
 
     def show(self, picture: Picture) -> bool:
         """Show a picture by the terminal's graphics protocol, or as half blocks if it has colours; False if it has neither."""
-        sent = inline(picture, os.environ) if self.console.is_terminal else None
-        if sent is not None:
-            self.console.file.write(f"{sent}\n")
+        escapes = inline(picture, os.environ) if self.console.is_terminal else None
+        if escapes is not None:
+            self.console.file.write(f"{escapes}\n")
             self.console.file.flush()
             return True
         if self.console.color_system not in ("256", "truecolor"):
             return False
-        self.console.print(half_blocks(picture, min(WIDEST, self.console.width)))
+        self.console.print(half_blocks(picture, min(MAX_COLUMNS, self.console.width)))
         return True
 
 
-def added(messages: list[dict[str, Any]], segment: str | Picture | Sound) -> list[dict[str, Any]]:
+def with_segment(messages: list[dict[str, Any]], segment: str | Picture | Sound) -> list[dict[str, Any]]:
     """A conversation with one more segment from the user."""
     if messages and messages[-1]["role"] == "user":
         return [*messages[:-1], {"role": "user", "content": [*messages[-1]["content"], segment]}]
@@ -246,8 +248,8 @@ def inline(picture: Picture, environment: Mapping[str, str]) -> str | None:
     data = b64encode(file.getvalue()).decode("ascii")
     if environment.get("KITTY_WINDOW_ID") or environment.get("TERM") in ("xterm-kitty", "xterm-ghostty"):
         parts = [data[start : start + CHUNK] for start in range(0, len(data), CHUNK)]
-        more = [int(number < len(parts)) for number in range(1, len(parts) + 1)]
-        keys = [f"a=T,f=100,c={COLUMNS},m={more[0]}", *(f"m={value}" for value in more[1:])]
+        continued = [int(number < len(parts)) for number in range(1, len(parts) + 1)]
+        keys = [f"a=T,f=100,c={COLUMNS},m={continued[0]}", *(f"m={value}" for value in continued[1:])]
         return "".join(f"\033_G{key};{part}\033\\" for key, part in zip(keys, parts, strict=True))
     if environment.get("TERM_PROGRAM") in ("iTerm.app", "WezTerm") or environment.get("LC_TERMINAL") == "iTerm2":
         return f"\033]1337;File=inline=1;size={len(file.getvalue())};width={COLUMNS}:{data}\a"
@@ -256,17 +258,17 @@ def inline(picture: Picture, environment: Mapping[str, str]) -> str | None:
 
 def half_blocks(picture: Picture, columns: int) -> Line:
     """A picture as lines of half blocks: two pixels per character, one above the other."""
-    shown = picture.convert("RGB")
-    width = min(columns, shown.width)
-    height = max(2, round(shown.height * width / shown.width / 2) * 2)
-    shown = shown.resize((width, height))
-    out = Line()
+    image = picture.convert("RGB")
+    width = min(columns, image.width)
+    height = max(2, round(image.height * width / image.width / 2) * 2)
+    image = image.resize((width, height))
+    lines = Line()
     for row in range(0, height, 2):
         for column in range(width):
-            upper, lower = (shown.getpixel((column, row + k)) for k in (0, 1))
-            out.append("▀", Style(color=_colour(upper), bgcolor=_colour(lower)))
-        out.append("\n" if row + 2 < height else "")
-    return out
+            upper, lower = (image.getpixel((column, row + k)) for k in (0, 1))
+            lines.append("▀", Style(color=_colour(upper), bgcolor=_colour(lower)))
+        lines.append("\n" if row + 2 < height else "")
+    return lines
 
 
 def _colour(pixel: Any) -> str:
@@ -274,7 +276,7 @@ def _colour(pixel: Any) -> str:
     return f"rgb({red},{green},{blue})"
 
 
-def _unquoted(path: str) -> str:
+def _unquote(path: str) -> str:
     """A path unquoted as by a shell, since terminals quote dropped files."""
     try:
         parts = shlex.split(path)
@@ -283,11 +285,11 @@ def _unquoted(path: str) -> str:
     return parts[0] if len(parts) == 1 else path
 
 
-def as_sent(message: dict[str, Any]) -> dict[str, Any]:
+def request_message(message: dict[str, Any]) -> dict[str, Any]:
     """A turn in the format of `xfusion serve`."""
     from xfusion.apps.server.answers import data_url
 
-    def block(segment: Any) -> dict[str, Any]:
+    def content_block(segment: Any) -> dict[str, Any]:
         if isinstance(segment, str):
             return {"type": "text", "text": segment}
         if isinstance(segment, Sound):
@@ -295,5 +297,5 @@ def as_sent(message: dict[str, Any]) -> dict[str, Any]:
             return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
         return {"type": "image_url", "image_url": {"url": data_url(segment, {})}}
 
-    blocks = [block(segment) for segment in message["content"]]
+    blocks = [content_block(segment) for segment in message["content"]]
     return {"role": message["role"], "content": blocks}

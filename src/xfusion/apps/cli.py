@@ -39,7 +39,7 @@ from xfusion.apps.commands.show import List, Show
 from xfusion.apps.commands.training import Train, TrainOpening
 from xfusion.apps.commands.web import Web
 
-TELLING = 10.0
+REPORT_WAIT = 10.0
 """Seconds to wait so that another process of the run can report the error: torchrun kills it once this one exits."""
 VERBS: dict[str, type[Verb]] = {
     "demo": Demo,
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(argv)
     except KeyboardInterrupt as stop:
-        return _stopped(stop, argv)
+        return _report_interrupt(stop, argv)
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -84,8 +84,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         line = f"xfusion: {' '.join(str(error).split())}"
         _report_to_torchrun(line)
-        if getattr(error, "told_elsewhere", False):
-            time.sleep(TELLING)
+        if getattr(error, "reported_elsewhere", False):
+            time.sleep(REPORT_WAIT)
             return 2
         print(line, file=sys.stderr)
         return 2
@@ -104,8 +104,8 @@ def _run(argv: list[str]) -> int:
     verb = read(argv)
     if verb is None:
         return 0
-    people = Console(stderr=True, highlight=False)
-    return _print(verb.run(people), verb.json)
+    console = Console(stderr=True, highlight=False)
+    return _print(verb.run(console), verb.json)
 
 
 def _print(answer: Answer, as_json: bool) -> int:
@@ -128,10 +128,10 @@ def _is_expected(error: Exception) -> bool:
     return sequence is not None and isinstance(error, sequence.XFusionError)
 
 
-def _stopped(stop: KeyboardInterrupt, argv: list[str]) -> int:
+def _report_interrupt(stop: KeyboardInterrupt, argv: list[str]) -> int:
     if str(stop):  # training wrote its checkpoint
-        again = argv if "--resume" in argv else [*argv, "--resume"]
-        line = f"xfusion: {str(stop).split(';')[0]}; go on with: {_launched()} {shlex.join(again)}"
+        restart = argv if "--resume" in argv else [*argv, "--resume"]
+        line = f"xfusion: {str(stop).split(';')[0]}; go on with: {_launch_command()} {shlex.join(restart)}"
         _report_to_torchrun(line)
         if os.environ.get("RANK", "0") == "0":  # with several processes only rank 0 prints
             print(line, file=sys.stderr)
@@ -153,14 +153,14 @@ def _report_to_torchrun(line: str) -> None:
             json.dump({"message": message}, file)
 
 
-def _launched() -> str:
+def _launch_command() -> str:
     """How this command line was started: directly, or by torchrun as several processes."""
-    here, count = (os.environ.get(name, "1") for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
-    if count == "1":
+    local_count, world_size = (os.environ.get(name, "1") for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    if world_size == "1":
         return "xfusion"
-    if here != count:  # several machines: only the user knows how they find each other
-        return f"torchrun ... --nproc-per-node {here} -m xfusion.apps.cli"
-    return f"torchrun --standalone --nproc-per-node {count} -m xfusion.apps.cli"
+    if local_count != world_size:  # several machines: only the user knows how they find each other
+        return f"torchrun ... --nproc-per-node {local_count} -m xfusion.apps.cli"
+    return f"torchrun --standalone --nproc-per-node {world_size} -m xfusion.apps.cli"
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
@@ -184,7 +184,7 @@ def overview() -> str:
 
 def read(argv: list[str]) -> Verb | None:
     """The verb with its options; None if help was requested and printed."""
-    name, rest = _verb(argv)
+    name, rest = _split_verb(argv)
     if any(token in ("-h", "--help") for token in rest) and name != "train":
         return parse(VERBS[name], ["--help"], name)
     if name != "train" or not rest or rest[0] in ("-h", "--help"):
@@ -193,14 +193,14 @@ def read(argv: list[str]) -> Verb | None:
         raise UsageError(f"train: name the recipe before {rest[0]}, for example: xfusion train xfusion --minutes 5")
     from xfusion.apps.commands.recipe import parse_train
 
-    def parse_one(kind: Any, args: list[str], **options: Any) -> Any:
-        found = parse(kind, args, f"train {rest[0]}", **options)
-        if found is None:
+    def parse_options(kind: Any, args: list[str], **options: Any) -> Any:
+        parsed = parse(kind, args, f"train {rest[0]}", **options)
+        if parsed is None:
             raise _HelpShown
-        return found
+        return parsed
 
     try:
-        return parse_train(parse_one, rest[0], rest[1:])
+        return parse_train(parse_options, rest[0], rest[1:])
     except _HelpShown:
         return None
 
@@ -209,22 +209,22 @@ class _HelpShown(Exception):
     """Help was printed; there is nothing to run."""
 
 
-def _verb(argv: list[str]) -> tuple[str, list[str]]:
+def _split_verb(argv: list[str]) -> tuple[str, list[str]]:
     for words in (2, 1):
         if " ".join(argv[:words]) in VERBS:
             return " ".join(argv[:words]), argv[words:]
-    group = [name for name in VERBS if name.startswith(f"{argv[0]} ")]
-    if group:  # "data" alone, or with another second word
-        near = difflib.get_close_matches(" ".join(argv[:2]), group, n=1) or group
-        raise UsageError(f"{' '.join(argv[:2])!r} is not a verb; did you mean {near[0]!r}?")
-    near = nearest(argv[0], list(VERBS))
-    raise UsageError(f"unknown verb {argv[0]!r}{near or '; there are ' + ', '.join(VERBS)}")
+    group_verbs = [name for name in VERBS if name.startswith(f"{argv[0]} ")]
+    if group_verbs:  # "data" alone, or with another second word
+        suggestion = difflib.get_close_matches(" ".join(argv[:2]), group_verbs, n=1) or group_verbs
+        raise UsageError(f"{' '.join(argv[:2])!r} is not a verb; did you mean {suggestion[0]!r}?")
+    suggestion = nearest(argv[0], list(VERBS))
+    raise UsageError(f"unknown verb {argv[0]!r}{suggestion or '; there are ' + ', '.join(VERBS)}")
 
 
-def nearest(word: str, known: list[str]) -> str:
+def nearest(word: str, choices: list[str]) -> str:
     """``; did you mean ...?``, or nothing."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    matches = difflib.get_close_matches(word, choices, n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
 def parse(kind: Any, args: list[str], name: str, **options: Any) -> Any:
@@ -234,14 +234,14 @@ def parse(kind: Any, args: list[str], name: str, **options: Any) -> Any:
         "config": (tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands),
         **options,
     }
-    said = io.StringIO()
+    captured = io.StringIO()
     try:
-        with redirect_stderr(said):
+        with redirect_stderr(captured):
             return tyro.cli(kind, args=args, **settings)
-    except SystemExit as leave:
-        if not leave.code:
+    except SystemExit as exit_error:
+        if not exit_error.code:
             return None
-    raise UsageError(_complaint(said.getvalue(), kind, name, settings))
+    raise UsageError(_complaint(captured.getvalue(), kind, name, settings))
 
 
 def _complaint(box: str, kind: Any, name: str, settings: dict[str, Any]) -> str:
@@ -258,8 +258,8 @@ def _complaint(box: str, kind: Any, name: str, settings: dict[str, Any]) -> str:
         unknown = next((t.split("=")[0] for t in tokens if t.startswith("-")), None)
         if unknown is None:
             return f"{name}: unexpected argument {(tokens or [text])[0]!r}; see xfusion {name} --help"
-        near = nearest(unknown, _options(kind, settings))
-        return f"{name}: unknown option {unknown}{near or f'; see xfusion {name} --help'}"
+        suggestion = nearest(unknown, _options(kind, settings))
+        return f"{name}: unknown option {unknown}{suggestion or f'; see xfusion {name} --help'}"
     if title.startswith("Required"):
         missing = re.findall(r"(?<= )(-[-\w.]+ )?([A-Z][A-Z.|/]+)(?= |$)", text.partition(":")[2])
         names = ", ".join("".join(m) for m in missing) or text
@@ -274,13 +274,13 @@ def _complaint(box: str, kind: Any, name: str, settings: dict[str, Any]) -> str:
 
 def _options(kind: Any, settings: dict[str, Any]) -> list[str]:
     """All options of a dataclass, as its help names them."""
-    said = io.StringIO()
+    captured = io.StringIO()
     try:
-        with redirect_stdout(said):
+        with redirect_stdout(captured):
             tyro.cli(kind, args=["--help"], **settings)
     except SystemExit:
         pass
-    return sorted(set(re.findall(r"(?<![\w-])--?[a-z][\w.-]*", said.getvalue())))
+    return sorted(set(re.findall(r"(?<![\w-])--?[a-z][\w.-]*", captured.getvalue())))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image as PILImage
 
-from xfusion.apps.commands.base import size_text, written
+from xfusion.apps.commands.base import size_text, write_whole
 from xfusion.apps.commands.compare import text_text
 from xfusion.apps.plots import bars, colour, curves, dots, numbered, over_numbers, scatter
 from xfusion.apps.report import TEMPLATE, number, picture, text
@@ -69,7 +69,7 @@ def write(path: Path, summary: dict[str, Any], folder: Path) -> Path:
         folder: folder of the sample grids.
     """
     page = render(summary, folder)
-    return written(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    return write_whole(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
 
 
 def render(summary: dict[str, Any], folder: Path) -> str:
@@ -113,30 +113,32 @@ def _legend(summary: dict[str, Any]) -> str:
 def _head(summary: dict[str, Any]) -> str:
     first, *others = summary["recipes"]
     budget, settings = summary["budget"], summary["settings"]
-    what = f"the executed FLOPs of {number(budget['samples'])} samples" if budget["kind"] == "flops" else ""
-    what = what or f"{number(budget['samples'])} samples"
+    budget_text = f"the executed FLOPs of {number(budget['samples'])} samples" if budget["kind"] == "flops" else ""
+    budget_text = budget_text or f"{number(budget['samples'])} samples"
     against = f" against {', '.join(others)}" if others else ""
-    differing = difference_notes(summary)
-    notes = "".join(f"<li>{text(note)}</li>" for note in summary["notes"] if note not in differing)
-    more = "".join(f"<li>{text(note)}</li>" for note in differing)
-    if more:
-        more = f'<details class="small"><summary>What differs besides the mechanism</summary><ul>{more}</ul></details>'
+    differences = difference_notes(summary)
+    notes = "".join(f"<li>{text(note)}</li>" for note in summary["notes"] if note not in differences)
+    details = "".join(f"<li>{text(note)}</li>" for note in differences)
+    if details:
+        details = (
+            f'<details class="small"><summary>What differs besides the mechanism</summary><ul>{details}</ul></details>'
+        )
     return f"""<header><h1>{text(first)}{text(against)}</h1>
-<p class="lead">Each trained on {what}, {len(summary["seeds"])} seed{"s" if len(summary["seeds"]) != 1 else ""}, on the
+<p class="lead">Each trained on {budget_text}, {len(summary["seeds"])} seed{"s" if len(summary["seeds"]) != 1 else ""}, on the
 same frozen {text(settings["base"]["source"])} and the same {number(settings["num_pictures"])} {summary["media"]} of
 {text(settings["data"])}: same order, wordings, noise and sampling noise for the same seed.</p>
-<ul class="small">{notes}</ul>{more}</header>"""
+<ul class="small">{notes}</ul>{details}</header>"""
 
 
 def _scores(summary: dict[str, Any]) -> str:
     share = summary["shares"][0]
     head = "".join(f"<th>{_chip(summary, label)}{_arguments(summary, label)}</th>" for label in summary["recipes"])
     rows = ""
-    for score in _at(summary, share):
+    for score in _scores_at(summary, share):
         cells = "".join(f"<td>{_cell(row)}</td>" for row in score["rows"])
-        beside = ", ".join(f"{k} {score[k]:.3f}" for k in ("chance", "blind", "ceiling") if k in score)
+        references = ", ".join(f"{k} {score[k]:.3f}" for k in ("chance", "blind", "ceiling") if k in score)
         arrow = "↑" if score["better"] == "higher" else "↓"
-        rows += f"<tr><td>{text(score['title'])} {arrow}<br><small>{beside}</small></td>{cells}</tr>"
+        rows += f"<tr><td>{text(score['title'])} {arrow}<br><small>{references}</small></td>{cells}</tr>"
     return f"""<section><h2>Scores</h2><p>Mean over seeds with its 95 % interval; below, the paired difference to
 {text(summary["first"])} with its own. {"↑ higher is better, ↓ lower is better."}</p>
 <div class="scroll scores"><table><thead><tr><th>score</th>{head}</tr></thead><tbody>{rows}</tbody></table></div></section>"""
@@ -150,44 +152,48 @@ def _cell(row: dict[str, Any]) -> str:
     if difference is None:
         return out
     kind = {"better": "better", "worse": "worse"}.get(difference["verdict"].partition(",")[0], "soft")
-    found = f" {_interval(difference['interval'])}" if difference["interval"] else ""
-    out += f'<br><span>{difference["mean"]:+.3f}{found}</span><br><span class="{kind}">{difference["verdict"]}</span>'
+    bounds = f" {_interval(difference['interval'])}" if difference["interval"] else ""
+    out += f'<br><span>{difference["mean"]:+.3f}{bounds}</span><br><span class="{kind}">{difference["verdict"]}</span>'
     if difference["seeds_needed"] and difference["verdict"] == "not decidable":
         out += f"<br><small>{difference['seeds_needed']} seeds would find a difference this large</small>"
     return out
 
 
-def _interval(found: list[float] | None) -> str:
-    return f"[{_short(found[0])}, {_short(found[1])}]" if found else f"<small>n &lt; {FEWEST_RUNS}: no interval</small>"
+def _interval(bounds: list[float] | None) -> str:
+    return (
+        f"[{_short(bounds[0])}, {_short(bounds[1])}]" if bounds else f"<small>n &lt; {FEWEST_RUNS}: no interval</small>"
+    )
 
 
 def _short(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
 
 
-def _at(summary: dict[str, Any], share: float) -> list[dict[str, Any]]:
+def _scores_at(summary: dict[str, Any], share: float) -> list[dict[str, Any]]:
     return [score for score in summary["scores"] if score["share"] == share]
 
 
 def _plots(summary: dict[str, Any]) -> str:
-    shown, numbers = _at(summary, summary["shares"][0]), numbered(summary["recipes"])
+    scores, numbers = _scores_at(summary, summary["shares"][0]), numbered(summary["recipes"])
 
-    def paint(label: str) -> str:
+    def recipe_colour(label: str) -> str:
         return colour(summary["recipes"], label)
 
-    def plotted(score: dict[str, Any]) -> str:
-        return dots(score, paint) if numbers is None else over_numbers(score, *numbers)
+    def plot(score: dict[str, Any]) -> str:
+        return dots(score, recipe_colour) if numbers is None else over_numbers(score, *numbers)
 
-    cards = "".join(f'<div class="card"><h3>{text(s["title"])}</h3>{plotted(s)}</div>' for s in shown)
+    cards = "".join(f'<div class="card"><h3>{text(s["title"])}</h3>{plot(s)}</div>' for s in scores)
     out = f"""<section><h2>Every run, mean and interval</h2><p>Small dots are runs, the large dot their mean, the bar its
 95 % interval (from {FEWEST_RUNS} runs on). Dashed lines: chance, blind rate and ceiling.</p>
 <div class="plots">{cards}</div></section>"""
     cards = ""
-    for score in shown:
+    for score in scores:
         rows = [{"recipe": r["recipe"], **r["difference"]} for r in score["rows"] if r["difference"]]
         if rows:
-            drawn = dots({"title": f"difference in {score['title']}", "rows": rows, "zero": 0.0}, paint)
-            cards += f'<div class="card"><h3>{text(score["title"])}</h3>{drawn}</div>'
+            difference_plot = dots(
+                {"title": f"difference in {score['title']}", "rows": rows, "zero": 0.0}, recipe_colour
+            )
+            cards += f'<div class="card"><h3>{text(score["title"])}</h3>{difference_plot}</div>'
     if not cards:
         return out
     return f"""{out}<section><h2>Paired differences to {text(summary["first"])}</h2><p>Small dots are pairs of runs of the
@@ -200,28 +206,28 @@ def _samples(summary: dict[str, Any], folder: Path) -> str:
     if not real:
         return ""
     share = summary["shares"][0]
-    found: dict[int, dict[str, list[PILImage.Image]]] = {}
+    strips_by_seed: dict[int, dict[str, list[PILImage.Image]]] = {}
     for seed in summary["seeds"]:
         for label in summary["recipes"]:
             strip = _strip(folder / f"{run_name(label, seed, share)}.png", len(real))
             if strip:
-                found.setdefault(seed, {})[label] = strip
-    if not found:
+                strips_by_seed.setdefault(seed, {})[label] = strip
+    if not strips_by_seed:
         return ""
     columns = f"grid-template-columns: minmax(8.5rem, max-content) repeat({len(real)}, minmax(2.5rem, 6rem))"
     blocks = []
-    for seed, strips in found.items():
+    for seed, strips in strips_by_seed.items():
         cells = ["<div></div>", *(f'<div class="what">{text(prompt)}</div>' for prompt in summary["prompts"])]
-        for who, pictures in (("real", real), *strips.items()):
-            cells.append(f'<div class="who">{_chip(summary, who) if who in strips else "real"}</div>')
-            cells += [picture(p, f"{q}, {who}") for p, q in zip(pictures, summary["prompts"], strict=True)]
-            cells += ['<div class="rule"></div>'] if who == "real" else []
+        for row_name, pictures in (("real", real), *strips.items()):
+            cells.append(f'<div class="who">{_chip(summary, row_name) if row_name in strips else "real"}</div>')
+            cells += [picture(p, f"{q}, {row_name}") for p, q in zip(pictures, summary["prompts"], strict=True)]
+            cells += ['<div class="rule"></div>'] if row_name == "real" else []
         grid = f'<div class="card scroll"><div class="strips" style="{columns}">{"".join(cells)}</div></div>'
         blocks.append((seed, grid))
-    (seed, shown), *rest = blocks
-    more = "".join(f"<details><summary>Seed {s}</summary>{grid}</details>" for s, grid in rest)
+    (seed, first_grid), *rest = blocks
+    details = "".join(f"<details><summary>Seed {s}</summary>{grid}</details>" for s, grid in rest)
     return f"""<section><h2>Drawn by each</h2><p>The same words and the same noise for all; the concepts are chosen by the
-hash of their ids, not by eye. All were trained on these pictures. Seed {seed}:</p>{shown}{more}</section>"""
+hash of their ids, not by eye. All were trained on these pictures. Seed {seed}:</p>{first_grid}{details}</section>"""
 
 
 def _strip(path: Path, count: int) -> list[PILImage.Image]:
@@ -238,12 +244,12 @@ def _strip(path: Path, count: int) -> list[PILImage.Image]:
 def by_share(summary: dict[str, Any], name: str) -> dict[str, list[tuple[float, float]]]:
     """Recipe -> (percent of the pictures, mean score) pairs, for recipes trained on more than one share."""
     tables = sorted((s for s in summary["scores"] if s["score"] == name), key=lambda s: s["share"])
-    found: dict[str, list[tuple[float, float]]] = {}
+    points: dict[str, list[tuple[float, float]]] = {}
     for table in tables:
         for row in table["rows"]:
             if row["mean"] is not None:
-                found.setdefault(row["recipe"], []).append((100 * table["share"], row["mean"]))
-    return {label: found[label] for label in summary["recipes"] if len(found.get(label, ())) > 1}
+                points.setdefault(row["recipe"], []).append((100 * table["share"], row["mean"]))
+    return {label: points[label] for label in summary["recipes"] if len(points.get(label, ())) > 1}
 
 
 def _data_needed(summary: dict[str, Any]) -> str:
@@ -264,8 +270,8 @@ def _learning(summary: dict[str, Any]) -> str:
     cards = ""
     for name in names:
         lines = {r: [(s, v) for s, v in summary["learning"].get(r, {}).get(name, [])] for r in summary["recipes"]}
-        drawn = curves(summary["recipes"], lines, "samples", logarithmic=True)
-        cards += f'<div class="card"><h3>loss of {text(LOSSES.get(name, name))}</h3>{drawn}</div>' if drawn else ""
+        plot = curves(summary["recipes"], lines, "samples", logarithmic=True)
+        cards += f'<div class="card"><h3>loss of {text(LOSSES.get(name, name))}</h3>{plot}</div>' if plot else ""
     if not cards:
         return ""
     return f"""<section><h2>What learning costs</h2><p>Training loss, mean over seeds; what a sample
@@ -277,14 +283,14 @@ def _text_side(summary: dict[str, Any]) -> str:
         f"<tr><td>{_chip(summary, label)}</td><td>{text(text_text(facts))}</td></tr>"
         for label, facts in summary["text"].items()
     )
-    drawn = ""
-    drawing = next((s for s in _at(summary, 1.0) if s["score"].startswith("fit_retrieval")), None)
-    if drawing and any(facts["bit_equal"] < facts["num_runs"] for facts in summary["text"].values()):
-        drawn = f"""<h3>What drawing cost the text</h3><p>Every run: perplexity of the bundled texts against the score in
-drawing ({text(drawing["title"])}), large ones means. The dashed line is the base.</p>
-<div class="card scroll wide" style="max-width:44rem">{scatter(summary, drawing)}</div>"""
+    plot_part = ""
+    drawing_score = next((s for s in _scores_at(summary, 1.0) if s["score"].startswith("fit_retrieval")), None)
+    if drawing_score and any(facts["bit_equal"] < facts["num_runs"] for facts in summary["text"].values()):
+        plot_part = f"""<h3>What drawing cost the text</h3><p>Every run: perplexity of the bundled texts against the score in
+drawing ({text(drawing_score["title"])}), large ones means. The dashed line is the base.</p>
+<div class="card scroll wide" style="max-width:44rem">{scatter(summary, drawing_score)}</div>"""
     return f"""<section><h2>The base's own text</h2><p>The bundled texts of <code>xfusion verify</code> through the base and
-through the fused stack after training.</p><div class="scroll"><table><tbody>{rows}</tbody></table></div>{drawn}</section>"""
+through the fused stack after training.</p><div class="scroll"><table><tbody>{rows}</tbody></table></div>{plot_part}</section>"""
 
 
 def _contributions(summary: dict[str, Any]) -> str:
@@ -300,25 +306,29 @@ def _cost(summary: dict[str, Any]) -> str:
     def flops(value: float | None) -> str:
         return "–" if value is None else f"{value / 1e9:,.4g}"
 
-    timed = any(row["time"] for row in summary["cost"])
+    has_times = any(row["time"] for row in summary["cost"])
     head = ["recipe", "trainable parameters", "steps", "samples", "GFLOPs to learn a drawing", "… to learn a name"]
     head += [f"tokens per {summary['media'].removesuffix('s')}", "peak memory", "wall minutes"]
-    head += ["seconds per step", "… per drawing", "… per name"] if timed else []
+    head += ["seconds per step", "… per drawing", "… per name"] if has_times else []
     rows = ""
     for row in summary["cost"]:
-        per, time = row["flops_per_sample"], row["time"] or {}
+        flops_per_sample, time = row["flops_per_sample"], row["time"] or {}
         cells = [number(row["trainable_parameters"]), " + ".join(map(number, row["steps"])), number(row["samples"])]
-        cells += [flops(per.get("draw")), flops(per.get("caption")), number(row["tokens_per_picture"])]
+        cells += [
+            flops(flops_per_sample.get("draw")),
+            flops(flops_per_sample.get("caption")),
+            number(row["tokens_per_picture"]),
+        ]
         peak = row["peak_memory"]["bytes"]
         cells += [size_text(peak) if peak else "–", f"{row['wall_minutes']:.1f}"]
-        if timed:
+        if has_times:
             cells += [f"{time[key]:.3g}" if time.get(key) is not None else "–" for key in TIMES]
-        who = _chip(summary, row["recipe"]) + _arguments(summary, row["recipe"])
-        rows += f"<tr><td>{who}</td>{''.join(f'<td class=num>{c}</td>' for c in cells)}</tr>"
+        name_cell = _chip(summary, row["recipe"]) + _arguments(summary, row["recipe"])
+        rows += f"<tr><td>{name_cell}</td>{''.join(f'<td class=num>{c}</td>' for c in cells)}</tr>"
     titles = "".join(f"<th{' class=num' if i else ''}>{text(t)}</th>" for i, t in enumerate(head))
-    what = summary["cost"][0]["peak_memory"]["what"]
+    memory_measure = summary["cost"][0]["peak_memory"]["what"]
     return f"""<section><h2>What each costs</h2><p>FLOPs are executed ones, forward and backward, counted by torch on a real
-uncompiled step. Peak memory: {text(what)}.</p><div class="scroll costs"><table><thead><tr>{titles}</tr></thead>
+uncompiled step. Peak memory: {text(memory_measure)}.</p><div class="scroll costs"><table><thead><tr>{titles}</tr></thead>
 <tbody>{rows}</tbody></table></div></section>"""
 
 
@@ -340,8 +350,8 @@ def _settings(summary: dict[str, Any]) -> str:
     fusions = "".join(
         f"<dt>{text(row['recipe'])}</dt><dd><code>{text(_fusion(row['fusion']))}</code></dd>" for row in summary["cost"]
     )
-    again = f"<h3>Make it again</h3><pre>{text(summary['command'])}</pre>" if summary["command"] else ""
-    return f"""<section><h2>Settings</h2><dl>{items}</dl><h3>Mechanisms</h3><dl>{fusions}</dl>{again}
+    command = f"<h3>Make it again</h3><pre>{text(summary['command'])}</pre>" if summary["command"] else ""
+    return f"""<section><h2>Settings</h2><dl>{items}</dl><h3>Mechanisms</h3><dl>{fusions}</dl>{command}
 <p class="small soft">Each run's JSON file beside this page holds its whole recipe, all its scores, chance, ceiling and
 blind rates.</p></section><footer>This page is one file, without scripts, and loads nothing.</footer>"""
 

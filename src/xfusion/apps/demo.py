@@ -83,24 +83,24 @@ def run(
         XFusionError: a package of the extra ``demo`` or the embedded base is missing, or training failed.
         Interrupted: Ctrl-C during training; the run's state and pack are in ``out/fresh``.
     """
-    started = time.perf_counter()
-    told = _Told(console or Console(quiet=True))
+    start = time.perf_counter()
+    reporter = _Reporter(console or Console(quiet=True))
     recipe = recipe or find(RECIPE)()
     recipe = replace(recipe.with_model(init_seed=seed), seed=seed)
-    told.say(_plan(out, minutes, recipe))
+    reporter.say(_plan(out, minutes, recipe))
 
     # A missing package must fail now, not after training.
-    with told.part("loading the base, the pictures and the encoder"):
+    with reporter.part("loading the base, the pictures and the encoder"):
         backbone = Backbone.load(recipe.model.backbone.source, revision=recipe.model.backbone.revision)
         source = open_source(recipe.data, special_tokens=backbone.special_tokens)
         encoder = encoder or EfficientNetLite()
-        shipped = _shipped(backbone)
-    _first_picture(told, shipped)
+        shipped = _load_shipped(backbone)
+    _first_picture(reporter, shipped)
 
     out.mkdir(parents=True, exist_ok=True)
     folder = out / "fresh"
-    _make_room(folder, told)
-    watcher = _Watcher(told)
+    _move_aside(folder, reporter)
+    watcher = _Watcher(reporter)
     prompts = _preview_prompts(source)
     try:
         fresh = train(
@@ -115,30 +115,32 @@ def run(
             listener=watcher,
         ).eval()
     except Interrupted:
-        told.say(
+        reporter.say(
             f"\nWhat was learned so far is kept: {folder / 'pack'} can draw, and the training goes on with\n"
             f"  xfusion train {RECIPE} --resume -o {folder}"
         )
         raise
 
-    told.say("\nThe tower has learned. Now it is looked at.")
-    asked = Asked(fresh)
-    with told.part("scoring the fresh tower") as tell:
-        scores = evaluate(asked, "emoji", source=source, max_held=MAX_HELD, encoder=encoder, seed=seed, progress=tell)
-    with told.part("proving the fresh tower's text unchanged") as tell:
-        proof = {"fresh": verify(fresh, progress=tell)}
-    asked_shipped, spot_check = None, None
+    reporter.say("\nThe tower has learned. Now it is looked at.")
+    recorder = RecordingModel(fresh)
+    with reporter.part("scoring the fresh tower") as report_progress:
+        scores = evaluate(
+            recorder, "emoji", source=source, max_held=MAX_HELD, encoder=encoder, seed=seed, progress=report_progress
+        )
+    with reporter.part("proving the fresh tower's text unchanged") as report_progress:
+        proof = {"fresh": verify(fresh, progress=report_progress)}
+    shipped_recorder, spot_check = None, None
     if shipped is not None:
-        asked_shipped = Asked(shipped)
-        with told.part("asking the shipped pack the same, and a sample of its own") as tell:
-            spot_check = _spot_check(asked_shipped, seed, tell)
-            _ask_the_same(asked_shipped, source, seed)
+        shipped_recorder = RecordingModel(shipped)
+        with reporter.part("asking the shipped pack the same, and a sample of its own") as report_progress:
+            spot_check = _spot_check(shipped_recorder, seed, report_progress)
+            _ask_the_same(shipped_recorder, source, seed)
             proof["shipped"] = quick_proof(shipped)
-    with told.part("measuring the speed of drawing alone"):
+    with reporter.part("measuring the speed of drawing alone"):
         speed = drawing_speed(recipe, source=source, backbone=backbone)
 
     metrics = {
-        "text_identical": all(each["text_identical"] for each in proof.values()),
+        "text_identical": all(checked["text_identical"] for checked in proof.values()),
         "minutes_training": round(watcher.seconds / 60, 3),
         "drawing_samples_per_second": _rounded(speed["samples_per_second"], 1),
         "joint_samples_per_second": _rounded(samples_per_second(watcher.steps), 1),
@@ -157,29 +159,29 @@ def run(
         "machine": machine(),
         "commit": commit(),
         "minutes_after_training": round((time.perf_counter() - watcher.ended) / 60, 3),
-        "minutes_total": round((time.perf_counter() - started) / 60, 3),
+        "minutes_total": round((time.perf_counter() - start) / 60, 3),
     }
     story = report.Story(
         metrics=metrics,
         curve=watcher.curve(),
         frames=watcher.frames(),
         frame_names=prompts,
-        frame_real=_real(source, prompts, fresh.image.sizes[0]),
-        concepts=_concepts(asked, asked_shipped, source, fresh.image.sizes[0], seed),
+        frame_real=_real_pictures(source, prompts, fresh.image.sizes[0]),
+        concepts=_concepts(recorder, shipped_recorder, source, fresh.image.sizes[0], seed),
         num_shown=NUM_SHOWN,
-        held=_held(asked, asked_shipped, source, fresh.image.sizes[0]),
+        held=_held_out(recorder, shipped_recorder, source, fresh.image.sizes[0]),
         commands=_commands(folder, shipped is not None, minutes, out),
     )
     write_json(out / "metrics.json", metrics)
     report.write(out / "report.html", story)
-    told.say(_summary(metrics, out))
+    reporter.say(_summary(metrics, out))
     return metrics
 
 
-# ------------------------------------------------------------------------------------------------------- what is told
+# --------------------------------------------------------------------------------------------------------- progress
 
 
-class _Told:
+class _Reporter:
     """Progress output for people."""
 
     def __init__(self, console: Console):
@@ -191,28 +193,28 @@ class _Told:
     @contextmanager
     def part(self, title: str) -> Iterator[Any]:
         """One part of the demo: a progress bar on a terminal, then a line with its time."""
-        begun = time.perf_counter()
-        with progress(self.console) as tell:
-            yield tell
-        self.say(f"{title}: {time.perf_counter() - begun:.0f} s")
+        start = time.perf_counter()
+        with progress(self.console) as report_progress:
+            yield report_progress
+        self.say(f"{title}: {time.perf_counter() - start:.0f} s")
 
     def show(self, pictures: Sequence[PILImage.Image], side: int = 16) -> None:
         """Print pictures side by side as coloured half blocks, if the terminal has colours and is wide enough."""
-        room = max(1, (self.console.width - 2) // (side + 2))
+        columns = max(1, (self.console.width - 2) // (side + 2))
         if self.console.is_terminal and self.console.color_system:
-            self.console.print(half_blocks(pictures[:room], side), soft_wrap=True)
+            self.console.print(half_blocks(pictures[:columns], side), soft_wrap=True)
 
 
 def half_blocks(pictures: Sequence[PILImage.Image], side: int) -> Text:
     """Pictures as text, two pixels per character."""
-    small = [p.convert("RGB").resize((side, side), PILImage.Resampling.BOX) for p in pictures]
+    images = [p.convert("RGB").resize((side, side), PILImage.Resampling.BOX) for p in pictures]
     text = Text()
     for y in range(0, side - side % 2, 2):
-        for picture in small:
+        for picture in images:
             text.append("  ")
             for x in range(side):
-                above, below = (_hexadecimal(picture.getpixel((x, row))) for row in (y, y + 1))
-                text.append("▀", style=f"{above} on {below}")
+                upper, lower = (_hexadecimal(picture.getpixel((x, row))) for row in (y, y + 1))
+                text.append("▀", style=f"{upper} on {lower}")
         text.append("\n")
     return text
 
@@ -236,10 +238,10 @@ Steps 3 to 5 take about two and a half minutes on two cores. Ctrl-C while it tra
 
 
 def _summary(metrics: dict[str, Any], out: Path) -> str:
-    fresh, same = metrics["fresh"], metrics["text_identical"]
+    fresh, is_identical = metrics["fresh"], metrics["text_identical"]
     lines = [
         "",
-        f"text      {'bit-identical to the base' if same else 'NOT identical to the base: see the report'}",
+        f"text      {'bit-identical to the base' if is_identical else 'NOT identical to the base: see the report'}",
         f"drawing   {report.percent(fresh['fit_retrieval_pixel_at_1'])} of {fresh['num_concepts']} drawings are nearest to"
         " the picture they should be (memory)",
         f"naming    {report.percent(fresh['fit_caption_exact'])} of the trained pictures are named right (memory)",
@@ -251,7 +253,7 @@ def _summary(metrics: dict[str, Any], out: Path) -> str:
     return "\n".join(lines)
 
 
-def _commands(folder: Path, shipped: bool, minutes: float, out: Path) -> list[tuple[str, str]]:
+def _commands(folder: Path, has_shipped: bool, minutes: float, out: Path) -> list[tuple[str, str]]:
     pack = folder / "pack"
     rows = [
         (f'xfusion generate {pack} "a red apple" -n 4 -o apples.png', "draw with the tower of this page"),
@@ -261,15 +263,15 @@ def _commands(folder: Path, shipped: bool, minutes: float, out: Path) -> list[tu
         ("xfusion train xfusion --data your_folder --minutes 15 -o runs/mine", "your own pictures with captions"),
         (f"xfusion demo --minutes {minutes:g} -o {out}", "this page again"),
     ]
-    if shipped:
+    if has_shipped:
         rows.insert(0, (f'xfusion generate {SHIPPED} "a red heart" -o heart.png', "draw with the shipped pack"))
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------ what is asked
+# ---------------------------------------------------------------------------------------------------- recorded answers
 
 
-class Asked:
+class RecordingModel:
     """A model that records its answers, so that the page can reuse them and nothing is drawn or captioned twice.
 
     All other attributes are the model's own.
@@ -277,10 +279,10 @@ class Asked:
 
     def __init__(self, model: Model):
         self.model = model
-        self.drawn: dict[tuple[str, int], PILImage.Image] = {}
-        self.said: dict[bytes, str] = {}
-        self.given: dict[bytes, Tensor] = {}
-        self.alone: Tensor | None = None
+        self.drawings: dict[tuple[str, int], PILImage.Image] = {}
+        self.answers: dict[bytes, str] = {}
+        self.name_scores: dict[bytes, Tensor] = {}
+        self.blind_scores: Tensor | None = None
         self.names: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -289,13 +291,13 @@ class Asked:
     def draw(self, prompts: list[str], *, seeds: Sequence[int], **settings: Any) -> list[PILImage.Image]:
         """The model's `draw`, recorded."""
         pictures = self.model.draw(prompts, seeds=seeds, **settings)
-        self.drawn.update(zip(zip(prompts, seeds, strict=True), pictures, strict=True))
+        self.drawings.update(zip(zip(prompts, seeds, strict=True), pictures, strict=True))
         return pictures
 
     def caption(self, pictures: list[PILImage.Image], **settings: Any) -> list[str]:
         """The model's `caption`, recorded."""
         answers = self.model.caption(pictures, **settings)
-        self.said.update(zip([p.tobytes() for p in pictures], answers, strict=True))
+        self.answers.update(zip([p.tobytes() for p in pictures], answers, strict=True))
         return answers
 
     def score_names(self, pictures: list[PILImage.Image] | None, names: list[str], **settings: Any) -> Tensor:
@@ -303,48 +305,48 @@ class Asked:
         scores = self.model.score_names(pictures, names, **settings)
         self.names = list(names)
         if pictures is None:
-            self.alone = scores
+            self.blind_scores = scores
         else:
-            self.given.update(zip([p.tobytes() for p in pictures], scores, strict=True))
+            self.name_scores.update(zip([p.tobytes() for p in pictures], scores, strict=True))
         return scores
 
 
-def _shipped(backbone: Backbone) -> Model | None:
+def _load_shipped(backbone: Backbone) -> Model | None:
     """The shipped pack on the demo's base, if there is one that was trained on this base."""
     if SHIPPED not in checkpoint.shipped():
         return None
-    belongs = checkpoint.read_config(checkpoint.find(SHIPPED))["base"]["fingerprint"]
-    return checkpoint.load(SHIPPED, backbone=backbone) if belongs == backbone.fingerprint else None
+    base_fingerprint = checkpoint.read_config(checkpoint.find(SHIPPED))["base"]["fingerprint"]
+    return checkpoint.load(SHIPPED, backbone=backbone) if base_fingerprint == backbone.fingerprint else None
 
 
-def _first_picture(told: _Told, shipped: Model | None) -> None:
+def _first_picture(reporter: _Reporter, shipped: Model | None) -> None:
     if shipped is None:
-        told.say(f"There is no shipped pack {SHIPPED!r} for this base: the page will show the fresh tower alone.\n")
+        reporter.say(f"There is no shipped pack {SHIPPED!r} for this base: the page will show the fresh tower alone.\n")
         return
-    begun = time.perf_counter()
+    start = time.perf_counter()
     picture = shipped.draw([FIRST], seed=0)[0]
-    told.say(f"The shipped pack draws {FIRST!r} in {time.perf_counter() - begun:.1f} s.")
-    told.show([picture], side=32)
+    reporter.say(f"The shipped pack draws {FIRST!r} in {time.perf_counter() - start:.1f} s.")
+    reporter.show([picture], side=32)
 
 
 def _preview_prompts(source: Source) -> tuple[str, ...]:
-    known = {example.captions[0] for example in source.examples}
-    return tuple(p for p in PREVIEWS if p in known) or tuple(e.captions[0] for e in source.examples[: len(PREVIEWS)])
+    names = {example.captions[0] for example in source.examples}
+    return tuple(p for p in PREVIEWS if p in names) or tuple(e.captions[0] for e in source.examples[: len(PREVIEWS)])
 
 
-def _make_room(folder: Path, told: _Told) -> None:
+def _move_aside(folder: Path, reporter: _Reporter) -> None:
     """Move an earlier run aside; the one moved aside before is deleted."""
     if folder.exists():
-        old = folder.with_name(f"{folder.name}.before")
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-        told.say(f"The run of last time is now in {old}.")
+        backup = folder.with_name(f"{folder.name}.before")
+        shutil.rmtree(backup, ignore_errors=True)
+        folder.rename(backup)
+        reporter.say(f"The run of last time is now in {backup}.")
 
 
-def _spot_check(asked: Asked, seed: int, tell: Any) -> dict[str, Any]:
+def _spot_check(recorder: RecordingModel, seed: int, report_progress: Any) -> dict[str, Any]:
     """Scores on a sample of the shipped pack's own concepts, small enough to draw while the user waits."""
     return evaluate(
-        asked,
+        recorder,
         "emoji",
         source=_trained_on(),
         max_drawn=SHIPPED_DRAWN,
@@ -352,7 +354,7 @@ def _spot_check(asked: Asked, seed: int, tell: Any) -> dict[str, Any]:
         max_held=0,
         features=False,  # the features of the whole gallery alone take minutes
         seed=seed,
-        progress=tell,
+        progress=report_progress,
     )
 
 
@@ -362,15 +364,15 @@ def _trained_on() -> str:
     return str(facts.get("data", "emoji"))
 
 
-def _ask_the_same(asked: Asked, source: Source, seed: int) -> None:
+def _ask_the_same(recorder: RecordingModel, source: Source, seed: int) -> None:
     """Let the shipped pack draw and name what the page shows of the fresh one."""
-    shown = chosen(source.examples, NUM_SHOWN)
-    size = asked.model.image.sizes[0]
-    asked.draw([source.examples[i].captions[0] for i in shown], seeds=[seed + i for i in shown])
-    asked.caption([source.picture(i, size) for i in shown])
-    held = held_split(source)
-    if held is not None:
-        asked.caption([held.picture(i, size) for i in chosen(held.examples, NUM_SHOWN)])
+    indices = chosen(source.examples, NUM_SHOWN)
+    size = recorder.model.image.sizes[0]
+    recorder.draw([source.examples[i].captions[0] for i in indices], seeds=[seed + i for i in indices])
+    recorder.caption([source.picture(i, size) for i in indices])
+    held_out = held_split(source)
+    if held_out is not None:
+        recorder.caption([held_out.picture(i, size) for i in chosen(held_out.examples, NUM_SHOWN)])
 
 
 @torch.no_grad()
@@ -380,41 +382,41 @@ def quick_proof(model: Model) -> dict[str, Any]:
     Returns:
         ``text_identical`` and ``checks``, as in `verify`.
     """
-    backbone, unequal, positions = model.backbone, [], 0
+    backbone, unequal_prompts, positions = model.backbone, [], 0
     for name, text in PROMPTS:
         ids = torch.tensor([backbone.encode(text)], device=backbone.device)
         positions += ids.numel()
         if not bit_equal(model.text_logits(ids, stack="base"), model.text_logits(ids, stack="fused")):
-            unequal.append(name)
-    now = backbone.compute_fingerprint()
-    same = f"bit-equal at {positions} positions of {len(PROMPTS)} prompts"
+            unequal_prompts.append(name)
+    fingerprint = backbone.compute_fingerprint()
+    equal_text = f"bit-equal at {positions} positions of {len(PROMPTS)} prompts"
     checks = [
         {
             "name": "base weights",
-            "passed": now == backbone.fingerprint,
-            "detail": f"fingerprint {now[:16]}, recorded {backbone.fingerprint[:16]}",
+            "passed": fingerprint == backbone.fingerprint,
+            "detail": f"fingerprint {fingerprint[:16]}, recorded {backbone.fingerprint[:16]}",
         },
         {
             "name": "fused stack: logits",
-            "passed": not unequal,
-            "detail": f"differ for {', '.join(unequal)}" if unequal else same,
+            "passed": not unequal_prompts,
+            "detail": f"differ for {', '.join(unequal_prompts)}" if unequal_prompts else equal_text,
         },
     ]
     return {"text_identical": all(check["passed"] for check in checks), "checks": checks, "quick": True}
 
 
-# --------------------------------------------------------------------------------------------------- what is written
+# ------------------------------------------------------------------------------------------------------ what is written
 
 
 @dataclass
 class _Watcher:
     """Listens to the training."""
 
-    told: _Told
+    reporter: _Reporter
     steps: list[Event] = field(default_factory=list)
     plan: Event = field(default_factory=dict)
     start: Event = field(default_factory=dict)
-    shots: list[tuple[float, int, str]] = field(default_factory=list)
+    previews: list[tuple[float, int, str]] = field(default_factory=list)
     seconds: float = 0.0
     ended: float = 0.0
 
@@ -427,10 +429,10 @@ class _Watcher:
         elif kind == "plan":
             self.plan = event
         elif kind == "preview":
-            self.shots.append((self.steps[-1]["seconds"] if self.steps else 0.0, event["step"], event["path"]))
+            self.previews.append((self.steps[-1]["seconds"] if self.steps else 0.0, event["step"], event["path"]))
             pictures = cut(PILImage.open(event["path"]))
-            self.told.show(pictures)
-            self.told.say(f"pictures at step {event['step']}: {event['path']}")
+            self.reporter.show(pictures)
+            self.reporter.say(f"pictures at step {event['step']}: {event['path']}")
         elif kind == "end":
             self.seconds, self.ended = event["seconds"], time.perf_counter()
 
@@ -440,11 +442,11 @@ class _Watcher:
 
     def frames(self) -> list[report.Frame]:
         """The previews; if two have the same step, the first."""
-        seen: dict[int, report.Frame] = {}
-        for seconds, step, path in self.shots:
+        frames_by_step: dict[int, report.Frame] = {}
+        for seconds, step, path in self.previews:
             frame = report.Frame(seconds=seconds, step=step, pictures=cut(PILImage.open(path)))
-            seen.setdefault(step, frame)
-        return list(seen.values())
+            frames_by_step.setdefault(step, frame)
+        return list(frames_by_step.values())
 
     def facts(self) -> dict[str, Any]:
         """How the budget was spent."""
@@ -467,19 +469,23 @@ def cut(sheet: PILImage.Image) -> list[PILImage.Image]:
     return [sheet.convert("RGB").crop((x, 0, x + side, side)) for x in range(0, sheet.width - side + 1, side)]
 
 
-def _scores(result: dict[str, Any], how: str) -> dict[str, Any]:
+def _scores(result: dict[str, Any], provenance: str) -> dict[str, Any]:
     numbers = {k: v for k, v in result.items() if k != "settings"}
-    return {name: result.get(name) for name in report.SCORES} | numbers | {"how": how, "settings": result["settings"]}
+    return (
+        {name: result.get(name) for name in report.SCORES}
+        | numbers
+        | {"how": provenance, "settings": result["settings"]}
+    )
 
 
 def _shipped_scores(spot_check: dict[str, Any] | None) -> dict[str, Any] | None:
     """The scores recorded with the shipped pack, or the spot check if there are none."""
     if spot_check is None:
         return None
-    committed = checkpoint.read_config(checkpoint.find(SHIPPED)).get("scores")
-    if not isinstance(committed, dict):
+    recorded_scores = checkpoint.read_config(checkpoint.find(SHIPPED)).get("scores")
+    if not isinstance(recorded_scores, dict):
         return _scores(spot_check, "measured now, a sample fixed by hash: the pack has no committed scores")
-    return _scores({"settings": None, **committed}, "committed with the pack, whole")
+    return _scores({"settings": None, **recorded_scores}, "committed with the pack, whole")
 
 
 def _settings(
@@ -501,75 +507,87 @@ def _settings(
     }
 
 
-def _real(source: Source, names: Sequence[str], size: int) -> list[PILImage.Image]:
-    places = {example.captions[0]: i for i, example in reversed(list(enumerate(source.examples)))}
-    return [source.picture(places[name], size) for name in names]
+def _real_pictures(source: Source, names: Sequence[str], size: int) -> list[PILImage.Image]:
+    indices = {example.captions[0]: i for i, example in reversed(list(enumerate(source.examples)))}
+    return [source.picture(indices[name], size) for name in names]
 
 
-def _concepts(asked: Asked, shipped: Asked | None, source: Source, size: int, seed: int) -> list[report.Concept]:
+def _concepts(
+    recorder: RecordingModel, shipped_recorder: RecordingModel | None, source: Source, size: int, seed: int
+) -> list[report.Concept]:
     """Every training picture with the drawings and answers; the ones shown in full first."""
     examples = source.examples
-    everything = range(len(examples))
+    indices = range(len(examples))
     names = [example.captions[0] for example in examples]
-    real = [source.picture(i, size) for i in everything]
-    drawn = [asked.drawn[names[i], seed + i] for i in everything]
-    gallery, seen = (asked.image.from_pil(pictures, size) for pictures in (real, drawn))
-    ranks = retrieval.first_hit(seen, gallery, torch.tensor(everything), [e.group for e in examples]).tolist()
-    mine = captions.accepted(examples)
-    theirs = captions.accepted(examples, _all_of(shipped))
-    out = []
-    for i in everything:
-        key, other = real[i].tobytes(), (names[i], seed + i)
+    real = [source.picture(i, size) for i in indices]
+    drawings = [recorder.drawings[names[i], seed + i] for i in indices]
+    gallery, drawn_images = (recorder.image.from_pil(pictures, size) for pictures in (real, drawings))
+    ranks = retrieval.first_hit(drawn_images, gallery, torch.tensor(indices), [e.group for e in examples]).tolist()
+    accepted = captions.accepted(examples)
+    shipped_accepted = captions.accepted(examples, _shipped_examples(shipped_recorder))
+    concepts = []
+    for i in indices:
+        image_bytes, prompt_seed = real[i].tobytes(), (names[i], seed + i)
         concept = report.Concept(
-            name=names[i], real=real[i], drawn=drawn[i], rank=int(ranks[i]), answer=_answer(asked.said[key], mine[i])
+            name=names[i],
+            real=real[i],
+            drawn=drawings[i],
+            rank=int(ranks[i]),
+            answer=_answer(recorder.answers[image_bytes], accepted[i]),
         )
-        if shipped is not None and other in shipped.drawn:
-            said = shipped.said[_shipped_view(shipped, source, i).tobytes()]
-            concept = replace(concept, shipped=shipped.drawn[other], shipped_answer=_answer(said, theirs[i]))
-        out.append(concept)
-    first = chosen(examples, NUM_SHOWN)
-    return [out[i] for i in first] + [out[i] for i in everything if i not in first]
+        if shipped_recorder is not None and prompt_seed in shipped_recorder.drawings:
+            shipped_caption = shipped_recorder.answers[_shipped_view(shipped_recorder, source, i).tobytes()]
+            concept = replace(
+                concept,
+                shipped=shipped_recorder.drawings[prompt_seed],
+                shipped_answer=_answer(shipped_caption, shipped_accepted[i]),
+            )
+        concepts.append(concept)
+    shown = chosen(examples, NUM_SHOWN)
+    return [concepts[i] for i in shown] + [concepts[i] for i in indices if i not in shown]
 
 
-def _all_of(shipped: Asked | None) -> Sequence[Example]:
+def _shipped_examples(shipped_recorder: RecordingModel | None) -> Sequence[Example]:
     """Pictures whose wordings the shipped pack may use as answers."""
-    return open_source(_trained_on()).examples if shipped is not None else ()
+    return open_source(_trained_on()).examples if shipped_recorder is not None else ()
 
 
-def _shipped_view(shipped: Asked, source: Source, index: int) -> PILImage.Image:
-    return source.picture(index, shipped.model.image.sizes[0])
+def _shipped_view(shipped_recorder: RecordingModel, source: Source, index: int) -> PILImage.Image:
+    return source.picture(index, shipped_recorder.model.image.sizes[0])
 
 
-def _answer(said: str, accepted: Sequence[str]) -> report.Answer:
-    return report.Answer(said=said, right=captions.exact_match([said], [accepted]) == 1)
+def _answer(caption: str, accepted: Sequence[str]) -> report.Answer:
+    return report.Answer(text=caption, right=captions.exact_match([caption], [accepted]) == 1)
 
 
-def _held(asked: Asked, shipped: Asked | None, source: Source, size: int) -> list[report.HeldOut]:
+def _held_out(
+    recorder: RecordingModel, shipped_recorder: RecordingModel | None, source: Source, size: int
+) -> list[report.HeldOut]:
     """The scored held-out pictures with the answers and the rank of the true name; the shown ones first."""
-    held = held_split(source)
-    if held is None or asked.alone is None:
+    held_out = held_split(source)
+    if held_out is None or recorder.blind_scores is None:
         return []
-    scored = chosen(held.examples, MAX_HELD)
-    examples, pictures = [held.examples[i] for i in scored], [held.picture(i, size) for i in scored]
-    given = torch.stack([asked.given[p.tobytes()] for p in pictures]).float().cpu()
-    hits = naming.hits(examples, asked.names, held.examples)
-    ranks = naming.ranks(naming.pointwise(given, asked.alone.float().cpu()), hits).tolist()
-    accepted = captions.accepted(examples, held.examples)
-    out = []
-    for place, (i, example, picture) in enumerate(zip(scored, examples, pictures, strict=True)):
+    indices = chosen(held_out.examples, MAX_HELD)
+    examples, pictures = [held_out.examples[i] for i in indices], [held_out.picture(i, size) for i in indices]
+    name_scores = torch.stack([recorder.name_scores[p.tobytes()] for p in pictures]).float().cpu()
+    hits = naming.hits(examples, recorder.names, held_out.examples)
+    ranks = naming.ranks(naming.pointwise(name_scores, recorder.blind_scores.float().cpu()), hits).tolist()
+    accepted = captions.accepted(examples, held_out.examples)
+    items = []
+    for position, (i, example, picture) in enumerate(zip(indices, examples, pictures, strict=True)):
         item = report.HeldOut(
             name=example.captions[0],
             picture=picture,
-            answer=_answer(asked.said[picture.tobytes()], accepted[place]),
-            rank=ranks[place],
+            answer=_answer(recorder.answers[picture.tobytes()], accepted[position]),
+            rank=ranks[position],
         )
-        view = _shipped_view(shipped, held, i).tobytes() if shipped is not None else b""
-        if shipped is not None and view in shipped.said:
-            item = replace(item, shipped_answer=_answer(shipped.said[view], accepted[place]))
-        out.append(item)
-    first = chosen(held.examples, NUM_SHOWN)
-    places = sorted(range(len(scored)), key=lambda place: scored[place] not in first)
-    return [out[place] for place in places]
+        view = _shipped_view(shipped_recorder, held_out, i).tobytes() if shipped_recorder is not None else b""
+        if shipped_recorder is not None and view in shipped_recorder.answers:
+            item = replace(item, shipped_answer=_answer(shipped_recorder.answers[view], accepted[position]))
+        items.append(item)
+    shown = chosen(held_out.examples, NUM_SHOWN)
+    positions = sorted(range(len(indices)), key=lambda position: indices[position] not in shown)
+    return [items[position] for position in positions]
 
 
 def _rounded(value: float | None, digits: int) -> float | None:

@@ -14,7 +14,7 @@ COLOURS = ("#c2571a", "#2f73c8", "#1c8a55", "#9355bd", "#c43f52", "#0f8f95", "#a
 """Colours of the recipes, in order; repeated if there are more recipes."""
 LEFT, RIGHT, TOP, BOTTOM = 56, 18, 10, 40
 """Margins around the area between the axes."""
-ALONE = """<style>text{font:13px sans-serif;fill:#555}text.name{fill:#222}text.end{font-size:10.5px}
+STANDALONE_STYLE = """<style>text{font:13px sans-serif;fill:#555}text.name{fill:#222}text.end{font-size:10.5px}
 .curve{fill:none;stroke-width:2}
 .grid-line{stroke:#ddd}.beside{stroke:#888;stroke-dasharray:3 3}.zero{stroke:#888;stroke-width:1.2}</style>"""
 """Style of a plot in its own file, without the page's style."""
@@ -34,8 +34,8 @@ def dots(score: dict[str, Any], colour_of: Callable[[str], str]) -> str:
     """
     width, left, right, top, step = 420, 118, 20, 8, 34
     rows = [row for row in score["rows"] if row["mean"] is not None]
-    beside = {kind: score[kind] for kind in ("zero", "chance", "blind", "ceiling") if kind in score}
-    values = [v for row in rows for v in row["values"].values()] + list(beside.values())
+    references = {kind: score[kind] for kind in ("zero", "chance", "blind", "ceiling") if kind in score}
+    values = [v for row in rows for v in row["values"].values()] + list(references.values())
     values += [v for row in rows for v in row["interval"] or ()]
     low, high, ticks = _axis(values)
     height = top + step * len(rows) + 40
@@ -49,29 +49,29 @@ def dots(score: dict[str, Any], colour_of: Callable[[str], str]) -> str:
         parts.append(f'<line class="grid-line" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{top}" y2="{bottom}"/>')
         parts.append(f'<text class="end" x="{x(tick):.1f}" y="{bottom + 14}" text-anchor="middle">{tick:g}</text>')
     labels: list[tuple[float, str]] = []
-    for kind, value in sorted(beside.items(), key=lambda item: item[1]):
+    for kind, value in sorted(references.items(), key=lambda item: item[1]):
         line = "zero" if kind == "zero" else "beside"
         parts.append(f'<line class="{line}" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{top}" y2="{bottom}"/>')
         if labels and x(value) - labels[-1][0] < 42:  # lines this near share one label
             labels[-1] = ((labels[-1][0] + x(value)) / 2, f"{labels[-1][1]}, {kind}")
         elif kind != "zero":
             labels.append((x(value), kind))
-    for at, words in labels:
-        parts.append(f'<text class="end" x="{at:.1f}" y="{bottom + 27}" text-anchor="middle">{words}</text>')
-    for number_, row in enumerate(rows):
-        y, paint = top + step * (number_ + 0.5), colour_of(row["recipe"])
+    for label_x, label_text in labels:
+        parts.append(f'<text class="end" x="{label_x:.1f}" y="{bottom + 27}" text-anchor="middle">{label_text}</text>')
+    for index, row in enumerate(rows):
+        y, fill = top + step * (index + 0.5), colour_of(row["recipe"])
         parts.append(
-            f'<text class="name" x="{left - 10}" y="{y + 4:.1f}" text-anchor="end">{text(_cut(row["recipe"]))}</text>'
+            f'<text class="name" x="{left - 10}" y="{y + 4:.1f}" text-anchor="end">{text(_shorten(row["recipe"]))}</text>'
         )
         if row["interval"]:
             a, b = (x(v) for v in row["interval"])
-            parts.append(f'<line x1="{a:.1f}" x2="{b:.1f}" y1="{y}" y2="{y}" stroke="{paint}" stroke-width="3"/>')
+            parts.append(f'<line x1="{a:.1f}" x2="{b:.1f}" y1="{y}" y2="{y}" stroke="{fill}" stroke-width="3"/>')
         for k, value in enumerate(row["values"].values()):
-            at = y + (-7 if k % 2 else 7)
-            parts.append(f'<circle cx="{x(value):.1f}" cy="{at}" r="2.8" fill="{paint}" opacity=".6"/>')
-        parts.append(f'<circle cx="{x(row["mean"]):.1f}" cy="{y}" r="5.5" fill="{paint}"/>')
-    said = "; ".join(f"{row['recipe']} {row['mean']:.3g}" for row in rows)
-    return _svg(width, height, f"{score['title']}: {said}", parts)
+            dot_y = y + (-7 if k % 2 else 7)
+            parts.append(f'<circle cx="{x(value):.1f}" cy="{dot_y}" r="2.8" fill="{fill}" opacity=".6"/>')
+        parts.append(f'<circle cx="{x(row["mean"]):.1f}" cy="{y}" r="5.5" fill="{fill}"/>')
+    summary = "; ".join(f"{row['recipe']} {row['mean']:.3g}" for row in rows)
+    return _svg(width, height, f"{score['title']}: {summary}", parts)
 
 
 def numbered(labels: Sequence[str]) -> tuple[str, dict[str, float]] | None:
@@ -79,69 +79,73 @@ def numbered(labels: Sequence[str]) -> tuple[str, dict[str, float]] | None:
 
     None if there are fewer than three recipes, one is named differently, or a number is not above 0.
     """
-    found = [re.fullmatch(r"(\w+?)_(\d+(?:\.\d+)?)", label) for label in labels]
-    if len(labels) < 3 or not all(found) or len({match[1] for match in found if match}) > 1:
+    matches = [re.fullmatch(r"(\w+?)_(\d+(?:\.\d+)?)", label) for label in labels]
+    if len(labels) < 3 or not all(matches) or len({match[1] for match in matches if match}) > 1:
         return None
-    numbers = {label: float(match[2]) for label, match in zip(labels, found, strict=True) if match}
-    return (found[0][1], numbers) if found[0] and min(numbers.values()) > 0 else None
+    numbers = {label: float(match[2]) for label, match in zip(labels, matches, strict=True) if match}
+    return (matches[0][1], numbers) if matches[0] and min(numbers.values()) > 0 else None
 
 
-def over_numbers(score: dict[str, Any], along: str, numbers: Mapping[str, float]) -> str:
+def over_numbers(score: dict[str, Any], axis_label: str, numbers: Mapping[str, float]) -> str:
     """One score as a line through the means of recipes that differ in one number, with every run and the intervals.
 
     Args:
         score: an entry of ``summary["scores"]``.
-        along: the name of the number.
+        axis_label: the name of the number.
         numbers: recipe -> its number, above 0; the axis is logarithmic.
     """
     rows = sorted((r for r in score["rows"] if r["mean"] is not None), key=lambda row: numbers[row["recipe"]])
-    places = {row["recipe"]: math.log10(numbers[row["recipe"]]) for row in rows}
-    beside = {kind: score[kind] for kind in ("chance", "blind", "ceiling") if kind in score}
+    positions = {row["recipe"]: math.log10(numbers[row["recipe"]]) for row in rows}
+    references = {kind: score[kind] for kind in ("chance", "blind", "ceiling") if kind in score}
     values = [v for row in rows for v in (*row["values"].values(), *(row["interval"] or ()))]
-    width, height, paint = 420, 250, COLOURS[0]
+    width, height, fill = 420, 250, COLOURS[0]
     x, y, parts = _axes(
         width,
         height,
-        along,
-        list(places.values()),
-        [*values, *beside.values()],
+        axis_label,
+        list(positions.values()),
+        [*values, *references.values()],
         lambda tick: "",
         lambda tick: f"{tick:g}",
     )
     labels: list[tuple[float, str]] = []
-    for kind, value in sorted(beside.items(), key=lambda item: -item[1]):
-        at = y(value)
-        parts.append(f'<line class="beside" x1="{LEFT}" x2="{width - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        if labels and at - labels[-1][0] < 16:  # lines this near share one label
+    for kind, value in sorted(references.items(), key=lambda item: -item[1]):
+        label_y = y(value)
+        parts.append(f'<line class="beside" x1="{LEFT}" x2="{width - RIGHT}" y1="{label_y:.1f}" y2="{label_y:.1f}"/>')
+        if labels and label_y - labels[-1][0] < 16:  # lines this near share one label
             labels[-1] = (labels[-1][0], f"{labels[-1][1]}, {kind}")
         else:
-            labels.append((at, kind))
-    for at, words in labels:
-        parts.append(f'<text class="end" x="{width - RIGHT}" y="{at - 3:.1f}" text-anchor="end">{words}</text>')
-    path = " ".join(f"{x(places[row['recipe']]):.1f},{y(row['mean']):.1f}" for row in rows)
-    parts.append(f'<polyline class="curve" stroke="{paint}" points="{path}"/>')
+            labels.append((label_y, kind))
+    for label_y, label_text in labels:
+        parts.append(
+            f'<text class="end" x="{width - RIGHT}" y="{label_y - 3:.1f}" text-anchor="end">{label_text}</text>'
+        )
+    path = " ".join(f"{x(positions[row['recipe']]):.1f},{y(row['mean']):.1f}" for row in rows)
+    parts.append(f'<polyline class="curve" stroke="{fill}" points="{path}"/>')
     for row in rows:
-        at, label = x(places[row["recipe"]]), f"{numbers[row['recipe']]:g}"
-        parts.append(f'<text class="end" x="{at:.1f}" y="{height - BOTTOM + 16}" text-anchor="middle">{label}</text>')
+        point_x, label = x(positions[row["recipe"]]), f"{numbers[row['recipe']]:g}"
+        parts.append(
+            f'<text class="end" x="{point_x:.1f}" y="{height - BOTTOM + 16}" text-anchor="middle">{label}</text>'
+        )
         if row["interval"]:
             low, high = (y(v) for v in row["interval"])
             parts.append(
-                f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{low:.1f}" y2="{high:.1f}" stroke="{paint}" stroke-width="3"/>'
+                f'<line x1="{point_x:.1f}" x2="{point_x:.1f}" y1="{low:.1f}" y2="{high:.1f}" stroke="{fill}" stroke-width="3"/>'
             )
         for k, value in enumerate(row["values"].values()):
-            aside = at + (-6 if k % 2 else 6)
-            parts.append(f'<circle cx="{aside:.1f}" cy="{y(value):.1f}" r="2.8" fill="{paint}" opacity=".6"/>')
-        parts.append(f'<circle cx="{at:.1f}" cy="{y(row["mean"]):.1f}" r="5.5" fill="{paint}"/>')
-    said = "; ".join(f"{numbers[row['recipe']]:g} {row['mean']:.3g}" for row in rows)
-    return _svg(width, height, f"{score['title']} by {along}: {said}", parts)
+            dot_x = point_x + (-6 if k % 2 else 6)
+            parts.append(f'<circle cx="{dot_x:.1f}" cy="{y(value):.1f}" r="2.8" fill="{fill}" opacity=".6"/>')
+        parts.append(f'<circle cx="{point_x:.1f}" cy="{y(row["mean"]):.1f}" r="5.5" fill="{fill}"/>')
+    summary = "; ".join(f"{numbers[row['recipe']]:g} {row['mean']:.3g}" for row in rows)
+    return _svg(width, height, f"{score['title']} by {axis_label}: {summary}", parts)
 
 
-def bars(groups: Mapping[str, Mapping[str, float]], along: str) -> str:
+def bars(groups: Mapping[str, Mapping[str, float]], axis_label: str) -> str:
     """Named values in groups, as bars from zero.
 
     Args:
         groups: group -> name -> value.
-        along: the name of the values.
+        axis_label: the name of the values.
     """
     width, left, right, top, step = 420, 178, 20, 8, 18
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
@@ -151,37 +155,37 @@ def bars(groups: Mapping[str, Mapping[str, float]], along: str) -> str:
     def x(value: float) -> float:
         return left + (width - left - right) * (value - low) / (high - low)
 
-    bottom, at, parts = height - 34, float(top), []
+    bottom, row_y, parts = height - 34, float(top), []
     for tick in ticks:
         parts.append(f'<line class="grid-line" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{top}" y2="{bottom}"/>')
         parts.append(f'<text class="end" x="{x(tick):.1f}" y="{bottom + 14}" text-anchor="middle">{tick:g}</text>')
     for group, values in groups.items():
-        at += step
-        parts.append(f'<text class="name" x="4" y="{at:.1f}">{text(group)}</text>')
+        row_y += step
+        parts.append(f'<text class="name" x="4" y="{row_y:.1f}">{text(group)}</text>')
         for name, value in values.items():
-            at += step
-            near, far = sorted((x(0), x(value)))
-            paint = COLOURS[names.index(name) % len(COLOURS)]
-            parts.append(f'<text class="end" x="{left - 8}" y="{at:.1f}" text-anchor="end">{text(name)}</text>')
+            row_y += step
+            start, stop = sorted((x(0), x(value)))
+            fill = COLOURS[names.index(name) % len(COLOURS)]
+            parts.append(f'<text class="end" x="{left - 8}" y="{row_y:.1f}" text-anchor="end">{text(name)}</text>')
             parts.append(
-                f'<rect x="{near:.1f}" y="{at - 10:.1f}" width="{max(far - near, 0.5):.1f}" height="11" fill="{paint}"/>'
+                f'<rect x="{start:.1f}" y="{row_y - 10:.1f}" width="{max(stop - start, 0.5):.1f}" height="11" fill="{fill}"/>'
             )
     parts.append(f'<line class="zero" x1="{x(0):.1f}" x2="{x(0):.1f}" y1="{top}" y2="{bottom}"/>')
     parts.append(
-        f'<text class="end" x="{(left + width - right) / 2}" y="{height - 4}" text-anchor="middle">{text(along)}</text>'
+        f'<text class="end" x="{(left + width - right) / 2}" y="{height - 4}" text-anchor="middle">{text(axis_label)}</text>'
     )
-    return _svg(width, height, along, parts)
+    return _svg(width, height, axis_label, parts)
 
 
 def curves(
-    recipes: Sequence[str], lines: dict[str, list[tuple[float, float]]], along: str, *, logarithmic: bool = False
+    recipes: Sequence[str], lines: dict[str, list[tuple[float, float]]], axis_label: str, *, logarithmic: bool = False
 ) -> str:
     """One line per recipe.
 
     Args:
         recipes: all of them, in the order of their colours; lines may be fewer.
         lines: recipe -> points.
-        along: the label of the x axis.
+        axis_label: the label of the x axis.
         logarithmic: use a logarithmic y axis if the range of values is large; points at 0 and below are then left out.
     """
     width, height = 420, 250
@@ -198,17 +202,17 @@ def curves(
     x, y, parts = _axes(
         width,
         height,
-        along,
+        axis_label,
         [0.0, *(a for a, _ in points)],
         [b for _, b in points],
         lambda tick: f"{tick / 1000:g}k" if tick >= 1000 else f"{tick:g}",
         lambda tick: f"{10**tick:.3g}" if logarithmic else f"{tick:g}",
     )
     for label, line in lines.items():
-        paint, path = colour(recipes, label), " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in line)
-        parts.append(f'<polyline class="curve" stroke="{paint}" points="{path}"/>')
-        parts += [f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="3.4" fill="{paint}"/>' for a, b in line if len(line) < 8]
-    return _svg(width, height, f"{', '.join(lines)} by {along}", parts)
+        fill, path = colour(recipes, label), " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in line)
+        parts.append(f'<polyline class="curve" stroke="{fill}" points="{path}"/>')
+        parts += [f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="3.4" fill="{fill}"/>' for a, b in line if len(line) < 8]
+    return _svg(width, height, f"{', '.join(lines)} by {axis_label}", parts)
 
 
 def scatter(summary: dict[str, Any], score: dict[str, Any]) -> str:
@@ -233,17 +237,17 @@ def scatter(summary: dict[str, Any], score: dict[str, Any]) -> str:
         margin,
     )
     parts.append(f'<line class="beside" x1="{x(base):.1f}" x2="{x(base):.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>')
-    for number_, label in enumerate(summary["recipes"]):
-        own, paint = [(p, v) for found, p, v in points if found == label], colour(summary["recipes"], label)
-        if not own:
+    for index, label in enumerate(summary["recipes"]):
+        recipe_points, fill = [(p, v) for recipe, p, v in points if recipe == label], colour(summary["recipes"], label)
+        if not recipe_points:
             continue
-        for perplexity, value in own:
-            parts.append(f'<circle cx="{x(perplexity):.1f}" cy="{y(value):.1f}" r="3" fill="{paint}" opacity=".6"/>')
-        across, up = (sum(values) / len(own) for values in zip(*own, strict=True))
-        parts.append(f'<circle cx="{x(across):.1f}" cy="{y(up):.1f}" r="6.5" fill="{paint}"/>')
-        at = TOP + 20 * number_ + 10
-        parts.append(f'<circle cx="{width - margin + 16}" cy="{at}" r="5" fill="{paint}"/>')
-        parts.append(f'<text class="name" x="{width - margin + 26}" y="{at + 4}">{text(_cut(label))}</text>')
+        for perplexity, value in recipe_points:
+            parts.append(f'<circle cx="{x(perplexity):.1f}" cy="{y(value):.1f}" r="3" fill="{fill}" opacity=".6"/>')
+        mean_x, mean_y = (sum(values) / len(recipe_points) for values in zip(*recipe_points, strict=True))
+        parts.append(f'<circle cx="{x(mean_x):.1f}" cy="{y(mean_y):.1f}" r="6.5" fill="{fill}"/>')
+        legend_y = TOP + 20 * index + 10
+        parts.append(f'<circle cx="{width - margin + 16}" cy="{legend_y}" r="5" fill="{fill}"/>')
+        parts.append(f'<text class="name" x="{width - margin + 26}" y="{legend_y + 4}">{text(_shorten(label))}</text>')
     return _svg(width, height, "perplexity of the text against drawing, one small dot per run", parts)
 
 
@@ -266,7 +270,7 @@ def standalone(svg: str, legend: Mapping[str, str] = MappingProxyType({})) -> st
         height += 16 * len(legend) + 4
         head = head.replace(box, f"0 0 {width:g} {height:g}")
     head = f'{head} width="{1.3 * width:g}" height="{1.3 * height:g}" xmlns="http://www.w3.org/2000/svg"'
-    return f'{head}>{ALONE}<rect width="100%" height="100%" fill="white"/>{rest}\n'
+    return f'{head}>{STANDALONE_STYLE}<rect width="100%" height="100%" fill="white"/>{rest}\n'
 
 
 # ------------------------------------------------------------------------------------------------- axes and their text
@@ -289,44 +293,46 @@ def _axis(values: Sequence[float]) -> tuple[float, float, list[float]]:
 def _axes(
     width: int,
     height: int,
-    along: str,
-    across: Sequence[float],
-    up: Sequence[float],
-    across_text: Callable[[float], str],
-    up_text: Callable[[float], str],
+    axis_label: str,
+    x_values: Sequence[float],
+    y_values: Sequence[float],
+    format_x: Callable[[float], str],
+    format_y: Callable[[float], str],
     margin: int = RIGHT,
 ) -> tuple[Callable[[float], float], Callable[[float], float], list[str]]:
     """Functions that map a value to its x and to its y position, and both axes as SVG.
 
-    ``across`` and ``up`` are the values that the axes cover, ``along`` is the label of the x axis, and two functions format
-    ticks; ``margin`` is left free on the right.
+    ``x_values`` and ``y_values`` are the values that the axes cover, and ``format_x`` and ``format_y`` write their ticks.
+    ``axis_label`` is the label of the x axis; ``margin`` pixels stay free on the right.
     """
-    near, far, columns = _axis(across)
-    low, high, lines = _axis(up)
+    x_low, x_high, x_ticks = _axis(x_values)
+    y_low, y_high, y_ticks = _axis(y_values)
     right, bottom = width - margin, height - BOTTOM
 
     def x(value: float) -> float:
-        return LEFT + (right - LEFT) * (value - near) / (far - near)
+        return LEFT + (right - LEFT) * (value - x_low) / (x_high - x_low)
 
     def y(value: float) -> float:
-        return TOP + (bottom - TOP) * (high - value) / (high - low)
+        return TOP + (bottom - TOP) * (y_high - value) / (y_high - y_low)
 
     parts = []
-    for tick in lines:
-        at = y(tick)
-        parts.append(f'<line class="grid-line" x1="{LEFT}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text class="end" x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{up_text(tick)}</text>')
-    for tick in columns:
-        label = across_text(tick)
+    for tick in y_ticks:
+        tick_y = y(tick)
+        parts.append(f'<line class="grid-line" x1="{LEFT}" x2="{right}" y1="{tick_y:.1f}" y2="{tick_y:.1f}"/>')
+        parts.append(f'<text class="end" x="{LEFT - 7}" y="{tick_y + 4:.1f}" text-anchor="end">{format_y(tick)}</text>')
+    for tick in x_ticks:
+        label = format_x(tick)
         parts.append(f'<text class="end" x="{x(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{label}</text>')
-    parts.append(f'<text class="end" x="{(LEFT + right) / 2}" y="{height - 6}" text-anchor="middle">{along}</text>')
+    parts.append(
+        f'<text class="end" x="{(LEFT + right) / 2}" y="{height - 6}" text-anchor="middle">{axis_label}</text>'
+    )
     return x, y, parts
 
 
 def _svg(width: float, height: float, title: str, parts: Sequence[str]) -> str:
-    said = text(title)
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{said}"><title>{said}</title>{"".join(parts)}</svg>'
+    label = text(title)
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}"><title>{label}</title>{"".join(parts)}</svg>'
 
 
-def _cut(label: str) -> str:
+def _shorten(label: str) -> str:
     return label if len(label) <= 17 else label[:16] + "…"

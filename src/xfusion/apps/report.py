@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image as PILImage
 
-from xfusion.apps.commands.base import written
+from xfusion.apps.commands.base import write_whole
 
 TEMPLATE = "report.html"
 BINS = 160
@@ -46,7 +46,7 @@ LOSSES = {"flow_matching": ("draw", "drawing"), "next_token": ("say", "naming")}
 class Answer:
     """A model's answer to a picture, and whether it is one of the picture's names."""
 
-    said: str
+    text: str
     right: bool
 
 
@@ -110,7 +110,7 @@ class Story:
 def write(path: Path, story: Story) -> Path:
     """Write the page atomically."""
     page = render(story)
-    return written(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    return write_whole(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
 
 
 def render(story: Story) -> str:
@@ -175,38 +175,41 @@ def _million(count: int) -> str:
 
 
 def _head(story: Story) -> str:
-    m = story.metrics
-    fresh, same = m["fresh"], m["text_identical"]
-    passed = [c for each in m["proof"].values() for c in each["checks"]]
-    share = m["num_new_parameters"] / m["num_frozen_parameters"]
-    title, words = (
+    metrics = story.metrics
+    fresh, is_identical = metrics["fresh"], metrics["text_identical"]
+    checks = [c for proof in metrics["proof"].values() for c in proof["checks"]]
+    share = metrics["num_new_parameters"] / metrics["num_frozen_parameters"]
+    title, sentence = (
         (
             "Its text is bit-identical to before.",
             "Logits and greedy tokens, with the new weights in place and with noise instead of them:",
         )
-        if same
+        if is_identical
         else ("Its text is NOT identical to before.", "Something changed what the model says:")
     )
-    able = all((fresh[name] or 0) >= 0.5 for name in ("fit_retrieval_pixel_at_1", "fit_caption_exact"))
-    verb = "learned" if able else "is learning"
-    good = sum(c["passed"] for c in passed)
+    has_learned = all((fresh[name] or 0) >= 0.5 for name in ("fit_retrieval_pixel_at_1", "fit_caption_exact"))
+    verb = "learned" if has_learned else "is learning"
+    num_passed = sum(c["passed"] for c in checks)
     tiles = (
         (
             percent(fresh["fit_retrieval_pixel_at_1"]),
             f"of {fresh['num_concepts']} drawings are nearest to the emoji they should be",
         ),
         (percent(fresh["fit_caption_exact"]), f"of {fresh['num_concepts']} emoji are named right"),
-        (f"{m['minutes_training']:.1f} min", f"of training, {number(m['training']['samples'])} samples"),
-        (number(m["joint_samples_per_second"]), f"samples/s; drawing alone {number(m['drawing_samples_per_second'])}"),
+        (f"{metrics['minutes_training']:.1f} min", f"of training, {number(metrics['training']['samples'])} samples"),
+        (
+            number(metrics["joint_samples_per_second"]),
+            f"samples/s; drawing alone {number(metrics['drawing_samples_per_second'])}",
+        ),
     )
     return f"""<header>
 <h1>A frozen language model {verb} to draw and to name emoji</h1>
-<p class="lead">{text(_base_name(m["base"]["source"]))} was never shown a picture. Beside its
-{_million(m["num_frozen_parameters"])} frozen weights stand {_million(m["num_new_parameters"])} new ones
-({percent(share)}), trained for {m["minutes_training"]:.1f} minutes on {text(_where(m["machine"]))} to draw
+<p class="lead">{text(_base_name(metrics["base"]["source"]))} was never shown a picture. Beside its
+{_million(metrics["num_frozen_parameters"])} frozen weights stand {_million(metrics["num_new_parameters"])} new ones
+({percent(share)}), trained for {metrics["minutes_training"]:.1f} minutes on {text(_device_text(metrics["machine"]))} to draw
 {fresh["num_concepts"]} emoji from words and to name them from pictures.</p>
-<div class="proof{"" if same else " bad"}"><div class="mark" aria-hidden="true">{"✓" if same else "✗"}</div>
-<div><strong>{title}</strong><p class="small">{words} {good} of {len(passed)} checks passed.
+<div class="proof{"" if is_identical else " bad"}"><div class="mark" aria-hidden="true">{"✓" if is_identical else "✗"}</div>
+<div><strong>{title}</strong><p class="small">{sentence} {num_passed} of {len(checks)} checks passed.
 <a href="#proof">The proof</a></p></div></div>
 <div class="tiles">{"".join(f'<div class="tile"><b>{a}</b><span>{text(b)}</span></div>' for a, b in tiles)}</div>
 </header>"""
@@ -218,10 +221,10 @@ def _base_name(source: str) -> str:
     return stem if stem and kind.upper().startswith(("Q", "F", "BF")) else name
 
 
-def _where(machine: dict[str, Any]) -> str:
-    if machine["gpu"]:
-        return machine["gpu"]
-    return f"{machine['cores']} processor core{'' if machine['cores'] == 1 else 's'}"
+def _device_text(machine_facts: dict[str, Any]) -> str:
+    if machine_facts["gpu"]:
+        return machine_facts["gpu"]
+    return f"{machine_facts['cores']} processor core{'' if machine_facts['cores'] == 1 else 's'}"
 
 
 def _film(story: Story) -> str:
@@ -254,8 +257,10 @@ def _curve_section(story: Story) -> str:
 def curve_svg(curve: Sequence[tuple[float, dict[str, float]]], shots: Sequence[float] = ()) -> str:
     """The losses over time; the y axis is logarithmic."""
     width, height, left, right, top, bottom = 720, 320, 72, 108, 14, 40
-    longest = max(seconds for seconds, _ in curve) or 1.0
-    lines = {name: _binned(curve, name, longest) for name in dict.fromkeys(k for _, losses in curve for k in losses)}
+    duration = max(seconds for seconds, _ in curve) or 1.0
+    lines = {
+        name: _bin_losses(curve, name, duration) for name in dict.fromkeys(k for _, losses in curve for k in losses)
+    }
     lines = {name: points for name, points in lines.items() if points}
     if not lines:
         return ""
@@ -263,27 +268,27 @@ def curve_svg(curve: Sequence[tuple[float, dict[str, float]]], shots: Sequence[f
     low, high = math.floor(min(values)), max(math.ceil(max(values)), math.floor(min(values)) + 1)
 
     def x(seconds: float) -> float:
-        return left + (width - left - right) * seconds / longest
+        return left + (width - left - right) * seconds / duration
 
     def y(value: float) -> float:
         return top + (height - top - bottom) * (high - math.log10(value)) / (high - low)
 
     parts = []
     for power in range(low, high + 1):
-        at = y(10.0**power)
-        parts.append(f'<line class="grid-line" x1="{left}" x2="{width - right}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text x="{left - 8}" y="{at + 4:.1f}" text-anchor="end">{10.0**power:g}</text>')
-    for seconds, label in _ticks(longest):
+        y_line = y(10.0**power)
+        parts.append(f'<line class="grid-line" x1="{left}" x2="{width - right}" y1="{y_line:.1f}" y2="{y_line:.1f}"/>')
+        parts.append(f'<text x="{left - 8}" y="{y_line + 4:.1f}" text-anchor="end">{10.0**power:g}</text>')
+    for seconds, label in _ticks(duration):
         parts.append(f'<text x="{x(seconds):.1f}" y="{height - bottom + 22}" text-anchor="middle">{label}</text>')
     for seconds in shots:
         parts.append(f'<circle class="shot" cx="{min(x(seconds), width - right):.1f}" cy="{height - bottom}" r="3.5"/>')
-    ends = _apart([(y(points[-1][1]), name) for name, points in lines.items()], 22)
+    label_positions = _spread_labels([(y(points[-1][1]), name) for name, points in lines.items()], 22)
     for name, points in lines.items():
-        kind, words = LOSSES.get(name, ("say", name))
+        kind, label_text = LOSSES.get(name, ("say", name))
         path = " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in points)
         parts.append(f'<polyline class="curve {text(kind)}" points="{path}"/>')
         parts.append(
-            f'<text class="{text(kind)}" x="{width - right + 8}" y="{ends[name] + 4:.1f}">{text(words)}</text>'
+            f'<text class="{text(kind)}" x="{width - right + 8}" y="{label_positions[name] + 4:.1f}">{text(label_text)}</text>'
         )
     title = "Losses over time, logarithmic: " + ", ".join(LOSSES.get(name, ("", name))[1] for name in lines)
     return (
@@ -292,64 +297,70 @@ def curve_svg(curve: Sequence[tuple[float, dict[str, float]]], shots: Sequence[f
     )
 
 
-def _binned(curve: Sequence[tuple[float, dict[str, float]]], name: str, longest: float) -> list[tuple[float, float]]:
+def _bin_losses(
+    curve: Sequence[tuple[float, dict[str, float]]], name: str, duration: float
+) -> list[tuple[float, float]]:
     bins: dict[int, list[tuple[float, float]]] = {}
     for seconds, losses in curve:
         value = losses.get(name)
         if value is not None and math.isfinite(value):
-            bins.setdefault(int(BINS * seconds / longest), []).append((seconds, math.log(max(value, SMALLEST))))
+            bins.setdefault(int(BINS * seconds / duration), []).append((seconds, math.log(max(value, SMALLEST))))
     return [
-        (sum(s for s, _ in part) / len(part), math.exp(sum(v for _, v in part) / len(part)))
-        for _, part in sorted(bins.items())
+        (sum(s for s, _ in points) / len(points), math.exp(sum(v for _, v in points) / len(points)))
+        for _, points in sorted(bins.items())
     ]
 
 
-def _ticks(longest: float) -> list[tuple[float, str]]:
-    minutes = longest / 60
+def _ticks(duration: float) -> list[tuple[float, str]]:
+    minutes = duration / 60
     if minutes < 1:
         step = 10
-        return [(float(s), f"{s} s") for s in range(0, int(longest) + 1, step)]
+        return [(float(s), f"{s} s") for s in range(0, int(duration) + 1, step)]
     step = next((s for s in (1, 2, 5, 10, 20, 30, 60, 120, 240) if minutes / s <= 8), 480)
     return [(60.0 * m, f"{m} min" if m else "0") for m in range(0, int(minutes) + 1, step)]
 
 
-def _apart(places: list[tuple[float, str]], least: float) -> dict[str, float]:
+def _spread_labels(labels: list[tuple[float, str]], gap: float) -> dict[str, float]:
     """Label positions that do not overlap."""
-    out: dict[str, float] = {}
-    before = -math.inf
-    for at, name in sorted(places):
-        before = max(at, before + least)
-        out[name] = before
-    return out
+    positions: dict[str, float] = {}
+    previous = -math.inf
+    for position, name in sorted(labels):
+        previous = max(position, previous + gap)
+        positions[name] = previous
+    return positions
 
 
 def _drawings(story: Story) -> str:
-    shown, fresh = story.concepts[: story.num_shown], story.metrics["fresh"]
-    with_shipped = any(c.shipped for c in shown)
+    concepts, fresh = story.concepts[: story.num_shown], story.metrics["fresh"]
+    has_shipped = any(concept.shipped for concept in concepts)
     cards = []
-    for c in shown:
-        figures = [_figure(c.drawn, f"fresh {mark(c.rank == 1)}", f"{c.name}, drawn by the fresh tower")]
-        if c.shipped is not None:
-            figures.append(_figure(c.shipped, "shipped", f"{c.name}, drawn by the shipped pack"))
-        figures.append(_figure(c.real, "real", f"the real {c.name}"))
+    for concept in concepts:
+        figures = [
+            _figure(concept.drawn, f"fresh {mark(concept.rank == 1)}", f"{concept.name}, drawn by the fresh tower")
+        ]
+        if concept.shipped is not None:
+            figures.append(_figure(concept.shipped, "shipped", f"{concept.name}, drawn by the shipped pack"))
+        figures.append(_figure(concept.real, "real", f"the real {concept.name}"))
         cards.append(
-            f'<div class="card"><p class="name">{text(c.name)}</p><div class="trio">{"".join(figures)}</div></div>'
+            f'<div class="card"><p class="name">{text(concept.name)}</p><div class="trio">{"".join(figures)}</div></div>'
         )
     rest = "".join(
-        f'<div><div class="pair">{picture(c.drawn, c.name + ", drawn")}{picture(c.real, "the real " + c.name)}</div>'
-        f"{mark(c.rank == 1)} {text(c.name)}{'' if c.rank == 1 else f' <span class=soft>(rank {c.rank})</span>'}</div>"
-        for c in story.concepts
+        f'<div><div class="pair">{picture(concept.drawn, concept.name + ", drawn")}'
+        f"{picture(concept.real, 'the real ' + concept.name)}</div>"
+        f"{mark(concept.rank == 1)} {text(concept.name)}"
+        f"{'' if concept.rank == 1 else f' <span class=soft>(rank {concept.rank})</span>'}</div>"
+        for concept in story.concepts
     )
-    beside = ""
-    if with_shipped:
-        learned = number((story.metrics["shipped"] or {}).get("num_concepts"))
-        beside = f" Beside it the pack that ships with xfusion, which learned {learned} pictures."
+    shipped_note = ""
+    if has_shipped:
+        num_learned = number((story.metrics["shipped"] or {}).get("num_concepts"))
+        shipped_note = f" Beside it the pack that ships with xfusion, which learned {num_learned} pictures."
     return f"""<section><h2>Drawn from words</h2>
-<p>{len(shown)} of the {fresh["num_concepts"]} trained concepts, chosen by the hash of their ids and not by eye.
-{mark(True)} means: of all {fresh["num_concepts"]} real emoji, this one is nearest in pixels to what was drawn.{beside}</p>
+<p>{len(concepts)} of the {fresh["num_concepts"]} trained concepts, chosen by the hash of their ids and not by eye.
+{mark(True)} means: of all {fresh["num_concepts"]} real emoji, this one is nearest in pixels to what was drawn.{shipped_note}</p>
 <div class="gallery">{"".join(cards)}</div>
 <details><summary>All {len(story.concepts)} drawings of the fresh tower: the ones that were scored</summary>
-<p class="small soft">Drawn left, real right. {sum(c.rank == 1 for c in story.concepts)} of {len(story.concepts)}
+<p class="small soft">Drawn left, real right. {sum(concept.rank == 1 for concept in story.concepts)} of {len(story.concepts)}
 are nearest to their own emoji.</p><div class="grid">{rest}</div></details></section>"""
 
 
@@ -357,27 +368,30 @@ def _figure(image: PILImage.Image, caption: str, words: str) -> str:
     return f"<figure>{picture(image, words)}<figcaption>{caption}</figcaption></figure>"
 
 
-def _says(who: str, answer: Answer) -> str:
-    said = text(answer.said) if answer.said else "<em>nothing</em>"
-    return f'<p class="says"><span>{who}</span> {mark(answer.right)} {said}</p>'
+def _answer_line(tower: str, answer: Answer) -> str:
+    caption = text(answer.text) if answer.text else "<em>nothing</em>"
+    return f'<p class="says"><span>{tower}</span> {mark(answer.right)} {caption}</p>'
 
 
 def _answers(story: Story) -> str:
-    shown = story.concepts[: story.num_shown]
+    concepts = story.concepts[: story.num_shown]
     cards = []
-    for c in shown:
-        lines = [_says("fresh", c.answer)] + ([_says("shipped", c.shipped_answer)] if c.shipped_answer else [])
+    for concept in concepts:
+        lines = [_answer_line("fresh", concept.answer)] + (
+            [_answer_line("shipped", concept.shipped_answer)] if concept.shipped_answer else []
+        )
         cards.append(
-            f'<div class="card"><div>{picture(c.real, c.name)}</div><div><div class="name">{text(c.name)}</div>'
+            f'<div class="card"><div>{picture(concept.real, concept.name)}</div><div><div class="name">{text(concept.name)}</div>'
             f"{''.join(lines)}</div></div>"
         )
-    wrong = [c for c in story.concepts if not c.answer.right]
+    wrong = [concept for concept in story.concepts if not concept.answer.right]
     all_wrong = "".join(
-        f"<div>{picture(c.real, c.name)}{mark(False)} {text(c.answer.said)} <span class=soft>({text(c.name)})</span></div>"
-        for c in wrong
+        f"<div>{picture(concept.real, concept.name)}{mark(False)} {text(concept.answer.text)}"
+        f" <span class=soft>({text(concept.name)})</span></div>"
+        for concept in wrong
     )
     right = len(story.concepts) - len(wrong)
-    more = (
+    details = (
         f"<details><summary>All {len(wrong)} wrong answers</summary><div class=grid>{all_wrong}</div></details>"
         if wrong
         else ""
@@ -385,19 +399,21 @@ def _answers(story: Story) -> str:
     return f"""<section><h2>Named from pictures</h2>
 <p>The frozen model reads the picture through the new weights and answers in its own words.
 {right} of {len(story.concepts)} answers are one of the emoji's names.</p>
-<div class="unseen">{"".join(cards)}</div>{more}</section>"""
+<div class="unseen">{"".join(cards)}</div>{details}</section>"""
 
 
 def _unseen(story: Story) -> str:
-    fresh, held = story.metrics["fresh"], story.held
-    if not held:
+    fresh, held_out = story.metrics["fresh"], story.held
+    if not held_out:
         return ""
     cards = []
-    for item in held[: story.num_shown]:
-        lines = [_says("fresh", item.answer)] + ([_says("shipped", item.shipped_answer)] if item.shipped_answer else [])
+    for item in held_out[: story.num_shown]:
+        lines = [_answer_line("fresh", item.answer)] + (
+            [_answer_line("shipped", item.shipped_answer)] if item.shipped_answer else []
+        )
         cards.append(
             f'<div class="card"><div>{picture(item.picture, item.name)}</div><div><div class="name">{text(item.name)}</div>'
-            f"{''.join(lines)}<p class=says><span>true name ranks {item.rank:g} of {len(held)}</span></p></div></div>"
+            f"{''.join(lines)}<p class=says><span>true name ranks {item.rank:g} of {len(held_out)}</span></p></div></div>"
         )
     rows = [
         ("mean reciprocal rank of the true name", "held_caption_mrr"),
@@ -413,22 +429,22 @@ def _unseen(story: Story) -> str:
     return f"""<section><h2>Pictures it has never seen</h2>
 <p>Everything above is <strong>memory, not understanding</strong>: the tower was trained on those very pictures.
 Here are pictures of groups that no training saw. The base has words for all of them; can the new weights find the right one?
-{text(verdict(fresh, held))}</p>
-<div class="scroll"><table><thead><tr><th>fresh tower, {len(held)} unseen
+{text(verdict(fresh, held_out))}</p>
+<div class="scroll"><table><thead><tr><th>fresh tower, {len(held_out)} unseen
 pictures</th><th class=num>score</th><th class=num>blind</th>
 <th class=num>chance</th></tr></thead><tbody>{table}</tbody></table></div>
-<p class="small soft">Candidates are the {len(held)} pictures' own names, ranked by how much likelier a name
+<p class="small soft">Candidates are the {len(held_out)} pictures' own names, ranked by how much likelier a name
 becomes with the picture. Blind: the same answers with the pictures shuffled. Below, the greedy answers to
-{min(len(held), story.num_shown)} of them, fixed by hash.</p>
+{min(len(held_out), story.num_shown)} of them, fixed by hash.</p>
 <div class="unseen">{"".join(cards)}</div></section>"""
 
 
-def verdict(fresh: dict[str, Any], held: Sequence[HeldOut]) -> str:
+def verdict(fresh: dict[str, Any], held_out: Sequence[HeldOut]) -> str:
     """An honest sentence about held-out names: is the mean reciprocal rank above the blind rate by two standard errors?"""
     score, blind = fresh.get("held_caption_mrr"), fresh.get("held_caption_mrr_blind")
-    if score is None or blind is None or len(held) < 2:
+    if score is None or blind is None or len(held_out) < 2:
         return "Not measured."
-    values = [1 / item.rank for item in held]
+    values = [1 / item.rank for item in held_out]
     mean = sum(values) / len(values)
     error = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
     figures = f"{number(score)} against {number(blind)} blind, standard error {error:.3f}"
@@ -438,7 +454,7 @@ def verdict(fresh: dict[str, Any], held: Sequence[HeldOut]) -> str:
         )
     if blind - score > 2 * error:
         return f"No: the mean reciprocal rank is below the blind rate ({figures})."
-    return f"It cannot be told from {len(held)} pictures: {figures}. No claim is made."
+    return f"It cannot be told from {len(held_out)} pictures: {figures}. No claim is made."
 
 
 def _proof(story: Story) -> str:
@@ -462,18 +478,18 @@ tensor shapes, is held to a tolerance.</p>
 
 
 def _numbers(story: Story) -> str:
-    m = story.metrics
-    columns: list[tuple[str, dict[str, Any]]] = [("fresh", m["fresh"])]
-    if m["shipped"]:
-        columns.append(("shipped", m["shipped"]))
-    if m["shipped_spot_check"]:
-        columns.append(("shipped, here", m["shipped_spot_check"]))
+    metrics = story.metrics
+    columns: list[tuple[str, dict[str, Any]]] = [("fresh", metrics["fresh"])]
+    if metrics["shipped"]:
+        columns.append(("shipped", metrics["shipped"]))
+    if metrics["shipped_spot_check"]:
+        columns.append(("shipped, here", metrics["shipped_spot_check"]))
     head = "".join(f"<th class=num>{title}</th>" for title, _ in columns)
     body = ""
     for name in SCORES:
         cells = "".join(f"<td class=num>{number(scores[name])}</td>" for _, scores in columns)
-        limits = f"<td class=num>{number(m['fresh'].get(f'chance_{name}'))}</td>"
-        limits += f"<td class=num>{number(m['fresh'].get(f'ceiling_{name}'))}</td>"
+        limits = f"<td class=num>{number(metrics['fresh'].get(f'chance_{name}'))}</td>"
+        limits += f"<td class=num>{number(metrics['fresh'].get(f'ceiling_{name}'))}</td>"
         body += f"<tr><td><code>{name}</code></td>{cells}{limits}</tr>"
     notes = "; ".join(f"{title}: {text(scores['how'])}" for title, scores in columns)
     return f"""<section><h2>All scores</h2>
@@ -486,14 +502,14 @@ resizing. Both are the fresh tower's.</p>
 
 
 def _machine(story: Story) -> str:
-    m, s, t = story.metrics, story.metrics["settings"], story.metrics["training"]
-    machine, versions = m["machine"], m["machine"]["versions"]
-    commit = m["commit"] and m["commit"]["id"][:12] + (
-        f" with {m['commit']['changed_files']} changed files" if m["commit"]["changed_files"] else ""
+    metrics, settings, training = story.metrics, story.metrics["settings"], story.metrics["training"]
+    machine, versions = metrics["machine"], metrics["machine"]["versions"]
+    commit = metrics["commit"] and metrics["commit"]["id"][:12] + (
+        f" with {metrics['commit']['changed_files']} changed files" if metrics["commit"]["changed_files"] else ""
     )
-    speed = s["speed_of_drawing"]
-    ratio = f"{s['draw_per_step']} drawings and {s['caption_per_step']} namings per step"
-    ratio += f" ({s['ratio_draw_to_caption']:g} : 1)" if s["ratio_draw_to_caption"] else ""
+    speed = settings["speed_of_drawing"]
+    ratio = f"{settings['draw_per_step']} drawings and {settings['caption_per_step']} namings per step"
+    ratio += f" ({settings['ratio_draw_to_caption']:g} : 1)" if settings["ratio_draw_to_caption"] else ""
     machine_rows = [
         ("processor", machine["processor"]),
         ("cores, threads", f"{machine['cores']}, {machine['threads']}"),
@@ -504,29 +520,34 @@ def _machine(story: Story) -> str:
         ("commit", commit or None),
     ]
     settings_rows = [
-        ("base", f"{m['base']['source']}, fingerprint {m['base']['fingerprint'][:16]}"),
-        ("new weights", number(m["num_new_parameters"])),
-        ("data", f"{s['data']}, {s['picture_size']} px, {m['tokens_per_image']} tokens per picture"),
+        ("base", f"{metrics['base']['source']}, fingerprint {metrics['base']['fingerprint'][:16]}"),
+        ("new weights", number(metrics["num_new_parameters"])),
+        (
+            "data",
+            f"{settings['data']}, {settings['picture_size']} px, {metrics['tokens_per_image']} tokens per picture",
+        ),
         ("what a step reads", ratio),
         (
             "training",
-            f"{number(t['steps'])} steps, {number(t['samples'])} samples, {t['dtype']}, {m['minutes_training']:.2f} minutes",
+            f"{number(training['steps'])} steps, {number(training['samples'])} samples, {training['dtype']},"
+            f" {metrics['minutes_training']:.2f} minutes",
         ),
-        ("speed, both tasks", f"{number(m['joint_samples_per_second'])} samples/s behind the warm-up"),
+        ("speed, both tasks", f"{number(metrics['joint_samples_per_second'])} samples/s behind the warm-up"),
         (
             "speed, drawing alone",
-            f"{number(m['drawing_samples_per_second'])} samples/s, batch {speed['batch']},"
+            f"{number(metrics['drawing_samples_per_second'])} samples/s, batch {speed['batch']},"
             f" {speed['steps']} steps behind the warm-up",
         ),
-        ("drawing", f"{s['sampling_steps']} steps, guidance {s['guidance']}"),
+        ("drawing", f"{settings['sampling_steps']} steps, guidance {settings['guidance']}"),
         (
             "codec",
-            f"PSNR {number(m['codec_psnr_db'])} dB" + (" (lossless)" if (m["codec_psnr_db"] or 0) >= 100 else ""),
+            f"PSNR {number(metrics['codec_psnr_db'])} dB"
+            + (" (lossless)" if (metrics["codec_psnr_db"] or 0) >= 100 else ""),
         ),
-        ("seed", m["seed"]),
+        ("seed", metrics["seed"]),
         (
             "whole demo",
-            f"{m['minutes_total']:.1f} minutes, {m['minutes_after_training']:.1f} of them behind the training",
+            f"{metrics['minutes_total']:.1f} minutes, {metrics['minutes_after_training']:.1f} of them behind the training",
         ),
     ]
     return f"""<section><h2>Where and how</h2><h3>The machine</h3>{_rows(machine_rows)}
@@ -537,7 +558,8 @@ recipe.</p></section>"""
 
 def _next(story: Story) -> str:
     rows = "".join(
-        f'<div class="small soft">{text(what)}</div><pre>{text(command)}</pre>' for command, what in story.commands
+        f'<div class="small soft">{text(purpose)}</div><pre>{text(command)}</pre>'
+        for command, purpose in story.commands
     )
     return f"<section><h2>Go on</h2>{rows}</section>"
 

@@ -11,23 +11,23 @@ ATTENTIONS = ("grouped", "eager", "sdpa", "flex_attention")
 (`xfusion.layers.grouped_attention`); the family's own plain products; torch's fused kernel; FlexAttention over block masks."""
 
 
-def choose_attention(device: torch.device, asked: str | None = None) -> str:
+def choose_attention(device: torch.device, implementation: str | None = None) -> str:
     """The attention for training and drawing: on a CPU ``grouped``, which is faster on short sequences (docs/speed.md).
 
     Args:
         device: the device of the run.
-        asked: one of `ATTENTIONS`, to override the default.
+        implementation: one of `ATTENTIONS`, to override the default.
 
     Raises:
-        XFusionError: ``asked`` is not one of them, or torch has no backward pass for it on this device.
+        XFusionError: ``implementation`` is not one of them, or torch has no backward pass for it on this device.
     """
-    if asked is not None and asked not in ATTENTIONS:
-        raise XFusionError(f"attention {asked!r} is not one of {', '.join(ATTENTIONS)}")
-    if asked == "flex_attention" and device.type != "cuda":
+    if implementation is not None and implementation not in ATTENTIONS:
+        raise XFusionError(f"attention {implementation!r} is not one of {', '.join(ATTENTIONS)}")
+    if implementation == "flex_attention" and device.type != "cuda":
         raise XFusionError(
             f"attention 'flex_attention': torch {torch.__version__} has no backward pass of it on {device.type}, only on a GPU:"
             " take sdpa or eager"
         )
-    if asked is not None:
-        return asked
+    if implementation is not None:
+        return implementation
     return "grouped" if device.type == "cpu" else "sdpa"

@@ -29,18 +29,21 @@ class Cache:
 
     def columns(self, of: str) -> Tensor:
         """Indices of the text (``text``) or media (``media``) positions, int64 ``[k]``."""
-        chosen = [i for i, owner in enumerate(self.owners) if (owner == "text") == (of == "text")]
-        return torch.tensor(chosen, dtype=torch.int64, device=self.rows.order.device)
+        indices = [i for i, owner in enumerate(self.owners) if (owner == "text") == (of == "text")]
+        return torch.tensor(indices, dtype=torch.int64, device=self.rows.order.device)
 
     def past(self, slot: int, layer: int) -> list[KeysValues]:
         """A tower's cached keys and values at a layer, as a list of zero or one."""
         kv = self.slots[slot].get(layer)
         return [] if kv is None else [kv]
 
-    def append(self, slot: int, layer: int, new: list[KeysValues]) -> None:
+    def append(self, slot: int, layer: int, new_kv: list[KeysValues]) -> None:
         """Append keys and values to a tower's cache at a layer."""
-        parts = self.past(slot, layer) + new
-        self.slots[slot][layer] = (torch.cat([p[0] for p in parts], dim=2), torch.cat([p[1] for p in parts], dim=2))
+        pairs = self.past(slot, layer) + new_kv
+        self.slots[slot][layer] = (
+            torch.cat([pair[0] for pair in pairs], dim=2),
+            torch.cat([pair[1] for pair in pairs], dim=2),
+        )
 
     def copy(self) -> Cache:
         """A copy with the same contents that grows independently."""

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from xfusion.backbone.cache import Cache
-from xfusion.backbone.sources import EMBEDDED, SCRATCH, loading, located, weights
+from xfusion.backbone.sources import EMBEDDED, SCRATCH, loading, resolve_source, weights
 from xfusion.data.sequence import Rows, XFusionError, fingerprint
 from xfusion.layers import Slot, attention_path, grouped_attention, shadow, takes_cache
 
@@ -133,11 +133,12 @@ class Backbone:
         """
         from transformers import AutoTokenizer
 
-        where, scratch = located(source), source.startswith(SCRATCH)
+        name_or_path, scratch = resolve_source(source), source.startswith(SCRATCH)
         with loading(f"base {source!r} cannot be loaded"):
-            tokenizer = AutoTokenizer.from_pretrained(where, **({"revision": revision} if revision else {}))
-            model = weights(where, scratch=scratch, dtype=dtype or "auto", revision=revision)
-        if not os.path.isdir(where):  # resolve a branch or None to the commit, so that a pack records the exact commit
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, **({"revision": revision} if revision else {}))
+            model = weights(name_or_path, scratch=scratch, dtype=dtype or "auto", revision=revision)
+        if not os.path.isdir(name_or_path):
+            # A branch or None is resolved to its commit, so that a pack records the exact one.
             revision = getattr(model.config, "_commit_hash", None) or revision
         return cls(model.to(device), tokenizer, source, revision, pretrained=not scratch)
 
@@ -179,7 +180,7 @@ class Backbone:
         """
         with loading(f"base {self.source!r} cannot be loaded again"):
             model = weights(
-                located(self.source),
+                resolve_source(self.source),
                 scratch=not self.pretrained,
                 dtype=self.dtype,
                 revision=self.revision,
@@ -187,18 +188,18 @@ class Backbone:
             )
         model.requires_grad_(False).eval()
         model.to(self.device)
-        for own, other in zip(self.model.parameters(), model.parameters(), strict=True):
-            if other.device.type == "cpu":
-                other.data = _aligned_like(other.data, own.data)
+        for original, reloaded in zip(self.model.parameters(), model.parameters(), strict=True):
+            if reloaded.device.type == "cpu":
+                reloaded.data = _aligned_like(reloaded.data, original.data)
         return model
 
     def _find_layers(self) -> tuple[str, nn.ModuleList]:
-        names: set[str] = set(getattr(self.model, "_no_split_modules", None) or ())
-        recorded = (getattr(self.decoder, "_can_record_outputs", None) or {}).get("hidden_states")
-        for item in recorded if isinstance(recorded, list) else [recorded]:
-            names.add(getattr(getattr(item, "target_class", item), "__name__", ""))
+        class_names: set[str] = set(getattr(self.model, "_no_split_modules", None) or ())
+        recorder = (getattr(self.decoder, "_can_record_outputs", None) or {}).get("hidden_states")
+        for item in recorder if isinstance(recorder, list) else [recorder]:
+            class_names.add(getattr(getattr(item, "target_class", item), "__name__", ""))
         for key, child in self.decoder._modules.items():
-            if isinstance(child, nn.ModuleList) and len(child) and type(child[0]).__name__ in names:
+            if isinstance(child, nn.ModuleList) and len(child) and type(child[0]).__name__ in class_names:
                 if not any(map(takes_cache, child[0].modules())):
                     raise XFusionError(
                         f"{self.source}: {type(self.model).__name__} cannot be fused: its layers"
@@ -207,7 +208,7 @@ class Backbone:
                 return key, child
         raise XFusionError(
             f"{self.source}: {type(self.model).__name__} has no list of decoder layers that xfusion recognises "
-            f"(looked for {sorted(n for n in names if n)}); see docs/how_it_works.md for what a base needs"
+            f"(looked for {sorted(n for n in class_names if n)}); see docs/how_it_works.md for what a base needs"
         )
 
     # -- facts
@@ -273,10 +274,15 @@ class Backbone:
         settings = {name: getattr(self.config, name) for name in FUNCTION if hasattr(self.config, name)}
         facts: dict[str, Any] = {"settings": settings | {"windows": [self.window(i) for i in range(self.num_layers)]}}
         if self.tokenizer is not None:
-            own = self.tokenizer
-            parts = sorted(own.get_vocab().items()), sorted(self.special_tokens), own.bos_token_id, own.eos_token_id
+            tokenizer = self.tokenizer
+            parts = (
+                sorted(tokenizer.get_vocab().items()),
+                sorted(self.special_tokens),
+                tokenizer.bos_token_id,
+                tokenizer.eos_token_id,
+            )
             facts["tokenizer"] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-            facts["tokenizer_parts"] = encoding_hashes(own)
+            facts["tokenizer_parts"] = encoding_hashes(tokenizer)
         return json.loads(json.dumps(facts, default=str))
 
     def window(self, layer: int) -> int | None:
@@ -307,9 +313,9 @@ class Backbone:
         table = self.model.get_input_embeddings().weight
         if table.is_meta:
             return 1.0
-        some = torch.arange(min(64, len(table)), device=table.device)
+        sample_ids = torch.arange(min(64, len(table)), device=table.device)
         with torch.no_grad():
-            factor = float(self.embed(some).float().std() / table[some].float().std())
+            factor = float(self.embed(sample_ids).float().std() / table[sample_ids].float().std())
             return factor * float(table.float().std())
 
     @property
@@ -323,9 +329,9 @@ class Backbone:
         if card.is_file():
             from huggingface_hub import metadata_load
 
-            stated = (metadata_load(card) or {}).get("license")
-            if stated:
-                return str(stated)
+            card_licence = (metadata_load(card) or {}).get("license")
+            if card_licence:
+                return str(card_licence)
         return "not recorded: see the base's own card"
 
     @property
@@ -336,18 +342,18 @@ class Backbone:
     @property
     def begin_ids(self) -> tuple[int, ...]:
         """Token ids that start a text: the beginning-of-text token, or the end token if the base has no other separator."""
-        own = self.tokenizer.bos_token_id
-        own = self.tokenizer.eos_token_id if own is None else own
-        return () if own is None else (own,)
+        token_id = self.tokenizer.bos_token_id
+        token_id = self.tokenizer.eos_token_id if token_id is None else token_id
+        return () if token_id is None else (token_id,)
 
     @property
     def end_ids(self) -> tuple[int, ...]:
         """Token ids that end an answer."""
-        own = self.model.generation_config.eos_token_id
-        ids = [own] if isinstance(own, int) else list(own or [])
-        if self.tokenizer.eos_token_id is not None and self.tokenizer.eos_token_id not in ids:
-            ids.insert(0, self.tokenizer.eos_token_id)
-        return tuple(ids)
+        eos_token_id = self.model.generation_config.eos_token_id
+        token_ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
+        if self.tokenizer.eos_token_id is not None and self.tokenizer.eos_token_id not in token_ids:
+            token_ids.insert(0, self.tokenizer.eos_token_id)
+        return tuple(token_ids)
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a text; special tokens written in it are treated as plain text."""
@@ -363,10 +369,10 @@ class Backbone:
         if not self.tokenizer.is_fast:
             raise XFusionError(f"{self.source}: the tokenizer does not say which characters its tokens stand for")
         with self._tokenizing:
-            found = self.tokenizer(
+            encoding = self.tokenizer(
                 text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
             )
-        return tuple(found["input_ids"]), [(start, end) for start, end in found["offset_mapping"]]
+        return tuple(encoding["input_ids"]), [(start, end) for start, end in encoding["offset_mapping"]]
 
     def chat(self, messages: str | list[dict[str, str]]) -> tuple[int, ...]:
         """Token ids of a conversation in the tokenizer's own chat template, or in a plain format if it has none.
@@ -416,7 +422,7 @@ class Backbone:
         for module in layer.modules():
             module._forward_hooks.clear()
             module._forward_pre_hooks.clear()
-            _without_dropout(module)
+            _disable_dropout(module)
         return layer.float().requires_grad_(True)
 
     def tower_config(self, width: int | None = None, mlp: int | None = None, *, all_keys: bool = False) -> Any:
@@ -436,20 +442,20 @@ class Backbone:
         if width is None:
             return config
         if width < 1 or width % self.head_width:
-            low = max(1, width // self.head_width) * self.head_width
+            nearest_width = max(1, width // self.head_width) * self.head_width
             raise XFusionError(
                 f"tower width {width} is not made of heads of {self.head_width}, which the rotary tables of {self.source}"
-                f" are for: take {low} or {low + self.head_width}"
+                f" are for: take {nearest_width} or {nearest_width + self.head_width}"
             )
         if mlp is not None and mlp < 1:
             raise XFusionError(f"MLP width {mlp} of a tower of width {width}: take at least 1")
-        heads, own = width // self.head_width, config.num_attention_heads
+        heads, base_heads = width // self.head_width, config.num_attention_heads
         if getattr(config, "num_key_value_heads", None):
-            group = 1 if all_keys else own // config.num_key_value_heads
+            group = 1 if all_keys else base_heads // config.num_key_value_heads
             config.num_key_value_heads = heads // next(n for n in range(min(group, heads), heads + 1) if heads % n == 0)
         name = "n_inner" if hasattr(config, "n_inner") else "intermediate_size"
-        full = getattr(config, name) or 4 * self.hidden_size
-        setattr(config, name, mlp or max(1, round(full * width / self.hidden_size)))
+        base_mlp = getattr(config, name) or 4 * self.hidden_size
+        setattr(config, name, mlp or max(1, round(base_mlp * width / self.hidden_size)))
         config.hidden_size, config.num_attention_heads = width, heads
         return config
 
@@ -458,13 +464,13 @@ class Backbone:
 
         Its matrices are initialised as in the family's training from scratch; norms start at 1.
         """
-        meta = next(self.layers[index].parameters()).is_meta
-        with torch.device("meta" if meta else "cpu"):  # the same random numbers whatever the base's device
+        is_meta = next(self.layers[index].parameters()).is_meta
+        with torch.device("meta" if is_meta else "cpu"):  # the same random numbers whatever the base's device
             layer: nn.Module = type(self.layers[index])(config, layer_idx=index).float()
         for module in layer.modules():
-            if not meta and any(True for _ in module.parameters(recurse=False)):
+            if not is_meta and any(True for _ in module.parameters(recurse=False)):
                 self.model._init_weights(module)
-            _without_dropout(module)
+            _disable_dropout(module)
         return layer.to(self.device).requires_grad_(True)
 
     def working_copy(self, dtype: torch.dtype, attention: str) -> Backbone:
@@ -474,7 +480,7 @@ class Backbone:
 
         The text path, ``verify`` and ``text_logits`` never use this copy.
         """
-        attention = self._known_attention(attention)
+        attention = self._supported_attention(attention)
         if dtype == self.dtype:
             return self if attention == self.attention else self.over_same_weights(attention)
         model = copy.deepcopy(self.model)
@@ -486,10 +492,10 @@ class Backbone:
     def over_same_weights(self, attention: str) -> Backbone:
         """New module objects that share this base's weights, and in which these can be replaced by others."""
         model = copy.deepcopy(self.model, {id(parameter): parameter for parameter in self.model.parameters()})
-        model.config._attn_implementation = self._known_attention(attention)
+        model.config._attn_implementation = self._supported_attention(attention)
         return Backbone(model, self.tokenizer, self.source, self.revision, pretrained=self.pretrained)
 
-    def _known_attention(self, attention: str) -> str:
+    def _supported_attention(self, attention: str) -> str:
         """An implementation that the family supports; XFusionError if it lacks a requested ``flex_attention``."""
         if attention == "flex_attention" and not self.model._supports_flex_attn:
             raise XFusionError(
@@ -514,20 +520,24 @@ class Backbone:
         """Vocabulary logits of final states ``[B, n, D]``, with the family's head, scale and soft-cap: ``[B, n, V]``."""
         hidden = hidden.to(self.dtype)  # new modules may have upcast it
         head = shadow(self.model)
-        head._modules[self.model.base_model_prefix] = _Fixed(hidden)
+        head._modules[self.model.base_model_prefix] = _FixedStates(hidden)
         return head(inputs_embeds=hidden).logits
 
-    def shadow_decoder(self, act: Callable[[int, nn.Module, Tensor, dict[str, Any]], Tensor]) -> nn.Module:
-        """A decoder that runs its own forward over slots: ``act(index, frozen_layer, states, call)`` computes each layer."""
-        base = shadow(self.decoder)
-        base._modules[self.layers_key] = nn.ModuleList(Slot(layer, i, act) for i, layer in enumerate(self.layers))
-        return base
+    def shadow_decoder(self, compute_layer: Callable[[int, nn.Module, Tensor, dict[str, Any]], Tensor]) -> nn.Module:
+        """A decoder that runs its own forward over slots: ``compute_layer(index, frozen_layer, states, call)`` computes
+        each layer.
+        """
+        decoder = shadow(self.decoder)
+        decoder._modules[self.layers_key] = nn.ModuleList(
+            Slot(layer, i, compute_layer) for i, layer in enumerate(self.layers)
+        )
+        return decoder
 
-    def shadow_model(self, act: Callable[[int, nn.Module, Tensor, dict[str, Any]], Tensor]) -> Any:
+    def shadow_model(self, compute_layer: Callable[[int, nn.Module, Tensor, dict[str, Any]], Tensor]) -> Any:
         """A model that runs the whole model's own forward (including the head) over slots."""
-        out = shadow(self.model)
-        out._modules[self.model.base_model_prefix] = self.shadow_decoder(act)
-        return out
+        model = shadow(self.model)
+        model._modules[self.model.base_model_prefix] = self.shadow_decoder(compute_layer)
+        return model
 
     def drive(self, decoder: nn.Module, x: Tensor, position: Tensor) -> Tensor:
         """Run a shadow decoder over states ``x`` ``[B, S, D]`` in any order; slots supply their own masks.
@@ -549,9 +559,9 @@ class Backbone:
                 f" {self.longest}: use shorter texts or smaller pictures"
             )
         # Every family passes a ready 4-D mask on unchanged; with None, transformers would try to detect packed sequences.
-        unused = torch.zeros(1, 1, 1, 1, dtype=x.dtype, device=x.device)
-        out = decoder(inputs_embeds=x, attention_mask=unused, position_ids=position, use_cache=False)
-        return out.last_hidden_state
+        unused_mask = torch.zeros(1, 1, 1, 1, dtype=x.dtype, device=x.device)
+        output = decoder(inputs_embeds=x, attention_mask=unused_mask, position_ids=position, use_cache=False)
+        return output.last_hidden_state
 
 
 @cache
@@ -564,23 +574,23 @@ def _register_grouped() -> None:
     AttentionMaskInterface.register("grouped", eager_mask)
 
 
-class _Out(dict):
+class _ModelOutput(dict):
     def __getattr__(self, key: str) -> Any:
         return self.get(key)
 
 
-class _Fixed(nn.Module):
-    """Replaces the decoder and returns given states."""
+class _FixedStates(nn.Module):
+    """Replaces the decoder and returns fixed states."""
 
     def __init__(self, hidden: Tensor):
         super().__init__()
         self.hidden = hidden
 
-    def forward(self, *_: Any, **__: Any) -> _Out:
-        return _Out(last_hidden_state=self.hidden)
+    def forward(self, *_: Any, **__: Any) -> _ModelOutput:
+        return _ModelOutput(last_hidden_state=self.hidden)
 
 
-def _without_dropout(module: nn.Module) -> None:
+def _disable_dropout(module: nn.Module) -> None:
     """Set a module's dropout rates to 0: families use up to 0.1, which our towers do not want."""
     if isinstance(module, nn.Dropout):
         module.p = 0.0
@@ -589,12 +599,12 @@ def _without_dropout(module: nn.Module) -> None:
             setattr(module, name, 0.0)
 
 
-def _aligned_like(values: Tensor, pattern: Tensor) -> Tensor:
-    """The same values in new memory with the same offset from a 64-byte boundary as ``pattern``."""
+def _aligned_like(values: Tensor, reference: Tensor) -> Tensor:
+    """The same values in new memory with the same offset from a 64-byte boundary as ``reference``."""
     size = values.numel() * values.element_size()
-    room = torch.empty(size + 128, dtype=torch.uint8)
-    start = (pattern.data_ptr() - room.data_ptr()) % 64
-    return room[start : start + size].view(values.dtype).view(values.shape).copy_(values)
+    buffer = torch.empty(size + 128, dtype=torch.uint8)
+    start = (reference.data_ptr() - buffer.data_ptr()) % 64
+    return buffer[start : start + size].view(values.dtype).view(values.shape).copy_(values)
 
 
 def encoding_hashes(tokenizer: Any) -> dict[str, str | None]:

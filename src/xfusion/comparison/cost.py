@@ -78,33 +78,37 @@ def count_flops(model: Model, stage: Stage, source: Source, seed: int = 0) -> St
     dtype, reason = choose_compute_dtype(model.backbone.device)
     # The counter does not know the CPU's fused attention; training uses eager attention there anyway.
     engine = model.training_engine(dtype, reason, "eager", False)
-    base, media = model.backbone, model.modality
-    made = Mixture(source, media, media.sizes, base.encode, base.begin_ids, base.end_ids[0], stage.mixture, seed)
+    backbone, modality = model.backbone, model.modality
+    mixture = Mixture(
+        source, modality, modality.sizes, backbone.encode, backbone.begin_ids, backbone.end_ids[0], stage.mixture, seed
+    )
     training: dict[str, int] = {}
     forward: dict[str, int] = {}
     samples: dict[str, int] = {}
-    text = texts = 0
+    text_flops = num_texts = 0
 
-    def losses(batch: Batch) -> Tensor | float:
+    def total_loss(batch: Batch) -> Tensor | float:
         with torch.autocast(model.backbone.device.type, engine.dtype, enabled=bool(engine.autocast)):
-            found = model.losses(batch, torch.Generator().manual_seed(0))
-        return sum(value for value, _ in found.values())
+            losses_by_name = model.losses(batch, torch.Generator().manual_seed(0))
+        return sum(value for value, _ in losses_by_name.values())
 
-    def both(batch: Batch) -> None:
-        loss = losses(batch)
+    def forward_and_backward(batch: Batch) -> None:
+        loss = total_loss(batch)
         if isinstance(loss, Tensor):
             loss.backward()
 
     with model.using(engine):
-        for batch in made.batches(0):
+        for batch in mixture.batches(0):
             task = "caption" if bool((batch.labels != IGNORE).any()) else "draw"
-            known = len(engine.text_states)
-            cold, warm = _flops(lambda b=batch: both(b)), _flops(lambda b=batch: both(b))
+            num_known = len(engine.text_states)
+            first_flops = _flops(lambda b=batch: forward_and_backward(b))
+            training_flops = _flops(lambda b=batch: forward_and_backward(b))
             with _without_gradients(model):
-                ahead = _flops(lambda b=batch: losses(b))
-            text, texts = text + cold - warm, texts + len(engine.text_states) - known
-            training[task] = training.get(task, 0) + warm
-            forward[task] = forward.get(task, 0) + ahead
+                forward_flops = _flops(lambda b=batch: total_loss(b))
+            text_flops += first_flops - training_flops
+            num_texts += len(engine.text_states) - num_known
+            training[task] = training.get(task, 0) + training_flops
+            forward[task] = forward.get(task, 0) + forward_flops
             samples[task] = samples.get(task, 0) + batch.num_sequences
     for parameter in model.new_parameters():
         parameter.grad = None
@@ -112,9 +116,9 @@ def count_flops(model: Model, stage: Stage, source: Source, seed: int = 0) -> St
         step=sum(training.values()) * stage.accumulate,
         training={task: value // samples[task] for task, value in training.items()},
         forward={task: value // samples[task] for task, value in forward.items()},
-        text=text // texts if texts else 0,
-        texts=lambda steps: _texts_computed(
-            made, steps * stage.accumulate, lambda n: model.text_bytes(n, engine.dtype)
+        text=text_flops // num_texts if num_texts else 0,
+        texts=lambda steps: _count_cache_misses(
+            mixture, steps * stage.accumulate, lambda n: model.text_bytes(n, engine.dtype)
         ),
     )
 
@@ -130,27 +134,30 @@ def flops_of_shape(model: Model, words: int = 12) -> dict[str, dict[str, int]]:
         Task (``draw``, ``caption``) -> ``forward`` and ``training`` (forward and backward). A task that none of the
         model's objectives provides is left out. Losses over pairs and the frozen encoder (`flops_of_encoder`) are not counted.
     """
-    samples = {task: made(words) for task, made in _samples(model).items()}
-    found: dict[str, dict[str, int]] = {}
+    samples = {task: make_sample(words) for task, make_sample in _sample_makers(model).items()}
+    flops: dict[str, dict[str, int]] = {}
     with model.using(model.training_engine(torch.float32, "counted", "eager", False)):
         for task, sample in samples.items():
             if task not in model.capabilities:
                 continue
             batch = pack([[sample]]).to(model.backbone.device)
-            ends: list[Tensor] = []
+            outputs: list[Tensor] = []
 
-            def forward(batch: Batch = batch, task: str = task, ends: list[Tensor] = ends) -> None:
+            def forward(batch: Batch = batch, task: str = task, outputs: list[Tensor] = outputs) -> None:
                 hidden, run = model.run_pass(batch)
                 if task == "draw":
-                    ends.append(model.port.readout(run.states[model.modality.name]).sum())
+                    outputs.append(model.port.readout(run.states[model.modality.name]).sum())
                 else:
-                    ends.append(model.engine.backbone.logits(hidden[:, run.slices["text"]]).sum())
+                    outputs.append(model.engine.backbone.logits(hidden[:, run.slices["text"]]).sum())
 
-            ahead = _flops(forward)
-            found[task] = {"forward": ahead, "training": ahead + _flops(lambda ends=ends: ends[0].backward())}
+            forward_flops = _flops(forward)
+            flops[task] = {
+                "forward": forward_flops,
+                "training": forward_flops + _flops(lambda outputs=outputs: outputs[0].backward()),
+            }
     for parameter in model.new_parameters():
         parameter.grad = None
-    return found
+    return flops
 
 
 def flops_of_encoder(config: ModelConfig) -> int | None:
@@ -164,7 +171,7 @@ def flops_of_encoder(config: ModelConfig) -> int | None:
     return _flops(lambda: image.encode(torch.zeros(1, 3, size, size), size))
 
 
-def _samples(model: Model) -> dict[str, Callable[[int], Sample]]:
+def _sample_makers(model: Model) -> dict[str, Callable[[int], Sample]]:
     """Task -> a sample with the given number of text tokens and a blank picture, or sound, of the largest size."""
     image = model.modality
     grid = image.grid(max(image.sizes))
@@ -188,26 +195,26 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.most = 0
-        self._seen = WeakIdKeyDictionary()
+        self.current = self.peak = 0
+        self._storages = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function, and record its inputs and outputs."""
-        for given in tree_leaves((args, kwargs)):
-            if isinstance(given, Tensor):
-                self._seen.setdefault(given.untyped_storage(), True)
+        for argument in tree_leaves((args, kwargs)):
+            if isinstance(argument, Tensor):
+                self._storages.setdefault(argument.untyped_storage(), True)
         out = func(*args, **(kwargs or {}))
-        for made in tree_leaves(out):
-            if isinstance(made, Tensor) and (storage := made.untyped_storage()) not in self._seen:
-                size = storage.nbytes()
-                self._seen[storage] = True
-                weakref.finalize(storage, self._freed, size)
-                self.now += size
-                self.most = max(self.most, self.now)
+        for result in tree_leaves(out):
+            if isinstance(result, Tensor) and (storage := result.untyped_storage()) not in self._storages:
+                num_bytes = storage.nbytes()
+                self._storages[storage] = True
+                weakref.finalize(storage, self._subtract, num_bytes)
+                self.current += num_bytes
+                self.peak = max(self.peak, self.current)
         return out
 
-    def _freed(self, size: int) -> None:
-        self.now -= size
+    def _subtract(self, num_bytes: int) -> None:
+        self.current -= num_bytes
 
 
 def activation_memory(
@@ -230,25 +237,25 @@ def activation_memory(
     Returns:
         the bytes; None for a model that learns neither to draw nor to caption.
     """
-    shape = Model(model.config, model.backbone.without_weights(), fresh=False).to(dtype)
-    frozen = shape.backbone.working_copy(dtype, "eager")
+    meta_model = Model(model.config, model.backbone.without_weights(), fresh=False).to(dtype)
+    meta_backbone = meta_model.backbone.working_copy(dtype, "eager")
     recompute = stage.activation_checkpointing if checkpointing is None else checkpointing
-    engine = Engine(backbone=frozen, autocast=None, reason="counted", activation_checkpointing=recompute)
-    mixture, most = stage.mixture, 0
+    engine = Engine(backbone=meta_backbone, autocast=None, reason="counted", activation_checkpointing=recompute)
+    mixture, peak = stage.mixture, 0
     rows = {"draw": (mixture.draw, 1), "caption": (mixture.caption // mixture.pack, mixture.pack)}
-    for parameter in shape.new_parameters():
+    for parameter in meta_model.new_parameters():
         parameter.grad = torch.zeros_like(parameter)  # gradients are counted with the weights
-    with shape.using(engine):
-        for task, made in _samples(shape).items():
+    with meta_model.using(engine):
+        for task, make_sample in _sample_makers(meta_model).items():
             count, per_row = rows[task]
-            if count and task in shape.capabilities:
-                before = mixture.shots if task == "caption" else 0
-                sample = Sample(segments=made(words).segments * (1 + before))
+            if count and task in meta_model.capabilities:
+                num_shots = mixture.shots if task == "caption" else 0
+                sample = Sample(segments=make_sample(words).segments * (1 + num_shots))
                 batch = pack([[sample] * per_row] * count).to("meta")
-                with LiveBytes() as live:
-                    _loss(shape, batch, task).backward()
-                most = max(most, live.most)
-    return most or None
+                with LiveBytes() as live_bytes:
+                    _loss(meta_model, batch, task).backward()
+                peak = max(peak, live_bytes.peak)
+    return peak or None
 
 
 def _loss(model: Model, batch: Batch, task: str) -> Tensor:
@@ -256,23 +263,23 @@ def _loss(model: Model, batch: Batch, task: str) -> Tensor:
     hidden, run = model.run_pass(batch)
     if task == "draw":
         return model.port.readout(run.states[model.modality.name]).float().square().mean()
-    learned = batch.num_sequences * (batch.text.count // (batch.num_sequences // len(batch.text_ids)) - 1)
-    states = hidden[:, run.slices["text"]].flatten(0, 1)[:learned]
-    scores = model.engine.backbone.logits(states[None])[0].float()
-    return functional.cross_entropy(scores, torch.zeros(learned, dtype=torch.int64, device=scores.device))
+    num_targets = batch.num_sequences * (batch.text.count // (batch.num_sequences // len(batch.text_ids)) - 1)
+    states = hidden[:, run.slices["text"]].flatten(0, 1)[:num_targets]
+    logits = model.engine.backbone.logits(states[None])[0].float()
+    return functional.cross_entropy(logits, torch.zeros(num_targets, dtype=torch.int64, device=logits.device))
 
 
 @contextmanager
 def _without_gradients(model: Model) -> Iterator[None]:
     """Disable gradients of all weights in the block: the counter mistakes a view of one that requires them for a node."""
-    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         with torch.no_grad():
-            for parameter in learned:
+            for parameter in trainable:
                 parameter.requires_grad_(False)
             yield
     finally:
-        for parameter in learned:
+        for parameter in trainable:
             parameter.requires_grad_(True)
 
 
@@ -282,25 +289,25 @@ def _flops(function: Callable[[], Any]) -> int:
     return int(counter.get_total_flops())
 
 
-def _texts_computed(mixture: Mixture, reads: int, text_bytes: Callable[[int], int]) -> int:
+def _count_cache_misses(mixture: Mixture, num_reads: int, text_bytes: Callable[[int], int]) -> int:
     """Number of cache misses for texts of drawing samples, if the oldest are evicted first.
 
     Args:
         mixture: provides the samples.
-        reads: how often it is read.
+        num_reads: how often it is read.
         text_bytes: bytes cached for a text of a given number of tokens.
     """
-    known: OrderedDict[tuple[int, ...], int] = OrderedDict()
-    computed = kept = 0
-    for read in range(reads):
+    cached: OrderedDict[tuple[int, ...], int] = OrderedDict()
+    num_computed = cached_bytes = 0
+    for read in range(num_reads):
         for sample in mixture.drawings(read):  # its pictures are blank: nothing is encoded
             text = sample.segments[0]
-            if isinstance(text, Text) and text.ids not in known:
-                known[text.ids] = text_bytes(len(text.ids))
-                computed, kept = computed + 1, kept + known[text.ids]
-                while kept > TEXT_STATES_BYTES and len(known) > 1:
-                    kept -= known.popitem(last=False)[1]
-    return computed
+            if isinstance(text, Text) and text.ids not in cached:
+                cached[text.ids] = text_bytes(len(text.ids))
+                num_computed, cached_bytes = num_computed + 1, cached_bytes + cached[text.ids]
+                while cached_bytes > TEXT_STATES_BYTES and len(cached) > 1:
+                    cached_bytes -= cached.popitem(last=False)[1]
+    return num_computed
 
 
 def samples_per_step(stage: Stage) -> int:
@@ -317,16 +324,16 @@ def tokens_added(model: Model) -> int:
     """Positions that one picture, or sound, adds to a text sequence, boundaries included."""
     grid = model.modality.grid(model.modality.sizes[0])
     blank = model.modality.segment(torch.zeros(grid[0] * grid[1], model.modality.token_width), grid)
-    words = Text(ids=model.backbone.end_ids[:1])
-    batch = pack([[Sample(segments=(blank, words))]])
+    text = Text(ids=model.backbone.end_ids[:1])
+    batch = pack([[Sample(segments=(blank, text))]])
     tables = [batch.text, *(media.rows for media in batch.media.values())]
-    return sum(int((table.order >= 0).sum()) for table in tables) - len(words.ids)
+    return sum(int((table.order >= 0).sum()) for table in tables) - len(text.ids)
 
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[dict[str, Any]]:
     """Peak memory inside the block: ``bytes`` (None if unknown) and ``what`` it measures."""
-    found: dict[str, Any] = {"bytes": None, "what": "not measured on this system"}
+    memory: dict[str, Any] = {"bytes": None, "what": "not measured on this system"}
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -334,16 +341,16 @@ def peak_memory(device: torch.device) -> Iterator[dict[str, Any]]:
         try:
             reset.write_text("5", encoding="ascii")  # resets the high-water mark
         except OSError:
-            yield found
+            yield memory
             return
-    yield found
+    yield memory
     if device.type == "cuda":
-        found |= {"bytes": torch.cuda.max_memory_allocated(device), "what": "allocated on the GPU in training"}
+        memory |= {"bytes": torch.cuda.max_memory_allocated(device), "what": "allocated on the GPU in training"}
         return
     line = re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="ascii"))
     if line:
         what = "resident in the whole process in training, the frozen base included; the mark is reset before"
-        found |= {"bytes": 1024 * int(line[1]), "what": what}
+        memory |= {"bytes": 1024 * int(line[1]), "what": what}
 
 
 def measure_time(recipe: Recipe, source: Source, backbone: Backbone, *, steps: int, compile: bool) -> dict[str, Any]:
@@ -357,33 +364,33 @@ def measure_time(recipe: Recipe, source: Source, backbone: Backbone, *, steps: i
         compile: compile as in training.
     """
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    model, rate = short_run(recipe, source=source, backbone=backbone, compile=compile)
-    out: dict[str, Any] = {
+    model, speed = short_run(recipe, source=source, backbone=backbone, compile=compile)
+    result: dict[str, Any] = {
         "load_before": load,
         "threads": torch.get_num_threads(),
-        "step_seconds": rate and samples_per_step(recipe.stages[-1]) / rate,
+        "step_seconds": speed and samples_per_step(recipe.stages[-1]) / speed,
     }
     indices = chosen(source.examples, 8)
     prompts = [source.examples[i].captions[0] for i in indices]
-    shown: list[Any]
+    media: list[Any]
     if isinstance(source, Sounds):
-        shown, made = [source.sound(i) for i in indices], lambda: model.generate([[name, Audio()] for name in prompts])
+        media, draw = [source.sound(i) for i in indices], lambda: model.generate([[name, Audio()] for name in prompts])
     else:
-        shown, made = (
+        media, draw = (
             [source.picture(i, model.image.sizes[0]) for i in indices],
             lambda: model.draw(prompts, steps=steps),
         )
-    asked = {"draw": made, "caption": lambda: model.caption(shown)}
-    for task in sorted(set(asked) & model.capabilities):
-        out[f"{task}_seconds_per_picture"] = _median_seconds(asked[task]) / len(indices)
-    return out
+    functions = {"draw": draw, "caption": lambda: model.caption(media)}
+    for task in sorted(set(functions) & model.capabilities):
+        result[f"{task}_seconds_per_picture"] = _median_seconds(functions[task]) / len(indices)
+    return result
 
 
-def _median_seconds(function: Callable[[], Any], times: int = 3) -> float:
+def _median_seconds(function: Callable[[], Any], repeats: int = 3) -> float:
     function()
-    taken = []
-    for _ in range(times):
-        begun = time.perf_counter()
+    durations = []
+    for _ in range(repeats):
+        started = time.perf_counter()
         function()
-        taken.append(time.perf_counter() - begun)
-    return statistics.median(taken)
+        durations.append(time.perf_counter() - started)
+    return statistics.median(durations)

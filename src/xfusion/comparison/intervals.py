@@ -24,16 +24,16 @@ def t_quantile(probability: float, degrees: int) -> float:
         raise ValueError(f"t_quantile({probability}, {degrees}): a probability within 0 to 1, and 1 degree or more")
     if probability < 0.5:
         return -t_quantile(1 - probability, degrees)
-    wanted, low, high = 2 * probability - 1, 0.0, 1.0
-    while _t_inside(high, degrees) < wanted:
+    target, low, high = 2 * probability - 1, 0.0, 1.0
+    while _central_probability(high, degrees) < target:
         high *= 2
     for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_inside(middle, degrees) < wanted else (low, middle)
+        midpoint = (low + high) / 2
+        low, high = (midpoint, high) if _central_probability(midpoint, degrees) < target else (low, midpoint)
     return (low + high) / 2
 
 
-def _t_inside(t: float, degrees: int) -> float:
+def _central_probability(t: float, degrees: int) -> float:
     """Probability that ``|T| < t``."""
     angle = math.atan2(t, math.sqrt(degrees))
     sine, cosine = math.sin(angle), math.cos(angle)
@@ -50,8 +50,8 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, 
     if len(values) < FEWEST_RUNS:
         return None
     mean, deviation = statistics.fmean(values), statistics.stdev(values)
-    half = t_quantile(0.5 + confidence / 2, len(values) - 1) * deviation / math.sqrt(len(values))
-    return mean - half, mean + half
+    half_width = t_quantile(0.5 + confidence / 2, len(values) - 1) * deviation / math.sqrt(len(values))
+    return mean - half_width, mean + half_width
 
 
 def seeds_needed(difference: float, deviation: float, power: float = POWER) -> int | None:
@@ -69,8 +69,8 @@ def seeds_needed(difference: float, deviation: float, power: float = POWER) -> i
         return None
     # The normal distribution needs a few fewer, so that the search starts just below the answer.
     normal = statistics.NormalDist()
-    reach = normal.inv_cdf(0.975) + normal.inv_cdf(power)
-    start = (reach * deviation / abs(difference)) ** 2
+    z_sum = normal.inv_cdf(0.975) + normal.inv_cdf(power)
+    start = (z_sum * deviation / abs(difference)) ** 2
     if start > MOST_SEEDS:
         return None
     count = max(FEWEST_RUNS, math.floor(start))
@@ -81,33 +81,35 @@ def seeds_needed(difference: float, deviation: float, power: float = POWER) -> i
     return count
 
 
-def paired(values: Mapping[int, float], first: Mapping[int, float], better: str = "higher") -> dict[str, Any] | None:
+def paired(
+    values: Mapping[int, float], reference: Mapping[int, float], better: str = "higher"
+) -> dict[str, Any] | None:
     """The difference of two recipes over the seeds that both ran; None if there is no such seed.
 
     Args:
         values: seed -> score.
-        first: the same for the reference recipe.
+        reference: the same for the reference recipe.
         better: whether a higher or a lower score is better.
 
     Returns:
         ``num_pairs``, ``values`` by seed, ``mean``, ``deviation``, ``interval`` (None below five pairs), ``verdict``
         ("better", "worse" or "not decidable") and ``seeds_needed``.
     """
-    seeds = sorted(set(values) & set(first))
+    seeds = sorted(set(values) & set(reference))
     if not seeds:
         return None
-    differences = [values[seed] - first[seed] for seed in seeds]
+    differences = [values[seed] - reference[seed] for seed in seeds]
     mean = statistics.fmean(differences)
     deviation = statistics.stdev(differences) if len(seeds) > 1 else None
-    found, verdict = interval(differences), "not decidable"
-    if found and (found[0] > 0 or found[1] < 0):
+    bounds, verdict = interval(differences), "not decidable"
+    if bounds and (bounds[0] > 0 or bounds[1] < 0):
         verdict = "better" if (mean > 0) == (better == "higher") else "worse"
     return {
         "num_pairs": len(seeds),
         "values": {str(seed): value for seed, value in zip(seeds, differences, strict=True)},
         "mean": mean,
         "deviation": deviation,
-        "interval": found and list(found),
+        "interval": bounds and list(bounds),
         "verdict": verdict,
         "seeds_needed": None if deviation is None else seeds_needed(mean, deviation),
     }

@@ -83,9 +83,9 @@ class Part:
     share: float
 
     def __post_init__(self) -> None:
-        ranked = sorted({example.group for example in self.source.examples}, key=_hash)
-        kept = set(ranked[: max(1, round(self.share * len(ranked)))])
-        object.__setattr__(self, "indices", [i for i, e in enumerate(self.source.examples) if e.group in kept])
+        groups = sorted({example.group for example in self.source.examples}, key=_hash)
+        kept_groups = set(groups[: max(1, round(self.share * len(groups)))])
+        object.__setattr__(self, "indices", [i for i, e in enumerate(self.source.examples) if e.group in kept_groups])
         object.__setattr__(self, "examples", tuple(self.source.examples[i] for i in self.indices))
 
     indices: list[int] = field(init=False)
@@ -109,54 +109,54 @@ class Part:
 
 def share_of(source: Source, share: float) -> Source:
     """A share of a source's examples, as `Part` chooses them."""
-    some = Part(source=source, share=share)
-    return source.some(some.indices) if isinstance(source, Sounds) else cast(Source, some)
+    part = Part(source=source, share=share)
+    return source.subset(part.indices) if isinstance(source, Sounds) else cast(Source, part)
 
 
 def _hash(text: str) -> bytes:
     return hashlib.sha256(f"xfusion share: {text}".encode()).digest()
 
 
-def named(recipes: Sequence[str] | Mapping[str, Recipe]) -> dict[str, Recipe]:
+def recipes_by_label(recipes: Sequence[str] | Mapping[str, Recipe]) -> dict[str, Recipe]:
     if isinstance(recipes, Mapping):
-        named = dict(recipes)
+        by_label = dict(recipes)
     else:
-        pairs = [labelled(name) for name in recipes]
+        pairs = [split_label(name) for name in recipes]
         labels = [label for label, _ in pairs]
-        twice = [label for label in labels if labels.count(label) > 1]
-        if twice:
+        repeated = [label for label in labels if labels.count(label) > 1]
+        if repeated:
             raise XFusionError(
-                f"two of the recipes are called {twice[0]!r}: results are named by it, so write LABEL=RECIPE for one"
+                f"two of the recipes are called {repeated[0]!r}: results are named by it, so write LABEL=RECIPE for one"
             )
-        named = {label: _recipe(name) for label, name in pairs}
-    if not named:
+        by_label = {label: _recipe(name) for label, name in pairs}
+    if not by_label:
         raise XFusionError("no recipe to compare: name at least one, better two")
-    for label in named:
+    for label in by_label:
         if not re.fullmatch(r"\w[\w.]*", label) or re.search(r"-seed\d", label):
             raise XFusionError(f"recipe name {label!r} cannot be part of a file name: use letters, digits, _ and .")
-    return named
+    return by_label
 
 
-def labelled(name: str) -> tuple[str, str]:
+def split_label(name: str) -> tuple[str, str]:
     """Label of a recipe in a comparison, and its name: ``slow=single_tower(rate=1e-3)`` gives both."""
-    given = re.match(r"([\w.]+)=(.+)", name)
-    return (given[1], given[2]) if given else (name.partition("(")[0].rpartition(":")[2], name)
+    match = re.match(r"([\w.]+)=(.+)", name)
+    return (match[1], match[2]) if match else (name.partition("(")[0].rpartition(":")[2], name)
 
 
-def asked(command: str | None) -> dict[str, str]:
+def recipes_in_command(command: str | None) -> dict[str, str]:
     """Label -> the recipe with its arguments, from the command of a comparison."""
-    found = {}
+    recipes = {}
     for word in shlex.split(command or "")[2:]:
         if word.startswith("-"):
             break
-        label, name = labelled(word)
-        found[label] = name
-    return found
+        label, name = split_label(word)
+        recipes[label] = name
+    return recipes
 
 
-def called(label: str, name: str) -> str:
+def heading(label: str, name: str) -> str:
     """Heading of a recipe's figures: its name with its arguments, or its label if one was given."""
-    return name if labelled(name)[0] == label else label
+    return name if split_label(name)[0] == label else label
 
 
 def _recipe(name: str) -> Recipe:
@@ -175,14 +175,14 @@ def with_plan(recipe: Recipe, plan: Plan) -> Recipe:
         if model.audio is not None:
             raise XFusionError(f"size {plan.size} is the side of pictures, and these recipes hear sounds: leave it out")
         model = replace(model, image=replace(model.image, sizes=(plan.size,)))
-    set_here = {k: v for k, v in (("draw", plan.draw), ("caption", plan.caption)) if v is not None}
-    if set_here:
-        stages = tuple(replace(s, mixture=replace(s.mixture, **set_here)) for s in stages)
+    changes = {k: v for k, v in (("draw", plan.draw), ("caption", plan.caption)) if v is not None}
+    if changes:
+        stages = tuple(replace(stage, mixture=replace(stage.mixture, **changes)) for stage in stages)
     recipe = replace(recipe, model=model, stages=stages)
     return recipe if plan.data is None else replace(recipe, data=plan.data, data_licence=None)
 
 
-SAME = {
+MUST_MATCH = {
     "model.backbone": "the base; --backbone SOURCE puts all on one",
     "data": "the data; --data SPEC gives all the same",
     "model.image.codec": "codec or encoder",
@@ -195,23 +195,25 @@ sequence (patch, place, order) may differ: it is recorded as a difference, and t
 
 
 def refuse_unlike(entries: Sequence[Entry], open_data: bool) -> None:
-    first = entries[0]
+    reference = entries[0]
     for other in entries[1:]:
-        one, two = (entry.recipe.model.modality.media for entry in (first, other))
-        if one != two:
-            raise XFusionError(f"{first.label} is of {one}, {other.label} of {two}: compare those of {one} alone")
-        for path, what in SAME.items():
+        first_value, other_value = (entry.recipe.model.modality.media for entry in (reference, other))
+        if first_value != other_value:
+            raise XFusionError(
+                f"{reference.label} is of {first_value}, {other.label} of {other_value}: compare those of {first_value} alone"
+            )
+        for path, remedy in MUST_MATCH.items():
             if path == "data" and open_data:
                 continue
-            pair = [checkpoint.to_json(_at(e.recipe, path)) for e in (first, other)]
-            for where, one, two in checkpoint.differing(*pair):
+            values = [checkpoint.to_json(_field_at(compared.recipe, path)) for compared in (reference, other)]
+            for subfield, first_value, other_value in checkpoint.differing(*values):
                 raise XFusionError(
-                    f"{first.label} and {other.label} differ in {'.'.join(filter(None, (path, where)))}: {one!r} and {two!r}."
-                    f" Recipes are compared on the same {what}"
+                    f"{reference.label} and {other.label} differ in {'.'.join(filter(None, (path, subfield)))}: {first_value!r}"
+                    f" and {other_value!r}. Recipes are compared on the same {remedy}"
                 )
 
 
-def _at(value: Any, path: str) -> Any:
+def _field_at(value: Any, path: str) -> Any:
     """A part of a recipe; None if it has no such modality."""
     for name in path.split("."):
         value = None if value is None else getattr(value, name)

@@ -12,7 +12,7 @@ from PIL import Image as PILImage
 
 from xfusion.checkpoint import differing
 from xfusion.data.sequence import XFusionError
-from xfusion.storage import whole_file
+from xfusion.storage import atomic_file
 
 BUDGET_TOLERANCE = 0.01
 """Largest relative difference of counted FLOPs from the first recipe's: budgets are whole steps."""
@@ -29,27 +29,33 @@ def run_name(label: str, seed: int, share: float = 1.0) -> str:
     return f"{label}-seed{seed}" + ("" if share == 1 else f"-share{100 * share:g}")
 
 
-def refuse_changed(path: Path, found: Any, asked: Any) -> None:
-    unlike = [f"{where} = {one!r}, now it is {two!r}" for where, one, two in differing(found, asked)]
-    if unlike:
-        more = f"; and {len(unlike) - 3} more" if len(unlike) > 3 else ""
+def refuse_changed(path: Path, recorded: Any, current: Any) -> None:
+    differences = [
+        f"{field} = {recorded_value!r}, now it is {current_value!r}"
+        for field, recorded_value, current_value in differing(recorded, current)
+    ]
+    if differences:
+        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise XFusionError(
-            f"{path} was made with {'; '.join(unlike[:3])}{more}: give the same settings, another --out, or remove the file"
+            f"{path} was made with {'; '.join(differences[:3])}{more}: give the same settings, another --out, or remove the"
+            " file"
         )
 
 
-def refuse_unequal(name: str, budget: Mapping[str, Any], other: str, wanted: Mapping[str, Any]) -> None:
+def refuse_unequal(name: str, budget: Mapping[str, Any], other_name: str, other_budget: Mapping[str, Any]) -> None:
     """Refuse to compare unequal budgets."""
-    kinds = [b["kind"] for b in (budget, wanted)]
+    kinds = [b["kind"] for b in (budget, other_budget)]
     if kinds[0] != kinds[1]:
-        raise XFusionError(f"{name} has a budget in {kinds[0]}, {other} one in {kinds[1]}: they cannot be compared")
+        raise XFusionError(
+            f"{name} has a budget in {kinds[0]}, {other_name} one in {kinds[1]}: they cannot be compared"
+        )
     key = kinds[0]
-    allowed = BUDGET_TOLERANCE * wanted[key] if key == "flops" else 0
-    if abs(budget[key] - wanted[key]) > allowed:
+    allowed = BUDGET_TOLERANCE * other_budget[key] if key == "flops" else 0
+    if abs(budget[key] - other_budget[key]) > allowed:
         hint = "choose --samples as a multiple of both steps" if key == "samples" else "choose more --samples"
         raise XFusionError(
-            f"{name} would train {budget[key]:,} {key} in steps of {budget['steps']}, {other} {wanted[key]:,} in"
-            f" {wanted['steps']}: budgets must be equal; {hint}"
+            f"{name} would train {budget[key]:,} {key} in steps of {budget['steps']}, {other_name} {other_budget[key]:,} in"
+            f" {other_budget['steps']}: budgets must be equal; {hint}"
         )
 
 
@@ -64,13 +70,13 @@ def portable(value: Any) -> Any:
     return value
 
 
-def numbers(scores: Mapping[str, Any]) -> dict[str, Any]:
+def finite_scores(scores: Mapping[str, Any]) -> dict[str, Any]:
     """The scores of a suite as JSON values, with None for values that are not finite."""
-    kept = {k: v for k, v in scores.items() if k != "settings"}
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in kept.items()}
+    values = {k: v for k, v in scores.items() if k != "settings"}
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
-def logged(log: Path) -> list[dict[str, Any]]:
+def read_events(log: Path) -> list[dict[str, Any]]:
     """Events of a run's log, without an incomplete last line left by a killed process."""
     return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
 
@@ -80,15 +86,15 @@ def learning_curves(events: Sequence[dict[str, Any]]) -> dict[str, list[list[flo
     steps = [event for event in events if event.get("event") == "step"]
     if not steps:
         return {}
-    seen, out = 0, {}
+    num_samples, curves = 0, {}
     length = math.ceil(len(steps) / LEARNING_POINTS)
     for start in range(0, len(steps), length):
-        part = steps[start : start + length]
-        seen += sum(event["samples"] for event in part)
-        for name in part[0]["losses"]:
-            mean = sum(event["losses"].get(name, 0.0) for event in part) / len(part)
-            out.setdefault(name, []).append([seen, float(f"{mean:.5g}")])
-    return out
+        chunk = steps[start : start + length]
+        num_samples += sum(event["samples"] for event in chunk)
+        for name in chunk[0]["losses"]:
+            mean = sum(event["losses"].get(name, 0.0) for event in chunk) / len(chunk)
+            curves.setdefault(name, []).append([num_samples, float(f"{mean:.5g}")])
+    return curves
 
 
 def seconds_trained(events: Sequence[dict[str, Any]]) -> float:
@@ -101,5 +107,5 @@ def write_strip(path: Path, pictures: Sequence[PILImage.Image], size: int) -> No
     sheet = PILImage.new("RGB", (size * max(len(pictures), 1), size), "white")
     for i, picture in enumerate(pictures):
         sheet.paste(picture.convert("RGB").resize((size, size)), (i * size, 0))
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         sheet.save(temporary, format="PNG", optimize=True)

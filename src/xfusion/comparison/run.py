@@ -36,7 +36,7 @@ from xfusion.comparison.plan import (
     TRIAL_SEED,
     Entry,
     Plan,
-    named,
+    recipes_by_label,
     refuse_unlike,
     share_of,
     with_plan,
@@ -44,10 +44,10 @@ from xfusion.comparison.plan import (
 from xfusion.comparison.results import (
     REAL,
     SUMMARY,
+    finite_scores,
     learning_curves,
-    logged,
-    numbers,
     portable,
+    read_events,
     refuse_changed,
     refuse_unequal,
     run_name,
@@ -71,7 +71,7 @@ from xfusion.training.loop import train
 from xfusion.training.precision import choose_compute_dtype
 from xfusion.training.stages import Recipe
 
-NEAREST = 0.02
+PARAMETER_TOLERANCE = 0.02
 """Largest relative difference of a matched number of parameters from the first recipe's."""
 SEEDS_APART = 100_000
 """Run s draws picture i with the noise seed ``s * SEEDS_APART + i``."""
@@ -116,8 +116,8 @@ def compare(
         XFusionError: recipes cannot be compared (modality, base, data, codec, size, budget), a number of parameters cannot be
             matched, or ``out`` has results made with other settings.
     """
-    run = _Comparison(recipes, plan, Path(out), work, backbone, device, source, held, encoder, command, progress)
-    run.go()
+    comparison = _Comparison(recipes, plan, Path(out), work, backbone, device, source, held, encoder, command, progress)
+    comparison.run()
     return summarise(out)
 
 
@@ -129,19 +129,19 @@ def text_keeping(model: Model) -> dict[str, float | bool]:
         ``text_bit_equal``, ``text_perplexity_base``, ``text_perplexity_fused`` and ``text_perplexity_change`` (fused minus
         base; per token, over all texts of two or more tokens).
     """
-    same, count, total = True, 0, {"base": 0.0, "fused": 0.0}
+    bit_equal, num_tokens, losses = True, 0, {"base": 0.0, "fused": 0.0}
     for _, text in verify.PROMPTS:
         ids = torch.tensor([model.backbone.encode(text)[: model.backbone.context_length]], device=model.backbone.device)
         if not ids.numel():
             continue
-        logits = {stack: model.text_logits(ids, stack=stack) for stack in total}
-        same = same and verify.bit_equal(logits["base"], logits["fused"])
-        count += ids.shape[1] - 1
-        for stack, found in logits.items():
-            total[stack] += float(cross_entropy(found[0, :-1].double(), ids[0, 1:], reduction="sum"))
-    base, fused = (math.exp(min(total[stack] / max(count, 1), 700.0)) for stack in ("base", "fused"))
+        logits = {stack: model.text_logits(ids, stack=stack) for stack in losses}
+        bit_equal = bit_equal and verify.bit_equal(logits["base"], logits["fused"])
+        num_tokens += ids.shape[1] - 1
+        for stack, stack_logits in logits.items():
+            losses[stack] += float(cross_entropy(stack_logits[0, :-1].double(), ids[0, 1:], reduction="sum"))
+    base, fused = (math.exp(min(losses[stack] / max(num_tokens, 1), 700.0)) for stack in ("base", "fused"))
     return {
-        "text_bit_equal": same,
+        "text_bit_equal": bit_equal,
         "text_perplexity_base": base,
         "text_perplexity_fused": fused,
         "text_perplexity_change": fused - base,
@@ -172,10 +172,12 @@ class _Comparison:
     ):
         self.plan, self.out, self.command = plan, out, command
         self.work = Path(work) if work is not None else Path("runs") / "compare" / out.name
-        self.tell: Progress = progress or silent
+        self.progress: Progress = progress or silent
         self.encoder, self.held = encoder, held
-        self._check()
-        entries = [Entry(label=label, recipe=with_plan(recipe, plan)) for label, recipe in named(recipes).items()]
+        self._check_plan()
+        entries = [
+            Entry(label=label, recipe=with_plan(recipe, plan)) for label, recipe in recipes_by_label(recipes).items()
+        ]
         if backbone is not None:  # a given base is used by all recipes, like the plan's
             entries = [replace(e, recipe=with_plan(e.recipe, replace(plan, backbone=backbone.source))) for e in entries]
         refuse_unlike(entries, source is not None)
@@ -186,7 +188,7 @@ class _Comparison:
                 f"trials {plan.trials}: they choose a strength of guidance, too, which sounds have none of: leave it at 1"
             )
         base = entries[0].recipe.model.backbone
-        self.tell("loading the base", 0, 1)
+        self.progress("loading the base", 0, 1)
         self.backbone = backbone or Backbone.load(base.source, revision=base.revision, device=device)
         data = entries[0].recipe.data
         self.source = source or open_source(data, special_tokens=self.backbone.special_tokens)
@@ -203,15 +205,15 @@ class _Comparison:
                 build(entry.recipe.model, self.backbone)
             except XFusionError as error:
                 raise XFusionError(f"{entry.label}: {error}") from error
-        self.entries = self._matched(entries) if plan.match_parameters else entries
+        self.entries = self._match_parameters(entries) if plan.match_parameters else entries
         self.parts = {share: share_of(self.source, share) for share in plan.shares}
         self.costs: dict[tuple[str, float], tuple[list[StageCost], dict[str, Any]]] = {}
         self.planned: dict[tuple[str, float], tuple[Recipe, dict[str, Any]]] = {}
         for share in plan.shares:
             for entry in self.entries:  # the others must match the first one's budget
-                self.planned[entry.label, share] = self._planned(entry, share)
+                self.planned[entry.label, share] = self._with_budget(entry, share)
 
-    def _check(self) -> None:
+    def _check_plan(self) -> None:
         plan = self.plan
         if self.out.exists() and not self.out.is_dir():
             raise XFusionError(f"{self.out} is a file: name a folder for the results")
@@ -225,97 +227,97 @@ class _Comparison:
             raise XFusionError(f"shares {list(plan.shares)}: above 0 and up to 1, each once, such as 0.1 0.3 1.0")
         if not 1 <= plan.trials <= len(RATE_FACTORS):
             raise XFusionError(f"trials {plan.trials}: from 1 (nothing is tuned) to {len(RATE_FACTORS)}")
-        ours = [name for name in ("seed", "part", "source", "held", "encoder") if name in plan.evaluation]
-        if ours:
-            raise XFusionError(f"the setting {ours[0]!r} of the evaluation is the comparison's own: leave it out")
+        reserved = [name for name in ("seed", "part", "source", "held", "encoder") if name in plan.evaluation]
+        if reserved:
+            raise XFusionError(f"the setting {reserved[0]!r} of the evaluation is the comparison's own: leave it out")
         if plan.trials > 1 and "guidance" in plan.evaluation:
             raise XFusionError(f"guidance is tuned by {plan.trials} trials and also given: leave one out")
 
     # -- equal parameters, equal budget
 
-    def _matched(self, entries: list[Entry]) -> list[Entry]:
+    def _match_parameters(self, entries: list[Entry]) -> list[Entry]:
         """Every mechanism at the size whose number of trainable parameters is closest to the first one's."""
 
         def count(recipe: Recipe) -> int:
             return trainable_parameters(build(recipe.model, self.backbone))
 
-        wanted = count(entries[0].recipe)
-        out = []
-        for done, entry in enumerate(entries):
-            self.tell("matching parameters", done, len(entries))
-            own = count(entry.recipe)
-            best, best_recipe = own, entry.recipe
-            for fusion in entry.recipe.model.fusion.sizes(self.backbone.num_layers) if done else ():
+        target = count(entries[0].recipe)
+        matched_entries = []
+        for number, entry in enumerate(entries):
+            self.progress("matching parameters", number, len(entries))
+            own_count = count(entry.recipe)
+            best_count, best_recipe = own_count, entry.recipe
+            for fusion in entry.recipe.model.fusion.sizes(self.backbone.num_layers) if number else ():
                 recipe = entry.recipe.with_model(fusion=fusion)
                 try:
-                    size = count(recipe)
+                    num_parameters = count(recipe)
                 except XFusionError:  # wider than the base itself
                     break
-                if abs(size - wanted) < abs(best - wanted):
-                    best, best_recipe = size, recipe
-                if size > wanted:  # smallest first: the next ones are farther away
+                if abs(num_parameters - target) < abs(best_count - target):
+                    best_count, best_recipe = num_parameters, recipe
+                if num_parameters > target:  # smallest first: the next ones are farther away
                     break
-            if abs(best - wanted) > NEAREST * wanted:
+            if abs(best_count - target) > PARAMETER_TOLERANCE * target:
                 raise XFusionError(
-                    f"{entry.label} cannot be matched to {entries[0].label}: its nearest size trains {best:,} parameters,"
-                    f" {entries[0].label} {wanted:,}, and {NEAREST:.0%} is allowed; give one of them another size"
+                    f"{entry.label} cannot be matched to {entries[0].label}: its nearest size trains {best_count:,} parameters,"
+                    f" {entries[0].label} {target:,}, and {PARAMETER_TOLERANCE:.0%} is allowed; give one of them another size"
                 )
-            matched = {"own": own, "matched": best, "first": wanted}
-            out.append(replace(entry, recipe=best_recipe, matched=matched))
-        return out
+            matched = {"own": own_count, "matched": best_count, "first": target}
+            matched_entries.append(replace(entry, recipe=best_recipe, matched=matched))
+        return matched_entries
 
-    def _planned(self, entry: Entry, share: float) -> tuple[Recipe, dict[str, Any]]:
+    def _with_budget(self, entry: Entry, share: float) -> tuple[Recipe, dict[str, Any]]:
         """The recipe with its number of steps, and its budget."""
-        plan, first = self.plan, self.entries[0]
-        *before, last = entry.recipe.stages
-        spent = sum(stage.steps * samples_per_step(stage) for stage in before)
-        per_step = samples_per_step(last)
-        if plan.budget == "samples" or entry is first:
-            steps = (plan.samples - spent) // per_step
+        plan, reference = self.plan, self.entries[0]
+        *earlier_stages, last_stage = entry.recipe.stages
+        earlier_samples = sum(stage.steps * samples_per_step(stage) for stage in earlier_stages)
+        per_step = samples_per_step(last_stage)
+        if plan.budget == "samples" or entry is reference:
+            steps = (plan.samples - earlier_samples) // per_step
         else:
-            steps = self._steps_for(entry, share, self.planned[first.label, share][1]["flops"])
+            steps = self._steps_for(entry, share, self.planned[reference.label, share][1]["flops"])
         if steps < 1:
-            earlier = f" behind {spent} samples of earlier stages" if spent else ""
+            earlier_text = f" behind {earlier_samples} samples of earlier stages" if earlier_samples else ""
             raise XFusionError(
-                f"{entry.label}: {plan.samples} samples are less than one step of {per_step}{earlier}; give more"
+                f"{entry.label}: {plan.samples} samples are less than one step of {per_step}{earlier_text}; give more"
             )
-        recipe = replace(entry.recipe, stages=(*before, replace(last, steps=steps)))
+        recipe = replace(entry.recipe, stages=(*earlier_stages, replace(last_stage, steps=steps)))
         budget: dict[str, Any] = {
             "kind": plan.budget,
             "asked_samples": plan.samples,
             "steps": [stage.steps for stage in recipe.stages],
-            "samples": spent + steps * per_step,
+            "samples": earlier_samples + steps * per_step,
         }
         if plan.budget == "flops":
             costs, _ = self._cost(entry, share)
             budget["flops"] = sum(c.total(s.steps) for c, s in zip(costs, recipe.stages, strict=True))
-        if entry is not first:
-            refuse_unequal(entry.label, budget, first.label, self.planned[first.label, share][1])
+        if entry is not reference:
+            refuse_unequal(entry.label, budget, reference.label, self.planned[reference.label, share][1])
         return recipe, budget
 
     def _steps_for(self, entry: Entry, share: float, flops: int) -> int:
         """Steps of the last stage that come closest to this many FLOPs."""
         costs, _ = self._cost(entry, share)
-        left = flops - sum(c.total(s.steps) for c, s in zip(costs[:-1], entry.recipe.stages[:-1], strict=True))
-        last = costs[-1]
-        steps = left // last.step
+        remaining = flops - sum(c.total(s.steps) for c, s in zip(costs[:-1], entry.recipe.stages[:-1], strict=True))
+        last_cost = costs[-1]
+        steps = remaining // last_cost.step
         for _ in range(4):  # cached texts cost more at the beginning
-            steps = round((left - (last.total(steps) - steps * last.step)) / last.step)
+            steps = round((remaining - (last_cost.total(steps) - steps * last_cost.step)) / last_cost.step)
         return steps
 
     def _cost(self, entry: Entry, share: float) -> tuple[list[StageCost], dict[str, Any]]:
         """FLOPs by stage, and the costs that do not depend on a run."""
         key = (entry.label, share)
         if key not in self.costs:
-            self.tell(f"{entry.label}: counting", 0, 1)
+            self.progress(f"{entry.label}: counting", 0, 1)
             model = build(entry.recipe.model, self.backbone)
             stages = [count_flops(model, stage, self.parts[share]) for stage in entry.recipe.stages]
-            last = stages[-1]
+            last_cost = stages[-1]
             facts: dict[str, Any] = {
                 "trainable_parameters": trainable_parameters(model),
-                "flops_per_sample": last.training,
-                "forward_flops_per_sample": last.forward,
-                "flops_per_new_text": last.text,
+                "flops_per_sample": last_cost.training,
+                "forward_flops_per_sample": last_cost.forward,
+                "flops_per_new_text": last_cost.text,
                 "encoder_flops": flops_of_encoder(entry.recipe.model),
                 "tokens_per_picture": tokens_added(model),
                 "time": None,
@@ -323,42 +325,42 @@ class _Comparison:
             self.costs[key] = stages, facts
         return self.costs[key]
 
-    # -- the walk
+    # -- all runs
 
-    def go(self) -> None:
+    def run(self) -> None:
         labels = self._labels()
-        settings = self._all_tuned()
-        walk = [
+        settings = self._tune_all()
+        runs = [
             (entry, share, seed)
             for share in sorted(self.plan.shares, reverse=True)
             for seed in self.plan.seeds
             for entry in self.entries
         ]
 
-        def done(entry: Entry, share: float, seed: int) -> bool:
-            return self._done(entry, share, seed, settings[entry.label])
+        def is_finished(entry: Entry, share: float, seed: int) -> bool:
+            return self._is_finished(entry, share, seed, settings[entry.label])
 
-        def do(entry: Entry, share: float, seed: int) -> bool:
+        def run_if_free(entry: Entry, share: float, seed: int) -> bool:
             """Do a run, unless it is finished or another process is working on it."""
-            with self._taken(run_name(entry.label, seed, share)) as mine:
-                if not mine or done(entry, share, seed):
+            with self._locked(run_name(entry.label, seed, share)) as locked:
+                if not locked or is_finished(entry, share, seed):
                     return False
-                number = f"[{1 + sum(done(*run) for run in walk)}/{len(walk)}]"
-                self._run(entry, share, seed, settings[entry.label], number)
+                counter = f"[{1 + sum(is_finished(*run) for run in runs)}/{len(runs)}]"
+                self._run(entry, share, seed, settings[entry.label], counter)
                 return True
 
-        for run in walk:  # refuse results made with other settings before writing anything
-            done(*run)
+        for run in runs:  # refuse results made with other settings before writing anything
+            is_finished(*run)
         self._write_plan(labels)
-        while sum(do(*run) for run in walk):  # another process may have died during a run
+        while sum(run_if_free(*run) for run in runs):  # another process may have died during a run
             pass
         if self.plan.measure_time:
-            for done_before, entry in enumerate(self.entries):
-                self.tell("measuring time", done_before, len(self.entries))
+            for num_done, entry in enumerate(self.entries):
+                self.progress("measuring time", num_done, len(self.entries))
                 self._measure_time(entry)
 
     @contextmanager
-    def _taken(self, name: str, *, wait: bool = False) -> Iterator[bool]:
+    def _locked(self, name: str, *, wait: bool = False) -> Iterator[bool]:
         """Lock a part of the work against other processes of the same comparison; the system frees the locks of a dead one.
 
         Yields whether the lock was obtained: without ``wait`` another process may hold it.
@@ -379,30 +381,30 @@ class _Comparison:
     def _labels(self) -> list[str]:
         """All recipes of the folder. Recipes and seeds may be added later; the first recipe stays the first."""
         path, labels = self.out / SUMMARY, [e.label for e in self.entries]
-        before = read_json(path)["recipes"] if path.exists() else []
-        if before and before[0] != labels[0]:
+        earlier = read_json(path)["recipes"] if path.exists() else []
+        if earlier and earlier[0] != labels[0]:
             raise XFusionError(
-                f"{self.out} compares with {before[0]!r}, and now {labels[0]!r} comes first: name the same one first, or"
+                f"{self.out} compares with {earlier[0]!r}, and now {labels[0]!r} comes first: name the same one first, or"
                 " another --out"
             )
-        return list(dict.fromkeys([*before, *labels]))
+        return list(dict.fromkeys([*earlier, *labels]))
 
     def _write_plan(self, labels: list[str]) -> None:
         """Write the file that records what is compared."""
         path = self.out / SUMMARY
         with named_in_errors(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
-        prompts, pictures = self._shown()
+        prompts, pictures = self._sample_grid()
         differences = {
             entry.label: [
-                {"where": where, "first": one, "this": two}
-                for where, one, two in checkpoint.differing(
+                {"where": field, "first": first_value, "this": this_value}
+                for field, first_value, this_value in checkpoint.differing(
                     *(
-                        checkpoint.to_json(self.planned[e.label, self.plan.shares[0]][0])
-                        for e in (self.entries[0], entry)
+                        checkpoint.to_json(self.planned[compared.label, self.plan.shares[0]][0])
+                        for compared in (self.entries[0], entry)
                     )
                 )
-                if not re.match(r"model\.fusion|stages\.\d+\.steps", where)  # the budget determines the steps
+                if not re.match(r"model\.fusion|stages\.\d+\.steps", field)  # the budget determines the steps
             ]
             for entry in self.entries[1:]
         }
@@ -419,7 +421,7 @@ class _Comparison:
         }
         write_json(path, portable(content))
 
-    def _shown(self) -> tuple[list[str], list[PILImage.Image]]:
+    def _sample_grid(self) -> tuple[list[str], list[PILImage.Image]]:
         """Names and real pictures of the sample grids: from the smallest share, never from the validation part.
 
         For sounds, only names.
@@ -438,13 +440,13 @@ class _Comparison:
 
     def _train(self, recipe: Recipe, source: Source, work: Path, title: str) -> Model:
         steps = sum(stage.steps for stage in recipe.stages)
-        resume = bool(states.found(work / "state"))
+        resume = bool(states.list_states(work / "state"))
 
         def listen(event: dict[str, Any]) -> None:
             if event["event"] == "step":
-                self.tell(title, event["step"] + 1, steps)
+                self.progress(title, event["step"] + 1, steps)
 
-        self.tell(title, 0, steps)
+        self.progress(title, 0, steps)
         return train(
             recipe,
             out=work,
@@ -464,31 +466,31 @@ class _Comparison:
         if self.encoder is not None:
             settings["encoder"] = self.encoder
 
-        def told(part: str, done: int, total: int) -> None:
-            self.tell(f"{title}: {part}", done, total)
+        def report_progress(part: str, done: int, total: int) -> None:
+            self.progress(f"{title}: {part}", done, total)
 
-        return evaluate(model, self.modality.suite, source=source, progress=told, **settings)
+        return evaluate(model, self.modality.suite, source=source, progress=report_progress, **settings)
 
     # -- tuning
 
-    def _all_tuned(self) -> dict[str, dict[str, Any]]:
+    def _tune_all(self) -> dict[str, dict[str, Any]]:
         """Every recipe's learning rate and guidance; those that another process is tuning come last."""
-        found: dict[str, dict[str, Any]] = {}
+        tunings: dict[str, dict[str, Any]] = {}
         for wait in (False, True):
-            for entry in (e for e in self.entries if e.label not in found):
-                with self._taken(f"{entry.label}-trials", wait=wait) as mine:
-                    if mine:
-                        found[entry.label] = self._tuned(entry)
-        return found
+            for entry in (candidate for candidate in self.entries if candidate.label not in tunings):
+                with self._locked(f"{entry.label}-trials", wait=wait) as locked:
+                    if locked:
+                        tunings[entry.label] = self._tune(entry)
+        return tunings
 
-    def _tuned(self, entry: Entry) -> dict[str, Any]:
+    def _tune(self, entry: Entry) -> dict[str, Any]:
         """Learning rate and guidance of a recipe, chosen once on the validation part and recorded."""
         plan, trials = self.plan, self.plan.trials
         if trials == 1:
             return {"trials": 1, "rate_factor": 1.0, "guidance": plan.evaluation.get("guidance")}
         path, share = self.out / f"{entry.label}-trials.json", max(plan.shares)
         recipe, budget = self.planned[entry.label, share]
-        asked = portable(
+        expected = portable(
             {
                 "recipe": entry.label,
                 "seed": TRIAL_SEED,
@@ -496,61 +498,67 @@ class _Comparison:
                 "settings": self._settings(recipe, share, {"trials": trials, "choose_by": list(plan.choose_by)}),
             }
         )
-        content: dict[str, Any] = {**asked, "rates": [], "guidances": [], "chosen": None}
+        content: dict[str, Any] = {**expected, "rates": [], "guidances": [], "chosen": None}
         if path.exists():
             content = read_json(path)
-            refuse_changed(path, {k: content.get(k) for k in asked}, asked)
+            refuse_changed(path, {k: content.get(k) for k in expected}, expected)
         factors, guidances = RATE_FACTORS[:trials], GUIDANCES[:trials]
         common: dict[str, Any] = {"seed": TRIAL_SEED * SEEDS_APART, "part": "validation"}
         for number, factor in enumerate(factors[len(content["rates"]) :], start=len(content["rates"]) + 1):
             title = f"{entry.label}: trial {number} of {trials}"
             model = self._train(
-                _at_rate(recipe, factor, TRIAL_SEED), self.parts[share], self._trial(entry, factor), title
+                _at_rate(recipe, factor, TRIAL_SEED), self.parts[share], self._trial_folder(entry, factor), title
             )
             scores = self._evaluate(model, self.parts[share], title, **common)
-            content["rates"].append({"factor": factor, "score": self._choice(scores), "scores": numbers(scores)})
+            content["rates"].append(
+                {"factor": factor, "score": self._trial_score(scores), "scores": finite_scores(scores)}
+            )
             write_json(path, content)
         # Among equals the first is chosen, and the recipe's own rate comes first.
         factor = max(content["rates"], key=lambda trial: trial["score"])["factor"]
         if len(content["guidances"]) < trials:
             title = f"{entry.label}: guidance"
             model = self._train(
-                _at_rate(recipe, factor, TRIAL_SEED), self.parts[share], self._trial(entry, factor), title
+                _at_rate(recipe, factor, TRIAL_SEED), self.parts[share], self._trial_folder(entry, factor), title
             )
             for guidance in guidances[len(content["guidances"]) :]:
                 scores = self._evaluate(model, self.parts[share], title, guidance=guidance, **common)
-                found = {"guidance": guidance, "score": self._choice(scores), "scores": numbers(scores)}
-                content["guidances"].append(found)
+                trial_result = {
+                    "guidance": guidance,
+                    "score": self._trial_score(scores),
+                    "scores": finite_scores(scores),
+                }
+                content["guidances"].append(trial_result)
                 write_json(path, content)
         guidance = max(content["guidances"], key=lambda trial: trial["score"])["guidance"]
         content["chosen"] = {"rate_factor": factor, "guidance": guidance}
         write_json(path, content)
-        for each in factors:
-            shutil.rmtree(self._trial(entry, each), ignore_errors=True)
+        for tried_factor in factors:
+            shutil.rmtree(self._trial_folder(entry, tried_factor), ignore_errors=True)
         return {"trials": trials, **content["chosen"]}
 
-    def _trial(self, entry: Entry, factor: float) -> Path:
+    def _trial_folder(self, entry: Entry, factor: float) -> Path:
         return self.work / f"{entry.label}-trial-rate{factor:g}"
 
-    def _choice(self, scores: dict[str, Any]) -> float:
-        found = [scores[name] for name in self.plan.choose_by if isinstance(scores.get(name), (int, float))]
-        if not found:
+    def _trial_score(self, scores: dict[str, Any]) -> float:
+        values = [scores[name] for name in self.plan.choose_by if isinstance(scores.get(name), (int, float))]
+        if not values:
             raise XFusionError(f"trials choose by {', '.join(self.plan.choose_by)}, and none of these was measured")
-        return sum(found) / len(found)
+        return sum(values) / len(values)
 
     # -- one run
 
     def _measure_time(self, entry: Entry) -> None:
         """Time a recipe after all runs, when nothing else computes, and add it to the runs of its largest share."""
         share = max(self.plan.shares)
-        with self._taken(f"{entry.label}-time", wait=True):
+        with self._locked(f"{entry.label}-time", wait=True):
             paths = [self.out / f"{run_name(entry.label, seed, share)}.json" for seed in self.plan.seeds]
             untimed = {
                 path: run for path in paths if path.exists() and (run := read_json(path))["cost"]["time"] is None
             }
             if not untimed:
                 return
-            taken = measure_time(
+            time = measure_time(
                 entry.recipe,
                 self.parts[share],
                 self.backbone,
@@ -558,7 +566,7 @@ class _Comparison:
                 compile=self.plan.compile,
             )
             for path, run in untimed.items():
-                write_json(path, run | {"cost": run["cost"] | {"time": taken}})
+                write_json(path, run | {"cost": run["cost"] | {"time": time}})
 
     def _settings(self, recipe: Recipe, share: float, tuning: dict[str, Any]) -> dict[str, Any]:
         base = self.backbone
@@ -574,44 +582,46 @@ class _Comparison:
             "dtype": str(choose_compute_dtype(base.device)[0]).removeprefix("torch."),
         } | ({} if self.plan.held is None else {"held": self.plan.held})
 
-    def _asked(self, entry: Entry, share: float, seed: int, tuning: dict[str, Any]) -> tuple[Recipe, dict[str, Any]]:
+    def _expected_record(
+        self, entry: Entry, share: float, seed: int, tuning: dict[str, Any]
+    ) -> tuple[Recipe, dict[str, Any]]:
         """The recipe of a run, and the settings that its file records."""
         recipe, budget = self.planned[entry.label, share]
         recipe = _at_rate(recipe, tuning["rate_factor"], seed)
         settings = self._settings(recipe, share, tuning) | {"matched_parameters": entry.matched}
         return recipe, portable({"recipe": entry.label, "seed": seed, "budget": budget, "settings": settings})
 
-    def _done(self, entry: Entry, share: float, seed: int, tuning: dict[str, Any]) -> bool:
+    def _is_finished(self, entry: Entry, share: float, seed: int, tuning: dict[str, Any]) -> bool:
         """Whether a run is already in the folder; one made with other settings is refused."""
         path = self.out / f"{run_name(entry.label, seed, share)}.json"
         if not path.exists():
             return False
-        found, (_, asked) = read_json(path), self._asked(entry, share, seed, tuning)
-        refuse_changed(path, {k: found.get(k) for k in asked}, asked)
+        recorded, (_, expected) = read_json(path), self._expected_record(entry, share, seed, tuning)
+        refuse_changed(path, {k: recorded.get(k) for k in expected}, expected)
         return True
 
-    def _run(self, entry: Entry, share: float, seed: int, tuning: dict[str, Any], number: str) -> None:
-        recipe, asked = self._asked(entry, share, seed, tuning)
+    def _run(self, entry: Entry, share: float, seed: int, tuning: dict[str, Any], counter: str) -> None:
+        recipe, record = self._expected_record(entry, share, seed, tuning)
         name = run_name(entry.label, seed, share)
-        path, work, title = self.out / f"{name}.json", self.work / name, f"{number} {name}"
+        path, work, title = self.out / f"{name}.json", self.work / name, f"{counter} {name}"
         part = self.parts[share]
         with peak_memory(self.backbone.device) as memory:
             model = self._train(recipe, part, work, title)
         guidance = {} if tuning["guidance"] is None else {"guidance": tuning["guidance"]}
         scores = self._evaluate(model, part, title, seed=seed * SEEDS_APART, part=self._test_part, **guidance)
-        scored = scores.pop("settings")
+        scoring_settings = scores.pop("settings")
         scores |= text_keeping(model)
-        prompts, pictures = self._shown()
+        prompts, pictures = self._sample_grid()
         if "draw" in model.capabilities and pictures:
             steps = {"steps": self.plan.evaluation["steps"]} if "steps" in self.plan.evaluation else {}
-            drawn = model.draw(prompts, seed=0, **steps, **guidance)
-            write_strip(path.with_suffix(".png"), drawn, model.image.sizes[0])
+            drawings = model.draw(prompts, seed=0, **steps, **guidance)
+            write_strip(path.with_suffix(".png"), drawings, model.image.sizes[0])
         _, cost = self._cost(entry, share)
-        events = logged(work / "log.jsonl")
+        events = read_events(work / "log.jsonl")
         result = {
-            **asked,
-            "scores": numbers(scores),
-            "scored": {k: v for k, v in scored.items() if k != "versions"},
+            **record,
+            "scores": finite_scores(scores),
+            "scored": {k: v for k, v in scoring_settings.items() if k != "versions"},
             "preserves_text": bool(model.fusion.preserves_text),
             "regime": model.regime,
             "cost": cost | {"peak_memory": memory, "wall_minutes": round(seconds_trained(events) / 60, 3)},

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from xfusion.checkpoint import differing, from_json
 from xfusion.comparison.intervals import FEWEST_RUNS, interval, paired
-from xfusion.comparison.plan import TRIAL_SEED, asked, called
+from xfusion.comparison.plan import TRIAL_SEED, heading, recipes_in_command
 from xfusion.comparison.results import SUMMARY, refuse_unequal
 from xfusion.data.sequence import XFusionError
 from xfusion.storage import read_json
@@ -47,9 +47,9 @@ SCORES: dict[str, Score] = {
     "text_perplexity_change": Score(title="text: perplexity of the fused stack minus the base's", better="lower"),
 }
 """The scores that recipes are compared by. The files also have a suite's other numbers (chance, ceiling, blind rates)."""
-EQUAL = ("kind", "asked_samples")
+SHARED_BUDGET = ("kind", "asked_samples")
 """Fields of a budget that all runs of a comparison share."""
-ALIKE = (
+SHARED_SETTINGS = (
     "base.fingerprint",
     "recipe.model.image.codec",
     "recipe.model.image.sizes",
@@ -87,9 +87,9 @@ def summarise(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise XFusionError(f"{folder} holds no result of a comparison (RECIPE-seedS.json)")
     plan = read_json(folder / SUMMARY) if (folder / SUMMARY).is_file() else {}
     _refuse_mixed(paths, runs)
-    present = {run["recipe"] for run in runs}
-    known = plan.get("recipes", [])
-    recipes = [label for label in known if label in present] + sorted(present - set(known))
+    labels = {run["recipe"] for run in runs}
+    planned_labels = plan.get("recipes", [])
+    recipes = [label for label in planned_labels if label in labels] + sorted(labels - set(planned_labels))
     shares = sorted({run["settings"]["share"] for run in runs}, reverse=True)
     scores = [
         table
@@ -98,16 +98,16 @@ def summarise(folder: str | os.PathLike[str]) -> dict[str, Any]:
         if (table := _score_table(name, recipes, share, [r for r in runs if r["settings"]["share"] == share]))
     ]
     regimes = {label: regime_of(next(r for r in runs if r["recipe"] == label)) for label in recipes}
-    _never_ranked(scores, regimes)
+    _remove_unranked_verdicts(scores, regimes)
     first = next(r for r in runs if r["recipe"] == recipes[0] and r["settings"]["share"] == shares[0])
-    _marked_untuned(scores, first["settings"]["tuning"])
-    given = asked(plan.get("command"))
+    _mark_untuned(scores, first["settings"]["tuning"])
+    recipe_names = recipes_in_command(plan.get("command"))
     summary = {
         "name": folder.name,
-        "media": "sounds" if _inside(first["settings"], "recipe.model.audio") else "pictures",
+        "media": "sounds" if _value_at(first["settings"], "recipe.model.audio") else "pictures",
         "first": recipes[0],
         "recipes": recipes,
-        "called": {label: called(label, given.get(label) or label) for label in recipes},
+        "called": {label: heading(label, recipe_names.get(label) or label) for label in recipes},
         "shares": shares,
         "seeds": sorted({run["seed"] for run in runs}),
         "num_runs": len(runs),
@@ -116,10 +116,10 @@ def summarise(folder: str | os.PathLike[str]) -> dict[str, Any]:
         "regimes": regimes,
         "text": {label: _text_facts([r for r in runs if r["recipe"] == label]) for label in recipes},
         "cost": [_cost_row(label, [r for r in runs if r["recipe"] == label], shares[0]) for label in recipes],
-        "learning": {label: _mean_curve([r for r in runs if _is(r, label, shares[0])]) for label in recipes},
+        "learning": {label: _mean_curve([r for r in runs if _is_run_of(r, label, shares[0])]) for label in recipes},
         "contributions": contributions(folder),
         "prompts": plan.get("prompts", []),
-        "differences": {k: v for k, v in plan.get("differences", {}).items() if k in present},
+        "differences": {k: v for k, v in plan.get("differences", {}).items() if k in labels},
         "command": plan.get("command"),
         "licence": plan.get("licence"),
         "settings": first["settings"],
@@ -134,47 +134,50 @@ def contributions(folder: Path) -> dict[str, dict[str, float]]:
 
     `xfusion evaluate PACK --suite shares --out FOLDER/shares-NAME.json` writes one for a run's pack.
     """
-    found = [read_json(path) for path in sorted(folder.glob("shares-*.json"))]
+    results = [read_json(path) for path in sorted(folder.glob("shares-*.json"))]
     means: dict[str, dict[str, float]] = {}
-    for name in (name for name in (found[0] if found else {}) if name.startswith("share_layer")):
+    for name in (name for name in (results[0] if results else {}) if name.startswith("share_layer")):
         layer, _, kind = name.removeprefix("share_").partition("_")
-        mean = sum(result[name] for result in found) / len(found)
+        mean = sum(result[name] for result in results) / len(results)
         means.setdefault(layer.replace("layer", "layer "), {})[kind.replace("_", " ")] = mean
     return means
 
 
-def _is(run: Mapping[str, Any], label: str, share: float) -> bool:
+def _is_run_of(run: Mapping[str, Any], label: str, share: float) -> bool:
     return run["recipe"] == label and run["settings"]["share"] == share
 
 
 def _refuse_mixed(paths: Sequence[Path], runs: Sequence[dict[str, Any]]) -> None:
     """Refuse runs that were made under different conditions."""
-    first: dict[float, int] = {}
+    first_of_share: dict[float, int] = {}
     for number, (path, run) in enumerate(zip(paths, runs, strict=True)):
         for key in ("recipe", "seed", "budget", "settings", "scores", "cost", "machine", "commit"):
             if key not in run:
                 raise XFusionError(f"{path} is not a result of a comparison: it has no {key!r}")
-        wanted = first.setdefault(run["settings"]["share"], number)
-        names = path.name, paths[wanted].name
-        refuse_unequal(names[0], run["budget"], names[1], runs[wanted]["budget"])
-        pairs = [(f"budget.{k}", run["budget"][k], runs[0]["budget"][k]) for k in EQUAL]
-        pairs += [(k, *(_inside(r["settings"], k) for r in (run, runs[0]))) for k in ALIKE]
-        for what, one, other in pairs:
-            for where, a, b in differing(other, one):
+        reference = first_of_share.setdefault(run["settings"]["share"], number)
+        names = path.name, paths[reference].name
+        refuse_unequal(names[0], run["budget"], names[1], runs[reference]["budget"])
+        pairs = [(f"budget.{k}", run["budget"][k], runs[0]["budget"][k]) for k in SHARED_BUDGET]
+        pairs += [(k, *(_value_at(r["settings"], k) for r in (run, runs[0]))) for k in SHARED_SETTINGS]
+        for setting, run_value, reference_value in pairs:
+            for field, other_value, value in differing(reference_value, run_value):
                 raise XFusionError(
-                    f"{path.name} and {paths[0].name} cannot stand in one table: {'.'.join(filter(None, (what, where)))}"
-                    f" is {b!r} and {a!r}"
+                    f"{path.name} and {paths[0].name} cannot stand in one table: {'.'.join(filter(None, (setting, field)))}"
+                    f" is {value!r} and {other_value!r}"
                 )
     encoders = {
         run["scored"].get("encoder"): path.name for path, run in zip(paths, runs, strict=True) if "scored" in run
     }
     encoders.pop(None, None)
     if len(encoders) > 1:
-        (one, a), (other, b), *_ = encoders.items()
-        raise XFusionError(f"{a} and {b} were scored by two encoders ({one}, {other}): they cannot stand in one table")
+        (encoder, name), (other_encoder, other_name), *_ = encoders.items()
+        raise XFusionError(
+            f"{name} and {other_name} were scored by two encoders ({encoder}, {other_encoder}): they cannot stand in one"
+            " table"
+        )
 
 
-def _inside(value: Any, path: str) -> Any:
+def _value_at(value: Any, path: str) -> Any:
     for name in path.split("."):
         value = value.get(name) if isinstance(value, dict) else None
     return value
@@ -192,26 +195,26 @@ def _score_table(
     }
     if not any(values.values()):
         return None
-    score, first, rows = SCORES[name], values[recipes[0]], []
+    score, reference, rows = SCORES[name], values[recipes[0]], []
     for label in recipes:
-        own = values[label]
-        found = interval(list(own.values()))
+        seed_values = values[label]
+        bounds = interval(list(seed_values.values()))
         rows.append(
             {
                 "recipe": label,
-                "num_runs": len(own),
-                "mean": statistics.fmean(own.values()) if own else None,
-                "interval": found and list(found),
-                "values": {str(seed): value for seed, value in sorted(own.items())},
-                "difference": None if label == recipes[0] else paired(own, first, score.better),
+                "num_runs": len(seed_values),
+                "mean": statistics.fmean(seed_values.values()) if seed_values else None,
+                "interval": bounds and list(bounds),
+                "values": {str(seed): value for seed, value in sorted(seed_values.items())},
+                "difference": None if label == recipes[0] else paired(seed_values, reference, score.better),
             }
         )
-    beside = {}
+    references = {}
     for kind, key in (("chance", f"chance_{name}"), ("ceiling", f"ceiling_{name}"), ("blind", f"{name}_blind")):
-        found = [r["scores"][key] for r in runs if isinstance(r["scores"].get(key), (int, float))]
-        if found:
-            beside[kind] = statistics.fmean(found)
-    return {"score": name, "title": score.title, "better": score.better, "share": share, "rows": rows, **beside}
+        values_of_kind = [r["scores"][key] for r in runs if isinstance(r["scores"].get(key), (int, float))]
+        if values_of_kind:
+            references[kind] = statistics.fmean(values_of_kind)
+    return {"score": name, "title": score.title, "better": score.better, "share": share, "rows": rows, **references}
 
 
 def regime_of(run: Mapping[str, Any]) -> str | None:
@@ -221,20 +224,20 @@ def regime_of(run: Mapping[str, Any]) -> str | None:
     if run.get("regime") is not None:
         return run["regime"]
     try:
-        return from_json(_inside(run["settings"], "recipe.model.fusion"), where="the recorded recipe").build().regime
+        return from_json(_value_at(run["settings"], "recipe.model.fusion"), where="the recorded recipe").build().regime
     except (XFusionError, AttributeError, TypeError):
         return None
 
 
-def _never_ranked(scores: Sequence[dict[str, Any]], regimes: Mapping[str, str | None]) -> None:
+def _remove_unranked_verdicts(scores: Sequence[dict[str, Any]], regimes: Mapping[str, str | None]) -> None:
     """Remove verdicts between recipes if one trains more of the base than the other, or may do so."""
     for row in (row for score in scores for row in score["rows"]):
-        row["regime"], first = regimes[row["recipe"]], next(iter(regimes.values()))
-        if row["difference"] and row["regime"] != first:
+        row["regime"], reference = regimes[row["recipe"]], next(iter(regimes.values()))
+        if row["difference"] and row["regime"] != reference:
             row["difference"] |= {"verdict": "another regime, not ranked", "seeds_needed": None}
 
 
-def _marked_untuned(scores: Sequence[dict[str, Any]], tuning: Mapping[str, Any]) -> None:
+def _mark_untuned(scores: Sequence[dict[str, Any]], tuning: Mapping[str, Any]) -> None:
     """Mark verdicts between recipes whose learning rates were not tuned alike: they hold for one rate each."""
     if tuning["trials"] > 1:
         return
@@ -249,11 +252,11 @@ def _text_facts(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "bit_equal": sum(bool(r["scores"].get("text_bit_equal")) for r in runs),
         "num_runs": len(runs),
         "perplexity_base": runs[0]["scores"]["text_perplexity_base"],
-        "perplexity_fused": {str(r["seed"]): r["scores"]["text_perplexity_fused"] for r in runs if _full(r)},
+        "perplexity_fused": {str(r["seed"]): r["scores"]["text_perplexity_fused"] for r in runs if _is_full_share(r)},
     }
 
 
-def _full(run: Mapping[str, Any]) -> bool:
+def _is_full_share(run: Mapping[str, Any]) -> bool:
     return run["settings"]["share"] == 1
 
 
@@ -282,85 +285,87 @@ def _cost_row(label: str, runs: Sequence[dict[str, Any]], share: float) -> dict[
 
 
 def _median_times(times: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
-    found = {key: [t[key] for t in times if t.get(key) is not None] for t in times for key in t}
-    return {key: statistics.median(values) for key, values in found.items() if values} or None
+    values_by_key = {key: [t[key] for t in times if t.get(key) is not None] for t in times for key in t}
+    return {key: statistics.median(values) for key, values in values_by_key.items() if values} or None
 
 
 def _mean_curve(runs: Sequence[dict[str, Any]]) -> dict[str, list[list[float]]]:
     """Loss -> samples so far and the mean loss over runs."""
-    out = {}
+    mean_curves = {}
     for name in dict.fromkeys(name for run in runs for name in run.get("learning", {})):
         curves = [run["learning"][name] for run in runs if name in run.get("learning", {})]
         length = min(map(len, curves))
-        out[name] = [[curves[0][i][0], statistics.fmean(c[i][1] for c in curves)] for i in range(length)]
-    return out
+        mean_curves[name] = [[curves[0][i][0], statistics.fmean(c[i][1] for c in curves)] for i in range(length)]
+    return mean_curves
 
 
 def _reads_pixels(model: Mapping[str, Any]) -> bool:
     """Whether media become tokens directly, without a frozen network before them."""
-    kind = _inside(model, "audio.codec.type") or _inside(model, "image.codec.type") or ""
+    kind = _value_at(model, "audio.codec.type") or _value_at(model, "image.codec.type") or ""
     return kind in ("", "xfusion.modalities.codecs.pixels:Pixels.Config")
 
 
 def difference_notes(summary: Mapping[str, Any]) -> list[str]:
     """How each recipe differs from the first besides the mechanism: the long ones of the summary's notes."""
-    out: list[str] = []
-    for label, found in summary["differences"].items():
-        if found:
-            listed = "; ".join(f"{d['where']} {d['first']!r} -> {d['this']!r}" for d in found[:6])
-            more = f"; and {len(found) - 6} more" if len(found) > 6 else ""
-            out.append(f"Besides the mechanism, {label} differs from {summary['first']}: {listed}{more}.")
-    return out
+    notes: list[str] = []
+    for label, differences in summary["differences"].items():
+        if differences:
+            examples = "; ".join(f"{d['where']} {d['first']!r} -> {d['this']!r}" for d in differences[:6])
+            more = f"; and {len(differences) - 6} more" if len(differences) > 6 else ""
+            notes.append(f"Besides the mechanism, {label} differs from {summary['first']}: {examples}{more}.")
+    return notes
 
 
 def _notes(summary: Mapping[str, Any], runs: Sequence[dict[str, Any]]) -> list[str]:
     """Notes that a reader needs besides the numbers."""
     budget, tuning, regimes = summary["budget"], summary["settings"]["tuning"], summary["regimes"]
-    equal = "executed FLOPs" if budget["kind"] == "flops" else "samples"
-    out = [f"Equal budget in {equal}; every difference is to {summary['first']}, over runs of the same seed."]
+    budget_unit = "executed FLOPs" if budget["kind"] == "flops" else "samples"
+    notes = [f"Equal budget in {budget_unit}; every difference is to {summary['first']}, over runs of the same seed."]
     if None not in regimes.values():
-        told = "; ".join(f"{label}: {regime}" for label, regime in regimes.items())
-        out.append(f"Regime, or what of the base is trained: {told}. Recipes of different regimes are not ranked.")
+        regime_list = "; ".join(f"{label}: {regime}" for label, regime in regimes.items())
+        notes.append(
+            f"Regime, or what of the base is trained: {regime_list}. Recipes of different regimes are not ranked."
+        )
     if not _reads_pixels(summary["settings"]["recipe"]["model"]):
-        known = {row["encoder_flops"] for row in summary["cost"]} - {None}
-        each = f", {max(known) / 1e9:.2f} GFLOPs per {summary['media'][:-1]}," if known else ""
-        out.append(
-            f"FLOPs are counted behind the frozen encoder or codec, on what it made of the {summary['media']}: its own{each} are"
-            " left out, the same for all."
+        encoder_flops = {row["encoder_flops"] for row in summary["cost"]} - {None}
+        encoder_text = f", {max(encoder_flops) / 1e9:.2f} GFLOPs per {summary['media'][:-1]}," if encoder_flops else ""
+        notes.append(
+            f"FLOPs are counted behind the frozen encoder or codec, on what it made of the {summary['media']}: its"
+            f" own{encoder_text} are left out, the same for all."
         )
     if tuning["trials"] == 1:
-        out.append(
+        notes.append(
             "Rate and guidance are each recipe's own: nothing was tuned, so that a verdict holds at one rate each (untuned)."
         )
     else:
-        chosen = "; ".join(
+        tuning_list = "; ".join(
             f"{row['recipe']}: rate times {row['tuning']['rate_factor']:g}, guidance {row['tuning']['guidance']:g}"
             for row in summary["cost"]
         )
-        out.append(
+        notes.append(
             f"{tuning['trials']} rates and {tuning['trials']} strengths of guidance per recipe, chosen on the validation part"
-            f" (seed {TRIAL_SEED}, groups that are in no test score): {chosen}."
+            f" (seed {TRIAL_SEED}, groups that are in no test score): {tuning_list}."
         )
     fewest = min(len([r for r in runs if r["recipe"] == label]) for label in summary["recipes"])
     if len(summary["seeds"]) < FEWEST_RUNS or fewest < FEWEST_RUNS:
-        out.append(f"n < {FEWEST_RUNS}: no interval, and nothing is decided.")
-    out.append(
+        notes.append(f"n < {FEWEST_RUNS}: no interval, and nothing is decided.")
+    notes.append(
         "Intervals are 95 % t-intervals over runs, one by one: of twenty true ties one looks decided. fit_ is memory of"
         f" trained {summary['media']}, held_ is on groups that no training saw."
     )
-    out += difference_notes(summary)
-    taught = [
+    notes += difference_notes(summary)
+    with_encoder = [
         label
         for label in summary["recipes"]
         if any(r["recipe"] == label and r["scored"].get("encoder", 0) is None for r in runs)
     ]
-    if taught and not summary["settings"]["evaluation"].get("features", True):
-        taught = []
-    if taught:
-        out.append(f"No feature score for {', '.join(taught)}: a frozen encoder took part in training.")
+    if with_encoder and not summary["settings"]["evaluation"].get("features", True):
+        with_encoder = []
+    if with_encoder:
+        notes.append(f"No feature score for {', '.join(with_encoder)}: a frozen encoder took part in training.")
     if all(row["time"] is None for row in summary["cost"]):
-        out.append(
+        notes.append(
             "Time of a step and of sampling was not measured (--measure-time, on an idle machine); wall minutes are of a"
             " machine that may have done other work."
         )
-    return out
+    return notes

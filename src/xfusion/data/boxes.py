@@ -47,27 +47,28 @@ class Box:
             XFusionError: nothing is left of the box.
         """
         side = min(size)
-        beside, above = ((length - side) / 2 for length in size)
+        margin_x, margin_y = ((length - side) / 2 for length in size)
         edges = [
-            (place - off) / side for place, off in ((left, beside), (top, above), (right, beside), (bottom, above))
+            (position - margin) / side
+            for position, margin in ((left, margin_x), (top, margin_y), (right, margin_x), (bottom, margin_y))
         ]
-        kept = [min(max(edge, 0.0), 1.0) for edge in edges]
-        if kept[0] >= kept[2] or kept[1] >= kept[3]:
+        clipped = [min(max(edge, 0.0), 1.0) for edge in edges]
+        if clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
             raise XFusionError(
                 f"the box ({left:g}, {top:g}) to ({right:g}, {bottom:g}) has no area in the middle square of a picture of"
                 f" {size[0]} x {size[1]} pixels, which is all that a model sees"
             )
-        return cls(*kept)
+        return cls(*clipped)
 
     def pixels(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
         """Left, top, right and bottom edge on a picture of ``(width, height)`` pixels: the inverse of `of_pixels`."""
         side = min(size)
-        beside, above = ((length - side) / 2 for length in size)
+        margin_x, margin_y = ((length - side) / 2 for length in size)
         return (
-            beside + self.left * side,
-            above + self.top * side,
-            beside + self.right * side,
-            above + self.bottom * side,
+            margin_x + self.left * side,
+            margin_y + self.top * side,
+            margin_x + self.right * side,
+            margin_y + self.bottom * side,
         )
 
     def text(self, name: str = "") -> str:
@@ -102,12 +103,12 @@ def boxes_of(text: str) -> list[tuple[str, Box]]:
         XFusionError: a mark has no partner, or a box is not two corners of integers from 0 to 999 with the first one on the
             upper left of the second.
     """
-    found: list[tuple[str, Box]] = []
-    name, until = "", 0
+    boxes: list[tuple[str, Box]] = []
+    name, end = "", 0
     for mark in _MARKS.finditer(text):
-        if text[until : mark.start()].strip():
+        if text[end : mark.start()].strip():
             name = ""  # other text in between: the next box does not belong to the last name
-        until = mark.end()
+        end = mark.end()
         if mark["stray"]:
             raise XFusionError(f"{mark['stray']} stands alone at character {mark.start()} of {_short(text)}")
         if mark["name"] is not None:
@@ -123,8 +124,8 @@ def boxes_of(text: str) -> list[tuple[str, Box]]:
             raise XFusionError(
                 f"{_short(mark[0])} has no area: the first corner is the upper left, the second the lower right"
             )
-        found.append((name, Box(*(number / SCALE for number in numbers))))
-    return found
+        boxes.append((name, Box(*(number / SCALE for number in numbers))))
+    return boxes
 
 
 def _short(text: str) -> str:

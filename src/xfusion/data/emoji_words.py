@@ -34,7 +34,7 @@ _FAMILIES: tuple[tuple[str, str], ...] = (
     (r"couple with heart (man|woman) (man|woman)", r"couple with heart: \1 and \2"),
 )
 
-_THE = re.compile(
+_COUNTRIES_WITH_ARTICLE = re.compile(
     r"(?!South Georgia|Heard)"
     r".*\b(Islands|Lands|Territory|Territories|Republic|States|Kingdom|Emirates|Union|Nations|Netherlands)"
     r"|Maldives|Philippines|Gambia|Bahamas|Comoros|Seychelles|Isle of Man"
@@ -44,8 +44,8 @@ _THE = re.compile(
 
 def key(wording: str) -> str:
     """Comparison key of a wording: letters and digits only, without accents and case."""
-    plain = unicodedata.normalize("NFKD", wording.casefold())
-    return "".join(c for c in plain if c.isalnum()) or wording
+    normalized = unicodedata.normalize("NFKD", wording.casefold())
+    return "".join(c for c in normalized if c.isalnum()) or wording
 
 
 def captions(
@@ -62,42 +62,50 @@ def captions(
         name wins over an alias ("cat" is the cat, not the cat face), and an alias of several groups is dropped.
     """
     wordings = {symbol: _wordings(symbol, name, aliases) for symbol, (name, aliases) in short_names.items()}
-    owner_of_name = {key(words[0]): symbol for symbol, words in wordings.items()}
+    owner_of_name = {key(symbol_wordings[0]): symbol for symbol, symbol_wordings in wordings.items()}
     if len(owner_of_name) != len(wordings):
-        twice, number = Counter(key(words[0]) for words in wordings.values()).most_common(1)[0]
-        raise ValueError(f"the emoji name {twice!r} stands for {number} pictures: give one of them a rule of its own")
-    claims: dict[str, set[str]] = {}
-    for symbol, words in wordings.items():
-        for word in words:
-            claims.setdefault(key(word), set()).add(groups[symbol])
+        name_key, count = Counter(key(symbol_wordings[0]) for symbol_wordings in wordings.values()).most_common(1)[0]
+        raise ValueError(f"the emoji name {name_key!r} stands for {count} pictures: give one of them a rule of its own")
+    groups_by_key: dict[str, set[str]] = {}
+    for symbol, symbol_wordings in wordings.items():
+        for symbol_wording in symbol_wordings:
+            groups_by_key.setdefault(key(symbol_wording), set()).add(groups[symbol])
     return {
         symbol: (
-            words[0],
-            *(w for w in words[1:] if key(w) not in owner_of_name and len(claims[key(w)]) == 1),
+            symbol_wordings[0],
+            *(
+                wording
+                for wording in symbol_wordings[1:]
+                if key(wording) not in owner_of_name and len(groups_by_key[key(wording)]) == 1
+            ),
         )
-        for symbol, words in wordings.items()
+        for symbol, symbol_wordings in wordings.items()
     }
 
 
 def _wordings(symbol: str, short_name: str, aliases: Sequence[str]) -> list[str]:
     """Distinct wordings of one emoji, its name first."""
-    name = _words(short_name)
-    others = [_words(alias) for alias in aliases]
+    name = _to_text(short_name)
+    alias_words = [_to_text(alias) for alias in aliases]
     if _is_flag(symbol):
         country = re.sub(r" \(.*?\)| SAR China$", "", name).replace("&", "and")
-        renamed = [other.removeprefix("flag for ").replace("&", "and") for other in others if "flag for " in other]
-        countries = [country, *(other for other in renamed if key(other) != key(country))]
-        found = [f"flag of {'the ' if _THE.fullmatch(name) else ''}{name}" for name in countries]
-        found += [f"{name} flag" for name in countries] + countries
+        flag_names = [
+            alias_text.removeprefix("flag for ").replace("&", "and")
+            for alias_text in alias_words
+            if "flag for " in alias_text
+        ]
+        countries = [country, *(alias_text for alias_text in flag_names if key(alias_text) != key(country))]
+        wordings = [f"flag of {'the ' if _COUNTRIES_WITH_ARTICLE.fullmatch(name) else ''}{name}" for name in countries]
+        wordings += [f"{name} flag" for name in countries] + countries
     else:
-        found = [_family(name), *(other for other in others if _is_wording(other))]
-    unique = {key(wording): wording for wording in reversed(found)}
-    return [wording for wording in dict.fromkeys(found) if unique[key(wording)] == wording]
+        wordings = [_family(name), *(alias_text for alias_text in alias_words if _is_wording(alias_text))]
+    unique = {key(wording): wording for wording in reversed(wordings)}
+    return [wording for wording in dict.fromkeys(wordings) if unique[key(wording)] == wording]
 
 
-def _words(short_name: str) -> str:
-    words = unicodedata.normalize("NFC", short_name).strip(":").translate(_PUNCTUATION)
-    return re.sub(r"\s+", " ", words).strip()
+def _to_text(short_name: str) -> str:
+    text = unicodedata.normalize("NFC", short_name).strip(":").translate(_PUNCTUATION)
+    return re.sub(r"\s+", " ", text).strip()
 
 
 def _family(name: str) -> str:

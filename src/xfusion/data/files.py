@@ -81,16 +81,16 @@ def kind_of(path: Path) -> Kind:
     try:
         if path.is_file():
             with path.open("rb") as file:
-                first = next((line for line in _lines(file) if line.strip()), b"{}")
-            row = json.loads(first.decode("utf-8-sig"))
+                first_line = next((line for line in _lines(file) if line.strip()), b"{}")
+            row = json.loads(first_line.decode("utf-8-sig"))
             if not isinstance(row, dict):  # reported when it is read
                 return PICTURES
             name = row.get("file_name", "") if "image" not in row else ".png"
             return SOUNDS if "audio" in row or Path(str(name)).suffix.lower() in sounds.SUFFIXES else PICTURES
-        found = {file.suffix.lower() for file in path.rglob("[!.]*")} if path.is_dir() else set()
+        suffixes = {file.suffix.lower() for file in path.rglob("[!.]*")} if path.is_dir() else set()
     except (OSError, ValueError, RecursionError):  # reported when it is read
         return PICTURES
-    return SOUNDS if found & sounds.SUFFIXES and not found & pictures.SUFFIXES else PICTURES
+    return SOUNDS if suffixes & sounds.SUFFIXES and not suffixes & pictures.SUFFIXES else PICTURES
 
 
 @dataclass
@@ -110,22 +110,22 @@ class Record:
     def add_caption(self, caption: str) -> None:
         """Add a wording; one that is too long is not stored: a thousand of a megabyte each would fill the memory."""
         if len(caption) > MAX_CAPTION:
-            what = f"caption of {len(caption):,} characters, at most {MAX_CAPTION:,} are legal"
-            self.complain("long caption", what)
+            problem = f"caption of {len(caption):,} characters, at most {MAX_CAPTION:,} are legal"
+            self.add_problem("long caption", problem)
         else:
             self.captions.append(caption)
 
     def add_question(self, question: Any) -> None:
         """Set the question."""
         if not isinstance(question, str):
-            self.complain("invalid question", f"the question must be text, found {_start(question)}")
+            self.add_problem("invalid question", f"the question must be text, found {_start(question)}")
         elif len(question) > MAX_CAPTION:
-            what = f"question of {len(question):,} characters, at most {MAX_CAPTION:,} are legal"
-            self.complain("long question", what)
+            problem = f"question of {len(question):,} characters, at most {MAX_CAPTION:,} are legal"
+            self.add_problem("long question", problem)
         else:
             self.question = question.strip()
 
-    def complain(self, kind: str, what: str, where: str | None = None) -> None:
+    def add_problem(self, kind: str, what: str, where: str | None = None) -> None:
         """Record a problem, at the record's own origin unless another is given."""
         self.problems.append(Problem(kind=kind, where=where or self.origin, what=what))
 
@@ -165,24 +165,22 @@ def check(records: Iterable[Record], special_tokens: tuple[str, ...] = ()) -> No
 
 def _no_source(path: Path) -> str:
     if not path.exists():
-        known = (
+        spec_forms = (
             "'emoji', 'emoji:128', a folder of pictures or sounds, shards (.tar, .parquet), hf:ORG/NAME, a folder of latents"
             " or a .jsonl file"
         )
-        text = f"{path}: no such folder or file; data is {known}"
+        message = f"{path}: no such folder or file; data is {spec_forms}"
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-            text += (
+            message += (
                 f"; a data set of the hub is hf:{path}, where it holds parquet files, else it is downloaded first: hf download"
                 f" {path} --repo-type dataset --local-dir FOLDER"
             )
-        return text
+        return message
     if path.suffix.lower() == ".json":
         return f"{path}: is not read; write one object a line: jq -c '.[]' {path.name} > {path.stem}.jsonl"
     if path.suffix.lower() in pictures.SUFFIXES | sounds.SUFFIXES:
-        one = PICTURES if path.suffix.lower() in pictures.SUFFIXES else SOUNDS
-        return (
-            f"{path}: is one {one.noun}; put it into a folder, with its caption in {path.stem}.txt, and name the folder"
-        )
+        kind = PICTURES if path.suffix.lower() in pictures.SUFFIXES else SOUNDS
+        return f"{path}: is one {kind.noun}; put it into a folder, with its caption in {path.stem}.txt, and name the folder"
     return f"{path}: is neither a folder nor a .jsonl, .tar or .parquet file"
 
 
@@ -192,32 +190,34 @@ def _read_folder(folder: Path, kind: Kind) -> tuple[list[Record], list[str]]:
     records: list[Record] = []
     for path in files:
         if path.name == METADATA:
-            found = list(_read_lines(path, notes, kind))
-            for record in found:
+            listed_records = list(_read_lines(path, notes, kind))
+            for record in listed_records:
                 record.id = (path.parent.relative_to(folder) / record.id).as_posix()
-            records += found
-    listed = {os.path.normpath(str(record.place)) for record in records if record.place is not None}
-    images = [path for path in files if path.suffix.lower() in kind.suffixes]
+            records += listed_records
+    listed_paths = {os.path.normpath(str(record.place)) for record in records if record.place is not None}
+    media_paths = [path for path in files if path.suffix.lower() in kind.suffixes]
     by_stem: dict[Path, list[str]] = {}
-    for path in images:
+    for path in media_paths:
         by_stem.setdefault(path.with_suffix(""), []).append(path.name)
-    for path in images:
-        if os.path.normpath(path) not in listed:
-            records.append(_with_sidecar(path, folder, by_stem[path.with_suffix("")], has_metadata=bool(listed)))
+    for path in media_paths:
+        if os.path.normpath(path) not in listed_paths:
+            records.append(_with_sidecar(path, folder, by_stem[path.with_suffix("")], has_metadata=bool(listed_paths)))
     ignored = []
     for path in files:
         if path.suffix.lower() == ".txt":
             if path.with_suffix("") not in by_stem and path.stem.lower() not in _NO_CAPTIONS:
                 orphan = Record(id=path.relative_to(folder).as_posix(), origin=str(path), place=None)
-                first = f"{path.stem}{kind.suffix}"
-                orphan.complain(f"missing {kind.noun}", f"captions without a {kind.noun}: no file {first}, ...")
+                expected_name = f"{path.stem}{kind.suffix}"
+                orphan.add_problem(
+                    f"missing {kind.noun}", f"captions without a {kind.noun}: no file {expected_name}, ..."
+                )
                 records.append(orphan)
-        elif path.name != METADATA and path not in images:
+        elif path.name != METADATA and path not in media_paths:
             ignored.append(path.relative_to(folder).as_posix())
     if ignored:
-        more = ", ..." if len(ignored) > 3 else ""
-        shown = ", ".join(name[:100] for name in ignored[:3])
-        notes.append(one_line(f"{len(ignored)} files are no {kind.noun}s and were not read: {shown}{more}"))
+        ellipsis = ", ..." if len(ignored) > 3 else ""
+        names = ", ".join(name[:100] for name in ignored[:3])
+        notes.append(one_line(f"{len(ignored)} files are no {kind.noun}s and were not read: {names}{ellipsis}"))
     return records, notes
 
 
@@ -230,21 +230,21 @@ def _with_sidecar(path: Path, folder: Path, same_stem: list[str], *, has_metadat
     record = Record(id=path.relative_to(folder).as_posix(), origin=str(path), place=path)
     sidecar = path.with_suffix(".txt")
     if (character := _unprintable(record.id)) is not None:
-        record.complain("invalid name", f"the name contains the character U+{ord(character):04X}: rename the file")
+        record.add_problem("invalid name", f"the name contains the character U+{ord(character):04X}: rename the file")
     elif len(same_stem) > 1:
-        record.complain("duplicated name", f"{sidecar.name} would caption {' and '.join(same_stem)}: rename one")
+        record.add_problem("duplicated name", f"{sidecar.name} would caption {' and '.join(same_stem)}: rename one")
     elif not sidecar.is_file():
-        instead = f"{METADATA} does not list it and " if has_metadata else ""
-        record.complain("missing caption", f"no caption: {instead}there is no {sidecar.name}")
+        metadata_hint = f"{METADATA} does not list it and " if has_metadata else ""
+        record.add_problem("missing caption", f"no caption: {metadata_hint}there is no {sidecar.name}")
     elif sidecar.stat().st_size > MAX_LINE:
-        record.complain("long caption", f"is longer than {MAX_LINE:,} bytes: no caption", str(sidecar))
+        record.add_problem("long caption", f"is longer than {MAX_LINE:,} bytes: no caption", str(sidecar))
     else:
         for number, line in enumerate(sidecar.read_bytes().split(b"\n"), start=1):
             text = utf8(line, record, f"{sidecar}:{number}", first=number == 1)
             if text:
                 record.add_caption(text)
         if not record.captions and not record.problems:
-            record.complain("empty caption", "no caption: the file is empty", f"{sidecar}:1")
+            record.add_problem("empty caption", "no caption: the file is empty", f"{sidecar}:1")
     return record
 
 
@@ -255,7 +255,7 @@ def _read_lines(path: Path, notes: list[str], kind: Kind) -> Iterator[Record]:
         for number, line in enumerate(_lines(file), start=1):
             record = Record(id=f"line {number}", origin=f"{path}:{number}", place=None)
             if len(line) > MAX_LINE:
-                record.complain("long line", f"is longer than {MAX_LINE:,} bytes: no example")
+                record.add_problem("long line", f"is longer than {MAX_LINE:,} bytes: no example")
                 line = b""
             text = utf8(line, record, first=number == 1)
             if text:
@@ -279,8 +279,8 @@ def utf8(line: bytes, record: Record, where: str | None = None, *, first: bool =
     try:
         return line.decode("utf-8-sig" if first else "utf-8").strip()
     except UnicodeDecodeError as error:
-        what = f"not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}; save the file as UTF-8"
-        record.complain("invalid UTF-8", what, where)
+        problem = f"not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}; save the file as UTF-8"
+        record.add_problem("invalid UTF-8", problem, where)
         return ""
 
 
@@ -289,10 +289,10 @@ def _fill(record: Record, text: str, root: Path, kind: Kind) -> bool:
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
-        record.complain("invalid JSON", f"not JSON: {error}")
+        record.add_problem("invalid JSON", f"not JSON: {error}")
         return False
     if not isinstance(row, dict):
-        record.complain("invalid JSON", f"expected an object in braces, found a {type(row).__name__}")
+        record.add_problem("invalid JSON", f"expected an object in braces, found a {type(row).__name__}")
         return False
     record.place = _path(row, record, root, kind)
     return take_captions(row, record)
@@ -302,7 +302,9 @@ def take_captions(row: Mapping[str, Any], record: Record) -> bool:
     """Read captions, question and group from a row. Returns whether a conversation has further answers."""
     if isinstance(group := row.get("group"), str) and group:
         if _control_character(group):
-            record.complain("invalid group", f"the group {group[:60]!r} contains a character that is none: reword it")
+            record.add_problem(
+                "invalid group", f"the group {group[:60]!r} contains a character that is none: reword it"
+            )
         record.group = group
     if row.get(QUESTION) is not None:
         record.add_question(row[QUESTION])
@@ -310,29 +312,29 @@ def take_captions(row: Mapping[str, Any], record: Record) -> bool:
     if not fields and "conversations" in row:
         return _conversation(row["conversations"], record)
     if not fields:
-        record.complain("missing caption", f"no caption: expected {', '.join(CAPTION_FIELDS)} or conversations")
+        record.add_problem("missing caption", f"no caption: expected {', '.join(CAPTION_FIELDS)} or conversations")
     for name in fields:
         wordings = row[name] if isinstance(row[name], list) else [row[name]]
         if all(isinstance(wording, str) for wording in wordings):
             for wording in wordings:
                 record.add_caption(wording.strip())
         else:
-            record.complain("invalid caption", f"{name} must be text or a list of texts, found {_start(row[name])}")
+            record.add_problem("invalid caption", f"{name} must be text or a list of texts, found {_start(row[name])}")
     if fields and not record.captions and not record.problems:
-        record.complain("empty caption", "empty caption")
+        record.add_problem("empty caption", "empty caption")
     return False
 
 
 def _path(row: dict[str, Any], record: Record, root: Path, kind: Kind) -> Path | None:
     missing, name = f"missing {kind.noun}", row.get("file_name", row.get(kind.field))
     if name is None:
-        record.complain(missing, f"no {kind.noun}: expected {kind.field} or file_name")
+        record.add_problem(missing, f"no {kind.noun}: expected {kind.field} or file_name")
     elif not isinstance(name, str) or _unprintable(name) or not name:
-        record.complain(missing, f"the {kind.noun} must be a path, found {_start(name)}")
+        record.add_problem(missing, f"the {kind.noun} must be a path, found {_start(name)}")
     elif name.startswith(("http://", "https://", "data:")):
-        record.complain(missing, f"{name[:60]} is a web address: only files are read, fetch it first")
+        record.add_problem(missing, f"{name[:60]} is a web address: only files are read, fetch it first")
     elif not os.path.isabs(name) and os.path.normpath(name).split(os.sep)[0] == "..":
-        record.complain(
+        record.add_problem(
             "path outside", f"{name[:100]} leaves the folder of the file: write an absolute path to mean it"
         )
     else:
@@ -343,18 +345,18 @@ def _path(row: dict[str, Any], record: Record, root: Path, kind: Kind) -> Path |
 
 def _conversation(turns: Any, record: Record) -> bool:
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        record.complain("invalid caption", "conversations must be a list of {from, value}")
+        record.add_problem("invalid caption", "conversations must be a list of {from, value}")
         return False
-    places = [place for place, turn in enumerate(turns) if turn.get("from") in ("gpt", "assistant")]
-    answers = [turns[place].get("value") for place in places]
+    answer_turns = [index for index, turn in enumerate(turns) if turn.get("from") in ("gpt", "assistant")]
+    answers = [turns[index].get("value") for index in answer_turns]
     if not answers or not isinstance(answers[0], str):
-        record.complain("missing caption", "no caption: the conversation has no answer from gpt")
+        record.add_problem("missing caption", "no caption: the conversation has no answer from gpt")
         return False
     record.add_caption(answers[0].strip())
-    before = turns[places[0] - 1] if places[0] else {}
-    if before.get("from") in ("human", "user") and not record.question:
-        asked = before.get("value")
-        record.add_question(MARK.sub(" ", asked) if isinstance(asked, str) else asked)
+    question_turn = turns[answer_turns[0] - 1] if answer_turns[0] else {}
+    if question_turn.get("from") in ("human", "user") and not record.question:
+        question = question_turn.get("value")
+        record.add_question(MARK.sub(" ", question) if isinstance(question, str) else question)
     return len(answers) > 1
 
 
@@ -363,29 +365,29 @@ def _find_duplicates(records: Iterable[Record]) -> None:
 
     One picture may otherwise have several lines.
     """
-    seen: dict[str, list[Record]] = {}
-    first: dict[tuple[str, ...], Record] = {}
+    records_by_id: dict[str, list[Record]] = {}
+    first_records: dict[tuple[str, ...], Record] = {}
     for record in records:
-        before = first.setdefault((record.id, record.question, *record.captions), record)
-        if before is not record and record.place is not None and not record.problems:
-            what = f"{record.id[:100]} with these captions stands already at {before.origin}"
-            record.complain("duplicated name", what)
-        seen.setdefault(record.id, []).append(record)
-    for identity, several in seen.items():
-        for record in several[1:]:
+        first_record = first_records.setdefault((record.id, record.question, *record.captions), record)
+        if first_record is not record and record.place is not None and not record.problems:
+            problem = f"{record.id[:100]} with these captions stands already at {first_record.origin}"
+            record.add_problem("duplicated name", problem)
+        records_by_id.setdefault(record.id, []).append(record)
+    for identity, same_id in records_by_id.items():
+        for record in same_id[1:]:
             record.id = f"{identity}#{record.origin.rpartition(':')[2]}"
 
 
 def check_special_tokens(record: Record, special_tokens: tuple[str, ...]) -> None:
     """Report text in captions and question that a tokenizer would read as special tokens."""
-    for what, words in _said(record):
+    for part, text in _texts(record):
         for token in special_tokens:
-            if token and token in words:
-                problem = f"{what} contains {token!r}, a special token of the model's tokenizer: reword it"
-                record.complain("special token", problem)
+            if token and token in text:
+                problem = f"{part} contains {token!r}, a special token of the model's tokenizer: reword it"
+                record.add_problem("special token", problem)
 
 
-def _said(record: Record) -> Iterator[tuple[str, str]]:
+def _texts(record: Record) -> Iterator[tuple[str, str]]:
     yield from (("caption", caption) for caption in record.captions)
     if record.question:
         yield "question", record.question
@@ -393,11 +395,11 @@ def _said(record: Record) -> Iterator[tuple[str, str]]:
 
 def _check_captions(record: Record, special_tokens: tuple[str, ...]) -> None:
     check_special_tokens(record, special_tokens)
-    for what, words in _said(record):
-        if not words:
-            record.complain("empty caption", "empty caption")
-        if character := _control_character(words):
-            record.complain("control character", f"{what} contains the character U+{ord(character):04X}: remove it")
+    for part, text in _texts(record):
+        if not text:
+            record.add_problem("empty caption", "empty caption")
+        if character := _control_character(text):
+            record.add_problem("control character", f"{part} contains the character U+{ord(character):04X}: remove it")
     record.captions = list(dict.fromkeys(record.captions))
 
 

@@ -19,7 +19,7 @@ PREFIX, FILES = "hf:", "hf://datasets/"
 SPEC = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:@([^:]+))?(?::([^:]+?))??(?::([^:]+))?")
 SPLITS = ("train", "validation", "valid", "val", "dev", "test")
 """File names that mean a split."""
-EXACTLY: dict[str, Any] = {"cache_type": "none"}
+UNCACHED: dict[str, Any] = {"cache_type": "none"}
 """Without this, the client fetches five megabytes per small read; the Parquet reader already requests whole columns."""
 CONVERTED = "refs/convert/parquet"
 """Branch where the hub stores data sets of other formats converted to parquet."""
@@ -35,32 +35,32 @@ def find(spec: str) -> list[str]:
     if match is None:
         raise XFusionError(f"{spec}: write hf:ORG/NAME, hf:ORG/NAME:SPLIT or hf:ORG/NAME@REVISION:CONFIG:SPLIT")
     name, revision, config, split = match.groups()
-    with _named(spec):
+    with _named_in_errors(spec):
         api = _hub().HfApi(endpoint=_hub().constants.ENDPOINT)
         commit = api.dataset_info(name, revision=revision).sha
         files = sorted(api.list_repo_files(name, repo_type="dataset", revision=commit))
     by_config: dict[str, dict[str, list[str]]] = {}
     for file in files:
         if file.endswith(".parquet"):
-            own, part = place_of(file)
-            by_config.setdefault(own, {}).setdefault(part, []).append(f"{FILES}{name}@{commit}/{file}")
+            file_config, file_split = place_of(file)
+            by_config.setdefault(file_config, {}).setdefault(file_split, []).append(f"{FILES}{name}@{commit}/{file}")
     if not by_config:
         raise XFusionError(
             f"{spec}: holds no parquet file; if the hub has converted it, name hf:{name}@{CONVERTED}, else download it (hf"
             f" download {name} --repo-type dataset --local-dir FOLDER)"
         )
-    splits = _chosen(spec, "configuration", by_config, config, "default")
-    return _chosen(spec, "split", splits, split, "train")
+    splits = _select(spec, "configuration", by_config, config, "default")
+    return _select(spec, "split", splits, split, "train")
 
 
-def _chosen(spec: str, what: str, there: dict[str, Any], wanted: str | None, usual: str) -> Any:
-    if wanted is None:
-        wanted = next(iter(there)) if len(there) == 1 else usual
-    if wanted not in there:
+def _select(spec: str, kind: str, available: dict[str, Any], name: str | None, default: str) -> Any:
+    if name is None:
+        name = next(iter(available)) if len(available) == 1 else default
+    if name not in available:
         raise XFusionError(
-            f"{spec}: the {what} {wanted!r} is not among {', '.join(there)}: name one, as in hf:ORG/NAME:CONFIG:SPLIT"
+            f"{spec}: the {kind} {name!r} is not among {', '.join(available)}: name one, as in hf:ORG/NAME:CONFIG:SPLIT"
         )
-    return there[wanted]
+    return available[name]
 
 
 def place_of(file: str) -> tuple[str, str]:
@@ -85,7 +85,7 @@ def without_commit(address: str) -> str:
 
 
 @contextmanager
-def opened(address: str) -> Iterator[Any]:
+def open_file(address: str) -> Iterator[Any]:
     """Open a file of the hub; only the parts that are read are fetched.
 
     Raises:
@@ -94,24 +94,24 @@ def opened(address: str) -> Iterator[Any]:
     import pyarrow
 
     try:
-        with _hub().HfFileSystem(endpoint=_hub().constants.ENDPOINT).open(address, "rb", **EXACTLY) as file:
+        with _hub().HfFileSystem(endpoint=_hub().constants.ENDPOINT).open(address, "rb", **UNCACHED) as file:
             yield file
     except (pyarrow.ArrowException, XFusionError):
         raise
     except Exception as error:
-        raise _unanswered(address, error) from error
+        raise _fetch_error(address, error) from error
 
 
 @contextmanager
-def _named(what: str) -> Iterator[None]:
+def _named_in_errors(address: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the client's own errors, its transport's and the system's
-        raise _unanswered(what, error) from error
+        raise _fetch_error(address, error) from error
 
 
-def _unanswered(what: str, error: Exception) -> XFusionError:
-    return XFusionError(f"{what}: cannot be fetched from the hub: {type(error).__name__}: {first_line(error)[:200]}")
+def _fetch_error(address: str, error: Exception) -> XFusionError:
+    return XFusionError(f"{address}: cannot be fetched from the hub: {type(error).__name__}: {first_line(error)[:200]}")
 
 
 def _hub() -> Any:

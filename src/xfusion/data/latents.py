@@ -27,12 +27,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from xfusion.data.kept import Kept
 from xfusion.data.report import Problem, Report
+from xfusion.data.result_cache import ResultCache
 from xfusion.data.sequence import Example, Unreadable, XFusionError, fingerprint, first_line
 from xfusion.modalities.base import Codec, Modality
 from xfusion.modalities.image import ImageModality
-from xfusion.storage import SEAL, file_hash, named_in_errors, read_json, sealed, whole_file
+from xfusion.storage import SEAL, atomic_file, file_hash, named_in_errors, read_json, sealed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -43,7 +43,7 @@ FORMAT_VERSION = 1
 INDEX, EXAMPLES = "index.json", "examples.jsonl"
 PER_SHARD = 1024
 """Pictures per shard: at most these are encoded again after an interruption."""
-AGAIN = f"take an intact copy, or delete {INDEX} and give the same xfusion data encode again"
+ENCODE_AGAIN = f"take an intact copy, or delete {INDEX} and give the same xfusion data encode again"
 
 
 @runtime_checkable
@@ -100,32 +100,32 @@ class Latents:
         self._starts = tuple(accumulate((shard["count"] for shard in self.shards), initial=0))
         for shard in self.shards:
             path = folder / shard["file"]
-            found = path.stat().st_size if path.is_file() else None
-            if found != shard["bytes"]:
+            num_bytes = path.stat().st_size if path.is_file() else None
+            if num_bytes != shard["bytes"]:
                 raise XFusionError(
-                    f"{path}: has {'gone' if found is None else f'{found} bytes'}, {INDEX} says {shard['bytes']} bytes:"
-                    f" {AGAIN}"
+                    f"{path}: has {'gone' if num_bytes is None else f'{num_bytes} bytes'}, {INDEX} says {shard['bytes']} bytes:"
+                    f" {ENCODE_AGAIN}"
                 )
         self.examples: Sequence[Example] = _examples(folder / EXAMPLES, index.get("examples"))
         if len(self.examples) != self._starts[-1]:
             raise XFusionError(
-                f"{folder / EXAMPLES}: has {len(self.examples)} examples, the shards hold {self._starts[-1]}: {AGAIN}"
+                f"{folder / EXAMPLES}: has {len(self.examples)} examples, the shards hold {self._starts[-1]}: {ENCODE_AGAIN}"
             )
         self.indices: Sequence[int] = range(len(self.examples))
         """Index of each example in the folder; a split uses only some of them."""
         self.report: Report | None = None
         """Result of the check of its texts; its problems are the examples that were left out."""
-        self._agrees: tuple[Modality, int] | None = None
+        self._checked_against: tuple[Modality, int] | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def some(self, kept: Sequence[int]) -> Self:
+    def subset(self, indices: Sequence[int]) -> Self:
         """A source of only these examples."""
-        found = copy.copy(self)
-        found.examples = tuple(self.examples[i] for i in kept)
-        found.indices = tuple(self.indices[i] for i in kept)
-        return found
+        subset = copy.copy(self)
+        subset.examples = tuple(self.examples[i] for i in indices)
+        subset.indices = tuple(self.indices[i] for i in indices)
+        return subset
 
     def picture(self, index: int, size: int) -> Image:
         """Always raises: there are no pictures."""
@@ -140,14 +140,14 @@ class Latents:
         """
         if not isinstance(image, ImageModality):
             raise XFusionError(f"{self.spec}: holds latents of pictures, but the model hears sounds: name sounds")
-        if self._agrees != (image, size):
+        if self._checked_against != (image, size):
             self._check(image, size)
-            self._agrees = (image, size)
-        place = self.indices[index]
-        number = bisect_right(self._starts, place) - 1
-        place -= self._starts[number]
-        stored = self._shard(number).get_slice("latents")[place : place + 1]
-        return image.tokens(stored)[0]
+            self._checked_against = (image, size)
+        position = self.indices[index]
+        shard_number = bisect_right(self._starts, position) - 1
+        position -= self._starts[shard_number]
+        latents = self._shard(shard_number).get_slice("latents")[position : position + 1]
+        return image.tokens(latents)[0]
 
     def _shard(self, number: int) -> Any:
         """An open shard; its hash is checked when this process first reads it."""
@@ -157,9 +157,9 @@ class Latents:
         except OSError as error:
             raise _unreadable(path, error) from error
         stamp = (path, stat.st_size, stat.st_mtime_ns)
-        if (found := _hash(*stamp)) != expected:
-            raise Unreadable(f"{path}: {_altered(found, expected)}")
-        return _opened(*stamp)
+        if (digest := _hash(*stamp)) != expected:
+            raise Unreadable(f"{path}: {_altered(digest, expected)}")
+        return _shard_file(*stamp)
 
     def _check(self, image: ImageModality, size: int) -> None:
         if size != self.size:
@@ -167,20 +167,20 @@ class Latents:
                 f"{self.spec}: holds latents of {self.size} px, the model reads {size} px: set --model.image.sizes"
                 f" {self.size}, or encode the pictures at {size} px"
             )
-        if (given := identity(image.codec)) != self.codec:
+        if (model_codec := identity(image.codec)) != self.codec:
             raise XFusionError(
-                f"{self.spec}: was encoded by {_name(self.codec)}, the model's codec is {_name(given)}: set"
+                f"{self.spec}: was encoded by {_name(self.codec)}, the model's codec is {_name(model_codec)}: set"
                 " --model.image.codec, or encode the pictures by the model's"
             )
 
     def problems(self) -> list[Problem]:
         """Shards that were altered; reads all of them."""
-        out = []
+        broken = []
         for shard in self.shards:
             path = self.folder / shard["file"]
-            if (found := file_hash(path)) != shard["sha256"]:
-                out.append(Problem(kind="broken shard", where=str(path), what=_altered(found, shard["sha256"])))
-        return out
+            if (digest := file_hash(path)) != shard["sha256"]:
+                broken.append(Problem(kind="broken shard", where=str(path), what=_altered(digest, shard["sha256"])))
+        return broken
 
 
 def _index(folder: Path) -> dict[str, Any]:
@@ -189,35 +189,35 @@ def _index(folder: Path) -> dict[str, Any]:
     try:
         index = read_json(path)
     except XFusionError as error:
-        raise XFusionError(f"{str(error).removesuffix('; take an intact copy')}: {AGAIN}") from error
+        raise XFusionError(f"{str(error).removesuffix('; take an intact copy')}: {ENCODE_AGAIN}") from error
     if index.get("format_version") != FORMAT_VERSION:
-        found = index.get("format_version")
-        raise XFusionError(f"{folder}: its format is {found}, this version reads {FORMAT_VERSION}: encode it again")
-    needed = {"codec", "size", "licence", "shards"}
+        version = index.get("format_version")
+        raise XFusionError(f"{folder}: its format is {version}, this version reads {FORMAT_VERSION}: encode it again")
+    required = {"codec", "size", "licence", "shards"}
     if "examples" in index:  # folders older than the hashes of all files have neither
-        needed.add(SEAL)
-    missing = sorted(needed - index.keys())
+        required.add(SEAL)
+    missing = sorted(required - index.keys())
     for shard in index.get("shards", []):
         missing += sorted({"file", "count", "bytes", "sha256"} - set(shard))
     if missing:
-        raise XFusionError(f"{path} was altered: it has no field {missing[0]}: {AGAIN}")
+        raise XFusionError(f"{path} was altered: it has no field {missing[0]}: {ENCODE_AGAIN}")
     return index
 
 
 def _examples(path: Path, expected: dict[str, Any] | None) -> tuple[Example, ...]:
     """All examples of a folder, in the order of their latents; ``expected`` is the index entry of their file."""
-    out: list[Example] = []
+    examples: list[Example] = []
     try:
-        if expected is not None and (found := file_hash(path)) != expected["sha256"]:
+        if expected is not None and (digest := file_hash(path)) != expected["sha256"]:
             raise XFusionError(
-                f"{path} was altered: its hash is {found[:16]}, {INDEX} says {expected['sha256'][:16]}: {AGAIN}"
+                f"{path} was altered: its hash is {digest[:16]}, {INDEX} says {expected['sha256'][:16]}: {ENCODE_AGAIN}"
             )
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                out.append(_example(line, f"{path}:{number}"))
+                examples.append(_example(line, f"{path}:{number}"))
     except OSError as error:
-        raise XFusionError(f"{path} cannot be read: {error.strerror or error}: {AGAIN}") from error
-    return tuple(out)
+        raise XFusionError(f"{path} cannot be read: {error.strerror or error}: {ENCODE_AGAIN}") from error
+    return tuple(examples)
 
 
 def _example(line: bytes, where: str) -> Example:
@@ -232,14 +232,14 @@ def _example(line: bytes, where: str) -> Example:
             content=row.get("content", ""),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise XFusionError(f"{where}: is no example ({first_line(error)}): {AGAIN}") from error
+        raise XFusionError(f"{where}: is no example ({first_line(error)}): {ENCODE_AGAIN}") from error
 
 
-def _altered(found: str, expected: str) -> str:
-    return f"its hash is {found[:16]}, {INDEX} says {expected[:16]}: delete both, and encode again"
+def _altered(digest: str, expected: str) -> str:
+    return f"its hash is {digest[:16]}, {INDEX} says {expected[:16]}: delete both, and encode again"
 
 
-def _open(path: Path, *stamp: int) -> Any:
+def _open_shard(path: Path, *stamp: int) -> Any:
     del stamp
     try:
         return safe_open(str(path), "pt")
@@ -260,8 +260,8 @@ def _unreadable(path: Path, error: Exception) -> Unreadable:
 
 
 # Both are cached by path, size and date.
-_opened = Kept(_open, 256)
-_hash = Kept(_file_hash, 1_000_000)
+_shard_file = ResultCache(_open_shard, 256)
+_hash = ResultCache(_file_hash, 1_000_000)
 
 
 def _name(codec: dict[str, Any]) -> str:
@@ -298,10 +298,10 @@ def encode(
     Raises:
         XFusionError: the folder contains other files, or latents of another source, codec or size.
     """
-    built = codec.build()
-    built.latent_shape(size, size)
-    who = identity(built)
-    _remove_rests(out)
+    model_codec = codec.build()
+    model_codec.latent_shape(size, size)
+    codec_identity = identity(model_codec)
+    _remove_leftovers(out)
     if out.is_dir() and not is_folder(out) and any(out.iterdir()):
         raise XFusionError(f"{out}: holds other files: name a new folder")
     with named_in_errors(out):
@@ -309,19 +309,22 @@ def encode(
     starts = range(0, len(source.examples), PER_SHARD)
     tasks = [_Task(out, start, min(PER_SHARD, len(source.examples) - start)) for start in starts]
     for task in tasks:
-        task.key = _key(who, size, batch, source.examples[task.start : task.start + task.count])
-    _refuse_others(out, tasks, who, size)
-    left = [task for task in tasks if not task.path.is_file()]
-    before = _known_hashes(out)
-    done = len(source.examples) - sum(task.count for task in left)
-    told = progress or (lambda done, total: None)
-    told(done, len(source.examples))
-    if left:
-        for number in _walk(left, source, codec, built, size, batch, workers, device):
-            done += number
-            told(done, len(source.examples))
+        task.key = _key(codec_identity, size, batch, source.examples[task.start : task.start + task.count])
+    _refuse_others(out, tasks, codec_identity, size)
+    unfinished = [task for task in tasks if not task.path.is_file()]
+    earlier_hashes = _earlier_hashes(out)
+    done = len(source.examples) - sum(task.count for task in unfinished)
+    report_progress = progress or (lambda done, total: None)
+    report_progress(done, len(source.examples))
+    if unfinished:
+        for count in _encode_shards(unfinished, source, codec, model_codec, size, batch, workers, device):
+            done += count
+            report_progress(done, len(source.examples))
     # An example's origin contains the folder's name, which need not be valid UTF-8.
-    with whole_file(out / EXAMPLES) as temporary, temporary.open("w", encoding="utf-8", errors="surrogatepass") as file:
+    with (
+        atomic_file(out / EXAMPLES) as temporary,
+        temporary.open("w", encoding="utf-8", errors="surrogatepass") as file,
+    ):
         for example in source.examples:
             file.write(json.dumps(asdict(example), ensure_ascii=False) + "\n")
     shards = [
@@ -329,26 +332,26 @@ def encode(
         for t in tasks
     ]
     for task, shard in zip(tasks, shards, strict=True):
-        said = before.get(task.path.name)
-        if task not in left and said is not None and said != shard["sha256"]:
-            raise XFusionError(f"{task.path}: {_altered(shard['sha256'], said)}")
+        earlier_hash = earlier_hashes.get(task.path.name)
+        if task not in unfinished and earlier_hash is not None and earlier_hash != shard["sha256"]:
+            raise XFusionError(f"{task.path}: {_altered(shard['sha256'], earlier_hash)}")
     index = {
         "format_version": FORMAT_VERSION,
         "spec": source.spec,
         "licence": source.licence,
         "size": size,
         "batch": batch,
-        "codec": who,
-        "codec_licence": built.licence,
+        "codec": codec_identity,
+        "codec_licence": model_codec.licence,
         "shards": shards,
         "examples": {"file": EXAMPLES, "sha256": file_hash(out / EXAMPLES)},
     }
-    with whole_file(out / INDEX) as temporary:
+    with atomic_file(out / INDEX) as temporary:
         temporary.write_text(json.dumps(sealed(index), indent=2) + "\n", encoding="utf-8")
     return Latents(out)
 
 
-def _known_hashes(out: Path) -> dict[str, str]:
+def _earlier_hashes(out: Path) -> dict[str, str]:
     """Hash of each shard in the index of an earlier call, if there is one."""
     try:
         return {shard["file"]: shard["sha256"] for shard in _index(out)["shards"]}
@@ -356,11 +359,11 @@ def _known_hashes(out: Path) -> dict[str, str]:
         return {}
 
 
-def _remove_rests(out: Path) -> None:
+def _remove_leftovers(out: Path) -> None:
     """Remove the temporary files of a killed run."""
     for name in ("latents-*", Path(EXAMPLES).stem, Path(INDEX).stem):
-        for rest in out.glob(f".{name}.*.tmp.*"):
-            rest.unlink(missing_ok=True)
+        for leftover in out.glob(f".{name}.*.tmp.*"):
+            leftover.unlink(missing_ok=True)
 
 
 class _Task:
@@ -383,13 +386,13 @@ def _refuse_others(out: Path, tasks: Sequence[_Task], codec: dict[str, Any], siz
         if task.path.is_file():
             metadata = _metadata(task.path)
             if metadata.get("key") != task.key:
-                made = f"{metadata.get('codec', 'another codec')} at {metadata.get('size', '?')} px"
+                description = f"{metadata.get('codec', 'another codec')} at {metadata.get('size', '?')} px"
                 raise XFusionError(
-                    f"{task.path}: was made by {made}, or of other pictures or by another batch; asked for is"
+                    f"{task.path}: was made by {description}, or of other pictures or by another batch; asked for is"
                     f" {_name(codec)} at {size} px: name a new folder"
                 )
-    if more := {p.name for p in out.glob("latents-*.safetensors")} - {task.path.name for task in tasks}:
-        raise XFusionError(f"{out}: holds {min(more)}, which this source does not fill: name a new folder")
+    if unexpected := {p.name for p in out.glob("latents-*.safetensors")} - {task.path.name for task in tasks}:
+        raise XFusionError(f"{out}: holds {min(unexpected)}, which this source does not fill: name a new folder")
 
 
 def _metadata(path: Path) -> dict[str, Any]:
@@ -401,11 +404,11 @@ def _metadata(path: Path) -> dict[str, Any]:
         raise XFusionError(f"{path}: cannot be read ({error}): delete it and give the same command again") from error
 
 
-def _walk(
-    left: Sequence[_Task],
+def _encode_shards(
+    unfinished: Sequence[_Task],
     source: Source,
     config: Codec.Config,
-    built: Codec,
+    model_codec: Codec,
     size: int,
     batch: int,
     workers: int,
@@ -413,31 +416,31 @@ def _walk(
 ) -> Iterator[int]:
     """Encode the shards, in this process or in workers; yields the number of pictures of each."""
     if workers == 1:
-        _Worker.set_up(source, built.to(device), size, batch, torch.get_num_threads())
-        for task in left:
+        _Worker.set_up(source, model_codec.to(device), size, batch, torch.get_num_threads())
+        for task in unfinished:
             yield _Worker.shard(task)
         return
     threads = max(1, torch.get_num_threads() // workers)
-    waiting, pool = list(reversed(left)), [_Hand() for _ in range(min(workers, len(left)))]
+    queue, processes = list(reversed(unfinished)), [_WorkerProcess() for _ in range(min(workers, len(unfinished)))]
     try:
-        for hand in pool:
-            hand.start()
-        for hand in pool:  # after all starts: a worker receives this only once its imports are done
-            hand.send((source, config, size, batch, device, threads), waiting[-1])
-            hand.send(waiting.pop())
-        while busy := [hand for hand in pool if hand.task is not None]:
-            ready = wait([hand.pipe for hand in busy])
-            for hand in busy:
-                if hand.pipe in ready:
-                    yield hand.answer()
-                    hand.send(waiting.pop() if waiting else None)
+        for worker in processes:
+            worker.start()
+        for worker in processes:  # after all starts: a worker receives this only once its imports are done
+            worker.send((source, config, size, batch, device, threads), queue[-1])
+            worker.send(queue.pop())
+        while busy := [worker for worker in processes if worker.task is not None]:
+            ready = wait([worker.pipe for worker in busy])
+            for worker in busy:
+                if worker.pipe in ready:
+                    yield worker.answer()
+                    worker.send(queue.pop() if queue else None)
     finally:
-        for hand in pool:
-            hand.stop()
-        _remove_rests(left[0].path.parent)
+        for worker in processes:
+            worker.stop()
+        _remove_leftovers(unfinished[0].path.parent)
 
 
-class _Hand:
+class _WorkerProcess:
     """A worker process that encodes shards, one at a time.
 
     Each has its own pipe. An executor of `concurrent.futures` would hang if a worker dies before it has received a source
@@ -446,38 +449,40 @@ class _Hand:
 
     def __init__(self) -> None:
         context = get_context("spawn")
-        self.pipe, self._theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(self._theirs,), daemon=True)
+        self.pipe, self._worker_end = context.Pipe()
+        self.process = context.Process(target=_work, args=(self._worker_end,), daemon=True)
         self.task: _Task | None = None
 
     def start(self) -> None:
         self.process.start()
-        self._theirs.close()  # only the worker keeps this end open: if it dies, the pipe closes
+        self._worker_end.close()  # only the worker keeps this end open: if it dies, the pipe closes
 
-    def send(self, what: Any, task: _Task | None = None) -> None:
-        self.task = task or (what if isinstance(what, _Task) else None)
+    def send(self, message: Any, task: _Task | None = None) -> None:
+        self.task = task or (message if isinstance(message, _Task) else None)
         try:
-            self.pipe.send(what)
+            self.pipe.send(message)
         except OSError as error:
             if self.task is not None:  # else no work is lost
-                raise self._died() from error
+                raise self._death_error() from error
 
     def answer(self) -> int:
         """Number of pictures of the finished shard."""
         try:
-            found = self.pipe.recv()
+            reply = self.pipe.recv()
         except (EOFError, OSError) as error:
-            raise self._died() from error
-        if isinstance(found, BaseException):
-            raise found
-        return found
+            raise self._death_error() from error
+        if isinstance(reply, BaseException):
+            raise reply
+        return reply
 
-    def _died(self) -> XFusionError:
+    def _death_error(self) -> XFusionError:
         self.process.join(10)
         code = self.process.exitcode
-        how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with {code}"
+        ending = (
+            f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with {code}"
+        )
         return XFusionError(
-            f"{self.task and self.task.path}: not finished, the process that made it {how}: give the same command again, it"
+            f"{self.task and self.task.path}: not finished, the process that made it {ending}: give the same command again, it"
             " goes on (with fewer --workers where memory was short)"
         )
 
@@ -526,12 +531,12 @@ class _Worker:
 
     @classmethod
     def shard(cls, task: _Task) -> int:
-        made = []
+        latents = []
         for start in range(task.start, task.start + task.count, cls.batch):
-            chosen = range(start, min(start + cls.batch, task.start + task.count))
-            pictures = ImageModality.from_pil([cls.source.picture(i, cls.size) for i in chosen], cls.size)
-            made.append(cls.codec.encode(pictures.to(cls.device)).cpu())
-        made_of = {"key": task.key, "codec": _name(identity(cls.codec)), "size": cls.size}
-        with whole_file(task.path) as temporary:
-            save_file({"latents": torch.cat(made).contiguous()}, str(temporary), {"made_of": json.dumps(made_of)})
+            indices = range(start, min(start + cls.batch, task.start + task.count))
+            pictures = ImageModality.from_pil([cls.source.picture(i, cls.size) for i in indices], cls.size)
+            latents.append(cls.codec.encode(pictures.to(cls.device)).cpu())
+        metadata = {"key": task.key, "codec": _name(identity(cls.codec)), "size": cls.size}
+        with atomic_file(task.path) as temporary:
+            save_file({"latents": torch.cat(latents).contiguous()}, str(temporary), {"made_of": json.dumps(metadata)})
         return task.count

@@ -33,16 +33,16 @@ def parts(spec: str) -> list[tuple[str, Fraction]]:
     """
     if "+" not in spec or Path(spec).exists():
         return []
-    out = []
-    for one in spec.split("+"):
-        match = re.fullmatch(r"(.+?)(?::weight=([^:]*))?(:held=[^:]*)?", one.strip())
+    specs = []
+    for source_spec in spec.split("+"):
+        match = re.fullmatch(r"(.+?)(?::weight=([^:]*))?(:held=[^:]*)?", source_spec.strip())
         weight = match and (match[2] if match[2] is not None else "1")
         if not match or not weight or not re.fullmatch(r"[0-9]*\.?[0-9]+", weight) or not Fraction(weight):
             raise XFusionError(
-                f"{spec}: {one.strip()!r} is no source with a weight: write photos:weight=2+emoji:weight=1"
+                f"{spec}: {source_spec.strip()!r} is no source with a weight: write photos:weight=2+emoji:weight=1"
             )
-        out.append((match[1] + (match[3] or ""), Fraction(weight)))
-    return out
+        specs.append((match[1] + (match[3] or ""), Fraction(weight)))
+    return specs
 
 
 class Mixed:
@@ -60,10 +60,10 @@ class Mixed:
     def __init__(self, spec: str, sources: Sequence[Source], weights: Sequence[Fraction]) -> None:
         self.spec, self.sources = spec, tuple(sources)
         self.licence = "; ".join(dict.fromkeys(f"{source.spec}: {source.licence}" for source in sources))
-        common = math.lcm(*(weight.denominator for weight in weights))
-        whole = [int(weight * common) for weight in weights]
-        shared = math.gcd(*whole)
-        self.weights = tuple(weight // shared for weight in whole)
+        denominator = math.lcm(*(weight.denominator for weight in weights))
+        integers = [int(weight * denominator) for weight in weights]
+        divisor = math.gcd(*integers)
+        self.weights = tuple(weight // divisor for weight in integers)
         """Samples of each source among every ``sum(weights)`` samples."""
         if max(self.weights) > LARGEST_WEIGHT:
             raise XFusionError(
@@ -87,8 +87,8 @@ class Mixed:
 
     def picture(self, index: int, size: int) -> Image:
         """As `Source.picture`."""
-        source, own = self.part(index)
-        return source.picture(own, size)
+        source, own_index = self.part(index)
+        return source.picture(own_index, size)
 
     def tokens(self, index: int, image: Any, size: int) -> Tensor:
         """As `xfusion.data.latents.tokens`."""

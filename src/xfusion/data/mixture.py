@@ -37,7 +37,7 @@ LOOKED_AT = 40
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Awaited(Media):
+class PendingMedia(Media):
     """A picture whose tokens are zeros until this process turns out to need its row."""
 
     index: int
@@ -90,7 +90,7 @@ class Mixture:
         end: the base's end token.
         config: samples per step.
         seed: seed of order and wordings.
-        share: returns the rows of a batch whose pictures this process reads; None reads all.
+        row_slice: returns the rows of a batch whose pictures this process reads; None reads all.
         left_out: examples that cannot be read; more may be added during a run. Each is replaced by the next readable one
             of the source, so a batch stays a function of the step and of the data.
         decoders: threads that read and decode; None uses four, or the number of cores if that is less.
@@ -109,16 +109,17 @@ class Mixture:
         end: int,
         config: MixtureConfig,
         seed: int,
-        share: Callable[[int], slice | None] = lambda rows: None,
+        row_slice: Callable[[int], slice | None] = lambda rows: None,
         left_out: Container[int] = frozenset(),
         decoders: int | None = None,
     ):
         if not len(source.examples):
             raise XFusionError(f"{source.spec}: no pictures to train on")
         if config.caption % config.pack:
-            fits = -(-config.caption // config.pack) * config.pack
+            multiple = -(-config.caption // config.pack) * config.pack
             raise XFusionError(
-                f"caption {config.caption} is not a multiple of pack {config.pack}: give the mixture caption {fits}, or pack 1"
+                f"caption {config.caption} is not a multiple of pack {config.pack}: give the mixture caption {multiple}, or"
+                " pack 1"
             )
         if not 0 <= config.largest_noise <= 1:
             raise XFusionError(f"largest_noise {config.largest_noise:g} is not within 0 and 1, the clean and the noise")
@@ -133,36 +134,36 @@ class Mixture:
                 " one weight from 0 on for each, in their order, and not 0 for all"
             )
         self.source, self.image, self.sizes, self.config, self.seed = source, image, sizes, config, seed
-        self.encode, self.begin, self.end, self.share, self.left_out = encode, begin, end, share, left_out
+        self.encode, self.begin, self.end, self.row_slice, self.left_out = encode, begin, end, row_slice, left_out
         self.order = order_of(source, config, seed)
-        if grouped := num_grouped(source):
-            shards.make_room(grouped * self._groups_at_once())
+        if num_grouped_sources := num_grouped(source):
+            shards.make_room(num_grouped_sources * self._groups_at_once())
         self._blank = {size: torch.zeros(math.prod(image.grid(size)), image.token_width) for size in sizes}
         self._tokens: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
-        largest = max(map(len, self._blank.values()))
-        self._kept = max(1, TOKENS_KEPT // (largest * image.token_width * 4))
-        self._room = largest + 1
+        largest_grid = max(map(len, self._blank.values()))
+        self._max_cached = max(1, TOKENS_KEPT // (largest_grid * image.token_width * 4))
+        self._row_positions = largest_grid + 1
         self._ids: dict[str, tuple[int, ...]] = {}
         self._pool = ThreadPoolExecutor(max_workers=decoders or default_decoders(), thread_name_prefix="decode")
-        numbers: dict[str, int] = {}
-        self._groups = [numbers.setdefault(example.group, len(numbers)) for example in source.examples]
-        if config.caption and config.shots >= len(numbers):
+        group_numbers: dict[str, int] = {}
+        self._groups = [group_numbers.setdefault(example.group, len(group_numbers)) for example in source.examples]
+        if config.caption and config.shots >= len(group_numbers):
             raise XFusionError(
                 f"{source.spec}: {config.shots} shots and the picture behind them are of as many groups, but there are"
-                f" {len(numbers)}: take fewer shots or more pictures"
+                f" {len(group_numbers)}: take fewer shots or more pictures"
             )
 
     def tokens(self, index: int, size: int) -> Tensor:
         """Tokens ``[M, P]`` of a picture at a size, encoded once."""
         if (index, size) not in self._tokens:
-            made = self._encoded((index, size))
-            if isinstance(made, Unreadable):
-                raise Unreadable(str(made), {index: str(made)})
-            self._keep((index, size), made)
+            result = self._encode((index, size))
+            if isinstance(result, Unreadable):
+                raise Unreadable(str(result), {index: str(result)})
+            self._cache_tokens((index, size), result)
         return self._tokens[index, size]
 
-    def _encoded(self, wanted: tuple[int, int]) -> Tensor | Unreadable:
-        index, size = wanted
+    def _encode(self, key: tuple[int, int]) -> Tensor | Unreadable:
+        index, size = key
         try:
             return tokens(self.source, index, self.image, size)
         except Unreadable as error:
@@ -177,133 +178,146 @@ class Mixture:
             if task == "shots" and not self.config.shots:
                 continue
             lanes = self.order.lanes(task).of_place
-            own = (len(self.sizes) == 1 and self.share(rows)) or slice(None)
-            counts.append(len({lanes[row * (len(lanes) // rows)] for row in range(rows)[own]}))
+            own_rows = (len(self.sizes) == 1 and self.row_slice(rows)) or slice(None)
+            counts.append(len({lanes[row * (len(lanes) // rows)] for row in range(rows)[own_rows]}))
         return sum(counts) + max(counts)
 
-    def _standing(self, index: int) -> int:
+    def _readable_index(self, index: int) -> int:
         """The example itself or, if it is left out, its replacement from the same source of a mixture."""
         start, end = 0, len(self.source.examples)
         if isinstance(self.source, Mixed):
             part = bisect_right(self.source.starts, index) - 1
             start, end = self.source.starts[part], self.source.starts[part + 1]
-        for step in range(end - start):
-            if (other := start + (index - start + step) % (end - start)) not in self.left_out:
-                return other
+        for offset in range(end - start):
+            if (candidate := start + (index - start + offset) % (end - start)) not in self.left_out:
+                return candidate
         raise XFusionError(f"{self.source.spec}: of {end - start} examples none can be read")
 
-    def _keep(self, which: tuple[int, int], made: Tensor) -> None:
-        self._tokens[which] = made
-        if len(self._tokens) > self._kept:
+    def _cache_tokens(self, key: tuple[int, int], encoded: Tensor) -> None:
+        self._tokens[key] = encoded
+        if len(self._tokens) > self._max_cached:
             self._tokens.popitem(last=False)
 
-    def drawn(self, index: int, size: int) -> Media:
+    def drawing_target(self, index: int, size: int) -> Media:
         """A picture as target for drawing."""
-        return self._awaited(index, size, state="noised", has_loss=True)
+        return self._pending(index, size, state="noised", has_loss=True)
 
-    def shown(self, index: int, size: int) -> Media:
+    def input_picture(self, index: int, size: int) -> Media:
         """A picture as input: clean, or noised up to a noise level and then also with a media loss."""
         cap = self.config.largest_noise
-        how: dict[str, Any] = {"state": "noised", "has_loss": True, "largest_noise": cap} if cap else {}
-        return self._awaited(index, size, **how)
+        options: dict[str, Any] = {"state": "noised", "has_loss": True, "largest_noise": cap} if cap else {}
+        return self._pending(index, size, **options)
 
-    def _awaited(self, index: int, size: int, **how: Any) -> Awaited:
-        blank = self.image.segment(self._blank[size], self.image.grid(size), group=self._groups[index], **how)
-        return Awaited(**vars(blank), index=index, size=size)
+    def _pending(self, index: int, size: int, **options: Any) -> PendingMedia:
+        blank = self.image.segment(self._blank[size], self.image.grid(size), group=self._groups[index], **options)
+        return PendingMedia(**vars(blank), index=index, size=size)
 
     def _sizes(self, task: str, step: int, count: int) -> list[int]:
         """Sizes of a task's samples in a step, shuffled. The multiset is the same in every step, so shapes stay fixed; the
         first sizes get one more sample if the samples do not divide evenly.
         """
-        even = [self.sizes[place % len(self.sizes)] for place in range(count)]
-        random.Random(f"{self.seed}/{task}/sizes/{step}").shuffle(even)
-        return even
+        sizes = [self.sizes[index % len(self.sizes)] for index in range(count)]
+        random.Random(f"{self.seed}/{task}/sizes/{step}").shuffle(sizes)
+        return sizes
 
-    def _filled(self, rows: list[list[Sequence]]) -> list[list[Sequence]]:
+    def _fill_pictures(self, rows: list[list[Sequence]]) -> list[list[Sequence]]:
         """The rows with the pictures of this process's own rows filled in; all other pictures stay blank."""
-        own = set(range(len(rows))[self.share(len(rows)) or slice(None)])
-        media = (s for n in sorted(own) for q in rows[n] for s in q.segments if isinstance(s, Awaited))
-        missing = [i for i in dict.fromkeys((m.index, m.size) for m in media) if i not in self._tokens]
+        own_rows = set(range(len(rows))[self.row_slice(len(rows)) or slice(None)])
+        media = (
+            segment
+            for row_number in sorted(own_rows)
+            for sequence in rows[row_number]
+            for segment in sequence.segments
+            if isinstance(segment, PendingMedia)
+        )
+        missing = [key for key in dict.fromkeys((item.index, item.size) for item in media) if key not in self._tokens]
         # Pillow decodes without the GIL. Results are kept outside the bounded cache, which may be smaller than one batch.
-        made = dict(zip(missing, self._pool.map(self._encoded, missing), strict=True))
-        fresh = {which: found for which, found in made.items() if not isinstance(found, Unreadable)}
-        if broken := {which[0]: str(found) for which, found in made.items() if isinstance(found, Unreadable)}:
-            for which, found in fresh.items():
-                self._keep(which, found)
-            raise Unreadable(next(iter(broken.values())), broken)
+        results = dict(zip(missing, self._pool.map(self._encode, missing), strict=True))
+        encoded = {key: result for key, result in results.items() if not isinstance(result, Unreadable)}
+        if unreadable := {key[0]: str(result) for key, result in results.items() if isinstance(result, Unreadable)}:
+            for key, result in encoded.items():
+                self._cache_tokens(key, result)
+            raise Unreadable(next(iter(unreadable.values())), unreadable)
 
         def fill(segment: Text | Media) -> Text | Media:
-            if not isinstance(segment, Awaited):
+            if not isinstance(segment, PendingMedia):
                 return segment
-            which = (segment.index, segment.size)
-            return replace(segment, tokens=fresh[which] if which in fresh else self.tokens(*which))
+            key = (segment.index, segment.size)
+            return replace(segment, tokens=encoded[key] if key in encoded else self.tokens(*key))
 
-        filled = [
-            [Sequence(segments=tuple(map(fill, q.segments))) for q in row] if n in own else row
-            for n, row in enumerate(rows)
+        complete_rows = [
+            [Sequence(segments=tuple(map(fill, sequence.segments))) for sequence in row]
+            if row_number in own_rows
+            else row
+            for row_number, row in enumerate(rows)
         ]
-        for which, found in fresh.items():
-            self._keep(which, found)
-        return filled
+        for key, result in encoded.items():
+            self._cache_tokens(key, result)
+        return complete_rows
 
     def ids(self, text: str) -> tuple[int, ...]:
         """Token ids of a text, cached."""
-        found = self._ids.get(text)
-        if found is None:
-            found = self._ids[text] = self.encode(text)
+        token_ids = self._ids.get(text)
+        if token_ids is None:
+            token_ids = self._ids[text] = self.encode(text)
             if len(self._ids) > TEXTS_KEPT:
                 self._ids.pop(next(iter(self._ids)))
-        return found
+        return token_ids
 
-    def _chosen(self, task: str, step: int, count: int) -> Iterator[tuple[int, int]]:
+    def _samples_of(self, task: str, step: int, count: int) -> Iterator[tuple[int, int]]:
         """Example and size of each sample of a task in a step."""
-        order = map(self._standing, self.order.take(task, step * count, count))
-        return zip(order, self._sizes(task, step, count), strict=True)
+        indices = map(self._readable_index, self.order.take(task, step * count, count))
+        return zip(indices, self._sizes(task, step, count), strict=True)
 
     def drawings(self, step: int) -> list[Sequence]:
         """The drawing sequences of a step."""
         rng, count = random.Random(f"{self.seed}/draw/words/{step}"), self.config.draw
-        words = self.config.templates.drawing_words
+        sample_prompt = self.config.templates.drawing_words
         return [
-            drawing(self.ids, self.begin, words(self.source.examples[i], rng), self.drawn(i, size))
-            for i, size in self._chosen("draw", step, count)
+            drawing(self.ids, self.begin, sample_prompt(self.source.examples[i], rng), self.drawing_target(i, size))
+            for i, size in self._samples_of("draw", step, count)
         ]
 
     def captionings(self, step: int) -> list[Sequence]:
         """The captioning sequences of a step."""
-        rng, count, examples = (
-            random.Random(f"{self.seed}/caption/words/{step}"),
-            self.config.caption,
-            self.source.examples,
-        )
+        rng = random.Random(f"{self.seed}/caption/words/{step}")
+        count, examples = self.config.caption, self.source.examples
         # Sampled for every sample, so that one sample's question does not depend on whether the data has one for another.
         templates = self.config.templates
-        drawn = [templates.question(rng) for _ in range(count)]
-        wording = random.Random(f"{self.seed}/caption/json/{step}")
-        out = []
-        for place, ((i, size), question) in enumerate(zip(self._chosen("caption", step, count), drawn, strict=True)):
-            answer, own = examples[i].captions[0], examples[i].question
-            question, answer = templates.asked(own, answer, wording) if own else (question, answer)
-            solved = [(self.shown(j, size), examples[j].captions[0]) for j in self._shots(i, step * count + place)]
-            out.append(captioning(self.ids, self.end, self.shown(i, size), answer, question, self.begin, solved))
-        return out
+        questions = [templates.question(rng) for _ in range(count)]
+        json_rng = random.Random(f"{self.seed}/caption/json/{step}")
+        sequences = []
+        for position, ((i, size), question) in enumerate(
+            zip(self._samples_of("caption", step, count), questions, strict=True)
+        ):
+            answer, own_question = examples[i].captions[0], examples[i].question
+            question, answer = (
+                templates.question_and_answer(own_question, answer, json_rng) if own_question else (question, answer)
+            )
+            shots = [
+                (self.input_picture(j, size), examples[j].captions[0]) for j in self._shots(i, step * count + position)
+            ]
+            sequences.append(
+                captioning(self.ids, self.end, self.input_picture(i, size), answer, question, self.begin, shots)
+            )
+        return sequences
 
-    def _shots(self, asked: int, place: int) -> list[int]:
+    def _shots(self, index: int, position: int) -> list[int]:
         """Few-shot examples before a captioning sample: the next ones, in their own order, whose groups all differ."""
-        groups, found = {self._groups[asked]}, list[int]()
-        following = map(self._standing, self.order.take("shots", place * self.config.shots, sys.maxsize))
-        while len(found) < self.config.shots:
-            if self._groups[one := next(following)] not in groups:
-                groups.add(self._groups[one])
-                found.append(one)
-        return found
+        groups, shots = {self._groups[index]}, list[int]()
+        candidates = map(self._readable_index, self.order.take("shots", position * self.config.shots, sys.maxsize))
+        while len(shots) < self.config.shots:
+            if self._groups[candidate := next(candidates)] not in groups:
+                groups.add(self._groups[candidate])
+                shots.append(candidate)
+        return shots
 
     def _rows(self, drawings: list[Sequence], captionings: list[Sequence]) -> tuple[list[list[Sequence]], ...]:
         """Rows of both tasks. Each drawing has its own row, in the order of the samples, unless smaller ones share a row.
         Captions are packed with others of their lane, so that a process finds them in the row groups that it reads. All samples
         of a row have losses of one weight.
         """
-        budget = self.config.pack * (1 + self.config.shots) * self._room
+        budget = self.config.pack * (1 + self.config.shots) * self._row_positions
 
         def packed(samples: list[Sequence], room: int) -> list[list[Sequence]]:
             """Rows of samples, whose number varies by step if there are several weights."""
@@ -311,9 +325,9 @@ class Mixture:
             return [row for part in alike.values() for row in balance([sample for (sample,) in part], room)]
 
         if len(self.sizes) > 1:  # a lane's pictures may have any size, so their number of rows would vary by step
-            return packed(drawings, self._room), packed(captionings, budget)
-        parts = self.order.by_lane("caption", captionings)
-        return [[s] for s in drawings], [row for part in parts for row in packed(part, budget)]
+            return packed(drawings, self._row_positions), packed(captionings, budget)
+        lanes = self.order.group_by_lane("caption", captionings)
+        return [[s] for s in drawings], [row for part in lanes for row in packed(part, budget)]
 
     def _by_loss_weight(self, rows: list[list[Sequence]]) -> dict[float | None, list[list[Sequence]]]:
         """Rows by the weight of their losses, in order; all of them under None if there are no weights."""
@@ -322,7 +336,7 @@ class Mixture:
             return {None: rows}
         by_weight: dict[float | None, list[list[Sequence]]] = {}
         for row in rows:  # a sample is of the source of its last picture: those before it are solved examples
-            index = next(s.index for s in reversed(row[0].segments) if isinstance(s, Awaited))
+            index = next(s.index for s in reversed(row[0].segments) if isinstance(s, PendingMedia))
             by_weight.setdefault(weights[bisect_right(starts, index) - 1], []).append(row)
         return by_weight
 
@@ -333,20 +347,20 @@ class Mixture:
         They are computed over all examples, including those left out: a resumed run, which knows these from its start, gets
         the same widths.
         """
-        known, self.left_out = self.left_out, frozenset()
+        left_out, self.left_out = self.left_out, frozenset()
         steps = [self._rows(self.drawings(step), self.captionings(step)) for step in range(LOOKED_AT)]
-        self.left_out = known
+        self.left_out = left_out
         draw, caption = ([_longest(rows) for rows in task] for task in zip(*steps, strict=True))
-        return _up(_most(draw), 4), _up(_most(caption), 4)
+        return _round_up(_ninetieth_percentile(draw), 4), _round_up(_ninetieth_percentile(caption), 4)
 
     def samples(self, step: int) -> list[Sequence]:
         """The samples of a step with their pictures, unpacked, drawings first: for callers with another layout."""
-        alone = [[sample] for sample in (*self.drawings(step), *self.captionings(step))]
-        return [sample for (sample,) in self._filled(alone)]
+        rows = [[sample] for sample in (*self.drawings(step), *self.captionings(step))]
+        return [sample for (sample,) in self._fill_pictures(rows)]
 
     def batches(self, step: int) -> list[Batch]:
         """The batches of a step, a pure function of the step."""
-        return self._packed(self.drawings(step), self.captionings(step))
+        return self._pack_rows(self.drawings(step), self.captionings(step))
 
     def largest(self) -> list[Batch]:
         """A step in which every sample has the longest text of the source, counted in characters.
@@ -356,59 +370,61 @@ class Mixture:
         """
         templates, examples = self.config.templates, self.source.examples
         wordings = [(len(c), i, c) for i, e in enumerate(examples) for c in e.captions]
-        _, drawn, words = max(wordings)
-        drawn = self._standing(drawn)
-        words = with_article(words) if templates.article_share else words
-        drawable = max(templates.questions, key=len) if templates.question_share else ""
-        asked = [
+        _, draw_index, prompt = max(wordings)
+        draw_index = self._readable_index(draw_index)
+        prompt = with_article(prompt) if templates.article_share else prompt
+        longest_question = max(templates.questions, key=len) if templates.question_share else ""
+        dialogues = [
             (in_json(e.question), as_json(e.captions[0]))
             if e.question and templates.json_share
-            else (e.question or drawable, e.captions[0])
+            else (e.question or longest_question, e.captions[0])
             for e in examples
         ]
-        _, named = max((len(question) + len(answer), i) for i, (question, answer) in enumerate(asked))
-        question, answer = asked[named]
-        named = self._standing(named)
-        draw = {s: drawing(self.ids, self.begin, words, self.drawn(drawn, s)) for s in self.sizes}
-        caption = {
-            s: captioning(
+        _, caption_index = max((len(question) + len(answer), i) for i, (question, answer) in enumerate(dialogues))
+        question, answer = dialogues[caption_index]
+        caption_index = self._readable_index(caption_index)
+        drawings = {
+            size: drawing(self.ids, self.begin, prompt, self.drawing_target(draw_index, size)) for size in self.sizes
+        }
+        captionings = {
+            size: captioning(
                 self.ids,
                 self.end,
-                self.shown(named, s),
+                self.input_picture(caption_index, size),
                 answer,
                 question,
                 self.begin,
-                [(self.shown(named, s), answer)] * self.config.shots,
+                [(self.input_picture(caption_index, size), answer)] * self.config.shots,
             )
-            for s in self.sizes
+            for size in self.sizes
         }
-        return self._packed(
-            [draw[s] for s in self._sizes("draw", 0, self.config.draw)],
-            [caption[s] for s in self._sizes("caption", 0, self.config.caption)],
+        return self._pack_rows(
+            [drawings[size] for size in self._sizes("draw", 0, self.config.draw)],
+            [captionings[size] for size in self._sizes("caption", 0, self.config.caption)],
         )
 
-    def _packed(self, drawings: list[Sequence], captionings: list[Sequence]) -> list[Batch]:
+    def _pack_rows(self, drawings: list[Sequence], captionings: list[Sequence]) -> list[Batch]:
         batches: list[Batch] = []
         for rows, width in zip(self._rows(drawings, captionings), self.widths, strict=True):
             for weight, part in self._by_loss_weight(rows).items():
                 if part:
-                    batch = pack(self._filled(part), text_width=_fit(width, _longest(part)))
+                    batch = pack(self._fill_pictures(part), text_width=_fit(width, _longest(part)))
                     batches.append(batch if weight is None else WeightedBatch(**vars(batch), loss_weight=weight))
         return batches
 
 
 def order_of(source: Source, config: MixtureConfig, seed: int) -> Order:
     """The order of a mixture's samples; if pictures come in row groups, its lanes follow the rows of a step."""
-    rows, each = config.caption // config.pack, config.pack
+    rows, per_row = config.caption // config.pack, config.pack
     lanes = {
         "draw": Lanes.of_rows(config.draw, 1),
-        "caption": Lanes.of_rows(rows, each),
-        "shots": Lanes.of_rows(rows, each * config.shots),
+        "caption": Lanes.of_rows(rows, per_row),
+        "shots": Lanes.of_rows(rows, per_row * config.shots),
     }
     return Order(source, seed, lanes)
 
 
-class Ahead(Generic[T]):
+class Prefetcher(Generic[T]):
     """Prepares the data of the next step while this one computes; the result is a function of the step either way.
 
     Args:
@@ -420,23 +436,23 @@ class Ahead(Generic[T]):
     def __init__(self, make: Callable[[int], T], *, in_thread: bool = True):
         self.make, self.in_thread = make, in_thread
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead")
-        self._next: tuple[int, Future[T]] | None = None
+        self._prepared: tuple[int, Future[T]] | None = None
 
     def take(self, step: int) -> T:
         """The data of a step; an error of its preparation is raised here."""
         if not self.in_thread:
             return self.make(step)
-        known = self._next is not None and self._next[0] == step
+        is_prepared = self._prepared is not None and self._prepared[0] == step
         # A single thread prepares everything, so `make` need not be thread-safe.
-        made = (self._next[1] if known and self._next else self._pool.submit(self.make, step)).result()
-        self._next = (step + 1, self._pool.submit(self.make, step + 1))
-        return made
+        data = (self._prepared[1] if is_prepared and self._prepared else self._pool.submit(self.make, step)).result()
+        self._prepared = (step + 1, self._pool.submit(self.make, step + 1))
+        return data
 
     def forget(self) -> None:
         """Drop the prepared step, because what it depends on has changed or is about to change."""
-        if self._next is not None:
-            wait([self._next[1]])
-            self._next = None
+        if self._prepared is not None:
+            wait([self._prepared[1]])
+            self._prepared = None
 
     def close(self) -> None:
         """Stop preparing."""
@@ -453,7 +469,7 @@ def _longest(rows: list[list[Sequence]]) -> int:
     return max((sum(map(text_length, row)) for row in rows), default=0)
 
 
-def _most(values: list[int]) -> int:
+def _ninetieth_percentile(values: list[int]) -> int:
     """The 90th percentile: one rare long caption should not make every step wide."""
     return sorted(values)[(9 * len(values) - 1) // 10]
 
@@ -465,5 +481,5 @@ def _fit(width: int, longest: int) -> int:
     return width
 
 
-def _up(value: int, multiple: int) -> int:
+def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple

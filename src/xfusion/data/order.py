@@ -28,7 +28,7 @@ from xfusion.data.sources import Source
 T = TypeVar("T")
 STRETCH = 64
 """A mixture's shares are exact over about this many samples, or over the sum of its weights, in each lane separately."""
-Taken = Callable[[int], list[int]]
+CountsBefore = Callable[[int], list[int]]
 """Returns how many examples of a source each lane has used before a place."""
 
 
@@ -48,27 +48,30 @@ class Lanes:
 
     def __init__(self, of_place: Sequence[int]):
         self.of_place = tuple(of_place)
-        self._taken = [[0] * (1 + max(self.of_place))]
+        self._counts = [[0] * (1 + max(self.of_place))]
         for lane in self.of_place:
-            self._taken.append([count + (lane == number) for number, count in enumerate(self._taken[-1])])
+            self._counts.append([count + (lane == number) for number, count in enumerate(self._counts[-1])])
 
     @classmethod
-    def of_rows(cls, rows: int, each: int) -> Lanes | None:
-        """Lanes of a step of ``rows`` rows with ``each`` places per row: lanes take consecutive rows, like the shares of
+    def of_rows(cls, rows: int, per_row: int) -> Lanes | None:
+        """Lanes of a step of ``rows`` rows with ``per_row`` places per row: lanes take consecutive rows, like the shares of
         processes; None if there are no places.
         """
-        edges = [rows * lane // GROUPS_TOGETHER for lane in range(GROUPS_TOGETHER + 1)]
-        places = [lane for lane, (start, end) in enumerate(pairwise(edges)) for _ in range((end - start) * each)]
+        bounds = [rows * lane // GROUPS_TOGETHER for lane in range(GROUPS_TOGETHER + 1)]
+        places = [lane for lane, (start, end) in enumerate(pairwise(bounds)) for _ in range((end - start) * per_row)]
         return cls(places) if places else None
 
     def find(self, place: int) -> int:
         """The lane of a place of the endless order."""
         return self.of_place[place % len(self.of_place)]
 
-    def taken(self, place: int) -> list[int]:
+    def counts_before(self, place: int) -> list[int]:
         """Number of places of each lane before this one."""
-        steps, inside = divmod(place, len(self.of_place))
-        return [steps * all_ + some for all_, some in zip(self._taken[-1], self._taken[inside], strict=True)]
+        steps, position = divmod(place, len(self.of_place))
+        return [
+            steps * per_step + partial
+            for per_step, partial in zip(self._counts[-1], self._counts[position], strict=True)
+        ]
 
 
 class Order:
@@ -87,64 +90,69 @@ class Order:
         self.source, self.seed, self.name = source, seed, name
         self.num_lanes = GROUPS_TOGETHER if num_grouped(source) else 1
         self._lanes = lanes if self.num_lanes > 1 else {}
-        self._turns = Lanes(range(self.num_lanes))
-        self._known: dict[str, _Epoch] = {}
+        self._default_lanes = Lanes(range(self.num_lanes))
+        self._epochs: dict[str, _Epoch] = {}
         if isinstance(source, Mixed):
-            self.parts = [Order(part, seed, name=f"{name}part {n}/") for n, part in enumerate(source.sources)]
+            self.parts = [Order(part, seed, name=f"{name}part {number}/") for number, part in enumerate(source.sources)]
             total = sum(source.weights)
-            times = -(-STRETCH // (total * self.num_lanes))
-            self.stretch = [n for n, weight in enumerate(source.weights) for _ in range(weight * times)]
-            self._pattern = lru_cache(maxsize=4 * self.num_lanes)(self._shuffled)
+            repeats = -(-STRETCH // (total * self.num_lanes))
+            self.stretch = [number for number, weight in enumerate(source.weights) for _ in range(weight * repeats)]
+            self._stretch_sources = lru_cache(maxsize=4 * self.num_lanes)(self._shuffle_stretch)
 
     def lanes(self, task: str) -> Lanes:
         """The lanes of a task; a single one if no pictures come in row groups."""
-        return self._lanes.get(task) or self._turns
+        return self._lanes.get(task) or self._default_lanes
 
-    def by_lane(self, task: str, step: Sequence[T]) -> list[list[T]]:
+    def group_by_lane(self, task: str, step: Sequence[T]) -> list[list[T]]:
         """The items at the places of a step, by lane."""
         lanes = self._lanes.get(task)
         if lanes is None:
             return [list(step)]
-        parts: list[list[T]] = [[] for _ in range(self.num_lanes)]
-        for lane, one in zip(lanes.of_place, step, strict=True):
-            parts[lane].append(one)
-        return parts
+        items: list[list[T]] = [[] for _ in range(self.num_lanes)]
+        for lane, item in zip(lanes.of_place, step, strict=True):
+            items[lane].append(item)
+        return items
 
     def take(self, task: str, start: int, count: int) -> Iterator[int]:
         """Examples ``start`` to ``start + count`` of a task's order."""
         lanes = self.lanes(task)
         for place in range(start, start + count):
-            yield self._at(task, place, lanes.find(place), lanes.taken)
+            yield self._example_at(task, place, lanes.find(place), lanes.counts_before)
 
-    def _at(self, task: str, place: int, lane: int, taken: Taken) -> int:
+    def _example_at(self, task: str, place: int, lane: int, counts_before: CountsBefore) -> int:
         """The example at a place, which belongs to ``lane``."""
         if isinstance(self.source, Mixed):
-            number, inside = divmod(taken(place)[lane], len(self.stretch))
-            part = self._pattern(task, lane, number)[inside]
-            return self.source.starts[part] + self.parts[part]._at(task, place, lane, self._of_part(task, part, taken))
-        counts = taken(place)
-        number, epoch = sum(counts) // len(self.source.examples), self._known.get(task)
+            number, position = divmod(counts_before(place)[lane], len(self.stretch))
+            part = self._stretch_sources(task, lane, number)[position]
+            return self.source.starts[part] + self.parts[part]._example_at(
+                task, place, lane, self._part_counts(task, part, counts_before)
+            )
+        counts = counts_before(place)
+        number, epoch = sum(counts) // len(self.source.examples), self._epochs.get(task)
         if epoch is None or epoch.number != number:
-            epoch = self._known[task] = _Epoch(number, place, taken, self._permutation(f"{task}/{number}"))
+            epoch = self._epochs[task] = _Epoch(number, place, counts_before, self._permutation(f"{task}/{number}"))
         return epoch.at(lane, counts[lane])
 
-    def _of_part(self, task: str, part: int, taken: Taken) -> Taken:
+    def _part_counts(self, task: str, part: int, counts_before: CountsBefore) -> CountsBefore:
         """Counts only the places of one source of a mixture."""
-        each = self.stretch.count(part)
+        per_stretch = self.stretch.count(part)
 
         def of_part(place: int) -> list[int]:
-            out = []
-            for lane, count in enumerate(taken(place)):
-                number, inside = divmod(count, len(self.stretch))
-                out.append(number * each + (self._pattern(task, lane, number)[:inside].count(part) if inside else 0))
-            return out
+            counts = []
+            for lane, count in enumerate(counts_before(place)):
+                number, position = divmod(count, len(self.stretch))
+                counts.append(
+                    number * per_stretch
+                    + (self._stretch_sources(task, lane, number)[:position].count(part) if position else 0)
+                )
+            return counts
 
         return of_part
 
-    def _shuffled(self, task: str, lane: int, number: int) -> list[int]:
+    def _shuffle_stretch(self, task: str, lane: int, number: int) -> list[int]:
         """The sources at the places of a stretch of a lane."""
-        which = f"{task}/stretch {number}" if self.num_lanes == 1 else f"{task}/lane {lane}/stretch {number}"
-        return random.Random(f"{self.seed}/{self.name}{which}").sample(self.stretch, len(self.stretch))
+        name = f"{task}/stretch {number}" if self.num_lanes == 1 else f"{task}/lane {lane}/stretch {number}"
+        return random.Random(f"{self.seed}/{self.name}{name}").sample(self.stretch, len(self.stretch))
 
     def _permutation(self, name: str) -> Tensor:
         # A string seeds Python's generator the same way on every run and platform.
@@ -163,24 +171,24 @@ class _Epoch:
     Args:
         number: number of the epoch.
         place: a place within the epoch.
-        taken: counts examples of the source.
+        counts_before: counts examples of the source.
         shuffled: all examples.
     """
 
-    def __init__(self, number: int, place: int, taken: Taken, shuffled: Tensor):
-        def first(examples: int, until: int) -> int:
+    def __init__(self, number: int, place: int, counts_before: CountsBefore, shuffled: Tensor):
+        def first_place(examples: int, bound: int) -> int:
             """The first place before which this many examples were used."""
-            return bisect_left(range(until), examples, key=lambda place: sum(taken(place)))
+            return bisect_left(range(bound), examples, key=lambda place: sum(counts_before(place)))
 
-        until, total = place + 1, len(shuffled)
-        while sum(taken(until)) < (number + 1) * total:
-            until *= 2
+        bound, total = place + 1, len(shuffled)
+        while sum(counts_before(bound)) < (number + 1) * total:
+            bound *= 2
         self.number, self.shuffled = number, shuffled
-        self._begin = taken(first(number * total, place))
-        end = taken(first((number + 1) * total, until))
-        sizes = [after - before for before, after in zip(self._begin, end, strict=True)]
+        self._first_counts = counts_before(first_place(number * total, place))
+        end = counts_before(first_place((number + 1) * total, bound))
+        sizes = [last - start for start, last in zip(self._first_counts, end, strict=True)]
         self._starts = [0, *accumulate(sizes)]
 
     def at(self, lane: int, count: int) -> int:
         """The next example of a lane that has used ``count`` examples."""
-        return int(self.shuffled[self._starts[lane] + count - self._begin[lane]])
+        return int(self.shuffled[self._starts[lane] + count - self._first_counts[lane]])

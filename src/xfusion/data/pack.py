@@ -43,28 +43,28 @@ def balance(sequences: Seq[Sequence], budget: int) -> list[list[Sequence]]:
     Raises:
         XFusionError: a single sequence has more media positions than the budget.
     """
-    ordered = sorted(sequences, key=lambda s: (media_length(s), text_length(s)), reverse=True)
-    if ordered and media_length(ordered[0]) > budget:
+    by_length = sorted(sequences, key=lambda s: (media_length(s), text_length(s)), reverse=True)
+    if by_length and media_length(by_length[0]) > budget:
         raise XFusionError(
-            f"a sequence of {media_length(ordered[0])} media positions does not fit into a row of {budget}: raise it"
+            f"a sequence of {media_length(by_length[0])} media positions does not fit into a row of {budget}: raise it"
         )
-    needed: list[int] = []
-    for media in map(media_length, ordered):
-        first = next((n for n, used in enumerate(needed) if used + media <= budget), None)
-        if first is None:
-            needed.append(media)
+    row_lengths: list[int] = []
+    for media in map(media_length, by_length):
+        row_number = next((index for index, media_used in enumerate(row_lengths) if media_used + media <= budget), None)
+        if row_number is None:
+            row_lengths.append(media)
         else:
-            needed[first] += media
-    rows: list[tuple[int, int, list[Sequence]]] = [(0, 0, []) for _ in needed]
-    for sequence in ordered:
+            row_lengths[row_number] += media
+    rows: list[tuple[int, int, list[Sequence]]] = [(0, 0, []) for _ in row_lengths]
+    for sequence in by_length:
         media, text = media_length(sequence), text_length(sequence)
-        room = [n for n, (used, _, _) in enumerate(rows) if used + media <= budget]
-        if not room:  # balanced rows may need one more than first fit
-            room = [len(rows)]
+        candidates = [index for index, (media_used, _, _) in enumerate(rows) if media_used + media <= budget]
+        if not candidates:  # balanced rows may need one more than first fit
+            candidates = [len(rows)]
             rows.append((0, 0, []))
-        n = min(room, key=lambda n: rows[n][:2])
-        used, words, row = rows[n]
-        rows[n] = (used + media, words + text, [*row, sequence])
+        index = min(candidates, key=lambda index: rows[index][:2])
+        media_used, text_used, row = rows[index]
+        rows[index] = (media_used + media, text_used + text, [*row, sequence])
     return [row for _, _, row in rows]
 
 
@@ -85,19 +85,27 @@ def pack(rows: Seq[Seq[Sequence]], *, text_width: int | None = None) -> Batch:
     text_tables: list[_Table] = []
     ids: list[list[int]] = []
     labels: list[list[int]] = []
-    names = list(dict.fromkeys(s.modality for row in rows for q in row for s in q.segments if isinstance(s, Media)))
+    names = list(
+        dict.fromkeys(
+            segment.modality
+            for row in rows
+            for sequence in row
+            for segment in sequence.segments
+            if isinstance(segment, Media)
+        )
+    )
     media_tables: dict[str, list[_Table]] = {name: [[] for _ in rows] for name in names}
     items: dict[str, list[Media]] = {name: [] for name in names}
-    extra: dict[str, list[list[tuple[int, bool, int, int]]]] = {name: [[] for _ in rows] for name in names}
-    reads_media = reads_text = False
+    item_tables: dict[str, list[list[tuple[int, bool, int, int]]]] = {name: [[] for _ in rows] for name in names}
+    text_reads_media = media_reads_text = False
 
-    for r, row in enumerate(rows):
+    for row_number, row in enumerate(rows):
         table: _Table = []
         row_ids: list[int] = []
         row_labels: list[int] = []
         order = segment_number = 0
-        for s, sequence in enumerate(row):
-            position, seen_media, seen_text, after_text = 0, False, False, False
+        for sample, sequence in enumerate(row):
+            position, after_media, after_any_text, after_text = 0, False, False, False
             last = len(sequence.segments) - 1
             for i, segment in enumerate(sequence.segments):
                 if isinstance(segment, Text):
@@ -106,38 +114,39 @@ def pack(rows: Seq[Seq[Sequence]], *, text_width: int | None = None) -> Batch:
                             row_labels[-1] = token
                         if j == len(segment.ids) - 1 and _end_is_label(segment, i == last):
                             break
-                        table.append((order, s, position, segment_number, False, True, seen_media))
+                        table.append((order, sample, position, segment_number, False, True, after_media))
                         row_ids.append(token)
                         row_labels.append(IGNORE)
                         after_text = True
                         order, position = order + 1, position + 1
-                    reads_media |= seen_media
-                    seen_text |= bool(segment.ids)
+                    text_reads_media |= after_media
+                    after_any_text |= bool(segment.ids)
                 else:
                     if segment.tokens.shape[0] != segment.grid[0] * segment.grid[1]:
                         raise XFusionError(
                             f"a media item has {segment.tokens.shape[0]} tokens but its grid is {segment.grid}"
                         )
-                    own, facts = media_tables[segment.modality][r], extra[segment.modality][r]
+                    media_table = media_tables[segment.modality][row_number]
+                    item_table = item_tables[segment.modality][row_number]
                     number, count = len(items[segment.modality]), len(segment.tokens)
-                    both_ways, later = segment.bidirectional, segment.visible_to_later
-                    own.append((order, s, position, segment_number, False, later, True))
-                    facts.append((-1, True, 0, 0))
+                    bidirectional, visible_to_later = segment.bidirectional, segment.visible_to_later
+                    media_table.append((order, sample, position, segment_number, False, visible_to_later, True))
+                    item_table.append((-1, True, 0, 0))
                     items[segment.modality].append(segment)
                     order, position, step = order + 1, position + 1, int(not segment.shared_position)
-                    own += [
-                        (order + m, s, position + m * step, segment_number, both_ways, later, True)
+                    media_table += [
+                        (order + m, sample, position + m * step, segment_number, bidirectional, visible_to_later, True)
                         for m in range(count)
                     ]
-                    facts += [(number, False, *divmod(m, segment.grid[1])) for m in range(count)]
+                    item_table += [(number, False, *divmod(m, segment.grid[1])) for m in range(count)]
                     order, position = order + count, position + count * step
                     position += segment.shared_position
-                    after_text, seen_media, reads_text = False, True, reads_text or seen_text
+                    after_text, after_media, media_reads_text = False, True, media_reads_text or after_any_text
                     if i < last:
-                        table.append((order, s, position, segment_number + 1, False, True, True))
+                        table.append((order, sample, position, segment_number + 1, False, True, True))
                         row_ids.append(END_OF_MEDIA - names.index(segment.modality))
                         row_labels.append(IGNORE)
-                        after_text, seen_text, reads_media = True, True, True
+                        after_text, after_any_text, text_reads_media = True, True, True
                         order, position, segment_number = order + 1, position + 1, segment_number + 1
                 segment_number += 1
         text_tables.append(table)
@@ -154,38 +163,42 @@ def pack(rows: Seq[Seq[Sequence]], *, text_width: int | None = None) -> Batch:
             len(rows), width
         ),
         labels=torch.tensor([row + [IGNORE] * (width - len(row)) for row in labels]).reshape(len(rows), width).long(),
-        text_reads_media=reads_media,
-        media_reads_text=reads_text,
+        text_reads_media=text_reads_media,
+        media_reads_text=media_reads_text,
         num_sequences=sum(map(len, rows)),
     )
     for name in names:
-        batch.media[name] = _media_rows(media_tables[name], extra[name], items[name])
+        batch.media[name] = _media_rows(media_tables[name], item_tables[name], items[name])
     return batch
 
 
 def _tables(tables: Seq[_Table], width: int) -> Rows:
-    filled = [t + [(-1, -1, 0, -1, False, False, False)] * (width - len(t)) for t in tables]
-    columns = torch.tensor(filled, dtype=torch.int64).reshape(len(tables), width, 7).unbind(-1)
-    order, sample, position, segment, both_ways, later, after = (c.contiguous() for c in columns)
+    padded = [t + [(-1, -1, 0, -1, False, False, False)] * (width - len(t)) for t in tables]
+    columns = torch.tensor(padded, dtype=torch.int64).reshape(len(tables), width, 7).unbind(-1)
+    order, sample, position, segment, bidirectional, visible_to_later, after_media = (
+        column.contiguous() for column in columns
+    )
     return Rows(
         order=order,
         sample=sample,
         position=position,
         segment=segment,
-        bidirectional=both_ways.bool(),
-        visible_to_later=later.bool(),
-        after_media=after.bool(),
+        bidirectional=bidirectional.bool(),
+        visible_to_later=visible_to_later.bool(),
+        after_media=after_media.bool(),
     )
 
 
-def _media_rows(tables: Seq[_Table], extra: Seq[list[tuple[int, bool, int, int]]], items: Seq[Media]) -> MediaRows:
+def _media_rows(
+    tables: Seq[_Table], item_tables: Seq[list[tuple[int, bool, int, int]]], items: Seq[Media]
+) -> MediaRows:
     width = max(map(len, tables))
-    filled = [row + [(-1, False, 0, 0)] * (width - len(row)) for row in extra]
-    item, boundary, grid_row, grid_column = torch.tensor(filled, dtype=torch.int64).unbind(-1)
+    padded = [row + [(-1, False, 0, 0)] * (width - len(row)) for row in item_tables]
+    item, boundary, grid_row, grid_column = torch.tensor(padded, dtype=torch.int64).unbind(-1)
     token_width = items[0].tokens.shape[1]
     tokens = torch.zeros(len(tables), width, token_width)
-    where = item >= 0
-    tokens[where] = torch.cat([m.tokens for m in items]).float()
+    is_token = item >= 0
+    tokens[is_token] = torch.cat([media.tokens for media in items]).float()
     return MediaRows(
         rows=_tables(tables, width),
         tokens=tokens,
@@ -194,8 +207,8 @@ def _media_rows(tables: Seq[_Table], extra: Seq[list[tuple[int, bool, int, int]]
         grid_row=grid_row.contiguous(),
         grid_column=grid_column.contiguous(),
         time=torch.zeros(len(items)),
-        noised=torch.tensor([m.state == "noised" for m in items]),
-        has_loss=torch.tensor([m.has_loss for m in items]),
-        largest_noise=torch.tensor([m.largest_noise for m in items]),
-        group=torch.tensor([m.group for m in items]),
+        noised=torch.tensor([media.state == "noised" for media in items]),
+        has_loss=torch.tensor([media.has_loss for media in items]),
+        largest_noise=torch.tensor([media.largest_noise for media in items]),
+        group=torch.tensor([media.group for media in items]),
     )

@@ -91,7 +91,7 @@ def _header_problem(file: Path | io.BytesIO, most_pixels: int = MAX_PIXELS) -> s
             with Image.open(file, formats=FORMATS) as image:
                 width, height = image.size
     except Image.UnidentifiedImageError:
-        return f"is not a picture: {_content(file)}; save it as {READABLE}"
+        return f"is not a picture: {_guess_content(file)}; save it as {READABLE}"
     except Image.DecompressionBombError:
         return f"has more than {most_pixels / 1_000_000:g} million pixels: make it smaller"
     except Exception as error:  # a broken header may raise anything in Pillow's plug-ins
@@ -108,7 +108,7 @@ def decode_problem(file: Path | io.BytesIO) -> str | None:
     try:
         _decode(file)
     except Exception as error:  # as above
-        return _decoding_failed(error)
+        return _decoding_problem(error)
     return None
 
 
@@ -134,7 +134,7 @@ def read(place: Place, origin: str | None = None) -> Image:
         try:
             return _decode(file)
         except Exception as error:  # as above
-            problem = _decoding_failed(error)
+            problem = _decoding_problem(error)
     raise Unreadable(f"{origin}: {place.name} {problem}" if origin else f"{place}: {problem}")
 
 
@@ -154,7 +154,7 @@ def decode(data: bytes, origin: str, *, most_pixels: int = MAX_PIXELS) -> Image:
         try:
             return _upright(io.BytesIO(data))
         except Exception as error:  # as above
-            problem = _decoding_failed(error)
+            problem = _decoding_problem(error)
     raise XFusionError(f"{origin} {problem}")
 
 
@@ -169,12 +169,12 @@ def _upright(file: Path | io.BytesIO) -> Image:
         if image.format in ("JPEG", "MPO") and (scans := _num_scans(file)) > MAX_SCANS:
             raise ValueError(f"{scans} scans, at most {MAX_SCANS} are legal")
         if image.width * image.height <= LARGE:
-            return _loaded(image)
+            return _load(image)
         with _one_large:
-            return _loaded(image)
+            return _load(image)
 
 
-def _loaded(image: Image) -> Image:
+def _load(image: Image) -> Image:
     from PIL import ImageOps
 
     image.load()
@@ -184,24 +184,24 @@ def _loaded(image: Image) -> Image:
 def _num_scans(file: Path | io.BytesIO) -> int:
     """Number of start-of-scan markers of a JPEG; these two bytes never occur in the data between markers."""
     if isinstance(file, io.BytesIO):
-        return _marks(file.getvalue())
-    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return _marks(content)
+        return _count_scan_markers(file.getvalue())
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return _count_scan_markers(content)
 
 
-def _marks(content: bytes | mmap.mmap) -> int:
-    count, place = 0, content.find(b"\xff\xda")
-    while place >= 0 and count <= MAX_SCANS:
-        count, place = count + 1, content.find(b"\xff\xda", place + 2)
+def _count_scan_markers(content: bytes | mmap.mmap) -> int:
+    count, position = 0, content.find(b"\xff\xda")
+    while position >= 0 and count <= MAX_SCANS:
+        count, position = count + 1, content.find(b"\xff\xda", position + 2)
     return count
 
 
-def _decoding_failed(error: Exception) -> str:
+def _decoding_problem(error: Exception) -> str:
     reason = one_reason(error)
     return f"is cut short ({reason})" if "truncat" in reason.lower() else f"cannot be decoded ({reason})"
 
 
-def _content(file: Path | io.BytesIO) -> str:
+def _guess_content(file: Path | io.BytesIO) -> str:
     """The kind of an unreadable file's content, guessed from its start."""
     if isinstance(file, Path):
         with file.open("rb") as stream:
@@ -210,11 +210,11 @@ def _content(file: Path | io.BytesIO) -> str:
         start = file.getvalue()[:512]
     if start[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1"):
         return "its content is HEIC"
-    lowered = start.lstrip().lower()
+    lowercase = start.lstrip().lower()
     for mark, name in ((b"<svg", "SVG"), (b"<!doctype html", "a web page"), (b"<html", "a web page"), (b"%pdf", "PDF")):
-        if lowered.startswith(mark):
+        if lowercase.startswith(mark):
             return f"its content is {name}"
-    if lowered.startswith(b"version https://git-lfs"):
+    if lowercase.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer, fetch the real file"
     try:
         text = start.decode("utf-8")
@@ -226,14 +226,14 @@ def _content(file: Path | io.BytesIO) -> str:
 def _near_name(path: Path) -> str:
     """A hint if a file's name differs only in case: such a data set works on one system and breaks on another."""
     if path.parent.is_dir():
-        there = _lower_names(path.parent, path.parent.stat().st_mtime_ns).get(path.name.lower())
-        if there is not None:
-            return f" (there is {there}: upper and lower case differ)"
+        other_name = _names_by_lower_case(path.parent, path.parent.stat().st_mtime_ns).get(path.name.lower())
+        if other_name is not None:
+            return f" (there is {other_name}: upper and lower case differ)"
     return ""
 
 
 @lru_cache(maxsize=4)
-def _lower_names(folder: Path, modified: int) -> dict[str, str]:
+def _names_by_lower_case(folder: Path, modified: int) -> dict[str, str]:
     """The names in a folder by their lower case, read once rather than for each of a thousand missing pictures."""
     del modified
     return {entry.name.lower(): entry.name for entry in folder.iterdir()}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from xfusion.data.files import MAX_CAPTION, METADATA
 from xfusion.data.sequence import XFusionError, first_line
 from xfusion.data.sources import Source
-from xfusion.storage import named_in_errors, whole_file
+from xfusion.storage import atomic_file, named_in_errors
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,9 +29,9 @@ LONG = (
     " background and the style."
 )
 """Default prompt for a vision-language model."""
-MOST_RUNNING = 20
+MAX_INVALID = 20
 """Number of invalid answers at the start after which to stop: the prompt or the model is at fault, not a picture."""
-PASSING = (408, 409, 429)
+TEMPORARY_STATUSES = (408, 409, 429)
 """HTTP statuses of temporary refusals, besides those from 500 on."""
 LONGEST_WAIT = 60.0
 """Longest wait in seconds between two tries, if the server names no time."""
@@ -102,70 +102,70 @@ def recaption(
         Busy: the server refused all tries.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    known, turns = _journal(folder, asking, source.spec), _Turns(asking)
-    asked, skipped = 0, dict[int, str]()
+    answers, requests = _journal(folder, asking, source.spec), _RateLimiter(asking)
+    num_requested, skipped = 0, dict[int, str]()
     with (folder / JOURNAL).open("a", encoding="utf-8") as journal:
         # Batches have the same pictures wherever a call resumes: neighbours in a batch may change the rounding.
         for start in range(0, len(source.examples), asking.batch):
-            part = range(start, min(start + asking.batch, len(source.examples)))
+            batch = range(start, min(start + asking.batch, len(source.examples)))
             progress(start, len(source.examples))
-            if all(index in known for index in part):
+            if all(index in answers for index in batch):
                 continue
-            shown = [source.picture(index, asking.size) for index in part]
-            for index, picture, answer in zip(part, shown, turns.answers(ask, shown), strict=True):
-                if index in known:
+            images = [source.picture(index, asking.size) for index in batch]
+            for index, picture, answer in zip(batch, images, requests.answers(ask, images), strict=True):
+                if index in answers:
                     continue
-                example, words = source.examples[index], " ".join(answer.split())
-                line = {"index": index, "id": example.id, "caption": words, "model": asking.model}
+                example, caption = source.examples[index], " ".join(answer.split())
+                line = {"index": index, "id": example.id, "caption": caption, "model": asking.model}
                 line |= {"prompt": asking.prompt, "source": source.spec, "size": asking.size}
-                if words and len(words) <= MAX_CAPTION:
-                    with whole_file(folder / _name(index)) as temporary:
+                if caption and len(caption) <= MAX_CAPTION:
+                    with atomic_file(folder / _name(index)) as temporary:
                         picture.save(temporary, format="PNG")
-                    known[index], asked = words, asked + 1
+                    answers[index], num_requested = caption, num_requested + 1
                 else:
-                    said = f"{len(words)} characters, from 1 to {MAX_CAPTION} are legal"
-                    line |= {"caption": words[:MAX_CAPTION], "skipped": said}
-                    skipped[index] = f"{example.origin}: {asking.model} answered {said}"
+                    problem = f"{len(caption)} characters, from 1 to {MAX_CAPTION} are legal"
+                    line |= {"caption": caption[:MAX_CAPTION], "skipped": problem}
+                    skipped[index] = f"{example.origin}: {asking.model} answered {problem}"
                 with named_in_errors(folder / JOURNAL):
                     journal.write(json.dumps(line, ensure_ascii=False) + "\n")
                     journal.flush()
                     os.fsync(journal.fileno())
-            if not known and len(skipped) >= min(MOST_RUNNING, len(source.examples)):
+            if not answers and len(skipped) >= min(MAX_INVALID, len(source.examples)):
                 raise XFusionError(
                     f"none of the first {len(skipped)} answers is a caption, {next(iter(skipped.values()))}: give another"
                     " prompt or model, and another folder"
                 )
     lines = [
-        {"file_name": _name(i), "captions": [known[i], *(c for c in e.captions if c != known[i])], "group": e.group}
+        {"file_name": _name(i), "captions": [answers[i], *(c for c in e.captions if c != answers[i])], "group": e.group}
         for i, e in enumerate(source.examples)
-        if i in known
+        if i in answers
     ]
-    with whole_file(folder / METADATA) as temporary:
+    with atomic_file(folder / METADATA) as temporary:
         temporary.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines), encoding="utf-8")
-    return Recaptioned(len(known), asked, list(skipped.values()))
+    return Recaptioned(len(answers), num_requested, list(skipped.values()))
 
 
-class _Turns:
+class _RateLimiter:
     """Limits the rate of requests, retries included."""
 
     def __init__(self, asking: Asking):
-        self.asking, self.next = asking, time.monotonic()
+        self.asking, self.next_time = asking, time.monotonic()
 
-    def answers(self, ask: Ask, shown: list[Image]) -> list[str]:
+    def answers(self, ask: Ask, pictures: list[Image]) -> list[str]:
         """The answers, after retries."""
-        for tried in range(self.asking.retries):
+        for attempt in range(self.asking.retries):
             self._wait()
             try:
-                return ask(shown, self.asking.prompt)
+                return ask(pictures, self.asking.prompt)
             except Busy as busy:
-                time.sleep(min(LONGEST_WAIT, 0.5 * 2**tried) if busy.seconds is None else busy.seconds)
+                time.sleep(min(LONGEST_WAIT, 0.5 * 2**attempt) if busy.seconds is None else busy.seconds)
         self._wait()
-        return ask(shown, self.asking.prompt)
+        return ask(pictures, self.asking.prompt)
 
     def _wait(self) -> None:
         if self.asking.per_minute:
-            time.sleep(max(0.0, self.next - time.monotonic()))
-            self.next = max(self.next, time.monotonic()) + 60 / self.asking.per_minute
+            time.sleep(max(0.0, self.next_time - time.monotonic()))
+            self.next_time = max(self.next_time, time.monotonic()) + 60 / self.asking.per_minute
 
 
 def _name(index: int) -> str:
@@ -179,29 +179,34 @@ def _journal(folder: Path, asking: Asking, spec: str) -> dict[int, str]:
         if any(folder.iterdir()):
             raise XFusionError(f"{folder} holds other files: name an empty folder")
         return {}
-    whole = path.read_bytes()
-    kept = whole[: whole.rfind(b"\n") + 1]
-    if kept != whole:
-        path.write_bytes(kept)
-    found: dict[int, str] = {}
-    asked = {"model": asking.model, "prompt": asking.prompt, "source": spec, "size": asking.size}
-    for number, text in enumerate(kept.splitlines(), start=1):  # split as bytes: text may contain other line separators
+    content = path.read_bytes()
+    complete = content[: content.rfind(b"\n") + 1]
+    if complete != content:
+        path.write_bytes(complete)
+    answers: dict[int, str] = {}
+    settings = {"model": asking.model, "prompt": asking.prompt, "source": spec, "size": asking.size}
+    # Split as bytes: text may contain other line separators.
+    for number, line_bytes in enumerate(complete.splitlines(), start=1):
         try:
-            line = json.loads(text)
+            line = json.loads(line_bytes)
         except ValueError as error:  # undecodable, too
             raise XFusionError(f"{path}, line {number}: is not JSON: {error}; mend the line or take it out") from error
         kinds = {"index": int, "caption": str}
-        bad = [key for key, kind in kinds.items() if not isinstance(line, dict) or not isinstance(line.get(key), kind)]
-        if bad := bad + [key for key in asked if isinstance(line, dict) and key not in line]:
-            raise XFusionError(f"{path}, line {number}: has no legal field {bad[0]!r}; mend the line or take it out")
-        for key, own in asked.items():
-            if line[key] != own:
+        invalid = [
+            key for key, kind in kinds.items() if not isinstance(line, dict) or not isinstance(line.get(key), kind)
+        ]
+        if invalid := invalid + [key for key in settings if isinstance(line, dict) and key not in line]:
+            raise XFusionError(
+                f"{path}, line {number}: has no legal field {invalid[0]!r}; mend the line or take it out"
+            )
+        for key, expected in settings.items():
+            if line[key] != expected:
                 raise XFusionError(
-                    f"{path} was made with {key} {line[key]!r}, this call has {own!r}: name another folder"
+                    f"{path} was made with {key} {line[key]!r}, this call has {expected!r}: name another folder"
                 )
         if "skipped" not in line:
-            found[line["index"]] = line["caption"]
-    return found
+            answers[line["index"]] = line["caption"]
+    return answers
 
 
 def endpoint(url: str, model: str, *, key: str, max_tokens: int, seconds: float = 60.0) -> Ask:
@@ -228,7 +233,7 @@ def endpoint(url: str, model: str, *, key: str, max_tokens: int, seconds: float 
         content: list = [{"type": "image_url", "image_url": {"url": address}}]
         content += [{"type": "text", "text": prompt}] if prompt else []
         try:
-            found = client.chat.completions.create(
+            response = client.chat.completions.create(
                 model=model,
                 messages=[{"role": "user", "content": content}],
                 max_tokens=max_tokens,
@@ -236,16 +241,20 @@ def endpoint(url: str, model: str, *, key: str, max_tokens: int, seconds: float 
                 seed=0,
             )
         except openai.OpenAIError as error:
-            said = f"{url} refuses: {first_line(error)}; the captions so far are kept"
+            message = f"{url} refuses: {first_line(error)}; the captions so far are kept"
             status = error.status_code if isinstance(error, openai.APIStatusError) else None
-            if isinstance(error, openai.APIConnectionError) or (status and (status in PASSING or status >= 500)):
-                raise Busy(said, _named_wait(error)) from error
-            raise XFusionError(said) from error
-        if not isinstance(found, ChatCompletion):
-            raise XFusionError(f"{url} answers {str(found)[:60]!r}, which is no chat completion: name a server's /v1")
-        choices = getattr(found, "choices", None) or [None]  # the client does not validate the fields of a response
-        words = getattr(getattr(choices[0], "message", None), "content", None)
-        return words if isinstance(words, str) else ""
+            if isinstance(error, openai.APIConnectionError) or (
+                status and (status in TEMPORARY_STATUSES or status >= 500)
+            ):
+                raise Busy(message, _retry_after(error)) from error
+            raise XFusionError(message) from error
+        if not isinstance(response, ChatCompletion):
+            raise XFusionError(
+                f"{url} answers {str(response)[:60]!r}, which is no chat completion: name a server's /v1"
+            )
+        choices = getattr(response, "choices", None) or [None]  # the client does not validate the fields of a response
+        text = getattr(getattr(choices[0], "message", None), "content", None)
+        return text if isinstance(text, str) else ""
 
     def ask(pictures: list[Image], prompt: str) -> list[str]:
         return [ask_one(picture, prompt) for picture in pictures]
@@ -253,7 +262,7 @@ def endpoint(url: str, model: str, *, key: str, max_tokens: int, seconds: float 
     return ask
 
 
-def _named_wait(error: Exception) -> float | None:
+def _retry_after(error: Exception) -> float | None:
     """Seconds until the next try, if the server's refusal names them; a date is not read."""
     headers = getattr(getattr(error, "response", None), "headers", {})
     for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xfusion.data.sequence import Example, XFusionError
-from xfusion.storage import whole_file
+from xfusion.storage import atomic_file
 
 if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont, ImageFont
@@ -23,8 +23,8 @@ LONGEST_LINE = 600
 
 def one_line(text: str) -> str:
     """Arbitrary text, such as a file name, as one line of bounded length that any terminal can show."""
-    shown = text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]} ..."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in shown)
+    bounded = text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]} ..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in bounded)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +97,11 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the pictures, for `json.dumps`."""
-        shown = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("source", "captions")}
-        shown |= {"problems": list(self.problems), "notes": list(self.notes), "counts": dict(self.counts)}
-        return shown | {"share_bad": self.share_bad, "captions": asdict(self.captions)}
+        content = {
+            name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("source", "captions")
+        }
+        content |= {"problems": list(self.problems), "notes": list(self.notes), "counts": dict(self.counts)}
+        return content | {"share_bad": self.share_bad, "captions": asdict(self.captions)}
 
     def sheet(self, path: str | Path, *, size: int = 32, num_pictures: int = 25) -> Path:
         """Draw pictures as a model of ``size`` pixels sees them, captions underneath, into a PNG.
@@ -109,16 +111,16 @@ class Report:
         if self.source is None:
             raise XFusionError(f"{self.spec}: no good example to draw; see the problems first")
         path = Path(path)
-        image = _draw_sheet(self.source, _spread(len(self.source.examples), num_pictures), size)
-        with whole_file(path) as temporary:
+        image = _draw_sheet(self.source, _evenly_spaced(len(self.source.examples), num_pictures), size)
+        with atomic_file(path) as temporary:
             image.save(temporary, format="PNG")
         return path
 
 
-def _spread(total: int, wanted: int) -> list[int]:
-    """At most ``wanted`` indices, evenly over ``range(total)``."""
-    wanted = min(total, wanted)
-    return [index * total // wanted for index in range(wanted)]
+def _evenly_spaced(total: int, count: int) -> list[int]:
+    """At most ``count`` indices, evenly over ``range(total)``."""
+    count = min(total, count)
+    return [index * total // count for index in range(count)]
 
 
 def _draw_sheet(source: Source, indices: Sequence[int], size: int, tile: int = 128, margin: int = 12):
@@ -129,13 +131,13 @@ def _draw_sheet(source: Source, indices: Sequence[int], size: int, tile: int = 1
     rows = -(-len(indices) // columns)
     step_x, step_y = tile + margin, tile + margin + 3 * 14
     sheet = Image.new("RGB", (columns * step_x + margin, rows * step_y + margin), "#e8e8e8")
-    pen = ImageDraw.Draw(sheet)
-    for place, index in enumerate(indices):
-        x, y = margin + place % columns * step_x, margin + place // columns * step_y
+    draw = ImageDraw.Draw(sheet)
+    for position, index in enumerate(indices):
+        x, y = margin + position % columns * step_x, margin + position // columns * step_y
         # Nearest neighbour: the sheet shows the model's pixels, not a smoothed picture that no model sees.
         sheet.paste(source.picture(index, size).resize((tile, tile), Image.Resampling.NEAREST), (x, y))
         for line, text in enumerate(_wrap(source.examples[index].captions[0], font, tile)):
-            pen.text((x, y + tile + 3 + 14 * line), text, fill="black", font=font)
+            draw.text((x, y + tile + 3 + 14 * line), text, fill="black", font=font)
     return sheet
 
 

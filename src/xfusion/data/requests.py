@@ -50,20 +50,20 @@ def read(
     """
     part = _part(split, path)
     rng = random.Random(f"{split} {seed}")
-    few = max(1, repeat // 3)
-    out: list[Request] = []
+    rare_repeat = max(1, repeat // 3)
+    requests: list[Request] = []
     for wording in part["requests"] * repeat:
-        words, span = _filled(wording, rng.choice(part["subjects"]))
-        out.append(Request(messages=(*_history(part, rng), _user(words)), draws=True, subject=span))
-    for words in part["follow_ups"] * few:
-        before = _drawing_turn(part, rng)
-        out.append(Request(messages=(*before, _user(words)), draws=True))
-    for words in part["chats"] * few:
-        out.append(Request(messages=(*_history(part, rng), _user(words)), draws=False))
+        text, span = _fill_in(wording, rng.choice(part["subjects"]))
+        requests.append(Request(messages=(*_history(part, rng), _user(text)), draws=True, subject=span))
+    for text in part["follow_ups"] * rare_repeat:
+        drawing_turn = _drawing_turn(part, rng)
+        requests.append(Request(messages=(*drawing_turn, _user(text)), draws=True))
+    for text in part["chats"] * rare_repeat:
+        requests.append(Request(messages=(*_history(part, rng), _user(text)), draws=False))
     for wording in part["about_subjects"] * repeat:
-        words, _ = _filled(wording, rng.choice(part["subjects"]))
-        out.append(Request(messages=(*_history(part, rng), _user(words)), draws=False))
-    return out
+        text, _ = _fill_in(wording, rng.choice(part["subjects"]))
+        requests.append(Request(messages=(*_history(part, rng), _user(text)), draws=False))
+    return requests
 
 
 def _part(split: str, path: str | Path | None) -> dict[str, list[str]]:
@@ -75,32 +75,32 @@ def _part(split: str, path: str | Path | None) -> dict[str, list[str]]:
         raise XFusionError(f"{file}: wordings cannot be read: {error!r}; see xfusion/data/requests.json") from error
     if missing:
         raise XFusionError(f"{file}: {split!r} has no {missing[0]!r}; it needs {', '.join(_FIELDS)}")
-    without = [w for name in ("requests", "about_subjects") for w in part[name] if w.count("{}") != 1]
-    if without:
-        raise XFusionError(f"{file}: {without[0]!r} must hold one {{}} for the subject")
+    malformed = [w for name in ("requests", "about_subjects") for w in part[name] if w.count("{}") != 1]
+    if malformed:
+        raise XFusionError(f"{file}: {malformed[0]!r} must hold one {{}} for the subject")
     return part
 
 
-def _filled(wording: str, subject: str) -> tuple[str, tuple[int, int]]:
+def _fill_in(wording: str, subject: str) -> tuple[str, tuple[int, int]]:
     start = wording.index("{}")
     if start == 0 and wording[2:].strip() and not wording.islower():
         subject = subject[0].upper() + subject[1:]
     return wording.replace("{}", subject), (start, start + len(subject))
 
 
-def _user(words: str) -> dict[str, str]:
-    return {"role": "user", "content": words}
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
 
 
-def _assistant(words: str) -> dict[str, str]:
-    return {"role": "assistant", "content": words}
+def _assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
 
 
 def _drawing_turn(part: dict[str, list[str]], rng: random.Random) -> tuple[dict[str, str], ...]:
     subject = rng.choice(part["subjects"])
-    words, _ = _filled(rng.choice(part["requests"]), subject)
-    said = f"{PICTURE}\n{subject.partition(' ')[2] or subject}" if rng.random() < 0.7 else PICTURE
-    return _user(words), _assistant(said)
+    text, _ = _fill_in(rng.choice(part["requests"]), subject)
+    answer = f"{PICTURE}\n{subject.partition(' ')[2] or subject}" if rng.random() < 0.7 else PICTURE
+    return _user(text), _assistant(answer)
 
 
 def _chat_turn(part: dict[str, list[str]], rng: random.Random) -> tuple[dict[str, str], ...]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 END_OF_MEDIA = -1
 """Entry of `Batch.text_ids` that stands for [EOI]: a text position whose embedding is a trainable row of the media port."""
-Seeing = Seq[Tensor]
+MaskTables = Seq[Tensor]
 """Five tables of positions, in any shape: order, sample, segment, bidirectional, visible to later ones."""
 IGNORE = -100
 """Label of a text position without a loss."""
@@ -30,7 +30,7 @@ IGNORE = -100
 class XFusionError(ValueError):
     """Bad input, in one line: the thing, the conflicting values, and what to do."""
 
-    told_elsewhere = False
+    reported_elsewhere = False
     """Whether another process of the run reports it, so that it is printed once."""
 
 
@@ -181,23 +181,23 @@ class Rows:
         return self.order.shape[1]
 
     @property
-    def seeing(self) -> Seeing:
+    def seeing(self) -> MaskTables:
         """The tables that `sees` needs."""
         return self.order, self.sample, self.segment, self.bidirectional, self.visible_to_later
 
     @classmethod
     def empty(cls, batch: int, device: torch.device | str = "cpu") -> Rows:
         """Empty tables for ``batch`` rows."""
-        whole = torch.empty(batch, 0, dtype=torch.int64, device=device)
-        flag = torch.empty(batch, 0, dtype=torch.bool, device=device)
+        integers = torch.empty(batch, 0, dtype=torch.int64, device=device)
+        flags = torch.empty(batch, 0, dtype=torch.bool, device=device)
         return cls(
-            order=whole,
-            sample=whole,
-            position=whole,
-            segment=whole,
-            bidirectional=flag,
-            visible_to_later=flag,
-            after_media=flag,
+            order=integers,
+            sample=integers,
+            position=integers,
+            segment=integers,
+            bidirectional=flags,
+            visible_to_later=flags,
+            after_media=flags,
         )
 
     @classmethod
@@ -205,9 +205,9 @@ class Rows:
         """The tables side by side, ``[B, sum n]``."""
         return cls(**{f.name: torch.cat([getattr(t, f.name) for t in tables], dim=1) for f in fields(cls)})
 
-    def columns(self, chosen: Tensor | slice) -> Rows:
+    def columns(self, indices: Tensor | slice) -> Rows:
         """Some positions of every row, by int64 ``[k]`` or a slice."""
-        return Rows(**{f.name: getattr(self, f.name)[:, chosen] for f in fields(self)})
+        return Rows(**{f.name: getattr(self, f.name)[:, indices] for f in fields(self)})
 
     def none(self) -> Rows:
         """Empty tables of the same rows."""
@@ -219,7 +219,7 @@ class Rows:
 
     def to(self, device: torch.device | str) -> Rows:
         """The tables on a device."""
-        return _moved(self, device)
+        return _to_device(self, device)
 
 
 def seen(query: Rows, key: Rows, window: int | None = None) -> Tensor:
@@ -233,20 +233,21 @@ def seen(query: Rows, key: Rows, window: int | None = None) -> Tensor:
     Returns:
         bool ``[B, q, k]``; all False for a padded query and for one before all keys.
     """
-    queries, keys = [table[:, :, None] for table in query.seeing], [table[:, None, :] for table in key.seeing]
-    return sees(queries, keys, window)
+    query_tables = [table[:, :, None] for table in query.seeing]
+    key_tables = [table[:, None, :] for table in key.seeing]
+    return sees(query_tables, key_tables, window)
 
 
-def sees(query: Seeing, key: Seeing, window: int | None = None) -> Tensor:
+def sees(query: MaskTables, key: MaskTables, window: int | None = None) -> Tensor:
     """The attention mask rule, for `Rows.seeing` of queries and keys in any shapes that broadcast. It is defined only here."""
-    q_order, q_sample, q_segment, q_both, _ = query
-    k_order, k_sample, k_segment, k_both, k_later = key
+    q_order, q_sample, q_segment, q_bidirectional, _ = query
+    k_order, k_sample, k_segment, k_bidirectional, k_visible_to_later = key
     same_segment = q_segment == k_segment
-    both_ways = same_segment & q_both & k_both
-    causal = (k_order <= q_order) & (k_later | same_segment)
+    bidirectional = same_segment & q_bidirectional & k_bidirectional
+    causal = (k_order <= q_order) & (k_visible_to_later | same_segment)
     if window is not None:
         causal = causal & (k_order > q_order - window)
-    return (causal | both_ways) & (q_sample == k_sample) & (k_order >= 0) & (q_order >= 0)
+    return (causal | bidirectional) & (q_sample == k_sample) & (k_order >= 0) & (q_order >= 0)
 
 
 def visible(query: Rows, key: Rows, window: int | None = None) -> Tensor:
@@ -254,11 +255,11 @@ def visible(query: Rows, key: Rows, window: int | None = None) -> Tensor:
     return never_blind(seen(query, key, window))
 
 
-def never_blind(found: Tensor) -> Tensor:
+def never_blind(mask: Tensor) -> Tensor:
     """A mask ``[..., q, k]`` in which a query without visible keys attends to the first key."""
-    first = torch.zeros_like(found)
+    first = torch.zeros_like(mask)
     first[..., 0] = True
-    return torch.where(found.any(dim=-1, keepdim=True), found, first)
+    return torch.where(mask.any(dim=-1, keepdim=True), mask, first)
 
 
 @dataclass(kw_only=True)
@@ -293,12 +294,12 @@ class MediaRows:
 
     def mean(self, per_row: Tensor) -> Tensor:
         """Means over the tokens of each item, ``[B, n, ...]`` -> ``[N, ...]``."""
-        inside, count = self.item >= 0, len(self.noised)
-        total = torch.zeros(count, *per_row.shape[2:], device=per_row.device, dtype=per_row.dtype)
-        tokens = torch.zeros(count, device=per_row.device, dtype=per_row.dtype)
-        total = total.index_add(0, self.item[inside], per_row[inside])
-        tokens = tokens.index_add(0, self.item[inside], torch.ones_like(tokens)[self.item[inside]])
-        return total / tokens.clamp(min=1).view(-1, *[1] * (total.ndim - 1))
+        is_token, num_items = self.item >= 0, len(self.noised)
+        sums = torch.zeros(num_items, *per_row.shape[2:], device=per_row.device, dtype=per_row.dtype)
+        counts = torch.zeros(num_items, device=per_row.device, dtype=per_row.dtype)
+        sums = sums.index_add(0, self.item[is_token], per_row[is_token])
+        counts = counts.index_add(0, self.item[is_token], torch.ones_like(counts)[self.item[is_token]])
+        return sums / counts.clamp(min=1).view(-1, *[1] * (sums.ndim - 1))
 
     def restored(self) -> MediaRows:
         """The rows as they were before any corruption: every item clean."""
@@ -306,37 +307,37 @@ class MediaRows:
             return self
         return replace(self, tokens=self.clean, time=torch.zeros_like(self.time), clean=None, target=None)
 
-    def columns(self, chosen: Tensor) -> MediaRows:
+    def columns(self, indices: Tensor) -> MediaRows:
         """Some positions of every row, by int64 ``[k]``, with only their items."""
         per_row = ("tokens", "item", "boundary", "grid_row", "grid_column", "clean", "target")
-        cut = {name: None if (t := getattr(self, name)) is None else t[:, chosen] for name in per_row}
-        return replace(self, rows=self.rows.columns(chosen), **cut).index(torch.arange(len(self.item)))
+        tables = {name: None if (table := getattr(self, name)) is None else table[:, indices] for name in per_row}
+        return replace(self, rows=self.rows.columns(indices), **tables).index(torch.arange(len(self.item)))
 
     def index(self, rows: Tensor) -> MediaRows:
         """The batch rows ``rows`` (int64 ``[k]``), with only their items."""
-        chosen = self.item[rows]
-        kept, number = torch.unique(chosen, return_inverse=True)  # the place of an item among those that stay
-        first = int((kept < 0).sum())  # -1, [BOI] and padding, comes first where there is any
-        kept = kept[first:]
-        whole = ("tokens", "boundary", "grid_row", "grid_column", "clean", "target")
+        items = self.item[rows]
+        item_ids, item_number = torch.unique(items, return_inverse=True)  # the place of an item among those that stay
+        num_negative = int((item_ids < 0).sum())  # -1, [BOI] and padding, comes first where there is any
+        item_ids = item_ids[num_negative:]
+        per_position = ("tokens", "boundary", "grid_row", "grid_column", "clean", "target")
         per_item = ("time", "noised", "has_loss", "largest_noise", "group")
         return MediaRows(
             rows=self.rows.index(rows),
-            item=torch.where(chosen >= 0, number - first, -1),
-            **{name: None if getattr(self, name) is None else getattr(self, name)[rows] for name in whole},
-            **{name: getattr(self, name)[kept] for name in per_item},
+            item=torch.where(items >= 0, item_number - num_negative, -1),
+            **{name: None if getattr(self, name) is None else getattr(self, name)[rows] for name in per_position},
+            **{name: getattr(self, name)[item_ids] for name in per_item},
         )
 
     def at(self, per_item: Tensor, fill: float = 0.0) -> Tensor:
         """Spread a per-item value ``[N]``, bool or a number, over its positions ``[B, n]``; ``fill`` elsewhere."""
         if not len(per_item):
             return torch.full(self.item.shape, fill, dtype=per_item.dtype, device=self.item.device)
-        spread = per_item[self.item.clamp(min=0)]
-        return torch.where(self.item >= 0, spread, torch.full_like(spread, fill))
+        values = per_item[self.item.clamp(min=0)]
+        return torch.where(self.item >= 0, values, torch.full_like(values, fill))
 
     def to(self, device: torch.device | str) -> MediaRows:
         """The rows on a device."""
-        return _moved(self, device)
+        return _to_device(self, device)
 
 
 @dataclass(kw_only=True)
@@ -364,8 +365,8 @@ class Batch:
     def index(self, rows: Tensor) -> Batch:
         """The batch rows ``rows`` (int64 ``[k]``)."""
         text = self.text.index(rows)
-        media = {name: own.index(rows) for name, own in self.media.items()}
-        last = torch.cat([text.sample, *(own.rows.sample for own in media.values())], dim=1)
+        media = {name: media_rows.index(rows) for name, media_rows in self.media.items()}
+        samples = torch.cat([text.sample, *(media_rows.rows.sample for media_rows in media.values())], dim=1)
         return replace(
             self,
             text=text,
@@ -373,7 +374,7 @@ class Batch:
             labels=self.labels[rows],
             clean_ids=None if self.clean_ids is None else self.clean_ids[rows],
             media=media,
-            num_sequences=int((last.max(dim=1).values + 1).sum()),
+            num_sequences=int((samples.max(dim=1).values + 1).sum()),
         )
 
     def unmasked(self) -> Batch:
@@ -400,14 +401,14 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device."""
-        moved = _moved(self, device)
-        return replace(moved, media={name: rows.to(device) for name, rows in self.media.items()})
+        batch = _to_device(self, device)
+        return replace(batch, media={name: rows.to(device) for name, rows in self.media.items()})
 
 
-def _moved(tables: Any, device: torch.device | str) -> Any:
+def _to_device(tables: Any, device: torch.device | str) -> Any:
     """A copy of a dataclass with its tensors and tables on a device."""
     values = ((f.name, getattr(tables, f.name)) for f in fields(tables))
-    return replace(tables, **{name: v.to(device) for name, v in values if isinstance(v, (Tensor, Rows))})
+    return replace(tables, **{name: value.to(device) for name, value in values if isinstance(value, (Tensor, Rows))})
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:

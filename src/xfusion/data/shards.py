@@ -31,10 +31,10 @@ from typing import Any
 from xfusion.backbone import cache_folder
 from xfusion.data import hub, pictures
 from xfusion.data.files import CAPTION_FIELDS, MAX_LINE, QUESTION, Record, take_captions, utf8
-from xfusion.data.kept import Kept
 from xfusion.data.report import Problem
+from xfusion.data.result_cache import ResultCache
 from xfusion.data.sequence import XFusionError
-from xfusion.storage import read_json, whole_file
+from xfusion.storage import atomic_file, read_json
 
 INDEX_VERSION = 3
 """Changes when the content of an index or the checks change."""
@@ -91,7 +91,7 @@ class Row:
 
     def read_bytes(self) -> bytes:
         """The picture's bytes."""
-        return _picture_bytes(_saved(self.path, self.column)[self.row][self.column])
+        return _picture_bytes(_load_column(self.path, self.column)[self.row][self.column])
 
 
 KINDS: tuple[type, ...] = (Member, Cell, Row)
@@ -105,7 +105,7 @@ def find(path: Path) -> Sequence[Path | str]:
         XFusionError: it is a stream or a compressed tar, which have no random access.
     """
     text = str(path)
-    if text.startswith(tuple(start.replace("//", "/") for start in STREAMS)):  # a Path has single slashes
+    if text.startswith(tuple(prefix.replace("//", "/") for prefix in STREAMS)):  # a Path has single slashes
         raise XFusionError(
             f"{text}: streams have no random access, on which exact resuming rests: parquet files of the hub are read as"
             " hf:ORG/NAME; download what else there is (hf download NAME --repo-type dataset --local-dir FOLDER) and name the"
@@ -126,30 +126,32 @@ def find(path: Path) -> Sequence[Path | str]:
         return sorted(path.rglob("[!.]*.tar")) or sorted(path.rglob("[!.]*.parquet"))
     if not any(character in text for character in "*?[{"):
         return []
-    found = {Path(name) for pattern in _webdataset().shardlists.expand_urls(text) for name in glob.glob(pattern)}
-    return [shard for one in sorted(found) for shard in find(one)]
+    paths = {Path(name) for pattern in _webdataset().shardlists.expand_urls(text) for name in glob.glob(pattern)}
+    return [shard for shard_path in sorted(paths) for shard in find(shard_path)]
 
 
-def read_all(found: Sequence[Path | str], *, decode: bool = True) -> list[Record]:
+def read_all(shards: Sequence[Path | str], *, decode: bool = True) -> list[Record]:
     """All examples of several shards, as `read`. If shards share a name, their examples' ids start with the folder."""
-    places = [PurePosixPath(shard) for shard in found]
+    places = [PurePosixPath(shard) for shard in shards]
     names = Counter(place.name for place in places)
     levels = zip(*(place.parent.parts for place in places), strict=False)
-    shared = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
-    out = []
-    for shard, place in zip(found, places, strict=True):
+    num_shared = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
+    all_records = []
+    for shard, place in zip(shards, places, strict=True):
         records = read(shard, decode=decode)
         if names[place.name] > 1:
             for record in records:
-                record.id = "/".join((*place.parent.parts[shared:], record.id))
-        out += records
-    return out
+                record.id = "/".join((*place.parent.parts[num_shared:], record.id))
+        all_records += records
+    return all_records
 
 
 def read(path: Path | str, *, decode: bool = True) -> list[Record]:
     """All examples of a shard, with their pictures checked (except on the hub); from the index if it is cached."""
     key = (
-        [INDEX_VERSION, path] if isinstance(path, str) else [INDEX_VERSION, str(path.resolve()), decode, *_stamp(path)]
+        [INDEX_VERSION, path]
+        if isinstance(path, str)
+        else [INDEX_VERSION, str(path.resolve()), decode, *_sizes_and_dates(path)]
     )
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     index = cache_folder() / "shards" / f"{PurePosixPath(path).stem}-{digest}.jsonl"
@@ -157,20 +159,20 @@ def read(path: Path | str, *, decode: bool = True) -> list[Record]:
         try:
             return _read_index(index, path)
         except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            logger.warning("%s: its index %s cannot be read (%s): it is built anew", path, index, _line(error))
-    records = list(_of_hub(path) if isinstance(path, str) else _checked(path, decode))
+            logger.warning("%s: its index %s cannot be read (%s): it is built anew", path, index, _error_line(error))
+    records = list(_hub_records(path) if isinstance(path, str) else _check_pictures(path, decode))
     try:
-        _write(index, records)
+        _write_index(index, records)
     except XFusionError as error:
         logger.warning("%s: its index cannot be kept (%s): it is built at every start", path, error)
     return records
 
 
-def _of_hub(address: str) -> Iterator[Record]:
+def _hub_records(address: str) -> Iterator[Record]:
     """Records whose pictures are not checked: each is its own group unless the data says otherwise, and its content counts
     as changed when the data set gets another commit.
     """
-    for record in _parquet(address):
+    for record in _parquet_records(address):
         if record.place is not None:
             record.group = record.group or _short_hash(hub.without_commit(record.origin))
             record.content = _short_hash(record.origin)
@@ -181,43 +183,43 @@ def _short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _checked(path: Path, decode: bool) -> Iterator[Record]:
+def _check_pictures(path: Path, decode: bool) -> Iterator[Record]:
     """Records with each picture checked and hashed."""
     if path.suffix == ".tar":
-        records = _tar(path)
+        records = _tar_records(path)
     elif path.suffix == ".parquet":
-        records = _parquet(path)
+        records = _parquet_records(path)
     else:
-        records = _dataset(path)
+        records = _dataset_records(path)
 
-    def look(record: Record) -> Record:
+    def check(record: Record) -> Record:
         if any(problem.kind in ("broken member", "broken picture") for problem in record.problems):
             return record  # already reported, from its header
         if record.place is not None:
             try:
                 content = record.place.read_bytes()
             except (TypeError, KeyError):
-                record.complain("missing picture", "holds no bytes: only pictures inside of a shard are read")
+                record.add_problem("missing picture", "holds no bytes: only pictures inside of a shard are read")
                 return record
             except Exception as error:  # the content of a shard may be broken in any way
-                record.complain("broken picture", f"cannot be read ({_line(error)})")
+                record.add_problem("broken picture", f"cannot be read ({_error_line(error)})")
                 return record
-            if what := pictures.bytes_problem(content, decode=decode):
-                record.complain("broken picture", what)
+            if picture_problem := pictures.bytes_problem(content, decode=decode):
+                record.add_problem("broken picture", picture_problem)
             record.content = hashlib.sha256(content).hexdigest()[:16]
         return record
 
     # Pillow decodes without the GIL; few threads, since each may hold a whole picture.
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         # In small chunks, so that a row group is checked while it is in memory.
-        while some := list(islice(records, 64)):
-            yield from pool.map(look, some)
+        while chunk := list(islice(records, 64)):
+            yield from pool.map(check, chunk)
 
 
 # ---------------------------------------------------------------------------------------------------------------- tar
 
 
-def _tar(path: Path) -> Iterator[Record]:
+def _tar_records(path: Path) -> Iterator[Record]:
     """Members of the same name form a record; bytes that belong to no member are reported as a problem."""
     split = _webdataset().tariterators.base_plus_ext
     members, problems = _members(path)
@@ -226,40 +228,42 @@ def _tar(path: Path) -> Iterator[Record]:
         key, extension = split(member.name)
         if key is not None and not Path(member.name).name.startswith("."):
             by_key.setdefault(key, []).append((extension.lower(), member))
-    total = path.stat().st_size
-    for key, several in by_key.items():
+    file_size = path.stat().st_size
+    for key, same_key in by_key.items():
         record = Record(id=f"{path.name}/{key}", origin=f"{path}/{key}", place=None)
-        for extension, member in several:
+        for extension, member in same_key:
             place = Member(path, member.offset_data, member.size, member.name)
-            where = f"{path}/{member.name}"
-            if member.offset_data + member.size > total:
-                record.complain("broken member", f"needs {member.size} bytes, the file ends before", where)
+            origin = f"{path}/{member.name}"
+            if member.offset_data + member.size > file_size:
+                record.add_problem("broken member", f"needs {member.size} bytes, the file ends before", origin)
                 if f".{extension.rpartition('.')[2]}" in pictures.SUFFIXES:
                     record.place = record.place or place
             elif f".{extension.rpartition('.')[2]}" in pictures.SUFFIXES:
                 if record.place is not None:
-                    record.complain("duplicated name", f"{record.place.name} has the same name: rename one", where)
+                    record.add_problem("duplicated name", f"{record.place.name} has the same name: rename one", origin)
                 record.place = place
                 if member.size > pictures.MAX_BYTES:
-                    most = pictures.MAX_BYTES // 1_000_000
-                    record.complain("broken picture", f"has {member.size:,} bytes, more than {most} million", where)
+                    millions = pictures.MAX_BYTES // 1_000_000
+                    record.add_problem(
+                        "broken picture", f"has {member.size:,} bytes, more than {millions} million", origin
+                    )
             elif extension in ("txt", "json") and member.size > MAX_LINE:
-                record.complain("long caption", f"is longer than {MAX_LINE:,} bytes: no caption", where)
+                record.add_problem("long caption", f"is longer than {MAX_LINE:,} bytes: no caption", origin)
             elif extension == "txt":
                 for number, line in enumerate(place.read_bytes().split(b"\n"), start=1):
-                    if text := utf8(line, record, f"{where}:{number}", first=number == 1):
+                    if text := utf8(line, record, f"{origin}:{number}", first=number == 1):
                         record.add_caption(text)
-            elif extension == "json" and (text := utf8(place.read_bytes(), record, where, first=True)):
-                _take_json(text, record)
+            elif extension == "json" and (text := utf8(place.read_bytes(), record, origin, first=True)):
+                _read_json_captions(text, record)
         if record.place is None and not record.problems:
-            record.complain("missing picture", f"no picture among {', '.join(e for e, _ in several)}")
+            record.add_problem("missing picture", f"no picture among {', '.join(e for e, _ in same_key)}")
         if not record.captions and not record.problems:
-            record.complain("missing caption", f"no caption: there is no {Path(key).name}.txt or .json beside it")
+            record.add_problem("missing caption", f"no caption: there is no {Path(key).name}.txt or .json beside it")
         yield record
-    for number, what in enumerate(problems):
-        broken = Record(id=f"{path.name}#{number}", origin=str(path), place=None)
-        broken.complain("broken shard", what)
-        yield broken
+    for number, problem in enumerate(problems):
+        gap = Record(id=f"{path.name}#{number}", origin=str(path), place=None)
+        gap.add_problem("broken shard", problem)
+        yield gap
 
 
 def _members(path: Path) -> tuple[list[tarfile.TarInfo], list[str]]:
@@ -303,43 +307,43 @@ def _holds_data(file: Any, start: int, end: int) -> bool:
     return False
 
 
-def _take_json(text: str, record: Record) -> None:
+def _read_json_captions(text: str, record: Record) -> None:
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
-        record.complain("invalid JSON", f"its .json is not JSON: {error}")
+        record.add_problem("invalid JSON", f"its .json is not JSON: {error}")
         return
     if isinstance(row, dict):
         take_captions(row, record)
     else:
-        record.complain("invalid JSON", f"its .json holds a {type(row).__name__}, expected an object in braces")
+        record.add_problem("invalid JSON", f"its .json holds a {type(row).__name__}, expected an object in braces")
 
 
 # -------------------------------------------------------------------------------------------- parquet and saved data sets
 
 
 @contextmanager
-def _opened(path: Path | str) -> Iterator[Any]:
+def _open_parquet(path: Path | str) -> Iterator[Any]:
     """Open a parquet file, local or on the hub."""
     from pyarrow import parquet
 
     if isinstance(path, str):
-        with hub.opened(path) as remote, parquet.ParquetFile(remote, pre_buffer=True) as file:
+        with hub.open_file(path) as remote, parquet.ParquetFile(remote, pre_buffer=True) as file:
             yield file
     else:
         with parquet.ParquetFile(path) as file:
             yield file
 
 
-def _parquet(path: Path | str) -> Iterator[Record]:
+def _parquet_records(path: Path | str) -> Iterator[Record]:
     """One record per row; a row group that cannot be read is one problem."""
     import pyarrow
 
-    with ExitStack() as closing:
+    with ExitStack() as exit_stack:
         try:
-            file = closing.enter_context(_opened(path))
+            file = exit_stack.enter_context(_open_parquet(path))
         except (pyarrow.ArrowException, OSError) as error:
-            yield _broken(path, PurePosixPath(path).name, f"cannot be read as parquet: {_line(error)}")
+            yield _broken_record(path, PurePosixPath(path).name, f"cannot be read as parquet: {_error_line(error)}")
             return
         yield from _row_groups(path, file)
 
@@ -347,55 +351,59 @@ def _parquet(path: Path | str) -> Iterator[Record]:
 def _row_groups(path: Path | str, file: Any) -> Iterator[Record]:
     import pyarrow
 
-    title = PurePosixPath(path).name
+    file_name = PurePosixPath(path).name
     # A hub that does not answer is not a broken file: that error passes through.
     failures = (pyarrow.ArrowException, OSError) if isinstance(path, Path) else (pyarrow.ArrowException,)
-    picture, words = _columns(path, file.schema_arrow)
+    picture_column, text_columns = _columns(path, file.schema_arrow)
     number = 0
     for group in range(file.num_row_groups):
-        facts = file.metadata.row_group(group)
-        if facts.total_byte_size > ROW_GROUP_BYTES:
+        metadata = file.metadata.row_group(group)
+        if metadata.total_byte_size > ROW_GROUP_BYTES:
             raise XFusionError(
-                f"{path}: row group {group} has {facts.total_byte_size >> 20} MiB, at most {ROW_GROUP_BYTES >> 20} are"
+                f"{path}: row group {group} has {metadata.total_byte_size >> 20} MiB, at most {ROW_GROUP_BYTES >> 20} are"
                 " read at once: convert it (datasets.load_dataset('parquet', data_files=...)['train'].save_to_disk(FOLDER))"
             )
         try:
-            rows = _rows(file.read_row_group(group, columns=words))
+            rows = _rows(file.read_row_group(group, columns=text_columns))
             if isinstance(path, Path):
-                _row_group(path, group, picture)
+                _row_group(path, group, picture_column)
         except failures as error:
-            yield _broken(path, f"{title}#group {group}", f"row group {group} cannot be read: {_line(error)}")
+            yield _broken_record(
+                path, f"{file_name}#group {group}", f"row group {group} cannot be read: {_error_line(error)}"
+            )
             rows = []
-            number += facts.num_rows
+            number += metadata.num_rows
         for row, values in enumerate(rows):
-            name = f"{title}:{number}"
-            yield _of_row(name, f"{path}:{number}", Cell(path, group, row, picture, name), values)
+            name = f"{file_name}:{number}"
+            yield _row_record(name, f"{path}:{number}", Cell(path, group, row, picture_column, name), values)
             number += 1
 
 
-def _dataset(path: Path) -> Iterator[Record]:
+def _dataset_records(path: Path) -> Iterator[Record]:
     """One record per row of a saved data set; a chunk of rows that cannot be read is one problem."""
     import pyarrow
 
     try:
-        table = _load(path)
+        table = _load_dataset(path)
     except XFusionError:
         raise
     except Exception as error:  # of Arrow, the system, or an invalid JSON file
-        yield _broken(path, path.name, f"cannot be read as a saved data set: {_line(error)}")
+        yield _broken_record(path, path.name, f"cannot be read as a saved data set: {_error_line(error)}")
         return
-    picture, words = _columns(path, table.data.schema)
-    chosen = table.select_columns(words)
-    for start in range(0, len(chosen), ROWS_TOGETHER):
-        end = min(start + ROWS_TOGETHER, len(chosen))
+    picture_column, text_columns = _columns(path, table.data.schema)
+    texts = table.select_columns(text_columns)
+    for start in range(0, len(texts), ROWS_TOGETHER):
+        end = min(start + ROWS_TOGETHER, len(texts))
         try:
-            rows = _rows(chosen.with_format("arrow")[start:end])
+            rows = _rows(texts.with_format("arrow")[start:end])
         except (pyarrow.ArrowException, OSError) as error:
-            yield _broken(path, f"{path.name}#row {start}", f"rows {start} to {end} cannot be read: {_line(error)}")
+            yield _broken_record(
+                path, f"{path.name}#row {start}", f"rows {start} to {end} cannot be read: {_error_line(error)}"
+            )
             continue
         for number, values in enumerate(rows, start=start):
             name = f"{path.name}:{number}"
-            yield _of_row(name, f"{path}:{number}", Row(path, number, picture, name), values)
+            yield _row_record(name, f"{path}:{number}", Row(path, number, picture_column, name), values)
 
 
 def _rows(table: Any) -> list[dict[str, Any] | UnicodeDecodeError]:
@@ -412,11 +420,11 @@ def _rows(table: Any) -> list[dict[str, Any] | UnicodeDecodeError]:
     return rows
 
 
-def _of_row(name: str, origin: str, place: Cell | Row, values: dict[str, Any] | UnicodeDecodeError) -> Record:
+def _row_record(name: str, origin: str, place: Cell | Row, values: dict[str, Any] | UnicodeDecodeError) -> Record:
     record = Record(id=name, origin=origin, place=place)
     if isinstance(values, UnicodeDecodeError):
         byte = values.object[values.start]
-        record.complain("invalid UTF-8", f"not UTF-8: byte 0x{byte:02x} of its words; write them as UTF-8")
+        record.add_problem("invalid UTF-8", f"not UTF-8: byte 0x{byte:02x} of its words; write them as UTF-8")
         return record
     take_captions({key: value for key, value in values.items() if value is not None}, record)
     return record
@@ -431,19 +439,19 @@ def _columns(path: Path | str, schema: Any) -> tuple[str, list[str]]:
             return kind.get_field_index("bytes") >= 0
         return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
 
-    found = [field.name for field in schema if holds_bytes(field.type)]
-    words = [name for name in (*CAPTION_FIELDS, "conversations", QUESTION, "group") if name in schema.names]
-    if "image" in found:
-        found = ["image"]
-    if len(found) != 1:
+    picture_columns = [field.name for field in schema if holds_bytes(field.type)]
+    text_columns = [name for name in (*CAPTION_FIELDS, "conversations", QUESTION, "group") if name in schema.names]
+    if "image" in picture_columns:
+        picture_columns = ["image"]
+    if len(picture_columns) != 1:
         raise XFusionError(
-            f"{path}: {len(found)} of its columns {', '.join(schema.names)} hold pictures: name one of them image"
+            f"{path}: {len(picture_columns)} of its columns {', '.join(schema.names)} hold pictures: name one of them image"
         )
-    if not set(words) - {QUESTION, "group"}:
+    if not set(text_columns) - {QUESTION, "group"}:
         raise XFusionError(
             f"{path}: none of its columns {', '.join(schema.names)} holds words: name one {', '.join(CAPTION_FIELDS)}"
         )
-    return found[0], words
+    return picture_columns[0], text_columns
 
 
 def _picture_bytes(value: Any) -> bytes:
@@ -454,21 +462,21 @@ def _picture_bytes(value: Any) -> bytes:
 
 
 def _read_row_group(path: Path | str, group: int, column: str) -> Any:
-    with _opened(path) as file:
+    with _open_parquet(path) as file:
         return file.read_row_group(group, columns=[column]).column(0)
 
 
 # As many as the threads that check pictures in order may use at once.
-_row_group = Kept(_read_row_group, 4)
+_row_group = ResultCache(_read_row_group, 4)
 
 
 def make_room(row_groups: int) -> None:
     """Cache at least this many row groups from now on: those that are read concurrently."""
-    _row_group.most = max(_row_group.most, row_groups)
+    _row_group.max_results = max(_row_group.max_results, row_groups)
 
 
 @lru_cache(maxsize=8)
-def _load(path: Path) -> Any:
+def _load_dataset(path: Path) -> Any:
     try:
         import datasets
     except ImportError as error:
@@ -477,22 +485,22 @@ def _load(path: Path) -> Any:
 
 
 @lru_cache(maxsize=8)
-def _saved(path: Path, column: str) -> Any:
+def _load_column(path: Path, column: str) -> Any:
     """Only this column, with its pictures as bytes."""
     import datasets
 
-    table = _load(path).select_columns([column])
+    table = _load_dataset(path).select_columns([column])
     is_image = isinstance(table.features[column], datasets.Image)
     return table.cast_column(column, datasets.Image(decode=False)) if is_image else table
 
 
-def _broken(path: Path | str, identity: str, what: str) -> Record:
+def _broken_record(path: Path | str, identity: str, problem: str) -> Record:
     record = Record(id=identity, origin=str(path), place=None)
-    record.complain("broken shard", what)
+    record.add_problem("broken shard", problem)
     return record
 
 
-def _line(error: Exception) -> str:
+def _error_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
@@ -507,39 +515,39 @@ def _webdataset() -> Any:
 # -------------------------------------------------------------------------------------------------------------- index
 
 
-def _stamp(path: Path) -> Iterator[int]:
+def _sizes_and_dates(path: Path) -> Iterator[int]:
     """Sizes and dates of the shard's files."""
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         stat = file.stat()
         yield from (stat.st_size, stat.st_mtime_ns)
 
 
-def _write(index: Path, records: Sequence[Record]) -> None:
+def _write_index(index: Path, records: Sequence[Record]) -> None:
     """Write the number of records, then one record per line."""
-    with whole_file(index) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with atomic_file(index) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write(json.dumps({"records": len(records)}) + "\n")
         for record in records:
-            file.write(json.dumps(_line_of(record)) + "\n")
+            file.write(json.dumps(_to_json(record)) + "\n")
 
 
 def _read_index(index: Path, path: Path | str) -> list[Record]:
-    """Read what `_write` wrote. Raises some error if it is incomplete, for example after a power cut."""
+    """Read what `_write_index` wrote. Raises some error if it is incomplete, for example after a power cut."""
     with index.open(encoding="utf-8") as file:
         expected = json.loads(file.readline())["records"]
-        records = [_record(json.loads(line), path) for line in file]
+        records = [_from_json(json.loads(line), path) for line in file]
     if len(records) != expected:
         raise ValueError(f"{len(records)} of {expected} records")
     return records
 
 
-def _line_of(record: Record) -> dict[str, Any]:
+def _to_json(record: Record) -> dict[str, Any]:
     line = asdict(record)
     if record.place is not None:
         line["place"] = [KINDS.index(type(record.place)), {k: v for k, v in line["place"].items() if k != "path"}]
     return line
 
 
-def _record(line: dict[str, Any], path: Path | str) -> Record:
+def _from_json(line: dict[str, Any], path: Path | str) -> Record:
     place = line.pop("place")
     problems = [Problem(**problem) for problem in line.pop("problems")]
     return Record(**line, place=place and KINDS[place[0]](path=path, **place[1]), problems=problems)
@@ -549,9 +557,11 @@ def blocks(places: Sequence[pictures.Place]) -> tuple[range, ...] | None:
     """Ranges of examples that are read together, if pictures come in row groups; None if each is stored on its own."""
     starts = [0]
     for index in range(1, len(places)):
-        one, other = places[index - 1], places[index]
+        previous, current = places[index - 1], places[index]
         if not (
-            isinstance(one, Cell) and isinstance(other, Cell) and (one.path, one.group) == (other.path, other.group)
+            isinstance(previous, Cell)
+            and isinstance(current, Cell)
+            and (previous.path, previous.group) == (current.path, current.group)
         ):
             starts.append(index)
     if len(starts) == len(places):

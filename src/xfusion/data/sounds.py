@@ -28,24 +28,24 @@ def header_problem(path: Path) -> str | None:
     """What is wrong with a sound file by its header, or None. Cheap: decodes nothing."""
     if (problem := file_problem(path, "cut it")) is not None:
         return problem
-    return _problem(str(path))
+    return _header_problem(str(path))
 
 
-def _problem(file: str | io.BytesIO, most_samples: int = MAX_SAMPLES) -> str | None:
+def _header_problem(file: str | io.BytesIO, most_samples: int = MAX_SAMPLES) -> str | None:
     soundfile = _soundfile()
     try:
-        found = soundfile.info(file)
+        info = soundfile.info(file)
     except Exception as error:  # a broken header may fail in any way
         return f"is not a sound ({one_reason(error)}); save it as {READABLE}"
-    if not RATES[0] <= found.samplerate <= RATES[1]:
-        return f"has {found.samplerate} samples per second: {RATES[0]} to {RATES[1]} are legal"
-    if found.channels > MAX_CHANNELS:
-        return f"has {found.channels} channels, at most {MAX_CHANNELS} are legal"
-    if not found.frames:
+    if not RATES[0] <= info.samplerate <= RATES[1]:
+        return f"has {info.samplerate} samples per second: {RATES[0]} to {RATES[1]} are legal"
+    if info.channels > MAX_CHANNELS:
+        return f"has {info.channels} channels, at most {MAX_CHANNELS} are legal"
+    if not info.frames:
         return "holds no samples"
-    if found.frames > MAX_SECONDS * found.samplerate:
-        return f"lasts {found.frames / found.samplerate:.0f} s, at most {MAX_SECONDS} are legal: cut it"
-    if (samples := found.frames * found.channels) > most_samples:
+    if info.frames > MAX_SECONDS * info.samplerate:
+        return f"lasts {info.frames / info.samplerate:.0f} s, at most {MAX_SECONDS} are legal: cut it"
+    if (samples := info.frames * info.channels) > most_samples:
         return (
             f"holds {samples:,} samples in all its channels, at most {most_samples:,} are allowed: cut it, or mix them"
         )
@@ -54,8 +54,8 @@ def _problem(file: str | io.BytesIO, most_samples: int = MAX_SAMPLES) -> str | N
 
 def decode_problem(path: Path) -> str | None:
     """What is wrong with the rest of a file whose header is valid, or None. Decodes all of it; thread-safe."""
-    found = _decoded(str(path))
-    return found if isinstance(found, str) else None
+    result = _decode_or_problem(str(path))
+    return result if isinstance(result, str) else None
 
 
 def read_sound(path: str | Path, origin: str | None = None) -> Sound:
@@ -69,10 +69,10 @@ def read_sound(path: str | Path, origin: str | None = None) -> Sound:
         Unreadable: the file is missing, broken, too long or not a sound; the message starts with ``origin``.
     """
     path = Path(path)
-    found = header_problem(path) or _decoded(str(path))
-    if isinstance(found, Sound):
-        return found
-    raise Unreadable(f"{origin}: {path.name} {found}" if origin else f"{path}: {found}")
+    result = header_problem(path) or _decode_or_problem(str(path))
+    if isinstance(result, Sound):
+        return result
+    raise Unreadable(f"{origin}: {path.name} {result}" if origin else f"{path}: {result}")
 
 
 def decode(data: bytes, name: str, *, most_samples: int = MAX_SAMPLES) -> Sound:
@@ -86,10 +86,10 @@ def decode(data: bytes, name: str, *, most_samples: int = MAX_SAMPLES) -> Sound:
     Raises:
         XFusionError: it is broken, too long or not a sound.
     """
-    found = _problem(io.BytesIO(data), most_samples) or _decoded(io.BytesIO(data))
-    if isinstance(found, Sound):
-        return found
-    raise XFusionError(f"{name} {found}")
+    result = _header_problem(io.BytesIO(data), most_samples) or _decode_or_problem(io.BytesIO(data))
+    if isinstance(result, Sound):
+        return result
+    raise XFusionError(f"{name} {result}")
 
 
 def as_wav(sound: Sound) -> bytes:
@@ -99,7 +99,7 @@ def as_wav(sound: Sound) -> bytes:
     return file.getvalue()
 
 
-def _decoded(file: str | io.BytesIO) -> Sound | str:
+def _decode_or_problem(file: str | io.BytesIO) -> Sound | str:
     """A sound, or what is wrong with it."""
     try:
         return _decode(file)
@@ -107,15 +107,15 @@ def _decoded(file: str | io.BytesIO) -> Sound | str:
         return f"cannot be decoded ({one_reason(error)})"
 
 
-def _decode(opened: str | io.BytesIO) -> Sound:
-    with _soundfile().SoundFile(opened) as file:
-        samples, rate, wanted = file.read(dtype="float32", always_2d=True), file.samplerate, file.frames
-    mixed = torch.from_numpy(samples).mean(dim=1)
-    if len(mixed) < wanted or not wanted:
-        raise ValueError(f"cut short: {len(mixed)} of {wanted} samples")
-    if not bool(mixed.isfinite().all()):
+def _decode(source: str | io.BytesIO) -> Sound:
+    with _soundfile().SoundFile(source) as file:
+        samples, rate, num_frames = file.read(dtype="float32", always_2d=True), file.samplerate, file.frames
+    mono = torch.from_numpy(samples).mean(dim=1)
+    if len(mono) < num_frames or not num_frames:
+        raise ValueError(f"cut short: {len(mono)} of {num_frames} samples")
+    if not bool(mono.isfinite().all()):
         raise ValueError("some samples are no numbers")
-    return Sound(samples=mixed, rate=rate)
+    return Sound(samples=mono, rate=rate)
 
 
 def _soundfile() -> Any:

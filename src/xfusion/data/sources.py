@@ -68,25 +68,25 @@ UNSTATED = "as the owner of the files says"
 """Licence of pictures that state none."""
 
 
-def stated_licence(known: str, given: str | None, spec: str) -> str:
+def stated_licence(source_licence: str, owner_licence: str | None, spec: str) -> str:
     """The licence of a source's pictures: the source's own, or the one stated by the user if the source has none.
 
     Args:
-        known: licence of the source; of several sources, all of them.
-        given: licence stated by the owner of the pictures, or None.
+        source_licence: licence of the source; of several sources, all of them.
+        owner_licence: licence stated by the owner of the pictures, or None.
         spec: the source, for messages.
 
     Raises:
-        XFusionError: the source has another licence, or ``given`` is not a line of text.
+        XFusionError: the source has another licence, or ``owner_licence`` is not a line of text.
     """
-    if given is None:
-        return known
-    text = given.strip()
-    if not text or not text.isprintable():
-        raise XFusionError(f"the data's licence {given!r} is no line of words: name it, such as CC-BY-4.0")
-    if UNSTATED not in known and text != known:
-        raise XFusionError(f"{spec} is under {known}, not under {text}: leave the data's licence out")
-    return known.replace(UNSTATED, text)
+    if owner_licence is None:
+        return source_licence
+    stated = owner_licence.strip()
+    if not stated or not stated.isprintable():
+        raise XFusionError(f"the data's licence {owner_licence!r} is no line of words: name it, such as CC-BY-4.0")
+    if UNSTATED not in source_licence and stated != source_licence:
+        raise XFusionError(f"{spec} is under {source_licence}, not under {stated}: leave the data's licence out")
+    return source_licence.replace(UNSTATED, stated)
 
 
 class Files:
@@ -108,9 +108,11 @@ class Files:
     def __len__(self) -> int:
         return len(self.examples)
 
-    def some(self, kept: Sequence[int]) -> Self:
+    def subset(self, indices: Sequence[int]) -> Self:
         """A source of only these examples."""
-        return type(self)(self.spec, [self.examples[i] for i in kept], [self.places[i] for i in kept], self.report)
+        return type(self)(
+            self.spec, [self.examples[i] for i in indices], [self.places[i] for i in indices], self.report
+        )
 
     def picture(self, index: int, size: int) -> Image:
         """As `Source.picture`. Raises `XFusionError` if the file has changed or disappeared since opening."""
@@ -171,20 +173,24 @@ def open_source(
         raise XFusionError(f"unknown split {split!r}: use {', '.join(map(repr, SPLITS))}")
     if not 0 <= allow_bad < 1:
         raise XFusionError(f"allow_bad is {allow_bad}: it is a share from 0 to below 1, such as 0.05")
-    if several := parts(os.fspath(spec)):
-        opened = [
+    if weighted_specs := parts(os.fspath(spec)):
+        sources = [
             open_source(
-                one,
+                source_spec,
                 split=split,
                 allow_bad=allow_bad,
                 special_tokens=special_tokens,
                 decode=decode,
-                unreadable={i.removeprefix(f"{n}/"): g for i, g in unreadable.items() if i.startswith(f"{n}/")},
+                unreadable={
+                    example_id.removeprefix(f"{number}/"): facts
+                    for example_id, facts in unreadable.items()
+                    if example_id.startswith(f"{number}/")
+                },
             )
-            for n, (one, _) in enumerate(several)
+            for number, (source_spec, _) in enumerate(weighted_specs)
         ]
-        return Mixed(str(spec), opened, [weight for _, weight in several])
-    if (emoji := _emoji(spec, split) if isinstance(spec, str) else None) is not None:
+        return Mixed(str(spec), sources, [weight for _, weight in weighted_specs])
+    if (emoji := _open_emoji(spec, split) if isinstance(spec, str) else None) is not None:
         return emoji
     spec = os.fspath(spec)
     path, held_share = _held_share(spec)
@@ -195,20 +201,22 @@ def open_source(
     else:
         report = _inspect(spec, path, special_tokens, decode, unreadable)
     if report.num_bad and (report.share_bad > allow_bad or report.num_bad == report.num_examples):
-        raise XFusionError(_too_many(report, allow_bad))
+        raise XFusionError(_too_many_message(report, allow_bad))
     if report.num_bad:
-        logger.warning("%s: left out %d of %d examples: %s", spec, report.num_bad, report.num_examples, _first(report))
+        logger.warning(
+            "%s: left out %d of %d examples: %s", spec, report.num_bad, report.num_examples, _first_problems(report)
+        )
     assert isinstance(report.source, (Files, Latents))
-    kept = [
+    indices = [
         index
         for index, example in enumerate(report.source.examples)
         if split == "all" or _split_of(example.group, held_share) == split
     ]
-    if not kept:
+    if not indices:
         raise XFusionError(_empty_split(spec, split, held_share, report.num_groups))
-    chosen = report.source.some(kept)
-    chosen.report = report
-    return chosen
+    source = report.source.subset(indices)
+    source.report = report
+    return source
 
 
 def check(spec: str | os.PathLike[str], *, special_tokens: tuple[str, ...] = ()) -> Report:
@@ -217,9 +225,11 @@ def check(spec: str | os.PathLike[str], *, special_tokens: tuple[str, ...] = ())
     Raises:
         XFusionError: there is no such source, or it is empty.
     """
-    if several := parts(os.fspath(spec)):
-        raise XFusionError(f"{spec}: check its sources one by one: {', '.join(one for one, _ in several)}")
-    emoji = _emoji(spec, "all" if spec == "emoji" else "train") if isinstance(spec, str) else None
+    if weighted_specs := parts(os.fspath(spec)):
+        raise XFusionError(
+            f"{spec}: check its sources one by one: {', '.join(source_spec for source_spec, _ in weighted_specs)}"
+        )
+    emoji = _open_emoji(spec, "all" if spec == "emoji" else "train") if isinstance(spec, str) else None
     if emoji is None:
         spec = os.fspath(spec)
         if latents.is_folder(_held_share(spec)[0]):
@@ -232,10 +242,10 @@ def check(spec: str | os.PathLike[str], *, special_tokens: tuple[str, ...] = ())
             emoji.picture(index, 32)
         except ValueError as error:
             problems.append(Problem(kind="broken picture", where=example.origin, what=str(error)))
-    return _report(emoji, len(emoji.examples), len(problems), problems, [])
+    return _make_report(emoji, len(emoji.examples), len(problems), problems, [])
 
 
-def _emoji(spec: str, split: str) -> Emoji | None:
+def _open_emoji(spec: str, split: str) -> Emoji | None:
     """The built-in set where the spec names it."""
     name, colon, number = spec.partition(":")
     if name != "emoji":
@@ -273,33 +283,34 @@ def _inspect(
 ) -> Report:
     """Read all records and open every picture once."""
     kind = files.PICTURES
-    if found := shards.find(path):
-        records, notes = shards.read_all(found, decode=decode), []
+    if shard_paths := shards.find(path):
+        records, notes = shards.read_all(shard_paths, decode=decode), []
         if not records:
-            raise XFusionError(f"{spec}: {len(found)} shards without an example; see xfusion data check --help")
+            raise XFusionError(f"{spec}: {len(shard_paths)} shards without an example; see xfusion data check --help")
         files.check(records, special_tokens)
     else:
         kind = files.kind_of(path)
         records, notes = files.read(path, special_tokens, kind)
     paths = list(dict.fromkeys(record.place for record in records if isinstance(record.place, Path)))
     problems_of = dict(zip(paths, map(kind.header_problem, paths), strict=True))
-    sound = [path for path in paths if problems_of[path] is None]
+    intact_paths = [path for path in paths if problems_of[path] is None]
     if decode:
-        problems_of.update(_in_threads(kind.decode_problem, sound))
-    contents = dict(_in_threads(_content_hash, [path for path in sound if problems_of[path] is None]))
-    examples, kept = [], []
+        problems_of.update(_in_threads(kind.decode_problem, intact_paths))
+    contents = dict(_in_threads(_content_hash, [path for path in intact_paths if problems_of[path] is None]))
+    examples, places = [], []
     for record in records:
         place = record.place
-        if isinstance(place, Path) and (what := problems_of[place]) is not None:
-            trouble = "missing" if what.startswith("no such") else "broken"
-            record.complain(
-                f"{trouble} {kind.noun}", what if record.origin == str(place) else f"{place.name[:100]} {what}"
+        if isinstance(place, Path) and (picture_problem := problems_of[place]) is not None:
+            state = "missing" if picture_problem.startswith("no such") else "broken"
+            record.add_problem(
+                f"{state} {kind.noun}",
+                picture_problem if record.origin == str(place) else f"{place.name[:100]} {picture_problem}",
             )
         if record.id in unreadable and place is not None and record.captions:
-            known = unreadable[record.id]
+            earlier = unreadable[record.id]
             record.problems.clear()
             # Its file is broken now: the state has its former content, unless it is older than that field.
-            record.group, record.content = known["group"], known.get("content") or known["group"]
+            record.group, record.content = earlier["group"], earlier.get("content") or earlier["group"]
         if place is not None and not record.problems:
             content = record.content or contents[cast("Path", place)]
             examples.append(
@@ -312,29 +323,35 @@ def _inspect(
                     content=content,
                 )
             )
-            kept.append(place)
+            places.append(place)
     problems = [problem for record in records for problem in record.problems]
     num_bad = sum(bool(record.problems) for record in records)
-    holder = Sounds if kind is files.SOUNDS else Files
-    return _report(holder(spec, examples, kept), len(records), num_bad, problems, notes)
+    source_class = Sounds if kind is files.SOUNDS else Files
+    return _make_report(source_class(spec, examples, places), len(records), num_bad, problems, notes)
 
 
-def _inspect_latents(encoded: Latents, special_tokens: tuple[str, ...], broken: Sequence[Problem] = ()) -> Report:
-    """Check the texts of encoded pictures, which may have been checked for another base; ``broken`` adds broken shards."""
+def _inspect_latents(
+    encoded: Latents, special_tokens: tuple[str, ...], broken_shards: Sequence[Problem] = ()
+) -> Report:
+    """Check the texts of encoded pictures, which may have been checked for another base; ``broken_shards`` adds broken shards."""
     if not encoded.examples:
         raise XFusionError(f"{encoded.spec}: no examples found: encode a source that has some")
     records = [
-        files.Record(id=e.id, origin=e.origin, place=None, captions=list(e.captions), question=e.question)
-        for e in encoded.examples
+        files.Record(
+            id=example.id, origin=example.origin, place=None, captions=list(example.captions), question=example.question
+        )
+        for example in encoded.examples
     ]
     for record in records:
         files.check_special_tokens(record, special_tokens)
-    kept = [index for index, record in enumerate(records) if not record.problems]
-    problems = [*broken, *(problem for record in records for problem in record.problems)]
-    return _report(encoded.some(kept), len(records), len(broken) + len(records) - len(kept), problems, [])
+    indices = [index for index, record in enumerate(records) if not record.problems]
+    problems = [*broken_shards, *(problem for record in records for problem in record.problems)]
+    return _make_report(
+        encoded.subset(indices), len(records), len(broken_shards) + len(records) - len(indices), problems, []
+    )
 
 
-def _report(
+def _make_report(
     source: Files | Emoji | Latents, number: int, num_bad: int, problems: Sequence[Problem], notes: Sequence[str]
 ) -> Report:
     return Report(
@@ -384,35 +401,39 @@ def too_many(source: Source, unreadable: Mapping[int, str], allow_bad: float) ->
     """
     if isinstance(source, Mixed):
         starts = source.starts
-        own = [{i - a: w for i, w in unreadable.items() if a <= i < b} for a, b in pairwise(starts)]
-        said = (too_many(part, found, allow_bad) for part, found in zip(source.sources, own, strict=True))
-        return next(filter(None, said), None)
+        by_part = [
+            {index - start: reason for index, reason in unreadable.items() if start <= index < end}
+            for start, end in pairwise(starts)
+        ]
+        messages = (
+            too_many(part, part_unreadable, allow_bad)
+            for part, part_unreadable in zip(source.sources, by_part, strict=True)
+        )
+        return next(filter(None, messages), None)
     report = source.report if isinstance(source, (Files, Latents)) else None
-    bad = len(unreadable) + (report.num_bad if report else 0)
+    num_bad = len(unreadable) + (report.num_bad if report else 0)
     total = report.num_examples if report else len(source.examples)
-    if not unreadable or (bad <= allow_bad * total and len(unreadable) < len(source.examples)):
+    if not unreadable or (num_bad <= allow_bad * total and len(unreadable) < len(source.examples)):
         return None
-    share = min(-(-bad * 100 // total) / 100, 0.99)
+    allowed_share = min(-(-num_bad * 100 // total) / 100, 0.99)
     return (
-        f"{[*unreadable.values()][-1]}; with it {bad} of {total} examples of {source.spec} are bad (allowed:"
-        f" {allow_bad:.1%}): mend it, or allow a share of {share:.2f}"
+        f"{[*unreadable.values()][-1]}; with it {num_bad} of {total} examples of {source.spec} are bad (allowed:"
+        f" {allow_bad:.1%}): mend it, or allow a share of {allowed_share:.2f}"
     )
 
 
-def _too_many(report: Report, allow_bad: float) -> str:
+def _too_many_message(report: Report, allow_bad: float) -> str:
     allowed = f" (allowed: {allow_bad:.1%})" if allow_bad else ""
-    text = f"{report.spec}: {report.num_bad} of {report.num_examples} examples are bad{allowed}: {_first(report)}; "
+    message = f"{report.spec}: {report.num_bad} of {report.num_examples} examples are bad{allowed}: {_first_problems(report)}; "
     if report.num_bad == report.num_examples:
-        return text + f"none is left, see all: xfusion data check {report.spec}"
+        return message + f"none is left, see all: xfusion data check {report.spec}"
     share = -(-report.num_bad * 100 // report.num_examples) / 100
-    return (
-        f"{text}see all: xfusion data check {report.spec}; to leave them out, allow a share of {min(share, 0.99):.2f}"
-    )
+    return f"{message}see all: xfusion data check {report.spec}; to leave them out, allow a share of {min(share, 0.99):.2f}"
 
 
-def _first(report: Report, number: int = 3) -> str:
-    more = len(report.problems) - number
-    return "; ".join(report.problems[:number]) + (f"; and {more} more" if more > 0 else "")
+def _first_problems(report: Report, count: int = 3) -> str:
+    num_more = len(report.problems) - count
+    return "; ".join(report.problems[:count]) + (f"; and {num_more} more" if num_more > 0 else "")
 
 
 def _empty_split(spec: str, split: str, held_share: float, num_groups: int) -> str:

@@ -38,8 +38,8 @@ def as_json(answer: str) -> str:
         value = json.loads(answer)
     except ValueError:
         value = answer
-    plain = value is None or isinstance(value, int)  # True and False, too
-    return json.dumps({"answer": value if plain else answer}, ensure_ascii=False)
+    is_plain = value is None or isinstance(value, int)  # True and False, too
+    return json.dumps({"answer": value if is_plain else answer}, ensure_ascii=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,16 +64,16 @@ class Templates:
         """The prompt of a drawing sample; empty if it is dropped."""
         if rng.random() < self.caption_dropout:
             return ""
-        words = example.captions[0]
+        prompt = example.captions[0]
         if len(example.captions) > 1 and rng.random() < self.other_wordings:
-            words = rng.choice(example.captions[1:])
-        return with_article(words) if rng.random() < self.article_share else words
+            prompt = rng.choice(example.captions[1:])
+        return with_article(prompt) if rng.random() < self.article_share else prompt
 
     def question(self, rng: random.Random) -> str:
         """The question of a captioning sample; mostly empty."""
         return rng.choice(self.questions) if rng.random() < self.question_share else ""
 
-    def asked(self, question: str, answer: str, rng: random.Random) -> tuple[str, str]:
+    def question_and_answer(self, question: str, answer: str, rng: random.Random) -> tuple[str, str]:
         """A question of the data and its answer, either plain or in JSON."""
         if self.json_share and rng.random() < self.json_share:
             return in_json(question), as_json(answer)
@@ -112,19 +112,22 @@ def captioning(
     answer: str,
     question: str = "",
     begin: tuple[int, ...] = (),
-    solved: Seq[tuple[Media, str]] = (),
+    examples: Seq[tuple[Media, str]] = (),
 ) -> Sequence:
     """A picture, an optional question, and the target answer, ended by the base's own end token.
 
     Few-shot examples, each a picture and its answer, may come first. Their answers are targets too, as in OpenFlamingo's
     interleaved pages, so prompts with fewer examples are also learned. Their end tokens are targets but not inputs.
     """
-    asked = encode(question_text(question))
-    before = [(shown, Text(ids=(*encode(said), end), has_loss=True, unread_end=True)) for shown, said in solved]
+    question_ids = encode(question_text(question))
+    shots = [
+        (shot_picture, Text(ids=(*encode(shot_answer), end), has_loss=True, unread_end=True))
+        for shot_picture, shot_answer in examples
+    ]
     segments: Seq[Media | Text] = (
-        *(segment for pair in before for segment in pair),
+        *(segment for pair in shots for segment in pair),
         picture,
-        *((Text(ids=asked),) if asked else ()),
+        *((Text(ids=question_ids),) if question_ids else ()),
         Text(ids=(*encode(answer), end), has_loss=True),
     )
     return Sequence(segments=opened(begin, tuple(segments)))

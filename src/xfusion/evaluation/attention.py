@@ -61,30 +61,31 @@ def drawing_attention(model: Model, prompt: str, tokens: Tensor, grid: tuple[int
     picture = model.image.segment(tokens.cpu(), grid, state="noised")
     batch = pack([[Sequence(segments=(*opened(model.backbone.begin_ids, context), picture))]])
     batch = batch.to(model.backbone.device)
-    found: dict[int, Tensor] = {}
+    weights_by_layer: dict[int, Tensor] = {}
 
-    def keep(module: nn.Module, _: Any, output: Any) -> None:
+    def record(module: nn.Module, _: Any, output: Any) -> None:
         # Every attention module of transformers has its layer's index; the eager one also returns its weights.
         index = getattr(module, "layer_idx", None)
         if index is not None and isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor):
-            found[index] = output[1][0].float().mean(0).cpu()  # if a layer has two blocks, the new one runs last
+            # If a layer has two blocks, the new one runs last.
+            weights_by_layer[index] = output[1][0].float().mean(0).cpu()
 
-    plain = model.training_engine(model.backbone.dtype, "plain products give their weights", "eager", False)
-    with model.using(replace(plain, reference=True)):
-        handle = register_module_forward_hook(keep)
+    engine = model.training_engine(model.backbone.dtype, "plain products give their weights", "eager", False)
+    with model.using(replace(engine, reference=True)):
+        handle = register_module_forward_hook(record)
         try:
             _, run = model.run_pass(batch)
         finally:
             handle.remove()
-    layers = tuple(index for index in sorted(model.fusion.state_layers) if index in found)
-    owner = run.media
-    if owner is None or not layers or any(len(found[i]) != _positions(run.slices) for i in layers):
+    layers = tuple(index for index in sorted(model.fusion.state_layers) if index in weights_by_layer)
+    modality = run.media
+    if modality is None or not layers or any(len(weights_by_layer[i]) != _positions(run.slices) for i in layers):
         raise XFusionError("this model's pictures take no part in its self-attention: there is nothing to show")
-    media = batch.media[owner]
-    own = run.slices[owner]
+    media = batch.media[modality]
+    picture_slice = run.slices[modality]
     is_token = media.item[0].cpu() >= 0
-    weights = torch.stack([found[i][own][is_token] for i in layers])
-    on_media = weights[..., own]
+    weights = torch.stack([weights_by_layer[i][picture_slice][is_token] for i in layers])
+    on_media = weights[..., picture_slice]
     text = batch.text_ids[0].tolist() if batch.text.count else []
     return Attention(
         words=tuple(model.backbone.decode([i]) or model.backbone.tokenizer.convert_ids_to_tokens(i) for i in text),

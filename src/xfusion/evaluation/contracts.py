@@ -40,28 +40,28 @@ def check_base(backbone: Backbone, progress: Progress) -> dict[str, Any]:
         ``passed`` and ``checks``, each with ``name``, ``passed``, ``detail``. A check that raises counts as failed, with the
         reason. After a layer that cannot be shared, or a tower that cannot be built, no further checks run.
     """
-    found: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     models: list[Model] = []
-    exact = cache(lambda: _in_float32(models[0]))
+    float32_model = cache(lambda: _in_float32(models[0]))
     checks: list[tuple[str, Callable[[], tuple[bool, str]]]] = [
-        ("every layer shares its keys and values", lambda: _shared(backbone)),
-        ("a small dual tower can be built", lambda: _build(backbone, models)),
-        ("text through the fused stack is bit-equal", lambda: _text(models[0])),
-        ("words before a picture are the base's", lambda: _before(exact())),
-        ("the fast path is the reference path", lambda: _paths(exact())),
-        ("drawing with a cache is drawing without", lambda: _cached(exact())),
+        ("every layer shares its keys and values", lambda: _check_shared_layers(backbone)),
+        ("a small dual tower can be built", lambda: _build_tower(backbone, models)),
+        ("text through the fused stack is bit-equal", lambda: _check_text(models[0])),
+        ("words before a picture are the base's", lambda: _check_text_before_picture(float32_model())),
+        ("the fast path is the reference path", lambda: _check_paths(float32_model())),
+        ("drawing with a cache is drawing without", lambda: _check_cache(float32_model())),
     ]
     for done, (name, check) in enumerate(checks):
         progress(name, done, len(checks))
-        passed, detail = _tried(check)
-        found.append({"name": name, "passed": passed, "detail": detail})
+        passed, detail = _attempt(check)
+        results.append({"name": name, "passed": passed, "detail": detail})
         if not passed and not models:
             break
     progress("done", len(checks), len(checks))
-    return {"passed": all(check["passed"] for check in found), "checks": found}
+    return {"passed": all(check["passed"] for check in results), "checks": results}
 
 
-def _tried(check: Callable[[], tuple[bool, str]]) -> tuple[bool, str]:
+def _attempt(check: Callable[[], tuple[bool, str]]) -> tuple[bool, str]:
     try:
         return check()
     except XFusionError as error:
@@ -70,25 +70,28 @@ def _tried(check: Callable[[], tuple[bool, str]]) -> tuple[bool, str]:
         return False, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
-def _shared(backbone: Backbone) -> tuple[bool, str]:
-    refused: dict[int, str] = {}
+def _check_shared_layers(backbone: Backbone) -> tuple[bool, str]:
+    failures: dict[int, str] = {}
 
     def act(index: int, frozen: nn.Module, x: Tensor, call: dict[str, Any]) -> Tensor:
         try:
             keys_values(frozen, x, slice_call(call, slice(None)))
         except Exception as error:  # a state-space layer expects another kind of cache
-            refused[index] = f"{type(frozen).__name__}, {type(error).__name__}"
+            failures[index] = f"{type(frozen).__name__}, {type(error).__name__}"
         return x
 
     x = backbone.embed(torch.zeros(1, 1, dtype=torch.long, device=backbone.device))
     backbone.drive(backbone.shadow_decoder(act), x, torch.zeros(1, 1, dtype=torch.long, device=backbone.device))
-    if not refused:
+    if not failures:
         return True, f"{backbone.num_layers} layers taken apart: the fast path"
-    first = next(iter(refused))
-    return False, f"{len(refused)} of {backbone.num_layers} have none to share, first layer {first} ({refused[first]})"
+    first_layer = next(iter(failures))
+    return (
+        False,
+        f"{len(failures)} of {backbone.num_layers} have none to share, first layer {first_layer} ({failures[first_layer]})",
+    )
 
 
-def _build(backbone: Backbone, models: list[Model]) -> tuple[bool, str]:
+def _build_tower(backbone: Backbone, models: list[Model]) -> tuple[bool, str]:
     stride = max(1, backbone.num_layers // 2)
     config = ModelConfig(
         backbone=BackboneConfig(source=backbone.source, revision=backbone.revision),
@@ -103,7 +106,7 @@ def _build(backbone: Backbone, models: list[Model]) -> tuple[bool, str]:
     )
 
 
-def _text(model: Model) -> tuple[bool, str]:
+def _check_text(model: Model) -> tuple[bool, str]:
     with randomised(model):
         for words in WORDS:
             ids = torch.tensor([model.backbone.encode(words)], device=model.backbone.device)
@@ -112,13 +115,13 @@ def _text(model: Model) -> tuple[bool, str]:
     return True, f"{len(WORDS)} texts, new weights randomised"
 
 
-def _before(model: Model) -> tuple[bool, str]:
+def _check_text_before_picture(model: Model) -> tuple[bool, str]:
     ids = model.backbone.encode(STORY)[: (model.backbone.longest or 1 << 20) - 32]
     batch = _packed(model, [Sequence(segments=(Text(ids=ids), _picture(model)))])
     with randomised(model):
         hidden, run = model.run_pass(batch)
-        found = model.backbone.logits(hidden[:, run.slices["text"]])
-    passed, detail = _within(found, model.text_logits(torch.tensor([ids], device=model.backbone.device)))
+        logits = model.backbone.logits(hidden[:, run.slices["text"]])
+    passed, detail = _compare(logits, model.text_logits(torch.tensor([ids], device=model.backbone.device)))
     return passed, f"{len(ids)} tokens, {detail}"
 
 
@@ -145,17 +148,17 @@ def _picture(model: Model, *, noised: bool = False) -> Media:
     return Media(tokens=tokens, grid=(rows, columns), state="noised" if noised else "clean")
 
 
-def _paths(model: Model) -> tuple[bool, str]:
+def _check_paths(model: Model) -> tuple[bool, str]:
     batch = _packed(model, _sequences(model))
     with randomised(model):
-        fast = _said(model, batch)
+        fast_outputs = _outputs(model, batch)
         with model.using(model.reference_engine()):
-            slow = _said(model, batch)
-    found = [_within(one, other) for one, other in zip(fast, slow, strict=True)]
-    return all(passed for passed, _ in found), f"words: {found[0][1]}; pictures: {found[1][1]}"
+            reference_outputs = _outputs(model, batch)
+    comparisons = [_compare(fast, reference) for fast, reference in zip(fast_outputs, reference_outputs, strict=True)]
+    return all(passed for passed, _ in comparisons), f"words: {comparisons[0][1]}; pictures: {comparisons[1][1]}"
 
 
-def _said(model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
+def _outputs(model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
     """Logits of all text tokens and predictions of all picture tokens, without padding."""
     hidden, run = model.run_pass(batch)
     logits = model.backbone.logits(hidden[:, run.slices["text"]])
@@ -163,29 +166,29 @@ def _said(model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
     return logits[batch.text.order >= 0], pictures[batch.media["image"].rows.order >= 0]
 
 
-def _cached(model: Model) -> tuple[bool, str]:
+def _check_cache(model: Model) -> tuple[bool, str]:
     words, size = Text(ids=model.backbone.encode(WORDS[0])), SIDE
     blank = replace(_picture(model, noised=True), tokens=torch.zeros_like(_picture(model).tokens))
     batch = _packed(model, [Sequence(segments=(*opened(model.backbone.begin_ids, (words,)), blank))])
     media, device = batch.media["image"], model.backbone.device
-    inside = media.item[0] >= 0
-    seeded = torch.Generator().manual_seed(0)
-    noise = torch.randn(1, int(inside.sum()), model.image.token_width, generator=seeded).to(device)
+    is_token = media.item[0] >= 0
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, int(is_token.sum()), model.image.token_width, generator=generator).to(device)
 
     def predict(x: Tensor, time: float) -> Tensor:
         tokens = media.tokens.clone()
-        tokens[:, inside] = x
+        tokens[:, is_token] = x
         _, run = model.run_pass(batch.with_media("image", tokens=tokens, time=torch.full((1,), time, device=device)))
-        return model.port.readout(run.states["image"])[:, inside].float()
+        return model.port.readout(run.states["image"])[:, is_token].float()
 
     with randomised(model):
-        cached = draw_tokens(model, [(words,)], size, seeds=[0], steps=STEPS, guidance=1.0)
-        *_, (whole, _) = model.media_objective.sample(predict, noise, steps=STEPS)
-    return _within(cached, whole)
+        cached_tokens = draw_tokens(model, [(words,)], size, seeds=[0], steps=STEPS, guidance=1.0)
+        *_, (uncached_tokens, _) = model.media_objective.sample(predict, noise, steps=STEPS)
+    return _compare(cached_tokens, uncached_tokens)
 
 
-def _within(one: Tensor, other: Tensor) -> tuple[bool, str]:
-    if not (one.isfinite().all() and other.isfinite().all()):
+def _compare(actual: Tensor, expected: Tensor) -> tuple[bool, str]:
+    if not (actual.isfinite().all() and expected.isfinite().all()):
         return False, "not all values are finite"
-    share = float((one - other).abs().max() / other.abs().max())
-    return share <= TOLERANCE, f"{share:.2g} of the largest value apart, {TOLERANCE:g} allowed"
+    difference = float((actual - expected).abs().max() / expected.abs().max())
+    return difference <= TOLERANCE, f"{difference:.2g} of the largest value apart, {TOLERANCE:g} allowed"

@@ -41,7 +41,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise XFusionError(f"{path} cannot be read: {one_reason(error)}") from error
-    found: list[dict[str, Any]] = []
+    prompts: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         try:
             item = json.loads(line) if path.suffix.lower() == ".jsonl" else {"prompt": line.strip()}
@@ -49,10 +49,10 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
             raise XFusionError(f"{path}, line {number}: is not JSON: {error}") from error
         if not isinstance(item, dict) or not isinstance(item.get("prompt"), str):
             raise XFusionError(f"{path}, line {number}: has no field 'prompt' with words")
-        found.append(item)
-    if not found:
+        prompts.append(item)
+    if not prompts:
         raise XFusionError(f"{path} holds no prompt")
-    return found
+    return prompts
 
 
 def draw_folder(
@@ -95,13 +95,13 @@ def draw_folder(
         "settings": {**settings, "num": num, "seed": seed},
         "prompts": [item["prompt"] for item in prompts],
     }
-    begun = folder / "begun.json"  # the manifest itself is written last, so a judge never sees half a folder
-    for known in (folder / MANIFEST, begun):
-        if known.is_file() and any(read_json(known).get(key) != facts[key] for key in facts):
+    marker = folder / "begun.json"  # the manifest itself is written last, so a judge never sees half a folder
+    for path in (folder / MANIFEST, marker):
+        if path.is_file() and any(read_json(path).get(key) != facts[key] for key in facts):
             raise XFusionError(f"{folder} holds pictures of another pack, prompts or settings: name an empty folder")
-    if folder.exists() and not begun.is_file() and not (folder / MANIFEST).is_file() and any(folder.iterdir()):
+    if folder.exists() and not marker.is_file() and not (folder / MANIFEST).is_file() and any(folder.iterdir()):
         raise XFusionError(f"{folder} holds other files: name an empty folder")
-    write_json(begun, sealed(facts))
+    write_json(marker, sealed(facts))
     places = [(p, i) for p in range(len(prompts)) for i in range(num)]
     missing = [(p, i) for p, i in places if not _file(folder, p, i).is_file()]
     for p in {p for p, _ in missing}:
@@ -109,12 +109,12 @@ def draw_folder(
         line = json.dumps(prompts[p], ensure_ascii=False) + "\n"
         (folder / f"{p:05}" / "metadata.jsonl").write_text(line, encoding="utf-8")
     for start in range(0, len(missing), batch):
-        part = missing[start : start + batch]
+        batch_places = missing[start : start + batch]
         progress("drawing", len(places) - len(missing) + start, len(places))
-        seeds = [seed + p * num + i for p, i in part]
-        pictures = model.draw([prompts[p]["prompt"] for p, _ in part], seeds=seeds, **settings)
-        for (p, i), picture, own in zip(part, pictures, seeds, strict=True):
-            save(picture, _file(folder, p, i), {"prompt": prompts[p]["prompt"], "seed": own, **settings})
+        seeds = [seed + p * num + i for p, i in batch_places]
+        pictures = model.draw([prompts[p]["prompt"] for p, _ in batch_places], seeds=seeds, **settings)
+        for (p, i), picture, picture_seed in zip(batch_places, pictures, seeds, strict=True):
+            save(picture, _file(folder, p, i), {"prompt": prompts[p]["prompt"], "seed": picture_seed, **settings})
     items = [
         {
             "prompt": p,
@@ -126,7 +126,7 @@ def draw_folder(
     ]
     manifest = sealed(facts | {"teachers": sorted(model.teachers), "pictures": items})
     write_json(folder / MANIFEST, manifest)
-    begun.unlink()
+    marker.unlink()
     return manifest
 
 
@@ -161,8 +161,8 @@ class Drawn:
     @property
     def teachers(self) -> frozenset[str] | None:
         """Fingerprints of the encoders that trained the drawing model (`Model.teachers`); None if they are not recorded."""
-        known = self.manifest.get("teachers")
-        return None if known is None else frozenset(known)
+        fingerprints = self.manifest.get("teachers")
+        return None if fingerprints is None else frozenset(fingerprints)
 
     def pictures(self, start: int, stop: int) -> Iterator[PILImage.Image]:
         """Some of the pictures, in RGB.
@@ -213,14 +213,14 @@ def judge_by(
     if Path(by).expanduser().exists() or (not colon and name.replace("-", "_") not in names):
         return None
     if name.replace("-", "_") not in names:
-        known = ", ".join(f"{one.replace('_', '-')}:..." for one in names)
-        raise XFusionError(f"there is no judge {by!r}: there are {known}, or a pack that embeds or captions")
+        choices = ", ".join(f"{choice.replace('_', '-')}:..." for choice in names)
+        raise XFusionError(f"there is no judge {by!r}: there are {choices}, or a pack that embeds or captions")
     drawn = Drawn.read(folder)
-    own = import_module(f"{metrics.__name__}.{name.replace('-', '_')}")
-    found = own.judge(drawn, argument, encoder=encoder, device=device, progress=progress)
+    metric = import_module(f"{metrics.__name__}.{name.replace('-', '_')}")
+    result = metric.judge(drawn, argument, encoder=encoder, device=device, progress=progress)
     teachers = "not noted when it was drawn" if drawn.teachers is None else sorted(drawn.teachers)
-    settings = {"by": by, **found["settings"], "torchmetrics": version("torchmetrics"), "teachers": teachers}
-    return found | {"settings": settings | {"drawn": _who_drew(drawn.manifest)}}
+    settings = {"by": by, **result["settings"], "torchmetrics": version("torchmetrics"), "teachers": teachers}
+    return result | {"settings": settings | {"drawn": _drawing_settings(drawn.manifest)}}
 
 
 def judge(folder: Path, model: Any, *, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
@@ -246,23 +246,32 @@ def judge(folder: Path, model: Any, *, progress: Callable[[str, int, int], None]
     prompts = list(dict.fromkeys(drawn.manifest["prompts"]))
     pictures = list(drawn.pictures(0, len(drawn)))
 
-    def told(done: int, total: int) -> None:
+    def report(done: int, total: int) -> None:
         progress("judging", done, total)
 
     if "embed" in model.capabilities:
-        scores: Tensor = model.embed(pictures, progress=told) @ model.embed(prompts).T
+        scores: Tensor = model.embed(pictures, progress=report) @ model.embed(prompts).T
     elif "caption" in model.capabilities:
-        scores = naming.pointwise(model.score_names(pictures, prompts, progress=told), model.score_names(None, prompts))
+        scores = naming.pointwise(
+            model.score_names(pictures, prompts, progress=report), model.score_names(None, prompts)
+        )
     else:
         raise XFusionError(
             f"this pack cannot judge: it can {', '.join(sorted(model.capabilities))}, not embed or caption"
         )
-    own = [prompts.index(prompt) for prompt in drawn.prompts]
-    hit = torch.nn.functional.one_hot(torch.tensor(own), len(prompts)).bool()
-    who = {"judge_fingerprint": model.fingerprint, "by": "embed" if "embed" in model.capabilities else "caption"}
+    true_index = [prompts.index(prompt) for prompt in drawn.prompts]
+    hit = torch.nn.functional.one_hot(torch.tensor(true_index), len(prompts)).bool()
+    judge_settings = {
+        "judge_fingerprint": model.fingerprint,
+        "by": "embed" if "embed" in model.capabilities else "caption",
+    }
     counts = {"num_pictures": len(pictures), "num_prompts": len(prompts)}
-    return naming.beside("", scores, hit) | counts | {"settings": who | {"drawn": _who_drew(drawn.manifest)}}
+    return (
+        naming.with_baselines("", scores, hit)
+        | counts
+        | {"settings": judge_settings | {"drawn": _drawing_settings(drawn.manifest)}}
+    )
 
 
-def _who_drew(manifest: dict[str, Any]) -> dict[str, Any]:
+def _drawing_settings(manifest: dict[str, Any]) -> dict[str, Any]:
     return {key: manifest[key] for key in ("pack_fingerprint", "settings")}

@@ -56,15 +56,17 @@ def commit() -> dict[str, Any] | None:
 
     For a copy without history, in a container for example, set the variable ``XFUSION_COMMIT``.
     """
-    if told := os.environ.get("XFUSION_COMMIT"):
-        return {"id": told, "changed_files": None}
+    if commit_id := os.environ.get("XFUSION_COMMIT"):
+        return {"id": commit_id, "changed_files": None}
     root = Path(xfusion.__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
 
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=20, check=True)
-        return done.stdout.strip()
+    def git(*arguments: str) -> str:
+        process = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20, check=True
+        )
+        return process.stdout.strip()
 
     try:
         return {"id": git("rev-parse", "HEAD"), "changed_files": len(git("status", "--porcelain").splitlines())}
@@ -78,9 +80,9 @@ def origin(folder: str) -> dict[str, Any]:
     Args:
         folder: the script's folder in the checkout. Absolute paths in the command are shortened to their names.
     """
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    arguments = [Path(argument).name if Path(argument).is_absolute() else argument for argument in sys.argv[1:]]
     return {
-        "command": shlex.join(["python", f"{folder}/{Path(sys.argv[0]).name}", *words]),
+        "command": shlex.join(["python", f"{folder}/{Path(sys.argv[0]).name}", *arguments]),
         "commit": commit(),
         "machine": machine(),
         "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,

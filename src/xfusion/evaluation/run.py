@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from xfusion.data.sequence import XFusionError
 from xfusion.evaluation import suites
 from xfusion.evaluation.machine import commit, machine
-from xfusion.evaluation.unseen import TrainingData, checked, data_of
+from xfusion.evaluation.unseen import TrainingData, check_settings, data_of
 from xfusion.storage import write_json
 
 Progress = Callable[[str, int, int], None]
@@ -58,16 +58,16 @@ def evaluate(
             suite scores.
     """
     run = check(suite, settings)
-    known = data_of(model) if trained_on is None else trained_on
-    trained = [TrainingData(data) if isinstance(data, str) else data for data in known]
+    recorded = data_of(model) if trained_on is None else trained_on
+    trained = [TrainingData(data) if isinstance(data, str) else data for data in recorded]
     special_tokens = getattr(getattr(model, "backbone", None), "special_tokens", ())
-    settings, noted = checked(settings, inspect.signature(run).parameters, trained, special_tokens)
+    settings, facts = check_settings(settings, inspect.signature(run).parameters, trained, special_tokens)
     started = time.perf_counter()
     result = run(model, progress=progress or silent, **settings)
     result["settings"] = {
         "suite": suite,
         **result.get("settings", {}),
-        **noted,
+        **facts,
         "model": _facts(model),
         "versions": _versions(),
         "seconds": round(time.perf_counter() - started, 2),
@@ -85,14 +85,14 @@ def check(suite: str, settings: Mapping[str, Any]) -> Callable[..., dict[str, An
         XFusionError: the suite or a setting is unknown, or a value has the wrong type.
     """
     run = _find(suite)
-    typed, known = get_type_hints(run), inspect.signature(run).parameters
-    hints = {name: typed.get(name, Any) for name in known if name not in ("model", "progress")}
+    type_hints, parameters = get_type_hints(run), inspect.signature(run).parameters
+    hints = {name: type_hints.get(name, Any) for name in parameters if name not in ("model", "progress")}
     for name, value in settings.items():
         if name not in hints:
             raise XFusionError(
                 f"suite {suite!r} has no setting {name!r}{_nearest(name, list(hints))}; it has {', '.join(hints)}"
             )
-        if not _is(value, hints[name]):
+        if not _accepts(value, hints[name]):
             kinds = [
                 "null" if kind is NoneType else getattr(kind, "__name__", repr(kind)) for kind in _kinds(hints[name])
             ]
@@ -105,10 +105,10 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) or (hint,)
 
 
-def _is(value: Any, hint: Any) -> bool:
+def _accepts(value: Any, hint: Any) -> bool:
     """Whether a value has a type that the setting accepts; objects that a command line cannot express are not checked."""
     if isinstance(hint, UnionType):
-        return any(_is(value, kind) for kind in get_args(hint))
+        return any(_accepts(value, kind) for kind in get_args(hint))
     if get_origin(hint) is Literal:
         return value in get_args(hint)
     if not isinstance(value, (str, int, float, list, dict)):
@@ -125,8 +125,8 @@ def _find(suite: str) -> Callable[..., dict[str, Any]]:
     return import_module(f"{suites.__name__}.{suite}").run
 
 
-def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
+def _nearest(name: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from xfusion.data.sequence import XFusionError
 
 
-def taught(encoder: str, teachers: Iterable[str] | None) -> bool:
+def is_teacher(encoder: str, teachers: Iterable[str] | None) -> bool:
     """Whether an encoder is one of the teachers, whatever its layer, revision or path.
 
     A copy under another name is not recognised.
@@ -18,17 +18,17 @@ def taught(encoder: str, teachers: Iterable[str] | None) -> bool:
         encoder: fingerprint of the encoder: a hash of its weights, or ``SOURCE[@revision][#layer]``.
         teachers: `Model.teachers`; None if they are not recorded.
     """
-    known = set(map(_source, teachers or ()))
-    return _source(encoder) in known or _path(encoder) in {_path(teacher) for teacher in known}
+    sources = set(map(_source, teachers or ()))
+    return _source(encoder) in sources or _path(encoder) in {_path(teacher) for teacher in sources}
 
 
-def refuse_taught(encoder: str, teachers: Iterable[str] | None) -> None:
+def refuse_teacher(encoder: str, teachers: Iterable[str] | None) -> None:
     """Refuse an encoder that is one of the teachers.
 
     Raises:
         XFusionError: it is one.
     """
-    if taught(encoder, teachers):
+    if is_teacher(encoder, teachers):
         raise XFusionError(
             f"the scoring encoder {encoder[:60]!r} took part in training what drew: it may not score it, name another"
         )

@@ -35,8 +35,10 @@ def recorded_data(facts: Mapping[str, Any]) -> list[TrainingData]:
     """The data of all training runs behind a pack, the first run first, as recorded in its config."""
     runs, data = training_runs(facts), list[TrainingData]()
     for number, run in enumerate(runs, start=1):
-        spec, known = (run[key] if isinstance(run.get(key), str) else None for key in ("data", "data_fingerprint"))
-        data.append(TrainingData(spec, known, from_pack=spec is not None, latest=number == len(runs)))
+        spec, fingerprint = (
+            run[key] if isinstance(run.get(key), str) else None for key in ("data", "data_fingerprint")
+        )
+        data.append(TrainingData(spec, fingerprint, from_pack=spec is not None, latest=number == len(runs)))
     return data
 
 
@@ -51,8 +53,9 @@ def data_of(model: Any) -> list[TrainingData]:
 
 def _data_of_pack(model: Any) -> list[TrainingData]:
     record = getattr(model, "recorded", None)
-    known = [] if record is None else recorded_data(record.facts)
-    return known if record is not None and has_recorded_weights(model) else [*known, TrainingData(None, latest=False)]
+    recorded = [] if record is None else recorded_data(record.facts)
+    is_complete = record is not None and has_recorded_weights(model)
+    return recorded if is_complete else [*recorded, TrainingData(None, latest=False)]
 
 
 def held_split(source: Source) -> Source | None:
@@ -102,19 +105,19 @@ def refuse_trained(held: Source, trained: Iterable[Source], *, doubt: str = "") 
     """
     for source in trained:
         groups = {example.group for example in source.examples}
-        known = [example.origin for example in held.examples if example.group in groups]
-        if known:
-            are = f"may be trained on in {source.spec} ({doubt})" if doubt else f"are trained on in {source.spec}"
-            todo = "name the data of the training as source" if doubt else "train anew on data that hold them out"
+        leaked = [example.origin for example in held.examples if example.group in groups]
+        if leaked:
+            where = f"may be trained on in {source.spec} ({doubt})" if doubt else f"are trained on in {source.spec}"
+            remedy = "name the data of the training as source" if doubt else "train anew on data that hold them out"
             raise XFusionError(
-                f"{held.spec}: {len(known)} of {len(held.examples)} held-out examples {are}, such as {known[0]}: name others, or"
-                f" {todo}"
+                f"{held.spec}: {len(leaked)} of {len(held.examples)} held-out examples {where}, such as {leaked[0]}: name others,"
+                f" or {remedy}"
             )
 
 
-def checked(
+def check_settings(
     settings: Mapping[str, Any],
-    takes: Collection[str],
+    setting_names: Collection[str],
     trained: Sequence[TrainingData],
     special_tokens: tuple[str, ...] = (),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -122,7 +125,7 @@ def checked(
 
     Args:
         settings: as given by the user; the default ``source`` is the recorded data of the last run.
-        takes: names of the suite's settings; a suite without held-out data is left alone.
+        setting_names: names of the suite's settings; a suite without held-out data is left alone.
         trained: the training data, of all runs.
         special_tokens: as for `open_source`.
 
@@ -133,10 +136,10 @@ def checked(
         XFusionError: held-out examples were trained on; or there is no ``source``, and the recorded data are several, cannot be
             opened, or are others here.
     """
-    if not {"source", "held"} <= set(takes):
+    if not {"source", "held"} <= set(setting_names):
         return dict(settings), {}
-    known = list(dict.fromkeys(data for data in trained if data.spec is not None))
-    if not known:
+    recorded = list(dict.fromkeys(data for data in trained if data.spec is not None))
+    if not recorded:
         return dict(settings), {"trained_on": NOT_RECORDED}
     source: Any = settings.get("source")
     latest = list(dict.fromkeys(data for data in trained if data.spec is not None and data.latest))
@@ -145,44 +148,44 @@ def checked(
         raise XFusionError(f"these packs were trained on {specs}: name one of them as source")
     if source is None and not latest:
         raise XFusionError(
-            f"the pack was first trained on {known[0].spec}, but the data of its last run are not recorded: name a source"
+            f"the pack was first trained on {recorded[0].spec}, but the data of its last run are not recorded: name a source"
         )
     if isinstance(source, str):
         source = open_source(source, split="train")
-    named = None if source is None else content_fingerprint(source)
-    opened, lost, doubts = list[tuple[Source, str]](), list[str](), list[str]()
-    for data in known:
-        if data.fingerprint is not None and data.fingerprint == named:
+    source_fingerprint = None if source is None else content_fingerprint(source)
+    trained_sources, errors, doubts = list[tuple[Source, str]](), list[str](), list[str]()
+    for data in recorded:
+        if data.fingerprint is not None and data.fingerprint == source_fingerprint:
             continue  # the named source is this data, wherever it is now
         is_source = source is None and data in latest
         try:
-            found, doubt = _open(data, decode=is_source, special_tokens=special_tokens)
+            trained_source, doubt = _open(data, decode=is_source, special_tokens=special_tokens)
         except XFusionError as error:
             if is_source:
                 raise XFusionError(
                     f"{error}; the pack was trained on {data.spec}: name that as source, where it stands now"
                 ) from error
-            lost.append(str(error))
+            errors.append(str(error))
             continue
         if is_source and doubt and data.fingerprint is not None:
             raise XFusionError(
                 f"{data.spec} is not what the pack was trained on: {doubt}; name the data of its training as source, where they"
                 " stand now"
             )
-        source = found if is_source else source
-        opened.append((found, doubt))
+        source = trained_source if is_source else source
+        trained_sources.append((trained_source, doubt))
         doubts += [f"{data.spec}: {doubt}"] if doubt else []
     held = held_out(settings.get("held"), source)
-    for trained_source, doubt in opened if held is not None else ():
+    for trained_source, doubt in trained_sources if held is not None else ():
         refuse_trained(held, [trained_source], doubt=doubt)
-    noted = " and ".join(dict.fromkeys(str(data.spec) for data in known))
-    if lost:
-        noted += f", where nobody could look for what is held out: {'; '.join(lost)}"
+    trained_on = " and ".join(dict.fromkeys(str(data.spec) for data in recorded))
+    if errors:
+        trained_on += f", where nobody could look for what is held out: {'; '.join(errors)}"
     if doubts:
-        noted += f"; perhaps other data of that name: {'; '.join(doubts)}"
+        trained_on += f"; perhaps other data of that name: {'; '.join(doubts)}"
     if any(data.spec is None for data in trained):
-        noted += "; and on further data that nobody recorded"
-    return {**settings, "source": source} | ({} if held is None else {"held": held}), {"trained_on": noted}
+        trained_on += "; and on further data that nobody recorded"
+    return {**settings, "source": source} | ({} if held is None else {"held": held}), {"trained_on": trained_on}
 
 
 def _open(data: TrainingData, *, decode: bool, special_tokens: tuple[str, ...]) -> tuple[Source, str]:
@@ -194,15 +197,15 @@ def _open(data: TrainingData, *, decode: bool, special_tokens: tuple[str, ...]) 
         XFusionError: it cannot be opened.
     """
 
-    def opened(*, decode: bool) -> Source:
+    def open_trained(*, decode: bool) -> Source:
         """What training left out is left out."""
         return open_source(str(data.spec), allow_bad=0.99, decode=decode, special_tokens=special_tokens)
 
-    source = opened(decode=decode)
+    source = open_trained(decode=decode)
     if data.fingerprint is None:
         return source, "the pack records its name alone" if data.from_pack else ""
     if not decode and content_fingerprint(source) != data.fingerprint:
-        source = opened(decode=True)
+        source = open_trained(decode=True)
     content = content_fingerprint(source)
-    same = content == data.fingerprint
-    return source, "" if same else f"its content is {content[:16]}, the pack recorded {data.fingerprint[:16]}"
+    is_same = content == data.fingerprint
+    return source, "" if is_same else f"its content is {content[:16]}, the pack recorded {data.fingerprint[:16]}"

@@ -101,41 +101,47 @@ def verify(model: Model, progress: Progress | None = None) -> dict[str, Any]:
         XFusionError: the base's source no longer exists.
     """
     started, backbone = time.perf_counter(), model.backbone
-    prompts, tell = _prompts(model), progress or silent
-    tell("loading the base afresh", 0, 1)
+    prompts, report = _prompts(model), progress or silent
+    report("loading the base afresh", 0, 1)
     fresh = backbone.fresh()
-    tell("loading the base afresh", 1, 1)
-    exact = [_base_weights(model, fresh)]
-    expected = _read("base alone", model, fresh, prompts, tell)
+    report("loading the base afresh", 1, 1)
+    exact_checks = [_base_weights(model, fresh)]
+    expected = _read("base alone", model, fresh, prompts, report)
     perplexity = {"base": _perplexity(model, fresh)}
     del fresh
-    found = _read("text path", model, model.text_only(), prompts, tell, "base")
-    exact += _compare("text path", prompts, expected, found)
-    found = _read("fused stack", model, model.fused_text_model(), prompts, tell, "fused")
-    exact += _compare("fused stack", prompts, expected, found)
+    readings = _read("text path", model, model.text_only(), prompts, report, "base")
+    exact_checks += _compare("text path", prompts, expected, readings)
+    readings = _read("fused stack", model, model.fused_text_model(), prompts, report, "fused")
+    exact_checks += _compare("fused stack", prompts, expected, readings)
     perplexity["fused"] = _perplexity(model, model.fused_text_model())
-    near = [_before_a_picture("text before a picture", model, prompts, expected)]
+    tolerance_checks = [_before_a_picture("text before a picture", model, prompts, expected)]
     if model.regime == "LoRA":
         name = "fused stack, adapters off"
         with model.fusion.unadapted():
-            off = _read(name, model, model.fused_text_model(), prompts, tell, "fused")
-        exact += _compare(name, prompts, expected, off)
+            unadapted = _read(name, model, model.fused_text_model(), prompts, report, "fused")
+        exact_checks += _compare(name, prompts, expected, unadapted)
     fingerprint = model.fingerprint
     with randomised(model):
         name = "fused stack, new weights randomised"
-        found = _read(name, model, model.fused_text_model(), prompts, tell, "fused")
-        exact += _compare(name, prompts, expected, found)
-        near.append(_before_a_picture("text before a picture, new weights randomised", model, prompts, expected))
-    exact.append(_check("new weights restored", model.fingerprint == fingerprint, f"fingerprint {fingerprint[:16]}"))
-    same = "{base:.6f} (base), {fused:.6f} (fused), over {n} tokens".format(**perplexity, n=_long(prompts).shape[1])
-    exact.append(_check("perplexity", perplexity["base"] == perplexity["fused"], same))
-    identical = all(check["passed"] for check in exact)
+        readings = _read(name, model, model.fused_text_model(), prompts, report, "fused")
+        exact_checks += _compare(name, prompts, expected, readings)
+        tolerance_checks.append(
+            _before_a_picture("text before a picture, new weights randomised", model, prompts, expected)
+        )
+    exact_checks.append(
+        _check("new weights restored", model.fingerprint == fingerprint, f"fingerprint {fingerprint[:16]}")
+    )
+    detail = "{base:.6f} (base), {fused:.6f} (fused), over {n} tokens".format(
+        **perplexity, n=_longest(prompts).shape[1]
+    )
+    exact_checks.append(_check("perplexity", perplexity["base"] == perplexity["fused"], detail))
+    identical = all(check["passed"] for check in exact_checks)
     return {
         "text_identical": identical,
-        "passed": identical and all(check["passed"] for check in near),
+        "passed": identical and all(check["passed"] for check in tolerance_checks),
         "preserves_text": model.fusion.preserves_text,
         "regime": model.regime,
-        "checks": exact + near,
+        "checks": exact_checks + tolerance_checks,
         "perplexity": perplexity,
         "settings": _settings(model, prompts) | {"seconds": round(time.perf_counter() - started, 2)},
     }
@@ -145,7 +151,7 @@ def verify(model: Model, progress: Progress | None = None) -> dict[str, Any]:
 def randomised(model: Model, seed: int = 0) -> Iterator[None]:
     """Replace every learned weight by noise inside the block, and restore it bit-identically afterwards."""
     state = {name: value for name, value in model.learned_state().items() if value.is_floating_point()}
-    kept = {name: value.detach().clone() for name, value in state.items()}
+    saved = {name: value.detach().clone() for name, value in state.items()}
     generator = torch.Generator().manual_seed(seed)
     try:
         with torch.no_grad():
@@ -155,7 +161,7 @@ def randomised(model: Model, seed: int = 0) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for name, value in state.items():
-                value.copy_(kept[name])
+                value.copy_(saved[name])
 
 
 # ------------------------------------------------------------------------------------------------------------ prompts
@@ -168,23 +174,25 @@ def _prompts(model: Model) -> list[Prompt]:
     ids = {name: backbone.encode(text)[: longest - NEW_TOKENS] for name, text in PROMPTS}
     ids["one token"] = ids["one token"][:1]
     ids["chat"] = backbone.chat(QUESTION)[: longest - NEW_TOKENS]
-    out = [Prompt(name, torch.tensor([tokens], device=device)) for name, tokens in ids.items() if tokens]
-    together = [ids[name] for name in PADDED if ids[name]]
-    width = max(map(len, together), default=0)
-    if len({len(tokens) for tokens in together}) > 1:
-        padding = _padding(model)
-        rows = [[padding] * (width - len(tokens)) + list(tokens) for tokens in together]
-        mask = [[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in together]
-        out.append(Prompt("left-padded batch", torch.tensor(rows, device=device), torch.tensor(mask, device=device)))
-    return out
+    prompts = [Prompt(name, torch.tensor([tokens], device=device)) for name, tokens in ids.items() if tokens]
+    batch_ids = [ids[name] for name in PADDED if ids[name]]
+    width = max(map(len, batch_ids), default=0)
+    if len({len(tokens) for tokens in batch_ids}) > 1:
+        pad_id = _pad_id(model)
+        rows = [[pad_id] * (width - len(tokens)) + list(tokens) for tokens in batch_ids]
+        mask = [[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in batch_ids]
+        prompts.append(
+            Prompt("left-padded batch", torch.tensor(rows, device=device), torch.tensor(mask, device=device))
+        )
+    return prompts
 
 
-def _padding(model: Model) -> int:
-    own = model.backbone.tokenizer.pad_token_id
-    return own if own is not None else next(iter(model.backbone.end_ids), 0)
+def _pad_id(model: Model) -> int:
+    pad_id = model.backbone.tokenizer.pad_token_id
+    return pad_id if pad_id is not None else next(iter(model.backbone.end_ids), 0)
 
 
-def _long(prompts: list[Prompt]) -> Tensor:
+def _longest(prompts: list[Prompt]) -> Tensor:
     return max((p.ids for p in prompts), key=lambda ids: ids.shape[1])
 
 
@@ -192,7 +200,7 @@ def _long(prompts: list[Prompt]) -> Tensor:
 
 
 def _read(
-    part: str, model: Model, stack: Any, prompts: list[Prompt], tell: Progress, path: str | None = None
+    part: str, model: Model, stack: Any, prompts: list[Prompt], report: Progress, path: str | None = None
 ) -> list[Reading]:
     """Logits and greedy tokens of all prompts.
 
@@ -201,12 +209,12 @@ def _read(
         model: the model of the prompts.
         stack: the model that generates.
         prompts: the prompts.
-        tell: the progress callback.
+        report: the progress callback.
         path: the stack of ``model.text_logits`` that computes the logits; None uses ``stack`` itself.
     """
-    out = []
+    readings = []
     for done, prompt in enumerate(prompts):
-        tell(part, done, len(prompts))
+        report(part, done, len(prompts))
         if path is None:
             logits = stack(prompt.ids, attention_mask=prompt.mask).logits
         else:
@@ -217,11 +225,11 @@ def _read(
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
             num_beams=1,
-            pad_token_id=_padding(model),
+            pad_token_id=_pad_id(model),
         )
-        out.append(Reading(logits, tokens[:, prompt.ids.shape[1] :]))
-    tell(part, len(prompts), len(prompts))
-    return out
+        readings.append(Reading(logits, tokens[:, prompt.ids.shape[1] :]))
+    report(part, len(prompts), len(prompts))
+    return readings
 
 
 def _perplexity(model: Model, stack: Any) -> float:
@@ -232,11 +240,11 @@ def _perplexity(model: Model, stack: Any) -> float:
     return math.exp(torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item())
 
 
-def bit_equal(one: Tensor, other: Tensor) -> bool:
+def bit_equal(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors have the same shape, type and bits; unlike `torch.equal`, NaN equals itself and -0 is not 0."""
-    if one.shape != other.shape or one.dtype != other.dtype:
+    if first.shape != second.shape or first.dtype != second.dtype:
         return False
-    return torch.equal(*(t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (one, other)))
+    return torch.equal(*(t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (first, second)))
 
 
 # ------------------------------------------------------------------------------------------------------------- checks
@@ -248,26 +256,34 @@ def _check(name: str, passed: bool, detail: str) -> dict[str, Any]:
 
 def _base_weights(model: Model, fresh: Any) -> dict[str, Any]:
     """Compare the weights in memory with those recorded when the model was built, and those that transformers loads."""
-    recorded, now = model.backbone.fingerprint, model.backbone.compute_fingerprint()
-    theirs = dict(fresh.named_parameters())
-    changed = [n for n, p in model.backbone.model.named_parameters() if n not in theirs or not bit_equal(p, theirs[n])]
+    recorded, computed = model.backbone.fingerprint, model.backbone.compute_fingerprint()
+    source_weights = dict(fresh.named_parameters())
+    changed = [
+        n
+        for n, p in model.backbone.model.named_parameters()
+        if n not in source_weights or not bit_equal(p, source_weights[n])
+    ]
     if changed:
         return _check(
-            "base weights", False, f"{len(changed)} of {len(theirs)} differ from the source, first {changed[0]}"
+            "base weights", False, f"{len(changed)} of {len(source_weights)} differ from the source, first {changed[0]}"
         )
-    if now != recorded:
-        return _check("base weights", False, f"fingerprint {now[:16]}, recorded {recorded[:16]}")
-    return _check("base weights", True, f"{len(theirs)} tensors as in the source; fingerprint {now[:16]} as recorded")
+    if computed != recorded:
+        return _check("base weights", False, f"fingerprint {computed[:16]}, recorded {recorded[:16]}")
+    return _check(
+        "base weights", True, f"{len(source_weights)} tensors as in the source; fingerprint {computed[:16]} as recorded"
+    )
 
 
-def _compare(part: str, prompts: list[Prompt], expected: list[Reading], found: list[Reading]) -> list[dict[str, Any]]:
+def _compare(
+    part: str, prompts: list[Prompt], expected: list[Reading], readings: list[Reading]
+) -> list[dict[str, Any]]:
     logits, tokens = [], []
-    for prompt, one, other in zip(prompts, expected, found, strict=True):
-        if not bit_equal(one.logits, other.logits):
-            logits.append(f"{prompt.name} by {_largest(one.logits, other.logits):.3g}")
-        if not bit_equal(one.tokens, other.tokens):
+    for prompt, base_reading, reading in zip(prompts, expected, readings, strict=True):
+        if not bit_equal(base_reading.logits, reading.logits):
+            logits.append(f"{prompt.name} by {_largest_difference(base_reading.logits, reading.logits):.3g}")
+        if not bit_equal(base_reading.tokens, reading.tokens):
             tokens.append(prompt.name)
-    positions, made = sum(p.ids.numel() for p in prompts), sum(r.tokens.numel() for r in expected)
+    positions, num_tokens = sum(p.ids.numel() for p in prompts), sum(r.tokens.numel() for r in expected)
     return [
         _check(
             f"{part}: logits",
@@ -279,13 +295,13 @@ def _compare(part: str, prompts: list[Prompt], expected: list[Reading], found: l
         _check(
             f"{part}: greedy tokens",
             not tokens,
-            f"differ for {', '.join(tokens)}" if tokens else f"all {made} equal behind {len(prompts)} prompts",
+            f"differ for {', '.join(tokens)}" if tokens else f"all {num_tokens} equal behind {len(prompts)} prompts",
         ),
     ]
 
 
-def _largest(one: Tensor, other: Tensor) -> float:
-    return float((one.double() - other.double()).abs().max()) if one.shape == other.shape else math.inf
+def _largest_difference(first: Tensor, second: Tensor) -> float:
+    return float((first.double() - second.double()).abs().max()) if first.shape == second.shape else math.inf
 
 
 def _before_a_picture(name: str, model: Model, prompts: list[Prompt], expected: list[Reading]) -> dict[str, Any]:
@@ -295,30 +311,30 @@ def _before_a_picture(name: str, model: Model, prompts: list[Prompt], expected: 
     grid = media.grid(media.sizes[0])
     # From 0 to 1, so that rounding also gives valid codes.
     picture = media.segment(torch.rand(grid[0] * grid[1], media.token_width, generator=generator), grid)
-    behind = Text(ids=model.backbone.encode("What is this?\n"))
+    following_text = Text(ids=model.backbone.encode("What is this?\n"))
     dtype = next(model.port.parameters()).dtype
-    worst, other_word = 0.0, []
+    worst, changed = 0.0, []
     with model.using(model.plain_engine()):
         for prompt, base in zip(prompts, expected, strict=True):
             if prompt.name not in BEFORE_A_PICTURE:
                 continue
             words = tuple(prompt.ids[0].tolist())
-            batch = pack([[Sequence(segments=(Text(ids=words), picture, behind))]])
+            batch = pack([[Sequence(segments=(Text(ids=words), picture, following_text))]])
             rows = batch.media[media.name]
             batch = batch.with_media(media.name, tokens=rows.tokens.to(dtype), time=rows.time.to(dtype))
             hidden, run = model.run_pass(batch)
-            found = model.backbone.logits(hidden[:, run.slices["text"]][:, : len(words)]).double()
-            wanted = base.logits.double()
-            size = float(wanted.abs().max())
-            worst = max(worst, float((found - wanted).abs().max()) / size)
-            top = wanted.topk(2, dim=-1).values
-            clear = top[..., 0] - top[..., 1] > 2 * tolerance * size  # closer ones may swap by rounding alone
-            if not torch.equal(found.argmax(-1)[clear], wanted.argmax(-1)[clear]):
-                other_word.append(prompt.name)
+            logits = model.backbone.logits(hidden[:, run.slices["text"]][:, : len(words)]).double()
+            base_logits = base.logits.double()
+            scale = float(base_logits.abs().max())
+            worst = max(worst, float((logits - base_logits).abs().max()) / scale)
+            top = base_logits.topk(2, dim=-1).values
+            clear = top[..., 0] - top[..., 1] > 2 * tolerance * scale  # closer ones may swap by rounding alone
+            if not torch.equal(logits.argmax(-1)[clear], base_logits.argmax(-1)[clear]):
+                changed.append(prompt.name)
     detail = f"largest difference {worst:.2g} of the largest logit, {tolerance:g} allowed"
-    if other_word:
-        detail += f"; another likeliest token for {', '.join(other_word)}"
-    return _check(name, worst <= tolerance and not other_word, detail)
+    if changed:
+        detail += f"; another likeliest token for {', '.join(changed)}"
+    return _check(name, worst <= tolerance and not changed, detail)
 
 
 def _settings(model: Model, prompts: list[Prompt]) -> dict[str, Any]:

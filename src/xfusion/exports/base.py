@@ -8,7 +8,7 @@ from pathlib import Path
 
 from xfusion.data.sequence import XFusionError
 from xfusion.model import Model
-from xfusion.storage import whole_folder
+from xfusion.storage import atomic_folder
 
 
 def names() -> list[str]:
@@ -36,8 +36,8 @@ def export(model: Model, folder: Path, target: str) -> list[str]:
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise XFusionError(f"{folder} is not empty: name an empty folder, or one that is not there")
     try:
-        with whole_folder(folder) as folder_so_far:
-            return import_module(f"xfusion.exports.{target}").export(model, folder_so_far)
+        with atomic_folder(folder) as temporary:
+            return import_module(f"xfusion.exports.{target}").export(model, temporary)
     except ImportError as error:
         raise XFusionError(f"export to {target} needs the package {error.name}: pip install {error.name}") from error
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from xfusion.exports.base import not_exact
 from xfusion.fusion.adaption_prompt import AdaptionPrompt
-from xfusion.fusion.base import by_path
+from xfusion.fusion.base import parts_from_module
 from xfusion.fusion.dual_tower import DualTower
 from xfusion.fusion.lora import Lora
 from xfusion.model import Model
@@ -26,9 +26,9 @@ def export(model: Model, folder: Path) -> list[str]:
     """Write an adapter that ``peft.PeftModel.from_pretrained(base, folder)`` loads."""
     layers = next(name for name, module in model.backbone.model.named_modules() if module is model.backbone.layers)
     if isinstance(model.fusion, DualTower):
-        return _lora(model, model.fusion, folder, layers)
+        return _export_lora(model, model.fusion, folder, layers)
     if isinstance(model.fusion, AdaptionPrompt):
-        return _prompts(model, model.fusion, folder, layers)
+        return _export_prompts(model, model.fusion, folder, layers)
     if isinstance(model.fusion, Lora):
         reason = (
             "deltas on the base's own layers are not taken out of the mechanism over them, for which peft has no place"
@@ -37,7 +37,7 @@ def export(model: Model, folder: Path) -> list[str]:
     raise not_exact(model, "peft", "it is neither a low-rank dual tower nor adaption prompts, which alone are exported")
 
 
-def _lora(model: Model, fusion: DualTower, folder: Path, layers: str) -> list[str]:
+def _export_lora(model: Model, fusion: DualTower, folder: Path, layers: str) -> list[str]:
     """The media tower as it computes its own rows: every frozen block with its low-rank deltas."""
     config, count = fusion.config, model.backbone.num_layers
     if config.rank is None:
@@ -53,18 +53,18 @@ def _lora(model: Model, fusion: DualTower, folder: Path, layers: str) -> list[st
     state: dict[str, Tensor] = {}
     targets: list[str] = []
     for index, block in fusion.blocks.items():
-        parts: dict[str, Any] = by_path(block)  # type: ignore[arg-type]
-        for path, part in parts.items():
+        adapters: dict[str, Any] = parts_from_module(block)  # type: ignore[arg-type]
+        for path, adapter in adapters.items():
             name = f"{layers}.{index}.{path}"
             targets.append(name)
-            state |= {f"{name}.lora_A.weight": part.down, f"{name}.lora_B.weight": part.up}
-    own: Any = model.backbone.model.get_submodule(targets[0])
+            state |= {f"{name}.lora_A.weight": adapter.down, f"{name}.lora_B.weight": adapter.up}
+    frozen_layer: Any = model.backbone.model.get_submodule(targets[0])
     settings = LoraConfig(
         r=config.rank,
         lora_alpha=config.rank,  # a factor of 1
         target_modules=targets,
         task_type="CAUSAL_LM",
-        fan_in_fan_out=type(own).__name__ == "Conv1D",
+        fan_in_fan_out=type(frozen_layer).__name__ == "Conv1D",
         base_model_name_or_path=model.backbone.source,
         inference_mode=True,
     )
@@ -72,16 +72,16 @@ def _lora(model: Model, fusion: DualTower, folder: Path, layers: str) -> list[st
     return ["this is the media tower alone; the port that makes its rows of pictures has no place in peft"]
 
 
-def _prompts(model: Model, fusion: AdaptionPrompt, folder: Path, layers: str) -> list[str]:
+def _export_prompts(model: Model, fusion: AdaptionPrompt, folder: Path, layers: str) -> list[str]:
     """Learned rows and gates; in peft they act on all text, here on text after a picture."""
     config, count = fusion.config, model.backbone.num_layers
     if config.affine or config.picture != "added":
         raise not_exact(model, "peft", "its version 2 (tuned matrices, pictures as prompts) has no place in peft")
-    chosen = sorted(int(index) for index in fusion.blocks)
-    if chosen != list(range(count - len(chosen), count)):
-        raise not_exact(model, "peft", f"peft has prompts in the last layers alone, this pack in {chosen}")
+    layer_indices = sorted(int(index) for index in fusion.blocks)
+    if layer_indices != list(range(count - len(layer_indices), count)):
+        raise not_exact(model, "peft", f"peft has prompts in the last layers alone, this pack in {layer_indices}")
     state: dict[str, Tensor] = {}
-    for index in chosen:
+    for index in layer_indices:
         prompt: Any = fusion.blocks[str(index)]
         gate = prompt.gate.tanh()
         if bool((gate != gate[0]).any()):
@@ -94,7 +94,7 @@ def _prompts(model: Model, fusion: AdaptionPrompt, folder: Path, layers: str) ->
 
     settings = AdaptionPromptConfig(
         adapter_len=config.prompts,
-        adapter_layers=len(chosen),
+        adapter_layers=len(layer_indices),
         target_modules="self_attn",
         task_type="CAUSAL_LM",
         base_model_name_or_path=model.backbone.source,
@@ -105,6 +105,6 @@ def _prompts(model: Model, fusion: AdaptionPrompt, folder: Path, layers: str) ->
 
 
 def _write(state: dict[str, Tensor], settings: Any, folder: Path) -> None:
-    plain = {f"base_model.model.{k}": v.detach().to("cpu", torch.float32).contiguous() for k, v in state.items()}
-    save_file(plain, str(folder / WEIGHTS), metadata={"format": "pt"})
+    tensors = {f"base_model.model.{k}": v.detach().to("cpu", torch.float32).contiguous() for k, v in state.items()}
+    save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
     settings.save_pretrained(str(folder))

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 
 from xfusion.backbone import Backbone
 from xfusion.data.sequence import XFusionError
-from xfusion.fusion.base import Call, Pass, by_path, of_paths
+from xfusion.fusion.base import Call, Pass, module_from_parts, parts_from_module
 from xfusion.fusion.connectors.resampler import Resampler
 from xfusion.fusion.modality_experts import Routed
-from xfusion.fusion.outside import Outside, token_places
+from xfusion.fusion.outside import Outside, token_positions
 from xfusion.layers import (
     Delta,
     KeysValues,
@@ -55,8 +55,8 @@ class GatedHeads(Delta):
 
     def forward(self, frozen: nn.Module, x: Tensor) -> Tensor:  # type: ignore[override]
         """``[B, n, H K]`` -> ``[B, n, D]``."""
-        opened = (x.unflatten(-1, (len(self.gate), -1)) * self.gate.tanh()[:, None].to(x.dtype)).flatten(-2)
-        return frozen(opened) - frozen(torch.zeros_like(x))
+        gated = (x.unflatten(-1, (len(self.gate), -1)) * self.gate.tanh()[:, None].to(x.dtype)).flatten(-2)
+        return frozen(gated) - frozen(torch.zeros_like(x))
 
 
 class Prompted(Delta):
@@ -65,41 +65,41 @@ class Prompted(Delta):
     ``gated`` is that attention with gated heads, assembled beforehand because compiled code cannot copy modules.
     """
 
-    def __init__(self, gated: nn.Module, kv: KeysValues, reads: Tensor, attention: str):
+    def __init__(self, gated: nn.Module, kv: KeysValues, media_mask: Tensor, attention: str):
         super().__init__()
-        self.gated, self.kv, self.reads, self.attention = gated, kv, reads, attention
+        self.gated, self.kv, self.media_mask, self.attention = gated, kv, media_mask, attention
 
     def forward(self, frozen: nn.Module, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """The attention's output tuple, whose first element is states ``[B, n, D]``."""
-        out, *rest = frozen(*args, **kwargs)
+        output, *other_outputs = frozen(*args, **kwargs)
         x = args[0] if args else kwargs["hidden_states"]
-        tables = kwargs.get("position_embeddings")
-        call: Call = {} if tables is None else {"position_embeddings": tables}
-        return (self.added(x, call, out), *rest)
+        rotary_tables = kwargs.get("position_embeddings")
+        call: Call = {} if rotary_tables is None else {"position_embeddings": rotary_tables}
+        return (self.add_prompt_output(x, call, output), *other_outputs)
 
-    def added(self, x: Tensor, call: Call, out: Tensor) -> Tensor:
+    def add_prompt_output(self, x: Tensor, call: Call, output: Tensor) -> Tensor:
         """The frozen attention's output plus what its queries read from prompts, ``[B, n, D]``."""
-        sees = self.reads.any(-1, keepdim=True)
+        has_keys = self.media_mask.any(-1, keepdim=True)
         # A softmax needs a key: a token that reads nothing gets an open mask, and its result is discarded.
-        mask = attention_mask(self.reads | ~sees, self.attention, x.dtype)
+        mask = attention_mask(self.media_mask | ~has_keys, self.attention, x.dtype)
         k, v = (t.to(x.dtype) for t in self.kv)
-        read, _ = run_rows(self.gated, x, call, mask, [(k, v)], [], splice_own=False)
-        return torch.where(sees, out + read, out)
+        prompt_output, _ = run_rows(self.gated, x, call, mask, [(k, v)], [], splice_own=False)
+        return torch.where(has_keys, output + prompt_output, output)
 
 
 class PromptedByWord(Prompted):
     """The same for one token at a time, each over the rows that it reads: the reference path."""
 
-    def added(self, x: Tensor, call: Call, out: Tensor) -> Tensor:
+    def add_prompt_output(self, x: Tensor, call: Call, output: Tensor) -> Tensor:
         """The frozen attention's output plus what its queries read from prompts, ``[B, n, D]``."""
-        out = out.clone()
-        for b, i in self.reads.any(-1).nonzero().tolist():
-            mine = self.reads[b, i]
-            k, v = (t[b : b + 1, :, mine].to(x.dtype).expand(len(x), -1, -1, -1) for t in self.kv)
-            every = torch.ones(*x.shape[:2], k.shape[2], dtype=torch.bool, device=x.device)
-            mask = attention_mask(every, self.attention, x.dtype)
-            out[b, i] += run_rows(self.gated, x, call, mask, [(k, v)], [], splice_own=False)[0][b, i]
-        return out
+        output = output.clone()
+        for b, i in self.media_mask.any(-1).nonzero().tolist():
+            key_mask = self.media_mask[b, i]
+            k, v = (t[b : b + 1, :, key_mask].to(x.dtype).expand(len(x), -1, -1, -1) for t in self.kv)
+            full_mask = torch.ones(*x.shape[:2], k.shape[2], dtype=torch.bool, device=x.device)
+            mask = attention_mask(full_mask, self.attention, x.dtype)
+            output[b, i] += run_rows(self.gated, x, call, mask, [(k, v)], [], splice_own=False)[0][b, i]
+        return output
 
 
 class Affine(Delta):
@@ -121,7 +121,7 @@ class Prompt(nn.Module):
         super().__init__()
         self.rows = nn.Parameter(torch.randn(rows, width)) if rows else None
         self.gate = nn.Parameter(gates)
-        self.tuned = of_paths(tuned)
+        self.tuned = module_from_parts(tuned)
 
 
 class AdaptionPrompt(Outside):
@@ -150,10 +150,12 @@ class AdaptionPrompt(Outside):
             Raises:
                 XFusionError: the number of rows from the connector does not fit the prompt.
             """
-            made = 0 if self.connector is None else self.connector.latents
-            if self.prompts < 1 or made not in ((1, self.prompts) if self.picture == "added" else (self.prompts,)):
+            connector_rows = 0 if self.connector is None else self.connector.latents
+            if self.prompts < 1 or connector_rows not in (
+                (1, self.prompts) if self.picture == "added" else (self.prompts,)
+            ):
                 raise XFusionError(
-                    f"adaption prompt: the connector makes {made} rows of a picture for prompts of {self.prompts}: take"
+                    f"adaption prompt: the connector makes {connector_rows} rows of a picture for prompts of {self.prompts}: take"
                     " as many" + (", or 1" if self.picture == "added" else "")
                 )
             return AdaptionPrompt(self)
@@ -168,7 +170,7 @@ class AdaptionPrompt(Outside):
         """peft, for the first version."""
         return () if self.config.affine or self.config.picture != "added" else ("peft",)
 
-    def connected(self, x: Tensor, present: Tensor) -> Tensor:
+    def connect(self, x: Tensor, present: Tensor) -> Tensor:
         """Media ``[N, P, D]`` and which tokens exist, bool ``[N, P]`` -> prompt rows of a picture ``[N, M, D]``."""
         return self.connector(x, present).expand(-1, self.config.prompts, -1)
 
@@ -183,56 +185,64 @@ class AdaptionPrompt(Outside):
     def make(self, index: int, backbone: Backbone) -> Prompt:
         """The prompt of a layer, with its tuned parts by path."""
         config, layer = self.config, backbone.layers[index]
-        learned = config.picture == "added" or index not in config.placed(backbone.num_layers)[: config.early]
+        has_learned_rows = config.picture == "added" or index not in config.placed(backbone.num_layers)[: config.early]
         tuned: dict[str, nn.Module] = {}
         if config.affine:
-            copied = backbone.copy_layer(index, self.block_config)
+            layer_copy = backbone.copy_layer(index, self.block_config)
             for path in linear_paths(layer):
                 tuned[path] = Affine(linear_shape(layer.get_submodule(path))[1])
             for piece in layer_pieces(layer)["norm"]:
-                tuned[piece.path] = copied.get_submodule(piece.path)
+                tuned[piece.path] = layer_copy.get_submodule(piece.path)
         gates = torch.full((backbone.config.num_attention_heads,), config.gate)
-        return Prompt(config.prompts if learned else 0, backbone.hidden_size, gates, tuned).to(backbone.device)
+        return Prompt(config.prompts if has_learned_rows else 0, backbone.hidden_size, gates, tuned).to(backbone.device)
 
-    def _tuned(self, index: int, frozen: nn.Module, acts: Tensor) -> nn.Module:
-        """The frozen layer with its tuned parts, active at the rows ``acts``, bool ``[B, n]``."""
+    def _tuned_layer(self, index: int, frozen: nn.Module, row_mask: Tensor) -> nn.Module:
+        """The frozen layer with its tuned parts, active at the rows ``row_mask``, bool ``[B, n]``."""
         tuned: Any = self.blocks[str(index)].tuned
         if not len(tuned):
             return frozen
-        return assembled(frozen, {path: Routed(part, acts) for path, part in by_path(tuned).items()})
+        return assembled(frozen, {path: Routed(part, row_mask) for path, part in parts_from_module(tuned).items()})
 
     def _prompts(self, index: int, frozen: nn.Module, states: dict[str, Tensor], call: Call, run: Pass) -> KeysValues:
         """Keys and values of the prompts of this pass's pictures, from the frozen attention, at the pictures' positions."""
         assert run.media is not None
         prompt: Any = self.blocks[str(index)]
-        learned, x = prompt.rows, states[run.media]
-        if learned is not None:
-            rows = learned[token_places(run.media_rows[run.media]).clamp(0, self.num_rows - 1)].to(x.dtype)
+        learned_rows, x = prompt.rows, states[run.media]
+        if learned_rows is not None:
+            rows = learned_rows[token_positions(run.media_rows[run.media]).clamp(0, self.num_rows - 1)].to(x.dtype)
             x = rows + x if self.config.picture == "added" else rows
-        tables = run.calls(call)[run.media].get("position_embeddings")
+        rotary_tables = run.calls(call)[run.media].get("position_embeddings")
         # A cosine of 1 and a sine of 0 disable the rotary embedding: prompts have no position.
-        still = (
-            {} if tables is None else {"position_embeddings": (torch.ones_like(tables[0]), torch.zeros_like(tables[1]))}
+        identity_rotary = (
+            {}
+            if rotary_tables is None
+            else {"position_embeddings": (torch.ones_like(rotary_tables[0]), torch.zeros_like(rotary_tables[1]))}
         )
-        return keys_values(frozen.get_submodule(attention_path(frozen)), x, still)
+        return keys_values(frozen.get_submodule(attention_path(frozen)), x, identity_rotary)
 
     def _block(
-        self, index: int, frozen: nn.Module, kv: KeysValues, reads: Tensor, kind: type[Prompted], run: Pass
+        self,
+        index: int,
+        frozen: nn.Module,
+        kv: KeysValues,
+        media_mask: Tensor,
+        prompted_class: type[Prompted],
+        run: Pass,
     ) -> Any:
         """The layer of this pass: its attention reads prompts, and its tuned parts act on text that sees a picture."""
         prompt: Any = self.blocks[str(index)]
-        tuned = self._tuned(index, frozen, reads.any(-1))
-        place = attention_path(frozen)
-        gated = assembled(tuned.get_submodule(place), {self.outputs[index]: GatedHeads(prompt.gate)})
-        return assembled(tuned, {place: kind(gated, kv, reads, run.attention)})
+        tuned_layer = self._tuned_layer(index, frozen, media_mask.any(-1))
+        attention_name = attention_path(frozen)
+        gated = assembled(tuned_layer.get_submodule(attention_name), {self.outputs[index]: GatedHeads(prompt.gate)})
+        return assembled(tuned_layer, {attention_name: prompted_class(gated, kv, media_mask, run.attention)})
 
     def layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
         """Only text passes through the frozen layer, whose attention also reads prompts; media rows stay unchanged."""
         states, block = self.with_rows(index, run), frozen
         if str(index) in self.blocks:
-            made = self._prompts(index, frozen, states, call, run) if run.media else None
-            kv = run.all_keys_values(1, index, made)
-            if kv is not None and "text" in states and run.given is None:
+            new_kv = self._prompts(index, frozen, states, call, run) if run.media else None
+            kv = run.all_keys_values(1, index, new_kv)
+            if kv is not None and "text" in states and run.cached_text is None:
                 block = self._block(index, frozen, kv, self.reads(run), Prompted, run)
         return states | self.words_alone(0, index, block, call, run)
 
@@ -242,12 +252,12 @@ class AdaptionPrompt(Outside):
         if "text" not in states:
             return states
         if str(index) in self.blocks and run.media:
-            reads = torch.zeros_like(run.seen("text", of="media"))
-            for b in range(reads.shape[0]):
-                for i in range(reads.shape[1]):
-                    reads[b, i, self._read(run, b, i)] = True
+            media_mask = torch.zeros_like(run.seen("text", of="media"))
+            for b in range(media_mask.shape[0]):
+                for i in range(media_mask.shape[1]):
+                    media_mask[b, i, self._media_columns(run, b, i)] = True
             kv = self._prompts(index, frozen, states, call, run)
-            block = self._block(index, frozen, kv, reads, PromptedByWord, run)
+            block = self._block(index, frozen, kv, media_mask, PromptedByWord, run)
         mask = run.mask("text", self.windows[index], of="text")
         return states | {"text": run_rows(block, states["text"], run.calls(call)["text"], mask, [], [])[0]}
 
@@ -255,4 +265,4 @@ class AdaptionPrompt(Outside):
         """A text-only layer: there is no prompt, and the tuned parts leave text unchanged."""
         if str(index) not in self.blocks:
             return frozen(x, **call)
-        return self._tuned(index, frozen, torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device))(x, **call)
+        return self._tuned_layer(index, frozen, torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device))(x, **call)

@@ -48,7 +48,7 @@ class Pass:
     """Keys and values of earlier positions."""
     update: bool = False
     """Whether this pass appends its own keys and values to the cache."""
-    given: dict[int, Tensor] | None = None
+    cached_text: dict[int, Tensor] | None = None
     """Text states by layer, if they were computed before: text rows are then not recomputed."""
     text_reads_media: bool = True
     """Whether any text position of this pass comes after a media item."""
@@ -62,7 +62,7 @@ class Pass:
     """Whether the states after the decoder's last norm are needed."""
     layers: frozenset[int] | None = None
     """Layers at which anything is computed; None means all."""
-    kept: dict[str, Tensor] = field(default_factory=dict)
+    intermediates: dict[str, Tensor] = field(default_factory=dict)
     """States requested by objectives, by name (`Objective.needs`)."""
     _masks: dict[tuple[str, bool, int | None, str | None], Tensor] = field(default_factory=dict)
     _calls: dict[int, tuple[Any, dict[str, Call]]] = field(default_factory=dict)
@@ -70,11 +70,11 @@ class Pass:
 
     @property
     def slices(self) -> dict[str, slice]:
-        out, start = {}, 0
+        owner_slices, start = {}, 0
         for owner, table in self.rows.items():
-            out[owner] = slice(start, start + table.count)
+            owner_slices[owner] = slice(start, start + table.count)
             start += table.count
-        return out
+        return owner_slices
 
     @property
     def media(self) -> str | None:
@@ -85,31 +85,31 @@ class Pass:
         """Owner -> the per-position arguments of a layer call, sliced to the owner's rows, and ``""`` -> those of all rows;
         computed once per rotary table.
         """
-        table = call.get("position_embeddings")
-        if id(table) not in self._calls:
-            cut = {owner: slice_call(call, rows) for owner, rows in self.slices.items()}
-            self._calls[id(table)] = (table, cut | {"": slice_call(call, slice(None))})
-        return self._calls[id(table)][1]
+        rotary_table = call.get("position_embeddings")
+        if id(rotary_table) not in self._calls:
+            by_owner = {owner: slice_call(call, rows) for owner, rows in self.slices.items()}
+            self._calls[id(rotary_table)] = (rotary_table, by_owner | {"": slice_call(call, slice(None))})
+        return self._calls[id(rotary_table)][1]
 
-    def take_masks(self, other: Pass) -> None:
+    def share_masks(self, other: Pass) -> None:
         """Share the masks of a pass over the same positions with the same cached keys and values."""
         self._masks = other._masks
 
-    def once(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+    def cached_table(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
         """A table over this pass's positions that is the same at every layer, computed on first use."""
         if key not in self._tables:
             self._tables[key] = make()
         return self._tables[key]
 
     def inputs(self, index: int) -> dict[str, Tensor]:
-        """Input states of a layer, with given text states where text is not computed."""
-        return self.states if self.given is None else self.states | {"text": self.given[index]}
+        """Input states of a layer, with the cached text states where text is not computed."""
+        return self.states if self.cached_text is None else self.states | {"text": self.cached_text[index]}
 
     def reads_others(self, owner: str) -> bool:
         """Whether any position of an owner comes after positions of the others."""
         return self.text_reads_media if owner == "text" else self.media_reads_text
 
-    def cut(self, x: Tensor) -> dict[str, Tensor]:
+    def split_by_owner(self, x: Tensor) -> dict[str, Tensor]:
         """Split the states of all rows, ``[B, S, D]``, by owner."""
         return {owner: x[:, rows] for owner, rows in self.slices.items()}
 
@@ -121,20 +121,20 @@ class Pass:
         """The block for the rows of some owners, in this order: its branches are modulated by the noise level at media rows,
         if the port does so, and never at text rows.
         """
-        named = list(owners)
-        if self.modulation is None or self.media not in named:
+        owner_names = list(owners)
+        if self.modulation is None or self.media not in owner_names:
             return block
         shape = self.modulation.shape[2:]
         rows = [
             self.modulation if owner == self.media else self.modulation.new_zeros(*self.rows[owner].order.shape, *shape)
-            for owner in named
+            for owner in owner_names
         ]
         return modulated(block, torch.cat(rows, dim=1))
 
-    def mixes(self, owner: str) -> bool:
+    def has_rows_after_media(self, owner: str) -> bool:
         """Whether new modules act on any of an owner's rows; assumed True on meta tensors."""
-        acts = self.after_media(owner)
-        return acts.is_meta or bool(acts.any())
+        after_media = self.after_media(owner)
+        return after_media.is_meta or bool(after_media.any())
 
     def keys(self, of: Literal["text", "media"] | None = None) -> Rows:
         """Tables of the keys [cache | text | media ...]; ``of`` restricts them to text or media, cached ones included."""
@@ -154,28 +154,28 @@ class Pass:
         """A tower's cached keys and values at a layer, as a list of zero or one."""
         return [] if self.cache is None else self.cache.past(slot, layer)
 
-    def append(self, slot: int, layer: int, *new: KeysValues | None) -> None:
+    def append(self, slot: int, layer: int, *pairs: KeysValues | None) -> None:
         """Append keys and values of this pass, in the order of its rows, to a tower's cache, if the pass `appends` any."""
-        made = [kv for kv in new if kv is not None]
-        if self.cache is not None and self.update and made:
-            self.cache.append(slot, layer, made)
+        new_kv = [kv for kv in pairs if kv is not None]
+        if self.cache is not None and self.update and new_kv:
+            self.cache.append(slot, layer, new_kv)
 
-    def all_keys_values(self, slot: int, layer: int, new: KeysValues | None) -> KeysValues | None:
+    def all_keys_values(self, slot: int, layer: int, new_kv: KeysValues | None) -> KeysValues | None:
         """A tower's cached keys and values at a layer, followed by this pass's, which are cached if the pass `appends`.
 
         Args:
             slot: the tower's cache slot.
             layer: index of the layer.
-            new: this pass's keys and values, or None if there are none.
+            new_kv: this pass's keys and values, or None if there are none.
 
         Returns:
             ``[B, H, k, K]`` each; None if there are neither cached nor new ones.
         """
-        parts = self.past(slot, layer) + ([] if new is None else [new])
-        self.append(slot, layer, new)
-        if not parts:
+        pairs = self.past(slot, layer) + ([] if new_kv is None else [new_kv])
+        self.append(slot, layer, new_kv)
+        if not pairs:
             return None
-        k, v = (torch.cat(some, dim=2) for some in zip(*parts, strict=True))
+        k, v = (torch.cat(tensors, dim=2) for tensors in zip(*pairs, strict=True))
         return k, v
 
     def seen(self, owner: str, of: Literal["text", "media"] | None = None) -> Tensor:
@@ -201,47 +201,47 @@ class Pass:
         return self._masks[key]
 
 
-def of_paths(parts: Mapping[str, nn.Module]) -> nn.ModuleDict:
+def module_from_parts(parts: Mapping[str, nn.Module]) -> nn.ModuleDict:
     """Parts of a layer, by their paths in it, as one module; keys of a ``ModuleDict`` cannot contain dots."""
     return nn.ModuleDict({path.replace(".", "/"): part for path, part in parts.items()})
 
 
-def by_path(parts: nn.ModuleDict) -> dict[str, nn.Module]:
-    """The inverse of `of_paths`."""
+def parts_from_module(parts: nn.ModuleDict) -> dict[str, nn.Module]:
+    """The inverse of `module_from_parts`."""
     return {name.replace("/", "."): part for name, part in parts.items()}
 
 
 def tower_rows(
     layer: nn.Module,
-    own: Tensor,
-    own_call: Call,
+    query_states: Tensor,
+    query_call: Call,
     other_layer: nn.Module,
-    other: Tensor | None,
+    other_states: Tensor | None,
     other_call: Call,
     past: list[KeysValues],
     mask: Tensor,
-    own_first: bool,
-    keep: bool,
+    query_first: bool,
+    return_keys_values: bool,
 ) -> tuple[Tensor, list[KeysValues]]:
-    """One block at one layer: new states of some rows, and, if ``keep``, the keys and values of all rows in order.
+    """One block at one layer: new states of some rows, and, if ``return_keys_values``, the keys and values of all rows in order.
 
     Unused outputs are not returned: once compiled, they would still get gradients (zeros, allocated and added).
 
     Args:
         layer: the block for the rows that are computed.
-        own: their states, ``[B, n, D]``.
+        query_states: their states, ``[B, n, D]``.
         other_layer: the block for the rows that are only read.
-        other: their states, or None.
+        other_states: their states, or None.
         past: the block's cached keys and values (zero or one).
-        mask: attention mask of the own queries over [past | text | media].
-        own_first: whether the own rows come before the others along the keys (true for text).
-        keep: whether the pass `appends` keys and values.
+        mask: attention mask of these queries over [past | text | media].
+        query_first: whether these rows come before the others along the keys (true for text).
+        return_keys_values: whether the pass `appends` keys and values.
     """
-    others = [] if other is None else [keys_values(other_layer, other, other_call)]
-    before, after = (past, others) if own_first else (past + others, [])
-    h, kv = run_rows(layer, own, own_call, mask, before, after)
-    made = [kv, *others] if own_first else [*others, kv]
-    return h, made if keep else []
+    other_kv = [] if other_states is None else [keys_values(other_layer, other_states, other_call)]
+    keys_before, keys_after = (past, other_kv) if query_first else (past + other_kv, [])
+    output, query_kv = run_rows(layer, query_states, query_call, mask, keys_before, keys_after)
+    new_kv = [query_kv, *other_kv] if query_first else [*other_kv, query_kv]
+    return output, new_kv if return_keys_values else []
 
 
 @cache
@@ -322,7 +322,7 @@ class Fusion(nn.Module):
         """Create the new modules for a base, by `make` at every placed layer. The base itself is not modified."""
         self.windows = [backbone.window(i) for i in range(backbone.num_layers)]
         self.block_config = self.make_config(backbone)
-        self._standing: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+        self._assembled_blocks: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
         self.blocks = nn.ModuleDict(
             {str(index): self.make(index, backbone) for index in self.config.placed(backbone.num_layers)}
         )
@@ -339,7 +339,7 @@ class Fusion(nn.Module):
 
     def make(self, index: int, backbone: Backbone) -> nn.Module:
         """The new modules of a layer: a decoder layer (by default a trainable copy of the frozen one), or parts of one
-        (`of_paths`) that replace those of the frozen layer.
+        (`module_from_parts`) that replace those of the frozen layer.
         """
         return backbone.copy_layer(index, self.block_config)
 
@@ -369,7 +369,7 @@ class Fusion(nn.Module):
 
     @property
     def state_layers(self) -> tuple[int, ...]:
-        """Layers at which media rows are computed. Given text states are needed only at these. By default the layers with new
+        """Layers at which media rows are computed. Cached text states are needed only at these. By default the layers with new
         modules; a mechanism that sends media through frozen layers returns all layers.
         """
         return tuple(int(index) for index in self.blocks)
@@ -390,9 +390,9 @@ class Fusion(nn.Module):
         block = self.blocks[str(index)] if str(index) in self.blocks else None  # noqa: SIM401 (a ModuleDict has no get)
         if not isinstance(block, nn.ModuleDict):
             return block
-        if frozen not in self._standing:
-            self._standing[frozen] = assembled(frozen, by_path(block))
-        return self._standing[frozen]
+        if frozen not in self._assembled_blocks:
+            self._assembled_blocks[frozen] = assembled(frozen, parts_from_module(block))
+        return self._assembled_blocks[frozen]
 
     def media_block(self, index: int, frozen: nn.Module) -> Any:
         """The block for media at a layer, if text goes through the frozen layer alone; None if media pass unchanged. A
@@ -449,8 +449,8 @@ class Fusion(nn.Module):
         slot (a decoder layer, unless a mechanism overrides this) still computes its keys and values.
         """
         if self.num_towers > 1 and (block := self.block(index, frozen)) is not None:
-            own = x.to(next(self.blocks[str(index)].parameters()).dtype)
-            keys_values(block, own, slice_call(call, slice(None)))
+            tower_states = x.to(next(self.blocks[str(index)].parameters()).dtype)
+            keys_values(block, tower_states, slice_call(call, slice(None)))
         return frozen(x, **call)
 
     def tower(
@@ -470,7 +470,7 @@ class Fusion(nn.Module):
             slot: the block's cache slot; slot 0 is the frozen decoder's.
             index: index of the layer.
             block: any decoder layer.
-            owners: whose rows are computed. Given text is never computed.
+            owners: whose rows are computed. Cached text is never computed.
             call: the arguments that the decoder passes to the layer.
             run: the pass.
             by_noise: the noise level modulates the block at media rows (`Pass.by_noise`).
@@ -479,40 +479,52 @@ class Fusion(nn.Module):
             Owner -> new states ``[B, n, D]``.
         """
 
-        def of(*owners: str) -> Any:
+        def block_for(*owners: str) -> Any:
             return run.by_noise(block, owners) if by_noise else block
 
-        wanted = set(owners)
-        own = [o for o in run.states if o in wanted and not (o == "text" and run.given is not None)]
+        owner_set = set(owners)
+        computed_owners = [
+            o for o in run.states if o in owner_set and not (o == "text" and run.cached_text is not None)
+        ]
         calls, window, past = run.calls(call), self.windows[index], run.past(slot, index)
-        work = compiled(tower_rows) if run.compiled else tower_rows
-        if not own:
+        compute_rows = compiled(tower_rows) if run.compiled else tower_rows
+        if not computed_owners:
             if run.appends:
-                run.append(slot, index, *(keys_values(of(o), x, calls[o]) for o, x in run.states.items()))
+                run.append(slot, index, *(keys_values(block_for(o), x, calls[o]) for o, x in run.states.items()))
             return {}
         states = run.inputs(index)
-        if len(own) == len(states):
+        if len(computed_owners) == len(states):
             x = torch.cat(list(states.values()), dim=1)
-            mask, layer = run.mask("" if len(own) > 1 else own[0], window), of(*states)
-            h, made = work(layer, x, calls[""], layer, None, {}, past, mask, True, run.appends)
-            run.append(slot, index, *made)
-            return run.cut(h)
+            mask, layer = run.mask("" if len(computed_owners) > 1 else computed_owners[0], window), block_for(*states)
+            output, new_kv = compute_rows(layer, x, calls[""], layer, None, {}, past, mask, True, run.appends)
+            run.append(slot, index, *new_kv)
+            return run.split_by_owner(output)
         if len(states) > 2 or "text" not in states:  # media of several modalities
-            made = keys_values(block, torch.cat(list(states.values()), dim=1), calls[""])
-            run.append(slot, index, made)
+            new_kv = keys_values(block, torch.cat(list(states.values()), dim=1), calls[""])
+            run.append(slot, index, new_kv)
             return {
-                o: run_rows(block, states[o], calls[o], run.mask(o, window), [*past, made], [], splice_own=False)[0]
-                for o in own
+                o: run_rows(block, states[o], calls[o], run.mask(o, window), [*past, new_kv], [], splice_own=False)[0]
+                for o in computed_owners
             }
-        (name,) = own
+        (name,) = computed_owners
         other = next(o for o in states if o != name)
-        read = run.appends or run.reads_others(name)
-        others = (states[other], calls[other]) if read else (None, {})
-        first = name == "text"
-        mask = run.mask(name, window, others=read)
-        h, made = work(of(name), states[name], calls[name], of(other), *others, past, mask, first, run.appends)
-        run.append(slot, index, *made)
-        return {name: h}
+        reads_other = run.appends or run.reads_others(name)
+        other_arguments = (states[other], calls[other]) if reads_other else (None, {})
+        query_first = name == "text"
+        mask = run.mask(name, window, others=reads_other)
+        output, new_kv = compute_rows(
+            block_for(name),
+            states[name],
+            calls[name],
+            block_for(other),
+            *other_arguments,
+            past,
+            mask,
+            query_first,
+            run.appends,
+        )
+        run.append(slot, index, *new_kv)
+        return {name: output}
 
     def words_alone(
         self, slot: int, index: int, block: nn.Module, call: Call, run: Pass, x: Tensor | None = None
@@ -532,18 +544,19 @@ class Fusion(nn.Module):
         """
         if "text" not in run.states:
             return {}
-        own = run.calls(call)["text"]
-        if run.given is not None and not run.appends:  # not recomputed, and available only at the layers that read it
+        text_call = run.calls(call)["text"]
+        if run.cached_text is not None and not run.appends:
+            # Cached text is not recomputed, and is available only at the layers that read it.
             return {}
         x = run.inputs(index)["text"] if x is None else x
-        if run.given is not None:
-            run.append(slot, index, keys_values(block, x, own))
+        if run.cached_text is not None:
+            run.append(slot, index, keys_values(block, x, text_call))
             return {}
-        past, work = run.past(slot, index), compiled(tower_rows) if run.compiled else tower_rows
+        past, compute_rows = run.past(slot, index), compiled(tower_rows) if run.compiled else tower_rows
         mask = run.mask("text", self.windows[index], of="text")
-        h, made = work(block, x, own, block, None, {}, past, mask, True, run.appends)
-        run.append(slot, index, *made)
-        return {"text": h}
+        output, new_kv = compute_rows(block, x, text_call, block, None, {}, past, mask, True, run.appends)
+        run.append(slot, index, *new_kv)
+        return {"text": output}
 
     def whole(
         self, index: int, block: nn.Module, call: Call, run: Pass, *, by_noise: bool = False
@@ -551,7 +564,7 @@ class Fusion(nn.Module):
         """A whole block over the whole sequence, by owner: the building block of reference paths."""
         x = torch.cat(list(run.states.values()), dim=1)
         block = run.by_noise(block, run.states) if by_noise else block
-        return run.cut(run_rows(block, x, run.calls(call)[""], run.mask("", self.windows[index]), [], [])[0])
+        return run.split_by_owner(run_rows(block, x, run.calls(call)[""], run.mask("", self.windows[index]), [], [])[0])
 
 
 class WithoutBlocks(Fusion):
@@ -566,7 +579,7 @@ class WithoutBlocks(Fusion):
             del num_layers
             yield from ()
 
-        def refuse_places(self, name: str) -> None:
+        def reject_block_placement(self, name: str) -> None:
             """Reject settings that would place blocks.
 
             Args:

@@ -30,7 +30,7 @@ class Beside(WithoutBlocks):
 
         def build(self) -> Beside:
             """The fusion, not yet installed."""
-            self.refuse_places("beside")
+            self.reject_block_placement("beside")
             return Beside(self)
 
     @property
@@ -39,7 +39,7 @@ class Beside(WithoutBlocks):
         return (0,)
 
     def layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
-        """Run the frozen layer on text, unless text is given: then it is not needed."""
+        """Run the frozen layer on text, unless its states are cached: then it is not needed."""
         return run.states | self.words_alone(0, index, frozen, call, run)
 
     def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:

@@ -29,42 +29,44 @@ from xfusion.layers import KeysValues, run_rows
 class Attention(nn.Module):
     """Multi-head cross-attention to other rows, or self-attention."""
 
-    def __init__(self, width: int, other: int, heads: int):
+    def __init__(self, width: int, context_width: int, heads: int):
         super().__init__()
         self.heads = heads
         self.query = nn.Linear(width, width, bias=False)
-        self.key, self.value = (nn.Linear(other, width, bias=False) for _ in range(2))
+        self.key, self.value = (nn.Linear(context_width, width, bias=False) for _ in range(2))
         self.out = nn.Linear(width, width)
 
     def keys_values(self, rows: Tensor) -> KeysValues:
         """``[B, k, ...]`` -> keys and values ``[B, H, k, W / H]``."""
-        k, v = (p(rows).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.key, self.value))
+        k, v = (
+            projection(rows).unflatten(-1, (self.heads, -1)).transpose(1, 2) for projection in (self.key, self.value)
+        )
         return k, v
 
-    def forward(self, x: Tensor, kv: KeysValues, reads: Tensor) -> Tensor:
+    def forward(self, x: Tensor, kv: KeysValues, mask: Tensor) -> Tensor:
         """Rows ``[B, n, W]``, keys and values, bool mask ``[B, n, k]``; the output is 0 for a row that reads nothing."""
-        sees = reads.any(-1, keepdim=True)
+        has_keys = mask.any(-1, keepdim=True)
         q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k, v = (t.to(q.dtype) for t in kv)
-        found = functional.scaled_dot_product_attention(q, k, v, attn_mask=(reads | ~sees)[:, None])
-        return torch.where(sees, self.out(found.transpose(1, 2).flatten(2)), 0)
+        output = functional.scaled_dot_product_attention(q, k, v, attn_mask=(mask | ~has_keys)[:, None])
+        return torch.where(has_keys, self.out(output.transpose(1, 2).flatten(2)), 0)
 
 
 class Block(nn.Module):
     """Tokens of a picture read each other, then the text."""
 
-    def __init__(self, width: int, words: int, heads: int):
+    def __init__(self, width: int, text_width: int, heads: int):
         super().__init__()
         self.norm, self.words_norm, self.mlp_norm = (nn.LayerNorm(width) for _ in range(3))
-        self.own, self.cross = Attention(width, width, heads), Attention(width, words, heads)
+        self.own, self.cross = Attention(width, width, heads), Attention(width, text_width, heads)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor, alike: Tensor, words: KeysValues | None, reads: Tensor) -> Tensor:
+    def forward(self, x: Tensor, same_item: Tensor, text_kv: KeysValues | None, text_mask: Tensor) -> Tensor:
         """Tokens ``[B, n, W]``, same-picture mask ``[B, n, n]``, the text's keys and values, and the mask for reading them."""
         h = self.norm(x)
-        x = x + self.own(h, self.own.keys_values(h), alike)
-        if words is not None:
-            x = x + self.cross(self.words_norm(x), words, reads)
+        x = x + self.own(h, self.own.keys_values(h), same_item)
+        if text_kv is not None:
+            x = x + self.cross(self.words_norm(x), text_kv, text_mask)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -99,7 +101,7 @@ class Conditioned(WithoutBlocks):
                     f"conditioned: width {self.width}, depth {self.depth}, {self.heads} heads: take positive sizes, and a"
                     " width that the heads divide"
                 )
-            self.refuse_places("conditioned")
+            self.reject_block_placement("conditioned")
             return Conditioned(self)
 
     def install(self, backbone: Backbone) -> None:
@@ -120,35 +122,35 @@ class Conditioned(WithoutBlocks):
         states = run.states | self.words_alone(0, index, frozen, call, run)
         if index != self.state_layers[0]:
             return states
-        words = (
+        text_states = (
             self.words_norm(run.inputs(index)["text"].to(self.words_norm.weight.dtype))
             if "text" in run.states
             else None
         )
-        parts = self._read(run, words)
+        new_kv = self._text_keys_values(run, text_states)
         if not run.media:
             return states
-        media, reads = run.media_rows[run.media], run.seen(run.media, of="text")
-        alike = (media.item[:, :, None] == media.item[:, None, :]) & (media.item >= 0)[:, None, :]
+        media, text_mask = run.media_rows[run.media], run.seen(run.media, of="text")
+        same_item = (media.item[:, :, None] == media.item[:, None, :]) & (media.item >= 0)[:, None, :]
         x = self.into(states[run.media].to(self.into.weight.dtype))
-        *blocks, pooled = parts
+        *blocks, pooled = new_kv
         if pooled is not None:
-            share = reads.to(x.dtype) / reads.sum(-1, keepdim=True).clamp(min=1)
-            x = x + share @ pooled[1][:, 0].to(x.dtype)
+            pooling_weights = text_mask.to(x.dtype) / text_mask.sum(-1, keepdim=True).clamp(min=1)
+            x = x + pooling_weights @ pooled[1][:, 0].to(x.dtype)
         for block, kv in zip(self.denoiser, blocks, strict=True):
-            x = block(x, alike, kv, reads)
-        made = self.out(x).to(states[run.media].dtype)
+            x = block(x, same_item, kv, text_mask)
+        denoised = self.out(x).to(states[run.media].dtype)
         # [BOI] is not part of a picture; it is the same at every noise level.
-        return states | {run.media: torch.where((media.item >= 0)[..., None], made, states[run.media])}
+        return states | {run.media: torch.where((media.item >= 0)[..., None], denoised, states[run.media])}
 
-    def _read(self, run: Pass, words: Tensor | None) -> list[KeysValues | None]:
+    def _text_keys_values(self, run: Pass, text_states: Tensor | None) -> list[KeysValues | None]:
         """Keys and values of all text for each block, cached ones first; last, each token's share of the pooled vector."""
-        made: list[KeysValues | None] = [None] * (self.config.depth + 1)
-        if words is not None:
+        new_kv: list[KeysValues | None] = [None] * (self.config.depth + 1)
+        if text_states is not None:
             blocks: Any = self.denoiser
-            pooled = self.pooled(words)[:, None]
-            made = [*(block.cross.keys_values(words) for block in blocks), (pooled, pooled)]
-        return [run.all_keys_values(1, number, new) for number, new in enumerate(made)]
+            pooled = self.pooled(text_states)[:, None]
+            new_kv = [*(block.cross.keys_values(text_states) for block in blocks), (pooled, pooled)]
+        return [run.all_keys_values(1, number, block_kv) for number, block_kv in enumerate(new_kv)]
 
     def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
         """Each picture by itself with the text before it."""
@@ -159,24 +161,34 @@ class Conditioned(WithoutBlocks):
         if index != self.state_layers[0] or not run.media:
             return states
         media, x = run.media_rows[run.media], states[run.media].clone()
-        before, text = media.rows, run.rows.get("text")
+        media_table, text_table = media.rows, run.rows.get("text")
         for item in range(len(media.noised)):
             row, columns = torch.nonzero(media.item == item, as_tuple=True)
             if not len(row):
                 continue
             b = int(row[0])
-            words: list[int] = []
-            if text is not None:
-                first, sample = int(before.order[b, columns].min()), int(before.sample[b, columns[0]])
-                tables = zip(text.order[b].tolist(), text.sample[b].tolist(), strict=True)
-                words = [j for j, (order, own) in enumerate(tables) if 0 <= order < first and own == sample]
+            text_columns: list[int] = []
+            if text_table is not None:
+                first_order, sample = int(media_table.order[b, columns].min()), int(media_table.sample[b, columns[0]])
+                tables = zip(text_table.order[b].tolist(), text_table.sample[b].tolist(), strict=True)
+                text_columns = [
+                    j
+                    for j, (order, token_sample) in enumerate(tables)
+                    if 0 <= order < first_order and token_sample == sample
+                ]
             tokens = self.into(run.states[run.media][b, columns][None].to(self.into.weight.dtype))
-            everyone = torch.ones(1, len(columns), len(columns), dtype=torch.bool, device=tokens.device)
-            c = self.words_norm(run.states["text"][b, words][None].to(self.words_norm.weight.dtype)) if words else None
-            if c is not None:
-                tokens = tokens + self.pooled(c).mean(1, keepdim=True)
-            reads = torch.ones(1, len(columns), len(words), dtype=torch.bool, device=tokens.device)
+            full_mask = torch.ones(1, len(columns), len(columns), dtype=torch.bool, device=tokens.device)
+            text_states = (
+                self.words_norm(run.states["text"][b, text_columns][None].to(self.words_norm.weight.dtype))
+                if text_columns
+                else None
+            )
+            if text_states is not None:
+                tokens = tokens + self.pooled(text_states).mean(1, keepdim=True)
+            text_mask = torch.ones(1, len(columns), len(text_columns), dtype=torch.bool, device=tokens.device)
             for block in self.denoiser:
-                tokens = block(tokens, everyone, None if c is None else block.cross.keys_values(c), reads)  # type: ignore[operator]
+                cross: Any = block.cross
+                keys_values = None if text_states is None else cross.keys_values(text_states)
+                tokens = block(tokens, full_mask, keys_values, text_mask)
             x[b, columns] = self.out(tokens)[0].to(x.dtype)
         return states | {run.media: x}

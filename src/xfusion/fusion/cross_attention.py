@@ -59,18 +59,18 @@ class GatedCrossAttention(nn.Module):
     def __init__(self, config: CrossAttention.Config, width: int):
         super().__init__()
         heads, mlp = config.heads, 4 * width if config.mlp is None else config.mlp
-        keys = heads if config.key_heads is None else config.key_heads
-        if min(heads, keys, config.head_width, mlp) < 1 or heads % keys:
+        key_heads = heads if config.key_heads is None else config.key_heads
+        if min(heads, key_heads, config.head_width, mlp) < 1 or heads % key_heads:
             raise XFusionError(
-                f"cross-attention: {heads} heads of {config.head_width}, {keys} for keys, MLP {mlp}: take positive sizes,"
+                f"cross-attention: {heads} heads of {config.head_width}, {key_heads} for keys, MLP {mlp}: take positive sizes,"
                 " and a number of heads that the key heads divide"
             )
         norm = nn.LayerNorm if config.norm == "layer" else lambda size: nn.RMSNorm(size, eps=1e-6)
-        self.heads, self.key_heads, self.text_only = heads, keys, config.text_only
+        self.heads, self.key_heads, self.text_only = heads, key_heads, config.text_only
         self.norm, self.mlp_norm = norm(width), norm(width)
         self.media_norm = norm(width) if config.media_norm else nn.Identity()
         self.query = nn.Linear(width, heads * config.head_width, bias=False)
-        self.key, self.value = (nn.Linear(width, keys * config.head_width, bias=False) for _ in range(2))
+        self.key, self.value = (nn.Linear(width, key_heads * config.head_width, bias=False) for _ in range(2))
         self.out = nn.Linear(heads * config.head_width, width, bias=False)
         self.query_norm, self.key_norm = (
             norm(config.head_width) if config.head_norm else nn.Identity() for _ in range(2)
@@ -88,34 +88,37 @@ class GatedCrossAttention(nn.Module):
     def keys_values(self, media: Tensor) -> KeysValues:
         """Media rows ``[B, n, D]`` -> keys and values ``[B, H, n, K]``; there is no rotary embedding."""
         media = self.media_norm(media)
-        k, v = (p(media).unflatten(-1, (self.key_heads, -1)).transpose(1, 2) for p in (self.key, self.value))
+        k, v = (
+            projection(media).unflatten(-1, (self.key_heads, -1)).transpose(1, 2)
+            for projection in (self.key, self.value)
+        )
         return self.key_norm(k), v
 
     def queries(self, x: Tensor) -> Tensor:
         """Text states ``[B, n, D]`` -> ``[B, H, n, K]``."""
         return self.query_norm(self.query(self.norm(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2))
 
-    def forward(self, x: Tensor, kv: KeysValues | None, reads: Tensor) -> Tensor:
+    def forward(self, x: Tensor, kv: KeysValues | None, media_mask: Tensor) -> Tensor:
         """Text states ``[B, n, D]``, keys and values of media or None, and which of them each token reads, ``[B, n, k]``."""
-        sees = reads.any(-1, keepdim=True)
+        has_keys = media_mask.any(-1, keepdim=True)
         y = x
         if kv is not None:
             k, v = kv
             # A softmax needs a key: a token that reads nothing gets an open mask, and its result is discarded.
-            mask = (reads | ~sees)[:, None]
+            mask = (media_mask | ~has_keys)[:, None]
             q = self.queries(x)
-            read = functional.scaled_dot_product_attention(
+            attended = functional.scaled_dot_product_attention(
                 q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, enable_gqa=self.key_heads != self.heads
             )
-            read = self.out(read.transpose(1, 2).flatten(2))
-            y = y + torch.tanh(self.gate) * torch.where(sees, read, 0)
+            attended = self.out(attended.transpose(1, 2).flatten(2))
+            y = y + torch.tanh(self.gate) * torch.where(has_keys, attended, 0)
         y = y + torch.tanh(self.mlp_gate) * self.mlp(self.mlp_norm(y))
-        return (y if self.text_only == "mlp" else torch.where(sees, y, x)).to(x.dtype)
+        return (y if self.text_only == "mlp" else torch.where(has_keys, y, x)).to(x.dtype)
 
 
-def gated_rows(block: GatedCrossAttention, x: Tensor, k: Tensor, v: Tensor, reads: Tensor) -> Tensor:
+def gated_rows(block: GatedCrossAttention, x: Tensor, k: Tensor, v: Tensor, media_mask: Tensor) -> Tensor:
     """A block on text that may read media."""
-    return block(x, (k, v), reads)
+    return block(x, (k, v), media_mask)
 
 
 class CrossAttention(Outside):
@@ -167,10 +170,10 @@ class CrossAttention(Outside):
         x = run.inputs(index)["text"] if "text" in run.states else None
         if block is not None:
             kv = run.all_keys_values(1, index, block.keys_values(states[run.media]) if run.media else None)
-            if x is not None and run.given is None and (kv is not None or not self.preserves_text):
-                reads = self.reads(run)
-                work = compiled(gated_rows) if run.compiled and kv is not None else gated_rows
-                x = work(block, x, *kv, reads) if kv is not None else block(x, None, reads)
+            if x is not None and run.cached_text is None and (kv is not None or not self.preserves_text):
+                media_mask = self.reads(run)
+                compute_rows = compiled(gated_rows) if run.compiled and kv is not None else gated_rows
+                x = compute_rows(block, x, *kv, media_mask) if kv is not None else block(x, None, media_mask)
         return states | self.words_alone(0, index, frozen, call, run, x)
 
     def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
@@ -178,31 +181,31 @@ class CrossAttention(Outside):
         block, states = self.block(index, frozen), dict(self.with_rows(index, run, reference=True))
         if "text" not in states:
             return states
-        x = self._by_word(block, states, run) if block is not None else states["text"]
+        x = self._token_by_token(block, states, run) if block is not None else states["text"]
         mask = run.mask("text", self.windows[index], of="text")
         return states | {"text": run_rows(frozen, x, run.calls(call)["text"], mask, [], [])[0]}
 
-    def _by_word(self, block: GatedCrossAttention, states: dict[str, Tensor], run: Pass) -> Tensor:
+    def _token_by_token(self, block: GatedCrossAttention, states: dict[str, Tensor], run: Pass) -> Tensor:
         """The equation for one token at a time, ``[B, n, D]``; the rows that a token reads are looked up in the tables."""
-        text, out = states["text"], states["text"].clone()
+        text, output = states["text"], states["text"].clone()
         for b in range(text.shape[0]):
             for i in range(text.shape[1]):
-                x, attended, read = text[b, i], torch.zeros_like(text[b, i]), self._read(run, b, i)
-                if read and run.media:
-                    k, v = block.keys_values(states[run.media][b][read][None])
+                x, attended, positions = text[b, i], torch.zeros_like(text[b, i]), self._media_columns(run, b, i)
+                if positions and run.media:
+                    k, v = block.keys_values(states[run.media][b][positions][None])
                     k, v = (t[0].repeat_interleave(block.heads // block.key_heads, 0) for t in (k, v))
                     q = block.queries(x[None, None])[0, :, 0]
                     weight = (torch.einsum("hd,hmd->hm", q, k) / math.sqrt(q.shape[-1])).softmax(-1)
                     attended = block.out(torch.einsum("hm,hmd->hd", weight, v).flatten())
-                if read or self.config.text_only == "mlp":
+                if positions or self.config.text_only == "mlp":
                     y = x + block.gate.tanh() * attended
-                    out[b, i] = y + block.mlp_gate.tanh() * block.mlp(block.mlp_norm(y))
-        return out
+                    output[b, i] = y + block.mlp_gate.tanh() * block.mlp(block.mlp_norm(y))
+        return output
 
     def text_layer(self, index: int, frozen: nn.Module, x: Tensor, call: Call) -> Tensor:
         """A text-only layer: the block is called without media and leaves text unchanged, unless ``text_only`` is "mlp"."""
         block = self.block(index, frozen)
         if block is not None:
-            nothing = torch.zeros(*x.shape[:2], 0, dtype=torch.bool, device=x.device)
-            x = block(x.to(block.gate.dtype), None, nothing).to(x.dtype)
+            empty_mask = torch.zeros(*x.shape[:2], 0, dtype=torch.bool, device=x.device)
+            x = block(x.to(block.gate.dtype), None, empty_mask).to(x.dtype)
         return frozen(x, **call)

@@ -53,7 +53,7 @@ from torch.nn import functional
 from xfusion.backbone import Backbone
 from xfusion.data.sequence import XFusionError
 from xfusion.fusion import pretrained
-from xfusion.fusion.base import Call, Fusion, Pass, of_paths
+from xfusion.fusion.base import Call, Fusion, Pass, module_from_parts
 from xfusion.layers import Delta, Projected, linear_paths, linear_shape, narrow_mlp
 
 
@@ -89,12 +89,12 @@ class Mix(nn.Module):
         x = functional.rms_norm(x.to(self.weight.dtype), x.shape[-1:])
         return torch.tanh((x * self.weight).sum(-1, keepdim=True) + self.bias)
 
-    def forward(self, x: Tensor, own: Tensor, other: Tensor) -> Tensor:
+    def forward(self, x: Tensor, own_output: Tensor, other_output: Tensor) -> Tensor:
         """The mixed states; ``x`` is the layer's input for the same rows."""
-        projected = (lambda h: h) if self.projection is None else self.projection
+        project = (lambda h: h) if self.projection is None else self.projection
         if self.by == "layer":
-            return (self.alpha * own + self.beta * projected(other)).to(own.dtype)
-        return own + (self.gate(x) * projected(other - own)).to(own.dtype)
+            return (self.alpha * own_output + self.beta * project(other_output)).to(own_output.dtype)
+        return own_output + (self.gate(x) * project(other_output - own_output)).to(own_output.dtype)
 
 
 class DualTower(Fusion):
@@ -185,8 +185,8 @@ class DualTower(Fusion):
     @property
     def exports(self) -> tuple[str, ...]:
         """peft (as LoRA) if the tower has deltas at every layer and the towers' outputs are not mixed."""
-        whole = len(self.blocks) == len(self.windows)
-        return ("peft",) if self.config.rank is not None and self.config.fuse is None and whole else ()
+        at_every_layer = len(self.blocks) == len(self.windows)
+        return ("peft",) if self.config.rank is not None and self.config.fuse is None and at_every_layer else ()
 
     def make_config(self, backbone: Backbone) -> Any:
         """The base's configuration, with the tower's sizes if its width differs."""
@@ -204,23 +204,23 @@ class DualTower(Fusion):
             return
         blocks = pretrained.load(self.config.start, self.config.start_revision)
         pretrained.check(blocks, self.config.start, self.config.width, backbone)
-        chosen = pretrained.choose(len(blocks), len(self.blocks))
-        taken: dict[int, dict[str, str]] = {}
-        blocks_here: dict[str, Any] = dict(self.blocks.items())
-        for (index, block), number in zip(blocks_here.items(), chosen, strict=True):
-            found = pretrained.take(block.layer, blocks[number])
-            taken[int(index)] = {own: f"{number}.{name}" for own, name in found.items()}
-        self.taken = taken
+        block_numbers = pretrained.choose(len(blocks), len(self.blocks))
+        sources: dict[int, dict[str, str]] = {}
+        tower_blocks: dict[str, Any] = dict(self.blocks.items())
+        for (index, block), number in zip(tower_blocks.items(), block_numbers, strict=True):
+            copied = pretrained.copy_weights(block.layer, blocks[number])
+            sources[int(index)] = {parameter: f"{number}.{name}" for parameter, name in copied.items()}
+        self.taken = sources
 
     def make(self, index: int, backbone: Backbone) -> nn.Module:
         """A copy of the frozen block, optionally narrowed; a new block of another width; or the deltas of a low-rank one."""
         if self.config.width is not None:
-            fresh = backbone.fresh_layer(index, self.block_config)
-            return Projected(fresh, backbone.hidden_size, self.config.width, self._scale)
+            new_layer = backbone.fresh_layer(index, self.block_config)
+            return Projected(new_layer, backbone.hidden_size, self.config.width, self._scale)
         if self.config.rank is not None:
             frozen = backbone.layers[index]
             shapes = {path: linear_shape(frozen.get_submodule(path)) for path in linear_paths(frozen)}
-            return of_paths({path: LowRank(*shape, self.config.rank) for path, shape in shapes.items()})
+            return module_from_parts({path: LowRank(*shape, self.config.rank) for path, shape in shapes.items()})
         block = backbone.copy_layer(index, self.block_config)
         if self.config.mlp is not None:
             narrow_mlp(block, backbone.config, self.config.mlp)
@@ -241,31 +241,46 @@ class DualTower(Fusion):
 
     def layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
         """Fast path: kept outputs only, each tower's keys and values for all rows (X-Fusion, section 3.2)."""
-        block, media = self.block(index, frozen), set(run.states) - {"text"}
-        on_text, on_media = (self.mix(side, index) for side in ("text", "media"))
-        by_text = self.tower(0, index, frozen, run.states if on_media else {"text"}, call, run)
-        new = run.states | {o: h for o, h in by_text.items() if o == "text"}
+        block, media_owners = self.block(index, frozen), set(run.states) - {"text"}
+        text_mix, media_mix = (self.mix(side, index) for side in ("text", "media"))
+        text_tower_states = self.tower(0, index, frozen, run.states if media_mix else {"text"}, call, run)
+        new_states = run.states | {o: h for o, h in text_tower_states.items() if o == "text"}
         if block is None:
-            return new
+            return new_states
         # Mixing acts only on text after a picture: if no text reads one, the other tower has nothing to add.
-        mixes_text = on_text is not None and "text" in run.states and run.mixes("text")
-        by_media = self.tower(1, index, block, run.states if mixes_text else media, call, run, by_noise=True)
-        new |= {o: h for o, h in by_media.items() if o != "text"}
-        return self._mixed(index, run, new, by_text, by_media)
+        mixes_text = text_mix is not None and "text" in run.states and run.has_rows_after_media("text")
+        media_tower_states = self.tower(
+            1, index, block, run.states if mixes_text else media_owners, call, run, by_noise=True
+        )
+        new_states |= {o: h for o, h in media_tower_states.items() if o != "text"}
+        return self._mix_states(index, run, new_states, text_tower_states, media_tower_states)
 
-    def _mixed(
-        self, index: int, run: Pass, new: dict[str, Tensor], by_text: dict[str, Tensor], by_media: dict[str, Tensor]
+    def _mix_states(
+        self,
+        index: int,
+        run: Pass,
+        new_states: dict[str, Tensor],
+        text_tower_states: dict[str, Tensor],
+        media_tower_states: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         for owner, x in run.states.items():
             mix = self.mix("text" if owner == "text" else "media", index)
-            other = (by_media if owner == "text" else by_text).get(owner)
-            if mix is not None and other is not None and (owner != "text" or run.given is None):
-                new[owner] = torch.where(run.after_media(owner), mix(x, new[owner], other), new[owner])
-        return new
+            other_states = (media_tower_states if owner == "text" else text_tower_states).get(owner)
+            if mix is not None and other_states is not None and (owner != "text" or run.cached_text is None):
+                new_states[owner] = torch.where(
+                    run.after_media(owner), mix(x, new_states[owner], other_states), new_states[owner]
+                )
+        return new_states
 
     def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
         """Reference path: both whole blocks run on the whole sequence; each position keeps its tower's output."""
-        block, by_text = self.block(index, frozen), self.whole(index, frozen, call, run)
-        by_media = run.states if block is None else self.whole(index, block, call, run, by_noise=True)
-        new = {owner: (by_text if owner == "text" else by_media)[owner] for owner in run.states}
-        return new if block is None else self._mixed(index, run, new, by_text, by_media)
+        block, text_tower_states = self.block(index, frozen), self.whole(index, frozen, call, run)
+        media_tower_states = run.states if block is None else self.whole(index, block, call, run, by_noise=True)
+        new_states = {
+            owner: (text_tower_states if owner == "text" else media_tower_states)[owner] for owner in run.states
+        }
+        return (
+            new_states
+            if block is None
+            else self._mix_states(index, run, new_states, text_tower_states, media_tower_states)
+        )

@@ -44,21 +44,25 @@ class GatedTower(Fusion):
         block = self.block(index, frozen)
         if block is None:
             return run.states | self.tower(0, index, frozen, {"text"}, call, run)
-        plain = self.tower(0, index, frozen, run.states, call, run)
-        opened = {o for o in run.rows if o != "text" or run.mixes(o)}
-        gated = self.tower(1, index, block, opened, call, run, by_noise=True)
-        return run.states | plain | self._added(index, run, plain, gated)
+        frozen_states = self.tower(0, index, frozen, run.states, call, run)
+        gated_owners = {o for o in run.rows if o != "text" or run.has_rows_after_media(o)}
+        gated_states = self.tower(1, index, block, gated_owners, call, run, by_noise=True)
+        return run.states | frozen_states | self._add_gated(index, run, frozen_states, gated_states)
 
-    def _added(self, index: int, run: Pass, plain: dict[str, Tensor], gated: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _add_gated(
+        self, index: int, run: Pass, frozen_states: dict[str, Tensor], gated_states: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         gate = self.gates[str(index)]
         return {
-            owner: torch.where(run.after_media(owner), (plain[owner] + gate * h).to(h.dtype), plain[owner])
-            for owner, h in gated.items()
+            owner: torch.where(
+                run.after_media(owner), (frozen_states[owner] + gate * h).to(h.dtype), frozen_states[owner]
+            )
+            for owner, h in gated_states.items()
         }
 
     def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
         """Both whole blocks over the whole sequence, added."""
-        block, plain = self.block(index, frozen), self.whole(index, frozen, call, run)
+        block, frozen_states = self.block(index, frozen), self.whole(index, frozen, call, run)
         if block is None:
-            return run.states | {o: h for o, h in plain.items() if o == "text"}
-        return self._added(index, run, plain, self.whole(index, block, call, run, by_noise=True))
+            return run.states | {o: h for o, h in frozen_states.items() if o == "text"}
+        return self._add_gated(index, run, frozen_states, self.whole(index, block, call, run, by_noise=True))

@@ -39,21 +39,21 @@ class Layered(Fusion):
             ranges = [part.layers for part in self.parts]
             if not ranges or None in ranges:
                 raise XFusionError(f"layered: give each of the {len(ranges)} mechanisms its layers=(first, end)")
-            ordered = sorted(r for r in ranges if r is not None)
-            for (_, end), (first, after) in pairwise(ordered):
+            sorted_ranges = sorted(r for r in ranges if r is not None)
+            for (_, end), (first, next_end) in pairwise(sorted_ranges):
                 if first < end:
                     raise XFusionError(
-                        f"layered: layers {first} to {after} begin before {end}: ranges must not overlap"
+                        f"layered: layers {first} to {next_end} begin before {end}: ranges must not overlap"
                     )
             return Layered(self)
 
     def __init__(self, config: Config):
         super().__init__(config)
         self.parts = nn.ModuleList(part.build() for part in config.parts)
-        found: list[Any] = list(self.parts)
-        self.preserves_text = all(part.preserves_text for part in found)
-        self.prefix_is_constant = all(part.prefix_is_constant for part in found)
-        self.num_towers = max(part.num_towers for part in found)
+        fusions: list[Any] = list(self.parts)
+        self.preserves_text = all(part.preserves_text for part in fusions)
+        self.prefix_is_constant = all(part.prefix_is_constant for part in fusions)
+        self.num_towers = max(part.num_towers for part in fusions)
 
     def install(self, backbone: Backbone) -> None:
         """Install each mechanism at its layers."""
@@ -68,7 +68,7 @@ class Layered(Fusion):
         """Load the weights that each mechanism starts from."""
         for part in self._fusions():
             part.begin(backbone)
-        self.taken = {index: found for part in self._fusions() for index, found in part.taken.items()}
+        self.taken = {index: sources for part in self._fusions() for index, sources in part.taken.items()}
 
     def _fusions(self) -> list[Any]:
         return list(self.parts)

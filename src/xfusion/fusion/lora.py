@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from xfusion.backbone import Backbone
 from xfusion.data.sequence import XFusionError
-from xfusion.fusion.base import REGIMES, Call, Fusion, Pass, of_paths
+from xfusion.fusion.base import REGIMES, Call, Fusion, Pass, module_from_parts
 from xfusion.fusion.prefix import Prefix
 from xfusion.layers import Delta, linear_paths, matrix_pieces, shadow
 
 
 class Adapter(Delta):
-    """A peft layer without its base matrix; `bound` adds one."""
+    """A peft layer without its base matrix; `bind` adds one."""
 
     def __init__(self, matrix: nn.Module, rank: int, alpha: float):
         super().__init__()
@@ -36,16 +36,16 @@ class Adapter(Delta):
         except ImportError as error:
             raise XFusionError("LoRA on the base's layers needs peft: pip install 'xfusion[lora]'") from error
         config = LoraConfig(r=rank, lora_alpha=alpha)  # type: ignore[arg-type]  # peft takes fractions too
-        conv = not isinstance(matrix, nn.Linear)
-        self.layer = Linear(matrix, "default", config=config, r=rank, lora_alpha=alpha, is_target_conv_1d_layer=conv)  # type: ignore[arg-type]
+        is_conv = not isinstance(matrix, nn.Linear)
+        self.layer = Linear(matrix, "default", config=config, r=rank, lora_alpha=alpha, is_target_conv_1d_layer=is_conv)  # type: ignore[arg-type]
         del self.layer._modules["base_layer"]  # the frozen matrix is not ours: not stored in packs and never trained
         self.layer.float().requires_grad_(True)
 
-    def bound(self, frozen: nn.Module) -> nn.Module:
+    def bind(self, frozen: nn.Module) -> nn.Module:
         """peft's layer around a frozen matrix, which it does not own."""
-        out = shadow(self.layer)
-        out._modules["base_layer"] = frozen
-        return out
+        layer = shadow(self.layer)
+        layer._modules["base_layer"] = frozen
+        return layer
 
 
 class Lora(Fusion):
@@ -72,11 +72,11 @@ class Lora(Fusion):
 
         def build(self) -> Lora:
             """The fusion, not yet installed."""
-            known = ("query", "key", "value", "output", "in", "out")
-            unknown = [name for name in self.targets or () if name not in known]
-            if unknown or self.targets == ():
+            valid_targets = ("query", "key", "value", "output", "in", "out")
+            unknown_targets = [name for name in self.targets or () if name not in valid_targets]
+            if unknown_targets or self.targets == ():
                 raise XFusionError(
-                    f"lora: targets {list(self.targets or ())}: name some of {', '.join(known)}, or None"
+                    f"lora: targets {list(self.targets or ())}: name some of {', '.join(valid_targets)}, or None"
                 )
             if self.rank < 1 or not self.alpha > 0:
                 raise XFusionError(f"lora: rank {self.rank}, alpha {self.alpha:g}: both must be above 0")
@@ -88,7 +88,7 @@ class Lora(Fusion):
         super().__init__(config)
         self.inner: Any = config.inner.build()
         self.num_towers = self.inner.num_towers
-        self.adapts = True
+        self.deltas_active = True
 
     @property
     def regime(self) -> str:
@@ -128,14 +128,18 @@ class Lora(Fusion):
             XFusionError: the layer has none of the target matrices.
         """
         layer, targets = backbone.layers[index], self.config.targets
-        found = matrix_pieces(layer)
-        paths = linear_paths(layer) if targets is None else sorted({found[t].path for t in targets if t in found})
+        pieces = matrix_pieces(layer)
+        paths = (
+            linear_paths(layer)
+            if targets is None
+            else sorted({pieces[target].path for target in targets if target in pieces})
+        )
         if not paths:
             raise XFusionError(
                 f"lora: {type(layer).__name__} has no matrix of {', '.join(targets or ())}: take targets None"
             )
         rank, alpha = self.config.rank, self.config.alpha
-        return of_paths({path: Adapter(layer.get_submodule(path), rank, alpha) for path in paths})
+        return module_from_parts({path: Adapter(layer.get_submodule(path), rank, alpha) for path in paths})
 
     def set_attention(self, implementation: str) -> None:
         """Choose the attention implementation of the inner mechanism's blocks."""
@@ -144,11 +148,11 @@ class Lora(Fusion):
     @contextmanager
     def unadapted(self) -> Iterator[None]:
         """Inside the ``with`` block the base's own layers compute, without deltas."""
-        before, self.adapts = self.adapts, False
+        previous, self.deltas_active = self.deltas_active, False
         try:
             yield
         finally:
-            self.adapts = before
+            self.deltas_active = previous
 
     def keeps(self, index: int) -> bool:
         """Answered by the inner mechanism."""
@@ -169,7 +173,7 @@ class Lora(Fusion):
 
     def adapted(self, index: int, frozen: nn.Module) -> nn.Module:
         """A frozen layer with its deltas."""
-        block = self.block(index, frozen) if self.adapts else None
+        block = self.block(index, frozen) if self.deltas_active else None
         return frozen if block is None else block
 
     def layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:

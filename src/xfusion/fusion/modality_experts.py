@@ -38,7 +38,7 @@ from torch.nn import functional
 
 from xfusion.backbone import SCRATCH, Backbone
 from xfusion.data.sequence import XFusionError
-from xfusion.fusion.base import Call, Fusion, Pass, by_path, compiled, of_paths
+from xfusion.fusion.base import Call, Fusion, Pass, compiled, module_from_parts, parts_from_module
 from xfusion.layers import (
     Delta,
     KeysValues,
@@ -47,7 +47,7 @@ from xfusion.layers import (
     keys_values,
     layer_pieces,
     linear_weight,
-    post_normed,
+    post_norm_parts,
     run_rows,
 )
 
@@ -67,26 +67,26 @@ class OwnRows(Delta):
 
     def forward(self, frozen: nn.Module, x: Tensor) -> Tensor:  # type: ignore[override]
         """``[..., inputs]`` -> ``[..., outputs]``."""
-        out = frozen(x)
-        return out.index_copy(-1, self.rows, functional.linear(x, self.weight, self.bias).to(out.dtype))
+        output = frozen(x)
+        return output.index_copy(-1, self.rows, functional.linear(x, self.weight, self.bias).to(output.dtype))
 
 
 class Routed(Delta):
     """A part of a layer computed at all positions with both weights; each position keeps its own: the reference path."""
 
-    def __init__(self, own: nn.Module, is_own: Tensor):
+    def __init__(self, expert: nn.Module, is_own: Tensor):
         super().__init__()
-        self.own, self.is_own = own, is_own
+        self.expert, self.is_own = expert, is_own
 
     def forward(self, frozen: nn.Module, x: Tensor) -> Tensor:  # type: ignore[override]
         """``[B, S, ...]`` -> ``[B, S, ...]``."""
-        own = self.own(frozen, x) if isinstance(self.own, Delta) else self.own(x)
-        out = frozen(x)
-        shape = (*self.is_own.shape, *([1] * (out.ndim - 2)))
-        mine = self.is_own.view(shape)
-        if out.shape[:2] != self.is_own.shape:  # norms after the split into heads, [B, heads, S, width]
-            mine = self.is_own[:, None, :, None]
-        return torch.where(mine, own.to(out.dtype), out)
+        expert_output = self.expert(frozen, x) if isinstance(self.expert, Delta) else self.expert(x)
+        output = frozen(x)
+        shape = (*self.is_own.shape, *([1] * (output.ndim - 2)))
+        mask = self.is_own.view(shape)
+        if output.shape[:2] != self.is_own.shape:  # norms after the split into heads, [B, heads, S, width]
+            mask = self.is_own[:, None, :, None]
+        return torch.where(mask, expert_output.to(output.dtype), output)
 
 
 def joint_rows(
@@ -101,44 +101,47 @@ def joint_rows(
     past: list[KeysValues],
     is_own: Tensor | None,
     text_reads_media: bool,
-    given: bool,
-    keep: bool,
+    text_is_cached: bool,
+    return_keys_values: bool,
 ) -> tuple[Tensor | None, Tensor | None, list[KeysValues]]:
     """One layer: text with the frozen weights, media with the expert's, over one set of keys and values.
 
     Args:
         frozen: the layer for text: the base's, or, from scratch, a trained one.
         expert: the layer for media positions.
-        text: states ``[B, n, D]`` or None; with ``given`` they are only read.
+        text: states ``[B, n, D]`` or None; with ``text_is_cached`` they are only read.
         media: states ``[B, m, D]`` or None.
         is_own: which media positions use the expert, bool ``[B, m, 1]``; the others use ``frozen``. None means all.
         past: cached keys and values (zero or one).
         text_mask: mask of text queries over [past | text | media], or over [past | text] if text reads no media.
         media_mask: mask of media queries over [past | text | media].
-        keep: whether the pass `appends` keys and values (`xfusion.fusion.base.tower_rows`).
+        return_keys_values: whether the pass `appends` keys and values (`xfusion.fusion.base.tower_rows`).
 
     Returns:
-        new text states, new media states, and, with ``keep``, the keys and values of text and of media.
+        new text states, new media states, and, with ``return_keys_values``, the keys and values of text and of media.
     """
     media_kv = text_kv = new_text = new_media = None
     if media is not None:
         media_kv = keys_values(expert, media, media_call)
         if is_own is not None:
-            plain = keys_values(frozen, media, media_call)
-            own = is_own[:, None]
-            media_kv = (torch.where(own, media_kv[0], plain[0]), torch.where(own, media_kv[1], plain[1]))
-    if text is not None and given:
+            frozen_kv = keys_values(frozen, media, media_call)
+            own_mask = is_own[:, None]
+            media_kv = (
+                torch.where(own_mask, media_kv[0], frozen_kv[0]),
+                torch.where(own_mask, media_kv[1], frozen_kv[1]),
+            )
+    if text is not None and text_is_cached:
         text_kv = keys_values(frozen, text, text_call)
     elif text is not None and text_mask is not None:
-        after = [media_kv] if media_kv is not None and text_reads_media else []
-        new_text, text_kv = run_rows(frozen, text, text_call, text_mask, past, after)
+        keys_after = [media_kv] if media_kv is not None and text_reads_media else []
+        new_text, text_kv = run_rows(frozen, text, text_call, text_mask, past, keys_after)
     if media is not None and media_mask is not None and media_kv is not None:
-        before = past + ([text_kv] if text_kv is not None else [])
-        new_media, _ = run_rows(expert, media, media_call, media_mask, before, [media_kv], splice_own=False)
+        keys_before = past + ([text_kv] if text_kv is not None else [])
+        new_media, _ = run_rows(expert, media, media_call, media_mask, keys_before, [media_kv], splice_own=False)
         if is_own is not None:
-            plain_media, _ = run_rows(frozen, media, media_call, media_mask, before, [media_kv], splice_own=False)
-            new_media = torch.where(is_own, new_media, plain_media)
-    return new_text, new_media, [kv for kv in (text_kv, media_kv) if kv is not None] if keep else []
+            frozen_media, _ = run_rows(frozen, media, media_call, media_mask, keys_before, [media_kv], splice_own=False)
+            new_media = torch.where(is_own, new_media, frozen_media)
+    return new_text, new_media, [kv for kv in (text_kv, media_kv) if kv is not None] if return_keys_values else []
 
 
 class ModalityExperts(Fusion):
@@ -170,11 +173,11 @@ class ModalityExperts(Fusion):
             Raises:
                 XFusionError: unknown parts, or settings that ``post_norm`` does not allow.
             """
-            unknown = [part for part in self.own if part not in PARTS]
-            if unknown or not self.own:
+            unknown_parts = [part for part in self.own if part not in PARTS]
+            if unknown_parts or not self.own:
                 raise XFusionError(f"modality experts: own {self.own}: name some of {', '.join(PARTS)}")
-            everywhere = self.stride == 1 and not self.offset and self.layers is None
-            if self.post_norm and (set(self.own) != set(PARTS) or self.noised_only or not everywhere):
+            at_every_layer = self.stride == 1 and not self.offset and self.layers is None
+            if self.post_norm and (set(self.own) != set(PARTS) or self.noised_only or not at_every_layer):
                 raise XFusionError(
                     "modality experts: post_norm is for models from scratch, which have all parts of their own at every"
                     " layer: leave own, noised_only, stride, offset and layers at their defaults"
@@ -198,40 +201,40 @@ class ModalityExperts(Fusion):
                 f" False, or train from scratch on model.backbone.source {SCRATCH}{backbone.source}"
             )
         super().install(backbone)
-        places = self.blocks if self.config.post_norm else {}
-        self.of_words = nn.ModuleDict({index: self.make(int(index), backbone) for index in places})
-        self._words: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+        layer_names = self.blocks if self.config.post_norm else {}
+        self.of_words = nn.ModuleDict({index: self.make(int(index), backbone) for index in layer_names})
+        self._text_layers: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
     def new_modules(self, index: int) -> list[nn.Module]:
         """The parts for media, and from scratch those for text."""
-        own = [self.of_words[str(index)]] if str(index) in self.of_words else []
-        return super().new_modules(index) + own
+        text_modules = [self.of_words[str(index)]] if str(index) in self.of_words else []
+        return super().new_modules(index) + text_modules
 
     def words(self, index: int, frozen: nn.Module) -> Any:
         """The layer for text: the frozen one, or, from scratch, a trained one."""
         if not self.config.post_norm:
             return frozen
-        if frozen not in self._words:
+        if frozen not in self._text_layers:
             parts: Any = self.of_words[str(index)]
-            self._words[frozen] = assembled(frozen, by_path(parts))
-        return self._words[frozen]
+            self._text_layers[frozen] = assembled(frozen, parts_from_module(parts))
+        return self._text_layers[frozen]
 
     def make(self, index: int, backbone: Backbone) -> nn.Module:
         """The parts of a layer that are not shared, by path; only some rows of a matrix if several roles share it."""
-        copied, pieces = backbone.copy_layer(index, self.block_config), layer_pieces(backbone.layers[index])
-        wanted = [piece for part in PARTS if part in self.config.own for piece in pieces[part]]
-        together: dict[str, list[Piece]] = {}
-        for piece in wanted:
-            together.setdefault(piece.path, []).append(piece)
+        layer_copy, pieces = backbone.copy_layer(index, self.block_config), layer_pieces(backbone.layers[index])
+        own_pieces = [piece for part in PARTS if part in self.config.own for piece in pieces[part]]
+        pieces_by_path: dict[str, list[Piece]] = {}
+        for piece in own_pieces:
+            pieces_by_path.setdefault(piece.path, []).append(piece)
         parts: dict[str, nn.Module] = {}
-        for path, found in together.items():
-            module = copied.get_submodule(path)
-            rows = [piece.rows for piece in found if piece.rows is not None]
-            whole = not rows or sum(map(len, rows)) == linear_weight(module).shape[0]
-            parts[path] = module if whole else OwnRows(module, torch.cat(rows).sort().values)
+        for path, path_pieces in pieces_by_path.items():
+            module = layer_copy.get_submodule(path)
+            rows = [piece.rows for piece in path_pieces if piece.rows is not None]
+            is_whole_matrix = not rows or sum(map(len, rows)) == linear_weight(module).shape[0]
+            parts[path] = module if is_whole_matrix else OwnRows(module, torch.cat(rows).sort().values)
         if self.config.post_norm:
-            parts = post_normed(backbone.layers[index], parts)
-        return of_paths(parts).to(next(copied.parameters()).device)
+            parts = post_norm_parts(backbone.layers[index], parts)
+        return module_from_parts(parts).to(next(layer_copy.parameters()).device)
 
     def _is_own(self, run: Pass) -> Tensor | None:
         """Which media positions use the new weights, bool ``[B, n, 1]``; None means all."""
@@ -249,54 +252,55 @@ class ModalityExperts(Fusion):
         calls, window, name = run.calls(call), self.windows[index], run.media
         states = run.inputs(index)
         text, media = states.get("text"), states[name] if name else None
-        given = run.given is not None
-        work = compiled(joint_rows) if run.compiled else joint_rows
-        new_text, new_media, made = work(
+        text_is_cached = run.cached_text is not None
+        compute_rows = compiled(joint_rows) if run.compiled else joint_rows
+        new_text, new_media, new_kv = compute_rows(
             frozen,
             run.by_noise(expert, [name] if name else []),
             text,
             calls.get("text", {}),
-            None if text is None or given else run.mask("text", window, others=run.text_reads_media),
+            None if text is None or text_is_cached else run.mask("text", window, others=run.text_reads_media),
             media,
             calls[name] if name else {},
             run.mask(name, window) if name else None,
             run.past(0, index),
             self._is_own(run),
             run.text_reads_media,
-            given,
+            text_is_cached,
             run.appends,
         )
-        run.append(0, index, *made)
-        new = dict(run.states)
+        run.append(0, index, *new_kv)
+        new_states = dict(run.states)
         if new_text is not None:
-            new["text"] = new_text
+            new_states["text"] = new_text
         if name and new_media is not None:
-            new[name] = new_media
-        return new
+            new_states[name] = new_media
+        return new_states
 
     def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
         """The whole frozen layer, in which each unshared part is computed with both weights and selected by position."""
         if str(index) not in self.blocks:
-            plain = self.whole(index, frozen, call, run)
-            return run.states | {o: h for o, h in plain.items() if o == "text"}
-        is_own = torch.cat([self._rows_of_their_own(owner, run) for owner in run.rows], dim=1)
-        own: Any = self.blocks[str(index)]
-        routed = {path: Routed(part, is_own) for path, part in by_path(own).items()}
-        chosen = self._is_own(run)
-        if chosen is not None and run.modulation is not None:  # the others use the frozen layer without modulation
-            run = replace(run, modulation=torch.where(chosen[..., None], run.modulation, 0.0))
+            frozen_states = self.whole(index, frozen, call, run)
+            return run.states | {o: h for o, h in frozen_states.items() if o == "text"}
+        is_own = torch.cat([self._own_rows_mask(owner, run) for owner in run.rows], dim=1)
+        own_parts: Any = self.blocks[str(index)]
+        routed = {path: Routed(part, is_own) for path, part in parts_from_module(own_parts).items()}
+        media_is_own = self._is_own(run)
+        if media_is_own is not None and run.modulation is not None:
+            # Clean pictures use the frozen layer, without modulation.
+            run = replace(run, modulation=torch.where(media_is_own[..., None], run.modulation, 0.0))
         return self.whole(index, assembled(self.words(index, frozen), routed), call, run, by_noise=True)
 
     def text_layer(self, index: int, frozen: nn.Module, x: Tensor, call: Call) -> Tensor:
         """A text-only layer: the frozen one, or, from scratch, that for text."""
         if not self.config.post_norm:
             return super().text_layer(index, frozen, x, call)
-        own = x.to(next(self.of_words.parameters()).dtype)
-        return self.words(index, frozen)(own, **call).to(x.dtype)
+        cast_states = x.to(next(self.of_words.parameters()).dtype)
+        return self.words(index, frozen)(cast_states, **call).to(x.dtype)
 
-    def _rows_of_their_own(self, owner: str, run: Pass) -> Tensor:
+    def _own_rows_mask(self, owner: str, run: Pass) -> Tensor:
         shape, device = run.rows[owner].order.shape, run.rows[owner].order.device
         if owner == "text":
             return torch.zeros(shape, dtype=torch.bool, device=device)
-        chosen = self._is_own(run)
-        return torch.ones(shape, dtype=torch.bool, device=device) if chosen is None else chosen[..., 0]
+        media_is_own = self._is_own(run)
+        return torch.ones(shape, dtype=torch.bool, device=device) if media_is_own is None else media_is_own[..., 0]

@@ -25,40 +25,40 @@ from xfusion.fusion.base import Fusion, Pass
 from xfusion.fusion.connectors.resampler import Resampler
 
 
-def places(rows: Rows) -> Tensor:
+def segment_positions(rows: Rows) -> Tensor:
     """Index of each position within its segment, int64 ``[B, n]``: 0 for [BOI], 1 to P for the tokens of a medium."""
-    same = rows.segment[:, :, None] == rows.segment[:, None, :]
-    before = (rows.order[:, None, :] < rows.order[:, :, None]) & (rows.order[:, None, :] >= 0)
-    return (same & before).sum(-1)
+    same_segment = rows.segment[:, :, None] == rows.segment[:, None, :]
+    comes_before = (rows.order[:, None, :] < rows.order[:, :, None]) & (rows.order[:, None, :] >= 0)
+    return (same_segment & comes_before).sum(-1)
 
 
-def token_places(media: MediaRows) -> Tensor:
+def token_positions(media: MediaRows) -> Tensor:
     """Index of each token of a pass within its medium, from 0, int64 ``[B, n]``; -1 for non-tokens ([BOI] and padding).
 
     A pass may contain a medium without its [BOI], which is then in the cache.
     """
     order, item = media.rows.order, media.item
-    before = (item[:, :, None] == item[:, None, :]) & (order[:, None, :] < order[:, :, None])
-    return torch.where(item >= 0, before.sum(-1), -1)
+    comes_before = (item[:, :, None] == item[:, None, :]) & (order[:, None, :] < order[:, :, None])
+    return torch.where(item >= 0, comes_before.sum(-1), -1)
 
 
-def gathered(x: Tensor, media: MediaRows) -> tuple[Tensor, Tensor]:
+def gather_items(x: Tensor, media: MediaRows) -> tuple[Tensor, Tensor]:
     """Regroup rows ``[B, n, D]`` by item: tokens ``[N, P, D]`` in reading order, and which exist, bool ``[N, P]``."""
-    place, count = token_places(media), len(media.noised)
+    position, count = token_positions(media), len(media.noised)
     # On meta tensors any row may be a token; a pass with only a [BOI] has no tokens.
-    longest = x.shape[1] if place.is_meta else max(1, int(place.max()) + 1)
-    out = x.new_zeros(count + 1, longest, x.shape[-1])
-    present = torch.zeros(out.shape[:2], dtype=torch.bool, device=x.device)
+    max_tokens = x.shape[1] if position.is_meta else max(1, int(position.max()) + 1)
+    tokens = x.new_zeros(count + 1, max_tokens, x.shape[-1])
+    present = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=x.device)
     # Non-tokens go to an extra item, which is dropped.
-    where = (torch.where(place >= 0, media.item, count), place.clamp(min=0))
-    return out.index_put(where, x)[:count], present.index_put(where, place >= 0)[:count]
+    indices = (torch.where(position >= 0, media.item, count), position.clamp(min=0))
+    return tokens.index_put(indices, x)[:count], present.index_put(indices, position >= 0)[:count]
 
 
-def scattered(rows: Tensor, media: MediaRows) -> Tensor:
+def scatter_items(rows: Tensor, media: MediaRows) -> Tensor:
     """Place rows ``[N, M, D]`` at the first tokens of their items, with zeros elsewhere, ``[B, n, D]``."""
-    place = token_places(media)
-    found = rows[media.item.clamp(min=0), place.clamp(0, rows.shape[1] - 1)]
-    return torch.where(((place >= 0) & (place < rows.shape[1]))[..., None], found, 0)
+    position = token_positions(media)
+    values = rows[media.item.clamp(min=0), position.clamp(0, rows.shape[1] - 1)]
+    return torch.where(((position >= 0) & (position < rows.shape[1]))[..., None], values, 0)
 
 
 class Outside(Fusion):
@@ -94,7 +94,7 @@ class Outside(Fusion):
         """Number of rows of a medium that text reads; None means all of its tokens."""
         return None if self.config.connector is None else self.config.connector.latents
 
-    def connected(self, x: Tensor, present: Tensor) -> Tensor:
+    def connect(self, x: Tensor, present: Tensor) -> Tensor:
         """Media ``[N, P, D]`` and which tokens exist, bool ``[N, P]`` -> rows ``[N, M, D]`` that text reads."""
         return self.connector(x, present)
 
@@ -108,57 +108,57 @@ class Outside(Fusion):
         if rows is None or not run.media or index != self.state_layers[0]:
             return run.states
         media, x = run.media_rows[run.media], run.states[run.media]
-        tokens, present = gathered(x, media)
+        tokens, present = gather_items(x, media)
         counts = present.sum(-1)
-        least = rows if x.is_meta else int(torch.where(counts > 0, counts, rows).min())
-        if least < rows:
+        fewest_tokens = rows if x.is_meta else int(torch.where(counts > 0, counts, rows).min())
+        if fewest_tokens < rows:
             raise XFusionError(
-                f"a medium has {least} tokens, fewer than the {rows} rows that the connector makes: take fewer rows"
+                f"a medium has {fewest_tokens} tokens, fewer than the {rows} rows that the connector makes: take fewer rows"
                 " (latents, prompts) or smaller patches"
             )
         if not reference:
-            made = self.connected(tokens, present)
+            connector_rows = self.connect(tokens, present)
         else:  # each medium by itself, without padding
-            alone = [self.connected(t[None, p], p[None, p]) for t, p in zip(tokens, present, strict=True)]
-            made = torch.cat(alone)
-        return run.states | {run.media: scattered(made, media).to(x.dtype)}
+            item_rows = [self.connect(t[None, p], p[None, p]) for t, p in zip(tokens, present, strict=True)]
+            connector_rows = torch.cat(item_rows)
+        return run.states | {run.media: scatter_items(connector_rows, media).to(x.dtype)}
 
     def reads(self, run: Pass) -> Tensor:
         """Which media positions each text token reads, bool ``[B, n, k]``; the same at every layer of a pass."""
-        return run.once((self, "reads"), lambda: self._table(run))
+        return run.cached_table((self, "reads"), lambda: self._media_mask(run))
 
-    def _table(self, run: Pass) -> Tensor:
-        key, query = run.keys("media"), run.rows["text"]
-        found = run.seen("text", of="media")
-        if not key.count:
-            return found
+    def _media_mask(self, run: Pass) -> Tensor:
+        keys, queries = run.keys("media"), run.rows["text"]
+        mask = run.seen("text", of="media")
+        if not keys.count:
+            return mask
         if self.config.mask == "none":
-            same = query.sample[:, :, None] == key.sample[:, None, :]
-            there = (key.order >= 0) & key.visible_to_later
-            found = same & there[:, None, :] & (query.order >= 0)[:, :, None]
+            same_sample = queries.sample[:, :, None] == keys.sample[:, None, :]
+            is_visible = (keys.order >= 0) & keys.visible_to_later
+            mask = same_sample & is_visible[:, None, :] & (queries.order >= 0)[:, :, None]
         elif self.config.mask == "immediate":
-            segment = torch.where(found, key.segment[:, None, :], -1)
-            found = found & (segment == segment.amax(-1, keepdim=True))
-        place = places(key)
-        row = place >= 1 if self.num_rows is None else (place >= 1) & (place <= self.num_rows)
-        return found & row[:, None, :]
+            segment = torch.where(mask, keys.segment[:, None, :], -1)
+            mask = mask & (segment == segment.amax(-1, keepdim=True))
+        position = segment_positions(keys)
+        is_read = position >= 1 if self.num_rows is None else (position >= 1) & (position <= self.num_rows)
+        return mask & is_read[:, None, :]
 
-    def _read(self, run: Pass, row: int, column: int) -> list[int]:
+    def _media_columns(self, run: Pass, row: int, column: int) -> list[int]:
         """Which media positions of a pass one text token reads: `reads` without tensor operations, for reference paths."""
         if run.media is None or run.rows["text"].order[row, column] < 0:
             return []
-        word, media = run.rows["text"], run.rows[run.media]
+        text, media = run.rows["text"], run.rows[run.media]
         order, segment = media.order[row].tolist(), media.segment[row].tolist()
-        before = [
+        columns = [
             j
-            for j, at in enumerate(order)
-            if at >= 0
-            and media.sample[row, j] == word.sample[row, column]
+            for j, media_order in enumerate(order)
+            if media_order >= 0
+            and media.sample[row, j] == text.sample[row, column]
             and bool(media.visible_to_later[row, j])
-            and (at < word.order[row, column] or self.config.mask == "none")
+            and (media_order < text.order[row, column] or self.config.mask == "none")
         ]
         if self.config.mask == "immediate":
-            before = [j for j in before if segment[j] == max(segment[i] for i in before)]
-        first = {s: min(order[j] for j in before if segment[j] == s) for s in {segment[j] for j in before}}
+            columns = [j for j in columns if segment[j] == max(segment[i] for i in columns)]
+        first_order = {s: min(order[j] for j in columns if segment[j] == s) for s in {segment[j] for j in columns}}
         rows = self.num_rows or len(order)
-        return [j for j in before if 1 <= order[j] - first[segment[j]] <= rows]
+        return [j for j in columns if 1 <= order[j] - first_order[segment[j]] <= rows]

@@ -29,7 +29,7 @@ class Prefix(WithoutBlocks):
 
         def build(self) -> Prefix:
             """The fusion, not yet installed."""
-            self.refuse_places("prefix")
+            self.reject_block_placement("prefix")
             return Prefix(self)
 
     @property
@@ -43,7 +43,7 @@ class Prefix(WithoutBlocks):
         return ("transformers",)
 
     def layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
-        """Fast path: given text is looked up; all other rows are computed at once."""
+        """Fast path: cached text is looked up; all other rows are computed at once."""
         return run.states | self.tower(0, index, frozen, run.states, call, run)
 
     def media_block(self, index: int, frozen: nn.Module) -> nn.Module:

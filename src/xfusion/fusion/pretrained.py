@@ -52,44 +52,58 @@ def load(source: str, revision: str | None = None) -> list[nn.Module]:
     class Settings(ConfigMixin):
         config_name = "config.json"
 
-    read: Any = Settings.load_config
-    settings: dict[str, Any] = {}
-    where: dict[str, Any] = {}
+    load_config: Any = Settings.load_config
+    model_config: dict[str, Any] = {}
+    location: dict[str, Any] = {}
     reasons: list[str] = []
-    for where in ({"revision": revision}, {"revision": revision, "subfolder": "transformer"}):
+    for location in ({"revision": revision}, {"revision": revision, "subfolder": "transformer"}):
         try:
-            settings = read(source, **where)
+            model_config = load_config(source, **location)
             break
         except (OSError, ValueError) as error:
-            reasons.append(_line(error))
-    if not settings:
+            reasons.append(_one_line(error))
+    if not model_config:
         raise XFusionError(f"start {source!r} is no folder or hub id of a diffusers transformer: {reasons[0]}")
-    kind: Any = getattr(diffusers, str(settings.get("_class_name")), None)
-    if not (isinstance(kind, type) and issubclass(kind, ModelMixin)):
-        raise XFusionError(f"start {source!r} is of class {settings.get('_class_name')}: diffusers has no such model")
-    try:
-        model, report = kind.from_pretrained(source, use_safetensors=True, output_loading_info=True, **where)  # type: ignore[misc]
-    except (OSError, ValueError, RuntimeError) as error:
-        raise XFusionError(f"start {source!r} cannot be loaded as {kind.__name__}: {_line(error)}") from error
-    absent = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-    if absent:
+    model_class: Any = getattr(diffusers, str(model_config.get("_class_name")), None)
+    if not (isinstance(model_class, type) and issubclass(model_class, ModelMixin)):
         raise XFusionError(
-            f"start {source!r} is not a whole {kind.__name__}: {len(absent)} weights are not there ({absent[0]})"
+            f"start {source!r} is of class {model_config.get('_class_name')}: diffusers has no such model"
+        )
+    try:
+        model, report = model_class.from_pretrained(source, use_safetensors=True, output_loading_info=True, **location)  # type: ignore[misc]
+    except (OSError, ValueError, RuntimeError) as error:
+        raise XFusionError(
+            f"start {source!r} cannot be loaded as {model_class.__name__}: {_one_line(error)}"
+        ) from error
+    missing_keys = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if missing_keys:
+        raise XFusionError(
+            f"start {source!r} is not a whole {model_class.__name__}: {len(missing_keys)} weights are not there"
+            f" ({missing_keys[0]})"
         )
     for child in model.children():
-        if isinstance(child, nn.ModuleList) and len(child) and all(_attention(block) for block in child):
+        if isinstance(child, nn.ModuleList) and len(child) and all(_attention_name(block) for block in child):
             return list(child)
-    raise XFusionError(f"start {source!r}: {kind.__name__} has no list of blocks with to_q, to_k, to_v and to_out")
+    raise XFusionError(
+        f"start {source!r}: {model_class.__name__} has no list of blocks with to_q, to_k, to_v and to_out"
+    )
 
 
-def _line(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join((str(error).strip() or type(error).__name__).split())[:300]
 
 
-def _attention(block: nn.Module) -> str | None:
+def _attention_name(block: nn.Module) -> str | None:
     """Name of the first attention of a block, which is its self-attention."""
-    wanted = ("to_q", "to_k", "to_v", "to_out")
-    return next((n for n, m in block.named_children() if all(hasattr(m, w) for w in wanted)), None)
+    projections = ("to_q", "to_k", "to_v", "to_out")
+    return next(
+        (
+            name
+            for name, module in block.named_children()
+            if all(hasattr(module, projection) for projection in projections)
+        ),
+        None,
+    )
 
 
 def check(blocks: list[nn.Module], source: str, width: int, backbone: Backbone) -> None:
@@ -98,12 +112,12 @@ def check(blocks: list[nn.Module], source: str, width: int, backbone: Backbone) 
     Raises:
         XFusionError: the width or the head width differs.
     """
-    attention: Any = blocks[0].get_submodule(_attention(blocks[0]) or "")
+    attention: Any = blocks[0].get_submodule(_attention_name(blocks[0]) or "")
     outputs, inputs = attention.to_q.weight.shape
-    head = outputs // attention.heads
-    if head != backbone.head_width:
+    head_width = outputs // attention.heads
+    if head_width != backbone.head_width:
         raise XFusionError(
-            f"start {source!r}: its heads are {head} wide, those of {backbone.source}, whose rotary tables they would"
+            f"start {source!r}: its heads are {head_width} wide, those of {backbone.source}, whose rotary tables they would"
             f" take, {backbone.head_width}: choose another transformer or another base"
         )
     if inputs != width:
@@ -121,7 +135,7 @@ def choose(source: int, tower: int) -> list[int]:
 
 
 @torch.no_grad()
-def take(layer: nn.Module, block: nn.Module) -> dict[str, str]:
+def copy_weights(layer: nn.Module, block: nn.Module) -> dict[str, str]:
     """Copy the matching weights of a diffusion transformer's block into a decoder layer, in place.
 
     Args:
@@ -131,27 +145,27 @@ def take(layer: nn.Module, block: nn.Module) -> dict[str, str]:
     Returns:
         what was copied: parameter of the layer (with the role, if a matrix combines several) -> parameter of the block.
     """
-    attention, given = _attention(block), dict(block.named_parameters())
-    names = {role: f"{attention}.{name}" for role, name in _ATTENTION.items()} | _FEED_FORWARD
-    done: dict[str, str] = {}
+    attention_name, block_weights = _attention_name(block), dict(block.named_parameters())
+    names = {role: f"{attention_name}.{name}" for role, name in _ATTENTION.items()} | _FEED_FORWARD
+    copied: dict[str, str] = {}
     for role, piece in matrix_pieces(layer).items():
         matrix, name = layer.get_submodule(piece.path), names[role]
-        own, other = linear_weight(matrix), given.get(f"{name}.weight")
-        rows = slice(None) if piece.rows is None else piece.rows.to(own.device)
-        if other is None or own[rows].shape != other.shape:
+        target, source = linear_weight(matrix), block_weights.get(f"{name}.weight")
+        rows = slice(None) if piece.rows is None else piece.rows.to(target.device)
+        if source is None or target[rows].shape != source.shape:
             continue
-        _put(own, rows, other)
-        done[_label(piece, "weight", role)] = f"{name}.weight"
-        bias, other = getattr(matrix, "bias", None), given.get(f"{name}.bias")
-        if isinstance(bias, Tensor) and other is not None:
-            _put(bias, rows, other)
-            done[_label(piece, "bias", role)] = f"{name}.bias"
-    return done
+        _copy_rows(target, rows, source)
+        copied[_parameter_label(piece, "weight", role)] = f"{name}.weight"
+        bias, source = getattr(matrix, "bias", None), block_weights.get(f"{name}.bias")
+        if isinstance(bias, Tensor) and source is not None:
+            _copy_rows(bias, rows, source)
+            copied[_parameter_label(piece, "bias", role)] = f"{name}.bias"
+    return copied
 
 
-def _put(own: Tensor, rows: Any, other: Tensor) -> None:
-    own[rows] = other.to(own.device, own.dtype)
+def _copy_rows(target: Tensor, rows: Any, source: Tensor) -> None:
+    target[rows] = source.to(target.device, target.dtype)
 
 
-def _label(piece: Piece, what: str, role: str) -> str:
-    return f"{piece.path}.{what}" + ("" if piece.rows is None else f" ({role})")
+def _parameter_label(piece: Piece, parameter: str, role: str) -> str:
+    return f"{piece.path}.{parameter}" + ("" if piece.rows is None else f" ({role})")

@@ -43,8 +43,8 @@ class SharedDecoder(Fusion):
     def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
         """The whole block over the whole sequence."""
         block = self.block(index, frozen)
-        found = self.whole(index, block or frozen, call, run, by_noise=block is not None)
-        return found if block is not None else run.states | {o: h for o, h in found.items() if o == "text"}
+        new_states = self.whole(index, block or frozen, call, run, by_noise=block is not None)
+        return new_states if block is not None else run.states | {o: h for o, h in new_states.items() if o == "text"}
 
     def text_layer(self, index: int, frozen: nn.Module, x: Tensor, call: Call) -> Tensor:
         """A text-only layer: the trained block if there is one, else the frozen layer."""

@@ -43,11 +43,13 @@ class Experts(nn.Module):
     def weights(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Rows ``[r, D]`` -> probabilities ``[r, E]`` in at least float32, and normalized weights of the chosen experts."""
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # costs are counted on meta
-            exact = x.to(torch.promote_types(x.dtype, torch.float32))
-            probability = torch.softmax(nn.functional.linear(exact, self.router.weight.to(exact.dtype)), dim=-1)
-        best = probability.topk(self.active, dim=-1)
-        taken = torch.zeros_like(probability).scatter(-1, best.indices, best.values)
-        return probability, taken / best.values.sum(-1, keepdim=True)
+            wide_states = x.to(torch.promote_types(x.dtype, torch.float32))
+            probability = torch.softmax(
+                nn.functional.linear(wide_states, self.router.weight.to(wide_states.dtype)), dim=-1
+            )
+        top = probability.topk(self.active, dim=-1)
+        top_probabilities = torch.zeros_like(probability).scatter(-1, top.indices, top.values)
+        return probability, top_probabilities / top.values.sum(-1, keepdim=True)
 
 
 class Routed(Delta):
@@ -55,38 +57,40 @@ class Routed(Delta):
 
     Args:
         experts: the layer's experts.
-        acts: which rows are routed, bool ``[B, n]``.
-        seen: a list to which the router's probabilities ``[r, E]`` are appended.
+        routed_mask: which rows are routed, bool ``[B, n]``.
+        probabilities: a list to which the router's probabilities ``[r, E]`` are appended.
     """
 
-    def __init__(self, experts: Experts, acts: Tensor, seen: list[Tensor]):
+    def __init__(self, experts: Experts, routed_mask: Tensor, probabilities: list[Tensor]):
         super().__init__()
-        self.experts, self.acts, self.seen = experts, acts, seen
+        self.experts, self.routed_mask, self.probabilities = experts, routed_mask, probabilities
 
     def forward(self, frozen: nn.Module, x: Tensor) -> Tensor:  # type: ignore[override]
         """``[B, n, D]`` -> ``[B, n, D]``; each expert computes its own rows."""
         if x.is_meta:
             return self.evenly(frozen, x)
-        rows = x[self.acts]
+        rows = x[self.routed_mask]
         probability, weight = self.experts.weights(rows)
-        self.seen.append(probability)
-        out = torch.zeros_like(rows)
+        self.probabilities.append(probability)
+        routed_output = torch.zeros_like(rows)
         for i, expert in enumerate(self.experts.all(frozen)):
-            mine = weight[:, i].nonzero()[:, 0]
-            made = expert(rows[mine].to(next(expert.parameters()).dtype))
-            out = out.index_add(0, mine, (weight[mine, i, None] * made).to(out.dtype))
-        whole = torch.zeros_like(x) if bool(self.acts.all()) else frozen(x)
-        return whole.masked_scatter(self.acts[..., None], out.to(whole.dtype))
+            expert_rows = weight[:, i].nonzero()[:, 0]
+            expert_output = expert(rows[expert_rows].to(next(expert.parameters()).dtype))
+            routed_output = routed_output.index_add(
+                0, expert_rows, (weight[expert_rows, i, None] * expert_output).to(routed_output.dtype)
+            )
+        output = torch.zeros_like(x) if bool(self.routed_mask.all()) else frozen(x)
+        return output.masked_scatter(self.routed_mask[..., None], routed_output.to(output.dtype))
 
     def evenly(self, frozen: nn.Module, x: Tensor) -> Tensor:
         """The same on meta tensors, to count costs: all rows are routed, with an equal share for each expert."""
         rows = x.flatten(0, 1)
         probability, weight = self.experts.weights(rows)
-        self.seen.append(probability)
-        every = self.experts.all(frozen)
-        share = len(rows) * self.experts.active // len(every)
-        made = [expert(rows[:share]).sum(0) * weight[:, i, None] for i, expert in enumerate(every)]
-        return (rows + torch.stack(made).sum(0)).unflatten(0, x.shape[:2])
+        self.probabilities.append(probability)
+        experts = self.experts.all(frozen)
+        share = len(rows) * self.experts.active // len(experts)
+        expert_outputs = [expert(rows[:share]).sum(0) * weight[:, i, None] for i, expert in enumerate(experts)]
+        return (rows + torch.stack(expert_outputs).sum(0)).unflatten(0, x.shape[:2])
 
 
 class RoutedByAll(Routed):
@@ -95,9 +99,11 @@ class RoutedByAll(Routed):
     def forward(self, frozen: nn.Module, x: Tensor) -> Tensor:  # type: ignore[override]
         """``[B, n, D]`` -> ``[B, n, D]``."""
         probability, weight = self.experts.weights(x)
-        self.seen.append(probability[self.acts])
-        made = torch.stack([expert(x) for expert in self.experts.all(frozen)], dim=-1)
-        return torch.where(self.acts[..., None], (made * weight[..., None, :]).sum(-1).to(x.dtype), frozen(x))
+        self.probabilities.append(probability[self.routed_mask])
+        expert_outputs = torch.stack([expert(x) for expert in self.experts.all(frozen)], dim=-1)
+        return torch.where(
+            self.routed_mask[..., None], (expert_outputs * weight[..., None, :]).sum(-1).to(x.dtype), frozen(x)
+        )
 
 
 class SparseExperts(Fusion):
@@ -156,43 +162,58 @@ class SparseExperts(Fusion):
         copies = [backbone.copy_layer(index, self.block_config).get_submodule(path) for _ in range(count)]
         return Experts(self.config, backbone.hidden_size, copies).to(backbone.device)
 
-    def _routed(self, index: int, frozen: nn.Module, acts: Tensor, kind: type[Routed], seen: list[Tensor]) -> Any:
+    def _routed_layer(
+        self,
+        index: int,
+        frozen: nn.Module,
+        routed_mask: Tensor,
+        routed_class: type[Routed],
+        probabilities: list[Tensor],
+    ) -> Any:
         experts: Any = self.blocks[str(index)]
-        return assembled(frozen, {mlp_path(frozen): kind(experts, acts, seen)})
+        return assembled(frozen, {mlp_path(frozen): routed_class(experts, routed_mask, probabilities)})
 
-    def _acts(self, run: Pass, owner: str) -> Tensor:
+    def _routed_mask(self, run: Pass, owner: str) -> Tensor:
         """Which rows are routed, bool ``[B, n]``; not [BOI], so that it stays bit-identical whatever a picture's noise is."""
         rows = run.rows[owner]
-        acts = rows.after_media if self.config.frozen_expert else rows.order >= 0
-        return acts if owner == "text" else acts & ~run.media_rows[owner].boundary
+        routed_mask = rows.after_media if self.config.frozen_expert else rows.order >= 0
+        return routed_mask if owner == "text" else routed_mask & ~run.media_rows[owner].boundary
 
-    def _computed(self, index: int, frozen: nn.Module, run: Pass, kind: type[Routed], seen: list[Tensor]) -> Any:
-        """The layer of this pass, for the rows that it computes (given text is not computed)."""
-        computed = [owner for owner in run.states if owner != "text" or run.given is None]
-        if str(index) not in self.blocks or not computed:
+    def _computed_layer(
+        self, index: int, frozen: nn.Module, run: Pass, routed_class: type[Routed], probabilities: list[Tensor]
+    ) -> Any:
+        """The layer of this pass, for the rows that it computes (cached text is not computed)."""
+        computed_owners = [owner for owner in run.states if owner != "text" or run.cached_text is None]
+        if str(index) not in self.blocks or not computed_owners:
             return frozen
-        return self._routed(index, frozen, torch.cat([self._acts(run, o) for o in computed], dim=1), kind, seen)
+        return self._routed_layer(
+            index,
+            frozen,
+            torch.cat([self._routed_mask(run, o) for o in computed_owners], dim=1),
+            routed_class,
+            probabilities,
+        )
 
     def layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
         """All rows through the layer; the router's probabilities are kept for its loss as ``router.`` plus the layer index."""
-        seen: list[Tensor] = []
-        block = self._computed(index, frozen, run, Routed, seen)
+        probabilities: list[Tensor] = []
+        block = self._computed_layer(index, frozen, run, Routed, probabilities)
         # The number of rows per expert depends on the data, so such a layer is not compiled.
-        work = run if block is frozen else replace(run, compiled=False)
-        states = run.states | self.tower(0, index, block, run.states, call, work)
-        run.kept |= {f"router.{index}": probability for probability in seen}
+        layer_pass = run if block is frozen else replace(run, compiled=False)
+        states = run.states | self.tower(0, index, block, run.states, call, layer_pass)
+        run.intermediates |= {f"router.{index}": probability for probability in probabilities}
         return states
 
     def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
         """The whole layer, with every expert on every row."""
-        seen: list[Tensor] = []
-        states = self.whole(index, self._computed(index, frozen, run, RoutedByAll, seen), call, run)
-        run.kept |= {f"router.{index}": probability for probability in seen}
+        probabilities: list[Tensor] = []
+        states = self.whole(index, self._computed_layer(index, frozen, run, RoutedByAll, probabilities), call, run)
+        run.intermediates |= {f"router.{index}": probability for probability in probabilities}
         return states
 
     def text_layer(self, index: int, frozen: nn.Module, x: Tensor, call: Call) -> Tensor:
         """A text-only layer: routed as in the paper, or with only the first expert."""
         if str(index) not in self.blocks:
             return frozen(x, **call)
-        acts = torch.full(x.shape[:2], not self.config.frozen_expert, device=x.device)
-        return self._routed(index, frozen, acts, Routed, [])(x, **call)
+        routed_mask = torch.full(x.shape[:2], not self.config.frozen_expert, device=x.device)
+        return self._routed_layer(index, frozen, routed_mask, Routed, [])(x, **call)

@@ -26,7 +26,7 @@ BATCH = 64
 """Largest number of items per forward pass."""
 
 Segment = str | Text | PILImage.Image | Image | Sound | Audio
-Shown = PILImage.Image | Sound
+MediaInput = PILImage.Image | Sound
 """A model's media input: a picture or a sound, depending on what it supports."""
 
 
@@ -34,30 +34,30 @@ class TooLong(XFusionError):
     """The prompt has more tokens than the model can read."""
 
 
-def encode_prompt(model: Model, text: str | Text, *, alone: bool = False) -> tuple[int, ...]:
+def encode_prompt(model: Model, text: str | Text, *, text_only: bool = False) -> tuple[int, ...]:
     """Token ids of a text.
 
     Args:
         model: the model whose base reads the text.
         text: the text.
-        alone: whether the prompt has no media, so that only the base reads it.
+        text_only: whether the prompt has no media, so that only the base reads it.
 
     Raises:
         TooLong: the text has more tokens than allowed.
     """
     ids = text.ids if isinstance(text, Text) else model.backbone.encode(text)
-    refuse_too_long(model, len(ids), alone=alone)
+    refuse_too_long(model, len(ids), text_only=text_only)
     return ids
 
 
-def refuse_too_long(model: Model, count: int, *, alone: bool) -> None:
-    """Refuse a text with more tokens than allowed; ``alone`` is as in `encode_prompt`.
+def refuse_too_long(model: Model, count: int, *, text_only: bool) -> None:
+    """Refuse a text with more tokens than allowed; ``text_only`` is as in `encode_prompt`.
 
     Raises:
         TooLong: there are more.
     """
-    limits = [model.backbone.context_length, None if alone else MAX_PROMPT_TOKENS]
-    limit = min((found for found in limits if found is not None), default=count)
+    limits = [model.backbone.context_length, None if text_only else MAX_PROMPT_TOKENS]
+    limit = min((bound for bound in limits if bound is not None), default=count)
     if count > limit:
         raise TooLong(f"the prompt has {count} tokens, more than the {limit} that are allowed: shorten it")
 
@@ -80,15 +80,15 @@ def refuse_to_read(model: Model) -> None:
     model.require("caption", "take one that answers in words, of a recipe such as llava_1_5, or qwen_audio for sounds")
 
 
-def refuse_one(shown: Any) -> None:
+def refuse_one(inputs: Any) -> None:
     """Refuse a single picture or sound where a list of them is expected.
 
     Raises:
         XFusionError: a single one was given.
     """
-    if isinstance(shown, (PILImage.Image, Sound)):
-        what = "sound" if isinstance(shown, Sound) else "picture"
-        raise XFusionError(f"one {what} was given where a list of them is expected: write [{what}]")
+    if isinstance(inputs, (PILImage.Image, Sound)):
+        kind = "sound" if isinstance(inputs, Sound) else "picture"
+        raise XFusionError(f"one {kind} was given where a list of them is expected: write [{kind}]")
 
 
 def seeds_of(seed: int, seeds: Seq[int] | None, count: int, what: str) -> list[int]:
@@ -97,10 +97,10 @@ def seeds_of(seed: int, seeds: Seq[int] | None, count: int, what: str) -> list[i
     Raises:
         XFusionError: the number of ``seeds`` is not ``count``.
     """
-    chosen = list(seeds) if seeds is not None else [seed + i for i in range(count)]
-    if len(chosen) != count:
-        raise XFusionError(f"{len(chosen)} seeds for {count} {what}: give one each")
-    return chosen
+    item_seeds = list(seeds) if seeds is not None else [seed + i for i in range(count)]
+    if len(item_seeds) != count:
+        raise XFusionError(f"{len(item_seeds)} seeds for {count} {what}: give one each")
+    return item_seeds
 
 
 def draw_size(model: Model, size: int | None) -> tuple[int, int]:
@@ -120,33 +120,33 @@ def draw_size(model: Model, size: int | None) -> tuple[int, int]:
     return native, size
 
 
-def text_segment(model: Model, text: str | Text, *, alone: bool = False) -> tuple[Text, ...]:
-    """Text as a part of a sequence; empty if the text has no tokens. ``alone`` is as in `encode_prompt`."""
-    ids = encode_prompt(model, text, alone=alone)
+def text_segment(model: Model, text: str | Text, *, text_only: bool = False) -> tuple[Text, ...]:
+    """Text as a part of a sequence; empty if the text has no tokens. ``text_only`` is as in `encode_prompt`."""
+    ids = encode_prompt(model, text, text_only=text_only)
     return (Text(ids=ids),) if ids else ()
 
 
-def media_segment(model: Model, shown: Seq[Shown], size: int | None = None) -> list[Media]:
+def media_segment(model: Model, inputs: Seq[MediaInput], size: int | None = None) -> list[Media]:
     """Pictures or sounds as clean parts of a sequence; ``size`` is one of the modality's sizes (None: the first).
 
     Raises:
         XFusionError: the model does not support this size or this kind of media; or a single item was given instead of a list,
             or a list instead of a single item.
     """
-    refuse_one(shown)
-    if any(isinstance(item, (list, tuple)) for item in shown):
+    refuse_one(inputs)
+    if any(isinstance(item, (list, tuple)) for item in inputs):
         raise XFusionError("a list was given where one picture or sound is expected: ask about each of them")
-    if not shown:
+    if not inputs:
         return []
-    media = model.reads(shown[0])
-    if any(model.reads(item) is not media for item in shown):
-        return [segment for item in shown for segment in media_segment(model, [item], size)]
-    wanted = media.sizes[0] if size is None else size
-    if wanted not in media.sizes:
+    media = model.reads(inputs[0])
+    if any(model.reads(item) is not media for item in inputs):
+        return [segment for item in inputs for segment in media_segment(model, [item], size)]
+    side = media.sizes[0] if size is None else size
+    if side not in media.sizes:
         raise XFusionError(
-            f"pictures of {wanted} px cannot be read: the model was made for {', '.join(map(str, media.sizes))} px,"
+            f"pictures of {side} px cannot be read: the model was made for {', '.join(map(str, media.sizes))} px,"
             " choose one of these"
         )
-    alone = len(shown) == 1
-    tokens = tokens_of(model, media, shown[0], wanted) if alone else media.encode(list(shown), wanted).cpu()
-    return [media.segment(t, media.grid(wanted)) for t in tokens]
+    is_single = len(inputs) == 1
+    tokens = tokens_of(model, media, inputs[0], side) if is_single else media.encode(list(inputs), side).cpu()
+    return [media.segment(t, media.grid(side)) for t in tokens]

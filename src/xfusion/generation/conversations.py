@@ -33,28 +33,28 @@ def conversation(model: Model, messages: Seq[Message], *, own_pictures: bool = T
     Raises:
         XFusionError: the base's template rejects these roles.
     """
-    looked_at = own_pictures and "caption" in model.capabilities
+    reads_own_pictures = own_pictures and "caption" in model.capabilities
     turns = [
         [m["content"]]
         if isinstance(m["content"], str)
-        else [_as_words(m)]
-        if m["role"] == "assistant" and not looked_at
+        else [_as_text(m)]
+        if m["role"] == "assistant" and not reads_own_pictures
         else list(m["content"])
         for m in messages
     ]
     if all(isinstance(segment, str) for turn in turns for segment in turn):
-        words = [
+        text_turns = [
             {"role": message["role"], "content": "".join(turn)} for message, turn in zip(messages, turns, strict=True)
         ]
-        return [Text(ids=model.backbone.chat(words))]
-    out: list[Segment] = []
-    for number, turn in enumerate(turns):
-        for segment in ["\n", *turn] if number else turn:
-            if isinstance(segment, str) and out and isinstance(out[-1], str):
-                out[-1] += segment
+        return [Text(ids=model.backbone.chat(text_turns))]
+    segments: list[Segment] = []
+    for index, turn in enumerate(turns):
+        for segment in ["\n", *turn] if index else turn:
+            if isinstance(segment, str) and segments and isinstance(segments[-1], str):
+                segments[-1] += segment
             else:
-                out.append(segment)
-    return out
+                segments.append(segment)
+    return segments
 
 
 def answer(
@@ -86,15 +86,15 @@ def answer(
     Raises:
         XFusionError: the model cannot draw, or ``auto`` is used with a pack without an opening head.
     """
-    what = opens(model, messages, draw)
-    if what is None:
+    drawing_prompt = opens(model, messages, draw)
+    if drawing_prompt is None:
         return generate(model, conversation(model, messages, own_pictures=draw == "never"), **settings)
-    drawing = {name: settings[name] for name in _DRAWING & set(settings)}
-    (picture,) = generate(model, [what, Image(size=size)], **drawing)
+    drawing_settings = {name: settings[name] for name in _DRAWING_SETTINGS & set(settings)}
+    (picture,) = generate(model, [drawing_prompt, Image(size=size)], **drawing_settings)
     return [picture, *(generate(model, [picture], **settings) if "caption" in model.capabilities else [])]
 
 
-_DRAWING = {"seed", "seeds", "steps", "guidance", "solver", "progress"}
+_DRAWING_SETTINGS = {"seed", "seeds", "steps", "guidance", "solver", "progress"}
 """Settings of `generate` that apply to drawing."""
 
 
@@ -117,29 +117,29 @@ def opens(model: Model, messages: Seq[Message], draw: DrawMode = "auto") -> str 
     if draw == "never":
         return None
     model.require("draw", "take draw='never'")
-    head, words = model.opening, [{"role": m["role"], "content": _as_words(m)} for m in messages]
+    head, text_messages = model.opening, [{"role": m["role"], "content": _as_text(m)} for m in messages]
     if draw == "auto":
         if head is None:
             raise XFusionError(
                 "this pack has no opening head, which decides whether to draw: make one with xfusion train opening PACK,"
                 " or take draw='never' or 'always'"
             )
-        shows = bool(messages) and _shows(messages[-1])
-        if shows or head.probability(model.backbone, words) <= 0.5:
+        has_media = bool(messages) and _has_media(messages[-1])
+        if has_media or head.probability(model.backbone, text_messages) <= 0.5:
             return None
-    asked = [message["content"] for message in words if message["role"] == "user"]
-    if not asked:
+    user_turns = [message["content"] for message in text_messages if message["role"] == "user"]
+    if not user_turns:
         raise XFusionError("there is no turn of the user that could say what to draw")
-    found = (head.what(model.backbone, turn) for turn in reversed(asked)) if head else ()
-    return next(filter(None, found), asked[-1])
+    descriptions = (head.what(model.backbone, turn) for turn in reversed(user_turns)) if head else ()
+    return next(filter(None, descriptions), user_turns[-1])
 
 
-def _shows(message: Message) -> bool:
+def _has_media(message: Message) -> bool:
     """Whether a turn contains media: the model then reads it, and the text-only opening head is not used."""
     return not isinstance(message["content"], str) and not all(isinstance(s, str) for s in message["content"])
 
 
-def _as_words(message: Message) -> str:
+def _as_text(message: Message) -> str:
     """The content of a turn as text, with `PICTURE` in place of each picture."""
     content = message["content"]
     segments = [content] if isinstance(content, str) else content

@@ -67,9 +67,9 @@ def draw_tokens(
     noise = torch.stack([torch.randn(count, width, generator=torch.Generator().manual_seed(s)) for s in seeds])
     blank = model.modality.segment(torch.zeros(count, width), grid, state="noised")
     scale = model.guidance if guidance is None else guidance
-    guided = scale != 1
+    is_guided = scale != 1
     prompts = [(*opened(model.backbone.begin_ids, context), blank) for context in contexts]
-    if guided:
+    if is_guided:
         prompts += [(blank,) for _ in contexts]
     batch = pack([[Sequence(segments=segments)] for segments in prompts]).to(device)
     media = batch.media[name]
@@ -78,14 +78,14 @@ def draw_tokens(
     # The target's tokens are the last of each row; the media rows before them (context pictures, [BOI]) are run first.
     is_target = media.item == media.item.amax(dim=1, keepdim=True)
     columns = is_target.int().argsort(dim=1, stable=True)
-    before, columns = _pick(media, columns[:, :-count]), columns[:, -count:]
-    _, run = model.run_pass(batch.with_media(name, **vars(before)), cache=cache, update=True, final=False)
+    context_rows, columns = _select_columns(media, columns[:, :-count]), columns[:, -count:]
+    _, run = model.run_pass(batch.with_media(name, **vars(context_rows)), cache=cache, update=True, final=False)
     # The last of these rows is the target's [BOI]; padding has the order -1.
     begin = run.states[name].gather(
-        1, before.rows.order.argmax(dim=1)[:, None, None].expand(-1, 1, model.backbone.hidden_size)
+        1, context_rows.rows.order.argmax(dim=1)[:, None, None].expand(-1, 1, model.backbone.hidden_size)
     )
 
-    target = _pick(media, columns)
+    target = _select_columns(media, columns)
     # Items are renumbered, since context pictures are no longer among them.
     item = torch.arange(len(prompts), device=device)
     target = replace(target, item=item[:, None].expand(-1, count).contiguous(), noised=item >= 0)
@@ -93,14 +93,14 @@ def draw_tokens(
     predict = _Drawing(model=model, step=step, target=target, cache=cache, begin=begin, scale=scale)
 
     x = noise = noise.to(device)
-    asked: dict[str, Any] = {} if solver is None else {"solver": solver}
+    options: dict[str, Any] = {} if solver is None else {"solver": solver}
     if known is not None and keep is not None:
-        asked |= {"known": known.to(device), "keep": keep.to(device)}
-    walk = model.media_objective.sample(predict, noise, steps=steps, **asked)
+        options |= {"known": known.to(device), "keep": keep.to(device)}
+    samples = model.media_objective.sample(predict, noise, steps=steps, **options)
     total = model.media_objective.num_steps(steps, count)
     with model.drawing():
-        for done, (current, estimate) in enumerate(walk, start=1):
-            x = current
+        for done, (tokens, estimate) in enumerate(samples, start=1):
+            x = tokens
             if progress:
                 progress(done, total, estimate)
     return x
@@ -122,15 +122,15 @@ class _Drawing:
     """Guidance scale; 1 is off."""
     done: int = 0
     """Tokens of each item that are already in the cache."""
-    denoised: Pass | None = None
+    first_pass: Pass | None = None
     """The first denoising pass; later ones attend to the same positions and reuse its attention masks."""
 
     def __call__(self, x: Tensor, time: float) -> Tensor:
         """Head output at all tokens ``[N, M, P]`` at a noise level -> ``[N, M, Q]``; the cache is unchanged."""
-        first, last = self.model.media_objective.guidance_interval
-        if self.scale != 1 and not first < time <= last:
+        low, high = self.model.media_objective.guidance_interval
+        if self.scale != 1 and not low < time <= high:
             return self.unguided(x, time)
-        return self._guided(self._states(self.target, x, time))
+        return self._guided_prediction(self._states(self.target, x, time))
 
     @cached_property
     def unguided(self) -> _Drawing:
@@ -143,51 +143,53 @@ class _Drawing:
             cache=self.cache.index(rows),
             begin=self.begin[rows],
             scale=1,
-            denoised=None,
+            first_pass=None,
         )
 
     def following(self, tokens: Tensor, places: Tensor | None = None) -> Tensor:
         """Head output at the last position, ``[N, Q]``, after appending finished tokens ``[N, k, P]`` to the cache."""
         if not tokens.shape[1]:
-            return self._guided(self.begin)[:, 0]
-        behind = torch.arange(self.done, self.done + tokens.shape[1], device=tokens.device)
-        columns = behind if places is None else places.clamp(min=0)
-        rows = _pick(self.target, columns.expand(self.begin.shape[0], -1))
+            return self._guided_prediction(self.begin)[:, 0]
+        offsets = torch.arange(self.done, self.done + tokens.shape[1], device=tokens.device)
+        columns = offsets if places is None else places.clamp(min=0)
+        rows = _select_columns(self.target, columns.expand(self.begin.shape[0], -1))
         if places is not None:  # grid coordinates follow the token's place, order and position follow its turn
-            first, both = self.target.rows, self.target.rows.columns(slice(0, 2)).position
-            step = both[:, -1:] - both[:, :1]
-            turn = replace(rows.rows, order=first.order[:, :1] + behind, position=both[:, :1] + step * behind)
-            rows = replace(rows, rows=turn)
+            target_rows, first_positions = self.target.rows, self.target.rows.columns(slice(0, 2)).position
+            step = first_positions[:, -1:] - first_positions[:, :1]
+            shifted_rows = replace(
+                rows.rows, order=target_rows.order[:, :1] + offsets, position=first_positions[:, :1] + step * offsets
+            )
+            rows = replace(rows, rows=shifted_rows)
         self.done += tokens.shape[1]
-        return self._guided(self._states(rows, tokens, 0.0, update=True)[:, -1:])[:, 0]
+        return self._guided_prediction(self._states(rows, tokens, 0.0, update=True)[:, -1:])[:, 0]
 
     def _states(self, rows: MediaRows, tokens: Tensor, time: float, *, update: bool = False) -> Tensor:
         tokens = tokens if self.scale == 1 else torch.cat([tokens, tokens])
         view = replace(rows, tokens=tokens, time=torch.full((len(tokens),), time, device=tokens.device))
         name = self.model.modality.name
         batch = replace(self.step, media={name: view})
-        like = None if update else self.denoised
+        like = None if update else self.first_pass
         _, run = self.model.run_pass(batch, cache=self.cache, update=update, final=False, like=like)
-        self.denoised = None if update else like or run
+        self.first_pass = None if update else like or run
         return run.states[name]
 
-    def _guided(self, states: Tensor) -> Tensor:
+    def _guided_prediction(self, states: Tensor) -> Tensor:
         prediction = self.model.port.readout(states).float()
         if self.scale == 1:
             return prediction
-        with_words, without = prediction.chunk(2)
-        return without + self.scale * (with_words - without)
+        conditional, unconditional = prediction.chunk(2)
+        return unconditional + self.scale * (conditional - unconditional)
 
 
-def _pick(media: MediaRows, columns: Tensor) -> MediaRows:
+def _select_columns(media: MediaRows, columns: Tensor) -> MediaRows:
     """The given columns ``[B, k]`` of each row."""
 
-    def take(t: Tensor) -> Tensor:
+    def gathered(t: Tensor) -> Tensor:
         return t.gather(1, columns) if t.ndim == 2 else t.gather(1, columns[..., None].expand(-1, -1, t.shape[2]))
 
-    rows = Rows(**{name: take(getattr(media.rows, name)) for name in media.rows.__dataclass_fields__})
+    rows = Rows(**{name: gathered(getattr(media.rows, name)) for name in media.rows.__dataclass_fields__})
     names = ("tokens", "item", "boundary", "grid_row", "grid_column")
-    return replace(media, rows=rows, **{name: take(getattr(media, name)) for name in names})
+    return replace(media, rows=rows, **{name: gathered(getattr(media, name)) for name in names})
 
 
 def draw(
@@ -215,24 +217,24 @@ def draw(
         solver: the solver to sample with (`xfusion.objectives.solvers`); None uses the model's own.
         progress: called after every step of every batch.
     """
-    chosen = seeds_of(seed, seeds, len(prompts), "prompts")
-    native, wanted = draw_size(model, size)
+    picture_seeds = seeds_of(seed, seeds, len(prompts), "prompts")
+    native, output_size = draw_size(model, size)
     contexts = [text_segment(model, prompt) for prompt in prompts]
-    out: list[PILImage.Image] = []
+    pictures: list[PILImage.Image] = []
     for start in range(0, len(prompts), base.BATCH):
-        part = slice(start, start + base.BATCH)
+        batch_slice = slice(start, start + base.BATCH)
         tokens = draw_tokens(
             model,
-            contexts[part],
+            contexts[batch_slice],
             native,
-            seeds=chosen[part],
+            seeds=picture_seeds[batch_slice],
             steps=steps,
             guidance=guidance,
             solver=solver,
             progress=progress,
         )
-        out += pictures_of(model, tokens, native, wanted)
-    return out
+        pictures += pictures_of(model, tokens, native, output_size)
+    return pictures
 
 
 def inpaint(
@@ -278,7 +280,7 @@ def inpaint_batch(
 ) -> list[PILImage.Image]:
     """`inpaint` for a batch of (picture, mask, prompt), with one seed each."""
     size = model.image.sizes[0]
-    redrawn = torch.stack([_redrawn(picture, mask, model.image.grid(size)) for picture, mask, _ in items])
+    redraw_masks = torch.stack([_redraw_mask(picture, mask, model.image.grid(size)) for picture, mask, _ in items])
     known = model.image.encode([picture for picture, _, _ in items], size)
     tokens = draw_tokens(
         model,
@@ -288,30 +290,31 @@ def inpaint_batch(
         steps=steps,
         guidance=guidance,
         known=known,
-        keep=~redrawn,
+        keep=~redraw_masks,
         progress=progress,
     )
     return pictures_of(model, tokens, size, size)
 
 
-def _redrawn(picture: PILImage.Image, mask: PILImage.Image, grid: tuple[int, int]) -> Tensor:
+def _redraw_mask(picture: PILImage.Image, mask: PILImage.Image, grid: tuple[int, int]) -> Tensor:
     """Which tokens of a picture the mask marks for redrawing, bool ``[M]``."""
     picture, mask = ImageOps.exif_transpose(picture), ImageOps.exif_transpose(mask)
     if picture.size != mask.size:
         raise XFusionError(f"the picture has {picture.size} pixels, the mask {mask.size}: give both the same size")
-    found = touched(mask, grid)
-    if not bool(found.any()):
+    redraw = touched(mask, grid)
+    if not bool(redraw.any()):
         raise XFusionError(
             f"the mask of {mask.size} pixels has no white one in the middle square that is drawn: make white what to draw anew"
         )
-    return found
+    return redraw
 
 
-def pictures_of(model: Model, tokens: Tensor, native: int, wanted: int) -> list[PILImage.Image]:
+def pictures_of(model: Model, tokens: Tensor, native: int, output_size: int) -> list[PILImage.Image]:
+    """Pictures of tokens ``[N, M, P]`` drawn at a side of ``native`` pixels, resized to ``output_size`` pixels."""
     pictures = model.image.to_pil(model.image.decode(tokens, native))
-    if wanted == native:
+    if output_size == native:
         return pictures
-    return [p.resize((wanted, wanted), PILImage.Resampling.BICUBIC) for p in pictures]
+    return [p.resize((output_size, output_size), PILImage.Resampling.BICUBIC) for p in pictures]
 
 
 def codes(model: Model, tokens: Tensor, frames: int) -> list[Tensor]:

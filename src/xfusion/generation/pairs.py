@@ -14,7 +14,7 @@ from xfusion.data.pack import pack
 from xfusion.data.sequence import END_OF_MEDIA, Media, Sequence, Text, XFusionError
 from xfusion.data.templates import opened
 from xfusion.generation import base
-from xfusion.generation.base import Shown, encode_prompt, media_segment
+from xfusion.generation.base import MediaInput, encode_prompt, media_segment
 from xfusion.generation.words import score_names
 from xfusion.model import Model
 
@@ -45,26 +45,26 @@ def embed(
     objective: Any = next(o for o in model.objectives if "embed" in o.gives)
     texts = [i for i, item in enumerate(items) if isinstance(item, str)]
     pictures = [i for i, item in enumerate(items) if not isinstance(item, str)]
-    out, done = torch.empty(len(items), objective.embedding_width), 0
-    for members, of_words in ((texts, True), (pictures, False)):
-        for start in range(0, len(members), base.BATCH):
-            part = members[start : start + base.BATCH]
-            chosen = [items[i] for i in part]
+    embeddings, done = torch.empty(len(items), objective.embedding_width), 0
+    for indices, is_text in ((texts, True), (pictures, False)):
+        for start in range(0, len(indices), base.BATCH):
+            batch_indices = indices[start : start + base.BATCH]
+            batch_items = [items[i] for i in batch_indices]
             segments = (
-                [opened(model.backbone.begin_ids, (Text(ids=encode_prompt(model, cast(str, t))),)) for t in chosen]
-                if of_words
-                else [(media,) for media in media_segment(model, cast("list[PILImage.Image]", chosen))]
+                [opened(model.backbone.begin_ids, (Text(ids=encode_prompt(model, cast(str, t))),)) for t in batch_items]
+                if is_text
+                else [(media,) for media in media_segment(model, cast("list[PILImage.Image]", batch_items))]
             )
             batch = pack([[Sequence(segments=s)] for s in segments]).to(model.device)
-            vectors = objective.of_words(model, batch) if of_words else objective.of_media(model, batch)
-            out[part] = vectors.float().cpu()
-            done += len(part)
+            vectors = objective.embed_text(model, batch) if is_text else objective.embed_media(model, batch)
+            embeddings[batch_indices] = vectors.float().cpu()
+            done += len(batch_indices)
             if progress:
                 progress(done, len(items))
-    return out
+    return embeddings
 
 
-def score(model: Model, picture: Shown | None, texts: Seq[str]) -> list[float]:
+def score(model: Model, picture: MediaInput | None, texts: Seq[str]) -> list[float]:
     """How well each text fits a picture; larger is better. Scores of different models are not comparable.
 
     For a model that captions, the score is the mean log-likelihood per token of the text after the picture (`score_names`), in
@@ -106,17 +106,17 @@ def match(model: Model, pictures: Seq[PILImage.Image], texts: Seq[str]) -> Tenso
         raise XFusionError("match takes a list of texts: write [text]")
     objective: Any = next(o for o in model.objectives if "match" in o.gives)
     begin, media = model.backbone.begin_ids, media_segment(model, pictures)
-    said = [opened(begin, (Text(ids=encode_prompt(model, text)),)) for text in texts]
-    pairs = [(i, j) for i in range(len(media)) for j in range(len(said))]
-    out = torch.empty(len(media), len(said))
+    text_segments = [opened(begin, (Text(ids=encode_prompt(model, text)),)) for text in texts]
+    pairs = [(i, j) for i in range(len(media)) for j in range(len(text_segments))]
+    probabilities = torch.empty(len(media), len(text_segments))
     for start in range(0, len(pairs), base.BATCH):
-        part = pairs[start : start + base.BATCH]
-        rows = [[Sequence(segments=(*said[j], media[i]))] for i, j in part]
-        batch, own = pack(rows).to(model.device), torch.arange(len(part), device=model.device)
-        probability = objective.judged(model, batch, own, own).float().softmax(dim=-1)[:, 1].cpu()
-        for (i, j), value in zip(part, probability, strict=True):
-            out[i, j] = value
-    return out
+        batch_pairs = pairs[start : start + base.BATCH]
+        rows = [[Sequence(segments=(*text_segments[j], media[i]))] for i, j in batch_pairs]
+        batch, row_index = pack(rows).to(model.device), torch.arange(len(batch_pairs), device=model.device)
+        probability = objective.match_logits(model, batch, row_index, row_index).float().softmax(dim=-1)[:, 1].cpu()
+        for (i, j), value in zip(batch_pairs, probability, strict=True):
+            probabilities[i, j] = value
+    return probabilities
 
 
 def fill(
@@ -139,14 +139,16 @@ def fill(
     """
     if isinstance(texts, str):
         raise XFusionError("fill takes a list of texts: write [text]")
-    shown = media_segment(model, [picture]) * len(texts)
-    found = fill_tokens(model, shown, [_with_blanks(model, text) for text in texts])
-    out = []
-    for scores in found:
-        best = scores.exp().topk(min(most, scores.shape[-1]), dim=-1)
+    media = media_segment(model, [picture]) * len(texts)
+    log_probs = fill_tokens(model, media, [_with_blanks(model, text) for text in texts])
+    answers = []
+    for blank_log_probs in log_probs:
+        best = blank_log_probs.exp().topk(min(most, blank_log_probs.shape[-1]), dim=-1)
         blanks = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        out.append([[(model.backbone.decode([i]).strip(), p) for i, p in zip(*one, strict=True)] for one in blanks])
-    return out
+        answers.append(
+            [[(model.backbone.decode([i]).strip(), p) for i, p in zip(*blank, strict=True)] for blank in blanks]
+        )
+    return answers
 
 
 @torch.no_grad()
@@ -167,22 +169,25 @@ def fill_tokens(model: Model, pictures: Seq[Media], texts: Seq[tuple[int, ...]])
             " as the recipe lxmert"
         )
     objective: Any = next(o for o in model.objectives if "fill" in o.gives)
-    begin, out = model.backbone.begin_ids, []
+    begin, log_probs = model.backbone.begin_ids, []
     for start in range(0, len(texts), base.BATCH):
-        part, shown = texts[start : start + base.BATCH], pictures[start : start + base.BATCH]
-        said = [opened(begin, (Text(ids=ids),)) for ids in part]
-        rows = [[Sequence(segments=(*words, media))] for words, media in zip(said, shown, strict=True)]
-        scores = objective.guessed(model, pack(rows).to(model.device)).float().log_softmax(dim=-1).cpu()
-        out += scores.split([ids.count(END_OF_MEDIA) for ids in part])
-    return out
+        batch_texts, batch_pictures = texts[start : start + base.BATCH], pictures[start : start + base.BATCH]
+        text_segments = [opened(begin, (Text(ids=ids),)) for ids in batch_texts]
+        rows = [
+            [Sequence(segments=(*segments, media))]
+            for segments, media in zip(text_segments, batch_pictures, strict=True)
+        ]
+        scores = objective.masked_logits(model, pack(rows).to(model.device)).float().log_softmax(dim=-1).cpu()
+        log_probs += scores.split([ids.count(END_OF_MEDIA) for ids in batch_texts])
+    return log_probs
 
 
 def _with_blanks(model: Model, text: str) -> tuple[int, ...]:
     """Token ids of a text with `END_OF_MEDIA` at each blank. A blank absorbs the space before it, as a word's token does."""
-    first, *others = text.split(BLANK)
-    if not others:
+    first_part, *other_parts = text.split(BLANK)
+    if not other_parts:
         raise XFusionError(f"{text!r} has no blank: write {BLANK} where a word is to be found")
-    ids = list(encode_prompt(model, first.removesuffix(" ")))
-    for number, part in enumerate(others, start=1):
-        ids += [END_OF_MEDIA, *encode_prompt(model, part if number == len(others) else part.removesuffix(" "))]
+    ids = list(encode_prompt(model, first_part.removesuffix(" ")))
+    for index, part in enumerate(other_parts, start=1):
+        ids += [END_OF_MEDIA, *encode_prompt(model, part if index == len(other_parts) else part.removesuffix(" "))]
     return tuple(ids)

@@ -23,57 +23,57 @@ def schema_answers(schema: dict[str, Any]) -> list[str]:
     Raises:
         XFusionError: the schema uses anything else, allows nothing, or allows more than `LARGEST_SCHEMA` texts.
     """
-    known = {"type", "enum", "const", "minimum", "maximum", "properties", "required", "additionalProperties", "title"}
-    known |= {"description", "$schema"}
-    if unknown := sorted(set(schema) - known):
-        raise XFusionError(f"schema: {unknown[0]!r} is not understood; it may have {', '.join(sorted(known))}")
+    names = {"type", "enum", "const", "minimum", "maximum", "properties", "required", "additionalProperties", "title"}
+    names |= {"description", "$schema"}
+    if unknown := sorted(set(schema) - names):
+        raise XFusionError(f"schema: {unknown[0]!r} is not understood; it may have {', '.join(sorted(names))}")
     kind = schema.get("type")
     if "const" in schema or "enum" in schema:
         values = [schema["const"]] if "const" in schema else list(schema["enum"])
-        _small(len(values))
-        found = [json.dumps(value, ensure_ascii=False) for value in values]
+        _refuse_count(len(values))
+        texts = [json.dumps(value, ensure_ascii=False) for value in values]
     elif kind in ("boolean", "null"):
-        found = ["true", "false"] if kind == "boolean" else ["null"]
+        texts = ["true", "false"] if kind == "boolean" else ["null"]
     elif kind == "integer":
         if not {"minimum", "maximum"} <= set(schema):
             raise XFusionError("schema: an integer needs minimum and maximum, so that its values can be written out")
         low, high = math.ceil(schema["minimum"]), math.floor(schema["maximum"])
-        _small(high - low + 1)
-        found = [str(value) for value in range(low, high + 1)]
+        _refuse_count(high - low + 1)
+        texts = [str(value) for value in range(low, high + 1)]
     elif kind == "object":
         properties = schema.get("properties") or {}
         if missing := sorted(set(properties) - set(schema.get("required", properties))):
             raise XFusionError(f"schema: property {missing[0]!r} is optional: name it in required, or leave it out")
-        found = ["{"]
-        for number, (name, inner) in enumerate(properties.items()):
-            values = schema_answers(inner)
-            _small(len(found) * len(values))
-            head = f"{', ' if number else ''}{json.dumps(name, ensure_ascii=False)}: "
-            found = [f"{text}{head}{value}" for text in found for value in values]
-        found = [f"{text}}}" for text in found]
+        texts = ["{"]
+        for index, (name, property_schema) in enumerate(properties.items()):
+            values = schema_answers(property_schema)
+            _refuse_count(len(texts) * len(values))
+            key = f"{', ' if index else ''}{json.dumps(name, ensure_ascii=False)}: "
+            texts = [f"{text}{key}{value}" for text in texts for value in values]
+        texts = [f"{text}}}" for text in texts]
     else:
         raise XFusionError(f"schema: type {kind!r} is not one of object, integer, boolean, null, or an enum")
-    if not found:
+    if not texts:
         raise XFusionError("schema: it allows no answer")
-    return found
+    return texts
 
 
-def _small(count: int) -> None:
+def _refuse_count(count: int) -> None:
     if not 0 < count <= LARGEST_SCHEMA:
         raise XFusionError(f"schema: it allows {count} answers, from 1 to {LARGEST_SCHEMA} can be written out")
 
 
-def going_on(so_far: Seq[int], allowed: Seq[tuple[int, ...]], end: int) -> list[int]:
+def next_tokens(generated: Seq[int], allowed: Seq[tuple[int, ...]], end: int) -> list[int]:
     """Next tokens that keep a partial answer a prefix of an allowed one; includes ``end`` if it is already complete."""
-    done, begun = len(so_far), tuple(so_far)
-    further = {one[done] for one in allowed if len(one) > done and one[:done] == begun}
-    return sorted(further | ({end} if not further or begun in allowed else set()))
+    length, prefix = len(generated), tuple(generated)
+    continuations = {answer[length] for answer in allowed if len(answer) > length and answer[:length] == prefix}
+    return sorted(continuations | ({end} if not continuations or prefix in allowed else set()))
 
 
-def restricted(logits: Tensor, answers: Seq[Seq[int]], allowed: Seq[tuple[int, ...]], end: int) -> Tensor:
+def restrict_logits(logits: Tensor, answers: Seq[Seq[int]], allowed: Seq[tuple[int, ...]], end: int) -> Tensor:
     """Logits ``[B, V]``, set to -inf except at tokens that keep a partial answer a prefix of an allowed one."""
-    out = torch.full_like(logits, -torch.inf)
-    for row, so_far in enumerate(answers):
-        chosen = torch.tensor(going_on(so_far, allowed, end), device=logits.device)
-        out[row, chosen] = logits[row, chosen]
-    return out
+    restricted_logits = torch.full_like(logits, -torch.inf)
+    for row, generated in enumerate(answers):
+        token_ids = torch.tensor(next_tokens(generated, allowed, end), device=logits.device)
+        restricted_logits[row, token_ids] = logits[row, token_ids]
+    return restricted_logits

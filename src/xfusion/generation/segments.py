@@ -17,9 +17,9 @@ from xfusion.data.templates import IN_JSON, opened
 from xfusion.generation import base
 from xfusion.generation.base import (
     Listener,
+    MediaInput,
     Progress,
     Segment,
-    Shown,
     draw_size,
     encode_prompt,
     media_segment,
@@ -29,7 +29,7 @@ from xfusion.generation.base import (
     text_segment,
 )
 from xfusion.generation.drawing import codes, draw_tokens, pictures_of
-from xfusion.generation.schema import going_on, schema_answers
+from xfusion.generation.schema import next_tokens, schema_answers
 from xfusion.generation.words import answer_tokens
 from xfusion.modalities.audio import AudioModality
 from xfusion.model import Model
@@ -103,7 +103,7 @@ def generate(
         )
     single = not isinstance(items[0], (list, tuple))
     lists = [cast("Seq[Segment]", item) for item in ([items] if single else items)]
-    chosen = seeds_of(seed, seeds, len(lists), "lists")
+    list_seeds = seeds_of(seed, seeds, len(lists), "lists")
     texts = None if schema is None else schema_answers(schema)
     allowed = None if texts is None else [model.backbone.encode(text) for text in texts]
     if allowed is not None and (longest := 1 + max(map(len, allowed))) > max_tokens:
@@ -120,20 +120,27 @@ def generate(
         in_json=texts is not None and all(text.startswith("{") for text in texts),
         progress=progress,
     )
-    alike: dict[tuple[Any, ...], list[int]] = {}
+    by_kinds: dict[tuple[Any, ...], list[int]] = {}
     for i, item in enumerate(lists):
         kinds = kinds_of(model, item)
-        _refuse_unread(model, kinds)
-        alike.setdefault(kinds, []).append(i)
-    out: list[Any] = [None] * len(lists)
-    for kinds, members in alike.items():  # lists with the same kinds of segments run as one batch
+        _refuse_unreadable(model, kinds)
+        by_kinds.setdefault(kinds, []).append(i)
+    results: list[Any] = [None] * len(lists)
+    for kinds, members in by_kinds.items():  # lists with the same kinds of segments run as one batch
         for start in range(0, len(members), base.BATCH):
-            part = members[start : start + base.BATCH]
-            own = [lists[i] for i in part]
-            answers = _generate_batch(model, own, kinds, [chosen[i] for i in part], settings, _for_part(listen, part))
-            for i, answer in zip(part, answers, strict=True):
-                out[i] = answer
-    return out[0] if single else out
+            batch_indices = members[start : start + base.BATCH]
+            batch_lists = [lists[i] for i in batch_indices]
+            answers = _generate_batch(
+                model,
+                batch_lists,
+                kinds,
+                [list_seeds[i] for i in batch_indices],
+                settings,
+                _listener_for(listen, batch_indices),
+            )
+            for i, answer in zip(batch_indices, answers, strict=True):
+                results[i] = answer
+    return results[0] if single else results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,14 +161,14 @@ class _Settings:
     progress: Progress | None
 
 
-def _words_alone(kinds: Seq[Any]) -> bool:
+def _is_text_only(kinds: Seq[Any]) -> bool:
     """Whether a list is text-only, so that only the base reads it."""
     return all(kind == "text" for kind in kinds)
 
 
-def _for_part(listen: Listener | None, part: Seq[int]) -> Listener | None:
+def _listener_for(listen: Listener | None, list_indices: Seq[int]) -> Listener | None:
     """The listener with rows of a batch mapped to indices of the lists."""
-    return None if listen is None else lambda row, token: listen(part[row], token)
+    return None if listen is None else lambda row, token: listen(list_indices[row], token)
 
 
 def kinds_of(model: Model, items: Seq[Segment]) -> tuple[Any, ...]:
@@ -188,22 +195,22 @@ def _kind(model: Model, segment: Segment) -> Any:
     )
 
 
-def _refuse_unread(model: Model, kinds: Seq[Any]) -> None:
+def _refuse_unreadable(model: Model, kinds: Seq[Any]) -> None:
     """Refuse media input, and text after generated media, if the model cannot read media."""
-    shown = any(isinstance(kind, str) and kind != "text" for kind in kinds)
-    made = any(isinstance(kind, tuple) for kind in kinds) and not isinstance(kinds[-1], tuple)
-    if shown or made:
+    has_media_input = any(isinstance(kind, str) and kind != "text" for kind in kinds)
+    has_text_after_generated = any(isinstance(kind, tuple) for kind in kinds) and not isinstance(kinds[-1], tuple)
+    if has_media_input or has_text_after_generated:
         refuse_to_read(model)
 
 
-def _sound_size(model: Model, asked: Audio) -> tuple[int, int]:
+def _sound_size(model: Model, request: Audio) -> tuple[int, int]:
     """Frames of a generated sound, twice (native and wanted size): sounds always have the model's trained length."""
     audio = model.modality
     if not isinstance(audio, AudioModality) or "draw" not in model.capabilities:
         raise XFusionError("this model makes no sound: it can " + ", ".join(sorted(model.capabilities)))
     seconds = audio.config.seconds
-    if asked.seconds not in (None, seconds):
-        raise XFusionError(f"this model makes sounds of {seconds:g} s, not of {asked.seconds:g}: leave seconds out")
+    if request.seconds not in (None, seconds):
+        raise XFusionError(f"this model makes sounds of {seconds:g} s, not of {request.seconds:g}: leave seconds out")
     return audio.sizes[0], audio.sizes[0]
 
 
@@ -217,42 +224,49 @@ def _generate_batch(
 ) -> list[list[Any]]:
     """Continuations of lists that have the same kinds of segments."""
     contexts: list[tuple[Text | Media, ...]] = [() for _ in lists]
-    out: list[list[Any]] = [[] for _ in lists]
-    num_made, alone = 0, _words_alone(kinds)
+    results: list[list[Any]] = [[] for _ in lists]
+    num_generated, text_only = 0, _is_text_only(kinds)
     for place, kind in enumerate(kinds):
         if kind == "text":
-            new = [text_segment(model, cast("str | Text", item[place]), alone=alone) for item in lists]
-            contexts = [(*context, *segment) for context, segment in zip(contexts, new, strict=True)]
+            text_segments = [
+                text_segment(model, cast("str | Text", item[place]), text_only=text_only) for item in lists
+            ]
+            contexts = [(*context, *segment) for context, segment in zip(contexts, text_segments, strict=True)]
         elif isinstance(kind, str):
-            shown = media_segment(model, [cast("Shown", item[place]) for item in lists])
-            contexts = [(*context, media) for context, media in zip(contexts, shown, strict=True)]
+            media_segments = media_segment(model, [cast("MediaInput", item[place]) for item in lists])
+            contexts = [(*context, media) for context, media in zip(contexts, media_segments, strict=True)]
         else:
-            what, native, wanted = kind
+            task, native, output_size = kind
             tokens = draw_tokens(
                 model,
                 contexts,
                 native,
-                seeds=[_seed_of(seed, num_made) for seed in seeds],
+                seeds=[_seed_of(seed, num_generated) for seed in seeds],
                 steps=settings.steps,
                 guidance=settings.guidance,
                 solver=settings.solver,
                 progress=settings.progress,
             )
-            made = pictures_of(model, tokens, native, wanted) if what == "draw" else codes(model, tokens, native)
-            for answer, item in zip(out, made, strict=True):
+            generated = (
+                pictures_of(model, tokens, native, output_size) if task == "draw" else codes(model, tokens, native)
+            )
+            for answer, item in zip(results, generated, strict=True):
                 answer.append(item)
-            num_made += 1
+            num_generated += 1
             grid = model.modality.grid(native)
             # The finished item is clean context for everything later.
             contexts = [
                 (*context, model.modality.segment(t, grid)) for context, t in zip(contexts, tokens.cpu(), strict=True)
             ]
     if isinstance(kinds[-1], tuple):
-        return out
+        return results
     if any(isinstance(segment, Media) for segment in contexts[0]):
         ids = answer_tokens(
             model,
-            [_asked(model, context, item, settings.in_json) for context, item in zip(contexts, lists, strict=True)],
+            [
+                _with_question_ending(model, context, item, settings.in_json)
+                for context, item in zip(contexts, lists, strict=True)
+            ],
             max_tokens=settings.max_tokens,
             temperature=settings.temperature,
             top_p=settings.top_p,
@@ -263,35 +277,35 @@ def _generate_batch(
         )
     else:
         ids = [
-            _base_generate(model, context, s, settings, _for_part(listen, [i]))
+            _base_generate(model, context, s, settings, _listener_for(listen, [i]))
             for i, (context, s) in enumerate(zip(contexts, seeds, strict=True))
         ]
-    for answer, tokens in zip(out, ids, strict=True):
+    for answer, tokens in zip(results, ids, strict=True):
         answer.append(model.backbone.decode(tokens))
-    return out
+    return results
 
 
-def _seed_of(seed: int, place: int) -> int:
-    """The seed of the generated item number ``place`` (from 0) of a list. With equal noise, two pictures would be the same."""
-    if not place:
+def _seed_of(seed: int, index: int) -> int:
+    """The seed of the generated item number ``index`` (from 0) of a list. With equal noise, two pictures would be the same."""
+    if not index:
         return seed
-    digest = hashlib.sha256(f"{seed}/made/{place}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}/made/{index}".encode()).digest()
     return int.from_bytes(digest[:7], "big")
 
 
-def _asked(
-    model: Model, context: tuple[Text | Media, ...], item: Seq[Segment], json_wanted: bool = False
+def _with_question_ending(
+    model: Model, context: tuple[Text | Media, ...], item: Seq[Segment], in_json: bool = False
 ) -> tuple[Text | Media, ...]:
     """A context with media, completed at the end of its list: a question after a picture gets the ending used in training."""
-    last = item[-1]
-    if not (isinstance(last, (str, Text)) and last):
+    last_segment = item[-1]
+    if not (isinstance(last_segment, (str, Text)) and last_segment):
         return context
-    ending = f"{IN_JSON}\n" if json_wanted else "\n"
-    if isinstance(last, Text):
+    ending = f"{IN_JSON}\n" if in_json else "\n"
+    if isinstance(last_segment, Text):
         return (*context, Text(ids=model.backbone.encode(ending)))
     # Encoded in one piece, as in training: tokenizers merge "?" with the newline, or put a space before either part.
-    before = context[: len(context) - len(text_segment(model, last))]
-    return (*before, Text(ids=model.backbone.encode(f"{last}{ending}")))
+    prefix = context[: len(context) - len(text_segment(model, last_segment))]
+    return (*prefix, Text(ids=model.backbone.encode(f"{last_segment}{ending}")))
 
 
 @torch.no_grad()
@@ -313,23 +327,28 @@ def log_likelihoods(model: Model, items: Seq[Segment], answers: Seq[str]) -> lis
     """
     context: tuple[Text | Media, ...] = ()
     kinds = kinds_of(model, items)
-    _refuse_unread(model, kinds)
+    _refuse_unreadable(model, kinds)
     for segment, kind in zip(items, kinds, strict=True):
         if isinstance(kind, tuple):
             raise XFusionError("what is still to be made has no answers that could be likely: generate it first")
-        new = text_segment(model, cast("str | Text", segment), alone=_words_alone(kinds)) if kind == "text" else None
-        context = (*context, *(media_segment(model, [cast("Shown", segment)]) if new is None else new))
+        text_segments = (
+            text_segment(model, cast("str | Text", segment), text_only=_is_text_only(kinds)) if kind == "text" else None
+        )
+        context = (
+            *context,
+            *(media_segment(model, [cast("MediaInput", segment)]) if text_segments is None else text_segments),
+        )
     if not context:
         raise XFusionError("there is nothing to answer: the prompt is empty")
-    out = []
+    results = []
     for answer in answers:
         ids = model.backbone.encode(answer)
         if not ids:
             raise XFusionError(f"the answer {answer!r} has no tokens: name words")
-        before = _answer_logits(model, context, items, ids).float().cpu()
-        likely = before.log_softmax(dim=-1).gather(1, torch.tensor(ids)[:, None])
-        out.append((float(likely.sum()), before.argmax(dim=-1).tolist() == list(ids)))
-    return out
+        logits = _answer_logits(model, context, items, ids).float().cpu()
+        log_probs = logits.log_softmax(dim=-1).gather(1, torch.tensor(ids)[:, None])
+        results.append((float(log_probs.sum()), logits.argmax(dim=-1).tolist() == list(ids)))
+    return results
 
 
 def _answer_logits(
@@ -337,16 +356,16 @@ def _answer_logits(
 ) -> Tensor:
     """Logits ``[n, V]`` that predict the tokens of an answer."""
     if not any(isinstance(segment, Media) for segment in context):
-        whole = [*(i for segment in context if isinstance(segment, Text) for i in segment.ids), *ids]
-        logits = model.text_model()(torch.tensor([whole], device=model.backbone.device)).logits[0]
+        token_ids = [*(i for segment in context if isinstance(segment, Text) for i in segment.ids), *ids]
+        logits = model.text_model()(torch.tensor([token_ids], device=model.backbone.device)).logits[0]
     else:
-        segments = opened(model.backbone.begin_ids, (*_asked(model, context, items), Text(ids=ids)))
+        segments = opened(model.backbone.begin_ids, (*_with_question_ending(model, context, items), Text(ids=ids)))
         hidden, run = model.run_pass(pack([[Sequence(segments=segments)]]).to(model.device))
         logits = model.engine.backbone.logits(hidden[:, run.slices["text"]][:, -len(ids) - 1 :])[0]
     return logits[-len(ids) - 1 : -1]
 
 
-class _Ended(Exception):
+class _StoppedByListener(Exception):
     """A listener ended the answer."""
 
 
@@ -365,7 +384,7 @@ class _Streamer:
         for token in ids.flatten().tolist():
             self.answer.append(token)
             if token not in self.ends and not self.listen(0, token):
-                raise _Ended
+                raise _StoppedByListener
 
     def end(self) -> None:
         """Does nothing: there is no buffer to flush."""
@@ -382,7 +401,7 @@ def _base_generate(
     ids = [i for segment in context if isinstance(segment, Text) for i in segment.ids]
     if not ids:
         raise XFusionError("there is nothing to continue: the prompt is empty")
-    refuse_too_long(model, len(ids), alone=True)
+    refuse_too_long(model, len(ids), text_only=True)
     prompt = torch.tensor([ids], device=model.backbone.device)
     sampling: dict[str, Any] = {"do_sample": False, **PLAIN}
     if settings.temperature >= GREEDY:
@@ -390,11 +409,13 @@ def _base_generate(
         sampling |= {"top_p": settings.top_p, "top_k": settings.top_k}
     if (allowed := settings.allowed) is not None:
         end = model.backbone.end_ids[0]
-        sampling["prefix_allowed_tokens_fn"] = lambda _, so_far: going_on(so_far[len(ids) :].tolist(), allowed, end)
+        sampling["prefix_allowed_tokens_fn"] = lambda _, generated: next_tokens(
+            generated[len(ids) :].tolist(), allowed, end
+        )
     streamer = None if listen is None else _Streamer(listen, set(model.backbone.end_ids))
     with seeded(seed, prompt.device):
         try:
-            whole = model.text_model().generate(
+            output_ids = model.text_model().generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
                 max_new_tokens=settings.max_tokens,
@@ -402,10 +423,10 @@ def _base_generate(
                 streamer=streamer,
                 **sampling,
             )
-        except _Ended:
+        except _StoppedByListener:
             assert streamer is not None
             return streamer.answer or []
-    return whole[0, len(ids) :].tolist()
+    return output_ids[0, len(ids) :].tolist()
 
 
 def prompt_length(model: Model, items: Seq[Segment]) -> int:
@@ -416,14 +437,14 @@ def prompt_length(model: Model, items: Seq[Segment]) -> int:
         XFusionError: a picture's size is out of reach.
     """
     total, kinds = 0, kinds_of(model, items)
-    alone = _words_alone(kinds)
+    text_only = _is_text_only(kinds)
     for segment, kind in zip(items, kinds, strict=True):
         if kind == "text":
-            total += len(encode_prompt(model, cast("str | Text", segment), alone=alone))
+            total += len(encode_prompt(model, cast("str | Text", segment), text_only=text_only))
         else:
             media = model.modality if isinstance(kind, tuple) else model.reads(segment)
             rows, columns = media.grid(kind[1] if isinstance(kind, tuple) else media.sizes[0])
             total += rows * columns
-    if alone:
-        refuse_too_long(model, total, alone=True)
+    if text_only:
+        refuse_too_long(model, total, text_only=True)
     return total

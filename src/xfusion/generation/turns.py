@@ -21,16 +21,16 @@ from xfusion.data.sequence import END_OF_MEDIA, Batch, Media, Sequence, Sound, T
 from xfusion.modalities.base import Modality
 from xfusion.model import Model
 
-KEPT_TURNS = 8
+MAX_PREFIXES = 8
 """How many prefixes are cached; the least recently used are dropped."""
-KEPT_SHOWN = 64
+MAX_MEDIA = 64
 """How many pictures and sounds have their tokens cached; the oldest are dropped."""
 Unit = int | bytes
 """A token id, or a hash that identifies a picture or sound."""
 
 
 @dataclass(frozen=True)
-class Beginning:
+class CachedPrefix:
     """The KV cache of a prefix, and the weights that computed it."""
 
     cache: Cache
@@ -39,73 +39,81 @@ class Beginning:
 
 def units(prompt: tuple[Text | Media, ...]) -> tuple[Unit, ...]:
     """The units of a prompt in reading order; the end of a medium is a token of its own."""
-    out: list[Unit] = []
+    prompt_units: list[Unit] = []
     for segment in prompt:
         if isinstance(segment, Text):
-            out += segment.ids
+            prompt_units += segment.ids
         else:
             facts = (segment.modality, segment.grid, segment.state, segment.bidirectional, segment.shared_position)
-            out += [hashlib.sha256(repr(facts).encode() + _bytes(segment.tokens)).digest(), END_OF_MEDIA]
-    return tuple(out)
+            prompt_units += [hashlib.sha256(repr(facts).encode() + _bytes(segment.tokens)).digest(), END_OF_MEDIA]
+    return tuple(prompt_units)
 
 
-def begun(model: Model, prompt: tuple[Text | Media, ...], asked: tuple[Unit, ...]) -> tuple[Cache, Batch]:
+def resume_prefix(
+    model: Model, prompt: tuple[Text | Media, ...], prompt_units: tuple[Unit, ...]
+) -> tuple[Cache, Batch]:
     """The KV cache of the longest prefix of a prompt that was read before, and a batch of the rest (all of it if there is
-    none). ``asked`` are the prompt's `units`.
+    none). ``prompt_units`` are the prompt's `units`.
     """
-    whole, known = pack([[Sequence(segments=prompt)]]), model.engine.turns
+    batch, prefixes = pack([[Sequence(segments=prompt)]]), model.engine.turns
     weights = _weights(model)
-    for key in [key for key, found in known.items() if found.weights != weights]:
-        del known[key]
-    longest = max((key for key in known if len(key) < len(asked) and asked[: len(key)] == key), key=len, default=None)
+    for key in [key for key, entry in prefixes.items() if entry.weights != weights]:
+        del prefixes[key]
+    longest = max(
+        (key for key in prefixes if len(key) < len(prompt_units) and prompt_units[: len(key)] == key),
+        key=len,
+        default=None,
+    )
     if longest is None:
-        return model.backbone.new_cache(model.fusion.num_towers, 1), whole.to(model.device)
-    known.move_to_end(longest)
-    cache = known[longest].cache.copy()
-    return cache, _behind(whole, int(cache.rows.order.max())).to(model.device)
+        return model.backbone.new_cache(model.fusion.num_towers, 1), batch.to(model.device)
+    prefixes.move_to_end(longest)
+    cache = prefixes[longest].cache.copy()
+    return cache, _suffix(batch, int(cache.rows.order.max())).to(model.device)
 
 
-def remember(model: Model, read: tuple[Unit, ...], cache: Cache) -> None:
-    """Store a copy of a KV cache under the units ``read`` that it covers."""
-    known = model.engine.turns
-    known[read] = Beginning(cache.copy(), _weights(model))
-    known.move_to_end(read)
-    if len(known) > KEPT_TURNS:
-        known.popitem(last=False)
+def remember(model: Model, prefix_units: tuple[Unit, ...], cache: Cache) -> None:
+    """Store a copy of a KV cache under the units of the prefix that it covers."""
+    prefixes = model.engine.turns
+    prefixes[prefix_units] = CachedPrefix(cache.copy(), _weights(model))
+    prefixes.move_to_end(prefix_units)
+    if len(prefixes) > MAX_PREFIXES:
+        prefixes.popitem(last=False)
 
 
-def tokens_of(model: Model, media: Modality, shown: PILImage.Image | Sound, size: int) -> Tensor:
+def tokens_of(model: Model, media: Modality, item: PILImage.Image | Sound, size: int) -> Tensor:
     """Tokens ``[1, M, P]`` of one medium, encoded alone and cached, so that its bits never depend on other inputs."""
-    if isinstance(shown, Sound):
-        what: object = (shown.rate, hashlib.sha256(_bytes(shown.samples)).digest())
-    elif isinstance(shown, PILImage.Image):
-        palette = shown.palette.getdata() if shown.palette else None
-        turned = shown.getexif().get(ExifTags.Base.Orientation)
-        facts = (shown.mode, shown.size, palette, shown.info.get("transparency"), turned)
-        what = (facts, hashlib.sha256(shown.tobytes()).digest())
+    if isinstance(item, Sound):
+        identity: object = (item.rate, hashlib.sha256(_bytes(item.samples)).digest())
+    elif isinstance(item, PILImage.Image):
+        palette = item.palette.getdata() if item.palette else None
+        orientation = item.getexif().get(ExifTags.Base.Orientation)
+        facts = (item.mode, item.size, palette, item.info.get("transparency"), orientation)
+        identity = (facts, hashlib.sha256(item.tobytes()).digest())
     else:
-        return media.encode([shown], size).cpu()
-    known, key = model.engine.shown, (media.name, size, what)
-    if key not in known:
-        known[key] = media.encode([shown], size).cpu()
-        if len(known) > KEPT_SHOWN:
-            known.popitem(last=False)
-    return known[key]
+        return media.encode([item], size).cpu()
+    cached, key = model.engine.shown, (media.name, size, identity)
+    if key not in cached:
+        cached[key] = media.encode([item], size).cpu()
+        if len(cached) > MAX_MEDIA:
+            cached.popitem(last=False)
+    return cached[key]
 
 
-def _behind(batch: Batch, last: int) -> Batch:
+def _suffix(batch: Batch, last: int) -> Batch:
     """The positions of a one-row batch that come after ``last`` in reading order."""
 
-    def later(order: Tensor) -> Tensor:
+    def columns_after(order: Tensor) -> Tensor:
         return (order[0] > last).nonzero()[:, 0]
 
-    words, names = later(batch.text.order), list(batch.media)
-    left = {name: later(rows.rows.order) for name, rows in batch.media.items()}
-    media = {name: batch.media[name].columns(places) for name, places in left.items() if len(places)}
-    ids = batch.text_ids[:, words]
-    for number, name in enumerate(media):  # ends of media are numbered by the modalities present
-        ids = torch.where(ids == END_OF_MEDIA - names.index(name), END_OF_MEDIA - number, ids)
-    return replace(batch, text=batch.text.columns(words), text_ids=ids, labels=batch.labels[:, words], media=media)
+    text_columns, names = columns_after(batch.text.order), list(batch.media)
+    media_columns = {name: columns_after(rows.rows.order) for name, rows in batch.media.items()}
+    media = {name: batch.media[name].columns(columns) for name, columns in media_columns.items() if len(columns)}
+    ids = batch.text_ids[:, text_columns]
+    for new_index, name in enumerate(media):  # ends of media are numbered by the modalities present
+        ids = torch.where(ids == END_OF_MEDIA - names.index(name), END_OF_MEDIA - new_index, ids)
+    return replace(
+        batch, text=batch.text.columns(text_columns), text_ids=ids, labels=batch.labels[:, text_columns], media=media
+    )
 
 
 def _weights(model: Model) -> tuple[tuple[int, int], ...]:

@@ -14,9 +14,9 @@ from xfusion.data.pack import pack
 from xfusion.data.sequence import Batch, Media, Rows, Sequence, Text
 from xfusion.data.templates import opened, question_text
 from xfusion.generation import base
-from xfusion.generation.base import Listener, Shown, media_segment, refuse_one, refuse_to_read
-from xfusion.generation.schema import restricted
-from xfusion.generation.turns import begun, remember, units
+from xfusion.generation.base import Listener, MediaInput, media_segment, refuse_one, refuse_to_read
+from xfusion.generation.schema import restrict_logits
+from xfusion.generation.turns import remember, resume_prefix, units
 from xfusion.model import Model
 
 LENGTH_GROUPS = 4
@@ -44,65 +44,65 @@ def answer_tokens(
     # An empty text after the media adds [EOI], from which the first token is predicted.
     prompts = [c if isinstance(c[-1], Text) else (*c, Text(ids=())) for c in contexts]
     prompts = [opened(model.backbone.begin_ids, prompt) for prompt in prompts]
-    asked = units(prompts[0]) if len(prompts) == 1 else None
-    if asked is not None:  # continue a conversation from its cached prefix
-        cache, batch = begun(model, prompts[0], asked)
+    prompt_units = units(prompts[0]) if len(prompts) == 1 else None
+    if prompt_units is not None:  # continue a conversation from its cached prefix
+        cache, batch = resume_prefix(model, prompts[0], prompt_units)
     else:
         batch = pack([[Sequence(segments=segments)] for segments in prompts]).to(model.device)
         cache = model.backbone.new_cache(model.fusion.num_towers, len(prompts))
     hidden, run = model.run_pass(batch, cache=cache, update=True)
-    if asked is not None:
-        remember(model, asked, cache)
+    if prompt_units is not None:
+        remember(model, prompt_units, cache)
     rows = torch.arange(len(prompts), device=model.device)
-    tail = batch.text.order.argmax(dim=1)
-    logits = model.engine.backbone.logits(hidden[:, run.slices["text"]][rows, tail][:, None])[:, 0]
+    last_text = batch.text.order.argmax(dim=1)
+    logits = model.engine.backbone.logits(hidden[:, run.slices["text"]][rows, last_text][:, None])[:, 0]
     order = cache.rows.order.amax(dim=1).cpu()
     position = cache.rows.position.amax(dim=1).cpu()
-    read = cache.rows.count
+    prefix_length = cache.rows.count
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     ends = set(model.backbone.end_ids)
     answers: list[list[int]] = [[] for _ in prompts]
-    open_rows = set(range(len(prompts)))
-    for done in range(max_tokens):
+    active_rows = set(range(len(prompts)))
+    for step in range(max_tokens):
         if allowed is not None:
-            logits = restricted(logits, answers, allowed, model.backbone.end_ids[0])
+            logits = restrict_logits(logits, answers, allowed, model.backbone.end_ids[0])
         token = model.text_objective.choose(logits.cpu(), temperature, top_p, generators, top_k)
-        for i in sorted(open_rows):
+        for i in sorted(active_rows):
             if int(token[i]) in ends:
-                open_rows.discard(i)
+                active_rows.discard(i)
             else:
                 answers[i].append(int(token[i]))
                 if listen and not listen(i, int(token[i])):
-                    open_rows.discard(i)
-        if not open_rows or done == max_tokens - 1:
+                    active_rows.discard(i)
+        if not active_rows or step == max_tokens - 1:
             break
         order, position = order + 1, position + 1
-        following = _following(token[:, None], order[:, None], position[:, None])
-        hidden, _ = model.run_pass(following.to(model.device), cache=cache, update=True)
+        next_batch = _continuation_batch(token[:, None], order[:, None], position[:, None])
+        hidden, _ = model.run_pass(next_batch.to(model.device), cache=cache, update=True)
         logits = model.engine.backbone.logits(hidden)[:, 0]
-    if asked is not None and (said := tuple(answers[0][: cache.rows.count - read])):
-        remember(model, asked + said, cache)
+    if prompt_units is not None and (cached_answer := tuple(answers[0][: cache.rows.count - prefix_length])):
+        remember(model, prompt_units + cached_answer, cache)
     return answers
 
 
-def _following(ids: Tensor, order: Tensor, position: Tensor) -> Batch:
+def _continuation_batch(ids: Tensor, order: Tensor, position: Tensor) -> Batch:
     """A batch of text tokens ``[B, n]`` after a cached prefix with media; an order of -1 is padding."""
-    words = order >= 0
-    table = Rows(
+    is_token = order >= 0
+    rows = Rows(
         order=order,
-        sample=torch.where(words, 0, -1),
+        sample=torch.where(is_token, 0, -1),
         position=position,
         segment=torch.full_like(order, 1 << 20),
-        bidirectional=torch.zeros_like(words),
-        visible_to_later=torch.ones_like(words),
-        after_media=torch.ones_like(words),
+        bidirectional=torch.zeros_like(is_token),
+        visible_to_later=torch.ones_like(is_token),
+        after_media=torch.ones_like(is_token),
     )
-    return Batch(text=table, text_ids=ids, labels=ids)
+    return Batch(text=rows, text_ids=ids, labels=ids)
 
 
 def caption(
     model: Model,
-    pictures: Seq[Shown],
+    pictures: Seq[MediaInput],
     *,
     question: str = "",
     size: int | None = None,
@@ -130,23 +130,25 @@ def caption(
     """
     refuse_to_read(model)
     refuse_one(pictures)
-    asked = model.backbone.encode(question_text(question))
-    tail: tuple[Text, ...] = (Text(ids=asked),) if asked else ()
-    out: list[str] = []
+    question_ids = model.backbone.encode(question_text(question))
+    question_segments: tuple[Text, ...] = (Text(ids=question_ids),) if question_ids else ()
+    captions: list[str] = []
     for start in range(0, len(pictures), base.BATCH):
-        contexts = [(media, *tail) for media in media_segment(model, pictures[start : start + base.BATCH], size)]
+        contexts = [
+            (media, *question_segments) for media in media_segment(model, pictures[start : start + base.BATCH], size)
+        ]
         seeds = [seed + start + i for i in range(len(contexts))]
         ids = answer_tokens(
             model, contexts, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seeds=seeds
         )
-        out += [model.backbone.decode(i).strip() for i in ids]
-    return out
+        captions += [model.backbone.decode(i).strip() for i in ids]
+    return captions
 
 
 @torch.no_grad()
 def score_names(
     model: Model,
-    pictures: Seq[Shown] | None,
+    pictures: Seq[MediaInput] | None,
     names: Seq[str],
     *,
     size: int | None = None,
@@ -172,53 +174,53 @@ def score_names(
         XFusionError: the model cannot caption, or does not support this size or this kind of media.
     """
     refuse_to_read(model)
-    asked, end = model.backbone.encode(question_text(question)), model.backbone.end_ids[0]
+    question_ids, end = model.backbone.encode(question_text(question)), model.backbone.end_ids[0]
     answers = [(*model.backbone.encode(name), end) for name in names]
-    ranked = sorted(range(len(answers)), key=lambda i: len(answers[i]))
+    by_length = sorted(range(len(answers)), key=lambda i: len(answers[i]))
     num_groups = min(LENGTH_GROUPS, len(set(map(len, answers))))
-    width = -(-len(ranked) // num_groups)  # batches names of similar length: less padding
-    groups = [ranked[start : start + width] for start in range(0, len(ranked), width)]
+    width = -(-len(by_length) // num_groups)  # batches names of similar length: less padding
+    groups = [by_length[start : start + width] for start in range(0, len(by_length), width)]
     media = media_segment(model, pictures, size) if pictures is not None else [None]
-    out = torch.empty(len(media), len(names))
+    scores = torch.empty(len(media), len(names))
     for done, item in enumerate(media, start=1):
-        cache, first = _before_answers(model, item, asked)
+        cache, first_log_probs = _prefill(model, item, question_ids)
         for group in groups:
-            chosen = [answers[i] for i in group]
-            lengths = torch.tensor([len(answer) if summed else 1 for answer in chosen])
-            out[done - 1, group] = _mean_likelihood(model, cache, first, chosen).cpu() * lengths
+            candidates = [answers[i] for i in group]
+            lengths = torch.tensor([len(answer) if summed else 1 for answer in candidates])
+            scores[done - 1, group] = _mean_likelihood(model, cache, first_log_probs, candidates).cpu() * lengths
         if progress:
             progress(done, len(media))
-    return out
+    return scores
 
 
-def _before_answers(model: Model, item: Media | None, asked: tuple[int, ...] = ()) -> tuple[Cache, Tensor]:
+def _prefill(model: Model, item: Media | None, question_ids: tuple[int, ...] = ()) -> tuple[Cache, Tensor]:
     """KV cache of a picture, its [EOI] and a question, and the log-probabilities ``[V]`` of the first token after them."""
     blank = model.modality.segment(torch.zeros(1, model.modality.token_width), (1, 1))
-    prompt = opened(model.backbone.begin_ids, (item or blank, Text(ids=asked)))
+    prompt = opened(model.backbone.begin_ids, (item or blank, Text(ids=question_ids)))
     batch = pack([[Sequence(segments=prompt)]]).to(model.device)
     if item is None:  # the end-of-media row without anything before it, as if there were no picture
-        place = torch.arange(batch.text.count, device=model.device)[None]
-        batch = replace(batch, media={}, text=replace(batch.text, order=place, position=place))
+        positions = torch.arange(batch.text.count, device=model.device)[None]
+        batch = replace(batch, media={}, text=replace(batch.text, order=positions, position=positions))
     cache = model.backbone.new_cache(model.fusion.num_towers, 1)
     hidden, run = model.run_pass(batch, cache=cache, update=True)
     logits = model.engine.backbone.logits(hidden[:, run.slices["text"]][:, -1:])
     return cache, logits.float().log_softmax(dim=-1)[0, 0]
 
 
-def _mean_likelihood(model: Model, cache: Cache, first: Tensor, answers: Seq[tuple[int, ...]]) -> Tensor:
+def _mean_likelihood(model: Model, cache: Cache, first_log_probs: Tensor, answers: Seq[tuple[int, ...]]) -> Tensor:
     """Mean log-likelihood per token of each answer after a cached prefix, ``[answers]``."""
     device, count, length = model.device, len(answers), max(map(len, answers))
     ids = torch.tensor([[*a[:-1], *[0] * (length - len(a))] for a in answers], dtype=torch.int64, device=device)
     labels = torch.tensor([[*a, *[-1] * (length - len(a))] for a in answers], device=device)
-    total = first[labels[:, 0]]
+    total = first_log_probs[labels[:, 0]]
     if length > 1:
         offset = torch.arange(1, length, device=device)
         valid = labels[:, 1:] >= 0
         order = torch.where(valid, cache.rows.order.max() + offset, -1)
-        following = _following(ids, order, (cache.rows.position.max() + offset).expand(count, -1))
-        wide = cache.index(torch.zeros(count, dtype=torch.int64, device=device))
-        hidden, _ = model.run_pass(following, cache=wide)
-        chosen = model.engine.backbone.logits(hidden[valid][None])[0].float()
-        found = chosen.log_softmax(dim=-1).gather(1, labels[:, 1:][valid][:, None])[:, 0]
-        total = total.index_add(0, valid.nonzero()[:, 0], found)
+        next_batch = _continuation_batch(ids, order, (cache.rows.position.max() + offset).expand(count, -1))
+        expanded_cache = cache.index(torch.zeros(count, dtype=torch.int64, device=device))
+        hidden, _ = model.run_pass(next_batch, cache=expanded_cache)
+        logits = model.engine.backbone.logits(hidden[valid][None])[0].float()
+        token_log_probs = logits.log_softmax(dim=-1).gather(1, labels[:, 1:][valid][:, None])[:, 0]
+        total = total.index_add(0, valid.nonzero()[:, 0], token_log_probs)
     return total / (labels >= 0).sum(dim=1)

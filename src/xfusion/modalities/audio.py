@@ -123,5 +123,5 @@ def resampled(sound: Sound, rate: int) -> Tensor:
         import soxr
     except ImportError as error:
         raise XFusionError("resampling needs soxr: pip install 'xfusion[audio]'") from error
-    made: Any = soxr.resample(sound.samples.float().numpy(), sound.rate, rate)
-    return torch.from_numpy(numpy.ascontiguousarray(made, dtype=numpy.float32))
+    samples: Any = soxr.resample(sound.samples.float().numpy(), sound.rate, rate)
+    return torch.from_numpy(numpy.ascontiguousarray(samples, dtype=numpy.float32))

@@ -258,8 +258,8 @@ class Modality(ABC):
     def decode(self, tokens: Tensor, size: int) -> Tensor:
         """Tokens [N, M, token_width] -> raw media as a tensor."""
 
-    def segment(self, tokens: Tensor, grid: tuple[int, int], **how: Any) -> Media:
-        """An item's tokens ``[rows * columns, token_width]`` as a segment of a sequence; ``how`` is passed to `Media`."""
+    def segment(self, tokens: Tensor, grid: tuple[int, int], **options: Any) -> Media:
+        """An item's tokens ``[rows * columns, token_width]`` as a segment of a sequence; ``options`` is passed to `Media`."""
         return Media(
             tokens=tokens,
             grid=grid,
@@ -267,18 +267,18 @@ class Modality(ABC):
             bidirectional=self.config.order == "both ways",
             shared_position=self.config.position == "shared",
             behind_begin=self.config.behind_begin,
-            **how,
+            **options,
         )
 
 
-def _check_floats(what: str, tensor: Tensor) -> None:
+def _check_floats(description: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise XFusionError(
-            f"{what} must be a tensor, but this is a {type(tensor).__name__}; "
+            f"{description} must be a tensor, but this is a {type(tensor).__name__}; "
             "ImageModality.from_pil turns PIL pictures into one"
         )
     if not tensor.is_floating_point():
         raise XFusionError(
-            f"{what} must be floats, but these are {str(tensor.dtype).removeprefix('torch.')}; "
+            f"{description} must be floats, but these are {str(tensor.dtype).removeprefix('torch.')}; "
             "for images of 0..255 pass images.float() / 127.5 - 1"
         )

@@ -73,8 +73,8 @@ class CodePort(MediaPort):
         x = self.table(codes.clamp(min=0) + slot).sum(-2)
         x = x + self.row(media.grid_row) + self.column(media.grid_column)
         if self.sentinels:
-            mark = (-1 - codes[..., 0]).clamp(min=0)
-            x = torch.where(codes[..., :1] < 0, self.table(self.slots * self.entries + mark), x)
+            sentinel = (-1 - codes[..., 0]).clamp(min=0)
+            x = torch.where(codes[..., :1] < 0, self.table(self.slots * self.entries + sentinel), x)
         return torch.where(media.boundary[..., None], self.begin.to(x.dtype), x)
 
     def readout(self, hidden: Tensor) -> Tensor:

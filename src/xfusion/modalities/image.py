@@ -82,7 +82,7 @@ class ImageModality(Modality):
         """PIL pictures, or images [N, 3, size, size] in [-1, 1] -> tokens [N, rows * columns, token_width], float32."""
         self.grid(size)
         if not isinstance(media, Tensor):
-            if any(isinstance(one, Sound) for one in media):
+            if any(isinstance(item, Sound) for item in media):
                 raise XFusionError(
                     "this model reads pictures, but it was given a sound: take one that hears, or a picture"
                 )
@@ -164,13 +164,13 @@ def touched(mask: Image.Image, grid: tuple[int, int]) -> Tensor:
         mask: upright, of the picture's size.
         grid: rows and columns of the picture's tokens.
     """
-    white = (numpy.asarray(_middle(mask.convert("RGB"))) > 127).any(axis=2)
+    touched_mask = (numpy.asarray(_middle(mask.convert("RGB"))) > 127).any(axis=2)
     for axis, count in enumerate(grid):
-        side = white.shape[axis]
+        side = touched_mask.shape[axis]
         # A pixel that lies in two tokens touches both.
         parts = (range(n * side // count, -(-(n + 1) * side // count)) for n in range(count))
-        white = numpy.stack([white.take(part, axis).any(axis=axis) for part in parts], axis=axis)
-    return torch.from_numpy(white).flatten()
+        touched_mask = numpy.stack([touched_mask.take(part, axis).any(axis=axis) for part in parts], axis=axis)
+    return torch.from_numpy(touched_mask).flatten()
 
 
 def on_white(picture: Image.Image) -> Image.Image:
@@ -191,11 +191,11 @@ def on_white(picture: Image.Image) -> Image.Image:
 def _eight_bits(picture: Image.Image) -> Image.Image:
     """16-bit, 32-bit or float grey as 8 bits. Pillow's own conversion clips: all but the darkest turns white."""
     values = numpy.nan_to_num(numpy.asarray(picture, dtype=numpy.float64), posinf=0, neginf=0)
-    largest = float(values.max(initial=0))
+    max_value = float(values.max(initial=0))
     if picture.mode == "F":
-        full = 1.0 if largest <= 1 else max(largest, 255.0)
+        full_scale = 1.0 if max_value <= 1 else max(max_value, 255.0)
     elif picture.mode.startswith("I;16"):
-        full = 65535.0
+        full_scale = 65535.0
     else:  # mode "I" is always 32 bits, whatever the file had: assume the smallest usual range that holds the values
-        full = next((float(limit) for limit in (255, 65535) if largest <= limit), largest)
-    return Image.fromarray(numpy.clip(numpy.rint(values * (255 / full)), 0, 255).astype(numpy.uint8))
+        full_scale = next((float(limit) for limit in (255, 65535) if max_value <= limit), max_value)
+    return Image.fromarray(numpy.clip(numpy.rint(values * (255 / full_scale)), 0, 255).astype(numpy.uint8))

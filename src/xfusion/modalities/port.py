@@ -93,7 +93,7 @@ class MediaPort(nn.Module):
         """Whether the noise level acts inside the new blocks."""
         return self.config.time in ("adaln", "adaln single")
 
-    def reach_blocks(self, widths: Mapping[int, int]) -> None:
+    def add_block_modulation(self, widths: Mapping[int, int]) -> None:
         """Create the modulation inside blocks (`modulates_blocks`); call after a fusion's `install`.
 
         Args:
@@ -102,13 +102,19 @@ class MediaPort(nn.Module):
         single = self.config.time == "adaln single"
         inputs, device = self.norm.weight.shape[0], self.norm.weight.device
         # One projection for all blocks of a width, or one for each block.
-        self._projection = {index: f"width_{wide}" if single else str(index) for index, wide in widths.items()}
+        self._projection = {
+            index: f"width_{block_width}" if single else str(index) for index, block_width in widths.items()
+        }
         self.block_modulation = nn.ModuleDict(
             {name: nn.Linear(inputs, 6 * widths[index], device=device) for index, name in self._projection.items()}
         )
         for parameter in self.block_modulation.parameters():
             nn.init.zeros_(parameter)
-        rows = {str(i): nn.Parameter(torch.zeros(6 * wide, device=device)) for i, wide in widths.items() if single}
+        rows = {
+            str(i): nn.Parameter(torch.zeros(6 * block_width, device=device))
+            for i, block_width in widths.items()
+            if single
+        }
         self.by_block = nn.ParameterDict(rows)
 
     def embed_time(self, time: Tensor) -> Tensor:
@@ -128,21 +134,21 @@ class MediaPort(nn.Module):
         """Input states ``[B, n, D]`` of a layer with new modules, modulated if configured."""
         if self.config.time != "modulate":
             return x
-        both = self.modulation(functional.silu(self.embed_time(media.time))) + self.by_layer[index]
-        scale, shift = _of_items(both, media).to(x.dtype).chunk(2, dim=-1)
-        changed = x + scale * functional.rms_norm(x, x.shape[-1:]) + shift
-        return torch.where((media.item >= 0)[..., None], changed, x)
+        scale_and_shift = self.modulation(functional.silu(self.embed_time(media.time))) + self.by_layer[index]
+        scale, shift = _of_items(scale_and_shift, media).to(x.dtype).chunk(2, dim=-1)
+        modulated_states = x + scale * functional.rms_norm(x, x.shape[-1:]) + shift
+        return torch.where((media.item >= 0)[..., None], modulated_states, x)
 
-    def in_block(self, index: int, media: MediaRows, dtype: torch.dtype) -> Tensor | None:
+    def modulation_in_block(self, index: int, media: MediaRows, dtype: torch.dtype) -> Tensor | None:
         """Modulation of a layer's block at media rows (`xfusion.layers.modulated`), ``[B, n, 6, W]``: zeros at [BOI] and
         padding. None if the noise level does not act inside blocks.
         """
         if not self.modulates_blocks:
             return None
-        made = self.block_modulation[self._projection[index]](functional.silu(self.embed_time(media.time)))
+        modulation = self.block_modulation[self._projection[index]](functional.silu(self.embed_time(media.time)))
         if str(index) in self.by_block:
-            made = made + self.by_block[str(index)]
-        rows = _of_items(made.to(dtype), media).unflatten(-1, (6, -1))
+            modulation = modulation + self.by_block[str(index)]
+        rows = _of_items(modulation.to(dtype), media).unflatten(-1, (6, -1))
         return torch.where((media.item >= 0)[..., None, None], rows, 0.0)
 
     def readout(self, hidden: Tensor) -> Tensor:

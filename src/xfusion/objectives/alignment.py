@@ -26,7 +26,7 @@ from xfusion.modalities.base import Encoder
 from xfusion.modalities.encoders.efficientnet_lite import EfficientNetLite
 from xfusion.objectives.base import Losses, Objective, Run, noised_targets
 
-FEATURES_KEPT = 256 * 1024 * 1024
+CACHE_BYTES = 256 * 1024 * 1024
 """Size of the in-memory feature cache in bytes; the least recently used features are evicted."""
 
 
@@ -60,7 +60,7 @@ class Alignment(Objective):
         self.needs = (f"media.{config.layer}",)
         self.encoders = (config.encoder,)
         self._encoder: list[Encoder] = []  # not a submodule: it is neither trained nor saved
-        self._known: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._cache: OrderedDict[bytes, Tensor] = OrderedDict()
 
     def install(self, width: int, modality: Any) -> None:
         """Create W. The encoder is loaded at the first loss, so a pack can be used without it."""
@@ -88,19 +88,19 @@ class Alignment(Objective):
 
     def features(self, media: MediaRows) -> dict[int, Tensor]:
         """The encoder's features of the clean pictures with a drawing loss, ``[F]`` or ``[M, F]`` by item number; cached."""
-        clean, found = media.restored().tokens.float(), {}
-        for number in (media.has_loss & media.noised).nonzero()[:, 0].tolist():
-            inside = media.item == number
-            tokens = clean[inside]
+        clean, features_by_item = media.restored().tokens.float(), {}
+        for item in (media.has_loss & media.noised).nonzero()[:, 0].tolist():
+            is_token = media.item == item
+            tokens = clean[is_token]
             key = hashlib.sha256(tokens.cpu().numpy().tobytes()).digest()
-            if key not in self._known:
-                grid = (int(media.grid_row[inside].max()) + 1, int(media.grid_column[inside].max()) + 1)
-                self._known[key] = self._encode(tokens[None], grid[0] * self.modality.step, grid)[0]
-            self._known.move_to_end(key)
-            found[number] = self._known[key]
-            while len(self._known) > max(1, FEATURES_KEPT // (4 * self._known[key].numel())):
-                self._known.popitem(last=False)
-        return found
+            if key not in self._cache:
+                grid = (int(media.grid_row[is_token].max()) + 1, int(media.grid_column[is_token].max()) + 1)
+                self._cache[key] = self._encode(tokens[None], grid[0] * self.modality.step, grid)[0]
+            self._cache.move_to_end(key)
+            features_by_item[item] = self._cache[key]
+            while len(self._cache) > max(1, CACHE_BYTES // (4 * self._cache[key].numel())):
+                self._cache.popitem(last=False)
+        return features_by_item
 
     # -- loss
 
@@ -110,10 +110,10 @@ class Alignment(Objective):
 
     def loss(self, run: Run, batch: Batch) -> Losses:
         """Sum of the distances (one mean per picture) and the number of pictures."""
-        out: Losses = {}
+        losses: Losses = {}
         for media in batch.media.values():
-            wanted = media.has_loss & media.noised
-            if not bool(wanted.any()):
+            is_target = media.has_loss & media.noised
+            if not bool(is_target.any()):
                 continue
             states = run(batch).states
             if self.needs[0] not in states:
@@ -122,14 +122,16 @@ class Alignment(Objective):
                 )
             h, device = states[self.needs[0]].float(), media.tokens.device
             with torch.autocast(device.type, enabled=False):  # features and cosines are float32
-                known = self.features(media)
+                features = self.features(media)
                 if self.config.patchwise:
-                    aim = torch.zeros(*media.item.shape, self.config.encoder.width, device=device)
-                    for number, feature in known.items():
-                        aim[media.item == number] = feature
-                    per_item = media.mean(1 - functional.cosine_similarity(self.projection(h), aim, dim=-1))[wanted]
+                    target_features = torch.zeros(*media.item.shape, self.config.encoder.width, device=device)
+                    for item, feature in features.items():
+                        target_features[media.item == item] = feature
+                    per_item = media.mean(
+                        1 - functional.cosine_similarity(self.projection(h), target_features, dim=-1)
+                    )[is_target]
                 else:
-                    pooled = self.projection(media.mean(h)[wanted])
-                    per_item = 1 - functional.cosine_similarity(pooled, torch.stack(list(known.values())), dim=-1)
-            out[self.name] = (per_item.sum(), wanted.sum())
-        return out
+                    pooled = self.projection(media.mean(h)[is_target])
+                    per_item = 1 - functional.cosine_similarity(pooled, torch.stack(list(features.values())), dim=-1)
+            losses[self.name] = (per_item.sum(), is_target.sum())
+        return losses

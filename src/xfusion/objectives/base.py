@@ -174,15 +174,15 @@ class Denoising(Objective):
 
     def loss(self, run: Run, batch: Batch) -> Losses:
         """Sum of the per-item mean squared errors, and the number of items."""
-        out: Losses = {}
+        losses: Losses = {}
         for modality, media in batch.media.items():
-            wanted = media.has_loss & media.noised
-            if media.target is None or not bool(wanted.any()):
+            is_target = media.has_loss & media.noised
+            if media.target is None or not bool(is_target.any()):
                 continue
             error = (run(batch).media[modality].float() - media.target).square().mean(dim=-1)  # [B, n]
             per_item = media.mean(error) * self.weigh(media.time)
-            out[self.name] = (per_item[wanted].sum(), wanted.sum())
-        return out
+            losses[self.name] = (per_item[is_target].sum(), is_target.sum())
+        return losses
 
 
 def noised_targets(name: str, batch: Batch) -> dict[str, int]:

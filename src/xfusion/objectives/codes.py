@@ -77,20 +77,23 @@ class NextCode(Objective):
             return batch
         for modality, media in batch.media.items():
             last = [
-                number
-                for number in (media.has_loss & media.noised).nonzero()[:, 0].tolist()
-                if _is_last(batch, media, number)
+                item
+                for item in (media.has_loss & media.noised).nonzero()[:, 0].tolist()
+                if _is_last(batch, media, item)
             ]
             if last:
                 # Every row gets room for sentinels, used or not, so that shapes stay fixed.
-                keep = {number: self._drawn_keep(media, number, generator) for number in last}
-                most = max(len({n for n in row if n in keep}) for row in media.item.tolist())
-                batch = replace(batch, media={**batch.media, modality: moved(media, keep, 2 * self.config.runs * most)})
+                keep = {item: self._sample_keep(media, item, generator) for item in last}
+                max_items = max(len({n for n in row if n in keep}) for row in media.item.tolist())
+                batch = replace(
+                    batch,
+                    media={**batch.media, modality: reorder_for_infill(media, keep, 2 * self.config.runs * max_items)},
+                )
         return batch
 
-    def _drawn_keep(self, media: MediaRows, number: int, generator: torch.Generator) -> Tensor:
+    def _sample_keep(self, media: MediaRows, item: int, generator: torch.Generator) -> Tensor:
         """Which tokens of a picture stay in place, bool ``[M]``, at random."""
-        keep = torch.ones(int((media.item == number).sum()), dtype=torch.bool)
+        keep = torch.ones(int((media.item == item).sum()), dtype=torch.bool)
         if torch.rand((), generator=generator) < self.config.infill:
             for _ in range(int(torch.randint(1, self.config.runs + 1, (), generator=generator))):
                 first, last = torch.randint(len(keep), (2,), generator=generator).sort()[0].tolist()
@@ -105,13 +108,13 @@ class NextCode(Objective):
         Raises:
             XFusionError: a picture with a loss has bidirectional attention, so that each code would see itself.
         """
-        wanted = media.at(media.has_loss)
-        if bool((wanted & media.rows.bidirectional).any()):
+        is_target = media.at(media.has_loss)
+        if bool((is_target & media.rows.bidirectional).any()):
             raise XFusionError(
                 "codes that see each other both ways cannot be predicted: set the image's order to 'causal'"
             )
         codes = media.tokens.round().long()
-        labels = torch.where(wanted[..., None] & (codes >= 0), codes, IGNORE)
+        labels = torch.where(is_target[..., None] & (codes >= 0), codes, IGNORE)
         return functional.pad(labels[:, 1:], (0, 0, 0, 1), value=IGNORE)
 
     def count(self, batch: Batch) -> dict[str, int]:
@@ -121,15 +124,15 @@ class NextCode(Objective):
 
     def loss(self, run: Run, batch: Batch) -> Losses:
         """Summed nats and the number of codes."""
-        out: Losses = {}
+        losses: Losses = {}
         for modality, media in batch.media.items():
             labels = self.labels(media)
-            chosen = (labels != IGNORE).any(-1)
-            if bool(chosen.any()):
-                scores = run(batch).media[modality][chosen].float().unflatten(-1, (labels.shape[-1], -1))
-                total = cross_entropy(scores.flatten(0, 1), labels[chosen].flatten(), reduction="sum")
-                out[self.name] = (total, (labels != IGNORE).sum())
-        return out
+            has_label = (labels != IGNORE).any(-1)
+            if bool(has_label.any()):
+                logits = run(batch).media[modality][has_label].float().unflatten(-1, (labels.shape[-1], -1))
+                total = cross_entropy(logits.flatten(0, 1), labels[has_label].flatten(), reduction="sum")
+                losses[self.name] = (total, (labels != IGNORE).sum())
+        return losses
 
     # -- sample
 
@@ -138,16 +141,16 @@ class NextCode(Objective):
         del steps
         return tokens
 
-    def choose(self, scores: Tensor, noise: Tensor) -> Tensor:
+    def choose(self, logits: Tensor, noise: Tensor) -> Tensor:
         """Sample codes ``[N, P]`` from scores ``[N, P * K]`` by inverse CDF: the noise, mapped to (0, 1) by the normal CDF,
         picks a code from the cumulative probabilities. The noise ``[N, P]`` is the only randomness.
         """
-        scores = scores.unflatten(-1, (noise.shape[-1], -1))
+        logits = logits.unflatten(-1, (noise.shape[-1], -1))
         if not self.config.temperature:
-            return scores.argmax(-1)
-        cumulated = (scores.double() / self.config.temperature).softmax(-1).cumsum(-1)
-        share = torch.special.ndtr(noise.double())[..., None]
-        return (cumulated < share).sum(-1).clamp(max=scores.shape[-1] - 1)
+            return logits.argmax(-1)
+        cumulative = (logits.double() / self.config.temperature).softmax(-1).cumsum(-1)
+        quantile = torch.special.ndtr(noise.double())[..., None]
+        return (cumulative < quantile).sum(-1).clamp(max=logits.shape[-1] - 1)
 
     def sample(
         self,
@@ -183,45 +186,51 @@ class NextCode(Objective):
             raise XFusionError(
                 "pictures that are completed together must keep the same places: complete them one by one"
             )
-        places = infilled(keep[0]) if infill else list(range(noise.shape[1]))
-        waiting: list[Tensor] = []
-        given: list[int] = []
+        places = infill_order(keep[0]) if infill else list(range(noise.shape[1]))
+        pending_tokens: list[Tensor] = []
+        pending_places: list[int] = []
         for place in places:
             if place >= 0:
-                drawn = known[:, place]
+                new_codes = known[:, place]
                 if not bool(keep[:, place].all()):
-                    behind = torch.stack(waiting, 1) if waiting else noise[:, :0]
-                    at = torch.tensor(given, dtype=torch.int64, device=noise.device) if infill else None
-                    code = self.choose(predict.following(behind, at), noise[:, place]).to(noise.dtype)
-                    drawn, waiting, given = torch.where(keep[:, place, None], drawn, code), [], []
+                    appended = torch.stack(pending_tokens, 1) if pending_tokens else noise[:, :0]
+                    appended_places = (
+                        torch.tensor(pending_places, dtype=torch.int64, device=noise.device) if infill else None
+                    )
+                    code = self.choose(predict.following(appended, appended_places), noise[:, place]).to(noise.dtype)
+                    new_codes, pending_tokens, pending_places = (
+                        torch.where(keep[:, place, None], new_codes, code),
+                        [],
+                        [],
+                    )
                 tokens = tokens.clone()
-                tokens[:, place] = drawn
-            waiting.append(tokens[:, place] if place >= 0 else torch.full_like(noise[:, 0], place))
-            given.append(place)
+                tokens[:, place] = new_codes
+            pending_tokens.append(tokens[:, place] if place >= 0 else torch.full_like(noise[:, 0], place))
+            pending_places.append(place)
             if place >= 0:
                 yield tokens, tokens
 
 
-def infilled(keep: Tensor) -> list[int]:
+def infill_order(keep: Tensor) -> list[int]:
     """Places in infilling order: the kept ones with a `MASK` for each missing run, then each run after an `INFILL`.
 
     Args:
         keep: bool ``[M]``.
     """
-    first: list[int] = []
+    order: list[int] = []
     runs: list[list[int]] = []
-    for place, kept in enumerate(keep.tolist()):
-        if kept:
-            first.append(place)
-        elif first[-1:] == [MASK]:
+    for place, is_kept in enumerate(keep.tolist()):
+        if is_kept:
+            order.append(place)
+        elif order[-1:] == [MASK]:
             runs[-1].append(place)
         else:
-            first.append(MASK)
+            order.append(MASK)
             runs.append([place])
-    return first + [place for run in runs for place in (INFILL, *run)]
+    return order + [place for run in runs for place in (INFILL, *run)]
 
 
-def moved(media: MediaRows, keep: dict[int, Tensor], room: int) -> MediaRows:
+def reorder_for_infill(media: MediaRows, keep: dict[int, Tensor], room: int) -> MediaRows:
     """Rows with the tokens of some items, each the last of its sequence, put in infilling order.
 
     Args:
@@ -230,47 +239,47 @@ def moved(media: MediaRows, keep: dict[int, Tensor], room: int) -> MediaRows:
         room: rows reserved for the sentinels of a batch row, used or not.
     """
     width, empty = media.rows.count + room, (-1, 0, -1, 0)
-    filled = []
-    for r, items in enumerate(media.item.tolist()):
-        order, position = media.rows.order[r].tolist(), media.rows.position[r].tolist()
+    table = []
+    for batch_row, items in enumerate(media.item.tolist()):
+        order, position = media.rows.order[batch_row].tolist(), media.rows.position[batch_row].tolist()
         row = []  # source column, mark, order, position
-        for column, number in enumerate(items):
-            if number not in keep:
+        for column, item in enumerate(items):
+            if item not in keep:
                 row += [(column, 0, order[column], position[column])] * (order[column] >= 0)
-            elif number != items[column - 1]:
+            elif item != items[column - 1]:
                 step = position[column] - position[column - 1]  # 1 after [BOI], also if all tokens share one position
-                step = position[column + 1] - position[column] if len(keep[number]) > 1 else step
-                for rank, place in enumerate(infilled(keep[number])):
+                step = position[column + 1] - position[column] if len(keep[item]) > 1 else step
+                for rank, place in enumerate(infill_order(keep[item])):
                     row.append(
                         (column + max(place, 0), min(place, 0), order[column] + rank, position[column] + step * rank)
                     )
-        filled.append(row + [empty] * (width - len(row)))
+        table.append(row + [empty] * (width - len(row)))
     device = media.tokens.device
-    source, mark, order, position = (t.contiguous() for t in torch.tensor(filled, device=device).unbind(-1))
-    there, pick = source >= 0, source.clamp(min=0)
+    source, mark, order, position = (t.contiguous() for t in torch.tensor(table, device=device).unbind(-1))
+    is_present, columns = source >= 0, source.clamp(min=0)
 
-    def take(t: Tensor, padding: int) -> Tensor:
-        return torch.where(there, t.gather(1, pick), padding)
+    def gathered(t: Tensor, padding: int) -> Tensor:
+        return torch.where(is_present, t.gather(1, columns), padding)
 
-    old, none = media.rows, {"sample": -1, "segment": -1}
+    rows, padding_values = media.rows, {"sample": -1, "segment": -1}
     flags = ("bidirectional", "visible_to_later", "after_media")
-    tables = {name: take(getattr(old, name), none[name]) for name in none}
-    tables |= {name: take(getattr(old, name).long(), 0).bool() for name in flags}
-    tokens = media.tokens.gather(1, pick[..., None].expand(-1, -1, media.tokens.shape[2])) * there[..., None]
+    tables = {name: gathered(getattr(rows, name), padding_values[name]) for name in padding_values}
+    tables |= {name: gathered(getattr(rows, name).long(), 0).bool() for name in flags}
+    tokens = media.tokens.gather(1, columns[..., None].expand(-1, -1, media.tokens.shape[2])) * is_present[..., None]
     return replace(
         media,
         rows=Rows(order=order, position=position, **tables),
         tokens=torch.where(mark[..., None] < 0, mark[..., None].to(tokens.dtype), tokens),
-        item=take(media.item, -1),
-        boundary=take(media.boundary.long(), 0).bool(),
-        grid_row=take(media.grid_row, 0),
-        grid_column=take(media.grid_column, 0),
+        item=gathered(media.item, -1),
+        boundary=gathered(media.boundary.long(), 0).bool(),
+        grid_row=gathered(media.grid_row, 0),
+        grid_column=gathered(media.grid_column, 0),
     )
 
 
-def _is_last(batch: Batch, media: MediaRows, number: int) -> bool:
+def _is_last(batch: Batch, media: MediaRows, item: int) -> bool:
     """Whether an item is the last in its sequence."""
-    row, column = (media.item == number).nonzero()[-1].tolist()
+    row, column = (media.item == item).nonzero()[-1].tolist()
     sample, order = media.rows.sample[row, column], media.rows.order[row, column]
     tables = [batch.text, *(rows.rows for rows in batch.media.values())]
     return not any(bool(((t.sample[row] == sample) & (t.order[row] > order)).any()) for t in tables)

@@ -65,19 +65,19 @@ class Contrastive(Objective):
 
     # -- vectors
 
-    def of_words(self, run: Run, batch: Batch) -> Tensor:
+    def embed_text(self, run: Run, batch: Batch) -> Tensor:
         """The vector of each row's last text token, ``[B, E]``; each row must hold one sequence."""
-        return self._words(run, batch, torch.arange(len(batch.text_ids), device=batch.text_ids.device), None)
+        return self._embed_text(run, batch, torch.arange(len(batch.text_ids), device=batch.text_ids.device), None)
 
-    def of_media(self, run: Run, batch: Batch) -> Tensor:
+    def embed_media(self, run: Run, batch: Batch) -> Tensor:
         """The vector of each item, ``[N, E]``."""
         (media,) = batch.media.values()
-        shown = run(batch.media_alone()).states["media"]
-        return _unit(self.media, media.mean(shown.float()))
+        states = run(batch.media_alone()).states["media"]
+        return _project(self.media, media.mean(states.float()))
 
-    def _words(self, run: Run, batch: Batch, row: Tensor, sample: Tensor | None) -> Tensor:
-        read = run(batch.words_alone()).states["text"]
-        return _unit(self.words, read[row, _last_word(batch, row, sample)].float())
+    def _embed_text(self, run: Run, batch: Batch, row: Tensor, sample: Tensor | None) -> Tensor:
+        states = run(batch.words_alone()).states["text"]
+        return _project(self.words, states[row, _last_word(batch, row, sample)].float())
 
     def _scale(self) -> Tensor:
         """The scale of the cosines. In training the parameter itself is clipped, as in the paper. If only its use were
@@ -105,9 +105,9 @@ class Contrastive(Objective):
         Raises:
             XFusionError: a picture has no text.
         """
-        out: Losses = {}
+        losses: Losses = {}
         if batch.text_reads_media:
-            return out
+            return losses
         for media in batch.media.values():
             row, sample = pair_places(media)
             if len(row) and bool((batch.text.sample[row] != sample[:, None]).all(dim=1).any()):
@@ -115,61 +115,66 @@ class Contrastive(Objective):
                     "contrastive: a picture of the batch has no words: set the templates' caption_dropout to 0"
                 )
             if len(row):
-                own = torch.stack([self._words(run, batch, row, sample), self.of_media(run, batch)], dim=1)
+                local_vectors = torch.stack(
+                    [self._embed_text(run, batch, row, sample), self.embed_media(run, batch)], dim=1
+                )
             else:  # this process has no pair, but the others wait for it
-                nothing = self.words.weight.new_zeros(0, self.words.in_features)
-                own = torch.stack([_unit(self.words, nothing), _unit(self.media, nothing)], dim=1)
-            known = identities(batch, media)
-            vectors, others, first = _of_all(own, known)
-            aim = first + torch.arange(len(own), device=own.device)
-            excluded = alike(known, others)
-            excluded[torch.arange(len(own), device=own.device), aim] = False
+                no_states = self.words.weight.new_zeros(0, self.words.in_features)
+                local_vectors = torch.stack([_project(self.words, no_states), _project(self.media, no_states)], dim=1)
+            local_identities = identities(batch, media)
+            all_vectors, all_identities, offset = _gather_pairs(local_vectors, local_identities)
+            targets = offset + torch.arange(len(local_vectors), device=local_vectors.device)
+            excluded = is_duplicate(local_identities, all_identities)
+            excluded[torch.arange(len(local_vectors), device=local_vectors.device), targets] = False
             # Cosines times 100 need float32 precision.
-            with torch.autocast("cpu" if own.is_meta else own.device.type, enabled=False):
+            with torch.autocast("cpu" if local_vectors.is_meta else local_vectors.device.type, enabled=False):
                 scale = self._scale()
-                both = [
+                directions = [
                     functional.cross_entropy(
-                        (scale * own[:, one] @ vectors[:, other].T).masked_fill(excluded, -math.inf),
-                        aim,
+                        (scale * local_vectors[:, query] @ all_vectors[:, key].T).masked_fill(excluded, -math.inf),
+                        targets,
                         reduction="sum",
                     )
-                    for one, other in ((0, 1), (1, 0))
+                    for query, key in ((0, 1), (1, 0))
                 ]
-            out[self.name] = ((both[0] + both[1]) / 2, torch.tensor(len(own), device=own.device))
-        return out
+            losses[self.name] = (
+                (directions[0] + directions[1]) / 2,
+                torch.tensor(len(local_vectors), device=local_vectors.device),
+            )
+        return losses
 
 
 def identities(batch: Batch, media: MediaRows) -> Tensor:
     """Identity of each pair, int64 ``[N, 2]``: a hash of its text, equal in all processes, and the picture's group."""
     row, sample = pair_places(media)
-    inside = (batch.text.sample[row] == sample[:, None]) & (batch.text.order[row] >= 0)
-    words = batch.unmasked().text_ids[row]
-    said = [hash(tuple(ids[mine].tolist())) for ids, mine in zip(words, inside, strict=True)]
-    return torch.stack([torch.tensor(said, dtype=torch.int64, device=row.device), media.group.to(torch.int64)], dim=1)
+    is_text = (batch.text.sample[row] == sample[:, None]) & (batch.text.order[row] >= 0)
+    text_ids = batch.unmasked().text_ids[row]
+    hashes = [hash(tuple(ids[mask].tolist())) for ids, mask in zip(text_ids, is_text, strict=True)]
+    return torch.stack([torch.tensor(hashes, dtype=torch.int64, device=row.device), media.group.to(torch.int64)], dim=1)
 
 
-def alike(one: Tensor, other: Tensor) -> Tensor:
+def is_duplicate(rows: Tensor, columns: Tensor) -> Tensor:
     """Which pairs have equal texts or pictures of one group, bool ``[n, m]``, by their `identities`."""
-    words = one[:, None, 0] == other[:, 0]
-    return words | ((one[:, None, 1] == other[:, 1]) & (one[:, None, 1] >= 0))
+    same_text = rows[:, None, 0] == columns[:, 0]
+    return same_text | ((rows[:, None, 1] == columns[:, 1]) & (rows[:, None, 1] >= 0))
 
 
-def same(batch: Batch, media: MediaRows) -> Tensor:
+def duplicates(batch: Batch, media: MediaRows) -> Tensor:
     """Which other items are not negatives of an item, bool ``[N, N]``: those of its group or with the same text."""
-    known = identities(batch, media)
-    return alike(known, known).fill_diagonal_(False)
+    pair_identities = identities(batch, media)
+    return is_duplicate(pair_identities, pair_identities).fill_diagonal_(False)
 
 
-class _Gathered(torch.autograd.Function):
+class _AllGather(torch.autograd.Function):
     """All-gather of rows in rank order; the gradient of a row is summed over all processes."""
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, first: int, total: int) -> Tensor:
-        ctx.place = slice(first, first + len(own))
-        out = own.new_zeros(total, *own.shape[1:])
-        out[ctx.place] = own
-        dist.all_reduce(out)
-        return out
+    def forward(ctx: Any, local: Tensor, offset: int, total: int) -> Tensor:
+        ctx.place = slice(offset, offset + len(local))
+        gathered = local.new_zeros(total, *local.shape[1:])
+        gathered[ctx.place] = local
+        dist.all_reduce(gathered)
+        return gathered
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -178,24 +183,24 @@ class _Gathered(torch.autograd.Function):
         return summed[ctx.place], None, None
 
 
-def _of_all(own: Tensor, known: Tensor) -> tuple[Tensor, Tensor, int]:
+def _gather_pairs(vectors: Tensor, pair_identities: Tensor) -> tuple[Tensor, Tensor, int]:
     """Vectors and `identities` of the pairs of all processes, and where this process's start; a process may have none."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return own, known, 0
+        return vectors, pair_identities, 0
     rank = dist.get_rank()
-    counts = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=own.device)
-    counts[rank] = len(own)
+    counts = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=vectors.device)
+    counts[rank] = len(vectors)
     dist.all_reduce(counts)
-    first, total = int(counts[:rank].sum()), int(counts.sum())
-    return _Gathered.apply(own, first, total), _Gathered.apply(known, first, total), first
+    offset, total = int(counts[:rank].sum()), int(counts.sum())
+    return _AllGather.apply(vectors, offset, total), _AllGather.apply(pair_identities, offset, total), offset
 
 
 def pair_places(media: MediaRows) -> tuple[Tensor, Tensor]:
     """Batch row and packed sequence of each item, int64 ``[N]``."""
-    inside = media.item >= 0
+    is_item = media.item >= 0
     rows = torch.arange(len(media.item), device=media.item.device)[:, None].expand_as(media.item)
-    row = torch.zeros_like(media.noised, dtype=torch.int64).scatter(0, media.item[inside], rows[inside])
-    return row, torch.zeros_like(row).scatter(0, media.item[inside], media.rows.sample[inside])
+    row = torch.zeros_like(media.noised, dtype=torch.int64).scatter(0, media.item[is_item], rows[is_item])
+    return row, torch.zeros_like(row).scatter(0, media.item[is_item], media.rows.sample[is_item])
 
 
 def _last_word(batch: Batch, row: Tensor, sample: Tensor | None) -> Tensor:
@@ -204,6 +209,6 @@ def _last_word(batch: Batch, row: Tensor, sample: Tensor | None) -> Tensor:
     return (order if sample is None else order.masked_fill(batch.text.sample[row] != sample[:, None], -1)).argmax(1)
 
 
-def _unit(projection: nn.Linear, states: Tensor) -> Tensor:
+def _project(projection: nn.Linear, states: Tensor) -> Tensor:
     with torch.autocast("cpu" if states.is_meta else states.device.type, enabled=False):
         return functional.normalize(projection(states), dim=-1)

@@ -96,15 +96,15 @@ class Diffusion(Denoising):
         Raises:
             XFusionError: it is one of these.
         """
-        largest, first = self.config.largest_value, self.shares(LEVELS - 1)[0]
+        largest, signal = self.config.largest_value, self.scales(LEVELS - 1)[0]
         if largest is not None and largest < LEAST_BOUND and not modality.codec.bounded:
             raise XFusionError(
                 f"largest_value {largest:g} cuts off what latents of {type(modality.codec).__name__} hold, which have no largest"
                 f" value: set it to None, or to {LEAST_BOUND:g} or more"
             )
-        if largest is None and self.config.prediction == "noise" and first < LEAST_SIGNAL:
+        if largest is None and self.config.prediction == "noise" and signal < LEAST_SIGNAL:
             raise XFusionError(
-                f"prediction 'noise' with largest_value None: the first estimate is divided by sqrt(abar) = {first:.1g} of the"
+                f"prediction 'noise' with largest_value None: the first estimate is divided by sqrt(abar) = {signal:.1g} of the"
                 f" schedule '{self.config.schedule}'; predict 'velocity' or 'clean', or set a largest value"
             )
 
@@ -123,16 +123,16 @@ class Diffusion(Denoising):
                 continue
             level = self.draw_level(media.largest_noise, generator)
             noise = torch.randn(media.tokens.shape, generator=generator).to(media.tokens.device)
-            rows = level[media.item.clamp(min=0)].flatten()
-            clean, flat = media.tokens.flatten(0, 1), noise.flatten(0, 1)
-            found = self.scheduler.add_noise(clean, flat, rows).view_as(noise)
+            row_levels = level[media.item.clamp(min=0)].flatten()
+            clean, flat_noise = media.tokens.flatten(0, 1), noise.flatten(0, 1)
+            noisy = self.scheduler.add_noise(clean, flat_noise, row_levels).view_as(noise)
             target = {"noise": noise, "clean": media.tokens}.get(self.config.prediction)
             if target is None:
-                target = self.scheduler.get_velocity(clean, flat, rows).view_as(noise)
+                target = self.scheduler.get_velocity(clean, flat_noise, row_levels).view_as(noise)
             noised = media.at(media.noised)[..., None]
             batch = batch.with_media(
                 modality,
-                tokens=torch.where(noised, found, media.tokens),
+                tokens=torch.where(noised, noisy, media.tokens),
                 time=torch.where(media.noised, (level + 1) / LEVELS, 0.0),
                 clean=media.tokens,
                 target=target,
@@ -153,19 +153,19 @@ class Diffusion(Denoising):
 
     # -- sample
 
-    def shares(self, level: int) -> tuple[float, float]:
+    def scales(self, level: int) -> tuple[float, float]:
         """``sqrt(abar)`` and ``sqrt(1 - abar)`` of a level; -1 is clean."""
-        kept = 1.0 if level < 0 else float(self.scheduler.alphas_cumprod[level])
-        return math.sqrt(kept), math.sqrt(1 - kept)
+        alpha_bar = 1.0 if level < 0 else float(self.scheduler.alphas_cumprod[level])
+        return math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
 
     def clean(self, prediction: Tensor, x: Tensor, level: int) -> Tensor:
         """The clean estimate from the head's prediction at ``x_k``."""
-        signal, share = self.shares(level)
+        signal, noise_scale = self.scales(level)
         if self.config.prediction == "clean":
             return prediction
         if self.config.prediction == "velocity":
-            return signal * x - share * prediction
-        return (x - share * prediction) / signal
+            return signal * x - noise_scale * prediction
+        return (x - noise_scale * prediction) / signal
 
     def bounded(self, clean: Tensor) -> Tensor:
         """Clean estimates ``[N, M, P]`` clipped to `largest_value`, or by each picture's own percentile (`threshold`)."""
@@ -207,14 +207,14 @@ class Diffusion(Denoising):
         # Trailing levels: the first one is pure noise (Lin et al. 2023, arXiv 2305.08891, section 3.3).
         levels = [*(round(LEVELS * (1 - step / steps)) - 1 for step in range(steps)), -1]
         x = noise
-        for level, following in pairwise(levels):
+        for level, next_level in pairwise(levels):
             clean = self.clean(predict(x, (level + 1) / LEVELS), x, level)
             clean = self.bounded(clean)
-            signal, share = self.shares(level)
+            signal, noise_scale = self.scales(level)
             # Recompute the noise from the possibly clipped estimate, so that both are consistent.
-            eps = (x - signal * clean) / share
-            signal, share = self.shares(following)
-            x = signal * clean + share * eps
+            eps = (x - signal * clean) / noise_scale
+            signal, noise_scale = self.scales(next_level)
+            x = signal * clean + noise_scale * eps
             if known is not None and keep is not None:
-                x = torch.where(keep[..., None], signal * known + share * noise, x)
+                x = torch.where(keep[..., None], signal * known + noise_scale * noise, x)
             yield x, clean

@@ -69,9 +69,9 @@ class FlowMatching(Denoising):
     def __init__(self, config: Config):
         if not config.sampling_shift > 0:
             raise XFusionError(f"sampling_shift {config.sampling_shift:g} must be above 0; 1 takes equal steps of t")
-        first, last = config.guidance_interval
-        if not 0 <= first < last <= 1:
-            raise XFusionError(f"guidance_interval {first:g} to {last:g} must rise within 0 to 1, such as 0.5 to 1")
+        low, high = config.guidance_interval
+        if not 0 <= low < high <= 1:
+            raise XFusionError(f"guidance_interval {low:g} to {high:g} must rise within 0 to 1, such as 0.5 to 1")
         super().__init__()
         self.config = config
         self.weight, self.guidance = config.weight, config.guidance
@@ -95,8 +95,8 @@ class FlowMatching(Denoising):
             if not bool(media.noised.any()):
                 continue
             # Sampled on the CPU, so that a seed gives the same result on every device.
-            drawn = self.draw_time(len(media.noised), generator).to(media.time.device) * media.largest_noise
-            time = torch.where(media.noised, drawn, torch.zeros_like(drawn))
+            levels = self.draw_time(len(media.noised), generator).to(media.time.device) * media.largest_noise
+            time = torch.where(media.noised, levels, torch.zeros_like(levels))
             noise = torch.randn(media.tokens.shape, generator=generator).to(media.tokens.device)
             level = media.at(time)[:, :, None]
             tokens = self.mix(media.tokens, noise, level)

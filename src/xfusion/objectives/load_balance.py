@@ -64,6 +64,6 @@ class LoadBalance(Objective):
 
 def balance(probability: Tensor) -> Tensor:
     """``E sum_i F_i G_i`` of a router's probabilities ``[r, E]``."""
-    experts = probability.shape[-1]
-    first = functional.one_hot(probability.argmax(-1), experts).to(probability.dtype).mean(0)
-    return experts * (first * probability.mean(0)).sum()
+    num_experts = probability.shape[-1]
+    first_choice_share = functional.one_hot(probability.argmax(-1), num_experts).to(probability.dtype).mean(0)
+    return num_experts * (first_choice_share * probability.mean(0)).sum()

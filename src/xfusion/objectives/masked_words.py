@@ -28,8 +28,8 @@ from torch.nn import functional
 
 from xfusion.data.sequence import END_OF_MEDIA, Batch, XFusionError
 from xfusion.objectives.base import Losses, Objective, Output, Run
-from xfusion.objectives.contrastive import pair_places, same
-from xfusion.objectives.matching import members
+from xfusion.objectives.contrastive import duplicates, pair_places
+from xfusion.objectives.matching import item_columns
 
 EPSILON = 1e-12
 """Epsilon of the layer norms, as in BERT."""
@@ -46,11 +46,11 @@ def _attention(width: int, heads: int) -> nn.MultiheadAttention:
     return nn.MultiheadAttention(width, heads, batch_first=True)
 
 
-def _read(attention: nn.Module, x: Tensor, y: Tensor, there: Tensor) -> Tensor:
-    return attention(x, y, y, key_padding_mask=~there, need_weights=False)[0]
+def _attend(attention: nn.Module, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    return attention(x, y, y, key_padding_mask=~mask, need_weights=False)[0]
 
 
-class OwnLayer(nn.Module):
+class SelfAttentionLayer(nn.Module):
     """Self-attention and a feed-forward network of one stream, post-norm."""
 
     def __init__(self, width: int, heads: int, mlp: int):
@@ -59,9 +59,9 @@ class OwnLayer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, mlp), nn.GELU(), nn.Linear(mlp, width))
         self.mlp_norm = _norm(width)
 
-    def forward(self, x: Tensor, there: Tensor) -> Tensor:
-        """``[k, w, W]`` -> ``[k, w, W]``; ``there`` is False at padding."""
-        x = self.attention_norm(x + _read(self.attention, x, x, there))
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """``[k, w, W]`` -> ``[k, w, W]``; ``mask`` is False at padding."""
+        x = self.attention_norm(x + _attend(self.attention, x, x, mask))
         return self.mlp_norm(x + self.mlp(x))
 
 
@@ -73,16 +73,16 @@ class CrossLayer(nn.Module):
     def __init__(self, width: int, heads: int, mlp: int, *, last: bool = False):
         super().__init__()
         self.cross, self.cross_norm = _attention(width, heads), _norm(width)
-        self.words = OwnLayer(width, heads, mlp)
-        self.media = None if last else OwnLayer(width, heads, mlp)
+        self.words = SelfAttentionLayer(width, heads, mlp)
+        self.media = None if last else SelfAttentionLayer(width, heads, mlp)
 
     def forward(self, words: Stream, media: Stream) -> tuple[Stream, Stream]:
         """Both streams after the layer."""
-        (h, said), (v, shown) = words, media
-        spoken = self.words(self.cross_norm(h + _read(self.cross, h, v, shown)), said)
+        (h, text_mask), (v, media_mask) = words, media
+        new_h = self.words(self.cross_norm(h + _attend(self.cross, h, v, media_mask)), text_mask)
         if self.media is not None:
-            v = self.media(self.cross_norm(v + _read(self.cross, v, h, said)), shown)
-        return (spoken, said), (v, shown)
+            v = self.media(self.cross_norm(v + _attend(self.cross, v, h, text_mask)), media_mask)
+        return (new_h, text_mask), (v, media_mask)
 
 
 class MaskedWords(Objective):
@@ -136,21 +136,21 @@ class MaskedWords(Objective):
     def install(self, width: int, modality: Any) -> None:
         """Create the encoder, its input projections, and the heads."""
         del modality
-        own = self.config.width
-        self.words_in, self.words_norm = nn.Linear(width, own), _norm(own)
-        self.media_in, self.media_norm = nn.Linear(width, own), _norm(own)
+        inner = self.config.width
+        self.words_in, self.words_norm = nn.Linear(width, inner), _norm(inner)
+        self.media_in, self.media_norm = nn.Linear(width, inner), _norm(inner)
         self.layers = nn.ModuleList(
-            CrossLayer(own, self.config.heads, self.config.mlp, last=number == self.config.depth - 1)
-            for number in range(self.config.depth)
+            CrossLayer(inner, self.config.heads, self.config.mlp, last=layer == self.config.depth - 1)
+            for layer in range(self.config.depth)
         )
-        self.guess = nn.Sequential(nn.Linear(own, width), nn.GELU(), _norm(width))
-        self.judge = nn.Sequential(nn.Linear(own, own), nn.Tanh(), nn.Linear(own, 2))
+        self.guess = nn.Sequential(nn.Linear(inner, width), nn.GELU(), _norm(width))
+        self.judge = nn.Sequential(nn.Linear(inner, inner), nn.Tanh(), nn.Linear(inner, 2))
 
     # -- masks
 
     def corrupt(self, batch: Batch, generator: torch.Generator) -> Batch:
         """Masks some text tokens of each pair, chosen at random."""
-        if not _learns(batch):
+        if not _has_pairs(batch):
             return batch
         score = torch.rand(batch.text_ids.shape, generator=generator).to(batch.text_ids.device)
         ids = batch.text_ids.masked_fill(self.masked(batch, score), END_OF_MEDIA)
@@ -159,35 +159,41 @@ class MaskedWords(Objective):
     def masked(self, batch: Batch, score: Tensor) -> Tensor:
         """Which tokens to mask, bool ``[B, n]``: in each text with a picture, the `share` with the lowest ``score``."""
         text = batch.text
-        alike = (text.sample[:, :, None] == text.sample[:, None, :]) & (text.order >= 0)[:, None, :]
-        may = (alike & (text.order[:, None, :] < text.order[:, :, None])).any(-1) & (text.order >= 0)  # not the first
-        shown = torch.zeros_like(may)
+        same_text = (text.sample[:, :, None] == text.sample[:, None, :]) & (text.order >= 0)[:, None, :]
+        is_maskable = (same_text & (text.order[:, None, :] < text.order[:, :, None])).any(-1) & (
+            text.order >= 0
+        )  # not the first
+        has_picture = torch.zeros_like(is_maskable)
         for media in batch.media.values():
-            own = torch.where(media.item >= 0, media.rows.sample, -1)
-            shown |= (text.sample[:, :, None] == own[:, None, :]).any(-1)
-        may &= shown
-        alike &= may[:, None, :]
-        wanted = (self.config.share * alike.sum(-1)).round().clamp(min=1)
-        return may & ((alike & (score[:, None, :] < score[:, :, None])).sum(-1) < wanted)
+            media_sample = torch.where(media.item >= 0, media.rows.sample, -1)
+            has_picture |= (text.sample[:, :, None] == media_sample[:, None, :]).any(-1)
+        is_maskable &= has_picture
+        same_text &= is_maskable[:, None, :]
+        num_masked = (self.config.share * same_text.sum(-1)).round().clamp(min=1)
+        return is_maskable & ((same_text & (score[:, None, :] < score[:, :, None])).sum(-1) < num_masked)
 
     # -- what is read
 
-    def judged(self, run: Run, batch: Batch, pictures: Tensor, words: Tensor) -> Tensor:
+    def match_logits(self, run: Run, batch: Batch, pictures: Tensor, words: Tensor) -> Tensor:
         """Logits ``[k, 2]`` (no match, match) of pictures and texts, given by their pairs' indices, int64 ``[k]`` each."""
-        return self._judged(self._said(run(batch.words_alone()), batch), self._shown(run, batch), pictures, words)
+        return self._match_logits(
+            self._text_stream(run(batch.words_alone()), batch), self._media_stream(run, batch), pictures, words
+        )
 
-    def guessed(self, run: Run, batch: Batch) -> Tensor:
+    def masked_logits(self, run: Run, batch: Batch) -> Tensor:
         """Vocabulary logits ``[k, V]`` at the masked tokens of a batch, pair by pair in reading order."""
-        return self._guessed(run, batch, self._shown(run, batch))
+        return self._masked_logits(run, batch, self._media_stream(run, batch))
 
-    def _judged(self, said: Stream, shown: Stream, pictures: Tensor, words: Tensor) -> Tensor:
-        (h, _), _ = self.fused((said[0][words], said[1][words]), (shown[0][pictures], shown[1][pictures]))
+    def _match_logits(self, text_stream: Stream, media_stream: Stream, pictures: Tensor, words: Tensor) -> Tensor:
+        (h, _), _ = self.fused(
+            (text_stream[0][words], text_stream[1][words]), (media_stream[0][pictures], media_stream[1][pictures])
+        )
         return self.judge(h[:, 0])
 
-    def _guessed(self, run: Run, batch: Batch, shown: Stream) -> Tensor:
-        out = run(replace(batch.words_alone(), text_ids=batch.text_ids))
-        (h, _), _ = self.fused(self._said(out, batch), shown)
-        return out.vocabulary(self.guess(h[_at_words(batch, batch.text_ids <= END_OF_MEDIA)]))
+    def _masked_logits(self, run: Run, batch: Batch, media_stream: Stream) -> Tensor:
+        output = run(replace(batch.words_alone(), text_ids=batch.text_ids))
+        (h, _), _ = self.fused(self._text_stream(output, batch), media_stream)
+        return output.vocabulary(self.guess(h[_by_pair(batch, batch.text_ids <= END_OF_MEDIA)]))
 
     def fused(self, words: Stream, media: Stream) -> tuple[Stream, Stream]:
         """Both streams after all layers."""
@@ -195,38 +201,38 @@ class MaskedWords(Objective):
             words, media = layer(words, media)
         return words, media
 
-    def _said(self, out: Output, batch: Batch) -> Stream:
+    def _text_stream(self, output: Output, batch: Batch) -> Stream:
         """The text of each picture as a stream, from a text-only pass.
 
         Raises:
             XFusionError: a picture has no text.
         """
-        row, columns, there = _words(batch)
-        if not bool(there.any(dim=1).all()):
+        row, columns, mask = _text_columns(batch)
+        if not bool(mask.any(dim=1).all()):
             raise XFusionError(
                 "masked words: a picture of the batch has no words: set the templates' caption_dropout to 0"
             )
-        states = out.states["text"][row, columns].to(self.words_in.weight.dtype)
-        return self.words_norm(self.words_in(states)), there
+        states = output.states["text"][row, columns].to(self.words_in.weight.dtype)
+        return self.words_norm(self.words_in(states)), mask
 
-    def _shown(self, run: Run, batch: Batch) -> Stream:
+    def _media_stream(self, run: Run, batch: Batch) -> Stream:
         """Each picture as a stream: [BOI], a trained row, then its tokens."""
         (media,) = batch.media.values()
-        inside = media.item >= 0
+        is_item = media.item >= 0
         row, sample = pair_places(media)
-        segment = torch.zeros_like(row).scatter(0, media.item[inside], media.rows.segment[inside])
-        columns, there = members(media.rows, row, sample, segment)
+        segment = torch.zeros_like(row).scatter(0, media.item[is_item], media.rows.segment[is_item])
+        columns, mask = item_columns(media.rows, row, sample, segment)
         states = run(batch.media_alone()).states["media"][row[:, None], columns].to(self.media_in.weight.dtype)
-        return self.media_norm(self.media_in(states)), there
+        return self.media_norm(self.media_in(states)), mask
 
     # -- loss
 
     def count(self, batch: Batch) -> dict[str, int]:
         """Masked tokens, and scored pairs: two for each picture that has a wrong partner, otherwise one."""
-        if not _learns(batch):
+        if not _has_pairs(batch):
             return {}
         (media,) = batch.media.values()
-        pairs = len(media.noised) + int((following(_excluded(batch)) >= 0).sum())
+        pairs = len(media.noised) + int((next_partner(_excluded_pairs(batch)) >= 0).sum())
         masked = int(self.masked(batch, batch.text.order.float()).sum())
         return {"matching": pairs} | ({self.name: masked} if masked else {})
 
@@ -236,57 +242,62 @@ class MaskedWords(Objective):
         Raises:
             XFusionError: a picture has no text.
         """
-        if not _learns(batch):
+        if not _has_pairs(batch):
             return {}
-        shown, clean = self._shown(run, batch), batch.unmasked()
-        wrong = following(_excluded(clean))
-        own, some = torch.arange(len(wrong), device=wrong.device), wrong >= 0
-        said = self._said(run(clean.words_alone()), batch)
-        judged = self._judged(said, shown, torch.cat([own, own[some]]), torch.cat([own, wrong[some]]))
-        truth = torch.zeros(len(judged), dtype=torch.int64, device=own.device)
-        truth[: len(own)] = 1
-        total = functional.cross_entropy(judged.float(), truth, reduction="sum")
-        out: Losses = {"matching": (total, torch.tensor(len(judged), device=own.device))}
-        row, columns, _ = _words(batch)
-        labels = clean.text_ids[row, columns][_at_words(batch, batch.text_ids <= END_OF_MEDIA)]
+        media_stream, clean = self._media_stream(run, batch), batch.unmasked()
+        partner = next_partner(_excluded_pairs(clean))
+        pair_index, has_partner = torch.arange(len(partner), device=partner.device), partner >= 0
+        text_stream = self._text_stream(run(clean.words_alone()), batch)
+        match_logits = self._match_logits(
+            text_stream,
+            media_stream,
+            torch.cat([pair_index, pair_index[has_partner]]),
+            torch.cat([pair_index, partner[has_partner]]),
+        )
+        match_labels = torch.zeros(len(match_logits), dtype=torch.int64, device=pair_index.device)
+        match_labels[: len(pair_index)] = 1
+        total = functional.cross_entropy(match_logits.float(), match_labels, reduction="sum")
+        losses: Losses = {"matching": (total, torch.tensor(len(match_logits), device=pair_index.device))}
+        row, columns, _ = _text_columns(batch)
+        labels = clean.text_ids[row, columns][_by_pair(batch, batch.text_ids <= END_OF_MEDIA)]
         if len(labels):
-            guessed = self._guessed(run, batch, shown)
-            total = functional.cross_entropy(guessed.float(), labels, reduction="sum")
-            out[self.name] = (total, torch.tensor(len(labels), device=own.device))
-        return out
+            word_logits = self._masked_logits(run, batch, media_stream)
+            total = functional.cross_entropy(word_logits.float(), labels, reduction="sum")
+            losses[self.name] = (total, torch.tensor(len(labels), device=pair_index.device))
+        return losses
 
 
-def _learns(batch: Batch) -> bool:
+def _has_pairs(batch: Batch) -> bool:
     """Whether a batch has pairs of a text followed by its picture."""
     return bool(batch.media) and not batch.text_reads_media and batch.text.count > 0
 
 
-def _words(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def _text_columns(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Batch row ``[N, 1]`` and columns ``[N, w]`` of each picture's text, and their mask, bool ``[N, w]``."""
     (media,) = batch.media.values()
     row, sample = pair_places(media)
-    return row[:, None], *members(batch.text, row, sample)
+    return row[:, None], *item_columns(batch.text, row, sample)
 
 
-def _at_words(batch: Batch, chosen: Tensor) -> Tensor:
+def _by_pair(batch: Batch, selected: Tensor) -> Tensor:
     """A selection of text positions, bool ``[B, n]``, regrouped by pair, ``[N, w]``."""
-    row, columns, there = _words(batch)
-    return chosen[row, columns] & there
+    row, columns, mask = _text_columns(batch)
+    return selected[row, columns] & mask
 
 
-def _excluded(batch: Batch) -> Tensor:
+def _excluded_pairs(batch: Batch) -> Tensor:
     """Which pairs cannot give the wrong text for a pair, including itself, bool ``[N, N]``."""
     (media,) = batch.media.values()
-    return same(batch, media).fill_diagonal_(True)
+    return duplicates(batch, media).fill_diagonal_(True)
 
 
-def following(excluded: Tensor) -> Tensor:
+def next_partner(excluded: Tensor) -> Tensor:
     """For each pair the next one that is not excluded, in cyclic order: int64 ``[N]``, -1 for none.
 
     Args:
         excluded: bool ``[N, N]``.
     """
-    own = torch.arange(len(excluded), device=excluded.device)
-    behind = (own - own[:, None]) % max(1, len(own))
-    nearest = behind.masked_fill(excluded, len(own)).argmin(dim=1)
+    pair_index = torch.arange(len(excluded), device=excluded.device)
+    distance = (pair_index - pair_index[:, None]) % max(1, len(pair_index))
+    nearest = distance.masked_fill(excluded, len(pair_index)).argmin(dim=1)
     return torch.where(excluded.all(dim=1), -1, nearest)

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from xfusion.data.sequence import END_OF_MEDIA, IGNORE, Batch, MediaRows, Rows
 from xfusion.objectives.base import Losses, Run
-from xfusion.objectives.contrastive import Contrastive, pair_places, same
+from xfusion.objectives.contrastive import Contrastive, duplicates, pair_places
 
 
 class Matching(Contrastive):
@@ -63,21 +63,21 @@ class Matching(Contrastive):
 
     # -- pairs
 
-    def judged(self, run: Run, batch: Batch, pictures: Tensor, words: Tensor) -> Tensor:
+    def match_logits(self, run: Run, batch: Batch, pictures: Tensor, words: Tensor) -> Tensor:
         """Logits ``[k, 2]`` (no match, match) of pictures and texts, given by their pairs' indices, int64 ``[k]`` each."""
-        view = rearranged(batch, pictures, words)
+        view = pairings_batch(batch, pictures, words)
         states = run(view).states["text"]
-        last = states[torch.arange(len(pictures), device=states.device), view.text.order.argmax(dim=1)]
-        with torch.autocast("cpu" if last.is_meta else last.device.type, enabled=False):
-            return self.head(last.to(self.head.weight.dtype))
+        last_states = states[torch.arange(len(pictures), device=states.device), view.text.order.argmax(dim=1)]
+        with torch.autocast("cpu" if last_states.is_meta else last_states.device.type, enabled=False):
+            return self.head(last_states.to(self.head.weight.dtype))
 
     def count(self, batch: Batch) -> dict[str, int]:
         """Pairs, and scored pairs: three for each pair that has a negative, otherwise one."""
         if batch.text_reads_media or not batch.media:
             return {}
-        found = super().count(batch)
-        hard = sum(int((~_excluded(batch, media)).any(1).sum()) for media in batch.media.values())
-        return found | ({"matching": found[self.name] + 2 * hard} if found else {})
+        counts = super().count(batch)
+        num_with_negative = sum(int((~_excluded_pairs(batch, media)).any(1).sum()) for media in batch.media.values())
+        return counts | ({"matching": counts[self.name] + 2 * num_with_negative} if counts else {})
 
     def loss(self, run: Run, batch: Batch) -> Losses:
         """Both losses, summed in nats.
@@ -87,110 +87,112 @@ class Matching(Contrastive):
         """
         if batch.text_reads_media or not batch.media:
             return {}
-        once: dict[str, Any] = {}
+        outputs: dict[str, Any] = {}
 
-        def remembered(view: Batch) -> Any:
+        def run_once(view: Batch) -> Any:
             """Runs the text-only and media-only views once for both losses."""
             kind = "both" if view.media and view.text.count else "media" if view.media else "words"
             if kind == "both":
                 return run(view)
-            if kind not in once:
-                once[kind] = run(view)
-            return once[kind]
+            if kind not in outputs:
+                outputs[kind] = run(view)
+            return outputs[kind]
 
-        out = super().loss(remembered, batch)
+        losses = super().loss(run_once, batch)
         for media in batch.media.values():
             row, sample = pair_places(media)
             with torch.no_grad():
-                alike = self._words(remembered, batch, row, sample) @ self.of_media(remembered, batch).T
-            words, pictures = hardest(alike, _excluded(batch, media))
-            own = torch.arange(len(alike), device=alike.device)
-            some = words >= 0
-            judged = self.judged(
+                similarity = self._embed_text(run_once, batch, row, sample) @ self.embed_media(run_once, batch).T
+            text_index, picture_index = hardest_negatives(similarity, _excluded_pairs(batch, media))
+            pair_index = torch.arange(len(similarity), device=similarity.device)
+            has_negative = text_index >= 0
+            logits = self.match_logits(
                 run,
                 batch,
-                torch.cat([own, own[some], pictures[some]]),
-                torch.cat([own, words[some], own[some]]),
+                torch.cat([pair_index, pair_index[has_negative], picture_index[has_negative]]),
+                torch.cat([pair_index, text_index[has_negative], pair_index[has_negative]]),
             )
-            truth = torch.zeros(len(judged), dtype=torch.int64, device=own.device)
-            truth[: len(own)] = 1
-            total = functional.cross_entropy(judged.float(), truth, reduction="sum")
-            out["matching"] = (total, torch.tensor(len(judged), device=own.device))
-        return out
+            labels = torch.zeros(len(logits), dtype=torch.int64, device=pair_index.device)
+            labels[: len(pair_index)] = 1
+            total = functional.cross_entropy(logits.float(), labels, reduction="sum")
+            losses["matching"] = (total, torch.tensor(len(logits), device=pair_index.device))
+        return losses
 
 
-def _excluded(batch: Batch, media: MediaRows) -> Tensor:
+def _excluded_pairs(batch: Batch, media: MediaRows) -> Tensor:
     """Which items are not negatives of an item, including itself, bool ``[N, N]``."""
-    return same(batch, media).fill_diagonal_(True)
+    return duplicates(batch, media).fill_diagonal_(True)
 
 
-def hardest(alike: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
+def hardest_negatives(similarity: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
     """Hardest negatives: the most similar text for each picture and picture for each text, int64 ``[N]`` each, -1 for none.
 
     Args:
-        alike: cosines ``[N texts, N pictures]``.
+        similarity: cosines ``[N texts, N pictures]``.
         excluded: bool ``[N, N]``, symmetric: which pairs are not negatives.
     """
-    scores = alike.masked_fill(excluded, -math.inf)
-    none = excluded.all(dim=1)
-    return tuple(torch.where(none, -1, scores.argmax(dim=dim)) for dim in (0, 1))  # type: ignore[return-value]
+    scores = similarity.masked_fill(excluded, -math.inf)
+    has_none = excluded.all(dim=1)
+    return tuple(torch.where(has_none, -1, scores.argmax(dim=dim)) for dim in (0, 1))  # type: ignore[return-value]
 
 
-def members(rows: Rows, row: Tensor, sample: Tensor, segment: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def item_columns(rows: Rows, row: Tensor, sample: Tensor, segment: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Columns of each item's positions in reading order ``[N, w]``, and their mask, bool ``[N, w]``, False at padding."""
-    inside = (rows.sample[row] == sample[:, None]) & (rows.order[row] >= 0)
+    is_member = (rows.sample[row] == sample[:, None]) & (rows.order[row] >= 0)
     if segment is not None:
-        inside &= rows.segment[row] == segment[:, None]
-    columns = rows.order[row].masked_fill(~inside, torch.iinfo(torch.int64).max).argsort(dim=1)
-    columns = columns[:, : int(inside.sum(1).max())]
-    return columns, inside.gather(1, columns)
+        is_member &= rows.segment[row] == segment[:, None]
+    columns = rows.order[row].masked_fill(~is_member, torch.iinfo(torch.int64).max).argsort(dim=1)
+    columns = columns[:, : int(is_member.sum(1).max())]
+    return columns, is_member.gather(1, columns)
 
 
-def rearranged(batch: Batch, pictures: Tensor, words: Tensor) -> Batch:
+def pairings_batch(batch: Batch, pictures: Tensor, words: Tensor) -> Batch:
     """A batch with a row (picture, text, [EOI]) for each of ``k`` pairings of a picture with its own or another's text."""
     ((modality, media),) = batch.media.items()
     row, sample = pair_places(media)
-    inside = media.item >= 0
-    segment = torch.zeros_like(row).scatter(0, media.item[inside], media.rows.segment[inside])
-    shown, kept = (t[pictures] for t in members(media.rows, row, sample, segment))
-    at, device = row[pictures][:, None], shown.device
+    is_item = media.item >= 0
+    segment = torch.zeros_like(row).scatter(0, media.item[is_item], media.rows.segment[is_item])
+    media_columns, media_mask = (t[pictures] for t in item_columns(media.rows, row, sample, segment))
+    media_row, device = row[pictures][:, None], media_columns.device
 
-    def taken(table: Tensor, fill: Any) -> Tensor:
-        found = table[at, shown]
-        return torch.where(kept if found.ndim == 2 else kept[..., None], found, fill)
+    def gathered(table: Tensor, fill: Any) -> Tensor:
+        values = table[media_row, media_columns]
+        return torch.where(media_mask if values.ndim == 2 else media_mask[..., None], values, fill)
 
-    place = torch.arange(shown.shape[1], device=device)
-    order = torch.where(kept, place, -1)
-    start = media.rows.position[at, shown[:, :1]]
-    position = taken(media.rows.position, 0) - torch.where(kept, start, 0)
-    rows = _rows(order, position, taken(media.rows.bidirectional, False), 0)
-    boundary, item = taken(media.boundary, False), torch.arange(len(pictures), device=device)
+    offset = torch.arange(media_columns.shape[1], device=device)
+    order = torch.where(media_mask, offset, -1)
+    start = media.rows.position[media_row, media_columns[:, :1]]
+    position = gathered(media.rows.position, 0) - torch.where(media_mask, start, 0)
+    rows = _reading_rows(order, position, gathered(media.rows.bidirectional, False), 0)
+    boundary, item = gathered(media.boundary, False), torch.arange(len(pictures), device=device)
     clean = media.restored()
-    number = torch.where(kept & ~boundary, item[:, None], -1)
+    item_number = torch.where(media_mask & ~boundary, item[:, None], -1)
     media = replace(
         clean,
         rows=rows,
-        tokens=taken(clean.tokens, 0.0),
-        item=number,
+        tokens=gathered(clean.tokens, 0.0),
+        item=item_number,
         boundary=boundary,
-        grid_row=taken(media.grid_row, 0),
-        grid_column=taken(media.grid_column, 0),
+        grid_row=gathered(media.grid_row, 0),
+        grid_column=gathered(media.grid_column, 0),
         time=torch.zeros(len(pictures), device=device, dtype=media.time.dtype),
         noised=torch.zeros_like(item, dtype=torch.bool),
         has_loss=torch.zeros_like(item, dtype=torch.bool),
         largest_noise=media.largest_noise[pictures],
         group=media.group[pictures],
     )
-    said, there = (t[words] for t in members(batch.text, row, sample))
-    length = there.sum(1, keepdim=True)
-    place = torch.arange(said.shape[1] + 1, device=device)
-    ids = functional.pad(torch.where(there, batch.unmasked().text_ids[row[words][:, None], said], 0), (0, 1))
-    ids = ids.masked_fill(place == length, END_OF_MEDIA)  # in place of [Encode]
-    present = place <= length
-    order = torch.where(present, kept.sum(1, keepdim=True) + place, -1)
-    position = torch.where(present, position.amax(1, keepdim=True) + 1 + place, 0)
+    text_columns, text_mask = (t[words] for t in item_columns(batch.text, row, sample))
+    length = text_mask.sum(1, keepdim=True)
+    offset = torch.arange(text_columns.shape[1] + 1, device=device)
+    ids = functional.pad(
+        torch.where(text_mask, batch.unmasked().text_ids[row[words][:, None], text_columns], 0), (0, 1)
+    )
+    ids = ids.masked_fill(offset == length, END_OF_MEDIA)  # in place of [Encode]
+    is_text = offset <= length
+    order = torch.where(is_text, media_mask.sum(1, keepdim=True) + offset, -1)
+    position = torch.where(is_text, position.amax(1, keepdim=True) + 1 + offset, 0)
     return Batch(
-        text=_rows(order, position, torch.zeros_like(present), 1),
+        text=_reading_rows(order, position, torch.zeros_like(is_text), 1),
         text_ids=ids,
         labels=torch.full_like(ids, IGNORE),
         media={modality: media},
@@ -200,14 +202,14 @@ def rearranged(batch: Batch, pictures: Tensor, words: Tensor) -> Batch:
     )
 
 
-def _rows(order: Tensor, position: Tensor, both_ways: Tensor, segment: int) -> Rows:
-    there = order >= 0
+def _reading_rows(order: Tensor, position: Tensor, bidirectional: Tensor, segment: int) -> Rows:
+    is_present = order >= 0
     return Rows(
         order=order,
-        sample=torch.where(there, 0, -1),
+        sample=torch.where(is_present, 0, -1),
         position=position,
-        segment=torch.where(there, segment, -1),
-        bidirectional=both_ways,
-        visible_to_later=there,
-        after_media=there,
+        segment=torch.where(is_present, segment, -1),
+        bidirectional=bidirectional,
+        visible_to_later=is_present,
+        after_media=is_present,
     )

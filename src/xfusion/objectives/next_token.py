@@ -46,12 +46,12 @@ class NextToken(Objective):
 
     def loss(self, run: Run, batch: Batch) -> Losses:
         """Summed nats and the number of tokens."""
-        chosen = batch.labels != IGNORE
-        if not bool(chosen.any()):
+        has_label = batch.labels != IGNORE
+        if not bool(has_label.any()):
             return {}
-        logits = run(batch).logits(chosen)
-        total = cross_entropy(logits.float(), batch.labels[chosen], reduction="sum")
-        return {self.name: (total, chosen.sum())}
+        logits = run(batch).logits(has_label)
+        total = cross_entropy(logits.float(), batch.labels[has_label], reduction="sum")
+        return {self.name: (total, has_label.sum())}
 
     @staticmethod
     def choose(
@@ -78,7 +78,7 @@ class NextToken(Objective):
         probability, token = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
         if top_k:
             probability = probability[:, :top_k] / probability[:, :top_k].sum(dim=-1, keepdim=True)
-        before = probability.cumsum(dim=-1) - probability
-        probability = probability.masked_fill(before >= top_p, 0.0)
-        picked = [torch.multinomial(p, 1, generator=g) for p, g in zip(probability, generators, strict=True)]
-        return token.gather(1, torch.stack(picked)).squeeze(1)
+        mass_before = probability.cumsum(dim=-1) - probability
+        probability = probability.masked_fill(mass_before >= top_p, 0.0)
+        choices = [torch.multinomial(p, 1, generator=g) for p, g in zip(probability, generators, strict=True)]
+        return token.gather(1, torch.stack(choices)).squeeze(1)

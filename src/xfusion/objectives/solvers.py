@@ -48,9 +48,9 @@ class Euler(Solver):
         self, field: Field, x: Tensor, times: Seq[float], put_back: Callable[[Tensor, float], Tensor]
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """``x + dt v``."""
-        for time, following in pairwise(times):
+        for time, next_time in pairwise(times):
             velocity, clean = field(x, time)
-            x = put_back(x + (following - time) * velocity, following)
+            x = put_back(x + (next_time - time) * velocity, next_time)
             yield x, clean
 
 
@@ -62,13 +62,13 @@ class Heun(Solver):
         self, field: Field, x: Tensor, times: Seq[float], put_back: Callable[[Tensor, float], Tensor]
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """``x + dt (v + v') / 2``, where v' is the velocity after Euler's step; a step to level 0 has none."""
-        for time, following in pairwise(times):
+        for time, next_time in pairwise(times):
             velocity, clean = field(x, time)
-            moved = put_back(x + (following - time) * velocity, following)
-            if following > 0:
-                ahead, clean = field(moved, following)
-                moved = put_back(x + (following - time) * (velocity + ahead) / 2, following)
-            x = moved
+            next_x = put_back(x + (next_time - time) * velocity, next_time)
+            if next_time > 0:
+                next_velocity, clean = field(next_x, next_time)
+                next_x = put_back(x + (next_time - time) * (velocity + next_velocity) / 2, next_time)
+            x = next_x
             yield x, clean
 
 
@@ -92,9 +92,9 @@ class Multistep(Solver):
         # Its own levels are evenly spaced; its steps use only these sigmas.
         scheduler.sigmas = torch.tensor(times)
         scheduler.set_begin_index(0)
-        for level, (time, following) in zip(scheduler.timesteps, pairwise(times), strict=True):
+        for level, (time, next_time) in zip(scheduler.timesteps, pairwise(times), strict=True):
             clean = field(x, time)[1]
-            x = put_back(scheduler.step(clean, level, x, return_dict=False)[0], following)
+            x = put_back(scheduler.step(clean, level, x, return_dict=False)[0], next_time)
             yield x, clean
 
 

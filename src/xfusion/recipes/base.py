@@ -39,14 +39,14 @@ def find(name: str) -> Callable[..., Recipe]:
     Raises:
         XFusionError: there is none, or it does not take these arguments.
     """
-    plain, arguments = _arguments(name)
-    function = _function(plain)
+    bare_name, arguments = _arguments(name)
+    function = _function(bare_name)
     if arguments:
         try:
             inspect.signature(function).bind(**arguments)
         except TypeError as error:
-            known = ", ".join(inspect.signature(function).parameters) or "none"
-            raise XFusionError(f"recipe {name!r}: {error}; its arguments are: {known}") from error
+            parameters = ", ".join(inspect.signature(function).parameters) or "none"
+            raise XFusionError(f"recipe {name!r}: {error}; its arguments are: {parameters}") from error
         try:
             hints = get_type_hints(function)
         except NameError:  # of names that are imported for type checkers alone
@@ -55,52 +55,52 @@ def find(name: str) -> Callable[..., Recipe]:
             try:
                 check_type(value, hints.get(argument, Any))
             except TypeCheckError as error:
-                wanted = inspect.signature(function).parameters[argument].annotation
-                raise XFusionError(f"recipe {name!r}: {argument} is {value!r}, but it takes {wanted}") from error
+                annotation = inspect.signature(function).parameters[argument].annotation
+                raise XFusionError(f"recipe {name!r}: {argument} is {value!r}, but it takes {annotation}") from error
     return functools.partial(function, **arguments) if arguments else function
 
 
 def _arguments(name: str) -> tuple[str, dict[str, Any]]:
     """``single_tower(stride=3)`` -> ``single_tower`` and ``{"stride": 3}``."""
-    plain, bracket, rest = name.partition("(")
+    bare_name, bracket, rest = name.partition("(")
     if not bracket:
         return name, {}
     try:
         call = ast.parse(f"f({rest}", mode="eval").body
         if not isinstance(call, ast.Call) or call.args:
             raise ValueError(rest)
-        return plain, {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+        return bare_name, {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
     except (SyntaxError, ValueError) as error:
-        raise XFusionError(f"recipe {name!r}: write {plain}(NAME=VALUE), such as single_tower(stride=3)") from error
+        raise XFusionError(f"recipe {name!r}: write {bare_name}(NAME=VALUE), such as single_tower(stride=3)") from error
 
 
 def _function(name: str) -> Callable[..., Recipe]:
-    where, _, function = name.partition(":")
-    if where.endswith(".py"):
-        path = Path(where)
+    location, _, function = name.partition(":")
+    if location.endswith(".py"):
+        path = Path(location)
         if not path.is_file():
-            raise XFusionError(f"recipe {name!r}: there is no file {where}")
+            raise XFusionError(f"recipe {name!r}: there is no file {location}")
         if not function:
-            raise XFusionError(f"recipe {name!r} names no function: write {where}:FUNCTION")
+            raise XFusionError(f"recipe {name!r} names no function: write {location}:FUNCTION")
         module = _module(path.resolve(), path.read_bytes())
     elif function:
         try:
-            module = importlib.import_module(where)
+            module = importlib.import_module(location)
         except ImportError as error:
             raise XFusionError(f"recipe {name!r}: {error}") from error
     else:
         if name not in names():
-            near = difflib.get_close_matches(name, names(), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            matches = difflib.get_close_matches(name, names(), n=1)
+            hint = f"; did you mean {matches[0]!r}?" if matches else ""
             raise XFusionError(f"recipe {name!r} is not one of {', '.join(names())}{hint}")
         module, function = importlib.import_module(f"xfusion.recipes.{name}"), name
-    found: Any = getattr(module, function, None)
-    if not callable(found):
-        raise XFusionError(f"recipe {name!r}: {where} has no function {function!r}")
-    return cast("Callable[..., Recipe]", found)
+    recipe_function: Any = getattr(module, function, None)
+    if not callable(recipe_function):
+        raise XFusionError(f"recipe {name!r}: {location} has no function {function!r}")
+    return cast("Callable[..., Recipe]", recipe_function)
 
 
-_FILES: dict[str, ModuleType] = {}
+_FILE_MODULES: dict[str, ModuleType] = {}
 """Modules of recipe files by the name that they are known by."""
 
 
@@ -115,8 +115,8 @@ def _module(path: Path, content: bytes) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
-    if path.stem not in sys.modules or sys.modules[path.stem] is _FILES.get(path.stem):
-        sys.modules[path.stem] = _FILES[path.stem] = module
+    if path.stem not in sys.modules or sys.modules[path.stem] is _FILE_MODULES.get(path.stem):
+        sys.modules[path.stem] = _FILE_MODULES[path.stem] = module
     exec(compile(content, str(path), "exec"), vars(module))
     return module
 

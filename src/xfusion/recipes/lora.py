@@ -40,5 +40,7 @@ def lora(
         alpha: they are multiplied by alpha / rank.
         targets: matrices that carry one, of query, key, value, output, in and out; None takes all.
     """
-    plain = find(recipe)()
-    return plain.with_model(fusion=Lora.Config(inner=plain.model.fusion, rank=rank, alpha=alpha, targets=targets))
+    base_recipe = find(recipe)()
+    return base_recipe.with_model(
+        fusion=Lora.Config(inner=base_recipe.model.fusion, rank=rank, alpha=alpha, targets=targets)
+    )

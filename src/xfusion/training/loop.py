@@ -27,7 +27,7 @@ from xfusion import checkpoint
 from xfusion.backbone import Backbone
 from xfusion.backbone.attention import choose_attention
 from xfusion.card import training_runs
-from xfusion.data.mixture import Ahead, WeightedBatch
+from xfusion.data.mixture import Prefetcher, WeightedBatch
 from xfusion.data.sequence import Batch, XFusionError
 from xfusion.data.sources import Source, stated_licence
 from xfusion.modalities.image import ImageModality
@@ -37,7 +37,7 @@ from xfusion.training.memory import keep_freed_memory
 from xfusion.training.optimizer import Optimizer
 from xfusion.training.pace import Graphs, Pace
 from xfusion.training.precision import check_compute_dtype, choose_compute_dtype
-from xfusion.training.processes import Processes, Shard, is_divided
+from xfusion.training.processes import Processes, Shard, is_sharded
 from xfusion.training.progress import Progress, all_examples
 from xfusion.training.settings import Settings
 from xfusion.training.stages import Recipe
@@ -136,10 +136,10 @@ def train(
         listener=listener,
     )
     run = _Run(settings)
-    with run.closing:
+    with run.exit_stack:
         run.prepare()
-        with run.processes.noticing(lambda: run.progress.step):
-            return run.go()
+        with run.processes.naming_lost_process(lambda: run.progress.step):
+            return run.train()
 
 
 class _Run:
@@ -148,7 +148,7 @@ class _Run:
     def __init__(self, settings: Settings):
         self.settings, self.recipe, self.out = settings, settings.recipe, settings.out
         self.progress = Progress(self.recipe.stages, settings.minutes)
-        self.closing = ExitStack()
+        self.exit_stack = ExitStack()
         self.sharding: Sharding | None = None
         self.earlier: list[dict[str, Any]] = []
         """Records of the runs behind the pack that this run started from."""
@@ -165,35 +165,35 @@ class _Run:
         device = settings.device if settings.backbone is None else settings.backbone.device
         self.processes = processes = Processes(device)
         self.shard: Shard = settings.shard if processes.count > 1 else "none"
-        self.attends = choose_attention(processes.device, settings.attention)
+        self.attention = choose_attention(processes.device, settings.attention)
         with processes.first_alone():  # product rates need an idle machine, and an error is reported once
-            if processes.first:
-                self.closing.enter_context(setup.taken_folder(self.out, resume=settings.resume))
-            own = self._precision()
-        chosen, reason = processes.same(own)
+            if processes.is_first:
+                self.exit_stack.enter_context(setup.locked_folder(self.out, resume=settings.resume))
+            precision = self._precision()
+        dtype, reason = processes.broadcast(precision)
         if self.shard == "none":
             with processes.first_alone():
-                self._open()
+                self._open_model_and_data()
         else:
             from xfusion.training.sharding import Sharding, mesh
 
-            row = mesh(processes.device)
+            device_mesh = mesh(processes.device)
             with processes.one_by_one():  # each process holds all new weights until it has sharded them
-                self._open()
-                self.sharding = Sharding(self.model, self.shard, row, chosen, self.attends)
-        self._share(chosen, reason)
+                self._open_model_and_data()
+                self.sharding = Sharding(self.model, self.shard, device_mesh, dtype, self.attention)
+        self._prepare_together(dtype, reason)
 
     def _precision(self) -> tuple[torch.dtype, str]:
         """The compute dtype and the reason: as requested, as before the resume, or the fastest here."""
         if self.settings.dtype is not None:
             return check_compute_dtype(self.settings.dtype), "as asked"
-        if self.settings.resume and states.found(self.out / "state"):
-            kept = states.newest_plan(self.out / "state").get("dtype")
-            if kept is not None:
-                return getattr(torch, kept), f"{kept}: as before"
+        if self.settings.resume and states.list_states(self.out / "state"):
+            dtype_name = states.newest_plan(self.out / "state").get("dtype")
+            if dtype_name is not None:
+                return getattr(torch, dtype_name), f"{dtype_name}: as before"
         return choose_compute_dtype(self.processes.device)
 
-    def _open(self) -> None:
+    def _open_model_and_data(self) -> None:
         """Open model and data; the first process does so alone, so that the others find its indexes and files."""
         settings, base = self.settings, self.recipe.model.backbone
         # A base that will be sharded stays memory-mapped.
@@ -219,37 +219,37 @@ class _Run:
                     " (--data a:weight=2+b)"
                 )
 
-    def _share(self, chosen: torch.dtype, reason: str) -> None:
+    def _prepare_together(self, dtype: torch.dtype, reason: str) -> None:
         """What all processes prepare together: equal weights, the resumed state, batches, and the log of the first process."""
         settings, model, processes, sharding = self.settings, self.model, self.processes, self.sharding
-        processes.same_weights([p for p in model.new_parameters() if not is_divided(p)])
-        self.optimizer = Optimizer(model.named_new_parameters(), None if sharding is None else processes.total)
+        processes.broadcast_weights([p for p in model.new_parameters() if not is_sharded(p)])
+        self.optimizer = Optimizer(model.named_new_parameters(), None if sharding is None else processes.all_reduce)
         self.left_out = LeftOut(self.source, settings.allow_bad)
         if settings.resume:
             self._resume()
         self.graphs = Graphs(self.progress.step)
-        told = (self.out, settings.console) if processes.first else (None, None)
+        destination = (self.out, settings.console) if processes.is_first else (None, None)
         with processes.first_alone():
-            self.track = Track(*told, settings.listener, self.progress.step, self.left_out.state_dict())
-        self.closing.callback(self.track.close)
+            self.track = Track(*destination, settings.listener, self.progress.step, self.left_out.state_dict())
+        self.exit_stack.callback(self.track.close)
         keeps_memory = processes.device.type == "cpu" and keep_freed_memory()
-        divided = None if sharding is None else sharding.backbone
-        self.engine = model.training_engine(chosen, reason, self.attends, settings.compile, divided)
+        sharded_base = None if sharding is None else sharding.backbone
+        self.engine = model.training_engine(dtype, reason, self.attention, settings.compile, sharded_base)
         self.mixtures = [
             setup.mixture(stage, self.source, model, settings, processes, self.left_out) for stage in self.recipe.stages
         ]
         prompts = setup.Prompts.of(self.source, model, self.engine.dtype)
-        self.engine.keep_text &= not model.fusion.prefix_is_constant or prompts.come_back
-        self.ahead = Ahead(self._batches, in_thread=processes.device.type != "cpu")
-        self.closing.callback(self.ahead.close)
-        computed = None if self.engine.keep_text or sharding is not None else prompts
-        self.track.say(
-            *summary.lines(model, self.recipe, self.source, self.engine, computed, keeps_memory=keeps_memory)
+        self.engine.keep_text &= not model.fusion.prefix_is_constant or prompts.worth_caching
+        self.prefetcher = Prefetcher(self._batches, in_thread=processes.device.type != "cpu")
+        self.exit_stack.callback(self.prefetcher.close)
+        uncached_prompts = None if self.engine.keep_text or sharding is not None else prompts
+        self.track.print(
+            *summary.lines(model, self.recipe, self.source, self.engine, uncached_prompts, keeps_memory=keeps_memory)
         )
         if self.progress.step:
-            self.track.say(f"resumed   behind step {self.progress.step}, {self.progress.samples} samples")
+            self.track.print(f"resumed   behind step {self.progress.step}, {self.progress.samples} samples")
         if processes.count > 1:
-            self.track.say(*summary.expected_memory(processes, self.shard, model, self.engine, self.optimizer))
+            self.track.print(*summary.expected_memory(processes, self.shard, model, self.engine, self.optimizer))
         self.track.event(
             event="start",
             step=self.progress.step,
@@ -257,37 +257,37 @@ class _Run:
             shard=self.shard,
             new_parameters=model.num_new_parameters,
             pictures=len(self.source.examples),
-            dtype=str(chosen).removeprefix("torch."),
+            dtype=str(dtype).removeprefix("torch."),
             threads=torch.get_num_threads(),
             resumed=self.progress.step > 0,
-            taken={str(index): dict(taken) for index, taken in model.fusion.taken.items()},
+            taken={str(index): dict(origins) for index, origins in model.fusion.taken.items()},
         )
 
-    # -- the walk
+    # -- the steps
 
-    def go(self) -> Model:
+    def train(self) -> Model:
         progress = self.progress
-        first = "compiling ..." if self.settings.compile else "first step ..."
-        self.track.start_bar(progress.total if progress.planned else 0, progress.step, first)
-        with stopping(tell=self.track.console is not None and self.processes.first) as stop:
-            together = True
+        first_text = "compiling ..." if self.settings.compile else "first step ..."
+        self.track.start_bar(progress.total if progress.planned else 0, progress.step, first_text)
+        with stopping(announce=self.track.console is not None and self.processes.is_first) as stop:
+            collective = True
             try:
-                self._walk(stop)
+                self._run_steps(stop)
             except KeyboardInterrupt:  # raised by a listener, between two steps
                 if stop.signal is not None:  # a second signal may come at any point
                     raise
                 if self.sharding is not None:  # one process cannot write sharded weights
                     raise
-                stop.signal, together = signal.SIGINT, False
-            if together and self.processes.count > 1:
-                self._tell_memory()
-            self.save(together=together)
-            self._leave_pack(together=together)
+                stop.signal, collective = signal.SIGINT, False
+            if collective and self.processes.count > 1:
+                self._log_memory()
+            self.save(collective=collective)
+            self._write_pack(collective=collective)
             # All processes exit alike, even if a signal reached only one of them after the last step.
-            number = self.processes.largest(stop.signal or 0)[0] if together else stop.signal
-            stop.signal = number or None
-        if number:
-            self.track.say(f"stopped at step {progress.step}; go on with --resume")
+            signal_number = self.processes.largest(stop.signal or 0)[0] if collective else stop.signal
+            stop.signal = signal_number or None
+        if signal_number:
+            self.track.print(f"stopped at step {progress.step}; go on with --resume")
             raise Interrupted(f"training stopped at step {progress.step}; go on with --resume", stop.code)
         if self.preview_every:
             self.preview()
@@ -296,36 +296,36 @@ class _Run:
         self._check_track()
         return self.model
 
-    def _walk(self, stop: Stop) -> None:
+    def _run_steps(self, stop: Stop) -> None:
         """Take steps, draw previews and write checkpoints until the run is finished or stopped."""
         last_checkpoint = last_preview = time.perf_counter()
         pace, due = Pace(self.progress.step), (False, False)
         if not self.progress.step:
-            self._try_largest()
+            self._try_largest_step()
         while True:
             # One message per step: all processes stop, draw or write after the same step, whichever of them asks.
-            asked = stop.signal or 0, *due, self.track.failure is not None
-            number, preview, save, failed = self.processes.largest(*map(int, asked))
-            if failed:
+            requests = stop.signal or 0, *due, self.track.failure is not None
+            signal_number, preview, write_state, log_failed = self.processes.largest(*map(int, requests))
+            if log_failed:
                 self._check_track()
             if preview:
                 self.preview()
                 last_preview = time.perf_counter()
-            if save:
+            if write_state:
                 self.save()
                 last_checkpoint = time.perf_counter()
-            if preview or save:
+            if preview or write_state:
                 due = False, False
                 continue  # a signal may have arrived in the meantime
-            stop.signal = number or stop.signal  # a later one is shared with the next step
-            if number or self.progress.over:
+            stop.signal = signal_number or stop.signal  # a later one is shared with the next step
+            if signal_number or self.progress.finished:
                 return
-            self._one_step()
+            self._train_step()
             now = time.perf_counter()
             if not self.progress.planned:  # by the first process's clock, so that all plan after the same step
-                measured = pace.seconds_per_step(self.progress.step, now, self.progress.planned_by())
-                if (per_step := self.processes.same(measured)) is not None:
-                    self._plan(per_step, now)
+                measured_seconds = pace.seconds_per_step(self.progress.step, now, self.progress.planned_by())
+                if (seconds_per_step := self.processes.broadcast(measured_seconds)) is not None:
+                    self._plan(seconds_per_step, now)
             due = (
                 bool(self.preview_every) and now - last_preview >= self.preview_every,
                 now - last_checkpoint >= self.settings.checkpoint_every,
@@ -340,28 +340,28 @@ class _Run:
     def _plan(self, seconds_per_step: float, now: float) -> None:
         progress = self.progress
         total = progress.steps_in_budget(seconds_per_step, now, self.preview_every, self.preview_seconds)
-        progress.plan(self.processes.same(total))
+        progress.plan(self.processes.broadcast(total))
         self.track.set_total(progress.total)
         self.track.event(event="plan", step=progress.step, steps=progress.total, seconds_per_step=seconds_per_step)
-        self.track.say(
+        self.track.print(
             f"plan      {progress.total} steps in {progress.minutes:g} minutes at {seconds_per_step:.3f} s per step"
         )
 
-    def _try_largest(self) -> None:
+    def _try_largest_step(self) -> None:
         """Run the widest step of every stage forward and backward and discard it: what does not fit in memory fails now."""
         # Uncompiled: this needs more memory, and compiling a graph that is not used again would take half a minute.
         engine = replace(self.engine, compiled=False)
         with self.model.using(engine):
-            for number, mixture in enumerate(self.mixtures):
-                engine.activation_checkpointing = self.recipe.stages[number].activation_checkpointing
-                batches = self._readable(mixture.largest)
+            for stage_number, mixture in enumerate(self.mixtures):
+                engine.activation_checkpointing = self.recipe.stages[stage_number].activation_checkpointing
+                batches = self._skip_unreadable(mixture.largest)
                 # With sharding there are messages in between; a failed process is then noticed when it exits.
-                alike = self.processes.all_or_none() if self.sharding is None else nullcontext()
+                failing_together = self.processes.all_or_none() if self.sharding is None else nullcontext()
                 try:
-                    with alike, setup.fitting(number, batches, self.processes.device):
+                    with failing_together, setup.naming_out_of_memory(stage_number, batches, self.processes.device):
                         for batch in batches:
-                            found, zero = self._losses(batch, torch.Generator().manual_seed(0))
-                            loss = sum((value for value, _ in found.values()), zero)
+                            losses, zero = self._losses(batch, torch.Generator().manual_seed(0))
+                            loss = sum((value for value, _ in losses.values()), zero)
                             if isinstance(loss, torch.Tensor):
                                 loss.backward()
                 finally:
@@ -369,12 +369,12 @@ class _Run:
 
     # -- one step
 
-    def _one_step(self) -> None:
-        begun, progress = time.perf_counter(), self.progress
+    def _train_step(self) -> None:
+        started, progress = time.perf_counter(), self.progress
         step = progress.step
-        number, inside, _ = progress.stage(step)
-        stage = self.recipe.stages[number]
-        batches = self._readable(lambda: self.ahead.take(step))
+        stage_number, stage_step, _ = progress.stage(step)
+        stage = self.recipe.stages[stage_number]
+        batches = self._skip_unreadable(lambda: self.prefetcher.take(step))
         counts: dict[str, int] = {}
         for batch in batches:
             for objective in self.model.objectives:
@@ -387,56 +387,60 @@ class _Run:
         self.engine.activation_checkpointing = stage.activation_checkpointing
         with self.model.using(self.engine):
             for batch in batches:
-                found, zero = self._losses(batch, generator)
-                objective_sum = sum((weights[name] * value / counts[name] for name, (value, _) in found.items()), zero)
-                if isinstance(objective_sum, torch.Tensor):
-                    objective_sum.backward()
-                for name, (value, _) in found.items():
+                batch_losses, zero = self._losses(batch, generator)
+                loss = sum((weights[name] * value / counts[name] for name, (value, _) in batch_losses.items()), zero)
+                if isinstance(loss, torch.Tensor):
+                    loss.backward()
+                for name, (value, _) in batch_losses.items():
                     losses[name] += float(value.detach()) / counts[name]
-        losses = self.processes.add(losses, self.optimizer.whole)
+        losses = self.processes.reduce_gradients(losses, self.optimizer.unsharded)
         for name, value in losses.items():
             if not math.isfinite(value):
-                raise self._diverged(f"the loss {name} is {value} at step {step}", number)
-        rate = progress.rate()
-        norm = self.optimizer.step(rate, stage.clip, stage.ema_at(inside), stage.weight_decay)
-        if not norm < float("inf"):
-            raise self._diverged(f"the gradient's norm is {norm} at step {step}, although the loss is finite", number)
+                raise self._divergence_error(f"the loss {name} is {value} at step {step}", stage_number)
+        learning_rate = progress.rate()
+        gradient_norm = self.optimizer.step(learning_rate, stage.clip, stage.ema_at(stage_step), stage.weight_decay)
+        if not gradient_norm < float("inf"):
+            raise self._divergence_error(
+                f"the gradient's norm is {gradient_norm} at step {step}, although the loss is finite", stage_number
+            )
         samples = sum(batch.num_sequences for batch in batches)
         # Recorded before the event is sent: a listener may end the run there.
-        progress.take(sum(weights[name] * value for name, value in losses.items()), samples)
-        self.graphs.take(step, inside)
+        progress.record(sum(weights[name] * value for name, value in losses.items()), samples)
+        self.graphs.record(step, stage_step)
         self.track.event(
             event="step",
             step=step,
             seconds=round(progress.seconds, 3),
             losses=losses,
-            rate=rate,
-            gradient_norm=norm,
+            rate=learning_rate,
+            gradient_norm=gradient_norm,
             samples=samples,
-            samples_per_second=samples / (time.perf_counter() - begun),
+            samples_per_second=samples / (time.perf_counter() - started),
         )
 
-    def _diverged(self, what: str, number: int) -> XFusionError:
-        return self._of_all(
-            f"{what}: training stopped; the last checkpoint in {self.out / 'state'} is intact, try a lower"
-            f" --stages.{number}.rate than {self.recipe.stages[number].rate}"
+    def _divergence_error(self, problem: str, stage_number: int) -> XFusionError:
+        return self._shared_error(
+            f"{problem}: training stopped; the last checkpoint in {self.out / 'state'} is intact, try a lower"
+            f" --stages.{stage_number}.rate than {self.recipe.stages[stage_number].rate}"
         )
 
-    def _of_all(self, message: str) -> XFusionError:
+    def _shared_error(self, message: str) -> XFusionError:
         """An error that all processes raise together and the first one reports."""
         error = XFusionError(message)
-        error.told_elsewhere = not self.processes.first
+        error.reported_elsewhere = not self.processes.is_first
         return error
 
     def _batches(self, step: int) -> list[Batch]:
         """Batches of a step; none after the last one."""
         if self.progress.planned and step >= self.progress.total:
             return []
-        number, inside, _ = self.progress.stage(step)
-        times = self.recipe.stages[number].accumulate
-        return [b for k in range(times) for b in self.mixtures[number].batches(inside * times + k)]
+        stage_number, stage_step, _ = self.progress.stage(step)
+        reads = self.recipe.stages[stage_number].accumulate
+        return [
+            batch for read in range(reads) for batch in self.mixtures[stage_number].batches(stage_step * reads + read)
+        ]
 
-    def _readable(self, make: Callable[[], T]) -> T:
+    def _skip_unreadable(self, make: Callable[[], T]) -> T:
         """The result of ``make`` over readable examples.
 
         Raises:
@@ -444,76 +448,76 @@ class _Run:
         """
         step = self.progress.step
         try:
-            return self.left_out.read(make, step, self.ahead, self.processes, self.track)
+            return self.left_out.read(make, step, self.prefetcher, self.processes, self.track)
         except TooManyUnreadable as error:
             if not step:
-                raise self._of_all(str(error)) from error
-            self.save(error.broken)
-            stopped = f"{error}; training stopped behind step {step}, its state is written: go on with --resume"
-            raise self._of_all(stopped) from error
+                raise self._shared_error(str(error)) from error
+            self.save(error.unreadable)
+            message = f"{error}; training stopped behind step {step}, its state is written: go on with --resume"
+            raise self._shared_error(message) from error
 
     def _losses(
         self, batch: Batch, generator: torch.Generator
     ) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], torch.Tensor | int]:
         """Losses of this process's rows, and a 0 to add to their sum."""
 
-        def work() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        def compute_losses() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
             with torch.autocast(self.processes.device.type, self.engine.dtype, enabled=bool(self.engine.autocast)):
-                losses = self.model.losses(batch, generator, self.processes.share(len(batch.text_ids)))
+                losses = self.model.losses(batch, generator, self.processes.row_slice(len(batch.text_ids)))
             if not isinstance(batch, WeightedBatch):
                 return losses
             return {name: (batch.loss_weight * total, count) for name, (total, count) in losses.items()}
 
-        return (work(), 0) if self.sharding is None else self.sharding.losses(work)
+        return (compute_losses(), 0) if self.sharding is None else self.sharding.losses(compute_losses)
 
     # -- what is written
 
     def preview(self) -> None:
         """Draw some prompts with the averaged weights, by the same `draw` that users call."""
-        begun, first = time.perf_counter(), self.processes.first
+        started, is_first = time.perf_counter(), self.processes.is_first
         prompts = list(self.settings.preview_prompts or (e.captions[0] for e in self.source.examples[:8]))
-        pictures = [] if self.sharding is None else self._drawn(prompts)
+        pictures = [] if self.sharding is None else self._draw_previews(prompts)
         with self.processes.first_alone():
-            if first and self.sharding is None:
-                pictures = self._drawn(prompts)
-            self.preview_seconds = time.perf_counter() - begun
-            if first:
+            if is_first and self.sharding is None:
+                pictures = self._draw_previews(prompts)
+            self.preview_seconds = time.perf_counter() - started
+            if is_first:
                 path = self.out / "previews" / f"step_{self.progress.step:06d}.png"
                 self.track.image(outputs.write_sheet(path, pictures, self.model.image.sizes[0]), self.progress.step)
                 self.track.event(event="preview", step=self.progress.step, path=str(path), prompts=prompts)
 
-    def _drawn(self, prompts: list[str]) -> list[PILImage.Image]:
+    def _draw_previews(self, prompts: list[str]) -> list[PILImage.Image]:
         with self.optimizer.averaged():
             if self.sharding is None:
                 return self.model.draw(prompts, seed=0)
             with self.model.using(replace(self.engine, compiled=False)):
-                return self.sharding.passes(lambda: self.model.draw(prompts, seed=0))
+                return self.sharding.run_without_gradients(lambda: self.model.draw(prompts, seed=0))
 
-    def save(self, broken: dict[int, str] | None = None, *, together: bool = True) -> None:
+    def save(self, unreadable: dict[int, str] | None = None, *, collective: bool = True) -> None:
         """Write the state that a resumed run needs, atomically.
 
         Args:
-            broken: unreadable examples that are not skipped: a resumed run keeps their places and tries them again. A state
-                of this step that exists already is written again with them.
-            together: whether all processes call it; otherwise only this one does, with unsharded weights.
+            unreadable: number of an unreadable example -> what is wrong with it, for those that are not skipped: a resumed run
+                keeps their places and tries them again. An existing state of this step is written again with them.
+            collective: whether all processes call it; otherwise only this one does, with unsharded weights.
 
         Raises:
             XFusionError: it cannot be written; raised in all processes.
         """
-        if self.saved_step == self.progress.step and broken is None:
+        if self.saved_step == self.progress.step and unreadable is None:
             return
-        folder, keep, behind = self.out / "state", self.settings.keep, self.saved_step
-        with self.processes.first_alone() if together else nullcontext():
-            if self.processes.first:
-                self.track.to_disk()
+        folder, keep, previous_step = self.out / "state", self.settings.keep, self.saved_step
+        with self.processes.first_alone() if collective else nullcontext():
+            if self.processes.is_first:
+                self.track.sync()
                 if self.sharding is None:
-                    states.write(folder, self.optimizer.state_dict(), self._plan_of_state(broken), keep, behind)
+                    states.write(folder, self.optimizer.state_dict(), self._state_plan(unreadable), keep, previous_step)
         if self.sharding is not None:
-            plan = self._plan_of_state(broken)
-            states.write_divided(folder, self.optimizer.state_dict(), plan, keep, self.processes, behind)
+            plan = self._state_plan(unreadable)
+            states.write_sharded(folder, self.optimizer.state_dict(), plan, keep, self.processes, previous_step)
         self.saved_step = self.progress.step
 
-    def _plan_of_state(self, broken: dict[int, str] | None) -> dict[str, Any]:
+    def _state_plan(self, unreadable: dict[int, str] | None) -> dict[str, Any]:
         """The plan of a state: the facts about its run."""
         return {
             "recipe": checkpoint.to_json(self.recipe),
@@ -524,7 +528,7 @@ class _Run:
             "examples": self._examples,
             "earlier": self.earlier,
             "left_out": self.left_out.state_dict(),
-            "broken": self.left_out.by_id(broken or {}),
+            "broken": self.left_out.by_id(unreadable or {}),
         }
 
     @cached_property
@@ -533,8 +537,8 @@ class _Run:
 
     def _resume(self) -> None:
         """Restore the newest intact state."""
-        divided = self.sharding is not None
-        plan, tensors = resuming.read(self.out / "state", self.optimizer, self.processes, divided=divided)
+        sharded = self.sharding is not None
+        plan, tensors = resuming.read(self.out / "state", self.optimizer, self.processes, sharded=sharded)
         fingerprint = self.model.backbone.fingerprint
         with self.processes.first_alone():
             resuming.check(plan, self.out, self.recipe, fingerprint, self.source.spec, self._examples)
@@ -544,7 +548,7 @@ class _Run:
         self.optimizer.load_state_dict(tensors)
         self.saved_step = self.progress.step
 
-    def _leave_pack(self, *, together: bool) -> None:
+    def _write_pack(self, *, collective: bool) -> None:
         if self.recipe.stages[-1].ema > 0:
             self.optimizer.use_average()  # the returned and saved model has the averaged weights
         facts = outputs.pack_facts(
@@ -557,10 +561,10 @@ class _Run:
             earlier=self.earlier,
         )
         pack = self.out / "pack"
-        self.model = outputs.write_pack(pack, self.model, facts, self.sharding, self.processes, together=together)
+        self.model = outputs.write_pack(pack, self.model, facts, self.sharding, self.processes, collective=collective)
         self.sharding = None
 
-    def _tell_memory(self) -> None:
+    def _log_memory(self) -> None:
         """Log the memory that the processes hold after the last step."""
-        held = summary.held_memory(self.processes, self.shard, self.model, self.engine, self.optimizer)
-        self.track.say(f"memory behind step {self.progress.step}", *held)
+        memory_table = summary.measured_memory(self.processes, self.shard, self.model, self.engine, self.optimizer)
+        self.track.print(f"memory behind step {self.progress.step}", *memory_table)

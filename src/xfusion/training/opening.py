@@ -33,39 +33,39 @@ def fit(model: Any, examples: Seq[Request], *, progress: Callable[[str, int, int
     backbone = model.backbone.working_copy(dtype, model.backbone.attention)  # as in all training
     if len({example.draws for example in examples}) < 2 or not any(example.subject for example in examples):
         raise XFusionError("the opening head needs requests with subjects, and ordinary chat: one of them is missing")
-    answers, words, inside = [], [], []
-    for done, example in enumerate(examples):
-        progress("reading requests", done, len(examples))
-        answers.append(answer_state(backbone, example.messages))
+    answer_rows, word_rows, in_subject = [], [], []
+    for number, example in enumerate(examples):
+        progress("reading requests", number, len(examples))
+        answer_rows.append(answer_state(backbone, example.messages))
         if example.draws:
             states, spans = word_states(backbone, example.messages[-1]["content"])
             first, last = example.subject or (0, 0)  # "another one" names nothing
-            words.append(states)
-            inside += [first < end and start < last for start, end in spans]
+            word_rows.append(states)
+            in_subject += [first < end and start < last for start, end in spans]
     head = Opening(backbone.hidden_size)
-    _logistic(head.opens, torch.stack(answers), torch.tensor([float(example.draws) for example in examples]))
-    _logistic(head.subject, torch.cat(words), torch.tensor(inside).float())
+    _logistic(head.opens, torch.stack(answer_rows), torch.tensor([float(example.draws) for example in examples]))
+    _logistic(head.subject, torch.cat(word_rows), torch.tensor(in_subject).float())
     return head.requires_grad_(False).to(backbone.device)
 
 
-def _logistic(layer: nn.Linear, x: Tensor, y: Tensor) -> None:
+def _logistic(layer: nn.Linear, states: Tensor, labels: Tensor) -> None:
     """Fit one row to states ``[n, D]`` and labels of 0 or 1 ``[n]``; the problem is convex, so there is no seed."""
-    x, y = x.double().cpu(), y.double()
-    mean, deviation = x.mean(dim=0), x.std(dim=0).clamp(min=1e-6)
-    z = (x - mean) / deviation
-    weight = torch.zeros(x.shape[1] + 1, dtype=torch.float64, requires_grad=True)
+    states, labels = states.double().cpu(), labels.double()
+    mean, deviation = states.mean(dim=0), states.std(dim=0).clamp(min=1e-6)
+    standardised = (states - mean) / deviation
+    weight = torch.zeros(states.shape[1] + 1, dtype=torch.float64, requires_grad=True)
     solver = torch.optim.LBFGS(
         [weight], max_iter=500, line_search_fn="strong_wolfe", tolerance_grad=1e-9, tolerance_change=0
     )
 
-    def loss() -> Tensor:
+    def closure() -> Tensor:
         solver.zero_grad()
-        found = nn.functional.binary_cross_entropy_with_logits(z @ weight[:-1] + weight[-1], y)
-        found = found + PENALTY * weight[:-1].square().sum()
-        found.backward()
-        return found
+        value = nn.functional.binary_cross_entropy_with_logits(standardised @ weight[:-1] + weight[-1], labels)
+        value = value + PENALTY * weight[:-1].square().sum()
+        value.backward()
+        return value
 
-    solver.step(loss)
+    solver.step(closure)
     with torch.no_grad():
         layer.weight.copy_((weight[:-1] / deviation)[None])
         layer.bias.copy_((weight[-1] - (weight[:-1] * mean / deviation).sum())[None])

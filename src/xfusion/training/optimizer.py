@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from xfusion.training.processes import divided_like, share
+from xfusion.training.processes import row_slice, sharded_like
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -22,19 +22,21 @@ class Optimizer:
 
     Args:
         parameters: float32 master weights by name; sharded ones are `DTensor`.
-        add: sums a tensor over all processes; called only if weights are sharded.
+        all_reduce: sums a tensor over all processes; called only if weights are sharded.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], add: Callable[[Tensor], Tensor] | None = None):
-        self.parameters, self.add = parameters, add
-        self.list: list[nn.Parameter] = [_own(p) for p in parameters.values()]
-        self.adamw = torch.optim.AdamW(self.list, lr=0.0, betas=(0.9, 0.95), fused=True)
-        self.average = [p.detach().clone() for p in self.list]
+    def __init__(self, parameters: dict[str, nn.Parameter], all_reduce: Callable[[Tensor], Tensor] | None = None):
+        self.parameters, self.all_reduce = parameters, all_reduce
+        self.shards: list[nn.Parameter] = [_shard_of(p) for p in parameters.values()]
+        self.adamw = torch.optim.AdamW(self.shards, lr=0.0, betas=(0.9, 0.95), fused=True)
+        self.average = [p.detach().clone() for p in self.shards]
 
     @property
-    def whole(self) -> list[nn.Parameter]:
+    def unsharded(self) -> list[nn.Parameter]:
         """The parameters that this process holds unsharded."""
-        return [own for own, parameter in zip(self.list, self.parameters.values(), strict=True) if own is parameter]
+        return [
+            shard for shard, parameter in zip(self.shards, self.parameters.values(), strict=True) if shard is parameter
+        ]
 
     @property
     def moments(self) -> list[Tensor]:
@@ -50,92 +52,94 @@ class Optimizer:
             ema: decay of the moving average.
             weight_decay: AdamW's decoupled decay.
         """
-        norm = self._norm()
+        norm = self._gradient_norm()
         if not bool(norm.isfinite()):
             return float(norm)
         if bool(norm > clip):  # otherwise every gradient would be read and written only to be multiplied by 1
-            torch.nn.utils.clip_grads_with_norm_(self.list, clip, norm)
+            torch.nn.utils.clip_grads_with_norm_(self.shards, clip, norm)
         for group in self.adamw.param_groups:
             group["lr"] = rate
             group["weight_decay"] = weight_decay
         self.adamw.step()
         # The fused kernel does not bump the version counter, by which caches of derived tensors notice that weights changed.
-        torch.autograd.graph.increment_version(self.list)
+        torch.autograd.graph.increment_version(self.shards)
         self.forget_gradients()
-        get_ema_multi_avg_fn(ema)(self.average, [p.detach() for p in self.list], None)
+        get_ema_multi_avg_fn(ema)(self.average, [p.detach() for p in self.shards], None)
         return float(norm)
 
-    def _norm(self) -> Tensor:
+    def _gradient_norm(self) -> Tensor:
         """Norm of the whole gradient; sets the gradients of this process's shards on the way."""
-        shares = []
-        for own, parameter in zip(self.list, self.parameters.values(), strict=True):
-            if own is not parameter:
-                own.grad = None if parameter.grad is None else share(parameter.grad)
-                shares.append(own)
-        square = _square_sum([p.grad for p in self.whole if p.grad is not None])
-        if self.add is not None:
-            square = square + self.add(_square_sum([p.grad for p in shares if p.grad is not None]))
-        return square.sqrt().float()
+        sharded = []
+        for shard, parameter in zip(self.shards, self.parameters.values(), strict=True):
+            if shard is not parameter:
+                shard.grad = None if parameter.grad is None else row_slice(parameter.grad)
+                sharded.append(shard)
+        square_sum = _square_sum([p.grad for p in self.unsharded if p.grad is not None])
+        if self.all_reduce is not None:
+            square_sum = square_sum + self.all_reduce(_square_sum([p.grad for p in sharded if p.grad is not None]))
+        return square_sum.sqrt().float()
 
     def forget_gradients(self) -> None:
         """Drop all gradients."""
-        for parameter in (*self.list, *self.parameters.values()):
+        for parameter in (*self.shards, *self.parameters.values()):
             parameter.grad = None
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Inside the block the parameters hold their moving average."""
-        kept = [p.detach().clone() for p in self.list]
+        current = [p.detach().clone() for p in self.shards]
         self.use_average()
         try:
             yield
         finally:
-            self._put(kept)
+            self._set_parameters(current)
 
     def use_average(self) -> None:
         """Replace the parameters by their moving average for good."""
-        self._put(self.average)
+        self._set_parameters(self.average)
 
     @torch.no_grad()
-    def _put(self, values: list[Tensor]) -> None:
-        for parameter, value in zip(self.list, values, strict=True):
+    def _set_parameters(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self.shards, values, strict=True):
             parameter.copy_(value)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, as flat tensors, sharded like the parameters."""
-        out: dict[str, Tensor] = {}
-        for name, parameter, own, average in self._rows():
-            out[f"weight.{name}"], out[f"average.{name}"] = parameter.detach(), divided_like(average, parameter)
-            for key, value in self.adamw.state.get(own, {}).items():
-                out[f"{key}.{name}"] = divided_like(value, parameter) if value.shape == own.shape else value
-        return out
+        state: dict[str, Tensor] = {}
+        for name, parameter, shard, average in self._entries():
+            state[f"weight.{name}"], state[f"average.{name}"] = parameter.detach(), sharded_like(average, parameter)
+            for key, value in self.adamw.state.get(shard, {}).items():
+                state[f"{key}.{name}"] = sharded_like(value, parameter) if value.shape == shard.shape else value
+        return state
 
     def state_like(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Empty tensors to load a state with these names into; parameters not trained yet have no moments."""
-        known, out = set(names), {}
-        for name, parameter, own, _ in self._rows():
+        present, state = set(names), {}
+        for name, parameter, shard, _ in self._entries():
             for key in ("weight", "average", *MOMENTS):
-                if f"{key}.{name}" in known:
-                    room = torch.zeros((), dtype=torch.float32) if key == "step" else torch.zeros_like(own)
-                    out[f"{key}.{name}"] = room if key == "step" else divided_like(room.detach(), parameter)
-        return out
+                if f"{key}.{name}" in present:
+                    buffer = torch.zeros((), dtype=torch.float32) if key == "step" else torch.zeros_like(shard)
+                    state[f"{key}.{name}"] = buffer if key == "step" else sharded_like(buffer.detach(), parameter)
+        return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore a `state_dict`."""
         with torch.no_grad():
-            for name, _, own, average in self._rows():
-                own.copy_(share(state[f"weight.{name}"]))
-                average.copy_(share(state[f"average.{name}"]))
-                kept = {
-                    key: share(state[f"{key}.{name}"]).to(own.device) for key in MOMENTS if f"{key}.{name}" in state
+            for name, _, shard, average in self._entries():
+                shard.copy_(row_slice(state[f"weight.{name}"]))
+                average.copy_(row_slice(state[f"average.{name}"]))
+                moments = {
+                    key: row_slice(state[f"{key}.{name}"]).to(shard.device)
+                    for key in MOMENTS
+                    if f"{key}.{name}" in state
                 }
-                if kept:
-                    self.adamw.state[own] = dict(kept)
+                if moments:
+                    self.adamw.state[shard] = dict(moments)
 
-    def _rows(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter, Tensor]]:
+    def _entries(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter, Tensor]]:
         """Name, parameter, this process's part of it, and the average of that part."""
-        for (name, parameter), own, average in zip(self.parameters.items(), self.list, self.average, strict=True):
-            yield name, parameter, own, average
+        for (name, parameter), shard, average in zip(self.parameters.items(), self.shards, self.average, strict=True):
+            yield name, parameter, shard, average
 
 
 def _square_sum(gradients: list[Tensor]) -> Tensor:
@@ -147,7 +151,7 @@ def _square_sum(gradients: list[Tensor]) -> Tensor:
     return torch.stack([torch.dot(g.reshape(-1), g.reshape(-1)) for g in gradients]).double().sum()
 
 
-def _own(parameter: nn.Parameter) -> nn.Parameter:
+def _shard_of(parameter: nn.Parameter) -> nn.Parameter:
     """A parameter over this process's shard; the parameter itself if it is not sharded."""
-    own = share(parameter)
-    return parameter if own is parameter else nn.Parameter(own)
+    shard = row_slice(parameter)
+    return parameter if shard is parameter else nn.Parameter(shard)

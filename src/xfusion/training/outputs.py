@@ -12,7 +12,7 @@ from PIL import Image as PILImage
 from xfusion import checkpoint
 from xfusion.data.sources import Source
 from xfusion.model import Model
-from xfusion.storage import whole_file
+from xfusion.storage import atomic_file
 from xfusion.training.processes import Processes
 from xfusion.training.progress import Progress
 from xfusion.training.stages import Recipe
@@ -26,8 +26,8 @@ def write_sheet(path: Path, pictures: Sequence[PILImage.Image], size: int) -> PI
     sheet = PILImage.new("RGB", (size * len(pictures), size), "white")
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (i * size, 0))
-    with whole_file(path) as so_far:
-        sheet.save(so_far, format="PNG")
+    with atomic_file(path) as temporary:
+        sheet.save(temporary, format="PNG")
     return sheet
 
 
@@ -76,7 +76,7 @@ def write_pack(
     sharding: Sharding | None,
     processes: Processes,
     *,
-    together: bool,
+    collective: bool,
 ) -> Model:
     """Write the pack in the first process; the others wait for it.
 
@@ -86,7 +86,7 @@ def write_pack(
         facts: from `pack_facts`.
         sharding: how its weights are sharded, if they are.
         processes: the run's.
-        together: whether all processes call it, as they must with sharded weights.
+        collective: whether all processes call it, as they must with sharded weights.
 
     Returns:
         the model with unsharded weights, in every process.
@@ -94,18 +94,18 @@ def write_pack(
     Raises:
         XFusionError: it cannot be written; raised in all processes.
     """
-    first = processes.first
+    is_first = processes.is_first
     if sharding is None:
-        with processes.first_alone() if together else nullcontext():
-            if first:
+        with processes.first_alone() if collective else nullcontext():
+            if is_first:
                 checkpoint.save(model, folder, **facts)
-        if together:  # `evaluate` reads the record in every process
-            model.recorded = processes.same(model.recorded)
+        if collective:  # `evaluate` reads the record in every process
+            model.recorded = processes.broadcast(model.recorded)
         return model
-    from xfusion.training.sharding import whole_state
+    from xfusion.training.sharding import gathered_state
 
-    weights = whole_state(model, keep=first)
+    weights = gathered_state(model, keep=is_first)
     with processes.first_alone():
-        if first:
+        if is_first:
             checkpoint.save(model, folder, weights=weights, **facts)
     return checkpoint.load(folder, backbone=model.backbone, trust=True)

@@ -19,11 +19,11 @@ class Pace:
     """
 
     def __init__(self, step: int):
-        self.next, self.since = step + WARM_STEPS, 0.0
-        self.before: float | None = None
-        self.first: tuple[int, float] | None = None
+        self.next_step, self.started = step + WARM_STEPS, 0.0
+        self.previous: float | None = None
+        self.first_call: tuple[int, float] | None = None
 
-    def seconds_per_step(self, step: int, now: float, until: float) -> float | None:
+    def seconds_per_step(self, step: int, now: float, deadline: float) -> float | None:
         """Seconds per step over the last `MEASURED_STEPS`; None while the pace is not steady.
 
         If steps are so slow that no measurement would end in time, all steps but the first, which compiles, are measured.
@@ -31,20 +31,20 @@ class Pace:
         Args:
             step: number of finished steps.
             now: the current time.
-            until: the pace known so far is returned if another measurement like the last would end after this time.
+            deadline: the pace known so far is returned if another measurement like the last would end after this time.
         """
-        if self.first is None:
-            self.first = (step, now)
-        if step < self.next:
-            begun, since = self.first
-            return (now - since) / (step - begun) if now > until and step > begun else None
-        self.next, since, self.since = step + MEASURED_STEPS, self.since, now
-        if not since:
+        if self.first_call is None:
+            self.first_call = (step, now)
+        if step < self.next_step:
+            first_step, start = self.first_call
+            return (now - start) / (step - first_step) if now > deadline and step > first_step else None
+        self.next_step, start, self.started = step + MEASURED_STEPS, self.started, now
+        if not start:
             return None
-        found, before = (now - since) / MEASURED_STEPS, self.before
-        self.before = found
-        steady = before is not None and found > STEADY * before
-        return found if steady or now + MEASURED_STEPS * found > until else None
+        seconds, previous = (now - start) / MEASURED_STEPS, self.previous
+        self.previous = seconds
+        is_steady = previous is not None and seconds > STEADY * previous
+        return seconds if is_steady or now + MEASURED_STEPS * seconds > deadline else None
 
 
 class Graphs:
@@ -57,21 +57,21 @@ class Graphs:
     """
 
     def __init__(self, step: int):
-        self.begun, self.first = step, compiled_graphs()
-        self.before, self.late = self.first, 0
+        self.start_step, self.initial_count = step, compiled_graphs()
+        self.count, self.late_count = self.initial_count, 0
 
-    def take(self, step: int, inside: int) -> None:
+    def record(self, step: int, stage_step: int) -> None:
         """Record a finished step.
 
         Args:
             step: its number.
-            inside: its number within its stage; each stage has its own warm-up.
+            stage_step: its number within its stage; each stage has its own warm-up.
         """
-        found = compiled_graphs()
-        if min(step - self.begun, inside) >= WARM_STEPS:
-            self.late += found - self.before
-        self.before = found
+        count = compiled_graphs()
+        if min(step - self.start_step, stage_step) >= WARM_STEPS:
+            self.late_count += count - self.count
+        self.count = count
 
     def facts(self) -> dict[str, int]:
         """Number of graphs in total and after the warm-up, for the log."""
-        return {"graphs": self.before - self.first, "graphs_behind_warm_up": self.late}
+        return {"graphs": self.count - self.initial_count, "graphs_behind_warm_up": self.late_count}

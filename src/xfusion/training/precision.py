@@ -40,24 +40,27 @@ def choose_compute_dtype(device: torch.device) -> tuple[torch.dtype, str]:
         if cpu._is_amx_tile_supported():
             return torch.bfloat16, "bfloat16: the processor multiplies it natively"
         if cpu._is_avx512_bf16_supported():
-            half, single = product_rates()
-            chosen = torch.bfloat16 if half > single else torch.float32
-            name = str(chosen).removeprefix("torch.")
-            return chosen, f"{name}: products ran at {half:.0f} GFLOP/s in bfloat16 and {single:.0f} in float32"
+            bfloat16_rate, float32_rate = product_rates()
+            dtype = torch.bfloat16 if bfloat16_rate > float32_rate else torch.float32
+            name = str(dtype).removeprefix("torch.")
+            return (
+                dtype,
+                f"{name}: products ran at {bfloat16_rate:.0f} GFLOP/s in bfloat16 and {float32_rate:.0f} in float32",
+            )
     return torch.float32, f"float32: no native bfloat16 on this {device.type}"
 
 
 @cache
-def product_rates(size: int = 1024, turns: int = 4) -> tuple[float, float]:
-    """GFLOP/s of square matrix products of `size` on the CPU in bfloat16 and in float32: the best of `turns` each,
+def product_rates(size: int = 1024, repeats: int = 4) -> tuple[float, float]:
+    """GFLOP/s of square matrix products of `size` on the CPU in bfloat16 and in float32: the best of `repeats` each,
     alternating, some tens of milliseconds in total; measured once per process.
     """
     operands = [torch.ones(size, size, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
     best = [float("inf")] * len(operands)
-    for _ in range(turns):
-        for place, operand in enumerate(operands):
-            begun = time.perf_counter()
+    for _ in range(repeats):
+        for index, operand in enumerate(operands):
+            started = time.perf_counter()
             torch.mm(operand, operand)
-            best[place] = min(best[place], time.perf_counter() - begun)
-    half, single = (2 * size**3 / seconds / 1e9 for seconds in best)
-    return half, single
+            best[index] = min(best[index], time.perf_counter() - started)
+    bfloat16_rate, float32_rate = (2 * size**3 / seconds / 1e9 for seconds in best)
+    return bfloat16_rate, float32_rate

@@ -36,7 +36,9 @@ PATIENCE = timedelta(hours=6)
 """Timeout for the other processes, which may be building an index; one that dies is noticed at once."""
 
 
-LOST = re.compile(r"onnection (closed|reset|refused)|[Bb]roken pipe|[Tt]imed out|remote process (exited|has)", re.ASCII)
+LOST_PROCESS = re.compile(
+    r"onnection (closed|reset|refused)|[Bb]roken pipe|[Tt]imed out|remote process (exited|has)", re.ASCII
+)
 """Error messages of gloo and nccl for a process that is gone."""
 
 
@@ -69,11 +71,11 @@ class Processes:
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", timeout=PATIENCE)
 
     @property
-    def first(self) -> bool:
+    def is_first(self) -> bool:
         """Whether this is rank 0, which writes all files."""
         return self.rank == 0
 
-    def share(self, rows: int) -> slice | None:
+    def row_slice(self, rows: int) -> slice | None:
         """Rows of a batch that this process computes, possibly none; None if it computes all."""
         if self.count == 1:
             return None
@@ -87,11 +89,11 @@ class Processes:
             XFusionError: it failed in another process, which reports why.
         """
         for _ in range(self.rank):
-            self._raise_first(self.gather(None))
-        with self._telling(self.gather):
+            self._raise_gathered(self.gather(None))
+        with self._reporting(self.gather):
             yield
         for _ in range(self.rank + 1, self.count):
-            self._raise_first(self.gather(None))
+            self._raise_gathered(self.gather(None))
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
@@ -100,11 +102,11 @@ class Processes:
         Raises:
             XFusionError: it failed in the first process, which reports why.
         """
-        if self.first:
-            with self._telling(self.same):
+        if self.is_first:
+            with self._reporting(self.broadcast):
                 yield
         else:
-            self._raise_first([self.same(None)])
+            self._raise_gathered([self.broadcast(None)])
             yield
 
     @contextmanager
@@ -114,40 +116,40 @@ class Processes:
         Raises:
             XFusionError: it failed here, or in another process, which reports why.
         """
-        failed: XFusionError | None = None
+        failure: XFusionError | None = None
         try:
             yield
         except XFusionError as error:
-            failed = error
-        told = self.gather(None if failed is None else str(failed))
-        if failed is not None and all(said is None for said in told[: self.rank]):
-            raise failed
-        self._raise_first(told)
+            failure = error
+        messages = self.gather(None if failure is None else str(failure))
+        if failure is not None and all(message is None for message in messages[: self.rank]):
+            raise failure
+        self._raise_gathered(messages)
 
     @staticmethod
     @contextmanager
-    def _telling(tell: Callable[[str | None], Any]) -> Iterator[None]:
+    def _reporting(send: Callable[[str | None], Any]) -> Iterator[None]:
         """Tell the waiting processes after the block how it failed, or that it succeeded."""
-        said: str | None = "it was stopped"
+        message: str | None = "it was stopped"
         try:
             yield
-            said = None
+            message = None
         except Exception as error:
-            said = str(error)
+            message = str(error)
             raise
         finally:
-            tell(said)
+            send(message)
 
     @staticmethod
-    def _raise_first(told: Iterable[str | None]) -> None:
-        for said in told:
-            if said is not None:
-                error = XFusionError(said)
-                error.told_elsewhere = True
+    def _raise_gathered(messages: Iterable[str | None]) -> None:
+        for message in messages:
+            if message is not None:
+                error = XFusionError(message)
+                error.reported_elsewhere = True
                 raise error
 
     @contextmanager
-    def noticing(self, step: Callable[[], int]) -> Iterator[None]:
+    def naming_lost_process(self, step: Callable[[], int]) -> Iterator[None]:
         """Turn the loss of another process inside the block into one clear error.
 
         Args:
@@ -159,14 +161,14 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
-            if self.count == 1 or not LOST.search(str(error)):
+            if self.count == 1 or not LOST_PROCESS.search(str(error)):
                 raise
             raise XFusionError(
                 f"process {self.rank} of {self.count} lost another at step {step()}, which died or was killed"
                 f" ({first_line(error)}): start the same command again with --resume"
             ) from error
 
-    def same(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Broadcast the first process's value."""
         if self.count == 1:
             return value
@@ -186,23 +188,23 @@ class Processes:
         """The maximum of each value over all processes."""
         if self.count == 1:
             return [*values]
-        found = torch.tensor(values)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return found.tolist()
+        maxima = torch.tensor(values)
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+        return maxima.tolist()
 
-    def total(self, value: Tensor) -> Tensor:
+    def all_reduce(self, value: Tensor) -> Tensor:
         """The sum of a tensor over all processes, in place."""
         if self.count > 1:
             dist.all_reduce(value)
         return value
 
-    def same_weights(self, parameters: Sequence[Tensor]) -> None:
+    def broadcast_weights(self, parameters: Sequence[Tensor]) -> None:
         """Broadcast the first process's weights."""
         if self.count > 1:
             for parameter in parameters:
                 dist.broadcast(parameter.detach(), src=0)
 
-    def add(self, losses: dict[str, float], parameters: Sequence[nn.Parameter]) -> dict[str, float]:
+    def reduce_gradients(self, losses: dict[str, float], parameters: Sequence[nn.Parameter]) -> dict[str, float]:
         """Sum gradients in place, and losses; names and parameters must be the same everywhere.
 
         A parameter with a gradient in any process then has one in all; a parameter without any stays without, as in a single
@@ -210,16 +212,16 @@ class Processes:
         """
         if self.count == 1:
             return losses
-        facts = torch.tensor([*losses.values(), *(p.grad is not None for p in parameters)], dtype=torch.float64)
-        dist.all_reduce(facts)
-        known = [p for p, number in zip(parameters, facts[len(losses) :].tolist(), strict=True) if number]
-        for bucket in _buckets(known):
+        sums = torch.tensor([*losses.values(), *(p.grad is not None for p in parameters)], dtype=torch.float64)
+        dist.all_reduce(sums)
+        with_gradient = [p for p, count in zip(parameters, sums[len(losses) :].tolist(), strict=True) if count]
+        for bucket in _buckets(with_gradient):
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
-            together = torch.cat([gradient.reshape(-1) for gradient in gradients])
-            dist.all_reduce(together)
-            for parameter, total in zip(bucket, together.split([p.numel() for p in bucket]), strict=True):
+            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+            dist.all_reduce(flat)
+            for parameter, total in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
                 parameter.grad = total.view_as(parameter).clone()
-        return dict(zip(losses, facts[: len(losses)].tolist(), strict=True))
+        return dict(zip(losses, sums[: len(losses)].tolist(), strict=True))
 
     def memory(self, parts: dict[str, int]) -> list[str]:
         """A table of memory by process: the parts, their sum, current use and peak use.
@@ -227,15 +229,15 @@ class Processes:
         On a CPU, "held now" counts anonymous pages only (on Linux); "peak so far" includes mapped files, which the processes
         of a machine share.
         """
-        held: int | None = None
+        current: int | None = None
         if self.device.type == "cuda":
-            held, peak = torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
+            current, peak = torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
         else:
             # Kilobytes on Linux, bytes on macOS.
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-            held = own_pages()
-        measured = {"peak so far": peak} if held is None else {"held now": held, "peak so far": peak}
-        rows = self.gather({**parts, "sum": sum(parts.values()), **measured})
+            current = anonymous_bytes()
+        usage = {"peak so far": peak} if current is None else {"held now": current, "peak so far": peak}
+        rows = self.gather({**parts, "sum": sum(parts.values()), **usage})
         names = list(rows[0])
         table = ["process  " + "  ".join(f"{name:>{max(9, len(name))}}" for name in names)]
         for rank, row in enumerate(rows):
@@ -244,7 +246,7 @@ class Processes:
         return table
 
 
-def own_pages() -> int | None:
+def anonymous_bytes() -> int | None:
     """Bytes of this process's anonymous pages; None if the system does not report them."""
     if not (status := Path("/proc/self/status")).is_file():
         return None
@@ -254,28 +256,33 @@ def own_pages() -> int | None:
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of tensors in this process; of a sharded tensor only its shard."""
-    return sum(own.numel() * own.element_size() for own in map(share, tensors))
+    return sum(shard.numel() * shard.element_size() for shard in map(row_slice, tensors))
 
 
-def share(tensor: Tensor) -> Tensor:
+def row_slice(tensor: Tensor) -> Tensor:
     """This process's shard of a tensor; the tensor itself if it is not sharded."""
-    return tensor.detach().to_local() if is_divided(tensor) else tensor  # type: ignore[operator]
+    return tensor.detach().to_local() if is_sharded(tensor) else tensor  # type: ignore[operator]
 
 
-def is_divided(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is a `DTensor`, without that import, which takes seconds."""
     return hasattr(tensor, "to_local")
 
 
-def divided_like(own: Tensor, pattern: Tensor) -> Tensor:
-    """A shard as a `DTensor` that is sharded like ``pattern``; unchanged if that is not sharded."""
-    if not is_divided(pattern):
-        return own
+def sharded_like(shard: Tensor, reference: Tensor) -> Tensor:
+    """A shard as a `DTensor` that is sharded like ``reference``; unchanged if that is not sharded."""
+    if not is_sharded(reference):
+        return shard
     from torch.distributed.tensor import DTensor
 
-    assert isinstance(pattern, DTensor)
+    assert isinstance(reference, DTensor)
     return DTensor.from_local(
-        own, pattern.device_mesh, pattern.placements, run_check=False, shape=pattern.shape, stride=pattern.stride()
+        shard,
+        reference.device_mesh,
+        reference.placements,
+        run_check=False,
+        shape=reference.shape,
+        stride=reference.stride(),
     )
 
 
@@ -284,11 +291,11 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]
     bucket: list[nn.Parameter] = []
     size = 0
     for parameter in parameters:
-        bytes_ = parameter.numel() * parameter.element_size()
-        if bucket and (size + bytes_ > BUCKET_BYTES or parameter.dtype != bucket[0].dtype):
+        parameter_bytes = parameter.numel() * parameter.element_size()
+        if bucket and (size + parameter_bytes > BUCKET_BYTES or parameter.dtype != bucket[0].dtype):
             yield bucket
             bucket, size = [], 0
         bucket.append(parameter)
-        size += bytes_
+        size += parameter_bytes
     if bucket:
         yield bucket

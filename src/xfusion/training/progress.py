@@ -14,7 +14,7 @@ LATEST_PLAN = 0.75
 """Share of a wall-clock budget after which the plan is made with the pace known so far."""
 LARGEST_STEPS = 10_000_000
 """Assumed length of a stage that is not planned yet: its learning rate is still warming up."""
-REMEMBERED = 0.98
+LOSS_DECAY = 0.98
 """Decay of the running mean of the loss, which looks back over some fifty steps. The best state has its lowest value."""
 
 
@@ -35,7 +35,7 @@ class Progress:
         self._started = time.perf_counter()
         self._seconds_before = 0.0
         self._recent = (0.0, 0.0)
-        """Sum and weight of the running mean of the loss (`REMEMBERED`)."""
+        """Sum and weight of the running mean of the loss (`LOSS_DECAY`)."""
 
     @property
     def total(self) -> int:
@@ -43,7 +43,7 @@ class Progress:
         return sum(self.totals)
 
     @property
-    def over(self) -> bool:
+    def finished(self) -> bool:
         """Whether the last step is done."""
         return self.planned and self.step >= self.total
 
@@ -54,23 +54,22 @@ class Progress:
 
     def stage(self, step: int) -> tuple[int, int, int]:
         """The stage of a step, the step within that stage, and the stage's number of steps."""
-        for number, total in enumerate(self.totals):
+        for index, total in enumerate(self.totals):
             if step < total:
-                return number, step, total
+                return index, step, total
             step -= total
         return len(self.totals) - 1, step, self.totals[-1]
 
     def rate(self) -> float:
         """Learning rate of the next step."""
-        number, inside, total = self.stage(self.step)
-        return self.stages[number].rate_at(inside, total if self.planned else LARGEST_STEPS)
+        stage_number, stage_step, total = self.stage(self.step)
+        return self.stages[stage_number].rate_at(stage_step, total if self.planned else LARGEST_STEPS)
 
-    def take(self, loss: float, samples: int) -> None:
+    def record(self, loss: float, samples: int) -> None:
         """Record a finished step: the weighted sum of its losses and its number of samples."""
-        total, weight = (
-            self._recent if self.stage(self.step)[1] else (0.0, 0.0)
-        )  # losses of two stages are not comparable
-        self._recent = (REMEMBERED * total + (1 - REMEMBERED) * loss, REMEMBERED * weight + (1 - REMEMBERED))
+        # Losses of two stages are not comparable.
+        total, weight = self._recent if self.stage(self.step)[1] else (0.0, 0.0)
+        self._recent = (LOSS_DECAY * total + (1 - LOSS_DECAY) * loss, LOSS_DECAY * weight + (1 - LOSS_DECAY))
         self.samples += samples
         self.step += 1
 
@@ -89,9 +88,9 @@ class Progress:
             preview_seconds: seconds that a preview takes.
         """
         assert self.minutes is not None
-        left = self.minutes * 60 - (now - self._started) - self._seconds_before
-        previews = left / preview_every * preview_seconds if preview_every else 0.0
-        return self.step + max(1, int((left - previews) / seconds_per_step))
+        remaining = self.minutes * 60 - (now - self._started) - self._seconds_before
+        previews = remaining / preview_every * preview_seconds if preview_every else 0.0
+        return self.step + max(1, int((remaining - previews) / seconds_per_step))
 
     def plan(self, total: int) -> None:
         """Fix the total number of steps."""
@@ -122,7 +121,7 @@ class Progress:
 
 def all_examples(source: Source) -> list[Any]:
     """The number of examples, a hash of their ids (the order of a run depends on all of them), and a hash of their content."""
-    which = hashlib.sha256()
-    for number, e in enumerate(source.examples):
-        which.update(("\n" * bool(number) + e.id).encode(errors="surrogatepass"))
-    return [len(source.examples), which.hexdigest(), content_fingerprint(source)]
+    id_hash = hashlib.sha256()
+    for number, example in enumerate(source.examples):
+        id_hash.update(("\n" * bool(number) + example.id).encode(errors="surrogatepass"))
+    return [len(source.examples), id_hash.hexdigest(), content_fingerprint(source)]

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def read(
-    folder: Path, optimizer: Optimizer, processes: Processes, *, divided: bool
+    folder: Path, optimizer: Optimizer, processes: Processes, *, sharded: bool
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Plan and tensors of the newest intact state, sharded like the run's weights; all processes call it together.
 
@@ -27,17 +27,17 @@ def read(
         folder: folder of the states.
         optimizer: the optimizer that will load the tensors.
         processes: the run's processes.
-        divided: whether weights are sharded.
+        sharded: whether weights are sharded.
 
     Raises:
         XFusionError: no state is intact, or a process cannot read it; raised in all processes.
     """
-    if not divided:
+    if not sharded:
         with processes.all_or_none():
             return states.newest(folder)
     with processes.first_alone():
-        newest = states.newest_intact(folder) if processes.first else (Path(), {})
-    state, plan = processes.same(newest)
+        newest = states.newest_intact(folder) if processes.is_first else (Path(), {})
+    state, plan = processes.broadcast(newest)
     tensors = optimizer.state_like(states.entries(state))
     states.fill(state, tensors)
     return plan, tensors
@@ -62,30 +62,30 @@ def check(plan: dict[str, Any], out: Path, recipe: Recipe, fingerprint: str, dat
             f"{out} was trained on the base {plan['base_fingerprint'][:16]}, this one is {fingerprint[:16]}: resume with the"
             " same base"
         )
-    saved = checkpoint.from_json(plan["recipe"], trust=True, where=str(out / "state"))
-    if (said := difference(saved, recipe)) is not None:
-        raise XFusionError(f"{out} was started otherwise: {said}; give the same settings to resume")
+    recorded_recipe = checkpoint.from_json(plan["recipe"], trust=True, where=str(out / "state"))
+    if (mismatch := difference(recorded_recipe, recipe)) is not None:
+        raise XFusionError(f"{out} was started otherwise: {mismatch}; give the same settings to resume")
     if plan["threads"] != torch.get_num_threads():
         logger.warning(
             "%s ran on %d threads and goes on with %d: sums round otherwise, so its losses agree but not to the bit",
             *(out, plan["threads"], torch.get_num_threads()),
         )
-    before = plan.get("examples", examples)
-    if before[:2] != examples[:2]:
+    recorded = plan.get("examples", examples)
+    if recorded[:2] != examples[:2]:
         logger.warning(
             "%s held %d examples when %s began and holds %d, not all the same, now: its batches from here on are others",
-            *(data, before[0], out, examples[0]),
+            *(data, recorded[0], out, examples[0]),
         )
-    elif before != examples[: len(before)]:  # older states do not record the content
+    elif recorded != examples[: len(recorded)]:  # older states do not record the content
         logger.warning(
             "%s holds %d examples of the same names as when %s began, but not the same pictures, words or groups (of the hub:"
             " another commit): its batches from here on are others",
-            *(data, before[0], out),
+            *(data, recorded[0], out),
         )
 
 
-def difference(one: Any, other: Any) -> str | None:
+def difference(recorded: Any, current: Any) -> str | None:
     """The first field in which two configurations differ, with both values; None if they are equal."""
-    for where, was, now in checkpoint.differing(*map(checkpoint.to_json, (one, other))):
-        return f"{where} was {was!r} and is now {now!r}"
+    for field, recorded_value, current_value in checkpoint.differing(*map(checkpoint.to_json, (recorded, current))):
+        return f"{field} was {recorded_value!r} and is now {current_value!r}"
     return None

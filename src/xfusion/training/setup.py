@@ -28,12 +28,12 @@ from xfusion.training.unreadable import LeftOut
 
 LOCK = "run.lock"
 """Lock file in a run's folder, held while the run is alive; a leftover file without a holder means nothing."""
-TEXT_ROOM = 4
+CACHEABLE_RATIO = 4
 """Prompt states are cached if those of all prompts take at most this many times `TEXT_STATES_BYTES`."""
 
 
 @contextmanager
-def taken_folder(out: Path, *, resume: bool) -> Iterator[None]:
+def locked_folder(out: Path, *, resume: bool) -> Iterator[None]:
     """Hold the lock on a run's folder inside the block; the system releases it if the process dies.
 
     The checks run before the base is loaded. A folder is refused if another run is writing it, if it already has a run, if it
@@ -43,12 +43,10 @@ def taken_folder(out: Path, *, resume: bool) -> Iterator[None]:
     Raises:
         XFusionError: the folder is refused.
     """
-    made, nothing = (
-        not out.exists(),
-        f"{out} holds no run to resume (nothing in state/); leave --resume out to start one",
-    )
+    created = not out.exists()
+    no_run = f"{out} holds no run to resume (nothing in state/); leave --resume out to start one"
     if resume and not (out / "state").is_dir():  # it may belong to something else, so write nothing into it
-        raise XFusionError(nothing)
+        raise XFusionError(no_run)
     with named_in_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
@@ -60,17 +58,17 @@ def taken_folder(out: Path, *, resume: bool) -> Iterator[None]:
                 f"{out} is being written by another run ({LOCK} is held): wait for its end, stop it, or name another folder"
             ) from None
     try:
-        states.remove_rests(out)
-        found = states.found(out / "state")
-        if resume and not found:
-            raise XFusionError(nothing)
-        if not resume and found:
+        states.remove_leftovers(out)
+        existing = states.list_states(out / "state")
+        if resume and not existing:
+            raise XFusionError(no_run)
+        if not resume and existing:
             raise XFusionError(f"{out} already holds a run: pass --resume to go on, or name another folder")
         checkpoint.refuse_other_files(out / "pack")  # or the pack would be refused after training
         yield
     finally:
         with suppress(OSError):
-            if made and [path.name for path in out.iterdir()] == [LOCK]:
+            if created and [path.name for path in out.iterdir()] == [LOCK]:
                 (out / LOCK).unlink()
                 out.rmdir()
         lock.release()
@@ -78,68 +76,72 @@ def taken_folder(out: Path, *, resume: bool) -> Iterator[None]:
 
 def open_model(settings: Settings, backbone: Backbone) -> Model:
     """The recipe's model, with fresh weights or those of the pack that it starts from."""
-    wanted = settings.recipe.model
+    config = settings.recipe.model
     if settings.from_pack is None:
-        return build(wanted, backbone, fresh=not settings.resume)
+        return build(config, backbone, fresh=not settings.resume)
     model = checkpoint.load(settings.from_pack, backbone=backbone)
-    kept = replace(model.config, text=wanted.text, media=wanted.media.adapted(model.config.media))
-    if (said := difference(kept, wanted)) is not None:
+    pack_config = replace(model.config, text=config.text, media=config.media.adapted(model.config.media))
+    if (mismatch := difference(pack_config, config)) is not None:
         raise XFusionError(
-            f"the pack {settings.from_pack} was built otherwise than this recipe: {said}; give the same settings to adapt it"
+            f"the pack {settings.from_pack} was built otherwise than this recipe: {mismatch}; give the same settings to adapt it"
         )
-    had = model.capabilities
-    model.set_objectives(wanted.text, wanted.media)
-    if "draw" in model.capabilities - had:  # it has no head that draws
+    pack_capabilities = model.capabilities
+    model.set_objectives(config.text, config.media)
+    if "draw" in model.capabilities - pack_capabilities:  # it has no head that draws
         raise XFusionError(
-            f"the pack {settings.from_pack} can {', '.join(sorted(had))}, the recipe draws: name the recipe that trained the"
-            " pack, or start without it"
+            f"the pack {settings.from_pack} can {', '.join(sorted(pack_capabilities))}, the recipe draws: name the recipe that"
+            " trained the pack, or start without it"
         )
     return model
 
 
 def check_losses(model: Model, stages: Sequence[Stage], num_processes: int, shard: Shard) -> None:
-    """Losses over a whole batch take neither parts of one nor, some of them, parts of it in other processes."""
-    for number, stage in enumerate(stages):
-        together = [o.name for o in model.objectives if o.scope == "batch"]
-        if together and stage.accumulate > 1:
+    """Check that losses over a whole batch are not combined with settings that divide a batch.
+
+    Raises:
+        XFusionError: a stage accumulates gradients, several processes or shards divide the batch, or samples have shots.
+    """
+    for stage_number, stage in enumerate(stages):
+        batch_losses = [o.name for o in model.objectives if o.scope == "batch"]
+        if batch_losses and stage.accumulate > 1:
             raise XFusionError(
-                f"stage {number} accumulates {stage.accumulate} batches, but the loss {together[0]} compares the items of"
-                f" one: set --stages.{number}.accumulate 1 and read more samples per step"
+                f"stage {stage_number} accumulates {stage.accumulate} batches, but the loss {batch_losses[0]} compares the items"
+                f" of one: set --stages.{stage_number}.accumulate 1 and read more samples per step"
             )
-        alone = [o.name for o in model.objectives if o.scope == "batch" and not o.across_processes]
-        if alone and num_processes > 1:
+        local_losses = [o.name for o in model.objectives if o.scope == "batch" and not o.across_processes]
+        if local_losses and num_processes > 1:
             raise XFusionError(
-                f"the loss {alone[0]} compares the items of one batch, which {num_processes} processes would divide: train"
+                f"the loss {local_losses[0]} compares the items of one batch, which {num_processes} processes would divide: train"
                 " it with one process"
             )
-        pairs = [o.name for o in model.objectives if {"text", "media"} <= set(o.needs)]
-        if pairs and stage.mixture.shots and stage.mixture.caption:
+        pair_losses = [o.name for o in model.objectives if {"text", "media"} <= set(o.needs)]
+        if pair_losses and stage.mixture.shots and stage.mixture.caption:
             raise XFusionError(
-                f"the loss {pairs[0]} sets each picture against the words of its sample, but stage {number} puts"
-                f" {stage.mixture.shots} solved examples into each: set --stages.{number}.mixture.shots 0"
+                f"the loss {pair_losses[0]} sets each picture against the words of its sample, but stage {stage_number} puts"
+                f" {stage.mixture.shots} solved examples into each: set --stages.{stage_number}.mixture.shots 0"
             )
-        if together and shard != "none":
+        if batch_losses and shard != "none":
             raise XFusionError(
-                f"the loss {together[0]} compares the items of all processes, which walk through divided layers in step:"
+                f"the loss {batch_losses[0]} compares the items of all processes, which walk through divided layers in step:"
                 f" --shard {shard} cannot have it, take none"
             )
 
 
 def open_data(settings: Settings, special_tokens: tuple[str, ...]) -> Source:
-    """The run's source. What an earlier part of it found unreadable keeps its place among the examples."""
+    """Open the run's source. Examples that were unreadable before a resume keep their place among the examples."""
     if settings.source is not None:
         return settings.source
     plan = states.newest_plan(settings.out / "state") if settings.resume else {}
-    known = plan.get("left_out", {}) | plan.get("broken", {})
+    unreadable = plan.get("left_out", {}) | plan.get("broken", {})
     return open_source(
-        settings.recipe.data, allow_bad=settings.allow_bad, special_tokens=special_tokens, unreadable=known
+        settings.recipe.data, allow_bad=settings.allow_bad, special_tokens=special_tokens, unreadable=unreadable
     )
 
 
 def mixture(
     stage: Stage, source: Source, model: Model, settings: Settings, processes: Processes, left_out: LeftOut
 ) -> Mixture:
-    """The batches of a stage, of which this process reads its share."""
+    """The batches of a stage; this process reads the pictures of its own rows only."""
     return Mixture(
         source,
         model.modality,
@@ -149,15 +151,15 @@ def mixture(
         model.backbone.end_ids[0],
         stage.mixture,
         settings.recipe.seed,
-        processes.share,
+        processes.row_slice,
         left_out,
         settings.decoders,
     )
 
 
 @contextmanager
-def fitting(number: int, batches: Sequence[Batch], device: torch.device) -> Iterator[None]:
-    """A block that a step of a stage is computed in.
+def naming_out_of_memory(stage_number: int, batches: Sequence[Batch], device: torch.device) -> Iterator[None]:
+    """Turn an out-of-memory error of a stage's step inside the block into one that names the settings to change.
 
     Raises:
         XFusionError: it does not fit in memory.
@@ -167,42 +169,46 @@ def fitting(number: int, batches: Sequence[Batch], device: torch.device) -> Iter
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        positions = ", ".join(f"{b.num_sequences} samples of {b.text.count} text positions" for b in batches)
+        positions = ", ".join(
+            f"{batch.num_sequences} samples of {batch.text.count} text positions" for batch in batches
+        )
         raise XFusionError(
-            f"the largest step of stage {number} ({positions}) does not fit in the memory of {device}: lower"
-            f" --stages.{number}.mixture.draw and .caption, and raise --stages.{number}.accumulate by as much, or set"
-            f" --stages.{number}.activation-checkpointing"
+            f"the largest step of stage {stage_number} ({positions}) does not fit in the memory of {device}: lower"
+            f" --stages.{stage_number}.mixture.draw and .caption, and raise --stages.{stage_number}.accumulate by as much, or set"
+            f" --stages.{stage_number}.activation-checkpointing"
         ) from error
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """The texts of a source, and what keeping the states of all of them would take."""
+    """Number of texts of a source, and the memory that caching the hidden states of all of them would need."""
 
     number: int
     num_bytes: int
 
     @classmethod
     def of(cls, source: Source, model: Model, dtype: torch.dtype) -> Prompts:
-        """Estimated from some two hundred examples, in the precision of training."""
+        """Estimate both from some two hundred examples, in the precision of training."""
         examples = source.examples
-        some = [examples[i] for i in range(0, len(examples), max(1, len(examples) // 200))]
-        words = [caption for example in some for caption in example.captions]
-        tokens = sum(len(model.backbone.encode(caption)) for caption in words) / max(1, len(words))
-        tokens += len(model.backbone.begin_ids)  # before the words of every prompt
-        number = len(examples) * len(words) // max(1, len(some))
-        return cls(number, model.text_bytes(tokens, dtype) * number)
+        sampled = [examples[i] for i in range(0, len(examples), max(1, len(examples) // 200))]
+        captions = [caption for example in sampled for caption in example.captions]
+        mean_tokens = sum(len(model.backbone.encode(caption)) for caption in captions) / max(1, len(captions))
+        mean_tokens += len(model.backbone.begin_ids)  # before the words of every prompt
+        number = len(examples) * len(captions) // max(1, len(sampled))
+        return cls(number, model.text_bytes(mean_tokens, dtype) * number)
 
     @property
-    def come_back(self) -> bool:
-        """Whether states are worth keeping: where a quarter of them has room. Else most would be gone when they are asked for
-        again, and each had been computed by itself. It depends on data and settings alone, so that a resumed run does the same.
+    def worth_caching(self) -> bool:
+        """Whether to cache the hidden states of texts: if the cache has room for at least a quarter of them.
+
+        Otherwise most would be evicted before they are used again. It depends only on data and settings, so a resumed run
+        decides the same.
         """
-        return self.num_bytes <= TEXT_ROOM * TEXT_STATES_BYTES
+        return self.num_bytes <= CACHEABLE_RATIO * TEXT_STATES_BYTES
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of states that a run keeps once it has seen all texts; the same texts in other words come on top, up to
-        `TEXT_STATES_BYTES`.
+        """Bytes of cached states once a run has read all texts. Other wordings of the same examples add to this, up to
+        `TEXT_STATES_BYTES` in total.
         """
-        return min(self.num_bytes, TEXT_STATES_BYTES) if self.come_back else 0
+        return min(self.num_bytes, TEXT_STATES_BYTES) if self.worth_caching else 0

@@ -46,11 +46,11 @@ class _Unit(nn.Module):
         super().__init__()
         self.parts = nn.ModuleList(modules)
 
-    def forward(self, work: Callable[[States], States], states: States, zero: Tensor) -> tuple[States, Tensor]:
+    def forward(self, compute: Callable[[States], States], states: States, zero: Tensor) -> tuple[States, Tensor]:
         """States after the work, and a 0 that backward goes through."""
         # Backward hooks are on the states; a view's hook would be lost by an in-place write.
-        found = {owner: x.clone() if x._is_view() else x for owner, x in work(states).items()}
-        return found, zero.clone()
+        outputs = {owner: x.clone() if x._is_view() else x for owner, x in compute(states).items()}
+        return outputs, zero.clone()
 
 
 class _Root(nn.Module):
@@ -62,21 +62,21 @@ class _Root(nn.Module):
         self.others = nn.ModuleList(others)
         self.zeros: list[Tensor] = []
 
-    def forward(self, work: Callable[[], Any], zero: Tensor) -> tuple[Any, Tensor]:
+    def forward(self, compute: Callable[[], Any], zero: Tensor) -> tuple[Any, Tensor]:
         """The result of the work, and the sum of the numbers that its units passed on."""
         self.zeros = [zero]
         try:
-            return work(), torch.stack(self.zeros).sum()
+            return compute(), torch.stack(self.zeros).sum()
         finally:
             self.zeros = []
 
-    def layer(self, index: int, work: Callable[[States], States], states: States) -> States:
+    def layer(self, index: int, compute: Callable[[States], States], states: States) -> States:
         """A `Gather`: the work of a layer with its weights gathered."""
         if str(index) not in self.units:
-            return work(states)
-        found, zero = self.units[str(index)](work, states, self.zeros[0])
+            return compute(states)
+        outputs, zero = self.units[str(index)](compute, states, self.zeros[0])
         self.zeros.append(zero)
-        return found
+        return outputs
 
 
 class Sharding:
@@ -84,7 +84,7 @@ class Sharding:
 
     Args:
         model: its new parameters become shards, in place, under the same names.
-        what: "new" or "all".
+        shard: "new" or "all".
         mesh: the processes (`mesh`).
         dtype: compute type; a layer's new weights are gathered in it if it is narrower than their own.
         attention: attention implementation of the sharded copy of the base.
@@ -93,37 +93,39 @@ class Sharding:
         XFusionError: this version of torch lacks what is needed.
     """
 
-    def __init__(self, model: Model, what: Shard, mesh: DeviceMesh, dtype: torch.dtype, attention: str):
+    def __init__(self, model: Model, shard: Shard, mesh: DeviceMesh, dtype: torch.dtype, attention: str):
         self.model, self.mesh = model, mesh
         self.device = torch.device(mesh.device_type)
-        self.backbone = model.backbone.over_same_weights(attention) if what == "all" else None
-        frozen = None if self.backbone is None else self.backbone.layers
-        whole: set[nn.Parameter] = {p for p in model.new_parameters() if not p.dim()}
-        for parameter in whole:  # what is not divided is not moved either
+        self.backbone = model.backbone.over_same_weights(attention) if shard == "all" else None
+        frozen_layers = None if self.backbone is None else self.backbone.layers
+        scalars: set[nn.Parameter] = {p for p in model.new_parameters() if not p.dim()}
+        for parameter in scalars:  # what is not sharded is not moved either
             parameter.data = parameter.data.to(self.device)
-        narrow = None if dtype == torch.float32 else dtype
-        policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        gather_dtype = None if dtype == torch.float32 else dtype
+        policy = MixedPrecisionPolicy(param_dtype=gather_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         units: dict[int, _Unit] = {}
-        taken = set(whole)
+        assigned = set(scalars)
         copies: dict[int, nn.Parameter] = {}
         for index in range(model.backbone.num_layers):
-            own = model.fusion.new_modules(index)
-            if frozen is not None:
-                _put_copies(frozen[index], dtype, self.device, copies)
-                own = [frozen[index], *own]
-            unit = _Unit(own)
-            if any(p not in whole for p in unit.parameters()):
+            layer_modules = model.fusion.new_modules(index)
+            if frozen_layers is not None:
+                _replace_by_copies(frozen_layers[index], dtype, self.device, copies)
+                layer_modules = [frozen_layers[index], *layer_modules]
+            unit = _Unit(layer_modules)
+            if any(p not in scalars for p in unit.parameters()):
                 units[index] = fully_shard(  # type: ignore[assignment]
-                    unit, mesh=mesh, reshard_after_forward=True, mp_policy=policy, ignored_params=whole
+                    unit, mesh=mesh, reshard_after_forward=True, mp_policy=policy, ignored_params=scalars
                 )
-                taken.update(unit.parameters())
-            copies.clear()  # the share is taken: nothing holds the whole layer any more
+                assigned.update(unit.parameters())
+            copies.clear()  # the shards exist: nothing may hold the whole layer any longer
         objectives = [model.text_objective, model.media_objective]
-        others: list[nn.Module] = [model.port, model.fusion, model.extra, *objectives]
+        outer_modules: list[nn.Module] = [model.port, model.fusion, model.extra, *objectives]
         if self.backbone is not None:
-            _put_copies(self.backbone.model, dtype, self.device, copies, but=taken)
-            others.append(self.backbone.model)
-        self.root: Any = fully_shard(_Root(units, others), mesh=mesh, reshard_after_forward=False, ignored_params=taken)
+            _replace_by_copies(self.backbone.model, dtype, self.device, copies, excluded=assigned)
+            outer_modules.append(self.backbone.model)
+        self.root: Any = fully_shard(
+            _Root(units, outer_modules), mesh=mesh, reshard_after_forward=False, ignored_params=assigned
+        )
         for unit in (self.root, *units.values()):
             unit.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]  # gloo knows sums alone
             unit.set_gradient_divide_factor(1.0)  # type: ignore[operator]  # losses are divided by the counts of all
@@ -135,16 +137,16 @@ class Sharding:
         model.modality.to(self.device)
         model.gather = self.root.layer
 
-    def losses(self, work: Callable[[], T]) -> tuple[T, Tensor]:
+    def losses(self, compute: Callable[[], T]) -> tuple[T, Tensor]:
         """The result of some passes, and a 0 to add to the loss before backward."""
-        return self.root(work, torch.zeros((), device=self.device, requires_grad=True))
+        return self.root(compute, torch.zeros((), device=self.device, requires_grad=True))
 
     @torch.no_grad()
-    def passes(self, work: Callable[[], T]) -> T:
+    def run_without_gradients(self, compute: Callable[[], T]) -> T:
         """The result of some passes without gradients; all processes run them together."""
-        found, _ = self.root(work, torch.zeros((), device=self.device))
+        result, _ = self.root(compute, torch.zeros((), device=self.device))
         self.root.reshard()
-        return found
+        return result
 
 
 def mesh(device: torch.device) -> DeviceMesh:
@@ -152,33 +154,33 @@ def mesh(device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, (dist.get_world_size(),))
 
 
-def whole_state(model: Model, *, keep: bool) -> dict[str, Tensor]:
+def gathered_state(model: Model, *, keep: bool) -> dict[str, Tensor]:
     """The learned weights of a model, gathered one by one on the CPU; empty unless ``keep`` is set.
 
     All processes call it together.
     """
-    found = {}
+    state = {}
     for name, tensor in model.learned_state().items():
         tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if keep:
-            found[name] = tensor.detach().to("cpu", copy=True)
-    return found
+            state[name] = tensor.detach().to("cpu", copy=True)
+    return state
 
 
-def _put_copies(
+def _replace_by_copies(
     module: nn.Module,
     dtype: torch.dtype,
     device: torch.device,
     copies: dict[int, nn.Parameter],
-    but: Iterable[nn.Parameter] = (),
+    excluded: Iterable[nn.Parameter] = (),
 ) -> None:
     """Put casts of its parameters on a device in the place of a frozen module's own; one that is used twice stays one."""
-    kept = set(but)
-    for inner in module.modules():
-        for name, parameter in inner._parameters.items():
-            if parameter is None or parameter in kept:
+    skipped = set(excluded)
+    for submodule in module.modules():
+        for name, parameter in submodule._parameters.items():
+            if parameter is None or parameter in skipped:
                 continue
             if id(parameter) not in copies:
                 values = parameter.detach().to(device, dtype)
                 copies[id(parameter)] = nn.Parameter(values, requires_grad=False)
-            inner._parameters[name] = copies[id(parameter)]
+            submodule._parameters[name] = copies[id(parameter)]

@@ -1,4 +1,4 @@
-"""Training speed of a recipe: a short run of the training loop, whose files are deleted afterwards."""
+"""Measure the training speed of a recipe by a short run of the training loop; its files are deleted afterwards."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ TIMED_STEPS = 20
 
 
 def samples_per_second(steps: Iterable[Event], *, warm: int = WARM_STEPS) -> float | None:
-    """Samples trained per second of the steps themselves: compiling, previews and checkpoints do not count.
+    """Training samples per second, over the duration of the steps alone, without previews and checkpoints.
 
     Args:
-        steps: "step" events of one run.
-        warm: steps at the beginning that do not count.
+        steps: the "step" events of one run, in order.
+        warm: number of first steps to ignore, in which layers are compiled.
 
     Returns:
-        None where there are no more steps than that.
+        the mean rate; None if there are not more than ``warm`` steps.
     """
-    counted = list(steps)[warm:]
-    seconds = sum(event["samples"] / event["samples_per_second"] for event in counted)
-    return sum(event["samples"] for event in counted) / seconds if counted else None
+    timed = list(steps)[warm:]
+    seconds = sum(event["samples"] / event["samples_per_second"] for event in timed)
+    return sum(event["samples"] for event in timed) / seconds if timed else None
 
 
 def short_run(
@@ -43,17 +43,17 @@ def short_run(
     steps: int = TIMED_STEPS,
     compile: bool = True,
 ) -> tuple[Model, float | None]:
-    """Train for a few steps, by the same loop, batch, precision and compiled blocks as a real run; no file stays.
+    """Train for a few steps with the loop, batches, precision and compilation of a real run, in a temporary folder.
 
     Args:
-        recipe: its last stage is run.
+        recipe: the recipe, whose last stage is run.
         source: an opened source instead of the recipe's data.
         backbone: an already loaded base.
-        steps: measured steps, behind the warm-up.
-        compile: compile the per-layer work, as `train` does.
+        steps: number of measured steps, after `WARM_STEPS` of warm-up.
+        compile: whether to compile the work of each layer.
 
     Returns:
-        the model and its `samples_per_second`.
+        the trained model, and its `samples_per_second`.
     """
     stage = replace(recipe.stages[-1], steps=WARM_STEPS + steps)
     events: list[Event] = []
@@ -79,24 +79,24 @@ def drawing_speed(
     steps: int = TIMED_STEPS,
     compile: bool = True,
 ) -> dict[str, Any]:
-    """How fast drawing alone trains, by a `short_run`.
+    """Measure the training speed of drawing alone by a `short_run`.
 
     Args:
-        recipe: its last stage is run without captioning samples.
+        recipe: the recipe, whose last stage is run without captioning samples.
         source: an opened source instead of the recipe's data.
         backbone: an already loaded base.
-        steps: measured steps, behind the warm-up.
-        compile: compile the per-layer work, as `train` does.
+        steps: number of measured steps, after `WARM_STEPS` of warm-up.
+        compile: whether to compile the work of each layer.
 
     Returns:
-        ``samples_per_second``, ``batch`` (drawings per optimiser step) and ``steps``.
+        ``samples_per_second``, ``batch`` (drawing samples per optimizer step) and ``steps``.
 
     Raises:
-        XFusionError: the recipe does not draw.
+        XFusionError: the recipe's last stage has no drawing samples.
     """
     stage = recipe.stages[-1]
     if not stage.mixture.draw:
         raise XFusionError("the recipe's mixture has draw 0: there is no drawing to measure")
-    alone = replace(recipe, stages=(replace(stage, mixture=replace(stage.mixture, caption=0)),))
-    _, rate = short_run(alone, source=source, backbone=backbone, steps=steps, compile=compile)
-    return {"samples_per_second": rate, "batch": stage.mixture.draw * stage.accumulate, "steps": steps}
+    drawing_recipe = replace(recipe, stages=(replace(stage, mixture=replace(stage.mixture, caption=0)),))
+    _, speed = short_run(drawing_recipe, source=source, backbone=backbone, steps=steps, compile=compile)
+    return {"samples_per_second": speed, "batch": stage.mixture.draw * stage.accumulate, "steps": steps}

@@ -42,11 +42,11 @@ class Stage:
         """Learning rate at a step, counted from 0, of ``steps`` in total."""
         if step < self.warmup:
             return self.rate * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, steps - self.warmup)
+        fraction = (step - self.warmup) / max(1, steps - self.warmup)
         if self.schedule == "cosine":
-            return self.rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+            return self.rate * 0.5 * (1 + math.cos(math.pi * min(1.0, fraction)))
         if self.schedule == "linear":
-            return self.rate * max(0.0, 1 - done)
+            return self.rate * max(0.0, 1 - fraction)
         return self.rate
 
     def ema_at(self, step: int) -> float:

@@ -33,15 +33,17 @@ PARTS = "state_files"
 logger = logging.getLogger(__name__)
 
 
-def found(folder: Path) -> list[Path]:
+def list_states(folder: Path) -> list[Path]:
     """A run's states, newest first, intact or not; empty if there is no such folder."""
-    storage.put_all_back(folder, "step_*")
+    storage.restore_folders(folder, "step_*")
     states = sorted((path for path in folder.glob("step_*") if path.is_dir()), reverse=True)
     # Before states were numbered there was a single one, in the folder itself.
     return states + ([folder] if (folder / PLAN).is_file() else [])
 
 
-def write(folder: Path, tensors: dict[str, Tensor], plan: dict[str, Any], keep: int, behind: int | None = None) -> Path:
+def write(
+    folder: Path, tensors: dict[str, Tensor], plan: dict[str, Any], keep: int, previous_step: int | None = None
+) -> Path:
     """Write the state of ``plan["step"]``, then remove all but the newest ``keep`` and the best.
 
     Args:
@@ -49,27 +51,27 @@ def write(folder: Path, tensors: dict[str, Tensor], plan: dict[str, Any], keep: 
         tensors: tensors by name.
         plan: facts about the run.
         keep: how many of the newest states to keep.
-        behind: step of the state that the run wrote last or resumed from; None if there is none. States of later steps were
-            damaged and skipped on resume: they do not count and are removed.
+        previous_step: step of the state that the run wrote last or resumed from; None if there is none. States of later steps
+            were damaged and skipped on resume: they do not count and are removed.
 
     Raises:
         XFusionError: it cannot be written; existing states stay.
     """
     target = folder / _name(plan["step"])
-    with storage.whole_folder(target) as state:
+    with storage.atomic_folder(target) as state:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(state / STATE))
         _seal(state, plan | {"state_sha256": storage.file_hash(state / STATE)})
-    _drop(folder, keep, target, behind)
+    _remove_old(folder, keep, target, previous_step)
     return target
 
 
-def write_divided(
+def write_sharded(
     folder: Path,
     tensors: dict[str, Tensor],
     plan: dict[str, Any],
     keep: int,
     processes: Processes,
-    behind: int | None = None,
+    previous_step: int | None = None,
 ) -> Path:
     """`write` by all processes together: each writes its shards, and the first creates the folder and renames it.
 
@@ -81,10 +83,10 @@ def write_divided(
     from torch.distributed.checkpoint.state_dict_saver import save
 
     target = folder / _name(plan["step"])
-    with ExitStack() as closing, storage.named_in_errors(target):
+    with ExitStack() as exit_stack, storage.named_in_errors(target):
         with processes.first_alone():
-            made = closing.enter_context(storage.whole_folder(target)) if processes.first else target
-        state = processes.same(made)
+            local_path = exit_stack.enter_context(storage.atomic_folder(target)) if processes.is_first else target
+        state = processes.broadcast(local_path)
         with processes.all_or_none():
             try:
                 save(tensors, storage_writer=HuggingFaceStorageWriter(str(state), save_distributed=True))
@@ -94,14 +96,18 @@ def write_divided(
                     f"{target} cannot be written: {reason}; make room, or name another folder"
                 ) from error
         with processes.all_or_none(), storage.named_in_errors(target):
-            own = {file.name: storage.file_hash(file) for file in state.glob(f"shard-{processes.rank + 1:05d}-*")}
-        hashes = {name: found for part in processes.gather(own) for name, found in part.items()}
+            local_hashes = {
+                file.name: storage.file_hash(file) for file in state.glob(f"shard-{processes.rank + 1:05d}-*")
+            }
+        hashes = {
+            name: digest for rank_hashes in processes.gather(local_hashes) for name, digest in rank_hashes.items()
+        }
         with processes.first_alone():
-            if processes.first:
+            if processes.is_first:
                 with storage.named_in_errors(target):
                     _seal(state, plan | {PARTS: hashes})
-                closing.close()
-                _drop(folder, keep, target, behind)
+                exit_stack.close()
+                _remove_old(folder, keep, target, previous_step)
     return target
 
 
@@ -114,25 +120,24 @@ def _seal(state: Path, plan: dict[str, Any]) -> None:
     (state / PLAN).write_text(json.dumps(storage.sealed(plan), indent=2) + "\n", encoding="utf-8")
 
 
-def _drop(folder: Path, keep: int, written: Path, behind: int | None) -> None:
-    """Remove all states but the newest ``keep`` and the best, and those later than ``behind`` except the one just written."""
-    last = written.name if behind is None else _name(behind)
-    counted = [state for state in found(folder) if state in (written, folder) or state.name <= last]
-    kept = {*counted[:keep], _best(counted)}
+def _remove_old(folder: Path, keep: int, written: Path, previous_step: int | None) -> None:
+    """Remove all states but the newest ``keep`` and the best. Those later than ``previous_step`` go too, except ``written``."""
+    last_name = written.name if previous_step is None else _name(previous_step)
+    candidates = [state for state in list_states(folder) if state in (written, folder) or state.name <= last_name]
+    retained = {*candidates[:keep], _best(candidates)}
     with storage.named_in_errors(folder):
-        for state in found(folder):
+        for state in list_states(folder):
             if state == folder:
                 (state / STATE).unlink(missing_ok=True)
                 (state / PLAN).unlink()
-            elif (
-                state not in kept
-            ):  # renamed first, so that a kill in between leaves no half-deleted state under this name
+            elif state not in retained:
+                # Renamed first, so that a kill in between leaves no half-deleted state under this name.
                 shutil.rmtree(state.rename(folder / f".{state.name}-dropped"), ignore_errors=True)
 
 
 def best(folder: Path) -> Path | None:
     """The state with the lowest loss in the latest stage: losses of different stages are not comparable."""
-    return _best(found(folder))
+    return _best(list_states(folder))
 
 
 def _best(states: list[Path]) -> Path | None:
@@ -154,8 +159,8 @@ def read_plan(state: Path) -> dict[str, Any]:
         XFusionError: it is missing, incomplete or altered.
     """
     plan = storage.read_json(state / PLAN)
-    numbered = state.name.startswith("step_")
-    if numbered and (storage.SEAL not in plan or not {"state_sha256", PARTS} & set(plan)):
+    is_numbered = state.name.startswith("step_")
+    if is_numbered and (storage.SEAL not in plan or not {"state_sha256", PARTS} & set(plan)):
         raise XFusionError(f"{state / PLAN} was altered: a state has hashes, this has none; take an intact copy")
     return plan
 
@@ -171,7 +176,7 @@ def read(state: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return plan, storage.read_tensors(state / STATE, plan.get("state_sha256"))
     _check_parts(state, plan)
     tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in entries(state).items()}
-    fill(state, tensors, alone=True)
+    fill(state, tensors, single_process=True)
     return plan, tensors
 
 
@@ -200,17 +205,17 @@ def entries(state: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Unsharded shape and dtype of each tensor of a state."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-    found: Any = HuggingFaceStorageReader(str(state)).read_metadata().state_dict_metadata
-    return {name: (entry.size, entry.properties.dtype) for name, entry in found.items()}
+    metadata: Any = HuggingFaceStorageReader(str(state)).read_metadata().state_dict_metadata
+    return {name: (entry.size, entry.properties.dtype) for name, entry in metadata.items()}
 
 
-def fill(state: Path, tensors: dict[str, Tensor], *, alone: bool = False) -> None:
+def fill(state: Path, tensors: dict[str, Tensor], *, single_process: bool = False) -> None:
     """Read a state into existing tensors; of sharded ones each process reads only its shards.
 
     Args:
         state: the state's folder.
         tensors: tensors by their names in the state.
-        alone: whether this process reads alone instead of together with all others.
+        single_process: whether this process reads alone instead of together with all others.
 
     Raises:
         XFusionError: a tensor is missing or of another shape.
@@ -220,9 +225,9 @@ def fill(state: Path, tensors: dict[str, Tensor], *, alone: bool = False) -> Non
     from torch.distributed.checkpoint.state_dict_loader import load
 
     try:
-        with warnings.catch_warnings():  # about the missing process group, which `alone` implies
+        with warnings.catch_warnings():  # about the missing process group, which `single_process` implies
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            load(tensors, storage_reader=HuggingFaceStorageReader(str(state)), no_dist=alone)
+            load(tensors, storage_reader=HuggingFaceStorageReader(str(state)), no_dist=single_process)
     except (OSError, SafetensorError, ValueError, RuntimeError, CheckpointException) as error:
         raise XFusionError(f"{state} cannot be read: {str(error).strip().splitlines()[-1]}") from error
 
@@ -246,18 +251,18 @@ def newest_intact(folder: Path) -> tuple[Path, dict[str, Any]]:
     return state, plan
 
 
-def _newest(folder: Path, how: Callable[[Path], T]) -> tuple[Path, T]:
-    damage: list[str] = []
-    for state in found(folder):
+def _newest(folder: Path, read_state: Callable[[Path], T]) -> tuple[Path, T]:
+    errors: list[str] = []
+    for state in list_states(folder):
         try:
-            whole = how(state)
+            contents = read_state(state)
         except XFusionError as error:
-            damage.append(str(error))
+            errors.append(str(error))
             continue
-        for line in damage:
-            logger.warning("%s: left out, the run goes on from step %d", line, whole[0]["step"])
-        return state, whole
-    raise XFusionError(f"{folder} holds no intact state: {'; '.join(damage) or 'it is empty'}; start the run again")
+        for line in errors:
+            logger.warning("%s: left out, the run goes on from step %d", line, contents[0]["step"])
+        return state, contents
+    raise XFusionError(f"{folder} holds no intact state: {'; '.join(errors) or 'it is empty'}; start the run again")
 
 
 def newest_plan(folder: Path) -> dict[str, Any]:
@@ -266,16 +271,16 @@ def newest_plan(folder: Path) -> dict[str, Any]:
     Raises:
         XFusionError: none is readable.
     """
-    damage: list[str] = []
-    for state in found(folder):
+    errors: list[str] = []
+    for state in list_states(folder):
         try:
             return read_plan(state)
         except XFusionError as error:
-            damage.append(str(error))
-    raise XFusionError(f"{folder} holds no intact state: {'; '.join(damage) or 'it is empty'}; start the run again")
+            errors.append(str(error))
+    raise XFusionError(f"{folder} holds no intact state: {'; '.join(errors) or 'it is empty'}; start the run again")
 
 
-def remove_rests(run: Path) -> None:
+def remove_leftovers(run: Path) -> None:
     """Remove what a killed run left half written, and restore a state or pack that it was just replacing."""
-    storage.remove_rests(run / "state", "step_*")
-    storage.remove_rests(run, "pack")
+    storage.remove_leftovers(run / "state", "step_*")
+    storage.remove_leftovers(run, "pack")

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a run stops after its step, with a checkpoint; a second signal stops it at once, without one."""
+"""Handle Ctrl-C and SIGTERM: the run finishes its step and writes a checkpoint. A second signal stops it without one."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Interrupted(KeyboardInterrupt):
     """Training was stopped by Ctrl-C or SIGTERM, after its checkpoint was written.
 
     Args:
-        message: what to tell.
-        code: the exit status of a command that ends by it: 130 for Ctrl-C, 143 for SIGTERM.
+        message: the text for the user.
+        code: exit status of the command: 130 for Ctrl-C, 143 for SIGTERM.
     """
 
     def __init__(self, message: str, code: int = 128 + signal.SIGINT):
@@ -23,41 +23,48 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Stop:
-    """Whether a signal has asked to stop, and which."""
+    """The signal that asked the run to stop, if any."""
 
     signal: int | None = None
+    """Number of the first signal that arrived; None if there was none."""
 
     @property
     def code(self) -> int:
-        """The exit status: as a shell counts, 128 and the number of the signal."""
+        """Exit status by the convention of shells: 128 plus the number of the signal."""
         return 128 + (self.signal or signal.SIGINT)
 
 
 @contextmanager
-def stopping(*, tell: bool) -> Iterator[Stop]:
-    """Inside the block a signal is noted and not raised: in the middle of a step some weights are already the next step's.
+def stopping(*, announce: bool) -> Iterator[Stop]:
+    """Record the first SIGINT or SIGTERM inside the block instead of raising it.
 
-    A second one raises `KeyboardInterrupt` at once. Where Ctrl-C is ignored (a shell's background) it stays so, and
-    outside the main thread, which alone gets signals, nothing is changed.
+    An exception in the middle of a step would leave some weights updated and others not. Signals that are ignored, such as
+    Ctrl-C in a shell's background job, stay ignored. Outside the main thread, which alone receives signals, nothing changes.
 
     Args:
-        tell: write a line when a signal came.
-    """
-    stop, before = Stop(), {}
+        announce: whether to write a line to standard error when the first signal arrives.
 
-    def note(number: int, frame: object) -> None:
+    Yields:
+        the `Stop` that holds the signal, for the caller to check between steps.
+
+    Raises:
+        KeyboardInterrupt: a second signal arrived; it is raised at once, at any point of a step.
+    """
+    stop, previous = Stop(), {}
+
+    def handle(number: int, frame: object) -> None:
         if stop.signal is not None:
             raise KeyboardInterrupt
         stop.signal = number
-        if tell:  # not by a buffered stream: the signal may have come while that is written to
+        if announce:  # unbuffered: the signal may have interrupted a write to the buffered stream
             os.write(2, b"\nstopping behind this step; once more stops at once, without a checkpoint\n")
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                before[number] = signal.signal(number, note)
+                previous[number] = signal.signal(number, handle)
     try:
         yield stop
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

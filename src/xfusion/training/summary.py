@@ -1,4 +1,4 @@
-"""The summary that a run prints before its first step, and the memory that each process holds."""
+"""The summary that a run prints before its first step, and tables of the memory that each process uses."""
 
 from __future__ import annotations
 
@@ -14,36 +14,39 @@ from xfusion.training.processes import Processes, Shard, num_bytes
 from xfusion.training.setup import Prompts
 from xfusion.training.stages import Recipe
 
-DIVIDED = {
+SHARD_TEXT = {
     "none": "each with all weights",
     "new": "the new weights divided among them, the base whole in each",
     "all": "new weights and base divided among them",
 }
-"""What processes hold, by what they shard."""
+"""Description of which weights each process stores, by the ``--shard`` policy."""
 
 
 def lines(
     model: Model, recipe: Recipe, source: Source, engine: Engine, prompts: Prompts | None, *, keeps_memory: bool
 ) -> Iterator[str]:
-    """Lines about base, new weights, data, step, and what was chosen with its reason.
+    """Lines about the base, the new weights, the data, the step, and the choices made for this machine with their reasons.
 
     Args:
-        model: what is trained.
-        recipe: how.
-        source: on what.
-        engine: how it computes.
-        prompts: the texts whose states are computed in each step instead of kept; None where there are none such.
-        keeps_memory: whether freed blocks stay with the process.
+        model: the model to train.
+        recipe: its recipe.
+        source: the training data.
+        engine: the compute settings of training.
+        prompts: the prompts, if their hidden states are computed in every step instead of cached; None otherwise.
+        keeps_memory: whether the process keeps freed memory instead of returning it to the system.
+
+    Yields:
+        one line of text at a time, without a newline.
     """
     frozen, stage = model.backbone.num_parameters, recipe.stages[0]
     yield f"base      {model.backbone.source}, {frozen / 1e6:.1f} M weights, frozen, {model.backbone.fingerprint[:16]}"
     yield f"new       {model.num_new_parameters / 1e6:.1f} M weights ({100 * model.num_new_parameters / frozen:.1f} %)"
-    for index, taken in model.fusion.taken.items():
-        yield f"start     layer {index}: " + ", ".join(f"{own} <- {name}" for own, name in taken.items())
+    for index, origins in model.fusion.taken.items():
+        yield f"start     layer {index}: " + ", ".join(f"{new_name} <- {name}" for new_name, name in origins.items())
     tokens = ", ".join(str(math.prod(model.modality.grid(size))) for size in model.modality.sizes)
     yield f"data      {source.spec}: {len(source.examples)} {model.modality.described}, {tokens} tokens"
-    solved = f" behind {stage.mixture.shots} solved examples each" if stage.mixture.shots else ""
-    yield f"step      {stage.mixture.draw} to draw, {stage.mixture.caption} to caption{solved}, times {stage.accumulate}"
+    shots = f" behind {stage.mixture.shots} solved examples each" if stage.mixture.shots else ""
+    yield f"step      {stage.mixture.draw} to draw, {stage.mixture.caption} to caption{shots}, times {stage.accumulate}"
     yield f"compute   {engine.reason}, {torch.get_num_threads()} threads"
     if any(stage.activation_checkpointing for stage in recipe.stages):
         yield "memory    layers are computed once more in the backward pass (activation checkpointing)"
@@ -59,25 +62,39 @@ def lines(
 def expected_memory(
     processes: Processes, shard: Shard, model: Model, engine: Engine, optimizer: Optimizer
 ) -> list[str]:
-    """What several processes will hold, weights and what training needs beside them; all call it together."""
-    new = num_bytes(optimizer.list)
-    needed = {"gradients": new, "moments": 2 * new, "average": new}
+    """A table of the memory that each process will need: weights, gradients, moments and average, in MB.
+
+    All processes call it together, before the first step.
+
+    Returns:
+        a line about the sharding, then the lines of the table (`Processes.memory`).
+    """
+    new_bytes = num_bytes(optimizer.shards)
+    training_bytes = {"gradients": new_bytes, "moments": 2 * new_bytes, "average": new_bytes}
     return [
-        f"processes {processes.count}, {DIVIDED[shard]}, and each with its share of every step",
-        *processes.memory(_weights(shard, model, engine, optimizer) | needed),
+        f"processes {processes.count}, {SHARD_TEXT[shard]}, and each with its share of every step",
+        *processes.memory(_weights(shard, model, engine, optimizer) | training_bytes),
     ]
 
 
-def held_memory(processes: Processes, shard: Shard, model: Model, engine: Engine, optimizer: Optimizer) -> list[str]:
-    """What several processes hold behind a step; gradients are gone by then. All call it together."""
-    held = {"moments": num_bytes(optimizer.moments), "average": num_bytes(optimizer.average)}
-    return processes.memory(_weights(shard, model, engine, optimizer) | held)
+def measured_memory(
+    processes: Processes, shard: Shard, model: Model, engine: Engine, optimizer: Optimizer
+) -> list[str]:
+    """A table of the memory that each process uses after a step, when there are no gradients: weights, moments and average.
+
+    All processes call it together.
+
+    Returns:
+        the lines of the table (`Processes.memory`).
+    """
+    training_bytes = {"moments": num_bytes(optimizer.moments), "average": num_bytes(optimizer.average)}
+    return processes.memory(_weights(shard, model, engine, optimizer) | training_bytes)
 
 
 def _weights(shard: Shard, model: Model, engine: Engine, optimizer: Optimizer) -> dict[str, int]:
-    """Bytes of weights in this process."""
-    base, copy = model.backbone, engine.backbone
-    parts = {"base": num_bytes((copy if shard == "all" else base).model.parameters())}
-    if shard != "all" and copy.dtype != base.dtype:
-        parts["base copy"] = num_bytes(copy.model.parameters())
-    return parts | {"new weights": num_bytes(optimizer.list)}
+    """Bytes of the weights in this process, by kind: the base, its copy in the compute dtype, and the new weights."""
+    backbone, compute_copy = model.backbone, engine.backbone
+    num_bytes_by_part = {"base": num_bytes((compute_copy if shard == "all" else backbone).model.parameters())}
+    if shard != "all" and compute_copy.dtype != backbone.dtype:
+        num_bytes_by_part["base copy"] = num_bytes(compute_copy.model.parameters())
+    return num_bytes_by_part | {"new weights": num_bytes(optimizer.shards)}

@@ -1,4 +1,4 @@
-"""Reports of a run: one JSON line per step, TensorBoard if it is installed, a live progress bar, and a listener."""
+"""Reports the events of a run: as JSON lines, to TensorBoard if it is installed, in a progress bar, and to a listener."""
 
 from __future__ import annotations
 
@@ -13,22 +13,26 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from xfusion.data.sequence import XFusionError
-from xfusion.storage import named_in_errors, whole_file
+from xfusion.storage import atomic_file, named_in_errors
 
 Event = dict[str, Any]
-"""``{"event": "start" | "plan" | "step" | "preview" | "end", ...}``."""
+"""An event of a run as JSON types. ``event`` names its kind: start, plan, step, preview, left_out or end."""
 Listener = Callable[[Event], None]
 
 
 class Track:
-    """Writes events of one run into its folder.
+    """Writes the events of one run to ``log.jsonl`` and ``tensorboard/`` in its folder.
 
     Args:
-        folder: the run's folder; None writes nothing, for a process that another one writes for.
-        console: where people read; None is silent.
-        listener: called with every event.
-        resume_at: steps of the log that stay; later lines belong to a run that was cut off.
-        left_out: ids of the examples that a resumed run leaves out from its start.
+        folder: the run's folder; None writes no files, as in all processes but the first.
+        console: where to show lines and the progress bar; None shows nothing.
+        listener: called with every event; None if there is none.
+        resume_at: number of finished steps; the log keeps the lines of these steps and drops later ones, which an interrupted
+            run wrote after its last state.
+        left_out: ids of the examples that the resumed state leaves out.
+
+    Raises:
+        XFusionError: the folder cannot be written.
     """
 
     def __init__(
@@ -41,10 +45,10 @@ class Track:
     ):
         self.console, self.listener = console, listener
         self.failure: XFusionError | None = None
-        """First error of writing an event; the caller checks it and stops the run."""
-        self.board: Any = None
+        """The first error while writing an event; the caller checks it and stops the run."""
+        self.tensorboard: Any = None
         self.bar: Progress | None = None
-        self.task: Any = None
+        self.bar_task: Any = None
         self.file: TextIO | None = None
         if folder is None:
             return
@@ -56,47 +60,63 @@ class Track:
             from torch.utils.tensorboard import SummaryWriter
 
             with named_in_errors(folder / "tensorboard"):
-                self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_at or None)
+                self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_at or None)
         except ImportError:
-            self.say("TensorBoard is not installed: curves go to log.jsonl only (pip install 'xfusion[train]')")
+            self.print("TensorBoard is not installed: curves go to log.jsonl only (pip install 'xfusion[train]')")
 
     def _open(self, resume_at: int, left_out: Container[str]) -> TextIO:
-        """The log, without what a run that was cut off had told of steps that will be taken again."""
+        """Open the log for appending, without the lines of steps that will be repeated."""
         lines = self.path.read_text(encoding="utf-8").splitlines() if resume_at and self.path.exists() else []
-        # Under another name first: a run that is killed here shall find the whole log when it goes on.
-        with whole_file(self.path) as rewritten:
-            kept = (line for line in lines if _stays(line, resume_at, left_out))
-            rewritten.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        # Replaced atomically: if the run is killed here, it finds the complete log when it resumes.
+        with atomic_file(self.path) as temporary:
+            current_lines = (line for line in lines if _is_current(line, resume_at, left_out))
+            temporary.write_text("".join(f"{line}\n" for line in current_lines), encoding="utf-8")
         return self.path.open("a", encoding="utf-8", buffering=1)
 
-    def to_disk(self) -> None:
-        """The log's lines outlive a power cut from here on."""
+    def sync(self) -> None:
+        """Flush the log to disk, so that its lines survive a power cut.
+
+        Raises:
+            XFusionError: the disk reports an error.
+        """
         if self.file:
             with named_in_errors(self.path):
                 os.fsync(self.file.fileno())
 
-    def say(self, *lines: str) -> None:
-        """Lines for people."""
+    def print(self, *lines: str) -> None:
+        """Print lines on the console."""
         if self.console:
             for line in lines:
                 self.console.print(line, highlight=False, markup=False)
 
     def event(self, **event: Any) -> None:
-        """Write an event down, unless that has failed before, and pass it on."""
+        """Write an event to the log and TensorBoard, unless an earlier write failed, and call the listener with it.
+
+        Previews are not logged. A failed write does not raise: see `failure`.
+
+        Args:
+            event: the event's fields; ``event`` is its kind.
+        """
         if self.file and self.failure is None:
             try:
                 with named_in_errors(self.path):
                     if event["event"] != "preview":
                         self.file.write(json.dumps(event) + "\n")
                     if event["event"] == "step":
-                        self._step(event)
-            except XFusionError as error:  # not raised: the other processes would not know
+                        self._record_step(event)
+            except XFusionError as error:  # not raised here: the other processes would wait for this one
                 self.failure = error
         if self.listener:
             self.listener(event)
 
-    def start_bar(self, total: int, done: int, first: str) -> None:
-        """Show the live bar; ``first`` stands in it until the first step is done."""
+    def start_bar(self, total: int, done: int, first_text: str) -> None:
+        """Show the progress bar.
+
+        Args:
+            total: number of steps; 0 if it is not known yet.
+            done: number of finished steps.
+            first_text: text of the bar until the first step is done.
+        """
         if self.console:
             columns = (
                 TextColumn("training"),
@@ -106,54 +126,56 @@ class Track:
                 TimeRemainingColumn(),
             )
             self.bar = Progress(*columns, console=self.console, refresh_per_second=2)
-            self.task = self.bar.add_task("training", total=total, completed=done, text=first)
+            self.bar_task = self.bar.add_task("training", total=total, completed=done, text=first_text)
             self.bar.start()
 
     def set_total(self, total: int) -> None:
-        """Tell the bar how many steps there are."""
+        """Set the total number of steps of the bar."""
         if self.bar:
-            self.bar.update(self.task, total=total)
+            self.bar.update(self.bar_task, total=total)
 
-    def _step(self, event: Event) -> None:
+    def _record_step(self, event: Event) -> None:
         losses = event["losses"]
         if self.bar:
             text = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
             self.bar.update(
-                self.task, completed=event["step"] + 1, text=f"{text} | {event['samples_per_second']:.0f} samples/s"
+                self.bar_task, completed=event["step"] + 1, text=f"{text} | {event['samples_per_second']:.0f} samples/s"
             )
-        if self.board and event["step"] % 10 == 0:
+        if self.tensorboard and event["step"] % 10 == 0:
             for name, value in losses.items():
-                self.board.add_scalar(f"loss/{name}", value, event["step"])
-            self.board.add_scalar("rate", event["rate"], event["step"])
-            self.board.add_scalar("samples_per_second", event["samples_per_second"], event["step"])
+                self.tensorboard.add_scalar(f"loss/{name}", value, event["step"])
+            self.tensorboard.add_scalar("rate", event["rate"], event["step"])
+            self.tensorboard.add_scalar("samples_per_second", event["samples_per_second"], event["step"])
 
     def image(self, picture: Any, step: int) -> None:
-        """A preview, for TensorBoard."""
-        if self.board:
+        """Write a preview, a PIL image, to TensorBoard."""
+        if self.tensorboard:
             import numpy
 
-            self.board.add_image("preview", numpy.asarray(picture), step, dataformats="HWC")
+            self.tensorboard.add_image("preview", numpy.asarray(picture), step, dataformats="HWC")
 
     def close(self) -> None:
-        """Leave no bar and no open file."""
+        """Stop the bar and close all files."""
         if self.bar:
             self.bar.stop()
-        with contextlib.suppress(OSError):  # each line was flushed: what fails here has been told when it was written
-            if self.board:
-                self.board.close()
+        with contextlib.suppress(OSError):  # each line was flushed: an error here was reported when it was written
+            if self.tensorboard:
+                self.tensorboard.close()
         with contextlib.suppress(OSError):
             if self.file:
                 self.file.close()
 
 
-def _stays(line: str, resume_at: int, left_out: Container[str]) -> bool:
-    """Whether a line tells of what a state of this step holds: steps before it, what was planned behind the last of them, and
-    what is left out. A line that was cut off tells of nothing.
+def _is_current(line: str, resume_at: int, left_out: Container[str]) -> bool:
+    """Whether a line of the log describes something that the resumed state contains.
+
+    These are events of steps before ``resume_at``, and at ``resume_at`` itself the plan and the examples that the state leaves
+    out. An incomplete line, cut off by a crash, is dropped.
     """
     try:
         event = json.loads(line)
-        kind, step = event.get("event"), event.get("step", 0)
+        name, step = event.get("event"), event.get("step", 0)
     except (ValueError, AttributeError):
         return False
-    at = kind == "plan" or (kind == "left_out" and event.get("example") in left_out)
-    return step < resume_at or (at and step == resume_at)
+    at_resume_step = name == "plan" or (name == "left_out" and event.get("example") in left_out)
+    return step < resume_at or (at_resume_step and step == resume_at)

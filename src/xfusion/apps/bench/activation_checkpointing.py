@@ -22,54 +22,56 @@ STEPS = 3
 
 def measure(bench: Bench) -> dict[str, Any]:
     """Measure joint steps of the demo's tower and of the full copied one."""
-    return {f"{tower}_tower": _turns(bench, full=tower == "full") for tower in ("demo", "full")}
+    return {f"{tower}_tower": _measure_tower(bench, full=tower == "full") for tower in ("demo", "full")}
 
 
-def _turns(bench: Bench, *, full: bool) -> dict[str, Any]:
+def _measure_tower(bench: Bench, *, full: bool) -> dict[str, Any]:
     step = Step(bench, bench.model(full=full))
-    ways = {"kept": False, "computed_again": True}
-    taken: dict[str, list[tuple[float, float | None]]] = {way: [] for way in ways}
-    for again in ways.values():
-        step.engine.activation_checkpointing = again
+    modes = {"kept": False, "computed_again": True}
+    measurements: dict[str, list[tuple[float, float | None]]] = {mode: [] for mode in modes}
+    for checkpointing in modes.values():
+        step.engine.activation_checkpointing = checkpointing
         step.warm()
     device = bench.backbone.device
-    for number in range(bench.rounds):
-        bench.tell(f"round {number + 1} of {bench.rounds}: {', '.join(ways)}")
-        for way, again in ways.items():
-            step.engine.activation_checkpointing = again
-            taken[way].append(_turn(step, device))
-    found: dict[str, Any] = {}
-    for way, again in ways.items():
-        seconds, grown = zip(*taken[way], strict=True)
-        found[way] = {
+    for round_index in range(bench.rounds):
+        bench.report(f"round {round_index + 1} of {bench.rounds}: {', '.join(modes)}")
+        for mode, checkpointing in modes.items():
+            step.engine.activation_checkpointing = checkpointing
+            measurements[mode].append(_measure_turn(step, device))
+    result: dict[str, Any] = {}
+    for mode, checkpointing in modes.items():
+        seconds, memory = zip(*measurements[mode], strict=True)
+        result[mode] = {
             "step_seconds": statistics.median(seconds),
-            "memory_bytes": None if None in grown else statistics.median(grown),
-            "predicted_activation_bytes": activation_memory(step.model, bench.stage, bench.dtype, checkpointing=again),
+            "memory_bytes": None if None in memory else statistics.median(memory),
+            "predicted_activation_bytes": activation_memory(
+                step.model, bench.stage, bench.dtype, checkpointing=checkpointing
+            ),
         }
-    kept, again = found["kept"], found["computed_again"]
-    found["time_over_kept"] = again["step_seconds"] / kept["step_seconds"]
-    if kept["memory_bytes"]:
-        found["memory_over_kept"] = again["memory_bytes"] / kept["memory_bytes"]
-    return found
+    stored, recomputed = result["kept"], result["computed_again"]
+    result["time_over_kept"] = recomputed["step_seconds"] / stored["step_seconds"]
+    if stored["memory_bytes"]:
+        result["memory_over_kept"] = recomputed["memory_bytes"] / stored["memory_bytes"]
+    return result
 
 
-def _turn(step: Step, device: torch.device) -> tuple[float, float | None]:
+def _measure_turn(step: Step, device: torch.device) -> tuple[float, float | None]:
     """Seconds of a step, and the bytes that a turn needs."""
     give_back_freed_memory()
-    before = _held(device)
-    with peak_memory(device) as most:
+    bytes_before = _allocated_bytes(device)
+    with peak_memory(device) as peak:
         step()
-        begun = time.perf_counter()
+        start = time.perf_counter()
         for _ in range(STEPS):
             step()
-        seconds = (time.perf_counter() - begun) / STEPS
-    return seconds, None if before is None or most["bytes"] is None else most["bytes"] - before
+        seconds = (time.perf_counter() - start) / STEPS
+    return seconds, None if bytes_before is None or peak["bytes"] is None else peak["bytes"] - bytes_before
 
 
-def _held(device: torch.device) -> int | None:
+def _allocated_bytes(device: torch.device) -> int | None:
     """Bytes held now."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    with peak_memory(device) as now:
+    with peak_memory(device) as peak:
         pass
-    return now["bytes"]
+    return peak["bytes"]

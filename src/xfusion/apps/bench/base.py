@@ -33,7 +33,7 @@ from xfusion.training.precision import choose_compute_dtype
 from xfusion.training.stages import Stage
 
 Work = Callable[[], object]
-Tell = Callable[[str], None]
+Report = Callable[[str], None]
 PERIOD = 8
 """Batches that steps repeat: few, so that texts and pictures are soon cached."""
 TURN = 1.0
@@ -56,7 +56,7 @@ class Bench:
     compile: bool = True
     quick: bool = False
     """A few small rounds: for tests, the figures mean nothing."""
-    tell: Tell = print
+    report: Report = print
     """Called with what is being measured."""
 
     @classmethod
@@ -98,27 +98,27 @@ class Bench:
         would find the CPU cache full of that work's matrices.
         """
         for name, work in works.items():
-            self.tell(f"warming up {name}")
+            self.report(f"warming up {name}")
             for _ in range(warm):
                 work()
-        taken: dict[str, list[float]] = {name: [] for name in works}
-        for number in range(rounds or self.rounds):
-            self.tell(f"round {number + 1} of {rounds or self.rounds}: {', '.join(works)}")
+        timings: dict[str, list[float]] = {name: [] for name in works}
+        for round_index in range(rounds or self.rounds):
+            self.report(f"round {round_index + 1} of {rounds or self.rounds}: {', '.join(works)}")
             for name, work in works.items():
                 gc.collect()
-                begun, calls = time.perf_counter(), 0
-                while not calls or (time.perf_counter() - begun < TURN and not self.quick):
+                start, calls = time.perf_counter(), 0
+                while not calls or (time.perf_counter() - start < TURN and not self.quick):
                     work()
                     calls += 1
-                taken[name].append((time.perf_counter() - begun) / calls)
-        return {name: statistics.median(seconds) for name, seconds in taken.items()}
+                timings[name].append((time.perf_counter() - start) / calls)
+        return {name: statistics.median(seconds) for name, seconds in timings.items()}
 
     def matrix_product(self) -> tuple[Work, float]:
         """A product of two square matrices in the training precision, and its FLOPs."""
         side = 256 if self.quick else SQUARE
-        one, two = (torch.randn(side, side).to(self.dtype) for _ in range(2))
-        out = torch.empty_like(one)
-        return lambda: torch.mm(one, two, out=out), 2.0 * side**3
+        left, right = (torch.randn(side, side).to(self.dtype) for _ in range(2))
+        output = torch.empty_like(left)
+        return lambda: torch.mm(left, right, out=output), 2.0 * side**3
 
 
 # ------------------------------------------------------------------------------------------------------ a training step
@@ -147,31 +147,38 @@ class Step:
         activation_checkpointing: bool = False,
     ):
         self.model, mixture = model, bench.stage.mixture
-        names = mixture.caption if caption is None else caption
+        captions = mixture.caption if caption is None else caption
         mixture = replace(
             mixture,
             draw=mixture.draw if draw is None else draw,
-            caption=names,
-            pack=math.gcd(mixture.pack, names),  # captions are packed into rows: fewer captions, shorter rows
+            caption=captions,
+            pack=math.gcd(mixture.pack, captions),  # captions are packed into rows: fewer captions, shorter rows
         )
-        base = model.backbone
+        backbone = model.backbone
         self.mixture = Mixture(
-            bench.source, model.image, model.image.sizes, base.encode, base.begin_ids, base.end_ids[0], mixture, 0
+            bench.source,
+            model.image,
+            model.image.sizes,
+            backbone.encode,
+            backbone.begin_ids,
+            backbone.end_ids[0],
+            mixture,
+            0,
         )
         self.engine: Engine = model.training_engine(
-            bench.dtype, "measured", choose_attention(base.device), bench.compile
+            bench.dtype, "measured", choose_attention(backbone.device), bench.compile
         )
         self.engine.keep_text, self.engine.activation_checkpointing = keep_text, activation_checkpointing
         self.optimizer = Optimizer(model.named_new_parameters())
         self.numbers, self.rate = count(), 1e-4
         self.period: int | None = PERIOD
         self.samples = mixture.draw + mixture.caption
-        self.weights = {name: weight for o in model.objectives for name, weight in o.weights.items()}
+        self.weights = {name: weight for objective in model.objectives for name, weight in objective.weights.items()}
 
     def __call__(self) -> None:
         """Run the next step."""
-        number = next(self.numbers)
-        batches = self.mixture.batches(number % self.period if self.period else number)
+        step_number = next(self.numbers)
+        batches = self.mixture.batches(step_number % self.period if self.period else step_number)
         counts: Counter[str] = Counter()
         for batch in batches:
             for objective in self.model.objectives:
@@ -182,11 +189,11 @@ class Step:
                 with torch.autocast(
                     self.model.backbone.device.type, self.engine.dtype, enabled=bool(self.engine.autocast)
                 ):
-                    found = self.model.losses(batch, generator)
-                loss = sum(self.weights[name] * value / counts[name] for name, (value, _) in found.items())
+                    losses = self.model.losses(batch, generator)
+                loss = sum(self.weights[name] * value / counts[name] for name, (value, _) in losses.items())
                 if isinstance(loss, Tensor):
                     loss.backward()
-                for value, _ in found.values():
+                for value, _ in losses.values():
                     float(value.detach())
         self.optimizer.step(self.rate, 1.0, 0.999)
 
@@ -195,12 +202,12 @@ class Step:
         for _ in range(PERIOD):
             self()
 
-    def unseen(self, steps: int) -> None:
+    def run_unseen(self, steps: int) -> None:
         """Run steps on unread batches: other examples with other wordings, as in a real run."""
-        self.period, before = None, self.period
+        self.period, period = None, self.period
         for _ in range(steps):
             self()
-        self.period = before
+        self.period = period
 
 
 # --------------------------------------------------------------------------------------------------- matrix products
@@ -226,11 +233,11 @@ class Product:
     @property
     def extents(self) -> tuple[int, int, int]:
         """Elements spanned by both operands and the result."""
-        one, two = (
+        left, right = (
             1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
             for shape, stride in zip(self.shapes, self.strides, strict=True)
         )
-        return one, two, math.prod(self.shapes[0][:-1]) * self.shapes[1][-1]
+        return left, right, math.prod(self.shapes[0][:-1]) * self.shapes[1][-1]
 
 
 def products(work: Work) -> list[Product]:
@@ -249,15 +256,15 @@ def products(work: Work) -> list[Product]:
             observer.stop()
             observer.unregister_callback()
         nodes = json.loads(Path(file).read_text(encoding="utf-8"))["nodes"]
-    found, inside = [], set()
+    executed, product_ids = [], set()
     for node in sorted(nodes, key=lambda n: n["id"]):
         kind = node["name"].removeprefix("aten::")
-        if node["ctrl_deps"] in inside:  # a product called by another product
-            inside.add(node["id"])
+        if node["ctrl_deps"] in product_ids:  # a product called by another product
+            product_ids.add(node["id"])
         elif kind in PRODUCTS:
-            inside.add(node["id"])
-            found.append(_product(node, first=int(kind.endswith("addmm") or kind == "baddbmm")))
-    return found
+            product_ids.add(node["id"])
+            executed.append(_product(node, first=int(kind.endswith("addmm") or kind == "baddbmm")))
+    return executed
 
 
 _DTYPES = {"BFloat16": torch.bfloat16, "float": torch.float32, "Half": torch.float16, "double": torch.float64}
@@ -272,35 +279,35 @@ def _product(node: dict[str, Any], first: int) -> Product:
     return Product(shapes, strides, _DTYPES[kind], places)  # type: ignore[arg-type]
 
 
-def alone(found: list[Product]) -> Work:
+def replay(executed: list[Product]) -> Work:
     """The same products alone: same shapes, strides, precision and order, with memory shared as in the work.
 
     Layers have separate weight matrices, queries and keys read the same states, and each product finds in the CPU cache
     what the previous one left there.
     """
     sizes: dict[tuple[int, torch.dtype], int] = {}
-    for product in found:
+    for product in executed:
         for (memory, offset), extent in zip(product.places, product.extents, strict=True):
             sizes[memory, product.dtype] = max(sizes.get((memory, product.dtype), 0), offset + extent)
-    room = {key: torch.randn(size).to(key[1]) for key, size in sizes.items()}
+    buffers = {key: torch.randn(size).to(key[1]) for key, size in sizes.items()}
     operands = []
-    for product in found:
-        one, two, out = (room[memory, product.dtype][offset:] for memory, offset in product.places)
+    for product in executed:
+        left, right, output = (buffers[memory, product.dtype][offset:] for memory, offset in product.places)
         (first, second), (first_strides, second_strides) = product.shapes, product.strides
-        result = out[: product.extents[2]].view(*first[:-1], second[-1])
-        operands.append((one.as_strided(first, first_strides), two.as_strided(second, second_strides), result))
+        result = output[: product.extents[2]].view(*first[:-1], second[-1])
+        operands.append((left.as_strided(first, first_strides), right.as_strided(second, second_strides), result))
 
     def work() -> None:
-        for one, two, out in operands:
-            torch.matmul(one, two, out=out)
+        for left, right, output in operands:
+            torch.matmul(left, right, out=output)
 
     return work
 
 
 @contextmanager
-def no_new_graphs() -> Iterator[Callable[[], int]]:
+def count_new_graphs() -> Iterator[Callable[[], int]]:
     """Count the graphs that are compiled inside the block."""
     from xfusion.model import compiled_graphs
 
-    before = compiled_graphs()
-    yield lambda: compiled_graphs() - before
+    graphs_before = compiled_graphs()
+    yield lambda: compiled_graphs() - graphs_before

@@ -18,44 +18,44 @@ from xfusion.training.optimizer import Optimizer
 
 def measure(bench: Bench) -> dict[str, Any]:
     """Measure the demo's tower and the full copied one."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for full in (False, True):
         step = Step(bench, bench.model(full=full))
         step.warm()
         batches = step.mixture.batches(0)
-        media = [m.rows for batch in batches for m in batch.media.values()]
+        media = [media_batch.rows for batch in batches for media_batch in batch.media.values()]
         positions = [int((rows.order >= 0).sum()) for rows in (*(b.text for b in batches), *media)]
         # Rows as long as ours on average, and enough of them for the same number of tokens.
         length = max(2, round(sum(positions) / step.samples))
         ids = torch.randint(3, bench.backbone.config.vocab_size, (round(sum(positions) / length), length))
-        peer, train = _text_training(bench, ids)
-        ours = sum(product.flops for product in products(step))
-        peer.config._attn_implementation = "eager"
-        theirs = sum(product.flops for product in products(train))
-        peer.config._attn_implementation = bench.backbone.attention
-        seconds = bench.in_turn({"our joint step": step, "text training": train})
-        mine, other = seconds.values()
-        found["full_tower" if full else "demo_tower"] = {
-            "ratio_to_llama_text_training": (ours / mine) / (theirs / other),
+        peer_model, peer_step = _text_training(bench, ids)
+        our_flops = sum(product.flops for product in products(step))
+        peer_model.config._attn_implementation = "eager"
+        peer_flops = sum(product.flops for product in products(peer_step))
+        peer_model.config._attn_implementation = bench.backbone.attention
+        seconds = bench.in_turn({"our joint step": step, "text training": peer_step})
+        our_seconds, peer_seconds = seconds.values()
+        result["full_tower" if full else "demo_tower"] = {
+            "ratio_to_llama_text_training": (our_flops / our_seconds) / (peer_flops / peer_seconds),
             "tokens": sum(positions),
             "text_tokens_of_the_peer": ids.numel(),
-            "step_seconds": mine,
-            "peer_step_seconds": other,
-            "flops": ours,
-            "peer_flops": theirs,
-            "ratio_of_tokens_per_second": (sum(positions) / mine) / (ids.numel() / other),
+            "step_seconds": our_seconds,
+            "peer_step_seconds": peer_seconds,
+            "flops": our_flops,
+            "peer_flops": peer_flops,
+            "ratio_of_tokens_per_second": (sum(positions) / our_seconds) / (ids.numel() / peer_seconds),
         }
-    return found
+    return result
 
 
 def _text_training(bench: Bench, ids: torch.Tensor) -> tuple[Any, Callable[[], None]]:
-    model: Any = copy.deepcopy(bench.backbone.model).float().requires_grad_(True).train()
-    optimizer = Optimizer(dict(model.named_parameters()))
+    peer_model: Any = copy.deepcopy(bench.backbone.model).float().requires_grad_(True).train()
+    optimizer = Optimizer(dict(peer_model.named_parameters()))
 
     def step() -> None:
         with torch.autocast(ids.device.type, bench.dtype, enabled=bench.dtype != torch.float32):
-            loss = model(ids, labels=ids).loss
+            loss = peer_model(ids, labels=ids).loss
         loss.backward()
         optimizer.step(1e-5, 1.0, 0.999)
 
-    return model, step
+    return peer_model, step

@@ -18,27 +18,27 @@ STEPS = 3
 
 def measure(bench: Bench) -> dict[str, Any]:
     """Measure drawing and joint steps of the demo's tower."""
-    return {kind: _turns(bench, kind) for kind in ("drawing", "joint")}
+    return {kind: _measure_steps(bench, kind) for kind in ("drawing", "joint")}
 
 
-def _turns(bench: Bench, kind: str) -> dict[str, Any]:
+def _measure_steps(bench: Bench, kind: str) -> dict[str, Any]:
     step = Step(bench, bench.model(), caption=0 if kind == "drawing" else None)
     step.warm()
-    taken: dict[str, list[tuple[float, float, float]]] = {"given_back": [], "kept": []}
-    for number in range(bench.rounds):
-        bench.tell(f"round {number + 1} of {bench.rounds}: {', '.join(taken)}")
-        for name, up_to in (("given_back", GIVEN_BACK), ("kept", ALL)):
-            keep_freed_memory(up_to)
+    measurements: dict[str, list[tuple[float, float, float]]] = {"given_back": [], "kept": []}
+    for round_index in range(bench.rounds):
+        bench.report(f"round {round_index + 1} of {bench.rounds}: {', '.join(measurements)}")
+        for mode, limit in (("given_back", GIVEN_BACK), ("kept", ALL)):
+            keep_freed_memory(limit)
             step()
-            before, begun = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+            before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
             for _ in range(STEPS):
                 step()
-            seconds, after = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_SELF)
-            system, faults = after.ru_stime - before.ru_stime, after.ru_minflt - before.ru_minflt
-            taken[name].append((seconds / STEPS, system / STEPS, faults / STEPS))
-    names = ("step_seconds", "system_seconds", "page_faults")
-    found: dict[str, Any] = {
-        way: dict(zip(names, map(statistics.median, zip(*turns, strict=True)), strict=True))
-        for way, turns in taken.items()
+            seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
+            system_seconds, faults = after.ru_stime - before.ru_stime, after.ru_minflt - before.ru_minflt
+            measurements[mode].append((seconds / STEPS, system_seconds / STEPS, faults / STEPS))
+    measures = ("step_seconds", "system_seconds", "page_faults")
+    result: dict[str, Any] = {
+        mode: dict(zip(measures, map(statistics.median, zip(*turns, strict=True)), strict=True))
+        for mode, turns in measurements.items()
     }
-    return found | {"given_back_over_kept": found["given_back"]["step_seconds"] / found["kept"]["step_seconds"]}
+    return result | {"given_back_over_kept": result["given_back"]["step_seconds"] / result["kept"]["step_seconds"]}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch._inductor.utils import fresh_cache
 
-from xfusion.apps.bench.base import Bench, Step, alone, no_new_graphs, products
+from xfusion.apps.bench.base import Bench, Step, count_new_graphs, products, replay
 
 UNSEEN = 16
 """Steps in which new graphs are counted."""
@@ -23,48 +23,50 @@ UNSEEN = 16
 
 def measure(bench: Bench) -> dict[str, Any]:
     """Measure drawing and joint steps of the demo's tower and of the full copied one."""
-    return {f"{tower}_tower": _tower(bench, full=tower == "full") for tower in ("demo", "full")}
+    return {f"{tower}_tower": _measure_tower(bench, full=tower == "full") for tower in ("demo", "full")}
 
 
-def _tower(bench: Bench, *, full: bool) -> dict[str, Any]:
+def _measure_tower(bench: Bench, *, full: bool) -> dict[str, Any]:
     model = bench.model(full=full)
-    found: dict[str, Any] = {"trainable_parameters": model.num_new_parameters}
+    result: dict[str, Any] = {"trainable_parameters": model.num_new_parameters}
     for kind in ("drawing", "joint"):
         step = Step(bench, model, caption=0 if kind == "drawing" else None)
-        found[kind] = {"cold_start_seconds": _cold(bench, step)} if not full else {}
+        result[kind] = {"cold_start_seconds": _cold_start(bench, step)} if not full else {}
         step.warm()
-        executed, (square, flops) = products(step), bench.matrix_product()
-        with no_new_graphs() as graphs:
-            seconds = bench.in_turn({f"{kind} step": step, "its products": alone(executed), "a large product": square})
-            found[kind]["graphs_after_warm_up"] = graphs()
-        with no_new_graphs() as graphs:
-            step.unseen(UNSEEN)
-            found[kind]["graphs_in_unseen_steps"] = graphs()
-        taken, matrices, large = seconds.values()
-        done = sum(product.flops for product in executed)
-        found[kind] |= {
-            "share_of_shape_peak": matrices / taken,
-            "share_of_peak": done / taken / (flops / large),
-            "share_of_peak_of_the_products": done / matrices / (flops / large),
-            "samples_per_second": step.samples / taken,
-            "step_seconds": taken,
-            "products_seconds": matrices,
+        executed, (large_product, large_flops) = products(step), bench.matrix_product()
+        with count_new_graphs() as graphs:
+            seconds = bench.in_turn(
+                {f"{kind} step": step, "its products": replay(executed), "a large product": large_product}
+            )
+            result[kind]["graphs_after_warm_up"] = graphs()
+        with count_new_graphs() as graphs:
+            step.run_unseen(UNSEEN)
+            result[kind]["graphs_in_unseen_steps"] = graphs()
+        step_seconds, products_seconds, large_seconds = seconds.values()
+        executed_flops = sum(product.flops for product in executed)
+        result[kind] |= {
+            "share_of_shape_peak": products_seconds / step_seconds,
+            "share_of_peak": executed_flops / step_seconds / (large_flops / large_seconds),
+            "share_of_peak_of_the_products": executed_flops / products_seconds / (large_flops / large_seconds),
+            "samples_per_second": step.samples / step_seconds,
+            "step_seconds": step_seconds,
+            "products_seconds": products_seconds,
             "products": len(executed),
-            "flops": done,
-            "peak_flops_per_second": flops / large,
+            "flops": executed_flops,
+            "peak_flops_per_second": large_flops / large_seconds,
         }
-    return found
+    return result
 
 
-def _cold(bench: Bench, step: Step) -> dict[str, float]:
+def _cold_start(bench: Bench, step: Step) -> dict[str, float]:
     """Seconds of a first step: with nothing compiled, then with the compile cache on disk."""
 
-    def first() -> float:
+    def first_step() -> float:
         torch.compiler.reset()
-        begun = time.perf_counter()
+        start = time.perf_counter()
         step()
-        return time.perf_counter() - begun
+        return time.perf_counter() - start
 
-    bench.tell("cold start")
+    bench.report("cold start")
     with fresh_cache():
-        return {"nothing_compiled": first(), "compiled_before": first()}
+        return {"nothing_compiled": first_step(), "compiled_before": first_step()}

@@ -29,41 +29,46 @@ PART = 16
 def measure(bench: Bench) -> dict[str, Any]:
     """Measure the demo's tower and the full copied one against the peer at the LLM's shape and at the demo's weight count."""
     steps = {tower: Step(bench, bench.model(full=tower == "full")) for tower in ("demo", "full")}
-    peer = peer_of(bench, steps["demo"], bench.backbone.hidden_size)
-    small = matched_peer(bench, steps["demo"])
-    for step in (*steps.values(), peer, small):
+    peer = build_peer(bench, steps["demo"], bench.backbone.hidden_size)
+    small_peer = matched_peer(bench, steps["demo"])
+    for step in (*steps.values(), peer, small_peer):
         step.warm()
 
-    def ours(step: Step, keep_text: bool) -> Work:
+    def our_step(step: Step, keep_text: bool) -> Work:
         def work() -> None:
             step.engine.keep_text = keep_text
             step()
 
         return work
 
-    works = {(tower, kept): ours(step, kept) for tower, step in steps.items() for kept in (False, True)}
-    named = {f"our {tower} tower, text {'' if kept else 'not '}kept": work for (tower, kept), work in works.items()}
-    named |= {"transfusion-pytorch": peer, "transfusion-pytorch, as many weights": small}
-    seconds = list(bench.in_turn(named, warm=1).values())
-    samples, (theirs, matched) = steps["demo"].samples, seconds[-2:]
-    found: dict[str, Any] = {
-        "samples_per_step": samples,
-        "peer": peer.facts | {"step_seconds": theirs, "samples_per_second": samples / theirs},
-        "matched_peer": small.facts | {"step_seconds": matched, "samples_per_second": samples / matched},
+    works = {
+        (tower, text_kept): our_step(step, text_kept) for tower, step in steps.items() for text_kept in (False, True)
     }
-    for (tower, kept), taken in zip(works, seconds, strict=False):
-        cached = "_cached" if kept else ""
-        entry = found.setdefault(f"{tower}_tower", {"trainable_parameters": steps[tower].model.num_new_parameters})
-        entry |= {
-            f"ratio_to_transfusion_pytorch{cached}": theirs / taken,
-            f"samples_per_second{cached}": samples / taken,
+    labelled_works = {
+        f"our {tower} tower, text {'' if text_kept else 'not '}kept": work for (tower, text_kept), work in works.items()
+    }
+    labelled_works |= {"transfusion-pytorch": peer, "transfusion-pytorch, as many weights": small_peer}
+    seconds = list(bench.in_turn(labelled_works, warm=1).values())
+    samples, (peer_seconds, small_seconds) = steps["demo"].samples, seconds[-2:]
+    result: dict[str, Any] = {
+        "samples_per_step": samples,
+        "peer": peer.facts | {"step_seconds": peer_seconds, "samples_per_second": samples / peer_seconds},
+        "matched_peer": small_peer.facts
+        | {"step_seconds": small_seconds, "samples_per_second": samples / small_seconds},
+    }
+    for (tower, text_kept), step_seconds in zip(works, seconds, strict=False):
+        suffix = "_cached" if text_kept else ""
+        figures = result.setdefault(f"{tower}_tower", {"trainable_parameters": steps[tower].model.num_new_parameters})
+        figures |= {
+            f"ratio_to_transfusion_pytorch{suffix}": peer_seconds / step_seconds,
+            f"samples_per_second{suffix}": samples / step_seconds,
         }
         if tower == "demo":
-            entry[f"ratio_at_matched_parameters{cached}"] = matched / taken
-    return found
+            figures[f"ratio_at_matched_parameters{suffix}"] = small_seconds / step_seconds
+    return result
 
 
-def peer_of(bench: Bench, step: Step, width: int) -> Peer:
+def build_peer(bench: Bench, step: Step, width: int) -> Peer:
     try:
         from transfusion_pytorch import Transfusion
     except ImportError as error:
@@ -71,7 +76,7 @@ def peer_of(bench: Bench, step: Step, width: int) -> Peer:
             f"the peer transfusion-pytorch cannot be imported ({error}): pip install 'xfusion[bench]', or leave it out"
             " with --only"
         ) from error
-    config, head = bench.backbone.config, bench.backbone.head_width
+    config, head_width = bench.backbone.config, bench.backbone.head_width
     model = Transfusion(
         num_text_tokens=config.vocab_size,
         dim_latent=step.model.image.token_width,
@@ -82,8 +87,8 @@ def peer_of(bench: Bench, step: Step, width: int) -> Peer:
         transformer={
             "dim": width,
             "depth": bench.backbone.num_layers,
-            "dim_head": head,
-            "heads": max(1, width // head),
+            "dim_head": head_width,
+            "heads": max(1, width // head_width),
             # Its MLP has two thirds of this width.
             "ff_expansion_factor": 1.5 * config.intermediate_size / config.hidden_size,
         },
@@ -93,14 +98,14 @@ def peer_of(bench: Bench, step: Step, width: int) -> Peer:
 
 def matched_peer(bench: Bench, step: Step) -> Peer:
     """The peer with the LLM's depth whose width, in whole heads, gives the number of weights nearest to ours."""
-    wanted, head = step.model.num_new_parameters, bench.backbone.head_width
-    best = peer_of(bench, step, head)
-    for width in range(2 * head, bench.backbone.hidden_size + 1, head):
-        wider = peer_of(bench, step, width)
-        if abs(wider.facts["trainable_parameters"] - wanted) >= abs(best.facts["trainable_parameters"] - wanted):
+    target, head_width = step.model.num_new_parameters, bench.backbone.head_width
+    nearest = build_peer(bench, step, head_width)
+    for width in range(2 * head_width, bench.backbone.hidden_size + 1, head_width):
+        candidate = build_peer(bench, step, width)
+        if abs(candidate.facts["trainable_parameters"] - target) >= abs(nearest.facts["trainable_parameters"] - target):
             break
-        best = wider
-    return best
+        nearest = candidate
+    return nearest
 
 
 class Peer:
@@ -119,8 +124,8 @@ class Peer:
         self.grid = step.model.image.grid(step.model.image.sizes[0])
 
     def __call__(self) -> None:
-        number = next(self.numbers)
-        samples = self.mixture.samples(number % self.period if self.period else number)
+        step_number = next(self.numbers)
+        samples = self.mixture.samples(step_number % self.period if self.period else step_number)
         parts = math.ceil(len(samples) / PART)
         for first in range(parts):  # each part mixes drawings and captions as the whole batch does
             part = samples[first::parts]
@@ -131,8 +136,8 @@ class Peer:
 
     def _losses(self, samples: list[Sequence]) -> Any:
         """What the peer calls a breakdown, including ``total`` and ``text``."""
-        kind = self.bench.dtype
-        with torch.autocast("cpu", kind, enabled=kind != torch.float32):
+        dtype = self.bench.dtype
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             return self.model([list(self._items(sample)) for sample in samples], return_breakdown=True)[1]
 
     @torch.no_grad()
@@ -142,16 +147,16 @@ class Peer:
         The peer divides by a number of tokens that it does not report. The same loss of an uninformed head, which must be
         the logarithm of the vocabulary's size, reveals it.
         """
-        found = float(self._losses(samples).text)
-        sizes = []
+        loss = float(self._losses(samples).text)
+        vocabulary_sizes = []
 
-        def knows_nothing(_: Any, __: Any, logits: Tensor) -> Tensor:
-            sizes.append(logits.shape[-1])
+        def zero_logits(_: Any, __: Any, logits: Tensor) -> Tensor:
+            vocabulary_sizes.append(logits.shape[-1])
             return torch.zeros_like(logits)
 
-        hook = self.model.to_text_logits.register_forward_hook(knows_nothing)
+        hook = self.model.to_text_logits.register_forward_hook(zero_logits)
         try:
-            return found / float(self._losses(samples).text) * math.log(sizes[0])
+            return loss / float(self._losses(samples).text) * math.log(vocabulary_sizes[0])
         finally:
             hook.remove()
 

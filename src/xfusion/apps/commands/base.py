@@ -38,7 +38,7 @@ class Verb:
     json: bool = False
     """Print one JSON object on stdout; text for people goes to stderr."""
 
-    def run(self, people: Console) -> Answer:
+    def run(self, console: Console) -> Answer:
         """Run the verb.
 
         Args:
@@ -47,20 +47,20 @@ class Verb:
         raise NotImplementedError(type(self).__name__)
 
 
-_COMMANDS = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n"), ord("\t")})
+_CONTROL_CHARACTERS = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n"), ord("\t")})
 
 
 def readable(text: str) -> str:
     """A model's output without the control characters that a terminal would interpret instead of showing."""
-    return text.translate(_COMMANDS)
+    return text.translate(_CONTROL_CHARACTERS)
 
 
 @contextmanager
-def progress(people: Console) -> Iterator[Callable[[str, int, int], None]]:
+def progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar with the time left, only on a terminal; yields a function of (part's name, items done, items in all)."""
-    left = TimeRemainingColumn(elapsed_when_finished=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), left)
-    with Progress(*columns, console=people, transient=True, disable=not people.is_terminal) as bar:
+    time_left = TimeRemainingColumn(elapsed_when_finished=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), time_left)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("loading", total=None)
         yield lambda part, done, total: bar.update(task, description=part, completed=done, total=total)
 
@@ -81,22 +81,22 @@ def load_models(names: Sequence[str], *, device: str = "auto", trust: bool = Fal
     from xfusion.backbone import Backbone
     from xfusion.together import together
 
-    found: dict[str, list[str]] = {}
+    folders_by_name: dict[str, list[str]] = {}
     bases: dict[str, str] = {}
     for name in names:
-        known = "+".join(map(short_name, parts(name)))
-        if known in found:
-            raise UsageError(f"two packs are called {known!r}: rename the folder of one")
-        found[known] = [pack_folder(part) for part in parts(name)]
-        for folder in found[known]:
+        short = "+".join(map(short_name, parts(name)))
+        if short in folders_by_name:
+            raise UsageError(f"two packs are called {short!r}: rename the folder of one")
+        folders_by_name[short] = [pack_folder(part) for part in parts(name)]
+        for folder in folders_by_name[short]:
             bases[folder] = checkpoint.read_config(checkpoint.find(folder))["base"]["fingerprint"]
-    where = choose_device(device)
+    torch_device = choose_device(device)
     packs: dict[str, Model] = {}
-    loaded: dict[str, Backbone] = {}
+    backbones: dict[str, Backbone] = {}
     for folder, base in bases.items():
-        packs[folder] = checkpoint.load(folder, backbone=loaded.get(base), device=where, trust=trust)
-        loaded.setdefault(base, packs[folder].backbone)
-    return {known: together(*(packs[folder] for folder in folders)) for known, folders in found.items()}
+        packs[folder] = checkpoint.load(folder, backbone=backbones.get(base), device=torch_device, trust=trust)
+        backbones.setdefault(base, packs[folder].backbone)
+    return {short: together(*(packs[folder] for folder in folders)) for short, folders in folders_by_name.items()}
 
 
 def parts(name: str) -> list[str]:
@@ -118,8 +118,8 @@ def pack_folder(name: str) -> str:
     from xfusion.checkpoint import pack_in
 
     folder = Path(name).expanduser()
-    inside = pack_in(folder)
-    return name if inside == folder else str(inside)
+    pack = pack_in(folder)
+    return name if pack == folder else str(pack)
 
 
 def choose_device(name: str) -> str:
@@ -138,8 +138,8 @@ def choose_device(name: str) -> str:
         device = torch.device(name)
     except RuntimeError:
         raise UsageError(f"device {name!r} is not one of auto, cpu, cuda, cuda:1, mps") from None
-    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device.type)
-    if there is None or not there():
+    is_available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device.type)
+    if is_available is None or not is_available():
         raise UsageError(
             f"device {name!r}: torch {torch.__version__} finds none on this machine; leave --device out to use the CPU"
         )
@@ -154,21 +154,21 @@ def as_folder(path: Path) -> Path:
     Raises:
         UsageError: the path or one of its parents is a file.
     """
-    for above in (path, *path.parents):
-        if above.exists() and not above.is_dir():
-            raise UsageError(f"-o {path}: {above} is a file, not a folder")
+    for ancestor in (path, *path.parents):
+        if ancestor.exists() and not ancestor.is_dir():
+            raise UsageError(f"-o {path}: {ancestor} is a file, not a folder")
     return path
 
 
-def written(path: Path, write: Callable[[Path], object]) -> Path:
+def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
     """Let ``write`` fill a temporary file beside ``path``, then rename it: no reader ever sees a partial file.
 
     Raises:
         XFusionError: the file system refuses; the error names ``path``.
     """
-    from xfusion.storage import whole_file
+    from xfusion.storage import atomic_file
 
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         write(temporary)
     return path
 

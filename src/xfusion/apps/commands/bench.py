@@ -43,7 +43,7 @@ class Bench(Verb):
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
     """Also write the answer to this file."""
 
-    def run(self, people: Console) -> Answer:
+    def run(self, console: Console) -> Answer:
         from xfusion.apps.bench import base
         from xfusion.data.sequence import XFusionError
         from xfusion.evaluation.machine import commit, machine
@@ -52,29 +52,29 @@ class Bench(Verb):
         for name in self.only:
             if name not in base.names():
                 raise UsageError(f"--only {name}: not one of {', '.join(base.names())}")
-        begun = time.perf_counter()
+        start = time.perf_counter()
         data: dict[str, Any] = {
             "command": self._command(),
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "commit": commit(),
             "machine": machine(),
-            "load_before": _load(),
+            "load_before": _load_average(),
             "quick": self.quick,
         }
         for name in self.only or base.names():
             try:
-                data[name] = self._alone(name)
+                data[name] = self._run_in_own_process(name)
             except XFusionError as error:
                 if self.only:
                     raise
                 data[name] = {"left_out": str(error)}
-            data |= {"load_after": _load(), "seconds": round(time.perf_counter() - begun, 1)}
+            data |= {"load_after": _load_average(), "seconds": round(time.perf_counter() - start, 1)}
             data = _rounded(data)
             if self.out is not None:  # after every question: the next may crash the machine
                 write_json(self.out, data)
         return Answer(data=data, text=_text(data))
 
-    def _alone(self, name: str) -> dict[str, Any]:
+    def _run_in_own_process(self, name: str) -> dict[str, Any]:
         """Answer a question in its own process, so that nothing it leaves in memory affects the next.
 
         Raises:
@@ -82,10 +82,10 @@ class Bench(Verb):
         """
         from xfusion.data.sequence import XFusionError
 
-        one = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-        with one:
+        executor = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        with executor:
             try:
-                return one.submit(_measured, name, self.base, self.data, self.compile, self.quick).result()
+                return executor.submit(_measure, name, self.base, self.data, self.compile, self.quick).result()
             except BrokenProcessPool as error:
                 raise XFusionError(f"the process that measured {name} was killed, perhaps for its memory") from error
 
@@ -94,18 +94,18 @@ class Bench(Verb):
         return " ".join([*words, *([] if self.compile else ["--no-compile"]), "--json"])
 
 
-def _measured(name: str, base: str | None, data: str, compile: bool, quick: bool) -> dict[str, Any]:
+def _measure(name: str, base: str | None, data: str, compile: bool, quick: bool) -> dict[str, Any]:
     """The answer to a question."""
     from xfusion.apps.bench.base import Bench
 
-    def tell(text: str) -> None:
+    def report(text: str) -> None:
         print(f"{name}: {text}", file=sys.stderr, flush=True)
 
-    bench = Bench.of(base, data, compile=compile, quick=quick, tell=tell)
+    bench = Bench.of(base, data, compile=compile, quick=quick, report=report)
     return importlib.import_module(f"xfusion.apps.bench.{name}").measure(bench)
 
 
-def _load() -> float | None:
+def _load_average() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 

@@ -43,7 +43,7 @@ class Chat(Verb):
     trust: bool = False
     """Import packages outside xfusion that a pack names."""
 
-    def run(self, people: Console) -> Answer:
+    def run(self, console: Console) -> Answer:
         self._check()
         from xfusion.apps import chat
 
@@ -53,10 +53,10 @@ class Chat(Verb):
             raise UsageError(f"--draw auto: {self.model} has no opening head; make one with xfusion train opening")
         if draw != "never" and "draw" not in model.capabilities:
             raise UsageError(f"--draw {draw}: {self.model} can {', '.join(sorted(model.capabilities))} only")
-        console = people if self.json else Console(highlight=False)
-        talk = chat.Chat(
+        chat_console = console if self.json else Console(highlight=False)
+        session = chat.Chat(
             model=model,
-            console=console,
+            console=chat_console,
             seed=self.seed,
             steps=self.steps,
             guidance=self.guidance,
@@ -64,13 +64,18 @@ class Chat(Verb):
             temperature=self.temperature,
             draw=draw,
         )
-        able = ", ".join(sorted(model.capabilities))
-        draws = {"auto": "when asked", "always": "at every turn", "never": "on /draw alone"}[draw]
-        draws = f"; draws {draws} (--draw {draw})" if "draw" in model.capabilities else ""
-        people.print(f"{self.model} can {able}{draws}; /help lists commands", markup=False)
-        talk.run(_lines())
-        said = [{"role": m["role"], "content": [_shown(s) for s in m["content"]]} for m in talk.messages]
-        return Answer(data={"messages": said, "pack_fingerprint": model.fingerprint}, text=f"{talk.answers} answers")
+        capabilities = ", ".join(sorted(model.capabilities))
+        drawing_note = {"auto": "when asked", "always": "at every turn", "never": "on /draw alone"}[draw]
+        drawing_note = f"; draws {drawing_note} (--draw {draw})" if "draw" in model.capabilities else ""
+        console.print(f"{self.model} can {capabilities}{drawing_note}; /help lists commands", markup=False)
+        session.run(_input_lines())
+        messages = [
+            {"role": message["role"], "content": [_segment_text(segment) for segment in message["content"]]}
+            for message in session.messages
+        ]
+        return Answer(
+            data={"messages": messages, "pack_fingerprint": model.fingerprint}, text=f"{session.answers} answers"
+        )
 
     def _check(self) -> None:
         if self.max_tokens < 1:
@@ -84,12 +89,12 @@ class Chat(Verb):
         choose_device(self.device)
 
 
-def _shown(segment: object) -> str:
+def _segment_text(segment: object) -> str:
     """A segment as text: pictures and sounds are only named."""
     return segment if isinstance(segment, str) else f"({'sound' if hasattr(segment, 'samples') else 'picture'})"
 
 
-def _lines() -> Iterator[str]:
+def _input_lines() -> Iterator[str]:
     """The lines that the user types, with the terminal's line editing, or the lines of a pipe."""
     if not sys.stdin.isatty():
         yield from (line.rstrip("\n") for line in sys.stdin)

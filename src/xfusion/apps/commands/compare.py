@@ -62,7 +62,7 @@ class Compare(Verb):
     device: str = "auto"
     """auto, cpu, cuda, ..."""
 
-    def run(self, people: Console) -> Answer:
+    def run(self, console: Console) -> Answer:
         from xfusion.apps import comparison_page
         from xfusion.comparison import Plan, compare, summarise
         from xfusion.training.loop import Interrupted
@@ -94,10 +94,12 @@ class Compare(Verb):
             )
             device = choose_device(self.device)
             try:
-                with progress(people) as tell:
-                    summary = compare(self.recipes, plan, out=out, device=device, command=self.command(), progress=tell)
+                with progress(console) as report_progress:
+                    summary = compare(
+                        self.recipes, plan, out=out, device=device, command=self.command(), progress=report_progress
+                    )
             except Interrupted as stop:
-                people.print(f"{str(stop).split(';')[0]}; the same command goes on")
+                console.print(f"{str(stop).split(';')[0]}; the same command goes on")
                 raise KeyboardInterrupt from stop
         page = comparison_page.write(out / "index.html", summary, out)
         data = {"out": str(out), "page": str(page), **summary}
@@ -105,17 +107,17 @@ class Compare(Verb):
 
     def folder(self) -> Path:
         """Where the results are."""
-        from xfusion.comparison.plan import labelled
+        from xfusion.comparison.plan import split_label
 
-        return as_folder(self.out or Path("comparison") / "-".join(labelled(name)[0] for name in self.recipes))
+        return as_folder(self.out or Path("comparison") / "-".join(split_label(name)[0] for name in self.recipes))
 
     def command(self) -> str:
         """The command that reproduces the comparison; absolute paths are reduced to file names."""
 
-        def plain(text: str) -> str:
+        def portable(text: str) -> str:
             return Path(text).name if Path(text).is_absolute() else text
 
-        words = ["xfusion", "compare", *map(plain, self.recipes)]
+        words = ["xfusion", "compare", *map(portable, self.recipes)]
         for name, value in vars(self).items():
             default = type(self).__dataclass_fields__[name].default
             if name in ("recipes", "json", "device") or value == default:
@@ -125,31 +127,31 @@ class Compare(Verb):
                 words.append(option if value else "--no-" + option[2:])
             else:
                 values = value if isinstance(value, tuple) else (value,)
-                words += [option, *(plain(f"{v:g}" if isinstance(v, float) else str(v)) for v in values)]
+                words += [option, *(portable(f"{v:g}" if isinstance(v, float) else str(v)) for v in values)]
         return shlex.join(words)
 
 
 def summary_text(summary: dict[str, Any]) -> str:
     """The table for a terminal."""
     regimes = summary.get("regimes") or dict.fromkeys(summary["recipes"])
-    several = len(set(regimes.values())) > 1
-    called = {
-        label: f"{name} ({regimes[label] or 'regime not recorded'})" if several else name
-        for label, name in summary["called"].items()
+    several_regimes = len(set(regimes.values())) > 1
+    names = {
+        label: f"{recipe} ({regimes[label] or 'regime not recorded'})" if several_regimes else recipe
+        for label, recipe in summary["called"].items()
     }
-    lines, wide = [], max(map(len, called.values()))
+    lines, width = [], max(map(len, names.values()))
     for score in summary["scores"]:
         share = "" if score["share"] == 1 else f", {score['share']:.0%} of the {summary['media']}"
-        beside = [f"{kind} {score[kind]:.3f}" for kind in ("chance", "blind", "ceiling") if kind in score]
-        lines.append(f"{score['title']}{share} ({'; '.join([score['better'] + ' is better', *beside])})")
+        references = [f"{kind} {score[kind]:.3f}" for kind in ("chance", "blind", "ceiling") if kind in score]
+        lines.append(f"{score['title']}{share} ({'; '.join([score['better'] + ' is better', *references])})")
         for row in score["rows"]:
             lines.append(
-                f"  {called[row['recipe']]:<{wide}}  {mean_text(row):<36}  {difference_text(row['difference'])}".rstrip()
+                f"  {names[row['recipe']]:<{width}}  {mean_text(row):<36}  {difference_text(row['difference'])}".rstrip()
             )
-    costs = [(summary["called"][row["recipe"]], cost_text(row, summary["media"])) for row in summary["cost"]]
-    text = [(summary["called"][label], text_text(facts)) for label, facts in summary["text"].items()]
+    cost_rows = [(summary["called"][row["recipe"]], cost_text(row, summary["media"])) for row in summary["cost"]]
+    text_rows = [(summary["called"][label], text_text(facts)) for label, facts in summary["text"].items()]
     return "\n".join(
-        [*lines, "cost", table(costs, "  "), "text", table(text, "  "), *map("- {}".format, summary["notes"])]
+        [*lines, "cost", table(cost_rows, "  "), "text", table(text_rows, "  "), *map("- {}".format, summary["notes"])]
     )
 
 
@@ -169,8 +171,8 @@ def difference_text(difference: dict[str, Any] | None) -> str:
     """A paired difference with its verdict, and the number of seeds needed to detect it."""
     if difference is None:
         return ""
-    needed = difference["seeds_needed"]
-    seeds = f"; {needed} seeds find a difference this large" if needed else ""
+    num_seeds = difference["seeds_needed"]
+    seeds = f"; {num_seeds} seeds find a difference this large" if num_seeds else ""
     interval = f" {interval_text(difference['interval'])}" if difference["interval"] else ""
     return f"{difference['mean']:+.4g}{interval}: {difference['verdict']}{seeds}"
 

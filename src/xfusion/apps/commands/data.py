@@ -23,7 +23,7 @@ from xfusion.apps.commands.base import (
     table,
 )
 
-SHOWN = 20
+MAX_PRINTED = 20
 """Problems printed as text; JSON has all."""
 
 
@@ -43,11 +43,11 @@ class DataCheck(Verb):
     base: Annotated[str | None, tyro.conf.arg(metavar="SOURCE")] = None
     """The base whose control tokens no caption may contain; None uses the embedded one, if installed."""
 
-    def run(self, people: Console) -> Answer:
+    def run(self, console: Console) -> Answer:
         from xfusion.data.sources import check
 
         tokens, note = _special_tokens(self.base)
-        with people.status(f"looking at {self.spec}") if people.is_terminal else _nothing():
+        with console.status(f"looking at {self.spec}") if console.is_terminal else _no_status():
             report = check(self.spec, special_tokens=tokens)
         data = report.to_json()
         data["notes"] += [note] if note else []
@@ -84,7 +84,7 @@ class DataEncode(Verb):
     base: Annotated[str | None, tyro.conf.arg(metavar="SOURCE")] = None
     """The base whose control tokens no caption may contain; None uses the embedded one, if installed."""
 
-    def run(self, people: Console) -> Answer:
+    def run(self, console: Console) -> Answer:
         from xfusion.apps.commands.recipe import read_codec
         from xfusion.data.latents import encode
         from xfusion.data.sources import open_source
@@ -98,8 +98,8 @@ class DataEncode(Verb):
             raise UsageError(str(error)) from error
         device, tokens = choose_device(self.device), _special_tokens(self.base)[0]
         source = open_source(self.spec, split=self.split, allow_bad=self.allow_bad, special_tokens=tokens)
-        with progress(people) as told:
-            found = encode(
+        with progress(console) as report_progress:
+            latents = encode(
                 source,
                 codec,
                 self.size,
@@ -107,20 +107,20 @@ class DataEncode(Verb):
                 batch=self.batch,
                 workers=self.workers,
                 device=device,
-                progress=lambda done, total: told("encoding", done, total),
+                progress=lambda done, total: report_progress("encoding", done, total),
             )
-        size = sum(shard["bytes"] for shard in found.shards)
+        size = sum(shard["bytes"] for shard in latents.shards)
         data = {
             "out": str(self.out),
-            "pictures": len(found),
-            "size": found.size,
-            "codec": found.codec,
-            "shards": len(found.shards),
+            "pictures": len(latents),
+            "size": latents.size,
+            "codec": latents.codec,
+            "shards": len(latents.shards),
             "bytes": size,
         }
         rows = [
-            ("latents", f"{self.out}: {len(found)} pictures of {found.size} px in {len(found.shards)} shards"),
-            ("codec", f"{found.codec['class']} {found.codec['fingerprint'][:16]}"),
+            ("latents", f"{self.out}: {len(latents)} pictures of {latents.size} px in {len(latents.shards)} shards"),
+            ("codec", f"{latents.codec['class']} {latents.codec['fingerprint'][:16]}"),
             ("size", size_text(size)),
             ("train", f"xfusion train RECIPE --data {self.out} --model.image.codec {self.codec}"),
         ]
@@ -163,7 +163,7 @@ class DataRecaption(Verb):
     trust: bool = False
     """Import packages outside xfusion that the pack names."""
 
-    def run(self, people: Console) -> Answer:
+    def run(self, console: Console) -> Answer:
         import os
 
         from xfusion.data.recaption import JOURNAL, LONG, Asking, endpoint, recaption
@@ -194,41 +194,43 @@ class DataRecaption(Verb):
             refuse_to_read(pack)
             name = f"{self.by} {pack.fingerprint}"
 
-            def by_pack(pictures: list[Any], prompt: str) -> list[str]:
+            def ask_pack(pictures: list[Any], prompt: str) -> list[str]:
                 return pack.caption(pictures, question=prompt, max_tokens=max_tokens)
 
-            ask = by_pack
+            ask = ask_pack
 
         source = open_source(self.spec, split=self.split)
-        pace = {"per_minute": self.per_minute, "retries": self.retries}
-        asking = Asking(model=name, prompt=prompt, size=self.size, batch=self.batch, **pace)
-        with progress(people) as told:
-            made = recaption(
-                source, ask, asking, self.out, progress=lambda done, total: told("captioning", done, total)
+        request_limits = {"per_minute": self.per_minute, "retries": self.retries}
+        settings = Asking(model=name, prompt=prompt, size=self.size, batch=self.batch, **request_limits)
+        with progress(console) as report_progress:
+            result = recaption(
+                source, ask, settings, self.out, progress=lambda done, total: report_progress("captioning", done, total)
             )
         rows = [
-            ("captions", f"{self.out}: {made.captions}, of which {made.asked} were asked for now"),
-            *_skipped(made.skipped),
+            ("captions", f"{self.out}: {result.captions}, of which {result.asked} were asked for now"),
+            *_skipped_rows(result.skipped),
             ("record", str(self.out / JOURNAL)),
             ("train", f"xfusion train RECIPE --data {self.out}"),
         ]
         data = {
             "out": str(self.out),
-            "captions": made.captions,
-            "asked": made.asked,
-            "skipped": made.skipped,
+            "captions": result.captions,
+            "asked": result.asked,
+            "skipped": result.skipped,
             "model": name,
         }
         return Answer(data=data, text=table(rows))
 
 
-def _skipped(skipped: list[str]) -> list[tuple[str, str]]:
+def _skipped_rows(skipped: list[str]) -> list[tuple[str, str]]:
     """Rows about pictures without a caption."""
     if not skipped:
         return []
     rows = [("left out", f"{len(skipped)} without a caption; the same command asks for them again")]
-    rows += [("", line) for line in skipped[:SHOWN]]
-    return rows + ([("", f"... and {len(skipped) - SHOWN} more (--json has all)")] if len(skipped) > SHOWN else [])
+    rows += [("", line) for line in skipped[:MAX_PRINTED]]
+    return rows + (
+        [("", f"... and {len(skipped) - MAX_PRINTED} more (--json has all)")] if len(skipped) > MAX_PRINTED else []
+    )
 
 
 def _special_tokens(base: str | None) -> tuple[tuple[str, ...], str]:
@@ -243,14 +245,14 @@ def _special_tokens(base: str | None) -> tuple[tuple[str, ...], str]:
         return (), "captions were not searched for a base's control tokens: name one with --base"
 
 
-def _nothing():
+def _no_status():
     from contextlib import nullcontext
 
     return nullcontext()
 
 
 def _text(data: dict) -> str:
-    words = data["captions"]
+    captions = data["captions"]
     rows = [
         ("source", data["spec"]),
         ("licence", data["licence"]),
@@ -258,13 +260,14 @@ def _text(data: dict) -> str:
         ("groups", f"{data['num_groups']} of pictures that count as the same"),
         (
             "captions",
-            f"{words['num_captions']}; {words['shortest']} to {words['longest']} characters, median {words['median']:g}",
+            f"{captions['num_captions']}; {captions['shortest']} to {captions['longest']} characters,"
+            f" median {captions['median']:g}",
         ),
     ]
     rows += [(f"  {kind}", str(count)) for kind, count in data["counts"].items()]
-    lines = [table(rows), *data["problems"][:SHOWN]]
-    if len(data["problems"]) > SHOWN:
-        lines.append(f"... and {len(data['problems']) - SHOWN} more (--json has all)")
+    lines = [table(rows), *data["problems"][:MAX_PRINTED]]
+    if len(data["problems"]) > MAX_PRINTED:
+        lines.append(f"... and {len(data['problems']) - MAX_PRINTED} more (--json has all)")
     lines += [f"note: {note}" for note in data["notes"]]
     if "sheet" in data:
         lines.append(f"sheet: {data['sheet']}")

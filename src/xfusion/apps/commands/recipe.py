@@ -37,8 +37,8 @@ class TrainRecipe(Train):
     settings: Annotated[Recipe, tyro.conf.arg(name="")]
     """Settings of the recipe."""
 
-    def run(self, people: Console) -> Answer:
-        return self.start(self.settings, people)
+    def run(self, console: Console) -> Answer:
+        return self.start(self.settings, console)
 
 
 def parse_train(parse: Callable[..., Any], name: str, args: list[str]) -> TrainRecipe:
@@ -52,28 +52,28 @@ def parse_train(parse: Callable[..., Any], name: str, args: list[str]) -> TrainR
         name: the recipe.
         args: the arguments after it.
     """
-    settings = _recipe(name)
-    first: TrainRecipe = parse(
+    settings = _build_recipe(name)
+    initial: TrainRecipe = parse(
         TrainRecipe, args, default=TrainRecipe(recipe=name, settings=settings), registry=registry()
     )
-    if first.resume:
-        settings = _saved(first, settings)
-    elif first.from_pack:
-        folder = checkpoint.find(pack_folder(first.from_pack))
+    if initial.resume:
+        settings = _saved_recipe(initial, settings)
+    elif initial.from_pack:
+        folder = checkpoint.find(pack_folder(initial.from_pack))
         model = checkpoint.from_json(checkpoint.read_config(folder)["model"], where=str(folder))
-        _same_fusion(f"the pack {first.from_pack}", model, name, settings.model)
+        _require_same_fusion(f"the pack {initial.from_pack}", model, name, settings.model)
         # The recipe says how to train (noise levels, loss weights); the pack says what the weights mean.
-        wanted = settings.model
-        model = dataclasses.replace(model, text=wanted.text, media=wanted.media.adapted(model.media))
+        recipe_model = settings.model
+        model = dataclasses.replace(model, text=recipe_model.text, media=recipe_model.media.adapted(model.media))
         settings = dataclasses.replace(settings, model=model)
     else:
-        return first
-    again = TrainRecipe(recipe=name, settings=settings)
-    found: TrainRecipe = parse(TrainRecipe, args, default=again, registry=registry())
-    return dataclasses.replace(found, from_pack=pack_folder(found.from_pack)) if found.from_pack else found
+        return initial
+    defaults = TrainRecipe(recipe=name, settings=settings)
+    final: TrainRecipe = parse(TrainRecipe, args, default=defaults, registry=registry())
+    return dataclasses.replace(final, from_pack=pack_folder(final.from_pack)) if final.from_pack else final
 
 
-def _recipe(name: str) -> Recipe:
+def _build_recipe(name: str) -> Recipe:
     function = find(name)
     try:
         recipe = function()
@@ -84,9 +84,9 @@ def _recipe(name: str) -> Recipe:
     return recipe
 
 
-def _saved(train: Train, recipe: Recipe) -> Recipe:
+def _saved_recipe(train: Train, recipe: Recipe) -> Recipe:
     folder = train.folder() / "state"
-    if not states.found(folder):
+    if not states.list_states(folder):
         raise XFusionError(
             f"{train.folder()} holds no run to resume (nothing in state/); leave --resume out to start one"
         )
@@ -94,15 +94,15 @@ def _saved(train: Train, recipe: Recipe) -> Recipe:
         saved = checkpoint.from_json(states.newest_plan(folder)["recipe"], trust=True, where=str(folder))
     except (KeyError, TypeError) as error:
         raise XFusionError(f"{folder} cannot be read: {error}") from error
-    _same_fusion(str(train.folder()), saved.model, train.recipe, recipe.model)
+    _require_same_fusion(str(train.folder()), saved.model, train.recipe, recipe.model)
     return saved
 
 
-def _same_fusion(name: str, trained: ModelConfig, recipe: str, wanted: ModelConfig) -> None:
-    kinds = [type(model.fusion).__qualname__.removesuffix(".Config") for model in (trained, wanted)]
-    if kinds[0] != kinds[1]:
+def _require_same_fusion(name: str, pack_model: ModelConfig, recipe: str, expected: ModelConfig) -> None:
+    mechanisms = [type(model.fusion).__qualname__.removesuffix(".Config") for model in (pack_model, expected)]
+    if mechanisms[0] != mechanisms[1]:
         raise XFusionError(
-            f"{name} was trained with {kinds[0]}, the recipe {recipe} has {kinds[1]}: name the recipe that trained it"
+            f"{name} was trained with {mechanisms[0]}, the recipe {recipe} has {mechanisms[1]}: name the recipe that trained it"
         )
 
 
@@ -111,9 +111,9 @@ def _same_fusion(name: str, trained: ModelConfig, recipe: str, wanted: ModelConf
 
 def registry() -> ConstructorRegistry:
     """Lets an option name a codec: ``pixels``, ``autoencoder_kl:emoji-kl``, ``autoencoder_kl:org/name:vae``."""
-    out = ConstructorRegistry()
+    rules = ConstructorRegistry()
 
-    @out.primitive_rule
+    @rules.primitive_rule
     def codec(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
         if not (isinstance(info.type, type) and issubclass(info.type, Codec.Config)):
             return None
@@ -125,7 +125,7 @@ def registry() -> ConstructorRegistry:
             str_from_instance=lambda config: [codec_text(config)],
         )
 
-    return out
+    return rules
 
 
 def codec_names() -> list[str]:
@@ -145,8 +145,8 @@ def _names_in(folder: ModuleType, kind: type) -> list[str]:
 
 def _class_in(folder: ModuleType, name: str, kind: type) -> Any:
     module = importlib.import_module(f"{folder.__name__}.{name}")
-    own = (v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__)
-    return next((found for found in own if issubclass(found, kind)), None)
+    classes = (v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__)
+    return next((candidate for candidate in classes if issubclass(candidate, kind)), None)
 
 
 def read_encoder(text: str) -> Encoder.Config:
@@ -158,8 +158,8 @@ def read_encoder(text: str) -> Encoder.Config:
     if name not in names:
         raise ValueError(f"encoder {name!r} is not one of {', '.join(names)}")
     kind: Any = _class_in(encoders, name, Encoder)
-    known = {f.name for f in dataclasses.fields(kind.Config)}
-    fields = [field for field in ("source", "revision") if field in known]
+    field_names = {f.name for f in dataclasses.fields(kind.Config)}
+    fields = [field for field in ("source", "revision") if field in field_names]
     if len(values) > len(fields):
         raise ValueError(f"encoder {text!r}: {name} takes at most {':'.join([name, *fields])}")
     return kind.Config(**dict(zip(fields, values, strict=False)))

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from xfusion.apps.commands.base import Answer, UsageError, Verb, choose_device, load_model, progress, table, written
+from xfusion.apps.commands.base import Answer, UsageError, Verb, choose_device, load_model, progress, table, write_whole
 
 FORMAT = "xfusion index 1"
 """The format name stored in the file."""
@@ -34,7 +34,7 @@ class Index(Verb):
     trust: bool = False
     """Import packages outside xfusion that the pack names."""
 
-    def run(self, people: Console) -> Answer:
+    def run(self, console: Console) -> Answer:
         from xfusion.data import pictures
 
         if not self.folder.is_dir():
@@ -43,14 +43,14 @@ class Index(Verb):
         if not files:
             raise UsageError(f"{self.folder} holds no picture: {pictures.READABLE} are read")
         choose_device(self.device)
-        begun, model = time.perf_counter(), load_model(self.model, device=self.device, trust=self.trust)
+        start_time, model = time.perf_counter(), load_model(self.model, device=self.device, trust=self.trust)
         import torch
         from safetensors.torch import save_file
 
         vectors = []
-        with progress(people) as tell:
+        with progress(console) as report_progress:
             for start in range(0, len(files), CHUNK):
-                tell("pictures", start, len(files))
+                report_progress("pictures", start, len(files))
                 vectors.append(model.embed([pictures.read(file) for file in files[start : start + CHUNK]]))
         facts = {
             "format": FORMAT,
@@ -58,9 +58,9 @@ class Index(Verb):
             "fingerprint": model.fingerprint,
             "files": json.dumps([str(file.resolve()) for file in files]),
         }
-        written(self.out, lambda path: save_file({"vectors": torch.cat(vectors)}, str(path), metadata=facts))
+        write_whole(self.out, lambda path: save_file({"vectors": torch.cat(vectors)}, str(path), metadata=facts))
         data: dict[str, Any] = {"index": str(self.out), "pictures": len(files), "pack_fingerprint": model.fingerprint}
-        data["seconds"] = round(time.perf_counter() - begun, 3)
+        data["seconds"] = round(time.perf_counter() - start_time, 3)
         return Answer(data=data, text=f"{self.out}: {len(files)} pictures in {data['seconds']:.1f} s")
 
 
@@ -81,7 +81,7 @@ class Search(Verb):
     trust: bool = False
     """Import packages outside xfusion that the pack names."""
 
-    def run(self, people: Console) -> Answer:
+    def run(self, console: Console) -> Answer:
         from safetensors import SafetensorError, safe_open
 
         from xfusion.data.pictures import one_reason
@@ -108,8 +108,8 @@ class Search(Verb):
             )
         cosines = vectors @ model.embed([self.words])[0]
         best, files = cosines.argsort(descending=True)[: self.num].tolist(), json.loads(facts["files"])
-        found = [{"image": files[i], "cosine": round(float(cosines[i]), 4)} for i in best]
-        rows = [(f"{item['cosine']:.3f}", item["image"]) for item in found]
+        matches = [{"image": files[i], "cosine": round(float(cosines[i]), 4)} for i in best]
+        rows = [(f"{item['cosine']:.3f}", item["image"]) for item in matches]
         return Answer(
-            data={"words": self.words, "found": found, "pack_fingerprint": model.fingerprint}, text=table(rows)
+            data={"words": self.words, "found": matches, "pack_fingerprint": model.fingerprint}, text=table(rows)
         )

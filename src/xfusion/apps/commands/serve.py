@@ -52,9 +52,9 @@ class Serve(Verb):
     trust: bool = False
     """Import packages outside xfusion that a pack names."""
 
-    def run(self, people: Console) -> Answer:
+    def run(self, console: Console) -> Answer:
         self._check()
-        keys = self._keys()
+        keys = self._read_keys()
         # Listen first: a port in use is reported before anything is loaded, and early clients wait.
         with listen(self.host, self.port) as listener:
             try:
@@ -63,19 +63,19 @@ class Serve(Verb):
             except ImportError as error:
                 raise UsageError(f"serve needs the package {error.name}: pip install 'xfusion[serve]'") from error
             models = load_models(self.packs, device=self.device, trust=self.trust)
-            where = address_of(self.host, listener)
+            address = address_of(self.host, listener)
             for name, model in models.items():
-                able = ", ".join(sorted(model.capabilities))
-                people.print(f"{name}: {able}, on {model.backbone.source}", markup=False, soft_wrap=True)
-            door = "with API keys" if keys else "open to all who reach it"
-            people.print(f"serving at {where}/v1 ({door})", markup=False, soft_wrap=True)
+                capabilities = ", ".join(sorted(model.capabilities))
+                console.print(f"{name}: {capabilities}, on {model.backbone.source}", markup=False, soft_wrap=True)
+            access = "with API keys" if keys else "open to all who reach it"
+            console.print(f"serving at {address}/v1 ({access})", markup=False, soft_wrap=True)
             names = frozenset() if keys else own_names(self.host)
             if self.allowed_names:
                 names |= LOOPBACK | {self.host} | {name.lower() for name in self.allowed_names}
             hosts, origins = frozenset(self.picture_hosts), frozenset(self.allowed_origins)
-            served = app.create(models, self.limits, keys=keys, hosts=hosts, names=names, origins=origins)
-            minutes = serve_until_stopped(served, listener, self.limits)
-        return Answer(data={"address": where, "models": list(models)}, text=f"served for {minutes:.1f} minutes")
+            asgi_app = app.create(models, self.limits, keys=keys, hosts=hosts, names=names, origins=origins)
+            minutes = serve_until_stopped(asgi_app, listener, self.limits)
+        return Answer(data={"address": address, "models": list(models)}, text=f"served for {minutes:.1f} minutes")
 
     def _check(self) -> None:
         if not self.packs:
@@ -88,13 +88,13 @@ class Serve(Verb):
                 )
         check_limits(self.limits)
 
-    def _keys(self) -> frozenset[str]:
-        found = [os.environ.get(KEY_VARIABLE, "")]
+    def _read_keys(self) -> frozenset[str]:
+        candidates = [os.environ.get(KEY_VARIABLE, "")]
         if self.keys is not None:
-            found += self.keys.read_text(encoding="utf-8").splitlines()
-            if not any(key.strip() for key in found[1:]):
+            candidates += self.keys.read_text(encoding="utf-8").splitlines()
+            if not any(key.strip() for key in candidates[1:]):
                 raise UsageError(f"--keys {self.keys}: the file holds no key")
-        return frozenset(key.strip() for key in found if key.strip())
+        return frozenset(key.strip() for key in candidates if key.strip())
 
 
 def check_limits(limits: Limits) -> None:
@@ -133,9 +133,9 @@ def serve_until_stopped(app: Any, listener: socket.socket, limits: Limits) -> fl
     """Serve until SIGINT or SIGTERM; open requests then get `Limits.grace` seconds. Returns the minutes served."""
     from xfusion.apps.server.stopping import Server
 
-    began = time.perf_counter()
+    start = time.perf_counter()
     # After stopping, uvicorn raises the signal again for earlier handlers: we have already handled it.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_number, lambda *_: None)
     Server(app, limits.grace, limits.connections).run(sockets=[listener])
-    return (time.perf_counter() - began) / 60
+    return (time.perf_counter() - start) / 60

@@ -33,19 +33,19 @@ class Show(Verb):
     trust: bool = False
     """Import packages outside xfusion that a pack names."""
 
-    def run(self, people: Console) -> Answer:
-        del people
+    def run(self, console: Console) -> Answer:
+        del console
         if self.backbone is not None:
-            return self._on_shape(self.backbone)
+            return self._cost_on_shape(self.backbone)
         from xfusion import checkpoint
         from xfusion.card import data_licences, run_summary, training_runs
         from xfusion.model import build
         from xfusion.recipes.base import find, names
 
         folder = pack_folder(self.name)
-        known = names()
+        recipe_names = names()
         data: dict[str, Any]
-        if self.name.partition("(")[0] in known or ":" in self.name:
+        if self.name.partition("(")[0] in recipe_names or ":" in self.name:
             recipe = find(self.name)()
             model = build(recipe.model)
             data = {"name": self.name, "kind": "recipe"} | describe(model)
@@ -61,11 +61,11 @@ class Show(Verb):
         else:
             from xfusion.apps.cli import nearest
 
-            near = nearest(self.name, [*known, *checkpoint.shipped()])
-            raise UsageError(f"{self.name!r} is neither a recipe ({', '.join(known)}) nor a pack{near}")
+            suggestion = nearest(self.name, [*recipe_names, *checkpoint.shipped()])
+            raise UsageError(f"{self.name!r} is neither a recipe ({', '.join(recipe_names)}) nor a pack{suggestion}")
         return Answer(data=data, text=_text(data))
 
-    def _on_shape(self, shape: str) -> Answer:
+    def _cost_on_shape(self, shape: str) -> Answer:
         from xfusion.backbone import Backbone
         from xfusion.comparison.cost import flops_of_encoder, flops_of_shape
         from xfusion.model import build
@@ -97,7 +97,7 @@ class Show(Verb):
             ),
             *([("encoder", f"{n / 1e9:,.2f} GFLOPs more per picture, frozen")] if (n := data["encoder_flops"]) else []),
             *([] if flops else [("FLOPs", "not counted: it learns neither to draw nor to caption")]),
-            ("training", _activations(data["memory"])),
+            ("training", _activations_note(data["memory"])),
         ]
         return Answer(data=data, text=table(rows))
 
@@ -118,7 +118,7 @@ def describe(model: Model) -> dict[str, Any]:
         },
         "frozen_parameters": frozen,
         "new_parameters": model.num_new_parameters,
-        "new_parts": _parts(model),
+        "new_parts": _part_sizes(model),
         "fusion": {
             "kind": type(model.fusion).__name__,
             "layers_with_blocks": list(model.fusion.state_layers),
@@ -141,7 +141,7 @@ def describe(model: Model) -> dict[str, Any]:
     }
 
 
-def _parts(model: Model) -> dict[str, int]:
+def _part_sizes(model: Model) -> dict[str, int]:
     """New weights by part: the children of the port, the blocks of the fusion."""
     counts: dict[str, int] = {}
     for name, value in model.learned_state().items():
@@ -199,30 +199,32 @@ def activations(model: Model, stage: Stage, dtype: torch.dtype | None = None) ->
 
     dtype = dtype or choose_compute_dtype(model.backbone.device)[0]
     try:
-        kept, again = (activation_memory(model, stage, dtype, checkpointing=way) for way in (False, True))
+        stored, recomputed = (
+            activation_memory(model, stage, dtype, checkpointing=checkpointing) for checkpointing in (False, True)
+        )
     except (NotImplementedError, RuntimeError):  # a mechanism that reads tensor values, which shapes alone do not have
-        kept = again = None
+        stored = recomputed = None
     return {
-        "activations": kept,
-        "activations_with_checkpointing": again,
+        "activations": stored,
+        "activations_with_checkpointing": recomputed,
         "samples_per_step": stage.mixture.draw + stage.mixture.caption,
     }
 
 
-def _activations(memory: dict[str, Any]) -> str:
+def _activations_note(memory: dict[str, Any]) -> str:
     if not memory.get("activations"):
         return "activations come on top and grow with the samples per step; for this model they are not predicted"
-    kept, again = (size_text(memory[name]) for name in ("activations", "activations_with_checkpointing"))
+    stored, recomputed = (size_text(memory[name]) for name in ("activations", "activations_with_checkpointing"))
     return (
-        f"activations {kept}, with activation checkpointing {again} (predicted, uncompiled, at {memory['samples_per_step']}"
-        " samples a step)"
+        f"activations {stored}, with activation checkpointing {recomputed} (predicted, uncompiled, at"
+        f" {memory['samples_per_step']} samples a step)"
     )
 
 
-def _text_states(memory: dict[str, Any]) -> str:
-    held = size_text(memory["text_states"])
+def _text_states_note(memory: dict[str, Any]) -> str:
+    size = size_text(memory["text_states"])
     return (
-        f"{held} states of prompts, kept" if memory["texts_known"] else f"besides up to {held} states of prompts, kept"
+        f"{size} states of prompts, kept" if memory["texts_known"] else f"besides up to {size} states of prompts, kept"
     )
 
 
@@ -231,8 +233,8 @@ def data_licence(recipe: Recipe) -> str:
     from xfusion.data.emoji import Emoji
     from xfusion.data.sources import UNSTATED, stated_licence
 
-    known = Emoji.licence if recipe.data.partition(":")[0] == "emoji" else UNSTATED
-    return stated_licence(known, recipe.data_licence, recipe.data)
+    built_in_licence = Emoji.licence if recipe.data.partition(":")[0] == "emoji" else UNSTATED
+    return stated_licence(built_in_licence, recipe.data_licence, recipe.data)
 
 
 def _text(data: dict[str, Any]) -> str:
@@ -260,8 +262,8 @@ def _text(data: dict[str, Any]) -> str:
             (f"{size_text(copy)} copy of it, " if (copy := memory["base_copy_for_training"]) else "")
             + f"{size_text(5 * memory['new_weights'])} new weights, gradients, optimiser and average",
         ),
-        *([("", _text_states(memory))] if memory["text_states"] else []),
-        ("", _activations(memory)),
+        *([("", _text_states_note(memory))] if memory["text_states"] else []),
+        ("", _activations_note(memory)),
         ("", f"compute {memory['precision']}"),
         ("licences", "; ".join(f"{part}: {licence}" for part, licence in data["licences"].items())),
     ]
@@ -272,13 +274,13 @@ def _text(data: dict[str, Any]) -> str:
 class List(Verb):
     """List recipes and shipped packs."""
 
-    def run(self, people: Console) -> Answer:
-        del people
+    def run(self, console: Console) -> Answer:
+        del console
         from xfusion.checkpoint import shipped
         from xfusion.fusion.base import REGIMES
         from xfusion.recipes.base import names
 
-        recipes, packs = [_recipe(name) for name in names()], [_pack(name) for name in shipped()]
+        recipes, packs = [_recipe_entry(name) for name in names()], [_pack_entry(name) for name in shipped()]
         width = max(len(recipe["name"]) for recipe in recipes)
         lines = [
             "recipes (xfusion train NAME), by how the modality enters; in brackets what of the base is trained, if any is:"
@@ -287,18 +289,21 @@ class List(Verb):
         for kind, group in groupby(sorted(recipes, key=by_kind), by_kind):
             lines.append(f"  {kind}")
             for recipe in group:
-                trains = "" if recipe["regime"] == REGIMES[0] else f" [{recipe['regime']}]"
-                lines.append(f"    {recipe['name']:<{width}}  {recipe['summary']}{trains}")
+                regime = "" if recipe["regime"] == REGIMES[0] else f" [{recipe['regime']}]"
+                lines.append(f"    {recipe['name']:<{width}}  {recipe['summary']}{regime}")
         lines.append("packs (xfusion generate NAME PROMPT):")
-        found = [
-            (p["name"], f"{size_text(p['bytes'])}, can {', '.join(p['capabilities'])}, {p['regime']}, on {p['base']}")
-            for p in packs
+        pack_rows = [
+            (
+                entry["name"],
+                f"{size_text(entry['bytes'])}, can {', '.join(entry['capabilities'])}, {entry['regime']}, on {entry['base']}",
+            )
+            for entry in packs
         ]
-        lines.append(table(found, "  ") if packs else "  none in this installation")
+        lines.append(table(pack_rows, "  ") if packs else "  none in this installation")
         return Answer(data={"recipes": recipes, "packs": packs}, text="\n".join(lines))
 
 
-def _recipe(name: str) -> dict[str, Any]:
+def _recipe_entry(name: str) -> dict[str, Any]:
     from importlib import import_module
 
     from xfusion.recipes.base import find
@@ -314,7 +319,7 @@ def _recipe(name: str) -> dict[str, Any]:
     }
 
 
-def _pack(name: str) -> dict[str, Any]:
+def _pack_entry(name: str) -> dict[str, Any]:
     from xfusion import checkpoint
 
     folder = checkpoint.find(name)

@@ -72,12 +72,12 @@ class Train(Verb):
     """Attention implementation: grouped, eager, sdpa, or flex_attention (block masks, on a GPU; its speed is not
     measured). None chooses by device."""
 
-    def start(self, recipe: Recipe, people: Console) -> Answer:
+    def start(self, recipe: Recipe, console: Console) -> Answer:
         """Train a recipe with all settings resolved."""
         from xfusion.recipes.base import train
 
         self._check()
-        out, ends = self.folder(), _Ends()
+        out, run_listener = self.folder(), _RunListener()
         model = train(
             recipe,
             out=out,
@@ -95,16 +95,16 @@ class Train(Verb):
             compile=self.compile,
             shard=self.shard,
             decoders=self.decoders,
-            console=people,
-            listener=ends,
+            console=console,
+            listener=run_listener,
         )
         pack = out / "pack"
-        data = {"out": str(out), "pack": str(pack), "fingerprint": model.fingerprint, **ends.facts()}
+        data = {"out": str(out), "pack": str(pack), "fingerprint": model.fingerprint, **run_listener.facts()}
         rows = [
             ("pack", f"{pack} ({size_text((pack / 'model.safetensors').stat().st_size)})"),
             ("steps", f"{data['steps']} with {data['samples']} samples in {data['seconds'] / 60:.1f} minutes"),
             ("losses", ", ".join(f"{k} {v:.4f}" for k, v in data["losses"].items()) or "no step was left to take"),
-            *([("graphs", _graphs(data))] if data["graphs"] else []),
+            *([("graphs", _graphs_text(data))] if data["graphs"] else []),
             ("try", _first_use(model, pack, self.recipe)),
         ]
         return Answer(data=data, text=table(rows))
@@ -152,7 +152,7 @@ class TrainOpening(Verb):
     trust: bool = False
     """Import packages outside xfusion that the pack names."""
 
-    def run(self, people: Console) -> Answer:
+    def run(self, console: Console) -> Answer:
         from xfusion import checkpoint
         from xfusion.data import requests
         from xfusion.evaluation.run import evaluate
@@ -172,14 +172,14 @@ class TrainOpening(Verb):
         if "draw" not in model.capabilities:
             raise UsageError(f"{self.model} cannot draw: it can {', '.join(sorted(model.capabilities))}")
         examples = requests.read("train", self.wordings, repeat=self.repeat)
-        with progress(people) as tell:
-            model.opening = fit(model, examples, progress=tell)
+        with progress(console) as report_progress:
+            model.opening = fit(model, examples, progress=report_progress)
             settings = {"wordings": self.wordings, "chats": self.chats, "max_chats": self.max_chats}
-            scores = evaluate(model, "requests", progress=tell, repeat=self.repeat, **settings)
+            scores = evaluate(model, "requests", progress=report_progress, repeat=self.repeat, **settings)
         facts = {"examples": len(examples), "wordings": self.wordings and Path(self.wordings).name, "scores": scores}
         out = checkpoint.add_opening(folder, model, model.opening, self.out or folder, **facts)
-        found = {k: v for k, v in scores.items() if k != "settings"}
-        rows = [("pack", str(out)), *((k, f"{v:.4f}") for k, v in found.items()), ("try", f"xfusion chat {out}")]
+        figures = {k: v for k, v in scores.items() if k != "settings"}
+        rows = [("pack", str(out)), *((k, f"{v:.4f}") for k, v in figures.items()), ("try", f"xfusion chat {out}")]
         return Answer(data={"out": str(out), "examples": len(examples), **scores}, text=table(rows))
 
 
@@ -187,30 +187,34 @@ def _first_use(model: Model, pack: Path, recipe: str) -> str:
     """A command that shows what the model has learned; PYTHONPATH is added for classes of the user's own file."""
     from xfusion.checkpoint import modules_outside, to_json
 
-    outside, file = modules_outside(to_json(model.config)), Path(recipe.partition(":")[0])
-    found_by = f"PYTHONPATH={file.parent} " if file.suffix == ".py" and file.stem in outside else ""
-    trust = " --trust" if outside else ""
-    hears = model.modality.name == "audio"
+    outside_modules, file = modules_outside(to_json(model.config)), Path(recipe.partition(":")[0])
+    environment = f"PYTHONPATH={file.parent} " if file.suffix == ".py" and file.stem in outside_modules else ""
+    trust = " --trust" if outside_modules else ""
+    is_audio = model.modality.name == "audio"
     uses = {
         "draw": f'xfusion generate {pack} "..."',
-        "caption": f"xfusion caption {pack} {'SOUND' if hears else 'PICTURE'}",
+        "caption": f"xfusion caption {pack} {'SOUND' if is_audio else 'PICTURE'}",
         "embed": f"xfusion index FOLDER {pack} -o INDEX",
     }
     use = next(
-        (use for able, use in uses.items() if able in model.capabilities and not (hears and able == "draw")),
+        (
+            use
+            for capability, use in uses.items()
+            if capability in model.capabilities and not (is_audio and capability == "draw")
+        ),
         f"xfusion show {pack}",
     )
-    return f"{found_by}{use}{trust}"
+    return f"{environment}{use}{trust}"
 
 
-def _graphs(data: dict[str, Any]) -> str:
+def _graphs_text(data: dict[str, Any]) -> str:
     """How many graphs a run compiled, and how many of them after the warm-up."""
     from xfusion.training.pace import WARM_STEPS
 
     return f"{data['graphs']} compiled, {data['graphs_behind_warm_up']} of them behind the first {WARM_STEPS} steps"
 
 
-class _Ends:
+class _RunListener:
     """Listens to a run and collects the facts for the answer."""
 
     def __init__(self) -> None:

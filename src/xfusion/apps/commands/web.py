@@ -39,7 +39,7 @@ class Web(Verb):
     trust: bool = False
     """Import packages outside xfusion that a pack names."""
 
-    def run(self, people: Console) -> Answer:
+    def run(self, console: Console) -> Answer:
         if not self.packs:
             raise UsageError("name at least one pack to show, such as emoji")
         check_limits(self.limits)
@@ -52,7 +52,7 @@ class Web(Verb):
             models = load_models(self.packs, device=self.device, trust=self.trust)
             comparisons = self.comparisons if self.comparisons.is_dir() else None
             app = page.create(models, self.limits, Path(folder), comparisons, own_names(self.host))
-            where = address_of(self.host, listener)
-            people.print(f"open {where} in a browser; Ctrl-C stops", markup=False, soft_wrap=True)
+            address = address_of(self.host, listener)
+            console.print(f"open {address} in a browser; Ctrl-C stops", markup=False, soft_wrap=True)
             minutes = serve_until_stopped(app, listener, self.limits)
-        return Answer(data={"address": where, "models": list(models)}, text=f"shown for {minutes:.1f} minutes")
+        return Answer(data={"address": address, "models": list(models)}, text=f"shown for {minutes:.1f} minutes")

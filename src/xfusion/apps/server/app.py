@@ -25,8 +25,8 @@ from xfusion.apps.server import errors, reading, requests
 from xfusion.apps.server.answers import Refused, base64_png, data_url, now
 from xfusion.apps.server.completions import Completion, Events
 from xfusion.apps.server.limits import Limits
-from xfusion.apps.server.metrics import Counted
-from xfusion.apps.server.names import called, foreign
+from xfusion.apps.server.metrics import CountingMiddleware
+from xfusion.apps.server.names import foreign_origin, host_name
 from xfusion.apps.server.service import Service
 from xfusion.apps.server.tickets import Arrival, Ticket
 from xfusion.generation import draw_size
@@ -70,8 +70,8 @@ def create(
         app.add_middleware(
             CORSMiddleware, allow_origins=sorted(origins), allow_methods=["GET", "POST"], allow_headers=["*"]
         )
-    app.add_middleware(_Door, names=names, origins=origins)
-    app.add_middleware(Counted, metrics=service.metrics)
+    app.add_middleware(_RequestGuard, names=names, origins=origins)
+    app.add_middleware(CountingMiddleware, metrics=service.metrics)
     allowed = [Depends(routes.authorised)]
     app.add_api_route("/health", routes.health, methods=["GET"])
     app.add_api_route("/metrics", routes.metrics, methods=["GET"], dependencies=allowed)
@@ -81,10 +81,10 @@ def create(
     app.add_api_route("/v1/images/generations", routes.images, methods=["POST"], dependencies=allowed)
     app.add_api_route("/v1/images/edits", routes.edits, methods=["POST"], dependencies=allowed)
     app.add_api_route("/v1/embeddings", routes.embeddings, methods=["POST"], dependencies=allowed)
-    app.add_exception_handler(Refused, errors.refused)
+    app.add_exception_handler(Refused, errors.refused_request)
     app.add_exception_handler(HTTPException, errors.no_route)
-    app.add_exception_handler(ClientDisconnect, errors.left)
-    app.add_exception_handler(Exception, errors.broken)
+    app.add_exception_handler(ClientDisconnect, errors.client_disconnected)
+    app.add_exception_handler(Exception, errors.internal_error)
     return app
 
 
@@ -94,7 +94,7 @@ class _Routes:
     def __init__(self, service: Service, keys: frozenset[str]):
         self.service, self.models, self.limits, self.hosts = service, service.models, service.limits, service.hosts
         # Headers are bytes, and clients encode letters beyond ASCII differently.
-        self.keys = [_digest(spelled) for key in keys for spelled in _spelled(key)]
+        self.keys = [_digest(encoded) for key in keys for encoded in _encodings(key)]
 
     # -- routes without a model
 
@@ -102,10 +102,10 @@ class _Routes:
         """Refuse a request without one of the keys; all are compared in constant time."""
         if not self.keys:
             return
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        sent = _digest(given.encode("latin-1").strip())
-        found = [hmac.compare_digest(sent, key) for key in self.keys]
-        if scheme.lower() != "bearer" or not any(found):
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        digest = _digest(token.encode("latin-1").strip())
+        matches = [hmac.compare_digest(digest, key) for key in self.keys]
+        if scheme.lower() != "bearer" or not any(matches):
             raise Refused(
                 401,
                 "this server wants an API key: Authorization: Bearer KEY",
@@ -123,14 +123,14 @@ class _Routes:
 
     async def list_models(self) -> dict[str, Any]:
         """All served models."""
-        return {"object": "list", "data": [self._shown(name) for name in self.models]}
+        return {"object": "list", "data": [self._model_entry(name) for name in self.models]}
 
     async def show_model(self, name: str) -> dict[str, Any]:
         """One served model."""
         self.service.model(name)
-        return self._shown(name)
+        return self._model_entry(name)
 
-    def _shown(self, name: str) -> dict[str, Any]:
+    def _model_entry(self, name: str) -> dict[str, Any]:
         model = self.models[name]
         facts = {"capabilities": sorted(model.capabilities), "base": model.backbone.source, **self.service.facts[name]}
         return {"id": name, "object": "model", "created": self.service.since, "owned_by": "xfusion", **facts}
@@ -138,13 +138,13 @@ class _Routes:
     async def embeddings(self, request: Request) -> Response:
         """Embeddings of texts and pictures."""
         with Arrival(self.service, request) as arrival:
-            asked = await arrival.parsed(requests.Embeddings)
-            name, model = self.service.model(asked.model)
+            params = await arrival.parse_json(requests.Embeddings)
+            name, model = self.service.model(params.model)
             if "embed" not in model.capabilities:
                 raise requests.incapable(model, "embed")
-            job, prompt = await arrival.read(partial(reading.embeddings, asked, model, self.limits, self.hosts))
-            as_text = asked.encoding_format == "base64"
-            del asked  # as large as the request, and the queue may be long
+            job, prompt = await arrival.read(partial(reading.embeddings, params, model, self.limits, self.hosts))
+            as_text = params.encoding_format == "base64"
+            del params  # as large as the request, and the queue may be long
             ticket = Ticket(self.service, request, [job], arrival.deadline)
         try:
             async for _ in ticket.follow():
@@ -173,18 +173,18 @@ class _Routes:
     async def chat(self, request: Request) -> Response:
         """The next turn of a conversation: text, a picture, or both."""
         with Arrival(self.service, request) as arrival:
-            asked = await arrival.parsed(requests.Chat)
-            name, model = self.service.model(asked.model)
-            jobs, prompt = await arrival.read(partial(reading.chat, asked, model, self.limits, self.hosts))
-            counted = asked.stream_options is not None and asked.stream_options.include_usage
-            stream = asked.stream
-            del asked  # its pictures are as large as they were sent, and the queue may be long
+            params = await arrival.parse_json(requests.Chat)
+            name, model = self.service.model(params.model)
+            jobs, prompt = await arrival.read(partial(reading.chat, params, model, self.limits, self.hosts))
+            has_usage = params.stream_options is not None and params.stream_options.include_usage
+            stream = params.stream
+            del params  # its pictures are as large as they were sent, and the queue may be long
             ticket = Ticket(self.service, request, jobs, arrival.deadline)
-        answer = Completion(ticket, name, prompt, counted=counted)
+        answer = Completion(ticket, name, prompt, has_usage=has_usage)
         if stream:
             return Events(answer.events(), ticket)
         try:
-            return JSONResponse(await answer.whole())
+            return JSONResponse(await answer.response())
         finally:
             ticket.drop()
 
@@ -193,31 +193,31 @@ class _Routes:
     async def images(self, request: Request) -> Response:
         """Pictures of a prompt."""
         with Arrival(self.service, request) as arrival:
-            asked = await arrival.parsed(requests.Images)
-            name, model = self.service.model(asked.model)
-            jobs = await arrival.read(partial(reading.images, asked, model, self.limits))
+            params = await arrival.parse_json(requests.Images)
+            name, model = self.service.model(params.model)
+            jobs = await arrival.read(partial(reading.images, params, model, self.limits))
             ticket = Ticket(self.service, request, jobs, arrival.deadline)
-        return await self._pictures(ticket, asked, name, model)
+        return await self._pictures(ticket, params, name, model)
 
     async def edits(self, request: Request) -> Response:
         """Inpaint a part of a picture."""
         with Arrival(self.service, request) as arrival:
             if arrival.kind != "multipart/form-data":
                 raise Refused(400, "send a form (multipart/form-data) with image, mask and prompt")
-            asked, files = await arrival.read(partial(self._form, request, await arrival.body()))
-            name, model = self.service.model(asked.model)
+            params, files = await arrival.read(partial(self._form, request, await arrival.body()))
+            name, model = self.service.model(params.model)
             image = files.get("image", files.get("image[]", b""))
-            read = partial(reading.edit, asked, model, self.limits, image, files.get("mask"))
-            jobs = await arrival.read(read)
-            del image, files, read  # they are as large as they were sent, and the queue may be long
+            read_edit = partial(reading.edit, params, model, self.limits, image, files.get("mask"))
+            jobs = await arrival.read(read_edit)
+            del image, files, read_edit  # they are as large as they were sent, and the queue may be long
             ticket = Ticket(self.service, request, jobs, arrival.deadline)
-        return await self._pictures(ticket, asked, name, model)
+        return await self._pictures(ticket, params, name, model)
 
     def _form(self, request: Request, body: bytes) -> tuple[requests.Images, dict[str, bytes]]:
         """The fields of a form, and its files; run in a thread, since the parser reads every byte."""
 
-        async def parsed() -> tuple[dict[str, bytes], dict[str, str], list[str]]:
-            form = Request(request.scope, receive=_of(body)).form(
+        async def parse_form() -> tuple[dict[str, bytes], dict[str, str], list[str]]:
+            form = Request(request.scope, receive=_replay(body)).form(
                 max_files=4, max_fields=32, max_part_size=self.limits.body
             )
             async with form as parts:
@@ -225,34 +225,38 @@ class _Routes:
                 fields = {key: value for key, value in parts.items() if isinstance(value, str)}
                 return files, fields, [key for key, value in parts.multi_items() if isinstance(value, UploadFile)]
 
-        files, fields, sent = asyncio.run(parsed())
-        asked = requests.parse(requests.Images, fields)
-        self.service.model(asked.model)
-        if sorted(sent) not in (["image"], ["image", "mask"], ["image[]"], ["image[]", "mask"]):
-            raise Refused(400, f"send one picture as image, and perhaps one mask, not {', '.join(sent) or 'nothing'}")
-        return asked, files
+        files, fields, file_fields = asyncio.run(parse_form())
+        params = requests.parse(requests.Images, fields)
+        self.service.model(params.model)
+        if sorted(file_fields) not in (["image"], ["image", "mask"], ["image[]"], ["image[]", "mask"]):
+            raise Refused(
+                400, f"send one picture as image, and perhaps one mask, not {', '.join(file_fields) or 'nothing'}"
+            )
+        return params, files
 
-    async def _pictures(self, ticket: Ticket, asked: requests.Images, name: str, model: Model) -> Response:
+    async def _pictures(self, ticket: Ticket, params: requests.Images, name: str, model: Model) -> Response:
         jobs = ticket.jobs
         try:
             async for _ in ticket.follow():
                 pass
         finally:
             ticket.drop()
-        facts = [self.service.picture_facts(name, job) | {"prompt": asked.prompt} for job in jobs]
-        as_url = asked.response_format == "url"
+        facts = [self.service.picture_facts(name, job) | {"prompt": params.prompt} for job in jobs]
+        as_url = params.response_format == "url"
         data = [
-            {"url": data_url(job.answer[0], fact)} if as_url else {"b64_json": base64_png(job.answer[0], fact)}
-            for job, fact in zip(jobs, facts, strict=True)
+            {"url": data_url(job.answer[0], picture_fact)}
+            if as_url
+            else {"b64_json": base64_png(job.answer[0], picture_fact)}
+            for job, picture_fact in zip(jobs, facts, strict=True)
         ]
         data = [{**picture, "seed": job.seed} for picture, job in zip(data, jobs, strict=True)]
-        native, _ = draw_size(model, asked.side())
+        trained_size, _ = draw_size(model, params.side())
         side = jobs[0].answer[0].width
         body = {"created": now(), "data": data, "output_format": "png", "size": f"{side}x{side}", "model": name}
-        return JSONResponse(body | {"drawn_at": f"{native}x{native}"})
+        return JSONResponse(body | {"drawn_at": f"{trained_size}x{trained_size}"})
 
 
-class _Door:
+class _RequestGuard:
     """Refuses requests with a foreign Host name or from another site's page, before any route is matched."""
 
     def __init__(self, app: ASGIApp, names: frozenset[str], origins: frozenset[str]):
@@ -260,21 +264,21 @@ class _Door:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and (refusal := self._refusal(scope)) is not None:
-            await errors.answer(refusal)(scope, receive, send)
+            await errors.response(refusal)(scope, receive, send)
             return
         await self.app(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> Refused | None:
-        if self.names and (name := called(scope)) not in self.names:
-            takes = "xfusion serve --allowed-names takes names that it may have"
-            return Refused(403, f"this server is not called {name[:100]!r}: {takes}", code="unknown_host")
-        if (page := foreign(scope, self.origins)) is not None:
-            takes = "xfusion serve --allowed-origins takes pages elsewhere that may"
-            return Refused(403, f"{page[:100]!r} may not use this server: {takes}", code="foreign_origin")
+        if self.names and (name := host_name(scope)) not in self.names:
+            advice = "xfusion serve --allowed-names takes names that it may have"
+            return Refused(403, f"this server is not called {name[:100]!r}: {advice}", code="unknown_host")
+        if (origin := foreign_origin(scope, self.origins)) is not None:
+            advice = "xfusion serve --allowed-origins takes pages elsewhere that may"
+            return Refused(403, f"{origin[:100]!r} may not use this server: {advice}", code="foreign_origin")
         return None
 
 
-def _of(body: bytes) -> Receive:
+def _replay(body: bytes) -> Receive:
     """An ASGI receive function that replays a received body."""
 
     async def receive() -> Message:
@@ -283,12 +287,12 @@ def _of(body: bytes) -> Receive:
     return receive
 
 
-def _spelled(key: str) -> set[bytes]:
+def _encodings(key: str) -> set[bytes]:
     """The encodings in which clients may send a key."""
-    spelled = {key.encode("utf-8", "surrogateescape")}
+    encodings = {key.encode("utf-8", "surrogateescape")}
     with suppress(UnicodeEncodeError):
-        spelled.add(key.encode("latin-1"))
-    return spelled
+        encodings.add(key.encode("latin-1"))
+    return encodings
 
 
 def _digest(key: bytes) -> bytes:

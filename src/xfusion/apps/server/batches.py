@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("xfusion.server")
 
 
-class _Gone(Exception):
+class _Abandoned(Exception):
     """No client waits for a batch any more."""
 
 
@@ -43,15 +43,17 @@ class Words:
         """The text that may be sent after one more token."""
         self.ids.append(token)
         text = self.decode(self.ids)
-        found = [place for place in (text.find(stop) for stop in self.stop) if place >= 0]
-        if found:
+        stop_positions = [position for position in (text.find(stop) for stop in self.stop) if position >= 0]
+        if stop_positions:
             self.stopped = True
-            return self._send(text[: min(found)])
+            return self._send(text[: min(stop_positions)])
         # Hold back an incomplete character, and text that may become a stop sequence.
         text = text.rstrip("\N{REPLACEMENT CHARACTER}")
-        most = len(text) + 1
-        held = [k for stop in self.stop for k in range(1, min(len(stop), most)) if text.endswith(stop[:k])]
-        return self._send(text[: len(text) - max(held, default=0)])
+        max_length = len(text) + 1
+        partial_stops = [
+            k for stop in self.stop for k in range(1, min(len(stop), max_length)) if text.endswith(stop[:k])
+        ]
+        return self._send(text[: len(text) - max(partial_stops, default=0)])
 
     def rest(self) -> str:
         """The text still to be sent at the end of the answer."""
@@ -81,7 +83,7 @@ class Continue:
     """Side of such a first picture."""
 
     @property
-    def together(self) -> bool:
+    def batchable(self) -> bool:
         """Whether jobs share a pass: text alone is answered one by one, so that it is exactly the base's."""
         return not self.decides and any(kind != "text" for kind in self.kinds)
 
@@ -91,7 +93,7 @@ class Continue:
             (job,) = jobs
             return [
                 self.model.answer(
-                    job.given,
+                    job.inputs,
                     draw="auto",
                     size=self.size,
                     seed=job.seed,
@@ -100,19 +102,19 @@ class Continue:
                     max_tokens=self.max_tokens,
                     temperature=self.temperature,
                     top_p=self.top_p,
-                    progress=told(jobs),
+                    progress=drawing_progress(jobs),
                     listen=lambda _, token: job.hear(token),
                 )
             ]
         return self.model.generate(
-            [job.given for job in jobs],
+            [job.inputs for job in jobs],
             seeds=[job.seed for job in jobs],
             steps=self.steps,
             guidance=self.guidance,
             max_tokens=self.max_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
-            progress=told(jobs),
+            progress=drawing_progress(jobs),
             listen=lambda row, token: jobs[row].hear(token),
         )
 
@@ -126,15 +128,15 @@ class Repaint:
     guidance: float | None
 
     @property
-    def together(self) -> bool:
+    def batchable(self) -> bool:
         """True: jobs share a pass."""
         return True
 
     def run(self, jobs: list[Job]) -> list[list[Any]]:
         """The picture of each job."""
-        given, seeds = [job.given for job in jobs], [job.seed for job in jobs]
-        settings = {"steps": self.steps, "guidance": self.guidance, "progress": told(jobs)}
-        return [[picture] for picture in inpaint_batch(self.model, given, seeds=seeds, **settings)]
+        inputs, seeds = [job.inputs for job in jobs], [job.seed for job in jobs]
+        settings = {"steps": self.steps, "guidance": self.guidance, "progress": drawing_progress(jobs)}
+        return [[picture] for picture in inpaint_batch(self.model, inputs, seeds=seeds, **settings)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,15 +146,15 @@ class Embed:
     model: Model
 
     @property
-    def together(self) -> bool:
+    def batchable(self) -> bool:
         """True: jobs share a pass, with one row per item."""
         return True
 
     def run(self, jobs: list[Job]) -> list[list[Any]]:
         """The embeddings of each job, ``[items, width]``."""
-        items = [item for job in jobs for item in job.given]
-        vectors = self.model.embed(items, progress=_awaited(jobs))
-        return [list(part) for part in vectors.split([len(job.given) for job in jobs])]
+        items = [item for job in jobs for item in job.inputs]
+        vectors = self.model.embed(items, progress=embedding_progress(jobs))
+        return [list(part) for part in vectors.split([len(job.inputs) for job in jobs])]
 
 
 class Work(Protocol):
@@ -164,7 +166,7 @@ class Work(Protocol):
         ...
 
     @property
-    def together(self) -> bool:
+    def batchable(self) -> bool:
         """Whether jobs share a pass."""
         ...
 
@@ -173,23 +175,23 @@ class Work(Protocol):
         ...
 
 
-def _awaited(jobs: list[Job]) -> Callable[[int, int], None]:
+def embedding_progress(jobs: list[Job]) -> Callable[[int, int], None]:
     """A progress callback that stops between two groups of items once all clients are gone."""
 
     def progress(done: int, total: int) -> None:
         del done, total
         if all(job.dropped for job in jobs):
-            raise _Gone
+            raise _Abandoned
 
     return progress
 
 
-def told(jobs: list[Job]) -> Progress:
+def drawing_progress(jobs: list[Job]) -> Progress:
     """A progress callback of drawing: passes each job its estimate, and stops between two steps once all clients are gone."""
 
     def progress(done: int, total: int, estimate: Tensor | None) -> None:
         if all(job.dropped for job in jobs):
-            raise _Gone
+            raise _Abandoned
         for row, job in enumerate(jobs):
             if job.watch is not None and estimate is not None:
                 job.watch(done, total, estimate[row])
@@ -202,13 +204,13 @@ class Job:
     """One answer to compute."""
 
     work: Work
-    given: Any
+    inputs: Any
     """The input, in the format of the work."""
     seed: int
     index: int
     """Index of the answer within its request."""
     words: Words
-    tell: Callable[[Job, str | None], None]
+    notify: Callable[[Job, str | None], None]
     """Called by the computing thread with new text, and with None when the answer is done or has failed."""
     watch: Callable[[int, int, Tensor], None] | None = None
     """Called by the computing thread after each sampling step: steps done, total steps, the clean estimate ``[M, P]``."""
@@ -225,7 +227,7 @@ class Job:
             return False
         new = self.words.add(token)
         if new:
-            self.tell(self, new)
+            self.notify(self, new)
         return not self.words.stopped
 
     def end(self, answer: list[Any] | None = None, error: Exception | None = None) -> None:
@@ -235,9 +237,9 @@ class Job:
         self.answer, self.error = answer or [], error
         rest = self.words.rest() if error is None else ""
         if rest:
-            self.tell(self, rest)
+            self.notify(self, rest)
         self.ended = True
-        self.tell(self, None)
+        self.notify(self, None)
 
 
 class Batches:
@@ -245,7 +247,7 @@ class Batches:
 
     def __init__(self, queue: int, batch: int, watch: Callable[[list[Job], float], None] = lambda jobs, seconds: None):
         """``watch`` is called with the jobs and the seconds of every batch."""
-        self.most, self.batch, self.watch = queue, batch, watch
+        self.capacity, self.batch, self.watch = queue, batch, watch
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
         self.open = True
@@ -283,23 +285,23 @@ class Batches:
             self.waiting.extend(jobs)
             self._changed.notify_all()
 
-    def check(self, coming: int) -> None:
-        """Refuse a request before any work on it; ``coming`` others are being read and will need one place each.
+    def check(self, num_arriving: int) -> None:
+        """Refuse a request before any work on it; ``num_arriving`` others are being read and will need one place each.
 
         Raises:
             Refused: as `put`.
         """
         with self._changed:
-            self._check(len(self.waiting) + coming, 1)
+            self._check(len(self.waiting) + num_arriving, 1)
 
-    def _check(self, taken: int, wanted: int) -> None:
+    def _check(self, num_waiting: int, num_new: int) -> None:
         if not self.open:
             raise stopping()
-        if taken + wanted > self.most:
-            seconds = min(60.0, self._seconds * taken)
+        if num_waiting + num_new > self.capacity:
+            seconds = min(60.0, self._seconds * num_waiting)
             raise Refused(
                 429,
-                f"{taken} answers wait, and no more than {self.most} may: try again later",
+                f"{num_waiting} answers wait, and no more than {self.capacity} may: try again later",
                 code="queue_full",
                 headers={"Retry-After": str(max(1, math.ceil(seconds)))},
             )
@@ -319,18 +321,18 @@ class Batches:
             if not self.open:
                 return []
             work = self.waiting[0].work
-            most = self.batch if work.together else 1
-            self.running = [job for job in self.waiting if job.work == work][:most]
-            chosen = set(map(id, self.running))
-            self.waiting = deque(job for job in self.waiting if id(job) not in chosen)
+            max_jobs = self.batch if work.batchable else 1
+            self.running = [job for job in self.waiting if job.work == work][:max_jobs]
+            running_ids = set(map(id, self.running))
+            self.waiting = deque(job for job in self.waiting if id(job) not in running_ids)
             return self.running
 
     def _work(self) -> None:
         while jobs := self._next():
-            began = time.perf_counter()
+            start = time.perf_counter()
             try:
                 self._run(jobs)
-                seconds = time.perf_counter() - began
+                seconds = time.perf_counter() - start
                 self._seconds += 0.2 * (seconds / len(jobs) - self._seconds)
                 self.watch(jobs, seconds)
             except Exception as error:  # without this thread no request would ever be answered again
@@ -342,7 +344,7 @@ class Batches:
     def _run(self, jobs: list[Job]) -> None:
         try:
             answers = jobs[0].work.run(jobs)
-        except _Gone:
+        except _Abandoned:
             return
         except Exception as error:  # whatever it is, clients must be notified and the next batch must run
             if len(jobs) > 1 and not any(job.words.ids for job in jobs):

@@ -20,13 +20,13 @@ from xfusion.apps.server.tickets import Ticket
 class Completion:
     """A ticket's answers as a chat completion."""
 
-    def __init__(self, ticket: Ticket, name: str, prompt: int, *, counted: bool):
+    def __init__(self, ticket: Ticket, name: str, prompt: int, *, has_usage: bool):
         self.ticket, self.name, self.prompt = ticket, name, prompt
-        self.counted = counted
+        self.has_usage = has_usage
         """Whether the stream ends with its token usage."""
         self.head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": now(), "model": name}
 
-    async def whole(self) -> dict[str, Any]:
+    async def response(self) -> dict[str, Any]:
         """The complete answer."""
         async for _ in self.ticket.follow():
             pass
@@ -60,7 +60,7 @@ class Completion:
         except Exception as error:
             yield f"data: {json.dumps(as_refused(error).body)}\n\n"
             return
-        if self.counted:
+        if self.has_usage:
             yield self._chunk(choices=[], usage=self._usage())
         yield "data: [DONE]\n\n"
 
@@ -73,13 +73,13 @@ class Completion:
 
     def _images(self, job: Job) -> list[dict[str, Any]]:
         facts = self.ticket.service.picture_facts(self.name, job)
-        drawn = [segment for segment in job.answer if not isinstance(segment, str)]
-        return [{"type": "image_url", "image_url": {"url": data_url(picture, facts)}} for picture in drawn]
+        pictures = [segment for segment in job.answer if not isinstance(segment, str)]
+        return [{"type": "image_url", "image_url": {"url": data_url(picture, facts)}} for picture in pictures]
 
     def _reason(self, job: Job) -> str:
         work = job.work
-        full = isinstance(work, Continue) and len(job.words.ids) >= work.max_tokens
-        return "length" if full and not job.words.stopped else "stop"
+        reached_limit = isinstance(work, Continue) and len(job.words.ids) >= work.max_tokens
+        return "length" if reached_limit and not job.words.stopped else "stop"
 
     def _usage(self) -> dict[str, int]:
         return usage(self.prompt, sum(len(job.words.ids) for job in self.ticket.jobs))

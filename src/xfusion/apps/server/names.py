@@ -27,7 +27,7 @@ def own_names(host: str) -> frozenset[str]:
     return LOOPBACK | {host} if loopback else frozenset()
 
 
-def foreign(scope: Scope, allowed: frozenset[str] = frozenset()) -> str | None:
+def foreign_origin(scope: Scope, allowed: frozenset[str] = frozenset()) -> str | None:
     """The other site's origin for which a browser sends a request; None if there is none, or an allowed one.
 
     For loopback servers and over TLS, browsers say whether a page is the server's own (``Sec-Fetch-Site``). Otherwise the
@@ -49,7 +49,7 @@ def foreign(scope: Scope, allowed: frozenset[str] = frozenset()) -> str | None:
     return origin
 
 
-def called(scope: Scope) -> str:
+def host_name(scope: Scope) -> str:
     """The Host name of a request, without the port; empty if there is none."""
-    asked = Headers(scope=scope).get("host", "").lower().rpartition(":")
-    return (asked[0] if asked[2].isdigit() else "".join(asked)).removesuffix(".")
+    host = Headers(scope=scope).get("host", "").lower().rpartition(":")
+    return (host[0] if host[2].isdigit() else "".join(host)).removesuffix(".")

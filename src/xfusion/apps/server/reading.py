@@ -15,37 +15,37 @@ from xfusion.generation import TooLong, conversation, draw_size, kinds_of, promp
 from xfusion.model import Model
 
 
-def chat(asked: requests.Chat, model: Model, limits: Limits, hosts: frozenset[str]) -> tuple[list[Job], int]:
+def chat(params: requests.Chat, model: Model, limits: Limits, hosts: frozenset[str]) -> tuple[list[Job], int]:
     """The next turn of a conversation: its jobs, and the tokens of its prompt.
 
     Raises:
         Refused: it is beyond the limits, or this model cannot do it.
     """
-    _bounded(asked, limits)
-    decides = asked.draw == "auto" and "image" not in asked.modalities
-    draws = decides or "image" in asked.modalities
-    steps = asked.drawing_steps(limits) if draws else 1
-    given = requests.messages(asked, model, limits, hosts, own_pictures=not decides)
+    _check_number(params, limits)
+    decides = params.draw == "auto" and "image" not in params.modalities
+    draws = decides or "image" in params.modalities
+    steps = params.drawing_steps(limits) if draws else 1
+    turns = requests.messages(params, model, limits, hosts, own_pictures=not decides)
     if decides and model.opening is None:
         message = (
             "this model has no opening head, which decides whether to draw: leave draw out, or ask for a picture by"
         )
         raise Refused(400, f"{message} modalities", code="not_capable", param="draw")
-    if decides and asked.messages[-1].role != "user":
+    if decides and params.messages[-1].role != "user":
         raise Refused(400, "whether to draw is decided behind a turn of the user", param="messages")
-    if "image" in asked.modalities:
+    if "image" in params.modalities:
         if "draw" not in model.capabilities:
             raise requests.incapable(model, "draw")
-        if "text" in asked.modalities and "caption" not in model.capabilities:
+        if "text" in params.modalities and "caption" not in model.capabilities:
             raise requests.incapable(model, "say words behind a picture")
         requests.trained_side(model)
-        given[-1]["content"].append(Image(size=asked.side()))
-        if "text" in asked.modalities:
-            given[-1]["content"].append("")  # text follows the picture
+        turns[-1]["content"].append(Image(size=params.side()))
+        if "text" in params.modalities:
+            turns[-1]["content"].append("")  # text follows the picture
     with _as_refusal():
-        segments = conversation(model, given, own_pictures=not decides)
+        segments = conversation(model, turns, own_pictures=not decides)
         if decides:
-            draw_size(model, asked.side())
+            draw_size(model, params.side())
         prompt, kinds = prompt_length(model, segments), kinds_of(model, segments)
     if not any(isinstance(segment, Text) or segment for segment in segments):
         raise Refused(400, "the messages are empty", param="messages")
@@ -53,123 +53,124 @@ def chat(asked: requests.Chat, model: Model, limits: Limits, hosts: frozenset[st
         model=model,
         kinds=kinds,
         steps=steps,
-        guidance=asked.guidance if draws else None,
-        max_tokens=_max_tokens(asked, model, limits, prompt),
-        temperature=asked.temperature or 0.0,
-        top_p=1.0 if asked.top_p is None else asked.top_p,
+        guidance=params.guidance if draws else None,
+        max_tokens=_max_tokens(params, model, limits, prompt),
+        temperature=params.temperature or 0.0,
+        top_p=1.0 if params.top_p is None else params.top_p,
         decides=decides,
-        size=asked.side() if decides else None,
+        size=params.side() if decides else None,
     )
-    return _jobs(asked, model, work, given if decides else segments, asked.stops()), prompt
+    return _jobs(params, model, work, turns if decides else segments, params.stops()), prompt
 
 
-def _max_tokens(asked: requests.Chat, model: Model, limits: Limits, prompt: int) -> int:
-    wanted = asked.max_completion_tokens or asked.max_tokens
-    requests.within(wanted or 1, limits.tokens, "max_tokens")
-    places = getattr(model.backbone.config, "max_position_embeddings", None) or 1 << 30
-    room = places - prompt - 8  # the start of a text, and the rows around pictures
-    if (wanted or 1) > room:
+def _max_tokens(params: requests.Chat, model: Model, limits: Limits, prompt: int) -> int:
+    requested = params.max_completion_tokens or params.max_tokens
+    requests.within(requested or 1, limits.tokens, "max_tokens")
+    max_positions = getattr(model.backbone.config, "max_position_embeddings", None) or 1 << 30
+    available = max_positions - prompt - 8  # the start of a text, and the rows around pictures
+    if (requested or 1) > available:
         raise Refused(
             400,
-            f"the messages have {prompt} tokens and the answer may have {wanted or 1}, but this model has {places} places",
+            f"the messages have {prompt} tokens and the answer may have {requested or 1}, but this model has"
+            f" {max_positions} places",
             code="context_length_exceeded",
         )
-    return wanted or min(limits.tokens, room)
+    return requested or min(limits.tokens, available)
 
 
-def images(asked: requests.Images, model: Model, limits: Limits) -> list[Job]:
+def images(params: requests.Images, model: Model, limits: Limits) -> list[Job]:
     """Pictures of a prompt.
 
     Raises:
         Refused: they are beyond the limits, or this model cannot draw.
     """
-    steps = _drawn(asked, model, limits)
+    steps = _check_drawing(params, model, limits)
     with _as_refusal():
-        segments = [asked.prompt, Image(size=asked.side())]
+        segments = [params.prompt, Image(size=params.side())]
         prompt_length(model, segments)
         kinds = kinds_of(model, segments)
     work = Continue(
         model=model,
         kinds=kinds,
         steps=steps,
-        guidance=asked.guidance,
+        guidance=params.guidance,
         max_tokens=1,
         temperature=0.0,
         top_p=1.0,
     )
-    return _jobs(asked, model, work, segments)
+    return _jobs(params, model, work, segments)
 
 
-def edit(asked: requests.Images, model: Model, limits: Limits, image: bytes, mask: bytes | None) -> list[Job]:
+def edit(params: requests.Images, model: Model, limits: Limits, image: bytes, mask: bytes | None) -> list[Job]:
     """Inpainting of a part of a picture.
 
     Raises:
         Refused: it is beyond the limits, picture and mask do not match, or this model cannot draw.
     """
-    steps = _drawn(asked, model, limits)
-    trained = requests.trained_side(model)
-    if asked.side() not in (None, trained):
-        raise Refused(400, f"size: pictures are edited at {trained}x{trained}, the trained size", param="size")
+    steps = _check_drawing(params, model, limits)
+    side = requests.trained_side(model)
+    if params.side() not in (None, side):
+        raise Refused(400, f"size: pictures are edited at {side}x{side}, the trained size", param="size")
     picture, holes = requests.picture_and_mask(image, mask, model, limits)
     with _as_refusal():
-        prompt_length(model, [asked.prompt])
-    work = Repaint(model=model, steps=steps, guidance=asked.guidance)
-    return _jobs(asked, model, work, (picture, holes, asked.prompt))
+        prompt_length(model, [params.prompt])
+    work = Repaint(model=model, steps=steps, guidance=params.guidance)
+    return _jobs(params, model, work, (picture, holes, params.prompt))
 
 
-def embeddings(asked: requests.Embeddings, model: Model, limits: Limits, hosts: frozenset[str]) -> tuple[Job, int]:
+def embeddings(params: requests.Embeddings, model: Model, limits: Limits, hosts: frozenset[str]) -> tuple[Job, int]:
     """Embeddings of texts and pictures: the job, and the number of text tokens.
 
     Raises:
         Refused: they are beyond the limits, this model cannot read them, or its embeddings have another width.
     """
-    objective: Any = next(one for one in model.objectives if "embed" in one.gives)
+    objective: Any = next(candidate for candidate in model.objectives if "embed" in candidate.gives)
     width = objective.embedding_width
-    if asked.dimensions not in (None, width):
-        message = f"dimensions is {asked.dimensions}, but this model's vectors have {width}"
+    if params.dimensions not in (None, width):
+        message = f"dimensions is {params.dimensions}, but this model's vectors have {width}"
         raise Refused(400, message, param="dimensions")
-    items = requests.embedded(asked, model, limits, hosts)
+    items = requests.embedding_inputs(params, model, limits, hosts)
     with _as_refusal():
         prompt = sum(prompt_length(model, [item]) for item in items)
     words = Words(model.backbone.decode)
     work = Embed(model=model)
-    return Job(work=work, given=items, seed=0, index=0, words=words, tell=lambda job, new: None), prompt
+    return Job(work=work, inputs=items, seed=0, index=0, words=words, notify=lambda job, new: None), prompt
 
 
-def _drawn(asked: requests.Images, model: Model, limits: Limits) -> int:
+def _check_drawing(params: requests.Images, model: Model, limits: Limits) -> int:
     """Check a request for pictures; returns its sampling steps."""
-    _bounded(asked, limits)
-    steps = asked.drawing_steps(limits)
-    requests.within(len(asked.prompt), limits.characters, "characters")
+    _check_number(params, limits)
+    steps = params.drawing_steps(limits)
+    requests.within(len(params.prompt), limits.characters, "characters")
     if "draw" not in model.capabilities:
         raise requests.incapable(model, "draw")
     requests.trained_side(model)
     return steps
 
 
-def _bounded(asked: requests.Chat | requests.Images, limits: Limits) -> None:
-    requests.within(asked.n, min(limits.n, limits.queue), "n")
+def _check_number(params: requests.Chat | requests.Images, limits: Limits) -> None:
+    requests.within(params.n, min(limits.n, limits.queue), "n")
 
 
 def _jobs(
-    asked: requests.Chat | requests.Images,
+    params: requests.Chat | requests.Images,
     model: Model,
     work: Continue | Repaint,
-    given: Any,
+    inputs: Any,
     stops: tuple[str, ...] = (),
 ) -> list[Job]:
     """One job per answer, with seeds that count up."""
-    first = asked.first_seed()
+    first_seed = params.first_seed()
     return [
         Job(
             work=work,
-            given=given,
-            seed=first + i,
+            inputs=inputs,
+            seed=first_seed + i,
             index=i,
             words=Words(model.backbone.decode, stops),
-            tell=lambda job, new: None,
+            notify=lambda job, new: None,
         )
-        for i in range(asked.n)
+        for i in range(params.n)
     ]
 
 

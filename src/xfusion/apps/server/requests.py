@@ -45,7 +45,7 @@ BESIDE_WORDS = 20_000
 """Commas and brackets that a request may contain besides those of its text."""
 DATA_HEAD = 200
 """Longest header of a data URL, in characters."""
-TOLD = 300
+MAX_QUOTED = 300
 """Characters of the request that an error may quote."""
 STEPS = 25
 """Default number of sampling steps, or the server's limit if that is smaller."""
@@ -58,14 +58,14 @@ class _Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_null(cls, given: Any) -> Any:
+    def _without_null(cls, fields: Any) -> Any:
         """Treat null fields, known or not, as left out."""
-        if not isinstance(given, dict):
-            return given
-        if len(given) > FIELDS:  # each unknown field would be a separate error
-            count = {"count": len(given), "most": FIELDS}
+        if not isinstance(fields, dict):
+            return fields
+        if len(fields) > FIELDS:  # each unknown field would be a separate error
+            count = {"count": len(fields), "most": FIELDS}
             raise PydanticCustomError("too_many_fields", "an object has {count} fields, more than {most}", count)
-        return {key: value for key, value in given.items() if value is not None}
+        return {key: value for key, value in fields.items() if value is not None}
 
 
 Empty = Annotated[list[Any], Field(max_length=0)]
@@ -250,16 +250,16 @@ class Embeddings(_Strict):
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
-def received(kind: type[Kind], body: bytes, limits: Limits) -> Kind:
+def parse_body(kind: type[Kind], body: bytes, limits: Limits) -> Kind:
     """Parse a JSON body; its values are counted first, since each parsed value takes far more memory than its text.
 
     Raises:
         Refused: as `parse`, or it has more values than a request within the limits.
     """
-    most = limits.characters + limits.inputs + BESIDE_WORDS
+    limit = limits.characters + limits.inputs + BESIDE_WORDS
     count = sum(map(body.count, (b",", b"[", b"{")))
-    if count > most:
-        message = f"the request holds {count} commas and opening brackets, more than the {most} that this server reads"
+    if count > limit:
+        message = f"the request holds {count} commas and opening brackets, more than the {limit} that this server reads"
         raise Refused(400, message, code="too_many_values")
     return parse(kind, body)
 
@@ -274,13 +274,13 @@ def parse(kind: type[Kind], body: bytes | Mapping[str, Any]) -> Kind:
         return kind.model_validate_json(body) if isinstance(body, bytes) else kind.model_validate(body)
     except ValidationError as error:
         # For a field of several possible kinds, report the error of the kind that matches best: the deepest.
-        first = max(error.errors(include_url=False, include_context=False), key=lambda found: len(found["loc"]))
-    param = ".".join(str(part) for part in first["loc"] if not _is_kind(part))[:TOLD] or None
+        first = max(error.errors(include_url=False, include_context=False), key=lambda entry: len(entry["loc"]))
+    param = ".".join(str(part) for part in first["loc"] if not _is_kind(part))[:MAX_QUOTED] or None
     if first["type"] == "extra_forbidden":
         raise Refused(400, f"{param} is not a parameter of this server", param=param, code="unknown_parameter")
-    given = f", not {str(first['input'])[:50]!r}" if first["type"] == "literal_error" else ""
-    told = first["msg"][:TOLD]
-    raise Refused(400, f"{param}: {told}{given}" if param else told, param=param)
+    quoted = f", not {str(first['input'])[:50]!r}" if first["type"] == "literal_error" else ""
+    message = first["msg"][:MAX_QUOTED]
+    raise Refused(400, f"{param}: {message}{quoted}" if param else message, param=param)
 
 
 def _is_kind(part: str | int) -> bool:
@@ -288,17 +288,17 @@ def _is_kind(part: str | int) -> bool:
     return isinstance(part, str) and (part in ("str", "int") or not part.isidentifier())
 
 
-def within(value: float, most: float, name: str) -> None:
+def within(value: float, limit: float, name: str) -> None:
     """Refuse a value beyond the server's limit."""
-    if value > most:
-        raise Refused(400, f"{name} is {value:g}, more than the {most:g} that this server allows", param=name)
+    if value > limit:
+        raise Refused(400, f"{name} is {value:g}, more than the {limit:g} that this server allows", param=name)
 
 
 # ---------------------------------------------------------------------------------------------------------- pictures
 
 
 def messages(
-    request: Chat, model: Model, limits: Limits, hosts: frozenset[str], *, own_pictures: bool = True
+    params: Chat, model: Model, limits: Limits, hosts: frozenset[str], *, own_pictures: bool = True
 ) -> list[dict[str, Any]]:
     """The turns of a conversation as `xfusion.generation.conversation` accepts them, with pictures and sounds decoded.
 
@@ -311,71 +311,77 @@ def messages(
     Raises:
         Refused: it is beyond the limits, or a picture or a sound cannot be fetched or decoded.
     """
-    turns = [(m.role, [*m.images, *_blocks(m)]) for m in request.messages]  # a drawn picture precedes its text
+    turns = [(m.role, [*m.images, *_blocks(m)]) for m in params.messages]  # a drawn picture precedes its text
     blocks = [block for _, turn in turns for block in turn]
-    own = [block for role, turn in turns if role == "assistant" for block in turn if isinstance(block, Picture)]
-    heard = sum(isinstance(block, Heard) for block in blocks)
-    shown = sum(isinstance(block, Picture) for block in blocks) - len(own)
-    within(shown, limits.pictures, "pictures")
-    within(heard, limits.sounds, "sounds")
-    room = limits.pictures - shown if own_pictures and "caption" in model.capabilities else 0
-    called = {id(picture) for picture in own[: max(0, len(own) - room)]}
-    characters = sum(len(b.text) for b in blocks if isinstance(b, Words)) + len(PICTURE) * len(called)
+    drawn_pictures = [
+        block for role, turn in turns if role == "assistant" for block in turn if isinstance(block, Picture)
+    ]
+    num_sounds = sum(isinstance(block, Heard) for block in blocks)
+    num_pictures = sum(isinstance(block, Picture) for block in blocks) - len(drawn_pictures)
+    within(num_pictures, limits.pictures, "pictures")
+    within(num_sounds, limits.sounds, "sounds")
+    num_read = limits.pictures - num_pictures if own_pictures and "caption" in model.capabilities else 0
+    placeholder_ids = {id(picture) for picture in drawn_pictures[: max(0, len(drawn_pictures) - num_read)]}
+    characters = sum(len(b.text) for b in blocks if isinstance(b, Words)) + len(PICTURE) * len(placeholder_ids)
     within(characters, limits.characters, "characters")
-    if shown and "caption" not in model.capabilities:
+    if num_pictures and "caption" not in model.capabilities:
         raise incapable(model, "read pictures")
-    if heard and "caption" not in model.capabilities:
+    if num_sounds and "caption" not in model.capabilities:
         raise incapable(model, "hear")
-    out = []
+    result = []
     for role, turn in turns:
-        content = [PICTURE if id(block) in called else _said(block, model, limits, hosts) for block in turn]
-        if any(id(block) in called for block in turn):
-            content = _in_lines(content)
-        out.append({"role": "system" if role == "developer" else role, "content": content})
-    return out
+        content = [
+            PICTURE if id(block) in placeholder_ids else _decode_block(block, model, limits, hosts) for block in turn
+        ]
+        if any(id(block) in placeholder_ids for block in turn):
+            content = _join_lines(content)
+        result.append({"role": "system" if role == "developer" else role, "content": content})
+    return result
 
 
-def _in_lines(content: list[Any]) -> list[Any]:
+def _join_lines(content: list[Any]) -> list[Any]:
     """The texts of a turn, one per line, as turns with ``(picture)`` are written elsewhere."""
-    said = [segment for segment in content if segment != ""]
-    if all(isinstance(segment, str) for segment in said):
-        return ["\n".join(said)]
-    return [part for segment in said for part in ("\n", segment)][1:]
+    parts = [segment for segment in content if segment != ""]
+    if all(isinstance(segment, str) for segment in parts):
+        return ["\n".join(parts)]
+    return [part for segment in parts for part in ("\n", segment)][1:]
 
 
-def embedded(request: Embeddings, model: Model, limits: Limits, hosts: frozenset[str]) -> list[str | PILImage.Image]:
+def embedding_inputs(
+    params: Embeddings, model: Model, limits: Limits, hosts: frozenset[str]
+) -> list[str | PILImage.Image]:
     """The inputs as `Model.embed` accepts them: a base64 data URL is a picture, everything else is text.
 
     Raises:
         Refused: they are beyond the limits, one is empty, or a picture cannot be read.
     """
-    given = request.inputs()
-    shown = [_is_file(text) for text in given]
-    within(len(given), limits.inputs, "input")
-    within(sum(shown), limits.pictures, "pictures")
-    within(sum(len(text) for text, is_picture in zip(given, shown, strict=True) if not is_picture), limits.characters,
+    inputs = params.inputs()
+    are_pictures = [_is_file(text) for text in inputs]
+    within(len(inputs), limits.inputs, "input")
+    within(sum(are_pictures), limits.pictures, "pictures")
+    within(sum(len(text) for text, is_picture in zip(inputs, are_pictures, strict=True) if not is_picture), limits.characters,
            "characters")  # fmt: skip
-    if not all(given):
+    if not all(inputs):
         raise Refused(400, "input: a text is empty, there is nothing to embed", param="input")
     return [
-        _opened(text, model, limits, hosts) if is_picture else text
-        for text, is_picture in zip(given, shown, strict=True)
+        _open_picture(text, model, limits, hosts) if is_picture else text
+        for text, is_picture in zip(inputs, are_pictures, strict=True)
     ]
 
 
-def _said(block: Words | Picture | Heard, model: Model, limits: Limits, hosts: frozenset[str]) -> Any:
+def _decode_block(block: Words | Picture | Heard, model: Model, limits: Limits, hosts: frozenset[str]) -> Any:
     if isinstance(block, Words):
         return block.text
     if isinstance(block, Picture):
-        return _opened(block.image_url.url, model, limits, hosts)
+        return _open_picture(block.image_url.url, model, limits, hosts)
     try:
-        heard = model.audio
+        audio = model.audio
     except XFusionError as error:
         raise Refused(400, str(error), code="not_capable", param="model") from error
     try:
-        data = _of_base64(block.input_audio.data, "input_audio", "invalid_audio")
+        data = _decode_base64(block.input_audio.data, "input_audio", "invalid_audio")
         sound = sounds.decode(data, "input_audio", most_samples=min(limits.samples, sounds.MAX_SAMPLES))
-        return heard.as_heard(sound, heard.sizes[0])
+        return audio.as_heard(sound, audio.sizes[0])
     except XFusionError as error:
         raise Refused(400, str(error), param="input_audio", code="invalid_audio") from error
 
@@ -388,15 +394,15 @@ def _blocks(message: Message) -> list[Words | Picture | Heard]:
 
 def incapable(model: Model, verb: str) -> Refused:
     """The error for something that a model cannot do."""
-    able = ", ".join(sorted(model.capabilities))
-    return Refused(400, f"this model cannot {verb}: it can {able}", code="not_capable", param="model")
+    capabilities = ", ".join(sorted(model.capabilities))
+    return Refused(400, f"this model cannot {verb}: it can {capabilities}", code="not_capable", param="model")
 
 
-def _opened(url: str, model: Model, limits: Limits, hosts: frozenset[str]) -> PILImage.Image:
-    return as_seen(decoded(_fetched(url, limits, hosts), "image_url", limits), model)
+def _open_picture(url: str, model: Model, limits: Limits, hosts: frozenset[str]) -> PILImage.Image:
+    return resize_for_model(decode_picture(_fetch(url, limits, hosts), "image_url", limits), model)
 
 
-def decoded(data: bytes, name: str, limits: Limits) -> PILImage.Image:
+def decode_picture(data: bytes, name: str, limits: Limits) -> PILImage.Image:
     """Decode a picture that was sent; error messages call it ``name``."""
     try:
         return pictures.decode(data, name, most_pixels=limits.pixels)
@@ -404,16 +410,16 @@ def decoded(data: bytes, name: str, limits: Limits) -> PILImage.Image:
         raise Refused(400, str(error), param=name, code="invalid_image") from error
 
 
-def as_seen(picture: PILImage.Image, model: Model) -> PILImage.Image:
+def resize_for_model(picture: PILImage.Image, model: Model) -> PILImage.Image:
     """A picture resized to the model's input size, so that waiting jobs are small."""
     try:
         side = model.reads(picture).sizes[0]
     except XFusionError as error:
         raise Refused(400, str(error), code="not_capable", param="model") from error
-    return _of_side(picture, side)
+    return _square_picture(picture, side)
 
 
-def _of_side(picture: PILImage.Image, side: int) -> PILImage.Image:
+def _square_picture(picture: PILImage.Image, side: int) -> PILImage.Image:
     try:
         return square_picture(picture, side)
     except Exception as error:  # modes that Pillow can read but not convert
@@ -432,7 +438,7 @@ def trained_side(model: Model) -> int:
         raise Refused(400, str(error), code="not_capable", param="model") from error
 
 
-def _of_base64(data: str, name: str, code: str) -> bytes:
+def _decode_base64(data: str, name: str, code: str) -> bytes:
     try:
         return base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError) as error:
@@ -445,12 +451,12 @@ def _is_file(url: str) -> bool:
     return bool(comma) and head.startswith("data:") and head.endswith(";base64") and not any(map(str.isspace, head))
 
 
-def _fetched(url: str, limits: Limits, hosts: frozenset[str]) -> bytes:
+def _fetch(url: str, limits: Limits, hosts: frozenset[str]) -> bytes:
     """The bytes at a URL."""
     if url[:5].lower() == "data:":
         if not _is_file(url):
             raise Refused(400, "image_url: a data URL looks like data:image/png;base64,...", code="invalid_image")
-        return _of_base64(url.partition(",")[2], "image_url", "invalid_image")
+        return _decode_base64(url.partition(",")[2], "image_url", "invalid_image")
     try:
         parts = urllib.parse.urlsplit(url)
         host = parts.hostname or ""
@@ -459,48 +465,48 @@ def _fetched(url: str, limits: Limits, hosts: frozenset[str]) -> bytes:
     if host not in hosts or parts.scheme not in ("http", "https"):
         raise Refused(400, "image_url: this server takes data URLs only, and fetches no picture from there",
                       code="remote_image", param="image_url")  # fmt: skip
-    data = _got(parts, limits.body)
+    data = _download(parts, limits.body)
     within(len(data), limits.body, "image_url")
     return data
 
 
-def _got(parts: urllib.parse.SplitResult, most: int) -> bytes:
-    """A host's response, without redirects and proxies, up to one byte more than ``most``, within `FETCH_SECONDS` in all."""
+def _download(parts: urllib.parse.SplitResult, limit: int) -> bytes:
+    """A host's response, without redirects and proxies, up to one byte more than ``limit``, within `FETCH_SECONDS` in all."""
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    late = threading.Event()
+    timed_out = threading.Event()
 
-    def end(opened: socket.socket) -> None:
-        late.set()
+    def abort(open_socket: socket.socket) -> None:
+        timed_out.set()
         with suppress(OSError):  # the bare socket, since TLS would wait for the other side
-            socket.socket.shutdown(opened, socket.SHUT_RDWR)
+            socket.socket.shutdown(open_socket, socket.SHUT_RDWR)
 
     try:
-        began = time.monotonic()
+        start = time.monotonic()
         connection = kind(parts.hostname or "", parts.port, timeout=FETCH_SECONDS)
         with closing(connection):
             connection.connect()
             # A socket timeout applies to each read, so a slow host could hold a reader for hours.
-            timer = threading.Timer(max(0.0, began + FETCH_SECONDS - time.monotonic()), end, [connection.sock])
+            timer = threading.Timer(max(0.0, start + FETCH_SECONDS - time.monotonic()), abort, [connection.sock])
             timer.daemon = True
             timer.start()
             try:
                 connection.request("GET", urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, "")))
-                answer = connection.getresponse()
-                if answer.status != 200:
-                    raise _unfetched(f"its host answers {answer.status} {answer.reason}")
-                data = answer.read(most + 1)
+                response = connection.getresponse()
+                if response.status != 200:
+                    raise _fetch_refusal(f"its host answers {response.status} {response.reason}")
+                data = response.read(limit + 1)
             finally:
                 timer.cancel()
-            if late.is_set():
+            if timed_out.is_set():
                 raise TimeoutError
             return data
     except (OSError, ValueError, http.client.HTTPException) as error:
-        slow = late.is_set() or isinstance(error, TimeoutError)
-        reason = f"its host did not send it within {FETCH_SECONDS:g} seconds" if slow else str(error) or repr(error)
-        raise _unfetched(reason) from error
+        is_slow = timed_out.is_set() or isinstance(error, TimeoutError)
+        reason = f"its host did not send it within {FETCH_SECONDS:g} seconds" if is_slow else str(error) or repr(error)
+        raise _fetch_refusal(reason) from error
 
 
-def _unfetched(reason: str) -> Refused:
+def _fetch_refusal(reason: str) -> Refused:
     return Refused(400, f"image_url cannot be fetched: {reason}", code="remote_image", param="image_url")
 
 
@@ -515,8 +521,8 @@ def picture_and_mask(
     Raises:
         Refused: it is not a picture, the sizes differ, or no part of the drawn area is to be inpainted.
     """
-    picture = ImageOps.exif_transpose(decoded(image, "image", limits))
-    holes = picture if mask is None else ImageOps.exif_transpose(decoded(mask, "mask", limits))
+    picture = ImageOps.exif_transpose(decode_picture(image, "image", limits))
+    holes = picture if mask is None else ImageOps.exif_transpose(decode_picture(mask, "mask", limits))
     if holes.size != picture.size:
         raise Refused(
             400,
@@ -533,9 +539,9 @@ def picture_and_mask(
         holes = on_white(holes).convert("L").point([0] * 128 + [255] * 128)
     side = trained_side(model)
     grid = model.image.grid(side)
-    found = touched(holes, grid)
-    if not bool(found.any()):
-        what = "the mask" if mask is not None else "the picture"
-        raise Refused(400, f"{what} leaves nothing to draw anew in its middle square: mark some of it", param="mask")
-    tokens = PILImage.fromarray(found.view(grid).byte().mul(255).numpy())
-    return _of_side(picture, side), tokens.resize((side, side), PILImage.Resampling.NEAREST)
+    touched_tokens = touched(holes, grid)
+    if not bool(touched_tokens.any()):
+        source = "the mask" if mask is not None else "the picture"
+        raise Refused(400, f"{source} leaves nothing to draw anew in its middle square: mark some of it", param="mask")
+    tokens = PILImage.fromarray(touched_tokens.view(grid).byte().mul(255).numpy())
+    return _square_picture(picture, side), tokens.resize((side, side), PILImage.Resampling.NEAREST)

@@ -34,12 +34,12 @@ class Service:
         }
         self.since = now()
         self.metrics = Metrics()
-        self.batches = Batches(limits.queue, limits.batch, self.metrics.computed)
+        self.batches = Batches(limits.queue, limits.batch, self.metrics.count_batch)
         self.metrics.watch(self.batches)
         # A dedicated pool: a thread whose request was abandoned still occupies a reader until it ends.
         self.readers = ThreadPoolExecutor(READERS, thread_name_prefix="xfusion-reader")
         self.arriving = set[asyncio.Timeout]()
-        self.held = 0
+        self.held_bytes = 0
         """Bytes of the requests that are not yet in the queue."""
         self.reading = 0
         """Number of requests that are not yet in the queue."""
@@ -64,8 +64,8 @@ class Service:
         """
         name = next(iter(self.models)) if name is None else name
         if name not in self.models:
-            known = ", ".join(self.models)
-            raise Refused(404, f"there is no model {name[:100]!r} here, only {known}", code="model_not_found")
+            names = ", ".join(self.models)
+            raise Refused(404, f"there is no model {name[:100]!r} here, only {names}", code="model_not_found")
         return name, self.models[name]
 
     def picture_facts(self, name: str, job: Job) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class Server(uvicorn.Server):
 
         Uvicorn has a timeout for keep-alive, and none for these two.
         """
-        now, before, idle = time.monotonic(), self._silent, list[tuple[float, Any]]()
+        now, previous, idle = time.monotonic(), self._silent, list[tuple[float, Any]]()
         self._silent = {}
         connections: list[Any] = list(self.server_state.connections)
         for connection in connections:
@@ -90,14 +90,14 @@ class Server(uvicorn.Server):
             cycle, unread = connection.cycle, transport.get_write_buffer_size()
             if not unread and cycle is not None and not cycle.response_complete:
                 continue  # its answer is being computed
-            known = before.get(connection)
-            since = known[1] if known is not None and known[0] == (cycle, unread) else now
+            entry = previous.get(connection)
+            since = entry[1] if entry is not None and entry[0] == (cycle, unread) else now
             self._silent[connection] = ((cycle, unread), since)
             if now - since >= (UNREAD_SECONDS if unread else HEAD_SECONDS):
                 transport.abort()
             elif not unread:
                 idle.append((since, transport))
-        idle.sort(key=lambda one: one[0])
+        idle.sort(key=lambda item: item[0])
         for _, transport in idle[: max(0, len(self.server_state.connections) - self.connections)]:
             transport.abort()
 
@@ -107,7 +107,7 @@ class Server(uvicorn.Server):
         self.stops.begin_stop()
         timers = [
             self._loop.call_later(self.grace, self.stops.end_stop),
-            self._loop.call_later(self.grace + SENDING, self._cut),
+            self._loop.call_later(self.grace + SENDING, self._cut_all),
         ]
         try:
             await super().shutdown(sockets)
@@ -124,9 +124,9 @@ class Server(uvicorn.Server):
 
     def _end_now(self) -> None:
         self.stops.end_stop()
-        asyncio.get_running_loop().call_later(SENDING, self._cut)
+        asyncio.get_running_loop().call_later(SENDING, self._cut_all)
 
-    def _cut(self) -> None:
+    def _cut_all(self) -> None:
         connections: list[Any] = list(self.server_state.connections)
         for connection in connections:
             if (transport := getattr(connection, "transport", None)) is not None:

@@ -23,7 +23,7 @@ BODY_SECONDS = 30.0
 PATIENCE = 0.5
 """Seconds that a request waits for a free place in a full queue."""
 Value = TypeVar("Value")
-Asked = TypeVar("Asked", bound=BaseModel)
+Parameters = TypeVar("Parameters", bound=BaseModel)
 
 
 class Arrival:
@@ -39,19 +39,23 @@ class Arrival:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.service.held -= self.size
+        self.service.held_bytes -= self.size
         self.service.reading -= self.reading
 
-    async def parsed(self, kind: type[Asked]) -> Asked:
+    async def parse_json(self, kind: type[Parameters]) -> Parameters:
         """The request as JSON, parsed in a thread.
 
         Raises:
             Refused: it is not JSON, or not of this kind; or as `body`.
         """
         if self.kind != "application/json":
-            said = f"not {self.kind[:100]}" if self.kind else "which this request does not say"
-            raise Refused(415, f"send JSON with Content-Type: application/json, {said}", code="unsupported_media_type")
-        return await self.read(partial(requests.received, kind, await self.body(), self.service.limits))
+            content_type_text = f"not {self.kind[:100]}" if self.kind else "which this request does not say"
+            raise Refused(
+                415,
+                f"send JSON with Content-Type: application/json, {content_type_text}",
+                code="unsupported_media_type",
+            )
+        return await self.read(partial(requests.parse_body, kind, await self.body(), self.service.limits))
 
     async def body(self) -> bytes:
         """The request's body, refused as soon as it is too long or too slow, or there are too many.
@@ -59,18 +63,20 @@ class Arrival:
         If the queue is full, or will be once the requests being read are in it, nothing is received or read: repeated
         requests must not take time from the computation of answers.
         """
-        await self._place()
-        most, parts = self.service.limits.body, []
-        too_long = Refused(413, f"the request has more than the {most} bytes that this server allows", code="too_large")
+        await self._wait_for_place()
+        limit, parts = self.service.limits.body, []
+        too_long = Refused(
+            413, f"the request has more than the {limit} bytes that this server allows", code="too_large"
+        )
         length = self.request.headers.get("content-length", "0")
-        if length.isascii() and length.isdigit() and int(length[:20]) > most:
+        if length.isascii() and length.isdigit() and int(length[:20]) > limit:
             raise too_long
         seconds = min(BODY_SECONDS, self.service.limits.seconds)
-        slow = Refused(408, f"the request was not sent within {seconds:g} seconds", code="too_slow")
-        async with self._until(self.deadline - self.service.limits.seconds + seconds, slow):
+        too_slow = Refused(408, f"the request was not sent within {seconds:g} seconds", code="too_slow")
+        async with self._until(self.deadline - self.service.limits.seconds + seconds, too_slow):
             async for part in self.request.stream():
-                self._hold(len(part))
-                if self.size > most:
+                self._count_bytes(len(part))
+                if self.size > limit:
                     raise too_long
                 parts.append(part)
         self.service.batches.check(self.service.reading)
@@ -80,36 +86,36 @@ class Arrival:
 
     async def read(self, read: Callable[[], Value]) -> Value:
         """Read it in a thread, so that a large picture does not block other requests."""
-        async with self._until(self.deadline, _late(self.service)):
+        async with self._until(self.deadline, _deadline_refusal(self.service)):
             return await asyncio.get_running_loop().run_in_executor(self.service.readers, read)
 
-    async def _place(self) -> None:
+    async def _wait_for_place(self) -> None:
         """Refuse if the queue stays full for `PATIENCE` seconds, which also limits how often a client can retry."""
         try:
             self.service.batches.check(self.service.reading)
-        except Refused as full:
-            async with self._until(self.deadline, full):
+        except Refused as refusal:
+            async with self._until(self.deadline, refusal):
                 await asyncio.sleep(PATIENCE)
             self.service.batches.check(self.service.reading)
 
-    def _hold(self, size: int) -> None:
-        most, others = self.service.limits.bodies, self.service.held - self.size
+    def _count_bytes(self, size: int) -> None:
+        limit, other_bytes = self.service.limits.bodies, self.service.held_bytes - self.size
         self.size += size
-        self.service.held += size
-        if others and self.service.held > most:
+        self.service.held_bytes += size
+        if other_bytes and self.service.held_bytes > limit:
             raise Refused(
                 429,
-                f"requests of more than the {most} bytes that this server allows are on their way: try again later",
+                f"requests of more than the {limit} bytes that this server allows are on their way: try again later",
                 code="bodies_full",
                 headers={"Retry-After": "1"},
             )
 
     @asynccontextmanager
-    async def _until(self, when: float, late: Refused) -> AsyncIterator[None]:
+    async def _until(self, deadline: float, refusal: Refused) -> AsyncIterator[None]:
         """End the block at a time, or when the server stops."""
         if not self.service.batches.open:
             raise stopping()
-        arriving, limit = self.service.arriving, asyncio.timeout_at(when)
+        arriving, limit = self.service.arriving, asyncio.timeout_at(deadline)
         try:
             async with limit:
                 arriving.add(limit)
@@ -117,12 +123,12 @@ class Arrival:
         except TimeoutError as error:
             if not limit.expired():
                 raise
-            raise (late if self.service.batches.open else stopping()) from error
+            raise (refusal if self.service.batches.open else stopping()) from error
         finally:
             arriving.discard(limit)
 
 
-def _late(service: Service) -> Refused:
+def _deadline_refusal(service: Service) -> Refused:
     seconds = service.limits.seconds
     return Refused(504, f"there is no answer within {seconds:g} seconds: ask for less", code="deadline")
 
@@ -133,14 +139,14 @@ class Ticket:
     def __init__(self, service: Service, request: Request, jobs: list[Job], deadline: float):
         self.service, self.request, self.jobs, self.deadline = service, request, jobs, deadline
         self.loop = asyncio.get_running_loop()
-        self.heard: asyncio.Queue[tuple[Job, str | None]] = asyncio.Queue()
+        self.events: asyncio.Queue[tuple[Job, str | None]] = asyncio.Queue()
         for job in jobs:
-            job.tell = self._tell
+            job.notify = self._put_event
         service.batches.put(jobs)
 
-    def _tell(self, job: Job, new: str | None) -> None:
+    def _put_event(self, job: Job, new: str | None) -> None:
         try:
-            self.loop.call_soon_threadsafe(self.heard.put_nowait, (job, new))
+            self.loop.call_soon_threadsafe(self.events.put_nowait, (job, new))
         except RuntimeError:  # the loop is closed: the server stopped before the batch finished
             job.dropped = True
 
@@ -155,27 +161,32 @@ class Ticket:
             ClientDisconnect: the client disconnected.
             Refused: the deadline passed, a job failed, or the server stopped.
         """
-        gone, ended = asyncio.ensure_future(self._gone()), asyncio.ensure_future(self.service.ended.wait())
-        left, next_one = len(self.jobs), None
+        disconnected, stopped = (
+            asyncio.ensure_future(self._wait_for_disconnect()),
+            asyncio.ensure_future(self.service.ended.wait()),
+        )
+        remaining, next_event = len(self.jobs), None
         try:
-            while left:
-                next_one = asyncio.ensure_future(self.heard.get())
+            while remaining:
+                next_event = asyncio.ensure_future(self.events.get())
                 seconds = max(0.0, self.deadline - self.loop.time())
-                await asyncio.wait({next_one, gone, ended}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-                if not next_one.done():
-                    if gone.done():
+                await asyncio.wait(
+                    {next_event, disconnected, stopped}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+                )
+                if not next_event.done():
+                    if disconnected.done():
                         raise ClientDisconnect
-                    raise stopping() if ended.done() else _late(self.service)
-                job, new = next_one.result()
+                    raise stopping() if stopped.done() else _deadline_refusal(self.service)
+                job, new = next_event.result()
                 if new is None:
-                    left -= 1
+                    remaining -= 1
                     if job.error is not None:
                         raise as_refused(job.error) from job.error
                 yield job, new
         finally:
-            for waiting in filter(None, (gone, ended, next_one)):
+            for waiting in filter(None, (disconnected, stopped, next_event)):
                 waiting.cancel()
 
-    async def _gone(self) -> None:
+    async def _wait_for_disconnect(self) -> None:
         while (await self.request.receive())["type"] != "http.disconnect":
             pass

@@ -31,7 +31,7 @@ def mask(layers: Iterable[PILImage.Image], side: int) -> PILImage.Image | None:
     """White where layers of paint cover at least half of a pixel of a ``side`` x ``side`` picture; None if nowhere."""
     painted = PILImage.new("L", (side, side))
     for layer in layers:
-        cover = layer.convert("RGBA").getchannel("A").point([0] + [255] * 255)
-        share = cover.resize((side, side), PILImage.Resampling.BOX)
-        painted = ImageChops.lighter(painted, share.point([0] * 128 + [255] * 128))
+        opacity = layer.convert("RGBA").getchannel("A").point([0] + [255] * 255)
+        coverage = opacity.resize((side, side), PILImage.Resampling.BOX)
+        painted = ImageChops.lighter(painted, coverage.point([0] * 128 + [255] * 128))
     return painted if painted.getbbox() else None

@@ -28,13 +28,13 @@ class Comparisons:
 
     def lay_out(self) -> None:
         """Create the tab's components."""
-        chosen = gr.Dropdown(
+        dropdown = gr.Dropdown(
             self.names, value=None, label="Comparison", elem_id="comparison", interactive=True,
             info="choose one: ways of teaching a language model to see and draw, side by side",
         )  # fmt: skip
-        line = gr.HTML(status(), elem_classes="status")
+        status_line = gr.HTML(status(), elem_classes="status")
         page = gr.HTML(elem_id="comparison-page")
-        self.controls.wire(chosen.input, self.show, [chosen], [page, line])
+        self.controls.wire(dropdown.input, self.show, [dropdown], [page, status_line])
 
     def show(self, name: str | None) -> tuple[str, str]:
         """The page of a comparison in a frame, and a status line."""

@@ -18,7 +18,7 @@ from xfusion.data.sequence import XFusionError
 
 log = logging.getLogger("xfusion.web")
 
-CLEARED = 200
+CLEAR_CHECKS = 200
 """Number of checks whether cleared answers have ended, each half of `LISTEN_SECONDS` after the last."""
 
 
@@ -31,7 +31,7 @@ class Controls:
 
     def __init__(self, desk: Desk):
         self.desk, self.limits = desk, desk.limits
-        self.able = set[str]().union(*(model.capabilities for model in desk.models.values()))
+        self.abilities = set[str]().union(*(model.capabilities for model in desk.models.values()))
         """Capabilities that at least one pack has."""
         names = list(desk.models)
         self.pack = gr.Dropdown(
@@ -46,8 +46,8 @@ class Controls:
             seed = gr.Textbox(label="Seed", value="0", info="empty: a random one", max_lines=1, min_width=100)
             count = gr.Slider(1, self.limits.steps, min(steps, self.limits.steps), step=1, label="Steps", min_width=200)
             first = next(iter(self.desk.models.values())).guidance
-            says = "how closely to follow the words; 1 is off"
-            guidance = gr.Slider(0, 12, first, step=0.5, label="Guidance", info=says, min_width=200)
+            info = "how closely to follow the words; 1 is off"
+            guidance = gr.Slider(0, 12, first, step=0.5, label="Guidance", info=info, min_width=200)
         self.guidance.append(guidance)
         return [seed, count, guidance]
 
@@ -66,7 +66,7 @@ class Controls:
 
     def stop(self, request: gr.Request) -> None:
         """Stop a user's requests."""
-        self.desk.stop(who(request))
+        self.desk.stop(user_of(request))
 
 
 class Clearing:
@@ -86,7 +86,7 @@ class Clearing:
     @contextmanager
     def answering(self, request: gr.Request) -> Iterator[None]:
         """Mark an answer as in progress inside the block."""
-        user = who(request)
+        user = user_of(request)
         self._cleared.discard(user)
         self.working[user] += 1
         try:
@@ -98,24 +98,24 @@ class Clearing:
 
     def clear(self, request: gr.Request) -> None:
         """Stop the tab's answers, and wait for their last update: one that comes after clearing would stay on the page."""
-        self._cleared.add(who(request))
-        for _ in range(CLEARED):
-            self.desk.stop(who(request))
-            if who(request) not in self.working:
+        self._cleared.add(user_of(request))
+        for _ in range(CLEAR_CHECKS):
+            self.desk.stop(user_of(request))
+            if user_of(request) not in self.working:
                 return
             time.sleep(LISTEN_SECONDS / 2)
 
     def cleared(self, error: Exception, request: gr.Request) -> bool:
         """Whether the failed answer had been cleared."""
-        return isinstance(error, Stopped) and who(request) in self._cleared
+        return isinstance(error, Stopped) and user_of(request) in self._cleared
 
 
-def who(request: gr.Request) -> str:
+def user_of(request: gr.Request) -> str:
     """The name by which the desk identifies a user."""
     return str(request.session_hash)
 
 
-def seeded(text: str | None) -> dict[str, Any]:
+def seed_setting(text: str | None) -> dict[str, Any]:
     """The seed that was entered, or none.
 
     Raises:
@@ -143,12 +143,12 @@ def complaint(error: Exception) -> str:
     return status("this failed here; the log of `xfusion web` says why", problem=True)
 
 
-def progress(found: Preview) -> str:
+def progress(preview: Preview) -> str:
     """The progress of a picture."""
-    return status(f"step {found.done} of {found.total}")
+    return status(f"step {preview.done} of {preview.total}")
 
 
-def drawn_as(found: Drawn) -> str:
+def drawing_text(drawn: Drawn) -> str:
     """How a picture was drawn."""
-    facts = found.facts
+    facts = drawn.facts
     return f"{facts['prompt'] or '(no words)'}: seed {facts['seed']}, {facts['steps']} steps, guidance {facts['guidance']:g}"

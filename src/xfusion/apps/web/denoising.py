@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from xfusion.apps.web import heat
-from xfusion.apps.web.controls import Controls, complaint, progress, seeded, status, who
+from xfusion.apps.web.controls import Controls, complaint, progress, seed_setting, status, user_of
 from xfusion.apps.web.desk import Preview
 
 ALL_WORDS = "all words"
@@ -31,7 +31,7 @@ class Denoising:
         with gr.Row():
             look = gr.Button("Look", variant="primary", min_width=80, elem_id="look")
             self.controls.stop_button()
-        line = gr.HTML(status(), elem_classes="status", elem_id="look-status")
+        status_line = gr.HTML(status(), elem_classes="status", elem_id="look-status")
         gallery: dict[str, Any] = {"object_fit": "contain", "format": "png", "interactive": False, "buttons": []}
         strip = gr.Gallery(
             label="On its way from noise: estimates of the picture", columns=9, elem_id="strip", elem_classes="pixels",
@@ -40,37 +40,37 @@ class Denoising:
         word = gr.Dropdown([ALL_WORDS], value=ALL_WORDS, label="Heat maps: how much looks at", interactive=True)
         maps = gr.Gallery(label="By layer", columns=6, elem_id="maps", **gallery)
         shares = gr.HTML(elem_id="shares")
-        found = gr.State(None, time_to_live=3600)
+        result = gr.State(None, time_to_live=3600)
         inputs = [self.controls.pack, prompt, *settings]
         for trigger in (look.click, prompt.submit):
-            self.controls.wire(trigger, self.look, inputs, [strip, word, maps, shares, found, line])
-        self.controls.wire(word.input, self.maps, [found, word], [maps])
+            self.controls.wire(trigger, self.look, inputs, [strip, word, maps, shares, result, status_line])
+        self.controls.wire(word.input, self.maps, [result, word], [maps])
 
     def look(
         self, pack: str, prompt: str, seed: str, steps: float, guidance: float, request: gr.Request
     ) -> Iterator[tuple[Any, ...]]:
         """Streamed estimates, then the words, the maps over all words, the table of shares, the result, and a status line."""
         strip: list[Any] = []
-        same = [gr.skip()] * 4
+        unchanged = [gr.skip()] * 4
         try:
-            yield [], *same, status("waiting …")
-            settings = {"steps": steps, "guidance": guidance, **seeded(seed)}
-            for found in self.desk.look(who(request), pack, prompt, **settings):
-                if isinstance(found, Preview):
-                    strip = [*strip, (self.desk.shown(found.picture), f"step {found.done}")]
-                    yield strip, *same, progress(found)
+            yield [], *unchanged, status("waiting …")
+            settings = {"steps": steps, "guidance": guidance, **seed_setting(seed)}
+            for event in self.desk.look(user_of(request), pack, prompt, **settings):
+                if isinstance(event, Preview):
+                    strip = [*strip, (self.desk.picture_file(event.picture), f"step {event.done}")]
+                    yield strip, *unchanged, progress(event)
                     continue
-                picture, attention = found
-                strip = [*strip, (self.desk.shown(picture), "the picture")]
+                picture, attention = event
+                strip = [*strip, (self.desk.picture_file(picture), "the picture")]
                 words = gr.Dropdown([ALL_WORDS, *heat.names(attention)], value=ALL_WORDS)
-                maps = self.maps(found, ALL_WORDS)
-                yield strip, words, maps, heat.table(attention), found, status()
+                maps = self.maps(event, ALL_WORDS)
+                yield strip, words, maps, heat.table(attention), event, status()
         except Exception as error:
-            yield strip, *same, complaint(error)
+            yield strip, *unchanged, complaint(error)
 
-    def maps(self, found: Any, word: str) -> list[tuple[str, str]]:
+    def maps(self, result: Any, word: str) -> list[tuple[str, str]]:
         """How much each token attends to a word, by layer: files with captions."""
-        if found is None:
+        if result is None:
             return []
-        picture, attention = found
-        return [(self.desk.shown(over), text) for over, text in heat.maps(picture, attention, word)]
+        picture, attention = result
+        return [(self.desk.picture_file(overlaid), text) for overlaid, text in heat.maps(picture, attention, word)]

@@ -20,11 +20,11 @@ from typing import Any
 from PIL.Image import Image as Picture
 from torch import Tensor
 
-from xfusion.apps.chat import as_sent
-from xfusion.apps.commands.pictures import file_name, save, unused
+from xfusion.apps.chat import request_message
+from xfusion.apps.commands.pictures import file_name, save, unused_path
 from xfusion.apps.server import reading, requests
 from xfusion.apps.server.answers import Refused
-from xfusion.apps.server.batches import Batches, Job, Words, told
+from xfusion.apps.server.batches import Batches, Job, Words, drawing_progress
 from xfusion.apps.server.limits import Limits
 from xfusion.apps.web import brush
 from xfusion.data import pictures
@@ -71,27 +71,27 @@ class Drawn:
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """Draws one picture from its prompt, ``job.given``, and computes what its tokens attend to."""
+    """Draws one picture from its prompt, ``job.inputs``, and computes what its tokens attend to."""
 
     model: Model
     steps: int
     guidance: float | None
 
     @property
-    def together(self) -> bool:
+    def batchable(self) -> bool:
         """False: each is computed alone."""
         return False
 
     def run(self, jobs: list[Job]) -> list[list[Any]]:
         """The picture and its `Attention`."""
         (job,), model = jobs, self.model
-        ids = model.backbone.encode(job.given)
+        ids = model.backbone.encode(job.inputs)
         context = (Text(ids=ids),) if ids else ()
         size = model.image.sizes[0]
-        settings = {"steps": self.steps, "guidance": self.guidance, "progress": told(jobs)}
+        settings = {"steps": self.steps, "guidance": self.guidance, "progress": drawing_progress(jobs)}
         tokens = draw_tokens(model, [context], size, seeds=[job.seed], **settings)
         (picture,) = model.image.to_pil(model.image.decode(tokens, size))
-        return [[picture, drawing_attention(model, job.given, tokens[0], model.image.grid(size))]]
+        return [[picture, drawing_attention(model, job.inputs, tokens[0], model.image.grid(size))]]
 
 
 class Desk:
@@ -129,13 +129,13 @@ class Desk:
             for name, model in self.models.items()
         }
 
-    def stop(self, who: str) -> None:
+    def stop(self, user: str) -> None:
         """Stop all requests of a user: text at the next token, drawing at the next step."""
         with self._opening:
-            jobs = list(self.open.get(who, []))
+            jobs = list(self.open.get(user, []))
         self.batches.forget(jobs)
 
-    def shown(self, picture: Picture) -> str:
+    def picture_file(self, picture: Picture) -> str:
         """A file of a picture, the same file for the same picture: browsers may read it while others are written."""
         digest = hashlib.sha256(f"{picture.mode}{picture.size}".encode() + picture.tobytes()).hexdigest()
         path = self.folder / "shown" / f"{digest[:24]}.png"
@@ -167,7 +167,7 @@ class Desk:
 
     # -- what may be asked for
 
-    def opened(self, path: str | Path, name: str | None) -> Picture:
+    def open_upload(self, path: str | Path, name: str | None) -> Picture:
         """An uploaded file as the model sees it.
 
         Raises:
@@ -176,9 +176,9 @@ class Desk:
         model = self.model(name)
         file = Path(path)
         requests.within(file.stat().st_size, self.limits.body, "the file's size in bytes")
-        return requests.as_seen(requests.decoded(file.read_bytes(), "the picture", self.limits), model)
+        return requests.resize_for_model(requests.decode_picture(file.read_bytes(), "the picture", self.limits), model)
 
-    def drawing(self, name: str | None) -> Model:
+    def drawing_model(self, name: str | None) -> Model:
         """A pack that draws pictures.
 
         Raises:
@@ -189,7 +189,7 @@ class Desk:
             raise requests.incapable(model, "draw")
         return model
 
-    def painted(self, layers: Sequence[str | Path], side: int) -> Picture:
+    def painted_mask(self, layers: Sequence[str | Path], side: int) -> Picture:
         """The mask of a brush: white where the painted layers (files) cover a picture of ``side`` x ``side`` pixels.
 
         Raises:
@@ -203,12 +203,12 @@ class Desk:
         return mask
 
     def say(
-        self, who: str, name: str | None, messages: list[dict[str, Any]], **settings: Any
+        self, user: str, name: str | None, messages: list[dict[str, Any]], **settings: Any
     ) -> Iterator[Preview | list[Any]]:
         """Stream the answer to a conversation: previews of a picture, or all segments so far; the last item is complete.
 
         Args:
-            who: the user, for `stop`.
+            user: who asks, for `stop`.
             name: the pack.
             messages: as `xfusion.generation.conversation` accepts them.
             settings: fields of a chat request: ``seed``, ``max_tokens``, ``temperature``, ``draw``, ``steps``, ``guidance``.
@@ -217,32 +217,32 @@ class Desk:
             Refused: the request is refused, the queue is full, or it takes too long.
             Stopped: the user stopped it while it drew; stopped text stays as it is.
         """
-        body = {"messages": [as_sent(message) for message in messages], **settings}
-        asked = requests.parse(requests.Chat, body)
-        (job,), _ = reading.chat(asked, self.model(name), self.limits, frozenset())
+        body = {"messages": [request_message(message) for message in messages], **settings}
+        params = requests.parse(requests.Chat, body)
+        (job,), _ = reading.chat(params, self.model(name), self.limits, frozenset())
         picture: list[Any] = []
-        for _, found in self._follow(who, [job]):
-            if isinstance(found, Preview):
-                picture = [found.picture]
-                yield found
+        for _, event in self._follow(user, [job]):
+            if isinstance(event, Preview):
+                picture = [event.picture]
+                yield event
             elif not job.answer:
                 yield [*picture, job.words.sent]
         if job.dropped and picture:
             raise Stopped
         yield list(job.answer) if job.answer and not job.dropped else [job.words.sent]
 
-    def draw(self, who: str, name: str | None, prompt: str, **settings: Any) -> Iterator[Preview | Drawn]:
+    def draw(self, user: str, name: str | None, prompt: str, **settings: Any) -> Iterator[Preview | Drawn]:
         """Draw pictures of a prompt; settings are fields of an image request: ``n``, ``seed``, ``steps``, ``guidance``.
 
         Raises:
             Refused: as `say`.
             Stopped: by the user.
         """
-        asked = requests.parse(requests.Images, {"prompt": prompt, **settings})
-        yield from self._drawn(who, name, asked, reading.images(asked, self.model(name), self.limits))
+        params = requests.parse(requests.Images, {"prompt": prompt, **settings})
+        yield from self._draw_jobs(user, name, params, reading.images(params, self.model(name), self.limits))
 
     def repaint(
-        self, who: str, name: str | None, picture: bytes, mask: bytes, prompt: str, **settings: Any
+        self, user: str, name: str | None, picture: bytes, mask: bytes, prompt: str, **settings: Any
     ) -> Iterator[Preview | Drawn]:
         """Inpaint a part of a picture, given a file and a mask of its size, white in that part.
 
@@ -250,12 +250,12 @@ class Desk:
             Refused: as `say`.
             Stopped: by the user.
         """
-        asked = requests.parse(requests.Images, {"prompt": prompt, **settings})
-        jobs = reading.edit(asked, self.model(name), self.limits, picture, mask)
-        yield from self._drawn(who, name, asked, jobs)
+        params = requests.parse(requests.Images, {"prompt": prompt, **settings})
+        jobs = reading.edit(params, self.model(name), self.limits, picture, mask)
+        yield from self._draw_jobs(user, name, params, jobs)
 
     def look(
-        self, who: str, name: str | None, prompt: str, **settings: Any
+        self, user: str, name: str | None, prompt: str, **settings: Any
     ) -> Iterator[Preview | tuple[Picture, Attention]]:
         """The clean estimates of a picture during denoising, then the picture and what its tokens attend to.
 
@@ -264,19 +264,19 @@ class Desk:
             Stopped: by the user.
         """
         model = self.model(name)
-        asked = requests.parse(requests.Images, {"prompt": prompt, **settings})
-        (checked,) = reading.images(asked, model, self.limits)
-        steps = asked.drawing_steps(self.limits)
+        params = requests.parse(requests.Images, {"prompt": prompt, **settings})
+        (checked_job,) = reading.images(params, model, self.limits)
+        steps = params.drawing_steps(self.limits)
         job = Job(
-            work=Look(model=model, steps=steps, guidance=asked.guidance),
-            given=asked.prompt,
-            seed=checked.seed,
+            work=Look(model=model, steps=steps, guidance=params.guidance),
+            inputs=params.prompt,
+            seed=checked_job.seed,
             index=0,
             words=Words(model.backbone.decode),
-            tell=checked.tell,
+            notify=checked_job.notify,
         )
-        shown = {round(1 + (steps - 1) * k / (STRIP - 1)) for k in range(STRIP)}
-        yield from (found for _, found in self._follow(who, [job], shown) if isinstance(found, Preview))
+        preview_steps = {round(1 + (steps - 1) * k / (STRIP - 1)) for k in range(STRIP)}
+        yield from (event for _, event in self._follow(user, [job], preview_steps) if isinstance(event, Preview))
         if job.dropped:
             raise Stopped
         picture, attention = job.answer
@@ -284,76 +284,78 @@ class Desk:
 
     # -- how
 
-    def _drawn(self, who: str, name: str | None, asked: requests.Images, jobs: list[Job]) -> Iterator[Preview | Drawn]:
+    def _draw_jobs(
+        self, user: str, name: str | None, params: requests.Images, jobs: list[Job]
+    ) -> Iterator[Preview | Drawn]:
         model = self.model(name)
-        guidance = model.guidance if asked.guidance is None else asked.guidance
-        steps = asked.drawing_steps(self.limits)
-        for job, found in self._follow(who, jobs):
-            if isinstance(found, Preview):
-                yield found
+        guidance = model.guidance if params.guidance is None else params.guidance
+        steps = params.drawing_steps(self.limits)
+        for job, event in self._follow(user, jobs):
+            if isinstance(event, Preview):
+                yield event
             elif job.answer:
-                facts = {"prompt": asked.prompt, "seed": job.seed, "steps": steps, "guidance": guidance}
-                path = unused(self.folder / f"{file_name(asked.prompt)}-seed{job.seed}.png")
+                facts = {"prompt": params.prompt, "seed": job.seed, "steps": steps, "guidance": guidance}
+                path = unused_path(self.folder / f"{file_name(params.prompt)}-seed{job.seed}.png")
                 save(job.answer[0], path, facts | self.facts[str(name)])
                 yield Drawn(index=job.index, path=path, picture=job.answer[0], facts=facts)
         if any(job.dropped for job in jobs):
             raise Stopped
 
     def _follow(
-        self, who: str, jobs: list[Job], shown: set[int] | None = None
+        self, user: str, jobs: list[Job], preview_steps: set[int] | None = None
     ) -> Iterator[tuple[Job, str | Preview | None]]:
         """Events of jobs until all are done or stopped: text, previews, and None for a job that is done.
 
-        ``shown`` names the steps whose estimates are wanted; without it, at most one comes every `PREVIEW_SECONDS`.
+        ``preview_steps`` names the steps whose estimates are wanted; without it, at most one comes every `PREVIEW_SECONDS`.
         """
-        heard: queue.SimpleQueue[tuple[Job, str | Preview | None]] = queue.SimpleQueue()
+        events: queue.SimpleQueue[tuple[Job, str | Preview | None]] = queue.SimpleQueue()
         for job in jobs:
-            job.tell = lambda job, new: heard.put((job, new))
-            job.watch = _watcher(job, heard, shown)
+            job.notify = lambda job, new: events.put((job, new))
+            job.watch = _watcher(job, events, preview_steps)
         deadline = time.monotonic() + self.limits.seconds
-        left = len(jobs)
+        remaining = len(jobs)
         with self._opening:  # registered before they are queued, so that a stop finds them
-            self.open.setdefault(who, []).extend(jobs)
+            self.open.setdefault(user, []).extend(jobs)
         try:
             self.batches.put(jobs)
-            while left:
+            while remaining:
                 if time.monotonic() > deadline:
                     seconds = self.limits.seconds
                     raise Refused(504, f"there is no answer within {seconds:g} seconds: ask for less", code="deadline")
                 try:
-                    job, found = heard.get(timeout=LISTEN_SECONDS)
+                    job, event = events.get(timeout=LISTEN_SECONDS)
                 except queue.Empty:
                     if all(job.dropped for job in jobs):
                         return
                     continue
-                if found is None:
-                    left -= 1
+                if event is None:
+                    remaining -= 1
                     if job.error is not None:
                         raise reading.as_refused(job.error) from job.error
-                yield job, found
+                yield job, event
         finally:
-            if left:  # the listener went away or failed: nobody waits for the rest
+            if remaining:  # the listener went away or failed: nobody waits for the rest
                 self.batches.forget(jobs)
             with self._opening:
-                mine = self.open[who]
+                user_jobs = self.open[user]
                 for job in jobs:
-                    mine.remove(job)
-                if not mine:
-                    self.open.pop(who)
+                    user_jobs.remove(job)
+                if not user_jobs:
+                    self.open.pop(user)
 
 
-def _watcher(job: Job, heard: queue.SimpleQueue[Any], shown: set[int] | None) -> Any:
+def _watcher(job: Job, events: queue.SimpleQueue[Any], preview_steps: set[int] | None) -> Any:
     """A callback that reports a job's estimates, called in the computing thread."""
     last = -PREVIEW_SECONDS
 
     def watch(done: int, total: int, estimate: Tensor) -> None:
         nonlocal last
-        due = time.monotonic() - last >= PREVIEW_SECONDS if shown is None else done in shown
-        if not due or job.dropped:
+        is_due = time.monotonic() - last >= PREVIEW_SECONDS if preview_steps is None else done in preview_steps
+        if not is_due or job.dropped:
             return
         image = job.work.model.image  # read only when drawing: an audio pack has none, and answers in text
         (picture,) = image.to_pil(image.decode(estimate[None], image.sizes[0]))
         last = time.monotonic()
-        heard.put((job, Preview(index=job.index, done=done, total=total, picture=picture)))
+        events.put((job, Preview(index=job.index, done=done, total=total, picture=picture)))
 
     return watch

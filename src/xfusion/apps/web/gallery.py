@@ -8,7 +8,16 @@ from typing import Any
 
 import gradio as gr
 
-from xfusion.apps.web.controls import Clearing, Controls, complaint, drawn_as, progress, seeded, status, who
+from xfusion.apps.web.controls import (
+    Clearing,
+    Controls,
+    complaint,
+    drawing_text,
+    progress,
+    seed_setting,
+    status,
+    user_of,
+)
 from xfusion.apps.web.desk import Preview
 
 KEPT = 48
@@ -31,14 +40,14 @@ class Gallery:
             draw = gr.Button("Draw", variant="primary", min_width=80, elem_id="draw")
             self.controls.stop_button()
             clear = gr.Button("Clear", min_width=80)
-        line = gr.HTML(status(), elem_classes="status", elem_id="draw-status")
+        status_line = gr.HTML(status(), elem_classes="status", elem_id="draw-status")
         gallery = gr.Gallery(
             label="Pictures, newest first", columns=4, object_fit="contain", elem_classes="pixels",
             elem_id="gallery", buttons=["download", "fullscreen"], format="png", interactive=False,
         )  # fmt: skip
-        kept = gr.State([])
-        inputs = [self.controls.pack, prompt, number, *settings, kept]
-        outputs = [gallery, kept, line]
+        history = gr.State([])
+        inputs = [self.controls.pack, prompt, number, *settings, history]
+        outputs = [gallery, history, status_line]
         for trigger in (draw.click, prompt.submit):
             self.controls.wire(trigger, self.draw, inputs, outputs)
         self.controls.wire(clear.click, self.clear, [], outputs)
@@ -49,36 +58,39 @@ class Gallery:
         return [], [], status()
 
     def draw(
-        self, pack: str, prompt: str, number: float, seed: str, steps: float, guidance: float, kept: list[Any],
+        self, pack: str, prompt: str, number: float, seed: str, steps: float, guidance: float, history: list[Any],
         request: gr.Request,
     ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
         """Draw pictures of a prompt, with previews, and show them before the kept ones."""
-        coming: dict[int, Any] = {}
-        whole: set[int] = set()
-        kept = [one for one in kept if Path(one[0]).exists()]  # old ones are deleted
-        line = status("waiting …")
+        current: dict[int, Any] = {}
+        finished: set[int] = set()
+        history = [item for item in history if Path(item[0]).exists()]  # old ones are deleted
+        status_line = status("waiting …")
         with self.clearing.answering(request):
             try:
-                yield gr.skip(), gr.skip(), line
-                settings = {"n": number, "steps": steps, "guidance": guidance, **seeded(seed)}
-                for found in self.desk.draw(who(request), pack, prompt, **settings):
-                    if isinstance(found, Preview):
-                        coming[found.index] = (self.desk.shown(found.picture), f"step {found.done} of {found.total}")
-                        line = progress(found)
+                yield gr.skip(), gr.skip(), status_line
+                settings = {"n": number, "steps": steps, "guidance": guidance, **seed_setting(seed)}
+                for event in self.desk.draw(user_of(request), pack, prompt, **settings):
+                    if isinstance(event, Preview):
+                        current[event.index] = (
+                            self.desk.picture_file(event.picture),
+                            f"step {event.done} of {event.total}",
+                        )
+                        status_line = progress(event)
                     else:
-                        coming[found.index] = (str(found.path), drawn_as(found))
-                        whole.add(found.index)
-                        line = status(f"drawn: {prompt or 'anything'}")
-                    yield [*_in_order(coming), *kept], gr.skip(), line
-                kept = [*_in_order(coming), *kept][:KEPT]
-                yield kept, kept, line
+                        current[event.index] = (str(event.path), drawing_text(event))
+                        finished.add(event.index)
+                        status_line = status(f"drawn: {prompt or 'anything'}")
+                    yield [*_in_order(current), *history], gr.skip(), status_line
+                history = [*_in_order(current), *history][:KEPT]
+                yield history, history, status_line
             except Exception as error:
                 if self.clearing.cleared(error, request):
                     return
-                done = {i: coming[i] for i in whole}
-                kept = [*_in_order(done), *kept][:KEPT]
-                yield kept, kept, complaint(error)
+                done = {i: current[i] for i in finished}
+                history = [*_in_order(done), *history][:KEPT]
+                yield history, history, complaint(error)
 
 
-def _in_order(coming: dict[int, Any]) -> list[Any]:
-    return [coming[index] for index in sorted(coming)]
+def _in_order(current: dict[int, Any]) -> list[Any]:
+    return [current[index] for index in sorted(current)]

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from xfusion.apps.server.names import called, foreign
+from xfusion.apps.server.names import foreign_origin, host_name
 from xfusion.apps.web.uploads import Uploads
 
 POLICY = (
@@ -44,41 +44,41 @@ class Guard:
     a browser send something to it.
     """
 
-    def __init__(self, app: ASGIApp, most: int, hosts: frozenset[str], uploads: Uploads):
-        self.app, self.most, self.hosts, self.uploads = app, most, hosts, uploads
+    def __init__(self, app: ASGIApp, max_bytes: int, hosts: frozenset[str], uploads: Uploads):
+        self.app, self.max_bytes, self.hosts, self.uploads = app, max_bytes, hosts, uploads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        if self.hosts and called(scope) not in self.hosts:
+        if self.hosts and host_name(scope) not in self.hosts:
             await PlainTextResponse("this page has another name here", 403)(scope, receive, send)
             return
-        if foreign(scope) is not None:
+        if foreign_origin(scope) is not None:
             await PlainTextResponse("a page elsewhere may not use this one", 403)(scope, receive, send)
             return
         if scope["path"].rstrip("/") == LINK:
             await PlainTextResponse("this page keeps nothing to come back to", 404)(scope, receive, send)
             return
         size, uploads = 0, self.uploads
-        brings = scope["path"].rstrip("/") == UPLOAD
-        room = await anyio.to_thread.run_sync(uploads.room) if brings else 0
+        is_upload = scope["path"].rstrip("/") == UPLOAD
+        free_bytes = await anyio.to_thread.run_sync(uploads.free_bytes) if is_upload else 0
 
-        async def receiving() -> Message:
+        async def receive_counted() -> Message:
             nonlocal size
             message = await receive()
             part = len(message.get("body", b""))
             size += part
-            uploads.coming += part if brings else 0
-            if size > self.most:
-                raise HTTPException(413, f"more than the {self.most} bytes that this page takes")
-            if brings and uploads.coming > room:
+            uploads.num_coming += part if is_upload else 0
+            if size > self.max_bytes:
+                raise HTTPException(413, f"more than the {self.max_bytes} bytes that this page takes")
+            if is_upload and uploads.num_coming > free_bytes:
                 raise HTTPException(
-                    413, f"uploads fill the {uploads.most} bytes that this page keeps: try again in an hour"
+                    413, f"uploads fill the {uploads.max_bytes} bytes that this page keeps: try again in an hour"
                 )
             return message
 
-        async def sending(message: Message) -> None:
+        async def send_guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers["Content-Security-Policy"] = POLICY
@@ -87,6 +87,6 @@ class Guard:
             await send(message)
 
         try:
-            await self.app(scope, receiving, sending)
+            await self.app(scope, receive_counted, send_guarded)
         finally:
-            uploads.coming -= size if brings else 0
+            uploads.num_coming -= size if is_upload else 0

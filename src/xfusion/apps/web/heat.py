@@ -17,15 +17,15 @@ HOT = numpy.array([235.0, 92.0, 20.0])
 BEGIN, PICTURE = "(start of the picture)", "(the picture itself)"
 
 
-def overlay(picture: PILImage.Image, weights: Tensor, grid: tuple[int, int], most: float) -> PILImage.Image:
-    """Weights ``[M]`` of a picture's tokens, drawn over the picture in grey: no colour is 0, full colour is ``most``."""
+def overlay(picture: PILImage.Image, weights: Tensor, grid: tuple[int, int], largest: float) -> PILImage.Image:
+    """Weights ``[M]`` of a picture's tokens, drawn over the picture in grey: no colour is 0, full colour is ``largest``."""
     rows, columns = grid
-    cells = numpy.clip(weights.reshape(rows, columns).numpy() / max(most, 1e-12), 0, 1)
+    cells = numpy.clip(weights.reshape(rows, columns).numpy() / max(largest, 1e-12), 0, 1)
     share = PILImage.fromarray((255 * cells).round().astype(numpy.uint8)).resize((SIDE, SIDE), PILImage.Resampling.BOX)
     alpha = 0.9 * numpy.asarray(share, dtype=numpy.float64)[..., None] / 255
     grey = picture.convert("L").resize((SIDE, SIDE), PILImage.Resampling.NEAREST)
-    below = numpy.asarray(grey, dtype=numpy.float64)[..., None] * 0.75 + 40
-    return PILImage.fromarray((below * (1 - alpha) + HOT * alpha).round().clip(0, 255).astype(numpy.uint8))
+    background = numpy.asarray(grey, dtype=numpy.float64)[..., None] * 0.75 + 40
+    return PILImage.fromarray((background * (1 - alpha) + HOT * alpha).round().clip(0, 255).astype(numpy.uint8))
 
 
 def names(attention: Attention) -> list[str]:
@@ -35,15 +35,17 @@ def names(attention: Attention) -> list[str]:
 
 def maps(picture: PILImage.Image, attention: Attention, word: str | None) -> list[tuple[PILImage.Image, str]]:
     """A heat map per layer: how much each token of the picture attends to a word of `names`, or to all words."""
-    known = names(attention)
-    weights = attention.on_words[..., known.index(word)] if word in known else attention.on_words.sum(-1)  # [L, M]
-    found = zip(attention.layers, weights, strict=True)
+    word_names = names(attention)
+    weights = (
+        attention.on_words[..., word_names.index(word)] if word in word_names else attention.on_words.sum(-1)
+    )  # [L, M]
+    layers = zip(attention.layers, weights, strict=True)
     return [
         (
             overlay(picture, cells, attention.grid, float(cells.max())),
             f"layer {index + 1}: {cells.mean():.1%}",
         )
-        for index, cells in found
+        for index, cells in layers
     ]
 
 

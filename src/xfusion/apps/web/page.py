@@ -106,14 +106,15 @@ def create(
     app.state.desk = app.state.stops = desk
 
     uploads = Uploads(folder, desk.folder, limits.bodies)
-    app.add_middleware(Guard, most=limits.body + FORM, hosts=hosts, uploads=uploads)
+    app.add_middleware(Guard, max_bytes=limits.body + FORM, hosts=hosts, uploads=uploads)
     font = ("system-ui", "sans-serif")  # gradio's own themes fetch theirs from Google
     theme = Default(primary_hue="orange", font=font, font_mono=("ui-monospace", "monospace"))
-    deep, grey = "*primary_700", "*neutral_500"  # gradio's white on orange, and its grey on white, are hard to read
+    # Gradio's own white on orange and grey on white are hard to read.
+    dark_orange, grey = "*primary_700", "*neutral_500"
     theme.set(
-        **{f"button_primary_background_fill{of}": deep for of in ("", "_dark")},
-        **{f"button_primary_background_fill_hover{of}": "*primary_800" for of in ("", "_dark")},
-        **{f"button_primary_border_color{of}": deep for of in ("", "_dark")},
+        **{f"button_primary_background_fill{suffix}": dark_orange for suffix in ("", "_dark")},
+        **{f"button_primary_background_fill_hover{suffix}": "*primary_800" for suffix in ("", "_dark")},
+        **{f"button_primary_border_color{suffix}": dark_orange for suffix in ("", "_dark")},
         body_text_color_subdued=grey,
         block_info_text_color=grey,
         input_placeholder_color=grey,
@@ -153,13 +154,13 @@ def blocks(desk: Desk, comparisons: Path | None) -> gr.Blocks:
         with gr.Tabs():
             with gr.Tab("Chat"):
                 Chat(controls).lay_out()
-            if "draw" in controls.able:
+            if "draw" in controls.abilities:
                 with gr.Tab("Draw"):
                     Gallery(controls).lay_out()
-            if controls.able & {"draw", "caption"}:
+            if controls.abilities & {"draw", "caption"}:
                 with gr.Tab("Picture"):
                     Picture(controls).lay_out()
-            if "draw" in controls.able:
+            if "draw" in controls.abilities:
                 with gr.Tab("Inside"):
                     Denoising(controls).lay_out()
             if comparisons is not None:
@@ -173,7 +174,9 @@ def _facts(models: Mapping[str, Model]) -> str:
     """One line about each pack."""
     lines = []
     for name, model in models.items():
-        able = ", ".join(said for ability, said in ABILITIES.items() if ability in model.capabilities)
+        abilities = ", ".join(
+            description for ability, description in ABILITIES.items() if ability in model.capabilities
+        )
         base = portable(model.backbone.source).rstrip("/").split("/")[-1].removesuffix(".gguf")
-        lines.append(f"<p><b>{escape(name)}</b> {able}. Language model: {escape(base)}</p>")
+        lines.append(f"<p><b>{escape(name)}</b> {abilities}. Language model: {escape(base)}</p>")
     return "".join(lines)

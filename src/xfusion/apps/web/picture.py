@@ -10,10 +10,10 @@ import gradio as gr
 from PIL import Image as PILImage
 from PIL import ImageDraw
 
-from xfusion.apps.chat import added
+from xfusion.apps.chat import with_segment
 from xfusion.apps.server.answers import Refused
 from xfusion.apps.web import brush
-from xfusion.apps.web.controls import Controls, complaint, drawn_as, progress, seeded, status, who
+from xfusion.apps.web.controls import Controls, complaint, drawing_text, progress, seed_setting, status, user_of
 from xfusion.apps.web.desk import Preview
 
 PAINTED = "what I paint"
@@ -37,23 +37,23 @@ class Picture:
 
     def lay_out(self) -> None:
         """Create the tab's components."""
-        captions, draws = "caption" in self.controls.able, "draw" in self.controls.able
+        can_caption, can_draw = "caption" in self.controls.abilities, "draw" in self.controls.abilities
         with gr.Row():
-            given = gr.Image(
+            upload = gr.Image(
                 label="Your picture", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=280,
                 elem_id="given", buttons=[],
             )  # fmt: skip
-            given.preprocess = _place  # we open the file, not gradio, within our limits
-            with gr.Column(visible=captions):
+            upload.preprocess = _uploaded_path  # we open the file, not gradio, within our limits
+            with gr.Column(visible=can_caption):
                 question = gr.Textbox(label="Question", placeholder="What is it?", max_lines=2, elem_id="question")
                 with gr.Row():
                     ask = gr.Button("Caption", variant="primary", min_width=100, elem_id="caption")
                     self.controls.stop_button()
                 answer = gr.Textbox(label="It sees", interactive=False, elem_id="sees")
-        line = gr.HTML(status(), elem_classes="status", elem_id="picture-status")
+        status_line = gr.HTML(status(), elem_classes="status", elem_id="picture-status")
         for trigger in (ask.click, question.submit):
-            self.controls.wire(trigger, self.caption, [self.controls.pack, given, question], [answer, line])
-        with gr.Column(visible=draws):
+            self.controls.wire(trigger, self.caption, [self.controls.pack, upload, question], [answer, status_line])
+        with gr.Column(visible=can_draw):
             gr.Markdown("### Draw a part of it anew")
             with gr.Row():
                 with gr.Column():
@@ -79,82 +79,86 @@ class Picture:
                     with gr.Row():
                         redraw = gr.Button("Draw anew", variant="primary", min_width=100, elem_id="redraw")
                         self.controls.stop_button()
-                    told = gr.HTML(status(), elem_classes="status", elem_id="repaint-status")
-                    out = gr.Image(
+                    repaint_status = gr.HTML(status(), elem_classes="status", elem_id="repaint-status")
+                    result = gr.Image(
                         label="Drawn anew", interactive=False, height=280, elem_classes="pixels", elem_id="redrawn",
                         format="png", buttons=["download"], type="filepath",
                     )  # fmt: skip
-        inputs = [self.controls.pack, given, region, sheet, prompt, *settings]
+        inputs = [self.controls.pack, upload, region, sheet, prompt, *settings]
         for trigger in (redraw.click, prompt.submit):
-            self.controls.wire(trigger, self.inpaint, inputs, [out, told])
-        self.controls.wire(sheet.clear, self.wiped, [self.controls.pack, given], [sheet], show_progress_on=[line])
-        for trigger in (given.change, self.controls.pack.change):
+            self.controls.wire(trigger, self.inpaint, inputs, [result, repaint_status])
+        self.controls.wire(
+            sheet.clear, self.restore_sheet, [self.controls.pack, upload], [sheet], show_progress_on=[status_line]
+        )
+        for trigger in (upload.change, self.controls.pack.change):
             # A browser sends the painting whenever it shows progress on the sheet, so progress is never shown there.
             self.controls.wire(
-                trigger, self.canvas, [self.controls.pack, given], [sheet, line], show_progress_on=[line]
+                trigger, self.canvas, [self.controls.pack, upload], [sheet, status_line], show_progress_on=[status_line]
             )
 
-    def caption(self, pack: str, given: str | None, question: str, request: gr.Request) -> Iterator[tuple[Any, ...]]:
+    def caption(self, pack: str, upload: str | None, question: str, request: gr.Request) -> Iterator[tuple[Any, ...]]:
         """A pack's streamed caption of the picture, or answer to a question about it; and a status line."""
         try:
-            picture = self._given(pack, given)
+            picture = self._open(pack, upload)
             yield "", status("looking …")
-            messages = added(added([], picture), question) if question.strip() else added([], picture)
-            for found in self.desk.say(who(request), pack, messages, max_tokens=min(64, self.limits.tokens)):
-                if isinstance(found, list):
-                    yield found[-1].strip(), status("answering …")
+            messages = (
+                with_segment(with_segment([], picture), question) if question.strip() else with_segment([], picture)
+            )
+            for event in self.desk.say(user_of(request), pack, messages, max_tokens=min(64, self.limits.tokens)):
+                if isinstance(event, list):
+                    yield event[-1].strip(), status("answering …")
             yield gr.skip(), status()
         except Exception as error:
             yield "", complaint(error)
 
-    def canvas(self, pack: str, given: str | None) -> tuple[Any, str]:
+    def canvas(self, pack: str, upload: str | None) -> tuple[Any, str]:
         """The uploaded picture, to paint on, and a status line."""
         try:
-            if not given:
+            if not upload:
                 return None, status()
-            picture, model = self._given(pack, given), self.desk.model(pack)
+            picture, model = self._open(pack, upload), self.desk.model(pack)
             if "draw" not in model.capabilities:
                 return None, status()
-            laid = self.desk.shown(brush.sheet(picture, model.image.grid(picture.width)))
-            return {"background": laid, "layers": [], "composite": None}, status()
+            sheet_file = self.desk.picture_file(brush.sheet(picture, model.image.grid(picture.width)))
+            return {"background": sheet_file, "layers": [], "composite": None}, status()
         except Exception as error:
             return None, complaint(error)
 
-    def wiped(self, pack: str, given: str | None) -> Any:
+    def restore_sheet(self, pack: str, upload: str | None) -> Any:
         """The picture again after the sheet was cleared; without one, another clear event would follow."""
-        return self.canvas(pack, given)[0] if given else gr.skip()
+        return self.canvas(pack, upload)[0] if upload else gr.skip()
 
     def inpaint(
-        self, pack: str, given: str | None, region: str, painted: list[str], prompt: str, seed: str, steps: float,
+        self, pack: str, upload: str | None, region: str, layers: list[str], prompt: str, seed: str, steps: float,
         guidance: float, request: gr.Request,
     ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
         """The picture with a part of it inpainted, with previews; and a status line."""
         try:
-            self.desk.drawing(pack)
-            picture = self._given(pack, given)
+            self.desk.drawing_model(pack)
+            picture = self._open(pack, upload)
             if region == PAINTED:
-                mask = self.desk.painted(painted, picture.width)
+                mask = self.desk.painted_mask(layers, picture.width)
             elif region in REGIONS:
                 mask = _mask(picture.size, REGIONS[region])
             else:
                 raise Refused(400, f"there is no part {region[:40]!r}, only {', '.join([PAINTED, *REGIONS])}")
             yield gr.skip(), status("waiting …")
-            settings = {"steps": steps, "guidance": guidance, **seeded(seed)}
-            for found in self.desk.repaint(who(request), pack, _png(picture), _png(mask), prompt, **settings):
-                if isinstance(found, Preview):
-                    yield self.desk.shown(found.picture), progress(found)
+            settings = {"steps": steps, "guidance": guidance, **seed_setting(seed)}
+            for event in self.desk.repaint(user_of(request), pack, _png(picture), _png(mask), prompt, **settings):
+                if isinstance(event, Preview):
+                    yield self.desk.picture_file(event.picture), progress(event)
                 else:
-                    yield str(found.path), status(drawn_as(found))
+                    yield str(event.path), status(drawing_text(event))
         except Exception as error:
             yield gr.skip(), complaint(error)
 
-    def _given(self, pack: str, given: str | None) -> PILImage.Image:
-        if not given:
+    def _open(self, pack: str, upload: str | None) -> PILImage.Image:
+        if not upload:
             raise Refused(400, "drop a picture first")
-        return self.desk.opened(given, pack)
+        return self.desk.open_upload(upload, pack)
 
 
-def _place(payload: Any) -> str | None:
+def _uploaded_path(payload: Any) -> str | None:
     """The path of an uploaded file."""
     return None if payload is None else payload.path
 
@@ -170,9 +174,9 @@ def _png(picture: PILImage.Image) -> bytes:
     return file.getvalue()
 
 
-def _mask(size: tuple[int, int], part: tuple[float, float, float, float]) -> PILImage.Image:
+def _mask(size: tuple[int, int], fractions: tuple[float, float, float, float]) -> PILImage.Image:
     """A mask, white in the part to inpaint, which is given as fractions of the sides."""
     mask = PILImage.new("L", size, "black")
-    left, top, right, bottom = (round(share * size[i % 2]) for i, share in enumerate(part))
+    left, top, right, bottom = (round(share * size[i % 2]) for i, share in enumerate(fractions))
     ImageDraw.Draw(mask).rectangle((left, top, right - 1, bottom - 1), fill="white")
     return mask

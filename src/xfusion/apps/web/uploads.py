@@ -17,25 +17,25 @@ class Uploads:
 
     Args:
         folder: folder of the uploads.
-        beside: a folder within it that does not hold uploads.
-        most: most bytes of all uploads.
+        excluded: a folder within it that does not hold uploads.
+        max_bytes: most bytes of all uploads.
     """
 
-    def __init__(self, folder: Path, beside: Path, most: int):
-        self.folder, self.beside, self.most = folder, beside, most
-        self.coming = 0
+    def __init__(self, folder: Path, excluded: Path, max_bytes: int):
+        self.folder, self.excluded, self.max_bytes = folder, excluded, max_bytes
+        self.num_coming = 0
         """Bytes of uploads in progress."""
 
-    def room(self) -> int:
+    def free_bytes(self) -> int:
         """Bytes that may still be uploaded, counting uploads in progress; files older than an hour are deleted first."""
         old, size = time.time() - KEPT_SECONDS, 0
         for path in self.folder.rglob("*"):
-            if self.beside in path.parents:
+            if self.excluded in path.parents:
                 continue
             with suppress(OSError):  # a folder, or deleted meanwhile
-                found = path.stat()
-                if path.is_file() and found.st_mtime < old:
+                stat = path.stat()
+                if path.is_file() and stat.st_mtime < old:
                     path.unlink()
                 else:
-                    size += max(BLOCK, found.st_size)
-        return self.most - size
+                    size += max(BLOCK, stat.st_size)
+        return self.max_bytes - size

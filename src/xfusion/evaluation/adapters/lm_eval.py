@@ -1,7 +1,7 @@
-"""EleutherAI's lm-evaluation-harness: a pack's text under its tasks, by the base's own forward or the fused stack.
+"""Adapter for EleutherAI's lm-evaluation-harness: its tasks on a pack's text, through the base's forward or the fused stack.
 
-From its own command line: ``python -m xfusion.evaluation.adapters.lm_eval --model xfusion --model_args pack=emoji --tasks
-arc_easy``. From ours: ``xfusion evaluate emoji --suite lm_eval --set tasks=arc_easy``.
+With the harness's command line: ``python -m xfusion.evaluation.adapters.lm_eval --model xfusion --model_args pack=emoji --tasks
+arc_easy``. With xfusion's: ``xfusion evaluate emoji --suite lm_eval --set tasks=arc_easy``.
 """
 
 from __future__ import annotations
@@ -16,12 +16,23 @@ from xfusion.model import Model
 
 @register_model("xfusion")
 class PackText(HFLM):
-    """A pack as the harness's model: its own class for transformers models, over one of the pack's text stacks."""
+    """A pack as a model of the harness: its class for transformers models, on one of the pack's text stacks."""
 
     def __init__(
         self, pack: str | Model, stack: str = "fused", device: str = "cpu", batch_size: int = 1, **settings: Any
     ):
-        """``pack`` is a name or a loaded model; ``stack`` is "base" or "fused", as `Model.text_logits` takes it."""
+        """Load a pack.
+
+        Args:
+            pack: name of a pack, or a loaded model.
+            stack: "base" or "fused", as in `Model.text_logits`.
+            device: device to load on; ignored for a loaded model.
+            batch_size: items per forward pass.
+            settings: further arguments of the harness's class.
+
+        Raises:
+            ValueError: the stack is unknown.
+        """
         if isinstance(pack, str):
             from xfusion.checkpoint import load
 

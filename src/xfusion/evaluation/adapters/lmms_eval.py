@@ -1,8 +1,8 @@
-"""LMMs-Lab's lmms-eval: a pack that reads pictures, or hears, under its tasks.
+"""Adapter for LMMs-Lab's lmms-eval: its tasks on a pack that reads pictures or sounds.
 
-From its own command line, which finds the class by an entry point of this package: ``lmms-eval --model xfusion --model_args
-pack=emoji --tasks mme``. A question stands behind its pictures as the chat and the server put it
-(`xfusion.generation.conversation`), and words alone in the base's own chat template.
+The harness finds the class by an entry point of this package: ``lmms-eval --model xfusion --model_args pack=emoji --tasks mme``.
+A question follows its pictures as in the chat and the server (`xfusion.generation.conversation`); a text-only request is
+formatted with the base's own chat template.
 """
 
 from __future__ import annotations
@@ -18,56 +18,63 @@ from lmms_eval.api.model import lmms
 from PIL import Image as PILImage
 
 from xfusion.data.sequence import Sound, XFusionError
-from xfusion.generation import Segment, Shown, conversation, log_likelihoods
+from xfusion.generation import MediaInput, Segment, conversation, log_likelihoods
 from xfusion.model import Model
 
 MARK = "<image>"
-"""Where a picture stands among a task's words; without a mark all pictures stand before them."""
+"""Place of a picture in a task's text. If a text has no mark, all its pictures come before it."""
 
 
 def manifest() -> Any:
-    """What the entry point tells the harness."""
-    from lmms_eval.models.registry_v2 import ModelManifest  # it asks for this while it is imported itself
+    """The registration of this adapter, for the harness's entry point."""
+    from lmms_eval.models.registry_v2 import ModelManifest  # the harness calls this while it is being imported
 
     return ModelManifest(model_id="xfusion", simple_class_path=f"{__name__}.{PackMedia.__name__}")
 
 
 @dataclass(frozen=True)
 class _Settings:
-    """A task's settings of generating, those that mean something here."""
+    """The generation settings of a task that a pack supports."""
 
     max_tokens: int
     temperature: float
     top_p: float
     until: tuple[str, ...]
+    """Stop sequences."""
 
     @classmethod
-    def of(cls, given: dict[str, Any]) -> _Settings:
-        """Read them.
+    def of(cls, generation_kwargs: dict[str, Any]) -> _Settings:
+        """Read a task's ``generation_kwargs``.
 
         Raises:
-            XFusionError: one that would change the answer is not known.
+            XFusionError: a setting that would change the answer is not supported.
         """
-        left = {k: v for k, v in given.items() if v is not None and k != "image_aspect_ratio"}  # pictures are squares
-        until, tokens = left.pop("until", ()), left.pop("max_new_tokens", 1024)  # as the harness's own models
-        samples = left.pop("do_sample", left.get("temperature", 0) > 0)
-        temperature, top_p = left.pop("temperature", 1.0), left.pop("top_p", 1.0)
-        if left.pop("num_beams", 1) != 1 or left:
-            name = next(iter(left), "num_beams")
+        # image_aspect_ratio has no effect: pictures are squares.
+        options = {k: v for k, v in generation_kwargs.items() if v is not None and k != "image_aspect_ratio"}
+        until, tokens = (
+            options.pop("until", ()),
+            options.pop("max_new_tokens", 1024),
+        )  # the default of the harness's own models
+        samples = options.pop("do_sample", options.get("temperature", 0) > 0)
+        temperature, top_p = options.pop("temperature", 1.0), options.pop("top_p", 1.0)
+        if options.pop("num_beams", 1) != 1 or options:
+            name = next(iter(options), "num_beams")
             raise XFusionError(
-                f"the task sets {name} to {given[name]}, which a pack does not know: --gen_kwargs overrides it"
+                f"the task sets {name} to {generation_kwargs[name]}, which a pack does not know: --gen_kwargs overrides it"
             )
-        stops = (until,) if isinstance(until, str) else tuple(until)
-        return cls(int(tokens), float(temperature) if samples else 0.0, float(top_p), tuple(filter(None, stops)))
+        stop_sequences = (until,) if isinstance(until, str) else tuple(until)
+        return cls(
+            int(tokens), float(temperature) if samples else 0.0, float(top_p), tuple(filter(None, stop_sequences))
+        )
 
     def cut(self, text: str) -> str:
-        """A text up to its first stop sequence."""
-        found = [place for place in map(text.find, self.until) if place >= 0]
-        return text[: min(found, default=len(text))]
+        """The text before its first stop sequence."""
+        ends = [end for end in map(text.find, self.until) if end >= 0]
+        return text[: min(ends, default=len(text))]
 
 
 class PackMedia(lmms):
-    """A pack as the harness's model, over `Model.generate` and `log_likelihoods`."""
+    """A pack as a model of the harness, by `Model.generate` and `log_likelihoods`."""
 
     def __init__(
         self,
@@ -77,93 +84,113 @@ class PackMedia(lmms):
         max_batch_size: int | None = None,
         seed: int = 0,
     ) -> None:
-        """``pack`` is a name or a loaded model; answer i of a call has the seed ``seed + i``, where a task samples."""
+        """Load a pack.
+
+        Args:
+            pack: name of a pack, or a loaded model.
+            device: device to load on; ignored for a loaded model.
+            batch_size: requests per call of the model.
+            max_batch_size: ignored; the harness passes it to models that choose their batch size.
+            seed: if a task samples, answer i of a call uses the seed ``seed + i``.
+        """
         super().__init__()
         if isinstance(pack, str):
             from xfusion.checkpoint import load
 
             pack = load(pack, device=device)
-        del max_batch_size  # for batches that the harness would find the size of
+        del max_batch_size
         self.pack, self.batch, self.seed = pack, int(batch_size), int(seed)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Answers in words, each up to its first stop sequence."""
-        out: list[str] = []
+        """Text answers, each cut before its first stop sequence."""
+        answers: list[str] = []
         for settings, group in groupby(requests, key=lambda request: _Settings.of(request.args[1])):
-            members = list(group)
-            for start in range(0, len(members), self.batch):
-                part = members[start : start + self.batch]
-                out += self._answers([self._given(*_parts(request.args)) for request in part], settings, len(out))
-        return out
+            group_requests = list(group)
+            for start in range(0, len(group_requests), self.batch):
+                batch = group_requests[start : start + self.batch]
+                answers += self._answers(
+                    [self._segments(*_parts(request.args)) for request in batch], settings, len(answers)
+                )
+        return answers
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Log-likelihoods of answers, and whether each is the greedy one.
+        """Log-likelihood in nats of each answer, and whether greedy decoding would start with it.
 
-        An answer opens a turn or a line of its own, so that the space which a task puts before it is dropped.
+        An answer starts a turn or a line, so spaces that a task puts before it are removed.
         """
-        out = []
-        for words, answer, *where in (request.args for request in requests):
-            text: Any = answer(self._document(*where[1:])) if callable(answer) else answer
-            out += log_likelihoods(self.pack, self._given(words, *where), [text.lstrip()])
-        return out
+        results = []
+        for words, answer, *document in (request.args for request in requests):
+            text: Any = answer(self._document(*document[1:])) if callable(answer) else answer
+            results += log_likelihoods(self.pack, self._segments(words, *document), [text.lstrip()])
+        return results
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        """Refused: a pack is asked once per document."""
+        """Refused: multi-round tasks are not supported."""
         raise XFusionError("a pack answers tasks of one round; this one has several")
 
-    def _answers(self, lists: list[list[Segment]], settings: _Settings, number: int) -> list[str]:
-        said: list[list[int]] = [[] for _ in lists]
+    def _answers(self, lists: list[list[Segment]], settings: _Settings, offset: int) -> list[str]:
+        token_ids: list[list[int]] = [[] for _ in lists]
 
-        def goes_on(row: int, token: int) -> bool:
-            said[row].append(token)
-            text = self.pack.backbone.decode(said[row]) if settings.until else ""
+        def is_unfinished(row: int, token: int) -> bool:
+            token_ids[row].append(token)
+            text = self.pack.backbone.decode(token_ids[row]) if settings.until else ""
             return settings.cut(text) == text
 
         answers = self.pack.generate(
             lists,
-            seeds=[self.seed + number + i for i in range(len(lists))],
+            seeds=[self.seed + offset + i for i in range(len(lists))],
             max_tokens=settings.max_tokens,
             temperature=settings.temperature,
             top_p=settings.top_p,
-            listen=goes_on,
+            listen=is_unfinished,
         )
         return [settings.cut(answer[-1]) for answer in answers]
 
-    def _given(self, words: str, to_visual: Callable[[Any], Any] | None = None, *where: Any) -> list[Segment]:
-        """The segments of a request: its pictures or sounds, and its words."""
-        shown = [] if to_visual is None else [_shown(one) for one in _flat(to_visual(self._document(*where)))]
-        if shown and "caption" not in self.pack.capabilities:
+    def _segments(self, words: str, to_visual: Callable[[Any], Any] | None = None, *document: Any) -> list[Segment]:
+        """The conversation of a request: its pictures or sounds, and its text."""
+        media = (
+            []
+            if to_visual is None
+            else [_to_media(visual) for visual in _flatten(to_visual(self._document(*document)))]
+        )
+        if media and "caption" not in self.pack.capabilities:
             raise XFusionError(f"this pack cannot answer questions: it can {', '.join(sorted(self.pack.capabilities))}")
-        first, *rest = words.split(MARK) if shown else (words,)
-        if len(rest) not in (0, len(shown)):
-            raise XFusionError(f"the question names {len(rest)} pictures by {MARK}, but the document has {len(shown)}")
+        first_part, *other_parts = words.split(MARK) if media else (words,)
+        if len(other_parts) not in (0, len(media)):
+            raise XFusionError(
+                f"the question names {len(other_parts)} pictures by {MARK}, but the document has {len(media)}"
+            )
         content = (
-            [first, *(part for pair in zip(shown, rest, strict=True) for part in pair)] if rest else [*shown, words]
+            [first_part, *(part for pair in zip(media, other_parts, strict=True) for part in pair)]
+            if other_parts
+            else [*media, words]
         )
         return conversation(self.pack, [{"role": "user", "content": [part for part in content if part != ""]}])
 
-    def _document(self, number: int, task: str, split: str) -> Any:
-        return self.task_dict[task][split][number]
+    def _document(self, index: int, task: str, split: str) -> Any:
+        return self.task_dict[task][split][index]
 
 
 def _parts(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of a request to generate without the settings: words, pictures of a document, and which it is."""
+    """The arguments of a generation request without its settings: the text, the function for its media, and the document."""
     return (arguments[0], *arguments[2:])
 
 
-def _flat(found: Any) -> Iterator[Any]:
-    """What a task shows of a document, out of lists of lists; None is nothing."""
-    if isinstance(found, (list, tuple)):
-        for one in found:
-            yield from _flat(one)
-    elif found is not None:
-        yield found
+def _flatten(visuals: Any) -> Iterator[Any]:
+    """The pictures and sounds of a document, from nested lists; None stands for nothing."""
+    if isinstance(visuals, (list, tuple)):
+        for visual in visuals:
+            yield from _flatten(visual)
+    elif visuals is not None:
+        yield visuals
 
 
-def _shown(one: Any) -> Shown:
-    """A picture or a sound, as the harness's data sets give them."""
-    if isinstance(one, PILImage.Image):
-        return one
-    if isinstance(one, dict) and {"array", "sampling_rate"} <= set(one):
-        return Sound(samples=torch.as_tensor(one["array"]).float(), rate=int(one["sampling_rate"]))
-    raise XFusionError(f"the task shows a {type(one).__name__} ({str(one)[:80]}): a pack takes pictures and sounds")
+def _to_media(visual: Any) -> MediaInput:
+    """A picture or sound of the harness as input of a model."""
+    if isinstance(visual, PILImage.Image):
+        return visual
+    if isinstance(visual, dict) and {"array", "sampling_rate"} <= set(visual):
+        return Sound(samples=torch.as_tensor(visual["array"]).float(), rate=int(visual["sampling_rate"]))
+    raise XFusionError(
+        f"the task shows a {type(visual).__name__} ({str(visual)[:80]}): a pack takes pictures and sounds"
+    )

@@ -1,6 +1,6 @@
-"""Models of transformers that are no base: CLIP as a judge of drawings, vision-language models that caption.
+"""Models of transformers that are not a base: CLIP for scoring drawings, vision-language models for captioning.
 
-No code from a hub is run: a model whose class transformers does not have is refused.
+No remote code is run: a model whose class is not part of transformers is refused.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from xfusion.data.sequence import XFusionError, first_line
 from xfusion.storage import file_hash
 
 
-def named(text: str) -> tuple[str, str | None]:
-    """``ORG/MODEL[@revision]`` or a folder -> source and revision; a folder has none, whatever it is called."""
+def parse_source(text: str) -> tuple[str, str | None]:
+    """Source and revision of ``ORG/MODEL[@revision]`` or of a folder. A folder has none, even if its name contains an @."""
     if Path(text).expanduser().exists():
         return str(Path(text).expanduser()), None
     source, _, revision = text.partition("@")
@@ -28,31 +28,31 @@ def named(text: str) -> tuple[str, str | None]:
 
 
 class CLIPTowers(nn.Module):
-    """CLIP as torchmetrics asks it: features as tensors, where transformers gives an object that holds them."""
+    """CLIP with the interface of torchmetrics: features are tensors, not the output objects of transformers."""
 
     def __init__(self, model: Any):
         super().__init__()
         self.model, self.config = model, model.config
 
     def get_image_features(self, pixels: Tensor) -> Tensor:
-        """Pixels [N, 3, side, side] as its processor makes them -> [N, width], not normalised."""
+        """Features ``[N, width]``, not normalised, of pixels ``[N, 3, side, side]`` from CLIP's processor."""
         return _pooled(self.model.get_image_features(pixel_values=pixels))
 
     def get_text_features(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Tokens and mask [N, T] -> [N, width], not normalised."""
+        """Features ``[N, width]``, not normalised, of token ids and their mask ``[N, T]``."""
         return _pooled(self.model.get_text_features(input_ids=ids, attention_mask=mask))
 
 
 class CLIPReader:
-    """CLIP's processor. Longer words are cut by the tokenizer, which keeps the last token: CLIP reads its feature there."""
+    """CLIP's processor, which truncates long texts to ``longest`` tokens. The end token, whose feature CLIP uses, is kept."""
 
     def __init__(self, processor: Any, longest: int):
         self.processor, self.longest = processor, longest
         self.cut: set[str] = set()
-        """Prompts that were too long."""
+        """The texts that were truncated."""
 
     def __call__(self, *, images: Any = None, text: Any = None, **options: Any) -> Any:
-        """As transformers' processor."""
+        """Inputs for `CLIPTowers`, as from transformers' processor."""
         if text is None:
             return self.processor(images=images, **options)
         lengths = map(len, self.processor.tokenizer(text)["input_ids"])
@@ -61,47 +61,48 @@ class CLIPReader:
 
 
 def clip(source: str, revision: str | None, *, device: str) -> tuple[CLIPTowers, CLIPReader]:
-    """CLIP, frozen, in float32.
+    """CLIP, frozen and in float32, and its processor.
 
     Raises:
-        XFusionError: it cannot be loaded, lacks weights, or is another kind of model.
+        XFusionError: the model cannot be loaded, lacks weights, or is not a CLIP.
     """
     from transformers import AutoConfig, AutoProcessor, CLIPModel
 
-    config = _loaded(source, revision, AutoConfig)
+    config = _load(source, revision, AutoConfig)
     if config.model_type != "clip":
         raise XFusionError(f"{source!r} is a {config.model_type}, not a CLIP: a CLIP score is another model's to give")
-    model = _whole(source, revision, CLIPModel, dtype=torch.float32)
-    processor = _loaded(source, revision, AutoProcessor)
+    model = _load_complete(source, revision, CLIPModel, dtype=torch.float32)
+    processor = _load(source, revision, AutoProcessor)
     longest = config.text_config.max_position_embeddings
     return CLIPTowers(model.to(device)).requires_grad_(False).eval(), CLIPReader(processor, longest)
 
 
 def captioner(text: str, *, device: str, max_tokens: int) -> tuple[str, Ask]:
-    """A vision-language model (InternVL, Qwen-VL, LLaVA, ...), asked in its own chat template, answering greedily.
+    """A vision-language model (InternVL, Qwen-VL, LLaVA, ...) that answers greedily, prompted in its own chat template.
 
     Args:
         text: ``ORG/MODEL[@revision]`` or a folder.
-        device: where it computes.
-        max_tokens: longest answer.
+        device: device of the model.
+        max_tokens: longest answer in tokens.
 
     Returns:
-        its name for the record, with the commit or, of a folder, a hash of its files; and who to ask.
+        the name to record, with the commit or, for a folder, a hash of its files; and a function from pictures and a prompt to
+        one answer per picture.
 
     Raises:
-        XFusionError: it cannot be loaded, lacks weights, or has no chat template.
+        XFusionError: the model cannot be loaded, lacks weights, or has no chat template.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    source, revision = named(text)
-    processor = _loaded(source, revision, AutoProcessor)
+    source, revision = parse_source(text)
+    processor = _load(source, revision, AutoProcessor)
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None or not getattr(processor, "chat_template", None):
         raise XFusionError(f"{source!r} has no chat template for pictures: name a vision-language model that was tuned")
-    tokenizer.padding_side = "left"  # answers go on behind the prompt, also of the shorter one
+    tokenizer.padding_side = "left"  # answers of shorter prompts, too, directly follow the prompt
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = _whole(source, revision, AutoModelForImageTextToText, dtype="auto").to(device)
+    model = _load_complete(source, revision, AutoModelForImageTextToText, dtype="auto").to(device)
     model = model.requires_grad_(False).eval()
 
     options: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
@@ -127,26 +128,27 @@ def captioner(text: str, *, device: str, max_tokens: int) -> tuple[str, Ask]:
     return f"{source}@{_files_hash(Path(source)) if Path(source).is_dir() else commit}", ask
 
 
-def _pooled(found: Any) -> Tensor:
-    return found if isinstance(found, Tensor) else found.pooler_output
+def _pooled(output: Any) -> Tensor:
+    """The features, which newer versions of transformers return inside an output object."""
+    return output if isinstance(output, Tensor) else output.pooler_output
 
 
 def _files_hash(folder: Path) -> str:
-    """A hash over the files of a model: their names and contents."""
-    listed = [f"{path.name} {file_hash(path)}" for path in sorted(folder.iterdir()) if path.is_file()]
-    return hashlib.sha256("\n".join(listed).encode()).hexdigest()
+    """A hash of the names and contents of a model's files."""
+    lines = [f"{path.name} {file_hash(path)}" for path in sorted(folder.iterdir()) if path.is_file()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _whole(source: str, revision: str | None, kind: Any, **options: Any) -> Any:
-    """A model none of whose weights would be made up."""
-    model, report = _loaded(source, revision, kind, output_loading_info=True, use_safetensors=True, **options)
+def _load_complete(source: str, revision: str | None, kind: Any, **options: Any) -> Any:
+    """A model, refused if its files lack weights that transformers would initialise at random."""
+    model, report = _load(source, revision, kind, output_loading_info=True, use_safetensors=True, **options)
     if report["missing_keys"]:
         raise XFusionError(f"model {source!r} lacks weights: {sorted(report['missing_keys'])[0]}")
     return model
 
 
-def _loaded(source: str, revision: str | None, kind: Any, **options: Any) -> Any:
-    """What one of transformers' loaders gives, with its errors in one line."""
+def _load(source: str, revision: str | None, kind: Any, **options: Any) -> Any:
+    """``kind.from_pretrained``, with its errors as an `XFusionError` of one line."""
     try:
         return kind.from_pretrained(source, revision=revision, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:

@@ -25,7 +25,10 @@ def accepted(examples: Sequence[Example], among: Sequence[Example] | None = None
 def exact_match(answers: Sequence[str], wordings: Sequence[Sequence[str]]) -> float:
     """Share of answers that equal one of their accepted wordings, both lower-cased and stripped."""
     _check(answers, wordings)
-    hits = [_plain(answer) in {_plain(one) for one in those} for answer, those in zip(answers, wordings, strict=True)]
+    hits = [
+        _plain(answer) in {_plain(reference) for reference in references}
+        for answer, references in zip(answers, wordings, strict=True)
+    ]
     return sum(hits) / len(hits)
 
 
@@ -33,7 +36,8 @@ def token_f1(answers: Sequence[str], wordings: Sequence[Sequence[str]]) -> float
     """Mean over the answers of the best F1, with any wording, of shared words (lower-cased, without punctuation)."""
     _check(answers, wordings)
     best = [
-        max((_f1(answer, one) for one in those), default=0.0) for answer, those in zip(answers, wordings, strict=True)
+        max((_f1(answer, reference) for reference in references), default=0.0)
+        for answer, references in zip(answers, wordings, strict=True)
     ]
     return sum(best) / len(best)
 
@@ -43,9 +47,9 @@ def _plain(text: str) -> str:
 
 
 def _f1(answer: str, wording: str) -> float:
-    said, wanted = Counter(_TOKEN.findall(answer.lower())), Counter(_TOKEN.findall(wording.lower()))
-    shared = (said & wanted).total()
-    return 2 * shared / (said.total() + wanted.total()) if shared else 0.0
+    answer_words, wording_words = Counter(_TOKEN.findall(answer.lower())), Counter(_TOKEN.findall(wording.lower()))
+    shared = (answer_words & wording_words).total()
+    return 2 * shared / (answer_words.total() + wording_words.total()) if shared else 0.0
 
 
 def _check(answers: Sequence[str], wordings: Sequence[Sequence[str]]) -> None:

@@ -11,7 +11,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from xfusion.data.sequence import XFusionError
-from xfusion.evaluation.teachers import refuse_taught
+from xfusion.evaluation.teachers import refuse_teacher
 from xfusion.modalities.base import Encoder
 
 if TYPE_CHECKING:
@@ -38,29 +38,29 @@ def judge(
     Raises:
         XFusionError: this CLIP was used to train the drawing model, or cannot be loaded; or torchmetrics is not installed.
     """
-    from xfusion.evaluation.adapters.transformers import clip, named
+    from xfusion.evaluation.adapters.transformers import clip, parse_source
 
     if not argument:
         raise XFusionError("name the CLIP that scores, such as --by clip-score:openai/clip-vit-base-patch16")
     if encoder is not None:
         raise XFusionError("a CLIP score has no other encoder: leave --encoder out")
-    source, revision = named(argument)
-    refuse_taught(f"{source}@{revision}", drawn.teachers)
+    source, revision = parse_source(argument)
+    refuse_teacher(f"{source}@{revision}", drawn.teachers)
     metric = _metric()
     towers, reader = clip(source, revision, device=device)
-    own, blind = (metric(lambda: (towers, reader)) for _ in range(2))
+    score, blind_score = (metric(lambda: (towers, reader)) for _ in range(2))
     prompts = list(dict.fromkeys(drawn.prompts))
-    following = dict(zip(prompts, [*prompts[1:], prompts[0]], strict=True))
+    next_prompt = dict(zip(prompts, [*prompts[1:], prompts[0]], strict=True))
     for start in range(0, len(drawn), BATCH):
         progress("judging", start, len(drawn))
-        words = drawn.prompts[start : start + BATCH]
-        shown = [levels(picture).to(device) for picture in drawn.pictures(start, start + BATCH)]
-        own.update(shown, words)
+        batch_prompts = drawn.prompts[start : start + BATCH]
+        images = [levels(picture).to(device) for picture in drawn.pictures(start, start + BATCH)]
+        score.update(images, batch_prompts)
         if len(prompts) > 1:
-            blind.update(shown, [following[one] for one in words])
-    scores = {"clip_score": float(own.compute())}
+            blind_score.update(images, [next_prompt[prompt] for prompt in batch_prompts])
+    scores = {"clip_score": float(score.compute())}
     if len(prompts) > 1:
-        scores["clip_score_blind"] = float(blind.compute())
+        scores["clip_score_blind"] = float(blind_score.compute())
     counts = {"num_pictures": len(drawn), "num_prompts": len(prompts), "num_prompts_cut": len(reader.cut)}
     return scores | counts | {"settings": {"encoder": f"{source}@{revision}"}}
 

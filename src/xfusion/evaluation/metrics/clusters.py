@@ -20,12 +20,16 @@ def interval(values: Tensor, clusters: Sequence[Hashable], *, seed: int = 0) -> 
     Returns:
         lower and upper end, or None if there are fewer than five clusters.
     """
-    numbers: dict[Hashable, int] = {}
-    which = torch.tensor([numbers.setdefault(cluster, len(numbers)) for cluster in clusters])
-    if len(numbers) < 5:
+    cluster_ids: dict[Hashable, int] = {}
+    cluster_index = torch.tensor([cluster_ids.setdefault(cluster, len(cluster_ids)) for cluster in clusters])
+    if len(cluster_ids) < 5:
         return None
-    total = torch.zeros(len(numbers), dtype=torch.float64).index_add(0, which, values.double().cpu())
-    count = torch.zeros(len(numbers), dtype=torch.float64).index_add(0, which, torch.ones_like(which).double())
-    drawn = torch.randint(len(numbers), (RESAMPLES, len(numbers)), generator=torch.Generator().manual_seed(seed))
-    means = total[drawn].sum(dim=1) / count[drawn].sum(dim=1)
+    total = torch.zeros(len(cluster_ids), dtype=torch.float64).index_add(0, cluster_index, values.double().cpu())
+    count = torch.zeros(len(cluster_ids), dtype=torch.float64).index_add(
+        0, cluster_index, torch.ones_like(cluster_index).double()
+    )
+    resampled = torch.randint(
+        len(cluster_ids), (RESAMPLES, len(cluster_ids)), generator=torch.Generator().manual_seed(seed)
+    )
+    means = total[resampled].sum(dim=1) / count[resampled].sum(dim=1)
     return means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()

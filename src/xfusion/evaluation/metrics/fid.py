@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from xfusion.data.pictures import SUFFIXES, read
 from xfusion.data.sequence import XFusionError, first_line
 from xfusion.evaluation.metrics.clip_score import levels
-from xfusion.evaluation.teachers import refuse_taught
+from xfusion.evaluation.teachers import refuse_teacher
 from xfusion.modalities.base import Encoder
 
 if TYPE_CHECKING:
@@ -59,8 +59,8 @@ def judge(
     except ImportError as error:
         raise XFusionError(f"a Fréchet distance needs the package {error.name}: pip install 'xfusion[eval]'") from error
     metric = compare(FrechetInceptionDistance, drawn, files, encoder, device=device, progress=progress)
-    found = {"fid" if encoder is None else "frechet_distance": float(metric.compute())}
-    return found | {"num_pictures": len(drawn), "num_reference": len(files), "settings": seen_by(encoder)}
+    distance = {"fid" if encoder is None else "frechet_distance": float(metric.compute())}
+    return distance | {"num_pictures": len(drawn), "num_reference": len(files), "settings": encoder_settings(encoder)}
 
 
 def reference(folder: str, judge: str) -> list[Path]:
@@ -69,10 +69,10 @@ def reference(folder: str, judge: str) -> list[Path]:
     Raises:
         XFusionError: there are none.
     """
-    found = [p for p in sorted(Path(folder).expanduser().rglob("*")) if p.suffix.lower() in SUFFIXES] if folder else []
-    if not found:
+    files = [p for p in sorted(Path(folder).expanduser().rglob("*")) if p.suffix.lower() in SUFFIXES] if folder else []
+    if not files:
         raise XFusionError(f"{folder or 'no folder'} has no pictures to compare with: name some, --by {judge}:FOLDER")
-    return found
+    return files
 
 
 def compare(
@@ -91,11 +91,11 @@ def compare(
         XFusionError: the encoder was used in training, or is not available.
     """
     if encoder is not None:
-        refuse_taught(encoder.fingerprint, drawn.teachers)
+        refuse_teacher(encoder.fingerprint, drawn.teachers)
     try:
         with warnings.catch_warnings():  # that it keeps features in memory: a few thousand rows
             warnings.simplefilter("ignore", UserWarning)
-            metric = kind(feature=2048 if encoder is None else Eyes(encoder.build()), **settings).to(device)
+            metric = kind(feature=2048 if encoder is None else EncoderFeatures(encoder.build()), **settings).to(device)
     except ImportError as error:
         raise XFusionError(
             f"{INCEPTION} is not installed: pip install torch-fidelity (it brings torchvision), or name another --encoder"
@@ -112,19 +112,19 @@ def compare(
     return metric
 
 
-def seen_by(encoder: Encoder.Config | None) -> dict[str, Any]:
+def encoder_settings(encoder: Encoder.Config | None) -> dict[str, Any]:
     """Name of the encoder, for the record."""
     return {"encoder": INCEPTION if encoder is None else encoder.fingerprint}
 
 
 def batches(pictures: Iterator[Image]) -> Iterator[Tensor]:
     """Pictures -> uint8 [n, 3, H, W]; consecutive pictures of equal size share a batch."""
-    for _, alike in groupby(pictures, key=lambda picture: picture.size):
-        while part := list(islice(alike, BATCH)):
-            yield torch.stack([levels(picture) for picture in part])
+    for _, same_size in groupby(pictures, key=lambda picture: picture.size):
+        while batch := list(islice(same_size, BATCH)):
+            yield torch.stack([levels(picture) for picture in batch])
 
 
-class Eyes(nn.Module):
+class EncoderFeatures(nn.Module):
     """Adapts an encoder to the interface of torchmetrics."""
 
     def __init__(self, encoder: Encoder):

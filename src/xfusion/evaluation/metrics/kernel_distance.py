@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from xfusion.data.sequence import XFusionError
-from xfusion.evaluation.metrics.fid import compare, reference, seen_by
+from xfusion.evaluation.metrics.fid import compare, encoder_settings, reference
 from xfusion.modalities.base import Encoder
 from xfusion.seeding import seeded
 
@@ -66,5 +66,5 @@ def judge(
     with seeded(0):  # subsets are sampled on the CPU, on whatever device the features are
         mean, spread = metric.compute()
     counts = {"num_pictures": len(drawn), "num_reference": len(files)}
-    settings = seen_by(encoder) | {"subsets": SUBSETS, "subset_size": size}
+    settings = encoder_settings(encoder) | {"subsets": SUBSETS, "subset_size": size}
     return {"kernel_distance": float(mean), "kernel_distance_spread": float(spread)} | counts | {"settings": settings}

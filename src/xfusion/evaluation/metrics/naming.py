@@ -27,10 +27,12 @@ def hits(pictures: Sequence[Example], names: Sequence[str], among: Sequence[Exam
 
     among: where to look for members; None looks in `pictures`.
     """
-    of_group: dict[str, set[str]] = {}
+    names_by_group: dict[str, set[str]] = {}
     for example in [*pictures, *(among or ())]:
-        of_group.setdefault(example.group, set()).add(example.captions[0])
-    return torch.tensor([[name in of_group[example.group] for name in names] for example in pictures], dtype=torch.bool)
+        names_by_group.setdefault(example.group, set()).add(example.captions[0])
+    return torch.tensor(
+        [[name in names_by_group[example.group] for name in names] for example in pictures], dtype=torch.bool
+    )
 
 
 def ranks(scores: Tensor, hit: Tensor) -> Tensor:
@@ -47,16 +49,16 @@ def ranks(scores: Tensor, hit: Tensor) -> Tensor:
         raise XFusionError(f"picture {int((~hit.any(dim=1)).nonzero()[0])} has no true name among the candidates")
     scores = scores.double().nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     best = scores.masked_fill(~hit, -math.inf).amax(dim=1, keepdim=True)
-    before = ((scores > best) & ~hit).sum(dim=1)
-    strangers = ((scores == best) & ~hit).sum(dim=1)
-    own = ((scores == best) & hit).sum(dim=1)
-    return before + (strangers + own + 1).double() / (own + 1)
+    num_above = ((scores > best) & ~hit).sum(dim=1)
+    tied_false = ((scores == best) & ~hit).sum(dim=1)
+    tied_true = ((scores == best) & hit).sum(dim=1)
+    return num_above + (tied_false + tied_true + 1).double() / (tied_true + 1)
 
 
 def naming(scores: Tensor, hit: Tensor, *, ks: Sequence[int] = (1, 10)) -> dict[str, float]:
     """{"mrr", "at_1", "at_10"}: mean of 1 / rank, and the share of pictures whose true name ranks k or better."""
-    place = ranks(scores, hit)
-    return {"mrr": (1 / place).mean().item(), **{f"at_{k}": (place <= k).double().mean().item() for k in ks}}
+    rank = ranks(scores, hit)
+    return {"mrr": (1 / rank).mean().item(), **{f"at_{k}": (rank <= k).double().mean().item() for k in ks}}
 
 
 def blind(scores: Tensor, hit: Tensor, *, ks: Sequence[int] = (1, 10), seed: int = 0) -> dict[str, float]:
@@ -74,21 +76,21 @@ def chance(hit: Tensor, *, ks: Sequence[int] = (1, 10)) -> dict[str, float]:
     def mean(values: list[float]) -> float:
         return sum(values) / len(values)
 
-    by_k = {f"at_{k}": mean([hit_by_chance(total, own, k) for own in counts]) for k in ks}
-    return {"mrr": mean([_expected_reciprocal(total, own) for own in counts]), **by_k}
+    by_k = {f"at_{k}": mean([hit_by_chance(total, num_true, k) for num_true in counts]) for k in ks}
+    return {"mrr": mean([_expected_reciprocal(total, num_true) for num_true in counts]), **by_k}
 
 
-def beside(prefix: str, scores: Tensor, hit: Tensor, *, ks: Sequence[int] = (1, 10)) -> dict[str, float]:
+def with_baselines(prefix: str, scores: Tensor, hit: Tensor, *, ks: Sequence[int] = (1, 10)) -> dict[str, float]:
     """`naming` together with its blind rate and chance: ``PREFIXat_1``, ``PREFIXat_1_blind``, ``chance_PREFIXat_1``, ..."""
-    real, base, floor = naming(scores, hit, ks=ks), blind(scores, hit, ks=ks), chance(hit, ks=ks)
-    out: dict[str, float] = {}
-    for key in real:
+    measured, blind_scores, chance_scores = naming(scores, hit, ks=ks), blind(scores, hit, ks=ks), chance(hit, ks=ks)
+    metrics: dict[str, float] = {}
+    for key in measured:
         name = f"{prefix}{key}"
-        out |= {name: real[key], f"{name}_blind": base[key], f"chance_{name}": floor[key]}
-    return out
+        metrics |= {name: measured[key], f"{name}_blind": blind_scores[key], f"chance_{name}": chance_scores[key]}
+    return metrics
 
 
-def _expected_reciprocal(total: int, own: int) -> float:
-    """E[1 / place of the first of `own` things in a random order of `total`]."""
-    places = range(1, total - own + 2)
-    return sum(math.comb(total - place, own - 1) / place for place in places) / math.comb(total, own)
+def _expected_reciprocal(total: int, num_true: int) -> float:
+    """E[1 / place of the first of `num_true` things in a random order of `total`]."""
+    places = range(1, total - num_true + 2)
+    return sum(math.comb(total - place, num_true - 1) / place for place in places) / math.comb(total, num_true)

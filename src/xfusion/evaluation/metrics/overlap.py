@@ -28,11 +28,13 @@ def overlap(boxes: Tensor, others: Tensor) -> Tensor:
     boxes, others = boxes.double(), others.double()
     corners = torch.maximum(boxes[..., :2], others[..., :2]), torch.minimum(boxes[..., 2:], others[..., 2:])
     shared = (corners[1] - corners[0]).clamp(min=0).prod(dim=-1)
-    areas = [(one[..., 2:] - one[..., :2]).clamp(min=0).prod(dim=-1) for one in (boxes, others)]
+    areas = [
+        (corner_pairs[..., 2:] - corner_pairs[..., :2]).clamp(min=0).prod(dim=-1) for corner_pairs in (boxes, others)
+    ]
     return torch.where(shared > 0, shared / (areas[0] + areas[1] - shared), 0.0)
 
 
-def constant(boxes: Tensor) -> dict[str, float]:
+def best_constant(boxes: Tensor) -> dict[str, float]:
     """``hit`` and ``mean``: the best share with an overlap of `HIT`, and the best mean overlap, of one box for all ``[N, 4]``.
 
     Each uses its own best box, chosen on the boxes that it is scored on: up to the steps of the grid, no answer that ignores
@@ -42,10 +44,10 @@ def constant(boxes: Tensor) -> dict[str, float]:
     low, high = torch.triu_indices(GRID + 1, GRID + 1, offset=1)
     spans = torch.stack([edges[low], edges[high]], dim=1)
     best = {"hit": 0.0, "mean": 0.0}
-    tried = spans[:, [0, 0, 1, 1]]
+    candidates = spans[:, [0, 0, 1, 1]]
     for span in spans:  # one left and right edge at a time: all boxes at once are some hundred million numbers
-        tried[:, 0], tried[:, 2] = span
-        found = overlap(tried[:, None], boxes[None])
-        best["hit"] = max(best["hit"], float((found >= HIT).double().mean(dim=1).max()))
-        best["mean"] = max(best["mean"], float(found.mean(dim=1).max()))
+        candidates[:, 0], candidates[:, 2] = span
+        overlaps = overlap(candidates[:, None], boxes[None])
+        best["hit"] = max(best["hit"], float((overlaps >= HIT).double().mean(dim=1).max()))
+        best["mean"] = max(best["mean"], float(overlaps.mean(dim=1).max()))
     return best

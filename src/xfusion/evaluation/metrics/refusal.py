@@ -7,29 +7,29 @@ import math
 from torch import Tensor
 
 
-def threshold(confidence: Tensor, right: Tensor, wanted: float) -> float:
+def threshold(confidence: Tensor, is_right: Tensor, wanted: float) -> float:
     """The lowest bound such that answers of at least this confidence have an accuracy of ``wanted`` or more.
 
     Args:
         confidence: float ``[N]`` in [0, 1].
-        right: bool ``[N]``.
+        is_right: bool ``[N]``.
         wanted: accuracy, in [0, 1].
 
     Returns:
         one of the confidences, or infinity if there is no such bound: then everything is refused.
     """
-    fitting = [
-        bound for bound in confidence.unique().tolist() if float(right[confidence >= bound].float().mean()) >= wanted
+    bounds = [
+        bound for bound in confidence.unique().tolist() if float(is_right[confidence >= bound].float().mean()) >= wanted
     ]
-    return min(fitting, default=math.inf)
+    return min(bounds, default=math.inf)
 
 
-def refusal(confidence: Tensor, right: Tensor, bound: float) -> dict[str, float | None]:
+def refusal(confidence: Tensor, is_right: Tensor, bound: float) -> dict[str, float | None]:
     """Share of questions that are answered at a bound, and the accuracy of these answers.
 
     Returns:
         ``answered`` in [0, 1] and ``accuracy_answered``, None if nothing is answered.
     """
-    kept = confidence >= bound
-    share = float(kept.float().mean())
-    return {"answered": share, "accuracy_answered": float(right[kept].float().mean()) if share else None}
+    is_answered = confidence >= bound
+    share = float(is_answered.float().mean())
+    return {"answered": share, "accuracy_answered": float(is_right[is_answered].float().mean()) if share else None}

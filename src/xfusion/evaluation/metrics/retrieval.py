@@ -59,22 +59,22 @@ def first_hit(
     _check(drawn, gallery, target, groups)
     if distance == "cosine":
         drawn, gallery = F.normalize(drawn, dim=-1), F.normalize(gallery, dim=-1)
-    number = {group: index for index, group in enumerate(dict.fromkeys(groups))}
-    group = torch.tensor([number[name] for name in groups])
-    own = group[target][:, None] == group[None, :]
+    group_index = {group: index for index, group in enumerate(dict.fromkeys(groups))}
+    group = torch.tensor([group_index[name] for name in groups])
+    same_group = group[target][:, None] == group[None, :]
     lengths = drawn.square().sum(1)[:, None] + gallery.square().sum(1)[None, :]
     # On unit vectors the squared distance is 2 - 2 cos, so one formula orders both kinds.
     squares = (lengths - 2 * drawn @ gallery.T).nan_to_num(nan=math.inf)
-    best = squares.masked_fill(~own, math.inf).amin(dim=1, keepdim=True)
-    near = squares <= best + _TIE * lengths.nan_to_num(nan=0.0, posinf=0.0)
-    return 1 + (near & ~own).sum(dim=1)
+    best = squares.masked_fill(~same_group, math.inf).amin(dim=1, keepdim=True)
+    is_near = squares <= best + _TIE * lengths.nan_to_num(nan=0.0, posinf=0.0)
+    return 1 + (is_near & ~same_group).sum(dim=1)
 
 
 def chance(target: Tensor, groups: Sequence[str], *, ks: Sequence[int] = (1, 10)) -> dict[str, float]:
     """What a random order of the gallery scores in `retrieval`: mean of 1 - C(G - m, k) / C(G, k), m members."""
     sizes = Counter(groups)
-    members = [sizes[groups[int(index)]] for index in target]
-    return {f"at_{k}": sum(hit_by_chance(len(groups), m, k) for m in members) / len(members) for k in ks}
+    group_sizes = [sizes[groups[int(index)]] for index in target]
+    return {f"at_{k}": sum(hit_by_chance(len(groups), size, k) for size in group_sizes) / len(group_sizes) for k in ks}
 
 
 def hit_by_chance(total: int, hits: int, k: int) -> float:

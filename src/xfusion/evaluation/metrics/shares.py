@@ -24,13 +24,13 @@ def shares(model: Any, batch: Batch) -> dict[int, dict[str, float]]:
     Returns:
         Layer -> kind of position (some of `KINDS`) -> mean share; kinds without a position are left out.
     """
-    found: dict[str, Tensor] = {}
-    learned: dict[str, Any] = dict(getattr(model.fusion, "mixes", {}))
-    mixes: dict[str, Any] = {n: m for n, m in learned.items() if isinstance(m, Mix) and m.by == "token"}
+    gates: dict[str, Tensor] = {}
+    fusion_mixes: dict[str, Any] = dict(getattr(model.fusion, "mixes", {}))
+    mixes: dict[str, Any] = {n: m for n, m in fusion_mixes.items() if isinstance(m, Mix) and m.by == "token"}
     if not mixes:
         return {}
     hooks = [
-        mix.register_forward_pre_hook(lambda mix, args, name=name: found.__setitem__(name, mix.gate(args[0])[..., 0]))
+        mix.register_forward_pre_hook(lambda mix, args, name=name: gates.__setitem__(name, mix.gate(args[0])[..., 0]))
         for name, mix in mixes.items()
     ]
     try:
@@ -39,25 +39,25 @@ def shares(model: Any, batch: Batch) -> dict[int, dict[str, float]]:
         for hook in hooks:
             hook.remove()
     masks = {"text": _words(batch), "media": _pictures(batch)}
-    out: dict[int, dict[str, float]] = {}
-    for name, share in found.items():
+    means: dict[int, dict[str, float]] = {}
+    for name, share in gates.items():
         side, _, layer = name.rpartition("_")
         for kind, mask in masks[side].items():
             if mask.any():
-                out.setdefault(int(layer), {})[kind] = float(share[mask].mean())
-    return dict(sorted(out.items()))
+                means.setdefault(int(layer), {})[kind] = float(share[mask].mean())
+    return dict(sorted(means.items()))
 
 
 def _words(batch: Batch) -> dict[str, Tensor]:
-    is_end, counted = batch.text_ids <= END_OF_MEDIA, batch.text.after_media & (batch.text.order >= 0)
-    return {"word": counted & ~is_end, "end of picture": counted & is_end}
+    is_end, is_counted = batch.text_ids <= END_OF_MEDIA, batch.text.after_media & (batch.text.order >= 0)
+    return {"word": is_counted & ~is_end, "end of picture": is_counted & is_end}
 
 
 def _pictures(batch: Batch) -> dict[str, Tensor]:
     (media,) = batch.media.values()
-    noised, inside = media.at(media.noised), media.item >= 0
+    noised, is_item = media.at(media.noised), media.item >= 0
     return {
         "begin of picture": media.boundary & (media.rows.order >= 0),
-        "clean picture": inside & ~noised,
-        "noised picture": inside & noised,
+        "clean picture": is_item & ~noised,
+        "noised picture": is_item & noised,
     }

@@ -21,7 +21,7 @@ from xfusion.data.sources import Source, open_source
 from xfusion.evaluation.metrics import captions, naming, retrieval
 from xfusion.evaluation.metrics.blind import blind
 from xfusion.evaluation.metrics.psnr import not_white, psnr
-from xfusion.evaluation.teachers import taught
+from xfusion.evaluation.teachers import is_teacher
 from xfusion.evaluation.unseen import held_out
 from xfusion.modalities.encoders.efficientnet_lite import EfficientNetLite
 
@@ -98,17 +98,23 @@ def run(
     if "draw" in abilities:
         if features and encoder is None:
             encoder = EfficientNetLite()
-        seen_by = getattr(encoder, "fingerprint", type(encoder).__name__)
-        if features and taught(seen_by, getattr(model, "teachers", ())):
+        encoder_id = getattr(encoder, "fingerprint", type(encoder).__name__)
+        if features and is_teacher(encoder_id, getattr(model, "teachers", ())):
             features = False
-            settings["features"] = f"none: the encoder {seen_by[:16]} took part in training, it may not score"
-        drawn = chosen(source.examples, max_drawn, part)
+            settings["features"] = f"none: the encoder {encoder_id[:16]} took part in training, it may not score"
+        drawn_indices = chosen(source.examples, max_drawn, part)
         guidance = model.guidance if guidance is None else guidance
-        pictures = subject.draw(source, drawn, seed=seed, steps=steps, guidance=guidance)
+        pictures = subject.draw(source, drawn_indices, seed=seed, steps=steps, guidance=guidance)
         side = gallery_size or subject.size
-        metrics |= _drawing(subject, source, drawn, pictures, side, encoder if features else None)
-        settings |= {"gallery_size": side, "seed": seed, "steps": steps, "guidance": guidance, "num_drawn": len(drawn)}
-        settings["encoder"] = seen_by if features else None
+        metrics |= _drawing(subject, source, drawn_indices, pictures, side, encoder if features else None)
+        settings |= {
+            "gallery_size": side,
+            "seed": seed,
+            "steps": steps,
+            "guidance": guidance,
+            "num_drawn": len(drawn_indices),
+        }
+        settings["encoder"] = encoder_id if features else None
 
     if "caption" in abilities:
         scored = chosen(source.examples, max_captioned, part)
@@ -127,8 +133,8 @@ def run(
 
 def chosen(examples: Sequence[Example], limit: int | None = None, part: Part = "all") -> list[int]:
     """Indices, in order, of the `limit` examples with the lowest id hashes: always the same, of no kind in particular."""
-    inside = [i for i, example in enumerate(examples) if part in ("all", part_of(example.group))]
-    by_hash = sorted(inside, key=lambda i: hashlib.sha256(examples[i].id.encode()).digest())
+    indices = [i for i, example in enumerate(examples) if part in ("all", part_of(example.group))]
+    by_hash = sorted(indices, key=lambda i: hashlib.sha256(examples[i].id.encode()).digest())
     return sorted(by_hash[:limit])
 
 
@@ -152,51 +158,56 @@ class Subject:
 
     def draw(self, source: Source, indices: Sequence[int], **settings: Any) -> list[Image.Image]:
         """One picture per index, from its name; the seed is the index plus ``settings["seed"]``."""
-        pictures, first = [], settings.pop("seed")
-        for part in self.parts(indices, "draw"):
-            prompts, seeds = [source.examples[i].captions[0] for i in part], [first + i for i in part]
+        pictures, first_seed = [], settings.pop("seed")
+        for batch in self.batches(indices, "draw"):
+            prompts, seeds = [source.examples[i].captions[0] for i in batch], [first_seed + i for i in batch]
             pictures += self.model.draw(prompts, size=self.size, seeds=seeds, **settings)
         return pictures
 
     def caption(self, source: Source, indices: Sequence[int], title: str) -> list[str]:
         """The greedy answer to each picture."""
         answers = []
-        for part in self.parts(indices, title):
-            answers += self.model.caption([source.picture(i, self.size) for i in part])
+        for batch in self.batches(indices, title):
+            answers += self.model.caption([source.picture(i, self.size) for i in batch])
         return answers
 
     @property
-    def ways(self) -> tuple[str, ...]:
+    def methods(self) -> tuple[str, ...]:
         """The ways in which the model scores names; the first one is its naming score."""
-        return tuple(way for way in ("caption", "embed", "match") if way in self.model.capabilities)
+        return tuple(method for method in ("caption", "embed", "match") if method in self.model.capabilities)
 
-    def score_names(self, source: Source, indices: Sequence[int], names: list[str], way: str) -> Tensor:
+    def score_names(self, source: Source, indices: Sequence[int], names: list[str], method: str) -> Tensor:
         """Scores [pictures, names] by one of `ways`: pointwise likelihoods, cosines, or how probably a pair matches."""
-        if way == "match":
-            found = [
+        if method == "match":
+            scores = [
                 self.model.match(source.picture(i, self.size), names)
-                for part in self.parts(indices, "match names", 1)
-                for i in part
+                for batch in self.batches(indices, "match names", 1)
+                for i in batch
             ]
-            return torch.tensor(found)
-        if way == "embed":
-            near = self.model.embed(names).T.cpu()
-            parts = self.parts(indices, "embed pictures")
+            return torch.tensor(scores)
+        if method == "embed":
+            name_embeddings = self.model.embed(names).T.cpu()
+            batches = self.batches(indices, "embed pictures")
             return torch.cat(
-                [self.model.embed([source.picture(i, self.size) for i in part]).cpu() @ near for part in parts]
+                [
+                    self.model.embed([source.picture(i, self.size) for i in batch]).cpu() @ name_embeddings
+                    for batch in batches
+                ]
             )
-        alone = self.model.score_names(None, names).float().cpu()
+        prior = self.model.score_names(None, names).float().cpu()
         # Every picture meets every name, so that few pictures make a large batch.
-        parts = self.parts(indices, "score names", max(self.batch_size // 8, 1))
-        given = [self.model.score_names([source.picture(i, self.size) for i in part], names).cpu() for part in parts]
-        return naming.pointwise(torch.cat(given).float(), alone)
+        batches = self.batches(indices, "score names", max(self.batch_size // 8, 1))
+        likelihoods = [
+            self.model.score_names([source.picture(i, self.size) for i in batch], names).cpu() for batch in batches
+        ]
+        return naming.pointwise(torch.cat(likelihoods).float(), prior)
 
     def features(self, encoder: Any, images: Tensor, title: str) -> Tensor:
         """Features [N, D] of images [N, 3, H, W]."""
-        parts = self.parts(range(len(images)), title, 32)
-        return torch.cat([encoder.features(images[part[0] : part[-1] + 1]).cpu() for part in parts])
+        batches = self.batches(range(len(images)), title, 32)
+        return torch.cat([encoder.features(images[batch[0] : batch[-1] + 1]).cpu() for batch in batches])
 
-    def parts(self, items: Sequence[int], title: str, length: int | None = None) -> Iterator[Sequence[int]]:
+    def batches(self, items: Sequence[int], title: str, length: int | None = None) -> Iterator[Sequence[int]]:
         """Batches of `items`; progress is told before the first and after each."""
         length = length or self.batch_size
         self.progress(title, 0, len(items))
@@ -208,42 +219,44 @@ class Subject:
 def _drawing(
     subject: Subject,
     source: Source,
-    drawn: Sequence[int],
+    drawn_indices: Sequence[int],
     pictures: Sequence[Image.Image],
     side: int,
     encoder: Any,
 ) -> dict[str, float]:
     """Retrieval of the drawn pictures among all trained ones, its chance and ceiling, and what the codec loses."""
-    image, everything = subject.model.image, range(len(source.examples))
-    real = image.from_pil([source.picture(i, subject.size) for i in everything], subject.size)
-    shown = torch.cat([_through_codec(image, part, subject.size) for part in real.split(64)])
-    gallery = image.from_pil([source.picture(i, side) for i in everything], side)
+    image, all_indices = subject.model.image, range(len(source.examples))
+    real = image.from_pil([source.picture(i, subject.size) for i in all_indices], subject.size)
+    reconstructed = torch.cat([_through_codec(image, batch, subject.size) for batch in real.split(64)])
+    gallery = image.from_pil([source.picture(i, side) for i in all_indices], side)
     # As users get them: rounded to 256 levels, then resized.
-    best = image.from_pil(image.to_pil(shown), side)
-    views = {"pixel": (image.from_pil(pictures, side), best, gallery)}
+    ceiling_images = image.from_pil(image.to_pil(reconstructed), side)
+    views = {"pixel": (image.from_pil(pictures, side), ceiling_images, gallery)}
     if encoder is not None:
-        drawn_seen, gallery_seen = (
+        drawn_features, gallery_features = (
             subject.features(encoder, images, f"features of {what} pictures")
             for images, what in ((views["pixel"][0], "drawn"), (gallery, "real"))
         )
         # A lossless codec needs no second evaluation.
-        same = torch.equal(best, gallery)
-        best_seen = gallery_seen if same else subject.features(encoder, best, "features of the ceiling")
-        views["feature"] = (drawn_seen, best_seen, gallery_seen)
+        is_lossless = torch.equal(ceiling_images, gallery)
+        ceiling_features = (
+            gallery_features if is_lossless else subject.features(encoder, ceiling_images, "features of the ceiling")
+        )
+        views["feature"] = (drawn_features, ceiling_features, gallery_features)
 
     metrics = {}
-    groups, target = [example.group for example in source.examples], torch.tensor(drawn)
-    floor = retrieval.chance(target, groups)
-    for kind, (own, top, real_seen) in views.items():
+    groups, target = [example.group for example in source.examples], torch.tensor(drawn_indices)
+    chance_scores = retrieval.chance(target, groups)
+    for kind, (drawn_view, ceiling_view, gallery_view) in views.items():
         distance = "euclidean" if kind == "pixel" else "cosine"
-        score = retrieval.retrieval(own, real_seen, target, groups, distance=distance)
-        ceiling = retrieval.retrieval(top[target], real_seen, target, groups, distance=distance)
+        score = retrieval.retrieval(drawn_view, gallery_view, target, groups, distance=distance)
+        ceiling = retrieval.retrieval(ceiling_view[target], gallery_view, target, groups, distance=distance)
         for key in score:
             name = f"fit_retrieval_{kind}_{key}"
-            metrics |= {name: score[key], f"chance_{name}": floor[key], f"ceiling_{name}": ceiling[key]}
-    lost, lost_content = psnr(shown, real), psnr(shown, real, not_white(real))
-    metrics["codec_psnr_db"] = lost.clamp(max=LOSSLESS_DB).mean().item()
-    metrics["codec_psnr_not_white_db"] = lost_content.nan_to_num(LOSSLESS_DB).clamp(max=LOSSLESS_DB).mean().item()
+            metrics |= {name: score[key], f"chance_{name}": chance_scores[key], f"ceiling_{name}": ceiling[key]}
+    psnr_all, psnr_content = psnr(reconstructed, real), psnr(reconstructed, real, not_white(real))
+    metrics["codec_psnr_db"] = psnr_all.clamp(max=LOSSLESS_DB).mean().item()
+    metrics["codec_psnr_not_white_db"] = psnr_content.nan_to_num(LOSSLESS_DB).clamp(max=LOSSLESS_DB).mean().item()
     return metrics
 
 
@@ -252,7 +265,7 @@ def _through_codec(image: Any, images: Tensor, size: int) -> Tensor:
 
 
 def _held_captions(
-    subject: Subject, held: Source, scored: Sequence[int], others: Sequence[Example]
+    subject: Subject, held: Source, scored: Sequence[int], more_examples: Sequence[Example]
 ) -> dict[str, float]:
     """Rank of the true name, and exact match and token F1 of the greedy answer, each beside its blind base rate.
 
@@ -260,12 +273,12 @@ def _held_captions(
     from the second on.
     """
     examples = [held.examples[i] for i in scored]
-    names = list(dict.fromkeys(example.captions[0] for example in [*examples, *others]))
+    names = list(dict.fromkeys(example.captions[0] for example in [*examples, *more_examples]))
     hit = naming.hits(examples, names, held.examples)
     metrics = {}
-    for place, way in enumerate(subject.ways):
-        scores = subject.score_names(held, scored, names, way)
-        metrics |= naming.beside(f"held_{way}_" if place else "held_caption_", scores, hit)
+    for index, method in enumerate(subject.methods):
+        scores = subject.score_names(held, scored, names, method)
+        metrics |= naming.with_baselines(f"held_{method}_" if index else "held_caption_", scores, hit)
     if "caption" not in subject.model.capabilities:
         return metrics
     answers = subject.caption(held, scored, "caption held-out pictures")

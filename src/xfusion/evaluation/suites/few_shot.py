@@ -33,24 +33,24 @@ def run(
     seed: int = 0,
     batch_size: int = 16,
 ) -> dict[str, Any]:
-    """Scores of one model.
+    """Few-shot scores of one model.
 
     Args:
         model: a model that can caption.
         progress: see `evaluate`.
-        source: the trained pictures, of which examples are taken, a `Source` or a spec such as "emoji:128".
-        held: the held-out pictures, likewise; None takes the held-out split of the same spec.
+        source: the trained pictures, from which examples are taken: a `Source`, or a spec such as "emoji:128".
+        held: the held-out pictures, likewise; None uses the held-out split of the same spec.
         most: largest number of examples; 0, 1, 2, 4, ... up to it are scored.
-        question: what stands behind the asked picture.
-        max_held: only so many of the held-out pictures (always the same ones).
-        seed: of the choice of examples.
+        question: text after the picture to name; may be empty.
+        max_held: name at most this many held-out pictures (always the same ones); None is all.
+        seed: seed of the choice of examples.
         batch_size: prompts per call of the model.
 
     Returns:
-        ``held_exact_N_shots`` for each number of examples: share of greedy answers that are the picture's name.
+        ``held_exact_N_shots`` for each number N of examples: share in [0, 1] of greedy answers that are a name of the picture.
 
     Raises:
-        XFusionError: the model cannot caption, nothing is held out, or there are too few pictures to take examples of.
+        XFusionError: the model cannot caption, nothing is held out, or there are too few groups or names for the examples.
     """
     if "caption" not in model.capabilities:
         able = ", ".join(sorted(model.capabilities))
@@ -69,46 +69,46 @@ def run(
             f" {len(groups)} groups with {len(names)} names"
         )
     size, examples = model.image.sizes[0], [held.examples[i] for i in scored]
-    solved = [_solved(source, most, f"{seed}/{example.id}") for example in examples]
+    shots_by_query = [_sample_shots(source, most, f"{seed}/{example.id}") for example in examples]
     wordings = captions.accepted(examples, held.examples)
     metrics: dict[str, float] = {}
-    for shots in _numbers(most):
-        for suffix, name in (("", 0), ("_misnamed", 1)) if shots else (("", 0),):
+    for shots in _shot_counts(most):
+        for suffix, name_index in (("", 0), ("_misnamed", 1)) if shots else (("", 0),):
             answers: list[str] = []
             for start in range(0, len(scored), batch_size):
                 progress(f"{shots} examples{suffix.replace('_', ', ')}", start, len(scored))
                 prompts = []
-                for place in range(start, min(start + batch_size, len(scored))):
+                for query in range(start, min(start + batch_size, len(scored))):
                     prompt: list[Any] = []
-                    for index, *said in solved[place][:shots]:
-                        prompt += [source.picture(index, size), said[name]]
-                    prompts.append([*prompt, held.picture(scored[place], size), *([question] if question else [])])
+                    for index, *shot_names in shots_by_query[query][:shots]:
+                        prompt += [source.picture(index, size), shot_names[name_index]]
+                    prompts.append([*prompt, held.picture(scored[query], size), *([question] if question else [])])
                 answers += [answer for (answer,) in model.generate(prompts)]
             key = f"held_exact_{shots}_shots{suffix}"
             metrics[key] = captions.exact_match(answers, wordings)
             if not suffix:
-                metrics[f"{key}_blind"] = blind(_permuted(answers, wordings), len(answers))
+                metrics[f"{key}_blind"] = blind(_permuted_exact(answers, wordings), len(answers))
     settings = {"data": source.spec, "held": held.spec, "num_held": len(scored), "most": most, "seed": seed}
     return {**metrics, "settings": settings | {"question": question}}
 
 
-def _numbers(most: int) -> list[int]:
-    """0, 1, 2, 4, ... up to ``most``, which is among them."""
-    return sorted({0, most, *(2**n for n in range(most.bit_length()) if 2**n <= most)})
+def _shot_counts(most: int) -> list[int]:
+    """Numbers of examples to score: 0, the powers of 2 up to ``most``, and ``most`` itself."""
+    return sorted({0, most, *(2**exponent for exponent in range(most.bit_length()) if 2**exponent <= most)})
 
 
-def _solved(source: Source, count: int, seed: str) -> list[tuple[int, str, str]]:
-    """Examples of different groups: number, name, and the name of another picture."""
+def _sample_shots(source: Source, count: int, seed: str) -> list[tuple[int, str, str]]:
+    """``count`` examples of different groups: index of the picture, its name, and the name of another picture."""
     rng, examples = random.Random(seed), source.examples
-    found: dict[str, tuple[int, str, str]] = {}
-    while len(found) < count:
+    shots: dict[str, tuple[int, str, str]] = {}
+    while len(shots) < count:
         index = rng.randrange(len(examples))
-        name = other = examples[index].captions[0]
-        while other == name:
-            other = rng.choice(examples).captions[0]
-        found.setdefault(examples[index].group, (index, name, other))
-    return list(found.values())
+        name = wrong_name = examples[index].captions[0]
+        while wrong_name == name:
+            wrong_name = rng.choice(examples).captions[0]
+        shots.setdefault(examples[index].group, (index, name, wrong_name))
+    return list(shots.values())
 
 
-def _permuted(answers: list[str], wordings: Sequence[Sequence[str]]) -> Callable[[Tensor], float]:
+def _permuted_exact(answers: list[str], wordings: Sequence[Sequence[str]]) -> Callable[[Tensor], float]:
     return lambda order: captions.exact_match([answers[i] for i in order.tolist()], wordings)

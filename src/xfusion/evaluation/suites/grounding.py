@@ -1,15 +1,16 @@
-"""Where a named thing stands: boxes as text (`xfusion.data.boxes`), asked of pictures that were not trained on.
+"""Grounding: where a named thing is in a picture. Boxes are written as text (`xfusion.data.boxes`).
 
-``<ref>red disc</ref>`` asks, ``<box>(120,340),(560,780)</box>`` answers, written greedily and free: what is no single box
-overlaps nothing. ``drawn`` draws its own scenes of discs, squares and triangles, each of another name, so that which one is
-meant matters; ``nlvr`` cuts the three boxes of NLVR's pictures (Suhr et al. 2017) apart and asks for things that its scene
-description places, where only one of the name is there. A scene belongs to a part for good, as in `understanding`;
-``runs/write_questions.py`` writes those of ``train``.
+The question is ``<ref>red disc</ref>``, the answer ``<box>(120,340),(560,780)</box>``. The model writes it greedily and without
+a constraint; an answer that is not exactly one box has no overlap with anything. ``drawn`` draws its own scenes of discs,
+squares and triangles with different names, so the name decides which one is meant. ``nlvr`` cuts NLVR's pictures
+(Suhr et al. 2017) into their three boxes and asks for a thing whose name occurs once in its box; the positions come from the
+data set's scene description. The part of a scene never changes, as in `understanding`: scenes of ``train`` may be trained on
+(``runs/write_questions.py`` writes them) and are never asked here.
 
-Beside the scores stand ``_blind`` (pictures permuted among the questions, mean of five) and ``chance_`` (the best that one box
-does for all). ``named`` is the share of answers that overlap the asked thing more than any other of the picture. An answer can
-be no sharper than the encoder's map, of which EfficientNet-Lite0 has 7 x 7 cells: drawn things are 1.8 to 3 cells wide, and
-``hit_by_size`` says what their size is worth.
+Scores come with ``_blind`` (pictures permuted among the questions, mean of five) and ``chance_`` (the best single box for all
+scenes). ``named`` is the share of answers that overlap the named thing more than any other thing in the picture. An answer
+can be no finer than the encoder's feature map, which has 7 x 7 cells for EfficientNet-Lite0. Drawn things are 1.8 to 3
+cells wide; ``hit_by_size`` shows the effect of their size.
 """
 
 from __future__ import annotations
@@ -31,40 +32,44 @@ from xfusion.data.boxes import Box, boxes_of, reference
 from xfusion.data.sequence import XFusionError
 from xfusion.evaluation.metrics.blind import blind
 from xfusion.evaluation.metrics.clusters import interval
-from xfusion.evaluation.metrics.overlap import HIT, constant, overlap
+from xfusion.evaluation.metrics.overlap import HIT, best_constant, overlap
 from xfusion.evaluation.suites.understanding import COLOURS, SCENE, Part, nlvr_rows, part
 
 SHAPES = ("disc", "square", "triangle")
 SIDE, SMALLEST, LARGEST = 100, 25, 43
-"""Pixels of a drawn picture, so that edges are hundredths, and of the sides of its things: 1.8 to 3 cells of a map of 7 x 7."""
+"""In pixels: side of a drawn picture (its edges are then hundredths), smallest and largest side of a thing (1.8 to 3 cells of a
+7 x 7 map)."""
 APART = 3
-"""Pixels between things, and to the edge."""
+"""Least distance in pixels between two things, and between a thing and the edge."""
 NLVR_SIDE, NLVR_BOXES = 100, (0, 150, 300)
-"""Pixels of a box of NLVR's pictures, and where the three begin."""
+"""Side in pixels of a box of an NLVR picture, and the left edges of its three boxes."""
 NLVR_NAMES = {"circle": "disc", "square": "square", "triangle": "triangle", "#0099ff": "blue"}
 NLVR_SMALLEST = 20
-"""Things of NLVR of fewer pixels, 0.7 cells of the encoder's map, are not asked for."""
+"""Smallest side in pixels of an NLVR thing to ask for: 0.7 cells of the encoder's map."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """A picture, the thing that is asked for, and what else is there."""
+    """A picture, the thing to find in it, and its other things."""
 
     id: str
-    """Decides the part: the hash of what is there."""
+    """Hash of the scene's contents, which decides its part."""
     picture: Image.Image
     name: str
+    """Name of the thing to find; no other thing of the picture has it."""
     box: Box
+    """The true box of this thing."""
     others: tuple[Box, ...] = ()
+    """Boxes of the other things."""
 
     @property
     def question(self) -> str:
-        """What a model is asked."""
+        """The prompt after the picture."""
         return reference(self.name)
 
     @property
     def answer(self) -> str:
-        """What is right."""
+        """The true box as text."""
         return self.box.text()
 
 
@@ -79,26 +84,27 @@ def run(
     seed: int = 0,
     asked_of: Literal["validation", "test"] = "test",
 ) -> dict[str, Any]:
-    """Scores of one model.
+    """Grounding scores of one model.
 
     Args:
         model: a model that can caption.
         progress: see `evaluate`.
-        things: which scenes.
-        source: parquet file of NLVR; ``drawn`` has none.
-        most: largest number of things of a drawn scene.
-        count: how many scenes.
-        seed: of the scenes and of permutations.
-        asked_of: ``validation`` to choose settings by, ``test`` to report.
+        things: the source of scenes.
+        source: NLVR's parquet file; None for ``drawn``.
+        most: largest number of things in a drawn scene, 1 to 3.
+        count: number of scenes.
+        seed: seed of the scenes, of their order and of the permutations.
+        asked_of: the part to score: ``validation`` to choose settings, ``test`` to report.
 
     Returns:
-        ``hit``, the share of answers with an overlap (intersection over union) of at least 0.5, and ``overlap``, the mean of
-        it, each also ``_blind``, ``_over_blind`` and ``chance_``, with intervals; ``valid``, the share of answers that are one
-        box; ``named`` and ``named_chance``; ``curves``: ``hit_by_size``, of each third of the things by size, its mean side
-        as a share of the picture's and its share of hits.
+        ``hit``, the share of answers with an overlap (intersection over union) of at least 0.5, and ``overlap``, the mean
+        overlap, each in [0, 1] and also as ``_blind``, ``_over_blind`` (the difference) and ``chance_``, with 95 % intervals
+        ``_interval`` (resampled scenes); ``valid``, the share of answers that are exactly one box; ``named`` and its chance
+        ``named_chance``, None if no scene has another thing; ``curves`` with ``hit_by_size``: for each third of the things by
+        size, the mean side as a share of the picture's side, and the share of hits.
 
     Raises:
-        XFusionError: the model cannot caption, or there is nothing to ask.
+        XFusionError: the model cannot caption, ``things`` and ``source`` do not fit together, or no scene is in the part.
     """
     if "caption" not in model.capabilities:
         able = ", ".join(sorted(model.capabilities))
@@ -106,53 +112,57 @@ def run(
     if things not in ("drawn", "nlvr") or (things == "nlvr") != (source is not None):
         raise XFusionError(f"things {things!r} with source {source!r}: drawn has none, nlvr a parquet file")
     parts: tuple[Part, ...] = (asked_of,)
-    scenes = drawn(count, most, seed, parts) if source is None else nlvr_scenes(Path(source), count, seed, parts)
+    scenes = drawn_scenes(count, most, seed, parts) if source is None else nlvr_scenes(Path(source), count, seed, parts)
     if not scenes:
         raise XFusionError(f"no scene is in the part {asked_of}: ask more")
-    true = torch.tensor([_edges(scene.box) for scene in scenes], dtype=torch.float64)
+    true_boxes = torch.tensor([_edges(scene.box) for scene in scenes], dtype=torch.float64)
 
-    def asked(shown: Sequence[Scene], what: str) -> Tensor:
-        answers = answered(model, shown, lambda done, total: progress(what, done, total))
+    def predict(asked_scenes: Sequence[Scene], label: str) -> Tensor:
+        answers = predict_boxes(model, asked_scenes, lambda done, total: progress(label, done, total))
         return torch.tensor(answers, dtype=torch.float64)
 
-    said = asked(scenes, "boxes")
-    found = overlap(said, true)
-    unseen: list[Tensor] = []
+    boxes = predict(scenes, "boxes")
+    overlaps = overlap(boxes, true_boxes)
+    blind_overlaps: list[Tensor] = []
 
-    def of_others(order: Tensor) -> float:
-        others = [replace(scene, picture=scenes[i].picture) for scene, i in zip(scenes, order.tolist(), strict=True)]
-        unseen.append(overlap(asked(others, f"blind {len(unseen) + 1}"), true))
-        return float(unseen[-1].mean())
+    def permuted_overlap(order: Tensor) -> float:
+        permuted = [replace(scene, picture=scenes[i].picture) for scene, i in zip(scenes, order.tolist(), strict=True)]
+        blind_overlaps.append(overlap(predict(permuted, f"blind {len(blind_overlaps) + 1}"), true_boxes))
+        return float(blind_overlaps[-1].mean())
 
-    overlap_blind, clusters = blind(of_others, len(scenes), seed=seed), [scene.id for scene in scenes]
-    guessed, best = torch.stack(unseen), constant(true)
-    over = {
-        "hit": (found >= HIT).double() - (guessed >= HIT).double().mean(dim=0),
-        "overlap": found - guessed.mean(dim=0),
+    overlap_blind, clusters = blind(permuted_overlap, len(scenes), seed=seed), [scene.id for scene in scenes]
+    blind_rounds, constant_scores = torch.stack(blind_overlaps), best_constant(true_boxes)
+    over_blind = {
+        "hit": (overlaps >= HIT).double() - (blind_rounds >= HIT).double().mean(dim=0),
+        "overlap": overlaps - blind_rounds.mean(dim=0),
     }
-    rivals = [
+    rival_overlaps = [
         max([float(overlap(box, torch.tensor(_edges(other)))) for other in scene.others], default=0.0)
-        for scene, box in zip(scenes, said, strict=True)
+        for scene, box in zip(scenes, boxes, strict=True)
     ]
-    among = [i for i, scene in enumerate(scenes) if scene.others]
-    sides = (true[:, 2:] - true[:, :2]).prod(dim=1).sqrt()
+    with_others = [i for i, scene in enumerate(scenes) if scene.others]
+    sides = (true_boxes[:, 2:] - true_boxes[:, :2]).prod(dim=1).sqrt()
     thirds = [third for third in sides.argsort(stable=True).tensor_split(3) if len(third)]
     metrics: dict[str, Any] = {
-        "hit": float((found >= HIT).double().mean()),
-        "hit_interval": interval((found >= HIT).double(), clusters, seed=seed),
-        "hit_blind": float((guessed >= HIT).double().mean()),
-        "hit_over_blind": float(over["hit"].mean()),
-        "hit_over_blind_interval": interval(over["hit"], clusters, seed=seed),
-        "chance_hit": best["hit"],
-        "overlap": float(found.mean()),
-        "overlap_interval": interval(found, clusters, seed=seed),
+        "hit": float((overlaps >= HIT).double().mean()),
+        "hit_interval": interval((overlaps >= HIT).double(), clusters, seed=seed),
+        "hit_blind": float((blind_rounds >= HIT).double().mean()),
+        "hit_over_blind": float(over_blind["hit"].mean()),
+        "hit_over_blind_interval": interval(over_blind["hit"], clusters, seed=seed),
+        "chance_hit": constant_scores["hit"],
+        "overlap": float(overlaps.mean()),
+        "overlap_interval": interval(overlaps, clusters, seed=seed),
         "overlap_blind": overlap_blind,
-        "overlap_over_blind": float(over["overlap"].mean()),
-        "overlap_over_blind_interval": interval(over["overlap"], clusters, seed=seed),
-        "chance_overlap": best["mean"],
-        "valid": float((said[:, 2] > said[:, 0]).double().mean()),
-        "named": sum(float(found[i]) > rivals[i] for i in among) / len(among) if among else None,
-        "named_chance": sum(1 / (1 + len(scenes[i].others)) for i in among) / len(among) if among else None,
+        "overlap_over_blind": float(over_blind["overlap"].mean()),
+        "overlap_over_blind_interval": interval(over_blind["overlap"], clusters, seed=seed),
+        "chance_overlap": constant_scores["mean"],
+        "valid": float((boxes[:, 2] > boxes[:, 0]).double().mean()),
+        "named": sum(float(overlaps[i]) > rival_overlaps[i] for i in with_others) / len(with_others)
+        if with_others
+        else None,
+        "named_chance": sum(1 / (1 + len(scenes[i].others)) for i in with_others) / len(with_others)
+        if with_others
+        else None,
     }
     settings = {
         "things": things,
@@ -161,34 +171,34 @@ def run(
         "seed": seed,
         "asked_of": asked_of,
         "num_scenes": len(scenes),
-        "num_with_others": len(among),
+        "num_with_others": len(with_others),
     }
-    curves = {"hit_by_size": [[float(sides[i].mean()), float((found[i] >= HIT).double().mean())] for i in thirds]}
+    curves = {"hit_by_size": [[float(sides[i].mean()), float((overlaps[i] >= HIT).double().mean())] for i in thirds]}
     return {**metrics, "curves": curves, "settings": settings}
 
 
-def answered(model: Any, scenes: Sequence[Scene], tell: Callable[[int, int], None]) -> list[tuple[float, ...]]:
-    """Edges of the one box that each answer is; zeros where it is none, or several."""
-    out: list[tuple[float, ...]] = []
-    for start in range(0, len(scenes), ASKED_AT_ONCE):
-        tell(start, len(scenes))
-        some = scenes[start : start + ASKED_AT_ONCE]
-        texts = model.generate([[scene.picture, scene.question] for scene in some], max_tokens=MOST_TOKENS)
-        out += [_one_box(text) for (text,) in texts]
-    tell(len(scenes), len(scenes))
-    return out
+def predict_boxes(model: Any, scenes: Sequence[Scene], report: Callable[[int, int], None]) -> list[tuple[float, ...]]:
+    """Left, top, right and bottom edge in [0, 1] of each answered box; zeros if an answer is not exactly one box."""
+    boxes: list[tuple[float, ...]] = []
+    for start in range(0, len(scenes), BATCH):
+        report(start, len(scenes))
+        batch_scenes = scenes[start : start + BATCH]
+        texts = model.generate([[scene.picture, scene.question] for scene in batch_scenes], max_tokens=MAX_TOKENS)
+        boxes += [_parse_box(text) for (text,) in texts]
+    report(len(scenes), len(scenes))
+    return boxes
 
 
-ASKED_AT_ONCE, MOST_TOKENS = 50, 40
-"""Questions of a batch, and tokens of an answer: a box has about 25."""
+BATCH, MAX_TOKENS = 50, 40
+"""Questions per batch, and longest answer in tokens: a box has about 25."""
 
 
-def _one_box(text: str) -> tuple[float, ...]:
+def _parse_box(text: str) -> tuple[float, ...]:
     try:
-        found = boxes_of(text)
+        boxes = boxes_of(text)
     except XFusionError:
-        found = []
-    return _edges(found[0][1]) if len(found) == 1 else (0.0, 0.0, 0.0, 0.0)
+        boxes = []
+    return _edges(boxes[0][1]) if len(boxes) == 1 else (0.0, 0.0, 0.0, 0.0)
 
 
 def _edges(box: Box) -> tuple[float, float, float, float]:
@@ -198,42 +208,49 @@ def _edges(box: Box) -> tuple[float, float, float, float]:
 # ------------------------------------------------------------------------------------------------------------- scenes
 
 
-def drawn(count: int, most: int, seed: int = 0, parts: Sequence[Part] = ("test",)) -> list[Scene]:
-    """Scenes of 1 to ``most`` things on white that do not touch, no two of one name; all numbers alike often.
+def drawn_scenes(count: int, most: int, seed: int = 0, parts: Sequence[Part] = ("test",)) -> list[Scene]:
+    """Scenes of 1 to ``most`` things on white that do not touch and have different names. All numbers are equally frequent.
 
-    A scene's part is the hash of its picture's pixels; of other parts than ``parts`` none is kept.
+    Args:
+        count: number of scenes.
+        most: largest number of things, 1 to 3.
+        seed: seed of the scenes.
+        parts: the allowed parts. The hash of its pixels decides a scene's part; scenes of other parts are drawn again.
 
     Raises:
-        XFusionError: so many do not fit.
+        XFusionError: ``most`` is not 1 to 3.
     """
     if not 1 <= most <= 3:
         raise XFusionError(f"most is {most}: from 1 to 3 things fit on a scene")
-    out = []
-    for number in range(count):
-        rng, identity = random.Random(f"{seed}/grounding/{number}"), None
+    scenes = []
+    for index in range(count):
+        rng, identity = random.Random(f"{seed}/grounding/{index}"), None
         while identity is None or part(identity) not in parts:
-            picture, placed = _draw(rng, number % most + 1)
+            picture, things = _draw_scene(rng, index % most + 1)
             identity = hashlib.sha256(picture.tobytes()).hexdigest()[:16]
-        boxes = [Box.of_pixels(*edges, picture.size) for _, edges in placed]
-        out.append(Scene(id=identity, picture=picture, name=placed[0][0], box=boxes[0], others=tuple(boxes[1:])))
-    return out
+        boxes = [Box.of_pixels(*edges, picture.size) for _, edges in things]
+        scenes.append(Scene(id=identity, picture=picture, name=things[0][0], box=boxes[0], others=tuple(boxes[1:])))
+    return scenes
 
 
-def _draw(rng: random.Random, how_many: int) -> tuple[Image.Image, list[tuple[str, tuple[int, int, int, int]]]]:
-    """A picture and its things, the asked one first: name and edges, the right and the lower one behind the last pixel."""
-    names = rng.sample([(colour, shape) for colour in COLOURS for shape in SHAPES], how_many)
+def _draw_scene(rng: random.Random, count: int) -> tuple[Image.Image, list[tuple[str, tuple[int, int, int, int]]]]:
+    """A picture with ``count`` things, and their names and edges in pixels (left, top, right, bottom; the last two exclusive)."""
+    names = rng.sample([(colour, shape) for colour in COLOURS for shape in SHAPES], count)
     edges: list[tuple[int, int, int, int]] = []
-    while len(edges) < how_many:
+    while len(edges) < count:
         side = rng.randint(SMALLEST, LARGEST)
         left, top = (rng.randint(APART, SIDE - APART - side) for _ in range(2))
-        new = (left, top, left + side, top + side)
+        box = (left, top, left + side, top + side)
         if all(
-            new[0] >= old[2] + APART or old[0] >= new[2] + APART or new[1] >= old[3] + APART or old[1] >= new[3] + APART
-            for old in edges
+            box[0] >= other[2] + APART
+            or other[0] >= box[2] + APART
+            or box[1] >= other[3] + APART
+            or other[1] >= box[3] + APART
+            for other in edges
         ):
-            edges.append(new)
+            edges.append(box)
         elif rng.random() < 0.02:
-            edges.clear()  # what stands there may leave no room for another
+            edges.clear()  # the things placed so far may leave no room for another
     picture = Image.new("RGB", (SIDE, SIDE), "white")
     draw = ImageDraw.Draw(picture)
     for (colour, shape), (left, top, right, bottom) in zip(names, edges, strict=True):
@@ -248,47 +265,49 @@ def _draw(rng: random.Random, how_many: int) -> tuple[Image.Image, list[tuple[st
 
 
 def nlvr_scenes(path: Path, count: int | None = None, seed: int = 0, parts: Sequence[Part] = ("test",)) -> list[Scene]:
-    """Boxes of NLVR's pictures, cut apart, with a thing of each that alone has its name there.
+    """Single boxes of NLVR's pictures, each with a thing to find whose name occurs once in the box.
 
-    The same things at the same places are one scene, wherever they stand and whatever sentence is about them.
+    Equal things at equal positions are one scene, whichever picture, box and sentence they belong to.
 
     Args:
         path: parquet file with columns ``image`` and ``structured_rep``.
-        count: how many; None takes all of the parts.
-        seed: of the order, and of the thing that is asked for.
-        parts: which parts.
+        count: number of scenes; None takes all.
+        seed: seed of the order, and of the choice of the thing to find.
+        parts: the parts to take scenes from.
 
     Raises:
         XFusionError: the file cannot be read, or a column is missing.
     """
-    kept: dict[str, tuple[dict[str, Any], int]] = {}
+    boxes_by_id: dict[str, tuple[dict[str, Any], int]] = {}
     for row in nlvr_rows(path, ("image", SCENE)):
-        for place, things in enumerate(json.loads(row[SCENE])):
+        for box_index, things in enumerate(json.loads(row[SCENE])):
             scene = json.dumps(sorted(json.dumps(thing, sort_keys=True) for thing in things))
             identity = hashlib.sha256(scene.encode()).hexdigest()[:16]
             if part(identity) in parts:
-                kept.setdefault(identity, (row, place))
-    out = []
-    for identity in random.Random(f"{seed}/nlvr boxes").sample(sorted(kept), len(kept)):
-        row, place = kept[identity]
-        things = json.loads(row[SCENE])[place]
-        names = [_named(thing) for thing in things]
-        alone = [i for i, name in enumerate(names) if names.count(name) == 1 and things[i]["size"] >= NLVR_SMALLEST]
-        if not alone:
+                boxes_by_id.setdefault(identity, (row, box_index))
+    scenes = []
+    for identity in random.Random(f"{seed}/nlvr boxes").sample(sorted(boxes_by_id), len(boxes_by_id)):
+        row, box_index = boxes_by_id[identity]
+        things = json.loads(row[SCENE])[box_index]
+        names = [_nlvr_name(thing) for thing in things]
+        candidates = [
+            i for i, name in enumerate(names) if names.count(name) == 1 and things[i]["size"] >= NLVR_SMALLEST
+        ]
+        if not candidates:
             continue
-        asked = random.Random(f"{seed}/{identity}").choice(alone)
-        whole = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
-        left = NLVR_BOXES[place]
-        picture = whole.crop((left, 0, left + NLVR_SIDE, NLVR_SIDE))
+        target = random.Random(f"{seed}/{identity}").choice(candidates)
+        image = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
+        left = NLVR_BOXES[box_index]
+        picture = image.crop((left, 0, left + NLVR_SIDE, NLVR_SIDE))
         boxes = [_nlvr_box(thing) for thing in things]
-        others = tuple(box for i, box in enumerate(boxes) if i != asked)
-        out.append(Scene(id=identity, picture=picture, name=names[asked], box=boxes[asked], others=others))
-        if len(out) == count:
+        others = tuple(box for i, box in enumerate(boxes) if i != target)
+        scenes.append(Scene(id=identity, picture=picture, name=names[target], box=boxes[target], others=others))
+        if len(scenes) == count:
             break
-    return out
+    return scenes
 
 
-def _named(thing: dict[str, Any]) -> str:
+def _nlvr_name(thing: dict[str, Any]) -> str:
     colour, shape = thing["color"].lower(), thing["type"].lower()
     return f"{NLVR_NAMES.get(colour, colour)} {NLVR_NAMES[shape]}"
 

@@ -1,6 +1,6 @@
-"""Tasks of EleutherAI's lm-evaluation-harness on a pack's text, whose scores should equal the base's.
+"""Text benchmarks of EleutherAI's lm-evaluation-harness, on the text of a pack.
 
-If the fusion preserves text, both stacks give bit-identical logits (`xfusion verify`), so their scores are equal.
+If the fusion preserves text, both stacks give bit-identical logits (`xfusion verify`), so a pack and its base have equal scores.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ def run(
 
     Args:
         model: any model.
-        progress: see `evaluate`; the harness draws a bar of its own.
-        tasks: names of the harness, or paths of task files (.yaml), with commas between them.
-        stack: "fused" or "base".
-        limit: items of each task; None is all.
-        shots: examples before each item; None takes the task's own.
-        batch: items per forward pass; 1 gives bits that no neighbour moves.
+        progress: see `evaluate`; called once, since the harness shows its own progress bar.
+        tasks: names of harness tasks or paths of task files (.yaml), separated by commas.
+        stack: the text stack to score, "fused" or "base" (see `Model.text_logits`).
+        limit: largest number of items per task; None uses all.
+        shots: number of examples before each item; None uses the task's own number.
+        batch: items per forward pass; with 1 the bits of an item do not depend on other items.
 
     Returns:
-        ``TASK_METRIC`` of every task, and the harness's standard error beside it, where it gives one.
+        ``TASK_METRIC`` for every metric of every task, and its standard error, if the harness gives one.
 
     Raises:
-        XFusionError: no task, one that is not there, or the harness is not installed.
+        XFusionError: no task is named, a task or its file does not exist, the stack is unknown, or the harness is not installed.
     """
     try:
         import lm_eval
@@ -59,11 +59,12 @@ def run(
         include_path=[str(path.resolve().parent) for path in files] or None, include_defaults=len(files) < len(names)
     )
     progress("tasks of lm-eval", 0, len(names))
-    run: Any = lm_eval.simple_evaluate  # loaded lazily, and so is what PackText is: checkers know no signature
-    text: Any = PackText
+    # lm_eval loads both lazily, so type checkers know neither signature.
+    simple_evaluate: Any = lm_eval.simple_evaluate
+    adapter: Any = PackText
     try:
-        found = run(
-            model=text(model, stack=stack, batch_size=batch),
+        output = simple_evaluate(
+            model=adapter(model, stack=stack, batch_size=batch),
             tasks=[path.stem if path in files else name for name, path in ((n, Path(n)) for n in names)],
             num_fewshot=shots,
             limit=limit,
@@ -79,8 +80,8 @@ def run(
             f"lm-eval cannot run {tasks!r}: {(str(error).strip() or repr(error)).splitlines()[0]}"
         ) from error
     scores: dict[str, Any] = {}
-    assert found is not None, "only other processes than the first get nothing"
-    for task, metrics in found["results"].items():
+    assert output is not None, "the harness returns None only in processes after the first"
+    for task, metrics in output["results"].items():
         for key, value in metrics.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool) and "," in key:
                 scores[f"{task}_{key.partition(',')[0]}"] = value

@@ -1,7 +1,7 @@
-"""Does a picture start exactly when one is requested? Tests the opening head on wordings that it was not trained on.
+"""Does the model start a picture exactly when one is requested? Tests the opening head on wordings not used in training.
 
-Precision and recall are over conversations of `xfusion.data.requests`, part ``held``. Further prompts from a file, which ask
-for no picture, give a separate rate of false alarms.
+Precision and recall are over the conversations of `xfusion.data.requests`, part ``held``. A file of further prompts that do not
+ask for a picture gives a separate false alarm rate.
 """
 
 from __future__ import annotations
@@ -23,65 +23,71 @@ def run(
     chats: str | None = None,
     max_chats: int | None = None,
 ) -> dict[str, Any]:
-    """Scores of one model.
+    """Scores of the opening head of one model.
 
     Args:
         model: a model with an opening head.
         progress: see `evaluate`.
-        wordings: a JSON file of the form of ``requests.json``; None takes that one.
-        repeat: how often a wording with a subject appears, each time with another one.
-        chats: a text file with a prompt a line that asks for no picture, or ``FILE.parquet:COLUMN``.
-        max_chats: only the first of them.
+        wordings: a JSON file in the format of ``requests.json``; None uses ``requests.json``.
+        repeat: how often each wording with a subject is used, every time with another subject.
+        chats: prompts that do not ask for a picture: a text file with one per line, or ``FILE.parquet:COLUMN``.
+        max_chats: use at most this many of them, from the start of the file.
 
     Returns:
-        ``precision``, ``recall``; ``false_alarms`` among the held chats and, with a file, ``chats_false_alarms`` among
-        its prompts; ``subject_exact``, the share of requests whose subject is found to the letter.
+        shares in [0, 1]: ``precision`` and ``recall`` of opening a picture; ``false_alarms``, the share of conversations without
+        a request in which a picture is opened, and ``chats_false_alarms``, the same for the prompts of ``chats``;
+        ``subject_exact``, the share of requests whose subject is extracted exactly.
 
     Raises:
         XFusionError: the model has no opening head, or a file cannot be read.
     """
     if model.opening is None:
         raise XFusionError("this pack has no opening head: make one with xfusion train opening PACK")
-    held = requests.read("held", wordings, repeat=repeat)
-    opened, exact = [], []
-    for done, example in enumerate(held):
-        progress("held requests", done, len(held))
-        opened.append(model.opening.probability(model.backbone, example.messages) > 0.5)
+    examples = requests.read("held", wordings, repeat=repeat)
+    predicted, subject_matches = [], []
+    for done, example in enumerate(examples):
+        progress("held requests", done, len(examples))
+        predicted.append(model.opening.probability(model.backbone, example.messages) > 0.5)
         if example.subject is not None:
-            words = example.messages[-1]["content"]
-            exact.append(model.opening.what(model.backbone, words) == words[slice(*example.subject)])
-    hits = sum(o and e.draws for o, e in zip(opened, held, strict=True))
-    asked, found = sum(e.draws for e in held), sum(opened)
-    out: dict[str, Any] = {
-        "precision": hits / found if found else 0.0,
-        "recall": hits / asked,
-        "false_alarms": (found - hits) / (len(held) - asked),
-        "subject_exact": sum(exact) / len(exact),
+            text = example.messages[-1]["content"]
+            subject_matches.append(model.opening.what(model.backbone, text) == text[slice(*example.subject)])
+    true_positives = sum(o and e.draws for o, e in zip(predicted, examples, strict=True))
+    num_requests, num_predicted = sum(e.draws for e in examples), sum(predicted)
+    metrics: dict[str, Any] = {
+        "precision": true_positives / num_predicted if num_predicted else 0.0,
+        "recall": true_positives / num_requests,
+        "false_alarms": (num_predicted - true_positives) / (len(examples) - num_requests),
+        "subject_exact": sum(subject_matches) / len(subject_matches),
     }
-    settings: dict[str, Any] = {"num_requests": asked, "num_chats": len(held) - asked, "repeat": repeat}
+    settings: dict[str, Any] = {
+        "num_requests": num_requests,
+        "num_chats": len(examples) - num_requests,
+        "repeat": repeat,
+    }
     if chats is not None:
         prompts = _prompts(chats)[:max_chats]
-        alarms = 0
+        num_alarms = 0
         for done, prompt in enumerate(prompts):
             progress("chats", done, len(prompts))
-            alarms += model.opening.probability(model.backbone, [{"role": "user", "content": prompt}]) > 0.5
-        out["chats_false_alarms"] = alarms / len(prompts)
+            num_alarms += model.opening.probability(model.backbone, [{"role": "user", "content": prompt}]) > 0.5
+        metrics["chats_false_alarms"] = num_alarms / len(prompts)
         settings |= {"chats": Path(chats).name, "num_further_chats": len(prompts)}
-    return {**out, "settings": {"wordings": wordings and Path(wordings).name, **settings}}
+    return {**metrics, "settings": {"wordings": wordings and Path(wordings).name, **settings}}
 
 
 def _prompts(spec: str) -> list[str]:
+    """Non-empty prompts of a text file or of a column of a parquet file."""
     name, _, column = spec.partition(".parquet:")
     try:
         if column:
             from pyarrow import parquet
 
-            found = parquet.read_table(f"{name}.parquet", columns=[column]).column(column).to_pylist()
+            lines = parquet.read_table(f"{name}.parquet", columns=[column]).column(column).to_pylist()
         else:
-            found = Path(spec).read_text(encoding="utf-8").splitlines()
+            lines = Path(spec).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError, KeyError) as error:
         raise XFusionError(f"{spec}: prompts cannot be read: {error}") from error
-    found = [line for line in found if line and line.strip()]
-    if not found:
+    lines = [line for line in lines if line and line.strip()]
+    if not lines:
         raise XFusionError(f"{spec} holds no prompt")
-    return found
+    return lines

@@ -1,8 +1,8 @@
-"""Retrieval between pictures and text: naming by the nearest text, search by the nearest pictures.
+"""Retrieval between pictures and texts: naming (the best text for a picture) and search (the best pictures for a text).
 
-Similarity comes from `Model.embed`, `Model.match`, or each of them separately. It works on any `Source`. ``fit_`` scores are
-on trained pictures and measure memory, ``held_`` scores on pictures of groups that were never trained on. Scores come with
-``chance_`` (a random order) and ``_blind`` (pictures permuted).
+Similarity comes from `Model.embed` (cosines), from `Model.match` (probabilities), or from both, scored separately. It works on
+any `Source`. ``fit_`` scores are on trained pictures and measure memory; ``held_`` scores are on pictures of groups that were
+never trained on. Scores come with ``chance_`` (a random order) and ``_blind`` (pictures permuted among the items).
 """
 
 from __future__ import annotations
@@ -30,22 +30,23 @@ def run(
     max_held: int | None = None,
     part: Part = "all",
 ) -> dict[str, Any]:
-    """Scores of one model.
+    """Retrieval scores of one model.
 
     Args:
         model: a model that can embed or match.
         progress: see `evaluate`.
-        source: the trained pictures, a `Source` or a spec such as "emoji:128".
-        held: the held-out pictures, likewise; None takes the held-out split of the same spec, where it has one.
-        max_fit: only so many of the trained pictures (always the same ones) and their names.
-        max_held: only so many of the held-out ones; None is all.
-        part: only groups of one part, "validation" (a fifth, to choose settings by) or "test" (the rest).
+        source: the trained pictures: a `Source`, or a spec such as "emoji:128".
+        held: the held-out pictures, likewise; None uses the held-out split of the same spec, if it has one.
+        max_fit: score at most this many trained pictures (always the same ones) and their names; None is all.
+        max_held: score at most this many held-out pictures; None is all.
+        part: score only groups of one part, "validation" (a fifth, for choosing settings) or "test" (the rest).
 
     Returns:
-        ``at_1``, ``at_10`` and ``mrr`` of ``naming`` (the true name among the names of all scored pictures) and of
-        ``search`` (a picture of the name's group among all scored pictures), by cosines or, of a model that only matches, by its
-        probabilities; of one that does both those of the latter are ``match_naming`` and ``match_search``. Of a model that
-        matches also ``match``: the mean of the shares of true and of wrong pairs that it takes for such, chance being 0.5.
+        ``at_1``, ``at_10`` (shares in [0, 1]) and ``mrr`` (mean reciprocal rank) of ``naming``, the rank of the true name among
+        the names of all scored pictures, and of ``search``, the rank of a picture of the name's group among all scored
+        pictures. They are by cosine, or by matching probability if the model only matches; if it does both, the latter are
+        ``match_naming`` and ``match_search``. A model that matches also has ``match``: its balanced accuracy on true and wrong
+        pairs at a probability of 0.5; chance is 0.5.
 
     Raises:
         XFusionError: the model neither embeds nor matches, or there is nothing to score.
@@ -54,57 +55,60 @@ def run(
         able = ", ".join(sorted(model.capabilities))
         raise XFusionError(f"this suite scores embedding and matching, but the model can only do: {able}")
     metrics: dict[str, float] = {}
-    found, settings = parts(source, held, max_fit, max_held, part)
-    for name, (pictures, scored) in found.items():
-        more, numbers = _scores(model, name, pictures, scored, progress)
-        metrics, settings = metrics | more, settings | numbers
+    sets, settings = scored_sets(source, held, max_fit, max_held, part)
+    for name, (pictures, scored) in sets.items():
+        set_metrics, set_settings = _scores(model, name, pictures, scored, progress)
+        metrics, settings = metrics | set_metrics, settings | set_settings
     return {**metrics, "settings": settings}
 
 
-def parts(
+def scored_sets(
     source: Source | str, held: Source | str | None, max_fit: int | None, max_held: int | None, part: Part
 ) -> tuple[dict[str, tuple[Source, list[int]]], dict[str, Any]]:
-    """What is scored: ``fit`` and, where there is any, ``held``, each a source and numbers of pictures; and the settings to note.
+    """The pictures to score: ``fit``, and ``held`` if there are any, each with its source and picture indices.
 
-    Arguments as in `run`.
+    The arguments are those of `run`.
+
+    Returns:
+        the sets by name, and settings to record.
 
     Raises:
         XFusionError: there is nothing to score.
     """
     source = open_source(source, split="train") if isinstance(source, str) else source
-    out = {"fit": (source, chosen(source.examples, max_fit, part))}
-    if not out["fit"][1]:
+    sets = {"fit": (source, chosen(source.examples, max_fit, part))}
+    if not sets["fit"][1]:
         raise XFusionError(f"{source.spec}: none of {len(source.examples)} pictures can be scored")
     held = held_out(held, source)
     scored = chosen(held.examples, max_held, part) if held else []
     if held and scored:
-        out["held"] = (held, scored)
-    return out, {"data": source.spec, "held": held.spec if held else None, "part": part}
+        sets["held"] = (held, scored)
+    return sets, {"data": source.spec, "held": held.spec if held else None, "part": part}
 
 
 def _scores(
     model: Any, name: str, source: Source, scored: list[int], progress: Callable[[str, int, int], None]
 ) -> tuple[dict[str, float], dict[str, int]]:
-    """All scores of some pictures of a source among themselves, and how many there were."""
+    """All scores of some pictures of a source, ranked among themselves, and the numbers of pictures and names."""
     examples = [source.examples[i] for i in scored]
     names = list(dict.fromkeys(example.captions[0] for example in examples))
     size, hit = model.image.sizes[0], naming.hits(examples, names)
-    rows: dict[str, list[Tensor]] = {way: [] for way in ("embed", "match") if way in model.capabilities}
-    near = model.embed(names).T if "embed" in rows else None
+    rows: dict[str, list[Tensor]] = {method: [] for method in ("embed", "match") if method in model.capabilities}
+    name_embeddings = model.embed(names).T if "embed" in rows else None
     step = 1 if "match" in rows else 64  # a few at a time: pictures of a large encoder are many megabytes
     for start in range(0, len(scored), step):
         progress(f"{name} pictures", start, len(scored))
         pictures = [source.picture(i, size) for i in scored[start : start + step]]
-        if near is not None:
-            rows["embed"].append(model.embed(pictures) @ near)
+        if name_embeddings is not None:
+            rows["embed"].append(model.embed(pictures) @ name_embeddings)
         if "match" in rows:
             rows["match"].append(torch.tensor([model.match(pictures[0], names)]))
     metrics: dict[str, float] = {}
-    for way, each in rows.items():
-        found, prefix = torch.cat(each), f"{name}_match_" if way == "match" and len(rows) > 1 else f"{name}_"
-        for task, scores, right in (("naming", found, hit), ("search", found.T, hit.T)):
-            metrics |= naming.beside(f"{prefix}{task}_", scores, right)
-        if way == "match":
-            true, wrong = found[hit] > 0.5, found[~hit] <= 0.5
-            metrics[f"{name}_match"] = float(true.double().mean() + wrong.double().mean()) / 2
+    for method, batches in rows.items():
+        similarity, prefix = torch.cat(batches), f"{name}_match_" if method == "match" and len(rows) > 1 else f"{name}_"
+        for task, scores, hits in (("naming", similarity, hit), ("search", similarity.T, hit.T)):
+            metrics |= naming.with_baselines(f"{prefix}{task}_", scores, hits)
+        if method == "match":
+            true_accepted, wrong_rejected = similarity[hit] > 0.5, similarity[~hit] <= 0.5
+            metrics[f"{name}_match"] = float(true_accepted.double().mean() + wrong_rejected.double().mean()) / 2
     return metrics, {f"num_{name}": len(scored), f"num_{name}_names": len(names)}

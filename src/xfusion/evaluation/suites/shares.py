@@ -1,7 +1,7 @@
-"""What each tower contributes in a tower that mixes by position: mean learned shares by layer and kind of position.
+"""Contribution of each tower if the fusion mixes them by position: mean learned share by layer and kind of position.
 
-Works on any model whose fusion learns a share per position (`xfusion.fusion.dual_tower.Mix`, ``fuse_by="token"``). The
-share is that of the other tower's output, in -1 to 1; 0 is the plain dual tower.
+It works on any model whose fusion learns a share per position (`xfusion.fusion.dual_tower.Mix`, ``fuse_by="token"``). The
+share is the weight of the other tower's output, in [-1, 1]; 0 is the plain dual tower.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ def run(
     num_samples: int = 64,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Shares over drawing samples at training's noise levels and over naming samples.
+    """Mean shares over drawing samples, at the noise levels of training, and over captioning samples.
 
     Args:
-        model: learns a share per position.
+        model: a model whose fusion learns a share per position.
         progress: see `evaluate`.
-        source: pictures with captions, a `Source` or a spec such as "emoji:128".
-        size: side in pixels; None takes the first that the model was trained at.
-        num_samples: drawing samples, and as many naming samples.
-        seed: of the samples' choice and noise.
+        source: pictures with captions: a `Source`, or a spec such as "emoji:128".
+        size: side in pixels; None uses the first that the model was trained at.
+        num_samples: number of drawing samples, and of captioning samples.
+        seed: seed of the choice of samples and of their noise.
 
     Returns:
-        ``share_layer5_word`` and the like: layer, counted from 0, and kind of position.
+        ``share_layerL_KIND``, such as ``share_layer5_word``: the layer, counted from 0, and the kind of position.
 
     Raises:
         XFusionError: the model learns no shares.
@@ -45,24 +45,24 @@ def run(
     pictures = open_source(source) if isinstance(source, str) else source
     backbone, side = model.backbone, model.image.sizes[0] if size is None else size
     config = MixtureConfig(draw=num_samples, caption=num_samples, pack=1)
-    made = Mixture(
+    batches = Mixture(
         pictures, model.image, (side,), backbone.encode, backbone.begin_ids, backbone.end_ids[0], config, seed
     ).batches(0)
     generator, sums = torch.Generator().manual_seed(seed), dict[str, list[float]]()
-    for number, batch in enumerate(made):
-        progress("shares", number, len(made))
+    for index, batch in enumerate(batches):
+        progress("shares", index, len(batches))
         batch = batch.to(backbone.device)
         for objective in model.objectives:
             batch = objective.corrupt(batch, generator)
         for layer, kinds in shares(model, batch).items():
             for kind, value in kinds.items():
                 sums.setdefault(f"share_layer{layer}_{kind.replace(' ', '_')}", []).append(value)
-    progress("shares", len(made), len(made))
+    progress("shares", len(batches), len(batches))
     if not sums:
         raise XFusionError(
             f"the suite 'shares' needs a tower that learns a share per position; this model's fusion is"
             f" {type(model.fusion).__name__} without one: train the recipe xfusion_dynamic"
         )
-    found = {name: sum(values) / len(values) for name, values in sums.items()}
+    metrics = {name: sum(values) / len(values) for name, values in sums.items()}
     settings = {"source": pictures.spec, "size": side, "num_samples": num_samples, "seed": seed}
-    return {**found, "settings": settings}
+    return {**metrics, "settings": settings}

@@ -1,16 +1,19 @@
-"""What is understood of pictures, by questions whose answers can be checked: how many there are, and whether a sentence is true.
+"""Understanding of pictures, by questions whose answers can be checked: counting, and whether a sentence is true.
 
-``counting`` draws its own pictures, so that the truth is known exactly; ``nlvr`` reads those of NLVR (Suhr et al. 2017), true
-or false. A question belongs to a part for good (`part`): those of ``train`` may be learned from (``runs/write_questions.py``
-writes them) and are never asked here; no picture, no arrangement of its boxes and no wording of a sentence is in two parts.
+``counting`` draws its own pictures, so the true number is known; ``nlvr`` asks whether NLVR's sentences (Suhr et al. 2017) are
+true or false of their pictures. The part of a question never changes (`part`): questions of ``train`` may be trained on
+(``runs/write_questions.py`` writes them) and are never asked here. No picture, no set of boxes in any order, and no wording of
+a sentence is in two parts.
 
-An answer is the likeliest of the allowed ones (two that are equally likely are no answer), and its confidence the share of
-its likelihood among them. On the validation part the lowest confidence is chosen at which answers are right as often as
-asked (`threshold`); below it a model that may refuse does. Beside accuracy stand ``chance_`` (the commonest answer) and
-``_blind`` (pictures permuted, mean of five), and ``_json``: asked in JSON, the model writes ``{"answer": ...}`` by a schema,
-token after token, instead of having given answers scored; one that was never trained on JSON (``Templates.json_share``) is
-then hardly right. ``_interval`` is one of 95 %, of resampled sentences (of counting: pictures). ``robustness`` scores the same
-questions on pictures that were compressed, cropped and made small.
+The answer is the most likely of the allowed ones; a tie for the first place counts as wrong. Its confidence is its share of
+the summed likelihood of the allowed answers. On the validation part the lowest confidence is chosen at which answers reach
+a wanted accuracy (`threshold`); below it, a model that may refuse refuses.
+
+Accuracy comes with ``chance_`` (the most frequent answer), ``_blind`` (pictures permuted, mean of five) and ``_json``: the model
+is asked for JSON and writes ``{"answer": ...}`` token by token, restricted by a schema, instead of scoring given answers. A
+model that was never trained on JSON (``Templates.json_share``) is then hardly ever right. ``_interval`` is a 95 % interval over
+resampled sentences, or pictures for counting. ``robustness`` repeats the questions on pictures that are compressed, cropped
+or reduced in resolution.
 """
 
 from __future__ import annotations
@@ -39,20 +42,20 @@ from xfusion.evaluation.metrics.refusal import refusal, threshold
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220)}
 JPEG, CROP, RESOLUTION = (75, 30, 10, 5), (0.9, 0.75, 0.5), (0.5, 0.25, 0.125)
-"""Quality; share of the side that stays; share of the pixels of the side."""
+"""Strengths of the damages: JPEG quality; share of each side that is kept; share of the resolution that is kept."""
 Part = Literal["train", "validation", "test"]
 ASKED: tuple[Part, ...] = ("validation", "test")
-"""Parts that this suite asks about."""
+"""The parts that this suite asks questions from."""
 TRAINED, VALIDATED = 0.6, 0.2
-"""Shares of the parts; the rest is tested."""
+"""Shares of the parts ``train`` and ``validation``; the rest is ``test``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A picture, what is asked, and what is right."""
+    """A picture, a question about it, and the right answer."""
 
     id: str
-    """Decides the part, and is the cluster of intervals: the picture's hash, or what its sentence is called."""
+    """Decides the part, and is the cluster for intervals: the hash of the picture, or the name of its sentence's cluster."""
     picture: Image.Image
     text: str
     answer: str
@@ -75,64 +78,66 @@ def run(
     Args:
         model: a model that can caption.
         progress: see `evaluate`.
-        questions: which questions.
-        source: parquet file of NLVR; ``counting`` has none.
-        most: largest number of things to count.
-        count: how many questions, validation and test together.
-        seed: of the pictures that are drawn, of the questions that are chosen, and of permutations.
-        wanted: accuracy that the threshold shall reach on the validation part.
-        robustness: score damaged pictures, too.
+        questions: the kind of questions.
+        source: NLVR's parquet file; None for ``counting``.
+        most: largest number of things to count, 1 to 16.
+        count: number of questions, validation and test together.
+        seed: seed of the pictures, of the choice of questions and of the permutations.
+        wanted: accuracy in [0, 1] that answers above the threshold have on the validation part.
+        robustness: also score damaged pictures.
 
     Returns:
-        ``accuracy``, ``chance_accuracy``, ``accuracy_blind``, ``accuracy_over_blind``, ``accuracy_json`` and ``json_valid``,
-        ``refusal_threshold``, ``answered`` and ``accuracy_answered`` of the test part (the threshold is None where all is
-        refused); ``accuracy_interval`` and ``accuracy_over_blind_interval``, None of fewer than five sentences or pictures;
-        ``curves``: damage -> points of its strength and accuracy.
+        for the test part ``accuracy``, ``chance_accuracy``, ``accuracy_blind``, ``accuracy_over_blind`` (the difference),
+        ``accuracy_json`` and ``json_valid``; ``refusal_threshold`` (None if everything is refused), ``answered`` and
+        ``accuracy_answered``; ``accuracy_interval`` and ``accuracy_over_blind_interval``, None for fewer than five sentences or
+        pictures; ``accuracy_DAMAGE_STRENGTH``; ``curves``: for each damage, points of strength and accuracy.
 
     Raises:
-        XFusionError: the model cannot caption, or there is nothing to ask.
+        XFusionError: the model cannot caption, ``questions`` and ``source`` do not fit together, or a part has no question.
     """
     if "caption" not in model.capabilities:
         able = ", ".join(sorted(model.capabilities))
         raise XFusionError(f"this suite asks questions about pictures, but the model can only do: {able}")
     if questions not in ("counting", "nlvr") or (questions == "nlvr") != (source is not None):
         raise XFusionError(f"questions {questions!r} with source {source!r}: counting has none, nlvr a parquet file")
-    made = counting(count, most, seed) if source is None else nlvr(Path(source), count, seed)
+    all_questions = counting(count, most, seed) if source is None else nlvr(Path(source), count, seed)
     answers = [str(n) for n in range(1, most + 1)] if source is None else ["true", "false"]
-    validation = [q for q in made if part(q.id) == "validation"]
-    test = [q for q in made if part(q.id) == "test"]
+    validation = [q for q in all_questions if part(q.id) == "validation"]
+    test = [q for q in all_questions if part(q.id) == "test"]
     if not validation or not test:
         raise XFusionError(
-            f"{len(made)} questions leave {len(validation)} to choose by and {len(test)} to test: ask more"
+            f"{len(all_questions)} questions leave {len(validation)} to choose by and {len(test)} to test: ask more"
         )
 
-    def told(what: str) -> Callable[[int, int], None]:
-        return lambda done, total: progress(what, done, total)
+    def reporter(label: str) -> Callable[[int, int], None]:
+        return lambda done, total: progress(label, done, total)
 
-    chosen_by = answered(model, validation, answers, told("validation"))
-    bound = threshold(*right(chosen_by, validation, answers), wanted)
-    found = answered(model, test, answers, told("test"))
-    confidence, is_right = right(found, test, answers)
-    unseen: list[Tensor] = []
+    validation_probabilities = answer_probabilities(model, validation, answers, reporter("validation"))
+    bound = threshold(*grade(validation_probabilities, validation, answers), wanted)
+    test_probabilities = answer_probabilities(model, test, answers, reporter("test"))
+    confidence, is_correct = grade(test_probabilities, test, answers)
+    blind_rounds: list[Tensor] = []
 
-    def of_others(order: Tensor) -> float:
-        others = [replace(q, picture=test[i].picture) for q, i in zip(test, order.tolist(), strict=True)]
-        what = told(f"blind {len(unseen) + 1}")
-        unseen.append(right(answered(model, others, answers, what), others, answers)[1].double())
-        return float(unseen[-1].mean())
+    def permuted_accuracy(order: Tensor) -> float:
+        permuted = [replace(q, picture=test[i].picture) for q, i in zip(test, order.tolist(), strict=True)]
+        report = reporter(f"blind {len(blind_rounds) + 1}")
+        blind_rounds.append(
+            grade(answer_probabilities(model, permuted, answers, report), permuted, answers)[1].double()
+        )
+        return float(blind_rounds[-1].mean())
 
-    blind_rate, sentences = blind(of_others, len(test), seed=seed), [q.id for q in test]
-    over = is_right.double() - torch.stack(unseen).mean(dim=0)
+    blind_rate, clusters = blind(permuted_accuracy, len(test), seed=seed), [q.id for q in test]
+    over_blind = is_correct.double() - torch.stack(blind_rounds).mean(dim=0)
     metrics: dict[str, Any] = {
-        "accuracy": float(is_right.float().mean()),
-        "accuracy_interval": interval(is_right, sentences, seed=seed),
+        "accuracy": float(is_correct.float().mean()),
+        "accuracy_interval": interval(is_correct, clusters, seed=seed),
         "chance_accuracy": Counter(q.answer for q in test).most_common(1)[0][1] / len(test),
         "accuracy_blind": blind_rate,
-        "accuracy_over_blind": float(over.mean()),
-        "accuracy_over_blind_interval": interval(over, sentences, seed=seed),
-        **written(model, test, answers),
+        "accuracy_over_blind": float(over_blind.mean()),
+        "accuracy_over_blind_interval": interval(over_blind, clusters, seed=seed),
+        **json_scores(model, test, answers),
         "refusal_threshold": bound if math.isfinite(bound) else None,
-        **refusal(confidence, is_right, bound),
+        **refusal(confidence, is_correct, bound),
     }
     curves: dict[str, list[list[float]]] = {}
     if robustness:
@@ -144,9 +149,11 @@ def run(
         for name, (strengths, damage) in damages.items():
             points = [[100.0 if name == "jpeg" else 1.0, metrics["accuracy"]]]
             for strength in strengths:
-                hurt = [replace(q, picture=damage(q.picture, strength)) for q in test]
-                _, still = right(answered(model, hurt, answers, told(f"{name} {strength:g}")), hurt, answers)
-                points.append([float(strength), float(still.float().mean())])
+                damaged = [replace(q, picture=damage(q.picture, strength)) for q in test]
+                _, is_still_correct = grade(
+                    answer_probabilities(model, damaged, answers, reporter(f"{name} {strength:g}")), damaged, answers
+                )
+                points.append([float(strength), float(is_still_correct.float().mean())])
                 metrics[f"accuracy_{name}_{strength:g}"] = points[-1][1]
             curves[name] = sorted(points)
     settings = {
@@ -157,40 +164,45 @@ def run(
         "wanted": wanted,
         "num_validation": len(validation),
         "num_test": len(test),
-        "num_test_clusters": len(set(sentences)),
+        "num_test_clusters": len(set(clusters)),
     }
     return {**metrics, "curves": curves, "settings": settings}
 
 
-def answered(model: Any, questions: Sequence[Question], answers: list[str], tell: Callable[[int, int], None]) -> Tensor:
-    """Shares of the likelihood of each allowed answer ``[questions, answers]``, each row summing to 1."""
-    out = torch.empty(len(questions), len(answers))
+def answer_probabilities(
+    model: Any, questions: Sequence[Question], answers: list[str], report: Callable[[int, int], None]
+) -> Tensor:
+    """Probabilities of the allowed answers ``[questions, answers]``; each row sums to 1."""
+    probabilities = torch.empty(len(questions), len(answers))
     for done, question in enumerate(questions):
-        tell(done, len(questions))
-        found = model.score_names([question.picture], answers, question=question.text, summed=True)[0]
-        out[done] = found.float().softmax(dim=-1)
-    tell(len(questions), len(questions))
-    return out
+        report(done, len(questions))
+        log_likelihoods = model.score_names([question.picture], answers, question=question.text, summed=True)[0]
+        probabilities[done] = log_likelihoods.float().softmax(dim=-1)
+    report(len(questions), len(questions))
+    return probabilities
 
 
-def right(shares: Tensor, questions: Sequence[Question], answers: list[str]) -> tuple[Tensor, Tensor]:
-    """Confidence, and whether the right answer alone is the likeliest: float and bool ``[questions]``."""
+def grade(probabilities: Tensor, questions: Sequence[Question], answers: list[str]) -> tuple[Tensor, Tensor]:
+    """Confidence of the most likely answer, float ``[questions]``, and whether it is right and no other is as likely, bool."""
     hit = torch.tensor([[answer == question.answer for answer in answers] for question in questions])
-    return shares.amax(dim=-1), ranks(shares, hit) <= 1
+    return probabilities.amax(dim=-1), ranks(probabilities, hit) <= 1
 
 
-def written(model: Any, questions: Sequence[Question], answers: list[str]) -> dict[str, float]:
-    """Shares of questions answered in JSON by a schema of the allowed values: validly, and rightly."""
+def json_scores(model: Any, questions: Sequence[Question], answers: list[str]) -> dict[str, float]:
+    """Share of questions answered rightly and share answered by valid JSON, under a schema of the allowed values."""
     schema = {"type": "object", "properties": {"answer": {"enum": [json.loads(answer) for answer in answers]}}}
     texts = model.generate([[question.picture, question.text] for question in questions], schema=schema)
     allowed = {json.dumps({"answer": json.loads(answer)}): answer for answer in answers}
-    said = [allowed.get(_as_written(text)) for (text,) in texts]
-    rightly = sum(one == q.answer for one, q in zip(said, questions, strict=True))
-    return {"accuracy_json": rightly / len(said), "json_valid": sum(one is not None for one in said) / len(said)}
+    parsed = [allowed.get(_canonical_json(text)) for (text,) in texts]
+    num_correct = sum(value == q.answer for value, q in zip(parsed, questions, strict=True))
+    return {
+        "accuracy_json": num_correct / len(parsed),
+        "json_valid": sum(value is not None for value in parsed) / len(parsed),
+    }
 
 
-def _as_written(text: str) -> str:
-    """JSON in one spelling; empty where it is none."""
+def _canonical_json(text: str) -> str:
+    """JSON in a unique spelling; empty if the text is not JSON."""
     try:
         return json.dumps(json.loads(text))
     except ValueError:
@@ -201,92 +213,102 @@ def _as_written(text: str) -> str:
 
 
 def part(name: str) -> Part:
-    """The part of all questions of an id; a function of it alone, so that what is added moves none."""
+    """The part of all questions of an id. It depends on the id alone, so new questions never move others to another part."""
     digest = hashlib.sha256(f"xfusion question: {name}".encode()).digest()
-    place = int.from_bytes(digest[:8], "big") / 2**64
-    return "train" if place < TRAINED else "validation" if place < TRAINED + VALIDATED else "test"
+    fraction = int.from_bytes(digest[:8], "big") / 2**64
+    return "train" if fraction < TRAINED else "validation" if fraction < TRAINED + VALIDATED else "test"
 
 
 def counting(count: int, most: int, seed: int = 0, side: int = 96, parts: Sequence[Part] = ASKED) -> list[Question]:
-    """Pictures of 1 to ``most`` discs of one colour on white that do not touch, all numbers alike often.
+    """Pictures of 1 to ``most`` discs of one colour on white that do not touch. All numbers are equally frequent.
 
-    A picture's part is the hash of its pixels', so that the same one, drawn again, is in the same part; of other parts than
-    ``parts`` none is kept.
+    Args:
+        count: number of questions.
+        most: largest number of discs, 1 to 16.
+        seed: seed of the pictures.
+        side: side of the pictures in pixels.
+        parts: the allowed parts. The hash of its pixels decides a picture's part, so equal pictures are in one part; pictures
+            of other parts are drawn again.
 
     Raises:
-        XFusionError: so many do not fit.
+        XFusionError: ``most`` is not 1 to 16.
     """
     cells = 4
     if not 1 <= most <= cells**2:
         raise XFusionError(f"most is {most}: from 1 to {cells**2} things can be counted")
-    out = []
-    for number in range(count):
-        rng, how_many, identity = random.Random(f"{seed}/counting/{number}"), number % most + 1, None
+    questions = []
+    for index in range(count):
+        rng, num_discs, identity = random.Random(f"{seed}/counting/{index}"), index % most + 1, None
         while identity is None or part(identity) not in parts:
             colour = rng.choice(list(COLOURS))
             picture = Image.new("RGB", (side, side), "white")
             draw, cell = ImageDraw.Draw(picture), side // cells
-            for place in rng.sample(range(cells**2), how_many):
+            for cell_index in rng.sample(range(cells**2), num_discs):
                 radius = rng.randint(cell // 4, cell // 2 - 2)
-                reach = cell // 2 - 2 - radius  # from the middle of its cell; no neighbour is touched
-                x = place % cells * cell + cell // 2 + rng.randint(-reach, reach)
-                y = place // cells * cell + cell // 2 + rng.randint(-reach, reach)
+                reach = cell // 2 - 2 - radius  # from the middle of its cell, so that it touches no neighbour
+                x = cell_index % cells * cell + cell // 2 + rng.randint(-reach, reach)
+                y = cell_index // cells * cell + cell // 2 + rng.randint(-reach, reach)
                 draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=COLOURS[colour])
             identity = hashlib.sha256(picture.tobytes()).hexdigest()[:16]
         text = f"How many {colour} discs are there?"
-        out.append(Question(id=identity, picture=picture, text=text, answer=str(how_many)))
-    return out
+        questions.append(Question(id=identity, picture=picture, text=text, answer=str(num_discs)))
+    return questions
 
 
 def nlvr(path: Path, count: int | None = None, seed: int = 0, parts: Sequence[Part] = ASKED) -> list[Question]:
     """Questions of a parquet file with columns ``image``, ``sentence`` and ``label`` (true or false).
 
-    Sentences take turns in a seeded order, so that few questions are of many sentences, and of a sentence each picture comes
-    once before any comes again with its boxes in another order (column ``structured_rep``, where there is one).
+    Sentences take turns in a seeded order, so that a small ``count`` still covers many sentences. For each sentence all its
+    scenes come once before a scene comes again with its boxes in another order (known from the column ``structured_rep``,
+    if there is one).
 
     Args:
         path: the file.
-        count: how many questions; None takes all of the parts.
-        seed: of the order.
-        parts: which parts.
+        count: number of questions; None takes all.
+        seed: seed of the order.
+        parts: the parts to take questions from.
 
     Raises:
         XFusionError: it cannot be read, or a column is missing.
     """
     rows = nlvr_rows(path, ("image", "sentence", "label"), (SCENE,))
     wordings = [re.sub(r"[^a-z0-9]+", " ", row["sentence"].lower()).strip() for row in rows]
-    scenes = [_scene(row) for row in rows]
-    called = _together(wordings, scenes)
+    scenes = [_scene_key(row) for row in rows]
+    cluster_of = _wording_clusters(wordings, scenes)
     by_sentence: dict[str, list[int]] = {}
     for index in random.Random(f"{seed}/nlvr").sample(range(len(rows)), len(rows)):
-        if part(called[wordings[index]]) in parts:
+        if part(cluster_of[wordings[index]]) in parts:
             by_sentence.setdefault(wordings[index], []).append(index)
     turns: list[tuple[int, int, int]] = []
-    for number, indices in enumerate(by_sentence.values()):
-        seen: Counter[str] = Counter()
-        again = []
+    for sentence_index, indices in enumerate(by_sentence.values()):
+        times_seen: Counter[str] = Counter()
+        ranked = []
         for index in indices:
-            again.append((seen[scenes[index]], index))
-            seen[scenes[index]] += 1
-        turns += [(turn, number, index) for turn, (_, index) in enumerate(sorted(again, key=lambda pair: pair[0]))]
-    out = []
+            ranked.append((times_seen[scenes[index]], index))
+            times_seen[scenes[index]] += 1
+        turns += [
+            (turn, sentence_index, index) for turn, (_, index) in enumerate(sorted(ranked, key=lambda pair: pair[0]))
+        ]
+    questions = []
     for _, _, index in sorted(turns)[:count]:
         row = rows[index]
         picture = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
         side = max(picture.size)
-        square = Image.new("RGB", (side, side), "white")  # a model sees squares; nothing is cut away
+        square = Image.new("RGB", (side, side), "white")  # models crop to a square, which would cut the sides off
         square.paste(picture, ((square.width - picture.width) // 2, (square.height - picture.height) // 2))
         text = f"{row['sentence']} True or false?"
-        out.append(Question(id=called[wordings[index]], picture=square, text=text, answer=str(row["label"]).lower()))
-    return out
+        questions.append(
+            Question(id=cluster_of[wordings[index]], picture=square, text=text, answer=str(row["label"]).lower())
+        )
+    return questions
 
 
 SCENE = "structured_rep"
-"""NLVR's column of what stands in each box."""
+"""NLVR's column with the things in each box, as JSON."""
 
 
-def nlvr_rows(path: Path, columns: Sequence[str], others: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Rows of a parquet file of NLVR: ``columns``, and those of ``others`` that it has.
+def nlvr_rows(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Rows of an NLVR parquet file: ``columns``, and those of ``optional`` that the file has.
 
     Raises:
         XFusionError: it cannot be read, or a column is missing.
@@ -301,51 +323,51 @@ def nlvr_rows(path: Path, columns: Sequence[str], others: Sequence[str] = ()) ->
         raise XFusionError(f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else 'empty'}") from error
     if missing := [name for name in columns if name not in table.column_names]:
         raise XFusionError(f"{path} has no column {missing[0]!r}; it has {', '.join(table.column_names)}")
-    return table.select([n for n in (*columns, *others) if n in table.column_names]).to_pylist()
+    return table.select([n for n in (*columns, *optional) if n in table.column_names]).to_pylist()
 
 
-def _scene(row: dict[str, Any]) -> str:
-    """What a picture shows, in whatever order its boxes stand; the hash of its file where the data does not say."""
+def _scene_key(row: dict[str, Any]) -> str:
+    """The contents of a picture, whatever the order of its boxes; the hash of its file if the data does not state them."""
     if not row.get(SCENE):
         return hashlib.sha256(row["image"]["bytes"]).hexdigest()
     boxes = (sorted(json.dumps(thing, sort_keys=True) for thing in box) for box in json.loads(row[SCENE]))
     return json.dumps(sorted(boxes))
 
 
-def _together(wordings: Sequence[str], scenes: Sequence[str]) -> dict[str, str]:
-    """Wording -> the first, by the alphabet, of all wordings that share a scene with it, or one with one that does."""
-    first = {wording: wording for wording in wordings}
+def _wording_clusters(wordings: Sequence[str], scenes: Sequence[str]) -> dict[str, str]:
+    """Wording -> name of its cluster. Wordings that share a scene are in one cluster, named by its first in the alphabet."""
+    parent = {wording: wording for wording in wordings}
 
-    def of(wording: str) -> str:
-        while first[wording] != wording:
-            wording = first[wording]
+    def root(wording: str) -> str:
+        while parent[wording] != wording:
+            wording = parent[wording]
         return wording
 
-    shown: dict[str, str] = {}
+    wording_of_scene: dict[str, str] = {}
     for wording, scene in zip(wordings, scenes, strict=True):
-        one, other = sorted((of(wording), of(shown.setdefault(scene, wording))))
-        first[other] = one
-    return {wording: of(wording) for wording in first}
+        first, second = sorted((root(wording), root(wording_of_scene.setdefault(scene, wording))))
+        parent[second] = first
+    return {wording: root(wording) for wording in parent}
 
 
 # ------------------------------------------------------------------------------------------------------------ damage
 
 
 def compressed(picture: Image.Image, quality: float) -> Image.Image:
-    """A picture through JPEG of a quality."""
+    """A picture after JPEG compression with a quality from 1 to 100."""
     file = io.BytesIO()
     picture.convert("RGB").save(file, format="JPEG", quality=int(quality))
     return Image.open(io.BytesIO(file.getvalue())).convert("RGB")
 
 
 def cropped(picture: Image.Image, share: float) -> Image.Image:
-    """The middle of a picture: a share of each side."""
+    """The middle of a picture: the given share of each side."""
     width, height = (max(1, round(side * share)) for side in picture.size)
     left, top = (picture.width - width) // 2, (picture.height - height) // 2
     return picture.crop((left, top, left + width, top + height))
 
 
 def coarse(picture: Image.Image, share: float) -> Image.Image:
-    """A picture that has lost its detail: made smaller by a share, and large again."""
+    """A picture without detail: reduced to a share of its resolution, then enlarged again."""
     small = [max(1, round(side * share)) for side in picture.size]
     return picture.resize((small[0], small[1]), Image.Resampling.BOX).resize(picture.size, Image.Resampling.BICUBIC)

@@ -1,8 +1,8 @@
-"""How words and media stand in an exported folder: the chat template and the settings of ``generate``, as xfusion has them.
+"""The chat template and the generation settings of an exported model, so that transformers builds the same prompts as xfusion.
 
-With a picture or a sound among them, turns stand in reading order, a line each and without roles, and an answer begins behind a
-new line where words come last (`xfusion.generation.conversation`, `xfusion.data.templates.opened`). Words alone stand in the
-base's own template.
+A conversation with a picture or a sound is written in reading order: one line per turn, without roles, and a line break after
+the last text (`xfusion.generation.conversation`, `xfusion.data.templates.opened`). A conversation of text alone uses the base's
+own chat template.
 """
 
 from __future__ import annotations
@@ -40,84 +40,94 @@ TEMPLATE = """\
 {%- else -%}
 {%- set messages = said.turns %}
 """
-"""Up to the base's own template; what ``kind``, ``begin``, ``opens``, ``lead`` and ``medium`` are is set before it."""
+"""First part of an exported chat template (Jinja); the base's own template follows it.
+
+`chat_template` writes the values of ``kind``, ``begin``, ``opens``, ``lead`` and ``medium`` before it.
+"""
 PLAIN = "{% for turn in messages %}{{ turn.role | capitalize }}: {{ turn.content }}\n{% endfor %}Assistant:"
-"""`Backbone.chat_text` of a base without a template."""
-TRIED = ("What is this?", "a red apple", "Name it: 7, or\ntwo?")
-"""Words that the layout is tried with."""
+"""The chat template of a base that has none, as in `Backbone.chat_text`."""
+TRIAL_TEXTS = ("What is this?", "a red apple", "Name it: 7, or\ntwo?")
+"""Texts with which `lay_out` tests the exported template."""
 
 
 def chat_template(model: Model, kind: str, medium: str, lead: str) -> str:
-    """The template of an exported tokenizer.
+    """The chat template of an exported tokenizer, as Jinja source.
 
     Args:
-        model: what is exported.
-        kind: type of the blocks that show something, ``image`` or ``audio``.
-        medium: tokens that stand for one.
-        lead: what stands before words behind a token that is none, where the tokenizer joins words to what precedes them.
+        model: the exported model.
+        kind: type of the content blocks that hold a medium: ``image`` or ``audio``.
+        medium: the special tokens that stand for one medium, as text.
+        lead: text before each text that follows a special token: empty, or a space for tokenizers that otherwise split such a
+            text differently.
     """
-    base = model.backbone
-    begin = "".join(base.tokenizer.convert_ids_to_tokens(list(base.begin_ids)))
-    opens = begin if model.modality.config.behind_begin else ""
-    constants = {"kind": kind, "begin": begin, "opens": opens, "lead": lead, "medium": medium}
+    backbone = model.backbone
+    begin = "".join(backbone.tokenizer.convert_ids_to_tokens(list(backbone.begin_ids)))
+    medium_begin = begin if model.modality.config.behind_begin else ""
+    constants = {"kind": kind, "begin": begin, "opens": medium_begin, "lead": lead, "medium": medium}
     head = "".join(f"{{%- set {name} = {json.dumps(text)} -%}}\n" for name, text in constants.items())
-    own = base.tokenizer.chat_template or PLAIN
-    own = own["default"] if isinstance(own, dict) else own
-    return f"{head}{TEMPLATE}{own.removesuffix(chr(10))}{{%- endif -%}}"
+    base_template = backbone.tokenizer.chat_template or PLAIN
+    base_template = base_template["default"] if isinstance(base_template, dict) else base_template
+    return f"{head}{TEMPLATE}{base_template.removesuffix(chr(10))}{{%- endif -%}}"
 
 
 def lay_out(tokenizer: Any, model: Model, kind: str, medium: str) -> None:
-    """Give a tokenizer the template, and nothing that it adds to a prompt on its own: what opens one stands in the template.
+    """Set a tokenizer's chat template, and stop it from adding tokens of its own to a prompt.
+
+    The template writes the token that begins a prompt. Padding is on the left, because an answer continues its prompt. The
+    result is tested on `TRIAL_TEXTS`.
 
     Args:
-        tokenizer: the exported one; changed.
-        model: what is exported.
+        tokenizer: the exported tokenizer; changed in place.
+        model: the exported model.
         kind: see `chat_template`.
         medium: see `chat_template`.
 
     Raises:
-        XFusionError: words behind a medium are read as other tokens than `generate` reads.
+        XFusionError: no template makes the tokens that `generate` reads, because the tokenizer splits text after a special
+            token differently.
     """
-    # An answer follows its prompt, so padding stands before it; what is saved are the arguments.
+    # ``save_pretrained`` writes the arguments of the constructor, so the side is set there, too.
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.add_bos_token = tokenizer.add_eos_token = False
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        backend.post_processor = None  # it only adds such tokens, and corrects offsets
+        backend.post_processor = None  # it only adds these tokens and corrects offsets
     for lead in ("", " "):
         tokenizer.chat_template = chat_template(model, kind, medium, lead)
-        if all(_as_read(tokenizer, model, kind, medium, words) for words in TRIED):
+        if all(_is_read_alike(tokenizer, model, kind, medium, words) for words in TRIAL_TEXTS):
             return
     reason = "the tokenizer of its base reads words behind a special token otherwise than alone, and no space mends it"
     raise not_exact(model, "transformers", reason)
 
 
-def _as_read(tokenizer: Any, model: Model, kind: str, medium: str, words: str) -> bool:
-    """Whether words around a medium are the tokens that `generate` reads."""
-    base = model.backbone
+def _is_read_alike(tokenizer: Any, model: Model, kind: str, medium: str, words: str) -> bool:
+    """Whether the template makes the same tokens as `generate` for a medium with a text before and after it."""
+    backbone = model.backbone
     blocks = [{"type": "text", "text": words}, {"type": kind}, {"type": "text", "text": words}]
-    found = tokenizer.apply_chat_template([{"role": "user", "content": blocks}], return_dict=True)["input_ids"]
-    ids = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(medium))
-    return found == [*base.begin_ids, *base.encode(words), *ids, *base.encode(f"{words}\n")]
+    template_ids = tokenizer.apply_chat_template([{"role": "user", "content": blocks}], return_dict=True)["input_ids"]
+    medium_ids = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(medium))
+    return template_ids == [*backbone.begin_ids, *backbone.encode(words), *medium_ids, *backbone.encode(f"{words}\n")]
 
 
-def generation_settings(model: Model, unsaid: list[int]) -> Any:
-    """Settings of transformers' ``generate`` by which it answers as ours does: greedily, the likeliest token without
-    penalties, up to the same ends.
+def generation_settings(model: Model, suppressed: list[int]) -> Any:
+    """Settings with which transformers' ``generate`` answers as xfusion does: greedy, without penalties, same end tokens.
 
     Args:
-        model: what is exported.
-        unsaid: tokens that no answer has.
+        model: the exported model.
+        suppressed: ids of tokens that are never generated.
+
+    Returns:
+        a ``transformers.GenerationConfig``.
     """
     from transformers import GenerationConfig
 
-    base = model.backbone
-    padding = base.tokenizer.pad_token_id
+    backbone = model.backbone
+    padding = backbone.tokenizer.pad_token_id
     return GenerationConfig(
-        bos_token_id=base.tokenizer.bos_token_id,
-        eos_token_id=list(base.end_ids),
-        pad_token_id=base.end_ids[0] if padding is None else padding,
-        suppress_tokens=unsaid,
+        bos_token_id=backbone.tokenizer.bos_token_id,
+        eos_token_id=list(backbone.end_ids),
+        pad_token_id=backbone.end_ids[0] if padding is None else padding,
+        suppress_tokens=suppressed,
     )

@@ -1,4 +1,4 @@
-"""Why packs are refused that no class of transformers is: the nearest class, and what keeps it from being the same."""
+"""The reason for refusing an export: the most similar class of transformers, and how it differs from the pack."""
 
 from __future__ import annotations
 
@@ -76,14 +76,24 @@ NEAREST: dict[type, tuple[str, str]] = {
     SharedDecoder.Config: BY_CODES,
     Conditioned.Config: ("a pipeline of diffusers", "whose denoisers have other blocks than this one"),
 }
-"""What a pack is made of -> the class that is nearest to it, and why it is another."""
+"""Configuration class of an objective, a port or a fusion -> the most similar class, and how that class differs.
+
+The difference continues the sentence "the nearest to X is CLASS, ...".
+"""
 
 
 def reason(config: ModelConfig) -> str:
-    """The nearest class and what it does otherwise, of what sets a pack apart most: further objectives, port or mechanism."""
+    """One line for the error: the most similar class of transformers, and how it differs.
+
+    The first part of the model that `NEAREST` lists decides: its further objectives, then its port, then its fusion (without
+    low-rank deltas).
+
+    Args:
+        config: the model's configuration.
+    """
     fusion = config.fusion.inner if isinstance(config.fusion, Lora.Config) else config.fusion
-    found = next((type(part) for part in (*config.extra, config.port, fusion) if type(part) in NEAREST), None)
-    if found is None:
+    kind = next((type(part) for part in (*config.extra, config.port, fusion) if type(part) in NEAREST), None)
+    if kind is None:
         return "no class of transformers is this mechanism, or near to it"
-    name, otherwise = NEAREST[found]
-    return f"the nearest to {found.__qualname__.partition('.')[0]} is {name}, {otherwise}"
+    name, otherwise = NEAREST[kind]
+    return f"the nearest to {kind.__qualname__.partition('.')[0]} is {name}, {otherwise}"

@@ -67,43 +67,47 @@ class Connector(MediaPort):
 
 
 @dataclass(frozen=True)
-class Gathered:
+class ItemFeatures:
     """The features of each item, and the positions of its rows."""
 
     features: Tensor
     """``[N, M, F]``, zero-padded."""
-    there: Tensor
+    present: Tensor
     """Which features exist (are not padding), bool ``[N, M]``."""
-    place: Tensor
+    position: Tensor
     """Index of each row within its item, int64 ``[B, n]``; 0 at [BOI] and padding."""
 
 
-def gathered(connector: Connector, media: MediaRows) -> Gathered:
+def gather_features(connector: Connector, media: MediaRows) -> ItemFeatures:
     """The rows of a batch grouped by item, for connectors that process a whole item at once."""
     order, count = media.rows.order, len(media.noised)
     item = torch.where(media.item >= 0, media.item, count)  # rows of no item go to an extra one, which is dropped
     first = torch.full((count + 1,), torch.iinfo(torch.int64).max, device=order.device)
     first = first.scatter_reduce(0, item.flatten(), order.flatten(), "amin")
-    place = torch.where(media.item >= 0, order - first[item], 0)
+    position = torch.where(media.item >= 0, order - first[item], 0)
     # Meta tensors, used to count costs, do not hold the size of the largest item: assume that all items have equal sizes.
-    rows = order.numel() // max(count, 1) - 1 if place.is_meta else int(place.max()) + 1 if place.numel() else 0
-    tokens = media.tokens.new_zeros(count + 1, rows, media.tokens.shape[-1]).index_put((item, place), media.tokens)[:-1]
-    there = torch.zeros(count + 1, rows, dtype=torch.bool, device=order.device)
-    there = there.index_put((item, place), media.item >= 0)[:-1]
+    rows = (
+        order.numel() // max(count, 1) - 1 if position.is_meta else int(position.max()) + 1 if position.numel() else 0
+    )
+    tokens = media.tokens.new_zeros(count + 1, rows, media.tokens.shape[-1]).index_put((item, position), media.tokens)[
+        :-1
+    ]
+    present = torch.zeros(count + 1, rows, dtype=torch.bool, device=order.device)
+    present = present.index_put((item, position), media.item >= 0)[:-1]
     cells = connector.config.cells
-    return Gathered(connector.split(tokens).flatten(1, 2), there.repeat_interleave(cells, dim=1), place)
+    return ItemFeatures(connector.split(tokens).flatten(1, 2), present.repeat_interleave(cells, dim=1), position)
 
 
-def spread(states: Tensor, found: Gathered, media: MediaRows) -> Tensor:
+def scatter_states(states: Tensor, items: ItemFeatures, media: MediaRows) -> Tensor:
     """Place the items' states ``[N, K, D]`` at their rows, ``[B, n, D]``.
 
     Raises:
         XFusionError: an item has more rows than there are states.
     """
-    rows = int(found.place.max()) + 1 if found.place.numel() and not found.place.is_meta else 0
+    rows = int(items.position.max()) + 1 if items.position.numel() and not items.position.is_meta else 0
     if rows > states.shape[1]:
         raise XFusionError(
             f"connector: an item has {rows} rows, but the connector makes {states.shape[1]} states: choose patch_width"
             " and cells so that an item has as many tokens"
         )
-    return states[media.item.clamp(min=0), found.place]
+    return states[media.item.clamp(min=0), items.position]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from xfusion.data.sequence import MediaRows, XFusionError
-from xfusion.fusion.connectors.base import Connector, gathered, spread
+from xfusion.fusion.connectors.base import Connector, gather_features, scatter_states
 
 
 class FrameTransformer(Connector):
@@ -56,10 +56,11 @@ class FrameTransformer(Connector):
 
     def connect(self, media: MediaRows) -> Tensor:
         """All kept features of an item at once."""
-        found = gathered(self, media)
-        x = self.into(found.features[:, :: self.config.cells])
-        there = found.there[:, :: self.config.cells]
-        there = there | ~there.any(dim=1, keepdim=True)  # a softmax needs a key, even for an item without rows here
+        items = gather_features(self, media)
+        x = self.into(items.features[:, :: self.config.cells])
+        present = items.present[:, :: self.config.cells]
+        # A softmax needs a key, even for an item without rows in this pass.
+        present = present | ~present.any(dim=1, keepdim=True)
         for layer in self.layers:
-            x = layer(x, src_key_padding_mask=~there)
-        return spread(self.project(self.norm(x)), found, media)
+            x = layer(x, src_key_padding_mask=~present)
+        return scatter_states(self.project(self.norm(x)), items, media)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from xfusion.data.sequence import MediaRows, XFusionError
-from xfusion.fusion.connectors.base import Connector, gathered, spread
+from xfusion.fusion.connectors.base import Connector, gather_features, scatter_states
 
 EPSILON = 1e-12
 """Epsilon of the layer norms, as in BERT."""
@@ -66,22 +66,23 @@ class ObjectEncoder(Connector):
 
     def connect(self, media: MediaRows) -> Tensor:
         """All features of an item at once."""
-        found = gathered(self, media)
-        x = self.read(found.features, boxes(media, found.features.shape[1]).to(found.features.dtype), found.there)
-        return spread(self.project(x), found, media)
+        items = gather_features(self, media)
+        x = self.read(items.features, boxes(media, items.features.shape[1]).to(items.features.dtype), items.present)
+        return scatter_states(self.project(x), items, media)
 
-    def read(self, features: Tensor, places: Tensor, there: Tensor) -> Tensor:
+    def read(self, features: Tensor, places: Tensor, present: Tensor) -> Tensor:
         """Features ``[N, M, F]`` and boxes ``[N, M, 4]`` -> output states of the layers, ``[N, M, inner_width]``.
 
         Args:
             features: from an encoder's feature map, or of regions.
             places: left, top, right and bottom.
-            there: which features exist (are not padding), bool ``[N, M]``.
+            present: which features exist (are not padding), bool ``[N, M]``.
         """
         x = (self.norm(self.into(features)) + self.box_norm(self.box_into(places))) / 2
-        there = there | ~there.any(dim=1, keepdim=True)  # a softmax needs a key, even for an item without rows here
+        # A softmax needs a key, even for an item without rows in this pass.
+        present = present | ~present.any(dim=1, keepdim=True)
         for layer in self.layers:
-            x = layer(x, src_key_padding_mask=~there)
+            x = layer(x, src_key_padding_mask=~present)
         return x
 
 
@@ -93,12 +94,12 @@ def boxes(media: MediaRows, count: int) -> Tensor:
     item = torch.where(
         media.item >= 0, media.item, items
     ).flatten()  # rows of no item go to an extra one, which is dropped
-    tall, wide = (
+    map_rows, map_columns = (
         torch.ones(items + 1, dtype=torch.int64, device=item.device).scatter_reduce(
             0, item, place.flatten() + 1, "amax"
         )[:items, None]
         for place in (media.grid_row, media.grid_column)
     )
     place = torch.arange(count, device=item.device)
-    top, left = place // wide, place % wide
-    return torch.stack([left / wide, top / tall, (left + 1) / wide, (top + 1) / tall], dim=-1)
+    top, left = place // map_columns, place % map_columns
+    return torch.stack([left / map_columns, top / map_rows, (left + 1) / map_columns, (top + 1) / map_rows], dim=-1)

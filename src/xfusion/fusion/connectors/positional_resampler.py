@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from xfusion.data.sequence import MediaRows, XFusionError
-from xfusion.fusion.connectors.base import Connector, gathered, spread
+from xfusion.fusion.connectors.base import Connector, gather_features, scatter_states
 
 
-def places(rows: int, columns: int, width: int, over: tuple[int, int] | None = None) -> Tensor:
+def sincos_positions(rows: int, columns: int, width: int, over: tuple[int, int] | None = None) -> Tensor:
     """Sine and cosine of row and column, ``[rows * columns, width]``: a quarter of the width each.
 
     Args:
@@ -35,10 +35,10 @@ def places(rows: int, columns: int, width: int, over: tuple[int, int] | None = N
     if width % 4:
         raise XFusionError(f"positional resampler: 2-D positions need a width that is a multiple of 4, not {width}")
     frequency = 10_000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    tall, wide = over or (rows, columns)
-    row = (torch.arange(rows, dtype=torch.float64) * tall / rows)[:, None].expand(rows, columns).flatten()
-    column = (torch.arange(columns, dtype=torch.float64) * wide / columns)[None].expand(rows, columns).flatten()
-    angles = [place[:, None] * frequency for place in (row, column)]
+    map_rows, map_columns = over or (rows, columns)
+    row = (torch.arange(rows, dtype=torch.float64) * map_rows / rows)[:, None].expand(rows, columns).flatten()
+    column = (torch.arange(columns, dtype=torch.float64) * map_columns / columns)[None].expand(rows, columns).flatten()
+    angles = [coordinate[:, None] * frequency for coordinate in (row, column)]
     return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1).float()
 
 
@@ -70,10 +70,10 @@ class PositionalResampler(Connector):
             raise XFusionError(f"positional resampler: width {width} is not a multiple of its {config.heads} heads")
         self.map = config.map
         # The squarest grid with this many queries: 256 give 16 x 16; 7 give 1 x 7, the map's top row.
-        tall = next(n for n in range(math.isqrt(config.queries), 0, -1) if config.queries % n == 0)
-        grid = (tall, config.queries // tall)
-        self.register_buffer("key_places", places(*config.map, width), persistent=False)
-        self.register_buffer("query_places", places(*grid, width, config.map), persistent=False)
+        grid_rows = next(n for n in range(math.isqrt(config.queries), 0, -1) if config.queries % n == 0)
+        grid = (grid_rows, config.queries // grid_rows)
+        self.register_buffer("key_places", sincos_positions(*config.map, width), persistent=False)
+        self.register_buffer("query_places", sincos_positions(*grid, width, config.map), persistent=False)
         self.queries = nn.Parameter(torch.randn(config.queries, width) * 0.02)
         self.project = nn.Linear(self.feature_width, width, bias=False)
         self.query_norm, self.key_norm = nn.LayerNorm(width), nn.LayerNorm(width)
@@ -87,17 +87,17 @@ class PositionalResampler(Connector):
         Raises:
             XFusionError: an item's number of features differs from the map's size, so positions would be wrong.
         """
-        found = gathered(self, media)
-        count = found.features.shape[1]
-        for number in () if found.there.is_meta else found.there.sum(dim=1).unique().tolist():
+        items = gather_features(self, media)
+        count = items.features.shape[1]
+        for number in () if items.present.is_meta else items.present.sum(dim=1).unique().tolist():
             if number not in (0, len(self.key_places)):
                 raise XFusionError(
                     f"positional resampler: an item has {number} features, the map {self.map} has"
                     f" {len(self.key_places)} places: set map to the rows and columns of the encoder's map"
                 )
-        there = found.there | ~found.there.any(dim=1, keepdim=True)
-        values = self.key_norm(self.project(found.features))
+        present = items.present | ~items.present.any(dim=1, keepdim=True)
+        values = self.key_norm(self.project(items.features))
         query = (self.query_norm(self.queries) + self.query_places).expand(len(values), -1, -1)
         keys = values + self.key_places[:count]
-        states = self.attention(query, keys, values, key_padding_mask=~there, need_weights=False)[0]
-        return spread(states, found, media)
+        states = self.attention(query, keys, values, key_padding_mask=~present, need_weights=False)[0]
+        return scatter_states(states, items, media)

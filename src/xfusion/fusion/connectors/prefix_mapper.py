@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from xfusion.data.sequence import MediaRows, XFusionError
-from xfusion.fusion.connectors.base import Connector, gathered, spread
+from xfusion.fusion.connectors.base import Connector, gather_features, scatter_states
 
 
 class MapperLayer(nn.Module):
@@ -77,10 +77,10 @@ class PrefixMapper(Connector):
 
     def connect(self, media: MediaRows) -> Tensor:
         """All features of an item at once."""
-        found = gathered(self, media)
-        total = (found.features * found.there[..., None]).sum(dim=1)
+        items = gather_features(self, media)
+        total = (items.features * items.present[..., None]).sum(dim=1)
         x = self.into(functional.normalize(total, dim=-1)).unflatten(-1, self.constants.shape)
         x = torch.cat([x, self.constants.expand_as(x).to(x.dtype)], dim=1)
         for layer in self.layers:
             x = layer(x)
-        return spread(self.gain * x[:, len(self.constants) :], found, media)
+        return scatter_states(self.gain * x[:, len(self.constants) :], items, media)

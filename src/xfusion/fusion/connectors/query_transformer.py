@@ -5,8 +5,9 @@ have separate feed-forward networks:
 
     x = n1(x + SelfAttention(x));  q = n2(q + CrossAttention(q, Z));  q = n3(q + FFN_q(q)),  w = n4(w + FFN_w(w))
 
-for queries q and text w in ``x = [q; w]``. The attention mask is one of three (`sees`): ``apart`` for the contrastive loss,
-``causal`` for text generation, ``together`` for matching. After the last block each query is projected to the model's width.
+for queries q and text w in ``x = [q; w]``. The attention mask is one of three (`attention_pattern`): ``apart`` for the
+contrastive loss, ``causal`` for text generation, ``together`` for matching. After the last block each query is projected to
+the model's width.
 
 Shape legend: ``N`` media items, ``M`` features of an item, ``F`` width of a feature, ``K`` queries, ``W`` width of the
 queries, ``D`` model width, ``n`` text tokens.
@@ -22,25 +23,25 @@ import torch
 from torch import Tensor, nn
 
 from xfusion.data.sequence import MediaRows, XFusionError
-from xfusion.fusion.connectors.base import Connector, gathered, spread
+from xfusion.fusion.connectors.base import Connector, gather_features, scatter_states
 
 EPSILON = 1e-12
 """Epsilon of the layer norms, as in BERT."""
 
 
-def sees(kind: Literal["apart", "causal", "together"], queries: int, words: int) -> Tensor:
+def attention_pattern(pattern: Literal["apart", "causal", "together"], queries: int, words: int) -> Tensor:
     """Which positions of [queries; text] see which, bool ``[K + n, K + n]`` (figure 2, right).
 
     Args:
-        kind: ``apart``: queries and text see their own kind; ``causal``: queries see queries, a text token sees all queries
+        pattern: ``apart``: queries and text see their own kind; ``causal``: queries see queries, a text token sees all queries
             and the text up to itself; ``together``: full attention.
         queries: number of queries.
         words: number of text tokens.
     """
     is_word = torch.arange(queries + words) >= queries
-    if kind == "together":
+    if pattern == "together":
         return torch.ones(len(is_word), len(is_word), dtype=torch.bool)
-    if kind == "apart":
+    if pattern == "apart":
         return is_word[:, None] == is_word
     order = torch.where(is_word, torch.arange(queries + words), 0)
     return order[None, :] <= order[:, None]
@@ -60,20 +61,30 @@ class Block(nn.Module):
         if feature_width is not None:
             self.cross = nn.MultiheadAttention(width, heads, kdim=feature_width, vdim=feature_width, batch_first=True)
             self.cross_norm = nn.LayerNorm(width, eps=EPSILON)
-        self.reads = feature_width is not None
+        self.has_cross_attention = feature_width is not None
         self.query_mlp, self.query_norm = _perceptron(width, mlp), nn.LayerNorm(width, eps=EPSILON)
         if words:
             self.word_mlp, self.word_norm = _perceptron(width, mlp), nn.LayerNorm(width, eps=EPSILON)
 
-    def forward(self, x: Tensor, features: Tensor, there: Tensor | None, queries: int, seen: Tensor | None) -> Tensor:
-        """``[N, K + n, W]`` -> ``[N, K + n, W]``; ``there``: which features exist; ``seen``: a mask as from `sees`."""
-        blocked = None if seen is None else ~seen
-        x = self.norm(x + self.attention(x, x, x, attn_mask=blocked, need_weights=False)[0])
+    def forward(
+        self, x: Tensor, features: Tensor, present: Tensor | None, queries: int, visible: Tensor | None
+    ) -> Tensor:
+        """``[N, K + n, W]`` -> ``[N, K + n, W]``.
+
+        Args:
+            x: queries, followed by the text if there is any.
+            features: features from the frozen encoder, ``[N, M, F]``.
+            present: which features exist (are not padding), bool ``[N, M]``; None means all.
+            queries: number of queries.
+            visible: a mask from `attention_pattern`; None means full attention.
+        """
+        blocked_mask = None if visible is None else ~visible
+        x = self.norm(x + self.attention(x, x, x, attn_mask=blocked_mask, need_weights=False)[0])
         q, words = x[:, :queries], x[:, queries:]
-        if self.reads:
-            hidden = None if there is None else ~there
-            read = self.cross(q, features, features, key_padding_mask=hidden, need_weights=False)[0]
-            q = self.cross_norm(q + read)
+        if self.has_cross_attention:
+            padding_mask = None if present is None else ~present
+            attended = self.cross(q, features, features, key_padding_mask=padding_mask, need_weights=False)[0]
+            q = self.cross_norm(q + attended)
         q = self.query_norm(q + self.query_mlp(q))
         return torch.cat([q, self.word_norm(words + self.word_mlp(words))], dim=1) if words.shape[1] else q
 
@@ -94,20 +105,24 @@ class QueryTransformer(nn.Module):
         )
 
     def forward(
-        self, features: Tensor, there: Tensor | None = None, words: Tensor | None = None, seen: Tensor | None = None
+        self,
+        features: Tensor,
+        present: Tensor | None = None,
+        words: Tensor | None = None,
+        visible: Tensor | None = None,
     ) -> Tensor:
         """Features ``[N, M, F]`` -> queries ``[N, K, W]``, followed by the text if given.
 
         Args:
             features: features from the frozen encoder.
-            there: which features exist (are not padding), bool ``[N, M]``; None means all.
+            present: which features exist (are not padding), bool ``[N, M]``; None means all.
             words: text embeddings ``[N, n, W]``.
-            seen: one of the three masks of `sees`; None means full attention.
+            visible: one of the three masks of `attention_pattern`; None means full attention.
         """
         x = self.queries.expand(len(features), -1, -1)
         x = self.norm(x if words is None else torch.cat([x, words.to(x.dtype)], dim=1))
         for block in self.blocks:
-            x = block(x, features, there, len(self.queries), seen)
+            x = block(x, features, present, len(self.queries), visible)
         return x
 
 
@@ -150,7 +165,7 @@ class Queries(Connector):
 
     def connect(self, media: MediaRows) -> Tensor:
         """All features of an item at once."""
-        found = gathered(self, media)
+        items = gather_features(self, media)
         # A softmax needs a key, even for an item without rows in this pass.
-        there = found.there | ~found.there.any(dim=1, keepdim=True)
-        return spread(self.project(self.transformer(found.features, there)), found, media)
+        present = items.present | ~items.present.any(dim=1, keepdim=True)
+        return scatter_states(self.project(self.transformer(items.features, present)), items, media)

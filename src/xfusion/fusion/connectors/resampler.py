@@ -57,12 +57,12 @@ class ResamplerAttention(nn.Module):
     def forward(self, x: Tensor, z: Tensor, present: Tensor) -> Tensor:
         """Media ``[N, P, D]``, latents ``[N, M, D]`` and which tokens exist, bool ``[N, P]`` -> ``[N, M, D]``."""
         z = self.latent_norm(z)
-        both = torch.cat([self.media_norm(x), z], dim=1)
+        context = torch.cat([self.media_norm(x), z], dim=1)
         q = self.query_norm(self._heads(self.query(z)))
-        k = self.key_norm(self._heads(self.key(both)))
+        k = self.key_norm(self._heads(self.key(context)))
         mask = functional.pad(present, (0, z.shape[1]), value=True)[:, None, None]
-        read = functional.scaled_dot_product_attention(q, k, self._heads(self.value(both)), attn_mask=mask)
-        return self.out(read.transpose(1, 2).flatten(2))
+        output = functional.scaled_dot_product_attention(q, k, self._heads(self.value(context)), attn_mask=mask)
+        return self.out(output.transpose(1, 2).flatten(2))
 
 
 class Resampler(nn.Module):

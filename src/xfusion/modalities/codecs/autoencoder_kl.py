@@ -55,9 +55,9 @@ class AutoencoderKL(Codec):
         # As in diffusers' own pipelines: per-channel statistics, if present, take precedence over the scalars.
         per_channel = config.get("latents_mean") is not None and config.get("latents_std") is not None
         shift = config.latents_mean if per_channel else config.get("shift_factor") or 0.0
-        spread = config.latents_std if per_channel else 1.0
+        std = config.latents_std if per_channel else 1.0
         self.register_buffer("shift", torch.tensor(shift).reshape(-1, 1, 1))
-        self.register_buffer("scale", config.scaling_factor / torch.tensor(spread).reshape(-1, 1, 1))
+        self.register_buffer("scale", config.scaling_factor / torch.tensor(std).reshape(-1, 1, 1))
         self.freeze()
 
     def _encode(self, images: Tensor) -> Tensor:

@@ -61,31 +61,31 @@ class CausalTokenizer(nn.Module):
         width, heads, codes = shape.width, shape.heads, shape.side**2
         self.shape = shape
 
-        def layer(kind: type[nn.Module]) -> nn.Module:
-            return kind(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+        def layer(layer_class: type[nn.Module]) -> nn.Module:
+            return layer_class(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
 
-        def between(inputs: int, inside: int, outputs: int) -> nn.Module:
-            return nn.Sequential(nn.Linear(inputs, inside), nn.Tanh(), nn.Linear(inside, outputs))
+        def mlp(inputs: int, hidden: int, outputs: int) -> nn.Module:
+            return nn.Sequential(nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, outputs))
 
         self.read, self.said = nn.Linear(features, width), nn.Linear(width, features)
         self.places, self.queries, self.ordinals, self.asked = (
             nn.Parameter(0.02 * torch.randn(count, width)) for count in (cells, codes, codes, cells)
         )
-        reading, alone = nn.TransformerDecoderLayer, nn.TransformerEncoderLayer
-        self.encoder = nn.ModuleList(layer(alone if i % 2 else reading) for i in range(shape.layers))
-        self.decoder = nn.ModuleList(layer(alone) for _ in range(shape.layers))
+        decoder_layer, encoder_layer = nn.TransformerDecoderLayer, nn.TransformerEncoderLayer
+        self.encoder = nn.ModuleList(layer(encoder_layer if i % 2 else decoder_layer) for i in range(shape.layers))
+        self.decoder = nn.ModuleList(layer(encoder_layer) for _ in range(shape.layers))
         self.norm, self.last_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.down = between(width, shape.code_width, shape.code_width)
-        self.up = between(shape.code_width, shape.code_width, width)
+        self.down = mlp(width, shape.code_width, shape.code_width)
+        self.up = mlp(shape.code_width, shape.code_width, width)
         self.table = nn.Parameter(torch.randn(shape.entries, shape.code_width), requires_grad=False)
 
     def encode(self, features: Tensor) -> Tensor:
         """``[N, c, F]`` -> ``z [N, d, side, side]`` in causal order."""
-        seen, x = self.read(features) + self.places, self.queries.expand(len(features), -1, -1)
+        memory, x = self.read(features) + self.places, self.queries.expand(len(features), -1, -1)
         mask = nn.Transformer.generate_square_subsequent_mask(len(self.queries), device=features.device)
         for layer in self.encoder:
-            reads = isinstance(layer, nn.TransformerDecoderLayer)
-            x = layer(x, seen, tgt_mask=mask) if reads else layer(x, src_mask=mask)
+            is_decoder_layer = isinstance(layer, nn.TransformerDecoderLayer)
+            x = layer(x, memory, tgt_mask=mask) if is_decoder_layer else layer(x, src_mask=mask)
         return self.down(self.norm(x)).mT.unflatten(-1, (self.shape.side, self.shape.side))
 
     def decode(self, vectors: Tensor) -> Tensor:
@@ -113,11 +113,11 @@ class CausalQueries(Codec):
             from safetensors.torch import load_file
 
             folder = self.folder(_CLASS)
-            card, found = files.card(folder), files.read_json(folder / "config.json")
-            sizes = [f.name for f in fields(Shape)]
-            if lacking := [name for name in sizes if name not in found]:
-                raise XFusionError(f"{folder / 'config.json'} lacks {', '.join(lacking)}: take an intact copy")
-            codec = CausalQueries(Shape(**{name: found[name] for name in sizes}))
+            card, config = files.card(folder), files.read_json(folder / "config.json")
+            field_names = [f.name for f in fields(Shape)]
+            if missing := [name for name in field_names if name not in config]:
+                raise XFusionError(f"{folder / 'config.json'} lacks {', '.join(missing)}: take an intact copy")
+            codec = CausalQueries(Shape(**{name: config[name] for name in field_names}))
             try:
                 codec.tokenizer.load_state_dict(load_file(folder / files.WEIGHTS))
             except RuntimeError as error:

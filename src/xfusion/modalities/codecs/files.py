@@ -44,22 +44,24 @@ def locate(source: str, *, class_name: str | None = None, subfolder: str = "", r
 
     The folder must have weights as safetensors and a config.json, of diffusers' class `class_name` if one is given.
     """
-    shipped = Path(str(files("xfusion"))) / "packs"
+    packs_folder = Path(str(files("xfusion"))) / "packs"
     if Path(source).expanduser().is_dir():
         folder = Path(source).expanduser() / subfolder
-    elif re.fullmatch(r"[\w-]+", source) and (shipped / source).is_dir():
-        folder = shipped / source
+    elif re.fullmatch(r"[\w-]+", source) and (packs_folder / source).is_dir():
+        folder = packs_folder / source
     elif _HUB_ID.fullmatch(source) and not source.startswith("."):
         folder = _download(source, subfolder, revision)
     else:
-        names = ", ".join(sorted(path.parent.name for path in shipped.glob(f"*/{WEIGHTS}"))) or "none"
+        names = ", ".join(sorted(path.parent.name for path in packs_folder.glob(f"*/{WEIGHTS}"))) or "none"
         raise XFusionError(f"codec {source!r} is no folder, no shipped codec ({names}) and no hub id (owner/name)")
-    found = read_json(folder / "config.json").get("_class_name")
-    if class_name is not None and found != class_name:
-        raise XFusionError(f"{folder / 'config.json'} is of class {found}, but this codec loads {class_name}")
+    actual_class = read_json(folder / "config.json").get("_class_name")
+    if class_name is not None and actual_class != class_name:
+        raise XFusionError(f"{folder / 'config.json'} is of class {actual_class}, but this codec loads {class_name}")
     if not (folder / WEIGHTS).is_file():
-        others = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
-        hint = f" (only {others[0]}, which is not loaded: save it again as safetensors)" if others else ""
+        unsafe_weights = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+        hint = (
+            f" (only {unsafe_weights[0]}, which is not loaded: save it again as safetensors)" if unsafe_weights else ""
+        )
         raise XFusionError(f"{folder} holds no {WEIGHTS}{hint}")
     return folder
 
@@ -79,19 +81,19 @@ def _download(source: str, subfolder: str, revision: str | None) -> Path:
     return Path(folder) / subfolder
 
 
-def load(kind: Any, folder: Path) -> Any:
+def load(model_class: Any, folder: Path) -> Any:
     """Load a diffusers class (old attention keys too), strictly: no key may be missing, unexpected or of another shape."""
     settings = {"use_safetensors": True, "low_cpu_mem_usage": False, "output_loading_info": True}
     try:
-        model, report = kind.from_pretrained(str(folder), **settings)
+        model, report = model_class.from_pretrained(str(folder), **settings)
     except (OSError, ValueError, RuntimeError) as error:
-        what = f"{folder} cannot be loaded as {kind.__name__}"
-        raise XFusionError(f"{what}: {' '.join(str(error).split())[:300]}") from error
+        prefix = f"{folder} cannot be loaded as {model_class.__name__}"
+        raise XFusionError(f"{prefix}: {' '.join(str(error).split())[:300]}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(map(str, report[problem])):
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            remainder = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             raise XFusionError(
-                f"{folder} is not a plain {kind.__name__}: {problem.replace('_', ' ')} {', '.join(keys[:3])}{more}"
+                f"{folder} is not a plain {model_class.__name__}: {problem.replace('_', ' ')} {', '.join(keys[:3])}{remainder}"
             )
     return model
 

@@ -82,13 +82,13 @@ class KMeans(SoundCodec):
         folder = Path(self.config.source)
         if not (folder / CLUSTERS).is_file():
             raise XFusionError(f"codes {self.config.source!r}: no {CLUSTERS} there: make it by runs/fit_sound_codes.py")
-        fitted = files.read_json(folder / "config.json")
-        wanted = settings(self)
-        for name, value in wanted.items():
-            if fitted.get(name) != value:
+        stored_settings = files.read_json(folder / "config.json")
+        codec_settings = settings(self)
+        for name, value in codec_settings.items():
+            if stored_settings.get(name) != value:
                 raise XFusionError(
-                    f"codes {self.config.source!r} were fitted with {name} {fitted.get(name)!r}, the model says {value!r}: give"
-                    " the same"
+                    f"codes {self.config.source!r} were fitted with {name} {stored_settings.get(name)!r}, the model says"
+                    f" {value!r}: give the same"
                 )
         self.clusters = load_file(folder / CLUSTERS)["clusters"].to(self.clusters.device)
 
@@ -128,16 +128,16 @@ def fit(x: Tensor, entries: int, *, seed: int = 0, steps: int = 100) -> tuple[Te
     clusters = x[torch.randint(len(x), (1,), generator=generator)]
     distance = (x - clusters).square().sum(-1)
     while len(clusters) < entries:  # choose the next with probability proportional to squared distance
-        chosen = x[torch.multinomial(distance.clamp(min=0), 1, generator=generator)]
-        clusters = torch.cat([clusters, chosen])
-        distance = torch.minimum(distance, (x - chosen).square().sum(-1))
-    owner = torch.full((len(x),), -1)
+        center = x[torch.multinomial(distance.clamp(min=0), 1, generator=generator)]
+        clusters = torch.cat([clusters, center])
+        distance = torch.minimum(distance, (x - center).square().sum(-1))
+    assignment = torch.full((len(x),), -1)
     for _ in range(steps):
-        before, owner = owner, nearest(x, clusters)
-        if torch.equal(before, owner):
+        previous, assignment = assignment, nearest(x, clusters)
+        if torch.equal(previous, assignment):
             break
-        count = torch.bincount(owner, minlength=entries)
-        total = torch.zeros_like(clusters).index_add(0, owner, x)
+        count = torch.bincount(assignment, minlength=entries)
+        total = torch.zeros_like(clusters).index_add(0, assignment, x)
         clusters = torch.where(count[:, None] > 0, total / count[:, None].clamp(min=1), clusters)
     error = (x - clusters[nearest(x, clusters)]).square().sum(-1).mean()
     return clusters, error.item()

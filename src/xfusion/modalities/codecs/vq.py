@@ -100,10 +100,12 @@ def quantise(z: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
 def looked_up(codes: Tensor, tables: Tensor) -> Tensor:
     """Codes ``[N, L, h, w]`` -> the sum of their entries ``[N, d, h, w]``; XFusionError for a code out of range."""
     if ((low := int(codes.min())) < 0) | ((high := int(codes.max())) >= tables.shape[1]):
-        bad, last = low if low < 0 else high, tables.shape[1] - 1
-        raise XFusionError(f"{bad} is none of the codec's codes, 0 to {last}: set the port's entries to the codec's")
-    found = [table[code] for table, code in zip(tables, codes.unbind(1), strict=True)]
-    return torch.stack(found).sum(0).movedim(-1, 1)
+        code_out_of_range, last = low if low < 0 else high, tables.shape[1] - 1
+        raise XFusionError(
+            f"{code_out_of_range} is none of the codec's codes, 0 to {last}: set the port's entries to the codec's"
+        )
+    vectors = [table[code] for table, code in zip(tables, codes.unbind(1), strict=True)]
+    return torch.stack(vectors).sum(0).movedim(-1, 1)
 
 
 def code_use(codes: Tensor, entries: int) -> tuple[float, float]:
@@ -183,20 +185,20 @@ class Quantizer(nn.Module):
         """Update the moving averages with a batch, and reset unused entries."""
         config = self.config
         decay = config.decay or 0.99
-        left = torch.cat([z[None], z - sums[:-1]])  # the input of each level
+        residuals = torch.cat([z[None], z - sums[:-1]])  # the input of each level
         for level, table in enumerate(self.tables):
-            x, code = left[level].movedim(1, -1).flatten(0, -2), codes[:, level].flatten()
+            x, code = residuals[level].movedim(1, -1).flatten(0, -2), codes[:, level].flatten()
             size, total = self.size[level], self.total[level]
             size.lerp_(torch.bincount(code, minlength=config.entries).to(size), 1 - decay)
             total.lerp_(torch.zeros_like(total).index_add_(0, code, x), 1 - decay)
             if config.decay:
-                used = size > 0
-                table[used] = self.scaled(total[used] / size[used, None], -1)
-            dead = size < config.revive_below
-            if count := int(dead.sum()):
-                table[dead] = x[torch.randint(len(x), (count,), device=x.device)]
-                size[dead] = 2 * config.revive_below  # keeps it from being reset for some batches
-                total[dead] = 2 * config.revive_below * table[dead]
+                is_used = size > 0
+                table[is_used] = self.scaled(total[is_used] / size[is_used, None], -1)
+            is_unused = size < config.revive_below
+            if count := int(is_unused.sum()):
+                table[is_unused] = x[torch.randint(len(x), (count,), device=x.device)]
+                size[is_unused] = 2 * config.revive_below  # keeps it from being reset for some batches
+                total[is_unused] = 2 * config.revive_below * table[is_unused]
 
 
 def relaxed(scores: Tensor, temperature: float, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:

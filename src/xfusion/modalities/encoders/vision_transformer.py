@@ -44,8 +44,8 @@ class VisionTransformer(Encoder):
             """Its transformers configuration; weights are not loaded."""
             from transformers import AutoConfig
 
-            found = _loaded(self, AutoConfig.from_pretrained)
-            return getattr(found, "vision_config", found)
+            config = _load_pretrained(self, AutoConfig.from_pretrained)
+            return getattr(config, "vision_config", config)
 
         @property
         def width(self) -> int:
@@ -73,13 +73,13 @@ class VisionTransformer(Encoder):
         self.name, self.fingerprint, self.licence = config.source, config.fingerprint, config.licence
         self.width, self.side = shape.hidden_size, shape.image_size
         self.cells = self.side // shape.patch_size
-        model, report = _loaded(config, AutoModel.from_pretrained, config=shape, output_loading_info=True)
+        model, report = _load_pretrained(config, AutoModel.from_pretrained, config=shape, output_loading_info=True)
         if report["missing_keys"]:
             raise XFusionError(f"encoder {config.source!r} lacks weights: {sorted(report['missing_keys'])[0]}")
         self.model: Any = model.float()
-        steps, _ = _loaded(config, ImageProcessingMixin.get_image_processor_dict)
-        self.register_buffer("mean", torch.tensor(steps["image_mean"]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(steps["image_std"]).view(3, 1, 1), persistent=False)
+        preprocessor, _ = _load_pretrained(config, ImageProcessingMixin.get_image_processor_dict)
+        self.register_buffer("mean", torch.tensor(preprocessor["image_mean"]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(preprocessor["image_std"]).view(3, 1, 1), persistent=False)
         self.freeze()
 
     def features(self, images: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class VisionTransformer(Encoder):
         return patches.transpose(1, 2).unflatten(2, (self.cells, self.cells)).float()
 
 
-def _loaded(encoder: VisionTransformer.Config, load: Any, **options: Any) -> Any:
+def _load_pretrained(encoder: VisionTransformer.Config, load: Any, **options: Any) -> Any:
     """The result of a transformers loader for the source, with one-line errors."""
     try:
         return load(encoder.source, **({"revision": encoder.revision} if encoder.revision else {}), **options)

@@ -100,12 +100,12 @@ class Whisper(SoundCodec):
         from transformers import WhisperFeatureExtractor, WhisperModel
         from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-        encoder, report = _loaded(self.config, WhisperEncoder.from_pretrained, output_loading_info=True)
+        encoder, report = _load_pretrained(self.config, WhisperEncoder.from_pretrained, output_loading_info=True)
         if report["missing_keys"]:  # a whole model, whose encoder is one level deeper
-            whole, report = _loaded(self.config, WhisperModel.from_pretrained, output_loading_info=True)
-            encoder = whole.encoder
-        if missing := [name for name in report["missing_keys"] if "decoder" not in name]:
-            raise XFusionError(f"encoder {self.config.source!r} is no Whisper: it lacks the weights {missing[0]}")
+            model, report = _load_pretrained(self.config, WhisperModel.from_pretrained, output_loading_info=True)
+            encoder = model.encoder
+        if missing_keys := [name for name in report["missing_keys"] if "decoder" not in name]:
+            raise XFusionError(f"encoder {self.config.source!r} is no Whisper: it lacks the weights {missing_keys[0]}")
         if encoder.config.d_model != self.width:
             raise XFusionError(
                 f"encoder {self.config.source!r} has features of {encoder.config.d_model} numbers, not {self.width}: set"
@@ -116,11 +116,11 @@ class Whisper(SoundCodec):
             encoder.embed_positions = torch.nn.Embedding.from_pretrained(
                 encoder.embed_positions.weight[: self.longest].clone()
             )
-        self.spectra = _loaded(self.config, WhisperFeatureExtractor.from_pretrained)
+        self.spectra = _load_pretrained(self.config, WhisperFeatureExtractor.from_pretrained)
         self.network = encoder.float().requires_grad_(False).eval().to(self.place.device)
 
 
-def _loaded(config: Whisper.Config, load: Any, **options: Any) -> Any:
+def _load_pretrained(config: Whisper.Config, load: Any, **options: Any) -> Any:
     """The result of a transformers loader for the source, with one-line errors."""
     try:
         return load(config.source, **({"revision": config.revision} if config.revision else {}), **options)
