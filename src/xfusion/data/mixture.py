@@ -319,15 +319,15 @@ class Mixture:
         """
         budget = self.config.pack * (1 + self.config.shots) * self._row_positions
 
-        def packed(samples: list[Sequence], room: int) -> list[list[Sequence]]:
-            """Rows of samples, whose number varies by step if there are several weights."""
-            alike = self._by_loss_weight([[sample] for sample in samples])
-            return [row for part in alike.values() for row in balance([sample for (sample,) in part], room)]
+        def balance_by_weight(samples: list[Sequence], row_budget: int) -> list[list[Sequence]]:
+            """Balanced rows of samples of one loss weight each; with several weights, the number of rows varies by step."""
+            groups = self._by_loss_weight([[sample] for sample in samples])
+            return [row for group in groups.values() for row in balance([sample for (sample,) in group], row_budget)]
 
         if len(self.sizes) > 1:  # a lane's pictures may have any size, so their number of rows would vary by step
-            return packed(drawings, self._row_positions), packed(captionings, budget)
+            return balance_by_weight(drawings, self._row_positions), balance_by_weight(captionings, budget)
         lanes = self.order.group_by_lane("caption", captionings)
-        return [[s] for s in drawings], [row for part in lanes for row in packed(part, budget)]
+        return [[s] for s in drawings], [row for part in lanes for row in balance_by_weight(part, budget)]
 
     def _by_loss_weight(self, rows: list[list[Sequence]]) -> dict[float | None, list[list[Sequence]]]:
         """Rows by the weight of their losses, in order; all of them under None if there are no weights."""
