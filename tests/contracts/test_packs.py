@@ -188,7 +188,7 @@ def rewritten(change):
 @pytest.mark.parametrize(
     ("part", "change"),
     [
-        ("model", lambda parts: parts["model"]["merges"].reverse()),
+        ("model", lambda parts: parts["model"].update(merges=parts["model"]["merges"][:8])),
         ("normalizer", lambda parts: parts.update(normalizer={"type": "Lowercase"})),
         ("pre_tokenizer", lambda parts: parts["pre_tokenizer"].update(add_prefix_space=True)),
         ("added_tokens", lambda parts: parts["added_tokens"][2].update(lstrip=True)),
