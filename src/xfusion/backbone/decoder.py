@@ -617,7 +617,9 @@ def encoding_hashes(tokenizer: Any) -> dict[str, str | None]:
     if not getattr(tokenizer, "is_fast", False):
         return {}
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    return {name: None if parts.get(name) is None else _hash_of_json(_plain(parts[name])) for name in ENCODING}
+    plain_parts = {name: _plain(parts.get(name)) for name in ENCODING}
+    absent = (None, {"type": "Sequence"})  # an empty sequence of normalisers does nothing
+    return {name: None if part in absent else _hash_of_json(part) for name, part in plain_parts.items()}
 
 
 def _plain(part: Any) -> Any:

@@ -176,8 +176,9 @@ def check_settings(
         trained_sources.append((trained_source, doubt))
         doubts += [f"{data.spec}: {doubt}"] if doubt else []
     held = held_out(settings.get("held"), source)
-    for trained_source, doubt in trained_sources if held is not None else ():
-        refuse_trained(held, [trained_source], doubt=doubt)
+    if held is not None:
+        for trained_source, doubt in trained_sources:
+            refuse_trained(held, [trained_source], doubt=doubt)
     trained_on = " and ".join(dict.fromkeys(str(data.spec) for data in recorded))
     if errors:
         trained_on += f", where nobody could look for what is held out: {'; '.join(errors)}"
