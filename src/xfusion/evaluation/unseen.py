@@ -175,6 +175,7 @@ def check_settings(
         source = trained_source if is_source else source
         trained_sources.append((trained_source, doubt))
         doubts += [f"{data.spec}: {doubt}"] if doubt else []
+    assert source is not None  # without one, the latest data are it
     held = held_out(settings.get("held"), source)
     if held is not None:
         for trained_source, doubt in trained_sources:
