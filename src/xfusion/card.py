@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from xfusion.data.sequence import XFusionError
@@ -87,9 +88,45 @@ def card(config: dict[str, Any], model: Model) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def training_runs(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The record of each training run behind a pack's weights, the first run first; the last one made the pack.
+
+    A run that started from another pack records that pack's runs under ``earlier``. A run without ``data`` recorded none.
+
+    Args:
+        facts: a pack's config, or the facts recorded in it.
+    """
+    training, recipe = facts.get("training"), facts.get("recipe")
+    last = dict(training) if isinstance(training, Mapping) else {}
+    earlier = last.pop("earlier", None)
+    if "data" not in last and isinstance(recipe, Mapping) and isinstance(recipe.get("data"), str):
+        last["data"] = recipe["data"]
+    return [*(dict(run) for run in earlier or () if isinstance(run, Mapping)), last]
+
+
+def run_summary(run: Mapping[str, Any]) -> str:
+    """One line about a run of `training_runs`: ``photos, 1,746 examples, 11,100 steps``."""
+    counts = ((run.get("pictures"), "examples"), (run.get("steps"), "steps"))
+    data = run["data"] if isinstance(run.get("data"), str) else "data not recorded"
+    return ", ".join([data, *(f"{number:,} {name}" for number, name in counts if isinstance(number, int))])
+
+
+def data_licences(facts: Mapping[str, Any]) -> str:
+    """The licence of the training data, or all of them if the runs of `training_runs` had data under several."""
+    runs = training_runs(facts)
+    stated = [str(run.get("data_licence") or "not recorded") for run in runs]
+    if len(set(stated)) == 1:
+        return stated[0]
+    named = (
+        licence if ": " in licence else f"{run.get('data', 'an earlier run')}: {licence}"
+        for run, licence in zip(runs, stated, strict=True)
+    )
+    return "; ".join(dict.fromkeys(named))
+
+
 def licences(model: Model, config: dict[str, Any]) -> dict[str, str]:
-    """The chain of licences: these weights, base, codec, encoders used for features or alignment, data."""
-    training, codec = config.get("training") or {}, model.modality.codec
+    """The chain of licences: these weights, base, codec, encoders used for features or alignment, data of all runs."""
+    codec = model.modality.codec
     return without_folders(
         {
             "these weights": config.get("licence") or "not recorded",
@@ -101,7 +138,7 @@ def licences(model: Model, config: dict[str, Any]) -> dict[str, str]:
                 for objective in model.objectives
                 for used_encoder in objective.encoders
             },
-            "data": training.get("data_licence", "not recorded"),
+            "data": data_licences(config),
         }
     )
 
@@ -169,6 +206,7 @@ def _recipe(config: dict[str, Any], model: Model) -> dict[str, Any]:
         "codec": type(model.modality.codec).__name__,
         **training,
         **{f"run {i}": f"`{run['command']}`" for i, run in enumerate(runs, start=1) if "command" in run},
+        **{f"earlier run {i}": run_summary(run) for i, run in enumerate(training_runs(config)[:-1], start=1)},
         "xfusion": config["library_version"],
         "weights": f"`{config['weights_fingerprint']}`",
     }

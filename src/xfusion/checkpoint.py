@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from xfusion.backbone import Backbone
-from xfusion.card import card, check_licence
+from xfusion.card import card, check_licence, training_runs
 from xfusion.data.sequence import XFusionError, fingerprint, first_line
 from xfusion.model import Model, ModelConfig
 from xfusion.opening import Opening
@@ -221,6 +221,11 @@ class Record:
     opening: str | None
     """Fingerprint of the opening head."""
 
+    @property
+    def teachers(self) -> frozenset[str]:
+        """Fingerprints of the encoders that any of the recorded training runs learned from."""
+        return frozenset(teacher for run in training_runs(self.facts) for teacher in run.get("teachers", ()))
+
     @classmethod
     def of(cls, config: dict[str, Any], model: Model, state: dict[str, torch.Tensor]) -> Record:
         """Build the record from a pack's config, its model, and its weights as stored."""
@@ -236,14 +241,24 @@ class Record:
 def _unchanged_facts(model: Model, state: dict[str, torch.Tensor]) -> dict[str, Any]:
     """The recorded facts that still hold for weights about to be written: none if the weights have changed."""
     record = model.recorded
-    if record is None or record.model != model.config or set(record.dtypes) != set(state):
-        return {}
-    stored = {name: tensor.to(record.dtypes[name]) for name, tensor in state.items()}
-    unchanged = all(torch.equal(stored[name].to(tensor.dtype), tensor) for name, tensor in state.items())
-    if not unchanged or fingerprint(stored) != record.weights:
+    if record is None or not _has_recorded_weights(model, state):
         return {}
     head_changed = record.opening != _opening_fingerprint(model)
     return {key: value for key, value in record.facts.items() if key != "opening" or not head_changed}
+
+
+def has_recorded_weights(model: Model) -> bool:
+    """Whether a model's weights are those that its record is about; False if it has no record, or was changed since."""
+    return _has_recorded_weights(model, {name: tensor.detach().cpu() for name, tensor in model.learned_state().items()})
+
+
+def _has_recorded_weights(model: Model, state: dict[str, torch.Tensor]) -> bool:
+    record = model.recorded
+    if record is None or record.model != model.config or set(record.dtypes) != set(state):
+        return False
+    stored = {name: tensor.to(record.dtypes[name]) for name, tensor in state.items()}
+    unchanged = all(torch.equal(stored[name].to(tensor.dtype), tensor) for name, tensor in state.items())
+    return unchanged and fingerprint(stored) == record.weights
 
 
 def _opening_fingerprint(model: Model) -> str | None:
@@ -284,10 +299,25 @@ def add_opening(folder: Path, model: Model, head: Opening, out: Path, **facts: A
         shutil.copyfile(folder / WEIGHTS, temporary / WEIGHTS)
         config |= {"format_version": FORMAT_VERSION, "weights_sha256": file_hash(temporary / WEIGHTS)}
         config |= _write_opening(head, temporary) | {"opening": facts}
+        config["base_function"] = _completed_function(config, model.backbone)
         _write_config_and_card(temporary, config, model)
     if head is model.opening:
         model.recorded = Record.of(config, model, state)
     return out
+
+
+def _completed_function(config: dict[str, Any], base: Backbone) -> dict[str, Any]:
+    """What a pack records about its base's function, with what packs of older versions lack. What is recorded stays.
+
+    Raises:
+        XFusionError: the base is another one.
+    """
+    if base.fingerprint != config["base"]["fingerprint"]:
+        raise XFusionError(
+            f"the pack belongs to the base {config['base']['fingerprint'][:16]}, the model stands on {base.fingerprint[:16]}:"
+            " load it on its own base"
+        )
+    return base.function | config.get("base_function", {})
 
 
 def _write_config_and_card(folder: Path, config: dict[str, Any], model: Model) -> None:
@@ -407,8 +437,10 @@ def add_facts(
 ) -> None:
     """Record ``scores`` or a ``proof`` in a pack that has a folder of its own, and rewrite its card.
 
+    A pack of an older version also gets what it does not record of its base's function; without scores and proof, only this.
+
     Raises:
-        XFusionError: the model is not the pack's, or the folder also contains other files.
+        XFusionError: the model or its base is not the pack's, or the folder also contains other files.
     """
     config, state = _read_pack_of(folder, model)
     refuse_other_files(folder)
@@ -417,6 +449,7 @@ def add_facts(
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, temporary / name)
         config |= {name: value for name, value in (("scores", scores), ("proof", proof)) if value is not None}
+        config["base_function"] = _completed_function(config, model.backbone)
         _write_config_and_card(temporary, config, model)
     model.recorded = Record.of(config, model, state)
 

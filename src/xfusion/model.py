@@ -290,8 +290,9 @@ class Model(nn.Module):
 
     @property
     def teachers(self) -> frozenset[str]:
-        """Fingerprints of the frozen encoders used in training: none of them may score this model."""
-        return self.modality.codec.encoders.union(*(objective.teachers for objective in self.objectives))
+        """Fingerprints of the frozen encoders used in training, in the recorded runs too: none of them may score this model."""
+        recorded = frozenset() if self.recorded is None else self.recorded.teachers
+        return self.modality.codec.encoders.union(recorded, *(objective.teachers for objective in self.objectives))
 
     @property
     def _learned(self) -> dict[str, nn.Module]:

@@ -658,9 +658,12 @@ def test_evaluate(run, here, pack, monkeypatch):
 def test_evaluate_scores_what_the_pack_was_trained_on(run, photos, base):
     make_model(Backbone.load(str(base))).save_pretrained("mine", training={"data": "photos"})
     few = ("evaluate", "mine", "--json", "--set", "max_drawn=1", "steps=1", "max_captioned=1", "features=false")
-    assert run(*few).json["settings"]["data"] == run(*few, "source=photos").json["settings"]["trained_on"] == "photos"
+    settings = run(*few).json["settings"]
+    assert settings["data"] == "photos" and run(*few, "source=photos").json["settings"]["trained_on"] == (
+        "photos; perhaps other data of that name: photos: the pack records its name alone"
+    )
     held = run(*few, "source=photos:held=0.5", "--record")
-    assert held.code == 2 and "held-out examples are trained on in photos, such as" in held.err
+    assert held.code == 2 and "held-out examples may be trained on in photos (" in held.err
     assert "photos:held=0.5" in held.err and "scores" not in checkpoint.read_config(Path("mine"))
 
 

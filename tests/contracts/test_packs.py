@@ -23,6 +23,7 @@ from contracts.table import (
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 import xfusion
 from xfusion import checkpoint
@@ -171,6 +172,72 @@ def test_another_tokenizer_is_another_base(pack, bases, tmp_path):
             XFusionError, match=r"with tokenizer '[0-9a-f]+, but .* the same weights with '[0-9a-f]+: what it"
         ):
             xfusion.load(folder, backbone=other)
+
+
+def rewritten(change):
+    """Changes a tokenizer's serialised form."""
+
+    def retoken(tokenizer):
+        parts = json.loads(tokenizer.backend_tokenizer.to_str())
+        change(parts)
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(parts))
+
+    return retoken
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("model", lambda parts: parts["model"].update(merges=parts["model"]["merges"][:8])),
+        ("normalizer", lambda parts: parts.update(normalizer={"type": "Lowercase"})),
+        ("pre_tokenizer", lambda parts: parts["pre_tokenizer"].update(add_prefix_space=True)),
+        ("added_tokens", lambda parts: parts["added_tokens"][2].update(lstrip=True)),
+    ],
+)
+def test_a_tokenizer_of_the_same_vocabulary_that_splits_text_otherwise_is_another_base(
+    pack, bases, tmp_path, part, change
+):
+    _, folder = pack
+    own, text = bases["llama"], "The blue birds sing in red trees <|pad|>"
+    other = on_another_function(own, tmp_path / "other", retoken=rewritten(change))
+    assert other.tokenizer.get_vocab() == own.tokenizer.get_vocab()
+    assert other.function["tokenizer"] == own.function["tokenizer"]
+    ids = [base.tokenizer(text, add_special_tokens=False)["input_ids"] for base in (own, other)]
+    assert ids[0] != ids[1]
+    with pytest.raises(
+        XFusionError,
+        match=rf"with tokenizer_parts\.{part} .* the same weights with .*: what it computes is another base",
+    ):
+        xfusion.load(folder, backbone=other)
+    edit(folder, lambda c: c["base_function"].pop("tokenizer_parts"))  # as packs of before have it
+    assert xfusion.load(folder, backbone=other).backbone is other
+
+
+def test_what_does_not_change_ids_is_the_same_tokenizer(pack, bases, tmp_path):
+    """Offsets, truncation, what a call left in the tokenizer, and how another version of the library writes merges."""
+    _, folder = pack
+    own = bases["llama"]
+
+    def change(parts):
+        parts["pre_tokenizer"]["trim_offsets"] = not parts["pre_tokenizer"]["trim_offsets"]
+        parts["normalizer"] = {"type": "Sequence", "normalizers": []}
+        parts["model"]["ignore_merges"] = False
+        parts["model"]["merges"] = [" ".join(merge) for merge in parts["model"]["merges"]]
+
+    other = on_another_function(own, tmp_path / "other", retoken=rewritten(change))
+    other.tokenizer(["one", "two words"], padding=True, truncation=True, max_length=3)
+    assert other.function["tokenizer_parts"] == own.function["tokenizer_parts"]
+    assert xfusion.load(folder, backbone=other).backbone is other
+
+
+def test_a_pack_of_before_is_completed_when_it_is_written_again(pack, bases):
+    model, folder = pack
+    edit(folder, lambda c: c.pop("base_function"))
+    checkpoint.add_facts(folder, model, scores={"fit": 0.5})
+    assert json.loads((folder / "config.json").read_text())["base_function"] == bases["llama"].function
+    edit(folder, lambda c: c["base"].update(fingerprint="0" * 64))
+    with pytest.raises(XFusionError, match=f"belongs to the base {'0' * 16}, the model stands on"):
+        checkpoint.add_facts(folder, model, scores={"fit": 0.5})
 
 
 def test_a_pack_from_before_settings_were_recorded_loads(pack, bases, tmp_path):

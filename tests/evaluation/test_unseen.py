@@ -8,7 +8,7 @@ from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import open_source
 from xfusion.evaluation.run import evaluate
 from xfusion.evaluation.suites import emoji
-from xfusion.evaluation.unseen import held_out, held_split, trained_on
+from xfusion.evaluation.unseen import TrainingData, held_out, held_split, recorded_data
 from xfusion.modalities.codecs.pixels import Pixels
 from xfusion.modalities.image import ImageModality
 
@@ -47,8 +47,7 @@ def score(known=(), **settings):
 
 def test_the_recorded_data_are_the_source():
     config = {"training": {"data": "photos"}, "recipe": {"data": "emoji"}}
-    assert trained_on(config) == "photos"
-    assert trained_on({"recipe": {"data": "emoji"}, "training": {"steps": 3}}) == "emoji" and trained_on({}) is None
+    assert recorded_data(config) == [TrainingData("photos")] and recorded_data({}) == [TrainingData(None)]
     result = score(["photos"])
     assert result["settings"]["data"] == result["settings"]["trained_on"] == "photos" and result["num_concepts"] == 10
     assert result["settings"]["held"] is None

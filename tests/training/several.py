@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from dataclasses import replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from contracts.table import Noise, make_base, model_config
 from rich.console import Console
 
 from xfusion.backbone import Backbone
+from xfusion.data.mixed import Mixed
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.sequence import XFusionError
 from xfusion.data.templates import Templates
@@ -129,6 +131,7 @@ def run(
     sigkill_step=None,
     extra=(),
     data=None,
+    mixed=False,
     allow_bad=0.0,
     **mixture,
 ) -> None:
@@ -145,11 +148,12 @@ def run(
         if event["event"] == "step" and (event["step"], int(os.environ["RANK"])) == sigterm_at:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    source = Mixed("many+few", [Noise(6), Noise(4)], [Fraction(2), Fraction(1)]) if mixed else Noise()
     fingerprint = base.compute_fingerprint()
     model = loop.train(
         recipe,
         out=folder / name,
-        source=None if data else Noise(),
+        source=None if data else source,
         allow_bad=allow_bad,
         backbone=base,
         compile=compile,
@@ -260,6 +264,10 @@ def whole(folder: Path) -> None:
     for count in (1, 2, 4):
         name, extra = f"pairs_{count}", (Contrastive.Config(width=16),)
         together(count, lambda count=count, name=name, extra=extra: run(folder, name, extra=extra, **pairs))
+    # Each source of a mixture has losses of its own weight: of four processes, some have no row of one of them.
+    for count in (1, 2, 4):
+        weights = {"mixed": True, "loss_weights": (1.0, 0.2), "steps": 4}
+        together(count, lambda count=count, weights=weights: run(folder, f"weights_{count}", **weights))
     together(2, lambda: run(folder, "again_2", activation_checkpointing=True))
     shutil.copytree(folder / "of_2", folder / "of_2_twice")
     together(2, lambda: run_twice(folder, "of_2_twice", "none"))

@@ -114,6 +114,13 @@ def test_pairs_are_contrasted_with_those_of_all_processes(ran):
         assert furthest(told(ran / f"pairs_{count}"), one) < TOLERANCE
 
 
+def test_weighted_losses_of_several_sources_add_up_over_the_processes(ran):
+    one = told(ran / "weights_1")
+    assert len(one) == 4
+    for count in (2, 4):
+        assert furthest(told(ran / f"weights_{count}"), one) < TOLERANCE
+
+
 def test_a_state_of_two_processes_goes_on_with_one_and_four(ran):
     assert states.newest_plan(ran / "died_2" / "state")["step"] == 6
     for count in (1, 4):

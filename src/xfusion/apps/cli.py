@@ -16,7 +16,7 @@ import shlex
 import sys
 import time
 import warnings
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from typing import Any
 
 import tyro
@@ -82,10 +82,12 @@ def main(argv: list[str] | None = None) -> int:
     except (UsageError, OSError, ValueError) as error:
         if not _is_expected(error):
             raise
+        line = f"xfusion: {' '.join(str(error).split())}"
+        _report_to_torchrun(line)
         if getattr(error, "reported_elsewhere", False):
             time.sleep(REPORT_WAIT)
             return 2
-        print(f"xfusion: {' '.join(str(error).split())}", file=sys.stderr)
+        print(line, file=sys.stderr)
         return 2
 
 
@@ -129,14 +131,26 @@ def _is_expected(error: Exception) -> bool:
 def _report_interrupt(stop: KeyboardInterrupt, argv: list[str]) -> int:
     if str(stop):  # training wrote its checkpoint
         restart = argv if "--resume" in argv else [*argv, "--resume"]
+        line = f"xfusion: {str(stop).split(';')[0]}; go on with: {_launch_command()} {shlex.join(restart)}"
+        _report_to_torchrun(line)
         if os.environ.get("RANK", "0") == "0":  # with several processes only rank 0 prints
-            print(
-                f"xfusion: {str(stop).split(';')[0]}; go on with: {_launch_command()} {shlex.join(restart)}",
-                file=sys.stderr,
-            )
+            print(line, file=sys.stderr)
     else:
         print("xfusion: stopped", file=sys.stderr)
     return getattr(stop.__cause__ or stop, "code", 130)
+
+
+def _report_to_torchrun(line: str) -> None:
+    """Let torchrun's own report of a failed process, which is long and comes last, end with the line that says why.
+
+    It reads the line from a file that it names in the environment (`torch.distributed.elastic.multiprocessing.errors`). Its
+    decorator `record` would write a traceback there.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        message = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": message}, file)
 
 
 def _launch_command() -> str:

@@ -54,6 +54,9 @@ FUNCTION = (
     "norm_topk_prob",
 )
 """Configuration settings that change what the same weights compute; a family has only some of them."""
+ENCODING = ("normalizer", "pre_tokenizer", "model", "added_tokens")
+"""Parts of a serialised tokenizer that decide which token ids a text becomes. Truncation, padding and the post-processor do not
+act here (`Backbone.encode` adds no special tokens), and the decoder only turns ids back into text."""
 _LLAMA3: dict[str, Any] = {"model_type": "llama", "vocab_size": 128_256, "num_key_value_heads": 8, "rms_norm_eps": 1e-5}
 SHAPES: dict[str, dict[str, Any]] = {
     "Llama-3.2-1B": _LLAMA3
@@ -265,7 +268,8 @@ class Backbone:
     @property
     def function(self) -> dict[str, Any]:
         """What determines a base's output besides its weights, as JSON to store in a pack: configuration settings, the layers'
-        windows, and a hash of the tokenizer's vocabulary and special tokens.
+        windows, a hash of the tokenizer's vocabulary and special tokens, and hashes of what else decides how text is encoded
+        (`encoding_hashes`).
         """
         settings = {name: getattr(self.config, name) for name in FUNCTION if hasattr(self.config, name)}
         facts: dict[str, Any] = {"settings": settings | {"windows": [self.window(i) for i in range(self.num_layers)]}}
@@ -278,6 +282,7 @@ class Backbone:
                 tokenizer.eos_token_id,
             )
             facts["tokenizer"] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+            facts["tokenizer_parts"] = encoding_hashes(tokenizer)
         return json.loads(json.dumps(facts, default=str))
 
     def window(self, layer: int) -> int | None:
@@ -600,3 +605,36 @@ def _aligned_like(values: Tensor, reference: Tensor) -> Tensor:
     buffer = torch.empty(size + 128, dtype=torch.uint8)
     start = (reference.data_ptr() - buffer.data_ptr()) % 64
     return buffer[start : start + size].view(values.dtype).view(values.shape).copy_(values)
+
+
+def encoding_hashes(tokenizer: Any) -> dict[str, str | None]:
+    """SHA-256 of each part of a tokenizer in `ENCODING`, None for a part that it lacks: merges, normaliser, added tokens, ...
+
+    Two tokenizers of one vocabulary may split a text differently. What another version of the library writes differently but
+    means the same has no influence: fields that are off, the format of merges, and character offsets. A tokenizer without a
+    serialised form, which is one in Python, has no hashes.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        return {}
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    plain_parts = {name: _plain(parts.get(name)) for name in ENCODING}
+    absent = (None, {"type": "Sequence"})  # an empty sequence of normalisers does nothing
+    return {name: None if part in absent else _hash_of_json(part) for name, part in plain_parts.items()}
+
+
+def _plain(part: Any) -> Any:
+    """A part of a serialised tokenizer without what says nothing about token ids."""
+    if isinstance(part, list):
+        return [_plain(item) for item in part]
+    if not isinstance(part, dict):
+        return part
+    plain = {key: value if key == "vocab" else _plain(value) for key, value in part.items() if key != "trim_offsets"}
+    if isinstance(merges := plain.get("merges"), list):
+        plain["merges"] = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    return {
+        key: value for key, value in plain.items() if value is not None and value is not False and value not in ("", [])
+    }
+
+
+def _hash_of_json(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -46,6 +46,14 @@ class PendingMedia(Media):
     """Side in pixels."""
 
 
+@dataclass(kw_only=True)
+class WeightedBatch(Batch):
+    """A batch of samples whose losses have a weight of their own (`MixtureConfig.loss_weights`)."""
+
+    loss_weight: float
+    """Factor of the sums of all its losses; their counts stay."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MixtureConfig:
     """The samples of one optimizer step."""
@@ -65,6 +73,9 @@ class MixtureConfig:
     ones also get the media loss (Transfusion caps at 0.5)."""
     templates: Templates = Templates()
     """How examples are worded."""
+    loss_weights: tuple[float, ...] = ()
+    """Weight of the losses of each source of the data, in the order of --data, such as 1 0.2 for photos+emoji: a loss is the sum
+    over all samples of the step, each with the weight of its source, divided by their plain number. Empty weighs all alike."""
 
 
 class Mixture:
@@ -85,7 +96,7 @@ class Mixture:
         decoders: threads that read and decode; None uses four, or the number of cores if that is less.
 
     Raises:
-        XFusionError: the source is empty, or the captioning batch does not fill its rows.
+        XFusionError: the source is empty, the captioning batch does not fill its rows, or the weights are not one per source.
     """
 
     def __init__(
@@ -116,6 +127,12 @@ class Mixture:
             raise XFusionError(f"shots {config.shots}: 0, or how many solved examples stand before a picture")
         if config.draw + config.caption == 0:
             raise XFusionError("draw and caption are both 0: there is nothing to learn")
+        number, weights = len(source.sources) if isinstance(source, Mixed) else 1, config.loss_weights
+        if weights and not (len(weights) == number and all(0 <= w < math.inf for w in weights) and any(weights)):
+            raise XFusionError(
+                f"loss_weights {' '.join(f'{w:g}' for w in weights)}: {source.spec} has {number} source{'s' * (number > 1)}: give"
+                " one weight from 0 on for each, in their order, and not 0 for all"
+            )
         self.source, self.image, self.sizes, self.config, self.seed = source, image, sizes, config, seed
         self.encode, self.begin, self.end, self.row_slice, self.left_out = encode, begin, end, row_slice, left_out
         self.order = order_of(source, config, seed)
@@ -297,13 +314,31 @@ class Mixture:
 
     def _rows(self, drawings: list[Sequence], captionings: list[Sequence]) -> tuple[list[list[Sequence]], ...]:
         """Rows of both tasks. Each drawing has its own row, in the order of the samples, unless smaller ones share a row.
-        Captions are packed with others of their lane, so that a process finds them in the row groups that it reads.
+        Captions are packed with others of their lane, so that a process finds them in the row groups that it reads. All samples
+        of a row have losses of one weight.
         """
         budget = self.config.pack * (1 + self.config.shots) * self._row_positions
+
+        def balance_by_weight(samples: list[Sequence], row_budget: int) -> list[list[Sequence]]:
+            """Balanced rows of samples of one loss weight each; with several weights, the number of rows varies by step."""
+            groups = self._by_loss_weight([[sample] for sample in samples])
+            return [row for group in groups.values() for row in balance([sample for (sample,) in group], row_budget)]
+
         if len(self.sizes) > 1:  # a lane's pictures may have any size, so their number of rows would vary by step
-            return balance(drawings, self._row_positions), balance(captionings, budget)
+            return balance_by_weight(drawings, self._row_positions), balance_by_weight(captionings, budget)
         lanes = self.order.group_by_lane("caption", captionings)
-        return [[s] for s in drawings], [row for part in lanes for row in balance(part, budget)]
+        return [[s] for s in drawings], [row for part in lanes for row in balance_by_weight(part, budget)]
+
+    def _by_loss_weight(self, rows: list[list[Sequence]]) -> dict[float | None, list[list[Sequence]]]:
+        """Rows by the weight of their losses, in order; all of them under None if there are no weights."""
+        weights, starts = self.config.loss_weights, self.source.starts if isinstance(self.source, Mixed) else (0,)
+        if not weights:
+            return {None: rows}
+        by_weight: dict[float | None, list[list[Sequence]]] = {}
+        for row in rows:  # a sample is of the source of its last picture: those before it are solved examples
+            index = next(s.index for s in reversed(row[0].segments) if isinstance(s, PendingMedia))
+            by_weight.setdefault(weights[bisect_right(starts, index) - 1], []).append(row)
+        return by_weight
 
     @cached_property
     def widths(self) -> tuple[int, int]:
@@ -369,10 +404,13 @@ class Mixture:
         )
 
     def _pack_rows(self, drawings: list[Sequence], captionings: list[Sequence]) -> list[Batch]:
-        tasks = zip(self._rows(drawings, captionings), self.widths, strict=True)
-        return [
-            pack(self._fill_pictures(rows), text_width=_fit(width, _longest(rows))) for rows, width in tasks if rows
-        ]
+        batches: list[Batch] = []
+        for rows, width in zip(self._rows(drawings, captionings), self.widths, strict=True):
+            for weight, part in self._by_loss_weight(rows).items():
+                if part:
+                    batch = pack(self._fill_pictures(part), text_width=_fit(width, _longest(part)))
+                    batches.append(batch if weight is None else WeightedBatch(**vars(batch), loss_weight=weight))
+        return batches
 
 
 def order_of(source: Source, config: MixtureConfig, seed: int) -> Order:

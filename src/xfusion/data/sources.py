@@ -13,6 +13,7 @@ out by the hash of their name, so adding pictures later moves none to the other 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import re
@@ -376,6 +377,18 @@ def _in_threads(function: Callable[[Path], T], paths: Iterable[Path]) -> list[tu
 
 def _content_hash(path: Path) -> str:
     return file_hash(path)[:16]
+
+
+def content_fingerprint(source: Source) -> str:
+    """SHA-256 over names, groups, texts and content of a source's examples, in order; 64 hexadecimal digits.
+
+    It does not depend on where the files are, so it recognises data whose spec has become another one.
+    """
+    digest = hashlib.sha256()
+    for example in source.examples:
+        facts = [example.id, example.group, example.captions, example.question, example.content]
+        digest.update(json.dumps(facts).encode())
+    return digest.hexdigest()
 
 
 def too_many(source: Source, unreadable: Mapping[int, str], allow_bad: float) -> str | None:

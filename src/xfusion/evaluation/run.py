@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from xfusion.data.sequence import XFusionError
 from xfusion.evaluation import suites
 from xfusion.evaluation.machine import commit, machine
-from xfusion.evaluation.unseen import check_settings
+from xfusion.evaluation.unseen import TrainingData, check_settings, data_of
 from xfusion.storage import write_json
 
 Progress = Callable[[str, int, int], None]
@@ -35,7 +35,7 @@ def evaluate(
     *,
     out: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
-    trained_on: Sequence[str] = (),
+    trained_on: Sequence[str | TrainingData] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Score `model` with a suite.
@@ -45,8 +45,9 @@ def evaluate(
         suite: a name from `suite_names()`.
         out: a JSON file to write the result to, with the commit and the machine; it is written atomically.
         progress: called with the progress of each part.
-        trained_on: specs of the model's training data (`xfusion.evaluation.unseen.trained_on` of its pack). They are the
-            default ``source`` of the suite, and none of their examples is scored as held out.
+        trained_on: specs of the model's training data, the default ``source`` of the suite; none of their examples is scored as
+            held out. None uses what the model's pack records of all its runs; a model without a record is not checked, and the
+            result says so.
         settings: keyword arguments of the suite's ``run``, e.g. ``source="emoji:128"``.
 
     Returns:
@@ -57,7 +58,10 @@ def evaluate(
             suite scores.
     """
     run = check(suite, settings)
-    settings, facts = check_settings(settings, inspect.signature(run).parameters, trained_on)
+    recorded = data_of(model) if trained_on is None else trained_on
+    trained = [TrainingData(data) if isinstance(data, str) else data for data in recorded]
+    special_tokens = getattr(getattr(model, "backbone", None), "special_tokens", ())
+    settings, facts = check_settings(settings, inspect.signature(run).parameters, trained, special_tokens)
     started = time.perf_counter()
     result = run(model, progress=progress or silent, **settings)
     result["settings"] = {

@@ -26,7 +26,8 @@ from rich.console import Console
 from xfusion import checkpoint
 from xfusion.backbone import Backbone
 from xfusion.backbone.attention import choose_attention
-from xfusion.data.mixture import Prefetcher
+from xfusion.card import training_runs
+from xfusion.data.mixture import Prefetcher, WeightedBatch
 from xfusion.data.sequence import Batch, XFusionError
 from xfusion.data.sources import Source, stated_licence
 from xfusion.modalities.image import ImageModality
@@ -149,6 +150,8 @@ class _Run:
         self.progress = Progress(self.recipe.stages, settings.minutes)
         self.exit_stack = ExitStack()
         self.sharding: Sharding | None = None
+        self.earlier: list[dict[str, Any]] = []
+        """Records of the runs behind the pack that this run started from."""
         self.saved_step: int | None = None
         """Step of the newest intact state, which was written last or resumed from."""
         self.preview_every = settings.preview_every
@@ -197,11 +200,24 @@ class _Run:
         device = "cpu" if self.shard == "all" else self.processes.device
         backbone = settings.backbone or Backbone.load(base.source, revision=base.revision, device=device)
         self.model = model = setup.open_model(settings, backbone)
+        self.earlier = [] if settings.from_pack is None else training_runs(model.recorded.facts)
         setup.check_losses(model, self.recipe.stages, self.processes.count, self.shard)
+        self._check_loss_weights()
         self.source = source = setup.open_data(settings, backbone.special_tokens)
         self.data_licence = stated_licence(source.licence, self.recipe.data_licence, source.spec)
         if "draw" not in model.capabilities or not isinstance(model.modality, ImageModality):
             self.preview_every = 0.0
+
+    def _check_loss_weights(self) -> None:
+        """A loss over a whole batch would compare only samples of equal weight, which are a batch of their own."""
+        together = [objective.name for objective in self.model.objectives if objective.scope == "batch"]
+        for number, stage in enumerate(self.recipe.stages):
+            if together and stage.mixture.loss_weights:
+                raise XFusionError(
+                    f"stage {number} weighs the losses of each source, but the loss {together[0]} compares the items of all:"
+                    f" leave --stages.{number}.mixture.loss-weights out, or weigh the sources by their samples"
+                    " (--data a:weight=2+b)"
+                )
 
     def _prepare_together(self, dtype: torch.dtype, reason: str) -> None:
         """What all processes prepare together: equal weights, the resumed state, batches, and the log of the first process."""
@@ -447,7 +463,10 @@ class _Run:
 
         def compute_losses() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
             with torch.autocast(self.processes.device.type, self.engine.dtype, enabled=bool(self.engine.autocast)):
-                return self.model.losses(batch, generator, self.processes.row_slice(len(batch.text_ids)))
+                losses = self.model.losses(batch, generator, self.processes.row_slice(len(batch.text_ids)))
+            if not isinstance(batch, WeightedBatch):
+                return losses
+            return {name: (batch.loss_weight * total, count) for name, (total, count) in losses.items()}
 
         return (compute_losses(), 0) if self.sharding is None else self.sharding.losses(compute_losses)
 
@@ -507,6 +526,7 @@ class _Run:
             "threads": torch.get_num_threads(),
             "dtype": str(self.engine.dtype).removeprefix("torch."),
             "examples": self._examples,
+            "earlier": self.earlier,
             "left_out": self.left_out.state_dict(),
             "broken": self.left_out.by_id(unreadable or {}),
         }
@@ -524,13 +544,22 @@ class _Run:
             resuming.check(plan, self.out, self.recipe, fingerprint, self.source.spec, self._examples)
         self.progress.load_state_dict(plan)
         self.left_out.load_state_dict(plan.get("left_out", {}))
+        self.earlier = plan.get("earlier", self.earlier)  # a run is resumed without the pack that it started from
         self.optimizer.load_state_dict(tensors)
         self.saved_step = self.progress.step
 
     def _write_pack(self, *, collective: bool) -> None:
         if self.recipe.stages[-1].ema > 0:
             self.optimizer.use_average()  # the returned and saved model has the averaged weights
-        facts = outputs.pack_facts(self.recipe, self.progress, self.source, self.data_licence)
+        facts = outputs.pack_facts(
+            self.recipe,
+            self.progress,
+            self.source,
+            self.data_licence,
+            data_fingerprint=self._examples[-1],
+            teachers=self.model.teachers,
+            earlier=self.earlier,
+        )
         pack = self.out / "pack"
         self.model = outputs.write_pack(pack, self.model, facts, self.sharding, self.processes, collective=collective)
         self.sharding = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,16 +31,39 @@ def write_sheet(path: Path, pictures: Sequence[PILImage.Image], size: int) -> PI
     return sheet
 
 
-def pack_facts(recipe: Recipe, progress: Progress, source: Source, data_licence: str) -> dict[str, Any]:
-    """Facts about the training of a pack, for its config and card."""
+def pack_facts(
+    recipe: Recipe,
+    progress: Progress,
+    source: Source,
+    data_licence: str,
+    *,
+    data_fingerprint: str,
+    teachers: Collection[str] = (),
+    earlier: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
+    """Facts about the training of a pack, for its config and card.
+
+    Args:
+        recipe: how it was trained.
+        progress: how long.
+        source: on what.
+        data_licence: licence of the data.
+        data_fingerprint: `xfusion.data.sources.content_fingerprint` of the source; a pack has no folders of this machine, so its
+            spec alone may name other data elsewhere.
+        teachers: fingerprints of the encoders that it learned from.
+        earlier: `xfusion.card.training_runs` of the pack that the run started from.
+    """
     training = {
         "steps": progress.step,
         "samples": progress.samples,
         "seconds": round(progress.seconds, 1),
         "data": source.spec,
+        "data_fingerprint": data_fingerprint,
         "data_licence": data_licence,
         "pictures": len(source.examples),
         "averaged": recipe.stages[-1].ema > 0,
+        **({"teachers": sorted(teachers)} if teachers else {}),
+        **({"earlier": list(earlier)} if earlier else {}),
     }
     licence = {} if recipe.licence is None else {"licence": recipe.licence}
     return {"recipe": checkpoint.to_json(recipe), "training": training, **licence}
@@ -76,6 +99,8 @@ def write_pack(
         with processes.first_alone() if collective else nullcontext():
             if is_first:
                 checkpoint.save(model, folder, **facts)
+        if collective:  # `evaluate` reads the record in every process
+            model.recorded = processes.broadcast(model.recorded)
         return model
     from xfusion.training.sharding import gathered_state
 

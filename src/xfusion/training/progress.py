@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from xfusion.data.sources import Source
+from xfusion.data.sources import Source, content_fingerprint
 from xfusion.training.stages import Stage
 
 LATEST_PLAN = 0.75
@@ -122,10 +121,7 @@ class Progress:
 
 def all_examples(source: Source) -> list[Any]:
     """The number of examples, a hash of their ids (the order of a run depends on all of them), and a hash of their content."""
-    id_hash, content_hash = hashlib.sha256(), hashlib.sha256()
+    id_hash = hashlib.sha256()
     for number, example in enumerate(source.examples):
         id_hash.update(("\n" * bool(number) + example.id).encode(errors="surrogatepass"))
-        content_hash.update(
-            json.dumps([example.id, example.group, example.captions, example.question, example.content]).encode()
-        )
-    return [len(source.examples), id_hash.hexdigest(), content_hash.hexdigest()]
+    return [len(source.examples), id_hash.hexdigest(), content_fingerprint(source)]

@@ -18,7 +18,6 @@ from xfusion.apps.commands.base import (
     choose_device,
     load_model,
     pack_folder,
-    parts,
     progress,
     table,
 )
@@ -96,7 +95,8 @@ def verdict(result: dict[str, Any]) -> str:
 class Evaluate(Verb):
     """Score a model with a suite, and record settings, seeds and versions.
 
-    The pack's record says which data it was trained on; training pictures are never scored as held out.
+    The pack's record says which data it was trained on, also before `train --from`; training pictures are never scored as
+    held out.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -105,7 +105,7 @@ class Evaluate(Verb):
     """Name of the suite."""
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE...")] = ()
     """Settings of the suite, such as source=emoji:128 max_drawn=64 features=false. Without a source the suite uses the
-    data that the pack was trained on, if recorded."""
+    data of the pack's last training run, if recorded."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
     """Also write the result to this JSON file."""
     record: bool = False
@@ -118,7 +118,6 @@ class Evaluate(Verb):
     def run(self, console: Console) -> Answer:
         from xfusion import checkpoint
         from xfusion.evaluation.run import check, evaluate
-        from xfusion.evaluation.unseen import trained_on
 
         folder = _record_folder(self.model) if self.record else None
         if self.out:
@@ -127,12 +126,8 @@ class Evaluate(Verb):
         choose_device(self.device)
         check(self.suite, settings)  # before a model is loaded
         model = load_model(self.model, device=self.device, trust=self.trust)
-        configs = [checkpoint.read_config(checkpoint.find(pack_folder(name))) for name in parts(self.model)]
-        trained_specs = [spec for config in configs if (spec := trained_on(config)) is not None]
         with progress(console) as report_progress:
-            result = evaluate(
-                model, self.suite, out=self.out, progress=report_progress, trained_on=trained_specs, **settings
-            )
+            result = evaluate(model, self.suite, out=self.out, progress=report_progress, **settings)
         if folder:
             checkpoint.add_facts(folder, model, scores={k: v for k, v in result.items() if k != "curves"})
         scores = {k: v for k, v in result.items() if k not in ("settings", "curves")}

@@ -38,6 +38,7 @@ class Show(Verb):
         if self.backbone is not None:
             return self._cost_on_shape(self.backbone)
         from xfusion import checkpoint
+        from xfusion.card import data_licences, run_summary, training_runs
         from xfusion.model import build
         from xfusion.recipes.base import find, names
 
@@ -54,9 +55,9 @@ class Show(Verb):
         elif Path(folder).expanduser().is_dir() or folder in checkpoint.shipped() or folder.count("/") == 1:
             config = checkpoint.read_config(checkpoint.find(folder))
             data = {"name": self.name, "kind": "pack"} | describe(load_model(folder, trust=self.trust))
-            training = config.get("training") or {}
-            data["licences"]["data"] = training.get("data_licence", "not recorded")
-            data["training"] = training
+            data["licences"]["data"] = data_licences(config)
+            data["training"] = config.get("training") or {}
+            data["training_runs"] = [run_summary(run) for run in training_runs(config)]
         else:
             from xfusion.apps.cli import nearest
 
@@ -254,6 +255,7 @@ def _text(data: dict[str, Any]) -> str:
             f"{media['grid'][0]} x {media['grid'][1]} = {media['tokens_per_item']} tokens of {media['token_width']} numbers",
         ),
         ("can", ", ".join(data["capabilities"])),
+        *(("" if number else "trained on", run) for number, run in enumerate(data.get("training_runs", ()))),
         ("training", f"{size_text(memory['total'])} and activations: {size_text(memory['base'])} base,"),
         (
             "",
