@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -122,6 +123,20 @@ def _quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextmanager
+def _quiet_gguf_reader() -> Iterator[None]:
+    """Inside the ``with`` block a GGUF file is read without a bar: transformers' setting does not reach this one."""
+    from transformers import modeling_gguf_pytorch_utils
+
+    reading: Any = modeling_gguf_pytorch_utils
+    bar = reading.tqdm
+    reading.tqdm = partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        reading.tqdm = bar
+
+
 # ------------------------------------------------------------------------------------------------------- GGUF files
 
 
@@ -163,7 +178,11 @@ def cache_folder() -> Path:
 
 
 def _dequantised_folder(file: Path) -> Path:
-    """Dequantise a GGUF file once into a folder of plain safetensors; later loads take a fraction of a second."""
+    """Dequantise a GGUF file once into a folder of plain safetensors; later loads take a fraction of a second.
+
+    Raises:
+        XFusionError: it cannot be read, or what it becomes cannot be written.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     file_stat = file.stat()
@@ -174,7 +193,7 @@ def _dequantised_folder(file: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".partial-"))
     try:
-        with _quiet_transformers():
+        with loading(f"base {str(file)!r} cannot be converted"), _quiet_gguf_reader():
             model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
             model.hf_quantizer = None
             model.is_quantized = False
