@@ -553,6 +553,61 @@ def test_the_optimizer_averages_what_it_says():
     assert torch.equal(weight, kept)
 
 
+def test_the_optimizer_is_torchs_adamw_behind_a_clipped_gradient():
+    """With the recipes' betas; and what is derived from weights notices every step."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(3, 4, generator=generator)
+    weight, other = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    optimizer = Optimizer({"w": weight})
+    theirs = torch.optim.AdamW([other], betas=(0.9, 0.95), weight_decay=0.02)
+    for rate, size in ((0.01, 0.1), (0.02, 5.0), (0.005, 1.0), (0.01, 20.0)):
+        gradient, version = size * torch.randn(3, 4, generator=generator), weight._version
+        weight.grad, other.grad = gradient.clone(), gradient.clone()
+        assert optimizer.step(rate, 1.0, 0.9, 0.02) == pytest.approx(float(gradient.norm()))
+        torch.nn.utils.clip_grad_norm_([other], 1.0)
+        theirs.param_groups[0]["lr"] = rate
+        theirs.step()
+        torch.testing.assert_close(weight, other)
+        assert weight._version > version and weight.grad is None
+
+
+def test_the_loss_is_weighed_and_every_step_has_noise_of_its_own(bases, tmp_path, monkeypatch):
+    """Twice the weights are twice the gradient, of the same losses."""
+    corrupt, seeds = FlowMatching.corrupt, []
+
+    def noted(self, batch, generator):
+        seeds.append(generator.initial_seed())
+        return corrupt(self, batch, generator)
+
+    monkeypatch.setattr(FlowMatching, "corrupt", noted)
+    plain = recipe(bases["llama"], steps=3, rate=0.0)
+    text, media = plain.model.text, plain.model.media
+    twice = plain.with_model(text=replace(text, weight=2 * text.weight), media=replace(media, weight=2 * media.weight))
+    train(bases["llama"], tmp_path / "plain", recipe_=plain)
+    assert len(set(seeds)) == 1 + 3  # that of the largest step, which is tried, and of each
+    train(bases["llama"], tmp_path / "twice", recipe_=twice)
+    for one, other in zip(log(tmp_path / "plain"), log(tmp_path / "twice"), strict=True):
+        assert one["losses"] == other["losses"]
+        assert other["gradient_norm"] == pytest.approx(2 * one["gradient_norm"], rel=1e-5)
+
+
+def test_losses_of_two_stages_have_no_common_mean():
+    walked = progress.Progress((Stage(steps=3), Stage(steps=2)), None)
+    means = []
+    for loss in (9.0, 9.0, 9.0, 1.0, 1.0):
+        walked.record(loss, 4)
+        means.append((walked.state_dict()["stage"], walked.state_dict()["loss"]))
+    assert means == [(0, pytest.approx(9))] * 3 + [(1, pytest.approx(1))] * 2
+
+
+def test_a_budget_has_room_for_its_previews():
+    """Of 50 seconds that are left five previews take ten."""
+    walked = progress.Progress((Stage(),), 1.0)
+    now = walked._started + 10
+    assert walked.steps_in_budget(0.5, now, 0.0, 2.0) == 100
+    assert walked.steps_in_budget(0.5, now, 10.0, 2.0) == 80
+
+
 def test_rates_rise_and_fall():
     for schedule in ("linear", "cosine", "constant"):
         stage = Stage(rate=2.0, warmup=4, schedule=schedule)
