@@ -5,8 +5,9 @@
 Each recipe trains two joint steps in a process of its own, the embedded base in bfloat16 as the checkpoints of larger ones are.
 Held are the pages that are the process's own (Linux's RssAnon) once freed blocks were given back: weights, moments and average,
 without gradients, and kept states of prompts. What Python and the libraries hold is subtracted: all of it was done once before,
-and dropped. The prediction is that of `xfusion show`; for larger bases there is the prediction alone, from their shapes. Writes
-benchmarks/results/memory.json, which `python docs/pages.py speed` reads.
+and dropped. The prediction is that of `xfusion show`. `--measured` names larger shapes that are trained too, with random
+weights and the embedded tokenizer, by those recipes whose prediction fits into half of this machine's memory; for the others
+there is the prediction alone. Writes benchmarks/results/memory.json, which `python docs/pages.py speed` reads.
 """
 
 from __future__ import annotations
@@ -47,6 +48,10 @@ class Settings:
     """Recipes with arguments."""
     data: str = "emoji:128"
     """Pictures with captions."""
+    measured: tuple[str, ...] = ("Llama-3.2-1B",)
+    """Shapes of larger bases that are trained, with random weights."""
+    few: int = 8
+    """Samples per step on larger bases, a third of them captions. What is held does not depend on it."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = RESULT
     """Where the result goes."""
 
@@ -61,36 +66,53 @@ def resident_bytes() -> int:
     return pages
 
 
-def train_two_steps(recipe: str, source: Source, base: Backbone | None = None) -> Step:
-    """A recipe behind two steps."""
-    base = base or Backbone.load(dtype=torch.bfloat16)
+def load_base(shape: str | None) -> Backbone:
+    """The embedded base in bfloat16, or a random one of a larger shape with the embedded tokenizer."""
+    embedded = Backbone.load(dtype=torch.bfloat16)
+    if shape is None:
+        return embedded
+    return Backbone(Backbone.of_shape(shape, "cpu").model, embedded.tokenizer, shape, pretrained=False)
+
+
+def train_two_steps(recipe: str, source: Source, base: Backbone, samples: int | None = None) -> Step:
+    """A recipe behind two steps.
+
+    Args:
+        recipe: name and arguments.
+        source: pictures with captions.
+        base: the base.
+        samples: samples per step; None means the demo's.
+    """
     bench = Bench(backbone=base, source=source, compile=False, report=lambda _: None)
-    step = Step(bench, build(find(recipe)().model, base))
+    captions = None if samples is None else samples // 3
+    drawn = None if samples is None or captions is None else samples - captions
+    step = Step(bench, build(find(recipe)().model, base), draw=drawn, caption=captions)
     step()
     step()
     return step
 
 
-def measure(recipe: str, data: str) -> dict[str, Any]:
-    """A recipe on the embedded base, by a process that did nothing else before."""
+def measure(recipe: str, data: str, shape: str | None = None, samples: int | None = None) -> dict[str, Any]:
+    """A recipe on a base, by a process that did nothing else before."""
     source = open_source(data)
-    train_two_steps(recipe, source)
+    train_two_steps(recipe, source, load_base(None), samples)
     empty_bytes = resident_bytes()
-    base = Backbone.load(dtype=torch.bfloat16)
+    base = load_base(shape)
     base_bytes = resident_bytes()
-    step = train_two_steps(recipe, source, base)
+    step = train_two_steps(recipe, source, base, samples)
     resident = resident_bytes() - empty_bytes
     with peak_memory(base.device) as peak:
         step()
-    predicted = training_memory(step.model, source)
     model = step.model
+    predicted = training_memory(model, source)
+    at_the_demos_batch = {"activations_predicted": activation_memory(model, demo().stages[0], torch.bfloat16)}
     return {
         "base": base_bytes - empty_bytes,
         "held": resident,
         "held_over_base": round(resident / (base_bytes - empty_bytes), 3),
         "held_predicted": predicted["total"] - predicted["gradients"],
         "peak_of_a_step": peak["bytes"],
-        "activations_predicted": activation_memory(model, demo().stages[0], torch.bfloat16),
+        **(at_the_demos_batch if samples is None else {"samples": samples}),
         "new_weights": model.num_new_parameters,
     }
 
@@ -112,15 +134,25 @@ def predict(recipe: str, shape: str) -> dict[str, Any]:
 def main(settings: Settings) -> None:
     """Measure each recipe in its own process, predict the larger ones, write."""
     rows, context = [], multiprocessing.get_context("spawn")
-    for recipe in settings.recipes:
+
+    def add(base_model: str, recipe: str, *arguments: Any) -> None:
         with context.Pool(1) as pool:
-            rows.append(
-                {"base_model": "SmolLM2-135M", "recipe": recipe, **pool.apply(measure, (recipe, settings.data))}
-            )
+            row = pool.apply(measure, (recipe, settings.data, *arguments))
+        rows.append({"base_model": base_model, "recipe": recipe, **row})
         print(json.dumps(rows[-1]), flush=True)
-    for shape in SHAPES:
-        rows += [{"base_model": shape, "recipe": recipe, **predict(recipe, shape)} for recipe in settings.recipes]
-    write_json(settings.out, {**origin("benchmarks"), "data": settings.data, "rows": rows})
+
+    for recipe in settings.recipes:
+        add("SmolLM2-135M", recipe)
+    provenance = origin("benchmarks")
+    half = provenance["machine"]["memory_gb"] * 1e9 / 2
+    for shape in dict.fromkeys([*SHAPES, *settings.measured]):
+        for recipe in settings.recipes:
+            predicted = predict(recipe, shape)
+            if shape in settings.measured and predicted["held_predicted"] < half:
+                add(shape, recipe, shape, settings.few)
+            else:
+                rows.append({"base_model": shape, "recipe": recipe, **predicted})
+    write_json(settings.out, {**provenance, "data": settings.data, "rows": rows})
 
 
 if __name__ == "__main__":

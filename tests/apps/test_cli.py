@@ -253,6 +253,13 @@ def test_bad_input_is_one_line(run, here, pack, line, complaint):
     assert complaint in ran.err
 
 
+@pytest.mark.full
+def test_the_embedded_base_is_unpacked_without_a_word_in_a_pipe(run, here, monkeypatch):
+    monkeypatch.setenv("XFUSION_CACHE", str(here / "cache"))
+    assert "missing: no such folder or file" in run("data", "check", "missing").err
+    assert len(list((here / "cache" / "bases").iterdir())) == 1
+
+
 FILLED = {
     "demo": "",
     "train": "xfusion",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any, Literal
 
@@ -123,20 +124,6 @@ def _quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-@contextmanager
-def _quiet_gguf_reader() -> Iterator[None]:
-    """Inside the ``with`` block a GGUF file is read without a bar: transformers' setting does not reach this one."""
-    from transformers import modeling_gguf_pytorch_utils
-
-    reading: Any = modeling_gguf_pytorch_utils
-    bar = reading.tqdm
-    reading.tqdm = partial(bar, disable=True)
-    try:
-        yield
-    finally:
-        reading.tqdm = bar
-
-
 # ------------------------------------------------------------------------------------------------------- GGUF files
 
 
@@ -193,7 +180,9 @@ def _dequantised_folder(file: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".partial-"))
     try:
-        with loading(f"base {str(file)!r} cannot be converted"), _quiet_gguf_reader():
+        # transformers counts the tensors on a bar that no setting turns off; in a pipe or a log it would be noise.
+        bar = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
+        with loading(f"base {str(file)!r} cannot be converted"), bar:
             model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
             model.hf_quantizer = None
             model.is_quantized = False
