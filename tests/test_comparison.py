@@ -724,9 +724,18 @@ def test_intervals_from_files(go, base):
         for seed, value in enumerate(values):
             run = read(f"{label}-seed0.json")
             run["seed"], run["scores"]["fit_caption_f1"] = seed, value
+            run["scores"] |= {"fit_caption_f1_blind": 0.1 * seed, "text_perplexity_change": -value}
+            run["cost"]["peak_memory"]["bytes"] = (2, 9, 4, 1, 3)[seed]
+            run["cost"] |= {"wall_minutes": (1, 30, 2, 3, 9)[seed], "time": {"step_seconds": (5, 4, 90, 1, 2)[seed]}}
             Path(f"comparison/test/{label}-seed{seed}.json").write_text(json.dumps(run))
     table = summarise("comparison/test")
-    f1 = next(s for s in table["scores"] if s["score"] == "fit_caption_f1")
+    cost = table["cost"][0]
+    assert (cost["peak_memory"]["bytes"], cost["wall_minutes"], cost["time"]) == (9, 3, {"step_seconds": 4})
+    perplexity, f1 = (
+        next(s for s in table["scores"] if s["score"] == name) for name in ("text_perplexity_change", "fit_caption_f1")
+    )
+    assert perplexity["rows"][1]["difference"]["verdict"] == "better, untuned"  # the lower one
+    assert f1["blind"] == pytest.approx(0.2)
     one, two = f1["rows"]
     assert one["interval"] == pytest.approx(
         [0.5 - 2.776445 * math.sqrt(0.005 / 5), 0.5 + 2.776445 * math.sqrt(0.005 / 5)]

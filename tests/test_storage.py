@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -89,6 +90,27 @@ def fill(folder, content):
 
 def content(folder):
     return (folder / "config.json").read_text()
+
+
+def test_a_folder_has_its_files_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """And the one that it replaces goes only when the name itself is there."""
+    pack = tmp_path / "pack"
+    fill(pack, "old")
+    done, sync, rename, remove = [], os.fsync, Path.rename, shutil.rmtree
+
+    def removed(path, **how):
+        if path.exists():
+            done.append(f"{path.name} removed")
+        remove(path, **how)
+
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append(os.fstat(handle).st_ino) or sync(handle))
+    monkeypatch.setattr(
+        Path, "rename", lambda self, target: done.append(f"{target.name} named") or rename(self, target)
+    )
+    monkeypatch.setattr(shutil, "rmtree", removed)
+    fill(pack, "new")
+    file, folder, parent = (path.stat().st_ino for path in (pack / "config.json", pack, tmp_path))
+    assert done == [file, folder, ".pack-aside named", "pack named", parent, ".pack-aside removed"]
 
 
 def after_the_first_rename(monkeypatch, then):

@@ -874,5 +874,8 @@ def test_an_argument_of_another_kind_is_named(recipe, said):
 
 
 def test_arguments_of_their_kind_are_taken():
-    for recipe in ("xfusion(stride=3, mlp=None, rate=1)", "lora(recipe='llava(strip=7)', targets=('query',))"):
-        find(recipe)
+    made = find("xfusion(stride=3, mlp=None, rate=1)")()
+    assert (made.model.fusion.stride, made.model.fusion.mlp, made.stages[0].rate) == (3, None, 1)
+    made = find("lora(recipe='llava(strip=7)', targets=('query',))")()
+    assert made.model.fusion.targets == ("query",) and made.model.image == find("llava(strip=7)")().model.image
+    assert made.model.image != find("llava")().model.image

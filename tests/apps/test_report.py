@@ -190,7 +190,7 @@ def test_numbers_are_those_of_the_metrics():
 
 def test_right_and_wrong_are_marked():
     page = report.render(story())
-    assert page.count('class="yes"') and page.count('class="no"')
+    assert (page.count('class="yes"'), page.count('class="no"')) == (6, 7)  # the legend and the proof have a yes, too
     assert "All 1 wrong answers" in page
     assert "memory, not understanding" in page
     assert "(rank 3)" in page and "true name ranks 2.5 of 2" in page

@@ -389,9 +389,14 @@ def test_a_client_that_does_not_read_its_answer_is_cut(models, monkeypatch, caps
     assert "Traceback" not in said and "Exception" not in said, said
 
 
-def test_connections_are_bounded(models, held):
+def test_connections_are_bounded(models, held, monkeypatch):
+    monkeypatch.setattr(stopping, "HEAD_SECONDS", 60.0)  # longer than a socket here waits: what is cut makes room
     with running(models, replace(TINY, connections=2)) as server:
-        silent = [connected(server) for _ in range(4)]
+        silent = []
+        for _ in range(4):
+            known = set(server.server._silent)
+            silent.append(connected(server))
+            until(lambda known=known: set(server.server._silent) - known)  # each is as old as its own tick
         with silent[0], silent[1]:
             assert is_cut(silent[0]) and is_cut(silent[1]), "the oldest make room"
         for one in silent[2:]:

@@ -84,5 +84,6 @@ def test_a_gpu_trains_as_the_cpu_does(pair, tmp_path, compile):
         settings = {"source": Noise(), "backbone": base, "compile": compile, "dtype": torch.float32, "preview_every": 0}
         train(recipe, out=out, listener=lambda e, kept=losses: kept.append(e.get("losses")), **settings)
         found.append([loss for loss in losses if loss])
+    assert len(found[0]) == 4
     for one, other in zip(*found, strict=True):
         assert one == pytest.approx(other, rel=1e-2)

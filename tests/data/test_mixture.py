@@ -91,6 +91,35 @@ def test_every_epoch_holds_every_picture_once():
     assert list(m.order.take("draw", 0, 7)) != list(m.order.take("caption", 0, 7))
 
 
+def test_steps_go_through_an_epoch_and_not_over_the_same_pictures_again():
+    """Seven steps of four samples are four epochs of seven pictures, in both tasks."""
+    m = mixture()
+    for sequences in (m.drawings, m.captionings):
+        seen = [
+            part.index for step in range(7) for s in sequences(step) for part in s.segments if isinstance(part, Media)
+        ]
+        assert [sorted(seen[i : i + 7]) for i in (0, 7, 14, 21)] == [list(range(7))] * 4
+
+
+def test_wordings_are_drawn_anew_in_every_step():
+    m = mixture(Squares(1), templates=Templates(question_share=0.5))
+    for sequences in (m.drawings, m.captionings):
+        said = [[p.ids for s in sequences(step) for p in s.segments if isinstance(p, Text)] for step in range(12)]
+        assert len({tuple(ids) for ids in said}) > 6
+
+
+def test_rows_are_as_wide_as_nine_steps_in_ten_need():
+    """One caption in forty is long: the steps that have it are wider, the others are not."""
+    source = Squares(40)
+    long = replace(source.examples[3], captions=("word " * 60,))
+    source.examples = (*source.examples[:3], long, *source.examples[4:])
+    plain = Templates(caption_dropout=0, article_share=0, other_wordings=0, question_share=0)
+    m = mixture(source, draw=1, caption=1, pack=1, templates=plain)
+    assert m.widths == tuple(24 for _ in m.widths)  # of four words, [EOI], and the end or the beginning
+    widths = Counter(m.batches(step)[0].text.count for step in range(40))
+    assert widths[24] == 39 and max(widths) > 300
+
+
 def test_a_drawing_is_words_then_a_noised_target_and_a_captioning_a_clean_picture_then_its_answer():
     m = mixture(
         templates=Templates(caption_dropout=0, article_share=0, other_wordings=0, question_share=0), draw=7, caption=8

@@ -38,6 +38,7 @@ import xfusion
 from xfusion.apps import cli
 from xfusion.apps.commands.base import UsageError
 from xfusion.data.sequence import XFusionError
+from xfusion.evaluation import verify
 
 ROOT = Path(__file__).parents[2]
 WRITTEN = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -315,7 +316,10 @@ def test_what_serves_is_awaited_and_stopped(tmp_path):
 def test_marked_blocks_run(document, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setattr("xfusion.evaluation.verify.NEW_TOKENS", 2)  # behind each prompt of a proof; 16 in the full tier
+    # The full tier proves with all prompts and 16 tokens behind each.
+    monkeypatch.setattr("xfusion.evaluation.verify.PROMPTS", verify.PROMPTS[:3])
+    monkeypatch.setattr("xfusion.evaluation.verify.PADDED", ("English", "German"))
+    monkeypatch.setattr("xfusion.evaluation.verify.NEW_TOKENS", 2)
     for block in blocks(document):
         if block.run and not block.full:
             run_here(block, tmp_path)

@@ -96,7 +96,8 @@ def test_keys_and_values_that_go_on_are_those_of_the_whole(bases):
     hidden, _ = model.run_pass(rest, cache=cache, update=True)
     model.use(model.plain_engine())
     empty, whole = turns.resume_prefix(model, longer, turns.units(longer))
-    assert empty.rows.count == 0 and known + rest.text.count + rest.media["image"].rows.count > known
+    said, seen = (part.text.count + part.media["image"].rows.count for part in (rest, whole))
+    assert empty.rows.count == 0 < known and known + said == seen
     expected, _ = model.run_pass(whole, cache=empty, update=True)
     assert float((hidden[:, rest.text.count - 1] - expected[:, whole.text.count - 1]).abs().max()) < 1e-4
     by_order, by_order_whole = cache.rows.order[0].argsort(), empty.rows.order[0].argsort()

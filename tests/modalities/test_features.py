@@ -1,10 +1,12 @@
 """Frozen encoders as codecs that only read, and strips of their features as tokens."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
@@ -81,6 +83,12 @@ def test_an_encoder_that_is_not_there_or_lacks_weights_is_refused_in_one_line(sa
     with pytest.raises(XFusionError, match=r"encoder '.*nowhere' cannot be loaded: ") as caught:
         VisionTransformer.Config(source=str(tmp_path / "nowhere")).build()
     assert "\n" not in str(caught.value)
+    half = shutil.copytree(saved[0], tmp_path / "half")
+    weights = load_file(half / "model.safetensors")
+    gone = max(name for name in weights if name.endswith(".1.mlp.fc1.weight"))  # of CLIP's two, that which sees
+    save_file({name: value for name, value in weights.items() if name != gone}, half / "model.safetensors")
+    with pytest.raises(XFusionError, match=r"encoder '.*half' lacks weights: .*\.1\.mlp\.fc1\.weight$"):
+        VisionTransformer.Config(source=str(half)).build()
 
 
 def test_features_are_tokens_of_a_picture_and_cannot_be_turned_back(saved):

@@ -91,7 +91,7 @@ def test_levels_stay_below_an_items_cap_and_fill_it():
     largest = torch.tensor([1.0, 0.25, 0.0]).repeat(4000)
     level = build().draw_level(largest, generator()).view(-1, 3)
     assert level.amin(0).tolist() == [0, 0, 0] and level[:, 2].max() == 0
-    assert 990 < int(level[:, 0].max()) < 1000 and 245 < int(level[:, 1].max()) < 250
+    assert int(level[:, 0].max()) == 999 and int(level[:, 1].max()) == 249  # pure noise, too
     assert abs(float(level[:, 0].float().mean()) - 499.5) < 15
     batch = batch_of(*((2, True, True, 0.1) for _ in range(50)))
     assert float(build().corrupt(batch, generator()).media["image"].time.max()) <= 0.1

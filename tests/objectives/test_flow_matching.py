@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from xfusion.data.pack import pack
@@ -155,10 +155,9 @@ def walk(objective, predict, noise, **settings):
 @settings(max_examples=40)
 @given(st.sampled_from(PREDICTIONS), st.integers(1, 30))
 def test_an_oracle_recovers_the_clean_tokens_in_any_number_of_steps(prediction, steps):
+    assume(prediction != "noise" or steps > 1)  # at t = 1 the noise is all there is: its prediction says nothing else
     objective, clean = build(prediction), torch.randn(2, 4, 5, generator=generator(1)).double()
     noise = torch.randn(2, 4, 5, generator=generator(2)).double()
-    if prediction == "noise" and steps == 1:
-        return  # at t = 1 the noise is all there is: its prediction says nothing of the picture
     seen = walk(objective, oracle(prediction, clean), noise, steps=steps)
     assert len(seen) == steps
     torch.testing.assert_close(seen[-1][0], clean, rtol=0, atol=1e-9)
@@ -244,11 +243,16 @@ SOLVERS = (solvers.Euler(), solvers.Heun(), solvers.Multistep(), solvers.Multist
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize(("steps", "shift"), [(1, 1.0), (2, 6.0), (9, 100.0)])
+@pytest.mark.parametrize(
+    ("prediction", "steps", "shift"),
+    [
+        (prediction, steps, shift)
+        for prediction in PREDICTIONS
+        for steps, shift in ((1, 1.0), (2, 6.0), (9, 100.0))
+        if prediction != "noise" or steps > 1  # at t = 1 the noise is all there is: its prediction says nothing else
+    ],
+)
 def test_every_solver_recovers_what_an_oracle_knows(solver, prediction, steps, shift):
-    if prediction == "noise" and steps == 1:
-        return  # at t = 1 the noise is all there is: its prediction says nothing of the picture
     objective, clean = (
         build(prediction, sampling_shift=shift, solver=solver),
         torch.randn(2, 4, 5, generator=generator(1)),

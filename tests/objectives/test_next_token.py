@@ -79,6 +79,12 @@ def test_sampling_follows_the_probabilities():
     assert torch.equal(one, whole)
 
 
+def test_a_nucleus_ends_with_the_token_that_reaches_it():
+    """Two of four equal tokens have half of all probability; a third is one too many."""
+    chosen = NextToken.choose(torch.zeros(64, 4), 1.0, 0.5, generators(64))
+    assert len(set(chosen.tolist())) == 2
+
+
 @pytest.mark.parametrize(("temperature", "top_p"), [(-0.1, 1.0), (1.0, 0.0), (1.0, 1.1)])
 def test_impossible_sampling_is_refused(temperature, top_p):
     with pytest.raises(XFusionError, match=f"temperature {temperature} must be >= 0 and top_p {top_p}"):

@@ -12,6 +12,7 @@ import xfusion.fusion.base as fusion_base
 from xfusion.comparison.cost import LiveBytes, _loss, _sample_makers, activation_memory
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.pack import pack
+from xfusion.model import compiled_graphs
 from xfusion.training.loop import Interrupted
 from xfusion.training.stages import Stage
 
@@ -48,9 +49,11 @@ def test_compiled_layers_too_and_no_graph_is_made_for_it(bases, monkeypatch):
     fusion_base.compiled.cache_clear()
     torch.compiler.reset()
     model = make_model(bases["llama"], "x-fuse")
-    (plain, gradients, _), (again, others, _) = (
-        learned(model, torch.float32, way, compiled=True) for way in (False, True)
-    )
+    begun = compiled_graphs()
+    plain, gradients, _ = learned(model, torch.float32, False, compiled=True)
+    made = compiled_graphs()
+    again, others, _ = learned(model, torch.float32, True, compiled=True)
+    assert begun < made == compiled_graphs()
     fusion_base.compiled.cache_clear()
     torch.compiler.reset()
     assert all(torch.equal(plain[name], again[name]) for name in plain)

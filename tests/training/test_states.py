@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -126,9 +127,10 @@ def test_half_a_state_is_never_loaded(tmp_path, name, share):
 def test_a_hash_that_is_gone_is_missed(tmp_path):
     path = write(tmp_path, 1) / "state.json"
     plan = json.loads(path.read_text())
-    for name in ("sha256", "state_sha256"):
-        path.write_text(json.dumps(checkpoint.sealed(plan) | {name: None} if name == "state_sha256" else {"step": 1}))
-        with pytest.raises(XFusionError, match="was altered"):
+    for gone in ({"sha256"}, {"state_sha256"}, {"sha256", "state_sha256"}):
+        left = {name: value for name, value in plan.items() if name not in gone}
+        path.write_text(json.dumps(left if "sha256" in gone else checkpoint.sealed(left)))
+        with pytest.raises(XFusionError, match="state.json was altered: a state has hashes, this has none"):
             states.newest(tmp_path)
 
 
@@ -150,6 +152,27 @@ def test_a_run_keeps_what_it_says(bases, tmp_path):
     assert 1 + recent.index(min(recent)) in kept
     with pytest.raises(XFusionError, match="keep is 0: at least 1"):
         train(base, tmp_path / "none", keep=0)
+
+
+def test_the_log_is_on_the_disk_before_the_state_of_its_step(bases, tmp_path, monkeypatch):
+    """Else a power cut may leave a state whose steps the log does not tell of."""
+    path, told_of, kept, sync, rename = tmp_path / "log.jsonl", {}, [0], os.fsync, Path.rename
+
+    def synced(handle):
+        sync(handle)
+        if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+            kept[0] = os.fstat(handle).st_size
+
+    def named(self, target):
+        if target.name.startswith("step_"):
+            lines = path.read_bytes()[: kept[0]].splitlines()
+            told_of[target.name] = sum(json.loads(line)["event"] == "step" for line in lines)
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", named)
+    train(bases["llama"], tmp_path, steps=2, checkpoint_every=0)
+    assert told_of == {"step_00000001": 1, "step_00000002": 2}
 
 
 def objectives(base):

@@ -165,7 +165,11 @@ def cache_folder() -> Path:
 
 
 def _dequantised_folder(file: Path) -> Path:
-    """Dequantise a GGUF file once into a folder of plain safetensors; later loads take a fraction of a second."""
+    """Dequantise a GGUF file once into a folder of plain safetensors; later loads take a fraction of a second.
+
+    Raises:
+        XFusionError: it cannot be read, or what it becomes cannot be written.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     file_stat = file.stat()
@@ -178,7 +182,7 @@ def _dequantised_folder(file: Path) -> Path:
     try:
         # transformers counts the tensors on a bar that no setting turns off; in a pipe or a log it would be noise.
         bar = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
-        with _quiet_transformers(), bar:
+        with loading(f"base {str(file)!r} cannot be converted"), bar:
             model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
             model.hf_quantizer = None
             model.is_quantized = False
