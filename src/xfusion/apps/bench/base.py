@@ -306,8 +306,9 @@ def replay(executed: list[Product]) -> Work:
 
 @contextmanager
 def count_new_graphs() -> Iterator[Callable[[], int]]:
-    """Count the graphs that are compiled inside the block."""
+    """Count the graphs that are compiled inside the block; once it is over, the count stays."""
     from xfusion.model import compiled_graphs
 
-    graphs_before = compiled_graphs()
-    yield lambda: compiled_graphs() - graphs_before
+    graphs_before, graphs_after = compiled_graphs(), None
+    yield lambda: (compiled_graphs() if graphs_after is None else graphs_after) - graphs_before
+    graphs_after = compiled_graphs()
