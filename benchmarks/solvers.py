@@ -24,7 +24,7 @@ import xfusion
 from xfusion.data.sources import open_source
 from xfusion.evaluation.machine import origin
 from xfusion.evaluation.metrics.retrieval import retrieval
-from xfusion.evaluation.suites.emoji import chosen
+from xfusion.evaluation.suites.emoji import choose_examples
 from xfusion.objectives import solvers
 from xfusion.storage import write_json
 
@@ -57,7 +57,7 @@ def main(settings: Settings) -> None:
     all_indices = range(len(source.examples))
     gallery = model.image.from_pil([source.picture(i, size) for i in all_indices], size)
     groups = [example.group for example in source.examples]
-    indices = chosen(source.examples, settings.pictures)
+    indices = choose_examples(source.examples, settings.pictures)
     prompts = [source.examples[i].captions[0] for i in indices]
     rows: list[dict] = []
     # It also prepares what a first call has to, which is no solver's.

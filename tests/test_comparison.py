@@ -46,7 +46,7 @@ from xfusion.data.sources import open_source
 from xfusion.evaluation import verify
 from xfusion.evaluation.machine import commit
 from xfusion.evaluation.suites import emoji
-from xfusion.evaluation.suites.emoji import chosen, part_of
+from xfusion.evaluation.suites.emoji import choose_examples, part_of
 from xfusion.fusion.connectors.query_transformer import Queries
 from xfusion.fusion.dual_tower import DualTower
 from xfusion.fusion.prefix import Prefix
@@ -218,12 +218,12 @@ def test_shares_are_nested_and_by_group():
 
 def test_validation_and_test_have_no_group_in_common():
     examples = Noise(200).examples
-    validation, test = chosen(examples, part="validation"), chosen(examples, part="test")
-    assert sorted([*validation, *test]) == list(range(200)) == chosen(examples)
+    validation, test = choose_examples(examples, part="validation"), choose_examples(examples, part="test")
+    assert sorted([*validation, *test]) == list(range(200)) == choose_examples(examples)
     assert 20 <= len(validation) <= 60
     assert {part_of(examples[i].group) for i in validation} == {"validation"}
-    assert chosen(examples, 10, "test") == sorted(chosen(examples, 10, "test"))
-    assert set(chosen(examples, 10, "test")) <= set(test)
+    assert choose_examples(examples, 10, "test") == sorted(choose_examples(examples, 10, "test"))
+    assert set(choose_examples(examples, 10, "test")) <= set(test)
 
 
 def test_a_part_is_scored_among_all(base):
@@ -239,7 +239,7 @@ def test_a_part_is_scored_among_all(base):
         max_captioned=1,
         gallery_size=16,
     )
-    assert asked == [source.examples[i].captions[0] for i in chosen(source.examples, part="validation")]
+    assert asked == [source.examples[i].captions[0] for i in choose_examples(source.examples, part="validation")]
     assert 0 < len(asked) < 12
     assert found["chance_fit_retrieval_pixel_at_1"] == pytest.approx(1 / 12), "the gallery stays whole"
     lonely = Noise(1)
@@ -362,7 +362,7 @@ def test_the_same_recipe_twice_differs_by_nothing(go, base):
     assert Path("comparison/test/one-seed0.png").read_bytes() == Path("comparison/test/same-seed0.png").read_bytes()
     with PILImage.open("comparison/test/real.png") as real:
         assert real.size == (8 * 16, 16)
-        first = chosen(Noise(12).examples, 8)[0]
+        first = choose_examples(Noise(12).examples, 8)[0]
         assert real.crop((0, 0, 16, 16)).tobytes() == Noise(12).picture(first, 16).tobytes()
     assert one["budget"] == {"kind": "samples", "asked_samples": 36, "steps": [3], "samples": 36}
     assert {"recipe", "seed", "budget", "settings", "scores", "cost", "machine", "commit"} <= set(one)

@@ -103,7 +103,7 @@ class Engine:
     """Frozen hidden states of texts after the last norm, keyed by their tokens."""
     turns: OrderedDict[tuple[Any, ...], Any] = field(default_factory=OrderedDict)
     """State saved from earlier turns of conversations with media (`xfusion.generation.turns`)."""
-    shown: OrderedDict[tuple[Any, ...], Tensor] = field(default_factory=OrderedDict)
+    media_tokens: OrderedDict[tuple[Any, ...], Tensor] = field(default_factory=OrderedDict)
     """Tokens of media that were shown one at a time, keyed by the media's content."""
 
     @property

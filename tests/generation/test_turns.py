@@ -163,4 +163,4 @@ def test_a_picture_is_encoded_once_and_another_anew(bases, monkeypatch):
     wave = torch.rand(24, generator=torch.Generator().manual_seed(1)) - 0.5
     hearer = hearing_model(bases["llama"])
     answers = [caption(hearer, [Sound(samples=wave * k, rate=2000)], max_tokens=3) for k in (1, 1, 0.5)]
-    assert answers[0] == answers[1] and len(hearer.engine.shown) == 2
+    assert answers[0] == answers[1] and len(hearer.engine.media_tokens) == 2

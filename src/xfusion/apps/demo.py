@@ -29,7 +29,7 @@ from xfusion.data.sources import Source, open_source
 from xfusion.evaluation.machine import commit, machine
 from xfusion.evaluation.metrics import captions, naming, retrieval
 from xfusion.evaluation.run import evaluate
-from xfusion.evaluation.suites.emoji import chosen
+from xfusion.evaluation.suites.emoji import choose_examples
 from xfusion.evaluation.unseen import held_split
 from xfusion.evaluation.verify import PROMPTS, bit_equal, verify
 from xfusion.modalities.encoders.efficientnet_lite import EfficientNetLite
@@ -366,13 +366,13 @@ def _trained_on() -> str:
 
 def _ask_the_same(recorder: RecordingModel, source: Source, seed: int) -> None:
     """Let the shipped pack draw and name what the page shows of the fresh one."""
-    indices = chosen(source.examples, NUM_SHOWN)
+    indices = choose_examples(source.examples, NUM_SHOWN)
     size = recorder.model.image.sizes[0]
     recorder.draw([source.examples[i].captions[0] for i in indices], seeds=[seed + i for i in indices])
     recorder.caption([source.picture(i, size) for i in indices])
     held_out = held_split(source)
     if held_out is not None:
-        recorder.caption([held_out.picture(i, size) for i in chosen(held_out.examples, NUM_SHOWN)])
+        recorder.caption([held_out.picture(i, size) for i in choose_examples(held_out.examples, NUM_SHOWN)])
 
 
 @torch.no_grad()
@@ -543,7 +543,7 @@ def _concepts(
                 shipped_answer=_answer(shipped_caption, shipped_accepted[i]),
             )
         concepts.append(concept)
-    shown = chosen(examples, NUM_SHOWN)
+    shown = choose_examples(examples, NUM_SHOWN)
     return [concepts[i] for i in shown] + [concepts[i] for i in indices if i not in shown]
 
 
@@ -567,7 +567,7 @@ def _held_out(
     held_out = held_split(source)
     if held_out is None or recorder.blind_scores is None:
         return []
-    indices = chosen(held_out.examples, MAX_HELD)
+    indices = choose_examples(held_out.examples, MAX_HELD)
     examples, pictures = [held_out.examples[i] for i in indices], [held_out.picture(i, size) for i in indices]
     name_scores = torch.stack([recorder.name_scores[p.tobytes()] for p in pictures]).float().cpu()
     hits = naming.hits(examples, recorder.names, held_out.examples)
@@ -585,7 +585,7 @@ def _held_out(
         if shipped_recorder is not None and view in shipped_recorder.answers:
             item = replace(item, shipped_answer=_answer(shipped_recorder.answers[view], accepted[position]))
         items.append(item)
-    shown = chosen(held_out.examples, NUM_SHOWN)
+    shown = choose_examples(held_out.examples, NUM_SHOWN)
     positions = sorted(range(len(indices)), key=lambda position: indices[position] not in shown)
     return [items[position] for position in positions]
 

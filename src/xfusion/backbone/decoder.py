@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from xfusion.backbone.cache import Cache
-from xfusion.backbone.sources import EMBEDDED, SCRATCH, loading, resolve_source, weights
+from xfusion.backbone.sources import EMBEDDED, SCRATCH, load_weights, one_line_errors, resolve_source
 from xfusion.data.sequence import Rows, XFusionError, fingerprint
 from xfusion.layers import Slot, attention_path, grouped_attention, shadow, takes_cache
 
@@ -134,9 +134,9 @@ class Backbone:
         from transformers import AutoTokenizer
 
         name_or_path, scratch = resolve_source(source), source.startswith(SCRATCH)
-        with loading(f"base {source!r} cannot be loaded"):
+        with one_line_errors(f"base {source!r} cannot be loaded"):
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, **({"revision": revision} if revision else {}))
-            model = weights(name_or_path, scratch=scratch, dtype=dtype or "auto", revision=revision)
+            model = load_weights(name_or_path, scratch=scratch, dtype=dtype or "auto", revision=revision)
         if not os.path.isdir(name_or_path):
             # A branch or None is resolved to its commit, so that a pack records the exact one.
             revision = getattr(model.config, "_commit_hash", None) or revision
@@ -178,8 +178,8 @@ class Backbone:
         Raises:
             XFusionError: the source is gone or holds another architecture.
         """
-        with loading(f"base {self.source!r} cannot be loaded again"):
-            model = weights(
+        with one_line_errors(f"base {self.source!r} cannot be loaded again"):
+            model = load_weights(
                 resolve_source(self.source),
                 scratch=not self.pretrained,
                 dtype=self.dtype,

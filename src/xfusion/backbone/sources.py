@@ -42,7 +42,7 @@ def resolve_source(source: str) -> str:
 
 
 @contextmanager
-def loading(message: str) -> Iterator[None]:
+def one_line_errors(message: str) -> Iterator[None]:
     """Inside the ``with`` block transformers is quiet, and its errors become one-line XFusionErrors that begin with ``message``.
 
     Raises:
@@ -55,7 +55,7 @@ def loading(message: str) -> Iterator[None]:
             raise XFusionError(f"{message}: {first_line(error)}") from error
 
 
-def weights(
+def load_weights(
     name_or_path: str,
     *,
     scratch: bool,
@@ -104,7 +104,7 @@ def special_tokens(source: str = EMBEDDED) -> tuple[str, ...]:
     """
     from transformers import AutoTokenizer
 
-    with loading(f"the tokenizer of base {source!r} cannot be loaded"):
+    with one_line_errors(f"the tokenizer of base {source!r} cannot be loaded"):
         return tuple(AutoTokenizer.from_pretrained(resolve_source(source)).all_special_tokens)
 
 
@@ -182,7 +182,7 @@ def _dequantised_folder(file: Path) -> Path:
     try:
         # transformers counts the tensors on a bar that no setting turns off; in a pipe or a log it would be noise.
         bar = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
-        with loading(f"base {str(file)!r} cannot be converted"), bar:
+        with one_line_errors(f"base {str(file)!r} cannot be converted"), bar:
             model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
             model.hf_quantizer = None
             model.is_quantized = False

@@ -34,7 +34,7 @@ from xfusion.data.pack import pack
 from xfusion.data.sequence import IGNORE, Audio, Batch, Text
 from xfusion.data.sequence import Sequence as Sample
 from xfusion.data.sources import Sounds, Source
-from xfusion.evaluation.suites.emoji import chosen
+from xfusion.evaluation.suites.emoji import choose_examples
 from xfusion.model import Engine, Model, ModelConfig
 from xfusion.text_states import TEXT_STATES_BYTES
 from xfusion.training.precision import choose_compute_dtype
@@ -370,7 +370,7 @@ def measure_time(recipe: Recipe, source: Source, backbone: Backbone, *, steps: i
         "threads": torch.get_num_threads(),
         "step_seconds": speed and samples_per_step(recipe.stages[-1]) / speed,
     }
-    indices = chosen(source.examples, 8)
+    indices = choose_examples(source.examples, 8)
     prompts = [source.examples[i].captions[0] for i in indices]
     media: list[Any]
     if isinstance(source, Sounds):

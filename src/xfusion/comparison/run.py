@@ -60,7 +60,7 @@ from xfusion.data.sources import Sounds, Source, open_source
 from xfusion.evaluation import verify
 from xfusion.evaluation.machine import commit, machine
 from xfusion.evaluation.run import Progress, check, evaluate, silent
-from xfusion.evaluation.suites.emoji import chosen
+from xfusion.evaluation.suites.emoji import choose_examples
 from xfusion.evaluation.unseen import held_out
 from xfusion.modalities.audio import AudioModality
 from xfusion.modalities.image import ImageModality
@@ -427,7 +427,7 @@ class _Comparison:
         For sounds, only names.
         """
         part = self.parts[min(self.plan.shares)]
-        indices = chosen(part.examples, self.plan.num_shown, self._test_part)
+        indices = choose_examples(part.examples, self.plan.num_shown, self._test_part)
         names = [part.examples[i].captions[0] for i in indices]
         if not isinstance(self.modality, ImageModality.Config):
             return names, []

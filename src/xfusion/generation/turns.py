@@ -91,7 +91,7 @@ def tokens_of(model: Model, media: Modality, item: PILImage.Image | Sound, size:
         identity = (facts, hashlib.sha256(item.tobytes()).digest())
     else:
         return media.encode([item], size).cpu()
-    cached, key = model.engine.shown, (media.name, size, identity)
+    cached, key = model.engine.media_tokens, (media.name, size, identity)
     if key not in cached:
         cached[key] = media.encode([item], size).cpu()
         if len(cached) > MAX_MEDIA:

@@ -89,7 +89,7 @@ def run(
     source = open_source(source, split="train") if isinstance(source, str) else source
     if not len(source.examples):
         raise XFusionError(f"{source.spec}: there are no trained pictures to score")
-    if not chosen(source.examples, part=part):
+    if not choose_examples(source.examples, part=part):
         raise XFusionError(f"{source.spec}: none of {len(source.examples)} pictures falls into the part {part!r}")
     subject = Subject(model=model, size=size or model.image.sizes[0], batch_size=batch_size, progress=progress)
     settings: dict[str, Any] = {"data": source.spec, "size": subject.size, "part": part}
@@ -102,7 +102,7 @@ def run(
         if features and is_teacher(encoder_id, getattr(model, "teachers", ())):
             features = False
             settings["features"] = f"none: the encoder {encoder_id[:16]} took part in training, it may not score"
-        drawn_indices = chosen(source.examples, max_drawn, part)
+        drawn_indices = choose_examples(source.examples, max_drawn, part)
         guidance = model.guidance if guidance is None else guidance
         pictures = subject.draw(source, drawn_indices, seed=seed, steps=steps, guidance=guidance)
         side = gallery_size or subject.size
@@ -117,21 +117,21 @@ def run(
         settings["encoder"] = encoder_id if features else None
 
     if "caption" in abilities:
-        scored = chosen(source.examples, max_captioned, part)
+        scored = choose_examples(source.examples, max_captioned, part)
         answers = subject.caption(source, scored, "caption")
         wordings = captions.accepted([source.examples[i] for i in scored], source.examples)
         metrics |= _answers("fit_caption", answers, wordings)
         settings["num_captioned"] = len(scored)
     if abilities & {"caption", "embed", "match"}:
         held = held_out(held, source)
-        scored = chosen(held.examples, max_held, part) if held else []
+        scored = choose_examples(held.examples, max_held, part) if held else []
         if held and scored:
             metrics |= _held_captions(subject, held, scored, source.examples if candidates == "all" else ())
         settings |= {"held": held.spec if held else None, "num_held": len(scored), "candidates": candidates}
     return {**metrics, "settings": settings}
 
 
-def chosen(examples: Sequence[Example], limit: int | None = None, part: Part = "all") -> list[int]:
+def choose_examples(examples: Sequence[Example], limit: int | None = None, part: Part = "all") -> list[int]:
     """Indices, in order, of the `limit` examples with the lowest id hashes: always the same, of no kind in particular."""
     indices = [i for i, example in enumerate(examples) if part in ("all", part_of(example.group))]
     by_hash = sorted(indices, key=lambda i: hashlib.sha256(examples[i].id.encode()).digest())

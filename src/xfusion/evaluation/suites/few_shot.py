@@ -17,7 +17,7 @@ from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import Source, open_source
 from xfusion.evaluation.metrics import captions
 from xfusion.evaluation.metrics.blind import blind
-from xfusion.evaluation.suites.emoji import chosen
+from xfusion.evaluation.suites.emoji import choose_examples
 from xfusion.evaluation.unseen import held_out
 
 
@@ -57,7 +57,7 @@ def run(
         raise XFusionError(f"this suite has pictures named, but the model can only do: {able}")
     source = open_source(source, split="train") if isinstance(source, str) else source
     held = held_out(held, source)
-    scored = chosen(held.examples, max_held) if held else []
+    scored = choose_examples(held.examples, max_held) if held else []
     if not held or not scored:
         raise XFusionError(
             f"{source.spec}: no picture is held out to be named; give a share, as in {source.spec}:held=0.1"

@@ -16,7 +16,7 @@ from torch import Tensor
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import Source, open_source
 from xfusion.evaluation.metrics import naming
-from xfusion.evaluation.suites.emoji import Part, chosen
+from xfusion.evaluation.suites.emoji import Part, choose_examples
 from xfusion.evaluation.unseen import held_out
 
 
@@ -76,11 +76,11 @@ def scored_sets(
         XFusionError: there is nothing to score.
     """
     source = open_source(source, split="train") if isinstance(source, str) else source
-    sets = {"fit": (source, chosen(source.examples, max_fit, part))}
+    sets = {"fit": (source, choose_examples(source.examples, max_fit, part))}
     if not sets["fit"][1]:
         raise XFusionError(f"{source.spec}: none of {len(source.examples)} pictures can be scored")
     held = held_out(held, source)
-    scored = chosen(held.examples, max_held, part) if held else []
+    scored = choose_examples(held.examples, max_held, part) if held else []
     if held and scored:
         sets["held"] = (held, scored)
     return sets, {"data": source.spec, "held": held.spec if held else None, "part": part}

@@ -22,7 +22,7 @@ from xfusion.data.sequence import Audio, XFusionError
 from xfusion.data.sources import Sounds, Source, open_source
 from xfusion.evaluation.metrics import captions, naming
 from xfusion.evaluation.metrics.blind import blind
-from xfusion.evaluation.suites.emoji import Part, chosen
+from xfusion.evaluation.suites.emoji import Part, choose_examples
 from xfusion.evaluation.unseen import held_out
 from xfusion.generation import BATCH
 from xfusion.objectives.codes import NextCode
@@ -80,7 +80,7 @@ def run(
     parts = {"fit": (trained, max_fit)} | ({"held": (held_sounds, max_held)} if held_sounds else {})
     prior = model.score_names(None, names)
     for kind, (sounds, limit) in parts.items():
-        indices = chosen(sounds.examples, limit, part)
+        indices = choose_examples(sounds.examples, limit, part)
         if not indices:
             raise XFusionError(f"{sounds.spec}: none of {len(sounds)} sounds falls into the part {part!r}")
         unknown = [sounds.examples[i] for i in indices if sounds.examples[i].captions[0] not in names]
@@ -88,7 +88,7 @@ def run(
             raise XFusionError(f"{unknown[0].origin}: {unknown[0].captions[0]!r} is no name of {trained.spec}")
         metrics |= {f"num_{kind}": len(indices)} | _naming_scores(model, sounds, indices, names, prior, kind, progress)
     if isinstance(model.media_objective, NextCode) and num_made:
-        held_set = (held_sounds, chosen(held_sounds.examples, max_held, part)) if held_sounds else None
+        held_set = (held_sounds, choose_examples(held_sounds.examples, max_held, part)) if held_sounds else None
         metrics |= _generation_scores(model, trained, held_set, names, num_made, seed, progress)
     settings = {
         "data": trained.spec,
