@@ -146,6 +146,7 @@ def test_weights_that_are_not_one_for_each_source_are_refused(bases, tmp_path, w
     with pytest.raises(XFusionError, match=said) as error:
         train(base, tmp_path / "run", recipe_=wrong, source=both())
     assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
     with pytest.raises(XFusionError, match=r"loss_weights 1 0\.5: noise has 1 source: give one weight"):
         train(base, tmp_path / "run", recipe_=recipe(base, mixture=replace(MIXTURE, loss_weights=(1.0, 0.5))))
 

@@ -227,6 +227,10 @@ class _Run:
         self.left_out = LeftOut(self.source, settings.allow_bad)
         if settings.resume:
             self._resume()
+        # A mixture may refuse its settings: before the folder gets a log.
+        self.mixtures = [
+            setup.mixture(stage, self.source, model, settings, processes, self.left_out) for stage in self.recipe.stages
+        ]
         self.graphs = Graphs(self.progress.step)
         destination = (self.out, settings.console) if processes.is_first else (None, None)
         with processes.first_alone():
@@ -235,9 +239,6 @@ class _Run:
         keeps_memory = processes.device.type == "cpu" and keep_freed_memory()
         sharded_base = None if sharding is None else sharding.backbone
         self.engine = model.training_engine(dtype, reason, self.attention, settings.compile, sharded_base)
-        self.mixtures = [
-            setup.mixture(stage, self.source, model, settings, processes, self.left_out) for stage in self.recipe.stages
-        ]
         prompts = setup.Prompts.of(self.source, model, self.engine.dtype)
         self.engine.keep_text &= not model.fusion.prefix_is_constant or prompts.worth_caching
         self.prefetcher = Prefetcher(self._batches, in_thread=processes.device.type != "cpu")
