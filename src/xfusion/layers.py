@@ -279,7 +279,9 @@ def narrow_mlp(layer: nn.Module, config: Any, width: int) -> None:
         )
     full_width = widths.pop()
     if not 0 < width <= full_width:
-        raise XFusionError(f"MLP width {width} is not within 1 to {full_width}, the base's own")
+        raise XFusionError(
+            f"MLP width {width} is not within 1 to {full_width}, the base's own: name one (--model.fusion.mlp), or None for all"
+        )
     for matrix in matrices:
         inputs, outputs = linear_shape(matrix)
         if inputs == hidden_size and outputs in (full_width, 2 * full_width):

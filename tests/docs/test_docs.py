@@ -422,9 +422,14 @@ def hub_of_documents(tmp_path_factory, request):
     from data.hub_server import Hub
     from data.test_shards import write_parquet
     from diffusers import AutoencoderKL
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = tmp_path_factory.mktemp("hub")
     make_base("qwen3", folder / "qwen3")
+    # The MLP of the recipes' towers is 512 wide, and is cut from the base's.
+    AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(folder / "qwen3", intermediate_size=512)
+    ).save_pretrained(folder / "qwen3")
     channels = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1, "latent_channels": 4}
     blocks_of = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     AutoencoderKL(**channels, **blocks_of).save_pretrained(folder / "diffusion" / "vae")
