@@ -188,7 +188,8 @@ class _Scores(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         (grad,), (q, k) = grads, ctx.saved_tensors
-        return grad @ k, grad.mT @ q
+        # Autocast chose the product's precision; a family that norms its queries and keys has them in float32 there.
+        return (grad @ k.to(grad.dtype)).to(q.dtype), (grad.mT @ q.to(grad.dtype)).to(k.dtype)
 
 
 LONG = 512

@@ -8,7 +8,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from xfusion import layers
 from xfusion.data.sequence import XFusionError
-from xfusion.layers import attention_mask, grouped_attention
+from xfusion.layers import _Scores, attention_mask, grouped_attention
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(3, 3), (4, 1), (1, 4)])
@@ -48,3 +48,23 @@ def test_without_a_scale_it_is_one_over_the_root_of_the_width():
     found, _ = grouped_attention(torch.nn.Identity(), q, k, v, None)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     assert float((found - expected).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("query_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("key_dtype", [torch.float32, torch.bfloat16])
+def test_gradients_under_autocast_are_autograds(query_dtype, key_dtype):
+    """A family that norms its queries and keys, such as Qwen3, has them in float32 beside bfloat16 values."""
+    torch.manual_seed(0)
+    gradients = []
+    for product in (_Scores.apply, lambda q, k: q @ k.mT):
+        generator = torch.Generator().manual_seed(1)
+        q = torch.randn(2, 3, 5, 8, generator=generator).to(query_dtype).requires_grad_()
+        k = torch.randn(2, 3, 7, 8, generator=generator).to(key_dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            scores = product(q, k)
+        scores.float().square().sum().backward()
+        assert scores.dtype == torch.bfloat16
+        gradients.append((q.grad, k.grad))
+    for own, expected in zip(*gradients, strict=True):
+        assert own.dtype == expected.dtype
+        torch.testing.assert_close(own, expected, rtol=1e-2, atol=1e-2)
