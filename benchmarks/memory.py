@@ -50,7 +50,7 @@ class Settings:
     """Pictures with captions."""
     measured: tuple[str, ...] = ("Llama-3.2-1B",)
     """Shapes of larger bases that are trained, with random weights."""
-    few: int = 8
+    samples: int = 8
     """Samples per step on larger bases, a third of them captions. What is held does not depend on it."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = RESULT
     """Where the result goes."""
@@ -105,14 +105,17 @@ def measure(recipe: str, data: str, shape: str | None = None, samples: int | Non
         step()
     model = step.model
     predicted = training_memory(model, source)
-    at_the_demos_batch = {"activations_predicted": activation_memory(model, demo().stages[0], torch.bfloat16)}
+    if samples is None:
+        batch_facts = {"activations_predicted": activation_memory(model, demo().stages[0], torch.bfloat16)}
+    else:  # the prediction is for the demo's batch
+        batch_facts = {"samples": samples}
     return {
         "base": base_bytes - empty_bytes,
         "held": resident,
         "held_over_base": round(resident / (base_bytes - empty_bytes), 3),
         "held_predicted": predicted["total"] - predicted["gradients"],
         "peak_of_a_step": peak["bytes"],
-        **(at_the_demos_batch if samples is None else {"samples": samples}),
+        **batch_facts,
         "new_weights": model.num_new_parameters,
     }
 
@@ -149,7 +152,7 @@ def main(settings: Settings) -> None:
         for recipe in settings.recipes:
             predicted = predict(recipe, shape)
             if shape in settings.measured and predicted["held_predicted"] < half:
-                add(shape, recipe, shape, settings.few)
+                add(shape, recipe, shape, settings.samples)
             else:
                 rows.append({"base_model": shape, "recipe": recipe, **predicted})
     write_json(settings.out, {**provenance, "data": settings.data, "rows": rows})
