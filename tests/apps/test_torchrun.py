@@ -60,8 +60,9 @@ def test_a_stopped_run_reports_how_it_goes_on(error_file, capsys, monkeypatch):
     assert reported(error_file) == f"traceback : {capsys.readouterr().err.strip()}"
 
 
-@pytest.mark.parametrize("path", ["", "/nowhere/at/all/error.json"])
-def test_without_such_a_file_the_line_is_printed_as_ever(monkeypatch, capsys, path):
+@pytest.mark.parametrize("path", ["", "missing/error.json"])
+def test_without_such_a_file_the_line_is_printed_as_ever(monkeypatch, capsys, tmp_path, path):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", path)
     assert cli.main(["show", "nothing-of-this-name"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
