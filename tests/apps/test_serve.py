@@ -292,6 +292,29 @@ def test_the_thread_outlives_whatever_fails_behind_a_batch(model):
     assert str(second.error) == "a tokenizer failed" and third.error is None and third.answer
 
 
+def test_jobs_that_nobody_waits_for_when_they_get_other_work_are_let_go():
+    """Else they count as running, with all that they hold, until the next request comes."""
+    moved = threading.Event()
+
+    class Deciding:
+        batchable = True
+
+        def run(self, jobs):
+            queue.forget(jobs)
+            for job in jobs:
+                job.work = object()
+            moved.set()
+
+    job = Job(work=Deciding(), inputs=[], seed=0, index=0, words=Words(str), notify=lambda job, new: None)
+    queue = Batches(4, 4)
+    queue.put([job])
+    queue.start()
+    assert moved.wait(10)
+    until(lambda: not queue.running)
+    assert not queue.waiting
+    queue.close(10)
+
+
 # ---------------------------------------------------------------------------------------------------------- pictures
 
 

@@ -356,10 +356,10 @@ class Batches:
                 self._run(jobs)
                 if again := [job for job in jobs if job.work != work and not job.ended]:
                     self._put_back(again)
-                    continue
-                seconds = time.perf_counter() - start
-                self._seconds += 0.2 * (seconds / len(jobs) - self._seconds)
-                self.watch(jobs, seconds)
+                else:
+                    seconds = time.perf_counter() - start
+                    self._seconds += 0.2 * (seconds / len(jobs) - self._seconds)
+                    self.watch(jobs, seconds)
             except Exception as error:  # without this thread no request would ever be answered again
                 log.exception("the end of a batch of %d failed", len(jobs))
                 for job in jobs:
