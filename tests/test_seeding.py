@@ -5,7 +5,7 @@ import torch
 from contracts.table import make_model
 
 import xfusion
-from xfusion.backbone.sources import weights
+from xfusion.backbone.sources import load_weights
 from xfusion.modalities.codecs.autoencoder_tiny import AutoencoderTiny
 from xfusion.seeding import seeded
 
@@ -29,7 +29,7 @@ def test_no_device_is_seeded_that_is_not_put_back(bases, monkeypatch):
     model = make_model(base)
     model.generate(["a red apple"], max_tokens=2, temperature=1.0)
     model.generate(["a red apple", xfusion.Image()], steps=1)
-    weights(base.source, scratch=True, dtype=torch.float32)
+    load_weights(base.source, scratch=True, dtype=torch.float32)
     AutoencoderTiny.Config().build()
     assert others == []
     torch.manual_seed(torch.initial_seed())
