@@ -6,10 +6,12 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from training.runs import StopAt, pack_of, same, state_of, step_records, train
 
 import xfusion
@@ -95,18 +97,31 @@ def written(function, args):
     return {"save_file": args[-1], "write_text": args[0]}.get(function.__name__)
 
 
+def forked(work) -> int:
+    """A child of this process that does some work; why it failed, if it does, is in what pytest captured."""
+    child = os.fork()
+    if not child:
+        try:
+            torch.set_num_threads(1)  # makes torch's pool anew; of threads that did so at once, one would find none
+            work()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)  # nothing of pytest shall go on here
+    return child
+
+
 def killed(base, out, straight, rng, kind) -> None:
     """Start a run and kill it: by the clock, or in the middle of a write."""
     for _ in range(5):
         delay, number = rng.uniform(0, straight.seconds), rng.randint(1, straight.num_writes)
-        child = os.fork()
-        if not child:
-            try:
-                if kind == "writing":
-                    kill_at(number, rng)
-                run(base, out)
-            finally:
-                os._exit(1)  # nothing of pytest shall go on here
+
+        def work(number=number):
+            if kind == "writing":
+                kill_at(number, rng)
+            run(base, out)
+
+        child = forked(work)
         if kind == "clock":
             time.sleep(delay)
             os.kill(child, signal.SIGKILL)
@@ -171,20 +186,20 @@ def test_a_kill_between_two_packs_loses_neither(bases, straight, tmp_path):
     base, out = bases["llama"], tmp_path / "run"
     with pytest.raises(Interrupted):
         run(base, out, listener=StopAt(3))
-    before, child = pack_of(out), os.fork()
-    if not child:
-        try:
-            rename = Path.rename
+    before = pack_of(out)
 
-            def dying(self, target):
-                rename(self, target)
-                if self == out / "pack":
-                    os.kill(os.getpid(), signal.SIGKILL)
+    def work():
+        rename = Path.rename
 
-            Path.rename = dying
-            run(base, out, resume=True)
-        finally:
-            os._exit(1)
+        def dying(self, target):
+            rename(self, target)
+            if self == out / "pack":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Path.rename = dying
+        run(base, out, resume=True)
+
+    child = forked(work)
     assert os.WIFSIGNALED(waited(child)) and not (out / "pack").exists()
     assert same(xfusion.load(out, backbone=base).learned_state(), before)
     run(base, out, resume=True)

@@ -238,6 +238,7 @@ def test_a_folder_is_of_one_run_at_a_time(bases, tmp_path, every):
     child = os.fork()
     if not child:
         try:
+            torch.set_num_threads(1)  # as in `in_a_child`
             train(base, out, steps=4, checkpoint_every=every, listener=wait)
         finally:
             os._exit(1)
