@@ -28,9 +28,12 @@ from xfusion.apps.plots import COLOURS, bars, curves, dots, numbered, over_numbe
 from xfusion.backbone import SHAPES, Backbone
 from xfusion.comparison import summarise
 from xfusion.comparison.cost import flops_of_encoder, flops_of_shape
-from xfusion.comparison.plan import heading
+from xfusion.comparison.table import SCORES
 from xfusion.modalities.codecs.kmeans import KMeans
 from xfusion.model import build
+from xfusion.objectives.contrastive import Contrastive
+from xfusion.objectives.masked_words import MaskedWords
+from xfusion.objectives.matching import Matching
 from xfusion.recipes.base import find, names
 
 HERE = Path(__file__).parent
@@ -39,6 +42,10 @@ MEASURED = HERE.parent / "benchmarks" / "results"
 SHOWN = ("fit_retrieval_pixel_at_1", "fit_retrieval_feature_at_1", "fit_caption_exact", "text_perplexity_change")
 SHOWN_NAMING = ("held_caption_exact", "held_caption_at_1", "fit_caption_exact", "text_perplexity_change")
 """Where no recipe draws. The first that was measured is open on the page."""
+PAIRS = (Contrastive.Config, Matching.Config, MaskedWords.Config)
+"""Objectives over pairs of a picture and a text."""
+SHOWN_OF_RECIPE = tuple(dict.fromkeys((*SHOWN[:-1], *SHOWN_NAMING[:-1], "held_exact", "made_at_1")))
+"""On a recipe's page, where its runs have them."""
 EMOJI = re.compile(r"(fit|held)_(caption|retrieval)_")
 """Scores of the suite `emoji`, of which those above are shown."""
 NOT_RUN = "<!-- not run: {} -->"
@@ -51,7 +58,9 @@ TARGETS = (
     ("graphs_after_warm_up", "0"),
     ("graphs_in_unseen_steps", "0"),
 )
-"""Figures of the bench for a training step, and what was wanted of each."""
+"""Figures of the bench for a training step, and the target of each."""
+BENCH_FIRST = ("bench", "bench_training", "bench_transfusion")
+"""Results of the bench that stand above the others."""
 SHOWN_BY_SHARE = ("fit_retrieval_pixel_at_1", "fit_caption_exact", "held_caption_mrr")
 
 
@@ -74,12 +83,13 @@ def cost(name: str, base: Backbone) -> str:
 def recipe_index() -> str:
     """All recipes by kind of mechanism."""
     modules = {name: import_module(f"xfusion.recipes.{name}") for name in names()}
+    none_note = "" if "reproduced" in {module.STATUS for module in modules.values()} else " None is `reproduced` yet."
     lines = [
         "# Recipes",
         "",
         "One short file per published system, on the same frozen LLM. The status says how far it was tested:",
         "`sketch` was trained for a few steps in the tests, `runs` on real data, and `reproduced` has committed runs that",
-        "confirm a finding of the paper.",
+        f"confirm a finding of the paper.{none_note}",
         "",
         "| recipe | mechanism | paper | status |",
         "| --- | --- | --- | --- |",
@@ -107,25 +117,30 @@ def _base_name(base: Backbone) -> str:
 
 
 def figures(name: str) -> list[str]:
-    """What committed comparisons say of a recipe with the arguments that it had there, the mean over its runs, and whether the
-    training log has it.
+    """What committed comparisons say of a recipe with the arguments that it had there, the mean over its runs on all of the
+    data, and whether the training log has it.
     """
-    lines = []
+    rows: list[dict[str, Any]] = []
     for folder in comparisons():
-        runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"{name}-seed*.json"))]
-        arguments = heading(name, recipes_by_label(folder).get(name, name))
-        if runs:
-            scores = [
-                f"{score} {sum(r['scores'][score] for r in runs) / len(runs):.3f}"
-                for score in dict.fromkeys((*SHOWN[:-1], *SHOWN_NAMING[:-1]))
-                if all(score in r["scores"] for r in runs)
-            ]
-            runs_text = "one run" if len(runs) == 1 else f"{len(runs)} runs"
-            lines.append(
-                f"- [{folder.name}](../comparison.md#{folder.name}), as `{arguments}`, {runs_text}: {', '.join(scores)}"
-            )
+        recipes = recipes_by_label(folder)
+        results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*-seed*.json"))]
+        for label in dict.fromkeys([*recipes, *(result["recipe"] for result in results)]):
+            called = recipes.get(label, label)
+            runs = [r for r in results if r["recipe"] == label and r["settings"]["share"] == 1]
+            if runs and called.partition("(")[0] == name:
+                scores = {
+                    SCORES[score].title: f"{sum(r['scores'][score] for r in runs) / len(runs):.3f}"
+                    for score in SHOWN_OF_RECIPE
+                    if all(score in r["scores"] for r in runs)
+                }
+                link = f"[{folder.name}](../comparison.md#{folder.name})"
+                rows.append({"comparison": link, "recipe": f"`{called}`", "runs": len(runs)} | scores)
+    titles = [SCORES[score].title for score in SHOWN_OF_RECIPE if any(SCORES[score].title in row for row in rows)]
+    lines = table(rows, ("comparison", "recipe", "runs", *titles)) if rows else []
     if re.search(rf"xfusion train [\"']?{name}\b", (HERE / "training_log.md").read_text(encoding="utf-8")):
-        lines.append("- [training log](../training_log.md): its runs and scores")
+        lines.append("Its other runs and scores are in the [training log](../training_log.md).")
+    elif lines:
+        lines.pop()
     return lines or ["Nothing has been measured yet."]
 
 
@@ -166,6 +181,8 @@ def cost_part(name: str, bases: list[Backbone]) -> list[str]:
     if encoder != 0:
         encoder_note = f" ({encoder / 1e9:.2f} GFLOPs per picture)" if encoder else ""
         note += f" The frozen encoder or codec{encoder_note} is not included."
+    if any(isinstance(objective, PAIRS) for objective in find(name)().model.extra):
+        note += " Losses over pairs of a picture and a text are not counted here; [comparisons](../comparison.md) count them."
     table = ["| base | trained | per drawing sample | per captioning sample |", "| --- | --- | --- | --- |"]
     return ["## Cost", "", note, "", *table, *(cost(name, base) for base in bases), ""]
 
@@ -402,10 +419,10 @@ def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> list[str]:
 def plot(
     name: str, lines: dict[str, list[tuple[float, float]]], axis_label: str, title: str, *, log: bool = False
 ) -> list[str]:
-    """A plot beside the page, and the words that show it."""
+    """A plot beside the page, and the words that show it below its title."""
     svg = curves(list(lines), lines, axis_label, logarithmic=log)
     (HERE / "pictures" / f"speed_{name}.svg").write_text(standalone(svg, legend(lines)), encoding="utf-8")
-    return [f"![{title}](pictures/speed_{name}.svg)", ""]
+    return [f"**{title}**", "", f"![{title}](pictures/speed_{name}.svg)", ""]
 
 
 def legend(lines: dict[str, Any]) -> dict[str, str]:
@@ -414,8 +431,8 @@ def legend(lines: dict[str, Any]) -> dict[str, str]:
 
 
 def bench_part() -> list[str]:
-    """What `xfusion bench` found, against what was asked of it; runs of some of its questions each have their table."""
-    files = sorted(MEASURED.glob("bench*.json"))
+    """What `xfusion bench` found, against its targets; runs of some of its questions each have their table."""
+    files = sorted(MEASURED.glob("bench*.json"), key=lambda file: (file.stem not in BENCH_FIRST, file.name))
     if not files:
         return ["Not measured yet: `xfusion bench --json -o benchmarks/results/bench.json` on an idle machine.", ""]
     return [line for file in files for line in bench_table(json.loads(file.read_text(encoding="utf-8")))]
@@ -428,9 +445,9 @@ def bench_table(result: dict[str, Any]) -> list[str]:
     def add(question: str, value: Any, target: str = "-") -> None:
         if isinstance(value, (int, float)) and target != "-":
             bound = float(target.removeprefix("at most "))
-            is_short = value > bound if target.startswith("at most") or not bound else value < bound
-            value = f"{value} (short)" if is_short else value
-        rows.append({"figure": question, "value": value, "wanted": target})
+            is_missed = value > bound if target.startswith("at most") or not bound else value < bound
+            value = f"{value} (missed)" if is_missed else value
+        rows.append({"figure": question, "value": value, "target": target})
 
     for tower in ("demo_tower", "full_tower"):
         name = tower.replace("_", " ")
@@ -472,7 +489,7 @@ def bench_table(result: dict[str, Any]) -> list[str]:
     if "generate" in result:
         add("`ratio_to_base_generate`", result["generate"]["ratio_to_base_generate"], "0.98")
         add("the same through the fused stack", result["generate"]["ratio_of_the_fused_stack"])
-    return [*origin(result), *table(rows, ("figure", "value", "wanted"))]
+    return [*origin(result), *table(rows, ("figure", "value", "target"))]
 
 
 def time_to_loss_part() -> list[str]:
@@ -542,7 +559,10 @@ def solvers_part() -> list[str]:
     return [
         *origin(result),
         *plot("solvers", lines, "passes of the model", title),
-        *table(result["rows"], ("solver", "steps", "passes", "error", "pixel_at_1", "seconds")),
+        *table(
+            [row | {"R@1 pixels": row["pixel_at_1"]} for row in result["rows"]],
+            ("solver", "steps", "passes", "error", "R@1 pixels", "seconds"),
+        ),
     ]
 
 
@@ -563,7 +583,7 @@ def growth_part() -> list[str]:
         if rows:
             points = [(float(row[name]), row["samples_per_second"]) for row in rows]
             title = f"Samples per second against {axis_label}"
-            out += [f"**{title}**", "", *plot(f"growth_{name}", {"samples": points}, axis_label, title, log=True)]
+            out += plot(f"growth_{name}", {"samples": points}, axis_label, title, log=True)
             out += table(rows, ("tokens", "batch", "depth", "pictures", "samples_per_second", "tokens_per_second"))
     return out
 
@@ -574,11 +594,15 @@ def serving_part() -> list[str]:
     if result is None:
         return ["Not measured yet: `python benchmarks/serving.py` on an idle machine.", ""]
     columns = ("clients", "seconds", "request", "answers", "wrong", "refused", "late", "failed", "p50", "p95", "p99")
+    titles = {"first_word_p50": "p50 to first word", "megabytes_last_third": "MB"}
+    rows = [{titles.get(key, key): value for key, value in row.items()} for row in result["rows"]]
     about = (
         f"`--limits.queue {result['queue']} --limits.batch {result['batch']}`, {result['steps']} steps per drawing, words of at"
-        f" most {result['tokens']} tokens; p50, p95 and p99 are seconds."
+        f" most {result['tokens']} tokens. `draw` requests a drawing, `look` what a picture shows, `say` words, `embed` vectors."
+        " *refused*: 429, after which the client asks again; *late*: past the deadline; *wrong*: not the answer of the single"
+        " call. p50, p95 and p99 are seconds; MB is the server's memory in the last third of the time."
     )
-    return [*origin(result), about, "", *table(result["rows"], (*columns, "first_word_p50", "megabytes_last_third"))]
+    return [*origin(result), about, "", *table(rows, (*columns, *titles.values()))]
 
 
 def codecs_part() -> list[str]:

@@ -1,6 +1,8 @@
 """The pages of the recipes are what docs/pages.py writes of them: a docstring that changes without its page fails."""
 
 import importlib.util
+import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -59,3 +61,12 @@ def test_costs_are_counted_again(name, pages):
     at = page.index("## Cost")
     assert page[at : at + 6] == counted[:6], HINT
     assert counted[6] in page[at:], f"{counted[6]}\n{HINT}"
+
+
+@pytest.mark.parametrize("name", ["xfusion", "single_tower"])
+def test_figures_are_of_runs_on_all_of_the_data(name, pages):
+    """Runs on a tenth of the pictures remember them better: their scores must not enter the mean."""
+    files = sorted((ROOT / "comparison" / "four_layers_tuned").glob(f"{name}-seed?.json"))
+    scores = [json.loads(file.read_text(encoding="utf-8"))["scores"]["fit_retrieval_pixel_at_1"] for file in files]
+    (row,) = (line for line in pages.figures(name) if "[four_layers_tuned]" in line)
+    assert row.split(" | ")[2:4] == ["5", f"{statistics.fmean(scores):.3f}"]

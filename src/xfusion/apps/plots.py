@@ -206,7 +206,7 @@ def curves(
         [0.0, *(a for a, _ in points)],
         [b for _, b in points],
         lambda tick: f"{tick / 1000:g}k" if tick >= 1000 else f"{tick:g}",
-        lambda tick: f"{10**tick:.3g}" if logarithmic else f"{tick:g}",
+        lambda tick: f"{float(f'{10**tick:.3g}'):,g}" if logarithmic else f"{tick:g}",
     )
     for label, line in lines.items():
         fill, path = colour(recipes, label), " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in line)
@@ -229,12 +229,17 @@ def scatter(summary: dict[str, Any], score: dict[str, Any]) -> str:
     x, y, parts = _axes(
         width,
         height,
-        "perplexity of the text",
+        "perplexity of the text (dashed: the base's)",
         [base, *(p for _, p, _ in points)],
         [v for _, _, v in points],
-        lambda tick: f"{10**tick:.4g}",
+        lambda tick: f"{10**tick:.3g}",
         lambda tick: f"{tick:g}",
         margin,
+    )
+    middle = (TOP + height - BOTTOM) / 2
+    parts.append(
+        f'<text class="end" transform="translate(14 {middle:g}) rotate(-90)" text-anchor="middle">'
+        f"{text(score['title'].rpartition(': ')[2])}</text>"
     )
     parts.append(f'<line class="beside" x1="{x(base):.1f}" x2="{x(base):.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>')
     for index, label in enumerate(summary["recipes"]):

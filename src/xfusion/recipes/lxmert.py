@@ -16,7 +16,7 @@ five of 768 each, with one matrix to the base's width and one back between them.
 question answering are not included as pretraining tasks.
 
 Data: from the paper, COCO captions (``jxie/coco_captions``), ``--data 'coco_captions/data/train-*.parquet'``. Our
-figures: ``--data emoji:128``.
+figures: ``--data emoji:128``, and ``--data runs/clothing/photos.jsonl:held=0.1`` (`runs/write_clothing.py`).
 """
 
 from __future__ import annotations
