@@ -1,5 +1,5 @@
 """Writes docs/recipes/ from the recipes' docstrings and counted costs, docs/comparison.md from committed comparisons, and the
-tables and plots of docs/speed.md, docs/serving.md and docs/training_log.md from benchmarks/results/, those of
+tables and plots of docs/speed.md, docs/scaling.md, docs/serving.md and docs/training_log.md from benchmarks/results/, those of
 docs/questions.md from comparison/understanding/.
 
     python docs/pages.py [speed | comparison | RECIPE ...]
@@ -533,6 +533,19 @@ def memory_part() -> list[str]:
     return [*origin(result), *table(rows, ("model", "recipe", *columns.values(), "over the base"))]
 
 
+def memory_in_short_part() -> list[str]:
+    """What base and tower hold together, a column per base: the measured figure, or the prediction where there is none."""
+    result = measured("memory")
+    if result is None:
+        return ["Not measured yet: `python benchmarks/memory.py`.", ""]
+    rows: dict[str, dict[str, str]] = {"none": {"recipe": "the base alone"}}
+    for row in result["rows"]:
+        size = f"{row['held'] / 1e9:.1f} GB" if "held" in row else f"{row['held_predicted'] / 1e9:.1f} GB, predicted"
+        rows["none"][row["base_model"]] = f"{row['base'] / 1e9:.1f} GB"
+        rows.setdefault(row["recipe"], {"recipe": f"`{row['recipe']}`"})[row["base_model"]] = size
+    return table(list(rows.values()), tuple(rows["none"]))
+
+
 def profile_part() -> list[str]:
     """Where a step's time goes."""
     result = measured("profile")
@@ -792,6 +805,7 @@ PARTS = {
         "solvers": solvers_part,
         "growth": growth_part,
     },
+    "scaling.md": {"memory in short": memory_in_short_part},
     "serving.md": {"serving": serving_part},
     "training_log.md": {"codecs": codecs_part, "sound codes": sound_codes_part},
     "questions.md": {
