@@ -563,6 +563,16 @@ def test_show_a_pack(run, here, pack):
     assert "frozen" in run("show", pack).out
 
 
+def test_show_tells_the_memory_on_a_base_that_is_not_here(run):
+    """Frozen weights in bfloat16; new ones, their gradients, both moments and the average in float32."""
+    shown = run("show", "xfusion", "--backbone", "Llama-3.2-1B", "--json").json
+    assert shown["frozen_parameters"] == 1_235_814_400 and shown["new_parameters"] == 46_686_400
+    assert shown["memory"]["base"] == 2 * 1_235_814_400
+    assert shown["memory"]["total"] == 2 * 1_235_814_400 + 5 * 4 * 46_686_400
+    text = run("show", "xfusion", "--backbone", "Llama-3.2-1B").out
+    assert "3.4 GB: 2.5 GB base in bfloat16, 933.7 MB new weights, gradients, optimiser and average" in text
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_copy_of_the_base_that_show_tells_is_the_one_that_training_makes(pack, monkeypatch, dtype):
     """None in the base's own precision: the engine then computes with the base's very weights."""

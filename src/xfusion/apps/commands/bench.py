@@ -37,7 +37,7 @@ class Bench(Verb):
     data: Annotated[str, tyro.conf.arg(metavar="SPEC")] = "emoji:128"
     """Pictures with captions."""
     compile: bool = True
-    """Compile the per-layer computation, as training does."""
+    """Compilation of each layer, as in training, on unless --no-compile."""
     quick: bool = False
     """A few small rounds, to check that everything runs: the figures mean nothing."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None

@@ -58,7 +58,7 @@ class Compare(Verb):
     measure_time: bool = False
     """Also measure the time of a step and of sampling; only on an otherwise idle machine."""
     compile: bool = True
-    """Compile the per-layer computation in training."""
+    """Compilation of each layer in training, on unless --no-compile."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
 

@@ -40,8 +40,8 @@ LARGEST_NUMBER = 4096
 class Generate(Verb):
     """Draw pictures of a prompt.
 
-    -o x.png writes one picture, or one grid of several; -o folder/ writes one file per picture. A PNG stores prompt,
-    seed, steps, guidance and the pack's fingerprint.
+    Several pictures are one grid in -o x.png, and one file each in -o folder/. A PNG stores prompt, seed, steps, guidance and the
+    pack's fingerprint.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]

@@ -83,7 +83,7 @@ class Show(Verb):
             "tokens_per_picture": math.prod(model.modality.grid(model.modality.sizes[0])),
             "flops_per_sample": flops_of_shape(model),
             "encoder_flops": flops_of_encoder(recipe.model),
-            "memory": activations(model, recipe.stages[-1], base.dtype),
+            "memory": memory_on_shape(model) | activations(model, recipe.stages[-1], base.dtype),
         }
         flops = data["flops_per_sample"]
         rows = [
@@ -97,7 +97,8 @@ class Show(Verb):
             ),
             *([("encoder", f"{n / 1e9:,.2f} GFLOPs more per picture, frozen")] if (n := data["encoder_flops"]) else []),
             *([] if flops else [("FLOPs", "not counted: it learns neither to draw nor to caption")]),
-            ("training", _activations_note(data["memory"])),
+            ("training", _weights_note(data["memory"], base.dtype)),
+            ("", _activations_note(data["memory"])),
         ]
         return Answer(data=data, text=table(rows))
 
@@ -183,6 +184,23 @@ def training_memory(model: Model, source: Source | None = None) -> dict[str, Any
         "total": frozen + copy + 5 * new + (0 if source is None else texts),
         "precision": reason,
     }
+
+
+def memory_on_shape(model: Model) -> dict[str, Any]:
+    """Bytes of weights and optimiser in training in the base's own precision, for a base that has no weights here."""
+    frozen = sum(p.numel() * p.element_size() for p in model.backbone.model.parameters())
+    new = model.num_new_parameters * 4
+    return {"base": frozen, "new_weights": new, "gradients": new, "optimizer": 2 * new, "average": new} | {
+        "total": frozen + 5 * new
+    }
+
+
+def _weights_note(memory: dict[str, Any], dtype: torch.dtype) -> str:
+    base, new = size_text(memory["base"]), size_text(memory["total"] - memory["base"])
+    return (
+        f"{size_text(memory['total'])}: {base} base in {str(dtype).removeprefix('torch.')}, {new} new weights, gradients,"
+        " optimiser and average"
+    )
 
 
 def built_in(recipe: Recipe) -> Source | None:

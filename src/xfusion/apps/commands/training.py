@@ -60,7 +60,7 @@ class Train(Verb):
     """Number of newest checkpoints to keep in FOLDER/state. The best is kept, too: the one with the lowest training loss,
     as a running mean over some fifty steps, of the last stage reached. It says nothing about held-out pictures."""
     compile: bool = True
-    """Compile the per-layer computation: costs a minute at the start, then runs two to three times as fast."""
+    """Compilation of each layer, on unless --no-compile: costs a minute at the start, then runs two to three times as fast."""
     shard: Literal["none", "new", "all"] = "none"
     """What is sharded across processes (torchrun): nothing, the new weights with their gradients, moments and average, or
     the frozen base too. A single process shards nothing."""
