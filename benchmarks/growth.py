@@ -4,7 +4,7 @@
 
 Random pictures and words on a base of SmolLM2-135M's layer (width 576, MLP 1536, 9 heads to 3 keys) with random weights,
 media blocks as in the demo at every fifth layer with an MLP of 512, the training precision, compiled; states of the texts
-are computed once. One thing is changed at a time from 16 tokens, batch 32, 30 layers, one picture. Writes
+are computed once. One setting is varied at a time from 16 tokens, batch 32, 30 layers, one picture. Writes
 benchmarks/results/growth.json, which `python docs/pages.py speed` draws.
 """
 

@@ -2,12 +2,13 @@
 
     python benchmarks/memory.py
 
-Each recipe trains two joint steps in a process of its own, the embedded base in bfloat16 as the checkpoints of larger ones are.
-Held are the pages that are the process's own (Linux's RssAnon) once freed blocks were given back: weights, moments and average,
-without gradients, and kept states of prompts. What Python and the libraries hold is subtracted: all of it was done once before,
-and dropped. The prediction is that of `xfusion show`. `--measured` names larger shapes that are trained too, with random
-weights and the embedded tokenizer, by those recipes whose prediction fits into half of this machine's memory; for the others
-there is the prediction alone. Writes benchmarks/results/memory.json, which `python docs/pages.py speed` reads.
+Each recipe trains two joint steps in a process of its own, with the embedded base in bfloat16, as the checkpoints of larger
+bases are. *Held* counts the process's own pages (Linux's RssAnon) after freed blocks were returned: weights, moments and
+average, without gradients, and kept states of prompts. What Python and the libraries hold is subtracted: a first run, whose
+results are dropped, loads it. The prediction is that of `xfusion show`. `--measured` names larger shapes that are trained
+too, with random weights and the embedded tokenizer, by those recipes whose prediction fits into half of this machine's
+memory; for the others there is the prediction alone. Writes benchmarks/results/memory.json, which `python docs/pages.py
+speed` reads.
 """
 
 from __future__ import annotations

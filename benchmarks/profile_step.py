@@ -3,7 +3,7 @@
     python benchmarks/profile_step.py
 
 Seconds of a step by kind of work (self time), page faults and seconds in the operating system per step, and the profiler's
-table of each. Writes benchmarks/results/profile.json, which `python docs/pages.py speed` reads, and profile_*.txt.
+table for each kind of step. Writes benchmarks/results/profile.json, which `python docs/pages.py speed` reads, and profile_*.txt.
 """
 
 from __future__ import annotations

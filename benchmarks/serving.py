@@ -3,10 +3,10 @@
     python benchmarks/serving.py
 
 The server runs in a process of its own with the shipped pack and, on the same base, a dual encoder of the recipe `clip`, whose
-new weights are fresh: what they hold changes no time. Clients are OpenAI's own, in threads on the same machine, so that both
-share its cores. Capacity is what the server holds at once: its queue and a batch. Each client asks for a drawing, for what a
-picture shows, for words, or for vectors of a picture and its words, as often as it is answered; refused (429), it asks again
-within 0.15 s. Answers are held against the single calls in Python. Five minutes as it stands. Writes
+new weights are fresh: their values do not affect the time. Clients are OpenAI's own, in threads on the same machine, so that both
+share its cores. Capacity is what the server holds at once: its queue and a batch. Each client requests a drawing, what a picture
+shows, words, or vectors of a picture and its words, and sends the next request when it has the answer; after a refusal (429) it
+asks again within 0.15 s. Answers are compared with the single calls in Python. Takes five minutes. Writes
 benchmarks/results/serving.json, which `python docs/pages.py speed` puts into docs/serving.md.
 """
 

@@ -1,13 +1,13 @@
-"""How near the machine's own matrix rate X-Fusion trains at the shape of a real base, with random weights.
+"""How close to the machine's own matrix rate X-Fusion trains at the shape of a real base, with random weights.
 
     python benchmarks/shape.py --shape Llama-3.2-1B --batch 32 --device cuda
 
-A full copy of every layer is trained, as in the paper. Drawing: texts, each before a picture to draw. Joint: two thirds
-of the samples draw, one third names a clean picture. One JSON object on standard output, and in ``--out``: seconds per step
-(median), the FLOPs of a step by torch's counter (uncompiled), the rate of a bf16 product of two square matrices measured in
-between, and the share of it (MFU). ``--attention flex_attention`` takes FlexAttention over block masks, which is for packed
-rows (``--packed 4``); ``--no-keep-text`` computes frozen states of prompts in every step, as for captions that never come back.
-``--profile FILE`` writes where the time of a drawing step goes.
+A full copy of every layer is trained, as in the paper. Drawing: texts, each before a picture to draw. Joint: two thirds of
+the samples draw, one third names a clean picture. One JSON object on standard output, and in ``--out``: seconds per step
+(median), the FLOPs of a step by torch's counter (uncompiled), the rate of a bf16 product of two square matrices, measured in
+between, and the step's share of that rate (MFU). ``--attention flex_attention`` uses FlexAttention over block masks, which is
+for packed rows (``--packed 4``); ``--no-keep-text`` computes frozen states of prompts in every step, as for captions that
+never repeat. ``--profile FILE`` writes where the time of a drawing step goes.
 """
 
 from __future__ import annotations

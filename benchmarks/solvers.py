@@ -2,10 +2,10 @@
 
     python benchmarks/solvers.py
 
-Draws 64 emoji with each solver in 4, 8, 16, 25 and 50 steps from the same noise. The error is how far a drawing is from where
-that noise leads in the end, Heun's drawing in 100 steps: root mean square, levels of 255. Beside it stands pixel R@1: the share
-of drawings whose nearest picture, among all that the pack was trained on, is of the asked group: memory, not understanding.
-Heun's step costs two passes of the model, so passes are counted, too. Guidance is the pack's own. Writes
+Draws 64 emoji with each solver in 4, 8, 16, 25 and 50 steps from the same noise. The error is the distance to Heun's drawing in
+100 steps from that noise: root mean square, levels of 255. Pixel R@1 is the share of drawings whose nearest picture, among all
+that the pack was trained on, is of the requested group: memorisation. A step of Heun costs two passes of the model, so passes are
+counted too. Guidance is the pack's own. Writes
 benchmarks/results/solvers.json, which `python docs/pages.py speed` draws.
 """
 

