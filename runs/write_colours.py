@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
+
 from xfusion.data.emoji import FAMILIAR, Artwork, Emoji
 
 COLOURS = {

@@ -129,7 +129,9 @@ def run(
         if max_held_drawn:
             held = held_out(held, source)
             if held is None:
-                raise XFusionError(f"max_held_drawn {max_held_drawn}: {source.spec} holds nothing out; name held pictures")
+                raise XFusionError(
+                    f"max_held_drawn {max_held_drawn}: {source.spec} holds nothing out; name held pictures"
+                )
             drawn_indices = choose_examples(held.examples, max_held_drawn, part)
             pictures = subject.draw(held, drawn_indices, seed=seed, steps=steps, guidance=guidance)
             gallery = _gallery(subject, [source, held], side, scorer)
