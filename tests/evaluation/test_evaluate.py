@@ -250,6 +250,39 @@ def test_a_codec_that_loses_everything_has_no_ceiling():
     assert 0 < result["codec_psnr_db"] < 15
 
 
+def test_held_out_pictures_are_drawn_if_asked_and_found_among_all():
+    class Composer(Knower):
+        def draw(self, prompts, *, seeds, **_):
+            self.calls.append((prompts, seeds))
+            numbers = [int(prompt.split()[1]) for prompt in prompts]
+            return [(HELD if n >= 100 else TRAIN).picture(n % 100, SIZE) for n in numbers]
+
+    class Recaller(Knower):
+        def draw(self, prompts, **_):
+            return [TRAIN.picture(int(prompt.split()[1]) % 100, SIZE) for prompt in prompts]
+
+    composer, encoder = Composer(), Averages()
+    knows, recalls = score(composer, max_held_drawn=COUNT, encoder=encoder), score(Recaller(), max_held_drawn=COUNT)
+    for kind in ("pixel", "feature"):
+        name = f"held_retrieval_{kind}_at_1"
+        assert (knows[name], recalls[name]) == (1.0, 0.0), "what was trained on is in the gallery, too"
+        assert knows[f"chance_{name}"] == pytest.approx((10 * 1 + 2 * 2) / COUNT / (2 * COUNT))
+        assert knows[f"ceiling_{name}"] == 1
+    assert composer.calls[1] == ([e.captions[0] for e in HELD.examples], [*range(COUNT)])
+    without = score(Composer())
+    assert {n for n in knows if n not in without} == {
+        f"{what}held_retrieval_{kind}_at_{k}"
+        for what in ("", "chance_", "ceiling_")
+        for kind in ("pixel", "feature")
+        for k in (1, 10)
+    }
+    assert all(knows[name] == without[name] for name in without if name != "settings")
+    few = score(composer, max_held_drawn=4)
+    assert few["settings"]["num_held_drawn"] == 4 and len(composer.calls[-1][0]) == 4
+    with pytest.raises(XFusionError, match="max_held_drawn 4: train holds nothing out; name held pictures"):
+        evaluate(Knower(), "emoji", source=TRAIN, features=False, max_held_drawn=4)
+
+
 def test_without_held_out_pictures_the_rest_is_scored():
     assert not [name for name in score(Knower(), max_held=0) if name.startswith("held_")]
     result = evaluate(Knower(), "emoji", source=TRAIN, features=False)  # "train" is no spec: nothing is held out

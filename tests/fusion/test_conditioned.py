@@ -12,7 +12,7 @@ from PIL import ImageChops
 import xfusion
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.sequence import XFusionError
-from xfusion.fusion.conditioned import Block
+from xfusion.fusion.conditioned import Block, positions_of_items
 from xfusion.model import BackboneConfig
 from xfusion.objectives.diffusion import Diffusion
 from xfusion.recipes.base import find
@@ -38,6 +38,8 @@ def test_a_block_is_that_of_diffusers():
     theirs = BasicTransformerBlock(32, 2, 16, cross_attention_dim=24, activation_fn="gelu").eval()
     found = {}
     for name, value in own.state_dict().items():
+        if name.startswith("modulation"):  # zero at first
+            continue
         value.copy_(0.3 * torch.randn(value.shape))
         first, *rest = name.split(".")
         if first == "mlp":
@@ -49,12 +51,32 @@ def test_a_block_is_that_of_diffusers():
     x, words = torch.randn(3, 7, 32), torch.randn(3, 5, 24)
     read = torch.arange(5) < torch.tensor([5, 3, 1])[:, None]
     expected = theirs(x, encoder_hidden_states=words, encoder_attention_mask=read)
+    level = torch.randn(3, 32)
     reads, alike = read[:, None].expand(3, 7, 5), torch.ones(3, 7, 7, dtype=torch.bool)
-    torch.testing.assert_close(own(x, alike, own.cross.keys_values(words), reads), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        own(x, level, alike, own.cross.keys_values(words), reads), expected, rtol=1e-5, atol=1e-5
+    )
     # Where no word stands before a picture, cross-attention adds nothing.
-    nothing = own(x, alike, own.cross.keys_values(words), torch.zeros_like(reads))
-    torch.testing.assert_close(nothing, own(x, alike, None, reads), rtol=0, atol=1e-6)
+    nothing = own(x, level, alike, own.cross.keys_values(words), torch.zeros_like(reads))
+    torch.testing.assert_close(nothing, own(x, level, alike, None, reads), rtol=0, atol=1e-6)
     assert float((nothing - expected).abs().max()) > 1e-2
+    # The noise level and the pooled text scale and shift what attention and MLP read, once they have learned to.
+    own.modulation.weight.copy_(0.3 * torch.randn(128, 32))
+    scale, shift, mlp_scale, mlp_shift = (level @ own.modulation.weight.T)[:, None].split(32, dim=-1)
+    h = x + theirs.attn1(theirs.norm1(x) * (1 + scale) + shift)
+    h = h + theirs.attn2(theirs.norm2(h), encoder_hidden_states=words, attention_mask=(~read * -1e9)[:, None])
+    h = h + theirs.ff(theirs.norm3(h) * (1 + mlp_scale) + mlp_shift)
+    modulated = own(x, level, alike, own.cross.keys_values(words), reads)
+    torch.testing.assert_close(modulated, h, rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_are_sorted_by_item_wherever_they_stand():
+    item = torch.tensor([[-1, 2, 2, -1, 0], [0, 3, 3, 3, -1]])
+    positions, is_token = positions_of_items(item, 5)  # items 1 and 4 have no token in this pass
+    found = [row[kept].tolist() for row, kept in zip(positions, is_token, strict=True)]
+    assert found == [[4, 5], [], [1, 2], [6, 7, 8], []]
+    assert positions.shape == (5, 3) and int(positions.min()) >= 0 and int(positions.max()) < item.numel()
+    assert positions_of_items(torch.full((2, 3), -1), 4)[0].shape == (4, 0)
 
 
 @pytest.mark.parametrize("percentile", [0.9, 0.995])

@@ -1,13 +1,16 @@
 """A denoiser that reads a frozen language model's hidden states of the text (Imagen, arXiv 2205.11487, section 2.1).
 
-    x = x + MHA(n(x)) ;  x = x + MHA(n(x), c) ;  x = x + MLP(n(x))          c = frozen states of the text
+    x = x + MHA(m(n(x))) ;  x = x + MHA(n(x), c) ;  x = x + MLP(m(n(x)))          c = frozen states of the text
 
-for the tokens x of one picture, at every block; a projection of the mean of c is added to the tokens besides the noise
-level. The language model reads only text, once per prompt. No picture passes through it, so no gradient does either. c is
+for the tokens x of one picture, at every block. m scales and shifts by a projection of the noise level's embedding plus that of
+the mean of c, as in the paper's residual blocks. The language model reads only text, once per prompt. No picture passes through it, so no gradient does either. c is
 the input of its last layer (the penultimate states): the last layer's output is specialized for predicting the next token.
 
-Shape legend: ``B`` batch row, ``n`` media rows, ``k`` text tokens, ``N`` media items, ``D`` model width,
-``W`` denoiser width, ``H`` heads.
+Several pictures may share a batch row. The denoiser computes each by itself, as rows of ``[N, M, W]``: attention over whole
+batch rows would compute, and mask, the scores between tokens of different pictures.
+
+Shape legend: ``B`` batch row, ``n`` media rows, ``k`` text tokens, ``N`` media items, ``M`` tokens of an item, ``D`` model
+width, ``W`` denoiser width, ``H`` heads.
 """
 
 from __future__ import annotations
@@ -21,9 +24,30 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from xfusion.backbone import Backbone
+from xfusion.backbone.attention import choose_attention
 from xfusion.data.sequence import XFusionError
-from xfusion.fusion.base import Call, Pass, WithoutBlocks
-from xfusion.layers import KeysValues, run_rows
+from xfusion.fusion.base import Call, Pass, WithoutBlocks, compiled
+from xfusion.layers import KeysValues, attention_mask, grouped_attention, run_rows
+from xfusion.modalities.port import TIME_FREQUENCIES, sinusoids
+
+
+def positions_of_items(item: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Where the tokens of each item are.
+
+    Args:
+        item: index of the item at each position, int64 ``[B, n]``, -1 at none.
+        count: number of items.
+
+    Returns:
+        positions in the flattened ``[B n]``, int64 ``[N, M]``, and which of them are tokens of the item, bool ``[N, M]``;
+        shorter items are filled up with any position, and an item may have none here.
+    """
+    sizes = torch.bincount(item[item >= 0], minlength=count)
+    ordered = item.flatten().argsort(stable=True)[item.numel() - int(sizes.sum()) :]
+    column = torch.arange(int(sizes.max()), device=item.device)
+    is_token = column < sizes[:, None]
+    starts = (sizes.cumsum(0) - sizes).clamp(max=max(len(ordered) - 1, 0))
+    return ordered[starts[:, None] + torch.where(is_token, column, 0)], is_token
 
 
 class Attention(nn.Module):
@@ -44,12 +68,19 @@ class Attention(nn.Module):
         return k, v
 
     def forward(self, x: Tensor, kv: KeysValues, mask: Tensor) -> Tensor:
-        """Rows ``[B, n, W]``, keys and values, bool mask ``[B, n, k]``; the output is 0 for a row that reads nothing."""
+        """Rows ``[B, n, W]``, keys and values, and a bool mask, ``[B, n, k]`` or ``[B, 1, k]`` for all rows alike; the output is
+        0 for a row that reads nothing.
+        """
         has_keys = mask.any(-1, keepdim=True)
         q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k, v = (t.to(q.dtype) for t in kv)
-        output = functional.scaled_dot_product_attention(q, k, v, attn_mask=(mask | ~has_keys)[:, None])
-        return torch.where(has_keys, self.out(output.transpose(1, 2).flatten(2)), 0)
+        implementation = choose_attention(q.device)
+        open_mask = attention_mask(mask | ~has_keys, implementation, q.dtype)
+        if implementation == "grouped":
+            output = grouped_attention(self, q, k, v, open_mask)[0]
+        else:
+            output = functional.scaled_dot_product_attention(q, k, v, attn_mask=open_mask).transpose(1, 2)
+        return torch.where(has_keys, self.out(output.flatten(2)), 0)
 
 
 class Block(nn.Module):
@@ -60,14 +91,29 @@ class Block(nn.Module):
         self.norm, self.words_norm, self.mlp_norm = (nn.LayerNorm(width) for _ in range(3))
         self.own, self.cross = Attention(width, width, heads), Attention(width, text_width, heads)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.modulation = nn.Linear(width, 4 * width)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
 
-    def forward(self, x: Tensor, same_item: Tensor, text_kv: KeysValues | None, text_mask: Tensor) -> Tensor:
-        """Tokens ``[B, n, W]``, same-picture mask ``[B, n, n]``, the text's keys and values, and the mask for reading them."""
-        h = self.norm(x)
+    def forward(
+        self, x: Tensor, level: Tensor, same_item: Tensor, text_kv: KeysValues | None, text_mask: Tensor
+    ) -> Tensor:
+        """Tokens ``[N, M, W]``, the embedding of each picture's noise level and text ``[N, W]``, which tokens they read, bool
+        ``[N, M or 1, M]``, the text's keys and values, and the mask for reading them.
+        """
+        scale, shift, mlp_scale, mlp_shift = self.modulation(level)[:, None].chunk(4, dim=-1)
+        h = (1 + scale) * self.norm(x) + shift
         x = x + self.own(h, self.own.keys_values(h), same_item)
         if text_kv is not None:
             x = x + self.cross(self.words_norm(x), text_kv, text_mask)
-        return x + self.mlp(self.mlp_norm(x))
+        return x + self.mlp((1 + mlp_scale) * self.mlp_norm(x) + mlp_shift)
+
+
+def block_rows(
+    block: Block, x: Tensor, level: Tensor, same_item: Tensor, text_kv: KeysValues | None, text_mask: Tensor
+) -> Tensor:
+    """One block's work, as a function, so that all blocks share a compiled graph."""
+    return block(x, level, same_item, text_kv, text_mask)
 
 
 class Conditioned(WithoutBlocks):
@@ -109,7 +155,12 @@ class Conditioned(WithoutBlocks):
         super().install(backbone)
         config, width = self.config, backbone.hidden_size
         self.into, self.out = nn.Linear(width, config.width), nn.Linear(config.width, width)
-        self.words_norm, self.pooled = nn.LayerNorm(width), nn.Linear(width, config.width)
+        # Media states have the scale of the base's embeddings, such as 0.1, which the blocks' outputs would drown.
+        self.media_norm, self.words_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.pooled = nn.Linear(width, config.width)
+        self.time = nn.Sequential(
+            nn.Linear(2 * TIME_FREQUENCIES, config.width), nn.SiLU(), nn.Linear(config.width, config.width)
+        )
         self.denoiser = nn.ModuleList(Block(config.width, width, config.heads) for _ in range(config.depth))
 
     @property
@@ -127,21 +178,32 @@ class Conditioned(WithoutBlocks):
             if "text" in run.states
             else None
         )
-        new_kv = self._text_keys_values(run, text_states)
+        text_kv = self._text_keys_values(run, text_states)
         if not run.media:
             return states
-        media, text_mask = run.media_rows[run.media], run.seen(run.media, of="text")
-        same_item = (media.item[:, :, None] == media.item[:, None, :]) & (media.item >= 0)[:, None, :]
-        x = self.into(states[run.media].to(self.into.weight.dtype))
-        *blocks, pooled = new_kv
-        if pooled is not None:
-            pooling_weights = text_mask.to(x.dtype) / text_mask.sum(-1, keepdim=True).clamp(min=1)
-            x = x + pooling_weights @ pooled[1][:, 0].to(x.dtype)
-        for block, kv in zip(self.denoiser, blocks, strict=True):
-            x = block(x, same_item, kv, text_mask)
-        denoised = self.out(x).to(states[run.media].dtype)
+        media, x = run.media_rows[run.media], states[run.media]
         # [BOI] is not part of a picture; it is the same at every noise level.
-        return states | {run.media: torch.where((media.item >= 0)[..., None], denoised, states[run.media])}
+        positions, is_token = positions_of_items(media.item, len(media.noised))
+        if not positions.shape[1]:  # a pass over [BOI] alone
+            return states
+        batch_row = positions[:, 0].div(media.item.shape[1], rounding_mode="floor")
+        text_mask = run.seen(run.media, of="text").flatten(0, 1)[positions[:, :1]]
+        compute_block = compiled(block_rows) if run.compiled else block_rows
+        tokens = self._enter(functional.embedding(positions, x.flatten(0, 1)))
+        *blocks, pooled = (None if kv is None else (kv[0][batch_row], kv[1][batch_row]) for kv in text_kv)
+        level = self.time(sinusoids(media.time))
+        if pooled is not None:
+            pooling_weights = text_mask.to(level.dtype) / text_mask.sum(-1, keepdim=True).clamp(min=1)
+            level = level + (pooling_weights @ pooled[1][:, 0].to(level.dtype))[:, 0]
+        level = functional.silu(level)
+        for block, kv in zip(self.denoiser, blocks, strict=True):
+            tokens = compute_block(block, tokens, level, is_token[:, None], kv, text_mask)
+        denoised = self.out(tokens).to(x.dtype)
+        return states | {run.media: x.flatten(0, 1).index_put((positions[is_token],), denoised[is_token]).view_as(x)}
+
+    def _enter(self, x: Tensor) -> Tensor:
+        """Media states ``[N, M, D]`` -> tokens of the denoiser ``[N, M, W]``."""
+        return self.into(self.media_norm(x.to(self.into.weight.dtype)))
 
     def _text_keys_values(self, run: Pass, text_states: Tensor | None) -> list[KeysValues | None]:
         """Keys and values of all text for each block, cached ones first; last, each token's share of the pooled vector."""
@@ -176,19 +238,20 @@ class Conditioned(WithoutBlocks):
                     for j, (order, token_sample) in enumerate(tables)
                     if 0 <= order < first_order and token_sample == sample
                 ]
-            tokens = self.into(run.states[run.media][b, columns][None].to(self.into.weight.dtype))
+            tokens = self._enter(run.states[run.media][b, columns][None])
             full_mask = torch.ones(1, len(columns), len(columns), dtype=torch.bool, device=tokens.device)
             text_states = (
                 self.words_norm(run.states["text"][b, text_columns][None].to(self.words_norm.weight.dtype))
                 if text_columns
                 else None
             )
+            level = self.time(sinusoids(media.time[item, None]))
             if text_states is not None:
-                tokens = tokens + self.pooled(text_states).mean(1, keepdim=True)
+                level = level + self.pooled(text_states).mean(1)
             text_mask = torch.ones(1, len(columns), len(text_columns), dtype=torch.bool, device=tokens.device)
             for block in self.denoiser:
                 cross: Any = block.cross
                 keys_values = None if text_states is None else cross.keys_values(text_states)
-                tokens = block(tokens, full_mask, keys_values, text_mask)
+                tokens = block(tokens, functional.silu(level), full_mask, keys_values, text_mask)
             x[b, columns] = self.out(tokens)[0].to(x.dtype)
         return states | {run.media: x}

@@ -20,6 +20,13 @@ TIME_FREQUENCIES = 128
 """Number of sine and cosine pairs in the embedding of a noise level."""
 
 
+def sinusoids(time: Tensor) -> Tensor:
+    """Noise levels ``[N]`` in [0, 1] -> their sines and cosines ``[N, 2 TIME_FREQUENCIES]``."""
+    frequency = torch.exp(-math.log(10_000) * torch.arange(TIME_FREQUENCIES, device=time.device) / TIME_FREQUENCIES)
+    angle = 1000 * time[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
 class MediaPort(nn.Module):
     """Linear patch embedding in (X-Fusion, arXiv 2504.20996), noise level, positions, boundary rows, head out.
 
@@ -119,9 +126,7 @@ class MediaPort(nn.Module):
 
     def embed_time(self, time: Tensor) -> Tensor:
         """Noise levels ``[N]`` in [0, 1] -> ``[N, D]``."""
-        frequency = torch.exp(-math.log(10_000) * torch.arange(TIME_FREQUENCIES, device=time.device) / TIME_FREQUENCIES)
-        angle = 1000 * time[:, None] * frequency
-        return self.time(torch.cat([angle.sin(), angle.cos()], dim=-1))
+        return self.time(sinusoids(time))
 
     def forward(self, media: MediaRows) -> Tensor:
         """Media rows -> input states ``[B, n, D]``."""

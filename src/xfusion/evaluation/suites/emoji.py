@@ -1,7 +1,8 @@
 """Drawing and naming on a set of named pictures: memorisation (``fit_``) and generalisation (``held_``).
 
 It works on any `Source`; the built-in emoji are the default. ``fit_`` scores are on trained pictures and measure memory
-only. ``held_`` scores are on pictures of groups that were never trained on. Scores come with ``chance_`` (a random
+only. ``held_`` scores are on pictures of groups that were never trained on; drawing has them only if held-out pictures
+are asked for, as names of words that no training heard cannot be drawn. Scores come with ``chance_`` (a random
 answer), ``ceiling_`` (the real picture through codec and resizing) or ``_blind`` (pictures permuted among the items).
 """
 
@@ -47,6 +48,7 @@ def run(
     max_drawn: int | None = None,
     max_captioned: int | None = None,
     max_held: int | None = 100,
+    max_held_drawn: int = 0,
     part: Part = "all",
     candidates: Literal["held", "all"] = "held",
     features: bool = True,
@@ -70,6 +72,8 @@ def run(
         max_drawn: draw at most this many concepts (always the same ones); the gallery stays whole.
         max_captioned: caption at most this many trained pictures (always the same ones).
         max_held: name at most this many held-out pictures (always the same ones); their names are the candidates.
+        max_held_drawn: draw at most this many held-out pictures from their names (always the same ones), such as trained
+            things in trained colours that were never trained together; found among trained and held-out pictures.
         part: draw, caption and name only the groups of one part, "validation" (a fifth, to choose settings by) or "test"
             (the rest); the gallery stays whole. No group is in both.
         candidates: "held", or "all" to add the names of the trained pictures.
@@ -106,7 +110,14 @@ def run(
         guidance = model.guidance if guidance is None else guidance
         pictures = subject.draw(source, drawn_indices, seed=seed, steps=steps, guidance=guidance)
         side = gallery_size or subject.size
-        metrics |= _drawing(subject, source, drawn_indices, pictures, side, encoder if features else None)
+        scorer = encoder if features else None
+        gallery = _gallery(subject, [source], side, scorer)
+        metrics |= _drawing_scores("fit", subject, gallery, drawn_indices, pictures, side, scorer)
+        psnr_all, psnr_content = (
+            psnr(gallery.reconstructed, gallery.real, mask) for mask in (None, not_white(gallery.real))
+        )
+        metrics["codec_psnr_db"] = psnr_all.clamp(max=LOSSLESS_DB).mean().item()
+        metrics["codec_psnr_not_white_db"] = psnr_content.nan_to_num(LOSSLESS_DB).clamp(max=LOSSLESS_DB).mean().item()
         settings |= {
             "gallery_size": side,
             "seed": seed,
@@ -115,6 +126,18 @@ def run(
             "num_drawn": len(drawn_indices),
         }
         settings["encoder"] = encoder_id if features else None
+        if max_held_drawn:
+            held = held_out(held, source)
+            if held is None:
+                raise XFusionError(
+                    f"max_held_drawn {max_held_drawn}: {source.spec} holds nothing out; name held pictures"
+                )
+            drawn_indices = choose_examples(held.examples, max_held_drawn, part)
+            pictures = subject.draw(held, drawn_indices, seed=seed, steps=steps, guidance=guidance)
+            gallery = _gallery(subject, [source, held], side, scorer)
+            places = [len(source.examples) + i for i in drawn_indices]
+            metrics |= _drawing_scores("held", subject, gallery, places, pictures, side, scorer)
+            settings["num_held_drawn"] = len(drawn_indices)
 
     if "caption" in abilities:
         scored = choose_examples(source.examples, max_captioned, part)
@@ -216,47 +239,66 @@ class Subject:
             self.progress(title, min(start + length, len(items)), len(items))
 
 
-def _drawing(
-    subject: Subject,
-    source: Source,
-    drawn_indices: Sequence[int],
-    pictures: Sequence[Image.Image],
-    side: int,
-    encoder: Any,
-) -> dict[str, float]:
-    """Retrieval of the drawn pictures among all trained ones, its chance and ceiling, and what the codec loses."""
-    image, all_indices = subject.model.image, range(len(source.examples))
-    real = image.from_pil([source.picture(i, subject.size) for i in all_indices], subject.size)
+@dataclass(frozen=True, kw_only=True)
+class Gallery:
+    """The real pictures among which a drawn one is to be nearest to its own."""
+
+    real: Tensor
+    """Images ``[G, 3, H, W]`` of the size that the model draws."""
+    reconstructed: Tensor
+    """The same through the codec."""
+    views: dict[str, tuple[Tensor, Tensor]]
+    """``pixel`` and ``feature`` -> the pictures as they are compared, and the best that the model could draw: through codec,
+    256 levels and resizing, as users get them."""
+    groups: list[str]
+    """Group of every picture."""
+
+
+def _gallery(subject: Subject, sources: Sequence[Source], side: int, encoder: Any) -> Gallery:
+    """All pictures of some sources; without an encoder there is no ``feature`` view."""
+    image = subject.model.image
+
+    def images(size: int) -> Tensor:
+        pictures = [source.picture(i, size) for source in sources for i in range(len(source.examples))]
+        return image.from_pil(pictures, size)
+
+    real, gallery = images(subject.size), images(side)
     reconstructed = torch.cat([_through_codec(image, batch, subject.size) for batch in real.split(64)])
-    gallery = image.from_pil([source.picture(i, side) for i in all_indices], side)
-    # As users get them: rounded to 256 levels, then resized.
     ceiling_images = image.from_pil(image.to_pil(reconstructed), side)
-    views = {"pixel": (image.from_pil(pictures, side), ceiling_images, gallery)}
+    views = {"pixel": (gallery, ceiling_images)}
     if encoder is not None:
-        drawn_features, gallery_features = (
-            subject.features(encoder, images, f"features of {what} pictures")
-            for images, what in ((views["pixel"][0], "drawn"), (gallery, "real"))
-        )
+        gallery_features = subject.features(encoder, gallery, "features of real pictures")
         # A lossless codec needs no second evaluation.
         is_lossless = torch.equal(ceiling_images, gallery)
         ceiling_features = (
             gallery_features if is_lossless else subject.features(encoder, ceiling_images, "features of the ceiling")
         )
-        views["feature"] = (drawn_features, ceiling_features, gallery_features)
+        views["feature"] = (gallery_features, ceiling_features)
+    groups = [example.group for source in sources for example in source.examples]
+    return Gallery(real=real, reconstructed=reconstructed, views=views, groups=groups)
 
-    metrics = {}
-    groups, target = [example.group for example in source.examples], torch.tensor(drawn_indices)
-    chance_scores = retrieval.chance(target, groups)
-    for kind, (drawn_view, ceiling_view, gallery_view) in views.items():
-        distance = "euclidean" if kind == "pixel" else "cosine"
-        score = retrieval.retrieval(drawn_view, gallery_view, target, groups, distance=distance)
-        ceiling = retrieval.retrieval(ceiling_view[target], gallery_view, target, groups, distance=distance)
+
+def _drawing_scores(
+    name: str,
+    subject: Subject,
+    gallery: Gallery,
+    places: Sequence[int],
+    pictures: Sequence[Image.Image],
+    side: int,
+    encoder: Any,
+) -> dict[str, float]:
+    """Retrieval of drawn pictures, whose real ones have the indices ``places`` of the gallery, with chance and ceiling."""
+    drawn, target, metrics = subject.model.image.from_pil(pictures, side), torch.tensor(places), {}
+    chance_scores = retrieval.chance(target, gallery.groups)
+    for kind, (real, ceiling) in gallery.views.items():
+        distance: retrieval.Distance = "euclidean" if kind == "pixel" else "cosine"
+        view = drawn if kind == "pixel" else subject.features(encoder, drawn, "features of drawn pictures")
+        score, best = (
+            retrieval.retrieval(v, real, target, gallery.groups, distance=distance) for v in (view, ceiling[target])
+        )
         for key in score:
-            name = f"fit_retrieval_{kind}_{key}"
-            metrics |= {name: score[key], f"chance_{name}": chance_scores[key], f"ceiling_{name}": ceiling[key]}
-    psnr_all, psnr_content = psnr(reconstructed, real), psnr(reconstructed, real, not_white(real))
-    metrics["codec_psnr_db"] = psnr_all.clamp(max=LOSSLESS_DB).mean().item()
-    metrics["codec_psnr_not_white_db"] = psnr_content.nan_to_num(LOSSLESS_DB).clamp(max=LOSSLESS_DB).mean().item()
+            metric = f"{name}_retrieval_{kind}_{key}"
+            metrics |= {metric: score[key], f"chance_{metric}": chance_scores[key], f"ceiling_{metric}": best[key]}
     return metrics
 
 
