@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from xfusion.checkpoint import load
+    from xfusion.composition import together
     from xfusion.data.sequence import Audio, Image, Sequence, Sound, XFusionError
     from xfusion.data.sounds import read_sound
     from xfusion.evaluation.run import evaluate
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from xfusion.model import Model, ModelConfig, build
     from xfusion.processor import Processor
     from xfusion.recipes.base import Recipe, train
-    from xfusion.together import together
 
 __version__ = "0.1.0"
 
@@ -54,7 +54,7 @@ _MODULES = {
     "generate": "xfusion.generation",
     "load": "xfusion.checkpoint",
     "read_sound": "xfusion.data.sounds",
-    "together": "xfusion.together",
+    "together": "xfusion.composition",
     "train": "xfusion.recipes.base",
 }
 

@@ -47,11 +47,11 @@ from xfusion.apps.server.answers import Refused
 from xfusion.apps.server.batches import Batches, Continue, Job, Words
 from xfusion.apps.server.limits import Limits
 from xfusion.apps.server.names import own_names
+from xfusion.composition import together
 from xfusion.data.sequence import Sound, XFusionError
 from xfusion.data.sounds import as_wav, decode
 from xfusion.modalities.image import square_picture
 from xfusion.opening import Opening
-from xfusion.together import together
 
 TINY = Limits(
     queue=8, batch=4, seconds=20, n=4, tokens=24, steps=30, pictures=2, pixels=10_000, body=200_000, characters=500

@@ -1,5 +1,7 @@
 """Several packs in one pass: each alone is itself, both are the equation, and words stay the base's."""
 
+import pkgutil
+
 import pytest
 import torch
 from contracts.table import SOUND_RATE, exact, hearing_model, make_base, make_model, randomise, words
@@ -7,13 +9,13 @@ from PIL import Image as PILImage
 
 import xfusion
 from xfusion.backbone import Backbone
+from xfusion.composition import together
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Image, Media, Sequence, Sound, Text, XFusionError
 from xfusion.data.templates import opened
 from xfusion.generation import caption, draw
 from xfusion.generation.words import answer_tokens
 from xfusion.objectives.base import NoObjective
-from xfusion.together import together
 
 
 def members(base, chosen):
@@ -179,3 +181,9 @@ def test_what_cannot_stand_beside_another_is_refused(bases, tmp_path):
         both.save_pretrained(tmp_path / "both")
     assert not (tmp_path / "both").exists()
     assert together(plain) is plain
+
+
+def test_no_public_name_is_that_of_a_module():
+    """A submodule that is imported becomes an attribute of the package, in the place of a name that was not used before."""
+    modules = {module.name for module in pkgutil.iter_modules(xfusion.__path__)}
+    assert len(modules) > 15 and not modules & set(xfusion.__all__)

@@ -4,11 +4,11 @@ import pytest
 import torch
 from contracts.table import SIDE, Noise, hearing_model, make_model, picture, words
 
+from xfusion.composition import together
 from xfusion.data.sequence import Sound, Text
 from xfusion.generation import caption, turns
 from xfusion.generation.words import answer_tokens
 from xfusion.modalities.image import ImageModality
-from xfusion.together import together
 from xfusion.training.optimizer import Optimizer
 
 SETTINGS = {"max_tokens": 5, "temperature": 0.0, "top_p": 1.0, "seeds": [0]}

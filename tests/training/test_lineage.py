@@ -12,12 +12,12 @@ from training.runs import StopAt, recipe, train
 import xfusion
 from xfusion.apps import cli
 from xfusion.card import data_licences, run_summary, training_runs
+from xfusion.composition import together
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import content_fingerprint, open_source
 from xfusion.evaluation.run import evaluate
 from xfusion.evaluation.unseen import TrainingData, data_of, recorded_data
-from xfusion.together import together
 from xfusion.training.loop import Interrupted
 
 QUICK = {"max_drawn": 1, "max_captioned": 1, "steps": 1, "features": False}

@@ -8,9 +8,9 @@ from typing import Any
 
 from xfusion.card import training_runs
 from xfusion.checkpoint import has_recorded_weights
+from xfusion.composition import Together
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import Source, content_fingerprint, open_source
-from xfusion.together import Together
 
 NOT_RECORDED = "not recorded: nobody could look for what is held out"
 """What a result says of a model without a record of its training data."""

@@ -2,9 +2,10 @@
 
     x = x + MHA(m(n(x))) ;  x = x + MHA(n(x), c) ;  x = x + MLP(m(n(x)))          c = frozen states of the text
 
-for the tokens x of one picture, at every block. m scales and shifts by a projection of the noise level's embedding plus that of
-the mean of c, as in the paper's residual blocks. The language model reads only text, once per prompt. No picture passes through it, so no gradient does either. c is
-the input of its last layer (the penultimate states): the last layer's output is specialized for predicting the next token.
+for the tokens x of one picture, at every block. m scales and shifts by a projection of the noise level's embedding plus that
+of the mean of c, as in the paper's residual blocks. The language model reads only text, once per prompt. No picture passes
+through it, so no gradient does either. c is the input of its last layer (the penultimate states): the last layer's output is
+specialized for predicting the next token.
 
 Several pictures may share a batch row. The denoiser computes each by itself, as rows of ``[N, M, W]``: attention over whole
 batch rows would compute, and mask, the scores between tokens of different pictures.
@@ -196,7 +197,8 @@ class Conditioned(WithoutBlocks):
             pooling_weights = text_mask.to(level.dtype) / text_mask.sum(-1, keepdim=True).clamp(min=1)
             level = level + (pooling_weights @ pooled[1][:, 0].to(level.dtype))[:, 0]
         level = functional.silu(level)
-        for block, kv in zip(self.denoiser, blocks, strict=True):
+        denoiser: Any = self.denoiser
+        for block, kv in zip(denoiser, blocks, strict=True):
             tokens = compute_block(block, tokens, level, is_token[:, None], kv, text_mask)
         denoised = self.out(tokens).to(x.dtype)
         return states | {run.media: x.flatten(0, 1).index_put((positions[is_token],), denoised[is_token]).view_as(x)}

@@ -4,8 +4,8 @@ Paper: Saharia et al., "Photorealistic Text-to-Image Diffusion Models with Deep 
 arXiv 2205.11487.
 
 Faithful: the language model is frozen and reads each prompt once; the denoiser reads the whole sequence of its states by
-cross-attention, and their mean together with the noise level, which scale and shift the input of every block; pixels; a cosine schedule; a share of prompts dropped for
-classifier-free guidance; dynamic thresholding of the clean estimate.
+cross-attention; their mean, added to the noise level's embedding, scales and shifts the inputs of every block; pixels; a cosine
+schedule; a share of prompts dropped for classifier-free guidance; dynamic thresholding of the clean estimate.
 
 Adapted: the penultimate states of a decoder language model instead of the T5-XXL encoder; a small transformer over patches
 instead of the Efficient U-Net; velocity prediction, where the paper's base model predicts noise (with which a short run on

@@ -93,7 +93,7 @@ def load_models(names: Sequence[str], *, device: str = "auto", trust: bool = Fal
     """
     from xfusion import checkpoint
     from xfusion.backbone import Backbone
-    from xfusion.together import together
+    from xfusion.composition import together
 
     folders_by_name: dict[str, list[str]] = {}
     bases: dict[str, str] = {}
