@@ -40,11 +40,13 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parent / "comparison"
 MEASURED = HERE.parent / "benchmarks" / "results"
 SHOWN = ("fit_retrieval_pixel_at_1", "fit_retrieval_feature_at_1", "fit_caption_exact", "text_perplexity_change")
+SHOWN_UNSEEN = ("held_retrieval_pixel_at_1", "held_retrieval_feature_at_1", "held_caption_exact")
+"""Shown before these where unseen pictures were drawn."""
 SHOWN_NAMING = ("held_caption_exact", "held_caption_at_1", "fit_caption_exact", "text_perplexity_change")
 """Where no recipe draws. The first that was measured is open on the page."""
 PAIRS = (Contrastive.Config, Matching.Config, MaskedWords.Config)
 """Objectives over pairs of a picture and a text."""
-SHOWN_OF_RECIPE = tuple(dict.fromkeys((*SHOWN[:-1], *SHOWN_NAMING[:-1], "held_exact", "made_at_1")))
+SHOWN_OF_RECIPE = tuple(dict.fromkeys((*SHOWN_UNSEEN[:-1], *SHOWN[:-1], *SHOWN_NAMING[:-1], "held_exact", "made_at_1")))
 """On a recipe's page, where its runs have them."""
 EMOJI = re.compile(r"(fit|held)_(caption|retrieval)_")
 """Scores of the suite `emoji`, of which those above are shown."""
@@ -213,7 +215,8 @@ def comparison_part(folder: Path) -> list[str]:
     lines += [*samples(folder, HERE / "pictures"), not_run, "```bash", str(summary["command"]), "```", ""]
     draws = any(score["score"] == SHOWN[0] for score in summary["scores"])
     scores = {score["score"]: score for score in summary["scores"] if score["share"] == 1}
-    shown = list(SHOWN if draws else SHOWN_NAMING)
+    unseen = SHOWN_UNSEEN if SHOWN_UNSEEN[0] in scores else ()
+    shown = list(dict.fromkeys((*unseen, *SHOWN)) if draws else SHOWN_NAMING)
     # What another suite scores is shown before the text.
     shown[-1:-1] = [name for name in scores if not EMOJI.match(name) and name not in shown]
     is_text_equal = all(text["bit_equal"] == text["num_runs"] for text in summary["text"].values())

@@ -4,7 +4,12 @@
 
 draws the first --things of `xfusion.data.emoji.FAMILIAR` in eight colours each and writes ``train.jsonl`` and ``held.jsonl``
 with their pictures beside them. One colour of every thing is held out: every thing is trained on in seven colours, and every
-colour on seven eighths of the things. The pictures are OpenMoji (CC-BY-SA-4.0), their colours changed.
+colour on seven eighths of the things. Then
+
+    xfusion train xfusion --data runs/colours/train.jsonl --steps 300 -o runs/painter
+    xfusion evaluate runs/painter --set source=runs/colours/train.jsonl held=runs/colours/held.jsonl max_held_drawn=32
+
+The pictures are OpenMoji (CC-BY-SA-4.0), their colours changed.
 """
 
 from __future__ import annotations
