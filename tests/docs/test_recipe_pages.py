@@ -1,6 +1,7 @@
 """The pages of the recipes are what docs/pages.py writes of them: a docstring that changes without its page fails."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -59,3 +60,25 @@ def test_costs_are_counted_again(name, pages):
     at = page.index("## Cost")
     assert page[at : at + 6] == counted[:6], HINT
     assert counted[6] in page[at:], f"{counted[6]}\n{HINT}"
+
+
+COMPLETE = {
+    "dual_projection": "a baseline of X-Fusion, whole",
+    "gated_tower": "a baseline of X-Fusion, whole",
+    "single_tower": "a baseline of X-Fusion, whole",
+    "xfuse": "an option of X-Fusion, whole",
+    "lora": "beside any recipe",
+    "hybrid": "not published",
+    "xfusion_dynamic": "not published",
+    "xfusion_lora": "not published as one system",
+}
+"""Recipes of which no part is missing, and why."""
+
+
+def test_the_ideas_name_what_each_recipe_still_lacks():
+    ideas = (ROOT / "docs" / "ideas.md").read_text(encoding="utf-8")
+    _, _, part = ideas.partition("## Parts that recipes lack\n")
+    rows = [line.split(" | ") for line in part.partition("\n## ")[0].splitlines() if line.startswith("| [")]
+    named = [name for row in rows for name in re.findall(r"\(recipes/(\w+)\.md\)", row[0])]
+    assert set(named) | set(COMPLETE) == set(names()) and not set(named) & set(COMPLETE)
+    assert all(len(row) == 2 and len(row[1]) > 10 for row in rows)
