@@ -222,6 +222,22 @@ def test_a_word_behind_cached_pictures_reads_those_before_it(bases, fusion, monk
         assert min(apart()) > 1e-2
 
 
+@pytest.mark.parametrize(
+    "name", [name for name, config in READERS.items() if isinstance(config, CrossAttention.Config)]
+)
+@torch.no_grad()
+def test_a_block_behind_closed_gates_gives_back_its_input_bit_for_bit(name):
+    torch.manual_seed(0)
+    block = GatedCrossAttention(READERS[name], 16)
+    x, media = torch.randn(2, 3, 16), torch.randn(2, 4, 16)
+    reads = torch.rand(2, 3, 4) < 0.5
+    assert torch.equal(block(x, block.keys_values(media), reads), x)
+    for gate in (block.gate, block.mlp_gate):  # each lets something through
+        gate.fill_(0.5)
+        assert not torch.equal(block(x, block.keys_values(media), reads), x)
+        gate.zero_()
+
+
 def test_gates_move_before_what_they_gate():
     """While a gate is closed nothing behind it has a gradient: it opens first, and all else learns from the second step on."""
     torch.manual_seed(0)
@@ -322,6 +338,30 @@ def test_early_pictures_and_learned_prompts_are_not_mixed_and_tuned_parts_are_co
     affine.bias.fill_(0.5)
     x = torch.randn(1, 3, layer.mlp.up_proj.in_features)
     torch.testing.assert_close(affine(layer.mlp.up_proj, x), 2 * (layer.mlp.up_proj(x) + 0.5))
+
+
+@pytest.mark.parametrize("fusion", ["early", "released"])
+@torch.no_grad()
+def test_which_rows_a_layers_prompt_is_made_of(bases, fusion, monkeypatch):
+    """The paper of version 2 never mixes picture and learned rows, its code adds them; both by the frozen W_k and W_v."""
+    config = READERS["llama-adapter 2"]
+    config = config if fusion == "early" else replace(config, picture="added")
+    model = Model(replace(model_config(bases["llama"], "llama-adapter 2"), fusion=config), bases["llama"]).eval()
+    randomise(model)
+    made = []
+    real = AdaptionPrompt._prompts
+    monkeypatch.setattr(AdaptionPrompt, "_prompts", lambda *a: made.append((a, real(*a))) or made[-1][1])
+    look(model, view([[SEQUENCES["words around picture"]]], model))
+    assert [a[1] for a, _ in made] == [0, 1, 2, 3]
+    for (_, index, frozen, states, _, run), kv in made:
+        columns = (run.media_rows["image"].item[0] == 0).nonzero()[:3, 0]
+        shown, learned = states["image"][0, columns], model.fusion.blocks[str(index)].rows
+        rows = shown if learned is None else learned if fusion == "early" else learned + shown
+        assert (learned is None) == (fusion == "early" and index < 2)
+        assert float((shown[0] - shown[1]).abs().max()) > 1e-2  # a row of the picture for each of the prompt
+        for found, matrix in zip(kv, (frozen.self_attn.k_proj, frozen.self_attn.v_proj), strict=True):
+            expected = matrix(rows).unflatten(-1, (-1, frozen.self_attn.head_dim))
+            torch.testing.assert_close(found[0, :, columns].transpose(0, 1), expected, rtol=0, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------ sparse experts

@@ -224,6 +224,21 @@ def test_fresh_weights_change_no_word_even_behind_a_picture(bases, fusion, famil
     torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(("fusion", "family"), on_every_family(READER_ROWS))
+@torch.no_grad()
+def test_closed_gates_leave_words_behind_a_picture_to_the_base(bases, fusion, family):
+    """The base itself on the same rows at the same positions: no gate is wrong by a constant, such as the output's bias."""
+    model = make_model(bases[family], fusion, randomised=False)
+    base = model.backbone
+    before = () if any(base.window(i) for i in range(LAYERS)) else (words(3, 1),)  # a window counts a picture's rows
+    batch = view([[Sequence(segments=(*before, picture((2, 3), 1), words(4, 2)))]], model)
+    embedded = base.model.get_input_embeddings()(batch.text_ids.clamp(min=0))
+    embedded = torch.where((batch.text_ids < 0)[..., None], model.port.end, embedded)
+    places = {"attention_mask": torch.ones_like(batch.text_ids), "position_ids": batch.text.position}
+    expected = base.model(inputs_embeds=embedded, **places).logits[0]
+    torch.testing.assert_close(look(model, batch)[0][0], expected, rtol=0, atol=FLOAT32)
+
+
 @pytest.mark.parametrize(("fusion", "family"), READER_ROWS)
 def test_training_and_removal_leave_the_base_as_it_was(bases, fusion, family):
     base = bases[family]

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -70,3 +71,25 @@ def test_figures_are_of_runs_on_all_of_the_data(name, pages):
     scores = [json.loads(file.read_text(encoding="utf-8"))["scores"]["fit_retrieval_pixel_at_1"] for file in files]
     (row,) = (line for line in pages.figures(name) if "[four_layers_tuned]" in line)
     assert row.split(" | ")[2:4] == ["5", f"{statistics.fmean(scores):.3f}"]
+
+
+COMPLETE = {
+    "dual_projection": "a baseline of X-Fusion, whole",
+    "gated_tower": "a baseline of X-Fusion, whole",
+    "single_tower": "a baseline of X-Fusion, whole",
+    "xfuse": "an option of X-Fusion, whole",
+    "lora": "beside any recipe",
+    "hybrid": "not published",
+    "xfusion_dynamic": "not published",
+    "xfusion_lora": "not published as one system",
+}
+"""Recipes of which no part is missing, and why."""
+
+
+def test_the_ideas_name_what_each_recipe_still_lacks():
+    ideas = (ROOT / "docs" / "ideas.md").read_text(encoding="utf-8")
+    _, _, part = ideas.partition("## Parts that recipes lack\n")
+    rows = [line.split(" | ") for line in part.partition("\n## ")[0].splitlines() if line.startswith("| [")]
+    named = [name for row in rows for name in re.findall(r"\(recipes/(\w+)\.md\)", row[0])]
+    assert set(named) | set(COMPLETE) == set(names()) and not set(named) & set(COMPLETE)
+    assert all(len(row) == 2 and len(row[1]) > 10 for row in rows)

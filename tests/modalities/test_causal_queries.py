@@ -43,6 +43,51 @@ def test_a_query_sees_the_picture_and_the_queries_before_it(codec):
     assert float((other - before).abs().amax((0, 1)).min()) > 1e-6
 
 
+def attended(attention, x, y, causal=False):
+    """Rows of x read rows of y, head by head; with ``causal`` each only those up to its own."""
+    size = attention.embed_dim // attention.num_heads
+    matrices, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
+    q, k, v = (z @ w.T + b for z, w, b in zip((x, y, y), matrices, biases, strict=True))
+    heads = []
+    for at in (slice(h * size, (h + 1) * size) for h in range(attention.num_heads)):
+        scores = q[:, at] @ k[:, at].T / size**0.5
+        if causal:
+            scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf)
+        heads.append(scores.softmax(-1) @ v[:, at])
+    return torch.cat(heads, -1) @ attention.out_proj.weight.T + attention.out_proj.bias
+
+
+def perceptron(layer, x):
+    return layer.linear2(torch.nn.functional.gelu(layer.linear1(x)))
+
+
+@torch.no_grad()
+def test_the_tokenizer_is_its_equation_in_float64(codec):
+    """Causal queries that read the features in every second layer, Linear-Tanh-Linear, and ordinals on the way back."""
+    tokenizer, features = codec.tokenizer.double().eval(), codec.features(images(1)).double()
+    for parameter in tokenizer.parameters():
+        parameter.add_(0.2 * torch.randn(parameter.shape, dtype=torch.float64))
+    shown = features[0] @ tokenizer.read.weight.T + tokenizer.read.bias + tokenizer.places
+    x, reads = tokenizer.queries, []
+    for layer in tokenizer.encoder:
+        x = x + attended(layer.self_attn, layer.norm1(x), layer.norm1(x), causal=True)
+        reads.append(hasattr(layer, "multihead_attn"))
+        if reads[-1]:
+            x = x + attended(layer.multihead_attn, layer.norm2(x), shown)
+        x = x + perceptron(layer, (layer.norm3 if reads[-1] else layer.norm2)(x))
+    assert reads == [True, False, True]
+    down, up = tokenizer.down, tokenizer.up
+    z = down[2](torch.tanh(down[0](tokenizer.norm(x))))
+    torch.testing.assert_close(tokenizer.encode(features)[0].flatten(1).T, z, rtol=0, atol=1e-10)
+    x = torch.cat([up[2](torch.tanh(up[0](z))) + tokenizer.ordinals, tokenizer.asked])
+    for layer in tokenizer.decoder:
+        x = x + attended(layer.self_attn, layer.norm1(x), layer.norm1(x))
+        x = x + perceptron(layer, layer.norm2(x))
+    expected = tokenizer.said(tokenizer.last_norm(x[4:]))
+    vectors = z.T.unflatten(-1, (2, 2))[None]
+    torch.testing.assert_close(tokenizer.decode(vectors)[0], expected, rtol=0, atol=1e-10)
+
+
 @torch.no_grad()
 def test_codes_are_the_nearest_entries_of_the_table(codec):
     codes = codec.encode(images())

@@ -107,6 +107,28 @@ def test_the_loss_is_the_joint_softmax_under_segment_masks(bases, tied, monkeypa
 
 
 @torch.no_grad()
+def test_a_token_enters_by_a_row_of_each_slots_own_table_at_its_row_and_column(bases):
+    """DALL-E's axial positions; the two codes of a token are of two tables; sentinels have rows behind them and no place."""
+    port = make(bases["llama"], infill=0.5).port
+    batch = batch_of((words(2, 1), codes((2, 3), 1)), (codes((3, 1), 2),))
+    media = batch.media["image"]
+    tokens = media.tokens.clone()
+    tokens[0, 2], tokens[0, 5] = MASK, INFILL
+    found, table = port(replace(media, tokens=tokens)), port.table.weight
+    assert len(table) == 2 * ENTRIES + 2
+    for row, column in (media.rows.order >= 0).nonzero().tolist():
+        first, second = (int(code) for code in tokens[row, column])
+        if media.boundary[row, column]:
+            expected = port.begin
+        elif first < 0:
+            expected = table[2 * ENTRIES - 1 - first]
+        else:
+            place = port.row.weight[media.grid_row[row, column]] + port.column.weight[media.grid_column[row, column]]
+            expected = table[first] + table[ENTRIES + second] + place
+        torch.testing.assert_close(found[row, column], expected, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
 def test_a_fresh_head_knows_nothing(bases):
     model = make(bases["llama"], randomised=False)
     total, count = model.losses(batch_of((words(3, 1), codes((3, 3), 1, loss=True))), torch.Generator())["next_code"]

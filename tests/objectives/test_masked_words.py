@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from contracts.table import (
+    VOCABULARY,
     Noise,
     make_model,
     model_config,
@@ -19,7 +20,7 @@ from contracts.table import (
 )
 from torch import nn
 from transformers.models.lxmert.configuration_lxmert import LxmertConfig
-from transformers.models.lxmert.modeling_lxmert import LxmertXLayer
+from transformers.models.lxmert.modeling_lxmert import LxmertPooler, LxmertPreTrainingHeads, LxmertXLayer
 
 import xfusion
 from xfusion.data.mixture import MixtureConfig
@@ -101,6 +102,26 @@ def test_a_layer_is_that_of_transformers():
         (words_found, _), (media_found, _) = ours.train(train)((h, said), (v, shown))
         torch.testing.assert_close(words_found[said], expected[0][said], rtol=0, atol=1e-5)
         torch.testing.assert_close(media_found[shown], expected[1][shown], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_words_and_matches_are_read_off_as_by_transformers(bases):
+    """Its pooler of the first position and its heads, here on the base's own word table."""
+    model = make(bases["llama"], width=64)
+    (objective,), config = model.extra, LxmertConfig(hidden_size=64, vocab_size=VOCABULARY)
+    pooler, heads = LxmertPooler(config), LxmertPreTrainingHeads(config)
+    for parameter in (*pooler.parameters(), *heads.parameters()):
+        parameter.add_(0.3 * torch.randn(parameter.shape, generator=seeded()))
+    head, transform = model.backbone.model.get_output_embeddings(), heads.predictions.transform
+    heads.predictions.decoder.weight.copy_(head.weight)
+    heads.predictions.bias.zero_()
+    pairs = [(objective.guess[0], transform.dense), (objective.guess[2], transform.LayerNorm)]
+    for own, theirs in [*pairs, (objective.judge[0], pooler.dense), (objective.judge[2], heads.seq_relationship)]:
+        own.load_state_dict(theirs.state_dict())
+    h = torch.randn(3, 5, 64, generator=seeded())
+    read, matched = heads(h, pooler(h))
+    torch.testing.assert_close(head(objective.guess(h)), read, rtol=0, atol=1e-5)
+    torch.testing.assert_close(objective.judge(h[:, 0]), matched, rtol=0, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------- masks

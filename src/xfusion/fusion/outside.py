@@ -6,6 +6,8 @@ from them; the keys and values of these rows use cache slot 1. A text token that
 base's: before a picture, after a hidden one and in text alone.
 
 A connector's rows are placed at the first positions of their medium, so that tables, packing and caches need no changes.
+Text behind a medium has the positions that it would have behind the medium's tokens in one sequence, whereas in the papers a
+medium takes none: behind closed gates it is what the base says of these words at these positions.
 
 Shape legend: ``B`` batch row, ``n`` rows of one owner, ``k`` media positions that text may read, ``N`` media items,
 ``P`` tokens of an item, ``M`` rows that a connector makes, ``D`` model width.

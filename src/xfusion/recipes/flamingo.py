@@ -7,12 +7,14 @@ before every n-th layer from the first one on (``every``, which need not divide 
 words and for media, and squared ReLU; each word attends to the last picture before it and to older ones only through the
 words; pictures and text may alternate; the language model is frozen throughout; loss on the text.
 
-Adapted: EfficientNet-Lite0's 7 x 7 x 1280 map instead of a frozen NFNet's (``encoder`` sets another); a matrix maps
-it to the model's width; sizes for two cores (the resampler is as wide as the model, with heads of 64 and ``depth=2`` layers
-instead of 6); gate and MLP act only on words that see a picture, so text alone stays bit-equal after training, unlike in the
-paper; text is never linked to the next picture instead of the last (as in half of the paper's samples), because nothing
-later may change what came before; [EOI], a trained row, replaces the tag and the end of chunk; one dataset; no video,
-so no time embeddings of frames; gates start open (``gate=0`` closes them, as in the paper).
+Adapted: EfficientNet-Lite0's 7 x 7 x 1280 map instead of a frozen NFNet's (``encoder`` sets another); a matrix maps it to
+the model's width; sizes for two cores (8 heads of 64 instead of 16 of 128; the resampler is as wide as the model, with
+heads of 64 and ``depth=2`` layers instead of 6); words after a picture have the positions that they would have behind its
+tokens, where in the paper a picture takes no position; gate and MLP act only on words that see a picture, so text alone
+stays bit-equal after training, unlike in the paper; text is never linked to the next picture instead of the last (as in
+half of the paper's samples), because nothing later may change what came before; [EOI], a trained row, replaces the tag and
+the end of chunk; one dataset; no video, so no time embeddings of frames; gates start open (``gate=0`` closes them, as in
+the paper).
 
 Few-shot prompts: samples have one picture unless ``--stages.0.mixture.shots 4`` puts four solved examples before each. All
 answers are then trained on, as the paper trains on all text of a page. Prompts then alternate too:

@@ -7,10 +7,11 @@ queries and keys, no rotary embedding, SwiGLU of the base's width, tanh gates; a
 and per-head norms; each word attends to the last picture before it; the first stage, in which the language model is
 frozen. Tests compare block and resampler with transformers' to 1e-5.
 
-Adapted: EfficientNet-Lite0 instead of CLIP ViT-H/14 (``encoder`` sets another); widths for two cores; n need not divide
-the depth (theirs must); the gated MLP acts only on words that see a picture (theirs acts on all, ``--model.fusion.text-only
-mlp``); no loss on the size of the logits; [EOI] replaces the two added tokens; the second stage, which unfreezes everything,
-is not included; gates start open (``gate=0`` closes them, as in the paper).
+Adapted: EfficientNet-Lite0 instead of CLIP ViT-H/14 (``encoder`` sets another); widths for two cores; n need not divide the
+depth (theirs must); the gated MLP acts only on words that see a picture (theirs acts on all, ``--model.fusion.text-only
+mlp``); words after a picture have the positions that they would have behind its tokens; no loss on the size of the logits;
+[EOI] replaces the two added tokens; the second stage, which unfreezes everything, is not included; gates start open
+(``gate=0`` closes them, as in the paper).
 
 Data: from the paper, LAION (``laion/relaion2B-en-research-safe``, links to download with img2dataset), ``--data
 'laion/*.tar'``; OBELICS' interleaved pages are not read. Our figures: ``--data runs/clothing/photos.jsonl:held=0.1``

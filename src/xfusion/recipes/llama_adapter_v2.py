@@ -2,15 +2,17 @@
 
 Paper: Gao et al., "LLaMA-Adapter V2: Parameter-Efficient Visual Instruction Model", arXiv 2304.15010.
 
-Faithful: early fusion (the picture's rows are the prompt of the first layers, learned prompts are in all others, and the two
-are never mixed); a gate per head on prompts; ``s (W x + b)`` for every matrix of a layer; trained norms.
-``released=True`` follows the released code instead, which adds the picture to the prompt of every layer.
+Faithful: early fusion (the picture's rows are the prompt of the first layers, learned prompts are in all others, and the
+two are never mixed); a gate per head on prompts; ``s (W x + b)`` for every matrix of a layer; trained norms.
+``released=True`` follows the released code instead, which adds the picture to the prompt of every layer, but keeps the
+scales, which that code has not.
 
-Adapted: the picture's rows come from EfficientNet-Lite0's map through a small resampler instead of CLIP through eight layers
-with queries (``encoder`` sets another encoder); the picture is the prompt of the first eight layers (``early``), because a short
-run learns little through the paper's one; scale, bias and norms are copies that act only on words after a picture,
-so text alone is unchanged; the base's last norm, which no layer owns, is unchanged; one dataset, so there are no two groups of
-parameters by data; gates start at 0.1 instead of 0, so that they open in a short run.
+Adapted: the picture's rows come from EfficientNet-Lite0's map through a small resampler instead of CLIP through eight
+layers with queries (``encoder`` sets another encoder); the picture is the prompt of the first eight layers (``early``),
+because a short run learns little through the paper's one; scale, bias and norms are copies that act only on words after a
+picture, so text alone is unchanged, and these words have the positions that they would have behind its tokens; the base's
+last norm, which no layer owns, is unchanged; one dataset, so there are no two groups of parameters by data; gates start at
+0.1 instead of 0, so that they open in a short run.
 
 Data: the paper's COCO captions (``jxie/coco_captions``), ``--data 'coco_captions/data/train-*.parquet'``. Our figures:
 ``--data runs/clothing/photos.jsonl:held=0.1`` (`runs/write_clothing.py`).

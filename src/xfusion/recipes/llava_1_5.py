@@ -2,8 +2,9 @@
 
 Paper: Liu et al., "Improved Baselines with Visual Instruction Tuning", CVPR 2024, arXiv 2310.03744.
 
-Faithful: the connector (Linear, GELU, Linear, as wide as the language model), on the output of the encoder's second-to-last
-layer; pictures before the words; the first stage, which trains only the connector, at rate 1e-3.
+Faithful: the connector (Linear, GELU, Linear, as wide as the language model), on the output of a vision transformer's
+second-to-last layer, without its class token (``encoder``); pictures before the words; the first stage, which trains only
+the connector, at rate 1e-3.
 
 Adapted: as in the recipe `llava`; also, no padding to a square (pictures are centre-cropped), no prompts for
 the answer's format ("Answer the question using a single word or phrase.") and no second stage on the paper's 665 K instructions,

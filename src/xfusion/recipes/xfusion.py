@@ -10,7 +10,8 @@ Adapted, because the paper leaves it open or the default must run on two cores: 
 noise level added to the picture tokens; [BOI] and [EOI] as trainable rows next to the frozen table; a media block at every
 fifth layer with an MLP of 512 instead of a full copy; 32 px pixels in 8 x 8 patches instead of a VAE; clean-picture
 prediction, with more frequent and more heavily weighted high noise levels than logit-normal (0, 1), and sampling that takes
-more steps there; 10 % empty captions for guidance.
+more steps there; 10 % empty captions for guidance, at a scale of 1.5 instead of 5.5; a rate of 4e-3 instead of 1e-4
+(``rate``).
 
 Data: the paper's pictures are not public; a public alternative is CC3M (``pixparse/cc3m-wds``), ``--data
 'cc3m-wds/cc3m-train-*.tar'``. Our figures: ``--data emoji``, and ``emoji:64`` to ``emoji:128`` in comparisons.
