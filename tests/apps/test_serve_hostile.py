@@ -525,3 +525,27 @@ def test_the_follower_of_a_ticket_is_cancelled_whole(models):
             assert asyncio.run(follow()) == 0
         finally:
             service.ended = ended
+
+
+def test_an_error_names_an_unknown_field_whatever_its_name_in_one_line(server):
+    """Fields that are no identifier, or are called like a kind that is tried."""
+    for name, said in (("top-k", "top-k"), ("int", "int"), ("1", "1"), ("a\nb", "a b"), ("", "''")):
+        status, answer = post(server, "/v1/chat/completions", json.dumps({"messages": say("a"), name: 1}))
+        assert status == 400 and shape(answer)["message"] == f"{said} is not a parameter of this server", answer
+        assert answer["error"]["code"] == "unknown_parameter" and answer["error"]["param"] == (name or None)
+    body = {"messages": [{"role": "user", "content": [{"type": "te\nxt", "text": "a"}]}]}
+    status, answer = post(server, "/v1/chat/completions", json.dumps(body))
+    assert status == 400 and "Input tag 'te xt' found" in shape(answer)["message"], answer
+    status, answer = post(server, "/v1/no%0Awhere", "{}")
+    assert status == 404 and shape(answer)["message"].startswith("there is no /v1/no where here"), answer
+
+
+def test_the_verb_refuses_keys_and_names_that_are_no_text(tmp_path, capsys):
+    (tmp_path / "keys").write_bytes(b"\xff\xfe\x00key\n")
+    assert cli.main(["serve", str(tmp_path), "--keys", str(tmp_path / "keys")]) == 2
+    assert "keys: the file is not UTF-8 text" in capsys.readouterr().err
+    for host in ("\udcff", "a" * 70 + ".example"):
+        assert cli.main(["serve", str(tmp_path), "--host", host, "--port", "0"]) == 2
+        assert "cannot listen at" in capsys.readouterr().err
+    assert cli.main(["serve", str(tmp_path), "--limits.seconds", "nan"]) == 2
+    assert "--limits.seconds nan: at least 1" in capsys.readouterr().err

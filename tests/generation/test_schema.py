@@ -57,7 +57,10 @@ def test_all_texts_of_a_schema_are_written_out():
         ({"type": "object", "properties": ["a"]}, r"properties is \['a'\]: give an object of schemas"),
         ({"type": "object", "properties": {"a": True}}, "True is not a schema"),
         ({"type": "object", "required": "a"}, "required is 'a': give a list of names"),
-        ({"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a", "b"]}, "'b' is required, but prop"),
+        (
+            {"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a", "b"]},
+            "'b' is required, but prop",
+        ),
         ({"type": "text", "enum": ["a"]}, "type 'text' is not one of object, array"),
         ({"type": "integer", "enum": ["a"]}, "it allows 0 answers"),
         ({"enum": [1, 2], "const": 3}, "it allows 0 answers"),
