@@ -39,7 +39,7 @@ from xfusion.comparison.intervals import interval, paired, seeds_needed, t_quant
 from xfusion.comparison.plan import GUIDANCES, RATE_FACTORS, TRIAL_SEED, Part, recipes_by_label, share_of, split_label
 from xfusion.comparison.results import portable
 from xfusion.comparison.run import text_keeping
-from xfusion.comparison.table import regime_of
+from xfusion.comparison.table import contributions, regime_of
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import open_source
@@ -714,6 +714,23 @@ def test_runs_that_do_not_belong_together(go, base):
     shutil.rmtree("comparison/test")
     with pytest.raises(XFusionError, match="holds no result of a comparison"):
         summarise("comparison/test")
+
+
+def test_runs_of_several_machines_are_said(go, base):
+    go({"one": tiny(base)}, seeds=(0,), samples=STEP)
+    assert not any("machines" in note for note in summarise("comparison/test")["notes"])
+    run = read("one-seed0.json")
+    run["seed"], run["machine"]["gpu"] = 1, "another GPU"
+    Path("comparison/test/one-seed1.json").write_text(json.dumps(run))
+    (note,) = (note for note in summarise("comparison/test")["notes"] if "machines" in note)
+    assert note.startswith("The runs are of 2 machines (") and "another GPU, torch " in note
+
+
+def test_learned_shares_of_towers_at_other_layers(tmp_path):
+    (tmp_path / "shares-one.json").write_text(json.dumps({"share_layer0_word": 0.2, "share_layer2_word": 0.4}))
+    (tmp_path / "shares-two.json").write_text(json.dumps({"share_layer0_word": 0.6, "share_layer1_word": 0.8}))
+    found = contributions(tmp_path)
+    assert found == {"layer 0": {"word": pytest.approx(0.4)}, "layer 2": {"word": 0.4}, "layer 1": {"word": 0.8}}
 
 
 def test_intervals_from_files(go, base):

@@ -287,8 +287,35 @@ def test_the_verb(model, here, monkeypatch, capsys):
     found = json.loads(said.out)["messages"]
     assert [m["role"] for m in found] == ["user", "assistant"] * 2 and found[1]["content"] == ["(picture)"]
     assert "tiny can" in said.err and "a-cat.png" in said.err
-    for argv in (["--steps", "0"], ["--max-tokens", "0"], ["--temperature", "-1"], ["--seed", "-1"]):
+    for argv in (
+        ["--steps", "0"], ["--max-tokens", "0"], ["--temperature", "-1"], ["--seed", "-1"], ["--guidance", "nan"]
+    ):  # fmt: skip
         assert cli.main(["chat", "tiny", *argv]) == 2
+
+
+def test_bytes_that_are_no_text_do_not_end_the_conversation(model, here, monkeypatch, capsys):
+    model.save_pretrained(here / "tiny")
+    piped = io.TextIOWrapper(io.BytesIO(b"hi\n\xff\xfe\nho\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", piped)
+    assert cli.main(["chat", "tiny", "--max-tokens", "2", "--json"]) == 0
+    messages = json.loads(capsys.readouterr().out)["messages"]
+    assert [m["content"] for m in messages if m["role"] == "user"] == [["hi"], ["\ufffd\ufffd"], ["ho"]]
+
+
+def test_words_behind_text_that_the_tokenizer_changes_are_still_said(model, monkeypatch):
+    """A tokenizer that falls back to bytes reads a run of them anew with each byte: one that is wrong spoils all before it."""
+    texts = ["é", "\ufffd\ufffd\ufffd", "\ufffd\ufffd\ufffd hello", "\ufffd\ufffd\ufffd hello you"]
+
+    def said(segments, *, listen, **settings):
+        for token in range(len(texts)):
+            listen(0, token)
+        return [texts[-1]]
+
+    monkeypatch.setattr(model.backbone, "decode", lambda ids: texts[len(ids) - 1], raising=False)
+    monkeypatch.setattr(model, "generate", said, raising=False)
+    screen, made = talk(model, "a red apple")
+    assert screen == "é\ufffd\ufffd hello you\n"
+    assert made.messages[-1]["content"] == [texts[-1]]
 
 
 class Asked(Opening):

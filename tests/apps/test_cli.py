@@ -889,3 +889,15 @@ def test_arguments_of_their_kind_are_taken():
     made = find("lora(recipe='llava(strip=7)', targets=('query',))")()
     assert made.model.fusion.targets == ("query",) and made.model.image == find("llava(strip=7)")().model.image
     assert made.model.image != find("llava")().model.image
+
+
+def test_numbers_that_mean_nothing_are_refused_before_anything_is_read(tmp_path, capsys):
+    draw = ["draw", "nowhere", "--prompts", str(tmp_path / "none.txt"), "-o", str(tmp_path / "out")]
+    for argv, message in (
+        ([*draw, "--guidance", "nan"], "--guidance nan: give a number"),
+        (["chat", "nowhere", "--guidance", "inf"], "--guidance inf: give a number"),
+        (["data", "check", str(tmp_path), "--size", "0", "--sheet", str(tmp_path / "s.png")], "--size 0: pictures on"),
+    ):
+        assert cli.main(argv) == 2
+        said = capsys.readouterr()
+        assert message in said.err and said.err.count("\n") == 1 and not said.out

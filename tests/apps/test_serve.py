@@ -22,6 +22,8 @@ import openai
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -234,6 +236,8 @@ def test_a_stream_says_what_one_piece_says(client, picture):
             assert "".join(c.delta.content or "" for c in mine) == choice.message.content
             assert mine[-1].finish_reason == choice.finish_reason
         assert chunks[-1].usage == whole.usage
+        assert all(c.usage is None and "usage" in c.model_fields_set for c in chunks[:-1])  # as OpenAI's
+        assert all("usage" not in c.model_fields_set for c in client.chat.completions.create(**call, stream=True))
         assert len({c.id for c in chunks}) == 1
 
 
@@ -255,6 +259,22 @@ def test_words_are_sent_once_they_cannot_change():
     assert words.add(ord("x")) == "stox"
     assert [words.add(byte) for byte in b"a stop"] == ["a", " ", "", "", "", ""]
     assert words.stopped and words.sent == "néstoxa " and words.rest() == ""
+
+
+def test_words_behind_text_that_a_tokenizer_changes_are_still_sent():
+    """A tokenizer that falls back to bytes decodes a run of them anew with each byte: a wrong one spoils those before it."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁hello": 256, "▁you": 257, "<unk>": 258}
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>"))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    words = Words(tokenizer.decode)
+    assert [words.add(token) for token in (*"é".encode(), 0xFF, 256, 257)] == [
+        "",
+        "é",
+        "",
+        "\ufffd\ufffd hello",
+        " you",
+    ]
+    assert words.sent == "\ufffd\ufffd\ufffd hello you" and words.rest() == ""
 
 
 def test_the_thread_outlives_whatever_fails_behind_a_batch(model):
@@ -540,6 +560,10 @@ def test_images_edits(client, model, picture):
     other = model.inpaint(picture, mask, "a house", seed=3, steps=3)
     assert apart(from_base64(answer.data[1].b64_json), other) <= 2
     alone = client.images.edit(image=png(holed), **call)
+    unstreamed = client.images.edit(image=png(holed), **call, stream=False)  # which a form has as text
+    assert unstreamed.data[0].b64_json == alone.data[0].b64_json
+    with pytest.raises(openai.BadRequestError, match="stream: Input should be False"):
+        client.images.edit(image=png(holed), prompt="a house", extra_body={"stream": True})
     white = picture.copy()
     white.paste("white", mask=mask)  # what shows through, as far as a kept token sees it
     white = model.inpaint(white, mask, "a house", seed=2, steps=3)

@@ -28,6 +28,8 @@ from apps.test_serve import TINY, answered, base_answer, begun, get, hear, look,
 from contracts.table import SOUND_RATE, Noise, hearing_model
 
 from xfusion.apps import cli
+from xfusion.apps.commands.base import UsageError
+from xfusion.apps.commands.serve import listen
 from xfusion.apps.server import reading, requests, stopping, tickets
 from xfusion.apps.server.batches import Continue, Words
 from xfusion.data.sequence import Sound
@@ -525,3 +527,25 @@ def test_the_follower_of_a_ticket_is_cancelled_whole(models):
             assert asyncio.run(follow()) == 0
         finally:
             service.ended = ended
+
+
+def test_an_error_names_an_unknown_field_whatever_its_name_in_one_line(server):
+    """Fields that are no identifier, or are called like a kind that is tried."""
+    for name, said in (("top-k", "top-k"), ("int", "int"), ("1", "1"), ("a\nb", "a b"), ("", "''")):
+        status, answer = post(server, "/v1/chat/completions", json.dumps({"messages": say("a"), name: 1}))
+        assert status == 400 and shape(answer)["message"] == f"{said} is not a parameter of this server", answer
+        assert answer["error"]["code"] == "unknown_parameter" and answer["error"]["param"] == (name or None)
+    body = {"messages": [{"role": "user", "content": [{"type": "te\nxt", "text": "a"}]}]}
+    status, answer = post(server, "/v1/chat/completions", json.dumps(body))
+    assert status == 400 and "Input tag 'te xt' found" in shape(answer)["message"], answer
+
+
+def test_the_verb_refuses_keys_and_names_that_are_no_text(tmp_path, capsys):
+    (tmp_path / "keys").write_bytes(b"\xff\xfe\x00key\n")
+    assert cli.main(["serve", str(tmp_path), "--keys", str(tmp_path / "keys")]) == 2
+    assert "keys: the file is not UTF-8 text" in capsys.readouterr().err
+    for host in ("\udcff", "a" * 70 + ".example"):
+        with pytest.raises(UsageError, match="cannot listen at"):
+            listen(host, 0)
+    assert cli.main(["serve", str(tmp_path), "--limits.seconds", "nan"]) == 2
+    assert "--limits.seconds nan: at least 1" in capsys.readouterr().err

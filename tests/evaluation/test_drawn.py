@@ -132,8 +132,14 @@ def test_a_judge_that_knows_is_right(packs):
     ("a.jsonl", '{"prompt": "a"}\n{"words": "b"}\n', "line 2: has no field 'prompt'"),
     ("a.jsonl", "no json\n", "line 1: is not JSON"),
     ("a.txt", "\n \n", "holds no prompt"),
+    ("a.jsonl", '{"prompt": "a"}\n{"prompt": "a \\ud83d cat"}\n', "line 2: the prompt has half a character"),
 ])  # fmt: skip
 def test_bad_prompt_files_are_named(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(XFusionError, match=message):
         drawn.read_prompts(tmp_path / name)
+
+
+def test_a_line_of_json_may_hold_other_line_breaks(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a\u2028b"}\r\n{"prompt": "c\u0085d"}\n', encoding="utf-8")
+    assert [item["prompt"] for item in drawn.read_prompts(tmp_path / "a.jsonl")] == ["a\u2028b", "c\u0085d"]

@@ -8,7 +8,7 @@ from PIL import Image
 
 from xfusion.data.sequence import Example, XFusionError
 from xfusion.evaluation.machine import commit
-from xfusion.evaluation.run import evaluate, suite_names
+from xfusion.evaluation.run import check, evaluate, suite_names
 from xfusion.modalities.codecs.pixels import Pixels
 from xfusion.modalities.image import ImageModality
 
@@ -295,3 +295,33 @@ def test_wrong_names_are_answered_with_the_nearest():
         evaluate(Knower(), "emojis")
     with pytest.raises(XFusionError, match="did you mean 'guidance'"):
         evaluate(Knower(), "emoji", guidence=2)
+
+
+def test_a_score_that_is_not_a_number_is_null_in_the_file(tmp_path, monkeypatch):
+    """JSON has no such number; a run of hours must not end in a traceback."""
+    monkeypatch.setattr(Knower, "capabilities", frozenset({"text", "match"}))
+    monkeypatch.setattr(Knower, "match", lambda self, picture, names: [0.9] * len(names), raising=False)
+    one = Squares("one", 0)
+    one.examples = one.examples[:1]
+    found = evaluate(Knower(), "retrieval", source=one, held=HELD, out=tmp_path / "scores.json", max_held=1)
+    assert found["fit_match"] is None  # there is no wrong name to refuse
+    assert found["fit_naming_at_1"] == 1.0
+    assert json.loads((tmp_path / "scores.json").read_text())["fit_match"] is None
+
+
+@pytest.mark.parametrize(
+    ("suite", "name", "value", "least"),
+    [
+        ("emoji", "batch_size", 0, 1),
+        ("emoji", "max_drawn", 0, 1),
+        ("emoji", "max_drawn", -1, 1),  # would be all but one
+        ("emoji", "max_held", -1, 0),
+        ("requests", "repeat", 0, 1),
+        ("requests", "max_chats", 0, 1),
+        ("few_shot", "most", -1, 0),
+    ],
+)
+def test_numbers_below_their_least_are_refused(suite, name, value, least):
+    with pytest.raises(XFusionError, match=f"suite '{suite}': {name} is {value}, and has to be at least {least}"):
+        check(suite, {name: value})
+    assert check(suite, {name: least, **({} if suite == "requests" else {"seed": -1})})

@@ -84,3 +84,23 @@ def test_what_cannot_be_run_is_refused(bases):
         evaluate(model, "lm_eval", tasks="nowhere.yaml")
     with pytest.raises(XFusionError, match="neither 'base' nor 'fused'"):
         evaluate(model, "lm_eval", tasks="arc_easy", stack="both")
+
+
+def test_each_filter_of_a_metric_is_a_score_of_its_own(bases, monkeypatch):
+    """GSM8K scores the same answers by two filters; the second must not stand for both."""
+    lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra eval)")
+    results = {
+        "alias": "sums",
+        "exact_match,strict-match": 0.25,
+        "exact_match,flexible-extract": 0.5,
+        "exact_match_stderr,strict-match": "N/A",
+        "acc,none": 0.75,
+    }
+    monkeypatch.setattr(lm_eval, "simple_evaluate", lambda **_: {"results": {"sums": results}})
+    found = evaluate(make_model(bases["llama"]), "lm_eval", tasks="sums")
+    scores = {name: value for name, value in found.items() if name != "settings"}
+    assert scores == {
+        "sums_exact_match_strict-match": 0.25,
+        "sums_exact_match_flexible-extract": 0.5,
+        "sums_acc": 0.75,
+    }

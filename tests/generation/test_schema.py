@@ -35,6 +35,11 @@ def test_all_texts_of_a_schema_are_written_out():
     assert schema_answers({"const": None}) == ["null"] and schema_answers({"type": "object"}) == ["{}"]
     assert schema_answers({"type": "integer", "minimum": -1.5, "maximum": 1.5}) == ["-1", "0", "1"]
     assert schema_answers({"type": "integer", "minimum": 0.5, "maximum": 2}) == ["1", "2"]
+    # A value has to fit all of its schema.
+    assert schema_answers({"type": "string", "enum": ["a", 1, None]}) == ['"a"']
+    assert schema_answers({"type": ["integer", "null"], "enum": [True, 1, 2.5, None]}) == ["1", "null"]
+    assert schema_answers({"type": "boolean", "enum": [True, 1]}) == ["true"]
+    assert schema_answers({"enum": [1, 2, 3, "a"], "minimum": 2}) == ["2", "3", '"a"']
     for schema, message in (
         ({"type": "string"}, "type 'string' is not one of"),
         ({"type": "integer"}, "an integer needs minimum and maximum"),
@@ -44,6 +49,21 @@ def test_all_texts_of_a_schema_are_written_out():
         ({"enum": list(range(4097))}, "it allows 4097 answers, from 1 to 4096"),
         ({"type": "integer", "minimum": 0.2, "maximum": 0.8}, "it allows 0 answers"),
         ({"pattern": "a"}, "'pattern' is not understood"),
+        ("boolean", "'boolean' is not a schema"),
+        ({"enum": 5}, "enum is 5: give a list of values"),
+        ({"const": float("nan")}, "nan has no JSON text"),
+        ({"type": "integer", "minimum": "0", "maximum": 3}, "minimum is '0': give a number"),
+        ({"type": "integer", "minimum": 0, "maximum": float("inf")}, "maximum is inf: give a number"),
+        ({"type": "object", "properties": ["a"]}, r"properties is \['a'\]: give an object of schemas"),
+        ({"type": "object", "properties": {"a": True}}, "True is not a schema"),
+        ({"type": "object", "required": "a"}, "required is 'a': give a list of names"),
+        (
+            {"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a", "b"]},
+            "'b' is required, but prop",
+        ),
+        ({"type": "text", "enum": ["a"]}, "type 'text' is not one of object, array"),
+        ({"type": "integer", "enum": ["a"]}, "it allows 0 answers"),
+        ({"enum": [1, 2], "const": 3}, "it allows 0 answers"),
     ):
         with pytest.raises(XFusionError, match=message):
             schema_answers(schema)

@@ -363,3 +363,56 @@ def make_model_once(bases, kept={}):  # noqa: B006 (one model for all examples)
     if not kept:
         kept["model"] = make_model(bases["llama"])
     return kept["model"]
+
+
+@pytest.mark.parametrize("media", [[], PICTURES[:1]], ids=["words", "picture"])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -1.0}, "temperature -1.0 must be >= 0"),
+        ({"temperature": float("nan")}, "temperature nan must be >= 0"),
+        ({"temperature": float("inf")}, "temperature inf must be >= 0"),
+        ({"temperature": 1.0, "top_p": 0.0}, r"top_p 0.0 within \(0, 1\]"),
+        ({"temperature": 1.0, "top_k": -1}, "top_k -1 0 or more"),
+        ({"max_tokens": 0}, "max_tokens 0: an answer has at least 1"),
+        ({"seed": 2**63}, f"seed {2**63}: choose a whole number"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_sampling_settings_out_of_range_are_refused_with_and_without_a_picture(model, media, settings, message):
+    with pytest.raises(XFusionError, match=message):
+        model.generate([*media, "What is this?"], **settings)
+
+
+def test_a_batch_is_of_lists_and_none_of_them_is_empty(model):
+    with pytest.raises(XFusionError, match=r"\[\] is none: write \[segment\]"):
+        model.generate([[]])
+    with pytest.raises(XFusionError, match=r"'hello' is none: write \[segment\]"):  # not five texts of one letter
+        model.generate([["a red apple"], "hello"])
+    with pytest.raises(XFusionError, match="there is no turn to answer"):
+        model.answer([], draw="never")
+
+
+def test_no_text_has_no_score(model):
+    assert model.score(PICTURES[0], []) == []
+    assert model.score_names(PICTURES, []).shape == (len(PICTURES), 0)
+
+
+def test_half_a_character_is_refused_in_one_line(model):
+    """Bytes of a command line that are not UTF-8, and an escape of JSON cut in two, arrive as lone surrogates."""
+    head = {"role": "user", "content": "a \udcff cat"}
+    for ask in (
+        lambda: model.generate(["a \udcff cat"]),
+        lambda: model.generate([PICTURES[0], "a \udcff cat"]),
+        lambda: model.draw(["a \udcff cat"]),
+        lambda: model.score(PICTURES[0], ["a \udcff cat"]),
+        lambda: model.answer([head], draw="never"),
+        lambda: model.backbone.encode_spans("a \udcff cat"),
+    ):
+        with pytest.raises(XFusionError, match=r"is not valid Unicode: '\\udcff' is half a character"):
+            ask()
+
+
+def test_a_drawing_has_a_finite_guidance(model):
+    with pytest.raises(XFusionError, match="guidance nan: give a number"):
+        model.draw(["a red apple"], guidance=float("nan"))

@@ -18,6 +18,7 @@ from rich.text import Text as Line
 
 from xfusion.apps.commands.base import UsageError, readable, write_whole
 from xfusion.apps.commands.pictures import FORMATS, file_name, save, unused_path
+from xfusion.apps.server.batches import Words
 from xfusion.data import pictures, sounds
 from xfusion.data.sequence import Image, Sound, XFusionError
 from xfusion.generation import DrawMode, conversation, draw_size, ends_at_line, opens
@@ -110,24 +111,20 @@ class Chat:
 
     def _stream_text(self, segments: list[Any], *, one_line: bool = False) -> str:
         """The model's text after some segments, streamed to the console; Ctrl-C ends it."""
-        token_ids: list[int] = []
-        printed = ""
+        words = Words(self.model.backbone.decode)
 
         def print_token(_: int, token: int) -> bool:
-            nonlocal printed
-            token_ids.append(token)
-            text = self.model.backbone.decode(token_ids).rstrip("\N{REPLACEMENT CHARACTER}")
-            if text.startswith(printed):
-                self._print(text[len(printed) :])
-                printed = text
+            self._print(words.add(token))
             return True
 
         settings = {"max_tokens": self.max_tokens, "temperature": self.temperature, "one_line": one_line}
         try:
             (answer,) = self.model.generate(segments, seed=self._next_seed(), listen=print_token, **settings)
         except KeyboardInterrupt:
-            answer = printed
-        self._print(answer.removeprefix(printed) + "\n")
+            answer = words.sent
+        else:
+            self._print(words.rest())
+        self._print("\n")
         return answer
 
     def _image(self, path: str) -> None:

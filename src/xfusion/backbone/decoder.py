@@ -356,7 +356,12 @@ class Backbone:
         return tuple(token_ids)
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of a text; special tokens written in it are treated as plain text."""
+        """Token ids of a text; special tokens written in it are treated as plain text.
+
+        Raises:
+            XFusionError: the text is not valid Unicode.
+        """
+        _refuse_surrogates(text)
         with self._tokenizing:
             return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
@@ -364,8 +369,9 @@ class Backbone:
         """Token ids of a text as from `encode`, and the character span ``(first, end)`` of each.
 
         Raises:
-            XFusionError: the tokenizer cannot return character offsets.
+            XFusionError: the tokenizer cannot return character offsets, or the text is not valid Unicode.
         """
+        _refuse_surrogates(text)
         if not self.tokenizer.is_fast:
             raise XFusionError(f"{self.source}: the tokenizer does not say which characters its tokens stand for")
         with self._tokenizing:
@@ -404,9 +410,14 @@ class Backbone:
             raise XFusionError(f"{self.source}: the chat template refuses this conversation: {error}") from error
 
     def read_chat(self, text: str) -> tuple[int, ...]:
-        """Token ids of text from `chat_text`, whole or in parts: the template's control tokens are read as control tokens."""
+        """Token ids of text from `chat_text`, whole or in parts: the template's control tokens are read as control tokens.
+
+        Raises:
+            XFusionError: the text is not valid Unicode.
+        """
         if not self.tokenizer.chat_template:
             return self.encode(text)
+        _refuse_surrogates(text)
         with self._tokenizing:
             return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -588,6 +599,20 @@ class _FixedStates(nn.Module):
 
     def forward(self, *_: Any, **__: Any) -> _ModelOutput:
         return _ModelOutput(last_hidden_state=self.hidden)
+
+
+def _refuse_surrogates(text: str) -> None:
+    """Refuse half a character (a lone surrogate), which stands in a Python string for bytes that are not valid UTF-8.
+
+    Raises:
+        XFusionError: there is one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise XFusionError(
+            f"the text {text!r:.60} is not valid Unicode: {text[error.start]!r} is half a character; leave it out"
+        ) from error
 
 
 def _disable_dropout(module: nn.Module) -> None:

@@ -134,15 +134,17 @@ def summarise(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def contributions(folder: Path) -> dict[str, dict[str, float]]:
-    """Layer -> kind of position -> learned share of the other tower, mean over the files ``shares-*.json`` of a folder.
+    """Layer -> kind of position -> learned share of the other tower, mean over the files ``shares-*.json`` of a folder that
+    have it.
 
     `xfusion evaluate PACK --suite shares --out FOLDER/shares-NAME.json` writes one for a run's pack.
     """
     results = [read_json(path) for path in sorted(folder.glob("shares-*.json"))]
     means: dict[str, dict[str, float]] = {}
-    for name in (name for name in (results[0] if results else {}) if name.startswith("share_layer")):
+    names = dict.fromkeys(name for result in results for name in result if name.startswith("share_layer"))
+    for name in names:  # a tower with blocks at other layers has no share at these
         layer, _, kind = name.removeprefix("share_").partition("_")
-        mean = sum(result[name] for result in results) / len(results)
+        mean = statistics.fmean(result[name] for result in results if name in result)
         means.setdefault(layer.replace("layer", "layer "), {})[kind.replace("_", " ")] = mean
     return means
 
@@ -309,6 +311,11 @@ def _reads_pixels(model: Mapping[str, Any]) -> bool:
     return kind in ("", "xfusion.modalities.codecs.pixels:Pixels.Config")
 
 
+def _machine_name(facts: Mapping[str, Any]) -> str:
+    """What computed a run: its GPU, or the processor, and the version of torch."""
+    return f"{facts.get('gpu') or facts.get('processor')}, torch {facts.get('versions', {}).get('torch')}"
+
+
 def difference_notes(summary: Mapping[str, Any]) -> list[str]:
     """How each recipe differs from the first besides the mechanism: the long ones of the summary's notes."""
     notes: list[str] = []
@@ -357,6 +364,12 @@ def _notes(summary: Mapping[str, Any], runs: Sequence[dict[str, Any]]) -> list[s
         "Intervals are 95 % t-intervals over runs, one by one: of twenty true ties one looks decided. fit_ is memory of"
         f" trained {summary['media']}, held_ is on groups that no training saw."
     )
+    machines = sorted({_machine_name(run["machine"]) for run in runs})
+    if len(machines) > 1:
+        notes.append(
+            f"The runs are of {len(machines)} machines ({'; '.join(machines)}): times and minutes are medians over all of them,"
+            " and a seed rounds otherwise on each."
+        )
     notes += difference_notes(summary)
     with_encoder = [
         label

@@ -38,7 +38,8 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
         XFusionError: it cannot be read, or a line has no prompt.
     """
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # Not `splitlines`, which also ends a line at characters that JSON may hold, such as U+2028.
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise XFusionError(f"{path} cannot be read: {one_reason(error)}") from error
     prompts: list[dict[str, Any]] = []
@@ -49,6 +50,10 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
             raise XFusionError(f"{path}, line {number}: is not JSON: {error}") from error
         if not isinstance(item, dict) or not isinstance(item.get("prompt"), str):
             raise XFusionError(f"{path}, line {number}: has no field 'prompt' with words")
+        if any("\ud800" <= character <= "\udfff" for character in item["prompt"]):
+            raise XFusionError(
+                f"{path}, line {number}: the prompt has half a character, an escape such as \\ud83d alone"
+            )
         prompts.append(item)
     if not prompts:
         raise XFusionError(f"{path} holds no prompt")

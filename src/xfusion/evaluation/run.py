@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import os
 import pkgutil
 import platform
@@ -22,6 +23,9 @@ from xfusion.storage import write_json
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of a part, and its number of items done and in total."""
+
+MAY_BE_ZERO = frozenset({"max_held", "most", "num_made", "shots"})
+"""Whole numbers among the suites' settings of which 0 means none; all others, seeds apart, are 1 or more."""
 
 
 def suite_names() -> list[str]:
@@ -51,7 +55,8 @@ def evaluate(
         settings: keyword arguments of the suite's ``run``, e.g. ``source="emoji:128"``.
 
     Returns:
-        The suite's metrics by name, and under "settings" everything needed to reproduce the numbers.
+        The suite's metrics by name, None where one is not finite, and under "settings" everything needed to reproduce the
+        numbers.
 
     Raises:
         XFusionError: `check` refuses the settings, held-out examples were trained on, or the model can do nothing that the
@@ -63,7 +68,7 @@ def evaluate(
     special_tokens = getattr(getattr(model, "backbone", None), "special_tokens", ())
     settings, facts = check_settings(settings, inspect.signature(run).parameters, trained, special_tokens)
     started = time.perf_counter()
-    result = run(model, progress=progress or silent, **settings)
+    result = finite(run(model, progress=progress or silent, **settings))
     result["settings"] = {
         "suite": suite,
         **result.get("settings", {}),
@@ -78,11 +83,20 @@ def evaluate(
     return result
 
 
+def finite(value: Any) -> Any:
+    """A value of JSON with None in place of numbers that are not finite, such as a mean over nothing: JSON has none."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def check(suite: str, settings: Mapping[str, Any]) -> Callable[..., dict[str, Any]]:
     """The suite's ``run``, if it accepts these settings; call this before anything is loaded or trained.
 
     Raises:
-        XFusionError: the suite or a setting is unknown, or a value has the wrong type.
+        XFusionError: the suite or a setting is unknown, or a value has the wrong type, or is a number below its least.
     """
     run = _find(suite)
     type_hints, parameters = get_type_hints(run), inspect.signature(run).parameters
@@ -97,6 +111,9 @@ def check(suite: str, settings: Mapping[str, Any]) -> Callable[..., dict[str, An
                 "null" if kind is NoneType else getattr(kind, "__name__", repr(kind)) for kind in _kinds(hints[name])
             ]
             raise XFusionError(f"suite {suite!r}: {name} is {value!r}, and has to be {' or '.join(kinds)}")
+        least = 0 if name in MAY_BE_ZERO else 1
+        if isinstance(value, int) and not isinstance(value, bool) and name != "seed" and value < least:
+            raise XFusionError(f"suite {suite!r}: {name} is {value}, and has to be at least {least}")
     return run
 
 

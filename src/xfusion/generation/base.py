@@ -12,6 +12,7 @@ from torch import Tensor
 from xfusion.data.sequence import Audio, Image, Media, Sound, Text, XFusionError
 from xfusion.generation.turns import tokens_of
 from xfusion.model import Model
+from xfusion.objectives.next_token import check_sampling
 
 Progress = Callable[[int, int, Tensor | None], None]
 """Called while drawing with the steps done, the total steps, and the current clean estimate ``[N, M, P]``."""
@@ -24,6 +25,9 @@ all pairs of positions for every list of a batch, and no recipe trains at such a
 itself and are limited only by its context length."""
 BATCH = 64
 """Largest number of items per forward pass."""
+
+SEEDS = 2**63
+"""Seeds go from minus this number to below it."""
 
 Segment = str | Text | PILImage.Image | Image | Sound | Audio
 MediaInput = PILImage.Image | Sound
@@ -91,15 +95,29 @@ def refuse_one(inputs: Any) -> None:
         raise XFusionError(f"one {kind} was given where a list of them is expected: write [{kind}]")
 
 
+def refuse_sampling(temperature: float, top_p: float, top_k: int, max_tokens: int) -> None:
+    """Refuse settings of text generation that mean nothing, before anything is computed.
+
+    Raises:
+        XFusionError: one is out of its range, or not a number.
+    """
+    check_sampling(temperature, top_p, top_k)
+    if max_tokens < 1:
+        raise XFusionError(f"max_tokens {max_tokens}: an answer has at least 1")
+
+
 def seeds_of(seed: int, seeds: Seq[int] | None, count: int, what: str) -> list[int]:
     """A seed for each of ``count`` items: ``seeds``, or ``seed``, ``seed + 1``, ...
 
     Raises:
-        XFusionError: the number of ``seeds`` is not ``count``.
+        XFusionError: the number of ``seeds`` is not ``count``, or torch has no generator of such a seed.
     """
     item_seeds = list(seeds) if seeds is not None else [seed + i for i in range(count)]
     if len(item_seeds) != count:
         raise XFusionError(f"{len(item_seeds)} seeds for {count} {what}: give one each")
+    for item_seed in item_seeds:
+        if not -SEEDS <= item_seed < SEEDS:
+            raise XFusionError(f"seed {item_seed}: choose a whole number from -2^63 to 2^63 - 1")
     return item_seeds
 
 

@@ -32,8 +32,10 @@ def conversation(model: Model, messages: Seq[Message], *, own_pictures: bool = T
             ``(picture)``, and the base answers if the user shows no pictures.
 
     Raises:
-        XFusionError: the base's template rejects these roles.
+        XFusionError: there is no turn, or the base's template rejects these roles.
     """
+    if not messages:
+        raise XFusionError("there is no turn to answer: give at least one message")
     reads_own_pictures = own_pictures and "caption" in model.capabilities
     turns = [
         [m["content"]]

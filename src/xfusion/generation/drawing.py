@@ -6,6 +6,7 @@ rows through the media tower. Every item has its own random generator, so a batc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -67,6 +68,8 @@ def draw_tokens(
     noise = torch.stack([torch.randn(count, width, generator=torch.Generator().manual_seed(s)) for s in seeds])
     blank = model.modality.segment(torch.zeros(count, width), grid, state="noised")
     scale = model.guidance if guidance is None else guidance
+    if not math.isfinite(scale):
+        raise XFusionError(f"guidance {scale}: give a number, such as 3; 1 is off")
     is_guided = scale != 1
     prompts = [(*opened(model.backbone.begin_ids, context), blank) for context in contexts]
     if is_guided:
@@ -279,7 +282,7 @@ def inpaint_batch(
     progress: Progress | None = None,
 ) -> list[PILImage.Image]:
     """`inpaint` for a batch of (picture, mask, prompt), with one seed each."""
-    size = model.image.sizes[0]
+    seeds, size = seeds_of(0, seeds, len(items), "pictures"), model.image.sizes[0]
     redraw_masks = torch.stack([_redraw_mask(picture, mask, model.image.grid(size)) for picture, mask, _ in items])
     known = model.image.encode([picture for picture, _, _ in items], size)
     tokens = draw_tokens(

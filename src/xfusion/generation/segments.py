@@ -23,6 +23,7 @@ from xfusion.generation.base import (
     draw_size,
     encode_prompt,
     media_segment,
+    refuse_sampling,
     refuse_to_read,
     refuse_too_long,
     seeds_of,
@@ -105,6 +106,10 @@ def generate(
         )
     single = not isinstance(items[0], (list, tuple))
     lists = [cast("Seq[Segment]", item) for item in ([items] if single else items)]
+    for item in lists:
+        if not isinstance(item, (list, tuple)) or not item:  # a str would be taken for a list of its letters
+            raise XFusionError(f"a batch is of lists of segments, and {item!r:.80} is none: write [segment]")
+    refuse_sampling(temperature, top_p, top_k, max_tokens)
     list_seeds = seeds_of(seed, seeds, len(lists), "lists")
     texts = None if schema is None else schema_answers(schema)
     allowed = None if texts is None else [model.backbone.encode(text) for text in texts]

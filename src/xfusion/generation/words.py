@@ -14,7 +14,7 @@ from xfusion.data.pack import pack
 from xfusion.data.sequence import Batch, Media, Rows, Sequence, Text
 from xfusion.data.templates import opened, question_text
 from xfusion.generation import base
-from xfusion.generation.base import Listener, MediaInput, media_segment, refuse_one, refuse_to_read
+from xfusion.generation.base import Listener, MediaInput, media_segment, refuse_one, refuse_sampling, refuse_to_read
 from xfusion.generation.schema import restrict_logits
 from xfusion.generation.turns import remember, resume_prefix, units
 from xfusion.model import Model
@@ -133,6 +133,7 @@ def caption(
     """
     refuse_to_read(model)
     refuse_one(pictures)
+    refuse_sampling(temperature, top_p, top_k, max_tokens)
     question_ids = model.backbone.encode(question_text(question))
     question_segments: tuple[Text, ...] = (Text(ids=question_ids),) if question_ids else ()
     captions: list[str] = []
@@ -180,8 +181,8 @@ def score_names(
     question_ids, end = model.backbone.encode(question_text(question)), model.backbone.end_ids[0]
     answers = [(*model.backbone.encode(name), end) for name in names]
     by_length = sorted(range(len(answers)), key=lambda i: len(answers[i]))
-    num_groups = min(LENGTH_GROUPS, len(set(map(len, answers))))
-    width = -(-len(by_length) // num_groups)  # batches names of similar length: less padding
+    num_groups = max(1, min(LENGTH_GROUPS, len(set(map(len, answers)))))
+    width = max(1, -(-len(by_length) // num_groups))  # batches names of similar length: less padding
     groups = [by_length[start : start + width] for start in range(0, len(by_length), width)]
     media = media_segment(model, pictures, size) if pictures is not None else [None]
     scores = torch.empty(len(media), len(names))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -69,10 +70,7 @@ class NextToken(Objective):
         Returns:
             int64 ``[B]``.
         """
-        if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
-            raise XFusionError(
-                f"temperature {temperature} must be >= 0 and top_p {top_p} within (0, 1], top_k {top_k} 0 or more"
-            )
+        check_sampling(temperature, top_p, top_k)
         if temperature < GREEDY:
             return logits.argmax(dim=-1)
         probability, token = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
@@ -82,3 +80,15 @@ class NextToken(Objective):
         probability = probability.masked_fill(mass_before >= top_p, 0.0)
         choices = [torch.multinomial(p, 1, generator=g) for p, g in zip(probability, generators, strict=True)]
         return token.gather(1, torch.stack(choices)).squeeze(1)
+
+
+def check_sampling(temperature: float, top_p: float, top_k: int) -> None:
+    """Check the settings of `NextToken.choose`.
+
+    Raises:
+        XFusionError: one is out of its range, or not a number.
+    """
+    if not 0 <= temperature < math.inf or not 0 < top_p <= 1 or top_k < 0:
+        raise XFusionError(
+            f"temperature {temperature} must be >= 0 and top_p {top_p} within (0, 1], top_k {top_k} 0 or more"
+        )

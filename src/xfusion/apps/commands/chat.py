@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -84,6 +86,8 @@ class Chat(Verb):
             raise UsageError(f"--steps {self.steps}: at least 1")
         if not 0 <= self.temperature < float("inf"):
             raise UsageError(f"--temperature {self.temperature:g}: 0 or more")
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise UsageError(f"--guidance {self.guidance}: give a number, such as 3; 1 is off")
         if not 0 <= self.seed < 2**62:
             raise UsageError(f"--seed {self.seed}: choose a whole number from 0 to 2^62 - 1")
         choose_device(self.device)
@@ -97,6 +101,8 @@ def _segment_text(segment: object) -> str:
 def _input_lines() -> Iterator[str]:
     """The lines that the user types, with the terminal's line editing, or the lines of a pipe."""
     if not sys.stdin.isatty():
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")  # bytes that are not text must not end the conversation
         yield from (line.rstrip("\n") for line in sys.stdin)
         return
     with suppress(ImportError):  # gives input() arrow keys and history, if available

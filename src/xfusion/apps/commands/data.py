@@ -47,6 +47,8 @@ class DataCheck(Verb):
     def run(self, console: Console) -> Answer:
         from xfusion.data.sources import check
 
+        if self.size < 1:
+            raise UsageError(f"--size {self.size}: pictures on a sheet have a side of at least 1 pixel")
         if self.sheet:
             as_file(self.sheet)
         tokens, note = _special_tokens(self.base)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -57,6 +58,8 @@ class Draw(Verb):
 
         if self.num < 1 or self.steps < 1 or not 0 <= self.seed < 2**62:
             raise UsageError("-n and --steps are at least 1, --seed is from 0 to 2^62 - 1")
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise UsageError(f"--guidance {self.guidance}: give a number, such as 3; 1 is off")
         choose_device(self.device)
         as_folder(self.out)
         prompts = read_prompts(self.prompts)

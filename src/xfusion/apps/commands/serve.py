@@ -91,10 +91,17 @@ class Serve(Verb):
     def _read_keys(self) -> frozenset[str]:
         candidates = [os.environ.get(KEY_VARIABLE, "")]
         if self.keys is not None:
-            candidates += self.keys.read_text(encoding="utf-8").splitlines()
+            candidates += self._key_lines(self.keys)
             if not any(key.strip() for key in candidates[1:]):
                 raise UsageError(f"--keys {self.keys}: the file holds no key")
         return frozenset(key.strip() for key in candidates if key.strip())
+
+    @staticmethod
+    def _key_lines(path: Path) -> list[str]:
+        try:
+            return path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise UsageError(f"--keys {path}: the file is not UTF-8 text ({error.reason} {error.start})") from error
 
 
 def check_limits(limits: Limits) -> None:
@@ -104,7 +111,7 @@ def check_limits(limits: Limits) -> None:
         UsageError: one is below 1.
     """
     for name, value in vars(limits).items():
-        if value < 1:
+        if not value >= 1:  # nor not a number
             raise UsageError(f"--limits.{name} {value:g}: at least 1")
 
 
@@ -119,8 +126,8 @@ def listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=1024)
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, TypeError, UnicodeError) as error:  # the latter two: no host could have such a name
+        reason = getattr(error, "strerror", None) or str(error)
         raise UsageError(f"cannot listen at {host} port {port}: {reason}; --port names another") from error
 
 

@@ -26,7 +26,7 @@ class Refused(Exception):
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
     ):
-        super().__init__(message)
+        super().__init__(" ".join(message.split()))  # a message may quote the request
         self.status, self.code, self.param, self.headers = status, code, param, dict(headers or {})
 
     @property

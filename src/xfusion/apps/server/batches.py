@@ -60,7 +60,8 @@ class Words:
         return "" if self.stopped else self._send(self.decode(self.ids))
 
     def _send(self, text: str) -> str:
-        if not text.startswith(self.sent):  # a tokenizer that cleans up spaces may change earlier text
+        # A tokenizer that decodes single bytes, or cleans up spaces, may change what was sent. What follows is still sent.
+        if len(text) <= len(self.sent):
             return ""
         new, self.sent = text[len(self.sent) :], text
         return new

@@ -68,7 +68,8 @@ class Completion:
         return self._chunk(choices=[{"index": index, "delta": delta, "finish_reason": reason}])
 
     def _chunk(self, **parts: Any) -> str:
-        chunk = {**self.head, "object": "chat.completion.chunk", **parts}
+        usage = {"usage": None} if self.has_usage else {}  # each chunk but the last has none
+        chunk = {**self.head, "object": "chat.completion.chunk", **usage, **parts}
         return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
 
     def _images(self, job: Job) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from PIL import Image as PILImage
 from PIL import ImageOps
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from xfusion.apps.server.answers import Refused
@@ -229,7 +229,8 @@ class Images(_Drawing):
     quality: Literal["auto"] | None = None
     background: Literal["auto", "opaque"] | None = None
     moderation: Literal["auto", "low"] | None = None
-    stream: Literal[False] | None = None
+    stream: Annotated[Literal[False], BeforeValidator(lambda value: False if value == "false" else value)] | None = None
+    """A form has it as text."""
 
 
 class Embeddings(_Strict):
@@ -275,9 +276,14 @@ def parse(kind: type[Kind], body: bytes | Mapping[str, Any]) -> Kind:
     except ValidationError as error:
         # For a field of several possible kinds, report the error of the kind that matches best: the deepest.
         first = max(error.errors(include_url=False, include_context=False), key=lambda entry: len(entry["loc"]))
-    param = ".".join(str(part) for part in first["loc"] if not _is_kind(part))[:MAX_QUOTED] or None
-    if first["type"] == "extra_forbidden":
-        raise Refused(400, f"{param} is not a parameter of this server", param=param, code="unknown_parameter")
+    is_unknown = first["type"] == "extra_forbidden"
+    *where, last = first["loc"] or ("",)  # an unknown field may have any name
+    parts = [part for part in where if not _is_kind(part)] + [last] * (is_unknown or not _is_kind(last))
+    param = ".".join(map(str, parts))[:MAX_QUOTED] or None
+    if is_unknown:
+        raise Refused(
+            400, f"{param or repr('')} is not a parameter of this server", param=param, code="unknown_parameter"
+        )
     quoted = f", not {str(first['input'])[:50]!r}" if first["type"] == "literal_error" else ""
     message = first["msg"][:MAX_QUOTED]
     raise Refused(400, f"{param}: {message}{quoted}" if param else message, param=param)

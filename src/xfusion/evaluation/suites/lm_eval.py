@@ -34,7 +34,8 @@ def run(
         batch: items per forward pass; with 1 the bits of an item do not depend on other items.
 
     Returns:
-        ``TASK_METRIC`` for every metric of every task, and its standard error, if the harness gives one.
+        ``TASK_METRIC`` for every metric of every task, or ``TASK_METRIC_FILTER`` if the task filters answers before it scores
+        them, and its standard error, if the harness gives one.
 
     Raises:
         XFusionError: no task is named, a task or its file does not exist, the stack is unknown, or the harness is not installed.
@@ -84,6 +85,7 @@ def run(
     for task, metrics in output["results"].items():
         for key, value in metrics.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool) and "," in key:
-                scores[f"{task}_{key.partition(',')[0]}"] = value
+                metric, _, answer_filter = key.partition(",")  # one metric may have several filters of the answer
+                scores["_".join([task, metric, *([] if answer_filter == "none" else [answer_filter])])] = value
     settings = {"tasks": ",".join(names), "stack": stack, "limit": limit, "shots": shots, "batch": batch}
     return {**scores, "settings": settings | {"lm_eval": lm_eval.__version__}}
