@@ -24,7 +24,7 @@ from xfusion.storage import write_json
 Progress = Callable[[str, int, int], None]
 """Called with the name of a part, and its number of items done and in total."""
 
-MAY_BE_ZERO = frozenset({"max_held", "most", "num_made", "shots"})
+MAY_BE_ZERO = frozenset({"max_held", "max_held_drawn", "most", "num_made", "shots"})
 """Whole numbers among the suites' settings of which 0 means none; all others, seeds apart, are 1 or more."""
 
 
