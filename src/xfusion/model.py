@@ -157,6 +157,7 @@ class Model(nn.Module):
         if fresh:
             for objective in self.objectives:
                 objective.check(self.modality)
+            self._check_loss_names()
         self.opening: Opening | None = None
         """Decides whether an answer opens with a picture; fitted separately and stored in its own file."""
         self._pass: Pass | None = None
@@ -250,6 +251,7 @@ class Model(nn.Module):
         self.text_objective, self.media_objective = replacements
         self.config = replace(self.config, text=text, media=media)
         self._collect_needs()
+        self._check_loss_names()
 
     def _replacement(self, previous: Objective, config: Objective.Config) -> Objective:
         objective = config.build()
@@ -263,6 +265,21 @@ class Model(nn.Module):
 
     def _collect_needs(self) -> None:
         self.needs = frozenset(name for objective in self.objectives for name in objective.needs)
+
+    def _check_loss_names(self) -> None:
+        """Losses are summed, counted, weighted and logged by name, so two of one name would be taken for one.
+
+        Raises:
+            XFusionError: two objectives have a loss of the same name.
+        """
+        owners: dict[str, Objective] = {}
+        for objective in self.objectives:
+            for name in objective.weights:
+                if (other := owners.setdefault(name, objective)) is not objective:
+                    raise XFusionError(
+                        f"the objectives {type(other).__name__} and {type(objective).__name__} both have a loss {name!r}: a"
+                        " model trains one loss of each name, leave one of them out"
+                    )
 
     @property
     def capabilities(self) -> set[str]:
