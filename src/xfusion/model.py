@@ -141,6 +141,12 @@ class Model(nn.Module):
             for size in self.modality.sizes:
                 self.port.check_grid(*self.modality.grid(size))
             self.fusion = config.fusion.build()
+            if self.fusion.joins_attention and (mask := self.backbone.own_mask) is not None:
+                raise XFusionError(
+                    f"{self.backbone.source}: {type(self.backbone.layers[0]).__name__} has a causal mask of its own ({mask}), by"
+                    " which no word would see a picture: take another base, or a mechanism that keeps media outside the"
+                    " self-attention, such as cross-attention"
+                )
             self.fusion.install(self.backbone)
             if self.port.modulates_blocks:
                 self.port.add_block_modulation(self.fusion.block_widths())
