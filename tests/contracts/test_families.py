@@ -150,10 +150,17 @@ def test_a_family_with_a_causal_mask_of_its_own_never_sees_a_picture_and_is_refu
         return float((one - other).detach().abs().max())
 
     assert seen(reads) > 1e-4
-    hidden = torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(base.logits(hidden), base.model.lm_head(hidden))  # its forward takes the states by number
     monkeypatch.setattr(Backbone, "own_mask", None)
     assert seen(make_model(base, "prefix")) == 0  # the trap, without a word
+
+
+@torch.no_grad()
+def test_a_head_that_takes_the_states_by_number_gets_them():
+    """As in GPT-J, CodeGen, GPT-BigCode and Falcon."""
+    shape = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 320}
+    base = backbone_of(FalconForCausalLM(FalconConfig(**shape, bos_token_id=0, eos_token_id=1)))
+    hidden = torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(base.logits(hidden), base.model.lm_head(hidden))
 
 
 def test_a_sequence_beyond_the_learned_positions_is_refused(bases):
