@@ -141,6 +141,12 @@ class Model(nn.Module):
             for size in self.modality.sizes:
                 self.port.check_grid(*self.modality.grid(size))
             self.fusion = config.fusion.build()
+            if self.fusion.joins_attention and (mask := self.backbone.own_mask) is not None:
+                raise XFusionError(
+                    f"{self.backbone.source}: {type(self.backbone.layers[0]).__name__} has a causal mask of its own ({mask}), by"
+                    " which no word would see a picture: take another base, or a mechanism that keeps media outside the"
+                    " self-attention, such as cross-attention"
+                )
             self.fusion.install(self.backbone)
             if self.port.modulates_blocks:
                 self.port.add_block_modulation(self.fusion.block_widths())
@@ -157,6 +163,7 @@ class Model(nn.Module):
         if fresh:
             for objective in self.objectives:
                 objective.check(self.modality)
+            self._check_loss_names()
         self.opening: Opening | None = None
         """Decides whether an answer opens with a picture; fitted separately and stored in its own file."""
         self._pass: Pass | None = None
@@ -250,6 +257,7 @@ class Model(nn.Module):
         self.text_objective, self.media_objective = replacements
         self.config = replace(self.config, text=text, media=media)
         self._collect_needs()
+        self._check_loss_names()
 
     def _replacement(self, previous: Objective, config: Objective.Config) -> Objective:
         objective = config.build()
@@ -263,6 +271,21 @@ class Model(nn.Module):
 
     def _collect_needs(self) -> None:
         self.needs = frozenset(name for objective in self.objectives for name in objective.needs)
+
+    def _check_loss_names(self) -> None:
+        """Losses are summed, counted, weighted and logged by name, so two of one name would be taken for one.
+
+        Raises:
+            XFusionError: two objectives have a loss of the same name.
+        """
+        owners: dict[str, Objective] = {}
+        for objective in self.objectives:
+            for name in objective.weights:
+                if (other := owners.setdefault(name, objective)) is not objective:
+                    raise XFusionError(
+                        f"the objectives {type(other).__name__} and {type(objective).__name__} both have a loss {name!r}: a"
+                        " model trains one loss of each name, leave one of them out"
+                    )
 
     @property
     def capabilities(self) -> set[str]:

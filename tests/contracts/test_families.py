@@ -10,6 +10,8 @@ from contracts.table import FAMILIES, LAYERS, WINDOW, look, make_base, make_mode
 from transformers import (
     FalconConfig,
     FalconForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Qwen3MoeConfig,
@@ -127,6 +129,38 @@ def test_soft_caps_are_not_lost_to_an_attention_without_them(bases):
     assert (copy.attention, copy.dtype) == ("eager", torch.bfloat16)
     assert base.working_copy(torch.float32, "sdpa") is base
     assert bases["llama"].working_copy(torch.float32, "eager").attention == "eager"
+
+
+def test_a_family_with_a_causal_mask_of_its_own_never_sees_a_picture_and_is_refused(bases, monkeypatch):
+    """GPT-Neo masks keys by their places in memory, where all words of a sequence stand before its pictures."""
+    assert {family: bases[family].own_mask for family in FAMILIES} == dict.fromkeys(FAMILIES)
+    shape = {"vocab_size": 320, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 64}
+    shape |= {"bos_token_id": 0, "eos_token_id": 1}
+    base = backbone_of(GPTNeoForCausalLM(GPTNeoConfig(**shape, attention_types=[[["global", "local"], 1]])))
+    for fusion in ("prefix", "dual tower, strided", "lora", "gated tower"):
+        with pytest.raises(
+            XFusionError, match=r"GPTNeoBlock has a causal mask of its own \(attn.attention.bias\), .*base"
+        ):
+            make_model(base, fusion)
+    reads = make_model(base, "openflamingo, all previous")
+
+    def seen(model):
+        shown = (Sequence(segments=(words(4, 1), picture((3, 3), seed), words(3, 2))) for seed in (1, 2))
+        one, other = (look(model, view([[sequence]], model))[0][0] for sequence in shown)
+        return float((one - other).detach().abs().max())
+
+    assert seen(reads) > 1e-4
+    monkeypatch.setattr(Backbone, "own_mask", None)
+    assert seen(make_model(base, "prefix")) == 0  # the trap, without a word
+
+
+@torch.no_grad()
+def test_a_head_that_takes_the_states_by_number_gets_them():
+    """As in GPT-J, CodeGen, GPT-BigCode and Falcon."""
+    shape = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 320}
+    base = backbone_of(FalconForCausalLM(FalconConfig(**shape, bos_token_id=0, eos_token_id=1)))
+    hidden = torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(base.logits(hidden), base.model.lm_head(hidden))
 
 
 def test_a_sequence_beyond_the_learned_positions_is_refused(bases):

@@ -397,6 +397,17 @@ def test_experts_are_their_equation(frozen_expert):
 
 
 @torch.no_grad()
+def test_autocast_rounds_no_score_of_a_router():
+    """Two experts may stand closer than bfloat16 can tell: the choice must not depend on the precision of the pass."""
+    made, _ = experts(4, 2, frozen_expert=True)
+    x = torch.randn(50, 10)
+    exact = made.float().weights(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = made.weights(x)
+    assert all(torch.equal(a, b) for a, b in zip(found, exact, strict=True))
+
+
+@torch.no_grad()
 def test_copied_experts_are_the_mlp_and_balance_is_one_when_even():
     made, frozen = experts(3, 2, frozen_expert=True)
     for expert in made.experts:

@@ -237,6 +237,9 @@ def test_texts_are_tokenised_once_and_the_oldest_goes_first(monkeypatch):
     [
         ({"caption": 5}, "caption 5 is not a multiple of pack 2"),
         ({"draw": 0, "caption": 0}, "draw and caption are both 0"),
+        ({"pack": 0}, "draw 4, caption 4, pack 0: draw and caption are 0 or more samples, pack at least 1"),
+        ({"draw": -4}, "draw -4, caption 4, pack 2: "),
+        ({"caption": -4}, "draw 4, caption -4, pack 2: "),
         ({"source": Squares(0)}, "squares: no pictures"),
         ({"largest_noise": 1.5}, "largest_noise 1.5 is not within 0 and 1"),
     ],
@@ -453,3 +456,20 @@ def test_shapes_stay_fixed_with_shots_of_several_sizes():
 def test_impossible_shots_are_refused(settings, message):
     with pytest.raises(XFusionError, match=message):
         mixture(**settings)
+
+
+def test_shots_end_where_too_few_groups_can_be_read():
+    """An example may become unreadable during a run: the search for other groups must not go on for ever."""
+    made, tried = mixture(Squares(3), shots=2), []
+
+    def watched(index, look=made._readable_index):
+        tried.append(index)
+        assert len(tried) < 200, "the search goes on"
+        return look(index)
+
+    made._readable_index = watched
+    assert len(made.captionings(0)) == 4
+    made.left_out = {1}
+    tried.clear()
+    with pytest.raises(XFusionError, match="squares: 2 shots .* of as many groups, but there are 2: take fewer shots"):
+        made.captionings(0)

@@ -12,7 +12,8 @@ from xfusion.data.pack import pack
 from xfusion.data.sequence import Sequence, XFusionError
 from xfusion.data.templates import Templates
 from xfusion.model import BackboneConfig, Model
-from xfusion.objectives.contrastive import pair_places
+from xfusion.objectives.contrastive import Contrastive, pair_places
+from xfusion.objectives.masked_words import MaskedWords
 from xfusion.objectives.matching import Matching, hardest_negatives, pairings_batch
 from xfusion.objectives.next_token import NextToken
 from xfusion.recipes.base import find
@@ -30,6 +31,16 @@ def make(base, fusion="flamingo"):
 
 def pair(i, *, text=None, group=-1, grid=(2, 2)):
     return Sequence(segments=(text or words(3 + i % 3, i), replace(picture(grid, i), group=group)))
+
+
+def test_two_losses_of_one_name_are_refused(bases):
+    """Losses are kept by name: of two only the last would be trained, divided by the targets of both."""
+    config = make(bases["llama"]).config
+    message = "the objectives Matching and MaskedWords both have a loss 'matching': .* leave one of them out"
+    with pytest.raises(XFusionError, match=message):
+        Model(replace(config, extra=(*config.extra, MaskedWords.Config(width=16, mlp=16))), bases["llama"])
+    with pytest.raises(XFusionError, match="Matching and Contrastive both have a loss 'contrastive'"):
+        Model(replace(config, extra=(*config.extra, Contrastive.Config())), bases["llama"])
 
 
 def test_the_hardest_is_most_alike_and_no_twin():

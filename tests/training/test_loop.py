@@ -25,6 +25,7 @@ from xfusion.data.sequence import Batch, XFusionError
 from xfusion.data.sources import open_source
 from xfusion.data.templates import Templates
 from xfusion.modalities.codecs.pixels import Pixels
+from xfusion.modalities.port import MediaPort
 from xfusion.model import Model
 from xfusion.objectives.base import NoObjective
 from xfusion.objectives.flow_matching import FlowMatching
@@ -332,6 +333,14 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(bases, t
     assert not (tmp_path / "pack").exists()
 
 
+def test_a_run_that_diverges_before_its_first_checkpoint_names_none(bases, tmp_path, monkeypatch):
+    loss = FlowMatching.loss
+    monkeypatch.setattr(FlowMatching, "loss", lambda *args: {k: (s * math.nan, n) for k, (s, n) in loss(*args).items()})
+    with pytest.raises(XFusionError, match="at step 0: training stopped; before the first checkpoint, try a lower"):
+        train(bases["llama"], tmp_path)
+    assert not (tmp_path / "state").exists()
+
+
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(bases, tmp_path, monkeypatch):
     """A finite loss may have a gradient that is not."""
     loss, calls = FlowMatching.loss, []
@@ -608,6 +617,41 @@ def test_a_budget_has_room_for_its_previews():
     assert walked.steps_in_budget(0.5, now, 10.0, 2.0) == 80
 
 
+def test_a_budget_goes_on_beyond_the_steps_of_its_recipe():
+    """Before it is planned, a run of more steps than the recipe says neither repeats its batches nor warms up again."""
+    walked = progress.Progress((Stage(steps=20, warmup=50),), 1.0)
+    assert [walked.stage(step)[:2] for step in (0, 19, 20, 21, 47)] == [(0, s) for s in (0, 19, 20, 21, 47)]
+    rates = []
+    for _ in range(30):
+        rates.append(walked.rate())
+        walked.record(1.0, 4)
+    assert rates == sorted(rates) and len(set(rates)) == 30
+    walked.plan(35)
+    assert walked.stage(walked.step) == (0, 30, 35)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"accumulate": 0}, "stage 1 has accumulate 0: set --stages.1.accumulate, 1 or more"),
+        ({"steps": 0}, "stage 1 has steps 0: set --stages.1.steps, at least 1"),
+        ({"clip": 0.0}, "stage 1 has clip 0: set --stages.1.clip, above 0"),
+        ({"clip": math.nan}, "stage 1 has clip nan"),
+        ({"rate": -1e-3}, "stage 1 has rate -0.001: set --stages.1.rate, 0 or more"),
+        ({"warmup": -1}, "stage 1 has warmup -1"),
+        ({"weight_decay": -0.1}, "stage 1 has weight-decay -0.1: set --stages.1.weight-decay"),
+        ({"ema": -0.5}, "stage 1 has ema -0.5: set --stages.1.ema, from 0 to 1"),
+        ({"ema": 2.0}, "stage 1 has ema 2"),
+    ],
+    ids=str,
+)
+def test_a_stage_that_would_train_nothing_is_refused_before_anything_is_made(bases, tmp_path, settings, message):
+    stages = (Stage(steps=1), Stage(**{"steps": 1, **settings}))
+    with pytest.raises(XFusionError, match=message) as error:
+        train(bases["llama"], tmp_path / "run", recipe_=recipe(bases["llama"], stages=stages))
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
 def test_rates_rise_and_fall():
     for schedule in ("linear", "cosine", "constant"):
         stage = Stage(rate=2.0, warmup=4, schedule=schedule)
@@ -679,6 +723,28 @@ def test_bfloat16_training_keeps_float32_masters(bases, tmp_path):
     kept, exact = list(model.new_parameters()), list(reference.new_parameters())
     assert all(float((a - b).detach().abs().max()) < 0.05 for a, b in zip(kept, exact, strict=True))
     assert any(p.ne(p.bfloat16()).any() for p in kept)  # masters are not rounded
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_new_modules_outside_the_layers_have_the_runs_precision_and_losses_are_float32(
+    bases, tmp_path, monkeypatch, dtype
+):
+    read, summed, readout, losses = set(), set(), MediaPort.readout, Model.losses
+
+    def watched_readout(self, hidden):
+        prediction = readout(self, hidden)
+        read.add(prediction.dtype)
+        return prediction
+
+    def watched_losses(self, *args):
+        found = losses(self, *args)
+        summed.update(total.dtype for total, _ in found.values())
+        return found
+
+    monkeypatch.setattr(MediaPort, "readout", watched_readout)
+    monkeypatch.setattr(Model, "losses", watched_losses)
+    train(bases["llama"], tmp_path, steps=1, dtype=dtype)
+    assert (read, summed) == ({dtype}, {torch.float32})
 
 
 def test_a_resumed_run_keeps_its_precision_whatever_the_machine_is_good_at(bases, tmp_path, monkeypatch):

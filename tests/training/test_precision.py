@@ -27,3 +27,9 @@ def test_float16_is_refused_in_one_line():
     ) as error:
         check_compute_dtype(torch.float16)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.float8_e4m3fn])
+def test_a_type_that_no_pass_computes_in_is_refused_in_one_line(dtype):
+    with pytest.raises(XFusionError, match=rf"cannot compute in {dtype}: take torch.bfloat16 or torch.float32$"):
+        check_compute_dtype(dtype)

@@ -294,6 +294,15 @@ class Backbone:
         return size
 
     @property
+    def own_mask(self) -> str | None:
+        """Name of a causal mask that the layers apply by the places of keys in memory, whatever mask they are given, as in
+        GPT-Neo; None in most families. Text and media are sorted by owner in memory, not in reading order, so a word would never
+        see a picture there.
+        """
+        buffers = self.layers[0].named_buffers()
+        return next((name for name, b in buffers if b.ndim == 4 and b.shape[2] == b.shape[3] > 1), None)
+
+    @property
     def context_length(self) -> int | None:
         """Maximum number of positions according to the base's configuration; None if not stated."""
         return getattr(self.config, "max_position_embeddings", None)
@@ -588,6 +597,9 @@ def _register_grouped() -> None:
 class _ModelOutput(dict):
     def __getattr__(self, key: str) -> Any:
         return self.get(key)
+
+    def __getitem__(self, key: Any) -> Any:  # by name or, as some families read the first of them, by number
+        return [*self.values()][key] if isinstance(key, int) else super().__getitem__(key)
 
 
 class _FixedStates(nn.Module):

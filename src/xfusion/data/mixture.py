@@ -8,7 +8,7 @@ import random
 import sys
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Collection, Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -115,6 +115,11 @@ class Mixture:
     ):
         if not len(source.examples):
             raise XFusionError(f"{source.spec}: no pictures to train on")
+        if min(config.draw, config.caption) < 0 or config.pack < 1:
+            raise XFusionError(
+                f"draw {config.draw}, caption {config.caption}, pack {config.pack}: draw and caption are 0 or more samples, pack"
+                " at least 1"
+            )
         if config.caption % config.pack:
             multiple = -(-config.caption // config.pack) * config.pack
             raise XFusionError(
@@ -147,11 +152,7 @@ class Mixture:
         self._pool = ThreadPoolExecutor(max_workers=decoders or default_decoders(), thread_name_prefix="decode")
         group_numbers: dict[str, int] = {}
         self._groups = [group_numbers.setdefault(example.group, len(group_numbers)) for example in source.examples]
-        if config.caption and config.shots >= len(group_numbers):
-            raise XFusionError(
-                f"{source.spec}: {config.shots} shots and the picture behind them are of as many groups, but there are"
-                f" {len(group_numbers)}: take fewer shots or more pictures"
-            )
+        self._check_groups(group_numbers.values())
 
     def tokens(self, index: int, size: int) -> Tensor:
         """Tokens ``[M, P]`` of a picture at a size, encoded once."""
@@ -303,14 +304,28 @@ class Mixture:
         return sequences
 
     def _shots(self, index: int, position: int) -> list[int]:
-        """Few-shot examples before a captioning sample: the next ones, in their own order, whose groups all differ."""
-        groups, shots = {self._groups[index]}, list[int]()
+        """Few-shot examples before a captioning sample: the next ones, in their own order, whose groups all differ.
+
+        Raises:
+            XFusionError: too few groups have a readable example.
+        """
+        groups, shots, num_tried = {self._groups[index]}, list[int](), 0
         candidates = map(self._readable_index, self.order.take("shots", position * self.config.shots, sys.maxsize))
         while len(shots) < self.config.shots:
+            if num_tried == len(self._groups):  # or the search might never end
+                self._check_groups({g for i, g in enumerate(self._groups) if i not in self.left_out})
             if self._groups[candidate := next(candidates)] not in groups:
                 groups.add(self._groups[candidate])
                 shots.append(candidate)
+            num_tried += 1
         return shots
+
+    def _check_groups(self, groups: Collection[int]) -> None:
+        if self.config.caption and self.config.shots >= len(groups):
+            raise XFusionError(
+                f"{self.source.spec}: {self.config.shots} shots and the picture behind them are of as many groups, but there are"
+                f" {len(groups)}: take fewer shots or more pictures"
+            )
 
     def _rows(self, drawings: list[Sequence], captionings: list[Sequence]) -> tuple[list[list[Sequence]], ...]:
         """Rows of both tasks. Each drawing has its own row, in the order of the samples, unless smaller ones share a row.

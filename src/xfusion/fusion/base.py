@@ -270,6 +270,8 @@ class Fusion(nn.Module):
     """What `begin` loaded: layer -> new parameter -> its source. Empty if a pack supplied the weights."""
     num_towers: int = 1
     """Number of cache slots, including the frozen decoder's."""
+    joins_attention: bool = True
+    """Whether media stand beside text in the self-attention of the decoder's layers."""
     media_blocks: bool = False
     """Whether media rows pass through new blocks that are whole layers, whose branches a noise level may modulate."""
 

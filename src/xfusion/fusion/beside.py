@@ -23,6 +23,7 @@ class Beside(WithoutBlocks):
 
     preserves_text = True
     prefix_is_constant = True
+    joins_attention = False
 
     @dataclass(frozen=True, kw_only=True)
     class Config(WithoutBlocks.Config):

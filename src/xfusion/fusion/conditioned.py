@@ -122,6 +122,7 @@ class Conditioned(WithoutBlocks):
 
     preserves_text = True
     prefix_is_constant = True
+    joins_attention = False
     num_towers = 2
 
     @dataclass(frozen=True, kw_only=True)

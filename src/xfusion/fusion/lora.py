@@ -87,7 +87,7 @@ class Lora(Fusion):
     def __init__(self, config: Config):
         super().__init__(config)
         self.inner: Any = config.inner.build()
-        self.num_towers = self.inner.num_towers
+        self.num_towers, self.joins_attention = self.inner.num_towers, self.inner.joins_attention
         self.deltas_active = True
 
     @property

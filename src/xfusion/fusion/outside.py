@@ -68,6 +68,7 @@ class Outside(Fusion):
 
     preserves_text = True
     prefix_is_constant = True
+    joins_attention = False
     num_towers = 2
 
     @dataclass(frozen=True, kw_only=True)

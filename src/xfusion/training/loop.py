@@ -93,7 +93,7 @@ def train(
         backbone: an already loaded base; its device is the run's.
         device: where to load the base, if none is given.
         compile: compile the work of each layer.
-        dtype: compute type, any but torch.float16; None chooses by device and says why.
+        dtype: compute type, torch.bfloat16 or torch.float32; None chooses by device and says why.
         attention: one of `xfusion.backbone.attention.ATTENTIONS`; None chooses by device.
         preview_prompts: prompts of the previews (None: the first captions of the data).
         preview_every: seconds between previews; 0 makes none.
@@ -420,9 +420,14 @@ class _Run:
         )
 
     def _divergence_error(self, problem: str, stage_number: int) -> XFusionError:
+        left = (
+            "before the first checkpoint"
+            if self.saved_step is None
+            else f"the last checkpoint in {self.out / 'state'}, behind step {self.saved_step}, is intact"
+        )
         return self._shared_error(
-            f"{problem}: training stopped; the last checkpoint in {self.out / 'state'} is intact, try a lower"
-            f" --stages.{stage_number}.rate than {self.recipe.stages[stage_number].rate}"
+            f"{problem}: training stopped; {left}, try a lower --stages.{stage_number}.rate than"
+            f" {self.recipe.stages[stage_number].rate}"
         )
 
     def _shared_error(self, message: str) -> XFusionError:

@@ -14,13 +14,15 @@ def check_compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Check a requested precision.
 
     Raises:
-        XFusionError: gradients would underflow in it.
+        XFusionError: gradients would underflow in it, or new weights, which are float32, cannot be cast to it.
     """
     if dtype == torch.float16:
         raise XFusionError(
             f"training cannot compute in {dtype}: gradients in float16 vanish without a scaled loss, which there is none of; take"
             " torch.bfloat16 or torch.float32"
         )
+    if dtype not in (torch.bfloat16, torch.float32):
+        raise XFusionError(f"training cannot compute in {dtype}: take torch.bfloat16 or torch.float32")
     return dtype
 
 

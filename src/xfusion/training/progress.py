@@ -54,6 +54,8 @@ class Progress:
 
     def stage(self, step: int) -> tuple[int, int, int]:
         """The stage of a step, the step within that stage, and the stage's number of steps."""
+        if not self.planned:  # the single stage of a budget goes on beyond the steps that the recipe gives it
+            return 0, step, self.totals[0]
         for index, total in enumerate(self.totals):
             if step < total:
                 return index, step, total

@@ -53,6 +53,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         stages, licence = self.recipe.stages, self.recipe.licence
+        for number, stage in enumerate(stages):
+            stage.check(number)
         if self.minutes is not None and len(stages) != 1:
             raise XFusionError(f"--minutes takes a recipe of one stage, this one has {len(stages)}: give steps instead")
         if self.keep < 1:

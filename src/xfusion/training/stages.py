@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from xfusion.data.mixture import MixtureConfig
+from xfusion.data.sequence import XFusionError
 from xfusion.model import ModelConfig
 
 
@@ -37,6 +38,26 @@ class Stage:
     ema: float = 0.999
     """Decay of the exponential moving average of the weights, which is what is saved; 0 saves the raw weights. It warms up as
     (1 + step) / (10 + step) with the stage's own steps, so each stage soon averages over itself alone."""
+
+    def check(self, number: int) -> None:
+        """Check the stage's own settings; ``number`` is its place among the stages, for the message.
+
+        Raises:
+            XFusionError: with one of them nothing would be trained.
+        """
+        legal = {
+            "steps": (self.steps >= 1, "at least 1"),
+            "rate": (0 <= self.rate < math.inf, "0 or more"),
+            "warmup": (self.warmup >= 0, "0 or more steps"),
+            "accumulate": (self.accumulate >= 1, "1 or more"),
+            "clip": (self.clip > 0, "above 0"),
+            "weight-decay": (0 <= self.weight_decay < math.inf, "0 or more"),
+            "ema": (0 <= self.ema <= 1, "from 0 to 1"),
+        }
+        for name, (is_legal, limits) in legal.items():
+            if not is_legal:
+                value = getattr(self, name.replace("-", "_"))
+                raise XFusionError(f"stage {number} has {name} {value:g}: set --stages.{number}.{name}, {limits}")
 
     def rate_at(self, step: int, steps: int) -> float:
         """Learning rate at a step, counted from 0, of ``steps`` in total."""
