@@ -6,7 +6,7 @@ draws the first --things of `xfusion.data.emoji.FAMILIAR` in eight colours each 
 with their pictures beside them. One colour of every thing is held out: every thing is trained on in seven colours, and every
 colour on seven eighths of the things. Then
 
-    xfusion train xfusion --data runs/colours/train.jsonl --steps 300 -o runs/painter
+    xfusion train xfusion.recipes.xfusion:demo --data runs/colours/train.jsonl --steps 500 -o runs/painter
     xfusion evaluate runs/painter --set source=runs/colours/train.jsonl held=runs/colours/held.jsonl max_held_drawn=32
 
 The pictures are OpenMoji (CC-BY-SA-4.0), their colours changed.

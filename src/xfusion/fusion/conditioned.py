@@ -43,6 +43,10 @@ def positions_of_items(item: Tensor, count: int) -> tuple[Tensor, Tensor]:
         positions in the flattened ``[B n]``, int64 ``[N, M]``, and which of them are tokens of the item, bool ``[N, M]``;
         shorter items are filled up with any position, and an item may have none here.
     """
+    if item.is_meta:  # shapes alone: items of equal length
+        length = item.numel() // max(count, 1)
+        positions = torch.zeros(count, length, dtype=torch.long, device=item.device)
+        return positions, torch.ones_like(positions, dtype=torch.bool)
     sizes = torch.bincount(item[item >= 0], minlength=count)
     ordered = item.flatten().argsort(stable=True)[item.numel() - int(sizes.sum()) :]
     column = torch.arange(int(sizes.max()), device=item.device)
@@ -201,8 +205,11 @@ class Conditioned(WithoutBlocks):
         denoiser: Any = self.denoiser
         for block, kv in zip(denoiser, blocks, strict=True):
             tokens = compute_block(block, tokens, level, is_token[:, None], kv, text_mask)
-        denoised = self.out(tokens).to(x.dtype)
-        return states | {run.media: x.flatten(0, 1).index_put((positions[is_token],), denoised[is_token]).view_as(x)}
+        denoised, rows = self.out(tokens).to(x.dtype), x.flatten(0, 1)
+        # What fills up shorter items goes to one more row, which is dropped.
+        target = torch.where(is_token, positions, len(rows)).flatten()
+        rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])]).index_put((target,), denoised.flatten(0, 1))
+        return states | {run.media: rows[:-1].view_as(x)}
 
     def _enter(self, x: Tensor) -> Tensor:
         """Media states ``[N, M, D]`` -> tokens of the denoiser ``[N, M, W]``."""
