@@ -1,7 +1,7 @@
 """Pictures of the README: what a pack draws, above the real pictures of the same names.
 
     python runs/draw_emoji.py docs/pictures/drawn.png
-    python runs/draw_emoji.py docs/pictures/colours_unseen.png --model runs/painter --data runs/colours/held.jsonl
+    python runs/draw_emoji.py docs/pictures/unseen_pairs.png --model runs/painter --data runs/colours/held.jsonl
 
 Without --data these are twelve emoji; with it, the first --count pictures in the order of the hashes of their ids, so that nobody
 chose them by eye. Seeds from 0 on, the pack's own steps and guidance, 32 px, each pixel shown as three by three.
