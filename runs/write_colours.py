@@ -38,13 +38,10 @@ COLOURS = {
 
 
 def things(count: int) -> list[tuple[str, str]]:
-    """Name without a colour, and picture, of familiar things; names that would then be equal are left out."""
+    """Name without a colour, and picture, of the first familiar things; names that would then be equal are left out."""
     identities = {example.captions[0]: example.id for example in Emoji(num_concepts=len(FAMILIAR)).examples}
     plain = {" ".join(word for word in name.split() if word not in COLOURS): name for name in reversed(FAMILIAR)}
-    chosen = [(name, identities[whole]) for name, whole in reversed(plain.items())][:count]
-    if len(chosen) < count:
-        raise SystemExit(f"--things {count}: there are {len(plain)}")
-    return chosen
+    return [(name, identities[whole]) for name, whole in reversed(plain.items())][:count]
 
 
 def in_colour(picture: Image.Image, colour: str) -> Image.Image:
@@ -55,10 +52,10 @@ def in_colour(picture: Image.Image, colour: str) -> Image.Image:
     return ImageOps.colorize(grey, black="black", white="white", mid=colour, midpoint=main_grey)
 
 
-def pairs(count: int, side: int) -> Iterator[tuple[Image.Image, dict[str, Any], bool]]:
+def pairs(chosen: list[tuple[str, str]], side: int) -> Iterator[tuple[Image.Image, dict[str, Any], bool]]:
     """Picture, its line of the manifest, and whether it is held out."""
     art = Artwork()
-    for index, (thing, identity) in enumerate(things(count)):
+    for index, (thing, identity) in enumerate(chosen):
         picture = art.draw(identity, side)
         for number, (name, colour) in enumerate(COLOURS.items()):
             file = f"{thing.replace(' ', '_')}_{name}.png"
@@ -71,9 +68,14 @@ def main() -> None:
     parser.add_argument("--things", type=int, default=32)
     parser.add_argument("--side", type=int, default=64)
     options = parser.parse_args()
+    if options.out.exists():
+        parser.error(f"{options.out} exists: name a new folder")
+    if not 1 <= options.things <= len(FAMILIAR):
+        parser.error(f"--things {options.things}: from 1 to {len(FAMILIAR)}")
+    chosen = things(options.things)
     options.out.mkdir(parents=True)
     lines: dict[bool, list[str]] = {False: [], True: []}
-    for picture, line, is_held in pairs(options.things, options.side):
+    for picture, line, is_held in pairs(chosen, options.side):
         picture.save(options.out / line["image"])
         lines[is_held].append(json.dumps(line))
     for is_held, name in ((False, "train"), (True, "held")):
