@@ -20,7 +20,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from PIL import Image
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -742,6 +742,17 @@ def test_doctor_says_in_one_line_that_a_state_space_model_cannot_be_fused(run, t
     ran = run("doctor", tmp_path)
     assert ran.code == 2
     assert "MambaForCausalLM cannot be fused: its layers (MambaBlock) have no softmax attention" in ran.err
+
+
+def test_doctor_says_in_one_line_that_a_base_with_position_bias_cannot_be_fused(run, tmp_path):
+    BloomForCausalLM(BloomConfig(vocab_size=320, hidden_size=32, n_layer=2, n_head=4)).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    ran = run("doctor", tmp_path)
+    assert ran.code == 2 and ran.err.count("\n") == 1
+    assert (
+        "BloomForCausalLM cannot be fused: its layers (BloomBlock) take a bias by the distance of words (alibi)"
+        in ran.err
+    )
 
 
 def test_doctor_says_what_a_base_lacks(run, base, monkeypatch):

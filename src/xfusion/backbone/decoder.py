@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 import os
 import threading
@@ -204,6 +205,13 @@ class Backbone:
                     raise XFusionError(
                         f"{self.source}: {type(self.model).__name__} cannot be fused: its layers"
                         f" ({type(child[0]).__name__}) have no softmax attention whose keys and values could be shared"
+                    )
+                bias = {"alibi", "position_bias"} & set(inspect.signature(child[0].forward).parameters)
+                if bias and getattr(self.model.config, "alibi", True):  # Falcon's may be off
+                    raise XFusionError(
+                        f"{self.source}: {type(self.model).__name__} cannot be fused: its layers ({type(child[0]).__name__})"
+                        f" take a bias by the distance of words ({min(bias)}), which has no value for pictures; take a base with"
+                        " rotary or learned positions"
                     )
                 return key, child
         raise XFusionError(
