@@ -263,6 +263,7 @@ def test_held_out_pictures_are_drawn_if_asked_and_found_among_all():
 
     composer, encoder = Composer(), Averages()
     knows, recalls = score(composer, max_held_drawn=COUNT, encoder=encoder), score(Recaller(), max_held_drawn=COUNT)
+    assert encoder.seen == 4 * COUNT, "every real and every drawn picture is looked at once"
     for kind in ("pixel", "feature"):
         name = f"held_retrieval_{kind}_at_1"
         assert (knows[name], recalls[name]) == (1.0, 0.0), "what was trained on is in the gallery, too"

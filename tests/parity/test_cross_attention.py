@@ -123,14 +123,8 @@ def test_a_block_is_that_of_mllama():
     assert torch.equal(found[~sees], x[~sees])
 
 
-@pytest.mark.parametrize("head_norm", [False, True])
-@torch.no_grad()
-def test_the_resampler_is_that_of_idefics(head_norm):
-    config = IdeficsConfig(vision_config={"embed_dim": WIDTH}, perceiver_config={"qk_layer_norms_perceiver": head_norm})
-    theirs = random_weights(IdeficsPerceiverResampler(config, WIDTH, 3, 2, 16, LATENTS))
-    own = Resampler.Config(
-        latents=LATENTS, depth=3, heads=2, head_width=16, activation="relu", head_norm=head_norm
-    ).build(WIDTH)
+def resampler_names(depth):
+    """Names in Idefics' resampler -> names in ours."""
     names = {
         "context_layer_norm": "media_norm",
         "latents_layer_norm": "latent_norm",
@@ -142,9 +136,21 @@ def test_the_resampler_is_that_of_idefics(head_norm):
         "output_proj": "out",
         "layer_norm": "norm",
     }
-    names |= {f"blocks.{i}.0": f"attentions.{i}" for i in range(3)}
-    names |= {f"blocks.{i}.1.{a}": f"mlps.{i}.{b}" for i in range(3) for a, b in (("ln", 0), ("fc", 1), ("c_proj", 3))}
-    copied(own, theirs, names)
+    for i in range(depth):
+        names[f"blocks.{i}.0"] = f"attentions.{i}"
+        names |= {f"blocks.{i}.1.{a}": f"mlps.{i}.{b}" for a, b in (("ln", 0), ("fc", 1), ("c_proj", 3))}
+    return names
+
+
+@pytest.mark.parametrize("head_norm", [False, True])
+@torch.no_grad()
+def test_the_resampler_is_that_of_idefics(head_norm):
+    config = IdeficsConfig(vision_config={"embed_dim": WIDTH}, perceiver_config={"qk_layer_norms_perceiver": head_norm})
+    theirs = random_weights(IdeficsPerceiverResampler(config, WIDTH, 3, 2, 16, LATENTS))
+    own = Resampler.Config(
+        latents=LATENTS, depth=3, heads=2, head_width=16, activation="relu", head_norm=head_norm
+    ).build(WIDTH)
+    copied(own, theirs, resampler_names(3))
     torch.manual_seed(1)
     x = torch.randn(2, 11, WIDTH)
     found = own(x, torch.ones(2, 11, dtype=torch.bool))

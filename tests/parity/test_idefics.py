@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from contracts.table import VOCABULARY, model_config, picture, randomise, tokenizer, words
-from parity.test_cross_attention import MLPS, NORMS, PROJECTIONS, copied, random_weights
+from parity.test_cross_attention import MLPS, NORMS, PROJECTIONS, copied, random_weights, resampler_names
 from torch import Tensor
 from transformers import IdeficsConfig, IdeficsForVisionText2Text, LlamaConfig, LlamaForCausalLM
 
@@ -35,26 +35,7 @@ BLOCK = (
     | {"cross_attn.q_layer_norm": "query_norm", "cross_attn.k_layer_norm": "key_norm"}
     | {"alpha_cross_attn": "gate", "alpha_dense": "mlp_gate"}
 )
-RESAMPLER = {
-    "context_layer_norm": "media_norm",
-    "latents_layer_norm": "latent_norm",
-    "q_layer_norm": "query_norm",
-    "k_layer_norm": "key_norm",
-    "q_proj": "query",
-    "k_proj": "key",
-    "v_proj": "value",
-    "output_proj": "out",
-    "layer_norm": "norm",
-} | {
-    f"blocks.{i}.{theirs}": ours
-    for i in range(2)
-    for theirs, ours in (
-        ("0", f"attentions.{i}"),
-        ("1.ln", f"mlps.{i}.0"),
-        ("1.fc", f"mlps.{i}.1"),
-        ("1.c_proj", f"mlps.{i}.3"),
-    )
-}
+RESAMPLER = resampler_names(2)
 
 
 @pytest.fixture(scope="module")

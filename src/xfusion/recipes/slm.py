@@ -2,9 +2,8 @@
 
 Paper: Wang et al., "SLM: Bridge the thin gap between speech and text foundation models", ASRU 2023, arXiv 2310.00230.
 
-Faithful: both ends frozen, only the adapter trained; most frames dropped, then two
-bidirectional transformer layers and a matrix to the language model's width; speech before the words of an instruction; a
-loss on the answer only.
+Faithful: both ends frozen, only the adapter trained; most frames dropped, then two bidirectional transformer layers and a
+matrix to the language model's width; speech before the words of an instruction; a loss on the answer only.
 
 Adapted: Whisper tiny.en's encoder instead of one with 2 B weights; a decoder of 135 M instead of mT0 XXL; layers of width 256;
 always the first of every five frames is kept, instead of a random one (``frames=4`` drops three of four); one

@@ -111,7 +111,7 @@ def run(
         pictures = subject.draw(source, drawn_indices, seed=seed, steps=steps, guidance=guidance)
         side = gallery_size or subject.size
         scorer = encoder if features else None
-        gallery = _gallery(subject, [source], side, scorer)
+        gallery = _gallery(subject, source, side, scorer)
         metrics |= _drawing_scores("fit", subject, gallery, drawn_indices, pictures, side, scorer)
         psnr_all, psnr_content = (
             psnr(gallery.reconstructed, gallery.real, mask) for mask in (None, not_white(gallery.real))
@@ -134,7 +134,7 @@ def run(
                 )
             drawn_indices = choose_examples(held.examples, max_held_drawn, part)
             pictures = subject.draw(held, drawn_indices, seed=seed, steps=steps, guidance=guidance)
-            gallery = _gallery(subject, [source, held], side, scorer)
+            gallery = gallery.joined(_gallery(subject, held, side, scorer))
             places = [len(source.examples) + i for i in drawn_indices]
             metrics |= _drawing_scores("held", subject, gallery, places, pictures, side, scorer)
             settings["num_held_drawn"] = len(drawn_indices)
@@ -253,14 +253,26 @@ class Gallery:
     groups: list[str]
     """Group of every picture."""
 
+    def joined(self, other: Gallery) -> Gallery:
+        """The pictures of this gallery, then those of another one of the same sizes and views."""
+        views = {
+            kind: (torch.cat([real, other.views[kind][0]]), torch.cat([ceiling, other.views[kind][1]]))
+            for kind, (real, ceiling) in self.views.items()
+        }
+        return Gallery(
+            real=torch.cat([self.real, other.real]),
+            reconstructed=torch.cat([self.reconstructed, other.reconstructed]),
+            views=views,
+            groups=self.groups + other.groups,
+        )
 
-def _gallery(subject: Subject, sources: Sequence[Source], side: int, encoder: Any) -> Gallery:
-    """All pictures of some sources; without an encoder there is no ``feature`` view."""
+
+def _gallery(subject: Subject, source: Source, side: int, encoder: Any) -> Gallery:
+    """All pictures of a source; without an encoder there is no ``feature`` view."""
     image = subject.model.image
 
     def images(size: int) -> Tensor:
-        pictures = [source.picture(i, size) for source in sources for i in range(len(source.examples))]
-        return image.from_pil(pictures, size)
+        return image.from_pil([source.picture(i, size) for i in range(len(source.examples))], size)
 
     real, gallery = images(subject.size), images(side)
     reconstructed = torch.cat([_through_codec(image, batch, subject.size) for batch in real.split(64)])
@@ -274,7 +286,7 @@ def _gallery(subject: Subject, sources: Sequence[Source], side: int, encoder: An
             gallery_features if is_lossless else subject.features(encoder, ceiling_images, "features of the ceiling")
         )
         views["feature"] = (gallery_features, ceiling_features)
-    groups = [example.group for source in sources for example in source.examples]
+    groups = [example.group for example in source.examples]
     return Gallery(real=real, reconstructed=reconstructed, views=views, groups=groups)
 
 
