@@ -237,12 +237,16 @@ def grouped_attention(
         key, value = (t.repeat_interleave(query_heads // key_heads, dim=1) for t in (key, value))
         output = functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
         return output.transpose(1, 2).contiguous(), None
-    scores = _Scores.apply(query.reshape(batch, key_heads, -1, width), key) * (
-        width**-0.5 if scaling is None else scaling
-    )
-    scores = scores.view(batch, query_heads, num_queries, num_keys)
-    if attention_mask is not None:
-        scores = scores + attention_mask
+    scale = width**-0.5 if scaling is None else scaling
+    queries = query.reshape(batch, key_heads, -1, width)
+    if torch.is_grad_enabled():
+        scores = (_Scores.apply(queries, key) * scale).view(batch, query_heads, num_queries, num_keys)
+        scores = scores if attention_mask is None else scores + attention_mask
+    else:  # scaled within the product and masked in place: no further pass over memory
+        unused = queries.new_empty(())
+        scores = torch.baddbmm(unused, queries.flatten(0, 1), key.flatten(0, 1).mT, beta=0, alpha=scale)
+        scores = scores.view(batch, query_heads, num_queries, num_keys)
+        scores = scores if attention_mask is None else scores.add_(attention_mask)
     weights = functional.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     output = weights.view(batch, key_heads, -1, num_keys) @ value
     return output.view(batch, query_heads, num_queries, -1).transpose(1, 2).contiguous(), weights

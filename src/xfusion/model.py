@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from xfusion.backbone import EMBEDDED, Backbone, Cache
 from xfusion.backbone.attention import choose_attention
 from xfusion.data.sequence import END_OF_MEDIA, IGNORE, Batch, Sound, XFusionError, fingerprint
-from xfusion.fusion.base import Fusion, Pass
+from xfusion.fusion.base import Fusion, Pass, joined
 from xfusion.fusion.dual_tower import DualTower
 from xfusion.modalities.audio import AudioModality
 from xfusion.modalities.base import Modality
@@ -359,7 +359,7 @@ class Model(nn.Module):
     def use(self, engine: Engine) -> None:
         """Compute with this engine (copy of the frozen weights, precision, path) from now on."""
         if engine.decoder is None:
-            engine.decoder = engine.backbone.shadow_decoder(self._layer)
+            engine.decoder = engine.backbone.shadow_decoder(self._slot)
         self.__dict__["_engine"] = engine
         self.fusion.set_attention(engine.backbone.attention)
 
@@ -410,15 +410,26 @@ class Model(nn.Module):
         keep_text = sharded is None
         return Engine(backbone=frozen, autocast=autocast, reason=reason, compiled=compiled, keep_text=keep_text)
 
-    def _layer(self, index: int, frozen: nn.Module, x: Tensor, call: dict[str, Any]) -> Tensor:
+    def _slot(self, index: int, frozen: nn.Module, x: Tensor, call: dict[str, Any]) -> Tensor:
+        """One layer of the running pass, called by the decoder in place of its own layer."""
         run = self._pass
         if run is None:
             raise RuntimeError("a shadow layer was called outside a pass")
         if index == 0:  # only x includes what the decoder applies to its inputs (learned positions, a factor)
+            if len(run.states) > 1 or x is not joined(run.states):
+                run.layer_calls = None
             run.states = {owner: x[:, rows].contiguous() for owner, rows in run.slices.items()}
-        last = index == self.backbone.num_layers - 1
-        if run.layers is not None and index not in run.layers:
-            return self._layer_output(run, x, last)
+        if run.layers is None or index in run.layers:
+            if run.layer_calls is not None:
+                run.layer_calls[index] = (frozen, call)
+            self._layer(run, index, frozen, call)
+        if index < self.backbone.num_layers - 1:
+            return x
+        # States live in the pass; after the last layer the decoder norms those that are read.
+        return joined(run.states) if run.final else x[:, :0]
+
+    def _layer(self, run: Pass, index: int, frozen: nn.Module, call: dict[str, Any]) -> None:
+        """Replace the states of a pass by those after a layer."""
         run.modulation = None
         compute = self.fusion.reference_layer if self._engine.reference else self.fusion.layer
         for owner, rows in run.media_rows.items():
@@ -444,14 +455,6 @@ class Model(nn.Module):
             name = f"{owner if owner == 'text' else 'media'}.{index + 1}"
             if name in self.needs:
                 run.intermediates[name] = x
-        return self._layer_output(run, x, last)
-
-    @staticmethod
-    def _layer_output(run: Pass, x: Tensor, last: bool) -> Tensor:
-        """What a layer returns to the decoder: states live in the pass; after the last layer the decoder norms those read."""
-        if not last:
-            return x
-        return torch.cat(list(run.states.values()), dim=1) if run.final else x[:, :0]
 
     # -- one pass
 
@@ -473,7 +476,8 @@ class Model(nn.Module):
             update: append this pass's keys and values to the cache.
             cached_text: text states by layer, if already known (`text_states`).
             final: whether final states are needed; if not, none are normed, and only the pass holds the last layer's states.
-            like: an earlier pass over the same positions with the same cache, whose masks are reused.
+            like: an earlier pass over the same positions with the same cache, whose masks are reused; unless ``final``, the
+                layers are called as there, without the decoder around them.
 
         Returns:
             final states ``[B, S, D]`` after the decoder's last norm, sorted by owner (``[B, 0, D]`` unless ``final``), and the
@@ -505,17 +509,23 @@ class Model(nn.Module):
             layers=self._active_layers(batch, cached_text, appends=cache is not None and update),
         )
         if like is not None:
-            run.share_masks(like)
-        position = torch.cat([table.position for table in rows.values()], dim=1)
-        self._pass = run
-        try:
-            with torch.autocast(self.device.type, engine.autocast) if engine.autocast else nullcontext():
-                hidden = engine.backbone.drive(engine.decoder, torch.cat(list(states.values()), dim=1), position)
-        finally:
-            self._pass = None
+            run.share_tables(like)
+        x = joined(states)
+        with torch.autocast(self.device.type, engine.autocast) if engine.autocast else nullcontext():
+            if like is not None and like.layer_calls is not None and not final:
+                for index, (frozen, call) in like.layer_calls.items():
+                    self._layer(run, index, frozen, call)
+                x = x[:, :0]
+            else:
+                position = torch.cat([table.position for table in rows.values()], dim=1)
+                self._pass = run
+                try:
+                    x = engine.backbone.drive(engine.decoder, x, position)
+                finally:
+                    self._pass = None
         if cache is not None and update:
             cache.grow(rows)
-        return hidden, run
+        return x, run
 
     def _active_layers(
         self, batch: Batch, cached_text: dict[int, Tensor] | None, *, appends: bool

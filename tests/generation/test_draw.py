@@ -115,6 +115,24 @@ def test_the_cached_walk_is_the_uncached_one(bases, fusion, family, guidance, mo
         assert float((found[k] - expected).detach().abs().max()) < 1e-4
 
 
+@pytest.mark.parametrize(("family", "passes"), [("llama", 1), ("gpt2", 4)])
+def test_the_decoder_around_the_layers_runs_once_unless_it_changes_its_inputs(bases, family, passes, monkeypatch):
+    """GPT-2 adds learned positions to its inputs; a Llama's decoder hands them on, and calls all steps' layers alike."""
+    model, driven = make_model(bases[family]), []
+    decoder_of, drive = Backbone.shadow_decoder, Backbone.drive
+    monkeypatch.setattr(Backbone, "drive", lambda self, *args: driven.append(args) or drive(self, *args))
+    found = draw_tokens(model, [(words(3, 1),)], SIDE, seeds=[5], steps=4, guidance=2.0)
+    assert len(driven) == 1 + passes  # one for the context
+
+    def changed(self, compute_layer):  # hands every layer a copy of its inputs
+        return decoder_of(self, lambda index, frozen, x, call: compute_layer(index, frozen, x.clone(), call))
+
+    monkeypatch.setattr(Backbone, "shadow_decoder", changed)
+    again = draw_tokens(make_model(bases[family]), [(words(3, 1),)], SIDE, seeds=[5], steps=4, guidance=2.0)
+    assert len(driven) == 1 + passes + 5
+    assert torch.equal(found, again)
+
+
 @pytest.mark.parametrize("interval", [(0.5, 1.0), (0.0, 0.6), (0.2, 0.8)])
 def test_guidance_acts_within_its_interval_alone(bases, monkeypatch, interval):
     """Levels of four steps are 1, 0.75, 0.5, 0.25; outside of the interval no row stands behind an empty context."""

@@ -36,6 +36,24 @@ def test_grouped_products_are_the_familys_own(heads, groups, masked, long, monke
         assert float((ours - theirs).detach().abs().max()) < 1e-6  # both take the softmax in float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("masked", [True, False])
+def test_without_gradients_the_same_is_computed_in_fewer_passes(masked, dtype):
+    made = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 5, 8, generator=made).to(dtype) for heads in (6, 2, 2))
+    seen = torch.rand(2, 5, 5, generator=made) < 0.6
+    seen[..., 0] = True
+    mask = attention_mask(seen, "grouped", dtype) if masked else None
+    expected = grouped_attention(torch.nn.Identity(), q, k, v, mask)
+    kept = None if mask is None else mask.clone()
+    with torch.no_grad():
+        found = grouped_attention(torch.nn.Identity(), q, k, v, mask)
+    assert mask is None or torch.equal(mask, kept)
+    tolerance = 1e-6 if dtype == torch.float64 else 2e-2
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("unknown", ["softcap", "s_aux", "position_bias"])
 def test_what_it_does_not_know_is_refused(unknown):
     q, k, v = (torch.randn(1, 2, 4, 16) for _ in range(3))

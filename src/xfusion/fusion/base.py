@@ -64,6 +64,8 @@ class Pass:
     """Layers at which anything is computed; None means all."""
     intermediates: dict[str, Tensor] = field(default_factory=dict)
     """States requested by objectives, by name (`Objective.needs`)."""
+    layer_calls: dict[int, tuple[nn.Module, Call]] | None = field(default_factory=dict)
+    """Layer -> the frozen layer and the arguments that the decoder passed to it; None if the decoder changes its inputs."""
     _masks: dict[tuple[str, bool, int | None, str | None], Tensor] = field(default_factory=dict)
     _calls: dict[int, tuple[Any, dict[str, Call]]] = field(default_factory=dict)
     _tables: dict[Any, Tensor] = field(default_factory=dict)
@@ -91,9 +93,14 @@ class Pass:
             self._calls[id(rotary_table)] = (rotary_table, by_owner | {"": slice_call(call, slice(None))})
         return self._calls[id(rotary_table)][1]
 
-    def share_masks(self, other: Pass) -> None:
-        """Share the masks of a pass over the same positions with the same cached keys and values."""
-        self._masks = other._masks
+    def share_tables(self, other: Pass) -> None:
+        """Share masks, arguments and tables of a pass over the same positions with the same cached keys and values."""
+        self._masks, self._calls, self._tables, self.layer_calls = (
+            other._masks,
+            other._calls,
+            other._tables,
+            other.layer_calls,
+        )
 
     def cached_table(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
         """A table over this pass's positions that is the same at every layer, computed on first use."""
@@ -199,6 +206,12 @@ class Pass:
             keys = self.keys(of) if of else Rows.cat(past + tables)
             self._masks[key] = rows_mask(queries, keys, window, self.attention, self.dtype)
         return self._masks[key]
+
+
+def joined(states: Mapping[str, Tensor]) -> Tensor:
+    """The states of all owners in one tensor ``[B, S, D]``; those of one owner are not copied."""
+    tensors = list(states.values())
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=1)
 
 
 def module_from_parts(parts: Mapping[str, nn.Module]) -> nn.ModuleDict:
@@ -496,13 +509,13 @@ class Fusion(nn.Module):
             return {}
         states = run.inputs(index)
         if len(computed_owners) == len(states):
-            x = torch.cat(list(states.values()), dim=1)
+            x = joined(states)
             mask, layer = run.mask("" if len(computed_owners) > 1 else computed_owners[0], window), block_for(*states)
             output, new_kv = compute_rows(layer, x, calls[""], layer, None, {}, past, mask, True, run.appends)
             run.append(slot, index, *new_kv)
             return run.split_by_owner(output)
         if len(states) > 2 or "text" not in states:  # media of several modalities
-            new_kv = keys_values(block, torch.cat(list(states.values()), dim=1), calls[""])
+            new_kv = keys_values(block, joined(states), calls[""])
             run.append(slot, index, new_kv)
             return {
                 o: run_rows(block, states[o], calls[o], run.mask(o, window), [*past, new_kv], [], splice_own=False)[0]
@@ -564,7 +577,7 @@ class Fusion(nn.Module):
         self, index: int, block: nn.Module, call: Call, run: Pass, *, by_noise: bool = False
     ) -> dict[str, Tensor]:
         """A whole block over the whole sequence, by owner: the building block of reference paths."""
-        x = torch.cat(list(run.states.values()), dim=1)
+        x = joined(run.states)
         block = run.by_noise(block, run.states) if by_noise else block
         return run.split_by_owner(run_rows(block, x, run.calls(call)[""], run.mask("", self.windows[index]), [], [])[0])
 

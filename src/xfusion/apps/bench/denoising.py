@@ -1,6 +1,6 @@
 """Time of a guided denoising step relative to the time of the tower's own matrix products in it, at the demo's size.
 
-Attention scores and weighted sums are computed inside the fused attention and do not count as products: the measure is strict.
+On a CPU attention is computed by products of its own (`xfusion.layers.grouped_attention`), which are counted.
 """
 
 from __future__ import annotations
