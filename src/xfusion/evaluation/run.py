@@ -24,9 +24,6 @@ from xfusion.storage import write_json
 Progress = Callable[[str, int, int], None]
 """Called with the name of a part, and its number of items done and in total."""
 
-MAY_BE_ZERO = frozenset({"max_held", "max_held_drawn", "most", "num_made", "shots"})
-"""Whole numbers among the suites' settings of which 0 means none; all others, seeds apart, are 1 or more."""
-
 
 def suite_names() -> list[str]:
     """Names of all suites: the files of the folder ``evaluation/suites``."""
@@ -98,7 +95,8 @@ def check(suite: str, settings: Mapping[str, Any]) -> Callable[..., dict[str, An
     Raises:
         XFusionError: the suite or a setting is unknown, or a value has the wrong type, or is a number below its least.
     """
-    run = _find(suite)
+    module = _find(suite)
+    run = module.run
     type_hints, parameters = get_type_hints(run), inspect.signature(run).parameters
     hints = {name: type_hints.get(name, Any) for name in parameters if name not in ("model", "progress")}
     for name, value in settings.items():
@@ -111,7 +109,7 @@ def check(suite: str, settings: Mapping[str, Any]) -> Callable[..., dict[str, An
                 "null" if kind is NoneType else getattr(kind, "__name__", repr(kind)) for kind in _kinds(hints[name])
             ]
             raise XFusionError(f"suite {suite!r}: {name} is {value!r}, and has to be {' or '.join(kinds)}")
-        least = 0 if name in MAY_BE_ZERO else 1
+        least = 0 if name in getattr(module, "MAY_BE_ZERO", ()) else 1
         if isinstance(value, int) and not isinstance(value, bool) and name != "seed" and value < least:
             raise XFusionError(f"suite {suite!r}: {name} is {value}, and has to be at least {least}")
     return run
@@ -135,11 +133,11 @@ def _accepts(value: Any, hint: Any) -> bool:
     return hint is Any or (hint in (str, bool) and isinstance(value, hint))
 
 
-def _find(suite: str) -> Callable[..., dict[str, Any]]:
+def _find(suite: str) -> Any:
     names = suite_names()
     if suite not in names:
         raise XFusionError(f"unknown suite {suite!r}{_nearest(suite, names)}; there are {', '.join(names)}")
-    return import_module(f"{suites.__name__}.{suite}").run
+    return import_module(f"{suites.__name__}.{suite}")
 
 
 def _nearest(name: str, names: list[str]) -> str:

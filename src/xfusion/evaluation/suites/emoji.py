@@ -30,6 +30,7 @@ VALIDATION_SHARE = 0.2
 """Share of groups for choosing settings, if a suite is run in two parts."""
 LOSSLESS_DB = 100.0
 """Value of the PSNR metrics if nothing is lost (the ratio is infinite, which JSON cannot represent)."""
+MAY_BE_ZERO = {"max_held", "max_held_drawn"}
 
 Part = Literal["all", "validation", "test"]
 

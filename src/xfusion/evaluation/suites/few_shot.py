@@ -20,6 +20,8 @@ from xfusion.evaluation.metrics.blind import blind
 from xfusion.evaluation.suites.emoji import choose_examples
 from xfusion.evaluation.unseen import held_out
 
+MAY_BE_ZERO = {"max_held", "most"}
+
 
 def run(
     model: Any,

@@ -11,6 +11,8 @@ from typing import Any
 
 from xfusion.data.sequence import XFusionError
 
+MAY_BE_ZERO = {"shots"}
+
 
 def run(
     model: Any,

@@ -32,6 +32,8 @@ LARGEST_NAMES = 100
 PER_NAME = 20
 """Largest number of trained recordings per name that are averaged."""
 
+MAY_BE_ZERO = {"max_held", "num_made"}
+
 
 def run(
     model: Any,
