@@ -272,6 +272,18 @@ def test_stages_follow_each_other_and_resume_within(bases, tmp_path):
         train(base, tmp_path / "x", recipe_=two, minutes=1)
 
 
+def test_a_second_stage_does_not_repeat_the_order_of_the_first(bases, tmp_path, monkeypatch):
+    """A short stage sees a few of many examples: the next one would see the same ones again, in the same words."""
+    base, mixtures = bases["llama"], []
+    mixture = setup.mixture
+    monkeypatch.setattr(setup, "mixture", lambda *a: mixtures.append(mixture(*a)) or mixtures[-1])
+    same_stage = Stage(steps=1, mixture=MixtureConfig(draw=4, caption=0))
+    train(base, tmp_path / "two", recipe_=recipe(base, stages=(same_stage, same_stage)))
+    train(base, tmp_path / "one", recipe_=recipe(base, stages=(same_stage,)))
+    first, second, alone = (list(made.order.take("draw", 0, 20)) for made in mixtures)
+    assert first == alone != second
+
+
 # -------------------------------------------------------------------------------------------------------------- state
 
 

@@ -229,7 +229,8 @@ class _Run:
             self._resume()
         # A mixture may refuse its settings: before the folder gets a log.
         self.mixtures = [
-            setup.mixture(stage, self.source, model, settings, processes, self.left_out) for stage in self.recipe.stages
+            setup.mixture(number, self.source, model, settings, processes, self.left_out)
+            for number in range(len(self.recipe.stages))
         ]
         self.graphs = Graphs(self.progress.step)
         destination = (self.out, settings.console) if processes.is_first else (None, None)

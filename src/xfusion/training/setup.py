@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -139,9 +140,16 @@ def open_data(settings: Settings, special_tokens: tuple[str, ...]) -> Source:
 
 
 def mixture(
-    stage: Stage, source: Source, model: Model, settings: Settings, processes: Processes, left_out: LeftOut
+    number: int, source: Source, model: Model, settings: Settings, processes: Processes, left_out: LeftOut
 ) -> Mixture:
-    """The batches of a stage; this process reads the pictures of its own rows only."""
+    """The batches of a stage, by its number; this process reads the pictures of its own rows only.
+
+    Every stage has its own order and wordings: with those of the first, a second one would meet the same examples again and
+    leave out the same ones.
+    """
+    seed = settings.recipe.seed
+    if number:
+        seed = int.from_bytes(hashlib.sha256(f"{seed}/stage {number}".encode()).digest()[:7])
     return Mixture(
         source,
         model.modality,
@@ -149,8 +157,8 @@ def mixture(
         model.backbone.encode,
         model.backbone.begin_ids,
         model.backbone.end_ids[0],
-        stage.mixture,
-        settings.recipe.seed,
+        settings.recipe.stages[number].mixture,
+        seed,
         processes.row_slice,
         left_out,
         settings.decoders,
