@@ -46,12 +46,13 @@ import xfusion
 from xfusion.apps import cli
 from xfusion.apps.server import reading, requests
 from xfusion.apps.server.answers import Refused
-from xfusion.apps.server.batches import Batches, Continue, Job, Words
+from xfusion.apps.server.batches import Batches, Continue, Job
 from xfusion.apps.server.limits import Limits
 from xfusion.apps.server.names import own_names
 from xfusion.composition import together
 from xfusion.data.sequence import Sound, XFusionError
 from xfusion.data.sounds import as_wav, decode
+from xfusion.generation import TextStream
 from xfusion.modalities.image import square_picture
 from xfusion.opening import Opening
 
@@ -253,7 +254,7 @@ def test_stop_sequences_end_an_answer(client):
 
 def test_words_are_sent_once_they_cannot_change():
     decode = bytes.decode
-    words = Words(lambda ids: decode(bytes(ids), errors="replace"), ("stop", "top!"))
+    words = TextStream(lambda ids: decode(bytes(ids), errors="replace"), ("stop", "top!"))
     assert [words.add(byte) for byte in "né".encode()] == ["n", "", "é"]
     assert [words.add(byte) for byte in b"sto"] == ["", "", ""]
     assert words.add(ord("x")) == "stox"
@@ -266,7 +267,7 @@ def test_words_behind_text_that_a_tokenizer_changes_are_still_sent():
     vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁hello": 256, "▁you": 257, "<unk>": 258}
     tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>"))
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    words = Words(tokenizer.decode)
+    words = TextStream(tokenizer.decode)
     assert [words.add(token) for token in (*"é".encode(), 0xFF, 256, 257)] == [
         "",
         "é",
@@ -290,7 +291,12 @@ def test_the_thread_outlives_whatever_fails_behind_a_batch(model):
         settings = {"steps": 1, "guidance": None, "max_tokens": 2, "temperature": 0.0, "top_p": 1.0}
         work = Continue(model=model, kinds=kinds, **settings)
         return Job(
-            work=work, inputs=["a cat"], seed=0, index=0, words=Words(decode), notify=lambda j, new: heard.append(new)
+            work=work,
+            inputs=["a cat"],
+            seed=0,
+            index=0,
+            words=TextStream(decode),
+            notify=lambda j, new: heard.append(new),
         )
 
     def broken(ids):
@@ -325,7 +331,7 @@ def test_jobs_that_nobody_waits_for_when_they_get_other_work_are_let_go():
                 job.work = object()
             moved.set()
 
-    job = Job(work=Deciding(), inputs=[], seed=0, index=0, words=Words(str), notify=lambda job, new: None)
+    job = Job(work=Deciding(), inputs=[], seed=0, index=0, words=TextStream(str), notify=lambda job, new: None)
     queue = Batches(4, 4)
     queue.put([job])
     queue.start()
@@ -699,7 +705,7 @@ def test_a_failing_job_takes_no_other_of_its_batch_with_it(caplog):
             inputs=given,
             seed=0,
             index=0,
-            words=Words(lambda ids: ""),
+            words=TextStream(lambda ids: ""),
             notify=lambda job, new: ended.release(),
         )
         for given in ("a", "poison", "b")

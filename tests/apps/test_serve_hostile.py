@@ -31,9 +31,10 @@ from xfusion.apps import cli
 from xfusion.apps.commands.base import UsageError
 from xfusion.apps.commands.serve import listen
 from xfusion.apps.server import reading, requests, stopping, tickets
-from xfusion.apps.server.batches import Continue, Words
+from xfusion.apps.server.batches import Continue
 from xfusion.data.sequence import Sound
 from xfusion.data.sounds import as_wav
+from xfusion.generation import TextStream
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def test_a_long_sequence_to_stop_at_is_refused_and_costs_nothing(server):
             type(self).parts += 1
             return super().__getitem__(place)
 
-    words = Words(lambda ids: "ab" * len(ids), (Long("b" + "a" * 10_000),))
+    words = TextStream(lambda ids: "ab" * len(ids), (Long("b" + "a" * 10_000),))
     assert [words.add(0), words.add(0)] == ["a", "ba"] and words.rest() == "b"
     assert Long.parts <= 2 + 4, "no more beginnings of it are tried than the answer has letters"
 

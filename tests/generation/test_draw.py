@@ -215,7 +215,7 @@ def test_progress_is_told_after_every_step(model):
 
 
 def test_no_steps_and_too_long_a_prompt_are_refused(model, monkeypatch):
-    with pytest.raises(XFusionError, match="steps 0 must be at least 1"):
+    with pytest.raises(XFusionError, match="steps 0 are not within 1 and 10000"):
         model.draw(["a"], steps=0)
     limit = model.backbone.config.max_position_embeddings
     with pytest.raises(XFusionError, match=rf"the prompt has 6\d\d tokens, more than the {limit} that are allowed"):

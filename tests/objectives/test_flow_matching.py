@@ -232,9 +232,10 @@ def test_an_interval_of_guidance_that_holds_no_level_is_refused(interval):
         FlowMatching.Config(guidance_interval=interval).build()
 
 
-def test_no_steps_are_refused():
-    with pytest.raises(XFusionError, match="steps 0 must be at least 1"):
-        walk(build(), lambda x, _: x, torch.zeros(1, 1, 1), steps=0)
+@pytest.mark.parametrize("steps", [0, 10**20])
+def test_no_steps_and_endless_ones_are_refused(steps):
+    with pytest.raises(XFusionError, match=f"steps {steps} are not within 1 and 10000"):
+        walk(build(), lambda x, _: x, torch.zeros(1, 1, 1), steps=steps)
 
 
 # ------------------------------------------------------------------------------------------------------------ solvers

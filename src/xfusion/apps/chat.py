@@ -18,10 +18,9 @@ from rich.text import Text as Line
 
 from xfusion.apps.commands.base import UsageError, readable, write_whole
 from xfusion.apps.commands.pictures import FORMATS, file_name, save, unused_path
-from xfusion.apps.server.batches import Words
 from xfusion.data import pictures, sounds
 from xfusion.data.sequence import Image, Sound, XFusionError
-from xfusion.generation import DrawMode, conversation, draw_size, ends_at_line, opens
+from xfusion.generation import DrawMode, TextStream, conversation, draw_size, ends_at_line, opens
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -111,7 +110,7 @@ class Chat:
 
     def _stream_text(self, segments: list[Any], *, one_line: bool = False) -> str:
         """The model's text after some segments, streamed to the console; Ctrl-C ends it."""
-        words = Words(self.model.backbone.decode)
+        words = TextStream(self.model.backbone.decode)
 
         def print_token(_: int, token: int) -> bool:
             self._print(words.add(token))

@@ -30,7 +30,7 @@ from xfusion.generation.drawing import draw, draw_tokens, inpaint, inpaint_batch
 from xfusion.generation.pairs import embed, fill, fill_tokens, match, score
 from xfusion.generation.schema import schema_answers
 from xfusion.generation.segments import PLAIN, PLAIN_SAMPLING, generate, kinds_of, log_likelihoods, prompt_length
-from xfusion.generation.words import answer_tokens, caption, score_names
+from xfusion.generation.words import TextStream, answer_tokens, caption, score_names
 
 __all__ = [
     "BATCH",
@@ -42,6 +42,7 @@ __all__ = [
     "Message",
     "Progress",
     "Segment",
+    "TextStream",
     "TooLong",
     "answer",
     "answer_tokens",

@@ -228,3 +228,40 @@ def _mean_likelihood(model: Model, cache: Cache, first_log_probs: Tensor, answer
         token_log_probs = logits.log_softmax(dim=-1).gather(1, labels[:, 1:][valid][:, None])[:, 0]
         total = total.index_add(0, valid.nonzero()[:, 0], token_log_probs)
     return total / (labels >= 0).sum(dim=1)
+
+
+class TextStream:
+    """A streamed text answer: cut at a stop sequence, and sent as soon as later tokens cannot change it."""
+
+    def __init__(self, decode: Callable[[list[int]], str], stop: tuple[str, ...] = ()):
+        self.decode, self.stop = decode, stop
+        self.ids: list[int] = []
+        self.sent = ""
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """The text that may be sent after one more token."""
+        self.ids.append(token)
+        text = self.decode(self.ids)
+        stop_positions = [position for position in (text.find(stop) for stop in self.stop) if position >= 0]
+        if stop_positions:
+            self.stopped = True
+            return self._send(text[: min(stop_positions)])
+        # Hold back an incomplete character, and text that may become a stop sequence.
+        text = text.rstrip("\N{REPLACEMENT CHARACTER}")
+        max_length = len(text) + 1
+        partial_stops = [
+            k for stop in self.stop for k in range(1, min(len(stop), max_length)) if text.endswith(stop[:k])
+        ]
+        return self._send(text[: len(text) - max(partial_stops, default=0)])
+
+    def rest(self) -> str:
+        """The text still to be sent at the end of the answer."""
+        return "" if self.stopped else self._send(self.decode(self.ids))
+
+    def _send(self, text: str) -> str:
+        # A tokenizer that decodes single bytes, or cleans up spaces, may change what was sent. What follows is still sent.
+        if len(text) <= len(self.sent):
+            return ""
+        new, self.sent = text[len(self.sent) :], text
+        return new

@@ -22,6 +22,9 @@ from xfusion.objectives.solvers import Euler, Solver
 SMALLEST_TIME = 1e-3
 """Lower bound of the divisors t and 1 - t."""
 
+MAX_STEPS = 10_000
+"""Largest number of sampling steps; beyond some dozens a picture hardly changes (docs/speed.md)."""
+
 
 class FlowMatching(Denoising):
     """L_DM: squared error of the prediction at noised items, one mean per item."""
@@ -151,7 +154,7 @@ class FlowMatching(Denoising):
         Args:
             predict: head output at ``(x_t [N, M, P], t)``, guidance included.
             noise: ``x_1 [N, M, P]``.
-            steps: number of steps.
+            steps: number of steps, 1 to `MAX_STEPS`.
             known: clean tokens ``[N, M, P]``, used where ``keep`` is True (inpainting).
             keep: bool ``[N, M]``, True where ``known`` is kept; these tokens are put back at each noise level.
             solver: the solver; None uses the configuration's.
@@ -159,8 +162,8 @@ class FlowMatching(Denoising):
         Yields:
             after every step ``x_t`` and the current clean estimate; the last ``x_t`` is the sample.
         """
-        if steps < 1:
-            raise XFusionError(f"steps {steps} must be at least 1")
+        if not 1 <= steps <= MAX_STEPS:
+            raise XFusionError(f"steps {steps} are not within 1 and {MAX_STEPS}")
 
         def field(x: Tensor, time: float) -> tuple[Tensor, Tensor]:
             prediction = predict(x, time)

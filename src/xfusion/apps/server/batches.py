@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from xfusion.apps.server.answers import Refused
 from xfusion.data.sequence import XFusionError
-from xfusion.generation import Progress, answer_with_pictures, conversation, inpaint_batch, openings
+from xfusion.generation import Progress, TextStream, answer_with_pictures, conversation, inpaint_batch, openings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,43 +28,6 @@ log = logging.getLogger("xfusion.server")
 
 class _Abandoned(Exception):
     """No client waits for a batch any more."""
-
-
-class Words:
-    """A streamed text answer: cut at a stop sequence, and sent as soon as later tokens cannot change it."""
-
-    def __init__(self, decode: Callable[[list[int]], str], stop: tuple[str, ...] = ()):
-        self.decode, self.stop = decode, stop
-        self.ids: list[int] = []
-        self.sent = ""
-        self.stopped = False
-
-    def add(self, token: int) -> str:
-        """The text that may be sent after one more token."""
-        self.ids.append(token)
-        text = self.decode(self.ids)
-        stop_positions = [position for position in (text.find(stop) for stop in self.stop) if position >= 0]
-        if stop_positions:
-            self.stopped = True
-            return self._send(text[: min(stop_positions)])
-        # Hold back an incomplete character, and text that may become a stop sequence.
-        text = text.rstrip("\N{REPLACEMENT CHARACTER}")
-        max_length = len(text) + 1
-        partial_stops = [
-            k for stop in self.stop for k in range(1, min(len(stop), max_length)) if text.endswith(stop[:k])
-        ]
-        return self._send(text[: len(text) - max(partial_stops, default=0)])
-
-    def rest(self) -> str:
-        """The text still to be sent at the end of the answer."""
-        return "" if self.stopped else self._send(self.decode(self.ids))
-
-    def _send(self, text: str) -> str:
-        # A tokenizer that decodes single bytes, or cleans up spaces, may change what was sent. What follows is still sent.
-        if len(text) <= len(self.sent):
-            return ""
-        new, self.sent = text[len(self.sent) :], text
-        return new
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +195,7 @@ class Job:
     seed: int
     index: int
     """Index of the answer within its request."""
-    words: Words
+    words: TextStream
     notify: Callable[[Job, str | None], None]
     """Called by the computing thread with new text, and with None when the answer is done or has failed."""
     watch: Callable[[int, int, Tensor], None] | None = None

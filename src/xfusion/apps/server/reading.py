@@ -8,10 +8,10 @@ from typing import Any
 
 from xfusion.apps.server import requests
 from xfusion.apps.server.answers import Refused
-from xfusion.apps.server.batches import Continue, Decide, Embed, Job, Repaint, Words
+from xfusion.apps.server.batches import Continue, Decide, Embed, Job, Repaint
 from xfusion.apps.server.limits import Limits
 from xfusion.data.sequence import Image, Text, XFusionError
-from xfusion.generation import TooLong, conversation, draw_size, ends_at_line, kinds_of, prompt_length
+from xfusion.generation import TextStream, TooLong, conversation, draw_size, ends_at_line, kinds_of, prompt_length
 from xfusion.model import Model
 
 
@@ -133,7 +133,7 @@ def embeddings(params: requests.Embeddings, model: Model, limits: Limits, hosts:
     items = requests.embedding_inputs(params, model, limits, hosts)
     with _as_refusal():
         prompt = sum(prompt_length(model, [item]) for item in items)
-    words = Words(model.backbone.decode)
+    words = TextStream(model.backbone.decode)
     work = Embed(model=model)
     return Job(work=work, inputs=items, seed=0, index=0, words=words, notify=lambda job, new: None), prompt
 
@@ -168,7 +168,7 @@ def _jobs(
             inputs=inputs,
             seed=first_seed + i,
             index=i,
-            words=Words(model.backbone.decode, stops),
+            words=TextStream(model.backbone.decode, stops),
             notify=lambda job, new: None,
         )
         for i in range(params.n)

@@ -24,13 +24,13 @@ from xfusion.apps.chat import request_message
 from xfusion.apps.commands.pictures import file_name, save, unused_path
 from xfusion.apps.server import reading, requests
 from xfusion.apps.server.answers import Refused
-from xfusion.apps.server.batches import Batches, Job, Words, drawing_progress
+from xfusion.apps.server.batches import Batches, Job, drawing_progress
 from xfusion.apps.server.limits import Limits
 from xfusion.apps.web import brush
 from xfusion.data import pictures
 from xfusion.data.sequence import Text
 from xfusion.evaluation.attention import Attention, drawing_attention
-from xfusion.generation import draw_tokens
+from xfusion.generation import TextStream, draw_tokens
 from xfusion.model import Model
 
 PREVIEW_SECONDS = 0.2
@@ -272,7 +272,7 @@ class Desk:
             inputs=params.prompt,
             seed=checked_job.seed,
             index=0,
-            words=Words(model.backbone.decode),
+            words=TextStream(model.backbone.decode),
             notify=checked_job.notify,
         )
         preview_steps = {round(1 + (steps - 1) * k / (STRIP - 1)) for k in range(STRIP)}
