@@ -3,16 +3,29 @@
 import copy
 from dataclasses import fields, is_dataclass
 
+import numpy
 import pytest
 import torch
-from contracts.table import Noise, make_base, make_model, mixed_sequences, model_config, picture, words
+from contracts.pretended import PRETENDED, one_more_device
+from contracts.table import (
+    Noise,
+    make_base,
+    make_model,
+    mixed_sequences,
+    model_config,
+    opening_head,
+    picture,
+    words,
+)
 from PIL import Image as PILImage
 from torch import Tensor
 
 from xfusion.backbone import Backbone
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.pack import pack
+from xfusion.evaluation.run import evaluate
 from xfusion.generation import draw_tokens
+from xfusion.model import Model
 from xfusion.training.loop import train
 from xfusion.training.stages import Recipe, Stage
 
@@ -49,6 +62,70 @@ def test_words_that_open_a_sequence_stand_behind_the_bases_own_beginning(bases):
     without.bos_token = None
     other = Backbone(base.model, without, base.source)
     assert other.begin_ids == (without.eos_token_id,)  # what stands between two texts
+
+
+def test_the_pretended_device_refuses_what_a_gpu_refuses(monkeypatch):
+    with one_more_device(monkeypatch):
+        there, here = torch.arange(3.0).to(PRETENDED), torch.ones(3)
+        for mix in (
+            lambda: there + here,
+            lambda: torch.cat([here, there]),
+            lambda: torch.where(here > 0, there, there),
+        ):
+            with pytest.raises(AssertionError, match="on meta and of .* on the CPU"):
+                mix()
+        with pytest.raises(TypeError, match="copy it to the CPU first"):
+            there.numpy()
+        for fine in (
+            there * 2,
+            there[torch.tensor([0, 2])],
+            there + here.to(PRETENDED),
+            torch.zeros(2, device=PRETENDED),
+        ):
+            assert fine.device == PRETENDED
+        assert there.cpu().device == there.to("cpu").device == there.to(here).device == here.device
+        there[1:] = here[1:]
+        assert there.tolist() == [0.0, 1.0, 1.0] and float(there.sum()) == 2.0
+
+
+def test_conversations_and_suites_on_another_device(bases, monkeypatch):
+    """What recipes are not asked for (`tests/recipes/test_another_device.py`): turns, an opening head, inpainting, suites."""
+    model, talk = make_model(bases["llama"]), [{"role": "user", "content": "draw a tree"}]
+    model.opening = opening_head(model.backbone, [talk, [{"role": "user", "content": "no"}]], [True, False])
+    seen = PILImage.new("RGB", (16, 16), "red")
+    mask = PILImage.new("L", (16, 16))
+    mask.paste(255, (0, 0, 8, 8))
+
+    def found(model):
+        answer = model.answer(talk, draw="auto", seed=3, steps=2, max_tokens=4)
+        later = [
+            *talk,
+            {"role": "assistant", "content": answer},
+            {"role": "user", "content": [seen, "and what is this?"]},
+        ]
+        said = (
+            model.answer(later, draw="never", max_tokens=4),
+            model.answer([*later[:1], talk[0]], draw="always", steps=2),
+        )
+        drawn = model.inpaint(seen, mask, "a tree", steps=2)
+        scores = evaluate(model, source=Noise(), steps=2, features=False, max_held=0)
+        texts = [part for turn in (answer, *said) for part in turn if isinstance(part, str)]
+        pictures = [part for turn in (answer, *said, [drawn]) for part in turn if isinstance(part, PILImage.Image)]
+        return texts, pictures, {name: score for name, score in scores.items() if name != "settings"}
+
+    expected = found(model)
+    assert len(expected[1]) >= 3 and expected[2]["fit_caption_f1"] is not None
+    with one_more_device(monkeypatch):
+        base = Backbone(
+            copy.deepcopy(model.backbone.model).to(PRETENDED), model.backbone.tokenizer, model.backbone.source
+        )
+        other = Model(model.config, base).eval()
+        other.load_state_dict({name: weight.to(PRETENDED) for name, weight in model.state_dict().items()}, strict=False)
+        other.opening = copy.deepcopy(model.opening).to(PRETENDED)
+        texts, pictures, scores = found(other)
+    assert texts == expected[0] and scores == pytest.approx(expected[2], abs=1e-3)
+    for one, two in zip(pictures, expected[1], strict=True):
+        assert numpy.abs(numpy.asarray(one).astype(int) - numpy.asarray(two)).max() <= 2
 
 
 @pytest.fixture(scope="module")

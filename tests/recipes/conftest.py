@@ -1,10 +1,16 @@
-"""What recipes that hear are tried on: tones, and an encoder of Whisper's kind that knows nothing."""
+"""What recipes are tried on: narrow bases, tones, and an encoder of Whisper's kind and clusters of sounds that know nothing."""
+
+from pathlib import Path
 
 import numpy
 import pytest
 import soundfile
 import torch
-from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
+from contracts.table import VOCABULARY, tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperFeatureExtractor, WhisperModel
+
+from xfusion.backbone import SCRATCH, Backbone
+from xfusion.recipes.base import find
 
 NAMES = ("red apple", "tree")
 
@@ -30,4 +36,46 @@ def whisper(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whisper")
     WhisperModel(WhisperConfig(d_model=384, **heads, **ids, **sizes)).encoder.save_pretrained(folder)
     WhisperFeatureExtractor().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def bases_of(tmp_path_factory):
+    """A random base of so many layers, wide enough for the MLPs of which recipes keep a part; as trained, or from scratch."""
+    folder, made = tmp_path_factory.mktemp("bases"), {}
+
+    def base(layers, scratch):
+        if not (folder / str(layers)).exists():
+            shape = LlamaConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=32,
+                intermediate_size=512,
+                num_hidden_layers=layers,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=512,
+                initializer_range=0.12,
+                bos_token_id=0,
+                eos_token_id=1,
+                pad_token_id=2,
+            )
+            torch.manual_seed(0)
+            LlamaForCausalLM(shape).save_pretrained(folder / str(layers))
+            tokenizer().save_pretrained(folder / str(layers))
+        source = f"{SCRATCH if scratch else ''}{folder / str(layers)}"
+        if source not in made:
+            made[source] = Backbone.load(source)
+        return made[source]
+
+    return base
+
+
+@pytest.fixture(scope="module")
+def codes(whisper, tmp_path_factory):
+    """As many clusters of sounds as the recipe has, anywhere."""
+    folder = tmp_path_factory.mktemp("clusters") / "codes"
+    recipe = find("audiopalm")(codes=str(folder), encoder=whisper)
+    codec = recipe.model.audio.codec.build()
+    codec.clusters = torch.randn(recipe.model.port.entries, codec.features.width)
+    codec.save(Path(folder))
     return str(folder)

@@ -5,44 +5,20 @@ own; a step has four samples of each task, always the same ones under the same n
 a recipe would take from a hub is a random one of the same shape.
 """
 
-import inspect
 import math
 import re
-from dataclasses import replace
-from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
-from contracts.table import VOCABULARY, Noise, tokenizer, trained
-from transformers import LlamaConfig, LlamaForCausalLM
+from contracts.table import Noise, trained
+from recipes.narrow import every, narrowed
 
-from xfusion.backbone import SCRATCH, Backbone
 from xfusion.data.mixture import Mixture
 from xfusion.data.sources import open_source
-from xfusion.model import BackboneConfig, Model, build
-from xfusion.recipes.base import find, names
-from xfusion.training.stages import Recipe
+from xfusion.model import Model, build
 
-SAMPLES = 4
-"""Of each task in a step: enough for losses that compare pairs."""
 STEPS = 3
 """What stands behind a closed gate or a head of zeros moves in the second step, what stands behind both in the third."""
-LAYERS = 9
-"""Of the base, where a recipe does not say for how many it is: all places of blocks lie below."""
-
-
-def every() -> list[str]:
-    """All functions of the recipes' files that return a recipe, and the forms of papers that an argument asks for."""
-    found = ["moe_llava(paper=True)"]
-    for name in names():
-        module = import_module(f"xfusion.recipes.{name}")
-        for called, function in inspect.getmembers(module, inspect.isfunction):
-            own = function.__module__ == module.__name__
-            if own and inspect.signature(function).return_annotation in (Recipe, "Recipe"):
-                found.append(name if called == name else f"{module.__name__}:{called}")
-    return found
-
 
 BEGIN, END = {"port.begin"}, {"port.end"}
 STILL = {
@@ -53,48 +29,6 @@ STILL = {
 }
 """Weights that a recipe has and does not train, by name; of all others every one moves."""
 EXPERT = re.compile(r"fusion\.blocks\.(\d+)\.experts\.(\d+)\.")
-
-
-@pytest.fixture(scope="module")
-def bases_of(tmp_path_factory):
-    """A random base of so many layers, wide enough for the MLPs of which recipes keep a part; as trained, or from scratch."""
-    folder, made = tmp_path_factory.mktemp("bases"), {}
-
-    def base(layers, scratch):
-        if not (folder / str(layers)).exists():
-            shape = LlamaConfig(
-                vocab_size=VOCABULARY,
-                hidden_size=32,
-                intermediate_size=512,
-                num_hidden_layers=layers,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=512,
-                initializer_range=0.12,
-                bos_token_id=0,
-                eos_token_id=1,
-                pad_token_id=2,
-            )
-            torch.manual_seed(0)
-            LlamaForCausalLM(shape).save_pretrained(folder / str(layers))
-            tokenizer().save_pretrained(folder / str(layers))
-        source = f"{SCRATCH if scratch else ''}{folder / str(layers)}"
-        if source not in made:
-            made[source] = Backbone.load(source)
-        return made[source]
-
-    return base
-
-
-@pytest.fixture(scope="module")
-def codes(whisper, tmp_path_factory):
-    """As many clusters of sounds as the recipe has, anywhere."""
-    folder = tmp_path_factory.mktemp("clusters") / "codes"
-    recipe = find("audiopalm")(codes=str(folder), encoder=whisper)
-    codec = recipe.model.audio.codec.build()
-    codec.clusters = torch.randn(recipe.model.port.entries, codec.features.width)
-    codec.save(Path(folder))
-    return str(folder)
 
 
 @pytest.fixture
@@ -109,16 +43,7 @@ def same_step(monkeypatch):
 
 @pytest.mark.parametrize("name", every())
 def test_a_recipe_trains_as_it_stands(name, bases_of, tones, whisper, codes, same_step, tmp_path):
-    taken = inspect.signature(find(name)).parameters
-    local = {key: value for key, value in {"encoder": whisper, "codes": codes}.items() if key in taken}
-    recipe = find(name)(**{key: value for key, value in local.items() if isinstance(taken[key].default, str)})
-    layers = taken["num_layers"].default if "num_layers" in taken else LAYERS
-    base = bases_of(layers, recipe.model.backbone.source.startswith(SCRATCH))
-    stages = []
-    for stage in recipe.stages:
-        few = {task: min(getattr(stage.mixture, task), SAMPLES) for task in ("draw", "caption")}
-        stages.append(replace(stage, steps=STEPS, mixture=replace(stage.mixture, **few)))
-    recipe = replace(recipe, stages=tuple(stages)).with_model(backbone=BackboneConfig(source=base.source))
+    recipe, base = narrowed(name, bases_of, whisper, codes, STEPS)
     source = open_source(tones) if recipe.model.audio else Noise()
     model, losses = trained(recipe, base, tmp_path / "run", source=source)  # text as the fusion declares it
 
