@@ -405,8 +405,9 @@ def origin(result: dict[str, Any]) -> list[str]:
         commit_text += f" and {commit['changed_files']} changed files"
     load = result.get("load_before")
     load_text = "" if load is None else f", load {load:g} before"
+    instructions = f" ({machine['instructions']})" if "instructions" in machine else ""
     machine_text = (
-        f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads,"
+        f"{machine['processor']}{instructions}, {machine['cores']} cores, {machine['threads']} threads,"
         f" torch {machine['versions']['torch']}"
     )
     not_run = NOT_RUN.format("minutes to hours on an idle machine")

@@ -96,6 +96,7 @@ def test_facts_of_the_machine_are_json():
     facts = demo.machine()
     assert json.loads(json.dumps(facts)) == facts
     assert facts["threads"] == torch.get_num_threads() and facts["versions"]["torch"] == torch.__version__
+    assert facts["instructions"] == torch.backends.cpu.get_cpu_capability()
 
 
 class Colours:
