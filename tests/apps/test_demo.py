@@ -92,6 +92,31 @@ def test_no_shipped_pack_is_no_hindrance(monkeypatch, capsys):
     assert "the fresh tower alone" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("rates", "minutes", "pictures", "draw"),
+    [
+        ((380.0, 200.0), 5.0, 128, 64),
+        (
+            (18.0, 145.0),
+            5.0,
+            32,
+            16,
+        ),  # two cores without AVX-512: 122 steps of 96 samples taught nothing of 128 pictures
+        ((18.0, 145.0), 12.0, 128, 64),
+        ((380.0, 200.0), 1.0, 16, 16),
+        ((1.0, 1.0), 0.1, 16, 16),
+    ],
+)
+def test_a_machine_learns_as_many_pictures_as_it_has_time_for(monkeypatch, rates, minutes, pictures, draw):
+    monkeypatch.setattr(demo, "product_rates", lambda: rates)
+    assert demo.choose_size(minutes) == (pictures, draw)
+    recipe = demo.find(f"{demo.RECIPE}(pictures={pictures}, draw={draw})")()
+    mixture = recipe.stages[0].mixture
+    assert (recipe.data, mixture.draw, mixture.caption) == (f"emoji:{pictures}", draw, draw // 2)
+    assert demo.choose_size(minutes, 100) == (100, 32) and demo.choose_size(minutes, 3) == (3, 16)
+    assert demo.minutes_for(128) > demo.minutes_for(32) > demo.COMPILING / 60
+
+
 def test_facts_of_the_machine_are_json():
     facts = demo.machine()
     assert json.loads(json.dumps(facts)) == facts

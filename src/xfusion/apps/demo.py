@@ -37,12 +37,23 @@ from xfusion.model import Model
 from xfusion.recipes.base import find, train
 from xfusion.storage import write_json
 from xfusion.training.loop import Interrupted
+from xfusion.training.precision import product_rates
 from xfusion.training.speed import drawing_speed, samples_per_second
 from xfusion.training.stages import Recipe
 from xfusion.training.track import Event
 
 RECIPE = "xfusion.recipes.xfusion:demo"
 """The recipe of the fresh tower, as `xfusion train` accepts it."""
+SIZES = ((128, 64), (64, 32), (32, 16), (16, 16))
+"""Pictures to learn, and drawing samples per step: few samples take small steps."""
+SAMPLES_PER_PICTURE = 200
+"""Samples that a picture needs until it is drawn and named from memory."""
+GFLOPS_PER_SAMPLE = 2.5
+"""Work of a sample, forward and backward: 64 drawings and 32 names take 239 GFLOPs."""
+SHARE_OF_RATE = 0.7
+"""Share of the rate of large products at which a step works (docs/speed.md)."""
+COMPILING = 30.0
+"""Seconds of compilation at the start."""
 SHIPPED = "emoji"
 """The shipped pack that is compared with it."""
 FIRST = "red apple"
@@ -63,6 +74,7 @@ def run(
     console: Console | None = None,
     seed: int = 0,
     *,
+    pictures: int | None = None,
     recipe: Recipe | None = None,
     encoder: Any = None,
 ) -> dict[str, Any]:
@@ -73,6 +85,7 @@ def run(
         minutes: training time, including compilation.
         console: where progress is shown; None is silent.
         seed: seed of the new weights, the data order and the noise.
+        pictures: emoji to learn; None takes as many as this machine learns in these minutes (`choose_size`).
         recipe: recipe to train instead of the demo's own.
         encoder: encoder of the feature metrics; None uses EfficientNet-Lite0.
 
@@ -85,7 +98,16 @@ def run(
     """
     start = time.perf_counter()
     reporter = _Reporter(console or Console(quiet=True))
-    recipe = recipe or find(RECIPE)()
+    name = RECIPE
+    if recipe is None:
+        chosen, draw = choose_size(minutes, pictures)
+        name = f"{RECIPE}(pictures={chosen}, draw={draw})"
+        recipe = find(name)()
+        if pictures is None and chosen < SIZES[0][0]:
+            reporter.say(
+                f"\nProducts run at {max(product_rates()):.0f} GFLOP/s here, so {minutes:g} minutes are enough to learn {chosen}"
+                f" pictures. More take longer: --pictures {SIZES[0][0]} --minutes {minutes_for(SIZES[0][0]):.0f}"
+            )
     recipe = replace(recipe.with_model(init_seed=seed), seed=seed)
     reporter.say(_plan(out, minutes, recipe))
 
@@ -117,7 +139,7 @@ def run(
     except Interrupted:
         reporter.say(
             f"\nWhat was learned so far is kept: {folder / 'pack'} can draw, and the training goes on with\n"
-            f"  xfusion train {RECIPE} --resume -o {folder}"
+            f"  xfusion train '{name}' --resume -o {folder}"
         )
         raise
 
@@ -170,12 +192,36 @@ def run(
         concepts=_concepts(recorder, shipped_recorder, source, fresh.image.sizes[0], seed),
         num_shown=NUM_SHOWN,
         held=_held_out(recorder, shipped_recorder, source, fresh.image.sizes[0]),
-        commands=_commands(folder, shipped is not None, minutes, out),
+        commands=_commands(folder, shipped is not None, minutes, len(source.examples), out),
     )
     write_json(out / "metrics.json", metrics)
     report.write(out / "report.html", story)
     reporter.say(_summary(metrics, out))
     return metrics
+
+
+# ------------------------------------------------------------------------------------------------------------- size
+
+
+def choose_size(minutes: float, pictures: int | None = None) -> tuple[int, int]:
+    """Pictures to learn and drawing samples per step.
+
+    A processor without fast products trains a fifth of the samples of another one. On all pictures it would have learned
+    nothing when the time is over; a fourth of them it knows by then.
+
+    Args:
+        minutes: training time, including compilation.
+        pictures: as many pictures; None takes the most that can be learned in this time, and at least the fewest of `SIZES`.
+    """
+    if pictures is None:
+        pictures = next((number for number, _ in SIZES if minutes_for(number) <= minutes), SIZES[-1][0])
+    return pictures, next((draw for number, draw in SIZES if pictures >= number), SIZES[-1][1])
+
+
+def minutes_for(pictures: int) -> float:
+    """Minutes of training in which this processor learns so many pictures."""
+    samples_per_second = SHARE_OF_RATE * max(product_rates()) / GFLOPS_PER_SAMPLE
+    return (COMPILING + pictures * SAMPLES_PER_PICTURE / samples_per_second) / 60
 
 
 # --------------------------------------------------------------------------------------------------------- progress
@@ -253,7 +299,7 @@ def _summary(metrics: dict[str, Any], out: Path) -> str:
     return "\n".join(lines)
 
 
-def _commands(folder: Path, has_shipped: bool, minutes: float, out: Path) -> list[tuple[str, str]]:
+def _commands(folder: Path, has_shipped: bool, minutes: float, pictures: int, out: Path) -> list[tuple[str, str]]:
     pack = folder / "pack"
     rows = [
         (f'xfusion generate {pack} "a red apple" -n 4 -o apples.png', "draw with the tower of this page"),
@@ -261,7 +307,7 @@ def _commands(folder: Path, has_shipped: bool, minutes: float, out: Path) -> lis
         (f"xfusion verify {pack}", "the proof again"),
         (f"xfusion evaluate {pack} --suite emoji", "all scores"),
         ("xfusion train xfusion --data your_folder --minutes 15 -o runs/mine", "your own pictures with captions"),
-        (f"xfusion demo --minutes {minutes:g} -o {out}", "this page again"),
+        (f"xfusion demo --minutes {minutes:g} --pictures {pictures} -o {out}", "this page again"),
     ]
     if has_shipped:
         rows.insert(0, (f'xfusion generate {SHIPPED} "a red heart" -o heart.png', "draw with the shipped pack"))

@@ -55,11 +55,16 @@ def xfusion(stride: int = 5, mlp: int | None = 512, largest_noise: float = 0.0, 
     )
 
 
-def demo() -> Recipe:
-    """Five minutes on 128 pictures, 2 : 1, one wording each: every other wording costs as many samples again."""
+def demo(pictures: int = 128, draw: int = 64) -> Recipe:
+    """Five minutes on few pictures, 2 : 1, one wording each: every other wording costs as many samples again.
+
+    Args:
+        pictures: emoji to learn; `xfusion demo` takes fewer on a slow machine.
+        draw: drawing samples per step, and half as many captions.
+    """
     recipe, templates = xfusion(), Templates(article_share=0.0, other_wordings=0.0)
-    stage = replace(recipe.stages[0], mixture=MixtureConfig(templates=templates))
-    return replace(recipe, data="emoji:128", stages=(stage,))
+    stage = replace(recipe.stages[0], mixture=MixtureConfig(draw=draw, caption=draw // 2, templates=templates))
+    return replace(recipe, data=f"emoji:{pictures}", stages=(stage,))
 
 
 def pack(part: int = 1) -> Recipe:

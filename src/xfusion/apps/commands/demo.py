@@ -25,13 +25,17 @@ class Demo(Verb):
     """Folder of the report."""
     minutes: float = 5.0
     """Minutes of training."""
+    pictures: int | None = None
+    """Emoji to learn; None takes as many as this machine learns in these minutes, at most 128."""
 
     def run(self, console: Console) -> Answer:
         from xfusion.apps import demo
 
         if not 0 < self.minutes < float("inf"):
             raise UsageError(f"--minutes {self.minutes:g}: more than 0")
-        demo.run(out=as_folder(self.out), minutes=self.minutes, console=console)
+        if self.pictures is not None and self.pictures < 1:
+            raise UsageError(f"--pictures {self.pictures}: at least 1")
+        demo.run(out=as_folder(self.out), minutes=self.minutes, pictures=self.pictures, console=console)
         metrics = json.loads((self.out / "metrics.json").read_text(encoding="utf-8"))
         return Answer(
             data=metrics, text=f"report: {self.out / 'report.html'}", code=0 if metrics["text_identical"] else 1
