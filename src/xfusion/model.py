@@ -423,9 +423,13 @@ class Model(nn.Module):
             if run.layer_calls is not None:
                 run.layer_calls[index] = (frozen, call)
             self._layer(run, index, frozen, call)
-        if index < self.backbone.num_layers - 1:
+        return self._layer_output(run, x, index == self.backbone.num_layers - 1)
+
+    @staticmethod
+    def _layer_output(run: Pass, x: Tensor, last: bool) -> Tensor:
+        """What a layer returns to the decoder: states live in the pass; after the last layer the decoder norms those read."""
+        if not last:
             return x
-        # States live in the pass; after the last layer the decoder norms those that are read.
         return joined(run.states) if run.final else x[:, :0]
 
     def _layer(self, run: Pass, index: int, frozen: nn.Module, call: dict[str, Any]) -> None:

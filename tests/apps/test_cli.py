@@ -768,17 +768,21 @@ def test_doctor_says_what_a_base_lacks(run, base, monkeypatch):
 def test_demo_is_called_with_its_folder_and_minutes(run, here, monkeypatch):
     import types
 
-    def demo(*, out, minutes, console):
+    def demo(*, out, minutes, pictures, console):
         out.mkdir(parents=True)
-        (out / "metrics.json").write_text(json.dumps({"text_identical": True, "minutes_training": minutes}))
+        metrics = {"text_identical": True, "minutes_training": minutes, "pictures": pictures}
+        (out / "metrics.json").write_text(json.dumps(metrics))
 
     monkeypatch.setitem(sys.modules, "xfusion.apps.demo", types.SimpleNamespace(run=demo))
     import xfusion.apps
 
     monkeypatch.setattr(xfusion.apps, "demo", types.SimpleNamespace(run=demo), raising=False)
-    ran = run("demo", "-o", "there", "--minutes", "0.5", "--json")
-    assert ran.code == 0
-    assert ran.json == {"text_identical": True, "minutes_training": 0.5}
+    for more, pictures in ([], None), (["--pictures", "8"], 8):
+        ran = run("demo", "-o", f"there {pictures}", "--minutes", "0.5", "--json", *more)
+        assert ran.code == 0
+        assert ran.json == {"text_identical": True, "minutes_training": 0.5, "pictures": pictures}
+    ran = run("demo", "--pictures", "0")
+    assert ran.code == 2 and "--pictures 0: at least 1" in ran.err
 
 
 # ------------------------------------------------------------------------------------------------------------- train

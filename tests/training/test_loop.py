@@ -421,6 +421,16 @@ def test_minutes_fix_the_number_of_steps_and_write_it_down(bases, tmp_path, cloc
     assert plan_of(tmp_path)["totals"] == [45]
 
 
+@pytest.mark.parametrize(("samples", "minutes", "is_said"), [(34, 45.5, True), (2, 45.5, False), (34, 305.0, False)])
+def test_few_large_steps_are_said_to_teach_little(bases, tmp_path, clock, samples, minutes, is_said):
+    """Two slow cores make 122 steps of 96 samples in five minutes, and learn nothing by them."""
+    told, mixture = io.StringIO(), dataclasses.replace(FEW, draw=samples)
+    settings = {"minutes": minutes / 60, "listener": clock, "console": Console(file=told, width=400)}
+    train(bases["llama"], tmp_path, recipe_=recipe(bases["llama"], mixture=mixture), **settings)
+    assert ("hint      so few steps often teach nothing" in told.getvalue()) == is_said
+    assert (f"now {samples} and {mixture.caption} samples" in told.getvalue()) == is_said
+
+
 def test_a_budget_is_planned_once_steps_get_no_faster(bases, tmp_path, monkeypatch):
     """Thirty steps that fill caches take a second each, later ones half of it: planned by the later ones."""
 

@@ -35,7 +35,7 @@ from xfusion.model import Model
 from xfusion.training import outputs, resuming, setup, states, summary
 from xfusion.training.memory import keep_freed_memory
 from xfusion.training.optimizer import Optimizer
-from xfusion.training.pace import Graphs, Pace
+from xfusion.training.pace import FEW_STEPS, SMALL_STEP, Graphs, Pace
 from xfusion.training.precision import check_compute_dtype, choose_compute_dtype
 from xfusion.training.processes import Processes, Shard, is_sharded
 from xfusion.training.progress import Progress, all_examples
@@ -348,6 +348,12 @@ class _Run:
         self.track.print(
             f"plan      {progress.total} steps in {progress.minutes:g} minutes at {seconds_per_step:.3f} s per step"
         )
+        mixture = self.recipe.stages[0].mixture
+        if progress.total < FEW_STEPS and mixture.draw + mixture.caption > SMALL_STEP:
+            self.track.print(
+                f"hint      so few steps often teach nothing (docs/training_log.md): give more --minutes, or smaller steps by"
+                f" --stages.0.mixture.draw and .caption, now {mixture.draw} and {mixture.caption} samples"
+            )
 
     def _try_largest_step(self) -> None:
         """Run the widest step of every stage forward and backward and discard it: what does not fit in memory fails now."""
