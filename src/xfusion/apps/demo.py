@@ -206,8 +206,8 @@ def run(
 def choose_size(minutes: float, pictures: int | None = None) -> tuple[int, int]:
     """Pictures to learn and drawing samples per step.
 
-    A processor without fast products trains a fifth of the samples of another one. On all pictures it would have learned
-    nothing when the time is over; a fourth of them it knows by then.
+    A processor without fast products trains a third of the samples of another one, and would have learned nothing of all
+    pictures when the time is over; it then knows a fourth of them (docs/training_log.md).
 
     Args:
         minutes: training time, including compilation.
