@@ -6,6 +6,7 @@ indices on the CPU, and copies. It finds code that forgets a device; kernels, pr
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
@@ -18,6 +19,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
+
+from xfusion.backbone import Backbone
 
 PRETENDED = torch.device("meta")
 """The one type beside the CPU that torch can name without a library for it; nothing here computes without values."""
@@ -131,6 +134,12 @@ class _AtOnce:
         return done
 
     def shutdown(self, *_: Any, **__: Any) -> None: ...
+
+
+def moved(base: Backbone) -> Backbone:
+    """A copy of a base on the pretended device; to be called within `one_more_device`."""
+    model = copy.deepcopy(base.model).to(PRETENDED)
+    return Backbone(model, base.tokenizer, base.source, pretrained=base.pretrained)
 
 
 @contextmanager

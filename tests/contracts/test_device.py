@@ -6,7 +6,7 @@ from dataclasses import fields, is_dataclass
 import numpy
 import pytest
 import torch
-from contracts.pretended import PRETENDED, one_more_device
+from contracts.pretended import PRETENDED, moved, one_more_device
 from contracts.table import (
     Noise,
     make_base,
@@ -116,10 +116,7 @@ def test_conversations_and_suites_on_another_device(bases, monkeypatch):
     expected = found(model)
     assert len(expected[1]) >= 3 and expected[2]["fit_caption_f1"] is not None
     with one_more_device(monkeypatch):
-        base = Backbone(
-            copy.deepcopy(model.backbone.model).to(PRETENDED), model.backbone.tokenizer, model.backbone.source
-        )
-        other = Model(model.config, base).eval()
+        other = Model(model.config, moved(model.backbone)).eval()
         other.load_state_dict({name: weight.to(PRETENDED) for name, weight in model.state_dict().items()}, strict=False)
         other.opening = copy.deepcopy(model.opening).to(PRETENDED)
         texts, pictures, scores = found(other)

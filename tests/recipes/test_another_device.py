@@ -3,28 +3,20 @@
 No operation may mix tensors of the two devices, which is what code that was only ever run on a CPU gets wrong on a GPU.
 """
 
-import copy
-
 import pytest
 import torch
-from contracts.pretended import PRETENDED, Elsewhere, one_more_device
+from contracts.pretended import PRETENDED, Elsewhere, moved, one_more_device
 from contracts.table import Noise
 from PIL import Image
 from recipes.narrow import every, narrowed
 
 import xfusion
-from xfusion.backbone import Backbone
 from xfusion.data.sources import open_source
 from xfusion.training.loop import train
 
 STEPS = 2
 IN_DEFAULT_TIER = {"xfusion.recipes.xfusion:demo", "clip", "qwen_audio"}
 PROMPTS, NAMES = ["a red apple", "tree"], ["a red apple", "a tree", "one"]
-
-
-def on_the_other_device(base):
-    model = copy.deepcopy(base.model).to(PRETENDED)
-    return Backbone(model, base.tokenizer, base.source, pretrained=base.pretrained)
 
 
 def answers(model, source):
@@ -66,8 +58,7 @@ def test_a_recipe_does_there_what_it_does_here(name, bases_of, tones, whisper, c
 
     here = trained("here", base)
     with one_more_device(monkeypatch):
-        other = on_the_other_device(base)
-        there = trained("there", other)
+        there = trained("there", moved(base))
         assert there.device == PRETENDED and {type(p.data) for p in there.new_parameters()} == {Elsewhere}
         there.load_state_dict({part: weight.to(PRETENDED) for part, weight in here.state_dict().items()})
         said = answers(there, source)

@@ -279,7 +279,7 @@ A language model that has never seen a picture learns to draw and to name {recip
   4  prove that the model's text is the base's, bit for bit
   5  write {out / "report.html"} and {out / "metrics.json"}
 
-Steps 3 to 5 take about two and a half minutes on two cores. Ctrl-C while it trains keeps what was learned.
+Steps 3 to 5 take two to four minutes on two cores. Ctrl-C while it trains keeps what was learned.
 """
 
 

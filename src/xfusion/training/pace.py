@@ -8,7 +8,7 @@ WARM_STEPS = 10
 """Steps that a wall-clock budget does not measure: they compile, and encode texts and pictures for the first time."""
 MEASURED_STEPS = 20
 """Steps per measurement of the pace."""
-FEW_STEPS, SMALL_STEP = 300, 32
+FEW_STEPS, SMALL_STEP = 200, 32
 """Below so many steps, of more samples than these, a tower often learns nothing, and more steps of fewer samples may teach it."""
 STEADY = 0.9
 """The pace counts as steady once a measurement takes at least this share of the one before."""
