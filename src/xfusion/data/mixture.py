@@ -32,6 +32,9 @@ TOKENS_KEPT = 512 * 1024 * 1024
 """Bytes of picture tokens to cache in memory; the oldest are removed first."""
 TEXTS_KEPT = 200_000
 """Number of texts whose token ids are cached; the oldest are removed first."""
+MOST_HEIGHTS = 16
+"""Most numbers of rows that the parts of a step have where its sources weigh their losses and so divide it: each needs
+another compiled graph, so shorter parts are filled up with empty rows."""
 LOOKED_AT = 40
 """Steps whose lengths are measured before the first one, to fix the shapes of a run."""
 
@@ -420,9 +423,13 @@ class Mixture:
 
     def _pack_rows(self, drawings: list[Sequence], captionings: list[Sequence]) -> list[Batch]:
         batches: list[Batch] = []
-        for rows, width in zip(self._rows(drawings, captionings), self.widths, strict=True):
+        num_rows = self.config.draw, self.config.caption // self.config.pack
+        for rows, width, whole in zip(self._rows(drawings, captionings), self.widths, num_rows, strict=True):
+            multiple = -(-whole // MOST_HEIGHTS)
             for weight, part in self._by_loss_weight(rows).items():
                 if part:
+                    if weight is not None:
+                        part = part + [[]] * (-len(part) % multiple)
                     batch = pack(self._fill_pictures(part), text_width=_fit(width, _longest(part)))
                     batches.append(batch if weight is None else WeightedBatch(**vars(batch), loss_weight=weight))
         return batches
