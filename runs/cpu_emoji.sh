@@ -17,7 +17,7 @@
 #                                                      default), or they shard the new ones (new) or the base too (all).
 #                                                      The loss curve is the same; speed was not measured
 #
-# Repeat the command after an interruption: it continues where the run stopped.
+# Repeat the command after an interruption: it continues where the run stopped, at most half a minute earlier if it was killed.
 set -euo pipefail
 out="${1:-runs/cpu_emoji}" minutes="${MINUTES:-5}" processes="${PROCESSES:-1}" shard="${SHARD:-none}"
 pictures="${PICTURES:-128}" draw="${DRAW:-64}"
@@ -25,8 +25,8 @@ pictures="${PICTURES:-128}" draw="${DRAW:-64}"
 # Encoded once, ahead of training: training from latents equals training from the pictures, bit for bit.
 xfusion data encode "emoji:$pictures" --size 32 -o "$out/latents"
 
-train=(train "xfusion.recipes.xfusion:demo(pictures=$pictures, draw=$draw)" --data "$out/latents" --minutes "$minutes" --shard "$shard"
-    -o "$out/run")
+train=(train "xfusion.recipes.xfusion:demo(pictures=$pictures, draw=$draw)" --data "$out/latents" --minutes "$minutes" --checkpoint-every 30
+    --shard "$shard" -o "$out/run")
 compgen -G "$out/run/state/step_*" > /dev/null && train+=(--resume)
 if [ "$processes" -gt 1 ]; then
     torchrun --standalone --nproc-per-node "$processes" -m xfusion.apps.cli "${train[@]}"

@@ -20,13 +20,14 @@
 set -euo pipefail
 out="${1:-runs/llama_1b}" shards="${SHARDS:?name the pictures: SHARDS='shards/{000..099}.tar'}"
 hours="${HOURS:-24}" processes="${PROCESSES:-1}" shard="${SHARD:-none}"
+minutes=$(awk -v hours="$hours" 'BEGIN { print hours * 60; exit !(hours + 0 > 0) }') || { echo "HOURS=$hours: give a number above 0" >&2; exit 1; }
 base="meta-llama/Llama-3.2-1B" codec="autoencoder_kl:stable-diffusion-v1-5/stable-diffusion-v1-5:vae"
 
 # One pass of the VAE over all pictures. Up to one bad picture in a hundred is left out and named.
 xfusion data encode "$shards" --codec "$codec" --size 256 --batch 64 --allow-bad 0.01 --base "$base" -o "$out/latents"
 
 # Stride 4 puts a block at four of sixteen layers. Captions are sentences, so no article is put before them.
-train=(train xfusion --data "$out/latents" --minutes "$((hours * 60))" --shard "$shard" -o "$out/run"
+train=(train xfusion --data "$out/latents" --minutes "$minutes" --shard "$shard" -o "$out/run"
     --model.backbone.source "$base" --model.fusion.stride 4 --model.fusion.mlp 2048
     --model.image.codec "$codec" --model.image.patch 2 --model.image.sizes 256
     --stages.0.mixture.draw 64 --stages.0.mixture.caption 32 --stages.0.rate 3e-4

@@ -115,6 +115,8 @@ def pictures_of_all_kinds() -> Iterator[Case]:
         "large": encoded(Image.new("P", (2500, 2500)), "PNG", transparency=0),
         "large in rows": encoded(Image.new("RGB", (60_000, 100)), "GIF"),
         "more behind its end": picture("JPEG", rng) + bytes(100_000),
+        "a video behind its end": picture("JPEG", rng) + b"\xff\xda" * 200,  # as in a phone's motion picture
+        "scans in its metadata": picture("JPEG", rng, comment=b"\xff\xda" * 200),
     }
     readable |= {
         f"animated {kind}": encoded(frames[0], kind, save_all=True, append_images=frames[1:]) for kind in KINDS[1:]
@@ -240,7 +242,7 @@ def names_and_words() -> Iterator[Case]:
         yield Case(f"file {name!r}", GOOD, beside(sound, name=name))
     good = {"image": "a.png", "text": "words"}
     yield Case("row as it should be", GOOD, row(good))
-    yield Case("row with a long list", GOOD, row(good | {"captions": [f"words {n}" for n in range(1000)]}))
+    yield Case("row with a long list", GOOD, row(good | {"captions": [f"words {n}" for n in range(999)]}))
 
 
 def damaged(number: int) -> Case:

@@ -238,3 +238,16 @@ def test_no_line_whatsoever_breaks_the_check(tmp_path, row):
     assert report.num_examples - report.num_bad >= 1
     assert all(problem.startswith(f"{path}:") for problem in report.problems)
     json.dumps(report.to_json())
+
+
+def test_an_example_has_a_thousand_wordings_and_reports_a_hundred_problems_at_most(tmp_path):
+    for name, content in (("many", b"w%d\n"), ("broken", b"\xff%d\n")):
+        save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_bytes(b"".join(content % number for number in range(1001)))
+    report = check(tmp_path)
+    assert report.num_bad == report.num_examples == 2
+    assert report.counts == {"invalid UTF-8": 99, "many problems": 1, "many captions": 1}
+    assert any(problem.endswith("many.png: more than 1,000 captions") for problem in report.problems)
+    (tmp_path / "broken.png").unlink(), (tmp_path / "broken.txt").unlink()
+    (tmp_path / "many.txt").write_text("".join(f"w{number}\n" for number in range(1000)))
+    assert len(open_source(tmp_path).examples[0].captions) == 1000

@@ -4,15 +4,18 @@ import io
 import random
 
 import pytest
+import torch
 from data.hub_server import hub
 from data.test_shards import write_parquet
 from PIL import Image
 
 from xfusion.data import hub as hub_files
-from xfusion.data import shards
+from xfusion.data import latents, shards
 from xfusion.data.order import Order
 from xfusion.data.sequence import Unreadable, XFusionError
-from xfusion.data.sources import open_source
+from xfusion.data.sources import check, open_source
+from xfusion.modalities.codecs.pixels import Pixels
+from xfusion.modalities.image import ImageModality
 from xfusion.training.progress import all_examples
 
 __all__ = ["hub"]
@@ -132,3 +135,38 @@ def test_another_commit_holds_other_examples_of_the_same_names_and_groups(hub, t
     assert [(e.id, e.group) for e in one.examples] == [(e.id, e.group) for e in two.examples]
     assert all_examples(one)[:2] == all_examples(two)[:2] and all_examples(one)[2] != all_examples(two)[2]
     assert all_examples(pinned) == all_examples(one)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_what_cannot_be_read_when_it_is_encoded_is_left_out_only_if_allowed(hub, tmp_path, monkeypatch, batch):
+    """Pictures of the hub are not decoded before: the share counts while they are encoded."""
+    monkeypatch.setattr(latents, "PER_SHARD", 8)
+    broken = (5, 17)
+    content = write_parquet(
+        tmp_path / "rows.parquet", range(20), pictures=lambda n: large(n)[:900] if n in broken else large(n)
+    ).read_bytes()
+    hub.commits["datasets/org/cards"] = [("b" * 40, {"train.parquet": content})]
+    source, out = open_source("hf:org/cards"), tmp_path / "latents"
+
+    def encoded(allow_bad):
+        return latents.encode(source, Pixels.Config(), 16, out, batch=batch, allow_bad=allow_bad)
+
+    with pytest.raises(Unreadable, match=r"train\.parquet:5.* is cut short"):
+        encoded(0.0)
+    with pytest.raises(Unreadable, match=r"2 of 20 examples of hf:org/cards are bad \(allowed: 5\.0%\)"):
+        encoded(0.05)
+    found = encoded(0.1)
+    assert [number for number in range(20) if number not in found.indices] == [*found.left_out] == [*broken]
+    image = ImageModality.Config(patch=4, sizes=(16,)).build()
+    opened = open_source(out)
+    assert [e.id for e in opened.examples] == [e.id for i, e in enumerate(source.examples) if i not in broken]
+    for index, number in enumerate(found.indices):
+        assert torch.equal(opened.tokens(index, image, 16), image.encode([source.picture(number, 16)], 16)[0])
+    report = check(out)
+    assert report.num_examples == 18 and not report.num_bad
+    assert [note for note in report.notes if "left out when it was encoded: " in note and "is cut short" in note] == [
+        *report.notes
+    ]
+    before = (out / "index.json").read_bytes()
+    encoded(0.1)
+    assert (out / "index.json").read_bytes() == before

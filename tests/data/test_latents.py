@@ -280,7 +280,7 @@ def test_a_damaged_shard_is_named(tmp_path):
     content[-1] ^= 1
     shard.write_bytes(content)
     report = check(tmp_path / "x")
-    assert report.num_bad == 1 and "latents-00000.safetensors: its hash is" in report.problems[0]
+    assert report.num_bad == report.num_examples == 6 and "latents-00000.safetensors: its hash is" in report.problems[0]
     shard.write_bytes(content[:-4])
     with pytest.raises(XFusionError, match=r"latents-00000\.safetensors: has \d+ bytes, index\.json says \d+ bytes"):
         Latents(tmp_path / "x")
@@ -509,3 +509,17 @@ def test_captions_are_searched_for_the_special_tokens_of_the_base_that_trains_on
     assert [e.id for e in some.examples] == ["0.png", "1.png", "3.png", "4.png"] and "left out 1 of 5" in caplog.text
     image = ImageModality.Config(patch=4, sizes=(16,)).build()
     assert torch.equal(some.tokens(2, image, 16), whole.tokens(3, image, 16))
+
+
+def test_workers_leave_out_what_breaks_meanwhile(tmp_path, monkeypatch):
+    monkeypatch.setattr(latents, "PER_SHARD", 3)
+    for index in range(6):
+        Noise().picture(index, 16).save(tmp_path / f"{index}.png")
+        (tmp_path / f"{index}.txt").write_text(f"card {index}")
+    source, out = open_source(tmp_path), tmp_path / "out"
+    (tmp_path / "4.png").write_bytes((tmp_path / "4.png").read_bytes()[:100])
+    with pytest.raises(XFusionError, match=r"4\.png: is cut short"):
+        encode(source, Pixels.Config(), 16, out, workers=2)
+    found = encode(source, Pixels.Config(), 16, out, workers=2, allow_bad=0.2)
+    assert [e.captions[0] for e in found.examples] == [f"card {index}" for index in (0, 1, 2, 3, 5)]
+    assert "4.png: is cut short" in found.left_out[4]

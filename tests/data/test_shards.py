@@ -233,9 +233,36 @@ def test_broken_parquet_is_named(tmp_path):
     shutil.copy(path, tmp_path / "p" / "b.parquet")
     content = path.read_bytes()
     (tmp_path / "p" / "b.parquet").write_bytes(content[: len(content) // 2])
-    with pytest.raises(XFusionError, match=r"1 of 11 .*b\.parquet: cannot be read as parquet"):
-        open_source(tmp_path / "p")
-    assert len(open_source(tmp_path / "p", allow_bad=0.1)) == 10
+    # It counts as the rows that the other file has in as many bytes.
+    for _ in range(2):  # from the index, too
+        with pytest.raises(XFusionError, match=r"5 of 15 .*b\.parquet: cannot be read as parquet.*a share of 0\.34"):
+            open_source(tmp_path / "p", allow_bad=0.3)
+    assert len(open_source(tmp_path / "p", allow_bad=0.34)) == 10
+
+
+def test_a_gap_in_a_tar_counts_as_the_members_that_it_held(tmp_path):
+    path = write_tar(tmp_path / "a.tar", range(20))
+    with tarfile.open(path) as tar:
+        start, end = tar.getmember("004.png").offset, tar.getmember("012.png").offset
+    content = bytearray(path.read_bytes())
+    content[start:end] = b"x" * (end - start)
+    path.write_bytes(content)
+    report = check(path)
+    assert len(report.source) == 12 and report.num_examples == pytest.approx(20, abs=1)
+    assert report.num_bad == report.num_examples - 12 and report.counts["broken shard"] == 1
+
+
+def test_names_in_a_tar_that_leave_it_or_break_a_line_are_refused(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for name in ("good", "new\nline", "../../out", "back\x08"):
+            for suffix, content in (("png", png(1)), ("txt", b"a card")):
+                member = tarfile.TarInfo(f"{name}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    report = check(path)
+    assert [example.id for example in report.source.examples] == ["a.tar/good"]
+    assert report.counts == {"invalid name": 2, "path outside": 1} and report.num_bad == 3
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "gone", "no state"])

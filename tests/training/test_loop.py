@@ -505,6 +505,24 @@ def test_a_plan_outlives_a_break_behind_the_very_step_it_was_made_at(bases, tmp_
     assert log(tmp_path, "plan") == [plan] and len(log(tmp_path)) == plan["steps"] == 45
 
 
+def test_a_plan_outlives_a_death_right_behind_it(bases, tmp_path, clock):
+    """Without the state of the step that it is made at, the resumed run would measure again, and its rates be others."""
+
+    def listen(event):
+        clock(event)
+        if event["event"] == "step" and event["step"] == 31:
+            raise SystemError("as good as killed")
+
+    few = recipe(bases["llama"], mixture=FEW)
+    with pytest.raises(SystemError):
+        train(bases["llama"], tmp_path, recipe_=few, minutes=45.5 / 60, listener=listen)
+    (plan,) = log(tmp_path, "plan")
+    assert plan_of(tmp_path)["step"] == 30 and plan_of(tmp_path)["totals"] == [plan["steps"]]
+    train(bases["llama"], tmp_path, recipe_=few, resume=True)
+    assert log(tmp_path, "plan") == [plan]
+    assert [e["rate"] for e in log(tmp_path)][31:] == [few.stages[0].rate_at(i, 45) for i in range(31, 45)]
+
+
 # --------------------------------------------------------------------------------------------------- sums, averages
 
 

@@ -29,6 +29,10 @@ from xfusion.data.sequence import XFusionError
 
 MAX_CAPTION = 4000
 """Characters of the longest legal caption."""
+MAX_CAPTIONS = 1000
+"""Most wordings of one example."""
+MAX_PROBLEMS = 100
+"""Most problems of one example that are reported: each of a million lines may have its own."""
 MAX_LINE = 4_000_000
 """Bytes of the longest JSON line or ``.txt`` file that is read."""
 CAPTION_FIELDS = ("caption", "captions", "text")
@@ -106,12 +110,17 @@ class Record:
     problems: list[Problem] = field(default_factory=list)
     content: str | None = None
     """Hash of the picture's bytes, if they were checked already (`xfusion.data.shards`)."""
+    stands_for: int = 1
+    """Examples that it counts as: those of a part of a shard that cannot be read, exactly or by its bytes; 0 if unknown."""
 
     def add_caption(self, caption: str) -> None:
-        """Add a wording; one that is too long is not stored: a thousand of a megabyte each would fill the memory."""
+        """Add a wording; one too long or too many is not stored: a thousand of a megabyte each would fill the memory."""
         if len(caption) > MAX_CAPTION:
             problem = f"caption of {len(caption):,} characters, at most {MAX_CAPTION:,} are legal"
             self.add_problem("long caption", problem)
+        elif len(self.captions) == MAX_CAPTIONS:
+            if not any(problem.kind == "many captions" for problem in self.problems):
+                self.add_problem("many captions", f"more than {MAX_CAPTIONS:,} captions")
         else:
             self.captions.append(caption)
 
@@ -127,7 +136,10 @@ class Record:
 
     def add_problem(self, kind: str, what: str, where: str | None = None) -> None:
         """Record a problem, at the record's own origin unless another is given."""
-        self.problems.append(Problem(kind=kind, where=where or self.origin, what=what))
+        if len(self.problems) == MAX_PROBLEMS - 1:
+            kind, what, where = "many problems", f"has more than {MAX_PROBLEMS - 1} problems", None
+        if len(self.problems) < MAX_PROBLEMS:
+            self.problems.append(Problem(kind=kind, where=where or self.origin, what=what))
 
 
 def read(path: Path, special_tokens: tuple[str, ...] = (), kind: Kind = PICTURES) -> tuple[list[Record], list[str]]:
@@ -229,7 +241,7 @@ def _with_sidecar(path: Path, folder: Path, same_stem: list[str], *, has_metadat
     """A picture with the ``.txt`` next to it."""
     record = Record(id=path.relative_to(folder).as_posix(), origin=str(path), place=path)
     sidecar = path.with_suffix(".txt")
-    if (character := _unprintable(record.id)) is not None:
+    if (character := unprintable(record.id)) is not None:
         record.add_problem("invalid name", f"the name contains the character U+{ord(character):04X}: rename the file")
     elif len(same_stem) > 1:
         record.add_problem("duplicated name", f"{sidecar.name} would caption {' and '.join(same_stem)}: rename one")
@@ -329,7 +341,7 @@ def _path(row: dict[str, Any], record: Record, root: Path, kind: Kind) -> Path |
     missing, name = f"missing {kind.noun}", row.get("file_name", row.get(kind.field))
     if name is None:
         record.add_problem(missing, f"no {kind.noun}: expected {kind.field} or file_name")
-    elif not isinstance(name, str) or _unprintable(name) or not name:
+    elif not isinstance(name, str) or unprintable(name) or not name:
         record.add_problem(missing, f"the {kind.noun} must be a path, found {_start(name)}")
     elif name.startswith(("http://", "https://", "data:")):
         record.add_problem(missing, f"{name[:60]} is a web address: only files are read, fetch it first")
@@ -408,7 +420,7 @@ def _control_character(text: str) -> str | None:
     return next((c for c in text if c not in "\t\n\r" and unicodedata.category(c) in ("Cc", "Cs")), None)
 
 
-def _unprintable(name: str) -> str | None:
+def unprintable(name: str) -> str | None:
     """The first character of a file name that breaks a line or is invalid, such as a byte that is not UTF-8."""
     return next((c for c in name if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")), None)
 

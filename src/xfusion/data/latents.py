@@ -3,7 +3,7 @@
 The folder contains ``latents-00000.safetensors`` and so on (float32 ``[n, channels, rows, columns]``), ``examples.jsonl`` and
 ``index.json``. The index stores the hash of the codec's weights, the side in pixels, the hash of each file, and a hash of
 itself. It is written last: a folder without it is unfinished, and the same command resumes it. The files store latents rather
-than tokens, so the model can choose its patch size.
+than tokens, so the model can choose its patch size. A picture that could not be read has zeros there, and the index names it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import traceback
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 
     from xfusion.data.sources import Source
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of a folder that leaves examples out; one that does not has version 1, which older versions of xfusion read too."""
 INDEX, EXAMPLES = "index.json", "examples.jsonl"
 PER_SHARD = 1024
 """Pictures per shard: at most these are encoded again after an interruption."""
@@ -111,8 +112,11 @@ class Latents:
             raise XFusionError(
                 f"{folder / EXAMPLES}: has {len(self.examples)} examples, the shards hold {self._starts[-1]}: {ENCODE_AGAIN}"
             )
-        self.indices: Sequence[int] = range(len(self.examples))
+        self.left_out: dict[int, str] = {int(number): reason for number, reason in index.get("left_out", {}).items()}
+        """Examples whose pictures could not be read when they were encoded, and why."""
+        self.indices: Sequence[int] = [i for i in range(len(self.examples)) if i not in self.left_out]
         """Index of each example in the folder; a split uses only some of them."""
+        self.examples = tuple(self.examples[i] for i in self.indices)
         self.report: Report | None = None
         """Result of the check of its texts; its problems are the examples that were left out."""
         self._checked_against: tuple[Modality, int] | None = None
@@ -173,14 +177,15 @@ class Latents:
                 " --model.image.codec, or encode the pictures by the model's"
             )
 
-    def problems(self) -> list[Problem]:
-        """Shards that were altered; reads all of them."""
-        broken = []
-        for shard in self.shards:
+    def altered_shards(self) -> dict[range, Problem]:
+        """The problem of each shard that was altered, by its positions in the folder; reads all of them."""
+        altered = {}
+        for shard, (start, end) in zip(self.shards, pairwise(self._starts), strict=True):
             path = self.folder / shard["file"]
             if (digest := file_hash(path)) != shard["sha256"]:
-                broken.append(Problem(kind="broken shard", where=str(path), what=_altered(digest, shard["sha256"])))
-        return broken
+                what = _altered(digest, shard["sha256"])
+                altered[range(start, end)] = Problem(kind="broken shard", where=str(path), what=what)
+        return altered
 
 
 def _index(folder: Path) -> dict[str, Any]:
@@ -190,9 +195,11 @@ def _index(folder: Path) -> dict[str, Any]:
         index = read_json(path)
     except XFusionError as error:
         raise XFusionError(f"{str(error).removesuffix('; take an intact copy')}: {ENCODE_AGAIN}") from error
-    if index.get("format_version") != FORMAT_VERSION:
-        version = index.get("format_version")
-        raise XFusionError(f"{folder}: its format is {version}, this version reads {FORMAT_VERSION}: encode it again")
+    version = index.get("format_version")
+    if version not in (1, FORMAT_VERSION):
+        raise XFusionError(
+            f"{folder}: its format is {version}, this version reads 1 to {FORMAT_VERSION}: encode it again"
+        )
     required = {"codec", "size", "licence", "shards"}
     if "examples" in index:  # folders older than the hashes of all files have neither
         required.add(SEAL)
@@ -280,6 +287,7 @@ def encode(
     batch: int = 1,
     workers: int = 1,
     device: str = "cpu",
+    allow_bad: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Latents:
     """Encode all pictures of a source; finished shards of an earlier run with the same arguments are kept.
@@ -293,10 +301,12 @@ def encode(
             are faster on a GPU and agree up to rounding.
         workers: processes that share the shards; each loads the codec and uses its share of the threads.
         device: device of the codec.
+        allow_bad: share of bad examples, those found when the source was opened included, that may be left out.
         progress: called with the number of pictures done and in total.
 
     Raises:
         XFusionError: the folder contains other files, or latents of another source, codec or size.
+        Unreadable: a picture cannot be read, and no more may be left out; finished shards are kept.
     """
     model_codec = codec.build()
     model_codec.latent_shape(size, size)
@@ -316,9 +326,23 @@ def encode(
     done = len(source.examples) - sum(task.count for task in unfinished)
     report_progress = progress or (lambda done, total: None)
     report_progress(done, len(source.examples))
+    left_out = {
+        task.start + int(position): reason
+        for task in tasks
+        if task not in unfinished
+        for position, reason in _metadata(task.path).get("unreadable", {}).items()
+    }
+    _check_share(source, left_out, allow_bad)
     if unfinished:
-        for count in _encode_shards(unfinished, source, codec, model_codec, size, batch, workers, device):
-            done += count
+        settings = size, batch, allow_bad > 0
+        for task, unreadable in _encode_shards(unfinished, source, codec, model_codec, settings, workers, device):
+            left_out |= unreadable
+            try:
+                _check_share(source, left_out, allow_bad)
+            except Unreadable:  # so that the same command tries it again
+                task.path.unlink()
+                raise
+            done += task.count
             report_progress(done, len(source.examples))
     # An example's origin contains the folder's name, which need not be valid UTF-8.
     with (
@@ -336,7 +360,7 @@ def encode(
         if task not in unfinished and earlier_hash is not None and earlier_hash != shard["sha256"]:
             raise XFusionError(f"{task.path}: {_altered(shard['sha256'], earlier_hash)}")
     index = {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if left_out else 1,
         "spec": source.spec,
         "licence": source.licence,
         "size": size,
@@ -346,9 +370,18 @@ def encode(
         "shards": shards,
         "examples": {"file": EXAMPLES, "sha256": file_hash(out / EXAMPLES)},
     }
+    if left_out:
+        index["left_out"] = {str(number): left_out[number] for number in sorted(left_out)}
     with atomic_file(out / INDEX) as temporary:
         temporary.write_text(json.dumps(sealed(index), indent=2) + "\n", encoding="utf-8")
     return Latents(out)
+
+
+def _check_share(source: Source, left_out: dict[int, str], allow_bad: float) -> None:
+    from xfusion.data.sources import too_many
+
+    if (message := too_many(source, left_out, allow_bad)) is not None:
+        raise Unreadable(message, left_out)
 
 
 def _earlier_hashes(out: Path) -> dict[str, str]:
@@ -409,16 +442,18 @@ def _encode_shards(
     source: Source,
     config: Codec.Config,
     model_codec: Codec,
-    size: int,
-    batch: int,
+    settings: tuple[int, int, bool],
     workers: int,
     device: str,
-) -> Iterator[int]:
-    """Encode the shards, in this process or in workers; yields the number of pictures of each."""
+) -> Iterator[tuple[_Task, dict[int, str]]]:
+    """Encode the shards, in this process or in workers; yields each with the pictures that could not be read, and why.
+
+    ``settings`` are the side in pixels, the pictures per call, and whether unreadable ones may be left out.
+    """
     if workers == 1:
-        _Worker.set_up(source, model_codec.to(device), size, batch, torch.get_num_threads())
+        _Worker.set_up(source, model_codec.to(device), settings, torch.get_num_threads())
         for task in unfinished:
-            yield _Worker.shard(task)
+            yield task, _Worker.shard(task)
         return
     threads = max(1, torch.get_num_threads() // workers)
     queue, processes = list(reversed(unfinished)), [_WorkerProcess() for _ in range(min(workers, len(unfinished)))]
@@ -426,13 +461,15 @@ def _encode_shards(
         for worker in processes:
             worker.start()
         for worker in processes:  # after all starts: a worker receives this only once its imports are done
-            worker.send((source, config, size, batch, device, threads), queue[-1])
+            worker.send((source, config, settings, device, threads), queue[-1])
             worker.send(queue.pop())
         while busy := [worker for worker in processes if worker.task is not None]:
             ready = wait([worker.pipe for worker in busy])
             for worker in busy:
                 if worker.pipe in ready:
-                    yield worker.answer()
+                    task, unreadable = worker.task, worker.answer()
+                    assert task is not None
+                    yield task, unreadable
                     worker.send(queue.pop() if queue else None)
     finally:
         for worker in processes:
@@ -465,8 +502,8 @@ class _WorkerProcess:
             if self.task is not None:  # else no work is lost
                 raise self._death_error() from error
 
-    def answer(self) -> int:
-        """Number of pictures of the finished shard."""
+    def answer(self) -> dict[int, str]:
+        """The pictures of the finished shard that could not be read."""
         try:
             reply = self.pipe.recv()
         except (EOFError, OSError) as error:
@@ -497,10 +534,10 @@ def _work(pipe: Connection) -> None:
     """Main loop of a worker: receive the settings, then shards, until there are no more or the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends this process
     try:
-        source, config, size, batch, device, threads = pipe.recv()
+        source, config, settings, device, threads = pipe.recv()
         task = pipe.recv()
         try:
-            _Worker.set_up(source, config.build().to(device), size, batch, threads)
+            _Worker.set_up(source, config.build().to(device), settings, threads)
             while task is not None:
                 pipe.send(_Worker.shard(task))
                 task = pipe.recv()
@@ -520,23 +557,37 @@ class _Worker:
     codec: Codec
     size: int
     batch: int
+    may_leave_out: bool
     device: torch.device | None
 
     @classmethod
-    def set_up(cls, source: Source, codec: Codec, size: int, batch: int, threads: int) -> None:
+    def set_up(cls, source: Source, codec: Codec, settings: tuple[int, int, bool], threads: int) -> None:
         torch.set_num_threads(threads)
-        cls.source, cls.codec, cls.size, cls.batch = source, codec, size, batch
+        cls.source, cls.codec = source, codec
+        cls.size, cls.batch, cls.may_leave_out = settings
         weight = next(codec.parameters(), None)
         cls.device = None if weight is None else weight.device
 
     @classmethod
-    def shard(cls, task: _Task) -> int:
-        latents = []
-        for start in range(task.start, task.start + task.count, cls.batch):
-            indices = range(start, min(start + cls.batch, task.start + task.count))
-            pictures = ImageModality.from_pil([cls.source.picture(i, cls.size) for i in indices], cls.size)
-            latents.append(cls.codec.encode(pictures.to(cls.device)).cpu())
+    def shard(cls, task: _Task) -> dict[int, str]:
+        """Write a shard; returns the pictures that could not be read, by their number in the source."""
+        latents = torch.zeros(task.count, *cls.codec.latent_shape(cls.size, cls.size))
+        unreadable: dict[int, str] = {}
+        for start in range(0, task.count, cls.batch):
+            read: dict[int, Image] = {}
+            for position in range(start, min(start + cls.batch, task.count)):
+                try:
+                    read[position] = cls.source.picture(task.start + position, cls.size)
+                except Unreadable as error:
+                    if not cls.may_leave_out:
+                        raise
+                    unreadable[position] = str(error)
+            if read:
+                pictures = ImageModality.from_pil([*read.values()], cls.size)
+                latents[[*read]] = cls.codec.encode(pictures.to(cls.device)).cpu().float()
         metadata = {"key": task.key, "codec": _name(identity(cls.codec)), "size": cls.size}
+        if unreadable:
+            metadata["unreadable"] = unreadable
         with atomic_file(task.path) as temporary:
-            save_file({"latents": torch.cat(latents).contiguous()}, str(temporary), {"made_of": json.dumps(metadata)})
-        return task.count
+            save_file({"latents": latents}, str(temporary), {"made_of": json.dumps(metadata)})
+        return {task.start + position: reason for position, reason in unreadable.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import mmap
+import re
 import threading
 import warnings
 from functools import lru_cache
@@ -24,6 +25,9 @@ MAX_BYTES = 600_000_000
 """Largest file, a little more than 64 million pixels of four 16-bit channels: some plug-ins read the whole file first."""
 MAX_SCANS = 100
 """Largest number of scans of a JPEG: a progressive one has about ten, and each costs a pass over all pixels."""
+_START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
+"""A marker of a JPEG that has a length behind it, or ends the image: not a stuffed byte, a restart, a start or padding."""
 LARGE = 4_000_000
 """Pictures with more pixels are decoded one at a time, whatever the number of threads."""
 _one_large = threading.Lock()
@@ -182,17 +186,20 @@ def _load(image: Image) -> Image:
 
 
 def _num_scans(file: Path | io.BytesIO) -> int:
-    """Number of start-of-scan markers of a JPEG; these two bytes never occur in the data between markers."""
+    """Number of scans of a JPEG, up to one more than are legal."""
     if isinstance(file, io.BytesIO):
-        return _count_scan_markers(file.getvalue())
+        return _count_scans(file.getvalue())
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return _count_scan_markers(content)
+        return _count_scans(content)
 
 
-def _count_scan_markers(content: bytes | mmap.mmap) -> int:
-    count, position = 0, content.find(b"\xff\xda")
-    while position >= 0 and count <= MAX_SCANS:
-        count, position = count + 1, content.find(b"\xff\xda", position + 2)
+def _count_scans(content: bytes | mmap.mmap) -> int:
+    """Walk the markers up to the end of the image: metadata and what is appended, such as a video, may hold any bytes."""
+    count = position = 0
+    while count <= MAX_SCANS and (marker := _MARKER.search(content, position)) and marker[0] != _END_OF_IMAGE:
+        count += marker[0] == _START_OF_SCAN
+        # The length, which follows the marker, counts itself; pixels of a scan begin behind its header.
+        position = marker.end() + max(2, int.from_bytes(content[marker.end() : marker.end() + 2]))
     return count
 
 

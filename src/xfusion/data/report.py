@@ -74,7 +74,7 @@ class Report:
     licence: str
     """Licence of the pictures."""
     num_examples: int
-    """Examples found, good and bad."""
+    """Examples, good and bad: those in a part of a shard that cannot be read count too, by its bytes where it does not say."""
     num_bad: int
     """Examples with at least one problem: they are left out if the user allows their share."""
     num_groups: int

@@ -30,13 +30,13 @@ from typing import Any
 
 from xfusion.backbone import cache_folder
 from xfusion.data import hub, pictures
-from xfusion.data.files import CAPTION_FIELDS, MAX_LINE, QUESTION, Record, take_captions, utf8
+from xfusion.data.files import CAPTION_FIELDS, MAX_LINE, QUESTION, Record, take_captions, unprintable, utf8
 from xfusion.data.report import Problem
 from xfusion.data.result_cache import ResultCache
 from xfusion.data.sequence import XFusionError
 from xfusion.storage import atomic_file, read_json
 
-INDEX_VERSION = 3
+INDEX_VERSION = 4
 """Changes when the content of an index or the checks change."""
 ROW_GROUP_BYTES = 512 * 1024 * 1024
 """Largest row group that is read: a picture's row group is loaded as a whole."""
@@ -136,14 +136,30 @@ def read_all(shards: Sequence[Path | str], *, decode: bool = True) -> list[Recor
     names = Counter(place.name for place in places)
     levels = zip(*(place.parent.parts for place in places), strict=False)
     num_shared = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
+    by_shard = [read(shard, decode=decode) for shard in shards]
+    _estimate_lost(shards, by_shard)
     all_records = []
-    for shard, place in zip(shards, places, strict=True):
-        records = read(shard, decode=decode)
+    for records, place in zip(by_shard, places, strict=True):
         if names[place.name] > 1:
             for record in records:
                 record.id = "/".join((*place.parent.parts[num_shared:], record.id))
         all_records += records
     return all_records
+
+
+def _estimate_lost(shards: Sequence[Path | str], by_shard: Sequence[list[Record]]) -> None:
+    """How many examples a file stands for that cannot be read at all: as many as the others have in its bytes."""
+    sizes = [shard.stat().st_size if isinstance(shard, Path) and shard.is_file() else 0 for shard in shards]
+    whole = [
+        (size, len(records))
+        for size, records in zip(sizes, by_shard, strict=True)
+        if size and all(r.stands_for for r in records)
+    ]
+    num_bytes, num_examples = (sum(column) for column in zip(*whole, strict=True)) if whole else (0, 0)
+    for size, records in zip(sizes, by_shard, strict=True):
+        for record in records:
+            if not record.stands_for:
+                record.stands_for = max(1, round(size * num_examples / num_bytes)) if num_bytes else 1
 
 
 def read(path: Path | str, *, decode: bool = True) -> list[Record]:
@@ -231,6 +247,12 @@ def _tar_records(path: Path) -> Iterator[Record]:
     file_size = path.stat().st_size
     for key, same_key in by_key.items():
         record = Record(id=f"{path.name}/{key}", origin=f"{path}/{key}", place=None)
+        if (character := unprintable(key)) is not None:
+            record.add_problem(
+                "invalid name", f"the name contains the character U+{ord(character):04X}: rename the member"
+            )
+        elif ".." in PurePosixPath(key).parts:
+            record.add_problem("path outside", "the name leaves the tar by ..: rename the member")
         for extension, member in same_key:
             place = Member(path, member.offset_data, member.size, member.name)
             origin = f"{path}/{member.name}"
@@ -260,16 +282,18 @@ def _tar_records(path: Path) -> Iterator[Record]:
         if not record.captions and not record.problems:
             record.add_problem("missing caption", f"no caption: there is no {Path(key).name}.txt or .json beside it")
         yield record
-    for number, problem in enumerate(problems):
-        gap = Record(id=f"{path.name}#{number}", origin=str(path), place=None)
-        gap.add_problem("broken shard", problem)
-        yield gap
+    bytes_read = sum(member.offset_data - member.offset + _padded(member.size) for member in members)
+    for number, (problem, num_bytes) in enumerate(problems):
+        lost = max(1, round(num_bytes * len(by_key) / bytes_read)) if by_key else 0
+        yield _broken_record(path, f"{path.name}#{number}", problem, lost)
 
 
-def _members(path: Path) -> tuple[list[tarfile.TarInfo], list[str]]:
-    """The files of a tar; after a broken header, reading continues at the next valid one, and the gap is reported."""
+def _members(path: Path) -> tuple[list[tarfile.TarInfo], list[tuple[str, int]]]:
+    """The files of a tar; after a broken header, reading continues at the next valid one, and the gap is reported with its
+    bytes.
+    """
     members: list[tarfile.TarInfo] = []
-    problems: list[str] = []
+    problems: list[tuple[str, int]] = []
     try:
         with tarfile.open(path, "r:", ignore_zeros=True) as tar, path.open("rb") as file:
             end = 0
@@ -277,19 +301,26 @@ def _members(path: Path) -> tuple[list[tarfile.TarInfo], list[str]]:
                 try:
                     member = tar.next()
                 except (tarfile.TarError, ValueError, OSError) as error:
-                    problems += [] if _ends_inside(members, file) else [f"cannot be read behind byte {end}: {error}"]
+                    if not _ends_inside(members, file):
+                        rest = file.seek(0, os.SEEK_END) - end
+                        problems.append((f"cannot be read behind byte {end}: {error}", rest))
                     break
                 start = file.seek(0, os.SEEK_END) if member is None else member.offset
                 if start > end and _holds_data(file, end, start):
-                    problems.append(f"bytes {end} to {start} belong to no member: a header is broken")
+                    problems.append((f"bytes {end} to {start} belong to no member: a header is broken", start - end))
                 if member is None:
                     break
-                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                end = member.offset_data + _padded(member.size)
                 if member.isfile():
                     members.append(member)
     except (tarfile.TarError, OSError) as error:
-        problems.append(f"cannot be read as a tar: {error}")
+        problems.append((f"cannot be read as a tar: {error}", 0))
     return members, problems
+
+
+def _padded(size: int) -> int:
+    """Bytes that a member's content of this size takes: whole blocks."""
+    return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
 def _ends_inside(members: Sequence[tarfile.TarInfo], file: Any) -> bool:
@@ -343,7 +374,7 @@ def _parquet_records(path: Path | str) -> Iterator[Record]:
         try:
             file = exit_stack.enter_context(_open_parquet(path))
         except (pyarrow.ArrowException, OSError) as error:
-            yield _broken_record(path, PurePosixPath(path).name, f"cannot be read as parquet: {_error_line(error)}")
+            yield _broken_record(path, PurePosixPath(path).name, f"cannot be read as parquet: {_error_line(error)}", 0)
             return
         yield from _row_groups(path, file)
 
@@ -369,7 +400,10 @@ def _row_groups(path: Path | str, file: Any) -> Iterator[Record]:
                 _row_group(path, group, picture_column)
         except failures as error:
             yield _broken_record(
-                path, f"{file_name}#group {group}", f"row group {group} cannot be read: {_error_line(error)}"
+                path,
+                f"{file_name}#group {group}",
+                f"row group {group} cannot be read: {_error_line(error)}",
+                metadata.num_rows,
             )
             rows = []
             number += metadata.num_rows
@@ -388,7 +422,7 @@ def _dataset_records(path: Path) -> Iterator[Record]:
     except XFusionError:
         raise
     except Exception as error:  # of Arrow, the system, or an invalid JSON file
-        yield _broken_record(path, path.name, f"cannot be read as a saved data set: {_error_line(error)}")
+        yield _broken_record(path, path.name, f"cannot be read as a saved data set: {_error_line(error)}", 0)
         return
     picture_column, text_columns = _columns(path, table.data.schema)
     texts = table.select_columns(text_columns)
@@ -398,7 +432,10 @@ def _dataset_records(path: Path) -> Iterator[Record]:
             rows = _rows(texts.with_format("arrow")[start:end])
         except (pyarrow.ArrowException, OSError) as error:
             yield _broken_record(
-                path, f"{path.name}#row {start}", f"rows {start} to {end} cannot be read: {_error_line(error)}"
+                path,
+                f"{path.name}#row {start}",
+                f"rows {start} to {end} cannot be read: {_error_line(error)}",
+                end - start,
             )
             continue
         for number, values in enumerate(rows, start=start):
@@ -494,8 +531,8 @@ def _load_column(path: Path, column: str) -> Any:
     return table.cast_column(column, datasets.Image(decode=False)) if is_image else table
 
 
-def _broken_record(path: Path | str, identity: str, problem: str) -> Record:
-    record = Record(id=identity, origin=str(path), place=None)
+def _broken_record(path: Path | str, identity: str, problem: str, stands_for: int) -> Record:
+    record = Record(id=identity, origin=str(path), place=None, stands_for=stands_for)
     record.add_problem("broken shard", problem)
     return record
 

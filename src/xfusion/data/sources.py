@@ -234,7 +234,7 @@ def check(spec: str | os.PathLike[str], *, special_tokens: tuple[str, ...] = ())
         spec = os.fspath(spec)
         if latents.is_folder(_held_share(spec)[0]):
             encoded = Latents(_held_share(spec)[0], spec)
-            return _inspect_latents(encoded, special_tokens, encoded.problems())
+            return _inspect_latents(encoded, special_tokens, encoded.altered_shards())
         return _inspect(spec, _held_share(spec)[0], special_tokens, decode=True)
     problems: list[Problem] = []
     for index, example in enumerate(emoji.examples):
@@ -325,15 +325,18 @@ def _inspect(
             )
             places.append(place)
     problems = [problem for record in records for problem in record.problems]
-    num_bad = sum(bool(record.problems) for record in records)
+    number = sum(record.stands_for for record in records)
+    num_bad = sum(record.stands_for for record in records if record.problems)
     source_class = Sounds if kind is files.SOUNDS else Files
-    return _make_report(source_class(spec, examples, places), len(records), num_bad, problems, notes)
+    return _make_report(source_class(spec, examples, places), number, num_bad, problems, notes)
 
 
 def _inspect_latents(
-    encoded: Latents, special_tokens: tuple[str, ...], broken_shards: Sequence[Problem] = ()
+    encoded: Latents, special_tokens: tuple[str, ...], altered: Mapping[range, Problem] = MappingProxyType({})
 ) -> Report:
-    """Check the texts of encoded pictures, which may have been checked for another base; ``broken_shards`` adds broken shards."""
+    """Check the texts of encoded pictures, which may have been checked for another base; ``altered`` are positions of altered
+    shards.
+    """
     if not encoded.examples:
         raise XFusionError(f"{encoded.spec}: no examples found: encode a source that has some")
     records = [
@@ -344,11 +347,15 @@ def _inspect_latents(
     ]
     for record in records:
         files.check_special_tokens(record, special_tokens)
-    indices = [index for index, record in enumerate(records) if not record.problems]
-    problems = [*broken_shards, *(problem for record in records for problem in record.problems)]
-    return _make_report(
-        encoded.subset(indices), len(records), len(broken_shards) + len(records) - len(indices), problems, []
-    )
+    lost = {position for positions in altered for position in positions}
+    indices = [
+        index
+        for index, (record, position) in enumerate(zip(records, encoded.indices, strict=True))
+        if not record.problems and position not in lost
+    ]
+    problems = [*altered.values(), *(problem for record in records for problem in record.problems)]
+    notes = [f"left out when it was encoded: {reason}" for reason in encoded.left_out.values()]
+    return _make_report(encoded.subset(indices), len(records), len(records) - len(indices), problems, notes)
 
 
 def _make_report(

@@ -323,14 +323,15 @@ class _Run:
             if signal_number or self.progress.finished:
                 return
             self._train_step()
-            now = time.perf_counter()
-            if not self.progress.planned:  # by the first process's clock, so that all plan after the same step
+            now, planned = time.perf_counter(), self.progress.planned
+            if not planned:  # by the first process's clock, so that all plan after the same step
                 measured_seconds = pace.seconds_per_step(self.progress.step, now, self.progress.planned_by())
                 if (seconds_per_step := self.processes.broadcast(measured_seconds)) is not None:
                     self._plan(seconds_per_step, now)
             due = (
                 bool(self.preview_every) and now - last_preview >= self.preview_every,
-                now - last_checkpoint >= self.settings.checkpoint_every,
+                # A plan is stored at once: a run that is killed would measure another pace, and make another.
+                self.progress.planned != planned or now - last_checkpoint >= self.settings.checkpoint_every,
             )
 
     def _check_track(self) -> None:

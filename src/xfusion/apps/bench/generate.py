@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from xfusion.apps.bench.base import Bench
+from xfusion.data.sequence import XFusionError
 
 PROMPT = "A short story about a small robot who wanted to paint:"
 
@@ -32,7 +33,11 @@ def measure(bench: Bench) -> dict[str, Any]:
             },
             rounds=None if bench.quick else 9,
         )
-        num_tokens = base.model.generate(ids, **settings).shape[1] - ids.shape[1]
+        tokens = base.model.generate(ids, **settings)[0, ids.shape[1] :].tolist()
+    answers = {"the base": base.decode(tokens), "ours": model.generate([PROMPT], max_tokens=max_tokens)[0]}
+    if len({*answers.values()}) > 1 or fused.generate(ids, **settings)[0, ids.shape[1] :].tolist() != tokens:
+        raise XFusionError(f"the bench compares equal work, but the answers differ: {answers}")
+    num_tokens = len(tokens)
     base_seconds, our_seconds, stack_seconds = seconds.values()
     return {
         "ratio_to_base_generate": base_seconds / our_seconds,

@@ -112,6 +112,7 @@ class DataEncode(Verb):
                 batch=self.batch,
                 workers=self.workers,
                 device=device,
+                allow_bad=self.allow_bad,
                 progress=lambda done, total: report_progress("encoding", done, total),
             )
         size = sum(shard["bytes"] for shard in latents.shards)
@@ -122,8 +123,10 @@ class DataEncode(Verb):
             "codec": latents.codec,
             "shards": len(latents.shards),
             "bytes": size,
+            "left_out": [*latents.left_out.values()],
         }
         rows = [
+            *(("left out", reason) for reason in latents.left_out.values()),
             ("latents", f"{self.out}: {len(latents)} pictures of {latents.size} px in {len(latents.shards)} shards"),
             ("codec", f"{latents.codec['class']} {latents.codec['fingerprint'][:16]}"),
             ("size", size_text(size)),
