@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from xfusion.data.sequence import XFusionError
@@ -183,7 +184,7 @@ def _front_matter(config: dict[str, Any], model: Model) -> str:
     lines = ["library_name: xfusion", f"pipeline_tag: {task(model)}"]
     lines += [f"license: {config['licence']}"] if config.get("licence") else []  # the data's licence may forbid any
     lines += ["tags:", "- frozen-base"]
-    if source.count("/") == 1 and ":" not in source and not source.startswith((".", "~")):
+    if source.count("/") == 1 and ":" not in source and not source.startswith((".", "~")) and not Path(source).is_dir():
         lines += [f"base_model: {source}", "base_model_relation: adapter"]
     return "\n".join(["---", *lines, "---"])
 

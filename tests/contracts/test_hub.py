@@ -2,17 +2,19 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from contracts.table import make_model, model_config
+from contracts.table import make_base, make_model, model_config
 from data.hub_server import hub
 from huggingface_hub import ModelCard
 
 import xfusion
 from xfusion import checkpoint
 from xfusion.apps import cli
+from xfusion.backbone import Backbone
 from xfusion.card import card as card_of
 from xfusion.card import most_restrictive, task
 from xfusion.data.sequence import XFusionError
@@ -222,3 +224,37 @@ def test_the_shipped_card_is_what_is_written_of_it_today():
     folder = checkpoint.find("emoji")
     config = checkpoint.read_config(folder)
     assert (folder / "README.md").read_text() == card_of(config, xfusion.load("emoji"))
+
+
+def test_a_base_of_the_hub_is_pinned_by_its_commit_with_the_licence_of_its_card(hub, tmp_path):
+    """The repository moves on; the pack still comes back on what it was trained on."""
+
+    def files(seed):
+        folder = Path(make_base("llama", tmp_path / str(seed), seed=seed))
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    card = b"---\nlicense: llama3.2\n---\n# A base\n"
+    hub.commits["org/base"] = [("a" * 40, files(0) | {"README.md": card})]
+    for revision in (None, "main", "a" * 40):
+        base = Backbone.load("org/base", revision=revision)
+        assert (base.revision, base.licence) == ("a" * 40, "llama3.2"), revision
+    model = make_model(base)
+    model.save_pretrained(tmp_path / "pack")
+    written = ModelCard.load(tmp_path / "pack" / "README.md")
+    assert written.data.base_model == "org/base" and "| base | llama3.2 |" in written.text
+    assert f"| revision | {'a' * 40} |" in written.text
+    hub.commits["org/base"].append(("b" * 40, files(1)))
+    again = xfusion.load(tmp_path / "pack")
+    assert again.backbone.revision == "a" * 40 and again.backbone.fingerprint == base.fingerprint
+    assert Backbone.load("org/base").revision == "b" * 40
+    assert Backbone.load("org/base", revision="a" * 40).licence == "llama3.2"
+    assert Backbone.load("org/base").licence.startswith("not recorded")  # the newer one has no card
+    hub.out_of_order = True  # the cache knows
+    assert Backbone.load("org/base", revision="a" * 40).licence == "llama3.2"
+
+
+def test_a_base_in_a_folder_beside_is_no_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_base("llama", Path("models/llama"))
+    make_model(Backbone.load("models/llama")).save_pretrained("pack")
+    assert ModelCard.load("pack/README.md").data.base_model is None

@@ -313,6 +313,6 @@ def test_a_model_that_reads_pictures_only_through_torchvision_is_refused_in_one_
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     assert cli.main(["data", "recaption", "emoji:4", "--with", f"hf:{tmp_path}", "-o", str(tmp_path / "new")]) == 2
     said = capsys.readouterr().err.strip().splitlines()
-    assert said == [
-        f"xfusion: model {str(tmp_path)!r} reads pictures through torchvision, which is not installed: pip install torchvision"
-    ]
+    assert len(said) == 1
+    assert said[0].startswith(f"xfusion: model {str(tmp_path)!r} cannot be loaded without torchvision (")
+    assert said[0].endswith("): pip install torchvision") and "Sam2ImageProcessor" in said[0]

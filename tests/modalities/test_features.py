@@ -17,11 +17,14 @@ from transformers import (
     SiglipVisionModel,
 )
 
+import xfusion
 from xfusion.data.sequence import XFusionError
 from xfusion.modalities.codecs.features import Features
 from xfusion.modalities.encoders.efficientnet_lite import EfficientNetLite
 from xfusion.modalities.encoders.vision_transformer import VisionTransformer
 from xfusion.modalities.image import ImageModality
+from xfusion.model import build
+from xfusion.recipes.llava import llava
 
 SIZES = {
     "hidden_size": 24,
@@ -131,3 +134,13 @@ def test_strips_are_an_exact_inverse_and_in_reading_order(patch, patch_width):
 def test_strips_that_do_not_divide_are_refused():
     with pytest.raises(XFusionError, match="image size 9 is not legal: it must be a multiple of 6"):
         ImageModality.Config(patch=2, patch_width=3, sizes=(9,)).build()
+
+
+def test_a_pack_is_not_loaded_on_an_encoder_with_other_weights(bases, saved, tmp_path):
+    folder = shutil.copytree(saved[0], tmp_path / "encoder")
+    build(llava(encoder=str(folder), side=16).model, bases["llama"]).save_pretrained(tmp_path / "pack")
+    xfusion.load(tmp_path / "pack", backbone=bases["llama"])
+    weights = {name: value + 1 for name, value in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(XFusionError, match="codec whose weights have the hash .* put back the one of its training"):
+        xfusion.load(tmp_path / "pack", backbone=bases["llama"])

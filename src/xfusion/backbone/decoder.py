@@ -17,8 +17,7 @@ import json
 import os
 import threading
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from xfusion.backbone.cache import Cache
 from xfusion.backbone.sources import EMBEDDED, SCRATCH, load_weights, one_line_errors, resolve_source
 from xfusion.data.sequence import Rows, XFusionError, fingerprint
 from xfusion.layers import Slot, attention_path, grouped_attention, shadow, takes_cache
+from xfusion.storage import card_licence, hub_commit
 
 FUNCTION = (
     "model_type",
@@ -140,7 +140,7 @@ class Backbone:
             model = load_weights(name_or_path, scratch=scratch, dtype=dtype or "auto", revision=revision)
         if not os.path.isdir(name_or_path):
             # A branch or None is resolved to its commit, so that a pack records the exact one.
-            revision = getattr(model.config, "_commit_hash", None) or revision
+            revision = hub_commit(name_or_path, revision) or revision
         return cls(model.to(device), tokenizer, source, revision, pretrained=not scratch)
 
     @classmethod
@@ -335,21 +335,15 @@ class Backbone:
             factor = float(self.embed(sample_ids).float().std() / table[sample_ids].float().std())
             return factor * float(table.float().std())
 
-    @property
+    @cached_property
     def licence(self) -> str:
-        """The licence stated in the base's own model card."""
+        """The licence stated in the base's own model card, which is fetched if the base is of the hub."""
         if self.source.startswith(SCRATCH):
             return "random weights; the tokenizer is the base's own"
         if self.source == EMBEDDED:
             return "Apache-2.0"
-        card = Path(self.source) / "README.md"
-        if card.is_file():
-            from huggingface_hub import metadata_load
-
-            card_licence = (metadata_load(card) or {}).get("license")
-            if card_licence:
-                return str(card_licence)
-        return "not recorded: see the base's own card"
+        licence = None if self.source.endswith(".gguf") else card_licence(self.source, self.revision)
+        return licence or "not recorded: see the base's own card"
 
     @property
     def special_tokens(self) -> tuple[str, ...]:

@@ -126,6 +126,11 @@ class Encoder(Frozen, ABC):
         """Settings of one encoder; everything that a pack stores about it is available before its weights are loaded."""
 
         @property
+        def weights(self) -> Path | None:
+            """As `CodecConfig.weights`."""
+            return None
+
+        @property
         @abstractmethod
         def width(self) -> int:
             """Feature width."""

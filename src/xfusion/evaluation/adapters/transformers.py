@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from xfusion.data.recaption import Ask
 from xfusion.data.sequence import XFusionError, first_line
-from xfusion.storage import file_hash
+from xfusion.storage import file_hash, hub_commit
 
 
 def parse_source(text: str) -> tuple[str, str | None]:
@@ -125,7 +125,7 @@ def captioner(text: str, *, device: str, max_tokens: int) -> tuple[str, Ask]:
         )
         return processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
-    commit = getattr(model.config, "_commit_hash", None) or revision
+    commit = hub_commit(source, revision) or revision
     return f"{source}@{_files_hash(Path(source)) if Path(source).is_dir() else commit}", ask
 
 
@@ -152,7 +152,7 @@ def _processor(source: str, revision: str | None) -> Any:
         if isinstance(error, XFusionError) and "torchvision" not in str(error).lower():
             raise
         raise XFusionError(
-            f"model {source!r} reads pictures through torchvision, which is not installed: pip install torchvision"
+            f"model {source!r} cannot be loaded without torchvision ({first_line(error)}): pip install torchvision"
         ) from error
 
 

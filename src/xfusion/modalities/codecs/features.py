@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Self
 
 from torch import Tensor
@@ -30,6 +31,11 @@ class Features(Codec):
         def of(cls, source: str | None) -> Self:
             """Features of the vision transformer at ``source`` (a folder or hub id); None uses EfficientNet-Lite0."""
             return cls(encoder=EfficientNetLite.Config() if source is None else VisionTransformer.Config(source=source))
+
+        @property
+        def weights(self) -> Path | None:
+            """The encoder's."""
+            return self.encoder.weights
 
         def build(self) -> Features:
             """The codec, with its encoder loaded."""

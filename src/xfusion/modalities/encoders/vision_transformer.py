@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from xfusion.data.sequence import XFusionError, first_line
 from xfusion.modalities.base import Encoder
+from xfusion.storage import card_licence, hub_file
 
 
 class VisionTransformer(Encoder):
@@ -36,8 +38,8 @@ class VisionTransformer(Encoder):
         """Layer whose hidden states are used: -1 is the last, -2 the one before it, as in LLaVA."""
         batch_size: int = 16
         """Pictures per forward pass; affects memory only."""
-        licence: str = "unknown"  # type: ignore[assignment]
-        """Licence of the weights."""
+        licence: str = ""  # type: ignore[assignment]
+        """Licence of the weights; empty means what its model card states."""
 
         @cached_property
         def shape(self) -> Any:
@@ -51,6 +53,11 @@ class VisionTransformer(Encoder):
         def width(self) -> int:
             """Feature width."""
             return self.shape.hidden_size
+
+        @property
+        def weights(self) -> Path | None:
+            """The file of its weights, where they are in one and this machine has it."""
+            return hub_file(self.source, "model.safetensors", self.revision)
 
         @property
         def fingerprint(self) -> str:
@@ -70,7 +77,8 @@ class VisionTransformer(Encoder):
 
         super().__init__()
         self.config, shape = config, config.shape
-        self.name, self.fingerprint, self.licence = config.source, config.fingerprint, config.licence
+        self.name, self.fingerprint = config.source, config.fingerprint
+        self.licence = config.licence or card_licence(config.source, config.revision) or "unknown"
         self.width, self.side = shape.hidden_size, shape.image_size
         self.cells = self.side // shape.patch_size
         model, report = _load_pretrained(config, AutoModel.from_pretrained, config=shape, output_loading_info=True)

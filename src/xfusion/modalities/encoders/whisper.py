@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from xfusion.data.sequence import XFusionError, first_line
 from xfusion.modalities.base import SoundCodec
+from xfusion.storage import hub_file
 
 RATE = 16_000
 """Sample rate of all Whisper models, per second."""
@@ -46,6 +48,11 @@ class Whisper(SoundCodec):
         """Sounds per forward pass; affects memory only."""
         licence: str = "MIT"
         """Licence of the weights."""
+
+        @property
+        def weights(self) -> Path | None:
+            """The file of its weights, where they are in one and this machine has it."""
+            return hub_file(self.source, "model.safetensors", self.revision)
 
         def build(self) -> Whisper:
             """The frozen encoder, not yet loaded."""
