@@ -200,16 +200,33 @@ def _other_libraries(model: Model) -> str:
 def _recipe(config: dict[str, Any], model: Model) -> dict[str, Any]:
     training = {k: v for k, v in (config.get("training") or {}).items() if isinstance(v, (str, int, float))}
     runs = (config.get("training") or {}).get("runs") or []
+    if "command" in training:
+        training["command"] = f"`{training['command']}`"
     return {
         "regime": model.regime,
         "fusion": type(model.fusion).__name__,
         "objectives": ", ".join(type(objective).__name__ for objective in model.objectives),
         "codec": type(model.modality.codec).__name__,
+        **({} if runs else _schedule(config.get("recipe") or {})),
         **training,
         **{f"run {i}": f"`{run['command']}`" for i, run in enumerate(runs, start=1) if "command" in run},
         **{f"earlier run {i}": run_summary(run) for i, run in enumerate(training_runs(config)[:-1], start=1)},
         "xfusion": config["library_version"],
         "weights": f"`{config['weights_fingerprint']}`",
+    }
+
+
+def _schedule(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """Seed, learning rates and samples per step of a recipe as recorded; stages one after the other."""
+    stages = [stage for stage in recipe.get("stages") or () if isinstance(stage, Mapping)]
+    if not stages:
+        return {}
+    mixtures = [stage.get("mixture") or {} for stage in stages]
+    samples = (f"{m.get('draw', 0)} to draw, {m.get('caption', 0)} to caption" for m in mixtures)
+    return {
+        "seed": str(recipe.get("seed", "not recorded")),
+        "largest rate": ", then ".join(str(stage.get("rate")) for stage in stages),
+        "samples per step": ", then ".join(samples),
     }
 
 

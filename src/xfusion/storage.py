@@ -230,7 +230,7 @@ def hub_commit(source: str, revision: str | None = None) -> str | None:
 def card_licence(source: str, revision: str | None = None) -> str | None:
     """The licence that the model card of a folder or of a hub repository states; None if it states none or cannot be had."""
     from huggingface_hub import hf_hub_download, metadata_load
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     card = hub_file(source, "README.md", revision)
     if card is None and not Path(source).is_dir():

@@ -796,6 +796,12 @@ def test_train_then_adapt(run, here, photos, small):
     assert Path(ran.json["pack"], "model.safetensors").is_file()
     config = json.loads(Path("first/pack/config.json").read_text())
     assert config["model"]["fusion"]["stride"] == 2 and config["model"]["fusion"]["mlp"] == 40
+    first_command = config["training"]["command"]
+    assert first_command.startswith("xfusion train xfusion --data photos --steps 3 -o first ")
+    card = Path("first/pack/README.md").read_text()
+    assert f"| command | `{first_command}` |" in card and "| seed | 0 |" in card
+    assert f"| largest rate | {config['recipe']['stages'][0]['rate']} |" in card
+    assert "| samples per step | 4 to draw, 4 to caption |" in card
     assert "already holds a run" in run("train", "xfusion", "-o", "first", *small).err
 
     few = ["--stages.0.mixture.draw", "4", "--stages.0.mixture.caption", "4", "--no-compile", "--preview-every", "0"]
@@ -804,6 +810,7 @@ def test_train_then_adapt(run, here, photos, small):
     assert json.loads(Path("second/pack/config.json").read_text())["model"] == config["model"]
     ended = run("train", "xfusion", "-o", "first", "--resume", "--no-compile", "--preview-every", "0", "--json")
     assert ended.code == 0 and ended.json["steps"] == 3
+    assert json.loads(Path("first/pack/config.json").read_text())["training"]["command"] == first_command
 
 
 def test_licences_that_are_stated_stand_in_the_pack_and_its_card(run, here, photos, small):

@@ -133,6 +133,7 @@ def run(
             minutes=minutes,
             preview_prompts=prompts,
             preview_every=max(10.0, 60 * minutes / 5),
+            command=f"xfusion demo --pictures {len(source)} --minutes {minutes:g}",
             console=console,
             listener=watcher,
         ).eval()

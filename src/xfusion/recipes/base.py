@@ -123,4 +123,7 @@ def _module(path: Path, content: bytes) -> ModuleType:
 
 def train(recipe: Recipe | str, **settings: Any) -> Model:
     """Train a recipe, given as an object or by name; settings as `xfusion.training.loop.train` takes them."""
-    return loop.train(find(recipe)() if isinstance(recipe, str) else recipe, **settings)
+    if isinstance(recipe, str):
+        settings.setdefault("command", f"xfusion.train({recipe!r}, ...)")
+        recipe = find(recipe)()
+    return loop.train(recipe, **settings)

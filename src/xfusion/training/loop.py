@@ -73,6 +73,7 @@ def train(
     keep: int = 2,
     shard: Shard = "none",
     decoders: int | None = None,
+    command: str | None = None,
     console: Console | None = None,
     listener: Listener | None = None,
 ) -> Model:
@@ -101,6 +102,7 @@ def train(
         keep: how many of the newest checkpoints to keep, besides the best by the mean training loss of some fifty steps.
         shard: what the processes shard: nothing, the new weights, or also the frozen ones (`training.sharding`).
         decoders: threads per process that read and decode pictures; None uses four, or one per core if there are fewer.
+        command: how the run was asked for, recorded in the pack and on its card; a resumed run keeps the first one.
         console: where to show progress; None is silent.
         listener: called with every event.
 
@@ -132,6 +134,7 @@ def train(
         keep=keep,
         shard=shard,
         decoders=decoders,
+        command=command,
         console=console,
         listener=listener,
     )
@@ -151,6 +154,7 @@ class _Run:
         self.exit_stack = ExitStack()
         self.sharding: Sharding | None = None
         self.earlier: list[dict[str, Any]] = []
+        self.command = settings.command
         """Records of the runs behind the pack that this run started from."""
         self.saved_step: int | None = None
         """Step of the newest intact state, which was written last or resumed from."""
@@ -541,6 +545,7 @@ class _Run:
             "dtype": str(self.engine.dtype).removeprefix("torch."),
             "examples": self._examples,
             "earlier": self.earlier,
+            "command": self.command,
             "left_out": self.left_out.state_dict(),
             "broken": self.left_out.by_id(unreadable or {}),
         }
@@ -558,6 +563,7 @@ class _Run:
             resuming.check(plan, self.out, self.recipe, fingerprint, self.source.spec, self._examples)
         self.progress.load_state_dict(plan)
         self.left_out.load_state_dict(plan.get("left_out", {}))
+        self.command = plan.get("command", self.command)
         self.earlier = plan.get("earlier", self.earlier)  # a run is resumed without the pack that it started from
         self.optimizer.load_state_dict(tensors)
         self.saved_step = self.progress.step
@@ -571,6 +577,7 @@ class _Run:
             self.source,
             self.data_licence,
             data_fingerprint=self._examples[-1],
+            command=self.command,
             teachers=self.model.teachers,
             earlier=self.earlier,
         )

@@ -38,6 +38,7 @@ def pack_facts(
     data_licence: str,
     *,
     data_fingerprint: str,
+    command: str | None = None,
     teachers: Collection[str] = (),
     earlier: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
@@ -50,10 +51,12 @@ def pack_facts(
         data_licence: licence of the data.
         data_fingerprint: `xfusion.data.sources.content_fingerprint` of the source; a pack has no folders of this machine, so its
             spec alone may name other data elsewhere.
+        command: how the run was asked for.
         teachers: fingerprints of the encoders that it learned from.
         earlier: `xfusion.card.training_runs` of the pack that the run started from.
     """
     training = {
+        **({"command": command} if command else {}),
         "steps": progress.step,
         "samples": progress.samples,
         "seconds": round(progress.seconds, 1),

@@ -48,6 +48,7 @@ class Settings:
     shard: Shard
     decoders: int | None
     """Threads that decode pictures; None uses the default number."""
+    command: str | None
     console: Console | None
     listener: Listener | None
 

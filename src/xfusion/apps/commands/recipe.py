@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -52,7 +53,7 @@ def parse_train(parse: Callable[..., Any], name: str, args: list[str]) -> TrainR
         name: the recipe.
         args: the arguments after it.
     """
-    settings = _build_recipe(name)
+    settings, command = _build_recipe(name), shlex.join(["xfusion", "train", name, *args])
     initial: TrainRecipe = parse(
         TrainRecipe, args, default=TrainRecipe(recipe=name, settings=settings), registry=registry()
     )
@@ -67,10 +68,10 @@ def parse_train(parse: Callable[..., Any], name: str, args: list[str]) -> TrainR
         model = dataclasses.replace(model, text=recipe_model.text, media=recipe_model.media.adapted(model.media))
         settings = dataclasses.replace(settings, model=model)
     else:
-        return initial
+        return dataclasses.replace(initial, command=command)
     defaults = TrainRecipe(recipe=name, settings=settings)
     final: TrainRecipe = parse(TrainRecipe, args, default=defaults, registry=registry())
-    return dataclasses.replace(final, from_pack=pack_folder(final.from_pack)) if final.from_pack else final
+    return dataclasses.replace(final, command=command, from_pack=final.from_pack and pack_folder(final.from_pack))
 
 
 def _build_recipe(name: str) -> Recipe:

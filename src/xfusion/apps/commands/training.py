@@ -72,6 +72,9 @@ class Train(Verb):
     """Attention implementation: grouped, eager, sdpa, or flex_attention (block masks, on a GPU; its speed is not
     measured). None chooses by device."""
 
+    command: Annotated[str | None, tyro.conf.Suppress] = None
+    """The command line, for the pack's record."""
+
     def start(self, recipe: Recipe, console: Console) -> Answer:
         """Train a recipe with all settings resolved."""
         from xfusion.recipes.base import train
@@ -95,6 +98,7 @@ class Train(Verb):
             compile=self.compile,
             shard=self.shard,
             decoders=self.decoders,
+            command=self.command,
             console=console,
             listener=run_listener,
         )
