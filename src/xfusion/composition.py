@@ -56,6 +56,7 @@ class SideBySide(Fusion):
             slot += member.num_towers - 1
             self.slots[owner] = slot if member.num_towers > 1 else 0
         self.num_towers = slot + 1
+        self.reads_ahead = any(member.reads_ahead for member in members.values())
 
     def member(self, owner: str) -> Fusion:
         """The mechanism that computes the rows of ``owner``."""

@@ -351,6 +351,14 @@ def test_pictures_in(client, model, picture):
     assert answer.usage.prompt_tokens == 16 + len(model.backbone.encode("what is this?"))
 
 
+def test_a_pack_that_reads_no_picture_draws_behind_a_turn_of_its_own(model):
+    turns = [*say("a red apple"), {"role": "assistant", "content": "sure"}]
+    body = json.dumps({"model": "drawer", "messages": turns, "modalities": ["image"], "steps": 1})
+    with running({"drawer": draw_only(model.backbone)}, TINY) as found:
+        status, answer = post(found, "/v1/chat/completions", body)
+    assert status == 200 and len(answer["choices"][0]["message"]["images"]) == 1
+
+
 def test_pictures_out_of_a_conversation(client, model):
     call = {"model": "dual-tower", "messages": say("a red apple"), "seed": 4, "extra_body": {"steps": 3}}
     answer = client.chat.completions.create(**call, modalities=["image"])

@@ -320,6 +320,38 @@ def test_names_are_scored_behind_a_cached_picture_as_by_full_passes(bases):
         assert float((found[0] - found[1]).abs().min()) > 1e-4, fusion
 
 
+@torch.no_grad()
+def test_words_that_read_what_comes_later_are_computed_anew(bases, monkeypatch):
+    """Without a mask: what a shorter prompt left behind says nothing of a longer one."""
+    monkeypatch.setitem(READERS, "no mask", replace(READERS["flamingo"], mask="none"))
+    with exact(monkeypatch):
+        model = float64_model(bases["llama"], "no mask")
+        assert model.fusion.reads_ahead
+        alone = [look(model, view([[s]], model))[0] for s in SEQUENCES.values()]
+        for name, (packed, order) in packings().items():
+            found = look(model, view(packed, model))
+            with model.using(model.reference_engine()):
+                assert apart(found, look(model, view(packed, model))) <= FLOAT64, name
+            assert apart(found, [alone[i] for i in order]) <= FLOAT64, name
+    model = make_model(bases["llama"], "no mask")
+    randomise(model, by=0.2)
+    prompt = [part for i in range(3) for part in (Noise().picture(i, SIDE), f"words {i} ")]
+    first = []
+
+    def keep(logits, *_, **__):
+        first.append(logits)
+        raise StopIteration
+
+    monkeypatch.setattr(model.text_objective, "choose", keep)
+    for known in ([], [prompt[:2], prompt[:4]]):
+        model.engine.turns.clear()
+        for asked in (*known, prompt):
+            with pytest.raises(StopIteration):
+                model.generate(asked, max_tokens=1)
+    assert float((first[0] - first[-1]).abs().max()) < FLOAT32
+    assert not model.engine.turns
+
+
 @pytest.mark.parametrize("fusion", READERS)
 @torch.no_grad()
 def test_several_pictures_between_words_are_answered_as_by_full_passes(bases, fusion):

@@ -279,6 +279,8 @@ class Fusion(nn.Module):
     """Whether text-only logits through the fused stack are bit-identical to the base's, whatever the new weights are."""
     prefix_is_constant: bool = False
     """Whether text before the first media item never depends on new weights, so that its states may be computed once."""
+    reads_ahead: bool = False
+    """Whether words read media that come later, so that what is computed of a prompt does not hold for a longer one."""
     taken: Mapping[int, Mapping[str, str]] = MappingProxyType({})
     """What `begin` loaded: layer -> new parameter -> its source. Empty if a pack supplied the weights."""
     num_towers: int = 1

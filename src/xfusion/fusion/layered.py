@@ -53,6 +53,7 @@ class Layered(Fusion):
         fusions: list[Any] = list(self.parts)
         self.preserves_text = all(part.preserves_text for part in fusions)
         self.prefix_is_constant = all(part.prefix_is_constant for part in fusions)
+        self.reads_ahead = any(part.reads_ahead for part in fusions)
         self.num_towers = max(part.num_towers for part in fusions)
         self.joins_attention = any(part.joins_attention for part in fusions)
 

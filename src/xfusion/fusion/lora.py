@@ -88,6 +88,7 @@ class Lora(Fusion):
         super().__init__(config)
         self.inner: Any = config.inner.build()
         self.num_towers, self.joins_attention = self.inner.num_towers, self.inner.joins_attention
+        self.reads_ahead = self.inner.reads_ahead
         self.deltas_active = True
 
     @property

@@ -84,7 +84,7 @@ class Outside(Fusion):
     def __init__(self, config: Config):
         super().__init__(config)
         if config.mask == "none":
-            self.prefix_is_constant = False
+            self.prefix_is_constant, self.reads_ahead = False, True
 
     def install(self, backbone: Backbone) -> None:
         """Create the connector and the new modules of every placed layer."""

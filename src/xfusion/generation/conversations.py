@@ -6,7 +6,7 @@ from collections.abc import Sequence as Seq
 from typing import Any, Literal, cast, get_args
 
 from xfusion.data.requests import PICTURE
-from xfusion.data.sequence import Image, Text, XFusionError
+from xfusion.data.sequence import Audio, Image, Text, XFusionError
 from xfusion.generation import base
 from xfusion.generation.base import Listener, Segment, seeds_of
 from xfusion.generation.segments import generate, listener_for
@@ -40,7 +40,7 @@ def conversation(model: Model, messages: Seq[Message], *, own_pictures: bool = T
     turns = [
         [m["content"]]
         if isinstance(m["content"], str)
-        else [_as_text(m)]
+        else [_as_text(m), *_requests(m)]
         if m["role"] == "assistant" and not reads_own_pictures
         else list(m["content"])
         for m in messages
@@ -219,4 +219,10 @@ def _as_text(message: Message) -> str:
     """The content of a turn as text, with `PICTURE` in place of each picture."""
     content = message["content"]
     segments = [content] if isinstance(content, str) else content
-    return "\n".join(segment if isinstance(segment, str) else PICTURE for segment in segments)
+    shown = (segment for segment in segments if not isinstance(segment, (Image, Audio)))
+    return "\n".join(segment if isinstance(segment, str) else PICTURE for segment in shown)
+
+
+def _requests(message: Message) -> list[Image | Audio]:
+    """The pictures and sounds of a turn that are yet to be made."""
+    return [segment for segment in message["content"] if isinstance(segment, (Image, Audio))]

@@ -46,7 +46,7 @@ def answer_tokens(
     # An empty text after the media adds [EOI], from which the first token is predicted.
     prompts = [c if isinstance(c[-1], Text) else (*c, Text(ids=())) for c in contexts]
     prompts = [opened(model.backbone.begin_ids, prompt) for prompt in prompts]
-    prompt_units = units(prompts[0]) if len(prompts) == 1 else None
+    prompt_units = units(prompts[0]) if len(prompts) == 1 and not model.fusion.reads_ahead else None
     if prompt_units is not None:  # continue a conversation from its cached prefix
         cache, batch = resume_prefix(model, prompts[0], prompt_units)
     else:
