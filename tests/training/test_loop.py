@@ -288,7 +288,7 @@ def test_a_second_stage_does_not_repeat_the_order_of_the_first(bases, tmp_path, 
 
 
 def test_each_stage_has_its_own_weight_decay(bases, tmp_path):
-    """AdamW takes rate * decay of a weight before it steps: two runs differ by just that."""
+    """AdamW takes rate * decay of a matrix before it steps: two runs differ by just that. Norms and boundary rows stay."""
     base, decay = bases["llama"], 0.5
     first = dataclasses.replace(recipe(base).stages[0], steps=1)
     train(base, tmp_path / "before", recipe_=recipe(base, stages=(first,)))
@@ -296,7 +296,7 @@ def test_each_stage_has_its_own_weight_decay(bases, tmp_path):
         train(base, tmp_path / name, recipe_=recipe(base, stages=(first, dataclasses.replace(first, weight_decay=own))))
     before, without, decayed = (state_of(tmp_path / name) for name in ("before", "without", "with"))
     for name in (name for name in before if name.startswith("weight.")):
-        expected = without[name] - first.rate_at(0, 1) * decay * before[name]
+        expected = without[name] - first.rate_at(0, 1) * decay * before[name] * (before[name].ndim > 1)
         torch.testing.assert_close(decayed[name], expected, rtol=0, atol=3e-7)
 
 
@@ -618,6 +618,22 @@ def test_the_optimizer_is_torchs_adamw_behind_a_clipped_gradient():
         theirs.step()
         torch.testing.assert_close(weight, other)
         assert weight._version > version and weight.grad is None
+
+
+@pytest.mark.parametrize("fusion", ["gated tower", "flamingo", "llama-adapter 2", "low-rank tower", "dual tower, adaln"])
+def test_decay_closes_no_gate_and_shrinks_no_learned_input(bases, fusion):
+    model = make_model(bases["llama"], fusion)
+    optimizer = Optimizer(model.named_new_parameters())
+    before = {name: p.detach().clone() for name, p in optimizer.parameters.items()}
+    for parameter in optimizer.parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step(0.1, 1.0, 0.9, 0.5)
+    for name, parameter in optimizer.parameters.items():
+        decays = parameter.ndim > 1 and not name.endswith((".latents", ".rows", ".by_layer"))
+        torch.testing.assert_close(parameter.detach(), before[name] * (0.95 if decays else 1.0), msg=name)
+    kept = [name for name in before if torch.equal(before[name], optimizer.parameters[name])]
+    assert any("gate" in name for name in kept) or fusion in ("low-rank tower", "dual tower, adaln")
+    assert any("norm" in name for name in kept)
 
 
 def test_the_loss_is_weighed_and_every_step_has_noise_of_its_own(bases, tmp_path, monkeypatch):

@@ -10,7 +10,8 @@ scales, which that code has not.
 Adapted: the picture's rows come from EfficientNet-Lite0's map through a small resampler instead of CLIP through eight
 layers with queries (``encoder`` sets another encoder); the picture is the prompt of the first eight layers (``early``),
 because a short run learns little through the paper's one; scale, bias and norms are copies that act only on words after a
-picture, so text alone is unchanged, and these words have the positions that they would have behind its tokens; the base's
+picture, so text alone is unchanged, and prompts get their keys and values from the untuned matrices, as in the released
+code; these words have the positions that they would have behind its tokens; the base's
 last norm, which no layer owns, is unchanged; one dataset, so there are no two groups of parameters by data; gates start at
 0.1 instead of 0, so that they open in a short run.
 

@@ -12,13 +12,14 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from xfusion.training.processes import row_slice, sharded_like
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+NEVER_DECAYED = frozenset({"latents", "queries", "constants", "rows", "by_layer"})
+"""Last names of parameters that are tables of vectors and not matrices: learned inputs, which mean nothing near 0."""
 
 
 class Optimizer:
     """AdamW (0.9, 0.95) with clipping and a moving average, over learned weights only.
 
-    Weight decay applies to all weights, including norms, biases, gates and boundary rows, which are often exempt elsewhere. Which
-    weights to exempt would depend on the mechanism (a gate starts at 0, a norm at 1); every recipe uses a decay of 0.
+    Weight decay applies to matrices: not to gates, which it would close, norms, biases, boundary rows and learned inputs.
 
     Args:
         parameters: float32 master weights by name; sharded ones are `DTensor`.
@@ -28,7 +29,15 @@ class Optimizer:
     def __init__(self, parameters: dict[str, nn.Parameter], all_reduce: Callable[[Tensor], Tensor] | None = None):
         self.parameters, self.all_reduce = parameters, all_reduce
         self.shards: list[nn.Parameter] = [_shard_of(p) for p in parameters.values()]
-        self.adamw = torch.optim.AdamW(self.shards, lr=0.0, betas=(0.9, 0.95), fused=True)
+        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for (name, parameter), shard in zip(parameters.items(), self.shards, strict=True):
+            groups[parameter.ndim > 1 and name.rpartition(".")[2] not in NEVER_DECAYED].append(shard)
+        self.adamw = torch.optim.AdamW(
+            [{"params": shards, "decays": decays} for decays, shards in groups.items() if shards],
+            lr=0.0,
+            betas=(0.9, 0.95),
+            fused=True,
+        )
         self.average = [p.detach().clone() for p in self.shards]
 
     @property
@@ -50,7 +59,7 @@ class Optimizer:
             rate: learning rate.
             clip: norm to which the gradient is clipped.
             ema: decay of the moving average.
-            weight_decay: AdamW's decoupled decay.
+            weight_decay: AdamW's decoupled decay of matrices.
         """
         norm = self._gradient_norm()
         if not bool(norm.isfinite()):
@@ -59,7 +68,7 @@ class Optimizer:
             torch.nn.utils.clip_grads_with_norm_(self.shards, clip, norm)
         for group in self.adamw.param_groups:
             group["lr"] = rate
-            group["weight_decay"] = weight_decay
+            group["weight_decay"] = weight_decay if group["decays"] else 0.0
         self.adamw.step()
         # The fused kernel does not bump the version counter, by which caches of derived tensors notice that weights changed.
         torch.autograd.graph.increment_version(self.shards)

@@ -33,8 +33,7 @@ class Stage:
     clip: float = 1.0
     """Gradients are clipped to this norm."""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay. It applies to all new weights, including norms, biases, gates and boundary rows, which
-    are often exempt elsewhere (`xfusion.training.optimizer`)."""
+    """AdamW's decoupled weight decay, of matrices: not of gates, norms, biases, boundary rows and learned inputs."""
     ema: float = 0.999
     """Decay of the exponential moving average of the weights, which is what is saved; 0 saves the raw weights. It warms up as
     (1 + step) / (10 + step) with the stage's own steps, so each stage soon averages over itself alone."""
