@@ -14,7 +14,9 @@ does the full one with the commands of the pages of recipes, on one loaded base.
 """
 
 import gc
+import importlib
 import io
+import json
 import os
 import re
 import shlex
@@ -513,3 +515,83 @@ def test_the_site_builds(tmp_path):
     assert {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"} <= found
     assert "randomised" not in (tmp_path / "site/reference/index.html").read_text(), "only what users call"
     assert "xfusion.load" in (tmp_path / "site/reference/index.html").read_text()
+
+
+def test_the_reference_has_every_public_name():
+    targets = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs" / "reference.md").read_text(encoding="utf-8"), re.MULTILINE)
+    documented = [
+        getattr(importlib.import_module(module), name) for module, _, name in (t.rpartition(".") for t in targets)
+    ]
+    for name in set(xfusion.__all__) - {"__version__"}:
+        assert any(getattr(xfusion, name) is found for found in documented), f"xfusion.{name} is not documented"
+
+
+# ----------------------------------------------------------------------------------------------- the scripts of runs/
+
+SCRIPTS = [
+    ("cpu_emoji.sh", {}),
+    ("cpu_emoji.sh", {"PICTURES": "32", "DRAW": "16", "MINUTES": "1.5"}),
+    ("cpu_emoji.sh", {"PROCESSES": "2", "SHARD": "new"}),
+    ("llama_1b_one_gpu.sh", {"SHARDS": "shards/{000..099}.tar"}),
+    ("llama_1b_one_gpu.sh", {"SHARDS": "shards/a.tar", "HOURS": "1.5", "PROCESSES": "8", "SHARD": "all"}),
+]
+
+
+def asked_by(script, variables, folder):
+    """What a script asks of `xfusion`, in order, where commands of that name and `torchrun` note their words and do nothing."""
+    (folder / "bin").mkdir()
+    for name in ("xfusion", "torchrun"):
+        stub = folder / "bin" / name
+        stub.write_text(f'#!/usr/bin/env bash\nprintf "%s\\0" {name} "$@" >> {folder}/asked; echo >> {folder}/asked\n')
+        stub.chmod(0o755)
+    environment = os.environ | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"} | variables
+    done = subprocess.run(
+        ["bash", ROOT / "runs" / script, str(folder / "out")],
+        env=environment, cwd=folder, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    asked = (folder / "asked").read_text().split("\0\n")[:-1] if (folder / "asked").exists() else []
+    return done, [words.split("\0") for words in asked]
+
+
+@pytest.mark.parametrize(("script", "variables"), SCRIPTS, ids=lambda value: " ".join(value) if value else "plain")
+def test_what_a_script_asks_is_understood(tmp_path, script, variables, capsys):
+    done, asked = asked_by(script, variables, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [words[0] for words in asked if "train" in words] == ["torchrun" if "PROCESSES" in variables else "xfusion"]
+    for words in asked:
+        verb = cli.read(words[words.index("xfusion.apps.cli") + 1 :] if words[0] == "torchrun" else words[1:])
+        assert verb is not None
+        minutes = {"MINUTES": 1, "HOURS": 60}
+        for name in minutes.keys() & variables.keys():
+            assert getattr(verb, "minutes", None) in (None, float(variables[name]) * minutes[name])
+    (tmp_path / "out" / "run" / "state" / "step_7").mkdir(parents=True)
+    shutil.rmtree(tmp_path / "bin")
+    (tmp_path / "asked").unlink()
+    _, again = asked_by(script, variables, tmp_path)
+    assert [("--resume" in words) for words in again] == [("train" in words) for words in again]
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("hours", ["0", "-1", "a day"])
+def test_hours_that_are_none_are_refused_before_anything_is_encoded(tmp_path, hours):
+    done, asked = asked_by("llama_1b_one_gpu.sh", {"SHARDS": "a.tar", "HOURS": hours}, tmp_path)
+    assert done.returncode and not asked and f"HOURS={hours}: give a number above 0" in done.stderr
+
+
+@pytest.mark.full
+def test_the_script_of_five_minutes_runs(tmp_path):
+    """On four pictures, in seconds; given again, it finds what it made."""
+    small = {
+        "MINUTES": "0.4",
+        "PICTURES": "4",
+        "DRAW": "4",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    for _ in range(2):
+        done = subprocess.run(
+            ["bash", ROOT / "runs" / "cpu_emoji.sh", str(tmp_path / "out")],
+            env=os.environ | small, cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+        assert 0 <= scores["fit_retrieval_pixel_at_1"] <= 1 and (tmp_path / "out" / "hearts.png").is_file()

@@ -620,7 +620,9 @@ def test_the_optimizer_is_torchs_adamw_behind_a_clipped_gradient():
         assert weight._version > version and weight.grad is None
 
 
-@pytest.mark.parametrize("fusion", ["gated tower", "flamingo", "llama-adapter 2", "low-rank tower", "dual tower, adaln"])
+@pytest.mark.parametrize(
+    "fusion", ["gated tower", "flamingo", "llama-adapter 2", "low-rank tower", "dual tower, adaln"]
+)
 def test_decay_closes_no_gate_and_shrinks_no_learned_input(bases, fusion):
     model = make_model(bases["llama"], fusion)
     optimizer = Optimizer(model.named_new_parameters())
