@@ -125,6 +125,17 @@ def test_a_request_that_is_made_again_counts_and_waits_longer(tmp_path, monkeypa
     assert [b - a for a, b in pairwise(times)] == [0.5, 9.0]
 
 
+def test_a_server_that_asks_to_wait_for_a_day_ends_the_run_with_its_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"it waits {seconds} s"))
+
+    def ask(*_):
+        raise Busy("the quota is used up", 86_400)
+
+    asking = Asking(model="someone", prompt="", size=8, retries=3)
+    with pytest.raises(XFusionError, match=r"^the quota is used up; it asks to wait 86,400 s, more than 600: give the same"):
+        recaption(Noise(2), ask, asking, tmp_path / "out", progress=silent)
+
+
 def test_no_more_requests_than_the_rate_allows(tmp_path, monkeypatch):
     now, slept = [100.0], []
     monkeypatch.setattr(time, "monotonic", lambda: now[0])

@@ -35,6 +35,8 @@ TEMPORARY_STATUSES = (408, 409, 429)
 """HTTP statuses of temporary refusals, besides those from 500 on."""
 LONGEST_WAIT = 60.0
 """Longest wait in seconds between two tries, if the server names no time."""
+LONGEST_ASKED = 600.0
+"""Longest wait in seconds that a server may ask for; one that asks for more ends the run, which the same command continues."""
 Ask = Callable[[list["Image"], str], list[str]]
 """Pictures and a prompt -> a text for each."""
 
@@ -99,7 +101,7 @@ def recaption(
     Raises:
         XFusionError: the folder contains captions of another source, model or prompt, or the first answers are all empty or
             too long.
-        Busy: the server refused all tries.
+        Busy: the server refused all tries. An `XFusionError` of its own says so if it asks to wait too long.
     """
     folder.mkdir(parents=True, exist_ok=True)
     answers, requests = _journal(folder, asking, source.spec), _RateLimiter(asking)
@@ -158,6 +160,11 @@ class _RateLimiter:
             try:
                 return ask(pictures, self.asking.prompt)
             except Busy as busy:
+                if busy.seconds is not None and busy.seconds > LONGEST_ASKED:
+                    raise XFusionError(
+                        f"{busy}; it asks to wait {busy.seconds:,.0f} s, more than {LONGEST_ASKED:.0f}: give the same command"
+                        " again by then, it continues"
+                    ) from busy
                 time.sleep(min(LONGEST_WAIT, 0.5 * 2**attempt) if busy.seconds is None else busy.seconds)
         self._wait()
         return ask(pictures, self.asking.prompt)
