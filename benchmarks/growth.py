@@ -4,8 +4,8 @@
 
 Random pictures and words on a base of SmolLM2-135M's layer (width 576, MLP 1536, 9 heads to 3 keys) with random weights,
 media blocks as in the demo at every fifth layer with an MLP of 512, the training precision, compiled; states of the texts
-are computed once. One setting is varied at a time from 16 tokens, batch 32, 30 layers, one picture. Writes
-benchmarks/results/growth.json, which `python docs/pages.py speed` draws.
+are computed once. One setting is varied at a time from 16 tokens, batch 32, 30 layers, one picture; the points of a curve are
+measured in turn. Writes benchmarks/results/growth.json, which `python docs/pages.py speed` draws.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -66,22 +65,25 @@ class Settings:
     """What stays while one thing is changed."""
     width: int = 576
     """Of the base."""
-    steps: int = 5
-    """Measured steps, behind two."""
+    rounds: int = 5
+    """Turns of each point, behind two steps of each."""
+    seconds: float = 1.0
+    """Length of a turn at least, of whole steps."""
     compile: bool = True
     """Compile the per-layer work, as training does."""
     most: int = 16_384
-    """Picture tokens of a step at most: the batch is cut to them, and the figure says so."""
+    """Picture tokens of a step at most: a curve whose largest point has more has fewer sequences at all of its points."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = RESULT
     """Where the result goes."""
 
-    def points(self) -> Iterator[tuple[str, Point]]:
-        """What is varied, and the step."""
+    def curves(self) -> dict[str, list[Point]]:
+        """The points by what is varied."""
+        curves = {}
         for name in ("tokens", "batch", "depth", "pictures"):
-            for value in getattr(self, name):
-                point = replace(self.start, **{name: value})
-                tokens_per_sequence = point.tokens * point.pictures
-                yield name, replace(point, batch=max(1, min(point.batch, self.most // tokens_per_sequence)))
+            points = [replace(self.start, **{name: value}) for value in getattr(self, name)]
+            batch = max(1, self.most // max(point.tokens * point.pictures for point in points))
+            curves[name] = points if name == "batch" else [replace(p, batch=min(p.batch, batch)) for p in points]
+        return curves
 
 
 def base_of(depth: int, width: int) -> Backbone:
@@ -113,45 +115,68 @@ def batch_of(model: Model, point: Point) -> Batch:
     return pack([[sample()] for _ in range(point.batch)])
 
 
-def measure(point: Point, base: Backbone, settings: Settings) -> dict:
-    side = math.isqrt(point.tokens)
-    mlp = min(512, base.config.intermediate_size)
-    stride = min(5, base.num_layers)
-    image = ImageModality.Config(patch=PATCH, sizes=(PATCH * side,))
-    model = build(ModelConfig(fusion=DualTower.Config(stride=stride, mlp=mlp), image=image), base)
-    dtype, reason = choose_compute_dtype(base.device)
-    engine = model.training_engine(dtype, reason, choose_attention(base.device), settings.compile)
-    optimizer = Optimizer(model.named_new_parameters())
-    batch, timings, graphs = batch_of(model, point), [], 0
-    for step_index in range(2 + settings.steps):
+class Step:
+    """A training step of drawing at a point."""
+
+    def __init__(self, point: Point, base: Backbone, *, compile: bool):
+        side, mlp = math.isqrt(point.tokens), min(512, base.config.intermediate_size)
+        image = ImageModality.Config(patch=PATCH, sizes=(PATCH * side,))
+        fusion = DualTower.Config(stride=min(5, base.num_layers), mlp=mlp)
+        self.point, self.model = point, build(ModelConfig(fusion=fusion, image=image), base)
+        self.dtype, reason = choose_compute_dtype(base.device)
+        self.engine = self.model.training_engine(self.dtype, reason, choose_attention(base.device), compile)
+        self.optimizer = Optimizer(self.model.named_new_parameters())
+        self.batch, self.timings = batch_of(self.model, point), list[float]()
+
+    def __call__(self) -> float:
+        """Take it; returns its seconds."""
         start = time.perf_counter()
-        with model.using(engine), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            ((value, count),) = model.losses(batch, torch.Generator().manual_seed(0)).values()
+        with self.model.using(self.engine), torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+            ((value, count),) = self.model.losses(self.batch, torch.Generator().manual_seed(0)).values()
         (value / count).backward()
-        optimizer.step(1e-4, 1.0, 0.999)
-        if step_index >= 2:
-            timings.append(time.perf_counter() - start)
-        else:
-            graphs = compiled_graphs()
-    seconds = statistics.median(timings)
-    rates = {"step_seconds": round(seconds, 5), "samples_per_second": round(point.batch / seconds, 3)}
-    tokens = point.batch * point.pictures * point.tokens
-    return (
-        vars(point) | rates | {"tokens_per_second": round(tokens / seconds), "new_graphs": compiled_graphs() - graphs}
-    )
+        self.optimizer.step(1e-4, 1.0, 0.999)
+        return time.perf_counter() - start
+
+    def turn(self, seconds: float) -> None:
+        """Steps for at least so long."""
+        end = time.perf_counter() + seconds
+        while True:
+            self.timings.append(self())
+            if time.perf_counter() >= end:
+                return
+
+    def row(self) -> dict:
+        """What was measured."""
+        point, seconds = self.point, statistics.median(self.timings)
+        tokens = point.batch * point.pictures * point.tokens
+        return vars(point) | {
+            "step_seconds": round(seconds, 5),
+            "samples_per_second": round(point.batch / seconds, 3),
+            "tokens_per_second": round(tokens / seconds),
+            "steps": len(self.timings),
+        }
 
 
 def main(settings: Settings) -> None:
-    """Measure and write."""
-    provenance, rows, bases = origin("benchmarks"), [], {}
+    """Measure and write. The points of a curve take turns, so that what else the machine does meets all of them."""
+    provenance, rows = origin("benchmarks"), []
     keep_freed_memory()  # as training does
-    for name, point in settings.points():
-        if point.depth not in bases:
-            bases[point.depth] = base_of(point.depth, settings.width)
+    for name, points in settings.curves().items():
         torch.compiler.reset()
-        rows.append({"varied": name} | measure(point, bases[point.depth], settings))
-        print(json.dumps(rows[-1]), flush=True)
-    write_json(settings.out, provenance | {"rows": rows})
+        bases = {depth: base_of(depth, settings.width) for depth in {point.depth for point in points}}
+        steps = [Step(point, bases[point.depth], compile=settings.compile) for point in points]
+        for step in steps:
+            step(), step()
+        graphs = compiled_graphs()
+        for _ in range(settings.rounds):
+            for step in steps:
+                step.turn(settings.seconds)
+        for step in steps:
+            rows.append({"varied": name} | step.row())
+            print(json.dumps(rows[-1]), flush=True)
+        if compiled_graphs() != graphs:
+            raise SystemExit(f"{name}: {compiled_graphs() - graphs} graphs were compiled behind the warm-up")
+    write_json(settings.out, provenance | {"rounds": settings.rounds, "seconds": settings.seconds, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -569,18 +569,19 @@ def solvers_part() -> list[str]:
     result = measured("solvers")
     if result is None:
         return ["Not measured yet: `python benchmarks/solvers.py`.", ""]
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for row in result["rows"]:
-        lines.setdefault(row["solver"], []).append((row["passes"], row["error"]))
-    title = "Error of a drawing against passes of the model"
-    return [
-        *origin(result),
-        *plot("solvers", lines, "passes of the model", title),
-        *table(
-            [row | {"R@1 pixels": row["pixel_at_1"]} for row in result["rows"]],
-            ("solver", "steps", "passes", "error", "R@1 pixels", "seconds"),
-        ),
-    ]
+    titles = {
+        "error": "Error of a drawing against passes of the model",
+        "feature_at_1": "Drawings nearest to their picture by features (R@1) against passes of the model",
+    }
+    plots: list[str] = []
+    for key, title in titles.items():
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for row in result["rows"]:
+            lines.setdefault(row["solver"], []).append((row["passes"], row[key]))
+        plots += plot("solvers" if key == "error" else f"solvers_{key}", lines, "passes of the model", title)
+    names = {"to_real": "distance to the picture", "feature_at_1": "R@1 features", "pixel_at_1": "R@1 pixels"}
+    rows = [{names.get(key, key): value for key, value in row.items()} for row in result["rows"]]
+    return [*origin(result), *plots, *table(rows, ("solver", "steps", "passes", "error", *names.values(), "seconds"))]
 
 
 def growth_part() -> list[str]:
