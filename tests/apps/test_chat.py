@@ -124,6 +124,16 @@ def test_the_last_picture_and_the_conversation_are_saved(model, here):
     assert made.messages == []
 
 
+@pytest.mark.parametrize("variables", [{"TERM": "xterm-kitty"}, {"TERM_PROGRAM": "iTerm.app"}], ids=str)
+def test_a_drawing_is_shown_in_a_terminal_that_has_pictures(model, here, monkeypatch, variables):
+    for name in ("TMUX", "STY", "KITTY_WINDOW_ID", "LC_TERMINAL", "TERM_PROGRAM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    said, made = talk(model, "/draw a cat", terminal=True)
+    assert inline(made.messages[1]["content"][0], variables) in said and "▀" not in said
+
+
 def test_mistakes_are_one_line_each(model, here, monkeypatch):
     lines = (
         "/drw a",

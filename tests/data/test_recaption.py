@@ -132,7 +132,9 @@ def test_a_server_that_asks_to_wait_for_a_day_ends_the_run_with_its_words(tmp_pa
         raise Busy("the quota is used up", 86_400)
 
     asking = Asking(model="someone", prompt="", size=8, retries=3)
-    with pytest.raises(XFusionError, match=r"^the quota is used up; it asks to wait 86,400 s, more than 600: give the same"):
+    with pytest.raises(
+        XFusionError, match=r"^the quota is used up; it asks to wait 86,400 s, more than 600: give the same"
+    ):
         recaption(Noise(2), ask, asking, tmp_path / "out", progress=silent)
 
 

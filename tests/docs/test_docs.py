@@ -584,7 +584,7 @@ def test_the_script_of_five_minutes_runs(tmp_path):
     small = {
         "MINUTES": "0.4",
         "PICTURES": "4",
-        "DRAW": "4",
+        "DRAW": "8",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     for _ in range(2):

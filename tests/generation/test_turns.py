@@ -72,6 +72,26 @@ def test_a_turn_reads_what_is_new_and_answers_as_if_it_had_read_all(bases, fusio
 
 
 @torch.no_grad()
+def test_a_conversation_by_its_messages_reads_only_what_is_new(bases, monkeypatch):
+    """As chat, page and server ask: the layout of the turns and their tokens must continue those before them."""
+    model = make_model(bases["llama"], "dual tower, strided")
+    seen, messages = counted(model, monkeypatch), []
+    for number in range(3):
+        content = ["what is this?"] if number else [Noise().picture(1, SIDE), "what is this?"]
+        messages.append({"role": "user", "content": content})
+        before = len(seen)
+        answer = model.answer(messages, draw="never", max_tokens=4)
+        new = max(seen[before:])
+        question = len(model.backbone.encode("what is this?"))
+        # Later turns: the answer before, which may be tokenised otherwise than it was said, line breaks, and the question.
+        said_before = len(model.backbone.encode(messages[-2]["content"][0])) if number else 0
+        assert new == 1 + 1 + 16 + 1 + question if number == 0 else new <= said_before + 2 + question
+        fresh = make_model(bases["llama"], "dual tower, strided")
+        assert fresh.answer(messages, draw="never", max_tokens=4) == answer
+        messages.append({"role": "assistant", "content": answer})
+
+
+@torch.no_grad()
 def test_sounds_and_pictures_of_several_packs_go_on_too(bases, monkeypatch):
     model = together(make_model(bases["llama"], "dual tower, strided"), hearing_model(bases["llama"]))
     heard = model.audio
