@@ -824,6 +824,9 @@ def test_drawing_is_stopped_looked_into_and_compared(visit, model, page_at, monk
         page.locator("#prompt textarea").fill("a cat")
         page.locator("#draw").click()
         says(page, "draw", "step")
+        preview = page.locator("#gallery .thumbnail-item img")
+        preview.first.wait_for()  # what is seen on the way is no drawing of the end
+        assert apart(picture_of(preview.first), model.draw(["a cat"], seed=0)[0]) > 0
         page.locator("button:visible", has_text="Stop").click()
         says(page, "draw", "stopped")
         assert not page_at[1].state.desk.open and page.locator("#gallery .thumbnail-item").count() == 0
