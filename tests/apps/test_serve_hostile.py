@@ -411,7 +411,10 @@ def test_connections_are_bounded(models, held, monkeypatch):
             open_ones.append(begun(server, body))
             until(lambda: len(server.batches.waiting) + len(server.batches.running) == len(open_ones))
         with begun(server, body) as third:
-            assert answered(third)[0] == 503
+            status, headers, answer = answered(third)
+            assert status == 503 and headers["Retry-After"] == "1" and headers["Connection"] == "close"
+            error = shape(json.loads(answer))
+            assert error["code"] == "overloaded" and "more than 2 connections are open" in error["message"]
         held.set()
         assert [answered(one)[0] for one in open_ones] == [200, 200]
         for one in open_ones:

@@ -365,3 +365,13 @@ def test_a_pack_of_the_previous_format_version_takes_a_head(model, tmp_path):
     with pytest.raises(XFusionError, match="was altered"):
         checkpoint.add_opening(old, own, Opening(64), tmp_path / "broken")
     assert not (tmp_path / "broken").exists()
+
+
+@pytest.mark.full
+def test_the_shipped_head_opens_as_its_card_says():
+    """On held-out requests and chats; what the card has beside them is of a file of the user's."""
+    model = xfusion.load("emoji")
+    recorded = checkpoint.read_config(checkpoint.find("emoji"))["opening"]["scores"]
+    found = evaluate(model, "requests", repeat=recorded["settings"]["repeat"])
+    for name in ("precision", "recall", "false_alarms", "subject_exact"):
+        assert found[name] == pytest.approx(recorded[name], abs=0.02), name

@@ -10,6 +10,9 @@ import time
 from typing import Any, Protocol
 
 import uvicorn
+from fastapi.responses import JSONResponse
+
+from xfusion.apps.server.answers import Refused
 
 SENDING = 2
 """Seconds after the grace period for sending the last answers; then connections whose clients do not read are cut."""
@@ -51,16 +54,23 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: Any, grace: int, connections: int = CONNECTIONS):
+        async def bounded(scope: Any, receive: Any, send: Any) -> None:
+            """Uvicorn's own limit would answer in plain text. This one counts the requesting connection, too."""
+            if scope["type"] != "http" or len(self.server_state.connections) <= connections:
+                return await app(scope, receive, send)
+            message = f"more than {connections} connections are open: try again in a second"
+            refused = Refused(503, message, code="overloaded", headers={"Retry-After": "1", "Connection": "close"})
+            return await JSONResponse(refused.body, refused.status, refused.headers)(scope, receive, send)
+
         super().__init__(
             uvicorn.Config(
-                app,
+                bounded,
                 http="h11",  # httptools, if installed, does not limit headers
                 log_level="warning",
                 access_log=False,
                 server_header=False,
                 timeout_keep_alive=IDLE_SECONDS,
                 timeout_graceful_shutdown=grace + SENDING + CANCELLING,
-                limit_concurrency=connections + 1,  # uvicorn counts the requesting connection, too
                 h11_max_incomplete_event_size=HEAD_BYTES,
             )
         )
