@@ -1,5 +1,6 @@
 """Codes: equations of the quantisers, parity with diffusers, and a VQModel folder as a codec."""
 
+import itertools
 import json
 import math
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from diffusers.models.autoencoders.vae import VectorQuantizer
 from diffusers.models.autoencoders.vq_model import VQModel
+from torch.nn import functional
 
 from xfusion.data.sequence import XFusionError
 from xfusion.modalities.codecs.kmeans import explained
@@ -135,6 +137,61 @@ def test_gradients_pass_straight_through_and_hold_the_encoder_to_its_entry():
     assert torch.equal(gradient, torch.ones_like(z))
     (gradient,) = torch.autograd.grad(loss, z)
     torch.testing.assert_close(gradient, 0.25 * 2 * (z - vectors).detach() / z.numel(), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(("levels", "decay"), [(2, 0.0), (3, 0.0), (3, 0.99)])
+def test_the_loss_is_the_mean_over_the_levels_partial_sums(levels, decay):
+    """Each level's, and not the last one's alone: by the equation, cell by cell, in float64."""
+    torch.manual_seed(0)
+    quantizer = Quantizer.Config(entries=5, width=3, levels=levels, decay=decay, commitment=0.3).build().double().eval()
+    with torch.no_grad():
+        quantizer.tables.normal_()
+    z = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    _, codes, loss = quantizer(z)
+    tables, cells = quantizer.tables.detach(), []
+    wanted_z, wanted_tables = torch.zeros_like(z), torch.zeros_like(tables)
+    for n, row, column in itertools.product(range(2), range(2), range(2)):
+        x, partial = z[n, :, row, column].detach(), torch.zeros(3, dtype=torch.float64)
+        chosen = []
+        for level in range(levels):
+            distances = [float((x - partial - entry).square().sum()) for entry in tables[level]]
+            chosen.append(min(range(5), key=distances.__getitem__))
+            partial = partial + tables[level, chosen[-1]]
+            error = x - partial
+            cells.append(float(error.square().mean()))
+            wanted_z[n, :, row, column] += 0.3 * 2 * error
+            for earlier, code in enumerate(chosen):
+                wanted_tables[earlier, code] -= 2 * error
+        assert codes[n, :, row, column].tolist() == chosen
+    mean = sum(cells) / len(cells)
+    count = z.numel() * levels
+    assert float(loss.detach()) == pytest.approx((0.3 if decay else 1.3) * mean, rel=1e-12)
+    loss.backward()
+    torch.testing.assert_close(z.grad, wanted_z / count)
+    if not decay:
+        torch.testing.assert_close(quantizer.tables.grad, wanted_tables / count)
+
+
+def test_averages_by_cosine_follow_directions():
+    """Vectors count by their direction alone, and entries stay of unit length."""
+    torch.manual_seed(1)
+    quantizer = Quantizer.Config(entries=4, width=3, distance="cosine", decay=0.9, revive_below=0.0).build().double()
+    z = torch.randn(1, 3, 4, 4, dtype=torch.float64)
+    size, total = quantizer.size.clone(), quantizer.total.clone()
+    table = functional.normalize(quantizer.tables.detach().clone(), dim=-1)
+    directions = functional.normalize(z, dim=1)[0].flatten(1).T
+    codes = (directions @ table[0].T).argmax(1)
+    for entry in range(4):
+        own = directions[codes == entry]
+        size[0, entry] = 0.9 * size[0, entry] + 0.1 * len(own)
+        total[0, entry] = 0.9 * total[0, entry] + 0.1 * own.sum(0)
+        if len(own):
+            table[0, entry] = functional.normalize(total[0, entry] / size[0, entry], dim=0)
+    quantizer.train()(100 * z)
+    torch.testing.assert_close(quantizer.size, size)
+    torch.testing.assert_close(quantizer.total, total)
+    used = size[0] > 0
+    torch.testing.assert_close(quantizer.tables[0, used].detach(), table[0, used])
 
 
 def test_use_of_codes():
