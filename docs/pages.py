@@ -575,13 +575,16 @@ def solvers_part() -> list[str]:
     }
     plots: list[str] = []
     for key, title in titles.items():
+        if key not in result["rows"][0]:  # of an older measurement
+            continue
         lines: dict[str, list[tuple[float, float]]] = {}
         for row in result["rows"]:
             lines.setdefault(row["solver"], []).append((row["passes"], row[key]))
         plots += plot("solvers" if key == "error" else f"solvers_{key}", lines, "passes of the model", title)
     names = {"to_real": "distance to the picture", "feature_at_1": "R@1 features", "pixel_at_1": "R@1 pixels"}
     rows = [{names.get(key, key): value for key, value in row.items()} for row in result["rows"]]
-    return [*origin(result), *plots, *table(rows, ("solver", "steps", "passes", "error", *names.values(), "seconds"))]
+    columns = ("solver", "steps", "passes", "error", *names.values(), "seconds")
+    return [*origin(result), *plots, *table(rows, tuple(name for name in columns if name in rows[0]))]
 
 
 def growth_part() -> list[str]:

@@ -135,7 +135,7 @@ def licences(model: Model, config: dict[str, Any]) -> dict[str, str]:
             "codec": codec.licence,
             **{f"encoder {_encoder_name(encoder)}": codec.licence for encoder in sorted(codec.encoders)},
             **{
-                f"encoder {_encoder_name(used_encoder.fingerprint)}": used_encoder.licence
+                f"encoder {_encoder_name(used_encoder.fingerprint)}": used_encoder.stated_licence
                 for objective in model.objectives
                 for used_encoder in objective.encoders
             },
@@ -181,10 +181,11 @@ def task(model: Model) -> str:
 def _front_matter(config: dict[str, Any], model: Model) -> str:
     """The metadata block that a hub reads."""
     source = config["base"]["source"]
+    is_folder = not config["base"].get("revision") and Path(source).is_dir()
     lines = ["library_name: xfusion", f"pipeline_tag: {task(model)}"]
     lines += [f"license: {config['licence']}"] if config.get("licence") else []  # the data's licence may forbid any
     lines += ["tags:", "- frozen-base"]
-    if source.count("/") == 1 and ":" not in source and not source.startswith((".", "~")) and not Path(source).is_dir():
+    if source.count("/") == 1 and ":" not in source and not source.startswith((".", "~")) and not is_folder:
         lines += [f"base_model: {source}", "base_model_relation: adapter"]
     return "\n".join(["---", *lines, "---"])
 
@@ -201,7 +202,7 @@ def _recipe(config: dict[str, Any], model: Model) -> dict[str, Any]:
     training = {k: v for k, v in (config.get("training") or {}).items() if isinstance(v, (str, int, float))}
     runs = (config.get("training") or {}).get("runs") or []
     if "command" in training:
-        training["command"] = f"`{training['command']}`"
+        training["command"] = _code(training["command"])
     return {
         "regime": model.regime,
         "fusion": type(model.fusion).__name__,
@@ -214,6 +215,12 @@ def _recipe(config: dict[str, Any], model: Model) -> dict[str, Any]:
         "xfusion": config["library_version"],
         "weights": f"`{config['weights_fingerprint']}`",
     }
+
+
+def _code(text: str) -> str:
+    """A text as code in one line, whatever it contains."""
+    fence = "``" if "`" in text else "`"
+    return f"{fence}{' '.join(text.split())}{fence}"
 
 
 def _schedule(recipe: Mapping[str, Any]) -> dict[str, str]:

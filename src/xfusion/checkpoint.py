@@ -577,17 +577,18 @@ def load(
             f"{name} was trained on {base['source']} with {setting} {recorded!r:.60}, but {backbone.source} has the same weights"
             f" with {current!r:.60}: what it computes is another base; load that of the training"
         )
-    _check_codec(name, config, model_config)
+    is_checked = _check_codec(name, config, model_config)
     model = Model(model_config, backbone, fresh=False)
-    _check_codec(name, config, model_config)  # which a hub may only just have sent
+    if not is_checked:  # a hub may have sent the weights meanwhile (Whisper's come at the first use)
+        _check_codec(name, config, model_config)
     state = load_weights(model, folder, config.get("weights_fingerprint"), config.get("weights_sha256"))
     model.opening = _read_opening(folder, config, backbone)
     model.recorded = Record.of(config, model, state)
     return model.eval()
 
 
-def _check_codec(name: str, config: dict[str, Any], model_config: ModelConfig) -> None:
-    """Refuse other weights of the codec or encoder than the pack was trained with, if they are here.
+def _check_codec(name: str, config: dict[str, Any], model_config: ModelConfig) -> bool:
+    """Refuse other weights of the codec or encoder than the pack was trained with; whether they are here to be checked.
 
     Raises:
         XFusionError: their hash is another.
@@ -598,6 +599,7 @@ def _check_codec(name: str, config: dict[str, Any], model_config: ModelConfig) -
             f"{name} was trained with a codec whose weights have the hash {config['codec_sha256'][:16]}, but those at"
             f" {model_config.modality.codec.weights} have {codec_hash[:16]}: put back the one of its training"
         )
+    return codec_hash is not None or "codec_sha256" not in config
 
 
 def _read_opening(folder: Path, config: dict[str, Any], backbone: Backbone) -> Opening | None:

@@ -230,15 +230,15 @@ def hub_commit(source: str, revision: str | None = None) -> str | None:
 def card_licence(source: str, revision: str | None = None) -> str | None:
     """The licence that the model card of a folder or of a hub repository states; None if it states none or cannot be had."""
     from huggingface_hub import hf_hub_download, metadata_load
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from yaml import YAMLError
 
     card = hub_file(source, "README.md", revision)
     if card is None and not Path(source).is_dir():
-        with suppress(OSError, HFValidationError, HfHubHTTPError):  # no network, or no card
+        with suppress(Exception):  # no network, no card, no such repository: whatever it is, a run must not end by it
             card = Path(hf_hub_download(source, "README.md", revision=revision))
     try:
         licence = card and (metadata_load(card) or {}).get("license")
-    except ValueError:  # its metadata are no YAML
+    except (ValueError, OSError, YAMLError):
         return None
     return ", ".join(map(str, licence)) if isinstance(licence, list) else str(licence) if licence else None
 

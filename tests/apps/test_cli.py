@@ -813,6 +813,25 @@ def test_train_then_adapt(run, here, photos, small):
     assert json.loads(Path("first/pack/config.json").read_text())["training"]["command"] == first_command
 
 
+@pytest.mark.parametrize(
+    ("argument", "kept"),
+    [
+        ("/home/My Name/secret/cats", "cats"),
+        ("/data/shards/{000..099}.tar", "{000..099}.tar"),
+        ("autoencoder_kl:/home/me/private/vae:vae", "autoencoder_kl:vae:vae"),
+        ("--data=/home/me/cats:weight=2+/home/me/dogs", "--data=cats:weight=2+dogs"),
+        ("~/cats", "cats"),
+        ("mine/cats", "mine/cats"),
+        ("hf:org/cards", "hf:org/cards"),
+        ("s3://bucket/a", "s3://bucket/a"),
+    ],
+)
+def test_the_recorded_command_has_no_folders_of_this_machine(argument, kept):
+    from xfusion.apps.commands import recipe
+
+    assert recipe._without_folders(argument) == kept
+
+
 def test_licences_that_are_stated_stand_in_the_pack_and_its_card(run, here, photos, small):
     call = ("train", "xfusion", "--steps", "1", *small)
     own = ("--data", photos, "--data-licence", "CC-BY-4.0, taken by us", "--licence", "cc-by-4.0", "-o", "run")

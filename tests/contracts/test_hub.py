@@ -249,6 +249,8 @@ def test_a_base_of_the_hub_is_pinned_by_its_commit_with_the_licence_of_its_card(
     assert Backbone.load("org/base").revision == "b" * 40
     assert Backbone.load("org/base", revision="a" * 40).licence == "llama3.2"
     assert Backbone.load("org/base").licence.startswith("not recorded")  # the newer one has no card
+    hub.commits["org/base"].append(("c" * 40, files(1) | {"README.md": b"---\nlicense: [mit\n---\n"}))
+    assert Backbone.load("org/base").licence.startswith("not recorded")  # its metadata are broken
     hub.out_of_order = True  # the cache knows
     assert Backbone.load("org/base", revision="a" * 40).licence == "llama3.2"
 

@@ -134,6 +134,7 @@ def pictures_of_all_kinds() -> Iterator[Case]:
         "bomb ppm": lines + b"0 " * 1000,
         "bomb of text": png(8, 8, bytes(200), b"a\0\0" + zlib.compress(bytes(50_000_000))),
         "many scans": many_scans(),
+        "scans behind a reserved marker": many_scans(b"\xff\x02\xff\xff"),
         "nothing": b"",
         "zeros": bytes(1000),
         "ones": b"\xff" * 1000,
@@ -148,11 +149,12 @@ def pictures_of_all_kinds() -> Iterator[Case]:
     yield Case("sparse", BAD, sparse)
 
 
-def many_scans() -> bytes:
+def many_scans(between: bytes = b"") -> bytes:
     """A progressive JPEG whose last scan stands there a thousand times: each would cost a walk over all pixels."""
     jpeg = encoded(Image.new("RGB", (64, 64), "red"), "JPEG", progressive=True)
     last_scan = jpeg.rindex(b"\xff\xda")
-    return jpeg[:last_scan] + jpeg[last_scan:-2] * 1000 + jpeg[-2:]
+    scan = jpeg[last_scan:-2]
+    return jpeg[:last_scan] + scan + between + scan * 999 + jpeg[-2:]
 
 
 def names_and_words() -> Iterator[Case]:

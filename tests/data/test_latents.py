@@ -518,8 +518,16 @@ def test_workers_leave_out_what_breaks_meanwhile(tmp_path, monkeypatch):
         (tmp_path / f"{index}.txt").write_text(f"card {index}")
     source, out = open_source(tmp_path), tmp_path / "out"
     (tmp_path / "4.png").write_bytes((tmp_path / "4.png").read_bytes()[:100])
-    with pytest.raises(XFusionError, match=r"4\.png: is cut short"):
+    with pytest.raises(XFusionError, match=r"4\.png is cut short"):
         encode(source, Pixels.Config(), 16, out, workers=2)
     found = encode(source, Pixels.Config(), 16, out, workers=2, allow_bad=0.2)
     assert [e.captions[0] for e in found.examples] == [f"card {index}" for index in (0, 1, 2, 3, 5)]
-    assert "4.png: is cut short" in found.left_out[4]
+    assert "4.png is cut short" in found.left_out[4]
+    # By the command, for which the broken picture would else be none of the examples.
+    index = (out / "index.json").read_bytes()
+    command = ["data", "encode", str(tmp_path), "--size", "16", "--device", "cpu", "-o", str(out), "--allow-bad"]
+    assert cli.main([*command, "0.2"]) == 0 and (out / "index.json").read_bytes() == index
+    # Mended: less is allowed, so its shard is made again.
+    Noise().picture(4, 16).save(tmp_path / "4.png")
+    assert cli.main([*command, "0.01"]) == 0
+    assert len(Latents(out)) == 6 and not Latents(out).left_out

@@ -14,7 +14,7 @@ import json
 import signal
 import traceback
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import accumulate, pairwise
 from multiprocessing import get_context
@@ -301,13 +301,16 @@ def encode(
             are faster on a GPU and agree up to rounding.
         workers: processes that share the shards; each loads the codec and uses its share of the threads.
         device: device of the codec.
-        allow_bad: share of bad examples, those found when the source was opened included, that may be left out.
+        allow_bad: share of bad examples, those found when the source was opened included, that may be left out. Those that an
+            earlier call left out stay so, unless they are more than that: then their shards are encoded again.
         progress: called with the number of pictures done and in total.
 
     Raises:
         XFusionError: the folder contains other files, or latents of another source, codec or size.
         Unreadable: a picture cannot be read, and no more may be left out; finished shards are kept.
     """
+    from xfusion.data.sources import too_many
+
     model_codec = codec.build()
     model_codec.latent_shape(size, size)
     codec_identity = identity(model_codec)
@@ -323,25 +326,25 @@ def encode(
     _refuse_others(out, tasks, codec_identity, size)
     unfinished = [task for task in tasks if not task.path.is_file()]
     earlier_hashes = _earlier_hashes(out)
-    done = len(source.examples) - sum(task.count for task in unfinished)
     report_progress = progress or (lambda done, total: None)
-    report_progress(done, len(source.examples))
     left_out = {
-        task.start + int(position): reason
+        task.start + position: facts["reason"]
         for task in tasks
         if task not in unfinished
-        for position, reason in _metadata(task.path).get("unreadable", {}).items()
+        for position, facts in _left_out(task.path).items()
     }
-    _check_share(source, left_out, allow_bad)
+    if too_many(source, left_out, allow_bad) is not None:
+        unfinished = [task for task in tasks if task in unfinished or task.holds(left_out)]
+        left_out = {}
+    done = len(source.examples) - sum(task.count for task in unfinished)
+    report_progress(done, len(source.examples))
     if unfinished:
         settings = size, batch, allow_bad > 0
         for task, unreadable in _encode_shards(unfinished, source, codec, model_codec, settings, workers, device):
             left_out |= unreadable
-            try:
-                _check_share(source, left_out, allow_bad)
-            except Unreadable:  # so that the same command tries it again
-                task.path.unlink()
-                raise
+            if (message := too_many(source, left_out, allow_bad)) is not None:
+                task.path.unlink()  # so that the same command tries it again
+                raise Unreadable(message, left_out)
             done += task.count
             report_progress(done, len(source.examples))
     # An example's origin contains the folder's name, which need not be valid UTF-8.
@@ -377,11 +380,17 @@ def encode(
     return Latents(out)
 
 
-def _check_share(source: Source, left_out: dict[int, str], allow_bad: float) -> None:
-    from xfusion.data.sources import too_many
+def left_out_before(out: Path) -> dict[str, dict[str, str]]:
+    """Examples that an unfinished or finished folder leaves out, by id, as `xfusion.data.sources.open_source` takes them: they
+    keep their places, so that finished shards stay those of the same examples.
+    """
+    shards = sorted(out.glob("latents-*.safetensors"))
+    return {facts["id"]: facts for path in shards for facts in _left_out(path).values()}
 
-    if (message := too_many(source, left_out, allow_bad)) is not None:
-        raise Unreadable(message, left_out)
+
+def _left_out(path: Path) -> dict[int, dict[str, str]]:
+    """Examples whose pictures could not be read when a shard was made, by their position in it."""
+    return {int(position): facts for position, facts in _metadata(path).get("unreadable", {}).items()}
 
 
 def _earlier_hashes(out: Path) -> dict[str, str]:
@@ -405,6 +414,10 @@ class _Task:
     def __init__(self, out: Path, start: int, count: int) -> None:
         self.start, self.count, self.key = start, count, ""
         self.path = out / f"latents-{start // PER_SHARD:05d}.safetensors"
+
+    def holds(self, numbers: Iterable[int]) -> bool:
+        """Whether one of these examples is in the shard."""
+        return any(self.start <= number < self.start + self.count for number in numbers)
 
 
 def _key(codec: dict[str, Any], size: int, batch: int, examples: Sequence[Example]) -> str:
@@ -587,7 +600,11 @@ class _Worker:
                 latents[[*read]] = cls.codec.encode(pictures.to(cls.device)).cpu().float()
         metadata = {"key": task.key, "codec": _name(identity(cls.codec)), "size": cls.size}
         if unreadable:
-            metadata["unreadable"] = unreadable
+            examples = {position: cls.source.examples[task.start + position] for position in unreadable}
+            metadata["unreadable"] = {
+                position: {"id": e.id, "group": e.group, "content": e.content, "reason": unreadable[position]}
+                for position, e in examples.items()
+            }
         with atomic_file(task.path) as temporary:
             save_file({"latents": latents}, str(temporary), {"made_of": json.dumps(metadata)})
         return {task.start + position: reason for position, reason in unreadable.items()}

@@ -26,8 +26,9 @@ MAX_BYTES = 600_000_000
 MAX_SCANS = 100
 """Largest number of scans of a JPEG: a progressive one has about ten, and each costs a pass over all pixels."""
 _START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
-_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
-"""A marker of a JPEG that has a length behind it, or ends the image: not a stuffed byte, a restart, a start or padding."""
+_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
+"""A marker of a JPEG that has a length behind it, or ends the image: not a stuffed byte, a restart, a start or padding, nor a
+reserved one, which decoders pass over among restarts."""
 LARGE = 4_000_000
 """Pictures with more pixels are decoded one at a time, whatever the number of threads."""
 _one_large = threading.Lock()

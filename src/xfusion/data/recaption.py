@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from xfusion.data.files import MAX_CAPTION, METADATA
+from xfusion.data.files import MAX_CAPTION, MAX_CAPTIONS, METADATA
 from xfusion.data.sequence import XFusionError, first_line
 from xfusion.data.sources import Source
 from xfusion.storage import atomic_file, named_in_errors
@@ -138,7 +138,11 @@ def recaption(
                     " prompt or model, and another folder"
                 )
     lines = [
-        {"file_name": _name(i), "captions": [answers[i], *(c for c in e.captions if c != answers[i])], "group": e.group}
+        {
+            "file_name": _name(i),
+            "captions": [answers[i], *(c for c in e.captions if c != answers[i])][:MAX_CAPTIONS],
+            "group": e.group,
+        }
         for i, e in enumerate(source.examples)
         if i in answers
     ]

@@ -151,7 +151,7 @@ def _estimate_lost(shards: Sequence[Path | str], by_shard: Sequence[list[Record]
     """How many examples a file stands for that cannot be read at all: as many as the others have in its bytes."""
     sizes = [shard.stat().st_size if isinstance(shard, Path) and shard.is_file() else 0 for shard in shards]
     whole = [
-        (size, len(records))
+        (size, sum(record.stands_for for record in records))
         for size, records in zip(sizes, by_shard, strict=True)
         if size and all(r.stands_for for r in records)
     ]

@@ -145,6 +145,11 @@ class Encoder(Frozen, ABC):
             """Licence of the weights, as far as it is known."""
             return "unknown"
 
+        @property
+        def stated_licence(self) -> str:
+            """The licence to name in a pack, which may have to be looked up."""
+            return self.licence
+
         @abstractmethod
         def build(self) -> Encoder:
             """The encoder of this config, loaded, frozen and in eval mode."""

@@ -153,8 +153,8 @@ class _Run:
         self.progress = Progress(self.recipe.stages, settings.minutes)
         self.exit_stack = ExitStack()
         self.sharding: Sharding | None = None
-        self.earlier: list[dict[str, Any]] = []
         self.command = settings.command
+        self.earlier: list[dict[str, Any]] = []
         """Records of the runs behind the pack that this run started from."""
         self.saved_step: int | None = None
         """Step of the newest intact state, which was written last or resumed from."""
@@ -563,7 +563,7 @@ class _Run:
             resuming.check(plan, self.out, self.recipe, fingerprint, self.source.spec, self._examples)
         self.progress.load_state_dict(plan)
         self.left_out.load_state_dict(plan.get("left_out", {}))
-        self.command = plan.get("command", self.command)
+        self.command = plan.get("command")  # not the one that continues the run
         self.earlier = plan.get("earlier", self.earlier)  # a run is resumed without the pack that it started from
         self.optimizer.load_state_dict(tensors)
         self.saved_step = self.progress.step

@@ -13,13 +13,14 @@ from xfusion.training.processes import row_slice, sharded_like
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 NEVER_DECAYED = frozenset({"latents", "queries", "constants", "rows", "by_layer"})
-"""Last names of parameters that are tables of vectors and not matrices: learned inputs, which mean nothing near 0."""
+"""Last names of parameters that are lists of vectors and no matrices: learned inputs, which mean nothing near 0."""
 
 
 class Optimizer:
     """AdamW (0.9, 0.95) with clipping and a moving average, over learned weights only.
 
-    Weight decay applies to matrices: not to gates, which it would close, norms, biases, boundary rows and learned inputs.
+    Weight decay applies to matrices and embedding tables: not to gates, which it would close, norms, biases, boundary rows, and
+    the queries, latents and rows that modules learn as inputs of their own.
 
     Args:
         parameters: float32 master weights by name; sharded ones are `DTensor`.

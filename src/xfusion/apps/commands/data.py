@@ -91,7 +91,7 @@ class DataEncode(Verb):
 
     def run(self, console: Console) -> Answer:
         from xfusion.apps.commands.recipe import read_codec
-        from xfusion.data.latents import encode
+        from xfusion.data.latents import encode, left_out_before
         from xfusion.data.sources import open_source
 
         if self.batch < 1 or self.workers < 1:
@@ -102,7 +102,13 @@ class DataEncode(Verb):
         except ValueError as error:
             raise UsageError(str(error)) from error
         device, tokens = choose_device(self.device), _special_tokens(self.base)[0]
-        source = open_source(self.spec, split=self.split, allow_bad=self.allow_bad, special_tokens=tokens)
+        source = open_source(
+            self.spec,
+            split=self.split,
+            allow_bad=self.allow_bad,
+            special_tokens=tokens,
+            unreadable=left_out_before(self.out),
+        )
         with progress(console) as report_progress:
             latents = encode(
                 source,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import PurePath
 from types import ModuleType
 from typing import Annotated, Any
 
@@ -53,7 +55,8 @@ def parse_train(parse: Callable[..., Any], name: str, args: list[str]) -> TrainR
         name: the recipe.
         args: the arguments after it.
     """
-    settings, command = _build_recipe(name), shlex.join(["xfusion", "train", name, *args])
+    settings = _build_recipe(name)
+    command = shlex.join(["xfusion", "train", *map(_without_folders, [name, *args])])
     initial: TrainRecipe = parse(
         TrainRecipe, args, default=TrainRecipe(recipe=name, settings=settings), registry=registry()
     )
@@ -72,6 +75,14 @@ def parse_train(parse: Callable[..., Any], name: str, args: list[str]) -> TrainR
     defaults = TrainRecipe(recipe=name, settings=settings)
     final: TrainRecipe = parse(TrainRecipe, args, default=defaults, registry=registry())
     return dataclasses.replace(final, command=command, from_pack=final.from_pack and pack_folder(final.from_pack))
+
+
+def _without_folders(argument: str) -> str:
+    """An argument with absolute paths, also those inside of a spec, shortened to their last part: a pack may be published."""
+    if "://" in argument:
+        return argument
+    parts = re.split(r"([:=+])", argument)
+    return "".join(PurePath(part).name if part.startswith(("/", "~")) else part for part in parts)
 
 
 def _build_recipe(name: str) -> Recipe:

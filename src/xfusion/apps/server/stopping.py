@@ -56,7 +56,8 @@ class Server(uvicorn.Server):
     def __init__(self, app: Any, grace: int, connections: int = CONNECTIONS):
         async def bounded(scope: Any, receive: Any, send: Any) -> None:
             """Uvicorn's own limit would answer in plain text. This one counts the requesting connection, too."""
-            if scope["type"] != "http" or len(self.server_state.connections) <= connections:
+            state = self.server_state
+            if scope["type"] != "http" or max(len(state.connections), len(state.tasks)) <= connections:
                 return await app(scope, receive, send)
             message = f"more than {connections} connections are open: try again in a second"
             refused = Refused(503, message, code="overloaded", headers={"Retry-After": "1", "Connection": "close"})

@@ -38,8 +38,8 @@ class VisionTransformer(Encoder):
         """Layer whose hidden states are used: -1 is the last, -2 the one before it, as in LLaVA."""
         batch_size: int = 16
         """Pictures per forward pass; affects memory only."""
-        licence: str = ""  # type: ignore[assignment]
-        """Licence of the weights; empty means what its model card states."""
+        licence: str = "unknown"  # type: ignore[assignment]
+        """Licence of the weights; if it is unknown, a pack names what their model card states."""
 
         @cached_property
         def shape(self) -> Any:
@@ -64,6 +64,12 @@ class VisionTransformer(Encoder):
             """Source, revision and layer."""
             return f"{self.source}@{self.revision}#{self.layer}"
 
+        @property
+        def stated_licence(self) -> str:
+            """The licence, or that of the model card."""
+            card = card_licence(self.source, self.revision) if self.licence == "unknown" else None
+            return card or self.licence
+
         def build(self) -> VisionTransformer:
             """The frozen encoder."""
             return VisionTransformer(self)
@@ -78,7 +84,7 @@ class VisionTransformer(Encoder):
         super().__init__()
         self.config, shape = config, config.shape
         self.name, self.fingerprint = config.source, config.fingerprint
-        self.licence = config.licence or card_licence(config.source, config.revision) or "unknown"
+        self.licence = config.stated_licence
         self.width, self.side = shape.hidden_size, shape.image_size
         self.cells = self.side // shape.patch_size
         model, report = _load_pretrained(config, AutoModel.from_pretrained, config=shape, output_loading_info=True)
