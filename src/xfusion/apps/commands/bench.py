@@ -19,6 +19,9 @@ from rich.console import Console
 
 from xfusion.apps.commands.base import Answer, UsageError, Verb, as_file
 
+BUSY = 0.5
+"""Load per core from which on a machine is not idle."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Bench(Verb):
@@ -63,6 +66,12 @@ class Bench(Verb):
             "load_before": _load_average(),
             "quick": self.quick,
         }
+        if (load := data["load_before"]) is not None and load > BUSY * (os.cpu_count() or 1):
+            console.print(
+                f"hint      other processes keep this machine busy (load {load:g}): only ratios of what is measured in turn say"
+                " anything; wait until it is idle",
+                highlight=False,
+            )
         for name in self.only or base.names():
             try:
                 data[name] = self._run_in_own_process(name)
