@@ -202,7 +202,7 @@ def _recipe(config: dict[str, Any], model: Model) -> dict[str, Any]:
     training = {k: v for k, v in (config.get("training") or {}).items() if isinstance(v, (str, int, float))}
     runs = (config.get("training") or {}).get("runs") or []
     if "command" in training:
-        training["command"] = _code(training["command"])
+        training["command"] = _code(str(training["command"]))
     return {
         "regime": model.regime,
         "fusion": type(model.fusion).__name__,

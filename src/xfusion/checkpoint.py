@@ -587,7 +587,7 @@ def load(
     return model.eval()
 
 
-def _check_codec(name: str, config: dict[str, Any], model_config: ModelConfig) -> bool:
+def _check_codec(name: str | os.PathLike[str], config: dict[str, Any], model_config: ModelConfig) -> bool:
     """Refuse other weights of the codec or encoder than the pack was trained with; whether they are here to be checked.
 
     Raises:
