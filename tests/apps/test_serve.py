@@ -372,6 +372,7 @@ def test_pictures_out_of_a_conversation(client, model):
     expected = model.generate(["a red apple", xfusion.Image(), ""], seed=4, steps=3, max_tokens=6)
     assert apart(from_url(both.choices[0].message.images[0]["image_url"]["url"]), expected[0]) == 0
     assert both.choices[0].message.content == expected[1]
+    assert_streams_picture_first(client, {**call, "modalities": ["image", "text"], "max_tokens": 6}, both.choices[0].message)
 
     # What was drawn goes back as it came.
     again = [*call["messages"], message.to_dict(), {"role": "user", "content": "what is this?"}]
@@ -382,6 +383,16 @@ def test_pictures_out_of_a_conversation(client, model):
     chunks = list(client.chat.completions.create(**call, modalities=["image"], stream=True))
     (streamed,) = [c.choices[0].delta.images for c in chunks if getattr(c.choices[0].delta, "images", None)]
     assert streamed == message.images
+
+
+def assert_streams_picture_first(client, call, message):
+    """A stream sends the picture of a message as soon as it is drawn, and its words behind it."""
+    deltas = [chunk.choices[0].delta for chunk in client.chat.completions.create(**call, stream=True)]
+    kinds = ["images" if getattr(delta, "images", None) else "words" for delta in deltas if delta.content != ""]
+    assert kinds[0] == "images" and kinds.count("images") == 1 and kinds.count("words") >= 2
+    (images,) = [delta.images for delta in deltas if getattr(delta, "images", None)]
+    assert images == message.images
+    assert "".join(delta.content or "" for delta in deltas) == message.content
 
 
 def test_the_opening_head_decides_where_a_request_asks_it_to(client, model, monkeypatch):
@@ -401,6 +412,7 @@ def test_the_opening_head_decides_where_a_request_asks_it_to(client, model, monk
     message = drawn.choices[0].message
     found = from_url(message.images[0]["image_url"]["url"])
     assert found.size == (32, 32) and apart(found, picture) == 0 and message.content == words
+    assert_streams_picture_first(client, {**call, "extra_body": {"draw": "auto", "steps": 3, "size": "32x32"}}, message)
     assert client.chat.completions.create(**call).choices[0].message.content == plain.choices[0].message.content
 
 

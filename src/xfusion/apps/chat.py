@@ -31,6 +31,7 @@ HELP = """\
 /image PATH   show it a picture; what you say next is about it
 /sound PATH   let it hear a sound, likewise, if the pack hears
 /draw WORDS   draw a picture of these words
+/look WORDS   ask about the last picture that it drew
 /save FILE    the last picture (.png, .jpg, .webp), or the whole conversation (.json)
 /new          forget the conversation
 /help         this
@@ -85,6 +86,7 @@ class Chat:
             "/image": self._image,
             "/sound": self._sound,
             "/draw": self._draw,
+            "/look": self._look,
             "/save": self._save,
             "/new": self._new,
             "/help": self._help,
@@ -155,6 +157,17 @@ class Chat:
         draw_size(self.model, None)  # refuses an audio pack
         picture = self._picture(words)
         self.messages = [*with_segment(self.messages, words), {"role": "assistant", "content": [picture]}]
+
+    def _look(self, words: str) -> None:
+        """Ask about the last picture that was drawn, alone with the question, as packs are trained."""
+        if not words:
+            raise UsageError("/look WORDS: say what to ask about the last picture")
+        self._require("caption", "read pictures")
+        if self.last is None:
+            raise UsageError("/look: nothing was drawn yet; /draw WORDS draws")
+        messages = with_segment(self.messages, words)
+        answer = self._stream_text([self.last[0], words])
+        self.messages = [*messages, {"role": "assistant", "content": [answer]}]
 
     def _picture(self, words: str) -> Picture:
         """Draw a picture of a prompt, and show it or write it to a file."""

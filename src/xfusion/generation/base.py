@@ -18,6 +18,8 @@ Progress = Callable[[int, int, Tensor | None], None]
 """Called while drawing with the steps done, the total steps, and the current clean estimate ``[N, M, P]``."""
 Listener = Callable[[int, int], bool]
 """Called with the index of a list and each token of its answer as it is generated; False ends that answer."""
+Viewer = Callable[[int, Any], None]
+"""Called with the index of a list and each picture or sound of its answer as soon as it is made, before any text after it."""
 
 MAX_PROMPT_TOKENS = 2048
 """Longest prompt text in tokens if there are media, even if the base has a longer context. The attention mask then covers

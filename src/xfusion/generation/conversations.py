@@ -8,8 +8,8 @@ from typing import Any, Literal, cast, get_args
 from xfusion.data.requests import PICTURE
 from xfusion.data.sequence import Audio, Image, Text, XFusionError
 from xfusion.generation import base
-from xfusion.generation.base import Listener, Segment, seeds_of
-from xfusion.generation.segments import generate, listener_for
+from xfusion.generation.base import Listener, Segment, Viewer, seeds_of
+from xfusion.generation.segments import generate, listener_for, viewer_for
 from xfusion.model import Model
 
 DrawMode = Literal["never", "auto", "always"]
@@ -69,6 +69,7 @@ def answer(
     seed: int = 0,
     seeds: Seq[int] | None = None,
     listen: Listener | None = None,
+    show: Viewer | None = None,
     **settings: Any,
 ) -> list[Any]:
     """The next turn of a conversation, or of each of several: text, or a picture optionally followed by text.
@@ -92,6 +93,7 @@ def answer(
         seed: conversation i uses ``seed + i``.
         seeds: one seed per conversation instead.
         listen: called with the index of a conversation and every token of its text as it is generated.
+        show: called with the index of a conversation and its picture as soon as it is drawn, before its text.
         settings: other settings of `generate`: ``steps``, ``guidance``, ``max_tokens``, ...
 
     Returns:
@@ -114,6 +116,7 @@ def answer(
             "one_line": one_line,
             "seeds": [answer_seeds[i] for i in members],
             "listen": listener_for(listen, members),
+            "show": viewer_for(show, members),
             **settings,
         }
         if draws:
@@ -137,7 +140,7 @@ def ends_at_line(messages: Seq[Message]) -> bool:
     return len(messages) != 1 or isinstance(content, str) or not content or isinstance(content[0], str)
 
 
-_DRAWING_SETTINGS = {"seeds", "steps", "guidance", "solver", "progress"}
+_DRAWING_SETTINGS = {"seeds", "steps", "guidance", "solver", "progress", "show"}
 """Settings of `generate` that apply to drawing."""
 
 

@@ -20,6 +20,7 @@ from xfusion.generation.base import (
     MediaInput,
     Progress,
     Segment,
+    Viewer,
     draw_size,
     encode_prompt,
     media_segment,
@@ -62,6 +63,7 @@ def generate(
     one_line: bool = False,
     progress: Progress | None = None,
     listen: Listener | None = None,
+    show: Viewer | None = None,
 ) -> list[Any]:
     """Continue a list of segments, or a batch of such lists.
 
@@ -91,6 +93,7 @@ def generate(
         one_line: end a text answer that comes after media at its first line break. Text-only lists are not affected.
         progress: called while drawing.
         listen: called with every token of a text answer as it is generated.
+        show: called with every picture or sound as soon as it is made.
 
     Returns:
         the generated segments (``str``, ``PIL.Image``, or codes of a sound, int64) of the list, or a list of such lists for a
@@ -145,6 +148,7 @@ def generate(
                 [list_seeds[i] for i in batch_indices],
                 settings,
                 listener_for(listen, batch_indices),
+                viewer_for(show, batch_indices),
             )
             for i, answer in zip(batch_indices, answers, strict=True):
                 results[i] = answer
@@ -179,6 +183,11 @@ def _is_text_only(kinds: Seq[Any]) -> bool:
 def listener_for(listen: Listener | None, list_indices: Seq[int]) -> Listener | None:
     """The listener with rows of a batch mapped to indices of the lists."""
     return None if listen is None else lambda row, token: listen(list_indices[row], token)
+
+
+def viewer_for(show: Viewer | None, list_indices: Seq[int]) -> Viewer | None:
+    """The viewer with rows of a batch mapped to indices of the lists."""
+    return None if show is None else lambda row, item: show(list_indices[row], item)
 
 
 def kinds_of(model: Model, items: Seq[Segment]) -> tuple[Any, ...]:
@@ -231,6 +240,7 @@ def _generate_batch(
     seeds: Seq[int],
     settings: _Settings,
     listen: Listener | None,
+    show: Viewer | None,
 ) -> list[list[Any]]:
     """Continuations of lists that have the same kinds of segments."""
     contexts: list[tuple[Text | Media, ...]] = [() for _ in lists]
@@ -260,8 +270,10 @@ def _generate_batch(
             generated = (
                 pictures_of(model, tokens, native, output_size) if task == "draw" else codes(model, tokens, native)
             )
-            for answer, item in zip(results, generated, strict=True):
+            for row, (answer, item) in enumerate(zip(results, generated, strict=True)):
                 answer.append(item)
+                if show is not None:
+                    show(row, item)
             num_generated += 1
             grid = model.modality.grid(native)
             # The finished item is clean context for everything later.

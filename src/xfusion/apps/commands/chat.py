@@ -21,7 +21,7 @@ class Chat(Verb):
     """Talk with a pack: text, pictures or sounds that you show, pictures that it draws.
 
     Lines are read from the terminal, a file or a pipe. /help lists the commands: /image PATH, /sound PATH, /draw WORDS,
-    /save FILE.
+    /look WORDS, /save FILE.
     Pictures are shown if the terminal has colours, and written to a file if it has none.
     """
 

@@ -65,6 +65,7 @@ class Continue:
             "one_line": self.one_line,
             "progress": drawing_progress(jobs),
             "listen": lambda row, token: jobs[row].hear(token),
+            "show": lambda row, item: jobs[row].show(item),
         }
         inputs = [job.inputs for job in jobs]
         if self.opens:
@@ -196,11 +197,14 @@ class Job:
     index: int
     """Index of the answer within its request."""
     words: TextStream
-    notify: Callable[[Job, str | None], None]
-    """Called by the computing thread with new text, and with None when the answer is done or has failed."""
+    notify: Callable[[Job, Any], None]
+    """Called by the computing thread with new text, with each picture as soon as it is drawn, and with None when the answer is
+    done or has failed."""
     watch: Callable[[int, int, Tensor], None] | None = None
     """Called by the computing thread after each sampling step: steps done, total steps, the clean estimate ``[M, P]``."""
     answer: list[Any] = field(default_factory=list)
+    has_shown: bool = False
+    """A picture was passed on."""
     error: Exception | None = None
     dropped: bool = False
     """No client waits for it any more."""
@@ -215,6 +219,11 @@ class Job:
         if new:
             self.notify(self, new)
         return not self.words.stopped
+
+    def show(self, picture: Any) -> None:
+        """Pass on a picture of the answer; text may follow it."""
+        self.has_shown = True
+        self.notify(self, picture)
 
     def end(self, answer: list[Any] | None = None, error: Exception | None = None) -> None:
         """End the job with an answer or an error; ending it again has no effect."""
@@ -345,7 +354,7 @@ class Batches:
         except _Abandoned:
             return
         except Exception as error:  # whatever it is, clients must be notified and the next batch must run
-            if len(jobs) > 1 and not any(job.words.ids for job in jobs):
+            if len(jobs) > 1 and not any(job.words.ids or job.has_shown for job in jobs):
                 for job in jobs:  # one job must not fail the others
                     self._run([job])
                 return

@@ -35,8 +35,8 @@ class Completion:
             words = [segment for segment in job.answer if isinstance(segment, str)]
             content = job.words.sent if job.words.stopped else "".join(words)
             message: dict[str, Any] = {"role": "assistant", "content": content if words else None}
-            if images := self._images(job):
-                message["images"] = images
+            if pictures := [segment for segment in job.answer if not isinstance(segment, str)]:
+                message["images"] = self._images(job, pictures)
             choices.append(
                 {"index": job.index, "message": message, "finish_reason": self._reason(job), "logprobs": None}
             )
@@ -49,12 +49,11 @@ class Completion:
             yield self._event(job.index, {"role": "assistant", "content": ""})
         try:
             async for job, new in self.ticket.follow():
-                if new is not None:
-                    yield self._event(job.index, {"content": new})
-                    continue
-                if images := self._images(job):
-                    yield self._event(job.index, {"images": images})
-                yield self._event(job.index, {}, self._reason(job))
+                if new is None:
+                    yield self._event(job.index, {}, self._reason(job))
+                else:
+                    delta = {"content": new} if isinstance(new, str) else {"images": self._images(job, [new])}
+                    yield self._event(job.index, delta)
         except ClientDisconnect:
             return
         except Exception as error:
@@ -72,9 +71,8 @@ class Completion:
         chunk = {**self.head, "object": "chat.completion.chunk", **usage, **parts}
         return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
 
-    def _images(self, job: Job) -> list[dict[str, Any]]:
+    def _images(self, job: Job, pictures: list[Any]) -> list[dict[str, Any]]:
         facts = self.ticket.service.picture_facts(self.name, job)
-        pictures = [segment for segment in job.answer if not isinstance(segment, str)]
         return [{"type": "image_url", "image_url": {"url": data_url(picture, facts)}} for picture in pictures]
 
     def _reason(self, job: Job) -> str:

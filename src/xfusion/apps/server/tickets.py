@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel
@@ -139,12 +139,12 @@ class Ticket:
     def __init__(self, service: Service, request: Request, jobs: list[Job], deadline: float):
         self.service, self.request, self.jobs, self.deadline = service, request, jobs, deadline
         self.loop = asyncio.get_running_loop()
-        self.events: asyncio.Queue[tuple[Job, str | None]] = asyncio.Queue()
+        self.events: asyncio.Queue[tuple[Job, Any]] = asyncio.Queue()
         for job in jobs:
             job.notify = self._put_event
         service.batches.put(jobs)
 
-    def _put_event(self, job: Job, new: str | None) -> None:
+    def _put_event(self, job: Job, new: Any) -> None:
         try:
             self.loop.call_soon_threadsafe(self.events.put_nowait, (job, new))
         except RuntimeError:  # the loop is closed: the server stopped before the batch finished
@@ -154,8 +154,8 @@ class Ticket:
         """Abandon the jobs: no client waits any more."""
         self.service.batches.forget(self.jobs)
 
-    async def follow(self) -> AsyncIterator[tuple[Job, str | None]]:
-        """Events until all jobs are done: new text of a job, or None for a job that is done.
+    async def follow(self) -> AsyncIterator[tuple[Job, Any]]:
+        """Events until all jobs are done: new text of a job, a picture that it drew, or None for a job that is done.
 
         Raises:
             ClientDisconnect: the client disconnected.

@@ -226,7 +226,9 @@ class Desk:
                 picture = [event.picture]
                 yield event
             elif not job.answer:
-                yield [*picture, job.words.sent]
+                if event is not None and not isinstance(event, str):
+                    picture = [event]
+                yield [*picture, *filter(None, [job.words.sent])]
         if job.dropped and picture:
             raise Stopped
         yield list(job.answer) if job.answer and not job.dropped else [job.words.sent]
@@ -293,7 +295,7 @@ class Desk:
         for job, event in self._follow(user, jobs):
             if isinstance(event, Preview):
                 yield event
-            elif job.answer:
+            elif event is None and job.answer:
                 facts = {"prompt": params.prompt, "seed": job.seed, "steps": steps, "guidance": guidance}
                 path = unused_path(self.folder / f"{file_name(params.prompt)}-seed{job.seed}.png")
                 save(job.answer[0], path, facts | self.facts[str(name)])
@@ -303,12 +305,12 @@ class Desk:
 
     def _follow(
         self, user: str, jobs: list[Job], preview_steps: set[int] | None = None
-    ) -> Iterator[tuple[Job, str | Preview | None]]:
-        """Events of jobs until all are done or stopped: text, previews, and None for a job that is done.
+    ) -> Iterator[tuple[Job, str | Picture | Preview | None]]:
+        """Events of jobs until all are done or stopped: text, previews, pictures, and None for a job that is done.
 
         ``preview_steps`` names the steps whose estimates are wanted; without it, at most one comes every `PREVIEW_SECONDS`.
         """
-        events: queue.SimpleQueue[tuple[Job, str | Preview | None]] = queue.SimpleQueue()
+        events: queue.SimpleQueue[tuple[Job, str | Picture | Preview | None]] = queue.SimpleQueue()
         for job in jobs:
             job.notify = lambda job, new: events.put((job, new))
             job.watch = _watcher(job, events, preview_steps)
