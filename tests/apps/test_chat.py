@@ -120,7 +120,9 @@ def test_look_asks_about_the_last_picture_alone(model, here, monkeypatch):
     head.opens.weight.zero_()
     head.opens.bias.fill_(-9.0)
     monkeypatch.setattr(model, "opening", head)
-    said, made = talk(model, "/look what is this?", "/draw a cat", "/look", "/look what is this?", "and now?", draw="auto")
+    said, made = talk(
+        model, "/look what is this?", "/draw a cat", "/look", "/look what is this?", "and now?", draw="auto"
+    )
     picture = made.last[0]
     expected = model.generate([picture, "what is this?"], max_tokens=8)
     assert "nothing was drawn yet" in said and "say what to ask" in said

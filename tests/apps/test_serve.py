@@ -372,7 +372,9 @@ def test_pictures_out_of_a_conversation(client, model):
     expected = model.generate(["a red apple", xfusion.Image(), ""], seed=4, steps=3, max_tokens=6)
     assert apart(from_url(both.choices[0].message.images[0]["image_url"]["url"]), expected[0]) == 0
     assert both.choices[0].message.content == expected[1]
-    assert_streams_picture_first(client, {**call, "modalities": ["image", "text"], "max_tokens": 6}, both.choices[0].message)
+    assert_streams_picture_first(
+        client, {**call, "modalities": ["image", "text"], "max_tokens": 6}, both.choices[0].message
+    )
 
     # What was drawn goes back as it came.
     again = [*call["messages"], message.to_dict(), {"role": "user", "content": "what is this?"}]

@@ -54,6 +54,14 @@ def test_folder_with_a_text_beside_each_picture(folder):
     assert source.picture(2, 16).getpixel((3, 3)) == (0, 0, 255)
 
 
+def test_linked_folders_are_noted(folder, tmp_path):
+    save(tmp_path / "elsewhere" / "9.png")
+    (folder / "more").symlink_to(tmp_path / "elsewhere")
+    report = check(str(folder))
+    assert report.num_examples == 3
+    assert report.notes == ("1 linked folders were not read, name them as sources of their own: more",)
+
+
 def test_metadata_as_in_imagefolder(tmp_path):
     save(tmp_path / "a" / "one.jpg"), save(tmp_path / "two.png", "blue")
     lines(tmp_path / "a" / "metadata.jsonl", {"file_name": "one.jpg", "text": "one"})

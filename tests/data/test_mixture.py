@@ -416,6 +416,33 @@ def test_shots_are_a_pure_function_of_seed_and_step():
     assert len({tuple(indices(s)[:2]) for step in range(10) for s in one.captionings(step)}) > 30
 
 
+def test_the_datas_own_question_stands_behind_a_shot_as_well():
+    """Without it, one picture with several questions would be taught to have each of their answers."""
+    source = twins()
+    source.examples = tuple(replace(e, question=f"how many {i}?") for i, e in enumerate(source.examples))
+    m = mixture(source, draw=0, caption=4, pack=2, shots=2)
+    for sequence in m.captionings(0):
+        assert len(sequence.segments) == 9
+        for shown, asked, answer in zip(*(sequence.segments[k::3] for k in range(3)), strict=True):
+            assert asked == Text(ids=encode(f"how many {shown.index}?\n")) and not asked.has_loss
+            assert answer.ids == (*encode(f"name {shown.index}"), END)
+    (batch,) = m.largest()
+    assert max(b.text.count for step in range(20) for b in m.batches(step)) <= batch.text.count
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"caption_dropout": 1.5}, "caption_dropout is 1.5, but it is a share from 0 to 1"),
+        ({"question_share": -1}, "question_share is -1"),
+        ({"questions": ()}, "question_share is 0.1, but questions is empty"),
+    ],
+)
+def test_templates_that_cannot_be_meant_are_refused(wrong, message):
+    with pytest.raises(XFusionError, match=message):
+        Templates(**wrong)
+
+
 def test_all_answers_behind_shots_are_learned_and_their_ends_are_not_read():
     m = mixture(twins(), draw=0, caption=2, pack=1, shots=2, templates=Templates(question_share=1.0))
     (batch,) = m.batches(0)

@@ -64,8 +64,9 @@ def test_a_break_loses_nothing_and_asks_nothing_twice(tmp_path):
     with pytest.raises(XFusionError, match="was made with model 'someone', this call has 'another'"):
         recaption(source, never, other, folder, progress=silent)
     whole = (folder / JOURNAL).read_text()
-    for bad, what in (("{]", "is not JSON"), ("[]", "has no legal field 'index'"), ('{"index": 0}', "field 'caption'"),
-                      ('{"index": 0, "caption": "x"}', "field 'model'")):  # fmt: skip
+    for bad, what in (("{]", "is not JSON"), ("[]", "has no legal field 'index'"), ('{"index": 0}', "field 'id'"),
+                      ('{"index": 0, "id": "0"}', "field 'caption'"),
+                      ('{"index": 0, "id": "0", "caption": "x"}', "field 'model'")):  # fmt: skip
         (folder / JOURNAL).write_text(whole.replace(whole.splitlines()[1], bad))
         with pytest.raises(XFusionError, match=f"line 2: .*{what}"):
             recaption(source, never, ASKING, folder, progress=silent)
@@ -91,6 +92,38 @@ def test_a_picture_without_a_caption_is_left_out_told_and_asked_for_again(tmp_pa
     assert again == (5, 2, [])
     captions = [e.captions[0] for e in open_source(str(folder), split="all").examples]
     assert captions == ["one", "now", "three", "now", "five"]
+
+
+def test_an_answer_that_no_folder_could_hold_is_left_out(tmp_path):
+    """Half of a cut-off emoji, and a bell: with them, the journal could not be written and the folder not be opened."""
+    answers = iter(["one", "\ud83d x", "three", "a \x07 bell", "five"])
+    made = recaption(Noise(5), lambda *_: [next(answers)], ASKING, tmp_path / "out", progress=silent)
+    assert made[:2] == (3, 3)
+    assert ["U+D83D" in made.skipped[0], "U+0007" in made.skipped[1]] == [True, True]
+    found = open_source(str(tmp_path / "out"), split="all")
+    assert [e.captions[0] for e in found.examples] == ["one", "three", "five"]
+    assert recaption(Noise(5), lambda *_: ["now"], ASKING, tmp_path / "out", progress=silent) == (5, 2, [])
+
+
+def test_captions_of_a_source_that_changed_are_refused(tmp_path):
+    """A picture that comes first moves all others: each would get the caption of the one before it."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in "bcd":
+        Noise(1).picture(0, 32).save(photos / f"{name}.png")
+        (photos / f"{name}.txt").write_text(f"old {name}")
+    recaption(open_source(str(photos)), lambda *_: ["new"], ASKING, tmp_path / "out", progress=silent)
+    made = (tmp_path / "out" / "metadata.jsonl").read_text()
+    Noise(1).picture(0, 32).save(photos / "a.png")
+    (photos / "a.txt").write_text("old a")
+    with pytest.raises(XFusionError, match=r"line 1: picture 0 of .*photos was 'b\.png' and is 'a\.png' now"):
+        recaption(open_source(str(photos)), lambda *_: ["new"], ASKING, tmp_path / "out", progress=silent)
+    for name in "abc":
+        (photos / f"{name}.png").unlink(), (photos / f"{name}.txt").unlink()
+    (tmp_path / "out" / JOURNAL).write_text("".join((tmp_path / "out" / JOURNAL).read_text().splitlines(True)[2:]))
+    with pytest.raises(XFusionError, match=r"line 1: picture 2 of .* was 'd\.png' and is 'none' now"):
+        recaption(open_source(str(photos)), lambda *_: ["new"], ASKING, tmp_path / "out", progress=silent)
+    assert (tmp_path / "out" / "metadata.jsonl").read_text() == made
 
 
 def test_answers_that_are_never_captions_end_it_before_all_are_paid_for(tmp_path):

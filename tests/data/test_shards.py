@@ -252,6 +252,41 @@ def test_a_gap_in_a_tar_counts_as_the_members_that_it_held(tmp_path):
     assert report.num_bad == report.num_examples - 12 and report.counts["broken shard"] == 1
 
 
+def test_what_lies_beside_shards_and_is_not_read_is_noted(tmp_path):
+    write_tar(tmp_path / "data" / "one.tar", range(3))
+    assert check(str(tmp_path / "data")).notes == ()
+    write_parquet(tmp_path / "data" / "sub" / "two.parquet", range(3))
+    (tmp_path / "data" / "photo.png").write_bytes(png(7))
+    (tmp_path / "data" / "photo.txt").write_text("a photo")
+    report = check(str(tmp_path / "data"))
+    assert report.num_examples == 3
+    assert report.notes == ("2 files beside the shards were not read: photo.png, sub/two.parquet",)
+
+
+def test_a_shard_that_a_range_names_and_the_folder_lacks_is_an_error(tmp_path):
+    for number in (0, 2):
+        write_tar(tmp_path / f"{number:03d}.tar", range(number, number + 2))
+    with pytest.raises(XFusionError, match=r"there is no .*001\.tar: name the shards that exist"):
+        open_source(str(tmp_path / "{000..002}.tar"))
+    assert len(open_source(str(tmp_path / "{000,002}.tar")).examples) == 4
+    assert len(open_source(str(tmp_path / "*.tar")).examples) == 4
+
+
+def test_links_and_captions_that_are_there_twice_are_told(tmp_path):
+    write_tar(tmp_path / "one.tar", range(2))
+    with tarfile.open(tmp_path / "one.tar", "a") as tar:
+        link = tarfile.TarInfo("linked.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "000.png"
+        tar.addfile(link)
+        newer = tarfile.TarInfo("001.txt")
+        newer.size = 4
+        tar.addfile(newer, io.BytesIO(b"anew"))
+    report = check(str(tmp_path / "one.tar"))
+    told = " ".join(report.problems)
+    assert "linked.png is a link, which is not read" in told and "001.txt is there twice: remove one" in told
+    assert report.num_bad == 2 and report.num_examples == 3
+
+
 def test_names_in_a_tar_that_leave_it_or_break_a_line_are_refused(tmp_path):
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as tar:

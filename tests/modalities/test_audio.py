@@ -63,6 +63,8 @@ def test_features_are_transformers_own(whisper):
         torch.testing.assert_close(tokens, strips, rtol=0, atol=1e-5)
     # A shorter window is the same network over the first positions alone.
     short = Whisper.Config(source=str(folder / "whole"), width=16, window=0.5).build()
+    # 201 frames, although 4.02 * 16000 / 320 is 200.99999999999997.
+    assert Whisper.Config(window=4.02).build().longest == 201
     wave = torch.nn.functional.pad(sound.samples, (0, 8000 - len(sound.samples)))[None]
     hidden = torch.nn.functional.gelu(
         model.encoder.conv2(torch.nn.functional.gelu(model.encoder.conv1(mel_of(sound, 8000))))

@@ -63,6 +63,16 @@ def test_by_gradient_it_is_diffusers_quantiser():
     torch.testing.assert_close(ours.tables.grad[0], theirs.embedding.weight.grad, rtol=0, atol=1e-5)
 
 
+def test_tables_that_are_learned_by_gradient_on_angles_have_one():
+    """Unused entries are reset in place behind the loss, which must not be what autograd has saved."""
+    quantizer = Quantizer.Config(entries=9, width=4, distance="cosine", decay=0.0, revive_below=0.5).build()
+    torch.nn.init.normal_(quantizer.tables)
+    before = quantizer.tables.detach().clone()
+    _, _, loss = quantizer(latents(2, 4, 3, 3))
+    loss.backward()
+    assert quantizer.tables.grad.abs().sum() > 0 and not torch.equal(before, quantizer.tables)
+
+
 def test_nearest_by_cosine_is_the_smallest_angle():
     quantizer = Quantizer.Config(entries=9, width=4, distance="cosine", revive_below=0.0).build().eval()
     torch.nn.init.normal_(quantizer.tables)

@@ -240,6 +240,13 @@ def test_no_steps_and_endless_ones_are_refused(steps):
 
 # ------------------------------------------------------------------------------------------------------------ solvers
 
+
+@pytest.mark.parametrize("order", [0, 4])
+def test_a_multistep_solver_has_an_order_from_1_to_3(order):
+    with pytest.raises(XFusionError, match=f"of order {order}: DPM-Solver"):
+        solvers.Multistep(order=order)
+
+
 SOLVERS = (solvers.Euler(), solvers.Heun(), solvers.Multistep(), solvers.Multistep(order=3))
 
 

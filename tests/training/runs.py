@@ -17,8 +17,15 @@ def recipe(base, *, stages=None, seed=0, **stage):
 
 
 def train(base, out, *, recipe_=None, **settings):
-    settings = {"source": Noise(), "backbone": base, "compile": False, "dtype": torch.float32, **settings}
-    return loop.train(recipe_ or recipe(base), out=out, preview_every=0, **settings)
+    settings = {
+        "source": Noise(),
+        "backbone": base,
+        "compile": False,
+        "dtype": torch.float32,
+        "preview_every": 0,
+        **settings,
+    }
+    return loop.train(recipe_ or recipe(base), out=out, **settings)
 
 
 def log(out, kind="step"):

@@ -131,7 +131,7 @@ def run(
     sigkill_step=None,
     extra=(),
     data=None,
-    mixed=False,
+    mixed=(),
     allow_bad=0.0,
     **mixture,
 ) -> None:
@@ -148,7 +148,7 @@ def run(
         if event["event"] == "step" and (event["step"], int(os.environ["RANK"])) == sigterm_at:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    source = Mixed("many+few", [Noise(6), Noise(4)], [Fraction(2), Fraction(1)]) if mixed else Noise()
+    source = Mixed("many+few", [Noise(6), Noise(4)], [*map(Fraction, mixed)]) if mixed else Noise()
     fingerprint = base.compute_fingerprint()
     model = loop.train(
         recipe,
@@ -266,7 +266,7 @@ def whole(folder: Path) -> None:
         together(count, lambda count=count, name=name, extra=extra: run(folder, name, extra=extra, **pairs))
     # Each source of a mixture has losses of its own weight: of four processes, some have no row of one of them.
     for count in (1, 2, 4):
-        weights = {"mixed": True, "loss_weights": (1.0, 0.2), "steps": 4}
+        weights = {"mixed": (2, 1), "loss_weights": (1.0, 0.2), "steps": 4}
         together(count, lambda count=count, weights=weights: run(folder, f"weights_{count}", **weights))
     together(2, lambda: run(folder, "again_2", activation_checkpointing=True))
     shutil.copytree(folder / "of_2", folder / "of_2_twice")
@@ -300,6 +300,10 @@ def some_divided(folder: Path) -> None:
     few_samples = {"draw": 1, "caption": 2, "pack": 2, "steps": 2}
     together(1, lambda: run(folder, "few_1", **few_samples))
     together(2, lambda: run(folder, "few_2", shard="new", **few_samples))
+    # The one drawing of the second source and a filler row are a batch of their own: one process has the filler alone.
+    rare = {"mixed": (31, 1), "loss_weights": (1.0, 0.5), "draw": 32, "caption": 0, "pack": 1, "steps": 2}
+    together(1, lambda: run(folder, "rare_1", **rare))
+    together(2, lambda: run(folder, "rare_2", shard="new", **rare))
 
 
 SPOILT = (

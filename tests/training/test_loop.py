@@ -29,6 +29,7 @@ from xfusion.modalities.port import MediaPort
 from xfusion.model import Model
 from xfusion.objectives.base import NoObjective
 from xfusion.objectives.flow_matching import FlowMatching
+from xfusion.objectives.next_token import NextToken
 from xfusion.training import loop, pace, progress, setup, states
 from xfusion.training.loop import Interrupted
 from xfusion.training.optimizer import Optimizer
@@ -448,6 +449,52 @@ def test_a_budget_is_planned_once_steps_get_no_faster(bases, tmp_path, monkeypat
     assert clock.now == pytest.approx(70, abs=0.1)
 
 
+@pytest.mark.parametrize("seconds", [3, 30])
+def test_a_budget_is_used_up_whatever_its_previews_take(bases, tmp_path, monkeypatch, seconds):
+    """Five minutes of steps of a second behind twenty that compile, with a preview a minute."""
+
+    class Compiling(Clock):
+        def __call__(self, event):
+            if event["event"] == "step":
+                self.now += 1.0 if event["step"] else 20.0
+
+    clock = told_by(Compiling(), monkeypatch)
+
+    def preview(run):
+        started = clock.now
+        clock.now += seconds
+        run.preview_seconds = clock.now - started
+
+    monkeypatch.setattr(loop._Run, "preview", preview)
+    few = recipe(bases["llama"], mixture=FEW)
+    train(bases["llama"], tmp_path, recipe_=few, minutes=5, listener=clock, preview_every=60)
+    (plan,) = log(tmp_path, "plan")
+    assert plan["seconds_per_step"] == pytest.approx(1)
+    assert 300 - seconds <= clock.now - seconds <= 300 + seconds, "the last preview comes behind the budget"
+
+
+def test_another_budget_does_not_change_steps_that_are_fixed(bases, tmp_path, clock):
+    few = recipe(bases["llama"], mixture=FEW)
+    train(bases["llama"], tmp_path, recipe_=few, minutes=45.5 / 60, listener=clock)
+    with pytest.raises(XFusionError, match=r"has 45 steps, fixed by a budget of 0\.758333 minutes: .*which says 60"):
+        train(bases["llama"], tmp_path, recipe_=few, minutes=60, resume=True)
+    few = recipe(bases["llama"], mixture=FEW, steps=2)
+    train(bases["llama"], tmp_path / "by_steps", recipe_=few)
+    with pytest.raises(XFusionError, match="has 2 steps, fixed: resume it without --minutes"):
+        train(bases["llama"], tmp_path / "by_steps", recipe_=few, minutes=60, resume=True)
+
+
+def test_a_stage_that_would_teach_nothing_is_refused(bases, tmp_path):
+    """A recipe that only reads has no loss on drawings."""
+    reading = recipe(bases["llama"], mixture=FEW)
+    reading = reading.with_model(media=NoObjective.Config(), text=NextToken.Config(weight=1.0))
+    with pytest.raises(
+        XFusionError, match=r"stage 0 would teach nothing: .*no part in 1 drawing and 0 captioning samples"
+    ):
+        train(bases["llama"], tmp_path / "run", recipe_=reading, steps=2)
+    assert not (tmp_path / "run" / "pack").exists()
+
+
 def test_a_budget_of_few_slow_steps_is_kept(bases, tmp_path, monkeypatch):
     """Steps of ten seconds behind one that compiles for twenty: three quarters of a minute are over before thirty of them."""
 
@@ -677,11 +724,12 @@ def test_losses_of_two_stages_have_no_common_mean():
 
 
 def test_a_budget_has_room_for_its_previews():
-    """Of 50 seconds that are left five previews take ten."""
+    """A preview of 2 seconds comes 10 seconds after the last: of 50 seconds that are left, previews take a sixth."""
     walked = progress.Progress((Stage(),), 1.0)
     now = walked._started + 10
     assert walked.steps_in_budget(0.5, now, 0.0, 2.0) == 100
-    assert walked.steps_in_budget(0.5, now, 10.0, 2.0) == 80
+    assert walked.steps_in_budget(0.5, now, 10.0, 2.0) == 83
+    assert walked.steps_in_budget(0.5, now, 10.0, 10.0) == 50, "never none, however long a preview takes"
 
 
 def test_a_budget_goes_on_beyond_the_steps_of_its_recipe():

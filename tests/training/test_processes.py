@@ -229,6 +229,11 @@ def test_a_process_without_a_row_goes_through_every_divided_layer(some_divided):
     assert furthest(told(some_divided / "few_2"), told(some_divided / "few_1")) < TOLERANCE
 
 
+def test_a_process_with_filler_rows_alone_goes_through_every_divided_layer(some_divided):
+    assert len(told(some_divided / "rare_2")) == 2
+    assert furthest(told(some_divided / "rare_2"), told(some_divided / "rare_1")) < TOLERANCE
+
+
 def test_each_process_holds_and_writes_its_share(some_divided):
     said = (some_divided / "all_2.0.txt").read_text()
     assert "processes 2, new weights and base divided among them, and each with its share of every step" in said

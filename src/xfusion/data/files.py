@@ -226,6 +226,12 @@ def _read_folder(folder: Path, kind: Kind) -> tuple[list[Record], list[str]]:
                 records.append(orphan)
         elif path.name != METADATA and path not in media_paths:
             ignored.append(path.relative_to(folder).as_posix())
+    linked = sorted(path for path in folder.rglob("[!.]*") if path.is_symlink() and path.is_dir())
+    if linked:
+        names = ", ".join(path.relative_to(folder).as_posix()[:100] for path in linked[:3])
+        notes.append(
+            one_line(f"{len(linked)} linked folders were not read, name them as sources of their own: {names}")
+        )
     if ignored:
         ellipsis = ", ..." if len(ignored) > 3 else ""
         names = ", ".join(name[:100] for name in ignored[:3])
@@ -313,7 +319,7 @@ def _fill(record: Record, text: str, root: Path, kind: Kind) -> bool:
 def take_captions(row: Mapping[str, Any], record: Record) -> bool:
     """Read captions, question and group from a row. Returns whether a conversation has further answers."""
     if isinstance(group := row.get("group"), str) and group:
-        if _control_character(group):
+        if control_character(group):
             record.add_problem(
                 "invalid group", f"the group {group[:60]!r} contains a character that is none: reword it"
             )
@@ -410,12 +416,12 @@ def _check_captions(record: Record, special_tokens: tuple[str, ...]) -> None:
     for part, text in _texts(record):
         if not text:
             record.add_problem("empty caption", "empty caption")
-        if character := _control_character(text):
+        if character := control_character(text):
             record.add_problem("control character", f"{part} contains the character U+{ord(character):04X}: remove it")
     record.captions = list(dict.fromkeys(record.captions))
 
 
-def _control_character(text: str) -> str | None:
+def control_character(text: str) -> str | None:
     """The first control character other than tab and newline, or lone surrogate: tokenizers handle these badly."""
     return next((c for c in text if c not in "\t\n\r" and unicodedata.category(c) in ("Cc", "Cs")), None)
 

@@ -299,7 +299,8 @@ class Mixture:
                 templates.question_and_answer(own_question, answer, json_rng) if own_question else (question, answer)
             )
             shots = [
-                (self.input_picture(j, size), examples[j].captions[0]) for j in self._shots(i, step * count + position)
+                (self.input_picture(j, size), examples[j].question or "", examples[j].captions[0])
+                for j in self._shots(i, step * count + position)
             ]
             sequences.append(
                 captioning(self.ids, self.end, self.input_picture(i, size), answer, question, self.begin, shots)
@@ -412,7 +413,8 @@ class Mixture:
                 answer,
                 question,
                 self.begin,
-                [(self.input_picture(caption_index, size), answer)] * self.config.shots,
+                [(self.input_picture(caption_index, size), examples[caption_index].question or "", answer)]
+                * self.config.shots,
             )
             for size in self.sizes
         }

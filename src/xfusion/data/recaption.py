@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from xfusion.data.files import MAX_CAPTION, MAX_CAPTIONS, METADATA
+from xfusion.data.files import MAX_CAPTION, MAX_CAPTIONS, METADATA, control_character
 from xfusion.data.sequence import XFusionError, first_line
 from xfusion.data.sources import Source
 from xfusion.storage import atomic_file, named_in_errors
@@ -104,7 +104,7 @@ def recaption(
         Busy: the server refused all tries. An `XFusionError` of its own says so if it asks to wait too long.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    answers, requests = _journal(folder, asking, source.spec), _RateLimiter(asking)
+    answers, requests = _journal(folder, asking, source), _RateLimiter(asking)
     num_requested, skipped = 0, dict[int, str]()
     with (folder / JOURNAL).open("a", encoding="utf-8") as journal:
         # Batches have the same pictures wherever a call resumes: neighbours in a batch may change the rounding.
@@ -120,13 +120,13 @@ def recaption(
                 example, caption = source.examples[index], " ".join(answer.split())
                 line = {"index": index, "id": example.id, "caption": caption, "model": asking.model}
                 line |= {"prompt": asking.prompt, "source": source.spec, "size": asking.size}
-                if caption and len(caption) <= MAX_CAPTION:
+                if (problem := _problem_of(caption)) is None:
                     with atomic_file(folder / _name(index)) as temporary:
                         picture.save(temporary, format="PNG")
                     answers[index], num_requested = caption, num_requested + 1
                 else:
-                    problem = f"{len(caption)} characters, from 1 to {MAX_CAPTION} are legal"
-                    line |= {"caption": caption[:MAX_CAPTION], "skipped": problem}
+                    start = caption[:MAX_CAPTION].encode(errors="backslashreplace").decode()
+                    line |= {"caption": start, "skipped": problem}
                     skipped[index] = f"{example.origin}: {asking.model} answered {problem}"
                 with named_in_errors(folder / JOURNAL):
                     journal.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -183,8 +183,22 @@ def _name(index: int) -> str:
     return f"{index:07}.png"
 
 
-def _journal(folder: Path, asking: Asking, spec: str) -> dict[int, str]:
-    """Answers so far, by the picture's number; an incomplete last line, left by a crash, is dropped."""
+def _problem_of(caption: str) -> str | None:
+    """Why an answer cannot be a caption: its length, or a character by which the folder could not be opened again."""
+    if not 0 < len(caption) <= MAX_CAPTION:
+        return f"{len(caption)} characters, from 1 to {MAX_CAPTION} are legal"
+    if (character := control_character(caption)) is not None:
+        return f"a text with the character U+{ord(character):04X}, which no caption may have"
+    return None
+
+
+def _journal(folder: Path, asking: Asking, source: Source) -> dict[int, str]:
+    """Answers so far, by the picture's number; an incomplete last line, left by a crash, is dropped.
+
+    Raises:
+        XFusionError: the folder holds other files, or captions of another model, prompt or source, or of other pictures than
+            the source has at these places now.
+    """
     path = folder / JOURNAL
     if not path.is_file():
         if any(folder.iterdir()):
@@ -195,14 +209,14 @@ def _journal(folder: Path, asking: Asking, spec: str) -> dict[int, str]:
     if complete != content:
         path.write_bytes(complete)
     answers: dict[int, str] = {}
-    settings = {"model": asking.model, "prompt": asking.prompt, "source": spec, "size": asking.size}
+    settings = {"model": asking.model, "prompt": asking.prompt, "source": source.spec, "size": asking.size}
     # Split as bytes: text may contain other line separators.
     for number, line_bytes in enumerate(complete.splitlines(), start=1):
         try:
             line = json.loads(line_bytes)
         except ValueError as error:  # undecodable, too
             raise XFusionError(f"{path}, line {number}: is not JSON: {error}; mend the line or take it out") from error
-        kinds = {"index": int, "caption": str}
+        kinds = {"index": int, "id": str, "caption": str}
         invalid = [
             key for key, kind in kinds.items() if not isinstance(line, dict) or not isinstance(line.get(key), kind)
         ]
@@ -215,6 +229,12 @@ def _journal(folder: Path, asking: Asking, spec: str) -> dict[int, str]:
                 raise XFusionError(
                     f"{path} was made with {key} {line[key]!r}, this call has {expected!r}: name another folder"
                 )
+        index, examples = line["index"], source.examples
+        if (now := examples[index].id if 0 <= index < len(examples) else "none") != line["id"]:
+            raise XFusionError(
+                f"{path}, line {number}: picture {index} of {source.spec} was {line['id']!r} and is {now!r} now: undo the"
+                " change, or name another folder"
+            )
         if "skipped" not in line:
             answers[line["index"]] = line["caption"]
     return answers

@@ -31,12 +31,12 @@ from typing import Any
 from xfusion.backbone import cache_folder
 from xfusion.data import hub, pictures
 from xfusion.data.files import CAPTION_FIELDS, MAX_LINE, QUESTION, Record, take_captions, unprintable, utf8
-from xfusion.data.report import Problem
+from xfusion.data.report import Problem, one_line
 from xfusion.data.result_cache import ResultCache
 from xfusion.data.sequence import XFusionError
 from xfusion.storage import atomic_file, read_json
 
-INDEX_VERSION = 4
+INDEX_VERSION = 5
 """Changes when the content of an index or the checks change."""
 ROW_GROUP_BYTES = 512 * 1024 * 1024
 """Largest row group that is read: a picture's row group is loaded as a whole."""
@@ -126,8 +126,30 @@ def find(path: Path) -> Sequence[Path | str]:
         return sorted(path.rglob("[!.]*.tar")) or sorted(path.rglob("[!.]*.parquet"))
     if not any(character in text for character in "*?[{"):
         return []
-    paths = {Path(name) for pattern in _webdataset().shardlists.expand_urls(text) for name in glob.glob(pattern)}
+    paths: set[Path] = set()
+    for pattern in _webdataset().shardlists.expand_urls(text):
+        found = glob.glob(pattern)
+        if not found and not any(character in pattern for character in "*?["):
+            raise XFusionError(f"{text}: there is no {pattern}: name the shards that exist")
+        paths.update(map(Path, found))
     return [shard for shard_path in sorted(paths) for shard in find(shard_path)]
+
+
+def unread(path: Path, shards: Sequence[Path | str]) -> list[str]:
+    """A note on the other data in a folder of shards: only these are read, tars before parquet files before loose files."""
+    if not path.is_dir() or list(shards) == [path]:
+        return []
+    suffixes = {".tar", ".parquet", *pictures.SUFFIXES}
+    others = (file for file in path.rglob("[!.]*") if file.suffix.lower() in suffixes and file.is_file())
+    names = sorted(file.relative_to(path).as_posix() for file in set(others) - set(map(Path, shards)))
+    if not names:
+        return []
+    ellipsis = ", ..." if len(names) > 3 else ""
+    return [
+        one_line(
+            f"{len(names)} files beside the shards were not read: {', '.join(n[:100] for n in names[:3])}{ellipsis}"
+        )
+    ]
 
 
 def read_all(shards: Sequence[Path | str], *, decode: bool = True) -> list[Record]:
@@ -253,9 +275,14 @@ def _tar_records(path: Path) -> Iterator[Record]:
             )
         elif ".." in PurePosixPath(key).parts:
             record.add_problem("path outside", "the name leaves the tar by ..: rename the member")
+        captions_seen: set[str] = set()
         for extension, member in same_key:
             place = Member(path, member.offset_data, member.size, member.name)
             origin = f"{path}/{member.name}"
+            if extension in ("txt", "json"):
+                if extension in captions_seen:
+                    record.add_problem("duplicated name", f"{member.name} is there twice: remove one", origin)
+                captions_seen.add(extension)
             if member.offset_data + member.size > file_size:
                 record.add_problem("broken member", f"needs {member.size} bytes, the file ends before", origin)
                 if f".{extension.rpartition('.')[2]}" in pictures.SUFFIXES:
@@ -313,6 +340,10 @@ def _members(path: Path) -> tuple[list[tarfile.TarInfo], list[tuple[str, int]]]:
                 end = member.offset_data + _padded(member.size)
                 if member.isfile():
                     members.append(member)
+                elif member.islnk() or member.issym():
+                    problems.append(
+                        (f"{member.name} is a link, which is not read: put the file itself into the tar", 0)
+                    )
     except (tarfile.TarError, OSError) as error:
         problems.append((f"cannot be read as a tar: {error}", 0))
     return members, problems

@@ -284,7 +284,7 @@ def _inspect(
     """Read all records and open every picture once."""
     kind = files.PICTURES
     if shard_paths := shards.find(path):
-        records, notes = shards.read_all(shard_paths, decode=decode), []
+        records, notes = shards.read_all(shard_paths, decode=decode), shards.unread(path, shard_paths)
         if not records:
             raise XFusionError(f"{spec}: {len(shard_paths)} shards without an example; see xfusion data check --help")
         files.check(records, special_tokens)
@@ -420,7 +420,7 @@ def too_many(source: Source, unreadable: Mapping[int, str], allow_bad: float) ->
     report = source.report if isinstance(source, (Files, Latents)) else None
     num_bad = len(unreadable) + (report.num_bad if report else 0)
     total = report.num_examples if report else len(source.examples)
-    if not unreadable or (num_bad <= allow_bad * total and len(unreadable) < len(source.examples)):
+    if not unreadable or (num_bad / total <= allow_bad and len(unreadable) < len(source.examples)):
         return None
     allowed_share = min(-(-num_bad * 100 // total) / 100, 0.99)
     return (

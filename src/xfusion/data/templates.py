@@ -8,7 +8,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
-from xfusion.data.sequence import Example, Media, Sequence, Text
+from xfusion.data.sequence import Example, Media, Sequence, Text, XFusionError
 
 QUESTIONS = ("What is this?", "What is in the picture?", "Name this picture.")
 """Questions of a part of the captioning samples; the others have none."""
@@ -59,6 +59,15 @@ class Templates:
     json_share: float = 0.0
     """Share of the data's own questions to ask in JSON, as ``{"answer": 3}``. A model never trained on JSON cannot fill in
     the values when a schema forces it to write JSON."""
+
+    def __post_init__(self) -> None:
+        for name in ("caption_dropout", "article_share", "other_wordings", "question_share", "json_share"):
+            if not 0 <= (share := getattr(self, name)) <= 1:
+                raise XFusionError(f"templates: {name} is {share:g}, but it is a share from 0 to 1")
+        if self.question_share and not self.questions:
+            raise XFusionError(
+                f"templates: question_share is {self.question_share:g}, but questions is empty: give one, or 0"
+            )
 
     def drawing_words(self, example: Example, rng: random.Random) -> str:
         """The prompt of a drawing sample; empty if it is dropped."""
@@ -112,22 +121,26 @@ def captioning(
     answer: str,
     question: str = "",
     begin: tuple[int, ...] = (),
-    examples: Seq[tuple[Media, str]] = (),
+    examples: Seq[tuple[Media, str, str]] = (),
 ) -> Sequence:
     """A picture, an optional question, and the target answer, ended by the base's own end token.
 
-    Few-shot examples, each a picture and its answer, may come first. Their answers are targets too, as in OpenFlamingo's
-    interleaved pages, so prompts with fewer examples are also learned. Their end tokens are targets but not inputs.
+    Few-shot examples, each a picture, its own question of the data or "", and its answer, may come first. Their answers are
+    targets too, as in OpenFlamingo's interleaved pages, so prompts with fewer examples are also learned. Their end tokens are
+    targets but not inputs.
     """
-    question_ids = encode(question_text(question))
+
+    def asked(asked_picture: Media, its_question: str) -> tuple[Media | Text, ...]:
+        ids = encode(question_text(its_question))
+        return (asked_picture, Text(ids=ids)) if ids else (asked_picture,)
+
     shots = [
-        (shot_picture, Text(ids=(*encode(shot_answer), end), has_loss=True, unread_end=True))
-        for shot_picture, shot_answer in examples
+        (*asked(shot_picture, shot_question), Text(ids=(*encode(shot_answer), end), has_loss=True, unread_end=True))
+        for shot_picture, shot_question, shot_answer in examples
     ]
     segments: Seq[Media | Text] = (
-        *(segment for pair in shots for segment in pair),
-        picture,
-        *((Text(ids=question_ids),) if question_ids else ()),
+        *(segment for shot in shots for segment in shot),
+        *asked(picture, question),
         Text(ids=(*encode(answer), end), has_loss=True),
     )
     return Sequence(segments=opened(begin, tuple(segments)))

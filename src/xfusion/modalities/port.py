@@ -163,5 +163,7 @@ class MediaPort(nn.Module):
 
 def _of_items(values: Tensor, media: MediaRows) -> Tensor:
     """Values of items ``[N, W]`` gathered at their rows ``[B, n, W]``; rows without an item get the first item's."""
+    if not len(values):  # a process that holds only filler rows; the sum keeps its shards in the backward pass
+        return values.new_zeros((*media.item.shape, values.shape[1])) + values.sum()
     # The backward pass of an embedding is one kernel; that of indexing goes entry by entry.
     return functional.embedding(media.item.clamp(min=0), values)

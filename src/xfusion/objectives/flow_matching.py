@@ -38,7 +38,8 @@ class FlowMatching(Denoising):
         weight: float = 1.0
         """lambda_DM of X-Fusion."""
         prediction: Literal["velocity", "noise", "clean"] = "clean"
-        """Meaning of the head's output. Clean-picture prediction draws best with wide tokens (8 x 8 pixels)."""
+        """Meaning of the head's output. Clean-picture prediction draws best with wide tokens (8 x 8 pixels). The velocity of
+        predicted noise is its difference to the tokens over 1 - t, so sampling magnifies its errors at the noisiest levels."""
         time_mean: float = 0.0
         """Mean of the normal whose sigmoid is the noise level."""
         time_std: float = 1.0

@@ -79,6 +79,10 @@ class Multistep(Solver):
     order: int = 2
     """Number of clean estimates used per step, including its own: 1 to 3."""
 
+    def __post_init__(self) -> None:
+        if self.order not in (1, 2, 3):
+            raise XFusionError(f"a multistep solver of order {self.order}: DPM-Solver++ has the orders 1, 2 and 3")
+
     def walk(
         self, field: Field, x: Tensor, times: Seq[float], put_back: Callable[[Tensor, float], Tensor]
     ) -> Iterator[tuple[Tensor, Tensor]]:

@@ -314,6 +314,7 @@ class _Run:
             signal_number, preview, write_state, log_failed = self.processes.largest(*map(int, requests))
             if log_failed:
                 self._check_track()
+            paused = time.perf_counter()
             if preview:
                 self.preview()
                 last_preview = time.perf_counter()
@@ -321,6 +322,7 @@ class _Run:
                 self.save()
                 last_checkpoint = time.perf_counter()
             if preview or write_state:
+                pace.pause(time.perf_counter() - paused)
                 due = False, False
                 continue  # a signal may have arrived in the meantime
             stop.signal = signal_number or stop.signal  # a later one is shared with the next step
@@ -370,6 +372,7 @@ class _Run:
                 batches = self._skip_unreadable(mixture.largest)
                 # With sharding there are messages in between; a failed process is then noticed when it exits.
                 failing_together = self.processes.all_or_none() if self.sharding is None else nullcontext()
+                setup.check_learned(stage_number, self.recipe.stages[stage_number], self.model, batches)
                 try:
                     with failing_together, setup.naming_out_of_memory(stage_number, batches, self.processes.device):
                         for batch in batches:

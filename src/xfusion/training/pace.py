@@ -25,8 +25,15 @@ class Pace:
         self.previous: float | None = None
         self.first_call: tuple[int, float] | None = None
 
+    def pause(self, seconds: float) -> None:
+        """Leave out the time of a preview or a checkpoint that was made between two steps."""
+        self.started += seconds if self.started else 0.0
+        if self.first_call is not None:
+            step, start = self.first_call
+            self.first_call = step, start + seconds
+
     def seconds_per_step(self, step: int, now: float, deadline: float) -> float | None:
-        """Seconds per step over the last `MEASURED_STEPS`; None while the pace is not steady.
+        """Seconds per step over the last `MEASURED_STEPS`, pauses aside; None while the pace is not steady.
 
         If steps are so slow that no measurement would end in time, all steps but the first, which compiles, are measured.
 

@@ -7,13 +7,14 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import Source, content_fingerprint
 from xfusion.training.stages import Stage
 
 LATEST_PLAN = 0.75
 """Share of a wall-clock budget after which the plan is made with the pace known so far."""
 LARGEST_STEPS = 10_000_000
-"""Assumed length of a stage that is not planned yet: its learning rate is still warming up."""
+"""Assumed length of a stage that is not planned yet: its learning rate warms up and then stays at its peak."""
 LOSS_DECAY = 0.98
 """Decay of the running mean of the loss, which looks back over some fifty steps. The best state has its lowest value."""
 
@@ -86,13 +87,14 @@ class Progress:
         Args:
             seconds_per_step: as measured.
             now: the current time.
-            preview_every: seconds between previews; 0 makes none.
+            preview_every: seconds from the end of a preview to the next; 0 makes none.
             preview_seconds: seconds that a preview takes.
         """
         assert self.minutes is not None
         remaining = self.minutes * 60 - (now - self._started) - self._seconds_before
-        previews = remaining / preview_every * preview_seconds if preview_every else 0.0
-        return self.step + max(1, int((remaining - previews) / seconds_per_step))
+        # The interval to the next preview begins when one is finished.
+        share = preview_seconds / (preview_every + preview_seconds) if preview_every else 0.0
+        return self.step + max(1, int(remaining * (1 - share) / seconds_per_step))
 
     def plan(self, total: int) -> None:
         """Fix the total number of steps."""
@@ -114,7 +116,17 @@ class Progress:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a `state_dict`; unknown keys are ignored."""
+        """Restore a `state_dict`; unknown keys are ignored.
+
+        Raises:
+            XFusionError: its steps are fixed, and this call gives another budget.
+        """
+        if state["planned"] and self.minutes not in (None, state["minutes"]):
+            budget = "" if state["minutes"] is None else f" by a budget of {state['minutes']:g} minutes"
+            raise XFusionError(
+                f"the run has {sum(state['totals'])} steps, fixed{budget}: resume it without --minutes, which says"
+                f" {self.minutes:g}; to train longer, start another run from its pack (--from)"
+            )
         self.step, self.samples, self.totals = state["step"], state["samples"], state["totals"]
         self.planned, self._seconds_before = state["planned"], state["seconds"]
         self.minutes = state["minutes"] if self.minutes is None else self.minutes

@@ -128,6 +128,21 @@ def check_losses(model: Model, stages: Sequence[Stage], num_processes: int, shar
             )
 
 
+def check_learned(stage_number: int, stage: Stage, model: Model, batches: Sequence[Batch]) -> None:
+    """Check that a step of a stage teaches something.
+
+    Raises:
+        XFusionError: no objective of the recipe has a loss in any of its batches.
+    """
+    counts = [objective.count(batch) for objective in model.objectives for batch in batches]
+    if not any(count for by_name in counts for count in by_name.values()):
+        mixture, names = stage.mixture, ", ".join(o.name for o in model.objectives if o.weights) or "none"
+        raise XFusionError(
+            f"stage {stage_number} would teach nothing: the recipe's losses ({names}) have no part in {mixture.draw} drawing and"
+            f" {mixture.caption} captioning samples; set --stages.{stage_number}.mixture.draw or .caption"
+        )
+
+
 def open_data(settings: Settings, special_tokens: tuple[str, ...]) -> Source:
     """Open the run's source. Examples that were unreadable before a resume keep their place among the examples."""
     if settings.source is not None:

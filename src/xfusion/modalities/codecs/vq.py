@@ -172,7 +172,8 @@ class Quantizer(nn.Module):
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``[N, d, h, w]`` -> straight-through vectors of that shape, codes ``[N, L, h, w]``, loss."""
         z = self.scaled(z, 1)
-        codes, sums = quantise(z.detach(), self.scaled(self.tables, -1))
+        tables = self.tables if self.config.decay else self.tables.clone()  # `follow` writes to what autograd has saved
+        codes, sums = quantise(z.detach(), self.scaled(tables, -1))
         loss = self.config.commitment * (z - sums.detach()).square().mean()
         if not self.config.decay:
             loss = loss + (z.detach() - sums).square().mean()

@@ -61,7 +61,7 @@ class Whisper(SoundCodec):
     def __init__(self, config: Config):
         super().__init__()
         frames = config.window * RATE / HOP
-        if not 1 <= frames <= LONGEST or frames != round(frames):
+        if not 1 <= round(frames) <= LONGEST or abs(frames - round(frames)) > 1e-6:
             raise XFusionError(f"window {config.window:g} s: Whisper hears whole multiples of 0.02 s, up to 30 s")
         self.config = config
         self.rate, self.hop, self.width, self.longest = RATE, HOP, config.width, round(frames)
