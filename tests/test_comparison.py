@@ -36,7 +36,16 @@ from xfusion.comparison.cost import (
     trainable_parameters,
 )
 from xfusion.comparison.intervals import interval, paired, seeds_needed, t_quantile
-from xfusion.comparison.plan import GUIDANCES, RATE_FACTORS, TRIAL_SEED, Part, recipes_by_label, share_of, split_label
+from xfusion.comparison.plan import (
+    GUIDANCES,
+    RATE_FACTORS,
+    TRIAL_SEED,
+    Part,
+    recipes_by_label,
+    recipes_in_command,
+    share_of,
+    split_label,
+)
 from xfusion.comparison.results import portable
 from xfusion.comparison.run import text_keeping
 from xfusion.comparison.table import contributions, regime_of
@@ -630,6 +639,84 @@ def test_shares_of_the_pictures(go, base):
     table = go({"one": tiny(base), "two": tiny(base, mlp=8)}, seeds=(0,), shares=(1.0,))  # it has no run of the half
     means = {s["share"]: s["rows"][0]["mean"] for s in table["scores"] if s["score"] == "fit_caption_f1"}
     assert by_share(table, "fit_caption_f1") == {"one": [(50.0, means[0.5]), (100.0, means[1.0])]}
+
+
+def test_samples_of_a_later_call_are_not_shown_under_other_words(go, base):
+    """A smaller share lacks some of the pictures that the first call showed: its drawings are of other prompts."""
+    go({"one": tiny(base)}, seeds=(0,))
+    before, real = read("comparison.json")["prompts"], Path("comparison/test/real.png").read_bytes()
+    table = go({"one": tiny(base)}, seeds=(0, 1), shares=(1.0, 0.5))
+    assert read("comparison.json")["prompts"] == table["prompts"] == before
+    assert Path("comparison/test/real.png").read_bytes() == real
+    small = read("one-seed1-share50.json")["prompts"]
+    assert small != before and len(small) <= len(before)
+    assert "one-seed1-share50" in table["drawn_otherwise"] and "one-seed0" not in table["drawn_otherwise"]
+    shown = comparison_page.render(table, Path("comparison/test")).count('class="strips"')
+    assert shown == sum(f"one-seed{seed}" not in table["drawn_otherwise"] for seed in (0, 1))
+
+
+def test_commands_of_all_calls_are_kept(base, go, monkeypatch):
+    recipes = {"one": tiny(base), "two": tiny(base, mlp=8)}
+    settings = {"plan": plan(seeds=(0,)), "out": "comparison/test", "source": Noise(12), "backbone": base}
+    for command in (
+        "xfusion compare one=tiny 'two=tiny(8)'",
+        "xfusion compare one=tiny --seeds 1",
+        "xfusion compare one=tiny",
+    ):
+        compare({"one": recipes["one"]}, **settings, command=command)
+    table = compare(recipes, **settings, command="xfusion compare one=tiny --seeds 1")
+    assert table["command"].splitlines() == [
+        "xfusion compare one=tiny 'two=tiny(8)'", "xfusion compare one=tiny --seeds 1", "xfusion compare one=tiny"
+    ]  # fmt: skip
+    assert recipes_in_command(table["command"]) == {"one": "tiny", "two": "tiny(8)"}
+
+
+def test_a_run_that_diverges_does_not_keep_the_others_from_theirs(go, base, monkeypatch):
+    calls = []
+
+    def diverging(recipe, **settings):
+        calls.append(recipe.stages[0].rate)
+        if recipe.stages[0].rate > 1e-2:
+            raise loop.Diverged("the loss next_token is nan at step 1: training stopped")
+        return loop.train(recipe, **settings)
+
+    monkeypatch.setattr(walk, "train", diverging)
+    recipes = {"bad": tiny(base, rate=0.5), "good": tiny(base)}
+    for _ in range(2):
+        with pytest.raises(
+            XFusionError, match=r"bad-seed0: the loss next_token is nan at step 1 \(and those of bad-seed1\)"
+        ):
+            go(recipes)
+        assert sorted(p.stem for p in Path("comparison/test").glob("*-seed*.json")) == ["good-seed0", "good-seed1"]
+    assert len(calls) == 6, "what is finished is not done again"
+    with pytest.raises(XFusionError, match="wild: its loss was not finite at any of 2 rates"):
+        go({"wild": tiny(base, rate=0.5)}, trials=2, out="comparison/wild")
+
+
+def test_a_rate_that_diverges_is_a_trial_that_lost(go, base, monkeypatch):
+    def diverging(recipe, **settings):
+        if recipe.stages[0].rate == 2e-3:
+            raise loop.Diverged("the loss is nan: training stopped")
+        return loop.train(recipe, **settings)
+
+    monkeypatch.setattr(walk, "train", diverging)
+    go({"one": tiny(base)}, trials=2, seeds=(0,))
+    first, second = read("one-trials.json")["rates"]
+    assert first == {"factor": 1.0, "score": None, "diverged": "the loss is nan"} and second["score"] is not None
+    assert read("one-seed0.json")["settings"]["tuning"]["rate_factor"] == second["factor"] != 1.0
+
+
+def test_a_table_of_unfinished_runs(go, base):
+    """Another process is not done with the first recipe's run on all pictures; a perplexity was not finite."""
+    go({"one": tiny(base), "two": tiny(base, mlp=8)}, seeds=(0,), shares=(1.0, 0.5))
+    Path("comparison/test/one-seed0.json").unlink()
+    for name in ("two-seed0.json", "two-seed0-share50.json"):
+        run = read(name)
+        run["scores"] |= {"text_bit_equal": False, "text_perplexity_fused": None, "text_perplexity_change": None}
+        Path("comparison/test", name).write_text(json.dumps(run))
+    table = summarise("comparison/test")
+    assert table["first"] == "one" and table["shares"] == [1.0, 0.5]
+    assert "<svg" in comparison_page.render(table, Path("comparison/test"))
 
 
 def test_trials_choose_on_validation_and_freeze(go, base, monkeypatch):

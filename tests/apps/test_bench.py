@@ -182,6 +182,8 @@ def test_the_verb_measures_generation_and_answers_in_json(capsys, bench, tmp_pat
     )  # four digits of each are told
     assert 0 < found["tokens"] <= 8
     assert answer["quick"] is True and answer["command"] == "xfusion bench --only generate --quick --json"
+    of_ones_own = verb.Bench(base="org/other", data="my folder", quick=True)
+    assert of_ones_own._command() == "xfusion bench --quick --base org/other --data 'my folder' --json"
     assert cli.main(["bench", "--only", "speed"]) == 2
     assert "--only speed: not one of activation_checkpointing, denoising" in capsys.readouterr().err
 

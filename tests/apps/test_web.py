@@ -169,6 +169,24 @@ def test_a_stop_ends_what_a_conversation_draws(desk):
         list(answer)
 
 
+@pytest.mark.usefixtures("draws_at_once")
+def test_a_stop_behind_a_finished_picture_keeps_it(desk, model, monkeypatch):
+    """It ends the words alone."""
+    choose = model.text_objective.choose
+
+    def slowly(*args):
+        time.sleep(0.1)
+        return choose(*args)
+
+    monkeypatch.setattr(type(model.text_objective), "choose", staticmethod(slowly))
+    asked = [{"role": "user", "content": ["two blue birds"]}]
+    answer = desk.say("me", "tiny", asked, draw="auto", steps=2, max_tokens=24)
+    drawn = next(event for event in answer if isinstance(event, list))
+    desk.stop("me")
+    *_, last = answer
+    assert last[0] is drawn[0] and isinstance(last[0], Image.Image) and len(last) == 2
+
+
 def test_what_is_beyond_the_limits_is_refused_in_a_line(desk, tmp_path, monkeypatch):
     for settings, complaint in (
         ({"steps": 31}, "steps is 31, more than the 30"),

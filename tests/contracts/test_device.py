@@ -24,6 +24,7 @@ from xfusion.backbone import Backbone
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.pack import pack
 from xfusion.evaluation.run import evaluate
+from xfusion.evaluation.verify import verify
 from xfusion.generation import draw_tokens
 from xfusion.model import Model
 from xfusion.training.loop import train
@@ -86,6 +87,19 @@ def test_the_pretended_device_refuses_what_a_gpu_refuses(monkeypatch):
         assert there.cpu().device == there.to("cpu").device == there.to(here).device == here.device
         there[1:] = here[1:]
         assert there.tolist() == [0.0, 1.0, 1.0] and float(there.sum()) == 2.0
+
+
+def test_the_proof_on_another_device(bases, monkeypatch):
+    model = make_model(bases["llama"])
+    expected = [(check["name"], check["passed"]) for check in verify(model)["checks"]]
+    with one_more_device(monkeypatch):
+        other = Model(model.config, moved(model.backbone)).eval()
+        other.load_state_dict({name: weight.to(PRETENDED) for name, weight in model.state_dict().items()}, strict=False)
+        monkeypatch.setattr(
+            Backbone, "fresh", lambda base: base.model
+        )  # transformers cannot load to the pretended device
+        found = [(check["name"], check["passed"]) for check in verify(other)["checks"]]
+    assert len(expected) > 4 and found == expected and all(passed for _, passed in found)
 
 
 def test_conversations_and_suites_on_another_device(bases, monkeypatch):

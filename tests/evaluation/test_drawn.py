@@ -16,6 +16,7 @@ from contracts.table import make_model, randomise
 from xfusion.apps import cli
 from xfusion.data.sequence import XFusionError
 from xfusion.evaluation import drawn
+from xfusion.storage import SEAL, sealed
 
 
 @pytest.fixture
@@ -105,7 +106,7 @@ def test_a_judge_scores_the_folder_and_not_its_own(packs, capsys):
 class Knows:
     """A judge that embeds, and sees a picture's prompt in its first pixel."""
 
-    capabilities, fingerprint = {"embed"}, "other"
+    capabilities, fingerprint, teachers = {"embed"}, "other", frozenset({"org/clip@1"})
 
     def embed(self, items, progress=None):
         rows = [0 if "apple" in i else 1 for i in items] if isinstance(items[0], str) else [
@@ -126,6 +127,12 @@ def test_a_judge_that_knows_is_right(packs):
     )
     found = drawn.judge(Path("out"), Knows(), progress=lambda *_: None)
     assert (found["at_1"], found["mrr"], found["num_prompts"]) == (1.0, 1.0, 2) and found["settings"]["by"] == "embed"
+    # Where what drew was trained towards the judge's own encoder, it may not judge.
+    taught = json.loads(Path("out/manifest.json").read_text())
+    del taught[SEAL]
+    Path("out/manifest.json").write_text(json.dumps(sealed({**taught, "teachers": ["org/clip@2"]})))
+    with pytest.raises(XFusionError, match="'org/clip@1' took part in training what drew"):
+        drawn.judge(Path("out"), Knows(), progress=lambda *_: None)
 
 
 @pytest.mark.parametrize(("name", "text", "message"), [

@@ -326,3 +326,8 @@ def test_numbers_below_their_least_are_refused(suite, name, value, least):
     with pytest.raises(XFusionError, match=f"suite '{suite}': {name} is {value}, and has to be at least {least}"):
         check(suite, {name: value})
     assert check(suite, {name: least, **({} if suite == "requests" else {"seed": -1})})
+
+
+@pytest.mark.parametrize("value", [0, 0.0, 1, 2.5])
+def test_a_number_that_need_not_be_whole_has_no_least(value):
+    assert check("emoji", {"guidance": value})

@@ -316,6 +316,21 @@ def test_a_stroke_of_one_pixel_of_a_large_mask_marks_its_tokens(model, monkeypat
         model.inpaint(picture, outside, "a cat")
 
 
+def test_what_is_white_in_a_mask_of_any_mode(model, monkeypatch):
+    """Deep grey is scaled, not clipped; what is transparent is not white; an alpha of 255 everywhere says nothing."""
+    first = torch.ones(4, 4, dtype=torch.bool)
+    first[0, 0] = False
+    picture = PILImage.new("RGB", (16, 16), "red")
+    deep = numpy.full((16, 16), 300, dtype=numpy.uint16)  # nearly black
+    deep[:4, :4] = 65_000
+    clear = PILImage.new("RGBA", (16, 16), (255, 255, 255, 0))
+    clear.paste((255, 255, 255, 255), (0, 0, 4, 4))
+    opaque = PILImage.new("RGBA", (16, 16), (0, 0, 0, 255))
+    opaque.paste((255, 255, 255, 255), (0, 0, 4, 4))
+    for mask in (PILImage.fromarray(deep), clear, opaque):
+        assert torch.equal(kept_tokens(model, picture, mask, monkeypatch), first), mask.mode
+
+
 def test_a_pixel_between_two_tokens_marks_both(model, monkeypatch):
     mask = PILImage.new("L", (30, 30))
     mask.putpixel((7, 1), 255)  # a token is 7.5 pixels wide

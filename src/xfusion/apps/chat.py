@@ -165,6 +165,8 @@ class Chat:
         self._require("caption", "read pictures")
         if self.last is None:
             raise UsageError("/look: nothing was drawn yet; /draw WORDS draws")
+        if self.messages and self.messages[-1]["role"] == "user":
+            raise UsageError("/look: first ask about what you showed it, or drop that with /new")
         messages = with_segment(self.messages, words)
         answer = self._stream_text([self.last[0], words])
         self.messages = [*messages, {"role": "assistant", "content": [answer]}]

@@ -104,7 +104,7 @@ def _run(argv: list[str]) -> int:
     verb = read(argv)
     if verb is None:
         return 0
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, emoji=False)
     return _print(verb.run(console), verb.json)
 
 

@@ -209,7 +209,8 @@ def _samples(summary: dict[str, Any], folder: Path) -> str:
     strips_by_seed: dict[int, dict[str, list[PILImage.Image]]] = {}
     for seed in summary["seeds"]:
         for label in summary["recipes"]:
-            strip = _strip(folder / f"{run_name(label, seed, share)}.png", len(real))
+            name = run_name(label, seed, share)
+            strip = [] if name in summary["drawn_otherwise"] else _strip(folder / f"{name}.png", len(real))
             if strip:
                 strips_by_seed.setdefault(seed, {})[label] = strip
     if not strips_by_seed:
@@ -285,10 +286,11 @@ def _text_side(summary: dict[str, Any]) -> str:
     )
     plot_part = ""
     drawing_score = next((s for s in _scores_at(summary, 1.0) if s["score"].startswith("fit_retrieval")), None)
-    if drawing_score and any(facts["bit_equal"] < facts["num_runs"] for facts in summary["text"].values()):
+    changed = any(facts["bit_equal"] < facts["num_runs"] for facts in summary["text"].values())
+    if drawing_score and changed and (plot := scatter(summary, drawing_score)):
         plot_part = f"""<h3>What drawing cost the text</h3><p>Every run: perplexity of the bundled texts against the score in
 drawing ({text(drawing_score["title"])}), large ones means. The dashed line is the base.</p>
-<div class="card scroll wide" style="max-width:44rem">{scatter(summary, drawing_score)}</div>"""
+<div class="card scroll wide" style="max-width:44rem">{plot}</div>"""
     return f"""<section><h2>The base's own text</h2><p>The bundled texts of <code>xfusion verify</code> through the base and
 through the fused stack after training.</p><div class="scroll"><table><tbody>{rows}</tbody></table></div>{plot_part}</section>"""
 

@@ -216,7 +216,9 @@ def curves(
 
 
 def scatter(summary: dict[str, Any], score: dict[str, Any]) -> str:
-    """Perplexity of the fused stack (logarithmic) against a score: a small dot per run, a large one per mean."""
+    """Perplexity of the fused stack (logarithmic) against a score: a small dot per run, a large one per mean. Empty without
+    a finite perplexity.
+    """
     width, margin = 640, 150
     height = max(300, TOP + 20 * len(summary["recipes"]) + BOTTOM)
     base = math.log10(next(iter(summary["text"].values()))["perplexity_base"])
@@ -224,8 +226,10 @@ def scatter(summary: dict[str, Any], score: dict[str, Any]) -> str:
         (row["recipe"], math.log10(summary["text"][row["recipe"]]["perplexity_fused"][seed]), value)
         for row in score["rows"]
         for seed, value in row["values"].items()
-        if seed in summary["text"][row["recipe"]]["perplexity_fused"]
+        if summary["text"][row["recipe"]]["perplexity_fused"].get(seed)  # None if it was not finite
     ]
+    if not points:
+        return ""
     x, y, parts = _axes(
         width,
         height,

@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any, Literal, cast
 
 from PIL import Image as PILImage
@@ -144,13 +145,12 @@ def split_label(name: str) -> tuple[str, str]:
 
 
 def recipes_in_command(command: str | None) -> dict[str, str]:
-    """Label -> the recipe with its arguments, from the command of a comparison."""
+    """Label -> the recipe with its arguments, from the commands of a comparison, one per line."""
     recipes = {}
-    for word in shlex.split(command or "")[2:]:
-        if word.startswith("-"):
-            break
-        label, name = split_label(word)
-        recipes[label] = name
+    for line in (command or "").splitlines():
+        for word in takewhile(lambda word: not word.startswith("-"), shlex.split(line)[2:]):
+            label, name = split_label(word)
+            recipes[label] = name
     return recipes
 
 

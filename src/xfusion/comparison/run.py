@@ -67,7 +67,7 @@ from xfusion.modalities.image import ImageModality
 from xfusion.model import Model, build
 from xfusion.storage import named_in_errors, read_json, write_json
 from xfusion.training import states
-from xfusion.training.loop import train
+from xfusion.training.loop import Diverged, train
 from xfusion.training.precision import choose_compute_dtype
 from xfusion.training.stages import Recipe
 
@@ -114,7 +114,8 @@ def compare(
 
     Raises:
         XFusionError: recipes cannot be compared (modality, base, data, codec, size, budget), a number of parameters cannot be
-            matched, or ``out`` has results made with other settings.
+            matched, ``out`` has results made with other settings, or the loss of some runs or of all trials of a recipe was not
+            finite; the other runs are then finished.
     """
     comparison = _Comparison(recipes, plan, Path(out), work, backbone, device, source, held, encoder, command, progress)
     comparison.run()
@@ -340,13 +341,19 @@ class _Comparison:
         def is_finished(entry: Entry, share: float, seed: int) -> bool:
             return self._is_finished(entry, share, seed, settings[entry.label])
 
+        diverged: dict[str, Diverged] = {}
+
         def run_if_free(entry: Entry, share: float, seed: int) -> bool:
-            """Do a run, unless it is finished or another process is working on it."""
-            with self._locked(run_name(entry.label, seed, share)) as locked:
-                if not locked or is_finished(entry, share, seed):
+            """Do a run, unless it is finished, has diverged or another process is working on it."""
+            name = run_name(entry.label, seed, share)
+            with self._locked(name) as locked:
+                if not locked or name in diverged or is_finished(entry, share, seed):
                     return False
                 counter = f"[{1 + sum(is_finished(*run) for run in runs)}/{len(runs)}]"
-                self._run(entry, share, seed, settings[entry.label], counter)
+                try:
+                    self._run(entry, share, seed, settings[entry.label], counter)
+                except Diverged as error:  # it must not keep the others from their turn
+                    diverged[name] = error
                 return True
 
         for run in runs:  # refuse results made with other settings before writing anything
@@ -358,6 +365,13 @@ class _Comparison:
             for num_done, entry in enumerate(self.entries):
                 self.progress("measuring time", num_done, len(self.entries))
                 self._measure_time(entry)
+        if diverged:
+            (name, error), *others = diverged.items()
+            names = f" (and those of {', '.join(run for run, _ in others)})" if others else ""
+            raise XFusionError(
+                f"{name}: {str(error).partition(':')[0]}{names}; the other runs are finished, see them by xfusion compare --out"
+                f" {self.out}; give this recipe a lower rate, under another label"
+            )
 
     @contextmanager
     def _locked(self, name: str, *, wait: bool = False) -> Iterator[bool]:
@@ -394,7 +408,8 @@ class _Comparison:
         path = self.out / SUMMARY
         with named_in_errors(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
-        prompts, pictures = self._sample_grid()
+        earlier = read_json(path) if path.exists() else {}
+        prompts, pictures = self._sample_grid(earlier.get("prompts"))
         differences = {
             entry.label: [
                 {"where": field, "first": first_value, "this": this_value}
@@ -408,26 +423,28 @@ class _Comparison:
             ]
             for entry in self.entries[1:]
         }
-        if path.exists():
-            differences = read_json(path)["differences"] | differences
-        if pictures:
+        differences = earlier.get("differences", {}) | differences
+        commands = [*(earlier.get("command") or "").splitlines(), *([self.command] if self.command else [])]
+        if pictures and not (earlier and (self.out / REAL).exists()):
             write_strip(self.out / REAL, pictures, self.entries[0].recipe.model.image.sizes[0])
         content = {
             "recipes": labels,
-            "prompts": prompts,
+            "prompts": earlier.get("prompts", prompts),  # those of the real pictures beside it
             "differences": differences,
-            "command": self.command,
+            "command": "\n".join(dict.fromkeys(commands)) or None,
             "licence": self.source.licence,
         }
         write_json(path, portable(content))
 
-    def _sample_grid(self) -> tuple[list[str], list[PILImage.Image]]:
-        """Names and real pictures of the sample grids: from the smallest share, never from the validation part.
-
-        For sounds, only names.
+    def _sample_grid(self, earlier: list[str] | None = None) -> tuple[list[str], list[PILImage.Image]]:
+        """Names and real pictures of the sample grids: those of earlier calls if this call's smallest share has them, else chosen
+        from it, never from the validation part. For sounds, only names.
         """
         part = self.parts[min(self.plan.shares)]
         indices = choose_examples(part.examples, self.plan.num_shown, self._test_part)
+        by_name = {example.captions[0]: i for i, example in enumerate(part.examples)}
+        if earlier and all(name in by_name for name in earlier):
+            indices = [by_name[name] for name in earlier]
         names = [part.examples[i].captions[0] for i in indices]
         if not isinstance(self.modality, ImageModality.Config):
             return names, []
@@ -506,16 +523,24 @@ class _Comparison:
         common: dict[str, Any] = {"seed": TRIAL_SEED * SEEDS_APART, "part": "validation"}
         for number, factor in enumerate(factors[len(content["rates"]) :], start=len(content["rates"]) + 1):
             title = f"{entry.label}: trial {number} of {trials}"
-            model = self._train(
-                _at_rate(recipe, factor, TRIAL_SEED), self.parts[share], self._trial_folder(entry, factor), title
-            )
-            scores = self._evaluate(model, self.parts[share], title, **common)
-            content["rates"].append(
-                {"factor": factor, "score": self._trial_score(scores), "scores": finite_scores(scores)}
-            )
+            try:
+                model = self._train(
+                    _at_rate(recipe, factor, TRIAL_SEED), self.parts[share], self._trial_folder(entry, factor), title
+                )
+            except Diverged as error:
+                result = {"score": None, "diverged": str(error).partition(":")[0]}
+            else:
+                scores = self._evaluate(model, self.parts[share], title, **common)
+                result = {"score": self._trial_score(scores), "scores": finite_scores(scores)}
+            content["rates"].append({"factor": factor, **result})
             write_json(path, content)
+        if not (finite := [trial for trial in content["rates"] if trial["score"] is not None]):
+            raise XFusionError(
+                f"{entry.label}: its loss was not finite at any of {trials} rates ({path}): give it a lower rate, under another"
+                " label"
+            )
         # Among equals the first is chosen, and the recipe's own rate comes first.
-        factor = max(content["rates"], key=lambda trial: trial["score"])["factor"]
+        factor = max(finite, key=lambda trial: trial["score"])["factor"]
         if len(content["guidances"]) < trials:
             title = f"{entry.label}: guidance"
             model = self._train(
@@ -611,7 +636,7 @@ class _Comparison:
         scores = self._evaluate(model, part, title, seed=seed * SEEDS_APART, part=self._test_part, **guidance)
         scoring_settings = scores.pop("settings")
         scores |= text_keeping(model)
-        prompts, pictures = self._sample_grid()
+        prompts, pictures = self._sample_grid(read_json(self.out / SUMMARY)["prompts"])
         if "draw" in model.capabilities and pictures:
             steps = {"steps": self.plan.evaluation["steps"]} if "steps" in self.plan.evaluation else {}
             drawings = model.draw(prompts, seed=0, **steps, **guidance)
@@ -626,6 +651,7 @@ class _Comparison:
             "regime": model.regime,
             "cost": cost | {"peak_memory": memory, "wall_minutes": round(seconds_trained(events) / 60, 3)},
             "learning": learning_curves(events),
+            "prompts": prompts,
             "machine": machine(),
             "commit": commit(),
         }

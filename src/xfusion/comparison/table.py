@@ -12,7 +12,7 @@ from typing import Any, Literal
 from xfusion.checkpoint import differing, from_json
 from xfusion.comparison.intervals import FEWEST_RUNS, interval, paired
 from xfusion.comparison.plan import TRIAL_SEED, heading, recipes_in_command
-from xfusion.comparison.results import SUMMARY, refuse_unequal
+from xfusion.comparison.results import SUMMARY, refuse_unequal, run_name
 from xfusion.data.sequence import XFusionError
 from xfusion.storage import read_json
 
@@ -79,7 +79,8 @@ def summarise(folder: str | os.PathLike[str]) -> dict[str, Any]:
         JSON values: ``name``, ``media`` (pictures or sounds), ``first``, ``recipes``, ``called`` (recipe -> its name with the
         given arguments), ``regimes``, ``shares``, ``budget``, ``scores`` (per share and score: a row per recipe with
         ``mean``, ``interval``, ``values`` by seed and the paired ``difference`` to the first), ``cost`` per recipe,
-        ``learning``, ``contributions``, ``prompts``, ``differences``, ``notes``, ``command``, ``settings``.
+        ``learning``, ``contributions``, ``prompts``, ``drawn_otherwise`` (runs whose samples are of other prompts),
+        ``differences``, ``notes``, ``command`` (one per line), ``settings``.
 
     Raises:
         XFusionError: there are no runs, or runs that cannot share a table (budget, base, codec, data, scoring).
@@ -103,7 +104,8 @@ def summarise(folder: str | os.PathLike[str]) -> dict[str, Any]:
     ]
     regimes = {label: regime_of(next(r for r in runs if r["recipe"] == label)) for label in recipes}
     _remove_unranked_verdicts(scores, regimes)
-    first = next(r for r in runs if r["recipe"] == recipes[0] and r["settings"]["share"] == shares[0])
+    # Another process may not have finished its run on the largest share yet.
+    first = max((r for r in runs if r["recipe"] == recipes[0]), key=lambda r: r["settings"]["share"])
     _mark_untuned(scores, first["settings"]["tuning"])
     recipe_names = recipes_in_command(plan.get("command"))
     summary = {
@@ -123,6 +125,11 @@ def summarise(folder: str | os.PathLike[str]) -> dict[str, Any]:
         "learning": {label: _mean_curve([r for r in runs if _is_run_of(r, label, shares[0])]) for label in recipes},
         "contributions": contributions(folder),
         "prompts": plan.get("prompts", []),
+        "drawn_otherwise": sorted(
+            run_name(r["recipe"], r["seed"], r["settings"]["share"])
+            for r in runs
+            if r.get("prompts", plan.get("prompts", [])) != plan.get("prompts", [])
+        ),
         "differences": {k: v for k, v in plan.get("differences", {}).items() if k in labels},
         "command": plan.get("command"),
         "licence": plan.get("licence"),

@@ -24,6 +24,7 @@ from xfusion.data.pictures import one_reason
 from xfusion.data.sequence import XFusionError
 from xfusion.evaluation import metrics
 from xfusion.evaluation.metrics import naming
+from xfusion.evaluation.teachers import refuse_teacher
 from xfusion.generation import draw_size, refuse_to_draw
 from xfusion.modalities.base import Encoder
 from xfusion.storage import file_hash, read_json, sealed, write_json
@@ -243,11 +244,14 @@ def judge(folder: Path, model: Any, *, progress: Callable[[str, int, int], None]
         ``at_1``, ``at_10``, ``mrr`` with chance and blind values (pictures permuted), and the judge and the drawing model.
 
     Raises:
-        XFusionError: the folder was altered, or the judge drew it itself or can neither embed nor caption.
+        XFusionError: the folder was altered, or the judge drew it itself, reads pictures with an encoder that took part in
+            training what drew, or can neither embed nor caption.
     """
     drawn = Drawn.read(folder)
     if drawn.manifest["pack_fingerprint"] == model.fingerprint:
         raise XFusionError(f"{folder} was drawn by this very pack: it may not judge itself")
+    for encoder in sorted(model.teachers):
+        refuse_teacher(encoder, drawn.teachers)
     prompts = list(dict.fromkeys(drawn.manifest["prompts"]))
     pictures = list(drawn.pictures(0, len(drawn)))
 

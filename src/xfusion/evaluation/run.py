@@ -93,7 +93,7 @@ def check(suite: str, settings: Mapping[str, Any]) -> Callable[..., dict[str, An
     """The suite's ``run``, if it accepts these settings; call this before anything is loaded or trained.
 
     Raises:
-        XFusionError: the suite or a setting is unknown, or a value has the wrong type, or is a number below its least.
+        XFusionError: the suite or a setting is unknown, or a value has the wrong type, or is a count below its least.
     """
     module = _find(suite)
     run = module.run
@@ -109,8 +109,9 @@ def check(suite: str, settings: Mapping[str, Any]) -> Callable[..., dict[str, An
                 "null" if kind is NoneType else getattr(kind, "__name__", repr(kind)) for kind in _kinds(hints[name])
             ]
             raise XFusionError(f"suite {suite!r}: {name} is {value!r}, and has to be {' or '.join(kinds)}")
-        least = 0 if name in getattr(module, "MAY_BE_ZERO", ()) else 1
-        if isinstance(value, int) and not isinstance(value, bool) and name != "seed" and value < least:
+        least, kinds = 0 if name in getattr(module, "MAY_BE_ZERO", ()) else 1, _kinds(hints[name])
+        is_count = int in kinds and float not in kinds and name != "seed"
+        if is_count and isinstance(value, int) and not isinstance(value, bool) and value < least:
             raise XFusionError(f"suite {suite!r}: {name} is {value}, and has to be at least {least}")
     return run
 

@@ -322,7 +322,7 @@ def _before_a_picture(
         for done, (prompt, base) in enumerate(pairs):
             report(name, done, len(pairs))
             words = tuple(prompt.ids[0].tolist())
-            batch = pack([[Sequence(segments=(Text(ids=words), picture, following_text))]])
+            batch = pack([[Sequence(segments=(Text(ids=words), picture, following_text))]]).to(model.device)
             rows = batch.media[media.name]
             batch = batch.with_media(media.name, tokens=rows.tokens.to(dtype), time=rows.time.to(dtype))
             hidden, run = model.run_pass(batch)

@@ -161,9 +161,14 @@ def touched(mask: Image.Image, grid: tuple[int, int]) -> Tensor:
     channel) in their part of the middle square, however thin the stroke.
 
     Args:
-        mask: upright, of the picture's size.
+        mask: upright, of the picture's size; of any Pillow mode. What is transparent is not white.
         grid: rows and columns of the picture's tokens.
     """
+    if "A" in mask.mode or "a" in mask.mode or "transparency" in mask.info:
+        layer = mask.convert("RGBA")
+        mask = Image.alpha_composite(Image.new("RGBA", mask.size, "black"), layer)
+    else:
+        mask = on_white(mask)
     touched_mask = (numpy.asarray(_middle(mask.convert("RGB"))) > 127).any(axis=2)
     for axis, count in enumerate(grid):
         side = touched_mask.shape[axis]

@@ -107,8 +107,8 @@ def train(
         listener: called with every event.
 
     Raises:
-        XFusionError: bad data, a dtype that cannot train, a loss that is not finite, another recipe on resume, or a folder that
-            cannot be written.
+        XFusionError: bad data, a dtype that cannot train, another recipe on resume, or a folder that cannot be written.
+        Diverged: a loss or a gradient is not finite.
         Interrupted: Ctrl-C or SIGTERM; the step was finished, and state and pack were written.
     """
     if data is not None:
@@ -143,6 +143,10 @@ def train(
         run.prepare()
         with run.processes.naming_lost_process(lambda: run.progress.step):
             return run.train()
+
+
+class Diverged(XFusionError):
+    """A loss or a gradient was not finite; the last checkpoint is intact."""
 
 
 class _Run:
@@ -442,12 +446,13 @@ class _Run:
         )
         return self._shared_error(
             f"{problem}: training stopped; {left}, try a lower --stages.{stage_number}.rate than"
-            f" {self.recipe.stages[stage_number].rate}"
+            f" {self.recipe.stages[stage_number].rate}",
+            Diverged,
         )
 
-    def _shared_error(self, message: str) -> XFusionError:
+    def _shared_error(self, message: str, kind: type[XFusionError] = XFusionError) -> XFusionError:
         """An error that all processes raise together and the first one reports."""
-        error = XFusionError(message)
+        error = kind(message)
         error.reported_elsewhere = not self.processes.is_first
         return error
 

@@ -6,6 +6,7 @@ import datetime
 import importlib
 import multiprocessing
 import os
+import shlex
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -101,8 +102,15 @@ class Bench(Verb):
                 raise XFusionError(f"the process that measured {name} was killed, perhaps for its memory") from error
 
     def _command(self) -> str:
-        words = ["xfusion bench", *(["--only", *self.only] if self.only else []), *(["--quick"] if self.quick else [])]
-        return " ".join([*words, *([] if self.compile else ["--no-compile"]), "--json"])
+        words = [
+            "xfusion",
+            "bench",
+            *(["--only", *self.only] if self.only else []),
+            *(["--quick"] if self.quick else []),
+        ]
+        words += [] if self.base is None else ["--base", self.base]
+        words += [] if self.data == type(self).data else ["--data", self.data]
+        return shlex.join([*words, *([] if self.compile else ["--no-compile"]), "--json"])
 
 
 def _measure(name: str, base: str | None, data: str, compile: bool, quick: bool) -> dict[str, Any]:

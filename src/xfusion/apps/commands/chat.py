@@ -6,7 +6,7 @@ import io
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -55,7 +55,7 @@ class Chat(Verb):
             raise UsageError(f"--draw auto: {self.model} has no opening head; make one with xfusion train opening")
         if draw != "never" and "draw" not in model.capabilities:
             raise UsageError(f"--draw {draw}: {self.model} can {', '.join(sorted(model.capabilities))} only")
-        chat_console = console if self.json else Console(highlight=False)
+        chat_console = console if self.json else Console(highlight=False, emoji=False)
         session = chat.Chat(
             model=model,
             console=chat_console,
@@ -70,7 +70,9 @@ class Chat(Verb):
         drawing_note = {"auto": "when asked", "always": "at every turn", "never": "on /draw alone"}[draw]
         drawing_note = f"; draws {drawing_note} (--draw {draw})" if "draw" in model.capabilities else ""
         console.print(f"{self.model} can {capabilities}{drawing_note}; /help lists commands", markup=False)
-        session.run(_input_lines())
+        # Stdout is for the JSON object alone, prompts included.
+        with redirect_stdout(sys.stderr) if self.json else nullcontext():
+            session.run(_input_lines())
         messages = [
             {"role": message["role"], "content": [_segment_text(segment) for segment in message["content"]]}
             for message in session.messages

@@ -143,6 +143,8 @@ class Evaluate(Verb):
             path = self.out.with_suffix(f".{name}.svg")  # type: ignore[union-attr]
             lines = {name: [(float(x), float(y)) for x, y in points]}
             svg = plots.curves([name], lines, name)
+            if not svg:  # no points
+                continue
             path.write_text(plots.standalone(svg), encoding="utf-8")
             rows.append((f"plot of {name}", str(path)))
         return rows

@@ -108,11 +108,15 @@ def check_limits(limits: Limits) -> None:
     """Refuse limits that would reject every request.
 
     Raises:
-        UsageError: one is below 1.
+        UsageError: one is below 1, or a batch is larger than a pass of the model.
     """
+    from xfusion.generation import BATCH
+
     for name, value in vars(limits).items():
         if not value >= 1:  # nor not a number
             raise UsageError(f"--limits.{name} {value:g}: at least 1")
+    if limits.batch > BATCH:
+        raise UsageError(f"--limits.batch {limits.batch}: at most {BATCH}, the items of one pass")
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -203,8 +203,10 @@ class Job:
     watch: Callable[[int, int, Tensor], None] | None = None
     """Called by the computing thread after each sampling step: steps done, total steps, the clean estimate ``[M, P]``."""
     answer: list[Any] = field(default_factory=list)
-    has_shown: bool = False
-    """A picture was passed on."""
+    num_shown: int = 0
+    """Pictures of the answer that were passed on."""
+    num_drawn: int = 0
+    """Pictures of the answer that this run has drawn; a second run of a failed batch passes none on again."""
     error: Exception | None = None
     dropped: bool = False
     """No client waits for it any more."""
@@ -222,8 +224,10 @@ class Job:
 
     def show(self, picture: Any) -> None:
         """Pass on a picture of the answer; text may follow it."""
-        self.has_shown = True
-        self.notify(self, picture)
+        self.num_drawn += 1
+        if self.num_drawn > self.num_shown:
+            self.num_shown = self.num_drawn
+            self.notify(self, picture)
 
     def end(self, answer: list[Any] | None = None, error: Exception | None = None) -> None:
         """End the job with an answer or an error; ending it again has no effect."""
@@ -354,8 +358,10 @@ class Batches:
         except _Abandoned:
             return
         except Exception as error:  # whatever it is, clients must be notified and the next batch must run
-            if len(jobs) > 1 and not any(job.words.ids or job.has_shown for job in jobs):
+            if len(jobs) > 1 and not any(job.words.ids for job in jobs):
+                log.warning("a batch of %d failed and is computed one by one: %r", len(jobs), error)
                 for job in jobs:  # one job must not fail the others
+                    job.num_drawn = 0
                     self._run([job])
                 return
             if not isinstance(error, XFusionError):

@@ -12,7 +12,7 @@ class Limits:
     queue: int = 64
     """Answers that may wait in the queue (a request for n answers takes n places); beyond it 429 with Retry-After."""
     batch: int = 16
-    """Batch size: answers of the same kind that are computed together."""
+    """Batch size: answers of the same kind that are computed together, at most 64."""
     seconds: float = 120.0
     """Deadline of a request, including sending and waiting; beyond it 504."""
     n: int = 8

@@ -206,6 +206,7 @@ class Chat(_Drawing):
     top_logprobs: Literal[0] | None = None
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
     response_format: PlainText | None = None
+    tools: Empty | None = None
     tool_choice: Literal["none", "auto"] | None = None
     """Accepted and ignored: there are no tools."""
     function_call: Literal["none", "auto"] | None = None
@@ -226,7 +227,7 @@ class Images(_Drawing):
     prompt: str
     response_format: Literal["b64_json", "url"] | None = None
     output_format: Literal["png"] | None = None
-    quality: Literal["auto"] | None = None
+    quality: Literal["auto", "standard"] | None = None
     background: Literal["auto", "opaque"] | None = None
     moderation: Literal["auto", "low"] | None = None
     stream: Annotated[Literal[False], BeforeValidator(lambda value: False if value == "false" else value)] | None = None
@@ -522,7 +523,8 @@ def picture_and_mask(
     """An uploaded picture and its mask, white where it is to be inpainted.
 
     As with OpenAI, the transparent parts of the mask, or of a picture without one, are inpainted; in a mask without
-    transparency, the white parts. Each token is white or black as a whole, decided at full resolution before resizing.
+    transparency, or all opaque, the white parts. Each token is white or black as a whole, decided at full resolution before
+    resizing.
 
     Raises:
         Refused: it is not a picture, the sizes differ, or no part of the drawn area is to be inpainted.
@@ -536,8 +538,9 @@ def picture_and_mask(
             " give both the same size",
             param="mask",
         )
-    if "A" in holes.getbands() or "transparency" in holes.info:
-        alpha = holes.convert("RGBA").getchannel("A")
+    has_alpha = "A" in holes.getbands() or "transparency" in holes.info
+    alpha = holes.convert("RGBA").getchannel("A") if has_alpha else None
+    if alpha is not None and (mask is None or alpha.getextrema() != (255, 255)):
         holes = alpha.point([255] + [0] * 255)
     elif mask is None:
         raise Refused(400, "there is no mask, and the picture has no transparent part to draw anew", param="mask")

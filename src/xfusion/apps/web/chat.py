@@ -87,6 +87,8 @@ class Chat:
         files = (message or {}).get("files") or []
         if not text and not files:
             raise Refused(400, "say something first")
+        if files and "caption" not in self.desk.model(pack).capabilities:
+            raise Refused(400, "this pack reads no pictures: take the picture out and send the words alone")
         for file in files:
             history = with_segment(history, self.desk.open_upload(file, pack))
         return text, with_segment(history, text) if text else history

@@ -215,23 +215,24 @@ class Desk:
 
         Raises:
             Refused: the request is refused, the queue is full, or it takes too long.
-            Stopped: the user stopped it while it drew; stopped text stays as it is.
+            Stopped: the user stopped it while it drew; a finished picture and stopped text stay as they are.
         """
         body = {"messages": [request_message(message) for message in messages], **settings}
         params = requests.parse(requests.Chat, body)
         (job,), _ = reading.chat(params, self.model(name), self.limits, frozenset())
         picture: list[Any] = []
+        is_drawn = False
         for _, event in self._follow(user, [job]):
             if isinstance(event, Preview):
                 picture = [event.picture]
                 yield event
             elif not job.answer:
                 if event is not None and not isinstance(event, str):
-                    picture = [event]
+                    picture, is_drawn = [event], True
                 yield [*picture, *filter(None, [job.words.sent])]
-        if job.dropped and picture:
+        if job.dropped and picture and not is_drawn:
             raise Stopped
-        yield list(job.answer) if job.answer and not job.dropped else [job.words.sent]
+        yield list(job.answer) if job.answer and not job.dropped else [*picture, job.words.sent]
 
     def draw(self, user: str, name: str | None, prompt: str, **settings: Any) -> Iterator[Preview | Drawn]:
         """Draw pictures of a prompt; settings are fields of an image request: ``n``, ``seed``, ``steps``, ``guidance``.

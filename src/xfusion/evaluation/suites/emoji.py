@@ -134,11 +134,12 @@ def run(
                     f"max_held_drawn {max_held_drawn}: {source.spec} holds nothing out; name held pictures"
                 )
             drawn_indices = choose_examples(held.examples, max_held_drawn, part)
-            pictures = subject.draw(held, drawn_indices, seed=seed, steps=steps, guidance=guidance)
-            gallery = gallery.joined(_gallery(subject, held, side, scorer))
-            places = [len(source.examples) + i for i in drawn_indices]
-            metrics |= _drawing_scores("held", subject, gallery, places, pictures, side, scorer)
             settings["num_held_drawn"] = len(drawn_indices)
+            if drawn_indices:  # few held-out groups may all be of the other part
+                pictures = subject.draw(held, drawn_indices, seed=seed, steps=steps, guidance=guidance)
+                gallery = gallery.joined(_gallery(subject, held, side, scorer))
+                places = [len(source.examples) + i for i in drawn_indices]
+                metrics |= _drawing_scores("held", subject, gallery, places, pictures, side, scorer)
 
     if "caption" in abilities:
         scored = choose_examples(source.examples, max_captioned, part)
