@@ -1131,7 +1131,7 @@ def test_what_is_wrong_with_a_field_is_one_line_about_it(server):
         ("chat/completions", {"messages": [{"role": "user", "content": 3}]}, "messages.0.content", "valid string"),
         ("chat/completions", {"messages": say("a"), "stop": 3}, "stop", "valid string"),
         ("chat/completions", {"messages": say("a"), "stop": ["a", 3]}, "stop.1", "valid string"),
-        ("images/generations", {"prompt": "a", "quality": "hd"}, "quality", "Input should be 'auto', not 'hd'"),
+        ("images/generations", {"prompt": "a", "quality": "hd"}, "quality", "Input should be 'auto' or 'standard', not 'hd'"),
         ("embeddings", {"input": ["a", 3]}, "input.1", "valid string"),
     ):  # fmt: skip
         status, answer = post(server, f"/v1/{path}", json.dumps(body))
