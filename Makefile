@@ -1,5 +1,6 @@
 # make demo    trains a fresh tower for five minutes, draws, captions, proves the text unchanged
 # make test    what CI runs on every push;  make test-full  everything, before a release;  make test-lmms  the adapter of lmms-eval
+#              test-full clicks through the page in Chromium (apt-get install chromium) and fails without; XFUSION_WITHOUT_BROWSER=1 skips
 # make lint    style, types, import order;  make bench  speed and memory;  make clean  removes what was built
 # make figures every figure of docs/speed.md and docs/serving.md, on an idle machine: an hour or two
 PYTHON ?= $(shell command -v python3.11 || command -v python3)

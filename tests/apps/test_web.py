@@ -390,7 +390,36 @@ def test_heat_maps_show_the_weights(model):
 # ------------------------------------------------------------------------------------------------------------ browser
 
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+def chromium():
+    """The path of Chromium. What is missing fails, as this tier is run before a release; whoever means it may skip."""
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    try:
+        import playwright.sync_api  # noqa: F401
+
+        missing = [] if path else ["Chromium: apt-get install chromium"]
+    except ImportError:
+        missing = ["playwright: make setup"] + ([] if path else ["Chromium: apt-get install chromium"])
+    if missing and os.environ.get("XFUSION_WITHOUT_BROWSER") == "1":
+        pytest.skip(f"XFUSION_WITHOUT_BROWSER=1, and there is no {' and no '.join(missing)}")
+    if missing:
+        line = f"there is no {' and no '.join(missing)}, or set XFUSION_WITHOUT_BROWSER=1 to skip the tests of the page"
+        pytest.fail(line, pytrace=False)
+    return path
+
+
+@pytest.mark.parametrize(("found", "imported"), [(None, True), ("/usr/bin/chromium", False), (None, False)])
+def test_a_missing_browser_fails_unless_it_is_meant(monkeypatch, found, imported):
+    monkeypatch.setattr(shutil, "which", lambda name: found)
+    monkeypatch.setitem(sys.modules, "playwright.sync_api", SimpleNamespace() if imported else None)
+    monkeypatch.delenv("XFUSION_WITHOUT_BROWSER", raising=False)
+    wanted = {"apt-get install chromium": found is None, "playwright: make setup": not imported}
+    with pytest.raises(pytest.fail.Exception, match="set XFUSION_WITHOUT_BROWSER=1") as failed:
+        chromium()
+    assert {words: words in str(failed.value) for words in wanted} == wanted and "\n" not in str(failed.value)
+    monkeypatch.setenv("XFUSION_WITHOUT_BROWSER", "1")
+    with pytest.raises(pytest.skip.Exception, match="XFUSION_WITHOUT_BROWSER=1") as skipped:
+        chromium()
+    assert {words: words in str(skipped.value) for words in wanted} == wanted
 
 
 @pytest.fixture(scope="module")
@@ -524,11 +553,11 @@ def test_what_was_cleared_away_says_no_more(desk, tab):
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium found: apt-get install chromium")
-    with playwright.sync_playwright() as made:
-        browser = made.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
+    path = chromium()
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as made:
+        browser = made.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])
         yield browser
         browser.close()
 
