@@ -59,7 +59,8 @@ class Picture:
                 with gr.Column():
                     region = gr.Radio(
                         [PAINTED, *REGIONS], value=PAINTED, label="Which part", elem_id="region",
-                        info="the picture is drawn in cells: those that your brush touches are drawn anew, the others stay",
+                        info="the picture is drawn in cells: a cell is drawn anew if paint covers half of one of its pixels, "
+                        "else it stays",
                     )  # fmt: skip
                     sheet = gr.ImageEditor(
                         label="Paint here", type="filepath", sources=(), transforms=(), layers=False, buttons=[],
