@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+import socket
 import sys
 import threading
 import time
@@ -19,7 +20,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from apps.serving import apart, draw_only, opens_always, png, tiny_models
+from apps.serving import apart, draw_only, listening_at, opens_always, png, tiny_models
 from contracts.table import SIDE, Noise, hearing_model, make_model, randomise
 
 from xfusion.apps import cli
@@ -32,6 +33,7 @@ from xfusion.apps.web.desk import Desk, Drawn, Preview, Stopped
 from xfusion.data.sequence import Text, XFusionError
 from xfusion.evaluation.attention import drawing_attention
 from xfusion.model import Model
+from xfusion.opening import Opening, answer_states, word_states
 
 TINY = Limits(queue=4, batch=4, seconds=20, n=3, tokens=24, steps=30, pixels=10_000, body=200_000, characters=500)
 
@@ -204,7 +206,7 @@ def test_what_is_beyond_the_limits_is_refused_in_a_line(desk, tmp_path, monkeypa
     for name, content, complaint in (
         ("empty.png", b"", "is empty"),
         ("large.png", png(Image.new("RGB", (101, 100))), "10100 pixels|more than"),
-        ("words.png", b"no picture", "the picture"),
+        ("words.png", b"no picture", "the file is not a picture"),
         ("heavy.png", bytes(200_001), "size in bytes is 200001"),
     ):
         (tmp_path / name).write_bytes(content)
@@ -425,25 +427,12 @@ def test_a_missing_browser_fails_unless_it_is_meant(monkeypatch, found, imported
 @pytest.fixture(scope="module")
 def page_at(model, tmp_path_factory):
     """The page's address, and the application."""
-    pytest.importorskip("gradio", reason="gradio is not installed: pip install 'xfusion[web]'")
-    import socket
-    import threading
-
-    import uvicorn
-
-    from xfusion.apps.web import page
-
+    page = pytest.importorskip("xfusion.apps.web.page", reason="gradio is not installed: pip install 'xfusion[web]'")
     packs = {"tiny": model, "draws": draw_only(model.backbone)}
     randomise(packs["draws"], seed=1)
     app = page.create(packs, TINY, tmp_path_factory.mktemp("web"), Path(__file__).parents[2] / "comparison")
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}", app
-        server.should_exit = True
-        thread.join(30)
-        assert not thread.is_alive(), "the page did not stop"
+    with listening_at(app, socket.create_server(("127.0.0.1", 0))) as address:
+        yield address, app
 
 
 def test_an_address_that_a_request_names_is_not_fetched(page_at, monkeypatch):
@@ -566,7 +555,7 @@ class Visit:
     """A page that is open, with everything that it asked for and complained of."""
 
     def __init__(self, browser, address, **context):
-        self.context = browser.new_context(**context)
+        self.address, self.context = address, browser.new_context(**context)
         self.context.set_default_timeout(240_000)  # of a machine that is busy
         self.page = self.context.new_page()
         self.asked, self.complaints = [], []
@@ -583,14 +572,14 @@ class Visit:
 def visit(browser, page_at):
     visits = []
 
-    def made(**context):
-        visits.append(Visit(browser, page_at[0], **context))
+    def made(address=page_at[0], **context):
+        visits.append(Visit(browser, address, **context))
         return visits[-1]
 
     yield made
     for one in visits:
         one.context.close()
-        outside = [url for url in one.asked if not url.startswith((page_at[0], "data:", "blob:"))]
+        outside = [url for url in one.asked if not url.startswith((one.address, "data:", "blob:"))]
         assert not outside, "the page asked somebody else"
         assert not one.complaints
 
@@ -639,13 +628,15 @@ def test_chat_by_keyboard_and_a_gallery(visit, model):
     assert "seed 2, 25 steps" in page.locator("#gallery").inner_text()
 
 
-def walk_to(page, wanted, most=40):
-    """Press Tab until the element of a selector has the focus."""
+def walk_to(page, wanted, words=None, most=80):
+    """Press Tab until the element of a selector, with these words on it if any are given, has the focus."""
+    reached = "([wanted, words]) => document.activeElement.matches(wanted) && (words ?? activeText()) === activeText()"
+    reached = reached.replace("activeText()", "document.activeElement.innerText?.trim()")
     for _ in range(most):
-        if page.evaluate("wanted => document.activeElement.matches(wanted)", wanted):
+        if page.evaluate(reached, [wanted, words]):
             return
         page.keyboard.press("Tab")
-    raise AssertionError(f"{wanted} is not reached by Tab")
+    raise AssertionError(f"{wanted} {words or ''} is not reached by Tab")
 
 
 def fits(page):
@@ -660,12 +651,11 @@ def fits(page):
 def test_every_tab_on_a_phone_by_keyboard_alone(visit, tmp_path):
     Noise(1).picture(0, 32).save(tmp_path / "a.png")
     page = visit(viewport={"width": 390, "height": 844}).page
-    tabs = page.get_by_role("tab")
-    names = [name for name in tabs.all_inner_texts() if name]
+    names = [name for name in page.get_by_role("tab").all_inner_texts() if name]
     assert names == ["Chat", "Draw", "Picture", "Inside", "Compare"]
     wanted = {"Chat": "Say", "Draw": "Draw", "Picture": "Caption", "Inside": "Look"}
     for name in names:
-        tabs.filter(has_text=name).focus()
+        walk_to(page, "[role=tab]", name)
         page.keyboard.press("Enter")
         page.wait_for_function(
             f"document.querySelector('[role=tab][aria-selected=true]').innerText.trim() === '{name}'"
@@ -710,6 +700,99 @@ def test_every_tab_on_a_phone_by_keyboard_alone(visit, tmp_path):
         assert fits(page), f"{name}: something is cut off or scrolls sideways on a phone"
 
 
+CONTRAST = (Path(__file__).parent / "contrast.js").read_text(encoding="utf-8")
+
+
+@pytest.mark.full
+def test_the_measure_of_contrast_knows_its_answers(browser):
+    page = browser.new_page()
+    for style, ratio, least in (
+        ("color: #000; background: #fff", 21, 4.5),
+        ("color: #777; background: #fff", 4.478, 4.5),  # the best known grey that just fails
+        ("color: rgb(0 0 0 / 0.5); background: #fff", 3.977, 4.5),
+        ("color: #fff; background: #000; opacity: 0.5", 3.977, 4.5),  # white over white stays, black over white is grey
+        ("color: #767676; background: transparent; font-size: 24px", 4.542, 3),
+        ("color: #000; background: linear-gradient(#fff, #000)", 0, 4.5),
+    ):
+        page.set_content(f'<body style="background: #fff"><p style="{style}">words</p>')
+        (one,) = page.evaluate(CONTRAST)
+        assert one["text"] == "words" and one["ratio"] == pytest.approx(ratio, abs=0.03) and one["least"] == least
+    page.set_content("""<style>::placeholder { color: #777; } b::after { content: "after"; color: #777; }</style>
+        <body style="background: #fff; color: #000"><input placeholder="empty"><input value="full"><b></b>
+        <i style="display: none">hidden</i><i style="visibility: hidden">hidden</i>""")
+    ratios = {one["text"].strip('"'): round(one["ratio"], 1) for one in page.evaluate(CONTRAST)}
+    assert ratios == {"empty": 4.5, "full": 21, "after": 4.5}
+    page.close()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_word_stands_out_from_its_background(visit, tmp_path, scheme):
+    """WCAG 2.2, success criterion 1.4.3, in every tab, empty, in use and with a complaint."""
+    Noise(1).picture(0, 32).save(tmp_path / "a.png")
+    one = visit(viewport={"width": 1280, "height": 900}, color_scheme=scheme)
+    page = one.page
+    page.add_style_tag(content="* { transition: none !important; animation: none !important; }")
+    assert page.evaluate("document.body.classList.contains('dark')") == (scheme == "dark")
+    seen = set()
+
+    def check(*words):
+        """All words are easy to read, and these are among them."""
+        page.mouse.move(1, 1)
+        found = [text for frame in page.frames for text in frame.evaluate(CONTRAST)]
+        faint = [text for text in found if text["ratio"] < text["least"]]
+        assert not faint, "\n".join(f"{text['ratio']:.2f} of {text['least']}: {text}" for text in faint)
+        texts = {text["text"].strip('"') for text in found}
+        assert not [word for word in words if not any(word in text for text in texts)]
+        seen.update(texts)
+
+    page.get_by_role("button", name="New conversation").wait_for()
+    check("xfusion", "Say something", "Message, and pictures", "New conversation")
+    page.get_by_text("Settings").first.click()
+    page.locator("#message input[type=file]").set_input_files(tmp_path / "a.png")
+    page.locator("#message img").first.wait_for()
+    page.locator("#message textarea").fill("what is this?")
+    page.locator("#say").click()
+    page.locator("#conversation .bot").first.wait_for()
+    says(page, "chat", "")
+    page.locator("#say").click()
+    says(page, "chat", "say something first")
+    check("what is this?", "Longest answer", "say something first")
+    one.tab("Draw")
+    check("Pictures, newest first")
+    page.locator("#prompt textarea").fill("a cat")
+    page.locator("#draw").click()
+    says(page, "draw", "drawn")
+    page.locator("#gallery .thumbnail-item").nth(2).wait_for()
+    check("a cat: seed 2, 25 steps")
+    one.tab("Picture")
+    check("drop a picture above first", "What is it?", "the picture is drawn in cells")
+    page.locator("#given input[type=file]").set_input_files(tmp_path / "a.png")
+    page.locator("#sheet .toolbar-wrap [title='Brush Size']").wait_for()
+    page.locator("#caption").click()
+    page.wait_for_function("document.querySelector('#sees textarea, #sees input').value")
+    page.get_by_label("upper half").check()
+    page.locator("#redraw").click()
+    says(page, "repaint", "seed 0")
+    check("upper half", "(no words): seed 0")
+    one.tab("Inside")
+    check("How a picture comes out of noise")
+    page.locator("#look-prompt textarea").fill("a cat")
+    page.locator("#look").click()
+    page.locator("#shares table").wait_for()
+    page.locator("#strip .thumbnail-item").nth(8).wait_for()
+    check("Share of attention", "(the picture itself)", "layer 1", "step 1")
+    one.tab("Compare")
+    page.locator("#comparison input").click()
+    page.get_by_role("option").first.wait_for()
+    check("choose one")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    page.frame_locator("iframe.comparison").get_by_role("heading", name="Scores").wait_for()
+    check("Scores", "chance")
+    assert len(seen) > 100
+
+
 @pytest.mark.full
 def test_a_picture_is_asked_about_and_another_drawn_in_the_chat(visit, model, page_at, tmp_path):
     Noise(1).picture(0, 32).save(tmp_path / "a.png")
@@ -730,6 +813,61 @@ def test_a_picture_is_asked_about_and_another_drawn_in_the_chat(visit, model, pa
     says(page, "chat", "seed 0")
     drawn = page.locator("#conversation .bot img").last
     assert apart(picture_of(drawn), model.draw(["two blue birds"], seed=0, steps=25)[0]) == 0
+
+
+REQUEST, SUBJECT, GREETING = "please draw two blue birds", "two blue birds", "how are you today?"
+
+
+@pytest.fixture
+def page_that_decides(model, tmp_path, monkeypatch):
+    """The address of a page whose pack has an opening head, fitted by hand: it opens at a request, and at no greeting."""
+    page = pytest.importorskip("xfusion.apps.web.page", reason="gradio is not installed: pip install 'xfusion[web]'")
+    base, head = model.backbone, Opening(model.backbone.hidden_size).requires_grad_(False)
+    opens, greets = answer_states(base, [[{"role": "user", "content": words}] for words in (REQUEST, GREETING)])
+    between = opens - greets
+    head.opens.weight.copy_(8 * between / between.square().sum())
+    head.opens.bias.copy_(-head.opens.weight @ (opens + greets) / 2)
+    states, spans = word_states(base, REQUEST)
+    is_subject = torch.tensor([1.0 if end > REQUEST.index(SUBJECT) else -1.0 for _, end in spans])
+    head.subject.weight.copy_(torch.linalg.lstsq(states, is_subject[:, None], driver="gelsd").solution.T)
+    head.subject.bias.zero_()
+    monkeypatch.setattr(model, "opening", head)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))  # a page sets it, and the other page's is put back afterwards
+    app = page.create({"tiny": model}, TINY, tmp_path / "decides", None)
+    with listening_at(app, socket.create_server(("127.0.0.1", 0))) as address:
+        yield address
+
+
+@pytest.mark.full
+def test_the_chat_draws_when_asked_in_plain_words(page_that_decides, visit, model, page_at):
+    settings = {"seed": 0, "steps": 25, "max_tokens": 24, "guidance": model.guidance}
+    without = visit(page_at[0]).page
+    without.get_by_text("Settings").first.click()
+    without.get_by_text("Longest answer").wait_for()
+    page = visit(page_that_decides, viewport={"width": 390, "height": 844}).page
+    page.get_by_text("Settings").first.click()
+    page.get_by_label("Draw when asked").wait_for()
+    assert page.get_by_label("Draw when asked").is_checked()
+    assert not without.get_by_label("Draw when asked").is_visible(), "no pack there has a head"
+    for words, is_decided, num_pictures in ((REQUEST, True, 1), (GREETING, True, 0), (REQUEST, False, 0)):
+        page.get_by_label("Draw when asked").set_checked(is_decided)
+        page.locator("#message textarea").fill(words)
+        page.keyboard.press("Enter")
+        page.locator("#conversation .bot").first.wait_for()
+        says(page, "chat", "")
+        expected = model.answer(
+            [{"role": "user", "content": [words]}], draw="auto" if is_decided else "never", **settings
+        )
+        assert [isinstance(one, Image.Image) for one in expected] == [True] * num_pictures + [False]
+        shown = page.locator("#conversation .bot img")
+        assert shown.count() == num_pictures
+        for number in range(num_pictures):
+            assert apart(picture_of(shown.nth(number)), expected[number]) == 0
+            assert apart(expected[number], model.draw([SUBJECT], seed=0, steps=25)[0]) == 0
+        said = "".join(page.locator("#conversation .bot").all_inner_texts())
+        assert letters(expected[-1]) and letters(expected[-1]) in letters(said)
+        page.get_by_role("button", name="New conversation").click()
+        page.locator("#conversation .bot").first.wait_for(state="detached")
 
 
 @pytest.mark.full
@@ -763,7 +901,7 @@ def test_a_picture_is_dropped_captioned_and_drawn_anew(visit, model, page_at, tm
     given.set_input_files(tmp_path / "b.png")
     page.locator("#given img").first.wait_for(state="attached")
     page.get_by_role("button", name="Caption").click()
-    says(page, "picture", "the picture")
+    says(page, "picture", "the file is not a picture")
     assert page.locator("#picture-status .problem").count() == 1
     page = visit(viewport={"width": 1280, "height": 900}).page
     page.get_by_role("tab", name="Picture").click()
@@ -787,6 +925,57 @@ def test_a_picture_is_dropped_captioned_and_drawn_anew(visit, model, page_at, tm
     assert apart(picture_of(page.locator("#redrawn img")), expected) == 0
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["large", "pdf"])
+def test_a_file_that_is_refused_leaves_the_page_usable(visit, model, page_at, tmp_path, kind):
+    bad = tmp_path / "picture.png"
+    if kind == "large":
+        Image.new("1", (10_000, 10_000)).save(bad)
+        complaint = "the file has 10000 x 10000 pixels, more than 0.01 million: make it smaller"
+    else:
+        bad.write_bytes(b"%PDF-1.4\n1 0 obj<</Type/Catalog>>endobj\ntrailer<</Root 1 0 R>>\n%%EOF\n")
+        complaint = "the file is not a picture: its content is PDF; save it as"
+    Noise(1).picture(0, 32).save(good := tmp_path / "a.png")
+    one = visit(viewport={"width": 1280, "height": 900})
+    page = one.page
+
+    def complains():
+        (line,) = page.locator(".problem:visible").all_inner_texts()
+        return line.startswith(complaint) and page.locator(".toast-body").count() == 0
+
+    page.locator("#message input[type=file]").set_input_files(bad)
+    page.locator("#message img").first.wait_for(state="attached")
+    page.locator("#message textarea").fill("what is this?")
+    page.locator("#say").click()
+    page.locator("#chat-status .problem").wait_for()
+    assert complains() and page.locator("#message textarea").input_value() == "what is this?"
+    page.get_by_label("Remove file").click()
+    page.locator("#message img").first.wait_for(state="detached")
+    page.locator("#message input[type=file]").set_input_files(good)
+    page.locator("#message img").first.wait_for()
+    page.locator("#say").click()
+    page.locator("#conversation .bot").first.wait_for()
+    says(page, "chat", "")
+
+    one.tab("Picture")
+    page.locator("#given input[type=file]").set_input_files(bad)
+    page.locator("#picture-status .problem").wait_for()
+    assert complains()
+    page.locator("#caption").click()
+    page.wait_for_timeout(500)
+    assert complains()
+    page.get_by_label("Remove Image").click()
+    says(page, "picture", "")
+    page.locator("#given input[type=file]").set_input_files(good)
+    page.locator("#given img").first.wait_for()
+    page.locator("#caption").click()
+    page.wait_for_function("document.querySelector('#sees textarea, #sees input').value")
+    says(page, "picture", "")
+    seen = page_at[1].state.desk.open_upload(good, "tiny")
+    said = page.locator("#sees textarea, #sees input").first.input_value()
+    assert letters(said) == letters(model.generate([seen], max_tokens=24)[0])
+
+
 class Brush:
     """The mouse over the sheet of a page, by cells of the picture."""
 
@@ -808,6 +997,42 @@ class Brush:
         self.page.mouse.down()
         self.page.mouse.move(*self.at(*end), steps=8)
         self.page.mouse.up()
+
+    def touch(self, start, end):
+        """The same with a finger."""
+        screen = self.page.context.new_cdp_session(self.page)
+        (x, y), (last_x, last_y) = self.at(*start), self.at(*end)
+        for step in range(9):
+            place = {"x": x + (last_x - x) * step / 8, "y": y + (last_y - y) * step / 8}
+            event = {"type": "touchMove" if step else "touchStart", "touchPoints": [place]}
+            screen.send("Input.dispatchTouchEvent", event)
+        screen.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+        screen.detach()
+
+
+@pytest.mark.full
+def test_a_finger_paints_on_a_phone(visit, model, page_at, tmp_path):
+    Noise(1).picture(0, 32).save(tmp_path / "a.png")
+    page = visit(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True).page
+    page.get_by_role("tab", name="Picture").tap()
+    page.locator("#given input[type=file]").set_input_files(tmp_path / "a.png")
+    page.locator("#sheet .toolbar-wrap [title='Brush Size']").wait_for()
+    page.locator("#repaint-prompt textarea").fill("a house")
+    painter = Brush(page)
+    scrolled = page.evaluate("scrollY")
+    painter.touch((0.3, 0.3), (0.7, 0.6))
+    painter.touch((1.5, 2.5), (2.5, 2.5))
+    assert page.evaluate("scrollY") == scrolled, "the finger scrolls the page instead of painting"
+    page.locator("#redraw").tap()
+    says(page, "repaint", "seed 0")
+    seen = page_at[1].state.desk.open_upload(tmp_path / "a.png", "tiny")
+    mask = Image.new("L", (4, 4))
+    for column, row in ((0, 0), (2, 1), (2, 2)):
+        mask.putpixel((column, row), 255)
+    mask = mask.resize(seen.size, Image.Resampling.NEAREST)
+    expected = model.inpaint(seen, mask, "a house", seed=0, steps=25)
+    assert apart(picture_of(page.locator("#redrawn img")), expected) == 0
+    assert apart(expected, seen) > 0 and fits(page)
 
 
 @pytest.mark.full
@@ -853,17 +1078,38 @@ def test_what_is_painted_is_drawn_anew_and_the_rest_is_kept(visit, model, page_a
     assert apart(picture_of(page.locator("#redrawn img")), expected) == 0
 
 
+def slowly(jobs):
+    """`drawing_progress`, with time to press a button between two steps."""
+    progress = drawing_progress(jobs)
+
+    def step(*facts):
+        time.sleep(0.3)
+        progress(*facts)
+
+    return step
+
+
+@pytest.mark.full
+def test_a_drawing_is_stopped_by_keyboard_alone(visit, page_at, monkeypatch):
+    monkeypatch.setattr(batches, "drawing_progress", slowly)
+    page = visit(viewport={"width": 1280, "height": 900}).page
+    for tab, box, button in (("Chat", "#message textarea", "Draw it"), ("Draw", "#prompt textarea", "Draw")):
+        walk_to(page, "[role=tab]", tab)
+        page.keyboard.press("Enter")
+        walk_to(page, box)
+        page.keyboard.type("a cat")
+        walk_to(page, "button:not([role=tab])", button)
+        page.keyboard.press("Enter")
+        says(page, tab.lower(), "step")
+        walk_to(page, "button", "Stop")
+        page.keyboard.press("Space")
+        says(page, tab.lower(), "stopped")
+        assert not page_at[1].state.desk.open
+    assert page.locator("#conversation .bot").count() == page.locator("#gallery .thumbnail-item").count() == 0
+
+
 @pytest.mark.full
 def test_drawing_is_stopped_looked_into_and_compared(visit, model, page_at, monkeypatch):
-    def slowly(jobs):
-        progress = drawing_progress(jobs)
-
-        def step(*facts):
-            time.sleep(0.3)
-            progress(*facts)
-
-        return step
-
     page = visit(viewport={"width": 1280, "height": 900}).page
     with monkeypatch.context() as patch:
         patch.setattr(batches, "drawing_progress", slowly)

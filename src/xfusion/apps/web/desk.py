@@ -176,7 +176,7 @@ class Desk:
         model = self.model(name)
         file = Path(path)
         requests.within(file.stat().st_size, self.limits.body, "the file's size in bytes")
-        return requests.resize_for_model(requests.decode_picture(file.read_bytes(), "the picture", self.limits), model)
+        return requests.resize_for_model(requests.decode_picture(file.read_bytes(), "the file", self.limits), model)
 
     def drawing_model(self, name: str | None) -> Model:
         """A pack that draws pictures.

@@ -53,7 +53,8 @@ STYLE = """
 #given img, #redrawn img { width: 100%; height: 100%; object-fit: contain; }
 #sheet .toolbar-wrap { left: 2px; }
 #sheet [aria-label=Color] { display: none; }
-#sheet .empty { font-size: 0; } #sheet .empty::after { content: "drop a picture above first"; font-size: 1rem; }
+#sheet .empty { font-size: 0; }
+#sheet .empty::after { content: "drop a picture above first"; font-size: 1rem; color: #52525b; background: #fff; }
 .scroll { overflow-x: auto; }
 .grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important; }
 table.heat { border-collapse: collapse; border: 0 !important; width: auto;
@@ -66,6 +67,11 @@ table.heat th[scope=row] { white-space: nowrap; position: sticky; left: 0;
   background: var(--body-background-fill); }
 table.heat caption { text-align: left; padding: .3rem 0; white-space: nowrap; color: var(--body-text-color); }
 iframe.comparison { width: 100%; height: 80vh; border: 1px solid var(--border-color-primary); border-radius: 8px; }
+[role=tab][aria-selected=true] { color: var(--primary-700) !important; }
+.dark [role=tab][aria-selected=true] { color: var(--primary-500) !important; }
+[role=tab][aria-selected=true]::after { background-color: currentColor !important; }
+input[type=range]::-webkit-slider-thumb { border: 1px solid var(--neutral-500); }
+input[type=range]::-moz-range-thumb { border: 1px solid var(--neutral-500); }
 :focus-visible { outline: 2px solid #c2571a; outline-offset: 2px; }
 @media (max-width: 34rem) {
   #sheet { height: 350px !important; }
@@ -109,12 +115,13 @@ def create(
     app.add_middleware(Guard, max_bytes=limits.body + FORM, hosts=hosts, uploads=uploads)
     font = ("system-ui", "sans-serif")  # gradio's own themes fetch theirs from Google
     theme = Default(primary_hue="orange", font=font, font_mono=("ui-monospace", "monospace"))
-    # Gradio's own white on orange and grey on white are hard to read.
+    # Gradio's own white on orange, grey on white, and empty circles and boxes are hard to see.
     dark_orange, grey = "*primary_700", "*neutral_500"
     theme.set(
         **{f"button_primary_background_fill{suffix}": dark_orange for suffix in ("", "_dark")},
         **{f"button_primary_background_fill_hover{suffix}": "*primary_800" for suffix in ("", "_dark")},
         **{f"button_primary_border_color{suffix}": dark_orange for suffix in ("", "_dark")},
+        **{f"checkbox_border_color{suffix}": grey for suffix in ("", "_hover", "_dark", "_hover_dark")},
         body_text_color_subdued=grey,
         block_info_text_color=grey,
         input_placeholder_color=grey,
