@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from apps.serving import apart, draw_only, listening_at, opens_always, png, tiny_models
 from contracts.table import SIDE, Noise, hearing_model, make_model, randomise
 
+import xfusion
 from xfusion.apps import cli
 from xfusion.apps.server import batches, reading, requests
 from xfusion.apps.server.answers import Refused
@@ -1147,6 +1148,40 @@ def test_drawing_is_stopped_looked_into_and_compared(visit, model, page_at, monk
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
     page.frame_locator("iframe.comparison").get_by_role("heading", name="Scores").wait_for()
+
+
+@pytest.fixture
+def page_of_the_shipped_pack(tmp_path, monkeypatch):
+    """Its address, and the pack."""
+    page = pytest.importorskip("xfusion.apps.web.page", reason="gradio is not installed: pip install 'xfusion[web]'")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))  # as above
+    pack = xfusion.load("emoji")
+    app = page.create({"emoji": pack}, Limits(), tmp_path / "shipped", Path(__file__).parents[2] / "comparison")
+    with listening_at(app, socket.create_server(("127.0.0.1", 0))) as address:
+        yield address, pack
+
+
+@pytest.mark.full
+def test_the_shipped_pack_draws(page_of_the_shipped_pack, visit):
+    """With the name of a folder in XFUSION_SCREENSHOTS the page is photographed, as docs/pictures/web.png was."""
+    address, pack = page_of_the_shipped_pack
+    one = visit(address, viewport={"width": 1280, "height": 900})
+    page = one.page
+    one.tab("Draw")
+    page.locator("#prompt textarea").fill("a red heart")
+    page.keyboard.press("Enter")
+    says(page, "draw", "drawn")
+    shown = page.locator("#gallery .thumbnail-item img")
+    shown.nth(3).wait_for()
+    page.wait_for_function("document.querySelectorAll('#gallery .caption-label').length === 4")
+    page.wait_for_function("!document.querySelector('#gallery').innerText.includes('step ')")
+    for number, picture in enumerate(pack.draw(["a red heart"] * 4, seed=0)):
+        assert apart(picture_of(shown.nth(number)), picture) == 0
+    if folder := os.environ.get("XFUSION_SCREENSHOTS"):
+        page.wait_for_function("[...document.querySelectorAll('#gallery img')].every(one => one.complete)")
+        page.evaluate("document.activeElement.blur()")
+        photograph = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
+        photograph.quantize(256).save(Path(folder) / "web.png", optimize=True)
 
 
 def test_a_name_of_somebody_else_is_not_answered(tmp_path, model):
