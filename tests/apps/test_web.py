@@ -832,11 +832,14 @@ def page_that_decides(model, tmp_path, monkeypatch):
     is_subject = torch.tensor([1.0 if end > REQUEST.index(SUBJECT) else -1.0 for _, end in spans])
     head.subject.weight.copy_(torch.linalg.lstsq(states, is_subject[:, None], driver="gelsd").solution.T)
     head.subject.bias.zero_()
-    monkeypatch.setattr(model, "opening", head)
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))  # a page sets it, and the other page's is put back afterwards
-    app = page.create({"tiny": model}, TINY, tmp_path / "decides", None)
-    with listening_at(app, socket.create_server(("127.0.0.1", 0))) as address:
-        yield address
+    model.opening = head
+    try:
+        app = page.create({"tiny": model}, TINY, tmp_path / "decides", None)
+        with listening_at(app, socket.create_server(("127.0.0.1", 0))) as address:
+            yield address
+    finally:
+        model.opening = None
 
 
 @pytest.mark.full
