@@ -4,10 +4,11 @@
 
 A full copy of every layer is trained, as in the paper. Drawing: texts, each before a picture to draw. Joint: two thirds of
 the samples draw, one third names a clean picture. One JSON object on standard output, and in ``--out``: seconds per step
-(median), the FLOPs of a step by torch's counter (uncompiled), the rate of a bf16 product of two square matrices, measured in
-between, and the step's share of that rate (MFU). ``--attention flex_attention`` uses FlexAttention over block masks, which is
-for packed rows (``--packed 4``); ``--no-keep-text`` computes frozen states of prompts in every step, as for captions that
-never repeat. ``--profile FILE`` writes where the time of a drawing step goes.
+(median), the FLOPs that a step needs, the rate of a bf16 product of two square matrices, measured in between, and the step's
+share of that rate (MFU). FLOPs are counted on an uncompiled step (`count_flops`): those of attention per visible pair,
+whatever kernel is measured, and no queries that compilation removes. ``--attention flex_attention`` uses FlexAttention over
+block masks, which is for packed rows (``--packed 4``); ``--no-keep-text`` computes frozen states of prompts in every step,
+as for captions that never repeat. ``--profile FILE`` writes where the time of a drawing step goes.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from xfusion.backbone import Backbone
@@ -30,6 +34,7 @@ from xfusion.data.pack import pack
 from xfusion.data.sequence import Batch, Sequence, Text
 from xfusion.evaluation.machine import origin
 from xfusion.fusion.dual_tower import DualTower
+from xfusion.layers import linear_shape
 from xfusion.modalities.image import ImageModality
 from xfusion.model import Model, ModelConfig, build
 from xfusion.storage import write_json
@@ -94,6 +99,64 @@ def matrix_rate(side: int, device: torch.device) -> float:
     return 2 * side**3 / seconds(lambda: left @ right, device, 10)
 
 
+class Attention(TorchFunctionMode):
+    """Count attention per visible pair of a query and a key, in place of torch's kernel, whose own count depends on which one
+    runs: dense products count pairs that block masks skip, and a fused kernel on a CPU counts nothing.
+
+    A pair costs 2 FLOPs per number of a head in the scores and in the output, and in the backward pass the same for each of the
+    gradients of weights, queries, keys and values that is needed. A kernel that computes scores again, or all pairs of a block
+    of which some are visible, executes more: it gets no credit for that. The result has the kernel's shape and no products.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = self.queries = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count a call of attention; everything else runs."""
+        if func is not functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        return self._attend(*args, **(kwargs or {}))
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, **_: Any) -> Tensor:
+        assert attn_mask is not None and attn_mask.dtype == torch.bool, "a mixed sequence has a mask"
+        rows, heads, count, width = query.shape
+        pairs = int(attn_mask.expand(rows, heads, -1, -1).sum())
+        learned = [t.requires_grad for t in (query, key, value)] if torch.is_grad_enabled() else [False]
+        products = 2 + (any(learned[:2]) + sum(learned) if any(learned) else 0)
+        self.flops += 2 * width * pairs * products
+        self.queries += rows * count
+        other = (key + value).mean(dim=2, keepdim=True)
+        return query + other.repeat_interleave(heads // key.shape[1], dim=1)
+
+
+def count_flops(step: Callable[[], object], layers: list[nn.Module]) -> int:
+    """FLOPs of a forward and backward pass that attends by ``sdpa``, uncompiled: its products and attention (`Attention`).
+
+    Queries of rows that only give keys and values are subtracted: the compiled step has none.
+
+    Args:
+        step: the pass.
+        layers: the layers that may run in it, frozen and new, all of one shape.
+    """
+    projected = 0
+
+    def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        nonlocal projected
+        projected += output[..., 0].numel()
+
+    projections = [layer.get_submodule("self_attn.q_proj") for layer in layers]
+    hooks = [projection.register_forward_hook(count) for projection in projections]
+    try:
+        with FlopCounterMode(display=False) as products, Attention() as attention:
+            step()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    inputs, outputs = linear_shape(projections[0])
+    return products.get_total_flops() + attention.flops - 2 * (projected - attention.queries) * inputs * outputs
+
+
 def batches(model: Model, settings: Settings, *, joint: bool) -> list[Batch]:
     """Random words and pictures."""
     generator, image = torch.Generator().manual_seed(0), model.image
@@ -154,12 +217,13 @@ def main(settings: Settings) -> None:
             if update:
                 optimizer.step(1e-5, 1.0, 0.999)
 
-        plain = model.training_engine(torch.bfloat16, "counted", choose_attention(device), False)
+        plain = model.training_engine(torch.bfloat16, "counted", "sdpa", False)
         plain.keep_text = settings.keep_text
         learn(plain, update=False)  # texts that are computed once are computed here
-        optimizer.forget_gradients()
-        with FlopCounterMode(display=False) as counter:
-            learn(plain, update=False)
+        flops = count_flops(
+            lambda learn=learn, plain=plain: learn(plain, update=False),
+            [*plain.backbone.layers, *model.fusion.blocks.values()],
+        )
         optimizer.forget_gradients()
         engine = model.training_engine(torch.bfloat16, "measured", attention, settings.compile)
         engine.keep_text = settings.keep_text
@@ -171,7 +235,7 @@ def main(settings: Settings) -> None:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         step = seconds(lambda engine=engine, learn=learn: learn(engine), device, settings.steps)
-        rate, flops = matrix_rate(settings.square, device), counter.get_total_flops()
+        rate = matrix_rate(settings.square, device)
         result[kind] = {
             "seconds_per_step": round(step, 4),
             "samples_per_second": round(settings.batch / step, 1),

@@ -256,19 +256,48 @@ def test_the_profile_of_a_step_knows_its_optimiser(monkeypatch):
     assert not [key for key in ran if "norm" in key], "a norm that the row leaves out"
 
 
-def test_the_study_of_a_real_shape_runs_on_a_tiny_one(tmp_path, monkeypatch):
+@pytest.fixture
+def shape_study(monkeypatch):
+    """benchmarks/shape.py, and a shape so tiny that it runs."""
     tiny = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     monkeypatch.setitem(SHAPES, "tiny", SHAPES["Llama-3.2-1B"] | tiny | {"num_attention_heads": 8})
     spec = importlib.util.spec_from_file_location("shape", BENCHMARKS / "shape.py")
     study = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "shape", study)
     spec.loader.exec_module(study)
-    small = {"shape": "tiny", "side": 2, "words": 4, "steps": 1, "device": "cpu", "compile": False, "square": 64}
+    return study
+
+
+SMALL = {"shape": "tiny", "side": 2, "words": 4, "steps": 1, "device": "cpu", "compile": False, "square": 64}
+
+
+def test_the_study_of_a_real_shape_runs_on_a_tiny_one(tmp_path, shape_study):
     flops = {}
     for keep in (True, False):
         out = tmp_path / f"{keep}.json"
-        study.main(study.Settings(**small, batch=6, packed=2, keep_text=keep, out=out))
+        shape_study.main(shape_study.Settings(**SMALL, batch=6, packed=2, keep_text=keep, out=out))
         found = json.loads(out.read_text())
         flops[keep] = found["drawing"]["flops_per_step"]
         assert found["attention"] == "grouped" and found["joint"]["share_of_peak"] > 0
     assert flops[False] > flops[True] > 0  # frozen layers over the prompts' words
+
+
+def test_flops_of_a_real_shape_are_those_of_the_samples_however_they_are_packed_and_attended(
+    tmp_path, shape_study, monkeypatch
+):
+    """12 drawings of 16 tokens behind 4 words are the same work in rows of one, two or four."""
+    monkeypatch.setitem(SHAPES, "deeper", SHAPES["tiny"] | {"num_hidden_layers": 3})
+
+    def flops(**settings):
+        out = tmp_path / "out.json"
+        shape_study.main(shape_study.Settings(**SMALL | {"side": 4, "out": out} | settings, batch=12))
+        return json.loads(out.read_text())["drawing"]["flops_per_step"]
+
+    one = flops(packed=1)
+    assert flops(packed=2) == flops(packed=4, attention="sdpa") == one
+    width, mlp, heads, key_heads, head, words, picture = 32, 64, 8, 8, 4, 4, 1 + 16  # [BOI] and its tokens
+    query, keys = 2 * width * heads * head, 2 * 2 * width * key_heads * head
+    own = 3 * picture * (2 * query + keys + 3 * 2 * width * mlp)  # forward, and gradients of states and of weights
+    read = 3 * words * keys  # the tower's norm of the frozen states is learned
+    pairs = (words + 1) + 16 * (words + picture)  # [BOI] sees the words and itself, tokens see all
+    assert flops(shape="deeper") - one == 12 * (own + read + pairs * heads * head * 2 * (2 + 4))
