@@ -211,7 +211,7 @@ def test_graphs_are_counted_over_batches_that_were_not_read_before(bench, monkey
     monkeypatch.setattr(torch._dynamo.config, "accumulated_recompile_limit", 4096)
     counted = {}
     try:
-        for name, fit in (("as it is", mixture._fit), ("each its own width", lambda width, longest: longest)):
+        for name, fit in (("as it is", mixture._fit), ("each its own width", lambda widths, longest: longest)):
             torch.compiler.reset()
             fusion_base.compiled.cache_clear()
             monkeypatch.setattr(mixture, "_fit", fit)

@@ -117,7 +117,23 @@ def test_rows_are_as_wide_as_nine_steps_in_ten_need():
     m = mixture(source, draw=1, caption=1, pack=1, templates=plain)
     assert m.widths == tuple(24 for _ in m.widths)  # of four words, [EOI], and the end or the beginning
     widths = Counter(m.batches(step)[0].text.count for step in range(40))
-    assert widths[24] == 39 and max(widths) > 300
+    assert widths == {24: 39, 384: 1}  # of 300 letters, one token each
+    assert m.further_widths == ((48, 384), (48, 384))
+
+
+def test_further_widths_are_for_texts_that_the_data_have():
+    """Rows of equal texts are never wider; a row of four may have one long text, or four not much longer than usual."""
+    plain = Templates(caption_dropout=0, article_share=0, other_wordings=0, question_share=0)
+    equal = Squares(6)
+    equal.examples = tuple(replace(e, captions=("six by six",)) for e in equal.examples)
+    assert mixture(equal, pack=4, draw=4, caption=4, templates=plain).further_widths == ((), ())
+    source = Squares(400)
+    captions = ["word"] * 399 + ["word " * 10]
+    source.examples = tuple(replace(e, captions=(c,)) for e, c in zip(source.examples, captions, strict=True))
+    m = mixture(source, pack=4, draw=4, caption=4, templates=plain)
+    draw, caption = m.widths
+    assert m.further_widths == ((2 * draw, 8 * draw), (2 * caption, 4 * caption))
+    assert 4 * draw < len("word " * 10) < 8 * draw and 2 * caption < caption + len("word " * 10) < 4 * caption
 
 
 def test_a_drawing_is_words_then_a_noised_target_and_a_captioning_a_clean_picture_then_its_answer():

@@ -971,13 +971,31 @@ def test_steps_behind_the_warm_up_are_not_compiled(bases, tmp_path):
     assert [log(tmp_path / "plain", "end")[0][name] for name in ("graphs", "graphs_behind_warm_up")] == [0, 0]
 
 
+@pytest.mark.usefixtures("graphs")
+def test_one_very_long_caption_compiles_nothing_behind_the_warm_up_and_changes_no_loss(bases, tmp_path, monkeypatch):
+    """The graphs that it needs are made ahead, by batches that nothing learns from."""
+    source, late = Even(), 7  # its turn comes behind the tenth step
+    long = replace(source.examples[late], captions=("a red cat " * 12,))
+    source.examples = (*source.examples[:late], long, *source.examples[late + 1 :])
+    whole = recipe(bases["llama"], steps=20, mixture=MixtureConfig(draw=2, caption=2, pack=2, templates=PLAIN))
+    for name in ("ahead", "when needed"):
+        train(bases["llama"], tmp_path / name, recipe_=whole, source=source, compile=True)
+        torch.compiler.reset()
+        fusion_base.compiled.cache_clear()
+        monkeypatch.setattr(Mixture, "wide_batches", lambda self: ())
+    ahead, when_needed = (log(tmp_path / name, "end")[0] for name in ("ahead", "when needed"))
+    assert ahead["graphs_behind_warm_up"] == 0 < when_needed["graphs_behind_warm_up"]
+    assert step_records(tmp_path / "ahead") == step_records(tmp_path / "when needed")
+    assert same(pack_of(tmp_path / "ahead"), pack_of(tmp_path / "when needed"))
+
+
 @pytest.mark.full
 @pytest.mark.usefixtures("graphs")
 def test_a_caption_longer_than_was_looked_at_makes_graphs_once_and_they_are_counted(bases, tmp_path, monkeypatch):
     """Widths double, so there are few; were each length a width of its own, a graph a step would be counted."""
     base, mixture, take, late, new = bases["llama"], MixtureConfig(draw=2, caption=2, pack=1), Prefetcher.take, [], []
     monkeypatch.setattr("xfusion.data.mixture.LOOKED_AT", 1)
-    for number, fit in enumerate((fit_, lambda width, longest: longest)):
+    for number, fit in enumerate((fit_, lambda widths, longest: longest)):
         taken: list[list[Batch]] = []
         monkeypatch.setattr("xfusion.data.mixture._fit", fit)
         monkeypatch.setattr(Prefetcher, "take", lambda self, step, to=taken: to.append(take(self, step)) or to[-1])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 import os
 import random
 import sys
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Container, Iterator
+from collections.abc import Callable, Collection, Container, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -37,6 +38,8 @@ MOST_HEIGHTS = 16
 another compiled graph, so shorter parts are filled up with empty rows."""
 LOOKED_AT = 40
 """Steps whose lengths are measured before the first one, to fix the shapes of a run."""
+LONGEST_TOKENIZED = 200
+"""Texts among which the longest in tokens is searched, the longest in characters: tokenizing all would delay the start."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -372,6 +375,18 @@ class Mixture:
         draw, caption = ([_longest(rows) for rows in task] for task in zip(*steps, strict=True))
         return _round_up(_ninetieth_percentile(draw), 4), _round_up(_ninetieth_percentile(caption), 4)
 
+    @cached_property
+    def further_widths(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Text widths of both tasks for rare longer steps, narrowest first: twice the usual one, and one that fits a usual row
+        with the longest text of the source in it. None where no row can be longer than usual.
+        """
+        longest = (max(map(text_length, samples.values())) for samples in self._longest_samples())
+        draw, caption = (
+            _further_widths(width, length, per_row if len(self.sizes) == 1 else None)
+            for width, length, per_row in zip(self.widths, longest, (1, self.config.pack), strict=True)
+        )
+        return draw, caption
+
     def samples(self, step: int) -> list[Sequence]:
         """The samples of a step with their pictures, unpacked, drawings first: for callers with another layout."""
         rows = [[sample] for sample in (*self.drawings(step), *self.captionings(step))]
@@ -382,26 +397,29 @@ class Mixture:
         return self._pack_rows(self.drawings(step), self.captionings(step))
 
     def largest(self) -> list[Batch]:
-        """A step in which every sample has the longest text of the source, counted in characters.
+        """A step in which every sample has the longest text of the source."""
+        drawings, captionings = self._longest_samples()
+        return self._pack_rows(
+            [drawings[size] for size in self._sizes("draw", 0, self.config.draw)],
+            [captionings[size] for size in self._sizes("caption", 0, self.config.caption)],
+        )
 
-        Tokenizing a whole data set to count tokens would delay the start. Only a wording with fewer characters but more
-        tokens can make a wider step.
+    def wide_batches(self) -> Iterator[Batch]:
+        """The batches of a usual step with blank pictures, at each of the `further_widths`: each needs its own compiled
+        graphs. None for sources that weigh their losses, which divide a step into parts of many heights.
         """
-        templates, examples = self.config.templates, self.source.examples
-        wordings = [(len(c), i, c) for i, e in enumerate(examples) for c in e.captions]
-        _, draw_index, prompt = max(wordings)
-        draw_index = self._readable_index(draw_index)
-        prompt = with_article(prompt) if templates.article_share else prompt
-        longest_question = max(templates.questions, key=len) if templates.question_share else ""
-        dialogues = [
-            (in_json(e.question), as_json(e.captions[0]))
-            if e.question and templates.json_share
-            else (e.question or longest_question, e.captions[0])
-            for e in examples
-        ]
-        _, caption_index = max((len(question) + len(answer), i) for i, (question, answer) in enumerate(dialogues))
-        question, answer = dialogues[caption_index]
-        caption_index = self._readable_index(caption_index)
+        if self.config.loss_weights:
+            return
+        for task, (width, further) in enumerate(zip(self.widths, self.further_widths, strict=True)):
+            steps = (self._rows(self.drawings(step), self.captionings(step))[task] for step in range(LOOKED_AT))
+            rows = next((rows for rows in steps if _longest(rows) <= width), None)
+            if rows:
+                yield from (pack(rows, text_width=wide) for wide in further)
+
+    def _longest_samples(self) -> tuple[dict[int, Sequence], dict[int, Sequence]]:
+        """Picture size -> a drawing sample and a captioning sample with the longest text of the source."""
+        (draw_index, prompt), (caption_index, (question, answer)) = self._longest_texts
+        draw_index, caption_index = map(self._readable_index, (draw_index, caption_index))
         drawings = {
             size: drawing(self.ids, self.begin, prompt, self.drawing_target(draw_index, size)) for size in self.sizes
         }
@@ -418,21 +436,40 @@ class Mixture:
             )
             for size in self.sizes
         }
-        return self._pack_rows(
-            [drawings[size] for size in self._sizes("draw", 0, self.config.draw)],
-            [captionings[size] for size in self._sizes("caption", 0, self.config.caption)],
+        return drawings, captionings
+
+    @cached_property
+    def _longest_texts(self) -> tuple[tuple[int, str], tuple[int, tuple[str, str]]]:
+        """Example and prompt of a drawing sample, example, question and answer of a captioning sample: the longest in tokens."""
+        templates, examples = self.config.templates, self.source.examples
+
+        def longest(texts: Iterable[tuple[int, T]], words: Callable[[T], str]) -> tuple[int, T]:
+            candidates = heapq.nlargest(LONGEST_TOKENIZED, texts, key=lambda text: len(words(text[1])))
+            return max(candidates, key=lambda text: len(self.encode(words(text[1]))))
+
+        index, prompt = longest(((i, c) for i, e in enumerate(examples) for c in e.captions), str)
+        longest_question = max(templates.questions, key=len) if templates.question_share else ""
+        dialogues = (
+            (in_json(e.question), as_json(e.captions[0]))
+            if e.question and templates.json_share
+            else (e.question or longest_question, e.captions[0])
+            for e in examples
+        )
+        return (index, with_article(prompt) if templates.article_share else prompt), longest(
+            enumerate(dialogues), " ".join
         )
 
     def _pack_rows(self, drawings: list[Sequence], captionings: list[Sequence]) -> list[Batch]:
         batches: list[Batch] = []
         num_rows = self.config.draw, self.config.caption // self.config.pack
-        for rows, width, whole in zip(self._rows(drawings, captionings), self.widths, num_rows, strict=True):
+        tasks = self._rows(drawings, captionings), self.widths, self.further_widths, num_rows
+        for rows, width, further, whole in zip(*tasks, strict=True):
             multiple = -(-whole // MOST_HEIGHTS)
             for weight, part in self._by_loss_weight(rows).items():
                 if part:
                     if weight is not None:
                         part = part + [[]] * (-len(part) % multiple)
-                    batch = pack(self._fill_pictures(part), text_width=_fit(width, _longest(part)))
+                    batch = pack(self._fill_pictures(part), text_width=_fit([width, *further], _longest(part)))
                     batches.append(batch if weight is None else WeightedBatch(**vars(batch), loss_weight=weight))
         return batches
 
@@ -498,11 +535,23 @@ def _ninetieth_percentile(values: list[int]) -> int:
     return sorted(values)[(9 * len(values) - 1) // 10]
 
 
-def _fit(width: int, longest: int) -> int:
-    """The width, doubled until the longest row fits: each width needs another compiled graph, so there should be few."""
+def _fit(widths: list[int], longest: int) -> int:
+    """The narrowest width that fits the longest row: each needs another compiled graph, so there are few. Beyond the last it is
+    doubled.
+    """
+    return next((width for width in widths if width >= longest), _doubled(widths[-1], longest))
+
+
+def _doubled(width: int, longest: int) -> int:
     while width < longest:
         width = max(8, 2 * width)
     return width
+
+
+def _further_widths(width: int, longest: int, per_row: int | None) -> tuple[int, ...]:
+    """Twice a width, and what fits a usual row with the longest text added; or a row of only such, if that is shorter."""
+    most = width + longest if per_row is None else min(width + longest, per_row * longest)
+    return tuple(dict.fromkeys((_doubled(width, width + 1), _doubled(width, most)))) if most > width else ()
 
 
 def _round_up(value: int, multiple: int) -> int:

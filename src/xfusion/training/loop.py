@@ -312,6 +312,8 @@ class _Run:
         pace, due = Pace(self.progress.step), (False, False)
         if not self.progress.step:
             self._try_largest_step()
+        if self.settings.compile and not self.progress.finished:
+            self._compile_wide_steps()
         while True:
             # One message per step: all processes stop, draw or write after the same step, whichever of them asks.
             requests = stop.signal or 0, *due, self.track.failure is not None
@@ -377,15 +379,27 @@ class _Run:
                 # With sharding there are messages in between; a failed process is then noticed when it exits.
                 failing_together = self.processes.all_or_none() if self.sharding is None else nullcontext()
                 setup.check_learned(stage_number, self.recipe.stages[stage_number], self.model, batches)
-                try:
-                    with failing_together, setup.naming_out_of_memory(stage_number, batches, self.processes.device):
-                        for batch in batches:
-                            losses, zero = self._losses(batch, torch.Generator().manual_seed(0))
-                            loss = sum((value for value, _ in losses.values()), zero)
-                            if isinstance(loss, torch.Tensor):
-                                loss.backward()
-                finally:
-                    self.optimizer.forget_gradients()
+                with failing_together, setup.naming_out_of_memory(stage_number, batches, self.processes.device):
+                    self._rehearse(batches)
+
+    def _compile_wide_steps(self) -> None:
+        """Compile what rare longer texts need (`Mixture.wide_batches`), so that no later step waits for it."""
+        with self.model.using(self.engine):
+            for stage, mixture in zip(self.recipe.stages, self.mixtures, strict=True):
+                self.engine.activation_checkpointing = stage.activation_checkpointing
+                for batch in mixture.wide_batches():
+                    self._rehearse([batch])
+
+    def _rehearse(self, batches: list[Batch]) -> None:
+        """Run batches forward and backward, and discard the result."""
+        try:
+            for batch in batches:
+                losses, zero = self._losses(batch, torch.Generator().manual_seed(0))
+                loss = sum((value for value, _ in losses.values()), zero)
+                if isinstance(loss, torch.Tensor):
+                    loss.backward()
+        finally:
+            self.optimizer.forget_gradients()
 
     # -- one step
 

@@ -59,7 +59,7 @@ class Pace:
 class Graphs:
     """Counts the graphs that a run compiles, and those compiled after the warm-up, each of which delays a step.
 
-    A batch wider than 90 % of those that were sampled (`xfusion.data.mixture.Mixture.widths`) may compile new ones.
+    The text widths that rare longer batches need (`xfusion.data.mixture.Mixture.further_widths`) are compiled ahead.
 
     Args:
         step: where the run starts or resumes; a resumed process compiles again.
