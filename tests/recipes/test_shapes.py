@@ -4,8 +4,10 @@ import pytest
 from rich.console import Console
 
 from xfusion import backbone
-from xfusion.apps.commands.show import Show
-from xfusion.recipes.base import names
+from xfusion.apps.commands.show import Show, memory_on_shape
+from xfusion.backbone import Backbone
+from xfusion.model import build
+from xfusion.recipes.base import find, names
 
 SHAPE = {
     "model_type": "llama",
@@ -35,3 +37,16 @@ def test_a_recipe_is_shown_on_a_shape(name, monkeypatch):
     memory = shown.data["memory"]
     if memory["activations"]:
         assert memory["activations_with_checkpointing"] > 0
+
+
+@pytest.mark.parametrize("shape", ["Llama-3.2-1B", "Llama-3.1-8B"])
+def test_training_a_low_rank_tower_holds_at_most_a_fifth_more_than_a_large_base(shape):
+    """Weights, gradients, optimizer and average, from shapes alone; a tower of copied layers holds more."""
+    held = {}
+    for recipe in ("xfusion_lora", "xfusion"):
+        model = build(find(recipe)().model, Backbone.of_shape(shape))
+        memory = memory_on_shape(model)
+        frozen = sum(parameter.numel() for parameter in model.backbone.model.parameters())
+        assert memory["base"] == 2 * frozen and memory["total"] == 2 * frozen + 5 * 4 * model.num_new_parameters
+        held[recipe] = memory["total"] / memory["base"]
+    assert 1 < held["xfusion_lora"] <= 1.2 < held["xfusion"]
