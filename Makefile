@@ -61,6 +61,7 @@ figures: setup
 	$(BIN)/python benchmarks/profile_step.py
 	$(BIN)/python benchmarks/solvers.py
 	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/serving.py
 	$(BIN)/python docs/pages.py speed
 
