@@ -464,6 +464,8 @@ def bench_table(result: dict[str, Any]) -> list[str]:
                 add(f"samples per second, {kind}, {name}", part["samples_per_second"])
             for state, seconds in part.get("cold_start_seconds", {}).items():
                 add(f"cold start in seconds, {state.replace('_', ' ')}, {kind}, {name}", seconds)
+        if "precision" in (part := result.get("training", {}).get(tower, {})):
+            add(f"precision of training, {name}", part["precision"])
         part = result.get("transfusion", {}).get(tower, {})
         for key, target in (
             ("ratio_to_transfusion_pytorch", "3"),

@@ -114,6 +114,7 @@ def test_training(bench):
             rate = figures["flops"] / figures["step_seconds"] / figures["peak_flops_per_second"]
             assert figures["share_of_peak"] == pytest.approx(rate)
         assert found[tower]["joint"]["flops"] > found[tower]["drawing"]["flops"] > 0
+    assert {tower["precision"] for tower in found.values()} == {str(bench.dtype).removeprefix("torch.")}
     assert found["full_tower"]["trainable_parameters"] > found["demo_tower"]["trainable_parameters"]
     assert set(found["demo_tower"]["joint"]["cold_start_seconds"]) == {"nothing_compiled", "compiled_before"}
 
@@ -141,6 +142,22 @@ def test_denoising(bench):
     # A denoising step is the tower's rows of the picture: twice the pictures, about twice the work.
     assert found["demo_tower_2_pictures"]["flops"] > 1.8 * found["demo_tower_1_pictures"]["flops"]
     assert all("denoising_step_over_tower_flops" in figures for figures in found.values())
+
+
+@pytest.mark.full
+def test_denoising_is_measured_compiled_too_for_both_towers(bench, monkeypatch):
+    monkeypatch.setattr(fusion_base.torch, "compile", partial(torch.compile, backend="eager"))
+    fusion_base.compiled.cache_clear()
+    try:
+        with count_new_graphs() as graphs:
+            found = denoising.measure(replace(bench, compile=True))
+    finally:
+        fusion_base.compiled.cache_clear()
+        torch.compiler.reset()
+    assert graphs() > 0
+    for tower in ("demo", "full"):
+        plain, compiled = (found[f"{tower}_tower_2_pictures{form}"] for form in ("", "_compiled"))
+        assert plain["precision"] == compiled["precision"] and 0 < compiled["flops"] <= plain["flops"]
 
 
 @pytest.mark.full

@@ -18,15 +18,15 @@ from xfusion.model import Model
 
 
 def measure(bench: Bench) -> dict[str, Any]:
-    """Measure one picture and a full batch, for both towers; the demo's also compiled, although sampling is not."""
+    """Measure one picture and a full batch, for both towers; also compiled, although sampling is not."""
     result: dict[str, Any] = {}
     for tower in ("demo", "full"):
         model = bench.model(full=tower == "full")
         for pictures in (1, 2) if bench.quick else (1, 16):
             result[f"{tower}_tower_{pictures}_pictures"] = _measure_step(bench, model, pictures)
-            if tower == "demo" and bench.compile:
+            if bench.compile:
                 with model.using(replace(model.plain_engine(), compiled=True)):
-                    result[f"demo_tower_{pictures}_pictures_compiled"] = _measure_step(bench, model, pictures)
+                    result[f"{tower}_tower_{pictures}_pictures_compiled"] = _measure_step(bench, model, pictures)
     return result
 
 

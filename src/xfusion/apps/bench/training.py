@@ -2,9 +2,9 @@
 
 ``share_of_shape_peak``: time of the step's own matrix products alone (forward and backward, same shapes, precision and
 threads) over the time of the step. ``share_of_peak``: FLOPs that the step executes per second over those of a 4096-cubed
-product. Cold start is the first step, once with nothing compiled and once with an earlier process's compile cache on disk.
-Timed steps repeat the batches of the warm-up, so that they compile no new graph; ``graphs_in_unseen_steps`` counts new graphs
-on unseen batches.
+product in the ``precision`` of training. Cold start is the first step, once with nothing compiled and once with an earlier
+process's compile cache on disk. Timed steps repeat the batches of the warm-up, so that they compile no new graph;
+``graphs_in_unseen_steps`` counts new graphs on unseen batches.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def measure(bench: Bench) -> dict[str, Any]:
 
 def _measure_tower(bench: Bench, *, full: bool) -> dict[str, Any]:
     model = bench.model(full=full)
-    result: dict[str, Any] = {"trainable_parameters": model.num_new_parameters}
+    precision = str(bench.dtype).removeprefix("torch.")
+    result: dict[str, Any] = {"trainable_parameters": model.num_new_parameters, "precision": precision}
     for kind in ("drawing", "joint"):
         step = Step(bench, model, caption=0 if kind == "drawing" else None)
         result[kind] = {"cold_start_seconds": _cold_start(bench, step)} if not full else {}
