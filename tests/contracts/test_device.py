@@ -21,6 +21,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from xfusion.backbone import Backbone
+from xfusion.backbone.attention import ATTENTIONS
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.pack import pack
 from xfusion.evaluation.run import evaluate
@@ -162,14 +163,17 @@ def test_a_gpu_draws_captions_and_scores_what_the_cpu_does(pair):
 
 
 @needs_gpu
+@pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("compile", [False, True])
-def test_a_gpu_trains_as_the_cpu_does(pair, tmp_path, compile):
+def test_a_gpu_trains_as_the_cpu_does(pair, tmp_path, attention, compile):
+    """By every attention implementation, the backward pass included; the CPU by its own."""
     found = []
     for base in pair:
         out, losses = tmp_path / base.device.type, []
         stage = Stage(steps=4, warmup=2, mixture=MixtureConfig(draw=4, caption=4, pack=2))
         recipe = Recipe(model=model_config(base), data="noise", stages=(stage,))
         settings = {"source": Noise(), "backbone": base, "compile": compile, "dtype": torch.float32, "preview_every": 0}
+        settings["attention"] = attention if base.device.type == "cuda" else None
         train(recipe, out=out, listener=lambda e, kept=losses: kept.append(e.get("losses")), **settings)
         found.append([loss for loss in losses if loss])
     assert len(found[0]) == 4

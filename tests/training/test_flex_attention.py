@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from contracts.table import distance, look, make_model, mixed_sequences, view
+from torch._inductor.kernel.flex.flex_cpu import check_cpu_supported
 from torch.nn.attention.flex_attention import flex_attention
 
 import xfusion.fusion.base as fusion_base
@@ -64,6 +65,29 @@ def test_attention_by_blocks_is_attention_by_the_dense_mask(window):
     dense = visible(table, table, window)[:, None]
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=dense, enable_gqa=True)
     assert float((found - expected).abs().max()) < 2e-6
+
+
+@pytest.mark.full
+@torch.no_grad()
+def test_attention_by_blocks_compiled_by_inductor_is_the_softmax_over_what_is_visible():
+    """On a CPU inductor generates the forward pass alone (torch's `_inductor/kernel/flex/flex_cpu.py`: "only supports
+    inference"), so the generated backward pass is tested on a GPU (`tests/contracts/test_device.py`).
+    """
+    if not check_cpu_supported():
+        pytest.skip("inductor generates FlexAttention only for x86 processors with AVX2, not on macOS")
+    rows = long_rows()
+    table = tables(rows)
+    made = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(len(rows), heads, table.count, 16, generator=made) for heads in (4, 2, 2))
+    torch.compiler.reset()
+    attend = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+    found = attend(q, k, v, block_mask=block_mask(table, table), enable_gqa=True)
+    torch.compiler.reset()
+    scores = torch.einsum("bhik,bhjk->bhij", q, k.repeat_interleave(2, dim=1)).double() / 4
+    weights = scores.masked_fill(~visible(table, table)[:, None], -torch.inf).softmax(dim=-1)
+    expected = torch.einsum("bhij,bhjk->bhik", weights, v.repeat_interleave(2, dim=1).double())
+    assert float((found - expected).abs().max()) < 2e-6
+    assert float((found[:, :, 1:] - found[:, :, :-1]).abs().max()) > 0.1
 
 
 @torch.no_grad()
