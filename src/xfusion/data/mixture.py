@@ -431,7 +431,7 @@ class Mixture:
                 answer,
                 question,
                 self.begin,
-                [(self.input_picture(caption_index, size), examples[caption_index].question or "", answer)]
+                [(self.input_picture(caption_index, size), self.source.examples[caption_index].question or "", answer)]
                 * self.config.shots,
             )
             for size in self.sizes
