@@ -1,10 +1,8 @@
 """The pages of the recipes are what docs/pages.py writes of them: a docstring that changes without its page fails."""
 
-import importlib.util
 import json
 import re
 import statistics
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,19 +13,6 @@ from xfusion.recipes.base import names
 
 ROOT = Path(__file__).parents[2]
 HINT = "run: python docs/pages.py"
-
-
-@pytest.fixture(scope="module")
-def pages():
-    """The script, which imports its neighbours."""
-    sys.path.insert(0, str(ROOT / "docs"))
-    try:
-        spec = importlib.util.spec_from_file_location("pages", ROOT / "docs" / "pages.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        sys.path.remove(str(ROOT / "docs"))
 
 
 def committed(name):
