@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import sys
 from functools import partial
 from importlib import import_module
@@ -50,10 +51,10 @@ SHOWN_OF_RECIPE = tuple(dict.fromkeys((*SHOWN_UNSEEN[:-1], *SHOWN[:-1], *SHOWN_N
 """On a recipe's page, where its runs have them."""
 EMOJI = re.compile(r"(fit|held)_(caption|retrieval)_")
 """Scores of the suite `emoji`, of which those above are shown."""
-NOT_RUN = "<!-- not run: {} -->"
-"""What tests/docs/test_docs.py wants above a block that it does not run."""
 SHORT = "<!-- run full short -->"
-"""Above one of which it trains two steps."""
+"""What tests/docs/test_docs.py wants above a block of which it runs little: a step or two of training, a round of a benchmark."""
+SHORT_BESIDE_PEER = "<!-- run full short needs=transfusion_pytorch -->"
+"""Above one that is left out where that package is missing."""
 TARGETS = (
     ("share_of_shape_peak", "0.70"),
     ("share_of_peak", "-"),
@@ -211,8 +212,8 @@ def comparison_part(folder: Path) -> list[str]:
     lines = [f"## {folder.name}", ""]
     if note.is_file():
         lines += [note.read_text(encoding="utf-8").strip(), ""]
-    not_run = NOT_RUN.format("minutes to hours; tests/test_comparison.py compares recipes on a tiny base")
-    lines += [*samples(folder, HERE / "pictures"), not_run, "```bash", str(summary["command"]), "```", ""]
+    command = str(summary["command"])
+    lines += [*samples(folder, HERE / "pictures"), *given(command), SHORT, "```bash", command, "```", ""]
     draws = any(score["score"] == SHOWN[0] for score in summary["scores"])
     scores = {score["score"]: score for score in summary["scores"] if score["share"] == 1}
     unseen = SHOWN_UNSEEN if SHOWN_UNSEEN[0] in scores else ()
@@ -241,6 +242,14 @@ def comparison_part(folder: Path) -> list[str]:
     lines += folded("Other scores: every run, intervals, verdicts", [line for part in folded_parts for line in part])
     costs = [*cost_table(summary, draws), "", *(f"- {note}" for note in summary["notes"]), ""]
     return [*lines, *folded("Costs, and what else differs", costs)]
+
+
+def given(command: str) -> list[str]:
+    """What a reader has made before a comparison, as tests/docs/test_docs.py wants it named: data, codes and encoders."""
+    words = " ".join(shlex.split(command))
+    files = [place.rpartition("/")[0] for place in re.findall(r" --(?:data|held) (\S+)\.jsonl", words)]
+    files += re.findall(r"\b(?:codes|encoder)='(.+?)'", words)
+    return [f"<!-- given: {' '.join(dict.fromkeys(files))} -->"] if files else []
 
 
 def comparison_page() -> str:
@@ -410,8 +419,9 @@ def origin(result: dict[str, Any]) -> list[str]:
         f"{machine['processor']}{instructions}, {machine['cores']} cores, {machine['threads']} threads,"
         f" torch {machine['versions']['torch']}"
     )
-    not_run = NOT_RUN.format("minutes to hours on an idle machine")
-    return [not_run, "```bash", result["command"], "```", "", f"{machine_text}; {commit_text}{load_text}.", ""]
+    # The peer is an extra of its own.
+    mark = SHORT_BESIDE_PEER if {"transfusion", "peer"} & set(result) else SHORT
+    return [mark, "```bash", result["command"], "```", "", f"{machine_text}; {commit_text}{load_text}.", ""]
 
 
 def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> list[str]:

@@ -162,7 +162,9 @@ class _Answers(BaseHTTPRequestHandler):
             return self._missing("Revision")
         commit, files = entry
         if api and verb == "tree":
-            return self._send(_entries(files))
+            under = "".join(f"{part}/" for part in file)
+            found = {path: content for path, content in files.items() if path.startswith(under)}
+            return self._send(_entries(found)) if found else self._missing("Entry")
         if api:
             facts = {"id": name.removeprefix("datasets/"), "sha": commit, "siblings": [{"rfilename": k} for k in files]}
             return self._send(facts | {"tags": [], "downloads": 0, "likes": 0, "private": False})

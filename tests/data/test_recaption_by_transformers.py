@@ -12,19 +12,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from contracts.table import Noise, tokenizer
+from contracts.pretrained import make_llava
+from contracts.table import Noise
 from transformers import (
     AutoProcessor,
     AutoTokenizer,
-    CLIPImageProcessor,
-    CLIPVisionConfig,
     GotOcr2ImageProcessorPil,
     InternVLConfig,
     InternVLForConditionalGeneration,
-    LlamaConfig,
-    LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaProcessor,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
@@ -40,41 +36,10 @@ from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import open_source
 from xfusion.evaluation.adapters.transformers import captioner
 
-TEMPLATE = (
-    "{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'image' %}<image>"
-    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %} answer:"
-)
-
 
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llava")
-    words = tokenizer()
-    words.add_tokens(["<image>"], special_tokens=True)
-    images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    processor = LlavaProcessor(
-        image_processor=images,
-        tokenizer=words,
-        patch_size=4,
-        vision_feature_select_strategy="default",
-        chat_template=TEMPLATE,
-        num_additional_image_tokens=1,
-    )
-    processor.save_pretrained(folder)
-    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**sizes, image_size=16, patch_size=4),
-        text_config=LlamaConfig(**sizes, vocab_size=len(words), eos_token_id=1, pad_token_id=2, bos_token_id=0),
-        image_token_index=words.convert_tokens_to_ids("<image>"),
-        image_seq_length=16,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = LlavaForConditionalGeneration(config)
-        for parameter in model.parameters():
-            parameter.data.add_(0.3 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    return folder
+    return make_llava(tmp_path_factory.mktemp("llava"))
 
 
 def silent(*_):

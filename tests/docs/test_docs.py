@@ -3,18 +3,20 @@
 Every bash and python block stands under a mark. ``<!-- run -->`` executes it, in the order of its document and in one folder
 per document; ``full`` leaves it to the full tier, ``exit=N`` is the exit status that it must have, ``short`` runs its commands
 within the bounds of `short.py` where the printed ones take minutes or hours, and ``serving=PORT`` starts it and goes on once the
-port answers: it is stopped, as by Ctrl-C, before the next such block and at the end. A ``text`` block right behind a block that
-was run holds lines that the output must have, in order; ``…`` stands for the rest of a line. ``<!-- not run: REASON -->`` says
-why it is not, and the test that stands in; its commands are parsed all the same. ``<!-- given: NAMES -->`` says what lies in the
-folder when the full tier begins: what a document before it made, or what a reader has (`give`).
+port answers: it is stopped, as by Ctrl-C, before the next such block and at the end; ``needs=PACKAGE`` leaves it out, and says
+so, where that is not installed. A ``text`` block right behind a block that was run holds lines that the output must have, in
+order; ``…`` stands for the rest of a line. ``<!-- not run: REASON -->`` says why it is not, and the test that stands in; its
+commands are parsed all the same. ``<!-- given: NAMES -->`` says what lies in the folder when the full tier begins: what a
+document before it made, or what a reader has (`give`).
 
 The full tier runs each block as a reader does; where one asks the hub, `hub_server` answers for it with what the documents name.
 The default one calls the command line in this process, where importing PyTorch for every command would take most of the time. So
-does the full one with the commands of the pages of recipes, on one loaded base.
+does the full one with the commands of the pages of recipes and of the comparisons, on one loaded base.
 """
 
 import gc
 import importlib
+import importlib.util
 import io
 import json
 import os
@@ -27,8 +29,10 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 import urllib.error
 import urllib.request
+import warnings
 from contextlib import ExitStack, chdir, contextmanager, redirect_stderr, redirect_stdout, suppress
 from itertools import groupby
 from pathlib import Path
@@ -45,7 +49,7 @@ from xfusion.evaluation import verify
 ROOT = Path(__file__).parents[2]
 WRITTEN = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 DOCUMENTS = [*WRITTEN, *sorted((ROOT / "docs" / "recipes").glob("*.md"))]
-RUN = r"run(?P<full> full)?(?: exit=(?P<exit>\d+))?(?P<short> short)?(?: serving=(?P<port>\d+))?"
+RUN = r"run(?P<full> full)?(?: exit=(?P<exit>\d+))?(?P<short> short)?(?: serving=(?P<port>\d+))?(?: needs=(?P<needs>\w+))?"
 BLOCK = re.compile(
     rf"(?:<!-- (?:{RUN}|not run: (?P<reason>[^\n]+)) -->\n)?^```(?P<language>\w+)\n(?P<body>.*?)^```$",
     re.MULTILINE | re.DOTALL,
@@ -53,7 +57,8 @@ BLOCK = re.compile(
 GIVEN = re.compile(r"^<!-- given: (.+) -->$", re.MULTILINE)
 COMMAND = re.compile(r"^(?:[A-Z]\w*=\S+ |.*\| )?xfusion |^torchrun .*-m xfusion\.apps\.cli ")
 """What stands before a verb: nothing, a variable or a pipe; or several processes."""
-OBSTACLES = ("installs", "of the hub", "an idle machine", "a GPU", "hours", "several processes", "runs this")
+EXTRAS = {*tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]}
+OBSTACLES = ("installs", "of the hub", "a GPU", "several processes", "runs this")
 """What may keep a block from being run: time alone does not, for a block may be ``short``."""
 
 
@@ -70,6 +75,8 @@ class Block(NamedTuple):
     """Where it serves, or 0."""
     reason: str
     """Why it is not run, or nothing."""
+    needs: str
+    """A package without which it is left out, or nothing."""
     printed: str
     """The text block right behind it, or nothing."""
 
@@ -84,7 +91,10 @@ class Block(NamedTuple):
 
 
 def blocks(document):
-    text = document.read_text(encoding="utf-8")
+    return blocks_of(document.read_text(encoding="utf-8"))
+
+
+def blocks_of(text):
     found = list(BLOCK.finditer(text))
     out = []
     for match, following in zip(found, [*found[1:], None], strict=False):
@@ -100,6 +110,7 @@ def blocks(document):
                 status=int(match["exit"] or 0),
                 port=int(match["port"] or 0),
                 reason=match["reason"] or "",
+                needs=match["needs"] or "",
                 printed=following["body"] if near else "",
             )
         )
@@ -152,6 +163,8 @@ def test_every_block_is_run_or_says_why_not(document):
             target = re.match(r"make ([\w-]+)$", line)
             makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
             assert target is None or f"\n{target[1]}:" in makefile, f"{line}: the Makefile has no {target[1]}"
+            extras = re.match(r"pip install .*'\.\[([\w,]+)\]'", line)
+            assert extras is None or set(extras[1].split(",")) <= EXTRAS, f"{line}: extras are {', '.join(EXTRAS)}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=ids)
@@ -208,6 +221,9 @@ def execute(document, folder, further):
     with ExitStack() as served:
         for block in blocks(document):
             if not block.run:
+                continue
+            if block.needs and importlib.util.find_spec(block.needs) is None:
+                warnings.warn(f"{document.name}: left out, for there is no {block.needs}:\n{block.body}", stacklevel=1)
                 continue
             if block.port:
                 served.close()  # one at a time
@@ -351,7 +367,7 @@ def heard(tmp_path_factory, assets, hub_of_documents):
     ]
     for start in ("python runs/write_digits.py ", "xfusion train qwen_audio ", "python runs/fit_sound_codes.py "):
         line = next(line for line in lines if line.startswith(start))
-        run(Block("bash", line, True, True, True, 0, 0, "", ""), folder, hub_of_documents)
+        run(Block("bash", line, True, True, True, 0, 0, "", "", ""), folder, hub_of_documents)
     import soundfile
 
     samples, rate = soundfile.read(folder / "digits" / "wav" / "7_theo_0.wav")
@@ -402,13 +418,19 @@ MADE = {
 def give(document, folder, request):
     """What a document's marks say that it is given."""
     names = " ".join(GIVEN.findall(document.read_text(encoding="utf-8"))).split()
-    for name in names:
+    for name in dict.fromkeys(names):
         maker = next((maker for maker, made in MADE.items() if name in made), None)
         if name == "runs/clothing":
             for needed in ("clothing_160_train.parquet", "runs/write_clothing.py"):
                 reader_has(needed, folder, request.getfixturevalue("assets"))
             command = "python runs/write_clothing.py clothing_160_train.parquet -o runs/clothing"
-            run(Block("bash", command, True, True, False, 0, 0, "", ""), folder, {})
+            run(Block("bash", command, True, True, False, 0, 0, "", "", ""), folder, {})
+        elif name == "runs/colours":
+            reader_has("runs/write_colours.py", folder, None)
+            command = "python runs/write_colours.py -o runs/colours"
+            run(Block("bash", command, True, True, True, 0, 0, "", "", ""), folder, {})
+        elif name in ("whisper", "whisper_tiny_en_encoder"):
+            (folder / name).symlink_to(request.getfixturevalue("assets") / "whisper_tiny_en_encoder")
         elif maker is None:
             reader_has(name, folder, request.getfixturevalue("assets") if name in SUBSETS else None)
         else:
@@ -420,6 +442,7 @@ def give(document, folder, request):
 @pytest.fixture(scope="session")
 def hub_of_documents(tmp_path_factory, request):
     """A stand-in for the hub with all that the documents name there, made small; what a process has to be told to ask it."""
+    from contracts.pretrained import make_clip, make_llava
     from contracts.table import make_base
     from data.hub_server import Hub
     from data.test_shards import write_parquet
@@ -438,7 +461,10 @@ def hub_of_documents(tmp_path_factory, request):
     write_parquet(folder / "rows" / "train.parquet", range(4), group=4)
     pack = request.getfixturevalue("prepared") / "runs" / "photos" / "pack"
     places = {"Qwen/Qwen3-0.6B": folder / "qwen3", "stable-diffusion-v1-5/stable-diffusion-v1-5": folder / "diffusion",
-              "datasets/ORG/NAME": folder / "rows", "org/photos": pack, "org/sketches": pack}  # fmt: skip
+              "datasets/ORG/NAME": folder / "rows", "org/photos": pack, "org/sketches": pack,
+              "openai/clip-vit-base-patch16": make_clip(folder / "clip", side=224, patch=32),
+              **dict.fromkeys(("Qwen/Qwen2.5-VL-3B-Instruct", "OpenGVLab/InternVL3-1B-hf"), make_llava(folder / "llava")),
+              }  # fmt: skip
     with suppress(pytest.skip.Exception):  # what needs the assets is skipped elsewhere
         places["openai/whisper-tiny.en"] = request.getfixturevalue("assets") / "whisper_tiny_en_encoder"
     server = Hub()
@@ -462,8 +488,11 @@ ALONE = [document for document in PAGES if not GIVEN.search(document.read_text(e
 """Pages of recipes that need nothing but the package."""
 
 
+COMPARISONS = ROOT / "docs" / "comparison.md"
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("document", [d for d in runnable(full=True) if d not in ALONE], ids=ids)
+@pytest.mark.parametrize("document", [d for d in runnable(full=True) if d not in [*ALONE, COMPARISONS]], ids=ids)
 def test_all_marked_blocks_run(document, tmp_path, request, hub_of_documents):
     give(document, tmp_path, request)
     execute(document, tmp_path, hub_of_documents)
@@ -479,19 +508,54 @@ def embedded():
     assert base.compute_fingerprint() == base.fingerprint
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("document", [d for d in runnable(full=True) if d in ALONE], ids=ids)
-def test_a_recipe_trains_by_the_command_of_its_page(document, tmp_path, monkeypatch, embedded):
+@pytest.fixture
+def loaded_once(embedded, monkeypatch):
+    """Whoever loads the embedded base is handed that of the session."""
     from xfusion.backbone import Backbone
 
     load = Backbone.load
     monkeypatch.setattr(
         Backbone, "load", lambda source, **how: embedded if source == embedded.source else load(source, **how)
     )
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("loaded_once")
+@pytest.mark.parametrize("document", [d for d in runnable(full=True) if d in ALONE], ids=ids)
+def test_a_recipe_trains_by_the_command_of_its_page(document, tmp_path):
     (block,) = (b for b in blocks(document) if b.run)
     run_here(block, tmp_path)
     assert (tmp_path / "runs" / document.stem / "pack" / "README.md").is_file()
     gc.collect()  # a model holds itself, and the next one needs its room
+
+
+SECTIONS = {
+    part.partition("\n")[0]: blocks_of(part)
+    for part in re.split(r"^## ", COMPARISONS.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+}
+
+
+@pytest.fixture(scope="session")
+def to_compare(tmp_path_factory, request):
+    """A folder with what the page of comparisons is given."""
+    folder = tmp_path_factory.mktemp("to_compare")
+    give(COMPARISONS, folder, request)
+    return folder
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("loaded_once")
+@pytest.mark.parametrize("name", [name for name, found in SECTIONS.items() if any(block.run for block in found)])
+def test_a_comparison_runs_by_the_commands_of_its_section(name, to_compare, monkeypatch):
+    monkeypatch.setattr("xfusion.evaluation.verify.PROMPTS", verify.PROMPTS[:3])
+    for block in SECTIONS[name]:
+        if block.run:
+            run_here(block, to_compare)
+        gc.collect()
+    plan = ROOT / "comparison" / name / "comparison.json"
+    recipes = json.loads(plan.read_text(encoding="utf-8"))["recipes"] if plan.is_file() else []
+    made = {path.name for path in (to_compare / "comparison" / name).glob("*-seed0.json")}
+    assert made == {f"{label}-seed0.json" for label in recipes}
 
 
 @pytest.mark.full

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from contracts.pretrained import make_clip
 from PIL import Image
-from transformers import AutoProcessor, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers import AutoProcessor, CLIPModel
 
 from xfusion.apps import cli
 from xfusion.data.sequence import XFusionError
@@ -130,25 +131,7 @@ def test_kernel_distance_is_unbiased_and_sees_a_shift(tmp_path):
 
 @pytest.fixture(scope="module")
 def tiny_clip(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clip")
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[])
-    size = {"shortest_edge": 16}
-    images = CLIPImageProcessor(size=size, crop_size={"height": 16, "width": 16})
-    CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(folder)
-    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
-    words = {"vocab_size": 54, "max_position_embeddings": 14, "bos_token_id": 52, "eos_token_id": 53}
-    config = CLIPConfig(
-        vision_config={**sizes, "image_size": 16, "patch_size": 4}, text_config=sizes | words, projection_dim=8
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        model = CLIPModel(config)
-        for parameter in model.parameters():
-            parameter.data.add_(0.2 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    return folder
+    return make_clip(tmp_path_factory.mktemp("clip"))
 
 
 @torch.no_grad()
