@@ -31,9 +31,10 @@ demo: setup
 test: setup
 	$(PYTEST) $(PYTEST_FLAGS)
 
-# Notebooks, the site and lm-eval are of the full tier alone. lmms-eval has a target: it brings torchvision, opencv and wandb.
+# Notebooks, the site, lm-eval and the peer of docs/speed.md are of the full tier alone. lmms-eval has a target: it brings
+# torchvision, opencv and wandb.
 test-full: setup
-	@$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check --no-input -e '.[demo,train,dev,docs,eval]' -c constraints.txt
+	@$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check --no-input -e '.[demo,train,dev,docs,eval,bench]' -c constraints.txt
 	$(PYTEST) -m "full or not full" $(PYTEST_FLAGS)
 
 test-lmms:

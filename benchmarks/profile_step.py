@@ -43,13 +43,15 @@ class Settings:
     """Profiled steps of each kind."""
     data: str = "emoji:128"
     """Pictures with captions."""
+    compile: bool = True
+    """Compile the per-layer work, as training does."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = RESULT
     """Where the result goes."""
 
 
 def main(settings: Settings) -> None:
     """Profile and write."""
-    result, bench = origin("benchmarks"), Bench.of(None, settings.data)
+    result, bench = origin("benchmarks"), Bench.of(None, settings.data, compile=settings.compile)
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     for kind in ("drawing", "joint"):
         step = Step(bench, bench.model(), caption=0 if kind == "drawing" else None)

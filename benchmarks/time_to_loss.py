@@ -51,6 +51,8 @@ class Settings:
     """Drawings of a step, half as many names beside them: as few as leave the peer a hundred steps."""
     names: int = 32
     """Names of held-out pictures that the loss is taken on."""
+    compile: bool = True
+    """Compile the per-layer work, as training does."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = RESULT
     """Where the result goes."""
 
@@ -117,7 +119,7 @@ def in_turns(bench: Bench, settings: Settings, rate: float) -> dict[str, tuple[C
 
 def main(settings: Settings) -> None:
     """Train in turns, write."""
-    provenance, bench, runs = origin("benchmarks"), Bench.of(None, settings.data), {}
+    provenance, bench, runs = origin("benchmarks"), Bench.of(None, settings.data, compile=settings.compile), {}
     for rate in settings.rates:
         runs[rate] = in_turns(bench, settings, rate)
         gc.collect()

@@ -32,10 +32,10 @@ SCRIPTS = {
     "benchmarks/growth.py": "--tokens 16 --batch 2 --depth 5 --pictures 1 2 --start.batch 2 --start.depth 5 --rounds 1"
     " --seconds 0 --no-compile",
     "benchmarks/memory.py": "--recipes xfusion_lora --data emoji:16 --samples 2 --measured",
-    "benchmarks/profile_step.py": "--steps 1 --data emoji:16",
+    "benchmarks/profile_step.py": "--steps 1 --data emoji:16 --no-compile",
     "benchmarks/serving.py": "--seconds 3 --steps 4",
     "benchmarks/solvers.py": "--data emoji:16 --pictures 2 --steps 2 --fine 3",
-    "benchmarks/time_to_loss.py": "--data emoji:16 --seconds 2 --turn 1 --rates 1e-4 --names 2",
+    "benchmarks/time_to_loss.py": "--data emoji:16 --seconds 2 --turn 1 --rates 1e-4 --names 4 --no-compile",
     "runs/draw_emoji.py": "--count 2",
     "runs/compare_emoji_codes.py": "--steps 2 --channels 8 8 8 8",
     "runs/write_colours.py": "--things 4",
