@@ -8,7 +8,6 @@ on a few examples. Only numbers and data are changed, never what is done with th
 | `xfusion compare RECIPE...` | one seed of the fewest whole steps, two trials, 4 drawn, 4 named, two scored in two steps |
 | `xfusion evaluate PACK` | four questions, two examples, wordings once, by the suite |
 | `xfusion data recaption` | captions of 8 tokens |
-| `make demo` | what the Makefile does for it, on two pictures for three seconds |
 | `xfusion bench` | a few small rounds, not compiled |
 | `python benchmarks/...`, `python runs/...` | with the further options of `SCRIPTS` |
 """
@@ -17,7 +16,6 @@ import math
 import re
 import shlex
 from itertools import takewhile
-from pathlib import Path
 
 from xfusion.comparison.cost import samples_per_step
 from xfusion.comparison.plan import Plan, split_label, with_plan
@@ -44,13 +42,6 @@ SCRIPTS = {
 """Options behind those that are printed, of which the last of a name counts."""
 
 
-def _recipe_of_make(target: str) -> str:
-    """The last command of a target of the Makefile, as one types it where the environment is active."""
-    makefile = (Path(__file__).parents[2] / "Makefile").read_text(encoding="utf-8")
-    lines = re.findall(rf"^{target}:.*\n((?:\t.+\n)+)", makefile, re.MULTILINE)[0].splitlines()
-    return lines[-1].strip().removeprefix("$(BIN)/")
-
-
 def shortened(body: str) -> str:
     """A block of commands, each within its bounds."""
     return "\n".join(map(_line, body.splitlines())) + "\n"
@@ -59,8 +50,6 @@ def shortened(body: str) -> str:
 def _line(line: str) -> str:
     if line.startswith("python ") and (script := line.split()[1]) in SCRIPTS:
         return f"{line} {SCRIPTS[script]}"
-    if line == "make demo":
-        return f"{_recipe_of_make('demo')} --minutes 0.05 --pictures 2"
     match = COMMAND.match(line)
     if match is None or "--resume" in line:
         return line
