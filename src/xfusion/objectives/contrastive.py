@@ -73,22 +73,11 @@ class Contrastive(Objective):
         """The vector of each item, ``[N, E]``."""
         (media,) = batch.media.values()
         states = run(batch.media_alone()).states["media"]
-        return _project(self.media, media.mean(states.float()))
+        return project(self.media, media.mean(states.float()))
 
     def _embed_text(self, run: Run, batch: Batch, row: Tensor, sample: Tensor | None) -> Tensor:
         states = run(batch.words_alone()).states["text"]
-        return _project(self.words, states[row, _last_word(batch, row, sample)].float())
-
-    def _scale(self) -> Tensor:
-        """The scale of the cosines. In training the parameter itself is clipped, as in the paper. If only its use were
-        clipped, it would have no gradient above the bound and stay there forever.
-        """
-        bound = math.log(LARGEST_SCALE)
-        if not torch.is_grad_enabled():
-            return self.log_scale.clamp(max=bound).exp()
-        with torch.no_grad():
-            self.log_scale.clamp_(max=bound)
-        return self.log_scale.exp()
+        return project(self.words, states[row, _last_word(batch, row, sample)].float())
 
     # -- loss
 
@@ -120,7 +109,7 @@ class Contrastive(Objective):
                 )
             else:  # this process has no pair, but the others wait for it
                 no_states = self.words.weight.new_zeros(0, self.words.in_features)
-                local_vectors = torch.stack([_project(self.words, no_states), _project(self.media, no_states)], dim=1)
+                local_vectors = torch.stack([project(self.words, no_states), project(self.media, no_states)], dim=1)
             local_identities = identities(batch, media)
             all_vectors, all_identities, offset = _gather_pairs(local_vectors, local_identities)
             targets = offset + torch.arange(len(local_vectors), device=local_vectors.device)
@@ -128,20 +117,46 @@ class Contrastive(Objective):
             excluded[torch.arange(len(local_vectors), device=local_vectors.device), targets] = False
             # Cosines times 100 need float32 precision.
             with torch.autocast("cpu" if local_vectors.is_meta else local_vectors.device.type, enabled=False):
-                scale = self._scale()
-                directions = [
-                    functional.cross_entropy(
-                        (scale * local_vectors[:, query] @ all_vectors[:, key].T).masked_fill(excluded, -math.inf),
-                        targets,
-                        reduction="sum",
-                    )
-                    for query, key in ((0, 1), (1, 0))
-                ]
-            losses[self.name] = (
-                (directions[0] + directions[1]) / 2,
-                torch.tensor(len(local_vectors), device=local_vectors.device),
-            )
+                scale = clipped_scale(self.log_scale)
+                text_scores, media_scores = (
+                    scale * local_vectors[:, query] @ all_vectors[:, key].T for query, key in ((0, 1), (1, 0))
+                )
+                total = symmetric_loss(text_scores, media_scores, excluded, targets)
+            losses[self.name] = (total, torch.tensor(len(local_vectors), device=local_vectors.device))
         return losses
+
+
+def has_pairs(batch: Batch) -> bool:
+    """Whether a batch has pairs of a text followed by its picture."""
+    return bool(batch.media) and not batch.text_reads_media and batch.text.count > 0
+
+
+def clipped_scale(log_scale: nn.Parameter) -> Tensor:
+    """The scale of the cosines, at most `LARGEST_SCALE`. In training the parameter itself is clipped, as in the paper. If only
+    its use were clipped, it would have no gradient above the bound and stay there forever.
+    """
+    bound = math.log(LARGEST_SCALE)
+    if not torch.is_grad_enabled():
+        return log_scale.clamp(max=bound).exp()
+    with torch.no_grad():
+        log_scale.clamp_(max=bound)
+    return log_scale.exp()
+
+
+def symmetric_loss(text_scores: Tensor, media_scores: Tensor, excluded: Tensor, targets: Tensor) -> Tensor:
+    """InfoNCE summed over pairs, in nats, the mean of both directions.
+
+    Args:
+        text_scores: scaled similarities of each text to all items, ``[n, m]``.
+        media_scores: of each item to all texts, ``[n, m]``.
+        excluded: bool ``[n, m]``: which pairs are not negatives of a pair.
+        targets: index of a pair among all, int64 ``[n]``.
+    """
+    directions = [
+        functional.cross_entropy(scores.masked_fill(excluded, -math.inf), targets, reduction="sum")
+        for scores in (text_scores, media_scores)
+    ]
+    return (directions[0] + directions[1]) / 2
 
 
 def identities(batch: Batch, media: MediaRows) -> Tensor:
@@ -209,6 +224,7 @@ def _last_word(batch: Batch, row: Tensor, sample: Tensor | None) -> Tensor:
     return (order if sample is None else order.masked_fill(batch.text.sample[row] != sample[:, None], -1)).argmax(1)
 
 
-def _project(projection: nn.Linear, states: Tensor) -> Tensor:
+def project(projection: nn.Linear, states: Tensor) -> Tensor:
+    """Vectors ``[..., E]`` of unit length, in float32 whatever the precision of a pass."""
     with torch.autocast("cpu" if states.is_meta else states.device.type, enabled=False):
         return functional.normalize(projection(states), dim=-1)

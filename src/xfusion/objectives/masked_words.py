@@ -28,8 +28,8 @@ from torch.nn import functional
 
 from xfusion.data.sequence import END_OF_MEDIA, Batch, XFusionError
 from xfusion.objectives.base import Losses, Objective, Output, Run
-from xfusion.objectives.contrastive import duplicates, pair_places
-from xfusion.objectives.matching import item_columns
+from xfusion.objectives.contrastive import has_pairs, pair_places
+from xfusion.objectives.matching import excluded_pairs, item_columns
 
 EPSILON = 1e-12
 """Epsilon of the layer norms, as in BERT."""
@@ -150,7 +150,7 @@ class MaskedWords(Objective):
 
     def corrupt(self, batch: Batch, generator: torch.Generator) -> Batch:
         """Masks some text tokens of each pair, chosen at random."""
-        if not _has_pairs(batch):
+        if not has_pairs(batch):
             return batch
         score = torch.rand(batch.text_ids.shape, generator=generator).to(batch.text_ids.device)
         ids = batch.text_ids.masked_fill(self.masked(batch, score), END_OF_MEDIA)
@@ -229,10 +229,10 @@ class MaskedWords(Objective):
 
     def count(self, batch: Batch) -> dict[str, int]:
         """Masked tokens, and scored pairs: two for each picture that has a wrong partner, otherwise one."""
-        if not _has_pairs(batch):
+        if not has_pairs(batch):
             return {}
         (media,) = batch.media.values()
-        pairs = len(media.noised) + int((next_partner(_excluded_pairs(batch)) >= 0).sum())
+        pairs = len(media.noised) + int((next_partner(excluded_pairs(batch, media)) >= 0).sum())
         masked = int(self.masked(batch, batch.text.order.float()).sum())
         return {"matching": pairs} | ({self.name: masked} if masked else {})
 
@@ -242,10 +242,11 @@ class MaskedWords(Objective):
         Raises:
             XFusionError: a picture has no text.
         """
-        if not _has_pairs(batch):
+        if not has_pairs(batch):
             return {}
         media_stream, clean = self._media_stream(run, batch), batch.unmasked()
-        partner = next_partner(_excluded_pairs(clean))
+        (media,) = clean.media.values()
+        partner = next_partner(excluded_pairs(clean, media))
         pair_index, has_partner = torch.arange(len(partner), device=partner.device), partner >= 0
         text_stream = self._text_stream(run(clean.words_alone()), batch)
         match_logits = self._match_logits(
@@ -267,11 +268,6 @@ class MaskedWords(Objective):
         return losses
 
 
-def _has_pairs(batch: Batch) -> bool:
-    """Whether a batch has pairs of a text followed by its picture."""
-    return bool(batch.media) and not batch.text_reads_media and batch.text.count > 0
-
-
 def _text_columns(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Batch row ``[N, 1]`` and columns ``[N, w]`` of each picture's text, and their mask, bool ``[N, w]``."""
     (media,) = batch.media.values()
@@ -283,12 +279,6 @@ def _by_pair(batch: Batch, selected: Tensor) -> Tensor:
     """A selection of text positions, bool ``[B, n]``, regrouped by pair, ``[N, w]``."""
     row, columns, mask = _text_columns(batch)
     return selected[row, columns] & mask
-
-
-def _excluded_pairs(batch: Batch) -> Tensor:
-    """Which pairs cannot give the wrong text for a pair, including itself, bool ``[N, N]``."""
-    (media,) = batch.media.values()
-    return duplicates(batch, media).fill_diagonal_(True)
 
 
 def next_partner(excluded: Tensor) -> Tensor:

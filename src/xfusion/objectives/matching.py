@@ -76,7 +76,7 @@ class Matching(Contrastive):
         if batch.text_reads_media or not batch.media:
             return {}
         counts = super().count(batch)
-        num_with_negative = sum(int((~_excluded_pairs(batch, media)).any(1).sum()) for media in batch.media.values())
+        num_with_negative = sum(int((~excluded_pairs(batch, media)).any(1).sum()) for media in batch.media.values())
         return counts | ({"matching": counts[self.name] + 2 * num_with_negative} if counts else {})
 
     def loss(self, run: Run, batch: Batch) -> Losses:
@@ -103,7 +103,7 @@ class Matching(Contrastive):
             row, sample = pair_places(media)
             with torch.no_grad():
                 similarity = self._embed_text(run_once, batch, row, sample) @ self.embed_media(run_once, batch).T
-            text_index, picture_index = hardest_negatives(similarity, _excluded_pairs(batch, media))
+            text_index, picture_index = hardest_negatives(similarity, excluded_pairs(batch, media))
             pair_index = torch.arange(len(similarity), device=similarity.device)
             has_negative = text_index >= 0
             logits = self.match_logits(
@@ -119,7 +119,7 @@ class Matching(Contrastive):
         return losses
 
 
-def _excluded_pairs(batch: Batch, media: MediaRows) -> Tensor:
+def excluded_pairs(batch: Batch, media: MediaRows) -> Tensor:
     """Which items are not negatives of an item, including itself, bool ``[N, N]``."""
     return duplicates(batch, media).fill_diagonal_(True)
 
