@@ -156,7 +156,7 @@ class Model(nn.Module):
             self.text_objective: Any = config.text.build()
             self.media_objective: Any = config.media.build()
             for objective in (*self._extra(), self.text_objective, self.media_objective):
-                objective.install(width, self.modality)
+                self._install(objective)
         for part in self._learned.values():
             part.to(self.backbone.device)
         self._collect_needs()
@@ -263,11 +263,16 @@ class Model(nn.Module):
         objective = config.build()
         objective.check(self.modality)
         with seeded(self.config.init_seed, self.backbone.device):
-            objective.install(self.backbone.hidden_size, self.modality)
+            self._install(objective)
         new_state, previous_state = objective.state_dict(), previous.state_dict()
         if {k: v.shape for k, v in new_state.items()} == {k: v.shape for k, v in previous_state.items()}:
             objective.load_state_dict(previous_state)
         return objective.to(self.backbone.device)
+
+    def _install(self, objective: Objective) -> None:
+        """Create an objective's own weights; call under the seed of new weights."""
+        objective.attach(self.port, lambda: self._engine.backbone)
+        objective.install(self.backbone.hidden_size, self.modality)
 
     def _collect_needs(self) -> None:
         self.needs = frozenset(name for objective in self.objectives for name in objective.needs)

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from xfusion.backbone import Backbone
 from xfusion.data.sequence import Batch
 from xfusion.modalities.base import Encoder
 from xfusion.objectives.solvers import Solver
@@ -104,6 +105,15 @@ class Objective(nn.Module):
             """These settings, except that those that define the meaning of trained weights come from ``trained``."""
             del trained
             return self
+
+    def attach(self, port: Any, frozen: Callable[[], Backbone]) -> None:
+        """Give access to parts of the model outside a forward pass; most objectives need none. Called before `install`.
+
+        Args:
+            port: the media port, which trains and saves its weights itself.
+            frozen: returns the frozen base, in the precision that the model computes in at the time.
+        """
+        del port, frozen
 
     def install(self, width: int, modality: Any) -> None:
         """Create the objective's own weights for a model of this width and its modality; most have none."""
