@@ -4,13 +4,19 @@ Paper: Li et al., "BLIP-2: Bootstrapping Language-Image Pre-training with Frozen
 ICML 2023, arXiv 2301.12597.
 
 Faithful: the query transformer (shared self-attention, cross-attention in every second block, post-norm, a fixed number of
-queries for any picture); one matrix to the language model's width; both ends frozen. This is the paper's stage 2, generative
-learning with a frozen decoder. The three masks of stage 1 and the words' own feed-forward networks are in
-`xfusion.fusion.connectors.query_transformer`, equal to transformers' `Blip2QFormerModel`.
+queries for any picture); one matrix to the language model's width; both ends frozen. Without arguments this is the paper's
+stage 2, generative learning with a frozen decoder. ``first_stage=2000`` puts so many steps of its stage 1 before it:
+contrast, matching and generation inside the query transformer, each under its own mask, with equal weights
+(`xfusion.objectives.query_pretraining`): the maximum over queries of their cosines to the text's [CLS]; a two-class head on
+every query, averaged, with hard negatives; generation from [DEC]; a text of at most 32 tokens. Stage 2 goes on with the same
+queries. The transformer is equal to transformers' `Blip2QFormerModel` under each mask.
 
-Adapted: stage 1 (contrast, generation and matching inside the query transformer) is not trained; 4 blocks of width 256 from
-random weights instead of BERT's 12 of 768; 7 queries instead of 32; EfficientNet-Lite0 instead of ViT-g (``encoder`` sets
-another); trainable rows before and after the queries.
+Adapted: 4 blocks of width 256 from random weights instead of BERT's 12 of 768; 7 queries instead of 32; EfficientNet-Lite0
+instead of ViT-g (``encoder`` sets another); trainable rows before and after the queries. In stage 1, words enter as the frozen
+language model's embeddings through a matrix and are predicted by its frozen head (the paper's are BERT's, trained); a learned
+scale clipped at 100 as in the recipe `clip`, without label smoothing; the hardest negatives of a batch of 32 instead of some
+sampled by similarity; a text that equals another's, or whose picture is nearly the same, is no negative. Stage 2 alone is the
+default because the paper's gain from stage 1 is not reproduced here.
 
 Data: from the paper, CC3M (``pixparse/cc3m-wds``), ``--data 'cc3m-wds/cc3m-train-*.tar'``. Our figures: ``--data
 runs/clothing/photos.jsonl:held=0.1`` (`runs/write_clothing.py`).
@@ -20,7 +26,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from xfusion.data.mixture import MixtureConfig
+from xfusion.data.templates import Templates
 from xfusion.fusion.connectors.query_transformer import Queries
+from xfusion.objectives.query_pretraining import QueryPretraining
 from xfusion.recipes.llava import llava
 from xfusion.training.stages import Recipe
 
@@ -28,8 +37,13 @@ KIND = "prefix"
 PAPER = "arXiv 2301.12597"
 STATUS = "runs"
 
+WARM_UP = 20
+"""Steps over which the rate rises in each of two stages."""
 
-def blip2(queries: int = 7, cells: int = 49, encoder: str | None = None, side: int = 224) -> Recipe:
+
+def blip2(
+    queries: int = 7, cells: int = 49, encoder: str | None = None, side: int = 224, first_stage: int = 0
+) -> Recipe:
     """The query transformer, trained through the frozen decoder.
 
     Args:
@@ -37,9 +51,18 @@ def blip2(queries: int = 7, cells: int = 49, encoder: str | None = None, side: i
         cells: features of the encoder's map; 49 for EfficientNet-Lite0, 256 for a ViT-L/14 at 224 px.
         encoder: folder or hub id of a vision transformer; None takes EfficientNet-Lite0.
         side: pixels that the encoder looks at.
+        first_stage: steps of the paper's first stage, which come before; 0 leaves it out. The paper has 250,000, and then 80,000
+            of the second.
     """
     recipe = llava(encoder, side)
     image = replace(recipe.model.image, patch_width=cells // queries)
-    port = Queries.Config(queries=queries, cells=cells // queries)
-    stage = replace(recipe.stages[0], rate=1e-3)
-    return replace(recipe, model=replace(recipe.model, image=image, port=port), stages=(stage,))
+    port = Queries.Config(queries=queries, cells=cells // queries, words=first_stage != 0)
+    recipe = recipe.with_model(image=image, port=port)
+    last = replace(recipe.stages[0], rate=1e-3)
+    if not first_stage:
+        return replace(recipe, stages=(last,))
+    # Pairs always have some words, and both wordings of a picture.
+    templates = Templates(caption_dropout=0.0, other_wordings=0.3)
+    pairs = MixtureConfig(draw=32, caption=0, templates=templates)
+    first = replace(last, steps=first_stage, warmup=WARM_UP, mixture=pairs)
+    return replace(recipe.with_model(extra=(QueryPretraining.Config(),)), stages=(first, replace(last, warmup=WARM_UP)))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from xfusion.data.sequence import MediaRows, XFusionError
-from xfusion.fusion.connectors.base import Connector, gather_features, scatter_states
+from xfusion.fusion.connectors.base import Connector, ItemFeatures, gather_features, scatter_states
 
 EPSILON = 1e-12
 """Epsilon of the layer norms, as in BERT."""
@@ -67,7 +67,13 @@ class Block(nn.Module):
             self.word_mlp, self.word_norm = _perceptron(width, mlp), nn.LayerNorm(width, eps=EPSILON)
 
     def forward(
-        self, x: Tensor, features: Tensor, present: Tensor | None, queries: int, visible: Tensor | None
+        self,
+        x: Tensor,
+        features: Tensor,
+        present: Tensor | None,
+        queries: int,
+        visible: Tensor | None,
+        padding: Tensor | None = None,
     ) -> Tensor:
         """``[N, K + n, W]`` -> ``[N, K + n, W]``.
 
@@ -77,9 +83,11 @@ class Block(nn.Module):
             present: which features exist (are not padding), bool ``[N, M]``; None means all.
             queries: number of queries.
             visible: a mask from `attention_pattern`; None means full attention.
+            padding: which positions of ``x`` nothing attends to, bool ``[N, K + n]``; None means none.
         """
         blocked_mask = None if visible is None else ~visible
-        x = self.norm(x + self.attention(x, x, x, attn_mask=blocked_mask, need_weights=False)[0])
+        attended = self.attention(x, x, x, key_padding_mask=padding, attn_mask=blocked_mask, need_weights=False)[0]
+        x = self.norm(x + attended)
         q, words = x[:, :queries], x[:, queries:]
         if self.has_cross_attention:
             padding_mask = None if present is None else ~present
@@ -110,6 +118,7 @@ class QueryTransformer(nn.Module):
         present: Tensor | None = None,
         words: Tensor | None = None,
         visible: Tensor | None = None,
+        said: Tensor | None = None,
     ) -> Tensor:
         """Features ``[N, M, F]`` -> queries ``[N, K, W]``, followed by the text if given.
 
@@ -118,11 +127,15 @@ class QueryTransformer(nn.Module):
             present: which features exist (are not padding), bool ``[N, M]``; None means all.
             words: text embeddings ``[N, n, W]``.
             visible: one of the three masks of `attention_pattern`; None means full attention.
+            said: which words exist (are not padding), bool ``[N, n]``; None means all.
         """
+        padding = None
+        if said is not None:
+            padding = torch.cat([said.new_zeros(len(said), len(self.queries)), ~said], dim=1)
         x = self.queries.expand(len(features), -1, -1)
         x = self.norm(x if words is None else torch.cat([x, words.to(x.dtype)], dim=1))
         for block in self.blocks:
-            x = block(x, features, present, len(self.queries), visible)
+            x = block(x, features, present, len(self.queries), visible, padding)
         return x
 
 
@@ -143,6 +156,9 @@ class Queries(Connector):
         """Number of blocks; every second one, starting with the first, reads the features."""
         mlp: int = 1024
         """Width of the feed-forward networks."""
+        words: bool = False
+        """Whether words may stand beside the queries (`Queries.read`): they have feed-forward networks of their own, which are
+        trained by `xfusion.objectives.query_pretraining`."""
 
         def build(self, width: int, token_width: int, scale: float, num_layers: int) -> Queries:
             """The connector of a model."""
@@ -151,6 +167,7 @@ class Queries(Connector):
 
     def __init__(self, config: Config, width: int, token_width: int, scale: float):
         super().__init__(config, width, token_width, scale)
+        self.query_width, self.reads_words = config.query_width, config.words
         self.transformer = QueryTransformer(
             queries=config.queries,
             width=config.query_width,
@@ -158,6 +175,7 @@ class Queries(Connector):
             layers=config.depth,
             mlp=config.mlp,
             feature_width=self.feature_width,
+            words=config.words,
         )
         self.project = nn.Linear(config.query_width, width)
         nn.init.normal_(self.project.weight, std=scale / math.sqrt(config.query_width))
@@ -166,6 +184,36 @@ class Queries(Connector):
     def connect(self, media: MediaRows) -> Tensor:
         """All features of an item at once."""
         items = gather_features(self, media)
-        # A softmax needs a key, even for an item without rows in this pass.
-        present = items.present | ~items.present.any(dim=1, keepdim=True)
-        return scatter_states(self.project(self.transformer(items.features, present)), items, media)
+        return scatter_states(self.project(self.transformer(items.features, _present(items))), items, media)
+
+    def features(self, media: MediaRows) -> tuple[Tensor, Tensor]:
+        """The features of each item ``[N, M, F]``, and which of them exist, bool ``[N, M]``."""
+        items = gather_features(self, media)
+        return items.features, _present(items)
+
+    def read(
+        self,
+        features: Tensor,
+        present: Tensor,
+        words: Tensor,
+        said: Tensor,
+        pattern: Literal["apart", "causal", "together"],
+    ) -> tuple[Tensor, Tensor]:
+        """Queries ``[N, K, W]`` and words ``[N, n, W]`` after the last block, under one of the three masks (`Config.words`).
+
+        Args:
+            features: features of each item, ``[N, M, F]``.
+            present: which of them exist, bool ``[N, M]``.
+            words: text embeddings, ``[N, n, W]``.
+            said: which words exist, bool ``[N, n]``.
+            pattern: who attends to whom.
+        """
+        queries = len(self.transformer.queries)
+        visible = attention_pattern(pattern, queries, words.shape[1]).to(words.device)
+        x = self.transformer(features, present, words, visible, said)
+        return x[:, :queries], x[:, queries:]
+
+
+def _present(items: ItemFeatures) -> Tensor:
+    """Which features exist, or all where an item has no rows in this pass: a softmax needs a key."""
+    return items.present | ~items.present.any(dim=1, keepdim=True)
