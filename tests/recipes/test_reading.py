@@ -10,7 +10,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 import xfusion
 from xfusion.modalities.codecs.autoencoder_kl import AutoencoderKL
-from xfusion.model import BackboneConfig
+from xfusion.model import BackboneConfig, Model
 from xfusion.recipes.base import find
 
 RECIPES = {
@@ -53,6 +53,43 @@ def test_a_recipe_trains_reads_and_comes_back_from_its_pack(name, bases, encoder
     shown = [Noise().picture(i, 32) for i in range(2)]
     assert loaded.caption(shown, max_tokens=3) == model.caption(shown, max_tokens=3)
     assert model.fusion.preserves_text
+
+
+def test_blip2s_second_stage_goes_on_with_the_query_transformer_of_the_first(bases, encoder, tmp_path):
+    """Both in one run of the real loop; a second stage that moves nothing shows what it starts from."""
+    base = bases["llama"]
+    recipe = find("blip2(first_stage=3)")(encoder=encoder, side=16, **RECIPES["blip2"])
+    recipe = recipe.with_model(backbone=BackboneConfig(source=base.source))
+    first, second = (replace(stage, warmup=1, ema=0.0) for stage in recipe.stages)
+    assert [stage.steps for stage in (first, second)] == [3, 2000]
+    pretrained, losses = trained(replace(recipe, stages=(first,)), base, tmp_path / "first")
+    learned = {"contrastive", "matching", "generation"}
+    assert [set(step) for step in losses] == [learned] * 3
+
+    stages = (first, replace(second, steps=2, rate=0.0))
+    resting, losses = trained(replace(recipe, stages=stages), base, tmp_path / "resting")
+    assert [set(step) for step in losses] == [learned] * 3 + [{"next_token"}] * 2
+    assert resting.fingerprint == pretrained.fingerprint
+
+    stages = (first, replace(second, steps=2))
+    model, losses = trained(replace(recipe, stages=stages), base, tmp_path / "run")
+    assert [set(step) for step in losses] == [learned] * 3 + [{"next_token"}] * 2
+    fresh, before, after = (m.named_new_parameters() for m in (Model(recipe.model, base), pretrained, model))
+    queries = {name for name in after if name.startswith("port.transformer.")}
+    for_words = {name for name in queries if ".word_" in name} | {name for name in after if name.startswith("extra.")}
+    into_the_model = {"port.begin", "port.end", "port.project.weight", "port.project.bias"}
+    assert len(for_words) > 20 and queries | for_words | into_the_model == set(after)
+    assert {name for name in after if not torch.equal(fresh[name], before[name])} == queries | for_words
+    assert {name for name in after if not torch.equal(before[name], after[name])} == (
+        queries - for_words
+    ) | into_the_model
+
+    loaded = xfusion.load(tmp_path / "run" / "pack", backbone=base)
+    assert loaded.fingerprint == model.fingerprint and loaded.capabilities == {"text", "caption"}
+    shown = [Noise().picture(i, 32) for i in range(2)]
+    assert loaded.caption(shown, max_tokens=3) == model.caption(shown, max_tokens=3)
+    plain = find("blip2")(encoder=encoder, side=16, **RECIPES["blip2"])
+    assert len(plain.stages) == 1 and not plain.model.extra and not plain.model.port.words
 
 
 def test_a_prefix_reads_the_latents_of_our_own_codec(bases, tmp_path):
