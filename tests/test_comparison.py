@@ -305,6 +305,9 @@ def test_texts_are_paid_once(base):
     assert counted.text > 0
     assert counted.texts(1) <= counted.texts(20) == counted.texts(60) <= 6
     assert counted.total(60) - counted.total(20) == 40 * counted.step
+    twice = count_flops(model, replace(recipe.stages[0], accumulate=2), source)
+    assert [twice.texts(steps) for steps in (0, 1, 2, 10)] == [counted.texts(steps) for steps in (0, 2, 4, 20)]
+    assert twice.step == 2 * counted.step
 
 
 def test_tokens_and_parameters(base):
@@ -352,6 +355,15 @@ def test_text_that_changed(base, monkeypatch):
     assert lost["text_bit_equal"] is False
     assert lost["text_perplexity_fused"] == pytest.approx(VOCABULARY)  # every word is as likely
     assert lost["text_perplexity_change"] == pytest.approx(VOCABULARY - kept["text_perplexity_base"])
+    # One text of them all is enough.
+    for changed in range(len(verify.PROMPTS)):
+        count = iter(range(len(verify.PROMPTS)))
+
+        def once(ids, stack="base", attention_mask=None, *, count=count, changed=changed):
+            return real(ids, stack, attention_mask) + (stack == "fused" and next(count) == changed)
+
+        monkeypatch.setattr(model, "text_logits", once)
+        assert text_keeping(model)["text_bit_equal"] is False
 
 
 # --------------------------------------------------------------------------------------------------------------- runs
@@ -784,6 +796,7 @@ def test_runs_that_do_not_belong_together(go, base):
         (("settings", "data"), "photos", "data is 'photos' and 'noise'"),
         (("settings", "tuning", "trials"), 3, "tuning.trials is 3 and 1"),
         (("settings", "evaluation", "steps"), 9, "evaluation.steps is 9 and 2"),
+        (("settings", "dtype"), "float64", "dtype is 'float64' and"),
     ):
         spoilt(*place, value=value)
         with pytest.raises(XFusionError, match=message):

@@ -92,7 +92,9 @@ def test_a_step_learns_and_texts_that_are_kept_change_nothing(bench):
         step()
         assert model.fingerprint != before and bool(step.engine.text_states) == kept
         losses[kept] = torch.cat([p.detach().flatten() for p in model.new_parameters()])
-    torch.testing.assert_close(losses[True], losses[False], rtol=0, atol=1e-3)
+    # AdamW's first step moves each weight by the rate times the sign of its gradient, where this is not nearly 0.
+    moved = (losses[True] - losses[False]).abs()
+    assert float((moved > 1e-7).float().mean()) < 1e-3, "gradients of another sign"
 
 
 def test_a_step_takes_fewer_names_than_fill_a_row(bench):
@@ -123,6 +125,13 @@ def test_memory(bench):
     found = memory.measure(bench)["drawing"]
     seconds = found["given_back"]["step_seconds"], found["kept"]["step_seconds"]
     assert found["given_back_over_kept"] == seconds[0] / seconds[1]
+
+
+def test_memory_is_kept_and_given_back_in_turn(bench, monkeypatch):
+    limits = []
+    monkeypatch.setattr(memory, "keep_freed_memory", limits.append)
+    memory.measure(bench)
+    assert limits == [1 << 26, memory.ALL] * (2 * bench.rounds) and memory.ALL > 1 << 30
 
 
 @pytest.mark.full

@@ -260,6 +260,9 @@ def test_words_are_sent_once_they_cannot_change():
     assert words.add(ord("x")) == "stox"
     assert [words.add(byte) for byte in b"a stop"] == ["a", " ", "", "", "", ""]
     assert words.stopped and words.sent == "néstoxa " and words.rest() == ""
+    # A token that completes two of them ends the text at the first.
+    words = TextStream("".join, ("cd", "a", "bc"))
+    assert words.add("xabcd") == "x" and words.stopped
 
 
 def test_words_behind_text_that_a_tokenizer_changes_are_still_sent():

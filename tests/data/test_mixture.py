@@ -283,7 +283,9 @@ def test_wordings_follow_their_shares():
 
 
 def test_articles_and_questions():
-    assert [with_article(w) for w in ("apple", "Owl", "red apple")] == ["an apple", "an Owl", "a red apple"]
+    words = ("apple", "Owl", "red apple", "umbrella", "ice", "egg", "yacht")
+    articles = ["an", "an", "a", "an", "an", "an", "a"]
+    assert [with_article(w) for w in words] == [f"{article} {w}" for article, w in zip(articles, words, strict=True)]
     assert (question_text(" What? "), question_text("  ")) == ("What?\n", "")
 
 

@@ -55,7 +55,7 @@ def test_the_wrong_thing_and_what_is_no_box_are_told_apart():
     assert result["hit"] == 0.5 and result["named"] == 0 and result["valid"] == 1
     for said in ("nowhere", "<box>(1,2),(3,4)</box><box>(1,2),(3,4)</box>", "<box>(7,7),(3,4)</box>"):
         result = evaluate(Oracle(scenes, lambda _, said=said: said), "grounding", count=30)
-        assert result["valid"] == result["hit"] == result["overlap"] == 0
+        assert result["valid"] == result["hit"] == result["overlap"] == result["named"] == 0
 
 
 def test_one_answer_for_all_is_no_better_than_the_best_box():

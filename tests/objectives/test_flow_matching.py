@@ -247,6 +247,18 @@ def test_a_multistep_solver_has_an_order_from_1_to_3(order):
         solvers.Multistep(order=order)
 
 
+def test_heuns_clean_estimate_is_that_of_its_second_look():
+    looks = []
+
+    def field(x, time):
+        looks.append(3 * x - time)
+        return torch.ones_like(x), looks[-1]
+
+    found = [clean for _, clean in solvers.Heun().walk(field, torch.zeros(1, 1, 1), [1.0, 0.5, 0.0], lambda x, _: x)]
+    assert len(looks) == 3 and [float(one) for one in found] == [float(looks[1]), float(looks[2])]
+    assert float(looks[0]) != float(looks[1])
+
+
 SOLVERS = (solvers.Euler(), solvers.Heun(), solvers.Multistep(), solvers.Multistep(order=3))
 
 
