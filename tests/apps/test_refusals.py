@@ -78,6 +78,7 @@ NO_VECTORS = {
 NO_PICTURES = {
     "generate": (["generate", "PACK", "a tree"], "this model cannot draw, only {able}: .*the recipe xfusion"),
     "draw": (["draw", "PACK", "--prompts", "prompts.txt", "-o", "new"], "this model cannot draw, only {able}"),
+    "infilling": (["evaluate", "PACK", "--suite", "infilling"], "this model cannot draw, only {able}"),
     "chat that draws": (["chat", "PACK", "--draw", "always"], "--draw always: .* can {able} only"),
 }
 CASES = [("embeds", name, *NO_WORDS[name]) for name in NO_WORDS] + [
