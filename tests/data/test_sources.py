@@ -4,11 +4,13 @@ import json
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from xfusion.data.emoji import Emoji
-from xfusion.data.sequence import XFusionError
+from xfusion.data.emoji import Artwork, Emoji
+from xfusion.data.report import look_alikes
+from xfusion.data.sequence import Example, XFusionError
 from xfusion.data.sources import UNSTATED, check, open_source, stated_licence
 
 
@@ -215,3 +217,80 @@ def test_a_licence_is_stated_where_a_source_knows_none(folder):
     for nothing in ("", " ", "MIT\nand more", "\x1b[31m"):
         with pytest.raises(XFusionError, match="is no line of words"):
             stated_licence(UNSTATED, nothing, "photos")
+
+
+def photograph(seed, side=160):
+    """Smooth shapes with some grain."""
+    generator = np.random.default_rng(seed)
+    coarse = Image.fromarray(generator.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC), dtype=np.float64)
+    return Image.fromarray((smooth + generator.normal(0, 5, smooth.shape)).clip(0, 255).astype(np.uint8))
+
+
+def with_words(picture, path, words, **how):
+    picture.save(path, **how)
+    path.with_suffix(".txt").write_text(words)
+
+
+def test_one_photograph_saved_twice_is_noted_and_different_pictures_are_not(tmp_path, monkeypatch):
+    """Neither are flat cards of near colours, clock faces an hour apart, or a photograph in which one thing has changed."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("photos")
+    folder.mkdir()
+    for seed in range(4):
+        with_words(photograph(seed), folder / f"{seed}.png", f"thing {seed}")
+    changed = photograph(0)
+    changed.paste("black", (100, 40, 110, 50))
+    with_words(changed, folder / "changed.png", "a thing with a hole")
+    for name, colour in {"red": "#ff0000", "scarlet": "#ff2400", "orange": "#ffa500", "amber": "#ffbf00"}.items():
+        with_words(Image.new("RGB", (64, 64), colour), folder / f"{name}.png", name)
+    art = Artwork()
+    for identity in ("1F550", "1F551", "1F552", "1F468-200D-1F469-200D-1F466", "1F468-200D-1F469-200D-1F467"):
+        with_words(art.draw(identity, 96), folder / f"{identity}.png", identity)
+    assert look_alikes(check("photos").source) == [] == list(check("photos").notes)
+    with_words(photograph(1), folder / "copy.jpg", "the same", quality=90)
+    with_words(photograph(1), folder / "again.jpg", "the same again", quality=95)
+    with_words(photograph(2).resize((80, 80)), folder / "small.jpg", "a smaller one", quality=90)
+    report = check("photos")
+    assert report.num_bad == 0 and report.num_groups == 17
+    first, *others = report.notes
+    assert first.startswith(
+        "5 pictures look the same as one of another group: contrastive losses take them for different"
+    )
+    assert others == [
+        "look the same: photos/1.png, photos/again.jpg, photos/copy.jpg",
+        "look the same: photos/2.png, photos/small.jpg",
+    ]
+
+
+def test_what_the_owner_put_in_one_group_is_not_noted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for quality in (90, 95):
+        photograph(1).save(f"{quality}.jpg", quality=quality)
+    lines = [{"image": f"{q}.jpg", "caption": f"at {q}", "group": "one"} for q in (90, 95)]
+    Path("data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert check("data.jsonl").notes == ()
+    Path("data.jsonl").write_text("\n".join(json.dumps(line | {"group": line["caption"]}) for line in lines))
+    assert check("data.jsonl").notes[1:] == ("look the same: data.jsonl:1, data.jsonl:2",)
+
+
+def test_many_look_alikes_are_counted_and_few_are_named(tmp_path):
+    """As of a film's frames. Pictures of more than one block are compared with those of other blocks."""
+
+    class Film:
+        spec = "film"
+        examples = tuple(Example(id=str(i), captions=("frame",), group=str(i), origin=f"film:{i}") for i in range(500))
+
+        def picture(self, index, size):
+            # Two frames of each of 250 scenes, far apart in the file; each scene has a red dot of its own place.
+            scene = Image.new("RGB", (size, size), (100, 100, 100 + index // 250))
+            scene.putpixel((index % 250 % size, index % 250 // size), (255, 0, 0))
+            return scene
+
+    notes = look_alikes(Film())
+    assert notes[0].startswith("500 pictures look the same as one of another group")
+    assert notes[1] == "look the same: film:0, film:250" and len(notes) == 1 + 20 + 1
+    assert notes[-1] == "... and 230 more such sets"
+    Film.picture = lambda self, index, size: Image.new("RGB", (size, size), "grey")
+    notes = look_alikes(Film())
+    assert notes[0].startswith("at least ") and " more" in notes[1]

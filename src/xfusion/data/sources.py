@@ -20,6 +20,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
@@ -30,7 +31,7 @@ from xfusion.data.emoji import Emoji
 from xfusion.data.latents import Latents
 from xfusion.data.mixed import Mixed, parts
 from xfusion.data.pictures import Place
-from xfusion.data.report import CaptionStats, Problem, Report
+from xfusion.data.report import CaptionStats, Problem, Report, look_alikes
 from xfusion.data.sequence import Example, Sound, Unreadable, XFusionError
 from xfusion.data.sounds import read_sound
 from xfusion.modalities.image import middle_square
@@ -220,7 +221,8 @@ def open_source(
 
 
 def check(spec: str | os.PathLike[str], *, special_tokens: tuple[str, ...] = ()) -> Report:
-    """Check every example of a source, of all its splits, and report problems instead of raising.
+    """Check every example of a source, of all its splits, and report problems instead of raising; and note which of a user's
+    pictures look the same but are of different groups.
 
     Raises:
         XFusionError: there is no such source, or it is empty.
@@ -235,7 +237,10 @@ def check(spec: str | os.PathLike[str], *, special_tokens: tuple[str, ...] = ())
         if latents.is_folder(_held_share(spec)[0]):
             encoded = Latents(_held_share(spec)[0], spec)
             return _inspect_latents(encoded, special_tokens, encoded.altered_shards())
-        return _inspect(spec, _held_share(spec)[0], special_tokens, decode=True)
+        report = _inspect(spec, _held_share(spec)[0], special_tokens, decode=True)
+        if report.source is None or isinstance(report.source, Sounds):
+            return report
+        return replace(report, notes=(*report.notes, *look_alikes(report.source)))
     problems: list[Problem] = []
     for index, example in enumerate(emoji.examples):
         try:
