@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("packs", nargs="+")
     parser.add_argument("--data", default="emoji:64")
     parser.add_argument("--split", default="train")
-    parser.add_argument("--count", type=int, default=10)
+    parser.add_argument("--count", type=int, default=5)
     options = parser.parse_args()
     source = open_source(options.data, split=options.split)
     chosen = choose_examples(source.examples, options.count)
@@ -61,8 +61,8 @@ def main() -> None:
         for column, picture in enumerate(drawn):
             large = picture.resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(large, (column * cell + MARGIN, row * cell + MARGIN))
-    with atomic_file(options.out) as temporary:  # a palette: a third of the bytes, and nobody sees a difference
-        sheet.quantize(256).save(temporary, format="PNG", optimize=True)
+    with atomic_file(options.out) as temporary:
+        sheet.quantize(256, dither=Image.Dither.NONE).save(temporary, format="PNG", optimize=True)
     print(", ".join(source.examples[i].captions[0] for i in chosen))
 
 

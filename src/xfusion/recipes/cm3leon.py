@@ -14,7 +14,8 @@ picture; one sentinel serves all spans; [BOI] and [EOI] replace the token betwee
 modalities (the paper's ``<break>``). Pictures and schedule are those of the recipe `teal`.
 
 Data: the paper's Shutterstock pictures are not public; a public alternative is CC3M (``pixparse/cc3m-wds``), ``--data
-'cc3m-wds/cc3m-train-*.tar'``. Our figures: ``--data emoji:64``.
+'cc3m-wds/cc3m-train-*.tar'``. Our figures: ``--data emoji:64``; 4,800 samples are too few to learn infilling (suite
+`infilling`; docs/training_log.md).
 """
 
 from __future__ import annotations
