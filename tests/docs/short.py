@@ -124,7 +124,7 @@ def _compare(line: str) -> str:
     return _with(line, " ".join(f"{name}={count}" for name, count in scored.items())) if scored else line
 
 
-FEW = {"requests": "repeat=1", "few_shot": "max_held=2", "sounds": "max_fit=2 max_held=2"}
+FEW = {"requests": "repeat=1", "few_shot": "max_held=2", "sounds": "max_fit=2 max_held=2", "infilling": "max_fit=2"}
 """Settings of suites that ask for much, where a command names no other number."""
 
 
