@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from contracts.table import FAMILIES, LAYERS, WINDOW, look, make_base, make_model, picture, tokenizer, view, words
+from safetensors.torch import load_file, save_file
 from transformers import (
     FalconConfig,
     FalconForCausalLM,
@@ -40,6 +41,48 @@ def backbone_of(model):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_windows(bases, family):
     assert [bases[family].window(i) for i in range(LAYERS)] == WINDOWS.get(family, [None] * LAYERS)
+
+
+def _rename(weights):
+    return {f"module.{name}": value for name, value in weights.items()}
+
+
+def _narrow(weights):
+    return weights | {name: value[:80] for name, value in weights.items() if name.endswith("up_proj.weight")}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda weights: {n: v for n, v in weights.items() if "layers.3" not in n},
+            r"9 of its .*layers\.3\.[a-z_.]+: missing\)",
+        ),
+        (_rename, r"39 of its .*\(lm_head\.weight: missing\)"),
+        (_narrow, r"4 of its .*up_proj.weight: \[80, 64\] instead of \[96, 64\]\)"),
+        (None, ".*header"),
+    ],
+    ids=["without a layer", "other names", "another shape", "cut off"],
+)
+def test_a_base_with_missing_or_broken_weights_is_refused_in_one_line(tmp_path, change, message):
+    """transformers would fill in random ones, without a word at this verbosity."""
+    folder = make_base("llama", tmp_path)
+    file = folder / "model.safetensors"
+    if change is None:
+        file.write_bytes(file.read_bytes()[:5000])
+    else:
+        save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    with pytest.raises(XFusionError, match=f"^base .* cannot be loaded: {message}") as error:
+        Backbone.load(str(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_a_tied_head_is_not_missing(tmp_path, monkeypatch):
+    assert make_base("gpt2", tmp_path / "tied").is_dir()
+    assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    base = Backbone.load("~/tied")
+    assert base.model.lm_head.weight is base.model.transformer.wte.weight
 
 
 def calls_of(base, length=5):

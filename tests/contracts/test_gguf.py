@@ -64,6 +64,31 @@ def test_a_gguf_file_is_converted_once_and_without_a_word(tmp_path, monkeypatch,
     assert written == {path.name: path.stat().st_mtime_ns for path in made.iterdir()}
 
 
+def test_another_file_of_the_same_name_and_size_is_another_base(tmp_path, monkeypatch):
+    """Fine-tuned models of one shape may share their first and last bytes, and everything but their weights."""
+    monkeypatch.setenv("XFUSION_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sources, "_whole", lambda *_, **__: pytest.fail("converted"))
+    (tmp_path / "other").mkdir()
+    files = [tmp_path / "tiny.gguf", tmp_path / "other" / "tiny.gguf"]
+    for number, file in enumerate(files):
+        file.write_bytes(bytes(1 << 20) + bytes([number]) + bytes(1 << 20))
+    digest = sources._file_digest
+    seen = []
+    monkeypatch.setattr(sources, "_file_digest", lambda *facts: seen.append(digest(*facts)) or seen[-1])
+    for file in files:
+        with pytest.raises(pytest.fail.Exception, match="converted"):
+            sources.resolve_source(str(file))
+    assert len(set(seen)) == 2
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    (tmp_path / "cache").write_text("a file")
+    monkeypatch.setenv("XFUSION_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(XFusionError, match=r"tiny.gguf': \$XFUSION_CACHE must be a folder that can be written: "):
+        Backbone.load(str(tmp_path / "tiny.gguf"))
+
+
 def test_a_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("XFUSION_CACHE", str(tmp_path / "cache"))
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(60))

