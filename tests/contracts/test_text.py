@@ -129,6 +129,15 @@ def test_a_base_in_half_precision_keeps_its_text_and_still_draws_and_captions(ba
     assert {p.dtype for p in model.new_parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_new_parts_among_frozen_ones_of_half_precision_keep_text(bases, dtype):
+    """The deltas of a low-rank tower are float32; their block's frozen matrices are not."""
+    model = make_model(Backbone.load(bases["llama"].source, dtype=dtype), "low-rank tower")
+    ids, mask = text_batches()["bare"]
+    logits = model.text_logits(ids, attention_mask=mask)
+    assert torch.equal(model.text_logits(ids, stack="fused", attention_mask=mask), logits)
+
+
 # --------------------------------------------------------------------------------------------------------- untouched
 
 

@@ -6,7 +6,7 @@ Shape legend: ``B`` batch row, ``n`` rows of one owner, ``S`` all rows of a pass
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from types import MappingProxyType
@@ -466,8 +466,12 @@ class Fusion(nn.Module):
         slot (a decoder layer, unless a mechanism overrides this) still computes its keys and values.
         """
         if self.num_towers > 1 and (block := self.block(index, frozen)) is not None:
-            tower_states = x.to(next(self.blocks[str(index)].parameters()).dtype)
-            keys_values(block, tower_states, slice_call(call, slice(None)))
+            new = self.blocks[str(index)]
+            # New parts stand among frozen ones, perhaps of half precision: both compute in it, as in a mixed pass.
+            in_half = isinstance(new, nn.ModuleDict) and x.dtype in (torch.bfloat16, torch.float16)
+            with torch.autocast(x.device.type, x.dtype) if in_half else nullcontext():
+                tower_states = x if in_half else x.to(next(new.parameters()).dtype)
+                keys_values(block, tower_states, slice_call(call, slice(None)))
         return frozen(x, **call)
 
     def tower(
