@@ -129,7 +129,8 @@ def from_json(data: Any, *, trust: bool = False, where: str = CONFIG) -> Any:
         raise XFusionError(
             f"{where} names the class {class_path!r}, which cannot be imported: {error}{hint}"
         ) from error
-    if not isinstance(kind, type) or not dataclasses.is_dataclass(kind):
+    is_own = trust or str(getattr(kind, "__module__", "")).split(".")[0] == "xfusion"  # not what xfusion imports
+    if not isinstance(kind, type) or not dataclasses.is_dataclass(kind) or not is_own:
         raise XFusionError(f"{where}: {class_path!r} is not a configuration class")
     field_names = {f.name for f in dataclasses.fields(kind)}
     unknown = sorted(set(data) - field_names - {"type"})
@@ -158,7 +159,8 @@ def save(
     """Write a pack; the folder appears whole or not at all.
 
     Facts recorded in the pack that the model was loaded from are written again as long as the weights are unchanged.
-    Facts given here replace them.
+    Facts given here replace them. Of weights that ``dtype`` rounds nothing was measured or proved: their scores and proof are
+    left out, how they were trained and their licence are not.
 
     Args:
         model: the trained model.
@@ -180,10 +182,12 @@ def save(
     refuse_other_files(target)
     if licence is not None:
         check_licence(licence)
-    learned_state = model.learned_state() if weights is None else weights
-    state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in learned_state.items()}
+    learned_state = {k: v.detach().cpu() for k, v in (weights or model.learned_state()).items()}
+    state = {k: v.to(dtype or v.dtype).contiguous() for k, v in learned_state.items()}
+    is_exact = all(torch.equal(state[k].to(v.dtype), v) for k, v in learned_state.items())
     given_facts = {"recipe": recipe, "training": training, "scores": scores, "proof": proof, "licence": licence}
-    facts = _unchanged_facts(model, state) | {name: value for name, value in given_facts.items() if value is not None}
+    facts = _unchanged_facts(model, learned_state, is_exact)
+    facts |= {name: value for name, value in given_facts.items() if value is not None}
     config = {
         "format_version": FORMAT_VERSION,
         "library_version": __version__,
@@ -202,7 +206,8 @@ def save(
         save_file(state, str(file), metadata={"format": "pt"})
         config |= {"weights_sha256": file_hash(file)} | _write_opening(model.opening, temporary)
         _write_config_and_card(temporary, config, model)
-    model.recorded = Record.of(config, model, state)
+    if is_exact:  # a rounded copy is another pack than the model's own
+        model.recorded = Record.of(config, model, state)
     return target
 
 
@@ -238,13 +243,17 @@ class Record:
         )
 
 
-def _unchanged_facts(model: Model, state: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """The recorded facts that still hold for weights about to be written: none if the weights have changed."""
+def _unchanged_facts(model: Model, state: dict[str, torch.Tensor], is_exact: bool) -> dict[str, Any]:
+    """The recorded facts that still hold for weights about to be written: none if the weights have changed, and no
+    measurements if they will be rounded.
+    """
     record = model.recorded
     if record is None or not _has_recorded_weights(model, state):
         return {}
-    head_changed = record.opening != _opening_fingerprint(model)
-    return {key: value for key, value in record.facts.items() if key != "opening" or not head_changed}
+    outdated = set() if is_exact else {"scores", "proof"}
+    if record.opening != _opening_fingerprint(model):
+        outdated.add("opening")
+    return {key: value for key, value in record.facts.items() if key not in outdated}
 
 
 def has_recorded_weights(model: Model) -> bool:
@@ -484,12 +493,12 @@ def find(name: str) -> Path:
         return pack
     if name in shipped():
         return Path(str(resources.files("xfusion") / "packs" / name))
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    repository, _, revision = name.partition("@")  # a revision may have slashes, as refs/pr/1 has
+    if repository.count("/") != 1 or name.startswith((".", "/", "~")):
         shipped_names = ", ".join(shipped()) or "none"
         raise XFusionError(
             f"there is no pack {name!r}: name a folder, a shipped pack ({shipped_names}) or a hub id such as org/name"
         )
-    repository, _, revision = name.partition("@")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 

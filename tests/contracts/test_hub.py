@@ -88,15 +88,21 @@ def test_what_a_pack_recorded_goes_along_with_its_weights(bases, hub, tmp_path):
         "license: mit", "license: cc-by-4.0"
     ).replace("| these weights | mit |", "| these weights | cc-by-4.0 |")
     assert ModelCard(pushed(loaded)).data.to_dict()["license"] == "cc-by-4.0"
-    # Of another head nothing was measured, and of half as precise weights nothing at all; read back they are the same.
+    # Of another head nothing was measured, and of half as precise weights nothing at all, though they were trained and may be
+    # used as the whole ones; read back they are the same.
     loaded.opening = Opening(64)
     assert "## Opening head" not in (card := pushed(loaded)) and "| fit_caption_exact | 0.9877 |" in card
     checkpoint.save(model, tmp_path / "half", dtype=torch.bfloat16)
-    assert "Not measured." in (tmp_path / "half" / "README.md").read_text()
+    card = (tmp_path / "half" / "README.md").read_text()
+    assert "Not measured." in card and "No proof" in card and "| data | emoji |" in card and "license: mit" in card
+    assert "## Opening head" in card  # it reads the base alone
+    model.save_pretrained(tmp_path / "whole")  # the copy is not what the model is
+    assert (tmp_path / "whole" / "README.md").read_text() == written
     half = xfusion.load(tmp_path / "half", backbone=bases["llama"])
     checkpoint.add_facts(tmp_path / "half", half, scores={"held_caption_at_1": 0.25})
     assert "| held_caption_at_1 | 0.25 |" in pushed(half)
     # One weight more or less, or another use of them, and it is another model.
+    assert "| data | emoji |" in pushed(half)
     half.set_objectives(half.config.text, replace(half.config.media, guidance=7.0))
     assert "Not measured." in pushed(half)
     with torch.no_grad():

@@ -399,6 +399,10 @@ def test_weights_that_do_not_fit_are_named(pack, bases):
         (lambda c: c["model"]["fusion"].update(type="xfusion.nowhere:Config"), "cannot be imported"),
         (lambda c: c["model"]["fusion"].update(type="subprocess:Popen"), "which is not xfusion's: pass --trust"),
         (lambda c: c["model"]["fusion"].update(type="xfusion.backbone:Backbone"), "is not a configuration class"),
+        (  # what a module of xfusion imports is not xfusion's
+            lambda c: c["model"]["fusion"].update(type="xfusion.checkpoint:torch.compiler.CacheInfo"),
+            "is not a configuration class",
+        ),
         (lambda c: c["model"].pop("type"), "without 'type'"),
         (lambda c: c.update(model=c["model"]["fusion"]), "'model' is not a model configuration"),
         (lambda c: c.update(format_version=3), "format version 3, this xfusion reads 1 to 2"),
@@ -411,6 +415,14 @@ def test_a_config_that_is_not_understood_is_refused(pack, bases, change, message
     edit(folder, change)
     with pytest.raises(XFusionError, match=message):
         xfusion.load(folder, backbone=bases["llama"])
+
+
+def test_a_revision_of_the_hub_may_have_slashes(pack, bases, monkeypatch):
+    model, folder = pack
+    fetched = {("org/name", "refs/pr/1"): str(folder)}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, revision, **_: fetched[name, revision])
+    for name, revision in (("org/name", "refs/pr/1"), ("org/name@refs/pr/1", None)):
+        assert xfusion.load(name, revision=revision, backbone=bases["llama"]).fingerprint == model.fingerprint
 
 
 def test_broken_and_missing_packs_are_refused(pack, tmp_path):
