@@ -46,6 +46,7 @@ from xfusion.fusion.gated_tower import GatedTower
 from xfusion.fusion.layered import Layered
 from xfusion.fusion.modality_experts import ModalityExperts
 from xfusion.fusion.shared_decoder import SharedDecoder
+from xfusion.fusion.sparse_experts import SparseExperts
 from xfusion.layers import keys_values, slice_call
 from xfusion.model import Model
 from xfusion.recipes import base as recipes
@@ -899,3 +900,14 @@ def test_a_range_of_layers_leaves_the_others_to_the_base(bases: dict[str, Backbo
         states = [model.port(batch.media["image"]), *(s["image"] for s in behind_layers(model, batch))]
         unchanged = [torch.equal(*pair) for pair in pairwise(states)]
         assert unchanged == [True, False, False, True], kind
+
+
+def test_a_mechanism_of_all_layers_computes_only_at_its_own_in_a_hybrid(bases: dict[str, Backbone]) -> None:
+    """Media go through the frozen layers of sparse experts; looked up, the states of text must be those of the right layer."""
+    parts = (SparseExperts.Config(layers=(0, 2), experts=3), DualTower.Config(layers=(2, 4)))
+    model = built(bases["llama"], Layered.Config(parts=parts))
+    assert model.fusion.state_layers == (0, 1, 2, 3)
+    batch = pack([[SEQUENCES["picture behind words"]]])
+    looked_up = model.losses(batch, torch.Generator().manual_seed(0))
+    model.engine.keep_text = False
+    torch.testing.assert_close(model.losses(batch, torch.Generator().manual_seed(0)), looked_up)

@@ -99,12 +99,18 @@ class Layered(Fusion):
 
     def block_widths(self) -> dict[int, int]:
         """Block widths of all mechanisms; each must have blocks."""
-        return {index: width for part in self._fusions() for index, width in part.block_widths().items()}
+        return {
+            index: width
+            for part in self._fusions()
+            for index, width in part.block_widths().items()
+            if self.owner.get(index) is part
+        }
 
     @property
     def state_layers(self) -> tuple[int, ...]:
-        """The layers with new modules of any mechanism."""
-        return tuple(sorted(index for part in self._fusions() for index in part.state_layers))
+        """The layers at which the mechanism that owns them computes media."""
+        layers = {i for part in self._fusions() for i in part.state_layers if self.owner.get(i) is part}
+        return tuple(sorted(layers))
 
     def new_modules(self, index: int) -> list[nn.Module]:
         """The new modules of the mechanism that owns the layer."""
