@@ -75,7 +75,12 @@ def slice_call(call: dict[str, Any], rows: slice) -> dict[str, Any]:
     position_embeddings, position_ids = call.get("position_embeddings"), call.get("position_ids")
     arguments: dict[str, Any] = {"position_ids": None if position_ids is None else position_ids[..., rows]}
     if position_embeddings is not None:
-        arguments["position_embeddings"] = tuple(t[:, rows].contiguous() for t in position_embeddings)
+        if isinstance(position_embeddings, Tensor):  # complex, as in DeepSeek-V2
+            arguments["position_embeddings"] = position_embeddings[:, rows].contiguous()
+        else:
+            arguments["position_embeddings"] = tuple(t[:, rows].contiguous() for t in position_embeddings)
+    if "alibi" in call:  # always None (`Backbone` refuses a bias), but Falcon's layers require it
+        arguments["alibi"] = call["alibi"]
     return arguments
 
 
@@ -439,7 +444,7 @@ def layer_pieces(layer: nn.Module) -> dict[str, list[Piece]]:
             by_role[_SPLIT[name]].append(Piece(path))
         elif name in _OUTPUT:
             by_role["output"].append(Piece(path))
-        elif name in _FUSED:
+        elif name in _FUSED and hasattr(attention, "config"):
             width = attention.head_dim if hasattr(attention, "head_dim") else attention.head_size
             num_outputs, role_rows = linear_shape(child)[1], {}
             if name == "query_key_value":  # per head: queries, keys, values
@@ -608,9 +613,16 @@ class Slot(nn.Module):
     """Replaces one decoder layer in a shadow and forwards the call to ``compute_layer``."""
 
     def __init__(
-        self, layer: nn.Module, index: int, compute_layer: Callable[[int, nn.Module, Tensor, dict[str, Any]], Tensor]
+        self,
+        layer: nn.Module,
+        index: int,
+        compute_layer: Callable[[int, nn.Module, Tensor, dict[str, Any]], Tensor],
+        *,
+        in_tuple: bool = False,
     ):
+        """``in_tuple`` returns states as the first item of a tuple, as the family's own layers do."""
         super().__init__()
+        self.in_tuple = in_tuple
         self.__dict__["layer"] = layer  # not a submodule: the shadow owns no parameters
         self.__dict__["compute_layer"] = compute_layer
         self.index = index
@@ -619,10 +631,11 @@ class Slot(nn.Module):
             if hasattr(layer, name):
                 self.__dict__[name] = getattr(layer, name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        compute_layer: Callable[..., Tensor] = self.__dict__["compute_layer"]
-        return compute_layer(self.index, self.__dict__["layer"], call.pop("hidden_states"), call)
+        compute_layer: Callable[..., Any] = self.__dict__["compute_layer"]
+        output = compute_layer(self.index, self.__dict__["layer"], call.pop("hidden_states"), call)
+        return (output,) if self.in_tuple and isinstance(output, Tensor) else output
 
 
 def shadow(module: nn.Module) -> Any:

@@ -6,21 +6,44 @@ from dataclasses import replace
 
 import pytest
 import torch
-from contracts.table import FAMILIES, LAYERS, WINDOW, look, make_base, make_model, picture, tokenizer, view, words
+from contracts.table import (
+    FAMILIES,
+    LAYERS,
+    WINDOW,
+    distance,
+    look,
+    make_base,
+    make_model,
+    picture,
+    tokenizer,
+    view,
+    words,
+)
 from safetensors.torch import load_file, save_file
 from transformers import (
+    BioGptConfig,
+    BioGptForCausalLM,
+    CodeGenConfig,
+    CodeGenForCausalLM,
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
     FalconConfig,
     FalconForCausalLM,
+    GPTJConfig,
+    GPTJForCausalLM,
     GPTNeoConfig,
     GPTNeoForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 from xfusion.backbone import Backbone
 from xfusion.data.sequence import Sequence, XFusionError
+from xfusion.fusion.lora import Lora
 from xfusion.layers import layer_pieces, linear_paths, linear_shape, narrow_mlp, run_rows, slice_call
 
 WINDOWS = {
@@ -121,6 +144,12 @@ def test_a_mixture_of_experts_is_not_narrowed_but_fused():
     base = backbone_of(Qwen3MoeForCausalLM(Qwen3MoeConfig(**TINY, **settings, num_key_value_heads=2, head_dim=16)))
     with pytest.raises(XFusionError, match="Qwen3MoeDecoderLayer: its MLP is not made of plain Linear layers"):
         make_model(base, "dual tower, strided")
+    with pytest.raises(XFusionError, match="Qwen3MoeSparseMoeBlock of made here is a mixture of experts already"):
+        make_model(base, "sparse experts")
+    with pytest.raises(
+        XFusionError, match="lora: Qwen3MoeDecoderLayer has no matrix of in, only key, output, query, value"
+    ):
+        Lora.Config(targets=("query", "in")).build().install(base)
     model, ids = make_model(base), torch.tensor([[5, 6, 7]])
     assert torch.equal(model.text_logits(ids, stack="fused"), model.text_logits(ids))
 
@@ -163,6 +192,49 @@ def test_nothing_is_dropped_in_training(bases, family):
     expected = model.run_pass(batch)[0]
     model.train()
     assert torch.equal(model.run_pass(batch)[0], expected)
+
+
+_GPT_J = {"vocab_size": 320, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 8}
+_GPT_J |= {"bos_token_id": 0, "eos_token_id": 1}
+_EXPERTS = {"moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
+_EXPERTS |= {"n_group": 1, "topk_group": 1, "num_key_value_heads": 4, "intermediate_size": 96, "q_lora_rank": 16}
+_EXPERTS |= {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
+SELDOM = {  # the decoder reads the first of what a layer returns; a required argument; one complex table; an offset
+    "gptj": lambda: GPTJForCausalLM(GPTJConfig(**_GPT_J)),
+    "codegen": lambda: CodeGenForCausalLM(CodeGenConfig(**_GPT_J)),
+    "falcon": lambda: FalconForCausalLM(FalconConfig(**TINY, bos_token_id=0, eos_token_id=1)),
+    "deepseek_v2": lambda: DeepseekV2ForCausalLM(DeepseekV2Config(**TINY, **_EXPERTS)),
+    "biogpt": lambda: BioGptForCausalLM(BioGptConfig(**TINY, intermediate_size=96, max_position_embeddings=64)),
+}
+
+
+@pytest.mark.parametrize("family", SELDOM)
+@torch.no_grad()
+def test_a_batch_of_a_family_with_other_arguments(family):
+    """Text is the base's in every row, and a mixed pass the paper's equation on whole layers."""
+    torch.manual_seed(0)
+    base = backbone_of(SELDOM[family]())
+    for parameter in base.model.parameters():
+        parameter.add_(0.08 * torch.randn(parameter.shape))
+    assert base.longest == (64 if family == "biogpt" else None)
+    model = make_model(base)
+    texts = [words(9, seed) for seed in (1, 2)]
+    hidden, _ = model.run_pass(view([[Sequence(segments=(text,))] for text in texts], model))
+    expected = model.text_logits(torch.tensor([text.ids for text in texts]))
+    torch.testing.assert_close(base.logits(hidden), expected, rtol=0, atol=2e-5)
+    batch = view([[Sequence(segments=(text, picture((2, 2), 1), words(3, 3)))] for text in texts], model)
+    found = look(model, batch)
+    with model.using(model.reference_engine()):
+        assert distance(found, look(model, batch)) < 2e-4
+
+
+def test_layers_without_softmax_attention_are_refused_wherever_they_stand():
+    """The first layer of Qwen3-Next has a recurrent state instead of keys and values; a cache is an argument of all."""
+    types = ["full_attention", "linear_attention"]
+    config = Qwen3NextConfig(**TINY, intermediate_size=96, num_key_value_heads=2, head_dim=16, layer_types=types)
+    message = r"some of its layers .*Qwen3NextDecoderLayer.* have no softmax attention .*\(kinds of layers: linear_attention\)"
+    with pytest.raises(XFusionError, match=message):
+        backbone_of(Qwen3NextForCausalLM(config))
 
 
 def test_soft_caps_are_not_lost_to_an_attention_without_them(bases):

@@ -107,6 +107,8 @@ class Backbone:
         self.pretrained = pretrained
         self.decoder = model.base_model
         self.layers_key, self.layers = self._find_layers()
+        self.takes_tuples = False
+        self.takes_tuples = not self._takes_states()
         self._fingerprint: str | None = None
         # A tokenizer keeps a call's settings until the next call, so concurrent threads could use each other's settings.
         self._tokenizing = threading.Lock()
@@ -201,10 +203,14 @@ class Backbone:
             class_names.add(getattr(getattr(item, "target_class", item), "__name__", ""))
         for key, child in self.decoder._modules.items():
             if isinstance(child, nn.ModuleList) and len(child) and type(child[0]).__name__ in class_names:
-                if not any(map(takes_cache, child[0].modules())):
+                kinds = set(getattr(self.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+                blind = [layer for layer in child if not any(map(takes_cache, layer.modules()))]
+                if kinds or blind:
+                    reason = f" (kinds of layers: {', '.join(sorted(kinds))})" if kinds else ""
                     raise XFusionError(
-                        f"{self.source}: {type(self.model).__name__} cannot be fused: its layers"
-                        f" ({type(child[0]).__name__}) have no softmax attention whose keys and values could be shared"
+                        f"{self.source}: {type(self.model).__name__} cannot be fused: some of its layers"
+                        f" ({type((blind or child)[0]).__name__}) have no softmax attention whose keys and values could be"
+                        f" shared{reason}; take a base with attention in every layer"
                     )
                 bias = {"alibi", "position_bias"} & set(inspect.signature(child[0].forward).parameters)
                 if bias and getattr(self.model.config, "alibi", True):  # Falcon's may be off
@@ -218,6 +224,18 @@ class Backbone:
             f"{self.source}: {type(self.model).__name__} has no list of decoder layers that xfusion recognises "
             f"(looked for {sorted(n for n in class_names if n)}); see docs/how_it_works.md for what a base needs"
         )
+
+    @torch.no_grad()
+    def _takes_states(self) -> bool:
+        """Whether the decoder takes what a layer returns for its states; some families read the first of a tuple (GPT-J, CodeGen,
+        Falcon), and would take the first row of a batch. No layer is computed.
+        """
+        x = torch.zeros(2, 3, self.hidden_size, dtype=self.dtype, device=self.device)
+        decoder = self.shadow_decoder(lambda index, layer, states, call: states)
+        try:
+            return self.drive(decoder, x, torch.arange(3, device=self.device).expand(2, 3)).shape == x.shape
+        except (IndexError, RuntimeError, TypeError):
+            return False
 
     # -- facts
 
@@ -320,7 +338,10 @@ class Backbone:
         """Size of the learned position table; None if positions are rotary or absent, without a limit."""
         words = self.model.get_input_embeddings()
         tables = [m for m in self.decoder.children() if isinstance(m, nn.Embedding) and m is not words]
-        return min((table.num_embeddings for table in tables), default=None)
+        sizes = (
+            table.num_embeddings - getattr(table, "offset", 0) for table in tables
+        )  # BioGPT's begins with two others
+        return min(sizes, default=None)
 
     @property
     def embedding_scale(self) -> float:
@@ -551,7 +572,7 @@ class Backbone:
         """
         decoder = shadow(self.decoder)
         decoder._modules[self.layers_key] = nn.ModuleList(
-            Slot(layer, i, compute_layer) for i, layer in enumerate(self.layers)
+            Slot(layer, i, compute_layer, in_tuple=self.takes_tuples) for i, layer in enumerate(self.layers)
         )
         return decoder
 

@@ -126,19 +126,18 @@ class Lora(Fusion):
         """The deltas of a layer, by path.
 
         Raises:
-            XFusionError: the layer has none of the target matrices.
+            XFusionError: the layer lacks one of the target matrices.
         """
         layer, targets = backbone.layers[index], self.config.targets
         pieces = matrix_pieces(layer)
-        paths = (
-            linear_paths(layer)
-            if targets is None
-            else sorted({pieces[target].path for target in targets if target in pieces})
-        )
-        if not paths:
+        missing = [target for target in targets or () if target not in pieces]
+        if missing:
+            known = ", ".join(sorted(pieces)) or "none"
             raise XFusionError(
-                f"lora: {type(layer).__name__} has no matrix of {', '.join(targets or ())}: take targets None"
+                f"lora: {type(layer).__name__} has no matrix of {', '.join(missing)}, only {known}: name some of these, or take"
+                " targets None"
             )
+        paths = linear_paths(layer) if targets is None else sorted({pieces[target].path for target in targets})
         rank, alpha = self.config.rank, self.config.alpha
         return module_from_parts({path: Adapter(layer.get_submodule(path), rank, alpha) for path in paths})
 

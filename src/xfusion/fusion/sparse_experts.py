@@ -155,10 +155,16 @@ class SparseExperts(Fusion):
         """The router and copies of a layer's MLP.
 
         Raises:
-            XFusionError: the layer has no single MLP.
+            XFusionError: the layer has no single MLP, or it has experts already.
         """
         count = self.config.experts - self.config.frozen_expert
         path = mlp_path(backbone.layers[index])
+        mlp = backbone.layers[index].get_submodule(path)
+        if any(parameter.ndim > 2 for parameter in mlp.parameters()):
+            raise XFusionError(
+                f"sparse experts: {type(mlp).__name__} of {backbone.source} is a mixture of experts already, which cannot be one"
+                " of the experts: take another base, or another mechanism"
+            )
         copies = [backbone.copy_layer(index, self.block_config).get_submodule(path) for _ in range(count)]
         return Experts(self.config, backbone.hidden_size, copies).to(backbone.device)
 
