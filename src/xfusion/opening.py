@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from xfusion.backbone import Backbone
-from xfusion.data.sequence import XFusionError
+from xfusion.data.sequence import TooLong, XFusionError
 
 TURNS = 3
 """Number of last user turns that are read."""
@@ -34,7 +34,7 @@ class Opening(nn.Module):
 
     @torch.no_grad()
     def probability(self, backbone: Backbone, messages: Seq[dict[str, str]]) -> float:
-        """Probability that the last turn of a text conversation asks for a picture."""
+        """Probability that the last turn of a text conversation asks for a picture; `TooLong` if the base cannot read it."""
         return float(self.opens(answer_state(backbone, messages)).sigmoid())
 
     @torch.no_grad()
@@ -78,6 +78,19 @@ def recent(messages: Seq[dict[str, str]]) -> list[dict[str, str]]:
     return [m for m in messages[user_turns[-TURNS:][0] :] if m["role"] in ("user", "assistant")]
 
 
+def _refuse_too_long(backbone: Backbone, count: int) -> None:
+    """Refuse more tokens than the base has learned positions for.
+
+    Raises:
+        TooLong: there are more.
+    """
+    if backbone.longest is not None and count > backbone.longest:
+        raise TooLong(
+            f"whether and what to draw is read from {count} tokens, more than the {backbone.longest} that the base has learned:"
+            " shorten the conversation, or say draw='never' or 'always'"
+        )
+
+
 @torch.no_grad()
 def answer_state(backbone: Backbone, messages: Seq[dict[str, str]]) -> Tensor:
     """The base's last hidden state ``[D]``, float32, at the start of the answer to a conversation."""
@@ -89,6 +102,7 @@ def answer_states(backbone: Backbone, conversations: Seq[Seq[dict[str, str]]]) -
     """`answer_state` of several conversations in one pass, ``[N, D]``."""
     prompts = [backbone.chat(recent(messages)) for messages in conversations]
     longest = max(map(len, prompts))
+    _refuse_too_long(backbone, longest)
     # Padded on the right, where no token of a causal model sees it: no mask is needed.
     rows = [(*prompt, *[prompt[-1]] * (longest - len(prompt))) for prompt in prompts]
     states = backbone.decoder(input_ids=torch.tensor(rows, device=backbone.device), use_cache=False).last_hidden_state
@@ -106,6 +120,8 @@ def word_states(backbone: Backbone, words: str) -> tuple[Tensor, list[tuple[int,
     ids, spans = backbone.encode_spans(words)
     if not ids:
         return torch.zeros(0, backbone.hidden_size, device=backbone.device), []
-    input_ids = torch.tensor([(*backbone.begin_ids, *ids, *backbone.encode("\n"), *ids)], device=backbone.device)
+    twice = (*backbone.begin_ids, *ids, *backbone.encode("\n"), *ids)
+    _refuse_too_long(backbone, len(twice))
+    input_ids = torch.tensor([twice], device=backbone.device)
     states = backbone.decoder(input_ids=input_ids, use_cache=False).last_hidden_state[0]
     return states[-len(ids) :].float(), spans

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import xfusion
 from xfusion import checkpoint
 from xfusion.data import requests
-from xfusion.data.sequence import XFusionError
+from xfusion.data.sequence import TooLong, XFusionError
 from xfusion.evaluation.run import evaluate
 from xfusion.generation import conversation, openings, opens, segments
 from xfusion.opening import Opening, answer_state, answer_states, recent, word_states
@@ -375,3 +375,14 @@ def test_the_shipped_head_opens_as_its_card_says():
     found = evaluate(model, "requests", repeat=recorded["settings"]["repeat"])
     for name in ("precision", "recall", "false_alarms", "subject_exact"):
         assert found[name] == pytest.approx(recorded[name], abs=0.02), name
+
+
+def test_a_conversation_beyond_the_learned_positions_is_refused_in_one_line(bases):
+    """What to draw is read from the last turn twice, which may be too long where the turn itself is not."""
+    model = make_model(bases["gpt2"])
+    model.opening = head(9.0)
+    for length, tokens in ((600, "[0-9]+"), (150, "60[0-9]")):  # of two bytes, a token each
+        message = f"is read from {tokens} tokens, more than the 512 that the base has learned: .*draw='never'"
+        with pytest.raises(TooLong, match=message):
+            openings(model, [[{"role": "user", "content": "я" * length}], ASK])
+    assert openings(model, [ASK]) == openings(model, [ASK, ASK])[:1]

@@ -1,5 +1,7 @@
 """Words after pictures: captions, scores and lists of segments, held to full uncached passes."""
 
+from functools import partial
+
 import pytest
 import torch
 from contracts.table import ROWS, Noise, make_model
@@ -8,10 +10,11 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 import xfusion
+from xfusion.backbone import Backbone
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Media, Sequence, Text, XFusionError
 from xfusion.data.templates import opened, question_text
-from xfusion.generation import PLAIN, PLAIN_SAMPLING, TooLong, log_likelihoods, prompt_length
+from xfusion.generation import PLAIN, PLAIN_SAMPLING, TooLong, log_likelihoods, prompt_length, score_names
 from xfusion.generation import segments as generation
 
 PICTURES = [Noise().picture(i, 16) for i in range(4)]
@@ -341,6 +344,71 @@ def test_words_alone_are_read_as_far_as_the_base_can(model, monkeypatch):
             model.generate(items, max_tokens=3)
         with pytest.raises(TooLong, match=f"tokens, more than the {limit} that are allowed"):
             prompt_length(model, items)
+
+
+def test_prompts_of_parts_are_held_to_the_context_as_a_whole(model, monkeypatch):
+    """Each text alone would be short enough; refused before any picture is drawn or read."""
+    places = model.backbone.context_length
+    part, question = Text(ids=(50,) * (places // 2 - 4)), "я" * (places // 2)
+    monkeypatch.setattr(type(model), "run_pass", None)
+    for items in ([PICTURES[0], part, PICTURES[1], part], [part, xfusion.Image(), part], [part, part, xfusion.Image()]):
+        with pytest.raises(
+            TooLong, match=f"the prompt takes 5[0-9]{{2}} places, more than the {places} that are allowed"
+        ):
+            model.generate(items, max_tokens=3)
+        with pytest.raises(TooLong, match="places, more than"):
+            prompt_length(model, items)
+    for ask in (model.caption, partial(score_names, model, names=["a"])):
+        with pytest.raises(TooLong, match=f"the prompt has {places + 1} tokens, more than the {places}"):
+            ask(PICTURES[:1], question=question)
+    with pytest.raises(TooLong, match=f"the prompt takes 5[0-9]{{2}} places, more than the {places}"):
+        model.caption(PICTURES[:1], question=question[: places // 2 - 6])
+
+
+def test_an_answer_stays_within_the_learned_positions(bases):
+    """Behind the last of them nothing can be computed: said before the first token, not in the middle of a stream."""
+    model, heard = make_model(bases["gpt2"]), []
+
+    def listen(index, token):
+        heard.append((index, token))
+        return True
+
+    text = Text(ids=(50,) * 508)
+    assert model.generate([text], max_tokens=5) != [""]
+    message = "the prompt takes [0-9]+ places and its answer up to [0-9]+, more than the 512 that the base has learned"
+    for items, count in (([text], 6), ([PICTURES[0], Text(ids=(50,) * 480)], 40)):
+        with pytest.raises(TooLong, match=message):
+            model.generate(items, max_tokens=count, listen=listen)
+    with pytest.raises(TooLong, match=message):
+        model.caption(PICTURES[:1], question="я" * 230, max_tokens=64)
+    assert not heard
+
+
+def test_a_base_without_an_end_token_answers_and_says_what_it_cannot(bases):
+    base = Backbone.load(bases["llama"].source)
+    base.tokenizer.eos_token = base.model.generation_config.eos_token_id = None
+    model = make_model(base)
+    assert model.generate(["a red"], max_tokens=2) and model.caption(PICTURES[:1], max_tokens=2)
+    schema = {"enum": ["a", "b"]}
+    for ask in (
+        lambda: model.score(PICTURES[0], ["a", "b"]),
+        lambda: model.generate(["a red"], schema=schema),
+        lambda: model.generate([PICTURES[0], "a"], schema=schema),
+    ):
+        with pytest.raises(
+            XFusionError, match=r"names a token that ends an answer: set eos_token in tokenizer_config.json"
+        ):
+            ask()
+
+
+def test_a_model_made_in_inference_mode_answers(bases):
+    """Its weights have no versions by which a cached prefix could be known to be theirs: nothing is cached."""
+    model = make_model(bases["llama"])
+    expected = model.caption(PICTURES[:1], max_tokens=4)
+    with torch.inference_mode():
+        made = make_model(bases["llama"])
+        assert made.caption(PICTURES[:1], max_tokens=4) == made.caption(PICTURES[:1], max_tokens=4) == expected
+    assert model.engine.turns and not made.engine.turns
 
 
 def test_special_tokens_in_a_prompt_stay_text(model):

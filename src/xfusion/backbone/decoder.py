@@ -233,8 +233,8 @@ class Backbone:
         x = torch.zeros(2, 3, self.hidden_size, dtype=self.dtype, device=self.device)
         decoder = self.shadow_decoder(lambda index, layer, states, call: states)
         try:
-            return self.drive(decoder, x, torch.arange(3, device=self.device).expand(2, 3)).shape == x.shape
-        except (IndexError, RuntimeError, TypeError):
+            return self._run(decoder, x, torch.arange(3, device=self.device).expand(2, 3)).shape == x.shape
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
             return False
 
     # -- facts
@@ -386,6 +386,20 @@ class Backbone:
         if self.tokenizer.eos_token_id is not None and self.tokenizer.eos_token_id not in token_ids:
             token_ids.insert(0, self.tokenizer.eos_token_id)
         return tuple(token_ids)
+
+    @property
+    def end_id(self) -> int:
+        """The token id that ends the answers of a model's training, the first of `end_ids`.
+
+        Raises:
+            XFusionError: the base has none.
+        """
+        if not self.end_ids:
+            raise XFusionError(
+                f"{self.source}: neither the tokenizer nor generation_config.json names a token that ends an answer: set"
+                " eos_token in tokenizer_config.json"
+            )
+        return self.end_ids[0]
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a text; special tokens written in it are treated as plain text.
@@ -601,6 +615,10 @@ class Backbone:
                 f"{self.source}: a sequence of {int(position.max()) + 1} positions; the base has learned"
                 f" {self.longest}: use shorter texts or smaller pictures"
             )
+        return self._run(decoder, x, position)
+
+    @staticmethod
+    def _run(decoder: nn.Module, x: Tensor, position: Tensor) -> Tensor:
         # Every family passes a ready 4-D mask on unchanged; with None, transformers would try to detect packed sequences.
         unused_mask = torch.zeros(1, 1, 1, 1, dtype=x.dtype, device=x.device)
         output = decoder(inputs_embeds=x, attention_mask=unused_mask, position_ids=position, use_cache=False)

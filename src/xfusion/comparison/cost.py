@@ -80,7 +80,7 @@ def count_flops(model: Model, stage: Stage, source: Source, seed: int = 0) -> St
     engine = model.training_engine(dtype, reason, "eager", False)
     backbone, modality = model.backbone, model.modality
     mixture = Mixture(
-        source, modality, modality.sizes, backbone.encode, backbone.begin_ids, backbone.end_ids[0], stage.mixture, seed
+        source, modality, modality.sizes, backbone.encode, backbone.begin_ids, backbone.end_id, stage.mixture, seed
     )
     training: dict[str, int] = {}
     forward: dict[str, int] = {}

@@ -47,6 +47,10 @@ class Unreadable(XFusionError):
         self.examples = dict(examples or {})
 
 
+class TooLong(XFusionError):
+    """The prompt has more tokens than the model can read."""
+
+
 def first_line(error: BaseException) -> str:
     """First line of another library's error message."""
     return (str(error).strip() or repr(error)).splitlines()[0]

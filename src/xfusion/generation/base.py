@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image as PILImage
 from torch import Tensor
 
-from xfusion.data.sequence import Audio, Image, Media, Sound, Text, XFusionError
+from xfusion.data.sequence import Audio, Image, Media, Sound, Text, TooLong, XFusionError
 from xfusion.generation.turns import tokens_of
 from xfusion.model import Model
 from xfusion.objectives.next_token import check_sampling
@@ -36,10 +36,6 @@ MediaInput = PILImage.Image | Sound
 """A model's media input: a picture or a sound, depending on what it supports."""
 
 
-class TooLong(XFusionError):
-    """The prompt has more tokens than the model can read."""
-
-
 def encode_prompt(model: Model, text: str | Text, *, text_only: bool = False) -> tuple[int, ...]:
     """Token ids of a text.
 
@@ -57,7 +53,7 @@ def encode_prompt(model: Model, text: str | Text, *, text_only: bool = False) ->
 
 
 def refuse_too_long(model: Model, count: int, *, text_only: bool) -> None:
-    """Refuse a text with more tokens than allowed; ``text_only`` is as in `encode_prompt`.
+    """Refuse texts with more tokens than allowed; ``text_only`` is as in `encode_prompt`.
 
     Raises:
         TooLong: there are more.
@@ -66,6 +62,29 @@ def refuse_too_long(model: Model, count: int, *, text_only: bool) -> None:
     limit = min((bound for bound in limits if bound is not None), default=count)
     if count > limit:
         raise TooLong(f"the prompt has {count} tokens, more than the {limit} that are allowed: shorten it")
+
+
+def refuse_too_many_places(model: Model, count: int, max_tokens: int) -> None:
+    """Refuse a prompt of texts and media with more positions than the base's context has, or, with its answer, than the base
+    has learned: nothing could be computed behind them.
+
+    Args:
+        model: the model.
+        count: positions of the prompt.
+        max_tokens: longest answer in tokens; 0 if none is asked for.
+
+    Raises:
+        TooLong: there are more.
+    """
+    context, learned = model.backbone.context_length, model.backbone.longest
+    if context is not None and count > context:
+        raise TooLong(f"the prompt takes {count} places, more than the {context} that are allowed: shorten it")
+    last = count + max(max_tokens, 1) - 1  # nothing is read behind the last token
+    if learned is not None and last > learned:
+        raise TooLong(
+            f"the prompt takes {count} places and its answer up to {max_tokens}, more than the {learned} that the base has"
+            " learned: shorten the prompt, or give fewer max_tokens"
+        )
 
 
 def refuse_to_draw(model: Model) -> None:

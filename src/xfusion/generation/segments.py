@@ -27,6 +27,7 @@ from xfusion.generation.base import (
     refuse_sampling,
     refuse_to_read,
     refuse_too_long,
+    refuse_too_many_places,
     seeds_of,
     text_segment,
 )
@@ -135,6 +136,7 @@ def generate(
     for i, item in enumerate(lists):
         kinds = kinds_of(model, item)
         _refuse_unreadable(model, kinds)
+        prompt_length(model, item, 0 if isinstance(kinds[-1], tuple) else max_tokens)
         by_kinds.setdefault(kinds, []).append(i)
     results: list[Any] = [None] * len(lists)
     for kinds, members in by_kinds.items():  # lists with the same kinds of segments run as one batch
@@ -424,14 +426,13 @@ def _base_generate(
     ids = [i for segment in context if isinstance(segment, Text) for i in segment.ids]
     if not ids:
         raise XFusionError("there is nothing to continue: the prompt is empty")
-    refuse_too_long(model, len(ids), text_only=True)
     prompt = torch.tensor([ids], device=model.backbone.device)
     sampling: dict[str, Any] = {"do_sample": False, **PLAIN}
     if settings.temperature >= GREEDY:
         sampling |= {"do_sample": True, "temperature": settings.temperature, **PLAIN_SAMPLING}
         sampling |= {"top_p": settings.top_p, "top_k": settings.top_k}
     if (allowed := settings.allowed) is not None:
-        end = model.backbone.end_ids[0]
+        end = model.backbone.end_id
         sampling["prefix_allowed_tokens_fn"] = lambda _, generated: next_tokens(
             generated[len(ids) :].tolist(), allowed, end
         )
@@ -442,7 +443,7 @@ def _base_generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
                 max_new_tokens=settings.max_tokens,
-                pad_token_id=model.backbone.end_ids[0],
+                pad_token_id=next(iter(model.backbone.end_ids), None),
                 streamer=streamer,
                 **sampling,
             )
@@ -452,22 +453,28 @@ def _base_generate(
     return output_ids[0, len(ids) :].tolist()
 
 
-def prompt_length(model: Model, items: Seq[Segment]) -> int:
+def prompt_length(model: Model, items: Seq[Segment], max_tokens: int = 0) -> int:
     """Number of tokens of a list of segments: its texts, pictures and sounds, both given and to be generated.
 
+    Args:
+        model: a model.
+        items: the segments.
+        max_tokens: longest answer in tokens, for which places must be left; 0 if none is asked for.
+
     Raises:
-        TooLong: a text has more tokens than allowed.
+        TooLong: there are more tokens than allowed.
         XFusionError: a picture's size is out of reach.
     """
-    total, kinds = 0, kinds_of(model, items)
+    words, total, places, kinds = 0, 0, 0, kinds_of(model, items)
     text_only = _is_text_only(kinds)
     for segment, kind in zip(items, kinds, strict=True):
         if kind == "text":
-            total += len(encode_prompt(model, cast("str | Text", segment), text_only=text_only))
+            words += len(encode_prompt(model, cast("str | Text", segment), text_only=text_only))
         else:
             media = model.modality if isinstance(kind, tuple) else model.reads(segment)
             rows, columns = media.grid(kind[1] if isinstance(kind, tuple) else media.sizes[0])
             total += rows * columns
-    if text_only:
-        refuse_too_long(model, total, text_only=True)
-    return total
+            places += 1 if media.config.position == "shared" else rows * columns
+    refuse_too_long(model, words, text_only=text_only)
+    refuse_too_many_places(model, words + places, max_tokens)
+    return words + total

@@ -14,7 +14,16 @@ from xfusion.data.pack import pack
 from xfusion.data.sequence import Batch, Media, Rows, Sequence, Text
 from xfusion.data.templates import opened, question_text
 from xfusion.generation import base
-from xfusion.generation.base import Listener, MediaInput, media_segment, refuse_one, refuse_sampling, refuse_to_read
+from xfusion.generation.base import (
+    Listener,
+    MediaInput,
+    encode_prompt,
+    media_segment,
+    refuse_one,
+    refuse_sampling,
+    refuse_to_read,
+    refuse_too_many_places,
+)
 from xfusion.generation.schema import restrict_logits
 from xfusion.generation.turns import remember, resume_prefix, units
 from xfusion.model import Model
@@ -46,12 +55,17 @@ def answer_tokens(
     # An empty text after the media adds [EOI], from which the first token is predicted.
     prompts = [c if isinstance(c[-1], Text) else (*c, Text(ids=())) for c in contexts]
     prompts = [opened(model.backbone.begin_ids, prompt) for prompt in prompts]
-    prompt_units = units(prompts[0]) if len(prompts) == 1 and not model.fusion.reads_ahead else None
+    # Of weights loaded in inference mode nothing says whether they were changed.
+    keeps = len(prompts) == 1 and not model.fusion.reads_ahead
+    keeps = keeps and not any(weight.is_inference() for weight in model.new_parameters())
+    prompt_units = units(prompts[0]) if keeps else None
     if prompt_units is not None:  # continue a conversation from its cached prefix
         cache, batch = resume_prefix(model, prompts[0], prompt_units)
     else:
         batch = pack([[Sequence(segments=segments)] for segments in prompts]).to(model.device)
         cache = model.backbone.new_cache(model.fusion.num_towers, len(prompts))
+    places = [int(t.position.max()) for t in (batch.text, *(m.rows for m in batch.media.values())) if t.count]
+    refuse_too_many_places(model, 1 + max(places), max_tokens)
     hidden, run = model.run_pass(batch, cache=cache, update=True)
     if prompt_units is not None:
         remember(model, prompt_units, cache)
@@ -67,7 +81,7 @@ def answer_tokens(
     active_rows = set(range(len(prompts)))
     for step in range(max_tokens):
         if allowed is not None:
-            logits = restrict_logits(logits, answers, allowed, model.backbone.end_ids[0])
+            logits = restrict_logits(logits, answers, allowed, model.backbone.end_id)
         token = model.text_objective.choose(logits.cpu(), temperature, top_p, generators, top_k)
         for i in sorted(active_rows):
             ends_line = one_line and answers[i] and "\n" in model.backbone.decode([int(token[i])])
@@ -129,12 +143,13 @@ def caption(
         seed: answer i uses the seed ``seed + i``.
 
     Raises:
+        TooLong: the question has more tokens than allowed.
         XFusionError: the model cannot caption, or does not support this size or this kind of media.
     """
     refuse_to_read(model)
     refuse_one(pictures)
     refuse_sampling(temperature, top_p, top_k, max_tokens)
-    question_ids = model.backbone.encode(question_text(question))
+    question_ids = encode_prompt(model, question_text(question))
     question_segments: tuple[Text, ...] = (Text(ids=question_ids),) if question_ids else ()
     captions: list[str] = []
     for start in range(0, len(pictures), base.BATCH):
@@ -178,7 +193,7 @@ def score_names(
         XFusionError: the model cannot caption, or does not support this size or this kind of media.
     """
     refuse_to_read(model)
-    question_ids, end = model.backbone.encode(question_text(question)), model.backbone.end_ids[0]
+    question_ids, end = encode_prompt(model, question_text(question)), model.backbone.end_id
     answers = [(*model.backbone.encode(name), end) for name in names]
     by_length = sorted(range(len(answers)), key=lambda i: len(answers[i]))
     num_groups = max(1, min(LENGTH_GROUPS, len(set(map(len, answers)))))

@@ -171,7 +171,7 @@ def mixture(
         model.modality.sizes,
         model.backbone.encode,
         model.backbone.begin_ids,
-        model.backbone.end_ids[0],
+        model.backbone.end_id,
         settings.recipe.stages[number].mixture,
         seed,
         processes.row_slice,

@@ -161,7 +161,7 @@ class Step:
             model.image.sizes,
             backbone.encode,
             backbone.begin_ids,
-            backbone.end_ids[0],
+            backbone.end_id,
             mixture,
             0,
         )

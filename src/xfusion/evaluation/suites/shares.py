@@ -46,7 +46,7 @@ def run(
     backbone, side = model.backbone, model.image.sizes[0] if size is None else size
     config = MixtureConfig(draw=num_samples, caption=num_samples, pack=1)
     batches = Mixture(
-        pictures, model.image, (side,), backbone.encode, backbone.begin_ids, backbone.end_ids[0], config, seed
+        pictures, model.image, (side,), backbone.encode, backbone.begin_ids, backbone.end_id, config, seed
     ).batches(0)
     generator, sums = torch.Generator().manual_seed(seed), dict[str, list[float]]()
     for index, batch in enumerate(batches):
