@@ -188,6 +188,19 @@ def test_text_is_bit_equal_whatever_the_new_weights_are(bases, fusion, family):
         randomise(model, by=1.0)
 
 
+@pytest.mark.parametrize(
+    "fusion", ["dual tower", "dual tower, adaln", "flamingo", "llama-adapter", "conditioned denoiser", "sparse experts"]
+)
+def test_a_part_of_a_batch_may_have_no_picture(bases, fusion):
+    """Its filler rows stay, and its words are those of a text alone."""
+    model, text = make_model(bases["llama"], fusion), words(6, 2)
+    batch = view([[Sequence(segments=(words(4, 1), picture((2, 2), 1)))], [Sequence(segments=(text,))]], model)
+    with torch.no_grad():
+        hidden, run = model.run_pass(batch.index(torch.tensor([1])))
+        found = model.backbone.logits(hidden[:, run.slices["text"]])[0, :6]
+        torch.testing.assert_close(found, model.text_logits(torch.tensor([text.ids]))[0], rtol=0, atol=FLOAT32)
+
+
 @pytest.mark.parametrize(("fusion", "family"), KEPT)
 def test_text_of_a_base_in_half_precision_is_bit_equal(bases, fusion, family):
     model = make_model(Backbone.load(bases[family].source, dtype=torch.bfloat16), fusion)

@@ -49,7 +49,7 @@ def positions_of_items(item: Tensor, count: int) -> tuple[Tensor, Tensor]:
         return positions, torch.ones_like(positions, dtype=torch.bool)
     sizes = torch.bincount(item[item >= 0], minlength=count)
     ordered = item.flatten().argsort(stable=True)[item.numel() - int(sizes.sum()) :]
-    column = torch.arange(int(sizes.max()), device=item.device)
+    column = torch.arange(int(sizes.max()) if count else 0, device=item.device)
     is_token = column < sizes[:, None]
     starts = (sizes.cumsum(0) - sizes).clamp(max=max(len(ordered) - 1, 0))
     return ordered[starts[:, None] + torch.where(is_token, column, 0)], is_token

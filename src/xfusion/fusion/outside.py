@@ -59,6 +59,8 @@ def gather_items(x: Tensor, media: MediaRows) -> tuple[Tensor, Tensor]:
 def scatter_items(rows: Tensor, media: MediaRows) -> Tensor:
     """Place rows ``[N, M, D]`` at the first tokens of their items, with zeros elsewhere, ``[B, n, D]``."""
     position = token_positions(media)
+    if not len(rows):  # filler rows alone; the sum keeps what made them in the backward pass
+        return rows.new_zeros(*position.shape, rows.shape[-1]) + rows.sum()
     values = rows[media.item.clamp(min=0), position.clamp(0, rows.shape[1] - 1)]
     return torch.where(((position >= 0) & (position < rows.shape[1]))[..., None], values, 0)
 
@@ -113,7 +115,8 @@ class Outside(Fusion):
         media, x = run.media_rows[run.media], run.states[run.media]
         tokens, present = gather_items(x, media)
         counts = present.sum(-1)
-        fewest_tokens = rows if x.is_meta else int(torch.where(counts > 0, counts, rows).min())
+        no_items = x.is_meta or not len(counts)
+        fewest_tokens = rows if no_items else int(torch.where(counts > 0, counts, rows).min())
         if fewest_tokens < rows:
             raise XFusionError(
                 f"a medium has {fewest_tokens} tokens, fewer than the {rows} rows that the connector makes: take fewer rows"
