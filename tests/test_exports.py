@@ -65,6 +65,16 @@ def test_a_low_rank_tower_is_pefts_lora(bases, family, tmp_path):
 
 
 @torch.no_grad()
+def test_prompts_of_a_family_without_a_place_in_peft_are_refused(bases, tmp_path):
+    pytest.importorskip("peft", reason="peft is not installed (extra dev)")
+    model = make_model(bases["qwen3"], "llama-adapter")
+    for block in model.fusion.blocks.values():
+        block.gate.fill_(0.3)
+    with pytest.raises(XFusionError, match="peft has such prompts for llama, mistral, and the base is qwen3"):
+        export(model, tmp_path / "none", "peft")
+
+
+@torch.no_grad()
 def test_prompts_are_pefts(bases, tmp_path):
     peft = pytest.importorskip("peft", reason="peft is not installed (extra dev): no adapter can be loaded")
     connector = Resampler.Config(latents=1, depth=1, heads=1, head_width=8, mlp=1)

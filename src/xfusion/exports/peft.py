@@ -91,7 +91,12 @@ def _export_prompts(model: Model, fusion: AdaptionPrompt, folder: Path, layers: 
         name = f"{layers}.{index}.self_attn"
         state |= {f"{name}.adaption_prompt": prompt.rows[None], f"{name}.adaption_gate": gate[:1]}
     from peft import AdaptionPromptConfig
+    from peft.tuners.adaption_prompt.config import TRANSFORMERS_MODEL_CONFIG
 
+    family = model.backbone.config.model_type
+    families = sorted(name for name, kind in TRANSFORMERS_MODEL_CONFIG.items() if kind.target_modules == "self_attn")
+    if family not in families:
+        raise not_exact(model, "peft", f"peft has such prompts for {', '.join(families)}, and the base is {family}")
     settings = AdaptionPromptConfig(
         adapter_len=config.prompts,
         adapter_layers=len(layer_indices),
