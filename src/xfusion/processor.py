@@ -43,19 +43,27 @@ class Processor:
         """Convert turns to the form that `Model.answer` accepts: blocks become text, opened pictures and sounds.
 
         Args:
-            conversation: turns with ``role`` and ``content``. The content is text, or blocks ``{"type": "text", "text"}``,
+            conversation: turns with ``role`` and ``content``. The content is text, None, or blocks ``{"type": "text", "text"}``,
                 ``{"type": "image", "image"}`` and ``{"type": "audio", "audio"}``. A picture is a Pillow image. A sound is a
                 `Sound`, or floats ``[n]`` from -1 to 1 at the model's sample rate, as transformers' processors accept them.
                 Either may be a file or a data URL, and then the key may also be ``path`` or ``url``. ``{"type": "image"}``
                 and ``{"type": "audio"}`` alone request a picture to draw and a sound to generate.
 
         Raises:
-            XFusionError: a block has another type, or a picture or a sound cannot be read.
+            XFusionError: a turn has no role, a block has another type, or a picture or a sound cannot be read.
         """
         converted_turns: list[Message] = []
-        for turn in conversation:
-            content = turn["content"]
-            blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        for number, turn in enumerate(conversation, 1):
+            if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
+                raise XFusionError(f'turn {number} has no role: write {{"role": "user", "content": ...}}')
+            content = turn.get("content")
+            blocks = (
+                [{"type": "text", "text": content}] if isinstance(content, str) else content or ()
+            )  # None says nothing
+            if not isinstance(blocks, (list, tuple)):
+                raise XFusionError(
+                    f"the content of turn {number} is {type(blocks).__name__}: give text or a list of blocks"
+                )
             converted_turns.append({"role": turn["role"], "content": [self._segment(block) for block in blocks]})
         return converted_turns
 
@@ -117,7 +125,12 @@ class Processor:
         """Generate the assistant's next turn, to append to the conversation; settings are those of `Model.generate`."""
         return {"role": "assistant", "content": self.blocks(self.model.generate(self(conversation), **settings))}
 
-    def _segment(self, block: Mapping[str, Any]) -> Any:
+    def _segment(self, block: Any) -> Any:
+        if not isinstance(block, Mapping):
+            raise XFusionError(
+                f'{block!r:.60} ({type(block).__name__}) is no block: write {{"type": "text", "text": ...}}, or a type of'
+                " image or audio"
+            )
         kind = block.get("type")
         if kind == "text" and isinstance(block.get("text"), str):
             return block["text"]

@@ -120,6 +120,10 @@ def test_samples_alone_need_a_model_that_hears(model):
 @pytest.mark.parametrize(("conversation", "message"), [
     ([{"role": "user", "content": [{"type": "video"}]}], "a block of type 'video'"),
     ([{"role": "user", "content": [{"type": "text"}]}], "a block of type 'text'"),
+    ([{"role": "user", "content": ["hi"]}], r"'hi' \(str\) is no block: write"),
+    ([{"role": "user", "content": 7}], "the content of turn 1 is int: give text or a list of blocks"),
+    ([{"role": "user", "content": "a"}, {"content": "b"}], "turn 2 has no role: write"),
+    (["hi"], "turn 1 has no role: write"),
     ([{"role": "user", "content": "a \ue000"}], r"turn 1 hold the private character"),
     ([{"role": "user", "content": [{"type": "image"}]}, {"role": "user", "content": "b"}], "in the last turn alone"),
     ([{"role": "user", "content": [{"type": "audio"}]}, {"role": "user", "content": "b"}], "a sound to make stands in"),
@@ -128,3 +132,11 @@ def test_samples_alone_need_a_model_that_hears(model):
 def test_what_is_no_conversation_is_refused(model, conversation, message):
     with pytest.raises(XFusionError, match=message):
         xfusion.Processor(model)(conversation)
+
+
+def test_a_turn_without_content_says_nothing(model):
+    """As OpenAI's clients write an answer that is a call of a tool alone."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}, {"role": "user", "content": "b"}]
+    processor = xfusion.Processor(model)
+    assert processor(turns) == processor([turns[0], turns[1] | {"content": ""}, turns[2]])
+    assert processor([turns[0], {"role": "assistant"}, turns[2]]) == processor(turns)
