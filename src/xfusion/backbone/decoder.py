@@ -206,9 +206,10 @@ class Backbone:
                 kinds = set(getattr(self.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
                 blind = [layer for layer in child if not any(map(takes_cache, layer.modules()))]
                 if kinds or blind:
+                    which = "its layers" if len(blind) == len(child) else "some of its layers"
                     reason = f" (kinds of layers: {', '.join(sorted(kinds))})" if kinds else ""
                     raise XFusionError(
-                        f"{self.source}: {type(self.model).__name__} cannot be fused: some of its layers"
+                        f"{self.source}: {type(self.model).__name__} cannot be fused: {which}"
                         f" ({type((blind or child)[0]).__name__}) have no softmax attention whose keys and values could be"
                         f" shared{reason}; take a base with attention in every layer"
                     )
