@@ -208,7 +208,7 @@ class QueryPretraining(Objective):
         text, text_mask = self._behind(self.start, ids, said)
         _, words = port.read(features, present, text, text_mask, "causal")
         logits = self._parts[1]().logits(self.guess(words[is_target])[None])[0]
-        logits = logits.to(self.guess[0].weight.dtype)
+        logits = logits.to(self.words.weight.dtype)
         generation = functional.cross_entropy(logits, targets[is_target], reduction="sum")
         return {
             self.name: (contrastive, torch.tensor(len(pair_index), device=ids.device)),

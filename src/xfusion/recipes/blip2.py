@@ -47,7 +47,8 @@ def blip2(
     """The query transformer, trained through the frozen decoder.
 
     Args:
-        queries: learned queries, a divisor of ``cells``: a picture is as many strips of its map.
+        queries: learned queries: a picture is as many strips of its map, so a divisor of ``cells`` and a multiple of the map's
+            side.
         cells: features of the encoder's map; 49 for EfficientNet-Lite0, 256 for a ViT-L/14 at 224 px.
         encoder: folder or hub id of a vision transformer; None takes EfficientNet-Lite0.
         side: pixels that the encoder looks at.

@@ -36,7 +36,8 @@ def qwen_vl(queries: int = 7, map_side: int = 7, encoder: str | None = None, sid
     """The resampler, trained through the frozen decoder.
 
     Args:
-        queries: learned queries, a divisor of the map's features: a picture is as many strips of its map.
+        queries: learned queries: a picture is as many strips of its map, so a divisor of the map's features and a multiple of
+            its side.
         map_side: rows and columns of the encoder's map; 7 for EfficientNet-Lite0, 16 for a ViT-L/14 at 224 px.
         encoder: folder or hub id of a vision transformer; None takes EfficientNet-Lite0.
         side: pixels that the encoder looks at.
