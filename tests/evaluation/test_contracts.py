@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from contracts.table import FAMILIES, make_base, tokenizer
 
 from xfusion.backbone import Backbone
+from xfusion.data.sequence import XFusionError
 from xfusion.evaluation.contracts import check_base
 
 BEFORE = "words before a picture are the base's"
@@ -41,7 +42,7 @@ def test_a_mixed_pass_without_its_windows_is_found(tmp_path, monkeypatch):
     assert set(failed(check_base(base, lambda *_: None))) == {BEFORE}
 
 
-def test_layers_without_attention_among_others_are_counted():
+def test_layers_without_attention_among_others_are_counted(tmp_path, monkeypatch):
     config = JambaConfig(
         vocab_size=320,
         hidden_size=64,
@@ -53,7 +54,13 @@ def test_layers_without_attention_among_others_are_counted():
         attn_layer_offset=1,
         num_experts=2,
     )
-    result = check_base(Backbone(JambaForCausalLM(config), tokenizer(), "made here"), lambda *_: None)
+    with pytest.raises(XFusionError, match=r"some of its layers \(JambaMambaDecoderLayer\) have no softmax attention"):
+        Backbone(JambaForCausalLM(config), tokenizer(), "made here")
+    # Where only a pass shows it.
+    base = Backbone.load(str(make_base("llama", tmp_path)))
+    for index in (1, 3):
+        monkeypatch.setattr(base.layers[index].self_attn, "forward", lambda hidden_states, **_: (hidden_states, None))
+    result = check_base(base, lambda *_: None)
     assert len(result["checks"]) == 1  # nothing more is tried
     (detail,) = failed(result).values()
-    assert detail.startswith("2 of 4 have none to share, first layer 0 (JambaMambaDecoderLayer")
+    assert detail.startswith("2 of 4 have none to share, first layer 1 (LlamaDecoderLayer")

@@ -117,7 +117,7 @@ def recaption(
             for index, picture, answer in zip(batch, images, requests.answers(ask, images), strict=True):
                 if index in answers:
                     continue
-                example, caption = source.examples[index], " ".join(answer.split())
+                example, caption = source.examples[index], _caption_of(answer)
                 line = {"index": index, "id": example.id, "caption": caption, "model": asking.model}
                 line |= {"prompt": asking.prompt, "source": source.spec, "size": asking.size}
                 if (problem := _problem_of(caption)) is None:
@@ -125,8 +125,7 @@ def recaption(
                         picture.save(temporary, format="PNG")
                     answers[index], num_requested = caption, num_requested + 1
                 else:
-                    start = caption[:MAX_CAPTION].encode(errors="backslashreplace").decode()
-                    line |= {"caption": start, "skipped": problem}
+                    line |= {"caption": caption[:MAX_CAPTION], "skipped": problem}
                     skipped[index] = f"{example.origin}: {asking.model} answered {problem}"
                 with named_in_errors(folder / JOURNAL):
                     journal.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -184,12 +183,14 @@ def _name(index: int) -> str:
 
 
 def _problem_of(caption: str) -> str | None:
-    """Why an answer cannot be a caption: its length, or a character by which the folder could not be opened again."""
-    if not 0 < len(caption) <= MAX_CAPTION:
-        return f"{len(caption)} characters, from 1 to {MAX_CAPTION} are legal"
-    if (character := control_character(caption)) is not None:
-        return f"a text with the character U+{ord(character):04X}, which no caption may have"
-    return None
+    """Why an answer cannot be a caption; None if it can."""
+    is_legal = 0 < len(caption) <= MAX_CAPTION
+    return None if is_legal else f"{len(caption)} characters, from 1 to {MAX_CAPTION} are legal"
+
+
+def _caption_of(answer: str) -> str:
+    """An answer in one line, without the characters that no caption may have, such as half of an emoji that was cut off."""
+    return " ".join("".join(c for c in answer if control_character(c) is None).split())
 
 
 def _journal(folder: Path, asking: Asking, source: Source) -> dict[int, str]:
