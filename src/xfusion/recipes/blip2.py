@@ -16,7 +16,7 @@ instead of ViT-g (``encoder`` sets another); trainable rows before and after the
 language model's embeddings through a matrix and are predicted by its frozen head (the paper's are BERT's, trained); a learned
 scale clipped at 100 as in the recipe `clip`, without label smoothing; the hardest negatives of a batch of 32 instead of some
 sampled by similarity; a text that equals another's, or whose picture is nearly the same, is no negative. Stage 2 alone is the
-default because the paper's gain from stage 1 is not reproduced here.
+default: in our one run of both, stage 1 did not pay (docs/comparison.md, `blip2_stages`).
 
 Data: from the paper, CC3M (``pixparse/cc3m-wds``), ``--data 'cc3m-wds/cc3m-train-*.tar'``. Our figures: ``--data
 runs/clothing/photos.jsonl:held=0.1`` (`runs/write_clothing.py`).
