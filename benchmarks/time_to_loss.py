@@ -61,7 +61,7 @@ def names_of(bench: Bench, step: Step, count: int) -> Mixture:
     """A mixture whose step 0 is so many names of held-out pictures."""
     base, mixture = step.model.backbone, replace(bench.stage.mixture, draw=0, caption=count)
     image, held_out = step.model.image, open_source(bench.source.spec, split="held")
-    return Mixture(held_out, image, image.sizes, base.encode, base.begin_ids, base.end_ids[0], mixture, 1)
+    return Mixture(held_out, image, image.sizes, base.encode, base.begin_ids, base.end_id, mixture, 1)
 
 
 @torch.no_grad()

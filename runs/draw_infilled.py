@@ -38,6 +38,9 @@ def main() -> None:
     chosen = choose_examples(source.examples, options.count)
     models = [xfusion.load(pack) for pack in options.packs]
     image, size = models[0].image, models[0].image.sizes[0]
+    for pack, model in zip(options.packs, models, strict=True):
+        if model.image.config != image.config:
+            parser.error(f"{pack} has other tokens than {options.packs[0]}: name packs of one codec")
     tokens = image.encode([source.picture(i, size) for i in chosen], size).cpu()
 
     def pictures(tokens: Tensor) -> list[Image.Image]:

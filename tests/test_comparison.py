@@ -701,8 +701,12 @@ def test_a_run_that_diverges_does_not_keep_the_others_from_theirs(go, base, monk
             go(recipes)
         assert sorted(p.stem for p in Path("comparison/test").glob("*-seed*.json")) == ["good-seed0", "good-seed1"]
     assert len(calls) == 6, "what is finished is not done again"
-    with pytest.raises(XFusionError, match="wild: its loss was not finite at any of 2 rates"):
-        go({"wild": tiny(base, rate=0.5)}, trials=2, out="comparison/wild")
+    for _ in range(2):
+        with pytest.raises(
+            XFusionError, match="wild-trials: the loss was not finite at any of 2 rates; the other runs are finished"
+        ):
+            go({"tame": tiny(base), "wild": tiny(base, rate=0.5)}, trials=2, seeds=(0,), out="comparison/wild")
+    assert Path("comparison/wild/tame-seed0.json").exists() and not Path("comparison/wild/wild-seed0.json").exists()
 
 
 def test_a_rate_that_diverges_is_a_trial_that_lost(go, base, monkeypatch):

@@ -78,7 +78,7 @@ def recent(messages: Seq[dict[str, str]]) -> list[dict[str, str]]:
     return [m for m in messages[user_turns[-TURNS:][0] :] if m["role"] in ("user", "assistant")]
 
 
-def _refuse_too_long(backbone: Backbone, count: int) -> None:
+def _refuse_unlearned_positions(backbone: Backbone, count: int) -> None:
     """Refuse more tokens than the base has learned positions for.
 
     Raises:
@@ -102,7 +102,7 @@ def answer_states(backbone: Backbone, conversations: Seq[Seq[dict[str, str]]]) -
     """`answer_state` of several conversations in one pass, ``[N, D]``."""
     prompts = [backbone.chat(recent(messages)) for messages in conversations]
     longest = max(map(len, prompts))
-    _refuse_too_long(backbone, longest)
+    _refuse_unlearned_positions(backbone, longest)
     # Padded on the right, where no token of a causal model sees it: no mask is needed.
     rows = [(*prompt, *[prompt[-1]] * (longest - len(prompt))) for prompt in prompts]
     states = backbone.decoder(input_ids=torch.tensor(rows, device=backbone.device), use_cache=False).last_hidden_state
@@ -121,7 +121,7 @@ def word_states(backbone: Backbone, words: str) -> tuple[Tensor, list[tuple[int,
     if not ids:
         return torch.zeros(0, backbone.hidden_size, device=backbone.device), []
     twice = (*backbone.begin_ids, *ids, *backbone.encode("\n"), *ids)
-    _refuse_too_long(backbone, len(twice))
+    _refuse_unlearned_positions(backbone, len(twice))
     input_ids = torch.tensor([twice], device=backbone.device)
     states = backbone.decoder(input_ids=input_ids, use_cache=False).last_hidden_state[0]
     return states[-len(ids) :].float(), spans

@@ -117,6 +117,20 @@ def test_a_pack_that_only_draws_goes_on_in_words(model, here):
 def test_look_asks_about_the_last_picture_alone(model, here, monkeypatch):
     """Where the pack decides to draw, its own pictures are the words (picture) in later turns: /look shows it the last one."""
     monkeypatch.setattr(chat, "opens", lambda *_: None)  # as its head does where it finds no request
+    lines = ("/look what is this?", "/draw a cat", "/look", "/look what is this?", "and now?", "/image 'a picture.png'", "/look?",
+             "/look and this?")  # fmt: skip
+    said, made = talk(model, *lines, draw="auto")
+    expected = model.generate([made.last[0], "what is this?"], max_tokens=8)
+    assert "nothing was drawn yet" in said and "say what to ask" in said
+    assert made.messages[3]["content"] == expected != model.generate(["a cat\n(picture)\nwhat is this?"], max_tokens=8)
+    turns = [("a cat", "(picture)"), ("what is this?", expected[0])]
+    words = [{"role": role, "content": turn[i]} for turn in turns for i, role in enumerate(("user", "assistant"))]
+    ids = model.backbone.chat([*words, {"role": "user", "content": "and now?"}])
+    assert made.messages[5]["content"] == model.generate([Text(ids=ids)], max_tokens=8)
+    assert "first ask about what you showed it" in said.replace("\n", " ") and len(made.messages) == 7
+
+
+def test_the_last_picture_and_the_conversation_are_saved(model, here):
     said, made = talk(model, "/draw a cat", "/save new/cat.webp", "/save talk.json", "/new", terminal=True)
     assert "▀" in said and not list(here.glob("*cat*.png")), "shown, so not written unasked"
     assert PILImage.open("new/cat.webp").size == (SIDE, SIDE)

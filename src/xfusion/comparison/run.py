@@ -330,18 +330,18 @@ class _Comparison:
 
     def run(self) -> None:
         labels = self._labels()
-        settings = self._tune_all()
+        diverged: dict[str, XFusionError] = {}
+        settings = self._tune_all(diverged)
         runs = [
             (entry, share, seed)
             for share in sorted(self.plan.shares, reverse=True)
             for seed in self.plan.seeds
             for entry in self.entries
+            if entry.label in settings
         ]
 
         def is_finished(entry: Entry, share: float, seed: int) -> bool:
             return self._is_finished(entry, share, seed, settings[entry.label])
-
-        diverged: dict[str, Diverged] = {}
 
         def run_if_free(entry: Entry, share: float, seed: int) -> bool:
             """Do a run, unless it is finished, has diverged or another process is working on it."""
@@ -490,14 +490,20 @@ class _Comparison:
 
     # -- tuning
 
-    def _tune_all(self) -> dict[str, dict[str, Any]]:
-        """Every recipe's learning rate and guidance; those that another process is tuning come last."""
+    def _tune_all(self, diverged: dict[str, XFusionError]) -> dict[str, dict[str, Any]]:
+        """Every recipe's learning rate and guidance; those that another process is tuning come last, and those whose every trial
+        diverged are put into ``diverged``.
+        """
         tunings: dict[str, dict[str, Any]] = {}
         for wait in (False, True):
-            for entry in (candidate for candidate in self.entries if candidate.label not in tunings):
-                with self._locked(f"{entry.label}-trials", wait=wait) as locked:
-                    if locked:
-                        tunings[entry.label] = self._tune(entry)
+            for entry in (e for e in self.entries if e.label not in tunings and f"{e.label}-trials" not in diverged):
+                name = f"{entry.label}-trials"
+                with self._locked(name, wait=wait) as locked:
+                    try:
+                        if locked:
+                            tunings[entry.label] = self._tune(entry)
+                    except Diverged as error:
+                        diverged[name] = error
         return tunings
 
     def _tune(self, entry: Entry) -> dict[str, Any]:
@@ -535,10 +541,7 @@ class _Comparison:
             content["rates"].append({"factor": factor, **result})
             write_json(path, content)
         if not (finite := [trial for trial in content["rates"] if trial["score"] is not None]):
-            raise XFusionError(
-                f"{entry.label}: its loss was not finite at any of {trials} rates ({path}): give it a lower rate, under another"
-                " label"
-            )
+            raise Diverged(f"the loss was not finite at any of {trials} rates")
         # Among equals the first is chosen, and the recipe's own rate comes first.
         factor = max(finite, key=lambda trial: trial["score"])["factor"]
         if len(content["guidances"]) < trials:

@@ -33,6 +33,9 @@ TOKENS_KEPT = 512 * 1024 * 1024
 """Bytes of picture tokens to cache in memory; the oldest are removed first."""
 TEXTS_KEPT = 200_000
 """Number of texts whose token ids are cached; the oldest are removed first."""
+MOST_REHEARSED = 4
+"""Widths of at most this many times the usual one are compiled ahead. Steps beyond are so rare and so large that each start would
+pay more for their graphs than the run."""
 MOST_HEIGHTS = 16
 """Most numbers of rows that the parts of a step have where its sources weigh their losses and so divide it: each needs
 another compiled graph, so shorter parts are filled up with empty rows."""
@@ -378,11 +381,11 @@ class Mixture:
     @cached_property
     def further_widths(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Text widths of both tasks for rare longer steps, narrowest first: twice the usual one, and one that fits a usual row
-        with the longest text of the source in it. None where no row can be longer than usual.
+        with the longest text of the source in it. Empty where no row can be longer than usual, or there are no rows.
         """
         longest = (max(map(text_length, samples.values())) for samples in self._longest_samples())
         draw, caption = (
-            _further_widths(width, length, per_row if len(self.sizes) == 1 else None)
+            _further_widths(width, length, per_row if len(self.sizes) == 1 else None) if width else ()
             for width, length, per_row in zip(self.widths, longest, (1, self.config.pack), strict=True)
         )
         return draw, caption
@@ -405,20 +408,24 @@ class Mixture:
         )
 
     def wide_batches(self) -> Iterator[Batch]:
-        """The batches of a usual step with blank pictures, at each of the `further_widths`: each needs its own compiled
-        graphs. None for sources that weigh their losses, which divide a step into parts of many heights.
+        """The batches of a usual step with blank pictures, at each of the `further_widths` that is not far wider than usual:
+        each needs its own compiled graphs. None for sources that weigh their losses, which divide a step into parts of many
+        heights, and for several sizes, whose rows are rarely that long.
         """
-        if self.config.loss_weights:
+        if self.config.loss_weights or len(self.sizes) > 1:
             return
         for task, (width, further) in enumerate(zip(self.widths, self.further_widths, strict=True)):
             steps = (self._rows(self.drawings(step), self.captionings(step))[task] for step in range(LOOKED_AT))
             rows = next((rows for rows in steps if _longest(rows) <= width), None)
             if rows:
-                yield from (pack(rows, text_width=wide) for wide in further)
+                yield from (pack(rows, text_width=wide) for wide in further if wide <= MOST_REHEARSED * max(width, 8))
 
     def _longest_samples(self) -> tuple[dict[int, Sequence], dict[int, Sequence]]:
         """Picture size -> a drawing sample and a captioning sample with the longest text of the source."""
         (draw_index, prompt), (caption_index, (question, answer)) = self._longest_texts
+        own_question = (
+            self.source.examples[caption_index].question or ""
+        )  # also where another picture stands in for its own
         draw_index, caption_index = map(self._readable_index, (draw_index, caption_index))
         drawings = {
             size: drawing(self.ids, self.begin, prompt, self.drawing_target(draw_index, size)) for size in self.sizes
@@ -431,8 +438,7 @@ class Mixture:
                 answer,
                 question,
                 self.begin,
-                [(self.input_picture(caption_index, size), self.source.examples[caption_index].question or "", answer)]
-                * self.config.shots,
+                [(self.input_picture(caption_index, size), own_question, answer)] * self.config.shots,
             )
             for size in self.sizes
         }

@@ -190,7 +190,8 @@ def _problem_of(caption: str) -> str | None:
 
 def _caption_of(answer: str) -> str:
     """An answer in one line, without the characters that no caption may have, such as half of an emoji that was cut off."""
-    return " ".join("".join(c for c in answer if control_character(c) is None).split())
+    words = ("".join(c for c in word if control_character(c) is None) for word in answer.split())
+    return " ".join(filter(None, words))
 
 
 def _journal(folder: Path, asking: Asking, source: Source) -> dict[int, str]:

@@ -136,7 +136,7 @@ def look_alikes(source: Source) -> list[str]:
     """Notes on pictures that look the same and are of different groups, such as one photograph saved twice.
 
     Contrastive losses take them for different pictures, and a held-out split may put them on both sides. Every picture is
-    decoded once. Drawings of thin, faint lines look the same, too, where they differ in little else.
+    decoded once more. Drawings of thin, faint lines look the same, too, where they differ in little else.
 
     Args:
         source: pictures, all of them readable.

@@ -257,7 +257,7 @@ def inpaint(
         model: a model that can draw.
         picture: the picture to change; cropped to its middle square and resized to the trained size.
         mask: white where to redraw, of the same size as the picture, each after its own EXIF rotation; a token is redrawn if
-            any of its pixels is white.
+            any of its pixels is white. What is transparent is not white (OpenAI's masks, which the server takes, mark by it).
         prompt: describes the whole resulting picture.
         seed: seed of the noise.
         steps: steps from noise to picture.

@@ -475,6 +475,7 @@ def prompt_length(model: Model, items: Seq[Segment], max_tokens: int = 0) -> int
             rows, columns = media.grid(kind[1] if isinstance(kind, tuple) else media.sizes[0])
             total += rows * columns
             places += 1 if media.config.position == "shared" else rows * columns
-    refuse_too_long(model, words, text_only=text_only)
+    if text_only:
+        refuse_too_long(model, words, text_only=True)
     refuse_too_many_places(model, words + places, max_tokens)
     return words + total

@@ -133,7 +133,7 @@ class QueryPretraining(Objective):
         ids = batch.unmasked().text_ids[row[:, None], columns]
         length = said.sum(dim=1, keepdim=True)
         offset = torch.arange(1 + ids.shape[1], device=ids.device)
-        targets = functional.pad(ids, (0, 1)).masked_fill(offset == length, frozen.end_ids[0])
+        targets = functional.pad(ids, (0, 1)).masked_fill(offset == length, frozen.end_id)
         targets = targets.masked_fill(offset > length, IGNORE)
         ids, said = ids[:, : self.config.length], said[:, : self.config.length]
         targets = targets[:, : 1 + self.config.length]

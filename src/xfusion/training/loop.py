@@ -35,7 +35,7 @@ from xfusion.model import Model
 from xfusion.training import outputs, resuming, setup, states, summary
 from xfusion.training.memory import keep_freed_memory
 from xfusion.training.optimizer import Optimizer
-from xfusion.training.pace import FEW_STEPS, SMALL_STEP, Graphs, Pace
+from xfusion.training.pace import FEW_STEPS, SMALL_STEP, WARM_STEPS, Graphs, Pace
 from xfusion.training.precision import check_compute_dtype, choose_compute_dtype
 from xfusion.training.processes import Processes, Shard, is_sharded
 from xfusion.training.progress import Progress, all_examples
@@ -163,7 +163,7 @@ class _Run:
         self.saved_step: int | None = None
         """Step of the newest intact state, which was written last or resumed from."""
         self.preview_every = settings.preview_every
-        self.preview_seconds = 3.0
+        self.preview_seconds, self.save_seconds = 3.0, 0.0
         """Duration of the last preview; a guess before the first."""
 
     # -- before the first step
@@ -312,9 +312,11 @@ class _Run:
         pace, due = Pace(self.progress.step), (False, False)
         if not self.progress.step:
             self._try_largest_step()
-        if self.settings.compile and not self.progress.finished:
-            self._compile_wide_steps()
+        stage_number = -1
         while True:
+            if (current_stage := self.progress.stage(self.progress.step)[0]) != stage_number:
+                stage_number = current_stage
+                self._compile_wide_steps(stage_number)
             # One message per step: all processes stop, draw or write after the same step, whichever of them asks.
             requests = stop.signal or 0, *due, self.track.failure is not None
             signal_number, preview, write_state, log_failed = self.processes.largest(*map(int, requests))
@@ -354,7 +356,11 @@ class _Run:
 
     def _plan(self, seconds_per_step: float, now: float) -> None:
         progress = self.progress
-        total = progress.steps_in_budget(seconds_per_step, now, self.preview_every, self.preview_seconds)
+        previews, checkpoints = (
+            (self.preview_every, self.preview_seconds),
+            (self.settings.checkpoint_every, self.save_seconds),
+        )
+        total = progress.steps_in_budget(seconds_per_step, now, previews, checkpoints)
         progress.plan(self.processes.broadcast(total))
         self.track.set_total(progress.total)
         self.track.event(event="plan", step=progress.step, steps=progress.total, seconds_per_step=seconds_per_step)
@@ -382,12 +388,18 @@ class _Run:
                 with failing_together, setup.naming_out_of_memory(stage_number, batches, self.processes.device):
                     self._rehearse(batches)
 
-    def _compile_wide_steps(self) -> None:
-        """Compile what rare longer texts need (`Mixture.wide_batches`), so that no later step waits for it."""
+    def _compile_wide_steps(self, stage_number: int) -> None:
+        """Compile what rare longer texts of a stage need (`Mixture.wide_batches`), so that no later step waits for it; not if
+        the steps that are left are a warm-up at most.
+        """
+        progress = self.progress
+        if not self.settings.compile or (progress.planned and progress.total - progress.step <= WARM_STEPS):
+            return
+        self.engine.activation_checkpointing = self.recipe.stages[stage_number].activation_checkpointing
         with self.model.using(self.engine):
-            for stage, mixture in zip(self.recipe.stages, self.mixtures, strict=True):
-                self.engine.activation_checkpointing = stage.activation_checkpointing
-                for batch in mixture.wide_batches():
+            for batch in self.mixtures[stage_number].wide_batches():
+                failing_together = self.processes.all_or_none() if self.sharding is None else nullcontext()
+                with failing_together, setup.naming_out_of_memory(stage_number, [batch], self.processes.device):
                     self._rehearse([batch])
 
     def _rehearse(self, batches: list[Batch]) -> None:
@@ -547,6 +559,7 @@ class _Run:
         if self.saved_step == self.progress.step and unreadable is None:
             return
         folder, keep, previous_step = self.out / "state", self.settings.keep, self.saved_step
+        started = time.perf_counter()
         with self.processes.first_alone() if collective else nullcontext():
             if self.processes.is_first:
                 self.track.sync()
@@ -555,7 +568,7 @@ class _Run:
         if self.sharding is not None:
             plan = self._state_plan(unreadable)
             states.write_sharded(folder, self.optimizer.state_dict(), plan, keep, self.processes, previous_step)
-        self.saved_step = self.progress.step
+        self.saved_step, self.save_seconds = self.progress.step, time.perf_counter() - started
 
     def _state_plan(self, unreadable: dict[int, str] | None) -> dict[str, Any]:
         """The plan of a state: the facts about its run."""

@@ -81,20 +81,20 @@ class Progress:
         assert self.minutes is not None
         return self._started - self._seconds_before + LATEST_PLAN * 60 * self.minutes
 
-    def steps_in_budget(self, seconds_per_step: float, now: float, preview_every: float, preview_seconds: float) -> int:
+    def steps_in_budget(self, seconds_per_step: float, now: float, *pauses: tuple[float, float]) -> int:
         """Total number of steps of the run at this pace.
 
         Args:
             seconds_per_step: as measured.
             now: the current time.
-            preview_every: seconds from the end of a preview to the next; 0 makes none.
-            preview_seconds: seconds that a preview takes.
+            pauses: of previews and of checkpoints, seconds from the end of one to the next, 0 if there are none, and seconds
+                that one takes.
         """
         assert self.minutes is not None
         remaining = self.minutes * 60 - (now - self._started) - self._seconds_before
-        # The interval to the next preview begins when one is finished.
-        share = preview_seconds / (preview_every + preview_seconds) if preview_every else 0.0
-        return self.step + max(1, int(remaining * (1 - share) / seconds_per_step))
+        # The interval to the next one begins when one is finished. In a second of steps there are 1 / every of them.
+        paused = sum(seconds / every for every, seconds in pauses if every)
+        return self.step + max(1, int(remaining / (1 + paused) / seconds_per_step))
 
     def plan(self, total: int) -> None:
         """Fix the total number of steps."""

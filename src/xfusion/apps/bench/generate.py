@@ -21,7 +21,7 @@ def measure(bench: Bench) -> dict[str, Any]:
         "attention_mask": torch.ones_like(ids),
         "max_new_tokens": max_tokens,
         "do_sample": False,
-        "pad_token_id": base.end_ids[0],
+        "pad_token_id": base.end_id,
     }
     fused = model.fused_text_model()
     with torch.no_grad():

@@ -232,7 +232,7 @@ class Desk:
                 yield [*picture, *filter(None, [job.words.sent])]
         if job.dropped and picture and not is_drawn:
             raise Stopped
-        yield list(job.answer) if job.answer and not job.dropped else [*picture, job.words.sent]
+        yield list(job.answer) if job.answer and not job.dropped else [*picture, *filter(None, [job.words.sent])]
 
     def draw(self, user: str, name: str | None, prompt: str, **settings: Any) -> Iterator[Preview | Drawn]:
         """Draw pictures of a prompt; settings are fields of an image request: ``n``, ``seed``, ``steps``, ``guidance``.

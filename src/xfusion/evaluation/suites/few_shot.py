@@ -15,6 +15,7 @@ from torch import Tensor
 
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import Source, open_source
+from xfusion.data.templates import question_text
 from xfusion.evaluation.metrics import captions
 from xfusion.evaluation.metrics.blind import blind
 from xfusion.evaluation.suites.emoji import choose_examples
@@ -83,7 +84,8 @@ def run(
                 for query in range(start, min(start + batch_size, len(scored))):
                     prompt: list[Any] = []
                     for index, *shot_names in shots_by_query[query][:shots]:
-                        prompt += [source.picture(index, size), shot_names[name_index]]
+                        own_question = question_text(source.examples[index].question or "")  # as in training
+                        prompt += [source.picture(index, size), own_question + shot_names[name_index]]
                     prompts.append([*prompt, held.picture(scored[query], size), *([question] if question else [])])
                 answers += [answer for (answer,) in model.generate(prompts)]
             key = f"held_exact_{shots}_shots{suffix}"

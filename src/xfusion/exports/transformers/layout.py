@@ -128,6 +128,6 @@ def generation_settings(model: Model, suppressed: list[int]) -> Any:
     return GenerationConfig(
         bos_token_id=backbone.tokenizer.bos_token_id,
         eos_token_id=list(backbone.end_ids),
-        pad_token_id=backbone.end_ids[0] if padding is None else padding,
+        pad_token_id=backbone.end_id if padding is None else padding,
         suppress_tokens=suppressed,
     )
