@@ -30,7 +30,7 @@ def make():
     table = 0.3 * torch.randn(VOCABULARY, WIDTH, dtype=torch.float64)
     head = 0.3 * torch.randn(VOCABULARY, WIDTH, dtype=torch.float64)
     frozen = SimpleNamespace(
-        embed=lambda ids: table[ids], logits=lambda states: states @ head.T, begin_ids=(BEGIN,), end_ids=(END, 2)
+        embed=lambda ids: table[ids], logits=lambda states: states @ head.T, begin_ids=(BEGIN,), end_id=END
     )
     port, objective = PORT.build(WIDTH, TOKEN_WIDTH, 0.1, 4), OWN.build()
     objective.attach(port, lambda: frozen)
