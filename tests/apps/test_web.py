@@ -187,7 +187,8 @@ def test_a_stop_behind_a_finished_picture_keeps_it(desk, model, monkeypatch):
     drawn = next(event for event in answer if isinstance(event, list))
     desk.stop("me")
     *_, last = answer
-    assert last[0] is drawn[0] and isinstance(last[0], Image.Image) and len(last) == 2
+    assert last[0] is drawn[0] and isinstance(last[0], Image.Image)
+    assert len(last) <= 2 and all(isinstance(words, str) and words for words in last[1:])
 
 
 def test_what_is_beyond_the_limits_is_refused_in_a_line(desk, tmp_path, monkeypatch):
