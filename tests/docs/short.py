@@ -99,6 +99,7 @@ _SCORES = {"sounds": ("max_fit", "max_held"), "emoji": ("max_drawn", "max_captio
 
 def _compare(line: str) -> str:
     """One step of each, of as few samples as all can have: a recipe that only reads, or only draws, keeps doing so."""
+    line = re.sub(r"\bfirst_stage=\d+", "first_stage=1", line)
     words = shlex.split(COMMAND.sub("", line, count=1))
     recipes = [_recipe(split_label(word)[1]) for word in takewhile(lambda word: not word.startswith("-"), words)]
     bounds = {
@@ -107,7 +108,9 @@ def _compare(line: str) -> str:
         if all(getattr(stage.mixture, kind) for recipe in recipes for stage in recipe.stages)
     }
     plan = Plan(samples=1, **bounds)
-    samples = math.lcm(*(samples_per_step(with_plan(recipe, plan).stages[-1]) for recipe in recipes))
+    planned = [with_plan(recipe, plan).stages for recipe in recipes]
+    earlier = (sum(stage.steps * samples_per_step(stage) for stage in stages[:-1]) for stages in planned)
+    samples = max(earlier) + math.lcm(*(samples_per_step(stages[-1]) for stages in planned))
     of_sounds = " --data digits" in line
     scored = (
         {} if re.search(r" --set \w+=", line) else dict.fromkeys(_SCORES["sounds" if of_sounds else "emoji"], SCORED)

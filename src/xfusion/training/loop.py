@@ -164,7 +164,7 @@ class _Run:
         """Step of the newest intact state, which was written last or resumed from."""
         self.preview_every = settings.preview_every
         self.preview_seconds, self.save_seconds = 3.0, 0.0
-        """Duration of the last preview; a guess before the first."""
+        """Durations of the last preview, a guess before the first, and of the last checkpoint."""
 
     # -- before the first step
 
