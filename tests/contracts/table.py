@@ -227,7 +227,7 @@ READERS: dict[str, Fusion.Config] = {
 WRITERS: dict[str, Fusion.Config] = {"conditioned denoiser": Conditioned.Config(width=32, depth=2, heads=2)}
 """Fusions of models that draw and do not read: no word hears of a picture."""
 CORE = ("llama", "qwen3", "gemma3")
-"""Families whose whole table is tried in the default tier; of the others only what `on_every_family` says."""
+"""Families of which the default tier tries more than what `on_every_family` says: nearly all on the first, `EVERYWHERE` on the others."""
 EVERYWHERE = (
     "dual tower, strided",
     "dual projection",

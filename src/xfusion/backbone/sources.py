@@ -106,6 +106,7 @@ def _whole(model_class: Any, name_or_path: str | Path, **options: Any) -> Any:
         XFusionError: some weights are missing or of another shape. Tied ones, and those that a family computes, are not.
     """
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # else an error that names no weight
+    options |= {"use_safetensors": True}  # else a repository without them would have its pickle read
     model, report = model_class.from_pretrained(name_or_path, **options)
     wrong = dict.fromkeys(report["missing_keys"], "missing")
     for key, stored, expected in report["mismatched_keys"]:
