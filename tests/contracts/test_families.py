@@ -100,6 +100,16 @@ def test_a_base_with_missing_or_broken_weights_is_refused_in_one_line(tmp_path, 
     assert "\n" not in str(error.value)
 
 
+def test_a_base_whose_weights_are_a_pickle_is_refused(tmp_path):
+    """transformers would read it, where there is no safetensors file."""
+    folder = make_base("llama", tmp_path)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(XFusionError, match=r"^base .* cannot be loaded: .*safetensors") as error:
+        Backbone.load(str(folder))
+    assert "\n" not in str(error.value)
+
+
 def test_a_tied_head_is_not_missing(tmp_path, monkeypatch):
     assert make_base("gpt2", tmp_path / "tied").is_dir()
     assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
