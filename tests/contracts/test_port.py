@@ -11,6 +11,7 @@ from contracts.table import (
     TOKEN_WIDTH,
     WIDTH,
     Noise,
+    corrupted,
     distance,
     exact,
     look,
@@ -21,6 +22,7 @@ from contracts.table import (
     words,
 )
 from contracts.test_paths import FLOAT64, incremental
+from diffusers.models.embeddings import get_timestep_embedding
 
 import xfusion
 from xfusion.backbone import Backbone
@@ -30,7 +32,7 @@ from xfusion.data.sequence import Sequence, Text, XFusionError
 from xfusion.data.templates import opened
 from xfusion.fusion.connectors.linear import Linear
 from xfusion.generation import draw_tokens
-from xfusion.modalities.port import MediaPort
+from xfusion.modalities.port import TIME_FREQUENCIES, MediaPort, sinusoids
 from xfusion.model import Model
 from xfusion.objectives.base import NoObjective
 from xfusion.objectives.flow_matching import FlowMatching
@@ -67,6 +69,41 @@ def drawn_by_full_passes(model, context, seed, steps):
 
 
 # --------------------------------------------------------------------------------------------------- noise levels
+
+
+@torch.no_grad()
+def test_noise_levels_are_embedded_by_diffusers_sinusoids_of_a_thousand_times_their_value():
+    """Of base 10,000, sines before cosines."""
+    time = torch.linspace(0, 1, 101)
+    found = sinusoids(time)
+    expected, unscaled = (
+        get_timestep_embedding(scale * time, 2 * TIME_FREQUENCIES, downscale_freq_shift=0) for scale in (1000, 1)
+    )
+    assert found.shape == (101, 256)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert float((found - unscaled).abs().max()) > 0.5
+
+
+@torch.no_grad()
+def test_a_port_is_its_equation_row_by_row():
+    """W x + b + row + column + MLP(sinusoids(t)), of a clean picture at t = 0; the trained row alone at [BOI]."""
+    torch.manual_seed(0)
+    port = MediaPort.Config(largest_grid=6).build(WIDTH, TOKEN_WIDTH, 0.1, LAYERS)
+    for parameter in port.parameters():
+        parameter.add_(0.1 * torch.randn(parameter.shape))
+    media = corrupted(pack(ALL)).media["image"]
+    assert 0 in media.time and float(media.time.max()) > 0.2
+    found, into, out = port(media), port.time[0], port.time[2]
+    for b, i in (media.rows.order >= 0).nonzero().tolist():
+        if media.boundary[b, i]:
+            assert torch.equal(found[b, i], port.begin)
+            continue
+        time = 1000 * media.time[media.item[b, i]][None]
+        level = into.weight @ get_timestep_embedding(time, 256, downscale_freq_shift=0)[0] + into.bias
+        expected = port.project.weight @ media.tokens[b, i] + port.project.bias
+        expected += port.row.weight[media.grid_row[b, i]] + port.column.weight[media.grid_column[b, i]]
+        expected += out.weight @ (level * torch.sigmoid(level)) + out.bias
+        torch.testing.assert_close(found[b, i], expected, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
