@@ -110,6 +110,7 @@ def beginnings(stride: int) -> dict[str, Fusion.Config]:
         "low-rank tower": DualTower.Config(**at, rank=3),
         "cogvlm": ModalityExperts.Config(**at, own=COGVLM),
         "mplug-owl2": ModalityExperts.Config(**at, own=OWL),
+        "ffn only": ModalityExperts.Config(**at, own=("mlp",)),
         "bagel": ModalityExperts.Config(**at, noised_only=True),
         "hybrid": Layered.Config(parts=(ModalityExperts.Config(**low), DualTower.Config(**high, fuse="text"))),
         "other hybrid": Layered.Config(parts=(SharedDecoder.Config(**low), GatedTower.Config(**high))),
@@ -232,7 +233,10 @@ def test_which_states_a_single_new_weight_reaches(bases: dict[str, Backbone], fa
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("part", "moves"), [("query", set()), ("key", {"keys"}), ("value", {"values"})])
+@pytest.mark.parametrize(
+    ("part", "moves"),
+    [("query", set()), ("key", {"keys"}), ("value", {"values"}), ("output", set()), ("mlp", set())],
+)
 @torch.no_grad()
 def test_a_part_of_its_own_is_that_part_in_every_family(
     bases: dict[str, Backbone], family: str, part: Any, moves: set[str]
@@ -542,6 +546,7 @@ EQUATIONS: dict[str, tuple[Fusion.Config, range | tuple[int, ...], Callable[[Lay
         ALL,
         experts((*NORMS, "self_attn.k_proj", "self_attn.v_proj"), lambda p: p.media),
     ),
+    "ffn only": (ModalityExperts.Config(own=("mlp",)), ALL, experts(MLP, lambda p: p.media)),
     "bagel": (
         ModalityExperts.Config(noised_only=True),
         ALL,
