@@ -109,6 +109,12 @@ def test_near_identical_pictures_and_equal_words_are_no_negatives(bases):
     assert not duplicates(pack([lone]), pack([lone]).media["image"]).any()  # no group is no kinship
 
 
+def test_the_scale_begins_at_clips(bases):
+    """CLIP's temperature of 0.07, whose logarithm is learned: ln(1 / 0.07)."""
+    (objective,) = make(bases["llama"], randomised=False).extra
+    assert float(objective.log_scale.detach()) == pytest.approx(2.6592600, abs=1e-6)
+
+
 def test_a_scale_beyond_the_bound_is_brought_back_to_it_and_learns_on(bases):
     """The paper clips the parameter. Clipped at its use, it has no gradient above the bound: one step too far is for good."""
     model, sequences = make(bases["llama"]), [pair(i) for i in range(4)]

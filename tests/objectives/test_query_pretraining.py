@@ -180,6 +180,14 @@ def test_the_three_losses_are_their_equations_in_float64():
     assert by_hand["generation"][1] == (3 + 1) + (5 + 1) + 2 * (4 + 1) + 5
 
 
+def test_the_scale_begins_at_clips():
+    """ln(1 / 0.07), as in the recipe `clip`."""
+    objective = OWN.build()
+    objective.attach(PORT.build(WIDTH, TOKEN_WIDTH, 0.1, 4), lambda: None)
+    objective.install(WIDTH, None)
+    assert float(objective.log_scale.detach()) == pytest.approx(2.6592600, abs=1e-6)
+
+
 def trapped(monkeypatch, pattern, wrong):
     """Everyone who asks for one mask gets another."""
     own = attention_pattern
