@@ -1,18 +1,21 @@
-"""The denoiser beside the base: diffusers' own block and thresholding, and the recipe in the loop."""
+"""The denoiser beside the base: diffusers' own block and thresholding, the whole by its equation, and the recipe in the loop."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
-from contracts.table import Noise
+from contracts.table import Noise, exact, float64_model, picture, view, words
 from diffusers import DDPMScheduler
 from diffusers.models.attention import BasicTransformerBlock
 from PIL import ImageChops
+from torch.nn import functional
 
 import xfusion
 from xfusion.data.mixture import MixtureConfig
-from xfusion.data.sequence import XFusionError
+from xfusion.data.sequence import Sequence, XFusionError
 from xfusion.fusion.conditioned import Block, positions_of_items
+from xfusion.modalities.port import sinusoids
 from xfusion.model import BackboneConfig
 from xfusion.objectives.diffusion import Diffusion
 from xfusion.recipes.base import find
@@ -68,6 +71,72 @@ def test_a_block_is_that_of_diffusers():
     h = h + theirs.ff(theirs.norm3(h) * (1 + mlp_scale) + mlp_shift)
     modulated = own(x, level, alike, own.cross.keys_values(words), reads)
     torch.testing.assert_close(modulated, h, rtol=1e-5, atol=1e-5)
+
+
+def normed(x, norm):
+    x = x - x.mean(-1, keepdim=True)
+    return x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
+
+
+def attended(attention, x, context):
+    """Attention by plain sums: biases on the output alone."""
+    parts = ((x, attention.query), (context, attention.key), (context, attention.value))
+    q, k, v = (rows @ part.weight.T for rows, part in parts)
+    size, heads = q.shape[1] // attention.heads, []
+    for part in (slice(h * size, (h + 1) * size) for h in range(attention.heads)):
+        heads.append((q[:, part] @ k[:, part].T / math.sqrt(size)).softmax(-1) @ v[:, part])
+    return torch.cat(heads, -1) @ attention.out.weight.T + attention.out.bias
+
+
+def affine(x, linear):
+    return x @ linear.weight.T + linear.bias
+
+
+def denoised(model, x, time, text_states):
+    """The denoiser at one picture's states ``[M, D]``, by Imagen's section 2: without words nothing is pooled or read."""
+    own = model.fusion
+    tokens = affine(normed(x, own.media_norm), own.into)
+    read = normed(text_states, own.words_norm)
+    level = affine(functional.silu(affine(sinusoids(time[None])[0], own.time[0])), own.time[2])
+    if len(read):
+        level = level + affine(read, own.pooled).mean(0)
+    for block in own.denoiser:
+        scale, shift, mlp_scale, mlp_shift = affine(functional.silu(level), block.modulation).chunk(4)
+        h = (1 + scale) * normed(tokens, block.norm) + shift
+        tokens = tokens + attended(block.own, h, h)
+        if len(read):
+            tokens = tokens + attended(block.cross, normed(tokens, block.words_norm), read)
+        h = (1 + mlp_scale) * normed(tokens, block.mlp_norm) + mlp_shift
+        tokens = tokens + affine(functional.gelu(affine(h, block.mlp[0])), block.mlp[2])
+    return affine(tokens, own.out)
+
+
+@torch.no_grad()
+def test_the_whole_denoiser_is_its_equation_in_float64(bases, monkeypatch):
+    """It reads the base's own penultimate states of the words before a picture, and [BOI] is no part of it."""
+    with exact(monkeypatch):
+        model = float64_model(bases["llama"], "conditioned denoiser")
+        said = [words(5, 1), words(2, 2)]
+        shown = [picture(grid, seed, noised=True) for seed, grid in enumerate(((4, 4), (2, 3), (2, 2)))]
+        rows = [[Sequence(segments=pair) for pair in zip(said, shown, strict=False)], [Sequence(segments=(shown[2],))]]
+        batch = view(rows, model)
+        media = batch.media["image"]
+        states = model.port(media)
+        expected = states.clone()
+        for number, item in enumerate(shown):
+            context = states.new_empty(0, states.shape[-1])
+            if number < len(said):
+                ids = torch.tensor([said[number].ids])
+                context = model.backbone.model(ids, output_hidden_states=True).hidden_states[-2][0]
+            place = media.item == number
+            assert int(place.sum()) == len(item.tokens)
+            expected[place] = denoised(model, states[place], media.time[number], context)
+        for engine in (model.plain_engine(), model.reference_engine()):
+            with model.using(engine):
+                found = model.run_pass(batch)[1].states["image"]
+            is_row = media.rows.order >= 0
+            torch.testing.assert_close(found[is_row], expected[is_row], rtol=0, atol=1e-9)
+        assert float((expected - states).abs().max()) > 0.1
 
 
 def test_tokens_are_sorted_by_item_wherever_they_stand():
