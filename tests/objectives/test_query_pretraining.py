@@ -7,6 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from contracts.table import TOKEN_WIDTH, VOCABULARY, WIDTH, in_float64, model_config, picture, randomise, words
+from fusion.test_connectors import QFORMER, copied, perturbed
+from torch.nn import functional
+from transformers import Blip2Config, Blip2ForImageTextRetrieval
 
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Sequence, Text, XFusionError
@@ -14,7 +17,9 @@ from xfusion.fusion.connectors import query_transformer
 from xfusion.fusion.connectors.query_transformer import Queries, attention_pattern
 from xfusion.fusion.prefix import Prefix
 from xfusion.model import Model
+from xfusion.objectives import query_pretraining
 from xfusion.objectives.base import NoObjective
+from xfusion.objectives.contrastive import symmetric_loss
 from xfusion.objectives.next_token import NextToken
 from xfusion.objectives.query_pretraining import QueryPretraining
 
@@ -178,6 +183,85 @@ def test_the_three_losses_are_their_equations_in_float64():
             assert int(found[name][1]) == number
     assert {name: number for name, (_, number) in by_hand.items()} == objective.count(batch)
     assert by_hand["generation"][1] == (3 + 1) + (5 + 1) + 2 * (4 + 1) + 5
+
+
+class Shown(torch.nn.Module):
+    """In place of a vision model: pictures are features already."""
+
+    def forward(self, pixel_values, **_):
+        return (pixel_values,)
+
+
+@torch.no_grad()
+def test_scores_and_verdicts_are_those_of_transformers_retrieval_class(monkeypatch):
+    """`Blip2ForImageTextRetrieval` on the same weights: the largest cosine over queries, and two-class logits averaged over them.
+
+    Its projections to the joint space have biases, ours have none: they are zero here. It reads no scale and takes no negatives,
+    so ours is 1 and the pairs that we judge are given to it.
+    """
+    torch.manual_seed(0)
+    vision = {"hidden_size": TOKEN_WIDTH, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    own_words = {"use_qformer_text_input": True, "vocab_size": VOCABULARY, "max_position_embeddings": 1 + LENGTH}
+    theirs = perturbed(
+        Blip2ForImageTextRetrieval(
+            Blip2Config(
+                vision_config={**vision, "image_size": 16, "patch_size": 4},
+                qformer_config={**QFORMER, **own_words, "encoder_hidden_size": TOKEN_WIDTH},
+                num_query_tokens=QUERIES,
+                image_text_hidden_size=OWN.width,
+            )
+        )
+    )
+    theirs.vision_model = Shown()
+    table, summary = theirs.embeddings.word_embeddings.weight, 2
+    port, objective = PORT.build(WIDTH, TOKEN_WIDTH, 0.1, 4), OWN.build()
+    frozen = SimpleNamespace(
+        embed=lambda ids: functional.pad(table[ids], (0, WIDTH - table.shape[1])),
+        logits=lambda states: states.new_zeros(*states.shape[:-1], VOCABULARY),
+        begin_ids=(BEGIN,),
+        end_id=END,
+    )
+    objective.attach(port, lambda: frozen)
+    objective.install(WIDTH, None)
+    copied(port.transformer, theirs.qformer).queries.copy_(theirs.query_tokens[0])
+    objective.words_in.weight.copy_(torch.eye(table.shape[1], WIDTH))
+    objective.words_in.bias.zero_()
+    objective.places.weight.copy_(theirs.embeddings.position_embeddings.weight)
+    objective.summary.copy_(table[summary])
+    for ours, projection in ((objective.words, theirs.text_projection), (objective.media, theirs.vision_projection)):
+        ours.weight.copy_(projection.weight)
+        projection.bias.zero_()
+    objective.judge.load_state_dict(theirs.itm_head.state_dict())
+    objective.log_scale.zero_()
+
+    texts = [words(length, seed).ids for seed, length in enumerate((3, 5, 4, 2))]
+    pairs = [pair(ids, seed) for seed, ids in enumerate(texts)]
+    found, cross_entropy = {}, functional.cross_entropy
+
+    def recorded(text_scores, *others):
+        found["scores"] = text_scores
+        return symmetric_loss(text_scores, *others)
+
+    def judged(logits, *others, **settings):
+        if logits.shape[-1] == 2:
+            found["verdicts"] = logits
+        return cross_entropy(logits, *others, **settings)
+
+    monkeypatch.setattr(query_pretraining, "symmetric_loss", recorded)
+    monkeypatch.setattr(functional, "cross_entropy", judged)
+    objective.loss(None, pack([[sequence] for sequence in pairs]))
+
+    features = torch.stack([sequence.segments[1].tokens for sequence in pairs])
+    ids = torch.tensor([[summary, *ids, *[0] * (LENGTH - len(ids))] for ids in texts])
+    said = torch.tensor([[1] * (1 + len(ids)) + [0] * (LENGTH - len(ids)) for ids in texts])
+    scores = theirs(features, ids, said).logits_per_image  # of each picture to each text
+    torch.testing.assert_close(found["scores"], scores.T, rtol=0, atol=1e-5)
+    others = scores.masked_fill(torch.eye(4, dtype=torch.bool), -2.0)
+    pictures = torch.cat([torch.arange(4), torch.arange(4), others.argmax(0)])
+    judged_texts = torch.cat([torch.arange(4), others.argmax(1), torch.arange(4)])
+    verdicts = theirs(features[pictures], ids[judged_texts], said[judged_texts], use_image_text_matching_head=True)
+    torch.testing.assert_close(found["verdicts"], verdicts.logits_per_image, rtol=0, atol=1e-5)
+    assert float(scores.std()) > 0.1 and float(verdicts.logits_per_image.std()) > 0.1
 
 
 def test_the_scale_begins_at_clips():
