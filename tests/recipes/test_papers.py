@@ -6,7 +6,12 @@ import pytest
 
 from xfusion import backbone
 from xfusion.backbone import Backbone
+from xfusion.fusion.gated_tower import GatedTower
 from xfusion.fusion.modality_experts import PARTS
+from xfusion.fusion.prefix import Prefix
+from xfusion.fusion.shared_decoder import SharedDecoder
+from xfusion.modalities.codecs.pixels import Pixels
+from xfusion.objectives.base import NoObjective
 from xfusion.recipes.base import find
 
 LAYERS, WIDTH, HEADS, KEYS, MLP = 30, 576, 9, 192, 1536
@@ -29,6 +34,13 @@ def small():
         yield Backbone.of_shape("small")
 
 
+READS: dict[str, Any] = {
+    "model.fusion": Prefix.Config(),
+    "model.media": NoObjective.Config(),
+    "model.text.weight": 1.0,
+    "stages.0.mixture.draw": 0,
+}
+"""A frozen language model behind a connector, with a loss on answers alone."""
 FAITHFUL: dict[str, dict[str, Any]] = {
     # Section 2.4 and figure 4 of Flamingo: i % n = 0, squared ReLU, media normed too, gates shut, 64 latents of 6 layers.
     "flamingo(every=4, latents=64, depth=6, gate=0.0)": {
@@ -175,6 +187,49 @@ FAITHFUL: dict[str, dict[str, Any]] = {
         "model.text.weight": 0.0,
     },
     "clip": {"stages.0.mixture.templates.caption_dropout": 0.0, "model.extra.0.weight": 1.0},
+    # Section 3 of X-Fusion: what its two baselines with whole blocks train at every layer.
+    "single_tower(stride=1)": {"model.fusion": SharedDecoder.Config(), "placed": tuple(range(LAYERS))},
+    "gated_tower(stride=1)": {"model.fusion": GatedTower.Config(), "placed": tuple(range(LAYERS))},
+    "mot": {
+        "model.fusion.own": PARTS,
+        "model.fusion.noised_only": False,
+        "model.fusion.post_norm": False,
+        "placed": tuple(range(LAYERS)),
+    },
+    # A denoising loss alone, of pixels on a cosine schedule.
+    "imagen": {
+        "model.image.codec": Pixels.Config(),
+        "model.media.schedule": "cosine",
+        "model.text.weight": 0.0,
+        "stages.0.mixture.caption": 0,
+    },
+    # The released configuration: mappers of 8 heads, with an MLP of twice the width.
+    "pengi": {"model.port.heads": 8, "model.port.mlp": 2, **READS},
+    "slm": {"model.port.depth": 2, **READS},
+    "qwen_audio": {"model.audio.order": "causal", **READS},
+    # 256 queries of one cross-attention layer, on a map of as many places.
+    "qwen_vl(queries=256, map_side=16)": {
+        "model.port.queries": 256,
+        "model.port.map": (16, 16),
+        "model.port.cells": 1,
+        "model.image.patch_width": 1,
+        **READS,
+    },
+    "blip2": READS,
+    # Three losses of equal weight on pairs that all have words, 32 tokens at most; then the decoder's alone.
+    "blip2(first_stage=2000)": {
+        "model.port.words": True,
+        "model.extra.0.length": 32,
+        "model.extra.0.weight": 1.0,
+        "model.extra.0.matching": 1.0,
+        "model.extra.0.generation": 1.0,
+        "stages.0.steps": 2000,
+        "stages.0.mixture.caption": 0,
+        "stages.0.mixture.templates.caption_dropout": 0.0,
+        "stages.1.mixture.draw": 0,
+        "model.fusion": Prefix.Config(),
+        "model.text.weight": 1.0,
+    },
 }
 """Recipe, with the papers' sizes where they are arguments -> settings by path; ``placed`` are its layers with something new."""
 
