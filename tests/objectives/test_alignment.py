@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from contracts.pretrained import make_clip
 from contracts.table import (
     LAYERS,
     PATCH,
@@ -21,6 +22,7 @@ from contracts.table import (
 )
 from safetensors.torch import load_file
 from torch.nn import functional
+from transformers import CLIPImageProcessor, CLIPModel
 
 import xfusion
 from xfusion.data.mixture import MixtureConfig
@@ -28,6 +30,7 @@ from xfusion.data.pack import pack
 from xfusion.data.sequence import Sequence, XFusionError
 from xfusion.modalities.base import Encoder
 from xfusion.modalities.encoders.efficientnet_lite import SHA256, EfficientNetLite
+from xfusion.modalities.encoders.vision_transformer import VisionTransformer
 from xfusion.model import Model
 from xfusion.objectives import alignment
 from xfusion.objectives.alignment import Alignment
@@ -192,6 +195,35 @@ def test_impossible_layers_and_maps_are_refused(bases):
     (objective,) = make(bases["llama"], patchwise=True).extra
     with pytest.raises(XFusionError, match="8 x 8 tokens are finer than the encoder's map of 6 x 6: set patchwise"):
         objective.features(wide.media["image"])
+
+
+@pytest.mark.parametrize("patchwise", [False, True])
+@torch.no_grad()
+def test_layer_8_and_clips_penultimate_features_are_the_papers(bases, tmp_path, patchwise):
+    """The second of three layers by transformers' own class, without the class token; the last one's would be seen."""
+    assert Alignment.Config().layer == 8 and VisionTransformer.Config().layer == -2
+    folder = make_clip(tmp_path / "clip")
+    encoder = VisionTransformer.Config(source=str(folder))
+    model = make(bases["llama"], encoder=encoder, patchwise=patchwise)
+    (objective,) = model.extra
+    assert objective.projection.weight.shape == (24, WIDTH) and model.teachers == {encoder.fingerprint}
+    media = pack([[mixed_sequences()["picture alone"]]]).media["image"]
+    found = objective.features(media)[0]
+    means, deviations = (
+        torch.tensor(getattr(CLIPImageProcessor.from_pretrained(folder), name))[:, None, None]
+        for name in ("image_mean", "image_std")
+    )
+    pixels = ((model.image.decode(media.tokens[:, 1:], SIDE) + 1) / 2 - means) / deviations
+    tower = CLIPModel.from_pretrained(folder).eval().vision_model
+    layers = tower(pixel_values=pixels, output_hidden_states=True).hidden_states
+    assert len(layers) == 1 + 3
+    penultimate, last = (
+        states[0, 1:] if patchwise else functional.normalize(states[0, 1:].mean(0), dim=0) for states in layers[2:]
+    )
+    torch.testing.assert_close(found, penultimate, rtol=0, atol=1e-5)
+    assert float((found - last).abs().max()) > 1e-2
+    batch_loss, count = model.losses(batch(), torch.Generator().manual_seed(0))["alignment"]
+    assert int(count) == 3 and 0 < float(batch_loss) < 6
 
 
 @pytest.mark.parametrize("patchwise", [False, True])

@@ -4,7 +4,8 @@
 
 with ``h`` the hidden states after a layer of the media tower and ``W`` one trainable matrix (X-Fusion, arXiv 2504.20996; after
 REPA, arXiv 2410.06940, whose projector is an MLP). ``h`` is the mean over a picture's tokens and ``f`` the encoder's global
-feature; or, patchwise as in REPA, each token is aligned with its place in the encoder's last feature map.
+feature; or, patchwise as in REPA, each token is aligned with its place in the encoder's last feature map. The paper's encoder is
+CLIP's, at its penultimate layer, for which `encoder` is a `VisionTransformer`; the default is EfficientNet-Lite0 instead.
 ``W`` is saved with a pack, so that training can resume; drawing and captioning use neither ``W`` nor the encoder.
 
 Shape legend: ``B`` batch row, ``n`` media rows, ``N`` media items, ``M`` tokens of an item, ``F`` width of a feature.
