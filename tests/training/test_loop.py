@@ -21,7 +21,7 @@ from xfusion.backbone import Backbone
 from xfusion.data.latents import encode
 from xfusion.data.mixture import Mixture, MixtureConfig, Prefetcher
 from xfusion.data.mixture import _fit as fit_
-from xfusion.data.sequence import Batch, XFusionError
+from xfusion.data.sequence import Batch, Text, XFusionError
 from xfusion.data.sources import open_source
 from xfusion.data.templates import Templates
 from xfusion.modalities.codecs.pixels import Pixels
@@ -80,6 +80,37 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(straight, bases, tmp_
     assert step_records(tmp_path) == step_records(straight[0])
     assert same(pack_of(tmp_path), pack_of(straight[0]))
     assert same(state_of(tmp_path), state_of(straight[0]))
+
+
+def test_tokens_are_counted_without_padding_and_over_a_break(straight, bases, tmp_path):
+    """Words, patches, [BOI], and [EOI] where something follows; the last word of an answer is a label alone."""
+    base, (stage,) = bases["llama"], recipe(bases["llama"]).stages
+    modality = straight[1].modality
+    ids = base.encode, base.begin_ids, base.end_id
+    mixture, expected = Mixture(Noise(), modality, modality.sizes, *ids, stage.mixture, 0), 0
+    for segments in (sample.segments for step in range(12) for sample in mixture.samples(step)):
+        for number, segment in enumerate(segments):
+            follows = number < len(segments) - 1
+            if isinstance(segment, Text):
+                expected += len(segment.ids) - (segment.has_loss and not follows)
+            else:
+                expected += 1 + len(segment.tokens) + follows
+    with pytest.raises(Interrupted):
+        train(base, tmp_path, listener=StopAt(5))
+    assert 0 < plan_of(tmp_path)["tokens"] < expected
+    train(base, tmp_path, resume=True)
+    for out in (straight[0], tmp_path):
+        assert [event["tokens"] for event in log(out, "end")] == [expected]
+        assert json.loads((out / "pack" / "config.json").read_text())["training"]["tokens"] == expected
+
+
+def test_a_run_that_began_before_tokens_were_counted_states_none():
+    walked = progress.Progress((Stage(),), None)
+    state = walked.state_dict()
+    del state["tokens"]
+    walked.load_state_dict(state)
+    walked.record(1.0, 4, 50)
+    assert walked.samples == 4 and walked.tokens is None and walked.state_dict()["tokens"] is None
 
 
 @pytest.mark.full
@@ -718,7 +749,7 @@ def test_losses_of_two_stages_have_no_common_mean():
     walked = progress.Progress((Stage(steps=3), Stage(steps=2)), None)
     means = []
     for loss in (9.0, 9.0, 9.0, 1.0, 1.0):
-        walked.record(loss, 4)
+        walked.record(loss, 4, 50)
         means.append((walked.state_dict()["stage"], walked.state_dict()["loss"]))
     assert means == [(0, pytest.approx(9))] * 3 + [(1, pytest.approx(1))] * 2
 
@@ -740,7 +771,7 @@ def test_a_budget_goes_on_beyond_the_steps_of_its_recipe():
     rates = []
     for _ in range(30):
         rates.append(walked.rate())
-        walked.record(1.0, 4)
+        walked.record(1.0, 4, 50)
     assert rates == sorted(rates) and len(set(rates)) == 30
     walked.plan(35)
     assert walked.stage(walked.step) == (0, 30, 35)

@@ -78,6 +78,10 @@ def told(folder):
     return [e for e in lines if e["event"] == "step"]
 
 
+def tokens_of(folder):
+    return json.loads((folder / "pack" / "config.json").read_text())["training"]["tokens"]
+
+
 def furthest(one, other):
     """Largest relative difference of losses and gradient norms."""
     assert [(e["step"], e["samples"], e["rate"]) for e in one] == [(e["step"], e["samples"], e["rate"]) for e in other]
@@ -91,6 +95,7 @@ def test_several_processes_follow_the_curve_of_one(ran):
     assert len(one) == 12 and one[0]["samples"] == 10
     for count in (2, 4):
         assert furthest(told(ran / f"of_{count}"), one) < TOLERANCE
+        assert tokens_of(ran / f"of_{count}") == tokens_of(ran / "of_1") > 0
         weights = [load_file(ran / name / "pack" / "model.safetensors") for name in ("of_1", f"of_{count}")]
         assert max(float((weights[0][k] - weights[1][k]).abs().max()) for k in weights[0]) < 1e-4
 
@@ -125,6 +130,7 @@ def test_a_state_of_two_processes_goes_on_with_one_and_four(ran):
     assert states.newest_plan(ran / "died_2" / "state")["step"] == 6
     for count in (1, 4):
         assert furthest(told(ran / f"died_2_on_{count}"), told(ran / "of_1")) < TOLERANCE
+        assert tokens_of(ran / f"died_2_on_{count}") == tokens_of(ran / "of_1")
         (start,) = (
             e
             for e in map(json.loads, (ran / f"died_2_on_{count}" / "log.jsonl").read_text().splitlines())

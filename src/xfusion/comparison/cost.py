@@ -325,9 +325,7 @@ def tokens_added(model: Model) -> int:
     grid = model.modality.grid(model.modality.sizes[0])
     blank = model.modality.segment(torch.zeros(grid[0] * grid[1], model.modality.token_width), grid)
     text = Text(ids=model.backbone.end_ids[:1])
-    batch = pack([[Sample(segments=(blank, text))]])
-    tables = [batch.text, *(media.rows for media in batch.media.values())]
-    return sum(int((table.order >= 0).sum()) for table in tables) - len(text.ids)
+    return pack([[Sample(segments=(blank, text))]]).num_positions - len(text.ids)
 
 
 @contextmanager

@@ -362,6 +362,12 @@ class Batch:
     clean_ids: Tensor | None = None
     """The original ids ``[B, n]`` once an objective has masked some of `text_ids` by `END_OF_MEDIA`."""
 
+    @property
+    def num_positions(self) -> int:
+        """Text and media positions of all rows, boundary rows included, without padding."""
+        tables = [self.text, *(media.rows for media in self.media.values())]
+        return sum(int((table.order >= 0).sum()) for table in tables)
+
     def with_media(self, modality: str, **changes) -> Batch:
         """A derived batch in which some fields of one modality's rows are replaced."""
         return replace(self, media={**self.media, modality: replace(self.media[modality], **changes)})

@@ -301,8 +301,8 @@ class _Run:
             raise Interrupted(f"training stopped at step {progress.step}; go on with --resume", stop.code)
         if self.preview_every:
             self.preview()
-        facts = {"step": progress.step, "samples": progress.samples, "seconds": progress.seconds}
-        self.track.event(event="end", **facts, **self.graphs.facts())
+        facts = {"samples": progress.samples, "tokens": progress.tokens, "seconds": progress.seconds}
+        self.track.event(event="end", step=progress.step, **facts, **self.graphs.facts())
         self._check_track()
         return self.model
 
@@ -449,9 +449,11 @@ class _Run:
             raise self._divergence_error(
                 f"the gradient's norm is {gradient_norm} at step {step}, although the loss is finite", stage_number
             )
+        # Every process lays out the whole step, so its counts are those of all.
         samples = sum(batch.num_sequences for batch in batches)
+        tokens = sum(batch.num_positions for batch in batches)
         # Recorded before the event is sent: a listener may end the run there.
-        progress.record(sum(weights[name] * value for name, value in losses.items()), samples)
+        progress.record(sum(weights[name] * value for name, value in losses.items()), samples, tokens)
         self.graphs.record(step, stage_step)
         self.track.event(
             event="step",

@@ -59,6 +59,7 @@ def pack_facts(
         **({"command": command} if command else {}),
         "steps": progress.step,
         "samples": progress.samples,
+        **({} if progress.tokens is None else {"tokens": progress.tokens}),
         "seconds": round(progress.seconds, 1),
         "data": source.spec,
         "data_fingerprint": data_fingerprint,

@@ -20,7 +20,7 @@ LOSS_DECAY = 0.98
 
 
 class Progress:
-    """Steps, samples, seconds and mean loss of a run since its start.
+    """Steps, samples, tokens, seconds and mean loss of a run since its start.
 
     Args:
         stages: the recipe's.
@@ -33,6 +33,8 @@ class Progress:
         self.planned = minutes is None
         self.step = 0
         self.samples = 0
+        self.tokens: int | None = 0
+        """Text and media positions of all steps (`Batch.num_positions`); None behind a state from before they were counted."""
         self._started = time.perf_counter()
         self._seconds_before = 0.0
         self._recent = (0.0, 0.0)
@@ -68,12 +70,13 @@ class Progress:
         stage_number, stage_step, total = self.stage(self.step)
         return self.stages[stage_number].rate_at(stage_step, total if self.planned else LARGEST_STEPS)
 
-    def record(self, loss: float, samples: int) -> None:
-        """Record a finished step: the weighted sum of its losses and its number of samples."""
+    def record(self, loss: float, samples: int, tokens: int) -> None:
+        """Record a finished step: the weighted sum of its losses, and its numbers of samples and tokens."""
         # Losses of two stages are not comparable.
         total, weight = self._recent if self.stage(self.step)[1] else (0.0, 0.0)
         self._recent = (LOSS_DECAY * total + (1 - LOSS_DECAY) * loss, LOSS_DECAY * weight + (1 - LOSS_DECAY))
         self.samples += samples
+        self.tokens = None if self.tokens is None else self.tokens + tokens
         self.step += 1
 
     def planned_by(self) -> float:
@@ -107,6 +110,7 @@ class Progress:
             "step": self.step,
             "stage": self.stage(max(0, self.step - 1))[0],
             "samples": self.samples,
+            "tokens": self.tokens,
             "totals": self.totals,
             "planned": self.planned,
             "minutes": self.minutes,
@@ -128,6 +132,7 @@ class Progress:
                 f" {self.minutes:g}; to train longer, start another run from its pack (--from)"
             )
         self.step, self.samples, self.totals = state["step"], state["samples"], state["totals"]
+        self.tokens = state.get("tokens")
         self.planned, self._seconds_before = state["planned"], state["seconds"]
         self.minutes = state["minutes"] if self.minutes is None else self.minutes
         self._recent = tuple(state.get("recent", self._recent))
