@@ -80,7 +80,6 @@ def test_twenty_steps(bases, codec, causal_codec, name, tmp_path):
 
 def test_what_the_pages_say(codec):
     page = {name: find(name)(codec=codec, entries=12, size=16).model for name in ("teal", "dall_e", "cm3leon")}
-    assert (page["dall_e"].text.weight, page["dall_e"].media.weight) == (1 / 8, 7 / 8)
     assert page["teal"].text.weight == page["teal"].media.weight == 1
     assert page["cm3leon"].port.sentinels == 2 and page["cm3leon"].media.infill == 0.5
     assert all(model.image.order == "causal" for model in page.values())

@@ -4,11 +4,11 @@ Paper: Liu et al., "Improved Baselines with Visual Instruction Tuning", CVPR 202
 
 Faithful: the connector (Linear, GELU, Linear, as wide as the language model), on the output of a vision transformer's
 second-to-last layer, without its class token (``encoder``); pictures before the words; the first stage, which trains only
-the connector, at rate 1e-3.
+the connector.
 
-Adapted: as in the recipe `llava`; also, no padding to a square (pictures are centre-cropped), no prompts for
-the answer's format ("Answer the question using a single word or phrase.") and no second stage on the paper's 665 K instructions,
-which trains the language model.
+Adapted: as in the recipe `llava`; also, a rate of 1e-3, our reading of the paper's; no padding to a square (pictures are
+centre-cropped), no prompts for the answer's format ("Answer the question using a single word or phrase.") and no second stage
+on the paper's 665 K instructions, which trains the language model.
 
 Data: the paper's 558 K pairs (``liuhaotian/LLaVA-Pretrain``), ``--data images/blip_laion_cc_sbu_558k.jsonl``, its
 ``blip_laion_cc_sbu_558k.json`` as JSON lines next to the pictures. Our figures: ``--data

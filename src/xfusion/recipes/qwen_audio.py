@@ -8,9 +8,9 @@ language model's width (as in transformers' Qwen2-Audio, to which tests find it 
 embeddings in causal order; a frozen language model with a loss on its answer only. This is the paper's first stage.
 
 Adapted: the encoder is frozen too, where the paper trains it, and it is that of tiny.en with 8 M weights instead of large-v2's
-640 M; 5 frames per token instead of 2 (``frames=2`` is the paper's); the encoder's window is 2 s, padded with silence, instead of
-30 s (``window=30``), at a fifteenth of the cost; no hierarchy of task and language tags, because there is one task; one
-dataset of spoken digits (written by `runs/write_digits.py`) instead of thirty tasks.
+640 M; 5 frames per token instead of the 2 of transformers' Qwen2-Audio (``frames=2``); the encoder's window is 2 s, padded
+with silence, instead of 30 s (``window=30``), at a fifteenth of the cost; no hierarchy of task and language tags, because
+there is one task; one dataset of spoken digits (written by `runs/write_digits.py`) instead of thirty tasks.
 
 Data: from the paper's tasks, LibriSpeech (https://www.openslr.org/12), cut to the recipe's length, as JSON lines with the
 words, ``--data librispeech/train.jsonl``. Our figures: ``--data digits/train.jsonl`` (`runs/write_digits.py`).
