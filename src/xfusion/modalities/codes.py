@@ -1,11 +1,13 @@
 """Input and output of codes: their own rows next to the frozen embedding and the frozen LM head.
 
-    E' = [E_text (frozen); E_codes]        logits = h [O_text (frozen); O_codes]^T
+    E' = [E_text (frozen); E_codes]        logits = [O_text n_text(h) (frozen); O_codes n(h) + b]
 
-(TEAL, arXiv 2311.04589; DALL-E, arXiv 2102.12092). Each position of the sequence belongs to text or to a medium and may only
-predict tokens of its own kind: the other logits are minus infinity (DALL-E's segment masks). The joint softmax is then the
-softmax over the position's own rows, and only this is computed. Text cannot be predicted inside a picture, nor codes inside
-text, and the frozen tables are neither copied nor changed.
+(TEAL, arXiv 2311.04589; DALL-E, arXiv 2102.12092), with h the states after the last layer, n_text the base's last norm, n a norm
+of the codes' own, and a bias b unless the output rows are tied (O_codes = E_codes); as published, both read the same normed
+states, without a bias. Each position of the sequence belongs to text or to a medium and may only predict tokens of its own kind:
+the other logits are minus infinity (DALL-E's segment masks). The joint softmax is then the softmax over the position's own rows,
+and only this is computed. Text cannot be predicted inside a picture, nor codes inside text, and the frozen tables are neither
+copied nor changed.
 
 Shape legend: ``B`` batch row, ``n`` media rows, ``D`` model width, ``P`` codes per token, ``K`` entries of a table.
 """

@@ -7,9 +7,10 @@ are trained from scratch and also used to predict codes; one next-token loss in 
 speech.
 
 Adapted: the language model is frozen and only the new rows are trained (the paper tunes the whole model); 128 clusters of
-Whisper tiny.en's features at 12.5 per second (fitted by `runs/fit_sound_codes.py`) instead of 1024 of USM's; segment masks,
-so codes and words have separate softmaxes; a position vector is added to each code's row; no task tags, because the first
-segment determines the task; no later stages that turn codes into a waveform: the output remains codes.
+Whisper tiny.en's features at 12.5 per second (fitted by `runs/fit_sound_codes.py`) instead of clusters of USM's; segment masks,
+so codes and words have separate softmaxes; a norm of the codes' own before their rows out; a position vector is added to each
+code's row; no task tags, because the first segment determines the task; no later stages that turn codes into a waveform: the
+output remains codes.
 
 Data: from the paper's tasks, LibriSpeech (https://www.openslr.org/12), cut to the recipe's length, as JSON lines with the
 words, ``--data librispeech/train.jsonl``. Our figures: ``--data digits/train.jsonl`` (`runs/write_digits.py`).

@@ -8,12 +8,12 @@ contrastive similarity, and language modelling on captions; one text tower, whic
 also the picture, by cross-attention, for the others; a trained [Encode] row for matching; a two-class head.
 
 Adapted: the text tower is the frozen language model, causal in all three modes (the paper's text encoder has its own
-bidirectional self-attention, which a frozen base cannot have); so the paper's [Encode], which precedes the words, follows
-them to see them all, and it is no row of its own but [EOI], which also follows a picture before its caption; gated
-cross-attention before every n-th layer instead of within every one; words after a picture have the positions that they
-would have behind its tokens; a resampler over the features of a frozen EfficientNet-Lite0 instead of a trained ViT; no
-momentum encoder, queue or label smoothing; the hardest negative of a batch of 16 instead of one sampled by similarity;
-captions are not bootstrapped (CapFilt).
+bidirectional self-attention, which a frozen base cannot have); so the paper's [Encode], which precedes the words, follows them
+to see them all, and it is no row of its own but [EOI], which also follows a picture before its caption; gated cross-attention
+before every n-th layer instead of within every one; words after a picture have the positions that they would have behind its
+tokens; a resampler over the features of a frozen EfficientNet-Lite0 instead of a trained ViT; no momentum encoder, queue or
+label smoothing; the hardest negative of a batch of 16 instead of one sampled by similarity; captions are not bootstrapped
+(CapFilt); a peak rate of 1e-3 instead of 3e-4, and no weight decay instead of 0.05.
 
 Data: from the paper, CC3M (``pixparse/cc3m-wds``), ``--data 'cc3m-wds/cc3m-train-*.tar'``; or COCO captions
 (``jxie/coco_captions``), ``--data 'coco_captions/data/train-*.parquet'``. Our figures: ``--data

@@ -12,11 +12,13 @@ every query, averaged, with hard negatives; generation from [DEC]; a text of at 
 queries. The transformer is equal to transformers' `Blip2QFormerModel` under each mask.
 
 Adapted: 4 blocks of width 256 from random weights instead of BERT's 12 of 768; 7 queries instead of 32; EfficientNet-Lite0
-instead of ViT-g (``encoder`` sets another); trainable rows before and after the queries. In stage 1, words enter as the frozen
-language model's embeddings through a matrix and are predicted by its frozen head (the paper's are BERT's, trained); a learned
-scale clipped at 100 as in the recipe `clip`, without label smoothing; the hardest negatives of a batch of 32 instead of some
-sampled by similarity; a text that equals another's, or whose picture is nearly the same, is no negative. Stage 2 alone is the
-default: in our one run of both, stage 1 did not pay (docs/comparison.md, `blip2_stages`).
+instead of ViT-g (``encoder`` sets another); trainable rows before and after the queries; a peak rate of 1e-3 instead of 1e-4,
+with AdamW (0.9, 0.95), which every recipe here has, instead of (0.9, 0.98), and without the weight decay of 0.05. In stage
+1, words enter as the frozen language model's embeddings through a matrix and are predicted by its frozen head (the paper's
+are BERT's, trained); projections to the joint space without a bias; a learned scale clipped at 100 as in the recipe `clip`,
+without label smoothing; the hardest negatives of a batch of 32 instead of some sampled by similarity; a text that equals
+another's, or whose picture is nearly the same, is no negative. Stage 2 alone is the default: in our one run of both, stage 1
+did not pay (docs/comparison.md, `blip2_stages`).
 
 Data: from the paper, CC3M (``pixparse/cc3m-wds``), ``--data 'cc3m-wds/cc3m-train-*.tar'``. Our figures: ``--data
 runs/clothing/photos.jsonl:held=0.1`` (`runs/write_clothing.py`).

@@ -7,10 +7,10 @@ Faithful: spans of codes are replaced by ``<mask>`` and moved after ``<infill>``
 completes pictures from both sides; no span crosses a modality boundary; guidance on logits,
 ``l_u + s (l_c - l_u)``, with no special training except empty captions.
 
-Adapted: the paper trains from scratch; here the language model is frozen, with input and output rows for codes and sentinels.
-Spans are cut only from pictures: a name is learned after its picture, which is equivalent to the paper's caption infilling.
-The unconditional side of guidance has no words instead of ``<mask>``; no retrieved neighbours precede a
-picture; one sentinel serves all spans; [BOI] and [EOI] replace the token between
+Adapted: the paper trains from scratch; here the language model is frozen, with input and output rows for codes and sentinels,
+codes being predicted behind a norm and with a bias of their own. Spans are cut only from pictures: a name is learned after
+its picture, which is equivalent to the paper's caption infilling. The unconditional side of guidance has no words instead of
+``<mask>``; no retrieved neighbours precede a picture; one sentinel serves all spans; [BOI] and [EOI] replace the token between
 modalities (the paper's ``<break>``). Pictures and schedule are those of the recipe `teal`.
 
 Data: the paper's Shutterstock pictures are not public; a public alternative is CC3M (``pixparse/cc3m-wds``), ``--data

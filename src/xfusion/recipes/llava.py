@@ -5,11 +5,11 @@ Paper: Liu et al., "Visual Instruction Tuning", NeurIPS 2023, arXiv 2304.08485.
 Faithful: ``H = W Z`` on the encoder's grid of features, whose tokens are ordinary embeddings in causal order; stage 1
 of the paper (feature alignment), which trains only the matrix, at rate 2e-3; a loss on the answer only.
 
-Adapted: the language model remains frozen, so there is no stage 2 (in which the paper trains it); 135 M parameters instead of
-Vicuna's 7 B; EfficientNet-Lite0's 7 x 7 x 1280 map instead of CLIP's 256 tokens (``encoder`` sets another encoder;
-``--model.image.codec autoencoder_kl:emoji-kl --model.image.sizes 32`` reads a codec's latents instead); trainable rows before
-and after a picture; answers are names of pictures, sometimes after a question, which always follows the picture (the paper
-puts it before or after at random).
+Adapted: a bias beside the matrix, ``H = W Z + b``; the language model remains frozen, so there is no stage 2 (in which the
+paper trains it); 135 M parameters instead of Vicuna's 7 B; EfficientNet-Lite0's 7 x 7 x 1280 map instead of CLIP's 256 tokens
+(``encoder`` sets another encoder; ``--model.image.codec autoencoder_kl:emoji-kl --model.image.sizes 32`` reads a codec's
+latents instead); trainable rows before and after a picture; answers are names of pictures, sometimes after a question, which
+always follows the picture (the paper puts it before or after at random).
 
 Data: the paper's CC3M of 595 K pairs (``liuhaotian/LLaVA-CC3M-Pretrain-595K``), ``--data images/chat.jsonl``, its
 ``chat.json`` as JSON lines next to the pictures. Our figures: ``--data runs/clothing/photos.jsonl:held=0.1``

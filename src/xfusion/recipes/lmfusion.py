@@ -6,8 +6,10 @@ Faithful: the layer (norms, Q, K, V, O and MLP copied, text modules frozen); bid
 a VAE, and DDPM on a cosine schedule with five times the weight of the text loss.
 
 Adapted: velocity prediction, where the paper predicts noise (with which little is learned in minutes, docs/training_log.md);
-linear patches of 2 x 2 latents instead of a U-Net down- and upsampler; the small VAE of emoji (``codec`` sets another). Data and
-schedule are those of the recipe `xfusion`; to compare only the layer use `dual_projection`, which also has its objective.
+linear patches of 2 x 2 latents instead of a U-Net down- and upsampler; the small VAE of emoji (``codec`` sets another). The
+data are those of the recipe `xfusion`, and so is the schedule (linear, 50 steps of warm-up), but at a peak rate of 1e-3; the
+paper's is 1e-4, falls as a cosine and warms up for 4000. To compare only the layer use `dual_projection`, which also has its
+objective.
 
 Data: the paper's pictures are not public; a public alternative is CC3M (``pixparse/cc3m-wds``), ``--data
 'cc3m-wds/cc3m-train-*.tar'``. Our figures: ``--data emoji:64``.

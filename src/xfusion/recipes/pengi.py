@@ -5,9 +5,10 @@ Paper: Deshmukh et al., "Pengi: An Audio Language Model for Audio Tasks", NeurIP
 Faithful: the pooled vector with unit length; a linear map to as many rows as the prefix has, next to learned constants; a
 pre-norm transformer whose last rows are the prefix; a frozen decoder; a loss on the answer only.
 
-Adapted: Whisper's frozen encoder, pooled over time, instead of HTS-AT, which the paper trains; the question's words
-are ordinary input, where the paper maps them through CLIP's text tower and a second mapper; 10 rows and 2 layers instead of
-40 and 4; spoken digits instead of 3.4 M pairs in eight templates.
+Adapted: Whisper's frozen encoder, pooled over time, instead of HTS-AT, which the paper trains; the question's words are
+ordinary input, where the paper maps them through CLIP's text tower and a second mapper; the prefix is multiplied by a learned
+number, which begins at the scale of the base's embeddings; 10 rows and 2 layers instead of 40 and 4; spoken digits instead of
+3.4 M pairs in eight templates.
 
 Data: from the paper, Clotho (https://zenodo.org/records/4783391), cut to the recipe's length, as JSON lines with the
 captions, ``--data clotho/train.jsonl``. Our figures: ``--data digits/train.jsonl`` (`runs/write_digits.py`).

@@ -7,11 +7,11 @@ Faithful: causal queries over the features of a frozen encoder, cross-attention 
 and a codebook; a transformer that turns codes into features and a frozen decoder that turns these into a picture; codes are
 new words with one next-token loss.
 
-Adapted: the frozen encoder and decoder are those of the emoji autoencoder, not a vision transformer and unCLIP, so
-codes describe appearance, not meaning; the tokenizer learns to reconstruct features, without the paper's contrastive loss to
-captions; 16 codes of 512 instead of 32 of 8192. The codec is shipped as `emoji-seed`;
-`runs/train_emoji_causal_codes.py` trains another. The language model is frozen without low-rank deltas. Data and schedule
-are those of the recipe `teal`.
+Adapted: the frozen encoder and decoder are those of the emoji autoencoder, not a vision transformer and unCLIP, so codes
+describe appearance, not meaning; the tokenizer learns to reconstruct features, without the paper's contrastive loss to
+captions; 16 codes of 512 instead of 32 of 8192. The codec is shipped as `emoji-seed`; `runs/train_emoji_causal_codes.py`
+trains another. The language model is frozen without low-rank deltas, and codes are predicted behind a norm and with a bias of
+their own. Data and schedule are those of the recipe `teal`.
 
 Data: from the paper, CC3M (``pixparse/cc3m-wds``), ``--data 'cc3m-wds/cc3m-train-*.tar'``. Our figures: ``--data
 emoji:64``.

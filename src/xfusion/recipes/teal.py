@@ -6,11 +6,11 @@ Faithful: an off-the-shelf tokenizer's codes; a trainable non-text embedding mat
 next to the frozen ones; a frozen language model (the paper's first stage); next-token cross-entropy, and a
 de-tokenizer that draws.
 
-Adapted: the emoji quantiser, 4 x 4 codes of 512 at 32 px (`runs/train_emoji_codes.py`), instead of SEED's or
-BEiT's; segment masks, so codes and words have separate softmaxes; row and column vectors added to the codes' rows;
-a separate norm before the output matrix; 10 % empty captions for guidance; pictures only, while the paper also reads
-sound as codes (as `audiopalm` does). The second stage, which also tunes a few
-parameters of the language model, is left out. Data and schedule are those of the recipe `xfusion`.
+Adapted: the emoji quantiser, 4 x 4 codes of 512 at 32 px (`runs/train_emoji_codes.py`), instead of SEED's or BEiT's; segment
+masks, so codes and words have separate softmaxes; row and column vectors added to the codes' rows; a separate norm before the
+output matrix, which has a bias; 10 % empty captions for guidance; pictures only, while the paper also reads sound as codes (as
+`audiopalm` does). The second stage, which also tunes a few parameters of the language model, is left out. Data and schedule
+are those of the recipe `xfusion`.
 
 Data: from the paper, COCO captions (``jxie/coco_captions``), ``--data 'coco_captions/data/train-*.parquet'``. Our
 figures: ``--data emoji:64``.

@@ -7,9 +7,10 @@ Faithful: shared weights for all positions; attention is causal over the sequenc
 patches of a VAE's latents; DDPM on a cosine schedule with five times the weight of the text loss; pictures before their words
 are noised by at most half, and then also have the diffusion loss.
 
-Adapted: the paper trains from scratch; here the blocks start as copies of the language model's, so it is the
-single tower at every layer. The prediction target, the VAE and the rest are those of the recipe `lmfusion`; to compare only the
-layer use `single_tower`, which has the objective of `xfusion`.
+Adapted: the paper trains from scratch; here the blocks start as copies of the language model's, so it is the single tower at
+every layer. Drawing takes 25 steps at a guidance of 1.5 unless asked for others; the paper's takes 250, at 3 in its ablations
+and 5 in its comparisons. The prediction target, the VAE, the rate and the rest are those of the recipe `lmfusion`; to compare
+only the layer use `single_tower`, which has the objective of `xfusion`.
 
 Data: the paper's pictures are not public; a public alternative is CC3M (``pixparse/cc3m-wds``), ``--data
 'cc3m-wds/cc3m-train-*.tar'``. Our figures: ``--data emoji:64``.

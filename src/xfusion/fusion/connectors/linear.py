@@ -1,4 +1,4 @@
-"""One matrix: ``H = W Z`` (LLaVA, arXiv 2304.08485, equation 1)."""
+"""One matrix and a bias: ``H = W Z + b`` (LLaVA, arXiv 2304.08485, equation 1, which has no b)."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """Pengi's mapper: one vector per sound becomes a prefix of K rows (arXiv 2305.11834, section 3; ClipCap's, arXiv 2111.09734).
 
-    p = T([reshape(W a / |a|); c])[-K:]
+    p = g T([reshape(W a / |a| + b); c])[-K:]
 
-with a the mean of an item's features, W a linear map to K rows of the model's width, K learned rows c, and pre-norm layers
-T, of whose output only the rows of c are kept.
+with a the mean of an item's features, W and b a linear map to K rows of the model's width, K learned rows c, and pre-norm layers
+T, of whose output only the rows of c are kept. The papers have no g, a learned number that begins at the scale of the base's
+embeddings: rows of unit scale would be many times as large as words.
 
 Shape legend: ``N`` media items, ``K`` rows of an item, ``D`` model width.
 """
