@@ -7,13 +7,15 @@ a recipe would take from a hub is a random one of the same shape.
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from contracts.table import Noise, trained
-from recipes.narrow import every, narrowed
+from recipes.narrow import SAMPLES, every, narrowed
 
 from xfusion.data.mixture import Mixture
+from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import open_source
 from xfusion.model import Model, build
 
@@ -58,3 +60,30 @@ def test_a_recipe_trains_as_it_stands(name, bases_of, tones, whisper, codes, sam
     assert len({layer for layer, _ in idle}) == len(
         idle
     )  # of three experts each token takes two: one of a layer may get none
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", every())
+def test_a_recipe_of_one_task_alone_trains_or_is_refused(name, bases_of, tones, whisper, codes, tmp_path):
+    """Drawing or captioning samples only: finite steps if the recipe has such samples, and one line before the first if not.
+
+    Every token has a part in a balance of experts.
+    """
+    recipe, base = narrowed(name, bases_of, whisper, codes, steps=2)
+    source = open_source(tones) if recipe.model.audio else Noise()
+    for task in ("draw", "caption"):
+        alone = {"draw": 0, "caption": 0, task: SAMPLES}
+        stages = [replace(stage, mixture=replace(stage.mixture, **alone)) for stage in recipe.stages]
+        settings = {
+            "recipe": replace(recipe, stages=tuple(stages)),
+            "base": base,
+            "out": tmp_path / task,
+            "source": source,
+        }
+        if any(getattr(stage.mixture, task) for stage in recipe.stages) or name.startswith("moe_llava"):
+            _, losses = trained(**settings)
+            assert len(losses) == 2 and all(step and all(map(math.isfinite, step.values())) for step in losses)
+        else:
+            with pytest.raises(XFusionError, match="^stage 0 would teach nothing: ") as error:
+                trained(**settings)
+            assert "\n" not in str(error.value)

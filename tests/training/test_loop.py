@@ -524,6 +524,13 @@ def test_a_stage_that_would_teach_nothing_is_refused(bases, tmp_path):
     ):
         train(bases["llama"], tmp_path / "run", recipe_=reading, steps=2)
     assert not (tmp_path / "run" / "pack").exists()
+    captions = MixtureConfig(draw=0, caption=2, pack=2)
+    silent = recipe(bases["llama"], mixture=captions).with_model(text=NextToken.Config(weight=0.0))
+    message = (
+        r"losses \(flow_matching\) have no part in 0 drawing and 2 captioning samples"  # that of words weighs nothing
+    )
+    with pytest.raises(XFusionError, match=message):
+        train(bases["llama"], tmp_path / "silent", recipe_=silent, steps=2)
 
 
 def test_a_budget_of_few_slow_steps_is_kept(bases, tmp_path, monkeypatch):

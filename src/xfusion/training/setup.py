@@ -132,11 +132,12 @@ def check_learned(stage_number: int, stage: Stage, model: Model, batches: Sequen
     """Check that a step of a stage teaches something.
 
     Raises:
-        XFusionError: no objective of the recipe has a loss in any of its batches.
+        XFusionError: no objective of the recipe has a loss of any weight in its batches.
     """
     counts = [objective.count(batch) for objective in model.objectives for batch in batches]
-    if not any(count for by_name in counts for count in by_name.values()):
-        mixture, names = stage.mixture, ", ".join(o.name for o in model.objectives if o.weights) or "none"
+    weighted = [name for objective in model.objectives for name, weight in objective.weights.items() if weight]
+    if not any(by_name.get(name) for by_name in counts for name in weighted):
+        mixture, names = stage.mixture, ", ".join(weighted) or "none"
         raise XFusionError(
             f"stage {stage_number} would teach nothing: the recipe's losses ({names}) have no part in {mixture.draw} drawing and"
             f" {mixture.caption} captioning samples; set --stages.{stage_number}.mixture.draw or .caption"
