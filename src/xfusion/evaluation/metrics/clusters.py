@@ -1,14 +1,34 @@
-"""Confidence interval of a share whose questions come in clusters, such as pictures with one sentence: a cluster bootstrap."""
+"""Confidence intervals by resampling: of any statistic of items, and of a share whose questions come in clusters, such as
+pictures with one sentence (a cluster bootstrap)."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
 
 RESAMPLES = 2000
-"""Number of bootstrap samples of the clusters, with replacement."""
+"""Number of bootstrap samples of the items or clusters, with replacement."""
+FEWEST = 5
+"""Fewest items or clusters for which an interval is given."""
+
+
+def bootstrap(statistic: Callable[[Tensor], Tensor], count: int, *, seed: int = 0) -> list[float] | None:
+    """The 95 % interval of a statistic of ``count`` items: its quantiles over resampled items.
+
+    Args:
+        statistic: numbers of items, int64 ``[R, count]`` -> the statistic of each row, ``[R]``.
+        count: number of items.
+        seed: seed of the resampling.
+
+    Returns:
+        lower and upper end, or None if there are fewer than five items.
+    """
+    if count < FEWEST:
+        return None
+    resampled = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(seed))
+    return statistic(resampled).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
 
 
 def interval(values: Tensor, clusters: Sequence[Hashable], *, seed: int = 0) -> list[float] | None:
@@ -22,14 +42,10 @@ def interval(values: Tensor, clusters: Sequence[Hashable], *, seed: int = 0) -> 
     """
     cluster_ids: dict[Hashable, int] = {}
     cluster_index = torch.tensor([cluster_ids.setdefault(cluster, len(cluster_ids)) for cluster in clusters])
-    if len(cluster_ids) < 5:
-        return None
     total = torch.zeros(len(cluster_ids), dtype=torch.float64).index_add(0, cluster_index, values.double().cpu())
     count = torch.zeros(len(cluster_ids), dtype=torch.float64).index_add(
         0, cluster_index, torch.ones_like(cluster_index).double()
     )
-    resampled = torch.randint(
-        len(cluster_ids), (RESAMPLES, len(cluster_ids)), generator=torch.Generator().manual_seed(seed)
+    return bootstrap(
+        lambda resampled: total[resampled].sum(dim=1) / count[resampled].sum(dim=1), len(cluster_ids), seed=seed
     )
-    means = total[resampled].sum(dim=1) / count[resampled].sum(dim=1)
-    return means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
