@@ -47,7 +47,6 @@ from xfusion.comparison.plan import (
     split_label,
 )
 from xfusion.comparison.results import portable
-from xfusion.comparison.run import text_keeping
 from xfusion.comparison.table import contributions, regime_of
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.sequence import XFusionError
@@ -56,6 +55,7 @@ from xfusion.evaluation import verify
 from xfusion.evaluation.machine import commit
 from xfusion.evaluation.suites import emoji
 from xfusion.evaluation.suites.emoji import choose_examples, part_of
+from xfusion.evaluation.verify import text_keeping
 from xfusion.fusion.connectors.query_transformer import Queries
 from xfusion.fusion.dual_tower import DualTower
 from xfusion.fusion.prefix import Prefix

@@ -253,11 +253,27 @@ def _scores(scores: dict[str, Any] | None) -> str:
 def _proof(config: dict[str, Any], model: Model) -> str:
     declared = f"Regime: {model.regime}. {TEXT_OF[model.regime]}"
     proof = config.get("proof")
-    if not proof:
-        return f"{declared} No proof is recorded here; `xfusion verify FOLDER_OR_HUB_ID` makes one."
-    settings = proof["settings"]
-    verdict = "bit for bit the base's" if proof["text_identical"] else "NOT the base's"
-    return f"{declared} `xfusion verify` found it {verdict} ({settings['dtype']} on {settings['device']})."
+    found = "No proof is recorded here; `xfusion verify FOLDER_OR_HUB_ID` makes one."
+    if proof:
+        settings = proof["settings"]
+        verdict = "bit for bit the base's" if proof["text_identical"] else "NOT the base's"
+        found = f"`xfusion verify` found it {verdict} ({settings['dtype']} on {settings['device']})."
+    rows = _perplexities(config)
+    return "\n\n".join([f"{declared} {found}", *([_table(rows)] if rows else [])])
+
+
+def _perplexities(config: dict[str, Any]) -> dict[str, str]:
+    """The recorded perplexities of the base and of the fused stack: at the end of training, and those of the proof."""
+    kept, proven = config.get("text_keeping") or {}, (config.get("proof") or {}).get("perplexity") or {}
+    pairs = {
+        "perplexity of the bundled prompts": (kept.get("text_perplexity_base"), kept.get("text_perplexity_fused")),
+        "perplexity in the proof": (proven.get("base"), proven.get("fused")),
+    }
+    return {
+        name: f"{base:.4g} (base), {fused:.4g} (with this pack)"
+        for name, (base, fused) in pairs.items()
+        if isinstance(base, float) and isinstance(fused, float)
+    }
 
 
 def _limits(config: dict[str, Any], model: Model) -> str:

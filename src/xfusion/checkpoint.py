@@ -159,8 +159,8 @@ def save(
     """Write a pack; the folder appears whole or not at all.
 
     Facts recorded in the pack that the model was loaded from are written again as long as the weights are unchanged.
-    Facts given here replace them. Of weights that ``dtype`` rounds nothing was measured or proved: their scores and proof are
-    left out, how they were trained and their licence are not.
+    Facts given here replace them. Of weights that ``dtype`` rounds nothing was measured or proved: scores, proof and perplexities
+    are left out, how they were trained and their licence are not.
 
     Args:
         model: the trained model.
@@ -250,7 +250,7 @@ def _unchanged_facts(model: Model, state: dict[str, torch.Tensor], is_exact: boo
     record = model.recorded
     if record is None or not _has_recorded_weights(model, state):
         return {}
-    outdated = set() if is_exact else {"scores", "proof"}
+    outdated = set() if is_exact else {"scores", "proof", "text_keeping"}
     if record.opening != _opening_fingerprint(model):
         outdated.add("opening")
     return {key: value for key, value in record.facts.items() if key not in outdated}
@@ -442,11 +442,16 @@ def push(
 
 
 def add_facts(
-    folder: Path, model: Model, *, scores: dict[str, Any] | None = None, proof: dict[str, Any] | None = None
+    folder: Path,
+    model: Model,
+    *,
+    scores: dict[str, Any] | None = None,
+    proof: dict[str, Any] | None = None,
+    text_keeping: dict[str, Any] | None = None,
 ) -> None:
-    """Record ``scores`` or a ``proof`` in a pack that has a folder of its own, and rewrite its card.
+    """Record ``scores``, a ``proof`` or perplexities (``text_keeping``) in a pack that has a folder of its own, and rewrite its card.
 
-    A pack of an older version also gets what it does not record of its base's function; without scores and proof, only this.
+    A pack of an older version also gets what it does not record of its base's function; without new facts, only this.
 
     Raises:
         XFusionError: the model or its base is not the pack's, or the folder also contains other files.
@@ -457,7 +462,8 @@ def add_facts(
         for name in (WEIGHTS, OPENING):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, temporary / name)
-        config |= {name: value for name, value in (("scores", scores), ("proof", proof)) if value is not None}
+        facts = {"scores": scores, "proof": proof, "text_keeping": text_keeping}
+        config |= {name: value for name, value in facts.items() if value is not None}
         config["base_function"] = _completed_function(config, model.backbone)
         _write_config_and_card(temporary, config, model)
     model.recorded = Record.of(config, model, state)

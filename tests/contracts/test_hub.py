@@ -64,7 +64,11 @@ def test_a_pack_goes_to_the_hub_and_comes_back(bases, hub, tmp_path, capsys):
         xfusion.load("org/none")
 
 
-PROOF = {"text_identical": True, "settings": {"dtype": "float32", "device": "cpu"}}
+PROOF = {
+    "text_identical": True,
+    "perplexity": {"base": 38.1104, "fused": 40.5},
+    "settings": {"dtype": "float32", "device": "cpu"},
+}
 SCORES = {"fit_caption_exact": 0.98765, "settings": {"suite": "emoji", "seed": 0, "versions": {"torch": "2.13.0"}}}
 TRAINING = {"data": "emoji", "data_licence": "CC-BY-SA-4.0", "runs": [{"command": "xfusion train xfusion"}]}
 
@@ -83,6 +87,7 @@ def test_what_a_pack_recorded_goes_along_with_its_weights(bases, hub, tmp_path):
 
     loaded = xfusion.load(tmp_path / "pack", backbone=bases["llama"])
     assert pushed(loaded) == written and pushed(model) == written
+    assert "| perplexity in the proof | 38.11 (base), 40.5 (with this pack) |" in written
     loaded.save_pretrained(tmp_path / "again", licence="cc-by-4.0")
     assert (tmp_path / "again" / "README.md").read_text() == written.replace(
         "license: mit", "license: cc-by-4.0"

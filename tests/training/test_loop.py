@@ -17,6 +17,7 @@ from training.runs import StopAt, log, pack_of, plan_of, recipe, same, state_of,
 
 import xfusion
 import xfusion.fusion.base as fusion_base
+from xfusion import checkpoint
 from xfusion.backbone import Backbone
 from xfusion.data.latents import encode
 from xfusion.data.mixture import Mixture, MixtureConfig, Prefetcher
@@ -24,6 +25,7 @@ from xfusion.data.mixture import _fit as fit_
 from xfusion.data.sequence import Batch, Text, XFusionError
 from xfusion.data.sources import open_source
 from xfusion.data.templates import Templates
+from xfusion.evaluation.verify import text_keeping
 from xfusion.modalities.codecs.pixels import Pixels
 from xfusion.modalities.port import MediaPort
 from xfusion.model import Model
@@ -33,7 +35,7 @@ from xfusion.objectives.next_token import NextToken
 from xfusion.training import loop, pace, progress, setup, states
 from xfusion.training.loop import Interrupted
 from xfusion.training.optimizer import Optimizer
-from xfusion.training.stages import Stage
+from xfusion.training.stages import Recipe, Stage
 
 PLAIN = Templates(caption_dropout=0, article_share=0, other_wordings=0, question_share=0)
 
@@ -863,6 +865,40 @@ def test_training_leaves_the_base_and_learns(bases, tmp_path):
     ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
     assert torch.equal(model.text_logits(ids), model.text_logits(ids, stack="fused"))
     assert model.engine.backbone is base  # what is returned computes with the base itself
+
+
+@pytest.mark.parametrize(
+    ("fusion", "said"),
+    [
+        ("dual tower", "text      unchanged (bit for bit)"),
+        ("single tower", "text      will change: the recipe trains parts that words pass through (as in the paper)"),
+        ("lora", "text      will change: low-rank deltas lie on the base's layers, and without them it is the base's"),
+    ],
+)
+def test_a_run_says_what_becomes_of_the_text(bases, tmp_path, fusion, said):
+    """Perplexities of text that changes are those of the trained model, printed, logged, in the pack and on its card."""
+    base, told = bases["llama"], io.StringIO()
+    stages = (Stage(steps=3, warmup=1, rate=1e-2, mixture=MixtureConfig(draw=4, caption=4, pack=2)),)
+    run = Recipe(model=model_config(base, fusion), data="noise", stages=stages)
+    model = train(base, tmp_path, recipe_=run, console=Console(file=told, width=400))
+    assert said in told.getvalue().splitlines()
+    (end,) = log(tmp_path, "end")
+    config = json.loads((tmp_path / "pack" / "config.json").read_text())
+    card = (tmp_path / "pack" / "README.md").read_text()
+    if fusion == "dual tower":
+        assert "text" not in end and "text_keeping" not in config and "perplexity" not in told.getvalue() + card
+        return
+    wanted = text_keeping(model)
+    assert wanted["text_perplexity_change"] != 0
+    assert end["text"] == config["text_keeping"] == wanted
+    both = "{text_perplexity_base:.4g} (base), {text_perplexity_fused:.4g}".format_map(wanted)
+    assert f"text      perplexity of the bundled prompts: {both} (trained)" in told.getvalue()
+    assert f"| perplexity of the bundled prompts | {both} (with this pack) |" in card
+    loaded = xfusion.load(tmp_path / "pack", backbone=base)
+    checkpoint.save(loaded, tmp_path / "same")
+    checkpoint.save(loaded, tmp_path / "rounded", dtype=torch.bfloat16)
+    assert "text_keeping" in json.loads((tmp_path / "same" / "config.json").read_text())
+    assert "text_keeping" not in json.loads((tmp_path / "rounded" / "config.json").read_text())
 
 
 def test_bfloat16_training_keeps_float32_masters(bases, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import os
 import re
 import shutil
@@ -16,7 +15,6 @@ from typing import Any, Literal
 import torch
 from filelock import FileLock, Timeout
 from PIL import Image as PILImage
-from torch.nn.functional import cross_entropy
 
 from xfusion import checkpoint
 from xfusion.backbone import Backbone
@@ -57,11 +55,11 @@ from xfusion.comparison.results import (
 from xfusion.comparison.table import summarise
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import Sounds, Source, open_source
-from xfusion.evaluation import verify
 from xfusion.evaluation.machine import commit, machine
 from xfusion.evaluation.run import Progress, check, evaluate, silent
 from xfusion.evaluation.suites.emoji import choose_examples
 from xfusion.evaluation.unseen import held_out
+from xfusion.evaluation.verify import text_keeping
 from xfusion.modalities.audio import AudioModality
 from xfusion.modalities.image import ImageModality
 from xfusion.model import Model, build
@@ -120,33 +118,6 @@ def compare(
     comparison = _Comparison(recipes, plan, Path(out), work, backbone, device, source, held, encoder, command, progress)
     comparison.run()
     return summarise(out)
-
-
-@torch.no_grad()
-def text_keeping(model: Model) -> dict[str, float | bool]:
-    """Whether the base's text is preserved: the texts of `verify` through the base and through the fused stack.
-
-    Returns:
-        ``text_bit_equal``, ``text_perplexity_base``, ``text_perplexity_fused`` and ``text_perplexity_change`` (fused minus
-        base; per token, over all texts of two or more tokens).
-    """
-    bit_equal, num_tokens, losses = True, 0, {"base": 0.0, "fused": 0.0}
-    for _, text in verify.PROMPTS:
-        ids = torch.tensor([model.backbone.encode(text)[: model.backbone.context_length]], device=model.backbone.device)
-        if not ids.numel():
-            continue
-        logits = {stack: model.text_logits(ids, stack=stack) for stack in losses}
-        bit_equal = bit_equal and verify.bit_equal(logits["base"], logits["fused"])
-        num_tokens += ids.shape[1] - 1
-        for stack, stack_logits in logits.items():
-            losses[stack] += float(cross_entropy(stack_logits[0, :-1].double(), ids[0, 1:], reduction="sum"))
-    base, fused = (math.exp(min(losses[stack] / max(num_tokens, 1), 700.0)) for stack in ("base", "fused"))
-    return {
-        "text_bit_equal": bit_equal,
-        "text_perplexity_base": base,
-        "text_perplexity_fused": fused,
-        "text_perplexity_change": fused - base,
-    }
 
 
 def _at_rate(recipe: Recipe, factor: float, seed: int) -> Recipe:

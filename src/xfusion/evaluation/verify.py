@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Sequence, Text
@@ -148,6 +149,33 @@ def verify(model: Model, progress: Progress | None = None) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
+def text_keeping(model: Model) -> dict[str, float | bool]:
+    """Whether the base's text is preserved: the bundled prompts through the base and through the fused stack.
+
+    Returns:
+        ``text_bit_equal``, ``text_perplexity_base``, ``text_perplexity_fused`` and ``text_perplexity_change`` (fused minus
+        base; per token, over all texts of two or more tokens).
+    """
+    equal, num_tokens, losses = True, 0, {"base": 0.0, "fused": 0.0}
+    for _, text in PROMPTS:
+        ids = torch.tensor([model.backbone.encode(text)[: model.backbone.context_length]], device=model.backbone.device)
+        if not ids.numel():
+            continue
+        logits = {stack: model.text_logits(ids, stack=stack) for stack in losses}
+        equal = equal and bit_equal(logits["base"], logits["fused"])
+        num_tokens += ids.shape[1] - 1
+        for stack, stack_logits in logits.items():
+            losses[stack] += float(cross_entropy(stack_logits[0, :-1].double(), ids[0, 1:], reduction="sum"))
+    base, fused = (math.exp(min(losses[stack] / max(num_tokens, 1), 700.0)) for stack in ("base", "fused"))
+    return {
+        "text_bit_equal": equal,
+        "text_perplexity_base": base,
+        "text_perplexity_fused": fused,
+        "text_perplexity_change": fused - base,
+    }
+
+
 @contextmanager
 def randomised(model: Model, seed: int = 0) -> Iterator[None]:
     """Replace every learned weight by noise inside the block, and restore it bit-identically afterwards."""
@@ -238,7 +266,7 @@ def _perplexity(model: Model, stack: Any) -> float:
     ids = torch.tensor([model.backbone.encode(STORY)], device=model.backbone.device)
     ids = ids[:, : model.backbone.context_length]
     logits = stack(ids).logits.float()[0, :-1]
-    return math.exp(torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item())
+    return math.exp(cross_entropy(logits, ids[0, 1:]).item())
 
 
 def bit_equal(first: Tensor, second: Tensor) -> bool:

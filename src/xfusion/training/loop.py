@@ -30,6 +30,8 @@ from xfusion.card import training_runs
 from xfusion.data.mixture import Prefetcher, WeightedBatch
 from xfusion.data.sequence import Batch, XFusionError
 from xfusion.data.sources import Source, stated_licence
+from xfusion.evaluation.run import finite
+from xfusion.evaluation.verify import text_keeping
 from xfusion.modalities.image import ImageModality
 from xfusion.model import Model
 from xfusion.training import outputs, resuming, setup, states, summary
@@ -299,9 +301,11 @@ class _Run:
         if signal_number:
             self.track.print(f"stopped at step {progress.step}; go on with --resume")
             raise Interrupted(f"training stopped at step {progress.step}; go on with --resume", stop.code)
+        text_kept = self._record_text()
         if self.preview_every:
             self.preview()
         facts = {"samples": progress.samples, "tokens": progress.tokens, "seconds": progress.seconds}
+        facts |= {} if text_kept is None else {"text": text_kept}
         self.track.event(event="end", step=progress.step, **facts, **self.graphs.facts())
         self._check_track()
         return self.model
@@ -621,6 +625,23 @@ class _Run:
         pack = self.out / "pack"
         self.model = outputs.write_pack(pack, self.model, facts, self.sharding, self.processes, collective=collective)
         self.sharding = None
+
+    def _record_text(self) -> dict[str, Any] | None:
+        """Measure what the run made of the base's text, and record it in the pack; None if the fusion preserves it."""
+        if self.model.fusion.preserves_text:
+            return None
+        text_kept: dict[str, Any] | None = None
+        with self.processes.first_alone():
+            if self.processes.is_first:
+                measured = text_keeping(self.model)
+                text_kept = finite(measured)
+                checkpoint.add_facts(self.out / "pack", self.model, text_keeping=text_kept)
+                self.track.print(
+                    "text      perplexity of the bundled prompts: {text_perplexity_base:.4g} (base),"
+                    " {text_perplexity_fused:.4g} (trained)".format_map(measured)
+                )
+        self.model.recorded = self.processes.broadcast(self.model.recorded)
+        return text_kept
 
     def _log_memory(self) -> None:
         """Log the memory that the processes hold after the last step."""

@@ -14,6 +14,12 @@ from xfusion.training.processes import Processes, Shard, num_bytes
 from xfusion.training.setup import Prompts
 from xfusion.training.stages import Recipe
 
+TEXT_OF = {
+    "strictly frozen": "unchanged (bit for bit)",
+    "LoRA": "will change: low-rank deltas lie on the base's layers, and without them it is the base's",
+    "as in the paper": "will change: the recipe trains parts that words pass through (as in the paper)",
+}
+"""What becomes of the base's text, by regime."""
 SHARD_TEXT = {
     "none": "each with all weights",
     "new": "the new weights divided among them, the base whole in each",
@@ -43,6 +49,7 @@ def lines(
     yield f"new       {model.num_new_parameters / 1e6:.1f} M weights ({100 * model.num_new_parameters / frozen:.1f} %)"
     for index, origins in model.fusion.taken.items():
         yield f"start     layer {index}: " + ", ".join(f"{new_name} <- {name}" for new_name, name in origins.items())
+    yield f"text      {TEXT_OF[model.regime]}"
     tokens = ", ".join(str(math.prod(model.modality.grid(size))) for size in model.modality.sizes)
     yield f"data      {source.spec}: {len(source.examples)} {model.modality.described}, {tokens} tokens"
     shots = f" behind {stage.mixture.shots} solved examples each" if stage.mixture.shots else ""
