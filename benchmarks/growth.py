@@ -124,7 +124,7 @@ class Step:
         fusion = DualTower.Config(stride=min(5, base.num_layers), mlp=mlp)
         self.point, self.model = point, build(ModelConfig(fusion=fusion, image=image), base)
         self.dtype, reason = choose_compute_dtype(base.device)
-        self.engine = self.model.training_engine(self.dtype, reason, choose_attention(base.device), compile)
+        self.engine = self.model.training_engine(self.dtype, reason, choose_attention(base.device)[0], compile)
         self.optimizer = Optimizer(self.model.named_new_parameters())
         self.batch, self.timings = batch_of(self.model, point), list[float]()
 

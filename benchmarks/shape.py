@@ -190,7 +190,7 @@ def main(settings: Settings) -> None:
     image = ImageModality.Config(patch=4, sizes=(4 * settings.side,))
     model = build(ModelConfig(fusion=DualTower.Config(stride=settings.stride), image=image), backbone)
     optimizer = Optimizer(model.named_new_parameters())
-    attention = choose_attention(device, settings.attention)
+    attention, _ = choose_attention(device, settings.attention)
     result: dict[str, object] = {
         **origin("benchmarks"),
         "shape": settings.shape,

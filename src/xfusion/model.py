@@ -383,7 +383,7 @@ class Model(nn.Module):
         """Inside the ``with`` block a CPU computes attention as plain products, over the same weights: a picture after a few
         words is a short sequence (docs/speed.md). An engine over weights other than the base's own is left unchanged.
         """
-        engine, attention = self._engine, choose_attention(self.device)
+        engine, (attention, _) = self._engine, choose_attention(self.device)
         if engine.backbone is not self.backbone or self.backbone.attention != "sdpa":
             yield
             return

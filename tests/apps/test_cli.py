@@ -34,6 +34,7 @@ from xfusion.apps import cli
 from xfusion.apps.commands.pictures import file_name
 from xfusion.apps.commands.show import training_memory
 from xfusion.backbone import Backbone
+from xfusion.backbone.attention import choose_attention
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.templates import Templates
 from xfusion.model import Model
@@ -700,7 +701,7 @@ def test_data_check_finds_the_control_tokens_of_a_base(run, photos, base):
 
 def test_doctor(run):
     found = run("doctor", "--json").json
-    assert {"device", "dtype", "dtype_reason", "threads", "versions", "cache", "embedded_base", "extras"} <= set(found)
+    assert {"device", "dtype", "dtype_reason", "attention", "threads", "versions", "cache", "embedded_base", "extras"} <= set(found)
     project = tomllib.loads((SOURCE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     for extra, names_of in found["extras"].items():
         said = [re.match(r"[\w-]+", text)[0] for text in project["optional-dependencies"][extra]]
@@ -708,6 +709,8 @@ def test_doctor(run):
     assert set(project["optional-dependencies"]) - set(found["extras"]) == {"docs", "bench", "dev"}
     assert found["versions"]["torch"]
     assert "base" not in found
+    assert (found["attention"], found["attention_reason"]) == choose_attention(torch.device(found["device"]))
+    assert re.search(r"^attention +{attention}: {attention_reason}$".format_map(found), run("doctor").out, re.MULTILINE)
 
 
 def test_doctor_tries_a_base(run, base):
@@ -732,6 +735,10 @@ def test_doctor_tries_other_families(run, tmp_path, family, layer, attention, wi
     found = ran.json["base"]
     assert ran.code == 0 and all(check["passed"] for check in found["checks"])
     assert (found["layer_class"], found["attention"], found["windows"]) == (layer, attention, windows)
+    in_training = ("grouped", choose_attention(torch.device("cpu"))[1])
+    if family == "gemma2":
+        in_training = ("eager", "Gemma2ForCausalLM has no sdpa, so the base's own stays")
+    assert (found["training_attention"], found["training_attention_reason"]) == in_training
     assert found["longest"] is None
 
 

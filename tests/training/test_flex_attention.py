@@ -116,4 +116,4 @@ def test_what_cannot_be_trained_here_is_refused():
         choose_attention(torch.device("cpu"), "flex_attention")
     with pytest.raises(XFusionError, match="attention 'flash' is not one of grouped, eager, sdpa, flex_attention"):
         choose_attention(torch.device("cpu"), "flash")
-    assert choose_attention(torch.device("cuda"), "flex_attention") == "flex_attention"
+    assert choose_attention(torch.device("cuda"), "flex_attention") == ("flex_attention", "as asked")

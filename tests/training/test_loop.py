@@ -901,6 +901,24 @@ def test_a_run_says_what_becomes_of_the_text(bases, tmp_path, fusion, said):
     assert "text_keeping" not in json.loads((tmp_path / "rounded" / "config.json").read_text())
 
 
+@pytest.mark.parametrize(
+    ("family", "asked", "attention", "reason"),
+    [
+        ("llama", None, "grouped", "plain products are faster than the fused kernel on a CPU's short sequences"),
+        ("llama", "sdpa", "sdpa", "as asked"),
+        ("gemma2", None, "eager", "Gemma2ForCausalLM has no sdpa, so the base's own stays"),
+    ],
+)
+def test_a_run_says_which_attention_computes_and_why(bases, tmp_path, family, asked, attention, reason):
+    told = io.StringIO()
+    model = train(bases[family], tmp_path, steps=1, attention=asked, console=Console(file=told, width=400))
+    assert f"attention {attention}: {reason}" in told.getvalue().splitlines()
+    (start,) = log(tmp_path, "start")
+    assert (start["attention"], start["attention_reason"]) == (attention, reason)
+    engine = model.training_engine(torch.float32, "", asked or "grouped", False)
+    assert engine.backbone.attention == attention
+
+
 def test_bfloat16_training_keeps_float32_masters(bases, tmp_path):
     model = train(bases["llama"], tmp_path, steps=3, dtype=torch.bfloat16)
     assert {p.dtype for p in model.new_parameters()} == {torch.float32}

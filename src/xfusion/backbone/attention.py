@@ -11,8 +11,9 @@ ATTENTIONS = ("grouped", "eager", "sdpa", "flex_attention")
 (`xfusion.layers.grouped_attention`); the family's own plain products; torch's fused kernel; FlexAttention over block masks."""
 
 
-def choose_attention(device: torch.device, implementation: str | None = None) -> str:
-    """The attention for training and drawing: on a CPU ``grouped``, which is faster on short sequences (docs/speed.md).
+def choose_attention(device: torch.device, implementation: str | None = None) -> tuple[str, str]:
+    """The attention for training and drawing, with the reason: on a CPU ``grouped``, which is faster on short sequences
+    (docs/speed.md).
 
     Args:
         device: the device of the run.
@@ -29,5 +30,7 @@ def choose_attention(device: torch.device, implementation: str | None = None) ->
             " take sdpa or eager"
         )
     if implementation is not None:
-        return implementation
-    return "grouped" if device.type == "cpu" else "sdpa"
+        return implementation, "as asked"
+    if device.type == "cpu":
+        return "grouped", "plain products are faster than the fused kernel on a CPU's short sequences"
+    return "sdpa", "torch's fused kernel"

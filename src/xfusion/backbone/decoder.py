@@ -538,7 +538,7 @@ class Backbone:
 
         The text path, ``verify`` and ``text_logits`` never use this copy.
         """
-        attention = self._supported_attention(attention)
+        attention, _ = self.supported_attention(attention)
         if dtype == self.dtype:
             return self if attention == self.attention else self.over_same_weights(attention)
         model = copy.deepcopy(self.model)
@@ -550,21 +550,26 @@ class Backbone:
     def over_same_weights(self, attention: str) -> Backbone:
         """New module objects that share this base's weights, and in which these can be replaced by others."""
         model = copy.deepcopy(self.model, {id(parameter): parameter for parameter in self.model.parameters()})
-        model.config._attn_implementation = self._supported_attention(attention)
+        model.config._attn_implementation, _ = self.supported_attention(attention)
         return Backbone(model, self.tokenizer, self.source, self.revision, pretrained=self.pretrained)
 
-    def _supported_attention(self, attention: str) -> str:
-        """An implementation that the family supports; XFusionError if it lacks a requested ``flex_attention``."""
+    def supported_attention(self, attention: str, reason: str = "") -> tuple[str, str]:
+        """The implementation with which the family computes if ``attention`` is chosen, and the reason: the given one, or why
+        the base's own implementation stays.
+
+        Raises:
+            XFusionError: the family has no ``flex_attention``.
+        """
         if attention == "flex_attention" and not self.model._supports_flex_attn:
             raise XFusionError(
                 f"{self.source}: {type(self.model).__name__} has no attention {attention!r}: leave --attention out"
             )
         # Otherwise soft-caps would be silently lost.
         if attention in ("sdpa", "grouped") and not self.model._supports_sdpa:
-            return self.attention
+            return self.attention, f"{type(self.model).__name__} has no sdpa, so the base's own stays"
         if attention == "grouped":
             _register_grouped()
-        return attention
+        return attention, reason
 
     def new_cache(self, num_towers: int, batch: int) -> Cache:
         """An empty cache for the frozen decoder (slot 0) and ``num_towers - 1`` more towers."""

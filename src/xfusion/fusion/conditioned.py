@@ -79,7 +79,7 @@ class Attention(nn.Module):
         has_keys = mask.any(-1, keepdim=True)
         q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k, v = (t.to(q.dtype) for t in kv)
-        implementation = choose_attention(q.device)
+        implementation, _ = choose_attention(q.device)
         open_mask = attention_mask(mask | ~has_keys, implementation, q.dtype)
         if implementation == "grouped":
             output = grouped_attention(self, q, k, v, open_mask)[0]

@@ -175,7 +175,7 @@ class _Run:
         device = settings.device if settings.backbone is None else settings.backbone.device
         self.processes = processes = Processes(device)
         self.shard: Shard = settings.shard if processes.count > 1 else "none"
-        self.attention = choose_attention(processes.device, settings.attention)
+        self.attention, self.attention_reason = choose_attention(processes.device, settings.attention)
         with processes.first_alone():  # product rates need an idle machine, and an error is reported once
             if processes.is_first:
                 self.exit_stack.enter_context(setup.locked_folder(self.out, resume=settings.resume))
@@ -255,8 +255,11 @@ class _Run:
         self.prefetcher = Prefetcher(self._batches, in_thread=processes.device.type != "cpu")
         self.exit_stack.callback(self.prefetcher.close)
         uncached_prompts = None if self.engine.keep_text or sharding is not None else prompts
+        attention = model.backbone.supported_attention(self.attention, self.attention_reason)
         self.track.print(
-            *summary.lines(model, self.recipe, self.source, self.engine, uncached_prompts, keeps_memory=keeps_memory)
+            *summary.lines(
+                model, self.recipe, self.source, self.engine, attention, uncached_prompts, keeps_memory=keeps_memory
+            )
         )
         if self.progress.step:
             self.track.print(f"resumed   behind step {self.progress.step}, {self.progress.samples} samples")
@@ -270,6 +273,8 @@ class _Run:
             new_parameters=model.num_new_parameters,
             pictures=len(self.source.examples),
             dtype=str(dtype).removeprefix("torch."),
+            attention=attention[0],
+            attention_reason=attention[1],
             threads=torch.get_num_threads(),
             resumed=self.progress.step > 0,
             taken={str(index): dict(origins) for index, origins in model.fusion.taken.items()},

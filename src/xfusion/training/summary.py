@@ -29,7 +29,14 @@ SHARD_TEXT = {
 
 
 def lines(
-    model: Model, recipe: Recipe, source: Source, engine: Engine, prompts: Prompts | None, *, keeps_memory: bool
+    model: Model,
+    recipe: Recipe,
+    source: Source,
+    engine: Engine,
+    attention: tuple[str, str],
+    prompts: Prompts | None,
+    *,
+    keeps_memory: bool,
 ) -> Iterator[str]:
     """Lines about the base, the new weights, the data, the step, and the choices made for this machine with their reasons.
 
@@ -38,6 +45,7 @@ def lines(
         recipe: its recipe.
         source: the training data.
         engine: the compute settings of training.
+        attention: the attention implementation of training, and the reason (`Backbone.supported_attention`).
         prompts: the prompts, if their hidden states are computed in every step instead of cached; None otherwise.
         keeps_memory: whether the process keeps freed memory instead of returning it to the system.
 
@@ -55,6 +63,7 @@ def lines(
     shots = f" behind {stage.mixture.shots} solved examples each" if stage.mixture.shots else ""
     yield f"step      {stage.mixture.draw} to draw, {stage.mixture.caption} to caption{shots}, times {stage.accumulate}"
     yield f"compute   {engine.reason}, {torch.get_num_threads()} threads"
+    yield "attention {}: {}".format(*attention)
     if any(stage.activation_checkpointing for stage in recipe.stages):
         yield "memory    layers are computed once more in the backward pass (activation checkpointing)"
     if prompts is not None:

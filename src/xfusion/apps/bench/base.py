@@ -166,7 +166,7 @@ class Step:
             0,
         )
         self.engine: Engine = model.training_engine(
-            bench.dtype, "measured", choose_attention(backbone.device), bench.compile
+            bench.dtype, "measured", choose_attention(backbone.device)[0], bench.compile
         )
         self.engine.keep_text, self.engine.activation_checkpointing = keep_text, activation_checkpointing
         self.optimizer = Optimizer(model.named_new_parameters())

@@ -63,10 +63,12 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
     from xfusion import __version__
     from xfusion.backbone import cache_folder, embedded_file
+    from xfusion.backbone.attention import choose_attention
     from xfusion.checkpoint import shipped
     from xfusion.training.precision import choose_compute_dtype
 
     dtype, reason = choose_compute_dtype(torch.device(device))
+    attention, attention_reason = choose_attention(torch.device(device))
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     file = embedded_file()
     return {
@@ -74,6 +76,8 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "gpus": gpus,
         "dtype": str(dtype).removeprefix("torch."),
         "dtype_reason": reason,
+        "attention": attention,
+        "attention_reason": attention_reason,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -97,6 +101,7 @@ def _machine_text(data: dict[str, Any]) -> str:
     rows = [
         ("device", f"{data['device']} ({data['system']}, {data['cores']} cores, {data['threads']} threads)"),
         ("training in", data["dtype_reason"]),
+        ("attention", f"{data['attention']}: {data['attention_reason']}"),
         ("versions", versions),
         ("cache", data["cache"]),
     ]
@@ -115,7 +120,10 @@ def _machine_text(data: dict[str, Any]) -> str:
 
 def base_facts(backbone: Any) -> dict[str, Any]:
     """What was found in a base."""
+    from xfusion.backbone.attention import choose_attention
+
     windows = [backbone.window(i) for i in range(backbone.num_layers)]
+    training_attention, reason = backbone.supported_attention(*choose_attention(backbone.device))
     return {
         "source": backbone.source,
         "architecture": type(backbone.model).__name__,
@@ -125,6 +133,8 @@ def base_facts(backbone: Any) -> dict[str, Any]:
         "parameters": backbone.num_parameters,
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "attention": backbone.attention,
+        "training_attention": training_attention,
+        "training_attention_reason": reason,
         "windows": windows,
         "longest": backbone.longest,
         "fingerprint": backbone.fingerprint,
@@ -140,6 +150,7 @@ def _base_text(base: dict[str, Any]) -> str:
         ("base", f"{base['source']}: {base['architecture']}, {base['parameters']:,} weights in {base['dtype']}"),
         ("layers", f"{base['layers']} x {base['layer_class']} of width {base['width']}"),
         ("attention", base["attention"]),
+        ("in training", f"{base['training_attention']}: {base['training_attention_reason']}"),
         ("windows", sliding),
         ("positions", f"learned, {base['longest']} of them" if base["longest"] else "rotary, or none"),
         ("chat", "the tokenizer's own template" if base["chat_template"] else "no template: a plain wording is used"),
