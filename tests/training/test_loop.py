@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from contracts.table import Noise, make_base, make_model, model_config, randomise
+from contracts.table import Noise, make_base, make_model, mixed_sequences, model_config, randomise
 from data.test_shards import write_dataset, write_folder, write_parquet, write_tar
 from rich.console import Console
 from training.runs import StopAt, log, pack_of, plan_of, recipe, same, state_of, step_records, train
@@ -22,17 +22,18 @@ from xfusion.backbone import Backbone
 from xfusion.data.latents import encode
 from xfusion.data.mixture import Mixture, MixtureConfig, Prefetcher
 from xfusion.data.mixture import _fit as fit_
-from xfusion.data.sequence import Batch, Text, XFusionError
+from xfusion.data.sequence import Batch, Sequence, Text, XFusionError
 from xfusion.data.sources import open_source
 from xfusion.data.templates import Templates
 from xfusion.evaluation.verify import text_keeping
 from xfusion.modalities.codecs.pixels import Pixels
+from xfusion.modalities.image import ImageModality
 from xfusion.modalities.port import MediaPort
 from xfusion.model import Model
 from xfusion.objectives.base import NoObjective
 from xfusion.objectives.flow_matching import FlowMatching
 from xfusion.objectives.next_token import NextToken
-from xfusion.training import loop, pace, progress, setup, states
+from xfusion.training import loop, pace, progress, setup, states, summary
 from xfusion.training.loop import Interrupted
 from xfusion.training.optimizer import Optimizer
 from xfusion.training.stages import Recipe, Stage
@@ -834,7 +835,10 @@ def test_from_pack_adapts_and_refuses_another_shape(straight, bases, tmp_path):
             seen.append(event)
 
     frozen = recipe(base, steps=1, rate=0.0)
-    model = train(base, tmp_path / "kept", recipe_=frozen, from_pack=str(tmp_path / "start"), listener=listen)
+    told = Console(file=io.StringIO(), width=400)
+    model = train(base, tmp_path / "kept", recipe_=frozen, from_pack=str(tmp_path / "start"), listener=listen, console=told)
+    count = len(pack.learned_state())
+    assert f"start     {count} tensors of the pack {tmp_path / 'start'}, and 0 new ones\n" in told.file.getvalue()
     assert model.fingerprint == pack.fingerprint and seen[0]["new_parameters"] == pack.num_new_parameters
     moved = train(base, tmp_path / "moved", recipe_=recipe(base, steps=2), from_pack=str(tmp_path / "start"))
     distance = [
@@ -917,6 +921,47 @@ def test_a_run_says_which_attention_computes_and_why(bases, tmp_path, family, as
     assert (start["attention"], start["attention_reason"]) == (attention, reason)
     engine = model.training_engine(torch.float32, "", asked or "grouped", False)
     assert engine.backbone.attention == attention
+
+
+def test_the_start_shows_what_is_read_and_what_is_learned(bases, tmp_path):
+    """By hand: two drawings and two captionings of one caption, 16 tokens a picture, [BOI] before it and [EOI] behind."""
+    base, told = bases["llama"], io.StringIO()
+    source = Noise(4)
+    source.examples = [dataclasses.replace(e, captions=("a red apple",)) for e in source.examples]
+    mixture = MixtureConfig(draw=2, caption=2, pack=1, templates=PLAIN)
+    run = recipe(base, steps=1, mixture=mixture, accumulate=2)
+    train(base, tmp_path / "one", recipe_=run, source=source, console=Console(file=told, width=400))
+    lines = told.getvalue().splitlines()
+    words = len(base.encode("a red apple"))
+    # [BOS] before a prompt; [EOI] behind a picture, and the end token, which is a label alone.
+    assert f"tokens    {4 * (1 + words) + 4 * (1 + words)} text and {8 * 17} image positions in this step, padding aside" in lines
+    samples = [line for line in lines if line.startswith("sample")]
+    assert samples == [
+        "sample    <|begin|>a red apple »<16 image tokens>«",
+        "sample    <16 image tokens> »a red apple<|end|>«",
+    ]
+    assert not any(line.startswith("start ") for line in lines)
+    narrow = io.StringIO()
+    train(base, tmp_path / "two", recipe_=run, source=source, console=Console(file=narrow, width=30))
+    assert "sample    <|begin|>a red appl…" in narrow.getvalue().splitlines()
+    # Words without a loss are not marked, nor are pictures that nothing draws.
+    reader = dataclasses.replace(model_config(base), media=NoObjective.Config(), text=NextToken.Config(weight=0.0))
+    sequences = Mixture(source, ImageModality.Config(patch=4, sizes=(16,)).build(), (16,), base.encode, base.begin_ids,
+                        base.end_id, mixture, 0)  # fmt: skip
+    shown = [summary.sample_text(Model(reader, base), s) for s in (*sequences.drawings(0), *sequences.captionings(0))]
+    assert shown[0] == "<|begin|>a red apple <16 image tokens>" and shown[-1] == "<16 image tokens> a red apple<|end|>"
+
+
+def test_answers_of_solved_examples_are_marked(bases):
+    """Their end tokens are learned and not read."""
+    base = bases["llama"]
+    model, (media, _) = make_model(base), mixed_sequences()["words behind picture"].segments
+    shot = Text(ids=(*base.encode("a cat"), base.end_id), has_loss=True, unread_end=True)
+    question, answer = Text(ids=base.encode("what is this?")), Text(ids=(*base.encode("two birds"), base.end_id), has_loss=True)
+    sample = Sequence(segments=(media, shot, media, question, answer))
+    assert summary.sample_text(model, sample) == (
+        "<16 image tokens> »a cat<|end|>« <16 image tokens> what is this? »two birds<|end|>«"
+    )
 
 
 def test_bfloat16_training_keeps_float32_masters(bases, tmp_path):

@@ -209,7 +209,8 @@ class _Run:
         # A base that will be sharded stays memory-mapped.
         device = "cpu" if self.shard == "all" else self.processes.device
         backbone = settings.backbone or Backbone.load(base.source, revision=base.revision, device=device)
-        self.model = model = setup.open_model(settings, backbone)
+        self.model, self.num_loaded = setup.open_model(settings, backbone)
+        model = self.model
         self.earlier = [] if settings.from_pack is None else training_runs(model.recorded.facts)
         setup.check_losses(model, self.recipe.stages, self.processes.count, self.shard)
         self._check_loss_weights()
@@ -256,10 +257,25 @@ class _Run:
         self.exit_stack.callback(self.prefetcher.close)
         uncached_prompts = None if self.engine.keep_text or sharding is not None else prompts
         attention = model.backbone.supported_attention(self.attention, self.attention_reason)
+        stage_number, stage_step, _ = self.progress.stage(self.progress.step)
+        accumulate = self.recipe.stages[stage_number].accumulate
         self.track.print(
             *summary.lines(
-                model, self.recipe, self.source, self.engine, attention, uncached_prompts, keeps_memory=keeps_memory
-            )
+                model,
+                self.recipe,
+                self.source,
+                self.engine,
+                attention,
+                uncached_prompts,
+                keeps_memory=keeps_memory,
+                loaded=(settings.from_pack, self.num_loaded),
+            ),
+            *summary.first_step(
+                model,
+                self.mixtures[stage_number],
+                range(stage_step * accumulate, (stage_step + 1) * accumulate),
+                settings.console.width if settings.console else summary.WIDTH,
+            ),
         )
         if self.progress.step:
             self.track.print(f"resumed   behind step {self.progress.step}, {self.progress.samples} samples")

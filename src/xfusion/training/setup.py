@@ -75,25 +75,30 @@ def locked_folder(out: Path, *, resume: bool) -> Iterator[None]:
         lock.release()
 
 
-def open_model(settings: Settings, backbone: Backbone) -> Model:
-    """The recipe's model, with fresh weights or those of the pack that it starts from."""
+def open_model(settings: Settings, backbone: Backbone) -> tuple[Model, int]:
+    """The recipe's model, with fresh weights or those of the pack that it starts from, and how many of its tensors are the pack's.
+
+    Raises:
+        XFusionError: the pack was built otherwise than the recipe, or cannot do what the recipe trains.
+    """
     config = settings.recipe.model
     if settings.from_pack is None:
-        return build(config, backbone, fresh=not settings.resume)
+        return build(config, backbone, fresh=not settings.resume), 0
     model = checkpoint.load(settings.from_pack, backbone=backbone)
     pack_config = replace(model.config, text=config.text, media=config.media.adapted(model.config.media))
     if (mismatch := difference(pack_config, config)) is not None:
         raise XFusionError(
             f"the pack {settings.from_pack} was built otherwise than this recipe: {mismatch}; give the same settings to adapt it"
         )
-    pack_capabilities = model.capabilities
+    pack_capabilities, pack_state = model.capabilities, model.learned_state()
     model.set_objectives(config.text, config.media)
     if "draw" in model.capabilities - pack_capabilities:  # it has no head that draws
         raise XFusionError(
             f"the pack {settings.from_pack} can {', '.join(sorted(pack_capabilities))}, the recipe draws: name the recipe that"
             " trained the pack, or start without it"
         )
-    return model
+    state = model.learned_state()
+    return model, sum(name in pack_state and torch.equal(pack_state[name], value) for name, value in state.items())
 
 
 def check_losses(model: Model, stages: Sequence[Stage], num_processes: int, shard: Shard) -> None:
