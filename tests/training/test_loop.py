@@ -735,6 +735,22 @@ def test_decay_closes_no_gate_and_shrinks_no_learned_input(bases, fusion, kept):
         assert named and stayed.issuperset(named), (word, named)
 
 
+def test_the_log_has_the_counts_of_each_loss(bases, tmp_path):
+    """Pictures to draw, and the tokens of the names of the pictures to caption with their end tokens, over both reads of a step."""
+    base = bases["llama"]
+    mixture = MixtureConfig(draw=4, caption=4, pack=2, templates=PLAIN)
+    train(base, tmp_path, recipe_=recipe(base, steps=2, mixture=mixture, accumulate=2))
+    read = Mixture(Noise(), ImageModality.Config(patch=4, sizes=(16,)).build(), (16,), base.encode, base.begin_ids,
+                   base.end_id, mixture, 0)  # fmt: skip
+    for step, event in enumerate(log(tmp_path)):
+        answers = [s.segments[-1].ids for part in (0, 1) for s in read.captionings(2 * step + part)]
+        assert event["counts"] == {"next_token": sum(map(len, answers)), "flow_matching": 8}
+        assert event["counts"].keys() == event["losses"].keys()
+    drawing = recipe(base, steps=1, mixture=dataclasses.replace(mixture, caption=0))
+    train(base, tmp_path / "drawing", recipe_=drawing)
+    assert log(tmp_path / "drawing")[0]["counts"] == {"flow_matching": 4}
+
+
 def test_the_loss_is_weighed_and_every_step_has_noise_of_its_own(bases, tmp_path, monkeypatch):
     """Twice the weights are twice the gradient, of the same losses."""
     corrupt, seeds = FlowMatching.corrupt, []

@@ -485,6 +485,7 @@ class _Run:
             step=step,
             seconds=round(progress.seconds, 3),
             losses=losses,
+            counts=counts,
             rate=learning_rate,
             gradient_norm=gradient_norm,
             samples=samples,
