@@ -1162,6 +1162,14 @@ def test_a_caption_longer_than_was_looked_at_makes_graphs_once_and_they_are_coun
     assert new[1] > 20 and late[1] > 20
 
 
+def test_a_text_longer_than_the_base_reads_is_refused_before_anything_is_written(bases, tmp_path):
+    source = Noise()
+    source.examples = tuple(replace(e, captions=("z" * 520,)) if e.id == "3" else e for e in source.examples)
+    with pytest.raises(XFusionError, match=r"^noise:3: with its text a sample takes 5\d\d positions.*the base reads 512: "):
+        train(bases["llama"], tmp_path / "run", source=source)
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_empty_source_is_refused_rather_than_replaced(bases, tmp_path):
     with pytest.raises(XFusionError, match="noise: no pictures to train on"):
         train(bases["llama"], tmp_path, source=Noise(0))

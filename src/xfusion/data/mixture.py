@@ -103,9 +103,11 @@ class Mixture:
         left_out: examples that cannot be read; more may be added during a run. Each is replaced by the next readable one
             of the source, so a batch stays a function of the step and of the data.
         decoders: threads that read and decode; None uses four, or the number of cores if that is less.
+        context_length: positions that the base can read; None if that is not known.
 
     Raises:
-        XFusionError: the source is empty, the captioning batch does not fill its rows, or the weights are not one per source.
+        XFusionError: the source is empty, the captioning batch does not fill its rows, the weights are not one per source, or a text
+            is too long for the base.
     """
 
     def __init__(
@@ -121,6 +123,7 @@ class Mixture:
         row_slice: Callable[[int], slice | None] = lambda rows: None,
         left_out: Container[int] = frozenset(),
         decoders: int | None = None,
+        context_length: int | None = None,
     ):
         if not len(source.examples):
             raise XFusionError(f"{source.spec}: no pictures to train on")
@@ -162,6 +165,8 @@ class Mixture:
         group_numbers: dict[str, int] = {}
         self._groups = [group_numbers.setdefault(example.group, len(group_numbers)) for example in source.examples]
         self._check_groups(group_numbers.values())
+        if context_length is not None:
+            self._check_longest(context_length)
 
     def tokens(self, index: int, size: int) -> Tensor:
         """Tokens ``[M, P]`` of a picture at a size, encoded once."""
@@ -336,6 +341,20 @@ class Mixture:
                 f"{self.source.spec}: {self.config.shots} shots and the picture behind them are of as many groups, but there are"
                 f" {len(groups)}: take fewer shots or more pictures"
             )
+
+    def _check_longest(self, context_length: int) -> None:
+        """Refuse the longest texts of the source (`_longest_texts`) if a sample with them is longer than what the base can read."""
+        tasks = zip((self.config.draw, self.config.caption), self._longest_texts, self._longest_samples(), strict=True)
+        for count, (index, _), samples in tasks:
+            for sample in samples.values() if count else ():
+                batch = pack([[sample]])
+                tables = batch.text, *(media.rows for media in batch.media.values())
+                positions = 1 + max(int(rows.position.max()) for rows in tables if rows.position.numel())
+                if positions > context_length:
+                    raise XFusionError(
+                        f"{self.source.examples[index].origin}: with its text a sample takes {positions} positions, of which"
+                        f" {text_length(sample)} are text; the base reads {context_length}: shorten the text, or leave the example out"
+                    )
 
     def _rows(self, drawings: list[Sequence], captionings: list[Sequence]) -> tuple[list[list[Sequence]], ...]:
         """Rows of both tasks. Each drawing has its own row, in the order of the samples, unless smaller ones share a row.

@@ -183,6 +183,7 @@ def mixture(
         processes.row_slice,
         left_out,
         settings.decoders,
+        model.backbone.context_length,
     )
 
 
