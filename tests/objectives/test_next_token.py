@@ -4,9 +4,12 @@ import math
 
 import pytest
 import torch
+from contracts.table import VOCABULARY, make_model, mixed_sequences, view
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from xfusion.backbone import Backbone
+from xfusion.comparison.cost import LiveBytes
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Sequence, Text, XFusionError
 from xfusion.objectives.base import Output
@@ -37,6 +40,39 @@ def test_the_loss_of_words_is_summed_over_labels_only():
     assert asked[0].tolist() == [[False, True, True, True]]  # the head is not asked elsewhere
     prompt = pack([[Sequence(segments=(Text(ids=(4, 5)),))]])
     assert objective.loss(run, prompt) == {} == objective.count(prompt)
+
+
+def test_a_loss_of_many_logits_is_computed_in_parts(bases, monkeypatch):
+    """The same loss and gradients to 1e-6, from a head that never has more rows at once, forward or backward."""
+    model = make_model(bases["llama"], "single tower")
+    batch = view([[sequence] for sequence in mixed_sequences().values()], model)
+    logits, rows = Backbone.logits, []
+
+    def noted(self, hidden):
+        rows.append(hidden.shape[1])
+        return logits(self, hidden)
+
+    monkeypatch.setattr(Backbone, "logits", noted)
+
+    def found():
+        rows.clear()
+        with model.using(model.training_engine(torch.float32, "", "eager", False)), LiveBytes() as live:
+            total, count = model.text_objective.loss(model, batch)["next_token"]
+            model.zero_grad()
+            total.backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_new_parameters().items() if p.grad is not None}
+        return total.detach(), int(count), gradients, list(rows), live.peak
+
+    whole, count, gradients, asked, most = found()
+    assert asked == [count]
+    monkeypatch.setattr("xfusion.objectives.next_token.MOST_LOGITS", 4 * VOCABULARY)
+    total, same_count, in_parts, asked, peak = found()
+    assert same_count == count and float(total) == pytest.approx(float(whole), rel=1e-6)
+    assert asked[: len(asked) // 2] == [4] * (count // 4) + [count % 4] * bool(count % 4)
+    assert sum(asked) == 2 * count and peak < most
+    assert in_parts.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert float((in_parts[name] - gradient).abs().max()) <= 1e-6 * float(gradient.abs().max()), name
 
 
 @given(st.integers(1, 5), st.integers(0, 1000))

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -36,6 +35,7 @@ from xfusion.data.sequence import Sequence as Sample
 from xfusion.data.sources import Sounds, Source
 from xfusion.evaluation.suites.emoji import choose_examples
 from xfusion.model import Engine, Model, ModelConfig
+from xfusion.objectives.next_token import sum_of_nats
 from xfusion.text_states import TEXT_STATES_BYTES
 from xfusion.training.precision import choose_compute_dtype
 from xfusion.training.speed import short_run
@@ -265,8 +265,9 @@ def _loss(model: Model, batch: Batch, task: str) -> Tensor:
         return model.port.readout(run.states[model.modality.name]).float().square().mean()
     num_targets = batch.num_sequences * (batch.text.count // (batch.num_sequences // len(batch.text_ids)) - 1)
     states = hidden[:, run.slices["text"]].flatten(0, 1)[:num_targets]
-    logits = model.engine.backbone.logits(states[None])[0].float()
-    return functional.cross_entropy(logits, torch.zeros(num_targets, dtype=torch.int64, device=logits.device))
+    places, base = torch.arange(num_targets, device=states.device), model.engine.backbone
+    labels = torch.zeros_like(places)
+    return sum_of_nats(lambda chosen: base.logits(states[chosen][None])[0], places, labels, base.config.vocab_size)
 
 
 @contextmanager

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
+from xfusion.backbone import Backbone
 from xfusion.data.sequence import IGNORE, Batch, XFusionError
 from xfusion.objectives.base import Losses, Objective, Run
 
 GREEDY = 1e-5
 """A temperature below this is greedy, like 0: dividing logits by a smaller number would overflow."""
+MOST_LOGITS = 64_000_000
+"""Most logits of the vocabulary that a loss computes at once; they take some 14 bytes each, with their gradients."""
 
 
 class NextToken(Objective):
@@ -37,8 +43,14 @@ class NextToken(Objective):
         super().__init__()
         self.config = config
         self.weight = config.weight
+        self._frozen: Callable[[], Backbone] | None = None
         if not self.weight:  # captioning is not trained
             self.gives = frozenset()
+
+    def attach(self, port: Any, frozen: Callable[[], Backbone]) -> None:
+        """Keep access to the base, whose vocabulary decides how many logits are computed at once."""
+        del port
+        self._frozen = frozen
 
     def count(self, batch: Batch) -> dict[str, int]:
         """Tokens that have a loss."""
@@ -50,8 +62,14 @@ class NextToken(Objective):
         has_label = batch.labels != IGNORE
         if not bool(has_label.any()):
             return {}
-        logits = run(batch).logits(has_label)
-        total = cross_entropy(logits.float(), batch.labels[has_label], reduction="sum")
+        output, places = run(batch), has_label.flatten().nonzero()[:, 0]
+
+        def logits_at(chosen: Tensor) -> Tensor:
+            mask = torch.zeros_like(has_label).flatten().index_fill(0, chosen, True)
+            return output.logits(mask.view_as(has_label))
+
+        width = 1 if self._frozen is None else self._frozen().config.vocab_size
+        total = sum_of_nats(logits_at, places, batch.labels[has_label], width)
         return {self.name: (total, has_label.sum())}
 
     @staticmethod
@@ -80,6 +98,26 @@ class NextToken(Objective):
         probability = probability.masked_fill(mass_before >= top_p, 0.0)
         choices = [torch.multinomial(p, 1, generator=g) for p, g in zip(probability, generators, strict=True)]
         return token.gather(1, torch.stack(choices)).squeeze(1)
+
+
+def sum_of_nats(logits_at: Callable[[Tensor], Tensor], places: Tensor, labels: Tensor, vocabulary: int) -> Tensor:
+    """Summed cross-entropy of labels; beyond `MOST_LOGITS` in parts, whose logits are computed again in the backward pass.
+
+    Args:
+        logits_at: logits ``[k, V]`` of some places, int64 ``[k]``.
+        places: where the labels are, int64 ``[n]``.
+        labels: int64 ``[n]``.
+        vocabulary: ``V``.
+    """
+
+    def nats(chosen: Tensor, chosen_labels: Tensor) -> Tensor:
+        return cross_entropy(logits_at(chosen).float(), chosen_labels, reduction="sum")
+
+    at_once = max(1, MOST_LOGITS // vocabulary)
+    if len(places) <= at_once:
+        return nats(places, labels)
+    parts = zip(places.split(at_once), labels.split(at_once), strict=True)
+    return torch.stack([checkpoint(nats, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]).sum()
 
 
 def check_sampling(temperature: float, top_p: float, top_k: int) -> None:
