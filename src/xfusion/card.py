@@ -208,8 +208,9 @@ def _recipe(config: dict[str, Any], model: Model) -> dict[str, Any]:
         "fusion": type(model.fusion).__name__,
         "objectives": ", ".join(type(objective).__name__ for objective in model.objectives),
         "codec": type(model.modality.codec).__name__,
-        **({} if runs else _schedule(config.get("recipe") or {})),
+        **_schedule(config.get("recipe") or {}, several_runs=bool(runs)),
         **training,
+        **_origin(config.get("training") or {}),
         **{f"run {i}": f"`{run['command']}`" for i, run in enumerate(runs, start=1) if "command" in run},
         **{f"earlier run {i}": run_summary(run) for i, run in enumerate(training_runs(config)[:-1], start=1)},
         "xfusion": config["library_version"],
@@ -223,15 +224,31 @@ def _code(text: str) -> str:
     return f"{fence}{' '.join(text.split())}{fence}"
 
 
-def _schedule(recipe: Mapping[str, Any]) -> dict[str, str]:
-    """Seed, learning rates and samples per step of a recipe as recorded; stages one after the other."""
+def _origin(facts: Mapping[str, Any]) -> dict[str, str]:
+    """The recorded commit and machine of a training or an evaluation, a short text each."""
+    rows: dict[str, str] = {}
+    if isinstance(commit := facts.get("commit"), Mapping):
+        changed = commit.get("changed_files")
+        rows["commit"] = f"{commit['id'][:12]}{f' and {changed} changed files' if changed else ''}"
+    if isinstance(machine := facts.get("machine"), Mapping):
+        cores = f"{machine['cores']} cores, {machine['threads']} threads"
+        rows["machine"] = ", ".join(filter(None, (machine.get("gpu"), machine["processor"], cores)))
+    return rows
+
+
+def _schedule(recipe: Mapping[str, Any], *, several_runs: bool) -> dict[str, str]:
+    """Seed, learning rates and samples per step of a recipe as recorded; stages one after the other. Of several runs the recipe
+    is that of the last, whose rates say nothing of the others.
+    """
     stages = [stage for stage in recipe.get("stages") or () if isinstance(stage, Mapping)]
     if not stages:
         return {}
+    seed = {"seed": str(recipe.get("seed", "not recorded"))}
+    if several_runs:
+        return seed
     mixtures = [stage.get("mixture") or {} for stage in stages]
     samples = (f"{m.get('draw', 0)} to draw, {m.get('caption', 0)} to caption" for m in mixtures)
-    return {
-        "seed": str(recipe.get("seed", "not recorded")),
+    return seed | {
         "largest rate": ", then ".join(str(stage.get("rate")) for stage in stages),
         "samples per step": ", then ".join(samples),
     }
@@ -245,8 +262,9 @@ def _scores(scores: dict[str, Any] | None) -> str:
     settings = ", ".join(
         f"{k} {v}" for k, v in settings_used.items() if v is not None and not isinstance(v, (dict, list))
     )
+    origin = ", ".join(f"{k} {v}" for k, v in _origin(settings_used).items())
     versions = ", ".join(f"{k} {v}" for k, v in (settings_used.get("versions") or {}).items() if v)
-    settings_text = "\n\nSettings: " + "; ".join(filter(None, (settings, versions))) + "." if settings_used else ""
+    settings_text = "\n\nSettings: " + "; ".join(filter(None, (settings, versions, origin))) + "." if settings_used else ""
     return _table(rows) + settings_text
 
 

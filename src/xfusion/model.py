@@ -378,13 +378,21 @@ class Model(nn.Module):
         finally:
             self.use(previous)
 
+    @property
+    def drawing_attention(self) -> str:
+        """The attention with which pictures are drawn: on a CPU plain products, because a picture after a few words is a short
+        sequence (docs/speed.md). An engine over weights other than the base's own keeps its own.
+        """
+        engine = self._engine
+        if engine.backbone is not self.backbone or self.backbone.attention != "sdpa":
+            return engine.backbone.attention
+        return choose_attention(self.device)[0]
+
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """Inside the ``with`` block a CPU computes attention as plain products, over the same weights: a picture after a few
-        words is a short sequence (docs/speed.md). An engine over weights other than the base's own is left unchanged.
-        """
-        engine, (attention, _) = self._engine, choose_attention(self.device)
-        if engine.backbone is not self.backbone or self.backbone.attention != "sdpa":
+        """Inside the ``with`` block attention is computed as `drawing_attention` says, over the same weights."""
+        engine, attention = self._engine, self.drawing_attention
+        if attention == engine.backbone.attention:
             yield
             return
         if self._drawing is None or self._drawing[0] is not engine:

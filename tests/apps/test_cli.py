@@ -654,6 +654,7 @@ def test_evaluate(run, here, pack, monkeypatch):
         progress("drawing", 1, 1)
         return {"score": 0.5, "settings": {"source": source, "max_drawn": max_drawn}}
 
+    monkeypatch.setenv("XFUSION_COMMIT", "0123456789abcdef")
     monkeypatch.setattr("xfusion.evaluation.suites.emoji.run", suite)
     ran = run("evaluate", pack, "--set", "source=emoji:128", "max-drawn=3", "-o", "scores.json", "--json")
     assert ran.json["score"] == 0.5
@@ -663,6 +664,10 @@ def test_evaluate(run, here, pack, monkeypatch):
     assert run("evaluate", mine, "--set", "max_drawn=3", "--record").code == 0
     assert "| score | 0.5 |" in (Path(mine) / "README.md").read_text()
     assert checkpoint.read_config(Path(mine))["scores"]["settings"]["max_drawn"] == 3
+    settings = checkpoint.read_config(Path(mine))["scores"]["settings"]
+    assert settings["commit"] == ran.json["settings"]["commit"] == {"id": "0123456789abcdef", "changed_files": None}
+    assert settings["machine"] == ran.json["settings"]["machine"] and settings["machine"]["cores"]
+    assert "commit 0123456789ab, machine " in (Path(mine) / "README.md").read_text()
     assert run("evaluate", "emoji", "--record").code == 2  # not a folder of one's own
 
 

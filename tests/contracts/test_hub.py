@@ -73,6 +73,15 @@ SCORES = {"fit_caption_exact": 0.98765, "settings": {"suite": "emoji", "seed": 0
 TRAINING = {"data": "emoji", "data_licence": "CC-BY-SA-4.0", "runs": [{"command": "xfusion train xfusion"}]}
 
 
+def test_a_pack_of_several_runs_states_its_seed_and_no_rate(bases, tmp_path):
+    recipe = {"seed": 7, "stages": [{"rate": 0.25, "mixture": {"draw": 3}}]}
+    one_run = {key: value for key, value in TRAINING.items() if key != "runs"}
+    for name, training, rate_is_said in (("one", one_run, True), ("several", TRAINING, False)):
+        make_model(bases["llama"]).save_pretrained(tmp_path / name, training=training, recipe=recipe)
+        card = (tmp_path / name / "README.md").read_text()
+        assert "| seed | 7 |" in card and ("| largest rate | 0.25 |" in card) == rate_is_said
+
+
 def test_what_a_pack_recorded_goes_along_with_its_weights(bases, hub, tmp_path):
     model = make_model(bases["llama"])
     model.opening = Opening(64)

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from xfusion.data.sequence import Example, XFusionError
+from xfusion.data.sources import content_fingerprint
 from xfusion.evaluation.machine import commit
 from xfusion.evaluation.run import check, evaluate, suite_names
 from xfusion.modalities.codecs.pixels import Pixels
@@ -139,6 +140,8 @@ def test_the_settings_say_how_to_get_the_same_numbers(tmp_path):
     assert json.loads(out.read_text()) == result
     assert [path.name for path in out.parent.iterdir()] == ["metrics.json"]
     assert settings["suite"] == "emoji" and settings["data"] == "train" and settings["held"] == "held"
+    assert settings["data_fingerprint"] == content_fingerprint(TRAIN)
+    assert settings["held_fingerprint"] == content_fingerprint(HELD) != settings["data_fingerprint"]
     assert (settings["num_drawn"], settings["num_captioned"], settings["num_held"]) == (5, 4, 3)
     assert (settings["seed"], settings["steps"], settings["guidance"]) == (7, 2, 1.5)
     assert settings["encoder"] == "averages" and settings["versions"]["torch"] == torch.__version__

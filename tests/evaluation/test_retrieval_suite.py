@@ -29,6 +29,7 @@ def test_a_model_that_knows_scores_one_and_one_that_is_wrong_scores_nothing():
     found = evaluate(Known(source), "retrieval", source=source)
     assert all(found[f"fit_{task}_at_1"] == found[f"fit_{task}_mrr"] == 1 for task in ("naming", "search"))
     assert found["chance_fit_naming_at_1"] == pytest.approx(1 / 6)
+    assert len(found["settings"]["data_fingerprint"]) == 64 and found["settings"]["held_fingerprint"] is None
     assert found["settings"]["num_fit"] == 6 and not any(key.startswith("held") for key in found)
     wrong = evaluate(Known(source, shift=1), "retrieval", source=source, held=of_other_groups(source))
     assert wrong["fit_naming_at_1"] == wrong["held_search_at_1"] == 0

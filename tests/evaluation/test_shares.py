@@ -7,6 +7,7 @@ import torch
 from contracts.table import Noise, make_model, mixed_sequences, view
 
 from xfusion.data.sequence import XFusionError
+from xfusion.data.sources import content_fingerprint
 from xfusion.evaluation.metrics.shares import shares
 from xfusion.evaluation.run import evaluate
 
@@ -46,5 +47,9 @@ def test_the_suite_says_it_of_samples_and_refuses_what_learns_no_shares(bases):
     wanted = {f"share_layer{i}_{k}": math.tanh(v) for i in model.fusion.state_layers for k, v in kinds.items()}
     assert {k: v for k, v in result.items() if k != "settings"} == pytest.approx(wanted, abs=1e-6)
     assert result["settings"]["num_samples"] == 4
+    assert result["settings"]["source_fingerprint"] == content_fingerprint(Noise())
+    facts = result["settings"]["model"]
+    found = [facts[name] for name in ("dtype", "device", "attention", "drawing_attention", "solver")]
+    assert found == ["float32", "cpu", "sdpa", "grouped", "euler"]
     with pytest.raises(XFusionError, match=r"'shares' needs a tower that learns a share per position.*DualTower"):
         evaluate(make_model(bases["llama"]), "shares", source=Noise(), num_samples=4)

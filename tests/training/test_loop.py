@@ -25,6 +25,7 @@ from xfusion.data.mixture import _fit as fit_
 from xfusion.data.sequence import Batch, Sequence, Text, XFusionError
 from xfusion.data.sources import open_source
 from xfusion.data.templates import Templates
+from xfusion.evaluation.machine import machine
 from xfusion.evaluation.verify import text_keeping
 from xfusion.modalities.codecs.pixels import Pixels
 from xfusion.modalities.image import ImageModality
@@ -63,6 +64,17 @@ def test_a_run_writes_a_log_a_state_and_a_pack(straight, bases):
     config = json.loads((out / "pack" / "config.json").read_text())
     assert config["training"]["steps"] == 12 and config["training"]["samples"] == 96
     assert config["training"]["data"] == "noise" and config["training"]["averaged"] is True
+
+
+def test_a_pack_records_the_commit_and_the_machine(bases, tmp_path, monkeypatch):
+    monkeypatch.setenv("XFUSION_COMMIT", "0123456789abcdef")
+    train(bases["llama"], tmp_path, steps=1)
+    training = json.loads((tmp_path / "pack" / "config.json").read_text())["training"]
+    assert training["commit"] == {"id": "0123456789abcdef", "changed_files": None}
+    assert training["machine"] == machine() and training["machine"]["processor"]
+    card = (tmp_path / "pack" / "README.md").read_text()
+    cores, threads = training["machine"]["cores"], training["machine"]["threads"]
+    assert "| commit | 0123456789ab |" in card and f", {cores} cores, {threads} threads |" in card
 
 
 def test_the_same_run_twice_is_the_same_to_the_bit(straight, bases, tmp_path):

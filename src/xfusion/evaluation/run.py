@@ -147,12 +147,19 @@ def _nearest(name: str, names: list[str]) -> str:
 
 
 def _facts(model: Any) -> dict[str, Any]:
-    """Facts about the scored weights; None for what the model does not state."""
+    """Facts about the scored weights and how they compute; None for what the model does not state."""
     backbone = getattr(model, "backbone", None)
+    dtype, device = (getattr(backbone, name, None) for name in ("dtype", "device"))
+    solver = getattr(getattr(getattr(model, "config", None), "media", None), "solver", None)
     return {
         "fingerprint": getattr(model, "fingerprint", None),
         "num_new_parameters": getattr(model, "num_new_parameters", None),
         "base": {name: getattr(backbone, name, None) for name in ("source", "revision", "fingerprint")},
+        "dtype": dtype and str(dtype).removeprefix("torch."),
+        "device": device and str(device),
+        "attention": getattr(backbone, "attention", None),
+        "drawing_attention": getattr(model, "drawing_attention", None),
+        "solver": solver and type(solver).__name__.lower(),
     }
 
 

@@ -11,6 +11,7 @@ from PIL import Image as PILImage
 
 from xfusion import checkpoint
 from xfusion.data.sources import Source
+from xfusion.evaluation.machine import commit, machine
 from xfusion.model import Model
 from xfusion.storage import atomic_file
 from xfusion.training.processes import Processes
@@ -42,7 +43,7 @@ def pack_facts(
     teachers: Collection[str] = (),
     earlier: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Facts about the training of a pack, for its config and card.
+    """Facts about the training of a pack, for its config and card: how, how long and on what, the commit of the code, and the machine.
 
     Args:
         recipe: how it was trained.
@@ -66,6 +67,8 @@ def pack_facts(
         "data_licence": data_licence,
         "pictures": len(source.examples),
         "averaged": recipe.stages[-1].ema > 0,
+        "commit": commit(),
+        "machine": machine(),
         **({"teachers": sorted(teachers)} if teachers else {}),
         **({"earlier": list(earlier)} if earlier else {}),
     }

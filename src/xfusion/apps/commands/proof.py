@@ -117,6 +117,7 @@ class Evaluate(Verb):
 
     def run(self, console: Console) -> Answer:
         from xfusion import checkpoint
+        from xfusion.evaluation.machine import commit, machine
         from xfusion.evaluation.run import check, evaluate
 
         folder = _record_folder(self.model) if self.record else None
@@ -129,7 +130,9 @@ class Evaluate(Verb):
         with progress(console) as report_progress:
             result = evaluate(model, self.suite, out=self.out, progress=report_progress, **settings)
         if folder:
-            checkpoint.add_facts(folder, model, scores={k: v for k, v in result.items() if k != "curves"})
+            settings_used = result["settings"] | {"commit": commit(), "machine": machine()}
+            scores = {k: v for k, v in result.items() if k != "curves"} | {"settings": settings_used}
+            checkpoint.add_facts(folder, model, scores=scores)
         scores = {k: v for k, v in result.items() if k not in ("settings", "curves")}
         rows = [(k, f"{v:.4g}" if isinstance(v, float) else str(v)) for k, v in scores.items()]
         return Answer(data=result, text=table(rows + self.plots(result.get("curves", {}))))

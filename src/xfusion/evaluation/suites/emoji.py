@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from xfusion.data.sequence import Example, XFusionError
-from xfusion.data.sources import Source, open_source
+from xfusion.data.sources import Source, content_fingerprint, open_source
 from xfusion.evaluation.metrics import captions, naming, retrieval
 from xfusion.evaluation.metrics.blind import blind
 from xfusion.evaluation.metrics.psnr import not_white, psnr
@@ -97,7 +97,8 @@ def run(
     if not choose_examples(source.examples, part=part):
         raise XFusionError(f"{source.spec}: none of {len(source.examples)} pictures falls into the part {part!r}")
     subject = Subject(model=model, size=size or model.image.sizes[0], batch_size=batch_size, progress=progress)
-    settings: dict[str, Any] = {"data": source.spec, "size": subject.size, "part": part}
+    settings: dict[str, Any] = {"data": source.spec, "data_fingerprint": content_fingerprint(source)}
+    settings |= {"size": subject.size, "part": part}
     metrics: dict[str, Any] = {"num_concepts": len(source.examples)}
 
     if "draw" in abilities:
@@ -153,6 +154,7 @@ def run(
         if held and scored:
             metrics |= _held_captions(subject, held, scored, source.examples if candidates == "all" else ())
         settings |= {"held": held.spec if held else None, "num_held": len(scored), "candidates": candidates}
+        settings |= {"held_fingerprint": content_fingerprint(held)} if held else {}
     return {**metrics, "settings": settings}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from xfusion.data.sequence import XFusionError
-from xfusion.data.sources import Source, open_source
+from xfusion.data.sources import Source, content_fingerprint, open_source
 from xfusion.data.templates import question_text
 from xfusion.evaluation.metrics import captions
 from xfusion.evaluation.metrics.blind import blind
@@ -93,6 +93,7 @@ def run(
             if not suffix:
                 metrics[f"{key}_blind"] = blind(_permuted_exact(answers, wordings), len(answers))
     settings = {"data": source.spec, "held": held.spec, "num_held": len(scored), "most": most, "seed": seed}
+    settings |= {"data_fingerprint": content_fingerprint(source), "held_fingerprint": content_fingerprint(held)}
     return {**metrics, "settings": settings | {"question": question}}
 
 

@@ -34,6 +34,7 @@ from xfusion.evaluation.metrics.blind import blind
 from xfusion.evaluation.metrics.clusters import interval
 from xfusion.evaluation.metrics.overlap import HIT, best_constant, overlap
 from xfusion.evaluation.suites.understanding import COLOURS, SCENE, Part, nlvr_rows, part
+from xfusion.storage import file_hash
 
 SHAPES = ("disc", "square", "triangle")
 SIDE, SMALLEST, LARGEST = 100, 25, 43
@@ -167,6 +168,7 @@ def run(
     settings = {
         "things": things,
         "source": None if source is None else Path(source).name,
+        "source_sha256": None if source is None else file_hash(Path(source)),
         "most": most,
         "seed": seed,
         "asked_of": asked_of,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from xfusion.data.sequence import XFusionError
-from xfusion.data.sources import Source, open_source
+from xfusion.data.sources import Source, content_fingerprint, open_source
 from xfusion.evaluation.metrics import naming
 from xfusion.evaluation.suites.emoji import Part, choose_examples
 from xfusion.evaluation.unseen import held_out
@@ -85,7 +85,9 @@ def scored_sets(
     scored = choose_examples(held.examples, max_held, part) if held else []
     if held and scored:
         sets["held"] = (held, scored)
-    return sets, {"data": source.spec, "held": held.spec if held else None, "part": part}
+    settings = {"data": source.spec, "held": held.spec if held else None, "part": part}
+    fingerprints = {"data": content_fingerprint(source), "held": content_fingerprint(held) if held else None}
+    return sets, settings | {f"{name}_fingerprint": value for name, value in fingerprints.items()}
 
 
 def _scores(

@@ -13,7 +13,7 @@ import torch
 
 from xfusion.data.mixture import Mixture, MixtureConfig
 from xfusion.data.sequence import XFusionError
-from xfusion.data.sources import Source, open_source
+from xfusion.data.sources import Source, content_fingerprint, open_source
 from xfusion.evaluation.metrics.shares import shares
 
 
@@ -64,5 +64,5 @@ def run(
             f" {type(model.fusion).__name__} without one: train the recipe xfusion_dynamic"
         )
     metrics = {name: sum(values) / len(values) for name, values in sums.items()}
-    settings = {"source": pictures.spec, "size": side, "num_samples": num_samples, "seed": seed}
+    settings = {"source": pictures.spec, "source_fingerprint": content_fingerprint(pictures), "size": side, "num_samples": num_samples, "seed": seed}
     return {**metrics, "settings": settings}

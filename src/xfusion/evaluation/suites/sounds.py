@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from xfusion.data.sequence import Audio, XFusionError
-from xfusion.data.sources import Sounds, Source, open_source
+from xfusion.data.sources import Sounds, Source, content_fingerprint, open_source
 from xfusion.evaluation.metrics import captions, naming
 from xfusion.evaluation.metrics.blind import blind
 from xfusion.evaluation.suites.emoji import Part, choose_examples
@@ -94,7 +94,9 @@ def run(
         metrics |= _generation_scores(model, trained, held_set, names, num_made, seed, progress)
     settings = {
         "data": trained.spec,
+        "data_fingerprint": content_fingerprint(trained),
         "held": held_sounds and held_sounds.spec,
+        "held_fingerprint": held_sounds and content_fingerprint(held_sounds),
         "part": part,
         "seed": seed,
         "names": names,

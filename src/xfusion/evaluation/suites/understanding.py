@@ -39,6 +39,7 @@ from xfusion.evaluation.metrics.blind import blind
 from xfusion.evaluation.metrics.clusters import interval
 from xfusion.evaluation.metrics.naming import ranks
 from xfusion.evaluation.metrics.refusal import refusal, threshold
+from xfusion.storage import file_hash
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220)}
 JPEG, CROP, RESOLUTION = (75, 30, 10, 5), (0.9, 0.75, 0.5), (0.5, 0.25, 0.125)
@@ -159,6 +160,7 @@ def run(
     settings = {
         "questions": questions,
         "source": None if source is None else Path(source).name,
+        "source_sha256": None if source is None else file_hash(Path(source)),
         "most": most,
         "seed": seed,
         "wanted": wanted,
