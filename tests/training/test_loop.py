@@ -1056,9 +1056,13 @@ def test_previews_are_drawn_by_the_averaged_weights_and_change_nothing(straight,
     assert same(pack_of(tmp_path), pack_of(straight[0]))
     previews = [e for e in events if e["event"] == "preview"]
     assert [e["step"] for e in previews] == [*range(1, 13), 12]
+    facts = {"averaged": True, "steps": 25, "guidance": recipe(base).model.media.guidance, "seed": 0}
+    assert all({key: e[key] for key in facts} == facts for e in previews)
+    assert log(tmp_path, "preview") == [e | {"path": f"previews/step_{e['step']:06d}.png"} for e in previews]
     from PIL import Image
 
     sheet = Image.open(previews[-1]["path"])
+    assert sheet.text == {"prompts": "a red apple\ntree", "step": "12"} | {key: str(value) for key, value in facts.items()}
     drawn = xfusion.load(tmp_path / "pack", backbone=base).draw(["a red apple", "tree"], seed=0)
     assert sheet.size == (32, 16)
     assert sheet.crop((16, 0, 32, 16)).tobytes() == drawn[1].tobytes()

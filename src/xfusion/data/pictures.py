@@ -1,4 +1,4 @@
-"""Read a picture file with Pillow: upright, RGB, on white."""
+"""Read a picture file with Pillow: upright, RGB, on white; and the facts that a written one stores."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import mmap
 import re
 import threading
 import warnings
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from xfusion.data.sequence import Unreadable, XFusionError
 from xfusion.modalities.image import on_white
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from PIL.PngImagePlugin import PngInfo
 
 MAX_PIXELS = 64_000_000
 """Larger pictures are refused by their header, without decoding: a small file can contain one that fills the memory."""
@@ -251,3 +253,13 @@ def one_reason(error: Exception) -> str:
     """An error's message, in one line."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(reason.split())[:200] or type(error).__name__
+
+
+def png_facts(facts: Mapping[str, Any]) -> PngInfo:
+    """Facts as text chunks of a PNG."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for key, value in facts.items():
+        info.add_text(key, str(value).replace("\0", ""))
+    return info

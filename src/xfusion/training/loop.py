@@ -563,15 +563,30 @@ class _Run:
             self.preview_seconds = time.perf_counter() - started
             if is_first:
                 path = self.out / "previews" / f"step_{self.progress.step:06d}.png"
-                self.track.image(outputs.write_sheet(path, pictures, self.model.image.sizes[0]), self.progress.step)
-                self.track.event(event="preview", step=self.progress.step, path=str(path), prompts=prompts)
+                facts = self._preview_facts()
+                stored = {"prompts": "\n".join(prompts), **facts}
+                sheet = outputs.write_sheet(path, pictures, self.model.image.sizes[0], stored)
+                self.track.image(sheet, self.progress.step)
+                self.track.event(event="preview", path=str(path), prompts=prompts, **facts)
+
+    def _preview_facts(self) -> dict[str, Any]:
+        """How a preview behind the last step is drawn; picture i has the seed ``seed + i``."""
+        stage_number = self.progress.stage(max(0, self.progress.step - 1))[0]
+        return {
+            "step": self.progress.step,
+            "averaged": self.recipe.stages[stage_number].ema > 0,
+            "steps": outputs.PREVIEW_STEPS,
+            "guidance": self.model.guidance,
+            "seed": outputs.PREVIEW_SEED,
+        }
 
     def _draw_previews(self, prompts: list[str]) -> list[PILImage.Image]:
+        settings = {"seed": outputs.PREVIEW_SEED, "steps": outputs.PREVIEW_STEPS}
         with self.optimizer.averaged():
             if self.sharding is None:
-                return self.model.draw(prompts, seed=0)
+                return self.model.draw(prompts, **settings)
             with self.model.using(replace(self.engine, compiled=False)):
-                return self.sharding.run_without_gradients(lambda: self.model.draw(prompts, seed=0))
+                return self.sharding.run_without_gradients(lambda: self.model.draw(prompts, **settings))
 
     def save(self, unreadable: dict[int, str] | None = None, *, collective: bool = True) -> None:
         """Write the state that a resumed run needs, atomically.

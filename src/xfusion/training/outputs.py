@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image as PILImage
 
 from xfusion import checkpoint
+from xfusion.data.pictures import png_facts
 from xfusion.data.sources import Source
 from xfusion.evaluation.machine import commit, machine
 from xfusion.model import Model
@@ -22,13 +23,19 @@ if TYPE_CHECKING:
     from xfusion.training.sharding import Sharding
 
 
-def write_sheet(path: Path, pictures: Sequence[PILImage.Image], size: int) -> PILImage.Image:
-    """Write the pictures of a preview in a row and return that picture."""
+PREVIEW_SEED, PREVIEW_STEPS = 0, 25
+"""Seed of the first picture of a preview, and steps of each: the defaults of `draw`."""
+
+
+def write_sheet(
+    path: Path, pictures: Sequence[PILImage.Image], size: int, facts: Mapping[str, Any]
+) -> PILImage.Image:
+    """Write the pictures of a preview in a row, with how they were drawn as text chunks, and return that picture."""
     sheet = PILImage.new("RGB", (size * len(pictures), size), "white")
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (i * size, 0))
     with atomic_file(path) as temporary:
-        sheet.save(temporary, format="PNG")
+        sheet.save(temporary, format="PNG", pnginfo=png_facts(facts))
     return sheet
 
 

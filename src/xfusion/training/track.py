@@ -92,7 +92,7 @@ class Track:
     def event(self, **event: Any) -> None:
         """Write an event to the log and TensorBoard, unless an earlier write failed, and call the listener with it.
 
-        Previews are not logged. A failed write does not raise: see `failure`.
+        The log has the path of a preview from the run's folder. A failed write does not raise: see `failure`.
 
         Args:
             event: the event's fields; ``event`` is its kind.
@@ -100,8 +100,10 @@ class Track:
         if self.file and self.failure is None:
             try:
                 with named_in_errors(self.path):
-                    if event["event"] != "preview":
-                        self.file.write(json.dumps(event) + "\n")
+                    logged = event
+                    if event["event"] == "preview":
+                        logged = event | {"path": os.path.relpath(event["path"], self.path.parent)}
+                    self.file.write(json.dumps(logged) + "\n")
                     if event["event"] == "step":
                         self._record_step(event)
             except XFusionError as error:  # not raised here: the other processes would wait for this one
@@ -169,13 +171,13 @@ class Track:
 def _is_current(line: str, resume_at: int, left_out: Container[str]) -> bool:
     """Whether a line of the log describes something that the resumed state contains.
 
-    These are events of steps before ``resume_at``, and at ``resume_at`` itself the plan and the examples that the state leaves
-    out. An incomplete line, cut off by a crash, is dropped.
+    These are events of steps before ``resume_at``, and at ``resume_at`` itself the plan, previews, and the examples that the state
+    leaves out. An incomplete line, cut off by a crash, is dropped.
     """
     try:
         event = json.loads(line)
         name, step = event.get("event"), event.get("step", 0)
     except (ValueError, AttributeError):
         return False
-    at_resume_step = name == "plan" or (name == "left_out" and event.get("example") in left_out)
+    at_resume_step = name in ("plan", "preview") or (name == "left_out" and event.get("example") in left_out)
     return step < resume_at or (at_resume_step and step == resume_at)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,7 +27,6 @@ from xfusion.apps.commands.base import (
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from PIL.PngImagePlugin import PngInfo
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 """File formats of pictures; only PNG stores the prompt and the settings."""
@@ -198,18 +196,10 @@ def save(picture: Image, path: Path, facts: dict[str, Any]) -> Path:
     image_format = FORMATS[path.suffix.lower()]
     options: dict[str, Any] = {"quality": 95} if image_format in ("JPEG", "WEBP") else {}
     if image_format == "PNG":
+        from xfusion.data.pictures import png_facts
+
         options["pnginfo"] = png_facts(facts)
     return write_whole(path, lambda temporary: picture.save(temporary, format=image_format, **options))
-
-
-def png_facts(facts: Mapping[str, Any]) -> PngInfo:
-    """Facts as text chunks of a PNG."""
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    for key, value in facts.items():
-        info.add_text(key, str(value).replace("\0", ""))
-    return info
 
 
 @dataclass(frozen=True, kw_only=True)

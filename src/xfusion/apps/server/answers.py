@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from xfusion.apps.commands.pictures import png_facts
+from xfusion.data.pictures import png_facts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
