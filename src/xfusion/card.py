@@ -264,7 +264,9 @@ def _scores(scores: dict[str, Any] | None) -> str:
     )
     origin = ", ".join(f"{k} {v}" for k, v in _origin(settings_used).items())
     versions = ", ".join(f"{k} {v}" for k, v in (settings_used.get("versions") or {}).items() if v)
-    settings_text = "\n\nSettings: " + "; ".join(filter(None, (settings, versions, origin))) + "." if settings_used else ""
+    settings_text = (
+        "\n\nSettings: " + "; ".join(filter(None, (settings, versions, origin))) + "." if settings_used else ""
+    )
     return _table(rows) + settings_text
 
 

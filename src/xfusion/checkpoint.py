@@ -449,7 +449,7 @@ def add_facts(
     proof: dict[str, Any] | None = None,
     text_keeping: dict[str, Any] | None = None,
 ) -> None:
-    """Record ``scores``, a ``proof`` or perplexities (``text_keeping``) in a pack that has a folder of its own, and rewrite its card.
+    """Record ``scores``, a ``proof`` or perplexities (``text_keeping``) in a pack with a folder of its own, and rewrite its card.
 
     A pack of an older version also gets what it does not record of its base's function; without new facts, only this.
 

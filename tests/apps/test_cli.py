@@ -706,7 +706,17 @@ def test_data_check_finds_the_control_tokens_of_a_base(run, photos, base):
 
 def test_doctor(run):
     found = run("doctor", "--json").json
-    assert {"device", "dtype", "dtype_reason", "attention", "threads", "versions", "cache", "embedded_base", "extras"} <= set(found)
+    assert {
+        "device",
+        "dtype",
+        "dtype_reason",
+        "attention",
+        "threads",
+        "versions",
+        "cache",
+        "embedded_base",
+        "extras",
+    } <= set(found)
     project = tomllib.loads((SOURCE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     for extra, names_of in found["extras"].items():
         said = [re.match(r"[\w-]+", text)[0] for text in project["optional-dependencies"][extra]]

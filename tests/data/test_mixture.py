@@ -65,7 +65,7 @@ def flat(batches):
 
 
 def test_texts_beyond_what_the_base_reads_are_refused_by_origin():
-    """By hand: 5 positions of a picture with [BOI], [EOI], 24 of a question, 20 of an answer; a prompt has [BOS] and an article."""
+    """By hand: 5 positions of a picture with [BOI], [EOI], 24 of a question, 20 of an answer; a prompt has [BOS], an article."""
     image = ImageModality.Config(patch=4, sizes=(8,)).build()
 
     def made(context_length, **settings):
@@ -74,9 +74,13 @@ def test_texts_beyond_what_the_base_reads_are_refused_by_origin():
 
     assert made(50).batches(0) and made(28, caption=0).batches(0)
     assert max(int(batch.text.position.max()) for batch in made(50).largest()) == 49
-    with pytest.raises(XFusionError, match=r"^3: with its text a sample takes 50 positions, of which 45 are text; the base reads 49: "):
+    with pytest.raises(
+        XFusionError, match=r"^3: with its text a sample takes 50 positions, of which 45 are text; the base reads 49: "
+    ):
         made(49)
-    with pytest.raises(XFusionError, match="^3: with its text a sample takes 28 positions, of which 23 are text; the base reads 27: "):
+    with pytest.raises(
+        XFusionError, match="^3: with its text a sample takes 28 positions, of which 23 are text; the base reads 27: "
+    ):
         made(27, caption=0)
 
 

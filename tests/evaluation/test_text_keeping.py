@@ -16,7 +16,8 @@ from xfusion.evaluation.suites import text_keeping
 
 PASSAGES = [f"a red apple on a table and {word} small house" for word in ("two", "blue", "what", "name", "this", "one")]
 QUESTIONS = [
-    {"question": "what is this?", "choices": ["a red apple", "two blue birds", "cat"], "answer": i % 3} for i in range(6)
+    {"question": "what is this?", "choices": ["a red apple", "two blue birds", "cat"], "answer": i % 3}
+    for i in range(6)
 ]
 
 
@@ -42,7 +43,8 @@ def log_probs(model, stack, context, ids):
     return found
 
 
-def test_a_stack_that_is_the_base_changes_nothing(bases, files):
+def test_a_stack_that_is_the_base_changes_nothing(bases, files, monkeypatch):
+    monkeypatch.setattr(text_keeping, "WINDOW", 40)
     found = evaluate(make_model(bases["llama"]), "text_keeping", **files)
     assert found["text_bit_equal"] is True and found["text_declared_equal"] is True
     for name in files:
@@ -114,7 +116,10 @@ def test_a_last_word_is_guessed_token_by_token(bases, tmp_path, monkeypatch):
 
 def test_words_are_split_from_what_is_before_them(bases):
     encode = bases["llama"].encode
-    assert text_keeping._split_ids(encode, "a red apple on a", " table") == (encode("a red apple on a"), encode(" table"))
+    assert text_keeping._split_ids(encode, "a red apple on a", " table") == (
+        encode("a red apple on a"),
+        encode(" table"),
+    )
 
 
 def test_a_base_near_chance_is_named(bases, files, monkeypatch):
@@ -180,7 +185,10 @@ def test_real_files(assets):
     assert {found["settings"][f"num_{name}"] for name in ("perplexity", "lambada", "arc_easy")} == {8}
     assert found["chance_arc_easy"] == pytest.approx(0.25, abs=0.03) and found["arc_easy_near_chance"] is True
     wikitext = str(text / "wikitext2_valid.parquet")
-    pieces, one = text_keeping._pieces(model, wikitext), evaluate(model, "text_keeping", perplexity=wikitext, max_items=1)
+    pieces, one = (
+        text_keeping._pieces(model, wikitext),
+        evaluate(model, "text_keeping", perplexity=wikitext, max_items=1),
+    )
     (index,) = random.Random(0).sample(range(len(pieces)), 1)
     ids = torch.tensor([[*base.begin_ids, *pieces[index]]])
     assert one["perplexity_base"] == pytest.approx(math.exp(base.model(ids, labels=ids).loss.item()), rel=1e-4)

@@ -748,7 +748,7 @@ def test_decay_closes_no_gate_and_shrinks_no_learned_input(bases, fusion, kept):
 
 
 def test_the_log_has_the_counts_of_each_loss(bases, tmp_path):
-    """Pictures to draw, and the tokens of the names of the pictures to caption with their end tokens, over both reads of a step."""
+    """Pictures to draw, and the tokens of names with their end tokens, over both reads of a step."""
     base = bases["llama"]
     mixture = MixtureConfig(draw=4, caption=4, pack=2, templates=PLAIN)
     train(base, tmp_path, recipe_=recipe(base, steps=2, mixture=mixture, accumulate=2))
@@ -864,7 +864,9 @@ def test_from_pack_adapts_and_refuses_another_shape(straight, bases, tmp_path):
 
     frozen = recipe(base, steps=1, rate=0.0)
     told = Console(file=io.StringIO(), width=400)
-    model = train(base, tmp_path / "kept", recipe_=frozen, from_pack=str(tmp_path / "start"), listener=listen, console=told)
+    model = train(
+        base, tmp_path / "kept", recipe_=frozen, from_pack=str(tmp_path / "start"), listener=listen, console=told
+    )
     count = len(pack.learned_state())
     assert f"start     {count} tensors of the pack {tmp_path / 'start'}, and 0 new ones\n" in told.file.getvalue()
     assert model.fingerprint == pack.fingerprint and seen[0]["new_parameters"] == pack.num_new_parameters
@@ -962,7 +964,10 @@ def test_the_start_shows_what_is_read_and_what_is_learned(bases, tmp_path):
     lines = told.getvalue().splitlines()
     words = len(base.encode("a red apple"))
     # [BOS] before a prompt; [EOI] behind a picture, and the end token, which is a label alone.
-    assert f"tokens    {4 * (1 + words) + 4 * (1 + words)} text and {8 * 17} image positions in this step, padding aside" in lines
+    assert (
+        f"tokens    {4 * (1 + words) + 4 * (1 + words)} text and {8 * 17} image positions in this step, padding aside"
+        in lines
+    )
     samples = [line for line in lines if line.startswith("sample")]
     assert samples == [
         "sample    <|begin|>a red apple »<16 image tokens>«",
@@ -985,7 +990,10 @@ def test_answers_of_solved_examples_are_marked(bases):
     base = bases["llama"]
     model, (media, _) = make_model(base), mixed_sequences()["words behind picture"].segments
     shot = Text(ids=(*base.encode("a cat"), base.end_id), has_loss=True, unread_end=True)
-    question, answer = Text(ids=base.encode("what is this?")), Text(ids=(*base.encode("two birds"), base.end_id), has_loss=True)
+    question, answer = (
+        Text(ids=base.encode("what is this?")),
+        Text(ids=(*base.encode("two birds"), base.end_id), has_loss=True),
+    )
     sample = Sequence(segments=(media, shot, media, question, answer))
     assert summary.sample_text(model, sample) == (
         "<16 image tokens> »a cat<|end|>« <16 image tokens> what is this? »two birds<|end|>«"
@@ -1062,7 +1070,9 @@ def test_previews_are_drawn_by_the_averaged_weights_and_change_nothing(straight,
     from PIL import Image
 
     sheet = Image.open(previews[-1]["path"])
-    assert sheet.text == {"prompts": "a red apple\ntree", "step": "12"} | {key: str(value) for key, value in facts.items()}
+    assert sheet.text == {"prompts": "a red apple\ntree", "step": "12"} | {
+        key: str(value) for key, value in facts.items()
+    }
     drawn = xfusion.load(tmp_path / "pack", backbone=base).draw(["a red apple", "tree"], seed=0)
     assert sheet.size == (32, 16)
     assert sheet.crop((16, 0, 32, 16)).tobytes() == drawn[1].tobytes()
@@ -1181,7 +1191,9 @@ def test_a_caption_longer_than_was_looked_at_makes_graphs_once_and_they_are_coun
 def test_a_text_longer_than_the_base_reads_is_refused_before_anything_is_written(bases, tmp_path):
     source = Noise()
     source.examples = tuple(replace(e, captions=("z" * 520,)) if e.id == "3" else e for e in source.examples)
-    with pytest.raises(XFusionError, match=r"^noise:3: with its text a sample takes 5\d\d positions.*the base reads 512: "):
+    with pytest.raises(
+        XFusionError, match=r"^noise:3: with its text a sample takes 5\d\d positions.*the base reads 512: "
+    ):
         train(bases["llama"], tmp_path / "run", source=source)
     assert not (tmp_path / "run").exists()
 

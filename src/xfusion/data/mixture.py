@@ -106,8 +106,8 @@ class Mixture:
         context_length: positions that the base can read; None if that is not known.
 
     Raises:
-        XFusionError: the source is empty, the captioning batch does not fill its rows, the weights are not one per source, or a text
-            is too long for the base.
+        XFusionError: the source is empty, the captioning batch does not fill its rows, the weights are not one per source, or a
+            text is too long for the base.
     """
 
     def __init__(
@@ -343,7 +343,7 @@ class Mixture:
             )
 
     def _check_longest(self, context_length: int) -> None:
-        """Refuse the longest texts of the source (`_longest_texts`) if a sample with them is longer than what the base can read."""
+        """Refuse the longest texts of the source (`_longest_texts`) if a sample with them is longer than the base can read."""
         tasks = zip((self.config.draw, self.config.caption), self._longest_texts, self._longest_samples(), strict=True)
         for count, (index, _), samples in tasks:
             for sample in samples.values() if count else ():
@@ -353,7 +353,7 @@ class Mixture:
                 if positions > context_length:
                     raise XFusionError(
                         f"{self.source.examples[index].origin}: with its text a sample takes {positions} positions, of which"
-                        f" {text_length(sample)} are text; the base reads {context_length}: shorten the text, or leave the example out"
+                        f" {text_length(sample)} are text; the base reads {context_length}: shorten the text, or leave it out"
                     )
 
     def _rows(self, drawings: list[Sequence], captionings: list[Sequence]) -> tuple[list[list[Sequence]], ...]:

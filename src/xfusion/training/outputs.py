@@ -27,9 +27,7 @@ PREVIEW_SEED, PREVIEW_STEPS = 0, 25
 """Seed of the first picture of a preview, and steps of each: the defaults of `draw`."""
 
 
-def write_sheet(
-    path: Path, pictures: Sequence[PILImage.Image], size: int, facts: Mapping[str, Any]
-) -> PILImage.Image:
+def write_sheet(path: Path, pictures: Sequence[PILImage.Image], size: int, facts: Mapping[str, Any]) -> PILImage.Image:
     """Write the pictures of a preview in a row, with how they were drawn as text chunks, and return that picture."""
     sheet = PILImage.new("RGB", (size * len(pictures), size), "white")
     for i, picture in enumerate(pictures):
@@ -50,7 +48,7 @@ def pack_facts(
     teachers: Collection[str] = (),
     earlier: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Facts about the training of a pack, for its config and card: how, how long and on what, the commit of the code, and the machine.
+    """Facts about the training of a pack, for its config and card, with the commit of the code and the machine.
 
     Args:
         recipe: how it was trained.

@@ -76,7 +76,7 @@ def locked_folder(out: Path, *, resume: bool) -> Iterator[None]:
 
 
 def open_model(settings: Settings, backbone: Backbone) -> tuple[Model, int]:
-    """The recipe's model, with fresh weights or those of the pack that it starts from, and how many of its tensors are the pack's.
+    """The recipe's model, with fresh weights or those of the pack that it starts from, and how many tensors the pack gave.
 
     Raises:
         XFusionError: the pack was built otherwise than the recipe, or cannot do what the recipe trains.

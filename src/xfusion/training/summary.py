@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import groupby
 
 import torch
@@ -90,7 +90,7 @@ def lines(
         yield "memory    freed blocks stay with the process: mapping them again costs more than filling them"
 
 
-def first_step(model: Model, mixture: Mixture, reads: Iterable[int], width: int) -> Iterator[str]:
+def first_step(model: Model, mixture: Mixture, reads: range, width: int) -> Iterator[str]:
     """Lines about a step: its positions, and a sample of each task with its trained parts between » and «.
 
     Args:

@@ -171,8 +171,8 @@ class Track:
 def _is_current(line: str, resume_at: int, left_out: Container[str]) -> bool:
     """Whether a line of the log describes something that the resumed state contains.
 
-    These are events of steps before ``resume_at``, and at ``resume_at`` itself the plan, previews, and the examples that the state
-    leaves out. An incomplete line, cut off by a crash, is dropped.
+    These are events of steps before ``resume_at``, and at ``resume_at`` itself the plan, previews, and the examples that the
+    state leaves out. An incomplete line, cut off by a crash, is dropped.
     """
     try:
         event = json.loads(line)

@@ -149,8 +149,10 @@ def _base_text(base: dict[str, Any]) -> str:
         ("", ""),
         ("base", f"{base['source']}: {base['architecture']}, {base['parameters']:,} weights in {base['dtype']}"),
         ("layers", f"{base['layers']} x {base['layer_class']} of width {base['width']}"),
-        ("attention", base["attention"]),
-        ("in training", f"{base['training_attention']}: {base['training_attention_reason']}"),
+        (
+            "attention",
+            f"{base['attention']}; in training {base['training_attention']}: {base['training_attention_reason']}",
+        ),
         ("windows", sliding),
         ("positions", f"learned, {base['longest']} of them" if base["longest"] else "rotary, or none"),
         ("chat", "the tokenizer's own template" if base["chat_template"] else "no template: a plain wording is used"),

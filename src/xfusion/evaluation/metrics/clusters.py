@@ -1,5 +1,4 @@
-"""Confidence intervals by resampling: of any statistic of items, and of a share whose questions come in clusters, such as
-pictures with one sentence (a cluster bootstrap)."""
+"""Confidence intervals by resampling items, or clusters of items such as the questions about one picture: the bootstrap."""
 
 from __future__ import annotations
 

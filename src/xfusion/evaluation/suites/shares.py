@@ -64,5 +64,11 @@ def run(
             f" {type(model.fusion).__name__} without one: train the recipe xfusion_dynamic"
         )
     metrics = {name: sum(values) / len(values) for name, values in sums.items()}
-    settings = {"source": pictures.spec, "source_fingerprint": content_fingerprint(pictures), "size": side, "num_samples": num_samples, "seed": seed}
+    settings = {
+        "source": pictures.spec,
+        "source_fingerprint": content_fingerprint(pictures),
+        "size": side,
+        "num_samples": num_samples,
+        "seed": seed,
+    }
     return {**metrics, "settings": settings}

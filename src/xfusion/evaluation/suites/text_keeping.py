@@ -69,7 +69,9 @@ def run(
     files = {"perplexity": perplexity, "lambada": lambada, "arc_easy": arc_easy}
     files = {name: path for name, path in files.items() if path is not None}
     if not files:
-        raise XFusionError("name a file: perplexity=FILE, lambada=FILE or arc_easy=FILE, .parquet, .jsonl or plain text")
+        raise XFusionError(
+            "name a file: perplexity=FILE, lambada=FILE or arc_easy=FILE, .parquet, .jsonl or plain text"
+        )
     stacks, metrics, settings = _Stacks(model), dict[str, Any](), dict[str, Any]()
 
     def chosen(items: Sequence[T]) -> list[T]:
@@ -146,9 +148,7 @@ class _Stacks:
         return _Scores({s: float(rated.index(max(rated)) == question.answer) for s, rated in ratings.items()})
 
     @torch.no_grad()
-    def _read(
-        self, context: tuple[int, ...], ids: tuple[int, ...]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+    def _read(self, context: tuple[int, ...], ids: tuple[int, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
         """Log-probabilities of ``ids`` after a context, whether each is the likeliest, and their number.
 
         The base's beginning-of-text token comes first. A first token without anything before it is not scored, and of a context
@@ -165,8 +165,7 @@ class _Stacks:
         # In float64, and only where a token is scored: a vocabulary is wide.
         scored = {stack: values[-count - 1 : -1].double() for stack, values in logits.items()}
         log_probs = {
-            stack: values.log_softmax(dim=-1).gather(1, labels[:, None])[:, 0].cpu()
-            for stack, values in scored.items()
+            stack: values.log_softmax(dim=-1).gather(1, labels[:, None])[:, 0].cpu() for stack, values in scored.items()
         }
         likeliest = {stack: (values.argmax(dim=-1) == labels).cpu() for stack, values in scored.items()}
         return log_probs, likeliest, count
@@ -272,6 +271,8 @@ def _questions(name: str) -> list[_Question]:
                 f"{name}: row {number} is no question: it needs question, choices, and answer, the number of the right choice"
             ) from error
         if not 0 <= question.answer < len(question.choices) or not all(question.choices):
-            raise XFusionError(f"{name}: row {number} has {len(question.choices)} choices and the answer {question.answer}")
+            raise XFusionError(
+                f"{name}: row {number} has {len(question.choices)} choices and the answer {question.answer}"
+            )
         questions.append(question)
     return questions
