@@ -16,8 +16,8 @@ from xfusion.evaluation.suites import text_keeping
 
 PASSAGES = [f"a red apple on a table and {word} small house" for word in ("two", "blue", "what", "name", "this", "one")]
 QUESTIONS = [
-    {"question": "what is this?", "choices": ["a red apple", "two blue birds", "cat"], "answer": i % 3}
-    for i in range(6)
+    {"question": "what is this?", "choices": ["a red apple", "two blue birds", "cat"], "answer": i}
+    for i in (1, 1, 0, 2, 0, 1)
 ]
 
 

@@ -19,7 +19,7 @@ from xfusion.objectives.base import Losses, Objective, Run
 GREEDY = 1e-5
 """A temperature below this is greedy, like 0: dividing logits by a smaller number would overflow."""
 MOST_LOGITS = 64_000_000
-"""Most logits of the vocabulary that a loss computes at once; they take some 14 bytes each, with their gradients."""
+"""Most logits of the vocabulary that a loss computes at once; they take some 12 bytes each, with their gradients."""
 
 
 class NextToken(Objective):
