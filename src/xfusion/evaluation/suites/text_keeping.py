@@ -262,9 +262,11 @@ def _questions(name: str) -> list[_Question]:
     questions = []
     for number, row in enumerate(_rows(name)):
         try:
-            choices, answer = row["choices"], row.get("answer")
+            choices = row["choices"]
             if isinstance(choices, Mapping):  # as the hub has ARC
                 choices, answer = choices["text"], list(choices["label"]).index(row["answerKey"])
+            else:
+                answer = row["answer"]
             question = _Question(str(row["question"]), tuple(map(str, choices)), int(answer))
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise XFusionError(
