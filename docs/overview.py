@@ -233,9 +233,9 @@ def contents(folders: Sequence[Path]) -> list[str]:
     lines = [
         "## The comparisons",
         "",
-        "Between recipes of different regimes (`single_tower`, `transfusion`, `paper_moe` or `lora`, and the others) there are differences with intervals,",
-        "but no verdicts. `xfusion compare --out comparison/kinds` makes a page of one comparison from its files,",
-        "`index.html` in the same folder, with the drawings of all seeds.",
+        "Between recipes of different regimes (`single_tower`, `transfusion`, `paper_moe` or `lora`, and the others) there are",
+        "differences with intervals, but no verdicts. `xfusion compare --out comparison/kinds` makes a page of one comparison",
+        "from its files, `index.html` in the same folder, with the drawings of all seeds.",
         "",
     ]
     for folder in folders:

@@ -227,7 +227,8 @@ READERS: dict[str, Fusion.Config] = {
 WRITERS: dict[str, Fusion.Config] = {"conditioned denoiser": Conditioned.Config(width=32, depth=2, heads=2)}
 """Fusions of models that draw and do not read: no word hears of a picture."""
 CORE = ("llama", "qwen3", "gemma3")
-"""Families of which the default tier tries more than what `on_every_family` says: nearly all on the first, `EVERYWHERE` on the others."""
+"""Families of which the default tier tries more than what `on_every_family` says: nearly all on the first, `EVERYWHERE` on the
+others."""
 EVERYWHERE = (
     "dual tower, strided",
     "dual projection",
