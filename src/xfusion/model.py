@@ -338,6 +338,16 @@ class Model(nn.Module):
         return {f"{prefix}.{name}": p for prefix, part in self._learned.items() for name, p in part.named_parameters()}
 
     @property
+    def embedding_tables(self) -> frozenset[str]:
+        """Names of the new parameters that are embedding tables: of positions, or of codes."""
+        return frozenset(
+            f"{prefix}.{path}.weight"
+            for prefix, part in self._learned.items()
+            for path, module in part.named_modules()
+            if isinstance(module, nn.Embedding)
+        )
+
+    @property
     def device(self) -> torch.device:
         """The device that passes run on."""
         return self._engine.backbone.device

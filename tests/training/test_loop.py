@@ -27,16 +27,25 @@ from xfusion.data.sources import open_source
 from xfusion.data.templates import Templates
 from xfusion.evaluation.machine import machine
 from xfusion.evaluation.verify import text_keeping
+from xfusion.fusion.adaption_prompt import AdaptionPrompt
+from xfusion.fusion.connectors.positional_resampler import PositionalResampler
+from xfusion.fusion.connectors.prefix_mapper import PrefixMapper
+from xfusion.fusion.connectors.query_transformer import Queries
+from xfusion.fusion.connectors.resampler import Resampler
+from xfusion.fusion.prefix import Prefix
 from xfusion.modalities.codecs.pixels import Pixels
+from xfusion.modalities.codes import CodePort
 from xfusion.modalities.image import ImageModality
 from xfusion.modalities.port import MediaPort
 from xfusion.model import Model
 from xfusion.objectives.base import NoObjective
+from xfusion.objectives.codes import NextCode
 from xfusion.objectives.flow_matching import FlowMatching
 from xfusion.objectives.next_token import NextToken
+from xfusion.objectives.query_pretraining import QueryPretraining
 from xfusion.training import loop, pace, progress, setup, states, summary
 from xfusion.training.loop import Interrupted
-from xfusion.training.optimizer import Optimizer
+from xfusion.training.optimizer import NEVER_DECAYED, Optimizer
 from xfusion.training.stages import Recipe, Stage
 
 PLAIN = Templates(caption_dropout=0, article_share=0, other_wordings=0, question_share=0)
@@ -335,7 +344,7 @@ def test_a_second_stage_does_not_repeat_the_order_of_the_first(bases, tmp_path, 
 
 
 def test_each_stage_has_its_own_weight_decay(bases, tmp_path):
-    """AdamW takes rate * decay of a matrix before it steps: two runs differ by just that. Norms and boundary rows stay."""
+    """AdamW takes rate * decay of a matrix before it steps: two runs differ by just that. Norms, boundary rows, tables stay."""
     base, decay = bases["llama"], 0.5
     first = dataclasses.replace(recipe(base).stages[0], steps=1)
     train(base, tmp_path / "before", recipe_=recipe(base, stages=(first,)))
@@ -343,7 +352,8 @@ def test_each_stage_has_its_own_weight_decay(bases, tmp_path):
         train(base, tmp_path / name, recipe_=recipe(base, stages=(first, dataclasses.replace(first, weight_decay=own))))
     before, without, decayed = (state_of(tmp_path / name) for name in ("before", "without", "with"))
     for name in (name for name in before if name.startswith("weight.")):
-        expected = without[name] - first.rate_at(0, 1) * decay * before[name] * (before[name].ndim > 1)
+        is_matrix = before[name].ndim > 1 and name not in ("weight.port.row.weight", "weight.port.column.weight")
+        expected = without[name] - first.rate_at(0, 1) * decay * before[name] * is_matrix
         torch.testing.assert_close(decayed[name], expected, rtol=0, atol=3e-7)
 
 
@@ -720,10 +730,22 @@ def test_the_optimizer_is_torchs_adamw_behind_a_clipped_gradient():
         assert weight._version > version and weight.grad is None
 
 
+def decayed(optimizer):
+    """A step without gradients: what the parameters were, and the names of those that stay; the others lose rate * decay."""
+    before = {name: p.detach().clone() for name, p in optimizer.parameters.items()}
+    for parameter in optimizer.parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step(0.1, 1.0, 0.9, 0.5)
+    stayed = {name for name in before if torch.equal(before[name], optimizer.parameters[name])}
+    for name in before.keys() - stayed:
+        torch.testing.assert_close(optimizer.parameters[name].detach(), before[name] * 0.95, msg=name)
+    return before, stayed
+
+
 @pytest.mark.parametrize(
     ("fusion", "kept"),
     [
-        ("gated tower", {"gates", "norm", "begin", "end"}),
+        ("gated tower", {"gates", "norm", "begin", "end", "row", "column"}),
         ("flamingo", {"gate", "mlp_gate", "latents", "norm"}),
         ("llama-adapter 2", {"gate", "rows", "latents", "scale", "bias"}),
         ("low-rank tower", {"begin", "end"}),
@@ -732,15 +754,9 @@ def test_the_optimizer_is_torchs_adamw_behind_a_clipped_gradient():
 )
 def test_decay_closes_no_gate_and_shrinks_no_learned_input(bases, fusion, kept):
     model = make_model(bases["llama"], fusion)
-    optimizer = Optimizer(model.named_new_parameters())
-    before = {name: p.detach().clone() for name, p in optimizer.parameters.items()}
-    for parameter in optimizer.parameters.values():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step(0.1, 1.0, 0.9, 0.5)
-    stayed = {name for name in before if torch.equal(before[name], optimizer.parameters[name])}
+    before, stayed = decayed(Optimizer(model.named_new_parameters(), None, model.embedding_tables))
     for name in before.keys() - stayed:
         assert before[name].ndim > 1 and name.endswith(("weight", "down", "up")), name
-        torch.testing.assert_close(optimizer.parameters[name].detach(), before[name] * 0.95, msg=name)
     assert before.keys() - stayed
     for word in kept:
         named = [name for name in before if word in name.split(".") or name.split(".")[-2].endswith(word)]
@@ -761,6 +777,69 @@ def test_the_log_has_the_counts_of_each_loss(bases, tmp_path):
     drawing = recipe(base, steps=1, mixture=dataclasses.replace(mixture, caption=0))
     train(base, tmp_path / "drawing", recipe_=drawing)
     assert log(tmp_path / "drawing")[0]["counts"] == {"flow_matching": 4}
+
+
+CODES = CodePort.Config(largest_grid=6, entries=5)
+WORDS_BESIDE_QUERIES = Queries.Config(queries=3, query_width=16, heads=2, depth=2, mlp=24, words=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tables", "matrix"),
+    [
+        ({}, {"port.row.weight", "port.column.weight"}, "port.project.weight"),
+        (
+            {"fusion": Prefix.Config(), "port": CODES, "media": NextCode.Config()},
+            {"port.row.weight", "port.column.weight", "port.table.weight"},
+            "port.head.weight",
+        ),
+        (
+            {"fusion": Prefix.Config(), "port": WORDS_BESIDE_QUERIES, "media": NoObjective.Config()}
+            | {"extra": (QueryPretraining.Config(width=10),)},
+            {"extra.0.places.weight"},
+            "extra.0.words_in.weight",
+        ),
+    ],
+    ids=["places", "codes", "places of words"],
+)
+def test_decay_shrinks_no_embedding_table(bases, changes, tables, matrix):
+    """Rows of places and of codes are looked up one by one: those that a batch lacks would fade."""
+    model = Model(replace(model_config(bases["llama"], "cogvlm"), **changes), bases["llama"])
+    randomise(model)
+    assert model.embedding_tables == tables
+    before, stayed = decayed(Optimizer(model.named_new_parameters(), None, model.embedding_tables))
+    assert tables <= stayed and matrix in before.keys() - stayed
+
+
+LEARNED_INPUTS = {
+    "by_layer": MediaPort.Config(time="modulate"),
+    "constants": PrefixMapper.Config(heads=2),
+    "latents": Resampler.Config(latents=3),
+    "queries": PositionalResampler.Config(heads=2),
+    "rows": AdaptionPrompt.Config(prompts=3),
+}
+"""Last name of a parameter that is a list of vectors -> what has one."""
+
+
+@pytest.mark.parametrize("name", LEARNED_INPUTS)
+def test_no_list_of_vectors_is_taken_for_a_matrix(bases, name):
+    config = LEARNED_INPUTS[name]
+    if isinstance(config, Resampler.Config):
+        module = config.build(16)
+    elif isinstance(config, AdaptionPrompt.Config):
+        module = config.build()
+        module.install(bases["llama"])
+    else:
+        module = config.build(16, 12, 0.1, 2)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(1.0)
+    before, stayed = decayed(Optimizer(dict(module.named_parameters())))
+    lists = {path for path in before if path.rpartition(".")[2] == name}
+    assert lists and all(before[path].ndim > 1 for path in lists) and lists <= stayed
+
+
+def test_every_list_of_vectors_is_tried():
+    assert set(LEARNED_INPUTS) == NEVER_DECAYED
 
 
 def test_the_loss_is_weighed_and_every_step_has_noise_of_its_own(bases, tmp_path, monkeypatch):

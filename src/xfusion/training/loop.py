@@ -234,7 +234,8 @@ class _Run:
         """What all processes prepare together: equal weights, the resumed state, batches, and the log of the first process."""
         settings, model, processes, sharding = self.settings, self.model, self.processes, self.sharding
         processes.broadcast_weights([p for p in model.new_parameters() if not is_sharded(p)])
-        self.optimizer = Optimizer(model.named_new_parameters(), None if sharding is None else processes.all_reduce)
+        all_reduce = None if sharding is None else processes.all_reduce
+        self.optimizer = Optimizer(model.named_new_parameters(), all_reduce, model.embedding_tables)
         self.left_out = LeftOut(self.source, settings.allow_bad)
         if settings.resume:
             self._resume()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -19,20 +19,27 @@ NEVER_DECAYED = frozenset({"latents", "queries", "constants", "rows", "by_layer"
 class Optimizer:
     """AdamW (0.9, 0.95) with clipping and a moving average, over learned weights only.
 
-    Weight decay applies to matrices and embedding tables: not to gates, which it would close, norms, biases, boundary rows, and
+    Weight decay applies to matrices: not to embedding tables, gates, which it would close, norms, biases, boundary rows, and
     the queries, latents and rows that modules learn as inputs of their own.
 
     Args:
         parameters: float32 master weights by name; sharded ones are `DTensor`.
         all_reduce: sums a tensor over all processes; called only if weights are sharded.
+        embedding_tables: names of the parameters that are embedding tables (`xfusion.model.Model.embedding_tables`).
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], all_reduce: Callable[[Tensor], Tensor] | None = None):
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        all_reduce: Callable[[Tensor], Tensor] | None = None,
+        embedding_tables: Collection[str] = (),
+    ):
         self.parameters, self.all_reduce = parameters, all_reduce
         self.shards: list[nn.Parameter] = [_shard_of(p) for p in parameters.values()]
         groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
         for (name, parameter), shard in zip(parameters.items(), self.shards, strict=True):
-            groups[parameter.ndim > 1 and name.rpartition(".")[2] not in NEVER_DECAYED].append(shard)
+            is_matrix = parameter.ndim > 1 and name not in embedding_tables
+            groups[is_matrix and name.rpartition(".")[2] not in NEVER_DECAYED].append(shard)
         self.adamw = torch.optim.AdamW(
             [{"params": shards, "decays": decays} for decays, shards in groups.items() if shards],
             lr=0.0,

@@ -33,7 +33,7 @@ class Stage:
     clip: float = 1.0
     """Gradients are clipped to this norm."""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay of matrices and embedding tables: not of gates, norms, biases, boundary rows, queries and
+    """AdamW's decoupled weight decay of matrices: not of embedding tables, gates, norms, biases, boundary rows, queries and
     latents."""
     ema: float = 0.999
     """Decay of the exponential moving average of the weights, which is what is saved; 0 saves the raw weights. It warms up as
