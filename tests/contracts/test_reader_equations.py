@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from contracts.table import (
@@ -21,17 +22,20 @@ from contracts.table import (
     view,
     words,
 )
+from contracts.test_equations import NORMS, Llama, behind_layers, of_module
 from contracts.test_paths import FLOAT64, piece
 from torch import nn
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from xfusion.backbone import Backbone
 from xfusion.data.mixture import Mixture, MixtureConfig
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Sequence, Text, XFusionError
 from xfusion.data.templates import Templates, captioning
 from xfusion.fusion import cross_attention
 from xfusion.fusion.adaption_prompt import AdaptionPrompt, Prompted
+from xfusion.fusion.base import parts_from_module
 from xfusion.fusion.connectors.resampler import Resampler
 from xfusion.fusion.cross_attention import CrossAttention, GatedCrossAttention
 from xfusion.fusion.outside import Outside
@@ -320,6 +324,82 @@ def test_a_prompt_is_its_equation(bases, monkeypatch):
             assert float((own - own[:1]).abs().max()) == 0
             expected = frozen.self_attn.k_proj(prompt + own).unflatten(-1, (-1, frozen.self_attn.head_dim))
             assert float((k[b, :, columns[:3]].transpose(0, 1) - expected).abs().max()) <= FLOAT64
+
+
+class Tuned:
+    """A matrix with a scale and a bias: ``s (W x + b)``."""
+
+    def __init__(self, matrix, part):
+        self.matrix, self.scale, self.bias = matrix, *(p.detach().numpy() for p in (part.scale, part.bias))
+
+    def __matmul__(self, x):
+        return self.scale * (self.matrix @ x + self.bias)
+
+
+def read_heads(q, pairs, llama):
+    """What one query ``[H, K]`` reads from keys and values ``[keys, K]``, head by head in a softmax of their own."""
+    out = []
+    for head in range(llama.heads):
+        group = head * llama.keys // llama.heads
+        score = np.exp([k[group] @ q[head] / math.sqrt(llama.width) for k, _ in pairs])
+        out.append(sum(s / score.sum() * v[group] for s, (_, v) in zip(score, pairs, strict=True)))
+    return np.stack(out)
+
+
+def tuned_layer(llama, x, positions, frozen, tuned, prompt, gates, first):
+    """Version 2 word by word: from the word ``first`` on words have the tuned parts and read the prompt."""
+    own = [tuned if i >= first else frozen for i in range(len(x))]
+    made = [llama.key_value(w, h, p) for w, h, p in zip(own, x, positions, strict=True)]
+    key, value = (frozen[f"self_attn.{name}_proj"] for name in "kv")
+    rows = [tuple((matrix @ row).reshape(llama.keys, -1) for matrix in (key, value)) for row in prompt]
+    out = []
+    for i, (w, h, position) in enumerate(zip(own, x, positions, strict=True)):
+        q = llama.turn((w["self_attn.q_proj"] @ llama.norm(h, w[NORMS[0]])).reshape(llama.heads, -1), position)
+        read = read_heads(q, made[: i + 1], llama)
+        if i >= first:
+            read = read + np.tanh(gates)[:, None] * read_heads(q, rows, llama)
+        y = h + w["self_attn.o_proj"] @ read.flatten()
+        n = llama.norm(y, w[NORMS[1]])
+        gate = w["mlp.gate_proj"] @ n
+        out.append(y + w["mlp.down_proj"] @ (gate / (1 + np.exp(-gate)) * (w["mlp.up_proj"] @ n)))
+    return out
+
+
+@pytest.mark.parametrize("fusion", ["early", "released"])
+@torch.no_grad()
+def test_a_tuned_layer_is_its_equation(bases, fusion, monkeypatch):
+    """Version 2 as a whole, behind every layer: scale, bias and norms from the picture on, a gate per head on a prompt whose keys
+    and values are the frozen matrices', and queries, own keys and the output of tuned ones.
+    """
+    config = READERS["llama-adapter 2"]
+    config = config if fusion == "early" else replace(config, picture="added")
+    base = Backbone.load(bases["llama"].source, dtype=torch.float64)
+    model = Model(replace(model_config(base, "llama-adapter 2"), fusion=config), base)
+    randomise(model, by=0.3)
+    model, sequence = model.double().eval(), SEQUENCES["words around picture"]
+    batch, llama = view([[sequence]], model), Llama(base.config)
+    ids, first = batch.text_ids[0].tolist(), len(sequence.segments[0].ids)
+    assert batch.text.order[0].diff().min() > 0 and ids[first] < 0  # words, [EOI], words
+    table = base.model.get_input_embeddings().weight
+    x = [(model.port.end if i < 0 else table[i]).numpy() for i in ids]
+    with exact(monkeypatch):
+        patches = model.port(batch.media["image"])[:, 1:]  # without [BOI]
+        shown = model.fusion.connect(patches, torch.ones(patches.shape[:2], dtype=torch.bool))[0].numpy()
+        found = {}
+        for engine in (model.plain_engine(), model.reference_engine()):
+            with model.using(engine):
+                found[engine.reason] = behind_layers(model, batch)
+        for index, layer in enumerate(base.layers):
+            frozen, own = of_module(layer), model.fusion.blocks[str(index)]
+            assert (own.rows is None) == (fusion == "early" and index < 2)
+            learned = None if own.rows is None else own.rows.numpy()
+            prompt = shown if learned is None else learned if fusion == "early" else learned + shown
+            parts = parts_from_module(own.tuned)
+            assert set(parts) == set(frozen)
+            tuned = {p: t.weight.numpy() if p in NORMS else Tuned(frozen[p], t) for p, t in parts.items()}
+            x = tuned_layer(llama, x, batch.text.position[0].tolist(), frozen, tuned, prompt, own.gate.numpy(), first)
+            for states in found.values():
+                assert float((states[index]["text"][0] - torch.tensor(np.stack(x))).abs().max()) <= FLOAT64, index
 
 
 @torch.no_grad()
