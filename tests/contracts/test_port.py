@@ -29,13 +29,15 @@ from xfusion.backbone import Backbone
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Sequence, Text, XFusionError
-from xfusion.data.templates import opened
+from xfusion.data.templates import captioning, opened
 from xfusion.fusion.connectors.linear import Linear
 from xfusion.generation import draw_tokens
+from xfusion.generation import words as generated_words
 from xfusion.modalities.port import TIME_FREQUENCIES, MediaPort, sinusoids
 from xfusion.model import Model
 from xfusion.objectives.base import NoObjective
 from xfusion.objectives.flow_matching import FlowMatching
+from xfusion.objectives.next_token import NextToken
 from xfusion.training.loop import train
 from xfusion.training.stages import Recipe, Stage
 
@@ -263,20 +265,55 @@ def test_such_a_picture_is_drawn_as_full_passes_would_and_not_as_others_are(base
     assert float((draw_tokens(plain, contexts, SIDE, seeds=[3, 4], steps=3, guidance=1.0) - found).abs().max()) > 1e-2
 
 
+@pytest.mark.parametrize("fusion", ["dual tower", "cogvlm"])
 @torch.no_grad()
-def test_what_is_answered_with_such_a_picture_in_a_cache_is_what_a_full_pass_says(bases):
-    model = make(bases["llama"], time="add", **SETTINGS)
-    shown = Noise().picture(0, SIDE)
+def test_what_is_answered_with_such_a_picture_in_a_cache_is_what_a_full_pass_says(bases, fusion, monkeypatch):
+    model = make(bases["llama"], fusion, time="add", **SETTINGS)
+    shown, chosen_from = Noise().picture(0, SIDE), []
+    choose = NextToken.choose
+    noted = staticmethod(lambda x, *how: chosen_from.append(x[0]) or choose(x, *how))
+    monkeypatch.setattr(NextToken, "choose", noted)
     (answer,) = model.caption([shown], max_tokens=6)
-    item = model.image.segment(model.image.encode([shown], SIDE)[0], (4, 4))
+    item, expected = model.image.segment(model.image.encode([shown], SIDE)[0], (4, 4)), []
     assert item.shared_position and not item.bidirectional
     ids: tuple[int, ...] = ()
     for _ in range(6):
         batch = pack([[Sequence(segments=(item, Text(ids=ids)))]])
         assert batch.media["image"].rows.position[0].tolist() == [0] + [1] * 16 and int(batch.text.position[0, 0]) == 2
         hidden, run = model.run_pass(batch)
-        token = int(model.backbone.logits(hidden[:, run.slices["text"]])[0, -1].argmax())
+        expected.append(model.backbone.logits(hidden[:, run.slices["text"]])[0, -1])
+        token = int(expected[-1].argmax())
         if token in model.backbone.end_ids:
             break
         ids += (token,)
     assert answer == model.backbone.decode(list(ids)).strip()
+    said = torch.stack(chosen_from)
+    torch.testing.assert_close(said, torch.stack(expected), rtol=0, atol=1e-4)
+    positions_by_index_in_cache(monkeypatch)
+    chosen_from.clear()
+    model.caption([shown], max_tokens=2)
+    assert torch.equal(chosen_from[0], said[0]) and float((chosen_from[1] - said[1]).abs().max()) > 1e-2
+
+
+def positions_by_index_in_cache(monkeypatch):
+    """The trap: words behind a cached picture are counted from its last token, as if each had a position."""
+    real = generated_words._continuation_batch
+    monkeypatch.setattr(generated_words, "_continuation_batch", lambda ids, order, _: real(ids, order, order))
+
+
+@pytest.mark.parametrize("fusion", ["dual tower", "cogvlm"])
+@torch.no_grad()
+def test_names_behind_such_a_picture_in_a_cache_score_as_in_a_full_pass(bases, fusion, monkeypatch):
+    model, names = make(bases["llama"], fusion, time="add", **SETTINGS), ["a red apple", "tree", "two blue birds"]
+    base, shown = model.backbone, [Noise().picture(i, SIDE) for i in range(2)]
+    scores, expected = model.score_names(shown, names), torch.empty(2, 3)
+    for i, tokens in enumerate(model.image.encode(shown, SIDE)):
+        item = model.image.segment(tokens, (4, 4))
+        for j, name in enumerate(names):
+            batch = pack([[captioning(base.encode, base.end_id, item, name, begin=base.begin_ids)]])
+            total, count = model.text_objective.loss(model, batch)["next_token"]
+            assert int(count) == len(base.encode(name)) + 1 >= 2
+            expected[i, j] = -total / count
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-4)
+    positions_by_index_in_cache(monkeypatch)
+    assert float((model.score_names(shown, names) - expected).abs().min()) > 1e-3

@@ -1,5 +1,7 @@
 """Conversations that go on: what was read before is not read again, and the answer is that of reading all of it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from contracts.table import SIDE, Noise, hearing_model, make_model, picture, words
@@ -105,12 +107,15 @@ def test_sounds_and_pictures_of_several_packs_go_on_too(bases, monkeypatch):
         assert answer_tokens(model, [context], **SETTINGS) == [answer]
 
 
+@pytest.mark.parametrize("fusion", ["dual tower, strided", "cogvlm"])
+@pytest.mark.parametrize("shared_position", [False, True])
 @torch.no_grad()
-def test_keys_and_values_that_go_on_are_those_of_the_whole(bases):
-    model = make_model(bases["llama"], "dual tower, strided")
-    context = (picture((4, 4), 1), words(4, 1))
+def test_keys_and_values_that_go_on_are_those_of_the_whole(bases, fusion, shared_position):
+    model = make_model(bases["llama"], fusion)
+    shown = [replace(picture(grid, 1), shared_position=shared_position) for grid in ((4, 4), (3, 3))]
+    context = (shown[0], words(4, 1))
     (answer,) = answer_tokens(model, [context], **SETTINGS)
-    longer = (*context, Text(ids=tuple(answer)), picture((3, 3), 2), words(3, 2))
+    longer = (*context, Text(ids=tuple(answer)), shown[1], words(3, 2))
     cache, rest = turns.resume_prefix(model, longer, turns.units(longer))
     known = cache.rows.count
     hidden, _ = model.run_pass(rest, cache=cache, update=True)
@@ -126,6 +131,25 @@ def test_keys_and_values_that_go_on_are_those_of_the_whole(bases):
         for layer, kept in slot.items():
             for one, two in zip(kept, other[layer], strict=True):
                 assert float((one[:, :, by_order] - two[:, :, by_order_whole]).abs().max()) < 1e-4
+    assert torch.equal(cache.rows.position[0, by_order], empty.rows.position[0, by_order_whole])
+
+
+@pytest.mark.parametrize("fusion", ["dual tower", "cogvlm"])
+@torch.no_grad()
+def test_turns_behind_pictures_at_one_position_go_on_from_there(bases, fusion, monkeypatch):
+    """As in CogVLM: a picture moves what follows it by three positions, not by its tokens."""
+    model = make_model(bases["llama"], fusion)
+    shown = [replace(picture((4, 4), 1), shared_position=True, bidirectional=False) for _ in range(2)]
+    seen = counted(model, monkeypatch)
+    answers, contexts = conversation(model, *shown)
+    assert max(seen[1:]) <= 1 + 2 + 18 + 3, "later turns read what is new"
+    known = turns.resume_prefix(model, contexts[-1], turns.units(contexts[-1]))[0].rows
+    assert known.count and int(known.position.max()) == int(known.order.max()) - 2 * 15
+    in_a_row = (replace(shown[0], shared_position=False), *contexts[-1][1:])
+    assert turns.resume_prefix(model, in_a_row, turns.units(in_a_row))[0].rows.count == 0, "another prefix"
+    for context, answer in zip(contexts, answers, strict=True):
+        model.use(model.plain_engine())
+        assert answer_tokens(model, [context], **SETTINGS) == [answer]
 
 
 def test_other_weights_read_anew(bases):
