@@ -476,6 +476,26 @@ def test_experts_are_their_equation(frozen_expert):
     assert torch.equal(seen[0], seen[1]) and seen[0].shape == (int(acts.sum()), 4)
 
 
+@pytest.mark.parametrize("frozen_expert", [True, False])
+@torch.no_grad()
+def test_a_row_goes_through_two_mlps_where_it_is_routed_and_through_one_elsewhere(frozen_expert):
+    """2 x 3 d f per routed token: what the router does not choose is not computed, nor the frozen MLP in its place."""
+    made, frozen = experts(4, 2, frozen_expert=frozen_expert)
+    x, seen = torch.randn(2, 9, 10).double(), []
+    every = dict.fromkeys([frozen, *made.experts])
+    for module in every:
+        module.register_forward_hook(lambda module, args, _: seen.append((module, args[0])))
+    for routed in (torch.rand(2, 9) < 0.7, torch.ones(2, 9).bool(), torch.zeros(2, 9).bool()):
+        seen.clear()
+        Routed(made, routed, [])(frozen, x)
+        rows = {module: sum(given.shape[:-1].numel() for m, given in seen if m is module) for module in every}
+        count, chosen = int(routed.sum()), int((made.weights(x[routed])[1][:, 0] > 0).sum())
+        assert sum(rows.values()) == 2 * count + (18 - count)
+        assert rows[frozen] == 18 - count + frozen_expert * chosen
+    # Words alone go through the frozen MLP as in the base.
+    assert [given is x for m, given in seen if m is frozen and given.numel()] == [True]
+
+
 @torch.no_grad()
 def test_autocast_rounds_no_score_of_a_router():
     """Two experts may stand closer than bfloat16 can tell: the choice must not depend on the precision of the pass."""

@@ -2,13 +2,14 @@
 
     p = softmax(W x)        y = sum over the k largest p_i of p_i / (their sum) MLP_i(x)        MLP_i = MLP at the start
 
-Every position goes to its k experts. None is dropped and routing is deterministic, so a token's routing does not depend on
+Every routed position goes to its k experts. None is dropped and routing is deterministic, so a token's routing does not depend on
 its batch (the paper's code has a capacity limit and noise on the second choice). Media pass through all frozen layers, as in
 LLaVA.
 
 The paper routes every token, also in text-only input, and trains all experts, so text is not preserved. With
 ``frozen_expert`` the first expert is the base's own MLP, only the others train, and routing starts at the first media token
-of a sequence: before it, and in text-only input, text uses only the first expert.
+of a sequence: before it, and in text-only input, text uses only the first expert. [BOI], a row that the paper has not, goes
+through the base's own MLP in both forms.
 
 Shape legend: ``B`` batch row, ``n`` rows, ``r`` routed rows, ``D`` model width, ``E`` experts.
 """
@@ -66,7 +67,7 @@ class Routed(Delta):
         self.experts, self.routed_mask, self.probabilities = experts, routed_mask, probabilities
 
     def forward(self, frozen: nn.Module, x: Tensor) -> Tensor:  # type: ignore[override]
-        """``[B, n, D]`` -> ``[B, n, D]``; each expert computes its own rows."""
+        """``[B, n, D]`` -> ``[B, n, D]``; each expert computes its own rows, and the frozen MLP those that are not routed."""
         if x.is_meta:
             return self.evenly(frozen, x)
         rows = x[self.routed_mask]
@@ -79,8 +80,17 @@ class Routed(Delta):
             routed_output = routed_output.index_add(
                 0, expert_rows, (weight[expert_rows, i, None] * expert_output).to(routed_output.dtype)
             )
-        output = torch.zeros_like(x) if bool(self.routed_mask.all()) else frozen(x)
+        output = self.without_routing(frozen, x)
         return output.masked_scatter(self.routed_mask[..., None], routed_output.to(output.dtype))
+
+    def without_routing(self, frozen: nn.Module, x: Tensor) -> Tensor:
+        """The frozen MLP at rows that are not routed, ``[B, n, D]``; 0 at the others."""
+        if bool(self.routed_mask.all()):
+            return torch.zeros_like(x)
+        if not bool(self.routed_mask.any()):
+            return frozen(x)  # as the base calls it: products of other sizes may round differently
+        frozen_output = frozen(x[~self.routed_mask])
+        return frozen_output.new_zeros(x.shape).masked_scatter(~self.routed_mask[..., None], frozen_output)
 
     def evenly(self, frozen: nn.Module, x: Tensor) -> Tensor:
         """The same on meta tensors, to count costs: all rows are routed, with an equal share for each expert."""
