@@ -96,9 +96,15 @@ def behind_layers(model: Model, batch: Batch) -> list[dict[str, Tensor]]:
 
 
 def beginnings(stride: int) -> dict[str, Fusion.Config]:
-    """Mechanisms with whole copies at the same layers: all of them, or at stride 2 the layers 1 and 3."""
+    """Mechanisms with copies at the same layers: all of them, or at stride 2 the layers 1 and 3. Sparse experts, whose media go
+    through the frozen layers elsewhere, only at all of them.
+    """
     at: dict[str, Any] = {"stride": stride}
     low, high = {**at, "layers": (0, 2)}, {**at, "layers": (2, 4)}
+    sparse: dict[str, Fusion.Config] = {
+        "sparse experts": SparseExperts.Config(**at, experts=3),
+        "sparse experts, of the paper": SparseExperts.Config(**at, experts=4, frozen_expert=False),
+    }
     return {
         "single tower": SharedDecoder.Config(**at),
         "gated tower": GatedTower.Config(**at),
@@ -114,7 +120,7 @@ def beginnings(stride: int) -> dict[str, Fusion.Config]:
         "bagel": ModalityExperts.Config(**at, noised_only=True),
         "hybrid": Layered.Config(parts=(ModalityExperts.Config(**low), DualTower.Config(**high, fuse="text"))),
         "other hybrid": Layered.Config(parts=(SharedDecoder.Config(**low), GatedTower.Config(**high))),
-    }
+    } | (sparse if stride == 1 else {})
 
 
 def base_states(model: Model, batch: Batch) -> Tensor:
@@ -153,7 +159,8 @@ def test_all_mechanisms_begin_as_one_function(
 
     The blocks are copies, so it does not matter whose weights a position takes, nor which of two equal sets of keys and
     values it reads: single tower = dual projection in any division of parts = dual tower. What could add to that is shut:
-    gamma = 0 (gated tower), alpha = 1 and beta = 0 (X-Fuse), a gate of tanh 0 (dynamic), B = 0 in W + B A (low rank).
+    gamma = 0 (gated tower), alpha = 1 and beta = 0 (X-Fuse), a gate of tanh 0 (dynamic), B = 0 in W + B A (low rank). Experts
+    are copies too, weighed by numbers whose sum is 1.
     Without slim form that function is the base's own decoder on the same input; in slim form media states pass
     every other layer unchanged, in all mechanisms alike. No noise level enters, as the spec states it.
     """
