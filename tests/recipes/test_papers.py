@@ -1,5 +1,6 @@
 """What the recipes' pages call faithful, held to numbers of the papers; and sizes of mechanisms by the papers' formulas."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -285,6 +286,15 @@ def test_a_layers_new_weights_are_as_many_as_the_paper_says(small, name, formula
     fusion = find(name)().model.fusion.build()
     fusion.install(small)
     assert {size(block) for block in fusion.blocks.values()} == {formula}
+
+
+@pytest.mark.parametrize(("offset", "layers"), [(None, range(2, LAYERS, 4)), (0, range(0, LAYERS, 4))])
+def test_cogvlms_slim_form_has_the_papers_count_from_the_first_layer_on(small, offset, layers):
+    """ceil(30 / 4) experts of 2 d^2 + 2 d d_kv + 3 d f each; the default begins in the middle of a stride, with one less."""
+    fusion = replace(find("cogvlm(stride=4)")().model.fusion, offset=offset).build()
+    fusion.install(small)
+    assert fusion.state_layers == tuple(layers)
+    assert size(fusion) == {7: 24_772_608, 8: 28_311_552}[len(layers)]
 
 
 @pytest.mark.parametrize("name", ["flamingo(latents=64, depth=6)", "openflamingo(latents=64, depth=6)"])

@@ -5,8 +5,12 @@ Paper: Wang et al., "CogVLM: Visual Expert for Pretrained Language Models", arXi
 Faithful: the expert, copied from the language model; all patches of a picture at one rotary position; causal order
 among patches (preferred by the paper's ablation).
 
-Adapted: linear patches instead of EVA2-CLIP with a SwiGLU adapter; one stage, without the paper's instruction tuning; it also
+Adapted: linear patches instead of EVA2-CLIP with a SwiGLU adapter; one stage, without the paper's instruction tuning or its
+prompts (``[INST] ... [/INST]``, ``Question: ... Short answer:``): a caption stands alone or after a plain question; it also
 draws, which the paper's model does not.
+
+``stride=n`` is the slim form: an expert at every n-th layer, the first at layer n // 2, so that 4 of 30 layers gives seven, at
+2, 6, ..., 26. ``--model.fusion.offset 0`` starts at the first, with eight, the paper's ceil(30 / 4).
 
 Everything except the layer (pictures, port, objectives, data, schedule) is shared with the recipe `xfusion`, so a
 comparison isolates the layer.
