@@ -1,6 +1,7 @@
 """What the recipes' pages call faithful, held to numbers of the papers; and sizes of mechanisms by the papers' formulas."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -280,6 +281,12 @@ def size(module) -> int:
         ("xfusion(mlp=None)", 2 * WIDTH**2 + 2 * WIDTH * KEYS + 3 * WIDTH * MLP + 2 * WIDTH),
         ("moe_llava(experts=4, paper=True)", 4 * 3 * WIDTH * MLP + 4 * WIDTH),
         ("moe_llava(experts=4)", 3 * 3 * WIDTH * MLP + 4 * WIDTH),
+        # r (in + out) of each matrix: queries, keys, values and output.
+        pytest.param(
+            "lora(rank=16, targets=('query', 'key', 'value', 'output'))",
+            16 * (2 * (WIDTH + WIDTH) + 2 * (WIDTH + KEYS)),
+            marks=pytest.mark.skipif(find_spec("peft") is None, reason="peft is not installed (extra lora)"),
+        ),
     ],
 )
 def test_a_layers_new_weights_are_as_many_as_the_paper_says(small, name, formula):
