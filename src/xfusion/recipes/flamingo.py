@@ -13,8 +13,8 @@ heads of 64 and ``depth=2`` layers instead of 6); words after a picture have the
 tokens, where in the paper a picture takes no position; gate and MLP act only on words that see a picture, so text alone
 stays bit-equal after training, unlike in the paper; text is never linked to the next picture instead of the last (as in
 half of the paper's samples), because nothing later may change what came before; [EOI], a trained row, replaces the tag and
-the end of chunk; one dataset; no video, so no time embeddings of frames; gates start open (``gate=0`` closes them, as in
-the paper).
+the end of chunk; a caption stands alone or after a plain question, without ``Output: ...`` or ``Question: ... Answer: ...``;
+one dataset; no video, so no time embeddings of frames; gates start open (``gate=0`` closes them, as in the paper).
 
 Few-shot prompts: samples have one picture unless ``--stages.0.mixture.shots 4`` puts four solved examples before each. All
 answers are then trained on, as the paper trains on all text of a page. Prompts then alternate too:

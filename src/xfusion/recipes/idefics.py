@@ -10,8 +10,10 @@ frozen. Tests compare block and resampler with transformers' to 1e-5.
 Adapted: EfficientNet-Lite0 instead of CLIP ViT-H/14 (``encoder`` sets another); widths for two cores; n need not divide the
 depth (theirs must); the gated MLP acts only on words that see a picture (theirs acts on all, ``--model.fusion.text-only
 mlp``); words after a picture have the positions that they would have behind its tokens; no loss on the size of the logits;
-[EOI] replaces the two added tokens; the second stage, which unfreezes everything, is not included; gates start open
-(``gate=0`` closes them, as in the paper).
+[EOI] replaces the two added tokens; the second stage, which unfreezes everything and has the turns
+``User: ...<end_of_utterance>``, ``Assistant: ...<end_of_utterance>``, is not included: a caption stands alone or after a plain
+question; a gate is one number, where the code also knows a number per feature; gates start open (``gate=0`` closes them, as in
+the paper).
 
 Data: from the paper, LAION (``laion/relaion2B-en-research-safe``, links to download with img2dataset), ``--data
 'laion/*.tar'``; OBELICS' interleaved pages are not read. Our figures: ``--data runs/clothing/photos.jsonl:held=0.1``

@@ -9,7 +9,7 @@ the language model is frozen; one stage. Tests compare the attention to a prompt
 Adapted: the picture's vector comes from EfficientNet-Lite0's map through one latent of a small resampler instead of from
 CLIP's global features through an MLP (``encoder`` sets another encoder); prompts act only on words after a picture, so text
 alone is unchanged, and these words have the positions that they would have behind its tokens; pictures and their names
-instead of instructions.
+instead of instructions in Alpaca's form (``### Instruction: ... ### Response: ...``).
 
 Data: the paper's ScienceQA (``derek-thomas/ScienceQA``), as lines with ``conversations``, ``--data
 scienceqa/train.jsonl``. Our figures: ``--data runs/clothing/photos.jsonl:held=0.1`` (`runs/write_clothing.py`).

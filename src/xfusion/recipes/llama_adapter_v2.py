@@ -12,8 +12,9 @@ layers with queries (``encoder`` sets another encoder); the picture is the promp
 because a short run learns little through the paper's one; scale, bias and norms are copies that act only on words after a
 picture, so text alone is unchanged, and prompts get their keys and values from the untuned matrices, as in the released
 code; these words have the positions that they would have behind its tokens; the base's
-last norm, which no layer owns, is unchanged; one dataset, so there are no two groups of parameters by data; gates start at
-0.1 instead of 0, so that they open in a short run.
+last norm, which no layer owns, is unchanged; one dataset of pictures and their names, so there are no two groups of parameters
+by data, no instructions in Alpaca's form (``### Instruction: ... ### Response: ...``) and no ``Generate caption of this image``;
+gates start at 0.1 instead of 0, so that they open in a short run.
 
 Data: the paper's COCO captions (``jxie/coco_captions``), ``--data 'coco_captions/data/train-*.parquet'``. Our figures:
 ``--data runs/clothing/photos.jsonl:held=0.1`` (`runs/write_clothing.py`).

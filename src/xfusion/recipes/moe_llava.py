@@ -9,9 +9,11 @@ the language model's layers like words; only experts, router and connector are t
 Adapted: the paper trains first the connector, then the whole language model, then experts and routers; here one stage trains
 connector, experts and routers together, and the language model is frozen throughout. The first expert is the base's own MLP,
 and routing starts at the first picture, so text alone is unchanged; ``paper=True`` routes every token among experts that are
-all trained, as published. No capacity limit and no noise on the second choice, so a token's routing does not depend on its
-batch; EfficientNet-Lite0 instead of CLIP before the two linear layers (``encoder`` sets another encoder); three experts at
-every fifth layer, for two cores, instead of the paper's four at every second (``every=2, experts=4``).
+all trained, as published. The trained row [BOI] before a picture, which the paper has not, is not routed in either form. No
+capacity limit and no noise on the second choice, so a token's routing does not depend on its batch; EfficientNet-Lite0 instead
+of CLIP before the two linear layers (``encoder`` sets another encoder); three experts at every fifth layer, for two cores,
+instead of the paper's four at every second (``every=2, experts=4``); a caption stands alone or after a plain question, without
+the system line and the turns ``USER: ... ASSISTANT: ...``.
 
 Data: the paper's 558 K pairs (``liuhaotian/LLaVA-Pretrain``), ``--data images/blip_laion_cc_sbu_558k.jsonl``, its
 ``blip_laion_cc_sbu_558k.json`` as JSON lines next to the pictures. Our figures: ``--data
@@ -45,7 +47,7 @@ def moe_llava(
     Args:
         every: experts stand at every n-th layer; the paper's is 2.
         experts: experts of a layer; the paper's are 4.
-        paper: train all experts and route all tokens, as published: text is then not kept.
+        paper: train all experts and route all tokens but [BOI], as published: text is then not kept.
         encoder: folder or hub id of a vision transformer; None takes EfficientNet-Lite0.
         side: pixels that the encoder looks at.
         strip: neighbouring features that make one token, as in `llava`.

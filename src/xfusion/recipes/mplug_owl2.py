@@ -7,7 +7,8 @@ Faithful: the module, initialised from the language model; ordinary positions.
 
 Adapted: linear patches instead of a visual abstractor with 64 queries over CLIP; attention among the patches of a picture
 is bidirectional, where the paper's is causal; one stage with the language model frozen, like the paper's first, without its
-second, which trains everything; it also draws, which the paper's model does not.
+second, which trains everything, and without the prompts ``USER: ... ASSISTANT: ...``: a caption stands alone or after a plain
+question; it also draws, which the paper's model does not.
 
 Everything except the layer (pictures, port, objectives, data, schedule) is shared with the recipe `xfusion`, so a
 comparison isolates the layer.

@@ -9,8 +9,9 @@ GELU, blocks before layers i with (i + 1) % n = 0, no learned time or media embe
 Adapted: EfficientNet-Lite0 instead of CLIP ViT-L/14 (``encoder`` sets another); widths for two cores; the gated MLP acts
 only on words that see a picture (the published one acts on all, ``--model.fusion.text-only mlp``); new words are placed by
 their order, not assumed to follow the last picture, and after a picture have the positions that they would have behind its
-tokens; [EOI] replaces the two added tokens; one dataset instead of two losses of weights 1 and 0.2; gates start open
-(``gate=0`` closes them, as in the paper).
+tokens; [EOI] replaces the two added tokens, so a sample is a picture and its caption, at times with a plain question between,
+not ``<image>...<|endofchunk|>``; one dataset instead of two losses of weights 1 and 0.2; gates start open (``gate=0`` closes
+them, as in the paper).
 
 Data: from the paper, LAION (``laion/relaion2B-en-research-safe``, links to download with img2dataset), ``--data
 'laion/*.tar'``; MMC4's interleaved pages are not read. Our figures: ``--data runs/clothing/photos.jsonl:held=0.1``
