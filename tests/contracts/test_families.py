@@ -238,6 +238,31 @@ def test_a_batch_of_a_family_with_other_arguments(family):
         assert distance(found, look(model, batch)) < 2e-4
 
 
+def test_a_base_with_offloaded_weights_is_refused(bases):
+    """accelerate holds such weights elsewhere: what is copied or hashed here would be empty."""
+    hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
+    model = Backbone.load(bases["llama"].source).model
+    hooks.add_hook_to_module(model.model.layers[1].mlp, hooks.AlignDevicesHook(offload=False))
+    assert backbone_of(model).num_layers == LAYERS
+    hooks.add_hook_to_module(model.model.layers[2].mlp.up_proj, hooks.AlignDevicesHook(offload=True))
+    with pytest.raises(XFusionError, match=r"^made here: some weights are offloaded; load the base on one device$"):
+        backbone_of(model)
+
+
+def test_a_base_from_scratch_has_rotary_tables_as_a_trained_one_has(tmp_path):
+    """Rounded to bfloat16 they would turn the words at position 500 by another angle."""
+    folder = make_base("llama", tmp_path)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "bfloat16"}))
+    trained = Backbone.load(str(folder), dtype=torch.bfloat16)
+    for dtype in (None, torch.bfloat16):
+        scratch = Backbone.load(f"scratch:{folder}", dtype=dtype)
+        assert {p.dtype for p in scratch.model.parameters()} == {scratch.dtype} == {torch.bfloat16}
+        table = scratch.decoder.rotary_emb.inv_freq
+        assert table.dtype == torch.float32 and torch.equal(table, trained.decoder.rotary_emb.inv_freq)
+    assert not torch.equal(table, table.bfloat16().float())
+
+
 def test_layers_without_softmax_attention_are_refused_wherever_they_stand():
     """The first layer of Qwen3-Next has a recurrent state instead of keys and values; a cache is an argument of all."""
     types = ["full_attention", "linear_attention"]

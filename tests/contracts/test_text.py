@@ -10,6 +10,8 @@ from contracts.table import (
     LAYERS,
     ROWS,
     WINDOW,
+    distance,
+    look,
     make_model,
     mixed_sequences,
     on_every_family,
@@ -190,6 +192,11 @@ def test_a_working_copy_for_training_is_not_the_base(bases, family):
     assert state_of(base) == before
     assert copy.dtype == torch.bfloat16 and copy.attention == "eager"
     assert base.working_copy(base.dtype, base.attention) is base
+    tables = {name: table for name, table in base.model.named_buffers() if name.endswith("inv_freq")}
+    assert tables and all(table.dtype == torch.float32 for table in tables.values())
+    copied = dict(copy.model.named_buffers())
+    for name, table in tables.items():  # in bfloat16 a far word would be turned by another angle
+        assert copied[name].dtype == torch.float32 and torch.equal(copied[name], table)
 
 
 def test_a_working_copy_of_the_same_type_holds_no_weights_of_its_own(bases):
@@ -200,6 +207,34 @@ def test_a_working_copy_of_the_same_type_holds_no_weights_of_its_own(bases):
     assert (copy.attention, base.attention) == (asked, before) and copy.layers[0] is not base.layers[0]
     pairs = zip(copy.model.parameters(), base.model.parameters(), strict=True)
     assert all(own is other for own, other in pairs)
+
+
+@torch.no_grad()
+def test_hooks_that_transformers_leaves_in_the_base_are_not_copied_into_blocks(bases):
+    """They collect states for whoever asks the base for them; in a block they would do so in every pass."""
+    base = Backbone.load(bases["llama"].source)
+    base.model(torch.tensor([[5, 6, 7]]), output_hidden_states=True)
+
+    def hooks(module):
+        return [name for name, m in module.named_modules() if m._forward_hooks or m._forward_pre_hooks]
+
+    assert hooks(base.layers)
+    assert hooks(make_model(base).fusion) == []
+    assert hooks(base.layers)
+
+
+@torch.no_grad()
+def test_a_forward_that_a_library_put_into_a_module_is_not_taken_into_its_shadow(bases):
+    """It is bound to the module itself, and would compute with the frozen layers and parts that the shadow replaces."""
+    batch = pack([[sequence] for sequence in mixed_sequences().values()])
+    for fusion in ("dual tower", "dual projection"):
+        base = Backbone.load(bases["llama"].source)
+        expected = look(make_model(base, fusion), batch)
+        owners = (base.model, base.decoder, *base.layers, *(layer.self_attn for layer in base.layers))
+        for module in owners:
+            module.forward = module.forward
+        assert distance(look(make_model(base, fusion), batch), expected) == 0
+        assert all("forward" in module.__dict__ for module in owners)
 
 
 # --------------------------------------------------------------------------------------------------------- gradients

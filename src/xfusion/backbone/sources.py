@@ -96,7 +96,9 @@ def load_weights(
     with seeded(0):
         # Initialized in float32 and then rounded, so that the base is the same in every precision.
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **model_options)
-    return model.to(target_dtype)
+    for parameter in model.parameters():  # not rotary tables, which stay float32 in a checkpoint of any type
+        parameter.data = parameter.data.to(target_dtype)
+    return model
 
 
 def _whole(model_class: Any, name_or_path: str | Path, **options: Any) -> Any:
