@@ -25,6 +25,10 @@ from transformers import (
     BioGptForCausalLM,
     CodeGenConfig,
     CodeGenForCausalLM,
+    Cohere2Config,
+    Cohere2ForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
     FalconConfig,
@@ -33,6 +37,8 @@ from transformers import (
     GPTJForCausalLM,
     GPTNeoConfig,
     GPTNeoForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Qwen3MoeConfig,
@@ -209,16 +215,30 @@ _GPT_J |= {"bos_token_id": 0, "eos_token_id": 1}
 _EXPERTS = {"moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
 _EXPERTS |= {"n_group": 1, "topk_group": 1, "num_key_value_heads": 4, "intermediate_size": 96, "q_lora_rank": 16}
 _EXPERTS |= {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
+_NARROW = {**TINY, "intermediate_size": 96, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 1}
+_NARROW |= {"pad_token_id": 2}
+_FACTORS = {"embedding_multiplier": 6.0, "attention_multiplier": 0.3, "residual_multiplier": 0.5, "logits_scaling": 4.0}
+_TURNS = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+_SPARSE = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
 SELDOM = {  # the decoder reads the first of what a layer returns; a required argument; one complex table; an offset
     "gptj": lambda: GPTJForCausalLM(GPTJConfig(**_GPT_J)),
     "codegen": lambda: CodeGenForCausalLM(CodeGenConfig(**_GPT_J)),
     "falcon": lambda: FalconForCausalLM(FalconConfig(**TINY, bos_token_id=0, eos_token_id=1)),
     "deepseek_v2": lambda: DeepseekV2ForCausalLM(DeepseekV2Config(**TINY, **_EXPERTS)),
     "biogpt": lambda: BioGptForCausalLM(BioGptConfig(**TINY, intermediate_size=96, max_position_embeddings=64)),
+    # Factors on embeddings, scores, branches and logits; one norm for two branches; no positions in full layers; routed MLPs.
+    "granite": lambda: GraniteForCausalLM(GraniteConfig(**_NARROW, **_FACTORS)),
+    "cohere": lambda: CohereForCausalLM(CohereConfig(**_NARROW, use_qk_norm=True)),
+    "cohere2": lambda: Cohere2ForCausalLM(Cohere2Config(**_NARROW, **_TURNS)),
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**_NARROW, **_SPARSE)),
 }
+SELDOM_FULL = ("granite", "cohere", "cohere2", "qwen3_moe")
+"""Those of them that are tried in the full tier alone."""
 
 
-@pytest.mark.parametrize("family", SELDOM)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=pytest.mark.full) if name in SELDOM_FULL else name for name in SELDOM]
+)
 @torch.no_grad()
 def test_a_batch_of_a_family_with_other_arguments(family):
     """Text is the base's in every row, and a mixed pass the paper's equation on whole layers."""
