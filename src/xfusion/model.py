@@ -6,11 +6,13 @@ Shape legend: ``B`` batch row, ``n`` positions of one owner, ``S`` all positions
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import os
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from xfusion.backbone import EMBEDDED, Backbone, Cache
 from xfusion.backbone.attention import choose_attention
 from xfusion.data.sequence import END_OF_MEDIA, IGNORE, Batch, Sound, XFusionError, fingerprint
+from xfusion.engine import Engine, Gather, States
 from xfusion.fusion.base import Fusion, Pass, joined
 from xfusion.fusion.dual_tower import DualTower
 from xfusion.modalities.audio import AudioModality
@@ -30,7 +33,13 @@ from xfusion.objectives.flow_matching import FlowMatching
 from xfusion.objectives.next_token import NextToken
 from xfusion.opening import Opening
 from xfusion.seeding import seeded
-from xfusion.text_states import StatesCache, compute_final_states, compute_layer_inputs, fill_states
+from xfusion.text_states import compute_final_states, compute_layer_inputs, fill_states
+
+if TYPE_CHECKING:
+    from PIL import Image as PILImage
+
+    from xfusion.generation import DrawMode, Listener, MediaInput, Message, Progress, Segment, Viewer
+    from xfusion.objectives.solvers import Solver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,45 +85,6 @@ class ModelConfig:
     def regime(self) -> str:
         """Which part of the base is trained, one of `xfusion.fusion.base.REGIMES`; known before anything is loaded."""
         return self.fusion.build().regime
-
-
-@dataclass(kw_only=True)
-class Engine:
-    """How a model computes: which copy of the frozen weights, in which precision, with which attention."""
-
-    backbone: Backbone
-    autocast: torch.dtype | None
-    """Compute dtype of the new modules, or None for their own (float32)."""
-    reason: str
-    """Why this precision was chosen, for the log."""
-    reference: bool = False
-    """Whether layers use the reference path."""
-    compiled: bool = False
-    """Whether the per-layer work is compiled."""
-    activation_checkpointing: bool = False
-    """Whether each layer stores only its inputs for the backward pass, which recomputes the layer (Chen et al. 2016,
-    arXiv 1604.06174): the same losses and gradients, less memory, more time."""
-    decoder: Any = None
-    keep_text: bool = True
-    """Whether hidden states of text that never change are computed once and then looked up."""
-    text_states: StatesCache = field(default_factory=StatesCache)
-    """Frozen hidden states of texts, keyed by their tokens."""
-    final_states: StatesCache = field(default_factory=StatesCache)
-    """Frozen hidden states of texts after the last norm, keyed by their tokens."""
-    turns: OrderedDict[tuple[Any, ...], Any] = field(default_factory=OrderedDict)
-    """State saved from earlier turns of conversations with media (`xfusion.generation.turns`)."""
-    media_tokens: OrderedDict[tuple[Any, ...], Tensor] = field(default_factory=OrderedDict)
-    """Tokens of media that were shown one at a time, keyed by the media's content."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.autocast or self.backbone.dtype
-
-
-States = dict[str, Tensor]
-"""Owner -> states ``[B, n, D]``."""
-Gather = Callable[[int, Callable[[States], States], States], States]
-"""``gather(index, work, states)`` is ``work(states)`` with all weights of a sharded layer gathered."""
 
 
 class Model(nn.Module):
@@ -176,11 +146,19 @@ class Model(nn.Module):
     backbone: Backbone
 
     @classmethod
-    def from_pretrained(cls, name: Any, *, revision: str | None = None, **settings: Any) -> Model:
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        backbone: Backbone | None = None,
+        device: torch.device | str = "cpu",
+        trust: bool = False,
+        revision: str | None = None,
+    ) -> Model:
         """Load a pack onto its base; see `xfusion.load`."""
         from xfusion.checkpoint import load
 
-        return load(name, revision=revision, **settings)
+        return load(name, backbone=backbone, device=device, trust=trust, revision=revision)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Model:
         """Apply what `to`, `half`, `cuda` and the like do to the weights.
@@ -711,37 +689,161 @@ class Model(nn.Module):
 
     # -- verbs that live above the model (see docs/design.md, "Public methods that look upwards")
 
-    def generate(self, items: Any, **settings: Any) -> Any:
+    def generate(
+        self,
+        items: Seq[Segment] | Seq[Seq[Segment]],
+        *,
+        seed: int = 0,
+        seeds: Seq[int] | None = None,
+        steps: int = 25,
+        guidance: float | None = None,
+        solver: Solver | None = None,
+        max_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        schema: dict[str, Any] | None = None,
+        one_line: bool = False,
+        progress: Progress | None = None,
+        listen: Listener | None = None,
+        show: Viewer | None = None,
+    ) -> list[Any]:
         """Continue lists of segments; see `xfusion.generation.generate`."""
         from xfusion.generation import generate
 
-        return generate(self, items, **settings)
+        return generate(
+            self,
+            items,
+            seed=seed,
+            seeds=seeds,
+            steps=steps,
+            guidance=guidance,
+            solver=solver,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            schema=schema,
+            one_line=one_line,
+            progress=progress,
+            listen=listen,
+            show=show,
+        )
 
-    def answer(self, messages: Any, **settings: Any) -> list[Any]:
+    def answer(
+        self,
+        messages: Seq[Message] | Seq[Seq[Message]],
+        *,
+        draw: DrawMode = "auto",
+        size: int | None = None,
+        seed: int = 0,
+        seeds: Seq[int] | None = None,
+        steps: int = 25,
+        guidance: float | None = None,
+        solver: Solver | None = None,
+        max_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        schema: dict[str, Any] | None = None,
+        progress: Progress | None = None,
+        listen: Listener | None = None,
+        show: Viewer | None = None,
+    ) -> list[Any]:
         """The next turn of a conversation, or of each of several; see `xfusion.generation.answer`."""
         from xfusion.generation import answer
 
-        return answer(self, messages, **settings)
+        return answer(
+            self,
+            messages,
+            draw=draw,
+            size=size,
+            seed=seed,
+            seeds=seeds,
+            steps=steps,
+            guidance=guidance,
+            solver=solver,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            schema=schema,
+            progress=progress,
+            listen=listen,
+            show=show,
+        )
 
-    def draw(self, prompts: list[str], **settings: Any) -> Any:
+    def draw(
+        self,
+        prompts: Seq[str],
+        *,
+        size: int | None = None,
+        seed: int = 0,
+        seeds: Seq[int] | None = None,
+        steps: int = 25,
+        guidance: float | None = None,
+        solver: Solver | None = None,
+        progress: Progress | None = None,
+    ) -> list[PILImage.Image]:
         """Generate pictures from prompts; see `xfusion.generation.draw`."""
         from xfusion.generation import draw
 
-        return draw(self, prompts, **settings)
+        return draw(
+            self,
+            prompts,
+            size=size,
+            seed=seed,
+            seeds=seeds,
+            steps=steps,
+            guidance=guidance,
+            solver=solver,
+            progress=progress,
+        )
 
-    def inpaint(self, picture: Any, mask: Any, prompt: str, **settings: Any) -> Any:
+    def inpaint(
+        self,
+        picture: PILImage.Image,
+        mask: PILImage.Image,
+        prompt: str,
+        *,
+        seed: int = 0,
+        steps: int = 25,
+        guidance: float | None = None,
+        progress: Progress | None = None,
+    ) -> PILImage.Image:
         """Redraw part of a picture; see `xfusion.generation.inpaint`."""
         from xfusion.generation import inpaint
 
-        return inpaint(self, picture, mask, prompt, **settings)
+        return inpaint(self, picture, mask, prompt, seed=seed, steps=steps, guidance=guidance, progress=progress)
 
-    def caption(self, pictures: list[Any], **settings: Any) -> list[str]:
+    def caption(
+        self,
+        pictures: Seq[MediaInput],
+        *,
+        question: str = "",
+        size: int | None = None,
+        max_tokens: int = 32,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+    ) -> list[str]:
         """Captions of pictures; see `xfusion.generation.caption`."""
         from xfusion.generation import caption
 
-        return caption(self, pictures, **settings)
+        return caption(
+            self,
+            pictures,
+            question=question,
+            size=size,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+        )
 
-    def score(self, picture: Any, texts: list[str]) -> list[float]:
+    def score(self, picture: MediaInput | None, texts: Seq[str]) -> list[float]:
         """How well each text fits a picture: mean log-likelihood per token if the model captions, cosine similarity if it
         only embeds; see `xfusion.generation.score`.
         """
@@ -749,35 +851,44 @@ class Model(nn.Module):
 
         return score(self, picture, texts)
 
-    def score_names(self, pictures: list[Any] | None, names: list[str], **settings: Any) -> Tensor:
+    def score_names(
+        self,
+        pictures: Seq[MediaInput] | None,
+        names: Seq[str],
+        *,
+        size: int | None = None,
+        question: str = "",
+        summed: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
         """Mean log-likelihood per token of each name after each picture, ``[pictures, names]``; see
         `xfusion.generation.score_names`.
         """
         from xfusion.generation import score_names
 
-        return score_names(self, pictures, names, **settings)
+        return score_names(self, pictures, names, size=size, question=question, summed=summed, progress=progress)
 
-    def match(self, picture: Any, texts: list[str]) -> list[float]:
-        """Probability that each text describes a picture; see `xfusion.generation.match`."""
+    def match(self, picture: PILImage.Image, texts: Seq[str]) -> list[float]:
+        """Probability that each text describes a picture; see `xfusion.generation.match`, which takes several pictures."""
         from xfusion.generation import match
 
         return match(self, [picture], texts)[0].tolist()
 
-    def fill(self, picture: Any, texts: list[str], **settings: Any) -> list[list[list[tuple[str, float]]]]:
+    def fill(self, picture: PILImage.Image, texts: Seq[str], *, most: int = 5) -> list[list[list[tuple[str, float]]]]:
         """Most likely words for the blanks in texts that describe a picture; see `xfusion.generation.fill`."""
         from xfusion.generation import fill
 
-        return fill(self, picture, texts, **settings)
+        return fill(self, picture, texts, most=most)
 
-    def embed(self, items: list[Any], **settings: Any) -> Tensor:
+    def embed(self, items: Seq[str | PILImage.Image], *, progress: Callable[[int, int], None] | None = None) -> Tensor:
         """Unit-length embeddings of texts and pictures, ``[items, width]``; see `xfusion.generation.embed`."""
         from xfusion.generation import embed
 
-        return embed(self, items, **settings)
+        return embed(self, items, progress=progress)
 
     def save_pretrained(
         self,
-        folder: Any,
+        folder: str | os.PathLike[str],
         *,
         dtype: torch.dtype | None = None,
         recipe: Any = None,
@@ -785,18 +896,26 @@ class Model(nn.Module):
         scores: dict[str, Any] | None = None,
         proof: dict[str, Any] | None = None,
         licence: str | None = None,
-    ) -> None:
+    ) -> Path:
         """Write a modality pack, with the record of its weights; see `xfusion.checkpoint.save`."""
         from xfusion.checkpoint import save
 
         record: dict[str, Any] = {"recipe": recipe, "training": training, "scores": scores, "proof": proof}
-        save(self, folder, dtype=dtype, licence=licence, **record)
+        return save(self, folder, dtype=dtype, licence=licence, **record)
 
-    def push_to_hub(self, repository: str, **settings: Any) -> str:
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        revision: str | None = None,
+        private: bool | None = None,
+        message: str = "xfusion pack",
+        licence: str | None = None,
+    ) -> str:
         """Upload a pack of this model, with its record, to a model hub; see `xfusion.checkpoint.push`."""
         from xfusion.checkpoint import push
 
-        return push(self, repository, **settings)
+        return push(self, repository, revision=revision, private=private, message=message, licence=licence)
 
 
 def build(config: ModelConfig, backbone: Backbone | None = None, *, fresh: bool = True) -> Model:

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from xfusion.data import pictures, sounds
 from xfusion.data.sequence import Audio, Image, Sound, Text, XFusionError
-from xfusion.generation import Message, Segment
+from xfusion.generation import Listener, Message, Progress, Segment, Viewer
 from xfusion.model import Model
+from xfusion.objectives.solvers import Solver
 
 PLACEHOLDER = "\ue000"
 """Placeholder of a picture or a sound in the text of a template: a private-use character, which text must not contain."""
@@ -121,9 +122,44 @@ class Processor:
             segment_blocks.append({"type": kind, "frames" if kind == "audio" else kind: segment})
         return segment_blocks
 
-    def reply(self, conversation: Seq[Mapping[str, Any]], **settings: Any) -> dict[str, Any]:
-        """Generate the assistant's next turn, to append to the conversation; settings are those of `Model.generate`."""
-        return {"role": "assistant", "content": self.blocks(self.model.generate(self(conversation), **settings))}
+    def reply(
+        self,
+        conversation: Seq[Mapping[str, Any]],
+        *,
+        seed: int = 0,
+        seeds: Seq[int] | None = None,
+        steps: int = 25,
+        guidance: float | None = None,
+        solver: Solver | None = None,
+        max_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        schema: dict[str, Any] | None = None,
+        one_line: bool = False,
+        progress: Progress | None = None,
+        listen: Listener | None = None,
+        show: Viewer | None = None,
+    ) -> dict[str, Any]:
+        """Generate the assistant's next turn, to append to the conversation; see `xfusion.generation.generate`."""
+        segments = self.model.generate(
+            self(conversation),
+            seed=seed,
+            seeds=seeds,
+            steps=steps,
+            guidance=guidance,
+            solver=solver,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            schema=schema,
+            one_line=one_line,
+            progress=progress,
+            listen=listen,
+            show=show,
+        )
+        return {"role": "assistant", "content": self.blocks(segments)}
 
     def _segment(self, block: Any) -> Any:
         if not isinstance(block, Mapping):

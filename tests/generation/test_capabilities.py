@@ -1,6 +1,11 @@
 """What a model never learned is refused in one line, not answered by noise: a dual encoder and a denoiser beside the base."""
 
+import functools
+import inspect
+import pkgutil
+import re
 from dataclasses import replace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -13,6 +18,7 @@ from xfusion.model import Model
 from xfusion.objectives.base import NoObjective
 from xfusion.objectives.contrastive import Contrastive
 from xfusion.objectives.next_token import NextToken
+from xfusion.processor import Processor
 
 PICTURE = Noise().picture(0, SIDE)
 SILENT = NextToken.Config(weight=0.0)
@@ -112,3 +118,59 @@ def test_a_model_that_captions_scores_by_likelihood(bases):
         assert model.score(PICTURE, ["tree", "sea"]) == model.score_names([PICTURE], ["tree", "sea"])[0].tolist()
         assert model.score(None, ["tree"]) == model.score_names(None, ["tree"])[0].tolist()
         assert max(model.score(PICTURE, ["tree", "sea"])) < 0
+
+
+def _target(verb):
+    """The function that a verb's docstring names, to which it passes everything on."""
+    named = re.search(r"see\s+`(xfusion[\w.]+)`", verb.__doc__ or "")
+    return named and pkgutil.resolve_name(named[1])
+
+
+VERBS = {name: verb for name in vars(Model) if callable(verb := getattr(Model, name)) and _target(verb)}
+WITHOUT = {"match": {"picture", "pictures"}, "save_pretrained": {"weights"}}
+"""Parameters in which a verb is narrower: one picture, and no weights other than the model's own."""
+
+
+def _signature(function, subjects, without=frozenset()):
+    """Names, kinds, defaults and annotations of a function's parameters, but for its first ones."""
+    parameters = list(inspect.signature(function).parameters.values())[subjects:]
+    return [(p.name, p.kind, p.default, p.annotation) for p in parameters if p.name not in without]
+
+
+def test_the_verbs_of_a_model_have_the_signatures_of_the_functions_that_they_call():
+    """So that help and completion show every setting, and a new one of a function is one of its verb."""
+    assert {"generate", "answer", "draw", "inpaint", "caption", "score", "score_names", "match", "fill", "embed"} < set(
+        VERBS
+    )
+    assert {"from_pretrained", "save_pretrained", "push_to_hub"} < set(VERBS)
+    for name, verb in VERBS.items():
+        is_class_method, without = name == "from_pretrained", WITHOUT.get(name, frozenset())
+        found = _signature(verb, 0 if is_class_method else 1, without)
+        assert found == _signature(_target(verb), 0 if is_class_method else 1, without), name
+        if name != "match":  # one list, not a row of a table
+            assert inspect.signature(verb).return_annotation == inspect.signature(_target(verb)).return_annotation, name
+    assert _signature(Processor.reply, 2) == _signature(_target(Processor.reply), 2)
+    assert _signature(xfusion.train, 1) == _signature(_target(xfusion.train), 1)
+
+
+@pytest.mark.parametrize("name", [*VERBS, "reply", "train"])
+def test_a_verb_passes_every_setting_on(monkeypatch, name):
+    verb = {"reply": Processor.reply, "train": xfusion.train}.get(name) or VERBS[name]
+    target, model, calls = _target(verb), MagicMock(), []
+
+    def record(*values, **settings):
+        calls.append(inspect.signature(target).bind(*values, **settings).arguments)
+        return MagicMock()
+
+    model.model.generate = functools.partial(record, model)
+    if name != "reply":  # which asks its model
+        place = "xfusion.generation" if target.__module__.startswith("xfusion.generation") else target.__module__
+        monkeypatch.setattr(f"{place}.{target.__name__}", record)
+    parameters = inspect.signature(verb).parameters
+    given = {n: object() for n in parameters if n not in {"self", "conversation"}}
+    values = [given[n] for n, p in parameters.items() if n in given and p.kind is p.POSITIONAL_OR_KEYWORD]
+    settings = {n: given[n] for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    subjects = [model] * ("self" in parameters) + [object()] * ("conversation" in parameters)
+    verb(*subjects, *values, **settings)
+    passed = {n: value for n, value in calls[0].items() if n in given}
+    assert passed == {n: value for n, value in given.items() if n not in WITHOUT.get(name, ())}

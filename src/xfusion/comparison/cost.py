@@ -33,8 +33,9 @@ from xfusion.data.pack import pack
 from xfusion.data.sequence import IGNORE, Audio, Batch, Text
 from xfusion.data.sequence import Sequence as Sample
 from xfusion.data.sources import Sounds, Source
+from xfusion.engine import Engine
 from xfusion.evaluation.suites.emoji import choose_examples
-from xfusion.model import Engine, Model, ModelConfig
+from xfusion.model import Model, ModelConfig
 from xfusion.objectives.next_token import sum_of_nats
 from xfusion.text_states import TEXT_STATES_BYTES
 from xfusion.training.precision import choose_compute_dtype

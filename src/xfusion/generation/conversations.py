@@ -8,9 +8,10 @@ from typing import Any, Literal, cast, get_args
 from xfusion.data.requests import PICTURE
 from xfusion.data.sequence import Audio, Image, Text, XFusionError
 from xfusion.generation import base
-from xfusion.generation.base import Listener, Segment, Viewer, seeds_of
+from xfusion.generation.base import Listener, Progress, Segment, Viewer, seeds_of
 from xfusion.generation.segments import generate, listener_for, viewer_for
 from xfusion.model import Model
+from xfusion.objectives.solvers import Solver
 
 DrawMode = Literal["never", "auto", "always"]
 """When answers start with a picture: never, if one is requested, or at every turn."""
@@ -68,9 +69,17 @@ def answer(
     size: int | None = None,
     seed: int = 0,
     seeds: Seq[int] | None = None,
+    steps: int = 25,
+    guidance: float | None = None,
+    solver: Solver | None = None,
+    max_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    schema: dict[str, Any] | None = None,
+    progress: Progress | None = None,
     listen: Listener | None = None,
     show: Viewer | None = None,
-    **settings: Any,
 ) -> list[Any]:
     """The next turn of a conversation, or of each of several: text, or a picture optionally followed by text.
 
@@ -92,9 +101,17 @@ def answer(
         size: side of pictures in pixels; None uses the trained size.
         seed: conversation i uses ``seed + i``.
         seeds: one seed per conversation instead.
+        steps: steps from noise to picture.
+        guidance: classifier-free guidance scale; None uses the model's own.
+        solver: the solver to sample with (`xfusion.objectives.solvers`); None uses the model's own.
+        max_tokens: longest text in tokens.
+        temperature: sampling temperature; 0, or anything below 1e-5, is greedy.
+        top_p: nucleus sampling.
+        top_k: sample from the k most likely tokens; 0 is all, whatever the base's generation_config says.
+        schema: restrict texts to the JSON texts of this schema (see `generate`).
+        progress: called while drawing.
         listen: called with the index of a conversation and every token of its text as it is generated.
         show: called with the index of a conversation and its picture as soon as it is drawn, before its text.
-        settings: other settings of `generate`: ``steps``, ``guidance``, ``max_tokens``, ...
 
     Returns:
         ``[text]``, ``[picture]`` or ``[picture, text]``; a list of these for several conversations.
@@ -112,12 +129,20 @@ def answer(
         members = [i for i, p in enumerate(prompts) if (p is not None) == draws and (draws or lines[i] == one_line)]
         if not members:
             continue
-        shared = {
-            "one_line": one_line,
+        shared: dict[str, Any] = {
             "seeds": [answer_seeds[i] for i in members],
+            "steps": steps,
+            "guidance": guidance,
+            "solver": solver,
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "schema": schema,
+            "one_line": one_line,
+            "progress": progress,
             "listen": listener_for(listen, members),
             "show": viewer_for(show, members),
-            **settings,
         }
         if draws:
             answers = answer_with_pictures(model, [cast("str", prompts[i]) for i in members], size=size, **shared)
@@ -140,27 +165,56 @@ def ends_at_line(messages: Seq[Message]) -> bool:
     return len(messages) != 1 or isinstance(content, str) or not content or isinstance(content[0], str)
 
 
-_DRAWING_SETTINGS = {"seeds", "steps", "guidance", "solver", "progress", "show"}
-"""Settings of `generate` that apply to drawing."""
-
-
-def answer_with_pictures(model: Model, prompts: Seq[str], *, size: int | None = None, **settings: Any) -> list[Any]:
+def answer_with_pictures(
+    model: Model,
+    prompts: Seq[str],
+    *,
+    size: int | None = None,
+    seeds: Seq[int],
+    steps: int = 25,
+    guidance: float | None = None,
+    solver: Solver | None = None,
+    max_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    schema: dict[str, Any] | None = None,
+    one_line: bool = False,
+    progress: Progress | None = None,
+    listen: Listener | None = None,
+    show: Viewer | None = None,
+) -> list[Any]:
     """Answers that start with a picture: drawn of a prompt each, then described by a pack that can caption.
 
     Args:
         model: a model that can draw.
         prompts: what to draw, as from `openings`.
-        size: see `answer`.
-        settings: settings of `generate`.
+        size: side of the pictures in pixels; None uses the trained size.
+        seeds: one per prompt.
+
+    The other settings are those of `generate`.
 
     Returns:
         ``[picture]`` or ``[picture, text]`` of each prompt.
     """
-    drawing_settings = {name: settings[name] for name in _DRAWING_SETTINGS & set(settings)}
-    drawn = generate(model, [[prompt, Image(size=size)] for prompt in prompts], **drawing_settings)
+    requests = [[prompt, Image(size=size)] for prompt in prompts]
+    drawn = generate(
+        model, requests, seeds=seeds, steps=steps, guidance=guidance, solver=solver, progress=progress, show=show
+    )
     if "caption" not in model.capabilities:
         return drawn
-    texts = generate(model, drawn, **settings)
+    texts = generate(
+        model,
+        drawn,
+        seeds=seeds,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        schema=schema,
+        one_line=one_line,
+        listen=listen,
+    )
     return [[*picture, *text] for picture, text in zip(drawn, texts, strict=True)]
 
 

@@ -8,6 +8,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import os
 import pkgutil
 import sys
 from collections.abc import Callable
@@ -15,12 +16,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, cast, get_type_hints
 
+import torch
+from rich.console import Console
 from typeguard import TypeCheckError, check_type
 
+from xfusion.backbone import Backbone
 from xfusion.data.sequence import XFusionError
+from xfusion.data.sources import Source
 from xfusion.model import Model
 from xfusion.training import loop
+from xfusion.training.processes import Shard
 from xfusion.training.stages import Recipe
+from xfusion.training.track import Listener
 
 
 def names() -> list[str]:
@@ -121,9 +128,58 @@ def _module(path: Path, content: bytes) -> ModuleType:
     return module
 
 
-def train(recipe: Recipe | str, **settings: Any) -> Model:
-    """Train a recipe, given as an object or by name; settings as `xfusion.training.loop.train` takes them."""
+def train(
+    recipe: Recipe | str,
+    *,
+    out: str | os.PathLike[str],
+    data: str | None = None,
+    source: Source | None = None,
+    allow_bad: float = 0.0,
+    steps: int | None = None,
+    minutes: float | None = None,
+    resume: bool = False,
+    from_pack: str | None = None,
+    backbone: Backbone | None = None,
+    device: torch.device | str = "cpu",
+    compile: bool = True,
+    dtype: torch.dtype | None = None,
+    attention: str | None = None,
+    preview_prompts: tuple[str, ...] | None = None,
+    preview_every: float = 60.0,
+    checkpoint_every: float = 300.0,
+    keep: int = 2,
+    shard: Shard = "none",
+    decoders: int | None = None,
+    command: str | None = None,
+    console: Console | None = None,
+    listener: Listener | None = None,
+) -> Model:
+    """Train a recipe, given as an object or by name; see `xfusion.training.loop.train`."""
     if isinstance(recipe, str):
-        settings.setdefault("command", f"xfusion.train({recipe!r}, ...)")
+        command = command or f"xfusion.train({recipe!r}, ...)"
         recipe = find(recipe)()
-    return loop.train(recipe, **settings)
+    return loop.train(
+        recipe,
+        out=out,
+        data=data,
+        source=source,
+        allow_bad=allow_bad,
+        steps=steps,
+        minutes=minutes,
+        resume=resume,
+        from_pack=from_pack,
+        backbone=backbone,
+        device=device,
+        compile=compile,
+        dtype=dtype,
+        attention=attention,
+        preview_prompts=preview_prompts,
+        preview_every=preview_every,
+        checkpoint_every=checkpoint_every,
+        keep=keep,
+        shard=shard,
+        decoders=decoders,
+        command=command,
+        console=console,
+        listener=listener,
+    )

@@ -33,7 +33,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from xfusion.data.sequence import XFusionError
-from xfusion.model import Model, States
+from xfusion.engine import States
+from xfusion.model import Model
 from xfusion.training.processes import Shard
 
 T = TypeVar("T")

@@ -13,7 +13,8 @@ from xfusion.data.pack import media_length, pack, text_length
 from xfusion.data.report import one_line
 from xfusion.data.sequence import IGNORE, Sequence, Text
 from xfusion.data.sources import Source
-from xfusion.model import Engine, Model
+from xfusion.engine import Engine
+from xfusion.model import Model
 from xfusion.training.optimizer import Optimizer
 from xfusion.training.processes import Processes, Shard, num_bytes
 from xfusion.training.setup import Prompts

@@ -25,7 +25,8 @@ from xfusion.backbone import Backbone
 from xfusion.backbone.attention import choose_attention
 from xfusion.data.mixture import Mixture
 from xfusion.data.sources import Source, open_source
-from xfusion.model import Engine, Model, ModelConfig, build
+from xfusion.engine import Engine
+from xfusion.model import Model, ModelConfig, build
 from xfusion.recipes.xfusion import demo
 from xfusion.training.memory import keep_freed_memory
 from xfusion.training.optimizer import Optimizer
