@@ -590,6 +590,23 @@ def test_the_reference_has_every_public_name():
         assert any(getattr(xfusion, name) is found for found in documented), f"xfusion.{name} is not documented"
 
 
+def test_the_layout_names_every_module():
+    """Of every folder whose files the design note lists; it names no other."""
+    design = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    top, *rows = re.split(r"\n  (?=\w+/)", design.split("\nsrc/xfusion/\n")[1].split("\ntests/")[0])
+    listed = {".": re.findall(r"(\w+)\.py", top)}
+    for row in rows:
+        folder, _, content = " ".join(row.split()).partition("/")
+        parts = {f"{folder}/{inner}": names for inner, names in re.findall(r"(\w+)/ \(([^)]*)\)", content)}
+        parts[folder] = re.sub(r"\w+/(?: \([^)]*\))?", "", content)
+        listed |= {place: re.findall(r"\w+", names) for place, names in parts.items() if "a file per" not in names}
+    del listed["packs"]  # weights
+    assert {".", "backbone", "data", "modalities/codecs", "training", "evaluation", "comparison", "apps"} <= set(listed)
+    for place, names in listed.items():
+        modules = {path.stem for path in (ROOT / "src" / "xfusion" / place).glob("*.py")} - {"__init__"}
+        assert sorted(names) == sorted(modules), place
+
+
 # ----------------------------------------------------------------------------------------------- the scripts of runs/
 
 SCRIPTS = [
