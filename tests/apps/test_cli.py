@@ -14,6 +14,7 @@ import time
 import tomllib
 from functools import partial
 from importlib import import_module
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import NamedTuple
 
@@ -168,6 +169,41 @@ def test_help_does_not_import_torch():
     paths = os.pathsep.join([str(SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths}, capture_output=True)
     assert done.returncode == 0
+
+
+WITHOUT_EXTRAS = """
+import importlib, json, sys
+blocked, modules = json.load(sys.stdin)
+sys.modules.update(dict.fromkeys(blocked))
+for module in modules:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        print(f"{module}: {error}")
+"""
+OF_EXTRAS = ("xfusion.apps.server", "xfusion.apps.web", "xfusion.evaluation.adapters")
+"""Folders whose modules need the extra that they are about."""
+
+
+def test_everything_else_is_imported_without_extras():
+    project = tomllib.loads((SOURCE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    requirements = [line for lines in project["optional-dependencies"].values() for line in lines]
+    of_extras = {re.split(r"[^\w-]", line)[0].replace("_", "-").lower() for line in requirements} - {"xfusion"}
+    blocked = [
+        module
+        for module, given in packages_distributions().items()
+        if of_extras & {name.lower().replace("_", "-") for name in given}
+    ]
+    assert {"fastapi", "gradio", "peft", "soundfile", "torchmetrics", "pytest"} <= set(blocked)
+    files = [path.relative_to(SOURCE).with_suffix("") for path in sorted((SOURCE / "xfusion").rglob("*.py"))]
+    modules = [".".join(file.parts).removesuffix(".__init__") for file in files]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_EXTRAS], input=json.dumps([blocked, modules]), capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(SOURCE)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "xfusion.apps.server.app: " in done.stdout, "nothing is blocked"
+    assert not [line for line in done.stdout.splitlines() if not line.startswith(OF_EXTRAS)]
 
 
 def test_version(run):
