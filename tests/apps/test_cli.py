@@ -669,7 +669,9 @@ def test_list(run):
     assert by_name["xfusion"]["regime"] == "strictly frozen" and by_name["lora"]["regime"] == "LoRA"
     assert by_name["xfusion"]["paper"] == "arXiv 2504.20996"
     assert all(recipe["status"] in ("reproduced", "runs", "sketch") for recipe in listed["recipes"])
-    assert "xfusion" in run("list").out
+    lines = [line.split() for line in run("list").out.splitlines()]
+    for recipe in listed["recipes"]:
+        assert [recipe["name"], recipe["status"], *recipe["summary"].split()[:2]] in [line[:4] for line in lines]
 
 
 def test_a_status_has_its_committed_figures():

@@ -299,16 +299,19 @@ class List(Verb):
         from xfusion.recipes.base import names
 
         recipes, packs = [_recipe_entry(name) for name in names()], [_pack_entry(name) for name in shipped()]
-        width = max(len(recipe["name"]) for recipe in recipes)
+        width, status_width = (max(len(recipe[key]) for recipe in recipes) for key in ("name", "status"))
         lines = [
-            "recipes (xfusion train NAME), by how the modality enters; in brackets what of the base is trained, if any is:"
+            "recipes (xfusion train NAME), by how the modality enters: a sketch was not trained yet, what runs was, what is",
+            "reproduced has a finding of its paper; in brackets what of the base is trained, if any is:",
         ]
         by_kind = itemgetter("kind")
         for kind, group in groupby(sorted(recipes, key=by_kind), by_kind):
             lines.append(f"  {kind}")
             for recipe in group:
                 regime = "" if recipe["regime"] == REGIMES[0] else f" [{recipe['regime']}]"
-                lines.append(f"    {recipe['name']:<{width}}  {recipe['summary']}{regime}")
+                lines.append(
+                    f"    {recipe['name']:<{width}}  {recipe['status']:<{status_width}}  {recipe['summary']}{regime}"
+                )
         lines.append("packs (xfusion generate NAME PROMPT):")
         pack_rows = [
             (
