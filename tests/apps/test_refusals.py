@@ -18,6 +18,7 @@ from contracts.table import Noise, make_base, model_config, randomise
 import xfusion
 from xfusion.apps import cli
 from xfusion.backbone import Backbone
+from xfusion.data.sequence import XFusionError
 from xfusion.model import Model
 from xfusion.objectives.base import NoObjective
 from xfusion.objectives.contrastive import Contrastive
@@ -79,7 +80,14 @@ NO_PICTURES = {
     "generate": (["generate", "PACK", "a tree"], "this model cannot draw, only {able}: .*the recipe xfusion"),
     "draw": (["draw", "PACK", "--prompts", "prompts.txt", "-o", "new"], "this model cannot draw, only {able}"),
     "infilling": (["evaluate", "PACK", "--suite", "infilling"], "this model cannot draw, only {able}"),
-    "chat that draws": (["chat", "PACK", "--draw", "always"], "--draw always: .* can {able} only"),
+    "chat that draws": (
+        ["chat", "PACK", "--draw", "always"],
+        "--draw always: .* can {able} only; take a pack of a recipe such as xfusion",
+    ),
+    "an opening head": (
+        ["train", "opening", "PACK", "-o", "new"],
+        "embeds cannot draw: it can {able}; take a pack of a recipe such as xfusion",
+    ),
 }
 CASES = [("embeds", name, *NO_WORDS[name]) for name in NO_WORDS] + [
     ("draws", name, *NO_WORDS[name]) for name in NO_WORDS
@@ -97,6 +105,14 @@ def test_a_verb_says_in_one_line_what_a_pack_cannot(here, monkeypatch, capsys, p
     said = capsys.readouterr()
     assert re.search(message.format(able=re.escape(ABLE[pack])), said.err), said.err
     assert said.err.count("\n") == 1 and said.out == "" and not (here / "new").exists()
+
+
+@pytest.mark.parametrize("pack", ABLE)
+def test_a_sound_is_refused_by_a_recipe_that_makes_one(here, pack):
+    with pytest.raises(
+        XFusionError, match=f"no sound: it can {ABLE[pack]}; take a pack of a recipe such as audiopalm$"
+    ):
+        xfusion.load(here / pack).generate(["a tree", xfusion.Audio()])
 
 
 @pytest.mark.parametrize("pack", ABLE)

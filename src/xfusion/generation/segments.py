@@ -228,7 +228,8 @@ def _sound_size(model: Model, request: Audio) -> tuple[int, int]:
     """Frames of a generated sound, twice (native and wanted size): sounds always have the model's trained length."""
     audio = model.modality
     if not isinstance(audio, AudioModality) or "draw" not in model.capabilities:
-        raise XFusionError("this model makes no sound: it can " + ", ".join(sorted(model.capabilities)))
+        able = ", ".join(sorted(model.capabilities))
+        raise XFusionError(f"this model makes no sound: it can {able}; take a pack of a recipe such as audiopalm")
     seconds = audio.config.seconds
     if request.seconds not in (None, seconds):
         raise XFusionError(f"this model makes sounds of {seconds:g} s, not of {request.seconds:g}: leave seconds out")

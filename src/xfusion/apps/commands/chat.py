@@ -54,7 +54,8 @@ class Chat(Verb):
         if draw == "auto" and model.opening is None:
             raise UsageError(f"--draw auto: {self.model} has no opening head; make one with xfusion train opening")
         if draw != "never" and "draw" not in model.capabilities:
-            raise UsageError(f"--draw {draw}: {self.model} can {', '.join(sorted(model.capabilities))} only")
+            able = ", ".join(sorted(model.capabilities))
+            raise UsageError(f"--draw {draw}: {self.model} can {able} only; take a pack of a recipe such as xfusion")
         chat_console = console if self.json else Console(highlight=False, emoji=False)
         session = chat.Chat(
             model=model,

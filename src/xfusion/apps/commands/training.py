@@ -176,7 +176,8 @@ class TrainOpening(Verb):
         check_writable((self.out or folder).absolute().parent, folder=True)  # the pack is written as a whole
         model = load_model(self.model, device=self.device, trust=self.trust)
         if "draw" not in model.capabilities:
-            raise UsageError(f"{self.model} cannot draw: it can {', '.join(sorted(model.capabilities))}")
+            able = ", ".join(sorted(model.capabilities))
+            raise UsageError(f"{self.model} cannot draw: it can {able}; take a pack of a recipe such as xfusion")
         examples = requests.read("train", self.wordings, repeat=self.repeat)
         with progress(console) as report_progress:
             model.opening = fit(model, examples, progress=report_progress)
