@@ -85,14 +85,40 @@ def test_frechet_distance_has_its_closed_form(tmp_path, monkeypatch):
     assert found["frechet_distance"] == pytest.approx(9 + 16 + 2 / 3 * (144 + 144), rel=1e-5)
     assert (found["num_pictures"], found["num_reference"]) == (4, 4)
     assert found["settings"]["encoder"] == "red and green#-2" and found["settings"]["teachers"] == []
+    # Of (9, 4), (3, 8), (15, 4) and (3, 16) apart, between the middle two; all crosses of two stand (18, 24) apart.
+    assert found["nearest_distance"] == pytest.approx((97**0.5 + 241**0.5) / 2, abs=1e-5)
+    assert found["nearest_distance_reference"] == pytest.approx(30, abs=1e-5)
     same = drawn.judge_by(one, f"fid:{one}", encoder=look, progress=silent)
     assert same["frechet_distance"] == pytest.approx(0, abs=1e-3)  # of covariances of 600
+    assert same["nearest_distance"] == pytest.approx(0, abs=1e-5)
+    assert same["nearest_distance_reference"] == pytest.approx(((30**2 + 12**2) ** 0.5 + 24) / 2, abs=1e-5)
+    # The folder is recorded by its name and what is in it, wherever it is and whatever its files are called.
+    moved = two.rename(tmp_path / "moved")
+    (moved / "0000.png").rename(moved / "first.png")
+    settings = drawn.judge_by(one, f"fid:{moved}", encoder=look, progress=silent)["settings"]
+    assert (found["settings"]["reference"], settings["reference"]) == ("two", "moved")
+    assert settings["reference_sha256"] == found["settings"]["reference_sha256"]
+    assert settings["reference_sha256"] != same["settings"]["reference_sha256"]
+    by = f"fid:{moved}"
     # Another layer of the same encoder is the same encoder.
     drawing(one, ["a", "b"], 2, teachers=["red and green#-1"])
     with pytest.raises(XFusionError, match="took part in training"):
         drawn.judge_by(one, by, encoder=look, progress=silent)
     with pytest.raises(XFusionError, match="no pictures to compare with"):
         drawn.judge_by(one, "fid:nowhere", encoder=look, progress=silent)
+
+
+def test_nearest_distances_are_those_of_all_pairs(monkeypatch):
+    rows, others = (torch.rand(count, 5, generator=torch.Generator().manual_seed(count)) for count in (8, 11))
+    pairs = lambda a, b: (a[:, None] - b[None]).double().norm(dim=2)  # noqa: E731
+    for chunk in (3, 8, 100):
+        monkeypatch.setattr(fid, "CHUNK", chunk)
+        torch.testing.assert_close(
+            fid.nearest_distances(rows, others), pairs(rows, others).amin(dim=1), rtol=1e-6, atol=1e-6
+        )
+        apart = pairs(rows, rows) + torch.eye(8) * 1e9
+        torch.testing.assert_close(fid.nearest_distances(rows), apart.amin(dim=1), rtol=1e-6, atol=1e-6)
+        assert float(fid.nearest_distances(rows, rows).max()) < 1e-6
 
 
 def test_inception_is_asked_for_by_its_package(tmp_path, monkeypatch):
@@ -116,6 +142,13 @@ def test_kernel_distance_is_unbiased_and_sees_a_shift(tmp_path):
     assert abs(alike["kernel_distance"]) < 2 * alike["kernel_distance_spread"] < apart["kernel_distance"] / 10
     assert apart == drawn.judge_by(far, f"kernel-distance:{other}", encoder=look, progress=silent)
     assert apart["settings"]["subset_size"] == 20
+    levels = [torch.tensor(d[:, :2].astype("float64")) for d in (draws[0], draws[1] + 90, draws[2])]
+    for drawings, result in zip(levels, (alike, apart), strict=False):
+        nearest = torch.cdist(drawings, levels[2]).amin(dim=1).quantile(0.5)
+        assert result["nearest_distance"] == pytest.approx(float(nearest), abs=1e-4)
+        assert result["nearest_distance_reference"] == alike["nearest_distance_reference"] < 10
+    assert alike["nearest_distance"] < 10 < 60 < apart["nearest_distance"]
+    assert apart["settings"]["reference"] == "other"
     # The estimate itself, of one subset that is all there is but for its order: sums without the diagonals.
     from torchmetrics.image.kid import KernelInceptionDistance
 

@@ -5,6 +5,7 @@ It is biased for few pictures (Bińkowski et al., arXiv 1801.01401), so fewer th
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Callable, Iterator
 from itertools import groupby, islice
@@ -20,6 +21,7 @@ from xfusion.data.sequence import XFusionError, first_line
 from xfusion.evaluation.metrics.clip_score import levels
 from xfusion.evaluation.teachers import refuse_teacher
 from xfusion.modalities.base import Encoder
+from xfusion.storage import file_hash
 
 if TYPE_CHECKING:
     from xfusion.evaluation.drawn import Drawn
@@ -28,6 +30,8 @@ FEWEST = 5000
 """Fewest pictures on either side."""
 BATCH = 32
 """Pictures per forward pass; memory only."""
+CHUNK = 1024
+"""Rows of features whose distances are computed at once; memory only."""
 INCEPTION = "Inception v3 of torch-fidelity"
 
 
@@ -42,7 +46,8 @@ def judge(
     """``--by fid:FOLDER``: distance between the distributions of the drawings and of a folder's pictures.
 
     Returns:
-        ``fid`` with Inception, ``frechet_distance`` with another encoder; 0 or more, lower is better.
+        ``fid`` with Inception, ``frechet_distance`` with another encoder; 0 or more, lower is better. And the distances of
+        `compare`.
 
     Raises:
         XFusionError: there are fewer than 5,000 pictures on a side, the encoder was used to train the drawing model or is not
@@ -58,9 +63,10 @@ def judge(
         from torchmetrics.image.fid import FrechetInceptionDistance
     except ImportError as error:
         raise XFusionError(f"a Fréchet distance needs the package {error.name}: pip install 'xfusion[eval]'") from error
-    metric = compare(FrechetInceptionDistance, drawn, files, encoder, device=device, progress=progress)
+    metric, nearest = compare(FrechetInceptionDistance, drawn, files, encoder, device=device, progress=progress)
     distance = {"fid" if encoder is None else "frechet_distance": float(metric.compute())}
-    return distance | {"num_pictures": len(drawn), "num_reference": len(files), "settings": encoder_settings(encoder)}
+    counts = {"num_pictures": len(drawn), "num_reference": len(files)}
+    return distance | nearest | counts | {"settings": settings_of(encoder, argument, files)}
 
 
 def reference(folder: str, judge: str) -> list[Path]:
@@ -84,8 +90,13 @@ def compare(
     device: str,
     progress: Callable[[str, int, int], None],
     **settings: Any,
-) -> Any:
-    """Feed both sets to one of torchmetrics' distances.
+) -> tuple[Any, dict[str, float]]:
+    """Feed both sets to one of torchmetrics' distances, and find each picture's nearest one of the folder in its features.
+
+    Returns:
+        the distance, and two medians: ``nearest_distance``, from a drawing to the nearest picture of the folder, and
+        ``nearest_distance_reference``, from a picture of the folder to the nearest other one. If the folder is what the model was
+        trained on, a first median far below the second says that the drawings are copies.
 
     Raises:
         XFusionError: the encoder was used in training, or is not available.
@@ -103,18 +114,54 @@ def compare(
     except OSError as error:
         raise XFusionError(f"{INCEPTION} cannot be had: {first_line(error)}; name another --encoder") from error
     sides = {True: map(read, files), False: drawn.pictures(0, len(drawn))}
+    features: dict[bool, list[Tensor]] = {real: [] for real in sides}
     done, total = 0, len(files) + len(drawn)
     for real, pictures in sides.items():
+        hook = metric.inception.register_forward_hook(
+            lambda _, __, output, kept=features[real]: kept.append(output.cpu())
+        )
         for images in batches(pictures):
             progress("judging", done, total)
             metric.update(images.to(device), real=real)
             done += len(images)
-    return metric
+        hook.remove()
+    drawings, references = torch.cat(features[False]), torch.cat(features[True])
+    return metric, {
+        "nearest_distance": float(nearest_distances(drawings, references).quantile(0.5)),
+        "nearest_distance_reference": float(nearest_distances(references).quantile(0.5)),
+    }
 
 
-def encoder_settings(encoder: Encoder.Config | None) -> dict[str, Any]:
-    """Name of the encoder, for the record."""
-    return {"encoder": INCEPTION if encoder is None else encoder.fingerprint}
+def nearest_distances(rows: Tensor, references: Tensor | None = None) -> Tensor:
+    """Euclidean distance of each row to the nearest of the references, or to the nearest other row.
+
+    Args:
+        rows: ``[n, width]``.
+        references: ``[m, width]``; None takes the rows themselves.
+
+    Returns:
+        float64 ``[n]``.
+    """
+    rows = rows.double()
+    columns = rows if references is None else references.double()
+    nearest: list[Tensor] = []
+    for start in range(0, len(rows), CHUNK):
+        distances = torch.cdist(rows[start : start + CHUNK], columns)
+        if references is None:
+            distances.diagonal(start).fill_(torch.inf)
+        nearest.append(distances.amin(dim=1))
+    return torch.cat(nearest)
+
+
+def settings_of(encoder: Encoder.Config | None, folder: str, files: list[Path]) -> dict[str, Any]:
+    """Names of the encoder and of the reference folder, and a hash over the content of its pictures, for the record."""
+    digest = hashlib.sha256("\n".join(sorted(map(file_hash, files))).encode())
+    name = Path(folder).expanduser().resolve().name
+    return {
+        "encoder": INCEPTION if encoder is None else encoder.fingerprint,
+        "reference": name,
+        "reference_sha256": digest.hexdigest(),
+    }
 
 
 def batches(pictures: Iterator[Image]) -> Iterator[Tensor]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from xfusion.data.sequence import XFusionError
-from xfusion.evaluation.metrics.fid import compare, encoder_settings, reference
+from xfusion.evaluation.metrics.fid import compare, reference, settings_of
 from xfusion.modalities.base import Encoder
 from xfusion.seeding import seeded
 
@@ -35,7 +35,8 @@ def judge(
 
     Returns:
         ``kernel_distance``, the mean over 100 subsets of half the smaller side (at most 1,000 pictures), lower is better, and
-        ``kernel_distance_spread``, the standard deviation of these.
+        ``kernel_distance_spread``, the standard deviation of these; and the distances of
+        `xfusion.evaluation.metrics.fid.compare`.
 
     Raises:
         XFusionError: there are fewer than 4 pictures on a side, the encoder was used to train the drawing model or is not
@@ -53,7 +54,7 @@ def judge(
     except ImportError as error:
         raise XFusionError(f"a kernel distance needs the package {error.name}: pip install 'xfusion[eval]'") from error
     size = min(fewer // 2, LARGEST)
-    metric = compare(
+    metric, nearest = compare(
         KernelInceptionDistance,
         drawn,
         files,
@@ -66,5 +67,6 @@ def judge(
     with seeded(0):  # subsets are sampled on the CPU, on whatever device the features are
         mean, spread = metric.compute()
     counts = {"num_pictures": len(drawn), "num_reference": len(files)}
-    settings = encoder_settings(encoder) | {"subsets": SUBSETS, "subset_size": size}
-    return {"kernel_distance": float(mean), "kernel_distance_spread": float(spread)} | counts | {"settings": settings}
+    settings = settings_of(encoder, argument, files) | {"subsets": SUBSETS, "subset_size": size}
+    distance = {"kernel_distance": float(mean), "kernel_distance_spread": float(spread)}
+    return distance | nearest | counts | {"settings": settings}
