@@ -48,6 +48,7 @@ FUNCTION = (
     "embedding_multiplier",
     "residual_multiplier",
     "logits_scaling",
+    "logit_scale",
     "no_rope_layers",
     "use_parallel_residual",
     "scale_attn_weights",

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -582,12 +582,12 @@ class _Run:
         }
 
     def _draw_previews(self, prompts: list[str]) -> list[PILImage.Image]:
-        settings = {"seed": outputs.PREVIEW_SEED, "steps": outputs.PREVIEW_STEPS}
+        draw = partial(self.model.draw, prompts, seed=outputs.PREVIEW_SEED, steps=outputs.PREVIEW_STEPS)
         with self.optimizer.averaged():
             if self.sharding is None:
-                return self.model.draw(prompts, **settings)
+                return draw()
             with self.model.using(replace(self.engine, compiled=False)):
-                return self.sharding.run_without_gradients(lambda: self.model.draw(prompts, **settings))
+                return self.sharding.run_without_gradients(draw)
 
     def save(self, unreadable: dict[int, str] | None = None, *, collective: bool = True) -> None:
         """Write the state that a resumed run needs, atomically.
